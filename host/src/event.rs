@@ -1,0 +1,248 @@
+//! The vocabulary: what goes in (an [`Event`]), what is decided (a [`Plan`] of [`Route`]s), and the ids of it all.
+//!
+//! Everything here is parsed once, at the border, and valid ever after: a [`Name`] holds no control character, an [`EntryId`]
+//! is a Redis stream id, a [`NotificationId`] fits 53 bits. No I/O, no clock. Where an event is read from is `broker`'s business,
+//! who may publish it `http`'s, and what it becomes `pipeline`'s.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+mod cloudevents;
+mod plan;
+
+pub use cloudevents::{Event, Malformed, Payload, Value};
+pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
+
+/// A name that came from outside: of a user, a group, an event, a type. 1 to 256 bytes of UTF-8 without control characters.
+///
+/// Names end in Redis keys, in SSE fields and in logs of a terminal; one with a line feed in it would forge any of the three.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Name(Arc<str>);
+
+impl Name {
+    /// The longest name, in bytes.
+    pub const MAX: usize = 256;
+
+    /// Parses a name.
+    ///
+    /// # Errors
+    /// [`Malformed`] if it is empty, longer than [`Name::MAX`] bytes, or has a control character.
+    pub fn parse(text: &str) -> Result<Self, Malformed> {
+        if text.is_empty() {
+            return Err(Malformed::new("is empty"));
+        }
+        if text.len() > Self::MAX {
+            return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Self::MAX)));
+        }
+        if let Some(c) = text.chars().find(|c| c.is_control()) {
+            return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))));
+        }
+        Ok(Self(text.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&*self.0, f)
+    }
+}
+
+impl Serialize for Name {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
+        Self::parse(&text).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The id of an entry of a source: milliseconds and a sequence number, as Redis streams have it. Written `1700000000000-0`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EntryId {
+    pub ms: u64,
+    pub seq: u64,
+}
+
+impl fmt::Display for EntryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.ms, self.seq)
+    }
+}
+
+impl FromStr for EntryId {
+    type Err = Malformed;
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        let parsed = text.split_once('-').and_then(|(ms, seq)| Some(Self { ms: ms.parse().ok()?, seq: seq.parse().ok()? }));
+        parsed.ok_or_else(|| Malformed::new(format!("'{}' is no entry id such as 1700000000000-0", text.escape_debug())))
+    }
+}
+
+impl Serialize for EntryId {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for EntryId {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        std::borrow::Cow::<'de, str>::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// How far a partition is: the last entry with an outcome, and, while a large plan is being written in slices, how many slices of
+/// the entry after it stand. Written `entry` or `entry/k`, where with `/k` the entry named is the one being sliced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    pub entry: EntryId,
+    /// Slices of `entry` already written; 0 means that `entry` has its outcome.
+    pub slices: u32,
+}
+
+impl From<EntryId> for Position {
+    fn from(entry: EntryId) -> Self {
+        Self { entry, slices: 0 }
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.slices {
+            0 => write!(f, "{}", self.entry),
+            k => write!(f, "{}/{k}", self.entry),
+        }
+    }
+}
+
+impl FromStr for Position {
+    type Err = Malformed;
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        match text.split_once('/') {
+            None => Ok(Self { entry: text.parse()?, slices: 0 }),
+            Some((entry, k)) => {
+                let slices = k.parse().map_err(|_| Malformed::new(format!("'{k}' is no number of slices")))?;
+                Ok(Self { entry: entry.parse()?, slices })
+            }
+        }
+    }
+}
+
+/// The id of a notification in its partition: `max(last + 1, ms since 2024-01-01 * 4096)`, so that ids ascend whatever the clock does,
+/// tell the time, and stay below 2^53: exact as a Lua number, a sorted-set score and a JavaScript number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct NotificationId(pub u64);
+
+impl NotificationId {
+    /// 2024-01-01T00:00:00Z in milliseconds since the Unix epoch.
+    pub const EPOCH_MS: u64 = 1_704_067_200_000;
+    /// The largest id: 2^53 - 1.
+    pub const MAX: Self = Self((1 << 53) - 1);
+
+    /// The smallest id of a moment. `ms`: milliseconds since the Unix epoch; before 2024 it is 0.
+    pub const fn at_ms(ms: u64) -> Self {
+        Self(ms.saturating_sub(Self::EPOCH_MS) * 4096)
+    }
+
+    /// The moment of this id, in milliseconds since the Unix epoch; ids run ahead of it under more than 4,096 events a millisecond.
+    pub const fn ms(self) -> u64 {
+        self.0 / 4096 + Self::EPOCH_MS
+    }
+}
+
+impl fmt::Display for NotificationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// The name of a *life*: a stretch of a partition's history without a fail-over. 12 random bits, written as two characters of
+/// base64url. A name and not a number: numbers are issued again after a double fail-over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Life(u16);
+
+/// The alphabet of base64url, in order of value (RFC 4648, section 5).
+pub(crate) const BASE64URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+impl Life {
+    /// From any number, of which the lowest 12 bits count.
+    pub const fn from_bits(bits: u16) -> Self {
+        Self(bits & 0xfff)
+    }
+
+    pub const fn bits(self) -> u16 {
+        self.0
+    }
+}
+
+impl fmt::Display for Life {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [high, low] = [self.0 >> 6, self.0 & 63].map(|six| char::from(BASE64URL[usize::from(six)]));
+        write!(f, "{high}{low}")
+    }
+}
+
+impl FromStr for Life {
+    type Err = Malformed;
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        let value = |b: u8| BASE64URL.iter().position(|&c| c == b).map(|at| at as u16);
+        let bits = match *text.as_bytes() {
+            [high, low] => value(high).zip(value(low)).map(|(high, low)| high << 6 | low),
+            _ => None,
+        };
+        bits.map(Self).ok_or_else(|| Malformed::new("is no name of a life: two characters of base64url"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_refuse_what_would_forge_a_key_a_frame_or_a_log_line() {
+        for bad in ["", "a\nb", "a\rb", "a\0b", "\u{7f}", "\u{85}", &"x".repeat(257)] {
+            assert!(Name::parse(bad).is_err(), "{bad:?}");
+        }
+        for good in ["42", "user:42", "Ülrike", "a b", "{x}", &"x".repeat(256)] {
+            assert_eq!(Name::parse(good).unwrap().as_str(), good);
+        }
+    }
+
+    #[test]
+    fn ids_and_positions_read_back_what_they_print() {
+        for text in ["0-0", "1700000000000-3", "18446744073709551615-18446744073709551615"] {
+            assert_eq!(text.parse::<EntryId>().unwrap().to_string(), text);
+            assert_eq!(format!("{text}/2").parse::<Position>().unwrap().to_string(), format!("{text}/2"));
+        }
+        for bad in ["", "1", "1-", "-1", "1-x", "a-1"] {
+            assert!(bad.parse::<EntryId>().is_err(), "{bad}");
+        }
+        for bits in 0..4096 {
+            let life = Life::from_bits(bits);
+            assert_eq!(life.to_string().parse::<Life>().unwrap(), life);
+        }
+    }
+
+    #[test]
+    fn an_id_of_the_year_2090_still_fits_53_bits() {
+        let year_2090 = 3_786_912_000_000;
+        assert!(NotificationId::at_ms(year_2090) < NotificationId::MAX);
+        assert_eq!(NotificationId::at_ms(year_2090).ms(), year_2090);
+    }
+}

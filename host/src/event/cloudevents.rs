@@ -1,0 +1,455 @@
+//! A CloudEvents 1.0 event: parsed from the fields of a source entry or from its JSON format, written back as JSON.
+//!
+//! This is the only place that knows the CloudEvents formats (CloudEvents 1.0.2, "JSON Event Format"). HTTP's binary mode is headers
+//! turned into the same fields by `http::events`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use bytes::Bytes;
+use serde::de::IgnoredAny;
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::{EntryId, Name};
+
+/// Why something from outside is not what it should be. Reads as the end of a sentence that begins with the thing's name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(String);
+
+impl Malformed {
+    pub fn new(what: impl Into<String>) -> Self {
+        Self(what.into())
+    }
+
+    /// The same, with the name of the thing before it.
+    #[must_use]
+    pub fn of(self, thing: impl fmt::Display) -> Self {
+        Self(format!("{thing} {}", self.0))
+    }
+}
+
+/// The value of an extension attribute.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Value {
+    Flag(bool),
+    Integer(i64),
+    Decimal(f64),
+    Text(String),
+}
+
+/// CloudEvents `data`, by its `datacontenttype`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Payload {
+    #[default]
+    None,
+    /// Valid JSON on one line: no white space outside strings.
+    Json(Arc<str>),
+    Text(Arc<str>),
+    Binary(Bytes),
+}
+
+/// A CloudEvents 1.0 event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    pub id: Name,
+    pub source: Name,
+    /// CloudEvents `type`.
+    pub kind: Name,
+    pub subject: Option<Name>,
+    /// CloudEvents `time`, in milliseconds since the Unix epoch.
+    pub time_ms: u64,
+    pub datacontenttype: Option<Name>,
+    pub dataschema: Option<Name>,
+    /// Extension attributes: 1 to 64 of `a-z 0-9 _` each, none of them one of the names above.
+    pub attributes: BTreeMap<String, Value>,
+    pub data: Payload,
+    /// Whether the publisher gave the id; only then can a retry be recognised.
+    pub id_given: bool,
+}
+
+impl Event {
+    /// The longest text of an extension attribute, in bytes: room for a list of some thousand users.
+    pub const MAX_ATTRIBUTE: usize = 64 * 1024;
+    /// The most extension attributes.
+    pub const MAX_ATTRIBUTES: usize = 64;
+
+    /// Reads an event from the fields of a source entry: either flat fields named as the CloudEvents attributes, or one field `event`
+    /// that holds a CloudEvents JSON document. A missing `id` becomes the entry's id, a missing `time` its time, a missing `source`
+    /// the name of the source.
+    ///
+    /// # Errors
+    /// [`Malformed`] names the field and what is wrong with it; such an entry is dead-lettered.
+    pub fn from_fields(entry: EntryId, source: &str, fields: &[(Bytes, Bytes)]) -> Result<Self, Malformed> {
+        if let [(name, document)] = fields
+            && name.as_ref() == b"event"
+        {
+            return Self::from_json(entry, source, document);
+        }
+        let mut draft = Draft::default();
+        let mut data = None;
+        for (name, value) in fields {
+            let name = std::str::from_utf8(name).map_err(|_| Malformed::new("a field name is not UTF-8"))?;
+            if name == "data" {
+                if data.replace(value).is_some() {
+                    return Err(Malformed::new("stands twice").of("data"));
+                }
+                continue;
+            }
+            if name == "event" {
+                return Err(Malformed::new("must be the only field, or be left out").of("event"));
+            }
+            let text = std::str::from_utf8(value).map_err(|_| Malformed::new("is not UTF-8").of(printable(name)))?;
+            draft.set(name, Value::Text(text.to_owned()))?;
+        }
+        draft.finish(entry, source, |content_type| match data {
+            None => Ok(Payload::None),
+            Some(bytes) => Payload::parse(content_type, bytes),
+        })
+    }
+
+    /// Reads an event from a CloudEvents JSON document.
+    ///
+    /// # Errors
+    /// As [`Event::from_fields`].
+    pub fn from_json(entry: EntryId, source: &str, document: &[u8]) -> Result<Self, Malformed> {
+        let text = std::str::from_utf8(document).map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
+        let members: Members = serde_json::from_str(text).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document"))?;
+        let mut draft = Draft::default();
+        let (mut data, mut data_base64) = (None, None);
+        for (name, raw) in members.0 {
+            let slot = match name.as_str() {
+                "data" => &mut data,
+                "data_base64" => &mut data_base64,
+                _ => {
+                    if let Some(value) = attribute_value(&name, &raw)? {
+                        draft.set(&name, value)?;
+                    }
+                    continue;
+                }
+            };
+            if slot.replace(raw).is_some() {
+                return Err(Malformed::new("stands twice").of(name));
+            }
+        }
+        draft.finish(entry, source, |content_type| match (data, data_base64) {
+            (None, None) => Ok(Payload::None),
+            (Some(_), Some(_)) => Err(Malformed::new("and data_base64 exclude each other").of("data")),
+            (None, Some(raw)) => {
+                let text: String = serde_json::from_str(raw.get()).map_err(|_| Malformed::new("is not a string").of("data_base64"))?;
+                let bytes = base64::engine::general_purpose::STANDARD
+                    .decode(text)
+                    .map_err(|e| Malformed::new(format!("is not base64: {e}")).of("data_base64"))?;
+                Payload::parse(content_type, &Bytes::from(bytes))
+            }
+            (Some(raw), None) if is_json(content_type) => Ok(Payload::Json(one_line(raw.get()).into())),
+            // JSON format, section 3.1.1: data of another type is carried as a JSON string.
+            (Some(raw), None) => match serde_json::from_str::<String>(raw.get()) {
+                Ok(text) => Ok(Payload::Text(text.into())),
+                Err(_) => Ok(Payload::Json(one_line(raw.get()).into())),
+            },
+        })
+    }
+
+    /// The event as a CloudEvents JSON document, from which [`Event::from_json`] reads the same event.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("an event is made of strings, numbers and valid JSON")
+    }
+
+    /// A text attribute, or the printed form of any other.
+    pub fn attribute(&self, name: &str) -> Option<&Value> {
+        self.attributes.get(name)
+    }
+}
+
+/// Attributes gathered in any order, checked at the end.
+#[derive(Default)]
+struct Draft {
+    id: Option<Name>,
+    source: Option<Name>,
+    kind: Option<Name>,
+    subject: Option<Name>,
+    time_ms: Option<u64>,
+    datacontenttype: Option<Name>,
+    dataschema: Option<Name>,
+    specversion: Option<()>,
+    attributes: BTreeMap<String, Value>,
+}
+
+impl Draft {
+    fn set(&mut self, name: &str, value: Value) -> Result<(), Malformed> {
+        let text = |value: Value| match value {
+            Value::Text(text) => Ok(text),
+            _ => Err(Malformed::new("must be a string").of(name)),
+        };
+        let parsed = |value: Value| Name::parse(&text(value)?).map_err(|e| e.of(name));
+        let twice = match name {
+            "id" => self.id.replace(parsed(value)?).is_some(),
+            "source" => self.source.replace(parsed(value)?).is_some(),
+            "type" => self.kind.replace(parsed(value)?).is_some(),
+            "subject" => self.subject.replace(parsed(value)?).is_some(),
+            "datacontenttype" => self.datacontenttype.replace(parsed(value)?).is_some(),
+            "dataschema" => self.dataschema.replace(parsed(value)?).is_some(),
+            "time" => {
+                let text = text(value)?;
+                let time = OffsetDateTime::parse(&text, &Rfc3339)
+                    .ok()
+                    .and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok())
+                    .ok_or_else(|| Malformed::new(format!("'{}' is no RFC 3339 time since 1970", printable(&text))).of("time"))?;
+                self.time_ms.replace(time).is_some()
+            }
+            "specversion" => {
+                let text = text(value)?;
+                if text != "1.0" {
+                    return Err(Malformed::new(format!("is '{}'; only 1.0 is spoken", printable(&text))).of("specversion"));
+                }
+                self.specversion.replace(()).is_some()
+            }
+            _ => {
+                let legal = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+                if !legal {
+                    return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
+                }
+                if let Value::Text(text) = &value {
+                    if text.len() > Event::MAX_ATTRIBUTE {
+                        return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Event::MAX_ATTRIBUTE)).of(name));
+                    }
+                    if let Some(c) = text.chars().find(|c| c.is_control()) {
+                        return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))).of(name));
+                    }
+                }
+                if self.attributes.len() == Event::MAX_ATTRIBUTES {
+                    return Err(Malformed::new(format!("has more than {} extension attributes", Event::MAX_ATTRIBUTES)).of("the event"));
+                }
+                self.attributes.insert(name.to_owned(), value).is_some()
+            }
+        };
+        if twice { Err(Malformed::new("stands twice").of(name)) } else { Ok(()) }
+    }
+
+    fn finish(self, entry: EntryId, source: &str, data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>) -> Result<Event, Malformed> {
+        let kind = self.kind.ok_or_else(|| Malformed::new("is missing; every event needs one, such as order.shipped").of("type"))?;
+        let source = match self.source {
+            Some(source) => source,
+            None => Name::parse(source)?,
+        };
+        let id_given = self.id.is_some();
+        let id = match self.id {
+            Some(id) => id,
+            None => Name::parse(&entry.to_string())?,
+        };
+        let data = data(self.datacontenttype.as_ref().map(Name::as_str))?;
+        Ok(Event {
+            id,
+            source,
+            kind,
+            subject: self.subject,
+            time_ms: self.time_ms.unwrap_or(entry.ms),
+            datacontenttype: self.datacontenttype,
+            dataschema: self.dataschema,
+            attributes: self.attributes,
+            data,
+            id_given,
+        })
+    }
+}
+
+/// The members of a JSON object in their order, repeated names and all: a map would keep the last one silently.
+struct Members(Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Members;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+        d.deserialize_map(Visitor)
+    }
+}
+
+/// A JSON member as an attribute's value; `null` is "not set" (JSON format, section 2.3). Lists are kept as their JSON text.
+fn attribute_value(name: &str, raw: &RawValue) -> Result<Option<Value>, Malformed> {
+    let text = raw.get();
+    Ok(match text.as_bytes().first() {
+        Some(b'n') => None,
+        Some(b'[') => Some(Value::Text(one_line(text))),
+        Some(b'{') => return Err(Malformed::new("is an object; an attribute is a string, number, boolean or list").of(printable(name))),
+        _ => Some(serde_json::from_str(text).map_err(|e| Malformed::new(format!("is no attribute value: {e}")).of(printable(name)))?),
+    })
+}
+
+fn is_json(content_type: Option<&str>) -> bool {
+    let Some(content_type) = content_type else { return true };
+    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence.ends_with("/json") || essence.ends_with("+json")
+}
+
+/// Removes the white space outside strings, so that a payload is one line of an SSE frame. Numbers keep their digits.
+fn one_line(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    let (mut in_string, mut escaped) = (false, false);
+    for c in json.chars() {
+        if in_string {
+            in_string = escaped || c != '"';
+            escaped = c == '\\' && !escaped;
+        } else if c.is_ascii_whitespace() {
+            continue;
+        } else {
+            in_string = c == '"';
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// At most 64 characters of hostile text, fit for a log line.
+fn printable(text: &str) -> String {
+    text.chars().take(64).flat_map(char::escape_debug).collect()
+}
+
+impl Payload {
+    fn parse(content_type: Option<&str>, bytes: &Bytes) -> Result<Self, Malformed> {
+        let utf8 = std::str::from_utf8(bytes);
+        if is_json(content_type) {
+            let text = utf8.map_err(|_| Malformed::new("is not UTF-8; give binary data a datacontenttype such as application/octet-stream").of("data"))?;
+            serde_json::from_str::<IgnoredAny>(text)
+                .map_err(|e| Malformed::new(format!("is not valid JSON ({e}); give other data a datacontenttype such as text/plain")).of("data"))?;
+            return Ok(Self::Json(one_line(text).into()));
+        }
+        let textual = content_type.is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/") || t.to_ascii_lowercase().contains("xml"));
+        match utf8 {
+            Ok(text) if textual => Ok(Self::Text(text.into())),
+            _ => Ok(Self::Binary(bytes.clone())),
+        }
+    }
+}
+
+impl Serialize for Event {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut map = s.serialize_map(None)?;
+        map.serialize_entry("specversion", "1.0")?;
+        // Without the id, reading it back would take it for one that the publisher gave; with it, records name the event.
+        map.serialize_entry("id", &self.id)?;
+        map.serialize_entry("source", &self.source)?;
+        map.serialize_entry("type", &self.kind)?;
+        if let Some(subject) = &self.subject {
+            map.serialize_entry("subject", subject)?;
+        }
+        map.serialize_entry("time", &rfc3339(self.time_ms))?;
+        if let Some(content_type) = &self.datacontenttype {
+            map.serialize_entry("datacontenttype", content_type)?;
+        }
+        if let Some(schema) = &self.dataschema {
+            map.serialize_entry("dataschema", schema)?;
+        }
+        for (name, value) in &self.attributes {
+            map.serialize_entry(name, value)?;
+        }
+        match &self.data {
+            Payload::None => {}
+            Payload::Json(text) => {
+                let raw: &RawValue = serde_json::from_str(text).map_err(serde::ser::Error::custom)?;
+                map.serialize_entry("data", raw)?;
+            }
+            Payload::Text(text) => map.serialize_entry("data", text)?,
+            Payload::Binary(bytes) => map.serialize_entry("data_base64", &base64::engine::general_purpose::STANDARD.encode(bytes))?,
+        }
+        map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Event {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let raw = Box::<RawValue>::deserialize(d)?;
+        Self::from_json(EntryId::default(), "-", raw.get().as_bytes()).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Milliseconds since the Unix epoch as an RFC 3339 time in UTC.
+pub(crate) fn rfc3339(ms: u64) -> String {
+    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000);
+    time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| "9999-12-31T23:59:59Z".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENTRY: EntryId = EntryId { ms: 1_700_000_000_123, seq: 4 };
+
+    fn fields(pairs: &[(&str, &str)]) -> Result<Event, Malformed> {
+        let pairs: Vec<_> = pairs.iter().map(|(k, v)| (Bytes::copy_from_slice(k.as_bytes()), Bytes::copy_from_slice(v.as_bytes()))).collect();
+        Event::from_fields(ENTRY, "pointsman:events", &pairs)
+    }
+
+    #[test]
+    fn flat_fields_are_the_cloudevents_attributes() {
+        let event = fields(&[("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}")]).unwrap();
+        assert_eq!(event.kind.as_str(), "order.shipped");
+        assert_eq!((event.id.as_str(), event.time_ms, event.id_given), ("1700000000123-4", 1_700_000_000_123, false));
+        assert_eq!(event.attribute("user"), Some(&Value::Text("42".into())));
+        assert_eq!(event.data, Payload::Json(r#"{"order":7,"a b":"x  y\" "}"#.into()));
+    }
+
+    #[test]
+    fn what_is_written_reads_back_the_same() {
+        let document = r#"{"specversion":"1.0","id":"a","source":"/s","type":"t","time":"2026-01-02T03:04:05.678Z","n":3,"big":1.5,"ok":true,
+            "users":["a","b"],"subject":"s","data":{"x":123456789012345678901234567890}}"#;
+        let event = Event::from_json(ENTRY, "-", document.as_bytes()).unwrap();
+        assert_eq!(event.attribute("users"), Some(&Value::Text(r#"["a","b"]"#.into())));
+        assert_eq!(event.data, Payload::Json(r#"{"x":123456789012345678901234567890}"#.into()));
+        let again = Event::from_json(ENTRY, "-", event.to_json().as_bytes()).unwrap();
+        assert_eq!(event, again);
+    }
+
+    #[test]
+    fn each_bad_field_is_named() {
+        let check = |pairs: &[(&str, &str)], expect: &str| {
+            let error = fields(pairs).unwrap_err().to_string();
+            assert!(error.contains(expect), "{pairs:?} gave: {error}");
+        };
+        check(&[("user", "42")], "type is missing");
+        check(&[("type", "")], "type is empty");
+        check(&[("type", "a\nb")], "type has the control character U+000A");
+        check(&[("type", "t"), ("id", "x\r")], "id has the control character");
+        check(&[("type", "t"), ("id", &"x".repeat(300))], "id has 300 bytes");
+        check(&[("type", "t"), ("type", "u")], "type stands twice");
+        check(&[("type", "t"), ("time", "yesterday")], "time 'yesterday' is no RFC 3339");
+        check(&[("type", "t"), ("data", "{\"a\":")], "data is not valid JSON");
+        check(&[("type", "t"), ("Bad-Name", "1")], "'Bad-Name' is no attribute name");
+        check(&[("type", "t"), ("a\u{1b}[31m", "1")], "is no attribute name");
+        check(&[("type", "t"), ("user", "4\u{0}2")], "user has the control character U+0000");
+        check(&[("type", "t"), ("specversion", "0.3")], "only 1.0");
+        check(&[("event", "[]")], "is not a JSON object");
+        check(&[("event", "{}"), ("type", "t")], "event must be the only field");
+        check(&[("event", r#"{"type":"t","data":1,"data_base64":"AA=="}"#)], "exclude each other");
+        check(&[("event", r#"{"type":"t","x":{}}"#)], "x is an object");
+    }
+
+    #[test]
+    fn binary_data_survives() {
+        let bytes = Bytes::from_static(&[0, 159, 146, 150]);
+        let pairs = [("type", "t"), ("datacontenttype", "application/octet-stream")].map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes())));
+        let all = [pairs.as_slice(), &[(Bytes::from_static(b"data"), bytes.clone())]].concat();
+        let event = Event::from_fields(ENTRY, "-", &all).unwrap();
+        assert_eq!(event.data, Payload::Binary(bytes));
+        assert_eq!(Event::from_json(ENTRY, "-", event.to_json().as_bytes()).unwrap().data, event.data);
+    }
+}

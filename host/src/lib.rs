@@ -1,0 +1,11 @@
+//! Pointsman: a WebAssembly-extensible notification router.
+//!
+//! The modules, in the order in which data flows:
+//!
+//! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
+//! - [`broker`]: where events wait, logs live and nodes hear of appends.
+
+pub mod broker;
+pub mod criteria;
+pub mod event;
+pub mod metrics;

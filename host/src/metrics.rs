@@ -1,0 +1,143 @@
+//! Every metric in one table, under `pointsman_`. Names and labels are an API boundary; labels are bounded, never a user or an event id.
+//!
+//! A [`Metrics`] handle is passed in; there is no global. Served by `http` on the admin listener in the OpenMetrics text format.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+/// The key of a source.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SourceLabel {
+    pub source: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OutcomeLabel {
+    /// One of the five outcome words.
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginLabel {
+    pub plugin: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginCallLabel {
+    pub plugin: String,
+    /// `ok`, or the kind of failure: `deadline`, `memory`, `trap`, `refused`, `failed`.
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabel {
+    /// A fixed word of the code.
+    pub reason: &'static str,
+}
+
+type DurationFamily<L> = Family<L, Histogram, fn() -> Histogram>;
+
+macro_rules! metrics {
+    ($( $(#[doc = $help:literal])+ $field:ident: $kind:ty = $name:literal $(, unit $unit:expr)? $(, new $new:expr)? ;)+) => {
+        /// A cheap handle: clones share the numbers.
+        #[derive(Clone, Debug)]
+        pub struct Metrics {
+            $( $(#[doc = $help])+ pub $field: $kind, )+
+            registry: Arc<Registry>,
+        }
+
+        impl Default for Metrics {
+            fn default() -> Self {
+                let mut registry = Registry::with_prefix("pointsman");
+                $(
+                    let $field: $kind = metrics!(@new $($new)?);
+                    let help = [$($help),+].join(" ");
+                    metrics!(@register registry, $name, help.trim().trim_end_matches('.'), $field $(, $unit)?);
+                )+
+                Self { $($field,)+ registry: Arc::new(registry) }
+            }
+        }
+    };
+    (@new) => { Default::default() };
+    (@new $new:expr) => { $new };
+    (@register $registry:ident, $name:literal, $help:expr, $field:ident) => { $registry.register($name, $help, $field.clone()) };
+    (@register $registry:ident, $name:literal, $help:expr, $field:ident, $unit:expr) => { $registry.register_with_unit($name, $help, $unit, $field.clone()) };
+}
+
+fn call_durations() -> Histogram {
+    Histogram::new([1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 1e-3, 1e-2, 5e-2, 1.0])
+}
+
+metrics! {
+    /// Entries read from the sources: the five outcomes, those in flight, and those read again after a refusal.
+    events_read: Family<SourceLabel, Counter> = "events_read";
+    /// Entries read again because a commit was refused or its outcome unknown.
+    events_reread: Family<SourceLabel, Counter> = "events_reread";
+    /// Events by outcome, as committed by this node.
+    events: Family<OutcomeLabel, Counter> = "events";
+    /// Entries beyond the position.
+    source_lag: Family<SourceLabel, Gauge> = "source_lag_entries";
+    /// Times that this node found the broker away.
+    broker_away: Counter = "broker_away";
+    /// Calls of plugins by how they ended.
+    plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
+    /// How long calls of plugins took.
+    plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
+    /// Open streams on this node.
+    streams_open: Gauge = "streams_open";
+    /// Streams ended by this node, by reason.
+    streams_closed: Family<ReasonLabel, Counter> = "streams_closed";
+    /// Notifications written to streams.
+    notifications_sent: Counter = "notifications_sent";
+    /// Times that a stream's buffer was full and it went back to replay.
+    stream_overflows: Counter = "stream_overflows";
+    /// Replays begun, by cause.
+    replays: Family<ReasonLabel, Counter> = "replays";
+    /// Gaps announced, by reason.
+    gaps: Family<ReasonLabel, Counter> = "gaps";
+    /// Logs that this node follows.
+    logs_followed: Gauge = "logs_followed";
+    /// Times that the feed was lost and made again.
+    feed_resets: Counter = "feed_resets";
+    /// Requests to the HTTP interface refused, by reason.
+    requests_refused: Family<ReasonLabel, Counter> = "requests_refused";
+    /// Process start, in seconds since the Unix epoch.
+    start_time: Gauge<f64, AtomicU64> = "start_time", unit Unit::Seconds;
+}
+
+impl Metrics {
+    /// All metrics in the OpenMetrics text format.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        if let Err(error) = encode(&mut text, &self.registry) {
+            // Writing to a String does not fail; if the library refuses a metric, the reader of the page must see it.
+            let _ = writeln!(text, "# error {error}");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rendered_names_are_the_documented_ones() {
+        let metrics = Metrics::default();
+        metrics.events.get_or_create(&OutcomeLabel { outcome: "committed" }).inc();
+        metrics.plugin_call_duration.get_or_create(&PluginLabel { plugin: "address".into() }).observe(0.001);
+        let page = metrics.render();
+        for line in ["pointsman_events_total{outcome=\"committed\"} 1", "pointsman_plugin_call_duration_seconds_bucket", "pointsman_streams_open 0"] {
+            assert!(page.contains(line), "{line} is not in:\n{page}");
+        }
+    }
+}
