@@ -79,6 +79,8 @@ macro_rules! suite {
                     a_new_owner_continues_the_plan_from_the_stored_record,
                     slice_0_finds_a_duplicate_and_ends_the_plan,
                     the_slices_of_a_plan_count_once,
+                    a_plan_of_one_slice_is_a_commit,
+                    a_plan_that_was_begun_cannot_become_a_dead_letter,
                 ];
                 feeds: [
                     notices_come_in_the_order_of_commits,
