@@ -121,7 +121,8 @@ impl Event {
     /// As [`Event::from_fields`].
     pub fn from_json(entry: EntryId, source: &str, document: &[u8]) -> Result<Self, Malformed> {
         let text = std::str::from_utf8(document).map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
-        let members: Members = serde_json::from_str(text).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document"))?;
+        let members: Members =
+            serde_json::from_str(text).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document"))?;
         let mut draft = Draft::default();
         let (mut data, mut data_base64) = (None, None);
         for (name, raw) in members.0 {
@@ -161,6 +162,20 @@ impl Event {
     /// The event as a CloudEvents JSON document, from which [`Event::from_json`] reads the same event.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("an event is made of strings, numbers and valid JSON")
+    }
+
+    /// Sets an extension attribute, in place of one of that name.
+    ///
+    /// # Errors
+    /// [`Malformed`] names the attribute if its name is not one, or belongs to CloudEvents itself, if its value has a control character or is too
+    /// long, or if the event would have too many. The event is then as it was.
+    pub fn set_attribute(&mut self, name: &str, value: Value) -> Result<(), Malformed> {
+        const CORE: [&str; 10] =
+            ["id", "source", "type", "subject", "time", "specversion", "datacontenttype", "dataschema", "data", "data_base64"];
+        if CORE.contains(&name) {
+            return Err(Malformed::new("is no extension attribute and stays as it was published").of(name));
+        }
+        set_attribute(&mut self.attributes, name, value).map(|_was_there| ())
     }
 
     /// A text attribute, or the printed form of any other.
@@ -212,29 +227,17 @@ impl Draft {
                 }
                 self.specversion.replace(()).is_some()
             }
-            _ => {
-                let legal = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-                if !legal {
-                    return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
-                }
-                if let Value::Text(text) = &value {
-                    if text.len() > Event::MAX_ATTRIBUTE {
-                        return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Event::MAX_ATTRIBUTE)).of(name));
-                    }
-                    if let Some(c) = text.chars().find(|c| c.is_control()) {
-                        return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))).of(name));
-                    }
-                }
-                if self.attributes.len() == Event::MAX_ATTRIBUTES {
-                    return Err(Malformed::new(format!("has more than {} extension attributes", Event::MAX_ATTRIBUTES)).of("the event"));
-                }
-                self.attributes.insert(name.to_owned(), value).is_some()
-            }
+            _ => set_attribute(&mut self.attributes, name, value)?,
         };
         if twice { Err(Malformed::new("stands twice").of(name)) } else { Ok(()) }
     }
 
-    fn finish(self, entry: EntryId, source: &str, data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>) -> Result<Event, Malformed> {
+    fn finish(
+        self,
+        entry: EntryId,
+        source: &str,
+        data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>,
+    ) -> Result<Event, Malformed> {
         let kind = self.kind.ok_or_else(|| Malformed::new("is missing; every event needs one, such as order.shipped").of("type"))?;
         let source = match self.source {
             Some(source) => source,
@@ -259,6 +262,31 @@ impl Draft {
             id_given,
         })
     }
+}
+
+/// Sets an extension attribute, and tells whether it was there before.
+fn set_attribute(attributes: &mut BTreeMap<String, Value>, name: &str, value: Value) -> Result<bool, Malformed> {
+    let legal = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    if !legal {
+        return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
+    }
+    match &value {
+        Value::Text(text) => {
+            if text.len() > Event::MAX_ATTRIBUTE {
+                return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Event::MAX_ATTRIBUTE)).of(name));
+            }
+            if let Some(c) = text.chars().find(|c| c.is_control()) {
+                return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))).of(name));
+            }
+        }
+        // JSON has no word for them: they would read back as `null`.
+        Value::Decimal(d) if !d.is_finite() => return Err(Malformed::new(format!("is {d}, which is no number in JSON")).of(name)),
+        Value::Decimal(_) | Value::Integer(_) | Value::Flag(_) => {}
+    }
+    if attributes.len() == Event::MAX_ATTRIBUTES && !attributes.contains_key(name) {
+        return Err(Malformed::new(format!("has more than {} extension attributes", Event::MAX_ATTRIBUTES)).of("the event"));
+    }
+    Ok(attributes.insert(name.to_owned(), value).is_some())
 }
 
 /// The members of a JSON object in their order, repeated names and all: a map would keep the last one silently.
@@ -319,6 +347,15 @@ fn one_line(json: &str) -> String {
     out
 }
 
+/// Valid JSON from outside, made one line.
+///
+/// # Errors
+/// [`Malformed`] if it is not JSON.
+pub fn json_line(json: &str) -> Result<Box<RawValue>, Malformed> {
+    RawValue::from_string(json.to_owned()).map_err(|e| Malformed::new(format!("is not valid JSON: {e}")))?;
+    Ok(RawValue::from_string(one_line(json)).expect("white space between tokens means nothing"))
+}
+
 /// At most 64 characters of hostile text, fit for a log line.
 fn printable(text: &str) -> String {
     text.chars().take(64).flat_map(char::escape_debug).collect()
@@ -328,12 +365,16 @@ impl Payload {
     fn parse(content_type: Option<&str>, bytes: &Bytes) -> Result<Self, Malformed> {
         let utf8 = std::str::from_utf8(bytes);
         if is_json(content_type) {
-            let text = utf8.map_err(|_| Malformed::new("is not UTF-8; give binary data a datacontenttype such as application/octet-stream").of("data"))?;
-            serde_json::from_str::<IgnoredAny>(text)
-                .map_err(|e| Malformed::new(format!("is not valid JSON ({e}); give other data a datacontenttype such as text/plain")).of("data"))?;
+            let text = utf8.map_err(|_| {
+                Malformed::new("is not UTF-8; give binary data a datacontenttype such as application/octet-stream").of("data")
+            })?;
+            serde_json::from_str::<IgnoredAny>(text).map_err(|e| {
+                Malformed::new(format!("is not valid JSON ({e}); give other data a datacontenttype such as text/plain")).of("data")
+            })?;
             return Ok(Self::Json(one_line(text).into()));
         }
-        let textual = content_type.is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/") || t.to_ascii_lowercase().contains("xml"));
+        let textual = content_type
+            .is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/") || t.to_ascii_lowercase().contains("xml"));
         match utf8 {
             Ok(text) if textual => Ok(Self::Text(text.into())),
             _ => Ok(Self::Binary(bytes.clone())),
@@ -395,13 +436,16 @@ mod tests {
     const ENTRY: EntryId = EntryId { ms: 1_700_000_000_123, seq: 4 };
 
     fn fields(pairs: &[(&str, &str)]) -> Result<Event, Malformed> {
-        let pairs: Vec<_> = pairs.iter().map(|(k, v)| (Bytes::copy_from_slice(k.as_bytes()), Bytes::copy_from_slice(v.as_bytes()))).collect();
+        let pairs: Vec<_> =
+            pairs.iter().map(|(k, v)| (Bytes::copy_from_slice(k.as_bytes()), Bytes::copy_from_slice(v.as_bytes()))).collect();
         Event::from_fields(ENTRY, "pointsman:events", &pairs)
     }
 
     #[test]
     fn flat_fields_are_the_cloudevents_attributes() {
-        let event = fields(&[("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}")]).unwrap();
+        let event =
+            fields(&[("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}")])
+                .unwrap();
         assert_eq!(event.kind.as_str(), "order.shipped");
         assert_eq!((event.id.as_str(), event.time_ms, event.id_given), ("1700000000123-4", 1_700_000_000_123, false));
         assert_eq!(event.attribute("user"), Some(&Value::Text("42".into())));
@@ -444,9 +488,38 @@ mod tests {
     }
 
     #[test]
+    fn an_attribute_that_a_plugin_sets_is_checked_as_a_publishers() {
+        let mut event = fields(&[("type", "t"), ("a", "1")]).unwrap();
+        let before = event.clone();
+        for (name, value, expect) in [
+            ("id", Value::Flag(true), "id is no extension attribute"),
+            ("A", Value::Flag(true), "'A' is no attribute name"),
+            ("a", Value::Text("x\ny".into()), "a has the control character U+000A"),
+            ("a", Value::Decimal(f64::NAN), "a is NaN"),
+            ("a", Value::Text("x".repeat(70_000)), "a has 70000 bytes"),
+        ] {
+            let error = event.set_attribute(name, value).unwrap_err().to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+        assert_eq!(event, before);
+        for n in 1..Event::MAX_ATTRIBUTES {
+            event.set_attribute(&format!("n{n}"), Value::Integer(1)).unwrap();
+        }
+        event.set_attribute("a", Value::Integer(2)).unwrap();
+        assert!(event.set_attribute("b", Value::Integer(2)).unwrap_err().to_string().contains("more than 64"));
+    }
+
+    #[test]
+    fn json_becomes_one_line_and_keeps_its_digits() {
+        assert_eq!(json_line("{\n \"a\" : 1e400,\t\"b\": \"x y\"}").unwrap().get(), r#"{"a":1e400,"b":"x y"}"#);
+        assert!(json_line("{\"a\":").unwrap_err().to_string().contains("is not valid JSON"));
+    }
+
+    #[test]
     fn binary_data_survives() {
         let bytes = Bytes::from_static(&[0, 159, 146, 150]);
-        let pairs = [("type", "t"), ("datacontenttype", "application/octet-stream")].map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes())));
+        let pairs = [("type", "t"), ("datacontenttype", "application/octet-stream")]
+            .map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes())));
         let all = [pairs.as_slice(), &[(Bytes::from_static(b"data"), bytes.clone())]].concat();
         let event = Event::from_fields(ENTRY, "-", &all).unwrap();
         assert_eq!(event.data, Payload::Binary(bytes));

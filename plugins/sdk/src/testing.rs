@@ -173,7 +173,9 @@ fn field(value: &serde_json::Value) -> Option<Value> {
 fn matches(pattern: &str, text: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == text,
-        Some((head, rest)) => text.strip_prefix(head).is_some_and(|tail| (0..=tail.len()).any(|at| tail.is_char_boundary(at) && matches(rest, &tail[at..]))),
+        Some((head, rest)) => {
+            text.strip_prefix(head).is_some_and(|tail| (0..=tail.len()).any(|at| tail.is_char_boundary(at) && matches(rest, &tail[at..])))
+        }
     }
 }
 
@@ -203,7 +205,8 @@ mod tests {
             .json(&serde_json::json!({"a": {"b": 7}, "none": null, "list": [1, "x"]}))
             .seen_by(&reader)
             .unwrap();
-        let expect = [("user", "42".into()), ("/a/b", 7.into()), ("/list", r#"[1,"x"]"#.into())].map(|(name, value): (_, Value)| (name.to_owned(), value));
+        let expect = [("user", "42".into()), ("/a/b", 7.into()), ("/list", r#"[1,"x"]"#.into())]
+            .map(|(name, value): (_, Value)| (name.to_owned(), value));
         assert_eq!(seen.attributes, expect);
         assert_eq!(seen.data, Payload::None);
         assert!(event("bill.paid").seen_by(&reader).is_some());
