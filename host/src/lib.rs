@@ -9,3 +9,5 @@ pub mod broker;
 pub mod criteria;
 pub mod event;
 pub mod metrics;
+pub mod pipeline;
+pub mod plugin;
