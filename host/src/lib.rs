@@ -8,4 +8,10 @@
 pub mod broker;
 pub mod criteria;
 pub mod event;
+pub mod hub;
+pub mod ingest;
 pub mod metrics;
+pub mod pipeline;
+pub mod recipients;
+pub mod sse;
+pub mod subscription;
