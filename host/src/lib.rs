@@ -4,13 +4,14 @@
 //!
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
-//! - [`auth`]: who is asking. [`server`]: the accept loop.
+//! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
 
 pub mod auth;
 pub mod broker;
 pub mod criteria;
 pub mod event;
+pub mod http;
 pub mod metrics;
 pub mod readiness;
 pub mod server;
