@@ -4,14 +4,21 @@
 //!
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
+//! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
+//! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
 
+pub mod auth;
 pub mod broker;
 pub mod criteria;
 pub mod event;
+pub mod http;
 pub mod hub;
 pub mod ingest;
 pub mod metrics;
 pub mod pipeline;
+pub mod readiness;
 pub mod recipients;
+pub mod server;
+pub mod shutdown;
 pub mod sse;
 pub mod subscription;

@@ -25,7 +25,15 @@ mod data;
 mod pulse;
 
 pub use data::data_of;
-pub use pulse::{Kill, Pulse};
+pub use pulse::Pulse;
+
+/// What a stream asks of the connection that carries it.
+pub trait Socket: std::fmt::Debug + Send + Sync {
+    /// For how long it has not taken a byte of those that wait for it. `None`: it takes what it gets.
+    fn stalled_for(&self) -> Option<Duration>;
+    /// Cuts it.
+    fn kill(&self);
+}
 
 /// At most about so many bytes leave in one write.
 const WRITE: usize = 16 * 1024;
@@ -80,8 +88,8 @@ struct Signals {
     heartbeat: AtomicBool,
     cursor: AtomicBool,
     end: Mutex<Option<End>>,
-    /// Set when the socket took bytes since the timer looked.
-    has_moved: AtomicBool,
+    /// `None` where nothing is known of the connection, as in tests.
+    socket: Option<Arc<dyn Socket>>,
 }
 
 impl Signals {
@@ -105,16 +113,15 @@ pub struct Body {
 
 impl Body {
     /// The body of an open stream, kept alive by `pulse`. `expires_ms`: when its token expires, in milliseconds since the Unix epoch.
-    /// `kill` ends the connection when the socket does not move.
-    pub fn new(guard: StreamGuard, pulse: &Pulse, metrics: Metrics, expires_ms: Option<u64>, kill: Option<Kill>) -> Self {
+    pub fn new(guard: StreamGuard, pulse: &Pulse, metrics: Metrics, expires_ms: Option<u64>, socket: Option<Arc<dyn Socket>>) -> Self {
         let signals = Arc::new(Signals {
             guard,
             heartbeat: AtomicBool::new(false),
             cursor: AtomicBool::new(false),
             end: Mutex::new(None),
-            has_moved: AtomicBool::new(true),
+            socket,
         });
-        pulse.watch(&signals, expires_ms, kill);
+        pulse.watch(&signals, expires_ms);
         let retry_ms = pulse.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
         Self { signals, metrics, retry_ms, is_opened: false, is_ended: false, buffer, cursor, sent_cursor }
@@ -191,7 +198,6 @@ impl http_body::Body for Body {
         if this.is_ended {
             return Poll::Ready(None);
         }
-        this.signals.has_moved.store(true, Ordering::Release);
         // Registered before looking, or what comes in between would wait for the next heartbeat.
         this.signals.guard.stream().register(cx.waker());
         this.collect();
@@ -202,6 +208,11 @@ impl http_body::Body for Body {
         }
         Poll::Ready(Some(Ok(Frame::data(this.buffer.split().freeze()))))
     }
+}
+
+/// All that a stream says which this node cannot serve now. With status 200, because an `EventSource` never comes back after any other.
+pub fn refusal(reason: &str, retry_ms: u64) -> String {
+    format!("retry: {}\nevent: close\ndata: {{\"reason\":\"{reason}\"}}\n\n", spread_retry(retry_ms))
 }
 
 fn put_id(out: &mut BytesMut, cursor: &str) {

@@ -10,9 +10,6 @@ use crate::subscription::replay::now_ms;
 
 use super::{Config, End, Signals, spread_retry};
 
-/// Ends a connection whose socket does not move.
-pub type Kill = Box<dyn Fn() + Send + Sync>;
-
 /// Seconds around the wheel; a stream is looked at no later than this.
 const SLOTS: usize = 64;
 
@@ -33,12 +30,9 @@ struct Wheel {
 
 struct Entry {
     signals: Weak<Signals>,
-    kill: Option<Kill>,
     end: Option<(u64, End)>,
     next_heartbeat_ms: u64,
     next_cursor_ms: u64,
-    /// Since when the socket has not taken what waits for it.
-    stalled_since_ms: Option<u64>,
 }
 
 impl std::fmt::Debug for Pulse {
@@ -66,12 +60,16 @@ impl Pulse {
         pulse
     }
 
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
     /// What a client is told to wait before it comes back, in milliseconds; another number for each.
     pub(super) fn retry_ms(&self) -> u64 {
         spread_retry(self.0.config.retry_ms)
     }
 
-    pub(super) fn watch(&self, signals: &Arc<Signals>, expires_ms: Option<u64>, kill: Option<Kill>) {
+    pub(super) fn watch(&self, signals: &Arc<Signals>, expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = now_ms();
         let age = (config.max_age_s > 0).then(|| (now + spread(config.max_age_s * 1000, 0.8, 1.0), End::Age));
@@ -79,11 +77,9 @@ impl Pulse {
         let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
         let entry = Entry {
             signals: Arc::downgrade(signals),
-            kill,
             end,
             next_heartbeat_ms: now + self.0.heartbeat_ms(),
             next_cursor_ms: now + config.cursor_s * 1000,
-            stalled_since_ms: None,
         };
         self.0.lock().put(entry, now);
     }
@@ -138,16 +134,12 @@ impl Shared {
     /// Does what is due; `None` when the stream is gone.
     fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
         let signals = entry.signals.upgrade()?;
-        let has_moved = signals.has_moved.swap(false, Ordering::AcqRel);
-        let waits = signals.heartbeat.load(Ordering::Acquire) || signals.guard.stream().lock().is_ready();
-        entry.stalled_since_ms = if has_moved || !waits { None } else { entry.stalled_since_ms.or(Some(now)) };
-        if entry.stalled_since_ms.is_some_and(|since| now - since >= self.config.stall_s * 1000) {
+        let stall = Duration::from_secs(self.config.stall_s);
+        if let Some(socket) = signals.socket.as_ref().filter(|socket| socket.stalled_for().is_some_and(|stalled| stalled >= stall)) {
             self.closed("stalled");
             let user = signals.guard.stream().lock().user().clone();
             tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "closing a stream whose socket does not move");
-            if let Some(kill) = &entry.kill {
-                kill();
-            }
+            socket.kill();
             return None;
         }
         if let Some((at, end)) = entry.end
