@@ -17,7 +17,7 @@ use crate::broker::Verdict;
 use crate::event::{Event, Name, Plan, Priority, Value};
 use crate::metrics::{Metrics, PluginCallLabel, PluginLabel};
 use crate::plugin::registry::{Chain, Generation, OnFailure, PluginState, Registry};
-use crate::plugin::{Amended, Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
+use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
 
 /// An event is tried this often by a plugin that fails.
 const ATTEMPTS: u32 = 2;
@@ -29,7 +29,7 @@ const MIN_SHARE: usize = 4;
 /// What became of one event.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// As filters amended it.
+    /// As filters amended it; if it failed, as it was published, so that it can be tried again.
     pub event: Event,
     pub resolution: Resolution,
     /// Of the plugins that were asked, and of those that were not for want of interest, in order.
@@ -219,31 +219,41 @@ impl Worker {
     fn fold(&mut self, chain: &Chain, event: &mut Event, verdicts: &mut Vec<Verdict>, clock_ms: u64, ticking: &Ticking) -> Resolution {
         let payload = ParsedPayload::default();
         let mut priority = published_priority(event);
+        let mut amended: Option<Event> = None;
+        let mut dropped = None;
         for generation in &chain.filters {
-            let call = Call { event, priority, clock_ms, payload: &payload };
+            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
             match self.ask(generation, Role::Filter, &call, verdicts, ticking) {
-                Asked::Answered(Answer::Amend(amended)) => {
-                    let Amended { event: amended, priority: new } = *amended;
-                    *event = amended;
-                    priority = new.unwrap_or(priority);
+                Asked::Answered(Answer::Amend(answer)) => {
+                    priority = answer.priority.unwrap_or(priority);
+                    amended = Some(answer.event);
                 }
                 Asked::Answered(Answer::Drop(reason)) => {
-                    return Resolution::Discarded { plugin: generation.plugin.name().to_string(), reason };
+                    dropped = Some(Resolution::Discarded { plugin: generation.plugin.name().to_string(), reason });
+                    break;
                 }
                 Asked::Answered(Answer::Keep | Answer::Routes(_)) | Asked::Passed => {}
                 Asked::Over(resolution) => return resolution,
             }
         }
         let mut plan = Plan::default();
-        for generation in &chain.routers {
-            let call = Call { event, priority, clock_ms, payload: &payload };
+        let routers = if dropped.is_none() { chain.routers.as_slice() } else { &[] };
+        for generation in routers {
+            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
             match self.ask(generation, Role::Router, &call, verdicts, ticking) {
                 Asked::Answered(Answer::Routes(answered)) => plan.routes.extend(answered.routes),
                 Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_)) | Asked::Passed => {}
                 Asked::Over(resolution) => return resolution,
             }
         }
-        if plan.routes.is_empty() { Resolution::Unrouted } else { Resolution::Planned(plan) }
+        if let Some(amended) = amended {
+            *event = amended;
+        }
+        match dropped {
+            Some(discarded) => discarded,
+            None if plan.routes.is_empty() => Resolution::Unrouted,
+            None => Resolution::Planned(plan),
+        }
     }
 
     /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
