@@ -15,6 +15,7 @@ use pointsman::broker::{
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
 mod commits;
+mod on_embedded;
 mod sources;
 
 /// Makes a test of each promise on one broker, named as `conformance::<broker>::<promise>`.
@@ -53,6 +54,9 @@ macro_rules! suite {
         )+)+
     };
 }
+
+suite!(embedded, on_embedded::Place::durable());
+suite!(ephemeral, on_embedded::Place::ephemeral());
 
 /// A place that holds the data of one installation, and brokers on it.
 #[async_trait]
