@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 mod cloudevents;
 mod plan;
 
+pub(crate) use cloudevents::rfc3339;
 pub use cloudevents::{Event, Malformed, Payload, Value};
 pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
 

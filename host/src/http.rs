@@ -22,9 +22,11 @@ use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
 use crate::broker::{Broker, Retention};
+use crate::hub::Hub;
 use crate::metrics::{Metrics, ReasonLabel};
 use crate::readiness::Readiness;
 use crate::server::Connection;
+use crate::sse::Pulse;
 
 mod cors;
 mod dead;
@@ -35,7 +37,9 @@ mod events;
 mod fake;
 mod health;
 mod members;
+mod notifications;
 mod page;
+mod stream;
 mod users;
 
 pub use cors::Origins;
@@ -45,8 +49,8 @@ pub use error::ApiError;
 pub fn routes(state: Arc<State>) -> Router {
     let mut routes = Router::new()
         .route("/v1/events", post(events::publish))
-        // The way out: `GET /v1/stream` (stream::open) and `GET /v1/notifications` (notifications::page) belong here. A handler of a stream
-        // finds its `Arc<server::Connection>` in the request's extensions and asks it `is_surplus` first: `refuse_surplus` lets it pass.
+        .route("/v1/stream", get(stream::open))
+        .route("/v1/notifications", get(notifications::page))
         .route("/v1/groups/{group}/members/{user}", put(members::join).delete(members::leave).get(members::show))
         .route("/v1/users/{user}/attributes", get(users::show).put(users::replace).delete(users::clear))
         .route("/v1/dead", get(dead::list))
@@ -96,6 +100,8 @@ pub struct Limits {
     pub publish_wait_s: u64,
     /// Seconds that a client has to send a body (30).
     pub body_timeout_s: u64,
+    /// Seconds that a request to read notifications waits for the broker (5).
+    pub read_wait_s: u64,
 }
 
 impl Default for Limits {
@@ -107,6 +113,7 @@ impl Default for Limits {
             publish_requests: 64,
             publish_wait_s: 5,
             body_timeout_s: 30,
+            read_wait_s: 5,
         }
     }
 }
@@ -116,6 +123,9 @@ impl Default for Limits {
 pub struct State {
     /// Empty until the broker answered for the first time: the listeners are up before it is.
     broker: OnceLock<Arc<dyn Broker>>,
+    /// Empty as long as there is no broker.
+    hub: OnceLock<Hub>,
+    pulse: Pulse,
     auth: Auth,
     readiness: Readiness,
     metrics: Metrics,
@@ -127,16 +137,33 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(auth: Auth, origins: Origins, limits: Limits, retention: Retention, readiness: Readiness, metrics: Metrics) -> Self {
+    pub fn new(
+        auth: Auth,
+        origins: Origins,
+        limits: Limits,
+        retention: Retention,
+        readiness: Readiness,
+        metrics: Metrics,
+        pulse: Pulse,
+    ) -> Self {
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
-        Self { broker: OnceLock::new(), auth, readiness, metrics, limits, retention, origins, publishing }
+        Self { broker: OnceLock::new(), hub: OnceLock::new(), pulse, auth, readiness, metrics, limits, retention, origins, publishing }
     }
 
-    /// Gives the handlers their broker; a second one is ignored.
-    pub fn set_broker(&self, broker: Arc<dyn Broker>) {
-        if self.broker.set(broker).is_err() {
+    /// Gives the handlers their broker and the hub that listens to it; a second one is ignored.
+    pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
+        if self.broker.set(broker).is_err() || self.hub.set(hub).is_err() {
             tracing::debug!("the broker was there already");
         }
+    }
+
+    /// The hub; `None` as long as the broker never answered.
+    pub fn hub(&self) -> Option<&Hub> {
+        self.hub.get()
+    }
+
+    pub fn pulse(&self) -> &Pulse {
+        &self.pulse
     }
 
     /// The broker.

@@ -30,10 +30,16 @@ pub mod config;
 pub mod criteria;
 pub mod event;
 pub mod http;
+pub mod hub;
+pub mod ingest;
 pub mod metrics;
+pub mod pipeline;
 pub mod readiness;
+pub mod recipients;
 pub mod server;
 pub mod shutdown;
+pub mod sse;
+pub mod subscription;
 
 /// How long between two looks at the broker's health.
 const CHECK_EVERY: Duration = Duration::from_secs(5);

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::shutdown::Shutdown;
+use crate::sse;
 
 /// The `[listen]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,17 +93,6 @@ impl Connection {
         self.is_surplus
     }
 
-    /// Cuts it, whatever is under way, with a reset: the way out when the socket does not move, as bytes waiting for it would wait on.
-    pub fn kill(&self) {
-        self.kill.cancel();
-    }
-
-    /// For how long the socket has not taken a byte of those that wait for it. `None`: it takes what it gets.
-    pub fn stalled_for(&self) -> Option<Duration> {
-        let since = self.stalled_since_ms.load(Relaxed).checked_sub(1)?;
-        Some(self.accepted.elapsed().saturating_sub(Duration::from_millis(since)))
-    }
-
     fn note_write<T>(&self, outcome: &Poll<io::Result<T>>) {
         match outcome {
             Poll::Pending if self.stalled_since_ms.load(Relaxed) == 0 => {
@@ -112,6 +102,18 @@ impl Connection {
             Poll::Ready(_) if self.stalled_since_ms.load(Relaxed) != 0 => self.stalled_since_ms.store(0, Relaxed),
             _ => {}
         }
+    }
+}
+
+impl sse::Socket for Connection {
+    fn stalled_for(&self) -> Option<Duration> {
+        let since = self.stalled_since_ms.load(Relaxed).checked_sub(1)?;
+        Some(self.accepted.elapsed().saturating_sub(Duration::from_millis(since)))
+    }
+
+    /// Whatever is under way, with a reset: bytes waiting for a socket that does not move would wait on.
+    fn kill(&self) {
+        self.kill.cancel();
     }
 }
 
@@ -288,6 +290,7 @@ impl AsyncWrite for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sse::Socket as _;
     use axum::Extension;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -19,8 +19,10 @@ use crate::broker::{
     PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
+use crate::hub::Hub;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
+use crate::sse::{self, Pulse};
 
 type Fields = Vec<(Bytes, Bytes)>;
 
@@ -206,7 +208,9 @@ impl Site {
 
     pub(super) fn new(broker: FakeBroker, auth: auth::Config) -> Self {
         let site = Self { state: Self::state(&auth), broker };
-        site.state.set_broker(Arc::new(site.broker.clone()));
+        let broker: Arc<dyn Broker> = Arc::new(site.broker.clone());
+        let hub = Hub::start(Arc::clone(&broker), Metrics::default());
+        site.state.set_broker(broker, hub);
         site
     }
 
@@ -217,7 +221,7 @@ impl Site {
     fn state(auth: &auth::Config) -> Arc<State> {
         let origins = Origins::new(&["https://shop.example".to_owned()], auth.dev).unwrap();
         let auth = Auth::new(auth, &[]).unwrap();
-        Arc::new(State::new(auth, origins, Limits::default(), Retention::default(), Readiness::default(), Metrics::default()))
+        Arc::new(State::new(auth, origins, Limits::default(), Retention::default(), Readiness::default(), Metrics::default(), Pulse::start(sse::Config::default(), Metrics::default())))
     }
 
     /// One request to the routes for applications; the body of the answer as JSON, `null` where it is none.
