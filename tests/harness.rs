@@ -1,0 +1,3 @@
+//! What tests start and talk to.
+
+pub mod redis;
