@@ -1,0 +1,4 @@
+//! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
+
+mod clients;
+mod harness;
