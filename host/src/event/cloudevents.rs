@@ -379,7 +379,7 @@ impl Serialize for Event {
                 let raw: &RawValue = serde_json::from_str(text).map_err(serde::ser::Error::custom)?;
                 map.serialize_entry("data", raw)?;
             }
-            Payload::Text(text) => map.serialize_entry("data", text)?,
+            Payload::Text(text) => map.serialize_entry("data", &**text)?,
             Payload::Binary(bytes) => map.serialize_entry("data_base64", &base64::engine::general_purpose::STANDARD.encode(bytes))?,
         }
         map.end()

@@ -1,0 +1,126 @@
+//! Who a plan reaches: which of its routes, if any, wins for one recipient.
+//!
+//! Judged on the way to the socket, as memberships and attributes are then; what the cursor has passed is not revisited. A member of a
+//! group sees what was committed from joining to leaving, and both are ids, so that a commit cannot race with a change. Knows nothing
+//! of streams: see `subscription`. Where memberships are kept is the broker's business.
+
+use crate::broker::{PartitionNumber, Recipient};
+use crate::event::{Name, NotificationId, Plan, Priority, Target};
+
+/// Where in the history a plan stands, and when it is judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    pub partition: PartitionNumber,
+    pub id: NotificationId,
+    /// Now, by the broker's clock, in milliseconds since the Unix epoch.
+    pub now_ms: u64,
+}
+
+impl Recipient {
+    /// Whether what was committed to the group under `id` is this recipient's: above the id of joining, not above that of leaving.
+    pub fn is_member(&self, group: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
+        let span = self.groups.get(group).and_then(|spans| spans.get(&partition));
+        span.is_some_and(|span| span.joined < id && span.left.is_none_or(|left| id <= left))
+    }
+
+    /// The logs that hold something for this recipient above `after`, each with the id from which it counts.
+    pub fn logs(&self, user: &Name, partition: PartitionNumber, after: NotificationId) -> Vec<(Target, NotificationId)> {
+        let own = [(Target::User(user.clone()), after), (Target::Everyone, after)];
+        let groups = self.groups.iter().filter_map(|(group, spans)| {
+            let span = spans.get(&partition)?;
+            let ended = span.left.is_some_and(|left| left <= after);
+            (!ended).then(|| (Target::Group(group.clone()), after.max(span.joined)))
+        });
+        own.into_iter().chain(groups).collect()
+    }
+}
+
+/// The index of the route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
+pub fn winning_route(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<usize> {
+    let mut winner: Option<(usize, Priority)> = None;
+    for (index, route) in plan.routes.iter().enumerate() {
+        if winner.is_some_and(|(_, priority)| priority >= route.priority) {
+            continue;
+        }
+        let is_alive = route.expires_ms.is_none_or(|expires| moment.now_ms < expires);
+        let is_named = || {
+            route.to.iter().any(|target| match target {
+                Target::User(name) => name == user,
+                Target::Group(group) => recipient.is_member(group, moment.partition, moment.id),
+                Target::Everyone => true,
+            })
+        };
+        let holds = || route.when.as_ref().is_none_or(|criteria| criteria.hold(&recipient.attributes));
+        if is_alive && is_named() && holds() {
+            winner = Some((index, route.priority));
+        }
+    }
+    winner.map(|(index, _)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::broker::Span;
+    use crate::criteria::{Attributes, Criteria, Operator, Test};
+    use crate::event::{Route, Value};
+
+    const P: PartitionNumber = PartitionNumber(0);
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    fn route(to: &str, priority: Priority) -> Route {
+        let to = to.split(' ').map(|target| target.parse().unwrap()).collect();
+        Route { by: name("test"), to, when: None, priority, expires_ms: None, collapse: None, event_name: None, body: None }
+    }
+
+    fn at(id: u64) -> Moment {
+        Moment { partition: P, id: NotificationId(id), now_ms: 1_000 }
+    }
+
+    fn member(joined: u64, left: Option<u64>) -> Recipient {
+        let span = Span { joined: NotificationId(joined), left: left.map(NotificationId) };
+        Recipient { groups: BTreeMap::from([(name("ops"), BTreeMap::from([(P, span)]))]), ..Recipient::default() }
+    }
+
+    #[test]
+    fn the_highest_priority_wins_then_the_first_route() {
+        let plan = Plan { routes: vec![route("u:a", Priority::Low), route("all", Priority::High), route("g:ops u:a", Priority::High)] };
+        let winner = |user: &str| winning_route(&plan, &name(user), &Recipient::default(), at(5));
+        assert_eq!(winner("a"), Some(1));
+        assert_eq!(winner("b"), Some(1));
+    }
+
+    #[test]
+    fn a_member_sees_from_joining_to_leaving() {
+        let plan = Plan { routes: vec![route("g:ops", Priority::Normal)] };
+        let sees = |recipient: &Recipient, id| winning_route(&plan, &name("a"), recipient, at(id)).is_some();
+        let left = member(10, Some(20));
+        assert_eq!([10, 11, 20, 21].map(|id| sees(&left, id)), [false, true, true, false]);
+        assert!(sees(&member(10, None), 1_000));
+        assert!(!sees(&Recipient::default(), 1_000));
+    }
+
+    #[test]
+    fn conditions_and_expiry_are_judged_now() {
+        let test = Test { attribute: "plan".into(), operator: Operator::Equals, values: vec![Value::Text("pro".into())] };
+        let when = Some(Criteria::new(vec![vec![test]]).unwrap());
+        let plan = Plan { routes: vec![Route { when, expires_ms: Some(1_001), ..route("all", Priority::Normal) }] };
+        let pro = Recipient { attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]), ..Recipient::default() };
+        assert_eq!(winning_route(&plan, &name("a"), &pro, at(1)), Some(0));
+        assert_eq!(winning_route(&plan, &name("a"), &Recipient::default(), at(1)), None);
+        assert_eq!(winning_route(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
+    }
+
+    #[test]
+    fn a_group_left_before_the_cursor_is_not_read_again() {
+        let logs = |after| member(10, Some(20)).logs(&name("a"), P, NotificationId(after));
+        assert_eq!(logs(5)[2], ("g:ops".parse().unwrap(), NotificationId(10)));
+        assert_eq!(logs(15)[2].1, NotificationId(15));
+        assert_eq!(logs(20).len(), 2);
+    }
+}

@@ -1,0 +1,174 @@
+//! The cursor: what a client has had, in at most 123 bytes of `[A-Za-z0-9_-]`. It is the `id:` of every frame and comes back as `Last-Event-ID`.
+//!
+//! Longer, or with other bytes, and a browser would ask permission (a preflight) before every reconnect to another origin. The grammar,
+//! in characters of base64url, each of them six bits:
+//!
+//! ```text
+//! cursor    = "1" user partitions *12position *3had
+//! user      = 2           ; 12 bits of SHA-256 of the user's name: another user's cursor is no cursor
+//! partitions= 2           ; a bit for each partition number, lowest first
+//! position  = life(2) id(9)   ; for each bit that is set, ascending
+//! had       = partition(1) id(9)  ; an id above its partition's position that was sent before lower ones
+//! ```
+//!
+//! The first character is the version of the grammar. Whatever else arrives is [`Unreadable`], never a panic: clients store it and may send anything.
+
+use sha2::{Digest, Sha256};
+
+use crate::broker::PartitionNumber;
+use crate::event::{BASE64URL, Life, Name, NotificationId};
+
+const VERSION: u8 = b'1';
+
+/// The most ids that may have overtaken lower ones, over all partitions: more would not fit the cursor.
+pub const MAX_HAD: usize = 3;
+
+/// How far a client is in one partition: everything up to `low_water` was sent or judged away, in this life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub partition: PartitionNumber,
+    pub life: Life,
+    pub low_water: NotificationId,
+}
+
+/// What a client has had.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    /// Ascending by partition; a partition that is missing was added later and is read from its beginning.
+    pub positions: Vec<Position>,
+    /// At most [`MAX_HAD`].
+    pub had: Vec<(PartitionNumber, NotificationId)>,
+}
+
+/// Why a text is no cursor for this user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    #[error("it is no cursor of this version")]
+    Garbled,
+    #[error("it is another user's")]
+    AnotherUsers,
+}
+
+impl Cursor {
+    /// Writes the cursor for this user.
+    pub fn encode(&self, user: &Name, out: &mut String) {
+        out.push(char::from(VERSION));
+        put(out, user_hash(user), 2);
+        let bits = self.positions.iter().fold(0, |bits, position| bits | 1 << position.partition.0);
+        put(out, bits, 2);
+        for position in &self.positions {
+            put(out, u64::from(position.life.bits()), 2);
+            put(out, position.low_water.0, 9);
+        }
+        for (partition, id) in &self.had {
+            put(out, u64::from(partition.0), 1);
+            put(out, id.0, 9);
+        }
+    }
+
+    /// Reads a cursor back.
+    ///
+    /// # Errors
+    /// [`Unreadable`] for anything that [`Cursor::encode`] did not write for this user.
+    pub fn decode(text: &str, user: &Name) -> Result<Self, Unreadable> {
+        let mut rest = text.as_bytes().strip_prefix(&[VERSION]).ok_or(Unreadable::Garbled)?;
+        if take(&mut rest, 2)? != user_hash(user) {
+            return Err(Unreadable::AnotherUsers);
+        }
+        let bits = take(&mut rest, 2)?;
+        let mut cursor = Self::default();
+        for number in (0..PartitionNumber::MAX).filter(|number| bits >> number & 1 == 1) {
+            let life = Life::from_bits(take(&mut rest, 2)? as u16);
+            cursor.positions.push(Position { partition: PartitionNumber(number), life, low_water: id(&mut rest)? });
+        }
+        while !rest.is_empty() {
+            let partition = PartitionNumber(take(&mut rest, 1)? as u8);
+            let had = (partition, id(&mut rest)?);
+            let position = cursor.positions.iter().find(|position| position.partition == partition);
+            if cursor.had.len() == MAX_HAD || position.is_none_or(|position| had.1 <= position.low_water) || cursor.had.contains(&had) {
+                return Err(Unreadable::Garbled);
+            }
+            cursor.had.push(had);
+        }
+        Ok(cursor)
+    }
+}
+
+fn user_hash(user: &Name) -> u64 {
+    let digest = Sha256::digest(user.as_str());
+    u64::from(digest[0]) << 4 | u64::from(digest[1] >> 4)
+}
+
+/// Writes the lowest `n * 6` bits, highest first.
+fn put(out: &mut String, value: u64, n: u32) {
+    for at in (0..n).rev() {
+        out.push(char::from(BASE64URL[(value >> (at * 6) & 63) as usize]));
+    }
+}
+
+fn take(rest: &mut &[u8], n: usize) -> Result<u64, Unreadable> {
+    let (head, tail) = rest.split_at_checked(n).ok_or(Unreadable::Garbled)?;
+    *rest = tail;
+    head.iter().try_fold(0, |value, byte| {
+        let six = BASE64URL.iter().position(|c| c == byte).ok_or(Unreadable::Garbled)?;
+        Ok(value << 6 | six as u64)
+    })
+}
+
+fn id(rest: &mut &[u8]) -> Result<NotificationId, Unreadable> {
+    let id = NotificationId(take(rest, 9)?);
+    if id > NotificationId::MAX { Err(Unreadable::Garbled) } else { Ok(id) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::{btree_set, vec};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    prop_compose! {
+        fn cursors()(
+            numbers in btree_set(0..PartitionNumber::MAX, 0..=8),
+            lives in vec(0..4096_u16, 8),
+            ids in vec(0..(1_u64 << 52), 8),
+            had in btree_set((0..8_usize, 1..(1_u64 << 51)), 0..=MAX_HAD),
+        ) -> Cursor {
+            let positions: Vec<_> = numbers.into_iter().zip(lives).zip(ids).map(|((number, life), id)| Position {
+                partition: PartitionNumber(number), life: Life::from_bits(life), low_water: NotificationId(id),
+            }).collect();
+            let had = had.into_iter().filter_map(|(at, above)| {
+                positions.get(at).map(|p| (p.partition, NotificationId(p.low_water.0 + above)))
+            }).collect();
+            Cursor { positions, had }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_cursor_reads_back_and_needs_no_preflight(cursor in cursors(), user in "[a-z]{1,8}") {
+            let mut text = String::new();
+            cursor.encode(&name(&user), &mut text);
+            prop_assert!(text.len() <= 123);
+            prop_assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_'));
+            prop_assert_eq!(Cursor::decode(&text, &name(&user)), Ok(cursor));
+        }
+
+        #[test]
+        fn anything_else_is_refused_without_a_panic(text in "\\PC{0,130}", tail in "[A-Za-z0-9_-]{0,125}") {
+            let _ = Cursor::decode(&text, &name("u"));
+            let _ = Cursor::decode(&format!("1{tail}"), &name("u"));
+        }
+    }
+
+    #[test]
+    fn another_users_cursor_is_no_cursor() {
+        let mut text = String::new();
+        Cursor::default().encode(&name("alice"), &mut text);
+        assert_eq!(Cursor::decode(&text, &name("bob")), Err(Unreadable::AnotherUsers));
+    }
+}
