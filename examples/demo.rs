@@ -10,7 +10,6 @@
 
 #![expect(clippy::print_stdout, reason = "what the demo shows is its output")]
 
-use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::IsTerminal as _;
 use std::net::{SocketAddr, TcpListener};
@@ -225,9 +224,8 @@ fn invent() -> (Value, [bool; 4]) {
 fn print(user: &str, notification: &Notification) {
     let Notification { time, priority, kind, data, .. } = notification;
     let members = data.as_object().into_iter().flatten();
-    let text: Vec<String> = members
-        .map(|(name, value)| format!("{name} {}", value.as_str().map_or(value as &dyn Display, |text| text as &dyn Display)))
-        .collect();
+    let text: Vec<String> =
+        members.map(|(name, value)| format!("{name} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))).collect();
     println!("{:8}  {user:5}  {priority:6}  {kind:20}  {}", time.get(11..19).unwrap_or(time), text.join(", "));
 }
 

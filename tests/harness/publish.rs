@@ -41,10 +41,10 @@ impl Publisher {
     /// Posts a batch.
     ///
     /// # Panics
-    /// If it is not stored.
+    /// If one of its events is not stored.
     pub(crate) fn publish(&self, events: &[Value]) {
         let answer = self.try_publish(events).unwrap_or_else(|error| panic!("POST /v1/events: {error}"));
-        assert!((200..300).contains(&answer.status), "POST /v1/events: {answer:?}");
+        assert_stored(&answer, events.len());
     }
 
     /// Posts a batch until it is stored, as a publisher does that must not lose anything: after a lost answer, and after one that says
@@ -56,7 +56,10 @@ impl Publisher {
         let deadline = Instant::now() + within;
         for n_sent in 1.. {
             match self.try_publish(events) {
-                Ok(answer) if (200..300).contains(&answer.status) => return n_sent,
+                Ok(answer) if (200..300).contains(&answer.status) => {
+                    assert_stored(&answer, events.len());
+                    return n_sent;
+                }
                 Ok(answer) if answer.status != 429 && answer.status < 500 => panic!("POST /v1/events: {answer:?}"),
                 failure => assert!(Instant::now() < deadline, "POST /v1/events fails for {within:?}: {failure:?}"),
             }
@@ -64,6 +67,14 @@ impl Publisher {
         }
         unreachable!("a u32 of attempts takes longer than any deadline");
     }
+}
+
+/// A 2xx is not enough: an event of the batch may have been refused for good.
+fn assert_stored(answer: &Answer, n_events: usize) {
+    assert!((200..300).contains(&answer.status), "POST /v1/events: {answer:?}");
+    let receipts = answer.json();
+    let stored = receipts["events"].as_array().map(|all| all.iter().filter(|receipt| receipt["status"] == "stored").count());
+    assert_eq!(stored, Some(n_events), "POST /v1/events: {answer:?}");
 }
 
 /// Appends entries to a source by `XADD`, in one round trip, in order.

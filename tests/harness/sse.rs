@@ -70,6 +70,7 @@ impl Request {
             body: Body::UntilClosed,
             wire: Vec::new(),
             decoded: 0,
+            is_over: false,
             text: Vec::new(),
             parsed: 0,
             last_event_id: given.map(|(_, id)| id.clone()).unwrap_or_default(),
@@ -218,6 +219,8 @@ pub(crate) struct Stream {
     wire: Vec<u8>,
     /// How much of `wire` has become `text`.
     decoded: usize,
+    /// The last chunk was read.
+    is_over: bool,
     /// The body without chunk heads.
     text: Vec<u8>,
     /// How much of `text` has become frames.
@@ -349,12 +352,13 @@ impl Stream {
     /// Makes `text` longer.
     fn read_some(&mut self, deadline: Instant) -> Result<(), Stop> {
         let before = self.text.len();
-        while self.text.len() == before {
-            if self.decode() {
-                return Err(Stop::Ended);
-            }
+        loop {
+            self.decode();
             if self.text.len() > before {
-                break;
+                return Ok(());
+            }
+            if self.is_over {
+                return Err(Stop::Ended);
             }
             self.receive(deadline).map_err(|error| match error.kind() {
                 ErrorKind::TimedOut => Stop::Deadline,
@@ -362,23 +366,22 @@ impl Stream {
                 _ => Stop::Cut(error),
             })?;
         }
-        Ok(())
     }
 
-    /// Turns what is complete of `wire` into `text`; `true` once the last chunk was read.
-    fn decode(&mut self) -> bool {
+    /// Turns what is complete of `wire` into `text`.
+    fn decode(&mut self) {
         if self.body == Body::UntilClosed {
             self.text.extend_from_slice(&self.wire[self.decoded..]);
             self.decoded = self.wire.len();
-            return false;
+            return;
         }
-        loop {
+        while !self.is_over {
             let rest = &self.wire[self.decoded..];
-            let Some(length) = find(rest, b"\r\n") else { return false };
+            let Some(length) = find(rest, b"\r\n") else { return };
             let size = std::str::from_utf8(&rest[..length]).ok().and_then(|hex| usize::from_str_radix(hex, 16).ok());
             let size =
                 size.unwrap_or_else(|| panic!("no chunk head at byte {} of {:?}", self.decoded, String::from_utf8_lossy(&self.wire)));
-            let Some(chunk) = rest.get(length + 2..length + 2 + size + 2) else { return false };
+            let Some(chunk) = rest.get(length + 2..length + 2 + size + 2) else { return };
             assert!(
                 chunk.ends_with(b"\r\n"),
                 "a chunk that does not end where it says, at byte {} of {:?}",
@@ -387,9 +390,7 @@ impl Stream {
             );
             self.text.extend_from_slice(&chunk[..size]);
             self.decoded += length + 2 + size + 2;
-            if size == 0 {
-                return true;
-            }
+            self.is_over = size == 0;
         }
     }
 
@@ -650,7 +651,7 @@ mod tests {
 
     #[test]
     fn a_stream_reads_frames_across_chunks_and_knows_a_good_end_from_a_cut() {
-        let (addr, _) = serve(&["Transfer-Encoding: chunked\r\n\r\n3\r\n:\nd\r\nb\r\nata: {}\nid: \r\n3\r\na1\n\r\n1\r\n\n\r\n0\r\n\r\n"]);
+        let (addr, _) = serve(&["Transfer-Encoding: chunked\r\n\r\n3\r\n:\nd\r\nc\r\nata: {}\nid: \r\n3\r\na1\n\r\n1\r\n\n\r\n0\r\n\r\n"]);
         let (frames, stop) = open(addr).read_to_end(SOON);
         assert!(matches!(stop, Stop::Ended), "{stop:?}");
         let expected = Frame { id: Some("a1".into()), data: Some("{}".into()), comments: vec![String::new()], ..Frame::default() };
