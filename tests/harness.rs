@@ -7,6 +7,7 @@ pub(crate) mod http;
 pub(crate) mod node;
 pub(crate) mod ports;
 pub(crate) mod publish;
+pub(crate) mod redis;
 pub(crate) mod seed;
 pub(crate) mod sse;
 

@@ -146,10 +146,7 @@ pub struct Item {
 #[derive(Clone, Debug)]
 pub enum Proposal {
     /// The record ([`crate::event::Notification`] as JSON) and the logs to index it in, sorted and without repeats.
-    Commit {
-        record: Bytes,
-        targets: Vec<Target>,
-    },
+    Commit { record: Bytes, targets: Vec<Target> },
     Discard,
     Unrouted,
     DeadLetter(DeadReason),
@@ -264,19 +261,10 @@ pub enum Notice {
 #[derive(Clone, Debug)]
 pub enum Follow {
     /// Hear the appends to this log; answered by [`Notice::Following`].
-    Start {
-        partition: PartitionNumber,
-        target: Target,
-        token: u64,
-    },
-    Stop {
-        partition: PartitionNumber,
-        target: Target,
-    },
+    Start { partition: PartitionNumber, target: Target, token: u64 },
+    Stop { partition: PartitionNumber, target: Target },
     /// Notices stayed away too long: drop the connection of this partition and make another; answered by [`Notice::Reset`].
-    Reconnect {
-        partition: PartitionNumber,
-    },
+    Reconnect { partition: PartitionNumber },
 }
 
 /// A node's ear at the broker. Dropping it ends it. Ticks and recipient changes of all partitions come unasked.
@@ -309,12 +297,8 @@ pub struct Recipient {
 /// A change to what is known of a user.
 #[derive(Clone, Debug)]
 pub enum RecipientChange {
-    Join {
-        group: Name,
-    },
-    Leave {
-        group: Name,
-    },
+    Join { group: Name },
+    Leave { group: Name },
     /// Replaces all attributes.
     Attributes(Attributes),
 }
@@ -434,11 +418,7 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
 
     /// Up to `limit` decision records, newest first: entry, outcome, notification id and decision.
-    async fn decisions(
-        &self,
-        partition: PartitionNumber,
-        limit: usize,
-    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>>;
+    async fn decisions(&self, partition: PartitionNumber, limit: usize) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>>;
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 }

@@ -136,9 +136,7 @@ mod tests {
         metrics.events.get_or_create(&OutcomeLabel { outcome: "committed" }).inc();
         metrics.plugin_call_duration.get_or_create(&PluginLabel { plugin: "address".into() }).observe(0.001);
         let page = metrics.render();
-        for line in
-            ["pointsman_events_total{outcome=\"committed\"} 1", "pointsman_plugin_call_duration_seconds_bucket", "pointsman_streams_open 0"]
-        {
+        for line in ["pointsman_events_total{outcome=\"committed\"} 1", "pointsman_plugin_call_duration_seconds_bucket", "pointsman_streams_open 0"] {
             assert!(page.contains(line), "{line} is not in:\n{page}");
         }
     }

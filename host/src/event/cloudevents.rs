@@ -121,8 +121,7 @@ impl Event {
     /// As [`Event::from_fields`].
     pub fn from_json(entry: EntryId, source: &str, document: &[u8]) -> Result<Self, Malformed> {
         let text = std::str::from_utf8(document).map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
-        let members: Members =
-            serde_json::from_str(text).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document"))?;
+        let members: Members = serde_json::from_str(text).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document"))?;
         let mut draft = Draft::default();
         let (mut data, mut data_base64) = (None, None);
         for (name, raw) in members.0 {
@@ -214,8 +213,7 @@ impl Draft {
                 self.specversion.replace(()).is_some()
             }
             _ => {
-                let legal =
-                    (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+                let legal = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
                 if !legal {
                     return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
                 }
@@ -236,12 +234,7 @@ impl Draft {
         if twice { Err(Malformed::new("stands twice").of(name)) } else { Ok(()) }
     }
 
-    fn finish(
-        self,
-        entry: EntryId,
-        source: &str,
-        data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>,
-    ) -> Result<Event, Malformed> {
+    fn finish(self, entry: EntryId, source: &str, data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>) -> Result<Event, Malformed> {
         let kind = self.kind.ok_or_else(|| Malformed::new("is missing; every event needs one, such as order.shipped").of("type"))?;
         let source = match self.source {
             Some(source) => source,
@@ -335,16 +328,12 @@ impl Payload {
     fn parse(content_type: Option<&str>, bytes: &Bytes) -> Result<Self, Malformed> {
         let utf8 = std::str::from_utf8(bytes);
         if is_json(content_type) {
-            let text = utf8.map_err(|_| {
-                Malformed::new("is not UTF-8; give binary data a datacontenttype such as application/octet-stream").of("data")
-            })?;
-            serde_json::from_str::<IgnoredAny>(text).map_err(|e| {
-                Malformed::new(format!("is not valid JSON ({e}); give other data a datacontenttype such as text/plain")).of("data")
-            })?;
+            let text = utf8.map_err(|_| Malformed::new("is not UTF-8; give binary data a datacontenttype such as application/octet-stream").of("data"))?;
+            serde_json::from_str::<IgnoredAny>(text)
+                .map_err(|e| Malformed::new(format!("is not valid JSON ({e}); give other data a datacontenttype such as text/plain")).of("data"))?;
             return Ok(Self::Json(one_line(text).into()));
         }
-        let textual = content_type
-            .is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/") || t.to_ascii_lowercase().contains("xml"));
+        let textual = content_type.is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/") || t.to_ascii_lowercase().contains("xml"));
         match utf8 {
             Ok(text) if textual => Ok(Self::Text(text.into())),
             _ => Ok(Self::Binary(bytes.clone())),
@@ -406,16 +395,13 @@ mod tests {
     const ENTRY: EntryId = EntryId { ms: 1_700_000_000_123, seq: 4 };
 
     fn fields(pairs: &[(&str, &str)]) -> Result<Event, Malformed> {
-        let pairs: Vec<_> =
-            pairs.iter().map(|(k, v)| (Bytes::copy_from_slice(k.as_bytes()), Bytes::copy_from_slice(v.as_bytes()))).collect();
+        let pairs: Vec<_> = pairs.iter().map(|(k, v)| (Bytes::copy_from_slice(k.as_bytes()), Bytes::copy_from_slice(v.as_bytes()))).collect();
         Event::from_fields(ENTRY, "pointsman:events", &pairs)
     }
 
     #[test]
     fn flat_fields_are_the_cloudevents_attributes() {
-        let event =
-            fields(&[("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}")])
-                .unwrap();
+        let event = fields(&[("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}")]).unwrap();
         assert_eq!(event.kind.as_str(), "order.shipped");
         assert_eq!((event.id.as_str(), event.time_ms, event.id_given), ("1700000000123-4", 1_700_000_000_123, false));
         assert_eq!(event.attribute("user"), Some(&Value::Text("42".into())));
@@ -460,8 +446,7 @@ mod tests {
     #[test]
     fn binary_data_survives() {
         let bytes = Bytes::from_static(&[0, 159, 146, 150]);
-        let pairs = [("type", "t"), ("datacontenttype", "application/octet-stream")]
-            .map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes())));
+        let pairs = [("type", "t"), ("datacontenttype", "application/octet-stream")].map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes())));
         let all = [pairs.as_slice(), &[(Bytes::from_static(b"data"), bytes.clone())]].concat();
         let event = Event::from_fields(ENTRY, "-", &all).unwrap();
         assert_eq!(event.data, Payload::Binary(bytes));
