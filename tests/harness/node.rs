@@ -21,6 +21,9 @@ const READY: Duration = Duration::from_secs(60);
 /// What should come at once comes within this time, unless something is broken.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
+/// Entries beyond the position.
+const LAG: &str = "pointsman_source_lag_entries";
+
 /// A folder that goes away with its owner.
 #[derive(Debug)]
 pub(crate) struct Folder(PathBuf);
@@ -323,13 +326,13 @@ impl Node {
 
     /// The sum of all series of a metric whose line begins so, such as `pointsman_events_total{outcome="committed"}`; 0 if there is none.
     pub(crate) fn metric(&self, name: &str) -> f64 {
-        sum_of_metric(&self.admin("/metrics").body, name)
+        sum_of_metric(&self.admin("/metrics").body, name).unwrap_or_default()
     }
 
-    /// As [`Node::metric`], or `None` while the node does not answer.
+    /// As [`Node::metric`], or `None` if the node does not answer or has no such series.
     pub(crate) fn metric_if_up(&self, name: &str) -> Option<f64> {
         let page = http::send("GET", &self.admin_url("/metrics"), &[], None).ok()?;
-        Some(sum_of_metric(&page.body, name))
+        sum_of_metric(&page.body, name)
     }
 
     /// The memory that the process holds (resident), in KiB.
@@ -371,12 +374,12 @@ impl Node {
     /// # Panics
     /// If that takes longer.
     pub(crate) fn settle(&self, within: Duration) {
-        eventually(within, "every entry has its outcome", || (self.metric("pointsman_source_lag_entries") == 0.0).then_some(()));
+        eventually(within, "every entry has its outcome", || (self.metric_if_up(LAG) == Some(0.0)).then_some(()));
     }
 }
 
-/// Adds up the values of all lines of a metrics page that begin with `name` and then end or go on with labels.
-fn sum_of_metric(page: &str, name: &str) -> f64 {
+/// Adds up the values of all lines of a metrics page that begin with `name` and then end or go on with labels; `None` if there is none.
+fn sum_of_metric(page: &str, name: &str) -> Option<f64> {
     let values = page.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
         let value = match rest.strip_prefix('{') {
@@ -385,7 +388,7 @@ fn sum_of_metric(page: &str, name: &str) -> f64 {
         };
         value.split(' ').next()?.parse::<f64>().ok()
     });
-    values.sum()
+    values.reduce(|sum, value| sum + value)
 }
 
 impl Drop for Node {
@@ -418,7 +421,7 @@ impl Drop for Node {
 fn lag_in_the_end(node: &Node) -> Option<f64> {
     let deadline = Instant::now() + SOON;
     loop {
-        let lag = node.metric_if_up("pointsman_source_lag_entries");
+        let lag = node.metric_if_up(LAG);
         if lag == Some(0.0) || Instant::now() > deadline {
             return lag;
         }
