@@ -4,3 +4,4 @@ mod clients;
 mod durability;
 mod harness;
 mod stability;
+mod wire;
