@@ -1,2 +1,8 @@
+//! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
+
+mod clients;
 mod conformance;
+mod durability;
 mod harness;
+mod stability;
+mod wire;
