@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+pub(crate) mod guests;
 pub(crate) mod http;
 pub(crate) mod node;
 pub(crate) mod ports;

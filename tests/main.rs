@@ -4,5 +4,6 @@ mod clients;
 mod conformance;
 mod durability;
 mod harness;
+mod plugins;
 mod stability;
 mod wire;
