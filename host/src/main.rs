@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! The command `pointsman`: arguments, and the exit code. What a command does is under `cli/`, what a node does in the library.
 
 mod cli;
@@ -6,6 +5,3 @@ mod cli;
 fn main() -> std::process::ExitCode {
     cli::main()
 }
-=======
-fn main() {}
->>>>>>> embedded

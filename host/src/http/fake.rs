@@ -221,7 +221,15 @@ impl Site {
     fn state(auth: &auth::Config) -> Arc<State> {
         let origins = Origins::new(&["https://shop.example".to_owned()], auth.dev).unwrap();
         let auth = Auth::new(auth, &[]).unwrap();
-        Arc::new(State::new(auth, origins, Limits::default(), Retention::default(), Readiness::default(), Metrics::default(), Pulse::start(sse::Config::default(), Metrics::default())))
+        Arc::new(State::new(
+            auth,
+            origins,
+            Limits::default(),
+            Retention::default(),
+            Readiness::default(),
+            Metrics::default(),
+            Pulse::start(sse::Config::default(), Metrics::default()),
+        ))
     }
 
     /// One request to the routes for applications; the body of the answer as JSON, `null` where it is none.
