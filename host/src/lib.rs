@@ -4,7 +4,8 @@
 //!
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
-//! - [`plugin`]: a loaded plugin, and which there are. [`pipeline`]: the ordered chain of them, folded to one resolution an event.
+//! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
+//! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
 //! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
@@ -17,13 +18,21 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 
-use crate::broker::{Broker, Severity};
+use crate::broker::embedded::Embedded;
+use crate::broker::redis::Redis;
+use crate::broker::{Broker, Retention, Severity};
 use crate::config::{BrokerChoice, Config};
 use crate::http::State;
-use crate::metrics::Metrics;
+use crate::hub::Hub;
+use crate::ingest::Ingest;
+use crate::metrics::{Metrics, SourceLabel};
+use crate::pipeline::Pipeline;
+use crate::plugin::Engine;
+use crate::plugin::registry::Registry;
 use crate::readiness::Readiness;
 use crate::server::Bounds;
 use crate::shutdown::Shutdown;
+use crate::sse::Pulse;
 
 pub mod auth;
 pub mod broker;
@@ -44,7 +53,10 @@ pub mod sse;
 pub mod subscription;
 
 /// How long between two looks at the broker's health.
-const CHECK_EVERY: Duration = Duration::from_secs(5);
+const CHECK_EVERY: Duration = Duration::from_secs(2);
+
+/// The longest pause between two attempts to reach the broker.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// Connections to the admin listener: probes and scrapers are few.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
@@ -71,8 +83,8 @@ impl Listeners {
 /// over the grace period; requests under way end; what is left is cut.
 ///
 /// # Errors
-/// An address cannot be bound, or the embedded broker's folder not be opened. A Redis that cannot be reached is no error: the listeners are
-/// up, readiness says why, and it is tried again.
+/// An address cannot be bound, the folder of plugins not be read, or the embedded broker's folder not be opened. A Redis that cannot be
+/// reached is no error: the listeners are up, readiness says why, and it is tried again.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let listeners = Listeners::bind(&config.listen)?;
     run_on(listeners, config, shutdown).await
@@ -83,42 +95,54 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`].
 pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let Config { node, listen, origins, broker, sources, retention, plugins: _, auth, limits, log: _ } = config;
+    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _ } = config;
     let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
     // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
-    let node = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
+    let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
     let (metrics, readiness) = (Metrics::default(), Readiness::default());
     metrics.start_time.set(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64());
     readiness.set("broker", "not reached yet");
+    readiness.set("plugins", "being loaded");
     if auth.is_dev() {
         tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
     }
 
-    let state = Arc::new(State::new(auth, origins, limits, retention.clone(), readiness.clone(), metrics.clone()));
+    let pulse = Pulse::start(stream, metrics.clone());
+    let state = State::new(auth, origins, limits, retention.clone(), readiness.clone(), metrics.clone(), pulse.clone());
+    let state = Arc::new(state);
     let header_timeout = Duration::from_secs(listen.header_timeout_s);
     let bounds = |max_connections| Bounds { max_connections, header_timeout };
     // Up before the broker is: a probe sees the reason, and a publisher 503 instead of a refused connection.
-    shutdown.spawn(server::serve(listeners.admin, http::admin_routes(Arc::clone(&state)), bounds(MAX_ADMIN_CONNECTIONS), shutdown.clone()));
-    shutdown.spawn(server::serve(
-        listeners.applications,
-        http::routes(Arc::clone(&state)),
-        bounds(listen.max_connections),
-        shutdown.clone(),
-    ));
-    tracing::info!(node.name = node, %address, %admin, "listening");
+    let routes = [(listeners.admin, http::admin_routes(Arc::clone(&state)), MAX_ADMIN_CONNECTIONS)];
+    let routes = routes.into_iter().chain([(listeners.applications, http::routes(Arc::clone(&state)), listen.max_connections)]);
+    for (listener, routes, max_connections) in routes {
+        shutdown.spawn(server::serve(listener, routes, bounds(max_connections), shutdown.clone()));
+    }
+    tracing::info!(node.name = name, %address, %admin, "listening");
 
+    let pipeline = start_pipeline(plugins, node.allow_no_plugins, &metrics, &readiness).await?;
+    state.set_pipeline(pipeline.clone());
     let opened = tokio::select! {
         opened = open(&broker, &sources, &retention, &readiness) => Some(opened?),
         () = shutdown.begun() => None,
     };
     if let Some(broker) = opened {
-        state.set_broker(Arc::clone(&broker));
-        shutdown.spawn(watch(Arc::clone(&broker), readiness.clone(), shutdown.clone()));
-        // Here the pipeline loads its plugins, ingest begins to read and the hub to follow; each is handed the broker, the readiness, the
-        // metrics and the shutdown.
+        let hub = Hub::start(Arc::clone(&broker), metrics.clone());
+        state.set_broker(Arc::clone(&broker), hub.clone());
+        shutdown.spawn(watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()));
+        // Without a plugin every event would be unrouted, for good: they wait in the source instead, until the operator has decided.
+        if pipeline.has_plugins() || node.allow_no_plugins {
+            for partition in broker.partitions() {
+                let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
+                let ingest = Ingest { broker, pipeline, metrics, config: ingest.clone(), node: name.clone() };
+                shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
+            }
+        }
         shutdown.begun().await;
     }
     let grace = Duration::from_secs(listen.grace_s);
+    // The last stream leaves time for its last bytes.
+    pulse.drain(grace.mul_f64(0.8));
     if !shutdown.finish(grace).await {
         tracing::warn!(grace_s = listen.grace_s, "not everything ended within the grace period; the rest is cut");
         shutdown.skip();
@@ -129,16 +153,43 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     Ok(())
 }
 
-/// Opens the broker. A Redis that is away is tried again, with a growing and jittered pause, until it is there.
-async fn open(
-    choice: &BrokerChoice,
-    sources: &[String],
-    retention: &broker::Retention,
+/// Loads the plugins and starts their threads. A file that cannot be loaded turns the node unready; the others work.
+async fn start_pipeline(
+    plugins: plugin::registry::Config,
+    allow_none: bool,
+    metrics: &Metrics,
     readiness: &Readiness,
-) -> anyhow::Result<Arc<dyn Broker>> {
-    let _ = (sources, retention, readiness);
-    match choice {
-        BrokerChoice::Redis { .. } | BrokerChoice::Data(_) | BrokerChoice::Ephemeral => anyhow::bail!("this build has no broker yet"),
+) -> anyhow::Result<Pipeline> {
+    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
+    let pipeline = Pipeline::start(Arc::new(registry), metrics.clone()).context("cannot start the threads of the plugins")?;
+    readiness.clear("plugins");
+    for plugin in pipeline.plugins() {
+        if let Some(failure) = plugin.failure {
+            readiness.set(&format!("plugins.{}", plugin.name), failure);
+        }
+    }
+    match (pipeline.has_plugins(), allow_none) {
+        (true, _) => {}
+        (false, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
+        (false, false) => readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins"),
+    }
+    Ok(pipeline)
+}
+
+/// Opens the broker. A Redis that is away is tried again, with a growing and jittered pause, until it is there.
+async fn open(choice: &BrokerChoice, sources: &[String], retention: &Retention, readiness: &Readiness) -> anyhow::Result<Arc<dyn Broker>> {
+    let (own_sources, retention) = (sources.to_vec(), retention.clone());
+    match choice.clone() {
+        BrokerChoice::Redis { url } => {
+            let connect = || async { Ok(Arc::new(Redis::connect(&url, sources, retention.clone()).await?) as Arc<dyn Broker>) };
+            Ok(reach(connect, readiness).await)
+        }
+        BrokerChoice::Data(folder) => {
+            // Recovers what a killed process left: not for an async thread.
+            let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, &own_sources, retention)).await;
+            Ok(Arc::new(opened.context("opening the store panicked")??))
+        }
+        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(&own_sources, retention)?)),
     }
 }
 
@@ -154,37 +205,46 @@ async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
             Err(error) => readiness.set("broker", error.to_string()),
         }
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-        pause = (pause * 2).min(CHECK_EVERY);
+        pause = (pause * 2).min(MAX_PAUSE);
     }
 }
 
-/// Keeps readiness true to the broker: red while it is away or its settings refuse, with each finding as a line of its own.
-async fn watch(broker: Arc<dyn Broker>, readiness: Readiness, shutdown: Shutdown) {
+/// Keeps readiness and the gauges of the sources true to the broker: red while it is away, silent or refuses, a line for each finding.
+async fn watch(broker: Arc<dyn Broker>, hub: Hub, metrics: Metrics, readiness: Readiness, shutdown: Shutdown) {
     loop {
         look(broker.as_ref(), &readiness).await;
+        for partition in broker.partitions() {
+            if let Ok(state) = broker.state(partition.number).await {
+                let lag = i64::try_from(state.lag).unwrap_or(i64::MAX);
+                metrics.source_lag.get_or_create(&SourceLabel { source: partition.source.clone() }).set(lag);
+            }
+        }
         tokio::select! {
             () = tokio::time::sleep(CHECK_EVERY) => {}
             () = shutdown.begun() => return,
         }
+        // Only now: at the first look, the first tick may be on its way.
+        match hub.silent().as_slice() {
+            [] => readiness.clear("feed"),
+            silent => readiness.set("feed", format!("{} of {} partitions are silent; streams replay when they are heard again", silent.len(), broker.partitions().len())),
+        }
     }
 }
 
+/// One look at the broker.
 async fn look(broker: &dyn Broker, readiness: &Readiness) {
-    match broker.check().await {
-        Err(error) => readiness.set("broker", error.to_string()),
-        Ok(findings) => {
-            readiness.clear("broker");
-            let lines: Vec<(String, &broker::Finding)> =
-                findings.iter().enumerate().map(|(n, finding)| (format!("broker.{n}"), finding)).collect();
-            for (name, finding) in &lines {
-                match finding.severity {
-                    Severity::Refusal => readiness.set(name, &finding.text),
-                    Severity::Warning => readiness.warn(name, &finding.text),
-                }
-            }
-            readiness.retain("broker.", |name| lines.iter().any(|(have, _)| have == name));
+    let findings = match broker.check().await {
+        Ok(findings) => findings,
+        Err(error) => return readiness.set("broker", error.to_string()),
+    };
+    readiness.clear("broker");
+    for (n, finding) in findings.iter().enumerate() {
+        match finding.severity {
+            Severity::Refusal => readiness.set(&format!("broker.{n}"), &finding.text),
+            Severity::Warning => readiness.warn(&format!("broker.{n}"), &finding.text),
         }
     }
+    readiness.retain("broker.", |name| name.strip_prefix("broker.").and_then(|n| n.parse().ok()).is_some_and(|n: usize| n < findings.len()));
 }
 
 /// What this machine calls itself.

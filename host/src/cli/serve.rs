@@ -69,7 +69,7 @@ impl Options {
         let flags = flags.into_iter().filter(|(_, is_given)| *is_given).map(|(option, _)| (option, "true".to_owned()));
         // A variable that is no UTF-8 cannot be one of ours.
         let environment = std::env::vars_os().filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
-        Layers::file(self.config.as_deref())?.environment(environment)?.options(texts.chain(flags))?.resolve()
+        Config::new(&Layers::file(self.config.as_deref())?.environment(environment)?.options(texts.chain(flags))?)
     }
 }
 
