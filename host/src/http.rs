@@ -24,6 +24,7 @@ use crate::auth::Auth;
 use crate::broker::{Broker, Retention};
 use crate::hub::Hub;
 use crate::metrics::{Metrics, ReasonLabel};
+use crate::pipeline::Pipeline;
 use crate::readiness::Readiness;
 use crate::server::Connection;
 use crate::sse::Pulse;
@@ -31,6 +32,7 @@ use crate::sse::Pulse;
 mod cors;
 mod dead;
 mod decisions;
+mod dry_run;
 mod error;
 mod events;
 #[cfg(test)]
@@ -88,7 +90,8 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Bytes of one event (256 KiB; at most 512 KiB, as with its plan it must fit one commit).
+    /// Bytes of one event with all its fields: `[ingest] max_event_bytes`, and not a key of this section.
+    #[serde(skip)]
     pub event_bytes: usize,
     /// Bytes of a batch (4 MiB).
     pub batch_bytes: usize,
@@ -125,6 +128,8 @@ pub struct State {
     broker: OnceLock<Arc<dyn Broker>>,
     /// Empty as long as there is no broker.
     hub: OnceLock<Hub>,
+    /// For trying events out; empty until the plugins are loaded.
+    pipeline: OnceLock<Pipeline>,
     pulse: Pulse,
     auth: Auth,
     readiness: Readiness,
@@ -147,13 +152,32 @@ impl State {
         pulse: Pulse,
     ) -> Self {
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
-        Self { broker: OnceLock::new(), hub: OnceLock::new(), pulse, auth, readiness, metrics, limits, retention, origins, publishing }
+        Self {
+            broker: OnceLock::new(),
+            hub: OnceLock::new(),
+            pipeline: OnceLock::new(),
+            pulse,
+            auth,
+            readiness,
+            metrics,
+            limits,
+            retention,
+            origins,
+            publishing,
+        }
     }
 
     /// Gives the handlers their broker and the hub that listens to it; a second one is ignored.
     pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
         if self.broker.set(broker).is_err() || self.hub.set(hub).is_err() {
             tracing::debug!("the broker was there already");
+        }
+    }
+
+    /// Gives the handlers the plugins, to try events out; a second one is ignored.
+    pub fn set_pipeline(&self, pipeline: Pipeline) {
+        if self.pipeline.set(pipeline).is_err() {
+            tracing::debug!("the pipeline was there already");
         }
     }
 

@@ -57,9 +57,9 @@ impl Readiness {
         }
     }
 
-    /// Takes back every reason and warning whose name begins with `prefix`.
-    pub fn clear_all(&self, prefix: &str) {
-        let names: Vec<String> = self.lock().keys().filter(|name| name.starts_with(prefix)).cloned().collect();
+    /// Takes back every reason and warning whose name begins with `prefix`, unless `is_kept`.
+    pub fn retain(&self, prefix: &str, is_kept: impl Fn(&str) -> bool) {
+        let names: Vec<String> = self.lock().keys().filter(|name| name.starts_with(prefix) && !is_kept(name)).cloned().collect();
         for name in names {
             self.clear(&name);
         }
@@ -96,7 +96,7 @@ mod tests {
         let report = readiness.report();
         assert!(!report.is_ready);
         assert_eq!(report.lines, ["broker: away: connection refused", "warning: redis.aof: no append-only file; set appendonly yes"]);
-        readiness.clear_all("broker");
+        readiness.retain("broker", |_| false);
         assert!(readiness.is_ready());
     }
 }

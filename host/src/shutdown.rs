@@ -92,6 +92,13 @@ impl Shutdown {
             () = self.skipped() => self.tasks.is_empty(),
         }
     }
+
+    /// After a skip: waits until every task has seen it, for at most `limit`.
+    pub async fn finish_cut(&self, limit: Duration) {
+        if tokio::time::timeout(limit, self.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tasks.len(), "left with tasks that did not end");
+        }
+    }
 }
 
 #[cfg(test)]
