@@ -160,7 +160,8 @@ async fn start_pipeline(
     metrics: &Metrics,
     readiness: &Readiness,
 ) -> anyhow::Result<Pipeline> {
-    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
+    let registry =
+        tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
     let pipeline = Pipeline::start(Arc::new(registry), metrics.clone()).context("cannot start the threads of the plugins")?;
     readiness.clear("plugins");
     for plugin in pipeline.plugins() {
@@ -171,7 +172,9 @@ async fn start_pipeline(
     match (pipeline.has_plugins(), allow_none) {
         (true, _) => {}
         (false, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
-        (false, false) => readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins"),
+        (false, false) => {
+            readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins")
+        }
     }
     Ok(pipeline)
 }
@@ -226,7 +229,14 @@ async fn watch(broker: Arc<dyn Broker>, hub: Hub, metrics: Metrics, readiness: R
         // Only now: at the first look, the first tick may be on its way.
         match hub.silent().as_slice() {
             [] => readiness.clear("feed"),
-            silent => readiness.set("feed", format!("{} of {} partitions are silent; streams replay when they are heard again", silent.len(), broker.partitions().len())),
+            silent => readiness.set(
+                "feed",
+                format!(
+                    "{} of {} partitions are silent; streams replay when they are heard again",
+                    silent.len(),
+                    broker.partitions().len()
+                ),
+            ),
         }
     }
 }
@@ -244,7 +254,8 @@ async fn look(broker: &dyn Broker, readiness: &Readiness) {
             Severity::Warning => readiness.warn(&format!("broker.{n}"), &finding.text),
         }
     }
-    readiness.retain("broker.", |name| name.strip_prefix("broker.").and_then(|n| n.parse().ok()).is_some_and(|n: usize| n < findings.len()));
+    readiness
+        .retain("broker.", |name| name.strip_prefix("broker.").and_then(|n| n.parse().ok()).is_some_and(|n: usize| n < findings.len()));
 }
 
 /// What this machine calls itself.
