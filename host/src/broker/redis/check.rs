@@ -85,7 +85,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],
             &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
             &["HGETALL", "pointsman:user:x"],
-            &["HSET", super::PARTITIONS_KEY, "f", "v"],
+            &["HSET", super::place::PARTITIONS_KEY, "f", "v"],
             &["PUBLISH", &format!("{c}tick"), "v"],
             &["SUBSCRIBE", &format!("{c}tick")],
             &["UNSUBSCRIBE", &format!("{c}tick")],

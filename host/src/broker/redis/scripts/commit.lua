@@ -35,7 +35,11 @@ for i = 1, tonumber(take()) do
   end
   items[i] = item
 end
-if is_continued and items[1].entry ~= entry_of(pos) then return {'refused'} end
+if is_continued then
+  if items[1].entry ~= entry_of(pos) then return {'refused'} end
+  -- Some logs have it already: it can only be finished.
+  if items[1].kind ~= 'c' then return redis.error_reply('ERR a plan that was begun in slices can only be continued') end
+end
 
 -- Phase 1: judge.
 
