@@ -1,7 +1,7 @@
 //! One suite for every broker: each promise of `host/src/broker.rs` is a function of a [`Bench`], and a test of its own on each broker.
 //!
 //! A promise never names a broker. Entries that a promise commits need not have been appended, except where it reads them back: a
-//! broker takes the position from the item, not from its source. What only one broker can be asked stands in a module of its own.
+//! broker takes the position from the item, not from its source. What only one broker can be asked stands in [`redis_only`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,15 +15,36 @@ use pointsman::broker::{
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
 mod commits;
+mod dead_letters;
+mod dedupe;
+mod feeds;
+mod logs;
+mod nodes;
 mod on_embedded;
+mod recipients;
+mod redis_only;
+mod slices;
 mod sources;
 
-/// Makes a test of each promise on one broker, named as `conformance::<broker>::<promise>`.
+use redis_only::RedisStore;
+
+/// Makes a test of each promise on one broker, named as `conformance::<broker>::<promise>`. A broker `in memory` promises nothing beyond
+/// its process.
 macro_rules! suite {
     ($broker:ident, $store:expr) => {
+        suite!($broker, in memory, $store, also:
+            slices: [a_new_owner_continues_the_plan_from_the_stored_record];
+            nodes: [
+                attempts_are_counted_for_each_entry,
+                what_was_committed_is_there_for_the_next_process,
+            ];
+        );
+    };
+    ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
         mod $broker {
             use super::*;
 
+            $(suite!(@tests $store; $($lasting)*);)?
             suite!(@tests $store;
                 sources: [
                     entries_are_read_in_the_order_of_their_append,
@@ -41,6 +62,73 @@ macro_rules! suite {
                     ids_ascend_and_tell_the_time,
                     four_racing_owners_without_a_lease_commit_in_order_exactly_once,
                 ];
+                dedupe: [
+                    a_retry_within_the_window_is_a_duplicate,
+                    a_retry_within_the_same_batch_is_a_duplicate,
+                    a_repeat_after_the_window_is_no_duplicate,
+                    h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate,
+                    discarded_and_unrouted_events_are_remembered,
+                    f14b_a_dead_letter_is_not_remembered,
+                    h13_a_quiet_time_leaves_no_bucket_behind,
+                    a_full_window_stops_remembering_and_counts,
+                ];
+                logs: [
+                    an_event_has_one_id_and_one_record_in_all_logs,
+                    the_first_entry_of_a_log_points_to_the_floor_or_the_last_id,
+                    each_entry_points_to_the_one_before_it_in_its_log,
+                    a_page_continues_where_the_one_before_ended,
+                    an_absent_log_is_told_apart_from_an_empty_stretch,
+                    the_oldest_entries_leave_a_log_at_its_cap,
+                    everyone_has_a_cap_of_its_own,
+                    absent_records_are_none_in_their_place,
+                    f11_the_floor_rises_with_time_and_never_falls,
+                    h07_raising_the_age_does_not_pretend_that_the_old_is_still_there,
+                ];
+                slices: [
+                    a_plan_in_slices_ends_with_one_id_in_all_logs,
+                    last_moves_with_the_final_slice_only,
+                    a_slice_is_refused_from_another_position,
+                    slice_0_finds_a_duplicate_and_ends_the_plan,
+                    the_slices_of_a_plan_count_once,
+                ];
+                feeds: [
+                    notices_come_in_the_order_of_commits,
+                    only_followed_logs_are_heard,
+                    a_small_record_comes_along_and_a_large_one_does_not,
+                    following_the_same_log_again_is_acknowledged_again,
+                    a_log_that_is_no_longer_followed_is_silent,
+                    an_append_after_the_acknowledgement_is_heard,
+                    a_tick_names_the_last_id_after_all_its_notices,
+                    a_tick_during_a_plan_in_slices_names_the_id_before_it,
+                    reconnecting_resets_and_a_new_follow_is_heard,
+                    two_feeds_hear_the_same,
+                ];
+                recipients: [
+                    attributes_are_replaced_as_a_whole,
+                    joining_and_leaving_are_ids_in_each_partition,
+                    h12_joining_during_a_plan_in_slices_begins_after_it,
+                    joining_again_begins_a_new_span,
+                    joining_twice_keeps_the_span,
+                    leaving_what_was_not_joined_changes_nothing,
+                    a_change_is_heard_in_every_partition_before_later_events,
+                    nothing_is_known_of_a_stranger,
+                ];
+                dead_letters: [
+                    a_dead_letter_keeps_reason_plugin_attempts_and_raw_fields,
+                    dead_letters_are_listed_in_pages_oldest_first,
+                    a_redriven_dead_letter_is_an_entry_again,
+                    a_dropped_dead_letter_is_gone,
+                    the_oldest_dead_letters_leave_at_the_bound_and_are_counted,
+                    decisions_tell_each_verdict_newest_first,
+                ];
+                nodes: [
+                    a_lease_is_for_one_node_until_it_gives_it_back,
+                    a_lease_ends_by_itself,
+                    a_node_of_the_same_name_has_the_lease_at_once,
+                    take_overs_are_counted_until_the_position_moves,
+                    lag_is_what_lies_beyond_the_position,
+                    partitions_have_numbers_of_their_own,
+                ];
             );
         }
     };
@@ -56,7 +144,9 @@ macro_rules! suite {
 }
 
 suite!(embedded, on_embedded::Place::durable());
-suite!(ephemeral, on_embedded::Place::ephemeral());
+suite!(ephemeral, in memory, on_embedded::Place::ephemeral());
+suite!(redis_1, RedisStore::new(1));
+suite!(redis_4, RedisStore::new(4));
 
 /// A place that holds the data of one installation, and brokers on it.
 #[async_trait]
@@ -243,7 +333,7 @@ fn with_id(mut item: Item, publisher_id: u8) -> Item {
 }
 
 /// Asks until the answer is the wanted one.
-async fn until<F: Future<Output = bool>>(mut is_so: impl FnMut() -> F) {
+async fn until(mut is_so: impl AsyncFnMut() -> bool) {
     // The suite's time-out bounds this.
     while !is_so().await {
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -1,3 +1,3 @@
 //! What tests start and talk to.
 
-pub mod redis;
+pub(crate) mod redis;

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A running (or, after [`RedisServer::kill`] or [`RedisServer::stop`], stopped) server.
 #[derive(Debug)]
-pub struct RedisServer {
+pub(crate) struct RedisServer {
     port: u16,
     folder: PathBuf,
     options: Vec<String>,
@@ -21,12 +21,12 @@ pub struct RedisServer {
 
 impl RedisServer {
     /// Starts a server without persistence.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::with(&[])
     }
 
     /// Starts a server with more options, such as `["--maxmemory", "20mb"]` or `["--appendonly", "yes"]`.
-    pub fn with(options: &[&str]) -> Self {
+    pub(crate) fn with(options: &[&str]) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let folder =
             std::env::temp_dir().join(format!("pointsman-redis-{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed)));
@@ -42,16 +42,16 @@ impl RedisServer {
         panic!("redis-server does not start: {}", server.launch().expect_err("it just did"));
     }
 
-    pub fn port(&self) -> u16 {
+    pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/", self.port)
     }
 
     /// A plain connection, for what a publisher or an operator would do.
-    pub fn connection(&self) -> redis::Connection {
+    pub(crate) fn connection(&self) -> redis::Connection {
         redis::Client::open(self.url()).and_then(|client| client.get_connection()).expect("connect to redis-server")
     }
 
@@ -59,7 +59,7 @@ impl RedisServer {
     ///
     /// # Panics
     /// If Redis refuses it.
-    pub fn command<T: redis::FromRedisValue>(&self, words: &str) -> T {
+    pub(crate) fn command<T: redis::FromRedisValue>(&self, words: &str) -> T {
         let mut command = redis::Cmd::new();
         for word in words.split_whitespace() {
             command.arg(word);
@@ -68,21 +68,21 @@ impl RedisServer {
     }
 
     /// Changes the replication id, as a promotion or a restart does: for every script, a new life begins.
-    pub fn change_replid(&self) {
+    pub(crate) fn change_replid(&self) {
         let () = self.command("DEBUG CHANGE-REPL-ID");
     }
 
     /// Stops the process in its tracks: connections stay open, nothing answers.
-    pub fn pause(&self) {
+    pub(crate) fn pause(&self) {
         self.signal("STOP");
     }
 
-    pub fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.signal("CONT");
     }
 
     /// Kills it as a crash does.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().expect("kill redis-server");
             child.wait().expect("wait for redis-server");
@@ -90,7 +90,7 @@ impl RedisServer {
     }
 
     /// Ends it in an orderly way, which saves what its options say is saved.
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         if self.child.is_some() {
             self.signal("TERM");
         }
@@ -100,7 +100,7 @@ impl RedisServer {
     }
 
     /// Starts it again on the same port and folder.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         assert!(self.child.is_none(), "stop or kill it first");
         self.launch().expect("start redis-server again");
     }

@@ -1,1 +1,659 @@
-//! The Redis broker.
+//! The Redis broker: many nodes, one Redis 7 or newer, everything that must happen in one step in a Lua script.
+//!
+//! # Keys, channels and records
+//!
+//! An API boundary: operators' tools read them. `T` is the tag prefix of a partition, `{<key of the source>}:`, or `<key of the source>:` where that key
+//! carries a tag of its own; so everything of a partition lies in the slot of its source. Ids are written in decimal.
+//!
+//! | Key | Type | What |
+//! |---|---|---|
+//! | the source | stream | Events. Trimmed by us only if the key begins with `pointsman:`. A group `pointsman` shows the lag, and nothing depends on it. |
+//! | `T` `meta` | hash | `pos` `entry` or `entry/k`; `pending`, id of a plan being written in slices; `last`; `n`, entries counted; `life`, `life_no`, `replid`; `number`, the partition's own; `max_age` ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, newest dedupe bucket; `takeovers` and `attempts`, `what count`; `trim_at` ms; counters: the five outcome words, `lost_upstream`, `strays`, `dead_trimmed`, `dedupe_overflows`, `foreign_logs` |
+//! | `T` `lives` | list | `life last`: each life with the last id that survived when it began; 16 newest |
+//! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age, a pending plan's never |
+//! | `T` `l:<log>` | zset | score id, member `id pred`; log `u:<user>`, `g:<group>` or `all` |
+//! | `T` `seen:<b>` | set | 16-byte hashes of publishers' ids, `b` = entry's ms / window |
+//! | `T` `dead` | stream | `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name behind `f:` |
+//! | `T` `what` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if it was committed |
+//! | `T` `owner` | string | The lease: the node's name |
+//! | `pointsman:partitions` | hash | source -> number of its partition; only ever added to |
+//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms` |
+//!
+//! | Channel | Message |
+//! |---|---|
+//! | `C` `l:<log>` | `life id`, then a space and the record if that has at most 1,024 bytes |
+//! | `C` `tick` | `life last`, or `alive` from a Redis that cannot write |
+//! | `C` `recipients` | the user whose memberships or attributes changed |
+//!
+//! `C` is `T`; in a database other than 0 it is `<number of the database>:T`, because Pub/Sub does not know databases.
+//!
+//! # Memberships
+//!
+//! A user has one span a group and partition, the newest: joining again after leaving begins a new one, and what the earlier one had let in is no longer
+//! shown. A partition that was added after joining is the member's from its beginning.
+//!
+//! # Connections
+//!
+//! One for commands (`redis/link.rs`), up to two a partition for reads that wait, one for notices (`redis/feed.rs`). A command is answered within 2 s or the
+//! broker is away; a read that waits has these 2 s on top.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use ::redis as client;
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{
+    Batch, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Item, Lease, Page, Partition,
+    PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice, Span,
+};
+use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
+
+mod check;
+mod feed;
+mod link;
+mod resp;
+mod scripts;
+
+use link::{Link, Readers, parse, unexpected};
+use scripts::Script;
+
+/// Records up to this many bytes go along with their notice, which saves the node a read.
+const INLINE_BYTES: usize = 1024;
+/// Entries in one call of the append script: about half a millisecond of Redis.
+const APPEND_ENTRIES: usize = 256;
+/// Fields of an entry that a script can hand to a command: what Lua's `unpack` takes.
+const MOST_FIELDS: usize = 3_900;
+/// Keys in one MGET.
+const RECORDS: usize = 256;
+const PARTITIONS_KEY: &str = "pointsman:partitions";
+
+/// See the head of this file.
+pub struct Redis {
+    client: client::Client,
+    link: Link,
+    partitions: Vec<Partition>,
+    /// Beside `partitions`.
+    places: Vec<Place>,
+}
+
+/// What calls about one partition have in common.
+struct Place {
+    partition: Partition,
+    prefix: String,
+    meta: String,
+    channels: String,
+    /// The arguments that every script begins with; see `scripts/prelude.lua`.
+    arguments: [String; 12],
+    readers: Readers,
+}
+
+impl std::fmt::Debug for Redis {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The URL may hold a password.
+        f.debug_struct("Redis")
+            .field("address", &self.client.get_connection_info().addr().to_string())
+            .field("partitions", &self.partitions)
+            .finish()
+    }
+}
+
+impl Redis {
+    /// Opens the sources, which are made where they are new, and gives each the number of its partition.
+    ///
+    /// # Errors
+    /// [`Error::Away`] if Redis is not there; try again later. [`Error::Refused`] for a URL, a version or a source that will never do.
+    pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
+        let client =
+            client::Client::open(url).map_err(|error| Error::Refused(format!("its URL is wrong: {error}; write redis://host:port")))?;
+        let link = Link::new(client.clone());
+        let prefixes = prefixes(sources)?;
+        check::version(&link).await?;
+
+        let database = client.get_connection_info().redis_settings().db();
+        let mut places = Vec::with_capacity(sources.len());
+        for (source, prefix) in sources.iter().zip(prefixes) {
+            let meta = format!("{prefix}meta");
+            let number = give_number(&link, source, &meta).await?;
+            let channels = if database == 0 { prefix.clone() } else { format!("{database}:{prefix}") };
+            let numbers = [
+                retention.max_age_s * 1000,
+                retention.log_entries.into(),
+                retention.everyone_entries.into(),
+                retention.keep_s * 1000,
+                retention.dedupe_window_s * 1000,
+                retention.dedupe_entries.into(),
+                retention.dead_entries.into(),
+                retention.decision_entries.into(),
+                retention.backlog_entries,
+            ];
+            let mut arguments = [&prefix, &channels, &number.0.to_string()].map(Clone::clone).to_vec();
+            arguments.extend(numbers.map(|n| n.to_string()));
+            let arguments = arguments.try_into().map_err(|_| unexpected(&"another number of arguments"))?;
+            places.push(Place {
+                partition: Partition { number, source: source.clone() },
+                prefix,
+                meta,
+                channels,
+                arguments,
+                readers: Readers::default(),
+            });
+        }
+        places.sort_by_key(|place| place.partition.number);
+        let partitions = places.iter().map(|place| place.partition.clone()).collect();
+        let redis = Self { client, link, partitions, places };
+        for place in &redis.places {
+            redis.begin(place).await?;
+        }
+        Ok(redis)
+    }
+
+    fn place(&self, partition: PartitionNumber) -> Result<&Place> {
+        let found = self.places.iter().find(|place| place.partition.number == partition);
+        found.ok_or_else(|| Error::Refused(format!("there is no partition {}", partition.0)))
+    }
+
+    /// Runs a script about a partition.
+    async fn run<T: client::FromRedisValue>(&self, place: &Place, script: &Script, own: impl Fn(&mut client::Cmd)) -> Result<T> {
+        let call = self.link.eval(script, |command| {
+            command.arg(2).arg(&place.partition.source).arg(&place.meta).arg(&place.arguments);
+            own(command);
+        });
+        call.await
+    }
+
+    async fn begin(&self, place: &Place) -> Result<()> {
+        let healed = self.run(place, &scripts::BEGIN, |_| {}).await?;
+        place.alarm(healed);
+        Ok(())
+    }
+
+    async fn commit_items(
+        &self,
+        place: &Place,
+        life: crate::event::Life,
+        prev: Position,
+        slice: Option<(u32, bool)>,
+        items: &[Item],
+    ) -> Result<Committed> {
+        let decisions = items
+            .iter()
+            .map(|item| serde_json::to_string(&item.decision).map_err(|error| unexpected(&error)))
+            .collect::<Result<Vec<_>>>()?;
+        let answer: Vec<String> = self
+            .run(place, &scripts::COMMIT, |command| {
+                let (index, is_last) = slice.map_or((-1, false), |(index, is_last)| (i64::from(index), is_last));
+                command.arg(INLINE_BYTES).arg(life.to_string()).arg(prev.to_string()).arg(index).arg(u8::from(is_last)).arg(items.len());
+                for (item, decision) in items.iter().zip(&decisions) {
+                    add_item(command, item, decision);
+                }
+            })
+            .await?;
+        match answer.split_first() {
+            Some((word, [])) if word == "refused" => Ok(Committed::Refused),
+            Some((word, outcomes)) if word == "done" && outcomes.len() == 2 * items.len() => {
+                let outcomes = outcomes.chunks(2).map(|pair| Ok((understand(&pair[0])?, optional_id(&pair[1])?)));
+                Ok(Committed::Done(outcomes.collect::<Result<_>>()?))
+            }
+            _ => Err(unexpected(&"a commit's outcomes")),
+        }
+    }
+
+    /// The id that memberships are judged by, in each partition.
+    async fn tops(&self) -> Result<Vec<(PartitionNumber, u64)>> {
+        let mut commands = client::pipe();
+        for place in &self.places {
+            commands.cmd("HMGET").arg(&place.meta).arg("last").arg("pending");
+        }
+        let tops: Vec<(Option<u64>, Option<u64>)> = self.link.pipeline(&commands).await?;
+        Ok(self.places.iter().zip(tops).map(|(place, (last, pending))| (place.partition.number, last.max(pending).unwrap_or(0))).collect())
+    }
+}
+
+impl Place {
+    /// Says what a script mended in the source.
+    fn alarm(&self, (lost, strays): (u64, u64)) {
+        let source = &self.partition.source;
+        if lost > 0 {
+            tracing::error!(source.key = %source, lost, "somebody else removed entries from the source before they were read: do not trim it (XADD MAXLEN, XTRIM, XDEL)");
+        }
+        if strays > 0 {
+            tracing::error!(source.key = %source, strays, "the source was deleted and made again with lower ids: its entries were appended again");
+        }
+    }
+}
+
+/// Checks the keys of the sources and makes the prefix of each. A source whose keys would be another's is refused.
+fn prefixes(sources: &[String]) -> Result<Vec<String>> {
+    let mut prefixes: Vec<String> = Vec::with_capacity(sources.len());
+    for source in sources {
+        let refuse = |why: &str| Err(Error::Refused(format!("source '{}' {why}; give it another key", source.escape_debug())));
+        if source.is_empty() || source.chars().any(char::is_control) {
+            return refuse("is empty or has a control character");
+        }
+        // What Redis hashes: between the first `{` and the first `}` after it, if anything is there.
+        let tag = source.split_once('{').and_then(|(_, rest)| rest.split_once('}')).is_some_and(|(tag, _)| !tag.is_empty());
+        if !tag && source.contains('}') {
+            return refuse("has a } but no {tag}, so its keys cannot share its slot");
+        }
+        prefixes.push(if tag { format!("{source}:") } else { format!("{{{source}}}:") });
+    }
+    for (at, prefix) in prefixes.iter().enumerate() {
+        for (other, source) in sources.iter().enumerate() {
+            if source.starts_with(prefix) || (other != at && prefixes[other].starts_with(prefix)) {
+                return Err(Error::Refused(format!("sources '{}' and '{source}' would share keys; give one another key", sources[at])));
+            }
+        }
+    }
+    Ok(prefixes)
+}
+
+async fn give_number(link: &Link, source: &str, meta: &str) -> Result<PartitionNumber> {
+    let claimed: Option<String> = link.query(client::cmd("HGET").arg(meta).arg("number")).await?;
+    let answer: client::Value = link
+        .eval(&scripts::NUMBER, |command| {
+            command.arg(1).arg(PARTITIONS_KEY).arg(source).arg(claimed.as_deref().unwrap_or_default()).arg(PartitionNumber::MAX);
+        })
+        .await?;
+    match answer {
+        client::Value::Int(number) if (0..i64::from(PartitionNumber::MAX)).contains(&number) => Ok(PartitionNumber(number as u8)),
+        client::Value::Int(_) => Err(Error::Refused(format!(
+            "source '{source}' would be partition {}, and {} is the most that an installation can ever have: use fewer sources",
+            u32::from(PartitionNumber::MAX) + 1,
+            PartitionNumber::MAX
+        ))),
+        other => {
+            let other: String = parse(other)?;
+            Err(Error::Refused(format!(
+                "sources '{source}' and '{other}' have the same number in {PARTITIONS_KEY}: remove the wrong one of the two there"
+            )))
+        }
+    }
+}
+
+fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
+    let kind = match &item.proposal {
+        Proposal::Commit { .. } => "c",
+        Proposal::Discard => "d",
+        Proposal::Unrouted => "u",
+        Proposal::DeadLetter(_) => "x",
+    };
+    command.arg(kind).arg(item.entry.to_string()).arg(item.dedupe.as_ref().map_or(&[][..], |hash| hash)).arg(decision);
+    match &item.proposal {
+        Proposal::Commit { record, targets } => {
+            command.arg(&record[..]).arg(targets.len());
+            for target in targets {
+                command.arg(target.to_string());
+            }
+        }
+        Proposal::DeadLetter(why) => {
+            command.arg(&why.reason).arg(why.plugin.as_deref().unwrap_or_default()).arg(why.attempts);
+            add_fields(command.arg(why.fields.len()), &why.fields);
+        }
+        Proposal::Discard | Proposal::Unrouted => {}
+    }
+}
+
+fn add_fields(command: &mut client::Cmd, fields: &[(Bytes, Bytes)]) {
+    for (name, value) in fields {
+        command.arg(&name[..]).arg(&value[..]);
+    }
+}
+
+/// Reads what one of our own scripts or keys says.
+fn understand<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T> {
+    text.parse().map_err(|error| unexpected(&error))
+}
+
+fn id(text: &str) -> Result<NotificationId> {
+    understand(text).map(NotificationId)
+}
+
+fn optional_id(text: &str) -> Result<Option<NotificationId>> {
+    if text.is_empty() { Ok(None) } else { id(text).map(Some) }
+}
+
+/// A stream entry as Redis answers it.
+type RawEntry = (String, Vec<(Vec<u8>, Vec<u8>)>);
+
+fn entry((id, fields): RawEntry) -> Result<Entry> {
+    Ok(Entry { id: understand(&id)?, fields: fields.into_iter().map(|(name, value)| (name.into(), value.into())).collect() })
+}
+
+fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
+    let Entry { id, fields } = entry(raw)?;
+    let text = |name: &str| {
+        let found = fields.iter().find(|(field, _)| field == name.as_bytes()).map(|(_, value)| String::from_utf8_lossy(value).into_owned());
+        found.unwrap_or_default()
+    };
+    let own = fields.iter().filter_map(|(name, value)| name.starts_with(b"f:").then(|| (name.slice(2..), value.clone())));
+    let (plugin, attempts) = (text("plugin"), understand(&text("attempts"))?);
+    let why = DeadReason { reason: text("reason"), plugin: Some(plugin).filter(|name| !name.is_empty()), attempts, fields: own.collect() };
+    Ok(DeadLetter { id, entry: understand(&text("entry"))?, why })
+}
+
+/// Reads a membership: the spans by partition. `None`: the member left longer ago than `max_age_ms`, so that nothing is left to see.
+fn spans(text: &str, partitions: &[Partition], now_ms: u64, max_age_ms: u64) -> Result<Option<BTreeMap<PartitionNumber, Span>>> {
+    let mut spans = BTreeMap::new();
+    let mut is_member = true;
+    for word in text.split(' ') {
+        if let Some(left_ms) = word.strip_prefix('@') {
+            is_member = false;
+            if understand::<u64>(left_ms)? < now_ms.saturating_sub(max_age_ms) {
+                return Ok(None);
+            }
+            continue;
+        }
+        let (number, ids) = word.split_once(':').ok_or_else(|| unexpected(&"a membership"))?;
+        let (joined, left) = ids.split_once('-').map_or((ids, None), |(joined, left)| (joined, Some(left)));
+        spans.insert(PartitionNumber(understand(number)?), Span { joined: id(joined)?, left: left.map(id).transpose()? });
+    }
+    if is_member {
+        for partition in partitions {
+            spans.entry(partition.number).or_default();
+        }
+    }
+    spans.retain(|number, _| partitions.iter().any(|partition| partition.number == *number));
+    Ok(Some(spans))
+}
+
+fn user_key(user: &Name) -> String {
+    format!("pointsman:user:{user}")
+}
+
+#[async_trait]
+impl Broker for Redis {
+    fn partitions(&self) -> &[Partition] {
+        &self.partitions
+    }
+
+    async fn check(&self) -> Result<Vec<Finding>> {
+        check::findings(self).await
+    }
+
+    async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>> {
+        let place = self.place(partition)?;
+        if let Some(fields) = entries.iter().find(|fields| fields.is_empty() || fields.len() > MOST_FIELDS) {
+            return Err(Error::Refused(format!("an entry has {} fields; 1 to {MOST_FIELDS} are allowed", fields.len())));
+        }
+        let mut ids = Vec::with_capacity(entries.len());
+        for chunk in chunks(&entries) {
+            let answer: Vec<String> = self
+                .run(place, &scripts::APPEND, |command| {
+                    // Only the first call looks at the backlog: all are taken, or none.
+                    command.arg(u8::from(ids.is_empty())).arg(chunk.len());
+                    for fields in chunk {
+                        add_fields(command.arg(2 * fields.len()), fields);
+                    }
+                })
+                .await?;
+            if let [word, waiting] = answer.as_slice()
+                && word == "full"
+            {
+                return Err(Error::Full(format!("{waiting} entries wait in '{}'; try again later", place.partition.source)));
+            }
+            for id in answer {
+                ids.push(understand(&id)?);
+            }
+        }
+        Ok(ids)
+    }
+
+    async fn read(&self, partition: PartitionNumber, after: EntryId, count: usize, wait: Duration) -> Result<Vec<Entry>> {
+        let place = self.place(partition)?;
+        let mut command = client::cmd("XREAD");
+        command.arg("COUNT").arg(count);
+        if !wait.is_zero() {
+            // 0 would wait for ever.
+            command.arg("BLOCK").arg(wait.as_millis().max(1) as u64);
+        }
+        command.arg("STREAMS").arg(&place.partition.source).arg(after.to_string());
+        let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> = place.readers.query(&self.client, &command, wait).await?;
+        answer.into_iter().flatten().flat_map(|(_, entries)| entries).map(entry).collect()
+    }
+
+    async fn head(&self, partition: PartitionNumber) -> Result<Head> {
+        let place = self.place(partition)?;
+        // A second time if a life has to begin first; a third time if it ends just then.
+        for _ in 0..3 {
+            let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
+            if let [life, last, pending, position, floor, origin, now_ms, lives @ ..] = answer.as_slice() {
+                return Ok(Head {
+                    life: understand(life)?,
+                    lives: lives.chunks_exact(2).map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?))).collect::<Result<_>>()?,
+                    last: id(last)?,
+                    pending: optional_id(pending)?,
+                    position: understand(position)?,
+                    floor: id(floor)?,
+                    origin: id(origin)?,
+                    now_ms: understand(now_ms)?,
+                });
+            }
+            self.begin(place).await?;
+        }
+        Err(Error::Away("its replication id changes again and again".into()))
+    }
+
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+        if batch.items.is_empty() {
+            return Ok(Committed::Done(Vec::new()));
+        }
+        self.commit_items(self.place(partition)?, batch.life, batch.prev, None, &batch.items).await
+    }
+
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+        let at = Some((slice.index, slice.is_last));
+        self.commit_items(self.place(partition)?, slice.life, slice.prev, at, std::slice::from_ref(&slice.item)).await
+    }
+
+    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
+        let place = self.place(partition)?;
+        match self.run(place, &scripts::TICK, |_| {}).await {
+            Ok(healed) => place.alarm(healed),
+            // Too few replicas, or a disk that does not take its snapshot: scripts that write are refused, a plain PUBLISH is not.
+            Err(Error::Away(why)) if why.contains("NOREPLICAS") || why.contains("MISCONF") => {
+                let _heard: i64 = self.link.query(client::cmd("PUBLISH").arg(format!("{}tick", place.channels)).arg("alive")).await?;
+                return Err(Error::Away(why));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
+        let held_ms: u64 = self
+            .run(self.place(partition)?, &scripts::LEASE, |command| {
+                command.arg(node).arg(ttl.as_millis().max(1) as u64);
+            })
+            .await?;
+        Ok(if held_ms == 0 { Lease::Mine } else { Lease::Others(Duration::from_millis(held_ms)) })
+    }
+
+    async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
+        self.run(self.place(partition)?, &scripts::RELEASE, |command| {
+            command.arg(node);
+        })
+        .await
+    }
+
+    async fn take_over(&self, partition: PartitionNumber) -> Result<u32> {
+        let place = self.place(partition)?;
+        let (times, lost, strays) = self
+            .run(place, &scripts::ATTEMPT, |command| {
+                command.arg("takeovers").arg("");
+            })
+            .await?;
+        place.alarm((lost, strays));
+        Ok(times)
+    }
+
+    async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32> {
+        let (times, ..): (u32, u64, u64) = self
+            .run(self.place(partition)?, &scripts::ATTEMPT, |command| {
+                command.arg("attempts").arg(entry.to_string());
+            })
+            .await?;
+        Ok(times)
+    }
+
+    async fn page(&self, partition: PartitionNumber, target: &Target, after: NotificationId, limit: usize) -> Result<Page> {
+        let (floor, is_present, mut members): (u64, bool, Vec<String>) = self
+            .run(self.place(partition)?, &scripts::PAGE, |command| {
+                command.arg(target.to_string()).arg(after.0).arg(limit);
+            })
+            .await?;
+        let is_last = members.len() <= limit;
+        members.truncate(limit);
+        let entries = members.iter().map(|member| {
+            let (own, before) = member.split_once(' ').ok_or_else(|| unexpected(&"a log's entry"))?;
+            Ok((id(own)?, id(before)?))
+        });
+        Ok(Page { entries: entries.collect::<Result<_>>()?, is_present, is_last, floor: NotificationId(floor) })
+    }
+
+    async fn records(&self, partition: PartitionNumber, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
+        let place = self.place(partition)?;
+        let mut records = Vec::with_capacity(ids.len());
+        for some in ids.chunks(RECORDS) {
+            let mut command = client::cmd("MGET");
+            for id in some {
+                command.arg(format!("{}e:{id}", place.prefix));
+            }
+            let found: Vec<Option<Vec<u8>>> = self.link.query(&command).await?;
+            records.extend(found.into_iter().map(|record| record.map(Bytes::from)));
+        }
+        Ok(records)
+    }
+
+    async fn feed(&self) -> Result<Feed> {
+        let places = self.places.iter().map(|place| (place.channels.clone(), place.partition.number)).collect();
+        feed::open(self.client.get_connection_info(), places).await
+    }
+
+    async fn recipient(&self, user: &Name) -> Result<Recipient> {
+        let mut commands = client::pipe();
+        commands.cmd("HGETALL").arg(user_key(user)).cmd("TIME");
+        let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) = self.link.pipeline(&commands).await?;
+        let mut recipient = Recipient::default();
+        let max_age_ms = self.places.first().map_or(Ok(0), |place| understand(&place.arguments[3]))?;
+        for (field, text) in fields {
+            if field == "attributes" {
+                recipient.attributes = serde_json::from_str(&text).map_err(|error| unexpected(&error))?;
+            } else if let Some(group) = field.strip_prefix("g:")
+                && let Some(spans) = spans(&text, &self.partitions, seconds * 1000, max_age_ms)?
+            {
+                recipient.groups.insert(understand_name(group)?, spans);
+            }
+        }
+        Ok(recipient)
+    }
+
+    async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
+        // Read before the record is written: what is committed in between falls in the time that the change takes.
+        let tops = self.tops().await?;
+        let (what, argument) = match change {
+            RecipientChange::Join { group } => ("join", group.to_string()),
+            RecipientChange::Leave { group } => ("leave", group.to_string()),
+            RecipientChange::Attributes(attributes) => {
+                ("attributes", serde_json::to_string(&attributes).map_err(|error| unexpected(&error))?)
+            }
+        };
+        let () = self
+            .link
+            .eval(&scripts::RECIPIENT, |command| {
+                command
+                    .arg(1)
+                    .arg(user_key(user))
+                    .arg(self.places.first().map(|place| place.arguments[3].as_str()))
+                    .arg(what)
+                    .arg(&argument);
+                for (number, top) in &tops {
+                    command.arg(number.0).arg(top);
+                }
+            })
+            .await?;
+        // Even where nothing changed: this may be the second attempt, after the first was written and not published.
+        let mut commands = client::pipe();
+        for place in &self.places {
+            commands.cmd("PUBLISH").arg(format!("{}recipients", place.channels)).arg(user.as_str());
+        }
+        let _heard: Vec<i64> = self.link.pipeline(&commands).await?;
+        Ok(())
+    }
+
+    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+        let place = self.place(partition)?;
+        let mut command = client::cmd("XRANGE");
+        command.arg(format!("{}dead", place.prefix)).arg(format!("({after}")).arg("+").arg("COUNT").arg(limit);
+        let letters: Vec<RawEntry> = self.link.query(&command).await?;
+        letters.into_iter().map(dead_letter).collect()
+    }
+
+    async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
+        self.run(self.place(partition)?, &scripts::REDRIVE, |command| {
+            command.arg(id.to_string());
+        })
+        .await
+    }
+
+    async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
+        let place = self.place(partition)?;
+        self.link.query(client::cmd("XDEL").arg(format!("{}dead", place.prefix)).arg(id.to_string())).await
+    }
+
+    async fn decisions(
+        &self,
+        partition: PartitionNumber,
+        limit: usize,
+    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+        let place = self.place(partition)?;
+        let mut command = client::cmd("XREVRANGE");
+        command.arg(format!("{}what", place.prefix)).arg("+").arg("-").arg("COUNT").arg(limit);
+        let records: Vec<(String, BTreeMap<String, String>)> = self.link.query(&command).await?;
+        let decisions = records.into_iter().map(|(_, fields)| {
+            let text = |name: &str| fields.get(name).map(String::as_str).unwrap_or_default();
+            let decision = serde_json::from_str(text("decision")).map_err(|error| unexpected(&error))?;
+            Ok((understand(text("entry"))?, understand(text("outcome"))?, optional_id(text("id"))?, decision))
+        });
+        decisions.collect()
+    }
+
+    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
+        let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
+            self.run(self.place(partition)?, &scripts::STATE, |_| {}).await?;
+        let number = |field: &str| meta.get(field).map_or(Ok(0), |text| understand(text));
+        let outcomes = Outcome::ALL.into_iter().map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
+        Ok(PartitionState {
+            outcomes: outcomes.collect::<Result<_>>()?,
+            lag,
+            lost_upstream: number("lost_upstream")?,
+            dead_letters,
+            dead_trimmed: number("dead_trimmed")?,
+            dedupe_overflows: number("dedupe_overflows")?,
+            ids_ahead_ms,
+        })
+    }
+}
+
+fn understand_name(text: &str) -> Result<Name> {
+    Name::parse(text).map_err(|error| unexpected(&error))
+}
+
+/// Splits a batch so that no call has more than [`APPEND_ENTRIES`] entries or, but for a single one, a MiB.
+fn chunks(entries: &[Vec<(Bytes, Bytes)>]) -> Vec<&[Vec<(Bytes, Bytes)>]> {
+    let mut chunks = Vec::new();
+    let (mut begin, mut bytes) = (0, 0);
+    for (at, fields) in entries.iter().enumerate() {
+        let own: usize = fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if at > begin && (at - begin == APPEND_ENTRIES || bytes + own > super::MAX_COMMIT_BYTES) {
+            chunks.push(&entries[begin..at]);
+            (begin, bytes) = (at, 0);
+        }
+        bytes += own;
+    }
+    if begin < entries.len() {
+        chunks.push(&entries[begin..]);
+    }
+    chunks
+}

@@ -219,7 +219,7 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
     assert_eq!(numbers(&["b", "a"]).unwrap(), [(0, "b".into()), (1, "a".into())]);
     assert_eq!(numbers(&["c", "a"]).unwrap(), [(1, "a".into()), (2, "c".into())]);
     assert_eq!(numbers(&["b"]).unwrap(), [(0, "b".into())]);
-    assert!(numbers(&["b", "b"]).unwrap_err().to_string().contains("named twice"));
+    assert!(numbers(&["b", "b"]).unwrap_err().to_string().contains("'b' is named twice"));
     for n in 3..12 {
         assert_eq!(numbers(&[&format!("s{n}")]).unwrap(), [(n, format!("s{n}"))]);
     }

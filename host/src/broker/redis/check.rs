@@ -1,0 +1,147 @@
+//! What a Redis must be like: version, role, eviction, rights, durability. One line each, with its fix.
+
+use super::link::Link;
+use super::{Redis, scripts};
+use crate::broker::{Error, Finding, Result, Severity};
+
+/// Refuses a Redis that does not know the scripts' flags.
+pub(super) async fn version(link: &Link) -> Result<()> {
+    let info: String = link.query(redis::cmd("INFO").arg("server")).await?;
+    match too_old(&info) {
+        Some(text) => Err(Error::Refused(text)),
+        None => Ok(()),
+    }
+}
+
+pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
+    let info: String = match redis.link.query(&redis::cmd("INFO")).await {
+        Ok(info) => info,
+        Err(Error::Refused(why)) => {
+            return Ok(vec![refusal(format!("INFO is refused ({why}): grant +info, as every commit reads the replication id"))]);
+        }
+        Err(error) => return Err(error),
+    };
+    let mut findings: Vec<Finding> = too_old(&info).map(refusal).into_iter().collect();
+    if let Some(role) = value(&info, "role").filter(|role| *role != "master") {
+        findings.push(refusal(format!("it is a {role}: the URL must name the primary")));
+    }
+    if let Some(policy) = value(&info, "maxmemory_policy").filter(|policy| *policy != "noeviction") {
+        findings.push(refusal(format!(
+            "maxmemory-policy is {policy}, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction"
+        )));
+    }
+    if value(&info, "aof_enabled") == Some("0") {
+        let text = "the append-only file is off, so a crash of Redis may lose what it accepted: CONFIG SET appendonly yes";
+        findings.push(Finding { severity: Severity::Warning, text: text.into() });
+    }
+    findings.extend(rights(redis).await?);
+    Ok(findings)
+}
+
+/// Asks which of the commands that we run would be refused.
+async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
+    let user = redis.client.get_connection_info().redis_settings().username().unwrap_or("default").to_owned();
+    for place in &redis.places {
+        let (s, t, c) = (&place.partition.source, &place.prefix, &place.channels);
+        let needed = [
+            &["EVALSHA", "x", "1", s][..],
+            &["EVAL", "x", "1", s],
+            &["TIME"],
+            &["INFO", "replication"],
+            &["XADD", s, "*", "f", "v"],
+            &["XREAD", "COUNT", "1", "STREAMS", s, "0-0"],
+            &["XRANGE", s, "-", "+"],
+            &["XREVRANGE", s, "+", "-"],
+            &["XTRIM", s, "MAXLEN", "1"],
+            &["XDEL", s, "0-1"],
+            &["XLEN", s],
+            &["XINFO", "STREAM", s],
+            &["XSETID", s, "0-1"],
+            &["XGROUP", "SETID", s, "pointsman", "0-1"],
+            &["XPENDING", s, "pointsman"],
+            &["TYPE", s],
+            &["GET", &format!("{t}owner")],
+            &["SET", &format!("{t}owner"), "v"],
+            &["DEL", &format!("{t}owner")],
+            &["PTTL", &format!("{t}owner")],
+            &["PEXPIRE", &format!("{t}owner"), "1"],
+            &["EXISTS", &format!("{t}owner")],
+            &["UNLINK", &format!("{t}seen:1")],
+            &["MGET", &format!("{t}e:1")],
+            &["SADD", &format!("{t}seen:1"), "v"],
+            &["SCARD", &format!("{t}seen:1")],
+            &["SISMEMBER", &format!("{t}seen:1"), "v"],
+            &["HGET", &format!("{t}meta"), "f"],
+            &["HSET", &format!("{t}meta"), "f", "v"],
+            &["HDEL", &format!("{t}meta"), "f"],
+            &["HINCRBY", &format!("{t}meta"), "f", "1"],
+            &["HMGET", &format!("{t}meta"), "f"],
+            &["HGETALL", &format!("{t}meta")],
+            &["RPUSH", &format!("{t}lives"), "v"],
+            &["LTRIM", &format!("{t}lives"), "0", "1"],
+            &["LRANGE", &format!("{t}lives"), "0", "1"],
+            &["ZADD", &format!("{t}l:all"), "1", "v"],
+            &["ZREVRANGE", &format!("{t}l:all"), "0", "0"],
+            &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],
+            &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
+            &["HGETALL", "pointsman:user:x"],
+            &["HSET", super::PARTITIONS_KEY, "f", "v"],
+            &["PUBLISH", &format!("{c}tick"), "v"],
+            &["SUBSCRIBE", &format!("{c}tick")],
+            &["UNSUBSCRIBE", &format!("{c}tick")],
+        ]
+        .map(|words| words.join("\n"));
+        let refused: Vec<String> = match redis
+            .run(place, &scripts::RIGHTS, |command| {
+                command.arg(&needed);
+            })
+            .await
+        {
+            Ok(refused) => refused,
+            Err(Error::Refused(why)) => {
+                return Ok(vec![refusal(format!(
+                    "user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha +info +time"
+                ))]);
+            }
+            Err(error) => return Err(error),
+        };
+        if !refused.is_empty() {
+            let commands: Vec<String> = refused.iter().map(|words| words.replace('\n', " ")).collect();
+            let grant: Vec<String> =
+                refused.iter().filter_map(|words| words.lines().next()).map(|word| format!("+{}", word.to_lowercase())).collect();
+            return Ok(vec![refusal(format!(
+                "user '{user}' may not run {}: ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
+                commands.join(", "),
+                grant.join(" ")
+            ))]);
+        }
+    }
+    Ok(Vec::new())
+}
+
+fn refusal(text: String) -> Finding {
+    Finding { severity: Severity::Refusal, text }
+}
+
+fn too_old(info: &str) -> Option<String> {
+    let version = value(info, "redis_version")?;
+    let major: u32 = version.split('.').next()?.parse().ok()?;
+    (major < 7).then(|| format!("Redis {version} is too old: Pointsman needs 7.0 or newer"))
+}
+
+/// The value of a line of `INFO`.
+fn value<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_redis_is_told_from_a_new_one() {
+        assert!(too_old("# Server\r\nredis_version:6.2.14\r\n").is_some_and(|text| text.contains("6.2.14")));
+        assert_eq!(too_old("# Server\r\nredis_version:7.0.15\r\n"), None);
+        assert_eq!(too_old("# Server\r\nredis_version:10.1.0\r\n"), None);
+    }
+}

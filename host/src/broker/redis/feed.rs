@@ -1,0 +1,313 @@
+//! A node's ear: one Pub/Sub connection over all partitions, on which Redis keeps the order of what it publishes.
+//!
+//! Notices are handed over in batches. While the receiver does not take them, the socket is not read; Redis then holds them up to its
+//! `client-output-buffer-limit pubsub` and cuts the connection, which ends in a [`Notice::Reset`] like every other loss. Whether it has been
+//! quiet for too long is the receiver's to judge, who asks with [`Follow::Reconnect`].
+
+use std::collections::{HashMap, VecDeque};
+
+use bytes::{Bytes, BytesMut};
+use redis::{ConnectionAddr, ConnectionInfo};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::link::{DEADLINE, pause};
+use super::resp::{Decoder, Element, Frame, encode};
+use crate::broker::{Error, Feed, Follow, Notice, PartitionNumber, Result};
+use crate::event::{Name, NotificationId, Target};
+
+/// Batches of notices that wait for the receiver.
+const BATCHES: usize = 64;
+/// What one read of the socket may bring; a batch is made from it.
+const READ_BYTES: usize = 64 * 1024;
+/// Requests taken at once.
+const REQUESTS: usize = 256;
+
+/// Connects, subscribes to the ticks and recipient changes of all partitions, and begins to hand over.
+pub(super) async fn open(info: &ConnectionInfo, partitions: Vec<(String, PartitionNumber)>) -> Result<Feed> {
+    let session = Session::connect(info, &partitions).await?;
+    let (follow, requests) = mpsc::unbounded_channel();
+    let (notices_in, notices) = mpsc::channel(BATCHES);
+    tokio::spawn(run(info.clone(), partitions, session, requests, notices_in));
+    Ok(Feed { follow, notices })
+}
+
+/// Why a session ended.
+enum End {
+    /// The feed was dropped.
+    Dropped,
+    Lost(String),
+}
+
+async fn run(
+    info: ConnectionInfo,
+    partitions: Vec<(String, PartitionNumber)>,
+    mut session: Session,
+    mut requests: mpsc::UnboundedReceiver<Follow>,
+    notices: mpsc::Sender<Vec<Notice>>,
+) {
+    let numbers: Vec<PartitionNumber> = partitions.iter().map(|(_, number)| *number).collect();
+    loop {
+        match session.serve(&mut requests, &notices).await {
+            End::Dropped => return,
+            End::Lost(why) => tracing::warn!(error = %why, "the connection for notices was lost"),
+        }
+        let mut failures = 0;
+        session = loop {
+            tokio::select! {
+                connected = Session::connect(&info, &partitions) => match connected {
+                    Ok(session) => break session,
+                    Err(error) => tracing::debug!(%error, "the connection for notices cannot be made"),
+                },
+                () = notices.closed() => return,
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause(failures)) => failures += 1,
+                () = notices.closed() => return,
+            }
+        };
+        let Ok(permit) = notices.reserve().await else { return };
+        // Requests made until now are void, and those behind them ask again once they heard of it.
+        while requests.try_recv().is_ok() {}
+        permit.send(vec![Notice::Reset { partitions: numbers.clone() }]);
+        tracing::info!("the connection for notices was made again");
+    }
+}
+
+trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+/// What a channel carries.
+#[derive(Clone, Debug)]
+enum Channel {
+    Log(PartitionNumber, Target),
+    Tick(PartitionNumber),
+    Recipients(PartitionNumber),
+}
+
+/// One connection.
+struct Session {
+    socket: Box<dyn Socket>,
+    decoder: Decoder,
+    input: BytesMut,
+    output: BytesMut,
+    channels: HashMap<Bytes, Channel>,
+    /// By partition, what its channels begin with.
+    prefixes: HashMap<PartitionNumber, String>,
+    /// Redis answers in the order of the requests: the answer that comes is that to the oldest one. So an answer to an earlier request about the same
+    /// log is never taken for this one's. `None`: nobody waits for it.
+    unanswered: VecDeque<Option<u64>>,
+}
+
+impl Session {
+    /// Makes a connection on which the ticks and recipient changes of all partitions are heard.
+    async fn connect(info: &ConnectionInfo, partitions: &[(String, PartitionNumber)]) -> Result<Self> {
+        let connected = timeout(DEADLINE, async {
+            let mut session = Self {
+                socket: dial(info.addr()).await?,
+                decoder: Decoder::default(),
+                input: BytesMut::with_capacity(READ_BYTES),
+                output: BytesMut::new(),
+                channels: HashMap::new(),
+                prefixes: partitions.iter().map(|(prefix, number)| (*number, prefix.clone())).collect(),
+                unanswered: VecDeque::new(),
+            };
+            session.authenticate(info).await?;
+            for (prefix, number) in partitions {
+                session.subscribe(format!("{prefix}tick"), Channel::Tick(*number), None);
+                session.subscribe(format!("{prefix}recipients"), Channel::Recipients(*number), None);
+            }
+            session.flush().await?;
+            let mut early = Vec::new();
+            while !session.unanswered.is_empty() {
+                let frame = session.frame().await?;
+                session.take(frame, &mut early)?;
+            }
+            Ok(session)
+        });
+        connected.await.unwrap_or_else(|_| Err(Error::Away(format!("no answer within {} s", DEADLINE.as_secs()))))
+    }
+
+    async fn authenticate(&mut self, info: &ConnectionInfo) -> Result<()> {
+        let settings = info.redis_settings();
+        let Some(password) = settings.password() else { return Ok(()) };
+        let words = [Some("AUTH"), settings.username(), Some(password)];
+        encode(&mut self.output, &words.into_iter().flatten().map(str::as_bytes).collect::<Vec<_>>());
+        self.flush().await?;
+        match self.frame().await? {
+            Frame::Simple(_) => Ok(()),
+            Frame::Error(why) => Err(Error::Refused(format!("{}; correct user and password in the URL", String::from_utf8_lossy(&why)))),
+            Frame::Array(_) => Err(Error::Away("AUTH was answered by something else".into())),
+        }
+    }
+
+    async fn flush(&mut self) -> Result<()> {
+        let sent = self.socket.write_all_buf(&mut self.output).await;
+        sent.map_err(|error| Error::Away(error.to_string()))
+    }
+
+    async fn frame(&mut self) -> Result<Frame> {
+        loop {
+            if let Some(frame) = self.decoder.next(&mut self.input).map_err(|error| Error::Away(error.to_string()))? {
+                return Ok(frame);
+            }
+            match self.socket.read_buf(&mut self.input).await {
+                Ok(0) => return Err(Error::Away("Redis closed the connection".into())),
+                Ok(_) => {}
+                Err(error) => return Err(Error::Away(error.to_string())),
+            }
+        }
+    }
+
+    /// Reads, writes and hands over until the connection or the feed ends.
+    async fn serve(&mut self, requests: &mut mpsc::UnboundedReceiver<Follow>, notices: &mpsc::Sender<Vec<Notice>>) -> End {
+        let mut batch = Vec::new();
+        let mut asked = Vec::new();
+        loop {
+            let (mut reader, mut writer) = tokio::io::split(&mut self.socket);
+            // What a dropped branch had begun is lost with none of them: `read_buf`, `write_buf`, `reserve` and `recv_many` are cancel-safe.
+            let read = tokio::select! {
+                permit = notices.reserve(), if !batch.is_empty() => {
+                    let Ok(permit) = permit else { return End::Dropped };
+                    permit.send(std::mem::take(&mut batch));
+                    continue;
+                }
+                written = writer.write_buf(&mut self.output), if !self.output.is_empty() => {
+                    if let Err(error) = written {
+                        return End::Lost(error.to_string());
+                    }
+                    continue;
+                }
+                n = requests.recv_many(&mut asked, REQUESTS) => {
+                    if n == 0 {
+                        return End::Dropped;
+                    }
+                    for request in asked.drain(..) {
+                        if !self.ask(request) {
+                            return End::Lost("it was quiet for too long".into());
+                        }
+                    }
+                    continue;
+                }
+                // With a batch in hand the socket waits, and with it Redis.
+                read = reader.read_buf(&mut self.input), if batch.is_empty() => read,
+                () = notices.closed() => return End::Dropped,
+            };
+            match read {
+                Ok(0) => return End::Lost("Redis closed it".into()),
+                Ok(_) => {}
+                Err(error) => return End::Lost(error.to_string()),
+            }
+            loop {
+                match self.decoder.next(&mut self.input) {
+                    Ok(Some(frame)) => {
+                        if let Err(error) = self.take(frame, &mut batch) {
+                            return End::Lost(error.to_string());
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => return End::Lost(error.to_string()),
+                }
+            }
+            self.input.reserve(READ_BYTES);
+        }
+    }
+
+    /// Takes up a request. `false`: the connection is to be dropped.
+    fn ask(&mut self, request: Follow) -> bool {
+        match request {
+            Follow::Start { partition, target, token } => {
+                if let Some(name) = self.log_channel(partition, &target) {
+                    self.subscribe(name, Channel::Log(partition, target), Some(token));
+                }
+            }
+            Follow::Stop { partition, target } => {
+                if let Some(name) = self.log_channel(partition, &target) {
+                    encode(&mut self.output, &[b"UNSUBSCRIBE", name.as_bytes()]);
+                    self.unanswered.push_back(None);
+                    self.channels.remove(name.as_bytes());
+                }
+            }
+            Follow::Reconnect { .. } => return false,
+        }
+        true
+    }
+
+    fn log_channel(&self, partition: PartitionNumber, target: &Target) -> Option<String> {
+        self.prefixes.get(&partition).map(|prefix| format!("{prefix}l:{target}"))
+    }
+
+    fn subscribe(&mut self, name: String, channel: Channel, token: Option<u64>) {
+        encode(&mut self.output, &[b"SUBSCRIBE", name.as_bytes()]);
+        self.unanswered.push_back(token);
+        self.channels.insert(name.into(), channel);
+    }
+
+    /// Adds what a frame says to the batch.
+    fn take(&mut self, frame: Frame, batch: &mut Vec<Notice>) -> Result<()> {
+        let elements = match frame {
+            Frame::Array(elements) => elements,
+            Frame::Simple(_) => return Ok(()),
+            Frame::Error(why) => return Err(Error::Refused(format!("{}; grant it with ACL SETUSER", String::from_utf8_lossy(&why)))),
+        };
+        match elements.as_slice() {
+            [Element::Text(kind), Element::Text(channel), Element::Text(message)] if &kind[..] == b"message" => {
+                match self.channels.get(channel).and_then(|channel| notice(channel, message)) {
+                    Some(notice) => batch.push(notice),
+                    // Of a log that was followed until just now, or not written by us.
+                    None => tracing::trace!(channel = %String::from_utf8_lossy(channel), "a message is no notice"),
+                }
+            }
+            [Element::Text(kind), _, Element::Number(_)] if matches!(&kind[..], b"subscribe" | b"unsubscribe") => {
+                match self.unanswered.pop_front() {
+                    Some(Some(token)) => batch.push(Notice::Following { token }),
+                    Some(None) => {}
+                    None => return Err(Error::Away("it answered what was not asked".into())),
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// What a message on a channel of ours says; `None` if it was not written by us.
+fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
+    match channel {
+        Channel::Log(partition, target) => {
+            // `life id` or `life id record`; the record is any JSON.
+            let mut parts = message.splitn(3, |&b| b == b' ');
+            let life = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
+            let id = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
+            // A copy, because a part of what was read would hold all of it.
+            let record = parts.next().map(Bytes::copy_from_slice);
+            Some(Notice::Append { partition: *partition, target: target.clone(), life, id: NotificationId(id), record })
+        }
+        Channel::Tick(partition) => {
+            if &message[..] == b"alive" {
+                return Some(Notice::Alive { partition: *partition });
+            }
+            let (life, last) = std::str::from_utf8(message).ok()?.split_once(' ')?;
+            Some(Notice::Tick { partition: *partition, life: life.parse().ok()?, last: NotificationId(last.parse().ok()?) })
+        }
+        Channel::Recipients(partition) => {
+            let user = Name::parse(std::str::from_utf8(message).ok()?).ok()?;
+            Some(Notice::RecipientChanged { partition: *partition, user })
+        }
+    }
+}
+
+async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
+    let away = |error: std::io::Error| Error::Away(error.to_string());
+    match address {
+        ConnectionAddr::Tcp(host, port) => {
+            let socket = TcpStream::connect((host.as_str(), *port)).await.map_err(away)?;
+            socket.set_nodelay(true).map_err(away)?;
+            Ok(Box::new(socket))
+        }
+        ConnectionAddr::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(away)?)),
+        _ => Err(Error::Refused("TLS is not built in: write redis:// in place of rediss://".into())),
+    }
+}

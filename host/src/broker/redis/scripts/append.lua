@@ -1,0 +1,16 @@
+#!lua
+-- Appends entries to the source. Without allow-oom: a full Redis takes no more.
+-- ARGV  '1' to look at the backlog first; number of entries; per entry: number of fields and values together, fields and values.
+-- Answers {'full', backlog} or the ids.
+local at = OWN + 1
+if ARGV[OWN] == '1' then
+  local waiting = backlog()
+  if waiting >= tonumber(ARGV[12]) then return {'full', text(waiting)} end
+end
+local ids = {}
+for i = 1, tonumber(ARGV[OWN + 1]) do
+  local n = tonumber(ARGV[at + 1])
+  ids[i] = call('XADD', S, '*', unpack(ARGV, at + 2, at + 1 + n))
+  at = at + 1 + n
+end
+return ids

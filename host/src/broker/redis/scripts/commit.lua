@@ -1,0 +1,257 @@
+#!lua flags=allow-oom
+-- Writes the outcomes of a batch, or one slice of a plan, if the partition is at `prev` in `life`. First everything is read and judged,
+-- then written with commands that cannot fail: Lua has no way back.
+-- ARGV  largest record that goes along with a notice, bytes; life; prev; slice (-1: a batch of whole plans); whether it is the final slice;
+--       number of items; per item: kind, entry, dedupe hash or '', decision, and
+--         c (commit): record, number of targets, targets      x (dead letter): reason, plugin, attempts, number of fields, fields
+--         d (discard), u (unrouted): nothing
+-- Answers {'refused'} or {'done', outcome, id or '', outcome, id or '', ...}.
+local at = OWN - 1
+local function take()
+  at = at + 1
+  return ARGV[at]
+end
+
+local inline = tonumber(take())
+local wanted, prev, slice, is_final = take(), take(), tonumber(take()), take() == '1'
+local name = life()
+local pos = position()
+local slices = tonumber(string.match(pos, '/(%d+)$') or '0')
+if name ~= wanted or pos ~= prev or slices ~= math.max(slice, 0) then return {'refused'} end
+-- Only a plan that is being written in slices is still pending.
+local is_continued = slice > 0
+
+local items = {}
+for i = 1, tonumber(take()) do
+  local item = {kind = take(), entry = take(), hash = take(), decision = take()}
+  if item.kind == 'c' then
+    item.record, item.n = take(), tonumber(take())
+    item.first = at + 1
+    at = at + item.n
+  elseif item.kind == 'x' then
+    item.reason, item.plugin, item.attempts = take(), take(), take()
+    item.fields = {}
+    for j = 1, 2 * tonumber(take()) do item.fields[j] = take() end
+  end
+  items[i] = item
+end
+if is_continued and items[1].entry ~= entry_of(pos) then return {'refused'} end
+
+-- Phase 1: judge.
+
+for _, key in ipairs({T .. 'what', T .. 'dead'}) do
+  local kind = call('TYPE', key).ok
+  if kind ~= 'none' and kind ~= 'stream' then
+    return redis.error_reply('WRONGTYPE the key ' .. key .. ' holds a ' .. kind .. ' and must hold a stream: rename or delete it')
+  end
+end
+
+local window = tonumber(ARGV[8])
+local function bucket(entry) return math.floor(tonumber(string.match(entry, '^%d+')) / window) end
+
+-- The newest id in a log, as text; false if the log is absent; 'foreign' if its key holds something else.
+local tops = {}
+local function top(log)
+  local newest = tops[log]
+  if newest == nil then
+    local found = pcall('ZREVRANGE', T .. 'l:' .. log, 0, 0)
+    if found.err then newest = 'foreign'
+    elseif found[1] then newest = string.match(found[1], '^%d+')
+    else newest = false end
+    tops[log] = newest
+  end
+  return newest
+end
+
+local function foreign(key) return 'the key ' .. key .. ' holds something foreign: rename or delete it, then redrive' end
+
+local in_batch = {}
+for _, item in ipairs(items) do
+  local fate = item.kind
+  if fate ~= 'x' and not is_continued then
+    if item.hash ~= '' and window > 0 then
+      local b = bucket(item.entry)
+      local was = in_batch[item.hash]
+      if was and b - was <= 1 then
+        fate = 'duplicate'
+      else
+        for _, one in ipairs({b, b - 1}) do
+          local found = pcall('SISMEMBER', T .. 'seen:' .. text(one), item.hash)
+          if type(found) == 'table' then fate, item.reason = 'x', foreign(T .. 'seen:' .. text(one))
+          elseif found == 1 and fate ~= 'x' then fate = 'duplicate' end
+        end
+      end
+    end
+    if fate == 'c' then
+      for j = item.first, item.first + item.n - 1 do
+        if top(ARGV[j]) == 'foreign' then fate, item.reason = 'x', foreign(T .. 'l:' .. ARGV[j]) break end
+      end
+    end
+    if fate == 'x' then
+      -- It was no dead letter when it came, so its fields were not sent along.
+      local found = pcall('XRANGE', S, item.entry, item.entry)
+      item.plugin, item.attempts, item.fields = '', '1', not found.err and found[1] and found[1][2] or {}
+    elseif fate ~= 'duplicate' and item.hash ~= '' and window > 0 then
+      in_batch[item.hash] = bucket(item.entry)
+    end
+  end
+  item.fate = fate
+end
+
+-- Phase 2: write. Trimming comes first, so that a full Redis drains.
+
+-- Removes from the source what everybody has read, at most once a second (20 times under memory pressure), and decisions by age.
+local function trim()
+  if now < number('trim_at') then return end
+  call('XTRIM', T .. 'what', 'MINID', '~', text(math.max(0, now - tonumber(ARGV[4]))) .. '-0')
+  local memory = call('INFO', 'memory')
+  local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
+  local is_full = most > 0 and tonumber(string.match(memory, 'used_memory:(%d+)')) > most
+  call('HSET', META, 'trim_at', text(now + (is_full and 50 or 1000)))
+  -- A source that is not ours by name may have readers that we cannot know.
+  if string.sub(S, 1, 10) ~= 'pointsman:' then return end
+  local bound = entry_of(pos)
+  local function lower(entry) if before(entry, bound) then bound = entry end end
+  -- `keep` is for operators who look back; a full Redis needs the room.
+  if not is_full then lower(text(math.max(0, now - tonumber(ARGV[7]))) .. '-0') end
+  local groups = pcall('XINFO', 'GROUPS', S)
+  if groups.err then return end
+  for _, group in ipairs(groups) do
+    local of = {}
+    for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
+    if of['name'] ~= 'pointsman' then
+      lower(of['last-delivered-id'])
+      if of['pending'] > 0 then lower(call('XPENDING', S, of['name'])[2]) end
+    end
+  end
+  if is_full then pcall('XTRIM', S, 'MINID', bound)
+  -- Whole nodes only, and a bounded number: cheap, and the rest goes next time.
+  else pcall('XTRIM', S, 'MINID', '~', bound, 'LIMIT', 100000) end
+end
+trim()
+
+local ttl = text(math.floor(tonumber(meta('max_age')) * 1.02))
+local caps = {tonumber(ARGV[5]), tonumber(ARGV[6])}
+local last = number('last')
+local low = floor()
+local newest_bucket = number('b')
+local sizes = {}
+local counts = {}
+local function count(what) counts[what] = (counts[what] or 0) + 1 end
+
+-- Stream time moves with every entry; buckets that it left behind go, even where a quiet time skipped some.
+local function roll(b)
+  if b > newest_bucket then
+    call('UNLINK', T .. 'seen:' .. text(newest_bucket - 1))
+    if b > newest_bucket + 1 then call('UNLINK', T .. 'seen:' .. text(newest_bucket)) end
+    newest_bucket = b
+    call('HSET', META, 'b', text(b))
+  end
+end
+
+local function remember(item)
+  if window == 0 then return end
+  local b = bucket(item.entry)
+  roll(b)
+  -- An entry from before the window (made under a slower clock) would make a bucket that nobody removes.
+  if item.hash == '' or b < newest_bucket - 1 then return end
+  local key = T .. 'seen:' .. text(b)
+  sizes[b] = sizes[b] or call('SCARD', key)
+  if sizes[b] >= tonumber(ARGV[9]) then return count('dedupe_overflows') end
+  sizes[b] = sizes[b] + call('SADD', key, item.hash)
+end
+
+-- Adds an id to the log of each target and tells who listens.
+local function index(item, id)
+  local notice = name .. ' ' .. id
+  if #item.record <= inline then notice = notice .. ' ' .. item.record end
+  local floor_or_last = text(math.min(low, last))
+  for j = item.first, item.first + item.n - 1 do
+    local log = ARGV[j]
+    local newest = top(log)
+    if newest == 'foreign' then
+      -- Met in a later slice: the plan cannot be taken back any more.
+      count('foreign_logs')
+    else
+      local key = T .. 'l:' .. log
+      local cap = log == 'all' and caps[2] or caps[1]
+      call('ZADD', key, id, id .. ' ' .. (newest or floor_or_last))
+      call('ZREMRANGEBYRANK', key, 0, -(cap + 1))
+      call('PEXPIRE', key, ttl)
+      call('PUBLISH', C .. 'l:' .. log, notice)
+      tops[log] = id
+    end
+  end
+end
+
+local function dead_letter(item)
+  local fields = item.fields
+  local pairs_kept = math.min(#fields, MOST_ARGUMENTS)
+  local reason = item.reason
+  if pairs_kept < #fields then reason = reason .. ' (of ' .. #fields / 2 .. ' fields the first ' .. pairs_kept / 2 .. ' are kept)' end
+  local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', item.attempts}
+  for j = 1, pairs_kept, 2 do
+    values[#values + 1] = 'f:' .. fields[j]
+    values[#values + 1] = fields[j + 1]
+  end
+  local key = T .. 'dead'
+  local n_before = call('XLEN', key)
+  call('XADD', key, 'MAXLEN', ARGV[10], '*', unpack(values))
+  counts['dead_trimmed'] = (counts['dead_trimmed'] or 0) + n_before + 1 - call('XLEN', key)
+end
+
+local answer = {'done'}
+local next_pos = items[#items].entry
+for _, item in ipairs(items) do
+  local outcome, id = nil, ''
+  if item.fate == 'c' then
+    outcome = 'committed'
+    if is_continued then
+      id = meta('pending')
+    else
+      id = text(math.max(last + 1, id_of(now)))
+      -- The record of a plan that is not complete has no expiry: its owner may be away for longer than that.
+      if slice == 0 and not is_final then call('SET', T .. 'e:' .. id, item.record)
+      else call('SET', T .. 'e:' .. id, item.record, 'PX', ttl) end
+      remember(item)
+    end
+    index(item, id)
+    if slice >= 0 and not is_final then
+      next_pos = item.entry .. '/' .. (slice + 1)
+      call('HSET', META, 'pending', id)
+    else
+      last = tonumber(id)
+      if is_continued then
+        call('PEXPIRE', T .. 'e:' .. id, ttl)
+        call('HDEL', META, 'pending')
+      end
+    end
+  elseif item.fate == 'x' then
+    outcome = 'dead-lettered'
+    dead_letter(item)
+  else
+    outcome = item.fate == 'd' and 'discarded' or item.fate == 'u' and 'unrouted' or 'duplicate'
+    if outcome ~= 'duplicate' then remember(item) end
+  end
+  answer[#answer + 1] = outcome
+  answer[#answer + 1] = id
+  if not string.find(next_pos, '/', 1, true) then
+    count(outcome)
+    local record = {'entry', item.entry, 'outcome', outcome, 'decision', item.decision}
+    if id ~= '' then record[7], record[8] = 'id', id end
+    call('XADD', T .. 'what', 'MAXLEN', '~', ARGV[11], '*', unpack(record))
+  end
+end
+
+for what, times in pairs(counts) do
+  if times > 0 then call('HINCRBY', META, what, times) end
+end
+call('HSET', META, 'pos', next_pos, 'last', text(last))
+if not string.find(next_pos, '/', 1, true) then
+  local n = call('HINCRBY', META, 'n', #items)
+  -- Keeps the lag of the group readable for operators. Last, and its failure is ignored: the source may be gone.
+  if pcall('XGROUP', 'SETID', S, 'pointsman', next_pos, 'ENTRIESREAD', n).err and string.sub(S, 1, 10) == 'pointsman:' then
+    pcall('XGROUP', 'CREATE', S, 'pointsman', next_pos, 'ENTRIESREAD', n)
+  end
+end
+return answer

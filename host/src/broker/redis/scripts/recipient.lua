@@ -1,0 +1,38 @@
+#!lua flags=allow-oom
+-- Changes what is known of a user. Knows no partition: what they say (their last ids) comes along.
+-- KEYS  1 the user's hash.   ARGV  max_age, ms; 'join', 'leave' or 'attributes'; group or JSON; then per partition: number, last id.
+-- A membership is `number:joined ...`, and after leaving `number:joined-left ... @ms`, with the time of leaving.
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local key, what = KEYS[1], ARGV[2]
+
+if what == 'attributes' then
+  if ARGV[3] == '{}' then redis.call('HDEL', key, 'attributes') else redis.call('HSET', key, 'attributes', ARGV[3]) end
+else
+  local field = 'g:' .. ARGV[3]
+  local have = redis.call('HGET', key, field)
+  local is_member = have and not string.find(have, '@', 1, true)
+  if what == 'join' and not is_member then
+    local spans = {}
+    for i = 4, #ARGV, 2 do spans[#spans + 1] = ARGV[i] .. ':' .. ARGV[i + 1] end
+    redis.call('HSET', key, field, table.concat(spans, ' '))
+  elseif what == 'leave' and is_member then
+    local joined = {}
+    for number, id in string.gmatch(have, '(%d+):(%d+)') do joined[number] = id end
+    local spans = {}
+    for i = 4, #ARGV, 2 do
+      -- A partition that was added since joining was the member's from its beginning.
+      spans[#spans + 1] = ARGV[i] .. ':' .. (joined[ARGV[i]] or '0') .. '-' .. ARGV[i + 1]
+    end
+    spans[#spans + 1] = '@' .. string.format('%.0f', now)
+    redis.call('HSET', key, field, table.concat(spans, ' '))
+  end
+end
+
+-- Who left longer ago than anything is kept has nothing left to see.
+local all = redis.call('HGETALL', key)
+for i = 1, #all, 2 do
+  local left = string.match(all[i + 1], '@(%d+)$')
+  if string.sub(all[i], 1, 2) == 'g:' and left and tonumber(left) < now - tonumber(ARGV[1]) then redis.call('HDEL', key, all[i]) end
+end
+return 'ok'

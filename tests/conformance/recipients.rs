@@ -1,0 +1,136 @@
+//! What a broker knows of users: attributes, and memberships as stretches of ids.
+
+use super::*;
+use pointsman::broker::{RecipientChange, Span};
+use pointsman::criteria::Attributes;
+use pointsman::event::Value;
+
+impl Node {
+    async fn change(&self, user: &str, change: RecipientChange) {
+        self.broker.change_recipient(&name(user), change).await.expect("change_recipient");
+    }
+
+    async fn join(&self, user: &str, group: &str) {
+        self.change(user, RecipientChange::Join { group: name(group) }).await;
+    }
+
+    async fn leave(&self, user: &str, group: &str) {
+        self.change(user, RecipientChange::Leave { group: name(group) }).await;
+    }
+
+    /// The user's span of a group in the partition under test.
+    async fn span(&self, user: &str, group: &str) -> Option<Span> {
+        let recipient = self.broker.recipient(&name(user)).await.expect("recipient");
+        recipient.groups.get(&name(group)).and_then(|spans| spans.get(&self.p).copied())
+    }
+}
+
+pub(super) async fn attributes_are_replaced_as_a_whole(bench: Bench) {
+    let node = bench.open().await;
+    let first = Attributes::from([
+        ("plan".into(), Value::Text("pro \"ü\"".into())),
+        ("age".into(), Value::Integer(i64::MAX)),
+        ("ok".into(), Value::Flag(true)),
+    ]);
+    node.change("1", RecipientChange::Attributes(first.clone())).await;
+    assert_eq!(node.broker.recipient(&name("1")).await.unwrap().attributes, first);
+    node.join("1", "ops").await;
+    let second = Attributes::from([("score".into(), Value::Decimal(0.25))]);
+    node.change("1", RecipientChange::Attributes(second.clone())).await;
+    let recipient = node.broker.recipient(&name("1")).await.unwrap();
+    assert_eq!(recipient.attributes, second);
+    assert_eq!(recipient.groups.len(), 1, "memberships stay");
+    node.change("1", RecipientChange::Attributes(Attributes::new())).await;
+    assert_eq!(node.broker.recipient(&name("1")).await.unwrap().attributes, Attributes::new());
+}
+
+pub(super) async fn joining_and_leaving_are_ids_in_each_partition(bench: Bench) {
+    let node = bench.open().await;
+    let before = node.publish("R", &["g:ops"]).await;
+    node.join("1", "ops").await;
+    let during = node.publish("R", &["g:ops"]).await;
+    node.leave("1", "ops").await;
+    node.publish("R", &["g:ops"]).await;
+    assert_eq!(node.span("1", "ops").await, Some(Span { joined: before, left: Some(during) }));
+    for partition in node.broker.partitions().iter().filter(|partition| partition.number != node.p) {
+        let other = Node { p: partition.number, ..node.clone() };
+        assert_eq!(other.span("1", "ops").await, Some(Span { joined: NotificationId(0), left: Some(NotificationId(0)) }));
+    }
+}
+
+/// The plan was made before the member was one; its id must not lie above the span's begin.
+pub(super) async fn h12_joining_during_a_plan_in_slices_begins_after_it(bench: Bench) {
+    let node = bench.open().await;
+    let entry = after(node.head().await.position.entry);
+    node.slice(commit(entry, "R", &["g:ops"]), 0, false).await;
+    node.join("1", "ops").await;
+    node.slice(commit(entry, "R", &["g:other"]), 1, true).await;
+    let head = node.head().await;
+    assert_eq!(node.span("1", "ops").await, Some(Span { joined: head.last, left: None }));
+}
+
+/// A user has one span in a group, the newest: what an earlier one had let in is not shown any more.
+pub(super) async fn joining_again_begins_a_new_span(bench: Bench) {
+    let node = bench.open().await;
+    node.join("1", "ops").await;
+    node.leave("1", "ops").await;
+    let between = node.publish("R", &["g:ops"]).await;
+    node.join("1", "ops").await;
+    assert_eq!(node.span("1", "ops").await, Some(Span { joined: between, left: None }));
+}
+
+pub(super) async fn joining_twice_keeps_the_span(bench: Bench) {
+    let node = bench.open().await;
+    node.join("1", "ops").await;
+    let span = node.span("1", "ops").await;
+    node.publish("R", &["g:ops"]).await;
+    node.join("1", "ops").await;
+    assert_eq!(node.span("1", "ops").await, span);
+}
+
+pub(super) async fn leaving_what_was_not_joined_changes_nothing(bench: Bench) {
+    let node = bench.open().await;
+    node.leave("1", "ops").await;
+    assert_eq!(node.span("1", "ops").await, None);
+    node.join("1", "ops").await;
+    node.leave("1", "ops").await;
+    let span = node.span("1", "ops").await;
+    node.publish("R", &["g:ops"]).await;
+    node.leave("1", "ops").await;
+    assert_eq!(node.span("1", "ops").await, span);
+}
+
+pub(super) async fn a_change_is_heard_in_every_partition_before_later_events(bench: Bench) {
+    let node = bench.open().await;
+    let mut ear = node.ear().await;
+    let all: Vec<Node> = node.broker.partitions().iter().map(|partition| Node { p: partition.number, ..node.clone() }).collect();
+    for one in &all {
+        let target = target("all");
+        ear.feed.follow.send(Follow::Start { partition: one.p, target, token: one.p.0.into() }).unwrap();
+    }
+    node.join("ü 1", "ops").await;
+    node.change("ü 1", RecipientChange::Attributes(Attributes::new())).await;
+    for one in &all {
+        one.publish("R", &["all"]).await;
+    }
+    let mut changes = std::collections::BTreeMap::new();
+    let mut n_appends = 0;
+    while n_appends < all.len() {
+        match ear.next().await {
+            Notice::RecipientChanged { partition, user } => {
+                assert_eq!(user, name("ü 1"));
+                *changes.entry(partition).or_insert(0) += 1;
+            }
+            Notice::Append { partition, .. } => {
+                assert_eq!(changes.get(&partition), Some(&2), "in {partition:?}");
+                n_appends += 1;
+            }
+            _ => {}
+        }
+    }
+}
+
+pub(super) async fn nothing_is_known_of_a_stranger(bench: Bench) {
+    let node = bench.open().await;
+    assert_eq!(node.broker.recipient(&name("stranger")).await.unwrap(), pointsman::broker::Recipient::default());
+}
