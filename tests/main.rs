@@ -3,6 +3,7 @@
 mod clients;
 mod conformance;
 mod durability;
+mod embedded;
 mod harness;
 mod plugins;
 mod stability;

@@ -177,7 +177,7 @@ impl Broker for Embedded {
     }
 
     async fn check(&self) -> Result<Vec<Finding>> {
-        let mut findings = self.shared.store.findings();
+        let mut findings = self.shared.store.findings((self.shared.clock)());
         findings.extend(self.writer.findings());
         Ok(findings)
     }

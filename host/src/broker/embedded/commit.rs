@@ -37,13 +37,14 @@ impl Work<'_> {
     /// See [`crate::broker::Broker::commit`].
     pub(super) fn commit(&mut self, place: usize, batch: &Batch) -> Result<Committed, Failure> {
         let meta = &self.metas[place];
-        if batch.life != meta.life() || batch.prev != meta.position() {
+        // Amid a plan that is being sliced only its next slice is taken.
+        if batch.life != meta.life() || batch.prev != meta.position() || batch.prev.slices > 0 {
             return Ok(Committed::Refused);
         }
         let ascends =
             batch.items.first().is_none_or(|first| first.entry > batch.prev.entry) && batch.items.is_sorted_by(|a, b| a.entry < b.entry);
-        if !ascends || batch.prev.slices > 0 {
-            return Err(refuse("a batch follows its position in ascending order, and no plan that is still being sliced"));
+        if !ascends {
+            return Err(refuse("the entries of a batch follow its position, in ascending order"));
         }
         let mut outcomes = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
@@ -59,14 +60,11 @@ impl Work<'_> {
     pub(super) fn commit_slice(&mut self, place: usize, slice: &Slice) -> Result<Committed, Failure> {
         let Slice { life, prev, item, index, is_last } = slice;
         let meta = &self.metas[place];
-        if *life != meta.life() || *prev != meta.position() {
+        let follows = if *index == 0 { item.entry > prev.entry } else { item.entry == prev.entry };
+        if *life != meta.life() || *prev != meta.position() || *index != prev.slices || !follows {
             return Ok(Committed::Refused);
         }
         let Proposal::Commit { record, targets } = &item.proposal else { return Err(refuse("only a plan that is committed has slices")) };
-        let follows = if *index == 0 { item.entry > prev.entry } else { item.entry == prev.entry };
-        if *index != prev.slices || !follows {
-            return Err(refuse("a slice follows the one before it, of the same entry"));
-        }
         let id = match (index, meta.pending) {
             (0, _) if *is_last || self.is_duplicate(place, item)? => {
                 let outcome = self.settle(place, item)?;

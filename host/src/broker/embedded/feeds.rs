@@ -157,3 +157,87 @@ impl Ear {
         self.hand_over(&mut state, answers);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Life, NotificationId};
+
+    const P: PartitionNumber = PartitionNumber(0);
+
+    fn appended(log: &str, id: u64) -> Notice {
+        Notice::Append { partition: P, target: log.parse().unwrap(), life: Life::from_bits(1), id: NotificationId(id), record: None }
+    }
+
+    fn start(log: &str, token: u64) -> Follow {
+        Follow::Start { partition: P, target: log.parse().unwrap(), token }
+    }
+
+    async fn hear(feed: &mut Feed) -> Vec<Notice> {
+        feed.notices.recv().await.expect("the feed is open")
+    }
+
+    #[tokio::test]
+    async fn only_what_is_followed_is_heard_and_ticks_by_everyone() {
+        let feeds = Arc::new(Feeds::new(vec![P]));
+        let mut feed = feeds.open();
+        feed.follow.send(start("u:1", 7)).unwrap();
+        assert!(matches!(*hear(&mut feed).await, [Notice::Following { token: 7 }]));
+        let tick = Notice::Tick { partition: P, life: Life::from_bits(1), last: NotificationId(2) };
+        feeds.publish(&[appended("u:2", 1), appended("u:1", 2), tick]);
+        assert!(matches!(*hear(&mut feed).await, [Notice::Append { id: NotificationId(2), .. }, Notice::Tick { .. }]));
+        feeds.publish(&[appended("u:2", 3)]);
+        feeds.publish(&[appended("u:1", 4)]);
+        assert!(matches!(*hear(&mut feed).await, [Notice::Append { id: NotificationId(4), .. }]), "no empty batch for what is not for it");
+    }
+
+    /// The hub sleeps while more is published than the feed holds, and follows a log in that time: it must do so again, and knows.
+    #[tokio::test]
+    async fn a_full_feed_is_reset_once_it_has_room_and_then_hears_again() {
+        let feeds = Arc::new(Feeds::new(vec![P]));
+        let mut feed = feeds.open();
+        feed.follow.send(start("u:1", 1)).unwrap();
+        assert!(matches!(*hear(&mut feed).await, [Notice::Following { token: 1 }]));
+        for id in 0..CAPACITY as u64 + 5 {
+            feeds.publish(&[appended("u:1", id)]);
+        }
+        feed.follow.send(start("u:2", 2)).unwrap();
+        for expect in 0..CAPACITY as u64 {
+            let heard = hear(&mut feed).await;
+            assert!(matches!(&*heard, [Notice::Append { id: NotificationId(id), .. }] if *id == expect), "{heard:?}");
+        }
+        assert!(matches!(&*hear(&mut feed).await, [Notice::Reset { partitions }] if *partitions == [P]));
+        // The request lay before the reset or behind it; in either case one after the reset is in force once it is answered.
+        feed.follow.send(start("u:1", 3)).unwrap();
+        while !matches!(hear(&mut feed).await.last(), Some(Notice::Following { token: 3 })) {}
+        feeds.publish(&[appended("u:1", 1_000)]);
+        assert!(matches!(*hear(&mut feed).await, [Notice::Append { id: NotificationId(1_000), .. }]));
+    }
+
+    #[tokio::test]
+    async fn a_reset_voids_what_was_followed() {
+        let feeds = Arc::new(Feeds::new(vec![P]));
+        let mut feed = feeds.open();
+        feed.follow.send(start("u:1", 1)).unwrap();
+        hear(&mut feed).await;
+        feeds.reset_all();
+        feeds.publish(&[appended("u:1", 1)]);
+        assert!(matches!(*hear(&mut feed).await, [Notice::Reset { .. }]));
+        feed.follow.send(start("u:2", 2)).unwrap();
+        hear(&mut feed).await;
+        feeds.publish(&[appended("u:1", 2), appended("u:2", 2)]);
+        let heard = hear(&mut feed).await;
+        assert!(matches!(&*heard, [Notice::Append { target, .. }] if target.to_string() == "u:2"), "{heard:?}");
+    }
+
+    #[tokio::test]
+    async fn a_dropped_feed_is_forgotten() {
+        let feeds = Arc::new(Feeds::new(vec![P]));
+        let (kept, dropped) = (feeds.open(), feeds.open());
+        drop(dropped);
+        while feeds.ears().len() > 1 {
+            tokio::task::yield_now().await;
+        }
+        drop(kept);
+    }
+}

@@ -17,7 +17,7 @@ type Field = (Bytes, Bytes);
 impl Work<'_> {
     /// See [`crate::broker::Broker::append`].
     pub(super) fn append(&mut self, place: usize, entries: &[Vec<Field>]) -> Result<Vec<EntryId>, Failure> {
-        self.check_backlog(place)?;
+        self.check_room(place)?;
         let number = self.number(place);
         let mut ids = Vec::with_capacity(entries.len());
         for fields in entries {
@@ -34,7 +34,10 @@ impl Work<'_> {
         Ok(ids)
     }
 
-    fn check_backlog(&self, place: usize) -> Result<(), Failure> {
+    fn check_room(&self, place: usize) -> Result<(), Failure> {
+        if let Some(shortage) = &self.shortage {
+            return Err(Error::Full(shortage.clone()).into());
+        }
         let (lag, bound) = (self.metas[place].lag(), self.retention.backlog_entries);
         if lag < bound {
             return Ok(());

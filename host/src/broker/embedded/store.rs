@@ -27,6 +27,11 @@ const LOCK: &str = "lock";
 const CACHE_BYTES: usize = 64 * 1024 * 1024;
 /// In memory, redb's pages are the data itself; a cache of them would hold it twice.
 const EPHEMERAL_CACHE_BYTES: usize = 4 * 1024 * 1024;
+/// With less room than this for the file to grow, new entries are refused, so that those that wait still find room for their outcomes:
+/// a disk that publishers fill to its end could not be emptied by doing the work.
+const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
+/// How often the room is measured.
+const MEASURE_EVERY_MS: u64 = 1_000;
 /// A failed store is opened again at most so often.
 const REOPEN_EVERY_MS: u64 = 1_000;
 
@@ -102,6 +107,13 @@ pub(super) struct Store {
     /// Held, and thereby locked, as long as the store is open; the kernel lets go of it with the process.
     lock: Mutex<Option<File>>,
     trouble: Mutex<Option<Trouble>>,
+    room: Mutex<Room>,
+}
+
+#[derive(Debug, Default)]
+struct Room {
+    is_short: bool,
+    measured_ms: u64,
 }
 
 #[derive(Debug)]
@@ -155,7 +167,7 @@ impl Store {
     }
 
     fn with(medium: Medium, database: Database, lock: Option<File>) -> Self {
-        Self { medium, database: RwLock::new(Some(database)), lock: Mutex::new(lock), trouble: Mutex::new(None) }
+        Self { medium, database: RwLock::new(Some(database)), lock: Mutex::new(lock), trouble: Mutex::new(None), room: Mutex::default() }
     }
 
     /// Closes the file and lets another process have it. Reads still under way end with an error.
@@ -254,10 +266,24 @@ impl Store {
         }
     }
 
+    /// Why no new entries are taken, if the disk has too little room for them.
+    pub(super) fn shortage(&self, now_ms: u64) -> Option<String> {
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        if room.measured_ms.abs_diff(now_ms) >= MEASURE_EVERY_MS {
+            let free = self.medium.free();
+            // A file system that does not tell is taken to have room; when it is full, it will say so.
+            *room = Room { is_short: free.is_some_and(|free| free < RESERVE_BYTES), measured_ms: now_ms };
+        }
+        let mib = RESERVE_BYTES / 1024 / 1024;
+        room.is_short.then(|| format!("less than {mib} MiB are free for {}: new events are refused until there is room again", self.name()))
+    }
+
     /// What stands against the store, for a start-up check.
-    pub(super) fn findings(&self) -> Vec<Finding> {
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        trouble.iter().map(|trouble| Finding { severity: Severity::Refusal, text: trouble.text.clone() }).collect()
+    pub(super) fn findings(&self, now_ms: u64) -> Vec<Finding> {
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|trouble| trouble.text.clone());
+        let refusal = trouble.map(|text| Finding { severity: Severity::Refusal, text });
+        let warning = self.shortage(now_ms).map(|text| Finding { severity: Severity::Warning, text });
+        refusal.into_iter().chain(warning).collect()
     }
 
     fn away(&self) -> Error {
@@ -284,6 +310,16 @@ impl Medium {
             #[cfg(test)]
             Self::Failing(dir, _) => Some(dir),
         }
+    }
+
+    /// The bytes by which the file can grow, if that is known.
+    fn free(&self) -> Option<u64> {
+        #[cfg(test)]
+        if let Self::Failing(_, switch) = self {
+            return Some(switch.free());
+        }
+        let stat = rustix::fs::statvfs(self.dir()?).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     /// Opens the existing file of a folder.

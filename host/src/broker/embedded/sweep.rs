@@ -42,10 +42,12 @@ impl Due {
         // A little later than the floor, so that a reader who has just read a page still finds its records. And never a plan that is
         // still being sliced: its owner may have been away for longer.
         let cutoff = NotificationId::at_ms(now_ms.saturating_sub(max_age_ms + max_age_ms / 50));
+        // Keeping them serves operators only; room for outcomes serves everyone.
+        let keep_ms = if shared.store.shortage(now_ms).is_some() { 0 } else { shared.retention.keep_s.saturating_mul(1000) };
         let window_ms = shared.retention.dedupe_window_s.saturating_mul(1000);
         Self {
             records: meta.pending.map_or(cutoff, |pending| cutoff.min(pending)),
-            entries: meta.trimmable(now_ms, shared.retention.keep_s.saturating_mul(1000)),
+            entries: meta.trimmable(now_ms, keep_ms),
             seen_ms: meta.bucket_ms.saturating_sub(window_ms),
         }
     }

@@ -35,6 +35,8 @@ pub(super) struct Work<'t> {
     pub(super) partitions: &'t [Partition],
     pub(super) retention: &'t Retention,
     pub(super) now_ms: u64,
+    /// Why no new entries are taken.
+    pub(super) shortage: Option<String>,
     /// Published once the group is durable, in this order.
     pub(super) notices: Vec<Notice>,
 }
@@ -266,13 +268,15 @@ pub(super) fn transact(
 ) -> Result<(Vec<Meta>, Vec<Notice>), Failure> {
     let transaction = shared.store.begin_write()?;
     let before = metas.clone();
+    let now_ms = (shared.clock)();
     let (metas, notices) = {
         let mut work = Work {
             tables: Tables::open(&transaction)?,
             metas,
             partitions: &shared.partitions,
             retention: &shared.retention,
-            now_ms: (shared.clock)(),
+            now_ms,
+            shortage: shared.store.shortage(now_ms),
             notices: Vec::new(),
         };
         act(&mut work)?;

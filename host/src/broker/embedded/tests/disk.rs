@@ -15,6 +15,8 @@ use redb::{DatabaseError, StorageBackend};
 pub(in super::super) struct Switch {
     pub(super) is_full: AtomicBool,
     pub(super) is_broken: AtomicBool,
+    /// There is little room left, and it would be as well not to fill it.
+    pub(super) is_short: AtomicBool,
     /// How often data was synced.
     pub(super) syncs: AtomicU64,
     gate: Mutex<Gate>,
@@ -70,6 +72,10 @@ impl Switch {
 
     pub(super) fn take_images(&self) -> Vec<(u64, Vec<u8>)> {
         self.journal.lock().unwrap().take().unwrap().images
+    }
+
+    pub(in super::super) fn free(&self) -> u64 {
+        if self.is_short.load(Ordering::SeqCst) { 1024 * 1024 } else { u64::MAX }
     }
 
     fn check(&self) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use redb::ReadableTableMetadata as _;
 use tokio::sync::mpsc::error::TryRecvError;
 
 use super::*;
@@ -54,7 +55,6 @@ async fn requests_that_wait_for_the_disk_share_the_next_fsync() {
     let mut tasks = vec![append(0)];
     switch.wait_for_knock();
     tasks.extend((1..100).map(append));
-    // They are all in the queue once a request that was made after them finds its place there.
     while broker.writer.n_waiting() < 99 {
         tokio::task::yield_now().await;
     }
@@ -93,6 +93,30 @@ async fn a_full_disk_refuses_says_so_and_loses_nothing() {
     assert_eq!(broker.check().await.unwrap(), []);
     let entries = broker.read(P, EntryId::default(), 10, Duration::ZERO).await.unwrap();
     assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), [kept, after].concat());
+}
+
+/// F7: publishers fill the disk, and then nothing has room to be done, so nothing is ever removed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f07_a_disk_with_little_room_takes_outcomes_but_no_new_entries() {
+    let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
+    let broker = on_disk(&folder, &switch, &time);
+    let ids = broker.append(P, vec![entry("a"), entry("b")]).await.unwrap();
+
+    switch.is_short.store(true, Ordering::SeqCst);
+    time.pass(2);
+    let refused = broker.append(P, vec![entry("c")]).await;
+    assert!(matches!(&refused, Err(Error::Full(text)) if text.contains("less than 64 MiB are free")), "{refused:?}");
+    let findings = broker.check().await.unwrap();
+    assert!(matches!(&*findings, [Finding { severity: crate::broker::Severity::Warning, .. }]), "{findings:?}");
+    commit(&broker, ids.iter().map(|&id| committing(id, "{}", &["u:1"])).collect()).await;
+    sweep(&broker, &time).await;
+    let n_entries = rows(&broker, |transaction| transaction.open_table(layout::SOURCE).unwrap().len().unwrap());
+    assert_eq!(n_entries, 0, "what has its outcome makes room at once");
+
+    switch.is_short.store(false, Ordering::SeqCst);
+    time.pass(2);
+    broker.append(P, vec![entry("c")]).await.unwrap();
+    assert_eq!(broker.check().await.unwrap(), []);
 }
 
 /// The last group before a failure may or may not be there afterwards, and nobody was told of it: every stream must look for itself.
@@ -219,7 +243,7 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
     assert_eq!(numbers(&["b", "a"]).unwrap(), [(0, "b".into()), (1, "a".into())]);
     assert_eq!(numbers(&["c", "a"]).unwrap(), [(1, "a".into()), (2, "c".into())]);
     assert_eq!(numbers(&["b"]).unwrap(), [(0, "b".into())]);
-    assert!(numbers(&["b", "b"]).unwrap_err().to_string().contains("named twice"));
+    assert!(numbers(&["b", "b"]).unwrap_err().to_string().contains("'b' is named twice"));
     for n in 3..12 {
         assert_eq!(numbers(&[&format!("s{n}")]).unwrap(), [(n, format!("s{n}"))]);
     }
