@@ -101,8 +101,8 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
     let (metrics, readiness) = (Metrics::default(), Readiness::default());
     metrics.start_time.set(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64());
-    readiness.set("broker", "not reached yet");
-    readiness.set("plugins", "being loaded");
+    readiness.expect("broker", "not reached yet");
+    readiness.expect("plugins", "being loaded");
     if auth.is_dev() {
         tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
     }
