@@ -15,12 +15,12 @@ use pointsman::broker::{
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
 mod commits;
-mod on_embedded;
 mod dead_letters;
 mod dedupe;
 mod feeds;
 mod logs;
 mod nodes;
+mod on_embedded;
 mod recipients;
 mod redis_only;
 mod slices;

@@ -450,8 +450,8 @@ impl Listener<'_> {
         let Some(log) = state.logs.get(&(partition, target.clone())) else { return };
         for stream in log.followers.values() {
             let mut subscription = stream.lock();
-            if subscription.on_append(partition, life, id, record, now_ms) {
-                overflowed.push(Arc::clone(stream));
+            if let Some(round) = subscription.on_append(partition, life, id, record, now_ms) {
+                overflowed.push((Arc::clone(stream), round));
             }
             let is_ready = subscription.is_ready();
             drop(subscription);
@@ -460,9 +460,9 @@ impl Listener<'_> {
             }
         }
         drop(state);
-        for stream in overflowed {
+        for (stream, round) in overflowed {
             self.hub.metrics.stream_overflows.inc();
-            self.hub.replay(&stream, partition, "overflow", Subscription::enter_replay);
+            self.hub.replay(&stream, partition, "overflow", |_, _| round);
         }
     }
 

@@ -114,13 +114,8 @@ pub struct Body {
 impl Body {
     /// The body of an open stream, kept alive by `pulse`. `expires_ms`: when its token expires, in milliseconds since the Unix epoch.
     pub fn new(guard: StreamGuard, pulse: &Pulse, metrics: Metrics, expires_ms: Option<u64>, socket: Option<Arc<dyn Socket>>) -> Self {
-        let signals = Arc::new(Signals {
-            guard,
-            heartbeat: AtomicBool::new(false),
-            cursor: AtomicBool::new(false),
-            end: Mutex::new(None),
-            socket,
-        });
+        let signals =
+            Arc::new(Signals { guard, heartbeat: AtomicBool::new(false), cursor: AtomicBool::new(false), end: Mutex::new(None), socket });
         pulse.watch(&signals, expires_ms);
         let retry_ms = pulse.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());

@@ -154,13 +154,20 @@ pub enum Next {
 
 #[derive(Debug)]
 enum State {
-    /// `is_begun`: the life is verified and `low_water` stands, so that an urgent notification may go ahead.
+    /// `knows_urgent`: every urgent notification above the low-water mark was sent or is in `ahead`, so that the next one may go ahead
+    /// without overtaking another.
     Replay {
         buffer: VecDeque<(Life, NotificationId, Arc<Record>)>,
         is_overflowed: bool,
-        is_begun: bool,
+        knows_urgent: bool,
     },
     Live,
+}
+
+impl State {
+    fn replay(knows_urgent: bool) -> Self {
+        Self::Replay { buffer: VecDeque::new(), is_overflowed: false, knows_urgent }
+    }
 }
 
 #[derive(Debug)]
@@ -217,12 +224,16 @@ pub struct Subscription {
 impl Subscription {
     /// A subscription that is in replay everywhere and waits for its first [`Subscription::begin`].
     pub fn new(user: Name, start: Start, filter: Filter, partitions: impl IntoIterator<Item = PartitionNumber>) -> Self {
+        let named = |number| match &start {
+            Start::Cursor(cursor) => cursor.positions.iter().find(|position| position.partition == number),
+            _ => None,
+        };
         let partitions = partitions.into_iter().map(|number| Partition {
             number,
-            life: None,
-            low_water: NotificationId(0),
+            life: named(number).map(|position| position.life),
+            low_water: named(number).map_or(NotificationId(0), |position| position.low_water),
             seen: NotificationId(0),
-            state: State::Replay { buffer: VecDeque::new(), is_overflowed: false, is_begun: false },
+            state: State::replay(false),
             round: 0,
             is_lenient: start == Start::Earliest,
             has_gap: false,
@@ -269,7 +280,8 @@ impl Subscription {
 
     /// Whether [`Subscription::next`] has something now.
     pub fn is_ready(&self) -> bool {
-        !self.gaps.is_empty() || !self.lanes.is_empty() || !self.ahead.is_empty() || (self.is_cursor_due && self.has_begun())
+        let waits = self.is_cursor_due || !self.gaps.is_empty() || !self.lanes.is_empty() || !self.ahead.is_empty();
+        waits && self.has_begun()
     }
 
     /// Asks for a cursor to be sent.
@@ -298,11 +310,27 @@ impl Subscription {
 
     /// Goes back to replay from the low-water mark, and answers the round that the replay must name.
     pub fn enter_replay(&mut self, partition: PartitionNumber) -> u64 {
-        self.lanes.retain(|waiting| waiting.partition != partition);
         self.ahead.retain(|waiting| waiting.partition != partition);
+        self.enter(partition, false)
+    }
+
+    /// The same for want of room: what was heard is whole, so that urgent notifications need not wait for the replay to come by.
+    fn overflow(&mut self, partition: PartitionNumber, knew_urgent: bool) -> u64 {
+        let mut urgent = self.lanes.urgent(partition);
+        urgent.extend(self.ahead.iter().filter(|waiting| waiting.partition == partition).cloned());
+        self.ahead.retain(|waiting| waiting.partition != partition);
+        let room = MAX_HAD.saturating_sub(self.had.len() + self.ahead.len());
+        let all_fit = urgent.len() <= room;
+        urgent.truncate(room);
+        self.ahead.extend(urgent);
+        self.enter(partition, knew_urgent && all_fit)
+    }
+
+    fn enter(&mut self, partition: PartitionNumber, knows_urgent: bool) -> u64 {
+        self.lanes.retain(|waiting| waiting.partition != partition);
         let at = self.at_mut(partition);
         at.seen = at.low_water;
-        at.state = State::Replay { buffer: VecDeque::new(), is_overflowed: false, is_begun: false };
+        at.state = State::replay(knows_urgent);
         at.round += 1;
         at.round
     }
@@ -327,20 +355,14 @@ impl Subscription {
         self.survive(at, head);
         let at = &mut self.partitions[at];
         at.seen = at.low_water;
-        if let State::Replay { is_begun, .. } = &mut at.state {
-            *is_begun = true;
-        }
     }
 
     /// Where a new subscription starts in a partition.
     fn place(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let (life, low_water) = match &self.start {
-            Start::Cursor(cursor) => match cursor.positions.iter().find(|position| position.partition == number) {
-                Some(Position { life, low_water, .. }) => (*life, *low_water),
-                // Added since the cursor was written: from its beginning.
-                None => (head.life, head.origin),
-            },
+            // Added since the cursor was written: from its beginning.
+            Start::Cursor(_) => (head.life, head.origin),
             // At the floor if nothing newer is there, so that a quiet partition does not look trimmed.
             Start::Latest | Start::Unknown => (head.life, head.last.max(head.floor)),
             Start::Earliest => (head.life, NotificationId(0)),
@@ -445,7 +467,7 @@ impl Subscription {
         self.advance(partition);
     }
 
-    /// A notification appended while the stream was open. `true`: the partition must be replayed, its buffer is full.
+    /// A notification appended while the stream was open. `Some`: there was no room, and this is the round of the replay to begin.
     pub fn on_append(
         &mut self,
         partition: PartitionNumber,
@@ -453,47 +475,55 @@ impl Subscription {
         id: NotificationId,
         record: &Arc<Record>,
         node_now_ms: u64,
-    ) -> bool {
+    ) -> Option<u64> {
         let at = self.index(partition);
-        let is_own_life = self.partitions[at].life == Some(life);
-        let is_full = self.lanes.n_bytes() > MAX_BYTES || self.lanes.n_of(partition) >= MAX_LIVE;
-        match &mut self.partitions[at].state {
-            State::Live if !is_own_life => false,
-            State::Live if is_full => id > self.partitions[at].seen,
-            State::Live => {
-                self.handle(partition, id, record, node_now_ms);
-                false
-            }
-            State::Replay { buffer, is_overflowed, is_begun } => {
-                let may_go_ahead = *is_begun && is_own_life && self.recipient_read >= self.needed_read;
-                let n_bytes: usize = buffer.iter().map(|(_, _, record)| record.n_bytes()).sum();
-                if buffer.len() >= MAX_LIVE || n_bytes > MAX_BYTES {
-                    // Replaying again at the end, not at once, is what makes progress certain.
-                    *is_overflowed = true;
-                    buffer.clear();
-                }
-                if !*is_overflowed {
-                    buffer.push_back((life, id, Arc::clone(record)));
-                }
-                if may_go_ahead {
-                    self.go_ahead(partition, id, record, node_now_ms);
-                }
-                false
-            }
+        if !matches!(self.partitions[at].state, State::Live) {
+            self.wait(partition, life, id, record, node_now_ms);
+            return None;
         }
+        if self.partitions[at].life != Some(life) || id <= self.partitions[at].seen {
+            return None;
+        }
+        if self.lanes.n_bytes() <= MAX_BYTES && self.lanes.n_of(partition) < MAX_LIVE {
+            self.handle(partition, id, record, node_now_ms);
+            return None;
+        }
+        let round = self.overflow(partition, true);
+        self.wait(partition, life, id, record, node_now_ms);
+        Some(round)
     }
 
-    /// An urgent notification does not wait for a replay to end; `seen` is not touched, so that the replay goes on below it.
-    fn go_ahead(&mut self, partition: PartitionNumber, id: NotificationId, record: &Arc<Record>, node_now_ms: u64) {
-        let is_known = self.had.iter().any(|had| had.partition == partition && had.id == id)
-            || self.ahead.iter().any(|waiting| waiting.partition == partition && waiting.id == id);
-        if is_known || id <= self.at(partition).seen || self.had.len() + self.ahead.len() >= MAX_HAD {
+    /// Into the buffer of a replay, to be handled at its end. An urgent notification does not wait for that; `seen` is not touched, so
+    /// that the replay goes on below it. It waits where another urgent one may still have to come first.
+    fn wait(&mut self, partition: PartitionNumber, life: Life, id: NotificationId, record: &Arc<Record>, node_now_ms: u64) {
+        let at = self.index(partition);
+        let is_mine = self.partitions[at].life == Some(life) && id > self.partitions[at].seen;
+        let State::Replay { buffer, is_overflowed, knows_urgent } = &mut self.partitions[at].state else { return };
+        let n_bytes: usize = buffer.iter().map(|(_, _, record)| record.n_bytes()).sum();
+        if buffer.len() >= MAX_LIVE || n_bytes > MAX_BYTES {
+            // Replaying again at the end, not at once, is what makes progress certain.
+            *is_overflowed = true;
+            buffer.clear();
+        }
+        if !*is_overflowed {
+            buffer.push_back((life, id, Arc::clone(record)));
+        }
+        let may_go_ahead = *knows_urgent && is_mine && self.recipient_read >= self.needed_read;
+        let is_known = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
+        if !may_go_ahead
+            || self.had.iter().any(|had| is_known(had.partition, had.id))
+            || self.ahead.iter().any(|waiting| is_known(waiting.partition, waiting.id))
+        {
             return;
         }
-        if let Some(route) = self.judge(partition, id, record, node_now_ms)
-            && record.route(route).priority == Priority::Urgent
-        {
+        let Some(route) = self.judge(partition, id, record, node_now_ms) else { return };
+        if record.route(route).priority != Priority::Urgent {
+            return;
+        }
+        if self.had.len() + self.ahead.len() < MAX_HAD {
             self.ahead.push_back(Waiting { partition, id, record: Arc::clone(record), route });
+        } else if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
+            *knows_urgent = false;
         }
     }
 
@@ -528,8 +558,9 @@ impl Subscription {
         self.lanes.n_of(partition) < WINDOW && self.lanes.n_bytes() <= MAX_BYTES
     }
 
-    /// History up to `last` was handled: goes live with what arrived meanwhile. `false`: too much arrived, replay once more.
-    pub fn go_live(&mut self, partition: PartitionNumber, last: NotificationId, node_now_ms: u64) -> bool {
+    /// History up to `last` was handled: goes live with what arrived meanwhile. `Some`: too much arrived, and this is the round of the
+    /// next replay.
+    pub fn go_live(&mut self, partition: PartitionNumber, last: NotificationId, node_now_ms: u64) -> Option<u64> {
         let at = self.at_mut(partition);
         at.seen = at.seen.max(last);
         at.is_lenient = false;
@@ -537,26 +568,35 @@ impl Subscription {
         let state = std::mem::replace(&mut at.state, State::Live);
         self.is_cursor_due |= has_gap;
         self.advance(partition);
-        let State::Replay { buffer, is_overflowed, .. } = state else { return true };
+        let State::Replay { buffer, is_overflowed, knows_urgent } = state else { return None };
         if is_overflowed {
-            return false;
+            return Some(self.overflow(partition, knows_urgent));
         }
-        for (life, id, record) in buffer {
-            if self.on_append(partition, life, id, &record, node_now_ms) {
-                return false;
+        let mut buffer = buffer.into_iter();
+        while let Some((life, id, record)) = buffer.next() {
+            let round = self.on_append(partition, life, id, &record, node_now_ms);
+            if round.is_some() {
+                for (life, id, record) in buffer {
+                    self.wait(partition, life, id, &record, node_now_ms);
+                }
+                return round;
             }
         }
-        self.ahead.retain(|waiting| waiting.partition != partition);
-        true
+        None
     }
 
     /// What is to be written next. The cursor ([`Subscription::encode_cursor`]) after this call is the one to write with it.
     pub fn next(&mut self, node_now_ms: u64) -> Option<Next> {
+        // Until every partition has its place the cursor would name too few, and a client that comes back with it would begin the
+        // others anew.
+        if !self.has_begun() {
+            return None;
+        }
         if let Some(gap) = self.gaps.pop_front() {
             self.is_cursor_due = true;
             return Some(Next::Gap(gap));
         }
-        if self.is_cursor_due && self.has_begun() {
+        if self.is_cursor_due {
             self.is_cursor_due = false;
             return Some(Next::Cursor);
         }
@@ -564,12 +604,20 @@ impl Subscription {
         if self.lanes.expire(now_ms) {
             self.advance_all();
         }
-        while let Some(waiting) = self.ahead.pop_front() {
-            let is_expired = waiting.record.route(waiting.route).expires_ms.is_some_and(|expires| expires <= now_ms);
-            if !is_expired && self.had.len() < MAX_HAD {
-                self.remember(&waiting);
-                return Some(waiting.into_next());
+        self.ahead.retain(|waiting| !waiting.is_expired(now_ms));
+        // What a replay has come by goes first: its ids are lower.
+        if let Some(first) = self.ahead.front()
+            && self.had.len() < MAX_HAD
+            && !self.lanes.has_urgent(first.partition)
+            && let Some(waiting) = self.ahead.pop_front()
+        {
+            self.remember(&waiting);
+            if let Some(key) = waiting.collapse() {
+                // What the replay has queued of the same key is an older state.
+                self.lanes.retain(|older| older.partition != waiting.partition || older.collapse() != Some(key));
+                self.advance(waiting.partition);
             }
+            return Some(waiting.into_next());
         }
         let (waiting, overtakes) = self.lanes.pop(self.had.len() < MAX_HAD)?;
         if overtakes {
@@ -638,3 +686,6 @@ impl Waiting {
         Next::Notification { partition: self.partition, id: self.id, record: self.record, route: self.route }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,10 +1,16 @@
-//! What only Redis can be asked: what others do to its keys, full memory, another life, a source made again. And how the suite opens it.
+//! What only Redis can be asked: what others do to its keys, full memory, another life, an outage. And how the suite opens it.
 
 use std::sync::Mutex;
 
 use super::*;
 use crate::harness::redis::RedisServer;
 use pointsman::broker::redis::Redis;
+use pointsman::broker::{Error, Severity};
+
+mod foreign_hands;
+mod lives;
+mod outages;
+mod set_up;
 
 /// A Redis of its own with some partitions.
 pub(super) struct RedisStore {
@@ -29,5 +35,33 @@ impl Store for RedisStore {
 
     async fn reopen(&self, retention: &Retention) -> Arc<dyn Broker> {
         self.open(retention).await
+    }
+}
+
+const SOURCE: &str = "pointsman:events";
+const TAG: &str = "{pointsman:events}:";
+const BEGIN: NotificationId = NotificationId(0);
+
+async fn connect_to(url: &str, sources: &[&str], retention: Retention) -> Result<Node, Error> {
+    let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
+    Ok(Node::new(Arc::new(Redis::connect(url, &sources, retention).await?)))
+}
+
+/// A node with one partition, [`SOURCE`].
+async fn node_on(server: &RedisServer) -> Node {
+    connect_to(&server.url(), &[SOURCE], Retention::default()).await.expect("connect")
+}
+
+/// Commits all that waits, as an owner does, and answers how many entries that was.
+async fn drain(node: &Node) -> usize {
+    let mut n_drained = 0;
+    loop {
+        let head = node.head().await;
+        let entries = node.broker.read(node.p, head.position.entry, 64, Duration::ZERO).await.expect("read");
+        if entries.is_empty() {
+            return n_drained;
+        }
+        n_drained += entries.len();
+        node.commit_from(&head, entries.iter().map(|entry| commit(entry.id, "R", &["u:1"])).collect()).await;
     }
 }

@@ -84,6 +84,13 @@ struct Shared {
     clock: Clock,
 }
 
+impl Shared {
+    /// Notes that the store failed, and answers what to tell whoever asked.
+    fn failed(&self, failure: Failure) -> Error {
+        self.store.failed(failure, (self.clock)())
+    }
+}
+
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared").field("store", &self.store).field("partitions", &self.partitions).finish_non_exhaustive()
@@ -108,7 +115,9 @@ impl Embedded {
     }
 
     fn start(medium: Medium, sources: &[String], retention: Retention, clock: Clock) -> anyhow::Result<Self> {
-        let (store, prepared) = Store::open(medium, |transaction| layout::prepare(transaction, sources, &retention, clock()))?;
+        let opened = Store::open(medium, |transaction| layout::prepare(transaction, sources, &retention, clock()));
+        // One line with all causes, however it is printed.
+        let (store, prepared) = opened.map_err(|error| anyhow::anyhow!("{error:#}"))?;
         let (partitions, metas): (Vec<Partition>, Vec<Meta>) = prepared.into_iter().unzip();
         let feeds = Arc::new(Feeds::new(partitions.iter().map(|partition| partition.number).collect()));
         let arrivals = partitions.iter().map(|_| Notify::new()).collect();
@@ -146,7 +155,7 @@ impl Embedded {
         let shared = Arc::clone(&self.shared);
         let task = tokio::task::spawn_blocking(move || {
             let found = shared.store.begin_read().and_then(|transaction| read(&transaction, &shared));
-            found.map_err(|failure| shared.store.failed(failure))
+            found.map_err(|failure| shared.failed(failure))
         });
         task.await.map_err(|_| Error::Away("a read of the store was broken off; the log says why".to_owned()))?
     }

@@ -77,7 +77,7 @@ impl Engine {
     }
 
     fn is_pooling(&self) -> bool {
-        self.0.engine.config().get_pooling_config().is_some()
+        self.0.engine.get_pooling_config().is_some()
     }
 
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
@@ -114,8 +114,7 @@ fn config(is_pooling: bool) -> Config {
     config.epoch_interruption(true);
     config.wasm_memory64(false);
     config.wasm_multi_memory(false);
-    config.wasm_exceptions(false);
-    // Shared memories are off with the crate's feature `threads`.
+    // Exceptions and shared memories are off with the crate's features `gc` and `threads`.
     if is_pooling {
         // One instance for each plugin on each thread, and one more of each while a new version is tried.
         let n = (MAX_PLUGINS * (Engine::n_workers() + 1)) as u32;

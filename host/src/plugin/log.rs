@@ -44,7 +44,7 @@ impl GuestLog {
         let (may_speak, dropped) = self.admit(Instant::now());
         let plugin = self.plugin.as_str();
         if dropped > 0 {
-            tracing::warn!(target: "plugin", plugin.name = plugin, "{dropped} more lines of this plugin were dropped; {MAX_LINES_PER_SECOND} a second is the most");
+            tracing::warn!(target: "plugin", { plugin.name = plugin }, "{dropped} more lines of this plugin were dropped; {MAX_LINES_PER_SECOND} a second is the most");
         }
         if !may_speak {
             return;
@@ -52,11 +52,11 @@ impl GuestLog {
         let text = printable(text);
         let event = event.map(Name::as_str);
         match level {
-            Level::Trace => tracing::trace!(target: "plugin", plugin.name = plugin, event.id = event, "{text}"),
-            Level::Debug => tracing::debug!(target: "plugin", plugin.name = plugin, event.id = event, "{text}"),
-            Level::Info => tracing::info!(target: "plugin", plugin.name = plugin, event.id = event, "{text}"),
-            Level::Warn => tracing::warn!(target: "plugin", plugin.name = plugin, event.id = event, "{text}"),
-            Level::Error => tracing::error!(target: "plugin", plugin.name = plugin, event.id = event, "{text}"),
+            Level::Trace => tracing::trace!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
+            Level::Debug => tracing::debug!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
+            Level::Info => tracing::info!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
+            Level::Warn => tracing::warn!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
+            Level::Error => tracing::error!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
         }
     }
 

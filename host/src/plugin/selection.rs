@@ -34,7 +34,9 @@ impl Selection {
             }
         }
         match self.fields.iter().find(|pointer| !pointer.is_empty() && !pointer.starts_with('/')) {
-            Some(field) => Err(format!("its manifest reads the field '{}', which is no JSON pointer: it must begin with '/'", field.escape_debug())),
+            Some(field) => {
+                Err(format!("its manifest reads the field '{}', which is no JSON pointer: it must begin with '/'", field.escape_debug()))
+            }
             None => Ok(()),
         }
     }
@@ -133,7 +135,8 @@ mod tests {
 
     #[test]
     fn only_what_the_manifest_reads_crosses() {
-        let document = r#"{"type":"t","a":1,"b":"x","c":true,"data":{"n":{"m":2.5},"s":"t","l":[1,2],"z":null,"big":18446744073709551615}}"#;
+        let document =
+            r#"{"type":"t","a":1,"b":"x","c":true,"data":{"n":{"m":2.5},"s":"t","l":[1,2],"z":null,"big":18446744073709551615}}"#;
         let event = Event::from_json(EntryId::default(), "-", document.as_bytes()).unwrap();
         let picked = |attributes: &[&str], fields: &[&str]| {
             let owned = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();

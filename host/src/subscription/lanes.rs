@@ -29,7 +29,7 @@ impl Waiting {
         self.record.route(self.route).collapse.as_ref()
     }
 
-    fn is_expired(&self, now_ms: u64) -> bool {
+    pub(super) fn is_expired(&self, now_ms: u64) -> bool {
         self.record.route(self.route).expires_ms.is_some_and(|expires| expires <= now_ms)
     }
 }
@@ -58,6 +58,15 @@ impl Lanes {
 
     pub(super) fn n_of(&self, partition: PartitionNumber) -> usize {
         self.iter().filter(|waiting| waiting.partition == partition).count()
+    }
+
+    /// The urgent ones of a partition, in order.
+    pub(super) fn urgent(&self, partition: PartitionNumber) -> Vec<Waiting> {
+        self.lanes[Priority::Urgent as usize].iter().filter(|waiting| waiting.partition == partition).cloned().collect()
+    }
+
+    pub(super) fn has_urgent(&self, partition: PartitionNumber) -> bool {
+        self.lanes[Priority::Urgent as usize].iter().any(|waiting| waiting.partition == partition)
     }
 
     /// The lowest id of a partition that waits.

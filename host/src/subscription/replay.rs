@@ -79,7 +79,11 @@ impl History {
         let mut delay = Duration::from_millis(50);
         loop {
             let stop = match self.attempt(&stream, partition, round, follows).await {
-                Ok(()) | Err(Stop::Overtaken) => return,
+                Ok(None) | Err(Stop::Overtaken) => return,
+                Ok(Some(next)) => {
+                    round = next;
+                    continue;
+                }
                 Err(stop) => stop,
             };
             if let Stop::Broker(error) = stop {
@@ -95,7 +99,14 @@ impl History {
         }
     }
 
-    async fn attempt(&self, stream: &Arc<OpenStream>, partition: PartitionNumber, round: u64, follows: &dyn Follows) -> Result<(), Stop> {
+    /// `Some`: it went live, and back at once to this round, for want of room.
+    async fn attempt(
+        &self,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        round: u64,
+        follows: &dyn Follows,
+    ) -> Result<Option<u64>, Stop> {
         self.read_recipient(stream, partition, round).await?;
         let logs = in_round(stream, partition, round, |subscription| subscription.logs(partition))?;
         follows.follow(stream, partition, logs.into_iter().map(|(target, _)| target).collect()).await;
@@ -130,13 +141,12 @@ impl History {
             }
             stream.wake();
         }
-        let is_live = in_round(stream, partition, round, |subscription| subscription.go_live(partition, head.last, self::now_ms()))?;
+        let again = in_round(stream, partition, round, |subscription| subscription.go_live(partition, head.last, self::now_ms()))?;
         stream.wake();
-        if is_live {
-            return Ok(());
+        if again.is_some() {
+            self.metrics.stream_overflows.inc();
         }
-        self.metrics.stream_overflows.inc();
-        Err(Stop::Again)
+        Ok(again)
     }
 
     async fn read_recipient(&self, stream: &OpenStream, partition: PartitionNumber, round: u64) -> Result<(), Stop> {

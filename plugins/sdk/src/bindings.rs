@@ -2,11 +2,6 @@
 //!
 //! One world for each export, not the three of `wit/`: their export macros would have the same names for what they share. A plugin that
 //! calls two of these macros has the union of the two worlds, which is a world of `wit/`.
-#![expect(
-    unsafe_code,
-    unreachable_pub,
-    reason = "generated: the canonical ABI passes pointers, and everything is public for the export macros"
-)]
 
 pub mod lifecycle {
     wit_bindgen::generate!({

@@ -45,7 +45,7 @@ pub mod testing;
 #[doc(inline)]
 pub use bindings::lifecycle::exports::pointsman::plugin::lifecycle::Issue;
 #[doc(inline)]
-pub use bindings::lifecycle::pointsman::plugin::types::{Criteria, Failure, Operator, Payload, Priority, Target, Test, Value};
+pub use bindings::lifecycle::pointsman::plugin::types::{Attribute, Criteria, Failure, Operator, Payload, Priority, Target, Test, Value};
 pub use event::Event;
 pub use plugin::{Amendment, Filter, Interest, NoConfig, Plugin, Route, Router, Verdict};
 

@@ -12,7 +12,6 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use redb::backends::InMemoryBackend;
@@ -29,7 +28,7 @@ const CACHE_BYTES: usize = 64 * 1024 * 1024;
 /// In memory, redb's pages are the data itself; a cache of them would hold it twice.
 const EPHEMERAL_CACHE_BYTES: usize = 4 * 1024 * 1024;
 /// A failed store is opened again at most so often.
-const REOPEN_EVERY: Duration = Duration::from_secs(1);
+const REOPEN_EVERY_MS: u64 = 1_000;
 
 /// Why a request to the store came to nothing.
 #[derive(Debug)]
@@ -91,7 +90,7 @@ pub(super) enum Medium {
     Folder(PathBuf),
     /// A folder on a disk that fails on command.
     #[cfg(test)]
-    Failing(PathBuf, std::sync::Arc<failing::Switch>),
+    Failing(PathBuf, std::sync::Arc<super::tests::disk::Switch>),
 }
 
 /// See the head of this file.
@@ -109,8 +108,8 @@ pub(super) struct Store {
 struct Trouble {
     text: String,
     is_full: bool,
-    /// When it was last tried to open the store again.
-    tried: Instant,
+    /// When it failed, or was last tried to be opened again, in milliseconds since the Unix epoch.
+    tried_ms: u64,
 }
 
 impl Store {
@@ -187,7 +186,7 @@ impl Store {
     }
 
     /// Notes that the store failed, and answers what to tell whoever asked.
-    pub(super) fn failed(&self, failure: Failure) -> Error {
+    pub(super) fn failed(&self, failure: Failure, now_ms: u64) -> Error {
         let error = match failure {
             Failure::Answer(error) => return error,
             Failure::Store(redb::Error::DatabaseClosed) => return self.away(),
@@ -202,7 +201,7 @@ impl Store {
                 false => format!("{} failed: {error}; it is opened again every second", self.name()),
             };
             tracing::error!(%error, "{text}");
-            *trouble = Some(Trouble { text, is_full, tried: Instant::now() });
+            *trouble = Some(Trouble { text, is_full, tried_ms: now_ms });
         }
         drop(trouble);
         self.away()
@@ -223,12 +222,14 @@ impl Store {
     ///
     /// # Errors
     /// Why it does not work yet.
-    pub(super) fn reopen(&self) -> Result<(), Error> {
+    pub(super) fn reopen(&self, now_ms: u64) -> Result<(), Error> {
         {
             let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
             match &mut *trouble {
                 None => return Ok(()),
-                Some(trouble) if trouble.tried.elapsed() >= REOPEN_EVERY && self.medium.dir().is_some() => trouble.tried = Instant::now(),
+                Some(trouble) if trouble.tried_ms.abs_diff(now_ms) >= REOPEN_EVERY_MS && self.medium.dir().is_some() => {
+                    trouble.tried_ms = now_ms
+                }
                 Some(_) => {
                     drop(trouble);
                     return Err(self.away());
@@ -300,7 +301,7 @@ impl Medium {
         // redb trusts a file that was closed in order, and panics on one that was cut short or overwritten since.
         let opened = catch_unwind(AssertUnwindSafe(|| match self {
             #[cfg(test)]
-            Self::Failing(_, switch) => builder.create_with_backend(failing::Disk::open(&path, switch)?),
+            Self::Failing(_, switch) => builder.create_with_backend(super::tests::disk::Disk::open(&path, switch)?),
             _ => builder.open(&path),
         }));
         match opened {
@@ -336,80 +337,4 @@ fn lock(dir: &Path) -> anyhow::Result<File> {
         .and_then(|()| writeln!(file, "{}", std::process::id()))
         .with_context(|| format!("{} cannot be written", path.display()))?;
     Ok(file)
-}
-
-/// A disk that fails on command.
-#[cfg(test)]
-pub(super) mod failing {
-    use std::fs::File;
-    use std::io;
-    use std::path::Path;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-    use redb::backends::FileBackend;
-    use redb::{DatabaseError, StorageBackend};
-
-    #[derive(Debug, Default)]
-    pub(in super::super) struct Switch {
-        pub(in super::super) is_full: AtomicBool,
-        pub(in super::super) is_broken: AtomicBool,
-        /// How often data was synced.
-        pub(in super::super) syncs: AtomicU64,
-    }
-
-    impl Switch {
-        fn check(&self) -> io::Result<()> {
-            if self.is_full.load(Ordering::SeqCst) {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            if self.is_broken.load(Ordering::SeqCst) {
-                return Err(io::Error::other("the disk is broken, says the test"));
-            }
-            Ok(())
-        }
-    }
-
-    #[derive(Debug)]
-    pub(super) struct Disk {
-        file: FileBackend,
-        switch: Arc<Switch>,
-    }
-
-    impl Disk {
-        pub(super) fn open(path: &Path, switch: &Arc<Switch>) -> Result<Self, DatabaseError> {
-            let file = FileBackend::new(File::options().read(true).write(true).open(path)?)?;
-            Ok(Self { file, switch: Arc::clone(switch) })
-        }
-    }
-
-    impl StorageBackend for Disk {
-        fn len(&self) -> io::Result<u64> {
-            self.file.len()
-        }
-
-        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-            self.file.read(offset, out)
-        }
-
-        fn set_len(&self, len: u64) -> io::Result<()> {
-            self.switch.check()?;
-            self.file.set_len(len)
-        }
-
-        fn sync_data(&self) -> io::Result<()> {
-            self.switch.check()?;
-            self.switch.syncs.fetch_add(1, Ordering::SeqCst);
-            self.file.sync_data()
-        }
-
-        fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-            self.switch.check()?;
-            self.file.write(offset, data)
-        }
-
-        fn close(&self) -> io::Result<()> {
-            self.file.close()
-        }
-    }
 }

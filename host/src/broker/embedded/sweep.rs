@@ -4,7 +4,6 @@
 //! nothing to do writes nothing, and one that used up its budget is continued after the next group.
 
 use std::sync::PoisonError;
-use std::time::{Duration, Instant};
 
 use redb::ReadableTable as _;
 
@@ -16,12 +15,13 @@ use crate::event::{EntryId, NotificationId};
 
 /// Rows looked at or removed in one step, for each partition and kind: some 10 ms of the writer's time.
 const BUDGET: usize = 2_000;
-const EVERY: Duration = Duration::from_secs(1);
+const EVERY_MS: u64 = 1_000;
 
 /// How far upkeep is.
 #[derive(Debug, Default)]
 pub(super) struct Sweep {
-    next: Option<Instant>,
+    /// When it last had nothing left to do, in milliseconds since the Unix epoch.
+    done_ms: Option<u64>,
     /// By place: where the walk through the logs goes on, while one is under way.
     walks: Vec<Option<String>>,
 }
@@ -66,23 +66,20 @@ impl Due {
 
 impl Sweep {
     pub(super) fn run_if_due(&mut self, shared: &Shared) {
-        if shared.store.is_failed() || self.next.is_some_and(|next| Instant::now() < next) {
+        let now_ms = (shared.clock)();
+        // By the difference: a clock that was set back must not stop it.
+        if shared.store.is_failed() || self.done_ms.is_some_and(|done_ms| now_ms.abs_diff(done_ms) < EVERY_MS) {
             return;
         }
-        self.next = Some(Instant::now() + EVERY);
-        match self.run(shared) {
-            Ok(false) => {}
-            Ok(true) => self.next = None,
-            Err(failure) => {
-                shared.store.failed(failure);
-            }
+        match self.run(shared, now_ms) {
+            Ok(is_unfinished) => self.done_ms = (!is_unfinished).then_some(now_ms),
+            Err(failure) => drop(shared.store.failed(failure, now_ms)),
         }
     }
 
     /// One step. `true`: there may be more to do.
-    pub(super) fn run(&mut self, shared: &Shared) -> Result<bool, Failure> {
+    fn run(&mut self, shared: &Shared, now_ms: u64) -> Result<bool, Failure> {
         self.walks.resize(shared.partitions.len(), None);
-        let now_ms = (shared.clock)();
         let metas = shared.metas.read().unwrap_or_else(PoisonError::into_inner).clone();
         let due: Vec<Due> = metas.iter().map(|meta| Due::new(meta, shared, now_ms)).collect();
         let mut has_work = self.walks.iter().any(Option::is_some);

@@ -137,6 +137,13 @@ impl Writer {
         answer.await.map_err(|_| dead())?
     }
 
+    /// Requests in the queue.
+    #[cfg(test)]
+    pub(super) fn n_waiting(&self) -> usize {
+        let queue = self.queue.lock().unwrap();
+        queue.as_ref().map_or(0, |queue| queue.max_capacity() - queue.capacity())
+    }
+
     /// Lets the thread do what was asked until now and close the store, and waits for that.
     pub(super) fn close(&self) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -179,7 +186,7 @@ fn run(shared: &Shared, mut requests: mpsc::Receiver<Request>) {
 }
 
 fn serve(shared: &Shared, mut group: Vec<Request>) {
-    let error = match recover(shared).and_then(|()| write(shared, &mut group).map_err(|failure| shared.store.failed(failure))) {
+    let error = match recover(shared).and_then(|()| write(shared, &mut group).map_err(|failure| shared.failed(failure))) {
         Ok(notices) => {
             shared.feeds.publish(&notices);
             None
@@ -207,12 +214,12 @@ fn recover(shared: &Shared) -> Result<()> {
     if !shared.store.is_failed() {
         return Ok(());
     }
-    shared.store.reopen()?;
+    shared.store.reopen((shared.clock)())?;
     let read = || -> Result<Vec<Meta>, Failure> {
         let transaction = shared.store.begin_read()?;
         shared.partitions.iter().map(|partition| Meta::read(partition.number.0, &transaction)).collect()
     };
-    let metas = read().map_err(|failure| shared.store.failed(failure))?;
+    let metas = read().map_err(|failure| shared.failed(failure))?;
     *shared.metas.write().unwrap_or_else(PoisonError::into_inner) = metas;
     shared.feeds.reset_all();
     for arrivals in &shared.arrivals {

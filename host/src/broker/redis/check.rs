@@ -44,8 +44,8 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
     for place in &redis.places {
         let (s, t, c) = (&place.partition.source, &place.prefix, &place.channels);
         let needed = [
-            &["EVALSHA", "x", "1", s][..],
-            &["EVAL", "x", "1", s],
+            &["EVALSHA", "x", "2", s, &format!("{t}meta")][..],
+            &["EVAL", "x", "2", s, &format!("{t}meta")],
             &["TIME"],
             &["INFO", "replication"],
             &["XADD", s, "*", "f", "v"],
@@ -92,16 +92,15 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         ]
         .map(|words| words.join("\n"));
         let refused: Vec<String> = match redis
-            .run(place, &scripts::RIGHTS, |command| {
-                command.arg(&needed);
+            .link
+            .eval(&scripts::RIGHTS, |command| {
+                command.arg(0).arg(&needed);
             })
             .await
         {
             Ok(refused) => refused,
             Err(Error::Refused(why)) => {
-                return Ok(vec![refusal(format!(
-                    "user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha +info +time"
-                ))]);
+                return Ok(vec![refusal(format!("user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha"))]);
             }
             Err(error) => return Err(error),
         };

@@ -1,4 +1,4 @@
-//! The Lua scripts: one file each under `scripts/`, all but two behind a prelude that they share.
+//! The Lua scripts: one file each under `scripts/`, most behind a prelude that they share.
 //!
 //! A script is called by its hash and sent whole only where Redis does not know it (after a restart, a fail-over, a `SCRIPT FLUSH`).
 
@@ -39,11 +39,12 @@ scripts! {
     PAGE = of_partition "page.lua";
     REDRIVE = of_partition "redrive.lua";
     RELEASE = of_partition "release.lua";
-    RIGHTS = of_partition "rights.lua";
     STATE = of_partition "state.lua";
     TICK = of_partition "tick.lua";
     /// Knows no partition.
     NUMBER = new "number.lua";
+    /// Knows no partition, and needs no right but to run.
+    RIGHTS = new "rights.lua";
     /// Knows no partition.
     RECIPIENT = new "recipient.lua";
 }

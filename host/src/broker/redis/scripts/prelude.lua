@@ -138,3 +138,35 @@ local function heal()
   end
   return 0, 0
 end
+
+-- Removes from the source what everybody has read, and decisions by age; at most once a second, or 20 times under memory pressure. In a
+-- commit it comes first, so that a full Redis drains; and a tick does it as well: after the last commit of a backlog, publishers that
+-- are refused for want of memory would otherwise wait for a commit, and the commit for them.
+local function trim()
+  if now < number('trim_at') then return end
+  pcall('XTRIM', T .. 'what', 'MINID', '~', text(math.max(0, now - tonumber(ARGV[4]))) .. '-0')
+  local memory = call('INFO', 'memory')
+  local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
+  -- A little early, so that publishers need not be refused first.
+  local is_full = most > 0 and tonumber(string.match(memory, 'used_memory:(%d+)')) > 0.95 * most
+  call('HSET', META, 'trim_at', text(now + (is_full and 50 or 1000)))
+  -- A source that is not ours by name may have readers that we cannot know.
+  if string.sub(S, 1, 10) ~= 'pointsman:' then return end
+  local bound = entry_of(position())
+  local function lower(entry) if before(entry, bound) then bound = entry end end
+  -- `keep` is for operators who look back; a full Redis needs the room.
+  if not is_full then lower(text(math.max(0, now - tonumber(ARGV[7]))) .. '-0') end
+  local groups = pcall('XINFO', 'GROUPS', S)
+  if groups.err then return end
+  for _, group in ipairs(groups) do
+    local of = {}
+    for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
+    if of['name'] ~= 'pointsman' then
+      lower(of['last-delivered-id'])
+      if of['pending'] > 0 then lower(call('XPENDING', S, of['name'])[2]) end
+    end
+  end
+  if is_full then pcall('XTRIM', S, 'MINID', bound)
+  -- Whole nodes only, and a bounded number: cheap, and the rest goes next time.
+  else pcall('XTRIM', S, 'MINID', '~', bound, 'LIMIT', 100000) end
+end

@@ -2,6 +2,7 @@
 -- Says to every node which id was the last, after all notices up to it.   Answers what heal() did.
 local name = life()
 local lost, strays = heal()
+trim()
 -- Once a minute the floor is kept, so that a clock that is set back does not lower it.
 if now >= number('floor_at') then call('HSET', META, 'floor0', text(floor()), 'floor_at', text(now + 60000)) end
 call('PUBLISH', C .. 'tick', name .. ' ' .. (meta('last') or '0'))

@@ -1,0 +1,125 @@
+//! Fail-overs and restarts as the scripts see them: another replication id, another life.
+
+use super::*;
+
+/// The owner reads, Redis fails over, the data rolls back and moves on to the same position: only the life tells the two apart.
+#[tokio::test]
+async fn h01_a_commit_of_an_older_life_is_refused() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let ids = node.append(&["a", "b"]).await;
+    let old = node.head().await;
+    server.change_replid();
+    let batch = Batch { life: old.life, prev: old.position, items: vec![commit(ids[0], "R", &["u:1"])] };
+    assert_eq!(node.broker.commit(node.p, batch.clone()).await.unwrap(), Committed::Refused);
+    let new = node.head().await;
+    assert_ne!(new.life, old.life);
+    assert_eq!(node.broker.commit(node.p, batch.clone()).await.unwrap(), Committed::Refused, "a late one, too");
+    assert!(matches!(node.broker.commit(node.p, Batch { life: new.life, ..batch }).await.unwrap(), Committed::Done(_)));
+}
+
+/// A slice of a plan that another life had begun: `entry/1` names another plan there.
+#[tokio::test]
+async fn h01_a_slice_of_an_older_life_is_refused() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let entry = after(EntryId::default());
+    node.slice(commit(entry, "R", &["u:1"]), 0, false).await;
+    let old = node.head().await;
+    server.change_replid();
+    let slice = Slice { life: old.life, prev: old.position, item: commit(entry, "R", &["u:2"]), index: 1, is_last: true };
+    assert_eq!(node.broker.commit_slice(node.p, slice.clone()).await.unwrap(), Committed::Refused);
+    let new = node.head().await;
+    assert_eq!((new.position, new.pending), (old.position, old.pending), "position and plan are this data's truth, whatever the life");
+    assert!(matches!(node.broker.commit_slice(node.p, Slice { life: new.life, ..slice }).await.unwrap(), Committed::Done(_)));
+}
+
+/// A reader of any older life finds the last id that survived it, not only a reader of the one before.
+#[tokio::test]
+async fn h03_each_life_is_listed_with_the_last_id_that_survived() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let mut expect = node.head().await.lives;
+    for _ in 0..20 {
+        let last = node.publish("R", &["u:1"]).await;
+        server.change_replid();
+        let head = node.head().await;
+        expect.push((head.life, last));
+        assert_eq!(head.lives, expect[expect.len().saturating_sub(16)..]);
+    }
+    let mut names: Vec<_> = node.head().await.lives.iter().map(|(life, _)| life.bits()).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), 16, "no name twice among those that are remembered");
+}
+
+#[tokio::test]
+async fn every_notice_carries_the_life_it_was_made_in() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let mut ear = node.ear().await;
+    ear.hear("u:1", 1).await;
+    let mut lives = Vec::new();
+    for _ in 0..2 {
+        lives.push(node.head().await.life);
+        node.publish("R", &["u:1"]).await;
+        node.broker.tick(node.p).await.unwrap();
+        server.change_replid();
+    }
+    for expect in lives {
+        assert!(matches!(ear.next().await, Notice::Append { life, .. } if life == expect));
+        assert!(matches!(ear.next().await, Notice::Tick { life, .. } if life == expect));
+    }
+}
+
+/// Everything is gone, and who had something must be told: a name that no longer stands in the list says so.
+#[tokio::test]
+async fn flushall_begins_a_life_with_a_new_name() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    node.publish("R", &["u:1"]).await;
+    let old = node.head().await;
+    let () = server.command("FLUSHALL");
+    let new = node.head().await;
+    assert!(new.lives.iter().all(|(life, _)| *life != old.life), "{:?}", new.lives);
+    assert_eq!((new.last, new.position), (BEGIN, Position::default()));
+    assert!(new.origin >= old.origin);
+    let id = node.publish("R", &["u:1"]).await;
+    assert!(id > old.last, "the clock goes on");
+}
+
+/// After a crash the append-only file brings the data back, and the restart begins a life.
+#[tokio::test]
+async fn a_restart_begins_a_life_at_what_survived() {
+    let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let node = node_on(&server).await;
+    let mut ear = node.ear().await;
+    ear.hear("u:1", 1).await;
+    let last = node.publish("R", &["u:1"]).await;
+    let old = node.head().await;
+    server.kill();
+    assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
+    server.restart();
+    until(async || node.broker.head(node.p).await.is_ok()).await;
+    let new = node.head().await;
+    assert_eq!(new.lives, [(old.life, BEGIN), (new.life, last)]);
+    assert_eq!((new.last, new.position), (last, old.position));
+    // The ear is connected again, says so, and hears again once asked.
+    while !matches!(ear.next().await, Notice::Reset { .. }) {}
+    ear.hear("u:1", 2).await;
+    let id = node.publish("R", &["u:1"]).await;
+    assert_eq!(ear.append().await, ("u:1".into(), id));
+}
+
+/// The node's connections outlive the demotion of their server; what a replica says is old.
+#[tokio::test]
+async fn a_replica_answers_nothing() {
+    let (server, primary) = (RedisServer::start(), RedisServer::start());
+    let node = node_on(&server).await;
+    node.publish("R", &["u:1"]).await;
+    let () = server.command(&format!("REPLICAOF 127.0.0.1 {}", primary.port()));
+    assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
+    assert!(matches!(node.broker.page(node.p, &target("u:1"), BEGIN, 10).await, Err(Error::Away(_))));
+    assert!(matches!(node.broker.tick(node.p).await, Err(Error::Away(_))));
+    assert!(matches!(connect_to(&server.url(), &[SOURCE], Retention::default()).await, Err(Error::Away(_))));
+}

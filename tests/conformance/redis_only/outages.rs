@@ -1,0 +1,183 @@
+//! Redis away, slow, half there, or cutting connections: waits, never anybody's failure, and never silence.
+
+use std::time::Instant;
+
+use super::*;
+
+#[tokio::test]
+async fn a_redis_that_is_not_there_is_away() {
+    let mut server = RedisServer::start();
+    let url = server.url();
+    server.stop();
+    assert!(matches!(connect_to(&url, &[SOURCE], Retention::default()).await, Err(Error::Away(_))));
+    server.restart();
+    connect_to(&url, &[SOURCE], Retention::default()).await.expect("it is there");
+}
+
+#[tokio::test]
+async fn a_redis_that_does_not_answer_in_time_is_away_and_then_works_again() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    node.append(&["a"]).await;
+    server.pause();
+    let began = Instant::now();
+    assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
+    assert!(matches!(node.broker.read(node.p, EntryId::default(), 1, Duration::from_millis(50)).await, Err(Error::Away(_))));
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    server.resume();
+    until(async || node.broker.head(node.p).await.is_ok()).await;
+    assert_eq!(drain(&node).await, 1);
+}
+
+/// While Redis is away, commands fail at once between attempts to connect: nobody waits a deadline for what is known.
+#[tokio::test]
+async fn commands_fail_at_once_while_redis_is_known_to_be_away() {
+    let mut server = RedisServer::start();
+    let node = node_on(&server).await;
+    server.kill();
+    let began = Instant::now();
+    for _ in 0..200 {
+        assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
+    }
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// The reply is lost, the commit is not: sent again it is refused, and the head says what became of it.
+#[tokio::test]
+async fn f26_a_commit_whose_answer_was_lost_is_refused_the_second_time() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let ids = node.append(&["a"]).await;
+    let head = node.head().await;
+    let batch = Batch { life: head.life, prev: head.position, items: vec![commit(ids[0], "R", &["u:1"])] };
+    server.pause();
+    assert!(matches!(node.broker.commit(node.p, batch.clone()).await, Err(Error::Away(_))));
+    server.resume();
+    // What was sent may be executed before or after what comes now, on another connection: in either order it happens once.
+    until(async || match node.broker.head(node.p).await {
+        Ok(head) if head.position == ids[0].into() => true,
+        Ok(_) => node.broker.commit(node.p, batch.clone()).await.is_err_and(|error| panic!("{error}")),
+        Err(_) => false,
+    })
+    .await;
+    assert_eq!(node.ids("u:1", BEGIN).await.len(), 1);
+    assert_eq!(node.count(Outcome::Committed).await, 1);
+}
+
+/// Too few replicas: scripts that write are refused, but a plain PUBLISH is not, and history stays readable.
+#[tokio::test]
+async fn h16_a_redis_that_cannot_write_says_that_it_lives() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let mut ear = node.ear().await;
+    let id = node.publish("R", &["u:1"]).await;
+    let () = server.command("CONFIG SET min-replicas-to-write 1");
+    let head = node.broker.head(node.p).await.expect("the head is readable");
+    assert_eq!(node.ids("u:1", BEGIN).await, [id]);
+    let batch = Batch { life: head.life, prev: head.position, items: vec![commit(after(head.position.entry), "R", &["u:1"])] };
+    assert!(matches!(node.broker.commit(node.p, batch).await, Err(Error::Away(_))));
+    assert!(matches!(node.broker.tick(node.p).await, Err(Error::Away(_))));
+    assert!(matches!(ear.next().await, Notice::Alive { partition } if partition == node.p));
+}
+
+#[tokio::test]
+async fn a_cut_ear_says_reset_and_hears_again() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let mut ear = node.ear().await;
+    ear.hear("u:1", 1).await;
+    assert_eq!(server.command::<i64>("CLIENT KILL TYPE pubsub"), 1);
+    loop {
+        match ear.next().await {
+            Notice::Reset { partitions } => break assert_eq!(partitions, [node.p]),
+            other => panic!("{other:?}"),
+        }
+    }
+    ear.hear("u:1", 2).await;
+    node.publish("R", &["u:1"]).await;
+    assert_eq!(ear.append().await.0, "u:1");
+}
+
+/// While nobody takes the notices, the socket is not read; what waits in it comes in order, nothing missing.
+#[tokio::test]
+async fn a_slow_receiver_misses_nothing() {
+    let server = RedisServer::start();
+    let node = connect_to(&server.url(), &[SOURCE], Retention { log_entries: 100_000, ..Retention::default() }).await.unwrap();
+    let mut ear = node.ear().await;
+    ear.hear("u:1", 1).await;
+    let record = "x".repeat(1_000);
+    let mut published = Vec::new();
+    for _ in 0..100 {
+        let entry = after(node.head().await.position.entry);
+        let items = (0..64).map(|k| commit(EntryId { seq: entry.seq + k, ..entry }, &record, &["u:1"])).collect();
+        published.extend(node.commit(items).await.into_iter().map(|(_, id)| id.unwrap()));
+    }
+    let mut heard = Vec::new();
+    while heard.len() < published.len() {
+        heard.push(ear.append().await.1);
+    }
+    assert_eq!(heard, published);
+}
+
+/// Redis cuts a subscriber that holds up too much: its notices are gone, and it is told.
+#[tokio::test]
+async fn a_receiver_that_is_too_slow_for_redis_is_told_that_it_missed_something() {
+    let server = RedisServer::start();
+    // No grace: over 64 KiB behind, the connection goes.
+    redis::cmd("CONFIG").arg("SET").arg("client-output-buffer-limit").arg("pubsub 65536 0 0").exec(&mut server.connection()).unwrap();
+    let node = node_on(&server).await;
+    let mut ear = node.ear().await;
+    ear.hear("u:1", 1).await;
+    let record = "x".repeat(1_000);
+    // Until Redis has cut it, nobody reads.
+    until(async || {
+        let entry = after(node.head().await.position.entry);
+        node.commit((0..64).map(|k| commit(EntryId { seq: entry.seq + k, ..entry }, &record, &["u:1"])).collect()).await;
+        server.command::<String>("CLIENT LIST TYPE pubsub").is_empty()
+    })
+    .await;
+    let mut n_heard = 0;
+    while !matches!(ear.next().await, Notice::Reset { .. }) {
+        n_heard += 1;
+    }
+    assert!(n_heard > 0, "what had arrived before is handed over first");
+    ear.hear("u:1", 2).await;
+    let id = node.publish("R", &["u:1"]).await;
+    assert_eq!(ear.append().await.1, id);
+}
+
+#[tokio::test]
+async fn a_dropped_ear_leaves_no_connection() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    for _ in 0..10 {
+        let mut ear = node.ear().await;
+        ear.hear("u:1", 1).await;
+    }
+    until(async || server.command::<String>("CLIENT LIST TYPE pubsub").is_empty()).await;
+}
+
+/// The wait at Redis ends with the read: a read given up must not keep the next one waiting, nor leave connections.
+#[tokio::test]
+async fn a_read_that_is_given_up_ends() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let before = server.command::<String>("CLIENT LIST").lines().count();
+    for _ in 0..20 {
+        let read = node.broker.read(node.p, EntryId::default(), 1, Duration::from_secs(600));
+        tokio::time::timeout(Duration::from_millis(5), read).await.expect_err("nothing to read");
+    }
+    until(async || server.command::<String>("CLIENT LIST").lines().count() <= before + 1).await;
+    node.append(&["a"]).await;
+    assert_eq!(node.broker.read(node.p, EntryId::default(), 1, Duration::from_secs(600)).await.unwrap().len(), 1);
+}
+
+/// After a restart or a `SCRIPT FLUSH` Redis does not know the scripts any more.
+#[tokio::test]
+async fn forgotten_scripts_are_sent_again() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let () = server.command("SCRIPT FLUSH");
+    let id = node.publish("R", &["u:1"]).await;
+    assert_eq!(node.ids("u:1", BEGIN).await, [id]);
+}
