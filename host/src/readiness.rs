@@ -28,6 +28,11 @@ pub struct Report {
 }
 
 impl Readiness {
+    /// As [`Readiness::set`], of what is still to come at the start: nothing to log, as nothing went wrong.
+    pub fn expect(&self, name: &str, text: &str) {
+        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false });
+    }
+
     /// Turns the node unready for the reason `name`, until [`Readiness::clear`]. Logged when it is new or reads differently.
     pub fn set(&self, name: &str, text: impl Into<String>) {
         self.put(name, text.into(), false);
