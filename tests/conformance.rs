@@ -20,6 +20,7 @@ mod dedupe;
 mod feeds;
 mod logs;
 mod nodes;
+mod on_embedded;
 mod recipients;
 mod redis_only;
 mod slices;
@@ -27,12 +28,23 @@ mod sources;
 
 use redis_only::RedisStore;
 
-/// Makes a test of each promise on one broker, named as `conformance::<broker>::<promise>`.
+/// Makes a test of each promise on one broker, named as `conformance::<broker>::<promise>`. A broker `in memory` promises nothing beyond
+/// its process.
 macro_rules! suite {
     ($broker:ident, $store:expr) => {
+        suite!($broker, in memory, $store, also:
+            slices: [a_new_owner_continues_the_plan_from_the_stored_record];
+            nodes: [
+                attempts_are_counted_for_each_entry,
+                what_was_committed_is_there_for_the_next_process,
+            ];
+        );
+    };
+    ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
         mod $broker {
             use super::*;
 
+            $(suite!(@tests $store; $($lasting)*);)?
             suite!(@tests $store;
                 sources: [
                     entries_are_read_in_the_order_of_their_append,
@@ -76,7 +88,6 @@ macro_rules! suite {
                     a_plan_in_slices_ends_with_one_id_in_all_logs,
                     last_moves_with_the_final_slice_only,
                     a_slice_is_refused_from_another_position,
-                    a_new_owner_continues_the_plan_from_the_stored_record,
                     slice_0_finds_a_duplicate_and_ends_the_plan,
                     the_slices_of_a_plan_count_once,
                     a_plan_of_one_slice_is_a_commit,
@@ -117,10 +128,8 @@ macro_rules! suite {
                     a_lease_ends_by_itself,
                     a_node_of_the_same_name_has_the_lease_at_once,
                     take_overs_are_counted_until_the_position_moves,
-                    attempts_are_counted_for_each_entry,
                     lag_is_what_lies_beyond_the_position,
                     partitions_have_numbers_of_their_own,
-                    what_was_committed_is_there_for_the_next_process,
                 ];
             );
         }
@@ -136,6 +145,8 @@ macro_rules! suite {
     };
 }
 
+suite!(embedded, on_embedded::Place::durable());
+suite!(ephemeral, in memory, on_embedded::Place::ephemeral());
 suite!(redis_1, RedisStore::new(1));
 suite!(redis_4, RedisStore::new(4));
 

@@ -1,3 +1,54 @@
-//! What tests start and talk to.
+//! What tests start and talk to, from outside as users do: nodes, streams, publishers, servers of Redis.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+pub(crate) mod guests;
+pub(crate) mod http;
+pub(crate) mod node;
+pub(crate) mod ports;
+pub(crate) mod publish;
 pub(crate) mod redis;
+pub(crate) mod seed;
+pub(crate) mod sse;
+
+/// Asks again and again until there is an answer, and returns it.
+///
+/// # Panics
+/// If there is none in time.
+pub(crate) fn eventually<T>(within: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {within:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The folder of the repository.
+pub(crate) fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository")
+}
+
+/// A folder with the bundled plugins and nothing else, built from what the sources are now.
+pub(crate) fn bundled_plugins() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let gather = || {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bundled");
+        fs::create_dir_all(&folder).expect("make a folder for the bundled plugins");
+        for name in ["address", "discard"] {
+            let (file, wasm) = (folder.join(format!("{name}.wasm")), guests::core_module(name));
+            // Another run of the tests may be reading it: it changes in one step, or not at all.
+            if fs::read(&file).ok().as_ref() != Some(&wasm) {
+                let draft = folder.join(format!("{name}.{}", std::process::id()));
+                fs::write(&draft, wasm).and_then(|()| fs::rename(&draft, &file)).expect("write a plugin");
+            }
+        }
+        folder
+    };
+    FOLDER.get_or_init(gather).clone()
+}

@@ -1,2 +1,10 @@
+//! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
+
+mod clients;
 mod conformance;
+mod durability;
+mod embedded;
 mod harness;
+mod plugins;
+mod stability;
+mod wire;

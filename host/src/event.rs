@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 mod cloudevents;
 mod plan;
 
-pub use cloudevents::{Event, Malformed, Payload, Value};
+pub(crate) use cloudevents::rfc3339;
+pub use cloudevents::{Event, Malformed, Payload, Value, json_line};
 pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
 
 /// A name that came from outside: of a user, a group, an event, a type. 1 to 256 bytes of UTF-8 without control characters.

@@ -4,8 +4,200 @@
 //!
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
+//! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
+//! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
+//! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
+//! - [`config`]: from what the user wrote to what the node needs.
+//! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
+//!
+//! [`run`] wires them and stops them.
 
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+
+use crate::broker::embedded::Embedded;
+use crate::broker::redis::Redis;
+use crate::broker::{Broker, Retention};
+use crate::config::{BrokerChoice, Config};
+use crate::http::State;
+use crate::hub::Hub;
+use crate::ingest::Ingest;
+use crate::metrics::Metrics;
+use crate::pipeline::Pipeline;
+use crate::plugin::Engine;
+use crate::plugin::registry::Registry;
+use crate::readiness::Readiness;
+use crate::server::Bounds;
+use crate::shutdown::Shutdown;
+use crate::sse::Pulse;
+
+pub mod auth;
 pub mod broker;
+pub mod config;
 pub mod criteria;
 pub mod event;
+pub mod http;
+pub mod hub;
+pub mod ingest;
 pub mod metrics;
+pub mod pipeline;
+pub mod plugin;
+pub mod readiness;
+pub mod recipients;
+pub mod server;
+pub mod shutdown;
+pub mod sse;
+pub mod subscription;
+mod watch;
+
+/// Connections to the admin listener: probes and scrapers are few.
+const MAX_ADMIN_CONNECTIONS: usize = 256;
+
+/// The two listeners of a node, bound.
+#[derive(Debug)]
+pub struct Listeners {
+    pub applications: TcpListener,
+    pub admin: TcpListener,
+}
+
+impl Listeners {
+    /// Binds both addresses; with port 0, to a free one.
+    ///
+    /// # Errors
+    /// An address cannot be bound; the text says which key to change.
+    pub fn bind(listen: &server::Config) -> anyhow::Result<Self> {
+        let bind = |key, address| server::bind(address).with_context(|| format!("cannot listen on {address}; free it or change {key}"));
+        Ok(Self { applications: bind("listen.address", listen.address)?, admin: bind("listen.admin", listen.admin)? })
+    }
+}
+
+/// Runs a node until `shutdown` begins, and stops it: ingest stops reading, its last commit returns and its leases go; streams end spread
+/// over the grace period; requests under way end; what is left is cut.
+///
+/// # Errors
+/// An address cannot be bound, the folder of plugins not be read, or the embedded broker's folder not be opened. A Redis that cannot be
+/// reached is no error: the listeners are up, readiness says why, and it is tried again.
+pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    let listeners = Listeners::bind(&config.listen)?;
+    run_on(listeners, config, shutdown).await
+}
+
+/// [`run`], on listeners bound before.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _ } = config;
+    let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
+    // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
+    let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
+    let (metrics, readiness) = (Metrics::default(), Readiness::default());
+    metrics.start_time.set(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+    readiness.expect("broker", "not reached yet");
+    readiness.expect("plugins", "being loaded");
+    if auth.is_dev() {
+        tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
+    }
+
+    let pulse = Pulse::start(stream, metrics.clone());
+    let state = State::new(auth, origins, limits, retention.clone(), readiness.clone(), metrics.clone(), pulse.clone());
+    let state = Arc::new(state);
+    let header_timeout = Duration::from_secs(listen.header_timeout_s);
+    let bounds = |max_connections| Bounds { max_connections, header_timeout };
+    // Up before the broker is: a probe sees the reason, and a publisher 503 instead of a refused connection.
+    let routes = [(listeners.admin, http::admin_routes(Arc::clone(&state)), MAX_ADMIN_CONNECTIONS)];
+    let routes = routes.into_iter().chain([(listeners.applications, http::routes(Arc::clone(&state)), listen.max_connections)]);
+    for (listener, routes, max_connections) in routes {
+        shutdown.spawn(server::serve(listener, routes, bounds(max_connections), shutdown.clone()));
+    }
+    tracing::info!(node.name = name, %address, %admin, "listening");
+
+    // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
+    let reached = async {
+        let broker = open(&broker, &sources, &retention, &readiness).await?;
+        let hub = Hub::start(Arc::clone(&broker), metrics.clone());
+        state.set_broker(Arc::clone(&broker), hub.clone());
+        shutdown.spawn(watch::watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()));
+        Ok(broker)
+    };
+    let loaded = async {
+        let pipeline = start_pipeline(plugins, node.allow_no_plugins, &metrics, &readiness).await?;
+        state.set_pipeline(pipeline.clone());
+        anyhow::Ok(pipeline)
+    };
+    let started = tokio::select! {
+        started = async { tokio::try_join!(reached, loaded) } => Some(started?),
+        () = shutdown.begun() => None,
+    };
+    if let Some((broker, pipeline)) = started {
+        // Without a plugin every event would be unrouted, for good: they wait in the source instead, until the operator has decided.
+        if pipeline.has_plugins() || node.allow_no_plugins {
+            for partition in broker.partitions() {
+                let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
+                let ingest = Ingest { broker, pipeline, metrics, config: ingest.clone(), node: name.clone() };
+                shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
+            }
+        }
+        shutdown.begun().await;
+    }
+    let grace = Duration::from_secs(listen.grace_s);
+    // The last stream leaves time for its last bytes.
+    pulse.drain(grace.mul_f64(0.8));
+    if !shutdown.finish(grace).await {
+        tracing::warn!(grace_s = listen.grace_s, "not everything ended by itself; the rest is cut");
+        shutdown.skip();
+        // What is cut ends at its next step; only a blocked thread could take longer.
+        shutdown.finish_cut(Duration::from_secs(1)).await;
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Loads the plugins and starts their threads. A file that cannot be loaded turns the node unready; the others work.
+async fn start_pipeline(
+    plugins: plugin::registry::Config,
+    allow_none: bool,
+    metrics: &Metrics,
+    readiness: &Readiness,
+) -> anyhow::Result<Pipeline> {
+    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
+    let pipeline = Pipeline::start(Arc::new(registry), metrics.clone()).context("cannot start the threads of the plugins")?;
+    readiness.clear("plugins");
+    for plugin in pipeline.plugins() {
+        if let Some(failure) = plugin.failure {
+            readiness.set(&format!("plugins.{}", plugin.name), failure);
+        }
+    }
+    match (pipeline.has_plugins(), allow_none) {
+        (true, _) => {}
+        (false, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
+        (false, false) => readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins"),
+    }
+    Ok(pipeline)
+}
+
+/// Opens the broker. A Redis that is away is tried again, with a growing and jittered pause, until it is there.
+async fn open(choice: &BrokerChoice, sources: &[String], retention: &Retention, readiness: &Readiness) -> anyhow::Result<Arc<dyn Broker>> {
+    let (own_sources, retention) = (sources.to_vec(), retention.clone());
+    match choice.clone() {
+        BrokerChoice::Redis { url } => {
+            let connect = || async { Ok(Arc::new(Redis::connect(&url, sources, retention.clone()).await?) as Arc<dyn Broker>) };
+            Ok(watch::reach(connect, readiness).await)
+        }
+        BrokerChoice::Data(folder) => {
+            // Recovers what a killed process left: not for an async thread.
+            let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, &own_sources, retention)).await;
+            Ok(Arc::new(opened.context("opening the store panicked")??))
+        }
+        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(&own_sources, retention)?)),
+    }
+}
+
+/// What this machine calls itself.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
+    name.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
+}

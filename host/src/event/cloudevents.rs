@@ -164,6 +164,20 @@ impl Event {
         serde_json::to_string(self).expect("an event is made of strings, numbers and valid JSON")
     }
 
+    /// Sets an extension attribute, in place of one of that name.
+    ///
+    /// # Errors
+    /// [`Malformed`] names the attribute if its name is not one, or belongs to CloudEvents itself, if its value has a control character or is too
+    /// long, or if the event would have too many. The event is then as it was.
+    pub fn set_attribute(&mut self, name: &str, value: Value) -> Result<(), Malformed> {
+        const CORE: [&str; 10] =
+            ["id", "source", "type", "subject", "time", "specversion", "datacontenttype", "dataschema", "data", "data_base64"];
+        if CORE.contains(&name) {
+            return Err(Malformed::new("is no extension attribute and stays as it was published").of(name));
+        }
+        set_attribute(&mut self.attributes, name, value).map(|_was_there| ())
+    }
+
     /// A text attribute, or the printed form of any other.
     pub fn attribute(&self, name: &str) -> Option<&Value> {
         self.attributes.get(name)
@@ -213,25 +227,7 @@ impl Draft {
                 }
                 self.specversion.replace(()).is_some()
             }
-            _ => {
-                let legal =
-                    (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-                if !legal {
-                    return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
-                }
-                if let Value::Text(text) = &value {
-                    if text.len() > Event::MAX_ATTRIBUTE {
-                        return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Event::MAX_ATTRIBUTE)).of(name));
-                    }
-                    if let Some(c) = text.chars().find(|c| c.is_control()) {
-                        return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))).of(name));
-                    }
-                }
-                if self.attributes.len() == Event::MAX_ATTRIBUTES {
-                    return Err(Malformed::new(format!("has more than {} extension attributes", Event::MAX_ATTRIBUTES)).of("the event"));
-                }
-                self.attributes.insert(name.to_owned(), value).is_some()
-            }
+            _ => set_attribute(&mut self.attributes, name, value)?,
         };
         if twice { Err(Malformed::new("stands twice").of(name)) } else { Ok(()) }
     }
@@ -266,6 +262,31 @@ impl Draft {
             id_given,
         })
     }
+}
+
+/// Sets an extension attribute, and tells whether it was there before.
+fn set_attribute(attributes: &mut BTreeMap<String, Value>, name: &str, value: Value) -> Result<bool, Malformed> {
+    let legal = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    if !legal {
+        return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
+    }
+    match &value {
+        Value::Text(text) => {
+            if text.len() > Event::MAX_ATTRIBUTE {
+                return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Event::MAX_ATTRIBUTE)).of(name));
+            }
+            if let Some(c) = text.chars().find(|c| c.is_control()) {
+                return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))).of(name));
+            }
+        }
+        // JSON has no word for them: they would read back as `null`.
+        Value::Decimal(d) if !d.is_finite() => return Err(Malformed::new(format!("is {d}, which is no number in JSON")).of(name)),
+        Value::Decimal(_) | Value::Integer(_) | Value::Flag(_) => {}
+    }
+    if attributes.len() == Event::MAX_ATTRIBUTES && !attributes.contains_key(name) {
+        return Err(Malformed::new(format!("has more than {} extension attributes", Event::MAX_ATTRIBUTES)).of("the event"));
+    }
+    Ok(attributes.insert(name.to_owned(), value).is_some())
 }
 
 /// The members of a JSON object in their order, repeated names and all: a map would keep the last one silently.
@@ -324,6 +345,15 @@ fn one_line(json: &str) -> String {
         out.push(c);
     }
     out
+}
+
+/// Valid JSON from outside, made one line.
+///
+/// # Errors
+/// [`Malformed`] if it is not JSON.
+pub fn json_line(json: &str) -> Result<Box<RawValue>, Malformed> {
+    RawValue::from_string(json.to_owned()).map_err(|e| Malformed::new(format!("is not valid JSON: {e}")))?;
+    Ok(RawValue::from_string(one_line(json)).expect("white space between tokens means nothing"))
 }
 
 /// At most 64 characters of hostile text, fit for a log line.
@@ -455,6 +485,34 @@ mod tests {
         check(&[("event", "{}"), ("type", "t")], "event must be the only field");
         check(&[("event", r#"{"type":"t","data":1,"data_base64":"AA=="}"#)], "exclude each other");
         check(&[("event", r#"{"type":"t","x":{}}"#)], "x is an object");
+    }
+
+    #[test]
+    fn an_attribute_that_a_plugin_sets_is_checked_as_a_publishers() {
+        let mut event = fields(&[("type", "t"), ("a", "1")]).unwrap();
+        let before = event.clone();
+        for (name, value, expect) in [
+            ("id", Value::Flag(true), "id is no extension attribute"),
+            ("A", Value::Flag(true), "'A' is no attribute name"),
+            ("a", Value::Text("x\ny".into()), "a has the control character U+000A"),
+            ("a", Value::Decimal(f64::NAN), "a is NaN"),
+            ("a", Value::Text("x".repeat(70_000)), "a has 70000 bytes"),
+        ] {
+            let error = event.set_attribute(name, value).unwrap_err().to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+        assert_eq!(event, before);
+        for n in 1..Event::MAX_ATTRIBUTES {
+            event.set_attribute(&format!("n{n}"), Value::Integer(1)).unwrap();
+        }
+        event.set_attribute("a", Value::Integer(2)).unwrap();
+        assert!(event.set_attribute("b", Value::Integer(2)).unwrap_err().to_string().contains("more than 64"));
+    }
+
+    #[test]
+    fn json_becomes_one_line_and_keeps_its_digits() {
+        assert_eq!(json_line("{\n \"a\" : 1e400,\t\"b\": \"x y\"}").unwrap().get(), r#"{"a":1e400,"b":"x y"}"#);
+        assert!(json_line("{\"a\":").unwrap_err().to_string().contains("is not valid JSON"));
     }
 
     #[test]

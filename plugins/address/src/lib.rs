@@ -1,1 +1,219 @@
+//! A router for events that say themselves whom they are for, by these extension attributes:
+//!
+//! | attribute | value | meaning |
+//! |---|---|---|
+//! | `user`, `group` | text or integer | one recipient |
+//! | `users`, `groups` | `a,b,c`, or a JSON array of strings: `["a","b"]` | several; spaces around a comma do not count |
+//! | `everyone` | `true` or `false`, as a boolean or as text | all recipients |
+//! | `priority` | `low`, `normal`, `high`, `urgent` | how urgent; a filter may have changed it |
+//! | `ttl` | `30` (seconds, as an integer or as text), `500ms`, `30s`, `5m`, `2h` | not delivered after that |
+//! | `collapse` | text | a later event with the same key makes this one superfluous |
+//!
+//! All of them may stand together, and name one recipient more than once: everybody gets one notification. An event that names nobody
+//! has no routes. A value that is none of the above is rejected, with the attribute's name and what it should be: a notification that
+//! silently goes to fewer people is worse than a dead letter.
 
+use pointsman_plugin::{Event, Failure, Interest, Issue, NoConfig, Plugin, Route, Router, Target, Value, export};
+
+struct Address;
+
+export!(Address as router);
+
+impl Plugin for Address {
+    type Config = NoConfig;
+
+    fn new(_: NoConfig) -> Result<Self, Issue> {
+        Ok(Self)
+    }
+
+    fn interest(&self) -> Interest {
+        Interest::in_every_type().attributes(["user", "users", "group", "groups", "everyone", "priority", "ttl", "collapse"])
+    }
+}
+
+impl Router for Address {
+    fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
+        let mut targets = Vec::new();
+        for (one, several, target) in [("user", "users", Target::User as fn(String) -> Target), ("group", "groups", Target::Group)] {
+            targets.extend(event.attribute(one).map(|value| name(one, value)).transpose()?.map(target));
+            for name in event.attribute(several).map(|value| names(several, value)).transpose()?.unwrap_or_default() {
+                targets.push(target(name));
+            }
+        }
+        if event.attribute("everyone").map(flag).transpose()? == Some(true) {
+            targets.push(Target::Everyone);
+        }
+        // The event's priority, which a filter may have changed, is the route's anyway; here it is only checked.
+        event.attribute("priority").map(check_priority).transpose()?;
+        let ttl_ms = event.attribute("ttl").map(ttl_ms).transpose()?;
+        let collapse_key = event.attribute("collapse").map(|value| name("collapse", value)).transpose()?;
+        if targets.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(vec![Route { ttl_ms, collapse_key, ..Route::to(targets) }])
+    }
+}
+
+fn rejected(attribute: &str, value: &Value, fix: &str) -> Failure {
+    let value: String = value.to_string().chars().take(64).collect();
+    Failure::Reject(format!("the attribute {attribute} is '{value}'; {fix}"))
+}
+
+/// User ids are often numbers, and JSON keeps them so.
+fn name(attribute: &str, value: &Value) -> Result<String, Failure> {
+    match value {
+        Value::Text(text) if !text.trim().is_empty() => Ok(text.clone()),
+        Value::Integer(number) => Ok(number.to_string()),
+        _ => Err(rejected(attribute, value, "give it a text that is not empty, or leave it out")),
+    }
+}
+
+fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
+    let refused = || rejected(attribute, value, r#"give it names with commas between them (a,b), or a JSON array of strings (["a","b"])"#);
+    let list: Vec<String> = match value {
+        Value::Integer(number) => vec![number.to_string()],
+        Value::Text(text) if text.trim_start().starts_with('[') => serde_json::from_str(text).map_err(|_| refused())?,
+        // An application that joins a list which happens to be empty means nobody.
+        Value::Text(text) if text.trim().is_empty() => Vec::new(),
+        Value::Text(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
+        Value::Decimal(_) | Value::Flag(_) => return Err(refused()),
+    };
+    if list.iter().any(|name| name.trim().is_empty()) { Err(refused()) } else { Ok(list) }
+}
+
+fn flag(value: &Value) -> Result<bool, Failure> {
+    match value {
+        Value::Flag(flag) => Ok(*flag),
+        Value::Text(text) if text == "true" => Ok(true),
+        Value::Text(text) if text == "false" => Ok(false),
+        _ => Err(rejected("everyone", value, "it is true or false")),
+    }
+}
+
+fn check_priority(value: &Value) -> Result<(), Failure> {
+    match value {
+        Value::Text(text) if ["low", "normal", "high", "urgent"].contains(&text.as_str()) => Ok(()),
+        _ => Err(rejected("priority", value, "it is low, normal, high or urgent")),
+    }
+}
+
+fn ttl_ms(value: &Value) -> Result<u64, Failure> {
+    let parsed = match value {
+        Value::Integer(seconds) => u64::try_from(*seconds).ok().and_then(|s| s.checked_mul(1_000)),
+        Value::Text(text) => {
+            let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+            let (number, unit) = text.split_at(digits);
+            let unit_ms = match unit {
+                "ms" => Some(1),
+                "" | "s" => Some(1_000),
+                "m" => Some(60_000),
+                "h" => Some(3_600_000),
+                _ => None,
+            };
+            number.parse::<u64>().ok().zip(unit_ms).and_then(|(n, ms)| n.checked_mul(ms))
+        }
+        Value::Decimal(_) | Value::Flag(_) => None,
+    };
+    let fix = "give it a number of seconds above 0, or one with a unit: 500ms, 30s, 5m, 2h";
+    parsed.filter(|&ms| ms > 0).ok_or_else(|| rejected("ttl", value, fix))
+}
+
+#[cfg(test)]
+mod tests {
+    use pointsman_plugin::testing;
+
+    use super::*;
+
+    fn resolve(attributes: &[(&str, Value)]) -> Result<Vec<Route>, Failure> {
+        let plugin: Address = testing::configure(serde_json::json!({})).unwrap();
+        let event = attributes.iter().fold(testing::event("t"), |event, (name, value)| event.attribute(name, value.clone()));
+        plugin.resolve(&event.seen_by(&plugin).unwrap())
+    }
+
+    /// Users as they are, groups with `@` before them, everyone as `*`.
+    fn targets(attributes: &[(&str, Value)]) -> Vec<String> {
+        let routes = resolve(attributes).unwrap();
+        let written = |target: &Target| match target {
+            Target::User(user) => user.clone(),
+            Target::Group(group) => format!("@{group}"),
+            Target::Everyone => "*".into(),
+        };
+        routes.iter().flat_map(|route| &route.targets).map(written).collect()
+    }
+
+    #[test]
+    fn each_attribute_names_whom_it_says() {
+        assert_eq!(targets(&[("user", "42".into())]), ["42"]);
+        assert_eq!(targets(&[("user", 42.into())]), ["42"]);
+        assert_eq!(targets(&[("users", "a, b ,c".into())]), ["a", "b", "c"]);
+        assert_eq!(targets(&[("users", r#"["a","b,c"]"#.into())]), ["a", "b,c"]);
+        assert_eq!(targets(&[("group", "ops".into()), ("groups", "x,y".into())]), ["@ops", "@x", "@y"]);
+        assert_eq!(targets(&[("everyone", true.into())]), ["*"]);
+        assert_eq!(targets(&[("everyone", "true".into())]), ["*"]);
+        assert_eq!(targets(&[("user", "a".into()), ("groups", "g".into()), ("everyone", true.into())]), ["a", "@g", "*"]);
+    }
+
+    #[test]
+    fn who_is_not_named_gets_nothing() {
+        for attributes in [
+            &[][..],
+            &[("colour", "red".into())],
+            &[("everyone", false.into())],
+            &[("everyone", "false".into())],
+            &[("users", "".into())],
+            &[("users", "[]".into())],
+        ] {
+            assert_eq!(resolve(attributes), Ok(vec![]), "{attributes:?}");
+        }
+    }
+
+    #[test]
+    fn a_ttl_is_seconds_or_has_a_unit() {
+        for (value, expect) in [
+            (30.into(), 30_000),
+            ("30".into(), 30_000),
+            ("500ms".into(), 500),
+            ("30s".into(), 30_000),
+            ("5m".into(), 300_000),
+            ("2h".into(), 7_200_000),
+        ] {
+            let value: Value = value;
+            let routes = resolve(&[("user", "a".into()), ("ttl", value), ("collapse", "k".into())]).unwrap();
+            assert_eq!(routes, [Route::to_user("a").ttl_ms(expect).collapse_key("k")]);
+        }
+    }
+
+    #[test]
+    fn the_priority_is_left_to_the_event_so_that_a_filter_can_change_it() {
+        assert_eq!(resolve(&[("user", "a".into()), ("priority", "urgent".into())]), Ok(vec![Route::to_user("a")]));
+    }
+
+    #[test]
+    fn a_bad_value_is_rejected_with_its_name_and_the_fix() {
+        for (name, value, fix) in [
+            ("user", "".into(), "not empty"),
+            ("user", true.into(), "not empty"),
+            ("users", "a,,b".into(), "commas between"),
+            ("users", r#"["a",1]"#.into(), "JSON array of strings"),
+            ("users", r#"["a""#.into(), "JSON array of strings"),
+            ("groups", 1.5.into(), "JSON array of strings"),
+            ("everyone", "yes".into(), "true or false"),
+            ("everyone", 1.into(), "true or false"),
+            ("priority", "highest".into(), "low, normal, high or urgent"),
+            ("priority", 3.into(), "low, normal, high or urgent"),
+            ("ttl", 0.into(), "seconds above 0"),
+            ("ttl", (-1).into(), "seconds above 0"),
+            ("ttl", "5 m".into(), "500ms, 30s, 5m, 2h"),
+            ("ttl", "ms".into(), "500ms, 30s, 5m, 2h"),
+            ("ttl", "99999999999999999h".into(), "500ms, 30s, 5m, 2h"),
+            ("collapse", "".into(), "not empty"),
+        ] {
+            let value: Value = value;
+            // Also where somebody else is named well.
+            let Err(Failure::Reject(reason)) = resolve(&[("group", "ops".into()), (name, value.clone())]) else {
+                panic!("{name} {value:?} was taken")
+            };
+            assert!(reason.contains(&format!("the attribute {name} is")) && reason.contains(fix), "{reason}");
+        }
+    }
+}

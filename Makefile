@@ -1,0 +1,38 @@
+# make build   target/release/pointsman and build/plugins/                      (N min cold)
+# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (N min cold)
+# make test    everything that is tested                                        (N min cold)
+# make lint    format, clippy, documentation                                    (N min cold)
+#
+# Cold: an empty target/ on 2 cores. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
+# the same development build of the host, and only `make build` compiles everything a second time.
+
+PLUGINS := address discard
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+LOCKED := $(if $(CI),--locked)
+
+.PHONY: build demo test lint plugins
+
+build: plugins
+	cargo build $(LOCKED) --release -p pointsman
+
+# Selecting the workspace, here as in the tests, selects the same features, or all dependencies would be compiled twice.
+demo: plugins
+	cargo build $(LOCKED) --workspace --bin pointsman --example demo
+	$(TARGET)/debug/examples/demo
+
+test:
+	rustup target add wasm32-unknown-unknown wasm32-wasip2
+	scripts/need.sh redis-server node chromium
+	cargo test $(LOCKED) --workspace
+
+lint:
+	cargo fmt --check
+	cargo clippy $(LOCKED) --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
+
+plugins:
+	rustup target add wasm32-unknown-unknown wasm32-wasip2
+	cargo build $(LOCKED) --profile plugin --target wasm32-unknown-unknown $(PLUGINS:%=-p %)
+	mkdir -p build/plugins
+	cp $(PLUGINS:%=$(TARGET)/wasm32-unknown-unknown/plugin/%.wasm) build/plugins/

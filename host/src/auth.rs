@@ -1,0 +1,392 @@
+//! Who is asking: the user of a stream, and whether a request may publish, change recipients or look at dead letters.
+//!
+//! The user comes from a verified token, never from the URL, but in `dev` mode, which is for one machine only: it asks nobody for a token
+//! and therefore refuses to listen anywhere but on loopback. Knows request heads and nothing of status codes: `http` turns an [`Error`]
+//! into an answer. What a user may *see* is `subscription`'s question.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use axum::http::header::{AUTHORIZATION, COOKIE};
+use axum::http::request::Parts;
+use jsonwebtoken::errors::ErrorKind;
+use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::event::Name;
+
+/// The `[auth]` section.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Take `?user=` for the user and ask no key of publishers; listens on loopback only (false).
+    pub dev: bool,
+    /// The secret of HS256 tokens, at least 32 bytes (none).
+    pub jwt_secret: Option<Secret>,
+    /// A file that holds it instead; a line break at its end is not part of it (none).
+    pub jwt_secret_file: Option<PathBuf>,
+    /// The claim that names the user (`sub`).
+    pub user_claim: String,
+    /// Refuse tokens without `exp`, which would never end (true).
+    pub require_expiry: bool,
+    /// Clocks may differ by so many seconds when `exp` and `nbf` are judged (30).
+    pub leeway_s: u64,
+    /// The value that `aud` must have (none: not looked at).
+    pub audience: Option<String>,
+    /// The value that `iss` must have (none: not looked at).
+    pub issuer: Option<String>,
+    /// A cookie that may carry the token, as `EventSource` in a browser cannot send a header (none).
+    pub cookie: Option<String>,
+    /// The key of publishers and operators, at least 16 bytes (none: publishing over HTTP is refused).
+    pub key: Option<Secret>,
+    /// A file that holds it instead (none).
+    pub key_file: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            dev: false,
+            jwt_secret: None,
+            jwt_secret_file: None,
+            user_claim: "sub".to_owned(),
+            require_expiry: true,
+            leeway_s: 30,
+            audience: None,
+            issuer: None,
+            cookie: None,
+            key: None,
+            key_file: None,
+        }
+    }
+}
+
+/// A text that is not printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(hidden)")
+    }
+}
+
+/// Why a request is not let in. The text is for the one who asks; [`Error::Unavailable`] holds the operator's fix beside it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Nothing was shown: a token, key or user is missing.
+    #[error("{0}")]
+    Missing(&'static str),
+    /// What was shown does not hold.
+    #[error("{0}")]
+    Invalid(String),
+    /// This node was not given what it takes to answer.
+    #[error("{what}")]
+    Unavailable { what: &'static str, fix: &'static str },
+}
+
+/// The user of a stream, and until when that is sure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamIdentity {
+    pub user: Name,
+    /// When the token ends, in milliseconds since the Unix epoch: the stream ends with it.
+    pub expires_at_ms: Option<u64>,
+}
+
+/// What it takes to answer, checked and ready.
+pub struct Auth {
+    config: Config,
+    tokens: Option<(DecodingKey, Validation)>,
+    /// Hash of the key, so that comparing takes the same time whatever the guess.
+    key: Option<[u8; 32]>,
+}
+
+impl fmt::Debug for Auth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Auth").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Auth {
+    /// Checks the section and reads the files that it names. `listen`: every address that the node listens on.
+    ///
+    /// A node that could let nobody open a stream is refused here, and not found out by the first reader's 401; a node without a key is
+    /// fine, as events may come from Redis alone.
+    ///
+    /// # Errors
+    /// The key of the section at fault, such as `jwt_secret`, and what to do.
+    pub fn new(config: &Config, listen: &[SocketAddr]) -> Result<Self, (&'static str, String)> {
+        if config.dev
+            && let Some(address) = listen.iter().find(|address| !address.ip().is_loopback())
+        {
+            let text = format!(
+                "asks nobody for a token and so may listen on loopback only, not on {address}; listen on 127.0.0.1, or leave dev out and set auth.jwt_secret"
+            );
+            return Err(("dev", text));
+        }
+        let jwt_secret = secret("jwt_secret", config.jwt_secret.as_ref(), "jwt_secret_file", config.jwt_secret_file.as_deref(), 32)?;
+        let key = secret("key", config.key.as_ref(), "key_file", config.key_file.as_deref(), 16)?;
+        if jwt_secret.is_none() && !config.dev {
+            return Err((
+                "jwt_secret",
+                "is missing, and without it nobody could open a stream; set it or jwt_secret_file, or try things out with --dev".to_owned(),
+            ));
+        }
+        let tokens = jwt_secret.map(|secret| (DecodingKey::from_secret(secret.as_bytes()), validation(config)));
+        Ok(Self { config: config.clone(), tokens, key: key.map(|key| Sha256::digest(key.as_bytes()).into()) })
+    }
+
+    pub fn is_dev(&self) -> bool {
+        self.config.dev
+    }
+
+    /// The user of a stream: from the bearer token, or the configured cookie, or in dev mode `?user=`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn stream_identity(&self, parts: &Parts) -> Result<StreamIdentity, Error> {
+        let token = bearer(parts).or_else(|| cookie(parts, self.config.cookie.as_deref()?));
+        match (&self.tokens, token) {
+            (Some(tokens), Some(token)) => self.verify(tokens, token),
+            _ if self.config.dev => {
+                let user = query(parts, "user").ok_or(Error::Missing("who is this stream for? In dev mode say ?user=NAME"))?;
+                let user = Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
+                Ok(StreamIdentity { user, expires_at_ms: None })
+            }
+            (Some(_), None) => Err(Error::Missing("a stream needs a bearer token")),
+            (None, _) => Err(Error::Unavailable { what: "this node takes no tokens", fix: "set auth.jwt_secret or auth.jwt_secret_file" }),
+        }
+    }
+
+    /// Whether the request may publish, change recipients, and see and mend dead letters.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn authorize_key(&self, parts: &Parts) -> Result<(), Error> {
+        if self.config.dev {
+            return Ok(());
+        }
+        let Some(key) = &self.key else {
+            return Err(Error::Unavailable { what: "this node takes no keys", fix: "set auth.key or auth.key_file" });
+        };
+        let shown: [u8; 32] =
+            Sha256::digest(bearer(parts).ok_or(Error::Missing("this needs the key, as Authorization: Bearer <key>"))?).into();
+        // All bytes are looked at, so that the time tells nothing about where they differ.
+        let difference = key.iter().zip(shown).fold(0, |all, (a, b)| all | (a ^ b));
+        if difference == 0 { Ok(()) } else { Err(Error::Invalid("the key is not the one configured".to_owned())) }
+    }
+
+    fn verify(&self, (key, validation): &(DecodingKey, Validation), token: &str) -> Result<StreamIdentity, Error> {
+        let claims = jsonwebtoken::decode::<serde_json::Map<String, serde_json::Value>>(token, key, validation).map_err(|e| {
+            Error::Invalid(match e.kind() {
+                ErrorKind::ExpiredSignature => "the token has expired".to_owned(),
+                ErrorKind::ImmatureSignature => "the token is not valid yet".to_owned(),
+                ErrorKind::InvalidSignature => "the token's signature does not hold".to_owned(),
+                ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => "the token is not signed by HS256".to_owned(),
+                ErrorKind::InvalidAudience => "the token is for another audience".to_owned(),
+                ErrorKind::InvalidIssuer => "the token is from another issuer".to_owned(),
+                ErrorKind::MissingRequiredClaim(claim) => format!("the token has no claim '{claim}'"),
+                _ => "this is no valid token".to_owned(),
+            })
+        })?;
+        let claim = &self.config.user_claim;
+        let user = claims
+            .claims
+            .get(claim)
+            .and_then(serde_json::Value::as_str)
+            .ok_or_else(|| Error::Invalid(format!("the token has no text claim '{claim}', which names the user")))?;
+        let user = Name::parse(user).map_err(|e| Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string()))?;
+        // With the leeway: a token that is let in just after its end would otherwise open a stream that ends at once, again and again.
+        let expires_at_ms = claims
+            .claims
+            .get("exp")
+            .and_then(serde_json::Value::as_f64)
+            .map(|s| (s.max(0.0) as u64).saturating_add(self.config.leeway_s).saturating_mul(1000));
+        Ok(StreamIdentity { user, expires_at_ms })
+    }
+}
+
+fn validation(config: &Config) -> Validation {
+    let mut validation = Validation::new(Algorithm::HS256);
+    validation.leeway = config.leeway_s;
+    validation.validate_nbf = true;
+    let mut required = HashSet::new();
+    if config.require_expiry {
+        required.insert("exp".to_owned());
+    }
+    // `aud` is judged only where the operator named one; the library would refuse every token that has one otherwise.
+    validation.validate_aud = config.audience.is_some();
+    if let Some(audience) = &config.audience {
+        validation.set_audience(&[audience]);
+        required.insert("aud".to_owned());
+    }
+    if let Some(issuer) = &config.issuer {
+        validation.set_issuer(&[issuer]);
+        required.insert("iss".to_owned());
+    }
+    validation.required_spec_claims = required;
+    validation
+}
+
+/// A secret given in place or by a file. `name` and `file_name` are the keys to blame.
+fn secret(
+    name: &'static str,
+    text: Option<&Secret>,
+    file_name: &'static str,
+    file: Option<&Path>,
+    min_bytes: usize,
+) -> Result<Option<String>, (&'static str, String)> {
+    let (blame, secret) = match (text, file) {
+        (None, None) => return Ok(None),
+        (Some(_), Some(_)) => return Err((file_name, format!("and {name} exclude each other; keep one"))),
+        (Some(text), None) => (name, text.0.clone()),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|e| (file_name, format!("{} cannot be read: {e}; give a file that this process may read", path.display())))?;
+            (file_name, text.trim_end_matches(['\n', '\r']).to_owned())
+        }
+    };
+    if secret.len() < min_bytes {
+        return Err((
+            blame,
+            format!("has {} bytes, which can be guessed; use at least {min_bytes}, as from: openssl rand -hex {min_bytes}", secret.len()),
+        ));
+    }
+    Ok(Some(secret))
+}
+
+/// The credentials of `Authorization: Bearer`.
+fn bearer(parts: &Parts) -> Option<&str> {
+    let (scheme, credentials) = parts.headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| credentials.trim())
+}
+
+fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
+    let pairs = parts.headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
+    pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(have, _)| *have == name).map(|(_, value)| value.trim_matches('"'))
+}
+
+/// A parameter of the query, decoded.
+fn query(parts: &Parts, name: &str) -> Option<String> {
+    let axum::extract::Query(pairs) = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&parts.uri).ok()?;
+    pairs.into_iter().find(|(have, _)| have == name).map(|(_, value)| value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECRET: &str = "0123456789abcdef0123456789abcdef";
+    /// 2100-01-01.
+    const LATER: u64 = 4_102_444_800;
+
+    fn config() -> Config {
+        Config {
+            jwt_secret: Some(SECRET.into()),
+            key: Some("publisher-key-0001".into()),
+            cookie: Some("pointsman".into()),
+            ..Config::default()
+        }
+    }
+
+    fn token(claims: &serde_json::Value) -> String {
+        let key = jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes());
+        jsonwebtoken::encode(&jsonwebtoken::Header::default(), claims, &key).unwrap()
+    }
+
+    fn request(uri: &str, headers: &[(&str, &str)]) -> Parts {
+        let mut builder = axum::http::Request::get(uri);
+        for (name, value) in headers {
+            builder = builder.header(*name, *value);
+        }
+        builder.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn the_user_comes_from_the_token_and_not_from_the_url() {
+        let auth = Auth::new(&config(), &[]).unwrap();
+        let bearer = format!("Bearer {}", token(&serde_json::json!({ "sub": "ann", "exp": LATER })));
+        let identity = auth.stream_identity(&request("/v1/stream?user=bob", &[("authorization", &bearer)])).unwrap();
+        assert_eq!(identity, StreamIdentity { user: Name::parse("ann").unwrap(), expires_at_ms: Some((LATER + 30) * 1000) });
+        assert!(matches!(auth.stream_identity(&request("/v1/stream?user=bob", &[])), Err(Error::Missing(_))));
+
+        let cookie = format!("a=b; pointsman={}; c=d", token(&serde_json::json!({ "sub": "ann", "exp": LATER })));
+        assert_eq!(auth.stream_identity(&request("/v1/stream", &[("cookie", &cookie)])).unwrap().user.as_str(), "ann");
+    }
+
+    #[test]
+    fn a_bad_token_is_refused_with_its_reason() {
+        let auth = Auth::new(&Config { audience: Some("shop".into()), ..config() }, &[]).unwrap();
+        let check = |token: &str, expect: &str| {
+            let error = auth.stream_identity(&request("/", &[("authorization", &format!("Bearer {token}"))])).unwrap_err().to_string();
+            assert!(error.contains(expect), "{token} gave: {error}");
+        };
+        let claims = |changed: serde_json::Value| {
+            let mut all = serde_json::json!({ "sub": "ann", "exp": LATER, "aud": "shop" });
+            all.as_object_mut().unwrap().extend(changed.as_object().unwrap().clone());
+            token(&all)
+        };
+        check("x.y.z", "no valid token");
+        check(&claims(serde_json::json!({ "exp": 1000 })), "expired");
+        check(&claims(serde_json::json!({ "nbf": LATER })), "not valid yet");
+        check(&claims(serde_json::json!({ "aud": "bank" })), "another audience");
+        check(&claims(serde_json::json!({ "sub": 42 })), "no text claim 'sub'");
+        check(&claims(serde_json::json!({ "sub": "a\nb" })), "control character");
+        check(&token(&serde_json::json!({ "sub": "ann", "aud": "shop" })), "no claim 'exp'");
+        let (honest, other) = (claims(serde_json::json!({})), claims(serde_json::json!({ "sub": "bob" })));
+        let forged = format!("{}.{}", other.rsplit_once('.').unwrap().0, honest.rsplit_once('.').unwrap().1);
+        check(&forged, "signature");
+        // {"alg":"none","typ":"JWT"}
+        let body = claims(serde_json::json!({})).split('.').nth(1).unwrap().to_owned();
+        check(&format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{body}."), "token");
+        let hs512 = jsonwebtoken::encode(
+            &jsonwebtoken::Header::new(Algorithm::HS512),
+            &serde_json::json!({ "sub": "ann", "exp": LATER, "aud": "shop" }),
+            &jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes()),
+        );
+        check(&hs512.unwrap(), "HS256");
+    }
+
+    #[test]
+    fn only_the_configured_key_publishes() {
+        let auth = Auth::new(&config(), &[]).unwrap();
+        assert_eq!(auth.authorize_key(&request("/", &[("authorization", "bearer publisher-key-0001")])), Ok(()));
+        assert!(matches!(auth.authorize_key(&request("/", &[("authorization", "Bearer publisher-key-0002")])), Err(Error::Invalid(_))));
+        assert!(matches!(auth.authorize_key(&request("/", &[])), Err(Error::Missing(_))));
+        let keyless = Auth::new(&Config { key: None, ..config() }, &[]).unwrap();
+        assert!(matches!(keyless.authorize_key(&request("/", &[("authorization", "Bearer x")])), Err(Error::Unavailable { .. })));
+    }
+
+    #[test]
+    fn dev_mode_believes_the_url_but_listens_on_loopback_only() {
+        let dev = Config { dev: true, ..Config::default() };
+        let auth = Auth::new(&dev, &["127.0.0.1:8080".parse().unwrap(), "[::1]:1".parse().unwrap()]).unwrap();
+        assert_eq!(auth.stream_identity(&request("/v1/stream?user=%C3%9Clrike", &[])).unwrap().user.as_str(), "Ülrike");
+        assert!(auth.stream_identity(&request("/v1/stream?user=a%0Ab", &[])).is_err());
+        assert!(auth.stream_identity(&request("/v1/stream", &[])).is_err());
+        assert_eq!(auth.authorize_key(&request("/", &[])), Ok(()));
+        let (key, text) = Auth::new(&dev, &["0.0.0.0:8080".parse().unwrap()]).unwrap_err();
+        assert!(key == "dev" && text.contains("loopback only, not on 0.0.0.0:8080"), "{text}");
+    }
+
+    #[test]
+    fn weak_missing_and_doubled_secrets_are_configuration_errors() {
+        let check = |config: Config, key: &str| assert_eq!(Auth::new(&config, &[]).unwrap_err().0, key);
+        check(Config::default(), "jwt_secret");
+        check(Config { jwt_secret: Some("short".into()), ..config() }, "jwt_secret");
+        check(Config { key: Some("short".into()), ..config() }, "key");
+        check(Config { jwt_secret_file: Some("/nowhere".into()), ..config() }, "jwt_secret_file");
+        check(Config { jwt_secret: None, jwt_secret_file: Some("/nowhere/at/all".into()), ..config() }, "jwt_secret_file");
+        assert!(!format!("{:?}", config()).contains("0123456789"));
+    }
+}

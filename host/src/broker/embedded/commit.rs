@@ -1,0 +1,266 @@
+//! Outcomes, written: the position compared and moved, duplicates found, records and logs, dead letters, decision records, counters.
+//!
+//! All of it happens within one group of `writer`, so either all of it is durable or nothing. A batch that is not refused is written to
+//! its end: nothing here says no after its first write.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use redb::ReadableTable as _;
+use serde::{Deserialize, Serialize};
+
+use super::layout::{Meta, entry_key, successor};
+use super::store::Failure;
+use super::writer::Work;
+use crate::broker::{Batch, Committed, DeadReason, Decision, Error, Item, Notice, Proposal, Slice};
+use crate::event::{EntryId, NotificationId, Outcome, Position, Target};
+
+/// Records up to this size travel with the notice of their append. In this process that costs no copy, but a full feed holds them.
+const INLINE_RECORD: usize = 16 * 1024;
+
+/// A decision record as it is stored: JSON.
+#[derive(Serialize, Deserialize)]
+pub(super) struct StoredDecision {
+    pub(super) outcome: Outcome,
+    pub(super) id: Option<NotificationId>,
+    pub(super) decision: Decision,
+}
+
+/// A dead letter as it is stored: JSON, beside its fields.
+#[derive(Serialize, Deserialize)]
+pub(super) struct StoredReason {
+    pub(super) entry: EntryId,
+    pub(super) why: DeadReason,
+}
+
+impl Work<'_> {
+    /// See [`crate::broker::Broker::commit`].
+    pub(super) fn commit(&mut self, place: usize, batch: &Batch) -> Result<Committed, Failure> {
+        let meta = &self.metas[place];
+        // Amid a plan that is being sliced only its next slice is taken.
+        if batch.life != meta.life() || batch.prev != meta.position() || batch.prev.slices > 0 {
+            return Ok(Committed::Refused);
+        }
+        let ascends =
+            batch.items.first().is_none_or(|first| first.entry > batch.prev.entry) && batch.items.is_sorted_by(|a, b| a.entry < b.entry);
+        if !ascends {
+            return Err(refuse("the entries of a batch follow its position, in ascending order"));
+        }
+        let mut outcomes = Vec::with_capacity(batch.items.len());
+        for item in &batch.items {
+            outcomes.push(self.settle(place, item)?);
+        }
+        if let Some(last) = batch.items.last() {
+            self.arrive(place, last.entry);
+        }
+        Ok(Committed::Done(outcomes))
+    }
+
+    /// See [`crate::broker::Broker::commit_slice`].
+    pub(super) fn commit_slice(&mut self, place: usize, slice: &Slice) -> Result<Committed, Failure> {
+        let Slice { life, prev, item, index, is_last } = slice;
+        let meta = &self.metas[place];
+        let follows = if *index == 0 { item.entry > prev.entry } else { item.entry == prev.entry };
+        if *life != meta.life() || *prev != meta.position() || *index != prev.slices || !follows {
+            return Ok(Committed::Refused);
+        }
+        let Proposal::Commit { record, targets } = &item.proposal else { return Err(refuse("only a plan that is committed has slices")) };
+        let id = match (index, meta.pending) {
+            (0, _) if *is_last || self.is_duplicate(place, item)? => {
+                let outcome = self.settle(place, item)?;
+                self.arrive(place, item.entry);
+                return Ok(Committed::Done(vec![outcome]));
+            }
+            (0, _) => {
+                let id = self.next_id(place);
+                self.remember(place, item)?;
+                self.tables.records.insert((self.partitions[place].number.0, id.0), record.as_ref())?;
+                id
+            }
+            (_, Some(pending)) => pending,
+            (_, None) => return Err(Failure::damaged(format!("partition {} is amid a plan that it does not name", self.number(place)))),
+        };
+        self.index(place, id, targets, record)?;
+        let meta = &mut self.metas[place];
+        if *is_last {
+            meta.pending = None;
+            meta.last = id;
+            self.record(place, item, Outcome::Committed, Some(id))?;
+            self.arrive(place, item.entry);
+        } else {
+            meta.pending = Some(id);
+            meta.set_position(Position { entry: item.entry, slices: index + 1 });
+        }
+        Ok(Committed::Done(vec![(Outcome::Committed, Some(id))]))
+    }
+
+    /// Gives one item its outcome.
+    fn settle(&mut self, place: usize, item: &Item) -> Result<(Outcome, Option<NotificationId>), Failure> {
+        let is_dead = matches!(item.proposal, Proposal::DeadLetter(_));
+        // Not for dead letters, neither way: what is redriven after its cause was mended is no retry of the publisher's.
+        if !is_dead {
+            if self.is_duplicate(place, item)? {
+                self.record(place, item, Outcome::Duplicate, None)?;
+                return Ok((Outcome::Duplicate, None));
+            }
+            self.remember(place, item)?;
+        }
+        let (outcome, id) = match &item.proposal {
+            Proposal::Discard => (Outcome::Discarded, None),
+            Proposal::Unrouted => (Outcome::Unrouted, None),
+            Proposal::DeadLetter(why) => {
+                self.bury(place, item.entry, why)?;
+                (Outcome::DeadLettered, None)
+            }
+            Proposal::Commit { record, targets } => {
+                let id = self.next_id(place);
+                self.tables.records.insert((self.partitions[place].number.0, id.0), record.as_ref())?;
+                self.index(place, id, targets, record)?;
+                self.metas[place].last = id;
+                (Outcome::Committed, Some(id))
+            }
+        };
+        self.record(place, item, outcome, id)?;
+        Ok((outcome, id))
+    }
+
+    /// Moves the position to an entry whose outcome is written.
+    fn arrive(&mut self, place: usize, entry: EntryId) {
+        let keep_ms = self.retention.keep_s.saturating_mul(1000);
+        let now_ms = self.now_ms;
+        let meta = &mut self.metas[place];
+        meta.set_position(entry.into());
+        // A few marks a period are enough: an entry is then kept at most an eighth longer than asked.
+        if meta.marks.back().is_none_or(|&(ms, _)| now_ms.saturating_sub(ms) >= keep_ms / 8) {
+            while meta.marks.get(1).is_some_and(|&(ms, _)| ms.saturating_add(keep_ms) <= now_ms) {
+                meta.marks.pop_front();
+            }
+            meta.marks.push_back((now_ms, entry));
+        }
+    }
+
+    fn next_id(&self, place: usize) -> NotificationId {
+        NotificationId(self.metas[place].last.0 + 1).max(NotificationId::at_ms(self.now_ms))
+    }
+
+    /// Writes the notification into the logs, and says so.
+    fn index(&mut self, place: usize, id: NotificationId, targets: &[Target], record: &Bytes) -> Result<(), Failure> {
+        let number = self.number(place);
+        let meta = &self.metas[place];
+        // What was before the first entry of a log that is absent is not known below the floor; above it, there was nothing.
+        let absent = meta.floor(self.now_ms).min(meta.last);
+        for target in targets {
+            let log = target.to_string();
+            let cap = if *target == Target::Everyone { self.retention.everyone_entries } else { self.retention.log_entries };
+            let found = self.tables.logs.get((number, log.as_str()))?.map(|row| row.value());
+            let (mut length, top) = found.unwrap_or((0, absent.0));
+            self.tables.index.insert((number, log.as_str(), id.0), top)?;
+            length += 1;
+            while length > cap.max(1) {
+                let first = self.tables.index.range((number, log.as_str(), 0)..=(number, log.as_str(), u64::MAX))?.next();
+                let Some(first) = first.transpose()?.map(|(key, _)| key.value().2) else { break };
+                self.tables.index.remove((number, log.as_str(), first))?;
+                length -= 1;
+            }
+            self.tables.logs.insert((number, log.as_str()), (length, id.0))?;
+            let record = (record.len() <= INLINE_RECORD).then(|| record.clone());
+            let partition = self.partitions[place].number;
+            self.notices.push(Notice::Append { partition, target: target.clone(), life: self.metas[place].life(), id, record });
+        }
+        Ok(())
+    }
+
+    /// The start of the dedupe bucket of an entry, by the time of the source: a stalled consumer does not stretch the window.
+    fn bucket(&self, entry: EntryId) -> (u64, u64) {
+        let window_ms = self.retention.dedupe_window_s.saturating_mul(1000).max(1);
+        (entry.ms - entry.ms % window_ms, window_ms)
+    }
+
+    fn is_duplicate(&self, place: usize, item: &Item) -> Result<bool, Failure> {
+        let Some(hash) = &item.dedupe else { return Ok(false) };
+        let (bucket, window_ms) = self.bucket(item.entry);
+        let is_in = |bucket: u64| -> Result<bool, Failure> { Ok(self.tables.seen.get((self.number(place), bucket, hash))?.is_some()) };
+        Ok(is_in(bucket)? || (bucket > 0 && is_in(bucket.saturating_sub(window_ms))?))
+    }
+
+    fn remember(&mut self, place: usize, item: &Item) -> Result<(), Failure> {
+        let Some(hash) = &item.dedupe else { return Ok(()) };
+        let (bucket, _) = self.bucket(item.entry);
+        let number = self.number(place);
+        let meta = &mut self.metas[place];
+        meta.bucket_ms = meta.bucket_ms.max(bucket);
+        let size = meta.bucket_sizes.entry(bucket).or_default();
+        if *size >= self.retention.dedupe_entries {
+            meta.dedupe_overflows += 1;
+            return Ok(());
+        }
+        *size += 1;
+        self.tables.seen.insert((number, bucket, hash), ())?;
+        Ok(())
+    }
+
+    fn bury(&mut self, place: usize, entry: EntryId, why: &DeadReason) -> Result<(), Failure> {
+        let number = self.number(place);
+        let meta = &mut self.metas[place];
+        let id = successor(meta.last_dead_letter).max(EntryId { ms: self.now_ms, seq: 0 });
+        meta.last_dead_letter = id;
+        meta.dead_letters += 1;
+        let row = serde_json::to_vec(&StoredReason { entry, why: why.clone() }).expect("strings and numbers are JSON");
+        let fields = why.fields.iter().map(|(name, value)| (name.as_ref(), value.as_ref())).collect::<Vec<_>>();
+        self.tables.dead.insert(entry_key(number, id), (row.as_slice(), fields))?;
+        while meta.dead_letters > u64::from(self.retention.dead_entries) {
+            let oldest = self.tables.dead.range((number, 0, 0)..=(number, u64::MAX, u64::MAX))?.next();
+            let Some(oldest) = oldest.transpose()?.map(|(key, _)| key.value()) else { break };
+            self.tables.dead.remove(oldest)?;
+            meta.dead_letters -= 1;
+            meta.dead_trimmed += 1;
+        }
+        Ok(())
+    }
+
+    /// Counts the outcome and writes the decision record.
+    fn record(&mut self, place: usize, item: &Item, outcome: Outcome, id: Option<NotificationId>) -> Result<(), Failure> {
+        let number = self.number(place);
+        let meta = &mut self.metas[place];
+        meta.settled += 1;
+        *meta.outcomes.entry(outcome.as_str().to_owned()).or_default() += 1;
+        let stored = StoredDecision { outcome, id, decision: item.decision.clone() };
+        let row = serde_json::to_vec(&stored).expect("strings and numbers are JSON");
+        if self.tables.decisions.insert(entry_key(number, item.entry), row.as_slice())?.is_none() {
+            meta.decisions += 1;
+        }
+        while meta.decisions > u64::from(self.retention.decision_entries) {
+            let oldest = self.tables.decisions.range((number, 0, 0)..=(number, u64::MAX, u64::MAX))?.next();
+            let Some(oldest) = oldest.transpose()?.map(|(key, _)| key.value()) else { break };
+            self.tables.decisions.remove(oldest)?;
+            meta.decisions -= 1;
+        }
+        Ok(())
+    }
+}
+
+impl Meta {
+    /// The newest entry whose outcome is at least `keep_ms` old, as far as the marks tell.
+    pub(super) fn trimmable(&self, now_ms: u64, keep_ms: u64) -> Option<EntryId> {
+        let is_old = |&&(ms, _): &&(u64, EntryId)| ms.saturating_add(keep_ms) <= now_ms;
+        self.marks.iter().take_while(is_old).last().map(|&(_, entry)| entry)
+    }
+
+    /// How far ids run ahead of the clock.
+    pub(super) fn ids_ahead(&self, now_ms: u64) -> Duration {
+        Duration::from_millis(self.last.ms().saturating_sub(now_ms))
+    }
+}
+
+/// Roughly what an item brings to a group, in bytes.
+pub(super) fn weight(item: &Item) -> usize {
+    match &item.proposal {
+        Proposal::Commit { record, targets } => record.len() + targets.len() * 64,
+        Proposal::DeadLetter(why) => super::weight(&why.fields),
+        Proposal::Discard | Proposal::Unrouted => 256,
+    }
+}
+
+fn refuse(text: &str) -> Failure {
+    Failure::Answer(Error::Refused(text.to_owned()))
+}

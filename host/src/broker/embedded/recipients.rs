@@ -1,0 +1,99 @@
+//! What is known of users: attributes and memberships, and the change of either.
+
+use std::collections::BTreeMap;
+
+use redb::{ReadTransaction, ReadableTable};
+use serde::{Deserialize, Serialize};
+
+use super::layout::{self, Meta};
+use super::store::Failure;
+use super::writer::Work;
+use crate::broker::{Notice, Partition, PartitionNumber, Recipient, RecipientChange, Span};
+use crate::criteria::Attributes;
+use crate::event::Name;
+
+/// A user's row: JSON.
+#[derive(Default, Serialize, Deserialize)]
+struct Stored {
+    attributes: Attributes,
+    groups: BTreeMap<Name, BTreeMap<PartitionNumber, Span>>,
+}
+
+impl Stored {
+    fn find(user: &Name, table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Option<Self>, Failure> {
+        let Some(row) = table.get(user.as_str())? else { return Ok(None) };
+        match serde_json::from_slice(row.value()) {
+            Ok(stored) => Ok(Some(stored)),
+            Err(error) => Err(Failure::damaged(format!("the row of a user cannot be read: {error}"))),
+        }
+    }
+}
+
+fn is_member(spans: &BTreeMap<PartitionNumber, Span>) -> bool {
+    spans.values().any(|span| span.left.is_none())
+}
+
+impl Work<'_> {
+    /// See [`crate::broker::Broker::change_recipient`]. Joining and leaving again change nothing.
+    pub(super) fn change_recipient(&mut self, user: &Name, change: &RecipientChange) -> Result<(), Failure> {
+        let mut stored = Stored::find(user, &self.tables.users)?.unwrap_or_default();
+        let tops = || self.partitions.iter().zip(&self.metas).map(|(partition, meta)| (partition.number, meta.top()));
+        match change {
+            RecipientChange::Join { group } => {
+                let spans = stored.groups.entry(group.clone()).or_default();
+                if !is_member(spans) {
+                    *spans = tops().map(|(number, top)| (number, Span { joined: top, left: None })).collect();
+                }
+            }
+            RecipientChange::Leave { group } => {
+                if let Some(spans) = stored.groups.get_mut(group) {
+                    complete(spans, self.partitions, &self.metas);
+                    for (number, top) in tops() {
+                        if let Some(span) = spans.get_mut(&number) {
+                            span.left.get_or_insert(top);
+                        }
+                    }
+                }
+            }
+            RecipientChange::Attributes(attributes) => stored.attributes = attributes.clone(),
+        }
+        // What was left so long ago that nothing of it can still be replayed is forgotten, or a row would grow for ever.
+        let floors: BTreeMap<_, _> =
+            self.partitions.iter().zip(&self.metas).map(|(partition, meta)| (partition.number, meta.floor(self.now_ms))).collect();
+        let is_of_use =
+            |(number, span): (&PartitionNumber, &Span)| span.left.is_none_or(|left| floors.get(number).is_some_and(|&floor| left >= floor));
+        stored.groups.retain(|_, spans| spans.iter().any(is_of_use));
+        if stored.attributes.is_empty() && stored.groups.is_empty() {
+            self.tables.users.remove(user.as_str())?;
+        } else {
+            let row = serde_json::to_vec(&stored).expect("names, numbers and attributes are JSON");
+            self.tables.users.insert(user.as_str(), row.as_slice())?;
+        }
+        let changed = self.partitions.iter().map(|partition| Notice::RecipientChanged { partition: partition.number, user: user.clone() });
+        self.notices.extend(changed);
+        Ok(())
+    }
+}
+
+/// A partition that was added after a member joined has no span yet: it is a member there from its origin on.
+fn complete(spans: &mut BTreeMap<PartitionNumber, Span>, partitions: &[Partition], metas: &[Meta]) {
+    if is_member(spans) {
+        for (partition, meta) in partitions.iter().zip(metas) {
+            spans.entry(partition.number).or_insert(Span { joined: meta.origin(), left: None });
+        }
+    }
+}
+
+pub(super) fn recipient(
+    transaction: &ReadTransaction,
+    user: &Name,
+    partitions: &[Partition],
+    metas: &[Meta],
+) -> Result<Recipient, Failure> {
+    let table = transaction.open_table(layout::USERS)?;
+    let Stored { attributes, mut groups } = Stored::find(user, &table)?.unwrap_or_default();
+    for spans in groups.values_mut() {
+        complete(spans, partitions, metas);
+    }
+    Ok(Recipient { attributes, groups })
+}

@@ -1,0 +1,154 @@
+//! The entries of a source, and those set aside as dead letters: appended, read, redriven, tried.
+
+use std::ops::Bound;
+
+use bytes::Bytes;
+use redb::{ReadTransaction, ReadableTable as _};
+
+use super::commit::{StoredDecision, StoredReason};
+use super::layout::{self, Meta, entry_key, successor};
+use super::store::Failure;
+use super::writer::Work;
+use crate::broker::{DeadLetter, Decision, Entry, Error};
+use crate::event::{EntryId, NotificationId, Outcome};
+
+type Field = (Bytes, Bytes);
+
+impl Work<'_> {
+    /// See [`crate::broker::Broker::append`].
+    pub(super) fn append(&mut self, place: usize, entries: &[Vec<Field>]) -> Result<Vec<EntryId>, Failure> {
+        self.check_room(place)?;
+        let number = self.number(place);
+        let mut ids = Vec::with_capacity(entries.len());
+        for fields in entries {
+            let meta = &mut self.metas[place];
+            // Above the position as well: a partition may have been told of entries that it never held.
+            let before = meta.last_entry.max(meta.position().entry);
+            let id = successor(before).max(EntryId { ms: self.now_ms, seq: 0 });
+            let fields: Vec<(&[u8], &[u8])> = fields.iter().map(|(name, value)| (name.as_ref(), value.as_ref())).collect();
+            self.tables.source.insert(entry_key(number, id), fields)?;
+            meta.last_entry = id;
+            meta.appended += 1;
+            ids.push(id);
+        }
+        Ok(ids)
+    }
+
+    fn check_room(&self, place: usize) -> Result<(), Failure> {
+        if let Some(shortage) = &self.shortage {
+            return Err(Error::Full(shortage.clone()).into());
+        }
+        let (lag, bound) = (self.metas[place].lag(), self.retention.backlog_entries);
+        if lag < bound {
+            return Ok(());
+        }
+        let source = &self.partitions[place].source;
+        Err(Error::Full(format!(
+            "{lag} entries wait in '{source}', and retention.backlog_entries is {bound}: try again when some are done"
+        ))
+        .into())
+    }
+
+    /// See [`crate::broker::Broker::take_over`].
+    pub(super) fn take_over(&mut self, place: usize) -> u32 {
+        let meta = &mut self.metas[place];
+        let position = meta.position();
+        let at = (position.entry, position.slices);
+        meta.takeovers = if meta.taken_over_at == at { meta.takeovers.saturating_add(1) } else { 1 };
+        meta.taken_over_at = at;
+        meta.takeovers
+    }
+
+    /// See [`crate::broker::Broker::note_attempt`].
+    pub(super) fn note_attempt(&mut self, place: usize, entry: EntryId) -> u32 {
+        let meta = &mut self.metas[place];
+        // One entry at a time is tried with notes, so one is remembered.
+        let noted = meta.attempts.filter(|&(noted, _)| noted == entry).map_or(0, |(_, n)| n);
+        meta.attempts = Some((entry, noted.saturating_add(1)));
+        noted.saturating_add(1)
+    }
+
+    /// See [`crate::broker::Broker::redrive`]. Refused like any append when the backlog is at its bound.
+    pub(super) fn redrive(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
+        let key = entry_key(self.number(place), id);
+        let found = self.tables.dead.get(key)?.map(|row| owned(&row.value().1));
+        let Some(fields) = found else { return Ok(false) };
+        self.append(place, &[fields])?;
+        self.drop_dead_letter(place, id)
+    }
+
+    /// See [`crate::broker::Broker::drop_dead_letter`].
+    pub(super) fn drop_dead_letter(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
+        let key = entry_key(self.number(place), id);
+        let is_there = self.tables.dead.remove(key)?.is_some();
+        if is_there {
+            self.metas[place].dead_letters = self.metas[place].dead_letters.saturating_sub(1);
+        }
+        Ok(is_there)
+    }
+}
+
+fn owned(fields: &[(&[u8], &[u8])]) -> Vec<Field> {
+    fields.iter().map(|(name, value)| (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value))).collect()
+}
+
+/// All keys of a partition above `after`.
+fn above(partition: u8, after: EntryId) -> (Bound<layout::EntryKey>, Bound<layout::EntryKey>) {
+    (Bound::Excluded(entry_key(partition, after)), Bound::Included((partition, u64::MAX, u64::MAX)))
+}
+
+pub(super) fn entries(transaction: &ReadTransaction, partition: u8, after: EntryId, count: usize) -> Result<Vec<Entry>, Failure> {
+    let table = transaction.open_table(layout::SOURCE)?;
+    let rows = table.range(above(partition, after))?.take(count);
+    let read = rows.map(|row| {
+        let (key, fields) = row?;
+        let (_, ms, seq) = key.value();
+        Ok(Entry { id: EntryId { ms, seq }, fields: owned(&fields.value()) })
+    });
+    read.collect()
+}
+
+pub(super) fn dead_letters(transaction: &ReadTransaction, partition: u8, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>, Failure> {
+    let table = transaction.open_table(layout::DEAD)?;
+    let rows = table.range(above(partition, after))?.take(limit);
+    let read = rows.map(|row| {
+        let (key, value) = row?;
+        let ((_, ms, seq), (stored, fields)) = (key.value(), value.value());
+        let StoredReason { entry, mut why } = parse(stored, "a dead letter")?;
+        why.fields = owned(&fields);
+        Ok(DeadLetter { id: EntryId { ms, seq }, entry, why })
+    });
+    read.collect()
+}
+
+pub(super) type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
+
+pub(super) fn decisions(transaction: &ReadTransaction, partition: u8, limit: usize) -> Result<Vec<Decided>, Failure> {
+    let table = transaction.open_table(layout::DECISIONS)?;
+    let rows = table.range((partition, 0, 0)..=(partition, u64::MAX, u64::MAX))?.rev().take(limit);
+    let read = rows.map(|row| {
+        let (key, value) = row?;
+        let (_, ms, seq) = key.value();
+        let StoredDecision { outcome, id, decision } = parse(value.value(), "a decision record")?;
+        Ok((EntryId { ms, seq }, outcome, id, decision))
+    });
+    read.collect()
+}
+
+fn parse<T: serde::de::DeserializeOwned>(row: &[u8], what: &str) -> Result<T, Failure> {
+    serde_json::from_slice(row).map_err(|error| Failure::damaged(format!("{what} cannot be read: {error}")))
+}
+
+/// Numbers of a partition for operators.
+pub(super) fn state(meta: &Meta, now_ms: u64) -> crate::broker::PartitionState {
+    crate::broker::PartitionState {
+        outcomes: meta.outcomes.clone(),
+        lag: meta.lag(),
+        // Nobody else writes here.
+        lost_upstream: 0,
+        dead_letters: meta.dead_letters,
+        dead_trimmed: meta.dead_trimmed,
+        dedupe_overflows: meta.dedupe_overflows,
+        ids_ahead_ms: u64::try_from(meta.ids_ahead(now_ms).as_millis()).unwrap_or(u64::MAX),
+    }
+}

@@ -1,0 +1,180 @@
+//! Upkeep: what is too old goes, a bounded number of rows at a time.
+//!
+//! Paced by the writer, at most once a second after a group; a node ticks once a second, so an idle one sweeps too. A step that has
+//! nothing to do writes nothing, and one that used up its budget is continued after the next group.
+
+use std::sync::PoisonError;
+
+use redb::ReadableTable as _;
+
+use super::Shared;
+use super::layout::{self, Meta};
+use super::store::Failure;
+use super::writer::{Work, transact};
+use crate::event::{EntryId, NotificationId};
+
+/// Rows looked at or removed in one step, for each partition and kind: some 10 ms of the writer's time.
+const BUDGET: usize = 2_000;
+const EVERY_MS: u64 = 1_000;
+
+/// How far upkeep is.
+#[derive(Debug, Default)]
+pub(super) struct Sweep {
+    /// When it last had nothing left to do, in milliseconds since the Unix epoch.
+    done_ms: Option<u64>,
+    /// By place: where the walk through the logs goes on, while one is under way.
+    walks: Vec<Option<String>>,
+}
+
+/// What is due in a partition.
+struct Due {
+    /// Notifications below this id.
+    records: NotificationId,
+    /// Entries up to this one.
+    entries: Option<EntryId>,
+    /// Dedupe buckets that start before this moment.
+    seen_ms: u64,
+}
+
+impl Due {
+    fn new(meta: &Meta, shared: &Shared, now_ms: u64) -> Self {
+        let max_age_ms = shared.retention.max_age_s.saturating_mul(1000);
+        // A little later than the floor, so that a reader who has just read a page still finds its records. And never a plan that is
+        // still being sliced: its owner may have been away for longer.
+        let cutoff = NotificationId::at_ms(now_ms.saturating_sub(max_age_ms + max_age_ms / 50));
+        // Keeping them serves operators only; room for outcomes serves everyone.
+        let keep_ms = if shared.store.shortage(now_ms).is_some() { 0 } else { shared.retention.keep_s.saturating_mul(1000) };
+        let window_ms = shared.retention.dedupe_window_s.saturating_mul(1000);
+        Self {
+            records: meta.pending.map_or(cutoff, |pending| cutoff.min(pending)),
+            entries: meta.trimmable(now_ms, keep_ms),
+            seen_ms: meta.bucket_ms.saturating_sub(window_ms),
+        }
+    }
+
+    fn is_any(&self, shared: &Shared, number: u8) -> Result<bool, Failure> {
+        let transaction = shared.store.begin_read()?;
+        let (records, source, seen) =
+            (transaction.open_table(layout::RECORDS)?, transaction.open_table(layout::SOURCE)?, transaction.open_table(layout::SEEN)?);
+        let has_entries = match self.entries {
+            Some(EntryId { ms, seq }) => source.range((number, 0, 0)..=(number, ms, seq))?.next().is_some(),
+            None => false,
+        };
+        Ok(has_entries
+            || records.range((number, 0)..(number, self.records.0))?.next().is_some()
+            || seen.range((number, 0, &[0; 16])..(number, self.seen_ms, &[0; 16]))?.next().is_some())
+    }
+}
+
+impl Sweep {
+    pub(super) fn run_if_due(&mut self, shared: &Shared) {
+        let now_ms = (shared.clock)();
+        // By the difference: a clock that was set back must not stop it.
+        if shared.store.is_failed() || self.done_ms.is_some_and(|done_ms| now_ms.abs_diff(done_ms) < EVERY_MS) {
+            return;
+        }
+        match self.run(shared, now_ms) {
+            Ok(is_unfinished) => self.done_ms = (!is_unfinished).then_some(now_ms),
+            Err(failure) => drop(shared.store.failed(failure, now_ms)),
+        }
+    }
+
+    /// One step. `true`: there may be more to do.
+    fn run(&mut self, shared: &Shared, now_ms: u64) -> Result<bool, Failure> {
+        self.walks.resize(shared.partitions.len(), None);
+        let metas = shared.metas.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let due: Vec<Due> = metas.iter().map(|meta| Due::new(meta, shared, now_ms)).collect();
+        let mut has_work = self.walks.iter().any(Option::is_some);
+        for (due, partition) in due.iter().zip(&shared.partitions) {
+            has_work = has_work || due.is_any(shared, partition.number.0)?;
+        }
+        if !has_work {
+            return Ok(false);
+        }
+        let mut is_unfinished = false;
+        let (metas, _) = transact(shared, metas, |work| {
+            for (place, due) in due.iter().enumerate() {
+                is_unfinished |= work.sweep(place, due, &mut self.walks[place])?;
+            }
+            Ok(())
+        })?;
+        *shared.metas.write().unwrap_or_else(PoisonError::into_inner) = metas;
+        Ok(is_unfinished)
+    }
+}
+
+impl Work<'_> {
+    fn sweep(&mut self, place: usize, due: &Due, walk: &mut Option<String>) -> Result<bool, Failure> {
+        let number = self.number(place);
+        let mut is_unfinished = false;
+
+        let mut n_records = 0;
+        for row in self.tables.records.extract_from_if((number, 0)..(number, due.records.0), |_, _| true)?.take(BUDGET) {
+            row?;
+            n_records += 1;
+        }
+        is_unfinished |= n_records == BUDGET;
+        if n_records > 0 {
+            let meta = &mut self.metas[place];
+            meta.floor = meta.floor.max(due.records);
+            // Every index entry has a record of the same id, so logs need to be looked through only when records went.
+            walk.get_or_insert_default();
+        }
+
+        if let Some(EntryId { ms, seq }) = due.entries {
+            let mut n_entries = 0;
+            for row in self.tables.source.extract_from_if((number, 0, 0)..=(number, ms, seq), |_, _| true)?.take(BUDGET) {
+                row?;
+                n_entries += 1;
+            }
+            is_unfinished |= n_entries == BUDGET;
+        }
+
+        let mut n_seen = 0;
+        for row in self.tables.seen.extract_from_if((number, 0, &[0; 16])..(number, due.seen_ms, &[0; 16]), |_, _| true)?.take(BUDGET) {
+            row?;
+            n_seen += 1;
+        }
+        is_unfinished |= n_seen == BUDGET;
+        self.metas[place].bucket_sizes.retain(|&bucket, _| bucket >= due.seen_ms);
+
+        if let Some(from) = walk.take() {
+            *walk = self.walk(number, &from, due.records)?;
+        }
+        Ok(is_unfinished || walk.is_some())
+    }
+
+    /// Looks through some logs for index entries below `cutoff`; answers where to go on.
+    fn walk(&mut self, number: u8, from: &str, cutoff: NotificationId) -> Result<Option<String>, Failure> {
+        let mut logs = Vec::new();
+        for row in self.tables.logs.range((number, from)..)?.take(BUDGET) {
+            let (key, value) = row?;
+            let (partition, log) = key.value();
+            if partition != number {
+                break;
+            }
+            logs.push((log.to_owned(), value.value()));
+        }
+        let mut budget = BUDGET;
+        for (i, (log, (length, top))) in logs.iter().enumerate() {
+            let range = (number, log.as_str(), 0)..(number, log.as_str(), cutoff.0);
+            let mut n_removed = 0;
+            for row in self.tables.index.extract_from_if(range, |_, _| true)?.take(budget) {
+                row?;
+                n_removed += 1;
+            }
+            let left = length.saturating_sub(u32::try_from(n_removed).unwrap_or(u32::MAX));
+            if left == 0 {
+                self.tables.logs.remove((number, log.as_str()))?;
+            } else if n_removed > 0 {
+                self.tables.logs.insert((number, log.as_str()), (left, *top))?;
+            }
+            budget -= n_removed;
+            if budget == 0 {
+                return Ok(Some(logs[i].0.clone()));
+            }
+        }
+        // The next name after the last one seen begins with it and goes on with the least character.
+        Ok((logs.len() == BUDGET).then(|| format!("{}\0", logs[BUDGET - 1].0)))
+    }
+}

@@ -1,0 +1,251 @@
+//! What is acknowledged is durable, whatever becomes of the disk, the process or the power.
+
+use std::fs;
+
+use redb::ReadableTableMetadata as _;
+use tokio::sync::mpsc::error::TryRecvError;
+
+use super::*;
+
+/// Waits for the next notices of a feed.
+async fn hear(feed: &mut Feed) -> Vec<Notice> {
+    tokio::time::timeout(Duration::from_secs(20), feed.notices.recv()).await.expect("a notice comes").expect("the feed is open")
+}
+
+async fn follow(broker: &Embedded, log: &str) -> Feed {
+    let mut feed = broker.feed().await.unwrap();
+    feed.follow.send(Follow::Start { partition: P, target: target(log), token: 1 }).unwrap();
+    assert!(matches!(*hear(&mut feed).await, [Notice::Following { token: 1 }]));
+    feed
+}
+
+/// F34: a notice, or an answer, that comes before the data is on the disk is taken back by a crash, and clients have seen it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f34_nothing_is_published_or_answered_before_it_is_durable() {
+    let (folder, switch, time) = (Folder::new(), Arc::default(), Time::new());
+    let broker = Arc::new(on_disk(&folder, &switch, &time));
+    let mut feed = follow(&broker, "u:1").await;
+
+    switch.shut();
+    let committing = tokio::spawn({
+        let broker = Arc::clone(&broker);
+        async move { publish(&broker, "{}", &["u:1"]).await }
+    });
+    switch.wait_for_knock();
+    assert!(!committing.is_finished());
+    assert!(matches!(feed.notices.try_recv(), Err(TryRecvError::Empty)));
+    assert_eq!(broker.head(P).await.unwrap().last, NotificationId(0));
+    assert!(page(&broker, "u:1", NotificationId(0)).await.entries.is_empty());
+
+    switch.open();
+    let id = committing.await.unwrap();
+    let heard = hear(&mut feed).await;
+    assert!(matches!(&*heard, [Notice::Append { id: heard, .. }] if *heard == id), "{heard:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_wait_for_the_disk_share_the_next_fsync() {
+    let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
+    let broker = Arc::new(on_disk(&folder, &switch, &time));
+    let append = |value: u32| {
+        let broker = Arc::clone(&broker);
+        tokio::spawn(async move { broker.append(P, vec![entry(&value.to_string())]).await.unwrap() })
+    };
+    switch.shut();
+    let mut tasks = vec![append(0)];
+    switch.wait_for_knock();
+    tasks.extend((1..100).map(append));
+    while broker.writer.n_waiting() < 99 {
+        tokio::task::yield_now().await;
+    }
+    let before = switch.syncs.load(Ordering::SeqCst);
+    switch.open();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let n_syncs = switch.syncs.load(Ordering::SeqCst) - before;
+    assert!(n_syncs <= 6, "two for the group that stood at the disk, and some for one more group: {n_syncs}");
+    assert_eq!(broker.state(P).await.unwrap().lag, 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_refuses_says_so_and_loses_nothing() {
+    let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
+    let broker = on_disk(&folder, &switch, &time);
+    let kept = broker.append(P, vec![entry("kept")]).await.unwrap();
+    let mut feed = follow(&broker, "u:1").await;
+
+    switch.is_full.store(true, Ordering::SeqCst);
+    let refused = broker.append(P, vec![entry("refused")]).await;
+    assert!(
+        matches!(&refused, Err(Error::Full(text)) if text.contains(folder.0.to_str().unwrap()) && text.contains("make room")),
+        "{refused:?}"
+    );
+    assert!(matches!(broker.head(P).await, Err(Error::Full(_))));
+    broker.tick(P).await.unwrap();
+    assert!(matches!(*hear(&mut feed).await, [Notice::Alive { partition: P }]));
+    let findings = broker.check().await.unwrap();
+    assert!(matches!(&*findings, [Finding { severity: crate::broker::Severity::Refusal, .. }]), "{findings:?}");
+
+    switch.is_full.store(false, Ordering::SeqCst);
+    time.pass(2);
+    let after = broker.append(P, vec![entry("after")]).await.unwrap();
+    assert_eq!(broker.check().await.unwrap(), []);
+    let entries = broker.read(P, EntryId::default(), 10, Duration::ZERO).await.unwrap();
+    assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), [kept, after].concat());
+}
+
+/// F7: publishers fill the disk, and then nothing has room to be done, so nothing is ever removed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f07_a_disk_with_little_room_takes_outcomes_but_no_new_entries() {
+    let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
+    let broker = on_disk(&folder, &switch, &time);
+    let ids = broker.append(P, vec![entry("a"), entry("b")]).await.unwrap();
+
+    switch.is_short.store(true, Ordering::SeqCst);
+    time.pass(2);
+    let refused = broker.append(P, vec![entry("c")]).await;
+    assert!(matches!(&refused, Err(Error::Full(text)) if text.contains("less than 64 MiB are free")), "{refused:?}");
+    let findings = broker.check().await.unwrap();
+    assert!(matches!(&*findings, [Finding { severity: crate::broker::Severity::Warning, .. }]), "{findings:?}");
+    commit(&broker, ids.iter().map(|&id| committing(id, "{}", &["u:1"])).collect()).await;
+    sweep(&broker, &time).await;
+    let n_entries = rows(&broker, |transaction| transaction.open_table(layout::SOURCE).unwrap().len().unwrap());
+    assert_eq!(n_entries, 0, "what has its outcome makes room at once");
+
+    switch.is_short.store(false, Ordering::SeqCst);
+    time.pass(2);
+    broker.append(P, vec![entry("c")]).await.unwrap();
+    assert_eq!(broker.check().await.unwrap(), []);
+}
+
+/// The last group before a failure may or may not be there afterwards, and nobody was told of it: every stream must look for itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
+    let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
+    let broker = on_disk(&folder, &switch, &time);
+    let first = publish(&broker, "{}", &["u:1"]).await;
+    let life = broker.head(P).await.unwrap().life;
+    let mut feed = follow(&broker, "u:1").await;
+
+    switch.is_broken.store(true, Ordering::SeqCst);
+    let item = committing(entry_now(&broker), "{}", &["u:1"]);
+    let batch = Batch { life, prev: broker.head(P).await.unwrap().position, items: vec![item] };
+    let lost = broker.commit(P, batch.clone()).await;
+    assert!(matches!(&lost, Err(Error::Away(text)) if text.contains("the disk is broken, says the test")), "{lost:?}");
+    // It is not tried again at once, and not while the disk is broken.
+    assert!(matches!(broker.commit(P, batch.clone()).await, Err(Error::Away(_))));
+    time.pass(2);
+    assert!(matches!(broker.commit(P, batch).await, Err(Error::Away(_))));
+
+    switch.is_broken.store(false, Ordering::SeqCst);
+    time.pass(2);
+    broker.tick(P).await.unwrap();
+    let mut heard = Vec::new();
+    while !heard.iter().any(|notice| matches!(notice, Notice::Reset { .. })) {
+        heard.extend(hear(&mut feed).await);
+    }
+    assert!(!heard.iter().any(|notice| matches!(notice, Notice::Append { .. })), "{heard:?}");
+    let head = broker.head(P).await.unwrap();
+    assert_eq!((head.life, head.last), (life, first), "what failed did not happen, and no life began");
+    assert!(publish(&broker, "{}", &["u:1"]).await > first);
+    assert_eq!(page(&broker, "u:1", NotificationId(0)).await.entries.len(), 2);
+}
+
+/// Power fails at any moment: of what was written since the last sync, any sectors in any order have reached the disk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_power_failure_loses_or_tears_what_was_acknowledged() {
+    let seed = rand::random();
+    println!("seed {seed}");
+    let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
+    let broker = on_disk(&folder, &switch, &time);
+    let acknowledged = Arc::new(AtomicU64::new(0));
+    switch.keep_images(&folder.file(), seed, Arc::clone(&acknowledged));
+    const N: u64 = 12;
+    for n in 0..N {
+        publish(&broker, &format!("record {n}"), &["u:1", "all"]).await;
+        acknowledged.store(n + 1, Ordering::SeqCst);
+    }
+    let images = switch.take_images();
+    broker.close();
+    assert!(images.len() as u64 >= 4 * N, "two syncs a commit, two images a sync");
+    for (n_acknowledged, image) in images {
+        let left = Folder::new();
+        fs::write(left.file(), image).unwrap();
+        let broker = in_folder(&left, Retention::default(), &time);
+        let n_settled = broker.state(P).await.unwrap().outcomes.get("committed").copied().unwrap_or(0);
+        assert!((n_acknowledged..=n_acknowledged + 1).contains(&n_settled), "{n_settled} of {n_acknowledged} acknowledged");
+        for log in ["u:1", "all"] {
+            let ids: Vec<NotificationId> = page(&broker, log, NotificationId(0)).await.entries.into_iter().map(|(id, _)| id).collect();
+            let records = broker.records(P, &ids).await.unwrap();
+            let expect: Vec<_> = (0..n_settled).map(|n| Some(Bytes::from(format!("record {n}")))).collect();
+            assert_eq!(records, expect);
+        }
+    }
+}
+
+/// A store that was cut short or overwritten is never taken for an empty one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_store_is_refused_by_name() {
+    let time = Time::new();
+    let whole = {
+        let folder = Folder::new();
+        let broker = in_folder(&folder, Retention::default(), &time);
+        for n in 0..200 {
+            publish(&broker, &format!("record {n}"), &["u:1"]).await;
+        }
+        broker.close();
+        fs::read(folder.file()).unwrap()
+    };
+    let garbage: Vec<u8> = (0..whole.len()).map(|i| (i * 7919) as u8).collect();
+    for (what, bytes) in [("empty", &whole[..0]), ("one page", &whole[..4096]), ("half", &whole[..whole.len() / 2]), ("garbage", &garbage)]
+    {
+        let folder = Folder::new();
+        fs::write(folder.file(), bytes).unwrap();
+        let refused = Embedded::open(&folder.0, &sources(), Retention::default()).map(drop);
+        let text = format!("{:#}", refused.expect_err(what));
+        assert!(text.contains(folder.0.to_str().unwrap()) && text.contains("store.redb is no store, or a damaged one"), "{what}: {text}");
+        assert_eq!(fs::read(folder.file()).unwrap(), bytes, "{what}: it is left as it was");
+    }
+}
+
+#[test]
+fn a_store_of_a_newer_pointsman_is_refused() {
+    let (folder, time) = (Folder::new(), Time::new());
+    in_folder(&folder, Retention::default(), &time).close();
+    let database = redb::Database::open(folder.file()).unwrap();
+    let transaction = database.begin_write().unwrap();
+    transaction.open_table(layout::LAYOUT).unwrap().insert("version", layout::VERSION + 1).unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let refused = Embedded::open(&folder.0, &sources(), Retention::default()).map(drop).unwrap_err();
+    let text = format!("{refused:#}");
+    assert!(text.contains("made by a newer pointsman (layout 2, this one knows 1)") && text.contains(folder.0.to_str().unwrap()), "{text}");
+}
+
+/// A store that a crash left half made is not there yet: it is made again.
+#[test]
+fn a_store_that_was_never_finished_is_begun_again() {
+    let (folder, time) = (Folder::new(), Time::new());
+    fs::write(folder.0.join("store.redb.new"), b"half").unwrap();
+    in_folder(&folder, Retention::default(), &time).close();
+    assert!(folder.file().exists() && !folder.0.join("store.redb.new").exists());
+}
+
+#[test]
+fn a_source_keeps_its_number_and_no_number_is_given_twice() {
+    let (folder, time) = (Folder::new(), Time::new());
+    let numbers = |sources: &[&str]| -> anyhow::Result<Vec<(u8, String)>> {
+        let sources: Vec<String> = sources.iter().map(|source| (*source).to_owned()).collect();
+        let broker = Embedded::start(Medium::Folder(folder.0.clone()), &sources, Retention::default(), time.clock())?;
+        Ok(broker.partitions().iter().map(|partition| (partition.number.0, partition.source.clone())).collect())
+    };
+    assert_eq!(numbers(&["b", "a"]).unwrap(), [(0, "b".into()), (1, "a".into())]);
+    assert_eq!(numbers(&["c", "a"]).unwrap(), [(1, "a".into()), (2, "c".into())]);
+    assert_eq!(numbers(&["b"]).unwrap(), [(0, "b".into())]);
+    assert!(numbers(&["b", "b"]).unwrap_err().to_string().contains("'b' is named twice"));
+    for n in 3..12 {
+        assert_eq!(numbers(&[&format!("s{n}")]).unwrap(), [(n, format!("s{n}"))]);
+    }
+    assert!(format!("{:#}", numbers(&["one more"]).unwrap_err()).contains("12 is the most"));
+}

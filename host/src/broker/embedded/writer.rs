@@ -1,0 +1,305 @@
+//! The one thread that writes, with **group commit**: it takes what waits in a bounded queue, does all of it in one transaction, makes
+//! that durable, and only then publishes the notices and answers. So nobody hears of what a crash could take back, there is
+//! never a rewind, and a durable partition has one life. Under load, many requests share one fsync.
+//!
+//! A group stands or falls as one, so a request must find its reasons to say no before it writes anything. After a failure of the disk
+//! nothing is known to have happened: the store is opened again, its state is read back, and every feed is reset.
+//!
+//! What requests do is in `commit`, `source` and `recipients`; upkeep is in `sweep`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::Shared;
+use super::layout::{Meta, Tables};
+use super::store::Failure;
+use super::sweep::Sweep;
+use crate::broker::{Error, Finding, Notice, Partition, PartitionNumber, Result, Retention, Severity};
+
+/// Requests that may wait; whoever brings one more waits at the door.
+const QUEUE: usize = 1024;
+/// The most requests in a group: what a crash makes all of them ask again, and what the first of them waits for.
+const GROUP: usize = 256;
+/// A group is closed once its requests bring so many bytes, so that a transaction stays a matter of milliseconds.
+const GROUP_BYTES: usize = 8 * 1024 * 1024;
+
+const DEAD: &str = "the thread that writes the store has died, and its last words are in the log: start the node again";
+
+/// The group in hand: the open tables, and the state as it is to be once the group is durable.
+pub(super) struct Work<'t> {
+    pub(super) tables: Tables<'t>,
+    /// By place, as `partitions`.
+    pub(super) metas: Vec<Meta>,
+    pub(super) partitions: &'t [Partition],
+    pub(super) retention: &'t Retention,
+    pub(super) now_ms: u64,
+    /// Why no new entries are taken.
+    pub(super) shortage: Option<String>,
+    /// Published once the group is durable, in this order.
+    pub(super) notices: Vec<Notice>,
+}
+
+impl Work<'_> {
+    pub(super) fn number(&self, place: usize) -> u8 {
+        self.partitions[place].number.0
+    }
+}
+
+/// Something to do in a group, and whom to tell.
+trait Job: Send {
+    /// # Errors
+    /// Only if the store failed, and the group with it.
+    fn apply(&mut self, work: &mut Work<'_>) -> Result<(), redb::Error>;
+    /// `error`: why the group failed.
+    fn answer(self: Box<Self>, error: Option<Error>);
+}
+
+struct Task<F, T> {
+    run: Option<F>,
+    result: Option<Result<T>>,
+    reply: oneshot::Sender<Result<T>>,
+}
+
+impl<F, T> Job for Task<F, T>
+where
+    F: FnOnce(&mut Work<'_>) -> Result<T, Failure> + Send,
+    T: Send,
+{
+    fn apply(&mut self, work: &mut Work<'_>) -> Result<(), redb::Error> {
+        let Some(run) = self.run.take() else { return Ok(()) };
+        self.result = Some(match run(work) {
+            Ok(value) => Ok(value),
+            Err(Failure::Answer(error)) => Err(error),
+            Err(Failure::Store(error)) => return Err(error),
+        });
+        Ok(())
+    }
+
+    fn answer(self: Box<Self>, error: Option<Error>) {
+        let result = match (error, self.result) {
+            (None, Some(result)) => result,
+            (Some(error), _) => Err(error),
+            (None, None) => Err(Error::Away("the request was not reached".to_owned())),
+        };
+        // Whoever asked may have gone; what was asked has happened all the same, as the trait says.
+        drop(self.reply.send(result));
+    }
+}
+
+enum Request {
+    Write {
+        job: Box<dyn Job>,
+        bytes: usize,
+    },
+    /// Needs no disk, but its place among the notices.
+    Tick {
+        place: usize,
+        reply: oneshot::Sender<Result<()>>,
+    },
+}
+
+/// The queue and its thread. Dropping it closes it.
+#[derive(Debug)]
+pub(super) struct Writer {
+    /// `None` once it is closed. Std locks: held for a clone, and for the wait for the end.
+    queue: Mutex<Option<mpsc::Sender<Request>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Writer {
+    pub(super) fn start(shared: Arc<Shared>) -> std::io::Result<Self> {
+        let (queue, requests) = mpsc::channel(QUEUE);
+        let thread = thread::Builder::new().name("embedded-writer".to_owned()).spawn(move || run(&shared, requests))?;
+        Ok(Self { queue: Mutex::new(Some(queue)), thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Has `run` done within a group and answers once it is durable and its notices are published. `bytes`: roughly what it brings.
+    pub(super) async fn write<T, F>(&self, bytes: usize, run: F) -> Result<T>
+    where
+        F: FnOnce(&mut Work<'_>) -> Result<T, Failure> + Send + 'static,
+        T: Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let job = Box::new(Task { run: Some(run), result: None, reply });
+        self.ask(Request::Write { job, bytes }, answer).await
+    }
+
+    pub(super) async fn tick(&self, place: usize) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Tick { place, reply }, answer).await
+    }
+
+    async fn ask<T>(&self, request: Request, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let queue = queue.ok_or_else(|| Error::Away("the store is closed".to_owned()))?;
+        let dead = || Error::Away(DEAD.to_owned());
+        queue.send(request).await.map_err(|_| dead())?;
+        answer.await.map_err(|_| dead())?
+    }
+
+    /// Requests in the queue.
+    #[cfg(test)]
+    pub(super) fn n_waiting(&self) -> usize {
+        let queue = self.queue.lock().unwrap();
+        queue.as_ref().map_or(0, |queue| queue.max_capacity() - queue.capacity())
+    }
+
+    /// Lets the thread do what was asked until now and close the store, and waits for that.
+    pub(super) fn close(&self) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // If the thread panicked, the panic hook has said so.
+            drop(thread.join());
+        }
+    }
+
+    pub(super) fn findings(&self) -> Option<Finding> {
+        let is_dead = self.thread.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(JoinHandle::is_finished);
+        is_dead.then(|| Finding { severity: Severity::Refusal, text: DEAD.to_owned() })
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn run(shared: &Shared, mut requests: mpsc::Receiver<Request>) {
+    let mut sweep = Sweep::default();
+    while let Some(first) = requests.blocking_recv() {
+        let mut group = vec![first];
+        let mut bytes = 0;
+        while group.len() < GROUP
+            && bytes < GROUP_BYTES
+            && let Ok(next) = requests.try_recv()
+        {
+            if let Request::Write { bytes: more, .. } = &next {
+                bytes += more;
+            }
+            group.push(next);
+        }
+        serve(shared, group);
+        sweep.run_if_due(shared);
+    }
+    shared.store.close();
+}
+
+fn serve(shared: &Shared, mut group: Vec<Request>) {
+    let error = match recover(shared).and_then(|()| write(shared, &mut group).map_err(|failure| shared.failed(failure))) {
+        Ok(notices) => {
+            shared.feeds.publish(&notices);
+            None
+        }
+        Err(error) => {
+            let alive = |request: &Request| match request {
+                Request::Tick { place, .. } => Some(Notice::Alive { partition: shared.partitions[*place].number }),
+                Request::Write { .. } => None,
+            };
+            shared.feeds.publish(&group.iter().filter_map(alive).collect::<Vec<_>>());
+            Some(error)
+        }
+    };
+    for request in group {
+        match request {
+            Request::Write { job, .. } => job.answer(error.as_ref().map(again)),
+            // Refused or not, it was published as far as it can be.
+            Request::Tick { reply, .. } => drop(reply.send(Ok(()))),
+        }
+    }
+}
+
+/// Opens the store again if it has failed. What the last group left there is found out by reading, and by the feeds by starting over.
+fn recover(shared: &Shared) -> Result<()> {
+    if !shared.store.is_failed() {
+        return Ok(());
+    }
+    shared.store.reopen((shared.clock)())?;
+    let read = || -> Result<Vec<Meta>, Failure> {
+        let transaction = shared.store.begin_read()?;
+        shared.partitions.iter().map(|partition| Meta::read(partition.number.0, &transaction)).collect()
+    };
+    let metas = read().map_err(|failure| shared.failed(failure))?;
+    *shared.metas.write().unwrap_or_else(PoisonError::into_inner) = metas;
+    shared.feeds.reset_all();
+    for arrivals in &shared.arrivals {
+        arrivals.notify_waiters();
+    }
+    Ok(())
+}
+
+/// Does the group in one transaction, and answers its notices once it is durable.
+fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure> {
+    let before = shared.metas.read().unwrap_or_else(PoisonError::into_inner).clone();
+    if group.iter().all(|request| matches!(request, Request::Tick { .. })) {
+        let ticks = group.iter().filter_map(|request| match request {
+            Request::Tick { place, .. } => Some(tick(shared.partitions[*place].number, &before[*place])),
+            Request::Write { .. } => None,
+        });
+        return Ok(ticks.collect());
+    }
+    let (metas, notices) = transact(shared, before, |work| {
+        for request in group.iter_mut() {
+            match request {
+                Request::Write { job, .. } => job.apply(work).map_err(Failure::Store)?,
+                Request::Tick { place, .. } => work.notices.push(tick(work.partitions[*place].number, &work.metas[*place])),
+            }
+        }
+        Ok(())
+    })?;
+    let mut current = shared.metas.write().unwrap_or_else(PoisonError::into_inner);
+    for ((meta, current), arrivals) in metas.into_iter().zip(current.iter_mut()).zip(&shared.arrivals) {
+        let has_arrivals = meta.appended != current.appended;
+        *current = meta;
+        if has_arrivals {
+            arrivals.notify_waiters();
+        }
+    }
+    Ok(notices)
+}
+
+/// Runs `act` in one durable transaction, and answers the state and the notices that it left.
+pub(super) fn transact(
+    shared: &Shared,
+    metas: Vec<Meta>,
+    act: impl FnOnce(&mut Work<'_>) -> Result<(), Failure>,
+) -> Result<(Vec<Meta>, Vec<Notice>), Failure> {
+    let transaction = shared.store.begin_write()?;
+    let before = metas.clone();
+    let now_ms = (shared.clock)();
+    let (metas, notices) = {
+        let mut work = Work {
+            tables: Tables::open(&transaction)?,
+            metas,
+            partitions: &shared.partitions,
+            retention: &shared.retention,
+            now_ms,
+            shortage: shared.store.shortage(now_ms),
+            notices: Vec::new(),
+        };
+        act(&mut work)?;
+        for (place, (meta, before)) in work.metas.iter().zip(&before).enumerate() {
+            if meta != before {
+                meta.write(shared.partitions[place].number.0, &mut work.tables.meta)?;
+            }
+        }
+        (work.metas, work.notices)
+    };
+    transaction.commit()?;
+    Ok((metas, notices))
+}
+
+fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
+    Notice::Tick { partition, life: meta.life(), last: meta.last }
+}
+
+/// The same error, for each request of a group.
+fn again(error: &Error) -> Error {
+    match error {
+        Error::Away(text) => Error::Away(text.clone()),
+        Error::Full(text) => Error::Full(text.clone()),
+        Error::Refused(text) => Error::Refused(text.clone()),
+    }
+}

@@ -1,0 +1,167 @@
+//! The command line. `serve` runs a node and two commands look at its configuration; all others talk to a running node by HTTP, because an
+//! embedded store has one process.
+//!
+//! Exit codes: 0, 1 when it failed, 64 when the arguments or the configuration are wrong.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "what a command answers goes to its terminal; the library logs")]
+
+use std::io::Read as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Parser;
+use ureq::http::{Response, StatusCode};
+use ureq::{Agent, Body};
+
+mod config;
+mod dead;
+mod publish;
+mod serve;
+mod tail;
+
+/// EX_USAGE of sysexits.h.
+const EXIT_USAGE: u8 = 64;
+
+/// Routes events to per-user notification streams.
+#[derive(Debug, Parser)]
+#[command(name = "pointsman", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Run a node
+    Serve(serve::Options),
+    /// Send an event, from options or from standard input
+    Publish(publish::Options),
+    /// Print a user's notifications as they arrive
+    Tail(tail::Options),
+    /// List, show, redrive and drop dead letters
+    Dead(dead::Options),
+    /// Say whether a node would start with this configuration
+    CheckConfig(serve::Options),
+    /// Print the configuration with every default
+    Config(config::Options),
+}
+
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Also the way of --help and --version.
+            return match (error.print(), error.use_stderr()) {
+                (Ok(()), false) => ExitCode::SUCCESS,
+                (Err(_), false) => ExitCode::FAILURE,
+                (_, true) => ExitCode::from(EXIT_USAGE),
+            };
+        }
+    };
+    let outcome = match cli.command {
+        Command::Serve(options) => serve::run(&options),
+        Command::Publish(options) => publish::run(&options),
+        Command::Tail(options) => tail::run(&options),
+        Command::Dead(options) => dead::run(&options),
+        Command::CheckConfig(options) => config::check(&options),
+        Command::Config(options) => config::print(&options),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pointsman: {error:#}");
+            if error.is::<pointsman::config::Error>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// How to reach a running node, for commands that publish or operate.
+#[derive(Debug, clap::Args)]
+struct Node {
+    /// The node's address; http only
+    #[arg(long, env = "POINTSMAN_URL", default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// The key of publishers and operators; a node in dev mode asks for none
+    #[arg(long, env = "POINTSMAN_KEY", hide_env_values = true)]
+    key: Option<String>,
+}
+
+impl Node {
+    fn at(&self, path: &str) -> String {
+        format!("{}{path}", self.url.trim_end_matches('/'))
+    }
+
+    fn authorization(&self) -> Option<String> {
+        self.key.as_ref().map(|key| format!("Bearer {key}"))
+    }
+
+    /// Sends a request without a body, and reads the answer.
+    fn ask(&self, agent: &Agent, method: &str, path: &str) -> anyhow::Result<(StatusCode, String)> {
+        let url = self.at(path);
+        let mut request = ureq::http::Request::builder().method(method).uri(&url);
+        if let Some(authorization) = self.authorization() {
+            request = request.header("authorization", authorization);
+        }
+        let response = agent.run(request.body(())?).with_context(|| format!("cannot reach {url}"))?;
+        read(response)
+    }
+}
+
+/// A client whose answers of any status are answers. `idle`: how long to wait for the next bytes.
+fn agent(idle: Duration) -> Agent {
+    let config =
+        Agent::config_builder().http_status_as_error(false).timeout_connect(Some(Duration::from_secs(10))).timeout_per_read(Some(idle));
+    // Loopback is never behind a proxy, whatever the environment says; and a node elsewhere is reached as it is named.
+    config.proxy(None).build().new_agent()
+}
+
+/// The answer's text, at most 16 MiB.
+fn read(response: Response<Body>) -> anyhow::Result<(StatusCode, String)> {
+    let status = response.status();
+    let mut text = String::new();
+    response.into_body().into_reader().take(16 * 1024 * 1024).read_to_string(&mut text).context("the answer broke off")?;
+    Ok((status, text))
+}
+
+/// Turns a refusal into an error with what the node said.
+fn accept((status, text): (StatusCode, String)) -> anyhow::Result<String> {
+    if status.is_success() {
+        return Ok(text);
+    }
+    bail!("{}", refusal(status, &text))
+}
+
+/// A node's error in one line.
+fn refusal(status: StatusCode, text: &str) -> String {
+    let body: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
+    let hint = match status {
+        StatusCode::UNAUTHORIZED => "; give --key or POINTSMAN_KEY, or for a stream --token or POINTSMAN_TOKEN",
+        _ => "",
+    };
+    match (body["error"].as_str(), body["fix"].as_str()) {
+        (Some(error), Some(fix)) => format!("the node answered {}: {error}; {fix}", status.as_u16()),
+        (Some(error), None) => format!("the node answered {}: {error}{hint}", status.as_u16()),
+        (None, _) => format!("the node answered {status}{hint}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_option_of_serve_is_a_key_and_a_variable() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        let serve = command.find_subcommand("serve").unwrap();
+        let mut options: Vec<&str> =
+            serve.get_arguments().filter_map(clap::Arg::get_long).filter(|long| !["config", "help"].contains(long)).collect();
+        let mut known = pointsman::config::OPTIONS.map(|(option, _)| option);
+        options.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(options, known);
+    }
+}

@@ -1,0 +1,271 @@
+//! `pointsman publish`: events from options or standard input to a node.
+//!
+//! Each event is given an id where it has none, so that the retries made here, after a refusal for now or a cut, are recognised.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+use ureq::Agent;
+use ureq::http::StatusCode;
+
+use super::{Node, agent, read, refusal};
+
+/// Attempts at a request before it is given up.
+const MAX_ATTEMPTS: u32 = 6;
+/// Bounds of one request, well within a node's default ones.
+const MAX_EVENTS: usize = 1_000;
+const MAX_BYTES: usize = 1024 * 1024;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    node: Node,
+    /// What happened, such as order.shipped; without it, events are read from standard input as JSON, one or many
+    #[arg(long = "type", value_name = "TYPE")]
+    kind: Option<String>,
+    /// Where it happened
+    #[arg(long, default_value = "/cli", requires = "kind")]
+    source: String,
+    /// The event's id; a retry with the same source and id is one event
+    #[arg(long, requires = "kind")]
+    id: Option<String>,
+    /// What it is about
+    #[arg(long, requires = "kind")]
+    subject: Option<String>,
+    /// For this user; may be repeated
+    #[arg(long, requires = "kind")]
+    user: Vec<String>,
+    /// For the members of this group; may be repeated
+    #[arg(long, requires = "kind")]
+    group: Vec<String>,
+    /// For everyone
+    #[arg(long, requires = "kind")]
+    everyone: bool,
+    /// low, normal, high or urgent
+    #[arg(long, requires = "kind")]
+    priority: Option<String>,
+    /// What it carries, as JSON
+    #[arg(long, value_name = "JSON", requires = "kind")]
+    data: Option<String>,
+    /// A further attribute; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", requires = "kind")]
+    attribute: Vec<String>,
+    /// Print what would become of it and whom it would reach, and store nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// The members of a CloudEvents document, as they were written: numbers keep their digits.
+type Document = BTreeMap<String, Box<RawValue>>;
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let events = match &options.kind {
+        Some(kind) => vec![from_options(options, kind)?],
+        None => from_input(std::io::stdin().lock())?,
+    };
+    let agent = agent(Duration::from_secs(60));
+    let mut n_refused = 0;
+    for batch in batches(&events)? {
+        let path = if options.dry_run { "/v1/events?dry_run=true" } else { "/v1/events" };
+        let answer = send(&options.node, &agent, path, batch)?;
+        for event in answer["events"].as_array().into_iter().flatten() {
+            if options.dry_run {
+                println!("{event:#}");
+            } else if event["status"] == "stored" {
+                println!("stored\t{}\tpartition {}\tentry {}", text(&event["id"]), event["partition"], text(&event["entry"]));
+            } else {
+                n_refused += 1;
+                println!("refused\t{}", text(&event["error"]));
+            }
+        }
+    }
+    ensure!(n_refused == 0, "{n_refused} of {} events were refused", events.len());
+    Ok(())
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
+    let mut event = Document::new();
+    let mut set = |name: &str, value: Value| -> anyhow::Result<()> {
+        event.insert(name.to_owned(), serde_json::value::to_raw_value(&value)?);
+        Ok(())
+    };
+    for pair in &options.attribute {
+        let (name, value) = pair.split_once('=').with_context(|| format!("--attribute {pair} has no value; write NAME=VALUE"))?;
+        set(name, json!(value))?;
+    }
+    set("type", json!(kind))?;
+    set("source", json!(options.source))?;
+    set("id", json!(options.id.clone().unwrap_or_else(new_id)))?;
+    for (name, value) in [("subject", &options.subject), ("priority", &options.priority)] {
+        if let Some(value) = value {
+            set(name, json!(value))?;
+        }
+    }
+    for (one, many, names) in [("user", "users", &options.user), ("group", "groups", &options.group)] {
+        match names.as_slice() {
+            [] => {}
+            [name] => set(one, json!(name))?,
+            names => set(many, json!(names))?,
+        }
+    }
+    if options.everyone {
+        set("everyone", json!(true))?;
+    }
+    if let Some(data) = &options.data {
+        let data: Box<RawValue> =
+            serde_json::from_str(data).with_context(|| format!("--data is not JSON; a text is written in quotes: --data '\"{data}\"'"))?;
+        event.insert("data".to_owned(), data);
+    }
+    event.insert("specversion".to_owned(), serde_json::value::to_raw_value("1.0")?);
+    Ok(event)
+}
+
+/// JSON documents one after the other, with or without line breaks; a list counts as its events.
+fn from_input(input: impl Read) -> anyhow::Result<Vec<Document>> {
+    let mut events = Vec::new();
+    for (n, document) in serde_json::Deserializer::from_reader(input).into_iter::<Box<RawValue>>().enumerate() {
+        let document = document.with_context(|| format!("document {} of the input is not JSON", n + 1))?;
+        if document.get().trim_start().starts_with('[') {
+            events.extend(
+                serde_json::from_str::<Vec<Document>>(document.get()).context("a list of the input holds something else than events")?,
+            );
+        } else {
+            events.push(serde_json::from_str(document.get()).with_context(|| format!("document {} of the input is no event", n + 1))?);
+        }
+    }
+    ensure!(!events.is_empty(), "no event was given; say --type, or write events to standard input");
+    for event in &mut events {
+        if !event.contains_key("id") {
+            event.insert("id".to_owned(), serde_json::value::to_raw_value(&new_id())?);
+        }
+    }
+    Ok(events)
+}
+
+fn new_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// The bodies of the requests, as JSON lists.
+fn batches(events: &[Document]) -> anyhow::Result<Vec<String>> {
+    let mut batches: Vec<(usize, String)> = Vec::new();
+    for event in events {
+        let event = serde_json::to_string(event)?;
+        match batches.last_mut() {
+            Some((n, batch)) if *n < MAX_EVENTS && batch.len() + event.len() < MAX_BYTES => {
+                *n += 1;
+                batch.push(',');
+                batch.push_str(&event);
+            }
+            _ => batches.push((1, format!("[{event}"))),
+        }
+    }
+    Ok(batches.into_iter().map(|(_, batch)| batch + "]").collect())
+}
+
+/// Sends a batch until it is taken or refused for good, or the attempts are used up.
+fn send(node: &Node, agent: &Agent, path: &str, batch: String) -> anyhow::Result<Value> {
+    let url = node.at(path);
+    let mut attempt = 1;
+    loop {
+        let mut request = agent.post(&url).content_type("application/cloudevents-batch+json");
+        if let Some(authorization) = node.authorization() {
+            request = request.header("authorization", authorization);
+        }
+        let (why, wait_s) = match request.send(&batch) {
+            Ok(response) => {
+                let wait_s = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+                let (status, text) = read(response)?;
+                if status.is_success() {
+                    return serde_json::from_str(&text).context("the node's answer is not JSON");
+                }
+                if !matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT) {
+                    bail!("{}", refusal(status, &text));
+                }
+                (refusal(status, &text), wait_s)
+            }
+            Err(error) => (format!("cannot reach {url}: {error}"), None),
+        };
+        if attempt == MAX_ATTEMPTS {
+            bail!("{why}; given up after {attempt} attempts");
+        }
+        let wait_s = wait_s.unwrap_or(1_u64).clamp(1, 30);
+        eprintln!("pointsman: {why}; again in {wait_s} s");
+        std::thread::sleep(Duration::from_secs(wait_s));
+        attempt += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn event(arguments: &[&str]) -> anyhow::Result<Value> {
+        let line = Line::try_parse_from(["publish", "--type", "t"].iter().chain(arguments))?;
+        let event = from_options(&line.options, "t")?;
+        Ok(serde_json::from_str(&serde_json::to_string(&event)?)?)
+    }
+
+    #[test]
+    fn options_become_attributes() {
+        let found = event(&[
+            "--id",
+            "a",
+            "--user",
+            "1",
+            "--user",
+            "2",
+            "--group",
+            "g",
+            "--everyone",
+            "--attribute",
+            "plan=pro",
+            "--data",
+            "{\"n\":1}",
+        ])
+        .unwrap();
+        let expected = json!({ "specversion": "1.0", "type": "t", "source": "/cli", "id": "a", "users": ["1", "2"], "group": "g", "everyone": true, "plan": "pro", "data": { "n": 1 } });
+        assert_eq!(found, expected);
+        assert!(event(&["--data", "hello"]).unwrap_err().to_string().contains("--data '\"hello\"'"));
+        assert!(event(&["--attribute", "plan"]).unwrap_err().to_string().contains("NAME=VALUE"));
+    }
+
+    #[test]
+    fn input_is_one_event_lines_or_a_list_and_each_has_an_id() {
+        let events =
+            from_input("{\"type\":\"a\"}\n{\"type\":\"b\",\"id\":\"x\"} [{\"type\":\"c\"},\n{\"type\":\"d\",\"data\":1.10}]".as_bytes())
+                .unwrap();
+        let kinds: Vec<&str> = events.iter().map(|event| event["type"].get()).collect();
+        assert_eq!(kinds, ["\"a\"", "\"b\"", "\"c\"", "\"d\""]);
+        assert_eq!(events[1]["id"].get(), "\"x\"");
+        assert_eq!(events[3]["data"].get(), "1.10");
+        assert!(events[0]["id"].get().len() > 20 && events[0]["id"].get() != events[2]["id"].get());
+        assert!(from_input("".as_bytes()).is_err());
+        assert!(from_input("{\"type\":".as_bytes()).is_err());
+        assert!(from_input("7".as_bytes()).is_err());
+    }
+
+    #[test]
+    fn requests_are_bounded() {
+        let events: Vec<Document> = from_input("{\"type\":\"t\"}".repeat(2_500).as_bytes()).unwrap();
+        let sizes: Vec<usize> =
+            batches(&events).unwrap().iter().map(|batch| serde_json::from_str::<Vec<Value>>(batch).unwrap().len()).collect();
+        assert_eq!(sizes, [1_000, 1_000, 500]);
+    }
+}

@@ -1,0 +1,181 @@
+//! `pointsman tail`: a user's stream, a line for each notification, resumed after each cut with the last id.
+//!
+//! Reads the stream as any client does (HTML Living Standard, "Server-sent events"); how one is written is the library's `sse`.
+
+use std::io::{BufRead, BufReader, Read as _};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use ureq::http::StatusCode;
+use ureq::http::header::CONTENT_TYPE;
+
+use super::{agent, read, refusal};
+
+/// Three of the node's heartbeats: a connection that is silent for longer is cut.
+const SILENCE: Duration = Duration::from_secs(65);
+/// The longest line that is read; a node's are far shorter.
+const MAX_LINE: u64 = 4 * 1024 * 1024;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The node's address; http only
+    #[arg(long, env = "POINTSMAN_URL", default_value = "http://127.0.0.1:8080")]
+    url: String,
+    /// The user, of a node in dev mode
+    #[arg(long, required_unless_present = "token")]
+    user: Option<String>,
+    /// The user's token
+    #[arg(long, env = "POINTSMAN_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// Begin after this id, or at earliest, latest or a duration
+    #[arg(long, value_name = "ID")]
+    after: Option<String>,
+    /// End after so many notifications
+    #[arg(long, value_name = "N")]
+    count: Option<u64>,
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let agent = agent(SILENCE);
+    let url = format!("{}/v1/stream", options.url.trim_end_matches('/'));
+    let mut parser = Parser { last_id: options.after.clone().unwrap_or_default(), ..Parser::default() };
+    let (mut left, mut was_open) = (options.count.unwrap_or(u64::MAX), false);
+    while left > 0 {
+        let mut request = agent.get(&url).header("accept", "text/event-stream");
+        if let Some(user) = &options.user {
+            request = request.query("user", user);
+        }
+        if let Some(token) = &options.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        if !parser.last_id.is_empty() {
+            request = request.header("last-event-id", &parser.last_id);
+        }
+        let why = match request.call() {
+            // Most likely the address is wrong, and will be.
+            Err(error) if !was_open => return Err(error).with_context(|| format!("cannot reach {url}")),
+            Err(error) => error.to_string(),
+            Ok(response) if response.status() == StatusCode::NO_CONTENT => return Ok(()),
+            Ok(response) if response.status() != StatusCode::OK => {
+                let (status, text) = read(response)?;
+                // Only these pass; a browser's `EventSource` would stop for any.
+                if !matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+                    bail!("{}", refusal(status, &text));
+                }
+                refusal(status, &text)
+            }
+            Ok(response) => {
+                let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+                ensure!(
+                    content_type.starts_with("text/event-stream"),
+                    "{url} answers '{content_type}', which is no stream; is this a Pointsman node?"
+                );
+                was_open = true;
+                parser.reset();
+                follow(&mut BufReader::new(response.into_body().into_reader()), &mut parser, &mut left)
+            }
+        };
+        if left > 0 {
+            eprintln!("pointsman: {why}; back in {} ms", parser.retry_ms);
+            std::thread::sleep(Duration::from_millis(parser.retry_ms));
+        }
+    }
+    Ok(())
+}
+
+/// Prints notifications until the stream ends, and says why it did.
+fn follow(stream: &mut impl BufRead, parser: &mut Parser, left: &mut u64) -> String {
+    let mut line = Vec::new();
+    while *left > 0 {
+        line.clear();
+        match stream.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
+            Ok(0) => return "the stream ended".to_owned(),
+            Ok(_) if line.last() != Some(&b'\n') => return "the stream broke off".to_owned(),
+            Ok(_) => {}
+            Err(error) => return format!("the stream was cut: {error}"),
+        }
+        let Some(message) = parser.line(&String::from_utf8_lossy(&line)) else { continue };
+        match message.event.as_str() {
+            // Only its id counts, and that is remembered already.
+            "cursor" => {}
+            "gap" | "reauth" | "close" => eprintln!("pointsman: {}: {}", message.event, message.data),
+            _ => {
+                *left -= 1;
+                println!("{}", message.data.replace('\n', " "));
+            }
+        }
+    }
+    String::new()
+}
+
+/// One dispatched block of a stream.
+#[derive(Debug, PartialEq)]
+struct Message {
+    event: String,
+    data: String,
+}
+
+/// What is kept between lines, and between connections.
+#[derive(Debug)]
+struct Parser {
+    last_id: String,
+    retry_ms: u64,
+    event: String,
+    data: Option<String>,
+}
+
+impl Default for Parser {
+    fn default() -> Self {
+        Self { last_id: String::new(), retry_ms: 2_000, event: String::new(), data: None }
+    }
+}
+
+impl Parser {
+    /// Forgets a block that a cut left unfinished.
+    fn reset(&mut self) {
+        self.event.clear();
+        self.data = None;
+    }
+
+    fn line(&mut self, line: &str) -> Option<Message> {
+        let line = line.trim_end_matches(['\n', '\r']);
+        if line.is_empty() {
+            let event = std::mem::take(&mut self.event);
+            return self.data.take().map(|data| Message { event, data });
+        }
+        let (field, value) = line.split_once(':').unwrap_or((line, ""));
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        match field {
+            "event" => value.clone_into(&mut self.event),
+            "data" => match &mut self.data {
+                Some(data) => {
+                    data.push('\n');
+                    data.push_str(value);
+                }
+                None => self.data = Some(value.to_owned()),
+            },
+            "id" if !value.contains('\0') => value.clone_into(&mut self.last_id),
+            // Bounded, or a typo at the other end would end this for good.
+            "retry" => self.retry_ms = value.parse().map_or(self.retry_ms, |ms: u64| ms.min(300_000)),
+            _ => {}
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_read_as_browsers_read_it() {
+        let mut parser = Parser::default();
+        let stream = "retry: 150\n: hello\n\nevent: cursor\nid: c0\ndata:\n\nid: c1\ndata: {\"a\":1}\n\n:\nevent: gap\r\ndata: x\r\ndata: y\r\n\r\nid: c2\ndata: cut";
+        let messages: Vec<Message> = stream.split_inclusive('\n').filter_map(|line| parser.line(line)).collect();
+        let message = |event: &str, data: &str| Message { event: event.into(), data: data.into() };
+        assert_eq!(messages, [message("cursor", ""), message("", "{\"a\":1}"), message("gap", "x\ny")]);
+        assert_eq!(parser.retry_ms, 150);
+        parser.reset();
+        assert_eq!(parser.line("\n"), None);
+    }
+}

@@ -1,0 +1,140 @@
+//! Which pages may call us from a browser: the configured origins, and in dev mode every loopback one. Answers preflights.
+//!
+//! This guards readers' browsers, not the node: who may do what is `auth`'s, and a client that is no browser sends no origin.
+
+use std::sync::Arc;
+
+use axum::extract::{self, Request};
+use axum::http::header::{
+    ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
+};
+use axum::http::{HeaderValue, Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+
+use super::{ApiError, State};
+
+/// Origins that may call.
+#[derive(Clone, Debug, Default)]
+pub struct Origins {
+    listed: Vec<String>,
+    loopback: bool,
+}
+
+impl Origins {
+    /// `listed`: as a browser writes them; `loopback`: every one of this machine, too.
+    ///
+    /// # Errors
+    /// The one that no browser would write.
+    pub fn new(listed: &[String], loopback: bool) -> Result<Self, String> {
+        for origin in listed {
+            let host = origin.strip_prefix("https://").or_else(|| origin.strip_prefix("http://"));
+            if host.is_none_or(|host| {
+                host.is_empty() || host.contains(['/', '*', '@']) || host.chars().any(|c| c.is_ascii_uppercase() || c.is_whitespace())
+            }) {
+                return Err(format!(
+                    "'{}' is no origin; write scheme and host in lower case and nothing after them, as in https://shop.example",
+                    origin.escape_debug()
+                ));
+            }
+        }
+        Ok(Self { listed: listed.to_vec(), loopback })
+    }
+
+    fn allow(&self, origin: &str) -> bool {
+        self.listed.iter().any(|listed| listed == origin) || (self.loopback && is_loopback(origin))
+    }
+}
+
+fn is_loopback(origin: &str) -> bool {
+    let Some(authority) = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://")) else { return false };
+    let host = match authority.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+pub(super) async fn apply(extract::State(state): extract::State<Arc<State>>, request: Request, next: Next) -> Response {
+    let Some(origin) = request.headers().get(ORIGIN).cloned() else { return next.run(request).await };
+    let is_preflight = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+    let is_allowed = origin.to_str().is_ok_and(|origin| state.origins.allow(origin));
+    let mut response = match (is_preflight, is_allowed) {
+        (true, false) => ApiError::forbidden("pages of this origin may not call this node")
+            .fix("its operator adds the origin to listen.origins")
+            .into_response(),
+        (true, true) => preflight(&request),
+        // Without the headers below, the browser keeps the answer from the page.
+        (false, _) => next.run(request).await,
+    };
+    let headers = response.headers_mut();
+    headers.append(VARY, HeaderValue::from_static("Origin"));
+    if is_allowed {
+        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        // For the cookie that may carry a token.
+        headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
+        headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("Retry-After, WWW-Authenticate"));
+    }
+    response
+}
+
+/// Whatever headers the page wants to send, `Last-Event-ID` and `ce-*` among them: with credentials, a browser takes no `*` for an answer.
+fn preflight(request: &Request) -> Response {
+    let wanted = request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS).cloned();
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    let headers = response.headers_mut();
+    headers.insert(ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, PUT, DELETE"));
+    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, wanted.unwrap_or(HeaderValue::from_static("Authorization, Content-Type, Last-Event-ID")));
+    headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::{FakeBroker, Site};
+    use super::*;
+
+    #[tokio::test]
+    async fn preflights_are_answered_for_known_origins_only() {
+        let site = Site::dev(FakeBroker::default());
+        let ask = async |origin: &str| {
+            let headers = [
+                ("origin", origin),
+                ("access-control-request-method", "GET"),
+                ("access-control-request-headers", "last-event-id,authorization"),
+            ];
+            site.request("OPTIONS", "/v1/stream", &headers, "").await
+        };
+        for origin in ["http://localhost:5173", "http://127.0.0.1", "https://[::1]:8443", "https://shop.example"] {
+            let (status, headers, _) = ask(origin).await;
+            assert_eq!(status, StatusCode::NO_CONTENT, "{origin}");
+            assert_eq!(headers["access-control-allow-origin"], origin);
+            assert_eq!(headers["access-control-allow-headers"], "last-event-id,authorization");
+        }
+        for origin in ["https://evil.example", "http://localhost.evil.example", "http://127.0.0.1.evil.example", "null"] {
+            let (status, headers, _) = ask(origin).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{origin}");
+            assert!(!headers.contains_key("access-control-allow-origin"), "{origin}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_may_read_errors_too() {
+        let site = Site::dev(FakeBroker::default());
+        let (status, headers, _) = site.request("GET", "/nothing", &[("origin", "https://shop.example")], "").await;
+        assert_eq!(status, StatusCode::NOT_FOUND);
+        assert_eq!(
+            (&headers["access-control-allow-origin"], &headers["vary"]),
+            (&HeaderValue::from_static("https://shop.example"), &HeaderValue::from_static("Origin"))
+        );
+    }
+
+    #[test]
+    fn what_no_browser_would_write_is_a_configuration_error() {
+        for bad in ["*", "shop.example", "https://", "https://shop.example/", "https://Shop.example", "ftp://x"] {
+            assert!(Origins::new(&[bad.to_owned()], false).is_err(), "{bad}");
+        }
+        assert!(Origins::new(&["https://shop.example:8443".to_owned()], false).is_ok());
+    }
+}

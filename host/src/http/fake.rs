@@ -1,0 +1,264 @@
+//! For tests of the routes: a broker of a few vectors that fails on command, and a node's routes without a socket. What a real broker does
+//! is shown by `tests/conformance.rs`.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use axum::body::Body;
+use axum::http::{HeaderMap, Request, StatusCode};
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use tower::ServiceExt as _;
+
+use super::{Limits, Origins, State, admin_routes, routes};
+use crate::auth::{self, Auth};
+use crate::broker::{
+    Batch, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Lease, Page, Partition, PartitionNumber,
+    PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
+};
+use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
+use crate::hub::Hub;
+use crate::metrics::Metrics;
+use crate::readiness::Readiness;
+use crate::sse::{self, Pulse};
+
+type Fields = Vec<(Bytes, Bytes)>;
+
+#[derive(Clone, Debug)]
+pub(crate) struct FakeBroker {
+    partitions: Vec<Partition>,
+    failure: Option<fn() -> Error>,
+    lag: u64,
+    findings: Vec<Finding>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    appended: Vec<(PartitionNumber, Fields)>,
+    recipients: BTreeMap<Name, Recipient>,
+    dead: Vec<(PartitionNumber, DeadLetter)>,
+}
+
+impl Default for FakeBroker {
+    fn default() -> Self {
+        Self::with_partitions(1)
+    }
+}
+
+impl FakeBroker {
+    pub(super) fn with_partitions(n: u8) -> Self {
+        let partitions = (0..n).map(|n| Partition { number: PartitionNumber(n), source: format!("pointsman:events:{n}") }).collect();
+        Self { partitions, failure: None, lag: 0, findings: Vec::new(), shared: Arc::default() }
+    }
+
+    pub(crate) fn failing(failure: fn() -> Error) -> Self {
+        Self { failure: Some(failure), ..Self::default() }
+    }
+
+    pub(super) fn with_lag(self, lag: u64) -> Self {
+        Self { lag, ..self }
+    }
+
+    pub(crate) fn with_findings(self, findings: Vec<Finding>) -> Self {
+        Self { findings, ..self }
+    }
+
+    pub(super) fn appended(&self) -> Vec<(PartitionNumber, Fields)> {
+        self.shared.lock().unwrap().appended.clone()
+    }
+
+    pub(super) fn bury(&self, partition: PartitionNumber, id: EntryId, fields: Fields) {
+        let why = DeadReason { reason: "type is not UTF-8".into(), plugin: None, attempts: 1, fields };
+        self.shared.lock().unwrap().dead.push((partition, DeadLetter { id, entry: id, why }));
+    }
+
+    fn unbury(&self, partition: PartitionNumber, id: EntryId) -> bool {
+        let dead = &mut self.shared.lock().unwrap().dead;
+        let n_before = dead.len();
+        dead.retain(|(p, letter)| (*p, letter.id) != (partition, id));
+        dead.len() < n_before
+    }
+}
+
+fn unused<T>() -> Result<T> {
+    Err(Error::Refused("no route asks this of a broker".into()))
+}
+
+#[async_trait]
+impl Broker for FakeBroker {
+    fn partitions(&self) -> &[Partition] {
+        &self.partitions
+    }
+
+    async fn check(&self) -> Result<Vec<Finding>> {
+        self.failure.map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
+    }
+
+    async fn append(&self, partition: PartitionNumber, entries: Vec<Fields>) -> Result<Vec<EntryId>> {
+        if let Some(failure) = self.failure {
+            return Err(failure());
+        }
+        let appended = &mut self.shared.lock().unwrap().appended;
+        let ids = entries.into_iter().map(|fields| {
+            appended.push((partition, fields));
+            EntryId { ms: 1_700_000_000_000, seq: appended.len() as u64 }
+        });
+        Ok(ids.collect())
+    }
+
+    async fn read(&self, _: PartitionNumber, _: EntryId, _: usize, _: Duration) -> Result<Vec<Entry>> {
+        unused()
+    }
+
+    async fn head(&self, _: PartitionNumber) -> Result<Head> {
+        unused()
+    }
+
+    async fn commit(&self, _: PartitionNumber, _: Batch) -> Result<Committed> {
+        unused()
+    }
+
+    async fn commit_slice(&self, _: PartitionNumber, _: Slice) -> Result<Committed> {
+        unused()
+    }
+
+    async fn tick(&self, _: PartitionNumber) -> Result<()> {
+        unused()
+    }
+
+    async fn lease(&self, _: PartitionNumber, _: &str, _: Duration) -> Result<Lease> {
+        unused()
+    }
+
+    async fn release(&self, _: PartitionNumber, _: &str) -> Result<()> {
+        unused()
+    }
+
+    async fn take_over(&self, _: PartitionNumber) -> Result<u32> {
+        unused()
+    }
+
+    async fn note_attempt(&self, _: PartitionNumber, _: EntryId) -> Result<u32> {
+        unused()
+    }
+
+    async fn page(&self, _: PartitionNumber, _: &Target, _: NotificationId, _: usize) -> Result<Page> {
+        unused()
+    }
+
+    async fn records(&self, _: PartitionNumber, _: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
+        unused()
+    }
+
+    async fn feed(&self) -> Result<Feed> {
+        unused()
+    }
+
+    async fn recipient(&self, user: &Name) -> Result<Recipient> {
+        Ok(self.shared.lock().unwrap().recipients.get(user).cloned().unwrap_or_default())
+    }
+
+    async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
+        let mut shared = self.shared.lock().unwrap();
+        let recipient = shared.recipients.entry(user.clone()).or_default();
+        match change {
+            RecipientChange::Join { group } => {
+                recipient.groups.insert(group, BTreeMap::from([(PartitionNumber(0), Span::default())]));
+            }
+            RecipientChange::Leave { group } => {
+                let left = Span { joined: NotificationId(0), left: Some(NotificationId(1)) };
+                recipient.groups.insert(group, BTreeMap::from([(PartitionNumber(0), left)]));
+            }
+            RecipientChange::Attributes(attributes) => recipient.attributes = attributes,
+        }
+        Ok(())
+    }
+
+    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+        let shared = self.shared.lock().unwrap();
+        let here = shared.dead.iter().filter(|(p, letter)| *p == partition && letter.id > after);
+        Ok(here.map(|(_, letter)| letter.clone()).take(limit).collect())
+    }
+
+    async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
+        Ok(self.unbury(partition, id))
+    }
+
+    async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
+        Ok(self.unbury(partition, id))
+    }
+
+    async fn decisions(&self, _: PartitionNumber, _: usize) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+        unused()
+    }
+
+    async fn state(&self, _: PartitionNumber) -> Result<PartitionState> {
+        Ok(PartitionState { lag: self.lag, ..PartitionState::default() })
+    }
+}
+
+/// A node's routes, called without a socket.
+pub(super) struct Site {
+    pub(super) state: Arc<State>,
+    pub(super) broker: FakeBroker,
+}
+
+impl Site {
+    pub(super) fn dev(broker: FakeBroker) -> Self {
+        Self::new(broker, auth::Config { dev: true, ..auth::Config::default() })
+    }
+
+    pub(super) fn new(broker: FakeBroker, auth: auth::Config) -> Self {
+        let site = Self { state: Self::state(&auth), broker };
+        let broker: Arc<dyn Broker> = Arc::new(site.broker.clone());
+        let hub = Hub::start(Arc::clone(&broker), Metrics::default());
+        site.state.set_broker(broker, hub);
+        site
+    }
+
+    pub(super) fn without_broker() -> Self {
+        Self { state: Self::state(&auth::Config { dev: true, ..auth::Config::default() }), broker: FakeBroker::default() }
+    }
+
+    fn state(auth: &auth::Config) -> Arc<State> {
+        let origins = Origins::new(&["https://shop.example".to_owned()], auth.dev).unwrap();
+        let auth = Auth::new(auth, &[]).unwrap();
+        Arc::new(State::new(
+            auth,
+            origins,
+            Limits::default(),
+            Retention::default(),
+            Readiness::default(),
+            Metrics::default(),
+            Pulse::start(sse::Config::default(), Metrics::default()),
+        ))
+    }
+
+    /// One request to the routes for applications; the body of the answer as JSON, `null` where it is none.
+    pub(super) async fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> (StatusCode, HeaderMap, serde_json::Value) {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::from(body.to_owned())).unwrap();
+        let (parts, body) = routes(Arc::clone(&self.state)).oneshot(request).await.unwrap().into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        (parts.status, parts.headers, serde_json::from_slice(&body).unwrap_or_default())
+    }
+
+    /// A GET to the routes for operators.
+    pub(super) async fn admin(&self, path: &str) -> (StatusCode, String) {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let (parts, body) = admin_routes(Arc::clone(&self.state)).oneshot(request).await.unwrap().into_parts();
+        (parts.status, String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap())
+    }
+}

@@ -1,0 +1,148 @@
+//! `GET /v1/stream`: a user's notifications as Server-Sent Events.
+//!
+//! Where it begins is asked of the header `Last-Event-ID`, or else of the query as `last_event_id`, `lastEventId` or `evs_last_event_id`
+//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. Without any, it is `latest`.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State as Shared};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use crate::event::{Name, Priority};
+use crate::server::Connection;
+use crate::sse;
+use crate::subscription::cursor::{Cursor, Unreadable};
+use crate::subscription::replay::now_ms;
+use crate::subscription::{Filter, Start};
+
+use super::{ApiError, Query, State};
+
+/// What both ways of reading notifications take.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Selection {
+    /// Event types, comma-separated, exact or ending in `*`.
+    types: Option<String>,
+    min_priority: Option<String>,
+}
+
+impl Selection {
+    pub(super) fn filter(&self) -> Result<Filter, ApiError> {
+        let types = self.types.iter().flat_map(|types| types.split(',')).map(str::trim).filter(|one| !one.is_empty());
+        let min_priority = self.min_priority.as_deref().map(str::parse::<Priority>).transpose();
+        let min_priority = min_priority.map_err(|e| ApiError::bad_request(e.of("min_priority").to_string()))?;
+        Ok(Filter { types: types.map(str::to_owned).collect(), min_priority })
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Resume {
+    last_event_id: Option<String>,
+    #[serde(rename = "lastEventId")]
+    last_event_id_camel: Option<String>,
+    evs_last_event_id: Option<String>,
+}
+
+/// Opens a stream.
+///
+/// # Errors
+/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold; everything else that stands in the way is told in
+/// band with 200, because an `EventSource` never comes back after another status.
+pub(super) async fn open(
+    Shared(state): Shared<Arc<State>>,
+    Query(selection): Query<Selection>,
+    Query(resume): Query<Resume>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (parts, _) = request.into_parts();
+    let identity = state.auth().stream_identity(&parts)?;
+    let filter = selection.filter()?;
+    let retry_ms = state.pulse().config().retry_ms;
+    let connection = parts.extensions.get::<Arc<Connection>>().cloned();
+    if connection.as_ref().is_some_and(|connection| connection.is_surplus()) {
+        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
+    }
+    let Some(hub) = state.hub() else {
+        return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
+    };
+    let start = start(&parts, resume, &identity.user);
+    tracing::debug!(user.id = %identity.user, ?start, "stream opened");
+    let guard = hub.open(identity.user, start, filter);
+    let socket = connection.map(|connection| connection as Arc<dyn sse::Socket>);
+    let body = sse::Body::new(guard, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
+    Ok(event_stream(Body::new(body)))
+}
+
+fn event_stream(body: Body) -> Response {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+    // nginx buffers a response otherwise, and the stream stands still.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    (headers, body).into_response()
+}
+
+fn start(parts: &Parts, resume: Resume, user: &Name) -> Start {
+    let header = parts.headers.get("last-event-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let asked = header.or(resume.last_event_id).or(resume.last_event_id_camel).or(resume.evs_last_event_id);
+    asked.filter(|asked| !asked.is_empty()).map_or(Start::Latest, |asked| read_start(&asked, user))
+}
+
+/// Reads where to begin. What nobody can read begins at the latest, and the client is told that there may be a gap: refusing it would
+/// stop an `EventSource` for ever.
+pub(super) fn read_start(asked: &str, user: &Name) -> Start {
+    match asked {
+        "latest" => return Start::Latest,
+        "earliest" => return Start::Earliest,
+        _ => {}
+    }
+    if let Some(ago_ms) = duration_ms(asked) {
+        return Start::Since(now_ms().saturating_sub(ago_ms));
+    }
+    match Cursor::decode(asked, user) {
+        Ok(cursor) => Start::Cursor(cursor),
+        // Somebody else's, left in the browser by who was logged in before: it says nothing about this user.
+        Err(Unreadable::AnotherUsers) => Start::Latest,
+        Err(Unreadable::Garbled) => Start::Unknown,
+    }
+}
+
+/// `90s`, `10m`, `2h` or `7d`, in milliseconds.
+fn duration_ms(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let unit_ms: u64 = match unit {
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    // A cursor has more digits than any sensible number of days.
+    if number.len() > 9 || !number.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    number.parse::<u64>().ok()?.checked_mul(unit_ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_stream_begins() {
+        let user = Name::parse("ann").unwrap();
+        let mut cursor = String::new();
+        Cursor::default().encode(&user, &mut cursor);
+        assert_eq!(read_start("latest", &user), Start::Latest);
+        assert_eq!(read_start("earliest", &user), Start::Earliest);
+        assert!(matches!(read_start("10m", &user), Start::Since(_)));
+        assert_eq!(read_start(&cursor, &user), Start::Cursor(Cursor::default()));
+        assert_eq!(read_start(&cursor, &Name::parse("bob").unwrap()), Start::Latest);
+        for garbled in ["", "1", "m", "-1m", "99999999999m", "<script>", "\u{0}"] {
+            assert_eq!(read_start(garbled, &user), Start::Unknown, "{garbled:?}");
+        }
+    }
+}

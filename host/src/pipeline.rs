@@ -1,0 +1,350 @@
+//! The ordered chain of plugins, folded to one resolution for each event: filters until one drops, then all routers, their routes united.
+//!
+//! Plugins run on a few OS threads of their own, and no async task ever runs one: a batch is split among the threads and answered in its
+//! order. It promises an evaluation for every event, whatever plugins do: one that fails is asked once more, on a fresh instance, and then
+//! its policy decides. What happens to an evaluation is `ingest`'s business; what a plugin is, `plugin`'s.
+
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::broker::Verdict;
+use crate::event::{Event, Name, Plan, Priority, Value};
+use crate::metrics::{Metrics, PluginCallLabel, PluginLabel};
+use crate::plugin::registry::{Chain, Generation, OnFailure, PluginState, Registry};
+use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
+
+/// An event is tried this often by a plugin that fails.
+const ATTEMPTS: u32 = 2;
+/// The most shares of batches that wait for a thread; callers beyond it wait their turn.
+const MAX_WAITING: usize = 256;
+/// Fewer events than this are not worth another thread: a hand-over costs as much as calling a plugin some times.
+const MIN_SHARE: usize = 4;
+
+/// What became of one event.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// As filters amended it; if it failed, as it was published, so that it can be tried again.
+    pub event: Event,
+    pub resolution: Resolution,
+    /// Of the plugins that were asked, and of those that were not for want of interest, in order.
+    pub verdicts: Vec<Verdict>,
+}
+
+#[derive(Clone, Debug)]
+pub enum Resolution {
+    /// With at least one route.
+    Planned(Plan),
+    Discarded {
+        plugin: String,
+        reason: String,
+    },
+    /// No router named anyone.
+    Unrouted,
+    Failed {
+        plugin: String,
+        reason: String,
+        attempts: u32,
+        /// The plugin itself asks to see the event again later. Otherwise it is to be dead-lettered.
+        retry: bool,
+    },
+}
+
+/// A handle: clones share the threads, which end with the last of them.
+#[derive(Clone, Debug)]
+pub struct Pipeline(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    registry: Arc<Registry>,
+    queue: Arc<Queue>,
+    /// Keeps [`Queue`] at its bound.
+    waiting: Arc<Semaphore>,
+    n_workers: usize,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.queue.jobs.lock().expect("no panic under this lock").is_closed = true;
+        self.queue.is_ready.notify_all();
+    }
+}
+
+impl Pipeline {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// If the system gives none.
+    pub fn start(registry: Arc<Registry>, metrics: Metrics) -> std::io::Result<Self> {
+        let queue = Arc::new(Queue::default());
+        let n_workers = Engine::n_workers();
+        let shared = Shared { registry, queue: Arc::clone(&queue), waiting: Arc::new(Semaphore::new(MAX_WAITING)), n_workers };
+        for n in 0..n_workers {
+            let mut worker = Worker {
+                engine: shared.registry.engine().clone(),
+                metrics: metrics.clone(),
+                chain: Arc::default(),
+                instances: HashMap::new(),
+            };
+            let queue = Arc::clone(&queue);
+            thread::Builder::new().name(format!("plugins-{n}")).spawn(move || worker.work(&queue))?;
+        }
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// Evaluates a batch, all of it with the same generations of plugins; answers in its order, one for each event.
+    ///
+    /// `clock_ms`: the clock that plugins are shown, in milliseconds since the Unix epoch; times to live count from it.
+    ///
+    /// Cancel-safe: events that were handed over are evaluated, and their evaluations dropped.
+    pub async fn evaluate(&self, events: Vec<Event>, clock_ms: u64) -> Vec<Evaluation> {
+        let chain = self.0.registry.chain();
+        if chain.is_empty() {
+            return events.into_iter().map(|event| Evaluation { event, resolution: Resolution::Unrouted, verdicts: Vec::new() }).collect();
+        }
+        let mut evaluations = Vec::with_capacity(events.len());
+        let share = events.len().div_ceil(self.0.n_workers).max(MIN_SHARE);
+        let mut answers = Vec::new();
+        let mut events = events.into_iter();
+        while events.len() > 0 {
+            let share: Vec<Event> = events.by_ref().take(share).collect();
+            let (answer, answered) = oneshot::channel();
+            let permit = Arc::clone(&self.0.waiting).acquire_owned().await.expect("the semaphore is never closed");
+            self.0.queue.push(Job { chain: Arc::clone(&chain), events: share, clock_ms, answer, _permit: permit });
+            answers.push(answered);
+        }
+        for answer in answers {
+            evaluations.extend(answer.await.expect("a worker outlives its panics and answers every job"));
+        }
+        evaluations
+    }
+
+    /// Whether there is a plugin at work. Without one, every event is unrouted.
+    pub fn has_plugins(&self) -> bool {
+        !self.0.registry.chain().is_empty()
+    }
+
+    /// Every plugin, and every file that should be one and is not.
+    pub fn plugins(&self) -> Vec<PluginState> {
+        self.0.registry.states()
+    }
+}
+
+/// A share of a batch.
+#[derive(Debug)]
+struct Job {
+    chain: Arc<Chain>,
+    events: Vec<Event>,
+    clock_ms: u64,
+    answer: oneshot::Sender<Vec<Evaluation>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Where the threads take their jobs: whoever is free takes the next, so that nobody waits behind a plugin that loops.
+#[derive(Debug, Default)]
+struct Queue {
+    jobs: Mutex<Jobs>,
+    is_ready: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Jobs {
+    waiting: VecDeque<Job>,
+    is_closed: bool,
+}
+
+impl Queue {
+    fn push(&self, job: Job) {
+        self.jobs.lock().expect("no panic under this lock").waiting.push_back(job);
+        self.is_ready.notify_one();
+    }
+
+    /// `None`: there will be no more.
+    fn pop(&self) -> Option<Job> {
+        let mut jobs = self.jobs.lock().expect("no panic under this lock");
+        loop {
+            if let Some(job) = jobs.waiting.pop_front() {
+                return Some(job);
+            }
+            if jobs.is_closed {
+                return None;
+            }
+            jobs = self.is_ready.wait(jobs).expect("no panic under this lock");
+        }
+    }
+}
+
+/// One thread with its instances.
+struct Worker {
+    engine: Engine,
+    metrics: Metrics,
+    /// The chain of the last job.
+    chain: Arc<Chain>,
+    /// By name and generation. An instance that is in a call is not here.
+    instances: HashMap<(Name, u64), Instance>,
+}
+
+impl Worker {
+    fn work(&mut self, queue: &Queue) {
+        while let Some(Job { chain, events, clock_ms, answer, _permit }) = queue.pop() {
+            if !Arc::ptr_eq(&self.chain, &chain) {
+                self.instances.retain(|(name, number), _| chain.has(name, *number));
+                self.chain = Arc::clone(&chain);
+            }
+            let ticking = self.engine.ticking();
+            let evaluations = events.into_iter().map(|event| self.evaluate(&chain, event, clock_ms, &ticking)).collect();
+            // Nobody listens if the caller was cancelled.
+            drop(answer.send(evaluations));
+        }
+    }
+
+    /// Survives a panic of the host in whatever a plugin provoked: the event fails, and the instances start afresh.
+    fn evaluate(&mut self, chain: &Chain, mut event: Event, clock_ms: u64, ticking: &Ticking) -> Evaluation {
+        let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
+        let folded = catch_unwind(AssertUnwindSafe(|| self.fold(chain, &mut event, &mut verdicts, clock_ms, ticking)));
+        let resolution = folded.unwrap_or_else(|panic| {
+            self.instances.clear();
+            let said = said(panic.as_ref());
+            tracing::error!(event.id = event.id.as_str(), "the host panicked as it evaluated an event: {said}");
+            Resolution::Failed { plugin: String::new(), reason: format!("the host panicked: {said}"), attempts: 1, retry: false }
+        });
+        Evaluation { event, resolution, verdicts }
+    }
+
+    fn fold(&mut self, chain: &Chain, event: &mut Event, verdicts: &mut Vec<Verdict>, clock_ms: u64, ticking: &Ticking) -> Resolution {
+        let payload = ParsedPayload::default();
+        let mut priority = published_priority(event);
+        let mut amended: Option<Event> = None;
+        let mut dropped = None;
+        for generation in &chain.filters {
+            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
+            match self.ask(generation, Role::Filter, &call, verdicts, ticking) {
+                Asked::Answered(Answer::Amend(answer)) => {
+                    priority = answer.priority.unwrap_or(priority);
+                    amended = Some(answer.event);
+                }
+                Asked::Answered(Answer::Drop(reason)) => {
+                    dropped = Some(Resolution::Discarded { plugin: generation.plugin.name().to_string(), reason });
+                    break;
+                }
+                Asked::Answered(Answer::Keep | Answer::Routes(_)) | Asked::Passed => {}
+                Asked::Over(resolution) => return resolution,
+            }
+        }
+        let mut plan = Plan::default();
+        let routers = if dropped.is_none() { chain.routers.as_slice() } else { &[] };
+        for generation in routers {
+            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
+            match self.ask(generation, Role::Router, &call, verdicts, ticking) {
+                Asked::Answered(Answer::Routes(answered)) => plan.routes.extend(answered.routes),
+                Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_)) | Asked::Passed => {}
+                Asked::Over(resolution) => return resolution,
+            }
+        }
+        if let Some(amended) = amended {
+            *event = amended;
+        }
+        match dropped {
+            Some(discarded) => discarded,
+            None if plan.routes.is_empty() => Resolution::Unrouted,
+            None => Resolution::Planned(plan),
+        }
+    }
+
+    /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
+    fn ask(&mut self, generation: &Generation, role: Role, call: &Call<'_>, verdicts: &mut Vec<Verdict>, ticking: &Ticking) -> Asked {
+        let plugin = &generation.plugin;
+        let mut note = |verdict: &str, reason: &str| {
+            let (plugin, verdict, reason) = (plugin.name().to_string(), verdict.to_owned(), reason.to_owned());
+            verdicts.push(Verdict { plugin, generation: generation.number, verdict, reason });
+        };
+        if !plugin.wants(&call.event.kind) {
+            note("skipped", "");
+            return Asked::Passed;
+        }
+        let mut attempts = 0;
+        let error = loop {
+            attempts += 1;
+            match self.call(generation, role, call, ticking) {
+                Ok(answer) => {
+                    match &answer {
+                        Answer::Keep => note("keep", ""),
+                        Answer::Drop(reason) => note("drop", reason),
+                        Answer::Amend(_) => note("amend", ""),
+                        Answer::Routes(plan) if plan.routes.is_empty() => note("none", ""),
+                        Answer::Routes(_) => note("routes", ""),
+                    }
+                    return Asked::Answered(answer);
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        plugin.name = plugin.name().as_str(),
+                        event.id = call.event.id.as_str(),
+                        attempt = attempts,
+                        kind = error.kind(),
+                        "plugin failed: {error}"
+                    );
+                    let is_verdict = matches!(error, CallError::Rejected(_) | CallError::Retry(_));
+                    if is_verdict || attempts == ATTEMPTS {
+                        break error;
+                    }
+                }
+            }
+        };
+        let reason = error.to_string();
+        note("failed", &reason);
+        let plugin = plugin.name().to_string();
+        match (&error, generation.on_failure) {
+            // What a plugin says of an event is its verdict; the policy is for plugins that do not work.
+            (CallError::Rejected(_), _) | (CallError::Retry(_), _) | (_, OnFailure::DeadLetter) => {
+                Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: matches!(error, CallError::Retry(_)) })
+            }
+            (_, OnFailure::Skip) => Asked::Passed,
+            (_, OnFailure::Drop) => Asked::Over(Resolution::Discarded { plugin, reason: format!("the plugin failed: {reason}") }),
+        }
+    }
+
+    fn call(&mut self, generation: &Generation, role: Role, call: &Call<'_>, ticking: &Ticking) -> Result<Answer, CallError> {
+        let plugin = &generation.plugin;
+        let key = (plugin.name().clone(), generation.number);
+        // Taken out for the call: should the host panic in it, the instance is gone with its stack.
+        let mut slot = self.instances.remove(&key);
+        let began = Instant::now();
+        let answer = plugin.call(&mut slot, ticking, role, call);
+        let label = PluginLabel { plugin: plugin.name().to_string() };
+        self.metrics.plugin_call_duration.get_or_create(&label).observe(began.elapsed().as_secs_f64());
+        let outcome = answer.as_ref().map_or_else(CallError::kind, |_| "ok");
+        self.metrics.plugin_calls.get_or_create(&PluginCallLabel { plugin: label.plugin, outcome }).inc();
+        if let Some(instance) = slot {
+            self.instances.insert(key, instance);
+        }
+        answer
+    }
+}
+
+/// What asking one plugin led to.
+enum Asked {
+    Answered(Answer),
+    /// It has no say in this event.
+    Passed,
+    /// No other plugin is asked.
+    Over(Resolution),
+}
+
+/// The attribute `priority`, if it is one; a router that minds a bad one rejects the event.
+fn published_priority(event: &Event) -> Priority {
+    match event.attribute("priority") {
+        Some(Value::Text(text)) => text.parse().unwrap_or_default(),
+        _ => Priority::default(),
+    }
+}
+
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no text)")
+}

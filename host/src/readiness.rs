@@ -1,0 +1,126 @@
+//! Whether this node is fit for traffic, as a list of named reasons that any part may set and clear.
+//!
+//! A *reason* turns the node unready; a *warning* is only shown. Both are one line with the fix in it. Served by `http::health`; nothing here
+//! decides what an unready node does, and nothing stops because of it: open streams are kept.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A cheap handle: clones share the reasons.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness {
+    /// By name. A std lock, held for a map operation and never across an await: set on failures, read by a probe.
+    reasons: Arc<Mutex<BTreeMap<String, Reason>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Reason {
+    text: String,
+    is_warning: bool,
+    /// When it is no longer true unless it is said again.
+    until: Option<Instant>,
+}
+
+impl Reason {
+    fn holds(&self) -> bool {
+        self.until.is_none_or(|until| Instant::now() < until)
+    }
+}
+
+/// The state at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    pub is_ready: bool,
+    /// One line a reason or warning, `name: text`, reasons first.
+    pub lines: Vec<String>,
+}
+
+impl Readiness {
+    /// As [`Readiness::set`], of what is still to come at the start: nothing to log, as nothing went wrong.
+    pub fn expect(&self, name: &str, text: &str) {
+        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false, until: None });
+    }
+
+    /// Turns the node unready for the reason `name`, until [`Readiness::clear`]. Logged when it is new or reads differently.
+    pub fn set(&self, name: &str, text: impl Into<String>) {
+        self.put(name, text.into(), false, None);
+    }
+
+    /// As [`Readiness::set`], of what is only seen when it happens: it holds for so long, and on while it is said again.
+    pub fn set_for(&self, name: &str, text: impl Into<String>, long: Duration) {
+        self.put(name, text.into(), false, Some(Instant::now() + long));
+    }
+
+    /// Shows a line; the node stays ready.
+    pub fn warn(&self, name: &str, text: impl Into<String>) {
+        self.put(name, text.into(), true, None);
+    }
+
+    fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
+        // A line break would forge a second reason on the page.
+        let reason = Reason { text: text.replace(['\n', '\r'], " "), is_warning, until };
+        let before = self.lock().insert(name.to_owned(), reason.clone());
+        if before.is_some_and(|before| before.holds() && before.text == reason.text && before.is_warning == is_warning) {
+            return;
+        }
+        match is_warning {
+            false => tracing::error!(reason = name, "not ready: {}", reason.text),
+            true => tracing::warn!(reason = name, "{}", reason.text),
+        }
+    }
+
+    /// Takes a reason or warning back; nothing if it is not set.
+    pub fn clear(&self, name: &str) {
+        if let Some(reason) = self.lock().remove(name) {
+            tracing::info!(reason = name, "no longer: {}", reason.text);
+        }
+    }
+
+    /// Takes back every reason and warning whose name begins with `prefix`, unless `is_kept`.
+    pub fn retain(&self, prefix: &str, is_kept: impl Fn(&str) -> bool) {
+        let names: Vec<String> = self.lock().keys().filter(|name| name.starts_with(prefix) && !is_kept(name)).cloned().collect();
+        for name in names {
+            self.clear(&name);
+        }
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.lock().values().all(|reason| reason.is_warning || !reason.holds())
+    }
+
+    pub fn report(&self) -> Report {
+        let reasons = self.lock();
+        let lines = |is_warning| reasons.iter().filter(move |(_, r)| r.is_warning == is_warning && r.holds());
+        let red: Vec<String> = lines(false).map(|(name, r)| format!("{name}: {}", r.text)).collect();
+        let yellow = lines(true).map(|(name, r)| format!("warning: {name}: {}", r.text));
+        Report { is_ready: red.is_empty(), lines: red.iter().cloned().chain(yellow).collect() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Reason>> {
+        // A map operation does not panic half-way, so a poisoned lock still holds a whole map.
+        self.reasons.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_turn_it_red_and_warnings_do_not() {
+        let readiness = Readiness::default();
+        readiness.warn("redis.aof", "no append-only file; set appendonly yes");
+        assert!(readiness.is_ready());
+        readiness.set("broker", "away:\nconnection refused");
+        let report = readiness.report();
+        assert!(!report.is_ready);
+        assert_eq!(report.lines, ["broker: away: connection refused", "warning: redis.aof: no append-only file; set appendonly yes"]);
+        readiness.retain("broker", |_| false);
+        assert!(readiness.is_ready());
+        readiness.set_for("publishing", "full", Duration::from_secs(3600));
+        assert!(!readiness.is_ready());
+        readiness.set_for("publishing", "full", Duration::ZERO);
+        assert!(readiness.is_ready());
+    }
+}

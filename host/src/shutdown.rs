@@ -1,0 +1,128 @@
+//! How a node stops: one handle, cloned into every part. It says *begin* (finish what you have, take nothing new) and *skip* (leave now).
+//!
+//! It promises that a first signal begins, a second skips, and that [`Shutdown::finish`] waits for every task spawned here, but no longer
+//! than it is told. The order in which parts stop is `lib.rs`'s; how a stream says good-bye is `sse`'s.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// A cheap handle: clones are the same shutdown.
+#[derive(Clone, Debug, Default)]
+pub struct Shutdown {
+    begin: CancellationToken,
+    skip: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Shutdown {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Begins on SIGTERM or SIGINT, and skips on the next of either.
+    ///
+    /// # Errors
+    /// The signals cannot be listened to.
+    pub fn on_signals(&self) -> std::io::Result<()> {
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let shutdown = self.clone();
+        // Not one of the tracked tasks: it waits for as long as the process lives.
+        tokio::spawn(async move {
+            for step in [Self::begin, Self::skip] {
+                tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+                step(&shutdown);
+            }
+        });
+        Ok(())
+    }
+
+    /// Asks every part to finish.
+    pub fn begin(&self) {
+        if !self.begin.is_cancelled() {
+            tracing::info!("shutting down; a second signal leaves at once");
+        }
+        self.begin.cancel();
+    }
+
+    /// Asks every part to leave at once.
+    pub fn skip(&self) {
+        self.begin.cancel();
+        self.skip.cancel();
+    }
+
+    pub fn has_begun(&self) -> bool {
+        self.begin.is_cancelled()
+    }
+
+    /// Returns when the shutdown begins. Cancel-safe.
+    pub async fn begun(&self) {
+        self.begin.cancelled().await;
+    }
+
+    /// Returns when the rest is to be skipped. Cancel-safe.
+    pub async fn skipped(&self) {
+        self.skip.cancelled().await;
+    }
+
+    /// A token that is cancelled as the shutdown begins, for parts that want no more of it than that.
+    pub fn token(&self) -> CancellationToken {
+        self.begin.child_token()
+    }
+
+    /// Starts a task that [`Shutdown::finish`] waits for.
+    pub fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.tasks.spawn(task)
+    }
+
+    /// Waits until every task has ended, for at most `grace`, or until skipped. `true`: all ended by themselves.
+    pub async fn finish(&self, grace: Duration) -> bool {
+        self.tasks.close();
+        tokio::select! {
+            () = self.tasks.wait() => true,
+            () = tokio::time::sleep(grace) => false,
+            () = self.skipped() => self.tasks.is_empty(),
+        }
+    }
+
+    /// After a skip: waits until every task has seen it, for at most `limit`.
+    pub async fn finish_cut(&self, limit: Duration) {
+        if tokio::time::timeout(limit, self.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tasks.len(), "left with tasks that did not end");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_waits_for_tasks_and_not_for_longer_than_told() {
+        let shutdown = Shutdown::new();
+        let begun = shutdown.clone();
+        shutdown.spawn(async move { begun.begun().await });
+        shutdown.begin();
+        assert!(shutdown.finish(Duration::from_secs(10)).await);
+
+        shutdown.spawn(std::future::pending::<()>());
+        assert!(!shutdown.finish(Duration::from_millis(1)).await);
+    }
+
+    #[tokio::test]
+    async fn a_skip_does_not_wait_for_the_grace_period() {
+        let shutdown = Shutdown::new();
+        shutdown.spawn(std::future::pending::<()>());
+        shutdown.skip();
+        assert!(shutdown.has_begun());
+        assert!(!shutdown.finish(Duration::from_secs(3600)).await);
+    }
+}

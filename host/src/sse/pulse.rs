@@ -1,0 +1,175 @@
+//! One timer for all streams: heartbeats, ends, cursors without a notification, sockets that do not move. A wheel of seconds; a stream
+//! costs one entry and no timer of its own.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use crate::metrics::{Metrics, ReasonLabel};
+use crate::subscription::replay::now_ms;
+
+use super::{Config, End, Signals, spread_retry};
+
+/// Seconds around the wheel; a stream is looked at no later than this.
+const SLOTS: usize = 64;
+
+/// A cheap handle.
+#[derive(Clone)]
+pub struct Pulse(Arc<Shared>);
+
+struct Shared {
+    config: Config,
+    metrics: Metrics,
+    wheel: Mutex<Wheel>,
+}
+
+struct Wheel {
+    now: usize,
+    slots: Vec<Vec<Entry>>,
+}
+
+struct Entry {
+    signals: Weak<Signals>,
+    end: Option<(u64, End)>,
+    next_heartbeat_ms: u64,
+    next_cursor_ms: u64,
+}
+
+impl std::fmt::Debug for Pulse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pulse").field("config", &self.0.config).finish_non_exhaustive()
+    }
+}
+
+impl Pulse {
+    /// Starts the timer. It ends with the runtime.
+    pub fn start(config: Config, metrics: Metrics) -> Self {
+        let slots = (0..SLOTS).map(|_| Vec::new()).collect();
+        let wheel = Mutex::new(Wheel { now: 0, slots });
+        let pulse = Self(Arc::new(Shared { config, metrics, wheel }));
+        let weak = Arc::downgrade(&pulse.0);
+        tokio::spawn(async move {
+            let mut seconds = tokio::time::interval(Duration::from_secs(1));
+            seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                seconds.tick().await;
+                let Some(shared) = weak.upgrade() else { return };
+                shared.turn();
+            }
+        });
+        pulse
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    /// What a client is told to wait before it comes back, in milliseconds; another number for each.
+    pub(super) fn retry_ms(&self) -> u64 {
+        spread_retry(self.0.config.retry_ms)
+    }
+
+    pub(super) fn watch(&self, signals: &Arc<Signals>, expires_ms: Option<u64>) {
+        let config = &self.0.config;
+        let now = now_ms();
+        let age = (config.max_age_s > 0).then(|| (now + spread(config.max_age_s * 1000, 0.8, 1.0), End::Age));
+        let expiry = expires_ms.map(|at| (at, End::TokenExpired));
+        let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
+        let entry = Entry {
+            signals: Arc::downgrade(signals),
+            end,
+            next_heartbeat_ms: now + self.0.heartbeat_ms(),
+            next_cursor_ms: now + config.cursor_s * 1000,
+        };
+        self.0.lock().put(entry, now);
+    }
+
+    /// Ends every stream at a random moment within `grace`.
+    pub fn drain(&self, grace: Duration) {
+        let now = now_ms();
+        let mut wheel = self.0.lock();
+        let all: Vec<Entry> = wheel.slots.iter_mut().flat_map(std::mem::take).collect();
+        for mut entry in all {
+            let at = now + spread(grace.as_millis() as u64, 0.0, 1.0);
+            entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
+            wheel.put(entry, now);
+        }
+    }
+}
+
+impl Wheel {
+    /// Into the slot of the next thing that is due.
+    fn put(&mut self, entry: Entry, now_ms: u64) {
+        let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| end.min(entry.next_heartbeat_ms));
+        let seconds = (due.saturating_sub(now_ms).div_ceil(1000) as usize).clamp(1, SLOTS - 1);
+        let slot = (self.now + seconds) % SLOTS;
+        self.slots[slot].push(entry);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Wheel> {
+        self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn heartbeat_ms(&self) -> u64 {
+        spread(self.config.heartbeat_s * 1000, 0.8, 1.2)
+    }
+
+    fn turn(&self) {
+        let now = now_ms();
+        let due = {
+            let mut wheel = self.lock();
+            wheel.now = (wheel.now + 1) % SLOTS;
+            let at = wheel.now;
+            std::mem::take(&mut wheel.slots[at])
+        };
+        let kept: Vec<Entry> = due.into_iter().filter_map(|entry| self.look(entry, now)).collect();
+        let mut wheel = self.lock();
+        for entry in kept {
+            wheel.put(entry, now);
+        }
+    }
+
+    /// Does what is due; `None` when the stream is gone.
+    fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
+        let signals = entry.signals.upgrade()?;
+        let stall = Duration::from_secs(self.config.stall_s);
+        if let Some(socket) = signals.socket.as_ref().filter(|socket| socket.stalled_for().is_some_and(|stalled| stalled >= stall)) {
+            self.closed("stalled");
+            let user = signals.guard.stream().lock().user().clone();
+            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "closing a stream whose socket does not move");
+            socket.kill();
+            return None;
+        }
+        if let Some((at, end)) = entry.end
+            && at <= now
+        {
+            *signals.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+            self.closed(end.as_str());
+            signals.wake();
+            // Looked at on, in case that the socket does not take the end either.
+            entry.end = None;
+        }
+        if entry.next_heartbeat_ms <= now {
+            signals.heartbeat.store(true, Ordering::Release);
+            entry.next_heartbeat_ms = now + self.heartbeat_ms();
+            signals.wake();
+        }
+        if entry.next_cursor_ms <= now {
+            signals.cursor.store(true, Ordering::Release);
+            entry.next_cursor_ms = now + self.config.cursor_s * 1000;
+            signals.wake();
+        }
+        Some(entry)
+    }
+
+    fn closed(&self, reason: &'static str) {
+        self.metrics.streams_closed.get_or_create(&ReasonLabel { reason }).inc();
+    }
+}
+
+/// A random number between `low` and `high` times `of`.
+fn spread(of: u64, low: f64, high: f64) -> u64 {
+    (of as f64 * rand::random_range(low..=high)) as u64
+}

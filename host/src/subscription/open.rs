@@ -1,0 +1,78 @@
+//! An open stream as its three parties share it: the hub that feeds it, the replay that reads history for it, and the socket that
+//! empties it. Nobody waits for another under the lock.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+
+use futures_util::task::AtomicWaker;
+use tokio::sync::Notify;
+
+use super::Subscription;
+
+/// See the head of this file.
+#[derive(Debug)]
+pub struct OpenStream {
+    /// Unique in this process.
+    pub id: u64,
+    subscription: Mutex<Subscription>,
+    /// Wakes the socket's task.
+    writer: AtomicWaker,
+    /// Tells replays that something left the lanes, or that the stream is closed.
+    room: Notify,
+    is_closed: AtomicBool,
+}
+
+impl OpenStream {
+    pub fn new(id: u64, subscription: Subscription) -> Self {
+        let (writer, room) = (AtomicWaker::new(), Notify::new());
+        Self { id, subscription: Mutex::new(subscription), writer, room, is_closed: AtomicBool::new(false) }
+    }
+
+    /// A std mutex: held for some hundred nanoseconds, never across an `.await`. A panic under it leaves marks that only ever lag behind,
+    /// so that going on repeats at worst, and the panic has been logged.
+    pub fn lock(&self) -> MutexGuard<'_, Subscription> {
+        self.subscription.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for `waker` to be woken when there is something to write.
+    pub fn register(&self, waker: &Waker) {
+        self.writer.register(waker);
+    }
+
+    /// Wakes the socket's task.
+    pub fn wake(&self) {
+        self.writer.wake();
+    }
+
+    /// Says that something left the lanes.
+    pub fn made_room(&self) {
+        self.room.notify_waiters();
+    }
+
+    /// Waits until `is_enough` answers `Some`, asking again whenever something left the lanes. `None`: the stream is closed.
+    pub async fn when<T>(&self, mut is_enough: impl FnMut(&mut Subscription) -> Option<T>) -> Option<T> {
+        loop {
+            let mut changed = std::pin::pin!(self.room.notified());
+            // Registered before looking, or what happens in between would be missed.
+            changed.as_mut().enable();
+            if self.is_closed() {
+                return None;
+            }
+            if let Some(answer) = is_enough(&mut self.lock()) {
+                return Some(answer);
+            }
+            changed.await;
+        }
+    }
+
+    /// The socket is gone: whoever works for this stream stops.
+    pub fn close(&self) {
+        self.is_closed.store(true, Ordering::Release);
+        self.room.notify_waiters();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
+    }
+}

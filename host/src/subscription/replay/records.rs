@@ -1,0 +1,90 @@
+//! The records that a node holds in memory: parsed and rendered once for all its streams. Bounded by bytes, least recently used first out.
+//!
+//! Kept under partition, *life* and id: after a fail-over ids are issued again, for other events.
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use lru::LruCache;
+
+use crate::broker::{Broker, PartitionNumber, Result};
+use crate::event::{Life, NotificationId};
+
+use super::Record;
+
+/// Stored bytes of all records held; their parsed form takes about three times as much.
+const MAX_BYTES: usize = 16 * 1024 * 1024;
+const MAX_RECORDS: NonZeroUsize = NonZeroUsize::new(16_384).unwrap();
+
+type Key = (PartitionNumber, Life, NotificationId);
+
+/// See the head of this file.
+#[derive(Debug)]
+pub struct Records(Mutex<Held>);
+
+#[derive(Debug)]
+struct Held {
+    by_key: LruCache<Key, Arc<Record>>,
+    n_bytes: usize,
+}
+
+impl Default for Records {
+    fn default() -> Self {
+        Self(Mutex::new(Held { by_key: LruCache::new(MAX_RECORDS), n_bytes: 0 }))
+    }
+}
+
+impl Records {
+    pub fn get(&self, key: Key) -> Option<Arc<Record>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).by_key.get(&key).cloned()
+    }
+
+    /// Parses a stored record and holds it, unless it is held already. `None`: it is none, which is logged.
+    pub fn insert(&self, key: Key, stored: &Bytes) -> Option<Arc<Record>> {
+        if let Some(held) = self.get(key) {
+            return Some(held);
+        }
+        let record = match Record::parse(stored) {
+            Ok(record) => Arc::new(record),
+            Err(error) => {
+                tracing::error!(partition = key.0.0, notification.id = key.2.0, %error, "a stored record cannot be read; was it written by a newer version?");
+                return None;
+            }
+        };
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.n_bytes += record.n_bytes();
+        if let Some((_, old)) = held.by_key.push(key, Arc::clone(&record)) {
+            held.n_bytes -= old.n_bytes();
+        }
+        while held.n_bytes > MAX_BYTES
+            && let Some((_, old)) = held.by_key.pop_lru()
+        {
+            held.n_bytes -= old.n_bytes();
+        }
+        Some(record)
+    }
+
+    /// These records, from memory or from the broker, `None` where one is gone.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn read(
+        &self,
+        broker: &dyn Broker,
+        partition: PartitionNumber,
+        life: Life,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Arc<Record>>>> {
+        let mut found: Vec<_> = ids.iter().map(|&id| self.get((partition, life, id))).collect();
+        let absent: Vec<usize> = (0..ids.len()).filter(|&at| found[at].is_none()).collect();
+        if !absent.is_empty() {
+            let wanted: Vec<_> = absent.iter().map(|&at| ids[at]).collect();
+            let stored = broker.records(partition, &wanted).await?;
+            for (at, stored) in absent.into_iter().zip(stored) {
+                found[at] = stored.and_then(|stored| self.insert((partition, life, ids[at]), &stored));
+            }
+        }
+        Ok(found)
+    }
+}

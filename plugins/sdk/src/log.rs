@@ -1,0 +1,35 @@
+//! Lines for the operator. The host bounds them (1 KiB a line, 100 lines a second by default); in tests they are captured (see
+//! [`testing::logged`](crate::testing::logged)).
+
+use std::fmt::Display;
+
+#[doc(inline)]
+pub use crate::bindings::lifecycle::pointsman::plugin::log::Level;
+
+pub fn log(level: Level, message: impl Display) {
+    let message = message.to_string();
+    #[cfg(target_arch = "wasm32")]
+    crate::bindings::lifecycle::pointsman::plugin::log::log(level, &message);
+    #[cfg(not(target_arch = "wasm32"))]
+    crate::testing::capture(level, message);
+}
+
+pub fn trace(message: impl Display) {
+    log(Level::Trace, message);
+}
+
+pub fn debug(message: impl Display) {
+    log(Level::Debug, message);
+}
+
+pub fn info(message: impl Display) {
+    log(Level::Info, message);
+}
+
+pub fn warn(message: impl Display) {
+    log(Level::Warn, message);
+}
+
+pub fn error(message: impl Display) {
+    log(Level::Error, message);
+}

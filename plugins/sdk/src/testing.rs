@@ -1,0 +1,230 @@
+//! For `cargo test`, natively: events, the configuration as the host hands it over, a frozen clock, captured log lines.
+//!
+//! ```
+//! # use pointsman_plugin::{Event, Failure, Issue, NoConfig, Plugin, Route, Router, testing};
+//! # struct Owner;
+//! # impl Plugin for Owner {
+//! #     type Config = NoConfig;
+//! #     fn new(_: NoConfig) -> Result<Self, Issue> { Ok(Self) }
+//! # }
+//! # impl Router for Owner {
+//! #     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
+//! #         Ok(event.text("owner").map(Route::to_user).into_iter().collect())
+//! #     }
+//! # }
+//! let plugin: Owner = testing::configure(serde_json::json!({})).unwrap();
+//! let event = testing::event("order.shipped").attribute("owner", "42").seen_by(&plugin).unwrap();
+//! assert_eq!(plugin.resolve(&event), Ok(vec![Route::to_user("42")]));
+//! ```
+//!
+//! Limits, and what the host makes of an answer, are not tested here: the host does that with the built plugin.
+
+use std::cell::{Cell, RefCell};
+
+use crate::export::configured;
+use crate::log::Level;
+use crate::{Event, Issue, Payload, Plugin, Priority, Value};
+
+thread_local! {
+    static CLOCK_MS: Cell<u64> = const { Cell::new(1_767_225_600_000) };
+    static LINES: RefCell<Vec<(Level, String)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Makes the plugin from a configuration, as the host does.
+///
+/// # Errors
+/// What the operator would be told.
+pub fn configure<P: Plugin>(config: serde_json::Value) -> Result<P, Vec<Issue>> {
+    configured(&config.to_string())
+}
+
+/// Sets the clock of this thread; it stands at 2026-01-01T00:00:00Z until then. `ms`: milliseconds since the Unix epoch.
+pub fn freeze_clock(ms: u64) {
+    CLOCK_MS.set(ms);
+}
+
+/// Takes the lines that this thread has logged.
+pub fn logged() -> Vec<(Level, String)> {
+    LINES.take()
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) fn frozen_ms() -> u64 {
+    CLOCK_MS.get()
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) fn capture(level: Level, message: String) {
+    LINES.with_borrow_mut(|lines| lines.push((level, message)));
+}
+
+/// Begins an event of this type, with an id, a source, the time of the frozen clock, and nothing else.
+pub fn event(kind: &str) -> EventBuilder {
+    EventBuilder(Event {
+        id: "test-1".into(),
+        source: "/test".into(),
+        kind: kind.into(),
+        subject: None,
+        time_ms: CLOCK_MS.get(),
+        priority: Priority::Normal,
+        attributes: Vec::new(),
+        data: Payload::None,
+    })
+}
+
+/// An event in the making.
+#[derive(Clone, Debug)]
+pub struct EventBuilder(Event);
+
+impl EventBuilder {
+    #[must_use]
+    pub fn id(mut self, id: &str) -> Self {
+        self.0.id = id.into();
+        self
+    }
+
+    #[must_use]
+    pub fn source(mut self, source: &str) -> Self {
+        self.0.source = source.into();
+        self
+    }
+
+    #[must_use]
+    pub fn subject(mut self, subject: &str) -> Self {
+        self.0.subject = Some(subject.into());
+        self
+    }
+
+    #[must_use]
+    pub fn time_ms(mut self, ms: u64) -> Self {
+        self.0.time_ms = ms;
+        self
+    }
+
+    #[must_use]
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.0.priority = priority;
+        self
+    }
+
+    #[must_use]
+    pub fn attribute(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.0.attributes.push((name.into(), value.into()));
+        self
+    }
+
+    #[must_use]
+    pub fn json(mut self, data: &serde_json::Value) -> Self {
+        self.0.data = Payload::Json(data.to_string());
+        self
+    }
+
+    #[must_use]
+    pub fn text(mut self, data: &str) -> Self {
+        self.0.data = Payload::Text(data.into());
+        self
+    }
+
+    /// The event with everything that it has.
+    pub fn build(self) -> Event {
+        self.0
+    }
+
+    /// The event as the host would show it to this plugin: with what its [`Interest`](crate::Interest) asks for and no more; `None` if the
+    /// host would not call the plugin for it.
+    pub fn seen_by(self, plugin: &impl Plugin) -> Option<Event> {
+        let interest = plugin.interest();
+        let mut event = self.0;
+        if !interest.types.is_empty() && !interest.types.iter().any(|pattern| matches(pattern, &event.kind)) {
+            return None;
+        }
+        if !interest.attributes.iter().any(|name| name == "*") {
+            event.attributes.retain(|(name, _)| interest.attributes.contains(name));
+        }
+        if let Payload::Json(text) = &event.data
+            && !interest.fields.is_empty()
+            && let Ok(document) = serde_json::from_str::<serde_json::Value>(text)
+        {
+            for pointer in &interest.fields {
+                if let Some(value) = document.pointer(pointer).and_then(field) {
+                    event.attributes.push((pointer.clone(), value));
+                }
+            }
+        }
+        if !interest.payload {
+            event.data = Payload::None;
+        }
+        Some(event)
+    }
+}
+
+/// A field of the payload as the host hands it over.
+fn field(value: &serde_json::Value) -> Option<Value> {
+    Some(match value {
+        serde_json::Value::Null => return None,
+        serde_json::Value::Bool(b) => Value::Flag(*b),
+        serde_json::Value::Number(n) => n.as_i64().map(Value::Integer).or_else(|| n.as_f64().map(Value::Decimal))?,
+        serde_json::Value::String(text) => Value::Text(text.clone()),
+        other => Value::Text(other.to_string()),
+    })
+}
+
+/// Whether a text matches a pattern in which `*` stands for any characters.
+fn matches(pattern: &str, text: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == text,
+        Some((head, rest)) => {
+            text.strip_prefix(head).is_some_and(|tail| (0..=tail.len()).any(|at| tail.is_char_boundary(at) && matches(rest, &tail[at..])))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Interest, NoConfig, clock, log};
+
+    struct Reader;
+
+    impl Plugin for Reader {
+        type Config = NoConfig;
+        fn new(_: NoConfig) -> Result<Self, Issue> {
+            Ok(Self)
+        }
+        fn interest(&self) -> Interest {
+            Interest::in_types(["order.*", "*.paid"]).attributes(["user"]).fields(["/a/b", "/none", "/list"])
+        }
+    }
+
+    #[test]
+    fn a_plugin_sees_what_it_asks_for_and_no_more() {
+        let reader: Reader = configure(serde_json::json!({})).unwrap();
+        let seen = event("order.shipped")
+            .attribute("user", "42")
+            .attribute("secret", true)
+            .json(&serde_json::json!({"a": {"b": 7}, "none": null, "list": [1, "x"]}))
+            .seen_by(&reader)
+            .unwrap();
+        let expect = [("user", "42".into()), ("/a/b", 7.into()), ("/list", r#"[1,"x"]"#.into())]
+            .map(|(name, value): (_, Value)| (name.to_owned(), value));
+        assert_eq!(seen.attributes, expect);
+        assert_eq!(seen.data, Payload::None);
+        assert!(event("bill.paid").seen_by(&reader).is_some());
+        assert!(event("bill.sent").seen_by(&reader).is_none());
+    }
+
+    #[test]
+    fn the_operator_is_told_where_the_configuration_is_wrong() {
+        let Err(issues) = configure::<Reader>(serde_json::json!({"colour": 1})) else { panic!("an unknown name was taken") };
+        assert!(issues[0].message.contains("unknown field `colour`"), "{issues:?}");
+        assert!(!issues[0].message.contains("line"), "{issues:?}");
+    }
+
+    #[test]
+    fn clock_and_log_are_the_tests_own() {
+        freeze_clock(5);
+        log::warn(format_args!("at {}", clock::now_ms()));
+        assert_eq!(logged(), [(Level::Warn, "at 5".to_owned())]);
+        assert!(logged().is_empty());
+    }
+}

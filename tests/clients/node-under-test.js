@@ -1,0 +1,25 @@
+// The node that tests/clients.rs started, and how the tests publish to it.
+
+/** Its address, such as "127.0.0.1:8080". */
+export const address = process.env.POINTSMAN_ADDRESS;
+if (!address) throw new Error("POINTSMAN_ADDRESS is not set; these tests are run by `cargo test clients`");
+
+/** Publishes one event to a user, past any proxy. */
+export async function publish(user, id, more = {}) {
+  const event = { specversion: "1.0", id, source: "/clients", type: "client.test", user, data: { id }, ...more };
+  const answer = await fetch(`http://${address}/v1/events`, {
+    method: "POST",
+    headers: { "Content-Type": "application/cloudevents+json" },
+    body: JSON.stringify(event),
+  });
+  if (!answer.ok) throw new Error(`POST /v1/events: ${answer.status} ${await answer.text()}`);
+}
+
+/** Resolves when `ask()` is true, and rejects with `what` when it is not within the time. */
+export async function eventually(what, ask, ms = 60_000) {
+  const deadline = Date.now() + ms;
+  while (!(await ask())) {
+    if (Date.now() > deadline) throw new Error(`not within ${ms} ms: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}

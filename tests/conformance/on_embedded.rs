@@ -1,0 +1,83 @@
+//! Where the suite finds the embedded broker: in a folder of its own, and in memory.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use pointsman::broker::embedded::Embedded;
+use pointsman::broker::{Broker, Retention};
+
+use super::Store;
+
+/// The data of one installation: a folder that is removed with it, or nothing that outlives the process.
+pub(super) struct Place {
+    dir: Option<PathBuf>,
+    sources: Vec<String>,
+    running: Mutex<Option<(Retention, Arc<Embedded>)>>,
+}
+
+impl Place {
+    pub(super) fn durable() -> Self {
+        static N: AtomicU32 = AtomicU32::new(0);
+        let name = format!("pointsman-conformance-{}-{}", std::process::id(), N.fetch_add(1, Ordering::Relaxed));
+        Self::at(Some(std::env::temp_dir().join(name)))
+    }
+
+    pub(super) fn ephemeral() -> Self {
+        Self::at(None)
+    }
+
+    fn at(dir: Option<PathBuf>) -> Self {
+        Self { dir, sources: vec!["pointsman:events".into(), "pointsman:more".into()], running: Mutex::default() }
+    }
+
+    fn start(&self, retention: &Retention) -> Arc<Embedded> {
+        let opened = match &self.dir {
+            Some(dir) => Embedded::open(dir, &self.sources, retention.clone()),
+            None => Embedded::ephemeral(&self.sources, retention.clone()),
+        };
+        Arc::new(opened.expect("the store opens"))
+    }
+}
+
+#[async_trait]
+impl Store for Place {
+    async fn open(&self, retention: &Retention) -> Arc<dyn Broker> {
+        let mut running = self.running.lock().expect("no test panics here");
+        match &*running {
+            Some((same, broker)) if same == retention => Arc::clone(broker) as _,
+            _ => {
+                if let Some((_, broker)) = running.take() {
+                    broker.close();
+                }
+                let broker = self.start(retention);
+                *running = Some((retention.clone(), Arc::clone(&broker)));
+                broker
+            }
+        }
+    }
+
+    async fn reopen(&self, retention: &Retention) -> Arc<dyn Broker> {
+        if let Some((_, broker)) = self.running.lock().expect("no test panics here").take() {
+            broker.close();
+        }
+        self.open(retention).await
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let (Some(dir), Ok(running)) = (&self.dir, self.running.get_mut()) {
+            if let Some((_, broker)) = running.take() {
+                broker.close();
+            }
+            remove(dir);
+        }
+    }
+}
+
+fn remove(dir: &Path) {
+    // The folder is in the temporary one; if it cannot be removed, the system does it some day.
+    drop(std::fs::remove_dir_all(dir));
+}

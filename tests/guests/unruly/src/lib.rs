@@ -1,0 +1,141 @@
+//! A plugin for tests: does to each event what the event's type says, and little of it is good.
+
+use std::cell::Cell;
+use std::hint::black_box;
+use std::time::Duration;
+
+use pointsman_plugin::{
+    Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority, Route, Router, Target, Test, Verdict, clock,
+    export, log,
+};
+use serde_json::json;
+
+#[derive(Default, serde::Deserialize, schemars::JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+struct Config {
+    types: Vec<String>,
+    fields: Vec<String>,
+    payload: bool,
+    /// Never comes back from `configure`.
+    hang: bool,
+}
+
+struct Unruly(Config);
+
+export!(Unruly as filter and router);
+
+thread_local! {
+    /// Calls of this instance.
+    static CALLS: Cell<u32> = const { Cell::new(0) };
+}
+
+impl Plugin for Unruly {
+    type Config = Config;
+
+    fn new(config: Config) -> Result<Self, Issue> {
+        if config.hang {
+            hang();
+        }
+        Ok(Self(config))
+    }
+
+    fn interest(&self) -> Interest {
+        let types = self.0.types.iter().map(String::as_str);
+        let interest = Interest::in_types(types).attributes(["*"]).fields(self.0.fields.iter().map(String::as_str));
+        if self.0.payload { interest.payload() } else { interest }
+    }
+}
+
+impl Filter for Unruly {
+    fn evaluate(&self, event: &Event) -> Result<Verdict, Failure> {
+        let amended = |name: &str, value: &str| {
+            let attribute = Attribute { name: name.into(), value: value.into() };
+            Ok(Verdict::Amend(Amendment { priority: Some(Priority::Urgent), attributes: vec![attribute] }))
+        };
+        match event.kind.as_str() {
+            "drop" => Ok(Verdict::Drop("two\nlines\u{1b}[2J".into())),
+            "amend" => amended("seen", "yes"),
+            "amend-the-id" => amended("id", "stolen"),
+            "amend-with-a-line-feed" => amended("seen", "a\nb"),
+            "filter-rejects" => Err(Failure::Reject("never".into())),
+            _ => Ok(Verdict::Keep),
+        }
+    }
+}
+
+impl Router for Unruly {
+    fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
+        let calls = CALLS.get() + 1;
+        CALLS.set(calls);
+        let route = Route::to_user("42");
+        Ok(vec![match event.kind.as_str() {
+            "loop" => hang(),
+            "grow" => {
+                let mut hoard: Vec<Vec<u8>> = Vec::new();
+                loop {
+                    hoard.push(black_box(vec![1; 1024 * 1024]));
+                }
+            }
+            "panic" => panic!("as the type said"),
+            "recurse" => {
+                black_box(recurse(1));
+                route
+            }
+            "fresh-instances-only" if calls > 1 => panic!("call {calls} of this instance"),
+            "reject" => return Err(Failure::Reject("no such order\u{7}".into())),
+            "retry" => return Err(Failure::Retry("not now".into())),
+            "many-targets" => Route::to(vec![Target::Everyone; 10_001]),
+            "many-routes" => return Ok(vec![Route::to([]); 10_001]),
+            "large-answer" => Route { body: Some(format!("\"{}\"", "x".repeat(300 * 1024))), ..route },
+            "huge-answer" => Route { body: Some("x".repeat(4 * 1024 * 1024)), ..route },
+            "user-with-a-line-feed" => Route::to_user("4\n2"),
+            "empty-group" => Route::to_group(""),
+            "reserved-name" => route.event_name("cursor"),
+            "name-with-a-line-feed" => route.event_name("x\ndata: forged"),
+            "body-of-no-json" => Route { body: Some("{\"a\":".into()), ..route },
+            "body-of-two-lines" => Route { body: Some("{\n\"a\": \"b c\"}".into()), ..route },
+            "ttl-of-nothing" => route.ttl_ms(0),
+            "ttl-for-ever" => route.ttl_ms(u64::MAX),
+            "test-without-a-value" => route.when([Test::new("plan", Operator::Equals, [])]),
+            "test-of-a-plan" => route.when([Test::new("plan", Operator::Equals, ["pro".into()])]),
+            "nobody" => return Ok(vec![Route::to([])]),
+            "loud" => route.priority(Priority::High).ttl_ms(5_000).collapse_key("k").event_name("ping"),
+            "chatty" => {
+                for n in 0..5_000 {
+                    log::info(format_args!("line {n}\r\u{1b}[31m{}", "x".repeat(2_000)));
+                }
+                #[expect(clippy::print_stdout, reason = "that is the test")]
+                {
+                    println!("and to standard output");
+                }
+                route
+            }
+            "sleep" => {
+                std::thread::sleep(Duration::from_secs(3_600));
+                route
+            }
+            // What it sees.
+            _ => {
+                let attributes: serde_json::Map<_, _> =
+                    event.attributes.iter().map(|(name, value)| (name.clone(), value.to_string().into())).collect();
+                let seen = json!({
+                    "call": calls, "clock": clock::now_ms(), "priority": format!("{:?}", event.priority), "data": format!("{:?}", event.data),
+                    "attributes": attributes,
+                });
+                Route::to_user(event.text("user").unwrap_or("42")).body(&seen)
+            }
+        }])
+    }
+}
+
+fn hang() -> ! {
+    loop {
+        black_box(());
+    }
+}
+
+#[expect(unconditional_recursion, reason = "that is the test")]
+fn recurse(n: u64) -> u64 {
+    black_box([n; 64]);
+    recurse(black_box(n + 1)) + n
+}

@@ -1,0 +1,34 @@
+//! Plugins for tests, built once a run: the bundled ones, and `unruly`, which misbehaves on command.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The bytes of a guest built for `wasm32-unknown-unknown`, a core module.
+pub(crate) fn core_module(name: &str) -> Vec<u8> {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    read(DIR.get_or_init(|| build("wasm32-unknown-unknown")), name)
+}
+
+/// The bytes of a guest built for `wasm32-wasip2`, a component that imports WASI.
+pub(crate) fn wasi_component(name: &str) -> Vec<u8> {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    read(DIR.get_or_init(|| build("wasm32-wasip2")), name)
+}
+
+fn read(dir: &Path, name: &str) -> Vec<u8> {
+    let path = dir.join(format!("{name}.wasm"));
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Builds all guests for a target, and answers where they are. Cargo knows what is up to date, and keeps two test processes apart.
+fn build(target: &str) -> PathBuf {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository");
+    // Where this very test was built, whatever CARGO_TARGET_DIR says.
+    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
+    let status = cargo.args(["-p", "address", "-p", "discard", "-p", "unruly"]).status().expect("cargo, which built this, runs");
+    assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");
+    target_dir.join(target).join("plugin")
+}

@@ -1,0 +1,430 @@
+//! A real node for one test: the `pointsman` binary of this build in a process of its own, on ports and in a folder of its own.
+//!
+//! It can be killed, stopped, paused and started again under the same name, ports and data. What it logs is kept and shown when the test
+//! fails. When a [`Node`] that is still alive goes out of scope, the test fails if entries are left beyond the position, unless the
+//! builder was told that they may be: a test that forgets its events hides a loss.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use super::http::{self, Answer};
+use super::publish::Publisher;
+use super::sse::{Follower, Request, Stream};
+use super::{eventually, ports};
+
+/// A debug build compiles the bundled plugins within this time even while other tests hold both cores.
+const READY: Duration = Duration::from_secs(60);
+/// What should come at once comes within this time, unless something is broken.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+
+/// Entries beyond the position.
+const LAG: &str = "pointsman_source_lag_entries";
+
+/// A folder that goes away with its owner.
+#[derive(Debug)]
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        fs::create_dir_all(&path).expect("make a folder for a test");
+        Self(path)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("{} stays behind: {error}", self.0.display());
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Store {
+    Ephemeral,
+    Data,
+    Redis(String),
+}
+
+/// What to start, and how. Without further words: `--dev`, `--ephemeral`, the bundled plugins.
+#[derive(Clone, Debug)]
+pub(crate) struct Builder {
+    store: Store,
+    dev: bool,
+    plugins: Option<PathBuf>,
+    name: Option<String>,
+    config: String,
+    arguments: Vec<String>,
+    environment: Vec<(String, String)>,
+    leftovers: bool,
+    ready: bool,
+}
+
+impl Builder {
+    /// `--data`, in the test's folder.
+    pub(crate) fn data(mut self) -> Self {
+        self.store = Store::Data;
+        self
+    }
+
+    /// `--redis URL`.
+    pub(crate) fn redis(mut self, url: impl Into<String>) -> Self {
+        self.store = Store::Redis(url.into());
+        self
+    }
+
+    /// Without `--dev`: tokens and keys are asked for.
+    pub(crate) fn production(mut self) -> Self {
+        self.dev = false;
+        self
+    }
+
+    /// `--plugins DIR`, in place of the bundled ones.
+    pub(crate) fn plugins(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.plugins = Some(folder.into());
+        self
+    }
+
+    /// `--node NAME`; by default a name of its own.
+    pub(crate) fn name(mut self, name: &str) -> Self {
+        self.name = Some(name.to_owned());
+        self
+    }
+
+    /// The text of its `pointsman.toml`.
+    pub(crate) fn config(mut self, toml: &str) -> Self {
+        toml.clone_into(&mut self.config);
+        self
+    }
+
+    pub(crate) fn argument(mut self, argument: impl Into<String>) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    pub(crate) fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Entries may be left beyond the position at the end.
+    pub(crate) fn may_leave_entries(mut self) -> Self {
+        self.leftovers = true;
+        self
+    }
+
+    /// [`Builder::start`] returns as soon as the admin listener answers, ready or not.
+    pub(crate) fn may_be_unready(mut self) -> Self {
+        self.ready = false;
+        self
+    }
+
+    /// Starts it, and waits until it is ready.
+    ///
+    /// # Panics
+    /// With its log, if it ends or is not ready in time.
+    pub(crate) fn start(self) -> Node {
+        let (listen, admin) = (ports::free(), ports::free());
+        let name = self.name.clone().unwrap_or_else(|| format!("test-{}", listen.port()));
+        let mut node = Node { builder: self, folder: Folder::new(), name, listen, admin, process: None };
+        node.launch();
+        node
+    }
+
+    /// Runs it to its end, for what must not start: the exit status and what it said.
+    ///
+    /// # Panics
+    /// If it still runs after the time in which it should be ready.
+    pub(crate) fn run_to_end(self) -> Output {
+        let (listen, admin, folder) = (ports::free(), ports::free(), Folder::new());
+        let mut process =
+            self.command(&folder, "test", listen, admin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run pointsman");
+        let deadline = Instant::now() + READY;
+        while process.try_wait().expect("wait for pointsman").is_none() {
+            if Instant::now() > deadline {
+                process.kill().expect("kill pointsman");
+                panic!("it should have ended, but runs: {:?}", process.wait_with_output());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        process.wait_with_output().expect("read what pointsman said")
+    }
+
+    fn command(&self, folder: &Folder, name: &str, listen: SocketAddr, admin: SocketAddr) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
+        command.arg("serve").args(["--listen", &listen.to_string(), "--admin", &admin.to_string(), "--node", name]);
+        match &self.store {
+            Store::Ephemeral => command.arg("--ephemeral"),
+            Store::Data => command.arg("--data").arg(folder.path().join("data")),
+            Store::Redis(url) => command.args(["--redis", url]),
+        };
+        command.arg("--plugins").arg(self.plugins.clone().unwrap_or_else(super::bundled_plugins));
+        if self.dev {
+            command.arg("--dev");
+        }
+        if !self.config.is_empty() {
+            let file = folder.path().join("pointsman.toml");
+            fs::write(&file, &self.config).expect("write pointsman.toml");
+            command.arg("--config").arg(file);
+        }
+        // The environment of whoever runs the tests must not configure the node.
+        for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_")) {
+            command.env_remove(variable);
+        }
+        command.args(&self.arguments).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command.current_dir(folder.path()).stdin(Stdio::null());
+        command
+    }
+}
+
+/// See the head of this file.
+#[derive(Debug)]
+pub(crate) struct Node {
+    builder: Builder,
+    folder: Folder,
+    name: String,
+    listen: SocketAddr,
+    admin: SocketAddr,
+    process: Option<Child>,
+}
+
+impl Node {
+    pub(crate) fn builder() -> Builder {
+        Builder {
+            store: Store::Ephemeral,
+            dev: true,
+            plugins: None,
+            name: None,
+            config: String::new(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            leftovers: false,
+            ready: true,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where users and publishers connect.
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.listen
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.listen)
+    }
+
+    /// The test's folder; it goes away with the node.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.as_ref().expect("the node runs").id()
+    }
+
+    /// Everything that it has said, over all of its processes.
+    pub(crate) fn log(&self) -> String {
+        fs::read(self.folder.path().join("node.log")).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// Kills it as a crash does: SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        let mut process = self.process.take().expect("the node runs");
+        process.kill().expect("kill the node");
+        process.wait().expect("wait for the node");
+    }
+
+    /// Asks it to end in good order (SIGTERM), and waits.
+    ///
+    /// # Panics
+    /// If it takes longer.
+    pub(crate) fn terminate(&mut self, within: Duration) -> ExitStatus {
+        self.signal("TERM");
+        let mut process = self.process.take().expect("the node runs");
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(status) = process.try_wait().expect("wait for the node") {
+                return status;
+            }
+            if Instant::now() > deadline {
+                self.process = Some(process);
+                panic!("it does not end within {within:?} of SIGTERM");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Sends a signal by its name, such as `STOP` or `CONT`.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().expect("run kill");
+        assert!(sent.success(), "kill -s {name} failed");
+    }
+
+    /// Starts it again after [`Node::kill`] or [`Node::terminate`], with the same name, ports and data, and waits until it is ready.
+    ///
+    /// # Panics
+    /// As [`Builder::start`].
+    pub(crate) fn restart(&mut self) {
+        assert!(self.process.is_none(), "kill or terminate it first");
+        self.launch();
+    }
+
+    fn launch(&mut self) {
+        let log = File::options().create(true).append(true).open(self.folder.path().join("node.log")).expect("open the node's log");
+        let mut command = self.builder.command(&self.folder, &self.name, self.listen, self.admin);
+        command.stdout(log.try_clone().expect("share the log")).stderr(log);
+        self.process = Some(command.spawn().expect("run pointsman"));
+        let deadline = Instant::now() + READY;
+        loop {
+            let reply = http::send("GET", &self.admin_url("/readyz"), &[], None);
+            match &reply {
+                Ok(answer) if answer.status == 200 || !self.builder.ready => return,
+                _ => {}
+            }
+            let ended = self.process.as_mut().expect("it was just started").try_wait().expect("wait for the node");
+            assert!(ended.is_none(), "the node ended with {ended:?}");
+            assert!(Instant::now() < deadline, "the node is not ready within {READY:?}: {reply:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn admin_url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.admin)
+    }
+
+    /// Sends a request without a body to the listener of users and publishers.
+    ///
+    /// # Panics
+    /// If there is no answer.
+    pub(crate) fn request(&self, method: &str, path: &str) -> Answer {
+        http::send(method, &self.url(path), &[], None).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    /// As [`Node::request`], with headers and a body.
+    pub(crate) fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        http::send(method, &self.url(path), headers, Some(body)).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    /// `GET` from the admin listener: `/healthz`, `/readyz`, `/metrics`.
+    pub(crate) fn admin(&self, path: &str) -> Answer {
+        http::send("GET", &self.admin_url(path), &[], None).unwrap_or_else(|error| panic!("GET {path}: {error}"))
+    }
+
+    /// The sum of all series of a metric whose line begins so, such as `pointsman_events_total{outcome="committed"}`; 0 if there is none.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        sum_of_metric(&self.admin("/metrics").body, name).unwrap_or_default()
+    }
+
+    /// As [`Node::metric`], or `None` if the node does not answer or has no such series.
+    pub(crate) fn metric_if_up(&self, name: &str) -> Option<f64> {
+        let page = http::send("GET", &self.admin_url("/metrics"), &[], None).ok()?;
+        sum_of_metric(&page.body, name)
+    }
+
+    /// The memory that the process holds (resident), in KiB.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("read /proc");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+        line.trim().trim_end_matches(" kB").parse().expect("a number of KiB")
+    }
+
+    /// Makes a user a member of a group; events published afterwards reach it.
+    pub(crate) fn join(&self, group: &str, user: &str) {
+        let answer = self.request("PUT", &format!("/v1/groups/{group}/members/{user}"));
+        assert!((200..300).contains(&answer.status), "PUT of a membership: {answer:?}");
+    }
+
+    pub(crate) fn leave(&self, group: &str, user: &str) {
+        let answer = self.request("DELETE", &format!("/v1/groups/{group}/members/{user}"));
+        assert!((200..300).contains(&answer.status), "DELETE of a membership: {answer:?}");
+    }
+
+    pub(crate) fn publisher(&self) -> Publisher {
+        Publisher::new(self.listen)
+    }
+
+    /// A user's stream, open and past its first `cursor`: whatever is published from now on arrives on it.
+    pub(crate) fn stream(&self, user: &str) -> Stream {
+        let mut stream = Request::new(self.listen, &format!("user={user}")).open(SOON).expect("open a stream");
+        stream.next_state("cursor", SOON);
+        stream
+    }
+
+    /// A client of this user that comes back whenever it is cut; it has its first id already.
+    pub(crate) fn follower(&self, user: &str) -> Follower {
+        Follower::start(self.listen, &format!("user={user}")).connected(SOON)
+    }
+
+    /// Waits until nothing is left beyond the position.
+    ///
+    /// # Panics
+    /// If that takes longer.
+    pub(crate) fn settle(&self, within: Duration) {
+        eventually(within, "every entry has its outcome", || (self.metric_if_up(LAG) == Some(0.0)).then_some(()));
+    }
+}
+
+/// Adds up the values of all lines of a metrics page that begin with `name` and then end or go on with labels; `None` if there is none.
+fn sum_of_metric(page: &str, name: &str) -> Option<f64> {
+    let values = page.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let value = match rest.strip_prefix('{') {
+            Some(labels) => labels.split_once("} ")?.1,
+            None => rest.strip_prefix(' ')?,
+        };
+        value.split(' ').next()?.parse::<f64>().ok()
+    });
+    values.reduce(|sum, value| sum + value)
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let alive = self.process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)));
+        // While a test is failing anyway, its own words count.
+        let lag = (alive && !self.builder.leftovers && !std::thread::panicking()).then(|| lag_in_the_end(self));
+        if let Some(mut process) = self.process.take() {
+            // It may have ended by itself.
+            drop(process.kill());
+            drop(process.wait());
+        }
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!(
+                "--- the last of {} lines that {} logged:\n{}",
+                lines.len(),
+                self.name,
+                lines[lines.len().saturating_sub(60)..].join("\n")
+            );
+        }
+        if let Some(lag) = lag {
+            assert!(lag == Some(0.0), "entries are left beyond the position (lag {lag:?}); the node's log:\n{}", self.log());
+        }
+    }
+}
+
+/// The lag once it is 0, or after a while; `None` if the node does not answer.
+fn lag_in_the_end(node: &Node) -> Option<f64> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let lag = node.metric_if_up(LAG);
+        if lag == Some(0.0) || Instant::now() > deadline {
+            return lag;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,93 @@
+//! Publishers: `POST /v1/events`, as an application does it, and `XADD`, as a neighbour of Redis does it.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::http::{self, Answer};
+
+/// A CloudEvent of `/tests` with an id and a type, and more attributes (or `data`) from a JSON object.
+///
+/// # Panics
+/// If `more` is no object.
+pub(crate) fn event(id: &str, kind: &str, more: Value) -> Value {
+    let mut event = json!({ "specversion": "1.0", "id": id, "source": "/tests", "type": kind });
+    let members = event.as_object_mut().expect("it is an object");
+    members.extend(more.as_object().expect("more attributes as an object").clone());
+    event
+}
+
+/// Publishes by `POST /v1/events`.
+#[derive(Clone, Debug)]
+pub(crate) struct Publisher {
+    url: String,
+}
+
+impl Publisher {
+    pub(crate) fn new(addr: SocketAddr) -> Self {
+        Self { url: format!("http://{addr}/v1/events") }
+    }
+
+    /// Posts a batch once.
+    ///
+    /// # Errors
+    /// If there is no answer; what became of the batch is then unknown.
+    pub(crate) fn try_publish(&self, events: &[Value]) -> Result<Answer, ureq::Error> {
+        let body = serde_json::to_vec(events).expect("JSON");
+        http::send("POST", &self.url, &[("Content-Type", "application/cloudevents-batch+json")], Some(&body))
+    }
+
+    /// Posts a batch.
+    ///
+    /// # Panics
+    /// If one of its events is not stored.
+    pub(crate) fn publish(&self, events: &[Value]) {
+        let answer = self.try_publish(events).unwrap_or_else(|error| panic!("POST /v1/events: {error}"));
+        assert_stored(&answer, events.len());
+    }
+
+    /// Posts a batch until it is stored, as a publisher does that must not lose anything: after a lost answer, and after one that says
+    /// so (429, 5xx), the same events are sent again under the same ids. Answers how often it was sent.
+    ///
+    /// # Panics
+    /// If it is refused for good, or not stored in time.
+    pub(crate) fn publish_surely(&self, events: &[Value], within: Duration) -> u32 {
+        let deadline = Instant::now() + within;
+        for n_sent in 1.. {
+            match self.try_publish(events) {
+                Ok(answer) if (200..300).contains(&answer.status) => {
+                    assert_stored(&answer, events.len());
+                    return n_sent;
+                }
+                Ok(answer) if answer.status != 429 && answer.status < 500 => panic!("POST /v1/events: {answer:?}"),
+                failure => assert!(Instant::now() < deadline, "POST /v1/events fails for {within:?}: {failure:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        unreachable!("a u32 of attempts takes longer than any deadline");
+    }
+}
+
+/// A 2xx is not enough: an event of the batch may have been refused for good.
+fn assert_stored(answer: &Answer, n_events: usize) {
+    assert!((200..300).contains(&answer.status), "POST /v1/events: {answer:?}");
+    let receipts = answer.json();
+    let stored = receipts["events"].as_array().map(|all| all.iter().filter(|receipt| receipt["status"] == "stored").count());
+    assert_eq!(stored, Some(n_events), "POST /v1/events: {answer:?}");
+}
+
+/// Appends entries to a source by `XADD`, in one round trip, in order.
+///
+/// # Panics
+/// If Redis refuses one.
+pub(crate) fn xadd(connection: &mut redis::Connection, source: &str, entries: &[Vec<(&str, String)>]) -> Vec<String> {
+    let mut pipeline = redis::pipe();
+    for fields in entries {
+        pipeline.cmd("XADD").arg(source).arg("*");
+        for (name, value) in fields {
+            pipeline.arg(*name).arg(value);
+        }
+    }
+    pipeline.query(connection).unwrap_or_else(|error| panic!("XADD {source}: {error}"))
+}

@@ -1,0 +1,17 @@
+//! Where a test's random choices come from: printed, so that a failure can be had again with `POINTSMAN_TEST_SEED`.
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+/// The generator of one test, and its seed.
+///
+/// # Panics
+/// If `POINTSMAN_TEST_SEED` is set and no number.
+pub(crate) fn generator(test: &str) -> (StdRng, u64) {
+    let seed = match std::env::var("POINTSMAN_TEST_SEED") {
+        Ok(text) => text.parse().expect("POINTSMAN_TEST_SEED is a number"),
+        Err(_) => rand::random(),
+    };
+    eprintln!("{test}: POINTSMAN_TEST_SEED={seed}");
+    (StdRng::seed_from_u64(seed), seed)
+}

@@ -1,0 +1,161 @@
+//! What a node holds after a great many streams came and went, and what a large group costs: as much as before, and as much as a small one.
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::harness::eventually;
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::event;
+use crate::harness::redis::RedisServer;
+use crate::harness::sse::Request;
+
+/// Streams that are open at once while thousands come and go.
+const AT_ONCE: usize = 20;
+
+#[test]
+fn after_5000_connects_and_drops_streams_subscriptions_and_memory_are_back() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    // What the first streams make for good (threads' stacks, pools, caches) is there before it counts.
+    come_and_go(&node, "early", 1_000);
+    let before = Held::by(&node, &server, "early");
+    come_and_go(&node, "late", 5_000);
+    let after = Held::by(&node, &server, "late");
+    assert_eq!((after.n_channels, after.n_patterns, after.n_connections), (before.n_channels, before.n_patterns, before.n_connections));
+    let grown = after.memory_kib.saturating_sub(before.memory_kib);
+    // The allocator keeps some of what was freed; a stream that is never freed costs more than 2 KiB, and there were 5,000.
+    assert!(grown < 10 * 1024, "the node grew from {} KiB to {} KiB", before.memory_kib, after.memory_kib);
+}
+
+/// What a node without streams holds.
+struct Held {
+    n_channels: usize,
+    n_patterns: usize,
+    /// The node's connections to Redis.
+    n_connections: usize,
+    memory_kib: u64,
+}
+
+impl Held {
+    /// Waits until no stream is left open: the node hears of a lost client when it writes to it or reads its end.
+    fn by(node: &Node, server: &RedisServer, prefix: &str) -> Self {
+        eventually(SOON, "all streams are closed", || (node.metric("pointsman_streams_open") == 0.0).then_some(()));
+        let wanted = format!("*u:{prefix}-*");
+        eventually(SOON, "all subscriptions of users are gone", || {
+            let channels: Vec<String> = server.command(&format!("PUBSUB CHANNELS {wanted}"));
+            channels.is_empty().then_some(())
+        });
+        let channels: Vec<String> = server.command("PUBSUB CHANNELS");
+        let clients: String = server.command("CLIENT LIST");
+        Self {
+            n_channels: channels.len(),
+            n_patterns: server.command("PUBSUB NUMPAT"),
+            // One of them is ours, which asks.
+            n_connections: clients.lines().count() - 1,
+            memory_kib: node.memory_kib(),
+        }
+    }
+}
+
+/// Opens this many streams of as many users and drops them: some before the answer came, some after the first frame, some in mid-request.
+fn come_and_go(node: &Node, prefix: &str, n_streams: usize) {
+    let addr = node.addr();
+    std::thread::scope(|scope| {
+        for worker in 0..AT_ONCE {
+            scope.spawn(move || {
+                for n in (worker..n_streams).step_by(AT_ONCE) {
+                    let query = format!("user={prefix}-{n}");
+                    match n % 10 {
+                        0 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: x\r\n\r\n")),
+                        1 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: x\r\nLast-Ev")),
+                        _ => {
+                            let mut stream = Request::new(addr, &query).open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
+                            stream.next_state("cursor", SOON);
+                        }
+                    }
+                }
+            });
+        }
+    });
+}
+
+fn say(addr: SocketAddr, text: &str) {
+    let mut socket = TcpStream::connect(addr).expect("connect");
+    socket.write_all(text.as_bytes()).expect("write");
+}
+
+#[test]
+fn an_event_to_a_group_of_100_000_costs_the_same_redis_commands_as_to_a_group_of_1() {
+    const N_MEMBERS: usize = 100_000;
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    node.join("small", "only-one");
+    join_many(node.addr(), "large", N_MEMBERS);
+    let (small, large) =
+        (commands_of_an_event(&node, &server, "small", "only-one"), commands_of_an_event(&node, &server, "large", "member-77777"));
+    assert!(small.values().sum::<u64>() > 3, "an event costs some commands: {small:?}");
+    assert_eq!(small, large);
+}
+
+/// The commands that one event to a group with one open stream costs, by name. The least of several tries: whatever else the node does
+/// meanwhile, a tick or a lease, only ever adds to it.
+fn commands_of_an_event(node: &Node, server: &RedisServer, group: &str, listener: &str) -> BTreeMap<String, u64> {
+    let mut stream = node.stream(listener);
+    let mut least: Option<BTreeMap<String, u64>> = None;
+    for n in 0..20 {
+        node.settle(SOON);
+        let () = server.command("CONFIG RESETSTAT");
+        let id = format!("{group}-{n}");
+        node.publisher().publish(&[event(&id, "stability", json!({ "group": group }))]);
+        assert_eq!(stream.next_notification(SOON).id, id);
+        node.settle(SOON);
+        let now = command_counts(server);
+        least = Some(match least {
+            None => now,
+            Some(least) => least.into_iter().filter_map(|(name, count)| now.get(&name).map(|other| (name, count.min(*other)))).collect(),
+        });
+    }
+    least.expect("there were tries")
+}
+
+fn command_counts(server: &RedisServer) -> BTreeMap<String, u64> {
+    let info: String = server.command("INFO commandstats");
+    let lines = info.lines().filter_map(|line| {
+        let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
+        Some((name.to_owned(), rest.split_once(',')?.0.parse().ok()?))
+    });
+    // Ours, which ask.
+    lines.filter(|(name, _)| !name.starts_with("config") && !name.starts_with("info") && !name.starts_with("client")).collect()
+}
+
+/// Joins `member-0` and so on, a few hundred requests in flight on each of a few connections.
+fn join_many(addr: SocketAddr, group: &str, n_members: usize) {
+    const CONNECTIONS: usize = 4;
+    const IN_FLIGHT: usize = 250;
+    let members: Vec<usize> = (0..n_members).collect();
+    std::thread::scope(|scope| {
+        for share in members.chunks(n_members.div_ceil(CONNECTIONS)) {
+            scope.spawn(move || {
+                let mut socket = TcpStream::connect(addr).expect("connect");
+                socket.set_read_timeout(Some(Duration::from_secs(60))).expect("set a timeout");
+                for batch in share.chunks(IN_FLIGHT) {
+                    let requests = batch
+                        .iter()
+                        .map(|n| format!("PUT /v1/groups/{group}/members/member-{n} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"));
+                    socket.write_all(requests.collect::<String>().as_bytes()).expect("write");
+                    let (mut answers, mut buffer) = (String::new(), [0; 64 * 1024]);
+                    while answers.matches("\r\n\r\n").count() < batch.len() {
+                        let n = socket.read(&mut buffer).expect("an answer in time");
+                        assert!(n > 0, "the node closed the connection after {answers}");
+                        answers.push_str(&String::from_utf8_lossy(&buffer[..n]));
+                    }
+                    assert_eq!(answers.matches("HTTP/1.1 2").count(), batch.len(), "{answers}");
+                }
+            });
+        }
+    });
+}

@@ -1,0 +1,62 @@
+//! What a client sees byte by byte: the head of a response, frames, and who gets none.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::{event, xadd};
+use crate::harness::redis::RedisServer;
+use crate::harness::sse::{Request, Stop};
+
+#[test]
+fn an_entry_added_to_redis_reaches_the_stream_of_its_user_as_one_event_and_nobody_else() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    let (mut stream, mut other) = (node.stream("42"), node.stream("43"));
+    let fields = [("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7}")];
+    let [entry] = &xadd(&mut server.connection(), "pointsman:events", &[fields.map(|(name, value)| (name, value.to_owned())).to_vec()])[..]
+    else {
+        panic!("one entry, one id");
+    };
+    let notification = stream.next_notification(SOON);
+    assert_eq!(notification.name, None, "onmessage must fire");
+    assert_eq!(&notification.id, entry, "without an id of the publisher's, the entry's");
+    let said = (notification.source.as_str(), notification.kind.as_str(), notification.priority.as_str(), &notification.data);
+    assert_eq!(said, ("/shop", "order.shipped", "normal", &json!({ "order": 7 })));
+    // What comes to both afterwards is the first thing that the other sees, and the second that this one does.
+    node.publisher().publish(&[event("after", "t", json!({ "everyone": true }))]);
+    assert_eq!(stream.next_notification(SOON).id, "after");
+    assert_eq!(other.next_notification(SOON).id, "after");
+}
+
+#[test]
+fn a_stream_forbids_caches_and_buffers_and_its_data_is_one_object_on_one_line() {
+    let node = Node::builder().start();
+    let mut stream = node.stream("42");
+    let head = stream.head().to_ascii_lowercase();
+    for line in ["cache-control: no-cache, no-transform\r\n", "x-accel-buffering: no\r\n", "content-type: text/event-stream"] {
+        assert!(head.contains(line), "{line:?} is not in {head:?}");
+    }
+    node.publisher().publish(&[event("a", "t", json!({ "user": "42", "data": { "text": "two\nlines" } }))]);
+    stream.next_notification(SOON);
+    let line = stream.text().lines().rfind(|line| line.starts_with("data: {")).expect("data");
+    let data: Value = serde_json::from_str(&line["data: ".len()..]).expect("JSON on one line");
+    let mut names: Vec<&str> = data.as_object().expect("an object").keys().map(String::as_str).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["data", "id", "priority", "source", "time", "type"]);
+    assert_eq!(data["data"]["text"], "two\nlines");
+}
+
+#[test]
+fn http_1_0_gets_the_stream_without_chunks_and_its_end_with_the_connection() {
+    let mut node = Node::builder().start();
+    let mut stream = Request::new(node.addr(), "user=42").http_1_0().open(SOON).expect("open a stream");
+    assert!(!stream.head().to_ascii_lowercase().contains("transfer-encoding"), "{}", stream.head());
+    stream.next_state("cursor", SOON);
+    node.publisher().publish(&[event("a", "t", json!({ "user": "42" }))]);
+    assert_eq!(stream.next_notification(SOON).id, "a");
+    node.terminate(Duration::from_secs(60));
+    let (frames, stop) = stream.read_to_end(SOON);
+    assert!(matches!(stop, Stop::Ended), "{stop:?} after {frames:?}");
+}
