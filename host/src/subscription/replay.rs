@@ -113,9 +113,9 @@ impl History {
         follows.follow(stream, partition, logs.into_iter().map(|(target, _)| target).collect()).await;
 
         let head = self.head(partition).await?;
-        let now_ms = now_ms();
+        let begun_ms = now_ms();
         let (had, logs) = in_round(stream, partition, round, |subscription| {
-            subscription.begin(partition, &head, now_ms);
+            subscription.begin(partition, &head, begun_ms);
             (subscription.had_unknown(partition), subscription.logs(partition))
         })?;
         // A new stream's cursor may be known by now.
@@ -123,7 +123,7 @@ impl History {
         let had_records = self.read_records(partition, head.life, &had).await?;
         in_round(stream, partition, round, |subscription| {
             for (id, record) in had.iter().zip(&had_records) {
-                subscription.had_is(partition, *id, record.as_deref(), now_ms);
+                subscription.had_is(partition, *id, record.as_deref(), begun_ms);
             }
         })?;
 
