@@ -2,6 +2,7 @@
 
 mod architecture;
 mod clients;
+mod commands;
 mod conformance;
 mod durability;
 mod embedded;
