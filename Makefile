@@ -21,7 +21,8 @@ demo: plugins
 	cargo build $(LOCKED) --workspace --bin pointsman --example demo
 	$(TARGET)/debug/examples/demo
 
-test: plugins
+test:
+	rustup target add wasm32-unknown-unknown wasm32-wasip2
 	scripts/need.sh redis-server node chromium
 	cargo test $(LOCKED) --workspace
 

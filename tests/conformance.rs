@@ -90,6 +90,8 @@ macro_rules! suite {
                     a_slice_is_refused_from_another_position,
                     slice_0_finds_a_duplicate_and_ends_the_plan,
                     the_slices_of_a_plan_count_once,
+                    a_plan_of_one_slice_is_a_commit,
+                    a_plan_that_was_begun_cannot_become_a_dead_letter,
                 ];
                 feeds: [
                     notices_come_in_the_order_of_commits,
@@ -333,9 +335,14 @@ fn with_id(mut item: Item, publisher_id: u8) -> Item {
 }
 
 /// Asks until the answer is the wanted one.
+///
+/// # Panics
+/// If it is not within half a minute.
 async fn until(mut is_so: impl AsyncFnMut() -> bool) {
-    // The suite's time-out bounds this.
-    while !is_so().await {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let asking = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), asking).await.expect("it comes to be so");
 }

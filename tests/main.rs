@@ -1,5 +1,6 @@
 //! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
 
+mod architecture;
 mod clients;
 mod conformance;
 mod durability;

@@ -37,8 +37,16 @@ fn folder(files: &[(&str, &[u8])]) -> PathBuf {
     dir
 }
 
-/// A registry of these files, with the rest of the `[plugins]` section.
-fn registry(files: &[(&str, &[u8])], section: Json) -> Registry {
+/// A registry of these files, with the rest of the `[plugins]` section. Where a test sets no deadline it is not about one: it has seconds,
+/// so that a busy machine fails nothing.
+fn registry(files: &[(&str, &[u8])], mut section: Json) -> Registry {
+    for (file, _) in files.iter().filter(|(file, bytes)| file.ends_with(".wasm") && !file.starts_with('.') && !bytes.is_empty()) {
+        let name = file.trim_end_matches(".wasm").trim_start_matches(|c: char| c.is_ascii_digit() || c == '-');
+        let settings = &mut section[name];
+        if settings["deadline_ms"].is_null() {
+            settings["deadline_ms"] = json!(5_000);
+        }
+    }
     let mut config: Config = serde_json::from_value(section).unwrap();
     config.dir = Some(folder(files));
     Registry::load(engine(), &config).unwrap()
@@ -145,9 +153,9 @@ async fn the_bundled_plugins_route_and_discard() {
 
 #[tokio::test]
 async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
-    let bench = Bench::unruly(json!({"deadline_ms": 30, "memory_mib": 8}));
+    let bench = Bench::unruly(json!({"deadline_ms": 1_000, "memory_mib": 8}));
     for (kind, expect, attempts) in [
-        ("loop", "it ran longer than 30 ms (deadline_ms)", 2),
+        ("loop", "it ran longer than 1000 ms (deadline_ms)", 2),
         ("grow", "MiB of memory; 8 is the most (memory_mib)", 2),
         ("panic", "it trapped: panicked at tests/guests/unruly/src/lib.rs:", 2),
         ("panic", ": as the type said", 2),
@@ -175,7 +183,7 @@ async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
         assert!(reason.contains(expect), "{kind} gave: {reason}");
         assert!(reason.chars().all(|c| !c.is_control()), "{kind} gave: {reason:?}");
         assert_eq!((tried, retry), (attempts, false), "{kind}");
-        assert!(began.elapsed() < Duration::from_secs(5), "{kind} took {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(30), "{kind} took {:?}", began.elapsed());
         assert_eq!(bad.verdicts.last().unwrap().verdict, "failed");
         let next = bench.one(event(json!({"type": "next", "user": "7"}))).await;
         assert_eq!(targets(&next), ["u:7"], "after {kind}");
@@ -193,7 +201,7 @@ async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
 
 #[tokio::test]
 async fn one_bad_event_costs_its_batch_nothing() {
-    let bench = Bench::unruly(json!({"deadline_ms": 200}));
+    let bench = Bench::unruly(json!({}));
     let kind = |n: usize| match n {
         50 => "panic",
         51 => "user-with-a-line-feed",
@@ -215,7 +223,7 @@ async fn one_bad_event_costs_its_batch_nothing() {
 
 #[tokio::test]
 async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
-    let bench = Bench::unruly(json!({"deadline_ms": 200}));
+    let bench = Bench::unruly(json!({}));
     let given_up = bench.pipeline.evaluate((0..8).map(|_| event(json!({"type": "panic"}))).collect(), NOW_MS);
     assert!(tokio::time::timeout(Duration::from_micros(1), given_up).await.is_err());
     let batch = |from: usize| {
@@ -229,8 +237,11 @@ async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
 #[tokio::test]
 async fn a_plugin_that_fails_is_asked_once_more_on_a_fresh_instance() {
     let bench = Bench::unruly(json!({}));
-    assert_eq!(seen(&bench.of_type("t").await)["call"], 1);
-    let evaluation = bench.of_type("fresh-instances-only").await;
+    // Few events are one share, so that both meet the same thread.
+    let batch = ["t", "fresh-instances-only"].map(|kind| event(json!({ "type": kind })));
+    let mut evaluations = bench.pipeline.evaluate(batch.into(), NOW_MS).await;
+    let evaluation = evaluations.remove(1);
+    assert_eq!(seen(&evaluations[0])["call"], 1);
     assert_eq!(
         (targets(&evaluation), words(&evaluation.verdicts)),
         (vec!["u:42".to_owned()], vec![("unruly", "keep"), ("unruly", "routes")])
@@ -345,8 +356,10 @@ async fn plugins_are_asked_in_the_configured_order_else_in_that_of_their_files()
 /// WASI is there, for guests whose standard library wants it, and leads nowhere: no environment, no waiting, no clock but the call's.
 #[tokio::test]
 async fn a_wasi_component_decides_as_the_core_module_does() {
-    let wasi = Bench::new(&[("address.wasm", &wasi_component("address")), ("unruly.wasm", &wasi_component("unruly"))], json!({}));
-    let core = Bench::new(&[("address.wasm", &core_module("address")), ("unruly.wasm", &core_module("unruly"))], json!({}));
+    // An instance for each call, for `unruly` tells how many it has had.
+    let section = || json!({"unruly": {"calls_per_instance": 1}});
+    let wasi = Bench::new(&[("address.wasm", &wasi_component("address")), ("unruly.wasm", &wasi_component("unruly"))], section());
+    let core = Bench::new(&[("address.wasm", &core_module("address")), ("unruly.wasm", &core_module("unruly"))], section());
     for document in [
         json!({"type": "loud", "users": "a,b", "ttl": 5}),
         json!({"type": "t", "group": "ops", "priority": "high"}),
@@ -361,7 +374,7 @@ async fn a_wasi_component_decides_as_the_core_module_does() {
     let began = Instant::now();
     let slept = wasi.of_type("sleep").await;
     assert!(failure(&slept).0.contains("it waits (wasi:io/poll); plugins cannot"), "{slept:?}");
-    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(began.elapsed() < Duration::from_secs(30));
     assert_eq!(targets(&wasi.of_type("chatty").await), ["u:42"]);
 }
 
@@ -408,7 +421,7 @@ fn a_file_that_is_no_plugin_is_refused_with_the_reason_and_keeps_nobody_from_loa
             ),
             "does not keep the contract",
         ),
-        ("memory64", wat("(module (memory i64 1))"), "cannot be made a component"),
+        ("memory64", wat("(module (memory i64 1))"), "memory64 must be enabled"),
     ];
     let mut files: Vec<(String, &[u8])> = cases.iter().map(|(name, bytes, _)| (format!("{name}.wasm"), bytes.as_slice())).collect();
     files.push(("zz-address.wasm".into(), &address));

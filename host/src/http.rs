@@ -36,7 +36,7 @@ mod dry_run;
 mod error;
 mod events;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod health;
 mod members;
 mod notifications;

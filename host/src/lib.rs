@@ -8,7 +8,7 @@
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
-//! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
+//! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
 //!
 //! [`run`] wires them and stops them.
 
@@ -20,12 +20,12 @@ use tokio::net::TcpListener;
 
 use crate::broker::embedded::Embedded;
 use crate::broker::redis::Redis;
-use crate::broker::{Broker, Retention, Severity};
+use crate::broker::{Broker, Retention};
 use crate::config::{BrokerChoice, Config};
 use crate::http::State;
 use crate::hub::Hub;
 use crate::ingest::Ingest;
-use crate::metrics::{Metrics, SourceLabel};
+use crate::metrics::Metrics;
 use crate::pipeline::Pipeline;
 use crate::plugin::Engine;
 use crate::plugin::registry::Registry;
@@ -36,6 +36,7 @@ use crate::sse::Pulse;
 
 pub mod auth;
 pub mod broker;
+pub mod clock;
 pub mod config;
 pub mod criteria;
 pub mod event;
@@ -51,12 +52,7 @@ pub mod server;
 pub mod shutdown;
 pub mod sse;
 pub mod subscription;
-
-/// How long between two looks at the broker's health.
-const CHECK_EVERY: Duration = Duration::from_secs(2);
-
-/// The longest pause between two attempts to reach the broker.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
+mod watch;
 
 /// Connections to the admin listener: probes and scrapers are few.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
@@ -101,8 +97,8 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
     let (metrics, readiness) = (Metrics::default(), Readiness::default());
     metrics.start_time.set(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64());
-    readiness.set("broker", "not reached yet");
-    readiness.set("plugins", "being loaded");
+    readiness.expect("broker", "not reached yet");
+    readiness.expect("plugins", "being loaded");
     if auth.is_dev() {
         tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
     }
@@ -120,16 +116,24 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
-    let pipeline = start_pipeline(plugins, node.allow_no_plugins, &metrics, &readiness).await?;
-    state.set_pipeline(pipeline.clone());
-    let opened = tokio::select! {
-        opened = open(&broker, &sources, &retention, &readiness) => Some(opened?),
-        () = shutdown.begun() => None,
-    };
-    if let Some(broker) = opened {
+    // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
+    let reached = async {
+        let broker = open(&broker, &sources, &retention, &readiness).await?;
         let hub = Hub::start(Arc::clone(&broker), metrics.clone());
         state.set_broker(Arc::clone(&broker), hub.clone());
-        shutdown.spawn(watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()));
+        shutdown.spawn(watch::watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()));
+        Ok(broker)
+    };
+    let loaded = async {
+        let pipeline = start_pipeline(plugins, node.allow_no_plugins, &metrics, &readiness).await?;
+        state.set_pipeline(pipeline.clone());
+        anyhow::Ok(pipeline)
+    };
+    let started = tokio::select! {
+        started = async { tokio::try_join!(reached, loaded) } => Some(started?),
+        () = shutdown.begun() => None,
+    };
+    if let Some((broker, pipeline)) = started {
         // Without a plugin every event would be unrouted, for good: they wait in the source instead, until the operator has decided.
         if pipeline.has_plugins() || node.allow_no_plugins {
             for partition in broker.partitions() {
@@ -144,7 +148,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     // The last stream leaves time for its last bytes.
     pulse.drain(grace.mul_f64(0.8));
     if !shutdown.finish(grace).await {
-        tracing::warn!(grace_s = listen.grace_s, "not everything ended within the grace period; the rest is cut");
+        tracing::warn!(grace_s = listen.grace_s, "not everything ended by itself; the rest is cut");
         shutdown.skip();
         // What is cut ends at its next step; only a blocked thread could take longer.
         shutdown.finish_cut(Duration::from_secs(1)).await;
@@ -182,7 +186,7 @@ async fn open(choice: &BrokerChoice, sources: &[String], retention: &Retention, 
     match choice.clone() {
         BrokerChoice::Redis { url } => {
             let connect = || async { Ok(Arc::new(Redis::connect(&url, sources, retention.clone()).await?) as Arc<dyn Broker>) };
-            Ok(reach(connect, readiness).await)
+            Ok(watch::reach(connect, readiness).await)
         }
         BrokerChoice::Data(folder) => {
             // Recovers what a killed process left: not for an async thread.
@@ -191,60 +195,6 @@ async fn open(choice: &BrokerChoice, sources: &[String], retention: &Retention, 
         }
         BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(&own_sources, retention)?)),
     }
-}
-
-/// Tries `connect` until it succeeds. Cancel-safe.
-async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
-    mut connect: impl FnMut() -> F,
-    readiness: &Readiness,
-) -> Arc<dyn Broker> {
-    let mut pause = Duration::from_millis(100);
-    loop {
-        match connect().await {
-            Ok(broker) => return broker,
-            Err(error) => readiness.set("broker", error.to_string()),
-        }
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-        pause = (pause * 2).min(MAX_PAUSE);
-    }
-}
-
-/// Keeps readiness and the gauges of the sources true to the broker: red while it is away, silent or refuses, a line for each finding.
-async fn watch(broker: Arc<dyn Broker>, hub: Hub, metrics: Metrics, readiness: Readiness, shutdown: Shutdown) {
-    loop {
-        look(broker.as_ref(), &readiness).await;
-        for partition in broker.partitions() {
-            if let Ok(state) = broker.state(partition.number).await {
-                let lag = i64::try_from(state.lag).unwrap_or(i64::MAX);
-                metrics.source_lag.get_or_create(&SourceLabel { source: partition.source.clone() }).set(lag);
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(CHECK_EVERY) => {}
-            () = shutdown.begun() => return,
-        }
-        // Only now: at the first look, the first tick may be on its way.
-        match hub.silent().as_slice() {
-            [] => readiness.clear("feed"),
-            silent => readiness.set("feed", format!("{} of {} partitions are silent; streams replay when they are heard again", silent.len(), broker.partitions().len())),
-        }
-    }
-}
-
-/// One look at the broker.
-async fn look(broker: &dyn Broker, readiness: &Readiness) {
-    let findings = match broker.check().await {
-        Ok(findings) => findings,
-        Err(error) => return readiness.set("broker", error.to_string()),
-    };
-    readiness.clear("broker");
-    for (n, finding) in findings.iter().enumerate() {
-        match finding.severity {
-            Severity::Refusal => readiness.set(&format!("broker.{n}"), &finding.text),
-            Severity::Warning => readiness.warn(&format!("broker.{n}"), &finding.text),
-        }
-    }
-    readiness.retain("broker.", |name| name.strip_prefix("broker.").and_then(|n| n.parse().ok()).is_some_and(|n: usize| n < findings.len()));
 }
 
 /// What this machine calls itself.

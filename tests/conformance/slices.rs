@@ -110,3 +110,20 @@ pub(super) async fn the_slices_of_a_plan_count_once(bench: Bench) {
     // Slice 0 marked the publisher's id, and the later slices did not find themselves.
     assert_eq!(node.commit(vec![with_id(commit(after(entry()), "R", &["u:1"]), 1)]).await[0].0, Outcome::Duplicate);
 }
+
+pub(super) async fn a_plan_of_one_slice_is_a_commit(bench: Bench) {
+    let node = bench.open().await;
+    let (outcome, id) = done(&node.slice(part(0..3), 0, true).await);
+    let head = node.head().await;
+    assert_eq!((outcome, head.last, head.pending, head.position), (Outcome::Committed, id.unwrap(), None, entry().into()));
+}
+
+/// Some logs have it: whatever becomes of the rest, it is no dead letter.
+pub(super) async fn a_plan_that_was_begun_cannot_become_a_dead_letter(bench: Bench) {
+    let node = bench.open().await;
+    node.slice(part(0..1), 0, false).await;
+    let head = node.head().await;
+    let slice = Slice { life: head.life, prev: head.position, item: dead(entry(), "too often"), index: 1, is_last: true };
+    assert!(!matches!(node.broker.commit_slice(node.p, slice).await, Ok(Committed::Done(_))));
+    assert_eq!((node.head().await.pending, node.count(Outcome::DeadLettered).await), (head.pending, 0));
+}

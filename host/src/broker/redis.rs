@@ -46,17 +46,20 @@ use bytes::Bytes;
 
 use super::{
     Batch, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Item, Lease, Page, Partition,
-    PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice, Span,
+    PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
 mod check;
 mod feed;
 mod link;
+mod place;
+mod recipients;
 mod resp;
 mod scripts;
 
-use link::{Link, Readers, parse, unexpected};
+use link::{Link, unexpected};
+use place::Place;
 use scripts::Script;
 
 /// Records up to this many bytes go along with their notice, which saves the node a read.
@@ -66,8 +69,7 @@ const APPEND_ENTRIES: usize = 256;
 /// Fields of an entry that a script can hand to a command: what Lua's `unpack` takes.
 const MOST_FIELDS: usize = 3_900;
 /// Keys in one MGET.
-const RECORDS: usize = 256;
-const PARTITIONS_KEY: &str = "pointsman:partitions";
+const RECORDS: usize = 64;
 
 /// See the head of this file.
 pub struct Redis {
@@ -76,17 +78,7 @@ pub struct Redis {
     partitions: Vec<Partition>,
     /// Beside `partitions`.
     places: Vec<Place>,
-}
-
-/// What calls about one partition have in common.
-struct Place {
-    partition: Partition,
-    prefix: String,
-    meta: String,
-    channels: String,
-    /// The arguments that every script begins with; see `scripts/prelude.lua`.
-    arguments: [String; 12],
-    readers: Readers,
+    max_age_ms: u64,
 }
 
 impl std::fmt::Debug for Redis {
@@ -108,41 +100,16 @@ impl Redis {
         let client =
             client::Client::open(url).map_err(|error| Error::Refused(format!("its URL is wrong: {error}; write redis://host:port")))?;
         let link = Link::new(client.clone());
-        let prefixes = prefixes(sources)?;
+        let prefixes = place::prefixes(sources)?;
         check::version(&link).await?;
-
         let database = client.get_connection_info().redis_settings().db();
         let mut places = Vec::with_capacity(sources.len());
         for (source, prefix) in sources.iter().zip(prefixes) {
-            let meta = format!("{prefix}meta");
-            let number = give_number(&link, source, &meta).await?;
-            let channels = if database == 0 { prefix.clone() } else { format!("{database}:{prefix}") };
-            let numbers = [
-                retention.max_age_s * 1000,
-                retention.log_entries.into(),
-                retention.everyone_entries.into(),
-                retention.keep_s * 1000,
-                retention.dedupe_window_s * 1000,
-                retention.dedupe_entries.into(),
-                retention.dead_entries.into(),
-                retention.decision_entries.into(),
-                retention.backlog_entries,
-            ];
-            let mut arguments = [&prefix, &channels, &number.0.to_string()].map(Clone::clone).to_vec();
-            arguments.extend(numbers.map(|n| n.to_string()));
-            let arguments = arguments.try_into().map_err(|_| unexpected(&"another number of arguments"))?;
-            places.push(Place {
-                partition: Partition { number, source: source.clone() },
-                prefix,
-                meta,
-                channels,
-                arguments,
-                readers: Readers::default(),
-            });
+            places.push(Place::find(&link, database, source, prefix, &retention).await?);
         }
         places.sort_by_key(|place| place.partition.number);
         let partitions = places.iter().map(|place| place.partition.clone()).collect();
-        let redis = Self { client, link, partitions, places };
+        let redis = Self { client, link, partitions, places, max_age_ms: retention.max_age_s * 1000 };
         for place in &redis.places {
             redis.begin(place).await?;
         }
@@ -197,77 +164,6 @@ impl Redis {
                 Ok(Committed::Done(outcomes.collect::<Result<_>>()?))
             }
             _ => Err(unexpected(&"a commit's outcomes")),
-        }
-    }
-
-    /// The id that memberships are judged by, in each partition.
-    async fn tops(&self) -> Result<Vec<(PartitionNumber, u64)>> {
-        let mut commands = client::pipe();
-        for place in &self.places {
-            commands.cmd("HMGET").arg(&place.meta).arg("last").arg("pending");
-        }
-        let tops: Vec<(Option<u64>, Option<u64>)> = self.link.pipeline(&commands).await?;
-        Ok(self.places.iter().zip(tops).map(|(place, (last, pending))| (place.partition.number, last.max(pending).unwrap_or(0))).collect())
-    }
-}
-
-impl Place {
-    /// Says what a script mended in the source.
-    fn alarm(&self, (lost, strays): (u64, u64)) {
-        let source = &self.partition.source;
-        if lost > 0 {
-            tracing::error!(source.key = %source, lost, "somebody else removed entries from the source before they were read: do not trim it (XADD MAXLEN, XTRIM, XDEL)");
-        }
-        if strays > 0 {
-            tracing::error!(source.key = %source, strays, "the source was deleted and made again with lower ids: its entries were appended again");
-        }
-    }
-}
-
-/// Checks the keys of the sources and makes the prefix of each. A source whose keys would be another's is refused.
-fn prefixes(sources: &[String]) -> Result<Vec<String>> {
-    let mut prefixes: Vec<String> = Vec::with_capacity(sources.len());
-    for source in sources {
-        let refuse = |why: &str| Err(Error::Refused(format!("source '{}' {why}; give it another key", source.escape_debug())));
-        if source.is_empty() || source.chars().any(char::is_control) {
-            return refuse("is empty or has a control character");
-        }
-        // What Redis hashes: between the first `{` and the first `}` after it, if anything is there.
-        let tag = source.split_once('{').and_then(|(_, rest)| rest.split_once('}')).is_some_and(|(tag, _)| !tag.is_empty());
-        if !tag && source.contains('}') {
-            return refuse("has a } but no {tag}, so its keys cannot share its slot");
-        }
-        prefixes.push(if tag { format!("{source}:") } else { format!("{{{source}}}:") });
-    }
-    for (at, prefix) in prefixes.iter().enumerate() {
-        for (other, source) in sources.iter().enumerate() {
-            if source.starts_with(prefix) || (other != at && prefixes[other].starts_with(prefix)) {
-                return Err(Error::Refused(format!("sources '{}' and '{source}' would share keys; give one another key", sources[at])));
-            }
-        }
-    }
-    Ok(prefixes)
-}
-
-async fn give_number(link: &Link, source: &str, meta: &str) -> Result<PartitionNumber> {
-    let claimed: Option<String> = link.query(client::cmd("HGET").arg(meta).arg("number")).await?;
-    let answer: client::Value = link
-        .eval(&scripts::NUMBER, |command| {
-            command.arg(1).arg(PARTITIONS_KEY).arg(source).arg(claimed.as_deref().unwrap_or_default()).arg(PartitionNumber::MAX);
-        })
-        .await?;
-    match answer {
-        client::Value::Int(number) if (0..i64::from(PartitionNumber::MAX)).contains(&number) => Ok(PartitionNumber(number as u8)),
-        client::Value::Int(_) => Err(Error::Refused(format!(
-            "source '{source}' would be partition {}, and {} is the most that an installation can ever have: use fewer sources",
-            u32::from(PartitionNumber::MAX) + 1,
-            PartitionNumber::MAX
-        ))),
-        other => {
-            let other: String = parse(other)?;
-            Err(Error::Refused(format!(
-                "sources '{source}' and '{other}' have the same number in {PARTITIONS_KEY}: remove the wrong one of the two there"
-            )))
         }
     }
 }
@@ -333,35 +229,6 @@ fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
     Ok(DeadLetter { id, entry: understand(&text("entry"))?, why })
 }
 
-/// Reads a membership: the spans by partition. `None`: the member left longer ago than `max_age_ms`, so that nothing is left to see.
-fn spans(text: &str, partitions: &[Partition], now_ms: u64, max_age_ms: u64) -> Result<Option<BTreeMap<PartitionNumber, Span>>> {
-    let mut spans = BTreeMap::new();
-    let mut is_member = true;
-    for word in text.split(' ') {
-        if let Some(left_ms) = word.strip_prefix('@') {
-            is_member = false;
-            if understand::<u64>(left_ms)? < now_ms.saturating_sub(max_age_ms) {
-                return Ok(None);
-            }
-            continue;
-        }
-        let (number, ids) = word.split_once(':').ok_or_else(|| unexpected(&"a membership"))?;
-        let (joined, left) = ids.split_once('-').map_or((ids, None), |(joined, left)| (joined, Some(left)));
-        spans.insert(PartitionNumber(understand(number)?), Span { joined: id(joined)?, left: left.map(id).transpose()? });
-    }
-    if is_member {
-        for partition in partitions {
-            spans.entry(partition.number).or_default();
-        }
-    }
-    spans.retain(|number, _| partitions.iter().any(|partition| partition.number == *number));
-    Ok(Some(spans))
-}
-
-fn user_key(user: &Name) -> String {
-    format!("pointsman:user:{user}")
-}
-
 #[async_trait]
 impl Broker for Redis {
     fn partitions(&self) -> &[Partition] {
@@ -409,7 +276,7 @@ impl Broker for Redis {
             command.arg("BLOCK").arg(wait.as_millis().max(1) as u64);
         }
         command.arg("STREAMS").arg(&place.partition.source).arg(after.to_string());
-        let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> = place.readers.query(&self.client, &command, wait).await?;
+        let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> = place.readers.query(&self.link, &command, wait).await?;
         answer.into_iter().flatten().flat_map(|(_, entries)| entries).map(entry).collect()
     }
 
@@ -532,54 +399,11 @@ impl Broker for Redis {
     }
 
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
-        let mut commands = client::pipe();
-        commands.cmd("HGETALL").arg(user_key(user)).cmd("TIME");
-        let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) = self.link.pipeline(&commands).await?;
-        let mut recipient = Recipient::default();
-        let max_age_ms = self.places.first().map_or(Ok(0), |place| understand(&place.arguments[3]))?;
-        for (field, text) in fields {
-            if field == "attributes" {
-                recipient.attributes = serde_json::from_str(&text).map_err(|error| unexpected(&error))?;
-            } else if let Some(group) = field.strip_prefix("g:")
-                && let Some(spans) = spans(&text, &self.partitions, seconds * 1000, max_age_ms)?
-            {
-                recipient.groups.insert(understand_name(group)?, spans);
-            }
-        }
-        Ok(recipient)
+        recipients::read(self, user).await
     }
 
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
-        // Read before the record is written: what is committed in between falls in the time that the change takes.
-        let tops = self.tops().await?;
-        let (what, argument) = match change {
-            RecipientChange::Join { group } => ("join", group.to_string()),
-            RecipientChange::Leave { group } => ("leave", group.to_string()),
-            RecipientChange::Attributes(attributes) => {
-                ("attributes", serde_json::to_string(&attributes).map_err(|error| unexpected(&error))?)
-            }
-        };
-        let () = self
-            .link
-            .eval(&scripts::RECIPIENT, |command| {
-                command
-                    .arg(1)
-                    .arg(user_key(user))
-                    .arg(self.places.first().map(|place| place.arguments[3].as_str()))
-                    .arg(what)
-                    .arg(&argument);
-                for (number, top) in &tops {
-                    command.arg(number.0).arg(top);
-                }
-            })
-            .await?;
-        // Even where nothing changed: this may be the second attempt, after the first was written and not published.
-        let mut commands = client::pipe();
-        for place in &self.places {
-            commands.cmd("PUBLISH").arg(format!("{}recipients", place.channels)).arg(user.as_str());
-        }
-        let _heard: Vec<i64> = self.link.pipeline(&commands).await?;
-        Ok(())
+        recipients::change(self, user, change).await
     }
 
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
@@ -634,10 +458,6 @@ impl Broker for Redis {
             ids_ahead_ms,
         })
     }
-}
-
-fn understand_name(text: &str) -> Result<Name> {
-    Name::parse(text).map_err(|error| unexpected(&error))
 }
 
 /// Splits a batch so that no call has more than [`APPEND_ENTRIES`] entries or, but for a single one, a MiB.

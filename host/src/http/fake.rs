@@ -27,10 +27,11 @@ use crate::sse::{self, Pulse};
 type Fields = Vec<(Bytes, Bytes)>;
 
 #[derive(Clone, Debug)]
-pub(super) struct FakeBroker {
+pub(crate) struct FakeBroker {
     partitions: Vec<Partition>,
     failure: Option<fn() -> Error>,
     lag: u64,
+    findings: Vec<Finding>,
     shared: Arc<Mutex<Shared>>,
 }
 
@@ -50,15 +51,19 @@ impl Default for FakeBroker {
 impl FakeBroker {
     pub(super) fn with_partitions(n: u8) -> Self {
         let partitions = (0..n).map(|n| Partition { number: PartitionNumber(n), source: format!("pointsman:events:{n}") }).collect();
-        Self { partitions, failure: None, lag: 0, shared: Arc::default() }
+        Self { partitions, failure: None, lag: 0, findings: Vec::new(), shared: Arc::default() }
     }
 
-    pub(super) fn failing(failure: fn() -> Error) -> Self {
+    pub(crate) fn failing(failure: fn() -> Error) -> Self {
         Self { failure: Some(failure), ..Self::default() }
     }
 
     pub(super) fn with_lag(self, lag: u64) -> Self {
         Self { lag, ..self }
+    }
+
+    pub(crate) fn with_findings(self, findings: Vec<Finding>) -> Self {
+        Self { findings, ..self }
     }
 
     pub(super) fn appended(&self) -> Vec<(PartitionNumber, Fields)> {
@@ -89,7 +94,7 @@ impl Broker for FakeBroker {
     }
 
     async fn check(&self) -> Result<Vec<Finding>> {
-        Ok(Vec::new())
+        self.failure.map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
     }
 
     async fn append(&self, partition: PartitionNumber, entries: Vec<Fields>) -> Result<Vec<EntryId>> {

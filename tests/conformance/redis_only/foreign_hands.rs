@@ -2,9 +2,9 @@
 
 use super::*;
 
-/// Publishes until Redis has no more room: `n` entries of 1,000 bytes, and a bound a little below what is used then.
-fn fill(server: &RedisServer, n: usize) {
-    let payload = "x".repeat(1_000);
+/// Publishes until Redis has no more room: `n` entries of `bytes`, and a bound a little below what is used then.
+fn fill(server: &RedisServer, n: usize, bytes: usize) {
+    let payload = "x".repeat(bytes);
     let mut commands = redis::pipe();
     for _ in 0..n {
         commands.cmd("XADD").arg(SOURCE).arg("*").arg("v").arg(&payload);
@@ -76,20 +76,35 @@ async fn f06_a_foreign_type_where_every_commit_writes_is_refused_by_name() {
 async fn f07_a_full_redis_drains() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    fill(&server, 4_000);
+    fill(&server, 4_000, 1_000);
     let append = || node.broker.append(node.p, vec![vec![field("v", "1")]]);
     match append().await {
         Err(Error::Full(why)) => assert!(why.contains("maxmemory"), "{why}"),
         other => panic!("{other:?}"),
     }
     assert_eq!(drain(&node).await, 4_000);
-    // After the last commit, it is the tick that makes room: nobody can publish, so no commit would come.
     until(async || {
         node.broker.tick(node.p).await.unwrap();
         append().await.is_ok()
     })
     .await;
     assert_eq!(node.count(Outcome::Committed).await, 4_000);
+}
+
+/// What the last commit handled is trimmed by none after it: nobody can publish, so no commit would ever come.
+#[tokio::test]
+async fn f07_a_tick_makes_room_after_the_last_commit() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    fill(&server, 60, 50_000);
+    assert_eq!(drain(&node).await, 60);
+    let append = || node.broker.append(node.p, vec![vec![field("v", "1")]]);
+    assert!(matches!(append().await, Err(Error::Full(_))));
+    until(async || {
+        node.broker.tick(node.p).await.unwrap();
+        append().await.is_ok()
+    })
+    .await;
 }
 
 /// A tick writes as well: refused, every node would lose its ear every 3 s. Even a new life begins in a full Redis.
@@ -99,7 +114,7 @@ async fn h16_a_full_redis_ticks() {
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
     let life = node.head().await.life;
-    fill(&server, 2_000);
+    fill(&server, 2_000, 1_000);
     node.broker.tick(node.p).await.unwrap();
     ear.tick().await;
     server.change_replid();
@@ -124,7 +139,7 @@ async fn h18_what_was_read_is_kept_for_a_while_but_not_in_a_full_redis() {
     let () = server.command(&format!("HDEL {TAG}meta trim_at"));
     node.publish("R", &["u:1"]).await;
     assert_eq!(server.command::<u64>(&format!("XLEN {SOURCE}")), 500);
-    fill(&server, 4_000);
+    fill(&server, 4_000, 1_000);
     drain(&node).await;
     until(async || {
         node.broker.tick(node.p).await.unwrap();
@@ -224,18 +239,44 @@ async fn what_another_group_has_not_read_is_not_trimmed() {
     let node = connect_to(&server.url(), &[SOURCE], Retention { keep_s: 0, ..Retention::default() }).await.unwrap();
     let ids = node.append(&["v"; 1_000]).await;
     let () = server.command(&format!("XGROUP CREATE {SOURCE} audit {}", ids[499]));
-    let _: redis::Value = server.command(&format!("XREADGROUP GROUP audit me COUNT 100 STREAMS {SOURCE} >"));
+    let _: redis::Value = server.command(&format!("XREADGROUP GROUP audit me COUNT 150 STREAMS {SOURCE} >"));
     drain(&node).await;
     let left = async || {
         let () = server.command(&format!("HDEL {TAG}meta trim_at"));
         node.publish("R", &["u:1"]).await;
         server.command::<u64>(&format!("XLEN {SOURCE}"))
     };
+    // Whole nodes of 100 entries are trimmed, so up to 100 more are left.
     let n_left = left().await;
-    assert!((500..=600).contains(&n_left), "{n_left}: delivered up to 600, but 501 to 600 are pending");
+    assert!((500..=600).contains(&n_left), "{n_left}: delivered up to 650, but 501 to 650 are pending");
+    for id in &ids[500..650] {
+        let () = server.command(&format!("XACK {SOURCE} audit {id}"));
+    }
+    let n_left = left().await;
+    assert!((350..=450).contains(&n_left), "{n_left}: 651 and on are not delivered");
     let () = server.command(&format!("XGROUP DESTROY {SOURCE} audit"));
     let n_left = left().await;
     assert!(n_left <= 100, "{n_left}");
+}
+
+/// Buckets of publishers' ids that a quiet time skipped would stay for ever: they have no expiry, as their time is the stream's.
+#[tokio::test]
+async fn h13_at_most_two_buckets_stand() {
+    let server = RedisServer::start();
+    let node = connect_to(&server.url(), &[SOURCE], Retention { dedupe_window_s: 1, ..Retention::default() }).await.unwrap();
+    for (publisher_id, second) in [0, 1, 2, 50, 51, 90, 91, 93].into_iter().enumerate() {
+        let entry = EntryId { ms: 1_700_000_000_000 + second * 1_000, seq: 1 };
+        node.commit(vec![with_id(commit(entry, "R", &["u:1"]), publisher_id as u8)]).await;
+        let buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
+        assert!(buckets.len() <= 2, "after {second} s: {buckets:?}");
+    }
+    // One batch that spans them all, as after a stall.
+    let at = |second: u64| EntryId { ms: 1_700_000_100_000 + second * 1_000, seq: 1 };
+    let items = [0, 1, 5, 9, 10].into_iter().map(|second| with_id(commit(at(second), "R", &["u:1"]), 100 + second as u8)).collect();
+    node.commit(items).await;
+    let mut buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
+    buckets.sort_unstable();
+    assert_eq!(buckets, [format!("{TAG}seen:1700000109"), format!("{TAG}seen:1700000110")]);
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 //! happen. The connection for notices is [`super::feed`]'s.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
@@ -33,6 +34,8 @@ pub(super) struct Link {
     client: Client,
     // Held while connecting, so that many commands make one attempt.
     state: tokio::sync::Mutex<State>,
+    /// `State::generation`, to be read at any time.
+    generation: AtomicU64,
 }
 
 #[derive(Default)]
@@ -47,7 +50,7 @@ struct State {
 
 impl Link {
     pub(super) fn new(client: Client) -> Self {
-        Self { client, state: tokio::sync::Mutex::default() }
+        Self { client, state: tokio::sync::Mutex::default(), generation: AtomicU64::new(0) }
     }
 
     /// Runs a command.
@@ -110,6 +113,7 @@ impl Link {
         match connect(&self.client).await {
             Ok(connection) => {
                 let generation = state.generation + 1;
+                self.generation.store(generation, Ordering::Relaxed);
                 *state = State { connection: Some(connection.clone()), generation, ..State::default() };
                 Ok((connection, generation))
             }
@@ -139,26 +143,35 @@ async fn connect(client: &Client) -> Result<MultiplexedConnection, RedisError> {
 }
 
 /// Connections for reads of one partition that wait. Each read has one for itself: on a shared one, everything behind it would wait too.
+///
+/// One that is older than the shared connection is not used again: after a fail-over it may lead to the former primary, whose entries
+/// would be committed as the new one's.
 #[derive(Default)]
 pub(super) struct Readers {
-    idle: Mutex<Vec<MultiplexedConnection>>,
+    /// With the generation of the shared connection when they were made.
+    idle: Mutex<Vec<(u64, MultiplexedConnection)>>,
 }
 
 impl Readers {
     /// Runs a command that may wait for `wait`. A connection is given back only after its answer came: dropping the read closes it, and with
     /// it the wait at Redis.
-    pub(super) async fn query<T: FromRedisValue>(&self, client: &Client, command: &Cmd, wait: Duration) -> Result<T> {
-        let idle = self.idle().pop();
+    pub(super) async fn query<T: FromRedisValue>(&self, link: &Link, command: &Cmd, wait: Duration) -> Result<T> {
+        let generation = link.generation.load(Ordering::Relaxed);
+        let idle = {
+            let mut idle = self.idle();
+            idle.retain(|(of, _)| *of == generation);
+            idle.pop()
+        };
         let read = async {
             let mut connection = match idle {
-                Some(connection) => connection,
-                None => connect(client).await?,
+                Some((_, connection)) => connection,
+                None => connect(&link.client).await?,
             };
             let answer = command.query_async::<Value>(&mut connection).await;
             if !answer.as_ref().is_err_and(breaks_connection) {
                 let mut idle = self.idle();
                 if idle.len() < IDLE_READERS {
-                    idle.push(connection);
+                    idle.push((generation, connection));
                 }
             }
             answer
@@ -169,7 +182,7 @@ impl Readers {
         }
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<MultiplexedConnection>> {
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(u64, MultiplexedConnection)>> {
         // A panic while it was held leaves a Vec that is still one.
         self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -185,22 +198,25 @@ pub(super) fn unexpected(what: &dyn std::fmt::Display) -> Error {
     Error::Refused(format!("its answer is not understood ({what}): look whether somebody else writes to our keys"))
 }
 
-/// Whether nothing more can be expected of the connection on which this happened.
+/// Whether nothing more can be expected of the connection on which this happened. One to a replica is dropped, too: the next one looks
+/// the name up again, and finds the new primary.
 fn breaks_connection(error: &RedisError) -> bool {
+    if error.code() == Some("READONLY") {
+        return true;
+    }
     error.code().is_none() && !matches!(error.kind(), ErrorKind::UnexpectedReturnType)
 }
 
 /// Says whether an error is a wait, a want of memory, or a refusal, which names its fix.
 pub(super) fn explain(error: &RedisError) -> Error {
     match error.code() {
-        // NOAUTH comes from a Redis that restarted with a password; the next connection gives it, or is refused for good.
         Some(
             "LOADING" | "READONLY" | "NOREPLICAS" | "MISCONF" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" | "ASK" | "MOVED" | "BUSY"
-            | "UNBLOCKED" | "NOAUTH",
+            | "UNBLOCKED",
         ) => Error::Away(error.to_string()),
         Some("OOM") => Error::Full(format!("{error}; raise maxmemory or let the backlog drain")),
         Some("NOPERM") => Error::Refused(format!("{error}; grant it with ACL SETUSER")),
-        Some("WRONGPASS") => Error::Refused(format!("{error}; correct user and password in the URL")),
+        Some("WRONGPASS" | "NOAUTH") => Error::Refused(format!("{error}; correct user and password in the URL")),
         Some("WRONGTYPE") => Error::Refused(format!("{error}; a key of ours holds something foreign: rename or delete it")),
         Some(_) => Error::Refused(error.to_string()),
         None => match error.kind() {

@@ -87,7 +87,7 @@ impl Router for Unruly {
             "many-targets" => Route::to(vec![Target::Everyone; 10_001]),
             "many-routes" => return Ok(vec![Route::to([]); 10_001]),
             "large-answer" => Route { body: Some(format!("\"{}\"", "x".repeat(300 * 1024))), ..route },
-            "huge-answer" => Route { body: Some("x".repeat(8 * 1024 * 1024)), ..route },
+            "huge-answer" => Route { body: Some("x".repeat(4 * 1024 * 1024)), ..route },
             "user-with-a-line-feed" => Route::to_user("4\n2"),
             "empty-group" => Route::to_group(""),
             "reserved-name" => route.event_name("cursor"),

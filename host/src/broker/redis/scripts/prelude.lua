@@ -33,6 +33,12 @@ end
 -- The entry of a position, which may be `entry/k`.
 local function entry_of(position) return (string.match(position, '^[^/]+')) end
 
+-- Whether the moment in a field of `meta` has come. One that lies further ahead than it is ever set was set by a clock that ran fast.
+local function is_due(field, furthest)
+  local wait = number(field) - now
+  return wait <= 0 or wait > furthest
+end
+
 local function position() return meta('pos') or '0-0' end
 
 -- What Redis says about the source, by name; nil if there is none.
@@ -143,7 +149,7 @@ end
 -- commit it comes first, so that a full Redis drains; and a tick does it as well: after the last commit of a backlog, publishers that
 -- are refused for want of memory would otherwise wait for a commit, and the commit for them.
 local function trim()
-  if now < number('trim_at') then return end
+  if not is_due('trim_at', 1000) then return end
   pcall('XTRIM', T .. 'what', 'MINID', '~', text(math.max(0, now - tonumber(ARGV[4]))) .. '-0')
   local memory = call('INFO', 'memory')
   local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))

@@ -4,6 +4,6 @@ local name = life()
 local lost, strays = heal()
 trim()
 -- Once a minute the floor is kept, so that a clock that is set back does not lower it.
-if now >= number('floor_at') then call('HSET', META, 'floor0', text(floor()), 'floor_at', text(now + 60000)) end
+if is_due('floor_at', 60000) then call('HSET', META, 'floor0', text(floor()), 'floor_at', text(now + 60000)) end
 call('PUBLISH', C .. 'tick', name .. ' ' .. (meta('last') or '0'))
 return {lost, strays}
