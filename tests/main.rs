@@ -6,5 +6,6 @@ mod durability;
 mod embedded;
 mod harness;
 mod plugins;
+mod protocol;
 mod stability;
 mod wire;
