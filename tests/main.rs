@@ -8,5 +8,6 @@ mod durability;
 mod embedded;
 mod harness;
 mod plugins;
+mod protocol;
 mod stability;
 mod wire;
