@@ -13,7 +13,7 @@ use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outco
 use pointsman::hub::{Hub, StreamGuard};
 use pointsman::metrics::Metrics;
 use pointsman::subscription::cursor::Cursor;
-pub(super) use pointsman::subscription::replay::now_ms;
+pub(super) use pointsman::clock::now_ms;
 use pointsman::subscription::{Filter, Gap, Next, Record, Start};
 
 use super::puppet::Puppet;
