@@ -1,10 +1,13 @@
 //! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
 
+mod architecture;
 mod clients;
+mod commands;
 mod conformance;
 mod durability;
 mod embedded;
 mod harness;
 mod plugins;
+mod protocol;
 mod stability;
 mod wire;

@@ -269,7 +269,7 @@ impl Ingest {
 
     /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
     async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Vec<Item> {
-        let clock_ms = crate::subscription::replay::now_ms();
+        let clock_ms = crate::clock::now_ms();
         let mut events = Vec::with_capacity(entries.len());
         let parsed: Vec<Result<(), Item>> = entries
             .iter()

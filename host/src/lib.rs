@@ -8,7 +8,7 @@
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
-//! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
+//! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
 //!
 //! [`run`] wires them and stops them.
 
@@ -36,6 +36,7 @@ use crate::sse::Pulse;
 
 pub mod auth;
 pub mod broker;
+pub mod clock;
 pub mod config;
 pub mod criteria;
 pub mod event;

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::event::Notification;
 use crate::hub::StreamGuard;
 use crate::metrics::Metrics;
-use crate::subscription::replay::now_ms;
+use crate::clock::now_ms;
 use crate::subscription::{Gap, Next, Record};
 
 mod data;

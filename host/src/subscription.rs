@@ -366,7 +366,8 @@ impl Subscription {
             // At the floor if nothing newer is there, so that a quiet partition does not look trimmed.
             Start::Latest | Start::Unknown => (head.life, head.last.max(head.floor)),
             Start::Earliest => (head.life, NotificationId(0)),
-            Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top())),
+            // Before the partition's beginning there is nothing, so that asking for it misses nothing.
+            Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top()).max(head.origin)),
         };
         self.partitions[at].life = Some(life);
         self.partitions[at].low_water = low_water;

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use crate::event::{Name, NotificationId};
 use crate::sse;
-use crate::subscription::replay::now_ms;
+use crate::clock::now_ms;
 use crate::subscription::{Next, Start};
 
 use super::stream::{Selection, read_start};

@@ -16,7 +16,7 @@ use crate::event::{Name, Priority};
 use crate::server::Connection;
 use crate::sse;
 use crate::subscription::cursor::{Cursor, Unreadable};
-use crate::subscription::replay::now_ms;
+use crate::clock::now_ms;
 use crate::subscription::{Filter, Start};
 
 use super::{ApiError, Query, State};

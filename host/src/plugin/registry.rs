@@ -9,13 +9,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::engine::MAX_PLUGINS;
 use super::{Engine, Limits, Plugin, Role, hash};
+use crate::clock::now_ms;
 use crate::event::Name;
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
@@ -373,10 +374,6 @@ fn load_file(engine: &Engine, path: &Path, name: &str, settings: &Settings) -> R
     let load = || Plugin::load(engine, name, &bytes, &config, limits);
     let plugin = std::thread::scope(|scope| scope.spawn(load).join());
     plugin.map_err(|_| "made the host panic as it was loaded".to_owned())?.map_err(|e| e.to_string())
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::metrics::{Metrics, ReasonLabel};
-use crate::subscription::replay::now_ms;
+use crate::clock::now_ms;
 
 use super::{Config, End, Signals, spread_retry};
 

@@ -213,7 +213,8 @@ for _, item in ipairs(items) do
     if is_continued then
       id = meta('pending')
     else
-      id = text(math.max(last + 1, id_of(now)))
+      -- Above the floor, too: after the clock was set back it may lie above all that the clock says, and streams begin there.
+      id = text(math.max(last + 1, low + 1, id_of(now)))
       -- The record of a plan that is not complete has no expiry: its owner may be away for longer than that.
       if slice == 0 and not is_final then call('SET', T .. 'e:' .. id, item.record)
       else call('SET', T .. 'e:' .. id, item.record, 'PX', ttl) end
