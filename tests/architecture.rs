@@ -51,7 +51,12 @@ fn sources() -> Vec<(String, String)> {
     let name = |path: &PathBuf| path.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
     let text = |path: &PathBuf| fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let is_test = |name: &String| name.ends_with("tests.rs") || name.ends_with("fake.rs") || name.contains("/tests/");
-    found.iter().map(|path| (name(path), text(path))).filter(|(name, _)| !is_test(name)).map(|(name, text)| (name, without_tests(&text))).collect()
+    found
+        .iter()
+        .map(|path| (name(path), text(path)))
+        .filter(|(name, _)| !is_test(name))
+        .map(|(name, text)| (name, without_tests(&text)))
+        .collect()
 }
 
 /// Unit tests stand at the end of a file.
@@ -88,14 +93,17 @@ fn imports(text: &str) -> Vec<String> {
 
 #[test]
 fn imports_point_one_way() {
-    let level: BTreeMap<&str, usize> = LEVELS.iter().enumerate().flat_map(|(level, names)| names.iter().map(move |name| (*name, level))).collect();
+    let level: BTreeMap<&str, usize> =
+        LEVELS.iter().enumerate().flat_map(|(level, names)| names.iter().map(move |name| (*name, level))).collect();
     let mut wrong = Vec::new();
     for (name, text) in sources() {
         let from = module(&name);
         if ["lib", "main", "cli"].contains(&from) {
             continue;
         }
-        let own = level.get(from).unwrap_or_else(|| panic!("{name}: give the new module '{from}' a level in tests/architecture.rs and ARCHITECTURE.md"));
+        let own = level
+            .get(from)
+            .unwrap_or_else(|| panic!("{name}: give the new module '{from}' a level in tests/architecture.rs and ARCHITECTURE.md"));
         for to in imports(&text).iter().filter(|to| *to != from) {
             let is_vocabulary = *own == 0 && ["event", "criteria"].contains(&to.as_str());
             if !is_vocabulary && level.get(to.as_str()).is_none_or(|to| to >= own) {
@@ -130,7 +138,8 @@ fn every_file_says_what_it_is() {
 fn every_promise_names_its_file_and_a_test_that_exists() {
     let page = fs::read_to_string(repository().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
     let table = page.split("## Promises").nth(1).and_then(|rest| rest.split("\n## ").next()).expect("a section on promises");
-    let rows: Vec<Vec<&str>> = table.lines().filter(|line| line.starts_with("| **")).map(|line| line.split('|').map(str::trim).collect()).collect();
+    let rows: Vec<Vec<&str>> =
+        table.lines().filter(|line| line.starts_with("| **")).map(|line| line.split('|').map(str::trim).collect()).collect();
     assert!(rows.len() >= 8, "the table has only {} promises", rows.len());
     for row in rows {
         let [_, promise, files, tests, ..] = row.as_slice() else { panic!("a row without three columns: {row:?}") };

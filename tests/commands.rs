@@ -13,7 +13,8 @@ use crate::harness::publish::event;
 
 /// Runs `pointsman` with these arguments, away from any `pointsman.toml`.
 fn pointsman(arguments: &[&str]) -> Output {
-    let command = Command::new(env!("CARGO_BIN_EXE_pointsman")).args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null()).output();
+    let command =
+        Command::new(env!("CARGO_BIN_EXE_pointsman")).args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null()).output();
     command.expect("run pointsman")
 }
 
@@ -27,7 +28,8 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
     let mut node = Node::builder().data().start();
     let url = node.url("");
     let tail = ["tail", "--user", "42", "--url", &url];
-    let mut tail = Command::new(env!("CARGO_BIN_EXE_pointsman")).args(tail).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+    let mut tail =
+        Command::new(env!("CARGO_BIN_EXE_pointsman")).args(tail).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
     let (send, lines) = mpsc::channel();
     let out = BufReader::new(tail.stdout.take().expect("piped"));
     std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
@@ -52,12 +54,15 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
 fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
     let node = Node::builder().start();
     let url = node.url("");
-    let printed = stdout(&pointsman(&["publish", "--dry-run", "--url", &url, "--type", "t", "--user", "42", "--group", "ops", "--priority", "high"]));
+    let printed =
+        stdout(&pointsman(&["publish", "--dry-run", "--url", &url, "--type", "t", "--user", "42", "--group", "ops", "--priority", "high"]));
     for word in ["\"u:42\"", "\"g:ops\"", "\"high\"", "address"] {
         assert!(printed.contains(word), "{word} is not in {printed}");
     }
     node.publisher().publish(&[event("after", "t", json!({ "user": "42" }))]);
-    eventually(SOON, "the event after it is committed", || (node.metric("pointsman_events_total{outcome=\"committed\"}") >= 1.0).then_some(()));
+    eventually(SOON, "the event after it is committed", || {
+        (node.metric("pointsman_events_total{outcome=\"committed\"}") >= 1.0).then_some(())
+    });
     assert_eq!(node.metric("pointsman_events_read_total"), 1.0);
 }
 
@@ -96,7 +101,7 @@ fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exit_64() {
     check("[listen]\nadress = \"127.0.0.1:1\"", &["pointsman-bad", "adress", "config --defaults"]);
     check("[listen]\naddress = 7", &["pointsman-bad", "address"]);
     check("[retention]\nmax_age_s = 5", &["retention.max_age_s", "600"]);
-    check("[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"", &["dev", "loopback"]);
+    check("[broker]\nephemeral = true\n[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"", &["dev", "loopback"]);
     std::fs::remove_file(&file).expect("remove it");
 }
 

@@ -164,7 +164,8 @@ async fn start_pipeline(
     metrics: &Metrics,
     readiness: &Readiness,
 ) -> anyhow::Result<Pipeline> {
-    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
+    let registry =
+        tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
     let pipeline = Pipeline::start(Arc::new(registry), metrics.clone()).context("cannot start the threads of the plugins")?;
     readiness.clear("plugins");
     for plugin in pipeline.plugins() {
@@ -175,7 +176,9 @@ async fn start_pipeline(
     match (pipeline.has_plugins(), allow_none) {
         (true, _) => {}
         (false, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
-        (false, false) => readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins"),
+        (false, false) => {
+            readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins")
+        }
     }
     Ok(pipeline)
 }
