@@ -373,20 +373,22 @@ impl Listener<'_> {
                     if !self.is_present_life(partition, life).await {
                         continue;
                     }
-                    match records.get(&(partition, life, id)) {
+                    let is_known = match records.get(&(partition, life, id)) {
                         Some(Some(record)) => self.append(partition, &target, life, id, record),
                         // It could not be read: history will have it, or say that it is gone.
-                        Some(None) => self.replay_followers(partition, &target),
-                        None => {}
+                        Some(None) => {
+                            self.replay_followers(partition, &target);
+                            true
+                        }
+                        None => true,
+                    };
+                    if !is_known {
+                        self.look(partition).await;
                     }
                 }
                 Notice::Tick { partition, life, last } => {
-                    if self.is_present_life(partition, life).await {
-                        let mut state = self.hub.lock();
-                        state.last_tick.insert(partition, Instant::now());
-                        for stream in state.streams.values() {
-                            stream.lock().on_tick(partition, life, last);
-                        }
+                    if self.is_present_life(partition, life).await && !self.tick(partition, life, last) {
+                        self.look(partition).await;
                     }
                 }
                 Notice::Alive { partition } => {
@@ -444,13 +446,29 @@ impl Listener<'_> {
         records
     }
 
-    fn append(&self, partition: PartitionNumber, target: &Target, life: Life, id: NotificationId, record: &Arc<Record>) {
+    /// `false`: a stream lives in another life.
+    fn tick(&self, partition: PartitionNumber, life: Life, last: NotificationId) -> bool {
+        let mut state = self.hub.lock();
+        state.last_tick.insert(partition, Instant::now());
+        let mut is_known = true;
+        for stream in state.streams.values() {
+            let mut subscription = stream.lock();
+            is_known &= !subscription.lives_elsewhere(partition, life);
+            subscription.on_tick(partition, life, last);
+        }
+        is_known
+    }
+
+    /// `false`: a stream lives in another life.
+    fn append(&self, partition: PartitionNumber, target: &Target, life: Life, id: NotificationId, record: &Arc<Record>) -> bool {
         let now_ms = now_ms();
         let mut overflowed = Vec::new();
+        let mut is_known = true;
         let state = self.hub.lock();
-        let Some(log) = state.logs.get(&(partition, target.clone())) else { return };
+        let Some(log) = state.logs.get(&(partition, target.clone())) else { return true };
         for stream in log.followers.values() {
             let mut subscription = stream.lock();
+            is_known &= !subscription.lives_elsewhere(partition, life);
             if let Some(round) = subscription.on_append(partition, life, id, record, now_ms) {
                 overflowed.push((Arc::clone(stream), round));
             }
@@ -465,6 +483,7 @@ impl Listener<'_> {
             self.hub.metrics.stream_overflows.inc();
             self.hub.replay(&stream, partition, "overflow", |_, _| round);
         }
+        is_known
     }
 
     fn replay_followers(&self, partition: PartitionNumber, target: &Target) {
@@ -489,26 +508,34 @@ impl Listener<'_> {
         }
     }
 
-    /// Whether a notice is of the present life. One of another life may be older or newer than what this node knows: the head tells,
-    /// and a newer one sends every stream to replay.
+    /// Whether a notice is of the present life. One of another life may be older or newer than what this node knows: the head tells.
     async fn is_present_life(&mut self, partition: PartitionNumber, life: Life) -> bool {
-        if self.lives.get(&partition) == Some(&life) {
-            return true;
-        }
+        self.lives.get(&partition) == Some(&life) || self.look(partition).await == Some(life)
+    }
+
+    /// Asks which life is the present one, and sends the streams that live in another to replay, where they learn what became of theirs.
+    /// Asked where feed, node and streams disagree: each of them may have been told last by a primary that is none any more.
+    async fn look(&mut self, partition: PartitionNumber) -> Option<Life> {
         let present = match self.hub.broker.head(partition).await {
             Ok(head) => head.life,
             Err(error) => {
                 // The notice cannot be judged, and the next one must not move a mark past what it spoke of.
                 tracing::warn!(partition = partition.0, %error, "the head could not be read; the streams of the partition go back to replay");
                 self.hub.replay_all(&[partition], "life");
-                return false;
+                return None;
             }
         };
         let before = self.lives.insert(partition, present);
         if before.is_some_and(|before| before != present) {
             tracing::warn!(partition = partition.0, life = %present, "a new life: the broker was restarted or failed over");
-            self.hub.replay_all(&[partition], "life");
         }
-        life == present
+        // A stream that has not begun may be about to, with a head from before the change.
+        let is_new = before != Some(present);
+        let is_elsewhere = |stream: &Arc<OpenStream>| stream.lock().life(partition).map_or(is_new, |life| life != present);
+        let streams: Vec<_> = self.hub.lock().streams.values().filter(|stream| is_elsewhere(stream)).cloned().collect();
+        for stream in streams {
+            self.hub.replay(&stream, partition, "life", Subscription::enter_replay);
+        }
+        Some(present)
     }
 }

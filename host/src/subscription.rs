@@ -345,6 +345,17 @@ impl Subscription {
         self.at(partition).round
     }
 
+    /// The life of the partition that the subscription knows. `None`: it has not begun.
+    pub fn life(&self, partition: PartitionNumber) -> Option<Life> {
+        self.at(partition).life
+    }
+
+    /// Whether it is live, and in another life than this one: it would hear nothing of what comes in it.
+    pub fn lives_elsewhere(&self, partition: PartitionNumber, life: Life) -> bool {
+        let at = self.at(partition);
+        matches!(at.state, State::Live) && at.life != Some(life)
+    }
+
     /// Begins a replay at what the head says: places a new subscription, and notices lives that came and went.
     pub fn begin(&mut self, partition: PartitionNumber, head: &Head, node_now_ms: u64) {
         self.clock_offset_ms = head.now_ms as i64 - node_now_ms as i64;

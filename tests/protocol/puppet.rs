@@ -98,6 +98,7 @@ pub(super) struct Puppet {
     stops: Mutex<Vec<Stopper>>,
     rule: Mutex<Option<Rule>>,
     ear: Arc<AsyncMutex<Ear>>,
+    old_head: Mutex<Option<Head>>,
     /// Says to whoever asks that the lease is theirs.
     everyone_owns: AtomicBool,
     ticks_not: AtomicBool,
@@ -116,6 +117,7 @@ impl Puppet {
             stops: Mutex::default(),
             rule: Mutex::default(),
             ear: Arc::default(),
+            old_head: Mutex::default(),
             everyone_owns: AtomicBool::new(false),
             ticks_not: AtomicBool::new(false),
         })
@@ -173,6 +175,11 @@ impl Puppet {
         self.ticks_not.store(true, Ordering::Relaxed);
     }
 
+    /// Who asks for the head next is told this one, as by a primary that has been one and does not know that it is none any more.
+    pub(super) fn answer_once(&self, head: Head) {
+        *self.old_head.lock().expect("no panic under it") = Some(head);
+    }
+
     async fn pass(&self, at: At) -> Result<()> {
         let stopper = {
             let mut stops = self.stops.lock().expect("no panic under it");
@@ -216,7 +223,8 @@ impl Broker for Puppet {
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
-        self.around(Op::Head, self.broker.head(partition)).await
+        let old = self.old_head.lock().expect("no panic under it").take();
+        self.around(Op::Head, async { if let Some(old) = old { Ok(old) } else { self.broker.head(partition).await } }).await
     }
 
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
@@ -263,7 +271,12 @@ impl Broker for Puppet {
         let (follow, mut requests) = mpsc::unbounded_channel();
         let (out, notices) = mpsc::channel(64);
         let ear = Arc::clone(&self.ear);
-        *ear.lock().await = Ear { out: Some(out.clone()), ..Ear::default() };
+        {
+            let mut ear = ear.lock().await;
+            ear.out = Some(out.clone());
+            ear.kept.clear();
+            ear.asked.clear();
+        }
         tokio::spawn(async move {
             loop {
                 tokio::select! {

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -63,6 +64,7 @@ pub(super) struct Stage {
     retention: Retention,
     pub(super) puppet: Arc<Puppet>,
     pub(super) metrics: Metrics,
+    n_fences: AtomicU64,
     /// The partition under test, the first.
     pub(super) p: PartitionNumber,
 }
@@ -77,7 +79,15 @@ impl Stage {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
         let broker: Arc<dyn Broker> = Arc::new(Redis::connect(&server.url(), &sources, retention.clone()).await.expect("connect"));
         let p = broker.partitions()[0].number;
-        Self { server: Some(server), sources, retention, puppet: Puppet::over(broker), metrics: Metrics::default(), p }
+        Self {
+            server: Some(server),
+            sources,
+            retention,
+            puppet: Puppet::over(broker),
+            metrics: Metrics::default(),
+            n_fences: AtomicU64::new(0),
+            p,
+        }
     }
 
     pub(super) async fn embedded() -> Self {
@@ -88,7 +98,7 @@ impl Stage {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
         let broker: Arc<dyn Broker> = Arc::new(Embedded::ephemeral(&sources, retention.clone()).expect("memory"));
         let p = broker.partitions()[0].number;
-        Self { server: None, sources, retention, puppet: Puppet::over(broker), metrics: Metrics::default(), p }
+        Self { server: None, sources, retention, puppet: Puppet::over(broker), metrics: Metrics::default(), n_fences: AtomicU64::new(0), p }
     }
 
     pub(super) fn server(&self) -> &RedisServer {
@@ -198,10 +208,17 @@ impl Stage {
         self.change(user, RecipientChange::Leave { group: name(group) }).await;
     }
 
+    /// Waits until a client, by a notice of its own, has heard all that was published until now; so has every stream on the same node.
+    pub(super) async fn fence(&self, client: &mut Client) {
+        let id = format!("fence {}", self.n_fences.fetch_add(1, Ordering::Relaxed));
+        self.event(&id, &[to(&format!("u:{}", client.user))]).await;
+        while client.event().await != id {}
+    }
+
     /// Makes ids run an hour ahead of the clock, as they do after the clock ran ahead: they are then numbered without gaps, so that a life
     /// that lost a tail issues the very same ids again.
-    pub(super) async fn number_ids_from(&self, last: NotificationId) {
-        let () = self.server().command(&format!("HSET {TAG}meta last {last}"));
+    pub(super) fn number_ids(&self) {
+        let () = self.server().command(&format!("HSET {TAG}meta last {}", NotificationId::at_ms(now_ms() + 3_600_000)));
     }
 }
 
