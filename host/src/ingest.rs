@@ -7,9 +7,11 @@
 //! Knows nothing of streams. What plugins are and how they fail is `pipeline`'s business; how a commit is one step, the broker's.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use prometheus_client::metrics::counter::Counter;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -74,6 +76,19 @@ enum Stop {
 impl From<Error> for Stop {
     fn from(error: Error) -> Self {
         Self::Broker(error)
+    }
+}
+
+/// What one stretch of work has read and brought to an outcome: what is between the two when it stops, however it stops, is read again.
+struct Progress {
+    n_read: AtomicU64,
+    n_done: AtomicU64,
+    reread: Counter,
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.reread.inc_by(self.n_read.load(Relaxed) - self.n_done.load(Relaxed));
     }
 }
 
@@ -169,8 +184,11 @@ impl Ingest {
             Err(stop) => return stop,
         };
         let (evaluated, batches) = mpsc::channel(AHEAD);
-        let read = self.read(partition, head.position.entry, is_careful, evaluated, shutdown);
-        let commit = self.commit(partition, head.life, head.position, batches);
+        let label = SourceLabel { source: partition.source.clone() };
+        let reread = self.metrics.events_reread.get_or_create_owned(&label);
+        let progress = Progress { n_read: AtomicU64::new(0), n_done: AtomicU64::new(0), reread };
+        let read = self.read(partition, head.position.entry, is_careful, evaluated, &progress, shutdown);
+        let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
         tokio::select! {
@@ -219,6 +237,7 @@ impl Ingest {
         mut after: EntryId,
         is_careful: bool,
         evaluated: mpsc::Sender<Evaluated>,
+        progress: &Progress,
         shutdown: &CancellationToken,
     ) -> Stop {
         let label = SourceLabel { source: partition.source.clone() };
@@ -243,6 +262,7 @@ impl Ingest {
             };
             after = last.id;
             read.inc_by(entries.len() as u64);
+            progress.n_read.fetch_add(entries.len() as u64, Relaxed);
             let poison = if n_careful > 0 { self.poison(partition.number, &entries).await } else { Ok(None) };
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
@@ -343,12 +363,18 @@ impl Ingest {
     }
 
     /// Commits what was evaluated, in order, in steps that fit one commit.
-    async fn commit(&self, partition: &Partition, life: Life, mut prev: Position, mut batches: mpsc::Receiver<Evaluated>) -> Stop {
-        let label = SourceLabel { source: partition.source.clone() };
+    async fn commit(
+        &self,
+        partition: &Partition,
+        life: Life,
+        mut prev: Position,
+        mut batches: mpsc::Receiver<Evaluated>,
+        progress: &Progress,
+    ) -> Stop {
         while let Some(Evaluated { items }) = batches.recv().await {
             let mut items = items.into_iter().peekable();
             while let Some(first) = items.next() {
-                let n_items = 1 + items.len();
+                let mut n_items = 1;
                 let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
                     let entry = first.entry;
                     self.commit_sliced_from(partition.number, life, prev, first, 0).await.map(|()| entry)
@@ -361,16 +387,15 @@ impl Ingest {
                         n_entries += n_targets(&item);
                         n_bytes += self::n_bytes(&item);
                         step.push(item);
+                        n_items += 1;
                     }
                     self.commit_step(partition.number, life, prev, step).await
                 };
                 match next {
                     Ok(entry) => prev = entry.into(),
-                    Err(stop) => {
-                        self.metrics.events_reread.get_or_create(&label).inc_by(n_items as u64);
-                        return stop;
-                    }
+                    Err(stop) => return stop,
                 }
+                progress.n_done.fetch_add(n_items, Relaxed);
             }
         }
         Stop::Shutdown
