@@ -9,5 +9,6 @@ mod embedded;
 mod harness;
 mod plugins;
 mod protocol;
+mod resume;
 mod stability;
 mod wire;
