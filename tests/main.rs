@@ -1,5 +1,7 @@
 //! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
 
+#![expect(clippy::print_stderr, reason = "what a test says of itself, such as its seed, belongs on standard error")]
+
 mod architecture;
 mod clients;
 mod commands;
@@ -9,5 +11,6 @@ mod embedded;
 mod harness;
 mod plugins;
 mod protocol;
+mod resume;
 mod stability;
 mod wire;
