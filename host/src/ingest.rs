@@ -291,26 +291,22 @@ impl Ingest {
     async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Vec<Item> {
         let clock_ms = crate::clock::now_ms();
         let mut events = Vec::with_capacity(entries.len());
-        let parsed: Vec<Result<(), Item>> = entries
-            .iter()
-            .map(|entry| {
-                let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
-                let event = if n_bytes > self.config.max_event_bytes {
-                    Err(format!("the event has {n_bytes} bytes; {} is the most ([ingest] max_event_bytes)", self.config.max_event_bytes))
-                } else {
-                    Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
-                };
-                event
-                    .map(|event| events.push(event))
-                    .map_err(|reason| dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() }))
-            })
-            .collect();
+        let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            refused.push(match self.event(partition, entry) {
+                Ok(event) => {
+                    events.push(event);
+                    None
+                }
+                Err(reason) => Some(dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() })),
+            });
+        }
         let mut evaluations = self.pipeline.evaluate(events, clock_ms).await.into_iter();
         let mut items = Vec::with_capacity(entries.len());
-        for (entry, parsed) in entries.iter().zip(parsed) {
-            items.push(match parsed {
-                Err(item) => item,
-                Ok(()) => match evaluations.next() {
+        for (entry, refused) in entries.iter().zip(refused) {
+            items.push(match refused {
+                Some(item) => item,
+                None => match evaluations.next() {
                     Some(evaluation) => self.item(entry, evaluation, clock_ms).await,
                     // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
                     None => dead(entry, "the pipeline gave no answer".into(), None, 1, Decision::default()),
@@ -318,6 +314,16 @@ impl Ingest {
             });
         }
         items
+    }
+
+    /// The event of an entry, or why it is none.
+    fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
+        let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let most = self.config.max_event_bytes;
+        if n_bytes > most {
+            return Err(format!("the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"));
+        }
+        Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
     }
 
     async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Item {

@@ -240,7 +240,10 @@ impl History {
             if subscription.round(partition) != round {
                 return Some(Err(Stop::Overtaken));
             }
-            subscription.has_room(partition).then(|| Ok(subscription.handle(partition, id, &record, now_ms())))
+            subscription.has_room(partition).then(|| {
+                subscription.handle(partition, id, &record, now_ms());
+                Ok(())
+            })
         });
         // Whoever waits for room must first see what fills it.
         stream.wake();
