@@ -4,9 +4,17 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use pointsman::event::{EntryId, Event};
+use pointsman::metrics::Metrics;
+use pointsman::pipeline::{Pipeline, Resolution};
+use pointsman::plugin::Engine;
+use pointsman::plugin::registry::Registry;
+use pointsman::plugin::settings::Config;
+use pointsman::plugin::watcher::Watcher;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -292,6 +300,25 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
     eventually(SOON, "it says that it has none", || with.admin("/readyz").body.contains("plugins: none is loaded").then_some(()));
     empty.replace("versioned.wasm", &versioned(2));
     assert_eq!(publish("e2"), 2);
+}
+
+/// In this process, as no other can see it: no thread, and no snapshot, keeps the code of a version that no longer decides.
+#[tokio::test]
+async fn nothing_keeps_a_version_that_was_replaced() {
+    let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
+    let config = Config { dir: Some(plugins.dir()), ..Config::default() };
+    let registry = Arc::new(Registry::load(Engine::new().unwrap(), config, Metrics::default()).unwrap());
+    let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
+    let _watcher = Watcher::start(Arc::clone(&registry)).unwrap();
+    let published = json!({"id": "e", "source": "/tests", "type": "t", "user": "7"}).to_string();
+    let batch = vec![Event::from_json(EntryId { ms: 1, seq: 0 }, "/tests", published.as_bytes()).unwrap(); 100];
+    let evaluations = pipeline.evaluate(batch, 1).await.unwrap();
+    assert!(evaluations.iter().all(|evaluation| matches!(evaluation.resolution, Resolution::Planned(_))));
+    let replaced = Arc::downgrade(&registry.chain().routers[0]);
+    plugins.replace("versioned.wasm", &versioned(2));
+    pipeline.changes().wait_for(|now| now.chain.routers[0].number == 2).await.unwrap();
+    pipeline.give_back_retired();
+    eventually(SOON, "the first version is dropped", || replaced.upgrade().is_none().then_some(()));
 }
 
 #[test]
