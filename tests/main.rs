@@ -11,6 +11,7 @@ mod embedded;
 mod harness;
 mod plugins;
 mod protocol;
+mod reload;
 mod resume;
 mod stability;
 mod wire;

@@ -23,7 +23,7 @@ use crate::broker::{
 };
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
-use crate::pipeline::{Evaluation, Pipeline, Resolution};
+use crate::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 
 /// `[ingest]`: how sources are worked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,6 +70,8 @@ enum Stop {
     Refused,
     Broker(Error),
     LeaseLost,
+    /// Without a plugin every event would be unrouted, for good: they wait in the source.
+    NoPlugins,
     Shutdown,
 }
 
@@ -104,6 +106,11 @@ impl Ingest {
         // Only what ends a node counts as a take-over; an outage of the broker does not.
         let mut is_new_owner = true;
         while !shutdown.is_cancelled() {
+            // Before the lease is taken: another node may have a plugin.
+            tokio::select! {
+                () = self.pipeline.can_work() => {}
+                () = shutdown.cancelled() => break,
+            }
             let began = Instant::now();
             let stop = self.own(&partition, &mut is_new_owner, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
@@ -120,6 +127,12 @@ impl Ingest {
                     is_new_owner = true;
                     delay = Duration::from_millis(50);
                 }
+                Stop::NoPlugins => {
+                    tracing::warn!(source.key = %partition.source, "no plugin is left; events wait in the source");
+                    self.release(&partition).await;
+                    is_new_owner = true;
+                    continue;
+                }
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
                     tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
@@ -131,6 +144,10 @@ impl Ingest {
                 () = shutdown.cancelled() => {}
             }
         }
+        self.release(&partition).await;
+    }
+
+    async fn release(&self, partition: &Partition) {
         if let Err(error) = self.broker.release(partition.number, &self.node).await {
             tracing::debug!(source.key = %partition.source, %error, "the lease ends by itself");
         }
@@ -194,9 +211,9 @@ impl Ingest {
         tokio::select! {
             stop = &mut commit => stop,
             stop = &mut read => match stop {
-                // Everything read is on its way: let the last commit return.
-                Stop::Shutdown => match commit.await {
-                    Stop::Shutdown => Stop::Shutdown,
+                // Everything evaluated is on its way: let the last commit return.
+                Stop::Shutdown | Stop::NoPlugins => match commit.await {
+                    Stop::Shutdown => stop,
                     stop => stop,
                 },
                 stop => stop,
@@ -249,6 +266,7 @@ impl Ingest {
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
+                () = self.pipeline.cannot_work() => return Stop::NoPlugins,
             };
             let entries = match entries {
                 Ok(entries) => entries,
@@ -267,7 +285,17 @@ impl Ingest {
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
                 Ok(Some(item)) => vec![item],
-                Ok(None) => self.evaluate(partition, entries).await,
+                Ok(None) => {
+                    let n_entries = entries.len() as u64;
+                    match self.evaluate(partition, entries).await {
+                        Ok(items) => items,
+                        // The last plugin went since they were read.
+                        Err(NoPlugins) => {
+                            self.metrics.events_reread.get_or_create(&label).inc_by(n_entries);
+                            return Stop::NoPlugins;
+                        }
+                    }
+                }
                 Err(stop) => return stop,
             };
             if evaluated.send(Evaluated { items }).await.is_err() {
@@ -288,7 +316,7 @@ impl Ingest {
     }
 
     /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
-    async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Vec<Item> {
+    async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Result<Vec<Item>, NoPlugins> {
         let clock_ms = crate::clock::now_ms();
         let mut events = Vec::with_capacity(entries.len());
         let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
@@ -301,19 +329,19 @@ impl Ingest {
                 Err(reason) => Some(dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() })),
             });
         }
-        let mut evaluations = self.pipeline.evaluate(events, clock_ms).await.into_iter();
+        let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
         let mut items = Vec::with_capacity(entries.len());
         for (entry, refused) in entries.iter().zip(refused) {
             items.push(match refused {
                 Some(item) => item,
                 None => match evaluations.next() {
-                    Some(evaluation) => self.item(entry, evaluation, clock_ms).await,
+                    Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
                     // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
                     None => dead(entry, "the pipeline gave no answer".into(), None, 1, Decision::default()),
                 },
             });
         }
-        items
+        Ok(items)
     }
 
     /// The event of an entry, or why it is none.
@@ -326,7 +354,7 @@ impl Ingest {
         Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
     }
 
-    async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Item {
+    async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Result<Item, NoPlugins> {
         let began = Instant::now();
         for attempt in 1..=self.config.retries {
             let Resolution::Failed { retry: true, reason, plugin, .. } = &evaluation.resolution else { break };
@@ -336,7 +364,7 @@ impl Ingest {
             }
             tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
             tokio::time::sleep(wait).await;
-            let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await.pop() else { break };
+            let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await?.pop() else { break };
             evaluation = again;
         }
         let Evaluation { event, resolution, verdicts } = evaluation;
@@ -356,16 +384,16 @@ impl Ingest {
                     Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit { record: Bytes::from(record), targets },
                     Ok(record) => {
                         let reason = format!("the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most", record.len());
-                        return dead(entry, reason, None, 1, decision);
+                        return Ok(dead(entry, reason, None, 1, decision));
                     }
-                    Err(error) => return dead(entry, format!("the record could not be written: {error}"), None, 1, decision),
+                    Err(error) => return Ok(dead(entry, format!("the record could not be written: {error}"), None, 1, decision)),
                 }
             }
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
-            Resolution::Failed { plugin, reason, attempts, .. } => return dead(entry, reason, Some(plugin), attempts, decision),
+            Resolution::Failed { plugin, reason, attempts, .. } => return Ok(dead(entry, reason, Some(plugin), attempts, decision)),
         };
-        Item { entry: entry.id, dedupe, proposal, decision }
+        Ok(Item { entry: entry.id, dedupe, proposal, decision })
     }
 
     /// Commits what was evaluated, in order, in steps that fit one commit.

@@ -38,6 +38,13 @@ pub struct PluginCallLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginLoadLabel {
+    pub plugin: String,
+    /// `loaded`, or `failed`: what ran before, if anything did, goes on.
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     /// A fixed word of the code.
     pub reason: &'static str,
@@ -91,6 +98,10 @@ metrics! {
     plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
     /// How long calls of plugins took.
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
+    /// Files of plugins that were loaded or were not, at the start and whenever they changed.
+    plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
+    /// Instances of plugins that are kept for the next event.
+    plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.
     streams_open: Gauge = "streams_open";
     /// Streams ended by this node, by reason.

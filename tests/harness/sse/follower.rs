@@ -68,7 +68,19 @@ impl Follower {
     ///
     /// # Panics
     /// If that takes longer, or the follower gave up or died.
-    pub(crate) fn wait(&self, within: Duration, what: &str, mut wish: impl FnMut(&Record) -> bool) -> Record {
+    pub(crate) fn wait(&self, within: Duration, what: &str, wish: impl FnMut(&Record) -> bool) -> Record {
+        self.wait_until(within, what, wish).record.clone()
+    }
+
+    /// As [`Follower::wait`], for records that are long.
+    ///
+    /// # Panics
+    /// As [`Follower::wait`].
+    pub(crate) fn look(&self, within: Duration, what: &str, wish: impl FnMut(&Record) -> bool) {
+        drop(self.wait_until(within, what, wish));
+    }
+
+    fn wait_until(&self, within: Duration, what: &str, mut wish: impl FnMut(&Record) -> bool) -> MutexGuard<'_, State> {
         let deadline = Instant::now() + within;
         let mut state = self.shared.lock();
         while !wish(&state.record) {
@@ -83,7 +95,7 @@ impl Follower {
             assert!(!self.thread.as_ref().is_some_and(JoinHandle::is_finished), "waiting for {what}, but the follower panicked");
             state = self.shared.changed.wait_timeout(state, left.min(Duration::from_secs(1))).expect("the follower panicked").0;
         }
-        state.record.clone()
+        state
     }
 
     /// Takes the notifications that arrived since they were last taken out of its record.
