@@ -6,5 +6,6 @@ mod durability;
 mod embedded;
 mod harness;
 mod plugins;
+mod privacy;
 mod stability;
 mod wire;
