@@ -5,6 +5,7 @@ mod conformance;
 mod durability;
 mod embedded;
 mod harness;
+mod hostile;
 mod plugins;
 mod privacy;
 mod stability;
