@@ -273,6 +273,67 @@ const STRUCTURED: (&str, &str) = ("content-type", "application/cloudevents+json"
 const OCTETS: (&str, &str) = ("content-type", "application/octet-stream");
 const BATCH: (&str, &str) = ("content-type", "application/cloudevents-batch+json");
 
+#[test]
+fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
+    let node = Node::builder().config(LEAN).start();
+    let mut stream = node.stream("42");
+    let large = |bytes: usize| format!(r#"{{"type":"t","user":"42","data":"{}"}}"#, "x".repeat(bytes)).into_bytes();
+    let list = |n: usize| format!("[{}]", vec![r#"{"type":"t"}"#; n].join(",")).into_bytes();
+    let text = |text: &str| text.as_bytes().to_vec();
+    let cases: Vec<(&[(&str, &str)], Vec<u8>, u16, &str)> = vec![
+        (&[STRUCTURED], text(""), 400, "the CloudEvents document is not a JSON object"),
+        (&[STRUCTURED], text("{}"), 400, "type is missing; every event needs one"),
+        (&[STRUCTURED], text(r#"{"type":"#), 400, "not a JSON object"),
+        (&[STRUCTURED], text(&"[".repeat(200_000)), 400, "not a JSON object"),
+        (&[STRUCTURED], vec![0xff, 0, 0x80], 400, "the CloudEvents document is not UTF-8"),
+        (&[STRUCTURED], text(r#"{"type":"t","a\nb":"v"}"#), 400, "'a\\nb' is no attribute name"),
+        (&[STRUCTURED], text(r#"{"type":"t","id":"\u0000"}"#), 400, "id has the control character U+0000"),
+        (&[STRUCTURED], text(r#"{"type":"t\r\ndata: x"}"#), 400, "type has the control character U+000D"),
+        (&[STRUCTURED], text(r#"{"type":"t","user":"4\n2"}"#), 400, "user has the control character U+000A"),
+        (&[STRUCTURED], text(r#"{"type":"t","ttl":1e999}"#), 400, "ttl is no attribute value"),
+        (&[STRUCTURED], large(2 * 1024 * 1024), 413, "the body is larger than 262144 bytes"),
+        (&[STRUCTURED], large(262_144), 413, "the body is larger than 262144 bytes"),
+        (&[("ce-type", "t"), OCTETS], vec![0; 2 * 1024 * 1024], 413, "the body is larger than 262144 bytes"),
+        (&[("ce-id", "a"), OCTETS], vec![0xff], 400, "type is missing"),
+        (&[("ce-type", "a%0Ab")], text(""), 400, "type has the control character U+000A"),
+        (&[("ce-type", "a%FF")], text(""), 400, "type is not UTF-8"),
+        (&[("ce-type", "t"), ("ce-user", "4%0A2")], text(""), 400, "user has the control character U+000A"),
+        (&[("ce-type", "t"), ("ce-a-b", "v")], text(""), 400, "'a-b' is no attribute name"),
+        (&[("ce-", "t")], text(""), 400, "'' is no attribute name"),
+        (&[("content-type", "image/png")], vec![0x89], 415, "no event can be read from 'image/png'"),
+        (&[BATCH], text("{}"), 400, "the batch is not a JSON list of events"),
+        (&[BATCH], vec![b'[', 0xff], 400, "the batch is not UTF-8"),
+        (&[BATCH], list(10_001), 413, "the batch has 10001 events; 10000 is the most"),
+        (&[BATCH], vec![b' '; 5 * 1024 * 1024], 413, "the body is larger than 4194304 bytes"),
+    ];
+    for (n, (headers, body, status, expected)) in cases.iter().enumerate() {
+        let answer = node.send("POST", "/v1/events", headers, body);
+        assert_eq!(answer.status, *status, "{expected:?}: {answer:?}");
+        let error = answer.json()["error"].as_str().expect("an error").to_owned();
+        assert!(error.contains(expected), "{expected:?} is not in {error:?}");
+        assert_harmless(&error);
+        node.publisher().publish(&[event(&n.to_string(), "good", json!({ "user": "42" }))]);
+        assert_eq!(stream.next_notification(SOON).id, n.to_string());
+    }
+    let answer = node.send("POST", "/v1/events?dry_run=perhaps", &[STRUCTURED], b"{}");
+    assert_eq!(answer.status, 400, "{answer:?}");
+    // In a batch, what does not hold is refused for good, by name, and the others are stored.
+    let large = String::from_utf8(large(262_144)).expect("text");
+    let batch = format!(r#"[1, {{"user":"42"}}, {large}, {{"type":"t","id":"\n"}}, {{"type":"t","id":"last","user":"42"}}]"#);
+    let receipts = node.send("POST", "/v1/events", &[BATCH], batch.as_bytes()).json();
+    let receipts: Vec<&Value> = receipts["events"].as_array().expect("a list").iter().collect();
+    for (receipt, expected) in receipts.iter().zip(["not a JSON object", "type is missing", "262144 is the most", "U+000A"]) {
+        assert_eq!(receipt["status"], "refused", "{receipt}");
+        assert!(receipt["error"].as_str().is_some_and(|error| error.contains(expected)), "{expected:?} is not in {receipt}");
+    }
+    assert_eq!((receipts.len(), &receipts[4]["status"]), (5, &json!("stored")));
+    assert_eq!(stream.next_notification(SOON).id, "last");
+    let all = cases.len() as f64 + 1.0;
+    eventually(SOON, "every event has its outcome", || (node.metric("pointsman_events_total") >= all).then_some(()));
+    assert_eq!((node.metric("pointsman_events_total"), outcomes(&node, "committed")), (all, all));
+    assert_calm(&node);
+}
+
 /// Sends bytes and answers what comes back: one whole answer, the first words of a stream, or all until the node closes.
 fn say(addr: SocketAddr, bytes: &[u8]) -> String {
     let mut socket = TcpStream::connect(addr).expect("connect");
