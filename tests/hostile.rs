@@ -428,6 +428,37 @@ fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
 }
 
 #[test]
+fn a_last_event_id_that_nobody_can_read_is_told_as_a_gap_and_what_follows_arrives() {
+    let node = Node::builder().config(LEAN).start();
+    let mut stream = node.stream("42");
+    node.publisher().publish(&[event("before", "t", json!({ "user": "42" }))]);
+    assert_eq!(stream.next_notification(SOON).id, "before");
+    let open = |id: &str| Request::new(node.addr(), "user=42").last_event_id(id).open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
+    let mut own = stream.last_event_id().to_owned();
+    // A mark in the future, as if made up.
+    own.replace_range(own.len() - 9..own.len() - 6, "f--");
+    let gap = |stream: &mut Stream| stream.next_state("gap", SOON).data.expect("data");
+    for (id, reason) in [("garbled", "unknown"), ("1", "unknown"), ("ünïcode", "unknown"), (own.as_str(), "rewound")] {
+        let mut hostile = open(id);
+        let told: Value = serde_json::from_str(&gap(&mut hostile)).expect("JSON");
+        assert_eq!(told["reason"], reason, "for {id:?}: {hostile:?}");
+        // With the cursor that follows the gap the client is in good order again.
+        hostile.next_state("cursor", SOON);
+        node.publisher().publish(&[event(id, "t", json!({ "user": "42" }))]);
+        assert_eq!(hostile.next_notification(SOON).id, id);
+        assert_eq!(stream.next_notification(SOON).id, id);
+    }
+    // Somebody else's says nothing of this user, so nothing is missing.
+    let others = node.stream("43").last_event_id().to_owned();
+    let mut stream = open(&others);
+    stream.next_state("cursor", SOON);
+    node.publisher().publish(&[event("last", "t", json!({ "user": "42" }))]);
+    assert_eq!(stream.next_notification(SOON).id, "last");
+    let Refused { status, text } = Request::new(node.addr(), "user=42&min_priority=most").open(SOON).err().expect("refused");
+    assert!(status == Some(400) && text.contains("no priority: low, normal, high or urgent"), "{text}");
+}
+
+#[test]
 fn a_file_that_is_no_plugin_is_named_in_the_log_and_by_readiness_and_the_good_ones_work() {
     let folder = Folder::new();
     let address = guests::core_module("address");
