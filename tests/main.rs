@@ -6,6 +6,7 @@ mod durability;
 mod embedded;
 mod harness;
 mod hostile;
+mod outage;
 mod plugins;
 mod privacy;
 mod stability;

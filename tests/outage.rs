@@ -1,0 +1,227 @@
+//! Redis missing, lost, full, slow, forgetful or wrongly set: a node says so, refuses what it cannot take, keeps its streams, and goes on
+//! exactly where it was. The expectation is made by the publisher.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::eventually;
+use crate::harness::http::Answer;
+use crate::harness::node::{Builder, Node, SOON};
+use crate::harness::proxy::Proxy;
+use crate::harness::publish::{event, xadd};
+use crate::harness::redis::RedisServer;
+use crate::harness::sse::{Follower, Request, Stop, Stream};
+
+/// What is right sooner or later is right within this time, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+const N_USERS: usize = 4;
+/// Lines that a node may log about one outage of some seconds, whatever happens meanwhile.
+const MOST_LINES: usize = 30;
+
+/// A node on this Redis, with as little to compile at its start as there can be.
+fn node_on(url: &str) -> Builder {
+    Node::builder().redis(url).config("[plugins.discard]\nenabled = false")
+}
+
+fn n_lines(node: &Node) -> usize {
+    node.log().lines().count()
+}
+
+/// Waits until readiness is red and says this.
+fn red(node: &Node, reason: &str) {
+    eventually(SOON, &format!("readiness says {reason:?}"), || {
+        let ready = node.admin("/readyz");
+        (ready.status == 503 && ready.body.contains(reason)).then_some(())
+    });
+}
+
+fn green(node: &Node) {
+    eventually(PATIENCE, "readiness is green", || (node.admin("/readyz").status == 200).then_some(()));
+}
+
+/// Publishing is refused for now, and says when to come again.
+fn assert_refused(answer: &Answer) {
+    assert_eq!(answer.status, 503, "{answer:?}");
+    let seconds: u64 = answer.header("retry-after").expect("Retry-After").parse().expect("seconds");
+    assert!((1..=5).contains(&seconds), "{answer:?}");
+    assert!(answer.json()["error"].as_str().is_some_and(|error| !error.is_empty()), "{answer:?}");
+}
+
+fn number(number: usize) -> Value {
+    let more = if number % 7 == 0 { json!({ "everyone": true }) } else { json!({ "user": (number % N_USERS).to_string() }) };
+    event(&number.to_string(), "outage", more)
+}
+
+/// The streams of all users.
+fn streams(node: &Node) -> Vec<Stream> {
+    (0..N_USERS).map(|user| node.stream(&user.to_string())).collect()
+}
+
+/// Publishes numbered events as long as `during` lasts, surely, and answers how many.
+fn flow(node: &Node, during: impl FnOnce(&AtomicUsize)) -> usize {
+    let (n_published, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let publisher = node.publisher();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Relaxed) {
+                let first = n_published.load(Relaxed);
+                let batch: Vec<Value> = (first..first + 5).map(number).collect();
+                publisher.publish_surely(&batch, PATIENCE);
+                n_published.store(first + batch.len(), Relaxed);
+                // At this pace; in an outage it lasts as long as it lasts.
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        // Also when it panics, or the publisher would go on for ever.
+        let _over = OnDrop(&is_over);
+        during(&n_published);
+    });
+    n_published.load(Relaxed)
+}
+
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// Waits until some more events are published.
+fn some_more(n_published: &AtomicUsize) {
+    let before = n_published.load(Relaxed);
+    eventually(PATIENCE, "events are published", || (n_published.load(Relaxed) >= before + 50).then_some(()));
+}
+
+/// Each stream, never closed and without a gap, has exactly what was published to its user, once and in order.
+fn assert_exact(node: &Node, streams: &mut [Stream], n_published: usize) {
+    node.publisher().publish_surely(&[event("last", "outage", json!({ "everyone": true }))], PATIENCE);
+    for (user, stream) in streams.iter_mut().enumerate() {
+        let expected = (0..n_published).filter(|number| number % 7 == 0 || number % N_USERS == user).map(|number| number.to_string());
+        for number in expected.chain(["last".to_owned()]) {
+            assert_eq!(stream.next_notification(PATIENCE).id, number, "for user {user}");
+        }
+    }
+}
+
+#[test]
+fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes() {
+    let mut server = RedisServer::start();
+    server.kill();
+    let node = node_on(&server.url()).may_be_unready().start();
+    red(&node, "broker: the broker is away: ");
+    assert_eq!(node.admin("/healthz").status, 200, "a restart would not help");
+    let follower = Follower::start(node.addr(), "user=42");
+    for (method, path) in [("PUT", "/v1/groups/ops/members/42"), ("GET", "/v1/notifications?user=42"), ("GET", "/v1/dead")] {
+        assert_refused(&node.request(method, path));
+    }
+    assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
+    // An `EventSource` gives up for ever on any status but 200, and comes back after the end of a stream.
+    let (frames, stop) = Request::new(node.addr(), "user=42").open(SOON).expect("200").read_to_end(SOON);
+    assert!(matches!(stop, Stop::Ended), "{stop:?}");
+    let [close] = frames.as_slice() else { panic!("one frame: {frames:?}") };
+    assert_eq!((close.state(), close.data.as_deref(), close.retry.is_some()), (Some("close"), Some("{\"reason\":\"starting\"}"), true));
+
+    server.restart();
+    green(&node);
+    let follower = follower.connected(SOON);
+    node.publisher().publish(&[event("a", "t", json!({ "user": "42" }))]);
+    let record = follower.wait(SOON, "a notification", |record| !record.notifications.is_empty());
+    assert_eq!((record.notifications[0].id.as_str(), record.gaps.len()), ("a", 0));
+    assert!(n_lines(&node) < MOST_LINES, "{}", node.log());
+}
+
+#[test]
+fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
+    let server = RedisServer::start();
+    let proxy = Proxy::to(server.port());
+    let node = node_on(&proxy.url()).start();
+    let mut stream = node.stream("42");
+    let mut connection = server.connection();
+    let mut position =
+        || -> Option<String> { redis::cmd("HGET").arg("{pointsman:events}:meta").arg("pos").query(&mut connection).expect("HGET") };
+    // From now on Redis knows the scripts: a hash that it does not know is answered at once, and nothing done.
+    node.publisher().publish(&[event("first", "t", json!({ "user": "42" }))]);
+    assert_eq!(stream.next_notification(SOON).id, "first");
+    // A commit: this is how its decision names the event.
+    proxy.hold_answers_from("\"event_id\":\"committed\"");
+    let fields = |id: &str| vec![("type", "t".to_owned()), ("user", "42".to_owned()), ("id", id.to_owned())];
+    let entry = xadd(&mut server.connection(), "pointsman:events", &[fields("committed")]).remove(0);
+    eventually(SOON, "the commit is done", || (position().as_ref() == Some(&entry)).then_some(()));
+    assert!(proxy.is_holding(), "nobody has heard of it");
+    red(&node, "broker: the broker is away: no answer");
+    proxy.release();
+    green(&node);
+    assert_eq!(stream.next_notification(SOON).id, "committed");
+
+    // An append: the publisher, who had no answer, sends it again.
+    let posted = [event("posted", "t", json!({ "user": "42" }))];
+    proxy.hold_answers_from("\"id\":\"posted\"");
+    assert_refused(&node.publisher().try_publish(&posted).expect("an answer"));
+    proxy.release();
+    node.publisher().publish_surely(&posted, PATIENCE);
+    node.publisher().publish_surely(&[event("last", "t", json!({ "user": "42" }))], PATIENCE);
+    assert_eq!(stream.next_notification(SOON).id, "posted");
+    assert_eq!(stream.next_notification(SOON).id, "last");
+    eventually(SOON, "the second one is a duplicate", || {
+        (node.metric("pointsman_events_total{outcome=\"duplicate\"}") == 1.0).then_some(())
+    });
+}
+
+#[test]
+fn a_redis_that_may_evict_is_not_ready_and_the_fix_is_named_until_it_is_done() {
+    let server = RedisServer::with(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
+    let node = node_on(&server.url()).may_be_unready().start();
+    red(&node, "maxmemory-policy is allkeys-lru, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction");
+    assert!(node.log().contains("CONFIG SET maxmemory-policy noeviction"), "{}", node.log());
+    let () = server.command("CONFIG SET maxmemory-policy noeviction");
+    green(&node);
+}
+
+#[test]
+fn a_lost_feed_and_forgotten_scripts_go_unnoticed_by_clients() {
+    let server = RedisServer::start();
+    let node = node_on(&server.url()).start();
+    let mut streams = streams(&node);
+    let n_published = flow(&node, |n_published| {
+        for _ in 0..5 {
+            some_more(n_published);
+            let n_killed: u64 = server.command("CLIENT KILL TYPE pubsub");
+            assert_eq!(n_killed, 1, "the one connection for notices");
+            let () = server.command("SCRIPT FLUSH");
+            eventually(SOON, "the feed is back", || {
+                let channels: Vec<String> = server.command("PUBSUB CHANNELS *l:u:*");
+                (channels.len() == N_USERS).then_some(())
+            });
+        }
+    });
+    assert_exact(&node, &mut streams, n_published);
+    let log = node.log();
+    let n_lost = log.lines().filter(|line| line.contains("the connection for notices was lost")).count();
+    assert_eq!(n_lost, 5, "{log}");
+}
+
+#[test]
+fn flushall_is_told_as_a_gap_and_never_silence_and_later_events_arrive() {
+    let server = RedisServer::start();
+    let node = node_on(&server.url()).start();
+    let (mut stream, mut quiet) = (node.stream("42"), node.stream("43"));
+    node.publisher().publish(&[event("before", "t", json!({ "user": "42" }))]);
+    assert_eq!(stream.next_notification(SOON).id, "before");
+    let () = server.command("FLUSHALL");
+    for stream in [&mut stream, &mut quiet] {
+        let told: Value = serde_json::from_str(&stream.next_state("gap", SOON).data.expect("data")).expect("JSON");
+        assert_eq!(told["reason"], "rewound", "{stream:?}");
+    }
+    let fields = vec![("type", "t".to_owned()), ("everyone", "true".to_owned()), ("id", "added".to_owned())];
+    xadd(&mut server.connection(), "pointsman:events", &[fields]);
+    node.publisher().publish_surely(&[event("posted", "t", json!({ "everyone": true }))], SOON);
+    for stream in [&mut stream, &mut quiet] {
+        assert_eq!(stream.next_notification(SOON).id, "added");
+        assert_eq!(stream.next_notification(SOON).id, "posted");
+    }
+    // Who comes back with a cursor from before is told, too.
+    assert_eq!(node.admin("/readyz").status, 200);
+}
