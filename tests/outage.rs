@@ -134,6 +134,38 @@ fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes()
 }
 
 #[test]
+fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_streams_stay_open() {
+    let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let node = node_on(&server.url()).start();
+    let mut streams = streams(&node);
+    let n_published = flow(&node, |n_published| {
+        some_more(n_published);
+        let before = n_lines(&node);
+        server.kill();
+        red(&node, "broker: the broker is away: ");
+        // Publishers that hammer a node in an outage are answered, and not written down one by one.
+        for _ in 0..100 {
+            assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
+        }
+        // A stream that is opened now waits.
+        let mut late = Request::new(node.addr(), "user=late").open(SOON).expect("200");
+        server.restart();
+        late.next_state("cursor", SOON);
+        green(&node);
+        some_more(n_published);
+        // And once more, so quickly that hardly anybody notices.
+        server.kill();
+        server.restart();
+        some_more(n_published);
+        let log = node.log();
+        let lines: Vec<&str> = log.lines().skip(before).collect();
+        assert!(lines.len() < 2 * MOST_LINES, "{}", lines.join("\n"));
+        assert!(lines.iter().any(|line| line.contains("the source waits") && line.contains("retry_ms=")), "{}", lines.join("\n"));
+    });
+    assert_exact(&node, &mut streams, n_published);
+}
+
+#[test]
 fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     let server = RedisServer::start();
     let proxy = Proxy::to(server.port());
@@ -168,6 +200,53 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     eventually(SOON, "the second one is a duplicate", || {
         (node.metric("pointsman_events_total{outcome=\"duplicate\"}") == 1.0).then_some(())
     });
+}
+
+#[test]
+fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
+    const MEMORY: usize = 24 * 1024 * 1024;
+    let server = RedisServer::with(&["--maxmemory", &MEMORY.to_string(), "--maxmemory-policy", "noeviction"]);
+    let node = node_on(&server.url()).start();
+    let mut stream = node.stream("42");
+    // While the node stands still, a neighbour of Redis fills it to the brim with events that nobody has decided.
+    node.signal("STOP");
+    let mut connection = server.connection();
+    let mut n_added = 0;
+    let refusal = loop {
+        let mut command = redis::cmd("XADD");
+        command.arg("pointsman:events").arg("*").arg("type").arg("t").arg("id").arg(n_added).arg("data");
+        match command.arg(format!("\"{}\"", "x".repeat(100_000))).query::<String>(&mut connection) {
+            Ok(_) => n_added += 1,
+            Err(error) => break error,
+        }
+        assert!(n_added * 100_000 < MEMORY, "it should be full by now");
+    };
+    assert_eq!(refusal.code(), Some("OOM"), "{refusal}");
+    node.signal("CONT");
+    // Decided, they are no longer needed, and make room by themselves.
+    let expected = n_added as f64;
+    eventually(PATIENCE, "every event is decided", || {
+        (node.metric("pointsman_events_total{outcome=\"unrouted\"}") == expected).then_some(())
+    });
+    node.publisher().publish_surely(&[event("drained", "t", json!({ "user": "42" }))], SOON);
+    assert_eq!(stream.next_notification(SOON).id, "drained");
+
+    // Full of what cannot be given up: it is refused, said, and the rest goes on.
+    let () = server.command("CONFIG SET maxmemory 1mb");
+    let before = n_lines(&node);
+    for _ in 0..100 {
+        let answer = node.publisher().try_publish(&[event("refused", "t", json!({ "user": "42" }))]).expect("an answer");
+        assert_refused(&answer);
+        assert!(answer.json()["error"].as_str().is_some_and(|error| error.contains("no room")), "{answer:?}");
+    }
+    red(&node, "raise maxmemory or let the backlog drain");
+    assert!(n_lines(&node) - before < MOST_LINES, "{}", node.log());
+    let mut second = node.stream("43");
+    let () = server.command(&format!("CONFIG SET maxmemory {MEMORY}"));
+    node.publisher().publish(&[event("last", "t", json!({ "everyone": true }))]);
+    assert_eq!(stream.next_notification(SOON).id, "last");
+    assert_eq!(second.next_notification(SOON).id, "last");
+    green(&node);
 }
 
 #[test]
