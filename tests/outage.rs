@@ -166,6 +166,29 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
 }
 
 #[test]
+fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
+    let server = RedisServer::start();
+    let node = node_on(&server.url()).start();
+    let mut streams = streams(&node);
+    let n_published = flow(&node, |n_published| {
+        some_more(n_published);
+        let before = n_lines(&node);
+        server.pause();
+        red(&node, "broker: the broker is away: ");
+        assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
+        // Until the feed counts as dead, too.
+        red(&node, "feed: 1 of 1 partitions are silent");
+        server.resume();
+        green(&node);
+        some_more(n_published);
+        let log = node.log();
+        let lines: Vec<&str> = log.lines().skip(before).collect();
+        assert!(lines.len() < MOST_LINES, "{}", lines.join("\n"));
+    });
+    assert_exact(&node, &mut streams, n_published);
+}
+
+#[test]
 fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     let server = RedisServer::start();
     let proxy = Proxy::to(server.port());
