@@ -327,3 +327,19 @@ fn flushall_is_told_as_a_gap_and_never_silence_and_later_events_arrive() {
     // Who comes back with a cursor from before is told, too.
     assert_eq!(node.admin("/readyz").status, 200);
 }
+
+#[test]
+fn a_line_that_is_too_slow_for_a_full_read_is_read_in_smaller_bites() {
+    let server = RedisServer::start();
+    let proxy = Proxy::to(server.port());
+    let node = node_on(&proxy.url()).start();
+    let mut stream = node.stream("42");
+    // 64 entries would take more than 6 s, and a read has 3.
+    proxy.slow_answers_to(1024 * 1024);
+    let fields = |n: usize| {
+        let data = format!("\"{}\"", "x".repeat(100_000));
+        vec![("type", "t".to_owned()), ("id", n.to_string()), ("data", data), ("user", if n == 63 { "42" } else { "43" }.to_owned())]
+    };
+    xadd(&mut server.connection(), "pointsman:events", &(0..64).map(fields).collect::<Vec<_>>());
+    assert_eq!(stream.next_notification(PATIENCE).id, "63");
+}

@@ -77,6 +77,14 @@ impl From<Error> for Stop {
     }
 }
 
+/// What is remembered of a source from one try to work it to the next.
+struct Standing {
+    /// Only what ends a node counts as a take-over; an outage of the broker does not.
+    is_new_owner: bool,
+    /// Entries to read at once.
+    bite: usize,
+}
+
 /// One evaluated batch on its way to the commit.
 struct Evaluated {
     items: Vec<Item>,
@@ -86,11 +94,10 @@ impl Ingest {
     /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut delay = Duration::from_millis(50);
-        // Only what ends a node counts as a take-over; an outage of the broker does not.
-        let mut is_new_owner = true;
+        let mut standing = Standing { is_new_owner: true, bite: MAX_ITEMS };
         while !shutdown.is_cancelled() {
             let began = Instant::now();
-            let stop = self.own(&partition, &mut is_new_owner, &shutdown).await;
+            let stop = self.own(&partition, &mut standing, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
                 delay = Duration::from_millis(50);
             }
@@ -102,7 +109,7 @@ impl Ingest {
                 }
                 Stop::LeaseLost => {
                     tracing::info!(source.key = %partition.source, "another node works the source");
-                    is_new_owner = true;
+                    standing.is_new_owner = true;
                     delay = Duration::from_millis(50);
                 }
                 Stop::Broker(error) => {
@@ -122,7 +129,7 @@ impl Ingest {
     }
 
     /// Takes the lease, works the partition until something stops it, and keeps the lease meanwhile.
-    async fn own(&self, partition: &Partition, is_new_owner: &mut bool, shutdown: &CancellationToken) -> Stop {
+    async fn own(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
         let ttl = Duration::from_millis(self.config.lease_ms);
         loop {
             match self.broker.lease(partition.number, &self.node, ttl).await {
@@ -138,12 +145,12 @@ impl Ingest {
             }
         }
         let mut is_careful = false;
-        if *is_new_owner {
+        if standing.is_new_owner {
             match self.broker.take_over(partition.number).await {
                 Ok(n_owners) => is_careful = n_owners >= CAREFUL_AFTER,
                 Err(error) => return error.into(),
             }
-            *is_new_owner = false;
+            standing.is_new_owner = false;
         }
         let keep_lease = async {
             loop {
@@ -157,19 +164,19 @@ impl Ingest {
             }
         };
         tokio::select! {
-            stop = self.work(partition, is_careful, shutdown) => stop,
+            stop = self.work(partition, is_careful, &mut standing.bite, shutdown) => stop,
             stop = keep_lease => stop,
         }
     }
 
-    async fn work(&self, partition: &Partition, is_careful: bool, shutdown: &CancellationToken) -> Stop {
+    async fn work(&self, partition: &Partition, is_careful: bool, bite: &mut usize, shutdown: &CancellationToken) -> Stop {
         // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
         let head = match self.settled_head(partition.number).await {
             Ok(head) => head,
             Err(stop) => return stop,
         };
         let (evaluated, batches) = mpsc::channel(AHEAD);
-        let read = self.read(partition, head.position.entry, is_careful, evaluated, shutdown);
+        let read = self.read(partition, head.position.entry, is_careful, bite, evaluated, shutdown);
         let commit = self.commit(partition, head.life, head.position, batches);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
@@ -218,6 +225,7 @@ impl Ingest {
         partition: &Partition,
         mut after: EntryId,
         is_careful: bool,
+        bite: &mut usize,
         evaluated: mpsc::Sender<Evaluated>,
         shutdown: &CancellationToken,
     ) -> Stop {
@@ -226,15 +234,22 @@ impl Ingest {
         // Carefully only until it is clear that the position moves again.
         let mut n_careful = if is_careful { MAX_ITEMS } else { 0 };
         loop {
-            let count = if n_careful > 0 { 1 } else { MAX_ITEMS };
+            let count = if n_careful > 0 { 1 } else { *bite };
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
             };
             let entries = match entries {
                 Ok(entries) => entries,
-                Err(error) => return error.into(),
+                Err(error) => {
+                    // So many large entries may take longer than an answer may, and would for ever.
+                    *bite = (*bite / 4).max(1);
+                    return error.into();
+                }
             };
+            if entries.len() == *bite {
+                *bite = (*bite + 1).min(MAX_ITEMS);
+            }
             let Some(last) = entries.last() else {
                 if evaluated.is_closed() {
                     return Stop::Refused;
