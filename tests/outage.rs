@@ -306,6 +306,21 @@ fn a_lost_feed_and_forgotten_scripts_go_unnoticed_by_clients() {
 }
 
 #[test]
+fn a_source_that_somebody_overwrote_turns_readiness_red_with_the_fix_until_it_is_mended() {
+    let server = RedisServer::start();
+    let node = node_on(&server.url()).start();
+    let mut stream = node.stream("42");
+    let () = server.command("DEL pointsman:events");
+    let () = server.command("SET pointsman:events oops");
+    red(&node, "a key of ours holds something foreign: rename or delete it");
+    let () = server.command("RENAME pointsman:events oops");
+    let fields = vec![("type", "t".to_owned()), ("user", "42".to_owned()), ("id", "a".to_owned())];
+    xadd(&mut server.connection(), "pointsman:events", &[fields]);
+    assert_eq!(stream.next_notification(SOON).id, "a");
+    green(&node);
+}
+
+#[test]
 fn flushall_is_told_as_a_gap_and_never_silence_and_later_events_arrive() {
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();

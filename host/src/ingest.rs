@@ -22,6 +22,7 @@ use crate::broker::{
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::pipeline::{Evaluation, Pipeline, Resolution};
+use crate::readiness::Readiness;
 
 /// `[ingest]`: how sources are worked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,6 +48,8 @@ impl Default for Config {
 const CAREFUL_AFTER: u32 = 3;
 /// After so many noted attempts, the entry is what kills the nodes.
 const POISON_AFTER: u32 = 5;
+/// So long a refusal of the broker counts unless it is said again: longer than the longest pause between two tries.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// Batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
@@ -57,6 +60,7 @@ pub struct Ingest {
     pub pipeline: Pipeline,
     pub metrics: Metrics,
     pub config: Config,
+    pub readiness: Readiness,
     /// The name under which leases are taken.
     pub node: String,
 }
@@ -114,6 +118,10 @@ impl Ingest {
                 }
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
+                    if matches!(error, Error::Refused(_)) {
+                        // No outage that passes, and `watch` need not see it: the source may be overwritten, a plan's record gone.
+                        self.readiness.set_for(&format!("sources.{}", partition.source), error.to_string(), REFUSED_FOR);
+                    }
                     tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
                     delay = (delay * 2).min(Duration::from_secs(5));
                 }
