@@ -49,7 +49,7 @@ const CAREFUL_AFTER: u32 = 3;
 /// After so many noted attempts, the entry is what kills the nodes.
 const POISON_AFTER: u32 = 5;
 /// So long a refusal of the broker counts unless it is said again: longer than the longest pause between two tries.
-const REFUSED_FOR: Duration = Duration::from_secs(10);
+const REFUSED_FOR: Duration = Duration::from_secs(15);
 /// Batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
