@@ -53,6 +53,8 @@ struct State {
     /// Requests without an answer yet.
     asked: HashMap<u64, (PartitionNumber, Target)>,
     last_tick: HashMap<PartitionNumber, Instant>,
+    /// When the feed of a silent partition was last told to connect again.
+    reconnected: HashMap<PartitionNumber, Instant>,
 }
 
 #[derive(Debug)]
@@ -356,12 +358,21 @@ impl Listener<'_> {
 
     fn reconnect_silent(&self, follow: &mpsc::UnboundedSender<Follow>) {
         let mut state = self.hub.lock();
-        for (&partition, last) in &mut state.last_tick {
-            if last.elapsed() > SILENCE {
-                tracing::warn!(partition = partition.0, silence_s = SILENCE.as_secs(), "no tick; connecting the feed again");
-                *last = Instant::now();
-                follow.send(Follow::Reconnect { partition }).ok();
+        let State { last_tick, reconnected, .. } = &mut *state;
+        for (&partition, last) in last_tick {
+            if last.elapsed() <= SILENCE {
+                reconnected.remove(&partition);
+                continue;
             }
+            let before = reconnected.get(&partition);
+            if before.is_some_and(|before| before.elapsed() <= SILENCE) {
+                continue;
+            }
+            if before.is_none() {
+                tracing::warn!(partition = partition.0, silence_s = SILENCE.as_secs(), "no tick; connecting the feed until one is heard");
+            }
+            reconnected.insert(partition, Instant::now());
+            follow.send(Follow::Reconnect { partition }).ok();
         }
     }
 

@@ -24,6 +24,7 @@ use crate::broker::{
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
+use crate::readiness::Readiness;
 
 /// `[ingest]`: how sources are worked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,6 +50,8 @@ impl Default for Config {
 const CAREFUL_AFTER: u32 = 3;
 /// After so many noted attempts, the entry is what kills the nodes.
 const POISON_AFTER: u32 = 5;
+/// So long a refusal of the broker counts unless it is said again: longer than the longest pause between two tries.
+const REFUSED_FOR: Duration = Duration::from_secs(15);
 /// Batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
@@ -59,6 +62,7 @@ pub struct Ingest {
     pub pipeline: Pipeline,
     pub metrics: Metrics,
     pub config: Config,
+    pub readiness: Readiness,
     /// The name under which leases are taken.
     pub node: String,
 }
@@ -94,6 +98,14 @@ impl Drop for Progress {
     }
 }
 
+/// What is remembered of a source from one try to work it to the next.
+struct Standing {
+    /// Only what ends a node counts as a take-over; an outage of the broker does not.
+    is_new_owner: bool,
+    /// Entries to read at once.
+    bite: usize,
+}
+
 /// One evaluated batch on its way to the commit.
 struct Evaluated {
     items: Vec<Item>,
@@ -103,8 +115,7 @@ impl Ingest {
     /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut delay = Duration::from_millis(50);
-        // Only what ends a node counts as a take-over; an outage of the broker does not.
-        let mut is_new_owner = true;
+        let mut standing = Standing { is_new_owner: true, bite: MAX_ITEMS };
         while !shutdown.is_cancelled() {
             // Before the lease is taken: another node may have a plugin.
             tokio::select! {
@@ -112,7 +123,7 @@ impl Ingest {
                 () = shutdown.cancelled() => break,
             }
             let began = Instant::now();
-            let stop = self.own(&partition, &mut is_new_owner, &shutdown).await;
+            let stop = self.own(&partition, &mut standing, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
                 delay = Duration::from_millis(50);
             }
@@ -124,17 +135,21 @@ impl Ingest {
                 }
                 Stop::LeaseLost => {
                     tracing::info!(source.key = %partition.source, "another node works the source");
-                    is_new_owner = true;
+                    standing.is_new_owner = true;
                     delay = Duration::from_millis(50);
                 }
                 Stop::NoPlugins => {
                     tracing::warn!(source.key = %partition.source, "no plugin is left; events wait in the source");
                     self.release(&partition).await;
-                    is_new_owner = true;
+                    standing.is_new_owner = true;
                     continue;
                 }
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
+                    if matches!(error, Error::Refused(_)) {
+                        // No outage that passes, and `watch` need not see it: the source may be overwritten, a plan's record gone.
+                        self.readiness.set_for(&format!("sources.{}", partition.source), error.to_string(), REFUSED_FOR);
+                    }
                     tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
                     delay = (delay * 2).min(Duration::from_secs(5));
                 }
@@ -154,7 +169,7 @@ impl Ingest {
     }
 
     /// Takes the lease, works the partition until something stops it, and keeps the lease meanwhile.
-    async fn own(&self, partition: &Partition, is_new_owner: &mut bool, shutdown: &CancellationToken) -> Stop {
+    async fn own(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
         let ttl = Duration::from_millis(self.config.lease_ms);
         loop {
             match self.broker.lease(partition.number, &self.node, ttl).await {
@@ -170,12 +185,12 @@ impl Ingest {
             }
         }
         let mut is_careful = false;
-        if *is_new_owner {
+        if standing.is_new_owner {
             match self.broker.take_over(partition.number).await {
                 Ok(n_owners) => is_careful = n_owners >= CAREFUL_AFTER,
                 Err(error) => return error.into(),
             }
-            *is_new_owner = false;
+            standing.is_new_owner = false;
         }
         let keep_lease = async {
             loop {
@@ -189,12 +204,12 @@ impl Ingest {
             }
         };
         tokio::select! {
-            stop = self.work(partition, is_careful, shutdown) => stop,
+            stop = self.work(partition, is_careful, &mut standing.bite, shutdown) => stop,
             stop = keep_lease => stop,
         }
     }
 
-    async fn work(&self, partition: &Partition, is_careful: bool, shutdown: &CancellationToken) -> Stop {
+    async fn work(&self, partition: &Partition, is_careful: bool, bite: &mut usize, shutdown: &CancellationToken) -> Stop {
         // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
         let head = match self.settled_head(partition.number).await {
             Ok(head) => head,
@@ -204,7 +219,7 @@ impl Ingest {
         let label = SourceLabel { source: partition.source.clone() };
         let reread = self.metrics.events_reread.get_or_create_owned(&label);
         let progress = Progress { n_read: AtomicU64::new(0), n_done: AtomicU64::new(0), reread };
-        let read = self.read(partition, head.position.entry, is_careful, evaluated, &progress, shutdown);
+        let read = self.read(partition, head.position.entry, is_careful, bite, evaluated, &progress, shutdown);
         let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
@@ -253,6 +268,7 @@ impl Ingest {
         partition: &Partition,
         mut after: EntryId,
         is_careful: bool,
+        bite: &mut usize,
         evaluated: mpsc::Sender<Evaluated>,
         progress: &Progress,
         shutdown: &CancellationToken,
@@ -262,7 +278,7 @@ impl Ingest {
         // Carefully only until it is clear that the position moves again.
         let mut n_careful = if is_careful { MAX_ITEMS } else { 0 };
         loop {
-            let count = if n_careful > 0 { 1 } else { MAX_ITEMS };
+            let count = if n_careful > 0 { 1 } else { *bite };
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
@@ -270,8 +286,15 @@ impl Ingest {
             };
             let entries = match entries {
                 Ok(entries) => entries,
-                Err(error) => return error.into(),
+                Err(error) => {
+                    // So many large entries may take longer than an answer may, and would for ever.
+                    *bite = (*bite / 4).max(1);
+                    return error.into();
+                }
             };
+            if entries.len() == *bite {
+                *bite = (*bite + 1).min(MAX_ITEMS);
+            }
             let Some(last) = entries.last() else {
                 if evaluated.is_closed() {
                     return Stop::Refused;

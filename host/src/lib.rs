@@ -138,7 +138,8 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     if let Some((broker, (pipeline, watcher))) = started {
         for partition in broker.partitions() {
             let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
-            let ingest = Ingest { broker, pipeline, metrics, config: ingest.clone(), node: name.clone() };
+            let readiness = readiness.clone();
+            let ingest = Ingest { broker, pipeline, metrics, readiness, config: ingest.clone(), node: name.clone() };
             shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
         }
         shutdown.begun().await;

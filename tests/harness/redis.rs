@@ -5,10 +5,11 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::ports;
 
 /// Makes the database `ARGV[2]` what `ARGV[1]` is, but for the key `ARGV[3]`.
 const COPY_DATABASE: &str = "local from, to, but = ARGV[1], ARGV[2], ARGV[3]
@@ -39,9 +40,10 @@ impl RedisServer {
             std::env::temp_dir().join(format!("pointsman-redis-{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(&folder).expect("make a folder for redis-server");
         let mut server = Self { port: 0, folder, options: options.iter().map(ToString::to_string).collect(), child: None };
-        // Between looking for a free port and binding it somebody else may take it; then the next one is tried.
+        // Somebody outside the tests may take it before it is bound; then the next one is tried.
         for _ in 0..10 {
-            server.port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("find a free port").port();
+            // One that is still free when a killed server comes back to it.
+            server.port = ports::free().port();
             if server.launch().is_ok() {
                 return server;
             }
