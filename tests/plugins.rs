@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use pointsman::broker::Verdict;
 use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value};
 use pointsman::metrics::Metrics;
-use pointsman::pipeline::{Evaluation, Pipeline, Resolution};
+use pointsman::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use pointsman::plugin::Engine;
-use pointsman::plugin::registry::{Config, Registry};
+use pointsman::plugin::registry::Registry;
+use pointsman::plugin::settings::Config;
 use serde_json::{Value as Json, json};
 
 use crate::harness::guests::{core_module, wasi_component};
@@ -49,7 +50,7 @@ fn registry(files: &[(&str, &[u8])], mut section: Json) -> Registry {
     }
     let mut config: Config = serde_json::from_value(section).unwrap();
     config.dir = Some(folder(files));
-    Registry::load(engine(), &config).unwrap()
+    Registry::load(engine(), config, Metrics::default()).unwrap()
 }
 
 struct Bench {
@@ -63,7 +64,7 @@ impl Bench {
         let broken: Vec<_> = registry.states().into_iter().filter_map(|state| state.failure).collect();
         assert!(broken.is_empty(), "{broken:?}");
         let metrics = Metrics::default();
-        Self { pipeline: Pipeline::start(Arc::new(registry), metrics.clone()).unwrap(), metrics }
+        Self { pipeline: Pipeline::start(Arc::new(registry), false, metrics.clone()).unwrap(), metrics }
     }
 
     /// `unruly` alone, with these settings.
@@ -72,7 +73,7 @@ impl Bench {
     }
 
     async fn one(&self, event: Event) -> Evaluation {
-        self.pipeline.evaluate(vec![event], NOW_MS).await.remove(0)
+        self.pipeline.evaluate(vec![event], NOW_MS).await.unwrap().remove(0)
     }
 
     async fn of_type(&self, kind: &str) -> Evaluation {
@@ -209,7 +210,7 @@ async fn one_bad_event_costs_its_batch_nothing() {
         _ => "fine",
     };
     let events = (0..200).map(|n| event(json!({"type": kind(n), "user": format!("user-{n}")}))).collect();
-    let evaluations = bench.pipeline.evaluate(events, NOW_MS).await;
+    let evaluations = bench.pipeline.evaluate(events, NOW_MS).await.unwrap();
     assert_eq!(evaluations.len(), 200);
     for (n, evaluation) in evaluations.iter().enumerate() {
         assert_eq!(evaluation.event.attribute("user"), Some(&Value::Text(format!("user-{n}"))));
@@ -230,7 +231,7 @@ async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
         bench.pipeline.evaluate((from..from + 30).map(|n| event(json!({"type": "t", "user": format!("{n}")}))).collect(), NOW_MS)
     };
     let (a, b, c) = tokio::join!(batch(0), batch(30), batch(60));
-    let users: Vec<_> = a.iter().chain(&b).chain(&c).flat_map(targets).collect();
+    let users: Vec<_> = [a, b, c].into_iter().flat_map(Result::unwrap).flat_map(|evaluation| targets(&evaluation)).collect();
     assert_eq!(users, (0..90).map(|n| format!("u:{n}")).collect::<Vec<_>>());
 }
 
@@ -239,7 +240,7 @@ async fn a_plugin_that_fails_is_asked_once_more_on_a_fresh_instance() {
     let bench = Bench::unruly(json!({}));
     // Few events are one share, so that both meet the same thread.
     let batch = ["t", "fresh-instances-only"].map(|kind| event(json!({ "type": kind })));
-    let mut evaluations = bench.pipeline.evaluate(batch.into(), NOW_MS).await;
+    let mut evaluations = bench.pipeline.evaluate(batch.into(), NOW_MS).await.unwrap();
     let evaluation = evaluations.remove(1);
     assert_eq!(seen(&evaluations[0])["call"], 1);
     assert_eq!(
@@ -475,13 +476,17 @@ fn two_files_of_one_name_and_a_missing_file_are_told() {
     assert!(failures[1].contains("'adress' is configured, and no file"), "{failures:?}");
     assert!(failures[2].contains("'gone' is configured, and no file"), "{failures:?}");
     let no_folder = Config { dir: Some("/nowhere/plugins".into()), ..Config::default() };
-    assert!(Registry::load(engine(), &no_folder).unwrap_err().to_string().contains("/nowhere/plugins cannot be read"));
+    assert!(Registry::load(engine(), no_folder, Metrics::default()).unwrap_err().to_string().contains("/nowhere/plugins cannot be read"));
 }
 
 #[tokio::test]
-async fn without_a_plugin_every_event_is_unrouted() {
-    let pipeline = Pipeline::start(Arc::new(Registry::load(engine(), &Config::default()).unwrap()), Metrics::default()).unwrap();
-    assert!(!pipeline.has_plugins());
-    let evaluations = pipeline.evaluate(vec![event(json!({"type": "t", "user": "7"}))], NOW_MS).await;
+async fn without_a_plugin_nothing_is_evaluated_unless_that_was_allowed() {
+    let pipeline = |allow_none| {
+        let registry = Registry::load(engine(), Config::default(), Metrics::default()).unwrap();
+        Pipeline::start(Arc::new(registry), allow_none, Metrics::default()).unwrap()
+    };
+    let batch = || vec![event(json!({"type": "t", "user": "7"}))];
+    assert_eq!(pipeline(false).evaluate(batch(), NOW_MS).await.unwrap_err(), NoPlugins);
+    let evaluations = pipeline(true).evaluate(batch(), NOW_MS).await.unwrap();
     assert!(matches!(evaluations[0].resolution, Resolution::Unrouted));
 }

@@ -51,9 +51,12 @@ pub(crate) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Also the way of --help and --version; nobody is left to tell if the terminal is gone.
-            let _ = error.print();
-            return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+            // Also the way of --help and --version.
+            return match (error.print(), error.use_stderr()) {
+                (Ok(()), false) => ExitCode::SUCCESS,
+                (Err(_), false) => ExitCode::FAILURE,
+                (_, true) => ExitCode::from(EXIT_USAGE),
+            };
         }
     };
     let outcome = match cli.command {

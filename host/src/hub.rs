@@ -15,9 +15,10 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::broker::{Broker, Feed, Follow, Notice, PartitionNumber};
+use crate::clock::now_ms;
 use crate::event::{Life, Name, NotificationId, Target};
 use crate::metrics::{Metrics, ReasonLabel};
-use crate::subscription::replay::{Follows, History, now_ms};
+use crate::subscription::replay::{Follows, History};
 use crate::subscription::{Filter, OpenStream, Record, Start, Subscription};
 
 /// So long without a tick, and the feed of a partition counts as dead, whatever the connection says.

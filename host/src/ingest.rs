@@ -7,9 +7,11 @@
 //! Knows nothing of streams. What plugins are and how they fail is `pipeline`'s business; how a commit is one step, the broker's.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use prometheus_client::metrics::counter::Counter;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -21,7 +23,7 @@ use crate::broker::{
 };
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
-use crate::pipeline::{Evaluation, Pipeline, Resolution};
+use crate::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 
 /// `[ingest]`: how sources are worked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,12 +70,27 @@ enum Stop {
     Refused,
     Broker(Error),
     LeaseLost,
+    /// Without a plugin every event would be unrouted, for good: they wait in the source.
+    NoPlugins,
     Shutdown,
 }
 
 impl From<Error> for Stop {
     fn from(error: Error) -> Self {
         Self::Broker(error)
+    }
+}
+
+/// What one stretch of work has read and brought to an outcome: what is between the two when it stops, however it stops, is read again.
+struct Progress {
+    n_read: AtomicU64,
+    n_done: AtomicU64,
+    reread: Counter,
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.reread.inc_by(self.n_read.load(Relaxed) - self.n_done.load(Relaxed));
     }
 }
 
@@ -89,6 +106,11 @@ impl Ingest {
         // Only what ends a node counts as a take-over; an outage of the broker does not.
         let mut is_new_owner = true;
         while !shutdown.is_cancelled() {
+            // Before the lease is taken: another node may have a plugin.
+            tokio::select! {
+                () = self.pipeline.can_work() => {}
+                () = shutdown.cancelled() => break,
+            }
             let began = Instant::now();
             let stop = self.own(&partition, &mut is_new_owner, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
@@ -105,6 +127,12 @@ impl Ingest {
                     is_new_owner = true;
                     delay = Duration::from_millis(50);
                 }
+                Stop::NoPlugins => {
+                    tracing::warn!(source.key = %partition.source, "no plugin is left; events wait in the source");
+                    self.release(&partition).await;
+                    is_new_owner = true;
+                    continue;
+                }
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
                     tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
@@ -116,6 +144,10 @@ impl Ingest {
                 () = shutdown.cancelled() => {}
             }
         }
+        self.release(&partition).await;
+    }
+
+    async fn release(&self, partition: &Partition) {
         if let Err(error) = self.broker.release(partition.number, &self.node).await {
             tracing::debug!(source.key = %partition.source, %error, "the lease ends by itself");
         }
@@ -169,16 +201,19 @@ impl Ingest {
             Err(stop) => return stop,
         };
         let (evaluated, batches) = mpsc::channel(AHEAD);
-        let read = self.read(partition, head.position.entry, is_careful, evaluated, shutdown);
-        let commit = self.commit(partition, head.life, head.position, batches);
+        let label = SourceLabel { source: partition.source.clone() };
+        let reread = self.metrics.events_reread.get_or_create_owned(&label);
+        let progress = Progress { n_read: AtomicU64::new(0), n_done: AtomicU64::new(0), reread };
+        let read = self.read(partition, head.position.entry, is_careful, evaluated, &progress, shutdown);
+        let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
         tokio::select! {
             stop = &mut commit => stop,
             stop = &mut read => match stop {
-                // Everything read is on its way: let the last commit return.
-                Stop::Shutdown => match commit.await {
-                    Stop::Shutdown => Stop::Shutdown,
+                // Everything evaluated is on its way: let the last commit return.
+                Stop::Shutdown | Stop::NoPlugins => match commit.await {
+                    Stop::Shutdown => stop,
                     stop => stop,
                 },
                 stop => stop,
@@ -219,6 +254,7 @@ impl Ingest {
         mut after: EntryId,
         is_careful: bool,
         evaluated: mpsc::Sender<Evaluated>,
+        progress: &Progress,
         shutdown: &CancellationToken,
     ) -> Stop {
         let label = SourceLabel { source: partition.source.clone() };
@@ -230,6 +266,7 @@ impl Ingest {
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
+                () = self.pipeline.cannot_work() => return Stop::NoPlugins,
             };
             let entries = match entries {
                 Ok(entries) => entries,
@@ -243,11 +280,22 @@ impl Ingest {
             };
             after = last.id;
             read.inc_by(entries.len() as u64);
+            progress.n_read.fetch_add(entries.len() as u64, Relaxed);
             let poison = if n_careful > 0 { self.poison(partition.number, &entries).await } else { Ok(None) };
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
                 Ok(Some(item)) => vec![item],
-                Ok(None) => self.evaluate(partition, entries).await,
+                Ok(None) => {
+                    let n_entries = entries.len() as u64;
+                    match self.evaluate(partition, entries).await {
+                        Ok(items) => items,
+                        // The last plugin went since they were read.
+                        Err(NoPlugins) => {
+                            self.metrics.events_reread.get_or_create(&label).inc_by(n_entries);
+                            return Stop::NoPlugins;
+                        }
+                    }
+                }
                 Err(stop) => return stop,
             };
             if evaluated.send(Evaluated { items }).await.is_err() {
@@ -268,39 +316,45 @@ impl Ingest {
     }
 
     /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
-    async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Vec<Item> {
-        let clock_ms = crate::subscription::replay::now_ms();
+    async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Result<Vec<Item>, NoPlugins> {
+        let clock_ms = crate::clock::now_ms();
         let mut events = Vec::with_capacity(entries.len());
-        let parsed: Vec<Result<(), Item>> = entries
-            .iter()
-            .map(|entry| {
-                let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
-                let event = if n_bytes > self.config.max_event_bytes {
-                    Err(format!("the event has {n_bytes} bytes; {} is the most ([ingest] max_event_bytes)", self.config.max_event_bytes))
-                } else {
-                    Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
-                };
-                event
-                    .map(|event| events.push(event))
-                    .map_err(|reason| dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() }))
-            })
-            .collect();
-        let mut evaluations = self.pipeline.evaluate(events, clock_ms).await.into_iter();
+        let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            refused.push(match self.event(partition, entry) {
+                Ok(event) => {
+                    events.push(event);
+                    None
+                }
+                Err(reason) => Some(dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() })),
+            });
+        }
+        let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
         let mut items = Vec::with_capacity(entries.len());
-        for (entry, parsed) in entries.iter().zip(parsed) {
-            items.push(match parsed {
-                Err(item) => item,
-                Ok(()) => match evaluations.next() {
-                    Some(evaluation) => self.item(entry, evaluation, clock_ms).await,
+        for (entry, refused) in entries.iter().zip(refused) {
+            items.push(match refused {
+                Some(item) => item,
+                None => match evaluations.next() {
+                    Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
                     // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
                     None => dead(entry, "the pipeline gave no answer".into(), None, 1, Decision::default()),
                 },
             });
         }
-        items
+        Ok(items)
     }
 
-    async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Item {
+    /// The event of an entry, or why it is none.
+    fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
+        let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let most = self.config.max_event_bytes;
+        if n_bytes > most {
+            return Err(format!("the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"));
+        }
+        Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
+    }
+
+    async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Result<Item, NoPlugins> {
         let began = Instant::now();
         for attempt in 1..=self.config.retries {
             let Resolution::Failed { retry: true, reason, plugin, .. } = &evaluation.resolution else { break };
@@ -310,7 +364,7 @@ impl Ingest {
             }
             tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
             tokio::time::sleep(wait).await;
-            let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await.pop() else { break };
+            let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await?.pop() else { break };
             evaluation = again;
         }
         let Evaluation { event, resolution, verdicts } = evaluation;
@@ -330,25 +384,31 @@ impl Ingest {
                     Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit { record: Bytes::from(record), targets },
                     Ok(record) => {
                         let reason = format!("the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most", record.len());
-                        return dead(entry, reason, None, 1, decision);
+                        return Ok(dead(entry, reason, None, 1, decision));
                     }
-                    Err(error) => return dead(entry, format!("the record could not be written: {error}"), None, 1, decision),
+                    Err(error) => return Ok(dead(entry, format!("the record could not be written: {error}"), None, 1, decision)),
                 }
             }
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
-            Resolution::Failed { plugin, reason, attempts, .. } => return dead(entry, reason, Some(plugin), attempts, decision),
+            Resolution::Failed { plugin, reason, attempts, .. } => return Ok(dead(entry, reason, Some(plugin), attempts, decision)),
         };
-        Item { entry: entry.id, dedupe, proposal, decision }
+        Ok(Item { entry: entry.id, dedupe, proposal, decision })
     }
 
     /// Commits what was evaluated, in order, in steps that fit one commit.
-    async fn commit(&self, partition: &Partition, life: Life, mut prev: Position, mut batches: mpsc::Receiver<Evaluated>) -> Stop {
-        let label = SourceLabel { source: partition.source.clone() };
+    async fn commit(
+        &self,
+        partition: &Partition,
+        life: Life,
+        mut prev: Position,
+        mut batches: mpsc::Receiver<Evaluated>,
+        progress: &Progress,
+    ) -> Stop {
         while let Some(Evaluated { items }) = batches.recv().await {
             let mut items = items.into_iter().peekable();
             while let Some(first) = items.next() {
-                let n_items = 1 + items.len();
+                let mut n_items = 1;
                 let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
                     let entry = first.entry;
                     self.commit_sliced_from(partition.number, life, prev, first, 0).await.map(|()| entry)
@@ -361,16 +421,15 @@ impl Ingest {
                         n_entries += n_targets(&item);
                         n_bytes += self::n_bytes(&item);
                         step.push(item);
+                        n_items += 1;
                     }
                     self.commit_step(partition.number, life, prev, step).await
                 };
                 match next {
                     Ok(entry) => prev = entry.into(),
-                    Err(stop) => {
-                        self.metrics.events_reread.get_or_create(&label).inc_by(n_items as u64);
-                        return stop;
-                    }
+                    Err(stop) => return stop,
                 }
+                progress.n_done.fetch_add(n_items, Relaxed);
             }
         }
         Stop::Shutdown

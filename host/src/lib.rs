@@ -8,7 +8,7 @@
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
-//! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
+//! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
 //!
 //! [`run`] wires them and stops them.
 
@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::pipeline::Pipeline;
 use crate::plugin::Engine;
 use crate::plugin::registry::Registry;
+use crate::plugin::watcher::Watcher;
 use crate::readiness::Readiness;
 use crate::server::Bounds;
 use crate::shutdown::Shutdown;
@@ -36,6 +37,7 @@ use crate::sse::Pulse;
 
 pub mod auth;
 pub mod broker;
+pub mod clock;
 pub mod config;
 pub mod criteria;
 pub mod event;
@@ -124,24 +126,24 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         Ok(broker)
     };
     let loaded = async {
-        let pipeline = start_pipeline(plugins, node.allow_no_plugins, &metrics, &readiness).await?;
+        let (pipeline, watcher) = start_plugins(plugins, node.allow_no_plugins, &metrics).await?;
         state.set_pipeline(pipeline.clone());
-        anyhow::Ok(pipeline)
+        shutdown.spawn(watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
+        anyhow::Ok((pipeline, watcher))
     };
     let started = tokio::select! {
         started = async { tokio::try_join!(reached, loaded) } => Some(started?),
         () = shutdown.begun() => None,
     };
-    if let Some((broker, pipeline)) = started {
-        // Without a plugin every event would be unrouted, for good: they wait in the source instead, until the operator has decided.
-        if pipeline.has_plugins() || node.allow_no_plugins {
-            for partition in broker.partitions() {
-                let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
-                let ingest = Ingest { broker, pipeline, metrics, config: ingest.clone(), node: name.clone() };
-                shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
-            }
+    if let Some((broker, (pipeline, watcher))) = started {
+        for partition in broker.partitions() {
+            let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
+            let ingest = Ingest { broker, pipeline, metrics, config: ingest.clone(), node: name.clone() };
+            shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
         }
         shutdown.begun().await;
+        // Who is leaving compiles nothing any more.
+        drop(watcher);
     }
     let grace = Duration::from_secs(listen.grace_s);
     // The last stream leaves time for its last bytes.
@@ -156,27 +158,19 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     Ok(())
 }
 
-/// Loads the plugins and starts their threads. A file that cannot be loaded turns the node unready; the others work.
-async fn start_pipeline(
-    plugins: plugin::registry::Config,
+/// Loads the plugins, starts their threads, and watches their folder.
+async fn start_plugins(
+    plugins: plugin::settings::Config,
     allow_none: bool,
     metrics: &Metrics,
-    readiness: &Readiness,
-) -> anyhow::Result<Pipeline> {
-    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, &plugins)).await.context("loading the plugins panicked")??;
-    let pipeline = Pipeline::start(Arc::new(registry), metrics.clone()).context("cannot start the threads of the plugins")?;
-    readiness.clear("plugins");
-    for plugin in pipeline.plugins() {
-        if let Some(failure) = plugin.failure {
-            readiness.set(&format!("plugins.{}", plugin.name), failure);
-        }
-    }
-    match (pipeline.has_plugins(), allow_none) {
-        (true, _) => {}
-        (false, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
-        (false, false) => readiness.set("plugins", "none is loaded, so events wait; name a folder with --plugins, or say --allow-no-plugins"),
-    }
-    Ok(pipeline)
+) -> anyhow::Result<(Pipeline, Option<Watcher>)> {
+    let counting = metrics.clone();
+    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, plugins, counting)).await;
+    let registry = Arc::new(registry.context("loading the plugins panicked")??);
+    let pipeline =
+        Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone()).context("cannot start the threads of the plugins")?;
+    let watcher = Watcher::start(registry).context("cannot start the thread that watches the plugins")?;
+    Ok((pipeline, watcher))
 }
 
 /// Opens the broker. A Redis that is away is tried again, with a growing and jittered pause, until it is there.

@@ -2,7 +2,6 @@
 //!
 //! A [`Metrics`] handle is passed in; there is no global. Served by `http` on the admin listener in the OpenMetrics text format.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -35,6 +34,13 @@ pub struct PluginLabel {
 pub struct PluginCallLabel {
     pub plugin: String,
     /// `ok`, or the kind of failure: `deadline`, `memory`, `trap`, `refused`, `failed`.
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginLoadLabel {
+    pub plugin: String,
+    /// `loaded`, or `failed`: what ran before, if anything did, goes on.
     pub outcome: &'static str,
 }
 
@@ -92,6 +98,10 @@ metrics! {
     plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
     /// How long calls of plugins took.
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
+    /// Files of plugins that were loaded or were not, at the start and whenever they changed.
+    plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
+    /// Instances of plugins that are kept for the next event.
+    plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.
     streams_open: Gauge = "streams_open";
     /// Streams ended by this node, by reason.
@@ -118,11 +128,11 @@ impl Metrics {
     /// All metrics in the OpenMetrics text format.
     pub fn render(&self) -> String {
         let mut text = String::new();
-        if let Err(error) = encode(&mut text, &self.registry) {
+        match encode(&mut text, &self.registry) {
+            Ok(()) => text,
             // Writing to a String does not fail; if the library refuses a metric, the reader of the page must see it.
-            let _ = writeln!(text, "# error {error}");
+            Err(error) => format!("{text}# error {error}\n"),
         }
-        text
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Plugins run on a few OS threads of their own, and no async task ever runs one: a batch is split among the threads and answered in its
 //! order. It promises an evaluation for every event, whatever plugins do: one that fails is asked once more, on a fresh instance, and then
-//! its policy decides. What happens to an evaluation is `ingest`'s business; what a plugin is, `plugin`'s.
+//! its policy decides. A batch is evaluated by one generation of each plugin, whatever is swapped meanwhile, and what was swapped out is given
+//! back by every thread, busy or not. What happens to an evaluation is `ingest`'s business; what a plugin is, `plugin`'s.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -11,12 +12,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use crate::broker::Verdict;
 use crate::event::{Event, Name, Plan, Priority, Value};
 use crate::metrics::{Metrics, PluginCallLabel, PluginLabel};
-use crate::plugin::registry::{Chain, Generation, OnFailure, PluginState, Registry};
+use crate::plugin::registry::{Chain, Generation, Registry, Snapshot};
+use crate::plugin::settings::OnFailure;
 use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
 
 /// An event is tried this often by a plugin that fails.
@@ -55,6 +57,11 @@ pub enum Resolution {
     },
 }
 
+/// No plugin is at work, and the operator did not allow that: every event would be unrouted, for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no plugin is loaded, so events wait")]
+pub struct NoPlugins;
+
 /// A handle: clones share the threads, which end with the last of them.
 #[derive(Clone, Debug)]
 pub struct Pipeline(Arc<Shared>);
@@ -62,6 +69,7 @@ pub struct Pipeline(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     registry: Arc<Registry>,
+    allow_none: bool,
     queue: Arc<Queue>,
     /// Keeps [`Queue`] at its bound.
     waiting: Arc<Semaphore>,
@@ -76,20 +84,22 @@ impl Drop for Shared {
 }
 
 impl Pipeline {
-    /// Starts the threads.
+    /// Starts the threads. `allow_none`: without a plugin every event is unrouted, instead of none being evaluated.
     ///
     /// # Errors
     /// If the system gives none.
-    pub fn start(registry: Arc<Registry>, metrics: Metrics) -> std::io::Result<Self> {
+    pub fn start(registry: Arc<Registry>, allow_none: bool, metrics: Metrics) -> std::io::Result<Self> {
         let queue = Arc::new(Queue::default());
         let n_workers = Engine::n_workers();
-        let shared = Shared { registry, queue: Arc::clone(&queue), waiting: Arc::new(Semaphore::new(MAX_WAITING)), n_workers };
+        let waiting = Arc::new(Semaphore::new(MAX_WAITING));
+        let shared = Shared { registry, allow_none, queue: Arc::clone(&queue), waiting, n_workers };
         for n in 0..n_workers {
             let mut worker = Worker {
-                engine: shared.registry.engine().clone(),
+                registry: Arc::clone(&shared.registry),
                 metrics: metrics.clone(),
                 chain: Arc::default(),
                 instances: HashMap::new(),
+                n_counted: 0,
             };
             let queue = Arc::clone(&queue);
             thread::Builder::new().name(format!("plugins-{n}")).spawn(move || worker.work(&queue))?;
@@ -102,10 +112,17 @@ impl Pipeline {
     /// `clock_ms`: the clock that plugins are shown, in milliseconds since the Unix epoch; times to live count from it.
     ///
     /// Cancel-safe: events that were handed over are evaluated, and their evaluations dropped.
-    pub async fn evaluate(&self, events: Vec<Event>, clock_ms: u64) -> Vec<Evaluation> {
+    ///
+    /// # Errors
+    /// [`NoPlugins`]: nothing was evaluated.
+    pub async fn evaluate(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
         let chain = self.0.registry.chain();
+        if !self.can_work_on(&chain) {
+            return Err(NoPlugins);
+        }
         if chain.is_empty() {
-            return events.into_iter().map(|event| Evaluation { event, resolution: Resolution::Unrouted, verdicts: Vec::new() }).collect();
+            let unrouted = |event| Evaluation { event, resolution: Resolution::Unrouted, verdicts: Vec::new() };
+            return Ok(events.into_iter().map(unrouted).collect());
         }
         let mut evaluations = Vec::with_capacity(events.len());
         let share = events.len().div_ceil(self.0.n_workers).max(MIN_SHARE);
@@ -121,17 +138,43 @@ impl Pipeline {
         for answer in answers {
             evaluations.extend(answer.await.expect("a worker outlives its panics and answers every job"));
         }
-        evaluations
+        Ok(evaluations)
     }
 
-    /// Whether there is a plugin at work. Without one, every event is unrouted.
-    pub fn has_plugins(&self) -> bool {
-        !self.0.registry.chain().is_empty()
+    fn can_work_on(&self, chain: &Chain) -> bool {
+        self.0.allow_none || !chain.is_empty()
     }
 
-    /// Every plugin, and every file that should be one and is not.
-    pub fn plugins(&self) -> Vec<PluginState> {
-        self.0.registry.states()
+    /// Returns when events can be evaluated. Cancel-safe.
+    pub async fn can_work(&self) {
+        self.becomes(true).await;
+    }
+
+    /// Returns when no event can be evaluated for want of a plugin. Cancel-safe.
+    pub async fn cannot_work(&self) {
+        self.becomes(false).await;
+    }
+
+    async fn becomes(&self, able: bool) {
+        let mut changes = self.changes();
+        // It does not fail: the registry lives as long as this handle.
+        drop(changes.wait_for(|now| self.can_work_on(&now.chain) == able).await);
+    }
+
+    /// The plugins, as they change.
+    pub fn changes(&self) -> watch::Receiver<Snapshot> {
+        self.0.registry.changes()
+    }
+
+    /// Whether the operator allowed that there is no plugin.
+    pub fn allows_none(&self) -> bool {
+        self.0.allow_none
+    }
+
+    /// Has threads without work give back what they keep of plugins that are no longer at work; those with work do so by themselves.
+    pub fn give_back_retired(&self) {
+        self.0.queue.jobs.lock().expect("no panic under this lock").n_calls_to_give_back += 1;
+        self.0.queue.is_ready.notify_all();
     }
 }
 
@@ -156,6 +199,14 @@ struct Queue {
 struct Jobs {
     waiting: VecDeque<Job>,
     is_closed: bool,
+    /// A count, as every thread is to hear each call.
+    n_calls_to_give_back: u64,
+}
+
+/// What a thread is to do next.
+enum Task {
+    Evaluate(Job),
+    GiveBack,
 }
 
 impl Queue {
@@ -164,12 +215,16 @@ impl Queue {
         self.is_ready.notify_one();
     }
 
-    /// `None`: there will be no more.
-    fn pop(&self) -> Option<Job> {
+    /// `n_heard`: how many calls to give back this thread has heard. `None`: there will be no more tasks.
+    fn pop(&self, n_heard: &mut u64) -> Option<Task> {
         let mut jobs = self.jobs.lock().expect("no panic under this lock");
         loop {
             if let Some(job) = jobs.waiting.pop_front() {
-                return Some(job);
+                return Some(Task::Evaluate(job));
+            }
+            if *n_heard != jobs.n_calls_to_give_back {
+                *n_heard = jobs.n_calls_to_give_back;
+                return Some(Task::GiveBack);
             }
             if jobs.is_closed {
                 return None;
@@ -181,25 +236,40 @@ impl Queue {
 
 /// One thread with its instances.
 struct Worker {
-    engine: Engine,
+    registry: Arc<Registry>,
     metrics: Metrics,
-    /// The chain of the last job.
+    /// The chain that the instances are of.
     chain: Arc<Chain>,
     /// By name and generation. An instance that is in a call is not here.
     instances: HashMap<(Name, u64), Instance>,
+    /// How many of them the metric has heard of.
+    n_counted: i64,
 }
 
 impl Worker {
     fn work(&mut self, queue: &Queue) {
-        while let Some(Job { chain, events, clock_ms, answer, _permit }) = queue.pop() {
-            if !Arc::ptr_eq(&self.chain, &chain) {
-                self.instances.retain(|(name, number), _| chain.has(name, *number));
-                self.chain = Arc::clone(&chain);
+        let mut n_heard = 0;
+        while let Some(task) = queue.pop(&mut n_heard) {
+            if let Task::Evaluate(Job { chain, events, clock_ms, answer, _permit }) = task {
+                self.keep_only(&chain);
+                let ticking = self.registry.engine().ticking();
+                let evaluations = events.into_iter().map(|event| self.evaluate(&chain, event, clock_ms, &ticking)).collect();
+                // Nobody listens if the caller was cancelled.
+                drop(answer.send(evaluations));
             }
-            let ticking = self.engine.ticking();
-            let evaluations = events.into_iter().map(|event| self.evaluate(&chain, event, clock_ms, &ticking)).collect();
-            // Nobody listens if the caller was cancelled.
-            drop(answer.send(evaluations));
+            // The chain may have been swapped while it was at work, and there may be no work for a long time.
+            self.keep_only(&self.registry.chain());
+            let n_instances = self.instances.len() as i64;
+            self.metrics.plugin_instances.inc_by(n_instances - self.n_counted);
+            self.n_counted = n_instances;
+        }
+    }
+
+    /// Drops the instances of every other chain.
+    fn keep_only(&mut self, chain: &Arc<Chain>) {
+        if !Arc::ptr_eq(&self.chain, chain) {
+            self.instances.retain(|(name, number), _| chain.has(name, *number));
+            self.chain = Arc::clone(chain);
         }
     }
 

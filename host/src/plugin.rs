@@ -2,7 +2,7 @@
 //!
 //! It promises that a plugin that traps, loops, grows, floods its output or lies costs one call its answer, and nothing else: the instance
 //! is thrown away, and the next call has a fresh one. Calls are synchronous and belong on threads of their own, never on an async executor.
-//! Which plugins there are, and in which version, is [`registry`]'s business; what becomes of an event when one fails, `pipeline`'s.
+//! Which plugins there are, and in which version, is [`registry`]'s business, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +13,12 @@ use wasmtime::{Store, Trap};
 
 mod bindings;
 mod engine;
+mod folder;
 mod log;
 pub mod registry;
 mod selection;
+pub mod settings;
+pub mod watcher;
 
 pub use engine::{Engine, Ticking};
 

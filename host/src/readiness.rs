@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A cheap handle: clones share the reasons.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +18,14 @@ pub struct Readiness {
 struct Reason {
     text: String,
     is_warning: bool,
+    /// When it is no longer true unless it is said again.
+    until: Option<Instant>,
+}
+
+impl Reason {
+    fn holds(&self) -> bool {
+        self.until.is_none_or(|until| Instant::now() < until)
+    }
 }
 
 /// The state at one moment.
@@ -30,23 +39,29 @@ pub struct Report {
 impl Readiness {
     /// As [`Readiness::set`], of what is still to come at the start: nothing to log, as nothing went wrong.
     pub fn expect(&self, name: &str, text: &str) {
-        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false });
+        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false, until: None });
     }
 
     /// Turns the node unready for the reason `name`, until [`Readiness::clear`]. Logged when it is new or reads differently.
     pub fn set(&self, name: &str, text: impl Into<String>) {
-        self.put(name, text.into(), false);
+        self.put(name, text.into(), false, None);
+    }
+
+    /// As [`Readiness::set`], of what is only seen when it happens: it holds for so long, and on while it is said again.
+    pub fn set_for(&self, name: &str, text: impl Into<String>, long: Duration) {
+        self.put(name, text.into(), false, Some(Instant::now() + long));
     }
 
     /// Shows a line; the node stays ready.
     pub fn warn(&self, name: &str, text: impl Into<String>) {
-        self.put(name, text.into(), true);
+        self.put(name, text.into(), true, None);
     }
 
-    fn put(&self, name: &str, text: String, is_warning: bool) {
+    fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
         // A line break would forge a second reason on the page.
-        let reason = Reason { text: text.replace(['\n', '\r'], " "), is_warning };
-        if self.lock().insert(name.to_owned(), reason.clone()).as_ref() == Some(&reason) {
+        let reason = Reason { text: text.replace(['\n', '\r'], " "), is_warning, until };
+        let before = self.lock().insert(name.to_owned(), reason.clone());
+        if before.is_some_and(|before| before.holds() && before.text == reason.text && before.is_warning == is_warning) {
             return;
         }
         match is_warning {
@@ -71,12 +86,12 @@ impl Readiness {
     }
 
     pub fn is_ready(&self) -> bool {
-        self.lock().values().all(|reason| reason.is_warning)
+        self.lock().values().all(|reason| reason.is_warning || !reason.holds())
     }
 
     pub fn report(&self) -> Report {
         let reasons = self.lock();
-        let lines = |is_warning| reasons.iter().filter(move |(_, r)| r.is_warning == is_warning);
+        let lines = |is_warning| reasons.iter().filter(move |(_, r)| r.is_warning == is_warning && r.holds());
         let red: Vec<String> = lines(false).map(|(name, r)| format!("{name}: {}", r.text)).collect();
         let yellow = lines(true).map(|(name, r)| format!("warning: {name}: {}", r.text));
         Report { is_ready: red.is_empty(), lines: red.iter().cloned().chain(yellow).collect() }
@@ -102,6 +117,10 @@ mod tests {
         assert!(!report.is_ready);
         assert_eq!(report.lines, ["broker: away: connection refused", "warning: redis.aof: no append-only file; set appendonly yes"]);
         readiness.retain("broker", |_| false);
+        assert!(readiness.is_ready());
+        readiness.set_for("publishing", "full", Duration::from_secs(3600));
+        assert!(!readiness.is_ready());
+        readiness.set_for("publishing", "full", Duration::ZERO);
         assert!(readiness.is_ready());
     }
 }

@@ -183,8 +183,10 @@ async fn drive(
     shutdown: Shutdown,
     permit: OwnedSemaphorePermit,
 ) {
-    // A frame must leave when it is written, not when the peer has acknowledged the one before. Failing, it is only slower.
-    let _ = stream.set_nodelay(true);
+    // A frame must leave when it is written, not when the peer has acknowledged the one before.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(peer = %connection.peer, %error, "no TCP_NODELAY; frames are late");
+    }
     let handle = Arc::clone(&connection);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         handle.has_request.store(true, Relaxed);
@@ -248,9 +250,11 @@ struct Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if self.connection.kill.is_cancelled() {
-            // Without it the kernel would keep what the peer does not take for minutes. Failing, it does.
-            let _ = self.stream.set_zero_linger();
+        // Without it the kernel would keep what the peer does not take for minutes.
+        if self.connection.kill.is_cancelled()
+            && let Err(error) = self.stream.set_zero_linger()
+        {
+            tracing::debug!(peer = %self.connection.peer, %error, "no reset; the kernel keeps what was not taken");
         }
     }
 }
@@ -310,9 +314,11 @@ mod tests {
 
     /// Everything that the server sends until it closes.
     async fn transcript(stream: &mut TcpStream) -> String {
-        let mut bytes = Vec::new();
+        let (mut bytes, mut chunk) = (Vec::new(), [0; 4096]);
         // A reset also ends it.
-        let _ = stream.read_to_end(&mut bytes).await;
+        while let Ok(n @ 1..) = stream.read(&mut chunk).await {
+            bytes.extend_from_slice(&chunk[..n]);
+        }
         String::from_utf8_lossy(&bytes).into_owned()
     }
 

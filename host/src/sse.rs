@@ -15,10 +15,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::now_ms;
 use crate::event::Notification;
 use crate::hub::StreamGuard;
 use crate::metrics::Metrics;
-use crate::subscription::replay::now_ms;
 use crate::subscription::{Gap, Next, Record};
 
 mod data;

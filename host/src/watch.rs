@@ -1,13 +1,18 @@
-//! How a node reaches its broker, and what it says of it afterwards: readiness is kept true to the broker, whatever becomes of it.
+//! How a node reaches its broker, and what it says of it and of its plugins afterwards: readiness is kept true to both, whatever becomes of
+//! them.
 //!
-//! Nothing here stops anything. Ingest and streams go through an outage by themselves; this is for whoever asks how the node is.
+//! Nothing here stops anything. Ingest and streams go through an outage by themselves, and ingest waits for plugins by itself; this is for
+//! whoever asks how the node is.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::broker::{self, Broker, Severity};
 use crate::hub::Hub;
 use crate::metrics::{Metrics, SourceLabel};
+use crate::pipeline::Pipeline;
+use crate::plugin::registry::Snapshot;
 use crate::readiness::Readiness;
 use crate::shutdown::Shutdown;
 
@@ -79,11 +84,85 @@ async fn look(broker: &dyn Broker, readiness: &Readiness) {
         .retain("broker.", |name| name.strip_prefix("broker.").and_then(|n| n.parse().ok()).is_some_and(|n: usize| n < findings.len()));
 }
 
+/// Keeps readiness true to the plugins as they change, and has what was swapped out given back.
+pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shutdown: Shutdown) {
+    let mut changes = pipeline.changes();
+    loop {
+        // Not kept while it waits, or it would keep the plugins of then.
+        tell(&changes.borrow_and_update().clone(), pipeline.allows_none(), &readiness);
+        pipeline.give_back_retired();
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = shutdown.begun() => return,
+        }
+    }
+}
+
+/// Red where a plugin that should be at work is not; a warning where its former generation still is.
+fn tell(Snapshot { chain, plugins, folder_failure }: &Snapshot, allow_none: bool, readiness: &Readiness) {
+    let failures =
+        plugins.iter().filter_map(|plugin| Some((format!("plugins.{}", plugin.name), (plugin.generation, plugin.failure.as_ref()?))));
+    let failures: BTreeMap<_, _> = failures.collect();
+    readiness.retain("plugins.", |name| failures.contains_key(name));
+    for (name, (generation, failure)) in &failures {
+        match generation {
+            0 => readiness.set(name, *failure),
+            _ => readiness.warn(name, format!("{failure}; generation {generation} stays at work")),
+        }
+    }
+    match (chain.is_empty(), allow_none) {
+        (false, _) => readiness.clear("plugins"),
+        (true, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
+        (true, false) => {
+            let fix = "put one into the folder of --plugins, or start with --allow-no-plugins";
+            readiness.set("plugins", format!("none is loaded, so events wait; {fix}"));
+        }
+    }
+    match folder_failure {
+        Some(reason) => readiness.warn("plugin-folder", format!("{reason}; what is loaded stays at work")),
+        None => readiness.clear("plugin-folder"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::broker::{Error, Finding};
     use crate::http::fake::FakeBroker;
+    use crate::plugin::registry::PluginState;
+
+    #[test]
+    fn a_plugin_that_fails_is_a_reason_unless_a_generation_of_it_is_at_work() {
+        let readiness = Readiness::default();
+        let plugin = |name: &str, generation: u64, failure: Option<&str>| PluginState {
+            name: name.into(),
+            file: format!("{name}.wasm"),
+            kind: "",
+            version: String::new(),
+            generation,
+            hash: String::new(),
+            since_ms: 0,
+            failure: failure.map(str::to_owned),
+            failed_hash: None,
+        };
+        let now = |plugins: Vec<PluginState>| Snapshot { plugins, ..Snapshot::default() };
+        tell(
+            &now(vec![plugin("a", 3, Some("a.wasm is empty")), plugin("b", 0, Some("b.wasm is empty")), plugin("c", 1, None)]),
+            true,
+            &readiness,
+        );
+        let none = "warning: plugins: none is loaded, so every event is unrouted";
+        assert_eq!(
+            readiness.report().lines,
+            ["plugins.b: b.wasm is empty", none, "warning: plugins.a: a.wasm is empty; generation 3 stays at work"]
+        );
+        tell(&now(vec![plugin("a", 4, None)]), true, &readiness);
+        assert_eq!(readiness.report().lines, [none]);
+        tell(&Snapshot { folder_failure: Some("it is gone".into()), ..Snapshot::default() }, false, &readiness);
+        let lines = readiness.report().lines;
+        assert!(lines[0].starts_with("plugins: none is loaded, so events wait; "), "{lines:?}");
+        assert_eq!(lines[1..], ["warning: plugin-folder: it is gone; what is loaded stays at work"]);
+    }
 
     #[tokio::test]
     async fn a_broker_that_is_away_at_the_start_is_tried_again_and_told_of() {

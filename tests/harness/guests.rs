@@ -1,4 +1,5 @@
-//! Plugins for tests, built once a run: the bundled ones, and `unruly`, which misbehaves on command.
+//! Plugins for tests, built once a run: the bundled ones, `unruly`, which misbehaves on command, and `versioned`, which says which version
+//! of it decides.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,6 +17,16 @@ pub(crate) fn wasi_component(name: &str) -> Vec<u8> {
     read(DIR.get_or_init(|| build("wasm32-wasip2")), name)
 }
 
+/// The bytes of `versioned` that say that they are this version.
+pub(crate) fn versioned(number: u32) -> Vec<u8> {
+    const PLACE: &[u8] = b"version:0000000";
+    let mut bytes = core_module("versioned");
+    let places: Vec<usize> = bytes.windows(PLACE.len()).enumerate().filter(|(_, bytes)| *bytes == PLACE).map(|(at, _)| at).collect();
+    let [at] = places[..] else { panic!("the number of the version stands {} times in the file", places.len()) };
+    bytes[at..at + PLACE.len()].copy_from_slice(format!("version:{number:07}").as_bytes());
+    bytes
+}
+
 fn read(dir: &Path, name: &str) -> Vec<u8> {
     let path = dir.join(format!("{name}.wasm"));
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
@@ -28,7 +39,8 @@ fn build(target: &str) -> PathBuf {
     let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
-    let status = cargo.args(["-p", "address", "-p", "discard", "-p", "unruly"]).status().expect("cargo, which built this, runs");
+    let status =
+        cargo.args(["-p", "address", "-p", "discard", "-p", "unruly", "-p", "versioned"]).status().expect("cargo, which built this, runs");
     assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");
     target_dir.join(target).join("plugin")
 }

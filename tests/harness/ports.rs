@@ -39,8 +39,8 @@ pub(crate) fn free() -> SocketAddr {
         // Beginning at a block of our own spares most of the collisions.
         let n_blocks = BLOCKS.end - BLOCKS.start;
         let first = (std::process::id() % u32::from(n_blocks)) as u16;
-        let flags = (0..n_blocks).map(|n| (BLOCKS.start + (first + n) % n_blocks) * BLOCK);
-        let taken = flags.filter_map(|port| TcpListener::bind(("127.0.0.1", port)).ok().map(|flag| (port, flag))).next();
+        let mut flags = (0..n_blocks).map(|n| (BLOCKS.start + (first + n) % n_blocks) * BLOCK);
+        let taken = flags.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok().map(|flag| (port, flag)));
         let (port, flag) = taken.expect("a block of ports that no other test process has");
         *claim = Some(Claim { _flag: flag, next: port + 1, end: port + BLOCK });
     }

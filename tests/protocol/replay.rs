@@ -41,7 +41,7 @@ async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on
     }
     stage.event("b", &[to("all")]).await;
     client.expect(&["b"]).await;
-    let mut client = client.back(&hub);
+    let client = client.back(&hub);
     client.until_live().await;
     // While away: one more, and a group by which it comes, too.
     let start = client.cut();

@@ -10,11 +10,11 @@ use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
 use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice};
+pub(super) use pointsman::clock::now_ms;
 use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
 use pointsman::hub::{Hub, StreamGuard};
 use pointsman::metrics::Metrics;
 use pointsman::subscription::cursor::Cursor;
-pub(super) use pointsman::subscription::replay::now_ms;
 use pointsman::subscription::{Filter, Gap, Next, Record, Start};
 
 use super::puppet::Puppet;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{ApiError, State};
 use crate::broker::{Broker, PartitionNumber, Verdict};
 use crate::event::{EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target};
-use crate::pipeline::{Evaluation, Resolution};
+use crate::pipeline::{Evaluation, NoPlugins, Resolution};
 use crate::recipients::{Moment, winning_route};
 
 /// The most named users of one event that are judged one by one.
@@ -81,7 +81,8 @@ pub(super) async fn try_out(
             }
         }
     }
-    for ((place, partition), evaluation) in places.into_iter().zip(pipeline.evaluate(tried, now_ms).await) {
+    let evaluations = pipeline.evaluate(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
+    for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
         trials[place] = Trial::Tried(Box::new(judge(broker, partition, evaluation, now_ms).await?));
     }
     Ok(trials)

@@ -5,6 +5,7 @@
 //! then a duplicate if the publisher gave ids. What the fields of an event may be is `event`'s.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +23,9 @@ use sha1::{Digest as _, Sha1};
 use super::{ApiError, Keyed, Query, State, dry_run, read_body};
 use crate::broker::{self, Broker, Partition, PartitionNumber};
 use crate::event::{EntryId, Event, Malformed, Name, Value};
+
+/// For so long a node says that its broker is full: until somebody tries again, nobody knows otherwise.
+const FULL_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Deserialize)]
 pub(super) struct Options {
@@ -222,28 +226,35 @@ fn partition_of<'a>(event: &Event, partitions: &'a [Partition]) -> &'a Partition
     &partitions[usize::try_from(number % partitions.len() as u64).unwrap_or_default()]
 }
 
+/// What goes to one partition.
+#[derive(Default)]
+struct Append {
+    entries: Vec<Vec<(Bytes, Bytes)>>,
+    /// For each entry, where in the request its event stood.
+    origins: Vec<(usize, Event)>,
+}
+
 /// Appends what holds, in order within each partition, and says what became of each.
 async fn store(state: &State, broker: &dyn Broker, drafts: Vec<Result<Draft, Malformed>>) -> Result<Vec<Receipt>, ApiError> {
     let mut receipts: Vec<Option<Receipt>> = Vec::with_capacity(drafts.len());
-    // For each partition: the entries, and where in the batch each came from.
-    let mut appends: Vec<(PartitionNumber, Vec<Vec<(Bytes, Bytes)>>, Vec<(usize, Event)>)> =
-        broker.partitions().iter().map(|partition| (partition.number, Vec::new(), Vec::new())).collect();
+    let mut appends: BTreeMap<PartitionNumber, Append> = BTreeMap::new();
     for (index, draft) in drafts.into_iter().enumerate() {
         match draft {
             Err(error) => receipts.push(Some(Receipt::Refused { error: error.to_string() })),
             Ok(draft) => {
                 let number = partition_of(&draft.event, broker.partitions()).number;
-                if let Some((_, entries, origins)) = appends.iter_mut().find(|(n, ..)| *n == number) {
-                    entries.push(draft.fields);
-                    origins.push((index, draft.event));
-                }
+                let append = appends.entry(number).or_default();
+                append.entries.push(draft.fields);
+                append.origins.push((index, draft.event));
                 receipts.push(None);
             }
         }
     }
-    appends.retain(|(_, entries, _)| !entries.is_empty());
+    // Side by side, and each to its end: one that fails does not leave the others half-told.
     let stored = futures_util::future::join_all(
-        appends.into_iter().map(|(number, entries, origins)| async move { (number, broker.append(number, entries).await, origins) }),
+        appends
+            .into_iter()
+            .map(|(partition, Append { entries, origins })| async move { (partition, broker.append(partition, entries).await, origins) }),
     );
     for (partition, result, origins) in stored.await {
         let ids = match result {
@@ -261,11 +272,14 @@ async fn store(state: &State, broker: &dyn Broker, drafts: Vec<Result<Draft, Mal
 
 /// A broker that is full is told apart from a source that nobody works off: the first is the operator's, the second passes.
 async fn refusal(state: &State, broker: &dyn Broker, partition: PartitionNumber, error: broker::Error) -> ApiError {
-    if matches!(error, broker::Error::Full(_))
-        && let Ok(now) = broker.state(partition).await
-        && now.lag >= state.retention.backlog_entries
-    {
-        return ApiError::backlog(format!("{} events wait in this source; it takes no more until some are decided", now.lag)).cause(error);
+    if matches!(error, broker::Error::Full(_)) {
+        if let Ok(now) = broker.state(partition).await
+            && now.lag >= state.retention.backlog_entries
+        {
+            return ApiError::backlog(format!("{} events wait in this source; it takes no more until some are decided", now.lag))
+                .cause(error);
+        }
+        state.readiness.set_for("publishing", error.to_string(), FULL_FOR);
     }
     error.into()
 }
@@ -393,10 +407,13 @@ mod tests {
             let seconds: u64 = headers["retry-after"].to_str().unwrap().parse().unwrap();
             assert!((1..=5).contains(&seconds));
             assert!(!body["error"].as_str().unwrap().contains("secret detail"), "causes are for the log: {body}");
+            site.state.readiness().is_ready()
         };
-        check(FakeBroker::failing(|| broker::Error::Away("secret detail".into())), StatusCode::SERVICE_UNAVAILABLE).await;
-        check(FakeBroker::failing(|| broker::Error::Full("secret detail".into())), StatusCode::SERVICE_UNAVAILABLE).await;
-        check(FakeBroker::failing(|| broker::Error::Full("secret detail".into())).with_lag(1_000_000), StatusCode::TOO_MANY_REQUESTS).await;
+        let full = || FakeBroker::failing(|| broker::Error::Full("secret detail".into()));
+        // Being away is seen without anybody publishing, by `watch`; a backlog is no fault of the node.
+        assert!(check(FakeBroker::failing(|| broker::Error::Away("secret detail".into())), StatusCode::SERVICE_UNAVAILABLE).await);
+        assert!(!check(full(), StatusCode::SERVICE_UNAVAILABLE).await, "a full broker turns the node unready");
+        assert!(check(full().with_lag(1_000_000), StatusCode::TOO_MANY_REQUESTS).await);
     }
 
     #[test]

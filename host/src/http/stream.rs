@@ -12,11 +12,11 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
+use crate::clock::now_ms;
 use crate::event::{Name, Priority};
 use crate::server::Connection;
 use crate::sse;
 use crate::subscription::cursor::{Cursor, Unreadable};
-use crate::subscription::replay::now_ms;
 use crate::subscription::{Filter, Start};
 
 use super::{ApiError, Query, State};

@@ -1,155 +1,23 @@
-//! Which plugins there are, in which order and generation: the files of a folder, loaded.
+//! Which plugins there are, in which order and generation: the files of a folder, loaded, and loaded again when they change.
 //!
-//! A [`Chain`] is a snapshot: whoever holds one finishes on it. It promises that a file that is no good keeps nobody else from loading, and
-//! is there with the reason ([`Registry::states`]). A plugin is called by the name of its file, without `.wasm`, without a leading number
-//! and hyphen (`10-discard.wasm` is `discard`), and with hyphens for underscores (Cargo writes the crate `my-router` as `my_router.wasm`):
-//! the name that the operator gave and sees, and not what the guest says of itself.
+//! A [`Chain`] is a snapshot: whoever holds one finishes on it. It promises that a file that is no good replaces nothing, keeps nobody else
+//! from loading, and is there with the reason ([`Registry::states`]); that what changed together takes over together; and that a plugin whose
+//! bytes are those that run is left alone. When files are taken up is `watcher`'s business; which file is which plugin's, `folder`'s.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
-use std::time::{Duration, SystemTime};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
-use serde::de::{Error as _, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::Serialize;
+use tokio::sync::watch;
 
 use super::engine::MAX_PLUGINS;
-use super::{Engine, Limits, Plugin, Role, hash};
+use super::folder::{self, Look, Sighting};
+use super::settings::{Config, OnFailure, Settings};
+use super::{Engine, Plugin, Role, hash};
+use crate::clock::now_ms;
 use crate::event::Name;
-
-/// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
-///
-/// A plugin called `dir` or `order` cannot be configured.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Config {
-    /// The folder whose `.wasm` files are the plugins (none).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dir: Option<PathBuf>,
-    /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).
-    pub order: Vec<String>,
-    /// `[plugins.<name>]`.
-    #[serde(flatten)]
-    pub plugins: BTreeMap<String, Settings>,
-}
-
-/// `[plugins.<name>]`: one plugin.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Settings {
-    /// Whether the plugin is loaded at all (true).
-    pub enabled: bool,
-    /// What becomes of an event when the plugin fails on it, twice: `dead-letter`, `skip` (as if the plugin were not there) or `drop` (`dead-letter`).
-    pub on_failure: OnFailure,
-    /// Milliseconds that a call may run, 1 to 10,000 (50).
-    pub deadline_ms: u64,
-    /// MiB of memory that an instance may have, 1 to 4,096 (32).
-    pub memory_mib: u32,
-    /// KiB of text that an answer may have, 1 to 65,536 (256).
-    pub result_kib: u32,
-    /// Targets that an answer may have, 1 to 1,000,000 (10,000).
-    pub max_targets: u32,
-    /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
-    pub calls_per_instance: u32,
-    /// If set, only the file with this SHA-256, in hexadecimal, is loaded (none).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<String>,
-    /// The plugin's own configuration, handed to it as JSON (none).
-    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
-    pub config: serde_json::Map<String, serde_json::Value>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            enabled: true,
-            on_failure: OnFailure::DeadLetter,
-            deadline_ms: 50,
-            memory_mib: 32,
-            result_kib: 256,
-            max_targets: 10_000,
-            calls_per_instance: 10_000,
-            sha256: None,
-            config: serde_json::Map::new(),
-        }
-    }
-}
-
-/// What becomes of an event when a plugin fails on it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnFailure {
-    #[default]
-    DeadLetter,
-    /// As if the plugin were not there.
-    Skip,
-    Drop,
-}
-
-impl Settings {
-    /// # Errors
-    /// The key, what is wrong with it, and the fix.
-    fn check(&self) -> Result<(), String> {
-        let bounds = [
-            ("deadline_ms", self.deadline_ms, 1, 10_000),
-            ("memory_mib", self.memory_mib.into(), 1, 4_096),
-            ("result_kib", self.result_kib.into(), 1, 65_536),
-            ("max_targets", self.max_targets.into(), 1, 1_000_000),
-            ("calls_per_instance", self.calls_per_instance.into(), 1, u32::MAX.into()),
-        ];
-        for (key, value, least, most) in bounds {
-            if !(least..=most).contains(&value) {
-                return Err(format!("{key} is {value}; give it {least} to {most}"));
-            }
-        }
-        match &self.sha256 {
-            Some(hash) if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) => {
-                Err("sha256 is no hash: 64 hexadecimal digits, as `sha256sum FILE` prints them".to_owned())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn limits(&self) -> Limits {
-        Limits {
-            deadline: Duration::from_millis(self.deadline_ms),
-            memory_bytes: self.memory_mib as usize * 1024 * 1024,
-            result_bytes: self.result_kib as usize * 1024,
-            targets: self.max_targets as usize,
-            calls_per_instance: self.calls_per_instance,
-            ..Limits::default()
-        }
-    }
-}
-
-/// By hand, because what is neither a key nor a table is to be named in the error.
-impl<'de> Deserialize<'de> for Config {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct Sections;
-        impl<'de> Visitor<'de> for Sections {
-            type Value = Config;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the keys dir and order, and a table for each plugin")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
-                let mut config = Config::default();
-                while let Some(key) = map.next_key::<String>()? {
-                    match key.as_str() {
-                        "dir" => config.dir = Some(map.next_value()?),
-                        "order" => config.order = map.next_value()?,
-                        _ => {
-                            let settings: Settings = map.next_value().map_err(|e| A::Error::custom(format!("plugins.{key}: {e}")))?;
-                            settings.check().map_err(|e| A::Error::custom(format!("plugins.{key}.{e}")))?;
-                            config.plugins.insert(key, settings);
-                        }
-                    }
-                }
-                Ok(config)
-            }
-        }
-        d.deserialize_map(Sections)
-    }
-}
+use crate::metrics::{Metrics, PluginLoadLabel};
 
 /// One version of one plugin at work.
 #[derive(Debug)]
@@ -160,7 +28,6 @@ pub struct Generation {
     /// When it was loaded, in milliseconds since the Unix epoch.
     pub since_ms: u64,
     pub on_failure: OnFailure,
-    file: String,
 }
 
 /// All plugins at work, at one moment.
@@ -193,243 +60,297 @@ pub struct PluginState {
     pub name: String,
     /// The name of its file.
     pub file: String,
-    /// `filter`, `router`, `filter and router`, or nothing if it is not loaded.
+    /// `filter`, `router`, `filter and router`, or nothing if it is not at work.
     pub kind: &'static str,
     /// What it says its version is.
     pub version: String,
+    /// The generation at work; 0 for none.
     pub generation: u64,
-    /// SHA-256 of the file, in hexadecimal.
+    /// SHA-256 of the file that is at work, in hexadecimal.
     pub hash: String,
     pub since_ms: u64,
-    /// Why it is not loaded. `None`: it is at work.
+    /// Why the file that is there now is not at work. `None`: it is.
     pub failure: Option<String>,
+    /// SHA-256 of the file that failed, if it could be read.
+    pub failed_hash: Option<String>,
+}
+
+/// What everybody sees, at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    pub chain: Arc<Chain>,
+    /// Every plugin, those at work first, in order, then the files that are none.
+    pub plugins: Vec<PluginState>,
+    /// Why the folder cannot be looked at. What is at work stays so.
+    pub folder_failure: Option<String>,
 }
 
 /// The plugins of a node.
 #[derive(Debug)]
 pub struct Registry {
     engine: Engine,
-    /// Replaced whole; never held over anything that waits.
-    current: RwLock<Current>,
+    config: Config,
+    metrics: Metrics,
+    /// By name. Held while files are loaded, and by one thread only: that which starts the node, and then the watcher.
+    slots: Mutex<BTreeMap<String, Slot>>,
+    /// Replaced whole; never borrowed over anything that waits.
+    current: watch::Sender<Snapshot>,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Current {
-    chain: Arc<Chain>,
-    failures: Vec<PluginState>,
+/// What is known of one plugin. It stays when the plugin is gone, so that no two generations ever have the same number.
+#[derive(Debug, Default)]
+struct Slot {
+    /// As they were when they were taken up. The first is the plugin's; none is left of a plugin that is gone.
+    files: Vec<Sighting>,
+    running: Option<Arc<Generation>>,
+    /// Why what runs, if anything, is not the file that is there.
+    failure: Option<Failure>,
+    n_generations: u64,
+}
+
+/// Why a file was not loaded.
+#[derive(Debug)]
+struct Failure {
+    /// A sentence that begins with the file's name.
+    reason: String,
+    /// Of the file, if it could be read.
+    hash: Option<String>,
 }
 
 impl Registry {
-    /// Loads every `.wasm` file of the configured folder, in the order of their names. Without a folder there is no plugin.
+    /// Loads every `.wasm` file of the configured folder. Without a folder there is no plugin.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
     /// If the folder cannot be read. A bad file, or one that is configured and missing, is no error: see [`Registry::states`].
-    pub fn load(engine: Engine, config: &Config) -> anyhow::Result<Self> {
-        let files = match &config.dir {
-            Some(dir) => list(dir)?,
-            None => Vec::new(),
+    pub fn load(engine: Engine, config: Config, metrics: Metrics) -> anyhow::Result<Self> {
+        let look = match &config.dir {
+            Some(dir) => folder::look(dir).map_err(anyhow::Error::msg)?,
+            None => Look::new(),
         };
-        let mut current = Current::default();
-        let mut loaded: Vec<Arc<Generation>> = Vec::new();
-        let mut known = BTreeSet::new();
-        for path in files {
-            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let name = called(&file);
-            let settings = config.plugins.get(&name).cloned().unwrap_or_default();
-            let is_first = known.insert(name.clone());
-            if !settings.enabled {
-                tracing::info!(plugin.name = name, plugin.file = file, "plugin is not enabled");
-                continue;
-            }
-            let result = if !is_first {
-                Err(format!("is the second file of a plugin called '{name}'; rename or remove one"))
-            } else if loaded.len() == MAX_PLUGINS {
-                Err(format!("is beyond the {MAX_PLUGINS} plugins that one node runs"))
-            } else {
-                load_file(&engine, &path, &name, &settings)
-            };
-            match result {
-                Ok(plugin) => {
-                    tracing::info!(
-                        plugin.name = name,
-                        plugin.file = file,
-                        plugin.hash = plugin.hash(),
-                        plugin.version = plugin.manifest().version,
-                        "plugin loaded"
-                    );
-                    if plugin.manifest().name != name {
-                        tracing::info!(plugin.name = name, "the plugin calls itself '{}'", plugin.manifest().name);
-                    }
-                    loaded.push(Arc::new(Generation { plugin, number: 1, since_ms: now_ms(), on_failure: settings.on_failure, file }));
-                }
-                Err(reason) => {
-                    tracing::error!(plugin.name = name, plugin.file = file, "plugin not loaded: {file} {reason}");
-                    current.failures.push(not_loaded(&name, &file, format!("{file} {reason}")));
-                }
-            }
-        }
-        let there = known.iter().cloned().collect::<Vec<_>>().join(", ");
-        let configured = config.plugins.iter().filter(|(_, settings)| settings.enabled).map(|(name, _)| name).chain(&config.order);
-        for name in configured.filter(|name| !known.contains(*name)).collect::<BTreeSet<_>>() {
-            let place =
-                config.dir.as_deref().map_or_else(|| "no folder, as plugins.dir is not set".to_owned(), |dir| dir.display().to_string());
-            let reason = format!(
-                "the plugin '{name}' is configured, and no file in {place} is called so (there: {there}); put {name}.wasm there, or remove it from the configuration"
-            );
-            tracing::error!(plugin.name = name, "plugin not loaded: {reason}");
-            current.failures.push(not_loaded(name, "", reason));
-        }
-        // Stable: what is not named keeps its place behind the rest.
-        loaded
-            .sort_by_key(|generation| config.order.iter().position(|name| name == generation.plugin.name().as_str()).unwrap_or(usize::MAX));
-        let of_role = |role| loaded.iter().filter(|generation| generation.plugin.has_role(role)).cloned().collect();
-        current.chain = Arc::new(Chain { filters: of_role(Role::Filter), routers: of_role(Role::Router) });
-        Ok(Self { engine, current: RwLock::new(current) })
+        let registry = Self { engine, config, metrics, slots: Mutex::default(), current: watch::Sender::default() };
+        registry.take_up(look);
+        Ok(registry)
     }
 
     pub fn engine(&self) -> &Engine {
         &self.engine
     }
 
+    /// The configured folder.
+    pub fn dir(&self) -> Option<&Path> {
+        self.config.dir.as_deref()
+    }
+
     /// The plugins at work now.
     pub fn chain(&self) -> Arc<Chain> {
-        Arc::clone(&self.current.read().expect("no panic under this lock").chain)
+        Arc::clone(&self.current.borrow().chain)
     }
 
     /// Every plugin, those at work first, in order, then the files that are none.
     pub fn states(&self) -> Vec<PluginState> {
-        let Current { chain, failures } = self.current.read().expect("no panic under this lock").clone();
-        let at_work = chain.generations().map(|generation| {
-            let plugin = &generation.plugin;
-            PluginState {
-                name: plugin.name().to_string(),
-                file: generation.file.clone(),
-                kind: match (plugin.has_role(Role::Filter), plugin.has_role(Role::Router)) {
-                    (true, true) => "filter and router",
-                    (true, false) => "filter",
-                    _ => "router",
-                },
-                version: plugin.manifest().version.clone(),
-                generation: generation.number,
-                hash: plugin.hash().to_owned(),
-                since_ms: generation.since_ms,
-                failure: None,
-            }
+        self.current.borrow().plugins.clone()
+    }
+
+    /// What everybody sees, as it changes.
+    pub fn changes(&self) -> watch::Receiver<Snapshot> {
+        self.current.subscribe()
+    }
+
+    /// The files as they were taken up.
+    pub(super) fn taken_up(&self) -> Look {
+        let slots = self.slots.lock().expect("a panic while loading is caught");
+        slots.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, slot)| (name.clone(), slot.files.clone())).collect()
+    }
+
+    /// Loads these plugins from their files, or removes those that have none any more, and swaps the chain once for all of them.
+    ///
+    /// Compiles, so it may take seconds; not for an async thread.
+    pub(super) fn take_up(&self, look: Look) {
+        let mut slots = self.slots.lock().expect("a panic while loading is caught");
+        let mut outcomes = Vec::with_capacity(look.len());
+        for (name, files) in look {
+            let n_others = slots.iter().filter(|(other, slot)| **other != name && slot.running.is_some()).count();
+            let outcome = self.take_up_one(&name, files, n_others, slots.entry(name.clone()).or_default());
+            outcomes.extend(outcome.map(|outcome| PluginLoadLabel { plugin: name, outcome }));
+        }
+        self.publish(&slots);
+        // Not before it is true: who waits for the number may rely on what it says.
+        for label in outcomes {
+            self.metrics.plugin_loads.get_or_create(&label).inc();
+        }
+    }
+
+    /// Notes why the folder cannot be looked at, or that it can be.
+    pub(super) fn set_folder_failure(&self, reason: Option<String>) {
+        self.current.send_if_modified(|current| {
+            let is_new = current.folder_failure != reason;
+            current.folder_failure = reason;
+            is_new
         });
-        at_work.chain(failures).collect()
     }
-}
 
-fn not_loaded(name: &str, file: &str, reason: String) -> PluginState {
-    let (name, file) = (name.to_owned(), file.to_owned());
-    PluginState { name, file, kind: "", version: String::new(), generation: 0, hash: String::new(), since_ms: 0, failure: Some(reason) }
-}
-
-/// The `.wasm` files of a folder, by name. Files whose names begin with a dot are somebody's half-written ones.
-fn list(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let unreadable =
-        |error| anyhow::anyhow!("the folder of plugins {} cannot be read: {error}; make it, or set plugins.dir", dir.display());
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".wasm") && !name.starts_with('.') {
-            files.push(path);
+    /// `None`: nothing was to be loaded. Else the outcome, as the metric has it.
+    fn take_up_one(&self, name: &str, files: Vec<Sighting>, n_others: usize, slot: &mut Slot) -> Option<&'static str> {
+        let settings = self.config.plugins.get(name).cloned().unwrap_or_default();
+        slot.files = files;
+        slot.failure = None;
+        let Some(first) = slot.files.first().filter(|_| settings.enabled) else {
+            match slot.running.take() {
+                Some(gone) => tracing::warn!(
+                    plugin.name = name,
+                    plugin.generation = gone.number,
+                    plugin.hash = gone.plugin.hash(),
+                    "plugin removed: its file is gone"
+                ),
+                None if !settings.enabled => tracing::info!(plugin.name = name, "plugin is not enabled"),
+                None => {}
+            }
+            return None;
+        };
+        let file = first.file();
+        let running = slot.running.as_deref();
+        let loaded = if running.is_none() && n_others >= MAX_PLUGINS {
+            let reason = format!("is beyond the {MAX_PLUGINS} plugins that one node runs; remove one and write this one again");
+            Err(Failure { reason, hash: None })
+        } else {
+            self.load_file(&first.path, name, &settings, running.map(|running| running.plugin.hash()))
+        };
+        let outcome = match loaded {
+            Ok(None) => {
+                tracing::info!(plugin.name = name, plugin.file = file, "the plugin's file is what runs already");
+                None
+            }
+            Ok(Some(plugin)) => {
+                slot.n_generations += 1;
+                tracing::info!(
+                    plugin.name = name,
+                    plugin.file = file,
+                    plugin.generation = slot.n_generations,
+                    plugin.hash = plugin.hash(),
+                    plugin.former_hash = running.map(|running| running.plugin.hash()),
+                    plugin.version = plugin.manifest().version,
+                    "plugin loaded"
+                );
+                if plugin.manifest().name != name {
+                    tracing::info!(plugin.name = name, "the plugin calls itself '{}'", plugin.manifest().name);
+                }
+                let generation = Generation { plugin, number: slot.n_generations, since_ms: now_ms(), on_failure: settings.on_failure };
+                slot.running = Some(Arc::new(generation));
+                Some("loaded")
+            }
+            Err(Failure { reason, hash }) => {
+                let reason = format!("{file} {reason}");
+                match running {
+                    Some(running) => tracing::error!(
+                        plugin.name = name,
+                        plugin.file = file,
+                        plugin.hash = running.plugin.hash(),
+                        plugin.failed_hash = hash,
+                        "plugin not replaced: {reason}; generation {} stays at work",
+                        running.number
+                    ),
+                    None => {
+                        tracing::error!(plugin.name = name, plugin.file = file, plugin.failed_hash = hash, "plugin not loaded: {reason}");
+                    }
+                }
+                slot.failure = Some(Failure { reason, hash });
+                Some("failed")
+            }
+        };
+        if let (Some(second), None) = (slot.files.get(1), &slot.failure) {
+            let file = second.file();
+            let reason = format!("{file} is the second file of a plugin called '{name}'; rename or remove one");
+            tracing::error!(plugin.name = name, plugin.file = file, "plugin not loaded: {reason}");
+            slot.failure = Some(Failure { reason, hash: None });
         }
+        outcome
     }
-    files.sort();
-    Ok(files)
-}
 
-/// What the plugin in this file is called: see the head of this file.
-fn called(file: &str) -> String {
-    let stem = file.strip_suffix(".wasm").unwrap_or(file);
-    let unnumbered = match stem.split_once('-') {
-        Some((number, rest)) if !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) && !rest.is_empty() => rest,
-        _ => stem,
-    };
-    unnumbered.replace('_', "-")
-}
-
-fn load_file(engine: &Engine, path: &Path, name: &str, settings: &Settings) -> Result<Plugin, String> {
-    let limits = settings.limits();
-    let name = Name::parse(name).map_err(|e| format!("gives no name to a plugin: it {e}"))?;
-    // Not read beyond what can be used, whatever it is.
-    let length = std::fs::metadata(path).map_err(|e| format!("cannot be read: {e}"))?.len();
-    if length > limits.file_bytes as u64 {
-        return Err(format!("has {length} bytes; {} is the most", limits.file_bytes));
-    }
-    let bytes = std::fs::read(path).map_err(|e| format!("cannot be read: {e}"))?;
-    let hash = hash(&bytes);
-    if let Some(pinned) = &settings.sha256
-        && !pinned.eq_ignore_ascii_case(&hash)
-    {
-        return Err(format!("has the SHA-256 {hash}, and not the configured one"));
-    }
-    let config = serde_json::to_string(&settings.config).map_err(|e| format!("has a configuration that is not JSON: {e}"))?;
-    // On a thread of its own: WASI's functions may not run on one of an async executor, whoever calls this.
-    let load = || Plugin::load(engine, name, &bytes, &config, limits);
-    let plugin = std::thread::scope(|scope| scope.spawn(load).join());
-    plugin.map_err(|_| "made the host panic as it was loaded".to_owned())?.map_err(|e| e.to_string())
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_plugin_is_called_by_its_file() {
-        for (file, name) in [
-            ("address.wasm", "address"),
-            ("10-discard.wasm", "discard"),
-            ("my_router.wasm", "my-router"),
-            ("2-my_router.wasm", "my-router"),
-            ("x-y.wasm", "x-y"),
-            ("10-.wasm", "10-"),
-            ("10.wasm", "10"),
-        ] {
-            assert_eq!(called(file), name);
+    /// A plugin from its file; `None` if it is what runs.
+    fn load_file(&self, path: &Path, name: &str, settings: &Settings, running: Option<&str>) -> Result<Option<Plugin>, Failure> {
+        let unread = |reason| Failure { reason, hash: None };
+        let limits = settings.limits();
+        let name = Name::parse(name).map_err(|e| unread(format!("gives no name to a plugin: it {e}")))?;
+        let bytes = folder::read(path, limits.file_bytes).map_err(unread)?;
+        let hash = hash(&bytes);
+        if running == Some(hash.as_str()) {
+            return Ok(None);
         }
-    }
-
-    #[test]
-    fn the_section_holds_keys_and_a_table_for_each_plugin() {
-        let config: Config = toml::from_str(
-            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\ntype = 'order.*'\n",
-        )
-        .unwrap();
-        assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
-        let discard = &config.plugins["discard"];
-        assert_eq!((discard.on_failure, discard.deadline_ms, discard.memory_mib), (OnFailure::Skip, 5, 32));
-        assert_eq!(serde_json::Value::Object(discard.config.clone()), serde_json::json!({"rules": [{"type": "order.*"}]}));
-        let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
-        assert_eq!(config, again);
-    }
-
-    #[test]
-    fn a_mistake_in_the_section_is_named() {
-        for (text, expect) in [
-            ("[address]\ndeadline = 5\n", "plugins.address: unknown field `deadline`"),
-            ("[address]\non_failure = 'ignore'\n", "unknown variant `ignore`"),
-            ("[address]\ndeadline_ms = 0\n", "plugins.address.deadline_ms is 0; give it 1 to 10000"),
-            ("[address]\nsha256 = 'abc'\n", "plugins.address.sha256 is no hash"),
-            ("folder = 'x'\n", "plugins.folder"),
-            ("dir = 5\n", "string"),
-        ] {
-            let error = toml::from_str::<Config>(text).unwrap_err().to_string();
-            assert!(error.contains(expect), "{text} gave: {error}");
+        let failed = |reason| Failure { reason, hash: Some(hash.clone()) };
+        if let Some(pinned) = &settings.sha256
+            && !pinned.eq_ignore_ascii_case(&hash)
+        {
+            return Err(failed(format!("has the SHA-256 {hash}, and not the configured one")));
         }
+        let config = serde_json::to_string(&settings.config).map_err(|e| failed(format!("has a configuration that is not JSON: {e}")))?;
+        // On a thread of its own: WASI's functions may not run on one of an async executor, whoever calls this.
+        let load = || Plugin::load(&self.engine, name, &bytes, &config, limits);
+        let plugin = std::thread::scope(|scope| scope.spawn(load).join());
+        let plugin = plugin.map_err(|_| failed("made the host panic as it was loaded".to_owned()))?;
+        plugin.map(Some).map_err(|e| failed(e.to_string()))
     }
 
-    #[test]
-    fn the_defaults_of_a_plugin_are_the_limits_of_the_engine() {
-        assert_eq!(Settings::default().limits(), Limits::default());
-        assert_eq!(Settings::default().check(), Ok(()));
+    /// Makes what the slots hold what everybody sees.
+    fn publish(&self, slots: &BTreeMap<String, Slot>) {
+        let place = |name: &str| self.config.order.iter().position(|ordered| ordered == name).unwrap_or(usize::MAX);
+        let mut running: Vec<_> = slots.iter().filter_map(|(name, slot)| Some((name, slot, slot.running.as_ref()?))).collect();
+        running.sort_by_key(|(name, slot, _)| (place(name), slot.files.first().map(|file| &file.path)));
+        let of_role = |role| {
+            let generations = running.iter().map(|(_, _, generation)| *generation);
+            generations.filter(|generation| generation.plugin.has_role(role)).cloned().collect()
+        };
+        let chain = Arc::new(Chain { filters: of_role(Role::Filter), routers: of_role(Role::Router) });
+        let mut plugins: Vec<PluginState> =
+            chain.generations().map(|generation| state(generation.plugin.name().as_str(), slots, Some(generation))).collect();
+        let failed = slots.iter().filter(|(_, slot)| slot.running.is_none() && slot.failure.is_some());
+        plugins.extend(failed.map(|(name, _)| state(name, slots, None)));
+        plugins.extend(self.missing(slots));
+        // The old snapshot, and with it perhaps the last of a generation, is dropped after the lock was given back.
+        let folder_failure = self.current.borrow().folder_failure.clone();
+        drop(self.current.send_replace(Snapshot { chain, plugins, folder_failure }));
+    }
+
+    /// What is configured and has no file.
+    fn missing(&self, slots: &BTreeMap<String, Slot>) -> Vec<PluginState> {
+        let known: Vec<&str> = slots.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, _)| name.as_str()).collect();
+        let place = self.dir().map_or_else(|| "no folder, as plugins.dir is not set".to_owned(), |dir| dir.display().to_string());
+        let configured = self.config.plugins.iter().filter(|(_, settings)| settings.enabled).map(|(name, _)| name);
+        let missing = configured.chain(&self.config.order).filter(|name| !known.contains(&name.as_str())).collect::<BTreeSet<_>>();
+        let missing = missing.into_iter().map(|name| {
+            let there = known.join(", ");
+            let reason = format!(
+                "the plugin '{name}' is configured, and no file in {place} is called so (there: {there}); put {name}.wasm there, or remove it from the configuration"
+            );
+            if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.generation == 0) {
+                tracing::error!(plugin.name = name, "plugin not loaded: {reason}");
+            }
+            PluginState { failure: Some(reason), ..state(name, slots, None) }
+        });
+        missing.collect()
+    }
+}
+
+/// `running`: what runs of this plugin.
+fn state(name: &str, slots: &BTreeMap<String, Slot>, running: Option<&Arc<Generation>>) -> PluginState {
+    let slot = slots.get(name);
+    let failure = slot.and_then(|slot| slot.failure.as_ref());
+    let plugin = running.map(|generation| &generation.plugin);
+    PluginState {
+        name: name.to_owned(),
+        file: slot.and_then(|slot| slot.files.first()).map(Sighting::file).unwrap_or_default(),
+        kind: match plugin.map(|plugin| (plugin.has_role(Role::Filter), plugin.has_role(Role::Router))) {
+            Some((true, true)) => "filter and router",
+            Some((true, false)) => "filter",
+            Some(_) => "router",
+            None => "",
+        },
+        version: plugin.map(|plugin| plugin.manifest().version.clone()).unwrap_or_default(),
+        generation: running.map_or(0, |generation| generation.number),
+        hash: plugin.map(|plugin| plugin.hash().to_owned()).unwrap_or_default(),
+        since_ms: running.map_or(0, |generation| generation.since_ms),
+        failure: failure.map(|failure| failure.reason.clone()),
+        failed_hash: failure.and_then(|failure| failure.hash.clone()),
     }
 }

@@ -1,0 +1,126 @@
+//! The folder of plugins as it is at one moment: which files belong to which plugin, whether a file is still the one that was seen, and its
+//! bytes.
+//!
+//! A plugin is called by the name of its file, without `.wasm`, without a leading number and hyphen (`10-discard.wasm` is `discard`), and with
+//! hyphens for underscores (Cargo writes the crate `my-router` as `my_router.wasm`): the name that the operator gave and sees, and not what
+//! the guest says of itself. It promises to wait for nothing, and to answer no bytes that somebody was writing meanwhile. When to look is
+//! `watcher`'s business; what becomes of what was seen, `registry`'s.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Metadata};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+/// The files of each plugin, by its name. More than one is a mistake; they are in the order of their names.
+pub(super) type Look = BTreeMap<String, Vec<Sighting>>;
+
+/// A file as it was seen. Equal sightings are of the same bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Sighting {
+    pub(super) path: PathBuf,
+    /// `None`: it could not be asked for, as where a link leads nowhere.
+    stamp: Option<Stamp>,
+}
+
+/// Whatever of a file changes with its bytes. The time of the last change of its state is among it, since any program may set back the time
+/// at which the bytes were written, and copying often does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    written: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &Metadata) -> Self {
+        let (written, changed) = ((file.mtime(), file.mtime_nsec()), (file.ctime(), file.ctime_nsec()));
+        Self { device: file.dev(), inode: file.ino(), bytes: file.len(), written, changed }
+    }
+}
+
+impl Sighting {
+    /// The name of the file, for people.
+    pub(super) fn file(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+/// Looks at the `.wasm` files. Those whose names begin with a dot are somebody's half-written ones.
+///
+/// # Errors
+/// If the folder cannot be read, with the fix.
+pub(super) fn look(dir: &Path) -> Result<Look, String> {
+    let unreadable = |error| format!("the folder of plugins {} cannot be read: {error}; make it, or set plugins.dir", dir.display());
+    let mut look = Look::new();
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let file = path.file_name().unwrap_or_default().to_string_lossy();
+        if file.ends_with(".wasm") && !file.starts_with('.') {
+            let name = called(&file);
+            // Of what a link leads to: the file that is read, and that changes where a folder is swapped by its link.
+            let stamp = fs::metadata(&path).ok().map(|file| Stamp::of(&file));
+            look.entry(name).or_default().push(Sighting { path, stamp });
+        }
+    }
+    for files in look.values_mut() {
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+    }
+    Ok(look)
+}
+
+/// The bytes of a file.
+///
+/// # Errors
+/// Why not, as the end of a sentence that begins with the file's name: it has more than `max` bytes, is none, or was being written.
+pub(super) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
+    let unreadable = |error| format!("cannot be read: {error}");
+    // To open a pipe is to wait for its other end.
+    if !fs::metadata(path).map_err(unreadable)?.is_file() {
+        return Err("is no file".to_owned());
+    }
+    let file = File::open(path).map_err(unreadable)?;
+    let before = Stamp::of(&file.metadata().map_err(unreadable)?);
+    // Not read beyond what can be used, whatever it is.
+    if before.bytes > max as u64 {
+        return Err(format!("has {} bytes; {max} is the most", before.bytes));
+    }
+    let mut bytes = Vec::new();
+    (&file).take(before.bytes + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 != before.bytes || Stamp::of(&file.metadata().map_err(unreadable)?) != before {
+        return Err("is still being written: it changed while it was read".to_owned());
+    }
+    Ok(bytes)
+}
+
+/// What the plugin in this file is called: see the head of this file.
+fn called(file: &str) -> String {
+    let stem = file.strip_suffix(".wasm").unwrap_or(file);
+    let unnumbered = match stem.split_once('-') {
+        Some((number, rest)) if !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) && !rest.is_empty() => rest,
+        _ => stem,
+    };
+    unnumbered.replace('_', "-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plugin_is_called_by_its_file() {
+        for (file, name) in [
+            ("address.wasm", "address"),
+            ("10-discard.wasm", "discard"),
+            ("my_router.wasm", "my-router"),
+            ("2-my_router.wasm", "my-router"),
+            ("x-y.wasm", "x-y"),
+            ("10-.wasm", "10-"),
+            ("10.wasm", "10"),
+        ] {
+            assert_eq!(called(file), name);
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The `[plugins]` section of the configuration: the folder, the order, and a table for each plugin that needs one.
+//!
+//! It promises that whatever was parsed is within its bounds, and that a mistake is named with its key. What is done with it is `registry`'s
+//! business; where the text comes from, `config`'s.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::Limits;
+
+/// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
+///
+/// A plugin called `dir` or `order` cannot be configured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Config {
+    /// The folder whose `.wasm` files are the plugins (none).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dir: Option<PathBuf>,
+    /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).
+    pub order: Vec<String>,
+    /// `[plugins.<name>]`.
+    #[serde(flatten)]
+    pub plugins: BTreeMap<String, Settings>,
+}
+
+/// `[plugins.<name>]`: one plugin.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Whether the plugin is loaded at all (true).
+    pub enabled: bool,
+    /// What becomes of an event when the plugin fails on it, twice: `dead-letter`, `skip` (as if the plugin were not there) or `drop` (`dead-letter`).
+    pub on_failure: OnFailure,
+    /// Milliseconds that a call may run, 1 to 10,000 (50).
+    pub deadline_ms: u64,
+    /// MiB of memory that an instance may have, 1 to 4,096 (32).
+    pub memory_mib: u32,
+    /// KiB of text that an answer may have, 1 to 65,536 (256).
+    pub result_kib: u32,
+    /// Targets that an answer may have, 1 to 1,000,000 (10,000).
+    pub max_targets: u32,
+    /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
+    pub calls_per_instance: u32,
+    /// If set, only the file with this SHA-256, in hexadecimal, is loaded (none).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// The plugin's own configuration, handed to it as JSON (none).
+    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
+    pub config: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            on_failure: OnFailure::DeadLetter,
+            deadline_ms: 50,
+            memory_mib: 32,
+            result_kib: 256,
+            max_targets: 10_000,
+            calls_per_instance: 10_000,
+            sha256: None,
+            config: serde_json::Map::new(),
+        }
+    }
+}
+
+/// What becomes of an event when a plugin fails on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFailure {
+    #[default]
+    DeadLetter,
+    /// As if the plugin were not there.
+    Skip,
+    Drop,
+}
+
+impl Settings {
+    /// # Errors
+    /// The key, what is wrong with it, and the fix.
+    fn check(&self) -> Result<(), String> {
+        let bounds = [
+            ("deadline_ms", self.deadline_ms, 1, 10_000),
+            ("memory_mib", self.memory_mib.into(), 1, 4_096),
+            ("result_kib", self.result_kib.into(), 1, 65_536),
+            ("max_targets", self.max_targets.into(), 1, 1_000_000),
+            ("calls_per_instance", self.calls_per_instance.into(), 1, u32::MAX.into()),
+        ];
+        for (key, value, least, most) in bounds {
+            if !(least..=most).contains(&value) {
+                return Err(format!("{key} is {value}; give it {least} to {most}"));
+            }
+        }
+        match &self.sha256 {
+            Some(hash) if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) => {
+                Err("sha256 is no hash: 64 hexadecimal digits, as `sha256sum FILE` prints them".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            deadline: Duration::from_millis(self.deadline_ms),
+            memory_bytes: self.memory_mib as usize * 1024 * 1024,
+            result_bytes: self.result_kib as usize * 1024,
+            targets: self.max_targets as usize,
+            calls_per_instance: self.calls_per_instance,
+            ..Limits::default()
+        }
+    }
+}
+
+/// By hand, because what is neither a key nor a table is to be named in the error.
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Sections;
+        impl<'de> Visitor<'de> for Sections {
+            type Value = Config;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the keys dir and order, and a table for each plugin")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
+                let mut config = Config::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    match key.as_str() {
+                        "dir" => config.dir = Some(map.next_value()?),
+                        "order" => config.order = map.next_value()?,
+                        _ => {
+                            let settings: Settings = map.next_value().map_err(|e| A::Error::custom(format!("plugins.{key}: {e}")))?;
+                            settings.check().map_err(|e| A::Error::custom(format!("plugins.{key}.{e}")))?;
+                            config.plugins.insert(key, settings);
+                        }
+                    }
+                }
+                Ok(config)
+            }
+        }
+        d.deserialize_map(Sections)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn the_section_holds_keys_and_a_table_for_each_plugin() {
+        let config: Config = toml::from_str(
+            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\ntype = 'order.*'\n",
+        )
+        .unwrap();
+        assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
+        let discard = &config.plugins["discard"];
+        assert_eq!((discard.on_failure, discard.deadline_ms, discard.memory_mib), (OnFailure::Skip, 5, 32));
+        assert_eq!(serde_json::Value::Object(discard.config.clone()), serde_json::json!({"rules": [{"type": "order.*"}]}));
+        let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(config, again);
+    }
+
+    #[test]
+    fn a_mistake_in_the_section_is_named() {
+        for (text, expect) in [
+            ("[address]\ndeadline = 5\n", "plugins.address: unknown field `deadline`"),
+            ("[address]\non_failure = 'ignore'\n", "unknown variant `ignore`"),
+            ("[address]\ndeadline_ms = 0\n", "plugins.address.deadline_ms is 0; give it 1 to 10000"),
+            ("[address]\nsha256 = 'abc'\n", "plugins.address.sha256 is no hash"),
+            ("folder = 'x'\n", "plugins.folder"),
+            ("dir = 5\n", "string"),
+        ] {
+            let error = toml::from_str::<Config>(text).unwrap_err().to_string();
+            assert!(error.contains(expect), "{text} gave: {error}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_of_a_plugin_are_the_limits_of_the_engine() {
+        assert_eq!(Settings::default().limits(), Limits::default());
+        assert_eq!(Settings::default().check(), Ok(()));
+    }
+}

@@ -1,0 +1,34 @@
+//! A plugin for tests: tells the user of each event which version of it decided. Tests make versions by writing over [`VERSION`].
+
+use std::hint::black_box;
+
+use pointsman_plugin::{Event, Failure, Interest, Issue, Plugin, Route, Router, export};
+use serde_json::json;
+
+/// Stands once in the file, with a number in place of the zeros.
+static VERSION: &[u8; 15] = b"version:0000000";
+
+struct Versioned;
+
+export!(Versioned as router);
+
+impl Plugin for Versioned {
+    type Config = pointsman_plugin::NoConfig;
+
+    fn new(_: Self::Config) -> Result<Self, Issue> {
+        Ok(Self)
+    }
+
+    fn interest(&self) -> Interest {
+        Interest::in_types(["*"]).attributes(["user"])
+    }
+}
+
+impl Router for Versioned {
+    fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
+        // Read when it runs, or the compiler would make an instruction of it.
+        let number = std::str::from_utf8(&black_box(VERSION)[8..]).ok().and_then(|digits| digits.parse::<u32>().ok());
+        let route = |user| Route::to_user(user).body(&json!({ "version": number }));
+        Ok(event.text("user").map(route).into_iter().collect())
+    }
+}
