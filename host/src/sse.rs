@@ -177,7 +177,9 @@ impl Body {
             self.is_ended = true;
             self.cursor.clear();
             stream.lock().encode_cursor(&mut self.cursor);
-            put_id(&mut self.buffer, &self.cursor);
+            if !self.cursor.is_empty() {
+                put_id(&mut self.buffer, &self.cursor);
+            }
             self.buffer
                 .put_slice(format!("retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n", self.retry_ms, end.as_str()).as_bytes());
         }

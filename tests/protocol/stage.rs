@@ -296,7 +296,10 @@ impl Client {
         assert!(cursor.len() <= 123, "{cursor}");
         let read = Cursor::decode(&cursor, &self.user);
         assert!(read.is_ok(), "the cursor {cursor} cannot be read back: {read:?}");
-        self.cursor = Some(cursor);
+        // A gap has no cursor of its own: with that of now, a client that is cut before the next gap would never be told of it.
+        if !matches!(next, Next::Gap(_)) {
+            self.cursor = Some(cursor);
+        }
         match next {
             Next::Notification { id: number, record, route, .. } => {
                 Frame::Event { id: event_id(&record), number, priority: record.route(route).priority, record }
