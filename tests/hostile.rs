@@ -151,8 +151,8 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
         entries.push(add(&mut connection, bad));
         add(&mut connection, &fields(&[("type", "good"), ("user", "42"), ("id", &n.to_string()), ("data", "[]")]));
     }
-    for n in 0..cases.len() {
-        assert_eq!(stream.next_notification(SOON).id, n.to_string(), "what comes after {:?}", cases[n].1);
+    for (n, (_, expected)) in cases.iter().enumerate() {
+        assert_eq!(stream.next_notification(SOON).id, n.to_string(), "what comes after {expected:?}");
     }
     let mut dead = dead_letters(&node);
     assert_eq!(dead.len(), cases.len());
@@ -280,7 +280,8 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
     let large = |bytes: usize| format!(r#"{{"type":"t","user":"42","data":"{}"}}"#, "x".repeat(bytes)).into_bytes();
     let list = |n: usize| format!("[{}]", vec![r#"{"type":"t"}"#; n].join(",")).into_bytes();
     let text = |text: &str| text.as_bytes().to_vec();
-    let cases: Vec<(&[(&str, &str)], Vec<u8>, u16, &str)> = vec![
+    type Case<'a> = (&'a [(&'a str, &'a str)], Vec<u8>, u16, &'a str);
+    let cases: Vec<Case<'_>> = vec![
         (&[STRUCTURED], text(""), 400, "the CloudEvents document is not a JSON object"),
         (&[STRUCTURED], text("{}"), 400, "type is missing; every event needs one"),
         (&[STRUCTURED], text(r#"{"type":"#), 400, "not a JSON object"),
@@ -454,7 +455,7 @@ fn a_last_event_id_that_nobody_can_read_is_told_as_a_gap_and_what_follows_arrive
     stream.next_state("cursor", SOON);
     node.publisher().publish(&[event("last", "t", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "last");
-    let Refused { status, text } = Request::new(node.addr(), "user=42&min_priority=most").open(SOON).err().expect("refused");
+    let Refused { status, text } = Request::new(node.addr(), "user=42&min_priority=most").open(SOON).expect_err("refused");
     assert!(status == Some(400) && text.contains("no priority: low, normal, high or urgent"), "{text}");
 }
 

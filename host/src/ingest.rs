@@ -102,6 +102,8 @@ impl Drop for Progress {
 struct Standing {
     /// Only what ends a node counts as a take-over; an outage of the broker does not.
     is_new_owner: bool,
+    /// A take-over after others that did not move the position: see [`CAREFUL_AFTER`].
+    is_careful: bool,
     /// Entries to read at once.
     bite: usize,
 }
@@ -115,7 +117,7 @@ impl Ingest {
     /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut delay = Duration::from_millis(50);
-        let mut standing = Standing { is_new_owner: true, bite: MAX_ITEMS };
+        let mut standing = Standing { is_new_owner: true, is_careful: false, bite: MAX_ITEMS };
         while !shutdown.is_cancelled() {
             // Before the lease is taken: another node may have a plugin.
             tokio::select! {
@@ -184,10 +186,10 @@ impl Ingest {
                 Err(error) => return error.into(),
             }
         }
-        let mut is_careful = false;
+        standing.is_careful = false;
         if standing.is_new_owner {
             match self.broker.take_over(partition.number).await {
-                Ok(n_owners) => is_careful = n_owners >= CAREFUL_AFTER,
+                Ok(n_owners) => standing.is_careful = n_owners >= CAREFUL_AFTER,
                 Err(error) => return error.into(),
             }
             standing.is_new_owner = false;
@@ -204,12 +206,12 @@ impl Ingest {
             }
         };
         tokio::select! {
-            stop = self.work(partition, is_careful, &mut standing.bite, shutdown) => stop,
+            stop = self.work(partition, standing, shutdown) => stop,
             stop = keep_lease => stop,
         }
     }
 
-    async fn work(&self, partition: &Partition, is_careful: bool, bite: &mut usize, shutdown: &CancellationToken) -> Stop {
+    async fn work(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
         // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
         let head = match self.settled_head(partition.number).await {
             Ok(head) => head,
@@ -219,7 +221,7 @@ impl Ingest {
         let label = SourceLabel { source: partition.source.clone() };
         let reread = self.metrics.events_reread.get_or_create_owned(&label);
         let progress = Progress { n_read: AtomicU64::new(0), n_done: AtomicU64::new(0), reread };
-        let read = self.read(partition, head.position.entry, is_careful, bite, evaluated, &progress, shutdown);
+        let read = self.read(partition, head.position.entry, standing, evaluated, &progress, shutdown);
         let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
@@ -267,8 +269,7 @@ impl Ingest {
         &self,
         partition: &Partition,
         mut after: EntryId,
-        is_careful: bool,
-        bite: &mut usize,
+        standing: &mut Standing,
         evaluated: mpsc::Sender<Evaluated>,
         progress: &Progress,
         shutdown: &CancellationToken,
@@ -276,9 +277,9 @@ impl Ingest {
         let label = SourceLabel { source: partition.source.clone() };
         let read = self.metrics.events_read.get_or_create_owned(&label);
         // Carefully only until it is clear that the position moves again.
-        let mut n_careful = if is_careful { MAX_ITEMS } else { 0 };
+        let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
         loop {
-            let count = if n_careful > 0 { 1 } else { *bite };
+            let count = if n_careful > 0 { 1 } else { standing.bite };
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
@@ -288,12 +289,12 @@ impl Ingest {
                 Ok(entries) => entries,
                 Err(error) => {
                     // So many large entries may take longer than an answer may, and would for ever.
-                    *bite = (*bite / 4).max(1);
+                    standing.bite = (standing.bite / 4).max(1);
                     return error.into();
                 }
             };
-            if entries.len() == *bite {
-                *bite = (*bite + 1).min(MAX_ITEMS);
+            if entries.len() == standing.bite {
+                standing.bite = (standing.bite + 1).min(MAX_ITEMS);
             }
             let Some(last) = entries.last() else {
                 if evaluated.is_closed() {
