@@ -53,10 +53,6 @@ pub(super) fn urgent(targets: &str) -> Route {
     Route { priority: Priority::Urgent, ..to(targets) }
 }
 
-pub(super) fn keyed(key: &str, route: Route) -> Route {
-    Route { collapse: Some(name(key)), ..route }
-}
-
 /// An installation.
 pub(super) struct Stage {
     server: Option<RedisServer>,
