@@ -298,11 +298,6 @@ impl Node {
         assert!((200..300).contains(&answer.status), "PUT of a membership: {answer:?}");
     }
 
-    pub(crate) fn leave(&self, group: &str, user: &str) {
-        let answer = self.request("DELETE", &format!("/v1/groups/{group}/members/{user}"));
-        assert!((200..300).contains(&answer.status), "DELETE of a membership: {answer:?}");
-    }
-
     pub(crate) fn publisher(&self) -> Publisher {
         Publisher::new(self.listen)
     }

@@ -166,15 +166,6 @@ impl Puppet {
         }
     }
 
-    pub(super) fn everyone_owns(&self) {
-        self.everyone_owns.store(true, Ordering::Relaxed);
-    }
-
-    /// No tick of this node goes out any more.
-    pub(super) fn ticks_not(&self) {
-        self.ticks_not.store(true, Ordering::Relaxed);
-    }
-
     /// Who asks for the head next is told this one, as by a primary that has been one and does not know that it is none any more.
     pub(super) fn answer_once(&self, head: Head) {
         *self.old_head.lock().expect("no panic under it") = Some(head);
