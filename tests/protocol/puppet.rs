@@ -68,7 +68,7 @@ impl Stop {
 
     fn end(self, goes: bool) {
         // Who stood here may have been killed.
-        drop(self.verdict.send(goes));
+        self.verdict.send(goes).ok();
     }
 }
 
@@ -165,7 +165,7 @@ impl Puppet {
             stops.iter().position(|stop| stop.at == at).map(|place| stops.remove(place))
         };
         if let Some(stopper) = stopper {
-            drop(stopper.reached.send(()));
+            stopper.reached.send(()).ok();
             // A stop that was dropped holds nobody.
             if !stopper.verdict.await.unwrap_or(true) {
                 return Err(Error::Away(format!("lost {at:?}")));
