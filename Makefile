@@ -1,7 +1,7 @@
-# make build   target/release/pointsman and build/plugins/                      (N min cold)
-# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (N min cold)
-# make test    everything that is tested                                        (N min cold)
-# make lint    format, clippy, documentation                                    (N min cold)
+# make build   target/release/pointsman and build/plugins/                      (15 min cold)
+# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (15 min cold)
+# make test    everything that is tested                                        (20 min cold, of it 5 min running)
+# make lint    format, clippy, documentation                                    (8 min cold)
 #
 # Cold: an empty target/ on 2 cores. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
 # the same development build of the host, and only `make build` compiles everything a second time.
