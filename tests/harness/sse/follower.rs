@@ -99,6 +99,7 @@ impl Follower {
     }
 
     /// Takes the notifications that arrived since they were last taken out of its record.
+    #[allow(dead_code, reason = "for the demo, which includes this file")]
     pub(crate) fn take_notifications(&self) -> Vec<Notification> {
         std::mem::take(&mut self.shared.lock().record.notifications)
     }
