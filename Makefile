@@ -29,7 +29,7 @@ test:
 lint:
 	cargo fmt --check
 	cargo clippy $(LOCKED) --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
 
 plugins:
 	rustup target add wasm32-unknown-unknown wasm32-wasip2

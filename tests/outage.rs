@@ -50,7 +50,7 @@ fn assert_refused(answer: &Answer) {
 }
 
 fn number(number: usize) -> Value {
-    let more = if number % 7 == 0 { json!({ "everyone": true }) } else { json!({ "user": (number % N_USERS).to_string() }) };
+    let more = if number.is_multiple_of(7) { json!({ "everyone": true }) } else { json!({ "user": (number % N_USERS).to_string() }) };
     event(&number.to_string(), "outage", more)
 }
 

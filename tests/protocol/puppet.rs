@@ -2,7 +2,6 @@
 //! answer, and whose notices can be dropped or kept back. So a test says which of two steps comes first, and waits for nothing but that.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -69,7 +68,7 @@ impl Stop {
 
     fn end(self, goes: bool) {
         // Who stood here may have been killed.
-        drop(self.verdict.send(goes));
+        self.verdict.send(goes).ok();
     }
 }
 
@@ -99,9 +98,6 @@ pub(super) struct Puppet {
     rule: Mutex<Option<Rule>>,
     ear: Arc<AsyncMutex<Ear>>,
     old_head: Mutex<Option<Head>>,
-    /// Says to whoever asks that the lease is theirs.
-    everyone_owns: AtomicBool,
-    ticks_not: AtomicBool,
 }
 
 impl std::fmt::Debug for Puppet {
@@ -112,15 +108,7 @@ impl std::fmt::Debug for Puppet {
 
 impl Puppet {
     pub(super) fn over(broker: Arc<dyn Broker>) -> Arc<Self> {
-        Arc::new(Self {
-            broker,
-            stops: Mutex::default(),
-            rule: Mutex::default(),
-            ear: Arc::default(),
-            old_head: Mutex::default(),
-            everyone_owns: AtomicBool::new(false),
-            ticks_not: AtomicBool::new(false),
-        })
+        Arc::new(Self { broker, stops: Mutex::default(), rule: Mutex::default(), ear: Arc::default(), old_head: Mutex::default() })
     }
 
     /// The next to come here stops.
@@ -177,7 +165,7 @@ impl Puppet {
             stops.iter().position(|stop| stop.at == at).map(|place| stops.remove(place))
         };
         if let Some(stopper) = stopper {
-            drop(stopper.reached.send(()));
+            stopper.reached.send(()).ok();
             // A stop that was dropped holds nobody.
             if !stopper.verdict.await.unwrap_or(true) {
                 return Err(Error::Away(format!("lost {at:?}")));
@@ -227,13 +215,10 @@ impl Broker for Puppet {
     }
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
-        if self.ticks_not.load(Ordering::Relaxed) { Ok(()) } else { self.broker.tick(partition).await }
+        self.broker.tick(partition).await
     }
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
-        if self.everyone_owns.load(Ordering::Relaxed) {
-            return Ok(Lease::Mine);
-        }
         self.around(Op::Lease, self.broker.lease(partition, node, ttl)).await
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
-use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice};
+use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention};
 pub(super) use pointsman::clock::now_ms;
 use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
 use pointsman::hub::{Hub, StreamGuard};
