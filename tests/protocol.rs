@@ -5,8 +5,12 @@
 //! acknowledgements, a watermark for each shard of recipients), `h..` by simulating what came of that. What a broker must do by itself is
 //! asked in `conformance`; here ingest and delivery play along, over a broker on strings (`puppet`).
 
+mod cursors;
 mod gaps;
+mod ingest;
 mod lives;
+mod members;
+mod priorities;
 mod puppet;
 mod replay;
 mod stage;

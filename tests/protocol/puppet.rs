@@ -2,6 +2,7 @@
 //! answer, and whose notices can be dropped or kept back. So a test says which of two steps comes first, and waits for nothing but that.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -98,6 +99,8 @@ pub(super) struct Puppet {
     rule: Mutex<Option<Rule>>,
     ear: Arc<AsyncMutex<Ear>>,
     old_head: Mutex<Option<Head>>,
+    /// Says to whoever asks that the lease is theirs.
+    everyone_owns: AtomicBool,
 }
 
 impl std::fmt::Debug for Puppet {
@@ -108,7 +111,14 @@ impl std::fmt::Debug for Puppet {
 
 impl Puppet {
     pub(super) fn over(broker: Arc<dyn Broker>) -> Arc<Self> {
-        Arc::new(Self { broker, stops: Mutex::default(), rule: Mutex::default(), ear: Arc::default(), old_head: Mutex::default() })
+        Arc::new(Self {
+            broker,
+            stops: Mutex::default(),
+            rule: Mutex::default(),
+            ear: Arc::default(),
+            old_head: Mutex::default(),
+            everyone_owns: AtomicBool::new(false),
+        })
     }
 
     /// The next to come here stops.
@@ -152,6 +162,10 @@ impl Puppet {
         if let Some(out) = ear.out.as_ref().filter(|_| !notices.is_empty()) {
             out.send(notices).await.expect("the node listens");
         }
+    }
+
+    pub(super) fn everyone_owns(&self) {
+        self.everyone_owns.store(true, Ordering::Relaxed);
     }
 
     /// Who asks for the head next is told this one, as by a primary that has been one and does not know that it is none any more.
@@ -219,6 +233,9 @@ impl Broker for Puppet {
     }
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
+        if self.everyone_owns.load(Ordering::Relaxed) {
+            return Ok(Lease::Mine);
+        }
         self.around(Op::Lease, self.broker.lease(partition, node, ttl)).await
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
-use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention};
+use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice};
 pub(super) use pointsman::clock::now_ms;
 use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
 use pointsman::hub::{Hub, StreamGuard};
@@ -51,6 +51,10 @@ pub(super) fn to(targets: &str) -> Route {
 
 pub(super) fn urgent(targets: &str) -> Route {
     Route { priority: Priority::Urgent, ..to(targets) }
+}
+
+pub(super) fn keyed(key: &str, route: Route) -> Route {
+    Route { collapse: Some(name(key)), ..route }
 }
 
 /// An installation.
@@ -170,8 +174,34 @@ impl Stage {
         self.commit(&events).await
     }
 
+    /// Writes one slice of a plan: of an event with all of `routes`, those logs.
+    pub(super) async fn slice(&self, id: &str, routes: &[Route], logs: &[&str], index: u32, is_last: bool) -> NotificationId {
+        let head = self.head().await;
+        let entry = if index == 0 { next_entry(head.position.entry) } else { head.position.entry };
+        let mut item = self.item(entry, id, routes);
+        let Proposal::Commit { targets, .. } = &mut item.proposal else { unreachable!("it is one") };
+        *targets = logs.iter().map(|log| target(log)).collect();
+        let slice = Slice { life: head.life, prev: head.position, item, index, is_last };
+        match self.puppet.broker.commit_slice(self.p, slice).await.expect("commit_slice") {
+            Committed::Done(outcomes) => outcomes[0].1.expect("an id"),
+            Committed::Refused => panic!("the slice was refused"),
+        }
+    }
+
+    /// The events in a log, by the ids that their publishers gave them.
+    pub(super) async fn log(&self, log: &str) -> Vec<String> {
+        let page = self.puppet.broker.page(self.p, &target(log), NotificationId(0), 100_000).await.expect("page");
+        let ids: Vec<NotificationId> = page.entries.iter().map(|entry| entry.0).collect();
+        let records = self.puppet.broker.records(self.p, &ids).await.expect("records");
+        records.into_iter().map(|record| event_id(&Record::parse(&record.expect("a record")).expect("JSON"))).collect()
+    }
+
     pub(super) async fn change(&self, user: &str, change: RecipientChange) {
         self.puppet.broker.change_recipient(&name(user), change).await.expect("change_recipient");
+    }
+
+    pub(super) async fn leave(&self, user: &str, group: &str) {
+        self.change(user, RecipientChange::Leave { group: name(group) }).await;
     }
 
     pub(super) async fn join(&self, user: &str, group: &str) {
