@@ -29,7 +29,7 @@ pub(super) struct Options {
     /// Listen here for operators (127.0.0.1:8081)
     #[arg(long, value_name = "ADDR")]
     admin: Option<String>,
-    /// Load the plugins of this folder
+    /// Load the plugins of this folder, and load them again as they change
     #[arg(long, value_name = "DIR")]
     plugins: Option<String>,
     /// Be ready without a plugin

@@ -106,8 +106,80 @@ fn called(file: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::os::unix::fs::symlink;
+    use std::process::Command;
+
     use super::*;
+
+    /// A folder of a test that goes away with it.
+    pub(in crate::plugin) struct Scratch(pub(in crate::plugin) PathBuf);
+
+    impl Scratch {
+        pub(in crate::plugin) fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("pointsman-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        pub(in crate::plugin) fn look(&self) -> Look {
+            look(&self.0).unwrap()
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            drop(fs::remove_dir_all(&self.0));
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_written_is_seen_to_be_another_whatever_its_times_say() {
+        let folder = Scratch::new("sightings");
+        let file = folder.0.join("a.wasm");
+        fs::write(&file, "one").unwrap();
+        let written = fs::metadata(&file).unwrap().modified().unwrap();
+        let first = folder.look();
+        assert_eq!(first, folder.look());
+        // The clock of a file system ticks every few milliseconds.
+        while folder.look() == first {
+            fs::write(&file, "two").unwrap();
+            File::options().write(true).open(&file).unwrap().set_modified(written).unwrap();
+        }
+
+        // Two folders of which a link names one, as orchestrators mount them.
+        for version in ["v1", "v2"] {
+            fs::create_dir(folder.0.join(version)).unwrap();
+            fs::write(folder.0.join(version).join("b.wasm"), version).unwrap();
+        }
+        symlink("v1", folder.0.join("now")).unwrap();
+        symlink("now/b.wasm", folder.0.join("b.wasm")).unwrap();
+        let before = folder.look();
+        symlink("v2", folder.0.join("next")).unwrap();
+        fs::rename(folder.0.join("next"), folder.0.join("now")).unwrap();
+        let after = folder.look();
+        assert!(before["a"] == after["a"] && before["b"] != after["b"], "{before:?} {after:?}");
+        assert_eq!(read(&folder.0.join("b.wasm"), 10).unwrap(), b"v2");
+    }
+
+    #[test]
+    fn what_cannot_be_read_as_a_plugin_is_told_and_not_waited_for() {
+        let folder = Scratch::new("reading");
+        fs::write(folder.0.join("large.wasm"), [0; 11]).unwrap();
+        fs::create_dir(folder.0.join("folder.wasm")).unwrap();
+        assert!(Command::new("mkfifo").arg(folder.0.join("pipe.wasm")).status().unwrap().success());
+        symlink("nowhere", folder.0.join("link.wasm")).unwrap();
+        assert_eq!(folder.look().into_keys().collect::<Vec<_>>(), ["folder", "large", "link", "pipe"]);
+        for (file, expect) in [
+            ("large.wasm", "has 11 bytes; 10 is the most"),
+            ("folder.wasm", "is no file"),
+            ("pipe.wasm", "is no file"),
+            ("link.wasm", "cannot be read: No such file"),
+        ] {
+            let error = read(&folder.0.join(file), 10).unwrap_err();
+            assert!(error.contains(expect), "{file}: {error}");
+        }
+    }
 
     #[test]
     fn a_plugin_is_called_by_its_file() {

@@ -18,7 +18,7 @@ use super::Limits;
 /// A plugin called `dir` or `order` cannot be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Config {
-    /// The folder whose `.wasm` files are the plugins (none).
+    /// The folder whose `.wasm` files are the plugins; it is watched (none).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
     /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).

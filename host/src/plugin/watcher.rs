@@ -160,32 +160,12 @@ impl Settling {
 
 #[cfg(test)]
 mod tests {
+    use super::super::folder::tests::Scratch;
     use super::*;
-
-    /// A folder of a test that goes away with it.
-    struct Folder(PathBuf);
-
-    impl Folder {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("pointsman-{name}-{}", std::process::id()));
-            fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-
-        fn look(&self) -> Look {
-            folder::look(&self.0).unwrap()
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            drop(fs::remove_dir_all(&self.0));
-        }
-    }
 
     #[test]
     fn what_changes_is_due_once_it_was_left_alone_for_long_enough() {
-        let folder = Folder::new("settling");
+        let folder = Scratch::new("settling");
         let (file, mut settling, began) = (folder.0.join("1-a.wasm"), Settling::default(), Instant::now());
         let (mut taken_up, mut at) = (Look::new(), Duration::ZERO);
         let mut due_after = |taken_up: &Look, wait: Duration| {
