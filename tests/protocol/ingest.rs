@@ -117,7 +117,7 @@ async fn f01_what_a_stalled_owner_has_read_is_read_again_by_the_next(stage: Stag
     append(&stage, &ids(10..20)).await;
     lease.reached().await;
     let next = Owner::start(&b, "b", address());
-    drained(&stage).await;
+    drop(drained(&stage).await);
     stop.go();
     lease.go();
     append(&stage, &ids(20..30)).await;
@@ -156,16 +156,16 @@ async fn f03_after_a_fail_over_that_took_logs_back_no_hole_is_left() {
     let a = stage.another().await;
     let owner = Owner::start(&a, "a", address());
     append(&stage, &ids(0..5)).await;
-    drained(&stage).await;
+    drop(drained(&stage).await);
     stage.server().snapshot();
     append(&stage, &ids(5..8)).await;
-    drained(&stage).await;
+    drop(drained(&stage).await);
     let mut stop = a.stop(At::Before(Op::Commit));
     append(&stage, &ids(8..10)).await;
     stop.reached().await;
     stage.server().fail_over_but(SOURCE);
     stop.go();
-    drained(&stage).await;
+    drop(drained(&stage).await);
     assert_eq!(stage.log("all").await, ids(0..10));
     owner.stop().await;
 }
@@ -283,7 +283,7 @@ async fn f18_ten_thousand_named_users_cost_no_feed_its_connection(stage: Stage) 
     let data = format!("\"{}\"", "x".repeat(120_000));
     let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(",")), field("data", &data)];
     stage.puppet.broker.append(stage.p, vec![large]).await.expect("append");
-    drained(&stage).await;
+    drop(drained(&stage).await);
     let letters = stage.puppet.broker.dead_letters(stage.p, EntryId::default(), 1).await.expect("dead letters");
     assert!(letters.is_empty(), "{}", letters[0].why.reason);
     first.expect(&["large"]).await;
@@ -342,7 +342,7 @@ async fn h01_a_batch_read_before_a_fail_over_is_not_committed_after_it() {
     stop.reached().await;
     stage.server().fail_over();
     stop.go();
-    drained(&stage).await;
+    drop(drained(&stage).await);
     assert_eq!(stage.log("all").await, ids(0..5));
     append(&stage, &ids(20..25)).await;
     let count = drained(&stage).await;
