@@ -1,9 +1,9 @@
-# make build   target/release/pointsman and build/plugins/                      (N min cold)
-# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (N min cold)
-# make test    everything that is tested                                        (N min cold)
-# make lint    format, clippy, documentation                                    (N min cold)
+# make build   target/release/pointsman and build/plugins/                      (20 min cold)
+# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (20 min cold)
+# make test    everything that is tested                                        (25 min cold, 20 of them compiling)
+# make lint    format, clippy, documentation                                    (10 min cold)
 #
-# Cold: an empty target/ on 2 cores. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
+# Cold: an empty target/ on 2 cores; rough, as they were measured on a machine that was busy with other things. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
 # the same development build of the host, and only `make build` compiles everything a second time.
 
 PLUGINS := address discard
@@ -29,7 +29,7 @@ test:
 lint:
 	cargo fmt --check
 	cargo clippy $(LOCKED) --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
 
 plugins:
 	rustup target add wasm32-unknown-unknown wasm32-wasip2

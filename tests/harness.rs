@@ -9,6 +9,7 @@ pub(crate) mod guests;
 pub(crate) mod http;
 pub(crate) mod node;
 pub(crate) mod ports;
+pub(crate) mod proxy;
 pub(crate) mod publish;
 pub(crate) mod redis;
 pub(crate) mod seed;

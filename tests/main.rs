@@ -1,11 +1,20 @@
 //! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
 
+#![expect(clippy::print_stderr, reason = "what a test says of itself, such as its seed, belongs on standard error")]
+
+mod architecture;
 mod clients;
+mod commands;
 mod conformance;
 mod durability;
 mod embedded;
 mod harness;
+mod hostile;
+mod outage;
 mod plugins;
+mod privacy;
+mod protocol;
 mod reload;
+mod resume;
 mod stability;
 mod wire;

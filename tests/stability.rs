@@ -26,6 +26,7 @@ fn after_5000_connects_and_drops_streams_subscriptions_and_memory_are_back() {
     come_and_go(&node, "late", 5_000);
     let after = Held::by(&node, &server, "late");
     assert_eq!((after.n_channels, after.n_patterns, after.n_connections), (before.n_channels, before.n_patterns, before.n_connections));
+    eprintln!("memory: {} KiB before, {} KiB after", before.memory_kib, after.memory_kib);
     let grown = after.memory_kib.saturating_sub(before.memory_kib);
     // The allocator keeps some of what was freed; a stream that is never freed costs more than 2 KiB, and there were 5,000.
     assert!(grown < 10 * 1024, "the node grew from {} KiB to {} KiB", before.memory_kib, after.memory_kib);
@@ -102,7 +103,7 @@ fn an_event_to_a_group_of_100_000_costs_the_same_redis_commands_as_to_a_group_of
 }
 
 /// The commands that one event to a group with one open stream costs, by name. The least of several tries: whatever else the node does
-/// meanwhile, a tick or a lease, only ever adds to it.
+/// meanwhile, a tick or a lease, only ever adds to it. The first try does not count: it finds an empty source, which is cheaper.
 fn commands_of_an_event(node: &Node, server: &RedisServer, group: &str, listener: &str) -> BTreeMap<String, u64> {
     let mut stream = node.stream(listener);
     let mut least: Option<BTreeMap<String, u64>> = None;
@@ -113,6 +114,9 @@ fn commands_of_an_event(node: &Node, server: &RedisServer, group: &str, listener
         node.publisher().publish(&[event(&id, "stability", json!({ "group": group }))]);
         assert_eq!(stream.next_notification(SOON).id, id);
         node.settle(SOON);
+        if n == 0 {
+            continue;
+        }
         let now = command_counts(server);
         least = Some(match least {
             None => now,

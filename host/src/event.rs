@@ -144,8 +144,8 @@ impl FromStr for Position {
     }
 }
 
-/// The id of a notification in its partition: `max(last + 1, ms since 2024-01-01 * 4096)`, so that ids ascend whatever the clock does,
-/// tell the time, and stay below 2^53: exact as a Lua number, a sorted-set score and a JavaScript number.
+/// The id of a notification in its partition: `max(last + 1, floor + 1, ms since 2024-01-01 * 4096)`, so that ids ascend whatever the clock
+/// does, tell the time, and stay below 2^53: exact as a Lua number, a sorted-set score and a JavaScript number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct NotificationId(pub u64);

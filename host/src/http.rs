@@ -247,21 +247,34 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     }
 }
 
+/// Of a body that is too large, so much is received and thrown away before it is refused.
+const MAX_THROWN_AWAY: usize = 16 * 1024 * 1024;
+
 /// Reads a whole body.
 ///
 /// # Errors
 /// 413 above `max` bytes, 408 when it takes longer than `wait`, 400 when it breaks off.
-async fn read_body(body: Body, max: usize, wait: Duration) -> Result<Bytes, ApiError> {
+async fn read_body(mut body: Body, max: usize, wait: Duration) -> Result<Bytes, ApiError> {
     let too_large = || ApiError::too_large(format!("the body is larger than {max} bytes"));
-    // Said before the client has sent it all, where the client said how much it is.
-    if body.size_hint().lower() > max as u64 {
-        return Err(too_large());
-    }
-    match tokio::time::timeout(wait, Limited::new(body, max).collect()).await {
+    let is_too_large = body.size_hint().lower() > max as u64;
+    let read = async {
+        if !is_too_large {
+            match Limited::new(&mut body, max).collect().await {
+                Err(e) if e.is::<LengthLimitError>() => {}
+                read => return read.map(|body| Some(body.to_bytes())),
+            }
+        }
+        // A client that is still sending when the connection is closed sees a broken pipe in place of the answer.
+        let mut rest = Limited::new(body, MAX_THROWN_AWAY);
+        while rest.frame().await.is_some_and(|frame| frame.is_ok()) {}
+        Ok(None)
+    };
+    match tokio::time::timeout(wait, read).await {
+        Err(_) if is_too_large => Err(too_large()),
         Err(_) => Err(ApiError::timeout(format!("the body did not arrive within {} s", wait.as_secs()))),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Ok(None)) => Err(too_large()),
         Ok(Err(e)) => Err(ApiError::bad_request("the body broke off").cause(anyhow::Error::from_boxed(e))),
-        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Ok(Some(body))) => Ok(body),
     }
 }
 

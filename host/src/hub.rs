@@ -15,9 +15,10 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::broker::{Broker, Feed, Follow, Notice, PartitionNumber};
+use crate::clock::now_ms;
 use crate::event::{Life, Name, NotificationId, Target};
 use crate::metrics::{Metrics, ReasonLabel};
-use crate::subscription::replay::{Follows, History, now_ms};
+use crate::subscription::replay::{Follows, History};
 use crate::subscription::{Filter, OpenStream, Record, Start, Subscription};
 
 /// So long without a tick, and the feed of a partition counts as dead, whatever the connection says.
@@ -52,6 +53,8 @@ struct State {
     /// Requests without an answer yet.
     asked: HashMap<u64, (PartitionNumber, Target)>,
     last_tick: HashMap<PartitionNumber, Instant>,
+    /// When the feed of a silent partition was last told to connect again.
+    reconnected: HashMap<PartitionNumber, Instant>,
 }
 
 #[derive(Debug)]
@@ -355,12 +358,21 @@ impl Listener<'_> {
 
     fn reconnect_silent(&self, follow: &mpsc::UnboundedSender<Follow>) {
         let mut state = self.hub.lock();
-        for (&partition, last) in &mut state.last_tick {
-            if last.elapsed() > SILENCE {
-                tracing::warn!(partition = partition.0, silence_s = SILENCE.as_secs(), "no tick; connecting the feed again");
-                *last = Instant::now();
-                follow.send(Follow::Reconnect { partition }).ok();
+        let State { last_tick, reconnected, .. } = &mut *state;
+        for (&partition, last) in last_tick {
+            if last.elapsed() <= SILENCE {
+                reconnected.remove(&partition);
+                continue;
             }
+            let before = reconnected.get(&partition);
+            if before.is_some_and(|before| before.elapsed() <= SILENCE) {
+                continue;
+            }
+            if before.is_none() {
+                tracing::warn!(partition = partition.0, silence_s = SILENCE.as_secs(), "no tick; connecting the feed until one is heard");
+            }
+            reconnected.insert(partition, Instant::now());
+            follow.send(Follow::Reconnect { partition }).ok();
         }
     }
 
@@ -372,20 +384,22 @@ impl Listener<'_> {
                     if !self.is_present_life(partition, life).await {
                         continue;
                     }
-                    match records.get(&(partition, life, id)) {
+                    let is_known = match records.get(&(partition, life, id)) {
                         Some(Some(record)) => self.append(partition, &target, life, id, record),
                         // It could not be read: history will have it, or say that it is gone.
-                        Some(None) => self.replay_followers(partition, &target),
-                        None => {}
+                        Some(None) => {
+                            self.replay_followers(partition, &target);
+                            true
+                        }
+                        None => true,
+                    };
+                    if !is_known {
+                        self.look(partition).await;
                     }
                 }
                 Notice::Tick { partition, life, last } => {
-                    if self.is_present_life(partition, life).await {
-                        let mut state = self.hub.lock();
-                        state.last_tick.insert(partition, Instant::now());
-                        for stream in state.streams.values() {
-                            stream.lock().on_tick(partition, life, last);
-                        }
+                    if self.is_present_life(partition, life).await && !self.tick(partition, life, last) {
+                        self.look(partition).await;
                     }
                 }
                 Notice::Alive { partition } => {
@@ -443,13 +457,29 @@ impl Listener<'_> {
         records
     }
 
-    fn append(&self, partition: PartitionNumber, target: &Target, life: Life, id: NotificationId, record: &Arc<Record>) {
+    /// `false`: a stream lives in another life.
+    fn tick(&self, partition: PartitionNumber, life: Life, last: NotificationId) -> bool {
+        let mut state = self.hub.lock();
+        state.last_tick.insert(partition, Instant::now());
+        let mut is_known = true;
+        for stream in state.streams.values() {
+            let mut subscription = stream.lock();
+            is_known &= !subscription.lives_elsewhere(partition, life);
+            subscription.on_tick(partition, life, last);
+        }
+        is_known
+    }
+
+    /// `false`: a stream lives in another life.
+    fn append(&self, partition: PartitionNumber, target: &Target, life: Life, id: NotificationId, record: &Arc<Record>) -> bool {
         let now_ms = now_ms();
         let mut overflowed = Vec::new();
+        let mut is_known = true;
         let state = self.hub.lock();
-        let Some(log) = state.logs.get(&(partition, target.clone())) else { return };
+        let Some(log) = state.logs.get(&(partition, target.clone())) else { return true };
         for stream in log.followers.values() {
             let mut subscription = stream.lock();
+            is_known &= !subscription.lives_elsewhere(partition, life);
             if let Some(round) = subscription.on_append(partition, life, id, record, now_ms) {
                 overflowed.push((Arc::clone(stream), round));
             }
@@ -464,6 +494,7 @@ impl Listener<'_> {
             self.hub.metrics.stream_overflows.inc();
             self.hub.replay(&stream, partition, "overflow", |_, _| round);
         }
+        is_known
     }
 
     fn replay_followers(&self, partition: PartitionNumber, target: &Target) {
@@ -488,26 +519,34 @@ impl Listener<'_> {
         }
     }
 
-    /// Whether a notice is of the present life. One of another life may be older or newer than what this node knows: the head tells,
-    /// and a newer one sends every stream to replay.
+    /// Whether a notice is of the present life. One of another life may be older or newer than what this node knows: the head tells.
     async fn is_present_life(&mut self, partition: PartitionNumber, life: Life) -> bool {
-        if self.lives.get(&partition) == Some(&life) {
-            return true;
-        }
+        self.lives.get(&partition) == Some(&life) || self.look(partition).await == Some(life)
+    }
+
+    /// Asks which life is the present one, and sends the streams that live in another to replay, where they learn what became of theirs.
+    /// Asked where feed, node and streams disagree: each of them may have been told last by a primary that is none any more.
+    async fn look(&mut self, partition: PartitionNumber) -> Option<Life> {
         let present = match self.hub.broker.head(partition).await {
             Ok(head) => head.life,
             Err(error) => {
                 // The notice cannot be judged, and the next one must not move a mark past what it spoke of.
                 tracing::warn!(partition = partition.0, %error, "the head could not be read; the streams of the partition go back to replay");
                 self.hub.replay_all(&[partition], "life");
-                return false;
+                return None;
             }
         };
         let before = self.lives.insert(partition, present);
         if before.is_some_and(|before| before != present) {
             tracing::warn!(partition = partition.0, life = %present, "a new life: the broker was restarted or failed over");
-            self.hub.replay_all(&[partition], "life");
         }
-        life == present
+        // A stream that has not begun may be about to, with a head from before the change.
+        let is_new = before != Some(present);
+        let is_elsewhere = |stream: &Arc<OpenStream>| stream.lock().life(partition).map_or(is_new, |life| life != present);
+        let streams: Vec<_> = self.hub.lock().streams.values().filter(|stream| is_elsewhere(stream)).cloned().collect();
+        for stream in streams {
+            self.hub.replay(&stream, partition, "life", Subscription::enter_replay);
+        }
+        Some(present)
     }
 }

@@ -7,9 +7,11 @@
 //! Knows nothing of streams. What plugins are and how they fail is `pipeline`'s business; how a commit is one step, the broker's.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use prometheus_client::metrics::counter::Counter;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -22,6 +24,7 @@ use crate::broker::{
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
+use crate::readiness::Readiness;
 
 /// `[ingest]`: how sources are worked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,6 +50,8 @@ impl Default for Config {
 const CAREFUL_AFTER: u32 = 3;
 /// After so many noted attempts, the entry is what kills the nodes.
 const POISON_AFTER: u32 = 5;
+/// So long a refusal of the broker counts unless it is said again: longer than the longest pause between two tries.
+const REFUSED_FOR: Duration = Duration::from_secs(15);
 /// Batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
@@ -57,6 +62,7 @@ pub struct Ingest {
     pub pipeline: Pipeline,
     pub metrics: Metrics,
     pub config: Config,
+    pub readiness: Readiness,
     /// The name under which leases are taken.
     pub node: String,
 }
@@ -79,6 +85,29 @@ impl From<Error> for Stop {
     }
 }
 
+/// What one stretch of work has read and brought to an outcome: what is between the two when it stops, however it stops, is read again.
+struct Progress {
+    n_read: AtomicU64,
+    n_done: AtomicU64,
+    reread: Counter,
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.reread.inc_by(self.n_read.load(Relaxed) - self.n_done.load(Relaxed));
+    }
+}
+
+/// What is remembered of a source from one try to work it to the next.
+struct Standing {
+    /// Only what ends a node counts as a take-over; an outage of the broker does not.
+    is_new_owner: bool,
+    /// A take-over after others that did not move the position: see [`CAREFUL_AFTER`].
+    is_careful: bool,
+    /// Entries to read at once.
+    bite: usize,
+}
+
 /// One evaluated batch on its way to the commit.
 struct Evaluated {
     items: Vec<Item>,
@@ -88,8 +117,7 @@ impl Ingest {
     /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut delay = Duration::from_millis(50);
-        // Only what ends a node counts as a take-over; an outage of the broker does not.
-        let mut is_new_owner = true;
+        let mut standing = Standing { is_new_owner: true, is_careful: false, bite: MAX_ITEMS };
         while !shutdown.is_cancelled() {
             // Before the lease is taken: another node may have a plugin.
             tokio::select! {
@@ -97,7 +125,7 @@ impl Ingest {
                 () = shutdown.cancelled() => break,
             }
             let began = Instant::now();
-            let stop = self.own(&partition, &mut is_new_owner, &shutdown).await;
+            let stop = self.own(&partition, &mut standing, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
                 delay = Duration::from_millis(50);
             }
@@ -109,17 +137,21 @@ impl Ingest {
                 }
                 Stop::LeaseLost => {
                     tracing::info!(source.key = %partition.source, "another node works the source");
-                    is_new_owner = true;
+                    standing.is_new_owner = true;
                     delay = Duration::from_millis(50);
                 }
                 Stop::NoPlugins => {
                     tracing::warn!(source.key = %partition.source, "no plugin is left; events wait in the source");
                     self.release(&partition).await;
-                    is_new_owner = true;
+                    standing.is_new_owner = true;
                     continue;
                 }
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
+                    if matches!(error, Error::Refused(_)) {
+                        // No outage that passes, and `watch` need not see it: the source may be overwritten, a plan's record gone.
+                        self.readiness.set_for(&format!("sources.{}", partition.source), error.to_string(), REFUSED_FOR);
+                    }
                     tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
                     delay = (delay * 2).min(Duration::from_secs(5));
                 }
@@ -139,7 +171,7 @@ impl Ingest {
     }
 
     /// Takes the lease, works the partition until something stops it, and keeps the lease meanwhile.
-    async fn own(&self, partition: &Partition, is_new_owner: &mut bool, shutdown: &CancellationToken) -> Stop {
+    async fn own(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
         let ttl = Duration::from_millis(self.config.lease_ms);
         loop {
             match self.broker.lease(partition.number, &self.node, ttl).await {
@@ -154,13 +186,13 @@ impl Ingest {
                 Err(error) => return error.into(),
             }
         }
-        let mut is_careful = false;
-        if *is_new_owner {
+        standing.is_careful = false;
+        if standing.is_new_owner {
             match self.broker.take_over(partition.number).await {
-                Ok(n_owners) => is_careful = n_owners >= CAREFUL_AFTER,
+                Ok(n_owners) => standing.is_careful = n_owners >= CAREFUL_AFTER,
                 Err(error) => return error.into(),
             }
-            *is_new_owner = false;
+            standing.is_new_owner = false;
         }
         let keep_lease = async {
             loop {
@@ -174,20 +206,23 @@ impl Ingest {
             }
         };
         tokio::select! {
-            stop = self.work(partition, is_careful, shutdown) => stop,
+            stop = self.work(partition, standing, shutdown) => stop,
             stop = keep_lease => stop,
         }
     }
 
-    async fn work(&self, partition: &Partition, is_careful: bool, shutdown: &CancellationToken) -> Stop {
+    async fn work(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
         // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
         let head = match self.settled_head(partition.number).await {
             Ok(head) => head,
             Err(stop) => return stop,
         };
         let (evaluated, batches) = mpsc::channel(AHEAD);
-        let read = self.read(partition, head.position.entry, is_careful, evaluated, shutdown);
-        let commit = self.commit(partition, head.life, head.position, batches);
+        let label = SourceLabel { source: partition.source.clone() };
+        let reread = self.metrics.events_reread.get_or_create_owned(&label);
+        let progress = Progress { n_read: AtomicU64::new(0), n_done: AtomicU64::new(0), reread };
+        let read = self.read(partition, head.position.entry, standing, evaluated, &progress, shutdown);
+        let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
         tokio::select! {
@@ -234,16 +269,17 @@ impl Ingest {
         &self,
         partition: &Partition,
         mut after: EntryId,
-        is_careful: bool,
+        standing: &mut Standing,
         evaluated: mpsc::Sender<Evaluated>,
+        progress: &Progress,
         shutdown: &CancellationToken,
     ) -> Stop {
         let label = SourceLabel { source: partition.source.clone() };
         let read = self.metrics.events_read.get_or_create_owned(&label);
         // Carefully only until it is clear that the position moves again.
-        let mut n_careful = if is_careful { MAX_ITEMS } else { 0 };
+        let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
         loop {
-            let count = if n_careful > 0 { 1 } else { MAX_ITEMS };
+            let count = if n_careful > 0 { 1 } else { standing.bite };
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
@@ -251,8 +287,15 @@ impl Ingest {
             };
             let entries = match entries {
                 Ok(entries) => entries,
-                Err(error) => return error.into(),
+                Err(error) => {
+                    // So many large entries may take longer than an answer may, and would for ever.
+                    standing.bite = (standing.bite / 4).max(1);
+                    return error.into();
+                }
             };
+            if entries.len() == standing.bite {
+                standing.bite = (standing.bite + 1).min(MAX_ITEMS);
+            }
             let Some(last) = entries.last() else {
                 if evaluated.is_closed() {
                     return Stop::Refused;
@@ -261,6 +304,7 @@ impl Ingest {
             };
             after = last.id;
             read.inc_by(entries.len() as u64);
+            progress.n_read.fetch_add(entries.len() as u64, Relaxed);
             let poison = if n_careful > 0 { self.poison(partition.number, &entries).await } else { Ok(None) };
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
@@ -297,28 +341,24 @@ impl Ingest {
 
     /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
     async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Result<Vec<Item>, NoPlugins> {
-        let clock_ms = crate::subscription::replay::now_ms();
+        let clock_ms = crate::clock::now_ms();
         let mut events = Vec::with_capacity(entries.len());
-        let parsed: Vec<Result<(), Item>> = entries
-            .iter()
-            .map(|entry| {
-                let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
-                let event = if n_bytes > self.config.max_event_bytes {
-                    Err(format!("the event has {n_bytes} bytes; {} is the most ([ingest] max_event_bytes)", self.config.max_event_bytes))
-                } else {
-                    Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
-                };
-                event
-                    .map(|event| events.push(event))
-                    .map_err(|reason| dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() }))
-            })
-            .collect();
+        let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            refused.push(match self.event(partition, entry) {
+                Ok(event) => {
+                    events.push(event);
+                    None
+                }
+                Err(reason) => Some(dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() })),
+            });
+        }
         let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
         let mut items = Vec::with_capacity(entries.len());
-        for (entry, parsed) in entries.iter().zip(parsed) {
-            items.push(match parsed {
-                Err(item) => item,
-                Ok(()) => match evaluations.next() {
+        for (entry, refused) in entries.iter().zip(refused) {
+            items.push(match refused {
+                Some(item) => item,
+                None => match evaluations.next() {
                     Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
                     // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
                     None => dead(entry, "the pipeline gave no answer".into(), None, 1, Decision::default()),
@@ -326,6 +366,16 @@ impl Ingest {
             });
         }
         Ok(items)
+    }
+
+    /// The event of an entry, or why it is none.
+    fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
+        let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let most = self.config.max_event_bytes;
+        if n_bytes > most {
+            return Err(format!("the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"));
+        }
+        Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
     }
 
     async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Result<Item, NoPlugins> {
@@ -371,12 +421,18 @@ impl Ingest {
     }
 
     /// Commits what was evaluated, in order, in steps that fit one commit.
-    async fn commit(&self, partition: &Partition, life: Life, mut prev: Position, mut batches: mpsc::Receiver<Evaluated>) -> Stop {
-        let label = SourceLabel { source: partition.source.clone() };
+    async fn commit(
+        &self,
+        partition: &Partition,
+        life: Life,
+        mut prev: Position,
+        mut batches: mpsc::Receiver<Evaluated>,
+        progress: &Progress,
+    ) -> Stop {
         while let Some(Evaluated { items }) = batches.recv().await {
             let mut items = items.into_iter().peekable();
             while let Some(first) = items.next() {
-                let n_items = 1 + items.len();
+                let mut n_items = 1;
                 let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
                     let entry = first.entry;
                     self.commit_sliced_from(partition.number, life, prev, first, 0).await.map(|()| entry)
@@ -389,16 +445,15 @@ impl Ingest {
                         n_entries += n_targets(&item);
                         n_bytes += self::n_bytes(&item);
                         step.push(item);
+                        n_items += 1;
                     }
                     self.commit_step(partition.number, life, prev, step).await
                 };
                 match next {
                     Ok(entry) => prev = entry.into(),
-                    Err(stop) => {
-                        self.metrics.events_reread.get_or_create(&label).inc_by(n_items as u64);
-                        return stop;
-                    }
+                    Err(stop) => return stop,
                 }
+                progress.n_done.fetch_add(n_items, Relaxed);
             }
         }
         Stop::Shutdown

@@ -8,7 +8,7 @@
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
-//! - [`metrics`], [`readiness`], [`shutdown`]: what every part is handed.
+//! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
 //!
 //! [`run`] wires them and stops them.
 
@@ -37,6 +37,7 @@ use crate::sse::Pulse;
 
 pub mod auth;
 pub mod broker;
+pub mod clock;
 pub mod config;
 pub mod criteria;
 pub mod event;
@@ -137,7 +138,8 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     if let Some((broker, (pipeline, watcher))) = started {
         for partition in broker.partitions() {
             let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
-            let ingest = Ingest { broker, pipeline, metrics, config: ingest.clone(), node: name.clone() };
+            let readiness = readiness.clone();
+            let ingest = Ingest { broker, pipeline, metrics, readiness, config: ingest.clone(), node: name.clone() };
             shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
         }
         shutdown.begun().await;

@@ -2,7 +2,6 @@
 //!
 //! A [`Metrics`] handle is passed in; there is no global. Served by `http` on the admin listener in the OpenMetrics text format.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -129,11 +128,11 @@ impl Metrics {
     /// All metrics in the OpenMetrics text format.
     pub fn render(&self) -> String {
         let mut text = String::new();
-        if let Err(error) = encode(&mut text, &self.registry) {
+        match encode(&mut text, &self.registry) {
+            Ok(()) => text,
             // Writing to a String does not fail; if the library refuses a metric, the reader of the page must see it.
-            let _ = writeln!(text, "# error {error}");
+            Err(error) => format!("{text}# error {error}\n"),
         }
-        text
     }
 }
 

@@ -15,10 +15,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use serde::{Deserialize, Serialize};
 
+use crate::clock::now_ms;
 use crate::event::Notification;
 use crate::hub::StreamGuard;
 use crate::metrics::Metrics;
-use crate::subscription::replay::now_ms;
 use crate::subscription::{Gap, Next, Record};
 
 mod data;
@@ -177,7 +177,9 @@ impl Body {
             self.is_ended = true;
             self.cursor.clear();
             stream.lock().encode_cursor(&mut self.cursor);
-            put_id(&mut self.buffer, &self.cursor);
+            if !self.cursor.is_empty() {
+                put_id(&mut self.buffer, &self.cursor);
+            }
             self.buffer
                 .put_slice(format!("retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n", self.retry_ms, end.as_str()).as_bytes());
         }

@@ -30,7 +30,8 @@ use cursor::{Cursor, MAX_HAD, Position};
 use lanes::{Lanes, Waiting};
 
 /// Replay takes no more of a partition while so many wait; live notices beyond four times that send the partition back to replay.
-pub const WINDOW: usize = 64;
+/// Random histories in unit tests are too short to fill more.
+pub const WINDOW: usize = if cfg!(test) { 4 } else { 64 };
 const MAX_LIVE: usize = 4 * WINDOW;
 /// The same bound in bytes of records, over all partitions.
 const MAX_BYTES: usize = 1024 * 1024;
@@ -345,6 +346,17 @@ impl Subscription {
         self.at(partition).round
     }
 
+    /// The life of the partition that the subscription knows. `None`: it has not begun.
+    pub fn life(&self, partition: PartitionNumber) -> Option<Life> {
+        self.at(partition).life
+    }
+
+    /// Whether it is live, and in another life than this one: it would hear nothing of what comes in it.
+    pub fn lives_elsewhere(&self, partition: PartitionNumber, life: Life) -> bool {
+        let at = self.at(partition);
+        matches!(at.state, State::Live) && at.life != Some(life)
+    }
+
     /// Begins a replay at what the head says: places a new subscription, and notices lives that came and went.
     pub fn begin(&mut self, partition: PartitionNumber, head: &Head, node_now_ms: u64) {
         self.clock_offset_ms = head.now_ms as i64 - node_now_ms as i64;
@@ -366,7 +378,8 @@ impl Subscription {
             // At the floor if nothing newer is there, so that a quiet partition does not look trimmed.
             Start::Latest | Start::Unknown => (head.life, head.last.max(head.floor)),
             Start::Earliest => (head.life, NotificationId(0)),
-            Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top())),
+            // Before the partition's beginning there is nothing, so that asking for it misses nothing.
+            Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top()).max(head.origin)),
         };
         self.partitions[at].life = Some(life);
         self.partitions[at].low_water = low_water;
@@ -395,6 +408,13 @@ impl Subscription {
         if highest > bound {
             self.announce(Gap { partition: number, reason: GapReason::Rewound, from: bound, to: highest });
             self.had.retain(|had| !is_mine(had) || had.id <= bound);
+        }
+        if own != Some(head.life) {
+            // What was about to go ahead is of the life that is over; the replay comes by what survived.
+            self.ahead.retain(|waiting| waiting.partition != number);
+            if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
+                *knows_urgent = false;
+            }
         }
         let at = &mut self.partitions[at];
         at.low_water = low_water.min(bound);
@@ -585,10 +605,10 @@ impl Subscription {
         None
     }
 
-    /// What is to be written next. The cursor ([`Subscription::encode_cursor`]) after this call is the one to write with it.
+    /// What is to be written next. The cursor ([`Subscription::encode_cursor`]) after this call is the one to write with it, but for a gap:
+    /// that has none, because a client that is cut before the next one would never be told of it. A cursor follows the last gap.
     pub fn next(&mut self, node_now_ms: u64) -> Option<Next> {
-        // Until every partition has its place the cursor would name too few, and a client that comes back with it would begin the
-        // others anew.
+        // There is no cursor to write with it yet.
         if !self.has_begun() {
             return None;
         }
@@ -615,8 +635,9 @@ impl Subscription {
             if let Some(key) = waiting.collapse() {
                 // What the replay has queued of the same key is an older state.
                 self.lanes.retain(|older| older.partition != waiting.partition || older.collapse() != Some(key));
-                self.advance(waiting.partition);
             }
+            // The replay may have passed it: then it is below the mark, and not one of those that were had above it.
+            self.advance(waiting.partition);
             return Some(waiting.into_next());
         }
         let (waiting, overtakes) = self.lanes.pop(self.had.len() < MAX_HAD)?;
@@ -632,8 +653,12 @@ impl Subscription {
         self.had.push(Had { partition: waiting.partition, id: waiting.id, collapse });
     }
 
-    /// The cursor as it stands, in the form that goes over the wire.
+    /// The cursor as it stands, in the form that goes over the wire. Nothing, until every partition has its place: a client that comes back
+    /// with a cursor that names only some would begin the others anew.
     pub fn encode_cursor(&self, out: &mut String) {
+        if !self.has_begun() {
+            return;
+        }
         let positions =
             self.partitions.iter().filter_map(|p| Some(Position { partition: p.number, life: p.life?, low_water: p.low_water }));
         let had = self.had.iter().map(|had| (had.partition, had.id));

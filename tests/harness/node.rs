@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -96,31 +96,9 @@ impl Builder {
         self
     }
 
-    /// `--node NAME`; by default a name of its own.
-    pub(crate) fn name(mut self, name: &str) -> Self {
-        self.name = Some(name.to_owned());
-        self
-    }
-
     /// The text of its `pointsman.toml`.
     pub(crate) fn config(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.config);
-        self
-    }
-
-    pub(crate) fn argument(mut self, argument: impl Into<String>) -> Self {
-        self.arguments.push(argument.into());
-        self
-    }
-
-    pub(crate) fn environment(mut self, name: &str, value: &str) -> Self {
-        self.environment.push((name.to_owned(), value.to_owned()));
-        self
-    }
-
-    /// Entries may be left beyond the position at the end.
-    pub(crate) fn may_leave_entries(mut self) -> Self {
-        self.leftovers = true;
         self
     }
 
@@ -140,25 +118,6 @@ impl Builder {
         let mut node = Node { builder: self, folder: Folder::new(), name, listen, admin, process: None };
         node.launch();
         node
-    }
-
-    /// Runs it to its end, for what must not start: the exit status and what it said.
-    ///
-    /// # Panics
-    /// If it still runs after the time in which it should be ready.
-    pub(crate) fn run_to_end(self) -> Output {
-        let (listen, admin, folder) = (ports::free(), ports::free(), Folder::new());
-        let mut process =
-            self.command(&folder, "test", listen, admin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run pointsman");
-        let deadline = Instant::now() + READY;
-        while process.try_wait().expect("wait for pointsman").is_none() {
-            if Instant::now() > deadline {
-                process.kill().expect("kill pointsman");
-                panic!("it should have ended, but runs: {:?}", process.wait_with_output());
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        process.wait_with_output().expect("read what pointsman said")
     }
 
     fn command(&self, folder: &Folder, name: &str, listen: SocketAddr, admin: SocketAddr) -> Command {
@@ -214,10 +173,6 @@ impl Node {
         }
     }
 
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
     /// Where users and publishers connect.
     pub(crate) fn addr(&self) -> SocketAddr {
         self.listen
@@ -225,11 +180,6 @@ impl Node {
 
     pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.listen)
-    }
-
-    /// The test's folder; it goes away with the node.
-    pub(crate) fn folder(&self) -> &Path {
-        self.folder.path()
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -346,11 +296,6 @@ impl Node {
     pub(crate) fn join(&self, group: &str, user: &str) {
         let answer = self.request("PUT", &format!("/v1/groups/{group}/members/{user}"));
         assert!((200..300).contains(&answer.status), "PUT of a membership: {answer:?}");
-    }
-
-    pub(crate) fn leave(&self, group: &str, user: &str) {
-        let answer = self.request("DELETE", &format!("/v1/groups/{group}/members/{user}"));
-        assert!((200..300).contains(&answer.status), "DELETE of a membership: {answer:?}");
     }
 
     pub(crate) fn publisher(&self) -> Publisher {

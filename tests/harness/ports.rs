@@ -11,8 +11,8 @@ const BLOCKS: std::ops::Range<u16> = 110..320;
 const BLOCK: u16 = 100;
 
 struct Claim {
-    /// Listens on the block's first port; other test processes see by it that the block is taken.
-    _flag: TcpListener,
+    /// Listen on the first ports of this block and of those used up; other test processes see by it that they are taken.
+    flags: Vec<TcpListener>,
     next: u16,
     end: u16,
 }
@@ -39,9 +39,11 @@ pub(crate) fn free() -> SocketAddr {
         // Beginning at a block of our own spares most of the collisions.
         let n_blocks = BLOCKS.end - BLOCKS.start;
         let first = (std::process::id() % u32::from(n_blocks)) as u16;
-        let flags = (0..n_blocks).map(|n| (BLOCKS.start + (first + n) % n_blocks) * BLOCK);
-        let taken = flags.filter_map(|port| TcpListener::bind(("127.0.0.1", port)).ok().map(|flag| (port, flag))).next();
+        let mut flags = (0..n_blocks).map(|n| (BLOCKS.start + (first + n) % n_blocks) * BLOCK);
+        let taken = flags.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok().map(|flag| (port, flag)));
         let (port, flag) = taken.expect("a block of ports that no other test process has");
-        *claim = Some(Claim { _flag: flag, next: port + 1, end: port + BLOCK });
+        let mut flags = claim.take().map(|used_up| used_up.flags).unwrap_or_default();
+        flags.push(flag);
+        *claim = Some(Claim { flags, next: port + 1, end: port + BLOCK });
     }
 }

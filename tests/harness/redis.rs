@@ -5,10 +5,18 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::ports;
+
+/// Makes the database `ARGV[2]` what `ARGV[1]` is, but for the key `ARGV[3]`.
+const COPY_DATABASE: &str = "local from, to, but = ARGV[1], ARGV[2], ARGV[3]
+    redis.call('SELECT', to)
+    for _, key in ipairs(redis.call('KEYS', '*')) do if key ~= but then redis.call('DEL', key) end end
+    redis.call('SELECT', from)
+    for _, key in ipairs(redis.call('KEYS', '*')) do if key ~= but then redis.call('COPY', key, key, 'DB', to) end end";
 
 /// A running (or, after [`RedisServer::kill`] or [`RedisServer::stop`], stopped) server.
 #[derive(Debug)]
@@ -32,9 +40,10 @@ impl RedisServer {
             std::env::temp_dir().join(format!("pointsman-redis-{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(&folder).expect("make a folder for redis-server");
         let mut server = Self { port: 0, folder, options: options.iter().map(ToString::to_string).collect(), child: None };
-        // Between looking for a free port and binding it somebody else may take it; then the next one is tried.
+        // Somebody outside the tests may take it before it is bound; then the next one is tried.
         for _ in 0..10 {
-            server.port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("find a free port").port();
+            // One that is still free when a killed server comes back to it.
+            server.port = ports::free().port();
             if server.launch().is_ok() {
                 return server;
             }
@@ -70,6 +79,30 @@ impl RedisServer {
     /// Changes the replication id, as a promotion or a restart does: for every script, a new life begins.
     pub(crate) fn change_replid(&self) {
         let () = self.command("DEBUG CHANGE-REPL-ID");
+    }
+
+    /// Copies everything, as a replica has it at this moment.
+    pub(crate) fn snapshot(&self) {
+        redis::cmd("EVAL").arg(COPY_DATABASE).arg(0).arg(0).arg(1).arg("").exec(&mut self.connection()).expect("copy a database");
+    }
+
+    /// What a promoted replica shows that had got no further than the last [`RedisServer::snapshot`]: the data of then, and another
+    /// replication id. Connections stay, as they do where a proxy stands between; [`RedisServer::cut`] cuts them.
+    pub(crate) fn fail_over(&self) {
+        self.fail_over_but("");
+    }
+
+    /// The same, but one key does not go back.
+    pub(crate) fn fail_over_but(&self, key: &str) {
+        let mut commands = redis::pipe();
+        // In one step, or somebody would write to the old life on top of what the new one has.
+        commands.atomic().cmd("EVAL").arg(COPY_DATABASE).arg(0).arg(1).arg(0).arg(key).cmd("DEBUG").arg("CHANGE-REPL-ID");
+        commands.exec(&mut self.connection()).expect("copy a database");
+    }
+
+    /// Cuts all connections of a type, `normal` or `pubsub`.
+    pub(crate) fn cut(&self, kind: &str) {
+        let _killed: i64 = self.command(&format!("CLIENT KILL TYPE {kind} SKIPME yes"));
     }
 
     /// Stops the process in its tracks: connections stay open, nothing answers.

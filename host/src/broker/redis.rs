@@ -223,7 +223,7 @@ fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
         let found = fields.iter().find(|(field, _)| field == name.as_bytes()).map(|(_, value)| String::from_utf8_lossy(value).into_owned());
         found.unwrap_or_default()
     };
-    let own = fields.iter().filter_map(|(name, value)| name.starts_with(b"f:").then(|| (name.slice(2..), value.clone())));
+    let own = fields.iter().filter(|(name, _)| name.starts_with(b"f:")).map(|(name, value)| (name.slice(2..), value.clone()));
     let (plugin, attempts) = (text("plugin"), understand(&text("attempts"))?);
     let why = DeadReason { reason: text("reason"), plugin: Some(plugin).filter(|name| !name.is_empty()), attempts, fields: own.collect() };
     Ok(DeadLetter { id, entry: understand(&text("entry"))?, why })

@@ -17,6 +17,9 @@ use crate::event::{EntryId, Malformed};
 /// The most dead letters in one answer.
 const MAX_LIMIT: usize = 1_000;
 
+/// Dead letters read from the broker at once: each may hold megabytes, which a list does not show.
+const READ: usize = 16;
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Page {
@@ -119,10 +122,11 @@ pub(super) async fn list(
         if partition.number > first {
             after = EntryId::default();
         }
-        let letters = broker.dead_letters(partition.number, after, limit - dead.len()).await?;
-        dead.extend(letters.into_iter().map(|letter| shown(broker.as_ref(), partition.number, letter, false)));
-        if dead.len() >= limit {
-            break;
+        while dead.len() < limit {
+            let letters = broker.dead_letters(partition.number, after, READ.min(limit - dead.len())).await?;
+            let Some(last) = letters.last() else { break };
+            after = last.id;
+            dead.extend(letters.into_iter().map(|letter| shown(broker.as_ref(), partition.number, letter, false)));
         }
     }
     let next = if dead.len() >= limit { dead.last().map(|last| last.id.clone()) } else { None };
@@ -209,6 +213,18 @@ mod tests {
             path = format!("/v1/dead?limit=3&after={next}");
         }
         assert_eq!(found, ["0/1-0", "0/2-0", "1/1-0", "1/3-0"]);
+    }
+
+    #[tokio::test]
+    async fn a_long_list_is_read_a_few_at_a_time() {
+        let broker = FakeBroker::default();
+        for ms in 1..=100 {
+            broker.bury(PartitionNumber(0), EntryId { ms, seq: 0 }, Vec::new());
+        }
+        let site = Site::dev(broker);
+        let (_, _, body) = site.request("GET", "/v1/dead?limit=99", &[], "").await;
+        assert_eq!((body["dead"].as_array().unwrap().len(), &body["next"]), (99, &json!("0/99-0")));
+        assert!(site.broker.most_dead_read() <= READ);
     }
 
     #[tokio::test]

@@ -151,7 +151,12 @@ impl From<broker::Error> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         if let Some(cause) = &self.cause {
-            tracing::warn!(status = self.status.as_u16(), "{}: {cause:#}", self.body.error);
+            let (status, error) = (self.status.as_u16(), &self.body.error);
+            // That the broker is away or full is said once, by readiness: publishers who try again must not fill the log.
+            match self.status {
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => tracing::debug!(status, "{error}: {cause:#}"),
+                _ => tracing::warn!(status, "{error}: {cause:#}"),
+            }
         }
         let mut response = (self.status, Json(self.body)).into_response();
         if let Some(seconds) = self.retry_after_s {

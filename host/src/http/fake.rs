@@ -40,6 +40,7 @@ struct Shared {
     appended: Vec<(PartitionNumber, Fields)>,
     recipients: BTreeMap<Name, Recipient>,
     dead: Vec<(PartitionNumber, DeadLetter)>,
+    most_dead_read: usize,
 }
 
 impl Default for FakeBroker {
@@ -73,6 +74,11 @@ impl FakeBroker {
     pub(super) fn bury(&self, partition: PartitionNumber, id: EntryId, fields: Fields) {
         let why = DeadReason { reason: "type is not UTF-8".into(), plugin: None, attempts: 1, fields };
         self.shared.lock().unwrap().dead.push((partition, DeadLetter { id, entry: id, why }));
+    }
+
+    /// The most dead letters that were asked for at once.
+    pub(super) fn most_dead_read(&self) -> usize {
+        self.shared.lock().unwrap().most_dead_read
     }
 
     fn unbury(&self, partition: PartitionNumber, id: EntryId) -> bool {
@@ -178,7 +184,8 @@ impl Broker for FakeBroker {
     }
 
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
-        let shared = self.shared.lock().unwrap();
+        let mut shared = self.shared.lock().unwrap();
+        shared.most_dead_read = shared.most_dead_read.max(limit);
         let here = shared.dead.iter().filter(|(p, letter)| *p == partition && letter.id > after);
         Ok(here.map(|(_, letter)| letter.clone()).take(limit).collect())
     }

@@ -8,9 +8,9 @@ use axum::extract::{Request, State as Shared};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::clock::now_ms;
 use crate::event::{Name, NotificationId};
 use crate::sse;
-use crate::subscription::replay::now_ms;
 use crate::subscription::{Next, Start};
 
 use super::stream::{Selection, read_start};

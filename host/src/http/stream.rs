@@ -12,11 +12,11 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
+use crate::clock::now_ms;
 use crate::event::{Name, Priority};
 use crate::server::Connection;
 use crate::sse;
 use crate::subscription::cursor::{Cursor, Unreadable};
-use crate::subscription::replay::now_ms;
 use crate::subscription::{Filter, Start};
 
 use super::{ApiError, Query, State};
@@ -86,7 +86,8 @@ fn event_stream(body: Body) -> Response {
 }
 
 fn start(parts: &Parts, resume: Resume, user: &Name) -> Start {
-    let header = parts.headers.get("last-event-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    // Lossy: an id that is no text is one that nobody knows, and not none at all.
+    let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let asked = header.or(resume.last_event_id).or(resume.last_event_id_camel).or(resume.evs_last_event_id);
     asked.filter(|asked| !asked.is_empty()).map_or(Start::Latest, |asked| read_start(&asked, user))
 }

@@ -32,7 +32,7 @@ pub(super) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> 
 
 impl pointsman::plugin::log::Host for State {
     fn log(&mut self, level: pointsman::plugin::log::Level, message: String) {
-        use pointsman::plugin::log::Level as Wit;
+        use self::pointsman::plugin::log::Level as Wit;
         let level = match level {
             Wit::Trace => Level::Trace,
             Wit::Debug => Level::Debug,

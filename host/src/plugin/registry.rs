@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
 
 use serde::Serialize;
 use tokio::sync::watch;
@@ -16,6 +15,7 @@ use super::engine::MAX_PLUGINS;
 use super::folder::{self, Look, Sighting};
 use super::settings::{Config, OnFailure, Settings};
 use super::{Engine, Plugin, Role, hash};
+use crate::clock::now_ms;
 use crate::event::Name;
 use crate::metrics::{Metrics, PluginLoadLabel};
 
@@ -353,8 +353,4 @@ fn state(name: &str, slots: &BTreeMap<String, Slot>, running: Option<&Arc<Genera
         failure: failure.map(|failure| failure.reason.clone()),
         failed_hash: failure.and_then(|failure| failure.hash.clone()),
     }
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

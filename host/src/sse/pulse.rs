@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use crate::clock::now_ms;
 use crate::metrics::{Metrics, ReasonLabel};
-use crate::subscription::replay::now_ms;
 
 use super::{Config, End, Signals, spread_retry};
 

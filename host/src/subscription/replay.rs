@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use tokio::sync::Semaphore;
 
 use crate::broker::{self, Broker, Head, PartitionNumber};
+use crate::clock::now_ms;
 use crate::event::{Life, NotificationId, Target};
 use crate::metrics::{Metrics, ReasonLabel};
 
@@ -112,9 +113,9 @@ impl History {
         follows.follow(stream, partition, logs.into_iter().map(|(target, _)| target).collect()).await;
 
         let head = self.head(partition).await?;
-        let now_ms = now_ms();
+        let begun_ms = now_ms();
         let (had, logs) = in_round(stream, partition, round, |subscription| {
-            subscription.begin(partition, &head, now_ms);
+            subscription.begin(partition, &head, begun_ms);
             (subscription.had_unknown(partition), subscription.logs(partition))
         })?;
         // A new stream's cursor may be known by now.
@@ -122,7 +123,7 @@ impl History {
         let had_records = self.read_records(partition, head.life, &had).await?;
         in_round(stream, partition, round, |subscription| {
             for (id, record) in had.iter().zip(&had_records) {
-                subscription.had_is(partition, *id, record.as_deref(), now_ms);
+                subscription.had_is(partition, *id, record.as_deref(), begun_ms);
             }
         })?;
 
@@ -141,7 +142,7 @@ impl History {
             }
             stream.wake();
         }
-        let again = in_round(stream, partition, round, |subscription| subscription.go_live(partition, head.last, self::now_ms()))?;
+        let again = in_round(stream, partition, round, |subscription| subscription.go_live(partition, head.last, now_ms()))?;
         stream.wake();
         if again.is_some() {
             self.metrics.stream_overflows.inc();
@@ -239,7 +240,10 @@ impl History {
             if subscription.round(partition) != round {
                 return Some(Err(Stop::Overtaken));
             }
-            subscription.has_room(partition).then(|| Ok(subscription.handle(partition, id, &record, now_ms())))
+            subscription.has_room(partition).then(|| {
+                subscription.handle(partition, id, &record, now_ms());
+                Ok(())
+            })
         });
         // Whoever waits for room must first see what fills it.
         stream.wake();
@@ -275,9 +279,4 @@ fn merge(logs: &mut [Log]) -> Vec<NotificationId> {
         merged.push(lowest);
     }
     merged
-}
-
-/// This node's clock, in milliseconds since the Unix epoch.
-pub fn now_ms() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

@@ -1,4 +1,4 @@
-//! From traits to exports: what [`export!`](crate::export) expands to, and the answers to the host that every plugin gives alike.
+//! From traits to exports: what [`export!`](macro@crate::export) expands to, and the answers to the host that every plugin gives alike.
 
 use std::marker::PhantomData;
 use std::panic;
@@ -51,7 +51,7 @@ macro_rules! export {
     };
 }
 
-/// A plugin with the place where its one instance lives. Implemented by [`export!`](crate::export).
+/// A plugin with the place where its one instance lives. Implemented by [`export!`](macro@crate::export).
 pub trait Exported: Plugin {
     const NAME: &'static str;
     const VERSION: &'static str;

@@ -270,6 +270,13 @@ async fn h13_at_most_two_buckets_stand() {
         let buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
         assert!(buckets.len() <= 2, "after {second} s: {buckets:?}");
     }
+    // One batch that spans them all, as after a stall.
+    let at = |second: u64| EntryId { ms: 1_700_000_100_000 + second * 1_000, seq: 1 };
+    let items = [0, 1, 5, 9, 10].into_iter().map(|second| with_id(commit(at(second), "R", &["u:1"]), 100 + second as u8)).collect();
+    node.commit(items).await;
+    let mut buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
+    buckets.sort_unstable();
+    assert_eq!(buckets, [format!("{TAG}seen:1700000109"), format!("{TAG}seen:1700000110")]);
 }
 
 #[tokio::test]

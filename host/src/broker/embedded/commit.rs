@@ -139,8 +139,11 @@ impl Work<'_> {
         }
     }
 
+    /// Above the floor, too: after the clock was set back it may lie above all that the clock says, and streams begin there.
     fn next_id(&self, place: usize) -> NotificationId {
-        NotificationId(self.metas[place].last.0 + 1).max(NotificationId::at_ms(self.now_ms))
+        let meta = &self.metas[place];
+        let after = meta.last.max(meta.floor(self.now_ms));
+        NotificationId(after.0 + 1).max(NotificationId::at_ms(self.now_ms))
     }
 
     /// Writes the notification into the logs, and says so.

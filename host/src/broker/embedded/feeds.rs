@@ -122,7 +122,7 @@ impl Ear {
                 () = self.deafened.notified() => {
                     let Ok(room) = self.notices.reserve().await else { return };
                     let mut state = self.state();
-                    *state = State::default();
+                    state.is_deaf = false;
                     room.send(vec![Notice::Reset { partitions: partitions.to_vec() }]);
                 }
                 () = self.notices.closed() => return,

@@ -48,6 +48,8 @@ impl Work<'_> {
             RecipientChange::Leave { group } => {
                 if let Some(spans) = stored.groups.get_mut(group) {
                     complete(spans, self.partitions, &self.metas);
+                    // One of a partition that was taken out of the configuration would stay open, and make a member of who joins again.
+                    spans.retain(|number, _| self.partitions.iter().any(|partition| partition.number == *number));
                     for (number, top) in tops() {
                         if let Some(span) = spans.get_mut(&number) {
                             span.left.get_or_insert(top);

@@ -70,7 +70,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["MGET", &format!("{t}e:1")],
             &["SADD", &format!("{t}seen:1"), "v"],
             &["SCARD", &format!("{t}seen:1")],
-            &["SISMEMBER", &format!("{t}seen:1"), "v"],
+            &["SMISMEMBER", &format!("{t}seen:1"), "v"],
             &["HGET", &format!("{t}meta"), "f"],
             &["HSET", &format!("{t}meta"), "f", "v"],
             &["HDEL", &format!("{t}meta"), "f"],

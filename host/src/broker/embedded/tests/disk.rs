@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -48,19 +49,10 @@ struct Journal {
 const SECTOR: usize = 512;
 
 impl Switch {
-    /// From now on syncs wait for [`Switch::open`].
-    pub(super) fn shut(&self) {
+    /// Syncs wait for as long as the answer lives.
+    pub(super) fn shut(&self) -> Shut<'_> {
         *self.gate.lock().unwrap() = Gate { is_shut: true, is_knocked: false };
-    }
-
-    /// Blocks until a sync waits.
-    pub(super) fn wait_for_knock(&self) {
-        drop(self.moved.wait_while(self.gate.lock().unwrap(), |gate| !gate.is_knocked).unwrap());
-    }
-
-    pub(super) fn open(&self) {
-        *self.gate.lock().unwrap() = Gate::default();
-        self.moved.notify_all();
+        Shut(self)
     }
 
     /// From now on, notes at each sync what a power failure just before its end could leave.
@@ -86,6 +78,25 @@ impl Switch {
             return Err(io::Error::other("the disk is broken, says the test"));
         }
         Ok(())
+    }
+}
+
+/// A disk that takes its time. Opens even when a test fails, or the broker could not be dropped.
+pub(super) struct Shut<'a>(&'a Switch);
+
+impl Shut<'_> {
+    /// Blocks until a sync waits.
+    pub(super) fn wait_for_knock(&self) {
+        let gate = self.0.gate.lock().unwrap();
+        let (_gate, waited) = self.0.moved.wait_timeout_while(gate, Duration::from_secs(20), |gate| !gate.is_knocked).unwrap();
+        assert!(!waited.timed_out(), "nothing was synced");
+    }
+}
+
+impl Drop for Shut<'_> {
+    fn drop(&mut self) {
+        *self.0.gate.lock().unwrap() = Gate::default();
+        self.0.moved.notify_all();
     }
 }
 

@@ -69,6 +69,28 @@ end
 
 local function foreign(key) return 'the key ' .. key .. ' holds something foreign: rename or delete it, then redrive' end
 
+-- Who of the batch is in which bucket of publishers' ids: one call a bucket. By bucket, then by hash; false where the key is foreign.
+local seen = {}
+if window > 0 and not is_continued then
+  local asked = {}
+  for _, item in ipairs(items) do
+    if item.kind ~= 'x' and item.hash ~= '' then
+      local b = bucket(item.entry)
+      for _, one in ipairs({b, b - 1}) do
+        asked[one] = asked[one] or {}
+        table.insert(asked[one], item.hash)
+      end
+    end
+  end
+  for b, hashes in pairs(asked) do
+    local found = pcall('SMISMEMBER', T .. 'seen:' .. text(b), unpack(hashes))
+    seen[b] = not found.err and {}
+    for i, hash in ipairs(hashes) do
+      if seen[b] and found[i] == 1 then seen[b][hash] = true end
+    end
+  end
+end
+
 local in_batch = {}
 for _, item in ipairs(items) do
   local fate = item.kind
@@ -76,15 +98,10 @@ for _, item in ipairs(items) do
     if item.hash ~= '' and window > 0 then
       local b = bucket(item.entry)
       local was = in_batch[item.hash]
-      if was and b - was <= 1 then
-        fate = 'duplicate'
-      else
-        for _, one in ipairs({b, b - 1}) do
-          local found = pcall('SISMEMBER', T .. 'seen:' .. text(one), item.hash)
-          if type(found) == 'table' then fate, item.reason = 'x', foreign(T .. 'seen:' .. text(one))
-          elseif found == 1 and fate ~= 'x' then fate = 'duplicate' end
-        end
+      for _, one in ipairs({b, b - 1}) do
+        if not seen[one] then fate, item.reason = 'x', foreign(T .. 'seen:' .. text(one)) end
       end
+      if fate ~= 'x' and (was and b - was <= 1 or seen[b][item.hash] or seen[b - 1][item.hash]) then fate = 'duplicate' end
     end
     if fate == 'c' then
       for j = item.first, item.first + item.n - 1 do
@@ -111,7 +128,7 @@ local caps = {tonumber(ARGV[5]), tonumber(ARGV[6])}
 local last = number('last')
 local low = floor()
 local newest_bucket = number('b')
-local sizes = {}
+local marks = {}
 local counts = {}
 local function count(what) counts[what] = (counts[what] or 0) + 1 end
 
@@ -131,10 +148,21 @@ local function remember(item)
   roll(b)
   -- An entry from before the window (made under a slower clock) would make a bucket that nobody removes.
   if item.hash == '' or b < newest_bucket - 1 then return end
-  local key = T .. 'seen:' .. text(b)
-  sizes[b] = sizes[b] or call('SCARD', key)
-  if sizes[b] >= tonumber(ARGV[9]) then return count('dedupe_overflows') end
-  sizes[b] = sizes[b] + call('SADD', key, item.hash)
+  marks[b] = marks[b] or {}
+  table.insert(marks[b], item.hash)
+end
+
+-- Writes what remember() noted: one call a bucket, up to its bound.
+local function write_marks()
+  for b, hashes in pairs(marks) do
+    -- A later item of the same batch may have left the bucket behind.
+    if b >= newest_bucket - 1 then
+      local key = T .. 'seen:' .. text(b)
+      local room = math.max(0, tonumber(ARGV[9]) - call('SCARD', key))
+      if room < #hashes then counts['dedupe_overflows'] = (counts['dedupe_overflows'] or 0) + #hashes - room end
+      if room > 0 then call('SADD', key, unpack(hashes, 1, math.min(room, #hashes))) end
+    end
+  end
 end
 
 -- Adds an id to the log of each target and tells who listens.
@@ -152,7 +180,7 @@ local function index(item, id)
       local key = T .. 'l:' .. log
       local cap = log == 'all' and caps[2] or caps[1]
       call('ZADD', key, id, id .. ' ' .. (newest or floor_or_last))
-      call('ZREMRANGEBYRANK', key, 0, -(cap + 1))
+      if newest then call('ZREMRANGEBYRANK', key, 0, -(cap + 1)) end
       call('PEXPIRE', key, ttl)
       call('PUBLISH', C .. 'l:' .. log, notice)
       tops[log] = id
@@ -185,7 +213,8 @@ for _, item in ipairs(items) do
     if is_continued then
       id = meta('pending')
     else
-      id = text(math.max(last + 1, id_of(now)))
+      -- Above the floor, too: after the clock was set back it may lie above all that the clock says, and streams begin there.
+      id = text(math.max(last + 1, low + 1, id_of(now)))
       -- The record of a plan that is not complete has no expiry: its owner may be away for longer than that.
       if slice == 0 and not is_final then call('SET', T .. 'e:' .. id, item.record)
       else call('SET', T .. 'e:' .. id, item.record, 'PX', ttl) end
@@ -219,6 +248,7 @@ for _, item in ipairs(items) do
   end
 end
 
+write_marks()
 for what, times in pairs(counts) do
   if times > 0 then call('HINCRBY', META, what, times) end
 end

@@ -1,0 +1,117 @@
+//! The commands of an operator and of a developer, run as processes against a running node.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::eventually;
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::event;
+
+/// Runs `pointsman` with these arguments, away from any `pointsman.toml`.
+fn pointsman(arguments: &[&str]) -> Output {
+    let command =
+        Command::new(env!("CARGO_BIN_EXE_pointsman")).args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null()).output();
+    command.expect("run pointsman")
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).expect("UTF-8")
+}
+
+#[test]
+fn what_publish_sends_tail_prints_once_also_after_a_cut() {
+    let mut node = Node::builder().data().start();
+    let url = node.url("");
+    let tail = ["tail", "--user", "42", "--url", &url];
+    let mut tail =
+        Command::new(env!("CARGO_BIN_EXE_pointsman")).args(tail).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+    let (send, lines) = mpsc::channel();
+    let out = BufReader::new(tail.stdout.take().expect("piped"));
+    std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+    // Its stream is open.
+    eventually(SOON, "tail opens its stream", || (node.metric("pointsman_streams_open") >= 1.0).then_some(()));
+    // `latest` begins where the stream found the log, so that what is published before its cursor may be passed over.
+    eventually(SOON, "tail hears of the first event", || {
+        stdout(&pointsman(&["publish", "--url", &url, "--type", "t", "--user", "42", "--data", "{\"n\":1}"]));
+        lines.recv_timeout(Duration::from_millis(200)).ok()
+    });
+    node.kill();
+    node.restart();
+    stdout(&pointsman(&["publish", "--url", &url, "--type", "t", "--id", "after", "--user", "42", "--data", "{\"n\":2}"]));
+    let second = eventually(SOON, "tail comes back", || lines.recv_timeout(SOON).ok().filter(|line| line.contains("\"after\"")));
+    let data: Value = serde_json::from_str(&second).expect("a line is the data object");
+    assert_eq!(data["data"], json!({ "n": 2 }));
+    tail.kill().expect("end tail");
+    tail.wait().expect("end tail");
+}
+
+#[test]
+fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
+    let node = Node::builder().start();
+    let url = node.url("");
+    let printed =
+        stdout(&pointsman(&["publish", "--dry-run", "--url", &url, "--type", "t", "--user", "42", "--group", "ops", "--priority", "high"]));
+    for word in ["\"u:42\"", "\"g:ops\"", "\"high\"", "address"] {
+        assert!(printed.contains(word), "{word} is not in {printed}");
+    }
+    node.publisher().publish(&[event("after", "t", json!({ "user": "42" }))]);
+    eventually(SOON, "the event after it is committed", || {
+        (node.metric("pointsman_events_total{outcome=\"committed\"}") >= 1.0).then_some(())
+    });
+    assert_eq!(node.metric("pointsman_events_read_total"), 1.0);
+}
+
+#[test]
+fn dead_letters_are_listed_shown_redriven_and_dropped() {
+    let node = Node::builder().start();
+    let url = node.url("");
+    node.publisher().publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
+    let listed = || stdout(&pointsman(&["dead", "--url", &url, "list"]));
+    let line = eventually(SOON, "the dead letter", || Some(listed()).filter(|lines| !lines.is_empty()));
+    let id = line.split('\t').next().expect("an id").to_owned();
+    assert!(line.contains("address") && line.contains("ttl"), "{line}");
+    let shown = stdout(&pointsman(&["dead", "--url", &url, "show", &id]));
+    assert!(shown.contains("soon"), "the original fields: {shown}");
+    stdout(&pointsman(&["dead", "--url", &url, "redrive", &id]));
+    // It goes through the plugins again, and fails again: another letter.
+    let again = eventually(SOON, "the redriven one", || Some(listed()).filter(|lines| !lines.is_empty() && !lines.contains(&id)));
+    let id = again.split('\t').next().expect("an id").to_owned();
+    stdout(&pointsman(&["dead", "--url", &url, "drop", &id]));
+    assert_eq!(listed(), "");
+}
+
+#[test]
+fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exit_64() {
+    let file = std::env::temp_dir().join(format!("pointsman-bad-{}.toml", std::process::id()));
+    let check = |text: &str, words: &[&str]| {
+        std::fs::write(&file, text).expect("write a configuration");
+        let output = pointsman(&["check-config", "--config", file.to_str().expect("UTF-8")]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(64), "{text}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+        for word in words {
+            assert!(said.contains(word), "{word} is not in {said}");
+        }
+    };
+    check("[listen]\nadress = \"127.0.0.1:1\"", &["pointsman-bad", "adress", "config --defaults"]);
+    check("[listen]\naddress = 7", &["pointsman-bad", "address"]);
+    check("[retention]\nmax_age_s = 5", &["retention.max_age_s", "600"]);
+    check("[broker]\nephemeral = true\n[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"", &["dev", "loopback"]);
+    std::fs::remove_file(&file).expect("remove it");
+}
+
+#[test]
+fn the_printed_defaults_are_a_configuration() {
+    let defaults = stdout(&pointsman(&["config", "--defaults"]));
+    let file = std::env::temp_dir().join(format!("pointsman-defaults-{}.toml", std::process::id()));
+    std::fs::write(&file, format!("{defaults}\n")).expect("write it");
+    // As it stands it lets nobody in: it needs a secret or dev mode, and a broker.
+    let output = pointsman(&["check-config", "--config", file.to_str().expect("UTF-8"), "--dev", "--ephemeral"]);
+    std::fs::remove_file(&file).expect("remove it");
+    assert!(output.status.success(), "{output:?}");
+}

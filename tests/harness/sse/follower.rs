@@ -1,0 +1,214 @@
+//! A client that lives as long as a browser's does: it reads its stream in a thread of its own and comes back with its last event id
+//! whenever it is cut, until it is stopped or the answer is no stream. What the bytes may be is [`Stream`]'s.
+
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::{Notification, Refused, Request, Stream};
+
+/// What a [`Follower`] has had so far.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Record {
+    /// In the order of arrival.
+    pub(crate) notifications: Vec<Notification>,
+    /// The data of every `gap`.
+    pub(crate) gaps: Vec<String>,
+    /// Times that a stream was open.
+    pub(crate) connections: usize,
+    pub(crate) last_event_id: String,
+    /// What ended it for good, as a browser gives up for ever on any answer but 200.
+    pub(crate) gave_up: Option<String>,
+}
+
+/// A client in a thread of its own that reads its stream, and comes back with its last event id whenever it is cut.
+///
+/// It reconnects after 20 ms, whatever `retry:` says: tests want many reconnects, not polite ones.
+pub(crate) struct Follower {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    record: Record,
+    /// Of the open connection.
+    scissors: Option<TcpStream>,
+    stopping: bool,
+    /// Kept from coming back until this moment.
+    away_until: Option<Instant>,
+}
+
+impl Follower {
+    /// Follows `/v1/stream?query`; it does not wait for the first connection, see [`Follower::connected`].
+    pub(crate) fn start(addr: SocketAddr, query: &str) -> Self {
+        let shared = Arc::new(Shared::default());
+        let (query, worker) = (query.to_owned(), shared.clone());
+        let thread = std::thread::spawn(move || worker.follow(addr, &query));
+        Self { shared, thread: Some(thread) }
+    }
+
+    /// Waits until it has an id to come back with: from here on it misses nothing.
+    ///
+    /// # Panics
+    /// If that takes longer.
+    pub(crate) fn connected(self, within: Duration) -> Self {
+        self.wait(within, "a first event id", |record| !record.last_event_id.is_empty());
+        self
+    }
+
+    /// Waits until what it has had is as wished, and answers it.
+    ///
+    /// # Panics
+    /// If that takes longer, or the follower gave up or died.
+    pub(crate) fn wait(&self, within: Duration, what: &str, wish: impl FnMut(&Record) -> bool) -> Record {
+        self.wait_until(within, what, wish).record.clone()
+    }
+
+    /// As [`Follower::wait`], for records that are long.
+    ///
+    /// # Panics
+    /// As [`Follower::wait`].
+    pub(crate) fn look(&self, within: Duration, what: &str, wish: impl FnMut(&Record) -> bool) {
+        drop(self.wait_until(within, what, wish));
+    }
+
+    fn wait_until(&self, within: Duration, what: &str, mut wish: impl FnMut(&Record) -> bool) -> MutexGuard<'_, State> {
+        let deadline = Instant::now() + within;
+        let mut state = self.shared.lock();
+        while !wish(&state.record) {
+            assert!(state.record.gave_up.is_none(), "waiting for {what}, but it gave up: {:?}", state.record);
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero(),
+                "no {what} within {within:?}; it had {} notifications, the last {:?}",
+                state.record.notifications.len(),
+                state.record.notifications.last()
+            );
+            assert!(!self.thread.as_ref().is_some_and(JoinHandle::is_finished), "waiting for {what}, but the follower panicked");
+            state = self.shared.changed.wait_timeout(state, left.min(Duration::from_secs(1))).expect("the follower panicked").0;
+        }
+        state
+    }
+
+    /// Takes the notifications that arrived since they were last taken out of its record.
+    #[allow(dead_code, reason = "for the demo, which includes this file")]
+    pub(crate) fn take_notifications(&self) -> Vec<Notification> {
+        std::mem::take(&mut self.shared.lock().record.notifications)
+    }
+
+    /// Cuts the connection, if one is open, as a lost network would; it stays away for the time given.
+    pub(crate) fn cut(&self, away: Duration) {
+        let mut state = self.shared.lock();
+        state.away_until = Some(Instant::now() + away);
+        state.cut();
+    }
+
+    /// Ends it and answers everything that it has had.
+    ///
+    /// # Panics
+    /// With the follower's own panic, if it had one.
+    pub(crate) fn stop(mut self) -> Record {
+        self.end().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        self.shared.lock().record.clone()
+    }
+
+    fn end(&mut self) -> std::thread::Result<()> {
+        {
+            let mut state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            state.stopping = true;
+            state.cut();
+        }
+        self.shared.changed.notify_all();
+        self.thread.take().map_or(Ok(()), JoinHandle::join)
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        // A panic of its own was reported by its thread; a second one here would hide what the test says.
+        drop(self.end());
+    }
+}
+
+impl State {
+    fn cut(&mut self) {
+        if let Some(socket) = self.scissors.take() {
+            // It may be closed already, which is what is wanted.
+            drop(socket.shutdown(Shutdown::Both));
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("the follower panicked")
+    }
+
+    fn follow(&self, addr: SocketAddr, query: &str) {
+        loop {
+            let mut state = self.lock();
+            loop {
+                if state.stopping {
+                    return;
+                }
+                let Some(left) =
+                    state.away_until.map(|until| until.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
+                else {
+                    break;
+                };
+                state = self.changed.wait_timeout(state, left).expect("nobody panics with it").0;
+            }
+            let request = Request::new(addr, query).last_event_id(&state.record.last_event_id);
+            drop(state);
+            match request.open(Duration::from_secs(5)) {
+                Ok(stream) => self.read(stream),
+                Err(Refused { status: None, .. }) => {}
+                Err(Refused { status: Some(_), text }) => {
+                    self.lock().record.gave_up = Some(text);
+                    self.changed.notify_all();
+                    return;
+                }
+            }
+            let state = self.lock();
+            drop(self.changed.wait_timeout_while(state, Duration::from_millis(20), |state| !state.stopping));
+        }
+    }
+
+    fn read(&self, mut stream: Stream) {
+        {
+            let mut state = self.lock();
+            if state.stopping {
+                return;
+            }
+            state.scissors = stream.scissors().ok();
+            state.record.connections += 1;
+        }
+        loop {
+            match stream.next_frame(Duration::from_secs(3600)) {
+                Ok(frame) => {
+                    let mut state = self.lock();
+                    state.record.notifications.extend(frame.notification());
+                    if frame.state() == Some("gap") {
+                        state.record.gaps.push(frame.data.unwrap_or_default());
+                    }
+                    stream.last_event_id().clone_into(&mut state.record.last_event_id);
+                    self.changed.notify_all();
+                    drop(state);
+                    stream.forget();
+                }
+                Err(_) => {
+                    self.lock().scissors = None;
+                    return;
+                }
+            }
+        }
+    }
+}

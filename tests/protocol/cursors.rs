@@ -1,0 +1,119 @@
+//! What a client comes back with: small, its own, and good for partitions that it has never heard of.
+
+use pointsman::broker::{Broker as _, PartitionNumber, Retention};
+use pointsman::hub::Hub;
+use pointsman::metrics::Metrics;
+use pointsman::subscription::Start;
+use pointsman::subscription::cursor::{Cursor, Unreadable};
+
+use super::stage::{Client, Frame, SOURCE, Stage, TAG, name, next_entry, to, urgent};
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::event;
+use crate::harness::sse::Request;
+
+/// A position for each log or shard would not fit an id that browsers send without asking first. It is one a partition, and hundreds of groups cost
+/// nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_overtakers() {
+    let sources: Vec<String> = (0..8).map(|k| format!("pointsman:{k}")).collect();
+    let stage = Stage::embedded_with(&sources.iter().map(String::as_str).collect::<Vec<_>>(), Retention::default()).await;
+    for k in 0..300 {
+        stage.join("ann", &format!("group{k}")).await;
+    }
+    let hub = stage.hub();
+    let mut client = Client::live(&hub, "ann").await;
+    let mut other = Client::live(&hub, "bob").await;
+    for number in 0..8 {
+        let (normal, urgent) = ([to("g:group7")], [urgent("g:group7")]);
+        stage.commit_in(PartitionNumber(number), &[("normal", &normal), ("urgent", &urgent)]).await;
+        // Heard here, heard there: it is the same feed.
+        stage.commit_in(PartitionNumber(number), &[("fence", &[to("u:bob")])]).await;
+        other.expect(&["fence"]).await;
+    }
+    client.expect(&["urgent", "urgent", "urgent"]).await;
+    let cursor = client.cursor.as_deref().expect("a cursor");
+    assert_eq!(cursor.len(), 123);
+    assert!(cursor.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_'), "{cursor}");
+    let read = Cursor::decode(cursor, &name("ann")).expect("its own");
+    assert_eq!((read.positions.len(), read.had.len()), (8, 3));
+    let mut client = client.back(&hub);
+    let mut received = Vec::new();
+    for _ in 0..13 {
+        received.push(client.event().await);
+    }
+    received.sort_unstable();
+    assert_eq!(received, [["normal"; 8].as_slice(), &["urgent"; 5]].concat());
+}
+
+/// A stream for each recipient costs 4 KB before anything is in it; a log is an index.
+#[tokio::test]
+async fn f19_a_log_of_one_entry_costs_a_few_hundred_bytes() {
+    let stage = Stage::redis().await;
+    stage.event("a", &[to("u:ann")]).await;
+    let n_bytes: u64 = stage.server().command(&format!("MEMORY USAGE {TAG}l:u:ann"));
+    assert!(n_bytes < 300, "{n_bytes}");
+    stage.events("n", 19, &[to("u:ann")]).await;
+    let n_bytes: u64 = stage.server().command(&format!("MEMORY USAGE {TAG}l:u:ann"));
+    assert!(n_bytes < 1_500, "{n_bytes}");
+}
+
+/// Hashed over a number of shards, every user would move when that changes. Partitions are the sources, and one that was added since the cursor
+/// was written is read from its beginning.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
+    let stage = Stage::redis().await;
+    let hub = stage.hub();
+    let mut client = Client::live(&hub, "ann").await;
+    stage.event("a", &[to("u:ann")]).await;
+    client.expect(&["a"]).await;
+    let start = client.cut();
+    let wider = stage.another_with(&[SOURCE.into(), "pointsman:added".into()]).await;
+    let added = wider.partitions().last().expect("two").number;
+    let head = wider.head(added).await.expect("head");
+    let item = stage.item(next_entry(head.position.entry), "in the new one", &[to("u:ann")]);
+    let batch = pointsman::broker::Batch { life: head.life, prev: head.position, items: vec![item] };
+    wider.commit(added, batch).await.expect("commit");
+    stage.event("in the old one", &[to("u:ann")]).await;
+    let hub = Hub::start(wider, Metrics::default());
+    let mut client = Client::open(&hub, "ann", start);
+    let mut received = [client.event().await, client.event().await];
+    received.sort_unstable();
+    assert_eq!(received, ["in the new one", "in the old one"]);
+    // And a partition that was taken away again stands in nobody's way.
+    let start = client.cut();
+    let hub = stage.hub();
+    stage.event("b", &[to("u:ann")]).await;
+    let mut client = Client::open(&hub, "ann", start);
+    client.expect(&["b"]).await;
+}
+
+/// One browser, two users: the cursor that the first left behind says nothing about the second, and would skip what that one has not had.
+#[test]
+fn f24_the_cursor_of_another_user_is_none() {
+    let node = Node::builder().start();
+    let mut alice = node.stream("alice");
+    let publish = |id: &str| node.publisher().publish(&[event(id, "t", serde_json::json!({ "everyone": true }))]);
+    publish("a");
+    alice.next_notification(SOON);
+    let left_behind = alice.last_event_id().to_owned();
+    assert_eq!(Cursor::decode(&left_behind, &name("bob")), Err(Unreadable::AnotherUsers));
+    publish("b");
+    alice.next_notification(SOON);
+    let mut bob = Request::new(node.addr(), "user=bob").last_event_id(&left_behind).open(SOON).expect("a stream");
+    bob.next_state("cursor", SOON);
+    publish("c");
+    assert_eq!(bob.next_notification(SOON).id, "c", "it begins at the latest");
+}
+
+/// A client that names a place that nobody knows is told, and gets what comes from now on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unknown_place_is_a_gap_and_then_the_latest() {
+    let stage = Stage::redis().await;
+    let hub = stage.hub();
+    stage.event("before", &[to("u:ann")]).await;
+    let mut client = Client::open(&hub, "ann", Start::Unknown);
+    assert_eq!(client.gap().await.reason.as_str(), "unknown");
+    assert!(matches!(client.frame().await, Frame::Cursor));
+    stage.event("after", &[to("u:ann")]).await;
+    client.expect(&["after"]).await;
+}

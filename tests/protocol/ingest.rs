@@ -1,0 +1,353 @@
+//! Owners that stall, are killed, race, and do not know what became of what they asked. Whoever works a source, its log is the source's order,
+//! and each entry has one outcome.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use pointsman::broker::{Broker, Notice};
+use pointsman::event::{EntryId, NotificationId, Outcome};
+use pointsman::ingest::{Config, Ingest};
+use pointsman::metrics::Metrics;
+use pointsman::pipeline::Pipeline;
+use pointsman::plugin::Engine;
+use pointsman::plugin::registry::Registry;
+use pointsman::plugin::settings::Config as Plugins;
+use pointsman::readiness::Readiness;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::on_each_broker;
+use super::puppet::{At, Op, Puppet};
+use super::stage::{Client, SOURCE, Stage, target, until};
+use crate::harness::guests::core_module;
+use crate::harness::node::Folder;
+
+on_each_broker! {
+    f01_what_a_stalled_owner_has_read_is_read_again_by_the_next,
+    f02_a_later_batch_never_overtakes_an_earlier_one,
+    f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_plan,
+    f05_four_owners_that_all_believe_to_be_the_one_commit_in_order_exactly_once,
+    f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost,
+    f14_an_entry_without_an_id_is_nobodys_duplicate,
+    f18_ten_thousand_named_users_cost_no_feed_its_connection,
+    f26_a_slice_whose_answer_was_lost_is_written_once,
+}
+
+/// The bundled router for events that say themselves whom they are for.
+fn address() -> Pipeline {
+    static PIPELINE: OnceLock<(Pipeline, Folder)> = OnceLock::new();
+    let (pipeline, _) = PIPELINE.get_or_init(|| {
+        let folder = Folder::new();
+        std::fs::write(folder.path().join("address.wasm"), core_module("address")).expect("write a plugin");
+        (pipeline(Some(&folder)), folder)
+    });
+    pipeline.clone()
+}
+
+fn pipeline(folder: Option<&Folder>) -> Pipeline {
+    let config = Plugins { dir: folder.map(|folder| folder.path().to_owned()), ..Plugins::default() };
+    let registry = Registry::load(Engine::new().expect("an engine"), config, Metrics::default()).expect("plugins");
+    Pipeline::start(Arc::new(registry), true, Metrics::default()).expect("threads")
+}
+
+/// An owner at work.
+struct Owner {
+    task: JoinHandle<()>,
+    shutdown: CancellationToken,
+    metrics: Metrics,
+}
+
+impl Owner {
+    fn start(broker: &Arc<Puppet>, name: &str, pipeline: Pipeline) -> Self {
+        let metrics = Metrics::default();
+        let broker = Arc::clone(broker) as Arc<dyn Broker>;
+        let partition = broker.partitions()[0].clone();
+        let config = Config { lease_ms: 300, ..Config::default() };
+        let ingest = Ingest { broker, pipeline, metrics: metrics.clone(), config, readiness: Readiness::default(), node: name.to_owned() };
+        let shutdown = CancellationToken::new();
+        Self { task: tokio::spawn(ingest.run(partition, shutdown.clone())), shutdown, metrics }
+    }
+
+    /// As `kill -9`: wherever it stands, and its lease stays.
+    async fn kill(self) {
+        self.task.abort();
+        assert!(self.task.await.is_err_and(|error| error.is_cancelled()));
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.task.await.expect("it stops");
+    }
+}
+
+fn field(name: &str, value: &str) -> (Bytes, Bytes) {
+    (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes()))
+}
+
+/// Appends events for everyone, by these ids.
+async fn append(stage: &Stage, ids: &[String]) {
+    for some in ids.chunks(256) {
+        let entries = some.iter().map(|id| vec![field("type", "t"), field("id", id), field("everyone", "true")]).collect();
+        stage.puppet.broker.append(stage.p, entries).await.expect("append");
+    }
+}
+
+fn ids(range: std::ops::Range<usize>) -> Vec<String> {
+    range.map(|k| format!("e{k}")).collect()
+}
+
+/// Waits until nothing is left beyond the position, and answers how often each outcome was counted.
+async fn drained(stage: &Stage) -> impl Fn(Outcome) -> u64 {
+    until("all is worked off", async || stage.puppet.broker.state(stage.p).await.is_ok_and(|state| state.lag == 0)).await;
+    let outcomes = stage.puppet.broker.state(stage.p).await.expect("state").outcomes;
+    move |outcome: Outcome| outcomes.get(outcome.as_str()).copied().unwrap_or(0)
+}
+
+/// A has read 1 to 10, and 11 to 20 behind it, and stalls; its lease ends. B takes over. When A wakes, nothing of what it holds may be
+/// committed, and nothing that it alone has read may be lost.
+async fn f01_what_a_stalled_owner_has_read_is_read_again_by_the_next(stage: Stage) {
+    let (a, b) = (stage.another().await, stage.another().await);
+    let mut stop = a.stop(At::Before(Op::Commit));
+    append(&stage, &ids(0..10)).await;
+    let stalled = Owner::start(&a, "a", address());
+    stop.reached().await;
+    // It reads ahead, and does nothing more: not even for its lease.
+    let mut lease = a.stop(At::Before(Op::Lease));
+    append(&stage, &ids(10..20)).await;
+    lease.reached().await;
+    let next = Owner::start(&b, "b", address());
+    drained(&stage).await;
+    stop.go();
+    lease.go();
+    append(&stage, &ids(20..30)).await;
+    let count = drained(&stage).await;
+    assert_eq!(stage.log("all").await, ids(0..30));
+    assert_eq!(count(Outcome::Committed), 30);
+    assert!(stalled.metrics.render().contains("pointsman_events_reread_total"), "what it held was refused");
+    stalled.stop().await;
+    next.stop().await;
+}
+
+/// 1 to 10 are asked to be committed and the question is lost; 11 to 20 were read meanwhile and wait behind. "Newer than the position" would
+/// let them in.
+async fn f02_a_later_batch_never_overtakes_an_earlier_one(stage: Stage) {
+    let a = stage.another().await;
+    let mut stop = a.stop(At::Before(Op::Commit));
+    append(&stage, &ids(0..10)).await;
+    let owner = Owner::start(&a, "a", address());
+    stop.reached().await;
+    let mut read = a.stop(At::After(Op::Read));
+    append(&stage, &ids(10..20)).await;
+    read.reached().await;
+    read.go();
+    stop.fail();
+    let count = drained(&stage).await;
+    assert_eq!(stage.log("all").await, ids(0..20));
+    assert_eq!(count(Outcome::Committed), 20);
+    owner.stop().await;
+}
+
+/// The logs are rolled back to 5, the source is not, as where it lay on another primary; the owner has 9 and 10 in its hands. Accepted over
+/// the hole, 6 to 8 would be lost for good.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f03_after_a_fail_over_that_took_logs_back_no_hole_is_left() {
+    let stage = Stage::redis().await;
+    let a = stage.another().await;
+    let owner = Owner::start(&a, "a", address());
+    append(&stage, &ids(0..5)).await;
+    drained(&stage).await;
+    stage.server().snapshot();
+    append(&stage, &ids(5..8)).await;
+    drained(&stage).await;
+    let mut stop = a.stop(At::Before(Op::Commit));
+    append(&stage, &ids(8..10)).await;
+    stop.reached().await;
+    stage.server().fail_over_but(SOURCE);
+    stop.go();
+    drained(&stage).await;
+    assert_eq!(stage.log("all").await, ids(0..10));
+    owner.stop().await;
+}
+
+/// Slice 0 of a plan is written, then the owner dies. The next one has other plugins, which would plan the event otherwise, or not at all: half the
+/// recipients of one plan and half of another.
+async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_plan(stage: Stage) {
+    let (a, b) = (stage.another().await, stage.another().await);
+    let mut stop = a.stop(At::After(Op::Slice));
+    let users: Vec<String> = (0..2_500).map(|k| format!("user{k}")).collect();
+    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
+    stage.puppet.broker.append(stage.p, vec![large]).await.expect("append");
+    let owner = Owner::start(&a, "a", address());
+    stop.reached().await;
+    owner.kill().await;
+    let pending = stage.head().await.pending.expect("a plan is half-written");
+    // This one routes nothing.
+    let next = Owner::start(&b, "b", pipeline(None));
+    append(&stage, &ids(0..1)).await;
+    let count = drained(&stage).await;
+    assert_eq!((count(Outcome::Committed), count(Outcome::Unrouted)), (1, 1));
+    for user in &users {
+        let page = stage.puppet.broker.page(stage.p, &target(&format!("u:{user}")), NotificationId(0), 10).await.expect("page");
+        assert_eq!(page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>(), [pending], "{user}");
+    }
+    assert_eq!((stage.head().await.pending, stage.head().await.last), (None, pending));
+    next.stop().await;
+}
+
+/// Whole owners, each with plugins and batches of its own, none of whom is ever told that the lease is another's. The compare-and-set holds.
+async fn f05_four_owners_that_all_believe_to_be_the_one_commit_in_order_exactly_once(stage: Stage) {
+    const ENTRIES: usize = 600;
+    let mut owners = Vec::new();
+    for name in ["a", "b", "c", "d"] {
+        let broker = stage.another().await;
+        broker.everyone_owns();
+        owners.push(Owner::start(&broker, name, address()));
+    }
+    for some in ids(0..ENTRIES).chunks(40) {
+        append(&stage, some).await;
+        tokio::task::yield_now().await;
+    }
+    let count = drained(&stage).await;
+    assert_eq!(stage.log("all").await, ids(0..ENTRIES));
+    assert_eq!(count(Outcome::Committed), ENTRIES as u64);
+    let refused = owners.iter().filter(|owner| owner.metrics.render().contains("pointsman_events_reread_total")).count();
+    assert!(refused > 0, "nobody raced");
+    for owner in owners {
+        owner.stop().await;
+    }
+}
+
+/// Dead letters, counters and decision records are written with the position or not at all; beside it, a second attempt after a lost answer
+/// would write them twice, and a killed node never.
+async fn f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost(stage: Stage) {
+    const ROUNDS: u64 = 5;
+    let a = stage.another().await;
+    let n_asked = Arc::new(AtomicUsize::new(0));
+    let asked = Arc::clone(&n_asked);
+    // Lost in turn: no word, the question, the answer.
+    a.lose(move |at| match at {
+        At::Before(Op::Commit) => asked.fetch_add(1, Ordering::Relaxed) % 3 == 1,
+        At::After(Op::Commit) => asked.load(Ordering::Relaxed) % 3 == 0,
+        _ => false,
+    });
+    let owner = Owner::start(&a, "a", address());
+    for round in 0..ROUNDS {
+        let id = format!("e{round}");
+        let entries = vec![
+            vec![field("type", "t"), field("id", &id), field("user", "ann")],
+            vec![field("type", "t"), field("id", &id), field("user", "ann")],
+            vec![field("type", "t"), field("id", &format!("{id} for nobody"))],
+            vec![field("user", "a type is missing")],
+        ];
+        stage.puppet.broker.append(stage.p, entries).await.expect("append");
+        let count = drained(&stage).await;
+        for outcome in [Outcome::Committed, Outcome::Duplicate, Outcome::Unrouted, Outcome::DeadLettered] {
+            assert_eq!(count(outcome), round + 1, "{outcome:?}");
+        }
+    }
+    assert!(n_asked.load(Ordering::Relaxed) > ROUNDS as usize, "nothing was lost");
+    let letters = stage.puppet.broker.dead_letters(stage.p, EntryId::default(), 100).await.expect("dead letters");
+    assert_eq!(letters.len() as u64, ROUNDS);
+    assert_eq!(stage.puppet.broker.decisions(stage.p, 100).await.expect("decisions").len() as u64, 4 * ROUNDS);
+    assert_eq!(stage.log("u:ann").await.len() as u64, ROUNDS);
+    owner.stop().await;
+}
+
+/// A publisher that gives no id has no retry that could be known: two alike are two.
+async fn f14_an_entry_without_an_id_is_nobodys_duplicate(stage: Stage) {
+    let a = stage.another().await;
+    let owner = Owner::start(&a, "a", address());
+    let same = vec![field("type", "t"), field("user", "ann"), field("data", "1")];
+    stage.puppet.broker.append(stage.p, vec![same.clone(), same.clone(), same]).await.expect("append");
+    let count = drained(&stage).await;
+    assert_eq!((count(Outcome::Committed), count(Outcome::Duplicate)), (3, 0));
+    owner.stop().await;
+}
+
+/// By value, 10,000 notices of a large body overflow the connection of every node, which then has received nothing at all. By reference and in
+/// slices, they are small, and no commit is long.
+async fn f18_ten_thousand_named_users_cost_no_feed_its_connection(stage: Stage) {
+    let hub = stage.hub();
+    let mut first = Client::live(&hub, "0").await;
+    let mut last = Client::live(&hub, "9999").await;
+    let a = stage.another().await;
+    let n_slices = Arc::new(AtomicUsize::new(0));
+    let slices = Arc::clone(&n_slices);
+    a.lose(move |at| {
+        slices.fetch_add(usize::from(at == At::Before(Op::Slice)), Ordering::Relaxed);
+        false
+    });
+    let owner = Owner::start(&a, "a", address());
+    let users: Vec<String> = (0..10_000).map(|k: u32| k.to_string()).collect();
+    let data = format!("\"{}\"", "x".repeat(120_000));
+    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(",")), field("data", &data)];
+    stage.puppet.broker.append(stage.p, vec![large]).await.expect("append");
+    drained(&stage).await;
+    let letters = stage.puppet.broker.dead_letters(stage.p, EntryId::default(), 1).await.expect("dead letters");
+    assert!(letters.is_empty(), "{}", letters[0].why.reason);
+    first.expect(&["large"]).await;
+    last.expect(&["large"]).await;
+    assert_eq!(n_slices.load(Ordering::Relaxed), 10);
+    assert_eq!(stage.metrics.feed_resets.get(), 0);
+    owner.stop().await;
+}
+
+/// The third slice is written, its answer is lost. Written again, every log of it would have the event twice.
+async fn f26_a_slice_whose_answer_was_lost_is_written_once(stage: Stage) {
+    let hub = stage.hub();
+    let mut client = Client::live(&hub, "user2400").await;
+    let n_heard = Arc::new(AtomicUsize::new(0));
+    let heard = Arc::clone(&n_heard);
+    stage
+        .puppet
+        .sift(move |notice, _| {
+            heard.fetch_add(usize::from(matches!(notice, Notice::Append { .. })), Ordering::Relaxed);
+            super::puppet::Fate::Pass
+        })
+        .await;
+    let a = stage.another().await;
+    let mut n_slices = 0;
+    a.lose(move |at| {
+        n_slices += usize::from(at == At::After(Op::Slice));
+        at == At::After(Op::Slice) && n_slices == 3
+    });
+    let owner = Owner::start(&a, "a", address());
+    let users: Vec<String> = (0..3_500).map(|k| format!("user{k}")).collect();
+    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
+    stage
+        .puppet
+        .broker
+        .append(stage.p, vec![large, vec![field("type", "t"), field("id", "next"), field("user", "user2400")]])
+        .await
+        .expect("append");
+    let count = drained(&stage).await;
+    assert_eq!(count(Outcome::Committed), 2);
+    client.expect(&["large", "next"]).await;
+    assert_eq!(n_heard.load(Ordering::Relaxed), 2, "one notice an event");
+    owner.stop().await;
+}
+
+/// The owner reads up to 50, Redis fails over to 40 with the source at 45, and 46 to 50 are issued anew. A commit of 41 to 50 from position 40 is
+/// right by its position, and puts it ahead of the source: what comes there is never read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_a_batch_read_before_a_fail_over_is_not_committed_after_it() {
+    let stage = Stage::redis().await;
+    let a = stage.another().await;
+    append(&stage, &ids(0..5)).await;
+    stage.server().snapshot();
+    append(&stage, &ids(5..10)).await;
+    let mut stop = a.stop(At::Before(Op::Commit));
+    let owner = Owner::start(&a, "a", address());
+    stop.reached().await;
+    stage.server().fail_over();
+    stop.go();
+    drained(&stage).await;
+    assert_eq!(stage.log("all").await, ids(0..5));
+    append(&stage, &ids(20..25)).await;
+    let count = drained(&stage).await;
+    assert_eq!(stage.log("all").await, [ids(0..5), ids(20..25)].concat());
+    assert_eq!(count(Outcome::Committed), 10);
+    assert_eq!(stage.puppet.broker.state(stage.p).await.expect("state").lost_upstream, 0);
+    owner.stop().await;
+}

@@ -1,0 +1,338 @@
+//! A broker on strings: a real one whose every operation can be stopped before or after it was done, made to lose its question or its
+//! answer, and whose notices can be dropped or kept back. So a test says which of two steps comes first, and waits for nothing but that.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use pointsman::broker::{
+    Batch, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Follow, Head, Lease, Notice, Page, Partition,
+    PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Slice,
+};
+use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
+use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
+
+/// What a node asks of its broker, as far as a test may stop it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Op {
+    Read,
+    Head,
+    Commit,
+    Slice,
+    Lease,
+    Page,
+    Records,
+    Recipient,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum At {
+    /// Asked, and not done yet.
+    Before(Op),
+    /// Done, and not answered yet.
+    After(Op),
+}
+
+/// What becomes of a notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Pass,
+    Drop,
+    /// Until [`Puppet::release`].
+    Keep,
+}
+
+/// Somebody will stop here, or has.
+#[derive(Debug)]
+pub(super) struct Stop {
+    reached: oneshot::Receiver<()>,
+    verdict: oneshot::Sender<bool>,
+}
+
+impl Stop {
+    /// Waits until somebody stands here.
+    pub(super) async fn reached(&mut self) {
+        tokio::time::timeout(Duration::from_secs(20), &mut self.reached).await.expect("somebody comes here").expect("the puppet is alive");
+    }
+
+    pub(super) fn go(self) {
+        self.end(true);
+    }
+
+    /// Who stands here gets no answer: before the operation it is as if the question was lost, after it, as if the answer was.
+    pub(super) fn fail(self) {
+        self.end(false);
+    }
+
+    fn end(self, goes: bool) {
+        // Who stood here may have been killed.
+        self.verdict.send(goes).ok();
+    }
+}
+
+type Rule = Box<dyn FnMut(At) -> bool + Send>;
+type Sieve = Box<dyn FnMut(&Notice, Option<&Target>) -> Fate + Send>;
+
+struct Stopper {
+    at: At,
+    reached: oneshot::Sender<()>,
+    verdict: oneshot::Receiver<bool>,
+}
+
+/// What stands between the broker's feed and the node's.
+#[derive(Default)]
+struct Ear {
+    sieve: Option<Sieve>,
+    kept: Vec<Notice>,
+    out: Option<mpsc::Sender<Vec<Notice>>>,
+    /// What each request for a log was about, by its token.
+    asked: HashMap<u64, Target>,
+}
+
+/// See the head of this file.
+pub(super) struct Puppet {
+    pub(super) broker: Arc<dyn Broker>,
+    stops: Mutex<Vec<Stopper>>,
+    rule: Mutex<Option<Rule>>,
+    ear: Arc<AsyncMutex<Ear>>,
+    old_head: Mutex<Option<Head>>,
+    /// Says to whoever asks that the lease is theirs.
+    everyone_owns: AtomicBool,
+}
+
+impl std::fmt::Debug for Puppet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Puppet").finish_non_exhaustive()
+    }
+}
+
+impl Puppet {
+    pub(super) fn over(broker: Arc<dyn Broker>) -> Arc<Self> {
+        Arc::new(Self {
+            broker,
+            stops: Mutex::default(),
+            rule: Mutex::default(),
+            ear: Arc::default(),
+            old_head: Mutex::default(),
+            everyone_owns: AtomicBool::new(false),
+        })
+    }
+
+    /// The next to come here stops.
+    pub(super) fn stop(&self, at: At) -> Stop {
+        let (reached_in, reached) = oneshot::channel();
+        let (verdict, verdict_out) = oneshot::channel();
+        self.stops.lock().expect("no panic under it").push(Stopper { at, reached: reached_in, verdict: verdict_out });
+        Stop { reached, verdict }
+    }
+
+    /// From now on, what is asked or answered is lost where `rule` answers `true`.
+    pub(super) fn lose(&self, rule: impl FnMut(At) -> bool + Send + 'static) {
+        *self.rule.lock().expect("no panic under it") = Some(Box::new(rule));
+    }
+
+    /// From now on, `sieve` decides about each notice; with one that answers a request for a log comes that log.
+    pub(super) async fn sift(&self, sieve: impl FnMut(&Notice, Option<&Target>) -> Fate + Send + 'static) {
+        self.ear.lock().await.sieve = Some(Box::new(sieve));
+    }
+
+    /// Hands over what was kept, in its order, and lets all pass from now on.
+    pub(super) async fn release(&self) {
+        let mut ear = self.ear.lock().await;
+        ear.sieve = None;
+        let kept = std::mem::take(&mut ear.kept);
+        self.hand_over(&ear, kept).await;
+    }
+
+    /// How many notices are kept back.
+    pub(super) async fn n_kept(&self) -> usize {
+        self.ear.lock().await.kept.len()
+    }
+
+    /// Says something that the broker did not say.
+    pub(super) async fn say(&self, notice: Notice) {
+        let ear = self.ear.lock().await;
+        self.hand_over(&ear, vec![notice]).await;
+    }
+
+    async fn hand_over(&self, ear: &Ear, notices: Vec<Notice>) {
+        if let Some(out) = ear.out.as_ref().filter(|_| !notices.is_empty()) {
+            out.send(notices).await.expect("the node listens");
+        }
+    }
+
+    pub(super) fn everyone_owns(&self) {
+        self.everyone_owns.store(true, Ordering::Relaxed);
+    }
+
+    /// Who asks for the head next is told this one, as by a primary that has been one and does not know that it is none any more.
+    pub(super) fn answer_once(&self, head: Head) {
+        *self.old_head.lock().expect("no panic under it") = Some(head);
+    }
+
+    async fn pass(&self, at: At) -> Result<()> {
+        let stopper = {
+            let mut stops = self.stops.lock().expect("no panic under it");
+            stops.iter().position(|stop| stop.at == at).map(|place| stops.remove(place))
+        };
+        if let Some(stopper) = stopper {
+            stopper.reached.send(()).ok();
+            // A stop that was dropped holds nobody.
+            if !stopper.verdict.await.unwrap_or(true) {
+                return Err(Error::Away(format!("lost {at:?}")));
+            }
+        }
+        let is_lost = self.rule.lock().expect("no panic under it").as_mut().is_some_and(|rule| rule(at));
+        if is_lost { Err(Error::Away(format!("lost {at:?}"))) } else { Ok(()) }
+    }
+
+    async fn around<T>(&self, op: Op, does: impl Future<Output = Result<T>>) -> Result<T> {
+        self.pass(At::Before(op)).await?;
+        let answer = does.await;
+        self.pass(At::After(op)).await?;
+        answer
+    }
+}
+
+#[async_trait]
+impl Broker for Puppet {
+    fn partitions(&self) -> &[Partition] {
+        self.broker.partitions()
+    }
+
+    async fn check(&self) -> Result<Vec<Finding>> {
+        self.broker.check().await
+    }
+
+    async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>> {
+        self.broker.append(partition, entries).await
+    }
+
+    async fn read(&self, partition: PartitionNumber, after: EntryId, count: usize, wait: Duration) -> Result<Vec<Entry>> {
+        self.around(Op::Read, self.broker.read(partition, after, count, wait)).await
+    }
+
+    async fn head(&self, partition: PartitionNumber) -> Result<Head> {
+        let old = self.old_head.lock().expect("no panic under it").take();
+        self.around(Op::Head, async { if let Some(old) = old { Ok(old) } else { self.broker.head(partition).await } }).await
+    }
+
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+        self.around(Op::Commit, self.broker.commit(partition, batch)).await
+    }
+
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+        self.around(Op::Slice, self.broker.commit_slice(partition, slice)).await
+    }
+
+    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
+        self.broker.tick(partition).await
+    }
+
+    async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
+        if self.everyone_owns.load(Ordering::Relaxed) {
+            return Ok(Lease::Mine);
+        }
+        self.around(Op::Lease, self.broker.lease(partition, node, ttl)).await
+    }
+
+    async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
+        self.broker.release(partition, node).await
+    }
+
+    async fn take_over(&self, partition: PartitionNumber) -> Result<u32> {
+        self.broker.take_over(partition).await
+    }
+
+    async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32> {
+        self.broker.note_attempt(partition, entry).await
+    }
+
+    async fn page(&self, partition: PartitionNumber, target: &Target, after: NotificationId, limit: usize) -> Result<Page> {
+        self.around(Op::Page, self.broker.page(partition, target, after, limit)).await
+    }
+
+    async fn records(&self, partition: PartitionNumber, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
+        self.around(Op::Records, self.broker.records(partition, ids)).await
+    }
+
+    async fn feed(&self) -> Result<Feed> {
+        let Feed { follow: inner_follow, notices: mut inner_notices } = self.broker.feed().await?;
+        let (follow, mut requests) = mpsc::unbounded_channel();
+        let (out, notices) = mpsc::channel(64);
+        let ear = Arc::clone(&self.ear);
+        {
+            let mut ear = ear.lock().await;
+            ear.out = Some(out.clone());
+            ear.kept.clear();
+            ear.asked.clear();
+        }
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    request = requests.recv() => {
+                        let Some(request) = request else { return };
+                        if let Follow::Start { token, target, .. } = &request {
+                            ear.lock().await.asked.insert(*token, target.clone());
+                        }
+                        drop(inner_follow.send(request));
+                    }
+                    batch = inner_notices.recv() => {
+                        let Some(batch) = batch else { return };
+                        let mut ear = ear.lock().await;
+                        let Ear { sieve, kept, asked, .. } = &mut *ear;
+                        let mut passed = Vec::new();
+                        for notice in batch {
+                            let log = if let Notice::Following { token } = &notice { asked.get(token) } else { None };
+                            match sieve.as_mut().map_or(Fate::Pass, |sieve| sieve(&notice, log)) {
+                                Fate::Pass => passed.push(notice),
+                                Fate::Drop => {}
+                                Fate::Keep => kept.push(notice),
+                            }
+                        }
+                        // Under the lock, so that what is released comes before what arrives after it.
+                        if !passed.is_empty() && out.send(passed).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+        Ok(Feed { follow, notices })
+    }
+
+    async fn recipient(&self, user: &Name) -> Result<Recipient> {
+        self.around(Op::Recipient, self.broker.recipient(user)).await
+    }
+
+    async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
+        self.broker.change_recipient(user, change).await
+    }
+
+    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+        self.broker.dead_letters(partition, after, limit).await
+    }
+
+    async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
+        self.broker.redrive(partition, id).await
+    }
+
+    async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
+        self.broker.drop_dead_letter(partition, id).await
+    }
+
+    async fn decisions(
+        &self,
+        partition: PartitionNumber,
+        limit: usize,
+    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+        self.broker.decisions(partition, limit).await
+    }
+
+    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
+        self.broker.state(partition).await
+    }
+}

@@ -1,0 +1,361 @@
+//! Where an interleaving is played: a broker, what is committed to it, and clients that receive, are cut and come back.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pointsman::broker::embedded::Embedded;
+use pointsman::broker::redis::Redis;
+use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice};
+pub(super) use pointsman::clock::now_ms;
+use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
+use pointsman::hub::{Hub, StreamGuard};
+use pointsman::metrics::Metrics;
+use pointsman::subscription::cursor::Cursor;
+use pointsman::subscription::{Filter, Gap, Next, Record, Start};
+
+use super::puppet::Puppet;
+use crate::harness::redis::RedisServer;
+
+pub(super) const SOURCE: &str = "pointsman:events";
+/// What the keys of its partition begin with.
+pub(super) const TAG: &str = "{pointsman:events}:";
+pub(super) const SOON: Duration = Duration::from_secs(20);
+
+/// Asks until the answer is the wanted one.
+pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let asking = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(SOON, asking).await.unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+pub(super) fn name(text: &str) -> Name {
+    Name::parse(text).expect("a name")
+}
+
+pub(super) fn target(log: &str) -> Target {
+    log.parse().expect("a target")
+}
+
+/// A route to these targets, separated by spaces.
+pub(super) fn to(targets: &str) -> Route {
+    let to = targets.split(' ').map(target).collect();
+    Route { by: name("test"), to, when: None, priority: Priority::Normal, expires_ms: None, collapse: None, event_name: None, body: None }
+}
+
+pub(super) fn urgent(targets: &str) -> Route {
+    Route { priority: Priority::Urgent, ..to(targets) }
+}
+
+pub(super) fn keyed(key: &str, route: Route) -> Route {
+    Route { collapse: Some(name(key)), ..route }
+}
+
+/// An installation.
+pub(super) struct Stage {
+    server: Option<RedisServer>,
+    sources: Vec<String>,
+    retention: Retention,
+    pub(super) puppet: Arc<Puppet>,
+    pub(super) metrics: Metrics,
+    n_fences: AtomicU64,
+    /// The partition under test, the first.
+    pub(super) p: PartitionNumber,
+}
+
+impl Stage {
+    pub(super) async fn redis() -> Self {
+        Self::redis_with(&[SOURCE], Retention::default()).await
+    }
+
+    pub(super) async fn redis_with(sources: &[&str], retention: Retention) -> Self {
+        let server = RedisServer::start();
+        let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
+        let broker: Arc<dyn Broker> = Arc::new(Redis::connect(&server.url(), &sources, retention.clone()).await.expect("connect"));
+        let p = broker.partitions()[0].number;
+        Self {
+            server: Some(server),
+            sources,
+            retention,
+            puppet: Puppet::over(broker),
+            metrics: Metrics::default(),
+            n_fences: AtomicU64::new(0),
+            p,
+        }
+    }
+
+    pub(super) async fn embedded() -> Self {
+        Self::embedded_with(&[SOURCE], Retention::default()).await
+    }
+
+    pub(super) async fn embedded_with(sources: &[&str], retention: Retention) -> Self {
+        let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
+        let broker: Arc<dyn Broker> = Arc::new(Embedded::ephemeral(&sources, retention.clone()).expect("memory"));
+        let p = broker.partitions()[0].number;
+        Self { server: None, sources, retention, puppet: Puppet::over(broker), metrics: Metrics::default(), n_fences: AtomicU64::new(0), p }
+    }
+
+    pub(super) fn server(&self) -> &RedisServer {
+        self.server.as_ref().expect("this is played on Redis")
+    }
+
+    pub(super) fn is_redis(&self) -> bool {
+        self.server.is_some()
+    }
+
+    /// The broker of one more node.
+    pub(super) async fn another(&self) -> Arc<Puppet> {
+        self.another_with(&self.sources).await
+    }
+
+    /// The broker of one more node, which is configured with other sources.
+    pub(super) async fn another_with(&self, sources: &[String]) -> Arc<Puppet> {
+        match &self.server {
+            Some(server) => Puppet::over(Arc::new(Redis::connect(&server.url(), sources, self.retention.clone()).await.expect("connect"))),
+            // One process has the data; what is another node there is another user of the same broker.
+            None => Puppet::over(Arc::clone(&self.puppet.broker)),
+        }
+    }
+
+    pub(super) fn hub(&self) -> Hub {
+        Hub::start(Arc::clone(&self.puppet) as Arc<dyn Broker>, self.metrics.clone())
+    }
+
+    pub(super) async fn head(&self) -> Head {
+        self.puppet.broker.head(self.p).await.expect("head")
+    }
+
+    pub(super) fn item(&self, entry: EntryId, id: &str, routes: &[Route]) -> Item {
+        let document = format!(r#"{{"specversion":"1.0","id":"{id}","source":"/test","type":"t"}}"#);
+        let event = Event::from_json(entry, "/test", document.as_bytes()).expect("an event");
+        let plan = Plan { routes: routes.to_vec() };
+        let targets = plan.targets();
+        let record = Bytes::from(serde_json::to_vec(&Notification { entry, event, plan }).expect("JSON"));
+        Item { entry, dedupe: None, proposal: Proposal::Commit { record, targets }, decision: Decision::default() }
+    }
+
+    /// Commits events under the next entry ids, as an owner would, and answers their ids.
+    pub(super) async fn commit(&self, events: &[(&str, &[Route])]) -> Vec<NotificationId> {
+        self.commit_in(self.p, events).await
+    }
+
+    pub(super) async fn commit_in(&self, partition: PartitionNumber, events: &[(&str, &[Route])]) -> Vec<NotificationId> {
+        let broker = &self.puppet.broker;
+        let mut ids = Vec::with_capacity(events.len());
+        for some in events.chunks(64) {
+            let head = broker.head(partition).await.expect("head");
+            let entry = next_entry(head.position.entry);
+            let items = (0..).zip(some).map(|(k, (id, routes))| self.item(EntryId { seq: entry.seq + k, ..entry }, id, routes)).collect();
+            match broker.commit(partition, Batch { life: head.life, prev: head.position, items }).await.expect("commit") {
+                Committed::Done(outcomes) => ids.extend(outcomes.into_iter().map(|(outcome, id)| {
+                    assert_eq!(outcome, Outcome::Committed);
+                    id.expect("what is committed has an id")
+                })),
+                Committed::Refused => panic!("the commit from {} was refused", head.position),
+            }
+        }
+        ids
+    }
+
+    pub(super) async fn event(&self, id: &str, routes: &[Route]) -> NotificationId {
+        self.commit(&[(id, routes)]).await[0]
+    }
+
+    /// Events `prefix1` to `prefixN`, all by the same routes.
+    pub(super) async fn events(&self, prefix: &str, n: usize, routes: &[Route]) -> Vec<NotificationId> {
+        let ids: Vec<String> = (1..=n).map(|k| format!("{prefix}{k}")).collect();
+        let events: Vec<(&str, &[Route])> = ids.iter().map(|id| (id.as_str(), routes)).collect();
+        self.commit(&events).await
+    }
+
+    /// Writes one slice of a plan: of an event with all of `routes`, those logs.
+    pub(super) async fn slice(&self, id: &str, routes: &[Route], logs: &[&str], index: u32, is_last: bool) -> NotificationId {
+        let head = self.head().await;
+        let entry = if index == 0 { next_entry(head.position.entry) } else { head.position.entry };
+        let mut item = self.item(entry, id, routes);
+        let Proposal::Commit { targets, .. } = &mut item.proposal else { unreachable!("it is one") };
+        *targets = logs.iter().map(|log| target(log)).collect();
+        let slice = Slice { life: head.life, prev: head.position, item, index, is_last };
+        match self.puppet.broker.commit_slice(self.p, slice).await.expect("commit_slice") {
+            Committed::Done(outcomes) => outcomes[0].1.expect("an id"),
+            Committed::Refused => panic!("the slice was refused"),
+        }
+    }
+
+    /// The events in a log, by the ids that their publishers gave them.
+    pub(super) async fn log(&self, log: &str) -> Vec<String> {
+        let page = self.puppet.broker.page(self.p, &target(log), NotificationId(0), 100_000).await.expect("page");
+        let ids: Vec<NotificationId> = page.entries.iter().map(|entry| entry.0).collect();
+        let records = self.puppet.broker.records(self.p, &ids).await.expect("records");
+        records.into_iter().map(|record| event_id(&Record::parse(&record.expect("a record")).expect("JSON"))).collect()
+    }
+
+    pub(super) async fn change(&self, user: &str, change: RecipientChange) {
+        self.puppet.broker.change_recipient(&name(user), change).await.expect("change_recipient");
+    }
+
+    pub(super) async fn leave(&self, user: &str, group: &str) {
+        self.change(user, RecipientChange::Leave { group: name(group) }).await;
+    }
+
+    pub(super) async fn join(&self, user: &str, group: &str) {
+        self.change(user, RecipientChange::Join { group: name(group) }).await;
+    }
+
+    /// Waits until a client, by a notice of its own, has heard all that was published until now; so has every stream on the same node.
+    pub(super) async fn fence(&self, client: &mut Client) {
+        let id = format!("fence {}", self.n_fences.fetch_add(1, Ordering::Relaxed));
+        self.event(&id, &[to(&format!("u:{}", client.user))]).await;
+        while client.event().await != id {}
+    }
+
+    /// Makes ids run an hour ahead of the clock, as they do after the clock ran ahead: they are then numbered without gaps, so that a life
+    /// that lost a tail issues the very same ids again.
+    pub(super) fn number_ids(&self) {
+        let () = self.server().command(&format!("HSET {TAG}meta last {}", NotificationId::at_ms(now_ms() + 3_600_000)));
+    }
+}
+
+pub(super) fn an_hour_ahead() -> NotificationId {
+    NotificationId::at_ms(now_ms() + 3_600_000)
+}
+
+/// The id of the next entry in the same millisecond.
+pub(super) fn next_entry(entry: EntryId) -> EntryId {
+    EntryId { ms: entry.ms.max(1_700_000_000_000), seq: entry.seq + 1 }
+}
+
+pub(super) fn event_id(record: &Record) -> String {
+    record.notification().event.id.to_string()
+}
+
+/// What a client receives.
+#[derive(Debug)]
+pub(super) enum Frame {
+    Event { id: String, priority: Priority, record: Arc<Record> },
+    Gap(Gap),
+    Cursor,
+}
+
+/// A client with its open stream. Its cursor is that of the last frame that it took.
+pub(super) struct Client {
+    user: Name,
+    guard: StreamGuard,
+    pub(super) cursor: Option<String>,
+}
+
+impl Client {
+    pub(super) fn open(hub: &Hub, user: &str, start: Start) -> Self {
+        Self { user: name(user), guard: hub.open(name(user), start, Filter::default()), cursor: None }
+    }
+
+    /// A new client whose stream is live and whose first frame, the cursor, was taken.
+    pub(super) async fn live(hub: &Hub, user: &str) -> Self {
+        let mut client = Self::open(hub, user, Start::Latest);
+        assert!(matches!(client.frame().await, Frame::Cursor));
+        client.until_live().await;
+        client
+    }
+
+    pub(super) async fn until_live(&self) {
+        until("the stream is live", async || self.guard.stream().lock().is_live()).await;
+    }
+
+    pub(super) fn is_live(&self) -> bool {
+        self.guard.stream().lock().is_live()
+    }
+
+    /// The low-water mark of a partition.
+    pub(super) fn low_water(&self, partition: PartitionNumber) -> NotificationId {
+        self.guard.stream().lock().marks(partition).0
+    }
+
+    pub(super) fn round(&self, partition: PartitionNumber) -> u64 {
+        self.guard.stream().lock().round(partition)
+    }
+
+    /// The next frame, as a socket takes it.
+    pub(super) async fn frame(&mut self) -> Frame {
+        let stream = self.guard.stream();
+        let taking = std::future::poll_fn(|cx| {
+            stream.register(cx.waker());
+            let mut subscription = stream.lock();
+            let Some(next) = subscription.next(now_ms()) else { return Poll::Pending };
+            let mut cursor = String::new();
+            subscription.encode_cursor(&mut cursor);
+            Poll::Ready((next, cursor))
+        });
+        let (next, cursor) = tokio::time::timeout(SOON, taking).await.expect("a frame comes");
+        stream.made_room();
+        assert!(cursor.len() <= 123, "{cursor}");
+        let read = Cursor::decode(&cursor, &self.user);
+        assert!(read.is_ok(), "the cursor {cursor} cannot be read back: {read:?}");
+        // A gap has no cursor of its own: with that of now, a client that is cut before the next gap would never be told of it.
+        if !matches!(next, Next::Gap(_)) {
+            self.cursor = Some(cursor);
+        }
+        match next {
+            Next::Notification { record, route, .. } => {
+                Frame::Event { id: event_id(&record), priority: record.route(route).priority, record }
+            }
+            Next::Gap(gap) => Frame::Gap(gap),
+            Next::Cursor => Frame::Cursor,
+        }
+    }
+
+    /// The next event; that nothing is missing before it is asked, too.
+    pub(super) async fn event(&mut self) -> String {
+        loop {
+            match self.frame().await {
+                Frame::Event { id, .. } => return id,
+                Frame::Cursor => {}
+                Frame::Gap(gap) => panic!("expected an event, received {gap:?}"),
+            }
+        }
+    }
+
+    /// Takes as many events as are expected, and compares them.
+    pub(super) async fn expect(&mut self, events: &[&str]) {
+        let mut received = VecDeque::new();
+        for _ in events {
+            received.push_back(self.event().await);
+        }
+        assert_eq!(received, events);
+    }
+
+    /// The next gap; nothing else but cursors comes before it.
+    pub(super) async fn gap(&mut self) -> Gap {
+        loop {
+            match self.frame().await {
+                Frame::Gap(gap) => return gap,
+                Frame::Cursor => {}
+                Frame::Event { id, .. } => panic!("expected a gap, received {id}"),
+            }
+        }
+    }
+
+    /// The cursor with which the client comes back.
+    pub(super) fn resume(&self) -> Start {
+        let cursor = self.cursor.as_ref().expect("it received something");
+        Start::Cursor(Cursor::decode(cursor, &self.user).expect("its own cursor"))
+    }
+
+    /// The connection breaks, and the client comes back to this hub with its cursor.
+    pub(super) fn back(self, hub: &Hub) -> Self {
+        let (start, cursor) = (self.resume(), self.cursor);
+        let user = self.user;
+        drop(self.guard);
+        Self { guard: hub.open(user.clone(), start, Filter::default()), user, cursor }
+    }
+
+    /// The connection breaks; the client has this to come back with.
+    pub(super) fn cut(self) -> Start {
+        self.resume()
+    }
+}
