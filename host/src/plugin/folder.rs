@@ -109,6 +109,7 @@ fn called(file: &str) -> String {
 pub(super) mod tests {
     use std::os::unix::fs::symlink;
     use std::process::Command;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -142,7 +143,9 @@ pub(super) mod tests {
         let first = folder.look();
         assert_eq!(first, folder.look());
         // The clock of a file system ticks every few milliseconds.
+        let deadline = Instant::now() + Duration::from_secs(5);
         while folder.look() == first {
+            assert!(Instant::now() < deadline, "{first:?} is all that was seen");
             fs::write(&file, "two").unwrap();
             File::options().write(true).open(&file).unwrap().set_modified(written).unwrap();
         }
