@@ -15,7 +15,7 @@ const LEVELS: [&[&str]; 9] = [
     &["recipients", "pipeline"],
     // Ingest and delivery: they meet only in the log, which is the broker's.
     &["ingest", "subscription"],
-    &["hub"],
+    &["hub", "bookmarks"],
     &["sse", "watch"],
     &["server"],
     &["http"],

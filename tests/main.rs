@@ -6,6 +6,7 @@ mod architecture;
 mod clients;
 mod commands;
 mod conformance;
+mod devices;
 mod durability;
 mod embedded;
 mod harness;

@@ -6,6 +6,7 @@
 //! asked in `conformance`; here ingest and delivery play along, over a broker on strings (`puppet`).
 
 mod cursors;
+mod devices;
 mod gaps;
 mod ingest;
 mod lives;

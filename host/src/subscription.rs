@@ -375,8 +375,7 @@ impl Subscription {
         let (life, low_water) = match &self.start {
             // Added since the cursor was written: from its beginning.
             Start::Cursor(_) => (head.life, head.origin),
-            // At the floor if nothing newer is there, so that a quiet partition does not look trimmed.
-            Start::Latest | Start::Unknown => (head.life, head.last.max(head.floor)),
+            Start::Latest | Start::Unknown => (head.life, head.latest()),
             Start::Earliest => (head.life, NotificationId(0)),
             // Before the partition's beginning there is nothing, so that asking for it misses nothing.
             Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top()).max(head.origin)),
@@ -388,23 +387,14 @@ impl Subscription {
         }
     }
 
-    /// If the own life is over: nothing above the last id that survived into the life that followed it can be trusted, because ids
-    /// are issued again after a rewind.
+    /// If the own life is over: what did not survive it was not had, see [`Head::survived`].
     fn survive(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let is_mine = |had: &Had| had.partition == number;
         let own = self.partitions[at].life;
         let low_water = self.partitions[at].low_water;
         let highest = self.had.iter().filter(|had| is_mine(had)).map(|had| had.id).max().unwrap_or_default().max(low_water);
-        let bound = if own == Some(head.life) {
-            // In the present life nobody can have had what is not there; a client that says so made it up.
-            head.top().max(head.floor).max(head.origin)
-        } else {
-            match head.lives.iter().position(|(life, _)| Some(*life) == own) {
-                Some(index) => head.lives.get(index + 1).map_or(head.top(), |(_, survived)| *survived),
-                None => NotificationId(0),
-            }
-        };
+        let bound = own.map_or(NotificationId(0), |life| head.survived(life));
         if highest > bound {
             self.announce(Gap { partition: number, reason: GapReason::Rewound, from: bound, to: highest });
             self.had.retain(|had| !is_mine(had) || had.id <= bound);

@@ -70,7 +70,7 @@ pub(super) async fn page(
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!("limit is {limit}; it may be 1 to {MAX_LIMIT}")));
     }
-    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &user));
+    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &user).unwrap_or(Start::Latest));
     let filter = selection.filter()?;
     let hub = state.hub().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
     let mut page = Page { notifications: Vec::new(), gaps: Vec::new(), cursor: String::new(), more: false };
