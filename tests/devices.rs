@@ -1,5 +1,5 @@
 //! Devices: a page that was closed at night and comes back in the morning with nothing but its device's name shows what came in between, once
-//! each; and what is said by `POST /v1/acks`.
+//! each; what is said by `POST /v1/acks`; and what is read.
 
 use serde_json::{Value, json};
 
@@ -147,4 +147,70 @@ fn while_redis_is_away_the_stream_of_a_device_is_told_to_come_back_and_misses_no
         let mut stream = Request::new(node.addr(), "user=ann&device=phone").open(SOON).ok()?;
         (stream.next_frame(SOON).ok()?.state() == Some("cursor")).then(|| expect(&mut stream, &["a"]))
     });
+}
+
+fn page(node: &Node, query: &str) -> Value {
+    let answer = node.request("GET", &format!("/v1/notifications?{query}"));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.json()
+}
+
+/// The ids of a page's events, those that are read in brackets, and the number of unread ones.
+fn shown(page: &Value) -> (Vec<String>, Value) {
+    let items = page["notifications"].as_array().expect("a list").iter().map(|item| {
+        let id = item["data"]["id"].as_str().expect("an id");
+        if item["read"].as_bool().expect("read or not") { format!("({id})") } else { id.to_owned() }
+    });
+    (items.collect(), page["unread"].clone())
+}
+
+#[test]
+fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
+    let server = RedisServer::start();
+    for node in [Node::builder().start(), Node::builder().redis(server.url()).start()] {
+        let unread = |count: usize| json!({ "count": count, "exact": true });
+        assert_eq!(shown(&page(&node, "user=ann")), (vec![], unread(0)));
+        let mut stream = open(&node, "user=ann&device=phone");
+        publish(&node, "ann", &["a", "b", "c"]);
+        expect(&mut stream, &["a", "b", "c"]);
+        let all = page(&node, "user=ann");
+        assert_eq!(shown(&all), (vec!["a".into(), "b".into(), "c".into()], unread(3)));
+        // By the id of an item of the list, or of a frame.
+        acknowledged(&node, "ann", &json!({ "id": all["notifications"][1]["id"], "read": true }));
+        assert_eq!(shown(&page(&node, "user=ann")), (vec!["(a)".into(), "(b)".into(), "c".into()], unread(1)));
+        // Never backwards.
+        acknowledged(&node, "ann", &json!({ "id": all["notifications"][0]["id"], "read": true }));
+        let after = all["notifications"][0]["id"].as_str().expect("an id");
+        assert_eq!(shown(&page(&node, &format!("user=ann&after={after}&limit=1"))), (vec!["(b)".into()], unread(1)));
+        // To have it on a device is not to have read it; both can be said at once.
+        acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        assert_eq!(shown(&page(&node, "user=ann")).1, unread(1));
+        acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone", "read": true }));
+        assert_eq!(shown(&page(&node, "user=ann")), (vec!["(a)".into(), "(b)".into(), "(c)".into()], unread(0)));
+        publish(&node, "ann", &["d"]);
+        expect(&mut stream, &["d"]);
+        let (items, count) = shown(&page(&node, "user=ann"));
+        assert_eq!((items[3].as_str(), count), ("d", unread(1)));
+        // It is ann's alone.
+        publish(&node, "bob", &["of bob"]);
+        node.settle(SOON);
+        assert_eq!(shown(&page(&node, "user=bob")), (vec!["of bob".into()], unread(1)));
+    }
+}
+
+/// What is asked for is counted, up to a hundred, wherever the page stands.
+#[test]
+fn a_count_of_unread_ones_that_is_no_more_than_a_lower_bound_says_so() {
+    let node = Node::builder().start();
+    let many: Vec<_> = (1..=101).map(|n| event(&n.to_string(), "chat", json!({ "user": "ann" }))).collect();
+    node.publisher().publish(&many);
+    publish(&node, "ann", &["of a device"]);
+    node.settle(SOON);
+    let count = |query: &str| page(&node, &format!("user=ann&{query}"))["unread"].clone();
+    assert_eq!(count("limit=1"), json!({ "count": 100, "exact": false }));
+    assert_eq!(count("types=device"), json!({ "count": 1, "exact": true }));
+    let first = page(&node, "user=ann&limit=1");
+    acknowledged(&node, "ann", &json!({ "id": first["cursor"], "read": true }));
+    assert_eq!(count("types=chat"), json!({ "count": 100, "exact": true }));
+    assert_eq!(count("after=latest"), json!({ "count": 100, "exact": false }));
 }

@@ -264,3 +264,23 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     stage.event("next", &[to("u:ann")]).await;
     having(&stage, start(&bookmarks, "phone").await, &["next"]).await;
 }
+
+/// What comes under an id that was issued again is another notification, which nobody has read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_read_and_lost_in_a_fail_over_does_not_make_read_what_comes_under_its_ids() {
+    let stage = Stage::redis().await;
+    stage.number_ids();
+    let bookmarks = stage.bookmarks();
+    let kept = stage.event("kept", &[to("u:ann")]).await;
+    stage.server().snapshot();
+    let lost = stage.event("lost", &[to("u:ann")]).await;
+    let mark = cursor(&having(&stage, Start::Earliest, &["kept", "lost"]).await);
+    bookmarks.acknowledge(&name("ann"), &mark, &[BookmarkOf::ReadMark]).await.expect("it is taken");
+    let standing = bookmarks.standing(&mark).await.expect("heads");
+    assert!(standing.covers(stage.p, kept) && standing.covers(stage.p, lost));
+    stage.server().fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
+    assert_eq!(stage.event("instead", &[to("u:ann")]).await, lost, "the id is issued again");
+    let mark = bookmarks.read_mark(&name("ann")).await.expect("it is there").expect("it was kept");
+    let standing = bookmarks.standing(&mark).await.expect("heads");
+    assert!(standing.covers(stage.p, kept) && !standing.covers(stage.p, lost));
+}
