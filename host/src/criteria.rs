@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::{Malformed, Value};
 
+mod attributes;
+
+pub use attributes::parse_attributes;
+
 /// A recipient's attributes, by name.
 pub type Attributes = BTreeMap<String, Value>;
 

@@ -4,8 +4,46 @@
 //! group sees what was committed from joining to leaving, and both are ids, so that a commit cannot race with a change. Knows nothing
 //! of streams: see `subscription`. Where memberships are kept is the broker's business.
 
-use crate::broker::{PartitionNumber, Recipient};
+use std::collections::BTreeSet;
+
+use crate::broker::{PartitionNumber, Recipient, Span};
+use crate::criteria::Attributes;
 use crate::event::{Name, NotificationId, Plan, Priority, Target};
+
+/// What a token says of its user, beside who that is; it holds for what is read by this token, as long as the token does.
+///
+/// A claim says nothing of when it began. So its groups are the reader's wherever the reader stands: from the cursor, and what is still kept
+/// where that is asked for. A token without it is a reader who never was a member by claim.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Claims {
+    pub groups: BTreeSet<Name>,
+    pub attributes: Attributes,
+}
+
+/// Who reads: a user, by what was shown of it.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    pub user: Name,
+    pub claims: Claims,
+}
+
+impl Reader {
+    /// Who this is to a plan: what the broker knows of the user, and what was claimed. A member of either's groups; where both name an
+    /// attribute, the claim wins, which was made for this reader and not for the user wherever it reads.
+    pub fn as_recipient(&self, mut known: Recipient, partitions: impl Iterator<Item = PartitionNumber> + Clone) -> Recipient {
+        for group in &self.claims.groups {
+            known.groups.insert(group.clone(), partitions.clone().map(|partition| (partition, Span::default())).collect());
+        }
+        known.attributes.extend(self.claims.attributes.iter().map(|(name, value)| (name.clone(), value.clone())));
+        known
+    }
+}
+
+impl From<Name> for Reader {
+    fn from(user: Name) -> Self {
+        Self { user, claims: Claims::default() }
+    }
+}
 
 /// Where in the history a plan stands, and when it is judged.
 #[derive(Clone, Copy, Debug)]
@@ -103,6 +141,25 @@ mod tests {
         assert_eq!([10, 11, 20, 21].map(|id| sees(&left, id)), [false, true, true, false]);
         assert!(sees(&member(10, None), 1_000));
         assert!(!sees(&Recipient::default(), 1_000));
+    }
+
+    #[test]
+    fn a_claim_makes_a_member_wherever_the_reader_stands_and_wins_over_what_is_known() {
+        let claims = Claims {
+            groups: BTreeSet::from([name("ops"), name("dev")]),
+            attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]),
+        };
+        let mut known = member(10, Some(20));
+        known.groups.insert(name("chat"), BTreeMap::from([(P, Span { joined: NotificationId(15), left: None })]));
+        known.attributes.extend([("plan".into(), Value::Text("free".into())), ("age".into(), Value::Integer(30))]);
+        let reader = Reader { user: name("a"), claims };
+        let recipient = reader.as_recipient(known.clone(), [P].into_iter());
+        let is_member = |group: &str, id| recipient.is_member(&name(group), P, NotificationId(id));
+        assert!([1, 15, 25].into_iter().all(|id| is_member("ops", id) && is_member("dev", id)));
+        assert_eq!([15, 16].map(|id| is_member("chat", id)), [false, true]);
+        assert_eq!(recipient.attributes["plan"], Value::Text("pro".into()));
+        assert_eq!(recipient.attributes["age"], Value::Integer(30));
+        assert_eq!(Reader::from(name("a")).as_recipient(known.clone(), [P].into_iter()), known);
     }
 
     #[test]

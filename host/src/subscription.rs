@@ -17,7 +17,7 @@ use bytes::Bytes;
 
 use crate::broker::{Head, PartitionNumber, Recipient};
 use crate::event::{Life, Name, Notification, NotificationId, Priority, Route, Target};
-use crate::recipients::{Moment, winning_route};
+use crate::recipients::{Moment, Reader, winning_route};
 
 pub mod cursor;
 mod lanes;
@@ -203,10 +203,10 @@ struct Had {
 /// See the head of this file.
 #[derive(Debug)]
 pub struct Subscription {
-    user: Name,
+    reader: Reader,
     filter: Filter,
     start: Start,
-    recipient: Arc<Recipient>,
+    recipient: Recipient,
     /// Reads of the recipient begun so far; the one that `recipient` came from; the first that is new enough.
     n_reads: u64,
     recipient_read: u64,
@@ -224,7 +224,7 @@ pub struct Subscription {
 
 impl Subscription {
     /// A subscription that is in replay everywhere and waits for its first [`Subscription::begin`].
-    pub fn new(user: Name, start: Start, filter: Filter, partitions: impl IntoIterator<Item = PartitionNumber>) -> Self {
+    pub fn new(reader: impl Into<Reader>, start: Start, filter: Filter, partitions: impl IntoIterator<Item = PartitionNumber>) -> Self {
         let named = |number| match &start {
             Start::Cursor(cursor) => cursor.positions.iter().find(|position| position.partition == number),
             _ => None,
@@ -246,10 +246,10 @@ impl Subscription {
         let had = had.map(|&(partition, id)| Had { partition, id, collapse: Collapse::Unknown }).collect();
         Self {
             partitions,
-            user,
+            reader: reader.into(),
             filter,
             start,
-            recipient: Arc::default(),
+            recipient: Recipient::default(),
             n_reads: 0,
             recipient_read: 0,
             needed_read: 1,
@@ -263,7 +263,7 @@ impl Subscription {
     }
 
     pub fn user(&self) -> &Name {
-        &self.user
+        &self.reader.user
     }
 
     /// Whether every partition is live and nothing waits.
@@ -297,16 +297,16 @@ impl Subscription {
     }
 
     /// Replaces what is known of the user, unless a later read came first: partitions replay side by side.
-    pub fn set_recipient(&mut self, ticket: u64, recipient: Arc<Recipient>) {
+    pub fn set_recipient(&mut self, ticket: u64, known: Recipient) {
         if ticket > self.recipient_read {
             self.recipient_read = ticket;
-            self.recipient = recipient;
+            self.recipient = self.reader.as_recipient(known, self.partitions.iter().map(|partition| partition.number));
         }
     }
 
     /// The logs that count in a partition, each with the id above which.
     pub fn logs(&self, partition: PartitionNumber) -> Vec<(Target, NotificationId)> {
-        self.recipient.logs(&self.user, partition, self.at(partition).low_water)
+        self.recipient.logs(self.user(), partition, self.at(partition).low_water)
     }
 
     /// Goes back to replay from the low-water mark, and answers the round that the replay must name.
@@ -446,7 +446,7 @@ impl Subscription {
 
     fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<usize> {
         let moment = Moment { partition, id, now_ms: self.broker_now(node_now_ms) };
-        let route = winning_route(&record.notification.plan, &self.user, &self.recipient, moment)?;
+        let route = winning_route(&record.notification.plan, self.user(), &self.recipient, moment)?;
         self.filter.passes(&record.notification, record.route(route)).then_some(route)
     }
 
@@ -652,7 +652,7 @@ impl Subscription {
         let positions =
             self.partitions.iter().filter_map(|p| Some(Position { partition: p.number, life: p.life?, low_water: p.low_water }));
         let had = self.had.iter().map(|had| (had.partition, had.id));
-        Cursor { positions: positions.collect(), had: had.collect() }.encode(&self.user, out);
+        Cursor { positions: positions.collect(), had: had.collect() }.encode(self.user(), out);
     }
 
     /// Moves the low-water mark to just below the lowest that waits, or to `seen`.

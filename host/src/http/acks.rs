@@ -36,7 +36,7 @@ struct Acknowledgement {
 /// would send, 503 while the broker is away.
 pub(super) async fn acknowledge(Shared(state): Shared<Arc<State>>, request: Request) -> Result<StatusCode, ApiError> {
     let (parts, body) = request.into_parts();
-    let user = state.auth().stream_identity(&parts)?.user;
+    let user = state.auth().stream_identity(&parts)?.reader.user;
     // A page of another origin can send every other type with a user's cookie, unasked.
     let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if !kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {

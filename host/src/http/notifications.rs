@@ -15,6 +15,7 @@ use crate::broker::{self, PartitionNumber};
 use crate::clock::now_ms;
 use crate::event::{Name, NotificationId};
 use crate::hub::Hub;
+use crate::recipients::Reader;
 use crate::sse;
 use crate::subscription::cursor::Cursor;
 use crate::subscription::{Filter, Next, Start};
@@ -85,19 +86,19 @@ pub(super) async fn page(
     request: Request,
 ) -> Result<Json<Page>, ApiError> {
     let (parts, _) = request.into_parts();
-    let user = state.auth().stream_identity(&parts)?.user;
+    let reader = state.auth().stream_identity(&parts)?.reader;
     let limit = asked.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!("limit is {limit}; it may be 1 to {MAX_LIMIT}")));
     }
-    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &user).unwrap_or(Start::Latest));
+    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &reader.user).unwrap_or(Start::Latest));
     let filter = selection.filter()?;
     let hub = state.hub().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
     let bookmarks = state.bookmarks()?;
     let read = async {
-        let mark = bookmarks.read_mark(&user).await?;
+        let mark = bookmarks.read_mark(&reader.user).await?;
         let (mut page, unread) =
-            tokio::join!(read_page(hub, &user, start, filter.clone(), limit), count_unread(hub, &user, mark.as_ref(), filter.clone()));
+            tokio::join!(read_page(hub, &reader, start, filter.clone(), limit), count_unread(hub, &reader, mark.as_ref(), filter.clone()));
         page.unread = unread;
         page.mark_read(bookmarks, mark.as_ref()).await?;
         Ok::<_, broker::Error>(page)
@@ -107,10 +108,10 @@ pub(super) async fn page(
     Ok(Json(read.map_err(|_| ApiError::away("the broker did not answer in time"))??))
 }
 
-async fn read_page(hub: &Hub, user: &Name, start: Start, filter: Filter, limit: usize) -> Page {
+async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, limit: usize) -> Page {
     let unread = Unread { count: 0, exact: true };
     let mut page = Page { notifications: Vec::new(), gaps: Vec::new(), cursor: String::new(), more: false, unread };
-    hub.read(user.clone(), start, filter, limit, |subscription| {
+    hub.read(reader.clone(), start, filter, limit, |subscription| {
         while page.notifications.len() < limit
             && let Some(next) = subscription.next(now_ms())
         {
@@ -156,10 +157,10 @@ impl Page {
     }
 }
 
-async fn count_unread(hub: &Hub, user: &Name, mark: Option<&Cursor>, filter: Filter) -> Unread {
+async fn count_unread(hub: &Hub, reader: &Reader, mark: Option<&Cursor>, filter: Filter) -> Unread {
     let start = mark.map_or(Start::Earliest, |mark| Start::Cursor(mark.clone()));
     let mut count = 0;
-    hub.read(user.clone(), start, filter, MAX_UNREAD + 1, |subscription| {
+    hub.read(reader.clone(), start, filter, MAX_UNREAD + 1, |subscription| {
         while count <= MAX_UNREAD
             && let Some(next) = subscription.next(now_ms())
         {

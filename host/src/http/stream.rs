@@ -93,23 +93,23 @@ pub(super) async fn open(
     let Some(hub) = state.hub() else {
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
     };
-    let start = match (start(&parts, resume, &identity.user), device.device) {
+    let start = match (start(&parts, resume, &identity.reader.user), device.device) {
         (Some(start), _) => start,
         (None, None) => Start::Latest,
         (None, Some(device)) => {
-            let start = state.bookmarks()?.start(&identity.user, device, is_in_sync);
+            let start = state.bookmarks()?.start(&identity.reader.user, device, is_in_sync);
             match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
                 Ok(Ok(start)) => start,
                 failed => {
                     // Begun anywhere else, it would miss what came since, without a word.
-                    tracing::debug!(user.id = %identity.user, ?failed, "where a device is could not be read; its stream is to come back");
+                    tracing::debug!(user.id = %identity.reader.user, ?failed, "where a device is could not be read; its stream is to come back");
                     return Ok(event_stream(Body::from(sse::refusal("away", retry_ms))));
                 }
             }
         }
     };
-    tracing::debug!(user.id = %identity.user, ?start, "stream opened");
-    let guard = hub.open(identity.user, start, filter);
+    tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
+    let guard = hub.open(identity.reader, start, filter);
     let socket = connection.map(|connection| connection as Arc<dyn sse::Socket>);
     let body = sse::Body::new(guard, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
     Ok(event_stream(Body::new(body)))

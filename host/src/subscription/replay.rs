@@ -155,7 +155,7 @@ impl History {
             in_round(stream, partition, round, |subscription| (subscription.read_recipient(), subscription.user().clone()))?;
         let _permit = self.reads.acquire().await;
         let recipient = self.broker.recipient(&user).await?;
-        in_round(stream, partition, round, |subscription| subscription.set_recipient(ticket, Arc::new(recipient)))
+        in_round(stream, partition, round, |subscription| subscription.set_recipient(ticket, recipient))
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head, Stop> {

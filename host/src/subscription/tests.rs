@@ -192,7 +192,7 @@ impl World {
     fn connect(&mut self, start: Start) {
         self.subscription = Subscription::new(Name::parse("ann").unwrap(), start, Filter::default(), [number(0), number(1)]);
         let ticket = self.subscription.read_recipient();
-        self.subscription.set_recipient(ticket, Arc::default());
+        self.subscription.set_recipient(ticket, Recipient::default());
         for partition in 0..2 {
             self.reset(partition);
         }
@@ -425,7 +425,7 @@ const P: PartitionNumber = PartitionNumber(0);
 fn overflowed(urgent_id: u64) -> Subscription {
     let mut subscription = Subscription::new(Name::parse("ann").unwrap(), Start::Latest, Filter::default(), [P]);
     let ticket = subscription.read_recipient();
-    subscription.set_recipient(ticket, Arc::default());
+    subscription.set_recipient(ticket, Recipient::default());
     let round = subscription.enter_replay(P);
     subscription.begin(P, &head(&[(1, 0)], 50), 0);
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
