@@ -11,6 +11,7 @@ mod embedded;
 mod harness;
 mod hostile;
 mod outage;
+mod overtaking;
 mod plugins;
 mod privacy;
 mod protocol;
