@@ -12,6 +12,7 @@ mod embedded;
 mod harness;
 mod hostile;
 mod outage;
+mod overtaking;
 mod plugins;
 mod privacy;
 mod protocol;

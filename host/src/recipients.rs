@@ -4,7 +4,7 @@
 //! group sees what was committed from joining to leaving, and both are ids, so that a commit cannot race with a change. Knows nothing
 //! of streams: see `subscription`. Where memberships are kept is the broker's business.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::broker::{PartitionNumber, Recipient, Span};
 use crate::criteria::Attributes;
@@ -34,7 +34,11 @@ impl Reader {
         for group in &self.claims.groups {
             known.groups.insert(group.clone(), partitions.clone().map(|partition| (partition, Span::default())).collect());
         }
-        known.attributes.extend(self.claims.attributes.iter().map(|(name, value)| (name.clone(), value.clone())));
+        if !self.claims.attributes.is_empty() {
+            let mut attributes = BTreeMap::from(known.attributes);
+            attributes.extend(BTreeMap::from(self.claims.attributes.clone()));
+            known.attributes = attributes.into();
+        }
         known
     }
 }
@@ -98,8 +102,6 @@ pub fn winning_route(plan: &Plan, user: &Name, recipient: &Recipient, moment: Mo
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::broker::Span;
     use crate::criteria::{Attributes, Criteria, Operator, Test};
@@ -151,14 +153,14 @@ mod tests {
         };
         let mut known = member(10, Some(20));
         known.groups.insert(name("chat"), BTreeMap::from([(P, Span { joined: NotificationId(15), left: None })]));
-        known.attributes.extend([("plan".into(), Value::Text("free".into())), ("age".into(), Value::Integer(30))]);
+        known.attributes = Attributes::from([("plan".into(), Value::Text("free".into())), ("age".into(), Value::Integer(30))]);
         let reader = Reader { user: name("a"), claims };
         let recipient = reader.as_recipient(known.clone(), [P].into_iter());
         let is_member = |group: &str, id| recipient.is_member(&name(group), P, NotificationId(id));
         assert!([1, 15, 25].into_iter().all(|id| is_member("ops", id) && is_member("dev", id)));
         assert_eq!([15, 16].map(|id| is_member("chat", id)), [false, true]);
-        assert_eq!(recipient.attributes["plan"], Value::Text("pro".into()));
-        assert_eq!(recipient.attributes["age"], Value::Integer(30));
+        assert_eq!(recipient.attributes.get("plan"), Some(&Value::Text("pro".into())));
+        assert_eq!(recipient.attributes.get("age"), Some(&Value::Integer(30)));
         assert_eq!(Reader::from(name("a")).as_recipient(known.clone(), [P].into_iter()), known);
     }
 

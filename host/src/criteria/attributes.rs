@@ -1,5 +1,7 @@
 //! Attributes of a recipient as JSON says them, whoever says them: texts, numbers and booleans by name, so many and no larger.
 
+use std::collections::BTreeMap;
+
 use super::Attributes;
 use crate::event::{Malformed, Value};
 
@@ -18,7 +20,7 @@ pub fn parse_attributes(members: serde_json::Map<String, serde_json::Value>) -> 
     if members.len() > MAX_ATTRIBUTES {
         return Err(Malformed::new(format!("has {} attributes; {MAX_ATTRIBUTES} is the most", members.len())).of("the user"));
     }
-    let mut attributes = Attributes::new();
+    let mut attributes = BTreeMap::new();
     for (name, value) in members {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
             return Err(Malformed::new(format!("is no attribute name: 1 to {MAX_NAME} bytes without control characters"))
@@ -39,7 +41,7 @@ pub fn parse_attributes(members: serde_json::Map<String, serde_json::Value>) -> 
         };
         attributes.insert(name, value);
     }
-    Ok(attributes)
+    Ok(attributes.into())
 }
 
 #[cfg(test)]

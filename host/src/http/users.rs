@@ -42,7 +42,7 @@ pub(super) async fn clear(
     _: Keyed,
     Path(user): Path<Name>,
 ) -> Result<StatusCode, ApiError> {
-    state.broker()?.change_recipient(&user, RecipientChange::Attributes(Attributes::new())).await?;
+    state.broker()?.change_recipient(&user, RecipientChange::Attributes(Attributes::default())).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
