@@ -105,7 +105,7 @@ impl Bookmarks {
             if places.is_empty() && !counting.is_empty() {
                 return Ok(Start::Unknown);
             }
-            let heads = self.heads_for(&places.iter().collect::<Vec<_>>()).await?;
+            let heads = if places.len() > 1 { self.heads_for(&places.iter().collect::<Vec<_>>()).await? } else { Heads::new() };
             let place = match places.into_iter().reduce(|one, other| further(&one, &other, &heads)) {
                 Some(place) => place,
                 None => self.latest().await?,

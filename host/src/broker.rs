@@ -157,14 +157,17 @@ impl Head {
     /// The highest id that still stands of those that somebody can have had who was last told in this life: nothing above the last id
     /// that survived into the life that followed it can be trusted, because ids are issued again after a rewind.
     pub fn survived(&self, life: Life) -> NotificationId {
-        if life == self.life {
+        let bound = if life == self.life {
             // In the present life nobody can have had what is not there; a client that says so made it up.
-            return self.top().max(self.floor).max(self.origin);
-        }
-        match self.lives.iter().position(|(known, _)| *known == life) {
-            Some(index) => self.lives.get(index + 1).map_or(self.top(), |(_, survived)| *survived),
-            None => NotificationId(0),
-        }
+            self.top()
+        } else {
+            match self.lives.iter().position(|(known, _)| *known == life) {
+                Some(index) => self.lives.get(index + 1).map_or(self.top(), |(_, survived)| *survived),
+                None => return NotificationId(0),
+            }
+        };
+        // Where readers of a quiet partition stand; nothing is issued there again.
+        bound.max(self.floor).max(self.origin)
     }
 }
 

@@ -20,7 +20,6 @@ on_each_broker! {
     two_streams_of_a_new_device_that_begin_at_once_begin_at_one_place,
     in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginning_for_none,
     what_is_yet_to_come_cannot_be_acknowledged,
-    a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_gap,
     an_urgent_one_that_went_ahead_is_remembered,
 }
 
@@ -202,7 +201,8 @@ async fn what_is_yet_to_come_cannot_be_acknowledged(stage: Stage) {
     assert_eq!(start(&bookmarks, "phone").await, first);
 }
 
-async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_gap(_: Stage) {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_gap() {
     for stage in [
         Stage::redis_with(&[SOURCE], Retention { log_entries: 3, ..Retention::default() }).await,
         Stage::embedded_with(&[SOURCE], Retention { log_entries: 3, ..Retention::default() }).await,
@@ -263,6 +263,21 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     assert_eq!(start(&bookmarks, "phone").await, after);
     stage.event("next", &[to("u:ann")]).await;
     having(&stage, start(&bookmarks, "phone").await, &["next"]).await;
+}
+
+/// Nothing was lost, as nothing was there: before the first event of all a reader stands at the floor, above every id that was ever given.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_of_redis_before_the_first_event_is_no_gap_for_a_device() {
+    let stage = Stage::redis().await;
+    let bookmarks = stage.bookmarks();
+    let first = start(&bookmarks, "phone").await;
+    stage.server().change_replid();
+    stage.event("at night", &[to("u:ann")]).await;
+    let had = having(&stage, start(&bookmarks, "phone").await, &["at night"]).await;
+    acknowledge(&bookmarks, "phone", &had).await;
+    acknowledge(&bookmarks, "phone", &first).await;
+    stage.event("in the morning", &[to("u:ann")]).await;
+    having(&stage, start(&bookmarks, "phone").await, &["in the morning"]).await;
 }
 
 /// What comes under an id that was issued again is another notification, which nobody has read.
