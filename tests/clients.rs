@@ -42,3 +42,8 @@ fn npm_clients_that_never_received_anything_miss_nothing_when_cut() {
 fn the_demo_page_in_a_browser_shows_each_notification_once_through_cuts() {
     run("browser.test.js");
 }
+
+#[test]
+fn a_page_closed_at_night_and_opened_in_the_morning_shows_what_came_in_between_once_each() {
+    run("device.test.js");
+}
