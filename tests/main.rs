@@ -9,6 +9,7 @@ mod conformance;
 mod devices;
 mod durability;
 mod embedded;
+mod groups;
 mod harness;
 mod hostile;
 mod outage;
