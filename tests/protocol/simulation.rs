@@ -408,7 +408,7 @@ async fn plays(kind: Kind) {
     let seed = seed::seed(&format!("{kind:?}"));
     for n in 0..n_plays() {
         let seed = seed.wrapping_add(n);
-        println!("{kind:?}: POINTSMAN_TEST_SEED={seed}");
+        eprintln!("{kind:?}: POINTSMAN_TEST_SEED={seed}");
         play(kind, seed).await;
     }
 }
