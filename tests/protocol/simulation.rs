@@ -286,11 +286,14 @@ impl Play {
             })
             .await;
             let (recipient, head) = found.expect("it was read");
-            let joined_by = before.as_ref().map(|before| before[&partition].joined_by);
+            let before = before.as_ref().map(|before| before[&partition]);
+            let span = recipient.groups.get(&crew).and_then(|spans| spans.get(&partition)).copied();
+            // A membership that has ended and within which nothing is kept any more, or ever was, may be forgotten.
+            let forgotten = before.map(|Stay { span, .. }| Span { left: Some(span.joined), ..span });
             let stay = Stay {
-                span: recipient.groups[&crew][&partition],
-                joined_by: joined_by.unwrap_or(head.top()),
-                left_by: before.is_some().then(|| head.top()),
+                span: span.or(forgotten).expect("who joined is a member"),
+                joined_by: before.map_or(head.top(), |before| before.joined_by),
+                left_by: before.map(|_| head.top()),
             };
             stays.insert(partition, stay);
         }
