@@ -300,6 +300,33 @@ impl Play {
         self.stays.push(stays);
     }
 
+    fn fail_over(&mut self) {
+        self.stage.server().fail_over();
+        if self.random.random() {
+            self.stage.server().cut("pubsub");
+        }
+    }
+
+    /// Every owner holds what it has read, some of it before the replica got so far and some after it, while another primary takes over.
+    async fn fail_over_in_the_midst(&mut self) {
+        let stops: Vec<Stop> = self.owners.iter().map(|(.., broker)| broker.stop(At::Before(Op::Commit))).collect();
+        self.publish_some().await;
+        self.stage.server().snapshot();
+        self.has_snapshot = true;
+        self.publish_some().await;
+        self.fail_over();
+        stops.into_iter().for_each(Stop::go);
+    }
+
+    /// Some events, and a moment for the owners to read them.
+    async fn publish_some(&mut self) {
+        for _ in 0..self.random.random_range(1..5) {
+            let event = self.event(0);
+            self.publish(event.partition, vec![event]).await;
+        }
+        tokio::time::sleep(Duration::from_millis(self.random.random_range(0..20))).await;
+    }
+
     async fn step(&mut self) {
         match self.random.random_range(0..1_000) {
             0..500 => {
@@ -351,12 +378,8 @@ impl Play {
                 self.stage.server().snapshot();
                 self.has_snapshot = true;
             }
-            988..998 if matches!(self.kind, Kind::FailOvers) && self.has_snapshot => {
-                self.stage.server().fail_over();
-                if self.random.random() {
-                    self.stage.server().cut("pubsub");
-                }
-            }
+            988..994 if matches!(self.kind, Kind::FailOvers) && self.has_snapshot => self.fail_over(),
+            994..1_000 if matches!(self.kind, Kind::FailOvers) => self.fail_over_in_the_midst().await,
             972..995 if matches!(self.kind, Kind::Members { .. }) => self.change_crew().await,
             _ => tokio::time::sleep(Duration::from_millis(self.random.random_range(0..5))).await,
         }
