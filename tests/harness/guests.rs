@@ -40,7 +40,7 @@ fn build(target: &str) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
     let status =
-        cargo.args(["-p", "address", "-p", "discard", "-p", "unruly", "-p", "versioned"]).status().expect("cargo, which built this, runs");
+        cargo.args(["-p", "address", "-p", "discard", "-p", "rules", "-p", "unruly", "-p", "versioned"]).status().expect("cargo, which built this, runs");
     assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");
     target_dir.join(target).join("plugin")
 }
