@@ -6,7 +6,7 @@
 # Cold: an empty target/ on 2 cores; rough, as they were measured on a machine that was busy with other things. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
 # the same development build of the host, and only `make build` compiles everything a second time.
 
-PLUGINS := address discard rules
+PLUGINS := address discard prioritize rules
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 LOCKED := $(if $(CI),--locked)
