@@ -10,6 +10,7 @@ mod durability;
 mod embedded;
 mod harness;
 mod hostile;
+mod languages;
 mod outage;
 mod plugins;
 mod privacy;
