@@ -17,6 +17,7 @@ use pointsman::plugin::registry::Registry;
 use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::{Value as Json, json};
+use wasmparser::Payload;
 
 use crate::harness::node::Folder;
 use crate::harness::{repository, seed};
@@ -99,6 +100,26 @@ fn registry(engine: &Engine, build: &Build, settings: Json) -> (Registry, Folder
     fs::write(folder.path().join("parcels.wasm"), &build.wasm).unwrap();
     let config = serde_json::from_value(json!({"dir": folder.path(), "parcels": settings})).unwrap();
     (Registry::load(engine.clone(), config, Metrics::default()).unwrap(), folder)
+}
+
+/// What a core module, or a component, wants of its host.
+fn imports(wasm: &[u8]) -> BTreeSet<String> {
+    let mut imports = BTreeSet::new();
+    let mut depth = 0;
+    for payload in wasmparser::Parser::new(0).parse_all(wasm) {
+        match payload.unwrap() {
+            Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
+            Payload::End(_) => depth -= 1,
+            Payload::ImportSection(section) if depth == 0 => {
+                imports.extend(section.into_imports().map(|import| import.unwrap().module.to_owned()));
+            }
+            Payload::ComponentImportSection(section) if depth == 0 => {
+                imports.extend(section.into_iter().map(|import| import.unwrap().name.name.to_owned()));
+            }
+            _ => {}
+        }
+    }
+    imports
 }
 
 fn event(document: &str) -> Event {
@@ -205,7 +226,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":9223372036854775807}}"#,
             Some(json!({"routes": [{"by": "parcels", "to": ["all"], "priority": "urgent", "expires_ms": NOW_MS + 24 * 3_600_000,
                 "collapse": "recall-7", "event_name": "recall", "when": [
-                    [{"attribute": "staff", "operator": "present", "values": []}],
+                    [{"attribute": "staff", "operator": "present"}],
                     [{"attribute": "weight", "operator": "greater", "values": [9_223_372_036_854_775_807_i64]}]]}]})),
         ),
         (r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":-0.0}}"#, None),
@@ -305,6 +326,14 @@ async fn the_plugin_decides_the_same_in_every_language() {
     );
     assert!(decisions.iter().all(|decision| !decision["resolution"]["failed"].to_string().contains("trapped")));
     assert!(decisions.iter().filter(|decision| decision["resolution"]["routes"].is_array()).count() > N_EVENTS / 5);
+}
+
+#[test]
+fn it_wants_nothing_but_the_contract_unless_it_was_built_for_wasi() {
+    for build in builds() {
+        let others: Vec<_> = imports(&build.wasm).into_iter().filter(|name| !name.starts_with("pointsman:plugin/")).collect();
+        assert_eq!(others.is_empty(), !build.name.contains("wasi"), "{}: {others:?}", build.name);
+    }
 }
 
 #[test]

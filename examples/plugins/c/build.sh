@@ -16,7 +16,8 @@ export CARGO_TARGET_DIR
 cargo build --quiet --workspace --bin c-bindings
 "$CARGO_TARGET_DIR/debug/c-bindings" build/bindings
 
-# A reactor has no main. What the C library would want of WASI is not linked, as nothing here uses it.
+# A reactor has no main. What the C library would want of WASI is not linked, as nothing here uses it. A stack of 16 MiB, zig's default, would
+# be half of what an instance may have.
 ZIG_GLOBAL_CACHE_DIR=$PWD/build/zig ZIG_LOCAL_CACHE_DIR=$PWD/build/zig \
-    build/venv/bin/python -m ziglang cc --target=wasm32-wasi -mexec-model=reactor -std=c17 -Wall -Wextra -Werror -Os -s -Ibuild/bindings \
-    parcels.c json.c build/bindings/full_plugin.c build/bindings/full_plugin_component_type.o -o build/parcels.wasm
+    build/venv/bin/python -m ziglang cc --target=wasm32-wasi -mexec-model=reactor -std=c17 -Wall -Wextra -Werror -Os -s -Wl,-z,stack-size=65536 \
+    -Ibuild/bindings parcels.c json.c build/bindings/full_plugin.c build/bindings/full_plugin_component_type.o -o build/parcels.wasm
