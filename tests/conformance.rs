@@ -60,17 +60,18 @@ macro_rules! suite {
                     commit_is_refused_from_another_life,
                     each_outcome_is_counted_and_recorded_under_its_word,
                     ids_ascend_and_tell_the_time,
-                    four_racing_owners_without_a_lease_commit_in_order_exactly_once,
+                    f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once,
                 ];
                 dedupe: [
-                    a_retry_within_the_window_is_a_duplicate,
+                    f14a_a_retry_within_the_window_is_a_duplicate,
                     a_retry_within_the_same_batch_is_a_duplicate,
-                    a_repeat_after_the_window_is_no_duplicate,
+                    f14a_a_repeat_after_the_window_is_no_duplicate,
                     h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate,
                     discarded_and_unrouted_events_are_remembered,
                     f14b_a_dead_letter_is_not_remembered,
                     h13_a_quiet_time_leaves_no_bucket_behind,
-                    a_full_window_stops_remembering_and_counts,
+                    f14d_a_full_window_stops_remembering_and_counts,
+                    f14e_the_same_id_in_another_partition_is_another_event,
                 ];
                 logs: [
                     an_event_has_one_id_and_one_record_in_all_logs,

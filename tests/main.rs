@@ -12,6 +12,7 @@ mod harness;
 mod hostile;
 mod languages;
 mod outage;
+mod overtaking;
 mod plugins;
 mod privacy;
 mod protocol;

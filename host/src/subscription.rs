@@ -467,24 +467,40 @@ impl Subscription {
             return;
         }
         at.seen = id;
+        self.come_by(partition, NotificationId(id.0 - 1));
         self.ahead.retain(|waiting| waiting.partition != partition || waiting.id != id);
-        let is_had = self.had.iter().any(|had| had.partition == partition && had.id == id);
         if let Some(route) = self.judge(partition, id, record, node_now_ms) {
-            let waiting = Waiting { partition, id, record: Arc::clone(record), route };
-            let key = waiting.collapse().cloned();
-            let is_superseded = key.is_some()
-                && self.had.iter().any(|had| had.partition == partition && had.id > id && had.collapse == Collapse::Known(key.clone()));
-            if !is_superseded {
-                if let Some(key) = &key {
-                    // The later state makes the earlier one superfluous, also when the later one has been sent already.
-                    self.lanes.retain(|older| older.partition != partition || older.collapse() != Some(key));
-                }
-                if !is_had {
-                    self.lanes.push(waiting);
-                }
-            }
+            self.queue(Waiting { partition, id, record: Arc::clone(record), route });
         }
         self.advance(partition);
+    }
+
+    /// Puts a notification in its lane, unless a later one has made it superfluous, or it was had.
+    fn queue(&mut self, waiting: Waiting) {
+        let (partition, id) = (waiting.partition, waiting.id);
+        let mine = self.had.iter().filter(|had| had.partition == partition);
+        let is_had = mine.clone().any(|had| had.id == id);
+        if let Some(key) = waiting.collapse().cloned() {
+            let key = Some(key);
+            if mine.clone().any(|had| had.id > id && had.collapse == Collapse::Known(key.clone())) {
+                return;
+            }
+            // The later state makes the earlier one superfluous, also when the later one has been sent already.
+            self.lanes.retain(|older| older.partition != partition || older.collapse() != key.as_ref());
+        }
+        if !is_had {
+            self.lanes.push(waiting);
+        }
+    }
+
+    /// History up to `id` was read. What was to go ahead of it and was not met there, because its log was cut meanwhile, takes its place
+    /// in the lanes: later ones would overtake it.
+    fn come_by(&mut self, partition: PartitionNumber, id: NotificationId) {
+        while let Some(at) = self.ahead.iter().position(|waiting| waiting.partition == partition && waiting.id <= id)
+            && let Some(waiting) = self.ahead.remove(at)
+        {
+            self.queue(waiting);
+        }
     }
 
     /// A notification appended while the stream was open. `Some`: there was no room, and this is the round of the replay to begin.
@@ -557,9 +573,12 @@ impl Subscription {
         }
     }
 
-    /// Passes over an id whose record is gone. `true`: nobody has had it, so that it is a gap.
+    /// Passes over an id whose record is gone. `true`: nobody has had it or holds it, so that it is a gap.
     pub fn pass_over(&mut self, partition: PartitionNumber, id: NotificationId) -> bool {
-        let is_had = self.had.iter().any(|had| had.partition == partition && had.id == id);
+        let is_here = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
+        let is_had = self.had.iter().any(|had| is_here(had.partition, had.id))
+            || self.ahead.iter().any(|waiting| is_here(waiting.partition, waiting.id));
+        self.come_by(partition, id);
         let at = self.at_mut(partition);
         let is_new = id > at.seen;
         at.seen = at.seen.max(id);
@@ -586,7 +605,9 @@ impl Subscription {
         at.is_lenient = false;
         let has_gap = std::mem::take(&mut at.has_gap);
         let state = std::mem::replace(&mut at.state, State::Live);
+        let seen = at.seen;
         self.is_cursor_due |= has_gap;
+        self.come_by(partition, seen);
         self.advance(partition);
         let State::Replay { buffer, is_overflowed, knows_urgent } = state else { return None };
         if is_overflowed {
@@ -636,7 +657,6 @@ impl Subscription {
                 // What the replay has queued of the same key is an older state.
                 self.lanes.retain(|older| older.partition != waiting.partition || older.collapse() != Some(key));
             }
-            // The replay may have passed it: then it is below the mark, and not one of those that were had above it.
             self.advance(waiting.partition);
             return Some(waiting.into_next());
         }

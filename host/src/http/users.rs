@@ -1,5 +1,6 @@
 //! `/v1/users/{user}/attributes`: what conditions know of a recipient. A JSON object of texts, numbers and booleans, replaced as a whole.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ pub(super) async fn clear(
     _: Keyed,
     Path(user): Path<Name>,
 ) -> Result<StatusCode, ApiError> {
-    state.broker()?.change_recipient(&user, RecipientChange::Attributes(Attributes::new())).await?;
+    state.broker()?.change_recipient(&user, RecipientChange::Attributes(Attributes::default())).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -57,7 +58,7 @@ fn parse(body: &[u8]) -> Result<Attributes, Malformed> {
     if members.len() > MAX_ATTRIBUTES {
         return Err(Malformed::new(format!("has {} attributes; {MAX_ATTRIBUTES} is the most", members.len())).of("the user"));
     }
-    let mut attributes = Attributes::new();
+    let mut attributes = BTreeMap::new();
     for (name, value) in members {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
             return Err(Malformed::new(format!("is no attribute name: 1 to {MAX_NAME} bytes without control characters"))
@@ -78,7 +79,7 @@ fn parse(body: &[u8]) -> Result<Attributes, Malformed> {
         };
         attributes.insert(name, value);
     }
-    Ok(attributes)
+    Ok(attributes.into())
 }
 
 #[cfg(test)]
