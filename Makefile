@@ -24,7 +24,7 @@ demo: plugins
 
 test:
 	rustup target add wasm32-unknown-unknown wasm32-wasip2
-	scripts/need.sh redis-server node chromium
+	scripts/need.sh redis-server node chromium python
 	cargo test $(LOCKED) --workspace
 
 lint:

@@ -12,6 +12,7 @@ mod embedded;
 mod groups;
 mod harness;
 mod hostile;
+mod languages;
 mod outage;
 mod overtaking;
 mod plugins;
