@@ -58,6 +58,13 @@ pub struct Moment {
     pub now_ms: u64,
 }
 
+/// How a plan reaches one recipient: the route that wins, and the first of its targets that names them. Both are indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    pub route: usize,
+    pub target: usize,
+}
+
 impl Recipient {
     /// Whether what was committed to the group under `id` is this recipient's: above the id of joining, not above that of leaving.
     pub fn is_member(&self, group: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
@@ -77,27 +84,30 @@ impl Recipient {
     }
 }
 
-/// The index of the route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
-pub fn winning_route(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<usize> {
-    let mut winner: Option<(usize, Priority)> = None;
+/// The route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
+pub fn winning_route(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<Way> {
+    let mut winner: Option<(Way, Priority)> = None;
     for (index, route) in plan.routes.iter().enumerate() {
         if winner.is_some_and(|(_, priority)| priority >= route.priority) {
             continue;
         }
         let is_alive = route.expires_ms.is_none_or(|expires| moment.now_ms < expires);
-        let is_named = || {
-            route.to.iter().any(|target| match target {
+        let named_by = || {
+            route.to.iter().position(|target| match target {
                 Target::User(name) => name == user,
                 Target::Group(group) => recipient.is_member(group, moment.partition, moment.id),
                 Target::Everyone => true,
             })
         };
         let holds = || route.when.as_ref().is_none_or(|criteria| criteria.hold(&recipient.attributes));
-        if is_alive && is_named() && holds() {
-            winner = Some((index, route.priority));
+        if is_alive
+            && let Some(target) = named_by()
+            && holds()
+        {
+            winner = Some((Way { route: index, target }, route.priority));
         }
     }
-    winner.map(|(index, _)| index)
+    winner.map(|(way, _)| way)
 }
 
 #[cfg(test)]
@@ -131,8 +141,18 @@ mod tests {
     fn the_highest_priority_wins_then_the_first_route() {
         let plan = Plan { routes: vec![route("u:a", Priority::Low), route("all", Priority::High), route("g:ops u:a", Priority::High)] };
         let winner = |user: &str| winning_route(&plan, &name(user), &Recipient::default(), at(5));
-        assert_eq!(winner("a"), Some(1));
-        assert_eq!(winner("b"), Some(1));
+        assert_eq!(winner("a"), Some(Way { route: 1, target: 0 }));
+        assert_eq!(winner("b"), Some(Way { route: 1, target: 0 }));
+    }
+
+    #[test]
+    fn the_target_is_the_first_of_the_route_that_names_the_recipient() {
+        let plan = Plan { routes: vec![route("u:b g:ops u:a all", Priority::Normal)] };
+        let target = |user: &str, recipient: &Recipient| winning_route(&plan, &name(user), recipient, at(15)).map(|way| way.target);
+        assert_eq!(target("a", &Recipient::default()), Some(2));
+        assert_eq!(target("b", &member(10, None)), Some(0));
+        assert_eq!(target("a", &member(10, None)), Some(1));
+        assert_eq!(target("c", &member(20, None)), Some(3), "a member later is not one at that moment");
     }
 
     #[test]
@@ -170,7 +190,7 @@ mod tests {
         let when = Some(Criteria::new(vec![vec![test]]).unwrap());
         let plan = Plan { routes: vec![Route { when, expires_ms: Some(1_001), ..route("all", Priority::Normal) }] };
         let pro = Recipient { attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]), ..Recipient::default() };
-        assert_eq!(winning_route(&plan, &name("a"), &pro, at(1)), Some(0));
+        assert_eq!(winning_route(&plan, &name("a"), &pro, at(1)), Some(Way { route: 0, target: 0 }));
         assert_eq!(winning_route(&plan, &name("a"), &Recipient::default(), at(1)), None);
         assert_eq!(winning_route(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
     }

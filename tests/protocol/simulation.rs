@@ -88,8 +88,8 @@ impl Client {
                 self.begin = read.positions.iter().map(|position| (position.partition, position.low_water)).collect();
             }
             let (partition, received) = match next {
-                Next::Notification { partition, id, record, route } => {
-                    let route = record.route(route);
+                Next::Notification { partition, id, record, way } => {
+                    let route = record.route(way.route);
                     let (priority, key) = (route.priority, route.collapse.clone());
                     (partition, Received::Event { uid: event_id(&record), id, priority, key })
                 }

@@ -113,7 +113,7 @@ async fn judge(broker: &dyn Broker, partition: PartitionNumber, evaluation: Eval
             Target::Group(group) => reaches.groups.push(group),
             Target::User(_) if reaches.users.len() + reaches.left_out.len() == MAX_USERS => reaches.n_not_judged += 1,
             Target::User(user) => {
-                match winning_route(&plan, &user, &broker.recipient(&user).await?, moment).map(|index| &plan.routes[index]) {
+                match winning_route(&plan, &user, &broker.recipient(&user).await?, moment).map(|way| &plan.routes[way.route]) {
                     Some(route) => reaches.users.push(Reached { user, priority: route.priority, by: route.by.clone() }),
                     None => reaches.left_out.push(user),
                 }

@@ -299,8 +299,8 @@ impl World {
             assert!(read.is_ok(), "{cursor} {read:?}: {:?}", self.subscription);
             assert!(self.subscription.had.len() <= MAX_HAD);
             match next {
-                Next::Notification { partition, id, record, route } => {
-                    let Route { priority, collapse, .. } = record.route(route);
+                Next::Notification { partition, id, record, way } => {
+                    let Route { priority, collapse, .. } = record.route(way.route);
                     let (priority, key) = (*priority, collapse.clone());
                     self.place(partition.0).received.push(Received::Event { id: id.0, event: event_of(&record), priority, key });
                 }
