@@ -6,6 +6,7 @@ mod architecture;
 mod clients;
 mod commands;
 mod conformance;
+mod demo;
 mod devices;
 mod durability;
 mod embedded;
