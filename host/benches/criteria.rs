@@ -27,7 +27,7 @@ fn recipients() -> Vec<Attributes> {
     let recipient = |n: usize| {
         Attributes::from([
             ("age".into(), Value::Integer(15 + n as i64)),
-            ("beta".into(), Value::Flag(n % 2 == 0)),
+            ("beta".into(), Value::Flag(n.is_multiple_of(2))),
             ("locale".into(), text(["de-DE", "en-GB", "pt-BR"][n % 3])),
             ("plan".into(), text(["free", "pro", "team"][n / 2 % 3])),
             ("region".into(), text(["eu-central", "us-east"][n / 3 % 2])),
