@@ -6,6 +6,7 @@ mod architecture;
 mod clients;
 mod commands;
 mod conformance;
+mod decisions;
 mod durability;
 mod embedded;
 mod harness;
