@@ -17,5 +17,6 @@ mod privacy;
 mod protocol;
 mod reload;
 mod resume;
+mod samples;
 mod stability;
 mod wire;
