@@ -1,17 +1,18 @@
 # make build   target/release/pointsman and build/plugins/                      (20 min cold)
-# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (20 min cold)
-# make test    everything that is tested                                        (25 min cold, 20 of them compiling)
-# make lint    format, clippy, documentation                                    (10 min cold)
+# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (12 min cold)
+# make test    everything that is tested; LONG=1 plays more by chance           (20 min cold, 14 of them compiling)
+# make lint    format, clippy, documentation                                    (5 min cold)
+# make bench   what things cost, as ratios within one run                       (20 min cold)
 #
-# Cold: an empty target/ on 2 cores; rough, as they were measured on a machine that was busy with other things. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
-# the same development build of the host, and only `make build` compiles everything a second time.
+# Cold: an empty target/ on 2 cores, measured. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
+# the same development build of the host, and only `make build` and `make bench` compile everything a second time.
 
 PLUGINS := address discard prioritize rules
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 LOCKED := $(if $(CI),--locked)
 
-.PHONY: build demo test lint plugins
+.PHONY: build demo test lint bench plugins
 
 build: plugins
 	cargo build $(LOCKED) --release -p pointsman
@@ -23,13 +24,16 @@ demo: plugins
 
 test:
 	rustup target add wasm32-unknown-unknown wasm32-wasip2
-	scripts/need.sh redis-server node chromium
+	scripts/need.sh redis-server node chromium python
 	cargo test $(LOCKED) --workspace
 
 lint:
 	cargo fmt --check
 	cargo clippy $(LOCKED) --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
+
+bench:
+	cargo bench $(LOCKED) --workspace --benches
 
 plugins:
 	rustup target add wasm32-unknown-unknown wasm32-wasip2

@@ -1,7 +1,7 @@
-//! The walls hold: imports point one way, outside formats have one room each, files say what they are, and the table of promises in
-//! ARCHITECTURE.md names files and tests that exist.
+//! The walls hold: imports point one way, outside formats have one room each, files say what they are, the table of promises in
+//! ARCHITECTURE.md names files and tests that exist, and no interleaving that shaped the protocol has lost its test.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,11 @@ use crate::harness::repository;
 const LEVELS: [&[&str]; 9] = [
     // The vocabulary imports nothing but itself.
     &["event", "criteria", "metrics", "readiness", "shutdown", "clock"],
-    &["broker", "plugin", "auth"],
+    &["broker", "plugin"],
     &["recipients", "pipeline"],
     // Ingest and delivery: they meet only in the log, which is the broker's.
-    &["ingest", "subscription"],
-    &["hub"],
+    &["ingest", "subscription", "auth"],
+    &["hub", "bookmarks"],
     &["sse", "watch"],
     &["server"],
     &["http"],
@@ -32,8 +32,8 @@ const ROOMS: [(&str, &[&str]); 6] = [
     ("wit_component", &["plugin/", "plugin.rs"]),
 ];
 
-/// Every Rust file of the host with its path below `host/src` and its text without tests.
-fn sources() -> Vec<(String, String)> {
+/// Every Rust file below a folder.
+fn rust_files(root: &Path) -> Vec<PathBuf> {
     fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())) {
             let path = entry.expect("a readable folder").path();
@@ -44,10 +44,16 @@ fn sources() -> Vec<(String, String)> {
             }
         }
     }
-    let root = repository().join("host/src");
     let mut found = Vec::new();
-    walk(&root, &mut found);
+    walk(root, &mut found);
     found.sort();
+    found
+}
+
+/// Every Rust file of the host with its path below `host/src` and its text without tests.
+fn sources() -> Vec<(String, String)> {
+    let root = repository().join("host/src");
+    let found = rust_files(&root);
     let name = |path: &PathBuf| path.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
     let text = |path: &PathBuf| fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let is_test = |name: &String| name.ends_with("tests.rs") || name.ends_with("fake.rs") || name.contains("/tests/");
@@ -154,6 +160,40 @@ fn every_promise_names_its_file_and_a_test_that_exists() {
             assert!(text.contains(&format!("fn {name}(")), "{promise}: {file} has no test {name}");
         }
     }
+}
+
+/// The interleavings that shaped the protocol are numbered; `tests/protocol.rs` says what the numbers are, and which of them are not met here.
+#[test]
+fn every_interleaving_has_a_test_that_tells_it() {
+    let mut found = BTreeSet::new();
+    let mut silent = Vec::new();
+    for root in ["tests", "host/src"] {
+        for path in rust_files(&repository().join(root)) {
+            let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let mut is_told = false;
+            for line in text.lines().map(str::trim) {
+                if let Some(interleaving) = line.split_once("fn ").and_then(|(_, name)| interleaving(name)) {
+                    if !is_told {
+                        silent.push(format!("{}: {line}", path.display()));
+                    }
+                    found.insert(interleaving);
+                }
+                is_told = line.starts_with("///") || is_told && line.starts_with("#[");
+            }
+        }
+    }
+    assert!(silent.is_empty(), "whoever reads these does not know what they play: a `///` line is missing\n{}", silent.join("\n"));
+    let drafts = (1..=26).filter(|n| *n != 15).map(|n| ('f', n));
+    let missing: Vec<(char, u32)> = drafts.chain((1..=18).map(|n| ('h', n))).filter(|one| !found.contains(one)).collect();
+    assert!(missing.is_empty(), "no test plays {missing:?}");
+}
+
+/// The number that a test's name begins with, as in `f06_` or `f14b_`.
+fn interleaving(name: &str) -> Option<(char, u32)> {
+    let (prefix, _) = name.split_once('_')?;
+    let list = prefix.chars().next().filter(|list| ['f', 'h'].contains(list))?;
+    let number = prefix[1..].trim_end_matches(char::is_alphabetic);
+    (number.len() == 2).then(|| number.parse().ok()).flatten().map(|number| (list, number))
 }
 
 /// What stands between back-quotes.

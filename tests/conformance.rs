@@ -14,6 +14,7 @@ use pointsman::broker::{
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
+mod bookmarks;
 mod commits;
 mod dead_letters;
 mod dedupe;
@@ -38,6 +39,7 @@ macro_rules! suite {
                 attempts_are_counted_for_each_entry,
                 what_was_committed_is_there_for_the_next_process,
             ];
+            bookmarks: [bookmarks_are_there_for_the_next_process];
         );
     };
     ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
@@ -60,17 +62,18 @@ macro_rules! suite {
                     commit_is_refused_from_another_life,
                     each_outcome_is_counted_and_recorded_under_its_word,
                     ids_ascend_and_tell_the_time,
-                    four_racing_owners_without_a_lease_commit_in_order_exactly_once,
+                    f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once,
                 ];
                 dedupe: [
-                    a_retry_within_the_window_is_a_duplicate,
+                    f14a_a_retry_within_the_window_is_a_duplicate,
                     a_retry_within_the_same_batch_is_a_duplicate,
-                    a_repeat_after_the_window_is_no_duplicate,
+                    f14a_a_repeat_after_the_window_is_no_duplicate,
                     h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate,
                     discarded_and_unrouted_events_are_remembered,
                     f14b_a_dead_letter_is_not_remembered,
                     h13_a_quiet_time_leaves_no_bucket_behind,
-                    a_full_window_stops_remembering_and_counts,
+                    f14d_a_full_window_stops_remembering_and_counts,
+                    f14e_the_same_id_in_another_partition_is_another_event,
                 ];
                 logs: [
                     an_event_has_one_id_and_one_record_in_all_logs,
@@ -114,6 +117,13 @@ macro_rules! suite {
                     leaving_what_was_not_joined_changes_nothing,
                     a_change_is_heard_in_every_partition_before_later_events,
                     nothing_is_known_of_a_stranger,
+                ];
+                bookmarks: [
+                    a_bookmark_moves_only_from_where_it_was_seen,
+                    bookmarks_of_users_devices_and_the_read_mark_stand_apart,
+                    of_racing_moves_of_a_bookmark_none_is_lost,
+                    one_device_more_takes_the_place_of_the_one_left_alone_for_longest,
+                    a_bookmark_that_is_left_alone_goes,
                 ];
                 dead_letters: [
                     a_dead_letter_keeps_reason_plugin_attempts_and_raw_fields,

@@ -35,23 +35,28 @@ pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository")
 }
 
-/// A folder with `address` and `discard` and nothing else: the bundled plugins that most tests need. Each node compiles what it finds.
+/// A folder with two of the bundled plugins and nothing else, which is all that most tests need, built from what the sources are now.
 pub(crate) fn bundled_plugins() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| plugins(&["address", "discard"])).clone()
+    FOLDER.get_or_init(|| gather("bundled", &["address", "discard"])).clone()
 }
 
-/// A folder with all of the bundled plugins.
+/// As [`bundled_plugins`], with those that the demo configures.
+pub(crate) fn demo_plugins() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| gather("demo", &["address", "prioritize", "rules"])).clone()
+}
+
+/// All of the bundled plugins.
 pub(crate) fn every_bundled_plugin() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| plugins(&["address", "discard", "prioritize", "rules"])).clone()
+    FOLDER.get_or_init(|| gather("every", &["address", "discard", "prioritize", "rules"])).clone()
 }
 
-/// A folder with these of our plugins and nothing else, built from what the sources are now.
-fn plugins(names: &[&str]) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plugins-{}", names.join("-")));
+fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
     fs::create_dir_all(&folder).expect("make a folder for plugins");
-    for name in names {
+    for name in plugins {
         let (file, wasm) = (folder.join(format!("{name}.wasm")), guests::core_module(name));
         // Another run of the tests may be reading it: it changes in one step, or not at all.
         if fs::read(&file).ok().as_ref() != Some(&wasm) {

@@ -3,14 +3,18 @@
 //!
 //! An absent attribute and a value of another type make a test false, `not-equals` included: what is not known is not decided.
 
-use std::collections::BTreeMap;
+use std::cmp::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
 use crate::event::{Malformed, Value};
 
-/// A recipient's attributes, by name.
-pub type Attributes = BTreeMap<String, Value>;
+mod attributes;
+
+pub use attributes::{Attributes, Pool, parse_attributes};
+
+use attributes::Key;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -45,7 +49,26 @@ pub struct Test {
 /// Holds if every test of at least one clause holds. Without a clause it never holds; a clause without a test always does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Vec<Test>>", into = "Vec<Vec<Test>>")]
-pub struct Criteria(Vec<Vec<Test>>);
+pub struct Criteria(Box<[Box<[Compiled]>]>);
+
+/// A test whose values are known to be what its operator takes.
+#[derive(Clone, Debug, PartialEq)]
+struct Compiled {
+    key: Key,
+    check: Check,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Check {
+    Equals(Value),
+    NotEquals(Value),
+    OneOf(Box<[Value]>),
+    Contains(Box<str>),
+    Prefix(Box<str>),
+    Less(Value),
+    Greater(Value),
+    Present,
+}
 
 impl Criteria {
     /// The most tests in all clauses together.
@@ -60,26 +83,14 @@ impl Criteria {
         if n_tests > Self::MAX_TESTS {
             return Err(Malformed::new(format!("have {n_tests} tests; {} is the most", Self::MAX_TESTS)).of("the criteria"));
         }
-        for test in any_of.iter().flatten() {
-            let numeric = |value: &Value| matches!(value, Value::Integer(_)) || matches!(value, Value::Decimal(d) if !d.is_nan());
-            let wanted = match (test.operator, test.values.as_slice()) {
-                (Operator::Present, []) | (Operator::Equals | Operator::NotEquals, [_]) | (Operator::OneOf, [_, ..]) => continue,
-                (Operator::Contains | Operator::Prefix, [Value::Text(_)]) => continue,
-                (Operator::Less | Operator::Greater, [value]) if numeric(value) => continue,
-                (Operator::Present, _) => "no value",
-                (Operator::Equals | Operator::NotEquals, _) => "one value",
-                (Operator::OneOf, _) => "at least one value",
-                (Operator::Contains | Operator::Prefix, _) => "one text",
-                (Operator::Less | Operator::Greater, _) => "one number",
-            };
-            return Err(Malformed::new(format!("'{}' takes {wanted}", test.attribute.escape_debug())).of("the test of"));
-        }
-        Ok(Self(any_of))
+        let clause = |clause: Vec<Test>| clause.into_iter().map(Test::compile).collect();
+        any_of.into_iter().map(clause).collect::<Result<_, _>>().map(Self)
     }
 
     /// Whether they hold for a recipient with these attributes.
     pub fn hold(&self, attributes: &Attributes) -> bool {
-        self.0.iter().any(|clause| clause.iter().all(|test| test.holds(attributes)))
+        let holds = |test: &Compiled| attributes.find(&test.key).is_some_and(|value| test.check.holds(value));
+        self.0.iter().any(|clause| clause.iter().all(holds))
     }
 }
 
@@ -92,35 +103,116 @@ impl TryFrom<Vec<Vec<Test>>> for Criteria {
 
 impl From<Criteria> for Vec<Vec<Test>> {
     fn from(criteria: Criteria) -> Self {
-        criteria.0
+        criteria.0.into_iter().map(|clause| clause.into_iter().map(Test::from).collect()).collect()
     }
 }
 
 impl Test {
-    fn holds(&self, attributes: &Attributes) -> bool {
-        let Some(have) = attributes.get(&self.attribute) else { return false };
-        let number = |value: &Value| match value {
-            Value::Integer(i) => Some(*i as f64),
-            Value::Decimal(d) => Some(*d),
-            _ => None,
+    fn compile(self) -> Result<Compiled, Malformed> {
+        let Self { attribute, operator, values } = self;
+        let check = Check::new(operator, values)
+            .map_err(|wanted| Malformed::new(format!("'{}' takes {wanted}", attribute.escape_debug())).of("the test of"))?;
+        Ok(Compiled { key: Key::new(&attribute), check })
+    }
+}
+
+impl From<Compiled> for Test {
+    fn from(Compiled { key, check }: Compiled) -> Self {
+        use Operator::{Contains, Equals, Greater, Less, NotEquals, OneOf, Prefix, Present};
+        let (operator, values) = match check {
+            Check::Equals(value) => (Equals, vec![value]),
+            Check::NotEquals(value) => (NotEquals, vec![value]),
+            Check::OneOf(values) => (OneOf, values.into()),
+            Check::Contains(text) => (Contains, vec![Value::Text(text.into())]),
+            Check::Prefix(text) => (Prefix, vec![Value::Text(text.into())]),
+            Check::Less(value) => (Less, vec![value]),
+            Check::Greater(value) => (Greater, vec![value]),
+            Check::Present => (Present, Vec::new()),
         };
-        let equal = |value: &Value| match (have, value) {
-            (Value::Text(a), Value::Text(b)) => Some(a == b),
-            (Value::Flag(a), Value::Flag(b)) => Some(a == b),
-            (Value::Integer(a), Value::Integer(b)) => Some(a == b),
-            _ => Some(number(have)? == number(value)?),
+        Self { attribute: key.into_name(), operator, values }
+    }
+}
+
+impl Check {
+    /// The error says what the operator takes.
+    fn new(operator: Operator, values: Vec<Value>) -> Result<Self, &'static str> {
+        let [value] = match (operator, <[Value; 1]>::try_from(values)) {
+            (Operator::Present, Err(values)) if values.is_empty() => return Ok(Self::Present),
+            (Operator::Present, _) => return Err("no value"),
+            (Operator::OneOf, Ok(values)) => return Ok(Self::OneOf(values.into())),
+            (Operator::OneOf, Err(values)) if !values.is_empty() => return Ok(Self::OneOf(values.into())),
+            (Operator::OneOf, Err(_)) => return Err("at least one value"),
+            (Operator::Equals | Operator::NotEquals, Err(_)) => return Err("one value"),
+            (Operator::Contains | Operator::Prefix, Err(_)) => return Err("one text"),
+            (Operator::Less | Operator::Greater, Err(_)) => return Err("one number"),
+            (_, Ok(one)) => one,
         };
-        match (self.operator, have, self.values.first()) {
-            (Operator::Present, _, _) => true,
-            (Operator::OneOf, _, _) => self.values.iter().any(|value| equal(value) == Some(true)),
-            (Operator::Equals, _, Some(value)) => equal(value) == Some(true),
-            (Operator::NotEquals, _, Some(value)) => equal(value) == Some(false),
-            (Operator::Contains, Value::Text(a), Some(Value::Text(b))) => a.contains(b.as_str()),
-            (Operator::Prefix, Value::Text(a), Some(Value::Text(b))) => a.starts_with(b.as_str()),
-            (Operator::Less, _, Some(value)) => number(have).zip(number(value)).is_some_and(|(a, b)| a < b),
-            (Operator::Greater, _, Some(value)) => number(have).zip(number(value)).is_some_and(|(a, b)| a > b),
+        let is_number = matches!(value, Value::Integer(_)) || matches!(value, Value::Decimal(d) if !d.is_nan());
+        Ok(match (operator, value) {
+            (Operator::Equals, value) => Self::Equals(value),
+            (Operator::NotEquals, value) => Self::NotEquals(value),
+            (Operator::Contains, Value::Text(text)) => Self::Contains(text.into()),
+            (Operator::Prefix, Value::Text(text)) => Self::Prefix(text.into()),
+            (Operator::Contains | Operator::Prefix, _) => return Err("one text"),
+            (Operator::Less, value) if is_number => Self::Less(value),
+            (Operator::Greater, value) if is_number => Self::Greater(value),
+            _ => return Err("one number"),
+        })
+    }
+
+    fn holds(&self, have: &Value) -> bool {
+        match (self, have) {
+            (Self::Present, _) => true,
+            (Self::Equals(value), _) => equal(have, value) == Some(true),
+            (Self::NotEquals(value), _) => equal(have, value) == Some(false),
+            (Self::OneOf(values), _) => values.iter().any(|value| equal(have, value) == Some(true)),
+            (Self::Contains(text), Value::Text(have)) => have.contains(&**text),
+            (Self::Prefix(text), Value::Text(have)) => have.starts_with(&**text),
+            (Self::Less(value), _) => compare(have, value) == Some(Ordering::Less),
+            (Self::Greater(value), _) => compare(have, value) == Some(Ordering::Greater),
             _ => false,
         }
+    }
+}
+
+/// What a condition said of the last few sets of attributes that it was asked about: streams with equal ones share the answer.
+#[derive(Debug, Default)]
+pub struct Answers([AtomicU64; Self::SLOTS]);
+
+impl Answers {
+    const SLOTS: usize = 4;
+
+    /// What was said of these attributes, or what `decide` says now.
+    pub fn of(&self, attributes: &Attributes, decide: impl FnOnce() -> bool) -> bool {
+        // One word for both, so that no lock is needed. Sets are numbered from 1, so that an empty slot is nobody's.
+        let slot = &self.0[attributes.number() as usize % Self::SLOTS];
+        let known = slot.load(Relaxed);
+        if known >> 1 == attributes.number() {
+            return known & 1 == 1;
+        }
+        let answer = decide();
+        slot.store(attributes.number() << 1 | u64::from(answer), Relaxed);
+        answer
+    }
+}
+
+/// `None`: values of different types, of which nothing can be said.
+fn equal(a: &Value, b: &Value) -> Option<bool> {
+    match (a, b) {
+        (Value::Text(a), Value::Text(b)) => Some(a == b),
+        (Value::Flag(a), Value::Flag(b)) => Some(a == b),
+        _ => compare(a, b).map(Ordering::is_eq),
+    }
+}
+
+/// Of two numbers; whole ones exactly, also beyond what a decimal can hold.
+fn compare(a: &Value, b: &Value) -> Option<Ordering> {
+    match (a, b) {
+        (Value::Integer(a), Value::Integer(b)) => Some(a.cmp(b)),
+        (Value::Integer(a), Value::Decimal(b)) => (*a as f64).partial_cmp(b),
+        (Value::Decimal(a), Value::Integer(b)) => a.partial_cmp(&(*b as f64)),
+        (Value::Decimal(a), Value::Decimal(b)) => a.partial_cmp(b),
+        _ => None,
     }
 }
 
@@ -178,6 +270,60 @@ mod tests {
         assert!(!hold(vec![vec![adult, pro]]));
         assert!(hold(vec![vec![]]));
         assert!(!hold(vec![]));
+    }
+
+    #[test]
+    fn whole_numbers_are_compared_exactly() {
+        let have = Attributes::from([("n".into(), Value::Integer(i64::MAX))]);
+        let holds =
+            |operator, value| Criteria::new(vec![vec![Test { attribute: "n".into(), operator, values: vec![value] }]]).unwrap().hold(&have);
+        assert!(holds(Operator::Greater, Value::Integer(i64::MAX - 1)));
+        assert!(!holds(Operator::Equals, Value::Integer(i64::MAX - 1)));
+        assert!(!holds(Operator::Less, Value::Integer(i64::MAX)));
+    }
+
+    #[test]
+    fn deciding_allocates_nothing() {
+        let every = |values: &[(Operator, &[Value])]| {
+            let test =
+                |(operator, values): &(Operator, &[Value])| Test { attribute: "plan".into(), operator: *operator, values: values.to_vec() };
+            values.iter().map(|operator| vec![test(operator)]).collect::<Vec<_>>()
+        };
+        use Operator::*;
+        let (pro, one) = ([text("pr")], [Value::Integer(1)]);
+        let criteria = Criteria::new(every(&[
+            (Equals, &pro),
+            (OneOf, &pro),
+            (Less, &one),
+            (Greater, &one),
+            (NotEquals, &one),
+            (Contains, &[text("x")]),
+        ]))
+        .unwrap();
+        let have = Attributes::from([("age".into(), Value::Integer(30)), ("plan".into(), text("pro"))]);
+        let counted = allocation_counter::measure(|| assert!(!criteria.hold(&have)));
+        assert_eq!(counted.count_total, 0);
+    }
+
+    #[test]
+    fn equal_attributes_share_an_answer_and_others_never_do() {
+        let (pool, answers) = (Pool::default(), Answers::default());
+        let of = |plan: &str| pool.share(Attributes::from([("plan".into(), text(plan))]));
+        let n_decided = std::cell::Cell::new(0);
+        let ask = |attributes: &Attributes| {
+            answers.of(attributes, || {
+                n_decided.set(n_decided.get() + 1);
+                attributes.get("plan") == Some(&text("pro"))
+            })
+        };
+        let (pro, another, free) = (of("pro"), of("pro"), of("free"));
+        assert_eq!((ask(&pro), ask(&another), n_decided.get()), (true, true, 1));
+        assert_eq!((ask(&free), ask(&pro), n_decided.get()), (false, true, 2));
+        for n in 0..100 {
+            let other = of(&format!("plan {n}"));
+            assert!(!ask(&other), "a set of attributes takes the answer of one that came before it");
+        }
+        assert!(ask(&pro));
     }
 
     #[test]

@@ -85,16 +85,33 @@ impl From<Error> for Stop {
     }
 }
 
-/// What one stretch of work has read and brought to an outcome: what is between the two when it stops, however it stops, is read again.
+/// What one stretch of work has read and not yet brought to an outcome: when it stops, however it stops, that is read again.
 struct Progress {
-    n_read: AtomicU64,
-    n_done: AtomicU64,
+    n_in_flight: AtomicU64,
+    read: Counter,
     reread: Counter,
+}
+
+impl Progress {
+    fn begin(metrics: &Metrics, partition: &Partition) -> Self {
+        let label = SourceLabel { source: partition.source.clone() };
+        let (read, reread) = (metrics.events_read.get_or_create_owned(&label), metrics.events_reread.get_or_create_owned(&label));
+        Self { n_in_flight: AtomicU64::new(0), read, reread }
+    }
+
+    fn read(&self, n_entries: u64) {
+        self.read.inc_by(n_entries);
+        self.n_in_flight.fetch_add(n_entries, Relaxed);
+    }
+
+    fn done(&self, n_entries: u64) {
+        self.n_in_flight.fetch_sub(n_entries, Relaxed);
+    }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        self.reread.inc_by(self.n_read.load(Relaxed) - self.n_done.load(Relaxed));
+        self.reread.inc_by(self.n_in_flight.load(Relaxed));
     }
 }
 
@@ -212,15 +229,13 @@ impl Ingest {
     }
 
     async fn work(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
+        let progress = Progress::begin(&self.metrics, partition);
         // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
-        let head = match self.settled_head(partition.number).await {
+        let head = match self.settled_head(partition.number, &progress).await {
             Ok(head) => head,
             Err(stop) => return stop,
         };
         let (evaluated, batches) = mpsc::channel(AHEAD);
-        let label = SourceLabel { source: partition.source.clone() };
-        let reread = self.metrics.events_reread.get_or_create_owned(&label);
-        let progress = Progress { n_read: AtomicU64::new(0), n_done: AtomicU64::new(0), reread };
         let read = self.read(partition, head.position.entry, standing, evaluated, &progress, shutdown);
         let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
@@ -239,7 +254,7 @@ impl Ingest {
     }
 
     /// The head, with a plan that an earlier owner left half-written brought to its end: that plan, and never another for that event.
-    async fn settled_head(&self, partition: PartitionNumber) -> Result<Head, Stop> {
+    async fn settled_head(&self, partition: PartitionNumber, progress: &Progress) -> Result<Head, Stop> {
         let head = self.broker.head(partition).await?;
         let Some(pending) = head.pending.filter(|_| head.position.slices > 0) else { return Ok(head) };
         let record = self.broker.records(partition, &[pending]).await?.pop().flatten();
@@ -260,7 +275,10 @@ impl Ingest {
                 ..Decision::default()
             },
         };
+        // By this owner it was not read before; the one that began the plan has left it to be read again.
+        progress.read(1);
         self.commit_sliced(partition, head.life, item, head.position.slices).await?;
+        progress.done(1);
         Ok(self.broker.head(partition).await?)
     }
 
@@ -274,8 +292,6 @@ impl Ingest {
         progress: &Progress,
         shutdown: &CancellationToken,
     ) -> Stop {
-        let label = SourceLabel { source: partition.source.clone() };
-        let read = self.metrics.events_read.get_or_create_owned(&label);
         // Carefully only until it is clear that the position moves again.
         let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
         loop {
@@ -303,23 +319,16 @@ impl Ingest {
                 continue;
             };
             after = last.id;
-            read.inc_by(entries.len() as u64);
-            progress.n_read.fetch_add(entries.len() as u64, Relaxed);
+            progress.read(entries.len() as u64);
             let poison = if n_careful > 0 { self.poison(partition.number, &entries).await } else { Ok(None) };
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
                 Ok(Some(item)) => vec![item],
-                Ok(None) => {
-                    let n_entries = entries.len() as u64;
-                    match self.evaluate(partition, entries).await {
-                        Ok(items) => items,
-                        // The last plugin went since they were read.
-                        Err(NoPlugins) => {
-                            self.metrics.events_reread.get_or_create(&label).inc_by(n_entries);
-                            return Stop::NoPlugins;
-                        }
-                    }
-                }
+                Ok(None) => match self.evaluate(partition, entries).await {
+                    Ok(items) => items,
+                    // The last plugin went since they were read.
+                    Err(NoPlugins) => return Stop::NoPlugins,
+                },
                 Err(stop) => return stop,
             };
             if evaluated.send(Evaluated { items }).await.is_err() {
@@ -453,7 +462,7 @@ impl Ingest {
                     Ok(entry) => prev = entry.into(),
                     Err(stop) => return stop,
                 }
-                progress.n_done.fetch_add(n_items, Relaxed);
+                progress.done(n_items);
             }
         }
         Stop::Shutdown

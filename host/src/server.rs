@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use serde::{Deserialize, Serialize};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -27,6 +28,10 @@ use tower::ServiceExt as _;
 
 use crate::shutdown::Shutdown;
 use crate::sse;
+
+/// The most bytes that wait for a socket, with us and with the system each, beyond what is on its way to the client: they are overtaken by nothing any
+/// more, however urgent.
+const MAX_UNSENT: usize = 16 * 1024;
 
 /// The `[listen]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -187,6 +192,10 @@ async fn drive(
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(peer = %connection.peer, %error, "no TCP_NODELAY; frames are late");
     }
+    // The system would take megabytes for a client that does not read.
+    if let Err(error) = SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT as u32) {
+        tracing::debug!(peer = %connection.peer, %error, "no TCP_NOTSENT_LOWAT; what is urgent waits behind what the system has taken");
+    }
     let handle = Arc::clone(&connection);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         handle.has_request.store(true, Relaxed);
@@ -195,10 +204,18 @@ async fn drive(
         routes.clone().oneshot(request)
     });
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(header_timeout).keep_alive(!connection.is_surplus).max_headers(100);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .keep_alive(!connection.is_surplus)
+        .max_headers(100)
+        // Also the longest request head.
+        .max_buf_size(MAX_UNSENT);
     builder
         .http2()
         .timer(TokioTimer::new())
+        .max_send_buf_size(MAX_UNSENT)
         .max_concurrent_streams(128)
         .max_header_list_size(32 * 1024)
         // A peer that vanished without a word is found out by a ping; HTTP/1 streams by their heartbeat.

@@ -89,7 +89,7 @@ pub(super) async fn ids_ascend_and_tell_the_time(bench: Bench) {
 }
 
 /// Held by the compare-and-set alone: nobody holds a lease, each reads, plans and commits when it likes, in batches of its own size.
-pub(super) async fn four_racing_owners_without_a_lease_commit_in_order_exactly_once(bench: Bench) {
+pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once(bench: Bench) {
     const ENTRIES: usize = 2_000;
     let node = bench.open_with(&Retention { everyone_entries: 100_000, ..Retention::default() }).await;
     let values: Vec<String> = (0..ENTRIES).map(|k| k.to_string()).collect();

@@ -21,7 +21,8 @@ async fn outcomes(node: &Node, items: Vec<Item>) -> Vec<Outcome> {
     node.commit(items).await.into_iter().map(|(outcome, _)| outcome).collect()
 }
 
-pub(super) async fn a_retry_within_the_window_is_a_duplicate(bench: Bench) {
+/// The times are the entries': measured by the clock of the commit, a retry that a stalled consumer comes to late would pass.
+pub(super) async fn f14a_a_retry_within_the_window_is_a_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
     assert_eq!(outcomes(&node, vec![event(10, 1), event(20, 2)]).await, [Outcome::Committed; 2]);
     assert_eq!(outcomes(&node, vec![event(30, 1)]).await, [Outcome::Duplicate]);
@@ -37,7 +38,7 @@ pub(super) async fn a_retry_within_the_same_batch_is_a_duplicate(bench: Bench) {
 }
 
 /// The window is one of stream time: a consumer that stalled does not widen it, and one that hurries does not narrow it.
-pub(super) async fn a_repeat_after_the_window_is_no_duplicate(bench: Bench) {
+pub(super) async fn f14a_a_repeat_after_the_window_is_no_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
     assert_eq!(outcomes(&node, vec![event(10, 1)]).await, [Outcome::Committed]);
     assert_eq!(outcomes(&node, vec![event(2 * WINDOW_MS + 10, 1)]).await, [Outcome::Committed]);
@@ -74,9 +75,19 @@ pub(super) async fn h13_a_quiet_time_leaves_no_bucket_behind(bench: Bench) {
     assert_eq!(outcomes(&node, vec![event(90 * WINDOW_MS + 1, 90)]).await, [Outcome::Duplicate]);
 }
 
-pub(super) async fn a_full_window_stops_remembering_and_counts(bench: Bench) {
+/// Without a bound, a fast source fills the broker with the ids of its publishers.
+pub(super) async fn f14d_a_full_window_stops_remembering_and_counts(bench: Bench) {
     let node = bench.open_with(&Retention { dedupe_entries: 2, ..window() }).await;
     assert_eq!(outcomes(&node, vec![event(1, 1), event(2, 2), event(3, 3)]).await, [Outcome::Committed; 3]);
     assert_eq!(outcomes(&node, vec![event(4, 2), event(5, 3)]).await, [Outcome::Duplicate, Outcome::Committed]);
     assert_eq!(node.broker.state(node.p).await.unwrap().dedupe_overflows, 2);
+}
+
+/// Memory of ids is the partition's, as everything made from a source is: nothing is asked of another one, which may be elsewhere.
+pub(super) async fn f14e_the_same_id_in_another_partition_is_another_event(bench: Bench) {
+    let node = bench.open_with(&window()).await;
+    for partition in node.broker.partitions() {
+        let one = Node { p: partition.number, ..node.clone() };
+        assert_eq!(outcomes(&one, vec![event(10, 1), event(20, 1)]).await, [Outcome::Committed, Outcome::Duplicate]);
+    }
 }

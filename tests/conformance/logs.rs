@@ -96,6 +96,7 @@ pub(super) async fn absent_records_are_none_in_their_place(bench: Bench) {
     assert!(node.broker.records(node.p, &[]).await.unwrap().is_empty());
 }
 
+/// By the floor a reader knows that a log may have been and gone; one that fell would take back what it said.
 pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) {
     let node = bench.open_with(&Retention { max_age_s: 1, ..Retention::default() }).await;
     let head = node.head().await;

@@ -40,8 +40,8 @@ pub(super) async fn attributes_are_replaced_as_a_whole(bench: Bench) {
     let recipient = node.broker.recipient(&name("1")).await.unwrap();
     assert_eq!(recipient.attributes, second);
     assert_eq!(recipient.groups.len(), 1, "memberships stay");
-    node.change("1", RecipientChange::Attributes(Attributes::new())).await;
-    assert_eq!(node.broker.recipient(&name("1")).await.unwrap().attributes, Attributes::new());
+    node.change("1", RecipientChange::Attributes(Attributes::default())).await;
+    assert_eq!(node.broker.recipient(&name("1")).await.unwrap().attributes, Attributes::default());
 }
 
 pub(super) async fn joining_and_leaving_are_ids_in_each_partition(bench: Bench) {
@@ -109,7 +109,7 @@ pub(super) async fn a_change_is_heard_in_every_partition_before_later_events(ben
         ear.feed.follow.send(Follow::Start { partition: one.p, target, token: one.p.0.into() }).unwrap();
     }
     node.join("ü 1", "ops").await;
-    node.change("ü 1", RecipientChange::Attributes(Attributes::new())).await;
+    node.change("ü 1", RecipientChange::Attributes(Attributes::default())).await;
     for one in &all {
         one.publish("R", &["all"]).await;
     }

@@ -8,10 +8,19 @@ use rand::rngs::StdRng;
 /// # Panics
 /// If `POINTSMAN_TEST_SEED` is set and no number.
 pub(crate) fn generator(test: &str) -> (StdRng, u64) {
+    let seed = seed(test);
+    (StdRng::seed_from_u64(seed), seed)
+}
+
+/// The seed of one test.
+///
+/// # Panics
+/// As [`generator`].
+pub(crate) fn seed(test: &str) -> u64 {
     let seed = match std::env::var("POINTSMAN_TEST_SEED") {
         Ok(text) => text.parse().expect("POINTSMAN_TEST_SEED is a number"),
         Err(_) => rand::random(),
     };
     eprintln!("{test}: POINTSMAN_TEST_SEED={seed}");
-    (StdRng::seed_from_u64(seed), seed)
+    seed
 }

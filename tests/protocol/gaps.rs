@@ -140,6 +140,27 @@ async fn h09_a_log_that_is_cut_between_two_pages_is_a_gap() {
     assert_eq!(received, expect);
 }
 
+/// The ids are read, then a fail-over takes the newest of them: its record is gone, and so is the id. It never was, as far as anybody will know,
+/// and to say that something is missing would be false.
+#[tokio::test]
+async fn h09_what_a_fail_over_takes_while_it_is_read_is_no_gap() {
+    let stage = Stage::redis().await;
+    stage.number_ids();
+    let hub = stage.hub();
+    let start = Client::live(&hub, "ann").await.cut();
+    stage.event("kept", &[to("u:ann")]).await;
+    stage.server().snapshot();
+    stage.event("lost", &[to("u:ann")]).await;
+    let mut stop = stage.puppet.stop(At::Before(Op::Records));
+    let mut client = Client::open(&hub, "ann", start);
+    stop.reached().await;
+    stage.server().fail_over();
+    stop.go();
+    client.expect(&["kept"]).await;
+    stage.event("new", &[to("u:ann")]).await;
+    client.expect(&["new"]).await;
+}
+
 /// The index has the id, and the record is gone, as where somebody deleted it.
 #[tokio::test]
 async fn a_record_that_is_gone_is_a_gap() {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pointsman::broker::Notice;
-use pointsman::subscription::{Start, WINDOW};
+use pointsman::subscription::{Rendered, Start, WINDOW};
 
 use super::on_each_broker;
 use super::puppet::{At, Fate, Op};
@@ -21,7 +21,8 @@ on_each_broker! {
     f20_a_client_that_was_quiet_for_long_has_a_young_cursor,
     f21_a_record_is_parsed_and_rendered_once_for_all_streams,
     h06_a_tick_that_waited_does_not_make_old_notices_new,
-    a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing,
+    h06_a_tick_between_two_slices_does_not_bring_the_event_again,
+    h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing,
     a_broker_that_fails_in_the_midst_of_a_replay_costs_nothing_and_doubles_nothing,
     a_live_record_that_cannot_be_read_is_read_again,
     a_reset_while_a_subscription_is_under_way_voids_it,
@@ -180,7 +181,7 @@ async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) 
     for record in &records {
         record.rendered(0, |_| {
             n_rendered.fetch_add(1, Ordering::Relaxed);
-            "data".into()
+            Rendered { before_target: "before".into(), after_target: "after".into() }
         });
     }
     assert_eq!(n_rendered.into_inner(), 1);
@@ -224,8 +225,24 @@ async fn h06_a_tick_that_waited_does_not_make_old_notices_new(stage: Stage) {
     client.expect(&["c"]).await;
 }
 
-/// "Alive" counts as a tick for the 3 s, and knows nothing of ids.
-async fn a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage: Stage) {
+/// A slice of a plan reaches ann by her own log, then a tick names the id before it, then another slice reaches her by her group's log. If a tick
+/// could lower the mark, the event would be a new one.
+async fn h06_a_tick_between_two_slices_does_not_bring_the_event_again(stage: Stage) {
+    stage.join("ann", "ops").await;
+    let hub = stage.hub();
+    let mut client = Client::live(&hub, "ann").await;
+    let plan = [to("u:ann g:ops")];
+    stage.slice("large", &plan, &["u:ann"], 0, false).await;
+    client.expect(&["large"]).await;
+    stage.puppet.broker.tick(stage.p).await.expect("tick");
+    stage.slice("large", &plan, &["g:ops"], 1, true).await;
+    stage.event("next", &[to("u:ann")]).await;
+    client.expect(&["next"]).await;
+}
+
+/// A broker that refuses writes cannot tick, and a node that hears no tick connects again and replays every stream. "Alive" counts as a tick for
+/// the 3 s, and knows nothing of ids.
+async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage: Stage) {
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
     stage

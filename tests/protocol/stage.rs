@@ -218,7 +218,11 @@ impl Stage {
     /// Makes ids run an hour ahead of the clock, as they do after the clock ran ahead: they are then numbered without gaps, so that a life
     /// that lost a tail issues the very same ids again.
     pub(super) fn number_ids(&self) {
-        let () = self.server().command(&format!("HSET {TAG}meta last {}", NotificationId::at_ms(now_ms() + 3_600_000)));
+        self.number_ids_of(SOURCE);
+    }
+
+    pub(super) fn number_ids_of(&self, source: &str) {
+        let () = self.server().command(&format!("HSET {{{source}}}:meta last {}", an_hour_ahead()));
     }
 }
 
@@ -301,8 +305,8 @@ impl Client {
             self.cursor = Some(cursor);
         }
         match next {
-            Next::Notification { record, route, .. } => {
-                Frame::Event { id: event_id(&record), priority: record.route(route).priority, record }
+            Next::Notification { record, way, .. } => {
+                Frame::Event { id: event_id(&record), priority: record.route(way.route).priority, record }
             }
             Next::Gap(gap) => Frame::Gap(gap),
             Next::Cursor => Frame::Cursor,

@@ -416,8 +416,9 @@ mod tests {
         assert!(check(full().with_lag(1_000_000), StatusCode::TOO_MANY_REQUESTS).await);
     }
 
+    /// Each partition remembers publishers' ids for itself: chosen anew for a retry, it would be another one, and the event there twice.
     #[test]
-    fn a_retry_meets_the_first_attempt_and_keys_spread() {
+    fn f14e_a_retry_meets_the_first_attempt_and_keys_spread() {
         let partitions: Vec<Partition> = (0..4).map(|n| Partition { number: PartitionNumber(n), source: format!("s{n}") }).collect();
         let of = |document: serde_json::Value| {
             partition_of(&Event::from_json(EntryId::default(), "-", document.to_string().as_bytes()).unwrap(), &partitions).number

@@ -57,6 +57,7 @@ async fn f06_a_foreign_type_in_a_later_slice_leaves_that_log_out() {
     assert_eq!(server.command::<u64>(&format!("HGET {TAG}meta foreign_logs")), 1);
 }
 
+/// A key that the commit of any event writes to: none can be dead-lettered there, so nothing is written, and the operator is told what to do.
 #[tokio::test]
 async fn f06_a_foreign_type_where_every_commit_writes_is_refused_by_name() {
     let server = RedisServer::start();
@@ -219,6 +220,7 @@ async fn h17_a_deleted_source_does_not_fail_a_commit() {
     assert_eq!(node.head().await.position, ids[0].into());
 }
 
+/// Nothing is ever pending or acknowledged, and operators' tools show the lag all the same.
 #[tokio::test]
 async fn f30_the_lag_is_readable_in_a_group_with_nothing_pending() {
     let server = RedisServer::start();
@@ -234,7 +236,7 @@ async fn f30_the_lag_is_readable_in_a_group_with_nothing_pending() {
 
 /// Who else reads the source loses nothing to our trimming.
 #[tokio::test]
-async fn what_another_group_has_not_read_is_not_trimmed() {
+async fn f12_what_another_group_has_not_read_is_not_trimmed() {
     let server = RedisServer::start();
     let node = connect_to(&server.url(), &[SOURCE], Retention { keep_s: 0, ..Retention::default() }).await.unwrap();
     let ids = node.append(&["v"; 1_000]).await;
@@ -279,8 +281,9 @@ async fn h13_at_most_two_buckets_stand() {
     assert_eq!(buckets, [format!("{TAG}seen:1700000109"), format!("{TAG}seen:1700000110")]);
 }
 
+/// Who reads a source without a group cannot be known; only what is named as ours is ours to trim.
 #[tokio::test]
-async fn a_source_that_is_not_ours_by_name_is_not_touched() {
+async fn f12_a_source_that_is_not_ours_by_name_is_not_touched() {
     let server = RedisServer::start();
     let node = connect_to(&server.url(), &["shop:orders"], Retention { keep_s: 0, ..Retention::default() }).await.unwrap();
     node.append(&["v"; 500]).await;

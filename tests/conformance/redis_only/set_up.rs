@@ -20,6 +20,13 @@ async fn each_finding_names_its_fix() {
     let found = findings(&node).await;
     assert_eq!(found.len(), 1);
     assert!(found[0].0 == Severity::Warning && found[0].1.contains("CONFIG SET appendonly yes"), "{found:?}");
+}
+
+/// When memory is short, such a Redis removes the keys that say what was done: the position, publishers' ids, logs.
+#[tokio::test]
+async fn f07_a_redis_that_may_evict_is_refused_with_the_fix() {
+    let server = RedisServer::with(&["--appendonly", "yes"]);
+    let node = node_on(&server).await;
     let () = server.command("CONFIG SET maxmemory-policy allkeys-lru");
     let found = findings(&node).await;
     assert!(found[0].0 == Severity::Refusal && found[0].1.contains("CONFIG SET maxmemory-policy noeviction"), "{found:?}");

@@ -1,0 +1,78 @@
+//! Priority at a socket that nobody reads: what is urgent goes ahead of everything that has not left the node.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::SocketAddr;
+
+use serde_json::json;
+
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::event;
+use crate::harness::sse::{Notification, Request, Stream};
+
+const N_LOW: usize = 500;
+/// All of them are a multiple of what a node has to write ahead for a connection to be fast.
+const BYTES: usize = 8 * 1024;
+/// What a node has taken out of its lanes and not yet given to the kernel: a write, and what was left of the one before.
+const UNDER_WAY: usize = 32 * 1024;
+
+#[test]
+fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_point_loses_and_repeats_nothing() {
+    let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
+    // One stream for each point at which it is cut.
+    let cuts = [0, 1, 2, 10, 40, 80, 120, 160, 200, 256, 300, 400, N_LOW, N_LOW + 1];
+    let streams: Vec<_> = cuts.map(|_| node.stream("42")).into();
+    let low = |n: usize| event(&format!("low{n}"), "t", json!({ "user": "42", "priority": "low", "data": "x".repeat(BYTES) }));
+    for begin in (0..N_LOW).step_by(100) {
+        node.publisher().publish(&(begin..begin + 100).map(low).collect::<Vec<_>>());
+    }
+    node.settle(SOON);
+    node.publisher().publish(&[event("urgent", "t", json!({ "user": "42", "priority": "urgent" }))]);
+    node.settle(SOON);
+    let mut resumed = Vec::new();
+    for (cut, mut stream) in cuts.into_iter().zip(streams) {
+        let in_socket = bytes_in_the_kernel(&stream, node.addr());
+        assert!(in_socket < N_LOW * BYTES / 2, "{in_socket} bytes were written for a client that does not read");
+        let mut received: Vec<Notification> = Vec::new();
+        while received.len() < cut {
+            received.push(stream.next_notification(SOON));
+            if received.last().is_some_and(|last| last.id == "urgent") {
+                let n_before = received.len() - 1;
+                assert!(
+                    (n_before * BYTES) < in_socket + UNDER_WAY,
+                    "{n_before} low ones came first, and {in_socket} bytes were in the socket"
+                );
+            }
+        }
+        let mut again = Request::new(node.addr(), "user=42").last_event_id(stream.last_event_id()).open(SOON).expect("open it again");
+        drop(stream);
+        while received.len() < N_LOW + 1 {
+            received.push(again.next_notification(SOON));
+        }
+        let ids: HashSet<&str> = received.iter().map(|notification| notification.id.as_str()).collect();
+        assert_eq!(ids.len(), N_LOW + 1, "each came once, although the stream was cut after {cut}");
+        let order: Vec<&str> = received.iter().map(|notification| notification.id.as_str()).filter(|id| *id != "urgent").collect();
+        assert_eq!(order, (0..N_LOW).map(|n| format!("low{n}")).collect::<Vec<_>>(), "cut after {cut}");
+        resumed.push(again);
+    }
+    // Nothing is left over.
+    node.publisher().publish(&[event("last", "t", json!({ "user": "42" }))]);
+    for mut stream in resumed {
+        assert_eq!(stream.next_notification(SOON).id, "last");
+    }
+}
+
+/// What the node has written and the client has not read.
+fn bytes_in_the_kernel(stream: &Stream, node: SocketAddr) -> usize {
+    let client = stream.scissors().and_then(|socket| socket.local_addr()).expect("the client's address");
+    let table = fs::read_to_string("/proc/net/tcp").expect("read /proc/net/tcp");
+    let queues = |local: SocketAddr, remote: SocketAddr| {
+        let (local, remote) = (format!(":{:04X}", local.port()), format!(":{:04X}", remote.port()));
+        let mut lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let line = lines.find(|line| line.len() > 4 && line[1].ends_with(&local) && line[2].ends_with(&remote)).expect("the connection");
+        let (sent, received) = line[4].split_once(':').expect("two queues");
+        [sent, received].map(|queue| usize::from_str_radix(queue, 16).expect("a hexadecimal number"))
+    };
+    let ([unacknowledged, _], [_, unread]) = (queues(node, client), queues(client, node));
+    unacknowledged + unread
+}
