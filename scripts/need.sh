@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure that tools are there: need.sh TOOL...   TOOL: redis-server, chromium, node
+# Makes sure that tools are there: need.sh TOOL...   TOOL: redis-server, chromium, node, python (3, with venv)
 #
 # What is missing is installed through apt. Where Debian's node is too old for the client libraries that are tested (they ask for 20), a
 # newer one comes from npm into build/tools, where tests/clients.rs looks first. What cannot be had ends the run with one sentence.
@@ -31,6 +31,12 @@ apt_install() {
     rm -f "$log"
 }
 
+need_python() {
+    if ! has python3; then apt_install python3 python3-venv; fi
+    # Debian's python3 comes without what makes virtual environments.
+    if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then apt_install python3-venv; fi
+}
+
 is_new_node() {
     has "$1" && [ "$("$1" -p 'parseInt(process.versions.node)')" -ge "$node_at_least" ]
 }
@@ -50,6 +56,7 @@ for tool in "$@"; do
     redis-server) has redis-server || apt_install redis-server ;;
     chromium) has chromium || apt_install chromium ;;
     node) need_node ;;
+    python) need_python ;;
     *) fail "it does not know how to get '$tool'." ;;
     esac
 done

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{ApiError, State};
 use crate::broker::{Broker, PartitionNumber, Verdict};
+use crate::criteria::Criteria;
 use crate::event::{EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target};
 use crate::pipeline::{Evaluation, NoPlugins, Resolution};
 use crate::recipients::{Moment, winning_route};
@@ -113,7 +114,9 @@ async fn judge(broker: &dyn Broker, partition: PartitionNumber, evaluation: Eval
             Target::Group(group) => reaches.groups.push(group),
             Target::User(_) if reaches.users.len() + reaches.left_out.len() == MAX_USERS => reaches.n_not_judged += 1,
             Target::User(user) => {
-                match winning_route(&plan, &user, &broker.recipient(&user).await?, moment).map(|index| &plan.routes[index]) {
+                let recipient = broker.recipient(&user).await?;
+                let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
+                match winning_route(&plan, &user, &recipient, moment, holds).map(|way| &plan.routes[way.route]) {
                     Some(route) => reaches.users.push(Reached { user, priority: route.priority, by: route.by.clone() }),
                     None => reaches.left_out.push(user),
                 }

@@ -1,0 +1,212 @@
+"""Tells customers of their parcels: a filter and a router. What it decides is in ../README.md.
+
+Integers of 64 bits are int, as any. An `err` of the contract is raised, in an `Err`.
+"""
+
+import functools
+import json
+import traceback
+
+from componentize_py_types import Err
+from wit_world import exports
+from wit_world.exports.filter import Amendment, Verdict_Amend, Verdict_Drop, Verdict_Keep
+from wit_world.exports.lifecycle import Issue, Manifest, Selection
+from wit_world.exports.router import Route
+from wit_world.imports import clock, log
+from wit_world.imports.types import (
+    Attribute, Criteria, Failure_Reject, Failure_Retry, Operator, Payload_Json, Priority, Target_Everyone, Target_Group, Target_User, Test,
+    Value_Decimal, Value_Flag, Value_Integer, Value_Text,
+)
+
+HOUR_MS = 3_600_000
+
+urgent_fee = 100
+
+
+class Lifecycle(exports.Lifecycle):
+    def describe(self):
+        schema = {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"urgent_fee": {"type": "number", "minimum": 0, "default": 100}},
+        }
+        return Manifest(
+            name="parcels",
+            version="0.1.0",
+            description="Tells customers of their parcels",
+            types=["parcel.*"],
+            reads=Selection(
+                attributes=["customer", "depot", "late", "test"],
+                fields=["/fee", "/heavier_than", "/hours_late", "/number"],
+                payload=True,
+            ),
+            config_schema=json.dumps(schema),
+        )
+
+    def configure(self, config):
+        global urgent_fee
+        config = json.loads(config)
+        fee = config.pop("urgent_fee", 100)
+        issues = [Issue(path, "is unknown; known is urgent_fee") for path in config]
+        # In Python, True is a number.
+        if type(fee) not in (int, float) or fee < 0:
+            issues.append(Issue("urgent_fee", "give a number, 0 or more"))
+        if issues:
+            raise Err(issues)
+        urgent_fee = fee
+
+
+def reporting(decide):
+    """What a bug raises goes to the operator's log; nothing else would say it, since the plugin has no standard error."""
+
+    @functools.wraps(decide)
+    def decide_and_report(self, event):
+        try:
+            return decide(self, event)
+        except Err:
+            raise
+        except Exception:
+            log.log(log.Level.ERROR, traceback.format_exc())
+            raise
+
+    return decide_and_report
+
+
+class Filter(exports.Filter):
+    @reporting
+    def evaluate(self, event):
+        attributes = attributes_of(event)
+        if attributes.get("test") in (Value_Flag(True), Value_Text("true")):
+            return Verdict_Drop("a test")
+        if clock.now_ms() > event.time_ms + 7 * 24 * HOUR_MS:
+            return Verdict_Drop("older than 7 days")
+        late = number(attributes.get("/hours_late"))
+        if late is not None and late >= 24:
+            is_urgent_enough = event.priority in (Priority.HIGH, Priority.URGENT)
+            return Verdict_Amend(Amendment(None if is_urgent_enough else Priority.HIGH, [Attribute("late", Value_Flag(True))]))
+        return Verdict_Keep()
+
+
+class Router(exports.Router):
+    @reporting
+    def resolve(self, event):
+        attributes = attributes_of(event)
+        match event.type:
+            case "parcel.moved":
+                return [moved(event, attributes)]
+            case "parcel.delivered":
+                return [delivered(attributes)]
+            case "parcel.held":
+                return held(attributes)
+            case "parcel.recalled":
+                return [recalled(attributes)]
+            case _:
+                return []
+
+
+def moved(event, attributes):
+    customer, parcel = customer_of(attributes), number_of(attributes)
+    place, stops = last_place(event.data)
+    return route(
+        [customer],
+        priority=None if attributes.get("late") == Value_Flag(True) else Priority.LOW,
+        ttl_ms=6 * HOUR_MS,
+        collapse_key=f"parcel-{parcel}",
+        event_name="parcel",
+        body=json.dumps({"number": parcel, "place": place, "stops": stops}),
+    )
+
+
+def delivered(attributes):
+    customer, parcel = customer_of(attributes), number_of(attributes)
+    depot = text(attributes.get("depot"))
+    targets = [customer, Target_Group(f"depot-{depot}")] if depot else [customer]
+    return route(targets, collapse_key=f"parcel-{parcel}", event_name="parcel")
+
+
+def held(attributes):
+    customer = customer_of(attributes)
+    fee = number(attributes.get("/fee"))
+    if fee is None:
+        raise Err(Failure_Retry("the fee is not known yet"))
+    on_duty = [
+        [Test("shift", Operator.EQUALS, [Value_Text("day")])],
+        [
+            Test("role", Operator.ONE_OF, [Value_Text("lead"), Value_Text("stand-in")]),
+            Test("open", Operator.LESS, [Value_Integer(50)]),
+        ],
+    ]
+    return [
+        route([customer], priority=Priority.URGENT if fee >= urgent_fee else Priority.HIGH, event_name="parcel"),
+        route([Target_Group("customs")], when=Criteria(on_duty), ttl_ms=12 * HOUR_MS),
+    ]
+
+
+def recalled(attributes):
+    parcel = number_of(attributes)
+    weight = attributes.get("/heavier_than")
+    log.log(log.Level.WARN, "a recall goes to everyone")
+    if number(weight) is None:
+        concerned = Test("parcels", Operator.GREATER, [Value_Integer(0)])
+    else:
+        concerned = Test("weight", Operator.GREATER, [weight])
+    return route(
+        [Target_Everyone()],
+        when=Criteria([[Test("staff", Operator.PRESENT, [])], [concerned]]),
+        priority=Priority.URGENT,
+        ttl_ms=24 * HOUR_MS,
+        collapse_key=f"recall-{parcel}",
+        event_name="recall",
+    )
+
+
+def route(targets, when=None, priority=None, ttl_ms=None, collapse_key=None, event_name=None, body=None):
+    """The generated class has no defaults."""
+    return Route(targets, when, priority, ttl_ms, collapse_key, event_name, body)
+
+
+def attributes_of(event):
+    """Attributes and fields by their names."""
+    return {attribute.name: attribute.value for attribute in event.attributes}
+
+
+def customer_of(attributes):
+    name = name_in(attributes.get("customer"))
+    if not name:
+        raise reject("the event names no customer: give the attribute customer a text or a whole number")
+    return Target_User(name)
+
+
+def number_of(attributes):
+    number = name_in(attributes.get("/number"))
+    if not number:
+        raise reject("the payload names no parcel: give /number a text or a whole number")
+    return number
+
+
+def last_place(data):
+    """Where the parcel is, and how many stops it has made. No JSON pointer says "the last one", so the payload is parsed here."""
+    payload = json.loads(data.value) if isinstance(data, Payload_Json) else None
+    steps = payload.get("steps") if isinstance(payload, dict) else None
+    last = steps[-1] if isinstance(steps, list) and steps else None
+    place = last.get("place") if isinstance(last, dict) else None
+    if not isinstance(place, str) or not place:
+        raise reject("the payload has no place: give the last of /steps a place")
+    return place, len(steps)
+
+
+def name_in(value):
+    """A text, or a whole number as one."""
+    return str(value.value) if isinstance(value, Value_Integer) else text(value)
+
+
+def text(value):
+    return value.value if isinstance(value, Value_Text) else None
+
+
+def number(value):
+    return float(value.value) if isinstance(value, (Value_Integer, Value_Decimal)) else None
+
+
+def reject(why):
+    return Err(Failure_Reject(why))
