@@ -47,6 +47,12 @@ pub(crate) fn demo_plugins() -> PathBuf {
     FOLDER.get_or_init(|| gather("demo", &["address", "prioritize", "rules"])).clone()
 }
 
+/// All of the bundled plugins.
+pub(crate) fn every_bundled_plugin() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| gather("every", &["address", "discard", "prioritize", "rules"])).clone()
+}
+
 fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
     fs::create_dir_all(&folder).expect("make a folder for plugins");
@@ -59,4 +65,11 @@ fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
         }
     }
     folder
+}
+
+/// The interpreter of JavaScript, 20 or newer.
+pub(crate) fn node_interpreter() -> PathBuf {
+    // Where scripts/need.sh puts one if this machine's is too old.
+    let newer = repository().join("build/tools/node_modules/.bin/node");
+    if newer.exists() { newer } else { PathBuf::from("node") }
 }
