@@ -11,12 +11,8 @@ use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Request, Stream};
 use crate::harness::{eventually, guests};
 
-/// Room for all that a test publishes: what is trimmed is not the matter here.
-const LONG_LOGS: &str = "[retention]\nlog_entries = 100000\n";
-
-fn nodes(server: &RedisServer, config: &str) -> [Node; 2] {
-    [Node::builder().config(config).start(), Node::builder().config(config).redis(server.url()).start()]
-}
+/// Room for all that a test publishes, as what is trimmed is not the matter here; and as little to compile at the start as there can be.
+const CONFIG: &str = "[retention]\nlog_entries = 100000\n[plugins.discard]\nenabled = false";
 
 fn open_after(node: &Node, user: &str, cursor: &str) -> Stream {
     Request::new(node.addr(), &format!("user={user}")).last_event_id(cursor).open(SOON).expect("open a stream")
@@ -80,7 +76,7 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
     const ROUNDS: usize = 3;
     const EACH: u64 = 20;
     let server = RedisServer::start();
-    for node in nodes(&server, LONG_LOGS) {
+    for node in [Node::builder(), Node::builder().redis(server.url())].map(|node| node.config(CONFIG).start()) {
         node.join("ops", "bob");
         let mut live = node.stream("ann");
         let mut witness = node.stream("bob");
