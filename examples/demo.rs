@@ -171,7 +171,7 @@ fn print(user: &str, notification: &Notification) {
     let text: Vec<String> =
         members.map(|(name, value)| format!("{name} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))).collect();
     let route = format!("{by} -> {to}");
-    println!("{:8}  {user:5}  {priority:6}  {kind:19}  {route:18}  {}", time.get(11..19).unwrap_or(time), text.join(", "));
+    println!("{:8}  {user:5}  {priority:6}  {kind:19}  {route:20}  {}", time.get(11..19).unwrap_or(time), text.join(", "));
 }
 
 /// The node, which ends with the demo.

@@ -217,16 +217,16 @@ export class Device {
     }
     const [teams, time, aside] = this.#at.score.children;
     teams.textContent = `${home} ${[goals].flat().join(" : ")} ${away}`;
-    time.textContent = `${minute}′, update ${update}`;
+    time.textContent = `${minute}′ · update ${update}`;
     this.#aside = `${priority} · ${by} → ${to}`;
     if (!this.#typing) aside.textContent = this.#aside;
     this.#at.score.hidden = false;
   }
 
   /** It has a time to live: nobody who was away is told of it afterwards. */
-  #showTyping({ from, room }) {
+  #showTyping({ from }) {
     const aside = this.#at.score.lastElementChild;
-    aside.textContent = `${from} is typing in the ${room} …`;
+    aside.textContent = `${from} is typing …`;
     clearTimeout(this.#typing);
     this.#typing = setTimeout(() => {
       this.#typing = 0;

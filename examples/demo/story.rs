@@ -92,7 +92,7 @@ impl Story {
         self.n_orders += 1;
         let (kind, mut data) = match self.random.random_range(0..3) {
             0 => {
-                let total = f64::from(self.random.random_range(900..20_000)) / 100.0;
+                let total = format!("{}.{:02}", self.random.random_range(9..200), self.random.random_range(0..100));
                 ("order.placed", json!({ "items": self.random.random_range(2..9), "total": total }))
             }
             1 => {
