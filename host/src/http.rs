@@ -62,7 +62,7 @@ pub fn routes(state: Arc<State>) -> Router {
         .route("/v1/dead/{partition}/{id}", get(dead::show).delete(dead::drop))
         .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive));
     if state.auth.is_dev() {
-        routes = routes.route("/", get(page::demo));
+        routes = routes.merge(page::routes());
     }
     finish(routes, state)
 }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::broker::{PartitionNumber, Recipient, Span};
-use crate::criteria::Attributes;
+use crate::criteria::{Attributes, Criteria};
 use crate::event::{Name, NotificationId, Plan, Priority, Target};
 
 /// What a token says of its user, beside who that is; it holds for what is read by this token, as long as the token does.
@@ -58,6 +58,13 @@ pub struct Moment {
     pub now_ms: u64,
 }
 
+/// How a plan reaches one recipient: the route that wins, and the first of its targets that names them. Both are indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    pub route: usize,
+    pub target: usize,
+}
+
 impl Recipient {
     /// Whether what was committed to the group under `id` is this recipient's: above the id of joining, not above that of leaving.
     pub fn is_member(&self, group: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
@@ -77,34 +84,44 @@ impl Recipient {
     }
 }
 
-/// The index of the route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
-pub fn winning_route(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<usize> {
-    let mut winner: Option<(usize, Priority)> = None;
+/// The route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
+///
+/// `holds` answers for the condition of the route with this index.
+pub fn winning_route(
+    plan: &Plan,
+    user: &Name,
+    recipient: &Recipient,
+    moment: Moment,
+    holds: impl Fn(usize, &Criteria) -> bool,
+) -> Option<Way> {
+    let mut winner: Option<(Way, Priority)> = None;
     for (index, route) in plan.routes.iter().enumerate() {
         if winner.is_some_and(|(_, priority)| priority >= route.priority) {
             continue;
         }
         let is_alive = route.expires_ms.is_none_or(|expires| moment.now_ms < expires);
-        let is_named = || {
-            route.to.iter().any(|target| match target {
+        let named_by = || {
+            route.to.iter().position(|target| match target {
                 Target::User(name) => name == user,
                 Target::Group(group) => recipient.is_member(group, moment.partition, moment.id),
                 Target::Everyone => true,
             })
         };
-        let holds = || route.when.as_ref().is_none_or(|criteria| criteria.hold(&recipient.attributes));
-        if is_alive && is_named() && holds() {
-            winner = Some((index, route.priority));
+        if is_alive
+            && let Some(target) = named_by()
+            && route.when.as_ref().is_none_or(|criteria| holds(index, criteria))
+        {
+            winner = Some((Way { route: index, target }, route.priority));
         }
     }
-    winner.map(|(index, _)| index)
+    winner.map(|(way, _)| way)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::broker::Span;
-    use crate::criteria::{Attributes, Criteria, Operator, Test};
+    use crate::criteria::{Operator, Test};
     use crate::event::{Route, Value};
 
     const P: PartitionNumber = PartitionNumber(0);
@@ -116,6 +133,10 @@ mod tests {
     fn route(to: &str, priority: Priority) -> Route {
         let to = to.split(' ').map(|target| target.parse().unwrap()).collect();
         Route { by: name("test"), to, when: None, priority, expires_ms: None, collapse: None, event_name: None, body: None }
+    }
+
+    fn wins(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<Way> {
+        winning_route(plan, user, recipient, moment, |_, criteria| criteria.hold(&recipient.attributes))
     }
 
     fn at(id: u64) -> Moment {
@@ -130,15 +151,25 @@ mod tests {
     #[test]
     fn the_highest_priority_wins_then_the_first_route() {
         let plan = Plan { routes: vec![route("u:a", Priority::Low), route("all", Priority::High), route("g:ops u:a", Priority::High)] };
-        let winner = |user: &str| winning_route(&plan, &name(user), &Recipient::default(), at(5));
-        assert_eq!(winner("a"), Some(1));
-        assert_eq!(winner("b"), Some(1));
+        let winner = |user: &str| wins(&plan, &name(user), &Recipient::default(), at(5));
+        assert_eq!(winner("a"), Some(Way { route: 1, target: 0 }));
+        assert_eq!(winner("b"), Some(Way { route: 1, target: 0 }));
+    }
+
+    #[test]
+    fn the_target_is_the_first_of_the_route_that_names_the_recipient() {
+        let plan = Plan { routes: vec![route("u:b g:ops u:a all", Priority::Normal)] };
+        let target = |user: &str, recipient: &Recipient| wins(&plan, &name(user), recipient, at(15)).map(|way| way.target);
+        assert_eq!(target("a", &Recipient::default()), Some(2));
+        assert_eq!(target("b", &member(10, None)), Some(0));
+        assert_eq!(target("a", &member(10, None)), Some(1));
+        assert_eq!(target("c", &member(20, None)), Some(3), "a member later is not one at that moment");
     }
 
     #[test]
     fn a_member_sees_from_joining_to_leaving() {
         let plan = Plan { routes: vec![route("g:ops", Priority::Normal)] };
-        let sees = |recipient: &Recipient, id| winning_route(&plan, &name("a"), recipient, at(id)).is_some();
+        let sees = |recipient: &Recipient, id| wins(&plan, &name("a"), recipient, at(id)).is_some();
         let left = member(10, Some(20));
         assert_eq!([10, 11, 20, 21].map(|id| sees(&left, id)), [false, true, true, false]);
         assert!(sees(&member(10, None), 1_000));
@@ -170,9 +201,9 @@ mod tests {
         let when = Some(Criteria::new(vec![vec![test]]).unwrap());
         let plan = Plan { routes: vec![Route { when, expires_ms: Some(1_001), ..route("all", Priority::Normal) }] };
         let pro = Recipient { attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]), ..Recipient::default() };
-        assert_eq!(winning_route(&plan, &name("a"), &pro, at(1)), Some(0));
-        assert_eq!(winning_route(&plan, &name("a"), &Recipient::default(), at(1)), None);
-        assert_eq!(winning_route(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
+        assert_eq!(wins(&plan, &name("a"), &pro, at(1)), Some(Way { route: 0, target: 0 }));
+        assert_eq!(wins(&plan, &name("a"), &Recipient::default(), at(1)), None);
+        assert_eq!(wins(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
     }
 
     #[test]

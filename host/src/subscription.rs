@@ -16,8 +16,9 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 
 use crate::broker::{Head, PartitionNumber, Recipient};
+use crate::criteria::{Answers, Criteria, Pool};
 use crate::event::{Life, Name, Notification, NotificationId, Priority, Route, Target};
-use crate::recipients::{Moment, Reader, winning_route};
+use crate::recipients::{Moment, Reader, Way, winning_route};
 
 pub mod cursor;
 mod lanes;
@@ -38,11 +39,21 @@ const MAX_BYTES: usize = 1024 * 1024;
 /// The most gaps that wait to be announced; more are joined into one.
 const MAX_GAPS: usize = 8;
 
-/// A record as a node holds it: parsed once, rendered once for each route that wins, shared by all streams.
+/// What is written of a record by one route, but for the target that reached the recipient: it goes between the two.
+#[derive(Debug)]
+pub struct Rendered {
+    pub before_target: Bytes,
+    pub after_target: Bytes,
+}
+
+/// A record as a node holds it: parsed once, rendered once for each route that wins, its conditions decided once for streams with equal
+/// attributes; shared by all.
 #[derive(Debug)]
 pub struct Record {
     notification: Notification,
-    frames: Box<[OnceLock<Bytes>]>,
+    frames: Box<[OnceLock<Rendered>]>,
+    /// What each route's condition said.
+    answers: Box<[Answers]>,
     n_bytes: usize,
 }
 
@@ -54,7 +65,8 @@ impl Record {
     pub fn parse(stored: &[u8]) -> serde_json::Result<Self> {
         let notification: Notification = serde_json::from_slice(stored)?;
         let frames = notification.plan.routes.iter().map(|_| OnceLock::new()).collect();
-        Ok(Self { notification, frames, n_bytes: stored.len() })
+        let answers = notification.plan.routes.iter().map(|_| Answers::default()).collect();
+        Ok(Self { notification, frames, answers, n_bytes: stored.len() })
     }
 
     pub fn notification(&self) -> &Notification {
@@ -73,7 +85,7 @@ impl Record {
     }
 
     /// What `render` made of this route the first time.
-    pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Bytes) -> &Bytes {
+    pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Rendered) -> &Rendered {
         self.frames[route].get_or_init(|| render(self))
     }
 }
@@ -146,7 +158,7 @@ pub enum Next {
         partition: PartitionNumber,
         id: NotificationId,
         record: Arc<Record>,
-        route: usize,
+        way: Way,
     },
     Gap(Gap),
     /// The cursor, without a notification, so that a client that received nothing can resume.
@@ -297,10 +309,11 @@ impl Subscription {
     }
 
     /// Replaces what is known of the user, unless a later read came first: partitions replay side by side.
-    pub fn set_recipient(&mut self, ticket: u64, known: Recipient) {
+    pub fn set_recipient(&mut self, ticket: u64, known: Recipient, pool: &Pool) {
         if ticket > self.recipient_read {
             self.recipient_read = ticket;
             self.recipient = self.reader.as_recipient(known, self.partitions.iter().map(|partition| partition.number));
+            self.recipient.attributes = pool.share(std::mem::take(&mut self.recipient.attributes));
         }
     }
 
@@ -436,18 +449,20 @@ impl Subscription {
     /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
     pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>, node_now_ms: u64) {
         let key = record.and_then(|record| {
-            let route = self.judge(partition, id, record, node_now_ms)?;
-            record.route(route).collapse.clone()
+            let way = self.judge(partition, id, record, node_now_ms)?;
+            record.route(way.route).collapse.clone()
         });
         if let Some(had) = self.had.iter_mut().find(|had| had.partition == partition && had.id == id) {
             had.collapse = Collapse::Known(key);
         }
     }
 
-    fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<usize> {
+    fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<Way> {
         let moment = Moment { partition, id, now_ms: self.broker_now(node_now_ms) };
-        let route = winning_route(&record.notification.plan, self.user(), &self.recipient, moment)?;
-        self.filter.passes(&record.notification, record.route(route)).then_some(route)
+        let attributes = &self.recipient.attributes;
+        let holds = |route: usize, criteria: &Criteria| record.answers[route].of(attributes, || criteria.hold(attributes));
+        let way = winning_route(&record.notification.plan, self.user(), &self.recipient, moment, holds)?;
+        self.filter.passes(&record.notification, record.route(way.route)).then_some(way)
     }
 
     /// Decides about one notification: skipped, judged away, or queued. Ids of a partition must come in ascending order.
@@ -459,8 +474,8 @@ impl Subscription {
         at.seen = id;
         self.come_by(partition, NotificationId(id.0 - 1));
         self.ahead.retain(|waiting| waiting.partition != partition || waiting.id != id);
-        if let Some(route) = self.judge(partition, id, record, node_now_ms) {
-            self.queue(Waiting { partition, id, record: Arc::clone(record), route });
+        if let Some(way) = self.judge(partition, id, record, node_now_ms) {
+            self.queue(Waiting { partition, id, record: Arc::clone(record), way });
         }
         self.advance(partition);
     }
@@ -542,12 +557,12 @@ impl Subscription {
         {
             return;
         }
-        let Some(route) = self.judge(partition, id, record, node_now_ms) else { return };
-        if record.route(route).priority != Priority::Urgent {
+        let Some(way) = self.judge(partition, id, record, node_now_ms) else { return };
+        if record.route(way.route).priority != Priority::Urgent {
             return;
         }
         if self.had.len() + self.ahead.len() < MAX_HAD {
-            self.ahead.push_back(Waiting { partition, id, record: Arc::clone(record), route });
+            self.ahead.push_back(Waiting { partition, id, record: Arc::clone(record), way });
         } else if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
             *knows_urgent = false;
         }
@@ -718,7 +733,7 @@ impl Subscription {
 
 impl Waiting {
     fn into_next(self) -> Next {
-        Next::Notification { partition: self.partition, id: self.id, record: self.record, route: self.route }
+        Next::Notification { partition: self.partition, id: self.id, record: self.record, way: self.way }
     }
 }
 

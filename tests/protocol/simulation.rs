@@ -88,8 +88,8 @@ impl Client {
                 self.begin = read.positions.iter().map(|position| (position.partition, position.low_water)).collect();
             }
             let (partition, received) = match next {
-                Next::Notification { partition, id, record, route } => {
-                    let route = record.route(route);
+                Next::Notification { partition, id, record, way } => {
+                    let route = record.route(way.route);
                     let (priority, key) = (route.priority, route.collapse.clone());
                     (partition, Received::Event { uid: event_id(&record), id, priority, key })
                 }
@@ -375,7 +375,7 @@ impl Play {
             }
             988..994 if matches!(self.kind, Kind::FailOvers) && self.has_snapshot => self.fail_over(),
             994..1_000 if matches!(self.kind, Kind::FailOvers) => self.fail_over_in_the_midst().await,
-            972..995 if matches!(self.kind, Kind::Members { .. }) => self.change_crew().await,
+            972..994 if matches!(self.kind, Kind::Members { .. }) => self.change_crew().await,
             _ => tokio::time::sleep(Duration::from_millis(self.random.random_range(0..5))).await,
         }
     }

@@ -326,8 +326,8 @@ impl Client {
             self.cursor = Some(cursor);
         }
         match next {
-            Next::Notification { record, route, .. } => {
-                Frame::Event { id: event_id(&record), priority: record.route(route).priority, record }
+            Next::Notification { record, way, .. } => {
+                Frame::Event { id: event_id(&record), priority: record.route(way.route).priority, record }
             }
             Next::Gap(gap) => Frame::Gap(gap),
             Next::Cursor => Frame::Cursor,

@@ -119,9 +119,9 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
             subscription.encode_cursor(&mut id);
             page.cursor.clone_from(&id);
             match next {
-                Next::Notification { partition, id: at, record, route } => {
-                    let event = record.route(route).event_name.clone();
-                    let data = sse::data_of(record.notification(), route);
+                Next::Notification { partition, id: at, record, way } => {
+                    let event = record.route(way.route).event_name.clone();
+                    let data = sse::data_of(record.notification(), way);
                     // Made by serde_json a moment ago.
                     let data = RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
                     page.notifications.push(Item { id, event, data, read: false, at: (partition, at) });
