@@ -197,8 +197,9 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
         let (items, count) = shown(&page(&node, "user=ann"));
         assert_eq!((items[3].as_str(), count), ("d", unread(1)));
         // It is ann's alone.
+        let mut bobs = open(&node, "user=bob");
         publish(&node, "bob", &["of bob"]);
-        node.settle(SOON);
+        expect(&mut bobs, &["of bob"]);
         assert_eq!(shown(&page(&node, "user=bob")), (vec!["of bob".into()], unread(1)));
     }
 }
@@ -207,10 +208,11 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
 #[test]
 fn a_count_of_unread_ones_that_is_no_more_than_a_lower_bound_says_so() {
     let node = builder().start();
+    let mut stream = open(&node, "user=ann&types=device");
     let many: Vec<_> = (1..=101).map(|n| event(&n.to_string(), "chat", json!({ "user": "ann" }))).collect();
     node.publisher().publish(&many);
-    publish(&node, "ann", &["of a device"]);
-    node.settle(SOON);
+    publish(&node, "ann", &["the last"]);
+    expect(&mut stream, &["the last"]);
     let count = |query: &str| page(&node, &format!("user=ann&{query}"))["unread"].clone();
     assert_eq!(count("limit=1"), json!({ "count": 100, "exact": false }));
     assert_eq!(count("types=device"), json!({ "count": 1, "exact": true }));
