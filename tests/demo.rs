@@ -11,8 +11,10 @@ mod tally;
 const NOW: Duration = Duration::ZERO;
 const HOUR: Duration = Duration::from_secs(3_600);
 
-/// Two people; each event as its recipients, key, time to live and what arrived.
-fn count(events: &[([bool; 2], Option<&'static str>, Option<Duration>, &[usize])], away: Option<Duration>) -> Count {
+/// An event for two people: its recipients, key, time to live, and at whom it arrived.
+type Told<'a> = ([bool; 2], Option<&'static str>, Option<Duration>, &'a [usize]);
+
+fn count(events: &[Told<'_>], away: Option<Duration>) -> Count {
     let mut tally = Tally::<2>::default();
     if let Some(away) = away {
         tally.cut(0, away);
@@ -41,13 +43,13 @@ fn the_demo_counts_what_does_not_arrive_as_lost_and_what_should_not_as_doubled()
 
 #[test]
 fn the_demo_counts_as_superseded_only_what_a_newer_one_with_its_key_made_superfluous() {
-    let keyed = |key, arrivals| ([true, false], Some(key), None, arrivals);
+    let keyed = |key: &'static str, arrivals: &'static [usize]| ([true, false], Some(key), None, arrivals);
     assert_eq!(count(&[keyed("k", &[]), keyed("k", &[0])], None), Count { delivered: 1, superseded: 1, ..Count::default() });
     assert_eq!(count(&[keyed("k", &[0]), keyed("k", &[])], None), Count { delivered: 1, lost: 1, ..Count::default() });
     assert_eq!(count(&[keyed("k", &[]), keyed("other", &[0])], None), Count { delivered: 1, lost: 1, ..Count::default() });
     let others = ([true, true], Some("k"), None, &[][..]);
     assert_eq!(
-        count(&[others, ([false, true], Some("k"), None, &[1])], None),
+        count(&[others, ([false, true], Some("k"), None, &[1][..])], None),
         Count { delivered: 1, superseded: 1, lost: 1, ..Count::default() }
     );
 }
