@@ -48,7 +48,9 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         [(builder().start(), None), (builder().redis(server.url()).start(), Some(builder().redis(server.url()).start()))]
     {
         let morning = morning.as_ref().unwrap_or(&evening);
+        let mut witness = open(&evening, "user=ann");
         publish(&evening, "ann", &["before"]);
+        expect(&mut witness, &["before"]);
         // The first stream of a device begins now, as any does, and this beginning is kept.
         let stream = open(&evening, "user=ann&device=phone");
         drop(stream);
