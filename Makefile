@@ -7,7 +7,7 @@
 # Cold: an empty target/ on 2 cores, measured. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
 # the same development build of the host, and only `make build` and `make bench` compile everything a second time.
 
-PLUGINS := address discard
+PLUGINS := address discard prioritize rules
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 LOCKED := $(if $(CI),--locked)

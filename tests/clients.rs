@@ -2,14 +2,13 @@
 //!
 //! Node 20 or newer, npm and Chromium must be there; `make test` sees to it (`scripts/need.sh`).
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Once;
 
 use crate::harness::node::Node;
-use crate::harness::repository;
+use crate::harness::{demo_plugins, node_interpreter, repository};
 
-/// Runs one file of `node:test` against a node.
+/// Runs one file of `node:test` against a node with the demo's plugins.
 fn run(file: &str) {
     static INSTALLED: Once = Once::new();
     let folder = repository().join("tests/clients");
@@ -22,11 +21,8 @@ fn run(file: &str) {
             folder.display()
         );
     });
-    // Where scripts/need.sh puts one if this machine's is too old.
-    let newer = repository().join("build/tools/node_modules/.bin/node");
-    let interpreter = if newer.exists() { newer } else { PathBuf::from("node") };
-    let node = Node::builder().start();
-    let mut command = Command::new(interpreter);
+    let node = Node::builder().plugins(demo_plugins()).config(include_str!("../examples/demo/pointsman.toml")).start();
+    let mut command = Command::new(node_interpreter());
     command.args(["--test", "--test-reporter=spec", file]).current_dir(&folder).env("POINTSMAN_ADDRESS", node.addr().to_string());
     let output = command.output().unwrap_or_else(|error| panic!("node cannot be run ({error}); `make test` installs it"));
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -39,6 +35,11 @@ fn npm_clients_that_never_received_anything_miss_nothing_when_cut() {
 }
 
 #[test]
-fn the_demo_page_in_a_browser_shows_each_notification_once_through_cuts() {
+fn the_demo_page_in_a_browser_shows_two_devices_each_notification_once_through_cuts_and_an_alert_that_overtakes() {
     run("browser.test.js");
+}
+
+#[test]
+fn a_page_closed_at_night_and_opened_in_the_morning_shows_what_came_in_between_once_each() {
+    run("device.test.js");
 }

@@ -14,6 +14,7 @@ use pointsman::broker::{
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
+mod bookmarks;
 mod commits;
 mod dead_letters;
 mod dedupe;
@@ -38,6 +39,7 @@ macro_rules! suite {
                 attempts_are_counted_for_each_entry,
                 what_was_committed_is_there_for_the_next_process,
             ];
+            bookmarks: [bookmarks_are_there_for_the_next_process];
         );
     };
     ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
@@ -115,6 +117,13 @@ macro_rules! suite {
                     leaving_what_was_not_joined_changes_nothing,
                     a_change_is_heard_in_every_partition_before_later_events,
                     nothing_is_known_of_a_stranger,
+                ];
+                bookmarks: [
+                    a_bookmark_moves_only_from_where_it_was_seen,
+                    bookmarks_of_users_devices_and_the_read_mark_stand_apart,
+                    of_racing_moves_of_a_bookmark_none_is_lost,
+                    one_device_more_takes_the_place_of_the_one_left_alone_for_longest,
+                    a_bookmark_that_is_left_alone_goes,
                 ];
                 dead_letters: [
                     a_dead_letter_keeps_reason_plugin_attempts_and_raw_fields,

@@ -35,21 +35,41 @@ pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository")
 }
 
-/// A folder with the bundled plugins and nothing else, built from what the sources are now.
+/// A folder with two of the bundled plugins and nothing else, which is all that most tests need, built from what the sources are now.
 pub(crate) fn bundled_plugins() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    let gather = || {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bundled");
-        fs::create_dir_all(&folder).expect("make a folder for the bundled plugins");
-        for name in ["address", "discard"] {
-            let (file, wasm) = (folder.join(format!("{name}.wasm")), guests::core_module(name));
-            // Another run of the tests may be reading it: it changes in one step, or not at all.
-            if fs::read(&file).ok().as_ref() != Some(&wasm) {
-                let draft = folder.join(format!("{name}.{}", std::process::id()));
-                fs::write(&draft, wasm).and_then(|()| fs::rename(&draft, &file)).expect("write a plugin");
-            }
+    FOLDER.get_or_init(|| gather("bundled", &["address", "discard"])).clone()
+}
+
+/// As [`bundled_plugins`], with those that the demo configures.
+pub(crate) fn demo_plugins() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| gather("demo", &["address", "prioritize", "rules"])).clone()
+}
+
+/// All of the bundled plugins.
+pub(crate) fn every_bundled_plugin() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| gather("every", &["address", "discard", "prioritize", "rules"])).clone()
+}
+
+fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
+    fs::create_dir_all(&folder).expect("make a folder for plugins");
+    for name in plugins {
+        let (file, wasm) = (folder.join(format!("{name}.wasm")), guests::core_module(name));
+        // Another run of the tests may be reading it: it changes in one step, or not at all.
+        if fs::read(&file).ok().as_ref() != Some(&wasm) {
+            let draft = folder.join(format!("{name}.{}", std::process::id()));
+            fs::write(&draft, wasm).and_then(|()| fs::rename(&draft, &file)).expect("write a plugin");
         }
-        folder
-    };
-    FOLDER.get_or_init(gather).clone()
+    }
+    folder
+}
+
+/// The interpreter of JavaScript, 20 or newer.
+pub(crate) fn node_interpreter() -> PathBuf {
+    // Where scripts/need.sh puts one if this machine's is too old.
+    let newer = repository().join("build/tools/node_modules/.bin/node");
+    if newer.exists() { newer } else { PathBuf::from("node") }
 }

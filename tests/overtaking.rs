@@ -22,13 +22,15 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
     // One stream for each point at which it is cut.
     let cuts = [0, 1, 2, 10, 40, 80, 120, 160, 200, 256, 300, 400, N_LOW, N_LOW + 1];
     let streams: Vec<_> = cuts.map(|_| node.stream("42")).into();
+    // What has reached one that reads is there for all of them.
+    let mut witness = node.stream("42");
     let low = |n: usize| event(&format!("low{n}"), "t", json!({ "user": "42", "priority": "low", "data": "x".repeat(BYTES) }));
     for begin in (0..N_LOW).step_by(100) {
         node.publisher().publish(&(begin..begin + 100).map(low).collect::<Vec<_>>());
     }
-    node.settle(SOON);
+    while witness.next_notification(SOON).id != format!("low{}", N_LOW - 1) {}
     node.publisher().publish(&[event("urgent", "t", json!({ "user": "42", "priority": "urgent" }))]);
-    node.settle(SOON);
+    assert_eq!(witness.next_notification(SOON).id, "urgent");
     let mut resumed = Vec::new();
     for (cut, mut stream) in cuts.into_iter().zip(streams) {
         let in_socket = bytes_in_the_kernel(&stream, node.addr());

@@ -119,7 +119,7 @@ fn seen(evaluation: &Evaluation) -> Json {
 #[tokio::test]
 async fn the_bundled_plugins_route_and_discard() {
     let config = json!({"discard": {"config": {"rules": [
-        {"type": "debug.*"}, {"payload": {"/order/total": 0}, "reason": "free orders"}, {"older_than_s": 60}
+        {"match": {"type": "debug.*"}}, {"match": {"payload": {"/order/total": 0}}, "reason": "free orders"}, {"match": {"older_than_s": 60}}
     ]}}});
     let bench = Bench::new(&[("10-discard.wasm", &core_module("discard")), ("20-address.wasm", &core_module("address"))], config);
 
@@ -450,8 +450,8 @@ fn a_configuration_that_a_plugin_cannot_take_is_refused_with_the_place() {
         (
             "discard",
             &discard,
-            json!({"config": {"rules": [{"typ": "x"}]}}),
-            "discard.wasm refuses its configuration: rules[0].typ: unknown field `typ`",
+            json!({"config": {"rules": [{"match": {"typ": "x"}}]}}),
+            "discard.wasm refuses its configuration: rules[0].match.typ: unknown field `typ`",
         ),
         ("discard", &discard, json!({"config": {"rules": [{}]}}), "rules[0]: would drop every event"),
         ("unruly", &unruly, json!({"config": {"hang": true}}), "fails in configure: it ran longer than 1000 ms"),

@@ -7,8 +7,9 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 
 use crate::harness::eventually;
+use crate::harness::guests;
 use crate::harness::http;
-use crate::harness::node::{Node, SOON};
+use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::ports;
 use crate::harness::publish::event;
 use crate::harness::sse::{Request, Stop, Stream};
@@ -94,6 +95,8 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
             assert!(token.is_empty() || !error.contains(token.as_str()), "a token is nobody else's to read: {error}");
         }
     }
+    let acknowledgement = br#"{"id":"1","device":"phone"}"#;
+    assert_eq!(node.send("POST", "/v1/acks?user=ann", &[("content-type", "application/json")], acknowledgement).status, 401);
     // A user's token is no key, and the key no user.
     for (method, path) in [
         ("POST", "/v1/events"),
@@ -131,7 +134,7 @@ fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say
     publish(&node, "a1", json!({ "user": "ann" }));
     for stream in [&mut ann, &mut with_his_cursor, &mut from_the_beginning] {
         assert_eq!(stream.next_notification(SOON).id, "a1");
-        assert!(!stream.text().contains("\"b"), "{stream:?}");
+        assert!(!stream.text().contains("\"id\":\"b"), "{stream:?}");
     }
     assert_eq!(bob.next_notification(SOON).id, "b3");
     let bearer = format!("Bearer {}", token("ann", later));
@@ -187,6 +190,102 @@ fn who_left_a_group_sees_nothing_of_it_that_came_later_live_or_in_history() {
     assert_eq!(history.next_notification(SOON).id, "witness");
     assert_eq!(history.next_notification(SOON).id, "in");
     assert_eq!(history.next_notification(SOON).id, "hers");
+}
+
+/// A token of ann with these claims beside.
+fn claiming(claims: Value) -> String {
+    let mut all = json!({ "sub": "ann", "exp": in_s(3_600) });
+    all.as_object_mut().expect("an object").extend(claims.as_object().expect("an object").clone());
+    signed(Algorithm::HS256, SECRET, &all)
+}
+
+fn page(node: &Node, token: &str) -> Vec<String> {
+    let bearer = format!("Bearer {token}");
+    let answer = http::send("GET", &node.url("/v1/notifications"), &[("authorization", &bearer)], None).expect("an answer");
+    let items = answer.json()["notifications"].as_array().unwrap_or_else(|| panic!("{answer:?}")).clone();
+    items.iter().map(|item| item["data"]["id"].as_str().expect("an id").to_owned()).collect()
+}
+
+#[test]
+fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams() {
+    let node = node();
+    let (plain, member_of_ops) = (claiming(json!({})), claiming(json!({ "groups": ["ops"] })));
+    let mut by_claim = stream(&node, &member_of_ops, "", "");
+    let mut by_name = stream(&node, &plain, "", "");
+    let begin = by_claim.last_event_id().to_owned();
+    publish(&node, "for ops", json!({ "group": "ops" }));
+    publish(&node, "hers", json!({ "user": "ann" }));
+    let mut both = ["for ops", "hers"].map(str::to_owned).to_vec();
+    assert_eq!([(); 2].map(|()| by_claim.next_notification(SOON).id).to_vec(), both);
+    assert_eq!(by_name.next_notification(SOON).id, "hers");
+    // Nobody knows since when the claim holds: what is kept is the member's.
+    let mut back = stream(&node, &member_of_ops, "", &begin);
+    assert_eq!([(); 2].map(|()| back.next_notification(SOON).id).to_vec(), both);
+    assert_eq!(page(&node, &member_of_ops), both);
+    assert_eq!(page(&node, &plain), ["hers"]);
+    // With what the application says; leaving there leaves the claim alone.
+    member(&node, "PUT", "dev", "ann");
+    member(&node, "PUT", "ops", "ann");
+    publish(&node, "for dev", json!({ "group": "dev" }));
+    assert_eq!((by_claim.next_notification(SOON).id, by_name.next_notification(SOON).id), ("for dev".into(), "for dev".into()));
+    member(&node, "DELETE", "ops", "ann");
+    publish(&node, "for ops again", json!({ "group": "ops" }));
+    publish(&node, "hers again", json!({ "user": "ann" }));
+    assert_eq!((by_claim.next_notification(SOON).id, by_claim.next_notification(SOON).id), ("for ops again".into(), "hers again".into()));
+    assert_eq!(by_name.next_notification(SOON).id, "hers again");
+    both.extend(["for dev", "for ops again", "hers again"].map(str::to_owned));
+    assert_eq!(page(&node, &member_of_ops), both);
+    // A token without the claim never was a member by it, whatever the cursor has seen.
+    let mut without = stream(&node, &plain, "", &begin);
+    assert_eq!([(); 3].map(|()| without.next_notification(SOON).id), ["hers", "for dev", "hers again"]);
+    // A claim that cannot be read is no claim of nothing.
+    for (claims, expect) in [(json!({ "groups": "ops" }), "claim 'groups'"), (json!({ "attributes": { "a": [] } }), "claim 'attributes'")] {
+        let bearer = format!("Bearer {}", claiming(claims));
+        let answer = http::send("GET", &node.url("/v1/stream"), &[("authorization", &bearer)], None).expect("an answer");
+        assert_eq!(answer.status, 401, "{answer:?}");
+        assert!(answer.json()["error"].as_str().is_some_and(|error| error.contains(expect)), "{answer:?}");
+    }
+}
+
+#[test]
+fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
+    let plugins = Folder::new();
+    for name in ["address", "unruly"] {
+        std::fs::write(plugins.path().join(format!("{name}.wasm")), guests::core_module(name)).expect("write a plugin");
+    }
+    // Of an event of this type it says: to user 42, if the plan is `pro`.
+    let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\n[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n");
+    let node = Node::builder().production().config(&config).plugins(plugins.path()).start();
+    let claiming = |attributes: Value| {
+        let claims = json!({ "sub": "42", "exp": in_s(3_600), "attributes": attributes });
+        signed(Algorithm::HS256, SECRET, &claims)
+    };
+    let set = |attributes: &str| {
+        let answer = node.send("PUT", "/v1/users/42/attributes", &[("authorization", &format!("Bearer {KEY}"))], attributes.as_bytes());
+        assert_eq!(answer.status, 204, "{answer:?}");
+    };
+    let promote = |id: &str| {
+        let bearer = format!("Bearer {KEY}");
+        let headers = [("authorization", bearer.as_str()), ("content-type", "application/cloudevents+json")];
+        let promotion = event(id, "test-of-a-plan", json!({})).to_string();
+        assert_eq!(node.send("POST", "/v1/events", &headers, promotion.as_bytes()).status, 202);
+    };
+    let mut pro = stream(&node, &claiming(json!({ "plan": "pro" })), "", "");
+    let mut plain = stream(&node, &claiming(json!({})), "", "");
+    let mut free = stream(&node, &claiming(json!({ "plan": "free", "age": 30 })), "", "");
+    promote("1");
+    assert_eq!(pro.next_notification(SOON).id, "1");
+    // A change by the application is read again, and the claim still holds beside it.
+    set(r#"{"plan":"pro","locale":"ko"}"#);
+    promote("2");
+    set(r#"{"plan":"free"}"#);
+    promote("3");
+    publish(&node, "end", json!({ "user": "42" }));
+    assert_eq!([(); 3].map(|()| pro.next_notification(SOON).id), ["2", "3", "end"]);
+    assert_eq!(free.next_notification(SOON).id, "end");
+    // Whether it was written before the plan changed back is a race.
+    let next = plain.next_notification(SOON).id;
+    assert!(next == "end" || (next == "2" && plain.next_notification(SOON).id == "end"), "{next}");
 }
 
 #[test]

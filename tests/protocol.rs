@@ -11,6 +11,7 @@
 //! From `f28` on they are about words and bounds; where code keeps them, they have tests as well.
 
 mod cursors;
+mod devices;
 mod gaps;
 mod ingest;
 mod lives;

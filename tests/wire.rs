@@ -44,8 +44,32 @@ fn a_stream_forbids_caches_and_buffers_and_its_data_is_one_object_on_one_line() 
     let data: Value = serde_json::from_str(&line["data: ".len()..]).expect("JSON on one line");
     let mut names: Vec<&str> = data.as_object().expect("an object").keys().map(String::as_str).collect();
     names.sort_unstable();
-    assert_eq!(names, ["data", "id", "priority", "source", "time", "type"]);
+    assert_eq!(names, ["by", "data", "id", "priority", "source", "time", "to", "type"]);
+    let schema: Value = serde_json::from_str(include_str!("../host/schema/notification.json")).expect("the schema is JSON");
+    assert!(names.iter().all(|name| schema["properties"].get(name).is_some()), "{names:?} against {schema}");
+    let required = schema["required"].as_array().expect("a list").iter().filter_map(Value::as_str);
+    assert!(required.clone().count() >= 7 && required.clone().all(|name| names.contains(&name)), "{names:?} against {schema}");
     assert_eq!(data["data"]["text"], "two\nlines");
+}
+
+#[test]
+fn a_notification_says_which_router_and_target_reached_its_user_and_not_whom_else() {
+    let node = Node::builder().start();
+    node.join("ops", "cy");
+    // As in the URL, and the target by which the user is reached, which may have to be escaped in JSON.
+    let users = [("ann", "u:ann"), ("b%22ob", "u:b\"ob"), ("cy", "g:ops"), ("dan", "all")];
+    let mut streams = users.map(|(user, _)| node.stream(user));
+    node.publisher().publish(&[event("a", "t", json!({ "users": "ann,b\"ob", "group": "ops", "everyone": true }))]);
+    for ((user, to), stream) in users.iter().zip(&mut streams) {
+        let notification = stream.next_notification(SOON);
+        assert_eq!((notification.by.as_str(), notification.to.as_str()), ("address", *to));
+        let data = stream.text().lines().rfind(|line| line.starts_with("data: {")).expect("data");
+        let told = ["u:ann", "ob", "g:ops", "all"].into_iter().filter(|part| data.contains(part));
+        assert_eq!(told.count(), 1, "{user} is told of others: {data}");
+        // The same object for who reads it as a page.
+        let page = node.request("GET", &format!("/v1/notifications?user={user}")).json();
+        assert_eq!(page["notifications"][0]["data"], serde_json::from_str::<Value>(&data["data: ".len()..]).expect("JSON"));
+    }
 }
 
 #[test]

@@ -16,7 +16,12 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::criteria::parse_attributes;
 use crate::event::Name;
+use crate::recipients::{Claims, Reader};
+
+/// The most groups of a token: its streams follow the log of each.
+const MAX_GROUPS: usize = 256;
 
 /// The `[auth]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +35,10 @@ pub struct Config {
     pub jwt_secret_file: Option<PathBuf>,
     /// The claim that names the user (`sub`).
     pub user_claim: String,
+    /// The claim that may list groups of the user, for what is read by the token (`groups`; empty: not looked at).
+    pub groups_claim: String,
+    /// The claim that may hold attributes of the user, in the same way (`attributes`; empty: not looked at).
+    pub attributes_claim: String,
     /// Refuse tokens without `exp`, which would never end (true).
     pub require_expiry: bool,
     /// Clocks may differ by so many seconds when `exp` and `nbf` are judged (30).
@@ -53,6 +62,8 @@ impl Default for Config {
             jwt_secret: None,
             jwt_secret_file: None,
             user_claim: "sub".to_owned(),
+            groups_claim: "groups".to_owned(),
+            attributes_claim: "attributes".to_owned(),
             require_expiry: true,
             leeway_s: 30,
             audience: None,
@@ -95,10 +106,10 @@ pub enum Error {
     Unavailable { what: &'static str, fix: &'static str },
 }
 
-/// The user of a stream, and until when that is sure.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Who reads a stream, and until when that is sure.
+#[derive(Clone, Debug)]
 pub struct StreamIdentity {
-    pub user: Name,
+    pub reader: Reader,
     /// When the token ends, in milliseconds since the Unix epoch: the stream ends with it.
     pub expires_at_ms: Option<u64>,
 }
@@ -161,7 +172,7 @@ impl Auth {
             _ if self.config.dev => {
                 let user = query(parts, "user").ok_or(Error::Missing("who is this stream for? In dev mode say ?user=NAME"))?;
                 let user = Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
-                Ok(StreamIdentity { user, expires_at_ms: None })
+                Ok(StreamIdentity { reader: user.into(), expires_at_ms: None })
             }
             (Some(_), None) => Err(Error::Missing("a stream needs a bearer token")),
             (None, _) => Err(Error::Unavailable { what: "this node takes no tokens", fix: "set auth.jwt_secret or auth.jwt_secret_file" }),
@@ -212,7 +223,33 @@ impl Auth {
             .get("exp")
             .and_then(serde_json::Value::as_f64)
             .map(|s| (s.max(0.0) as u64).saturating_add(self.config.leeway_s).saturating_mul(1000));
-        Ok(StreamIdentity { user, expires_at_ms })
+        let claims = self.claims(&claims.claims)?;
+        Ok(StreamIdentity { reader: Reader { user, claims }, expires_at_ms })
+    }
+
+    /// What the token says of its user. A claim that cannot be read is refused, and not read as none: who is left out of a group for it would
+    /// never know.
+    fn claims(&self, claims: &serde_json::Map<String, serde_json::Value>) -> Result<Claims, Error> {
+        let find = |claim: &String| claims.get(claim).filter(|value| !claim.is_empty() && !value.is_null());
+        let refused = |claim: &String, why: String| Error::Invalid(format!("the token's claim '{claim}' {why}"));
+        let mut read = Claims::default();
+        let claim = &self.config.groups_claim;
+        if let Some(value) = find(claim) {
+            let groups = value.as_array().ok_or_else(|| refused(claim, "is no list of groups".to_owned()))?;
+            if groups.len() > MAX_GROUPS {
+                return Err(refused(claim, format!("has {} groups; {MAX_GROUPS} is the most", groups.len())));
+            }
+            for group in groups {
+                let group = group.as_str().ok_or_else(|| refused(claim, "has a group that is no text".to_owned()))?;
+                read.groups.insert(Name::parse(group).map_err(|e| refused(claim, e.of("has a group that").to_string()))?);
+            }
+        }
+        let claim = &self.config.attributes_claim;
+        if let Some(value) = find(claim) {
+            let members = value.as_object().ok_or_else(|| refused(claim, "is no object of attributes".to_owned()))?;
+            read.attributes = parse_attributes(members.clone()).map_err(|e| refused(claim, format!("cannot be read: {e}")))?;
+        }
+        Ok(read)
     }
 }
 
@@ -285,6 +322,7 @@ fn query(parts: &Parts, name: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::criteria::Attributes;
 
     const SECRET: &str = "0123456789abcdef0123456789abcdef";
     /// 2100-01-01.
@@ -317,11 +355,46 @@ mod tests {
         let auth = Auth::new(&config(), &[]).unwrap();
         let bearer = format!("Bearer {}", token(&serde_json::json!({ "sub": "ann", "exp": LATER })));
         let identity = auth.stream_identity(&request("/v1/stream?user=bob", &[("authorization", &bearer)])).unwrap();
-        assert_eq!(identity, StreamIdentity { user: Name::parse("ann").unwrap(), expires_at_ms: Some((LATER + 30) * 1000) });
+        assert_eq!((identity.reader.user.as_str(), identity.expires_at_ms), ("ann", Some((LATER + 30) * 1000)));
         assert!(matches!(auth.stream_identity(&request("/v1/stream?user=bob", &[])), Err(Error::Missing(_))));
 
         let cookie = format!("a=b; pointsman={}; c=d", token(&serde_json::json!({ "sub": "ann", "exp": LATER })));
-        assert_eq!(auth.stream_identity(&request("/v1/stream", &[("cookie", &cookie)])).unwrap().user.as_str(), "ann");
+        assert_eq!(auth.stream_identity(&request("/v1/stream", &[("cookie", &cookie)])).unwrap().reader.user.as_str(), "ann");
+    }
+
+    #[test]
+    fn groups_and_attributes_are_what_the_token_says() {
+        let read = |config: &Config, claims: serde_json::Value| {
+            let mut all = serde_json::json!({ "sub": "ann", "exp": LATER });
+            all.as_object_mut().unwrap().extend(claims.as_object().unwrap().clone());
+            let bearer = format!("Bearer {}", token(&all));
+            let identity = Auth::new(config, &[]).unwrap().stream_identity(&request("/", &[("authorization", &bearer)]));
+            identity.map(|identity| identity.reader.claims).map_err(|error| error.to_string())
+        };
+        let claims = serde_json::json!({ "groups": ["ops", "Ülm", "ops"], "attributes": { "plan": "pro", "age": 30, "beta": true } });
+        let whole = read(&config(), claims.clone()).unwrap();
+        assert_eq!(whole.groups.iter().map(Name::as_str).collect::<Vec<_>>(), ["ops", "Ülm"]);
+        assert_eq!(serde_json::to_value(&whole.attributes).unwrap(), claims["attributes"]);
+        assert_eq!(read(&config(), serde_json::json!({ "groups": null, "attributes": null })).unwrap(), Claims::default());
+
+        let renamed = Config { groups_claim: "https://shop.example/roles".into(), attributes_claim: String::new(), ..config() };
+        let claims = serde_json::json!({ "groups": 7, "https://shop.example/roles": ["staff"], "attributes": "x", "": ["y"] });
+        let read_renamed = read(&renamed, claims).unwrap();
+        assert_eq!((read_renamed.groups.len(), read_renamed.attributes), (1, Attributes::default()));
+
+        let many: Vec<_> = (0..257).map(|n| n.to_string()).collect();
+        for (claims, expect) in [
+            (serde_json::json!({ "groups": "ops" }), "claim 'groups' is no list"),
+            (serde_json::json!({ "groups": [7] }), "a group that is no text"),
+            (serde_json::json!({ "groups": ["a\nb"] }), "control character"),
+            (serde_json::json!({ "groups": [""] }), "a group that is empty"),
+            (serde_json::json!({ "groups": many }), "has 257 groups"),
+            (serde_json::json!({ "attributes": ["plan"] }), "claim 'attributes' is no object"),
+            (serde_json::json!({ "attributes": { "plan": ["pro"] } }), "plan is neither"),
+        ] {
+            let error = read(&config(), claims.clone()).unwrap_err();
+            assert!(error.contains(expect), "{claims} gave: {error}");
+        }
     }
 
     #[test]
@@ -371,7 +444,7 @@ mod tests {
     fn dev_mode_believes_the_url_but_listens_on_loopback_only() {
         let dev = Config { dev: true, ..Config::default() };
         let auth = Auth::new(&dev, &["127.0.0.1:8080".parse().unwrap(), "[::1]:1".parse().unwrap()]).unwrap();
-        assert_eq!(auth.stream_identity(&request("/v1/stream?user=%C3%9Clrike", &[])).unwrap().user.as_str(), "Ülrike");
+        assert_eq!(auth.stream_identity(&request("/v1/stream?user=%C3%9Clrike", &[])).unwrap().reader.user.as_str(), "Ülrike");
         assert!(auth.stream_identity(&request("/v1/stream?user=a%0Ab", &[])).is_err());
         assert!(auth.stream_identity(&request("/v1/stream", &[])).is_err());
         assert_eq!(auth.authorize_key(&request("/", &[])), Ok(()));

@@ -64,6 +64,10 @@ pub struct Retention {
     pub decision_entries: u32,
     /// Entries waiting in a source above which `POST /v1/events` is refused with 429 (1,000,000).
     pub backlog_entries: u64,
+    /// Seconds that a bookmark is kept after it was last moved (30 days); a read mark for `max_age_s` if that is longer.
+    pub bookmark_age_s: u64,
+    /// Devices of a user whose bookmarks are kept (32); one more takes the place of the one that was left alone for longest.
+    pub devices: u32,
 }
 
 impl Default for Retention {
@@ -78,7 +82,20 @@ impl Default for Retention {
             dead_entries: 10_000,
             decision_entries: 100_000,
             backlog_entries: 1_000_000,
+            bookmark_age_s: 30 * 24 * 3600,
+            devices: 32,
         }
+    }
+}
+
+impl Retention {
+    /// How long a bookmark is kept after it was last moved, in milliseconds. A read mark lasts as long as anything that it could speak of.
+    pub(crate) fn bookmark_age_ms(&self, which: &BookmarkOf) -> u64 {
+        let age_s = match which {
+            BookmarkOf::Device(_) => self.bookmark_age_s,
+            BookmarkOf::ReadMark => self.bookmark_age_s.max(self.max_age_s.saturating_add(self.max_age_s / 50)),
+        };
+        age_s.saturating_mul(1000)
     }
 }
 
@@ -129,6 +146,28 @@ impl Head {
     /// The newest id that a reader may meet.
     pub fn top(&self) -> NotificationId {
         self.pending.unwrap_or(self.last)
+    }
+
+    /// Where a reader begins who wants what is committed from now on: at the floor if nothing newer is there, so that a quiet partition does
+    /// not look trimmed.
+    pub fn latest(&self) -> NotificationId {
+        self.last.max(self.floor)
+    }
+
+    /// The highest id that still stands of those that somebody can have had who was last told in this life: nothing above the last id
+    /// that survived into the life that followed it can be trusted, because ids are issued again after a rewind.
+    pub fn survived(&self, life: Life) -> NotificationId {
+        let bound = if life == self.life {
+            // In the present life nobody can have had what is not there; a client that says so made it up.
+            self.top()
+        } else {
+            match self.lives.iter().position(|(known, _)| *known == life) {
+                Some(index) => self.lives.get(index + 1).map_or(self.top(), |(_, survived)| *survived),
+                None => return NotificationId(0),
+            }
+        };
+        // Where readers of a quiet partition stand; nothing is issued there again.
+        bound.max(self.floor).max(self.origin)
     }
 }
 
@@ -319,6 +358,24 @@ pub enum RecipientChange {
     Attributes(Attributes),
 }
 
+/// Which of a user's bookmarks.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum BookmarkOf {
+    /// How far one of the user's devices is.
+    Device(Name),
+    /// Up to where the user has read, on whatever device.
+    ReadMark,
+}
+
+/// A place in a user's notifications that outlives streams.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bookmark {
+    /// As clients have it. A broker does not read it: which of two is further, only who knows the lives of partitions can say.
+    pub cursor: String,
+    /// `false`: nobody has said so; it is where the device's first stream began.
+    pub is_acknowledged: bool,
+}
+
 /// A lease on the work of a partition: it spares wasted work and guards no write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
@@ -423,6 +480,13 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
 
     /// Changes what is known of a user and tells every node; events appended after it returned are judged by it.
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()>;
+
+    /// A user's bookmarks, without those that were left alone for longer than they are kept.
+    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>>;
+
+    /// Puts a bookmark elsewhere and keeps it anew, if it still is what was seen of it (`None`: nothing), in one step. `false`: it is not.
+    /// One device more than [`Retention::devices`] takes the place of the one whose bookmark was left alone for longest.
+    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool>;
 
     /// Up to `limit` dead letters after `after`, oldest first.
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>>;

@@ -173,6 +173,8 @@ impl Config {
         at_least("retention.everyone_entries", retention.everyone_entries.into(), 1)?;
         at_least("retention.dedupe_window_s", retention.dedupe_window_s, 1)?;
         at_least("retention.backlog_entries", retention.backlog_entries, 1)?;
+        at_least("retention.bookmark_age_s", retention.bookmark_age_s, 60)?;
+        at_least("retention.devices", retention.devices.into(), 1)?;
         check_sources(layers, &broker.sources)?;
         let choice = choose(layers, &broker)?;
         let origins = Origins::new(&listen.origins, auth.dev).map_err(|text| layers.fault("listen.origins", text))?;

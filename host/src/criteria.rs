@@ -4,69 +4,17 @@
 //! An absent attribute and a value of another type make a test false, `not-equals` included: what is not known is not decided.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
 use crate::event::{Malformed, Value};
 
-/// A recipient's attributes, by name. They are few and looked up often: in one piece and in order of their names, so that finding one is a walk over
-/// integers, and no hashing.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(from = "BTreeMap<String, Value>", into = "BTreeMap<String, Value>")]
-pub struct Attributes(Vec<(Key, Value)>);
+mod attributes;
 
-/// The name of an attribute, with its first bytes as a number that tells most names apart.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Key {
-    begin: u64,
-    name: Box<str>,
-}
+pub use attributes::{Attributes, Pool, parse_attributes};
 
-impl Key {
-    fn new(name: &str) -> Self {
-        Self { begin: begin(name), name: name.into() }
-    }
-}
-
-fn begin(name: &str) -> u64 {
-    let mut bytes = [0; 8];
-    let n = name.len().min(8);
-    bytes[..n].copy_from_slice(&name.as_bytes()[..n]);
-    u64::from_be_bytes(bytes)
-}
-
-impl Attributes {
-    pub fn get(&self, name: &str) -> Option<&Value> {
-        self.find(begin(name), name)
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn find(&self, begin: u64, name: &str) -> Option<&Value> {
-        self.0.iter().find(|(key, _)| key.begin == begin && *key.name == *name).map(|(_, value)| value)
-    }
-}
-
-impl From<BTreeMap<String, Value>> for Attributes {
-    fn from(by_name: BTreeMap<String, Value>) -> Self {
-        Self(by_name.into_iter().map(|(name, value)| (Key::new(&name), value)).collect())
-    }
-}
-
-impl From<Attributes> for BTreeMap<String, Value> {
-    fn from(attributes: Attributes) -> Self {
-        attributes.0.into_iter().map(|(key, value)| (key.name.into(), value)).collect()
-    }
-}
-
-impl<const N: usize> From<[(String, Value); N]> for Attributes {
-    fn from(by_name: [(String, Value); N]) -> Self {
-        BTreeMap::from(by_name).into()
-    }
-}
+use attributes::Key;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -141,7 +89,7 @@ impl Criteria {
 
     /// Whether they hold for a recipient with these attributes.
     pub fn hold(&self, attributes: &Attributes) -> bool {
-        let holds = |test: &Compiled| attributes.find(test.key.begin, &test.key.name).is_some_and(|value| test.check.holds(value));
+        let holds = |test: &Compiled| attributes.find(&test.key).is_some_and(|value| test.check.holds(value));
         self.0.iter().any(|clause| clause.iter().all(holds))
     }
 }
@@ -181,7 +129,7 @@ impl From<Compiled> for Test {
             Check::Greater(value) => (Greater, vec![value]),
             Check::Present => (Present, Vec::new()),
         };
-        Self { attribute: key.name.into(), operator, values }
+        Self { attribute: key.into_name(), operator, values }
     }
 }
 
@@ -224,6 +172,27 @@ impl Check {
             (Self::Greater(value), _) => compare(have, value) == Some(Ordering::Greater),
             _ => false,
         }
+    }
+}
+
+/// What a condition said of the last few sets of attributes that it was asked about: streams with equal ones share the answer.
+#[derive(Debug, Default)]
+pub struct Answers([AtomicU64; Self::SLOTS]);
+
+impl Answers {
+    const SLOTS: usize = 4;
+
+    /// What was said of these attributes, or what `decide` says now.
+    pub fn of(&self, attributes: &Attributes, decide: impl FnOnce() -> bool) -> bool {
+        // One word for both, so that no lock is needed. Sets are numbered from 1, so that an empty slot is nobody's.
+        let slot = &self.0[attributes.number() as usize % Self::SLOTS];
+        let known = slot.load(Relaxed);
+        if known >> 1 == attributes.number() {
+            return known & 1 == 1;
+        }
+        let answer = decide();
+        slot.store(attributes.number() << 1 | u64::from(answer), Relaxed);
+        answer
     }
 }
 
@@ -314,17 +283,6 @@ mod tests {
     }
 
     #[test]
-    fn names_that_begin_alike_are_told_apart() {
-        let names = ["", "a", "a\0", "abcdefgh", "abcdefgh\0", "abcdefghi", "abcdefghj"];
-        let have: Attributes =
-            names.iter().enumerate().map(|(n, name)| ((*name).to_owned(), Value::Integer(n as i64))).collect::<BTreeMap<_, _>>().into();
-        for (n, name) in names.iter().enumerate() {
-            assert_eq!(have.get(name), Some(&Value::Integer(n as i64)));
-        }
-        assert_eq!(have.get("abcdefg"), None);
-    }
-
-    #[test]
     fn deciding_allocates_nothing() {
         let every = |values: &[(Operator, &[Value])]| {
             let test =
@@ -345,6 +303,27 @@ mod tests {
         let have = Attributes::from([("age".into(), Value::Integer(30)), ("plan".into(), text("pro"))]);
         let counted = allocation_counter::measure(|| assert!(!criteria.hold(&have)));
         assert_eq!(counted.count_total, 0);
+    }
+
+    #[test]
+    fn equal_attributes_share_an_answer_and_others_never_do() {
+        let (pool, answers) = (Pool::default(), Answers::default());
+        let of = |plan: &str| pool.share(Attributes::from([("plan".into(), text(plan))]));
+        let n_decided = std::cell::Cell::new(0);
+        let ask = |attributes: &Attributes| {
+            answers.of(attributes, || {
+                n_decided.set(n_decided.get() + 1);
+                attributes.get("plan") == Some(&text("pro"))
+            })
+        };
+        let (pro, another, free) = (of("pro"), of("pro"), of("free"));
+        assert_eq!((ask(&pro), ask(&another), n_decided.get()), (true, true, 1));
+        assert_eq!((ask(&free), ask(&pro), n_decided.get()), (false, true, 2));
+        for n in 0..100 {
+            let other = of(&format!("plan {n}"));
+            assert!(!ask(&other), "a set of attributes takes the answer of one that came before it");
+        }
+        assert!(ask(&pro));
     }
 
     #[test]

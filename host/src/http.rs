@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
+use crate::bookmarks::Bookmarks;
 use crate::broker::{Broker, Retention};
 use crate::hub::Hub;
 use crate::metrics::{Metrics, ReasonLabel};
@@ -29,6 +30,7 @@ use crate::readiness::Readiness;
 use crate::server::Connection;
 use crate::sse::Pulse;
 
+mod acks;
 mod cors;
 mod dead;
 mod decisions;
@@ -53,13 +55,14 @@ pub fn routes(state: Arc<State>) -> Router {
         .route("/v1/events", post(events::publish))
         .route("/v1/stream", get(stream::open))
         .route("/v1/notifications", get(notifications::page))
+        .route("/v1/acks", post(acks::acknowledge))
         .route("/v1/groups/{group}/members/{user}", put(members::join).delete(members::leave).get(members::show))
         .route("/v1/users/{user}/attributes", get(users::show).put(users::replace).delete(users::clear))
         .route("/v1/dead", get(dead::list))
         .route("/v1/dead/{partition}/{id}", get(dead::show).delete(dead::drop))
         .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive));
     if state.auth.is_dev() {
-        routes = routes.route("/", get(page::demo));
+        routes = routes.merge(page::routes());
     }
     finish(routes, state)
 }
@@ -128,6 +131,8 @@ pub struct State {
     broker: OnceLock<Arc<dyn Broker>>,
     /// Empty as long as there is no broker.
     hub: OnceLock<Hub>,
+    /// As the hub.
+    bookmarks: OnceLock<Bookmarks>,
     /// For trying events out; empty until the plugins are loaded.
     pipeline: OnceLock<Pipeline>,
     pulse: Pulse,
@@ -155,6 +160,7 @@ impl State {
         Self {
             broker: OnceLock::new(),
             hub: OnceLock::new(),
+            bookmarks: OnceLock::new(),
             pipeline: OnceLock::new(),
             pulse,
             auth,
@@ -169,7 +175,8 @@ impl State {
 
     /// Gives the handlers their broker and the hub that listens to it; a second one is ignored.
     pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
-        if self.broker.set(broker).is_err() || self.hub.set(hub).is_err() {
+        let bookmarks = Bookmarks::new(Arc::clone(&broker));
+        if self.broker.set(broker).is_err() || self.bookmarks.set(bookmarks).is_err() || self.hub.set(hub).is_err() {
             tracing::debug!("the broker was there already");
         }
     }
@@ -184,6 +191,14 @@ impl State {
     /// The hub; `None` as long as the broker never answered.
     pub fn hub(&self) -> Option<&Hub> {
         self.hub.get()
+    }
+
+    /// The users' bookmarks.
+    ///
+    /// # Errors
+    /// 503 as long as the broker never answered.
+    pub fn bookmarks(&self) -> Result<&Bookmarks, ApiError> {
+        self.bookmarks.get().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
     }
 
     pub fn pulse(&self) -> &Pulse {

@@ -18,6 +18,7 @@ use crate::broker::{Broker, Feed, Follow, Notice, PartitionNumber};
 use crate::clock::now_ms;
 use crate::event::{Life, Name, NotificationId, Target};
 use crate::metrics::{Metrics, ReasonLabel};
+use crate::recipients::Reader;
 use crate::subscription::replay::{Follows, History};
 use crate::subscription::{Filter, OpenStream, Record, Start, Subscription};
 
@@ -102,9 +103,11 @@ impl Hub {
     }
 
     /// Opens a stream; history is read for it and the feed is followed until the guard is dropped.
-    pub fn open(&self, user: Name, start: Start, filter: Filter) -> StreamGuard {
+    pub fn open(&self, reader: impl Into<Reader>, start: Start, filter: Filter) -> StreamGuard {
         let shared = &self.0;
-        let subscription = Subscription::new(user.clone(), start, filter, shared.partitions.iter().copied());
+        let reader = reader.into();
+        let user = reader.user.clone();
+        let subscription = Subscription::new(reader, start, filter, shared.partitions.iter().copied());
         let stream = Arc::new(OpenStream::new(shared.next_stream.fetch_add(1, Ordering::Relaxed), subscription));
         let mut state = shared.lock();
         state.streams.insert(stream.id, Arc::clone(&stream));
@@ -117,11 +120,11 @@ impl Hub {
         StreamGuard { hub: self.clone(), stream }
     }
 
-    /// Reads what is kept for a user, from `start` up to now, and at most `limit` notifications of it, without following anything.
+    /// Reads what is kept for a reader, from `start` up to now, and at most `limit` notifications of it, without following anything.
     /// `take` is called after each step that may have something to say; it answers how many notifications it took in all.
-    pub async fn read(&self, user: Name, start: Start, filter: Filter, limit: usize, mut take: impl FnMut(&mut Subscription) -> usize) {
+    pub async fn read(&self, reader: Reader, start: Start, filter: Filter, limit: usize, mut take: impl FnMut(&mut Subscription) -> usize) {
         let shared = &self.0;
-        let subscription = Subscription::new(user, start, filter, shared.partitions.iter().copied());
+        let subscription = Subscription::new(reader, start, filter, shared.partitions.iter().copied());
         let stream = Arc::new(OpenStream::new(shared.next_stream.fetch_add(1, Ordering::Relaxed), subscription));
         let replays = shared.partitions.iter().map(|&partition| {
             let round = stream.lock().enter_replay(partition);

@@ -400,7 +400,7 @@ impl Ingest {
             let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await?.pop() else { break };
             evaluation = again;
         }
-        let Evaluation { event, resolution, verdicts } = evaluation;
+        let Evaluation { event, resolution, verdicts, .. } = evaluation;
         let decision = Decision {
             event_id: event.id.to_string(),
             event_source: event.source.to_string(),

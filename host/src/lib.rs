@@ -6,6 +6,7 @@
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
 //! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
+//! - [`bookmarks`]: where devices are while they have no stream, and what was read.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
 //! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
@@ -36,6 +37,7 @@ use crate::shutdown::Shutdown;
 use crate::sse::Pulse;
 
 pub mod auth;
+pub mod bookmarks;
 pub mod broker;
 pub mod clock;
 pub mod config;

@@ -33,6 +33,8 @@ const MIN_SHARE: usize = 4;
 pub struct Evaluation {
     /// As filters amended it; if it failed, as it was published, so that it can be tried again.
     pub event: Event,
+    /// What filters made it, or as it was published.
+    pub priority: Priority,
     pub resolution: Resolution,
     /// Of the plugins that were asked, and of those that were not for want of interest, in order.
     pub verdicts: Vec<Verdict>,
@@ -121,7 +123,10 @@ impl Pipeline {
             return Err(NoPlugins);
         }
         if chain.is_empty() {
-            let unrouted = |event| Evaluation { event, resolution: Resolution::Unrouted, verdicts: Vec::new() };
+            let unrouted = |event| {
+                let priority = published_priority(&event);
+                Evaluation { event, priority, resolution: Resolution::Unrouted, verdicts: Vec::new() }
+            };
             return Ok(events.into_iter().map(unrouted).collect());
         }
         let mut evaluations = Vec::with_capacity(events.len());
@@ -276,26 +281,35 @@ impl Worker {
     /// Survives a panic of the host in whatever a plugin provoked: the event fails, and the instances start afresh.
     fn evaluate(&mut self, chain: &Chain, mut event: Event, clock_ms: u64, ticking: &Ticking) -> Evaluation {
         let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
-        let folded = catch_unwind(AssertUnwindSafe(|| self.fold(chain, &mut event, &mut verdicts, clock_ms, ticking)));
+        let mut priority = published_priority(&event);
+        let folded = catch_unwind(AssertUnwindSafe(|| self.fold(chain, &mut event, &mut priority, &mut verdicts, clock_ms, ticking)));
         let resolution = folded.unwrap_or_else(|panic| {
             self.instances.clear();
             let said = said(panic.as_ref());
             tracing::error!(event.id = event.id.as_str(), "the host panicked as it evaluated an event: {said}");
             Resolution::Failed { plugin: String::new(), reason: format!("the host panicked: {said}"), attempts: 1, retry: false }
         });
-        Evaluation { event, resolution, verdicts }
+        Evaluation { event, priority, resolution, verdicts }
     }
 
-    fn fold(&mut self, chain: &Chain, event: &mut Event, verdicts: &mut Vec<Verdict>, clock_ms: u64, ticking: &Ticking) -> Resolution {
+    fn fold(
+        &mut self,
+        chain: &Chain,
+        event: &mut Event,
+        priority: &mut Priority,
+        verdicts: &mut Vec<Verdict>,
+        clock_ms: u64,
+        ticking: &Ticking,
+    ) -> Resolution {
         let payload = ParsedPayload::default();
-        let mut priority = published_priority(event);
+        let mut amended_priority = *priority;
         let mut amended: Option<Event> = None;
         let mut dropped = None;
         for generation in &chain.filters {
-            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
+            let call = Call { event: amended.as_ref().unwrap_or(event), priority: amended_priority, clock_ms, payload: &payload };
             match self.ask(generation, Role::Filter, &call, verdicts, ticking) {
                 Asked::Answered(Answer::Amend(answer)) => {
-                    priority = answer.priority.unwrap_or(priority);
+                    amended_priority = answer.priority.unwrap_or(amended_priority);
                     amended = Some(answer.event);
                 }
                 Asked::Answered(Answer::Drop(reason)) => {
@@ -309,13 +323,14 @@ impl Worker {
         let mut plan = Plan::default();
         let routers = if dropped.is_none() { chain.routers.as_slice() } else { &[] };
         for generation in routers {
-            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
+            let call = Call { event: amended.as_ref().unwrap_or(event), priority: amended_priority, clock_ms, payload: &payload };
             match self.ask(generation, Role::Router, &call, verdicts, ticking) {
                 Asked::Answered(Answer::Routes(answered)) => plan.routes.extend(answered.routes),
                 Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_)) | Asked::Passed => {}
                 Asked::Over(resolution) => return resolution,
             }
         }
+        *priority = amended_priority;
         if let Some(amended) = amended {
             *event = amended;
         }

@@ -4,8 +4,50 @@
 //! group sees what was committed from joining to leaving, and both are ids, so that a commit cannot race with a change. Knows nothing
 //! of streams: see `subscription`. Where memberships are kept is the broker's business.
 
-use crate::broker::{PartitionNumber, Recipient};
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::broker::{PartitionNumber, Recipient, Span};
+use crate::criteria::{Attributes, Criteria};
 use crate::event::{Name, NotificationId, Plan, Priority, Target};
+
+/// What a token says of its user, beside who that is; it holds for what is read by this token, as long as the token does.
+///
+/// A claim says nothing of when it began. So its groups are the reader's wherever the reader stands: from the cursor, and what is still kept
+/// where that is asked for. A token without it is a reader who never was a member by claim.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Claims {
+    pub groups: BTreeSet<Name>,
+    pub attributes: Attributes,
+}
+
+/// Who reads: a user, by what was shown of it.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    pub user: Name,
+    pub claims: Claims,
+}
+
+impl Reader {
+    /// Who this is to a plan: what the broker knows of the user, and what was claimed. A member of either's groups; where both name an
+    /// attribute, the claim wins, which was made for this reader and not for the user wherever it reads.
+    pub fn as_recipient(&self, mut known: Recipient, partitions: impl Iterator<Item = PartitionNumber> + Clone) -> Recipient {
+        for group in &self.claims.groups {
+            known.groups.insert(group.clone(), partitions.clone().map(|partition| (partition, Span::default())).collect());
+        }
+        if !self.claims.attributes.is_empty() {
+            let mut attributes = BTreeMap::from(known.attributes);
+            attributes.extend(BTreeMap::from(self.claims.attributes.clone()));
+            known.attributes = attributes.into();
+        }
+        known
+    }
+}
+
+impl From<Name> for Reader {
+    fn from(user: Name) -> Self {
+        Self { user, claims: Claims::default() }
+    }
+}
 
 /// Where in the history a plan stands, and when it is judged.
 #[derive(Clone, Copy, Debug)]
@@ -14,6 +56,13 @@ pub struct Moment {
     pub id: NotificationId,
     /// Now, by the broker's clock, in milliseconds since the Unix epoch.
     pub now_ms: u64,
+}
+
+/// How a plan reaches one recipient: the route that wins, and the first of its targets that names them. Both are indices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    pub route: usize,
+    pub target: usize,
 }
 
 impl Recipient {
@@ -35,36 +84,44 @@ impl Recipient {
     }
 }
 
-/// The index of the route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
-pub fn winning_route(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<usize> {
-    let mut winner: Option<(usize, Priority)> = None;
+/// The route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
+///
+/// `holds` answers for the condition of the route with this index.
+pub fn winning_route(
+    plan: &Plan,
+    user: &Name,
+    recipient: &Recipient,
+    moment: Moment,
+    holds: impl Fn(usize, &Criteria) -> bool,
+) -> Option<Way> {
+    let mut winner: Option<(Way, Priority)> = None;
     for (index, route) in plan.routes.iter().enumerate() {
         if winner.is_some_and(|(_, priority)| priority >= route.priority) {
             continue;
         }
         let is_alive = route.expires_ms.is_none_or(|expires| moment.now_ms < expires);
-        let is_named = || {
-            route.to.iter().any(|target| match target {
+        let named_by = || {
+            route.to.iter().position(|target| match target {
                 Target::User(name) => name == user,
                 Target::Group(group) => recipient.is_member(group, moment.partition, moment.id),
                 Target::Everyone => true,
             })
         };
-        let holds = || route.when.as_ref().is_none_or(|criteria| criteria.hold(&recipient.attributes));
-        if is_alive && is_named() && holds() {
-            winner = Some((index, route.priority));
+        if is_alive
+            && let Some(target) = named_by()
+            && route.when.as_ref().is_none_or(|criteria| holds(index, criteria))
+        {
+            winner = Some((Way { route: index, target }, route.priority));
         }
     }
-    winner.map(|(index, _)| index)
+    winner.map(|(way, _)| way)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::broker::Span;
-    use crate::criteria::{Attributes, Criteria, Operator, Test};
+    use crate::criteria::{Operator, Test};
     use crate::event::{Route, Value};
 
     const P: PartitionNumber = PartitionNumber(0);
@@ -76,6 +133,10 @@ mod tests {
     fn route(to: &str, priority: Priority) -> Route {
         let to = to.split(' ').map(|target| target.parse().unwrap()).collect();
         Route { by: name("test"), to, when: None, priority, expires_ms: None, collapse: None, event_name: None, body: None }
+    }
+
+    fn wins(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<Way> {
+        winning_route(plan, user, recipient, moment, |_, criteria| criteria.hold(&recipient.attributes))
     }
 
     fn at(id: u64) -> Moment {
@@ -90,19 +151,48 @@ mod tests {
     #[test]
     fn the_highest_priority_wins_then_the_first_route() {
         let plan = Plan { routes: vec![route("u:a", Priority::Low), route("all", Priority::High), route("g:ops u:a", Priority::High)] };
-        let winner = |user: &str| winning_route(&plan, &name(user), &Recipient::default(), at(5));
-        assert_eq!(winner("a"), Some(1));
-        assert_eq!(winner("b"), Some(1));
+        let winner = |user: &str| wins(&plan, &name(user), &Recipient::default(), at(5));
+        assert_eq!(winner("a"), Some(Way { route: 1, target: 0 }));
+        assert_eq!(winner("b"), Some(Way { route: 1, target: 0 }));
+    }
+
+    #[test]
+    fn the_target_is_the_first_of_the_route_that_names_the_recipient() {
+        let plan = Plan { routes: vec![route("u:b g:ops u:a all", Priority::Normal)] };
+        let target = |user: &str, recipient: &Recipient| wins(&plan, &name(user), recipient, at(15)).map(|way| way.target);
+        assert_eq!(target("a", &Recipient::default()), Some(2));
+        assert_eq!(target("b", &member(10, None)), Some(0));
+        assert_eq!(target("a", &member(10, None)), Some(1));
+        assert_eq!(target("c", &member(20, None)), Some(3), "a member later is not one at that moment");
     }
 
     #[test]
     fn a_member_sees_from_joining_to_leaving() {
         let plan = Plan { routes: vec![route("g:ops", Priority::Normal)] };
-        let sees = |recipient: &Recipient, id| winning_route(&plan, &name("a"), recipient, at(id)).is_some();
+        let sees = |recipient: &Recipient, id| wins(&plan, &name("a"), recipient, at(id)).is_some();
         let left = member(10, Some(20));
         assert_eq!([10, 11, 20, 21].map(|id| sees(&left, id)), [false, true, true, false]);
         assert!(sees(&member(10, None), 1_000));
         assert!(!sees(&Recipient::default(), 1_000));
+    }
+
+    #[test]
+    fn a_claim_makes_a_member_wherever_the_reader_stands_and_wins_over_what_is_known() {
+        let claims = Claims {
+            groups: BTreeSet::from([name("ops"), name("dev")]),
+            attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]),
+        };
+        let mut known = member(10, Some(20));
+        known.groups.insert(name("chat"), BTreeMap::from([(P, Span { joined: NotificationId(15), left: None })]));
+        known.attributes = Attributes::from([("plan".into(), Value::Text("free".into())), ("age".into(), Value::Integer(30))]);
+        let reader = Reader { user: name("a"), claims };
+        let recipient = reader.as_recipient(known.clone(), [P].into_iter());
+        let is_member = |group: &str, id| recipient.is_member(&name(group), P, NotificationId(id));
+        assert!([1, 15, 25].into_iter().all(|id| is_member("ops", id) && is_member("dev", id)));
+        assert_eq!([15, 16].map(|id| is_member("chat", id)), [false, true]);
+        assert_eq!(recipient.attributes.get("plan"), Some(&Value::Text("pro".into())));
+        assert_eq!(recipient.attributes.get("age"), Some(&Value::Integer(30)));
+        assert_eq!(Reader::from(name("a")).as_recipient(known.clone(), [P].into_iter()), known);
     }
 
     #[test]
@@ -111,9 +201,9 @@ mod tests {
         let when = Some(Criteria::new(vec![vec![test]]).unwrap());
         let plan = Plan { routes: vec![Route { when, expires_ms: Some(1_001), ..route("all", Priority::Normal) }] };
         let pro = Recipient { attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]), ..Recipient::default() };
-        assert_eq!(winning_route(&plan, &name("a"), &pro, at(1)), Some(0));
-        assert_eq!(winning_route(&plan, &name("a"), &Recipient::default(), at(1)), None);
-        assert_eq!(winning_route(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
+        assert_eq!(wins(&plan, &name("a"), &pro, at(1)), Some(Way { route: 0, target: 0 }));
+        assert_eq!(wins(&plan, &name("a"), &Recipient::default(), at(1)), None);
+        assert_eq!(wins(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
     }
 
     #[test]

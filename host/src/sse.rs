@@ -1,7 +1,8 @@
 //! A subscription as bytes: framing, heartbeats, lifetime. The only place that knows the SSE format (WHATWG HTML, "Server-sent events").
 //!
-//! `event:` and `data:` are rendered once for each notification and winning route and shared by all streams; only `id:`, which says
-//! how far this stream is, is its own. Whatever waits leaves in one write. One timer serves the heartbeats and deadlines of all streams.
+//! `event:` and `data:` are rendered once for each notification and winning route and shared by all streams. A stream's own are `id:`,
+//! which says how far it is, and in the data `to`, because nobody is told whom else the route names. Whatever waits leaves in one write.
+//! One timer serves the heartbeats and deadlines of all streams.
 //!
 //! How bytes reach a socket is the server's business: a [`Body`] is a body like any other. Who may read is `auth`'s.
 
@@ -16,10 +17,10 @@ use http_body::Frame;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::now_ms;
-use crate::event::Notification;
+use crate::event::Target;
 use crate::hub::StreamGuard;
 use crate::metrics::Metrics;
-use crate::subscription::{Gap, Next, Record};
+use crate::subscription::{Gap, Next, Record, Rendered};
 
 mod data;
 mod pulse;
@@ -147,10 +148,13 @@ impl Body {
                 self.cursor.clear();
                 subscription.encode_cursor(&mut self.cursor);
                 match next {
-                    Next::Notification { record, route, .. } => {
+                    Next::Notification { record, way, .. } => {
                         n_sent += 1;
                         put_id(&mut self.buffer, &self.cursor);
-                        self.buffer.put_slice(record.rendered(route, |record| render(record, route)));
+                        let rendered = record.rendered(way.route, |record| render(record, way.route));
+                        self.buffer.put_slice(&rendered.before_target);
+                        put_target(&mut self.buffer, &record.route(way.route).to[way.target]);
+                        self.buffer.put_slice(&rendered.after_target);
                         self.sent_cursor.clone_from(&self.cursor);
                     }
                     Next::Gap(gap) => put_gap(&mut self.buffer, gap),
@@ -224,22 +228,34 @@ fn put_gap(out: &mut BytesMut, gap: Gap) {
     out.put_slice(format!("event: gap\ndata: {data}\n\n").as_bytes());
 }
 
+fn put_target(out: &mut BytesMut, target: &Target) {
+    serde_json::to_writer(out.writer(), target).expect("a text, written to memory");
+}
+
+/// Part of a `data:` field. JSON written by us has no line ends; a payload passed on as it came could only have them if a check failed
+/// before.
+fn put_data(out: &mut BytesMut, part: &str) {
+    for (n, line) in part.split(['\n', '\r']).enumerate() {
+        if n > 0 {
+            out.put_slice(b"\ndata: ");
+        }
+        out.put_slice(line.as_bytes());
+    }
+}
+
 /// `event:` and `data:` of a notification, with the blank line that ends it.
-fn render(record: &Record, route: usize) -> Bytes {
-    let notification: &Notification = record.notification();
-    let data = data_of(notification, route);
-    let mut out = BytesMut::with_capacity(data.len() + 64);
+fn render(record: &Record, route: usize) -> Rendered {
+    let (before, after) = data::around_target(record.notification(), route);
+    let mut out = BytesMut::with_capacity(before.len() + after.len() + 64);
     if let Some(name) = &record.route(route).event_name {
         out.put_slice(format!("event: {name}\n").as_bytes());
     }
-    // JSON written by us has no line ends; a payload passed on as it came could only have them if a check failed before.
-    for line in data.split(['\n', '\r']) {
-        out.put_slice(b"data: ");
-        out.put_slice(line.as_bytes());
-        out.put_slice(b"\n");
-    }
-    out.put_slice(b"\n");
-    out.freeze()
+    out.put_slice(b"data: ");
+    put_data(&mut out, &before);
+    let before_target = out.split().freeze();
+    put_data(&mut out, &after);
+    out.put_slice(b"\n\n");
+    Rendered { before_target, after_target: out.freeze() }
 }
 
 /// How long a client is told to wait before it comes back: spread out, so that a node's clients do not come back in one moment.

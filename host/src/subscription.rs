@@ -16,8 +16,9 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 
 use crate::broker::{Head, PartitionNumber, Recipient};
+use crate::criteria::{Answers, Criteria, Pool};
 use crate::event::{Life, Name, Notification, NotificationId, Priority, Route, Target};
-use crate::recipients::{Moment, winning_route};
+use crate::recipients::{Moment, Reader, Way, winning_route};
 
 pub mod cursor;
 mod lanes;
@@ -38,11 +39,21 @@ const MAX_BYTES: usize = 1024 * 1024;
 /// The most gaps that wait to be announced; more are joined into one.
 const MAX_GAPS: usize = 8;
 
-/// A record as a node holds it: parsed once, rendered once for each route that wins, shared by all streams.
+/// What is written of a record by one route, but for the target that reached the recipient: it goes between the two.
+#[derive(Debug)]
+pub struct Rendered {
+    pub before_target: Bytes,
+    pub after_target: Bytes,
+}
+
+/// A record as a node holds it: parsed once, rendered once for each route that wins, its conditions decided once for streams with equal
+/// attributes; shared by all.
 #[derive(Debug)]
 pub struct Record {
     notification: Notification,
-    frames: Box<[OnceLock<Bytes>]>,
+    frames: Box<[OnceLock<Rendered>]>,
+    /// What each route's condition said.
+    answers: Box<[Answers]>,
     n_bytes: usize,
 }
 
@@ -54,7 +65,8 @@ impl Record {
     pub fn parse(stored: &[u8]) -> serde_json::Result<Self> {
         let notification: Notification = serde_json::from_slice(stored)?;
         let frames = notification.plan.routes.iter().map(|_| OnceLock::new()).collect();
-        Ok(Self { notification, frames, n_bytes: stored.len() })
+        let answers = notification.plan.routes.iter().map(|_| Answers::default()).collect();
+        Ok(Self { notification, frames, answers, n_bytes: stored.len() })
     }
 
     pub fn notification(&self) -> &Notification {
@@ -73,7 +85,7 @@ impl Record {
     }
 
     /// What `render` made of this route the first time.
-    pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Bytes) -> &Bytes {
+    pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Rendered) -> &Rendered {
         self.frames[route].get_or_init(|| render(self))
     }
 }
@@ -146,7 +158,7 @@ pub enum Next {
         partition: PartitionNumber,
         id: NotificationId,
         record: Arc<Record>,
-        route: usize,
+        way: Way,
     },
     Gap(Gap),
     /// The cursor, without a notification, so that a client that received nothing can resume.
@@ -203,10 +215,10 @@ struct Had {
 /// See the head of this file.
 #[derive(Debug)]
 pub struct Subscription {
-    user: Name,
+    reader: Reader,
     filter: Filter,
     start: Start,
-    recipient: Arc<Recipient>,
+    recipient: Recipient,
     /// Reads of the recipient begun so far; the one that `recipient` came from; the first that is new enough.
     n_reads: u64,
     recipient_read: u64,
@@ -224,7 +236,7 @@ pub struct Subscription {
 
 impl Subscription {
     /// A subscription that is in replay everywhere and waits for its first [`Subscription::begin`].
-    pub fn new(user: Name, start: Start, filter: Filter, partitions: impl IntoIterator<Item = PartitionNumber>) -> Self {
+    pub fn new(reader: impl Into<Reader>, start: Start, filter: Filter, partitions: impl IntoIterator<Item = PartitionNumber>) -> Self {
         let named = |number| match &start {
             Start::Cursor(cursor) => cursor.positions.iter().find(|position| position.partition == number),
             _ => None,
@@ -246,10 +258,10 @@ impl Subscription {
         let had = had.map(|&(partition, id)| Had { partition, id, collapse: Collapse::Unknown }).collect();
         Self {
             partitions,
-            user,
+            reader: reader.into(),
             filter,
             start,
-            recipient: Arc::default(),
+            recipient: Recipient::default(),
             n_reads: 0,
             recipient_read: 0,
             needed_read: 1,
@@ -263,7 +275,7 @@ impl Subscription {
     }
 
     pub fn user(&self) -> &Name {
-        &self.user
+        &self.reader.user
     }
 
     /// Whether every partition is live and nothing waits.
@@ -297,16 +309,17 @@ impl Subscription {
     }
 
     /// Replaces what is known of the user, unless a later read came first: partitions replay side by side.
-    pub fn set_recipient(&mut self, ticket: u64, recipient: Arc<Recipient>) {
+    pub fn set_recipient(&mut self, ticket: u64, known: Recipient, pool: &Pool) {
         if ticket > self.recipient_read {
             self.recipient_read = ticket;
-            self.recipient = recipient;
+            self.recipient = self.reader.as_recipient(known, self.partitions.iter().map(|partition| partition.number));
+            self.recipient.attributes = pool.share(std::mem::take(&mut self.recipient.attributes));
         }
     }
 
     /// The logs that count in a partition, each with the id above which.
     pub fn logs(&self, partition: PartitionNumber) -> Vec<(Target, NotificationId)> {
-        self.recipient.logs(&self.user, partition, self.at(partition).low_water)
+        self.recipient.logs(self.user(), partition, self.at(partition).low_water)
     }
 
     /// Goes back to replay from the low-water mark, and answers the round that the replay must name.
@@ -375,8 +388,7 @@ impl Subscription {
         let (life, low_water) = match &self.start {
             // Added since the cursor was written: from its beginning.
             Start::Cursor(_) => (head.life, head.origin),
-            // At the floor if nothing newer is there, so that a quiet partition does not look trimmed.
-            Start::Latest | Start::Unknown => (head.life, head.last.max(head.floor)),
+            Start::Latest | Start::Unknown => (head.life, head.latest()),
             Start::Earliest => (head.life, NotificationId(0)),
             // Before the partition's beginning there is nothing, so that asking for it misses nothing.
             Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top()).max(head.origin)),
@@ -388,23 +400,14 @@ impl Subscription {
         }
     }
 
-    /// If the own life is over: nothing above the last id that survived into the life that followed it can be trusted, because ids
-    /// are issued again after a rewind.
+    /// If the own life is over: what did not survive it was not had, see [`Head::survived`].
     fn survive(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let is_mine = |had: &Had| had.partition == number;
         let own = self.partitions[at].life;
         let low_water = self.partitions[at].low_water;
         let highest = self.had.iter().filter(|had| is_mine(had)).map(|had| had.id).max().unwrap_or_default().max(low_water);
-        let bound = if own == Some(head.life) {
-            // In the present life nobody can have had what is not there; a client that says so made it up.
-            head.top().max(head.floor).max(head.origin)
-        } else {
-            match head.lives.iter().position(|(life, _)| Some(*life) == own) {
-                Some(index) => head.lives.get(index + 1).map_or(head.top(), |(_, survived)| *survived),
-                None => NotificationId(0),
-            }
-        };
+        let bound = own.map_or(NotificationId(0), |life| head.survived(life));
         if highest > bound {
             self.announce(Gap { partition: number, reason: GapReason::Rewound, from: bound, to: highest });
             self.had.retain(|had| !is_mine(had) || had.id <= bound);
@@ -446,18 +449,20 @@ impl Subscription {
     /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
     pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>, node_now_ms: u64) {
         let key = record.and_then(|record| {
-            let route = self.judge(partition, id, record, node_now_ms)?;
-            record.route(route).collapse.clone()
+            let way = self.judge(partition, id, record, node_now_ms)?;
+            record.route(way.route).collapse.clone()
         });
         if let Some(had) = self.had.iter_mut().find(|had| had.partition == partition && had.id == id) {
             had.collapse = Collapse::Known(key);
         }
     }
 
-    fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<usize> {
+    fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<Way> {
         let moment = Moment { partition, id, now_ms: self.broker_now(node_now_ms) };
-        let route = winning_route(&record.notification.plan, &self.user, &self.recipient, moment)?;
-        self.filter.passes(&record.notification, record.route(route)).then_some(route)
+        let attributes = &self.recipient.attributes;
+        let holds = |route: usize, criteria: &Criteria| record.answers[route].of(attributes, || criteria.hold(attributes));
+        let way = winning_route(&record.notification.plan, self.user(), &self.recipient, moment, holds)?;
+        self.filter.passes(&record.notification, record.route(way.route)).then_some(way)
     }
 
     /// Decides about one notification: skipped, judged away, or queued. Ids of a partition must come in ascending order.
@@ -469,8 +474,8 @@ impl Subscription {
         at.seen = id;
         self.come_by(partition, NotificationId(id.0 - 1));
         self.ahead.retain(|waiting| waiting.partition != partition || waiting.id != id);
-        if let Some(route) = self.judge(partition, id, record, node_now_ms) {
-            self.queue(Waiting { partition, id, record: Arc::clone(record), route });
+        if let Some(way) = self.judge(partition, id, record, node_now_ms) {
+            self.queue(Waiting { partition, id, record: Arc::clone(record), way });
         }
         self.advance(partition);
     }
@@ -552,12 +557,12 @@ impl Subscription {
         {
             return;
         }
-        let Some(route) = self.judge(partition, id, record, node_now_ms) else { return };
-        if record.route(route).priority != Priority::Urgent {
+        let Some(way) = self.judge(partition, id, record, node_now_ms) else { return };
+        if record.route(way.route).priority != Priority::Urgent {
             return;
         }
         if self.had.len() + self.ahead.len() < MAX_HAD {
-            self.ahead.push_back(Waiting { partition, id, record: Arc::clone(record), route });
+            self.ahead.push_back(Waiting { partition, id, record: Arc::clone(record), way });
         } else if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
             *knows_urgent = false;
         }
@@ -682,7 +687,7 @@ impl Subscription {
         let positions =
             self.partitions.iter().filter_map(|p| Some(Position { partition: p.number, life: p.life?, low_water: p.low_water }));
         let had = self.had.iter().map(|had| (had.partition, had.id));
-        Cursor { positions: positions.collect(), had: had.collect() }.encode(&self.user, out);
+        Cursor { positions: positions.collect(), had: had.collect() }.encode(self.user(), out);
     }
 
     /// Moves the low-water mark to just below the lowest that waits, or to `seen`.
@@ -728,7 +733,7 @@ impl Subscription {
 
 impl Waiting {
     fn into_next(self) -> Next {
-        Next::Notification { partition: self.partition, id: self.id, record: self.record, route: self.route }
+        Next::Notification { partition: self.partition, id: self.id, record: self.record, way: self.way }
     }
 }
 

@@ -39,8 +39,10 @@ fn build(target: &str) -> PathBuf {
     let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
-    let status =
-        cargo.args(["-p", "address", "-p", "discard", "-p", "unruly", "-p", "versioned"]).status().expect("cargo, which built this, runs");
+    let status = cargo
+        .args(["-p", "address", "-p", "discard", "-p", "prioritize", "-p", "rules", "-p", "unruly", "-p", "versioned"])
+        .status()
+        .expect("cargo, which built this, runs");
     assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");
     target_dir.join(target).join("plugin")
 }

@@ -186,6 +186,8 @@ impl Frame {
             kind: text("type"),
             time: text("time"),
             priority: text("priority"),
+            by: text("by"),
+            to: text("to"),
             data: json.get("data").cloned().unwrap_or_default(),
         })
     }
@@ -204,6 +206,9 @@ pub(crate) struct Notification {
     pub(crate) kind: String,
     pub(crate) time: String,
     pub(crate) priority: String,
+    /// The router that sent it, and the target by which it reached this user.
+    pub(crate) by: String,
+    pub(crate) to: String,
     pub(crate) data: Value,
 }
 
@@ -499,8 +504,7 @@ mod tests {
         for bad in ["id: a\nid: b\n\n", "id: a b\n\n", "id: \n\n", "what: x\n\n", "data\n\n", "retry: soon\n\n"] {
             assert!(std::panic::catch_unwind(|| Frame::parse(bad)).is_err(), "{bad:?}");
         }
-        let notification =
-            "id: a\ndata: {\"id\":\"1\",\"source\":\"/s\",\"type\":\"t\",\"time\":\"x\",\"priority\":\"low\",\"data\":null}\n\n";
+        let notification = "id: a\ndata: {\"id\":\"1\",\"source\":\"/s\",\"type\":\"t\",\"time\":\"x\",\"priority\":\"low\",\"by\":\"r\",\"to\":\"all\",\"data\":null}\n\n";
         assert!(Frame::parse(notification).notification().is_some());
         assert!(Frame::parse("event: cursor\nid: a\ndata: \n\n").notification().is_none());
         for bad in [notification.replace("id: a\n", ""), notification.replace("priority", "urgency"), notification.replace("{", "")] {

@@ -1,7 +1,7 @@
 //! A broker on strings: a real one whose every operation can be stopped before or after it was done, made to lose its question or its
 //! answer, and whose notices can be dropped or kept back. So a test says which of two steps comes first, and waits for nothing but that.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Follow, Head, Lease, Notice, Page, Partition,
-    PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Follow, Head, Lease, Notice, Page,
+    Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Slice,
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
@@ -26,6 +26,8 @@ pub(super) enum Op {
     Page,
     Records,
     Recipient,
+    Bookmarks,
+    MoveBookmark,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -310,6 +312,14 @@ impl Broker for Puppet {
 
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         self.broker.change_recipient(user, change).await
+    }
+
+    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+        self.around(Op::Bookmarks, self.broker.bookmarks(user)).await
+    }
+
+    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+        self.around(Op::MoveBookmark, self.broker.move_bookmark(user, which, seen, to)).await
     }
 
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {

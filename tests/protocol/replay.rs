@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pointsman::broker::Notice;
-use pointsman::subscription::{Start, WINDOW};
+use pointsman::subscription::{Rendered, Start, WINDOW};
 
 use super::on_each_broker;
 use super::puppet::{At, Fate, Op};
@@ -181,7 +181,7 @@ async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) 
     for record in &records {
         record.rendered(0, |_| {
             n_rendered.fetch_add(1, Ordering::Relaxed);
-            "data".into()
+            Rendered { before_target: "before".into(), after_target: "after".into() }
         });
     }
     assert_eq!(n_rendered.into_inner(), 1);

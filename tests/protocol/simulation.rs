@@ -21,7 +21,7 @@ use rand::{Rng as _, SeedableRng as _};
 
 use super::ingest::{Owner, address};
 use super::puppet::{At, Op, Puppet, Stop};
-use super::stage::{SOURCE, Stage, event_id, name, now_ms, until};
+use super::stage::{SOURCE, Stage, answered, event_id, name, now_ms, until};
 use crate::harness::seed;
 
 mod oracle;
@@ -88,8 +88,8 @@ impl Client {
                 self.begin = read.positions.iter().map(|position| (position.partition, position.low_water)).collect();
             }
             let (partition, received) = match next {
-                Next::Notification { partition, id, record, route } => {
-                    let route = record.route(route);
+                Next::Notification { partition, id, record, way } => {
+                    let route = record.route(way.route);
                     let (priority, key) = (route.priority, route.collapse.clone());
                     (partition, Received::Event { uid: event_id(&record), id, priority, key })
                 }
@@ -265,7 +265,7 @@ impl Play {
     async fn publish(&mut self, partition: PartitionNumber, events: Vec<Published>) {
         let entries: Vec<_> = events.iter().map(|event| event.fields.clone()).collect();
         let broker = &self.stage.puppet.broker;
-        until("the publisher gets through", async || broker.append(partition, entries.clone()).await.is_ok()).await;
+        answered("the publisher gets through", async || broker.append(partition, entries.clone()).await).await;
         self.published.extend(events);
     }
 
@@ -276,24 +276,19 @@ impl Play {
         let before = self.stays.pop_if(|stays| stays.values().all(|stay| stay.left_by.is_none()));
         let group = crew.clone();
         let change = if before.is_some() { RecipientChange::Leave { group } } else { RecipientChange::Join { group } };
-        until("the change gets through", async || broker.change_recipient(&ann, change.clone()).await.is_ok()).await;
+        answered("the change gets through", async || broker.change_recipient(&ann, change.clone()).await).await;
+        let recipient = answered("the membership is read", async || broker.recipient(&ann).await).await;
         let mut stays = HashMap::new();
         for &partition in &self.partitions {
-            let mut found = None;
-            until("the membership is read", async || {
-                found = broker.recipient(&ann).await.ok().zip(broker.head(partition).await.ok());
-                found.is_some()
-            })
-            .await;
-            let (recipient, head) = found.expect("it was read");
+            let top = answered("the head is read", async || broker.head(partition).await).await.top();
             let before = before.as_ref().map(|before| before[&partition]);
             let span = recipient.groups.get(&crew).and_then(|spans| spans.get(&partition)).copied();
             // A membership that has ended and within which nothing is kept any more, or ever was, may be forgotten.
             let forgotten = before.map(|Stay { span, .. }| Span { left: Some(span.joined), ..span });
             let stay = Stay {
                 span: span.or(forgotten).expect("who joined is a member"),
-                joined_by: before.map_or(head.top(), |before| before.joined_by),
-                left_by: before.map(|_| head.top()),
+                joined_by: before.map_or(top, |before| before.joined_by),
+                left_by: before.map(|_| top),
             };
             stays.insert(partition, stay);
         }
@@ -380,7 +375,7 @@ impl Play {
             }
             988..994 if matches!(self.kind, Kind::FailOvers) && self.has_snapshot => self.fail_over(),
             994..1_000 if matches!(self.kind, Kind::FailOvers) => self.fail_over_in_the_midst().await,
-            972..995 if matches!(self.kind, Kind::Members { .. }) => self.change_crew().await,
+            972..994 if matches!(self.kind, Kind::Members { .. }) => self.change_crew().await,
             _ => tokio::time::sleep(Duration::from_millis(self.random.random_range(0..5))).await,
         }
     }

@@ -9,7 +9,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
-use pointsman::broker::{Batch, Broker, Committed, Decision, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice};
+use pointsman::broker::{
+    Batch, Broker, Committed, Decision, Error, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice,
+};
 pub(super) use pointsman::clock::now_ms;
 use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
 use pointsman::hub::{Hub, StreamGuard};
@@ -33,6 +35,21 @@ pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
         }
     };
     tokio::time::timeout(SOON, asking).await.unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+/// Asks a broker until it answers, as whoever needs the answer does. That it is away is no answer.
+pub(super) async fn answered<T>(what: &str, mut ask: impl AsyncFnMut() -> pointsman::broker::Result<T>) -> T {
+    let mut answer = None;
+    until(what, async || match ask().await {
+        Ok(found) => {
+            answer = Some(found);
+            true
+        }
+        Err(Error::Away(_)) => false,
+        Err(error) => panic!("{what}: {error}"),
+    })
+    .await;
+    answer.expect("it was answered")
 }
 
 pub(super) fn name(text: &str) -> Name {
@@ -117,7 +134,10 @@ impl Stage {
     /// The broker of one more node, which is configured with other sources.
     pub(super) async fn another_with(&self, sources: &[String]) -> Arc<Puppet> {
         match &self.server {
-            Some(server) => Puppet::over(Arc::new(Redis::connect(&server.url(), sources, self.retention.clone()).await.expect("connect"))),
+            Some(server) => {
+                let connect = async || Redis::connect(&server.url(), sources, self.retention.clone()).await;
+                Puppet::over(Arc::new(answered("one more node connects", connect).await))
+            }
             // One process has the data; what is another node there is another user of the same broker.
             None => Puppet::over(Arc::clone(&self.puppet.broker)),
         }
@@ -305,8 +325,8 @@ impl Client {
             self.cursor = Some(cursor);
         }
         match next {
-            Next::Notification { record, route, .. } => {
-                Frame::Event { id: event_id(&record), priority: record.route(route).priority, record }
+            Next::Notification { record, way, .. } => {
+                Frame::Event { id: event_id(&record), priority: record.route(way.route).priority, record }
             }
             Next::Gap(gap) => Frame::Gap(gap),
             Next::Cursor => Frame::Cursor,

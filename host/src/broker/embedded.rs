@@ -19,13 +19,14 @@
 //! | `dead`       | (partition, ms, seq of the letter)   | (JSON: entry, reason, plugin, attempts; the entry's fields)               |
 //! | `decisions`  | (partition, entry ms, entry seq)     | JSON: outcome, id, decision record                                        |
 //! | `users`      | user                                 | JSON: attributes, and memberships with a span of ids for each partition   |
+//! | `bookmarks`  | user                                 | JSON: bookmarks of devices and the read mark, with the times (ms) of their last moves |
 //!
 //! A target is written `u:<user>`, `g:<group>` or `all`. Leases need no disk: they end with the process. Beside `store.redb` lies `lock`.
 //!
-//! In order of the way of a write: `writer` (queue, groups) -> `source`, `commit`, `recipients` (what requests do) -> `layout` -> `store`
+//! In order of the way of a write: `writer` (queue, groups) -> `source`, `commit`, `recipients`, `bookmarks` (what requests do) -> `layout` -> `store`
 //! (the file) -> `feeds` (who hears of it). `sweep` removes what is too old.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -41,11 +42,12 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Head, Lease, Page, Partition, PartitionNumber,
-    PartitionState, Recipient, RecipientChange, Result, Retention, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Head, Lease, Page, Partition,
+    PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 
+mod bookmarks;
 mod commit;
 mod feeds;
 mod layout;
@@ -289,6 +291,16 @@ impl Broker for Embedded {
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         let user = user.clone();
         self.writer.write(0, move |work| work.change_recipient(&user, &change)).await
+    }
+
+    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+        let user = user.clone();
+        self.look(move |transaction, shared| bookmarks::bookmarks(transaction, &user, &shared.retention, (shared.clock)())).await
+    }
+
+    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+        let (user, which, seen, to) = (user.clone(), which.clone(), seen.cloned(), to.clone());
+        self.writer.write(0, move |work| work.move_bookmark(&user, &which, seen.as_ref(), to)).await
     }
 
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {

@@ -18,6 +18,7 @@
 //! | `T` `owner` | string | The lease: the node's name |
 //! | `pointsman:partitions` | hash | source -> number of its partition; only ever added to |
 //! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms` |
+//! | `pointsman:bookmarks:{pointsman:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there, with the time of its last move. In the slot of the user's other key, but for a name with braces. Expires with its newest |
 //!
 //! | Channel | Message |
 //! |---|---|
@@ -45,11 +46,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Item, Lease, Page, Partition,
-    PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Item, Lease, Page,
+    Partition, PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
+mod bookmarks;
 mod check;
 mod feed;
 mod link;
@@ -78,7 +80,7 @@ pub struct Redis {
     partitions: Vec<Partition>,
     /// Beside `partitions`.
     places: Vec<Place>,
-    max_age_ms: u64,
+    retention: Retention,
 }
 
 impl std::fmt::Debug for Redis {
@@ -109,7 +111,7 @@ impl Redis {
         }
         places.sort_by_key(|place| place.partition.number);
         let partitions = places.iter().map(|place| place.partition.clone()).collect();
-        let redis = Self { client, link, partitions, places, max_age_ms: retention.max_age_s * 1000 };
+        let redis = Self { client, link, partitions, places, retention };
         for place in &redis.places {
             redis.begin(place).await?;
         }
@@ -119,6 +121,10 @@ impl Redis {
     fn place(&self, partition: PartitionNumber) -> Result<&Place> {
         let found = self.places.iter().find(|place| place.partition.number == partition);
         found.ok_or_else(|| Error::Refused(format!("there is no partition {}", partition.0)))
+    }
+
+    fn max_age_ms(&self) -> u64 {
+        self.retention.max_age_s * 1000
     }
 
     /// Runs a script about a partition.
@@ -404,6 +410,14 @@ impl Broker for Redis {
 
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         recipients::change(self, user, change).await
+    }
+
+    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+        bookmarks::read(self, user).await
+    }
+
+    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+        bookmarks::change(self, user, which, seen, to).await
     }
 
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {

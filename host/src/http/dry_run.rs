@@ -1,13 +1,15 @@
 //! `POST /v1/events?dry_run=true`: what would become of events, and whom they would reach, as plugins, members and attributes are now.
 //! Nothing is stored; a duplicate is not found out, as only a commit can.
 
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use super::{ApiError, State};
 use crate::broker::{Broker, PartitionNumber, Verdict};
-use crate::event::{EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target};
+use crate::criteria::Criteria;
+use crate::event::{EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target, Value};
 use crate::pipeline::{Evaluation, NoPlugins, Resolution};
 use crate::recipients::{Moment, winning_route};
 
@@ -31,6 +33,9 @@ pub(super) struct Tried {
     kind: Name,
     partition: PartitionNumber,
     outcome: Outcome,
+    /// Priority and extension attributes as filters left them.
+    priority: Priority,
+    attributes: BTreeMap<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     plugin: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -97,7 +102,7 @@ fn as_of(event: Event, now_ms: u64) -> Event {
 }
 
 async fn judge(broker: &dyn Broker, partition: PartitionNumber, evaluation: Evaluation, now_ms: u64) -> Result<Tried, ApiError> {
-    let Evaluation { event, resolution, verdicts } = evaluation;
+    let Evaluation { event, priority, resolution, verdicts } = evaluation;
     let (outcome, plugin, reason, plan) = match resolution {
         Resolution::Planned(plan) => (Outcome::Committed, None, None, plan),
         Resolution::Discarded { plugin, reason } => (Outcome::Discarded, Some(plugin), Some(reason), Plan::default()),
@@ -113,15 +118,17 @@ async fn judge(broker: &dyn Broker, partition: PartitionNumber, evaluation: Eval
             Target::Group(group) => reaches.groups.push(group),
             Target::User(_) if reaches.users.len() + reaches.left_out.len() == MAX_USERS => reaches.n_not_judged += 1,
             Target::User(user) => {
-                match winning_route(&plan, &user, &broker.recipient(&user).await?, moment).map(|index| &plan.routes[index]) {
+                let recipient = broker.recipient(&user).await?;
+                let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
+                match winning_route(&plan, &user, &recipient, moment, holds).map(|way| &plan.routes[way.route]) {
                     Some(route) => reaches.users.push(Reached { user, priority: route.priority, by: route.by.clone() }),
                     None => reaches.left_out.push(user),
                 }
             }
         }
     }
-    let Event { id, source, kind, .. } = event;
-    Ok(Tried { status: "tried", id, source, kind, partition, outcome, plugin, reason, plan, reaches, verdicts })
+    let Event { id, source, kind, attributes, .. } = event;
+    Ok(Tried { status: "tried", id, source, kind, partition, outcome, priority, attributes, plugin, reason, plan, reaches, verdicts })
 }
 
 #[cfg(test)]
@@ -132,7 +139,7 @@ mod tests {
     use super::*;
     use crate::broker::RecipientChange;
     use crate::criteria::{Criteria, Operator, Test};
-    use crate::event::{Route, Value};
+    use crate::event::Route;
 
     fn name(text: &str) -> Name {
         Name::parse(text).unwrap()
@@ -150,9 +157,10 @@ mod tests {
             Route { by: name("r"), to, when, priority: Priority::High, expires_ms: None, collapse: None, event_name: None, body: None };
         let event = Event::from_json(EntryId::default(), "-", br#"{"type":"t","id":"a"}"#).unwrap();
         let resolution = Resolution::Planned(Plan { routes: vec![route] });
-        let tried = judge(&broker, PartitionNumber(0), Evaluation { event, resolution, verdicts: Vec::new() }, 1_000).await.unwrap();
+        let evaluation = Evaluation { event, priority: Priority::Low, resolution, verdicts: Vec::new() };
+        let tried = judge(&broker, PartitionNumber(0), evaluation, 1_000).await.unwrap();
         let shown = serde_json::to_value(&tried).unwrap();
-        assert_eq!(shown["outcome"], "committed");
+        assert_eq!((&shown["outcome"], &shown["priority"]), (&json!("committed"), &json!("low")));
         let expected = json!({
             "users": [{ "user": "ann", "priority": "high", "by": "r" }], "left_out": ["bob"], "n_not_judged": 0, "groups": ["ops"], "everyone": false
         });

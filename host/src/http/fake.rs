@@ -15,8 +15,8 @@ use tower::ServiceExt as _;
 use super::{Limits, Origins, State, admin_routes, routes};
 use crate::auth::{self, Auth};
 use crate::broker::{
-    Batch, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Lease, Page, Partition, PartitionNumber,
-    PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Lease, Page,
+    Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 use crate::hub::Hub;
@@ -39,6 +39,7 @@ pub(crate) struct FakeBroker {
 struct Shared {
     appended: Vec<(PartitionNumber, Fields)>,
     recipients: BTreeMap<Name, Recipient>,
+    bookmarks: BTreeMap<Name, BTreeMap<BookmarkOf, Bookmark>>,
     dead: Vec<(PartitionNumber, DeadLetter)>,
     most_dead_read: usize,
 }
@@ -181,6 +182,20 @@ impl Broker for FakeBroker {
             RecipientChange::Attributes(attributes) => recipient.attributes = attributes,
         }
         Ok(())
+    }
+
+    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+        Ok(self.shared.lock().unwrap().bookmarks.get(user).cloned().unwrap_or_default())
+    }
+
+    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+        let mut shared = self.shared.lock().unwrap();
+        let bookmarks = shared.bookmarks.entry(user.clone()).or_default();
+        let is_seen = bookmarks.get(which) == seen;
+        if is_seen {
+            bookmarks.insert(which.clone(), to.clone());
+        }
+        Ok(is_seen)
     }
 
     async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {

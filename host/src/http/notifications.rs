@@ -1,4 +1,6 @@
-//! `GET /v1/notifications?after=CURSOR`: the same logs as JSON, for who cannot hold a stream open.
+//! `GET /v1/notifications?after=CURSOR`: the same logs as JSON, for who cannot hold a stream open; with what of it the user has read.
+//!
+//! What is read moves by `POST /v1/acks`: see `acks`, and for what it means `bookmarks`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,10 +10,15 @@ use axum::extract::{Request, State as Shared};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::bookmarks::Bookmarks;
+use crate::broker::{self, PartitionNumber};
 use crate::clock::now_ms;
 use crate::event::{Name, NotificationId};
+use crate::hub::Hub;
+use crate::recipients::Reader;
 use crate::sse;
-use crate::subscription::{Next, Start};
+use crate::subscription::cursor::Cursor;
+use crate::subscription::{Filter, Next, Start};
 
 use super::stream::{Selection, read_start};
 use super::{ApiError, Query, State};
@@ -25,6 +32,8 @@ pub(super) struct Asked {
 
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1_000;
+/// The most unread ones that are counted: beyond it an application shows "99+", and a count would cost as much as reading them.
+const MAX_UNREAD: usize = 100;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Page {
@@ -35,6 +44,7 @@ pub(super) struct Page {
     cursor: String,
     /// Whether asking on would answer more now.
     more: bool,
+    unread: Unread,
 }
 
 #[derive(Debug, Serialize)]
@@ -44,6 +54,17 @@ struct Item {
     #[serde(skip_serializing_if = "Option::is_none")]
     event: Option<Name>,
     data: Box<RawValue>,
+    read: bool,
+    #[serde(skip)]
+    at: (PartitionNumber, NotificationId),
+}
+
+/// Of all that is kept for the user and asked for (`types`, `min_priority`), on this page or not.
+#[derive(Debug, Serialize)]
+struct Unread {
+    count: usize,
+    /// `false`: there are more.
+    exact: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -65,16 +86,32 @@ pub(super) async fn page(
     request: Request,
 ) -> Result<Json<Page>, ApiError> {
     let (parts, _) = request.into_parts();
-    let user = state.auth().stream_identity(&parts)?.user;
+    let reader = state.auth().stream_identity(&parts)?.reader;
     let limit = asked.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!("limit is {limit}; it may be 1 to {MAX_LIMIT}")));
     }
-    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &user));
+    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &reader.user).unwrap_or(Start::Latest));
     let filter = selection.filter()?;
     let hub = state.hub().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
-    let mut page = Page { notifications: Vec::new(), gaps: Vec::new(), cursor: String::new(), more: false };
-    let read = hub.read(user, start, filter, limit, |subscription| {
+    let bookmarks = state.bookmarks()?;
+    let read = async {
+        let mark = bookmarks.read_mark(&reader.user).await?;
+        let (mut page, unread) =
+            tokio::join!(read_page(hub, &reader, start, filter.clone(), limit), count_unread(hub, &reader, mark.as_ref(), filter.clone()));
+        page.unread = unread;
+        page.mark_read(bookmarks, mark.as_ref()).await?;
+        Ok::<_, broker::Error>(page)
+    };
+    // A broker that does not come back is waited for by streams; who asks for a page wants to know.
+    let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
+    Ok(Json(read.map_err(|_| ApiError::away("the broker did not answer in time"))??))
+}
+
+async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, limit: usize) -> Page {
+    let unread = Unread { count: 0, exact: true };
+    let mut page = Page { notifications: Vec::new(), gaps: Vec::new(), cursor: String::new(), more: false, unread };
+    hub.read(reader.clone(), start, filter, limit, |subscription| {
         while page.notifications.len() < limit
             && let Some(next) = subscription.next(now_ms())
         {
@@ -82,12 +119,12 @@ pub(super) async fn page(
             subscription.encode_cursor(&mut id);
             page.cursor.clone_from(&id);
             match next {
-                Next::Notification { record, route, .. } => {
-                    let event = record.route(route).event_name.clone();
-                    let data = sse::data_of(record.notification(), route);
+                Next::Notification { partition, id: at, record, way } => {
+                    let event = record.route(way.route).event_name.clone();
+                    let data = sse::data_of(record.notification(), way);
                     // Made by serde_json a moment ago.
                     let data = RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
-                    page.notifications.push(Item { id, event, data });
+                    page.notifications.push(Item { id, event, data, read: false, at: (partition, at) });
                 }
                 Next::Gap(gap) => {
                     page.gaps.push(Missing { reason: gap.reason.as_str(), partition: gap.partition.0, from: gap.from, to: gap.to });
@@ -99,9 +136,38 @@ pub(super) async fn page(
         subscription.encode_cursor(&mut page.cursor);
         page.more = !subscription.is_idle();
         page.notifications.len()
-    });
-    // A broker that does not come back is waited for by streams; who asks for a page wants to know.
-    let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
-    read.map_err(|_| ApiError::away("the broker did not answer in time"))?;
-    Ok(Json(page))
+    })
+    .await;
+    page
+}
+
+impl Page {
+    /// Says of each item whether the mark has passed it. What stands of the mark is asked after the page was read: the other way round, an
+    /// id that a fail-over took back and gave to another notification could pass for read.
+    async fn mark_read(&mut self, bookmarks: &Bookmarks, mark: Option<&Cursor>) -> broker::Result<()> {
+        if let Some(mark) = mark
+            && !self.notifications.is_empty()
+        {
+            let standing = bookmarks.standing(mark).await?;
+            for item in &mut self.notifications {
+                item.read = standing.covers(item.at.0, item.at.1);
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn count_unread(hub: &Hub, reader: &Reader, mark: Option<&Cursor>, filter: Filter) -> Unread {
+    let start = mark.map_or(Start::Earliest, |mark| Start::Cursor(mark.clone()));
+    let mut count = 0;
+    hub.read(reader.clone(), start, filter, MAX_UNREAD + 1, |subscription| {
+        while count <= MAX_UNREAD
+            && let Some(next) = subscription.next(now_ms())
+        {
+            count += usize::from(matches!(next, Next::Notification { .. }));
+        }
+        count
+    })
+    .await;
+    Unread { count: count.min(MAX_UNREAD), exact: count <= MAX_UNREAD }
 }

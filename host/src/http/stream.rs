@@ -1,9 +1,11 @@
 //! `GET /v1/stream`: a user's notifications as Server-Sent Events.
 //!
 //! Where it begins is asked of the header `Last-Event-ID`, or else of the query as `last_event_id`, `lastEventId` or `evs_last_event_id`
-//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. Without any, it is `latest`.
+//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. Without any, a stream that names its
+//! `device` begins where that device is, or with `devices=all` where the furthest of the user's devices is; and any other at the latest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State as Shared};
@@ -46,6 +48,27 @@ pub(super) struct Resume {
     evs_last_event_id: Option<String>,
 }
 
+/// For whom a stream is opened, beside the user.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Device {
+    device: Option<Name>,
+    devices: Option<String>,
+}
+
+impl Device {
+    /// Whether the user's devices are in sync.
+    fn is_in_sync(&self) -> Result<bool, ApiError> {
+        match (&self.device, self.devices.as_deref()) {
+            (_, None) => Ok(false),
+            (Some(_), Some("all")) => Ok(true),
+            (None, Some("all")) => Err(ApiError::bad_request("devices=all does not say which of them this is").fix("say device=NAME, too")),
+            (_, Some(other)) => {
+                Err(ApiError::bad_request(format!("devices is '{}'", other.escape_debug())).fix("say devices=all, or leave it out"))
+            }
+        }
+    }
+}
+
 /// Opens a stream.
 ///
 /// # Errors
@@ -55,11 +78,13 @@ pub(super) async fn open(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
     Query(resume): Query<Resume>,
+    Query(device): Query<Device>,
     request: Request,
 ) -> Result<Response, ApiError> {
     let (parts, _) = request.into_parts();
     let identity = state.auth().stream_identity(&parts)?;
     let filter = selection.filter()?;
+    let is_in_sync = device.is_in_sync()?;
     let retry_ms = state.pulse().config().retry_ms;
     let connection = parts.extensions.get::<Arc<Connection>>().cloned();
     if connection.as_ref().is_some_and(|connection| connection.is_surplus()) {
@@ -68,9 +93,23 @@ pub(super) async fn open(
     let Some(hub) = state.hub() else {
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
     };
-    let start = start(&parts, resume, &identity.user);
-    tracing::debug!(user.id = %identity.user, ?start, "stream opened");
-    let guard = hub.open(identity.user, start, filter);
+    let start = match (start(&parts, resume, &identity.reader.user), device.device) {
+        (Some(start), _) => start,
+        (None, None) => Start::Latest,
+        (None, Some(device)) => {
+            let start = state.bookmarks()?.start(&identity.reader.user, device, is_in_sync);
+            match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
+                Ok(Ok(start)) => start,
+                failed => {
+                    // Begun anywhere else, it would miss what came since, without a word.
+                    tracing::debug!(user.id = %identity.reader.user, ?failed, "where a device is could not be read; its stream is to come back");
+                    return Ok(event_stream(Body::from(sse::refusal("away", retry_ms))));
+                }
+            }
+        }
+    };
+    tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
+    let guard = hub.open(identity.reader, start, filter);
     let socket = connection.map(|connection| connection as Arc<dyn sse::Socket>);
     let body = sse::Body::new(guard, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
     Ok(event_stream(Body::new(body)))
@@ -85,29 +124,27 @@ fn event_stream(body: Body) -> Response {
     (headers, body).into_response()
 }
 
-fn start(parts: &Parts, resume: Resume, user: &Name) -> Start {
+/// Where the client asks to begin, if it does.
+fn start(parts: &Parts, resume: Resume, user: &Name) -> Option<Start> {
     // Lossy: an id that is no text is one that nobody knows, and not none at all.
     let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let asked = header.or(resume.last_event_id).or(resume.last_event_id_camel).or(resume.evs_last_event_id);
-    asked.filter(|asked| !asked.is_empty()).map_or(Start::Latest, |asked| read_start(&asked, user))
+    asked.filter(|asked| !asked.is_empty()).and_then(|asked| read_start(&asked, user))
 }
 
 /// Reads where to begin. What nobody can read begins at the latest, and the client is told that there may be a gap: refusing it would
-/// stop an `EventSource` for ever.
-pub(super) fn read_start(asked: &str, user: &Name) -> Start {
-    match asked {
-        "latest" => return Start::Latest,
-        "earliest" => return Start::Earliest,
-        _ => {}
-    }
+/// stop an `EventSource` for ever. `None`: it says nothing about this user.
+pub(super) fn read_start(asked: &str, user: &Name) -> Option<Start> {
     if let Some(ago_ms) = duration_ms(asked) {
-        return Start::Since(now_ms().saturating_sub(ago_ms));
+        return Some(Start::Since(now_ms().saturating_sub(ago_ms)));
     }
-    match Cursor::decode(asked, user) {
-        Ok(cursor) => Start::Cursor(cursor),
-        // Somebody else's, left in the browser by who was logged in before: it says nothing about this user.
-        Err(Unreadable::AnotherUsers) => Start::Latest,
-        Err(Unreadable::Garbled) => Start::Unknown,
+    match (asked, Cursor::decode(asked, user)) {
+        ("latest", _) => Some(Start::Latest),
+        ("earliest", _) => Some(Start::Earliest),
+        (_, Ok(cursor)) => Some(Start::Cursor(cursor)),
+        // Somebody else's, left in the browser by who was logged in before.
+        (_, Err(Unreadable::AnotherUsers)) => None,
+        (_, Err(Unreadable::Garbled)) => Some(Start::Unknown),
     }
 }
 
@@ -137,13 +174,13 @@ mod tests {
         let user = Name::parse("ann").unwrap();
         let mut cursor = String::new();
         Cursor::default().encode(&user, &mut cursor);
-        assert_eq!(read_start("latest", &user), Start::Latest);
-        assert_eq!(read_start("earliest", &user), Start::Earliest);
-        assert!(matches!(read_start("10m", &user), Start::Since(_)));
-        assert_eq!(read_start(&cursor, &user), Start::Cursor(Cursor::default()));
-        assert_eq!(read_start(&cursor, &Name::parse("bob").unwrap()), Start::Latest);
+        assert_eq!(read_start("latest", &user), Some(Start::Latest));
+        assert_eq!(read_start("earliest", &user), Some(Start::Earliest));
+        assert!(matches!(read_start("10m", &user), Some(Start::Since(_))));
+        assert_eq!(read_start(&cursor, &user), Some(Start::Cursor(Cursor::default())));
+        assert_eq!(read_start(&cursor, &Name::parse("bob").unwrap()), None);
         for garbled in ["", "1", "m", "-1m", "99999999999m", "<script>", "\u{0}"] {
-            assert_eq!(read_start(garbled, &user), Start::Unknown, "{garbled:?}");
+            assert_eq!(read_start(garbled, &user), Some(Start::Unknown), "{garbled:?}");
         }
     }
 }

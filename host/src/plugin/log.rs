@@ -21,6 +21,18 @@ pub(super) enum Level {
     Error,
 }
 
+impl Level {
+    fn is_wanted(self) -> bool {
+        match self {
+            Self::Trace => tracing::enabled!(target: "plugin", tracing::Level::TRACE),
+            Self::Debug => tracing::enabled!(target: "plugin", tracing::Level::DEBUG),
+            Self::Info => tracing::enabled!(target: "plugin", tracing::Level::INFO),
+            Self::Warn => tracing::enabled!(target: "plugin", tracing::Level::WARN),
+            Self::Error => tracing::enabled!(target: "plugin", tracing::Level::ERROR),
+        }
+    }
+}
+
 /// The log of one plugin, shared by its instances.
 #[derive(Debug)]
 pub(super) struct GuestLog {
@@ -39,8 +51,12 @@ impl GuestLog {
         Self { plugin, second: Mutex::new(Second { began: Instant::now(), lines: 0 }) }
     }
 
-    /// Writes a line, unless this second has had its share.
+    /// Writes a line, unless nobody wants lines of its level, or this second has had its share.
     pub(super) fn line(&self, level: Level, event: Option<&Name>, text: &str) {
+        // A plugin that tells much at debug must not use up what it has for errors.
+        if !level.is_wanted() {
+            return;
+        }
         let (may_speak, dropped) = self.admit(Instant::now());
         let plugin = self.plugin.as_str();
         if dropped > 0 {
@@ -106,6 +122,14 @@ mod tests {
         let line = printable(&"ä".repeat(5_000));
         assert_eq!(line, format!("{}…", "ä".repeat(MAX_LINE / 2)));
         assert!(printable(&format!("x{}", "ä".repeat(5_000))).ends_with("ä…"));
+    }
+
+    #[test]
+    fn lines_that_nobody_wants_do_not_count() {
+        let log = GuestLog::new(Name::parse("chatty").unwrap());
+        let warnings_only = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::sink).finish();
+        tracing::subscriber::with_default(warnings_only, || (0..250).for_each(|_| log.line(Level::Debug, None, "nobody is named")));
+        assert_eq!(log.admit(Instant::now() + Duration::from_millis(1_100)), (true, 0));
     }
 
     #[test]

@@ -155,13 +155,13 @@ mod tests {
     #[test]
     fn the_section_holds_keys_and_a_table_for_each_plugin() {
         let config: Config = toml::from_str(
-            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\ntype = 'order.*'\n",
+            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
         )
         .unwrap();
         assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
         let discard = &config.plugins["discard"];
         assert_eq!((discard.on_failure, discard.deadline_ms, discard.memory_mib), (OnFailure::Skip, 5, 32));
-        assert_eq!(serde_json::Value::Object(discard.config.clone()), serde_json::json!({"rules": [{"type": "order.*"}]}));
+        assert_eq!(serde_json::Value::Object(discard.config.clone()), serde_json::json!({"rules": [{"match": {"type": "order.*"}}]}));
         let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
         assert_eq!(config, again);
     }

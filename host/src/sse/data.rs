@@ -4,10 +4,12 @@ use base64::Engine as _;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::event::{Notification, Payload, Priority, rfc3339};
+use crate::event::{Name, Notification, Payload, Priority, rfc3339};
+use crate::recipients::Way;
 
+/// All but `to` and the payload.
 #[derive(Serialize)]
-struct Data<'a> {
+struct Head<'a> {
     id: &'a str,
     source: &'a str,
     r#type: &'a str,
@@ -15,8 +17,7 @@ struct Data<'a> {
     subject: Option<&'a str>,
     time: String,
     priority: Priority,
-    #[serde(flatten)]
-    payload: Body<'a>,
+    by: &'a Name,
 }
 
 /// Always exactly one of the two members.
@@ -27,11 +28,22 @@ enum Body<'a> {
     DataBase64(String),
 }
 
-/// The `data` object of a notification by the route with this index: the event's own data, or the body that the route puts in its place.
+/// The `data` object of a notification on its way to one recipient.
+///
+/// # Panics
+/// If the plan has no such way.
+pub fn data_of(notification: &Notification, way: Way) -> String {
+    let (before, after) = around_target(notification, way.route);
+    let target = &notification.plan.routes[way.route].to[way.target];
+    before + &json(target) + &after
+}
+
+/// What comes before and after the value of `to`, the same for all whom the route with this index reaches. The payload is the event's own
+/// data, or the body that the route puts in its place.
 ///
 /// # Panics
 /// If the plan has no such route.
-pub fn data_of(notification: &Notification, route: usize) -> String {
+pub(super) fn around_target(notification: &Notification, route: usize) -> (String, String) {
     let (event, route) = (&notification.event, &notification.plan.routes[route]);
     let text;
     let payload = match (&route.body, &event.data) {
@@ -47,14 +59,22 @@ pub fn data_of(notification: &Notification, route: usize) -> String {
         }
         (None, Payload::Binary(bytes)) => Body::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes)),
     };
-    let data = Data {
+    let mut before = json(&Head {
         id: event.id.as_str(),
         source: event.source.as_str(),
         r#type: event.kind.as_str(),
-        subject: event.subject.as_ref().map(crate::event::Name::as_str),
+        subject: event.subject.as_ref().map(Name::as_str),
         time: rfc3339(event.time_ms),
         priority: route.priority,
-        payload,
-    };
-    serde_json::to_string(&data).expect("made of strings and valid JSON")
+        by: &route.by,
+    });
+    // Both are objects, and become one: `to` goes between the last member of the one and the first of the other.
+    before.truncate(before.len() - 1);
+    before += r#","to":"#;
+    let after = json(&payload).replacen('{', ",", 1);
+    (before, after)
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("made of texts and valid JSON")
 }

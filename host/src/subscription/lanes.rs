@@ -8,29 +8,30 @@ use std::sync::Arc;
 
 use crate::broker::PartitionNumber;
 use crate::event::{Name, NotificationId, Priority};
+use crate::recipients::Way;
 
 use super::Record;
 
-/// A notification that waits for its stream, with the route that won.
+/// A notification that waits for its stream, with the way on which it reached the user.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
     pub(super) partition: PartitionNumber,
     pub(super) id: NotificationId,
     pub(super) record: Arc<Record>,
-    pub(super) route: usize,
+    pub(super) way: Way,
 }
 
 impl Waiting {
     pub(super) fn priority(&self) -> Priority {
-        self.record.route(self.route).priority
+        self.record.route(self.way.route).priority
     }
 
     pub(super) fn collapse(&self) -> Option<&Name> {
-        self.record.route(self.route).collapse.as_ref()
+        self.record.route(self.way.route).collapse.as_ref()
     }
 
     pub(super) fn is_expired(&self, now_ms: u64) -> bool {
-        self.record.route(self.route).expires_ms.is_some_and(|expires| expires <= now_ms)
+        self.record.route(self.way.route).expires_ms.is_some_and(|expires| expires <= now_ms)
     }
 }
 

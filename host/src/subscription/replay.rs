@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::broker::{self, Broker, Head, PartitionNumber};
 use crate::clock::now_ms;
+use crate::criteria::Pool;
 use crate::event::{Life, NotificationId, Target};
 use crate::metrics::{Metrics, ReasonLabel};
 
@@ -38,6 +39,8 @@ pub trait Follows: Send + Sync {
 pub struct History {
     broker: Arc<dyn Broker>,
     records: Records,
+    /// Those of the node's streams.
+    attributes: Pool,
     reads: Semaphore,
     metrics: Metrics,
 }
@@ -68,7 +71,7 @@ struct Log {
 
 impl History {
     pub fn new(broker: Arc<dyn Broker>, metrics: Metrics) -> Self {
-        Self { broker, records: Records::default(), reads: Semaphore::new(READS), metrics }
+        Self { broker, records: Records::default(), attributes: Pool::default(), reads: Semaphore::new(READS), metrics }
     }
 
     pub fn records(&self) -> &Records {
@@ -155,7 +158,7 @@ impl History {
             in_round(stream, partition, round, |subscription| (subscription.read_recipient(), subscription.user().clone()))?;
         let _permit = self.reads.acquire().await;
         let recipient = self.broker.recipient(&user).await?;
-        in_round(stream, partition, round, |subscription| subscription.set_recipient(ticket, Arc::new(recipient)))
+        in_round(stream, partition, round, |subscription| subscription.set_recipient(ticket, recipient, &self.attributes))
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head, Stop> {

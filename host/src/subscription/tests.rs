@@ -8,6 +8,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use crate::criteria::Pool;
 use crate::event::{EntryId, Event, Plan, Position as EntryPosition};
 
 /// What may happen next; the numbers choose among what is possible at the time.
@@ -198,7 +199,7 @@ impl World {
     fn connect(&mut self, start: Start) {
         self.subscription = Subscription::new(Name::parse("ann").unwrap(), start, Filter::default(), [number(0), number(1)]);
         let ticket = self.subscription.read_recipient();
-        self.subscription.set_recipient(ticket, Arc::default());
+        self.subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
         for partition in 0..2 {
             self.reset(partition);
         }
@@ -299,8 +300,8 @@ impl World {
             assert!(read.is_ok(), "{cursor} {read:?}: {:?}", self.subscription);
             assert!(self.subscription.had.len() <= MAX_HAD);
             match next {
-                Next::Notification { partition, id, record, route } => {
-                    let Route { priority, collapse, .. } = record.route(route);
+                Next::Notification { partition, id, record, way } => {
+                    let Route { priority, collapse, .. } = record.route(way.route);
                     let (priority, key) = (*priority, collapse.clone());
                     self.place(partition.0).received.push(Received::Event { id: id.0, event: event_of(&record), priority, key });
                 }
@@ -438,7 +439,7 @@ const P: PartitionNumber = PartitionNumber(0);
 fn overflowed(urgent_id: u64) -> Subscription {
     let mut subscription = Subscription::new(Name::parse("ann").unwrap(), Start::Latest, Filter::default(), [P]);
     let ticket = subscription.read_recipient();
-    subscription.set_recipient(ticket, Arc::default());
+    subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
     let round = subscription.enter_replay(P);
     subscription.begin(P, &head(&[(1, 0)], 50), 0);
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);

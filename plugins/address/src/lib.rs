@@ -13,7 +13,7 @@
 //! has no routes. A value that is none of the above is rejected, with the attribute's name and what it should be: a notification that
 //! silently goes to fewer people is worse than a dead letter.
 
-use pointsman_plugin::{Event, Failure, Interest, Issue, NoConfig, Plugin, Route, Router, Target, Value, export};
+use pointsman_plugin::{Event, Failure, Interest, Issue, NoConfig, Plugin, Priority, Route, Router, Target, Ttl, Value, export};
 
 struct Address;
 
@@ -92,30 +92,13 @@ fn flag(value: &Value) -> Result<bool, Failure> {
 
 fn check_priority(value: &Value) -> Result<(), Failure> {
     match value {
-        Value::Text(text) if ["low", "normal", "high", "urgent"].contains(&text.as_str()) => Ok(()),
+        Value::Text(text) if Priority::named(text).is_some() => Ok(()),
         _ => Err(rejected("priority", value, "it is low, normal, high or urgent")),
     }
 }
 
 fn ttl_ms(value: &Value) -> Result<u64, Failure> {
-    let parsed = match value {
-        Value::Integer(seconds) => u64::try_from(*seconds).ok().and_then(|s| s.checked_mul(1_000)),
-        Value::Text(text) => {
-            let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-            let (number, unit) = text.split_at(digits);
-            let unit_ms = match unit {
-                "ms" => Some(1),
-                "" | "s" => Some(1_000),
-                "m" => Some(60_000),
-                "h" => Some(3_600_000),
-                _ => None,
-            };
-            number.parse::<u64>().ok().zip(unit_ms).and_then(|(n, ms)| n.checked_mul(ms))
-        }
-        Value::Decimal(_) | Value::Flag(_) => None,
-    };
-    let fix = "give it a number of seconds above 0, or one with a unit: 500ms, 30s, 5m, 2h";
-    parsed.filter(|&ms| ms > 0).ok_or_else(|| rejected("ttl", value, fix))
+    Ttl::of(value).map(|ttl| ttl.ms).ok_or_else(|| rejected("ttl", value, Ttl::FIX))
 }
 
 #[cfg(test)]

@@ -2,19 +2,16 @@
 //!
 //! ```toml
 //! [[plugins.discard.config.rules]]
-//! reason = "test traffic of the shop"     # optional; without one the rule describes itself
-//! type = "order.*"                        # `*` stands for any characters
-//! attributes = { env = ["test", "dev"] }  # one value, or a list of which one must match
-//! payload = { "/order/total" = 0 }        # fields of a JSON payload, by JSON pointer
-//! older_than_s = 3600                     # by the event's own time
+//! reason = "test traffic of the shop"         # optional; without one the rule describes itself
+//! match.type = "order.*"                      # all that a condition says must hold; one rule is enough
+//! match.attributes = { env = ["test", "dev"] }
+//! match.payload = { "/order/total" = 0 }
+//! match.older_than_s = 3600
 //! ```
 //!
-//! All conditions of a rule must hold; one rule is enough. An absent attribute or field matches nothing. Attributes come as text from
-//! flat entries and typed from JSON, so `1`, `1.0` and `"1"` are the same value here, as are `true` and `"true"`.
+//! What a condition can say is [`pointsman_plugin::Condition`]'s.
 
-use std::collections::BTreeMap;
-
-use pointsman_plugin::{Event, Failure, Filter, Interest, Issue, Plugin, Value, Verdict, clock, export};
+use pointsman_plugin::{Condition, Event, Failure, Filter, Interest, Issue, Plugin, Verdict, export};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -26,42 +23,17 @@ struct Config {
     rules: Vec<Rule>,
 }
 
-/// Conditions that must all hold; at least one.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Rule {
     /// What is recorded with each event that the rule drops.
     reason: Option<String>,
-    /// A pattern of event types, in which `*` stands for any characters.
-    r#type: Option<String>,
-    /// Extension attributes and the values that they must have.
-    #[serde(default)]
-    attributes: BTreeMap<String, OneOrMore>,
-    /// Fields of a JSON payload, by JSON pointer, and the values that they must have.
-    #[serde(default)]
-    payload: BTreeMap<String, OneOrMore>,
-    /// Seconds since the event's own time.
-    older_than_s: Option<u64>,
-}
-
-/// A value, or several of which one must match.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(untagged)]
-enum OneOrMore {
-    One(Scalar),
-    More(Vec<Scalar>),
-}
-
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(untagged)]
-enum Scalar {
-    Flag(bool),
-    Number(f64),
-    Text(String),
+    /// Which events it drops.
+    r#match: Option<Condition>,
 }
 
 struct Discard {
-    rules: Vec<Rule>,
+    rules: Vec<(Condition, String)>,
 }
 
 export!(Discard as filter);
@@ -70,125 +42,26 @@ impl Plugin for Discard {
     type Config = Config;
 
     fn new(config: Config) -> Result<Self, Issue> {
-        for (at, rule) in config.rules.iter().enumerate() {
-            rule.check().map_err(|(field, message)| Issue::new(format!("rules[{at}]{field}"), message))?;
-        }
-        Ok(Self { rules: config.rules })
+        let rules = config.rules.into_iter().enumerate().map(|(at, rule)| {
+            let would_drop_all = || Issue::new(format!("rules[{at}]"), "would drop every event; say which: match = { type = \"debug.*\" }");
+            let condition = rule.r#match.ok_or_else(would_drop_all)?;
+            let reason = rule.reason.unwrap_or_else(|| condition.to_string());
+            Ok((condition, reason))
+        });
+        Ok(Self { rules: rules.collect::<Result<_, Issue>>()? })
     }
 
     /// What the rules look at, and no more.
     fn interest(&self) -> Interest {
-        // One rule without a type looks at every event.
-        let types = self.rules.iter().map(|rule| rule.r#type.as_deref()).collect::<Option<Vec<_>>>().unwrap_or_default();
-        let names = |of: fn(&Rule) -> &BTreeMap<String, OneOrMore>| {
-            let mut names: Vec<&str> = self.rules.iter().flat_map(|rule| of(rule).keys()).map(String::as_str).collect();
-            names.sort_unstable();
-            names.dedup();
-            names
-        };
-        Interest::in_types(types).attributes(names(|rule| &rule.attributes)).fields(names(|rule| &rule.payload))
+        Interest::in_conditions(self.rules.iter().map(|(condition, _)| Some(condition)))
     }
 }
 
 impl Filter for Discard {
     fn evaluate(&self, event: &Event) -> Result<Verdict, Failure> {
-        let rule = self.rules.iter().find(|rule| rule.holds(event));
-        Ok(rule.map_or(Verdict::Keep, |rule| Verdict::Drop(rule.reason.clone().unwrap_or_else(|| rule.describe()))))
+        let rule = self.rules.iter().find(|(condition, _)| condition.holds(event));
+        Ok(rule.map_or(Verdict::Keep, |(_, reason)| Verdict::Drop(reason.clone())))
     }
-}
-
-impl Rule {
-    fn check(&self) -> Result<(), (&'static str, String)> {
-        if self.r#type.is_none() && self.attributes.is_empty() && self.payload.is_empty() && self.older_than_s.is_none() {
-            return Err(("", "would drop every event; give it a type, attributes, payload or older_than_s".into()));
-        }
-        if let Some(pointer) = self.payload.keys().find(|pointer| !pointer.starts_with('/')) {
-            return Err((".payload", format!("'{pointer}' is no JSON pointer; write '/{pointer}'")));
-        }
-        if let Some((name, _)) =
-            self.attributes.iter().chain(&self.payload).find(|(_, values)| matches!(values, OneOrMore::More(list) if list.is_empty()))
-        {
-            return Err(("", format!("'{name}' has no value to match; give it one")));
-        }
-        Ok(())
-    }
-
-    fn holds(&self, event: &Event) -> bool {
-        let matches_all = |conditions: &BTreeMap<String, OneOrMore>| {
-            conditions.iter().all(|(name, values)| event.attribute(name).is_some_and(|have| values.has(have)))
-        };
-        self.r#type.as_ref().is_none_or(|pattern| matches(pattern, &event.kind))
-            && self.older_than_s.is_none_or(|limit| clock::now_ms().saturating_sub(event.time_ms) > limit.saturating_mul(1_000))
-            && matches_all(&self.attributes)
-            && matches_all(&self.payload)
-    }
-
-    fn describe(&self) -> String {
-        let mut parts = Vec::new();
-        parts.extend(self.r#type.as_ref().map(|pattern| format!("type is {pattern}")));
-        parts.extend(self.attributes.iter().map(|(name, values)| format!("{name} is {}", values.describe())));
-        parts.extend(self.payload.iter().map(|(pointer, values)| format!("{pointer} is {}", values.describe())));
-        parts.extend(self.older_than_s.map(|seconds| format!("older than {seconds} s")));
-        parts.join(" and ")
-    }
-}
-
-impl OneOrMore {
-    fn all(&self) -> &[Scalar] {
-        match self {
-            Self::One(value) => std::slice::from_ref(value),
-            Self::More(values) => values,
-        }
-    }
-
-    fn has(&self, have: &Value) -> bool {
-        self.all().iter().any(|value| value.is(have))
-    }
-
-    fn describe(&self) -> String {
-        self.all().iter().map(Scalar::to_string).collect::<Vec<_>>().join(" or ")
-    }
-}
-
-impl Scalar {
-    fn is(&self, have: &Value) -> bool {
-        match (self, have) {
-            (Self::Flag(a), Value::Flag(b)) => a == b,
-            (Self::Number(a), Value::Integer(b)) => *a == *b as f64,
-            (Self::Number(a), Value::Decimal(b)) => a == b,
-            (Self::Number(a), Value::Text(b)) => b.parse() == Ok(*a),
-            (Self::Text(a), Value::Text(b)) => a == b,
-            (Self::Text(a), Value::Integer(b)) => a.parse() == Ok(*b),
-            (Self::Text(a), Value::Decimal(b)) => a.parse() == Ok(*b),
-            (Self::Text(a), Value::Flag(b)) => a == if *b { "true" } else { "false" },
-            (Self::Flag(a), Value::Text(b)) => b == if *a { "true" } else { "false" },
-            (Self::Flag(_), Value::Integer(_) | Value::Decimal(_)) | (Self::Number(_), Value::Flag(_)) => false,
-        }
-    }
-}
-
-impl std::fmt::Display for Scalar {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Flag(flag) => flag.fmt(f),
-            Self::Number(number) => number.fmt(f),
-            Self::Text(text) => text.fmt(f),
-        }
-    }
-}
-
-/// Whether a text matches a pattern in which `*` stands for any characters: its parts must follow each other.
-fn matches(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else { return pattern == text };
-    let Some(mut text) = text.strip_prefix(head) else { return false };
-    let (middle, tail) = rest.rsplit_once('*').map_or((None, rest), |(middle, tail)| (Some(middle), tail));
-    for part in middle.into_iter().flat_map(|middle| middle.split('*')) {
-        match text.find(part) {
-            Some(at) => text = &text[at + part.len()..],
-            None => return false,
-        }
-    }
-    text.ends_with(tail)
 }
 
 #[cfg(test)]
@@ -217,83 +90,40 @@ mod tests {
     }
 
     #[test]
-    fn a_type_pattern_drops_and_says_so() {
-        let rules = json!([{"type": "order.*"}]);
-        assert_eq!(verdict(rules.clone(), event("order.shipped")), dropped("type is order.*"));
-        assert_eq!(verdict(rules, event("bill.paid")), Verdict::Keep);
-    }
-
-    #[test]
-    fn patterns_match_part_by_part() {
-        for (pattern, text, expect) in [
-            ("a*b*c", "a-b-b-c", true),
-            ("a*b*c", "a-c-b", false),
-            ("*", "", true),
-            ("a*a", "a", false),
-            ("*.x", "a.x", true),
-            ("**", "q", true),
-        ] {
-            assert_eq!(matches(pattern, text), expect, "{pattern} {text}");
-        }
-    }
-
-    #[test]
-    fn an_attribute_matches_whether_it_came_as_text_or_typed() {
-        for (want, have, expect) in [
-            (json!("test"), Value::from("test"), true),
-            (json!("test"), "prod".into(), false),
-            (json!(["test", "dev"]), "dev".into(), true),
-            (json!(1), 1.into(), true),
-            (json!(1), "1".into(), true),
-            (json!("1"), 1.into(), true),
-            (json!(1.5), 1.5.into(), true),
-            (json!(1), true.into(), false),
-            (json!(true), true.into(), true),
-            (json!(true), "true".into(), true),
-            (json!(true), "yes".into(), false),
-        ] {
-            let verdict = verdict(json!([{"attributes": {"env": want}}]), event("t").attribute("env", have.clone()));
-            assert_eq!(matches!(verdict, Verdict::Drop(_)), expect, "{want} {have:?}");
-        }
-        assert_eq!(verdict(json!([{"attributes": {"env": "test"}}]), event("t")), Verdict::Keep, "what is absent matches nothing");
-    }
-
-    #[test]
-    fn a_field_of_the_payload_matches() {
-        let rules = json!([{"payload": {"/order/total": 0}, "reason": "free orders"}]);
-        assert_eq!(verdict(rules.clone(), event("t").json(&json!({"order": {"total": 0}}))), dropped("free orders"));
+    fn the_first_rule_whose_condition_holds_drops_and_says_why() {
+        let rules = json!([
+            {"match": {"type": "order.*", "attributes": {"env": "test"}}},
+            {"match": {"payload": {"/order/total": 0}}, "reason": "free orders"},
+            {"match": {"older_than_s": 60}}
+        ]);
+        testing::freeze_clock(1_000_000);
+        assert_eq!(verdict(rules.clone(), event("order.paid").attribute("env", "test")), dropped("type is order.* and env is test"));
+        assert_eq!(verdict(rules.clone(), event("t").json(&json!({"order": {"total": 0}})).time_ms(0)), dropped("free orders"));
+        assert_eq!(verdict(rules.clone(), event("t").time_ms(939_999)), dropped("older than 60 s"));
+        assert_eq!(verdict(rules.clone(), event("bill.paid").attribute("env", "test")), Verdict::Keep);
         assert_eq!(verdict(rules.clone(), event("t").json(&json!({"order": {"total": 5}}))), Verdict::Keep);
         assert_eq!(verdict(rules, event("t").text("no JSON")), Verdict::Keep);
     }
 
     #[test]
-    fn age_is_by_the_events_own_time() {
-        testing::freeze_clock(1_000_000);
-        let rules = json!([{"older_than_s": 60}]);
-        assert_eq!(verdict(rules.clone(), event("t").time_ms(939_999)), dropped("older than 60 s"));
-        assert_eq!(verdict(rules.clone(), event("t").time_ms(940_000)), Verdict::Keep);
-        assert_eq!(verdict(rules, event("t").time_ms(2_000_000)), Verdict::Keep, "a clock ahead of ours is no age");
-    }
-
-    #[test]
-    fn all_conditions_of_one_rule_must_hold() {
-        let rules = json!([{"type": "a", "attributes": {"x": 1}}, {"type": "b"}]);
-        assert_eq!(verdict(rules.clone(), event("a")), Verdict::Keep);
-        assert_eq!(verdict(rules.clone(), event("a").attribute("x", 1)), dropped("type is a and x is 1"));
-        assert_eq!(verdict(rules, event("b")), dropped("type is b"));
+    fn only_types_that_a_rule_names_are_asked_for() {
+        let plugin: Discard =
+            configure(json!({"rules": [{"match": {"type": "a.*", "payload": {"/x": 1}}}, {"match": {"type": "b"}}]})).unwrap();
+        assert_eq!(plugin.interest(), Interest::in_types(["a.*", "b"]).fields(["/x"]));
     }
 
     #[test]
     fn a_rule_that_cannot_be_meant_is_refused_with_its_place() {
         for (rule, path, message) in [
             (json!({}), "rules[0]", "would drop every event"),
-            (json!({"payload": {"order": 1}}), "rules[0].payload", "write '/order'"),
-            (json!({"attributes": {"env": []}}), "rules[0]", "'env' has no value"),
-            (json!({"typ": "x"}), "rules[0]", "unknown field `typ`"),
-            (json!({"older_than_s": -1}), "rules[0].older_than_s", "invalid value"),
+            (json!({"reason": "why"}), "rules[0]", "would drop every event"),
+            (json!({"match": {}}), "rules[0].match", "says nothing, so it would hold for every event"),
+            (json!({"match": {"payload": {"order": 1}}}), "rules[0].match.payload.order", "write '/order'"),
+            (json!({"match": {"typ": "x"}}), "rules[0].match.typ", "unknown field `typ`"),
+            (json!({"type": "x"}), "rules[0].type", "expected `reason` or `match`"),
         ] {
             let Err(issues) = configure::<Discard>(json!({ "rules": [rule] })) else { panic!("{rule} was taken") };
-            assert!(issues[0].path.starts_with(path) && issues[0].message.contains(message), "{rule} gave {issues:?}");
+            assert!(issues[0].path == path && issues[0].message.contains(message), "{rule} gave {issues:?}");
         }
     }
 }

@@ -1,6 +1,4 @@
-//! The event that a plugin decides about, and what its values are.
-
-use std::fmt;
+//! The event that a plugin decides about.
 
 use serde::de::DeserializeOwned;
 
@@ -57,46 +55,5 @@ impl From<types::Event> for Event {
         let types::Event { id, source, type_, subject, time_ms, priority, attributes, data } = event;
         let attributes = attributes.into_iter().map(|attribute| (attribute.name, attribute.value)).collect();
         Self { id, source, kind: type_, subject, time_ms, priority, attributes, data }
-    }
-}
-
-impl fmt::Display for Value {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Text(text) => f.write_str(text),
-            Self::Integer(i) => i.fmt(f),
-            Self::Decimal(d) => d.fmt(f),
-            Self::Flag(b) => b.fmt(f),
-        }
-    }
-}
-
-impl From<&str> for Value {
-    fn from(text: &str) -> Self {
-        Self::Text(text.to_owned())
-    }
-}
-
-impl From<String> for Value {
-    fn from(text: String) -> Self {
-        Self::Text(text)
-    }
-}
-
-impl From<i64> for Value {
-    fn from(i: i64) -> Self {
-        Self::Integer(i)
-    }
-}
-
-impl From<f64> for Value {
-    fn from(d: f64) -> Self {
-        Self::Decimal(d)
-    }
-}
-
-impl From<bool> for Value {
-    fn from(b: bool) -> Self {
-        Self::Flag(b)
     }
 }

@@ -31,23 +31,35 @@
 //! export!(Owner as router);
 //! ```
 //!
+//! A configuration may use what the bundled plugins use: [`Condition`]s on events, [`Selector`]s of their values, [`OneOrMore`], [`Ttl`].
+//! Their mistakes are found as the configuration is parsed, and told with their place.
+//!
 //! What crosses to the host, and how, is `wit/`; what the host allows a plugin is the host's business. There is no state between
 //! events: an instance sees some of them and may be replaced after any, which is why [`Filter`] and [`Router`] take `&self`.
 
 mod bindings;
 pub mod clock;
+mod condition;
 mod event;
 mod export;
 pub mod log;
+mod one_or_more;
+mod pattern;
 mod plugin;
+mod selector;
 pub mod testing;
+mod value;
 
 #[doc(inline)]
 pub use bindings::lifecycle::exports::pointsman::plugin::lifecycle::Issue;
 #[doc(inline)]
 pub use bindings::lifecycle::pointsman::plugin::types::{Attribute, Criteria, Failure, Operator, Payload, Priority, Target, Test, Value};
+pub use condition::{Condition, Regex, Wanted};
 pub use event::Event;
+pub use one_or_more::OneOrMore;
 pub use plugin::{Amendment, Filter, Interest, NoConfig, Plugin, Route, Router, Verdict};
+pub use selector::{AttributeName, Pointer, Selector};
+pub use value::Ttl;
 
 /// For the expansion of [`export!`] alone.
 #[doc(hidden)]

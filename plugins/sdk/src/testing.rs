@@ -23,6 +23,7 @@ use std::cell::{Cell, RefCell};
 
 use crate::export::configured;
 use crate::log::Level;
+use crate::pattern::matches;
 use crate::{Event, Issue, Payload, Plugin, Priority, Value};
 
 thread_local! {
@@ -159,23 +160,10 @@ impl EventBuilder {
 }
 
 /// A field of the payload as the host hands it over.
-fn field(value: &serde_json::Value) -> Option<Value> {
-    Some(match value {
-        serde_json::Value::Null => return None,
-        serde_json::Value::Bool(b) => Value::Flag(*b),
-        serde_json::Value::Number(n) => n.as_i64().map(Value::Integer).or_else(|| n.as_f64().map(Value::Decimal))?,
-        serde_json::Value::String(text) => Value::Text(text.clone()),
-        other => Value::Text(other.to_string()),
-    })
-}
-
-/// Whether a text matches a pattern in which `*` stands for any characters.
-fn matches(pattern: &str, text: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == text,
-        Some((head, rest)) => {
-            text.strip_prefix(head).is_some_and(|tail| (0..=tail.len()).any(|at| tail.is_char_boundary(at) && matches(rest, &tail[at..])))
-        }
+fn field(json: &serde_json::Value) -> Option<Value> {
+    match json {
+        serde_json::Value::Array(_) | serde_json::Value::Object(_) => Some(Value::Text(json.to_string())),
+        scalar => Value::of_json(scalar),
     }
 }
 

@@ -9,7 +9,7 @@ use pointsman::event::{EntryId, Name, NotificationId, Outcome, Priority, Target}
 use pointsman::subscription::{Gap, GapReason, Record};
 
 use super::{Client, Kind, MEMBERS, Play, Received, Stay};
-use crate::protocol::stage::{event_id, name};
+use crate::protocol::stage::{answered, event_id, name};
 
 impl Play {
     pub(super) async fn check(&self) {
@@ -25,12 +25,12 @@ impl Play {
     /// in the logs of all its targets.
     async fn check_ingest(&self, partition: PartitionNumber) -> Vec<(NotificationId, Record)> {
         let broker = &self.stage.puppet.broker;
-        let entries = broker.read(partition, EntryId::default(), 1_000_000, Duration::ZERO).await.expect("read");
-        let mut decisions = broker.decisions(partition, 1_000_000).await.expect("decisions");
+        let entries = answered("read", async || broker.read(partition, EntryId::default(), 1_000_000, Duration::ZERO).await).await;
+        let mut decisions = answered("decisions", async || broker.decisions(partition, 1_000_000).await).await;
         decisions.reverse();
         let decided: Vec<EntryId> = decisions.iter().map(|decision| decision.0).collect();
         assert_eq!(decided, entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), "one outcome an entry, in order");
-        let state = broker.state(partition).await.expect("state");
+        let state = answered("state", async || broker.state(partition).await).await;
         assert_eq!((state.lag, state.lost_upstream), (0, 0));
         for outcome in Outcome::ALL {
             let n_decided = decisions.iter().filter(|decision| decision.1 == outcome).count() as u64;
@@ -38,7 +38,7 @@ impl Play {
         }
         let ids: Vec<NotificationId> = decisions.iter().filter_map(|decision| decision.2).collect();
         assert!(ids.is_sorted_by(|a, b| a < b), "{ids:?}");
-        let records = broker.records(partition, &ids).await.expect("records");
+        let records = answered("records", async || broker.records(partition, &ids).await).await;
         let history: Vec<_> =
             ids.into_iter().zip(records).map(|(id, record)| (id, Record::parse(&record.expect("a record")).expect("JSON"))).collect();
         let mut uids = HashSet::new();
@@ -50,7 +50,7 @@ impl Play {
             }
         }
         for (target, ids) in logs {
-            let page = broker.page(partition, &target, NotificationId(0), 1_000_000).await.expect("page");
+            let page = answered("page", async || broker.page(partition, &target, NotificationId(0), 1_000_000).await).await;
             let kept: Vec<NotificationId> = page.entries.iter().map(|entry| entry.0).collect();
             assert!(!kept.is_empty() && ids.ends_with(&kept), "the log of {target} has {kept:?} of {ids:?}");
             assert!(kept.len() == ids.len() || matches!(self.kind, Kind::ShortLogs), "the log of {target} has only {kept:?} of {ids:?}");

@@ -1,7 +1,7 @@
 //! The tables of the store, what a partition's row holds, and how both are made and checked when the store is opened.
 //!
 //! This is the layout, all of it: a change here that an older pointsman would misread raises [`VERSION`]. What is written into the
-//! tables, and when, is `commit`, `source`, `recipients` and `sweep`.
+//! tables, and when, is `commit`, `source`, `recipients`, `bookmarks` and `sweep`.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -32,6 +32,7 @@ pub(super) const SEEN: TableDefinition<'_, (u8, u64, &[u8; 16]), ()> = TableDefi
 pub(super) const DEAD: TableDefinition<'_, EntryKey, (&[u8], Fields)> = TableDefinition::new("dead");
 pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> = TableDefinition::new("decisions");
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
+pub(super) const BOOKMARKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("bookmarks");
 
 /// The tables that requests write, opened once for each group.
 pub(super) struct Tables<'t> {
@@ -44,6 +45,7 @@ pub(super) struct Tables<'t> {
     pub(super) dead: Table<'t, EntryKey, (&'static [u8], Fields)>,
     pub(super) decisions: Table<'t, EntryKey, &'static [u8]>,
     pub(super) users: Table<'t, &'static str, &'static [u8]>,
+    pub(super) bookmarks: Table<'t, &'static str, &'static [u8]>,
 }
 
 impl<'t> Tables<'t> {
@@ -58,6 +60,7 @@ impl<'t> Tables<'t> {
             dead: transaction.open_table(DEAD)?,
             decisions: transaction.open_table(DECISIONS)?,
             users: transaction.open_table(USERS)?,
+            bookmarks: transaction.open_table(BOOKMARKS)?,
         })
     }
 }

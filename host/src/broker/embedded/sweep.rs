@@ -8,6 +8,7 @@ use std::sync::PoisonError;
 use redb::ReadableTable as _;
 
 use super::Shared;
+use super::bookmarks::Stored;
 use super::layout::{self, Meta};
 use super::store::Failure;
 use super::writer::{Work, transact};
@@ -16,6 +17,8 @@ use crate::event::{EntryId, NotificationId};
 /// Rows looked at or removed in one step, for each partition and kind: some 10 ms of the writer's time.
 const BUDGET: usize = 2_000;
 const EVERY_MS: u64 = 1_000;
+/// How often all bookmarks are looked at: they are kept for days, and those of who comes back are cleared up when they move.
+const BOOKMARKS_EVERY_MS: u64 = 3_600_000;
 
 /// How far upkeep is.
 #[derive(Debug, Default)]
@@ -24,6 +27,9 @@ pub(super) struct Sweep {
     done_ms: Option<u64>,
     /// By place: where the walk through the logs goes on, while one is under way.
     walks: Vec<Option<String>>,
+    /// When all bookmarks were last looked at, and where that goes on, while it is under way.
+    bookmarks_ms: Option<u64>,
+    bookmarks_walk: Option<String>,
 }
 
 /// What is due in a partition.
@@ -88,13 +94,23 @@ impl Sweep {
         for (due, partition) in due.iter().zip(&shared.partitions) {
             has_work = has_work || due.is_any(shared, partition.number.0)?;
         }
-        if !has_work {
+        if self.bookmarks_ms.is_none_or(|looked_ms| now_ms.abs_diff(looked_ms) >= BOOKMARKS_EVERY_MS) {
+            self.bookmarks_ms = Some(now_ms);
+            let transaction = shared.store.begin_read()?;
+            let has_any = transaction.open_table(layout::BOOKMARKS)?.first()?.is_some();
+            self.bookmarks_walk = has_any.then(String::new);
+        }
+        if !has_work && self.bookmarks_walk.is_none() {
             return Ok(false);
         }
         let mut is_unfinished = false;
         let (metas, _) = transact(shared, metas, |work| {
             for (place, due) in due.iter().enumerate() {
                 is_unfinished |= work.sweep(place, due, &mut self.walks[place])?;
+            }
+            if let Some(from) = self.bookmarks_walk.take() {
+                self.bookmarks_walk = work.walk_bookmarks(&from)?;
+                is_unfinished |= self.bookmarks_walk.is_some();
             }
             Ok(())
         })?;
@@ -176,5 +192,22 @@ impl Work<'_> {
         }
         // The next name after the last one seen begins with it and goes on with the least character.
         Ok((logs.len() == BUDGET).then(|| format!("{}\0", logs[BUDGET - 1].0)))
+    }
+
+    /// Looks through the bookmarks of some users for those that nobody moved for so long; answers where to go on.
+    fn walk_bookmarks(&mut self, from: &str) -> Result<Option<String>, Failure> {
+        let (mut n_users, mut last, mut gone) = (0, String::new(), Vec::new());
+        for row in self.tables.bookmarks.range(from..)?.take(BUDGET) {
+            let (user, row) = row?;
+            n_users += 1;
+            user.value().clone_into(&mut last);
+            if !Stored::read(row.value())?.retain(self.retention, self.now_ms) {
+                gone.push(last.clone());
+            }
+        }
+        for user in gone {
+            self.tables.bookmarks.remove(user.as_str())?;
+        }
+        Ok((n_users == BUDGET).then(|| format!("{last}\0")))
     }
 }

@@ -5,7 +5,7 @@
 //! A group stands or falls as one, so a request must find its reasons to say no before it writes anything. After a failure of the disk
 //! nothing is known to have happened: the store is opened again, its state is read back, and every feed is reset.
 //!
-//! What requests do is in `commit`, `source` and `recipients`; upkeep is in `sweep`.
+//! What requests do is in `commit`, `source`, `recipients` and `bookmarks`; upkeep is in `sweep`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};

@@ -19,7 +19,7 @@ pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {
         if field == "attributes" {
             recipient.attributes = serde_json::from_str(&text).map_err(|error| unexpected(&error))?;
         } else if let Some(group) = field.strip_prefix("g:")
-            && let Some(spans) = spans(&text, &redis.partitions, seconds * 1000, redis.max_age_ms)?
+            && let Some(spans) = spans(&text, &redis.partitions, seconds * 1000, redis.max_age_ms())?
         {
             recipient.groups.insert(Name::parse(group).map_err(|error| unexpected(&error))?, spans);
         }
@@ -39,7 +39,7 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
     let () = redis
         .link
         .eval(&scripts::RECIPIENT, |command| {
-            command.arg(1).arg(user_key(user)).arg(redis.max_age_ms).arg(what).arg(&argument);
+            command.arg(1).arg(user_key(user)).arg(redis.max_age_ms()).arg(what).arg(&argument);
             for (number, top) in &tops {
                 command.arg(number.0).arg(top);
             }

@@ -46,5 +46,7 @@ scripts! {
     /// Knows no partition, and needs no right but to run.
     RIGHTS = new "rights.lua";
     /// Knows no partition.
+    BOOKMARK = new "bookmark.lua";
+    /// Knows no partition.
     RECIPIENT = new "recipient.lua";
 }

@@ -241,3 +241,24 @@ async fn what_stops_a_poisonous_event_survives_the_process_that_it_kills() {
     assert_eq!(broker.take_over(P).await.unwrap(), 1);
     assert_eq!(broker.head(P).await.unwrap().position, Position::from(at));
 }
+
+/// Also of a user who never comes back, whose row nobody would look at.
+#[tokio::test]
+async fn bookmarks_that_were_left_alone_for_too_long_go() {
+    let time = Time::new();
+    let broker = in_memory(Retention { bookmark_age_s: 50_000, ..short() }, &time);
+    let (ann, phone) = (Name::parse("ann").unwrap(), BookmarkOf::Device(Name::parse("phone").unwrap()));
+    let place = Bookmark { cursor: "A".to_owned(), is_acknowledged: true };
+    for user in (0..3_000).map(|n| Name::parse(&n.to_string()).unwrap()).chain([ann.clone()]) {
+        assert!(broker.move_bookmark(&user, &phone, None, &place).await.unwrap());
+    }
+    time.pass(40_000);
+    assert!(broker.move_bookmark(&ann, &phone, Some(&place), &place).await.unwrap());
+    let n_users = || rows(&broker, |transaction| transaction.open_table(layout::BOOKMARKS).unwrap().len().unwrap());
+    sweep(&broker, &time).await;
+    assert_eq!(n_users(), 3_001);
+    time.pass(20_000);
+    sweep(&broker, &time).await;
+    assert_eq!(n_users(), 1);
+    assert_eq!(broker.bookmarks(&ann).await.unwrap().get(&phone), Some(&place));
+}

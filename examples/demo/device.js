@@ -1,0 +1,286 @@
+// One device of the page: a user's stream, what it brought, and what became of it in numbers. Two of one user are two devices.
+//
+// All numbers are this page's own, computed from what arrives, but for `lost`: that compares with what GET /v1/notifications has.
+
+import { Stream } from "./stream.js";
+import { clock, element, words } from "./words.js";
+
+const MOST_SHOWN = 250;         // entries of the list; older ones leave it
+const MOST_REMEMBERED = 20_000; // notifications known to have come, to find what comes twice
+const MOST_AHEAD = 8;           // urgent ones of which it is counted what they overtook
+const LOOK_EVERY = 5_000;       // milliseconds between two looks into the log
+const LOOK_AGAIN = 3_000;       // what the log has and has not come after so long is lost, until it comes
+const TYPING = 4_000;           // milliseconds that somebody is said to be typing
+
+const RANK = { low: 0, normal: 1, high: 2, urgent: 3 };
+/** States of something: a newer one takes the place of an older one, or they expire, and that is no loss. */
+const PASSING = new Set(["match.score", "chat.typing"]);
+
+export class Device {
+  #name;
+  #at;     // elements, by name
+  #announce;
+  #stream = null;
+  #user = null;
+  #seen = new Set();
+  #lost = new Set();
+  #counts = {};
+  #score = {};         // the newest update of a match
+  #ahead = [];         // { time, rank, n, badge } of urgent ones
+  #away = null;        // { from, until, late, replaced, mark } of the last time that nothing came
+  #row = null;         // the entry that rows of a report are folded into
+  #aside = "";         // what stands beside the score while nobody is typing
+  #typing = 0;         // the timer that ends it
+  #looked = "";        // the cursor up to which the log was compared
+
+  /** Takes the place of the section's content. `announce(text)` says something to those who cannot see the list. */
+  constructor(name, section, people, announce) {
+    this.#name = name;
+    this.#announce = announce;
+    const find = (selector) => section.querySelector(selector);
+    this.#at = {
+      state: find(".state"), user: find(".user"), other: find(".other"), traits: find(".traits"), cut: find(".cut"),
+      score: find(".score"), notes: find(".notes"), empty: find(".empty"),
+      counts: Object.fromEntries([...section.querySelectorAll("[data-count]")].map((count) => [count.dataset.count, count])),
+    };
+    const title = find("h2");
+    title.textContent = `Device ${name}`;
+    title.id = `device-${name}`;
+    section.setAttribute("aria-labelledby", title.id);
+    this.#at.notes.setAttribute("aria-label", `Notifications on device ${name}, newest first`);
+    this.#at.user.setAttribute("aria-label", `User of device ${name}`);
+    this.#at.user.append(...people.map((person) => new Option(person)), new Option("somebody else …", ""));
+    this.#at.user.onchange = () => (this.#at.user.value ? this.listen(this.#at.user.value) : this.#askWho());
+    this.#at.other.onsubmit = (event) => {
+      event.preventDefault();
+      this.listen(new FormData(this.#at.other).get("user"));
+    };
+    this.#at.cut.onclick = () => (this.#stream?.isOpen ? this.#stream.cut() : this.#stream?.resume());
+    setInterval(() => this.#look(), LOOK_EVERY);
+  }
+
+  /** Whose stream it follows; `null` before the first. */
+  get user() {
+    return this.#user;
+  }
+
+  /** Opens the stream of a user, from where this device left it if it has had one. */
+  listen(user) {
+    this.#stream?.close();
+    this.#user = user;
+    const { user: select, other, state, notes, empty, score } = this.#at;
+    if (![...select.options].some((option) => option.value === user)) select.add(new Option(user), select.options.length - 1);
+    select.value = user;
+    other.hidden = true;
+    this.#seen.clear();
+    this.#lost.clear();
+    this.#score = {};
+    this.#counts = { received: 0, late: 0, replaced: 0, twice: 0, lost: 0 };
+    this.#ahead = [];
+    this.#row = null;
+    state.dataset.state = "";
+    notes.replaceChildren();
+    score.hidden = true;
+    empty.textContent = "Nothing has arrived yet.";
+    empty.hidden = false;
+    this.#showCounts();
+    this.#showTraits(user);
+    this.#looked = "";
+    this.#away = wentAway(-Infinity);
+    this.#stream = new Stream(user, `demo-${this.#name}`, {
+      state: (name) => this.#becomes(name),
+      notification: (note, id) => this.#take(note, id),
+      cursor: (id) => { this.#looked ||= id; },
+      gap: ({ reason }) => this.#mark(`history is not whole: ${reason}`, "gap"),
+      close: ({ reason }) => this.#mark(`the node ends this connection: ${reason}`),
+    });
+  }
+
+  #askWho() {
+    this.#at.other.hidden = false;
+    this.#at.other.elements.user.focus();
+  }
+
+  async #showTraits(user) {
+    this.#at.traits.textContent = "";
+    const answer = await fetch(`/v1/users/${encodeURIComponent(user)}/attributes`).catch(() => null);
+    const traits = answer?.ok ? Object.entries(await answer.json()) : [];
+    if (this.#user === user) this.#at.traits.textContent = traits.map(([name, value]) => `${name} ${value}`).join(" · ");
+  }
+
+  #becomes(state) {
+    const { state: pill, cut } = this.#at;
+    const before = pill.dataset.state;
+    pill.dataset.state = state;
+    pill.textContent = state;
+    const isOpen = state === "live" || state === "connecting";
+    cut.textContent = isOpen ? "Cut" : "Resume";
+    cut.setAttribute("aria-label", `${cut.textContent} device ${this.#name}`);
+    if (before === "live" && state !== "live") this.#away = wentAway(Date.now());
+    if (before === "live" && state === "connecting") this.#mark("the connection is lost");
+    if (state === "cut") this.#mark("cut; what comes now waits in the log");
+    if (state === "live" && this.#away?.until === Infinity) this.#returns();
+  }
+
+  #returns() {
+    const away = this.#away;
+    away.until = Date.now();
+    // A page that was just opened has been away only if something waited for it.
+    if (away.from > 0) this.#showReturn();
+    // By then the backlog is there, and can be told in one sentence.
+    setTimeout(() => { if (away.mark) this.#announce(`Device ${this.#name}: ${away.mark.textContent}`); }, 1_500);
+  }
+
+  #showReturn() {
+    this.#away.mark ??= this.#mark("");
+    const { from, until, late, replaced, mark } = this.#away;
+    const parts = [from > 0 ? `back after ${((until - from) / 1_000).toFixed(1)} s` : "back", `${late} came late`];
+    if (replaced) parts.push(`${replaced} replaced by newer`);
+    mark.textContent = parts.join(" · ");
+  }
+
+  #take(note, id) {
+    const key = `${note.source} ${note.id}`;
+    const counts = this.#counts;
+    this.#lost.delete(key);
+    if (this.#seen.has(key)) {
+      counts.twice++;
+      this.#showCounts();
+      return;
+    }
+    remember(this.#seen, key);
+    counts.received++;
+    const time = Date.parse(note.time);
+    const isLate = this.#away && time >= this.#away.from && time <= this.#away.until;
+    if (isLate) {
+      counts.late++;
+      this.#away.late++;
+      this.#showReturn();
+    }
+    if (note.type === "match.score" && note.data?.match) this.#showScore(note, isLate);
+    else if (note.type === "chat.typing" && note.data?.from) this.#showTyping(note.data);
+    else this.#show(note, id, time, isLate);
+    this.#showCounts();
+  }
+
+  #show(note, id, time, isLate) {
+    this.#overtaken(note, time);
+    if (note.type === "report.row" && this.#row && this.#row.item === this.#at.notes.firstChild) {
+      this.#row.n++;
+      this.#row.title.textContent = `${this.#row.n} rows of a report`;
+      return;
+    }
+    const { title, text } = words(note);
+    const heading = element("span.title", title);
+    const line = element("div.line", heading);
+    if (isLate) line.append(element("span.badge.late", "late"));
+    const stamp = element("time", clock(time));
+    stamp.dateTime = note.time;
+    line.append(stamp);
+    const item = element("li.note", line);
+    item.dataset.priority = note.priority;
+    item.dataset.event = note.id;
+    item.dataset.cursor = id;
+    if (text) item.append(element("p.text", text));
+    item.append(element("div.meta", element("span.priority", note.priority), element("span", note.type), element("span.route", `${note.by} → ${note.to}`)));
+    this.#put(item);
+    if (note.type === "report.row") this.#row = { item, title: heading, n: 1 };
+    if (RANK[note.priority] >= RANK.high) {
+      const badge = element("span.badge.overtook");
+      badge.hidden = true;
+      heading.after(badge);
+      this.#ahead.push({ time, rank: RANK[note.priority], n: 0, badge });
+      if (this.#ahead.length > MOST_AHEAD) this.#ahead.shift();
+    }
+    if (note.priority === "urgent") this.#announce(`Device ${this.#name}, urgent: ${title}`);
+  }
+
+  /** What was published before something more urgent that is here already was overtaken by it. */
+  #overtaken(note, time) {
+    for (const ahead of this.#ahead) {
+      if (time >= ahead.time || RANK[note.priority] >= ahead.rank) continue;
+      ahead.n++;
+      ahead.badge.textContent = `overtook ${ahead.n}`;
+      ahead.badge.hidden = false;
+    }
+  }
+
+  /** A score is a state: it is shown in one place, and those that a newer one replaced before they came are counted. */
+  #showScore({ data, priority, by, to }, isLate) {
+    const { match, home, away, goals, minute, update } = data;
+    const n = match === this.#score.match ? Math.max(0, update - this.#score.update - 1) : 0;
+    this.#score = { match, update };
+    this.#counts.replaced += n;
+    if (isLate) {
+      this.#away.replaced += n;
+      this.#showReturn();
+    }
+    const [teams, time, aside] = this.#at.score.children;
+    teams.textContent = `${home} ${[goals].flat().join(" : ")} ${away}`;
+    time.textContent = `${minute}′, update ${update}`;
+    this.#aside = `${priority} · ${by} → ${to}`;
+    if (!this.#typing) aside.textContent = this.#aside;
+    this.#at.score.hidden = false;
+  }
+
+  /** It has a time to live: nobody who was away is told of it afterwards. */
+  #showTyping({ from, room }) {
+    const aside = this.#at.score.lastElementChild;
+    aside.textContent = `${from} is typing in the ${room} …`;
+    clearTimeout(this.#typing);
+    this.#typing = setTimeout(() => {
+      this.#typing = 0;
+      aside.textContent = this.#aside;
+    }, TYPING);
+  }
+
+  #put(item) {
+    const { notes, empty } = this.#at;
+    empty.hidden = true;
+    notes.prepend(item);
+    while (notes.children.length > MOST_SHOWN) notes.lastChild.remove();
+  }
+
+  #mark(text, kind) {
+    const item = element("li.mark", text);
+    if (kind) item.classList.add(kind);
+    this.#put(item);
+    return item;
+  }
+
+  #showCounts() {
+    this.#counts.lost = this.#lost.size;
+    for (const [name, count] of Object.entries(this.#at.counts)) {
+      count.textContent = this.#counts[name];
+      count.classList.toggle("bad", this.#counts[name] > 0 && (name === "lost" || name === "twice"));
+    }
+  }
+
+  /** Compares with the log: what is in it and has not come, even a while later on a stream that was open all the time, is lost. */
+  async #look() {
+    const [stream, user, away] = [this.#stream, this.#user, this.#away];
+    const isUndisturbed = () => this.#stream === stream && this.#away === away && this.#at.state.dataset.state === "live";
+    if (!stream || !this.#looked || !isUndisturbed()) return;
+    try {
+      const answer = await fetch(`/v1/notifications?${new URLSearchParams({ user, after: this.#looked, limit: 200 })}`);
+      if (!answer.ok) return;
+      const { notifications, cursor } = await answer.json();
+      await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN));
+      if (!isUndisturbed()) return;
+      this.#looked = cursor;
+      const keys = notifications.filter(({ data }) => !PASSING.has(data.type)).map(({ data }) => `${data.source} ${data.id}`);
+      for (const key of keys) if (!this.#seen.has(key)) this.#lost.add(key);
+      this.#showCounts();
+    } catch {
+      // The node is away; the next look begins at the same place.
+    }
+  }
+}
+
+/** What is known of a time in which nothing comes. */
+const wentAway = (from) => ({ from, until: Infinity, late: 0, replaced: 0, mark: null });
+
+function remember(seen, key) {
+  seen.add(key);
+  if (seen.size > MOST_REMEMBERED) seen.delete(seen.values().next().value);
+}

@@ -1,0 +1,99 @@
+//! What was published, to whom, and what became of it: delivered, superseded, expired, lost or doubled. Exact, and suspicious: what did
+//! not arrive is lost unless there is a reason why it need not have.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+/// A delivery takes its time: what was published so shortly before a cut, or expired so shortly after the return, may be missing, too.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// What was expected of an event, and what arrived, for each of `N` people.
+struct Fate<const N: usize> {
+    recipients: [bool; N],
+    arrivals: [u32; N],
+    collapse: Option<&'static str>,
+    published: Instant,
+    expires: Option<Instant>,
+}
+
+pub(crate) struct Tally<const N: usize> {
+    events: Vec<Fate<N>>,
+    /// When each was away, from and until.
+    away: [Vec<(Instant, Instant)>; N],
+}
+
+/// Deliveries: an event counts once for each of its recipients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Count {
+    pub(crate) delivered: u32,
+    /// Not delivered, but a later one with the same key was.
+    pub(crate) superseded: u32,
+    /// Not delivered, and expired while its recipient was away.
+    pub(crate) expired: u32,
+    pub(crate) lost: u32,
+    /// Delivered once too often, or to somebody who was not named.
+    pub(crate) doubled: u32,
+}
+
+impl<const N: usize> Default for Tally<N> {
+    fn default() -> Self {
+        Self { events: Vec::new(), away: std::array::from_fn(|_| Vec::new()) }
+    }
+}
+
+impl<const N: usize> Tally<N> {
+    pub(crate) fn n_published(&self) -> usize {
+        self.events.len()
+    }
+
+    /// Says that an event is about to be published, and answers its number.
+    pub(crate) fn publishes(&mut self, recipients: [bool; N], collapse: Option<&'static str>, ttl: Option<Duration>) -> usize {
+        let published = Instant::now();
+        self.events.push(Fate { recipients, arrivals: [0; N], collapse, published, expires: ttl.map(|ttl| published + ttl) });
+        self.events.len() - 1
+    }
+
+    pub(crate) fn cut(&mut self, who: usize, away: Duration) {
+        self.away[who].push((Instant::now(), Instant::now() + away));
+    }
+
+    /// Says that somebody was delivered the event with this number; one that was never published is not counted.
+    pub(crate) fn arrives(&mut self, who: usize, number: usize) {
+        if let Some(fate) = self.events.get_mut(number) {
+            fate.arrivals[who] += 1;
+        }
+    }
+
+    pub(crate) fn count(&self) -> Count {
+        let mut count = Count::default();
+        for who in 0..N {
+            // Backwards, so that what came later is known.
+            let mut newer = HashSet::new();
+            for fate in self.events.iter().rev() {
+                let (expected, arrived) = (u32::from(fate.recipients[who]), fate.arrivals[who]);
+                count.delivered += arrived.min(expected);
+                count.doubled += arrived.saturating_sub(expected);
+                if arrived < expected {
+                    let reason = if fate.collapse.is_some_and(|key| newer.contains(key)) {
+                        &mut count.superseded
+                    } else if self.may_have_expired(who, fate) {
+                        &mut count.expired
+                    } else {
+                        &mut count.lost
+                    };
+                    *reason += 1;
+                } else if arrived > 0 {
+                    newer.extend(fate.collapse);
+                }
+            }
+        }
+        count
+    }
+
+    /// Whether its recipient was away from the publication until it expired.
+    fn may_have_expired(&self, who: usize, fate: &Fate<N>) -> bool {
+        let is_over =
+            |expires: Instant| self.away[who].iter().any(|&(from, until)| from <= fate.published + SLACK && expires <= until + SLACK);
+        fate.expires.is_some_and(is_over)
+    }
+}

@@ -1,0 +1,94 @@
+//! Bookmarks: one row a user, moved by compare-and-set, gone when they were left alone for as long as they are kept.
+
+use std::collections::BTreeMap;
+
+use redb::{ReadTransaction, ReadableTable};
+use serde::{Deserialize, Serialize};
+
+use super::layout;
+use super::store::Failure;
+use super::writer::Work;
+use crate::broker::{Bookmark, BookmarkOf, Retention};
+use crate::event::Name;
+
+/// A user's row: JSON.
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct Stored {
+    devices: BTreeMap<Name, Kept>,
+    read_mark: Option<Kept>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    #[serde(flatten)]
+    bookmark: Bookmark,
+    /// When it was last moved, in milliseconds since the Unix epoch.
+    moved_ms: u64,
+}
+
+impl Stored {
+    fn find(user: &Name, table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Self, Failure> {
+        table.get(user.as_str())?.map_or_else(|| Ok(Self::default()), |row| Self::read(row.value()))
+    }
+
+    pub(super) fn read(row: &[u8]) -> Result<Self, Failure> {
+        serde_json::from_slice(row).map_err(|error| Failure::damaged(format!("a row of the table 'bookmarks' cannot be read: {error}")))
+    }
+
+    /// Forgets what was left alone for too long. `false`: nothing is left.
+    pub(super) fn retain(&mut self, retention: &Retention, now_ms: u64) -> bool {
+        let is_kept = |which: &BookmarkOf, kept: &Kept| kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which));
+        self.devices.retain(|device, kept| is_kept(&BookmarkOf::Device(device.clone()), kept));
+        self.read_mark.take_if(|kept| !is_kept(&BookmarkOf::ReadMark, kept));
+        !self.devices.is_empty() || self.read_mark.is_some()
+    }
+}
+
+impl Work<'_> {
+    /// See [`crate::broker::Broker::move_bookmark`].
+    pub(super) fn move_bookmark(
+        &mut self,
+        user: &Name,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: Bookmark,
+    ) -> Result<bool, Failure> {
+        let mut stored = Stored::find(user, &self.tables.bookmarks)?;
+        stored.retain(self.retention, self.now_ms);
+        let have = match which {
+            BookmarkOf::Device(device) => stored.devices.get(device),
+            BookmarkOf::ReadMark => stored.read_mark.as_ref(),
+        };
+        if have.map(|kept| &kept.bookmark) != seen {
+            return Ok(false);
+        }
+        let kept = Kept { bookmark: to, moved_ms: self.now_ms };
+        match which {
+            BookmarkOf::Device(device) => {
+                stored.devices.remove(device);
+                while stored.devices.len() >= self.retention.devices.max(1) as usize
+                    && let Some(oldest) = stored.devices.iter().min_by_key(|(_, kept)| kept.moved_ms).map(|(device, _)| device.clone())
+                {
+                    stored.devices.remove(&oldest);
+                }
+                stored.devices.insert(device.clone(), kept);
+            }
+            BookmarkOf::ReadMark => stored.read_mark = Some(kept),
+        }
+        let row = serde_json::to_vec(&stored).expect("names, texts and numbers are JSON");
+        self.tables.bookmarks.insert(user.as_str(), row.as_slice())?;
+        Ok(true)
+    }
+}
+
+pub(super) fn bookmarks(
+    transaction: &ReadTransaction,
+    user: &Name,
+    retention: &Retention,
+    now_ms: u64,
+) -> Result<BTreeMap<BookmarkOf, Bookmark>, Failure> {
+    let mut stored = Stored::find(user, &transaction.open_table(layout::BOOKMARKS)?)?;
+    stored.retain(retention, now_ms);
+    let devices = stored.devices.into_iter().map(|(device, kept)| (BookmarkOf::Device(device), kept.bookmark));
+    Ok(devices.chain(stored.read_mark.map(|kept| (BookmarkOf::ReadMark, kept.bookmark))).collect())
+}

@@ -1,0 +1,295 @@
+//! Conditions on recipients: which of those whom a rule names, by their attributes. The plugin only writes them down; the host judges them
+//! for each recipient (`wit/types`). Texts are templates, so that `{ region = "{/order/region}" }` are those of the order's region.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+
+use pointsman_plugin::{Event, OneOrMore, Operator, Selector, Test, Value};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::template::{Template, found};
+
+/// Tests that must all hold, by the name of the recipient's attribute.
+#[derive(Clone, Debug, JsonSchema)]
+#[schemars(with = "BTreeMap<String, Wanted>")]
+pub(crate) struct Clause(BTreeMap<String, Wanted>);
+
+impl Clause {
+    /// The most tests that the host takes in all clauses of a route.
+    pub(crate) const MAX_TESTS: usize = 256;
+
+    pub(crate) fn n_tests(&self) -> usize {
+        self.0.values().map(|wanted| wanted.0.len()).sum()
+    }
+
+    pub(crate) fn selectors(&self) -> impl Iterator<Item = &Selector> {
+        self.0.values().flat_map(|wanted| &wanted.0).flat_map(|(_, terms)| terms).filter_map(Term::template).flat_map(Template::selectors)
+    }
+
+    /// The tests with their values.
+    ///
+    /// # Errors
+    /// Why one cannot hold for anybody.
+    pub(crate) fn tests(&self, event: &Event) -> Result<Vec<Test>, String> {
+        let mut tests = Vec::with_capacity(self.n_tests());
+        for (attribute, Wanted(wanted)) in &self.0 {
+            for (operator, terms) in wanted {
+                let values = terms.iter().map(|term| term.value(event, *operator)).collect::<Result<Vec<_>, _>>()?;
+                tests.push(Test::new(attribute, *operator, values));
+            }
+        }
+        Ok(tests)
+    }
+}
+
+/// What an attribute of a recipient must be: a value, a list of which one must be it, or a table of operators.
+#[derive(Clone, Debug)]
+struct Wanted(Vec<(Operator, Vec<Term>)>);
+
+/// As it stands in a configuration. These are the operators of the host.
+#[derive(Default, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(rename = "RecipientOperators")]
+struct Operators {
+    equals: Option<Term>,
+    /// There, of the same type, and another value.
+    not_equals: Option<Term>,
+    one_of: Option<OneOrMore<Term>>,
+    contains: Option<Of<Texts>>,
+    prefix: Option<Of<Texts>>,
+    less: Option<Of<Numbers>>,
+    greater: Option<Of<Numbers>>,
+    /// Only `true`.
+    present: Option<Present>,
+}
+
+/// A value, or a text with values of the event in it.
+#[derive(Clone, Debug)]
+enum Term {
+    Value(Value),
+    Template(Template),
+}
+
+impl Term {
+    fn template(&self) -> Option<&Template> {
+        match self {
+            Self::Value(_) => None,
+            Self::Template(template) => Some(template),
+        }
+    }
+
+    /// A value that this operator takes.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn value(&self, event: &Event, operator: Operator) -> Result<Value, String> {
+        let (value, selector) = match self {
+            Self::Value(value) => return Ok(value.clone()),
+            Self::Template(template) => match template.single() {
+                // Alone, a value keeps its type.
+                Some(selector) => (found(selector, event)?.into_owned(), Some(selector)),
+                None => (Value::Text(template.fill(event)?), None),
+            },
+        };
+        match (operator, value, selector) {
+            (Operator::Contains | Operator::Prefix, value, _) => Ok(Value::Text(value.to_string())),
+            (Operator::Less | Operator::Greater, value @ (Value::Integer(_) | Value::Decimal(_)), _) => Ok(value),
+            // Attributes may come as text only.
+            (Operator::Less | Operator::Greater, Value::Text(text), Some(Selector::Attribute(name))) => {
+                Value::of_numeral(&text).ok_or_else(|| format!("{} is no number", name.as_str()))
+            }
+            (Operator::Less | Operator::Greater, _, selector) => {
+                Err(format!("{} is no number", selector.map_or("the text", Selector::as_str)))
+            }
+            (_, value, _) => Ok(value),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Clause {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let tests = BTreeMap::deserialize(d)?;
+        if tests.is_empty() {
+            return Err(D::Error::custom("says nothing; name an attribute of the recipients, or leave out when for all of them"));
+        }
+        Ok(Self(tests))
+    }
+}
+
+impl<'de> Deserialize<'de> for Wanted {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct AnyForm;
+        impl<'de> Visitor<'de> for AnyForm {
+            type Value = Wanted;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a value, a list of values, or a table of operators")
+            }
+            fn visit_bool<E: Error>(self, flag: bool) -> Result<Wanted, E> {
+                equals(flag)
+            }
+            fn visit_i64<E: Error>(self, integer: i64) -> Result<Wanted, E> {
+                equals(integer)
+            }
+            fn visit_u64<E: Error>(self, integer: u64) -> Result<Wanted, E> {
+                equals(integer)
+            }
+            fn visit_f64<E: Error>(self, decimal: f64) -> Result<Wanted, E> {
+                equals(decimal)
+            }
+            fn visit_str<E: Error>(self, text: &str) -> Result<Wanted, E> {
+                equals(text)
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Wanted, A::Error> {
+                let one_of: OneOrMore<Term> = OneOrMore::deserialize(SeqAccessDeserializer::new(seq))?;
+                Ok(Wanted(vec![(Operator::OneOf, one_of.to_vec())]))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Wanted, A::Error> {
+                Ok(Operators::deserialize(MapAccessDeserializer::new(map))?.into())
+            }
+        }
+        fn equals<'de, E: Error>(value: impl IntoDeserializer<'de, E>) -> Result<Wanted, E> {
+            Ok(Wanted(vec![(Operator::Equals, vec![Term::deserialize(value.into_deserializer())?])]))
+        }
+        let wanted = d.deserialize_any(AnyForm)?;
+        if wanted.0.is_empty() {
+            return Err(D::Error::custom("says nothing; give it equals, not_equals, one_of, contains, prefix, less, greater or present"));
+        }
+        Ok(wanted)
+    }
+}
+
+impl From<Operators> for Wanted {
+    fn from(operators: Operators) -> Self {
+        let Operators { equals, not_equals, one_of, contains, prefix, less, greater, present } = operators;
+        let tests = [
+            equals.map(|term| (Operator::Equals, vec![term])),
+            not_equals.map(|term| (Operator::NotEquals, vec![term])),
+            one_of.map(|terms| (Operator::OneOf, terms.to_vec())),
+            contains.map(|Of(term, _)| (Operator::Contains, vec![term])),
+            prefix.map(|Of(term, _)| (Operator::Prefix, vec![term])),
+            less.map(|Of(term, _)| (Operator::Less, vec![term])),
+            greater.map(|Of(term, _)| (Operator::Greater, vec![term])),
+            present.map(|Present| (Operator::Present, Vec::new())),
+        ];
+        Self(tests.into_iter().flatten().collect())
+    }
+}
+
+impl JsonSchema for Wanted {
+    fn schema_name() -> Cow<'static, str> {
+        "WantedOfRecipient".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let (value, values) = (generator.subschema_for::<Term>(), generator.subschema_for::<OneOrMore<Term>>());
+        json_schema!({
+            "description": "A value, a list of which one must be it, or a table of operators that must all hold.",
+            "anyOf": [value, values, generator.subschema_for::<Operators>()]
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Term {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(d)?;
+        let Value::Text(text) = &value else { return Ok(Self::Value(value)) };
+        let template = Template::parse(text).map_err(D::Error::custom)?;
+        Ok(match template.literal() {
+            Some(text) => Self::Value(text.into()),
+            None => Self::Template(template),
+        })
+    }
+}
+
+impl JsonSchema for Term {
+    fn schema_name() -> Cow<'static, str> {
+        "Term".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        Value::json_schema(generator)
+    }
+}
+
+/// A term of one kind.
+struct Of<K>(Term, std::marker::PhantomData<K>);
+
+trait Kind {
+    const NAME: &'static str;
+    const TYPE: &'static [&'static str];
+    fn has(value: &Value) -> bool;
+}
+
+struct Texts;
+struct Numbers;
+
+impl Kind for Texts {
+    const NAME: &'static str = "a text";
+    const TYPE: &'static [&'static str] = &["string"];
+    fn has(value: &Value) -> bool {
+        matches!(value, Value::Text(_))
+    }
+}
+
+impl Kind for Numbers {
+    const NAME: &'static str = "a number";
+    // A text only as a template.
+    const TYPE: &'static [&'static str] = &["number", "string"];
+    fn has(value: &Value) -> bool {
+        matches!(value, Value::Integer(_) | Value::Decimal(_))
+    }
+}
+
+impl<'de, K: Kind> Deserialize<'de> for Of<K> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        match Term::deserialize(d)? {
+            Term::Value(value) if !K::has(&value) => Err(D::Error::custom(format!("is '{value}'; it takes {}", K::NAME))),
+            term => Ok(Self(term, std::marker::PhantomData)),
+        }
+    }
+}
+
+impl<K: Kind> JsonSchema for Of<K> {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        K::NAME.into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": K::TYPE})
+    }
+}
+
+/// `true`.
+struct Present;
+
+impl<'de> Deserialize<'de> for Present {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        if bool::deserialize(d)? {
+            Ok(Self)
+        } else {
+            Err(D::Error::custom("is false; that recipients lack an attribute cannot be asked, only present = true"))
+        }
+    }
+}
+
+impl JsonSchema for Present {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Present".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"const": true})
+    }
+}

@@ -1,0 +1,289 @@
+//! Conditions on events, as an operator writes them in the configuration of a plugin:
+//!
+//! ```toml
+//! match.type = ["order.*", "bill.*"]                            # patterns, in which `*` stands for any characters
+//! match.attributes = { env = ["prod", "stage"], user = { present = true } }
+//! match.payload = { "/order/total" = { at_least = 100 }, "/order/state" = "paid" }
+//! match.not = { subject = { prefix = "test-" } }
+//! ```
+//!
+//! Everything that a condition says must hold; [`Wanted`] is what a value must be. A condition that cannot be decided is false and never
+//! an error: what is absent is nothing, and nothing of another type is anything. So `not` holds where its condition cannot be decided.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
+
+use crate::pattern::matches;
+use crate::{AttributeName, Event, Interest, OneOrMore, Pointer, Priority, Selector, Value, clock};
+
+mod wanted;
+
+pub use wanted::{Regex, Wanted};
+
+/// A condition on an event. All that it says must hold; it says at least one thing.
+#[derive(Clone, Debug, JsonSchema)]
+#[schemars(with = "Written")]
+pub struct Condition(Written);
+
+/// As it stands in a configuration.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Condition")]
+struct Written {
+    /// Patterns of event types, in which `*` stands for any characters; one must match.
+    r#type: Option<OneOrMore<String>>,
+    source: Option<Wanted>,
+    subject: Option<Wanted>,
+    /// What the event's priority is by now: an earlier filter may have set it.
+    priority: Option<OneOrMore<Priority>>,
+    /// Extension attributes, by name.
+    attributes: BTreeMap<AttributeName, Wanted>,
+    /// Fields of a JSON payload, by JSON pointer.
+    payload: BTreeMap<Pointer, Wanted>,
+    /// Seconds since the event's own time.
+    older_than_s: Option<u64>,
+    /// Conditions that must all hold.
+    all: Option<OneOrMore<Condition>>,
+    /// Conditions of which at least one must hold.
+    any: Option<OneOrMore<Condition>>,
+    /// A condition that must not hold.
+    not: Option<Box<Condition>>,
+}
+
+/// One that says nothing is a mistake: it would hold for every event.
+impl<'de> Deserialize<'de> for Condition {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let written = Written::deserialize(d)?;
+        let condition = Self(written);
+        if condition.parts().is_empty() {
+            let fix = "give it a type, source, subject, priority, attributes, payload, older_than_s, all, any or not";
+            return Err(D::Error::custom(format!("says nothing, so it would hold for every event; {fix}")));
+        }
+        Ok(condition)
+    }
+}
+
+impl Condition {
+    /// Whether it holds for an event, as far as the plugin's [`Interest`] shows it: see [`Interest::in_conditions`].
+    pub fn holds(&self, event: &Event) -> bool {
+        let Written { r#type, source, subject, priority, attributes, payload, older_than_s, all, any, not } = &self.0;
+        let is = |wanted: &Option<Wanted>, selector| wanted.as_ref().is_none_or(|wanted| wanted.holds(event, &selector));
+        r#type.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| matches(pattern, &event.kind)))
+            && is(source, Selector::Source)
+            && is(subject, Selector::Subject)
+            && priority.as_ref().is_none_or(|priorities| priorities.contains(&event.priority))
+            && older_than_s.is_none_or(|limit| clock::now_ms().saturating_sub(event.time_ms) > limit.saturating_mul(1_000))
+            && attributes.iter().all(|(name, wanted)| wanted.holds_for(event.attribute(name.as_str()), wanted::Reading::AsAsked))
+            && payload.iter().all(|(pointer, wanted)| wanted.holds_for(event.attribute(pointer.as_str()), wanted::Reading::AsIs))
+            && all.as_ref().is_none_or(|all| all.iter().all(|condition| condition.holds(event)))
+            && any.as_ref().is_none_or(|any| any.iter().any(|condition| condition.holds(event)))
+            && not.as_ref().is_none_or(|not| !not.holds(event))
+    }
+
+    /// Patterns of types outside which it never holds; `None` if it may hold for an event of any type.
+    fn types(&self) -> Option<Vec<&str>> {
+        let Written { r#type, all, any, .. } = &self.0;
+        let own = || Some(r#type.as_ref()?.iter().map(String::as_str).collect());
+        let of_all = || all.as_ref()?.iter().find_map(Self::types);
+        let of_any = || Some(any.as_ref()?.iter().map(Self::types).collect::<Option<Vec<_>>>()?.concat());
+        own().or_else(of_all).or_else(of_any)
+    }
+
+    fn add_what_it_reads(&self, interest: &mut Interest) {
+        let Written { attributes, payload, all, any, not, .. } = &self.0;
+        for name in attributes.keys() {
+            add(&mut interest.attributes, name.as_str());
+        }
+        for pointer in payload.keys() {
+            add(&mut interest.fields, pointer.as_str());
+        }
+        let of_lists = [all, any].into_iter().flatten().flat_map(|list| list.iter());
+        for condition in of_lists.chain(not.as_deref()) {
+            condition.add_what_it_reads(interest);
+        }
+    }
+
+    /// What it says, in words, one after the other.
+    fn parts(&self) -> Vec<String> {
+        let Written { r#type, source, subject, priority, attributes, payload, older_than_s, all, any, not } = &self.0;
+        let mut parts = Vec::new();
+        parts.extend(r#type.as_ref().map(|patterns| format!("type is {}", patterns.join(" or "))));
+        parts.extend(source.as_ref().map(|wanted| wanted.describe("source")));
+        parts.extend(subject.as_ref().map(|wanted| wanted.describe("subject")));
+        let words = |priorities: &OneOrMore<Priority>| priorities.iter().map(|priority| priority.name()).collect::<Vec<_>>().join(" or ");
+        parts.extend(priority.as_ref().map(|priorities| format!("priority is {}", words(priorities))));
+        parts.extend(attributes.iter().map(|(name, wanted)| wanted.describe(name.as_str())));
+        parts.extend(payload.iter().map(|(pointer, wanted)| wanted.describe(pointer.as_str())));
+        parts.extend(older_than_s.map(|seconds| format!("older than {seconds} s")));
+        let list = |conditions: &OneOrMore<Self>, word| {
+            let told = conditions.iter().map(Self::to_string).collect::<Vec<_>>().join(word);
+            if conditions.len() > 1 { format!("({told})") } else { told }
+        };
+        parts.extend(all.as_ref().map(|all| list(all, " and ")));
+        parts.extend(any.as_ref().map(|any| list(any, " or ")));
+        parts.extend(not.as_ref().map(|not| format!("not ({not})")));
+        parts
+    }
+}
+
+/// In words, as for a reason: `type is order.* and /order/total is at least 100`.
+impl fmt::Display for Condition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.parts().join(" and "))
+    }
+}
+
+impl Interest {
+    /// Events for which one of these conditions may hold, with what the conditions look at. `None` is a condition that holds for every event.
+    pub fn in_conditions<'a>(conditions: impl IntoIterator<Item = Option<&'a Condition>>) -> Self {
+        let conditions: Vec<Option<&Condition>> = conditions.into_iter().collect();
+        let types = conditions.iter().map(|condition| (*condition)?.types()).collect::<Option<Vec<_>>>();
+        let mut interest = Self::in_every_type();
+        // One condition without a type looks at every event.
+        for pattern in types.unwrap_or_default().concat() {
+            add(&mut interest.types, pattern);
+        }
+        for condition in conditions.into_iter().flatten() {
+            condition.add_what_it_reads(&mut interest);
+        }
+        interest
+    }
+
+    /// And these.
+    #[must_use]
+    pub fn selectors<'a>(mut self, selectors: impl IntoIterator<Item = &'a Selector>) -> Self {
+        for selector in selectors {
+            match selector {
+                Selector::Id | Selector::Source | Selector::Type | Selector::Subject => {}
+                Selector::Attribute(name) => add(&mut self.attributes, name.as_str()),
+                Selector::Field(pointer) => add(&mut self.fields, pointer.as_str()),
+            }
+        }
+        self
+    }
+}
+
+/// Adds a name that is not there yet.
+fn add(names: &mut Vec<String>, name: &str) {
+    if !names.iter().any(|known| known == name) {
+        names.push(name.to_owned());
+    }
+}
+
+/// Values joined by `or`.
+fn alternatives(values: &[Value]) -> String {
+    values.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{EventBuilder, event, freeze_clock};
+
+    fn condition(json: serde_json::Value) -> Condition {
+        serde_path_to_error::deserialize(json).unwrap()
+    }
+
+    fn holds(json: serde_json::Value, event: EventBuilder) -> bool {
+        condition(json).holds(&event.build())
+    }
+
+    #[test]
+    fn all_that_a_condition_says_must_hold() {
+        let both = json!({"type": ["order.*", "bill.*"], "attributes": {"x": 1}});
+        assert!(holds(both.clone(), event("order.paid").attribute("x", 1)));
+        assert!(holds(both.clone(), event("bill.paid").attribute("x", 1)));
+        assert!(!holds(both.clone(), event("chat.line").attribute("x", 1)));
+        assert!(!holds(both, event("order.paid").attribute("x", 2)));
+    }
+
+    #[test]
+    fn all_any_and_not_nest() {
+        let nested = json!({"all": [{"any": [{"type": "a"}, {"type": "b"}]}, {"not": {"attributes": {"x": {"less": 5}}}}]});
+        assert!(holds(nested.clone(), event("a").attribute("x", 5)));
+        assert!(holds(nested.clone(), event("b")), "not holds where its condition cannot be decided");
+        assert!(!holds(nested.clone(), event("a").attribute("x", 4)));
+        assert!(!holds(nested, event("c").attribute("x", 5)));
+    }
+
+    #[test]
+    fn what_an_event_always_has_can_be_asked_as_well() {
+        assert!(holds(json!({"source": {"prefix": "/te"}}), event("t")));
+        assert!(holds(json!({"subject": {"suffix": "7"}}), event("t").subject("order-7")));
+        assert!(!holds(json!({"subject": {"suffix": "7"}}), event("t")));
+        assert!(holds(json!({"priority": ["high", "urgent"]}), event("t").priority(Priority::Urgent)));
+        assert!(!holds(json!({"priority": "high"}), event("t")));
+    }
+
+    #[test]
+    fn age_is_by_the_events_own_time() {
+        freeze_clock(1_000_000);
+        for (time_ms, expect) in [(939_999, true), (940_000, false), (2_000_000, false)] {
+            assert_eq!(holds(json!({"older_than_s": 60}), event("t").time_ms(time_ms)), expect, "{time_ms}");
+        }
+    }
+
+    #[test]
+    fn the_interest_is_in_what_conditions_look_at_and_no_more() {
+        let conditions = [
+            json!({"type": "a.*", "attributes": {"x": 1}, "not": {"payload": {"/p": 1}}}),
+            json!({"all": [{"type": "b"}, {"type": "c"}, {"attributes": {"x": 2}}]}),
+            json!({"any": [{"type": "d"}, {"type": ["e", "a.*"]}]}),
+        ]
+        .map(condition);
+        let interest = Interest::in_conditions(conditions.iter().map(Some));
+        assert_eq!((interest.types, interest.attributes), (["a.*", "b", "d", "e"].map(str::to_owned).to_vec(), vec!["x".to_owned()]));
+        assert_eq!(interest.fields, ["/p"]);
+        let untyped = condition(json!({"any": [{"type": "d"}, {"source": "s"}]}));
+        assert!(Interest::in_conditions(conditions.iter().chain([&untyped]).map(Some)).types.is_empty());
+        assert!(Interest::in_conditions(conditions.iter().map(Some).chain([None])).types.is_empty());
+        let selectors = ["x", "/p", "type", "y"].map(|text| Selector::parse(text).unwrap());
+        let more = Interest::in_conditions(conditions.iter().map(Some)).selectors(&selectors);
+        assert_eq!((more.attributes, more.fields), (vec!["x".to_owned(), "y".to_owned()], vec!["/p".to_owned()]));
+    }
+
+    #[test]
+    fn a_condition_tells_itself_in_words() {
+        let told = condition(json!({
+            "type": ["a", "b"], "subject": {"prefix": "x"}, "priority": "high", "attributes": {"env": ["test", 1]},
+            "payload": {"/n": {"at_least": 1, "less": 5.5}}, "older_than_s": 60, "any": [{"type": "c"}, {"type": "d"}], "not": {"source": "s"}
+        }));
+        let expect = "type is a or b and subject begins with x and priority is high and env is test or 1 and /n is at least 1 and is below 5.5 \
+                      and older than 60 s and (type is c or type is d) and not (source is s)";
+        assert_eq!(told.to_string(), expect);
+    }
+
+    #[test]
+    fn a_mistake_is_told_with_its_place_and_the_fix() {
+        for (json, place, fix) in [
+            (json!({}), ".", "says nothing, so it would hold for every event; give it a type,"),
+            (json!({"all": [{"type": "a"}, {}]}), "all[1]", "says nothing"),
+            (json!({"any": []}), "any", "the list is empty"),
+            (json!({"typ": "a"}), "typ", "unknown field `typ`, expected one of `type`"),
+            (json!({"type": 5}), "type", "expected a string"),
+            (json!({"priority": "highest"}), "priority", "write low, normal, high or urgent"),
+            (json!({"attributes": {"/order": 1}}), "attributes./order", "it belongs under payload"),
+            (json!({"attributes": {"source": 1}}), "attributes.source", "'source' is no extension attribute"),
+            (json!({"payload": {"order.total": 1}}), "payload.order.total", "write '/order/total'"),
+            (json!({"all": [{"payload": {"/a": {"atleast": 1}}}]}), "all[0].payload./a.atleast", "unknown field `atleast`"),
+            (json!({"not": {"subject": {"matches": "("}}}), "not.subject.matches", "is no regular expression"),
+            (json!({"subject": {}}), "subject", "says nothing; give it equals"),
+            (json!({"subject": []}), "subject", "the list is empty"),
+            (json!({"subject": {"less": true}}), "subject.less", "takes a number or a text"),
+            (json!({"subject": {"present": false, "prefix": "a"}}), "subject", "can never hold"),
+            (json!({"older_than_s": -1}), "older_than_s", "invalid value"),
+        ] {
+            // From text, as configurations come.
+            let text = json.to_string();
+            let error = serde_path_to_error::deserialize::<_, Condition>(&mut serde_json::Deserializer::from_str(&text)).unwrap_err();
+            assert_eq!(error.path().to_string(), place, "{json}: {error}");
+            assert!(error.inner().to_string().contains(fix), "{json} gave: {error}");
+        }
+    }
+}

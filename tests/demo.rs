@@ -1,0 +1,92 @@
+//! What the demo says of itself: its own counting is exact, and it ends as it should. The page is driven in `clients`.
+
+use std::time::{Duration, Instant};
+
+use tally::{Count, Tally};
+
+// As the demo includes it.
+#[path = "../examples/demo/tally.rs"]
+mod tally;
+
+const NOW: Duration = Duration::ZERO;
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// An event for two people: its recipients, key, time to live, and at whom it arrived.
+type Told<'a> = ([bool; 2], Option<&'static str>, Option<Duration>, &'a [usize]);
+
+fn count(events: &[Told<'_>], away: Option<Duration>) -> Count {
+    let mut tally = Tally::<2>::default();
+    if let Some(away) = away {
+        tally.cut(0, away);
+    }
+    for (recipients, collapse, ttl, _) in events {
+        tally.publishes(*recipients, *collapse, *ttl);
+    }
+    for (number, (.., arrivals)) in events.iter().enumerate() {
+        for who in *arrivals {
+            tally.arrives(*who, number);
+        }
+    }
+    assert_eq!(tally.n_published(), events.len());
+    tally.count()
+}
+
+#[test]
+fn the_demo_counts_what_does_not_arrive_as_lost_and_what_should_not_as_doubled() {
+    let both = [true, true];
+    assert_eq!(count(&[(both, None, None, &[0, 1])], None), Count { delivered: 2, ..Count::default() });
+    assert_eq!(count(&[(both, None, None, &[1])], None), Count { delivered: 1, lost: 1, ..Count::default() });
+    assert_eq!(count(&[(both, None, None, &[0, 0, 1])], None), Count { delivered: 2, doubled: 1, ..Count::default() });
+    let stranger = count(&[([true, false], None, None, &[0, 1])], None);
+    assert_eq!(stranger, Count { delivered: 1, doubled: 1, ..Count::default() });
+}
+
+#[test]
+fn the_demo_counts_as_superseded_only_what_a_newer_one_with_its_key_made_superfluous() {
+    let keyed = |key: &'static str, arrivals: &'static [usize]| ([true, false], Some(key), None, arrivals);
+    assert_eq!(count(&[keyed("k", &[]), keyed("k", &[0])], None), Count { delivered: 1, superseded: 1, ..Count::default() });
+    assert_eq!(count(&[keyed("k", &[0]), keyed("k", &[])], None), Count { delivered: 1, lost: 1, ..Count::default() });
+    assert_eq!(count(&[keyed("k", &[]), keyed("other", &[0])], None), Count { delivered: 1, lost: 1, ..Count::default() });
+    let others = ([true, true], Some("k"), None, &[][..]);
+    assert_eq!(
+        count(&[others, ([false, true], Some("k"), None, &[1][..])], None),
+        Count { delivered: 1, superseded: 1, lost: 1, ..Count::default() }
+    );
+}
+
+#[test]
+fn the_demo_counts_as_expired_only_what_its_recipient_was_away_for() {
+    let short = |ttl| [([true, false], None, Some(ttl), &[][..])];
+    let expired = Count { expired: 1, ..Count::default() };
+    let lost = Count { lost: 1, ..Count::default() };
+    assert_eq!(count(&short(NOW), Some(HOUR)), expired);
+    assert_eq!(count(&short(HOUR), Some(HOUR)), expired);
+    assert_eq!(count(&short(HOUR), Some(NOW)), lost, "it was still good when its recipient came back");
+    assert_eq!(count(&short(NOW), None), lost, "its recipient was there");
+}
+
+#[test]
+fn the_demo_ends_by_itself_and_says_that_nothing_was_lost_or_doubled() {
+    use std::process::Command;
+
+    let folder = crate::harness::node::Folder::new();
+    // As from the root of the repository, where `make demo` runs it.
+    let repository = crate::harness::repository();
+    std::fs::create_dir(folder.path().join("build")).expect("make a folder");
+    std::os::unix::fs::symlink(crate::harness::demo_plugins(), folder.path().join("build/plugins")).expect("make a link");
+    std::os::unix::fs::symlink(repository.join("examples"), folder.path().join("examples")).expect("make a link");
+    let demo = std::path::Path::new(env!("CARGO_BIN_EXE_pointsman")).with_file_name("examples").join("demo");
+    let begun = Instant::now();
+    let output = Command::new(&demo).current_dir(folder.path()).env("DEMO_SECONDS", "8").output().expect("run the demo");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{:?} after {:?}: {said}\n{}",
+        output.status,
+        begun.elapsed(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(said.contains("The demo page: http://127.0.0.1:"), "{said}");
+    assert!(said.contains(" 0 lost, 0 doubled\n"), "{said}");
+    assert!(said.contains("rules -> "), "who is told by which router: {said}");
+}

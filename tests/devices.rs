@@ -1,0 +1,225 @@
+//! Devices: a page that was closed at night and comes back in the morning with nothing but its device's name shows what came in between, once
+//! each; what is said by `POST /v1/acks`; and what is read.
+
+use serde_json::{Value, json};
+
+use crate::harness::http::Answer;
+use crate::harness::node::{Builder, Node, SOON};
+use crate::harness::publish::event;
+use crate::harness::redis::RedisServer;
+use crate::harness::sse::{Request, Stream};
+
+/// As little to compile at the start as there can be.
+fn builder() -> Builder {
+    Node::builder().config("[plugins.discard]\nenabled = false")
+}
+
+fn acknowledge(node: &Node, user: &str, told: &Value) -> Answer {
+    let headers = [("content-type", "application/json")];
+    node.send("POST", &format!("/v1/acks?user={user}"), &headers, told.to_string().as_bytes())
+}
+
+fn acknowledged(node: &Node, user: &str, told: &Value) {
+    let answer = acknowledge(node, user, told);
+    assert_eq!(answer.status, 204, "{answer:?}");
+}
+
+/// A stream past its first cursor.
+fn open(node: &Node, query: &str) -> Stream {
+    let mut stream = Request::new(node.addr(), query).open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
+    stream.next_state("cursor", SOON);
+    stream
+}
+
+fn publish(node: &Node, user: &str, ids: &[&str]) {
+    let events: Vec<_> = ids.iter().map(|id| event(id, "device", json!({ "user": user }))).collect();
+    node.publisher().publish(&events);
+}
+
+fn expect(stream: &mut Stream, ids: &[&str]) {
+    let had: Vec<String> = ids.iter().map(|_| stream.next_notification(SOON).id).collect();
+    assert_eq!(had, ids);
+}
+
+#[test]
+fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each_on_any_node() {
+    let server = RedisServer::start();
+    for (evening, morning) in
+        [(builder().start(), None), (builder().redis(server.url()).start(), Some(builder().redis(server.url()).start()))]
+    {
+        let morning = morning.as_ref().unwrap_or(&evening);
+        let mut witness = open(&evening, "user=ann");
+        publish(&evening, "ann", &["before"]);
+        expect(&mut witness, &["before"]);
+        // The first stream of a device begins now, as any does, and this beginning is kept.
+        let stream = open(&evening, "user=ann&device=phone");
+        drop(stream);
+        publish(&evening, "ann", &["a", "b", "c"]);
+        let mut stream = open(morning, "user=ann&device=phone");
+        expect(&mut stream, &["a", "b"]);
+        acknowledged(&evening, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        expect(&mut stream, &["c"]);
+        drop(stream);
+        publish(&evening, "ann", &["d"]);
+        // The last one was not acknowledged, and nobody knows that it was seen.
+        let mut stream = open(morning, "user=ann&device=phone");
+        expect(&mut stream, &["c", "d"]);
+        acknowledged(morning, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        let had = stream.last_event_id().to_owned();
+        drop(stream);
+        publish(&evening, "ann", &["e"]);
+        expect(&mut open(&evening, "user=ann&device=phone"), &["e"]);
+        // Another device, and another user's of the same name, know nothing of it. In sync, one does.
+        let mut tablet = open(&evening, "user=ann&device=tablet");
+        let mut bobs = open(&evening, "user=bob&device=phone");
+        expect(&mut open(&evening, "user=ann&device=watch&devices=all"), &["e"]);
+        publish(&evening, "ann", &["f"]);
+        publish(&evening, "bob", &["f of bob"]);
+        expect(&mut tablet, &["f"]);
+        expect(&mut bobs, &["f of bob"]);
+        // A client that says where it is knows better.
+        let mut stream = Request::new(evening.addr(), "user=ann&device=phone&last_event_id=earliest").open(SOON).expect("200");
+        expect(&mut stream, &["before", "a", "b", "c", "d", "e", "f"]);
+        let mut stream = Request::new(evening.addr(), "user=ann&device=tablet").last_event_id(&had).open(SOON).expect("200");
+        expect(&mut stream, &["e", "f"]);
+    }
+}
+
+#[test]
+fn acknowledgements_outlive_the_node() {
+    let mut node = builder().data().start();
+    let stream = open(&node, "user=ann&device=phone");
+    publish(&node, "ann", &["a"]);
+    drop(stream);
+    let mut stream = open(&node, "user=ann&device=phone");
+    expect(&mut stream, &["a"]);
+    acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+    node.kill();
+    node.restart();
+    publish(&node, "ann", &["b"]);
+    expect(&mut open(&node, "user=ann&device=phone"), &["b"]);
+}
+
+#[test]
+fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing() {
+    let node = builder().start();
+    let mut bob = open(&node, "user=bob&device=phone");
+    let stream = open(&node, "user=ann&device=phone");
+    publish(&node, "bob", &["of bob"]);
+    publish(&node, "ann", &["a"]);
+    expect(&mut bob, &["of bob"]);
+    // As a page does that another user left his id in.
+    let answer = acknowledge(&node, "ann", &json!({ "id": bob.last_event_id(), "device": "phone" }));
+    assert_eq!((answer.status, answer.json()["error"].as_str()), (403, Some("this id is another user's")));
+    // An hour ahead: it has 9 characters in base64url.
+    let mut ahead = stream.last_event_id().to_owned();
+    let (at, one) = ahead.char_indices().rev().nth(4).expect("an id is longer");
+    ahead.replace_range(at..=at, if one == '_' { "-" } else { "_" });
+    for (told, expect) in [
+        (json!({ "id": ahead, "device": "phone" }), "ahead of everything"),
+        (json!({ "id": "earliest", "device": "phone" }), "no id of a frame"),
+        (json!({ "id": stream.last_event_id() }), "neither which device"),
+    ] {
+        let answer = acknowledge(&node, "ann", &told);
+        let body = answer.json();
+        assert_eq!(answer.status, 400, "{told}: {answer:?}");
+        assert!(body["error"].as_str().is_some_and(|error| error.contains(expect)) && body["fix"].is_string(), "{told}: {body}");
+    }
+    // Streams say it in time, too.
+    let long = "x".repeat(257);
+    for query in ["device=", "device=a%0Ab", &format!("device={long}"), "devices=all", "device=phone&devices=some"] {
+        let refused = Request::new(node.addr(), &format!("user=ann&{query}")).open(SOON).expect_err("it is refused");
+        assert_eq!(refused.status, Some(400), "{query}");
+    }
+    expect(&mut open(&node, "user=ann&device=phone"), &["a"]);
+}
+
+/// Begun anywhere else, the device would miss what came since, without a word.
+#[test]
+fn while_redis_is_away_the_stream_of_a_device_is_told_to_come_back_and_misses_nothing() {
+    let server = RedisServer::start();
+    let node = builder().redis(server.url()).start();
+    drop(open(&node, "user=ann&device=phone"));
+    publish(&node, "ann", &["a"]);
+    node.settle(SOON);
+    server.pause();
+    let mut stream = Request::new(node.addr(), "user=ann&device=phone").open(SOON).expect("200");
+    let close = stream.next_state("close", SOON);
+    assert_eq!(close.data.as_deref(), Some("{\"reason\":\"away\"}"));
+    assert!(close.retry.is_some());
+    let answer = acknowledge(&node, "ann", &json!({ "id": "1", "device": "phone" }));
+    assert_eq!(answer.status, 400, "what cannot be read needs no broker: {answer:?}");
+    server.resume();
+    crate::harness::eventually(SOON, "the broker is there again", || {
+        let mut stream = Request::new(node.addr(), "user=ann&device=phone").open(SOON).ok()?;
+        (stream.next_frame(SOON).ok()?.state() == Some("cursor")).then(|| expect(&mut stream, &["a"]))
+    });
+}
+
+fn page(node: &Node, query: &str) -> Value {
+    let answer = node.request("GET", &format!("/v1/notifications?{query}"));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.json()
+}
+
+/// The ids of a page's events, those that are read in brackets, and the number of unread ones.
+fn shown(page: &Value) -> (Vec<String>, Value) {
+    let items = page["notifications"].as_array().expect("a list").iter().map(|item| {
+        let id = item["data"]["id"].as_str().expect("an id");
+        if item["read"].as_bool().expect("read or not") { format!("({id})") } else { id.to_owned() }
+    });
+    (items.collect(), page["unread"].clone())
+}
+
+#[test]
+fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
+    let server = RedisServer::start();
+    for node in [builder().start(), builder().redis(server.url()).start()] {
+        let unread = |count: usize| json!({ "count": count, "exact": true });
+        assert_eq!(shown(&page(&node, "user=ann")), (vec![], unread(0)));
+        let mut stream = open(&node, "user=ann&device=phone");
+        publish(&node, "ann", &["a", "b", "c"]);
+        expect(&mut stream, &["a", "b", "c"]);
+        let all = page(&node, "user=ann");
+        assert_eq!(shown(&all), (vec!["a".into(), "b".into(), "c".into()], unread(3)));
+        // By the id of an item of the list, or of a frame.
+        acknowledged(&node, "ann", &json!({ "id": all["notifications"][1]["id"], "read": true }));
+        assert_eq!(shown(&page(&node, "user=ann")), (vec!["(a)".into(), "(b)".into(), "c".into()], unread(1)));
+        // Never backwards.
+        acknowledged(&node, "ann", &json!({ "id": all["notifications"][0]["id"], "read": true }));
+        let after = all["notifications"][0]["id"].as_str().expect("an id");
+        assert_eq!(shown(&page(&node, &format!("user=ann&after={after}&limit=1"))), (vec!["(b)".into()], unread(1)));
+        // To have it on a device is not to have read it; both can be said at once.
+        acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        assert_eq!(shown(&page(&node, "user=ann")).1, unread(1));
+        acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone", "read": true }));
+        assert_eq!(shown(&page(&node, "user=ann")), (vec!["(a)".into(), "(b)".into(), "(c)".into()], unread(0)));
+        publish(&node, "ann", &["d"]);
+        expect(&mut stream, &["d"]);
+        let (items, count) = shown(&page(&node, "user=ann"));
+        assert_eq!((items[3].as_str(), count), ("d", unread(1)));
+        // It is ann's alone.
+        let mut bobs = open(&node, "user=bob");
+        publish(&node, "bob", &["of bob"]);
+        expect(&mut bobs, &["of bob"]);
+        assert_eq!(shown(&page(&node, "user=bob")), (vec!["of bob".into()], unread(1)));
+    }
+}
+
+/// What is asked for is counted, up to a hundred, wherever the page stands.
+#[test]
+fn a_count_of_unread_ones_that_is_no_more_than_a_lower_bound_says_so() {
+    let node = builder().start();
+    let mut stream = open(&node, "user=ann&types=device");
+    let many: Vec<_> = (1..=101).map(|n| event(&n.to_string(), "chat", json!({ "user": "ann" }))).collect();
+    node.publisher().publish(&many);
+    publish(&node, "ann", &["the last"]);
+    expect(&mut stream, &["the last"]);
+    let count = |query: &str| page(&node, &format!("user=ann&{query}"))["unread"].clone();
+    assert_eq!(count("limit=1"), json!({ "count": 100, "exact": false }));
+    assert_eq!(count("types=device"), json!({ "count": 1, "exact": true }));
+    let first = page(&node, "user=ann&limit=1");
+    acknowledged(&node, "ann", &json!({ "id": first["cursor"], "read": true }));
+    assert_eq!(count("types=chat"), json!({ "count": 100, "exact": true }));
+    assert_eq!(count("after=latest"), json!({ "count": 100, "exact": false }));
+}
