@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::now_ms;
 use crate::event::Target;
 use crate::hub::StreamGuard;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, ReasonLabel};
 use crate::subscription::{Gap, Next, Record, Rendered};
 
 mod data;
@@ -157,7 +157,10 @@ impl Body {
                         self.buffer.put_slice(&rendered.after_target);
                         self.sent_cursor.clone_from(&self.cursor);
                     }
-                    Next::Gap(gap) => put_gap(&mut self.buffer, gap),
+                    Next::Gap(gap) => {
+                        put_gap(&mut self.buffer, gap);
+                        self.metrics.gaps.get_or_create(&ReasonLabel { reason: gap.reason.as_str() }).inc();
+                    }
                     Next::Cursor => {
                         let first = self.sent_cursor.is_empty();
                         put_id(&mut self.buffer, &self.cursor);

@@ -15,6 +15,8 @@ use pointsman::broker::{
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
+use super::stage::SOON;
+
 /// What a node asks of its broker, as far as a test may stop it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
@@ -57,7 +59,7 @@ pub(super) struct Stop {
 impl Stop {
     /// Waits until somebody stands here.
     pub(super) async fn reached(&mut self) {
-        tokio::time::timeout(Duration::from_secs(20), &mut self.reached).await.expect("somebody comes here").expect("the puppet is alive");
+        tokio::time::timeout(SOON, &mut self.reached).await.expect("somebody comes here").expect("the puppet is alive");
     }
 
     pub(super) fn go(self) {

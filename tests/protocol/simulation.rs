@@ -21,7 +21,7 @@ use rand::{Rng as _, SeedableRng as _};
 
 use super::ingest::{Owner, address};
 use super::puppet::{At, Op, Puppet, Stop};
-use super::stage::{SOURCE, Stage, answered, event_id, name, now_ms, until};
+use super::stage::{SOON, SOURCE, Stage, answered, event_id, name, now_ms, until};
 use crate::harness::seed;
 
 mod oracle;
@@ -395,7 +395,7 @@ impl Play {
         for (at, client) in self.clients.iter_mut().enumerate().filter(|(_, client)| client.stream.is_none()) {
             client.connect(&self.hubs[at % 2].0);
         }
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + 3 * SOON;
         loop {
             self.clients.iter_mut().for_each(|client| client.take(1_000));
             let is_done = |client: &Client| self.partitions.iter().all(|&partition| client.has(partition, "end"));

@@ -78,11 +78,14 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let config = options.load()?;
     start_log(&config.log);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let shutdown = Shutdown::new();
         shutdown.on_signals().context("cannot listen to signals")?;
         pointsman::run(config, shutdown).await
-    })
+    });
+    // A thread that still compiles a plugin has nothing to finish.
+    runtime.shutdown_background();
+    ended
 }
 
 /// To standard error, as the only output of a node.

@@ -72,9 +72,7 @@ impl Cursor {
     /// [`Unreadable`] for anything that [`Cursor::encode`] did not write for this user.
     pub fn decode(text: &str, user: &Name) -> Result<Self, Unreadable> {
         let mut rest = text.as_bytes().strip_prefix(&[VERSION]).ok_or(Unreadable::Garbled)?;
-        if take(&mut rest, 2)? != user_hash(user) {
-            return Err(Unreadable::AnotherUsers);
-        }
+        let whose = take(&mut rest, 2)?;
         let bits = take(&mut rest, 2)?;
         let mut cursor = Self::default();
         for number in (0..PartitionNumber::MAX).filter(|number| bits >> number & 1 == 1) {
@@ -90,7 +88,8 @@ impl Cursor {
             }
             cursor.had.push(had);
         }
-        Ok(cursor)
+        // Last: a text that is no cursor at all, such as `10min`, is nobody's.
+        if whose == user_hash(user) { Ok(cursor) } else { Err(Unreadable::AnotherUsers) }
     }
 }
 
@@ -172,5 +171,12 @@ mod tests {
         let mut text = String::new();
         Cursor::default().encode(&name("alice"), &mut text);
         assert_eq!(Cursor::decode(&text, &name("bob")), Err(Unreadable::AnotherUsers));
+    }
+
+    #[test]
+    fn what_is_no_cursor_is_nobodys() {
+        for text in ["10min", "1h30m", "1hour", "10M", "15", "1", ""] {
+            assert_eq!(Cursor::decode(text, &name("bob")), Err(Unreadable::Garbled), "{text}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use crate::broker::{self, Broker, Head, PartitionNumber};
 use crate::clock::now_ms;
 use crate::criteria::Pool;
 use crate::event::{Life, NotificationId, Target};
-use crate::metrics::{Metrics, ReasonLabel};
+use crate::metrics::Metrics;
 
 use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};
 use records::Records;
@@ -216,7 +216,6 @@ impl History {
             gap.from = if is_first { low_water } else { gap.from.min(seen) };
             if gap.to > gap.from {
                 subscription.announce(gap);
-                self.metrics.gaps.get_or_create(&ReasonLabel { reason: gap.reason.as_str() }).inc();
             }
         })
     }
