@@ -101,6 +101,34 @@ fn acknowledgements_outlive_the_node() {
 }
 
 #[test]
+fn a_device_whose_first_stream_said_where_to_begin_misses_nothing_after_it() {
+    let node = builder().start();
+    drop(open(&node, "user=ann&device=phone&last_event_id=latest"));
+    let mut witness = open(&node, "user=ann");
+    publish(&node, "ann", &["a"]);
+    expect(&mut witness, &["a"]);
+    expect(&mut open(&node, "user=ann&device=phone"), &["a"]);
+    // What nobody can read says less than where the device is.
+    expect(&mut open(&node, "user=ann&device=phone&last_event_id=garbage!"), &["a"]);
+}
+
+/// What one device leaves out would count as seen by all; and each notification is held against each pattern.
+#[test]
+fn a_filter_goes_with_one_device_only_and_is_bounded() {
+    let node = builder().start();
+    let many = (0..65).map(|n| format!("t{n}")).collect::<Vec<_>>().join(",");
+    for (query, expect) in [
+        ("device=phone&devices=all&types=a".to_owned(), "exclude each other"),
+        ("device=phone&devices=all&min_priority=high".to_owned(), "exclude each other"),
+        (format!("types={many}"), "64 is the most"),
+    ] {
+        let refused = Request::new(node.addr(), &format!("user=ann&{query}")).open(SOON).map(|_| ()).unwrap_err();
+        assert!(refused.status == Some(400) && refused.text.contains(expect), "{query}: {refused:?}");
+    }
+    open(&node, &format!("user=ann&types={}", many.trim_end_matches(",t64")));
+}
+
+#[test]
 fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing() {
     let node = builder().start();
     let mut bob = open(&node, "user=bob&device=phone");

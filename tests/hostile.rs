@@ -106,6 +106,11 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
         (document(r#"{"type":"t","data":1,"data_base64":"AA=="}"#), "data and data_base64 exclude each other"),
         (document(r#"{"type":"t","data_base64":"?"}"#), "data_base64 is not base64"),
         (and("event", "{}"), "event must be the only field"),
+        // JSON by its grammar, in which nobody could find a field.
+        (and("data", r#"{"user":"42","cut":"\ud83d"}"#), "data is not valid JSON ("),
+        (and("data", r#"{"user":"42","x":1e999}"#), "data is not valid JSON ("),
+        (and("data", "[".repeat(200) + &"]".repeat(200)), "data is not valid JSON ("),
+        (document(r#"{"type":"t","data":{"cut":"\ud83d"}}"#), "data is not valid JSON"),
         (and("data", format!("\"{}\"", "x".repeat(2 * 1024 * 1024))), "262144 is the most ([ingest] max_event_bytes)"),
         (and("x".repeat(2 * 1024 * 1024), ""), "262144 is the most"),
         (and("x".repeat(100_000), ""), "is no attribute name"),
@@ -204,7 +209,8 @@ fn odd_but_legal_entries_arrive_as_they_were_published() {
     let mut stream = node.stream("42");
     let mut last_of_many = node.stream("u8999");
     let mut connection = server.connection();
-    let deep = format!("{}{}", "[".repeat(50_000), "]".repeat(50_000));
+    // Beyond 127 levels it is refused: nobody could find a field in it.
+    let deep = format!("{}{}", "[".repeat(127), "]".repeat(127));
     let large = format!("\"{}\"", "x".repeat(250 * 1024));
     let separators = "\"\u{2028}\u{2029}\u{feff}\u{85}\\u0000\\r\\n\"";
     let users: Vec<String> = (0..9_000).map(|n| format!("u{n}")).collect();
@@ -223,7 +229,7 @@ fn odd_but_legal_entries_arrive_as_they_were_published() {
     // Also as a page.
     assert_eq!(last_of_many.next_notification(SOON).data, 1);
     assert_eq!(node.request("GET", "/v1/notifications?user=42").status, 200);
-    // The frames as they are: one of them is nested more deeply than this test's own parser goes.
+    // The frames as they are: one of them, around its payload, is nested more deeply than this test's own parser goes.
     let mut data = || stream.next_frame(SOON).expect("a frame").data.expect("data");
     assert!(data().contains(&format!("\"data_base64\":\"{}\"", STANDARD.encode(b"\x80\xff\0\n"))));
     let parsed = |data: String| serde_json::from_str::<Value>(&data).expect("JSON");

@@ -87,15 +87,27 @@ impl Bookmarks {
         Err(Refusal::Crowded)
     }
 
-    /// Where a device's stream begins that says nothing of it: at the device's bookmark, or, in sync with the user's other devices, at the
-    /// furthest place that any of them acknowledged. A device without a bookmark has one from now on.
+    /// Where a device's stream begins: where it `asked` to, or at the device's bookmark, or, in sync with the user's other devices, at the
+    /// furthest place that any of them acknowledged. A device without a bookmark has one from now on: where it begins, or, if it asked for history
+    /// by time, where that ends.
     ///
     /// # Errors
     /// The broker's: where the device is cannot be known, or not be kept.
-    pub async fn start(&self, user: &Name, device: Name, is_in_sync: bool) -> broker::Result<Start> {
+    pub async fn start(&self, user: &Name, device: Name, is_in_sync: bool, asked: Option<Start>) -> broker::Result<Start> {
         let own = BookmarkOf::Device(device);
         for _ in 0..ATTEMPTS {
             let all = self.0.broker.bookmarks(user).await?;
+            if let Some(asked) = &asked {
+                let place = match asked {
+                    _ if all.contains_key(&own) => return Ok(asked.clone()),
+                    Start::Cursor(cursor) => cursor.clone(),
+                    _ => self.latest().await?,
+                };
+                if self.0.broker.move_bookmark(user, &own, None, &bookmark(user, &place, false)).await? {
+                    return Ok(asked.clone());
+                }
+                continue;
+            }
             let counts = |which: &BookmarkOf, kept: &Bookmark| {
                 // Where another device began, nobody has seen what came before.
                 *which == own || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))

@@ -205,12 +205,24 @@ fn equal(a: &Value, b: &Value) -> Option<bool> {
     }
 }
 
+/// As if both had all digits: an integer as a decimal would lose some beyond 2^53.
+fn compare_with_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
+    // 2^63, the first that no integer reaches.
+    const BEYOND: f64 = 9_223_372_036_854_775_808.0;
+    match decimal {
+        _ if decimal.is_nan() => None,
+        _ if decimal >= BEYOND => Some(Ordering::Less),
+        _ if decimal < -BEYOND => Some(Ordering::Greater),
+        _ => integer.cmp(&(decimal.trunc() as i64)).then(0.0.partial_cmp(&decimal.fract())?).into(),
+    }
+}
+
 /// Of two numbers; whole ones exactly, also beyond what a decimal can hold.
 fn compare(a: &Value, b: &Value) -> Option<Ordering> {
     match (a, b) {
         (Value::Integer(a), Value::Integer(b)) => Some(a.cmp(b)),
-        (Value::Integer(a), Value::Decimal(b)) => (*a as f64).partial_cmp(b),
-        (Value::Decimal(a), Value::Integer(b)) => a.partial_cmp(&(*b as f64)),
+        (Value::Integer(a), Value::Decimal(b)) => compare_with_decimal(*a, *b),
+        (Value::Decimal(a), Value::Integer(b)) => compare_with_decimal(*b, *a).map(Ordering::reverse),
         (Value::Decimal(a), Value::Decimal(b)) => a.partial_cmp(b),
         _ => None,
     }
@@ -280,6 +292,9 @@ mod tests {
         assert!(holds(Operator::Greater, Value::Integer(i64::MAX - 1)));
         assert!(!holds(Operator::Equals, Value::Integer(i64::MAX - 1)));
         assert!(!holds(Operator::Less, Value::Integer(i64::MAX)));
+        assert!(!holds(Operator::Equals, Value::Decimal(i64::MAX as f64)), "that is one more");
+        assert!(holds(Operator::Less, Value::Decimal(i64::MAX as f64)));
+        assert!(holds(Operator::Greater, Value::Decimal(-0.5)) && holds(Operator::Greater, Value::Decimal(-1e300)));
     }
 
     #[test]

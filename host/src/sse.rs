@@ -133,7 +133,9 @@ impl Body {
         }
         let now_ms = now_ms();
         let mut n_sent = 0;
-        {
+        // First, as a token that has expired has nobody to tell any more; what waits is in the log.
+        let end = *self.signals.end.lock().unwrap_or_else(PoisonError::into_inner);
+        if end.is_none() {
             let mut subscription = stream.lock();
             if self.signals.cursor.swap(false, Ordering::AcqRel) {
                 self.cursor.clear();
@@ -180,7 +182,7 @@ impl Body {
         if self.signals.heartbeat.swap(false, Ordering::AcqRel) && self.buffer.is_empty() {
             self.buffer.put_slice(b":\n");
         }
-        if let Some(end) = *self.signals.end.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(end) = end {
             self.is_ended = true;
             self.cursor.clear();
             stream.lock().encode_cursor(&mut self.cursor);

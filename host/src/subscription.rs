@@ -114,6 +114,11 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether it leaves out nothing.
+    pub fn is_all(&self) -> bool {
+        self.types.is_empty() && self.min_priority.is_none()
+    }
+
     fn passes(&self, notification: &Notification, route: &Route) -> bool {
         let kind = notification.event.kind.as_str();
         let is_type = |pattern: &String| pattern.strip_suffix('*').map_or(pattern == kind, |prefix| kind.starts_with(prefix));

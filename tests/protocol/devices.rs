@@ -49,11 +49,11 @@ async fn acknowledge(bookmarks: &Bookmarks, of: &str, place: &Start) {
 }
 
 async fn start(bookmarks: &Bookmarks, of: &str) -> Start {
-    bookmarks.start(&name("ann"), name(of), false).await.expect("a place")
+    bookmarks.start(&name("ann"), name(of), false, None).await.expect("a place")
 }
 
 async fn start_in_sync(bookmarks: &Bookmarks, of: &str) -> Start {
-    bookmarks.start(&name("ann"), name(of), true).await.expect("a place")
+    bookmarks.start(&name("ann"), name(of), true, None).await.expect("a place")
 }
 
 /// What a client of ann has that took these events.

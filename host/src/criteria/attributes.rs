@@ -184,6 +184,10 @@ pub fn parse_attributes(members: serde_json::Map<String, serde_json::Value>) -> 
             serde_json::Value::Bool(flag) => Value::Flag(flag),
             serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
                 (Some(integer), _) => Value::Integer(integer),
+                // Rounded, two different ones would be equal, and a condition by one would reach the other.
+                (None, Some(decimal)) if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 => {
+                    return Err(Malformed::new("is a number with more digits than are kept; give it as a text").of(name));
+                }
                 (None, Some(decimal)) => Value::Decimal(decimal),
                 (None, None) => return Err(Malformed::new("is a number out of range").of(name)),
             },
@@ -237,6 +241,7 @@ mod tests {
         };
         check(r#"{"plan":null}"#, "plan is neither");
         check(r#"{"plan":["a"]}"#, "plan is neither");
+        check(r#"{"tenant":12345678901234567890}"#, "tenant is a number with more digits");
         check(r#"{"":1}"#, "'' is no attribute name");
         check(r#"{"a\nb":1}"#, "is no attribute name");
         check(&json!({ "a": "x".repeat(1025) }).to_string(), "a has 1025 bytes");

@@ -4,6 +4,7 @@
 //! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. Without any, a stream that names its
 //! `device` begins where that device is, or with `devices=all` where the furthest of the user's devices is; and any other at the latest.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,12 +32,19 @@ pub(super) struct Selection {
     min_priority: Option<String>,
 }
 
+/// The most patterns of a stream: each notification is held against all of them.
+const MAX_TYPES: usize = 64;
+
 impl Selection {
     pub(super) fn filter(&self) -> Result<Filter, ApiError> {
         let types = self.types.iter().flat_map(|types| types.split(',')).map(str::trim).filter(|one| !one.is_empty());
+        let types: BTreeSet<&str> = types.collect();
+        if types.len() > MAX_TYPES {
+            return Err(ApiError::bad_request(format!("types names {} patterns; {MAX_TYPES} is the most", types.len())));
+        }
         let min_priority = self.min_priority.as_deref().map(str::parse::<Priority>).transpose();
         let min_priority = min_priority.map_err(|e| ApiError::bad_request(e.of("min_priority").to_string()))?;
-        Ok(Filter { types: types.map(str::to_owned).collect(), min_priority })
+        Ok(Filter { types: types.into_iter().map(str::to_owned).collect(), min_priority })
     }
 }
 
@@ -93,11 +101,16 @@ pub(super) async fn open(
     let Some(hub) = state.hub() else {
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
     };
+    if is_in_sync && !filter.is_all() {
+        let message = "devices=all and types or min_priority exclude each other: what one device leaves out would count as seen by all";
+        return Err(ApiError::bad_request(message).fix("leave out one of them"));
+    }
     let start = match (start(&parts, resume, &identity.reader.user), device.device) {
-        (Some(start), _) => start,
-        (None, None) => Start::Latest,
-        (None, Some(device)) => {
-            let start = state.bookmarks()?.start(&identity.reader.user, device, is_in_sync);
+        (asked, None) => asked.unwrap_or(Start::Latest),
+        (asked, Some(device)) => {
+            // Where the device is says more than an id that nobody can read.
+            let asked = asked.filter(|asked| *asked != Start::Unknown);
+            let start = state.bookmarks()?.start(&identity.reader.user, device, is_in_sync, asked);
             match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
                 Ok(Ok(start)) => start,
                 failed => {
