@@ -452,9 +452,10 @@ impl Subscription {
     }
 
     /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
-    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>, node_now_ms: u64) {
+    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>) {
         let key = record.and_then(|record| {
-            let way = self.judge(partition, id, record, node_now_ms)?;
+            // As when it was sent: that it has expired since does not bring back the states that it made superfluous.
+            let way = self.judge_at(partition, id, record, 0)?;
             record.route(way.route).collapse.clone()
         });
         if let Some(had) = self.had.iter_mut().find(|had| had.partition == partition && had.id == id) {
@@ -463,7 +464,11 @@ impl Subscription {
     }
 
     fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<Way> {
-        let moment = Moment { partition, id, now_ms: self.broker_now(node_now_ms) };
+        self.judge_at(partition, id, record, self.broker_now(node_now_ms))
+    }
+
+    fn judge_at(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Option<Way> {
+        let moment = Moment { partition, id, now_ms };
         let attributes = &self.recipient.attributes;
         let holds = |route: usize, criteria: &Criteria| record.answers[route].of(attributes, || criteria.hold(attributes));
         let way = winning_route(&record.notification.plan, self.user(), &self.recipient, moment, holds)?;

@@ -241,7 +241,7 @@ impl World {
             self.subscription.begin(number(partition), &head, 0);
             for id in self.subscription.had_unknown(number(partition)) {
                 let record = place.history.get(&id.0).cloned();
-                self.subscription.had_is(number(partition), id, record.as_deref(), 0);
+                self.subscription.had_is(number(partition), id, record.as_deref());
             }
             running.last = last;
             running.next = self.subscription.marks(number(partition)).0.0 + 1;
@@ -500,6 +500,24 @@ fn what_was_about_to_go_ahead_keeps_its_place_where_its_log_is_cut() {
     subscription.begin(P, &head(&[(1, 0)], 200), 0);
     assert!(!subscription.pass_over(P, NotificationId(100)));
     assert!(matches!(subscription.next(0), Some(Next::Notification { id: NotificationId(100), .. })));
+}
+
+/// The newer state was sent, went ahead, and has expired when the client comes back. The older one that it made superfluous stays so.
+#[test]
+fn h15_a_state_that_was_had_supersedes_older_ones_also_when_it_has_expired() {
+    let position = Position { partition: P, life: Life::from_bits(1), low_water: NotificationId(50) };
+    let cursor = Cursor { positions: vec![position], had: vec![(P, NotificationId(60))] };
+    let mut subscription = Subscription::new(Name::parse("ann").unwrap(), Start::Cursor(cursor), Filter::default(), [P]);
+    subscription.begin(P, &head(&[(1, 0)], 60), 0);
+    let mut newer = Arc::into_inner(record(60, Priority::Urgent as usize, 0)).unwrap();
+    newer.notification.plan.routes[0].expires_ms = Some(1_000);
+    let now_ms = 2_000;
+    subscription.had_is(P, NotificationId(60), Some(&newer));
+    subscription.handle(P, NotificationId(55), &record(55, Priority::Low as usize, 0), now_ms);
+    subscription.handle(P, NotificationId(60), &Arc::new(newer), now_ms);
+    assert_eq!(subscription.go_live(P, NotificationId(60), now_ms), None);
+    assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
+    assert!(subscription.next(now_ms).is_none());
 }
 
 /// A stream that ends before it began has no place to come back to in some partition, and with a cursor that does not name it would begin there anew.
