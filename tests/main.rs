@@ -5,6 +5,7 @@
 mod architecture;
 mod clients;
 mod commands;
+mod compiled;
 mod conformance;
 mod decisions;
 mod demo;

@@ -11,19 +11,18 @@ use std::time::{Duration, Instant};
 use pointsman::event::{EntryId, Event};
 use pointsman::metrics::Metrics;
 use pointsman::pipeline::{Pipeline, Resolution};
-use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use pointsman::plugin::watcher::Watcher;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::harness::eventually;
 use crate::harness::guests::versioned;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::Stream;
+use crate::harness::{engine, eventually};
 
 /// A folder of plugins that a test changes.
 struct Plugins(Folder);
@@ -311,7 +310,7 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
 async fn nothing_keeps_a_version_that_was_replaced() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let config = Config { dir: Some(plugins.dir()), ..Config::default() };
-    let registry = Arc::new(Registry::load(Engine::new().unwrap(), config, Metrics::default()).unwrap());
+    let registry = Arc::new(Registry::load(engine(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
     let _watcher = Watcher::start(Arc::clone(&registry)).unwrap();
     let published = json!({"id": "e", "source": "/tests", "type": "t", "user": "7"}).to_string();

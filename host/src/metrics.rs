@@ -45,6 +45,12 @@ pub struct PluginLoadLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginCacheLabel {
+    /// `hit`, `miss`, `damaged` (there, of no use, and removed), or `unwritten` (compiled, and could not be kept).
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     /// A fixed word of the code.
     pub reason: &'static str,
@@ -100,6 +106,8 @@ metrics! {
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
     /// Files of plugins that were loaded or were not, at the start and whenever they changed.
     plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
+    /// Compiled plugins that were looked for in the cache, or could not be put there.
+    plugin_cache: Family<PluginCacheLabel, Counter> = "plugin_cache";
     /// Instances of plugins that are kept for the next event.
     plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.

@@ -2,16 +2,19 @@
 //!
 //! It promises that a plugin that traps, loops, grows, floods its output or lies costs one call its answer, and nothing else: the instance
 //! is thrown away, and the next call has a fresh one. Calls are synchronous and belong on threads of their own, never on an async executor.
-//! Which plugins there are, and in which version, is [`registry`]'s business, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
+//! How bytes become code is `compile`'s business, and where code is kept, [`cache`]'s; which plugins there are, and in which version,
+//! [`registry`]'s, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use wasmtime::component::{Component, InstancePre};
+use wasmtime::component::InstancePre;
 use wasmtime::{Store, Trap};
 
 mod bindings;
+pub mod cache;
+mod compile;
 mod engine;
 mod folder;
 mod log;
@@ -23,6 +26,7 @@ pub mod watcher;
 pub use engine::{Engine, Ticking};
 
 use self::bindings::{Description, ExportIndices, Exports};
+use self::compile::{Compiled, compile};
 use self::engine::State;
 use self::log::GuestLog;
 use self::selection::{Document, Selection};
@@ -156,6 +160,7 @@ pub struct Plugin {
     name: Name,
     manifest: Manifest,
     hash: String,
+    is_cached: bool,
     selection: Selection,
     config: String,
     limits: Limits,
@@ -193,8 +198,8 @@ impl Plugin {
     /// # Errors
     /// Why not, and where there is one, the fix.
     pub fn load(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<Self, LoadError> {
-        let component = compile(engine, bytes, &limits).map_err(LoadError)?;
-        let (has_filter, has_router) = inspect(engine, &component).map_err(LoadError)?;
+        let hash = hash(bytes);
+        let Compiled { component, has_filter, has_router, is_cached } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
         let component =
             engine.linker().instantiate_pre(&component).map_err(|e| LoadError(format!("does not fit this host: {}", causes(&e))))?;
         let exports = ExportIndices::find(&component, has_filter, has_router).map_err(|e| LoadError(unfit(&e)))?;
@@ -202,7 +207,8 @@ impl Plugin {
             log: Arc::new(GuestLog::new(name.clone())),
             name,
             manifest: Manifest { name: String::new(), version: String::new(), description: String::new(), config_schema: None },
-            hash: hash(bytes),
+            hash,
+            is_cached,
             selection: Selection::default(),
             config: config.to_owned(),
             limits,
@@ -227,6 +233,11 @@ impl Plugin {
     /// SHA-256 of the file, in hexadecimal.
     pub fn hash(&self) -> &str {
         &self.hash
+    }
+
+    /// Whether its code came from the cache, and was not compiled now.
+    pub fn is_cached(&self) -> bool {
+        self.is_cached
     }
 
     pub fn limits(&self) -> &Limits {
@@ -379,81 +390,6 @@ fn hash(bytes: &[u8]) -> String {
 /// record is some 150 bytes. What is within is then counted exactly.
 fn handed_back(limits: &Limits) -> usize {
     limits.result_bytes * 2 + limits.targets * 256 + 64 * 1024
-}
-
-/// From bytes of a file to compiled code.
-fn compile(engine: &Engine, bytes: &[u8], limits: &Limits) -> Result<Component, String> {
-    const MIB: usize = 1024 * 1024;
-    if bytes.is_empty() {
-        return Err("is empty".to_owned());
-    }
-    if bytes.len() > limits.file_bytes {
-        return Err(format!("has {} MiB; {} is the most", bytes.len().div_ceil(MIB), limits.file_bytes / MIB));
-    }
-    if !bytes.starts_with(b"\0asm") {
-        return Err("is no WebAssembly: it does not begin with '\\0asm'".to_owned());
-    }
-    // Looked through before anything is made of it, for a clear word about a file that is still being written.
-    wasmparser::Validator::new().validate_all(bytes).map_err(|error| format!("is truncated or damaged: {error}"))?;
-    let encoded;
-    let component = if wasmparser::Parser::is_component(bytes) {
-        bytes
-    } else {
-        let encoder = wit_component::ComponentEncoder::default().module(bytes);
-        encoded = encoder
-            .and_then(|mut encoder| encoder.encode())
-            .map_err(|e| format!("is a core module that cannot be made a component: {e:#}"))?;
-        &encoded
-    };
-    Component::from_binary(engine.wasmtime(), component).map_err(|e| format!("does not compile: {}", causes(&e)))
-}
-
-/// Whether a component's imports are granted, and what it exports: a filter, a router or both.
-fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), String> {
-    let ty = component.component_type();
-    let imports: Vec<&str> = ty.imports(engine.wasmtime()).map(|(name, _)| name).collect();
-    let exports: Vec<&str> = ty.exports(engine.wasmtime()).map(|(name, _)| name).collect();
-    for name in imports.iter().chain(&exports) {
-        let version = name.strip_prefix("pointsman:plugin/").and_then(|rest| rest.split_once('@')).map(|(_, version)| version);
-        if let Some(version) =
-            version.filter(|version| *version != bindings::VERSION && !version.starts_with(&format!("{}.", bindings::VERSION)))
-        {
-            let built_for = version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
-            return Err(format!("was built for pointsman:plugin {built_for}; this host speaks {}", bindings::VERSION));
-        }
-    }
-    const GRANTED: [&str; 9] = [
-        "pointsman:plugin/types@",
-        "pointsman:plugin/log@",
-        "pointsman:plugin/clock@",
-        "wasi:cli/",
-        "wasi:clocks/",
-        "wasi:filesystem/",
-        "wasi:io/",
-        "wasi:random/",
-        "wasi:sockets/",
-    ];
-    if let Some(foreign) = imports.iter().find(|name| !GRANTED.iter().any(|granted| name.starts_with(granted))) {
-        return Err(format!("imports {}, which plugins are not granted", foreign.escape_debug()));
-    }
-    let has = |interface: &str| {
-        exports.iter().any(|name| {
-            name.strip_prefix("pointsman:plugin/").and_then(|rest| rest.split_once('@')).is_some_and(|(name, _)| name == interface)
-        })
-    };
-    let (is_filter, is_router) = (has("filter"), has("router"));
-    if !is_filter && !is_router {
-        return Err("exports neither pointsman:plugin/filter nor pointsman:plugin/router; a plugin in Rust does so with `pointsman_plugin::export!`".to_owned());
-    }
-    if !has("lifecycle") {
-        return Err("does not export pointsman:plugin/lifecycle, by which it is configured".to_owned());
-    }
-    if let Some(resources) = component.resources_required()
-        && resources.num_memories as usize > engine::MAX_MEMORIES
-    {
-        return Err(format!("has {} memories; {} is the most", resources.num_memories, engine::MAX_MEMORIES));
-    }
-    Ok((is_filter, is_router))
 }
 
 fn unfit(error: &wasmtime::Error) -> String {

@@ -20,6 +20,7 @@ use wasmtime_wasi::p2::{DynPollable, OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings;
+use super::cache::Cache;
 use super::log::{GuestLog, Level, MAX_LINE};
 use crate::event::Name;
 
@@ -44,6 +45,7 @@ struct Shared {
     engine: wasmtime::Engine,
     linker: Linker<State>,
     ticker: Arc<Ticker>,
+    cache: Option<Cache>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -59,6 +61,14 @@ impl Engine {
     /// # Errors
     /// If the processor or the system lacks what compiled WebAssembly needs.
     pub fn new() -> anyhow::Result<Self> {
+        Self::with_cache(None)
+    }
+
+    /// [`Engine::new`], which takes from this cache what was compiled before.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn with_cache(cache: Option<Cache>) -> anyhow::Result<Self> {
         let engine = match wasmtime::Engine::new(&config(true)) {
             Ok(engine) => engine,
             Err(error) => {
@@ -68,7 +78,7 @@ impl Engine {
         };
         let linker = linker(&engine)?;
         let ticker = Ticker::start(engine.weak())?;
-        Ok(Self(Arc::new(Shared { engine, linker, ticker })))
+        Ok(Self(Arc::new(Shared { engine, linker, ticker, cache })))
     }
 
     /// The number of threads that plugins should run on: one for each processor, within bounds.
@@ -82,6 +92,10 @@ impl Engine {
 
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
         &self.0.engine
+    }
+
+    pub(super) fn cache(&self) -> Option<&Cache> {
+        self.0.cache.as_ref()
     }
 
     pub(super) fn linker(&self) -> &Linker<State> {

@@ -231,6 +231,7 @@ impl Registry {
                     plugin.hash = plugin.hash(),
                     plugin.former_hash = running.map(|running| running.plugin.hash()),
                     plugin.version = plugin.manifest().version,
+                    plugin.cached = plugin.is_cached(),
                     "plugin loaded"
                 );
                 if plugin.manifest().name != name {
