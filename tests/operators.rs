@@ -212,3 +212,50 @@ fn a_plugin_is_disabled_enabled_and_rolled_back_by_hand() {
     let states: Vec<_> = shown(&site.node)["ended"].as_array().unwrap().iter().map(|ended| ended["state"].clone()).collect();
     assert_eq!(states, ["replaced", "rolled-back", "replaced", "disabled"]);
 }
+
+#[test]
+fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
+    let plugins = Plugins::new(&[("rules.wasm", core_module("rules")), ("versioned.wasm", versioned(1))]);
+    let config = |user: &str| format!("[[plugins.rules.config.rules]]\nmatch = {{ type = 'told' }}\nto.users = ['{user}']\n");
+    let node = Node::builder().config(&config("ann")).plugins(plugins.dir()).start();
+    let (mut ann, mut bob) = (node.stream("ann"), node.stream("bob"));
+    let mut n = 0;
+    let mut tell = || {
+        n += 1;
+        node.publisher().publish(&[event(&format!("e{n}"), "told", json!({}))]);
+        format!("e{n}")
+    };
+    let id = tell();
+    assert_eq!(ann.next_notification(SOON).id, id);
+    let generation =
+        |n: u64| eventually(SOON, "its generation", || (node.admin("/v1/plugins/rules").json()["generation"] == n).then_some(()));
+
+    node.reconfigure(&config("bob"));
+    generation(2);
+    let id = tell();
+    assert_eq!(bob.next_notification(SOON).id, id);
+    assert_eq!(shown(&node)["generation"], 1, "nothing is configured for it");
+
+    let ready = |wish: &str| {
+        eventually(SOON, wish, || Some(node.admin("/readyz")).filter(|answer| answer.status == 200 && answer.body.contains(wish))).body
+    };
+    // Neither a file that is none, nor settings that a plugin does not take, change anything.
+    node.reconfigure("[plugins.rules\n");
+    ready("what was configured before is in force");
+    node.reconfigure(&config("ann").replace("told", "told', nonsense = '"));
+    ready("rules.wasm refuses its configuration: ");
+    let id = tell();
+    assert_eq!(bob.next_notification(SOON).id, id);
+
+    node.reconfigure(&format!("[stream]\nheartbeat_s = 5\n[plugins]\norder = ['versioned']\n{}", config("ann")));
+    generation(3);
+    let page = ready("warning: configuration: stream.heartbeat_s changed; that takes effect when the node starts again");
+    assert!(!page.contains("plugins"), "{page}");
+    let names: Vec<_> = node.admin("/v1/plugins").json()["plugins"].as_array().unwrap().iter().map(|p| p["name"].clone()).collect();
+    assert_eq!(names, ["versioned", "rules"]);
+    node.reconfigure(&format!("[plugins.versioned]\nenabled = false\n{}", config("ann")));
+    eventually(SOON, "it is disabled", || (shown(&node)["state"] == "disabled").then_some(()));
+    let id = tell();
+    assert_eq!(ann.next_notification(SOON).id, id);
+    eventually(Duration::from_secs(20), "readiness is clear", || (node.admin("/readyz").body == "ready\n").then_some(()));
+}
