@@ -12,6 +12,7 @@ use pointsman::plugin::cache::Cache;
 pub(crate) mod guests;
 pub(crate) mod http;
 pub(crate) mod node;
+pub(crate) mod plugins;
 pub(crate) mod ports;
 pub(crate) mod proxy;
 pub(crate) mod publish;

@@ -16,6 +16,7 @@ mod groups;
 mod harness;
 mod hostile;
 mod languages;
+mod operators;
 mod outage;
 mod overtaking;
 mod plugins;
