@@ -14,7 +14,7 @@ const LEVELS: [&[&str]; 9] = [
     &["broker", "plugin"],
     &["recipients", "pipeline"],
     // Ingest and delivery: they meet only in the log, which is the broker's.
-    &["ingest", "subscription", "auth"],
+    &["ingest", "subscription", "auth", "rehearsal"],
     &["hub", "bookmarks"],
     &["sse", "watch"],
     &["server"],

@@ -5,6 +5,7 @@
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
 //! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
+//! - [`rehearsal`]: what a candidate for a plugin would have decided about past events.
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`bookmarks`]: where devices are while they have no stream, and what was read.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
@@ -53,6 +54,7 @@ pub mod pipeline;
 pub mod plugin;
 pub mod readiness;
 pub mod recipients;
+pub mod rehearsal;
 pub mod server;
 pub mod shutdown;
 pub mod sse;

@@ -51,6 +51,13 @@ pub struct PluginCacheLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginShadowLabel {
+    pub plugin: String,
+    /// `same`, `different`, `failed` (the candidate only), or `skipped` (too many waited).
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     /// A fixed word of the code.
     pub reason: &'static str,
@@ -112,6 +119,8 @@ metrics! {
     plugin_rollbacks: Family<PluginLabel, Counter> = "plugin_rollbacks";
     /// 1 while a plugin failed on so many events in a row that it is asked only now and then.
     plugin_breaker_open: Family<PluginLabel, Gauge> = "plugin_breaker_open";
+    /// Calls of plugins that a candidate beside them was asked about as well, by what it would have decided.
+    plugin_shadow_comparisons: Family<PluginShadowLabel, Counter> = "plugin_shadow_comparisons";
     /// Instances of plugins that are kept for the next event.
     plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.

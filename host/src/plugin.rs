@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 use wasmtime::component::InstancePre;
 use wasmtime::{Store, Trap};
@@ -15,6 +16,7 @@ use wasmtime::{Store, Trap};
 mod bindings;
 pub mod cache;
 mod compile;
+pub mod decided;
 mod engine;
 mod folder;
 pub mod generation;
@@ -23,6 +25,7 @@ mod log;
 pub mod registry;
 mod selection;
 pub mod settings;
+pub mod shadow;
 pub mod state;
 pub mod watcher;
 
@@ -37,6 +40,9 @@ use crate::event::{Event, Name, Plan, Priority};
 
 /// The largest file of a plugin, in bytes: components made of JavaScript have 13 MB, of Python up to 35.
 pub const MAX_FILE_BYTES: usize = 64 * 1024 * 1024;
+
+/// An event is tried this often by a plugin that fails, the last time on a fresh instance.
+pub(crate) const ATTEMPTS: u32 = 2;
 
 /// What one call of a plugin may cost.
 #[derive(Clone, Debug, PartialEq)]
@@ -120,10 +126,16 @@ impl CallError {
             Self::Rejected(_) | Self::Retry(_) => "failed",
         }
     }
+
+    /// Whether the plugin works, and this is what it says of the event: it would say so again.
+    pub const fn is_verdict(&self) -> bool {
+        matches!(self, Self::Rejected(_) | Self::Retry(_))
+    }
 }
 
 /// Which of its two exports a plugin is called by. One may have both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Role {
     Filter,
     Router,
@@ -239,6 +251,12 @@ impl Plugin {
     /// SHA-256 of the file, in hexadecimal.
     pub fn hash(&self) -> &str {
         &self.hash
+    }
+
+    /// Has its lines in the log told apart from those of the version at work.
+    fn logging_as(self, what: &str) -> Self {
+        let name = Name::parse(&format!("{} ({what})", self.name)).unwrap_or_else(|_| self.name.clone());
+        Self { log: Arc::new(GuestLog::new(name)), ..self }
     }
 
     /// Whether its code came from the cache, and was not compiled now.
@@ -384,6 +402,14 @@ impl Plugin {
             }),
             None => CallError::Refused(unfit(error)),
         }
+    }
+}
+
+/// Lets every other thread go before this one, which asks plugins about what is not urgent.
+pub(crate) fn make_unimportant() {
+    // On Linux, of this thread only.
+    if let Err(error) = rustix::process::nice(19) {
+        tracing::debug!(%error, "a thread that asks candidates is as important as others");
     }
 }
 

@@ -22,6 +22,7 @@ use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use super::bindings;
 use super::cache::Cache;
 use super::log::{GuestLog, Level, MAX_LINE};
+use super::shadow::MAX_SHADOWS;
 use crate::event::Name;
 
 /// The most plugins in a chain: the pool of instances is sized by it.
@@ -130,8 +131,9 @@ fn config(is_pooling: bool) -> Config {
     config.wasm_multi_memory(false);
     // Exceptions and shared memories are off with the crate's features `gc` and `threads`.
     if is_pooling {
-        // One instance for each plugin on each thread, and one more of each while a new version is tried.
-        let n = (MAX_PLUGINS * (Engine::n_workers() + 1)) as u32;
+        // One instance for each plugin on each thread, one more of each while a new version is tried, another while a candidate is asked about past
+        // events, and one of each candidate beside a plugin.
+        let n = (MAX_PLUGINS * (Engine::n_workers() + 2) + MAX_SHADOWS) as u32;
         let mut pool = PoolingAllocationConfig::new();
         pool.total_component_instances(n)
             .total_core_instances(n * 32)
