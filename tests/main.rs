@@ -13,6 +13,7 @@ mod demo;
 mod devices;
 mod durability;
 mod embedded;
+mod gallery;
 mod groups;
 mod harness;
 mod hostile;
