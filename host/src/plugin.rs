@@ -100,14 +100,20 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// The word for it in metrics.
+    /// Whether it is what a sound plugin says of an event, and no fault.
+    pub const fn is_verdict(&self) -> bool {
+        matches!(self, Self::Rejected(_) | Self::Retry(_))
+    }
+
+    /// The word for it in metrics; of a verdict, in decision records, too.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Deadline(_) => "deadline",
             Self::Memory(_) => "memory",
             Self::Trap(_) => "trap",
             Self::Refused(_) => "refused",
-            Self::Rejected(_) | Self::Retry(_) => "failed",
+            Self::Rejected(_) => "rejected",
+            Self::Retry(_) => "retry",
         }
     }
 }
@@ -258,7 +264,7 @@ impl Plugin {
         let answer = self.ask(&mut instance, ticking, role, call);
         instance.calls_left -= 1;
         // After a trap, an instance answers nothing any more; after a strange answer, who knows.
-        let is_sound = matches!(answer, Ok(_) | Err(CallError::Rejected(_) | CallError::Retry(_)));
+        let is_sound = answer.as_ref().err().is_none_or(CallError::is_verdict);
         if is_sound && instance.calls_left > 0 {
             *slot = Some(instance);
         }
