@@ -66,7 +66,8 @@ pub struct Retention {
     pub backlog_entries: u64,
     /// Seconds that a bookmark is kept after it was last moved (30 days); a read mark for `max_age_s` if that is longer.
     pub bookmark_age_s: u64,
-    /// Devices of a user whose bookmarks are kept (32); one more takes the place of the one that was left alone for longest.
+    /// Devices of a user whose acknowledged bookmarks are kept (32), and as many that only began; one more takes the place of the one of its
+    /// kind that was left alone for longest.
     pub devices: u32,
 }
 
@@ -485,7 +486,8 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>>;
 
     /// Puts a bookmark elsewhere and keeps it anew, if it still is what was seen of it (`None`: nothing), in one step. `false`: it is not.
-    /// One device more than [`Retention::devices`] takes the place of the one whose bookmark was left alone for longest.
+    /// One device more than [`Retention::devices`] takes the place of the one of its kind, acknowledged or only begun, whose bookmark was left
+    /// alone for longest: who merely opens streams pushes out no device that acknowledged anything.
     async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool>;
 
     /// Up to `limit` dead letters after `after`, oldest first.
