@@ -11,6 +11,7 @@ mod demo;
 mod devices;
 mod durability;
 mod embedded;
+mod greed;
 mod groups;
 mod harness;
 mod hostile;

@@ -22,7 +22,7 @@ use crate::sse;
 use crate::subscription::cursor::{Cursor, Unreadable};
 use crate::subscription::{Filter, Start};
 
-use super::{ApiError, Query, State};
+use super::{ApiError, Query, State, cors};
 
 /// What both ways of reading notifications take.
 #[derive(Debug, Default, Deserialize)]
@@ -93,11 +93,17 @@ pub(super) async fn open(
     let identity = state.auth().stream_identity(&parts)?;
     let filter = selection.filter()?;
     let is_in_sync = device.is_in_sync()?;
+    // Where a device begins is kept; a stream without one changes nothing.
+    if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
+        return Err(cors::foreign());
+    }
     let retry_ms = state.pulse().config().retry_ms;
-    let connection = parts.extensions.get::<Arc<Connection>>().cloned();
-    if connection.as_ref().is_some_and(|connection| connection.is_surplus()) {
+    if parts.extensions.get::<Arc<Connection>>().is_some_and(|connection| connection.is_surplus()) {
         return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
     }
+    let Some(seat) = state.pulse().seat() else {
+        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
+    };
     let Some(hub) = state.hub() else {
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
     };
@@ -123,8 +129,8 @@ pub(super) async fn open(
     };
     tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
     let guard = hub.open(identity.reader, start, filter);
-    let socket = connection.map(|connection| connection as Arc<dyn sse::Socket>);
-    let body = sse::Body::new(guard, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
+    let socket = parts.extensions.get::<Arc<dyn sse::Socket>>().cloned();
+    let body = sse::Body::new(guard, seat, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
     Ok(event_stream(Body::new(body)))
 }
 
