@@ -11,23 +11,28 @@
 //! - `had`: at most three ids above `low_water` that were sent before lower ones.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
-
-use bytes::Bytes;
+use std::sync::Arc;
 
 use crate::broker::{Head, PartitionNumber, Recipient};
-use crate::criteria::{Answers, Criteria, Pool};
-use crate::event::{Life, Name, Notification, NotificationId, Priority, Route, Target};
+use crate::criteria::{Criteria, Pool};
+use crate::event::{Life, Name, NotificationId, Priority, Target};
 use crate::recipients::{Moment, Reader, Way, winning_route};
 
+mod asked;
 pub mod cursor;
+mod gaps;
 mod lanes;
 mod open;
+mod record;
 pub mod replay;
 
+pub use asked::{Filter, Start};
+pub use gaps::{Gap, GapReason};
 pub use open::OpenStream;
+pub use record::{Record, Rendered};
 
 use cursor::{Cursor, MAX_HAD, Position};
+use gaps::Gaps;
 use lanes::{Lanes, Waiting};
 
 /// Replay takes no more of a partition while so many wait; live notices beyond four times that send the partition back to replay.
@@ -36,125 +41,6 @@ pub const WINDOW: usize = if cfg!(test) { 4 } else { 64 };
 const MAX_LIVE: usize = 4 * WINDOW;
 /// The same bound in bytes of records, over all partitions.
 const MAX_BYTES: usize = 1024 * 1024;
-/// The most gaps that wait to be announced; more are joined into one.
-const MAX_GAPS: usize = 8;
-
-/// What is written of a record by one route, but for the target that reached the recipient: it goes between the two.
-#[derive(Debug)]
-pub struct Rendered {
-    pub before_target: Bytes,
-    pub after_target: Bytes,
-}
-
-/// A record as a node holds it: parsed once, rendered once for each route that wins, its conditions decided once for streams with equal
-/// attributes; shared by all.
-#[derive(Debug)]
-pub struct Record {
-    notification: Notification,
-    frames: Box<[OnceLock<Rendered>]>,
-    /// What each route's condition said.
-    answers: Box<[Answers]>,
-    n_bytes: usize,
-}
-
-impl Record {
-    /// Reads a stored record.
-    ///
-    /// # Errors
-    /// If it is none: written by a newer version, or by somebody else.
-    pub fn parse(stored: &[u8]) -> serde_json::Result<Self> {
-        let notification: Notification = serde_json::from_slice(stored)?;
-        let frames = notification.plan.routes.iter().map(|_| OnceLock::new()).collect();
-        let answers = notification.plan.routes.iter().map(|_| Answers::default()).collect();
-        Ok(Self { notification, frames, answers, n_bytes: stored.len() })
-    }
-
-    pub fn notification(&self) -> &Notification {
-        &self.notification
-    }
-
-    /// The size of the stored record.
-    pub fn n_bytes(&self) -> usize {
-        self.n_bytes
-    }
-
-    /// # Panics
-    /// If the plan has no such route.
-    pub fn route(&self, index: usize) -> &Route {
-        &self.notification.plan.routes[index]
-    }
-
-    /// What `render` made of this route the first time.
-    pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Rendered) -> &Rendered {
-        self.frames[route].get_or_init(|| render(self))
-    }
-}
-
-/// Where a stream begins.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// Where this client left off.
-    Cursor(Cursor),
-    /// With what is committed from now on.
-    Latest,
-    /// With everything that is still kept.
-    Earliest,
-    /// With what was committed since this moment, in milliseconds since the Unix epoch.
-    Since(u64),
-    /// As [`Start::Latest`], but the client named a place that nobody knows, and is told so.
-    Unknown,
-}
-
-/// What a client wants to see of what is its.
-#[derive(Clone, Debug, Default)]
-pub struct Filter {
-    /// Event types, exact or ending in `*`; empty means all.
-    pub types: Vec<String>,
-    pub min_priority: Option<Priority>,
-}
-
-impl Filter {
-    /// Whether it leaves out nothing.
-    pub fn is_all(&self) -> bool {
-        self.types.is_empty() && self.min_priority.is_none()
-    }
-
-    fn passes(&self, notification: &Notification, route: &Route) -> bool {
-        let kind = notification.event.kind.as_str();
-        let is_type = |pattern: &String| pattern.strip_suffix('*').map_or(pattern == kind, |prefix| kind.starts_with(prefix));
-        (self.types.is_empty() || self.types.iter().any(is_type)) && self.min_priority.is_none_or(|min| route.priority >= min)
-    }
-}
-
-/// Why history is not whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GapReason {
-    /// It no longer reaches back that far.
-    Trimmed,
-    /// The broker lost a tail in a fail-over, or is another one; what follows may repeat.
-    Rewound,
-    /// The client named a place that nobody knows; it gets what comes from now on.
-    Unknown,
-}
-
-impl GapReason {
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Trimmed => "trimmed",
-            Self::Rewound => "rewound",
-            Self::Unknown => "unknown",
-        }
-    }
-}
-
-/// A stretch of history, above `from` up to `to`, of which something may be missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Gap {
-    pub partition: PartitionNumber,
-    pub reason: GapReason,
-    pub from: NotificationId,
-    pub to: NotificationId,
-}
 
 /// What is to be written next.
 #[derive(Debug)]
@@ -233,7 +119,7 @@ pub struct Subscription {
     lanes: Lanes,
     /// Urgent ones that go ahead of a replay; their ids lie above `seen`.
     ahead: VecDeque<Waiting>,
-    gaps: VecDeque<Gap>,
+    gaps: Gaps,
     is_cursor_due: bool,
     /// The broker's clock less this node's, in milliseconds.
     clock_offset_ms: i64,
@@ -273,7 +159,7 @@ impl Subscription {
             had,
             lanes: Lanes::default(),
             ahead: VecDeque::new(),
-            gaps: VecDeque::new(),
+            gaps: Gaps::default(),
             is_cursor_due: true,
             clock_offset_ms: 0,
         }
@@ -436,14 +322,7 @@ impl Subscription {
             return;
         }
         at.has_gap = true;
-        let is_full = self.gaps.len() >= MAX_GAPS;
-        match self.gaps.iter_mut().find(|known| known.partition == gap.partition && known.reason == gap.reason) {
-            Some(known) if is_full => {
-                known.from = known.from.min(gap.from);
-                known.to = known.to.max(gap.to);
-            }
-            _ => self.gaps.push_back(gap),
-        }
+        self.gaps.push(gap);
     }
 
     /// The ids that a cursor says were had and whose records have not been read since.
@@ -470,9 +349,9 @@ impl Subscription {
     fn judge_at(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Option<Way> {
         let moment = Moment { partition, id, now_ms };
         let attributes = &self.recipient.attributes;
-        let holds = |route: usize, criteria: &Criteria| record.answers[route].of(attributes, || criteria.hold(attributes));
-        let way = winning_route(&record.notification.plan, self.user(), &self.recipient, moment, holds)?;
-        self.filter.passes(&record.notification, record.route(way.route)).then_some(way)
+        let holds = |route: usize, criteria: &Criteria| record.holds(route, criteria, attributes);
+        let way = winning_route(&record.notification().plan, self.user(), &self.recipient, moment, holds)?;
+        self.filter.passes(record.notification(), record.route(way.route)).then_some(way)
     }
 
     /// Decides about one notification: skipped, judged away, or queued. Ids of a partition must come in ascending order.
@@ -648,7 +527,7 @@ impl Subscription {
         if !self.has_begun() {
             return None;
         }
-        if let Some(gap) = self.gaps.pop_front() {
+        if let Some(gap) = self.gaps.pop() {
             self.is_cursor_due = true;
             return Some(Next::Gap(gap));
         }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::criteria::Pool;
-use crate::event::{EntryId, Event, Plan, Position as EntryPosition};
+use crate::event::{EntryId, Event, Notification, Plan, Position as EntryPosition, Route};
 
 /// What may happen next; the numbers choose among what is possible at the time.
 #[derive(Clone, Debug)]
