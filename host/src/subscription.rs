@@ -89,18 +89,20 @@ struct Partition {
     has_gap: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Collapse {
-    /// The record has not been read since the cursor named the id.
-    Unknown,
-    Known(Option<Name>),
-}
-
 #[derive(Clone, Debug)]
 struct Had {
     partition: PartitionNumber,
     id: NotificationId,
-    collapse: Collapse,
+    /// The key under which it was sent, if it has one; all under which it may have been sent, where only the cursor knows that it was. `None`:
+    /// the record has not been read since.
+    collapse: Option<Vec<Name>>,
+}
+
+impl Had {
+    /// Whether an older notification with this key is superfluous.
+    fn supersedes(&self, older: NotificationId, key: &Name) -> bool {
+        self.id > older && self.collapse.as_ref().is_some_and(|keys| keys.contains(key))
+    }
 }
 
 /// See the head of this file.
@@ -146,7 +148,7 @@ impl Subscription {
         let had: &[_] = if let Start::Cursor(cursor) = &start { &cursor.had } else { &[] };
         // A partition that was taken out of the configuration has nothing to say any more.
         let had = had.iter().filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
-        let had = had.map(|&(partition, id)| Had { partition, id, collapse: Collapse::Unknown }).collect();
+        let had = had.map(|&(partition, id)| Had { partition, id, collapse: None }).collect();
         Self {
             partitions,
             reader: reader.into(),
@@ -327,19 +329,30 @@ impl Subscription {
 
     /// The ids that a cursor says were had and whose records have not been read since.
     pub fn had_unknown(&self, partition: PartitionNumber) -> Vec<NotificationId> {
-        self.had.iter().filter(|had| had.partition == partition && had.collapse == Collapse::Unknown).map(|had| had.id).collect()
+        self.had.iter().filter(|had| had.partition == partition && had.collapse.is_none()).map(|had| had.id).collect()
     }
 
     /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
-    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>) {
-        let key = record.and_then(|record| {
-            // As when it was sent: that it has expired since does not bring back the states that it made superfluous.
-            let way = self.judge_at(partition, id, record, 0)?;
-            record.route(way.route).collapse.clone()
-        });
+    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>, node_now_ms: u64) {
+        let keys = record.map(|record| self.keys_until_now(partition, id, record, self.broker_now(node_now_ms))).unwrap_or_default();
         if let Some(had) = self.had.iter_mut().find(|had| had.partition == partition && had.id == id) {
-            had.collapse = Collapse::Known(key);
+            had.collapse = Some(keys);
         }
+    }
+
+    /// The collapse keys of the routes that have won for this reader at some time up to now, one after another as they expired. That one has
+    /// expired since does not bring back the states that it made superfluous.
+    fn keys_until_now(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Vec<Name> {
+        let (mut keys, mut at_ms) = (Vec::new(), 0);
+        while let Some(way) = self.judge_at(partition, id, record, at_ms) {
+            let route = record.route(way.route);
+            keys.extend(route.collapse.clone());
+            match route.expires_ms {
+                Some(expires_ms) if expires_ms <= now_ms => at_ms = expires_ms,
+                _ => break,
+            }
+        }
+        keys
     }
 
     fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<Way> {
@@ -374,13 +387,13 @@ impl Subscription {
         let (partition, id) = (waiting.partition, waiting.id);
         let mine = self.had.iter().filter(|had| had.partition == partition);
         let is_had = mine.clone().any(|had| had.id == id);
-        if let Some(key) = waiting.collapse().cloned() {
-            let key = Some(key);
-            if mine.clone().any(|had| had.id > id && had.collapse == Collapse::Known(key.clone())) {
+        if let Some(key) = waiting.collapse() {
+            let is_this_state = |other: &Waiting| other.partition == partition && other.collapse() == Some(key);
+            if mine.clone().any(|had| had.supersedes(id, key)) || self.lanes.any(|newer| newer.id > id && is_this_state(newer)) {
                 return;
             }
             // The later state makes the earlier one superfluous, also when the later one has been sent already.
-            self.lanes.retain(|older| older.partition != partition || older.collapse() != key.as_ref());
+            self.lanes.retain(|older| !is_this_state(older));
         }
         if !is_had {
             self.lanes.push(waiting);
@@ -536,9 +549,7 @@ impl Subscription {
             return Some(Next::Cursor);
         }
         let now_ms = self.broker_now(node_now_ms);
-        if self.lanes.expire(now_ms) {
-            self.advance_all();
-        }
+        self.expire(now_ms);
         self.ahead.retain(|waiting| !waiting.is_expired(now_ms));
         // What a replay has come by goes first: its ids are lower.
         if let Some(first) = self.ahead.front()
@@ -562,8 +573,22 @@ impl Subscription {
         Some(waiting.into_next())
     }
 
+    /// Takes out what has expired. Where another route still reaches the reader, it waits on by that one, in its place.
+    fn expire(&mut self, now_ms: u64) {
+        let expired = self.lanes.take_expired(now_ms);
+        if expired.is_empty() {
+            return;
+        }
+        for Waiting { partition, id, record, .. } in expired {
+            if let Some(way) = self.judge_at(partition, id, &record, now_ms) {
+                self.queue(Waiting { partition, id, record, way });
+            }
+        }
+        self.advance_all();
+    }
+
     fn remember(&mut self, waiting: &Waiting) {
-        let collapse = Collapse::Known(waiting.collapse().cloned());
+        let collapse = Some(waiting.collapse().cloned().into_iter().collect());
         self.had.push(Had { partition: waiting.partition, id: waiting.id, collapse });
     }
 

@@ -18,7 +18,7 @@ pub struct Rendered {
 /// attributes; shared by all.
 #[derive(Debug)]
 pub struct Record {
-    pub(super) notification: Notification,
+    notification: Notification,
     frames: Box<[OnceLock<Rendered>]>,
     /// What each route's condition said.
     answers: Box<[Answers]>,
