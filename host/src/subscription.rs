@@ -550,7 +550,6 @@ impl Subscription {
         }
         let now_ms = self.broker_now(node_now_ms);
         self.expire(now_ms);
-        self.ahead.retain(|waiting| !waiting.is_expired(now_ms));
         // What a replay has come by goes first: its ids are lower.
         if let Some(first) = self.ahead.front()
             && self.had.len() < MAX_HAD
@@ -575,6 +574,15 @@ impl Subscription {
 
     /// Takes out what has expired. Where another route still reaches the reader, it waits on by that one, in its place.
     fn expire(&mut self, now_ms: u64) {
+        if self.ahead.iter().any(|waiting| waiting.is_expired(now_ms)) {
+            // What is urgent no longer, the replay will come by.
+            let again = |this: &Self, waiting: Waiting| {
+                let way = this.judge_at(waiting.partition, waiting.id, &waiting.record, now_ms)?;
+                (waiting.record.route(way.route).priority == Priority::Urgent).then_some(Waiting { way, ..waiting })
+            };
+            let ahead = std::mem::take(&mut self.ahead);
+            self.ahead = ahead.into_iter().filter_map(|waiting| again(self, waiting)).collect();
+        }
         let expired = self.lanes.take_expired(now_ms);
         if expired.is_empty() {
             return;

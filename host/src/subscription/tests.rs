@@ -144,11 +144,11 @@ enum Received {
         event: u64,
         priority: Priority,
         key: Option<Name>,
+        /// By one of its routes it has a key.
+        is_state: bool,
     },
     /// What lies above this id may come again.
-    Rewound {
-        from: u64,
-    },
+    Rewound { from: u64 },
 }
 
 /// A partition, and what the node knows of it.
@@ -337,7 +337,8 @@ impl World {
                     let winner = holding.max_by_key(|(_, route)| route.priority).map(|(n, _)| n);
                     assert_eq!(Some(way.route), winner, "{id:?} of {record:?} at {}", self.now_ms);
                     let (priority, key) = (*priority, collapse.clone());
-                    self.place(partition.0).received.push(Received::Event { id: id.0, event: event_of(&record), priority, key });
+                    let is_state = routes(&record).iter().any(|route| route.collapse.is_some());
+                    self.place(partition.0).received.push(Received::Event { id: id.0, event: event_of(&record), priority, key, is_state });
                 }
                 Next::Gap(gap) => {
                     assert_eq!(gap.reason, GapReason::Rewound, "nothing was trimmed");
@@ -450,12 +451,13 @@ impl Place {
                     had.retain(|_, id| *id <= *from);
                     before.clear();
                 }
-                Received::Event { id, event, priority, key } => {
+                Received::Event { id, event, priority, key, is_state } => {
                     assert!(had.insert(*event, *id).is_none(), "{id} came twice: {received:?}");
                     ever.insert(*event);
                     for (earlier, early, early_key) in before.iter().filter(|(earlier, ..)| earlier > id) {
-                        // Only what is more urgent may have come first. An id with a key may come back late, but never after its successor.
-                        assert!(early > priority || key.is_some(), "{earlier} came before {id}: {received:?}");
+                        // Only what is more urgent may have come first. An id with a key may come back late, also by a route without one,
+                        // but never after its successor.
+                        assert!(early > priority || *is_state, "{earlier} came before {id}: {received:?}");
                         assert!(key.is_none() || key != *early_key, "the older state {id} came after {earlier}: {received:?}");
                     }
                     before.push((*id, *priority, key));
@@ -595,6 +597,24 @@ fn what_expires_by_one_route_still_comes_by_another() {
         assert!(matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect), "{expect}");
     }
     assert_eq!(subscription.marks(P).0, NotificationId(66));
+}
+
+/// The first one waits to go ahead by a route that expires; by the other one it is as urgent as what follows.
+#[test]
+fn what_was_about_to_go_ahead_by_a_route_that_expires_goes_ahead_by_another() {
+    let mut subscription = overflowed(100);
+    let urgent = Priority::Urgent as usize;
+    let both = record_of(110, [route(urgent, 9, Some(1_000)), route(urgent, 9, None)]);
+    let passing = record_of(115, [route(urgent, 9, Some(1_000)), route(Priority::Low as usize, 9, None)]);
+    for (id, record) in [(110, both), (115, passing)] {
+        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+    }
+    assert_eq!(subscription.ahead.len(), 3);
+    subscription.begin(P, &head(&[(1, 0)], 115), 0);
+    for expect in [100, 110] {
+        assert!(matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect), "{expect}");
+    }
+    assert!(subscription.next(2_000).is_none(), "the third is left to the replay");
 }
 
 /// A stream that ends before it began has no place to come back to in some partition, and with a cursor that does not name it would begin there anew.
