@@ -183,7 +183,17 @@ fn a_body_keeps_the_digits_of_numbers_as_they_were_written() {
     let mut event = event("t").build();
     event.data = Payload::Json(payload.to_owned());
     let body = json!([
-        "{/id}", "{/price}", "{/lines}", "{/lines/0/n}", "{/lines/1}", "{/lines/2}", "{/lines/01}", "{/lines/n}", "{/a~1b/~0}", "{/a}", "{/id/x}"
+        "{/id}",
+        "{/price}",
+        "{/lines}",
+        "{/lines/0/n}",
+        "{/lines/1}",
+        "{/lines/2}",
+        "{/lines/01}",
+        "{/lines/n}",
+        "{/a~1b/~0}",
+        "{/a}",
+        "{/id/x}"
     ]);
     let rules: Rules = configure(json!({ "rules": [{"to": {"user": "a"}, "body": body}] })).unwrap();
     let route = rules.resolve(&event).unwrap().pop().unwrap();
