@@ -297,7 +297,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_head_of_32_kib_is_read_and_one_without_an_end_is_not() {
-        let routes = axum::Router::new().route("/", get(|request: Request<Body>| async move { request.headers()["cookie"].len().to_string() }));
+        let routes =
+            axum::Router::new().route("/", get(|request: Request<Body>| async move { request.headers()["cookie"].len().to_string() }));
         let (address, ..) = start(bounds(10, Duration::from_secs(60)), routes);
         for (n_bytes, status, text) in [(32 * 1024, "HTTP/1.1 200", "\r\n32768"), (64 * 1024, "HTTP/1.1 431", "")] {
             let mut stream = TcpStream::connect(address).await.unwrap();
