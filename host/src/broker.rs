@@ -217,6 +217,9 @@ pub struct Decision {
     pub event_type: String,
     /// In the order in which the plugins ran.
     pub verdicts: Vec<Verdict>,
+    /// Why it was dead-lettered, whoever said so: also where no plugin was asked. Empty for every other outcome.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
     /// The clock that plugins were shown, in milliseconds since the Unix epoch.
     pub clock_ms: u64,
 }
@@ -226,7 +229,7 @@ pub struct Decision {
 pub struct Verdict {
     pub plugin: String,
     pub generation: u64,
-    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (its types do not match), or `failed`.
+    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (its types do not match), `rejected` and `retry` (it says so itself), or `failed`.
     pub verdict: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
@@ -415,6 +418,8 @@ pub struct PartitionState {
 /// One line of a start-up check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
+    /// What was checked, in a word: no two of one check have the same.
+    pub name: &'static str,
     pub severity: Severity,
     /// What is wrong and how to mend it, in one line.
     pub text: String,

@@ -377,7 +377,9 @@ impl Worker {
         let plugin = plugin.name().to_string();
         match generation.on_failure {
             // The policy is for plugins that do not work.
-            _ if error.is_verdict() => Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: matches!(error, CallError::Retry(_)) }),
+            _ if error.is_verdict() => {
+                Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: matches!(error, CallError::Retry(_)) })
+            }
             OnFailure::DeadLetter => Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: false }),
             OnFailure::Skip => Asked::Passed,
             OnFailure::Drop => Asked::Over(Resolution::Discarded { plugin, reason: format!("the plugin failed: {reason}") }),
