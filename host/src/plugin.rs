@@ -4,6 +4,7 @@
 //! is thrown away, and the next call has a fresh one. Calls are synchronous and belong on threads of their own, never on an async executor.
 //! Which plugins there are, and in which version, is [`registry`]'s business, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,6 +76,14 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct LoadError(String);
+
+/// Whether the folder of plugins can be read.
+///
+/// # Errors
+/// One line that names it, with the fix.
+pub fn check_folder(dir: &Path) -> Result<(), String> {
+    folder::look(dir).map(drop)
+}
 
 /// Why a call has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
