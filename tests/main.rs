@@ -3,19 +3,23 @@
 #![expect(clippy::print_stderr, reason = "what a test says of itself, such as its seed, belongs on standard error")]
 
 mod architecture;
+mod candidates;
 mod clients;
 mod commands;
+mod compiled;
 mod conformance;
 mod decisions;
 mod demo;
 mod devices;
 mod durability;
 mod embedded;
+mod gallery;
 mod greed;
 mod groups;
 mod harness;
 mod hostile;
 mod languages;
+mod operators;
 mod outage;
 mod overtaking;
 mod plugins;

@@ -1,138 +1,27 @@
 //! The files of plugins change under a running node: each event is decided by one version, and that is the newest one that is any good.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pointsman::event::{EntryId, Event};
 use pointsman::metrics::Metrics;
 use pointsman::pipeline::{Pipeline, Resolution};
-use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use pointsman::plugin::watcher::Watcher;
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use serde_json::json;
 
-use crate::harness::eventually;
 use crate::harness::guests::versioned;
-use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::node::{Node, SOON};
+use crate::harness::plugins::{Plugins, Site, by, generations, hash, n_loads};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
-use crate::harness::sse::Stream;
-
-/// A folder of plugins that a test changes.
-struct Plugins(Folder);
-
-impl Plugins {
-    fn new(files: &[(&str, Vec<u8>)]) -> Self {
-        let plugins = Self(Folder::new());
-        fs::create_dir(plugins.dir()).unwrap();
-        for (file, bytes) in files {
-            plugins.replace(file, bytes);
-        }
-        plugins
-    }
-
-    fn dir(&self) -> PathBuf {
-        self.0.path().join("plugins")
-    }
-
-    fn path(&self, file: &str) -> PathBuf {
-        self.dir().join(file)
-    }
-
-    /// In one step, as a careful deployment does.
-    fn replace(&self, file: &str, bytes: &[u8]) {
-        let draft = self.path(&format!(".{file}"));
-        fs::write(&draft, bytes).unwrap();
-        fs::rename(draft, self.path(file)).unwrap();
-    }
-
-    fn remove(&self, file: &str) {
-        fs::remove_file(self.path(file)).unwrap();
-    }
-}
-
-/// A node with a stream of user 7, to whom `versioned` says who decided.
-struct Site {
-    node: Node,
-    stream: Stream,
-    n_events: u32,
-}
-
-impl Site {
-    fn new(plugins: &Plugins) -> Self {
-        let node = Node::builder().plugins(plugins.dir()).start();
-        Self { stream: node.stream("7"), node, n_events: 0 }
-    }
-
-    /// Publishes an event, and answers its id.
-    fn publish(&mut self) -> String {
-        self.n_events += 1;
-        let id = format!("e{}", self.n_events);
-        self.node.publisher().publish(&[event(&id, "t", json!({"user": "7"}))]);
-        id
-    }
-
-    /// Which version tells user 7 of the next event, and which plugins had a say in which generation.
-    fn next_decision(&mut self) -> (u64, Vec<(String, u64)>) {
-        let id = self.publish();
-        self.decision(&id)
-    }
-
-    /// As [`Site::next_decision`], of an event that was published before.
-    fn decision(&mut self, id: &str) -> (u64, Vec<(String, u64)>) {
-        let notification = self.stream.next_notification(SOON);
-        assert_eq!(notification.id, id);
-        (notification.data["version"].as_u64().unwrap(), deciders(&self.node, id))
-    }
-
-    fn await_loads(&self, plugin: &str, outcome: &str, n: u32) {
-        await_loads(&self.node, plugin, outcome, n);
-    }
-
-    /// Waits until the page on readiness is as wished, and answers it.
-    fn await_ready(&self, status: u16, wish: impl Fn(&str) -> bool) -> String {
-        eventually(SOON, "readiness as wished", || {
-            let answer = self.node.admin("/readyz");
-            (answer.status == status && wish(&answer.body)).then_some(answer.body)
-        })
-    }
-}
-
-fn n_loads(node: &Node, plugin: &str, outcome: &str) -> f64 {
-    node.metric(&format!("pointsman_plugin_loads_total{{plugin=\"{plugin}\",outcome=\"{outcome}\"}}"))
-}
-
-fn await_loads(node: &Node, plugin: &str, outcome: &str, n: u32) {
-    eventually(SOON, &format!("{plugin} {outcome} {n} times"), || (n_loads(node, plugin, outcome) >= f64::from(n)).then_some(()));
-    assert_eq!(n_loads(node, plugin, outcome), f64::from(n));
-}
-
-/// Which plugins had a say in an event that was decided, in their order and generation.
-fn deciders(node: &Node, event_id: &str) -> Vec<(String, u64)> {
-    let decisions = node.admin(&format!("/v1/decisions?event_id={event_id}")).json();
-    let [decision] = decisions.as_array().unwrap().as_slice() else { panic!("{event_id} has {decisions}") };
-    generations(decision)
-}
-
-fn generations(decision: &Value) -> Vec<(String, u64)> {
-    let verdicts = decision["verdicts"].as_array().unwrap().iter();
-    verdicts.map(|verdict| (verdict["plugin"].as_str().unwrap().to_owned(), verdict["generation"].as_u64().unwrap())).collect()
-}
-
-fn by(plugin: &str, generation: u64) -> (String, u64) {
-    (plugin.to_owned(), generation)
-}
-
-fn hash(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
-}
+use crate::harness::{engine, eventually};
 
 #[test]
 fn a_new_version_takes_over_between_two_events() {
@@ -306,12 +195,13 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
     assert_eq!(publish("e2"), 2);
 }
 
-/// In this process, as no other can see it: no thread, and no snapshot, keeps the code of a version that no longer decides.
+/// In this process, as no other can see it: no thread, and no snapshot, keeps the code of a version that no longer decides; the one before
+/// the present one is kept by the registry, to go back to.
 #[tokio::test]
 async fn nothing_keeps_a_version_that_was_replaced() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
-    let config = Config { dir: Some(plugins.dir()), ..Config::default() };
-    let registry = Arc::new(Registry::load(Engine::new().unwrap(), config, Metrics::default()).unwrap());
+    let config = Config { dir: Some(plugins.dir()), ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap() };
+    let registry = Arc::new(Registry::load(engine(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
     let _watcher = Watcher::start(Arc::clone(&registry)).unwrap();
     let published = json!({"id": "e", "source": "/tests", "type": "t", "user": "7"}).to_string();
@@ -319,8 +209,11 @@ async fn nothing_keeps_a_version_that_was_replaced() {
     let evaluations = pipeline.evaluate(batch, 1).await.unwrap();
     assert!(evaluations.iter().all(|evaluation| matches!(evaluation.resolution, Resolution::Planned(_))));
     let replaced = Arc::downgrade(&registry.chain().routers[0]);
-    plugins.replace("versioned.wasm", &versioned(2));
-    pipeline.changes().wait_for(|now| now.chain.routers[0].number == 2).await.unwrap();
+    for version in 2..=3 {
+        assert!(replaced.upgrade().is_some());
+        plugins.replace("versioned.wasm", &versioned(version));
+        pipeline.changes().wait_for(|now| now.chain.routers[0].number == u64::from(version)).await.unwrap();
+    }
     pipeline.give_back_retired();
     eventually(SOON, "the first version is dropped", || replaced.upgrade().is_none().then_some(()));
 }
@@ -389,4 +282,106 @@ fn many_reloads_under_load_lose_and_double_nothing() {
     assert_eq!(node.metric("pointsman_events_total{outcome=\"committed\"}"), n_events as f64);
     assert_eq!(node.metric("pointsman_events_total"), n_events as f64);
     assert_eq!((n_loads(&node, "versioned", "loaded"), n_loads(&node, "versioned", "failed")), (f64::from(RELOADS + 1), 0.0));
+}
+
+/// Two versions take turns, uploaded one after the other as fast as they are taken, under all the load that one user's stream can be given.
+#[test]
+fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_and_memory_stays() {
+    const RELOADS: u64 = 1_000;
+    const EVENTS: usize = 50_000;
+    /// So many for each reload: events and reloads keep pace with each other.
+    const BATCH: usize = EVENTS / RELOADS as usize;
+    const RECORDS: usize = 17_000;
+
+    // What the broker keeps of the events is not this process's.
+    let server = RedisServer::start();
+    let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
+    let node = Node::builder().redis(server.url()).plugins(plugins.dir()).start();
+    let follower = node.follower("7");
+    // A node keeps some thousand records for streams that replay. They are bounded, and not what is measured: there are as many before.
+    for first in (0..RECORDS).step_by(500) {
+        let batch: Vec<_> = (first..first + 500).map(|n| event(&format!("before{n}"), "t", json!({"user": "7"}))).collect();
+        node.publisher().publish(&batch);
+        follower.look(SOON, "they are told", |record| record.notifications.len() >= first + 500);
+    }
+    drop(follower.take_notifications());
+    // Generation n is of version 1 if n is odd, else of version 2.
+    let files = [versioned(2), versioned(1)];
+    let n_told = || {
+        let mut n = 0;
+        follower.look(SOON, "the record", |record| {
+            n = record.notifications.len();
+            true
+        });
+        n
+    };
+    let mut decided: BTreeMap<String, u64> = BTreeMap::new();
+    let mut note_decisions = |node: &Node| {
+        for decision in node.admin("/v1/decisions?limit=500").json().as_array().unwrap() {
+            let [(ref plugin, generation)] = generations(decision)[..] else { panic!("it does not name one generation: {decision}") };
+            assert!(plugin == "versioned" && decision["outcome"] == "committed", "{decision}");
+            if decision["event_id"].as_str().is_some_and(|id| id.starts_with("before")) {
+                continue;
+            }
+            let id = decision["event_id"].as_str().unwrap().to_owned();
+            assert_eq!(*decided.entry(id).or_insert(generation), generation, "{decision}");
+        }
+    };
+    let n_reloads = AtomicU64::new(0);
+    let (after_50, at_the_end) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let publisher = node.publisher();
+            for first in (0..EVENTS).step_by(BATCH) {
+                let batch: Vec<_> = (first..first + BATCH).map(|n| event(&format!("e{n}"), "t", json!({"user": "7"}))).collect();
+                publisher.publish(&batch);
+                // A few batches ahead of the reloads, so that each meets some on their way.
+                eventually(Duration::from_secs(60), "reloads keep pace", || {
+                    (n_reloads.load(Ordering::SeqCst) + 3 >= (first / BATCH) as u64).then_some(())
+                });
+            }
+        });
+        let reload = || {
+            let mut after_50 = 0;
+            for n in 0..RELOADS {
+                follower.look(Duration::from_secs(60), "events flow", |record| record.notifications.len() + BATCH >= n as usize * BATCH);
+                let answer = node.order("PUT", "/v1/plugins/versioned", &[], &files[n as usize % 2]);
+                assert_eq!((answer.status, &answer.json()["generation"]), (200, &json!(n + 2)));
+                note_decisions(&node);
+                n_reloads.store(n + 1, Ordering::SeqCst);
+                if n % 100 == 50 {
+                    eprintln!("RSS {n} {}", node.memory_kib());
+                }
+                if n == 50 {
+                    after_50 = node.memory_kib();
+                }
+            }
+            (after_50, node.memory_kib())
+        };
+        // The publisher ends even if this fails.
+        let reloaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
+        n_reloads.store(RELOADS, Ordering::SeqCst);
+        reloaded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    eventually(Duration::from_secs(60), "all events are told", || (n_told() >= EVENTS).then_some(()));
+    note_decisions(&node);
+    let told = follower.stop().notifications;
+    assert!(told.iter().map(|told| told.id.clone()).eq((0..EVENTS).map(|n| format!("e{n}"))), "none lost, none doubled, in order");
+    let mut before = 0;
+    for told in &told {
+        let version = told.data["version"].as_u64().unwrap();
+        if let Some(generation) = decided.get(&told.id) {
+            assert_eq!(version, 2 - generation % 2, "{} was decided by generation {generation}", told.id);
+            assert!(*generation >= before, "{}: generation {generation} after {before}", told.id);
+            before = *generation;
+        }
+    }
+    let n_generations = decided.values().collect::<BTreeSet<_>>().len();
+    assert!(
+        decided.len() > EVENTS / 2 && n_generations > RELOADS as usize / 2,
+        "{} decisions of {n_generations} generations",
+        decided.len()
+    );
+    assert_eq!(node.metric("pointsman_events_total{outcome=\"committed\"}"), (RECORDS + EVENTS) as f64);
+    assert_eq!(node.metric("pointsman_events_total"), (RECORDS + EVENTS) as f64);
+    assert!(at_the_end * 10 <= after_50 * 11, "{after_50} KiB after 50 reloads, {at_the_end} after all");
 }

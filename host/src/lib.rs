@@ -5,6 +5,7 @@
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
 //! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
+//! - [`rehearsal`]: what a candidate for a plugin would have decided about past events.
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`bookmarks`]: where devices are while they have no stream, and what was read.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
@@ -13,6 +14,7 @@
 //!
 //! [`run`] wires them and stops them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -29,6 +31,7 @@ use crate::ingest::Ingest;
 use crate::metrics::Metrics;
 use crate::pipeline::Pipeline;
 use crate::plugin::Engine;
+use crate::plugin::cache::Cache;
 use crate::plugin::registry::Registry;
 use crate::plugin::watcher::Watcher;
 use crate::readiness::Readiness;
@@ -51,6 +54,7 @@ pub mod pipeline;
 pub mod plugin;
 pub mod readiness;
 pub mod recipients;
+pub mod rehearsal;
 pub mod server;
 pub mod shutdown;
 pub mod sse;
@@ -109,7 +113,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`].
 pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _ } = config;
+    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _, origin } = config;
     let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
     // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
     let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
@@ -134,6 +138,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
+    let cache_folder = plugins.cache_folder(if let BrokerChoice::Data(data) = &broker { Some(data) } else { None });
     // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
     let reached = async {
         let broker = open(&broker, &sources, &retention, &readiness).await?;
@@ -143,9 +148,13 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         Ok(broker)
     };
     let loaded = async {
-        let (pipeline, watcher) = start_plugins(plugins, node.allow_no_plugins, &metrics).await?;
+        let (pipeline, watcher) = start_plugins(plugins, cache_folder, node.allow_no_plugins, &metrics).await?;
         state.set_pipeline(pipeline.clone());
         shutdown.spawn(watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
+        if let Some(origin) = origin {
+            let registry = Arc::clone(pipeline.registry());
+            shutdown.spawn(config::reload::follow(origin, registry, readiness.clone(), shutdown.clone()));
+        }
         anyhow::Ok((pipeline, watcher))
     };
     let started = tokio::select! {
@@ -179,11 +188,16 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
 /// Loads the plugins, starts their threads, and watches their folder.
 async fn start_plugins(
     plugins: plugin::settings::Config,
+    cache_folder: Option<PathBuf>,
     allow_none: bool,
     metrics: &Metrics,
 ) -> anyhow::Result<(Pipeline, Option<Watcher>)> {
     let counting = metrics.clone();
-    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, plugins, counting)).await;
+    let load = move || {
+        let cache = cache_folder.and_then(|folder| Cache::open_if_safe(&folder, counting.clone()));
+        Registry::load(Engine::with_cache(cache)?, plugins, counting)
+    };
+    let registry = tokio::task::spawn_blocking(load).await;
     let registry = Arc::new(registry.context("loading the plugins panicked")??);
     let pipeline =
         Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone()).context("cannot start the threads of the plugins")?;

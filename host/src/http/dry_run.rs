@@ -72,7 +72,7 @@ pub(super) async fn try_out(
     broker: &dyn Broker,
     events: Vec<Result<(Event, PartitionNumber), Malformed>>,
 ) -> Result<Vec<Trial>, ApiError> {
-    let pipeline = state.pipeline.get().ok_or_else(|| ApiError::away("the plugins of this node are still being loaded"))?;
+    let pipeline = state.pipeline()?;
     let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
     let mut trials = Vec::with_capacity(events.len());
     let (mut tried, mut places) = (Vec::new(), Vec::new());
@@ -86,7 +86,7 @@ pub(super) async fn try_out(
             }
         }
     }
-    let evaluations = pipeline.evaluate(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
+    let evaluations = pipeline.try_out(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
     for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
         trials[place] = Trial::Tried(Box::new(judge(broker, partition, evaluation, now_ms).await?));
     }

@@ -5,17 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Limits;
+use super::health::Tolerance;
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
 ///
-/// A plugin called `dir` or `order` cannot be configured.
+/// A plugin called `dir`, `order` or `cache` cannot be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Config {
     /// The folder whose `.wasm` files are the plugins; it is watched (none).
@@ -23,9 +24,28 @@ pub struct Config {
     pub dir: Option<PathBuf>,
     /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).
     pub order: Vec<String>,
+    /// Where compiled plugins are kept for the next start, in a folder of this user alone; `false` or `""`: nowhere (`plugins` in the folder of
+    /// `broker.data`; without one, `pointsman` in `$XDG_CACHE_HOME` or `~/.cache`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
     /// `[plugins.<name>]`.
     #[serde(flatten)]
     pub plugins: BTreeMap<String, Settings>,
+}
+
+impl Config {
+    /// The folder of compiled plugins; `None`: there is no use for one, or no place. `data`: the folder of the embedded broker.
+    pub fn cache_folder(&self, data: Option<&Path>) -> Option<PathBuf> {
+        self.dir.as_ref()?;
+        if let Some(folder) = &self.cache {
+            return Some(folder.clone()).filter(|folder| !folder.as_os_str().is_empty());
+        }
+        let of_user = || {
+            let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+            variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))).map(|caches| caches.join("pointsman"))
+        };
+        data.map(|data| data.join("plugins")).or_else(of_user)
+    }
 }
 
 /// `[plugins.<name>]`: one plugin.
@@ -46,6 +66,12 @@ pub struct Settings {
     pub max_targets: u32,
     /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
     pub calls_per_instance: u32,
+    /// Seconds that a new version is on probation, 0 to 86,400 (60; 0: none): if it fails too often, the one before takes over again.
+    pub probation_s: u64,
+    /// Of the events of its probation, the most that it may fail on, in percent, 1 to 100 (10); fewer than 5 failures never count.
+    pub probation_failure_percent: u32,
+    /// Failures in a row after which it is asked about an event only now and then, at first after a second, at last every minute (10; 0: never).
+    pub breaker_failures: u32,
     /// If set, only the file with this SHA-256, in hexadecimal, is loaded (none).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
@@ -64,6 +90,9 @@ impl Default for Settings {
             result_kib: 256,
             max_targets: 10_000,
             calls_per_instance: 10_000,
+            probation_s: 60,
+            probation_failure_percent: 10,
+            breaker_failures: 10,
             sha256: None,
             config: serde_json::Map::new(),
         }
@@ -91,6 +120,8 @@ impl Settings {
             ("result_kib", self.result_kib.into(), 1, 65_536),
             ("max_targets", self.max_targets.into(), 1, 1_000_000),
             ("calls_per_instance", self.calls_per_instance.into(), 1, u32::MAX.into()),
+            ("probation_s", self.probation_s, 0, 86_400),
+            ("probation_failure_percent", self.probation_failure_percent.into(), 1, 100),
         ];
         for (key, value, least, most) in bounds {
             if !(least..=most).contains(&value) {
@@ -115,6 +146,26 @@ impl Settings {
             ..Limits::default()
         }
     }
+
+    pub(super) fn tolerance(&self) -> Tolerance {
+        Tolerance {
+            probation: Duration::from_secs(self.probation_s),
+            probation_failure_percent: self.probation_failure_percent.into(),
+            breaker_failures: self.breaker_failures,
+        }
+    }
+
+    /// Without the plugin's own configuration.
+    pub(super) fn shown(&self) -> Self {
+        Self { config: serde_json::Map::new(), ..self.clone() }
+    }
+}
+
+impl Config {
+    /// Of the plugin of this name.
+    pub(super) fn settings(&self, name: &str) -> Settings {
+        self.plugins.get(name).cloned().unwrap_or_default()
+    }
 }
 
 /// By hand, because what is neither a key nor a table is to be named in the error.
@@ -124,7 +175,7 @@ impl<'de> Deserialize<'de> for Config {
         impl<'de> Visitor<'de> for Sections {
             type Value = Config;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the keys dir and order, and a table for each plugin")
+                f.write_str("the keys dir, order and cache, and a table for each plugin")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
                 let mut config = Config::default();
@@ -132,6 +183,7 @@ impl<'de> Deserialize<'de> for Config {
                     match key.as_str() {
                         "dir" => config.dir = Some(map.next_value()?),
                         "order" => config.order = map.next_value()?,
+                        "cache" => config.cache = Some(folder_or_none(&map.next_value()?).map_err(A::Error::custom)?),
                         _ => {
                             let settings: Settings = map.next_value().map_err(|e| A::Error::custom(format!("plugins.{key}: {e}")))?;
                             settings.check().map_err(|e| A::Error::custom(format!("plugins.{key}.{e}")))?;
@@ -146,10 +198,19 @@ impl<'de> Deserialize<'de> for Config {
     }
 }
 
+/// The key `cache`; an empty path stands for none.
+fn folder_or_none(value: &serde_json::Value) -> Result<PathBuf, String> {
+    match value {
+        // As a text where it comes from the environment; a folder of that name is written ./false.
+        serde_json::Value::String(text) if text == "false" => Ok(PathBuf::new()),
+        serde_json::Value::String(text) => Ok(PathBuf::from(text)),
+        serde_json::Value::Bool(false) => Ok(PathBuf::new()),
+        other => Err(format!("plugins.cache is {other}; give a folder as a text, or false for none")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
@@ -175,9 +236,22 @@ mod tests {
             ("[address]\nsha256 = 'abc'\n", "plugins.address.sha256 is no hash"),
             ("folder = 'x'\n", "plugins.folder"),
             ("dir = 5\n", "string"),
+            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false"),
         ] {
             let error = toml::from_str::<Config>(text).unwrap_err().to_string();
             assert!(error.contains(expect), "{text} gave: {error}");
+        }
+    }
+
+    #[test]
+    fn compiled_plugins_are_kept_where_the_configuration_says_or_beside_the_data() {
+        let folder_of = |text: &str| toml::from_str::<Config>(text).unwrap().cache_folder(Some(Path::new("/data")));
+        assert_eq!(folder_of(""), None, "without plugins");
+        let folder = |text: &str| folder_of(&format!("dir = 'plugins'\n{text}"));
+        assert_eq!(folder(""), Some("/data/plugins".into()));
+        assert_eq!(folder("cache = '/var/cache/p'"), Some("/var/cache/p".into()));
+        for none in ["cache = ''", "cache = false", "cache = 'false'"] {
+            assert_eq!(folder(none), None, "{none}");
         }
     }
 
