@@ -15,6 +15,7 @@ mod groups;
 mod harness;
 mod hostile;
 mod languages;
+mod openapi;
 mod outage;
 mod overtaking;
 mod plugins;

@@ -42,6 +42,7 @@ pub(crate) mod fake;
 mod health;
 mod members;
 mod notifications;
+mod openapi;
 mod page;
 mod stream;
 mod users;
@@ -60,7 +61,8 @@ pub fn routes(state: Arc<State>) -> Router {
         .route("/v1/users/{user}/attributes", get(users::show).put(users::replace).delete(users::clear))
         .route("/v1/dead", get(dead::list))
         .route("/v1/dead/{partition}/{id}", get(dead::show).delete(dead::drop))
-        .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive));
+        .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive))
+        .route("/v1/openapi.json", get(openapi::document));
     if state.auth.is_dev() {
         routes = routes.merge(page::routes());
     }
@@ -73,7 +75,8 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
-        .route("/v1/decisions", get(decisions::list));
+        .route("/v1/decisions", get(decisions::list))
+        .route("/v1/openapi.json", get(openapi::document));
     let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
     routes.layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals)).with_state(state)
 }
