@@ -16,6 +16,7 @@ mod harness;
 mod hostile;
 mod languages;
 mod openapi;
+mod operators;
 mod outage;
 mod overtaking;
 mod plugins;

@@ -2,8 +2,9 @@
 //! a validator reads it, and real answers are held against it (`clients/openapi.test.js`).
 
 use crate::clients;
-use crate::harness::every_bundled_plugin;
+use crate::harness::guests::core_module;
 use crate::harness::node::{Folder, Node};
+use crate::harness::plugins::Plugins;
 use crate::harness::ports;
 
 const SECRET: &str = "the secret of these tests, longer than 32 bytes";
@@ -13,8 +14,6 @@ const KEY: &str = "the key of these tests";
 const DEV: &str = r#"
 [limits]
 body_timeout_s = 1
-[plugins.prioritize]
-enabled = false
 [[plugins.discard.config.rules]]
 match.type = "noise"
 [[plugins.rules.config.rules]]
@@ -33,7 +32,9 @@ body = { text = "Half the price" }
 
 #[test]
 fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
-    let node = Node::builder().plugins(every_bundled_plugin()).config(DEV).start();
+    let files = ["address", "discard", "rules"].map(|name| (format!("{name}.wasm"), core_module(name)));
+    let plugins = Plugins::new(&files.each_ref().map(|(file, bytes)| (file.as_str(), bytes.clone())));
+    let node = Node::builder().plugins(plugins.dir()).config(DEV).start();
     // It asks for tokens and keys, and has no broker to reach, nor a plugin to compile.
     let no_plugins = Folder::new();
     let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"");
@@ -41,6 +42,7 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
     let mut away = away.may_be_unready().start();
     let addresses = [node.addr(), node.admin_addr(), away.addr(), away.admin_addr()].map(|address| address.to_string());
     let [address, admin, away_address, away_admin] = addresses.each_ref().map(String::as_str);
+    let plugin = plugins.path("address.wasm");
     let variables = [
         ("POINTSMAN_ADDRESS", address),
         ("POINTSMAN_ADMIN", admin),
@@ -48,6 +50,7 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
         ("POINTSMAN_AWAY_ADMIN", away_admin),
         ("POINTSMAN_KEY", KEY),
         ("POINTSMAN_SECRET", SECRET),
+        ("POINTSMAN_PLUGIN", plugin.to_str().expect("a path of ours")),
     ];
     clients::run_with("openapi.test.js", &variables);
     away.kill();

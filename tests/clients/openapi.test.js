@@ -2,6 +2,7 @@
 // its examples. Run by tests/openapi.rs against a node in dev mode and one that asks for tokens and keys and cannot reach its broker.
 import assert from "node:assert/strict";
 import { createHmac } from "node:crypto";
+import { readFile } from "node:fs/promises";
 import http from "node:http";
 import test from "node:test";
 import { Validator } from "@seriousme/openapi-schema-validator";
@@ -16,16 +17,20 @@ const away = [process.env.POINTSMAN_AWAY, process.env.POINTSMAN_AWAY_ADMIN];
 const METHODS = ["get", "put", "post", "delete", "patch", "options"];
 
 const document = await (await fetch(`http://${dev[0]}/v1/openapi.json`)).json();
-/** Without references: what one stands for, in its place. */
+/** What references stand for, each resolved once, so that its schema is compiled once. */
+const named = new Map();
+/** The document without references. */
 const whole = resolve(document);
 const ajv = addFormats(new Ajv({ allErrors: true, strictTypes: false }));
 
 function resolve(part) {
   if (Array.isArray(part)) return part.map(resolve);
   if (part === null || typeof part !== "object") return part;
-  const { $ref, ...own } = part;
-  const named = $ref?.slice(2).split("/").reduce((at, name) => at[name], document);
-  return { ...Object.fromEntries(Object.entries(own).map(([name, value]) => [name, resolve(value)])), ...(named && resolve(named)) };
+  const { $ref, ...others } = part;
+  const own = Object.fromEntries(Object.entries(others).map(([name, value]) => [name, resolve(value)]));
+  if (!$ref) return own;
+  if (!named.has($ref)) named.set($ref, resolve($ref.slice(2).split("/").reduce((at, name) => at[name], document)));
+  return Object.keys(own).length > 0 ? { ...own, ...named.get($ref) } : named.get($ref);
 }
 
 /** Every object in the document, with its place. */
@@ -284,6 +289,31 @@ test("probes and scrapers are answered as documented", async () => {
   await ask(503, "GET", "/readyz", { node: away, listener: 1 });
 });
 
+test("plugins are shown, swapped and refused as documented", async () => {
+  const order = (status, method, path, more) => ask(status, method, `/v1/plugins${path}`, { listener: 1, ...more });
+  assert.ok((await order(200, "GET", "")).plugins.length >= 3);
+  const first = await order(200, "GET", "/address");
+  await order(409, "POST", "/address/rollback");
+  // Another file that does the same: with an empty custom section, called "again".
+  const another = Buffer.concat([await readFile(process.env.POINTSMAN_PLUGIN), Buffer.from("\0\x06\x05again")]);
+  const second = await order(200, "PUT", "/address", { body: another });
+  assert.deepEqual([second.state, second.previous, second.ended[0].hash], ["on-probation", first.generation, first.hash]);
+  const back = await order(200, "POST", "/address/rollback");
+  assert.deepEqual([back.state, back.hash, back.failed_hash, back.refusal.hash], ["active", first.hash, second.hash, second.hash]);
+  assert.equal((await order(200, "POST", "/discard/disable")).state, "disabled");
+  assert.equal((await order(200, "POST", "/discard/enable")).state, "active");
+  await order(204, "DELETE", "/discard");
+  assert.equal((await order(200, "GET", "/discard")).state, "missing");
+  await order(422, "PUT", "/discard", { body: "no plugin" });
+  await order(409, "PUT", "/my%20router", { body: "no plugin" });
+  for (const [method, path] of [["GET", ""], ["DELETE", ""], ["POST", "/enable"], ["POST", "/disable"], ["POST", "/rollback"]]) {
+    await order(404, method, `/nobody${path}`);
+    if (method !== "GET") await order(403, method, `/nobody${path}`, { headers: { origin: "http://127.0.0.1" } });
+    await order(400, method, `/%FF${path}`);
+  }
+  await order(403, "PUT", "/nobody", { headers: { origin: "http://127.0.0.1" }, body: "" });
+});
+
 test("without a token or key, and without a broker", async () => {
   const part = (value) => Buffer.from(typeof value === "string" ? value : JSON.stringify(value)).toString("base64url");
   const head = `${part({ alg: "HS256", typ: "JWT" })}.${part({ sub: "ann", exp: Math.floor(Date.now() / 1_000) + 600 })}`;
@@ -305,7 +335,7 @@ test("without a token or key, and without a broker", async () => {
         if (operationId === "openStream") {
           const [close] = await frames(1, "", { node: away, headers: { authorization: `Bearer ${token}` } });
           assert.equal(close.data, '{"reason":"starting"}');
-        } else if (responses[503]?.headers) {
+        } else if (responses[503]?.headers && !path.startsWith("/v1/plugins")) {
           await ask(503, method.toUpperCase(), path, request(`Bearer ${shown}`));
         }
       }
@@ -317,8 +347,8 @@ test("whatever succeeds was seen, and the errors in the examples were said", () 
   const operations = Object.values(whole.paths).flatMap((item) => METHODS.flatMap((method) => item[method] ?? []));
   const successes = operations.flatMap(({ operationId, responses }) => Object.keys(responses).filter((status) => status < 300).map((status) => `${operationId} ${status}`));
   assert.deepEqual(successes.filter((one) => !seen.has(one)), []);
-  // These take a broker that refuses, a backlog of a million, or a node that was given no key.
-  const unheard = /the broker refuses; |events wait in this source|this node takes no keys/;
+  // These take a broker that refuses, a backlog of a million, a node that was given no key, or one that has only just begun.
+  const unheard = /the broker refuses; |events wait in this source|this node takes no keys|still being loaded/;
   const errors = [...parts(whole)].filter(([part]) => part.schema?.required?.[0] === "error");
   const examples = errors.flatMap(([{ example, examples }]) => [...Object.values(examples ?? {}).map(({ value }) => value), ...(example ? [example] : [])]);
   assert.ok(examples.length > 20);

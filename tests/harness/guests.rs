@@ -17,6 +17,9 @@ pub(crate) fn wasi_component(name: &str) -> Vec<u8> {
     read(DIR.get_or_init(|| build("wasm32-wasip2")), name)
 }
 
+/// A version of `versioned` that panics on events whose ids end in 0, 1 or 2.
+pub(crate) const FAULTY: u32 = 9_000_000;
+
 /// The bytes of `versioned` that say that they are this version.
 pub(crate) fn versioned(number: u32) -> Vec<u8> {
     const PLACE: &[u8] = b"version:0000000";
