@@ -3,14 +3,17 @@
 #![expect(clippy::print_stderr, reason = "what a test says of itself, such as its seed, belongs on standard error")]
 
 mod architecture;
+mod candidates;
 mod clients;
 mod commands;
+mod compiled;
 mod conformance;
 mod decisions;
 mod demo;
 mod devices;
 mod durability;
 mod embedded;
+mod gallery;
 mod groups;
 mod harness;
 mod hostile;

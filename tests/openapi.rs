@@ -42,7 +42,7 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
     let mut away = away.may_be_unready().start();
     let addresses = [node.addr(), node.admin_addr(), away.addr(), away.admin_addr()].map(|address| address.to_string());
     let [address, admin, away_address, away_admin] = addresses.each_ref().map(String::as_str);
-    let plugin = plugins.path("address.wasm");
+    let folder = plugins.dir();
     let variables = [
         ("POINTSMAN_ADDRESS", address),
         ("POINTSMAN_ADMIN", admin),
@@ -50,7 +50,7 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
         ("POINTSMAN_AWAY_ADMIN", away_admin),
         ("POINTSMAN_KEY", KEY),
         ("POINTSMAN_SECRET", SECRET),
-        ("POINTSMAN_PLUGIN", plugin.to_str().expect("a path of ours")),
+        ("POINTSMAN_PLUGINS", folder.to_str().expect("a path of ours")),
     ];
     clients::run_with("openapi.test.js", &variables);
     away.kill();

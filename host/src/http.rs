@@ -32,6 +32,7 @@ use crate::server::Connection;
 use crate::sse::Pulse;
 
 mod acks;
+mod candidates;
 mod cors;
 mod dead;
 mod decisions;
@@ -55,6 +56,7 @@ pub use error::ApiError;
 /// The routes of the listener for applications.
 pub fn routes(state: Arc<State>) -> Router {
     let mut routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
         .route("/v1/events", post(events::publish))
         .route("/v1/stream", get(stream::open))
         .route("/v1/notifications", get(notifications::page))
@@ -63,8 +65,7 @@ pub fn routes(state: Arc<State>) -> Router {
         .route("/v1/users/{user}/attributes", get(users::show).put(users::replace).delete(users::clear))
         .route("/v1/dead", get(dead::list))
         .route("/v1/dead/{partition}/{id}", get(dead::show).delete(dead::drop))
-        .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive))
-        .route("/v1/openapi.json", get(openapi::document));
+        .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive));
     if state.auth.is_dev() {
         routes = routes.merge(page::routes());
     }
@@ -74,6 +75,7 @@ pub fn routes(state: Arc<State>) -> Router {
 /// The routes of the listener for operators: who reads is asked for no key, who changes something is. They answer no other origin.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
@@ -83,7 +85,9 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .route("/v1/plugins/{name}/enable", post(plugins::enable))
         .route("/v1/plugins/{name}/disable", post(plugins::disable))
         .route("/v1/plugins/{name}/rollback", post(plugins::roll_back))
-        .route("/v1/openapi.json", get(openapi::document));
+        .route("/v1/plugins/{name}/shadow", get(candidates::report).put(candidates::begin).delete(candidates::end))
+        .route("/v1/plugins/{name}/promote", post(candidates::promote))
+        .route("/v1/plugins/{name}/replay", post(candidates::replay));
     let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
     routes
         .layer(middleware::from_fn(refuse_pages))
@@ -159,6 +163,8 @@ pub struct State {
     publishing: Semaphore,
     /// One file of a plugin at a time: it may be large, and takes a processor for seconds.
     uploading: Semaphore,
+    /// One candidate at a time is asked about past events.
+    rehearsing: Semaphore,
 }
 
 impl State {
@@ -186,6 +192,7 @@ impl State {
             origins,
             publishing,
             uploading: Semaphore::new(1),
+            rehearsing: Semaphore::new(1),
         }
     }
 

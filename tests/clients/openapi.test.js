@@ -289,13 +289,15 @@ test("probes and scrapers are answered as documented", async () => {
   await ask(503, "GET", "/readyz", { node: away, listener: 1 });
 });
 
+const wasm = (name) => readFile(`${process.env.POINTSMAN_PLUGINS}/${name}.wasm`);
+const order = (status, method, path, more) => ask(status, method, `/v1/plugins${path}`, { listener: 1, ...more });
+
 test("plugins are shown, swapped and refused as documented", async () => {
-  const order = (status, method, path, more) => ask(status, method, `/v1/plugins${path}`, { listener: 1, ...more });
   assert.ok((await order(200, "GET", "")).plugins.length >= 3);
   const first = await order(200, "GET", "/address");
   await order(409, "POST", "/address/rollback");
   // Another file that does the same: with an empty custom section, called "again".
-  const another = Buffer.concat([await readFile(process.env.POINTSMAN_PLUGIN), Buffer.from("\0\x06\x05again")]);
+  const another = Buffer.concat([await wasm("address"), Buffer.from("\0\x06\x05again")]);
   const second = await order(200, "PUT", "/address", { body: another });
   assert.deepEqual([second.state, second.previous, second.ended[0].hash], ["on-probation", first.generation, first.hash]);
   const back = await order(200, "POST", "/address/rollback");
@@ -306,12 +308,35 @@ test("plugins are shown, swapped and refused as documented", async () => {
   assert.equal((await order(200, "GET", "/discard")).state, "missing");
   await order(422, "PUT", "/discard", { body: "no plugin" });
   await order(409, "PUT", "/my%20router", { body: "no plugin" });
-  for (const [method, path] of [["GET", ""], ["DELETE", ""], ["POST", "/enable"], ["POST", "/disable"], ["POST", "/rollback"]]) {
+  const nobody = [["GET", ""], ["DELETE", ""], ...["enable", "disable", "rollback", "promote"].map((word) => ["POST", `/${word}`]), ["GET", "/shadow"], ["DELETE", "/shadow"]];
+  for (const [method, path] of nobody) {
     await order(404, method, `/nobody${path}`);
-    if (method !== "GET") await order(403, method, `/nobody${path}`, { headers: { origin: "http://127.0.0.1" } });
     await order(400, method, `/%FF${path}`);
   }
-  await order(403, "PUT", "/nobody", { headers: { origin: "http://127.0.0.1" }, body: "" });
+  for (const [method, path] of [...nobody.filter(([method]) => method !== "GET"), ["PUT", ""], ["PUT", "/shadow"], ["POST", "/replay"]]) {
+    await order(403, method, `/nobody${path}`, { headers: { origin: "http://127.0.0.1" } });
+  }
+});
+
+test("candidates are compared as documented", async () => {
+  // Of the same kind, and it names nobody.
+  const candidate = { body: await wasm("rules") };
+  assert.equal((await order(200, "PUT", "/address/shadow", candidate)).generation, null);
+  await ask(202, "POST", "/v1/events", structured({ type: "t", user: "ann", priority: "low" }));
+  let report;
+  await eventually("a difference", async () => (report = await order(200, "GET", "/address/shadow")).differences.length > 0);
+  assert.deepEqual([report.differences[0].old.verdict, report.differences[0].new.verdict], ["routes", "none"]);
+  await order(204, "DELETE", "/address/shadow");
+  await order(200, "PUT", "/address/shadow", { body: await wasm("address") });
+  await order(200, "POST", "/address/promote");
+  const replayed = await order(200, "POST", "/address/replay?last=500", candidate);
+  assert.ok(replayed.different > 0 && replayed.reach.length === 1);
+  await order(400, "POST", "/address/replay?last=0", candidate);
+  for (const [method, path] of [["PUT", "/shadow"], ["POST", "/replay"]]) {
+    await order(422, method, `/address${path}`, { body: "no plugin" });
+    await order(404, method, `/nobody${path}`, candidate);
+    await order(400, method, `/%FF${path}`, candidate);
+  }
 });
 
 test("without a token or key, and without a broker", async () => {

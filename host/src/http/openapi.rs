@@ -19,10 +19,11 @@ const PUBLIC: [&str; 4] = [
     include_str!("../../openapi/public/recipients.json"),
     include_str!("../../openapi/public/dead.json"),
 ];
-const ADMIN: [&str; 3] = [
+const ADMIN: [&str; 4] = [
     include_str!("../../openapi/admin/health.json"),
     include_str!("../../openapi/admin/decisions.json"),
     include_str!("../../openapi/admin/plugins.json"),
+    include_str!("../../openapi/admin/candidates.json"),
 ];
 /// A schema that clients also take by itself.
 const NOTIFICATION: &str = include_str!("../../schema/notification.json");
