@@ -143,6 +143,6 @@ mod tests {
         let after = written("[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n");
         assert_eq!(waiting(&before, &after), Vec::<String>::new());
         let after = written("[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n");
-        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.cache", "plugins.dir", "stream.heartbeat_s"]);
+        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.dir", "plugins.cache", "stream.heartbeat_s"]);
     }
 }
