@@ -128,6 +128,7 @@ fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
         let names = before.keys().chain(after.keys().filter(|key| !before.contains_key(*key)));
         keys.extend(names.filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
     }
+    keys.sort_unstable();
     keys
 }
 
