@@ -129,6 +129,7 @@ fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
         let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
         keys.extend(names.into_iter().filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
     }
+    keys.sort_unstable();
     keys
 }
 
