@@ -42,12 +42,11 @@ fn compose() -> Map<String, Value> {
     notification.retain(|key, _| !["$schema", "$id"].contains(&key.as_str()));
     put(&mut document["components"]["schemas"], "Notification".to_owned(), notification.into());
     for (listener, pieces) in [PUBLIC.as_slice(), ADMIN.as_slice()].into_iter().enumerate() {
-        let server = document["servers"][listener].clone();
+        let server = Value::Array(vec![document["servers"][listener].clone()]);
         for (kind, members) in pieces.iter().flat_map(|piece| parse(piece)) {
-            for (name, mut member) in object(members) {
+            for (name, member) in object(members) {
                 if kind == "paths" {
-                    member["servers"] = Value::Array(vec![server.clone()]);
-                    put(&mut document["paths"], name, member);
+                    put_path(&mut document["paths"][&name], &server, object(member));
                 } else {
                     put(&mut document["components"][&kind], name, member);
                 }
@@ -57,8 +56,21 @@ fn compose() -> Map<String, Value> {
     document
 }
 
+/// Each operation says on which listener it is: a path may be on both, with other methods.
+fn put_path(into: &mut Value, server: &Value, item: Map<String, Value>) {
+    if into.is_null() {
+        *into = Value::Object(Map::new());
+    }
+    for (key, mut member) in item {
+        if key != "parameters" {
+            member["servers"] = server.clone();
+        }
+        put(into, key, member);
+    }
+}
+
 fn put(into: &mut Value, name: String, member: Value) {
-    let was = into.as_object_mut().expect("pointsman.json has it").insert(name.clone(), member);
+    let was = into.as_object_mut().expect("pointsman.json has this kind").insert(name.clone(), member);
     assert!(was.is_none(), "{name} stands twice in host/openapi");
 }
 
@@ -84,7 +96,7 @@ mod tests {
         let methods = |route: &str| {
             let path = route.split('"').nth(1).expect("a path in quotes").to_owned();
             let named = ["get", "put", "post", "delete", "patch"];
-            // After the path, a comma or a full stop: `get(..)` or `.get(..)`, and nothing that only ends so.
+            // `get(..)` or `.get(..)`, and nothing that only ends so.
             let words = route.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '(').filter_map(|word| word.split_once('('));
             let found = words.map(|(word, _)| word.to_owned()).filter(move |word| named.contains(&word.as_str()));
             found.map(move |method| format!("{} {path}", method.to_uppercase())).collect::<Vec<_>>()
@@ -94,13 +106,12 @@ mod tests {
 
     /// The operations that the document has on a listener: 0 for the public one, 1 for that of operators.
     fn documented(document: &Map<String, Value>, listener: usize) -> BTreeSet<String> {
+        let is_here = |operation: &Value| operation.get("servers").is_none_or(|servers| servers[0] == document["servers"][listener]);
         let items = document["paths"].as_object().unwrap().iter();
-        let here = items.filter(|(_, item)| item.get("servers").is_none_or(|servers| servers[0] == document["servers"][listener]));
-        let methods = here.flat_map(|(path, item)| item.as_object().unwrap().keys().map(move |method| (method.to_uppercase(), path)));
-        methods
-            .filter(|(method, _)| !["SERVERS", "PARAMETERS"].contains(&method.as_str()))
-            .map(|(method, path)| format!("{method} {path}"))
-            .collect()
+        let operations =
+            items.flat_map(|(path, item)| item.as_object().unwrap().iter().map(move |(method, operation)| (path, method, operation)));
+        let here = operations.filter(|(_, method, operation)| *method != "parameters" && is_here(operation));
+        here.map(|(path, method, _)| format!("{} {path}", method.to_uppercase())).collect()
     }
 
     #[test]
