@@ -129,7 +129,6 @@ fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
         let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
         keys.extend(names.into_iter().filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
     }
-    keys.sort_unstable();
     keys
 }
 
@@ -144,6 +143,6 @@ mod tests {
         let after = written("[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n");
         assert_eq!(waiting(&before, &after), Vec::<String>::new());
         let after = written("[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n");
-        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.dir", "plugins.cache", "stream.heartbeat_s"]);
+        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.cache", "plugins.dir", "stream.heartbeat_s"]);
     }
 }
