@@ -262,6 +262,7 @@ test("notifications are read and acknowledged as documented", async () => {
   await ask(415, "POST", "/v1/acks?user=dora", { body: "{}" });
   await ask(400, "GET", "/v1/notifications?user=dora&limit=1001");
   await ask(400, "GET", "/v1/stream?user=dora&devices=all");
+  await ask(403, "GET", "/v1/stream?user=dora&device=laptop", { headers: { origin: "https://elsewhere.example" } });
 });
 
 test("dead letters and decisions are shown as documented", async () => {
