@@ -23,13 +23,14 @@ const LEVELS: [&[&str]; 9] = [
 ];
 
 /// A word of an outside format, and the only places that may speak it.
-const ROOMS: [(&str, &[&str]); 6] = [
+const ROOMS: [(&str, &[&str]); 7] = [
     ("wasmtime::", &["plugin.rs", "plugin/"]),
     ("redb::", &["broker/embedded"]),
     ("::redis as client", &["broker/redis"]),
     ("StatusCode", &["http.rs", "http/", "cli"]),
     ("text/event-stream", &["http/stream.rs", "cli/tail"]),
     ("wit_component", &["plugin/", "plugin.rs"]),
+    ("wit_parser", &["plugin/noop.rs"]),
 ];
 
 /// Every Rust file below a folder.

@@ -37,6 +37,7 @@ mod decisions;
 mod dry_run;
 mod error;
 mod events;
+mod export;
 #[cfg(test)]
 pub(crate) mod fake;
 mod health;
@@ -67,13 +68,14 @@ pub fn routes(state: Arc<State>) -> Router {
     finish(routes, state)
 }
 
-/// The routes of the listener for operators: they read, ask for no key, and answer no other origin.
+/// The routes of the listener for operators: they read, answer no other origin, and ask for the key where they show payloads.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
-        .route("/v1/decisions", get(decisions::list));
+        .route("/v1/decisions", get(decisions::list))
+        .route("/v1/events", get(export::newest));
     let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
     routes.layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals)).with_state(state)
 }

@@ -21,6 +21,8 @@ use crate::plugin::registry::{Chain, Generation, Registry, Snapshot};
 use crate::plugin::settings::OnFailure;
 use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
 
+pub mod rehearsal;
+
 /// An event is tried this often by a plugin that fails.
 const ATTEMPTS: u32 = 2;
 /// The most shares of batches that wait for a thread; callers beyond it wait their turn.
