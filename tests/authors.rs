@@ -19,21 +19,28 @@ use crate::harness::{eventually, http, repository};
 /// Compiling the SDK and what it needs takes so long on a machine that has other work.
 const BUILT: Duration = Duration::from_secs(240);
 
-/// `pointsman`, away from any `pointsman.toml`, building where all tests here build: what two projects have in common is built once. Without a network, as
-/// the versions of a project's lock file are those that this repository was built with.
+/// `pointsman`, away from any `pointsman.toml`.
 fn pointsman(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
     command.args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null());
-    in_author_s_place(&mut command);
-    command
-}
-
-fn in_author_s_place(command: &mut Command) {
-    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
-    command.env("CARGO_TARGET_DIR", target_dir.join("authors")).env("CARGO_NET_OFFLINE", "true");
     for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_")) {
         command.env_remove(variable);
     }
+    among_the_guests(&mut command);
+    command
+}
+
+/// Has Cargo build projects where the plugins of this repository are built for the tests, in the profile `plugin`, which is `release` but by name: what
+/// they need in common is there already, and would take minutes again. Without a network, as the lock file of a project names no other versions.
+fn among_the_guests(command: &mut Command) {
+    command.env("CARGO_TARGET_DIR", target_dir()).env("CARGO_NET_OFFLINE", "true").env("CARGO_PROFILE_PLUGIN_INHERITS", "release");
+}
+
+const PROFILE: [&str; 2] = ["--profile", "plugin"];
+
+/// Where this very test was built, whatever `CARGO_TARGET_DIR` says.
+fn target_dir() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target")
 }
 
 /// What a command says, on both outputs, and whether it ended well.
@@ -74,10 +81,9 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// Of the target in the place of all projects here.
+/// What is made of a project.
 fn built(project: &str) -> PathBuf {
-    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it lies there").join("authors");
-    target_dir.join("wasm32-unknown-unknown/release").join(format!("{}.wasm", project.replace('-', "_")))
+    target_dir().join("wasm32-unknown-unknown/plugin").join(format!("{}.wasm", project.replace('-', "_")))
 }
 
 /// Two builds at once of one folder would wait for each other anyway, and their times would mean nothing.
@@ -97,16 +103,18 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
         let project = place.join(&name);
 
         let mut cargo = Command::new(env!("CARGO"));
-        in_author_s_place(cargo.args(["test", "--release", "--quiet"]).current_dir(&project).stdin(Stdio::null()));
+        among_the_guests(cargo.args(["test", "--quiet"]).args(PROFILE).current_dir(&project).stdin(Stdio::null()));
+        // Natively, nobody waits for an optimised program.
+        cargo.env("CARGO_PROFILE_PLUGIN_LTO", "false").env("CARGO_PROFILE_PLUGIN_OPT_LEVEL", "0");
         assert!(told(&mut cargo).contains("3 passed"));
 
-        let build = told(pointsman(&["plugin", "build"]).current_dir(&project));
+        let build = told(pointsman(&["plugin", "build"]).args(PROFILE).current_dir(&project));
         for word in [text(&built(&name)), "KiB", "pointsman:plugin/log@0.1.0", "sha256"] {
             assert!(build.contains(word), "{word} is not in {build}");
         }
 
         // The crate, and then its file alone; the lock file was as Cargo wants it.
-        let test = told(pointsman(&["plugin", "test"]).current_dir(&project));
+        let test = told(pointsman(&["plugin", "test"]).args(PROFILE).current_dir(&project));
         assert!(test.contains("4 events, all as in ./golden.json"), "{test}");
         let files = ["--events", "events.jsonl", "--config", "config.json", "--expect", "golden.json"];
         let test = told(pointsman(&["plugin", "test", text(&built(&name))]).args(files).current_dir(&project));
@@ -388,7 +396,8 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     told(pointsman(&["plugin", "new", "saved", "--kind", "router"]).current_dir(&place.0));
     let project = place.join("saved");
     let [listen, admin] = [(); 2].map(|()| crate::harness::ports::free());
-    let mut dev = Dev::start(pointsman(&["dev", "--listen", &listen.to_string(), "--admin", &admin.to_string()]).current_dir(&project));
+    let mut dev =
+        Dev::start(pointsman(&["dev", "--listen", &listen.to_string(), "--admin", &admin.to_string()]).args(PROFILE).current_dir(&project));
     let heard = dev.hear(0, "saved: generation 1 is at work");
     assert!(dev.said().contains(&format!("http://{listen}/")), "{}", dev.said());
     let page = http::send("GET", &format!("http://{listen}/"), &[], None).expect("a page");

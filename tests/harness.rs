@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 pub(crate) mod guests;
 pub(crate) mod http;
 pub(crate) mod node;
+pub(crate) mod plugins;
 pub(crate) mod ports;
 pub(crate) mod proxy;
 pub(crate) mod publish;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,124 +15,14 @@ use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use pointsman::plugin::watcher::Watcher;
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use serde_json::json;
 
 use crate::harness::eventually;
 use crate::harness::guests::versioned;
-use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::node::{Node, SOON};
+use crate::harness::plugins::{Plugins, Site, by, generations, hash, n_loads};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
-use crate::harness::sse::Stream;
-
-/// A folder of plugins that a test changes.
-struct Plugins(Folder);
-
-impl Plugins {
-    fn new(files: &[(&str, Vec<u8>)]) -> Self {
-        let plugins = Self(Folder::new());
-        fs::create_dir(plugins.dir()).unwrap();
-        for (file, bytes) in files {
-            plugins.replace(file, bytes);
-        }
-        plugins
-    }
-
-    fn dir(&self) -> PathBuf {
-        self.0.path().join("plugins")
-    }
-
-    fn path(&self, file: &str) -> PathBuf {
-        self.dir().join(file)
-    }
-
-    /// In one step, as a careful deployment does.
-    fn replace(&self, file: &str, bytes: &[u8]) {
-        let draft = self.path(&format!(".{file}"));
-        fs::write(&draft, bytes).unwrap();
-        fs::rename(draft, self.path(file)).unwrap();
-    }
-
-    fn remove(&self, file: &str) {
-        fs::remove_file(self.path(file)).unwrap();
-    }
-}
-
-/// A node with a stream of user 7, to whom `versioned` says who decided.
-struct Site {
-    node: Node,
-    stream: Stream,
-    n_events: u32,
-}
-
-impl Site {
-    fn new(plugins: &Plugins) -> Self {
-        let node = Node::builder().plugins(plugins.dir()).start();
-        Self { stream: node.stream("7"), node, n_events: 0 }
-    }
-
-    /// Publishes an event, and answers its id.
-    fn publish(&mut self) -> String {
-        self.n_events += 1;
-        let id = format!("e{}", self.n_events);
-        self.node.publisher().publish(&[event(&id, "t", json!({"user": "7"}))]);
-        id
-    }
-
-    /// Which version tells user 7 of the next event, and which plugins had a say in which generation.
-    fn next_decision(&mut self) -> (u64, Vec<(String, u64)>) {
-        let id = self.publish();
-        self.decision(&id)
-    }
-
-    /// As [`Site::next_decision`], of an event that was published before.
-    fn decision(&mut self, id: &str) -> (u64, Vec<(String, u64)>) {
-        let notification = self.stream.next_notification(SOON);
-        assert_eq!(notification.id, id);
-        (notification.data["version"].as_u64().unwrap(), deciders(&self.node, id))
-    }
-
-    fn await_loads(&self, plugin: &str, outcome: &str, n: u32) {
-        await_loads(&self.node, plugin, outcome, n);
-    }
-
-    /// Waits until the page on readiness is as wished, and answers it.
-    fn await_ready(&self, status: u16, wish: impl Fn(&str) -> bool) -> String {
-        eventually(SOON, "readiness as wished", || {
-            let answer = self.node.admin("/readyz");
-            (answer.status == status && wish(&answer.body)).then_some(answer.body)
-        })
-    }
-}
-
-fn n_loads(node: &Node, plugin: &str, outcome: &str) -> f64 {
-    node.metric(&format!("pointsman_plugin_loads_total{{plugin=\"{plugin}\",outcome=\"{outcome}\"}}"))
-}
-
-fn await_loads(node: &Node, plugin: &str, outcome: &str, n: u32) {
-    eventually(SOON, &format!("{plugin} {outcome} {n} times"), || (n_loads(node, plugin, outcome) >= f64::from(n)).then_some(()));
-    assert_eq!(n_loads(node, plugin, outcome), f64::from(n));
-}
-
-/// Which plugins had a say in an event that was decided, in their order and generation.
-fn deciders(node: &Node, event_id: &str) -> Vec<(String, u64)> {
-    let decisions = node.admin(&format!("/v1/decisions?event_id={event_id}")).json();
-    let [decision] = decisions.as_array().unwrap().as_slice() else { panic!("{event_id} has {decisions}") };
-    generations(decision)
-}
-
-fn generations(decision: &Value) -> Vec<(String, u64)> {
-    let verdicts = decision["verdicts"].as_array().unwrap().iter();
-    verdicts.map(|verdict| (verdict["plugin"].as_str().unwrap().to_owned(), verdict["generation"].as_u64().unwrap())).collect()
-}
-
-fn by(plugin: &str, generation: u64) -> (String, u64) {
-    (plugin.to_owned(), generation)
-}
-
-fn hash(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
-}
 
 #[test]
 fn a_new_version_takes_over_between_two_events() {
@@ -306,11 +196,12 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
     assert_eq!(publish("e2"), 2);
 }
 
-/// In this process, as no other can see it: no thread, and no snapshot, keeps the code of a version that no longer decides.
+/// In this process, as no other can see it: no thread, and no snapshot, keeps the code of a version that no longer decides; the one before
+/// the present one is kept by the registry, to go back to.
 #[tokio::test]
 async fn nothing_keeps_a_version_that_was_replaced() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
-    let config = Config { dir: Some(plugins.dir()), ..Config::default() };
+    let config = Config { dir: Some(plugins.dir()), ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap() };
     let registry = Arc::new(Registry::load(Engine::new().unwrap(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
     let _watcher = Watcher::start(Arc::clone(&registry)).unwrap();
@@ -319,8 +210,11 @@ async fn nothing_keeps_a_version_that_was_replaced() {
     let evaluations = pipeline.evaluate(batch, 1).await.unwrap();
     assert!(evaluations.iter().all(|evaluation| matches!(evaluation.resolution, Resolution::Planned(_))));
     let replaced = Arc::downgrade(&registry.chain().routers[0]);
-    plugins.replace("versioned.wasm", &versioned(2));
-    pipeline.changes().wait_for(|now| now.chain.routers[0].number == 2).await.unwrap();
+    for version in 2..=3 {
+        assert!(replaced.upgrade().is_some());
+        plugins.replace("versioned.wasm", &versioned(version));
+        pipeline.changes().wait_for(|now| now.chain.routers[0].number == u64::from(version)).await.unwrap();
+    }
     pipeline.give_back_retired();
     eventually(SOON, "the first version is dropped", || replaced.upgrade().is_none().then_some(()));
 }

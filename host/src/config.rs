@@ -17,8 +17,10 @@ use crate::http::{self, Origins};
 use crate::{ingest, plugin, server, sse};
 
 mod layers;
+pub(crate) mod reload;
 
 pub use layers::Layers;
+pub use reload::{Origin, Recipe};
 
 /// `pointsman config --defaults`: every key with its default and what it is for. A test reads it back.
 pub const DEFAULTS: &str = include_str!("config/defaults.toml");
@@ -127,6 +129,8 @@ pub struct Config {
     pub ingest: ingest::Config,
     pub limits: http::Limits,
     pub log: Log,
+    /// So that what changes in the file can be taken over while the node runs; `None`: nothing is.
+    pub origin: Option<Origin>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -182,7 +186,21 @@ impl Config {
         tracing_subscriber::EnvFilter::try_new(&log.filter).map_err(|e| {
             layers.fault("log.filter", format!("'{}' is no filter ({e}); write one as in info,pointsman=debug", log.filter.escape_debug()))
         })?;
-        Ok(Self { node, listen, origins, broker: choice, sources: broker.sources, retention, plugins, auth, stream, ingest, limits, log })
+        Ok(Self {
+            node,
+            listen,
+            origins,
+            broker: choice,
+            sources: broker.sources,
+            retention,
+            plugins,
+            auth,
+            stream,
+            ingest,
+            limits,
+            log,
+            origin: None,
+        })
     }
 }
 

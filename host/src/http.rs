@@ -9,6 +9,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Request};
+use axum::http::header::ORIGIN;
 use axum::http::request::Parts;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
@@ -44,6 +45,7 @@ mod health;
 mod members;
 mod notifications;
 mod page;
+mod plugins;
 mod stream;
 mod users;
 
@@ -68,16 +70,24 @@ pub fn routes(state: Arc<State>) -> Router {
     finish(routes, state)
 }
 
-/// The routes of the listener for operators: they read, answer no other origin, and ask for the key where they show payloads.
+/// The routes of the listener for operators: who reads is asked for no key, who changes something or sees payloads is. They answer no other origin.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
         .route("/v1/decisions", get(decisions::list))
-        .route("/v1/events", get(export::newest));
+        .route("/v1/events", get(export::newest))
+        .route("/v1/plugins", get(plugins::list))
+        .route("/v1/plugins/{name}", get(plugins::show).put(plugins::upload).delete(plugins::remove))
+        .route("/v1/plugins/{name}/enable", post(plugins::enable))
+        .route("/v1/plugins/{name}/disable", post(plugins::disable))
+        .route("/v1/plugins/{name}/rollback", post(plugins::roll_back));
     let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
-    routes.layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals)).with_state(state)
+    routes
+        .layer(middleware::from_fn(refuse_pages))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals))
+        .with_state(state)
 }
 
 /// What stands around every route: origins outermost, so that a page may read errors, too.
@@ -146,6 +156,8 @@ pub struct State {
     origins: Origins,
     /// Bounds the bodies held in memory.
     publishing: Semaphore,
+    /// One file of a plugin at a time: it may be large, and takes a processor for seconds.
+    uploading: Semaphore,
 }
 
 impl State {
@@ -172,6 +184,7 @@ impl State {
             retention,
             origins,
             publishing,
+            uploading: Semaphore::new(1),
         }
     }
 
@@ -201,6 +214,14 @@ impl State {
     /// 503 as long as the broker never answered.
     pub fn bookmarks(&self) -> Result<&Bookmarks, ApiError> {
         self.bookmarks.get().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
+    }
+
+    /// The plugins.
+    ///
+    /// # Errors
+    /// 503 as long as they are being loaded.
+    pub fn pipeline(&self) -> Result<&Pipeline, ApiError> {
+        self.pipeline.get().ok_or_else(|| ApiError::away("the plugins of this node are still being loaded"))
     }
 
     pub fn pulse(&self) -> &Pulse {
@@ -309,6 +330,14 @@ async fn refuse_surplus(request: Request, next: Next) -> Response {
     let is_surplus = request.extensions().get::<Arc<Connection>>().is_some_and(|connection| connection.is_surplus());
     if is_surplus && request.uri().path() != "/v1/stream" {
         return ApiError::overloaded("this node has as many connections as it takes").into_response();
+    }
+    next.run(request).await
+}
+
+/// Nothing is changed for a page in somebody's browser: a node in dev mode asks for no key, and whoever visits a page would be its operator.
+async fn refuse_pages(request: Request, next: Next) -> Response {
+    if !request.method().is_safe() && request.headers().contains_key(ORIGIN) {
+        return ApiError::forbidden("pages in a browser change nothing here").fix("send it without the header Origin").into_response();
     }
     next.run(request).await
 }

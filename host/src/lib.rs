@@ -94,7 +94,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`].
 pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
-    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _ } = config;
+    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _, origin } = config;
     let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
     // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
     let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
@@ -131,6 +131,10 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         let (pipeline, watcher) = start_plugins(plugins, node.allow_no_plugins, &metrics).await?;
         state.set_pipeline(pipeline.clone());
         shutdown.spawn(watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
+        if let Some(origin) = origin {
+            let registry = Arc::clone(pipeline.registry());
+            shutdown.spawn(config::reload::follow(origin, registry, readiness.clone(), shutdown.clone()));
+        }
         anyhow::Ok((pipeline, watcher))
     };
     let started = tokio::select! {

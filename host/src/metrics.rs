@@ -100,6 +100,10 @@ metrics! {
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
     /// Files of plugins that were loaded or were not, at the start and whenever they changed.
     plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
+    /// Times that a plugin's generation failed too often, or an operator had enough of it, and the one before took over again.
+    plugin_rollbacks: Family<PluginLabel, Counter> = "plugin_rollbacks";
+    /// 1 while a plugin failed on so many events in a row that it is asked only now and then.
+    plugin_breaker_open: Family<PluginLabel, Gauge> = "plugin_breaker_open";
     /// Instances of plugins that are kept for the next event.
     plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.

@@ -17,7 +17,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use crate::broker::Verdict;
 use crate::event::{Event, Name, Plan, Priority, Value};
 use crate::metrics::{Metrics, PluginCallLabel, PluginLabel};
-use crate::plugin::registry::{Chain, Generation, Registry, Snapshot};
+use crate::plugin::generation::{Chain, Generation};
+use crate::plugin::health::Admission;
+use crate::plugin::registry::{Registry, Snapshot};
 use crate::plugin::settings::OnFailure;
 use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
 
@@ -166,6 +168,10 @@ impl Pipeline {
         let mut changes = self.changes();
         // It does not fail: the registry lives as long as this handle.
         drop(changes.wait_for(|now| self.can_work_on(&now.chain) == able).await);
+    }
+
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.0.registry
     }
 
     /// The plugins, as they change.
@@ -354,11 +360,17 @@ impl Worker {
             note("skipped", "");
             return Asked::Passed;
         }
+        if let Admission::Spared(why) = generation.health(role).admit(Instant::now()) {
+            let reason = why.to_string();
+            note("failed", &reason);
+            return settle(generation, reason, 0);
+        }
         let mut attempts = 0;
         let error = loop {
             attempts += 1;
             match self.call(generation, role, call, ticking) {
                 Ok(answer) => {
+                    self.registry.follow(generation, generation.health(role).note_answer());
                     match &answer {
                         Answer::Keep => note("keep", ""),
                         Answer::Drop(reason) => note("drop", reason),
@@ -386,13 +398,16 @@ impl Worker {
         let reason = error.to_string();
         note("failed", &reason);
         let plugin = plugin.name().to_string();
-        match (&error, generation.on_failure) {
+        match error {
             // What a plugin says of an event is its verdict; the policy is for plugins that do not work.
-            (CallError::Rejected(_), _) | (CallError::Retry(_), _) | (_, OnFailure::DeadLetter) => {
+            CallError::Rejected(_) | CallError::Retry(_) => {
+                self.registry.follow(generation, generation.health(role).note_answer());
                 Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: matches!(error, CallError::Retry(_)) })
             }
-            (_, OnFailure::Skip) => Asked::Passed,
-            (_, OnFailure::Drop) => Asked::Over(Resolution::Discarded { plugin, reason: format!("the plugin failed: {reason}") }),
+            CallError::Deadline(_) | CallError::Memory(_) | CallError::Trap(_) | CallError::Refused(_) => {
+                self.registry.follow(generation, generation.health(role).note_failure(Instant::now()));
+                settle(generation, reason, attempts)
+            }
         }
     }
 
@@ -411,6 +426,16 @@ impl Worker {
             self.instances.insert(key, instance);
         }
         answer
+    }
+}
+
+/// What becomes of an event that a plugin fails on.
+fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
+    let plugin = generation.plugin.name().to_string();
+    match generation.settings.on_failure {
+        OnFailure::DeadLetter => Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: false }),
+        OnFailure::Skip => Asked::Passed,
+        OnFailure::Drop => Asked::Over(Resolution::Discarded { plugin, reason: format!("the plugin failed: {reason}") }),
     }
 }
 

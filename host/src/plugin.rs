@@ -15,12 +15,15 @@ mod bindings;
 pub mod contract;
 mod engine;
 mod folder;
+pub mod generation;
+pub mod health;
 pub mod inspection;
 mod log;
 mod noop;
 pub mod registry;
 mod selection;
 pub mod settings;
+pub mod state;
 pub mod watcher;
 
 pub use engine::{Engine, Ticking};
@@ -33,6 +36,9 @@ use self::engine::State;
 use self::log::GuestLog;
 use self::selection::Document;
 use crate::event::{Event, Name, Plan, Priority};
+
+/// The largest file of a plugin, in bytes: components made of JavaScript have 13 MB, of Python up to 35.
+pub const MAX_FILE_BYTES: usize = 64 * 1024 * 1024;
 
 /// What one call of a plugin may cost.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +68,7 @@ impl Default for Limits {
             result_bytes: 256 * 1024,
             targets: 10_000,
             calls_per_instance: 10_000,
-            file_bytes: 64 * 1024 * 1024,
+            file_bytes: MAX_FILE_BYTES,
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::hub::Hub;
 use crate::metrics::{Metrics, SourceLabel};
 use crate::pipeline::Pipeline;
 use crate::plugin::registry::Snapshot;
+use crate::plugin::state::{PluginState, Word};
 use crate::readiness::Readiness;
 use crate::shutdown::Shutdown;
 
@@ -98,17 +99,14 @@ pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shut
     }
 }
 
-/// Red where a plugin that should be at work is not; a warning where its former generation still is.
+/// Red where a plugin that should be at work is not; a warning where another generation of it is, where it fails, or where it was put out of
+/// work by hand.
 fn tell(Snapshot { chain, plugins, folder_failure }: &Snapshot, allow_none: bool, readiness: &Readiness) {
-    let failures =
-        plugins.iter().filter_map(|plugin| Some((format!("plugins.{}", plugin.name), (plugin.generation, plugin.failure.as_ref()?))));
-    let failures: BTreeMap<_, _> = failures.collect();
-    readiness.retain("plugins.", |name| failures.contains_key(name));
-    for (name, (generation, failure)) in &failures {
-        match generation {
-            0 => readiness.set(name, *failure),
-            _ => readiness.warn(name, format!("{failure}; generation {generation} stays at work")),
-        }
+    let troubled = plugins.iter().filter_map(|plugin| Some((format!("plugins.{}", plugin.name), trouble(plugin)?)));
+    let troubled: BTreeMap<_, _> = troubled.collect();
+    readiness.retain("plugins.", |name| troubled.contains_key(name));
+    for (name, (is_red, text)) in &troubled {
+        if *is_red { readiness.set(name, text) } else { readiness.warn(name, text) }
     }
     match (chain.is_empty(), allow_none) {
         (false, _) => readiness.clear("plugins"),
@@ -124,26 +122,42 @@ fn tell(Snapshot { chain, plugins, folder_failure }: &Snapshot, allow_none: bool
     }
 }
 
+/// What there is to say of a plugin, and whether it makes the node unready.
+fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
+    let generation = plugin.generation;
+    match (&plugin.failure, plugin.state) {
+        (Some(failure), _) if generation == 0 => Some((true, failure.clone())),
+        (Some(failure), _) => Some((false, format!("{failure}; generation {generation} stays at work"))),
+        (None, Word::BreakerOpen) => {
+            let n = plugin.health.as_ref().map_or(0, |health| health.failed_in_row);
+            let settled = "until it is tried again its on_failure settles them";
+            Some((
+                false,
+                format!("generation {generation} failed on {n} events in a row; {settled} (plugins.{}.breaker_failures)", plugin.name),
+            ))
+        }
+        (None, Word::Disabled) if plugin.is_enabled_by_hand == Some(false) => {
+            Some((false, "it is disabled by hand, until it is enabled again or the node ends".to_owned()))
+        }
+        (None, _) => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::broker::{Error, Finding};
     use crate::http::fake::FakeBroker;
-    use crate::plugin::registry::PluginState;
 
     #[test]
     fn a_plugin_that_fails_is_a_reason_unless_a_generation_of_it_is_at_work() {
         let readiness = Readiness::default();
         let plugin = |name: &str, generation: u64, failure: Option<&str>| PluginState {
             name: name.into(),
-            file: format!("{name}.wasm"),
-            kind: "",
-            version: String::new(),
             generation,
-            hash: String::new(),
-            since_ms: 0,
+            state: if generation == 0 { Word::Failed } else { Word::Active },
             failure: failure.map(str::to_owned),
-            failed_hash: None,
+            ..PluginState::default()
         };
         let now = |plugins: Vec<PluginState>| Snapshot { plugins, ..Snapshot::default() };
         tell(

@@ -1,5 +1,5 @@
-//! Plugins for tests, built once a run: the bundled ones, `unruly`, which misbehaves on command, and `versioned`, which says which version
-//! of it decides.
+//! Plugins for tests, built once a run: the bundled ones, `unruly`, which misbehaves on command, `forger`, which lies in every string,
+//! `versioned`, which says which version of it decides, and components that are made of an interface and do nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +17,9 @@ pub(crate) fn wasi_component(name: &str) -> Vec<u8> {
     read(DIR.get_or_init(|| build("wasm32-wasip2")), name)
 }
 
+/// A version of `versioned` that panics on events whose ids end in 0, 1 or 2.
+pub(crate) const FAULTY: u32 = 9_000_000;
+
 /// The bytes of `versioned` that say that they are this version.
 pub(crate) fn versioned(number: u32) -> Vec<u8> {
     const PLACE: &[u8] = b"version:0000000";
@@ -25,6 +28,28 @@ pub(crate) fn versioned(number: u32) -> Vec<u8> {
     let [at] = places[..] else { panic!("the number of the version stands {} times in the file", places.len()) };
     bytes[at..at + PLACE.len()].copy_from_slice(format!("version:{number:07}").as_bytes());
     bytes
+}
+
+/// A component of the full world of this contract, made of its text as somebody else might have it. Its functions only trap.
+pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {
+    use wit_component::{ComponentEncoder, StringEncoding, dummy_module, embed_component_metadata};
+    use wit_parser::{LiftLowerAbi, ManglingAndAbi, Resolve};
+
+    let mut resolve = Resolve::default();
+    let package = resolve.push_str("contract.wit", contract).expect("a contract");
+    let world = resolve.select_world(&[package], Some(world)).expect("a world of it");
+    let mut module = dummy_module(&resolve, world, ManglingAndAbi::Legacy(LiftLowerAbi::Sync));
+    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("metadata");
+    ComponentEncoder::default().module(&module).and_then(|mut encoder| encoder.encode()).expect("a component")
+}
+
+/// The text of the contract that this host speaks, as one file.
+pub(crate) fn contract() -> String {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository");
+    let file = |name: &str| std::fs::read_to_string(repository.join("wit").join(name)).expect("a file of the contract");
+    let package = "package pointsman:plugin@0.1.0;";
+    let rest = ["types.wit", "host.wit"].map(|name| file(name).replace(package, ""));
+    file("plugin.wit") + &rest.concat()
 }
 
 fn read(dir: &Path, name: &str) -> Vec<u8> {
@@ -40,7 +65,7 @@ fn build(target: &str) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
     let status = cargo
-        .args(["-p", "address", "-p", "discard", "-p", "prioritize", "-p", "rules", "-p", "unruly", "-p", "versioned"])
+        .args(["-p", "address", "-p", "discard", "-p", "prioritize", "-p", "rules", "-p", "unruly", "-p", "forger", "-p", "versioned"])
         .status()
         .expect("cargo, which built this, runs");
     assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");

@@ -274,6 +274,21 @@ impl Node {
         http::send("GET", &self.admin_url(path), &[], None).unwrap_or_else(|error| panic!("GET {path}: {error}"))
     }
 
+    /// Sends a request that changes something to the admin listener.
+    ///
+    /// # Panics
+    /// If there is no answer.
+    pub(crate) fn order(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        http::send(method, &self.admin_url(path), headers, Some(body)).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    /// Writes its `pointsman.toml` anew, in one step, while it runs. It must have had one.
+    pub(crate) fn reconfigure(&self, toml: &str) {
+        let draft = self.folder.path().join(".pointsman.toml");
+        fs::write(&draft, toml).expect("write a draft");
+        fs::rename(draft, self.folder.path().join("pointsman.toml")).expect("rename it");
+    }
+
     /// The sum of all series of a metric whose line begins so, such as `pointsman_events_total{outcome="committed"}`; 0 if there is none.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         sum_of_metric(&self.admin("/metrics").body, name).unwrap_or_default()

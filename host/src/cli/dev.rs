@@ -16,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 
 use self::news::News;
 use self::workshop::Workshop;
+use super::plugin::toolchain::Profile;
 
 mod news;
 mod workshop;
@@ -42,6 +43,8 @@ pub(super) struct Options {
     /// What to log, such as info,plugin=trace
     #[arg(long, value_name = "FILTER", default_value = LOG)]
     log: String,
+    #[command(flatten)]
+    profile: Profile,
 }
 
 /// The crate of a plugin.
@@ -73,7 +76,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             println!("crate      {name}, in {}: rebuilt as it is saved", folder.display());
         }
         println!("Ctrl-C ends it.\n");
-        let workshops = crates.iter().map(|known| Workshop::open(known, folder.path())).collect::<anyhow::Result<Vec<_>>>()?;
+        let workshops = crates.iter().map(|known| Workshop::open(known, &options.profile, folder.path())).collect::<anyhow::Result<Vec<_>>>()?;
         let news = News::start(admin)?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
         // Before the runtime, so that nothing is built for a node that is gone.

@@ -91,6 +91,8 @@ struct Subject {
     /// What it is called there; otherwise as its file
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    #[command(flatten)]
+    profile: toolchain::Profile,
 }
 
 /// A plugin's file with what it is run with, read.
@@ -108,7 +110,7 @@ struct Loaded {
 impl Subject {
     fn load(&self) -> anyhow::Result<Loaded> {
         let (file, folder) = if self.plugin.is_dir() {
-            let made = toolchain::Build::start(&self.plugin, false)?.finish()?;
+            let made = toolchain::Build::start(&self.plugin, &self.profile, false)?.finish()?;
             let [file] = made.as_slice() else { bail!("{} makes {} plugins; name the file of one", self.plugin.display(), made.len()) };
             (file.clone(), Some(self.plugin.clone()))
         } else {

@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use pointsman::config::{Config, Error, Layers, Log, LogFormat};
+use pointsman::config::{Config, Error, Log, LogFormat, Recipe};
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
@@ -70,7 +70,7 @@ impl Options {
         let flags = flags.into_iter().filter(|(_, is_given)| *is_given).map(|(option, _)| (option, "true".to_owned()));
         // A variable that is no UTF-8 cannot be one of ours.
         let environment = std::env::vars_os().filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
-        Config::new(&Layers::file(self.config.as_deref())?.environment(environment)?.options(texts.chain(flags))?)
+        Recipe { file: self.config.clone(), environment: environment.collect(), options: texts.chain(flags).collect() }.make()
     }
 }
 

@@ -72,7 +72,7 @@ pub(super) async fn try_out(
     broker: &dyn Broker,
     events: Vec<Result<(Event, PartitionNumber), Malformed>>,
 ) -> Result<Vec<Trial>, ApiError> {
-    let pipeline = state.pipeline.get().ok_or_else(|| ApiError::away("the plugins of this node are still being loaded"))?;
+    let pipeline = state.pipeline()?;
     let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
     let mut trials = Vec::with_capacity(events.len());
     let (mut tried, mut places) = (Vec::new(), Vec::new());

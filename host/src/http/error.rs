@@ -72,6 +72,21 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "forbidden", error)
     }
 
+    /// 409: not as things stand.
+    pub fn conflict(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "conflict", error)
+    }
+
+    /// 422: understood, and no good.
+    pub fn unprocessable(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "no-good", error)
+    }
+
+    /// 500: this node cannot; the text is for its operator.
+    pub fn incapable(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "incapable", error)
+    }
+
     /// 429 with `Retry-After`: the broker takes no more for now, because what it has is not worked off.
     pub fn backlog(error: impl Into<String>) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "backlog", error).retry_soon()

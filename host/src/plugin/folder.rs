@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -69,6 +69,44 @@ pub(super) fn look(dir: &Path) -> Result<Look, String> {
         files.sort_by(|a, b| a.path.cmp(&b.path));
     }
     Ok(look)
+}
+
+/// A file that has just been written here.
+///
+/// # Errors
+/// It cannot be written; the text names it.
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
+    let unwritable =
+        |error| format!("{} cannot be written: {error}; let this node write there, or copy the file there yourself", path.display());
+    let draft = path.with_file_name(format!(".{}.upload", path.file_name().unwrap_or_default().to_string_lossy()));
+    let written = || {
+        let mut file = File::create(&draft)?;
+        file.write_all(bytes)?;
+        // Whole on the disk before it has its name: a node that is killed meanwhile finds the old file or the new one.
+        file.sync_all()?;
+        fs::rename(&draft, path)?;
+        fs::metadata(path)
+    };
+    match written() {
+        Ok(file) => Ok(Sighting { path: path.to_owned(), stamp: Some(Stamp::of(&file)) }),
+        Err(error) => {
+            // Nothing may be left of it; that it cannot be removed either, the error says.
+            drop(fs::remove_file(&draft));
+            Err(unwritable(error))
+        }
+    }
+}
+
+/// # Errors
+/// It cannot be removed; the text names it.
+pub(super) fn remove(path: &Path) -> Result<(), String> {
+    fs::remove_file(path).map_err(|error| format!("{} cannot be removed: {error}; remove it yourself", path.display()))
+}
+
+/// Whether a file may be made for a plugin of this name, and is then this plugin's.
+pub(super) fn is_name(name: &str) -> bool {
+    let is_plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !name.starts_with('-');
+    is_plain && (1..=64).contains(&name.len()) && called(&format!("{name}.wasm")) == name
 }
 
 /// The bytes of a file.
@@ -196,6 +234,12 @@ pub(super) mod tests {
             ("10.wasm", "10"),
         ] {
             assert_eq!(called(file), name);
+        }
+        for name in ["a", "my-router", "x1", "10"] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", ".", "..", "../a", "a/b", ".a", "-a", "1-a", "my_router", "a.b", "\u{e4}", "a\n", &"a".repeat(65)] {
+            assert!(!is_name(name), "{name}");
         }
     }
 }

@@ -1,85 +1,37 @@
-//! Which plugins there are, in which order and generation: the files of a folder, loaded, and loaded again when they change.
+//! Which plugins there are, in which order and generation: the files of a folder, loaded, and loaded again when they, or what is configured
+//! for them, change; and what operators and the plugins' own failures make of them: uploaded, disabled, rolled back.
 //!
-//! A [`Chain`] is a snapshot: whoever holds one finishes on it. It promises that a file that is no good replaces nothing, keeps nobody else
-//! from loading, and is there with the reason ([`Registry::states`]); that what changed together takes over together; and that a plugin whose
-//! bytes are those that run is left alone. When files are taken up is `watcher`'s business; which file is which plugin's, `folder`'s.
+//! It promises that a file that is no good replaces nothing, keeps nobody else from loading, and is there with the reason
+//! ([`Registry::states`]); that what changed together takes over together; that a plugin whose bytes and configuration are those that run is
+//! left alone; and that rolling back waits for no compiler. When files are taken up is `watcher`'s business; which file is which plugin's,
+//! `folder`'s; when a plugin is no longer trusted, `health`'s.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
-use serde::Serialize;
 use tokio::sync::watch;
 
+mod slot;
+
+use self::slot::{Done, Failure, Slots};
 use super::engine::MAX_PLUGINS;
 use super::folder::{self, Look, Sighting};
-use super::settings::{Config, OnFailure, Settings};
-use super::{Engine, Plugin, Role, hash};
+use super::generation::{Chain, Generation};
+use super::health::{BreakerState, Consequence};
+use super::settings::{Config, Settings};
+use super::state::{PluginState, Refusal, Word};
+use super::{Engine, Plugin, hash};
 use crate::clock::now_ms;
 use crate::event::Name;
-use crate::metrics::{Metrics, PluginLoadLabel};
-
-/// One version of one plugin at work.
-#[derive(Debug)]
-pub struct Generation {
-    pub plugin: Plugin,
-    /// 1 for the first of this name in this process.
-    pub number: u64,
-    /// When it was loaded, in milliseconds since the Unix epoch.
-    pub since_ms: u64,
-    pub on_failure: OnFailure,
-}
-
-/// All plugins at work, at one moment.
-#[derive(Debug, Default)]
-pub struct Chain {
-    /// In the order in which they are asked. A plugin that is filter and router is in both.
-    pub filters: Vec<Arc<Generation>>,
-    pub routers: Vec<Arc<Generation>>,
-}
-
-impl Chain {
-    pub fn is_empty(&self) -> bool {
-        self.filters.is_empty() && self.routers.is_empty()
-    }
-
-    /// Each plugin once.
-    fn generations(&self) -> impl Iterator<Item = &Arc<Generation>> {
-        self.filters.iter().chain(self.routers.iter().filter(|generation| !generation.plugin.has_role(Role::Filter)))
-    }
-
-    /// Whether this generation is of this chain.
-    pub(crate) fn has(&self, name: &Name, number: u64) -> bool {
-        self.generations().any(|generation| generation.plugin.name() == name && generation.number == number)
-    }
-}
-
-/// A plugin, or a file that should be one, for readiness and for operators.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct PluginState {
-    pub name: String,
-    /// The name of its file.
-    pub file: String,
-    /// `filter`, `router`, `filter and router`, or nothing if it is not at work.
-    pub kind: &'static str,
-    /// What it says its version is.
-    pub version: String,
-    /// The generation at work; 0 for none.
-    pub generation: u64,
-    /// SHA-256 of the file that is at work, in hexadecimal.
-    pub hash: String,
-    pub since_ms: u64,
-    /// Why the file that is there now is not at work. `None`: it is.
-    pub failure: Option<String>,
-    /// SHA-256 of the file that failed, if it could be read.
-    pub failed_hash: Option<String>,
-}
+use crate::metrics::{Metrics, PluginLabel, PluginLoadLabel};
 
 /// What everybody sees, at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     pub chain: Arc<Chain>,
-    /// Every plugin, those at work first, in order, then the files that are none.
+    /// Every plugin, those at work first, in order, then the others that there is something to say of.
     pub plugins: Vec<PluginState>,
     /// Why the folder cannot be looked at. What is at work stays so.
     pub folder_failure: Option<String>,
@@ -89,32 +41,50 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct Registry {
     engine: Engine,
-    config: Config,
+    /// The folder; it stays the same as long as the node runs.
+    dir: Option<PathBuf>,
     metrics: Metrics,
-    /// By name. Held while files are loaded, and by one thread only: that which starts the node, and then the watcher.
-    slots: Mutex<BTreeMap<String, Slot>>,
+    /// Held by whoever loads files, or takes plugins out: one after the other, for seconds. Taken before `slots`, never after.
+    loading: Mutex<()>,
+    /// Held for moments only.
+    slots: Mutex<Slots>,
     /// Replaced whole; never borrowed over anything that waits.
     current: watch::Sender<Snapshot>,
 }
 
-/// What is known of one plugin. It stays when the plugin is gone, so that no two generations ever have the same number.
-#[derive(Debug, Default)]
-struct Slot {
-    /// As they were when they were taken up. The first is the plugin's; none is left of a plugin that is gone.
-    files: Vec<Sighting>,
-    running: Option<Arc<Generation>>,
-    /// Why what runs, if anything, is not the file that is there.
-    failure: Option<Failure>,
-    n_generations: u64,
+/// What is to be done about one plugin whose files changed.
+enum Job {
+    /// Its files are gone.
+    Remove,
+    /// It is not enabled.
+    Rest,
+    Load(Wanted),
+    Refuse(Failure),
 }
 
-/// Why a file was not loaded.
-#[derive(Debug)]
-struct Failure {
-    /// A sentence that begins with the file's name.
-    reason: String,
-    /// Of the file, if it could be read.
-    hash: Option<String>,
+/// What is to be loaded.
+struct Wanted {
+    path: PathBuf,
+    settings: Settings,
+    /// Hash of what runs, if what is configured for it is still the same.
+    running: Option<String>,
+    /// Hash of what was rolled back under the same configuration.
+    rolled_back: Option<String>,
+}
+
+/// Why an operator's order was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    #[error("there is no plugin '{0}'")]
+    Unknown(String),
+    /// The text names the fix.
+    #[error("{0}")]
+    Impossible(String),
+    /// The file is no good. Reads as the end of a sentence that begins with "it".
+    #[error("it {0}")]
+    Refused(String),
+    #[error("{0}")]
+    Folder(String),
 }
 
 impl Registry {
@@ -125,11 +95,13 @@ impl Registry {
     /// # Errors
     /// If the folder cannot be read. A bad file, or one that is configured and missing, is no error: see [`Registry::states`].
     pub fn load(engine: Engine, config: Config, metrics: Metrics) -> anyhow::Result<Self> {
-        let look = match &config.dir {
+        let dir = config.dir.clone();
+        let look = match &dir {
             Some(dir) => folder::look(dir).map_err(anyhow::Error::msg)?,
             None => Look::new(),
         };
-        let registry = Self { engine, config, metrics, slots: Mutex::default(), current: watch::Sender::default() };
+        let slots = Mutex::new(Slots { config, by_name: BTreeMap::new() });
+        let registry = Self { engine, dir, metrics, loading: Mutex::default(), slots, current: watch::Sender::default() };
         registry.take_up(look);
         Ok(registry)
     }
@@ -140,7 +112,7 @@ impl Registry {
 
     /// The configured folder.
     pub fn dir(&self) -> Option<&Path> {
-        self.config.dir.as_deref()
+        self.dir.as_deref()
     }
 
     /// The plugins at work now.
@@ -148,9 +120,10 @@ impl Registry {
         Arc::clone(&self.current.borrow().chain)
     }
 
-    /// Every plugin, those at work first, in order, then the files that are none.
+    /// Every plugin as it is now, those at work first, in order, then the others that there is something to say of.
     pub fn states(&self) -> Vec<PluginState> {
-        self.current.borrow().plugins.clone()
+        let slots = self.slots();
+        self.states_of(&slots, &self.chain())
     }
 
     /// What everybody sees, as it changes.
@@ -160,25 +133,162 @@ impl Registry {
 
     /// The files as they were taken up.
     pub(super) fn taken_up(&self) -> Look {
-        let slots = self.slots.lock().expect("a panic while loading is caught");
-        slots.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, slot)| (name.clone(), slot.files.clone())).collect()
+        let slots = self.slots();
+        let files = slots.by_name.iter().filter(|(_, slot)| !slot.files.is_empty());
+        files.map(|(name, slot)| (name.clone(), slot.files.clone())).collect()
     }
 
     /// Loads these plugins from their files, or removes those that have none any more, and swaps the chain once for all of them.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     pub(super) fn take_up(&self, look: Look) {
-        let mut slots = self.slots.lock().expect("a panic while loading is caught");
-        let mut outcomes = Vec::with_capacity(look.len());
-        for (name, files) in look {
-            let n_others = slots.iter().filter(|(other, slot)| **other != name && slot.running.is_some()).count();
-            let outcome = self.take_up_one(&name, files, n_others, slots.entry(name.clone()).or_default());
-            outcomes.extend(outcome.map(|outcome| PluginLoadLabel { plugin: name, outcome }));
+        let loading = self.begin_loading();
+        self.take_up_in(&loading, look);
+    }
+
+    /// Takes over another `[plugins]` section: a plugin whose own settings changed is loaded again, and stays what it was if it does not
+    /// take them; the order is that of the section. The folder stays the same.
+    ///
+    /// Compiles, so it may take seconds; not for an async thread.
+    pub fn configure(&self, config: Config) {
+        let loading = self.begin_loading();
+        let changed = {
+            let mut slots = self.slots();
+            let before = std::mem::replace(&mut slots.config, config);
+            let Slots { config, by_name } = &mut *slots;
+            let mut changed = Look::new();
+            for (name, slot) in by_name.iter_mut().filter(|(name, _)| config.settings(name) != before.settings(name)) {
+                if config.settings(name).enabled != before.settings(name).enabled {
+                    slot.enabled = None;
+                }
+                changed.insert(name.clone(), slot.files.clone());
+            }
+            changed
+        };
+        self.take_up_in(&loading, changed);
+    }
+
+    /// Checks a file, puts it into the folder under this name and lets it take over.
+    ///
+    /// Compiles, so it may take seconds; not for an async thread.
+    ///
+    /// # Errors
+    /// Nothing has changed then, but that the refusal is remembered.
+    pub fn upload(&self, name: &str, bytes: &[u8]) -> Result<PluginState, OrderError> {
+        let loading = self.begin_loading();
+        let Some(dir) = &self.dir else {
+            return Err(OrderError::Impossible("this node has no folder of plugins; start it with --plugins DIR".to_owned()));
+        };
+        if !folder::is_name(name) {
+            let rule = "letters, digits and hyphens, not beginning with a hyphen or with a number and a hyphen, at most 64 of them";
+            return Err(OrderError::Impossible(format!("'{}' is no name for a file: {rule}", name.escape_debug())));
         }
-        self.publish(&slots);
-        // Not before it is true: who waits for the number may rely on what it says.
-        for label in outcomes {
-            self.metrics.plugin_loads.get_or_create(&label).inc();
+        let (settings, path) = {
+            let slots = self.slots();
+            let slot = slots.by_name.get(name);
+            if slot.is_none_or(|slot| slot.running.is_none()) && slots.n_running() >= MAX_PLUGINS {
+                return Err(OrderError::Impossible(format!("{MAX_PLUGINS} plugins run on this node, which is the most; remove one")));
+            }
+            let path = slot.and_then(|slot| slot.files.first()).map_or_else(|| dir.join(format!("{name}.wasm")), |file| file.path.clone());
+            (slots.config.settings(name), path)
+        };
+        let running = self.slots().running_as(name, &settings);
+        let done = match self.load_bytes(name, bytes, &settings) {
+            Ok(plugin) if running.as_deref() == Some(plugin.hash()) => Done::Same(plugin.hash().to_owned()),
+            Ok(plugin) if !self.slots().is_enabled(name) => {
+                drop(plugin);
+                Done::Rests
+            }
+            Ok(plugin) => Done::Loaded(Box::new(plugin), settings),
+            Err(Failure { reason, hash }) => {
+                tracing::error!(plugin.name = name, plugin.failed_hash = hash, "plugin not taken: it {reason}");
+                self.refuse(name, &reason, hash);
+                return Err(OrderError::Refused(reason));
+            }
+        };
+        // In its place before it takes over: what decides is what is there after a restart.
+        let sighting = folder::write(&path, bytes).map_err(OrderError::Folder)?;
+        self.apply(&loading, vec![(name.to_owned(), vec![sighting], done)]);
+        self.state(name)
+    }
+
+    /// Takes a plugin's file out of the folder, and the plugin with it.
+    ///
+    /// # Errors
+    /// There is none, or its file cannot be removed.
+    pub fn remove(&self, name: &str) -> Result<(), OrderError> {
+        let loading = self.begin_loading();
+        let files = self.slots().by_name.get(name).map(|slot| slot.files.clone()).unwrap_or_default();
+        if files.is_empty() {
+            return Err(OrderError::Unknown(name.to_owned()));
+        }
+        for file in &files {
+            folder::remove(&file.path).map_err(OrderError::Folder)?;
+        }
+        self.take_up_in(&loading, Look::from([(name.to_owned(), Vec::new())]));
+        Ok(())
+    }
+
+    /// Has a plugin take part, or not, whatever is configured, until the node ends or `enabled` is configured otherwise.
+    ///
+    /// Compiles, so it may take seconds; not for an async thread.
+    ///
+    /// # Errors
+    /// There is no such plugin.
+    pub fn enable(&self, name: &str, is_enabled: bool) -> Result<PluginState, OrderError> {
+        let loading = self.begin_loading();
+        let files = {
+            let mut slots = self.slots();
+            let is_as_configured = slots.config.settings(name).enabled == is_enabled;
+            let slot = slots.by_name.get_mut(name).filter(|slot| !slot.files.is_empty());
+            let slot = slot.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+            slot.enabled = (!is_as_configured).then_some(is_enabled);
+            slot.files.clone()
+        };
+        self.take_up_in(&loading, Look::from([(name.to_owned(), files)]));
+        self.state(name)
+    }
+
+    /// Has the generation before this one take over again. The file stays what it is, and is not taken up again until it changes.
+    ///
+    /// # Errors
+    /// There is no such plugin, or no generation to go back to.
+    pub fn roll_back(&self, name: &str) -> Result<PluginState, OrderError> {
+        {
+            let mut slots = self.slots();
+            let slot = slots.by_name.get(name).filter(|slot| !slot.files.is_empty()).ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+            let Some(number) = slot.running.as_ref().filter(|_| slot.previous.is_some()).map(|running| running.number) else {
+                let fix = "upload the file that you want";
+                return Err(OrderError::Impossible(format!("'{name}' has no earlier generation to go back to; {fix}")));
+            };
+            self.roll_back_in(&mut slots, name, number, "was taken back by an operator");
+        }
+        self.state(name)
+    }
+
+    /// Does what follows from how a generation fares. Compiles nothing and waits for nobody who does.
+    pub(crate) fn follow(&self, generation: &Generation, consequence: Consequence) {
+        let name = generation.plugin.name().as_str();
+        match consequence {
+            Consequence::None => {}
+            Consequence::RollBack(reason) => {
+                self.roll_back_in(&mut self.slots(), name, generation.number, &reason);
+            }
+            Consequence::Breaker => {
+                let report = generation.report(Instant::now());
+                match report.breaker {
+                    BreakerState::Closed => {
+                        tracing::info!(plugin.name = name, plugin.generation = generation.number, "the plugin's breaker is closed again");
+                    }
+                    BreakerState::Open | BreakerState::HalfOpen => tracing::error!(
+                        plugin.name = name,
+                        plugin.generation = generation.number,
+                        "the plugin's breaker is open: it failed on {} events in a row, and until it is tried again its on_failure settles them",
+                        report.failed_in_row
+                    ),
+                }
+                self.publish(&self.slots());
+            }
         }
     }
 
@@ -191,94 +301,84 @@ impl Registry {
         });
     }
 
-    /// `None`: nothing was to be loaded. Else the outcome, as the metric has it.
-    fn take_up_one(&self, name: &str, files: Vec<Sighting>, n_others: usize, slot: &mut Slot) -> Option<&'static str> {
-        let settings = self.config.plugins.get(name).cloned().unwrap_or_default();
-        slot.files = files;
-        slot.failure = None;
-        let Some(first) = slot.files.first().filter(|_| settings.enabled) else {
-            match slot.running.take() {
-                Some(gone) => tracing::warn!(
-                    plugin.name = name,
-                    plugin.generation = gone.number,
-                    plugin.hash = gone.plugin.hash(),
-                    "plugin removed: its file is gone"
-                ),
-                None if !settings.enabled => tracing::info!(plugin.name = name, "plugin is not enabled"),
-                None => {}
-            }
-            return None;
-        };
-        let file = first.file();
-        let running = slot.running.as_deref();
-        let loaded = if running.is_none() && n_others >= MAX_PLUGINS {
-            let reason = format!("is beyond the {MAX_PLUGINS} plugins that one node runs; remove one and write this one again");
-            Err(Failure { reason, hash: None })
-        } else {
-            self.load_file(&first.path, name, &settings, running.map(|running| running.plugin.hash()))
-        };
-        let outcome = match loaded {
-            Ok(None) => {
-                tracing::info!(plugin.name = name, plugin.file = file, "the plugin's file is what runs already");
-                None
-            }
-            Ok(Some(plugin)) => {
-                slot.n_generations += 1;
-                tracing::info!(
-                    plugin.name = name,
-                    plugin.file = file,
-                    plugin.generation = slot.n_generations,
-                    plugin.hash = plugin.hash(),
-                    plugin.former_hash = running.map(|running| running.plugin.hash()),
-                    plugin.version = plugin.manifest().version,
-                    "plugin loaded"
-                );
-                if plugin.manifest().name != name {
-                    tracing::info!(plugin.name = name, "the plugin calls itself '{}'", plugin.manifest().name);
-                }
-                let generation = Generation { plugin, number: slot.n_generations, since_ms: now_ms(), on_failure: settings.on_failure };
-                slot.running = Some(Arc::new(generation));
-                Some("loaded")
-            }
-            Err(Failure { reason, hash }) => {
-                let reason = format!("{file} {reason}");
-                match running {
-                    Some(running) => tracing::error!(
-                        plugin.name = name,
-                        plugin.file = file,
-                        plugin.hash = running.plugin.hash(),
-                        plugin.failed_hash = hash,
-                        "plugin not replaced: {reason}; generation {} stays at work",
-                        running.number
-                    ),
-                    None => {
-                        tracing::error!(plugin.name = name, plugin.file = file, plugin.failed_hash = hash, "plugin not loaded: {reason}");
-                    }
-                }
-                slot.failure = Some(Failure { reason, hash });
-                Some("failed")
-            }
-        };
-        if let (Some(second), None) = (slot.files.get(1), &slot.failure) {
-            let file = second.file();
-            let reason = format!("{file} is the second file of a plugin called '{name}'; rename or remove one");
-            tracing::error!(plugin.name = name, plugin.file = file, "plugin not loaded: {reason}");
-            slot.failure = Some(Failure { reason, hash: None });
-        }
-        outcome
+    fn begin_loading(&self) -> MutexGuard<'_, ()> {
+        self.loading.lock().expect("a panic while loading is caught")
     }
 
-    /// A plugin from its file; `None` if it is what runs.
-    fn load_file(&self, path: &Path, name: &str, settings: &Settings, running: Option<&str>) -> Result<Option<Plugin>, Failure> {
-        let unread = |reason| Failure { reason, hash: None };
-        let limits = settings.limits();
-        let name = Name::parse(name).map_err(|e| unread(format!("gives no name to a plugin: it {e}")))?;
-        let bytes = folder::read(path, limits.file_bytes).map_err(unread)?;
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().expect("no panic under this lock")
+    }
+
+    /// One plugin as it is now.
+    fn state(&self, name: &str) -> Result<PluginState, OrderError> {
+        self.states().into_iter().find(|state| state.name == name).ok_or_else(|| OrderError::Unknown(name.to_owned()))
+    }
+
+    fn take_up_in(&self, loading: &MutexGuard<'_, ()>, look: Look) {
+        let jobs = self.jobs(look);
+        let done = jobs.into_iter().map(|(name, files, job)| {
+            let done = match job {
+                Job::Remove => Done::Removed,
+                Job::Rest => Done::Rests,
+                Job::Refuse(failure) => Done::Failed(failure),
+                Job::Load(wanted) => match self.load_file(&name, &wanted) {
+                    Ok(done) => done,
+                    Err(failure) => Done::Failed(failure),
+                },
+            };
+            (name, files, done)
+        });
+        let done = done.collect();
+        self.apply(loading, done);
+    }
+
+    /// What is to be done about these files.
+    fn jobs(&self, look: Look) -> Vec<(String, Vec<Sighting>, Job)> {
+        let slots = self.slots();
+        let mut n_running = slots.n_running();
+        let job = |(name, files): (String, Vec<Sighting>)| {
+            let settings = slots.config.settings(&name);
+            let slot = slots.by_name.get(&name);
+            let job = match files.first() {
+                None => Job::Remove,
+                Some(_) if !slots.is_enabled(&name) => Job::Rest,
+                Some(_) if slot.is_none_or(|slot| slot.running.is_none()) && n_running >= MAX_PLUGINS => {
+                    let reason = format!("is beyond the {MAX_PLUGINS} plugins that one node runs; remove one and write this one again");
+                    Job::Refuse(Failure { reason, hash: None })
+                }
+                Some(first) => {
+                    n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
+                    let rolled_back = slot.and_then(|slot| slot.rolled_back.as_ref()).filter(|(_, then)| *then == settings);
+                    Job::Load(Wanted {
+                        path: first.path.clone(),
+                        running: slots.running_as(&name, &settings),
+                        rolled_back: rolled_back.map(|(hash, _)| hash.clone()),
+                        settings,
+                    })
+                }
+            };
+            (name, files, job)
+        };
+        look.into_iter().map(job).collect()
+    }
+
+    fn load_file(&self, name: &str, wanted: &Wanted) -> Result<Done, Failure> {
+        let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes).map_err(|reason| Failure { reason, hash: None })?;
         let hash = hash(&bytes);
-        if running == Some(hash.as_str()) {
-            return Ok(None);
+        if wanted.running.as_ref() == Some(&hash) {
+            return Ok(Done::Same(hash));
         }
+        if wanted.rolled_back.as_ref() == Some(&hash) {
+            let reason = "was rolled back before and is not tried again; replace it, or upload it to have it tried".to_owned();
+            return Err(Failure { reason, hash: Some(hash) });
+        }
+        self.load_bytes(name, &bytes, &wanted.settings).map(|plugin| Done::Loaded(Box::new(plugin), wanted.settings.clone()))
+    }
+
+    fn load_bytes(&self, name: &str, bytes: &[u8], settings: &Settings) -> Result<Plugin, Failure> {
+        let hash = hash(bytes);
         let failed = |reason| Failure { reason, hash: Some(hash.clone()) };
+        let name = Name::parse(name).map_err(|e| failed(format!("gives no name to a plugin: it {e}")))?;
         if let Some(pinned) = &settings.sha256
             && !pinned.eq_ignore_ascii_case(&hash)
         {
@@ -286,38 +386,99 @@ impl Registry {
         }
         let config = serde_json::to_string(&settings.config).map_err(|e| failed(format!("has a configuration that is not JSON: {e}")))?;
         // On a thread of its own: WASI's functions may not run on one of an async executor, whoever calls this.
-        let load = || Plugin::load(&self.engine, name, &bytes, &config, limits);
+        let load = || Plugin::load(&self.engine, name, bytes, &config, settings.limits());
         let plugin = std::thread::scope(|scope| scope.spawn(load).join());
         let plugin = plugin.map_err(|_| failed("made the host panic as it was loaded".to_owned()))?;
-        plugin.map(Some).map_err(|e| failed(e.to_string()))
+        plugin.map_err(|e| failed(e.to_string()))
+    }
+
+    /// Makes what was done what is so, for all of it at once.
+    fn apply(&self, _: &MutexGuard<'_, ()>, done: Vec<(String, Vec<Sighting>, Done)>) {
+        let mut outcomes = Vec::with_capacity(done.len());
+        {
+            let mut slots = self.slots();
+            for (name, files, done) in done {
+                let outcome = slots.by_name.entry(name.clone()).or_default().apply(&name, files, done);
+                outcomes.extend(outcome.map(|outcome| PluginLoadLabel { plugin: name, outcome }));
+            }
+            self.publish(&slots);
+        }
+        // Not before it is true: who waits for the number may rely on what it says.
+        for label in outcomes {
+            self.metrics.plugin_loads.get_or_create(&label).inc();
+        }
+    }
+
+    fn refuse(&self, name: &str, reason: &str, hash: Option<String>) {
+        let mut slots = self.slots();
+        if let Some(slot) = slots.by_name.get_mut(name) {
+            slot.refusal = Some(Refusal { at_ms: now_ms(), hash, reason: reason.to_owned() });
+        }
+        self.metrics.plugin_loads.get_or_create(&PluginLoadLabel { plugin: name.to_owned(), outcome: "failed" }).inc();
+    }
+
+    /// If this generation still runs and there is one to go back to.
+    fn roll_back_in(&self, slots: &mut Slots, name: &str, number: u64, reason: &str) {
+        let Some(slot) = slots.by_name.get_mut(name) else { return };
+        if slot.running.as_ref().is_none_or(|running| running.number != number) {
+            return;
+        }
+        let (Some(previous), Some(running)) = (slot.previous.take(), slot.running.take()) else { return };
+        let file = slot.files.first().map(Sighting::file).unwrap_or_default();
+        let hash = running.plugin.hash();
+        tracing::error!(
+            plugin.name = name,
+            plugin.generation = number,
+            plugin.hash = hash,
+            plugin.former_generation = previous.number,
+            plugin.former_hash = previous.plugin.hash(),
+            "plugin rolled back: generation {number} {reason}"
+        );
+        slot.rolled_back = Some((hash.to_owned(), running.settings.clone()));
+        slot.refusal = Some(Refusal { at_ms: now_ms(), hash: Some(hash.to_owned()), reason: reason.to_owned() });
+        slot.failure = Some(Failure { reason: format!("{file} was rolled back: it {reason}"), hash: Some(hash.to_owned()) });
+        slot.end(&running, Word::RolledBack, reason);
+        previous.end_probation();
+        (slot.running, slot.since_ms) = (Some(previous), now_ms());
+        self.publish(slots);
+        self.metrics.plugin_rollbacks.get_or_create(&PluginLabel { plugin: name.to_owned() }).inc();
     }
 
     /// Makes what the slots hold what everybody sees.
-    fn publish(&self, slots: &BTreeMap<String, Slot>) {
-        let place = |name: &str| self.config.order.iter().position(|ordered| ordered == name).unwrap_or(usize::MAX);
-        let mut running: Vec<_> = slots.iter().filter_map(|(name, slot)| Some((name, slot, slot.running.as_ref()?))).collect();
+    fn publish(&self, slots: &Slots) {
+        let place = |name: &str| slots.config.order.iter().position(|ordered| ordered == name).unwrap_or(usize::MAX);
+        let mut running: Vec<_> = slots.by_name.iter().filter_map(|(name, slot)| Some((name, slot, slot.running.as_ref()?))).collect();
         running.sort_by_key(|(name, slot, _)| (place(name), slot.files.first().map(|file| &file.path)));
-        let of_role = |role| {
-            let generations = running.iter().map(|(_, _, generation)| *generation);
-            generations.filter(|generation| generation.plugin.has_role(role)).cloned().collect()
-        };
-        let chain = Arc::new(Chain { filters: of_role(Role::Filter), routers: of_role(Role::Router) });
-        let mut plugins: Vec<PluginState> =
-            chain.generations().map(|generation| state(generation.plugin.name().as_str(), slots, Some(generation))).collect();
-        let failed = slots.iter().filter(|(_, slot)| slot.running.is_none() && slot.failure.is_some());
-        plugins.extend(failed.map(|(name, _)| state(name, slots, None)));
-        plugins.extend(self.missing(slots));
+        let chain = Arc::new(Chain::new(running.iter().map(|(.., generation)| *generation)));
+        let plugins = self.states_of(slots, &chain);
+        for (name, slot) in &slots.by_name {
+            let is_open = slot.running.as_ref().is_some_and(|running| running.report(Instant::now()).breaker != BreakerState::Closed);
+            self.metrics.plugin_breaker_open.get_or_create(&PluginLabel { plugin: name.clone() }).set(is_open.into());
+        }
         // The old snapshot, and with it perhaps the last of a generation, is dropped after the lock was given back.
         let folder_failure = self.current.borrow().folder_failure.clone();
         drop(self.current.send_replace(Snapshot { chain, plugins, folder_failure }));
     }
 
+    fn states_of(&self, slots: &Slots, chain: &Chain) -> Vec<PluginState> {
+        let now = Instant::now();
+        let at_work = chain.generations().map(|generation| generation.plugin.name().as_str());
+        let at_work: Vec<&str> = at_work.collect();
+        let idle = slots.by_name.iter().filter(|(name, slot)| {
+            !at_work.contains(&name.as_str()) && !slot.files.is_empty() && (slot.failure.is_some() || !slots.is_enabled(name))
+        });
+        let names = at_work.iter().copied().chain(idle.map(|(name, _)| name.as_str()));
+        let mut states: Vec<PluginState> = names.filter_map(|name| Some(slots.by_name.get(name)?.state(name, slots, now))).collect();
+        states.extend(self.missing(slots));
+        states
+    }
+
     /// What is configured and has no file.
-    fn missing(&self, slots: &BTreeMap<String, Slot>) -> Vec<PluginState> {
-        let known: Vec<&str> = slots.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, _)| name.as_str()).collect();
+    fn missing(&self, slots: &Slots) -> Vec<PluginState> {
+        let known: Vec<&str> = slots.by_name.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, _)| name.as_str()).collect();
         let place = self.dir().map_or_else(|| "no folder, as plugins.dir is not set".to_owned(), |dir| dir.display().to_string());
-        let configured = self.config.plugins.iter().filter(|(_, settings)| settings.enabled).map(|(name, _)| name);
-        let missing = configured.chain(&self.config.order).filter(|name| !known.contains(&name.as_str())).collect::<BTreeSet<_>>();
+        let configured = slots.config.plugins.iter().filter(|(_, settings)| settings.enabled).map(|(name, _)| name);
+        let missing = configured.chain(&slots.config.order).filter(|name| !known.contains(&name.as_str())).collect::<BTreeSet<_>>();
         let missing = missing.into_iter().map(|name| {
             let there = known.join(", ");
             let reason = format!(
@@ -326,31 +487,8 @@ impl Registry {
             if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.generation == 0) {
                 tracing::error!(plugin.name = name, "plugin not loaded: {reason}");
             }
-            PluginState { failure: Some(reason), ..state(name, slots, None) }
+            PluginState { name: name.clone(), state: Word::Missing, failure: Some(reason), ..PluginState::default() }
         });
         missing.collect()
-    }
-}
-
-/// `running`: what runs of this plugin.
-fn state(name: &str, slots: &BTreeMap<String, Slot>, running: Option<&Arc<Generation>>) -> PluginState {
-    let slot = slots.get(name);
-    let failure = slot.and_then(|slot| slot.failure.as_ref());
-    let plugin = running.map(|generation| &generation.plugin);
-    PluginState {
-        name: name.to_owned(),
-        file: slot.and_then(|slot| slot.files.first()).map(Sighting::file).unwrap_or_default(),
-        kind: match plugin.map(|plugin| (plugin.has_role(Role::Filter), plugin.has_role(Role::Router))) {
-            Some((true, true)) => "filter and router",
-            Some((true, false)) => "filter",
-            Some(_) => "router",
-            None => "",
-        },
-        version: plugin.map(|plugin| plugin.manifest().version.clone()).unwrap_or_default(),
-        generation: running.map_or(0, |generation| generation.number),
-        hash: plugin.map(|plugin| plugin.hash().to_owned()).unwrap_or_default(),
-        since_ms: running.map_or(0, |generation| generation.since_ms),
-        failure: failure.map(|failure| failure.reason.clone()),
-        failed_hash: failure.and_then(|failure| failure.hash.clone()),
     }
 }

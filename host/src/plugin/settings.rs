@@ -12,6 +12,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Limits;
+use super::health::Tolerance;
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
 ///
@@ -46,6 +47,12 @@ pub struct Settings {
     pub max_targets: u32,
     /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
     pub calls_per_instance: u32,
+    /// Seconds that a new version is on probation, 0 to 86,400 (60; 0: none): if it fails too often, the one before takes over again.
+    pub probation_s: u64,
+    /// Of the events of its probation, the most that it may fail on, in percent, 1 to 100 (10); fewer than 5 failures never count.
+    pub probation_failure_percent: u32,
+    /// Failures in a row after which it is asked about an event only now and then, at first after a second, at last every minute (10; 0: never).
+    pub breaker_failures: u32,
     /// If set, only the file with this SHA-256, in hexadecimal, is loaded (none).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
@@ -64,6 +71,9 @@ impl Default for Settings {
             result_kib: 256,
             max_targets: 10_000,
             calls_per_instance: 10_000,
+            probation_s: 60,
+            probation_failure_percent: 10,
+            breaker_failures: 10,
             sha256: None,
             config: serde_json::Map::new(),
         }
@@ -91,6 +101,8 @@ impl Settings {
             ("result_kib", self.result_kib.into(), 1, 65_536),
             ("max_targets", self.max_targets.into(), 1, 1_000_000),
             ("calls_per_instance", self.calls_per_instance.into(), 1, u32::MAX.into()),
+            ("probation_s", self.probation_s, 0, 86_400),
+            ("probation_failure_percent", self.probation_failure_percent.into(), 1, 100),
         ];
         for (key, value, least, most) in bounds {
             if !(least..=most).contains(&value) {
@@ -115,6 +127,26 @@ impl Settings {
             calls_per_instance: self.calls_per_instance,
             ..Limits::default()
         }
+    }
+
+    pub(super) fn tolerance(&self) -> Tolerance {
+        Tolerance {
+            probation: Duration::from_secs(self.probation_s),
+            probation_failure_percent: self.probation_failure_percent.into(),
+            breaker_failures: self.breaker_failures,
+        }
+    }
+
+    /// Without the plugin's own configuration.
+    pub(super) fn shown(&self) -> Self {
+        Self { config: serde_json::Map::new(), ..self.clone() }
+    }
+}
+
+impl Config {
+    /// Of the plugin of this name.
+    pub(super) fn settings(&self, name: &str) -> Settings {
+        self.plugins.get(name).cloned().unwrap_or_default()
     }
 }
 

@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 
-use super::super::plugin::toolchain::Build;
+use super::super::plugin::toolchain::{Build, Profile};
 use super::Crate;
 
 /// How long nothing changes before it is built: editors write in pieces.
@@ -41,10 +41,17 @@ struct Shared {
 
 impl Workshop {
     /// Begins with a first build. `folder`: where what is built is put.
-    pub(super) fn open(known: &Crate, folder: &Path) -> anyhow::Result<Self> {
+    pub(super) fn open(known: &Crate, profile: &Profile, folder: &Path) -> anyhow::Result<Self> {
         let (wake, woken) = sync_channel(1);
         let shared = Arc::new(Shared::default());
-        let bench = Bench { known: known.clone(), folder: folder.to_owned(), shared: Arc::clone(&shared), wake: wake.clone(), ears: None };
+        let bench = Bench {
+            known: known.clone(),
+            profile: profile.clone(),
+            folder: folder.to_owned(),
+            shared: Arc::clone(&shared),
+            wake: wake.clone(),
+            ears: None,
+        };
         let thread = thread::Builder::new().name(format!("build-{}", known.name)).spawn(move || bench.work(&woken));
         Ok(Self { shared, wake, thread: Some(thread.context("cannot start a thread")?) })
     }
@@ -67,6 +74,7 @@ impl Drop for Workshop {
 /// What the thread has.
 struct Bench {
     known: Crate,
+    profile: Profile,
     folder: PathBuf,
     shared: Arc<Shared>,
     wake: SyncSender<()>,
@@ -107,7 +115,7 @@ impl Bench {
         let name = &self.known.name;
         println!("{name}: building");
         let began = Instant::now();
-        let outcome = Build::start(&self.known.folder, true).and_then(|build| {
+        let outcome = Build::start(&self.known.folder, &self.profile, true).and_then(|build| {
             *self.shared.under_way.lock().expect("no panic under this lock") = Some(build.clone());
             if self.is_over() {
                 build.end();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use pointsman::plugin::inspection;
 
-use super::toolchain::Build;
+use super::toolchain::{Build, Profile};
 use super::words;
 
 #[derive(Debug, clap::Args)]
@@ -13,10 +13,12 @@ pub(super) struct Options {
     /// The folder of the crate
     #[arg(default_value = ".")]
     dir: PathBuf,
+    #[command(flatten)]
+    profile: Profile,
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    for file in Build::start(&options.dir, false)?.finish()? {
+    for file in Build::start(&options.dir, &options.profile, false)?.finish()? {
         show(&file)?;
     }
     Ok(())

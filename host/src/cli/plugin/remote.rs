@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use pointsman::event::rfc3339;
-use pointsman::plugin::{Limits, called};
+use pointsman::plugin::{MAX_FILE_BYTES, called};
 use serde_json::Value;
 
 use super::super::{Admin, accept, agent, read as answer};
@@ -81,7 +81,8 @@ pub(super) fn list(options: &List) -> anyhow::Result<()> {
         let hash = text("hash").map(|hash| hash.chars().take(12).collect());
         let since = plugin["since_ms"].as_u64().filter(|ms| *ms > 0).map(rfc3339);
         let [name, kind, state, version] = ["name", "kind", "state", "version"].map(|key| or_none(text(key)));
-        rows.push([name, kind, state, plugin["generation"].to_string(), version, or_none(hash), or_none(since), or_none(text("failure"))]);
+        let refused = text("failure").or_else(|| plugin["refusal"]["reason"].as_str().map(|reason| reason.escape_debug().to_string()));
+        rows.push([name, kind, state, plugin["generation"].to_string(), version, or_none(hash), or_none(since), or_none(refused)]);
     }
     // The last column is a sentence.
     let widths: [usize; 7] = std::array::from_fn(|at| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or_default());
@@ -125,7 +126,7 @@ fn path(name: &str, rest: &str) -> anyhow::Result<String> {
 }
 
 fn send(admin: &Admin, method: &str, path: &str, file: Option<&Path>) -> anyhow::Result<String> {
-    let body = file.map(|file| read(file, Limits::default().file_bytes)).transpose()?;
+    let body = file.map(|file| read(file, MAX_FILE_BYTES)).transpose()?;
     accept(answer(admin.request(&agent(PATIENCE), method, path, body.as_deref())?)?)
 }
 

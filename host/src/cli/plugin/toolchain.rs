@@ -50,6 +50,14 @@ pub(super) fn add_wasm_target(folder: &Path) -> Result<bool, String> {
     }
 }
 
+/// How plugins are built.
+#[derive(Clone, Debug, clap::Args)]
+pub(in crate::cli) struct Profile {
+    /// The profile of Cargo to build in
+    #[arg(long, default_value = "release")]
+    profile: String,
+}
+
 /// A build under way; clones are the same one. With the last of them it ends, and everything that it started.
 #[derive(Clone, Debug)]
 pub(in crate::cli) struct Build(Arc<Running>);
@@ -64,13 +72,13 @@ struct Running {
 }
 
 impl Build {
-    /// Starts Cargo on the crate in this folder, in release. What Cargo says goes to standard error.
+    /// Starts Cargo on the crate in this folder, in this profile. What Cargo says goes to standard error.
     ///
     /// `is_apart`: signals of the terminal do not reach it; whoever drops this ends it.
     ///
     /// # Errors
     /// There is no crate, no Cargo, or no target; with the fix.
-    pub(in crate::cli) fn start(folder: &Path, is_apart: bool) -> anyhow::Result<Self> {
+    pub(in crate::cli) fn start(folder: &Path, profile: &Profile, is_apart: bool) -> anyhow::Result<Self> {
         let manifest = folder.join("Cargo.toml");
         if !manifest.is_file() {
             bail!("there is no Cargo.toml in {}; make a project by: pointsman plugin new my-router --kind router", folder.display());
@@ -80,7 +88,7 @@ impl Build {
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
-        command.args(["build", "--release", "--target", WASM, "--message-format", "json-render-diagnostics"]);
+        command.args(["build", "--profile", &profile.profile, "--target", WASM, "--message-format", "json-render-diagnostics"]);
         command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::piped());
         if is_apart {
             command.process_group(0);

@@ -1,4 +1,5 @@
-//! A plugin for tests: tells the user of each event which version of it decided. Tests make versions by writing over [`VERSION`].
+//! A plugin for tests: tells the user of each event which version of it decided. Tests make versions by writing over [`VERSION`]. Those from
+//! [`FAULTY`] on panic on three of ten events, by the last digit of their ids.
 
 use std::hint::black_box;
 
@@ -7,6 +8,8 @@ use serde_json::json;
 
 /// Stands once in the file, with a number in place of the zeros.
 static VERSION: &[u8; 15] = b"version:0000000";
+
+const FAULTY: u32 = 9_000_000;
 
 struct Versioned;
 
@@ -28,6 +31,9 @@ impl Router for Versioned {
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
         // Read when it runs, or the compiler would make an instruction of it.
         let number = std::str::from_utf8(&black_box(VERSION)[8..]).ok().and_then(|digits| digits.parse::<u32>().ok());
+        if number.is_some_and(|number| number >= FAULTY) && event.id.ends_with(['0', '1', '2']) {
+            panic!("as this version does");
+        }
         let route = |user| Route::to_user(user).body(&json!({ "version": number }));
         Ok(event.text("user").map(route).into_iter().collect())
     }

@@ -1,0 +1,147 @@
+//! What changes in the configuration's file while the node runs: the settings of plugins take effect at once, everything else when the node
+//! starts again, and readiness says so.
+//!
+//! It promises that a file that is no configuration changes nothing, and that a plugin that does not take its new settings goes on with the
+//! old ones (that is `plugin::registry`'s doing). The file is looked at, and not listened to: one look costs nothing, and sees the file of an
+//! orchestrator that swaps a link to its folder.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use toml::Table;
+
+use super::{Config, DEFAULT_FILE, Error, Layers, Written};
+use crate::plugin::registry::Registry;
+use crate::readiness::Readiness;
+use crate::shutdown::Shutdown;
+
+/// Between two looks. A file is read once it was the same in two of them: an editor may still be writing.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Where a configuration came from, so that it can be made again.
+#[derive(Clone, Debug, Default)]
+pub struct Recipe {
+    /// `None`: [`DEFAULT_FILE`], where it is there.
+    pub file: Option<PathBuf>,
+    pub environment: Vec<(String, String)>,
+    pub options: Vec<(&'static str, String)>,
+}
+
+impl Recipe {
+    /// # Errors
+    /// As [`Layers`] and [`Config::new`] have them.
+    pub fn make(&self) -> Result<Config, Error> {
+        // Looked at before it is read: what changes in between is seen as a change.
+        let sight = look(self.path());
+        let layers = self.layers()?;
+        let origin = Origin { recipe: self.clone(), sight, written: layers.written()? };
+        Ok(Config { origin: Some(origin), ..Config::new(&layers)? })
+    }
+
+    fn layers(&self) -> Result<Layers, Error> {
+        Layers::file(self.file.as_deref())?.environment(self.environment.clone())?.options(self.options.clone())
+    }
+
+    fn path(&self) -> &Path {
+        self.file.as_deref().unwrap_or(Path::new(DEFAULT_FILE))
+    }
+}
+
+/// What a configuration was made from.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    recipe: Recipe,
+    sight: Sight,
+    written: Written,
+}
+
+/// What of a file changes when it is written or swapped. `None`: it is not there.
+type Sight = Option<(u64, u64, i64, i64, i64, i64)>;
+
+fn look(path: &Path) -> Sight {
+    let file = fs::metadata(path).ok()?;
+    Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec()))
+}
+
+/// Takes over what changes, until the node shuts down.
+pub(crate) async fn follow(origin: Origin, registry: Arc<Registry>, readiness: Readiness, shutdown: Shutdown) {
+    let Origin { recipe, sight: mut taken_up, written } = origin;
+    let mut before = taken_up;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = shutdown.begun() => return,
+        }
+        let now = look(recipe.path());
+        if now != taken_up && now == before {
+            taken_up = now;
+            take_up(&recipe, &written, &registry, &readiness).await;
+        }
+        before = now;
+    }
+}
+
+async fn take_up(recipe: &Recipe, in_force: &Written, registry: &Arc<Registry>, readiness: &Readiness) {
+    // Checked as a whole, as at the start: half of a mistake must not take effect.
+    let made = recipe.make().and_then(|config| Ok((config, recipe.layers()?.written()?)));
+    let (config, written) = match made {
+        Ok(made) => made,
+        Err(error) => {
+            tracing::error!("the configuration was not taken over: {error}");
+            return readiness.warn("configuration", format!("{error}; what was configured before is in force"));
+        }
+    };
+    let registry = Arc::clone(registry);
+    if let Err(panic) = tokio::task::spawn_blocking(move || registry.configure(config.plugins)).await {
+        tracing::error!(%panic, "taking over the settings of plugins failed");
+    }
+    match waiting(in_force, &written).as_slice() {
+        [] => {
+            tracing::info!("the configuration was taken over");
+            readiness.clear("configuration");
+        }
+        keys => {
+            let text = format!("{} changed; that takes effect when the node starts again", keys.join(", "));
+            tracing::warn!("the settings of plugins were taken over; {text}");
+            readiness.warn("configuration", text);
+        }
+    }
+}
+
+/// The keys, and with them the sections, that take effect at a start only and differ.
+fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
+    let table = |written: &Written| {
+        let mut table = Table::try_from(written).unwrap_or_default();
+        let dir = table.get_mut("plugins").and_then(|plugins| plugins.as_table_mut()?.remove("dir"));
+        let plugins = dir.map(|dir| Table::from_iter([("dir".to_owned(), dir)])).unwrap_or_default();
+        table.insert("plugins".to_owned(), plugins.into());
+        table
+    };
+    let (before, after) = (table(in_force), table(written));
+    let mut keys = Vec::new();
+    for (section, after) in &after {
+        let empty = Table::new();
+        let (before, after) = (before.get(section).and_then(|b| b.as_table()).unwrap_or(&empty), after.as_table().unwrap_or(&empty));
+        let names = before.keys().chain(after.keys().filter(|key| !before.contains_key(*key)));
+        keys.extend(names.filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
+    }
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_effect_at_a_start_only_is_named() {
+        let written = |text: &str| toml::from_str::<Written>(text).unwrap();
+        let before = written("[plugins]\ndir = 'a'\norder = ['x']\n[log]\nfilter = 'info'\n");
+        let after = written("[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n");
+        assert_eq!(waiting(&before, &after), Vec::<String>::new());
+        let after = written("[plugins]\ndir = 'b'\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n");
+        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.dir", "stream.heartbeat_s"]);
+    }
+}

@@ -1,0 +1,108 @@
+//! `/v1/plugins` on the admin listener: which plugins there are and how they fare, and the orders of operators.
+//!
+//! Orders are carried out on threads that may block, as compiling takes seconds, and answered when they are in force.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract;
+use axum::http::StatusCode;
+use serde::Serialize;
+
+use super::{ApiError, Keyed, Path, State, read_body};
+use crate::plugin::MAX_FILE_BYTES;
+use crate::plugin::registry::{OrderError, Registry};
+use crate::plugin::state::PluginState;
+
+/// Seconds that a file may take to arrive: it is larger than an event.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
+
+#[derive(Debug, Serialize)]
+pub(super) struct Listed {
+    plugins: Vec<PluginState>,
+    /// Why the folder cannot be looked at. What is at work stays so.
+    folder_failure: Option<String>,
+}
+
+/// `GET /v1/plugins`.
+pub(super) async fn list(extract::State(state): extract::State<Arc<State>>) -> Result<Json<Listed>, ApiError> {
+    let registry = state.pipeline()?.registry();
+    let folder_failure = registry.changes().borrow().folder_failure.clone();
+    Ok(Json(Listed { plugins: registry.states(), folder_failure }))
+}
+
+/// `GET /v1/plugins/{name}`.
+pub(super) async fn show(
+    extract::State(state): extract::State<Arc<State>>,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    let states = state.pipeline()?.registry().states();
+    let found = states.into_iter().find(|plugin| plugin.name == name);
+    found.map(Json).ok_or_else(|| OrderError::Unknown(name).into())
+}
+
+/// `PUT /v1/plugins/{name}` with the bytes of a file.
+pub(super) async fn upload(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+    body: Body,
+) -> Result<Json<PluginState>, ApiError> {
+    let busy = || ApiError::overloaded("another plugin is being uploaded to this node");
+    let _permit = state.uploading.try_acquire().map_err(|_| busy())?;
+    let file = read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?;
+    order(&state, move |registry| registry.upload(&name, &file)).await.map(Json)
+}
+
+/// `DELETE /v1/plugins/{name}`.
+pub(super) async fn remove(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    order(&state, move |registry| registry.remove(&name)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/plugins/{name}/enable`.
+pub(super) async fn enable(state: extract::State<Arc<State>>, _: Keyed, Path(name): Path<String>) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.enable(&name, true)).await.map(Json)
+}
+
+/// `POST /v1/plugins/{name}/disable`.
+pub(super) async fn disable(state: extract::State<Arc<State>>, _: Keyed, Path(name): Path<String>) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.enable(&name, false)).await.map(Json)
+}
+
+/// `POST /v1/plugins/{name}/rollback`.
+pub(super) async fn roll_back(
+    state: extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.roll_back(&name)).await.map(Json)
+}
+
+/// Has an order carried out. It is, even if the client does not wait for it.
+async fn order<T: Send + 'static>(
+    state: &State,
+    carry_out: impl FnOnce(&Registry) -> Result<T, OrderError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let registry = Arc::clone(state.pipeline()?.registry());
+    let done = tokio::task::spawn_blocking(move || carry_out(&registry)).await;
+    done.map_err(|panic| ApiError::incapable("the order made this node panic").cause(panic))?.map_err(ApiError::from)
+}
+
+impl From<OrderError> for ApiError {
+    fn from(error: OrderError) -> Self {
+        let text = error.to_string();
+        match error {
+            OrderError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
+            OrderError::Impossible(_) => Self::conflict(text),
+            OrderError::Refused(_) => Self::unprocessable(text).fix("what ran before still runs"),
+            OrderError::Folder(_) => Self::incapable(text),
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! What a registry knows of each plugin: its files, what runs, what ran before, and why something does not.
+//!
+//! Pure bookkeeping under the registry's lock: nothing here reads a file, compiles or waits.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::clock::now_ms;
+use crate::plugin::Plugin;
+use crate::plugin::folder::Sighting;
+use crate::plugin::generation::Generation;
+use crate::plugin::health::BreakerState;
+use crate::plugin::settings::{Config, Settings};
+use crate::plugin::state::{Ended, PluginState, Refusal, Word};
+
+/// What is remembered of the generations of a plugin that are no longer at work.
+const MAX_ENDED: usize = 20;
+
+#[derive(Debug)]
+pub(super) struct Slots {
+    pub(super) config: Config,
+    pub(super) by_name: BTreeMap<String, Slot>,
+}
+
+/// What is known of one plugin. It stays when the plugin is gone, so that no two generations ever have the same number.
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    /// As they were when they were taken up. The first is the plugin's; none is left of a plugin that is gone.
+    pub(super) files: Vec<Sighting>,
+    pub(super) running: Option<Arc<Generation>>,
+    /// Since when `running` is at work, in milliseconds since the Unix epoch.
+    pub(super) since_ms: u64,
+    /// What ran before and could take over again: the last that was proven, if one was.
+    pub(super) previous: Option<Arc<Generation>>,
+    /// Why what runs, if anything, is not the file that is there.
+    pub(super) failure: Option<Failure>,
+    /// Why the last attempt to replace what runs came to nothing, whoever made it.
+    pub(super) refusal: Option<Refusal>,
+    /// What was rolled back: its hash and what was configured for it then. The same again is not tried.
+    pub(super) rolled_back: Option<(String, Settings)>,
+    /// What an operator said, over what is configured.
+    pub(super) enabled: Option<bool>,
+    pub(super) n_generations: u64,
+    /// Newest first.
+    pub(super) ended: VecDeque<Ended>,
+}
+
+/// Why a file is not at work.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// A sentence that begins with the file's name.
+    pub(super) reason: String,
+    /// Of the file, if it could be read.
+    pub(super) hash: Option<String>,
+}
+
+/// What came of a job.
+pub(super) enum Done {
+    Removed,
+    Rests,
+    /// It is what runs, with this hash.
+    Same(String),
+    Loaded(Box<Plugin>, Settings),
+    Failed(Failure),
+}
+
+impl Slots {
+    pub(super) fn n_running(&self) -> usize {
+        self.by_name.values().filter(|slot| slot.running.is_some()).count()
+    }
+
+    pub(super) fn is_enabled(&self, name: &str) -> bool {
+        self.by_name.get(name).and_then(|slot| slot.enabled).unwrap_or_else(|| self.config.settings(name).enabled)
+    }
+
+    /// The hash of what runs under these very settings.
+    pub(super) fn running_as(&self, name: &str, settings: &Settings) -> Option<String> {
+        let running = self.by_name.get(name)?.running.as_ref()?;
+        (running.settings == *settings).then(|| running.plugin.hash().to_owned())
+    }
+}
+
+impl Slot {
+    /// `None`: nothing was loaded or refused. Else the outcome, as the metric has it.
+    pub(super) fn apply(&mut self, name: &str, files: Vec<Sighting>, done: Done) -> Option<&'static str> {
+        self.files = files;
+        let file = self.files.first().map(Sighting::file).unwrap_or_default();
+        // What ran may have been rolled back while its file was looked at.
+        let is_rolled_back = matches!(&done, Done::Same(hash) if self.running.as_ref().is_none_or(|running| running.plugin.hash() != hash));
+        if !is_rolled_back {
+            self.failure = None;
+        }
+        let outcome = match done {
+            Done::Removed | Done::Rests => {
+                let (word, why) =
+                    if matches!(done, Done::Rests) { (Word::Disabled, "it is not enabled") } else { (Word::Removed, "its file is gone") };
+                match self.running.take() {
+                    Some(gone) => {
+                        tracing::warn!(
+                            plugin.name = name,
+                            plugin.generation = gone.number,
+                            plugin.hash = gone.plugin.hash(),
+                            "plugin removed: {why}"
+                        );
+                        self.end(&gone, word, why);
+                    }
+                    None if word == Word::Disabled => tracing::info!(plugin.name = name, "plugin is not enabled"),
+                    None => {}
+                }
+                self.previous = None;
+                self.since_ms = now_ms();
+                None
+            }
+            Done::Same(_) => {
+                tracing::info!(plugin.name = name, plugin.file = file, "the plugin's file is what runs already");
+                None
+            }
+            Done::Loaded(plugin, settings) => {
+                self.take_over(name, &file, *plugin, settings);
+                Some("loaded")
+            }
+            Done::Failed(Failure { reason, hash }) => {
+                let reason = format!("{file} {reason}");
+                match &self.running {
+                    Some(running) => tracing::error!(
+                        plugin.name = name,
+                        plugin.file = file,
+                        plugin.hash = running.plugin.hash(),
+                        plugin.failed_hash = hash,
+                        "plugin not replaced: {reason}; generation {} stays at work",
+                        running.number
+                    ),
+                    None => {
+                        tracing::error!(plugin.name = name, plugin.file = file, plugin.failed_hash = hash, "plugin not loaded: {reason}");
+                    }
+                }
+                self.refusal = Some(Refusal { at_ms: now_ms(), hash: hash.clone(), reason: reason.clone() });
+                self.failure = Some(Failure { reason, hash });
+                Some("failed")
+            }
+        };
+        if let (Some(second), None) = (self.files.get(1), &self.failure) {
+            let file = second.file();
+            let reason = format!("{file} is the second file of a plugin called '{name}'; rename or remove one");
+            tracing::error!(plugin.name = name, plugin.file = file, "plugin not loaded: {reason}");
+            self.failure = Some(Failure { reason, hash: None });
+        }
+        outcome
+    }
+
+    /// A new generation begins.
+    fn take_over(&mut self, name: &str, file: &str, plugin: Plugin, settings: Settings) {
+        self.n_generations += 1;
+        let former = self.running.take();
+        tracing::info!(
+            plugin.name = name,
+            plugin.file = file,
+            plugin.generation = self.n_generations,
+            plugin.hash = plugin.hash(),
+            plugin.former_hash = former.as_ref().map(|former| former.plugin.hash()),
+            plugin.version = plugin.manifest().version,
+            "plugin loaded"
+        );
+        if plugin.manifest().name != name {
+            tracing::info!(plugin.name = name, "the plugin calls itself '{}'", plugin.manifest().name);
+        }
+        let now = Instant::now();
+        if let Some(former) = former {
+            self.end(&former, Word::Replaced, "");
+            // What is itself still on probation is no ground to fall back on while there is a better one.
+            if former.is_proven(now) || self.previous.is_none() {
+                self.previous = Some(former);
+            }
+        }
+        self.rolled_back = None;
+        let generation = Generation::new(plugin, self.n_generations, settings, self.previous.is_some(), now);
+        self.running = Some(Arc::new(generation));
+        self.since_ms = now_ms();
+    }
+
+    /// Remembers a generation that is no longer at work.
+    pub(super) fn end(&mut self, generation: &Generation, how: Word, why: &str) {
+        self.ended.push_front(Ended {
+            generation: generation.number,
+            version: generation.plugin.manifest().version.clone(),
+            hash: generation.plugin.hash().to_owned(),
+            state: how,
+            since_ms: self.since_ms,
+            until_ms: now_ms(),
+            reason: why.to_owned(),
+        });
+        self.ended.truncate(MAX_ENDED);
+    }
+
+    pub(super) fn state(&self, name: &str, slots: &Slots, now: Instant) -> PluginState {
+        let report = self.running.as_ref().map(|running| running.report(now));
+        let settings = self.running.as_ref().map_or_else(|| slots.config.settings(name), |running| running.settings.clone());
+        let word = match &report {
+            Some(report) if report.breaker != BreakerState::Closed => Word::BreakerOpen,
+            Some(report) if report.probation.is_some() => Word::OnProbation,
+            Some(_) => Word::Active,
+            None if !slots.is_enabled(name) => Word::Disabled,
+            None => Word::Failed,
+        };
+        let state = PluginState {
+            name: name.to_owned(),
+            file: self.files.first().map(Sighting::file).unwrap_or_default(),
+            state: word,
+            is_enabled_by_hand: self.enabled,
+            since_ms: self.since_ms,
+            settings: settings.shown(),
+            previous: self.previous.as_ref().map(|previous| previous.number),
+            failure: self.failure.as_ref().map(|failure| failure.reason.clone()),
+            failed_hash: self.failure.as_ref().and_then(|failure| failure.hash.clone()),
+            refusal: self.refusal.clone(),
+            health: report,
+            ended: self.ended.iter().cloned().collect(),
+            ..PluginState::default()
+        };
+        match &self.running {
+            Some(running) => state.at_work(running),
+            None => state,
+        }
+    }
+}
