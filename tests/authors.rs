@@ -429,6 +429,13 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     let heard = dev.hear(heard, "saved: generation 2 is at work");
     assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("none"), Some(2)));
 
+    // What it is configured with is saved, too: another attribute names the owner.
+    fs::write(&file, &good).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 3 is at work");
+    fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 4 is at work");
+    assert_eq!(decided()["verdict"], "none");
+
     // In the middle of a build: nothing is left behind.
     fs::write(&file, format!("{good}\n// again")).expect("write it");
     dev.hear(heard, "saved: building");

@@ -4,12 +4,13 @@
 //! own behind. A built file is put into the folder, and what becomes of it there is the node's business, as with anybody's file.
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use pointsman::Listeners;
-use pointsman::config::{Config, Layers};
+use pointsman::config::{Config, DEFAULT_FILE, Layers, Recipe};
 use pointsman::plugin::called;
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
@@ -57,8 +58,13 @@ struct Crate {
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let crates = options.crates()?;
-    let folder = Folder::new(options.plugins.as_deref())?;
-    let config = options.node(&crates, folder.path())?;
+    if let Some(named) = &options.plugins {
+        ensure!(named.is_dir(), "{} is no folder; make it, or leave out --plugins", named.display());
+    }
+    let scratch = Scratch::new()?;
+    let plugins = options.plugins.clone().unwrap_or_else(|| scratch.plugins());
+    let settings = Arc::new(Settings::new(options.config.as_deref(), crates.clone(), scratch.0.join("pointsman.toml"))?);
+    let config = options.node(&settings, &plugins)?;
     let filter = EnvFilter::try_new(&options.log).with_context(|| format!("--log {}", options.log))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
@@ -68,15 +74,18 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         let listeners = Listeners::bind(&config.listen)?;
         let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
         println!("page       http://{address}/");
-        println!("publish    pointsman publish --url http://{address} --type order.shipped --user 42 --data '{{\"order\":{{\"region\":\"eu\"}}}}'");
+        println!(
+            "publish    pointsman publish --url http://{address} --type order.shipped --user 42 --data '{{\"order\":{{\"region\":\"eu\"}}}}'"
+        );
         println!("listen     pointsman tail --url http://{address} --user 42");
-        println!("plugins    {} is watched: put a .wasm file there", folder.path().display());
+        println!("plugins    {} is watched: put a .wasm file there", plugins.display());
         println!("operators  http://{admin}/v1/decisions, pointsman plugin list --url http://{admin}");
         for Crate { folder, name } in &crates {
             println!("crate      {name}, in {}: rebuilt as it is saved", folder.display());
         }
         println!("Ctrl-C ends it.\n");
-        let workshops = crates.iter().map(|known| Workshop::open(known, &options.profile, folder.path())).collect::<anyhow::Result<Vec<_>>>()?;
+        let open = |known| Workshop::open(known, &options.profile, &plugins, &settings);
+        let workshops = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         let news = News::start(admin)?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
         // Before the runtime, so that nothing is built for a node that is gone.
@@ -84,7 +93,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         ended
     });
     // A thread that still compiles a plugin has nothing to finish.
-    runtime.shutdown_timeout(Duration::from_millis(100));
+    runtime.shutdown_background();
     ended
 }
 
@@ -106,57 +115,85 @@ impl Options {
         folders.iter().map(known).collect()
     }
 
-    /// A node in memory, in dev mode, with these plugins configured as their crates' `config.json` says, unless the file configures them.
-    fn node(&self, crates: &[Crate], plugins: &Path) -> anyhow::Result<Config> {
+    /// A node in memory, in dev mode, with these settings and these plugins.
+    fn node(&self, settings: &Settings, plugins: &Path) -> anyhow::Result<Config> {
         let plugins = plugins.to_str().with_context(|| format!("{} is no UTF-8", plugins.display()))?;
         let fixed = [("ephemeral", "true".to_owned()), ("dev", "true".to_owned()), ("plugins", plugins.to_owned())];
         let given = [("listen", self.listen.clone()), ("admin", self.admin.clone())];
         let options = fixed.into_iter().chain(given.into_iter().filter_map(|(option, text)| Some((option, text?))));
-        let mut config = Config::new(&Layers::file(self.config.as_deref())?.options(options)?)?;
-        for Crate { folder, name } in crates {
-            let settings = config.plugins.plugins.entry(name.clone()).or_default();
-            let file = folder.join("config.json");
-            if settings.config.is_empty() && file.is_file() {
-                let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-                settings.config = serde_json::from_str(&text).with_context(|| format!("{} is no JSON object", file.display()))?;
+        let recipe = Recipe { file: Some(settings.file.clone()), environment: Vec::new(), options: options.collect() };
+        Ok(recipe.make()?)
+    }
+}
+
+/// What the user configured, and for each crate that this does not speak of, its `config.json`: as one file, which the node follows.
+#[derive(Debug)]
+struct Settings {
+    written: toml::Table,
+    crates: Vec<Crate>,
+    file: PathBuf,
+}
+
+impl Settings {
+    /// # Errors
+    /// What was configured is none, or a `config.json` is none.
+    fn new(named: Option<&Path>, crates: Vec<Crate>, file: PathBuf) -> anyhow::Result<Self> {
+        // For an error that names the user's file, and not this one.
+        Layers::file(named)?;
+        let path = named.unwrap_or(Path::new(DEFAULT_FILE));
+        let text = if named.is_some() || path.is_file() { fs::read_to_string(path)? } else { String::new() };
+        let settings = Self { written: text.parse()?, crates, file };
+        settings.write()?;
+        Ok(settings)
+    }
+
+    /// Writes the file anew, in one step.
+    ///
+    /// # Errors
+    /// A `config.json` is none; the file is as it was.
+    fn write(&self) -> anyhow::Result<()> {
+        let mut all = self.written.clone();
+        for Crate { folder, name } in &self.crates {
+            let path = folder.join("config.json");
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            let own: serde_json::Map<String, serde_json::Value> =
+                serde_json::from_str(&text).with_context(|| format!("{} is no JSON object", path.display()))?;
+            let own = toml::Table::try_from(own).with_context(|| format!("{} is no configuration", path.display()))?;
+            let plugins = all.entry("plugins").or_insert_with(|| toml::Table::new().into());
+            let plugin = plugins.as_table_mut().map(|plugins| plugins.entry(name).or_insert_with(|| toml::Table::new().into()));
+            if let Some(plugin) = plugin.and_then(toml::Value::as_table_mut) {
+                plugin.entry("config").or_insert(own.into());
             }
         }
-        Ok(config)
+        let draft = self.file.with_extension("draft");
+        fs::write(&draft, toml::to_string(&all)?).and_then(|()| fs::rename(&draft, &self.file))?;
+        Ok(())
     }
 }
 
-/// The folder of plugins: the one that was named, or one that goes away with this command.
+/// A folder that goes away with this command.
 #[derive(Debug)]
-enum Folder {
-    Named(PathBuf),
-    Scratch(PathBuf),
-}
+struct Scratch(PathBuf);
 
-impl Folder {
-    fn new(named: Option<&Path>) -> anyhow::Result<Self> {
-        if let Some(named) = named {
-            ensure!(named.is_dir(), "{} is no folder; make it, or leave out --plugins", named.display());
-            return Ok(Self::Named(named.to_owned()));
-        }
+impl Scratch {
+    fn new() -> anyhow::Result<Self> {
         let path = std::env::temp_dir().join(format!("pointsman-dev-{}", std::process::id()));
-        // New, or it could be anybody's: plugins are loaded from it.
-        fs::create_dir(&path).with_context(|| format!("cannot make {}; name a folder by --plugins", path.display()))?;
-        Ok(Self::Scratch(path))
+        // New, and this user's alone: plugins are loaded from it.
+        fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        let scratch = Self(path);
+        fs::create_dir(scratch.plugins())?;
+        Ok(scratch)
     }
 
-    fn path(&self) -> &Path {
-        match self {
-            Self::Named(path) | Self::Scratch(path) => path,
-        }
+    fn plugins(&self) -> PathBuf {
+        self.0.join("plugins")
     }
 }
 
-impl Drop for Folder {
+impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Self::Scratch(path) = self
-            && let Err(error) = fs::remove_dir_all(&path)
-        {
-            eprintln!("pointsman: {} stays behind: {error}", path.display());
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("pointsman: {} stays behind: {error}", self.0.display());
         }
     }
 }

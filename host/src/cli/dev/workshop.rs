@@ -16,7 +16,7 @@ use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::super::plugin::toolchain::{Build, Profile};
-use super::Crate;
+use super::{Crate, Settings};
 
 /// How long nothing changes before it is built: editors write in pieces.
 const SETTLED: Duration = Duration::from_millis(80);
@@ -41,13 +41,14 @@ struct Shared {
 
 impl Workshop {
     /// Begins with a first build. `folder`: where what is built is put.
-    pub(super) fn open(known: &Crate, profile: &Profile, folder: &Path) -> anyhow::Result<Self> {
+    pub(super) fn open(known: &Crate, profile: &Profile, folder: &Path, settings: &Arc<Settings>) -> anyhow::Result<Self> {
         let (wake, woken) = sync_channel(1);
         let shared = Arc::new(Shared::default());
         let bench = Bench {
             known: known.clone(),
             profile: profile.clone(),
             folder: folder.to_owned(),
+            settings: Arc::clone(settings),
             shared: Arc::clone(&shared),
             wake: wake.clone(),
             ears: None,
@@ -76,6 +77,7 @@ struct Bench {
     known: Crate,
     profile: Profile,
     folder: PathBuf,
+    settings: Arc<Settings>,
     shared: Arc<Shared>,
     wake: SyncSender<()>,
     ears: Option<(BTreeSet<PathBuf>, RecommendedWatcher)>,
@@ -95,6 +97,10 @@ impl Bench {
             let seen = Sources::of(&self.known.folder);
             self.listen(&seen.folders);
             if built.as_ref().is_none_or(|built| built.files != seen.files) {
+                // What the plugin is configured with is among what was saved.
+                if let Err(error) = self.settings.write() {
+                    println!("{}: not configured anew: {error:#}", self.known.name);
+                }
                 self.build();
                 built = Some(seen);
                 continue;
