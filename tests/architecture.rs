@@ -14,7 +14,7 @@ const LEVELS: [&[&str]; 9] = [
     &["broker", "plugin"],
     &["recipients", "pipeline"],
     // Ingest and delivery: they meet only in the log, which is the broker's.
-    &["ingest", "subscription", "auth"],
+    &["ingest", "subscription", "auth", "rehearsal"],
     &["hub", "bookmarks"],
     &["sse", "watch"],
     &["server"],
@@ -23,13 +23,14 @@ const LEVELS: [&[&str]; 9] = [
 ];
 
 /// A word of an outside format, and the only places that may speak it.
-const ROOMS: [(&str, &[&str]); 7] = [
+const ROOMS: [(&str, &[&str]); 8] = [
     ("wasmtime::", &["plugin.rs", "plugin/"]),
     ("redb::", &["broker/embedded"]),
     ("::redis as client", &["broker/redis"]),
     ("StatusCode", &["http.rs", "http/", "cli"]),
     ("text/event-stream", &["http/stream.rs", "cli/tail"]),
     ("wit_component", &["plugin/", "plugin.rs"]),
+    ("unsafe {", &["plugin/cache.rs"]),
     ("wit_parser", &["plugin/noop.rs"]),
 ];
 

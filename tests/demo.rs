@@ -77,7 +77,9 @@ fn the_demo_ends_by_itself_and_says_that_nothing_was_lost_or_doubled() {
     std::os::unix::fs::symlink(repository.join("examples"), folder.path().join("examples")).expect("make a link");
     let demo = std::path::Path::new(env!("CARGO_BIN_EXE_pointsman")).with_file_name("examples").join("demo");
     let begun = Instant::now();
-    let output = Command::new(&demo).current_dir(folder.path()).env("DEMO_SECONDS", "8").output().expect("run the demo");
+    let mut command = Command::new(&demo);
+    command.current_dir(folder.path()).env("DEMO_SECONDS", "8").env("POINTSMAN_PLUGINS_CACHE", crate::harness::compiled_plugins());
+    let output = command.output().expect("run the demo");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(
         output.status.success(),

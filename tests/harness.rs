@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use pointsman::metrics::Metrics;
+use pointsman::plugin::Engine;
+use pointsman::plugin::cache::Cache;
+
 pub(crate) mod guests;
 pub(crate) mod http;
 pub(crate) mod node;
@@ -66,6 +70,21 @@ fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
         }
     }
     folder
+}
+
+/// Where nodes keep compiled plugins, over all runs of the tests: they would compile the same ones hundreds of times.
+pub(crate) fn compiled_plugins() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("compiled-plugins")
+}
+
+/// An engine as nodes have it, for tests that ask plugins without one.
+///
+/// # Panics
+/// If this machine runs none.
+pub(crate) fn engine() -> Engine {
+    let cache =
+        Cache::open(&compiled_plugins(), Metrics::default()).unwrap_or_else(|reason| panic!("the folder of compiled plugins {reason}"));
+    Engine::with_cache(Some(cache)).expect("an engine")
 }
 
 /// The interpreter of JavaScript, 20 or newer.

@@ -287,7 +287,7 @@ async fn the_plugin_decides_the_same_in_every_language() {
     let odd = odd_events();
     let mut documents: Vec<String> = odd.iter().map(|(document, _)| (*document).to_owned()).collect();
     documents.resize_with(N_EVENTS, || any_event(&mut random));
-    let engine = Engine::new().unwrap();
+    let engine = crate::harness::engine();
     let mut first: Option<Vec<Json>> = None;
     for build in builds {
         // The limits of a production node, but for the time: this machine may be busy with other tests.
@@ -335,7 +335,7 @@ fn it_wants_nothing_but_the_contract_unless_it_was_built_for_wasi() {
 
 #[test]
 fn a_configuration_that_it_cannot_take_is_refused_alike_in_every_language() {
-    let engine = Engine::new().unwrap();
+    let engine = crate::harness::engine();
     for build in builds() {
         let mut settings = build.settings.clone();
         settings["config"] = json!({"urgent_fee": -1});

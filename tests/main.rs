@@ -4,8 +4,10 @@
 
 mod architecture;
 mod authors;
+mod candidates;
 mod clients;
 mod commands;
+mod compiled;
 mod conformance;
 mod decisions;
 mod demo;

@@ -23,7 +23,7 @@ const NOW_MS: u64 = 1_767_225_600_000;
 /// One engine for all tests, as in a node.
 fn engine() -> Engine {
     static ENGINE: OnceLock<Engine> = OnceLock::new();
-    ENGINE.get_or_init(|| Engine::new().unwrap()).clone()
+    ENGINE.get_or_init(crate::harness::engine).clone()
 }
 
 /// A folder with these files.

@@ -1,28 +1,27 @@
 //! The files of plugins change under a running node: each event is decided by one version, and that is the newest one that is any good.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pointsman::event::{EntryId, Event};
 use pointsman::metrics::Metrics;
 use pointsman::pipeline::{Pipeline, Resolution};
-use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use pointsman::plugin::watcher::Watcher;
 use serde_json::json;
 
-use crate::harness::eventually;
 use crate::harness::guests::versioned;
 use crate::harness::node::{Node, SOON};
 use crate::harness::plugins::{Plugins, Site, by, generations, hash, n_loads};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
+use crate::harness::{engine, eventually};
 
 #[test]
 fn a_new_version_takes_over_between_two_events() {
@@ -202,7 +201,7 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
 async fn nothing_keeps_a_version_that_was_replaced() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let config = Config { dir: Some(plugins.dir()), ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap() };
-    let registry = Arc::new(Registry::load(Engine::new().unwrap(), config, Metrics::default()).unwrap());
+    let registry = Arc::new(Registry::load(engine(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
     let _watcher = Watcher::start(Arc::clone(&registry)).unwrap();
     let published = json!({"id": "e", "source": "/tests", "type": "t", "user": "7"}).to_string();
@@ -283,4 +282,106 @@ fn many_reloads_under_load_lose_and_double_nothing() {
     assert_eq!(node.metric("pointsman_events_total{outcome=\"committed\"}"), n_events as f64);
     assert_eq!(node.metric("pointsman_events_total"), n_events as f64);
     assert_eq!((n_loads(&node, "versioned", "loaded"), n_loads(&node, "versioned", "failed")), (f64::from(RELOADS + 1), 0.0));
+}
+
+/// Two versions take turns, uploaded one after the other as fast as they are taken, under all the load that one user's stream can be given.
+#[test]
+fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_and_memory_stays() {
+    const RELOADS: u64 = 1_000;
+    const EVENTS: usize = 50_000;
+    /// So many for each reload: events and reloads keep pace with each other.
+    const BATCH: usize = EVENTS / RELOADS as usize;
+    const RECORDS: usize = 17_000;
+
+    // What the broker keeps of the events is not this process's.
+    let server = RedisServer::start();
+    let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
+    let node = Node::builder().redis(server.url()).plugins(plugins.dir()).start();
+    let follower = node.follower("7");
+    // A node keeps some thousand records for streams that replay. They are bounded, and not what is measured: there are as many before.
+    for first in (0..RECORDS).step_by(500) {
+        let batch: Vec<_> = (first..first + 500).map(|n| event(&format!("before{n}"), "t", json!({"user": "7"}))).collect();
+        node.publisher().publish(&batch);
+        follower.look(SOON, "they are told", |record| record.notifications.len() >= first + 500);
+    }
+    drop(follower.take_notifications());
+    // Generation n is of version 1 if n is odd, else of version 2.
+    let files = [versioned(2), versioned(1)];
+    let n_told = || {
+        let mut n = 0;
+        follower.look(SOON, "the record", |record| {
+            n = record.notifications.len();
+            true
+        });
+        n
+    };
+    let mut decided: BTreeMap<String, u64> = BTreeMap::new();
+    let mut note_decisions = |node: &Node| {
+        for decision in node.admin("/v1/decisions?limit=500").json().as_array().unwrap() {
+            let [(ref plugin, generation)] = generations(decision)[..] else { panic!("it does not name one generation: {decision}") };
+            assert!(plugin == "versioned" && decision["outcome"] == "committed", "{decision}");
+            if decision["event_id"].as_str().is_some_and(|id| id.starts_with("before")) {
+                continue;
+            }
+            let id = decision["event_id"].as_str().unwrap().to_owned();
+            assert_eq!(*decided.entry(id).or_insert(generation), generation, "{decision}");
+        }
+    };
+    let n_reloads = AtomicU64::new(0);
+    let (after_50, at_the_end) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let publisher = node.publisher();
+            for first in (0..EVENTS).step_by(BATCH) {
+                let batch: Vec<_> = (first..first + BATCH).map(|n| event(&format!("e{n}"), "t", json!({"user": "7"}))).collect();
+                publisher.publish(&batch);
+                // A few batches ahead of the reloads, so that each meets some on their way.
+                eventually(Duration::from_secs(60), "reloads keep pace", || {
+                    (n_reloads.load(Ordering::SeqCst) + 3 >= (first / BATCH) as u64).then_some(())
+                });
+            }
+        });
+        let reload = || {
+            let mut after_50 = 0;
+            for n in 0..RELOADS {
+                follower.look(Duration::from_secs(60), "events flow", |record| record.notifications.len() + BATCH >= n as usize * BATCH);
+                let answer = node.order("PUT", "/v1/plugins/versioned", &[], &files[n as usize % 2]);
+                assert_eq!((answer.status, &answer.json()["generation"]), (200, &json!(n + 2)));
+                note_decisions(&node);
+                n_reloads.store(n + 1, Ordering::SeqCst);
+                if n % 100 == 50 {
+                    eprintln!("RSS {n} {}", node.memory_kib());
+                }
+                if n == 50 {
+                    after_50 = node.memory_kib();
+                }
+            }
+            (after_50, node.memory_kib())
+        };
+        // The publisher ends even if this fails.
+        let reloaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
+        n_reloads.store(RELOADS, Ordering::SeqCst);
+        reloaded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    eventually(Duration::from_secs(60), "all events are told", || (n_told() >= EVENTS).then_some(()));
+    note_decisions(&node);
+    let told = follower.stop().notifications;
+    assert!(told.iter().map(|told| told.id.clone()).eq((0..EVENTS).map(|n| format!("e{n}"))), "none lost, none doubled, in order");
+    let mut before = 0;
+    for told in &told {
+        let version = told.data["version"].as_u64().unwrap();
+        if let Some(generation) = decided.get(&told.id) {
+            assert_eq!(version, 2 - generation % 2, "{} was decided by generation {generation}", told.id);
+            assert!(*generation >= before, "{}: generation {generation} after {before}", told.id);
+            before = *generation;
+        }
+    }
+    let n_generations = decided.values().collect::<BTreeSet<_>>().len();
+    assert!(
+        decided.len() > EVENTS / 2 && n_generations > RELOADS as usize / 2,
+        "{} decisions of {n_generations} generations",
+        decided.len()
+    );
+    assert_eq!(node.metric("pointsman_events_total{outcome=\"committed\"}"), (RECORDS + EVENTS) as f64);
+    assert_eq!(node.metric("pointsman_events_total"), (RECORDS + EVENTS) as f64);
+    assert!(at_the_end * 10 <= after_50 * 11, "{after_50} KiB after 50 reloads, {at_the_end} after all");
 }

@@ -6,13 +6,12 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use pointsman::metrics::Metrics;
-use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use serde_json::Value;
 
 use crate::decisions::{CONDITIONS, OPERATORS};
-use crate::harness::{every_bundled_plugin, repository};
+use crate::harness::{engine, every_bundled_plugin, repository};
 
 /// The bundled plugins as the `[plugins]` section of this text configures them.
 ///
@@ -23,7 +22,7 @@ fn load(toml: &str) -> Registry {
     let section = text.get("plugins").unwrap_or_else(|| panic!("no plugins in:\n{toml}"));
     let mut config: Config = section.clone().try_into().unwrap_or_else(|e| panic!("{e}\n{toml}"));
     config.dir = Some(every_bundled_plugin());
-    let registry = Registry::load(Engine::new().expect("an engine"), config, Metrics::default()).expect("a folder of plugins");
+    let registry = Registry::load(engine(), config, Metrics::default()).expect("a folder of plugins");
     let failures: Vec<_> = registry.states().into_iter().filter_map(|state| state.failure).collect();
     assert!(failures.is_empty(), "{failures:?} of\n{toml}");
     registry

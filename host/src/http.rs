@@ -32,6 +32,7 @@ use crate::server::Connection;
 use crate::sse::Pulse;
 
 mod acks;
+mod candidates;
 mod cors;
 mod dead;
 mod decisions;
@@ -82,7 +83,10 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .route("/v1/plugins/{name}", get(plugins::show).put(plugins::upload).delete(plugins::remove))
         .route("/v1/plugins/{name}/enable", post(plugins::enable))
         .route("/v1/plugins/{name}/disable", post(plugins::disable))
-        .route("/v1/plugins/{name}/rollback", post(plugins::roll_back));
+        .route("/v1/plugins/{name}/rollback", post(plugins::roll_back))
+        .route("/v1/plugins/{name}/shadow", get(candidates::report).put(candidates::begin).delete(candidates::end))
+        .route("/v1/plugins/{name}/promote", post(candidates::promote))
+        .route("/v1/plugins/{name}/replay", post(candidates::replay));
     let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
     routes
         .layer(middleware::from_fn(refuse_pages))
@@ -158,6 +162,8 @@ pub struct State {
     publishing: Semaphore,
     /// One file of a plugin at a time: it may be large, and takes a processor for seconds.
     uploading: Semaphore,
+    /// One candidate at a time is asked about past events.
+    rehearsing: Semaphore,
 }
 
 impl State {
@@ -185,6 +191,7 @@ impl State {
             origins,
             publishing,
             uploading: Semaphore::new(1),
+            rehearsing: Semaphore::new(1),
         }
     }
 

@@ -5,6 +5,7 @@
 //! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
 //! - [`broker`]: where events wait, logs live and nodes hear of appends.
 //! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
+//! - [`rehearsal`]: what a candidate for a plugin would have decided about past events.
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`bookmarks`]: where devices are while they have no stream, and what was read.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
@@ -13,6 +14,7 @@
 //!
 //! [`run`] wires them and stops them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -29,6 +31,7 @@ use crate::ingest::Ingest;
 use crate::metrics::Metrics;
 use crate::pipeline::Pipeline;
 use crate::plugin::Engine;
+use crate::plugin::cache::Cache;
 use crate::plugin::registry::Registry;
 use crate::plugin::watcher::Watcher;
 use crate::readiness::Readiness;
@@ -51,6 +54,7 @@ pub mod pipeline;
 pub mod plugin;
 pub mod readiness;
 pub mod recipients;
+pub mod rehearsal;
 pub mod server;
 pub mod shutdown;
 pub mod sse;
@@ -119,6 +123,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
+    let cache_folder = plugins.cache_folder(if let BrokerChoice::Data(data) = &broker { Some(data) } else { None });
     // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
     let reached = async {
         let broker = open(&broker, &sources, &retention, &readiness).await?;
@@ -128,7 +133,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         Ok(broker)
     };
     let loaded = async {
-        let (pipeline, watcher) = start_plugins(plugins, node.allow_no_plugins, &metrics).await?;
+        let (pipeline, watcher) = start_plugins(plugins, cache_folder, node.allow_no_plugins, &metrics).await?;
         state.set_pipeline(pipeline.clone());
         shutdown.spawn(watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
         if let Some(origin) = origin {
@@ -168,11 +173,16 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
 /// Loads the plugins, starts their threads, and watches their folder.
 async fn start_plugins(
     plugins: plugin::settings::Config,
+    cache_folder: Option<PathBuf>,
     allow_none: bool,
     metrics: &Metrics,
 ) -> anyhow::Result<(Pipeline, Option<Watcher>)> {
     let counting = metrics.clone();
-    let registry = tokio::task::spawn_blocking(move || Registry::load(Engine::new()?, plugins, counting)).await;
+    let load = move || {
+        let cache = cache_folder.and_then(|folder| Cache::open_if_safe(&folder, counting.clone()));
+        Registry::load(Engine::with_cache(cache)?, plugins, counting)
+    };
+    let registry = tokio::task::spawn_blocking(load).await;
     let registry = Arc::new(registry.context("loading the plugins panicked")??);
     let pipeline =
         Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone()).context("cannot start the threads of the plugins")?;

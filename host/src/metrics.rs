@@ -45,6 +45,19 @@ pub struct PluginLoadLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginCacheLabel {
+    /// `hit`, `miss`, `damaged` (there, of no use, and removed), or `unwritten` (compiled, and could not be kept).
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginShadowLabel {
+    pub plugin: String,
+    /// `same`, `different`, `failed` (the candidate only), or `skipped` (too many waited).
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     /// A fixed word of the code.
     pub reason: &'static str,
@@ -100,10 +113,14 @@ metrics! {
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
     /// Files of plugins that were loaded or were not, at the start and whenever they changed.
     plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
+    /// Compiled plugins that were looked for in the cache, or could not be put there.
+    plugin_cache: Family<PluginCacheLabel, Counter> = "plugin_cache";
     /// Times that a plugin's generation failed too often, or an operator had enough of it, and the one before took over again.
     plugin_rollbacks: Family<PluginLabel, Counter> = "plugin_rollbacks";
     /// 1 while a plugin failed on so many events in a row that it is asked only now and then.
     plugin_breaker_open: Family<PluginLabel, Gauge> = "plugin_breaker_open";
+    /// Calls of plugins that a candidate beside them was asked about as well, by what it would have decided.
+    plugin_shadow_comparisons: Family<PluginShadowLabel, Counter> = "plugin_shadow_comparisons";
     /// Instances of plugins that are kept for the next event.
     plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.

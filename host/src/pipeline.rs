@@ -17,16 +17,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use crate::broker::Verdict;
 use crate::event::{Event, Name, Plan, Priority, Value};
 use crate::metrics::{Metrics, PluginCallLabel, PluginLabel};
+use crate::plugin::decided::Decided;
 use crate::plugin::generation::{Chain, Generation};
-use crate::plugin::health::Admission;
+use crate::plugin::health::{Admission, Consequence, Health};
 use crate::plugin::registry::{Registry, Snapshot};
 use crate::plugin::settings::OnFailure;
-use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
+use crate::plugin::{ATTEMPTS, Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
 
-pub mod rehearsal;
+pub mod audition;
 
-/// An event is tried this often by a plugin that fails.
-const ATTEMPTS: u32 = 2;
 /// The most shares of batches that wait for a thread; callers beyond it wait their turn.
 const MAX_WAITING: usize = 256;
 /// Fewer events than this are not worth another thread: a hand-over costs as much as calling a plugin some times.
@@ -100,20 +99,15 @@ impl Pipeline {
         let waiting = Arc::new(Semaphore::new(MAX_WAITING));
         let shared = Shared { registry, allow_none, queue: Arc::clone(&queue), waiting, n_workers };
         for n in 0..n_workers {
-            let mut worker = Worker {
-                registry: Arc::clone(&shared.registry),
-                metrics: metrics.clone(),
-                chain: Arc::default(),
-                instances: HashMap::new(),
-                n_counted: 0,
-            };
+            let mut worker = Worker::new(Arc::clone(&shared.registry), metrics.clone());
             let queue = Arc::clone(&queue);
             thread::Builder::new().name(format!("plugins-{n}")).spawn(move || worker.work(&queue))?;
         }
         Ok(Self(Arc::new(shared)))
     }
 
-    /// Evaluates a batch, all of it with the same generations of plugins; answers in its order, one for each event.
+    /// Evaluates a batch, all of it with the same generations of plugins; answers in its order, one for each event. Something comes of it: it
+    /// counts for the health of plugins, and candidates beside them hear of it.
     ///
     /// `clock_ms`: the clock that plugins are shown, in milliseconds since the Unix epoch; times to live count from it.
     ///
@@ -122,6 +116,18 @@ impl Pipeline {
     /// # Errors
     /// [`NoPlugins`]: nothing was evaluated.
     pub async fn evaluate(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
+        self.evaluate_as(true, events, clock_ms).await
+    }
+
+    /// As [`Pipeline::evaluate`], for whoever only wants to know what would be decided.
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn try_out(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
+        self.evaluate_as(false, events, clock_ms).await
+    }
+
+    async fn evaluate_as(&self, is_live: bool, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
         let chain = self.0.registry.chain();
         if !self.can_work_on(&chain) {
             return Err(NoPlugins);
@@ -141,7 +147,7 @@ impl Pipeline {
             let share: Vec<Event> = events.by_ref().take(share).collect();
             let (answer, answered) = oneshot::channel();
             let permit = Arc::clone(&self.0.waiting).acquire_owned().await.expect("the semaphore is never closed");
-            self.0.queue.push(Job { chain: Arc::clone(&chain), events: share, clock_ms, answer, _permit: permit });
+            self.0.queue.push(Job { chain: Arc::clone(&chain), events: share, clock_ms, is_live, answer, _permit: permit });
             answers.push(answered);
         }
         for answer in answers {
@@ -197,6 +203,7 @@ struct Job {
     chain: Arc<Chain>,
     events: Vec<Event>,
     clock_ms: u64,
+    is_live: bool,
     answer: oneshot::Sender<Vec<Evaluation>>,
     _permit: OwnedSemaphorePermit,
 }
@@ -248,6 +255,7 @@ impl Queue {
 }
 
 /// One thread with its instances.
+#[derive(Debug)]
 struct Worker {
     registry: Arc<Registry>,
     metrics: Metrics,
@@ -257,14 +265,21 @@ struct Worker {
     instances: HashMap<(Name, u64), Instance>,
     /// How many of them the metric has heard of.
     n_counted: i64,
+    /// Whether something comes of what is being evaluated.
+    is_live: bool,
 }
 
 impl Worker {
+    fn new(registry: Arc<Registry>, metrics: Metrics) -> Self {
+        Self { registry, metrics, chain: Arc::default(), instances: HashMap::new(), n_counted: 0, is_live: false }
+    }
+
     fn work(&mut self, queue: &Queue) {
         let mut n_heard = 0;
         while let Some(task) = queue.pop(&mut n_heard) {
-            if let Task::Evaluate(Job { chain, events, clock_ms, answer, _permit }) = task {
+            if let Task::Evaluate(Job { chain, events, clock_ms, is_live, answer, _permit }) = task {
                 self.keep_only(&chain);
+                self.is_live = is_live;
                 let ticking = self.registry.engine().ticking();
                 let evaluations = events.into_iter().map(|event| self.evaluate(&chain, event, clock_ms, &ticking)).collect();
                 // Nobody listens if the caller was cancelled.
@@ -349,8 +364,35 @@ impl Worker {
         }
     }
 
-    /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
+    /// Asks one plugin, and has a candidate beside it asked the same.
     fn ask(&mut self, generation: &Generation, role: Role, call: &Call<'_>, verdicts: &mut Vec<Verdict>, ticking: &Ticking) -> Asked {
+        // A plugin that is not asked just now, because it failed too often, decides nothing that could be compared.
+        if self.is_live
+            && generation.plugin.wants(&call.event.kind)
+            && let Admission::Spared(why) = generation.health(role).admit(Instant::now())
+        {
+            let (plugin, reason) = (generation.plugin.name().to_string(), why.to_string());
+            verdicts.push(Verdict { plugin, generation: generation.number, verdict: "failed".to_owned(), reason: reason.clone() });
+            return settle(generation, reason, 0);
+        }
+        let asked = self.ask_admitted(generation, role, call, verdicts, ticking);
+        if self.is_live
+            && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
+        {
+            shadow.offer(generation.number, role, call, || asked.decided(role, call, verdicts.last()));
+        }
+        asked
+    }
+
+    /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
+    fn ask_admitted(
+        &mut self,
+        generation: &Generation,
+        role: Role,
+        call: &Call<'_>,
+        verdicts: &mut Vec<Verdict>,
+        ticking: &Ticking,
+    ) -> Asked {
         let plugin = &generation.plugin;
         let mut note = |verdict: &str, reason: &str| {
             let (plugin, verdict, reason) = (plugin.name().to_string(), verdict.to_owned(), reason.to_owned());
@@ -360,17 +402,12 @@ impl Worker {
             note("skipped", "");
             return Asked::Passed;
         }
-        if let Admission::Spared(why) = generation.health(role).admit(Instant::now()) {
-            let reason = why.to_string();
-            note("failed", &reason);
-            return settle(generation, reason, 0);
-        }
         let mut attempts = 0;
         let error = loop {
             attempts += 1;
             match self.call(generation, role, call, ticking) {
                 Ok(answer) => {
-                    self.registry.follow(generation, generation.health(role).note_answer());
+                    self.follow(generation, role, Health::note_answer);
                     match &answer {
                         Answer::Keep => note("keep", ""),
                         Answer::Drop(reason) => note("drop", reason),
@@ -388,8 +425,7 @@ impl Worker {
                         kind = error.kind(),
                         "plugin failed: {error}"
                     );
-                    let is_verdict = matches!(error, CallError::Rejected(_) | CallError::Retry(_));
-                    if is_verdict || attempts == ATTEMPTS {
+                    if error.is_verdict() || attempts == ATTEMPTS {
                         break error;
                     }
                 }
@@ -401,13 +437,20 @@ impl Worker {
         match error {
             // What a plugin says of an event is its verdict; the policy is for plugins that do not work.
             CallError::Rejected(_) | CallError::Retry(_) => {
-                self.registry.follow(generation, generation.health(role).note_answer());
+                self.follow(generation, role, Health::note_answer);
                 Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: matches!(error, CallError::Retry(_)) })
             }
             CallError::Deadline(_) | CallError::Memory(_) | CallError::Trap(_) | CallError::Refused(_) => {
-                self.registry.follow(generation, generation.health(role).note_failure(Instant::now()));
+                self.follow(generation, role, |health| health.note_failure(Instant::now()));
                 settle(generation, reason, attempts)
             }
+        }
+    }
+
+    /// Notes how a plugin fared, and sees to what follows from it.
+    fn follow(&self, generation: &Generation, role: Role, note: impl FnOnce(&Health) -> Consequence) {
+        if self.is_live {
+            self.registry.follow(generation, note(generation.health(role)));
         }
     }
 
@@ -446,6 +489,34 @@ enum Asked {
     Passed,
     /// No other plugin is asked.
     Over(Resolution),
+}
+
+impl Asked {
+    /// What the plugin decided about this call, on which this is its verdict.
+    fn decided(&self, role: Role, call: &Call<'_>, verdict: Option<&Verdict>) -> Decided {
+        match (self, verdict) {
+            (Self::Answered(answer), _) => Decided::of_answer(answer, call),
+            (_, Some(verdict)) if verdict.verdict == "failed" => Decided::Failed { reason: verdict.reason.clone() },
+            _ => Decided::nothing(role),
+        }
+    }
+}
+
+/// A thread of the caller's own that asks plugins about events of which nothing comes: apart from those at work, and counted nowhere.
+#[derive(Debug)]
+pub struct Aside(Worker);
+
+impl Aside {
+    pub fn new(registry: Arc<Registry>) -> Self {
+        Self(Worker::new(registry, Metrics::default()))
+    }
+
+    /// Evaluates one event by a chain that need not be the one at work. Takes as long as plugins may: not for an async thread.
+    pub fn evaluate(&mut self, chain: &Arc<Chain>, event: Event, clock_ms: u64) -> Evaluation {
+        let ticking = self.0.registry.engine().ticking();
+        self.0.keep_only(chain);
+        self.0.evaluate(chain, event, clock_ms, &ticking)
+    }
 }
 
 /// The attribute `priority`, if it is one; a router that minds a bad one rejects the event.

@@ -2,17 +2,22 @@
 //!
 //! It promises that a plugin that traps, loops, grows, floods its output or lies costs one call its answer, and nothing else: the instance
 //! is thrown away, and the next call has a fresh one. Calls are synchronous and belong on threads of their own, never on an async executor.
-//! Which plugins there are, and in which version, is [`registry`]'s business, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
+//! How bytes become code is `compile`'s business, and where code is kept, [`cache`]'s; which plugins there are, and in which version,
+//! [`registry`]'s, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use sha2::{Digest, Sha256};
-use wasmtime::component::{Component, InstancePre};
+use wasmtime::component::InstancePre;
 use wasmtime::{Store, Trap};
 
 mod bindings;
+pub mod cache;
+mod compile;
 pub mod contract;
+pub mod decided;
 mod engine;
 mod folder;
 pub mod generation;
@@ -23,6 +28,7 @@ mod noop;
 pub mod registry;
 mod selection;
 pub mod settings;
+pub mod shadow;
 pub mod state;
 pub mod watcher;
 
@@ -32,6 +38,7 @@ pub use noop::noop;
 pub use selection::Selection;
 
 use self::bindings::{Description, ExportIndices, Exports};
+use self::compile::{Compiled, compile};
 use self::engine::State;
 use self::log::GuestLog;
 use self::selection::Document;
@@ -39,6 +46,9 @@ use crate::event::{Event, Name, Plan, Priority};
 
 /// The largest file of a plugin, in bytes: components made of JavaScript have 13 MB, of Python up to 35.
 pub const MAX_FILE_BYTES: usize = 64 * 1024 * 1024;
+
+/// An event is tried this often by a plugin that fails, the last time on a fresh instance.
+pub(crate) const ATTEMPTS: u32 = 2;
 
 /// What one call of a plugin may cost.
 #[derive(Clone, Debug, PartialEq)]
@@ -122,10 +132,16 @@ impl CallError {
             Self::Rejected(_) | Self::Retry(_) => "failed",
         }
     }
+
+    /// Whether the plugin works, and this is what it says of the event: it would say so again.
+    pub const fn is_verdict(&self) -> bool {
+        matches!(self, Self::Rejected(_) | Self::Retry(_))
+    }
 }
 
 /// Which of its two exports a plugin is called by. One may have both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Role {
     Filter,
     Router,
@@ -168,6 +184,7 @@ pub struct Plugin {
     name: Name,
     manifest: Manifest,
     hash: String,
+    is_cached: bool,
     selection: Selection,
     config: String,
     limits: Limits,
@@ -227,8 +244,8 @@ impl Plugin {
 
     /// The first half of [`Plugin::load`]: everything but a trial.
     fn prepare(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<Self, LoadError> {
-        let component = compile(engine, bytes, &limits).map_err(LoadError)?;
-        let (has_filter, has_router) = inspect(engine, &component).map_err(LoadError)?;
+        let hash = hash(bytes);
+        let Compiled { component, has_filter, has_router, is_cached } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
         let component =
             engine.linker().instantiate_pre(&component).map_err(|e| LoadError(format!("does not fit this host: {}", causes(&e))))?;
         let exports = ExportIndices::find(&component, has_filter, has_router).map_err(|e| LoadError(unfit(&e)))?;
@@ -236,7 +253,8 @@ impl Plugin {
             log: Arc::new(GuestLog::new(name.clone())),
             name,
             manifest: Manifest { name: String::new(), version: String::new(), description: String::new(), config_schema: None },
-            hash: hash(bytes),
+            hash,
+            is_cached,
             selection: Selection::default(),
             config: config.to_owned(),
             limits,
@@ -257,6 +275,17 @@ impl Plugin {
     /// SHA-256 of the file, in hexadecimal.
     pub fn hash(&self) -> &str {
         &self.hash
+    }
+
+    /// Has its lines in the log told apart from those of the version at work.
+    fn logging_as(self, what: &str) -> Self {
+        let name = Name::parse(&format!("{} ({what})", self.name)).unwrap_or_else(|_| self.name.clone());
+        Self { log: Arc::new(GuestLog::new(name)), ..self }
+    }
+
+    /// Whether its code came from the cache, and was not compiled now.
+    pub fn is_cached(&self) -> bool {
+        self.is_cached
     }
 
     pub fn limits(&self) -> &Limits {
@@ -405,6 +434,14 @@ impl Plugin {
     }
 }
 
+/// Lets every other thread go before this one, which asks plugins about what is not urgent.
+pub(crate) fn make_unimportant() {
+    // On Linux, of this thread only.
+    if let Err(error) = rustix::process::nice(19) {
+        tracing::debug!(%error, "a thread that asks candidates is as important as others");
+    }
+}
+
 /// SHA-256 in hexadecimal.
 fn hash(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
@@ -414,86 +451,6 @@ fn hash(bytes: &[u8]) -> String {
 /// record is some 150 bytes. What is within is then counted exactly.
 fn handed_back(limits: &Limits) -> usize {
     limits.result_bytes * 2 + limits.targets * 256 + 64 * 1024
-}
-
-/// From bytes of a file to compiled code.
-fn compile(engine: &Engine, bytes: &[u8], limits: &Limits) -> Result<Component, String> {
-    const MIB: usize = 1024 * 1024;
-    if bytes.is_empty() {
-        return Err("is empty".to_owned());
-    }
-    if bytes.len() > limits.file_bytes {
-        return Err(format!("has {} MiB; {} is the most", bytes.len().div_ceil(MIB), limits.file_bytes / MIB));
-    }
-    if !bytes.starts_with(b"\0asm") {
-        return Err("is no WebAssembly: it does not begin with '\\0asm'".to_owned());
-    }
-    // Looked through before anything is made of it, for a clear word about a file that is still being written.
-    wasmparser::Validator::new().validate_all(bytes).map_err(|error| format!("is truncated or damaged: {error}"))?;
-    let encoded;
-    let component = if wasmparser::Parser::is_component(bytes) {
-        bytes
-    } else {
-        let encoder = wit_component::ComponentEncoder::default().module(bytes);
-        encoded = encoder
-            .and_then(|mut encoder| encoder.encode())
-            .map_err(|e| format!("is a core module that cannot be made a component: {e:#}"))?;
-        &encoded
-    };
-    Component::from_binary(engine.wasmtime(), component).map_err(|e| format!("does not compile: {}", causes(&e)))
-}
-
-/// Whether plugins are granted what they import under this name.
-fn is_granted(import: &str) -> bool {
-    const GRANTED: [&str; 9] = [
-        "pointsman:plugin/types@",
-        "pointsman:plugin/log@",
-        "pointsman:plugin/clock@",
-        "wasi:cli/",
-        "wasi:clocks/",
-        "wasi:filesystem/",
-        "wasi:io/",
-        "wasi:random/",
-        "wasi:sockets/",
-    ];
-    GRANTED.iter().any(|granted| import.starts_with(granted))
-}
-
-/// Whether a component's imports are granted, and what it exports: a filter, a router or both.
-fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), String> {
-    let ty = component.component_type();
-    let imports: Vec<&str> = ty.imports(engine.wasmtime()).map(|(name, _)| name).collect();
-    let exports: Vec<&str> = ty.exports(engine.wasmtime()).map(|(name, _)| name).collect();
-    for name in imports.iter().chain(&exports) {
-        let version = name.strip_prefix("pointsman:plugin/").and_then(|rest| rest.split_once('@')).map(|(_, version)| version);
-        if let Some(version) =
-            version.filter(|version| *version != bindings::VERSION && !version.starts_with(&format!("{}.", bindings::VERSION)))
-        {
-            let built_for = version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
-            return Err(format!("was built for pointsman:plugin {built_for}; this host speaks {}", bindings::VERSION));
-        }
-    }
-    if let Some(foreign) = imports.iter().find(|name| !is_granted(name)) {
-        return Err(format!("imports {}, which plugins are not granted", foreign.escape_debug()));
-    }
-    let has = |interface: &str| {
-        exports.iter().any(|name| {
-            name.strip_prefix("pointsman:plugin/").and_then(|rest| rest.split_once('@')).is_some_and(|(name, _)| name == interface)
-        })
-    };
-    let (is_filter, is_router) = (has("filter"), has("router"));
-    if !is_filter && !is_router {
-        return Err("exports neither pointsman:plugin/filter nor pointsman:plugin/router; a plugin in Rust does so with `pointsman_plugin::export!`".to_owned());
-    }
-    if !has("lifecycle") {
-        return Err("does not export pointsman:plugin/lifecycle, by which it is configured".to_owned());
-    }
-    if let Some(resources) = component.resources_required()
-        && resources.num_memories as usize > engine::MAX_MEMORIES
-    {
-        return Err(format!("has {} memories; {} is the most", resources.num_memories, engine::MAX_MEMORIES));
-    }
-    Ok((is_filter, is_router))
 }
 
 fn unfit(error: &wasmtime::Error) -> String {

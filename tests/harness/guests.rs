@@ -1,5 +1,6 @@
 //! Plugins for tests, built once a run: the bundled ones, `unruly`, which misbehaves on command, `forger`, which lies in every string,
-//! `versioned`, which says which version of it decides, and components that are made of an interface and do nothing.
+//! `versioned`, which says which version of it decides, `turning`, whose versions decide otherwise where an event says so, and components
+//! that are made of an interface and do nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,8 +23,17 @@ pub(crate) const FAULTY: u32 = 9_000_000;
 
 /// The bytes of `versioned` that say that they are this version.
 pub(crate) fn versioned(number: u32) -> Vec<u8> {
+    of_version("versioned", number)
+}
+
+/// The bytes of `turning` that are this version of it.
+pub(crate) fn turning(number: u32) -> Vec<u8> {
+    of_version("turning", number)
+}
+
+fn of_version(guest: &str, number: u32) -> Vec<u8> {
     const PLACE: &[u8] = b"version:0000000";
-    let mut bytes = core_module("versioned");
+    let mut bytes = core_module(guest);
     let places: Vec<usize> = bytes.windows(PLACE.len()).enumerate().filter(|(_, bytes)| *bytes == PLACE).map(|(at, _)| at).collect();
     let [at] = places[..] else { panic!("the number of the version stands {} times in the file", places.len()) };
     bytes[at..at + PLACE.len()].copy_from_slice(format!("version:{number:07}").as_bytes());
@@ -65,7 +75,8 @@ fn build(target: &str) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
     let status = cargo
-        .args(["-p", "address", "-p", "discard", "-p", "prioritize", "-p", "rules", "-p", "unruly", "-p", "forger", "-p", "versioned"])
+        .args(["-p", "address", "-p", "discard", "-p", "prioritize", "-p", "rules"])
+        .args(["-p", "unruly", "-p", "forger", "-p", "versioned", "-p", "turning"])
         .status()
         .expect("cargo, which built this, runs");
     assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");

@@ -102,6 +102,12 @@ impl Builder {
         self
     }
 
+    /// A variable of its environment.
+    pub(crate) fn environment(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
     /// [`Builder::start`] returns as soon as the admin listener answers, ready or not.
     pub(crate) fn may_be_unready(mut self) -> Self {
         self.ready = false;
@@ -141,6 +147,7 @@ impl Builder {
         for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_")) {
             command.env_remove(variable);
         }
+        command.env("POINTSMAN_PLUGINS_CACHE", super::compiled_plugins());
         command.args(&self.arguments).envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.current_dir(folder.path()).stdin(Stdio::null());
         command
@@ -272,6 +279,11 @@ impl Node {
     /// `GET` from the admin listener: `/healthz`, `/readyz`, `/metrics`.
     pub(crate) fn admin(&self, path: &str) -> Answer {
         http::send("GET", &self.admin_url(path), &[], None).unwrap_or_else(|error| panic!("GET {path}: {error}"))
+    }
+
+    /// Its own folder, below which is what it keeps.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Sends a request that changes something to the admin listener.

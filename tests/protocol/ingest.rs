@@ -10,7 +10,6 @@ use pointsman::event::{EntryId, NotificationId, Outcome};
 use pointsman::ingest::{Config, Ingest};
 use pointsman::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use pointsman::pipeline::Pipeline;
-use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config as Plugins;
 use pointsman::readiness::Readiness;
@@ -20,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::on_each_broker;
 use super::puppet::{At, Op, Puppet};
 use super::stage::{Client, SOURCE, Stage, target, until};
+use crate::harness::engine;
 use crate::harness::guests::core_module;
 use crate::harness::node::Folder;
 
@@ -48,7 +48,7 @@ pub(super) fn address() -> Pipeline {
 
 fn pipeline(folder: Option<&Folder>) -> Pipeline {
     let config = Plugins { dir: folder.map(|folder| folder.path().to_owned()), ..Plugins::default() };
-    let registry = Registry::load(Engine::new().expect("an engine"), config, Metrics::default()).expect("plugins");
+    let registry = Registry::load(engine(), config, Metrics::default()).expect("plugins");
     Pipeline::start(Arc::new(registry), true, Metrics::default()).expect("threads")
 }
 

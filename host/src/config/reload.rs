@@ -115,9 +115,9 @@ async fn take_up(recipe: &Recipe, in_force: &Written, registry: &Arc<Registry>, 
 fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
     let table = |written: &Written| {
         let mut table = Table::try_from(written).unwrap_or_default();
-        let dir = table.get_mut("plugins").and_then(|plugins| plugins.as_table_mut()?.remove("dir"));
-        let plugins = dir.map(|dir| Table::from_iter([("dir".to_owned(), dir)])).unwrap_or_default();
-        table.insert("plugins".to_owned(), plugins.into());
+        if let Some(plugins) = table.get_mut("plugins").and_then(|plugins| plugins.as_table_mut()) {
+            plugins.retain(|key, _| ["dir", "cache"].contains(&key));
+        }
         table
     };
     let (before, after) = (table(in_force), table(written));
@@ -141,7 +141,7 @@ mod tests {
         let before = written("[plugins]\ndir = 'a'\norder = ['x']\n[log]\nfilter = 'info'\n");
         let after = written("[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n");
         assert_eq!(waiting(&before, &after), Vec::<String>::new());
-        let after = written("[plugins]\ndir = 'b'\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n");
-        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.dir", "stream.heartbeat_s"]);
+        let after = written("[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n");
+        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.cache", "plugins.dir", "stream.heartbeat_s"]);
     }
 }

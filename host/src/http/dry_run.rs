@@ -86,7 +86,7 @@ pub(super) async fn try_out(
             }
         }
     }
-    let evaluations = pipeline.evaluate(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
+    let evaluations = pipeline.try_out(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
     for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
         trials[place] = Trial::Tried(Box::new(judge(broker, partition, evaluation, now_ms).await?));
     }

@@ -9,7 +9,9 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract;
 use axum::http::StatusCode;
+use bytes::Bytes;
 use serde::Serialize;
+use tokio::sync::SemaphorePermit;
 
 use super::{ApiError, Keyed, Path, State, read_body};
 use crate::plugin::MAX_FILE_BYTES;
@@ -50,9 +52,7 @@ pub(super) async fn upload(
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<PluginState>, ApiError> {
-    let busy = || ApiError::overloaded("another plugin is being uploaded to this node");
-    let _permit = state.uploading.try_acquire().map_err(|_| busy())?;
-    let file = read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?;
+    let (file, _permit) = receive(&state, body).await?;
     order(&state, move |registry| registry.upload(&name, &file)).await.map(Json)
 }
 
@@ -85,8 +85,15 @@ pub(super) async fn roll_back(
     order(&state, move |registry| registry.roll_back(&name)).await.map(Json)
 }
 
+/// The bytes of a file, with the permit to have them here: one at a time.
+pub(super) async fn receive(state: &State, body: Body) -> Result<(Bytes, SemaphorePermit<'_>), ApiError> {
+    let busy = |_| ApiError::overloaded("another plugin is being uploaded to this node");
+    let permit = state.uploading.try_acquire().map_err(busy)?;
+    Ok((read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?, permit))
+}
+
 /// Has an order carried out. It is, even if the client does not wait for it.
-async fn order<T: Send + 'static>(
+pub(super) async fn order<T: Send + 'static>(
     state: &State,
     carry_out: impl FnOnce(&Registry) -> Result<T, OrderError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -100,6 +107,7 @@ impl From<OrderError> for ApiError {
         let text = error.to_string();
         match error {
             OrderError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
+            OrderError::NoCandidate(_) => Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow"),
             OrderError::Impossible(_) => Self::conflict(text),
             OrderError::Refused(_) => Self::unprocessable(text).fix("what ran before still runs"),
             OrderError::Folder(_) => Self::incapable(text),

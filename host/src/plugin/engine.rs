@@ -20,7 +20,9 @@ use wasmtime_wasi::p2::{DynPollable, OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings;
+use super::cache::Cache;
 use super::log::{GuestLog, Level, MAX_LINE};
+use super::shadow::MAX_SHADOWS;
 use crate::event::Name;
 
 /// The most plugins in a chain: the pool of instances is sized by it.
@@ -44,6 +46,7 @@ struct Shared {
     engine: wasmtime::Engine,
     linker: Linker<State>,
     ticker: Arc<Ticker>,
+    cache: Option<Cache>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -59,6 +62,14 @@ impl Engine {
     /// # Errors
     /// If the processor or the system lacks what compiled WebAssembly needs.
     pub fn new() -> anyhow::Result<Self> {
+        Self::with_cache(None)
+    }
+
+    /// [`Engine::new`], which takes from this cache what was compiled before.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn with_cache(cache: Option<Cache>) -> anyhow::Result<Self> {
         let engine = match wasmtime::Engine::new(&config(true)) {
             Ok(engine) => engine,
             Err(error) => {
@@ -68,7 +79,7 @@ impl Engine {
         };
         let linker = linker(&engine)?;
         let ticker = Ticker::start(engine.weak())?;
-        Ok(Self(Arc::new(Shared { engine, linker, ticker })))
+        Ok(Self(Arc::new(Shared { engine, linker, ticker, cache })))
     }
 
     /// The number of threads that plugins should run on: one for each processor, within bounds.
@@ -82,6 +93,10 @@ impl Engine {
 
     pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
         &self.0.engine
+    }
+
+    pub(super) fn cache(&self) -> Option<&Cache> {
+        self.0.cache.as_ref()
     }
 
     pub(super) fn linker(&self) -> &Linker<State> {
@@ -116,8 +131,9 @@ fn config(is_pooling: bool) -> Config {
     config.wasm_multi_memory(false);
     // Exceptions and shared memories are off with the crate's features `gc` and `threads`.
     if is_pooling {
-        // One instance for each plugin on each thread, and one more of each while a new version is tried.
-        let n = (MAX_PLUGINS * (Engine::n_workers() + 1)) as u32;
+        // One instance for each plugin on each thread, one more of each while a new version is tried, another while a candidate is asked about past
+        // events, and one of each candidate beside a plugin.
+        let n = (MAX_PLUGINS * (Engine::n_workers() + 2) + MAX_SHADOWS) as u32;
         let mut pool = PoolingAllocationConfig::new();
         pool.total_component_instances(n)
             .total_core_instances(n * 32)

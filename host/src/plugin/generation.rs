@@ -72,6 +72,15 @@ impl Chain {
         Self { filters: of_role(Role::Filter), routers: of_role(Role::Router) }
     }
 
+    /// With this generation in the place of that of its name.
+    pub(super) fn with(&self, other: &Arc<Generation>) -> Self {
+        let in_place = |generation: &Arc<Generation>| {
+            let is_its = generation.plugin.name() == other.plugin.name();
+            Arc::clone(if is_its { other } else { generation })
+        };
+        Self { filters: self.filters.iter().map(in_place).collect(), routers: self.routers.iter().map(in_place).collect() }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.filters.is_empty() && self.routers.is_empty()
     }

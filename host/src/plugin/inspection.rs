@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 use wasmparser::{Parser, Payload};
 
 use super::bindings::Description;
+use super::compile::is_granted;
 use super::log::printable;
-use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection, engine, hash, is_granted};
+use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection, engine, hash};
 use crate::event::Name;
 
 /// The most imports, and exports, that are looked at.

@@ -13,14 +13,17 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
+mod candidate;
 mod slot;
 
+pub use self::candidate::Understudy;
 use self::slot::{Done, Failure, Slots};
 use super::engine::MAX_PLUGINS;
 use super::folder::{self, Look, Sighting};
 use super::generation::{Chain, Generation};
 use super::health::{BreakerState, Consequence};
 use super::settings::{Config, Settings};
+use super::shadow::Shadows;
 use super::state::{PluginState, Refusal, Word};
 use super::{Engine, Plugin, hash};
 use crate::clock::now_ms;
@@ -50,6 +53,7 @@ pub struct Registry {
     slots: Mutex<Slots>,
     /// Replaced whole; never borrowed over anything that waits.
     current: watch::Sender<Snapshot>,
+    shadows: Shadows,
 }
 
 /// What is to be done about one plugin whose files changed.
@@ -77,6 +81,8 @@ struct Wanted {
 pub enum OrderError {
     #[error("there is no plugin '{0}'")]
     Unknown(String),
+    #[error("there is no candidate beside the plugin '{0}'")]
+    NoCandidate(String),
     /// The text names the fix.
     #[error("{0}")]
     Impossible(String),
@@ -101,7 +107,8 @@ impl Registry {
             None => Look::new(),
         };
         let slots = Mutex::new(Slots { config, by_name: BTreeMap::new() });
-        let registry = Self { engine, dir, metrics, loading: Mutex::default(), slots, current: watch::Sender::default() };
+        let registry =
+            Self { engine, dir, metrics, loading: Mutex::default(), slots, current: watch::Sender::default(), shadows: Shadows::default() };
         registry.take_up(look);
         Ok(registry)
     }

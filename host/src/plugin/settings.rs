@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::{Error as _, MapAccess, Visitor};
@@ -16,7 +16,7 @@ use super::health::Tolerance;
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
 ///
-/// A plugin called `dir` or `order` cannot be configured.
+/// A plugin called `dir`, `order` or `cache` cannot be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Config {
     /// The folder whose `.wasm` files are the plugins; it is watched (none).
@@ -24,9 +24,28 @@ pub struct Config {
     pub dir: Option<PathBuf>,
     /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).
     pub order: Vec<String>,
+    /// Where compiled plugins are kept for the next start, in a folder of this user alone; `false` or `""`: nowhere (`plugins` in the folder of
+    /// `broker.data`; without one, `pointsman` in `$XDG_CACHE_HOME` or `~/.cache`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
     /// `[plugins.<name>]`.
     #[serde(flatten)]
     pub plugins: BTreeMap<String, Settings>,
+}
+
+impl Config {
+    /// The folder of compiled plugins; `None`: there is no use for one, or no place. `data`: the folder of the embedded broker.
+    pub fn cache_folder(&self, data: Option<&Path>) -> Option<PathBuf> {
+        self.dir.as_ref()?;
+        if let Some(folder) = &self.cache {
+            return Some(folder.clone()).filter(|folder| !folder.as_os_str().is_empty());
+        }
+        let of_user = || {
+            let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+            variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))).map(|caches| caches.join("pointsman"))
+        };
+        data.map(|data| data.join("plugins")).or_else(of_user)
+    }
 }
 
 /// `[plugins.<name>]`: one plugin.
@@ -157,7 +176,7 @@ impl<'de> Deserialize<'de> for Config {
         impl<'de> Visitor<'de> for Sections {
             type Value = Config;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the keys dir and order, and a table for each plugin")
+                f.write_str("the keys dir, order and cache, and a table for each plugin")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
                 let mut config = Config::default();
@@ -165,6 +184,7 @@ impl<'de> Deserialize<'de> for Config {
                     match key.as_str() {
                         "dir" => config.dir = Some(map.next_value()?),
                         "order" => config.order = map.next_value()?,
+                        "cache" => config.cache = Some(folder_or_none(&map.next_value()?).map_err(A::Error::custom)?),
                         _ => {
                             let settings: Settings = map.next_value().map_err(|e| A::Error::custom(format!("plugins.{key}: {e}")))?;
                             settings.check().map_err(|e| A::Error::custom(format!("plugins.{key}.{e}")))?;
@@ -179,10 +199,19 @@ impl<'de> Deserialize<'de> for Config {
     }
 }
 
+/// The key `cache`; an empty path stands for none.
+fn folder_or_none(value: &serde_json::Value) -> Result<PathBuf, String> {
+    match value {
+        // As a text where it comes from the environment; a folder of that name is written ./false.
+        serde_json::Value::String(text) if text == "false" => Ok(PathBuf::new()),
+        serde_json::Value::String(text) => Ok(PathBuf::from(text)),
+        serde_json::Value::Bool(false) => Ok(PathBuf::new()),
+        other => Err(format!("plugins.cache is {other}; give a folder as a text, or false for none")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
@@ -208,9 +237,22 @@ mod tests {
             ("[address]\nsha256 = 'abc'\n", "plugins.address.sha256 is no hash"),
             ("folder = 'x'\n", "plugins.folder"),
             ("dir = 5\n", "string"),
+            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false"),
         ] {
             let error = toml::from_str::<Config>(text).unwrap_err().to_string();
             assert!(error.contains(expect), "{text} gave: {error}");
+        }
+    }
+
+    #[test]
+    fn compiled_plugins_are_kept_where_the_configuration_says_or_beside_the_data() {
+        let folder_of = |text: &str| toml::from_str::<Config>(text).unwrap().cache_folder(Some(Path::new("/data")));
+        assert_eq!(folder_of(""), None, "without plugins");
+        let folder = |text: &str| folder_of(&format!("dir = 'plugins'\n{text}"));
+        assert_eq!(folder(""), Some("/data/plugins".into()));
+        assert_eq!(folder("cache = '/var/cache/p'"), Some("/var/cache/p".into()));
+        for none in ["cache = ''", "cache = false", "cache = 'false'"] {
+            assert_eq!(folder(none), None, "{none}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use pointsman::event::{Event, Name};
-use pointsman::pipeline::rehearsal::Rehearsal;
+use pointsman::pipeline::audition::Audition;
 use pointsman::plugin::{Engine, Limits, Plugin, Role, noop};
 
 use super::{Subject, sample};
@@ -39,11 +39,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let roles: Vec<Role> = [Role::Filter, Role::Router].into_iter().filter(|role| plugin.has_role(*role)).collect();
     let nothing = Plugin::load(&engine, Name::parse("nothing")?, &noop()?, "{}", Limits::default())?;
 
-    let (mut plugin, mut nothing) = (Rehearsal::new(&engine, plugin), Rehearsal::new(&engine, nothing));
-    let time = |rehearsal: &mut Rehearsal, n: usize| {
+    let (mut plugin, mut nothing) = (Audition::new(&engine, plugin), Audition::new(&engine, nothing));
+    let time = |audition: &mut Audition, n: usize| {
         let mut took = Duration::ZERO;
         for _ in 0..n {
-            took += rehearsal.time(&roles, &wanted).context("the plugin failed; see: pointsman plugin test")?;
+            took += audition.time(&roles, &wanted).context("the plugin failed; see: pointsman plugin test")?;
         }
         anyhow::Ok(took)
     };

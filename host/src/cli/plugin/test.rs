@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, bail, ensure};
-use pointsman::event::Event;
-use pointsman::pipeline::rehearsal::{Performance, Rehearsal};
+use pointsman::event::{Event, Plan};
+use pointsman::pipeline::audition::{Audition, Performance};
+use pointsman::plugin::decided::Decided;
 use pointsman::plugin::{Engine, Limits};
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -15,6 +16,9 @@ use time::format_description::well_known::Rfc3339;
 use tracing_subscriber::EnvFilter;
 
 use super::{Subject, sample, words};
+
+/// The most targets that are shown of an answer.
+const MAX_SHOWN: usize = 4;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -57,17 +61,17 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let engine = Engine::new()?;
     let plugin = loaded.plugin(&engine)?;
-    let (limits, mut rehearsal) = (plugin.limits().clone(), Rehearsal::new(&engine, plugin));
+    let (limits, mut audition) = (plugin.limits().clone(), Audition::new(&engine, plugin));
     println!("{}: {}", loaded.file.display(), words::limits(&limits));
     said.print();
 
     let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
     for (at, (event, clock_ms)) in events.iter().enumerate() {
-        let performance = rehearsal.perform(event, *clock_ms);
+        let performance = audition.perform(event, *clock_ms);
         show(event, &performance, &limits);
         said.print();
         n_failures += usize::from(performance.is_failure());
-        let found = serde_json::to_value(&performance.decided)?;
+        let found = performance.to_golden(event);
         if let Some(golden) = &expected {
             let wanted = golden.0.get(at).unwrap_or(&Value::Null);
             if *wanted != found {
@@ -98,20 +102,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 
 /// One line for an event: what was decided, and the costs beside the limits, red where one is above.
 fn show(event: &Event, performance: &Performance, limits: &Limits) {
-    let decided = &performance.decided;
-    let mut words = decided.verdicts.join(", ");
-    let targets = decided.routes.iter().filter_map(|route| route["to"].as_array()).flatten().filter_map(Value::as_str);
-    let shown: Vec<&str> = targets.take(4).collect();
-    if !shown.is_empty() {
-        let rest = performance.n_targets - shown.len();
-        words += &format!(" {}", shown.join(" "));
-        if rest > 0 {
-            words += &format!(" and {rest} more");
-        }
+    let mut words: Vec<String> = performance.decided.iter().map(word).collect();
+    if words.is_empty() {
+        words.push("skipped: its types do not match".to_owned());
     }
-    if let Some(reason) = &decided.reason {
-        words += &format!(": {reason}");
-    }
+    let mut words = words.join(", ");
     if performance.is_failure() {
         words = words::red(&words);
     }
@@ -131,8 +126,29 @@ fn show(event: &Event, performance: &Performance, limits: &Limits) {
         ));
         costs.push(cost(performance.n_targets.to_string(), format!("{} targets", limits.targets), performance.n_targets > limits.targets));
     }
-    if !decided.verdicts.contains(&"skipped") {
+    if !performance.decided.is_empty() {
         println!("    {}", costs.join(", "));
+    }
+}
+
+fn word(decided: &Decided) -> String {
+    match decided {
+        Decided::Keep => "keep".to_owned(),
+        Decided::Drop { reason } => format!("drop: {reason}"),
+        Decided::Amend { priority, attributes } => {
+            let priority = priority.map(|priority| format!(" priority {priority}")).unwrap_or_default();
+            let attributes = attributes.iter().map(|(name, value)| format!(" {name}={}", serde_json::json!(value)));
+            format!("amend{priority}{}", attributes.collect::<String>())
+        }
+        Decided::None => "none".to_owned(),
+        Decided::Routes { plan } => {
+            let targets = plan.as_ref().map(Plan::targets).unwrap_or_default();
+            let rest = targets.len().saturating_sub(MAX_SHOWN);
+            let shown = targets.iter().take(MAX_SHOWN).map(|target| format!(" {target}"));
+            let rest = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+            format!("routes{}{rest}", shown.collect::<String>())
+        }
+        Decided::Failed { reason } => format!("failed: {reason}"),
     }
 }
 

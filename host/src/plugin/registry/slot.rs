@@ -160,6 +160,7 @@ impl Slot {
             plugin.hash = plugin.hash(),
             plugin.former_hash = former.as_ref().map(|former| former.plugin.hash()),
             plugin.version = plugin.manifest().version,
+            plugin.cached = plugin.is_cached(),
             "plugin loaded"
         );
         if plugin.manifest().name != name {

@@ -1,0 +1,329 @@
+//! Candidates beside plugins at work: each is asked about the live events that its plugin is asked about, and what it would have decided is
+//! compared and counted. Nothing that it answers has an effect.
+//!
+//! It promises that live events neither wait for a candidate nor fail by one. Calls are handed to a queue, bounded in events and in bytes, and
+//! what finds it full is not compared but counted; one thread of low importance, `plugin-shadow`, works it off with an instance of its own under
+//! the plugin's limits. What counts as the same decision is `plugin::decided`'s business; which candidates there are, and how one is promoted,
+//! `plugin::registry`'s.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread;
+
+use bytes::Bytes;
+use serde::Serialize;
+
+use super::decided::{Decided, Difference, Differences, json_bytes};
+use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, make_unimportant};
+use crate::clock::now_ms;
+use crate::event::{Event, Name, Priority};
+use crate::metrics::{Metrics, PluginShadowLabel};
+
+/// The most candidates beside the plugins of a node.
+pub(super) const MAX_SHADOWS: usize = 4;
+/// The most calls that wait for one candidate ...
+const MAX_WAITING: usize = 1_024;
+/// ... and the most bytes of them, counted as JSON.
+const MAX_WAITING_BYTES: usize = 8 * 1024 * 1024;
+
+/// The candidates of a node, by the names of their plugins. A cheap handle.
+#[derive(Clone, Debug, Default)]
+pub struct Shadows(Arc<Open>);
+
+#[derive(Debug, Default)]
+struct Open {
+    /// How many there are: looked at for each call of each plugin.
+    n: AtomicUsize,
+    by_name: RwLock<BTreeMap<Name, Arc<Shadow>>>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let by_name = self.by_name.get_mut().unwrap_or_else(PoisonError::into_inner);
+        by_name.values().for_each(|shadow| shadow.end());
+    }
+}
+
+/// How a candidate fares.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub plugin: Name,
+    /// SHA-256 of the candidate's file, in hexadecimal.
+    pub hash: String,
+    /// What it says its version is.
+    pub version: String,
+    /// When it began, in milliseconds since the Unix epoch.
+    pub since_ms: u64,
+    /// The generation that it is compared with; `None` as long as no event came by. With another one, all counts begin anew.
+    pub generation: Option<u64>,
+    /// Calls that both decided.
+    pub compared: u64,
+    /// Of these, decided otherwise.
+    pub different: u64,
+    /// Of these, those on which only the candidate failed.
+    pub failed: u64,
+    /// Calls that were not compared, because too many waited.
+    pub skipped: u64,
+    /// Calls that wait.
+    pub waiting: usize,
+    /// The first ones.
+    pub differences: Differences,
+}
+
+/// One candidate.
+#[derive(Debug)]
+pub(crate) struct Shadow {
+    plugin: Name,
+    hash: String,
+    version: String,
+    /// The file, for the day that it is promoted.
+    bytes: Bytes,
+    since_ms: u64,
+    metrics: Metrics,
+    state: Mutex<State>,
+    is_ready: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<Job>,
+    waiting_bytes: usize,
+    is_over: bool,
+    tally: Tally,
+}
+
+/// What was counted against one generation.
+#[derive(Debug, Default)]
+struct Tally {
+    generation: Option<u64>,
+    compared: u64,
+    different: u64,
+    failed: u64,
+    skipped: u64,
+    differences: Differences,
+}
+
+/// A call as it was made, and what was decided.
+#[derive(Debug)]
+struct Job {
+    event: Event,
+    priority: Priority,
+    clock_ms: u64,
+    role: Role,
+    generation: u64,
+    decided: Decided,
+    bytes: usize,
+}
+
+impl Shadows {
+    /// The candidate of this plugin.
+    pub(crate) fn of(&self, plugin: &Name) -> Option<Arc<Shadow>> {
+        if self.0.n.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        self.0.by_name.read().unwrap_or_else(PoisonError::into_inner).get(plugin).cloned()
+    }
+
+    /// Puts a candidate beside the plugin of its name, in place of another. `bytes`: its file.
+    ///
+    /// # Errors
+    /// There are as many as may be, or the system gives no thread; the text says so.
+    pub(super) fn begin(&self, engine: &Engine, candidate: Plugin, bytes: Bytes, metrics: Metrics) -> Result<Report, String> {
+        let mut by_name = self.0.by_name.write().unwrap_or_else(PoisonError::into_inner);
+        let (name, candidate) = (candidate.name().clone(), candidate.logging_as("candidate"));
+        if by_name.len() >= MAX_SHADOWS && !by_name.contains_key(&name) {
+            let others: Vec<&str> = by_name.keys().map(Name::as_str).collect();
+            return Err(format!("{MAX_SHADOWS} candidates are the most beside the plugins of a node; end one of {}", others.join(", ")));
+        }
+        let shadow = Arc::new(Shadow {
+            plugin: name.clone(),
+            hash: candidate.hash().to_owned(),
+            version: candidate.manifest().version.clone(),
+            bytes,
+            since_ms: now_ms(),
+            metrics,
+            state: Mutex::default(),
+            is_ready: Condvar::new(),
+        });
+        let (engine, run) = (engine.clone(), Arc::clone(&shadow));
+        let thread = thread::Builder::new().name("plugin-shadow".into()).spawn(move || run.work(&engine, &candidate));
+        thread.map_err(|error| format!("the system gives no thread for it: {error}"))?;
+        let report = shadow.report();
+        if let Some(former) = by_name.insert(name, shadow) {
+            former.end();
+        }
+        self.0.n.store(by_name.len(), Ordering::Relaxed);
+        Ok(report)
+    }
+
+    /// Ends this candidate.
+    pub(super) fn end(&self, shadow: &Arc<Shadow>) {
+        let mut by_name = self.0.by_name.write().unwrap_or_else(PoisonError::into_inner);
+        // Another may have its place by now.
+        if by_name.get(&shadow.plugin).is_some_and(|found| Arc::ptr_eq(found, shadow)) {
+            by_name.remove(&shadow.plugin);
+        }
+        self.0.n.store(by_name.len(), Ordering::Relaxed);
+        shadow.end();
+    }
+}
+
+impl Shadow {
+    pub(super) fn bytes(&self) -> Bytes {
+        self.bytes.clone()
+    }
+
+    pub(super) fn report(&self) -> Report {
+        let state = self.state();
+        let Tally { generation, compared, different, failed, skipped, differences } = &state.tally;
+        Report {
+            plugin: self.plugin.clone(),
+            hash: self.hash.clone(),
+            version: self.version.clone(),
+            since_ms: self.since_ms,
+            generation: *generation,
+            compared: *compared,
+            different: *different,
+            failed: *failed,
+            skipped: *skipped,
+            waiting: state.waiting.len(),
+            differences: differences.clone(),
+        }
+    }
+
+    /// Has the candidate asked about a call that a generation of its plugin has decided so; or not, if too many wait. Waits for nothing.
+    pub(crate) fn offer(&self, generation: u64, role: Role, call: &Call<'_>, decided: impl FnOnce() -> Decided) {
+        {
+            let state = self.state();
+            if state.is_over {
+                return;
+            }
+            if state.is_full(0) {
+                drop(state);
+                // Nothing is copied for what has no room.
+                return self.skip(generation);
+            }
+        }
+        let (event, decided) = (call.event.clone(), decided());
+        let bytes = json_bytes(&event).saturating_add(json_bytes(&decided));
+        let job = Job { event, priority: call.priority, clock_ms: call.clock_ms, role, generation, decided, bytes };
+        let mut state = self.state();
+        if state.is_over {
+            return;
+        }
+        if state.is_full(bytes) {
+            drop(state);
+            return self.skip(generation);
+        }
+        state.waiting_bytes += bytes;
+        state.waiting.push_back(job);
+        drop(state);
+        self.is_ready.notify_one();
+    }
+
+    fn skip(&self, generation: u64) {
+        self.state().tally.of(generation).skipped += 1;
+        self.count("skipped");
+    }
+
+    fn end(&self) {
+        let mut state = self.state();
+        state.is_over = true;
+        state.waiting.clear();
+        drop(state);
+        self.is_ready.notify_one();
+    }
+
+    /// The thread of the candidate.
+    fn work(&self, engine: &Engine, candidate: &Plugin) {
+        make_unimportant();
+        let mut slot = None;
+        while let Some(job) = self.next() {
+            let new = catch_unwind(AssertUnwindSafe(|| decide(candidate, &mut slot, engine, &job)));
+            let new = new.unwrap_or_else(|_| Decided::Failed { reason: "it made the host panic".to_owned() });
+            self.note(&job, &new);
+        }
+    }
+
+    /// `None`: it is over.
+    fn next(&self) -> Option<Job> {
+        let mut state = self.state();
+        loop {
+            if state.is_over {
+                return None;
+            }
+            if let Some(job) = state.waiting.pop_front() {
+                state.waiting_bytes -= job.bytes;
+                return Some(job);
+            }
+            state = self.is_ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn note(&self, job: &Job, new: &Decided) {
+        let is_same = job.decided.is_same(new);
+        let has_failed = !is_same && new.has_failed();
+        let difference = (!is_same).then(|| Difference::new(&job.event, job.role, job.clock_ms, &job.decided, new));
+        {
+            let mut state = self.state();
+            let tally = state.tally.of(job.generation);
+            tally.compared += 1;
+            tally.different += u64::from(!is_same);
+            tally.failed += u64::from(has_failed);
+            if let Some(difference) = difference {
+                tally.differences.push(difference);
+            }
+        }
+        self.count(match (is_same, has_failed) {
+            (true, _) => "same",
+            (false, false) => "different",
+            (false, true) => "failed",
+        });
+    }
+
+    fn count(&self, outcome: &'static str) {
+        let label = PluginShadowLabel { plugin: self.plugin.to_string(), outcome };
+        self.metrics.plugin_shadow_comparisons.get_or_create(&label).inc();
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Whether there is no room for so many bytes more.
+    fn is_full(&self, bytes: usize) -> bool {
+        self.waiting.len() >= MAX_WAITING || self.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES
+    }
+}
+
+impl Tally {
+    /// Begins anew with another generation: what was found of one says nothing of the next.
+    fn of(&mut self, generation: u64) -> &mut Self {
+        if self.generation != Some(generation) {
+            *self = Self { generation: Some(generation), ..Self::default() };
+        }
+        self
+    }
+}
+
+/// Asks the candidate as the pipeline asks a plugin: not for what it has no interest in, and once more, on a fresh instance, where it fails.
+fn decide(candidate: &Plugin, slot: &mut Option<Instance>, engine: &Engine, job: &Job) -> Decided {
+    if !candidate.wants(&job.event.kind) {
+        return Decided::nothing(job.role);
+    }
+    let (ticking, payload) = (engine.ticking(), ParsedPayload::default());
+    let call = Call { event: &job.event, priority: job.priority, clock_ms: job.clock_ms, payload: &payload };
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        match candidate.call(slot, &ticking, job.role, &call) {
+            Ok(answer) => return Decided::of_answer(&answer, &call),
+            Err(error) if error.is_verdict() || attempts == ATTEMPTS => return Decided::of_failure(&error),
+            Err(_) => {}
+        }
+    }
+}

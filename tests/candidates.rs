@@ -1,0 +1,252 @@
+//! A candidate for a plugin is tried without effect: beside it on live events, or in its place on past ones; and then takes its place, for good.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::harness::eventually;
+use crate::harness::guests::{core_module, turning};
+use crate::harness::http::Answer;
+use crate::harness::node::{Builder, Folder, Node, SOON};
+use crate::harness::publish::event;
+use crate::harness::redis::RedisServer;
+
+const SHADOW: &str = "/v1/plugins/turning/shadow";
+
+/// A node whose one plugin is the first version of `turning`.
+struct Site {
+    node: Node,
+    plugins: Folder,
+}
+
+impl Site {
+    fn new(builder: Builder) -> Self {
+        let plugins = Folder::new();
+        fs::write(plugins.path().join("turning.wasm"), turning(1)).expect("write a plugin");
+        // A busy machine is no reason to fail.
+        let builder = builder.config("[plugins.turning]\ndeadline_ms = 1000\n").plugins(plugins.path());
+        Self { node: builder.start(), plugins }
+    }
+
+    fn report(&self) -> Value {
+        ok(self.node.admin(SHADOW))
+    }
+
+    /// Waits until the candidate was asked about so many events, or it was given up.
+    fn compared(&self, n: u64) -> Value {
+        eventually(SOON, "all are compared", || {
+            let report = self.report();
+            (number(&report, "compared") + number(&report, "skipped") == n).then_some(report)
+        })
+    }
+}
+
+fn ok(answer: Answer) -> Value {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.json()
+}
+
+fn number(report: &Value, key: &str) -> u64 {
+    report[key].as_u64().unwrap_or_else(|| panic!("no {key} in {report}"))
+}
+
+fn hash(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+/// 1,000 events to user 1, of which version 2 sends seven to others.
+fn thousand(prefix: &str) -> (Vec<Value>, BTreeMap<String, String>) {
+    let mut turned = BTreeMap::new();
+    let events = (0..1_000).map(|n| {
+        let id = format!("{prefix}{n}");
+        match n % 150 {
+            77 => {
+                let to = format!("other-{n}");
+                turned.insert(id.clone(), to.clone());
+                event(&id, "order.paid", json!({ "user": "1", "turns": 2, "then": to }))
+            }
+            // Turns as well, and to whom it went before: the same decision.
+            78 => event(&id, "order.paid", json!({ "user": "1", "turns": 2, "then": "1" })),
+            // Turns later.
+            79 => event(&id, "order.paid", json!({ "user": "1", "turns": 3, "then": "nobody" })),
+            _ => event(&id, "order.paid", json!({ "user": "1" })),
+        }
+    });
+    (events.collect(), turned)
+}
+
+fn plan(side: &Value) -> Value {
+    let routes = side["plan"].as_array().unwrap_or_else(|| panic!("no plan in {side}"));
+    routes.iter().map(|route| route["to"].clone()).collect()
+}
+
+/// Exactly these events are reported, with both plans.
+fn assert_turned(report: &Value, turned: &BTreeMap<String, String>) {
+    assert_eq!(number(report, "different"), turned.len() as u64, "{report}");
+    assert_eq!(number(report, "failed"), 0);
+    let differences = report["differences"].as_array().expect("a list");
+    let reported: BTreeMap<String, (Value, Value)> = differences
+        .iter()
+        .map(|difference| {
+            assert_eq!((&difference["event"]["source"], &difference["event"]["type"]), (&json!("/tests"), &json!("order.paid")));
+            assert_eq!(difference["role"], "router");
+            (difference["event"]["id"].as_str().expect("an id").to_owned(), (plan(&difference["old"]), plan(&difference["new"])))
+        })
+        .collect();
+    let expected = turned.iter().map(|(id, to)| (id.clone(), (json!([["u:1"]]), json!([[format!("u:{to}")]]))));
+    assert_eq!(reported, expected.collect());
+}
+
+#[test]
+fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported_with_both_plans_and_no_effect() {
+    let site = Site::new(Node::builder());
+    let begun = ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
+    assert_eq!((&begun["hash"], number(&begun, "compared")), (&json!(hash(&turning(2))), 0));
+    let follower = site.node.follower("1");
+    let (events, turned) = thousand("e");
+    assert_eq!(turned.len(), 7);
+    for batch in events.chunks(100) {
+        site.node.publisher().publish(batch);
+    }
+    let record = follower.wait(SOON, "all events", |record| record.notifications.len() >= events.len());
+    let ids: Vec<_> = record.notifications.iter().map(|told| told.id.clone()).collect();
+    assert_eq!(ids, (0..1_000).map(|n| format!("e{n}")).collect::<Vec<_>>(), "what is live is as if there were no candidate");
+    let report = site.compared(1_000);
+    // The queue holds more than this: all are compared.
+    assert_eq!((number(&report, "compared"), number(&report, "skipped"), number(&report, "waiting")), (1_000, 0, 0));
+    assert_eq!(report["generation"], 1);
+    assert_turned(&report, &turned);
+    let comparisons =
+        |outcome: &str| site.node.metric(&format!("pointsman_plugin_shadow_comparisons_total{{plugin=\"turning\",outcome=\"{outcome}\"}}"));
+    assert_eq!((comparisons("same"), comparisons("different")), (993.0, 7.0));
+
+    // What is only tried out is no live event.
+    let trial = serde_json::to_vec(&event("trial", "t", json!({ "user": "1" }))).expect("JSON");
+    let trial = site.node.send("POST", "/v1/events?dry_run=true", &[("Content-Type", "application/cloudevents+json")], &trial);
+    assert_eq!(trial.status, 200, "{trial:?}");
+    assert_eq!(number(&site.report(), "compared"), 1_000);
+
+    assert_eq!(site.node.order("DELETE", SHADOW, &[], b"").status, 204);
+    assert_eq!(site.node.admin(SHADOW).status, 404);
+    assert_eq!(site.node.order("DELETE", SHADOW, &[], b"").status, 404);
+}
+
+#[test]
+fn a_candidate_that_loops_or_traps_costs_live_events_nothing_and_is_reported() {
+    const N: usize = 400;
+    let site = Site::new(Node::builder());
+    let follower = site.node.follower("1");
+    for (round, what) in ["loop", "panic"].into_iter().enumerate() {
+        ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
+        let began = Instant::now();
+        for batch in 0..N / 50 {
+            let events: Vec<_> = (0..50)
+                .map(|n| event(&format!("{what}-{}", batch * 50 + n), "t", json!({ "user": "1", "turns": 2, "then": what })))
+                .collect();
+            site.node.publisher().publish(&events);
+        }
+        follower.wait(SOON, "all events", |record| record.notifications.len() >= (round + 1) * N);
+        // A loop runs for twice the deadline: who had waited for the candidate would wait for minutes.
+        let compared = number(&site.report(), "compared");
+        assert!(what != "loop" || compared < N as u64 / 10, "{compared} in {:?}", began.elapsed());
+        let report = eventually(SOON, "the candidate failed", || Some(site.report()).filter(|report| number(report, "failed") > 0));
+        assert_eq!(number(&report, "different"), number(&report, "failed"), "{report}");
+        let difference = &report["differences"][0];
+        assert_eq!(plan(&difference["old"]), json!([["u:1"]]));
+        assert_eq!(difference["new"]["verdict"], "failed");
+        let reason = difference["new"]["reason"].as_str().expect("a reason");
+        assert!(reason.contains(if what == "loop" { "it ran longer than 1000 ms" } else { "as the event said" }), "{reason}");
+    }
+    // Nothing of it is a failure of the plugin at work.
+    assert_eq!(site.node.metric("pointsman_plugin_calls_total{plugin=\"turning\",outcome=\"ok\"}"), 2.0 * N as f64);
+    assert_eq!(site.node.metric("pointsman_plugin_calls_total"), 2.0 * N as f64);
+}
+
+#[test]
+fn a_candidate_is_checked_as_any_plugin_is_and_is_of_its_plugins_kind() {
+    let site = Site::new(Node::builder());
+    let whole = turning(2);
+    for (path, bytes, status, expect) in [
+        (SHADOW, &whole[..whole.len() / 2], 422, "is truncated or damaged"),
+        (SHADOW, b"<html>", 422, "is no WebAssembly"),
+        (SHADOW, &core_module("unruly"), 422, "is of another kind"),
+        ("/v1/plugins/nobody/shadow", &whole, 404, "nobody"),
+    ] {
+        let answer = site.node.order("PUT", path, &[], bytes);
+        assert!(answer.status == status && answer.body.contains(expect), "{path}: {answer:?}");
+    }
+    assert_eq!(site.node.admin(SHADOW).status, 404);
+    assert_eq!(site.node.order("POST", "/v1/plugins/turning/promote", &[], b"").status, 404);
+}
+
+#[test]
+fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
+    let mut site = Site::new(Node::builder().data());
+    ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
+    let promoted = ok(site.node.order("POST", "/v1/plugins/turning/promote", &[], b""));
+    assert_eq!((&promoted["hash"], &promoted["generation"]), (&json!(hash(&turning(2))), &json!(2)));
+    assert_eq!(site.node.admin(SHADOW).status, 404, "it is no candidate any more");
+    assert_eq!(fs::read(site.plugins.path().join("turning.wasm")).expect("the plugin's file"), turning(2));
+    for round in ["before", "after"] {
+        let mut stream = site.node.stream("2");
+        site.node.publisher().publish(&[event(round, "t", json!({ "user": "1", "turns": 2, "then": "2" }))]);
+        assert_eq!(stream.next_notification(SOON).id, round);
+        if round == "before" {
+            site.node.terminate(SOON);
+            site.node.restart();
+        }
+    }
+}
+
+fn past_events_are_asked_about_again(builder: Builder) {
+    let site = Site::new(builder);
+    let replay = |last: usize, bytes: &[u8]| site.node.order("POST", &format!("/v1/plugins/turning/replay?last={last}"), &[], bytes);
+    let (events, turned) = thousand("p");
+    let follower = site.node.follower("1");
+    for batch in events.chunks(100) {
+        site.node.publisher().publish(batch);
+    }
+    follower.wait(SOON, "all events", |record| record.notifications.len() >= events.len());
+    // Those that are no events, of no interest or doubled are told apart: none of them was decided by the plugin, or its plan is not kept.
+    site.node.publisher().publish(&[event("p1", "order.paid", json!({ "user": "1" })), event("nobody", "t", json!({}))]);
+    site.node.settle(SOON);
+
+    let report = ok(replay(1_002, &turning(2)));
+    assert_eq!((number(&report, "found"), number(&report, "compared")), (1_002, 1_001), "{report}");
+    assert_eq!(report["not_compared"], json!({ "its plan is not known: it was not committed, or its record is gone": 1 }));
+    assert_turned(&report, &turned);
+    let [reach] = report["reach"].as_array().expect("a list").as_slice() else { panic!("{report}") };
+    assert!(reach["oldest_entry"].as_str().is_some_and(|entry| reach["oldest_decision"] == entry), "{reach}");
+    assert_eq!(reach["source"], "pointsman:events");
+
+    // The version that decided them decides them again.
+    let report = ok(replay(10_000, &turning(1)));
+    assert_eq!((number(&report, "compared"), number(&report, "different")), (1_001, 0), "{report}");
+    assert_eq!(report["reach"][0]["is_every_decision"], true);
+    // Only the newest: none of the first hundred is among them.
+    let report = ok(replay(900, &turning(2)));
+    assert_eq!(
+        (number(&report, "found"), number(&report, "different")),
+        (900, turned.keys().filter(|id| id.as_str() != "p77").count() as u64)
+    );
+    assert_eq!(replay(0, &turning(2)).status, 400);
+    assert_eq!(replay(10_001, &turning(2)).status, 400);
+    assert_eq!(replay(10, b"<html>").status, 422);
+    // Nothing came of any of it.
+    assert_eq!(site.node.metric("pointsman_plugin_calls_total"), 1_002.0);
+    assert_eq!(site.node.metric("pointsman_events_total"), 1_002.0);
+}
+
+#[test]
+fn a_candidate_is_asked_about_past_events_of_the_embedded_broker_and_compared_with_what_was_decided() {
+    past_events_are_asked_about_again(Node::builder());
+}
+
+#[test]
+fn a_candidate_is_asked_about_past_events_of_redis_and_compared_with_what_was_decided() {
+    let server = RedisServer::start();
+    past_events_are_asked_about_again(Node::builder().redis(server.url()));
+}
