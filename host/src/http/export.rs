@@ -109,3 +109,36 @@ impl Held {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn held(last: usize) -> Held {
+        Held { last, events: VecDeque::new(), bytes: 0, n_unreadable: 0, bound: "source" }
+    }
+
+    fn entries(held: &Held) -> Vec<u64> {
+        held.events.iter().map(|(entry, _)| entry.ms).collect()
+    }
+
+    #[test]
+    fn of_all_sources_the_newest_are_kept_oldest_first() {
+        let mut held = held(3);
+        // One source after the other.
+        for ms in [1, 4, 6, 2, 3] {
+            held.add(EntryId { ms, seq: 0 }, String::new());
+        }
+        assert_eq!((entries(&held), held.bound), (vec![3, 4, 6], "last"));
+    }
+
+    #[test]
+    fn what_does_not_fit_one_answer_is_left_out_from_the_oldest() {
+        let mut held = held(1_000);
+        for ms in 1..=5 {
+            held.add(EntryId { ms, seq: 0 }, "x".repeat(MAX_BYTES / 4));
+        }
+        assert_eq!((entries(&held), held.bound), (vec![3, 4, 5], "bytes"));
+        assert!(held.bytes <= MAX_BYTES);
+    }
+}

@@ -17,5 +17,11 @@
 
   (func (export "pointsman:plugin/lifecycle@0.1.0#describe") (result i32) (call $answer))
   (func (export "pointsman:plugin/lifecycle@0.1.0#configure") (param i32 i32) (result i32) (call $answer))
-  (func (export "pointsman:plugin/filter@0.1.0#evaluate") (param i32) (result i32) (call $answer))
-  (func (export "pointsman:plugin/router@0.1.0#resolve") (param i32) (result i32) (call $answer)))
+
+  ;; id, source, type, subject (is it there?), time; priority, attributes, data (of which kind?): texts and lists by where they are and how long.
+  (type $decide (func
+    (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i64)
+    (param i32 i32 i32 i32 i32 i32)
+    (result i32)))
+  (func (export "pointsman:plugin/filter@0.1.0#evaluate") (type $decide) (call $answer))
+  (func (export "pointsman:plugin/router@0.1.0#resolve") (type $decide) (call $answer)))
