@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use pointsman::event::{EntryId, Event};
 use serde_json::{Value, json};
 
-use crate::harness::guests::{core_module, wasi_component};
-use crate::harness::node::{Node, SOON};
+use crate::harness::guests::{core_module, versioned, wasi_component};
+use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::{Publisher, event};
 use crate::harness::{eventually, http, repository};
 
@@ -333,6 +333,50 @@ fn events_are_shown_to_nobody_without_the_key() {
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
     assert!(!is_well && refused.contains("401") && refused.contains("--key"), "{refused}");
     told(&mut pointsman(&["events", "export", "--url", &url, "--key", "operators-key-0001"]));
+}
+
+#[test]
+fn the_plugins_of_a_node_are_listed_and_changed_by_command() {
+    let (place, plugins) = (Elsewhere::new("remote"), Folder::new());
+    let node = Node::builder().plugins(plugins.path()).may_be_unready().start();
+    let url = node.admin_url("");
+    eventually(SOON, "the node has looked for plugins", || (node.admin("/v1/plugins").status == 200).then_some(()));
+    let run = |arguments: &[&str]| said(pointsman(&["plugin"]).args(arguments).args(["--url", &url]));
+    let row = || {
+        let (is_well, table) = run(&["list"]);
+        assert!(is_well && table.starts_with("NAME"), "{table}");
+        let row = table.lines().nth(1).unwrap_or_default();
+        row.split_whitespace().take(6).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let file = |number| {
+        let (file, bytes) = (place.join("versioned.wasm"), versioned(number));
+        fs::write(&file, bytes).expect("write it");
+        file
+    };
+    let hash = |file: &Path| {
+        let (_, said) = said(&mut pointsman(&["plugin", "inspect", text(file)]));
+        let line = said.lines().find_map(|line| line.trim_start().strip_prefix("sha256")).expect("a hash");
+        line.trim()[..12].to_owned()
+    };
+    let first = file(1);
+    let of_first = hash(&first);
+    assert!(run(&["upload", text(&first)]).0);
+    assert_eq!(row(), ["versioned", "router", "active", "1", "0.1.0", of_first.as_str()]);
+    let second = file(2);
+    assert!(run(&["upload", text(&second)]).0);
+    assert_eq!(row()[3..], ["2", "0.1.0", hash(&second).as_str()]);
+    assert!(run(&["rollback", "versioned"]).0);
+    assert_eq!(row()[5], of_first);
+    fs::write(&second, "no plugin").expect("write it");
+    let (is_well, refused) = run(&["upload", text(&second)]);
+    assert!(!is_well && refused.contains("is no WebAssembly"), "{refused}");
+    assert!(run(&["list"]).1.contains("is no WebAssembly"), "why the last attempt was refused");
+    assert!(run(&["disable", "versioned"]).0);
+    assert!(row().contains(&"disabled".to_owned()), "{:?}", row());
+    assert!(run(&["remove", "versioned"]).0);
+    assert_eq!(row(), [""; 0]);
+    let (is_well, refused) = run(&["rollback", "no/such"]);
+    assert!(!is_well && refused.contains("cannot be named"), "{refused}");
 }
 
 /// `pointsman dev`, and everything that it says.

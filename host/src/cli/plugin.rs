@@ -48,6 +48,8 @@ enum Command {
     Enable(remote::Named),
     /// Take a plugin from work
     Disable(remote::Named),
+    /// Remove a plugin and its file
+    Remove(remote::Named),
     /// Go back to the version before
     Rollback(remote::Named),
     /// Run a candidate beside a plugin, without effect, and say what it would decide otherwise
@@ -67,11 +69,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(options),
         Command::List(options) => remote::list(options),
         Command::Upload(options) => remote::upload(options),
-        Command::Enable(options) => remote::act(options, "enable"),
-        Command::Disable(options) => remote::act(options, "disable"),
-        Command::Rollback(options) => remote::act(options, "rollback"),
+        Command::Enable(options) => remote::act(options, "POST", "/enable"),
+        Command::Disable(options) => remote::act(options, "POST", "/disable"),
+        Command::Remove(options) => remote::act(options, "DELETE", ""),
+        Command::Rollback(options) => remote::act(options, "POST", "/rollback"),
         Command::Shadow(options) => remote::shadow(options),
-        Command::Promote(options) => remote::act(options, "promote"),
+        Command::Promote(options) => remote::act(options, "POST", "/promote"),
         Command::Replay(options) => remote::replay(options),
     }
 }

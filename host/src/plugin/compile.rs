@@ -8,6 +8,7 @@
 use wasmtime::component::Component;
 
 use super::cache::Key;
+use super::log::printable;
 use super::{Engine, Limits, bindings, causes, engine};
 
 /// A component whose imports are granted.
@@ -51,7 +52,9 @@ pub(super) fn compile(engine: &Engine, bytes: &[u8], hash: &str, limits: &Limits
 
 fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
     // Looked through before anything is made of it, for a clear word about a file that is still being written.
-    wasmparser::Validator::new().validate_all(bytes).map_err(|error| format!("is truncated or damaged: {error}"))?;
+    wasmparser::Validator::new()
+        .validate_all(bytes)
+        .map_err(|error| format!("is truncated or damaged: {}", printable(&error.to_string())))?;
     let encoded;
     let component = if wasmparser::Parser::is_component(bytes) {
         bytes
@@ -59,7 +62,7 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
         let encoder = wit_component::ComponentEncoder::default().module(bytes);
         encoded = encoder
             .and_then(|mut encoder| encoder.encode())
-            .map_err(|e| format!("is a core module that cannot be made a component: {e:#}"))?;
+            .map_err(|e| format!("is a core module that cannot be made a component: {}", printable(&format!("{e:#}"))))?;
         &encoded
     };
     Component::from_binary(engine.wasmtime(), component).map_err(|e| format!("does not compile: {}", causes(&e)))

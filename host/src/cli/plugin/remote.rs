@@ -101,9 +101,9 @@ pub(super) fn upload(Upload { file, name, admin }: &Upload) -> anyhow::Result<()
     print(&send(admin, "PUT", &path(&name, "")?, Some(file))?)
 }
 
-/// `action`: `enable`, `disable`, `rollback` or `promote`.
-pub(super) fn act(Named { name, admin }: &Named, action: &str) -> anyhow::Result<()> {
-    print(&send(admin, "POST", &path(name, &format!("/{action}"))?, None)?)
+/// What takes nothing but the name: `method` at the plugin's path with `rest`.
+pub(super) fn act(Named { name, admin }: &Named, method: &str, rest: &str) -> anyhow::Result<()> {
+    print(&send(admin, method, &path(name, rest)?, None)?)
 }
 
 pub(super) fn shadow(Shadow { name, file, end, admin }: &Shadow) -> anyhow::Result<()> {
