@@ -1,5 +1,5 @@
-//! The command line. `serve` runs a node and two commands look at its configuration; all others talk to a running node by HTTP, because an
-//! embedded store has one process.
+//! The command line. `serve` and `dev` run a node, two commands look at its configuration, and those for authors of plugins need none; all
+//! others talk to a running node by HTTP, because an embedded store has one process.
 //!
 //! Exit codes: 0, 1 when it failed, 64 when the arguments or the configuration are wrong.
 

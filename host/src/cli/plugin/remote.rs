@@ -74,14 +74,18 @@ pub(super) struct Replay {
 pub(super) fn list(options: &List) -> anyhow::Result<()> {
     let listed: Value =
         serde_json::from_str(&send(&options.admin, "GET", "/v1/plugins", None)?).context("the node's answer is not JSON")?;
-    let mut rows = vec![["NAME", "KIND", "STATE", "GENERATION", "VERSION", "HASH", "SINCE", "REFUSED"].map(str::to_owned)];
+    let mut rows = vec![["NAME", "KIND", "STATE", "GENERATION", "VERSION", "HASH", "SINCE", "LAST REFUSED"].map(str::to_owned)];
     for plugin in listed["plugins"].as_array().into_iter().flatten() {
         let text = |key: &str| plugin[key].as_str().map(|text| text.escape_debug().to_string()).filter(|text| !text.is_empty());
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let hash = text("hash").map(|hash| hash.chars().take(12).collect());
         let since = plugin["since_ms"].as_u64().filter(|ms| *ms > 0).map(rfc3339);
         let [name, kind, state, version] = ["name", "kind", "state", "version"].map(|key| or_none(text(key)));
-        let refused = text("failure").or_else(|| plugin["refusal"]["reason"].as_str().map(|reason| reason.escape_debug().to_string()));
+        let refused = plugin["refusal"]["reason"].as_str().map(|reason| {
+            let at = plugin["refusal"]["at_ms"].as_u64().map(|ms| format!("{}: ", rfc3339(ms))).unwrap_or_default();
+            format!("{at}{}", reason.escape_debug())
+        });
+        let refused = refused.or_else(|| text("failure"));
         rows.push([name, kind, state, plugin["generation"].to_string(), version, or_none(hash), or_none(since), or_none(refused)]);
     }
     // The last column is a sentence.
