@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::harness::eventually;
-use crate::harness::node::{Node, SOON};
+use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
+use crate::harness::{bundled_plugins, eventually};
 
 /// Runs `pointsman` with these arguments, away from any `pointsman.toml`.
 fn pointsman(arguments: &[&str]) -> Output {
@@ -71,7 +71,7 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
     let node = Node::builder().start();
     let url = node.url("");
     node.publisher().publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
-    let listed = || stdout(&pointsman(&["dead", "--url", &url, "list"]));
+    let listed = || stdout(&pointsman(&["dead", "list", "--url", &url]));
     let line = eventually(SOON, "the dead letter", || Some(listed()).filter(|lines| !lines.is_empty()));
     let id = line.split('\t').next().expect("an id").to_owned();
     assert!(line.contains("address") && line.contains("ttl"), "{line}");
@@ -103,6 +103,73 @@ fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exit_64() {
     check("[retention]\nmax_age_s = 5", &["retention.max_age_s", "600"]);
     check("[broker]\nephemeral = true\n[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"", &["dev", "loopback"]);
     std::fs::remove_file(&file).expect("remove it");
+}
+
+#[test]
+fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
+    let folder = Folder::new();
+    let file = |text: &str| {
+        let file = folder.path().join("pointsman.toml");
+        std::fs::write(&file, text).expect("write a configuration");
+        file.to_str().expect("UTF-8").to_owned()
+    };
+    let plugins = bundled_plugins();
+    let plugins = plugins.to_str().expect("UTF-8");
+    let check = |config: &str, more: &[&str]| pointsman(&[&["check-config", "--dev", "--config", &file(config)], more].concat());
+    let well = stdout(&check("", &["--ephemeral", "--plugins", plugins]));
+    for line in ["plugin address: router", "plugin discard: filter", "well: "] {
+        assert!(well.contains(line), "{well}");
+    }
+    let not_a_folder = format!("{}/data", file(""));
+    let bad_rules = "[plugins.discard.config]\nrule = []";
+    for (config, more, expect) in [
+        (bad_rules, &["--ephemeral", "--plugins", plugins][..], "plugin discard: discard.wasm refuses its configuration"),
+        ("", &["--ephemeral", "--plugins", "/nowhere"], "the folder of plugins /nowhere cannot be read"),
+        ("", &["--data", &not_a_folder], "cannot be written to"),
+    ] {
+        let checked = check(config, more);
+        let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+        assert_eq!(checked.status.code(), Some(1), "{checked:?}");
+        assert!(said.contains(expect), "{expect} is not in {said}");
+        if config.is_empty() {
+            // A node says it as well, before it listens.
+            let serve = [&["serve", "--dev", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"], more].concat();
+            let ended = pointsman(&serve);
+            let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+            assert!(ended.status.code() == Some(1) && said.contains(expect) && !said.contains("listening"), "{said}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 1, "checking leaves nothing behind");
+}
+
+#[test]
+fn what_no_node_would_take_is_not_sent() {
+    // Nobody listens there.
+    let url = "http://127.0.0.1:1";
+    for wrong in [&["--priority", "hi"][..], &["--user", ""], &["--group", ""]] {
+        let refused = pointsman(&[&["publish", "--url", url, "--type", "t"], wrong].concat());
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(64) && said.contains(wrong[0]), "{said}");
+    }
+}
+
+#[test]
+fn tail_says_at_its_end_how_to_continue() {
+    let node = Node::builder().start();
+    let url = node.url("");
+    let mut witness = node.stream("42");
+    node.publisher().publish(&["a", "b"].map(|id| event(id, "t", json!({ "user": "42" }))));
+    witness.next_notification(SOON);
+    witness.next_notification(SOON);
+    let tail = |after: &str| {
+        let output = pointsman(&["tail", "--url", &url, "--user", "42", "--count", "1", "--after", after]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let after = said.trim_end().rsplit_once("--after ").map(|(_, id)| id.to_owned());
+        (stdout(&output), after.unwrap_or_else(|| panic!("{said}")))
+    };
+    let (first, after) = tail("earliest");
+    let (second, _) = tail(&after);
+    assert!(first.contains("\"id\":\"a\"") && second.contains("\"id\":\"b\""), "{first} {second}");
 }
 
 #[test]

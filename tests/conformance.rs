@@ -123,6 +123,7 @@ macro_rules! suite {
                     bookmarks_of_users_devices_and_the_read_mark_stand_apart,
                     of_racing_moves_of_a_bookmark_none_is_lost,
                     one_device_more_takes_the_place_of_the_one_left_alone_for_longest,
+                    devices_that_only_begin_push_out_none_that_acknowledged,
                     a_bookmark_that_is_left_alone_goes,
                 ];
                 dead_letters: [

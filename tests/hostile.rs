@@ -176,6 +176,8 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
     let decisions = node.admin("/v1/decisions?limit=1000").json();
     let decisions = decisions.as_array().expect("a list");
     let dead = decisions.iter().filter(|decision| decision["outcome"] == "dead-lettered");
+    // Also where no plugin was asked.
+    dead.clone().for_each(|decision| assert!(decision["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{decision}"));
     let dead: HashSet<&str> = dead.map(|decision| decision["entry"].as_str().expect("an entry")).collect();
     assert_eq!((decisions.len(), dead), (2 * cases.len(), entries.iter().map(String::as_str).collect()));
     assert_calm(&node);

@@ -13,8 +13,8 @@ use crate::harness::sse::{Notification, Request, Stream};
 const N_LOW: usize = 500;
 /// All of them are a multiple of what a node has to write ahead for a connection to be fast.
 const BYTES: usize = 8 * 1024;
-/// What a node has taken out of its lanes and not yet given to the kernel: a write, and what was left of the one before.
-const UNDER_WAY: usize = 32 * 1024;
+/// What a node has taken out of its lanes and not yet given to the kernel: a write of 16 KiB, and what its last notification has beyond.
+const UNDER_WAY: usize = 16 * 1024 + BYTES + 1024;
 
 #[test]
 fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_point_loses_and_repeats_nothing() {

@@ -185,7 +185,9 @@ async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
         assert!(reason.chars().all(|c| !c.is_control()), "{kind} gave: {reason:?}");
         assert_eq!((tried, retry), (attempts, false), "{kind}");
         assert!(began.elapsed() < Duration::from_secs(30), "{kind} took {:?}", began.elapsed());
-        assert_eq!(bad.verdicts.last().unwrap().verdict, "failed");
+        // What a plugin says of an event is no fault of the plugin.
+        let word = if tried == 1 { "rejected" } else { "failed" };
+        assert_eq!(bad.verdicts.last().unwrap().verdict, word, "{kind}");
         let next = bench.one(event(json!({"type": "next", "user": "7"}))).await;
         assert_eq!(targets(&next), ["u:7"], "after {kind}");
     }
@@ -194,7 +196,8 @@ async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
     for line in [
         "{plugin=\"unruly\",outcome=\"deadline\"} 2",
         "{plugin=\"unruly\",outcome=\"memory\"} 2",
-        "{plugin=\"unruly\",outcome=\"failed\"} 3",
+        "{plugin=\"unruly\",outcome=\"rejected\"} 2",
+        "{plugin=\"unruly\",outcome=\"retry\"} 1",
     ] {
         assert!(page.contains(&format!("pointsman_plugin_calls_total{line}")), "{line} is not in:\n{page}");
     }
@@ -225,8 +228,10 @@ async fn one_bad_event_costs_its_batch_nothing() {
 #[tokio::test]
 async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
     let bench = Bench::unruly(json!({}));
-    let given_up = bench.pipeline.evaluate((0..8).map(|_| event(json!({"type": "panic"}))).collect(), NOW_MS);
-    assert!(tokio::time::timeout(Duration::from_micros(1), given_up).await.is_err());
+    let mut given_up = Box::pin(bench.pipeline.evaluate((0..8).map(|_| event(json!({"type": "panic"}))).collect(), NOW_MS));
+    // The events are handed over by then, and at work or waiting.
+    assert!(futures_util::poll!(given_up.as_mut()).is_pending(), "two calls that panic take longer than to ask for them");
+    drop(given_up);
     let batch = |from: usize| {
         bench.pipeline.evaluate((from..from + 30).map(|n| event(json!({"type": "t", "user": format!("{n}")}))).collect(), NOW_MS)
     };

@@ -57,9 +57,11 @@ fn the_samples_of_the_bundled_plugins_are_taken() {
 #[test]
 fn the_annotated_configuration_is_well_and_so_are_its_plugins() {
     let file = repository().join("examples/pointsman.toml");
-    let output = Command::new(env!("CARGO_BIN_EXE_pointsman")).args(["check-config", "--config"]).arg(&file).output().expect("pointsman");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
+    let output = command.args(["check-config", "--config"]).arg(&file).arg("--plugins").arg(every_bundled_plugin()).output();
+    let output = output.expect("run pointsman");
     assert!(output.status.success(), "{output:?}");
-    load(&fs::read_to_string(file).expect("examples/pointsman.toml"));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).matches("plugin ").count(), 4, "{output:?}");
 }
 
 #[test]

@@ -97,36 +97,37 @@ impl Bookmarks {
         let own = BookmarkOf::Device(device);
         for _ in 0..ATTEMPTS {
             let all = self.0.broker.bookmarks(user).await?;
-            if let Some(asked) = &asked {
-                let place = match asked {
-                    _ if all.contains_key(&own) => return Ok(asked.clone()),
-                    Start::Cursor(cursor) => cursor.clone(),
-                    _ => self.latest().await?,
-                };
-                if self.0.broker.move_bookmark(user, &own, None, &bookmark(user, &place, false)).await? {
-                    return Ok(asked.clone());
-                }
-                continue;
-            }
-            let counts = |which: &BookmarkOf, kept: &Bookmark| {
-                // Where another device began, nobody has seen what came before.
-                *which == own || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))
+            let start = match &asked {
+                Some(asked) => asked.clone(),
+                None => self.place(user, &own, is_in_sync, &all).await?,
             };
-            let counting: Vec<&Bookmark> = all.iter().filter(|(which, kept)| counts(which, kept)).map(|(_, kept)| kept).collect();
-            let places: Vec<Cursor> = counting.iter().filter_map(|kept| readable(user, kept)).collect();
-            if places.is_empty() && !counting.is_empty() {
-                return Ok(Start::Unknown);
+            if all.contains_key(&own) {
+                return Ok(start);
             }
-            let heads = if places.len() > 1 { self.heads_for(&places.iter().collect::<Vec<_>>()).await? } else { Heads::new() };
-            let place = match places.into_iter().reduce(|one, other| further(&one, &other, &heads)) {
-                Some(place) => place,
-                None => self.latest().await?,
+            let first = match &start {
+                Start::Cursor(cursor) => cursor.clone(),
+                _ => self.latest().await?,
             };
-            if all.contains_key(&own) || self.0.broker.move_bookmark(user, &own, None, &bookmark(user, &place, false)).await? {
-                return Ok(Start::Cursor(place));
+            if self.0.broker.move_bookmark(user, &own, None, &bookmark(user, &first, false)).await? {
+                return Ok(start);
             }
         }
         Err(broker::Error::Away("too many streams of the same device begin at once".to_owned()))
+    }
+
+    /// Where a device is by its user's bookmarks.
+    async fn place(&self, user: &Name, own: &BookmarkOf, is_in_sync: bool, all: &BTreeMap<BookmarkOf, Bookmark>) -> broker::Result<Start> {
+        let counts = |which: &BookmarkOf, kept: &Bookmark| {
+            // Where another device began, nobody has seen what came before.
+            which == own || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))
+        };
+        let counting: Vec<&Bookmark> = all.iter().filter(|(which, kept)| counts(which, kept)).map(|(_, kept)| kept).collect();
+        if counting.is_empty() {
+            return Ok(Start::Cursor(self.latest().await?));
+        }
+        let places: Vec<Cursor> = counting.iter().filter_map(|kept| readable(user, kept)).collect();
+        let heads = if places.len() > 1 { self.heads_for(&places.iter().collect::<Vec<_>>()).await? } else { Heads::new() };
+        Ok(places.into_iter().reduce(|one, other| further(&one, &other, &heads)).map_or(Start::Unknown, Start::Cursor))
     }
 
     /// Up to where the user has read. `None`: nothing.

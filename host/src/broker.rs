@@ -66,7 +66,8 @@ pub struct Retention {
     pub backlog_entries: u64,
     /// Seconds that a bookmark is kept after it was last moved (30 days); a read mark for `max_age_s` if that is longer.
     pub bookmark_age_s: u64,
-    /// Devices of a user whose bookmarks are kept (32); one more takes the place of the one that was left alone for longest.
+    /// Devices of a user whose acknowledged bookmarks are kept (32), and as many that only began; one more takes the place of the one of its
+    /// kind that was left alone for longest.
     pub devices: u32,
 }
 
@@ -216,6 +217,9 @@ pub struct Decision {
     pub event_type: String,
     /// In the order in which the plugins ran.
     pub verdicts: Vec<Verdict>,
+    /// Why it was dead-lettered, whoever said so: also where no plugin was asked. Empty for every other outcome.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
     /// The clock that plugins were shown, in milliseconds since the Unix epoch.
     pub clock_ms: u64,
 }
@@ -225,7 +229,7 @@ pub struct Decision {
 pub struct Verdict {
     pub plugin: String,
     pub generation: u64,
-    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (its types do not match), or `failed`.
+    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (its types do not match), `rejected` and `retry` (it says so itself), or `failed`.
     pub verdict: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
@@ -414,6 +418,8 @@ pub struct PartitionState {
 /// One line of a start-up check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
+    /// What was checked, in a word: no two of one check have the same.
+    pub name: &'static str,
     pub severity: Severity,
     /// What is wrong and how to mend it, in one line.
     pub text: String,
@@ -485,7 +491,8 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>>;
 
     /// Puts a bookmark elsewhere and keeps it anew, if it still is what was seen of it (`None`: nothing), in one step. `false`: it is not.
-    /// One device more than [`Retention::devices`] takes the place of the one whose bookmark was left alone for longest.
+    /// One device more than [`Retention::devices`] takes the place of the one of its kind, acknowledged or only begun, whose bookmark was left
+    /// alone for longest: who merely opens streams pushes out no device that acknowledged anything.
     async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool>;
 
     /// Up to `limit` dead letters after `after`, oldest first.

@@ -92,10 +92,10 @@ pub(crate) fn main() -> ExitCode {
 #[derive(Debug, clap::Args)]
 struct Node {
     /// The node's address; http only
-    #[arg(long, env = "POINTSMAN_URL", default_value = "http://127.0.0.1:8080")]
+    #[arg(long, global = true, env = "POINTSMAN_URL", default_value = "http://127.0.0.1:8080")]
     url: String,
     /// The key of publishers and operators; a node in dev mode asks for none
-    #[arg(long, env = "POINTSMAN_KEY", hide_env_values = true)]
+    #[arg(long, global = true, env = "POINTSMAN_KEY", hide_env_values = true)]
     key: Option<String>,
 }
 

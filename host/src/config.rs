@@ -168,6 +168,7 @@ impl Config {
         at_least("stream.heartbeat_s", stream.heartbeat_s, 1)?;
         at_least("stream.stall_s", stream.stall_s, 1)?;
         at_least("stream.cursor_s", stream.cursor_s, 1)?;
+        at_least("stream.max_open", stream.max_open as u64, 1)?;
         at_least("limits.batch_events", limits.batch_events as u64, 1)?;
         at_least("limits.publish_requests", limits.publish_requests as u64, 1)?;
         at_least("limits.body_timeout_s", limits.body_timeout_s, 1)?;

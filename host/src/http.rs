@@ -17,7 +17,6 @@ use axum::routing::{get, post, put};
 use bytes::Bytes;
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
@@ -45,17 +44,22 @@ pub(crate) mod fake;
 mod health;
 mod members;
 mod notifications;
+mod openapi;
 mod page;
 mod plugins;
+mod query;
 mod stream;
 mod users;
 
 pub use cors::Origins;
 pub use error::ApiError;
 
+use query::{Parameters, Path, Query};
+
 /// The routes of the listener for applications.
 pub fn routes(state: Arc<State>) -> Router {
     let mut routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
         .route("/v1/events", post(events::publish))
         .route("/v1/stream", get(stream::open))
         .route("/v1/notifications", get(notifications::page))
@@ -74,6 +78,7 @@ pub fn routes(state: Arc<State>) -> Router {
 /// The routes of the listener for operators: who reads is asked for no key, who changes something or sees payloads is. They answer no other origin.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
@@ -265,30 +270,6 @@ impl FromRequestParts<Arc<State>> for Keyed {
     async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, ApiError> {
         state.auth.authorize_key(parts)?;
         Ok(Self)
-    }
-}
-
-/// axum's `Path`, with our errors.
-struct Path<T>(T);
-
-impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let path = axum::extract::Path::<T>::from_request_parts(parts, state).await;
-        path.map(|path| Self(path.0)).map_err(|e| ApiError::bad_request(e.body_text()))
-    }
-}
-
-/// axum's `Query`, with our errors.
-struct Query<T>(T);
-
-impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let query = axum::extract::Query::<T>::from_request_parts(parts, state).await;
-        query.map(|query| Self(query.0)).map_err(|e| ApiError::bad_request(e.body_text()))
     }
 }
 

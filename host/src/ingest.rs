@@ -406,6 +406,7 @@ impl Ingest {
             event_source: event.source.to_string(),
             event_type: event.kind.to_string(),
             verdicts,
+            reason: String::new(),
             clock_ms,
         };
         let dedupe = event.id_given.then(|| dedupe_key(&event));
@@ -526,6 +527,7 @@ impl Ingest {
 
 /// An entry that is kept aside, with everything needed to try it again.
 fn dead(entry: &Entry, reason: String, plugin: Option<String>, attempts: u32, decision: Decision) -> Item {
+    let decision = Decision { reason: reason.clone(), ..decision };
     let why = DeadReason { reason, plugin, attempts, fields: entry.fields.clone() };
     Item { entry: entry.id, dedupe: None, proposal: Proposal::DeadLetter(why), decision }
 }

@@ -82,6 +82,20 @@ impl Listeners {
     }
 }
 
+/// What can be told of a node's folders before it listens; what takes longer, and who else is at work in them, it finds out as it starts.
+///
+/// # Errors
+/// A folder cannot be read, or written to where it must be; one line with the fix.
+pub fn check_folders(config: &Config) -> anyhow::Result<()> {
+    if let Some(dir) = &config.plugins.dir {
+        plugin::check_folder(dir).map_err(anyhow::Error::msg)?;
+    }
+    match &config.broker {
+        BrokerChoice::Data(dir) => broker::embedded::check_folder(dir),
+        BrokerChoice::Redis { .. } | BrokerChoice::Ephemeral => Ok(()),
+    }
+}
+
 /// Runs a node until `shutdown` begins, and stops it: ingest stops reading, its last commit returns and its leases go; streams end spread
 /// over the grace period; requests under way end; what is left is cut.
 ///
@@ -89,6 +103,7 @@ impl Listeners {
 /// An address cannot be bound, the folder of plugins not be read, or the embedded broker's folder not be opened. A Redis that cannot be
 /// reached is no error: the listeners are up, readiness says why, and it is tried again.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    check_folders(&config)?;
     let listeners = Listeners::bind(&config.listen)?;
     run_on(listeners, config, shutdown).await
 }

@@ -302,80 +302,66 @@ impl Worker {
     }
 
     /// Survives a panic of the host in whatever a plugin provoked: the event fails, and the instances start afresh.
-    fn evaluate(&mut self, chain: &Chain, mut event: Event, clock_ms: u64, ticking: &Ticking) -> Evaluation {
+    fn evaluate(&mut self, chain: &Chain, event: Event, clock_ms: u64, ticking: &Ticking) -> Evaluation {
         let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
-        let mut priority = published_priority(&event);
-        let folded = catch_unwind(AssertUnwindSafe(|| self.fold(chain, &mut event, &mut priority, &mut verdicts, clock_ms, ticking)));
-        let resolution = folded.unwrap_or_else(|panic| {
+        let folded = catch_unwind(AssertUnwindSafe(|| self.fold(chain, &event, &mut verdicts, clock_ms, ticking)));
+        let Folded { amended, priority, resolution } = folded.unwrap_or_else(|panic| {
             self.instances.clear();
             let said = said(panic.as_ref());
             tracing::error!(event.id = event.id.as_str(), "the host panicked as it evaluated an event: {said}");
-            Resolution::Failed { plugin: String::new(), reason: format!("the host panicked: {said}"), attempts: 1, retry: false }
+            let reason = format!("the host panicked: {said}");
+            Folded::as_published(&event, Resolution::Failed { plugin: String::new(), reason, attempts: 1, retry: false })
         });
-        Evaluation { event, priority, resolution, verdicts }
+        Evaluation { event: amended.unwrap_or(event), priority, resolution, verdicts }
     }
 
-    fn fold(
-        &mut self,
-        chain: &Chain,
-        event: &mut Event,
-        priority: &mut Priority,
-        verdicts: &mut Vec<Verdict>,
-        clock_ms: u64,
-        ticking: &Ticking,
-    ) -> Resolution {
+    fn fold(&mut self, chain: &Chain, event: &Event, verdicts: &mut Vec<Verdict>, clock_ms: u64, ticking: &Ticking) -> Folded {
         let payload = ParsedPayload::default();
-        let mut amended_priority = *priority;
-        let mut amended: Option<Event> = None;
-        let mut dropped = None;
+        let mut folded = Folded::as_published(event, Resolution::Unrouted);
         for generation in &chain.filters {
-            let call = Call { event: amended.as_ref().unwrap_or(event), priority: amended_priority, clock_ms, payload: &payload };
-            match self.ask(generation, Role::Filter, &call, verdicts, ticking) {
+            match self.ask(generation, Role::Filter, &folded.call(event, clock_ms, &payload), verdicts, ticking) {
                 Asked::Answered(Answer::Amend(answer)) => {
-                    amended_priority = answer.priority.unwrap_or(amended_priority);
-                    amended = Some(answer.event);
+                    folded.priority = answer.priority.unwrap_or(folded.priority);
+                    folded.amended = Some(answer.event);
                 }
                 Asked::Answered(Answer::Drop(reason)) => {
-                    dropped = Some(Resolution::Discarded { plugin: generation.plugin.name().to_string(), reason });
-                    break;
+                    folded.resolution = Resolution::Discarded { plugin: generation.plugin.name().to_string(), reason };
+                    return folded;
                 }
                 Asked::Answered(Answer::Keep | Answer::Routes(_)) | Asked::Passed => {}
-                Asked::Over(resolution) => return resolution,
+                Asked::Over(resolution) => return Folded::as_published(event, resolution),
             }
         }
         let mut plan = Plan::default();
-        let routers = if dropped.is_none() { chain.routers.as_slice() } else { &[] };
-        for generation in routers {
-            let call = Call { event: amended.as_ref().unwrap_or(event), priority: amended_priority, clock_ms, payload: &payload };
-            match self.ask(generation, Role::Router, &call, verdicts, ticking) {
+        for generation in &chain.routers {
+            match self.ask(generation, Role::Router, &folded.call(event, clock_ms, &payload), verdicts, ticking) {
                 Asked::Answered(Answer::Routes(answered)) => plan.routes.extend(answered.routes),
                 Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_)) | Asked::Passed => {}
-                Asked::Over(resolution) => return resolution,
+                Asked::Over(resolution) => return Folded::as_published(event, resolution),
             }
         }
-        *priority = amended_priority;
-        if let Some(amended) = amended {
-            *event = amended;
+        if !plan.routes.is_empty() {
+            folded.resolution = Resolution::Planned(plan);
         }
-        match dropped {
-            Some(discarded) => discarded,
-            None if plan.routes.is_empty() => Resolution::Unrouted,
-            None => Resolution::Planned(plan),
-        }
+        folded
     }
 
-    /// Asks one plugin, and has a candidate beside it asked the same.
+    /// Asks one plugin, unless it has no interest or has failed too often, and has a candidate beside it asked the same.
     fn ask(&mut self, generation: &Generation, role: Role, call: &Call<'_>, verdicts: &mut Vec<Verdict>, ticking: &Ticking) -> Asked {
-        // A plugin that is not asked just now, because it failed too often, decides nothing that could be compared.
-        if self.is_live
-            && generation.plugin.wants(&call.event.kind)
-            && let Admission::Spared(why) = generation.health(role).admit(Instant::now())
-        {
-            let (plugin, reason) = (generation.plugin.name().to_string(), why.to_string());
-            verdicts.push(Verdict { plugin, generation: generation.number, verdict: "failed".to_owned(), reason: reason.clone() });
-            return settle(generation, reason, 0);
-        }
-        let asked = self.ask_admitted(generation, role, call, verdicts, ticking);
+        let asked = if !generation.plugin.wants(&call.event.kind) {
+            verdicts.push(verdict(generation, "skipped", ""));
+            Asked::Passed
+        } else {
+            if self.is_live
+                && let Admission::Spared(why) = generation.health(role).admit(Instant::now())
+            {
+                let reason = why.to_string();
+                verdicts.push(verdict(generation, "failed", &reason));
+                // It decides nothing that could be compared.
+                return settle(generation, reason, 0);
+            }
+            self.have_decided(generation, role, call, verdicts, ticking)
+        };
         if self.is_live
             && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
         {
@@ -385,7 +371,7 @@ impl Worker {
     }
 
     /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
-    fn ask_admitted(
+    fn have_decided(
         &mut self,
         generation: &Generation,
         role: Role,
@@ -394,14 +380,7 @@ impl Worker {
         ticking: &Ticking,
     ) -> Asked {
         let plugin = &generation.plugin;
-        let mut note = |verdict: &str, reason: &str| {
-            let (plugin, verdict, reason) = (plugin.name().to_string(), verdict.to_owned(), reason.to_owned());
-            verdicts.push(Verdict { plugin, generation: generation.number, verdict, reason });
-        };
-        if !plugin.wants(&call.event.kind) {
-            note("skipped", "");
-            return Asked::Passed;
-        }
+        let mut note = |word: &str, reason: &str| verdicts.push(verdict(generation, word, reason));
         let mut attempts = 0;
         let error = loop {
             attempts += 1;
@@ -417,6 +396,16 @@ impl Worker {
                     }
                     return Asked::Answered(answer);
                 }
+                Err(error) if error.is_verdict() => {
+                    tracing::info!(
+                        plugin.name = plugin.name().as_str(),
+                        event.id = call.event.id.as_str(),
+                        verdict = error.kind(),
+                        "plugin did not decide: {error}"
+                    );
+                    note(error.kind(), &error.to_string());
+                    break error;
+                }
                 Err(error) => {
                     tracing::warn!(
                         plugin.name = plugin.name().as_str(),
@@ -425,14 +414,14 @@ impl Worker {
                         kind = error.kind(),
                         "plugin failed: {error}"
                     );
-                    if error.is_verdict() || attempts == ATTEMPTS {
+                    if attempts == ATTEMPTS {
+                        note("failed", &error.to_string());
                         break error;
                     }
                 }
             }
         };
         let reason = error.to_string();
-        note("failed", &reason);
         let plugin = plugin.name().to_string();
         match error {
             // What a plugin says of an event is its verdict; the policy is for plugins that do not work.
@@ -472,6 +461,29 @@ impl Worker {
     }
 }
 
+/// An event on its way through the chain.
+struct Folded {
+    /// `None`: no filter changed it.
+    amended: Option<Event>,
+    priority: Priority,
+    resolution: Resolution,
+}
+
+impl Folded {
+    fn as_published(event: &Event, resolution: Resolution) -> Self {
+        Self { amended: None, priority: published_priority(event), resolution }
+    }
+
+    /// What the next plugin is asked about.
+    fn call<'a>(&'a self, published: &'a Event, clock_ms: u64, payload: &'a ParsedPayload) -> Call<'a> {
+        Call { event: self.amended.as_ref().unwrap_or(published), priority: self.priority, clock_ms, payload }
+    }
+}
+
+fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &str) -> Verdict {
+    Verdict { plugin: plugin.name().to_string(), generation: *number, verdict: word.to_owned(), reason: reason.to_owned() }
+}
+
 /// What becomes of an event that a plugin fails on.
 fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
     let plugin = generation.plugin.name().to_string();
@@ -496,7 +508,9 @@ impl Asked {
     fn decided(&self, role: Role, call: &Call<'_>, verdict: Option<&Verdict>) -> Decided {
         match (self, verdict) {
             (Self::Answered(answer), _) => Decided::of_answer(answer, call),
-            (_, Some(verdict)) if verdict.verdict == "failed" => Decided::Failed { reason: verdict.reason.clone() },
+            (_, Some(verdict)) if ["rejected", "retry", "failed"].contains(&verdict.verdict.as_str()) => {
+                Decided::Failed { reason: verdict.reason.clone() }
+            }
             _ => Decided::nothing(role),
         }
     }

@@ -5,6 +5,7 @@
 //! How bytes become code is `compile`'s business, and where code is kept, [`cache`]'s; which plugins there are, and in which version,
 //! [`registry`]'s, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -98,6 +99,14 @@ pub struct Manifest {
 #[error("{0}")]
 pub struct LoadError(String);
 
+/// Whether the folder of plugins can be read.
+///
+/// # Errors
+/// One line that names it, with the fix.
+pub fn check_folder(dir: &Path) -> Result<(), String> {
+    folder::look(dir).map(drop)
+}
+
 /// Why a call has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
@@ -122,14 +131,15 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// The word for it in metrics.
+    /// The word for it in metrics; of a verdict, in decision records, too.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Deadline(_) => "deadline",
             Self::Memory(_) => "memory",
             Self::Trap(_) => "trap",
             Self::Refused(_) => "refused",
-            Self::Rejected(_) | Self::Retry(_) => "failed",
+            Self::Rejected(_) => "rejected",
+            Self::Retry(_) => "retry",
         }
     }
 
@@ -317,7 +327,7 @@ impl Plugin {
         let answer = self.ask(&mut instance, ticking, role, call);
         instance.calls_left -= 1;
         // After a trap, an instance answers nothing any more; after a strange answer, who knows.
-        let is_sound = matches!(answer, Ok(_) | Err(CallError::Rejected(_) | CallError::Retry(_)));
+        let is_sound = answer.as_ref().err().is_none_or(CallError::is_verdict);
         if is_sound && instance.calls_left > 0 {
             *slot = Some(instance);
         }

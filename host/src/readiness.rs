@@ -18,6 +18,8 @@ pub struct Readiness {
 struct Reason {
     text: String,
     is_warning: bool,
+    /// Of what is still to come at the start, and was not logged.
+    is_expected: bool,
     /// When it is no longer true unless it is said again.
     until: Option<Instant>,
 }
@@ -39,7 +41,7 @@ pub struct Report {
 impl Readiness {
     /// As [`Readiness::set`], of what is still to come at the start: nothing to log, as nothing went wrong.
     pub fn expect(&self, name: &str, text: &str) {
-        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false, until: None });
+        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false, is_expected: true, until: None });
     }
 
     /// Turns the node unready for the reason `name`, until [`Readiness::clear`]. Logged when it is new or reads differently.
@@ -59,7 +61,7 @@ impl Readiness {
 
     fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
         // A line break would forge a second reason on the page.
-        let reason = Reason { text: text.replace(['\n', '\r'], " "), is_warning, until };
+        let reason = Reason { text: text.replace(['\n', '\r'], " "), is_warning, is_expected: false, until };
         let before = self.lock().insert(name.to_owned(), reason.clone());
         if before.is_some_and(|before| before.holds() && before.text == reason.text && before.is_warning == is_warning) {
             return;
@@ -72,8 +74,12 @@ impl Readiness {
 
     /// Takes a reason or warning back; nothing if it is not set.
     pub fn clear(&self, name: &str) {
-        if let Some(reason) = self.lock().remove(name) {
+        let Some(reason) = self.lock().remove(name) else { return };
+        if !reason.is_expected {
             tracing::info!(reason = name, "no longer: {}", reason.text);
+        }
+        if !reason.is_warning && self.is_ready() {
+            tracing::info!("ready");
         }
     }
 

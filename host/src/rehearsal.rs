@@ -275,7 +275,7 @@ fn decided(plugin: &Name, verdict: &Verdict, role: Role, known: Option<(&Event, 
             let own = |plan: &Plan| Plan { routes: plan.routes.iter().filter(|route| route.by == *plugin).cloned().collect() };
             Decided::Routes { plan: known.map(|(_, plan)| own(plan)) }
         }
-        "failed" => Decided::Failed { reason: verdict.reason.clone() },
+        "rejected" | "retry" | "failed" => Decided::Failed { reason: verdict.reason.clone() },
         _ => Decided::nothing(role),
     }
 }

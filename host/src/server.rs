@@ -6,32 +6,37 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::Request;
 use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::shutdown::Shutdown;
-use crate::sse;
 
-/// The most bytes that wait for a socket, with us and with the system each, beyond what is on its way to the client: they are overtaken by nothing any
-/// more, however urgent.
+mod connection;
+
+pub use connection::Connection;
+
+use connection::{Socket, Spawner};
+
+/// The most bytes that wait with the system beyond what is on its way to the client: they are overtaken by nothing any more, however urgent.
+/// What waits with us is bounded by `sse`, or in HTTP/2 by this as well.
 const MAX_UNSENT: usize = 16 * 1024;
+/// The longest request head: proxies pass on 32 KiB, and cookies may make use of it.
+const MAX_HEAD: usize = 40 * 1024;
+/// The most requests at once on a connection of HTTP/2. How many streams are open on all of them is `sse`'s to bound.
+const MAX_MULTIPLEXED: u32 = 128;
 
 /// The `[listen]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,57 +74,6 @@ impl Default for Config {
 pub struct Bounds {
     pub max_connections: usize,
     pub header_timeout: Duration,
-}
-
-/// A connection, as the handlers of its requests know it: in the extensions of each request, as `Arc<Connection>`.
-#[derive(Debug)]
-pub struct Connection {
-    peer: SocketAddr,
-    is_surplus: bool,
-    has_request: AtomicBool,
-    kill: CancellationToken,
-    /// The start of time for `stalled_since_ms`.
-    accepted: Instant,
-    /// When the socket last refused bytes and has taken none since, in milliseconds after `accepted`, plus one; 0: it takes what it gets.
-    stalled_since_ms: AtomicU64,
-}
-
-impl Connection {
-    fn new(peer: SocketAddr, is_surplus: bool, kill: CancellationToken) -> Self {
-        Self { peer, is_surplus, has_request: AtomicBool::new(false), kill, accepted: Instant::now(), stalled_since_ms: AtomicU64::new(0) }
-    }
-
-    pub fn peer(&self) -> SocketAddr {
-        self.peer
-    }
-
-    /// Whether it came above the bound on connections, and should be told so and nothing else.
-    pub fn is_surplus(&self) -> bool {
-        self.is_surplus
-    }
-
-    fn note_write<T>(&self, outcome: &Poll<io::Result<T>>) {
-        match outcome {
-            Poll::Pending if self.stalled_since_ms.load(Relaxed) == 0 => {
-                let now = u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
-                self.stalled_since_ms.store(now + 1, Relaxed);
-            }
-            Poll::Ready(_) if self.stalled_since_ms.load(Relaxed) != 0 => self.stalled_since_ms.store(0, Relaxed),
-            _ => {}
-        }
-    }
-}
-
-impl sse::Socket for Connection {
-    fn stalled_for(&self) -> Option<Duration> {
-        let since = self.stalled_since_ms.load(Relaxed).checked_sub(1)?;
-        Some(self.accepted.elapsed().saturating_sub(Duration::from_millis(since)))
-    }
-
-    /// Whatever is under way, with a reset: bytes waiting for a socket that does not move would wait on.
-    fn kill(&self) {
-        self.kill.cancel();
-    }
 }
 
 /// Binds an address, also right after a process that held it was killed.
@@ -190,34 +144,38 @@ async fn drive(
 ) {
     // A frame must leave when it is written, not when the peer has acknowledged the one before.
     if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(peer = %connection.peer, %error, "no TCP_NODELAY; frames are late");
+        tracing::debug!(peer = %connection.peer(), %error, "no TCP_NODELAY; frames are late");
     }
     // The system would take megabytes for a client that does not read.
     if let Err(error) = SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT as u32) {
-        tracing::debug!(peer = %connection.peer, %error, "no TCP_NOTSENT_LOWAT; what is urgent waits behind what the system has taken");
+        tracing::debug!(peer = %connection.peer(), %error, "no TCP_NOTSENT_LOWAT; what is urgent waits behind what the system has taken");
     }
     let handle = Arc::clone(&connection);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        handle.has_request.store(true, Relaxed);
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(Arc::clone(&handle));
-        routes.clone().oneshot(request)
+        handle.note_request();
+        let (connection, routes) = (Arc::clone(&handle), routes.clone());
+        async move {
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(connection.carrier());
+            request.extensions_mut().insert(connection);
+            routes.oneshot(request).await
+        }
     });
-    let mut builder = Builder::new(TokioExecutor::new());
+    let mut builder = Builder::new(Spawner);
     builder
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(header_timeout)
-        .keep_alive(!connection.is_surplus)
+        .keep_alive(!connection.is_surplus())
         .max_headers(100)
-        // Also the longest request head.
-        .max_buf_size(MAX_UNSENT);
+        // Also the most that is taken of a response, but a stream gives no more than is written.
+        .max_buf_size(MAX_HEAD);
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_send_buf_size(MAX_UNSENT)
-        .max_concurrent_streams(128)
-        .max_header_list_size(32 * 1024)
+        .max_concurrent_streams(MAX_MULTIPLEXED)
+        .max_header_list_size(MAX_HEAD as u32)
         // A peer that vanished without a word is found out by a ping; HTTP/1 streams by their heartbeat.
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20));
@@ -229,10 +187,10 @@ async fn drive(
     loop {
         tokio::select! {
             biased;
-            () = connection.kill.cancelled() => break,
+            () = connection.killed() => break,
             ended = serving.as_mut() => {
                 if let Err(error) = ended {
-                    tracing::debug!(peer = %connection.peer, %error, "connection ended");
+                    tracing::debug!(peer = %connection.peer(), %error, "connection ended");
                 }
                 break;
             }
@@ -242,7 +200,7 @@ async fn drive(
             }
             () = deadline.as_mut(), if is_timed => {
                 is_timed = false;
-                if connection.is_surplus || !connection.has_request.load(Relaxed) {
+                if connection.is_surplus() || !connection.has_request() {
                     break;
                 }
             }
@@ -259,59 +217,10 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// A socket that notes whether it moves.
-struct Socket {
-    stream: TcpStream,
-    connection: Arc<Connection>,
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Without it the kernel would keep what the peer does not take for minutes.
-        if self.connection.kill.is_cancelled()
-            && let Err(error) = self.stream.set_zero_linger()
-        {
-            tracing::debug!(peer = %self.connection.peer, %error, "no reset; the kernel keeps what was not taken");
-        }
-    }
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let outcome = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.connection.note_write(&outcome);
-        outcome
-    }
-
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.connection.note_write(&outcome);
-        outcome
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sse::Socket as _;
+    use crate::sse;
     use axum::Extension;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -367,26 +276,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_socket_that_does_not_move_is_seen_and_can_be_cut() {
+    async fn a_connection_says_what_its_socket_has_taken_and_can_be_cut_whatever_is_under_way() {
         let (found, mut handles) = tokio::sync::mpsc::unbounded_channel();
-        let endless = move |Extension(connection): Extension<Arc<Connection>>| async move {
-            found.send(connection).unwrap();
+        let endless = move |Extension(socket): Extension<Arc<dyn sse::Socket>>| async move {
+            found.send(socket).unwrap();
             let chunk = bytes::Bytes::from(vec![b'x'; 64 * 1024]);
             Body::from_stream(futures_util::stream::repeat_with(move || Ok::<_, io::Error>(chunk.clone())))
         };
         let (address, shutdown, task) = start(bounds(10, Duration::from_secs(60)), axum::Router::new().route("/", get(endless)));
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
-        let connection = handles.recv().await.unwrap();
-        let stalled = async {
-            while connection.stalled_for().is_none() {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(30), stalled).await.expect("nobody reads, so the socket must fill");
-        connection.kill();
+        let socket = handles.recv().await.unwrap();
+        let taken = std::future::poll_fn(|cx| socket.poll_taken(cx, 64 * 1024));
+        tokio::time::timeout(Duration::from_secs(30), taken).await.expect("the system takes what nobody reads, up to a point");
+        assert!(socket.taken() >= 64 * 1024);
+        socket.kill();
         shutdown.begin();
         tokio::time::timeout(Duration::from_secs(10), task).await.expect("the killed connection must end").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_head_of_32_kib_is_read_and_one_without_an_end_is_not() {
+        let routes =
+            axum::Router::new().route("/", get(|request: Request<Body>| async move { request.headers()["cookie"].len().to_string() }));
+        let (address, ..) = start(bounds(10, Duration::from_secs(60)), routes);
+        for (n_bytes, status, text) in [(32 * 1024, "HTTP/1.1 200", "\r\n32768"), (64 * 1024, "HTTP/1.1 431", "")] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let head = format!("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: {}\r\n\r\n", "c".repeat(n_bytes));
+            // It may be refused before all of it is sent.
+            drop(stream.write_all(head.as_bytes()).await);
+            let answer = transcript(&mut stream).await;
+            assert!(answer.starts_with(status) && answer.ends_with(text), "{n_bytes}: {answer}");
+        }
     }
 
     #[tokio::test]

@@ -26,17 +26,19 @@ mod data;
 mod pulse;
 
 pub use data::data_of;
-pub use pulse::Pulse;
+pub use pulse::{Pulse, Seat};
 
-/// What a stream asks of the connection that carries it.
+/// What a stream asks of what carries it: a connection, or a share of one.
 pub trait Socket: std::fmt::Debug + Send + Sync {
-    /// For how long it has not taken a byte of those that wait for it. `None`: it takes what it gets.
-    fn stalled_for(&self) -> Option<Duration>;
+    /// How much it has taken so far, of this stream and whatever came before it. It grows for as long as the peer reads.
+    fn taken(&self) -> u64;
+    /// Ready when it has taken `n` in all, or bounds by itself what waits for it; else it wakes the task when it takes more.
+    fn poll_taken(&self, cx: &mut Context<'_>, n: u64) -> Poll<()>;
     /// Cuts it.
     fn kill(&self);
 }
 
-/// At most about so many bytes leave in one write.
+/// At most about so many bytes leave in one write, and no more before they have left: what waits here can still be overtaken.
 const WRITE: usize = 16 * 1024;
 
 /// `[stream]`: how streams are kept.
@@ -49,15 +51,18 @@ pub struct Config {
     pub max_age_s: u64,
     /// Milliseconds that clients are told to wait before they come back, +-50 % for each (2,000).
     pub retry_ms: u64,
-    /// Seconds without progress after which a socket with something to write is closed (30).
+    /// Seconds without progress after which a stream with something to write is cut (30). The system tells of progress in steps of some
+    /// kilobytes, so that a client which takes less than about 500 bytes a second counts as one that takes nothing.
     pub stall_s: u64,
     /// Seconds between cursors without a notification (180).
     pub cursor_s: u64,
+    /// Open streams (10,000); one more is told to come back. A connection of HTTP/2 carries many.
+    pub max_open: usize,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { heartbeat_s: 20, max_age_s: 3_600, retry_ms: 2_000, stall_s: 30, cursor_s: 180 }
+        Self { heartbeat_s: 20, max_age_s: 3_600, retry_ms: 2_000, stall_s: 30, cursor_s: 180, max_open: 10_000 }
     }
 }
 
@@ -110,17 +115,27 @@ pub struct Body {
     buffer: BytesMut,
     cursor: String,
     sent_cursor: String,
+    /// What the socket will have taken when all is written that it was given.
+    n_given: u64,
+    _seat: Seat,
 }
 
 impl Body {
     /// The body of an open stream, kept alive by `pulse`. `expires_ms`: when its token expires, in milliseconds since the Unix epoch.
-    pub fn new(guard: StreamGuard, pulse: &Pulse, metrics: Metrics, expires_ms: Option<u64>, socket: Option<Arc<dyn Socket>>) -> Self {
+    pub fn new(
+        guard: StreamGuard,
+        seat: Seat,
+        pulse: &Pulse,
+        metrics: Metrics,
+        expires_ms: Option<u64>,
+        socket: Option<Arc<dyn Socket>>,
+    ) -> Self {
         let signals =
             Arc::new(Signals { guard, heartbeat: AtomicBool::new(false), cursor: AtomicBool::new(false), end: Mutex::new(None), socket });
         pulse.watch(&signals, expires_ms);
         let retry_ms = pulse.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
-        Self { signals, metrics, retry_ms, is_opened: false, is_ended: false, buffer, cursor, sent_cursor }
+        Self { signals, metrics, retry_ms, is_opened: false, is_ended: false, buffer, cursor, sent_cursor, n_given: 0, _seat: seat }
     }
 
     /// Everything that can be written now, up to about [`WRITE`] bytes.
@@ -206,12 +221,18 @@ impl http_body::Body for Body {
         }
         // Registered before looking, or what comes in between would wait for the next heartbeat.
         this.signals.guard.stream().register(cx.waker());
+        if let Some(socket) = &this.signals.socket
+            && socket.poll_taken(cx, this.n_given).is_pending()
+        {
+            return Poll::Pending;
+        }
         this.collect();
         if this.buffer.is_empty() {
             // An idle stream keeps no buffer.
             this.buffer = BytesMut::new();
             return Poll::Pending;
         }
+        this.n_given = this.signals.socket.as_ref().map_or(0, |socket| socket.taken()) + this.buffer.len() as u64;
         Poll::Ready(Some(Ok(Frame::data(this.buffer.split().freeze()))))
     }
 }

@@ -11,23 +11,28 @@
 //! - `had`: at most three ids above `low_water` that were sent before lower ones.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
-
-use bytes::Bytes;
+use std::sync::Arc;
 
 use crate::broker::{Head, PartitionNumber, Recipient};
-use crate::criteria::{Answers, Criteria, Pool};
-use crate::event::{Life, Name, Notification, NotificationId, Priority, Route, Target};
+use crate::criteria::{Criteria, Pool};
+use crate::event::{Life, Name, NotificationId, Priority, Target};
 use crate::recipients::{Moment, Reader, Way, winning_route};
 
+mod asked;
 pub mod cursor;
+mod gaps;
 mod lanes;
 mod open;
+mod record;
 pub mod replay;
 
+pub use asked::{Filter, Start};
+pub use gaps::{Gap, GapReason};
 pub use open::OpenStream;
+pub use record::{Record, Rendered};
 
 use cursor::{Cursor, MAX_HAD, Position};
+use gaps::Gaps;
 use lanes::{Lanes, Waiting};
 
 /// Replay takes no more of a partition while so many wait; live notices beyond four times that send the partition back to replay.
@@ -36,125 +41,6 @@ pub const WINDOW: usize = if cfg!(test) { 4 } else { 64 };
 const MAX_LIVE: usize = 4 * WINDOW;
 /// The same bound in bytes of records, over all partitions.
 const MAX_BYTES: usize = 1024 * 1024;
-/// The most gaps that wait to be announced; more are joined into one.
-const MAX_GAPS: usize = 8;
-
-/// What is written of a record by one route, but for the target that reached the recipient: it goes between the two.
-#[derive(Debug)]
-pub struct Rendered {
-    pub before_target: Bytes,
-    pub after_target: Bytes,
-}
-
-/// A record as a node holds it: parsed once, rendered once for each route that wins, its conditions decided once for streams with equal
-/// attributes; shared by all.
-#[derive(Debug)]
-pub struct Record {
-    notification: Notification,
-    frames: Box<[OnceLock<Rendered>]>,
-    /// What each route's condition said.
-    answers: Box<[Answers]>,
-    n_bytes: usize,
-}
-
-impl Record {
-    /// Reads a stored record.
-    ///
-    /// # Errors
-    /// If it is none: written by a newer version, or by somebody else.
-    pub fn parse(stored: &[u8]) -> serde_json::Result<Self> {
-        let notification: Notification = serde_json::from_slice(stored)?;
-        let frames = notification.plan.routes.iter().map(|_| OnceLock::new()).collect();
-        let answers = notification.plan.routes.iter().map(|_| Answers::default()).collect();
-        Ok(Self { notification, frames, answers, n_bytes: stored.len() })
-    }
-
-    pub fn notification(&self) -> &Notification {
-        &self.notification
-    }
-
-    /// The size of the stored record.
-    pub fn n_bytes(&self) -> usize {
-        self.n_bytes
-    }
-
-    /// # Panics
-    /// If the plan has no such route.
-    pub fn route(&self, index: usize) -> &Route {
-        &self.notification.plan.routes[index]
-    }
-
-    /// What `render` made of this route the first time.
-    pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Rendered) -> &Rendered {
-        self.frames[route].get_or_init(|| render(self))
-    }
-}
-
-/// Where a stream begins.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// Where this client left off.
-    Cursor(Cursor),
-    /// With what is committed from now on.
-    Latest,
-    /// With everything that is still kept.
-    Earliest,
-    /// With what was committed since this moment, in milliseconds since the Unix epoch.
-    Since(u64),
-    /// As [`Start::Latest`], but the client named a place that nobody knows, and is told so.
-    Unknown,
-}
-
-/// What a client wants to see of what is its.
-#[derive(Clone, Debug, Default)]
-pub struct Filter {
-    /// Event types, exact or ending in `*`; empty means all.
-    pub types: Vec<String>,
-    pub min_priority: Option<Priority>,
-}
-
-impl Filter {
-    /// Whether it leaves out nothing.
-    pub fn is_all(&self) -> bool {
-        self.types.is_empty() && self.min_priority.is_none()
-    }
-
-    fn passes(&self, notification: &Notification, route: &Route) -> bool {
-        let kind = notification.event.kind.as_str();
-        let is_type = |pattern: &String| pattern.strip_suffix('*').map_or(pattern == kind, |prefix| kind.starts_with(prefix));
-        (self.types.is_empty() || self.types.iter().any(is_type)) && self.min_priority.is_none_or(|min| route.priority >= min)
-    }
-}
-
-/// Why history is not whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GapReason {
-    /// It no longer reaches back that far.
-    Trimmed,
-    /// The broker lost a tail in a fail-over, or is another one; what follows may repeat.
-    Rewound,
-    /// The client named a place that nobody knows; it gets what comes from now on.
-    Unknown,
-}
-
-impl GapReason {
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Trimmed => "trimmed",
-            Self::Rewound => "rewound",
-            Self::Unknown => "unknown",
-        }
-    }
-}
-
-/// A stretch of history, above `from` up to `to`, of which something may be missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Gap {
-    pub partition: PartitionNumber,
-    pub reason: GapReason,
-    pub from: NotificationId,
-    pub to: NotificationId,
-}
 
 /// What is to be written next.
 #[derive(Debug)]
@@ -203,18 +89,20 @@ struct Partition {
     has_gap: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Collapse {
-    /// The record has not been read since the cursor named the id.
-    Unknown,
-    Known(Option<Name>),
-}
-
 #[derive(Clone, Debug)]
 struct Had {
     partition: PartitionNumber,
     id: NotificationId,
-    collapse: Collapse,
+    /// The key under which it was sent, if it has one; all under which it may have been sent, where only the cursor knows that it was. `None`:
+    /// the record has not been read since.
+    collapse: Option<Vec<Name>>,
+}
+
+impl Had {
+    /// Whether an older notification with this key is superfluous.
+    fn supersedes(&self, older: NotificationId, key: &Name) -> bool {
+        self.id > older && self.collapse.as_ref().is_some_and(|keys| keys.contains(key))
+    }
 }
 
 /// See the head of this file.
@@ -233,7 +121,7 @@ pub struct Subscription {
     lanes: Lanes,
     /// Urgent ones that go ahead of a replay; their ids lie above `seen`.
     ahead: VecDeque<Waiting>,
-    gaps: VecDeque<Gap>,
+    gaps: Gaps,
     is_cursor_due: bool,
     /// The broker's clock less this node's, in milliseconds.
     clock_offset_ms: i64,
@@ -260,7 +148,7 @@ impl Subscription {
         let had: &[_] = if let Start::Cursor(cursor) = &start { &cursor.had } else { &[] };
         // A partition that was taken out of the configuration has nothing to say any more.
         let had = had.iter().filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
-        let had = had.map(|&(partition, id)| Had { partition, id, collapse: Collapse::Unknown }).collect();
+        let had = had.map(|&(partition, id)| Had { partition, id, collapse: None }).collect();
         Self {
             partitions,
             reader: reader.into(),
@@ -273,7 +161,7 @@ impl Subscription {
             had,
             lanes: Lanes::default(),
             ahead: VecDeque::new(),
-            gaps: VecDeque::new(),
+            gaps: Gaps::default(),
             is_cursor_due: true,
             clock_offset_ms: 0,
         }
@@ -436,31 +324,35 @@ impl Subscription {
             return;
         }
         at.has_gap = true;
-        let is_full = self.gaps.len() >= MAX_GAPS;
-        match self.gaps.iter_mut().find(|known| known.partition == gap.partition && known.reason == gap.reason) {
-            Some(known) if is_full => {
-                known.from = known.from.min(gap.from);
-                known.to = known.to.max(gap.to);
-            }
-            _ => self.gaps.push_back(gap),
-        }
+        self.gaps.push(gap);
     }
 
     /// The ids that a cursor says were had and whose records have not been read since.
     pub fn had_unknown(&self, partition: PartitionNumber) -> Vec<NotificationId> {
-        self.had.iter().filter(|had| had.partition == partition && had.collapse == Collapse::Unknown).map(|had| had.id).collect()
+        self.had.iter().filter(|had| had.partition == partition && had.collapse.is_none()).map(|had| had.id).collect()
     }
 
     /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
-    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>) {
-        let key = record.and_then(|record| {
-            // As when it was sent: that it has expired since does not bring back the states that it made superfluous.
-            let way = self.judge_at(partition, id, record, 0)?;
-            record.route(way.route).collapse.clone()
-        });
+    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>, node_now_ms: u64) {
+        let keys = record.map(|record| self.keys_until_now(partition, id, record, self.broker_now(node_now_ms))).unwrap_or_default();
         if let Some(had) = self.had.iter_mut().find(|had| had.partition == partition && had.id == id) {
-            had.collapse = Collapse::Known(key);
+            had.collapse = Some(keys);
         }
+    }
+
+    /// The collapse keys of the routes that have won for this reader at some time up to now, one after another as they expired. That one has
+    /// expired since does not bring back the states that it made superfluous.
+    fn keys_until_now(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Vec<Name> {
+        let (mut keys, mut at_ms) = (Vec::new(), 0);
+        while let Some(way) = self.judge_at(partition, id, record, at_ms) {
+            let route = record.route(way.route);
+            keys.extend(route.collapse.clone());
+            match route.expires_ms {
+                Some(expires_ms) if expires_ms <= now_ms => at_ms = expires_ms,
+                _ => break,
+            }
+        }
+        keys
     }
 
     fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<Way> {
@@ -470,9 +362,9 @@ impl Subscription {
     fn judge_at(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Option<Way> {
         let moment = Moment { partition, id, now_ms };
         let attributes = &self.recipient.attributes;
-        let holds = |route: usize, criteria: &Criteria| record.answers[route].of(attributes, || criteria.hold(attributes));
-        let way = winning_route(&record.notification.plan, self.user(), &self.recipient, moment, holds)?;
-        self.filter.passes(&record.notification, record.route(way.route)).then_some(way)
+        let holds = |route: usize, criteria: &Criteria| record.holds(route, criteria, attributes);
+        let way = winning_route(&record.notification().plan, self.user(), &self.recipient, moment, holds)?;
+        self.filter.passes(record.notification(), record.route(way.route)).then_some(way)
     }
 
     /// Decides about one notification: skipped, judged away, or queued. Ids of a partition must come in ascending order.
@@ -495,13 +387,13 @@ impl Subscription {
         let (partition, id) = (waiting.partition, waiting.id);
         let mine = self.had.iter().filter(|had| had.partition == partition);
         let is_had = mine.clone().any(|had| had.id == id);
-        if let Some(key) = waiting.collapse().cloned() {
-            let key = Some(key);
-            if mine.clone().any(|had| had.id > id && had.collapse == Collapse::Known(key.clone())) {
+        if let Some(key) = waiting.collapse() {
+            let is_this_state = |other: &Waiting| other.partition == partition && other.collapse() == Some(key);
+            if mine.clone().any(|had| had.supersedes(id, key)) || self.lanes.any(|newer| newer.id > id && is_this_state(newer)) {
                 return;
             }
             // The later state makes the earlier one superfluous, also when the later one has been sent already.
-            self.lanes.retain(|older| older.partition != partition || older.collapse() != key.as_ref());
+            self.lanes.retain(|older| !is_this_state(older));
         }
         if !is_had {
             self.lanes.push(waiting);
@@ -648,7 +540,7 @@ impl Subscription {
         if !self.has_begun() {
             return None;
         }
-        if let Some(gap) = self.gaps.pop_front() {
+        if let Some(gap) = self.gaps.pop() {
             self.is_cursor_due = true;
             return Some(Next::Gap(gap));
         }
@@ -657,10 +549,7 @@ impl Subscription {
             return Some(Next::Cursor);
         }
         let now_ms = self.broker_now(node_now_ms);
-        if self.lanes.expire(now_ms) {
-            self.advance_all();
-        }
-        self.ahead.retain(|waiting| !waiting.is_expired(now_ms));
+        self.expire(now_ms);
         // What a replay has come by goes first: its ids are lower.
         if let Some(first) = self.ahead.front()
             && self.had.len() < MAX_HAD
@@ -683,8 +572,31 @@ impl Subscription {
         Some(waiting.into_next())
     }
 
+    /// Takes out what has expired. Where another route still reaches the reader, it waits on by that one, in its place.
+    fn expire(&mut self, now_ms: u64) {
+        if self.ahead.iter().any(|waiting| waiting.is_expired(now_ms)) {
+            // What is urgent no longer, the replay will come by.
+            let again = |this: &Self, waiting: Waiting| {
+                let way = this.judge_at(waiting.partition, waiting.id, &waiting.record, now_ms)?;
+                (waiting.record.route(way.route).priority == Priority::Urgent).then_some(Waiting { way, ..waiting })
+            };
+            let ahead = std::mem::take(&mut self.ahead);
+            self.ahead = ahead.into_iter().filter_map(|waiting| again(self, waiting)).collect();
+        }
+        let expired = self.lanes.take_expired(now_ms);
+        if expired.is_empty() {
+            return;
+        }
+        for Waiting { partition, id, record, .. } in expired {
+            if let Some(way) = self.judge_at(partition, id, &record, now_ms) {
+                self.queue(Waiting { partition, id, record, way });
+            }
+        }
+        self.advance_all();
+    }
+
     fn remember(&mut self, waiting: &Waiting) {
-        let collapse = Collapse::Known(waiting.collapse().cloned());
+        let collapse = Some(waiting.collapse().cloned().into_iter().collect());
         self.had.push(Had { partition: waiting.partition, id: waiting.id, collapse });
     }
 

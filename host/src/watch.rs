@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::broker::{self, Broker, Severity};
+use crate::broker::{self, Broker, Finding, Severity};
 use crate::hub::Hub;
 use crate::metrics::{Metrics, SourceLabel};
 use crate::pipeline::Pipeline;
@@ -75,14 +75,13 @@ async fn look(broker: &dyn Broker, readiness: &Readiness) {
         Err(error) => return readiness.set("broker", error.to_string()),
     };
     readiness.clear("broker");
-    for (n, finding) in findings.iter().enumerate() {
-        match finding.severity {
-            Severity::Refusal => readiness.set(&format!("broker.{n}"), &finding.text),
-            Severity::Warning => readiness.warn(&format!("broker.{n}"), &finding.text),
+    for Finding { name, severity, text } in &findings {
+        match severity {
+            Severity::Refusal => readiness.set(&format!("broker.{name}"), text),
+            Severity::Warning => readiness.warn(&format!("broker.{name}"), text),
         }
     }
-    readiness
-        .retain("broker.", |name| name.strip_prefix("broker.").and_then(|n| n.parse().ok()).is_some_and(|n: usize| n < findings.len()));
+    readiness.retain("broker.", |name| findings.iter().any(|finding| name.strip_prefix("broker.") == Some(finding.name)));
 }
 
 /// Keeps readiness true to the plugins as they change, and has what was swapped out given back.
@@ -146,7 +145,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::{Error, Finding};
+    use crate::broker::Error;
     use crate::http::fake::FakeBroker;
 
     #[test]
@@ -189,18 +188,21 @@ mod tests {
     #[tokio::test]
     async fn readiness_follows_what_the_broker_finds() {
         let readiness = Readiness::default();
-        let finding = |severity, text: &str| Finding { severity, text: text.into() };
-        let eviction = finding(Severity::Refusal, "maxmemory-policy is allkeys-lru: CONFIG SET maxmemory-policy noeviction");
-        let volatile = finding(Severity::Warning, "the append-only file is off: CONFIG SET appendonly yes");
+        let finding = |name, severity, text: &str| Finding { name, severity, text: text.into() };
+        let eviction = finding("eviction", Severity::Refusal, "maxmemory-policy is allkeys-lru: CONFIG SET maxmemory-policy noeviction");
+        let volatile = finding("append-only-file", Severity::Warning, "the append-only file is off: CONFIG SET appendonly yes");
         look(&FakeBroker::default().with_findings(vec![eviction.clone(), volatile.clone()]), &readiness).await;
         let report = readiness.report();
         assert!(!report.is_ready);
-        assert_eq!(report.lines, [format!("broker.0: {}", eviction.text), format!("warning: broker.1: {}", volatile.text)]);
+        assert_eq!(
+            report.lines,
+            [format!("broker.eviction: {}", eviction.text), format!("warning: broker.append-only-file: {}", volatile.text)]
+        );
 
         look(&FakeBroker::default().with_findings(vec![volatile.clone()]), &readiness).await;
         let report = readiness.report();
         assert!(report.is_ready);
-        assert_eq!(report.lines, [format!("warning: broker.0: {}", volatile.text)]);
+        assert_eq!(report.lines, [format!("warning: broker.append-only-file: {}", volatile.text)]);
 
         look(&FakeBroker::failing(|| Error::Away("no answer in 2 s".into())), &readiness).await;
         assert_eq!(readiness.report().lines[0], "broker: the broker is away: no answer in 2 s");

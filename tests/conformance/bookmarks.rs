@@ -104,6 +104,24 @@ pub(super) async fn one_device_more_takes_the_place_of_the_one_left_alone_for_lo
     assert_eq!(node.bookmarks("1").await, BTreeMap::from(expect));
 }
 
+/// A beginning costs no more than opening a stream under a made-up name.
+pub(super) async fn devices_that_only_begin_push_out_none_that_acknowledged(bench: Bench) {
+    let node = bench.open_with(&Retention { devices: 2, ..Retention::default() }).await;
+    node.put("1", &device("phone"), &acknowledged("A")).await;
+    for made_up in ["x", "y", "z"] {
+        node.put("1", &device(made_up), &begun("B")).await;
+        let moved_ms = node.head().await.now_ms;
+        until(async || node.head().await.now_ms > moved_ms).await;
+    }
+    let left = |devices: &[(&str, Bookmark)]| devices.iter().map(|(of, place)| (device(of), place.clone())).collect::<BTreeMap<_, _>>();
+    assert_eq!(node.bookmarks("1").await, left(&[("phone", acknowledged("A")), ("y", begun("B")), ("z", begun("B"))]));
+    // The first acknowledgement makes one of the other kind of it.
+    node.put("1", &device("z"), &acknowledged("C")).await;
+    node.put("1", &device("x"), &begun("B")).await;
+    let expect = [("phone", acknowledged("A")), ("x", begun("B")), ("y", begun("B")), ("z", acknowledged("C"))];
+    assert_eq!(node.bookmarks("1").await, left(&expect));
+}
+
 /// A read mark as long as the notifications that it speaks of.
 pub(super) async fn a_bookmark_that_is_left_alone_goes(bench: Bench) {
     let node = bench.open_with(&Retention { bookmark_age_s: 1, ..Retention::default() }).await;

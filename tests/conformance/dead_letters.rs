@@ -87,6 +87,7 @@ pub(super) async fn decisions_tell_each_verdict_newest_first(bench: Bench) {
         event_source: "/shop".into(),
         event_type: "order.shipped".into(),
         verdicts: vec![verdict("discard", "keep"), verdict("address", "routes")],
+        reason: "as \"it\" is".into(),
         clock_ms: 1_700_000_000_123,
     };
     let entry = after(BEGIN);

@@ -2,7 +2,6 @@
 // told apart. Objects are Maps. A list keeps the text that it was read from, as `raw`.
 
 const I64 = [-(2n ** 63n), 2n ** 63n - 1n];
-const U64_MAX = 2n ** 64n - 1n;
 
 export function parse(text) {
   let at = 0;
@@ -87,11 +86,9 @@ export function parse(text) {
   return parsed;
 }
 
-// What is an integer for Pointsman is so from -2^63 to 2^64 - 1 in documents; "-0" is a decimal.
+// "-0" is a decimal.
 function numeral(text) {
-  if (/[.eE]/.test(text) || text === '-0') return Number(text);
-  const integer = BigInt(text);
-  return integer < I64[0] || integer > U64_MAX ? Number(text) : integer;
+  return /[.eE]/.test(text) || text === '-0' ? Number(text) : BigInt(text);
 }
 
 // Without the white space outside strings.
@@ -99,9 +96,16 @@ function oneLine(text) {
   return text.replace(/("(?:[^"\\]|\\.)*")|[ \t\r\n]+/g, '$1');
 }
 
-// As a value of an event, an integer is one of 64 bits with a sign.
+// As a value of an event, an integer is one of 64 bits with a sign; a larger one is a text with its digits, within lists and objects as well.
 export function narrow(value) {
-  return typeof value === 'bigint' && value > I64[1] ? Number(value) : value;
+  if (isLarge(value)) return String(value);
+  if (Array.isArray(value)) return value.map(narrow);
+  if (value instanceof Map) return new Map([...value].map(([name, member]) => [name, narrow(member)]));
+  return value;
+}
+
+export function isLarge(value) {
+  return typeof value === 'bigint' && (value < I64[0] || value > I64[1]);
 }
 
 // On one line, members in the order of their code points; decimals are written so that they read back as decimals.

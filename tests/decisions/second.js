@@ -5,7 +5,7 @@
 
 import { readFileSync } from 'node:fs';
 
-import { byCodePoint, narrow, parse, plain, write } from './json.js';
+import { byCodePoint, isLarge, narrow, parse, plain, write } from './json.js';
 
 const CONTEXT = ['specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema', 'data', 'data_base64'];
 const PRIORITIES = ['low', 'normal', 'high', 'urgent'];
@@ -48,7 +48,7 @@ function follow(document, pointer) {
 function field(event, pointer) {
   const value = follow(event.payload, pointer);
   if (value === undefined || value === null) return undefined;
-  return typeof value === 'object' ? write(value) : narrow(value);
+  return typeof value === 'object' ? write(narrow(value)) : narrow(value);
 }
 
 function select(event, selector) {
@@ -78,8 +78,9 @@ function readAs(value, wantedKind, isField) {
 
 function numeral(text) {
   if (!/^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?$/.test(text)) return text;
-  const number = narrow(parse(text));
-  return Number.isFinite(Number(number)) ? number : text;
+  const number = parse(text);
+  if (!Number.isFinite(Number(number))) return text;
+  return isLarge(number) ? Number(number) : number;
 }
 
 // Below 0, 0, above 0; undefined for two kinds. JavaScript compares BigInt and number by what they are worth, exactly.

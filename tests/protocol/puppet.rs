@@ -45,7 +45,7 @@ pub(super) enum At {
 pub(super) enum Fate {
     Pass,
     Drop,
-    /// Until [`Puppet::release`].
+    /// Until [`Puppet::release`]. Of a tick, it is heard meanwhile that the broker is alive.
     Keep,
 }
 
@@ -294,7 +294,13 @@ impl Broker for Puppet {
                             match sieve.as_mut().map_or(Fate::Pass, |sieve| sieve(&notice, log)) {
                                 Fate::Pass => passed.push(notice),
                                 Fate::Drop => {}
-                                Fate::Keep => kept.push(notice),
+                                Fate::Keep => {
+                                    // However long it is kept on a busy machine, the connection is not taken for dead.
+                                    if let Notice::Tick { partition, .. } = notice {
+                                        passed.push(Notice::Alive { partition });
+                                    }
+                                    kept.push(notice);
+                                }
                             }
                         }
                         // Under the lock, so that what is released comes before what arrives after it.

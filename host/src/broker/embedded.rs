@@ -31,6 +31,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use async_trait::async_trait;
 use bytes::Bytes;
 use redb::ReadTransaction;
@@ -97,6 +98,19 @@ impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shared").field("store", &self.store).field("partitions", &self.partitions).finish_non_exhaustive()
     }
+}
+
+/// Whether a data folder can be written to, or made where it is not there yet. Makes nothing.
+///
+/// # Errors
+/// One line that names the folder and the fix.
+pub fn check_folder(dir: &Path) -> anyhow::Result<()> {
+    let there = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+    let probe = there.join(format!(".pointsman-{}", std::process::id()));
+    let written = std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe));
+    written.with_context(|| {
+        format!("the data folder {} cannot be written to; make it so for this user, or give another --data", dir.display())
+    })
 }
 
 impl Embedded {

@@ -1,6 +1,10 @@
 //! `pointsman check-config` and `pointsman config --defaults`.
 
+use anyhow::ensure;
 use pointsman::config::{BrokerChoice, DEFAULTS};
+use pointsman::metrics::Metrics;
+use pointsman::plugin::Engine;
+use pointsman::plugin::registry::Registry;
 
 use super::serve;
 
@@ -18,8 +22,20 @@ pub(super) fn print(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// All that a node would find at its start, but for what only Redis could tell.
 pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     let config = options.load()?;
+    pointsman::check_folders(&config)?;
+    let plugins = Registry::load(Engine::new()?, config.plugins.clone(), Metrics::default())?.states();
+    for plugin in plugins.iter().filter(|plugin| plugin.failure.is_none()) {
+        println!("plugin {}: {} {} of {}", plugin.name, plugin.kind, plugin.version, plugin.file);
+    }
+    let failures: Vec<String> =
+        plugins.iter().filter_map(|plugin| Some(format!("plugin {}: {}", plugin.name, plugin.failure.as_ref()?))).collect();
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    if plugins.is_empty() && !config.node.allow_no_plugins {
+        println!("warning: no plugin is there, so events would wait; put one into the folder of --plugins, or give --allow-no-plugins");
+    }
     let broker = match &config.broker {
         // The URL may hold a password.
         BrokerChoice::Redis { .. } => "a Redis".to_owned(),

@@ -25,18 +25,18 @@ enum Action {
         /// As listed, such as 0/1700000000000-0
         id: String,
     },
-    /// Send them through again
+    /// Send them through again, as new entries of their source; what fails again is a new dead letter
     Redrive(Chosen),
-    /// Forget them
+    /// Forget them for good: nobody is notified of them any more
     Drop(Chosen),
 }
 
 #[derive(Debug, clap::Args)]
 struct Chosen {
-    /// As listed, such as 0/1700000000000-0
-    #[arg(required_unless_present = "all")]
+    /// As listed, such as 0/1700000000000-0; several with spaces between them
+    #[arg(required_unless_present = "all", value_name = "ID")]
     ids: Vec<String>,
-    /// All that are there now
+    /// All that are there now, of every source
     #[arg(long, conflicts_with = "ids")]
     all: bool,
 }

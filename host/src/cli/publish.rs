@@ -7,6 +7,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use clap::builder::NonEmptyStringValueParser;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use ureq::Agent;
@@ -37,16 +38,16 @@ pub(super) struct Options {
     #[arg(long, requires = "kind")]
     subject: Option<String>,
     /// For this user; may be repeated
-    #[arg(long, requires = "kind")]
+    #[arg(long, requires = "kind", value_parser = NonEmptyStringValueParser::new())]
     user: Vec<String>,
     /// For the members of this group; may be repeated
-    #[arg(long, requires = "kind")]
+    #[arg(long, requires = "kind", value_parser = NonEmptyStringValueParser::new())]
     group: Vec<String>,
     /// For everyone
     #[arg(long, requires = "kind")]
     everyone: bool,
-    /// low, normal, high or urgent
-    #[arg(long, requires = "kind")]
+    /// How urgent it is
+    #[arg(long, requires = "kind", value_parser = ["low", "normal", "high", "urgent"])]
     priority: Option<String>,
     /// What it carries, as JSON
     #[arg(long, value_name = "JSON", requires = "kind")]

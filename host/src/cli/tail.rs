@@ -3,6 +3,7 @@
 //! Reads the stream as any client does (HTML Living Standard, "Server-sent events"); how one is written is the library's `sse`.
 
 use std::io::{BufRead, BufReader, Read as _};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -27,7 +28,7 @@ pub(super) struct Options {
     /// The user's token
     #[arg(long, env = "POINTSMAN_TOKEN", hide_env_values = true)]
     token: Option<String>,
-    /// Begin after this id, or at earliest, latest or a duration
+    /// Begin after this id, or at earliest, latest or a duration such as 10m; the id to continue from is said at the end
     #[arg(long, value_name = "ID")]
     after: Option<String>,
     /// End after so many notifications
@@ -40,6 +41,8 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let url = format!("{}/v1/stream", options.url.trim_end_matches('/'));
     let mut parser = Parser { last_id: options.after.clone().unwrap_or_default(), ..Parser::default() };
     let (mut left, mut was_open) = (options.count.unwrap_or(u64::MAX), false);
+    let last_id = Arc::default();
+    say_on_interrupt(Arc::clone(&last_id));
     while left > 0 {
         let mut request = agent.get(&url).header("accept", "text/event-stream");
         if let Some(user) = &options.user {
@@ -72,7 +75,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
                 );
                 was_open = true;
                 parser.reset();
-                follow(&mut BufReader::new(response.into_body().into_reader()), &mut parser, &mut left)
+                follow(&mut BufReader::new(response.into_body().into_reader()), &mut parser, &mut left, &last_id)
             }
         };
         if left > 0 {
@@ -80,11 +83,35 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(parser.retry_ms));
         }
     }
+    say_where(&last_id);
     Ok(())
 }
 
+/// The id of what was last printed, for whoever ends this.
+type LastId = Mutex<String>;
+
+fn say_where(last_id: &LastId) {
+    let last_id = last_id.lock().unwrap_or_else(PoisonError::into_inner);
+    if !last_id.is_empty() {
+        eprintln!("pointsman: to continue from here, --after {last_id}");
+    }
+}
+
+/// Ends the process at Ctrl-C, with a word about where it was.
+fn say_on_interrupt(last_id: Arc<LastId>) {
+    // Without a thread for it, Ctrl-C ends the process all the same.
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+    std::thread::spawn(move || {
+        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            say_where(&last_id);
+            // As a shell says of a process that SIGINT ended.
+            std::process::exit(130);
+        }
+    });
+}
+
 /// Prints notifications until the stream ends, and says why it did.
-fn follow(stream: &mut impl BufRead, parser: &mut Parser, left: &mut u64) -> String {
+fn follow(stream: &mut impl BufRead, parser: &mut Parser, left: &mut u64, last_id: &LastId) -> String {
     let mut line = Vec::new();
     while *left > 0 {
         line.clear();
@@ -104,6 +131,7 @@ fn follow(stream: &mut impl BufRead, parser: &mut Parser, left: &mut u64) -> Str
                 println!("{}", message.data.replace('\n', " "));
             }
         }
+        parser.last_id.clone_into(&mut last_id.lock().unwrap_or_else(PoisonError::into_inner));
     }
     String::new()
 }

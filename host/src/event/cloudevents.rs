@@ -318,6 +318,8 @@ fn attribute_value(name: &str, raw: &RawValue) -> Result<Option<Value>, Malforme
         Some(b'n') => None,
         Some(b'[') => Some(Value::Text(one_line(text))),
         Some(b'{') => return Err(Malformed::new("is an object; an attribute is a string, number, boolean or list").of(printable(name))),
+        // As a decimal it would be another number.
+        Some(b'-' | b'0'..=b'9') if !text.contains(['.', 'e', 'E']) && text.parse::<i64>().is_err() => Some(Value::Text(text.to_owned())),
         _ => Some(serde_json::from_str(text).map_err(|e| Malformed::new(format!("is no attribute value: {e}")).of(printable(name)))?),
     })
 }
@@ -460,9 +462,10 @@ mod tests {
     #[test]
     fn what_is_written_reads_back_the_same() {
         let document = r#"{"specversion":"1.0","id":"a","source":"/s","type":"t","time":"2026-01-02T03:04:05.678Z","n":3,"big":1.5,"ok":true,
-            "users":["a","b"],"subject":"s","data":{"x":123456789012345678901234567890}}"#;
+            "large":18446744073709551616,"users":["a","b"],"subject":"s","data":{"x":123456789012345678901234567890}}"#;
         let event = Event::from_json(ENTRY, "-", document.as_bytes()).unwrap();
         assert_eq!(event.attribute("users"), Some(&Value::Text(r#"["a","b"]"#.into())));
+        assert_eq!(event.attribute("large"), Some(&Value::Text("18446744073709551616".into())));
         assert_eq!(event.data, Payload::Json(r#"{"x":123456789012345678901234567890}"#.into()));
         let again = Event::from_json(ENTRY, "-", event.to_json().as_bytes()).unwrap();
         assert_eq!(event, again);

@@ -9,7 +9,7 @@ use axum::http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
 };
-use axum::http::{HeaderValue, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
@@ -42,6 +42,16 @@ impl Origins {
         Ok(Self { listed: listed.to_vec(), loopback })
     }
 
+    /// Whether a page sent this that a browser keeps from reading the answer, with its user's cookie perhaps: it should change nothing, either.
+    pub(super) fn are_foreign_to(&self, headers: &HeaderMap) -> bool {
+        let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+        match headers.get(ORIGIN) {
+            Some(origin) => site != Some(b"same-origin") && !origin.to_str().is_ok_and(|origin| self.allow(origin)),
+            // What a page asks for as an image or a script, say, has no origin.
+            None => matches!(site, Some(b"cross-site" | b"same-site")),
+        }
+    }
+
     fn allow(&self, origin: &str) -> bool {
         self.listed.iter().any(|listed| listed == origin) || (self.loopback && is_loopback(origin))
     }
@@ -61,9 +71,7 @@ pub(super) async fn apply(extract::State(state): extract::State<Arc<State>>, req
     let is_preflight = request.method() == Method::OPTIONS && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD);
     let is_allowed = origin.to_str().is_ok_and(|origin| state.origins.allow(origin));
     let mut response = match (is_preflight, is_allowed) {
-        (true, false) => ApiError::forbidden("pages of this origin may not call this node")
-            .fix("its operator adds the origin to listen.origins")
-            .into_response(),
+        (true, false) => foreign().into_response(),
         (true, true) => preflight(&request),
         // Without the headers below, the browser keeps the answer from the page.
         (false, _) => next.run(request).await,
@@ -77,6 +85,11 @@ pub(super) async fn apply(extract::State(state): extract::State<Arc<State>>, req
         headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("Retry-After, WWW-Authenticate"));
     }
     response
+}
+
+/// What a page is told that may not call.
+pub(super) fn foreign() -> ApiError {
+    ApiError::forbidden("pages of this origin may not call this node").fix("its operator adds the origin to listen.origins")
 }
 
 /// Whatever headers the page wants to send, `Last-Event-ID` and `ce-*` among them: with credentials, a browser takes no `*` for an answer.
@@ -128,6 +141,37 @@ mod tests {
             (&headers["access-control-allow-origin"], &headers["vary"]),
             (&HeaderValue::from_static("https://shop.example"), &HeaderValue::from_static("Origin"))
         );
+    }
+
+    /// A browser sends the cookie of its user along with whatever any page asks for.
+    #[tokio::test]
+    async fn a_page_that_may_not_read_the_answer_begins_no_device() {
+        let site = Site::dev(FakeBroker::default());
+        let ask = async |headers: &[(&str, &str)], query: &str| {
+            site.request("GET", &format!("/v1/stream?user=ann&device=made-up{query}"), headers, "").await.0
+        };
+        let page = ("origin", "https://shop.example");
+        for foreign in [
+            &[("origin", "https://evil.example")][..],
+            &[("origin", "null")],
+            &[("origin", "https://evil.example"), ("sec-fetch-site", "cross-site")],
+            &[("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "no-cors")],
+            &[("sec-fetch-site", "same-site")],
+        ] {
+            assert_eq!(ask(foreign, "").await, StatusCode::FORBIDDEN, "{foreign:?}");
+            assert_eq!(ask(foreign, "&last_event_id=earliest").await, StatusCode::FORBIDDEN, "{foreign:?}");
+        }
+        // Those, a client that is no browser, and an address that somebody typed. (The fake knows no place to begin, which is told in band.)
+        for own in [
+            &[page][..],
+            &[],
+            &[("sec-fetch-site", "none")],
+            &[("sec-fetch-site", "same-origin")],
+            // Behind a proxy, the page's own origin is none that this node knows.
+            &[("origin", "https://www.example"), ("sec-fetch-site", "same-origin")],
+        ] {
+            assert_eq!(ask(own, "").await, StatusCode::OK, "{own:?}");
+        }
     }
 
     #[test]

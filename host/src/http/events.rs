@@ -28,6 +28,7 @@ use crate::event::{EntryId, Event, Malformed, Name, Value};
 const FULL_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Options {
     /// Answer what would become of it, and store nothing.
     #[serde(default)]

@@ -46,7 +46,10 @@ pub(super) async fn newest(
     _: Keyed,
     Query(options): Query<Options>,
 ) -> Result<Response, ApiError> {
-    let last = options.last.unwrap_or(1_000).clamp(1, MAX_LAST);
+    let last = options.last.unwrap_or(1_000);
+    if !(1..=MAX_LAST).contains(&last) {
+        return Err(ApiError::bad_request(format!("last is {last}; give 1 to {MAX_LAST}")));
+    }
     let broker = state.broker()?;
     let Ok(_permit) = ANSWERS.try_acquire() else {
         return Err(ApiError::overloaded("this node is already answering as many requests for events as it does at once"));

@@ -21,7 +21,7 @@ use crate::subscription::cursor::Cursor;
 use crate::subscription::{Filter, Next, Start};
 
 use super::stream::{Selection, read_start};
-use super::{ApiError, Query, State};
+use super::{ApiError, Parameters, Query, State};
 
 #[derive(Debug, Deserialize)]
 pub(super) struct Asked {
@@ -83,10 +83,12 @@ pub(super) async fn page(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
     Query(asked): Query<Asked>,
+    parameters: Parameters,
     request: Request,
 ) -> Result<Json<Page>, ApiError> {
     let (parts, _) = request.into_parts();
     let reader = state.auth().stream_identity(&parts)?.reader;
+    parameters.are_all(&["user", "after", "limit", "types", "min_priority"], |_| false)?;
     let limit = asked.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!("limit is {limit}; it may be 1 to {MAX_LIMIT}")));

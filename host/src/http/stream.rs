@@ -1,8 +1,9 @@
 //! `GET /v1/stream`: a user's notifications as Server-Sent Events.
 //!
 //! Where it begins is asked of the header `Last-Event-ID`, or else of the query as `last_event_id`, `lastEventId` or `evs_last_event_id`
-//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. Without any, a stream that names its
-//! `device` begins where that device is, or with `devices=all` where the furthest of the user's devices is; and any other at the latest.
+//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. The last of several counts, which is the one
+//! that a polyfill appends. Without any, a stream that names its `device` begins where that device is, or with `devices=all` where the
+//! furthest of the user's devices is; and any other at the latest.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::sse;
 use crate::subscription::cursor::{Cursor, Unreadable};
 use crate::subscription::{Filter, Start};
 
-use super::{ApiError, Query, State};
+use super::{ApiError, Parameters, Query, State, cors};
 
 /// What both ways of reading notifications take.
 #[derive(Debug, Default, Deserialize)]
@@ -48,12 +49,13 @@ impl Selection {
     }
 }
 
-#[derive(Debug, Default, Deserialize)]
-pub(super) struct Resume {
-    last_event_id: Option<String>,
-    #[serde(rename = "lastEventId")]
-    last_event_id_camel: Option<String>,
-    evs_last_event_id: Option<String>,
+/// What may be asked of a stream.
+const KNOWN: [&str; 6] = ["user", "device", "devices", "last_event_id", "types", "min_priority"];
+
+/// Whether a parameter says where to begin, however a polyfill calls it.
+fn is_place(name: &str) -> bool {
+    let bare: String = name.chars().filter(|c| !matches!(c, '-' | '_')).map(|c| c.to_ascii_lowercase()).collect();
+    matches!(bare.as_str(), "lasteventid" | "evslasteventid")
 }
 
 /// For whom a stream is opened, beside the user.
@@ -80,24 +82,31 @@ impl Device {
 /// Opens a stream.
 ///
 /// # Errors
-/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold; everything else that stands in the way is told in
+/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold, 403 for a page that may not; everything else that stands in the way is told in
 /// band with 200, because an `EventSource` never comes back after another status.
 pub(super) async fn open(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
-    Query(resume): Query<Resume>,
     Query(device): Query<Device>,
+    parameters: Parameters,
     request: Request,
 ) -> Result<Response, ApiError> {
     let (parts, _) = request.into_parts();
     let identity = state.auth().stream_identity(&parts)?;
+    parameters.are_all(&KNOWN, |name| is_place(name) || name == "evs_preamble")?;
     let filter = selection.filter()?;
     let is_in_sync = device.is_in_sync()?;
+    // Where a device begins is kept; a stream without one changes nothing.
+    if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
+        return Err(cors::foreign());
+    }
     let retry_ms = state.pulse().config().retry_ms;
-    let connection = parts.extensions.get::<Arc<Connection>>().cloned();
-    if connection.as_ref().is_some_and(|connection| connection.is_surplus()) {
+    if parts.extensions.get::<Arc<Connection>>().is_some_and(|connection| connection.is_surplus()) {
         return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
     }
+    let Some(seat) = state.pulse().seat() else {
+        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
+    };
     let Some(hub) = state.hub() else {
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
     };
@@ -105,7 +114,7 @@ pub(super) async fn open(
         let message = "devices=all and types or min_priority exclude each other: what one device leaves out would count as seen by all";
         return Err(ApiError::bad_request(message).fix("leave out one of them"));
     }
-    let start = match (start(&parts, resume, &identity.reader.user), device.device) {
+    let start = match (start(&parts, &parameters, &identity.reader.user), device.device) {
         (asked, None) => asked.unwrap_or(Start::Latest),
         (asked, Some(device)) => {
             // Where the device is says more than an id that nobody can read.
@@ -123,8 +132,8 @@ pub(super) async fn open(
     };
     tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
     let guard = hub.open(identity.reader, start, filter);
-    let socket = connection.map(|connection| connection as Arc<dyn sse::Socket>);
-    let body = sse::Body::new(guard, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
+    let socket = parts.extensions.get::<Arc<dyn sse::Socket>>().cloned();
+    let body = sse::Body::new(guard, seat, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
     Ok(event_stream(Body::new(body)))
 }
 
@@ -138,10 +147,10 @@ fn event_stream(body: Body) -> Response {
 }
 
 /// Where the client asks to begin, if it does.
-fn start(parts: &Parts, resume: Resume, user: &Name) -> Option<Start> {
+fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
     // Lossy: an id that is no text is one that nobody knows, and not none at all.
     let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let asked = header.or(resume.last_event_id).or(resume.last_event_id_camel).or(resume.evs_last_event_id);
+    let asked = header.or_else(|| parameters.last(is_place).map(str::to_owned));
     asked.filter(|asked| !asked.is_empty()).and_then(|asked| read_start(&asked, user))
 }
 
@@ -181,6 +190,14 @@ fn duration_ms(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn however_a_polyfill_calls_the_place_it_is_understood() {
+        for name in ["last_event_id", "lastEventId", "lastEventID", "Last-Event-ID", "evs_last_event_id"] {
+            assert!(is_place(name), "{name}");
+        }
+        assert!(!is_place("last_event") && !is_place("id"));
+    }
 
     #[test]
     fn where_a_stream_begins() {

@@ -1,6 +1,7 @@
 //! Which events a plugin is called for, and what of them crosses to it. The host matches types and reads payloads itself: a call that is
 //! not made costs nothing, and a payload is parsed once for all plugins, if at all.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 
 use crate::event::{Event, Payload, Value};
@@ -67,11 +68,61 @@ pub(super) struct Document(OnceCell<Option<serde_json::Value>>);
 impl Document {
     fn json(&self, event: &Event) -> Option<&serde_json::Value> {
         let parse = || match &event.data {
-            Payload::Json(text) => serde_json::from_str(text).ok(),
+            Payload::Json(text) => serde_json::from_str(&spell_large_integers(text)).ok(),
             Payload::None | Payload::Text(_) | Payload::Binary(_) => None,
         };
         self.0.get_or_init(parse).as_ref()
     }
+}
+
+/// The digits of the shortest integer that no [`Value`] holds.
+const LARGE: usize = 19;
+
+/// JSON in which integers that no [`Value`] holds are texts with their digits: read as decimals, they would be other numbers, and an
+/// identity made of one would be somebody else's.
+fn spell_large_integers(json: &str) -> Cow<'_, str> {
+    let bytes = json.as_bytes();
+    // So many digits in a row do not fit between two of the places that are looked at.
+    let is_large = |at: usize| {
+        let n_before = bytes[..at].iter().rev().take_while(|b| b.is_ascii_digit()).count();
+        let n_from = bytes[at..].iter().take_while(|b| b.is_ascii_digit()).count();
+        n_from > 0 && n_before + n_from >= LARGE
+    };
+    if !(LARGE - 1..bytes.len()).step_by(LARGE).any(is_large) {
+        return Cow::Borrowed(json);
+    }
+    let (mut spelt, mut n_copied, mut at) = (String::new(), 0, 0);
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => at = end_of_text(bytes, at),
+            b'-' | b'0'..=b'9' => {
+                let end = bytes[at..].iter().position(|b| !matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E'));
+                let end = end.map_or(bytes.len(), |n| at + n);
+                let number = &json[at..end];
+                if !number.contains(['.', 'e', 'E']) && number.parse::<i64>().is_err() {
+                    spelt.extend([&json[n_copied..at], "\"", number, "\""]);
+                    n_copied = end;
+                }
+                at = end;
+            }
+            _ => at += 1,
+        }
+    }
+    spelt.push_str(&json[n_copied..]);
+    Cow::Owned(spelt)
+}
+
+/// Where the text that begins here ends, in JSON.
+fn end_of_text(json: &[u8], begin: usize) -> usize {
+    let mut at = begin + 1;
+    while let Some(byte) = json.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    json.len()
 }
 
 /// A field of the payload as an attribute; `null` is "not set".
@@ -157,9 +208,35 @@ mod tests {
             ("/s", text("t")),
             ("/l", text("[1,2]")),
             ("/n", text(r#"{"m":2.5}"#)),
-            ("/big", Value::Decimal(18446744073709551615.0)),
+            ("/big", text("18446744073709551615")),
         ];
         assert_eq!(fields, expect.map(|(name, value)| (name.to_owned(), value)));
+    }
+
+    #[test]
+    fn an_integer_that_no_value_holds_is_a_text_with_its_digits() {
+        let check = |json: &str, expect: &str| assert_eq!(spell_large_integers(json), expect, "{json}");
+        check("9223372036854775808", r#""9223372036854775808""#);
+        check("-9223372036854775809", r#""-9223372036854775809""#);
+        check(r#"{"a":[ 123456789012345678901234567890 ,1]}"#, r#"{"a":[ "123456789012345678901234567890" ,1]}"#);
+        for as_it_is in [
+            "",
+            "9223372036854775807",
+            "-9223372036854775808",
+            "-0",
+            "1e30",
+            "1234567890123456789012.0",
+            "12345678901234567890E-2",
+            r#"{"12345678901234567890":"12345678901234567890"}"#,
+            r#""a\\\"12345678901234567890""#,
+        ] {
+            check(as_it_is, as_it_is);
+        }
+        // Wherever it stands.
+        for n in 0..50 {
+            let (blank, large) = (" ".repeat(n), "98765432109876543210");
+            check(&format!("{blank}[{large}]"), &format!("{blank}[\"{large}\"]"));
+        }
     }
 
     #[test]

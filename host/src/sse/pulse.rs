@@ -5,10 +5,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
 use crate::clock::now_ms;
 use crate::metrics::{Metrics, ReasonLabel};
 
-use super::{Config, End, Signals, spread_retry};
+use super::{Config, End, Signals, Socket, spread_retry};
 
 /// Seconds around the wheel; a stream is looked at no later than this.
 const SLOTS: usize = 64;
@@ -21,7 +23,12 @@ struct Shared {
     config: Config,
     metrics: Metrics,
     wheel: Mutex<Wheel>,
+    seats: Arc<Semaphore>,
 }
+
+/// The place of one open stream among as many as there may be.
+#[derive(Debug)]
+pub struct Seat(#[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit);
 
 struct Wheel {
     now: usize,
@@ -33,6 +40,9 @@ struct Entry {
     end: Option<(u64, End)>,
     next_heartbeat_ms: u64,
     next_cursor_ms: u64,
+    /// What the socket had taken when it was last seen to move, or to have nothing to take, and when that was.
+    taken: u64,
+    moved_ms: u64,
 }
 
 impl std::fmt::Debug for Pulse {
@@ -46,7 +56,8 @@ impl Pulse {
     pub fn start(config: Config, metrics: Metrics) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
         let wheel = Mutex::new(Wheel { now: 0, slots });
-        let pulse = Self(Arc::new(Shared { config, metrics, wheel }));
+        let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
+        let pulse = Self(Arc::new(Shared { config, metrics, wheel, seats }));
         let weak = Arc::downgrade(&pulse.0);
         tokio::spawn(async move {
             let mut seconds = tokio::time::interval(Duration::from_secs(1));
@@ -62,6 +73,11 @@ impl Pulse {
 
     pub fn config(&self) -> &Config {
         &self.0.config
+    }
+
+    /// A place for one more stream. `None`: as many are open as may be.
+    pub fn seat(&self) -> Option<Seat> {
+        Arc::clone(&self.0.seats).try_acquire_owned().ok().map(Seat)
     }
 
     /// What a client is told to wait before it comes back, in milliseconds; another number for each.
@@ -80,6 +96,8 @@ impl Pulse {
             end,
             next_heartbeat_ms: now + self.0.heartbeat_ms(),
             next_cursor_ms: now + config.cursor_s * 1000,
+            taken: 0,
+            moved_ms: now,
         };
         self.0.lock().put(entry, now);
     }
@@ -94,6 +112,17 @@ impl Pulse {
             entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
             wheel.put(entry, now);
         }
+    }
+}
+
+impl Entry {
+    /// Whether the socket has taken nothing for so long, although something waits for it: the last heartbeat that was asked for, at least.
+    fn is_stalled(&mut self, socket: &dyn Socket, has_waiting: bool, now_ms: u64, stall_ms: u64) -> bool {
+        let taken = socket.taken();
+        if !has_waiting || taken != self.taken {
+            (self.taken, self.moved_ms) = (taken, now_ms);
+        }
+        now_ms.saturating_sub(self.moved_ms) >= stall_ms
     }
 }
 
@@ -134,11 +163,12 @@ impl Shared {
     /// Does what is due; `None` when the stream is gone.
     fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
         let signals = entry.signals.upgrade()?;
-        let stall = Duration::from_secs(self.config.stall_s);
-        if let Some(socket) = signals.socket.as_ref().filter(|socket| socket.stalled_for().is_some_and(|stalled| stalled >= stall)) {
+        if let Some(socket) = &signals.socket
+            && entry.is_stalled(socket.as_ref(), signals.heartbeat.load(Ordering::Acquire), now, self.config.stall_s * 1000)
+        {
             self.closed("stalled");
             let user = signals.guard.stream().lock().user().clone();
-            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "closing a stream whose socket does not move");
+            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "cutting a stream that does not move");
             socket.kill();
             return None;
         }

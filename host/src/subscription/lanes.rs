@@ -43,9 +43,16 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
+    /// Ids of a partition ascend within a lane: mostly it goes to the end.
     pub(super) fn push(&mut self, waiting: Waiting) {
         self.n_bytes += waiting.record.n_bytes();
-        self.lanes[waiting.priority() as usize].push_back(waiting);
+        let lane = &mut self.lanes[waiting.priority() as usize];
+        let at = lane.iter().position(|other| other.partition == waiting.partition && other.id > waiting.id);
+        lane.insert(at.unwrap_or(lane.len()), waiting);
+    }
+
+    pub(super) fn any(&self, is_meant: impl FnMut(&Waiting) -> bool) -> bool {
+        self.iter().any(is_meant)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -88,13 +95,13 @@ impl Lanes {
         }
     }
 
-    /// Removes what has expired; `true` if anything had.
-    pub(super) fn expire(&mut self, now_ms: u64) -> bool {
-        let any = self.iter().any(|waiting| waiting.is_expired(now_ms));
-        if any {
+    /// Takes out what has expired.
+    pub(super) fn take_expired(&mut self, now_ms: u64) -> Vec<Waiting> {
+        let expired: Vec<Waiting> = self.iter().filter(|waiting| waiting.is_expired(now_ms)).cloned().collect();
+        if !expired.is_empty() {
             self.retain(|waiting| !waiting.is_expired(now_ms));
         }
-        any
+        expired
     }
 
     /// Takes the next one, and whether it overtakes: the head of the highest lane, or, where nobody may overtake any more, the highest

@@ -126,7 +126,7 @@ impl History {
         let had_records = self.read_records(partition, head.life, &had).await?;
         in_round(stream, partition, round, |subscription| {
             for (id, record) in had.iter().zip(&had_records) {
-                subscription.had_is(partition, *id, record.as_deref());
+                subscription.had_is(partition, *id, record.as_deref(), now_ms());
             }
         })?;
 

@@ -1,6 +1,6 @@
 //! Random histories against a simple model: whatever is appended, ticked, lost, overflowed, rewound, cut and resumed, each notification comes
-//! once (again only after a gap that says so), in order but for higher priorities, and none is missing but those that a later one with the
-//! same key made superfluous.
+//! once (again only after a gap that says so), in order but for higher priorities, by the route that wins as it is sent, never after it has
+//! expired, and none is missing but those that have expired by every route or that a later one with the same key made superfluous.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -9,17 +9,21 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::criteria::Pool;
-use crate::event::{EntryId, Event, Plan, Position as EntryPosition};
+use crate::event::{EntryId, Event, Notification, Plan, Position as EntryPosition, Route};
 
 /// What may happen next; the numbers choose among what is possible at the time.
 #[derive(Clone, Debug)]
 enum Step {
-    /// Commits to a partition: priority, and a collapse key of two or none. Its notice waits in the feed, or is lost with it.
+    /// Commits to a partition, with one route or two to the same user. Its notice waits in the feed, or is lost with it.
     Commit {
         partition: u8,
-        priority: usize,
-        key: u8,
+        way: Choice,
+        other: Option<Choice>,
         is_lost: bool,
+    },
+    /// Time passes.
+    Wait {
+        ms: u8,
     },
     Tick {
         partition: u8,
@@ -55,12 +59,26 @@ enum Step {
     },
 }
 
+/// A route: priority, a collapse key of two or none, and for how long it holds, if not for ever.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    priority: usize,
+    key: u8,
+    ttl_ms: Option<u64>,
+}
+
+fn choice() -> impl Strategy<Value = Choice> {
+    (0..4_usize, 0..6_u8, prop::option::weighted(0.3, 1..40_u64)).prop_map(|(priority, key, ttl_ms)| Choice { priority, key, ttl_ms })
+}
+
 /// With a socket that is often broken, or with one that takes little: buffers overflow where a stream stays live for long.
 fn steps(has_fail_overs: bool, is_slow: bool) -> impl Strategy<Value = Vec<Step>> {
     let (sends, breaks) = if is_slow { (6, 1) } else { (40, 10) };
     let fail_overs = if has_fail_overs { 6 } else { 0 };
     let step = prop_oneof![
-        80 => (0..2_u8, 0..4_usize, 0..6_u8, prop::bool::weighted(0.05)).prop_map(|(partition, priority, key, is_lost)| Step::Commit { partition, priority, key, is_lost }),
+        80 => (0..2_u8, choice(), prop::option::weighted(0.2, choice()), prop::bool::weighted(0.05))
+            .prop_map(|(partition, way, other, is_lost)| Step::Commit { partition, way, other, is_lost }),
+        20 => (1..20_u8).prop_map(|ms| Step::Wait { ms }),
         20 => (0..2_u8).prop_map(|partition| Step::Tick { partition }),
         80 => (0..2_u8, 1..5_u8).prop_map(|(partition, n)| Step::Hear { partition, n }),
         sends => (0..4_u8).prop_map(Step::Send),
@@ -74,22 +92,31 @@ fn steps(has_fail_overs: bool, is_slow: bool) -> impl Strategy<Value = Vec<Step>
 }
 
 fn record(event: u64, priority: usize, key: u8) -> Arc<Record> {
-    let document = format!(r#"{{"type":"t","id":"{event}"}}"#);
-    let event = Event::from_json(EntryId::default(), "test", document.as_bytes()).unwrap();
-    let collapse = (key < 2).then(|| Name::parse(&format!("k{key}")).unwrap());
-    let user = Target::User(Name::parse("ann").unwrap());
-    let route = Route {
+    record_of(event, [route(priority, key, None)])
+}
+
+fn route(priority: usize, key: u8, expires_ms: Option<u64>) -> Route {
+    Route {
         by: Name::parse("test").unwrap(),
-        to: vec![user],
+        to: vec![Target::User(Name::parse("ann").unwrap())],
         when: None,
         priority: Priority::ALL[priority],
-        expires_ms: None,
-        collapse,
+        expires_ms,
+        collapse: (key < 2).then(|| Name::parse(&format!("k{key}")).unwrap()),
         event_name: None,
         body: None,
-    };
-    let notification = Notification { entry: EntryId::default(), event, plan: Plan { routes: vec![route] } };
+    }
+}
+
+fn record_of(event: u64, routes: impl IntoIterator<Item = Route>) -> Arc<Record> {
+    let document = format!(r#"{{"type":"t","id":"{event}"}}"#);
+    let event = Event::from_json(EntryId::default(), "test", document.as_bytes()).unwrap();
+    let notification = Notification { entry: EntryId::default(), event, plan: Plan { routes: routes.into_iter().collect() } };
     Arc::new(Record::parse(&serde_json::to_vec(&notification).unwrap()).unwrap())
+}
+
+fn routes(record: &Record) -> &[Route] {
+    &record.notification().plan.routes
 }
 
 /// Which event a record is of: ids of notifications are given out again, those of events never.
@@ -117,11 +144,11 @@ enum Received {
         event: u64,
         priority: Priority,
         key: Option<Name>,
+        /// By one of its routes it has a key.
+        is_state: bool,
     },
     /// What lies above this id may come again.
-    Rewound {
-        from: u64,
-    },
+    Rewound { from: u64 },
 }
 
 /// A partition, and what the node knows of it.
@@ -136,7 +163,7 @@ struct Place {
     /// The life that the node believes in.
     believed: Option<Life>,
     received: Vec<Received>,
-    /// All events with a key that were ever committed, also those that were lost: id, key.
+    /// All routes with a key that were ever committed, also those that were lost: id, key.
     keyed: Vec<(u64, Name)>,
     n_rewinds: usize,
 }
@@ -157,6 +184,8 @@ struct World {
     subscription: Subscription,
     cursor: Option<String>,
     n_events: u64,
+    /// The broker's clock and the node's.
+    now_ms: u64,
 }
 
 fn number(partition: u8) -> PartitionNumber {
@@ -182,6 +211,7 @@ impl World {
             subscription: Subscription::new(Name::parse("ann").unwrap(), Start::Latest, Filter::default(), []),
             cursor: None,
             n_events: 0,
+            now_ms: 1_000,
         };
         world.connect(Start::Latest);
         // A client that never received anything has its cursor.
@@ -223,6 +253,7 @@ impl World {
     }
 
     fn replay(&mut self, partition: u8, n: u8) {
+        let now_ms = self.now_ms;
         let place = &mut self.places[usize::from(partition)];
         let (last, life) = (place.last(), place.life());
         let Some(running) = &mut place.running else { return };
@@ -236,12 +267,12 @@ impl World {
                 position: EntryPosition::default(),
                 floor: NotificationId(0),
                 origin: NotificationId(0),
-                now_ms: 0,
+                now_ms,
             };
-            self.subscription.begin(number(partition), &head, 0);
+            self.subscription.begin(number(partition), &head, now_ms);
             for id in self.subscription.had_unknown(number(partition)) {
                 let record = place.history.get(&id.0).cloned();
-                self.subscription.had_is(number(partition), id, record.as_deref());
+                self.subscription.had_is(number(partition), id, record.as_deref(), now_ms);
             }
             running.last = last;
             running.next = self.subscription.marks(number(partition)).0.0 + 1;
@@ -251,11 +282,11 @@ impl World {
                 return;
             }
             let Some((&id, record)) = place.history.range(running.next..).next().filter(|(id, _)| **id <= running.last) else {
-                let again = self.subscription.go_live(number(partition), NotificationId(running.last), 0);
+                let again = self.subscription.go_live(number(partition), NotificationId(running.last), now_ms);
                 place.running = again.map(|round| Running { round, last: 0, next: 0 });
                 return;
             };
-            self.subscription.handle(number(partition), NotificationId(id), record, 0);
+            self.subscription.handle(number(partition), NotificationId(id), record, now_ms);
             running.next = id + 1;
         }
     }
@@ -280,7 +311,7 @@ impl World {
         let is_elsewhere = self.subscription.lives_elsewhere(number(partition), life);
         match notice {
             Notice::Append(id, record) => {
-                if let Some(round) = self.subscription.on_append(number(partition), life, NotificationId(id), &record, 0) {
+                if let Some(round) = self.subscription.on_append(number(partition), life, NotificationId(id), &record, self.now_ms) {
                     self.run(partition, round);
                 }
             }
@@ -293,7 +324,7 @@ impl World {
 
     fn send(&mut self, n: u8) {
         for _ in 0..n {
-            let Some(next) = self.subscription.next(0) else { return };
+            let Some(next) = self.subscription.next(self.now_ms) else { return };
             let mut cursor = String::new();
             self.subscription.encode_cursor(&mut cursor);
             let read = Cursor::decode(&cursor, &Name::parse("ann").unwrap());
@@ -302,8 +333,12 @@ impl World {
             match next {
                 Next::Notification { partition, id, record, way } => {
                     let Route { priority, collapse, .. } = record.route(way.route);
+                    let holding = routes(&record).iter().enumerate().filter(|(_, route)| holds(route, self.now_ms)).rev();
+                    let winner = holding.max_by_key(|(_, route)| route.priority).map(|(n, _)| n);
+                    assert_eq!(Some(way.route), winner, "{id:?} of {record:?} at {}", self.now_ms);
                     let (priority, key) = (*priority, collapse.clone());
-                    self.place(partition.0).received.push(Received::Event { id: id.0, event: event_of(&record), priority, key });
+                    let is_state = routes(&record).iter().any(|route| route.collapse.is_some());
+                    self.place(partition.0).received.push(Received::Event { id: id.0, event: event_of(&record), priority, key, is_state });
                 }
                 Next::Gap(gap) => {
                     assert_eq!(gap.reason, GapReason::Rewound, "nothing was trimmed");
@@ -319,21 +354,21 @@ impl World {
 
     fn take(&mut self, step: &Step) {
         match *step {
-            Step::Commit { partition, priority, key, is_lost } => {
+            Step::Commit { partition, way, other, is_lost } => {
                 self.n_events += 1;
-                let record = record(self.n_events, priority, key);
+                let made = |way: Choice| route(way.priority, way.key, way.ttl_ms.map(|ttl_ms| self.now_ms + ttl_ms));
+                let record = record_of(self.n_events, [Some(way), other].into_iter().flatten().map(made));
                 let place = self.place(partition);
-                let id = place.last() + 1 + u64::from(key) % 3;
+                let id = place.last() + 1 + u64::from(way.key) % 3;
                 place.history.insert(id, Arc::clone(&record));
-                if let Some(key) = &record.route(0).collapse {
-                    place.keyed.push((id, key.clone()));
-                }
+                place.keyed.extend(routes(&record).iter().filter_map(|route| Some((id, route.collapse.clone()?))));
                 // A feed loses a tail, never something in between: FIFO.
                 place.is_deaf |= is_lost;
                 if !place.is_deaf {
                     place.feed.push_back((place.life(), Notice::Append(id, record)));
                 }
             }
+            Step::Wait { ms } => self.now_ms += u64::from(ms),
             Step::Tick { partition } => {
                 let place = self.place(partition);
                 if !place.is_deaf {
@@ -392,13 +427,17 @@ impl World {
 
     fn check(&self) {
         for place in &self.places {
-            place.check();
+            place.check(self.now_ms);
         }
     }
 }
 
+fn holds(route: &Route, now_ms: u64) -> bool {
+    route.expires_ms.is_none_or(|expires_ms| expires_ms > now_ms)
+}
+
 impl Place {
-    fn check(&self) {
+    fn check(&self, now_ms: u64) {
         let Self { history, received, keyed, .. } = self;
         // Since the last rewind, as far as it did not say that they may come again.
         let mut had: HashMap<u64, u64> = HashMap::new();
@@ -412,12 +451,13 @@ impl Place {
                     had.retain(|_, id| *id <= *from);
                     before.clear();
                 }
-                Received::Event { id, event, priority, key } => {
+                Received::Event { id, event, priority, key, is_state } => {
                     assert!(had.insert(*event, *id).is_none(), "{id} came twice: {received:?}");
                     ever.insert(*event);
                     for (earlier, early, early_key) in before.iter().filter(|(earlier, ..)| earlier > id) {
-                        // Only what is more urgent may have come first. An id with a key may come back late, but never after its successor.
-                        assert!(early > priority || key.is_some(), "{earlier} came before {id}: {received:?}");
+                        // Only what is more urgent may have come first. An id with a key may come back late, also by a route without one,
+                        // but never after its successor.
+                        assert!(early > priority || *is_state, "{earlier} came before {id}: {received:?}");
                         assert!(key.is_none() || key != *early_key, "the older state {id} came after {earlier}: {received:?}");
                     }
                     before.push((*id, *priority, key));
@@ -426,9 +466,10 @@ impl Place {
         }
         assert!(n_rewound == 0 || self.n_rewinds > 0, "a gap without a reason: {received:?}");
         for (&id, record) in history {
-            let key = &record.route(0).collapse;
-            let is_superseded = keyed.iter().any(|(later, of)| *later > id && Some(of) == key.as_ref());
-            assert!(ever.contains(&event_of(record)) || is_superseded, "{id} is missing of {received:?}");
+            let is_state = |key: &Name| routes(record).iter().any(|route| route.collapse.as_ref() == Some(key));
+            let is_superseded = keyed.iter().any(|(later, key)| *later > id && is_state(key));
+            let is_expired = routes(record).iter().all(|route| !holds(route, now_ms));
+            assert!(ever.contains(&event_of(record)) || is_superseded || is_expired, "{id} is missing of {received:?}");
         }
     }
 }
@@ -509,15 +550,71 @@ fn h15_a_state_that_was_had_supersedes_older_ones_also_when_it_has_expired() {
     let cursor = Cursor { positions: vec![position], had: vec![(P, NotificationId(60))] };
     let mut subscription = Subscription::new(Name::parse("ann").unwrap(), Start::Cursor(cursor), Filter::default(), [P]);
     subscription.begin(P, &head(&[(1, 0)], 60), 0);
-    let mut newer = Arc::into_inner(record(60, Priority::Urgent as usize, 0)).unwrap();
-    newer.notification.plan.routes[0].expires_ms = Some(1_000);
+    let newer = record_of(60, [route(Priority::Urgent as usize, 0, Some(1_000))]);
     let now_ms = 2_000;
-    subscription.had_is(P, NotificationId(60), Some(&newer));
+    subscription.had_is(P, NotificationId(60), Some(&newer), now_ms);
     subscription.handle(P, NotificationId(55), &record(55, Priority::Low as usize, 0), now_ms);
-    subscription.handle(P, NotificationId(60), &Arc::new(newer), now_ms);
+    subscription.handle(P, NotificationId(60), &newer, now_ms);
     assert_eq!(subscription.go_live(P, NotificationId(60), now_ms), None);
     assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
     assert!(subscription.next(now_ms).is_none());
+}
+
+/// Nobody knows which of the two had it sent: the older states of both are superfluous.
+#[test]
+fn what_was_had_by_one_of_two_routes_supersedes_older_ones_of_both() {
+    let position = Position { partition: P, life: Life::from_bits(1), low_water: NotificationId(50) };
+    let cursor = Cursor { positions: vec![position], had: vec![(P, NotificationId(60))] };
+    let mut subscription = Subscription::new(Name::parse("ann").unwrap(), Start::Cursor(cursor), Filter::default(), [P]);
+    subscription.begin(P, &head(&[(1, 0)], 60), 0);
+    let newer = record_of(60, [route(Priority::Urgent as usize, 0, Some(1_000)), route(Priority::High as usize, 1, None)]);
+    let now_ms = 2_000;
+    subscription.had_is(P, NotificationId(60), Some(&newer), now_ms);
+    for (id, key) in [(54, 0), (55, 1), (56, 9)] {
+        subscription.handle(P, NotificationId(id), &record(id, Priority::Low as usize, key), now_ms);
+    }
+    assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
+    assert!(matches!(subscription.next(now_ms), Some(Next::Notification { id: NotificationId(56), .. })));
+    assert!(subscription.next(now_ms).is_none());
+}
+
+/// It waits for a slow socket, and the route by which it would have come expires: it comes by the other one, in its place.
+#[test]
+fn what_expires_by_one_route_still_comes_by_another() {
+    let mut subscription = Subscription::new(Name::parse("ann").unwrap(), Start::Latest, Filter::default(), [P]);
+    let ticket = subscription.read_recipient();
+    subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
+    subscription.enter_replay(P);
+    subscription.begin(P, &head(&[(1, 0)], 50), 0);
+    assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
+    let (normal, low) = (Priority::Normal as usize, Priority::Low as usize);
+    let both = record_of(60, [route(Priority::Urgent as usize, 9, Some(1_000)), route(normal, 9, None)]);
+    for (id, record) in [(55, record(55, normal, 9)), (60, both), (65, record(65, normal, 9)), (66, record(66, low, 9))] {
+        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+    }
+    assert!(matches!(subscription.next(2_000), Some(Next::Cursor)));
+    for expect in [55, 60, 65, 66] {
+        assert!(matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect), "{expect}");
+    }
+    assert_eq!(subscription.marks(P).0, NotificationId(66));
+}
+
+/// The first one waits to go ahead by a route that expires; by the other one it is as urgent as what follows.
+#[test]
+fn what_was_about_to_go_ahead_by_a_route_that_expires_goes_ahead_by_another() {
+    let mut subscription = overflowed(100);
+    let urgent = Priority::Urgent as usize;
+    let both = record_of(110, [route(urgent, 9, Some(1_000)), route(urgent, 9, None)]);
+    let passing = record_of(115, [route(urgent, 9, Some(1_000)), route(Priority::Low as usize, 9, None)]);
+    for (id, record) in [(110, both), (115, passing)] {
+        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+    }
+    assert_eq!(subscription.ahead.len(), 3);
+    subscription.begin(P, &head(&[(1, 0)], 115), 0);
+    for expect in [100, 110] {
+        assert!(matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect), "{expect}");
+    }
+    assert!(subscription.next(2_000).is_none(), "the third is left to the replay");
 }
 
 /// A stream that ends before it began has no place to come back to in some partition, and with a cursor that does not name it would begin there anew.

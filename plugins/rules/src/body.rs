@@ -1,17 +1,18 @@
-//! The body of a notification: any JSON, whose texts are templates. A text that is nothing but one value becomes that value with its type,
-//! lists and objects as well; one that is missing becomes `null` there, and nothing within a longer text.
+//! The body of a notification: any JSON, whose texts are templates. A text that is nothing but one value becomes that value as it was
+//! written, lists and objects as well; one that is missing becomes `null` there, and nothing within a longer text.
 
 use std::borrow::Cow;
-use std::cell::OnceCell;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use pointsman_plugin::{Event, Selector, Value};
+use pointsman_plugin::{Event, Payload, Selector, Value};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value as Json;
+use serde_json::value::RawValue;
 
 use crate::template::Template;
 
@@ -23,20 +24,56 @@ pub(crate) enum Body {
     Object(BTreeMap<String, Body>),
 }
 
-/// The payload of an event, parsed when the first body asks for a value of it. As a field of the payload, a list could not be told from a
-/// text that looks like one.
+/// The payload of an event as it was written, so that a number keeps its digits, whatever it has of them. (As a field of the payload, a list
+/// could not be told from a text that looks like one.)
 pub(crate) struct Document<'a> {
     event: &'a Event,
-    parsed: OnceCell<Option<Json>>,
+    /// The lists and objects on the way to what was asked for, by their pointers; each is read once.
+    levels: RefCell<BTreeMap<String, Level<'a>>>,
+}
+
+enum Level<'a> {
+    Object(BTreeMap<String, &'a RawValue>),
+    List(Vec<&'a RawValue>),
+    Neither,
+}
+
+impl<'a> Level<'a> {
+    fn read(json: &'a str) -> Self {
+        let read = match json.bytes().next() {
+            Some(b'{') => serde_json::from_str(json).map(Self::Object),
+            Some(b'[') => serde_json::from_str(json).map(Self::List),
+            _ => Ok(Self::Neither),
+        };
+        // The host has read the payload as a whole before.
+        read.unwrap_or(Self::Neither)
+    }
+
+    /// What stands under one step of a pointer (RFC 6901).
+    fn at(&self, step: &str) -> Option<&'a RawValue> {
+        match self {
+            Self::Object(members) => members.get(&step.replace("~1", "/").replace("~0", "~")).copied(),
+            Self::List(list) if step == "0" || !step.starts_with(['0', '+']) => list.get(step.parse::<usize>().ok()?).copied(),
+            Self::List(_) | Self::Neither => None,
+        }
+    }
 }
 
 impl<'a> Document<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
-        Self { event, parsed: OnceCell::new() }
+        Self { event, levels: RefCell::default() }
     }
 
-    fn pointer(&self, pointer: &str) -> Option<&Json> {
-        self.parsed.get_or_init(|| self.event.json().ok()).as_ref()?.pointer(pointer)
+    fn pointer(&self, pointer: &str) -> Option<&'a str> {
+        let Payload::Json(text) = &self.event.data else { return None };
+        let mut levels = self.levels.borrow_mut();
+        let (mut json, mut walked) = (text.trim_start(), 0);
+        for step in pointer.split('/').skip(1) {
+            let level = levels.entry(pointer[..walked].to_owned()).or_insert_with(|| Level::read(json));
+            json = level.at(step)?.get();
+            walked += 1 + step.len();
+        }
+        Some(json)
     }
 }
 
@@ -62,16 +99,39 @@ impl Body {
         }
     }
 
-    pub(crate) fn fill(&self, event: &Event, document: &Document<'_>) -> Json {
+    /// The body about this event, as JSON.
+    pub(crate) fn fill(&self, event: &Event, document: &Document<'_>) -> String {
+        let mut json = String::new();
+        self.write(&mut json, event, document);
+        json
+    }
+
+    fn write(&self, out: &mut String, event: &Event, document: &Document<'_>) {
         match self {
-            Self::Literal(json) => json.clone(),
+            Self::Literal(json) => out.push_str(&json.to_string()),
             Self::Text(template) => match template.single() {
-                Some(Selector::Field(pointer)) => document.pointer(pointer.as_str()).cloned().unwrap_or_default(),
-                Some(selector) => selector.of(event).map(|value| json(&value)).unwrap_or_default(),
-                None => Json::String(template.fill_with_gaps(event)),
+                Some(Selector::Field(pointer)) => out.push_str(document.pointer(pointer.as_str()).unwrap_or("null")),
+                Some(selector) => out.push_str(&selector.of(event).map_or(Json::Null, |value| json(&value)).to_string()),
+                None => out.push_str(&Json::String(template.fill_with_gaps(event)).to_string()),
             },
-            Self::List(list) => list.iter().map(|body| body.fill(event, document)).collect(),
-            Self::Object(members) => members.iter().map(|(name, body)| (name.clone(), body.fill(event, document))).collect(),
+            Self::List(list) => {
+                out.push('[');
+                for (n, body) in list.iter().enumerate() {
+                    out.push_str(if n > 0 { "," } else { "" });
+                    body.write(out, event, document);
+                }
+                out.push(']');
+            }
+            Self::Object(members) => {
+                out.push('{');
+                for (n, (name, body)) in members.iter().enumerate() {
+                    out.push_str(if n > 0 { "," } else { "" });
+                    out.push_str(&Json::from(name.as_str()).to_string());
+                    out.push(':');
+                    body.write(out, event, document);
+                }
+                out.push('}');
+            }
         }
     }
 }

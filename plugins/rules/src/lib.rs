@@ -178,10 +178,8 @@ impl Rule {
             }
         });
         route.event_name = event_name.as_ref().map(|name| name.as_str().to_owned());
-        Some(match body {
-            Some(body) => route.body(&body.fill(event, document)),
-            None => route,
-        })
+        route.body = body.as_ref().map(|body| body.fill(event, document));
+        Some(route)
     }
 }
 

@@ -175,6 +175,32 @@ fn a_body_keeps_the_types_of_its_values() {
     assert_eq!(serde_json::from_str::<Json>(&route.body.unwrap()).unwrap(), expect);
 }
 
+/// As decimals they would be other numbers.
+#[test]
+fn a_body_keeps_the_digits_of_numbers_as_they_were_written() {
+    let payload = r#" { "id": 123456789012345678901234567890, "price": 1.10, "lines": [{"n": 18446744073709551616 }, 1e400],
+        "a/b": {"~": -0}, "a": 1, "a": 2 } "#;
+    let mut event = event("t").build();
+    event.data = Payload::Json(payload.to_owned());
+    let body = json!([
+        "{/id}",
+        "{/price}",
+        "{/lines}",
+        "{/lines/0/n}",
+        "{/lines/1}",
+        "{/lines/2}",
+        "{/lines/01}",
+        "{/lines/n}",
+        "{/a~1b/~0}",
+        "{/a}",
+        "{/id/x}"
+    ]);
+    let rules: Rules = configure(json!({ "rules": [{"to": {"user": "a"}, "body": body}] })).unwrap();
+    let route = rules.resolve(&event).unwrap().pop().unwrap();
+    let expect = r#"[123456789012345678901234567890,1.10,[{"n": 18446744073709551616 }, 1e400],18446744073709551616,1e400,null,null,null,-0,2,null]"#;
+    assert_eq!(route.body.unwrap(), expect);
+}
+
 #[test]
 fn only_what_the_rules_name_crosses() {
     let interest = |rules: Json| configure::<Rules>(json!({ "rules": rules })).unwrap().interest();

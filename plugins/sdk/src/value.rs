@@ -29,6 +29,8 @@ impl Value {
     pub(crate) fn of_json(json: &serde_json::Value) -> Option<Self> {
         match json {
             serde_json::Value::Bool(flag) => Some(Self::Flag(*flag)),
+            // What the host would hand over as a text, since a decimal would be another number.
+            serde_json::Value::Number(number) if number.is_u64() && !number.is_i64() => Some(Self::Text(number.to_string())),
             serde_json::Value::Number(number) => Self::of_number(number),
             serde_json::Value::String(text) => Some(Self::Text(text.clone())),
             serde_json::Value::Null | serde_json::Value::Array(_) | serde_json::Value::Object(_) => None,

@@ -42,6 +42,21 @@ impl Stored {
         self.read_mark.take_if(|kept| !is_kept(&BookmarkOf::ReadMark, kept));
         !self.devices.is_empty() || self.read_mark.is_some()
     }
+
+    /// Forgets devices of one kind, acknowledged or only begun, until there is room for one more of it: those left alone for longest.
+    fn make_room(&mut self, is_acknowledged: bool, most: u32) {
+        let mut of_the_kind: Vec<(u64, Name)> = self
+            .devices
+            .iter()
+            .filter(|(_, kept)| kept.bookmark.is_acknowledged == is_acknowledged)
+            .map(|(device, kept)| (kept.moved_ms, device.clone()))
+            .collect();
+        of_the_kind.sort_unstable();
+        let n_surplus = (of_the_kind.len() + 1).saturating_sub(most.max(1) as usize);
+        for (_, device) in of_the_kind.drain(..n_surplus) {
+            self.devices.remove(&device);
+        }
+    }
 }
 
 impl Work<'_> {
@@ -66,11 +81,7 @@ impl Work<'_> {
         match which {
             BookmarkOf::Device(device) => {
                 stored.devices.remove(device);
-                while stored.devices.len() >= self.retention.devices.max(1) as usize
-                    && let Some(oldest) = stored.devices.iter().min_by_key(|(_, kept)| kept.moved_ms).map(|(device, _)| device.clone())
-                {
-                    stored.devices.remove(&oldest);
-                }
+                stored.make_room(kept.bookmark.is_acknowledged, self.retention.devices);
                 stored.devices.insert(device.clone(), kept);
             }
             BookmarkOf::ReadMark => stored.read_mark = Some(kept),

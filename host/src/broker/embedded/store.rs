@@ -281,8 +281,8 @@ impl Store {
     /// What stands against the store, for a start-up check.
     pub(super) fn findings(&self, now_ms: u64) -> Vec<Finding> {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|trouble| trouble.text.clone());
-        let refusal = trouble.map(|text| Finding { severity: Severity::Refusal, text });
-        let warning = self.shortage(now_ms).map(|text| Finding { severity: Severity::Warning, text });
+        let refusal = trouble.map(|text| Finding { name: "disk", severity: Severity::Refusal, text });
+        let warning = self.shortage(now_ms).map(|text| Finding { name: "room", severity: Severity::Warning, text });
         refusal.into_iter().chain(warning).collect()
     }
 

@@ -157,7 +157,7 @@ impl Writer {
 
     pub(super) fn findings(&self) -> Option<Finding> {
         let is_dead = self.thread.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(JoinHandle::is_finished);
-        is_dead.then(|| Finding { severity: Severity::Refusal, text: DEAD.to_owned() })
+        is_dead.then(|| Finding { name: "writer", severity: Severity::Refusal, text: DEAD.to_owned() })
     }
 }
 

@@ -17,22 +17,21 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
     let info: String = match redis.link.query(&redis::cmd("INFO")).await {
         Ok(info) => info,
         Err(Error::Refused(why)) => {
-            return Ok(vec![refusal(format!("INFO is refused ({why}): grant +info, as every commit reads the replication id"))]);
+            return Ok(vec![refusal("info", format!("INFO is refused ({why}): grant +info, as every commit reads the replication id"))]);
         }
         Err(error) => return Err(error),
     };
-    let mut findings: Vec<Finding> = too_old(&info).map(refusal).into_iter().collect();
+    let mut findings: Vec<Finding> = too_old(&info).map(|text| refusal("version", text)).into_iter().collect();
     if let Some(role) = value(&info, "role").filter(|role| *role != "master") {
-        findings.push(refusal(format!("it is a {role}: the URL must name the primary")));
+        findings.push(refusal("role", format!("it is a {role}: the URL must name the primary")));
     }
     if let Some(policy) = value(&info, "maxmemory_policy").filter(|policy| *policy != "noeviction") {
-        findings.push(refusal(format!(
-            "maxmemory-policy is {policy}, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction"
-        )));
+        let text = format!("maxmemory-policy is {policy}, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction");
+        findings.push(refusal("eviction", text));
     }
     if value(&info, "aof_enabled") == Some("0") {
         let text = "the append-only file is off, so a crash of Redis may lose what it accepted: CONFIG SET appendonly yes";
-        findings.push(Finding { severity: Severity::Warning, text: text.into() });
+        findings.push(Finding { name: "append-only-file", severity: Severity::Warning, text: text.into() });
     }
     findings.extend(rights(redis).await?);
     Ok(findings)
@@ -101,7 +100,8 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         {
             Ok(refused) => refused,
             Err(Error::Refused(why)) => {
-                return Ok(vec![refusal(format!("user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha"))]);
+                let text = format!("user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha");
+                return Ok(vec![refusal("rights", text)]);
             }
             Err(error) => return Err(error),
         };
@@ -109,18 +109,19 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             let commands: Vec<String> = refused.iter().map(|words| words.replace('\n', " ")).collect();
             let grant: Vec<String> =
                 refused.iter().filter_map(|words| words.lines().next()).map(|word| format!("+{}", word.to_lowercase())).collect();
-            return Ok(vec![refusal(format!(
+            let text = format!(
                 "user '{user}' may not run {}: ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
                 commands.join(", "),
                 grant.join(" ")
-            ))]);
+            );
+            return Ok(vec![refusal("rights", text)]);
         }
     }
     Ok(Vec::new())
 }
 
-fn refusal(text: String) -> Finding {
-    Finding { severity: Severity::Refusal, text }
+fn refusal(name: &'static str, text: String) -> Finding {
+    Finding { name, severity: Severity::Refusal, text }
 }
 
 fn too_old(info: &str) -> Option<String> {

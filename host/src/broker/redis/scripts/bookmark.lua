@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Moves a bookmark of a user, if it still is what the caller saw of it. Knows no partition.
--- KEYS  1 the user's bookmarks.   ARGV  how long those of devices are kept, and the read mark, both in ms; the most devices; the field;
--- what the caller saw ('' for nothing); what it is to be. Answers 1 if it was moved.
+-- KEYS  1 the user's bookmarks.   ARGV  how long those of devices are kept, and the read mark, both in ms; the most devices of a kind,
+-- acknowledged or only begun; the field; what the caller saw ('' for nothing); what it is to be. Answers 1 if it was moved.
 -- A bookmark is `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there, with the time of its last move.
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -17,7 +17,7 @@ for i = 1, #all, 2 do
     gone[#gone + 1] = name
   elseif name == field then
     is = what
-  elseif name ~= 'read' then
+  elseif name ~= 'read' and string.sub(what, 1, 1) == string.sub(ARGV[6], 1, 1) then
     others[#others + 1] = { ms = ms, name = name }
   end
 end

@@ -1,0 +1,64 @@
+//! Stretches of history of which something may be missing, until the client is told of them. Bounded: what does not fit is told as one.
+
+use std::collections::VecDeque;
+
+use crate::broker::PartitionNumber;
+use crate::event::NotificationId;
+
+/// The most that wait; more are joined.
+const MAX_GAPS: usize = 8;
+
+/// Why history is not whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GapReason {
+    /// It no longer reaches back that far.
+    Trimmed,
+    /// The broker lost a tail in a fail-over, or is another one; what follows may repeat.
+    Rewound,
+    /// The client named a place that nobody knows; it gets what comes from now on.
+    Unknown,
+}
+
+impl GapReason {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Trimmed => "trimmed",
+            Self::Rewound => "rewound",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// A stretch of history, above `from` up to `to`, of which something may be missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    pub partition: PartitionNumber,
+    pub reason: GapReason,
+    pub from: NotificationId,
+    pub to: NotificationId,
+}
+
+/// Gaps in the order in which they were found.
+#[derive(Debug, Default)]
+pub(super) struct Gaps(VecDeque<Gap>);
+
+impl Gaps {
+    pub(super) fn push(&mut self, gap: Gap) {
+        let is_full = self.0.len() >= MAX_GAPS;
+        match self.0.iter_mut().find(|known| known.partition == gap.partition && known.reason == gap.reason) {
+            Some(known) if is_full => {
+                known.from = known.from.min(gap.from);
+                known.to = known.to.max(gap.to);
+            }
+            _ => self.0.push_back(gap),
+        }
+    }
+
+    pub(super) fn pop(&mut self) -> Option<Gap> {
+        self.0.pop_front()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}

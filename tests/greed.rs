@@ -1,0 +1,167 @@
+//! What one client can take from the others: a place, for as long as it reads. Streams are bounded however they come in, and one that takes
+//! nothing is cut, alone.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::harness::eventually;
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::event;
+use crate::harness::sse::{Request, Stop};
+
+const HEADERS: u8 = 1;
+const DATA: u8 = 0;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const WINDOW_UPDATE: u8 = 8;
+const ACK: u8 = 1;
+/// END_STREAM and END_HEADERS: a request without a body.
+const WHOLE: u8 = 5;
+
+/// A client of HTTP/2 that opens streams whose window is closed until it says otherwise.
+struct Multiplexed {
+    socket: TcpStream,
+}
+
+impl Multiplexed {
+    fn connect(node: &Node) -> Self {
+        let mut socket = TcpStream::connect(node.addr()).expect("connect");
+        socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expect("write");
+        let mut client = Self { socket };
+        // SETTINGS_INITIAL_WINDOW_SIZE is 0.
+        client.send(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
+        client
+    }
+
+    fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let n_bytes = u32::try_from(payload.len()).expect("short").to_be_bytes();
+        let mut frame = vec![n_bytes[1], n_bytes[2], n_bytes[3], kind, flags];
+        frame.extend_from_slice(&stream.to_be_bytes());
+        frame.extend_from_slice(payload);
+        self.socket.write_all(&frame).expect("write");
+    }
+
+    /// `GET /v1/stream?user=USER` on this stream.
+    fn open(&mut self, stream: u32, user: &str) {
+        let path = format!("/v1/stream?user={user}");
+        // HPACK: `GET` and `http` by their indexes, path and authority as they are.
+        let mut head = vec![0x82, 0x86];
+        for (index, text) in [(4, path.as_str()), (1, "node")] {
+            head.extend([index, u8::try_from(text.len()).expect("short")]);
+            head.extend_from_slice(text.as_bytes());
+        }
+        self.send(HEADERS, WHOLE, stream, &head);
+    }
+
+    fn open_window(&mut self, stream: u32, n_bytes: u32) {
+        self.send(WINDOW_UPDATE, 0, stream, &n_bytes.to_be_bytes());
+    }
+
+    /// The next frame of a stream: kind, stream, payload. `None`: none came in time.
+    fn next(&mut self, within: Duration) -> Option<(u8, u32, Vec<u8>)> {
+        let deadline = Instant::now() + within;
+        loop {
+            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+            self.socket.set_read_timeout(Some(left)).expect("set a timeout");
+            let mut head = [0; 9];
+            self.socket.read_exact(&mut head).ok()?;
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            self.socket.set_read_timeout(Some(SOON)).expect("set a timeout");
+            self.socket.read_exact(&mut payload).expect("the rest of the frame");
+            let (kind, flags, stream) = (head[3], head[4], u32::from_be_bytes([head[5], head[6], head[7], head[8]]));
+            match (kind, stream) {
+                (SETTINGS, 0) if flags & ACK == 0 => self.send(SETTINGS, ACK, 0, &[]),
+                (_, 0) => {}
+                _ => return Some((kind, stream, payload)),
+            }
+        }
+    }
+
+    /// Reads until a stream has said this.
+    fn await_text(&mut self, stream: u32, text: &str) {
+        let (mut said, deadline) = (String::new(), Instant::now() + SOON);
+        while !said.contains(text) {
+            assert!(Instant::now() < deadline, "{text} is not in {said}");
+            match self.next(SOON) {
+                Some((DATA, from, bytes)) if from == stream => said += &String::from_utf8_lossy(&bytes),
+                Some(_) => {}
+                None => panic!("{text} is not in {said}"),
+            }
+        }
+    }
+}
+
+fn n_stalled(node: &Node) -> f64 {
+    node.metric("pointsman_streams_closed_total{reason=\"stalled\"}")
+}
+
+#[test]
+fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_connection_are_not() {
+    let node = Node::builder().config("[stream]\nheartbeat_s = 1\nstall_s = 2\n").start();
+    let mut client = Multiplexed::connect(&node);
+    client.open(1, "idle");
+    client.open(3, "42");
+    client.open_window(3, 1 << 20);
+    client.await_text(3, "event: cursor");
+    // Nothing but its heartbeats waits for it.
+    let deadline = Instant::now() + SOON;
+    loop {
+        assert!(Instant::now() < deadline, "the stream that takes nothing is not cut");
+        match client.next(SOON) {
+            Some((RST_STREAM, 1, _)) => break,
+            Some((kind, 1, _)) => assert_eq!(kind, HEADERS, "its window is closed"),
+            Some((kind, _, _)) => assert_eq!(kind, DATA, "the other one goes on"),
+            None => panic!("the connection is gone"),
+        }
+    }
+    assert_eq!(n_stalled(&node), 1.0);
+    eventually(SOON, "it is no stream any more", || (node.metric("pointsman_streams_open") == 1.0).then_some(()));
+    node.publisher().publish(&[event("a", "t", json!({ "user": "42" }))]);
+    client.await_text(3, "\"id\":\"a\"");
+}
+
+#[test]
+fn a_stream_of_a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
+    let node = Node::builder().config("[stream]\nheartbeat_s = 1\nstall_s = 5\n").start();
+    let (mut reading, mut stopped) = (node.stream("42"), node.stream("42"));
+    let (mut n, deadline) = (0, Instant::now() + 3 * SOON);
+    // Until more waits for it than sockets take ahead, and then for as long as it takes.
+    while n_stalled(&node) < 1.0 {
+        assert!(Instant::now() < deadline, "the one that stopped is not cut");
+        let id = format!("e{n}");
+        node.publisher().publish(&[event(&id, "t", json!({ "user": "42", "data": "x".repeat(64 * 1024) }))]);
+        assert_eq!(reading.next_notification(SOON).id, id);
+        n += 1;
+    }
+    let cut = loop {
+        if let Err(stop) = stopped.next_frame(SOON) {
+            break stop;
+        }
+    };
+    assert!(matches!(cut, Stop::Cut(_)), "{cut:?}");
+    node.publisher().publish(&[event("last", "t", json!({ "user": "42" }))]);
+    assert_eq!(reading.next_notification(SOON).id, "last");
+    assert_eq!(n_stalled(&node), 1.0);
+}
+
+#[test]
+fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_that_carries_others() {
+    let node = Node::builder().config("[stream]\nmax_open = 2\n").start();
+    let first = node.stream("1");
+    let mut client = Multiplexed::connect(&node);
+    for stream in [1, 3] {
+        client.open(stream, "42");
+        client.open_window(stream, 1 << 20);
+        client.await_text(stream, if stream == 1 { "event: cursor" } else { "event: close\ndata: {\"reason\":\"overloaded\"}" });
+    }
+    let refused = Request::new(node.addr(), "user=42").open(SOON).expect("200").next_state("close", SOON);
+    assert!(refused.retry.is_some(), "{refused:?}");
+    drop(first);
+    eventually(SOON, "there is a place again", || {
+        let mut stream = Request::new(node.addr(), "user=42").open(SOON).ok()?;
+        (stream.next_frame(SOON).ok()?.state() == Some("cursor")).then_some(())
+    });
+}
