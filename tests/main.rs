@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "what a test says of itself, such as its seed, belongs on standard error")]
 
 mod architecture;
+mod authors;
 mod candidates;
 mod clients;
 mod commands;

@@ -1,5 +1,5 @@
-//! The command line. `serve` runs a node and two commands look at its configuration; all others talk to a running node by HTTP, because an
-//! embedded store has one process.
+//! The command line. `serve` and `dev` run a node, two commands look at its configuration, and those for authors of plugins need none; all
+//! others talk to a running node by HTTP, because an embedded store has one process.
 //!
 //! Exit codes: 0, 1 when it failed, 64 when the arguments or the configuration are wrong.
 
@@ -16,6 +16,9 @@ use ureq::{Agent, Body};
 
 mod config;
 mod dead;
+mod dev;
+mod events;
+mod plugin;
 mod publish;
 mod serve;
 mod tail;
@@ -41,6 +44,12 @@ enum Command {
     Tail(tail::Options),
     /// List, show, redrive and drop dead letters
     Dead(dead::Options),
+    /// Take events out of a node
+    Events(events::Options),
+    /// Run a node for one's own plugins, which are rebuilt as they are saved
+    Dev(dev::Options),
+    /// Write, build, test and inspect plugins
+    Plugin(plugin::Options),
     /// Say whether a node would start with this configuration
     CheckConfig(serve::Options),
     /// Print the configuration with every default
@@ -64,6 +73,9 @@ pub(crate) fn main() -> ExitCode {
         Command::Publish(options) => publish::run(&options),
         Command::Tail(options) => tail::run(&options),
         Command::Dead(options) => dead::run(&options),
+        Command::Events(options) => events::run(&options),
+        Command::Dev(options) => dev::run(&options),
+        Command::Plugin(options) => plugin::run(&options),
         Command::CheckConfig(options) => config::check(&options),
         Command::Config(options) => config::print(&options),
     };
@@ -105,6 +117,33 @@ impl Node {
         }
         let response = agent.run(request.body(())?).with_context(|| format!("cannot reach {url}"))?;
         read(response)
+    }
+}
+
+/// How to reach the listener for operators of a running node.
+#[derive(Debug, clap::Args)]
+struct Admin {
+    /// The address of the node's admin listener; http only
+    #[arg(long, env = "POINTSMAN_ADMIN_URL", default_value = "http://127.0.0.1:8081")]
+    url: String,
+    /// The key of publishers and operators; a node in dev mode asks for none
+    #[arg(long, env = "POINTSMAN_KEY", hide_env_values = true)]
+    key: Option<String>,
+}
+
+impl Admin {
+    /// Sends a request, with this body if there is one.
+    fn request(&self, agent: &Agent, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<Response<Body>> {
+        let url = format!("{}{path}", self.url.trim_end_matches('/'));
+        let mut request = ureq::http::Request::builder().method(method).uri(&url);
+        if let Some(key) = &self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let answered = match body {
+            Some(body) => agent.run(request.header("content-type", "application/wasm").body(body)?),
+            None => agent.run(request.body(())?),
+        };
+        answered.with_context(|| format!("cannot reach {url}"))
     }
 }
 

@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 mod cloudevents;
 mod plan;
 
-pub(crate) use cloudevents::rfc3339;
-pub use cloudevents::{Event, Malformed, Payload, Value, json_line};
+pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};
 pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
 
 /// A name that came from outside: of a user, a group, an event, a type. 1 to 256 bytes of UTF-8 without control characters.
@@ -79,6 +78,17 @@ impl<'de> Deserialize<'de> for Name {
 pub struct EntryId {
     pub ms: u64,
     pub seq: u64,
+}
+
+impl EntryId {
+    /// The id right before this one: who reads after it, reads this one. `None` for the first of all.
+    pub fn before(self) -> Option<Self> {
+        match (self.ms, self.seq) {
+            (ms, seq @ 1..) => Some(Self { ms, seq: seq - 1 }),
+            (ms @ 1.., 0) => Some(Self { ms: ms - 1, seq: u64::MAX }),
+            (0, 0) => None,
+        }
+    }
 }
 
 impl fmt::Display for EntryId {

@@ -24,6 +24,8 @@ use crate::plugin::registry::{Registry, Snapshot};
 use crate::plugin::settings::OnFailure;
 use crate::plugin::{ATTEMPTS, Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
 
+pub mod audition;
+
 /// The most shares of batches that wait for a thread; callers beyond it wait their turn.
 const MAX_WAITING: usize = 256;
 /// Fewer events than this are not worth another thread: a hand-over costs as much as calling a plugin some times.

@@ -17,12 +17,15 @@ use wasmtime::{Store, Trap};
 mod bindings;
 pub mod cache;
 mod compile;
+pub mod contract;
 pub mod decided;
 mod engine;
 mod folder;
 pub mod generation;
 pub mod health;
+pub mod inspection;
 mod log;
+mod noop;
 pub mod registry;
 mod selection;
 pub mod settings;
@@ -31,12 +34,15 @@ pub mod state;
 pub mod watcher;
 
 pub use engine::{Engine, Ticking};
+pub use folder::called;
+pub use noop::noop;
+pub use selection::Selection;
 
 use self::bindings::{Description, ExportIndices, Exports};
 use self::compile::{Compiled, compile};
 use self::engine::State;
 use self::log::GuestLog;
-use self::selection::{Document, Selection};
+use self::selection::Document;
 use crate::event::{Event, Name, Plan, Priority};
 
 /// The largest file of a plugin, in bytes: components made of JavaScript have 13 MB, of Python up to 35.
@@ -209,6 +215,19 @@ pub struct Instance {
     store: Store<State>,
     exports: Exports,
     calls_left: u32,
+    answer_bytes: usize,
+}
+
+impl Instance {
+    /// The memory that it has, in bytes; it never has less again.
+    pub fn memory_bytes(&self) -> usize {
+        self.store.data().memory.used
+    }
+
+    /// The text in its last answer, in bytes, as [`Limits::result_bytes`] counts it.
+    pub fn answer_bytes(&self) -> usize {
+        self.answer_bytes
+    }
 }
 
 impl std::fmt::Debug for Instance {
@@ -226,12 +245,21 @@ impl Plugin {
     /// # Errors
     /// Why not, and where there is one, the fix.
     pub fn load(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<Self, LoadError> {
+        let mut plugin = Self::prepare(engine, name, bytes, config, limits)?;
+        let Description { manifest, selection } = plugin.trial().map_err(LoadError)?;
+        plugin.manifest = manifest;
+        plugin.selection = selection;
+        Ok(plugin)
+    }
+
+    /// The first half of [`Plugin::load`]: everything but a trial.
+    fn prepare(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<Self, LoadError> {
         let hash = hash(bytes);
         let Compiled { component, has_filter, has_router, is_cached } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
         let component =
             engine.linker().instantiate_pre(&component).map_err(|e| LoadError(format!("does not fit this host: {}", causes(&e))))?;
         let exports = ExportIndices::find(&component, has_filter, has_router).map_err(|e| LoadError(unfit(&e)))?;
-        let mut plugin = Self {
+        Ok(Self {
             log: Arc::new(GuestLog::new(name.clone())),
             name,
             manifest: Manifest { name: String::new(), version: String::new(), description: String::new(), config_schema: None },
@@ -243,11 +271,7 @@ impl Plugin {
             engine: engine.clone(),
             component,
             exports,
-        };
-        let Description { manifest, selection } = plugin.trial().map_err(LoadError)?;
-        plugin.manifest = manifest;
-        plugin.selection = selection;
-        Ok(plugin)
+        })
     }
 
     pub fn name(&self) -> &Name {
@@ -312,7 +336,7 @@ impl Plugin {
 
     fn ask(
         &self,
-        Instance { store, exports, .. }: &mut Instance,
+        Instance { store, exports, answer_bytes, .. }: &mut Instance,
         ticking: &Ticking,
         role: Role,
         call: &Call<'_>,
@@ -330,15 +354,17 @@ impl Plugin {
                 None => return Err(CallError::Refused("it is no filter".into())),
             },
             Role::Router => match exports.resolve(store, &presented) {
-                Some(Ok(routes)) => {
-                    routes.map(|routes| bindings::plan(routes, &self.name, call.priority, call.clock_ms, &self.limits).map(Answer::Routes))
-                }
+                Some(Ok(routes)) => routes.map(|routes| bindings::plan(routes, &self.name, call.priority, call.clock_ms, &self.limits)),
                 Some(Err(error)) => return Err(self.call_error(&error, store, self.limits.deadline)),
                 None => return Err(CallError::Refused("it is no router".into())),
             },
         };
         match answer {
-            Ok(acceptable) => acceptable.map_err(CallError::Refused),
+            Ok(acceptable) => {
+                let (answer, bytes) = acceptable.map_err(CallError::Refused)?;
+                *answer_bytes = bytes;
+                Ok(answer)
+            }
             Err(failure) => Err(match bindings::failure(failure) {
                 (reason, false) => CallError::Rejected(reason),
                 (reason, true) => CallError::Retry(reason),
@@ -346,12 +372,15 @@ impl Plugin {
         }
     }
 
-    /// A configured instance.
-    fn instantiate(&self, ticking: &Ticking) -> Result<Instance, CallError> {
+    /// A configured instance, as [`Plugin::call`] makes one where the slot is empty.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn instantiate(&self, ticking: &Ticking) -> Result<Instance, CallError> {
         let (mut store, exports) = self.raw_instance(ticking)?;
         engine::set_deadline(&mut store, ticking, self.limits.setup_deadline);
         match exports.configure(&mut store, &self.config) {
-            Ok(Ok(())) => Ok(Instance { store, exports, calls_left: self.limits.calls_per_instance.max(1) }),
+            Ok(Ok(())) => Ok(Instance { store, exports, calls_left: self.limits.calls_per_instance.max(1), answer_bytes: 0 }),
             Ok(Err(issues)) => {
                 Err(CallError::Refused(format!("a new instance refuses the configuration that its first one took: {issues}")))
             }

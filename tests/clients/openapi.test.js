@@ -289,6 +289,10 @@ test("dead letters and decisions are shown as documented", async () => {
   assert.deepEqual(outcomes(), all);
   assert.ok((await ask(200, "GET", "/v1/decisions?event_id=dead-1&limit=5", { listener: 1 })).length >= 1);
   await ask(400, "GET", "/v1/decisions?last=5", { listener: 1 });
+
+  const lines = await ask(200, "GET", "/v1/events?last=5", { listener: 1 });
+  assert.equal(lines.trimEnd().split("\n").map((line) => JSON.parse(line)).filter(({ id, time }) => id && time).length, 5);
+  await ask(400, "GET", "/v1/events?last=0", { listener: 1 });
 });
 
 test("probes and scrapers are answered as documented", async () => {

@@ -431,7 +431,7 @@ impl<'de> Deserialize<'de> for Event {
 }
 
 /// Milliseconds since the Unix epoch as an RFC 3339 time in UTC.
-pub(crate) fn rfc3339(ms: u64) -> String {
+pub fn rfc3339(ms: u64) -> String {
     let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000);
     time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| "9999-12-31T23:59:59Z".to_owned())
 }

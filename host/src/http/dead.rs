@@ -139,11 +139,7 @@ pub(super) async fn show(
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<Json<Shown>, ApiError> {
     let (broker, partition) = known(&state, partition)?;
-    let before = match (id.ms, id.seq) {
-        (ms, seq @ 1..) => EntryId { ms, seq: seq - 1 },
-        (ms @ 1.., 0) => EntryId { ms: ms - 1, seq: u64::MAX },
-        (0, 0) => return Err(gone()),
-    };
+    let before = id.before().ok_or_else(gone)?;
     let letter = broker.dead_letters(partition, before, 1).await?.pop().filter(|letter| letter.id == id).ok_or_else(gone)?;
     Ok(Json(shown(broker.as_ref(), partition, letter, true)))
 }

@@ -157,14 +157,14 @@ pub(super) fn present(event: &Event, priority: Priority, selection: &Selection, 
     }
 }
 
-/// What a filter answered about this event.
+/// What a filter answered about this event, and the bytes of its text.
 ///
 /// # Errors
 /// What of the answer is not acceptable.
-pub(super) fn verdict(verdict: filter::Verdict, event: &Event, limits: &Limits) -> Result<Answer, String> {
+pub(super) fn verdict(verdict: filter::Verdict, event: &Event, limits: &Limits) -> Result<(Answer, usize), String> {
     match verdict {
-        filter::Verdict::Keep => Ok(Answer::Keep),
-        filter::Verdict::Drop(reason) => Ok(Answer::Drop(printable(&reason))),
+        filter::Verdict::Keep => Ok((Answer::Keep, 0)),
+        filter::Verdict::Drop(reason) => Ok((Answer::Drop(printable(&reason)), reason.len())),
         filter::Verdict::Amend(filter::Amendment { priority, attributes }) => {
             let mut size = Size::new(limits);
             let mut amended = event.clone();
@@ -175,16 +175,23 @@ pub(super) fn verdict(verdict: filter::Verdict, event: &Event, limits: &Limits) 
                 }
                 amended.set_attribute(&name, value.into()).map_err(|e| format!("it amends the event wrongly: {e}"))?;
             }
-            Ok(Answer::Amend(Box::new(Amended { event: amended, priority: priority.map(Priority::from) })))
+            let answer = Answer::Amend(Box::new(Amended { event: amended, priority: priority.map(Priority::from) }));
+            Ok((answer, size.bytes))
         }
     }
 }
 
-/// What a router answered: routes without a target are left out, those without a priority have the event's.
+/// What a router answered, and the bytes of its text: routes without a target are left out, those without a priority have the event's.
 ///
 /// # Errors
 /// What of the answer is not acceptable.
-pub(super) fn plan(routes: Vec<router::Route>, by: &Name, priority: Priority, clock_ms: u64, limits: &Limits) -> Result<Plan, String> {
+pub(super) fn plan(
+    routes: Vec<router::Route>,
+    by: &Name,
+    priority: Priority,
+    clock_ms: u64,
+    limits: &Limits,
+) -> Result<(Answer, usize), String> {
     let n_targets = routes.iter().map(|route| route.targets.len()).sum::<usize>().max(routes.len());
     if n_targets > limits.targets {
         return Err(format!("its answer has {n_targets} targets or routes; {} is the most (max_targets)", limits.targets));
@@ -197,7 +204,7 @@ pub(super) fn plan(routes: Vec<router::Route>, by: &Name, priority: Priority, cl
             plan.routes.push(route);
         }
     }
-    Ok(plan)
+    Ok((Answer::Routes(plan), size.bytes))
 }
 
 fn convert(route: router::Route, by: &Name, of_event: Priority, clock_ms: u64, size: &mut Size<'_>) -> Result<Route, String> {

@@ -8,6 +8,7 @@
 use wasmtime::component::Component;
 
 use super::cache::Key;
+use super::log::printable;
 use super::{Engine, Limits, bindings, causes, engine};
 
 /// A component whose imports are granted.
@@ -51,7 +52,9 @@ pub(super) fn compile(engine: &Engine, bytes: &[u8], hash: &str, limits: &Limits
 
 fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
     // Looked through before anything is made of it, for a clear word about a file that is still being written.
-    wasmparser::Validator::new().validate_all(bytes).map_err(|error| format!("is truncated or damaged: {error}"))?;
+    wasmparser::Validator::new()
+        .validate_all(bytes)
+        .map_err(|error| format!("is truncated or damaged: {}", printable(&error.to_string())))?;
     let encoded;
     let component = if wasmparser::Parser::is_component(bytes) {
         bytes
@@ -59,10 +62,26 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
         let encoder = wit_component::ComponentEncoder::default().module(bytes);
         encoded = encoder
             .and_then(|mut encoder| encoder.encode())
-            .map_err(|e| format!("is a core module that cannot be made a component: {e:#}"))?;
+            .map_err(|e| format!("is a core module that cannot be made a component: {}", printable(&format!("{e:#}"))))?;
         &encoded
     };
     Component::from_binary(engine.wasmtime(), component).map_err(|e| format!("does not compile: {}", causes(&e)))
+}
+
+/// Whether plugins are granted what they import under this name.
+pub(super) fn is_granted(import: &str) -> bool {
+    const GRANTED: [&str; 9] = [
+        "pointsman:plugin/types@",
+        "pointsman:plugin/log@",
+        "pointsman:plugin/clock@",
+        "wasi:cli/",
+        "wasi:clocks/",
+        "wasi:filesystem/",
+        "wasi:io/",
+        "wasi:random/",
+        "wasi:sockets/",
+    ];
+    GRANTED.iter().any(|granted| import.starts_with(granted))
 }
 
 /// Whether a component's imports are granted, and what it exports: a filter, a router or both.
@@ -79,18 +98,7 @@ fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), Strin
             return Err(format!("was built for pointsman:plugin {built_for}; this host speaks {}", bindings::VERSION));
         }
     }
-    const GRANTED: [&str; 9] = [
-        "pointsman:plugin/types@",
-        "pointsman:plugin/log@",
-        "pointsman:plugin/clock@",
-        "wasi:cli/",
-        "wasi:clocks/",
-        "wasi:filesystem/",
-        "wasi:io/",
-        "wasi:random/",
-        "wasi:sockets/",
-    ];
-    if let Some(foreign) = imports.iter().find(|name| !GRANTED.iter().any(|granted| name.starts_with(granted))) {
+    if let Some(foreign) = imports.iter().find(|name| !is_granted(name)) {
         return Err(format!("imports {}, which plugins are not granted", foreign.escape_debug()));
     }
     let has = |interface: &str| {

@@ -258,7 +258,7 @@ pub(super) fn set_deadline(store: &mut Store<State>, _: &Ticking, deadline: Dura
 /// Bounds the memory of an instance, and remembers a refusal: to the guest it looks like any other trap.
 pub(super) struct MemoryLimit {
     max: usize,
-    used: usize,
+    pub(super) used: usize,
     /// The bytes that were asked for and refused.
     pub(super) refused: Option<usize>,
 }

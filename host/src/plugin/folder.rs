@@ -133,8 +133,8 @@ pub(super) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// What the plugin in this file is called: see the head of this file.
-fn called(file: &str) -> String {
+/// What the plugin in a file of this name is called: without `.wasm`, without a leading number and hyphen, with hyphens for underscores.
+pub fn called(file: &str) -> String {
     let stem = file.strip_suffix(".wasm").unwrap_or(file);
     let unnumbered = match stem.split_once('-') {
         Some((number, rest)) if !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) && !rest.is_empty() => rest,

@@ -13,13 +13,15 @@ const MAX_ENTRY: usize = 256;
 
 /// What a plugin's manifest asks for.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Selection {
+pub struct Selection {
     /// Patterns of types. Empty: every event.
-    pub(super) types: Vec<String>,
-    pub(super) attributes: Vec<String>,
+    pub types: Vec<String>,
+    /// `*` is all of them.
+    pub attributes: Vec<String>,
     /// JSON pointers.
-    pub(super) fields: Vec<String>,
-    pub(super) payload: bool,
+    pub fields: Vec<String>,
+    /// Whether the payload crosses whole.
+    pub payload: bool,
 }
 
 impl Selection {

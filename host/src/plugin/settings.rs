@@ -136,7 +136,8 @@ impl Settings {
         }
     }
 
-    pub(super) fn limits(&self) -> Limits {
+    /// What a call of the plugin may cost.
+    pub fn limits(&self) -> Limits {
         Limits {
             deadline: Duration::from_millis(self.deadline_ms),
             memory_bytes: self.memory_mib as usize * 1024 * 1024,

@@ -1,0 +1,53 @@
+//! `pointsman events export`: what a node's sources still hold, as lines that `plugin test` and `POST /v1/events` read back.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use pointsman::event::{EntryId, Event};
+
+use super::{Admin, agent, read, refusal};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Print the newest events that were decided, as CloudEvents in JSON, a line each, oldest first
+    Export(Export),
+}
+
+#[derive(Debug, clap::Args)]
+struct Export {
+    #[command(flatten)]
+    admin: Admin,
+    /// At most so many, up to 10,000
+    #[arg(long, value_name = "N", default_value = "1000")]
+    last: usize,
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let Action::Export(Export { admin, last }) = &options.action;
+    let response = admin.request(&agent(Duration::from_secs(60)), "GET", &format!("/v1/events?last={last}"), None)?;
+    let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let (bound, unreadable) = (header("pointsman-bound"), header("pointsman-unreadable"));
+    let (status, text) = read(response)?;
+    anyhow::ensure!(status.is_success(), "{}", refusal(status, &text));
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write the events")?;
+    let why = match bound.as_str() {
+        "last" => "as many as were asked for",
+        "bytes" => "more do not fit into one answer of 16 MiB",
+        _ => "the sources hold no more that were decided (retention.keep_s)",
+    };
+    let since = text.lines().next().and_then(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).ok());
+    let since =
+        since.map(|event| format!(", the oldest '{}' of {}", event.id, pointsman::event::rfc3339(event.time_ms))).unwrap_or_default();
+    eprintln!("pointsman: {} events{since}: {why}", text.lines().count());
+    if !["", "0"].contains(&unreadable.as_str()) {
+        eprintln!("pointsman: {unreadable} entries cannot be read as events and were left out; see: pointsman dead list");
+    }
+    Ok(())
+}

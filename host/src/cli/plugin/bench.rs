@@ -1,0 +1,78 @@
+//! `pointsman plugin bench`: what a call costs on this machine, on one thread, beside a plugin that does nothing.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use pointsman::event::{Event, Name};
+use pointsman::pipeline::audition::Audition;
+use pointsman::plugin::{Engine, Limits, Plugin, Role, noop};
+
+use super::{Subject, sample};
+
+/// Rounds that take turns with the other plugin; the median counts, and not what else the machine did meanwhile.
+const ROUNDS: usize = 9;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    subject: Subject,
+    /// The events: CloudEvents as JSON, a line each; of a crate, its events.jsonl
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+    /// How long the plugin is asked, in all
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = parse_seconds)]
+    seconds: f64,
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|seconds| (0.01..=600.0).contains(seconds)).ok_or_else(|| "give 0.01 to 600".to_owned())
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let loaded = options.subject.load()?;
+    let events = sample::events(&sample::file(options.events.as_ref(), &loaded)?, None)?;
+    let engine = Engine::new()?;
+    let plugin = loaded.plugin(&engine)?;
+    let wanted: Vec<(Event, u64)> = events.into_iter().filter(|(event, _)| plugin.wants(&event.kind)).collect();
+    ensure!(!wanted.is_empty(), "the plugin wants no event of these types, so that a node would not call it");
+    let roles: Vec<Role> = [Role::Filter, Role::Router].into_iter().filter(|role| plugin.has_role(*role)).collect();
+    let nothing = Plugin::load(&engine, Name::parse("nothing")?, &noop()?, "{}", Limits::default())?;
+
+    let (mut plugin, mut nothing) = (Audition::new(&engine, plugin), Audition::new(&engine, nothing));
+    let time = |audition: &mut Audition, n: usize| {
+        let mut took = Duration::ZERO;
+        for _ in 0..n {
+            took += audition.time(&roles, &wanted).context("the plugin failed; see: pointsman plugin test")?;
+        }
+        anyhow::Ok(took)
+    };
+    // Once for the instance, and once to see how often is enough.
+    time(&mut plugin, 1)?;
+    time(&mut nothing, 1)?;
+    let once = time(&mut plugin, 1)?.max(Duration::from_nanos(100));
+    let n = ((options.seconds / ROUNDS as f64 / once.as_secs_f64()) as usize).clamp(1, 1_000_000);
+    let n_calls = (n * wanted.len()) as f64;
+    let (mut of_plugin, mut of_nothing) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        of_plugin.push(time(&mut plugin, n)?.as_nanos() as f64 / n_calls);
+        of_nothing.push(time(&mut nothing, n)?.as_nanos() as f64 / n_calls);
+    }
+    let (of_plugin, of_nothing) = (median(of_plugin), median(of_nothing));
+    println!("{}: {} events of {}, one thread", loaded.file.display(), wanted.len(), loaded.name);
+    println!("  {:<24}  {:>12}  {:>16}  {:>8}", "", "ns an event", "events a second", "ratio");
+    for (what, ns) in [("a plugin that does nothing", of_nothing), (loaded.name.as_str(), of_plugin)] {
+        println!("  {what:<26}{ns:>12.0}  {:>16.0}  {:>8.1}", 1e9 / ns, ns / of_nothing);
+    }
+    if cfg!(debug_assertions) {
+        println!(
+            "This pointsman is a debug build: what the host does for a call takes many times longer than in a node. Build it by `make build` to measure."
+        );
+    }
+    Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

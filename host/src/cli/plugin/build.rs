@@ -1,0 +1,35 @@
+//! `pointsman plugin build`: the file that a node loads, and what it is.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use pointsman::plugin::inspection;
+
+use super::toolchain::{Build, Profile};
+use super::words;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// The folder of the crate
+    #[arg(default_value = ".")]
+    dir: PathBuf,
+    #[command(flatten)]
+    profile: Profile,
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    for file in Build::start(&options.dir, &options.profile, false)?.finish()? {
+        show(&file)?;
+    }
+    Ok(())
+}
+
+fn show(file: &Path) -> anyhow::Result<()> {
+    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let inspection = inspection::look(&bytes);
+    println!("{}", file.display());
+    println!("  size      {}", words::size(bytes.len()));
+    println!("  imports   {}", words::imports(&inspection.imports).join("\n            "));
+    println!("  sha256    {}", inspection.hash);
+    Ok(())
+}

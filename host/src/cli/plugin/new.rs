@@ -1,0 +1,287 @@
+//! `pointsman plugin new`: a project that compiles as it is, anywhere.
+//!
+//! The SDK is on no registry, so it comes along: it travels in this program with the contract, and both are written into the project, with
+//! the versions of their dependencies that this program was built with. The text of the project itself is in `host/templates/plugin`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail, ensure};
+use pointsman::plugin::contract::WIT;
+use toml::{Table, Value};
+
+use super::toolchain;
+
+/// Where the SDK lies in a project: two folders down, as in the repository, for it finds the contract at `../../wit`.
+const SDK_FOLDER: &str = "vendor/pointsman-plugin";
+/// The name that the templates have for the plugin.
+const PLACEHOLDER: &str = "my-plugin";
+
+macro_rules! files {
+    ($folder:literal: $($path:literal),+ $(,)?) => {
+        [$(($path, include_str!(concat!("../../../../", $folder, "/", $path)))),+]
+    };
+}
+
+/// The SDK, but for its manifest. A test knows whether it is all of it.
+const SDK: [(&str, &str); 15] = files!("plugins/sdk":
+    "src/bindings.rs",
+    "src/clock.rs",
+    "src/condition.rs",
+    "src/condition/wanted.rs",
+    "src/event.rs",
+    "src/export.rs",
+    "src/lib.rs",
+    "src/log.rs",
+    "src/one_or_more.rs",
+    "src/pattern.rs",
+    "src/plugin.rs",
+    "src/selector.rs",
+    "src/testing.rs",
+    "src/value.rs",
+    "Cargo.toml",
+);
+
+const SHARED: [(&str, &str); 3] = files!("host/templates/plugin": "Cargo.toml", "README.md", "gitignore");
+const ROUTER: [(&str, &str); 4] = files!("host/templates/plugin/router": "src/lib.rs", "config.json", "events.jsonl", "golden.json");
+const FILTER: [(&str, &str); 4] = files!("host/templates/plugin/filter": "src/lib.rs", "config.json", "events.jsonl", "golden.json");
+
+/// What the SDK takes from its workspace.
+const WORKSPACE: &str = include_str!("../../../../Cargo.toml");
+const LOCK: &str = include_str!("../../../../Cargo.lock");
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    /// What the plugin is called, or the path of the folder to make, whose name that is
+    name: PathBuf,
+    /// What it decides: a filter keeps, amends or drops an event, a router says who hears of it
+    #[arg(long)]
+    kind: Kind,
+    /// What it is written in; for C, JavaScript and Python see examples/plugins in the repository of Pointsman
+    #[arg(long, default_value = "rust")]
+    lang: Language,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Kind {
+    Filter,
+    Router,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Language {
+    Rust,
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let Language::Rust = options.lang;
+    let folder = &options.name;
+    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    check_name(name)?;
+    if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) || folder.is_file() {
+        bail!("{} is there already; name another folder, or remove it", folder.display());
+    }
+    for (path, text) in project(name, options.kind)? {
+        let path = folder.join(path);
+        let parent = path.parent().unwrap_or(folder);
+        fs::create_dir_all(parent).and_then(|()| fs::write(&path, text)).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let kind = match options.kind {
+        Kind::Filter => "filter",
+        Kind::Router => "router",
+    };
+    println!("{} holds a {kind} that compiles as it is: begin in src/lib.rs\n", folder.display());
+    match toolchain::add_wasm_target(folder) {
+        Ok(true) => println!("  added the target {} through rustup\n", toolchain::WASM),
+        Ok(false) => {}
+        Err(fix) => println!("  first {fix}\n"),
+    }
+    println!("  cd {}", folder.display());
+    println!("  cargo test              # natively, in a second");
+    println!("  pointsman plugin test   # builds it, and asks the file about events.jsonl as a node would");
+    println!("  pointsman dev           # a node with a page, and the plugin rebuilt and swapped in as you save");
+    Ok(())
+}
+
+/// A name that is one for a crate, a file and a section of the configuration alike.
+fn check_name(name: &str) -> anyhow::Result<()> {
+    let has_form = name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.len() <= 64
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_');
+    ensure!(
+        has_form,
+        "'{}' is no name for a plugin; give it 1 to 64 of a-z, 0-9 and -, a letter first, such as my-router",
+        name.escape_debug()
+    );
+    // `dir` and `order` are keys of [plugins]; the others are names that Cargo or Rust has for something else.
+    let taken = ["dir", "order", "test", "core", "std", "alloc", "proc-macro", "build", "deps", "examples", "incremental"];
+    let of_the_project = ["pointsman-plugin", "schemars", "serde", "serde-json"];
+    let keywords = [
+        "as", "async", "await", "break", "const", "continue", "crate", "dyn", "else", "enum", "extern", "false", "fn", "for", "if", "impl",
+        "in", "let", "loop", "match", "mod", "move", "mut", "pub", "ref", "return", "self", "static", "struct", "super", "trait", "true",
+        "type", "unsafe", "use", "where", "while", "abstract", "become", "box", "do", "final", "gen", "macro", "override", "priv", "try",
+        "typeof", "unsized", "virtual", "yield",
+    ];
+    let hyphenated = name.replace('_', "-");
+    let is_taken = taken.iter().chain(&of_the_project).chain(&keywords).any(|taken| *taken == hyphenated);
+    ensure!(
+        !is_taken,
+        "'{name}' is taken: it means something else to Cargo, Rust or the configuration; choose another, such as {name}-router"
+    );
+    Ok(())
+}
+
+/// Every file of the project, by its path in it.
+fn project(name: &str, kind: Kind) -> anyhow::Result<Vec<(String, String)>> {
+    let (own, kind) = match kind {
+        Kind::Filter => (FILTER, "filter"),
+        Kind::Router => (ROUTER, "router"),
+    };
+    let named = |text: &str| {
+        let text = text.replace("MyPlugin", &type_name(name)).replace("my_plugin", &name.replace('-', "_"));
+        text.replace(PLACEHOLDER, name).replace("KIND", kind).replace("VERSION", env!("CARGO_PKG_VERSION"))
+    };
+    let mut files: Vec<(String, String)> = Vec::new();
+    for (path, text) in SHARED.iter().chain(&own) {
+        // With its own name it would hide files of this repository.
+        let path = if *path == "gitignore" { ".gitignore" } else { path };
+        files.push((path.to_owned(), named(text)));
+    }
+    for (path, text) in SDK {
+        let text = if path == "Cargo.toml" { standalone(text, WORKSPACE)? } else { text.to_owned() };
+        files.push((format!("{SDK_FOLDER}/{path}"), text));
+    }
+    files.extend(WIT.map(|(path, text)| (format!("wit/{path}"), text.to_owned())));
+    let manifest = files.iter().find(|(path, _)| path == "Cargo.toml").map(|(_, text)| text.as_str()).unwrap_or_default();
+    files.push(("Cargo.lock".to_owned(), lock(manifest)?));
+    Ok(files)
+}
+
+/// `my-router` as `MyRouter`.
+fn type_name(name: &str) -> String {
+    let words = name.split(['-', '_']).filter(|word| !word.is_empty());
+    let words = words.map(|word| {
+        let (first, rest) = word.split_at(1);
+        format!("{}{rest}", first.to_ascii_uppercase())
+    });
+    words.collect()
+}
+
+/// A manifest with what it takes from its workspace filled in, and without its lints, which are for those who write it.
+fn standalone(manifest: &str, workspace: &str) -> anyhow::Result<String> {
+    let mut manifest: Table = manifest.parse()?;
+    let workspace: Table = workspace.parse()?;
+    manifest.remove("lints");
+    for (section, from) in [("package", "package"), ("dependencies", "dependencies"), ("dev-dependencies", "dependencies")] {
+        let Some(section) = manifest.get_mut(section).and_then(Value::as_table_mut) else { continue };
+        for (key, value) in section.iter_mut() {
+            if value.get("workspace").and_then(Value::as_bool) == Some(true) {
+                let shared = workspace.get("workspace").and_then(|workspace| workspace.get(from)?.get(key));
+                *value = shared.with_context(|| format!("the workspace has no {key}"))?.clone();
+            }
+        }
+    }
+    Ok(format!("# As it came with pointsman {}.\n\n{}", env!("CARGO_PKG_VERSION"), toml::to_string(&manifest)?))
+}
+
+/// A lock file for the project: of this program's, what the plugin needs. Cargo takes out what it does not.
+fn lock(manifest: &str) -> anyhow::Result<String> {
+    let manifest: Table = manifest.parse()?;
+    let own = |key: &str| manifest["package"].get(key).and_then(Value::as_str).map(str::to_owned).context("a package has a name");
+    let sections = ["dependencies", "dev-dependencies"].iter().filter_map(|section| manifest.get(*section)?.as_table());
+    let needs: BTreeSet<String> = sections.flat_map(|section| section.keys().cloned()).collect();
+
+    let (head, packages) = LOCK.split_once("[[package]]\n").context("a lock file has packages")?;
+    let packages: Vec<&str> = packages.split("[[package]]\n").collect();
+    // By the words that dependencies are named with: the name alone where there is one version of it.
+    let mut by_name: BTreeMap<String, usize> = BTreeMap::new();
+    let mut tables = Vec::with_capacity(packages.len());
+    for (at, package) in packages.iter().enumerate() {
+        let table: Table = package.parse()?;
+        let text = |key: &str| table.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        by_name.insert(text("name"), at);
+        by_name.insert(format!("{} {}", text("name"), text("version")), at);
+        tables.push(table);
+    }
+    let mut needed = BTreeSet::new();
+    let mut open: Vec<String> = needs.iter().cloned().collect();
+    while let Some(name) = open.pop() {
+        let at = *by_name.get(&name).with_context(|| format!("the lock file has no {name}"))?;
+        if needed.insert(at) {
+            let dependencies = tables[at].get("dependencies").and_then(Value::as_array);
+            open.extend(dependencies.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned));
+        }
+    }
+    let listed: String = needs.iter().map(|name| format!(" \"{name}\",\n")).collect();
+    let own = format!("name = \"{}\"\nversion = \"{}\"\ndependencies = [\n{listed}]\n", own("name")?, own("version")?);
+    let blocks = needed.into_iter().map(|at| packages[at].trim_end()).chain([own.trim_end()]);
+    let mut blocks: Vec<String> = blocks.map(|block| format!("[[package]]\n{block}\n")).collect();
+    blocks.sort();
+    Ok(format!("{head}{}", blocks.join("\n")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn files_below(folder: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+    }
+
+    #[test]
+    fn the_whole_sdk_and_the_whole_contract_travel_in_the_program() {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        for (folder, known) in [("plugins/sdk", SDK.map(|(path, _)| path).to_vec()), ("wit", WIT.map(|(path, _)| path).to_vec())] {
+            let folder = repository.join(folder);
+            let there: BTreeSet<PathBuf> = files_below(&folder).iter().map(|path| path.strip_prefix(&folder).unwrap().into()).collect();
+            let known: BTreeSet<PathBuf> = known.into_iter().map(PathBuf::from).collect();
+            assert_eq!(there, known, "make the list in this file what {} is", folder.display());
+        }
+    }
+
+    #[test]
+    fn nothing_in_a_project_points_to_where_this_program_was_built() {
+        for kind in [Kind::Filter, Kind::Router] {
+            for (path, text) in project("parcel-router", kind).unwrap() {
+                assert!(!text.contains("workspace = true") || path.ends_with(".rs"), "{path}");
+                let is_ours = path.starts_with("vendor") || path.starts_with("wit") || path == "Cargo.lock";
+                assert!(
+                    is_ours || !["my-plugin", "MyPlugin", "my_plugin", "KIND", "VERSION"].iter().any(|word| text.contains(word)),
+                    "{path}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_lock_file_holds_what_the_project_needs_and_not_what_a_node_does() {
+        let files = project("parcel-router", Kind::Router).unwrap();
+        let (_, lock) = files.iter().find(|(path, _)| path == "Cargo.lock").unwrap();
+        for (package, is_needed) in [
+            ("parcel-router", true),
+            ("pointsman-plugin", true),
+            ("wit-bindgen", true),
+            ("serde_json", true),
+            ("wasmtime", false),
+            ("tokio", false),
+        ] {
+            assert_eq!(lock.contains(&format!("name = \"{package}\"\n")), is_needed, "{package} in\n{lock}");
+        }
+        assert_eq!(lock.parse::<Table>().unwrap()["version"], Value::Integer(4));
+    }
+
+    #[test]
+    fn a_name_is_one_for_a_crate_a_file_and_a_section() {
+        for good in ["my-router", "a", "parcels2", "with_underscore"] {
+            check_name(good).unwrap();
+        }
+        for bad in ["", "2fast", "My-Router", "a b", "../x", "dir", "order", "fn", "test", "serde_json", "é", &"x".repeat(65)] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+        assert_eq!(type_name("my-parcel_router2"), "MyParcelRouter2");
+    }
+}

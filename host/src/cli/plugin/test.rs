@@ -1,0 +1,203 @@
+//! `pointsman plugin test`: a plugin and events, what it decides, what that costs beside what it may cost, and whether it is as it should be.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, bail, ensure};
+use pointsman::event::{Event, Plan};
+use pointsman::pipeline::audition::{Audition, Performance};
+use pointsman::plugin::decided::Decided;
+use pointsman::plugin::{Engine, Limits};
+use serde_json::Value;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tracing_subscriber::EnvFilter;
+
+use super::{Subject, sample, words};
+
+/// The most targets that are shown of an answer.
+const MAX_SHOWN: usize = 4;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    subject: Subject,
+    /// The events: CloudEvents as JSON, a line each; of a crate, its events.jsonl
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+    /// What it should decide about each; of a crate, its golden.json
+    #[arg(long, value_name = "FILE")]
+    expect: Option<PathBuf>,
+    /// Write what it decides into that file, in place of comparing
+    #[arg(long)]
+    write_golden: bool,
+    /// The time that the plugin is shown, such as 2026-01-01T00:00:00Z; otherwise that of each event
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    clock: Option<u64>,
+}
+
+fn parse_time(text: &str) -> Result<u64, String> {
+    let time = OffsetDateTime::parse(text, &Rfc3339).ok();
+    let ms = time.and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok());
+    ms.ok_or_else(|| "write it as in 2026-01-01T00:00:00Z".to_owned())
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let said = Said::listen();
+    let loaded = options.subject.load()?;
+    let events = sample::events(&sample::file(options.events.as_ref(), &loaded)?, options.clock)?;
+    let golden = match &options.expect {
+        Some(path) => Some(path.clone()),
+        None => loaded
+            .beside("golden.json")
+            .or_else(|| loaded.folder.as_ref().map(|dir| dir.join("golden.json")).filter(|_| options.write_golden)),
+    };
+    let expected = match &golden {
+        Some(path) if !options.write_golden => Some(Golden::read(path)?),
+        None if options.write_golden => bail!("name the file to write: --expect golden.json"),
+        _ => None,
+    };
+    let engine = Engine::new()?;
+    let plugin = loaded.plugin(&engine)?;
+    let (limits, mut audition) = (plugin.limits().clone(), Audition::new(&engine, plugin));
+    println!("{}: {}", loaded.file.display(), words::limits(&limits));
+    said.print();
+
+    let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
+    for (at, (event, clock_ms)) in events.iter().enumerate() {
+        let performance = audition.perform(event, *clock_ms);
+        show(event, &performance, &limits);
+        said.print();
+        n_failures += usize::from(performance.is_failure());
+        let found = performance.to_golden(event);
+        if let Some(golden) = &expected {
+            let wanted = golden.0.get(at).unwrap_or(&Value::Null);
+            if *wanted != found {
+                n_differences += 1;
+                println!("    {}", words::red("differs"));
+                println!("      expected {wanted}\n      found    {found}");
+            }
+        }
+        decided.push(found);
+    }
+    let n = events.len();
+    ensure!(n_failures == 0, "the plugin failed on {n_failures} of {n} events");
+    if let (Some(path), true) = (&golden, options.write_golden) {
+        Golden(decided).write(path)?;
+        println!("{n} decisions written to {}; read them before you commit them", path.display());
+        return Ok(());
+    }
+    if let (Some(golden), Some(path)) = (expected, golden) {
+        let file = path.display();
+        ensure!(n_differences == 0, "{n_differences} of {n} decisions differ from {file}; if they are right: --write-golden");
+        ensure!(golden.0.len() == n, "{file} has {} decisions, and there are {n} events; if that is right: --write-golden", golden.0.len());
+        println!("{n} events, all as in {file}");
+    } else {
+        println!("{n} events, compared with nothing; keep what it decides by: --expect golden.json --write-golden");
+    }
+    Ok(())
+}
+
+/// One line for an event: what was decided, and the costs beside the limits, red where one is above.
+fn show(event: &Event, performance: &Performance, limits: &Limits) {
+    let mut words: Vec<String> = performance.decided.iter().map(word).collect();
+    if words.is_empty() {
+        words.push("skipped: its types do not match".to_owned());
+    }
+    let mut words = words.join(", ");
+    if performance.is_failure() {
+        words = words::red(&words);
+    }
+    println!("  {}  {}  {words}", event.id, event.kind);
+    let cost = |used: String, limit: String, is_over: bool| {
+        let cost = format!("{used} of {limit}");
+        if is_over { words::red(&format!("{cost}: over")) } else { cost }
+    };
+    let mut costs = vec![cost(words::time(performance.time), words::time(limits.deadline), performance.time > limits.deadline)];
+    // Of an instance that is gone nobody knows; the reason above says it.
+    if let Some(bytes) = performance.memory_bytes {
+        costs.push(cost(words::size(bytes), words::size(limits.memory_bytes), bytes > limits.memory_bytes));
+        costs.push(cost(
+            words::size(performance.answer_bytes),
+            words::size(limits.result_bytes),
+            performance.answer_bytes > limits.result_bytes,
+        ));
+        costs.push(cost(performance.n_targets.to_string(), format!("{} targets", limits.targets), performance.n_targets > limits.targets));
+    }
+    if !performance.decided.is_empty() {
+        println!("    {}", costs.join(", "));
+    }
+}
+
+fn word(decided: &Decided) -> String {
+    match decided {
+        Decided::Keep => "keep".to_owned(),
+        Decided::Drop { reason } => format!("drop: {reason}"),
+        Decided::Amend { priority, attributes } => {
+            let priority = priority.map(|priority| format!(" priority {priority}")).unwrap_or_default();
+            let attributes = attributes.iter().map(|(name, value)| format!(" {name}={}", serde_json::json!(value)));
+            format!("amend{priority}{}", attributes.collect::<String>())
+        }
+        Decided::None => "none".to_owned(),
+        Decided::Routes { plan } => {
+            let targets = plan.as_ref().map(Plan::targets).unwrap_or_default();
+            let rest = targets.len().saturating_sub(MAX_SHOWN);
+            let shown = targets.iter().take(MAX_SHOWN).map(|target| format!(" {target}"));
+            let rest = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+            format!("routes{}{rest}", shown.collect::<String>())
+        }
+        Decided::Failed { reason } => format!("failed: {reason}"),
+    }
+}
+
+/// What should be decided, in the order of the events.
+struct Golden(Vec<Value>);
+
+impl Golden {
+    fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}; make it by --write-golden", path.display()))?;
+        let decisions = serde_json::from_str(&text).with_context(|| format!("{} is no list of decisions", path.display()))?;
+        Ok(Self(decisions))
+    }
+
+    /// A line for each event, so that a difference is read as one.
+    fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let lines: Vec<String> = self.0.iter().map(|decision| format!("  {decision}")).collect();
+        fs::write(path, format!("[\n{}\n]\n", lines.join(",\n"))).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// What the plugin logs, kept until its place in the output comes.
+#[derive(Clone, Debug, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl Said {
+    fn listen() -> Self {
+        let said = Self::default();
+        let writer = said.clone();
+        let builder = tracing_subscriber::fmt().with_env_filter(EnvFilter::new("off,plugin=debug"));
+        builder.without_time().with_target(false).with_ansi(false).with_writer(move || writer.clone()).init();
+        said
+    }
+
+    /// Prints and forgets what was said since the last time.
+    fn print(&self) {
+        let bytes = std::mem::take(&mut *self.0.lock().expect("no panic under this lock"));
+        for line in String::from_utf8_lossy(&bytes).lines() {
+            println!("    log: {}", line.trim());
+        }
+    }
+}
+
+impl Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("no panic under this lock").extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,502 @@
+//! What an author does with the command line, from an empty folder to a plugin at work: `pointsman plugin`, `pointsman events export` and
+//! `pointsman dev`, run as processes.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use pointsman::event::{EntryId, Event};
+use serde_json::{Value, json};
+
+use crate::harness::guests::{core_module, versioned, wasi_component};
+use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::publish::{Publisher, event};
+use crate::harness::{eventually, http, ports, repository};
+
+/// Compiling the SDK and what it needs takes so long on a machine that has other work.
+const BUILT: Duration = Duration::from_secs(600);
+
+/// `pointsman`, away from any `pointsman.toml`.
+fn pointsman(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
+    command.args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null());
+    for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_")) {
+        command.env_remove(variable);
+    }
+    among_the_guests(&mut command);
+    command
+}
+
+/// Has Cargo build projects where the plugins of this repository are built for the tests, in the profile `plugin`, which is `release` but by name: what
+/// they need in common is there already, and would take minutes again. Without a network, as the lock file of a project names no other versions.
+fn among_the_guests(command: &mut Command) {
+    command.env("CARGO_TARGET_DIR", target_dir()).env("CARGO_NET_OFFLINE", "true").env("CARGO_PROFILE_PLUGIN_INHERITS", "release");
+}
+
+const PROFILE: [&str; 2] = ["--profile", "plugin"];
+
+/// Where this very test was built, whatever `CARGO_TARGET_DIR` says.
+fn target_dir() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target")
+}
+
+/// What a command says, on both outputs, and whether it ended well.
+fn said(command: &mut Command) -> (bool, String) {
+    let Output { status, stdout, stderr } = command.output().expect("run it");
+    (status.success(), format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr)))
+}
+
+/// As [`said`], of a command that must end well.
+fn told(command: &mut Command) -> String {
+    let (is_well, said) = said(command);
+    assert!(is_well, "{command:?}:\n{said}");
+    said
+}
+
+/// A folder outside this repository, that goes away with its owner.
+struct Elsewhere(PathBuf);
+
+impl Elsewhere {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("pointsman-authors-{name}-{}", std::process::id()));
+        fs::create_dir(&path).expect("make a folder");
+        Self(path)
+    }
+
+    fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// What is made of a project.
+fn built(project: &str) -> PathBuf {
+    target_dir().join("wasm32-unknown-unknown/plugin").join(format!("{}.wasm", project.replace('-', "_")))
+}
+
+/// Two builds at once of one folder would wait for each other anyway, and their times would mean nothing.
+fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[test]
+fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_file_says() {
+    let _alone = one_at_a_time();
+    let place = Elsewhere::new("new");
+    // This machine may be busy with other tests; it is not about deadlines.
+    let settings = place.join("pointsman.toml");
+    fs::write(&settings, "[plugins.first-filter]\ndeadline_ms = 5000\n[plugins.first-router]\ndeadline_ms = 5000\n").expect("write it");
+    let patiently = ["--settings", text(&settings)];
+    for kind in ["filter", "router"] {
+        let name = format!("first-{kind}");
+        let made = told(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
+        assert!(made.contains("pointsman plugin test") && made.contains("pointsman dev"), "the next commands: {made}");
+        let project = place.join(&name);
+
+        let mut cargo = Command::new(env!("CARGO"));
+        among_the_guests(cargo.args(["test", "--quiet"]).args(PROFILE).current_dir(&project).stdin(Stdio::null()));
+        // Natively, nobody waits for an optimised program.
+        cargo.env("CARGO_PROFILE_PLUGIN_LTO", "false").env("CARGO_PROFILE_PLUGIN_OPT_LEVEL", "0");
+        assert!(told(&mut cargo).contains("3 passed"));
+
+        let build = told(pointsman(&["plugin", "build"]).args(PROFILE).current_dir(&project));
+        for word in [text(&built(&name)), "KiB", "pointsman:plugin/log@0.1.0", "sha256"] {
+            assert!(build.contains(word), "{word} is not in {build}");
+        }
+
+        // The crate, and then its file alone; the lock file was as Cargo wants it.
+        let test = told(pointsman(&["plugin", "test"]).args(PROFILE).args(patiently).current_dir(&project));
+        assert!(test.contains("4 events, all as in ./golden.json"), "{test}");
+        let files = ["--events", "events.jsonl", "--config", "config.json", "--expect", "golden.json"];
+        let test = told(pointsman(&["plugin", "test", text(&built(&name))]).args(files).args(patiently).current_dir(&project));
+        for word in ["deadline_ms 5000", "of 5000.0 ms", "of 32.0 MiB", "of 256.0 KiB", "of 10000 targets", "skipped"] {
+            assert!(test.contains(word), "{word} is not in {test}");
+        }
+
+        // There already: nothing is written over.
+        let (is_well, again) = said(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
+        assert!(!is_well && again.contains("is there already"), "{again}");
+    }
+
+    // A golden file that says something else is red, with both.
+    let project = place.join("first-router");
+    let golden = fs::read_to_string(project.join("golden.json")).expect("a golden file");
+    let other = place.join("other.json");
+    fs::write(&other, golden.replace("u:42", "u:43")).expect("write it");
+    let files = ["--events", "events.jsonl", "--config", "config.json", "--expect", text(&other)];
+    let file = built("first-router");
+    let (is_well, test) = said(pointsman(&["plugin", "test", text(&file)]).args(files).args(patiently).current_dir(&project));
+    assert!(!is_well && test.contains("2 of 4 decisions differ"), "{test}");
+    let differing: Vec<&str> =
+        test.lines().filter(|line| line.trim_start().starts_with("expected") || line.trim_start().starts_with("found")).collect();
+    assert!(differing[0].contains("u:43") && differing[1].contains("u:42"), "{differing:?}");
+    // Taken for right, it is what the generated one says.
+    told(pointsman(&["plugin", "test", text(&file)]).args(files).args(patiently).arg("--write-golden").current_dir(&project));
+    let read = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+    assert_eq!(read(&fs::read_to_string(&other).expect("written")), read(&golden));
+}
+
+#[test]
+fn the_guide_shows_what_a_new_router_is() {
+    let guide = fs::read_to_string(repository().join("plugins/README.md")).expect("the guide");
+    let shown = guide
+        .split("```rust\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .expect("a plugin in Rust")
+        .replace("MyRouter", "MyPlugin");
+    let generated = fs::read_to_string(repository().join("host/templates/plugin/router/src/lib.rs")).expect("the template");
+    for part in shown.split("\n\n") {
+        assert!(generated.contains(part), "the template has no\n{part}");
+    }
+}
+
+#[test]
+fn without_the_wasm_target_the_line_that_adds_it_is_said() {
+    let place = Elsewhere::new("targetless");
+    // A compiler that has no such target, and no rustup.
+    let rustc = place.join("rustc");
+    fs::write(&rustc, "#!/bin/sh\necho /nowhere/at/all\n").expect("write it");
+    assert!(Command::new("chmod").arg("+x").arg(&rustc).status().expect("chmod").success());
+    let made = told(pointsman(&["plugin", "new", "p", "--kind", "router"]).current_dir(&place.0).env("PATH", &place.0).env_remove("RUSTC"));
+    let line = "rustup target add wasm32-unknown-unknown";
+    assert!(made.contains(line), "{made}");
+    let (is_well, build) = said(pointsman(&["plugin", "build", "p"]).current_dir(&place.0).env("PATH", &place.0).env_remove("RUSTC"));
+    assert!(!is_well && build.contains(line), "{build}");
+}
+
+#[test]
+fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
+    let place = Elsewhere::new("wrong");
+    let (file, events) = (place.join("unruly.wasm"), place.join("events.jsonl"));
+    fs::write(&file, core_module("unruly")).expect("write it");
+    let run = |kind: &str, arguments: &[&str]| {
+        fs::write(&events, json!({ "type": kind, "id": "one" }).to_string()).expect("write it");
+        said(pointsman(&["plugin", "test", text(&file), "--events", text(&events)]).args(arguments))
+    };
+    let settings = place.join("pointsman.toml");
+    let limited = |deadline_ms: u64| {
+        fs::write(&settings, format!("[listen]\ngrace_s = 1\n[plugins.unruly]\ndeadline_ms = {deadline_ms}\n")).expect("write it");
+        ["--settings", text(&settings)]
+    };
+    for (kind, deadline_ms, words) in [
+        ("panic", 5_000, &["failed", "panicked at", "log: ERROR"][..]),
+        ("loop", 7, &["failed", "it ran longer than 7 ms (deadline_ms)", "of 7.000 ms: over"]),
+        ("grow", 5_000, &["failed", "32 is the most (memory_mib)"]),
+        ("huge-answer", 5_000, &["failed", "(result_kib"]),
+    ] {
+        let (is_well, said) = run(kind, &limited(deadline_ms));
+        assert!(!is_well && said.contains("the plugin failed on 1 of 1 events"), "{kind}: {said}");
+        for word in words {
+            assert!(said.contains(word), "{kind}: {word} is not in {said}");
+        }
+    }
+    // To reject is a verdict.
+    let (is_well, said) = run("filter-rejects", &limited(5_000));
+    assert!(is_well && said.contains("failed: never"), "{said}");
+    // Without more words, the limits are those of a node without more words.
+    let (is_well, said) = run("loop", &[]);
+    assert!(!is_well && said.contains("it ran longer than 50 ms"), "{said}");
+}
+
+#[test]
+fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
+    let place = Elsewhere::new("inspect");
+    let inspect = |bytes: &[u8], arguments: &[&str]| {
+        let file = place.join("2-my_plugin.wasm");
+        fs::write(&file, bytes).expect("write it");
+        said(pointsman(&["plugin", "inspect", text(&file)]).args(arguments))
+    };
+    let check = |bytes: &[u8], arguments: &[&str], is_good: bool, words: &[&str]| {
+        let (is_well, said) = inspect(bytes, arguments);
+        assert_eq!(is_well, is_good, "{said}");
+        for word in words {
+            assert!(said.contains(word), "{word} is not in {said}");
+        }
+    };
+    let core = core_module("discard");
+    let facts = [
+        "a core module of",
+        "filter\n",
+        "discard 0.1.0: ",
+        "pointsman:plugin 0.1.0",
+        "pointsman:plugin/log@0.1.0",
+        "deadline_ms 50",
+        "\"rules\"",
+    ];
+    check(&core, &[], true, &facts);
+    check(&core, &[], true, &["my-plugin, by the name of its file", "an instance begins with"]);
+    check(&wasi_component("address"), &[], true, &["a component of", "router\n", "wasi:cli/", "attributes user, users"]);
+
+    // It does not take its configuration, and still says who it is and what it would take.
+    let config = place.join("bad.json");
+    fs::write(&config, r#"{"rulez":[]}"#).expect("write it");
+    check(&core, &["--config", text(&config)], false, &["discard 0.1.0: ", "\"rules\"", "refuses its configuration", "rulez"]);
+
+    let wat = |text: &str| wat::parse_str(text).expect("a module");
+    let truncated = &core[..core.len() / 2];
+    check(b"", &[], false, &["no WebAssembly", "is empty"]);
+    check(b"#!/bin/sh", &[], false, &["no WebAssembly", "does not begin with"]);
+    check(truncated, &[], false, &["is truncated or damaged", "pointsman:plugin/log@0.1.0"]);
+    check(b"\x7fELF", &[], false, &["no WebAssembly"]);
+    check(&wat("(module)"), &[], false, &["a core module", "exports neither"]);
+    check(&wat(r#"(module (import "env" "open" (func)))"#), &[], false, &["env: not granted"]);
+    let foreign = r#"(component (import "wasi:http/outgoing-handler@0.2.0" (instance)))"#;
+    check(&wat(foreign), &[], false, &["wasi:http/outgoing-handler@0.2.0: not granted", "which plugins are not granted"]);
+    let newer = r#"(component (import "pointsman:plugin/log@0.2.0" (instance)))"#;
+    check(&wat(newer), &[], false, &["pointsman:plugin 0.2.0", "built for pointsman:plugin 0.2; this host speaks 0.1"]);
+    // What a file says is no instruction to a terminal.
+    let (_, said) = inspect(&wat("(module (import \"a\\u{1b}[2J\" \"f\" (func)))"), &[]);
+    assert!(!said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
+fn bench_says_what_a_call_costs_beside_a_plugin_that_does_nothing() {
+    let place = Elsewhere::new("bench");
+    let (file, events) = (place.join("address.wasm"), place.join("events.jsonl"));
+    fs::write(&file, core_module("address")).expect("write it");
+    fs::write(&events, "{\"type\":\"t\",\"user\":\"42\"}\n{\"type\":\"t\",\"group\":\"ops\"}\n").expect("write it");
+    let said = told(&mut pointsman(&["plugin", "bench", text(&file), "--events", text(&events), "--seconds", "0.1"]));
+    let ns = |name: &str| {
+        let line = said.lines().find_map(|line| line.trim_start().strip_prefix(name)).unwrap_or_else(|| panic!("{name} is not in {said}"));
+        line.split_whitespace().next().and_then(|ns| ns.parse::<f64>().ok()).unwrap_or_else(|| panic!("no number in {line}"))
+    };
+    assert!(ns("address") > ns("a plugin that does nothing"), "{said}");
+    assert_eq!(said.contains("debug build"), cfg!(debug_assertions), "{said}");
+}
+
+#[test]
+fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
+    let node = Node::builder().start();
+    let publisher = node.publisher();
+    publisher.publish(&[
+        event("json", "order.shipped", json!({ "user": "1", "n": 7, "flag": true, "subject": "x", "data": { "a": [1.50, "ü\n"] } })),
+        event(
+            "text",
+            "note",
+            json!({ "user": "1", "datacontenttype": "text/plain", "data": "two\nlines", "time": "2026-01-02T03:04:05.678Z" }),
+        ),
+        event("binary", "note", json!({ "user": "1", "datacontenttype": "application/octet-stream", "data_base64": "/wD+" })),
+        // Without an id, without a time, and routed to nobody.
+        json!({ "specversion": "1.0", "source": "/tests", "type": "bare" }),
+    ]);
+    node.settle(SOON);
+    let url = node.admin_url("");
+    let export = |last: &str| {
+        let Output { status, stdout, stderr } = pointsman(&["events", "export", "--url", &url, "--last", last]).output().expect("run it");
+        let stderr = String::from_utf8_lossy(&stderr).into_owned();
+        assert!(status.success(), "{stderr}");
+        (String::from_utf8(stdout).expect("UTF-8"), stderr)
+    };
+    let (lines, reach) = export("1000");
+    let read: Vec<Event> =
+        lines.lines().map(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).expect("an event")).collect();
+    let ids: Vec<&str> = read.iter().map(|event| event.id.as_str()).collect();
+    assert_eq!(ids[..3], ["json", "text", "binary"]);
+    assert!(reach.contains("4 events, the oldest 'json'") && reach.contains("retention.keep_s"), "{reach}");
+    let documents: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(
+        (&documents[0]["data"], &documents[0]["n"], &documents[0]["flag"]),
+        (&json!({ "a": [1.50, "ü\n"] }), &json!(7), &json!(true))
+    );
+    assert_eq!((&documents[1]["data"], &documents[1]["time"]), (&json!("two\nlines"), &json!("2026-01-02T03:04:05.678Z")));
+    assert_eq!(documents[2]["data_base64"], "/wD+");
+    // The entry's, as the decision has it.
+    let decisions = node.admin("/v1/decisions").json();
+    let bare = decisions.as_array().expect("a list").iter().find(|decided| decided["event_type"] == "bare").expect("it was decided");
+    assert_eq!((ids[3], bare["event_id"].as_str()), (bare["entry"].as_str().expect("an id"), Some(ids[3])));
+    assert_eq!(read[3].time_ms.to_string(), ids[3].split('-').next().expect("a time"));
+
+    let (newest, reach) = export("2");
+    assert_eq!(newest, lines.lines().skip(2).map(|line| format!("{line}\n")).collect::<String>());
+    assert!(reach.contains("as many as were asked for"), "{reach}");
+
+    // Another node takes them as they are, and holds the same.
+    let other = Node::builder().start();
+    Publisher::new(other.addr()).publish(&documents);
+    other.settle(SOON);
+    let again = http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("an answer");
+    assert_eq!(again.body, lines);
+    assert_eq!(again.header("pointsman-bound"), Some("source"));
+}
+
+#[test]
+fn events_are_shown_to_nobody_without_the_key() {
+    let config = "[auth]\njwt_secret = \"0123456789abcdef0123456789abcdef\"\nkey = \"operators-key-0001\"\n";
+    let node = Node::builder().production().config(config).start();
+    let url = node.admin_url("");
+    let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
+    assert!(!is_well && refused.contains("401") && refused.contains("--key"), "{refused}");
+    told(&mut pointsman(&["events", "export", "--url", &url, "--key", "operators-key-0001"]));
+}
+
+#[test]
+fn the_plugins_of_a_node_are_listed_and_changed_by_command() {
+    let (place, plugins) = (Elsewhere::new("remote"), Folder::new());
+    let node = Node::builder().plugins(plugins.path()).may_be_unready().start();
+    let url = node.admin_url("");
+    eventually(SOON, "the node has looked for plugins", || (node.admin("/v1/plugins").status == 200).then_some(()));
+    let run = |arguments: &[&str]| said(pointsman(&["plugin"]).args(arguments).args(["--url", &url]));
+    let row = || {
+        let (is_well, table) = run(&["list"]);
+        assert!(is_well && table.starts_with("NAME"), "{table}");
+        let row = table.lines().nth(1).unwrap_or_default();
+        row.split_whitespace().take(6).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let file = |number| {
+        let (file, bytes) = (place.join("versioned.wasm"), versioned(number));
+        fs::write(&file, bytes).expect("write it");
+        file
+    };
+    let hash = |file: &Path| {
+        let (_, said) = said(&mut pointsman(&["plugin", "inspect", text(file)]));
+        let line = said.lines().find_map(|line| line.trim_start().strip_prefix("sha256")).expect("a hash");
+        line.trim()[..12].to_owned()
+    };
+    let first = file(1);
+    let of_first = hash(&first);
+    assert!(run(&["upload", text(&first)]).0);
+    assert_eq!(row(), ["versioned", "router", "active", "1", "0.1.0", of_first.as_str()]);
+    let second = file(2);
+    assert!(run(&["upload", text(&second)]).0);
+    assert_eq!(row()[3..], ["2", "0.1.0", hash(&second).as_str()]);
+    assert!(run(&["rollback", "versioned"]).0);
+    assert_eq!(row()[5], of_first);
+    fs::write(&second, "no plugin").expect("write it");
+    let (is_well, refused) = run(&["upload", text(&second)]);
+    assert!(!is_well && refused.contains("is no WebAssembly"), "{refused}");
+    assert!(run(&["list"]).1.contains("is no WebAssembly"), "why the last attempt was refused");
+    assert!(run(&["disable", "versioned"]).0);
+    assert!(row().contains(&"disabled".to_owned()), "{:?}", row());
+    assert!(run(&["remove", "versioned"]).0);
+    assert_eq!(row(), [""; 0]);
+    let (is_well, refused) = run(&["rollback", "no/such"]);
+    assert!(!is_well && refused.contains("cannot be named"), "{refused}");
+}
+
+/// `pointsman dev`, and everything that it says.
+struct Dev {
+    process: Child,
+    said: Arc<Mutex<String>>,
+}
+
+impl Dev {
+    fn start(command: &mut Command) -> Self {
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run it");
+        let said = Arc::new(Mutex::new(String::new()));
+        let outputs: [Box<dyn std::io::Read + Send>; 2] =
+            [Box::new(process.stdout.take().expect("piped")), Box::new(process.stderr.take().expect("piped"))];
+        for output in outputs {
+            let said = Arc::clone(&said);
+            std::thread::spawn(move || {
+                for line in BufReader::new(output).lines().map_while(Result::ok) {
+                    *said.lock().expect("no panic") += &format!("{line}\n");
+                }
+            });
+        }
+        Self { process, said }
+    }
+
+    fn said(&self) -> String {
+        self.said.lock().expect("no panic").clone()
+    }
+
+    /// Waits for words that were not said before byte `from`, and answers how much was said by then.
+    fn hear(&self, from: usize, words: &str) -> usize {
+        let deadline = Instant::now() + BUILT;
+        loop {
+            let said = self.said();
+            if said[from..].contains(words) {
+                return said.len();
+            }
+            assert!(Instant::now() < deadline, "'{words}' is not said within {BUILT:?}:\n{said}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        self.process.kill().ok();
+        self.process.wait().ok();
+    }
+}
+
+/// Whether a process works in this folder.
+fn is_worked_in(folder: &Path) -> bool {
+    let folder = folder.canonicalize().expect("it is there");
+    fs::read_dir("/proc").expect("/proc").filter_map(|entry| fs::read_link(entry.ok()?.path().join("cwd")).ok()).any(|cwd| cwd == folder)
+}
+
+#[test]
+fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_compile() {
+    let _alone = one_at_a_time();
+    let place = Elsewhere::new("dev");
+    told(pointsman(&["plugin", "new", "saved", "--kind", "router"]).current_dir(&place.0));
+    let project = place.join("saved");
+    let settings = place.join("pointsman.toml");
+    fs::write(&settings, "[plugins.saved]\ndeadline_ms = 5000\n").expect("write it");
+    let [listen, admin] = [(); 2].map(|()| ports::free());
+    let arguments = ["dev", "--listen", &listen.to_string(), "--admin", &admin.to_string(), "--config", text(&settings)];
+    let mut dev = Dev::start(pointsman(&arguments).args(PROFILE).current_dir(&project));
+    let heard = dev.hear(0, "saved: generation 1 is at work");
+    assert!(dev.said().contains(&format!("http://{listen}/")), "{}", dev.said());
+    let page = http::send("GET", &format!("http://{listen}/"), &[], None).expect("a page");
+    assert!(page.status == 200 && page.body.contains("<html"), "{page:?}");
+
+    let (publisher, n) = (Publisher::new(listen), std::cell::Cell::new(0));
+    let decided = || {
+        n.set(n.get() + 1);
+        let id = format!("e{}", n.get());
+        publisher.publish(&[event(&id, "order.shipped", json!({ "customer": "42" }))]);
+        let url = format!("http://{admin}/v1/decisions?event_id={id}");
+        let verdict = eventually(SOON, "it is decided", || http::send("GET", &url, &[], None).ok()?.json().get(0).cloned());
+        verdict["verdicts"][0].clone()
+    };
+    // By the crate's own config.json.
+    assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("routes"), Some(1)));
+    let heard = dev.hear(heard, "order.shipped e1: saved routes: committed");
+
+    let file = project.join("src/lib.rs");
+    let good = fs::read_to_string(&file).expect("read it");
+    fs::write(&file, good.replace("let owner = event.text", "let owner = 42; event.text")).expect("write it");
+    let heard = dev.hear(heard, "saved: not built");
+    assert!(dev.said().contains("error[E0"), "what the compiler says: {}", dev.said());
+    assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("routes"), Some(1)));
+
+    let silent = good.replace("Ok(owner.into_iter().chain(region).collect())", "let _ = (owner, region);\n        Ok(Vec::new())");
+    assert_ne!(silent, good);
+    fs::write(&file, silent).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 2 is at work");
+    assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("none"), Some(2)));
+
+    // What it is configured with is saved, too: another attribute names the owner.
+    fs::write(&file, &good).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 3 is at work");
+    fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 4 is at work");
+    assert_eq!(decided()["verdict"], "none");
+
+    // In the middle of a build: nothing is left behind.
+    fs::write(&file, format!("{good}\n// again")).expect("write it");
+    dev.hear(heard, "saved: building");
+    let folder = format!("pointsman-dev-{}", dev.process.id());
+    assert!(Command::new("kill").args(["-s", "INT", &dev.process.id().to_string()]).status().expect("kill").success());
+    let ended = eventually(SOON, "it ends", || dev.process.try_wait().expect("wait"));
+    assert!(ended.success(), "{ended:?}: {}", dev.said());
+    eventually(SOON, "cargo and the compilers end", || (!is_worked_in(&project)).then_some(()));
+    assert!(!std::env::temp_dir().join(folder).exists(), "its folder stays behind");
+}
