@@ -322,7 +322,7 @@ async fn the_plugin_decides_the_same_in_every_language() {
         .collect();
     assert_eq!(
         words.into_iter().collect::<Vec<_>>(),
-        ["\"amend\"", "\"drop\"", "\"failed\"", "\"keep\"", "\"none\"", "\"routes\"", "\"skipped\""]
+        ["\"amend\"", "\"drop\"", "\"failed\"", "\"keep\"", "\"none\"", "\"rejected\"", "\"retry\"", "\"routes\"", "\"skipped\""]
     );
     assert!(decisions.iter().all(|decision| !decision["resolution"]["failed"].to_string().contains("trapped")));
     assert!(decisions.iter().filter(|decision| decision["resolution"]["routes"].is_array()).count() > N_EVENTS / 10);
