@@ -119,6 +119,8 @@ fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported
     assert_eq!((number(&report, "compared"), number(&report, "skipped"), number(&report, "waiting")), (1_000, 0, 0));
     assert_eq!(report["generation"], 1);
     assert_turned(&report, &turned);
+    let shown = ok(site.node.admin("/v1/plugins/turning"));
+    assert_eq!((number(&shown["shadow"], "different"), &shown["generation"]), (7, &json!(1)));
     let comparisons =
         |outcome: &str| site.node.metric(&format!("pointsman_plugin_shadow_comparisons_total{{plugin=\"turning\",outcome=\"{outcome}\"}}"));
     assert_eq!((comparisons("same"), comparisons("different")), (993.0, 7.0));
@@ -129,6 +131,8 @@ fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported
     assert_eq!(trial.status, 200, "{trial:?}");
     assert_eq!(number(&site.report(), "compared"), 1_000);
 
+    // Nor is any of it for a page in a browser.
+    assert_eq!(site.node.order("DELETE", SHADOW, &[("Origin", "http://127.0.0.1:8080")], b"").status, 403);
     assert_eq!(site.node.order("DELETE", SHADOW, &[], b"").status, 204);
     assert_eq!(site.node.admin(SHADOW).status, 404);
     assert_eq!(site.node.order("DELETE", SHADOW, &[], b"").status, 404);
@@ -199,6 +203,21 @@ fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
             site.node.restart();
         }
     }
+}
+
+#[test]
+fn what_is_only_tried_out_counts_for_no_plugins_health() {
+    let site = Site::new(Node::builder());
+    let failing: Vec<_> = (0..30).map(|n| event(&format!("e{n}"), "t", json!({ "user": "1", "turns": 1, "then": "panic" }))).collect();
+    let failing = serde_json::to_vec(&failing).expect("JSON");
+    let batch = [("Content-Type", "application/cloudevents-batch+json")];
+    let tried = ok(site.node.send("POST", "/v1/events?dry_run=true", &batch, &failing));
+    for event in tried["events"].as_array().expect("a list") {
+        // The breaker would spare it the last ones.
+        assert!(event["reason"].as_str().is_some_and(|reason| reason.contains("as the event said")), "{event}");
+    }
+    let shown = ok(site.node.admin("/v1/plugins/turning"));
+    assert_eq!(number(&shown["health"], "failed_in_row"), 0, "{shown}");
 }
 
 fn past_events_are_asked_about_again(builder: Builder) {

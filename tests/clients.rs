@@ -10,6 +10,15 @@ use crate::harness::{demo_plugins, node_interpreter, repository};
 
 /// Runs one file of `node:test` against a node with the demo's plugins.
 fn run(file: &str) {
+    let node = Node::builder().plugins(demo_plugins()).config(include_str!("../examples/demo/pointsman.toml")).start();
+    run_with(file, &[("POINTSMAN_ADDRESS", &node.addr().to_string())]);
+}
+
+/// Runs one file of `node:test` in `clients/`, with these variables.
+///
+/// # Panics
+/// With what it said, if it fails.
+pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
     static INSTALLED: Once = Once::new();
     let folder = repository().join("tests/clients");
     INSTALLED.call_once(|| {
@@ -21,9 +30,8 @@ fn run(file: &str) {
             folder.display()
         );
     });
-    let node = Node::builder().plugins(demo_plugins()).config(include_str!("../examples/demo/pointsman.toml")).start();
     let mut command = Command::new(node_interpreter());
-    command.args(["--test", "--test-reporter=spec", file]).current_dir(&folder).env("POINTSMAN_ADDRESS", node.addr().to_string());
+    command.args(["--test", "--test-reporter=spec", file]).current_dir(&folder).envs(variables.iter().copied());
     let output = command.output().unwrap_or_else(|error| panic!("node cannot be run ({error}); `make test` installs it"));
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{file}: {}\n{said}", output.status);

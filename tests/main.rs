@@ -19,6 +19,7 @@ mod groups;
 mod harness;
 mod hostile;
 mod languages;
+mod openapi;
 mod operators;
 mod outage;
 mod overtaking;

@@ -171,7 +171,9 @@ fn an_order_takes_the_key() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let config = format!("[auth]\njwt_secret = '{KEY}'\nkey = '{KEY}'\n");
     let node = Node::builder().production().config(&config).plugins(plugins.dir()).start();
-    for (method, path) in [("PUT", ""), ("DELETE", ""), ("POST", "/disable"), ("POST", "/enable"), ("POST", "/rollback")] {
+    let own = [("PUT", ""), ("DELETE", ""), ("POST", "/disable"), ("POST", "/enable"), ("POST", "/rollback")];
+    let candidates = [("PUT", "/shadow"), ("DELETE", "/shadow"), ("POST", "/promote"), ("POST", "/replay")];
+    for (method, path) in own.into_iter().chain(candidates) {
         let order = |headers: &[(&str, &str)]| node.order(method, &format!("/v1/plugins/versioned{path}"), headers, b"").status;
         assert_eq!(order(&[]), 401, "{method} {path}");
         assert_eq!(order(&[("Authorization", "Bearer wrong")]), 401, "{method} {path}");

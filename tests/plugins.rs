@@ -228,8 +228,10 @@ async fn one_bad_event_costs_its_batch_nothing() {
 #[tokio::test]
 async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
     let bench = Bench::unruly(json!({}));
-    let given_up = bench.pipeline.evaluate((0..8).map(|_| event(json!({"type": "panic"}))).collect(), NOW_MS);
-    assert!(tokio::time::timeout(Duration::from_micros(1), given_up).await.is_err());
+    let mut given_up = Box::pin(bench.pipeline.evaluate((0..8).map(|_| event(json!({"type": "panic"}))).collect(), NOW_MS));
+    // The events are handed over by then, and at work or waiting.
+    assert!(futures_util::poll!(given_up.as_mut()).is_pending(), "two calls that panic take longer than to ask for them");
+    drop(given_up);
     let batch = |from: usize| {
         bench.pipeline.evaluate((from..from + 30).map(|n| event(json!({"type": "t", "user": format!("{n}")}))).collect(), NOW_MS)
     };

@@ -43,6 +43,7 @@ pub(crate) mod fake;
 mod health;
 mod members;
 mod notifications;
+mod openapi;
 mod page;
 mod plugins;
 mod query;
@@ -57,6 +58,7 @@ use query::{Parameters, Path, Query};
 /// The routes of the listener for applications.
 pub fn routes(state: Arc<State>) -> Router {
     let mut routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
         .route("/v1/events", post(events::publish))
         .route("/v1/stream", get(stream::open))
         .route("/v1/notifications", get(notifications::page))
@@ -75,6 +77,7 @@ pub fn routes(state: Arc<State>) -> Router {
 /// The routes of the listener for operators: who reads is asked for no key, who changes something is. They answer no other origin.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))

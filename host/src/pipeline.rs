@@ -344,18 +344,22 @@ impl Worker {
         folded
     }
 
-    /// Asks one plugin, and has a candidate beside it asked the same.
+    /// Asks one plugin, unless it has no interest or has failed too often, and has a candidate beside it asked the same.
     fn ask(&mut self, generation: &Generation, role: Role, call: &Call<'_>, verdicts: &mut Vec<Verdict>, ticking: &Ticking) -> Asked {
-        // A plugin that is not asked just now, because it failed too often, decides nothing that could be compared.
-        if self.is_live
-            && generation.plugin.wants(&call.event.kind)
-            && let Admission::Spared(why) = generation.health(role).admit(Instant::now())
-        {
-            let (plugin, reason) = (generation.plugin.name().to_string(), why.to_string());
-            verdicts.push(Verdict { plugin, generation: generation.number, verdict: "failed".to_owned(), reason: reason.clone() });
-            return settle(generation, reason, 0);
-        }
-        let asked = self.ask_admitted(generation, role, call, verdicts, ticking);
+        let asked = if !generation.plugin.wants(&call.event.kind) {
+            verdicts.push(verdict(generation, "skipped", ""));
+            Asked::Passed
+        } else {
+            if self.is_live
+                && let Admission::Spared(why) = generation.health(role).admit(Instant::now())
+            {
+                let reason = why.to_string();
+                verdicts.push(verdict(generation, "failed", &reason));
+                // It decides nothing that could be compared.
+                return settle(generation, reason, 0);
+            }
+            self.have_decided(generation, role, call, verdicts, ticking)
+        };
         if self.is_live
             && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
         {
@@ -365,7 +369,7 @@ impl Worker {
     }
 
     /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
-    fn ask_admitted(
+    fn have_decided(
         &mut self,
         generation: &Generation,
         role: Role,
@@ -374,14 +378,7 @@ impl Worker {
         ticking: &Ticking,
     ) -> Asked {
         let plugin = &generation.plugin;
-        let mut note = |verdict: &str, reason: &str| {
-            let (plugin, verdict, reason) = (plugin.name().to_string(), verdict.to_owned(), reason.to_owned());
-            verdicts.push(Verdict { plugin, generation: generation.number, verdict, reason });
-        };
-        if !plugin.wants(&call.event.kind) {
-            note("skipped", "");
-            return Asked::Passed;
-        }
+        let mut note = |word: &str, reason: &str| verdicts.push(verdict(generation, word, reason));
         let mut attempts = 0;
         let error = loop {
             attempts += 1;
@@ -479,6 +476,10 @@ impl Folded {
     fn call<'a>(&'a self, published: &'a Event, clock_ms: u64, payload: &'a ParsedPayload) -> Call<'a> {
         Call { event: self.amended.as_ref().unwrap_or(published), priority: self.priority, clock_ms, payload }
     }
+}
+
+fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &str) -> Verdict {
+    Verdict { plugin: plugin.name().to_string(), generation: *number, verdict: word.to_owned(), reason: reason.to_owned() }
 }
 
 /// What becomes of an event that a plugin fails on.

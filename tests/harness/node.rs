@@ -185,6 +185,11 @@ impl Node {
         self.listen
     }
 
+    /// Where operators and probes connect.
+    pub(crate) fn admin_addr(&self) -> SocketAddr {
+        self.admin
+    }
+
     pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.listen)
     }

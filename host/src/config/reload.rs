@@ -5,6 +5,7 @@
 //! old ones (that is `plugin::registry`'s doing). The file is looked at, and not listened to: one look costs nothing, and sees the file of an
 //! orchestrator that swaps a link to its folder.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -125,10 +126,9 @@ fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
     for (section, after) in &after {
         let empty = Table::new();
         let (before, after) = (before.get(section).and_then(|b| b.as_table()).unwrap_or(&empty), after.as_table().unwrap_or(&empty));
-        let names = before.keys().chain(after.keys().filter(|key| !before.contains_key(*key)));
-        keys.extend(names.filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
+        let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
+        keys.extend(names.into_iter().filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
     }
-    keys.sort_unstable();
     keys
 }
 

@@ -143,13 +143,13 @@ fn side(decided: &Decided) -> Box<RawValue> {
 pub struct Differences(Vec<Difference>);
 
 impl Differences {
-    pub fn is_full(&self) -> bool {
-        self.0.len() >= MAX_DIFFERENCES
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Keeps it, if there is room.
     pub fn push(&mut self, difference: Difference) {
-        if !self.is_full() {
+        if self.0.len() < MAX_DIFFERENCES {
             self.0.push(difference);
         }
     }

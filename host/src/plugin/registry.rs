@@ -475,7 +475,11 @@ impl Registry {
             !at_work.contains(&name.as_str()) && !slot.files.is_empty() && (slot.failure.is_some() || !slots.is_enabled(name))
         });
         let names = at_work.iter().copied().chain(idle.map(|(name, _)| name.as_str()));
-        let mut states: Vec<PluginState> = names.filter_map(|name| Some(slots.by_name.get(name)?.state(name, slots, now))).collect();
+        let state = |name: &str| {
+            let shadow = self.find_shadow(name).ok().map(|shadow| shadow.summary());
+            Some(PluginState { shadow, ..slots.by_name.get(name)?.state(name, slots, now) })
+        };
+        let mut states: Vec<PluginState> = names.filter_map(state).collect();
         states.extend(self.missing(slots));
         states
     }

@@ -49,7 +49,15 @@ impl Drop for Open {
 /// How a candidate fares.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    pub plugin: Name,
+    #[serde(flatten)]
+    pub summary: Summary,
+    /// The first ones.
+    pub differences: Differences,
+}
+
+/// How a candidate fares, in numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Summary {
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
     /// What it says its version is.
@@ -68,8 +76,6 @@ pub struct Report {
     pub skipped: u64,
     /// Calls that wait.
     pub waiting: usize,
-    /// The first ones.
-    pub differences: Differences,
 }
 
 /// One candidate.
@@ -177,19 +183,24 @@ impl Shadow {
 
     pub(super) fn report(&self) -> Report {
         let state = self.state();
-        let Tally { generation, compared, different, failed, skipped, differences } = &state.tally;
-        Report {
-            plugin: self.plugin.clone(),
+        Report { summary: self.summarize(&state), differences: state.tally.differences.clone() }
+    }
+
+    pub(super) fn summary(&self) -> Summary {
+        self.summarize(&self.state())
+    }
+
+    fn summarize(&self, State { tally, waiting, .. }: &State) -> Summary {
+        Summary {
             hash: self.hash.clone(),
             version: self.version.clone(),
             since_ms: self.since_ms,
-            generation: *generation,
-            compared: *compared,
-            different: *different,
-            failed: *failed,
-            skipped: *skipped,
-            waiting: state.waiting.len(),
-            differences: differences.clone(),
+            generation: tally.generation,
+            compared: tally.compared,
+            different: tally.different,
+            failed: tally.failed,
+            skipped: tally.skipped,
+            waiting: waiting.len(),
         }
     }
 
@@ -325,5 +336,78 @@ fn decide(candidate: &Plugin, slot: &mut Option<Instance>, engine: &Engine, job:
             Err(error) if error.is_verdict() || attempts == ATTEMPTS => return Decided::of_failure(&error),
             Err(_) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::EntryId;
+
+    /// Without a thread: whatever is offered waits.
+    fn shadow() -> Shadow {
+        Shadow {
+            plugin: Name::parse("p").unwrap(),
+            hash: String::new(),
+            version: String::new(),
+            bytes: Bytes::new(),
+            since_ms: 0,
+            metrics: Metrics::default(),
+            state: Mutex::default(),
+            is_ready: Condvar::new(),
+        }
+    }
+
+    fn offer(shadow: &Shadow, generation: u64, data: &str) {
+        let document = format!(r#"{{"type":"t","data":"{data}"}}"#);
+        let event = Event::from_json(EntryId::default(), "-", document.as_bytes()).unwrap();
+        let call = Call { event: &event, priority: Priority::Normal, clock_ms: 1, payload: &ParsedPayload::default() };
+        shadow.offer(generation, Role::Router, &call, || Decided::None);
+    }
+
+    #[test]
+    fn what_finds_too_many_or_too_much_waiting_is_not_compared_but_counted() {
+        let many = shadow();
+        (0..MAX_WAITING + 10).for_each(|_| offer(&many, 1, "x"));
+        assert_eq!((many.summary().waiting, many.summary().skipped), (MAX_WAITING, 10));
+        let label = PluginShadowLabel { plugin: "p".into(), outcome: "skipped" };
+        assert_eq!(many.metrics.plugin_shadow_comparisons.get_or_create(&label).get(), 10);
+        // One that is taken makes room for one.
+        assert!(many.next().is_some());
+        offer(&many, 1, "x");
+        assert_eq!((many.summary().waiting, many.summary().skipped), (MAX_WAITING, 10));
+
+        let large = shadow();
+        let data = "x".repeat(MAX_WAITING_BYTES / 10);
+        (0..12).for_each(|_| offer(&large, 1, &data));
+        assert_eq!((large.summary().waiting, large.summary().skipped), (9, 3));
+        while large.summary().waiting > 0 {
+            large.next().unwrap();
+        }
+        assert_eq!(large.state().waiting_bytes, 0);
+        large.end();
+        offer(&large, 1, "x");
+        assert!(large.summary().waiting == 0 && large.next().is_none(), "nothing waits for one that is over");
+    }
+
+    #[test]
+    fn counts_are_against_one_generation() {
+        let shadow = shadow();
+        let note = |generation: u64, new: &Decided| {
+            offer(&shadow, generation, "x");
+            shadow.note(&shadow.next().unwrap(), new);
+        };
+        let counts = || {
+            let Summary { generation, compared, different, failed, .. } = shadow.summary();
+            (generation, compared, different, failed)
+        };
+        assert_eq!(counts(), (None, 0, 0, 0));
+        note(1, &Decided::None);
+        note(1, &Decided::Keep);
+        note(1, &Decided::Failed { reason: "it trapped".into() });
+        assert_eq!(counts(), (Some(1), 3, 2, 1));
+        note(2, &Decided::None);
+        assert_eq!(counts(), (Some(2), 1, 0, 0));
+        assert!(shadow.report().differences.is_empty());
     }
 }

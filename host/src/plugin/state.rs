@@ -6,6 +6,7 @@ use super::Role;
 use super::generation::Generation;
 use super::health::Report;
 use super::settings::Settings;
+use super::shadow::Summary;
 
 /// A plugin, or a file that should be one, or one that is configured and has no file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -39,6 +40,8 @@ pub struct PluginState {
     pub refusal: Option<Refusal>,
     /// `None`: nothing is at work.
     pub health: Option<Report>,
+    /// The candidate beside it, if there is one.
+    pub shadow: Option<Summary>,
     /// Generations that are no longer at work, newest first.
     pub ended: Vec<Ended>,
 }

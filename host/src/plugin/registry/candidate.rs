@@ -106,7 +106,7 @@ impl Registry {
         Ok((candidate, settings))
     }
 
-    fn find_shadow(&self, name: &str) -> Result<Arc<shadow::Shadow>, OrderError> {
+    pub(super) fn find_shadow(&self, name: &str) -> Result<Arc<shadow::Shadow>, OrderError> {
         let shadow = Name::parse(name).ok().and_then(|name| self.shadows.of(&name));
         shadow.ok_or_else(|| OrderError::NoCandidate(name.to_owned()))
     }

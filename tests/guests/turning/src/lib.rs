@@ -39,6 +39,7 @@ impl Router for Turning {
             Some(other) => Some(Route::to_user(other)),
             None => user.map(Route::to_user),
         };
-        Ok(routes.into_iter().collect())
+        // An end, which is counted from the clock that the call is shown.
+        Ok(routes.into_iter().map(|route| route.ttl_ms(3_600_000)).collect())
     }
 }

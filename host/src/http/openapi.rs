@@ -1,0 +1,137 @@
+//! `GET /v1/openapi.json` on both listeners: everything that they answer, as an OpenAPI 3.1 document for people who write clients.
+//!
+//! It is written by hand, in `host/openapi`: `about.md` is read before the routes, `pointsman.json` holds what all share, and the pieces
+//! under `public` and `admin` the paths of one listener each, with the components that they name. Here they are only put together; that they
+//! say what is true is shown by `tests/openapi.rs`.
+
+use std::sync::LazyLock;
+
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use bytes::Bytes;
+use serde_json::{Map, Value};
+
+const ABOUT: &str = include_str!("../../openapi/about.md");
+const SHARED: &str = include_str!("../../openapi/pointsman.json");
+const PUBLIC: [&str; 4] = [
+    include_str!("../../openapi/public/events.json"),
+    include_str!("../../openapi/public/stream.json"),
+    include_str!("../../openapi/public/recipients.json"),
+    include_str!("../../openapi/public/dead.json"),
+];
+const ADMIN: [&str; 4] = [
+    include_str!("../../openapi/admin/health.json"),
+    include_str!("../../openapi/admin/decisions.json"),
+    include_str!("../../openapi/admin/plugins.json"),
+    include_str!("../../openapi/admin/candidates.json"),
+];
+/// A schema that clients also take by itself.
+const NOTIFICATION: &str = include_str!("../../schema/notification.json");
+
+pub(super) async fn document() -> impl IntoResponse {
+    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| Bytes::from(format!("{:#}\n", Value::Object(compose()))));
+    ([(CONTENT_TYPE, "application/json")], Bytes::clone(&DOCUMENT))
+}
+
+fn compose() -> Map<String, Value> {
+    let mut document = parse(SHARED);
+    document["info"]["description"] = ABOUT.into();
+    document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
+    let mut notification = parse(NOTIFICATION);
+    // Here it is part of a document that says both, and by an id of its own no reference would find it.
+    notification.retain(|key, _| !["$schema", "$id"].contains(&key.as_str()));
+    put(&mut document["components"]["schemas"], "Notification".to_owned(), notification.into());
+    for (listener, pieces) in [PUBLIC.as_slice(), ADMIN.as_slice()].into_iter().enumerate() {
+        let server = Value::Array(vec![document["servers"][listener].clone()]);
+        for (kind, members) in pieces.iter().flat_map(|piece| parse(piece)) {
+            for (name, member) in object(members) {
+                if kind == "paths" {
+                    put_path(&mut document["paths"][&name], &server, object(member));
+                } else {
+                    put(&mut document["components"][&kind], name, member);
+                }
+            }
+        }
+    }
+    document
+}
+
+/// Each operation says on which listener it is: a path may be on both, with other methods.
+fn put_path(into: &mut Value, server: &Value, item: Map<String, Value>) {
+    if into.is_null() {
+        *into = Value::Object(Map::new());
+    }
+    for (key, mut member) in item {
+        if key != "parameters" {
+            member["servers"] = server.clone();
+        }
+        put(into, key, member);
+    }
+}
+
+fn put(into: &mut Value, name: String, member: Value) {
+    let was = into.as_object_mut().expect("pointsman.json has this kind").insert(name.clone(), member);
+    assert!(was.is_none(), "{name} stands twice in host/openapi");
+}
+
+fn parse(piece: &str) -> Map<String, Value> {
+    object(serde_json::from_str(piece).expect("host/openapi is JSON"))
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    let Value::Object(members) = value else { panic!("not an object in host/openapi: {value}") };
+    members
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// `GET /v1/dead` and so on: the routes that a function of `http.rs` lists.
+    fn listed(function: &str) -> BTreeSet<String> {
+        let code = include_str!("../http.rs").split(&format!("pub fn {function}(")).nth(1).and_then(|rest| rest.split("\n}\n").next());
+        let routes = code.expect("the function is there").split(".route(").skip(1);
+        let methods = |route: &str| {
+            let path = route.split('"').nth(1).expect("a path in quotes").to_owned();
+            let named = ["get", "put", "post", "delete", "patch"];
+            // `get(..)` or `.get(..)`, and nothing that only ends so.
+            let words = route.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '(').filter_map(|word| word.split_once('('));
+            let found = words.map(|(word, _)| word.to_owned()).filter(move |word| named.contains(&word.as_str()));
+            found.map(move |method| format!("{} {path}", method.to_uppercase())).collect::<Vec<_>>()
+        };
+        routes.flat_map(methods).collect()
+    }
+
+    /// The operations that the document has on a listener: 0 for the public one, 1 for that of operators.
+    fn documented(document: &Map<String, Value>, listener: usize) -> BTreeSet<String> {
+        let is_here = |operation: &Value| operation.get("servers").is_none_or(|servers| servers[0] == document["servers"][listener]);
+        let items = document["paths"].as_object().unwrap().iter();
+        let operations =
+            items.flat_map(|(path, item)| item.as_object().unwrap().iter().map(move |(method, operation)| (path, method, operation)));
+        let here = operations.filter(|(_, method, operation)| *method != "parameters" && is_here(operation));
+        here.map(|(path, method, _)| format!("{} {path}", method.to_uppercase())).collect()
+    }
+
+    #[test]
+    fn every_route_is_documented_and_every_documented_one_is_a_route() {
+        let document = compose();
+        for (listener, function) in ["routes", "admin_routes"].into_iter().enumerate() {
+            let routes = listed(function);
+            assert!(routes.len() >= 5, "{function}: {routes:?}");
+            assert_eq!(routes, documented(&document, listener), "{function}");
+        }
+    }
+
+    #[test]
+    fn every_component_is_named_by_something() {
+        let document = compose();
+        let text = Value::from(document.clone()).to_string();
+        for (kind, members) in document["components"].as_object().unwrap().iter().filter(|(kind, _)| *kind != "securitySchemes") {
+            for name in members.as_object().unwrap().keys() {
+                assert!(text.contains(&format!("\"#/components/{kind}/{name}\"")), "nothing names {kind}/{name}");
+            }
+        }
+    }
+}

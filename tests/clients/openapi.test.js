@@ -1,0 +1,388 @@
+// The OpenAPI document is one, and nodes answer as it says: in the routes that there are, in every answer's status, headers and body, and in
+// its examples. Run by tests/openapi.rs against a node in dev mode and one that asks for tokens and keys and cannot reach its broker.
+import assert from "node:assert/strict";
+import { createHmac } from "node:crypto";
+import { readFile } from "node:fs/promises";
+import http from "node:http";
+import test from "node:test";
+import { Validator } from "@seriousme/openapi-schema-validator";
+import Ajv from "ajv/dist/2020.js";
+import addFormats from "ajv-formats";
+import { eventually } from "./node-under-test.js";
+
+const { POINTSMAN_KEY: key, POINTSMAN_SECRET: secret } = process.env;
+/** Addresses of the listeners, in the order of the document's servers. */
+const dev = [process.env.POINTSMAN_ADDRESS, process.env.POINTSMAN_ADMIN];
+const away = [process.env.POINTSMAN_AWAY, process.env.POINTSMAN_AWAY_ADMIN];
+const METHODS = ["get", "put", "post", "delete", "patch", "options"];
+
+const document = await (await fetch(`http://${dev[0]}/v1/openapi.json`)).json();
+/** What references stand for, each resolved once, so that its schema is compiled once. */
+const named = new Map();
+/** The document without references. */
+const whole = resolve(document);
+const ajv = addFormats(new Ajv({ allErrors: true, strictTypes: false }));
+
+function resolve(part) {
+  if (Array.isArray(part)) return part.map(resolve);
+  if (part === null || typeof part !== "object") return part;
+  const { $ref, ...others } = part;
+  const own = Object.fromEntries(Object.entries(others).map(([name, value]) => [name, resolve(value)]));
+  if (!$ref) return own;
+  if (!named.has($ref)) named.set($ref, resolve($ref.slice(2).split("/").reduce((at, name) => at[name], document)));
+  return Object.keys(own).length > 0 ? { ...own, ...named.get($ref) } : named.get($ref);
+}
+
+/** Every object in the document, with its place. */
+function* parts(part, place = "#") {
+  if (part === null || typeof part !== "object") return;
+  yield [part, place];
+  for (const [name, value] of Object.entries(part)) yield* parts(value, `${place}/${name}`);
+}
+
+const compiled = new Map();
+
+function holds(schema, value, what) {
+  if (!compiled.has(schema)) compiled.set(schema, ajv.compile(schema));
+  const validate = compiled.get(schema);
+  assert.ok(validate(value), `${what}: ${ajv.errorsText(validate.errors)} in ${JSON.stringify(value)}`);
+}
+
+/** What a listener has at a path: all of it but what names the other as its server. */
+const operationsOf = (item, listener) => METHODS.filter((method) => item[method] && isOn(item[method], listener)).map((method) => [method, item[method]]);
+const isOn = ({ servers }, listener) => !servers || servers[0].description === document.servers[listener].description;
+const LISTENERS = [0, 1];
+
+/** What the document says of a request. */
+function operation(listener, method, path) {
+  const asked = path.split("?")[0].split("/");
+  for (const [template, item] of Object.entries(whole.paths)) {
+    const names = template.split("/");
+    if (names.length === asked.length && names.every((name, at) => name === asked[at] || name.startsWith("{"))) {
+      return operationsOf(item, listener).find(([one]) => one === method.toLowerCase())?.[1];
+    }
+  }
+}
+
+/** `operationId status` of each answer, and the errors that were said, their numbers left out. */
+const seen = new Set();
+const said = new Set();
+const gist = (error) => JSON.stringify(error).replaceAll(/\d+/g, "#");
+
+/** Headers of every answer, which are HTTP's and not ours. */
+const TRANSPORT = ["connection", "content-length", "content-type", "date", "keep-alive", "transfer-encoding", "vary"];
+
+/** Asks a node, holds its answer against the document, and returns the body. */
+async function ask(status, method, path, { node = dev, listener = 0, headers = {}, body } = {}) {
+  const answer = await fetch(`http://${node[listener]}${path}`, { method, headers, body });
+  const text = await answer.text();
+  const what = `${method} ${path} (${answer.status})`;
+  assert.equal(answer.status, status, `${what}: ${text}`);
+  return documented(what, operation(listener, method, path), answer, text);
+}
+
+function documented(what, operation, answer, text) {
+  assert.ok(operation, `${what} is not documented`);
+  const response = operation.responses[answer.status];
+  assert.ok(response, `${what}: this status is not documented; ${text}`);
+  seen.add(`${operation.operationId} ${answer.status}`);
+  for (const [name, { schema, required }] of Object.entries(response.headers ?? {})) {
+    const value = answer.headers.get(name);
+    if (value !== null) holds(schema, schema.type === "integer" ? Number(value) : value, `${what}: ${name}`);
+    else assert.ok(!required, `${what} has no ${name}`);
+  }
+  const names = Object.keys(response.headers ?? {}).map((name) => name.toLowerCase());
+  assert.deepEqual([...answer.headers.keys()].filter((name) => !TRANSPORT.includes(name) && !names.includes(name)), [], `${what} has headers that are not documented`);
+  if (!response.content) return assert.equal(text, "", `${what} has a body, and none is documented`);
+  const type = answer.headers.get("content-type").split(";")[0];
+  assert.ok(response.content[type], `${what}: ${type} is not documented`);
+  const body = type === "application/json" ? JSON.parse(text) : text;
+  holds(response.content[type].schema, body, what);
+  if (answer.status >= 400) said.add(gist(body));
+  return body;
+}
+
+const STRUCTURED = { "Content-Type": "application/cloudevents+json" };
+const BATCH = { "Content-Type": "application/cloudevents-batch+json" };
+const JSON_TYPE = { "Content-Type": "application/json" };
+const structured = (event) => ({ headers: STRUCTURED, body: JSON.stringify(event) });
+const acknowledgement = (body) => ({ headers: JSON_TYPE, body: JSON.stringify(body) });
+
+/** Opens a stream, and returns its first frames, at least so many, each held against the document. */
+async function frames(count, query, { node = dev, headers } = {}) {
+  const end = new AbortController();
+  const answer = await fetch(`http://${node[0]}/v1/stream?${query}`, { headers, signal: end.signal });
+  const decoder = new TextDecoder();
+  let text = "";
+  const read = () => text.split("\n\n").slice(0, -1);
+  for await (const bytes of answer.body) {
+    text += decoder.decode(bytes, { stream: true });
+    if (read().length >= count) break;
+  }
+  end.abort();
+  documented(`GET /v1/stream?${query}`, operation(0, "get", "/v1/stream"), answer, text);
+  return read().map((frame) => {
+    const fields = frame.split("\n").filter((line) => !line.startsWith(":")).map((line) => line.match(/^(\w+): ?(.*)$/).slice(1));
+    const event = Object.fromEntries(fields.map(([name, value]) => [name, name === "retry" ? Number(value) : value]));
+    holds(whole.components.schemas.StreamEvent, event, frame);
+    const kinds = whole.components.schemas.StreamEvent.oneOf;
+    const { contentSchema } = (kinds.find(({ properties }) => event.event && properties.event.const === event.event) ?? kinds[0]).properties.data;
+    if (contentSchema) holds(contentSchema, JSON.parse(event.data), frame);
+    return event;
+  });
+}
+
+test("the document is OpenAPI 3.1, the same on both listeners", async () => {
+  const { valid, errors } = await new Validator().validate(structuredClone(document));
+  assert.ok(valid, JSON.stringify(errors, null, 1));
+  assert.match(document.openapi, /^3\.1\./);
+  const ids = Object.values(whole.paths).flatMap((item) => METHODS.flatMap((method) => item[method]?.operationId ?? []));
+  assert.deepEqual(ids, [...new Set(ids)], "operationIds are unique");
+  assert.deepEqual(await ask(200, "GET", "/v1/openapi.json", { listener: 1 }), document);
+});
+
+test("no object of ours may have a member that is not documented", () => {
+  const isOpen = ({ type, properties, additionalProperties }) => properties && [type].flat().includes("object") && (additionalProperties ?? true) === true;
+  const open = [...parts(document)].filter(([part]) => isOpen(part));
+  assert.deepEqual(open.map(([, place]) => place), []);
+});
+
+test("every example is one", () => {
+  for (const [part, place] of parts(whole)) {
+    if (!part.schema) continue;
+    if ("example" in part) holds(part.schema, part.example, place);
+    for (const [name, { value }] of Object.entries(part.examples ?? {})) holds(part.schema, value, `${place}: ${name}`);
+  }
+});
+
+test("every operation is there, and no method that is not documented", async () => {
+  for (const [template, item] of Object.entries(whole.paths)) {
+    const path = template.replace("{partition}", "0").replace("{id}", "1-0").replaceAll(/\{\w+\}/g, "nobody");
+    for (const listener of LISTENERS) {
+      const documented = operationsOf(item, listener).map(([method]) => method);
+      for (const method of METHODS) {
+        // A stream is asked for so that it is refused, as it would not end; and so is whatever would change something on the way.
+        const answer = await fetch(`http://${dev[listener]}${path}?user=`, { method: method.toUpperCase() });
+        const text = await answer.text();
+        const what = `${method} ${path} on ${document.servers[listener].description}: ${answer.status} ${text}`;
+        const isThere = answer.status !== 405 && !text.includes("there is nothing at");
+        assert.equal(isThere, documented.includes(method), what);
+        if (isThere) continue;
+        holds(whole.components.schemas.Error, JSON.parse(text), what);
+        assert.equal(answer.status, documented.length > 0 ? 405 : 404, what);
+        const allowed = documented.flatMap((one) => (one === "get" ? ["GET", "HEAD"] : [one.toUpperCase()]));
+        assert.deepEqual(answer.headers.get("allow")?.split(",").sort() ?? [], allowed.sort(), what);
+      }
+    }
+  }
+});
+
+test("events are published, refused and tried out as documented", async () => {
+  for (const [type, { examples, example }] of Object.entries(operation(0, "post", "/v1/events").requestBody.content)) {
+    for (const value of Object.values(examples ?? { example: { value: example } }).map(({ value }) => value).filter(Boolean)) {
+      const request = { headers: { "Content-Type": type }, body: JSON.stringify(value) };
+      await ask(200, "POST", "/v1/events?dry_run=true", request);
+      await ask(Array.isArray(value) ? 200 : 202, "POST", "/v1/events", request);
+    }
+  }
+  await ask(202, "POST", "/v1/events", { headers: JSON_TYPE, body: '{"type":"t","data":[null,1.5]}' });
+  const { parameters } = operation(0, "post", "/v1/events");
+  const binary = Object.fromEntries(parameters.filter((one) => one.in === "header").map(({ name, example }) => [name, example]));
+  await ask(202, "POST", "/v1/events", { headers: { ...binary, "Content-Type": "image/png" }, body: new Uint8Array([0, 255]) });
+
+  // All that a plan can have, a plugin that says no, and one that fails.
+  const promoted = await ask(200, "POST", "/v1/events?dry_run=true", structured({ type: "promotion", users: ["ann", "bob"], list: [1], n: 1.5, flag: true }));
+  assert.ok(["when", "expires_ms", "collapse", "event_name", "body"].every((member) => promoted.plan.some((route) => member in route)), JSON.stringify(promoted));
+  const outcomes = [structured({ type: "noise" }), structured({ type: "t", user: "ann", ttl: "soon" }), structured({ type: "t" })];
+  const tried = await Promise.all(outcomes.map((request) => ask(200, "POST", "/v1/events?dry_run=true", request)));
+  assert.deepEqual(tried.map(({ outcome }) => outcome), ["discarded", "dead-lettered", "unrouted"]);
+  assert.equal((await ask(200, "POST", "/v1/events?dry_run=true", structured({}))).status, "refused");
+  const batch = JSON.stringify([{ type: "noise" }, {}, { id: "bad", type: "t", user: "ann", ttl: "soon" }, { id: "bad", type: "t", source: "/s" }, { id: "bad", type: "t", source: "/s" }]);
+  await ask(200, "POST", "/v1/events?dry_run=true", { headers: BATCH, body: batch });
+  await ask(200, "POST", "/v1/events", { headers: BATCH, body: batch });
+  await ask(200, "POST", "/v1/events", { headers: BATCH, body: "[]" });
+
+  await ask(400, "POST", "/v1/events", structured({ id: "a" }));
+  await ask(400, "POST", "/v1/events?dry_run=perhaps", structured({ type: "t" }));
+  await ask(415, "POST", "/v1/events", { headers: { "Content-Type": "text/plain" }, body: "hello" });
+  await ask(413, "POST", "/v1/events", structured({ type: "t", data: "x".repeat(300_000) }));
+  // A body that never ends.
+  const answer = await new Promise((resolve, reject) => {
+    const [host, port] = dev[0].split(":");
+    const request = http.request({ host, port, path: "/v1/events", method: "POST", headers: STRUCTURED }, (answer) => {
+      let text = "";
+      answer.on("data", (data) => (text += data)).on("end", () => { request.destroy(); resolve({ status: answer.statusCode, headers: new Headers(answer.headers), text }); });
+    });
+    request.on("error", reject).write("{");
+  });
+  documented("a body that never ends", operation(0, "post", "/v1/events"), answer, answer.text);
+  assert.equal(answer.status, 408);
+});
+
+test("who is in which group, and what is known of a user", async () => {
+  const member = "/v1/groups/ops%20team/members/ann";
+  await ask(404, "GET", member);
+  await ask(204, "PUT", member);
+  await ask(200, "GET", member);
+  await ask(400, "PUT", member, { body: "{}" });
+  await ask(204, "DELETE", member);
+  for (const method of ["GET", "PUT", "DELETE"]) await ask(400, method, "/v1/groups/a%0Ab/members/ann");
+  const attributes = "/v1/users/ann/attributes";
+  assert.deepEqual(await ask(200, "GET", attributes), {});
+  const { example } = operation(0, "put", attributes).requestBody.content["application/json"];
+  await ask(204, "PUT", attributes, { body: JSON.stringify(example) });
+  assert.deepEqual(await ask(200, "GET", attributes), example);
+  await ask(400, "PUT", attributes, { body: '{"plan":null}' });
+  await ask(413, "PUT", attributes, { body: " ".repeat(600_000) });
+  await ask(204, "DELETE", attributes);
+  for (const method of ["GET", "PUT", "DELETE"]) await ask(400, method, "/v1/users/a%0Ab/attributes", method === "PUT" ? { body: "{}" } : {});
+});
+
+test("notifications are read and acknowledged as documented", async () => {
+  const [{ id: before }] = await frames(1, "user=dora&device=laptop");
+  const bytes = { type: "t", user: "dora", datacontenttype: "image/png", data_base64: "/wA=" };
+  for (const event of [{ type: "t", user: "dora", priority: "high", subject: "s" }, bytes, { type: "promotion" }]) {
+    await ask(202, "POST", "/v1/events", structured(event));
+  }
+  let page;
+  await eventually("all is committed", async () => (page = await ask(200, "GET", `/v1/notifications?user=dora&after=${before}`)).notifications.length >= 3);
+  assert.equal((await ask(200, "GET", "/v1/notifications?user=dora&limit=1&types=t,x.*&min_priority=high")).unread.count, 1);
+  assert.equal((await ask(200, "GET", "/v1/notifications?user=dora&after=nonsense")).gaps[0].reason, "unknown");
+  const names = async (count, query) => (await frames(count, query)).map(({ event }) => event);
+  assert.deepEqual((await names(4, `user=dora&last_event_id=${before}`)).slice(0, 4), ["cursor", undefined, undefined, "promotion"]);
+  assert.deepEqual((await names(2, "user=dora&last_event_id=nonsense")).slice(0, 2), ["gap", "cursor"]);
+
+  const { examples } = operation(0, "post", "/v1/acks").requestBody.content["application/json"];
+  for (const { value } of Object.values(examples)) await ask(204, "POST", "/v1/acks?user=dora", acknowledgement({ ...value, id: page.cursor }));
+  const read = await ask(200, "GET", "/v1/notifications?user=dora");
+  assert.ok(read.notifications.length >= 3 && read.notifications.every((item) => item.read) && read.unread.count === 0);
+  await ask(400, "POST", "/v1/acks?user=dora", acknowledgement({ id: "latest", device: "laptop" }));
+  await ask(403, "POST", "/v1/acks?user=eve", acknowledgement({ id: page.cursor, read: true }));
+  await ask(413, "POST", "/v1/acks?user=dora", acknowledgement({ id: "1".repeat(5_000), read: true }));
+  await ask(415, "POST", "/v1/acks?user=dora", { body: "{}" });
+  await ask(400, "GET", "/v1/notifications?user=dora&limit=1001");
+  await ask(400, "GET", "/v1/stream?user=dora&devices=all");
+});
+
+test("dead letters and decisions are shown as documented", async () => {
+  await ask(202, "POST", "/v1/events", structured({ id: "dead-1", type: "t", user: "ann", priority: "highest" }));
+  await ask(202, "POST", "/v1/events", { headers: { "ce-type": "t", "ce-user": "ann", "ce-ttl": "soon", "Content-Type": "image/png" }, body: new Uint8Array([255]) });
+  const list = () => ask(200, "GET", "/v1/dead");
+  await eventually("two dead letters", async () => (await list()).dead.length >= 2);
+  assert.ok((await ask(200, "GET", "/v1/dead?limit=1")).next);
+  const [first, second] = (await list()).dead.slice(-2);
+  await ask(200, "GET", `/v1/dead/${first.id}`);
+  assert.ok(JSON.stringify(await ask(200, "GET", `/v1/dead/${second.id}`)).includes("value_base64"));
+  await ask(204, "POST", `/v1/dead/${first.id}/redrive`);
+  await ask(204, "DELETE", `/v1/dead/${second.id}`);
+  for (const [method, path] of [["GET", ""], ["DELETE", ""], ["POST", "/redrive"]]) {
+    await ask(404, method, `/v1/dead/${second.id}${path}`);
+    await ask(400, method, `/v1/dead/x/1-0${path}`);
+  }
+  await ask(400, "GET", "/v1/dead?after=7");
+
+  let decisions;
+  const outcomes = () => [...new Set(decisions.map(({ outcome }) => outcome))].sort();
+  const all = ["committed", "dead-lettered", "discarded", "duplicate", "unrouted"];
+  await eventually("every outcome", async () => ((decisions = await ask(200, "GET", "/v1/decisions", { listener: 1 })), outcomes().length === all.length));
+  assert.deepEqual(outcomes(), all);
+  assert.ok((await ask(200, "GET", "/v1/decisions?event_id=dead-1&limit=5", { listener: 1 })).length >= 1);
+  await ask(400, "GET", "/v1/decisions?last=5", { listener: 1 });
+});
+
+test("probes and scrapers are answered as documented", async () => {
+  for (const path of ["/healthz", "/readyz", "/metrics"]) await ask(200, "GET", path, { listener: 1 });
+  await ask(503, "GET", "/readyz", { node: away, listener: 1 });
+});
+
+const wasm = (name) => readFile(`${process.env.POINTSMAN_PLUGINS}/${name}.wasm`);
+const order = (status, method, path, more) => ask(status, method, `/v1/plugins${path}`, { listener: 1, ...more });
+
+test("plugins are shown, swapped and refused as documented", async () => {
+  assert.ok((await order(200, "GET", "")).plugins.length >= 3);
+  const first = await order(200, "GET", "/address");
+  await order(409, "POST", "/address/rollback");
+  // Another file that does the same: with an empty custom section, called "again".
+  const another = Buffer.concat([await wasm("address"), Buffer.from("\0\x06\x05again")]);
+  const second = await order(200, "PUT", "/address", { body: another });
+  assert.deepEqual([second.state, second.previous, second.ended[0].hash], ["on-probation", first.generation, first.hash]);
+  const back = await order(200, "POST", "/address/rollback");
+  assert.deepEqual([back.state, back.hash, back.failed_hash, back.refusal.hash], ["active", first.hash, second.hash, second.hash]);
+  assert.equal((await order(200, "POST", "/discard/disable")).state, "disabled");
+  assert.equal((await order(200, "POST", "/discard/enable")).state, "active");
+  await order(204, "DELETE", "/discard");
+  assert.equal((await order(200, "GET", "/discard")).state, "missing");
+  await order(422, "PUT", "/discard", { body: "no plugin" });
+  await order(409, "PUT", "/my%20router", { body: "no plugin" });
+  const nobody = [["GET", ""], ["DELETE", ""], ...["enable", "disable", "rollback", "promote"].map((word) => ["POST", `/${word}`]), ["GET", "/shadow"], ["DELETE", "/shadow"]];
+  for (const [method, path] of nobody) {
+    await order(404, method, `/nobody${path}`);
+    await order(400, method, `/%FF${path}`);
+  }
+  for (const [method, path] of [...nobody.filter(([method]) => method !== "GET"), ["PUT", ""], ["PUT", "/shadow"], ["POST", "/replay"]]) {
+    await order(403, method, `/nobody${path}`, { headers: { origin: "http://127.0.0.1" } });
+  }
+});
+
+test("candidates are compared as documented", async () => {
+  // Of the same kind, and it names nobody.
+  const candidate = { body: await wasm("rules") };
+  assert.equal((await order(200, "PUT", "/address/shadow", candidate)).generation, null);
+  await ask(202, "POST", "/v1/events", structured({ type: "t", user: "ann", priority: "low" }));
+  let report;
+  await eventually("a difference", async () => (report = await order(200, "GET", "/address/shadow")).differences.length > 0);
+  assert.deepEqual([report.differences[0].old.verdict, report.differences[0].new.verdict], ["routes", "none"]);
+  assert.equal((await order(200, "GET", "/address")).shadow.hash, report.hash);
+  await order(204, "DELETE", "/address/shadow");
+  await order(200, "PUT", "/address/shadow", { body: await wasm("address") });
+  await order(200, "POST", "/address/promote");
+  const replayed = await order(200, "POST", "/address/replay?last=500", candidate);
+  assert.ok(replayed.different > 0 && replayed.reach.length === 1);
+  await order(400, "POST", "/address/replay?last=0", candidate);
+  for (const [method, path] of [["PUT", "/shadow"], ["POST", "/replay"]]) {
+    await order(422, method, `/address${path}`, { body: "no plugin" });
+    await order(404, method, `/nobody${path}`, candidate);
+    await order(400, method, `/%FF${path}`, candidate);
+  }
+});
+
+test("without a token or key, and without a broker", async () => {
+  const part = (value) => Buffer.from(typeof value === "string" ? value : JSON.stringify(value)).toString("base64url");
+  const head = `${part({ alg: "HS256", typ: "JWT" })}.${part({ sub: "ann", exp: Math.floor(Date.now() / 1_000) + 600 })}`;
+  const token = `${head}.${createHmac("sha256", secret).update(head).digest("base64url")}`;
+  // An id of ann's, which no node that is away can give.
+  const [{ id }] = await frames(1, "user=ann");
+  const bodies = { "/v1/events": structured({ type: "t" }), "/v1/acks": acknowledgement({ id, read: true }), "/v1/users/{user}/attributes": { body: "{}" } };
+  for (const [template, item] of Object.entries(whole.paths)) {
+    const path = template.replace("{partition}", "0").replace("{id}", "1-0").replaceAll(/\{\w+\}/g, "ann");
+    for (const listener of LISTENERS) {
+      for (const [method, { operationId, security, responses }] of operationsOf(item, listener)) {
+        const more = method === "get" ? {} : bodies[template] ?? {};
+        const request = (authorization) => ({ node: away, listener, ...more, headers: { ...more.headers, ...(authorization && { authorization }) } });
+        if (security.length > 0) {
+          for (const wrong of [undefined, "Bearer wrong"]) await ask(401, method.toUpperCase(), path, request(wrong));
+        }
+        const shown = security.some((scheme) => "key" in scheme) ? key : token;
+        if (operationId === "openStream") {
+          const [close] = await frames(1, "", { node: away, headers: { authorization: `Bearer ${token}` } });
+          assert.equal(close.data, '{"reason":"starting"}');
+        } else if (responses[503]?.headers && !path.startsWith("/v1/plugins")) {
+          await ask(503, method.toUpperCase(), path, request(`Bearer ${shown}`));
+        }
+      }
+    }
+  }
+});
+
+test("whatever succeeds was seen, and the errors in the examples were said", () => {
+  const operations = Object.values(whole.paths).flatMap((item) => METHODS.flatMap((method) => item[method] ?? []));
+  const successes = operations.flatMap(({ operationId, responses }) => Object.keys(responses).filter((status) => status < 300).map((status) => `${operationId} ${status}`));
+  assert.deepEqual(successes.filter((one) => !seen.has(one)), []);
+  // These take a broker that refuses, a backlog of a million, a node that was given no key, or one that has only just begun.
+  const unheard = /the broker refuses; |events wait in this source|this node takes no keys|still being loaded/;
+  const errors = [...parts(whole)].filter(([part]) => part.schema?.required?.[0] === "error");
+  const examples = errors.flatMap(([{ example, examples }]) => [...Object.values(examples ?? {}).map(({ value }) => value), ...(example ? [example] : [])]);
+  assert.ok(examples.length > 20);
+  const made = examples.filter((value) => !unheard.test(value.error) && !said.has(gist(value)));
+  assert.deepEqual([...new Set(made.map(gist))], [], "no node said these");
+});

@@ -1,0 +1,57 @@
+//! The OpenAPI document says what nodes answer. That it names every route is shown where the routes are (`host/src/http/openapi.rs`); here
+//! a validator reads it, and real answers are held against it (`clients/openapi.test.js`).
+
+use crate::clients;
+use crate::harness::guests::core_module;
+use crate::harness::node::{Folder, Node};
+use crate::harness::plugins::Plugins;
+use crate::harness::ports;
+
+const SECRET: &str = "the secret of these tests, longer than 32 bytes";
+const KEY: &str = "the key of these tests";
+
+/// With a rule that says all that a route can say.
+const DEV: &str = r#"
+[limits]
+body_timeout_s = 1
+[[plugins.discard.config.rules]]
+match.type = "noise"
+[[plugins.rules.config.rules]]
+match.type = "promotion"
+to.everyone = true
+when = { plan = "pro" }
+[[plugins.rules.config.rules]]
+match.type = "promotion"
+to.everyone = true
+priority = "low"
+ttl = "1h"
+collapse = "promotion"
+event_name = "promotion"
+body = { text = "Half the price" }
+"#;
+
+#[test]
+fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
+    let files = ["address", "discard", "rules"].map(|name| (format!("{name}.wasm"), core_module(name)));
+    let plugins = Plugins::new(&files.each_ref().map(|(file, bytes)| (file.as_str(), bytes.clone())));
+    let node = Node::builder().plugins(plugins.dir()).config(DEV).start();
+    // It asks for tokens and keys, and has no broker to reach, nor a plugin to compile.
+    let no_plugins = Folder::new();
+    let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"");
+    let away = Node::builder().production().redis(format!("redis://{}", ports::free())).plugins(no_plugins.path()).config(&config);
+    let mut away = away.may_be_unready().start();
+    let addresses = [node.addr(), node.admin_addr(), away.addr(), away.admin_addr()].map(|address| address.to_string());
+    let [address, admin, away_address, away_admin] = addresses.each_ref().map(String::as_str);
+    let folder = plugins.dir();
+    let variables = [
+        ("POINTSMAN_ADDRESS", address),
+        ("POINTSMAN_ADMIN", admin),
+        ("POINTSMAN_AWAY", away_address),
+        ("POINTSMAN_AWAY_ADMIN", away_admin),
+        ("POINTSMAN_KEY", KEY),
+        ("POINTSMAN_SECRET", SECRET),
+        ("POINTSMAN_PLUGINS", folder.to_str().expect("a path of ours")),
+    ];
+    clients::run_with("openapi.test.js", &variables);
+    away.kill();
+}
