@@ -348,12 +348,12 @@ fn with_id(mut item: Item, publisher_id: u8) -> Item {
 /// Asks until the answer is the wanted one.
 ///
 /// # Panics
-/// If it is not within half a minute.
+/// If it is not within a minute.
 async fn until(mut is_so: impl AsyncFnMut() -> bool) {
     let asking = async {
         while !is_so().await {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), asking).await.expect("it comes to be so");
+    tokio::time::timeout(Duration::from_secs(60), asking).await.expect("it comes to be so");
 }
