@@ -293,7 +293,7 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
         // Without an id, without a time, and routed to nobody.
         json!({ "specversion": "1.0", "source": "/tests", "type": "bare" }),
     ]);
-    node.settle(SOON);
+    node.await_outcomes(4, SOON);
     let url = node.admin_url("");
     let export = |last: &str| {
         let Output { status, stdout, stderr } = pointsman(&["events", "export", "--url", &url, "--last", last]).output().expect("run it");
@@ -327,7 +327,7 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
     // Another node takes them as they are, and holds the same.
     let other = Node::builder().start();
     Publisher::new(other.addr()).publish(&documents);
-    other.settle(SOON);
+    other.await_outcomes(4, SOON);
     let again = http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("an answer");
     assert_eq!(again.body, lines);
     assert_eq!(again.header("pointsman-bound"), Some("source"));

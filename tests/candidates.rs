@@ -234,7 +234,7 @@ fn past_events_are_asked_about_again(builder: Builder) {
     follower.wait(SOON, "all events", |record| record.notifications.len() >= events.len());
     // Those that are no events, of no interest or doubled are told apart: none of them was decided by the plugin, or its plan is not kept.
     site.node.publisher().publish(&[event("p1", "order.paid", json!({ "user": "1" })), event("nobody", "t", json!({}))]);
-    site.node.settle(SOON);
+    site.node.await_outcomes(1_002, SOON);
 
     let report = ok(replay(1_002, &turning(2)));
     assert_eq!((number(&report, "found"), number(&report, "compared")), (1_002, 1_001), "{report}");

@@ -42,7 +42,7 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
         publisher.publish(&batch.iter().map(|id| event(id, "t", json!({"user": "7"}))).collect::<Vec<_>>());
     }
     eventually(SOON, "it is rolled back", || (node.metric("pointsman_plugin_rollbacks_total{plugin=\"versioned\"}") == 1.0).then_some(()));
-    eventually(SOON, "every event has its outcome", || (node.metric("pointsman_events_total") == EVENTS as f64).then_some(()));
+    node.await_outcomes(EVENTS, SOON);
 
     let plugin = shown(node);
     assert_eq!((&plugin["state"], &plugin["generation"], &plugin["hash"]), (&json!("active"), &json!(1), &json!(hash(&versioned(1)))));

@@ -346,7 +346,16 @@ impl Node {
         Follower::start(self.listen, &format!("user={user}")).connected(SOON)
     }
 
-    /// Waits until nothing is left beyond the position.
+    /// Waits until this process has brought so many events to their outcome.
+    ///
+    /// # Panics
+    /// If that takes longer.
+    pub(crate) fn await_outcomes(&self, n: usize, within: Duration) {
+        eventually(within, "every event has its outcome", || (self.metric("pointsman_events_total") >= n as f64).then_some(()));
+    }
+
+    /// Waits until nothing was left beyond the position, as the node last looked: what was published in the second before may be missed.
+    /// [`Node::await_outcomes`] misses nothing.
     ///
     /// # Panics
     /// If that takes longer.
