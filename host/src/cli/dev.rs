@@ -4,6 +4,7 @@
 //! own behind. A built file is put into the folder, and what becomes of it there is the node's business, as with anybody's file.
 
 use std::fs;
+use std::io::IsTerminal as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,7 +67,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let settings = Arc::new(Settings::new(options.config.as_deref(), crates.clone(), scratch.0.join("pointsman.toml"))?);
     let config = options.node(&settings, &plugins)?;
     let filter = EnvFilter::try_new(&options.log).with_context(|| format!("--log {}", options.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .log_internal_errors(false)
+        .without_time()
+        .init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     let ended = runtime.block_on(async {
         let shutdown = Shutdown::new();
@@ -75,7 +82,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
         println!("page       http://{address}/");
         println!(
-            "publish    pointsman publish --url http://{address} --type order.shipped --user 42 --data '{{\"order\":{{\"region\":\"eu\"}}}}'"
+            "publish    pointsman publish --url http://{address} --type order.shipped --user 42 --attribute customer=42 --data '{{\"order\":{{\"region\":\"eu\"}}}}'"
         );
         println!("listen     pointsman tail --url http://{address} --user 42");
         println!("plugins    {} is watched: put a .wasm file there", plugins.display());

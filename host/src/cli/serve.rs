@@ -93,6 +93,9 @@ fn start_log(log: &Log) {
     // Checked as the configuration was.
     let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    // A line that cannot be written (a full disk, a pipe that nobody reads) is lost. By default it would be complained of on standard error,
+    // which cannot be written either: a panic, wherever something was logged.
+    let builder = builder.log_internal_errors(false);
     match log.format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
