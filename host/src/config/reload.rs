@@ -78,6 +78,13 @@ pub(crate) async fn follow(origin: Origin, registry: Arc<Registry>, readiness: R
         }
         let now = look(recipe.path());
         if now != taken_up && now == before {
+            if now.is_none() {
+                // An accident, or the moment between two files: without it, everything would be as by default, and events unrouted for good.
+                let text = format!("{} is gone; what it said is in force", recipe.path().display());
+                readiness.warn("configuration", text);
+                before = now;
+                continue;
+            }
             taken_up = now;
             take_up(&recipe, &written, &registry, &readiness).await;
         }
