@@ -166,7 +166,9 @@ pub struct State {
     /// Bounds the bodies held in memory.
     publishing: Semaphore,
     /// One file of a plugin at a time: it may be large, and takes a processor for seconds.
-    uploading: Semaphore,
+    uploading: Arc<Semaphore>,
+    /// Orders of operators that are being carried out, or wait for one another.
+    ordering: Arc<Semaphore>,
     /// One candidate at a time is asked about past events.
     rehearsing: Semaphore,
 }
@@ -195,7 +197,8 @@ impl State {
             retention,
             origins,
             publishing,
-            uploading: Semaphore::new(1),
+            uploading: Arc::new(Semaphore::new(1)),
+            ordering: Arc::new(Semaphore::new(MAX_ORDERS)),
             rehearsing: Semaphore::new(1),
         }
     }
@@ -272,6 +275,9 @@ impl FromRequestParts<Arc<State>> for Keyed {
         Ok(Self)
     }
 }
+
+/// The most orders of operators at once.
+const MAX_ORDERS: usize = 8;
 
 /// Of a body that is too large, so much is received and thrown away before it is refused.
 const MAX_THROWN_AWAY: usize = 16 * 1024 * 1024;

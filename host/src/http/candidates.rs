@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::plugins::{order, receive};
 use super::{ApiError, Keyed, Path, Query, State};
+use crate::plugin::registry::Registry;
 use crate::plugin::shadow;
 use crate::plugin::state::PluginState;
 use crate::rehearsal::{self, MAX_EVENTS, rehearse};
@@ -22,13 +23,19 @@ pub(super) async fn begin(
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<shadow::Report>, ApiError> {
-    let (file, _permit) = receive(&state, body).await?;
-    order(&state, move |registry| registry.begin_shadow(&name, file)).await.map(Json)
+    let (file, permit) = receive(&state, body).await?;
+    let begin = move |registry: &Registry| {
+        let _permit = permit;
+        registry.begin_shadow(&name, file)
+    };
+    order(&state, begin).await.map(Json)
 }
 
 /// `GET /v1/plugins/{name}/shadow`.
 pub(super) async fn report(
     extract::State(state): extract::State<Arc<State>>,
+    // What differs is shown with recipients and bodies.
+    _: Keyed,
     Path(name): Path<String>,
 ) -> Result<Json<shadow::Report>, ApiError> {
     Ok(Json(state.pipeline()?.registry().shadow(&name)?))
@@ -80,8 +87,12 @@ pub(super) async fn replay(
     let _one = state.rehearsing.try_acquire().map_err(busy)?;
     let broker = state.broker()?;
     let understudy = {
-        let (file, _permit) = receive(&state, body).await?;
-        order(&state, move |registry| registry.understudy(&name, &file)).await?
+        let (file, permit) = receive(&state, body).await?;
+        let load = move |registry: &Registry| {
+            let _permit = permit;
+            registry.understudy(&name, &file)
+        };
+        order(&state, load).await?
     };
     let registry = Arc::clone(state.pipeline()?.registry());
     Ok(Json(rehearse(broker.as_ref(), registry, understudy, options.last).await?))

@@ -11,7 +11,7 @@ use axum::extract;
 use axum::http::StatusCode;
 use bytes::Bytes;
 use serde::Serialize;
-use tokio::sync::SemaphorePermit;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{ApiError, Keyed, Path, State, read_body};
 use crate::plugin::MAX_FILE_BYTES;
@@ -52,8 +52,13 @@ pub(super) async fn upload(
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<PluginState>, ApiError> {
-    let (file, _permit) = receive(&state, body).await?;
-    order(&state, move |registry| registry.upload(&name, &file)).await.map(Json)
+    let (file, permit) = receive(&state, body).await?;
+    let upload = move |registry: &Registry| {
+        // Until it is done: whoever hangs up must not make room for the next.
+        let _permit = permit;
+        registry.upload(&name, &file)
+    };
+    order(&state, upload).await.map(Json)
 }
 
 /// `DELETE /v1/plugins/{name}`.
@@ -68,12 +73,12 @@ pub(super) async fn remove(
 
 /// `POST /v1/plugins/{name}/enable`.
 pub(super) async fn enable(state: extract::State<Arc<State>>, _: Keyed, Path(name): Path<String>) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.enable(&name, true)).await.map(Json)
+    order(&state, move |registry| registry.enable(&name)).await.map(Json)
 }
 
 /// `POST /v1/plugins/{name}/disable`.
 pub(super) async fn disable(state: extract::State<Arc<State>>, _: Keyed, Path(name): Path<String>) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.enable(&name, false)).await.map(Json)
+    order(&state, move |registry| registry.disable(&name)).await.map(Json)
 }
 
 /// `POST /v1/plugins/{name}/rollback`.
@@ -86,9 +91,9 @@ pub(super) async fn roll_back(
 }
 
 /// The bytes of a file, with the permit to have them here: one at a time.
-pub(super) async fn receive(state: &State, body: Body) -> Result<(Bytes, SemaphorePermit<'_>), ApiError> {
+pub(super) async fn receive(state: &State, body: Body) -> Result<(Bytes, OwnedSemaphorePermit), ApiError> {
     let busy = |_| ApiError::overloaded("another plugin is being uploaded to this node");
-    let permit = state.uploading.try_acquire().map_err(busy)?;
+    let permit = Arc::clone(&state.uploading).try_acquire_owned().map_err(busy)?;
     Ok((read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?, permit))
 }
 
@@ -98,7 +103,14 @@ pub(super) async fn order<T: Send + 'static>(
     carry_out: impl FnOnce(&Registry) -> Result<T, OrderError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let registry = Arc::clone(state.pipeline()?.registry());
-    let done = tokio::task::spawn_blocking(move || carry_out(&registry)).await;
+    // The threads that may block are also those on which an embedded broker reads.
+    let busy = |_| ApiError::overloaded("this node has as many orders to carry out as it takes");
+    let permit = Arc::clone(&state.ordering).try_acquire_owned().map_err(busy)?;
+    let carry_out = move || {
+        let _permit = permit;
+        carry_out(&registry)
+    };
+    let done = tokio::task::spawn_blocking(carry_out).await;
     done.map_err(|panic| ApiError::incapable("the order made this node panic").cause(panic))?.map_err(ApiError::from)
 }
 
