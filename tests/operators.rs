@@ -172,7 +172,7 @@ fn an_order_takes_the_key() {
     let config = format!("[auth]\njwt_secret = '{KEY}'\nkey = '{KEY}'\n");
     let node = Node::builder().production().config(&config).plugins(plugins.dir()).start();
     let own = [("PUT", ""), ("DELETE", ""), ("POST", "/disable"), ("POST", "/enable"), ("POST", "/rollback")];
-    let candidates = [("PUT", "/shadow"), ("DELETE", "/shadow"), ("POST", "/promote"), ("POST", "/replay")];
+    let candidates = [("PUT", "/shadow"), ("GET", "/shadow"), ("DELETE", "/shadow"), ("POST", "/promote"), ("POST", "/replay")];
     for (method, path) in own.into_iter().chain(candidates) {
         let order = |headers: &[(&str, &str)]| node.order(method, &format!("/v1/plugins/versioned{path}"), headers, b"").status;
         assert_eq!(order(&[]), 401, "{method} {path}");
@@ -207,12 +207,41 @@ fn a_plugin_is_disabled_enabled_and_rolled_back_by_hand() {
     assert_eq!(site.order("PUT", "", &versioned(4)).json()["generation"], 3);
     assert_eq!(site.order("POST", "/rollback", b"").json()["generation"], 2);
     assert_eq!(site.next_decision().1, [by("other", 1), by("versioned", 2)]);
-    site.await_ready(200, |page| page.contains("was rolled back: it was taken back by an operator; generation 2 stays at work"));
+    site.await_ready(200, |page| page.contains("was rolled back: it was taken back by an operator; the folder still holds it"));
     // Asked for by name, it is tried again.
     assert_eq!(site.order("PUT", "", &versioned(4)).json()["generation"], 4);
     assert_eq!(site.node.order("POST", "/v1/plugins/nobody/disable", &[], b"").status, 404);
     let states: Vec<_> = shown(&site.node)["ended"].as_array().unwrap().iter().map(|ended| ended["state"].clone()).collect();
     assert_eq!(states, ["replaced", "rolled-back", "replaced", "disabled"]);
+}
+
+#[test]
+fn a_plugin_that_was_rolled_back_and_disabled_is_at_work_again_when_it_is_enabled() {
+    let plugins = Plugins::new(&[("other.wasm", versioned(9)), ("versioned.wasm", versioned(1))]);
+    let mut site = Site::new(&plugins);
+    assert_eq!(site.order("PUT", "", &versioned(2)).json()["generation"], 2);
+    assert_eq!(site.order("POST", "/rollback", b"").json()["generation"], 1);
+    assert_eq!(site.order("POST", "/disable", b"").json()["generation"], 0);
+    let answer = site.order("POST", "/enable", b"");
+    assert_eq!((answer.status, &answer.json()["generation"]), (200, &json!(3)), "the file that is there is better than nothing");
+    assert_eq!(site.next_decision().1, [by("other", 1), by("versioned", 3)]);
+    site.await_ready(200, |page| !page.contains("plugins"));
+}
+
+/// As where the disk of the log is full, or nobody reads the pipe any more.
+#[test]
+fn a_log_that_cannot_be_written_costs_its_lines_and_nothing_else() {
+    let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
+    let node = Node::builder().plugins(plugins.dir()).log_to("/dev/full").start();
+    let mut stream = node.stream("42");
+    for n in 0..3 {
+        node.publisher().publish(&[event(&format!("bad{n}"), "panic", json!({})), event(&format!("good{n}"), "t", json!({"user": "42"}))]);
+        assert_eq!(stream.next_notification(SOON).id, format!("good{n}"));
+    }
+    assert_eq!(dead_letters(&node).len(), 3);
+    assert_eq!(node.order("PUT", "/v1/plugins/versioned", &[], b"none").status, 422);
+    assert_eq!(node.order("PUT", "/v1/plugins/versioned", &[], &versioned(1)).status, 200);
+    assert_eq!(node.admin("/readyz").body, "ready\n");
 }
 
 #[test]
@@ -255,6 +284,11 @@ fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
     assert!(!page.contains("plugins"), "{page}");
     let names: Vec<_> = node.admin("/v1/plugins").json()["plugins"].as_array().unwrap().iter().map(|p| p["name"].clone()).collect();
     assert_eq!(names, ["versioned", "rules"]);
+    // A file that is gone is no wish to have everything as by default.
+    node.unconfigure();
+    ready("what it said is in force");
+    let id = tell();
+    assert_eq!(ann.next_notification(SOON).id, id);
     node.reconfigure(&format!("[plugins.versioned]\nenabled = false\n{}", config("ann")));
     eventually(SOON, "it is disabled", || (shown(&node)["state"] == "disabled").then_some(()));
     let id = tell();

@@ -126,6 +126,9 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
     let generation = plugin.generation;
     match (&plugin.failure, plugin.state) {
         (Some(failure), _) if generation == 0 => Some((true, failure.clone())),
+        (Some(failure), Word::BreakerOpen) => {
+            Some((false, format!("{failure}; generation {generation} stays at work, and fails on one event after the other")))
+        }
         (Some(failure), _) => Some((false, format!("{failure}; generation {generation} stays at work"))),
         (None, Word::BreakerOpen) => {
             let n = plugin.health.as_ref().map_or(0, |health| health.failed_in_row);

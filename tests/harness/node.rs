@@ -69,6 +69,7 @@ pub(crate) struct Builder {
     environment: Vec<(String, String)>,
     leftovers: bool,
     ready: bool,
+    log: Option<PathBuf>,
 }
 
 impl Builder {
@@ -105,6 +106,12 @@ impl Builder {
     /// A variable of its environment.
     pub(crate) fn environment(mut self, name: &str, value: impl Into<String>) -> Self {
         self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Where it logs, in place of the file that [`Node::log`] reads.
+    pub(crate) fn log_to(mut self, path: impl Into<PathBuf>) -> Self {
+        self.log = Some(path.into());
         self
     }
 
@@ -177,6 +184,7 @@ impl Node {
             environment: Vec::new(),
             leftovers: false,
             ready: true,
+            log: None,
         }
     }
 
@@ -246,7 +254,8 @@ impl Node {
     }
 
     fn launch(&mut self) {
-        let log = File::options().create(true).append(true).open(self.folder.path().join("node.log")).expect("open the node's log");
+        let log = self.builder.log.clone().unwrap_or_else(|| self.folder.path().join("node.log"));
+        let log = File::options().create(true).append(true).open(log).expect("open the node's log");
         let mut command = self.builder.command(&self.folder, &self.name, self.listen, self.admin);
         command.stdout(log.try_clone().expect("share the log")).stderr(log);
         self.process = Some(command.spawn().expect("run pointsman"));
@@ -304,6 +313,11 @@ impl Node {
         let draft = self.folder.path().join(".pointsman.toml");
         fs::write(&draft, toml).expect("write a draft");
         fs::rename(draft, self.folder.path().join("pointsman.toml")).expect("rename it");
+    }
+
+    /// Removes its `pointsman.toml` while it runs.
+    pub(crate) fn unconfigure(&self) {
+        fs::remove_file(self.folder.path().join("pointsman.toml")).expect("it had one");
     }
 
     /// The sum of all series of a metric whose line begins so, such as `pointsman_events_total{outcome="committed"}`; 0 if there is none.

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -76,16 +76,21 @@ pub(super) fn look(dir: &Path) -> Result<Look, String> {
 /// # Errors
 /// It cannot be written; the text names it.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
-    let unwritable =
-        |error| format!("{} cannot be written: {error}; let this node write there, or copy the file there yourself", path.display());
-    let draft = path.with_file_name(format!(".{}.upload", path.file_name().unwrap_or_default().to_string_lossy()));
+    let unwritable = |error: std::io::Error| {
+        format!("{} cannot be written: {error}; let this node write there, or copy the file there yourself", path.display())
+    };
+    // A name of its own: other nodes may share the folder, and be given the same file at this moment.
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    let draft = path.with_file_name(format!(".{file}.{:016x}.upload", rand::random::<u64>()));
     let written = || {
-        let mut file = File::create(&draft)?;
+        let mut file = File::options().write(true).create_new(true).open(&draft)?;
         file.write_all(bytes)?;
         // Whole on the disk before it has its name: a node that is killed meanwhile finds the old file or the new one.
         file.sync_all()?;
+        let file = file.metadata()?;
         fs::rename(&draft, path)?;
-        fs::metadata(path)
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
+        Ok(file)
     };
     match written() {
         Ok(file) => Ok(Sighting { path: path.to_owned(), stamp: Some(Stamp::of(&file)) }),
@@ -100,7 +105,12 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
 /// # Errors
 /// It cannot be removed; the text names it.
 pub(super) fn remove(path: &Path) -> Result<(), String> {
-    fs::remove_file(path).map_err(|error| format!("{} cannot be removed: {error}; remove it yourself", path.display()))
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(format!("{} cannot be removed: {error}; remove it yourself", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether a file may be made for a plugin of this name, and is then this plugin's.

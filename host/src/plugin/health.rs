@@ -17,6 +17,8 @@ use serde::Serialize;
 
 /// So many events must have failed before a share of them is a reason to roll back.
 const MIN_FAILED: u64 = 5;
+/// So many events end a probation, beside its time: at night, time alone says nothing.
+const MIN_ASKED: u64 = 20;
 /// For how long the breaker is open the first time, and at the most: twice as long each time that the event it tries fails.
 const PAUSE: Duration = Duration::from_secs(1);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
@@ -191,7 +193,7 @@ impl Health {
         self.is_ailing.store(true, Relaxed);
         ailments.n_failed_in_row = ailments.n_failed_in_row.saturating_add(1);
         if self.is_on_probation.load(Relaxed) {
-            if now < ailments.probation_ends {
+            if !self.is_over(&ailments, now) {
                 let n_asked = self.n_asked.fetch_add(1, Relaxed) + 1;
                 ailments.n_failed += 1;
                 let n_failed = ailments.n_failed;
@@ -229,13 +231,18 @@ impl Health {
 
     /// Whether nothing is held against it: its probation, if it had one, is over.
     pub(super) fn is_proven(&self, now: Instant) -> bool {
-        !self.is_on_probation.load(Relaxed) || now >= self.ailments.lock().expect("no panic under this lock").probation_ends
+        !self.is_on_probation.load(Relaxed) || self.is_over(&self.ailments.lock().expect("no panic under this lock"), now)
+    }
+
+    /// Whether a probation has lasted for long enough.
+    fn is_over(&self, ailments: &Ailments, now: Instant) -> bool {
+        now >= ailments.probation_ends && self.n_asked.load(Relaxed) >= MIN_ASKED
     }
 
     pub(super) fn report(&self, now: Instant) -> Report {
         let ailments = self.ailments.lock().expect("no panic under this lock");
         let left = ailments.probation_ends.saturating_duration_since(now);
-        let is_on_probation = self.is_on_probation.load(Relaxed) && !left.is_zero();
+        let is_on_probation = self.is_on_probation.load(Relaxed) && !self.is_over(&ailments, now);
         let (asked, failed) = (self.n_asked.load(Relaxed), ailments.n_failed);
         let (breaker, retry_in) = match ailments.breaker {
             Breaker::Closed => (BreakerState::Closed, None),
@@ -273,7 +280,7 @@ mod tests {
         let rolled_back = fares(true, began + seconds(59));
         let [(11, Consequence::RollBack(reason))] = rolled_back.as_slice() else { panic!("{rolled_back:?}") };
         assert!(reason.starts_with("failed on 5 of 12 events within its probation; 10 % is the most"), "{reason}");
-        assert_eq!(fares(true, began + seconds(60)), [], "the probation is over");
+        assert_eq!(fares(true, began + seconds(60)).len(), 1, "time alone says nothing");
         assert_eq!(fares(false, began), [], "it has none");
     }
 

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::watch;
@@ -150,7 +150,10 @@ impl Registry {
     /// Compiles, so it may take seconds; not for an async thread.
     pub(super) fn take_up(&self, look: Look) {
         let loading = self.begin_loading();
-        self.take_up_in(&loading, look);
+        // It may have waited for somebody who loads, or who wrote just these files: what is not so any more is seen again, by the next look.
+        let now = self.dir.as_deref().and_then(|dir| folder::look(dir).ok()).unwrap_or_default();
+        let still = look.into_iter().filter(|(name, files)| now.get(name).map_or(&[][..], Vec::as_slice) == files.as_slice());
+        self.take_up_in(&loading, still.collect());
     }
 
     /// Takes over another `[plugins]` section: a plugin whose own settings changed is loaded again, and stays what it was if it does not
@@ -186,7 +189,8 @@ impl Registry {
         let Some(dir) = &self.dir else {
             return Err(OrderError::Impossible("this node has no folder of plugins; start it with --plugins DIR".to_owned()));
         };
-        if !folder::is_name(name) {
+        let has_file = self.slots().by_name.get(name).is_some_and(|slot| !slot.files.is_empty());
+        if !has_file && !folder::is_name(name) {
             let rule = "letters, digits and hyphens, not beginning with a hyphen or with a number and a hyphen, at most 64 of them";
             return Err(OrderError::Impossible(format!("'{}' is no name for a file: {rule}", name.escape_debug())));
         }
@@ -199,13 +203,10 @@ impl Registry {
             let path = slot.and_then(|slot| slot.files.first()).map_or_else(|| dir.join(format!("{name}.wasm")), |file| file.path.clone());
             (slots.config.settings(name), path)
         };
+        let loaded = self.load_bytes(name, bytes, &settings);
         let running = self.slots().running_as(name, &settings);
-        let done = match self.load_bytes(name, bytes, &settings) {
+        let done = match loaded {
             Ok(plugin) if running.as_deref() == Some(plugin.hash()) => Done::Same(plugin.hash().to_owned()),
-            Ok(plugin) if !self.slots().is_enabled(name) => {
-                drop(plugin);
-                Done::Rests
-            }
             Ok(plugin) => Done::Loaded(Box::new(plugin), settings),
             Err(Failure { reason, hash }) => {
                 tracing::error!(plugin.name = name, plugin.failed_hash = hash, "plugin not taken: it {reason}");
@@ -216,7 +217,12 @@ impl Registry {
         // In its place before it takes over: what decides is what is there after a restart.
         let sighting = folder::write(&path, bytes).map_err(OrderError::Folder)?;
         self.apply(&loading, vec![(name.to_owned(), vec![sighting], done)]);
-        self.state(name)
+        let state = self.state(name)?;
+        // What runs may have been rolled back in the meantime, after it was found to be what is uploaded.
+        if state.generation > 0 && state.hash != hash(bytes) {
+            return Err(OrderError::Impossible("it was rolled back while it was being uploaded; upload it again".to_owned()));
+        }
+        Ok(state)
     }
 
     /// Takes a plugin's file out of the folder, and the plugin with it.
@@ -236,24 +242,37 @@ impl Registry {
         Ok(())
     }
 
-    /// Has a plugin take part, or not, whatever is configured, until the node ends or `enabled` is configured otherwise.
+    /// Takes a plugin from work, whatever is configured, until it is enabled, the node ends or `enabled` is configured otherwise. At once,
+    /// whoever is loading files meanwhile.
+    ///
+    /// # Errors
+    /// There is no such plugin.
+    pub fn disable(&self, name: &str) -> Result<PluginState, OrderError> {
+        {
+            let mut slots = self.slots();
+            let files = slots.set_enabled(name, false)?;
+            if let Some(slot) = slots.by_name.get_mut(name) {
+                slot.apply(name, files, Done::Rests);
+            }
+            self.publish(&slots);
+        }
+        self.state(name)
+    }
+
+    /// Has a plugin take part again, whatever is configured, until the node ends or `enabled` is configured otherwise.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// There is no such plugin.
-    pub fn enable(&self, name: &str, is_enabled: bool) -> Result<PluginState, OrderError> {
+    /// There is no such plugin, or its file is no good.
+    pub fn enable(&self, name: &str) -> Result<PluginState, OrderError> {
         let loading = self.begin_loading();
-        let files = {
-            let mut slots = self.slots();
-            let is_as_configured = slots.config.settings(name).enabled == is_enabled;
-            let slot = slots.by_name.get_mut(name).filter(|slot| !slot.files.is_empty());
-            let slot = slot.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
-            slot.enabled = (!is_as_configured).then_some(is_enabled);
-            slot.files.clone()
-        };
+        let files = self.slots().set_enabled(name, true)?;
         self.take_up_in(&loading, Look::from([(name.to_owned(), files)]));
-        self.state(name)
+        match self.state(name)? {
+            PluginState { generation: 0, failure: Some(reason), .. } => Err(OrderError::Impossible(reason)),
+            state => Ok(state),
+        }
     }
 
     /// Has the generation before this one take over again. The file stays what it is, and is not taken up again until it changes.
@@ -309,11 +328,13 @@ impl Registry {
     }
 
     fn begin_loading(&self) -> MutexGuard<'_, ()> {
-        self.loading.lock().expect("a panic while loading is caught")
+        // It guards no data: whoever panicked under it left nothing half-done that is not under the other lock.
+        self.loading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().expect("no panic under this lock")
+        // Each change is one assignment, and the chain is published as a whole; a node that could not be operated any more would be worse.
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One plugin as it is now.
@@ -355,7 +376,9 @@ impl Registry {
                 }
                 Some(first) => {
                     n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
-                    let rolled_back = slot.and_then(|slot| slot.rolled_back.as_ref()).filter(|(_, then)| *then == settings);
+                    // Only where what it was rolled back to is at work: it is better than nothing.
+                    let at_work = slot.filter(|slot| slot.running.is_some());
+                    let rolled_back = at_work.and_then(|slot| slot.rolled_back.as_ref()).filter(|(_, then)| *then == settings);
                     Job::Load(Wanted {
                         path: first.path.clone(),
                         running: slots.running_as(&name, &settings),
@@ -394,7 +417,8 @@ impl Registry {
         let config = serde_json::to_string(&settings.config).map_err(|e| failed(format!("has a configuration that is not JSON: {e}")))?;
         // On a thread of its own: WASI's functions may not run on one of an async executor, whoever calls this.
         let load = || Plugin::load(&self.engine, name, bytes, &config, settings.limits());
-        let plugin = std::thread::scope(|scope| scope.spawn(load).join());
+        let plugin = std::thread::scope(|scope| Ok(std::thread::Builder::new().spawn_scoped(scope, load)?.join()));
+        let plugin = plugin.map_err(|e: std::io::Error| failed(format!("was not looked at, as the system gives no thread: {e}")))?;
         let plugin = plugin.map_err(|_| failed("made the host panic as it was loaded".to_owned()))?;
         plugin.map_err(|e| failed(e.to_string()))
     }
@@ -405,6 +429,15 @@ impl Registry {
         {
             let mut slots = self.slots();
             for (name, files, done) in done {
+                let is_gone = matches!(done, Done::Removed);
+                let done = match done {
+                    // Disabled while it was being loaded, or before.
+                    Done::Loaded(..) if !slots.is_enabled(&name) => Done::Rests,
+                    done => done,
+                };
+                if is_gone && let Ok(shadow) = self.find_shadow(&name) {
+                    self.shadows.end(&shadow);
+                }
                 let outcome = slots.by_name.entry(name.clone()).or_default().apply(&name, files, done);
                 outcomes.extend(outcome.map(|outcome| PluginLoadLabel { plugin: name, outcome }));
             }
@@ -418,9 +451,9 @@ impl Registry {
 
     fn refuse(&self, name: &str, reason: &str, hash: Option<String>) {
         let mut slots = self.slots();
-        if let Some(slot) = slots.by_name.get_mut(name) {
-            slot.refusal = Some(Refusal { at_ms: now_ms(), hash, reason: reason.to_owned() });
-        }
+        // What is no plugin here gets no label of its own: names come from outside.
+        let Some(slot) = slots.by_name.get_mut(name).filter(|slot| !slot.files.is_empty()) else { return };
+        slot.refusal = Some(Refusal { at_ms: now_ms(), hash, reason: reason.to_owned() });
         self.metrics.plugin_loads.get_or_create(&PluginLoadLabel { plugin: name.to_owned(), outcome: "failed" }).inc();
     }
 
@@ -443,7 +476,10 @@ impl Registry {
         );
         slot.rolled_back = Some((hash.to_owned(), running.settings.clone()));
         slot.refusal = Some(Refusal { at_ms: now_ms(), hash: Some(hash.to_owned()), reason: reason.to_owned() });
-        slot.failure = Some(Failure { reason: format!("{file} was rolled back: it {reason}"), hash: Some(hash.to_owned()) });
+        slot.failure = Some(Failure {
+            reason: format!("{file} was rolled back: it {reason}; the folder still holds it, so replace it before the node starts again"),
+            hash: Some(hash.to_owned()),
+        });
         slot.end(&running, Word::RolledBack, reason);
         previous.end_probation();
         (slot.running, slot.since_ms) = (Some(previous), now_ms());

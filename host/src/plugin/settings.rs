@@ -66,7 +66,7 @@ pub struct Settings {
     pub max_targets: u32,
     /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
     pub calls_per_instance: u32,
-    /// Seconds that a new version is on probation, 0 to 86,400 (60; 0: none): if it fails too often, the one before takes over again.
+    /// Seconds that a new version is on probation, and for its first 20 events, 0 to 86,400 (60; 0: none): if it fails too often, the one before takes over again.
     pub probation_s: u64,
     /// Of the events of its probation, the most that it may fail on, in percent, 1 to 100 (10); fewer than 5 failures never count.
     pub probation_failure_percent: u32,

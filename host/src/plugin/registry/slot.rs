@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::OrderError;
 use crate::clock::now_ms;
 use crate::plugin::Plugin;
 use crate::plugin::folder::Sighting;
@@ -74,6 +75,18 @@ impl Slots {
         self.by_name.get(name).and_then(|slot| slot.enabled).unwrap_or_else(|| self.config.settings(name).enabled)
     }
 
+    /// Notes what an operator says, and answers the plugin's files.
+    ///
+    /// # Errors
+    /// There is no such plugin.
+    pub(super) fn set_enabled(&mut self, name: &str, is_enabled: bool) -> Result<Vec<Sighting>, OrderError> {
+        let is_as_configured = self.config.settings(name).enabled == is_enabled;
+        let slot = self.by_name.get_mut(name).filter(|slot| !slot.files.is_empty());
+        let slot = slot.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+        slot.enabled = (!is_as_configured).then_some(is_enabled);
+        Ok(slot.files.clone())
+    }
+
     /// The hash of what runs under these very settings.
     pub(super) fn running_as(&self, name: &str, settings: &Settings) -> Option<String> {
         let running = self.by_name.get(name)?.running.as_ref()?;
@@ -109,6 +122,10 @@ impl Slot {
                     None => {}
                 }
                 self.previous = None;
+                if word == Word::Removed {
+                    // Who puts it there again wants it.
+                    (self.enabled, self.rolled_back) = (None, None);
+                }
                 self.since_ms = now_ms();
                 None
             }
@@ -169,12 +186,13 @@ impl Slot {
         let now = Instant::now();
         if let Some(former) = former {
             self.end(&former, Word::Replaced, "");
-            // What is itself still on probation is no ground to fall back on while there is a better one.
-            if former.is_proven(now) || self.previous.is_none() {
+            // What is itself still on probation is no ground to fall back on while there is a better one, and what fails on everything never is.
+            let is_well = former.report(now).breaker == BreakerState::Closed;
+            if is_well && (former.is_proven(now) || self.previous.is_none()) {
                 self.previous = Some(former);
             }
         }
-        self.rolled_back = None;
+        (self.rolled_back, self.refusal) = (None, None);
         let generation = Generation::new(plugin, self.n_generations, settings, self.previous.is_some(), now);
         self.running = Some(Arc::new(generation));
         self.since_ms = now_ms();
