@@ -312,6 +312,7 @@ async fn read_body(mut body: Body, max: usize, wait: Duration) -> Result<Bytes, 
 
 async fn nothing_here(request: Request) -> ApiError {
     ApiError::not_found(format!("there is nothing at {}", request.uri().path().escape_debug()))
+        .fix("GET /v1/openapi.json lists the paths of both listeners: applications have one, operators the other")
 }
 
 async fn other_method(request: Request) -> ApiError {

@@ -523,14 +523,17 @@ impl Registry {
     /// What is configured and has no file.
     fn missing(&self, slots: &Slots) -> Vec<PluginState> {
         let known: Vec<&str> = slots.by_name.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, _)| name.as_str()).collect();
-        let place = self.dir().map_or_else(|| "no folder, as plugins.dir is not set".to_owned(), |dir| dir.display().to_string());
         let configured = slots.config.plugins.iter().filter(|(_, settings)| settings.enabled).map(|(name, _)| name);
         let missing = configured.chain(&slots.config.order).filter(|name| !known.contains(&name.as_str())).collect::<BTreeSet<_>>();
         let missing = missing.into_iter().map(|name| {
-            let there = known.join(", ");
-            let reason = format!(
-                "the plugin '{name}' is configured, and no file in {place} is called so (there: {there}); put {name}.wasm there, or remove it from the configuration"
-            );
+            let reason = match self.dir() {
+                Some(dir) => format!(
+                    "the plugin '{name}' is configured, and no file in {} is called so (there: {}); put {name}.wasm there, or remove it from the configuration",
+                    dir.display(),
+                    known.join(", ")
+                ),
+                None => format!("the plugin '{name}' is configured, and there is no folder of plugins; give --plugins DIR, or set plugins.dir"),
+            };
             if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.generation == 0) {
                 tracing::error!(plugin.name = name, "plugin not loaded: {reason}");
             }

@@ -42,7 +42,13 @@ impl Plugin for MyPlugin {
 
 impl Filter for MyPlugin {
     fn evaluate(&self, event: &Event) -> Result<Verdict, Failure> {
-        if event.attribute("test") == Some(&Value::Flag(true)) {
+        // By XADD, every attribute is text.
+        let is_test = match event.attribute("test") {
+            Some(Value::Flag(is_test)) => *is_test,
+            Some(Value::Text(text)) => text == "true",
+            _ => false,
+        };
+        if is_test {
             return Ok(Verdict::Drop("an order of the test system".into()));
         }
         let total = match event.attribute("/order/total") {
