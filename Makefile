@@ -2,7 +2,7 @@
 # make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (12 min cold)
 # make test    everything that is tested; LONG=1 plays more by chance           (20 min cold, 14 of them compiling)
 # make lint    format, clippy, documentation                                    (5 min cold)
-# make bench   what things cost, as ratios within one run                       (20 min cold)
+# make bench   what things cost, as ratios within one run                       (25 min cold, 4 of them measuring)
 #
 # Cold: an empty target/ on 2 cores, measured. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
 # the same development build of the host, and only `make build` and `make bench` compile everything a second time.
@@ -33,7 +33,7 @@ lint:
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
 
 bench:
-	cargo bench $(LOCKED) --workspace --benches
+	cargo bench $(LOCKED) --workspace --bench criteria --bench plugins
 
 plugins:
 	rustup target add wasm32-unknown-unknown wasm32-wasip2
