@@ -429,15 +429,17 @@ impl Registry {
         {
             let mut slots = self.slots();
             for (name, files, done) in done {
-                let is_gone = matches!(done, Done::Removed);
                 let done = match done {
-                    // Disabled while it was being loaded, or before.
-                    Done::Loaded(..) if !slots.is_enabled(&name) => Done::Rests,
+                    Done::Removed => {
+                        if let Ok(shadow) = self.find_shadow(&name) {
+                            self.shadows.end(&shadow);
+                        }
+                        Done::Removed
+                    }
+                    // Disabled while it was being loaded, or before: whatever came of it, nothing is to be at work.
+                    _ if !slots.is_enabled(&name) => Done::Rests,
                     done => done,
                 };
-                if is_gone && let Ok(shadow) = self.find_shadow(&name) {
-                    self.shadows.end(&shadow);
-                }
                 let outcome = slots.by_name.entry(name.clone()).or_default().apply(&name, files, done);
                 outcomes.extend(outcome.map(|outcome| PluginLoadLabel { plugin: name, outcome }));
             }

@@ -109,10 +109,7 @@ impl Thread {
         let Some(identity) = identity else { return };
         let wake = self.wake.clone();
         let heard = move |event: notify::Result<notify::Event>| {
-            // Reading is an access, too, and we do it with each look.
-            let is_reading =
-                event.is_ok_and(|event| matches!(event.kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write)));
-            if !is_reading {
+            if is_change(&event) {
                 // A full channel: it is already going to look.
                 wake.try_send(()).ok();
             }
@@ -127,6 +124,13 @@ impl Thread {
         }
         self.watched = Some((identity, watcher.ok()));
     }
+}
+
+/// Whether something may have changed. Reading is an access, too, and whoever looks reads.
+pub fn is_change(heard: &notify::Result<notify::Event>) -> bool {
+    let is_reading =
+        |event: &notify::Event| matches!(event.kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write));
+    !heard.as_ref().is_ok_and(is_reading)
 }
 
 /// Plugins whose files are not as they were taken up, and since when they are as they are.

@@ -12,8 +12,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use notify::event::{AccessKind, AccessMode};
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
+use pointsman::plugin::watcher::is_change;
 
 use super::super::plugin::toolchain::{Build, Profile};
 use super::{Crate, Settings};
@@ -161,9 +161,7 @@ impl Bench {
         }
         let wake = self.wake.clone();
         let heard = move |event: notify::Result<notify::Event>| {
-            let is_reading =
-                event.is_ok_and(|event| matches!(event.kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write)));
-            if !is_reading {
+            if is_change(&event) {
                 wake.try_send(()).ok();
             }
         };
