@@ -203,6 +203,12 @@ impl Config {
             origin: None,
         })
     }
+
+    /// The folder of compiled plugins; `None`: there is no use for one, or no place.
+    pub fn plugin_cache(&self) -> Option<PathBuf> {
+        let data = if let BrokerChoice::Data(folder) = &self.broker { Some(folder.as_path()) } else { None };
+        self.plugins.cache_folder(data)
+    }
 }
 
 fn choose(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, Error> {
