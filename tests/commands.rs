@@ -72,15 +72,24 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
     let url = node.url("");
     node.publisher().publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
     let listed = || stdout(&pointsman(&["dead", "list", "--url", &url]));
-    let line = eventually(SOON, "the dead letter", || Some(listed()).filter(|lines| !lines.is_empty()));
-    let id = line.split('\t').next().expect("an id").to_owned();
-    assert!(line.contains("address") && line.contains("ttl"), "{line}");
+    let listed_id = |table: &str| {
+        let line = table.lines().nth(1).expect("a line below the header");
+        line.split_whitespace().next().expect("an id").to_owned()
+    };
+    let table = eventually(SOON, "the dead letter", || Some(listed()).filter(|table| !table.is_empty()));
+    let id = listed_id(&table);
+    assert!(table.starts_with("ID  ") && table.contains("REASON") && table.contains("address") && table.contains("ttl"), "{table}");
+    for order in ["redrive", "drop"] {
+        let refused = pointsman(&["dead", order, "--url", &url]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(64) && said.contains("<ID|--all>"), "{said}");
+    }
     let shown = stdout(&pointsman(&["dead", "--url", &url, "show", &id]));
     assert!(shown.contains("soon"), "the original fields: {shown}");
     stdout(&pointsman(&["dead", "--url", &url, "redrive", &id]));
     // It goes through the plugins again, and fails again: another letter.
-    let again = eventually(SOON, "the redriven one", || Some(listed()).filter(|lines| !lines.is_empty() && !lines.contains(&id)));
-    let id = again.split('\t').next().expect("an id").to_owned();
+    let again = eventually(SOON, "the redriven one", || Some(listed()).filter(|table| !table.is_empty() && !table.contains(&id)));
+    let id = listed_id(&again);
     stdout(&pointsman(&["dead", "--url", &url, "drop", &id]));
     assert_eq!(listed(), "");
 }
@@ -143,17 +152,6 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
 }
 
 #[test]
-fn what_no_node_would_take_is_not_sent() {
-    // Nobody listens there.
-    let url = "http://127.0.0.1:1";
-    for wrong in [&["--priority", "hi"][..], &["--user", ""], &["--group", ""]] {
-        let refused = pointsman(&[&["publish", "--url", url, "--type", "t"], wrong].concat());
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(64) && said.contains(wrong[0]), "{said}");
-    }
-}
-
-#[test]
 fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_makes_none() {
     let folder = Folder::new();
     let (cache, plugins) = (folder.path().join("cache"), bundled_plugins());
@@ -180,6 +178,17 @@ fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_
 }
 
 #[test]
+fn what_no_node_would_take_is_not_sent() {
+    // Nobody listens there.
+    let url = "http://127.0.0.1:1";
+    for wrong in [&["--priority", "hi"][..], &["--user", ""], &["--group", ""]] {
+        let refused = pointsman(&[&["publish", "--url", url, "--type", "t"], wrong].concat());
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(64) && said.contains(wrong[0]), "{said}");
+    }
+}
+
+#[test]
 fn tail_says_at_its_end_how_to_continue() {
     let node = Node::builder().start();
     let url = node.url("");
@@ -195,6 +204,11 @@ fn tail_says_at_its_end_how_to_continue() {
     };
     let (first, after) = tail("earliest");
     let (second, _) = tail(&after);
+    for wrong in ["ealiest", "10min", ""] {
+        let refused = pointsman(&["tail", "--url", &url, "--user", "42", "--after", wrong]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(64) && said.contains("earliest, latest, how long ago, such as 90s"), "{said}");
+    }
     assert!(first.contains("\"id\":\"a\"") && second.contains("\"id\":\"b\""), "{first} {second}");
 }
 
