@@ -11,21 +11,18 @@ use std::time::{Duration, Instant};
 use pointsman::event::{EntryId, Event};
 use serde_json::{Value, json};
 
-use crate::harness::guests::{core_module, versioned, wasi_component};
-use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::command::{self, said, told};
+use crate::harness::guests::{core_module, wasi_component};
+use crate::harness::node::{Node, SOON};
 use crate::harness::publish::{Publisher, event};
 use crate::harness::{eventually, http, ports, repository};
 
 /// Compiling the SDK and what it needs takes so long on a machine that has other work.
 const BUILT: Duration = Duration::from_secs(600);
 
-/// `pointsman`, away from any `pointsman.toml`.
+/// `pointsman`, building where [`among_the_guests`] says.
 fn pointsman(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
-    command.args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null());
-    for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_")) {
-        command.env_remove(variable);
-    }
+    let mut command = command::pointsman(arguments);
     among_the_guests(&mut command);
     command
 }
@@ -41,19 +38,6 @@ const PROFILE: [&str; 2] = ["--profile", "plugin"];
 /// Where this very test was built, whatever `CARGO_TARGET_DIR` says.
 fn target_dir() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target")
-}
-
-/// What a command says, on both outputs, and whether it ended well.
-fn said(command: &mut Command) -> (bool, String) {
-    let Output { status, stdout, stderr } = command.output().expect("run it");
-    (status.success(), format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr)))
-}
-
-/// As [`said`], of a command that must end well.
-fn told(command: &mut Command) -> String {
-    let (is_well, said) = said(command);
-    assert!(is_well, "{command:?}:\n{said}");
-    said
 }
 
 /// A folder outside this repository, that goes away with its owner.
@@ -339,52 +323,8 @@ fn events_are_shown_to_nobody_without_the_key() {
     let node = Node::builder().production().config(config).start();
     let url = node.admin_url("");
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
-    assert!(!is_well && refused.contains("401") && refused.contains("--key"), "{refused}");
+    assert!(!is_well && refused.contains("this needs the key") && refused.contains("--key") && !refused.contains("401"), "{refused}");
     told(&mut pointsman(&["events", "export", "--url", &url, "--key", "operators-key-0001"]));
-}
-
-#[test]
-fn the_plugins_of_a_node_are_listed_and_changed_by_command() {
-    let (place, plugins) = (Elsewhere::new("remote"), Folder::new());
-    let node = Node::builder().plugins(plugins.path()).may_be_unready().start();
-    let url = node.admin_url("");
-    eventually(SOON, "the node has looked for plugins", || (node.admin("/v1/plugins").status == 200).then_some(()));
-    let run = |arguments: &[&str]| said(pointsman(&["plugin"]).args(arguments).args(["--url", &url]));
-    let row = || {
-        let (is_well, table) = run(&["list"]);
-        assert!(is_well && table.starts_with("NAME"), "{table}");
-        let row = table.lines().nth(1).unwrap_or_default();
-        row.split_whitespace().take(6).map(str::to_owned).collect::<Vec<_>>()
-    };
-    let file = |number| {
-        let (file, bytes) = (place.join("versioned.wasm"), versioned(number));
-        fs::write(&file, bytes).expect("write it");
-        file
-    };
-    let hash = |file: &Path| {
-        let (_, said) = said(&mut pointsman(&["plugin", "inspect", text(file)]));
-        let line = said.lines().find_map(|line| line.trim_start().strip_prefix("sha256")).expect("a hash");
-        line.trim()[..12].to_owned()
-    };
-    let first = file(1);
-    let of_first = hash(&first);
-    assert!(run(&["upload", text(&first)]).0);
-    assert_eq!(row(), ["versioned", "router", "active", "1", "0.1.0", of_first.as_str()]);
-    let second = file(2);
-    assert!(run(&["upload", text(&second)]).0);
-    assert_eq!(row()[3..], ["2", "0.1.0", hash(&second).as_str()]);
-    assert!(run(&["rollback", "versioned"]).0);
-    assert_eq!(row()[5], of_first);
-    fs::write(&second, "no plugin").expect("write it");
-    let (is_well, refused) = run(&["upload", text(&second)]);
-    assert!(!is_well && refused.contains("is no WebAssembly"), "{refused}");
-    assert!(run(&["list"]).1.contains("is no WebAssembly"), "why the last attempt was refused");
-    assert!(run(&["disable", "versioned"]).0);
-    assert!(row().contains(&"disabled".to_owned()), "{:?}", row());
-    assert!(run(&["remove", "versioned"]).0);
-    assert_eq!(row(), [""; 0]);
-    let (is_well, refused) = run(&["rollback", "no/such"]);
-    assert!(!is_well && refused.contains("cannot be named"), "{refused}");
 }
 
 /// `pointsman dev`, and everything that it says.

@@ -7,6 +7,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::harness::command;
 use crate::harness::eventually;
 use crate::harness::guests::{core_module, turning};
 use crate::harness::http::Answer;
@@ -223,6 +224,80 @@ fn what_is_only_tried_out_counts_for_no_plugins_health() {
     assert_eq!(number(&shown["health"], "failed_in_row"), 0, "{shown}");
 }
 
+#[test]
+fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
+    let site = Site::new(Node::builder());
+    let files = Folder::new();
+    let file = files.path().join("turning-2.wasm");
+    fs::write(&file, turning(2)).expect("write a plugin");
+    let file = file.to_str().expect("UTF-8");
+    let run = |arguments: &[&str]| command::said(command::pointsman(&["plugin"]).args(arguments).args(["--url", &site.node.admin_url("")]));
+    let told = |arguments: &[&str]| {
+        let (is_well, said) = run(arguments);
+        assert!(is_well, "{arguments:?}: {said}");
+        said
+    };
+    let short = &hash(&turning(2))[..12];
+    for wish in [&["shadow", "turning"][..], &["shadow", "turning", "--end"], &["promote", "turning"]] {
+        let (is_well, said) = run(wish);
+        assert!(
+            !is_well && said.contains("no candidate beside 'turning'; begin with one: pointsman plugin shadow turning FILE.wasm"),
+            "{said}"
+        );
+    }
+    let begun = told(&["shadow", "turning", file]);
+    assert_eq!(
+        begun,
+        format!(
+            "candidate 0.1.0 ({short}) is asked beside turning 0.1.0 (router), without effect; how it differs: pointsman plugin shadow turning\n"
+        )
+    );
+    assert!(told(&["shadow", "turning"]).contains("it has met no event yet"));
+    let turns = |id: &str, to: &str| event(id, "order.paid", json!({ "user": "1", "turns": 2, "then": to }));
+    site.node.publisher().publish(&[turns("same", "1"), turns("other", "2"), event("plain", "order.paid", json!({ "user": "1" }))]);
+    site.node.await_outcomes(3, SOON);
+    site.compared(3);
+
+    let report = told(&["shadow", "turning"]);
+    let lines: Vec<&str> = report.lines().collect();
+    assert!(lines[0].starts_with(&format!("turning: candidate 0.1.0 ({short}), beside generation 1, since 20")), "{report}");
+    assert_eq!(lines[1..4], ["compared 3, different 1, failed 0, skipped 0, waiting 0", "", "order.paid other (router)"]);
+    // What it says beside of a route, such as until when it holds, is the same on both sides.
+    let sides: Vec<_> = lines[4..].iter().map(|line| line.split_once(", ").expect("targets, and more")).collect();
+    assert_eq!(sides.iter().map(|(to, _)| *to).collect::<Vec<_>>(), ["  old  routes to u:1", "  new  routes to u:2"]);
+    assert!(sides[0].1 == sides[1].1 && sides[0].1.starts_with("until 20") && sides[0].1.ends_with("priority normal"), "{report}");
+    let listed = told(&["list"]);
+    let columns = |line: usize| listed.lines().nth(line).expect("a line").split("  ").filter(|cell| !cell.is_empty()).map(str::trim);
+    assert_eq!(
+        columns(0).zip(columns(1)).find(|(head, _)| *head == "SHADOW").expect("a column").1,
+        format!("0.1.0 ({short}): 1 of 3 differ")
+    );
+    let whole: Value = serde_json::from_str(&told(&["shadow", "turning", "--json"])).expect("JSON");
+    assert_eq!(number(&whole, "different"), 1);
+
+    let replayed = told(&["replay", "turning", file, "--last", "2"]);
+    for line in [
+        &format!("turning: candidate 0.1.0 ({short}), asked about 2 events that were decided"),
+        "compared 2, different 1, failed 0",
+        "order.paid other (router)\n  old  routes to u:1, ",
+        "\n  new  routes to u:2, ",
+        "pointsman:events: decisions since 20",
+    ] {
+        assert!(replayed.contains(line), "{line} is not in {replayed}");
+    }
+    let (is_well, refused) = run(&["replay", "turning", file, "--last", "0"]);
+    assert!(!is_well && refused.contains("last is 0; give 1 to 10000"), "{refused}");
+
+    assert_eq!(
+        told(&["shadow", "turning", "--end"]),
+        format!("candidate 0.1.0 ({short}) beside turning 0.1.0 (router) has ended: 1 of 3 differ\n")
+    );
+    told(&["shadow", "turning", file]);
+    let promoted = told(&["promote", "turning"]);
+    assert_eq!(promoted, "promoted turning 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1\n");
+    assert_eq!(site.node.admin(SHADOW).status, 404, "it is no candidate any more");
+}
+
 fn past_events_are_asked_about_again(builder: Builder) {
     let site = Site::new(builder);
     let replay = |last: usize, bytes: &[u8]| site.node.order("POST", &format!("/v1/plugins/turning/replay?last={last}"), &[], bytes);
@@ -254,8 +329,9 @@ fn past_events_are_asked_about_again(builder: Builder) {
         (number(&report, "found"), number(&report, "different")),
         (900, turned.keys().filter(|id| id.as_str() != "p77").count() as u64)
     );
-    assert_eq!(replay(0, &turning(2)).status, 400);
-    assert_eq!(replay(10_001, &turning(2)).status, 400);
+    // Refused before it is read.
+    assert_eq!(replay(0, b"").status, 400);
+    assert_eq!(replay(10_001, b"").status, 400);
     assert_eq!(replay(10, b"<html>").status, 422);
     // Nothing came of any of it.
     assert_eq!(site.node.metric("pointsman_plugin_calls_total"), 1_002.0);

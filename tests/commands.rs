@@ -1,21 +1,21 @@
 //! The commands of an operator and of a developer, run as processes against a running node.
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::harness::command;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::{bundled_plugins, eventually};
 
-/// Runs `pointsman` with these arguments, away from any `pointsman.toml`.
+/// Runs `pointsman` with these arguments.
 fn pointsman(arguments: &[&str]) -> Output {
-    let command =
-        Command::new(env!("CARGO_BIN_EXE_pointsman")).args(arguments).current_dir(std::env::temp_dir()).stdin(Stdio::null()).output();
-    command.expect("run pointsman")
+    command::pointsman(arguments).output().expect("run pointsman")
 }
 
 fn stdout(output: &Output) -> String {
@@ -72,15 +72,24 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
     let url = node.url("");
     node.publisher().publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
     let listed = || stdout(&pointsman(&["dead", "list", "--url", &url]));
-    let line = eventually(SOON, "the dead letter", || Some(listed()).filter(|lines| !lines.is_empty()));
-    let id = line.split('\t').next().expect("an id").to_owned();
-    assert!(line.contains("address") && line.contains("ttl"), "{line}");
+    let listed_id = |table: &str| {
+        let line = table.lines().nth(1).expect("a line below the header");
+        line.split_whitespace().next().expect("an id").to_owned()
+    };
+    let table = eventually(SOON, "the dead letter", || Some(listed()).filter(|table| !table.is_empty()));
+    let id = listed_id(&table);
+    assert!(table.starts_with("ID  ") && table.contains("REASON") && table.contains("address") && table.contains("ttl"), "{table}");
+    for order in ["redrive", "drop"] {
+        let refused = pointsman(&["dead", order, "--url", &url]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(64) && said.contains("<ID|--all>"), "{said}");
+    }
     let shown = stdout(&pointsman(&["dead", "--url", &url, "show", &id]));
     assert!(shown.contains("soon"), "the original fields: {shown}");
     stdout(&pointsman(&["dead", "--url", &url, "redrive", &id]));
     // It goes through the plugins again, and fails again: another letter.
-    let again = eventually(SOON, "the redriven one", || Some(listed()).filter(|lines| !lines.is_empty() && !lines.contains(&id)));
-    let id = again.split('\t').next().expect("an id").to_owned();
+    let again = eventually(SOON, "the redriven one", || Some(listed()).filter(|table| !table.is_empty() && !table.contains(&id)));
+    let id = listed_id(&again);
     stdout(&pointsman(&["dead", "--url", &url, "drop", &id]));
     assert_eq!(listed(), "");
 }
@@ -143,6 +152,32 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
 }
 
 #[test]
+fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_makes_none() {
+    let folder = Folder::new();
+    let (cache, plugins) = (folder.path().join("cache"), bundled_plugins());
+    let n_compiled = || std::fs::read_dir(&cache).map_or(0, |files| files.count());
+    let check = || {
+        let arguments = ["check-config", "--dev", "--ephemeral", "--plugins", plugins.to_str().expect("UTF-8")];
+        stdout(&command::pointsman(&arguments).env("POINTSMAN_PLUGINS_CACHE", &cache).output().expect("run it"))
+    };
+    assert!(check().contains("plugin address: router"));
+    assert!(!cache.exists(), "it is a node that makes it");
+    std::fs::DirBuilder::new().mode(0o700).create(&cache).expect("make it");
+    check();
+    assert_eq!(n_compiled(), 2, "what was compiled is there for the start");
+    // Taken from there: what is damaged is noticed, and made anew.
+    let code = std::fs::read_dir(&cache).expect("the cache").next().expect("a file").expect("a file").path();
+    let whole = std::fs::read(&code).expect("read it");
+    std::fs::write(&code, &whole[..whole.len() / 2]).expect("write it");
+    check();
+    assert_eq!(std::fs::read(&code).expect("made anew").len(), whole.len());
+    // Where others may write, no node would.
+    std::fs::set_permissions(&cache, std::fs::Permissions::from_mode(0o755)).expect("open it to others");
+    let said = check();
+    assert!(said.contains("warning: a node would compile its plugins at each start") && said.contains("has the mode 755"), "{said}");
+}
+
+#[test]
 fn what_no_node_would_take_is_not_sent() {
     // Nobody listens there.
     let url = "http://127.0.0.1:1";
@@ -169,6 +204,11 @@ fn tail_says_at_its_end_how_to_continue() {
     };
     let (first, after) = tail("earliest");
     let (second, _) = tail(&after);
+    for wrong in ["ealiest", "10min", ""] {
+        let refused = pointsman(&["tail", "--url", &url, "--user", "42", "--after", wrong]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(64) && said.contains("earliest, latest, how long ago, such as 90s"), "{said}");
+    }
     assert!(first.contains("\"id\":\"a\"") && second.contains("\"id\":\"b\""), "{first} {second}");
 }
 

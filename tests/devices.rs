@@ -169,7 +169,7 @@ fn while_redis_is_away_the_stream_of_a_device_is_told_to_come_back_and_misses_no
     let node = builder().redis(server.url()).start();
     drop(open(&node, "user=ann&device=phone"));
     publish(&node, "ann", &["a"]);
-    node.settle(SOON);
+    node.await_outcomes(1, SOON);
     server.pause();
     let mut stream = Request::new(node.addr(), "user=ann&device=phone").open(SOON).expect("200");
     let close = stream.next_state("close", SOON);

@@ -9,6 +9,7 @@ use pointsman::metrics::Metrics;
 use pointsman::plugin::Engine;
 use pointsman::plugin::cache::Cache;
 
+pub(crate) mod command;
 pub(crate) mod guests;
 pub(crate) mod http;
 pub(crate) mod node;

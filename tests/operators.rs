@@ -3,13 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::harness::command::{self, said, told};
 use crate::harness::eventually;
 use crate::harness::guests::{FAULTY, core_module, versioned};
-use crate::harness::node::{Node, SOON};
+use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::plugins::{Plugins, Site, by, hash};
 use crate::harness::publish::event;
 
@@ -179,6 +181,11 @@ fn an_order_takes_the_key() {
         assert_eq!(order(&[("Authorization", "Bearer wrong")]), 401, "{method} {path}");
     }
     assert_eq!(shown(&node)["generation"], 1);
+    // By command as well, however large the file is that is not taken.
+    let large = plugins.dir().join(".large");
+    fs::write(&large, vec![0; 20_000_000]).unwrap();
+    let refused = refusal(&node, &["upload", large.to_str().unwrap(), "--name", "versioned"]);
+    assert!(refused.contains("this needs the key") && refused.contains("give --key or POINTSMAN_KEY"), "{refused}");
     let bearer = format!("Bearer {KEY}");
     assert_eq!(node.order("PUT", "/v1/plugins/versioned", &[("Authorization", &bearer)], &versioned(2)).json()["generation"], 2);
 }
@@ -226,6 +233,142 @@ fn a_plugin_that_was_rolled_back_and_disabled_is_at_work_again_when_it_is_enable
     assert_eq!((answer.status, &answer.json()["generation"]), (200, &json!(3)), "the file that is there is better than nothing");
     assert_eq!(site.next_decision().1, [by("other", 1), by("versioned", 3)]);
     site.await_ready(200, |page| !page.contains("plugins"));
+}
+
+/// `pointsman plugin ...` at this node.
+fn plugin(node: &Node, arguments: &[&str]) -> Command {
+    let mut command = command::pointsman(&["plugin"]);
+    command.args(arguments).args(["--url", &node.admin_url("")]);
+    command
+}
+
+/// The one line that an order is answered with.
+fn line(node: &Node, arguments: &[&str]) -> String {
+    let said = told(&mut plugin(node, arguments));
+    assert_eq!(said.lines().count(), 1, "{said}");
+    said.trim_end().to_owned()
+}
+
+/// Why an order is refused, in one line without a word of HTTP.
+fn refusal(node: &Node, arguments: &[&str]) -> String {
+    let (is_well, said) = said(&mut plugin(node, arguments));
+    assert!(!is_well && said.lines().count() == 1, "{said}");
+    assert!(!["/v1/", "HTTP", "http:", "404", "409", "422"].iter().any(|word| said.contains(word)), "{said}");
+    said
+}
+
+#[test]
+fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
+    let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
+    let mut site = Site::new(&plugins);
+    let uploads = Folder::new();
+    let file = |name: &str, bytes: &[u8]| {
+        let file = uploads.path().join(name);
+        fs::write(&file, bytes).unwrap();
+        file.to_str().unwrap().to_owned()
+    };
+    let second = file("versioned.wasm", &versioned(2));
+
+    assert_eq!(
+        line(&site.node, &["upload", &second]),
+        "uploaded versioned 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1"
+    );
+    assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
+    assert_eq!(
+        line(&site.node, &["upload", &second]),
+        "versioned 0.1.0 (router) is what was at work already: generation 2, on probation for 60 s"
+    );
+    let rolled_back = line(&site.node, &["rollback", "versioned"]);
+    assert!(
+        rolled_back.starts_with("rolled back versioned 0.1.0 (router): generation 1, active, in place of generation 2; "),
+        "{rolled_back}"
+    );
+    assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
+    assert_eq!(
+        line(&site.node, &["disable", "versioned"]),
+        "disabled versioned 0.1.0 (router): generation 1 is not at work any more; no plugin decides now, so events wait, unless the node was started with --allow-no-plugins"
+    );
+    let row = |table: &str| table.lines().nth(1).unwrap().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(row(&told(&mut plugin(&site.node, &["list"])))[..4], ["versioned", "-", "disabled", "-"]);
+    assert_eq!(line(&site.node, &["disable", "versioned"]), "disabled versioned: it was not at work");
+    let enabled = line(&site.node, &["enable", "versioned"]);
+    assert!(enabled.starts_with("enabled versioned 0.1.0 (router): generation 3, active; 1 plugin decides now: versioned"), "{enabled}");
+    assert!(line(&site.node, &["enable", "versioned"]).starts_with("versioned 0.1.0 (router) is enabled already: generation 3"));
+
+    let broken = refusal(&site.node, &["upload", &file("versioned.wasm", b"no plugin")]);
+    assert!(
+        broken.contains("versioned.wasm was not taken: it is no WebAssembly") && broken.contains("what ran before still runs"),
+        "{broken}"
+    );
+    let listed = told(&mut plugin(&site.node, &["list"]));
+    let hash = &hash(&versioned(2))[..12];
+    assert!(listed.starts_with("NAME "), "{listed}");
+    assert_eq!(row(&listed)[..6], ["versioned", "router", "active", "3", "0.1.0", hash]);
+    assert!(listed.lines().nth(2).unwrap().starts_with("versioned: refused at ") && listed.contains(": is no WebAssembly"), "{listed}");
+
+    // What a program reads is the node's own answer.
+    let shown: Value = serde_json::from_str(&told(&mut plugin(&site.node, &["disable", "versioned", "--json"]))).unwrap();
+    assert_eq!((&shown["name"], &shown["state"], &shown["settings"]["probation_s"]), (&json!("versioned"), &json!("disabled"), &json!(60)));
+    let shown: Value = serde_json::from_str(&told(&mut plugin(&site.node, &["list", "--json"]))).unwrap();
+    assert_eq!(shown["plugins"][0]["name"], "versioned");
+
+    let nobody = refusal(&site.node, &["rollback", "nobody"]);
+    assert!(nobody.contains("there is no plugin 'nobody' there (there: versioned)"), "{nobody}");
+    assert!(refusal(&site.node, &["rollback", "no/such"]).contains("cannot be named"));
+    let alone = refusal(&site.node, &["rollback", "versioned"]);
+    assert!(alone.contains("no earlier generation to go back to; upload the file that you want"), "{alone}");
+    assert!(line(&site.node, &["remove", "versioned"]).starts_with("removed versioned, and its file; no plugin decides now"));
+    assert_eq!(fs::read_dir(plugins.dir()).unwrap().count(), 0);
+}
+
+#[test]
+fn an_upload_under_a_name_that_no_plugin_has_is_one_more_plugin_only_if_that_is_said() {
+    let plugins = Plugins::new(&[("my_versioned.wasm", versioned(1))]);
+    let mut site = Site::new(&plugins);
+    let uploads = Folder::new();
+    let slip = uploads.path().join("my_verisoned.wasm");
+    fs::write(&slip, versioned(2)).unwrap();
+    let slip = slip.to_str().unwrap();
+    let refused = refusal(&site.node, &["upload", slip]);
+    for word in ["no plugin is called 'my-verisoned'", "there: my-versioned", "--name", "--new"] {
+        assert!(refused.contains(word), "{word} is not in {refused}");
+    }
+    assert_eq!(site.next_decision(), (1, vec![by("my-versioned", 1)]));
+    assert_eq!(
+        line(&site.node, &["upload", slip, "--name", "my-versioned"]),
+        "uploaded my-versioned 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1"
+    );
+    let told = line(&site.node, &["upload", slip, "--new"]);
+    assert_eq!(told, "new plugin my-verisoned 0.1.0 (router): generation 1, active; 2 plugins decide now: my-verisoned, my-versioned");
+    assert_eq!(site.next_decision(), (2, vec![by("my-verisoned", 1), by("my-versioned", 2)]));
+    // Whoever means a new one does not replace another.
+    let refused = refusal(&site.node, &["upload", slip, "--new"]);
+    assert!(refused.contains("there is a plugin 'my-verisoned 0.1.0 (router)' already; leave out --new"), "{refused}");
+    // Where there is none yet, nothing can be meant but a new one; and what is configured is expected.
+    let empty = Plugins::new(&[]);
+    let node = Node::builder().plugins(empty.dir()).may_be_unready().config("[plugins.late]\ndeadline_ms = 100\n").start();
+    eventually(SOON, "the node has looked for plugins", || (node.admin("/v1/plugins").status == 200).then_some(()));
+    assert!(line(&node, &["upload", slip, "--name", "late"]).contains("late 0.1.0 (router): generation 1, active"));
+}
+
+#[test]
+fn a_command_that_finds_no_node_names_the_address_and_the_option_that_changes_it() {
+    for (arguments, variable) in [
+        (&["plugin", "list"][..], "POINTSMAN_ADMIN_URL"),
+        (&["events", "export"], "POINTSMAN_ADMIN_URL"),
+        (&["dead", "list"], "POINTSMAN_URL"),
+        (&["tail", "--user", "42"], "POINTSMAN_URL"),
+    ] {
+        let (is_well, said) = said(command::pointsman(arguments).args(["--url", "http://127.0.0.1:1"]));
+        assert!(!is_well && said.lines().count() == 1, "{said}");
+        for word in ["no node answers at http://127.0.0.1:1 (", "--url", variable] {
+            assert!(said.contains(word), "{word} is not in {said}");
+        }
+    }
+    // Nor is the other listener of a node the one that is asked.
+    let node = Node::builder().start();
+    let (is_well, said) = said(command::pointsman(&["plugin", "list"]).args(["--url", &node.url("")]));
+    assert!(!is_well && said.contains("one for applications and one for operators: give the other with --url"), "{said}");
 }
 
 /// As where the disk of the log is full, or nobody reads the pipe any more.

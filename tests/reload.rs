@@ -269,7 +269,7 @@ fn many_reloads_under_load_lose_and_double_nothing() {
         n_events
     });
     let record = follower.wait(SOON, "all events", |record| record.notifications.len() >= n_events);
-    node.settle(SOON);
+    node.await_outcomes(n_events, SOON);
     note_decisions();
     let ids: Vec<_> = record.notifications.iter().map(|told| told.id.clone()).collect();
     assert_eq!(ids, (0..n_events).map(|n| format!("e{n}")).collect::<Vec<_>>());

@@ -108,12 +108,12 @@ fn commands_of_an_event(node: &Node, server: &RedisServer, group: &str, listener
     let mut stream = node.stream(listener);
     let mut least: Option<BTreeMap<String, u64>> = None;
     for n in 0..20 {
-        node.settle(SOON);
+        let n_before = node.metric("pointsman_events_total") as usize;
         let () = server.command("CONFIG RESETSTAT");
         let id = format!("{group}-{n}");
         node.publisher().publish(&[event(&id, "stability", json!({ "group": group }))]);
         assert_eq!(stream.next_notification(SOON).id, id);
-        node.settle(SOON);
+        node.await_outcomes(n_before + 1, SOON);
         if n == 0 {
             continue;
         }

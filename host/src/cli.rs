@@ -9,7 +9,7 @@ use std::io::Read as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::Parser;
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
@@ -21,6 +21,7 @@ mod events;
 mod plugin;
 mod publish;
 mod serve;
+mod table;
 mod tail;
 
 /// EX_USAGE of sysexits.h.
@@ -88,11 +89,15 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
+/// The variables that name the listeners of a running node, where `--url` does not.
+const NODE_URL: &str = "POINTSMAN_URL";
+const ADMIN_URL: &str = "POINTSMAN_ADMIN_URL";
+
 /// How to reach a running node, for commands that publish or operate.
 #[derive(Debug, clap::Args)]
 struct Node {
     /// The node's address; http only
-    #[arg(long, global = true, env = "POINTSMAN_URL", default_value = "http://127.0.0.1:8080")]
+    #[arg(long, global = true, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
     /// The key of publishers and operators; a node in dev mode asks for none
     #[arg(long, global = true, env = "POINTSMAN_KEY", hide_env_values = true)]
@@ -115,8 +120,7 @@ impl Node {
         if let Some(authorization) = self.authorization() {
             request = request.header("authorization", authorization);
         }
-        let response = agent.run(request.body(())?).with_context(|| format!("cannot reach {url}"))?;
-        read(response)
+        read(agent.run(request.body(())?).map_err(|error| no_node(&self.url, NODE_URL, &error))?)
     }
 }
 
@@ -124,7 +128,7 @@ impl Node {
 #[derive(Debug, clap::Args)]
 struct Admin {
     /// The address of the node's admin listener; http only
-    #[arg(long, env = "POINTSMAN_ADMIN_URL", default_value = "http://127.0.0.1:8081")]
+    #[arg(long, env = ADMIN_URL, default_value = "http://127.0.0.1:8081")]
     url: String,
     /// The key of publishers and operators; a node in dev mode asks for none
     #[arg(long, env = "POINTSMAN_KEY", hide_env_values = true)]
@@ -140,10 +144,11 @@ impl Admin {
             request = request.header("authorization", format!("Bearer {key}"));
         }
         let answered = match body {
-            Some(body) => agent.run(request.header("content-type", "application/wasm").body(body)?),
+            // Whoever has no key is told so before megabytes are on their way, and not by a pipe that breaks.
+            Some(body) => agent.run(request.header("content-type", "application/wasm").header("expect", "100-continue").body(body)?),
             None => agent.run(request.body(())?),
         };
-        answered.with_context(|| format!("cannot reach {url}"))
+        answered.map_err(|error| no_node(&self.url, ADMIN_URL, &error))
     }
 }
 
@@ -171,18 +176,33 @@ fn accept((status, text): (StatusCode, String)) -> anyhow::Result<String> {
     bail!("{}", refusal(status, &text))
 }
 
-/// A node's error in one line.
+/// What a node has against it, in one line: its own sentence. The status is said only where it is none that a command reckons with.
 fn refusal(status: StatusCode, text: &str) -> String {
     let body: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
-    let hint = match status {
-        StatusCode::UNAUTHORIZED => "; give --key or POINTSMAN_KEY, or for a stream --token or POINTSMAN_TOKEN",
-        _ => "",
+    let Some(error) = body["error"].as_str().map(printable) else {
+        return format!("what answers there says {status}, which no Pointsman node would; is --url its address?");
     };
-    match (body["error"].as_str(), body["fix"].as_str()) {
-        (Some(error), Some(fix)) => format!("the node answered {}: {error}; {fix}", status.as_u16()),
-        (Some(error), None) => format!("the node answered {}: {error}{hint}", status.as_u16()),
-        (None, _) => format!("the node answered {status}{hint}"),
+    if status == StatusCode::NOT_FOUND && error.starts_with("there is nothing at") {
+        return "the node has nothing of that at this address; it has one for applications and one for operators: give the other with --url"
+            .to_owned();
     }
+    let fix = match status {
+        StatusCode::UNAUTHORIZED => Some("give --key or POINTSMAN_KEY, or for a stream --token or POINTSMAN_TOKEN".to_owned()),
+        _ => body["fix"].as_str().map(printable),
+    };
+    let said = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));
+    let is_reckoned_with = matches!(status.as_u16(), 400 | 401 | 403 | 404 | 408 | 409 | 413 | 422 | 429 | 503);
+    if is_reckoned_with { said } else { format!("the node answered {status}: {said}") }
+}
+
+/// Nobody answers: which address was tried, and what names another.
+fn no_node(url: &str, variable: &str, error: &ureq::Error) -> anyhow::Error {
+    anyhow!("no node answers at {url} ({error}); start one, or give its address with --url or {variable}")
+}
+
+/// A text from elsewhere in one line that a terminal does not obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

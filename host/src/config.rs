@@ -203,6 +203,12 @@ impl Config {
             origin: None,
         })
     }
+
+    /// The folder of compiled plugins; `None`: there is no use for one, or no place.
+    pub fn plugin_cache(&self) -> Option<PathBuf> {
+        let data = if let BrokerChoice::Data(folder) = &self.broker { Some(folder.as_path()) } else { None };
+        self.plugins.cache_folder(data)
+    }
 }
 
 fn choose(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, Error> {
@@ -361,6 +367,21 @@ mod tests {
         );
         check("[listen\n", &[], &[], &["p.toml:1"]);
         check("[nodes]\n", &[], &[], &["p.toml:1: unknown field `nodes`", "`node`"]);
+        // At its line, also where the section is read by hand.
+        let plugin = |table: &str| format!("[plugins]\norder = []\n[plugins.first]\n\n[plugins.second]\n{table}\n");
+        check(
+            &plugin("dead_line_ms = 5"),
+            &[],
+            &[],
+            &["p.toml:6: plugins.second.dead_line_ms: unknown field `dead_line_ms`", "`deadline_ms`"],
+        );
+        check(&plugin("deadline_ms = 0"), &[], &[], &["p.toml:5: plugins.second: deadline_ms is 0; give it 1 to 10000"]);
+        check(
+            "[plugins]\ndirs = \"x\"\n",
+            &[],
+            &[],
+            &["p.toml:2: plugins.dirs: ", "the keys of this section itself are dir, order and cache"],
+        );
         check("[retention]\nkeep_s = \"long\"\n", &[], &[], &["p.toml:2: retention.keep_s: invalid type", "expected u64"]);
         check(good, &[("POINTSMAN_RETENTION_KEEP_S", "long")], &[], &["POINTSMAN_RETENTION_KEEP_S: retention.keep_s: ", "expected u64"]);
         check(good, &[("POINTSMAN_LISTEN_ADDRES", "x")], &[], &["POINTSMAN_LISTEN_ADDRES: listen.addres: unknown field"]);

@@ -114,6 +114,7 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 /// # Errors
 /// As [`run`].
 pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+    let cache_folder = config.plugin_cache();
     let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _, origin } = config;
     let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
     // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
@@ -139,7 +140,6 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
-    let cache_folder = plugins.cache_folder(if let BrokerChoice::Data(data) = &broker { Some(data) } else { None });
     // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
     let reached = async {
         let broker = open(&broker, &sources, &retention, &readiness).await?;

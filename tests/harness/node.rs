@@ -367,15 +367,6 @@ impl Node {
     pub(crate) fn await_outcomes(&self, n: usize, within: Duration) {
         eventually(within, "every event has its outcome", || (self.metric("pointsman_events_total") >= n as f64).then_some(()));
     }
-
-    /// Waits until nothing was left beyond the position, as the node last looked: what was published in the second before may be missed.
-    /// [`Node::await_outcomes`] misses nothing.
-    ///
-    /// # Panics
-    /// If that takes longer.
-    pub(crate) fn settle(&self, within: Duration) {
-        eventually(within, "every entry has its outcome", || (self.metric_if_up(LAG) == Some(0.0)).then_some(()));
-    }
 }
 
 /// Adds up the values of all lines of a metrics page that begin with `name` and then end or go on with labels; `None` if there is none.

@@ -1,9 +1,10 @@
 //! `pointsman check-config` and `pointsman config --defaults`.
 
 use anyhow::ensure;
-use pointsman::config::{BrokerChoice, DEFAULTS};
+use pointsman::config::{BrokerChoice, Config, DEFAULTS};
 use pointsman::metrics::Metrics;
 use pointsman::plugin::Engine;
+use pointsman::plugin::cache::Cache;
 use pointsman::plugin::registry::Registry;
 
 use super::serve;
@@ -26,7 +27,8 @@ pub(super) fn print(options: &Options) -> anyhow::Result<()> {
 pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     let config = options.load()?;
     pointsman::check_folders(&config)?;
-    let plugins = Registry::load(Engine::new()?, config.plugins.clone(), Metrics::default())?.states();
+    let engine = Engine::with_cache(cache(&config))?;
+    let plugins = Registry::load(engine, config.plugins.clone(), Metrics::default())?.states();
     for plugin in plugins.iter().filter(|plugin| plugin.failure.is_none()) {
         println!("plugin {}: {} {} of {}", plugin.name, plugin.kind, plugin.version, plugin.file);
     }
@@ -49,4 +51,19 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
         config.sources.join(", ")
     );
     Ok(())
+}
+
+/// The compiled plugins that a node would take, and add to, if there are any yet. The folder itself is made by a node that runs: who only asks
+/// leaves nothing behind.
+fn cache(config: &Config) -> Option<Cache> {
+    let folder = config.plugin_cache().filter(|folder| folder.exists())?;
+    let opened = Cache::open(&folder, Metrics::default());
+    opened
+        .inspect_err(|reason| {
+            println!(
+                "warning: a node would compile its plugins at each start: the folder for compiled ones, {}, {reason}",
+                folder.display()
+            )
+        })
+        .ok()
 }

@@ -6,7 +6,8 @@ use anyhow::Context as _;
 use serde::Deserialize;
 use ureq::Agent;
 
-use super::{Node, accept, agent};
+use super::table::table;
+use super::{Node, accept, agent, printable};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -18,7 +19,7 @@ pub(super) struct Options {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// A line for each: id, source, entry, attempts, plugin, reason
+    /// A table: id, source, entry, attempts, plugin, reason
     List,
     /// One with its original fields, as JSON
     Show {
@@ -32,12 +33,13 @@ enum Action {
 }
 
 #[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
 struct Chosen {
     /// As listed, such as 0/1700000000000-0; several with spaces between them
-    #[arg(required_unless_present = "all", value_name = "ID")]
+    #[arg(value_name = "ID")]
     ids: Vec<String>,
     /// All that are there now, of every source
-    #[arg(long, conflicts_with = "ids")]
+    #[arg(long)]
     all: bool,
 }
 
@@ -62,12 +64,18 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let (node, agent) = (&options.node, agent(Duration::from_secs(60)));
     match &options.action {
         Action::List => {
-            for letter in all(node, &agent)? {
-                let plugin = letter.plugin.as_deref().unwrap_or("-");
-                // Reasons quote what came from outside; a terminal must not obey it.
-                let reason: String = letter.reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-                println!("{}\t{}\t{}\t{}\t{plugin}\t{reason}", letter.id, letter.source, letter.entry, letter.attempts);
+            let letters = all(node, &agent)?;
+            if letters.is_empty() {
+                eprintln!("pointsman: there is none");
+                return Ok(());
             }
+            let mut rows = vec![["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"].map(str::to_owned)];
+            // Reasons quote what came from outside.
+            rows.extend(letters.iter().map(|Letter { id, source, entry, reason, plugin, attempts }| {
+                let plugin = plugin.as_deref().unwrap_or("-");
+                [printable(id), printable(source), printable(entry), attempts.to_string(), printable(plugin), printable(reason)]
+            }));
+            print!("{}", table(&rows));
         }
         Action::Show { id } => {
             let text = accept(node.ask(&agent, "GET", &format!("/v1/dead/{id}"))?)?;

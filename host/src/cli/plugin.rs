@@ -12,6 +12,8 @@ use pointsman::plugin::settings::{Config, Settings};
 use pointsman::plugin::{Engine, Limits, Plugin, called};
 use serde::Deserialize;
 
+use self::remote::Order;
+
 mod bench;
 mod build;
 mod inspect;
@@ -19,6 +21,7 @@ mod new;
 mod remote;
 mod sample;
 mod test;
+mod told;
 pub(super) mod toolchain;
 mod words;
 
@@ -69,12 +72,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(options),
         Command::List(options) => remote::list(options),
         Command::Upload(options) => remote::upload(options),
-        Command::Enable(options) => remote::act(options, "POST", "/enable"),
-        Command::Disable(options) => remote::act(options, "POST", "/disable"),
-        Command::Remove(options) => remote::act(options, "DELETE", ""),
-        Command::Rollback(options) => remote::act(options, "POST", "/rollback"),
+        Command::Enable(options) => remote::order(options, Order::Enable),
+        Command::Disable(options) => remote::order(options, Order::Disable),
+        Command::Remove(options) => remote::order(options, Order::Remove),
+        Command::Rollback(options) => remote::order(options, Order::RollBack),
         Command::Shadow(options) => remote::shadow(options),
-        Command::Promote(options) => remote::act(options, "POST", "/promote"),
+        Command::Promote(options) => remote::order(options, Order::Promote),
         Command::Replay(options) => remote::replay(options),
     }
 }

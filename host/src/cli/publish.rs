@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use ureq::Agent;
 use ureq::http::StatusCode;
 
-use super::{Node, agent, read, refusal};
+use super::{NODE_URL, Node, agent, no_node, printable, read, refusal};
 
 /// Attempts at a request before it is given up.
 const MAX_ATTEMPTS: u32 = 6;
@@ -89,7 +89,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_default().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    printable(value.as_str().unwrap_or_default())
 }
 
 fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
@@ -193,7 +193,7 @@ fn send(node: &Node, agent: &Agent, path: &str, batch: String) -> anyhow::Result
                 }
                 (refusal(status, &text), wait_s)
             }
-            Err(error) => (format!("cannot reach {url}: {error}"), None),
+            Err(error) => (no_node(&node.url, NODE_URL, &error).to_string(), None),
         };
         if attempt == MAX_ATTEMPTS {
             bail!("{why}; given up after {attempt} attempts");

@@ -6,11 +6,13 @@ use std::io::{BufRead, BufReader, Read as _};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
+use pointsman::event::Name;
+use pointsman::subscription::Start;
 use ureq::http::StatusCode;
 use ureq::http::header::CONTENT_TYPE;
 
-use super::{agent, read, refusal};
+use super::{NODE_URL, agent, no_node, read, refusal};
 
 /// Three of the node's heartbeats: a connection that is silent for longer is cut.
 const SILENCE: Duration = Duration::from_secs(65);
@@ -20,7 +22,7 @@ const MAX_LINE: u64 = 4 * 1024 * 1024;
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     /// The node's address; http only
-    #[arg(long, env = "POINTSMAN_URL", default_value = "http://127.0.0.1:8080")]
+    #[arg(long, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
     /// The user, of a node in dev mode
     #[arg(long, required_unless_present = "token")]
@@ -29,11 +31,24 @@ pub(super) struct Options {
     #[arg(long, env = "POINTSMAN_TOKEN", hide_env_values = true)]
     token: Option<String>,
     /// Begin after this id, or at earliest, latest or a duration such as 10m; the id to continue from is said at the end
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = place)]
     after: Option<String>,
     /// End after so many notifications
     #[arg(long, value_name = "N")]
     count: Option<u64>,
+}
+
+/// A node takes any text, and begins at the latest where it cannot read it: a browser that keeps an id of old must not be stopped. A person
+/// who mistypes a word must.
+fn place(text: &str) -> Result<String, String> {
+    // An id that is this node's and another user's is one all the same.
+    let nobody = Name::parse("-").map_err(|error| error.to_string())?;
+    match Start::read(text, &nobody) {
+        Some(Start::Unknown) => {
+            Err("give earliest, latest, how long ago, such as 90s, 10m, 2h or 7d, or the id that tail said at its end".to_owned())
+        }
+        _ => Ok(text.to_owned()),
+    }
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -56,7 +71,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         }
         let why = match request.call() {
             // Most likely the address is wrong, and will be.
-            Err(error) if !was_open => return Err(error).with_context(|| format!("cannot reach {url}")),
+            Err(error) if !was_open => return Err(no_node(&options.url, NODE_URL, &error)),
             Err(error) => error.to_string(),
             Ok(response) if response.status() == StatusCode::NO_CONTENT => return Ok(()),
             Ok(response) if response.status() != StatusCode::OK => {

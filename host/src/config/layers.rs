@@ -197,7 +197,10 @@ fn locate(text: &str, at: usize) -> (usize, String) {
     let line = text.lines().nth(number - 1).unwrap_or_default();
     let header =
         |line: &str| line.trim().strip_prefix('[').and_then(|rest| rest.split(']').next()).map(|name| name.trim_matches('[').to_owned());
-    let section = before.lines().rev().find_map(header);
+    // What is wrong with a section as a whole is found at the bracket that opens it.
+    let opens =
+        text.get(at..).is_some_and(|rest| rest.starts_with('[')) && before.rsplit('\n').next().is_some_and(|start| start.trim().is_empty());
+    let section = Some(line).filter(|_| opens).and_then(header).or_else(|| before.lines().rev().find_map(header));
     let key = line.split_once('=').map(|(key, _)| key.trim().to_owned());
     (number, [section, key].into_iter().flatten().collect::<Vec<_>>().join("."))
 }

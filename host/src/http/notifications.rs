@@ -20,7 +20,7 @@ use crate::sse;
 use crate::subscription::cursor::Cursor;
 use crate::subscription::{Filter, Next, Start};
 
-use super::stream::{Selection, read_start};
+use super::stream::Selection;
 use super::{ApiError, Parameters, Query, State};
 
 #[derive(Debug, Deserialize)]
@@ -93,7 +93,7 @@ pub(super) async fn page(
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!("limit is {limit}; it may be 1 to {MAX_LIMIT}")));
     }
-    let start = asked.after.map_or(Start::Earliest, |after| read_start(&after, &reader.user).unwrap_or(Start::Latest));
+    let start = asked.after.map_or(Start::Earliest, |after| Start::read(&after, &reader.user).unwrap_or(Start::Latest));
     let filter = selection.filter()?;
     let hub = state.hub().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
     let bookmarks = state.bookmarks()?;

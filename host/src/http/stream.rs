@@ -16,11 +16,9 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
-use crate::clock::now_ms;
 use crate::event::{Name, Priority};
 use crate::server::Connection;
 use crate::sse;
-use crate::subscription::cursor::{Cursor, Unreadable};
 use crate::subscription::{Filter, Start};
 
 use super::{ApiError, Parameters, Query, State, cors};
@@ -151,40 +149,7 @@ fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
     // Lossy: an id that is no text is one that nobody knows, and not none at all.
     let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let asked = header.or_else(|| parameters.last(is_place).map(str::to_owned));
-    asked.filter(|asked| !asked.is_empty()).and_then(|asked| read_start(&asked, user))
-}
-
-/// Reads where to begin. What nobody can read begins at the latest, and the client is told that there may be a gap: refusing it would
-/// stop an `EventSource` for ever. `None`: it says nothing about this user.
-pub(super) fn read_start(asked: &str, user: &Name) -> Option<Start> {
-    if let Some(ago_ms) = duration_ms(asked) {
-        return Some(Start::Since(now_ms().saturating_sub(ago_ms)));
-    }
-    match (asked, Cursor::decode(asked, user)) {
-        ("latest", _) => Some(Start::Latest),
-        ("earliest", _) => Some(Start::Earliest),
-        (_, Ok(cursor)) => Some(Start::Cursor(cursor)),
-        // Somebody else's, left in the browser by who was logged in before.
-        (_, Err(Unreadable::AnotherUsers)) => None,
-        (_, Err(Unreadable::Garbled)) => Some(Start::Unknown),
-    }
-}
-
-/// `90s`, `10m`, `2h` or `7d`, in milliseconds.
-fn duration_ms(text: &str) -> Option<u64> {
-    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let unit_ms: u64 = match unit {
-        "s" => 1_000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return None,
-    };
-    // A cursor has more digits than any sensible number of days.
-    if number.len() > 9 || !number.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    number.parse::<u64>().ok()?.checked_mul(unit_ms)
+    asked.filter(|asked| !asked.is_empty()).and_then(|asked| Start::read(&asked, user))
 }
 
 #[cfg(test)]
@@ -197,20 +162,5 @@ mod tests {
             assert!(is_place(name), "{name}");
         }
         assert!(!is_place("last_event") && !is_place("id"));
-    }
-
-    #[test]
-    fn where_a_stream_begins() {
-        let user = Name::parse("ann").unwrap();
-        let mut cursor = String::new();
-        Cursor::default().encode(&user, &mut cursor);
-        assert_eq!(read_start("latest", &user), Some(Start::Latest));
-        assert_eq!(read_start("earliest", &user), Some(Start::Earliest));
-        assert!(matches!(read_start("10m", &user), Some(Start::Since(_))));
-        assert_eq!(read_start(&cursor, &user), Some(Start::Cursor(Cursor::default())));
-        assert_eq!(read_start(&cursor, &Name::parse("bob").unwrap()), None);
-        for garbled in ["", "1", "m", "-1m", "99999999999m", "<script>", "\u{0}"] {
-            assert_eq!(read_start(garbled, &user), Some(Start::Unknown), "{garbled:?}");
-        }
     }
 }

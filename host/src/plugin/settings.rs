@@ -50,7 +50,7 @@ impl Config {
 
 /// `[plugins.<name>]`: one plugin.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, expecting = "a table, as for a plugin: the keys of this section itself are dir, order and cache")]
 pub struct Settings {
     /// Whether the plugin is loaded at all (true).
     pub enabled: bool,
@@ -169,7 +169,19 @@ impl Config {
     }
 }
 
-/// By hand, because what is neither a key nor a table is to be named in the error.
+/// Settings within their bounds.
+struct Checked(Settings);
+
+impl<'de> Deserialize<'de> for Checked {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let settings = Settings::deserialize(d)?;
+        // In here, where whoever reads the file knows the place of the table.
+        settings.check().map_err(D::Error::custom)?;
+        Ok(Self(settings))
+    }
+}
+
+/// By hand, for the keys that are no plugins. Errors of a plugin's table go through as they are, or their place in the file would be lost.
 impl<'de> Deserialize<'de> for Config {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct Sections;
@@ -186,8 +198,7 @@ impl<'de> Deserialize<'de> for Config {
                         "order" => config.order = map.next_value()?,
                         "cache" => config.cache = Some(folder_or_none(&map.next_value()?).map_err(A::Error::custom)?),
                         _ => {
-                            let settings: Settings = map.next_value().map_err(|e| A::Error::custom(format!("plugins.{key}: {e}")))?;
-                            settings.check().map_err(|e| A::Error::custom(format!("plugins.{key}.{e}")))?;
+                            let Checked(settings) = map.next_value()?;
                             config.plugins.insert(key, settings);
                         }
                     }
@@ -229,18 +240,19 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_in_the_section_is_named() {
-        for (text, expect) in [
-            ("[address]\ndeadline = 5\n", "plugins.address: unknown field `deadline`"),
-            ("[address]\non_failure = 'ignore'\n", "unknown variant `ignore`"),
-            ("[address]\ndeadline_ms = 0\n", "plugins.address.deadline_ms is 0; give it 1 to 10000"),
-            ("[address]\nsha256 = 'abc'\n", "plugins.address.sha256 is no hash"),
-            ("folder = 'x'\n", "plugins.folder"),
-            ("dir = 5\n", "string"),
-            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false"),
+    fn a_mistake_in_the_section_is_named_with_its_place() {
+        for (text, expect, place) in [
+            ("[address]\ndeadline = 5\n", "unknown field `deadline`", 10..18),
+            ("[address]\non_failure = 'ignore'\n", "unknown variant `ignore`", 23..31),
+            ("[first]\n[address]\ndeadline_ms = 0\n", "deadline_ms is 0; give it 1 to 10000", 8..17),
+            ("[address]\nsha256 = 'abc'\n", "sha256 is no hash", 0..9),
+            ("folder = 'x'\n", "a table, as for a plugin: the keys of this section itself are dir, order and cache", 9..12),
+            ("dir = 5\n", "string", 6..7),
+            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false", 0..13),
         ] {
-            let error = toml::from_str::<Config>(text).unwrap_err().to_string();
-            assert!(error.contains(expect), "{text} gave: {error}");
+            let error = toml::from_str::<Config>(text).unwrap_err();
+            assert!(error.message().contains(expect), "{text} gave: {error}");
+            assert_eq!(error.span(), Some(place), "{text} gave: {error}");
         }
     }
 

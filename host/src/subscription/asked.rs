@@ -1,8 +1,9 @@
 //! What a client asks for: where its stream begins, and what of its own it wants to see.
 
-use crate::event::{Notification, Priority, Route};
+use crate::clock::now_ms;
+use crate::event::{Name, Notification, Priority, Route};
 
-use super::cursor::Cursor;
+use super::cursor::{Cursor, Unreadable};
 
 /// Where a stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +18,41 @@ pub enum Start {
     Since(u64),
     /// As [`Start::Latest`], but the client named a place that nobody knows, and is told so.
     Unknown,
+}
+
+impl Start {
+    /// Reads where to begin: a cursor, `earliest`, `latest`, or how long ago, such as `10m`. What nobody can read begins at the latest, and the
+    /// client is told that there may be a gap: refusing it would stop an `EventSource` for ever. `None`: it says nothing about this user.
+    pub fn read(asked: &str, user: &Name) -> Option<Self> {
+        if let Some(ago_ms) = duration_ms(asked) {
+            return Some(Self::Since(now_ms().saturating_sub(ago_ms)));
+        }
+        match (asked, Cursor::decode(asked, user)) {
+            ("latest", _) => Some(Self::Latest),
+            ("earliest", _) => Some(Self::Earliest),
+            (_, Ok(cursor)) => Some(Self::Cursor(cursor)),
+            // Somebody else's, left in the browser by who was logged in before.
+            (_, Err(Unreadable::AnotherUsers)) => None,
+            (_, Err(Unreadable::Garbled)) => Some(Self::Unknown),
+        }
+    }
+}
+
+/// `90s`, `10m`, `2h` or `7d`, in milliseconds.
+fn duration_ms(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let unit_ms: u64 = match unit {
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    // A cursor has more digits than any sensible number of days.
+    if number.len() > 9 || !number.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    number.parse::<u64>().ok()?.checked_mul(unit_ms)
 }
 
 /// What a client wants to see of what is its.
@@ -37,5 +73,25 @@ impl Filter {
         let kind = notification.event.kind.as_str();
         let is_type = |pattern: &String| pattern.strip_suffix('*').map_or(pattern == kind, |prefix| kind.starts_with(prefix));
         (self.types.is_empty() || self.types.iter().any(is_type)) && self.min_priority.is_none_or(|min| route.priority >= min)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_stream_begins() {
+        let user = Name::parse("ann").unwrap();
+        let mut cursor = String::new();
+        Cursor::default().encode(&user, &mut cursor);
+        assert_eq!(Start::read("latest", &user), Some(Start::Latest));
+        assert_eq!(Start::read("earliest", &user), Some(Start::Earliest));
+        assert!(matches!(Start::read("10m", &user), Some(Start::Since(_))));
+        assert_eq!(Start::read(&cursor, &user), Some(Start::Cursor(Cursor::default())));
+        assert_eq!(Start::read(&cursor, &Name::parse("bob").unwrap()), None);
+        for garbled in ["", "1", "m", "-1m", "99999999999m", "<script>", "\u{0}"] {
+            assert_eq!(Start::read(garbled, &user), Some(Start::Unknown), "{garbled:?}");
+        }
     }
 }

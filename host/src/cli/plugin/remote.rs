@@ -1,25 +1,38 @@
 //! `pointsman plugin list` and what else an operator does with the plugins of a running node, by its listener for operators.
 //!
-//! What each of these does there, and when it refuses, is the node's business.
+//! What each of these does there, and when it refuses, is the node's business; how its answers read is `told`'s. An upload alone has a rule of
+//! its own: under a name that no plugin there has, it makes one more that decides, beside all others, and so it is asked for by `--new`. A
+//! slip in the name would otherwise do that without a word, and the version that was to be replaced would go on.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use pointsman::event::rfc3339;
+use anyhow::{Context as _, bail, ensure};
 use pointsman::plugin::{MAX_FILE_BYTES, called};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::super::{Admin, accept, agent, read as answer};
 use super::read;
+use super::told::{Candidate, Plugin, Plugins, Replay as Rehearsed, Shadow as Shadowed};
 
 /// An interpreter compiled to WebAssembly takes seconds to load, and a replay asks about thousands of events.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// A node whose plugins are looked at or changed.
+#[derive(Debug, clap::Args)]
+struct Remote {
+    #[command(flatten)]
+    admin: Admin,
+    /// Print the node's answer as it is, in JSON
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
     #[command(flatten)]
-    admin: Admin,
+    node: Remote,
 }
 
 /// A plugin of a node.
@@ -28,7 +41,7 @@ pub(super) struct Named {
     /// What the plugin is called there
     name: String,
     #[command(flatten)]
-    admin: Admin,
+    node: Remote,
 }
 
 #[derive(Debug, clap::Args)]
@@ -39,8 +52,11 @@ pub(super) struct Upload {
     /// What the plugin is called there; otherwise as its file
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// It is one more plugin, which decides beside those that are there
+    #[arg(long)]
+    new: bool,
     #[command(flatten)]
-    admin: Admin,
+    node: Remote,
 }
 
 #[derive(Debug, clap::Args)]
@@ -54,7 +70,7 @@ pub(super) struct Shadow {
     #[arg(long, conflicts_with = "file")]
     end: bool,
     #[command(flatten)]
-    admin: Admin,
+    node: Remote,
 }
 
 #[derive(Debug, clap::Args)]
@@ -68,59 +84,130 @@ pub(super) struct Replay {
     #[arg(long, value_name = "N", default_value = "1000")]
     last: usize,
     #[command(flatten)]
-    admin: Admin,
+    node: Remote,
 }
 
-pub(super) fn list(options: &List) -> anyhow::Result<()> {
-    let listed: Value =
-        serde_json::from_str(&send(&options.admin, "GET", "/v1/plugins", None)?).context("the node's answer is not JSON")?;
-    let mut rows = vec![["NAME", "KIND", "STATE", "GENERATION", "VERSION", "HASH", "SINCE", "LAST REFUSED"].map(str::to_owned)];
-    for plugin in listed["plugins"].as_array().into_iter().flatten() {
-        let text = |key: &str| plugin[key].as_str().map(|text| text.escape_debug().to_string()).filter(|text| !text.is_empty());
-        let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        let hash = text("hash").map(|hash| hash.chars().take(12).collect());
-        let since = plugin["since_ms"].as_u64().filter(|ms| *ms > 0).map(rfc3339);
-        let [name, kind, state, version] = ["name", "kind", "state", "version"].map(|key| or_none(text(key)));
-        let refused = plugin["refusal"]["reason"].as_str().map(|reason| {
-            let at = plugin["refusal"]["at_ms"].as_u64().map(|ms| format!("{}: ", rfc3339(ms))).unwrap_or_default();
-            format!("{at}{}", reason.escape_debug())
-        });
-        let refused = refused.or_else(|| text("failure"));
-        rows.push([name, kind, state, plugin["generation"].to_string(), version, or_none(hash), or_none(since), or_none(refused)]);
-    }
-    // The last column is a sentence.
-    let widths: [usize; 7] = std::array::from_fn(|at| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or_default());
-    for row in &rows {
-        let cells = row.iter().zip(widths.into_iter().chain([0])).map(|(cell, width)| format!("{cell:<width$}"));
-        println!("{}", cells.collect::<Vec<_>>().join("  ").trim_end());
-    }
-    if let Some(failure) = listed["folder_failure"].as_str() {
-        println!("{failure}");
-    }
-    Ok(())
+/// What takes nothing but a plugin's name.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Order {
+    Enable,
+    Disable,
+    Remove,
+    RollBack,
+    Promote,
 }
 
-pub(super) fn upload(Upload { file, name, admin }: &Upload) -> anyhow::Result<()> {
+pub(super) fn list(List { node }: &List) -> anyhow::Result<()> {
+    let text = node.ask("GET", "/v1/plugins", None)?;
+    node.say(&text, |plugins: Plugins| Ok(plugins.listed()))
+}
+
+pub(super) fn upload(Upload { file, name, new, node }: &Upload) -> anyhow::Result<()> {
     let name = name.clone().unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
-    print(&send(admin, "PUT", &path(&name, "")?, Some(file))?)
+    let path = path(&name, "")?;
+    let before = node.plugins()?;
+    let former = before.find(&name);
+    match former {
+        None if !new && !before.plugins.is_empty() => bail!(
+            "no plugin is called '{name}' there (there: {}); give --name NAME for a new version of one of these, or --new for one more, which decides beside them",
+            before.names()
+        ),
+        Some(former) if *new => bail!("there is a plugin '{}' already; leave out --new for a new version of it", former.who()),
+        _ => {}
+    }
+    let text = node.send("PUT", &path, Some(file))?;
+    node.say(&text, |plugin: Plugin| {
+        let (who, stands) = (plugin.who(), plugin.stands());
+        Ok(match former {
+            None => format!("new plugin {who}: {stands}; {}", node.plugins()?.deciders()),
+            Some(former) if plugin.is_as(former) => format!("{who} is what was at work already: {stands}"),
+            Some(former) if former.generation > 0 && plugin.generation > 0 => {
+                format!("uploaded {who}: {stands}, in place of generation {}", former.generation)
+            }
+            Some(_) => format!("uploaded {who}: {stands}"),
+        })
+    })
 }
 
-/// What takes nothing but the name: `method` at the plugin's path with `rest`.
-pub(super) fn act(Named { name, admin }: &Named, method: &str, rest: &str) -> anyhow::Result<()> {
-    print(&send(admin, method, &path(name, rest)?, None)?)
-}
-
-pub(super) fn shadow(Shadow { name, file, end, admin }: &Shadow) -> anyhow::Result<()> {
-    let method = match (file, end) {
-        (Some(_), _) => "PUT",
-        (None, true) => "DELETE",
-        (None, false) => "GET",
+pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Result<()> {
+    let (method, rest) = match order {
+        Order::Enable => ("POST", "/enable"),
+        Order::Disable => ("POST", "/disable"),
+        Order::Remove => ("DELETE", ""),
+        Order::RollBack => ("POST", "/rollback"),
+        Order::Promote => ("POST", "/promote"),
     };
-    print(&send(admin, method, &path(name, "/shadow")?, file.as_deref())?)
+    let path = path(name, rest)?;
+    let before = node.plugins()?;
+    let former = known(&before, name)?;
+    if matches!(order, Order::Promote) {
+        has_candidate(former)?;
+    }
+    let text = node.send(method, &path, None)?;
+    if matches!(order, Order::Remove) {
+        if !node.json {
+            println!("removed {}, and its file; {}", former.who(), node.plugins()?.deciders());
+        }
+        return Ok(());
+    }
+    node.say(&text, |plugin: Plugin| {
+        let (who, stands, number) = (plugin.who(), plugin.stands(), former.generation);
+        let instead = format!("in place of generation {number}");
+        Ok(match order {
+            Order::Enable if plugin.is_as(former) => format!("{who} is enabled already: {stands}"),
+            Order::Enable => format!("enabled {who}: {stands}; {}", node.plugins()?.deciders()),
+            Order::Disable if number == 0 => format!("disabled {who}: it was not at work"),
+            Order::Disable => {
+                format!("disabled {}: generation {number} is not at work any more; {}", former.who(), node.plugins()?.deciders())
+            }
+            Order::RollBack => {
+                let file = "its file is still the newer one, with which a node begins that starts";
+                format!("rolled back {who}: {stands}, {instead}; {file}")
+            }
+            Order::Promote | Order::Remove => format!("promoted {who}: {stands}, {instead}"),
+        })
+    })
 }
 
-pub(super) fn replay(Replay { name, file, last, admin }: &Replay) -> anyhow::Result<()> {
-    print(&send(admin, "POST", &path(name, &format!("/replay?last={last}"))?, Some(file))?)
+pub(super) fn shadow(Shadow { name, file, end, node }: &Shadow) -> anyhow::Result<()> {
+    let path = path(name, "/shadow")?;
+    let before = node.plugins()?;
+    let former = known(&before, name)?;
+    if let Some(file) = file {
+        let text = node.send("PUT", &path, Some(file))?;
+        return node.say(&text, |shadow: Shadowed| {
+            let instead = former.shadow.as_ref().map(|candidate| format!(", in place of {}", candidate.name())).unwrap_or_default();
+            let see = format!("how it differs: pointsman plugin shadow {name}");
+            Ok(format!("candidate {} is asked beside {}{instead}, without effect; {see}", shadow.name(), former.who()))
+        });
+    }
+    let candidate = has_candidate(former)?;
+    if *end {
+        node.send("DELETE", &path, None)?;
+        if !node.json {
+            println!("candidate {} beside {} has ended: {}", candidate.name(), former.who(), candidate.share());
+        }
+        return Ok(());
+    }
+    let text = node.send("GET", &path, None)?;
+    node.say(&text, |shadow: Shadowed| Ok(shadow.told(name)))
+}
+
+pub(super) fn replay(Replay { name, file, last, node }: &Replay) -> anyhow::Result<()> {
+    let path = path(name, &format!("/replay?last={last}"))?;
+    known(&node.plugins()?, name)?;
+    let text = node.send("POST", &path, Some(file))?;
+    node.say(&text, |report: Rehearsed| Ok(report.told()))
+}
+
+/// The plugin of this name, of which a command has to say something.
+fn known<'a>(plugins: &'a Plugins, name: &str) -> anyhow::Result<&'a Plugin> {
+    plugins.find(name).with_context(|| format!("there is no plugin '{name}' there (there: {})", plugins.names()))
+}
+
+fn has_candidate(plugin: &Plugin) -> anyhow::Result<&Candidate> {
+    let begin = format!("begin with one: pointsman plugin shadow {} FILE.wasm", plugin.name);
+    plugin.shadow.as_ref().with_context(|| format!("there is no candidate beside '{}'; {begin}", plugin.name))
 }
 
 fn path(name: &str, rest: &str) -> anyhow::Result<String> {
@@ -129,16 +216,35 @@ fn path(name: &str, rest: &str) -> anyhow::Result<String> {
     Ok(format!("/v1/plugins/{name}{rest}"))
 }
 
-fn send(admin: &Admin, method: &str, path: &str, file: Option<&Path>) -> anyhow::Result<String> {
-    let body = file.map(|file| read(file, MAX_FILE_BYTES)).transpose()?;
-    accept(answer(admin.request(&agent(PATIENCE), method, path, body.as_deref())?)?)
+impl Remote {
+    fn plugins(&self) -> anyhow::Result<Plugins> {
+        read_as(&self.ask("GET", "/v1/plugins", None)?)
+    }
+
+    /// An order, with the bytes of a file if there is one.
+    fn send(&self, method: &str, path: &str, file: Option<&Path>) -> anyhow::Result<String> {
+        let bytes = file.map(|file| read(file, MAX_FILE_BYTES)).transpose()?;
+        self.ask(method, path, bytes.as_deref()).map_err(|error| match file {
+            Some(file) => error.context(format!("{} was not taken", file.display())),
+            None => error,
+        })
+    }
+
+    fn ask(&self, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<String> {
+        accept(answer(self.admin.request(&agent(PATIENCE), method, path, body)?)?)
+    }
+
+    /// An answer as it is, or in words.
+    fn say<T: DeserializeOwned>(&self, text: &str, tell: impl FnOnce(T) -> anyhow::Result<String>) -> anyhow::Result<()> {
+        if self.json {
+            println!("{:#}", read_as::<Value>(text)?);
+        } else {
+            println!("{}", tell(read_as(text)?)?.trim_end());
+        }
+        Ok(())
+    }
 }
 
-/// An answer for people: JSON with line breaks.
-fn print(text: &str) -> anyhow::Result<()> {
-    if !text.is_empty() {
-        let answer: Value = serde_json::from_str(text).context("the node's answer is not JSON")?;
-        println!("{answer:#}");
-    }
-    Ok(())
+fn read_as<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
+    serde_json::from_str(text).context("the node's answer is not one that this version of pointsman knows; --json shows it")
 }
