@@ -34,7 +34,7 @@ pub mod shadow;
 pub mod state;
 pub mod watcher;
 
-pub use deadline::Ticking;
+pub use deadline::{Ticking, used_by_this_thread};
 pub use engine::Engine;
 pub use folder::called;
 pub use noop::noop;

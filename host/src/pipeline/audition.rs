@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 use super::published_priority;
 use crate::event::Event;
 use crate::plugin::decided::Decided;
-use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking};
+use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking, used_by_this_thread};
 
 /// See the head of this file.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub struct Performance {
     pub decided: Vec<Decided>,
     /// Why there is no answer, or not both.
     pub error: Option<CallError>,
-    /// Of all calls about the event, without the making of an instance.
+    /// Of a processor, as deadlines count it: of all calls about the event, without the making of an instance.
     pub time: Duration,
     /// Of the instance, after the event; `None` if it was thrown away.
     pub memory_bytes: Option<usize>,
@@ -99,9 +99,9 @@ impl Audition {
         if self.slot.is_none() {
             self.slot = Some(self.plugin.instantiate(&self.ticking)?);
         }
-        let began = Instant::now();
+        let began = used_by_this_thread();
         let answer = self.plugin.call(&mut self.slot, &self.ticking, role, call);
-        costs.time += began.elapsed();
+        costs.time += used_by_this_thread().saturating_sub(began);
         costs.answer_bytes = costs.answer_bytes.max(self.slot.as_ref().map_or(0, Instance::answer_bytes));
         answer
     }

@@ -47,8 +47,8 @@ impl Deadline {
     }
 }
 
-/// Time of processors that this thread has used since it began.
-fn used_by_this_thread() -> Duration {
+/// Time of processors that this thread has used since it began, by which deadlines count.
+pub fn used_by_this_thread() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     // Neither is negative.
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
