@@ -196,7 +196,10 @@ impl<'de> Deserialize<'de> for Config {
                     match key.as_str() {
                         "dir" => config.dir = Some(map.next_value()?),
                         "order" => config.order = map.next_value()?,
-                        "cache" => config.cache = Some(folder_or_none(&map.next_value()?).map_err(A::Error::custom)?),
+                        "cache" => {
+                            let FolderOrNone(folder) = map.next_value()?;
+                            config.cache = Some(folder);
+                        }
                         _ => {
                             let Checked(settings) = map.next_value()?;
                             config.plugins.insert(key, settings);
@@ -211,13 +214,17 @@ impl<'de> Deserialize<'de> for Config {
 }
 
 /// The key `cache`; an empty path stands for none.
-fn folder_or_none(value: &serde_json::Value) -> Result<PathBuf, String> {
-    match value {
-        // As a text where it comes from the environment; a folder of that name is written ./false.
-        serde_json::Value::String(text) if text == "false" => Ok(PathBuf::new()),
-        serde_json::Value::String(text) => Ok(PathBuf::from(text)),
-        serde_json::Value::Bool(false) => Ok(PathBuf::new()),
-        other => Err(format!("plugins.cache is {other}; give a folder as a text, or false for none")),
+struct FolderOrNone(PathBuf);
+
+impl<'de> Deserialize<'de> for FolderOrNone {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        match serde_json::Value::deserialize(d)? {
+            // As a text where it comes from the environment; a folder of that name is written ./false.
+            serde_json::Value::String(text) if text == "false" => Ok(Self(PathBuf::new())),
+            serde_json::Value::String(text) => Ok(Self(PathBuf::from(text))),
+            serde_json::Value::Bool(false) => Ok(Self(PathBuf::new())),
+            other => Err(D::Error::custom(format!("plugins.cache is {other}; give a folder as a text, or false for none"))),
+        }
     }
 }
 
@@ -248,7 +255,7 @@ mod tests {
             ("[address]\nsha256 = 'abc'\n", "sha256 is no hash", 0..9),
             ("folder = 'x'\n", "a table, as for a plugin: the keys of this section itself are dir, order and cache", 9..12),
             ("dir = 5\n", "string", 6..7),
-            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false", 0..13),
+            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false", 8..12),
         ] {
             let error = toml::from_str::<Config>(text).unwrap_err();
             assert!(error.message().contains(expect), "{text} gave: {error}");
