@@ -23,8 +23,11 @@ use super::plugin::toolchain::Profile;
 mod news;
 mod workshop;
 
-/// What is to be read beside the commands' own lines: what goes wrong, and what plugins say.
-const LOG: &str = "warn,pointsman::plugin::registry=off,plugin=debug";
+/// What is to be read beside the commands' own lines: what goes wrong, and what plugins say. Which plugins are at work, the news say.
+const LOG: &str = "warn,pointsman::plugin::registry=off,pointsman::readiness=off,plugin=debug";
+
+/// Where a crate has the configuration of its plugin.
+const CONFIG: &str = "config.json";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -133,7 +136,7 @@ impl Options {
     }
 }
 
-/// What the user configured, and for each crate that this does not speak of, its `config.json`: as one file, which the node follows.
+/// What the user configured, and for each crate that this does not speak of, its [`CONFIG`]: as one file, which the node follows.
 #[derive(Debug)]
 struct Settings {
     written: toml::Table,
@@ -161,7 +164,7 @@ impl Settings {
     fn write(&self) -> anyhow::Result<()> {
         let mut all = self.written.clone();
         for Crate { folder, name } in &self.crates {
-            let path = folder.join("config.json");
+            let path = folder.join(CONFIG);
             let Ok(text) = fs::read_to_string(&path) else { continue };
             let own: serde_json::Map<String, serde_json::Value> =
                 serde_json::from_str(&text).with_context(|| format!("{} is no JSON object", path.display()))?;
