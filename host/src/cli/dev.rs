@@ -96,7 +96,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         println!("Ctrl-C ends it.\n");
         let open = |known| Workshop::open(known, &options.profile, &plugins, &settings);
         let workshops = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
-        let news = News::start(admin)?;
+        let news = News::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
         // Before the runtime, so that nothing is built for a node that is gone.
         drop((workshops, news));
