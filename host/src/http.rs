@@ -95,6 +95,7 @@ pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
     routes
         .layer(middleware::from_fn(refuse_pages))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), cors::refuse_other_names))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals))
         .with_state(state)
 }
@@ -105,6 +106,7 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method)
         .layer(middleware::from_fn(refuse_surplus))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), cors::refuse_other_names))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), cors::apply))
         .with_state(state)

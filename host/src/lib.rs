@@ -100,8 +100,9 @@ pub fn check_folders(config: &Config) -> anyhow::Result<()> {
 /// over the grace period; requests under way end; what is left is cut.
 ///
 /// # Errors
-/// An address cannot be bound, the folder of plugins not be read, or the embedded broker's folder not be opened. A Redis that cannot be
-/// reached is no error: the listeners are up, readiness says why, and it is tried again.
+/// An address cannot be bound, the folder of plugins not be read, or the embedded broker's folder not be opened; or a part of the node
+/// panicked, after which the rest was stopped as ever. A Redis that cannot be reached is no error: the listeners are up, readiness says why,
+/// and it is tried again.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     check_folders(&config)?;
     let listeners = Listeners::bind(&config.listen)?;
@@ -135,7 +136,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     let routes = [(listeners.admin, http::admin_routes(Arc::clone(&state)), MAX_ADMIN_CONNECTIONS)];
     let routes = routes.into_iter().chain([(listeners.applications, http::routes(Arc::clone(&state)), listen.max_connections)]);
     for (listener, routes, max_connections) in routes {
-        shutdown.spawn(server::serve(listener, routes, bounds(max_connections), shutdown.clone()));
+        shutdown.spawn("a listener", server::serve(listener, routes, bounds(max_connections), shutdown.clone()));
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
@@ -144,16 +145,20 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         let broker = open(&broker, &sources, &retention, &readiness).await?;
         let hub = Hub::start(Arc::clone(&broker), metrics.clone());
         state.set_broker(Arc::clone(&broker), hub.clone());
-        shutdown.spawn(watch::watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()));
+        shutdown.spawn(
+            "the watch over the broker",
+            watch::watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()),
+        );
         Ok(broker)
     };
     let loaded = async {
         let (pipeline, watcher) = start_plugins(plugins, cache_folder, node.allow_no_plugins, &metrics).await?;
         state.set_pipeline(pipeline.clone());
-        shutdown.spawn(watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
+        shutdown.spawn("the watch over plugins", watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
         if let Some(origin) = origin {
             let registry = Arc::clone(pipeline.registry());
-            shutdown.spawn(config::reload::follow(origin, registry, readiness.clone(), shutdown.clone()));
+            shutdown
+                .spawn("the watch over the configuration", config::reload::follow(origin, registry, readiness.clone(), shutdown.clone()));
         }
         anyhow::Ok((pipeline, watcher))
     };
@@ -166,7 +171,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
             let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
             let readiness = readiness.clone();
             let ingest = Ingest { broker, pipeline, metrics, readiness, config: ingest.clone(), node: name.clone() };
-            shutdown.spawn(ingest.run(partition.clone(), shutdown.token()));
+            shutdown.spawn("ingest", ingest.run(partition.clone(), shutdown.token()));
         }
         shutdown.begun().await;
         // Who is leaving compiles nothing any more.
@@ -182,7 +187,10 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         shutdown.finish_cut(Duration::from_secs(1)).await;
     }
     tracing::info!("stopped");
-    Ok(())
+    match shutdown.broken() {
+        Some(part) => Err(anyhow::anyhow!("{part} panicked (the log says where), so the node stopped; start it again, and report it")),
+        None => Ok(()),
+    }
 }
 
 /// Loads the plugins, starts their threads, and watches their folder.

@@ -18,6 +18,7 @@ mod bindings;
 pub mod cache;
 mod compile;
 pub mod contract;
+mod deadline;
 pub mod decided;
 mod engine;
 mod folder;
@@ -33,7 +34,8 @@ pub mod shadow;
 pub mod state;
 pub mod watcher;
 
-pub use engine::{Engine, Ticking};
+pub use deadline::Ticking;
+pub use engine::Engine;
 pub use folder::called;
 pub use noop::noop;
 pub use selection::Selection;
@@ -346,7 +348,7 @@ impl Plugin {
         state.set_clock_ms(call.clock_ms);
         state.event = Some(call.event.id.clone());
         state.last_error = None;
-        engine::set_deadline(store, ticking, self.limits.deadline);
+        deadline::set(store, ticking, self.limits.deadline);
         let answer = match role {
             Role::Filter => match exports.evaluate(store, &presented) {
                 Some(Ok(verdict)) => verdict.map(|verdict| bindings::verdict(verdict, call.event, &self.limits)),
@@ -378,7 +380,7 @@ impl Plugin {
     /// As there.
     pub fn instantiate(&self, ticking: &Ticking) -> Result<Instance, CallError> {
         let (mut store, exports) = self.raw_instance(ticking)?;
-        engine::set_deadline(&mut store, ticking, self.limits.setup_deadline);
+        deadline::set(&mut store, ticking, self.limits.setup_deadline);
         match exports.configure(&mut store, &self.config) {
             Ok(Ok(())) => Ok(Instance { store, exports, calls_left: self.limits.calls_per_instance.max(1), answer_bytes: 0 }),
             Ok(Err(issues)) => {
@@ -390,7 +392,7 @@ impl Plugin {
 
     fn raw_instance(&self, ticking: &Ticking) -> Result<(Store<State>, Exports), CallError> {
         let mut store = engine::store(&self.engine, self.limits.memory_bytes, handed_back(&self.limits), &self.log);
-        engine::set_deadline(&mut store, ticking, self.limits.setup_deadline);
+        deadline::set(&mut store, ticking, self.limits.setup_deadline);
         let made = self.component.instantiate(&mut store).and_then(|instance| self.exports.load(&mut store, &instance));
         made.map_err(|error| self.call_error(&error, &mut store, self.limits.setup_deadline)).map(|exports| (store, exports))
     }
@@ -403,7 +405,7 @@ impl Plugin {
             other => format!("fails to start: {other}"),
         })?;
         let mut step = |what: &str, call: &mut dyn FnMut(&mut Store<State>) -> wasmtime::Result<()>| {
-            engine::set_deadline(&mut store, &ticking, self.limits.setup_deadline);
+            deadline::set(&mut store, &ticking, self.limits.setup_deadline);
             call(&mut store)
                 .map_err(|error| format!("fails in {what}: {}", self.call_error(&error, &mut store, self.limits.setup_deadline)))
         };

@@ -1,13 +1,16 @@
 //! How a node stops: one handle, cloned into every part. It says *begin* (finish what you have, take nothing new) and *skip* (leave now).
 //!
-//! It promises that a first signal begins, a second skips, and that [`Shutdown::finish`] waits for every task spawned here, but no longer
-//! than it is told. The order in which parts stop is `lib.rs`'s; how a stream says good-bye is `sse`'s.
+//! It promises that a first signal begins, a second skips, and that [`Shutdown::finish`] waits for every part spawned here, but no longer
+//! than it is told. A part that panics begins it, too: a node of which a part is missing would say that it is ready and do half of its work,
+//! and whoever supervises it cannot see that; a node that ends is started again. The order in which parts stop is `lib.rs`'s; how a stream says good-bye is `sse`'s.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -17,6 +20,8 @@ pub struct Shutdown {
     begin: CancellationToken,
     skip: CancellationToken,
     tasks: TaskTracker,
+    /// The first part that panicked.
+    broken: Arc<OnceLock<&'static str>>,
 }
 
 impl Shutdown {
@@ -74,13 +79,24 @@ impl Shutdown {
         self.begin.child_token()
     }
 
-    /// Starts a task that [`Shutdown::finish`] waits for.
-    pub fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
-    where
-        F: Future + Send + 'static,
-        F::Output: Send + 'static,
-    {
-        self.tasks.spawn(task)
+    /// Starts a part of the node, which [`Shutdown::finish`] waits for. `part`: what it is called where it breaks.
+    pub fn spawn(&self, part: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.clone();
+        self.tasks.spawn(async move {
+            // Nothing of the part is used again.
+            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+                tracing::error!("{part} panicked; this node cannot go on without, and stops");
+                if shutdown.broken.set(part).is_err() {
+                    tracing::debug!("it was stopping for that reason already");
+                }
+                shutdown.begin();
+            }
+        });
+    }
+
+    /// The part that panicked and so began the shutdown, if it was that.
+    pub fn broken(&self) -> Option<&'static str> {
+        self.broken.get().copied()
     }
 
     /// Waits until every task has ended, for at most `grace`, or until skipped. `true`: all ended by themselves.
@@ -109,20 +125,32 @@ mod tests {
     async fn it_waits_for_tasks_and_not_for_longer_than_told() {
         let shutdown = Shutdown::new();
         let begun = shutdown.clone();
-        shutdown.spawn(async move { begun.begun().await });
+        shutdown.spawn("one that waits", async move { begun.begun().await });
         shutdown.begin();
         assert!(shutdown.finish(Duration::from_secs(10)).await);
 
-        shutdown.spawn(std::future::pending::<()>());
+        shutdown.spawn("one that stays", std::future::pending());
         assert!(!shutdown.finish(Duration::from_millis(1)).await);
     }
 
     #[tokio::test]
     async fn a_skip_does_not_wait_for_the_grace_period() {
         let shutdown = Shutdown::new();
-        shutdown.spawn(std::future::pending::<()>());
+        shutdown.spawn("one that stays", std::future::pending());
         shutdown.skip();
         assert!(shutdown.has_begun());
         assert!(!shutdown.finish(Duration::from_secs(3600)).await);
+    }
+
+    #[tokio::test]
+    async fn a_part_that_panics_ends_the_node_and_is_named() {
+        let shutdown = Shutdown::new();
+        let other = shutdown.clone();
+        shutdown.spawn("another", async move { other.begun().await });
+        assert_eq!(shutdown.broken(), None);
+        shutdown.spawn("ingest", async { panic!("so that the test has something to see") });
+        tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
+        assert!(shutdown.finish(Duration::from_secs(60)).await);
+        assert_eq!(shutdown.broken(), Some("ingest"));
     }
 }

@@ -1,4 +1,5 @@
-//! Which pages may call us from a browser: the configured origins, and in dev mode every loopback one. Answers preflights.
+//! Which pages may call us from a browser: the configured origins, and in dev mode every loopback one. Answers preflights. In dev mode, where
+//! nobody is asked for a key, it also keeps out pages that call us by a name of their own.
 //!
 //! This guards readers' browsers, not the node: who may do what is `auth`'s, and a client that is no browser sends no origin.
 
@@ -7,7 +8,8 @@ use std::sync::Arc;
 use axum::extract::{self, Request};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, HOST, ORIGIN,
+    VARY,
 };
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
@@ -58,12 +60,30 @@ impl Origins {
 }
 
 fn is_loopback(origin: &str) -> bool {
-    let Some(authority) = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://")) else { return false };
+    origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://")).is_some_and(names_loopback)
+}
+
+/// Of a host, with a port or without.
+fn names_loopback(authority: &str) -> bool {
     let host = match authority.strip_prefix('[') {
         Some(v6) => v6.split(']').next().unwrap_or_default(),
         None => authority.split(':').next().unwrap_or_default(),
     };
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Refuses what is asked of us by a name that is not this machine's own, in dev mode. To a browser, a page whose name was made to point to
+/// 127.0.0.1 after it was loaded (DNS rebinding) is of our own origin: it may read every answer, and sends no foreign `Origin`.
+pub(super) async fn refuse_other_names(extract::State(state): extract::State<Arc<State>>, request: Request, next: Next) -> Response {
+    // HTTP/2 has it in the address; a client that says neither is no browser.
+    let said = request.headers().get(HOST).map(HeaderValue::to_str);
+    let name = request.uri().authority().map(|authority| Ok(authority.as_str())).or(said);
+    if state.auth.is_dev() && !name.is_none_or(|name| name.is_ok_and(names_loopback)) {
+        return ApiError::forbidden("a node in dev mode answers by names of this machine only")
+            .fix("ask for localhost or 127.0.0.1; for another name, give the node a key and a way to check tokens instead of --dev")
+            .into_response();
+    }
+    next.run(request).await
 }
 
 pub(super) async fn apply(extract::State(state): extract::State<Arc<State>>, request: Request, next: Next) -> Response {
@@ -129,6 +149,19 @@ mod tests {
             let (status, headers, _) = ask(origin).await;
             assert_eq!(status, StatusCode::FORBIDDEN, "{origin}");
             assert!(!headers.contains_key("access-control-allow-origin"), "{origin}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_that_made_its_name_point_to_this_machine_is_told_nothing_in_dev_mode() {
+        let site = Site::dev(FakeBroker::default());
+        for path in ["/v1/stream?user=ann&device=made-up", "/v1/openapi.json", "/"] {
+            for host in ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example:8080", ""] {
+                assert_eq!(site.request("GET", path, &[("host", host)], "").await.0, StatusCode::FORBIDDEN, "{path} of {host}");
+            }
+            for host in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080"] {
+                assert_eq!(site.request("GET", path, &[("host", host)], "").await.0, StatusCode::OK, "{path} of {host}");
+            }
         }
     }
 

@@ -1,12 +1,12 @@
 //! The WebAssembly engine and its fences: what a guest may use, how long it may run, how much memory it may have.
 //!
-//! There is one engine in a process. It promises that no call outlives its deadline by more than a few milliseconds, as long as the caller
-//! holds a [`Ticking`]; that no guest reaches a file, the environment, a network or a real clock; and that no function of the host blocks.
-//! What calls mean is `plugin`'s business; what guests say is in `plugin::log`.
+//! There is one engine in a process. It promises that no guest reaches a file, the environment, a network or a real clock, and that no
+//! function of the host blocks. How long a call may run is kept by [`super::deadline`]; what calls mean is `plugin`'s business; what guests
+//! say is in `plugin::log`.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::thread::{self, Thread};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,6 +21,7 @@ use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings;
 use super::cache::Cache;
+use super::deadline::{Deadline, Ticker, Ticking};
 use super::log::{GuestLog, Level, MAX_LINE};
 use super::shadow::MAX_SHADOWS;
 use crate::event::Name;
@@ -35,9 +36,6 @@ pub(super) const MAX_MEMORIES: usize = 2;
 const MAX_TABLES: usize = 8;
 /// The most elements of one table: interpreters compiled to WebAssembly have some ten thousand.
 const MAX_TABLE_ELEMENTS: usize = 100_000;
-/// How often the clock of deadlines ticks while a call runs.
-const TICK: Duration = Duration::from_millis(1);
-
 /// A cheap handle.
 #[derive(Clone)]
 pub struct Engine(Arc<Shared>);
@@ -105,21 +103,13 @@ impl Engine {
 
     /// Lets deadlines pass while the answer lives. Without one, no deadline ever does: calls ask for it.
     pub fn ticking(&self) -> Ticking {
-        if self.0.ticker.n_callers.fetch_add(1, Ordering::SeqCst) == 0
-            && let Some(thread) = self.0.ticker.thread.get()
-        {
-            thread.unpark();
-        }
-        Ticking(Arc::clone(&self.0.ticker))
+        self.0.ticker.tick_for_a_caller()
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.ticker.is_over.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.ticker.thread.get() {
-            thread.unpark();
-        }
+        self.ticker.end();
     }
 }
 
@@ -157,58 +147,13 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
     Ok(linker)
 }
 
-/// Advances the epoch while somebody is in a call, and sleeps otherwise. An OS thread: a blocked executor does not tick.
-struct Ticker {
-    n_callers: AtomicUsize,
-    is_over: AtomicBool,
-    thread: OnceLock<Thread>,
-}
-
-/// See [`Engine::ticking`].
-pub struct Ticking(Arc<Ticker>);
-
-impl std::fmt::Debug for Ticking {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Ticking")
-    }
-}
-
-impl Drop for Ticking {
-    fn drop(&mut self) {
-        self.0.n_callers.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-impl Ticker {
-    fn start(engine: wasmtime::EngineWeak) -> std::io::Result<Arc<Self>> {
-        let ticker = Arc::new(Self { n_callers: AtomicUsize::new(0), is_over: AtomicBool::new(false), thread: OnceLock::new() });
-        let run = Arc::clone(&ticker);
-        let thread = thread::Builder::new().name("plugin-deadlines".into()).spawn(move || run.tick(&engine))?;
-        ticker.thread.get_or_init(|| thread.thread().clone());
-        Ok(ticker)
-    }
-
-    fn tick(&self, engine: &wasmtime::EngineWeak) {
-        while !self.is_over.load(Ordering::SeqCst) {
-            if self.n_callers.load(Ordering::SeqCst) == 0 {
-                // An `unpark` since the check above makes this return at once.
-                thread::park();
-                continue;
-            }
-            thread::sleep(TICK);
-            // Weak, so that this thread does not keep alive what it serves.
-            let Some(engine) = engine.upgrade() else { return };
-            engine.increment_epoch();
-        }
-    }
-}
-
 /// What the host keeps for one instance.
 pub(super) struct State {
     wasi: WasiCtx,
     table: ResourceTable,
     pub(super) memory: MemoryLimit,
     pub(super) log: Arc<GuestLog>,
+    pub(super) deadline: Deadline,
     clock_ms: Arc<AtomicU64>,
     /// The event of the call.
     pub(super) event: Option<Name>,
@@ -241,18 +186,12 @@ pub(super) fn store(engine: &Engine, memory_bytes: usize, handed_back: usize, lo
         .stderr(GuestOutput { log: Arc::clone(log), level: Level::Warn })
         .build();
     let memory = MemoryLimit { max: memory_bytes, used: 0, refused: None };
-    let state = State { wasi, table, memory, log: Arc::clone(log), clock_ms, event: None, last_error: None };
+    let state = State { wasi, table, memory, log: Arc::clone(log), deadline: Deadline::default(), clock_ms, event: None, last_error: None };
     let mut store = Store::new(engine.wasmtime(), state);
     store.limiter(|state| &mut state.memory);
+    store.epoch_deadline_callback(|mut store| Ok(store.data_mut().deadline.look()));
     store.set_hostcall_fuel(handed_back);
     store
-}
-
-/// Sets how long the next call may run.
-pub(super) fn set_deadline(store: &mut Store<State>, _: &Ticking, deadline: Duration) {
-    // One more, for the tick that is already under way.
-    let ticks = deadline.as_millis().div_ceil(TICK.as_millis()) as u64 + 1;
-    store.set_epoch_deadline(ticks);
 }
 
 /// Bounds the memory of an instance, and remembers a refusal: to the guest it looks like any other trap.

@@ -11,7 +11,7 @@ use wasmparser::{Parser, Payload};
 use super::bindings::Description;
 use super::compile::is_granted;
 use super::log::printable;
-use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection, engine, hash};
+use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection, deadline, hash};
 use crate::event::Name;
 
 /// The most imports, and exports, that are looked at.
@@ -106,7 +106,7 @@ impl Plugin {
     fn first_words(&self) -> Option<Manifest> {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).ok()?;
-        engine::set_deadline(&mut store, &ticking, self.limits.setup_deadline);
+        deadline::set(&mut store, &ticking, self.limits.setup_deadline);
         exports.describe(&mut store).ok().map(|description| description.manifest)
     }
 }

@@ -56,7 +56,7 @@ pub struct Settings {
     pub enabled: bool,
     /// What becomes of an event when the plugin fails on it, twice: `dead-letter`, `skip` (as if the plugin were not there) or `drop` (`dead-letter`).
     pub on_failure: OnFailure,
-    /// Milliseconds that a call may run, 1 to 10,000 (50).
+    /// Milliseconds of a processor that a call may use, 1 to 10,000 (50).
     pub deadline_ms: u64,
     /// MiB of memory that an instance may have, 1 to 4,096 (32).
     pub memory_mib: u32,
