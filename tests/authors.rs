@@ -394,6 +394,8 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     let mut dev = Dev::start(pointsman(&arguments).args(PROFILE).current_dir(&project));
     let heard = dev.hear(0, "saved: generation 1 is at work");
     assert!(dev.said().contains(&format!("http://{listen}/")), "{}", dev.said());
+    // That there is nothing yet while it is built for the first time is no error.
+    assert!(!dev.said().contains("ERROR") && !dev.said().contains("not at work"), "{}", dev.said());
     let page = http::send("GET", &format!("http://{listen}/"), &[], None).expect("a page");
     assert!(page.status == 200 && page.body.contains("<html"), "{page:?}");
 
@@ -408,7 +410,7 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     };
     // By the crate's own config.json.
     assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("routes"), Some(1)));
-    let heard = dev.hear(heard, "order.shipped e1: saved routes: committed");
+    let heard = dev.hear(heard, "order.shipped e1: committed: saved, generation 1, routes it");
 
     let file = project.join("src/lib.rs");
     let good = fs::read_to_string(&file).expect("read it");
@@ -426,9 +428,13 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     // What it is configured with is saved, too: another attribute names the owner.
     fs::write(&file, &good).expect("write it");
     let heard = dev.hear(heard, "saved: generation 3 is at work");
+    let n_built = dev.said().matches("saved: building").count();
+    fs::write(project.join("events.jsonl"), "{}").expect("write it");
     fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
     let heard = dev.hear(heard, "saved: generation 4 is at work");
     assert_eq!(decided()["verdict"], "none");
+    let heard = dev.hear(heard, "unrouted, nobody hears of it: saved, generation 4, names nobody");
+    assert_eq!(dev.said().matches("saved: building").count(), n_built, "nothing is to be built for these");
 
     // In the middle of a build: nothing is left behind.
     fs::write(&file, format!("{good}\n// again")).expect("write it");

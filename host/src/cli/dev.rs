@@ -23,8 +23,11 @@ use super::plugin::toolchain::Profile;
 mod news;
 mod workshop;
 
-/// What is to be read beside the commands' own lines: what goes wrong, and what plugins say.
-const LOG: &str = "warn,pointsman::plugin::registry=off,plugin=debug";
+/// What is to be read beside the commands' own lines: what goes wrong, and what plugins say. Which plugins are at work, the news say.
+const LOG: &str = "warn,pointsman::plugin::registry=off,pointsman::readiness=off,plugin=debug";
+
+/// Where a crate has the configuration of its plugin.
+const CONFIG: &str = "config.json";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -93,7 +96,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         println!("Ctrl-C ends it.\n");
         let open = |known| Workshop::open(known, &options.profile, &plugins, &settings);
         let workshops = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
-        let news = News::start(admin)?;
+        let news = News::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
         // Before the runtime, so that nothing is built for a node that is gone.
         drop((workshops, news));
@@ -133,7 +136,7 @@ impl Options {
     }
 }
 
-/// What the user configured, and for each crate that this does not speak of, its `config.json`: as one file, which the node follows.
+/// What the user configured, and for each crate that this does not speak of, its [`CONFIG`]: as one file, which the node follows.
 #[derive(Debug)]
 struct Settings {
     written: toml::Table,
@@ -161,7 +164,7 @@ impl Settings {
     fn write(&self) -> anyhow::Result<()> {
         let mut all = self.written.clone();
         for Crate { folder, name } in &self.crates {
-            let path = folder.join("config.json");
+            let path = folder.join(CONFIG);
             let Ok(text) = fs::read_to_string(&path) else { continue };
             let own: serde_json::Map<String, serde_json::Value> =
                 serde_json::from_str(&text).with_context(|| format!("{} is no JSON object", path.display()))?;

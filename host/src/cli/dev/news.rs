@@ -1,9 +1,9 @@
 //! What happens in a node, in lines for the person who writes its plugins: which version of which plugin is at work or why not, and what was
-//! decided about each event.
+//! decided about each event, by which generation of whom, and for whom.
 //!
 //! It asks the listener for operators, as anybody could, and knows no more than that says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,28 +12,34 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use pointsman::event::EntryId;
-use serde_json::Value;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use ureq::Agent;
 
-use super::super::{agent, read};
+use super::super::{agent, printable, read};
 
 /// How often the node is asked.
 const EVERY: Duration = Duration::from_millis(200);
 /// The most decisions that are told in one go.
 const MAX_TOLD: usize = 20;
+/// The most targets of a route that are told.
+const MAX_TARGETS: usize = 8;
 
 /// Tells until it is dropped.
 #[derive(Debug)]
 pub(super) struct News(Arc<AtomicBool>);
 
 impl News {
-    pub(super) fn start(admin: SocketAddr) -> anyhow::Result<Self> {
+    /// `crates`: the names of plugins that are being built, and so may not be there yet.
+    pub(super) fn start(admin: SocketAddr, crates: BTreeSet<String>) -> anyhow::Result<Self> {
         let is_over = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&is_over);
         let teller = Teller {
             agent: agent(Duration::from_secs(5)),
             url: format!("http://{admin}"),
+            crates,
             plugins: BTreeMap::new(),
+            warnings: BTreeSet::new(),
             last: EntryId::default(),
         };
         thread::Builder::new().name("news".to_owned()).spawn(move || teller.tell(&told)).context("cannot start a thread")?;
@@ -50,77 +56,222 @@ impl Drop for News {
 struct Teller {
     agent: Agent,
     url: String,
-    /// By name: the generation at work, and why another file is not.
-    plugins: BTreeMap<String, (u64, Option<String>)>,
+    crates: BTreeSet<String>,
+    /// By name, as each was last told of.
+    plugins: BTreeMap<String, Plugin>,
+    /// Lines of readiness that were told and still stand.
+    warnings: BTreeSet<String>,
     /// The newest entry whose decision was told.
     last: EntryId,
+}
+
+#[derive(Deserialize)]
+struct Plugins {
+    plugins: Vec<Plugin>,
+}
+
+#[derive(PartialEq, Deserialize)]
+struct Plugin {
+    name: String,
+    state: String,
+    /// 0: none is at work.
+    generation: u64,
+    failure: Option<String>,
+}
+
+/// What became of an event.
+#[derive(Deserialize)]
+struct Decided {
+    entry: EntryId,
+    outcome: String,
+    event_id: String,
+    event_type: String,
+    verdicts: Vec<Verdict>,
+    #[serde(default)]
+    reason: String,
+}
+
+#[derive(Deserialize)]
+struct Verdict {
+    plugin: String,
+    generation: u64,
+    verdict: String,
+    #[serde(default)]
+    reason: String,
+}
+
+/// Of what explains a decision, the plan.
+#[derive(Deserialize)]
+struct Explained {
+    #[serde(default)]
+    plan: Vec<Route>,
+}
+
+#[derive(Deserialize)]
+struct Route {
+    by: String,
+    to: Vec<String>,
 }
 
 impl Teller {
     fn tell(mut self, is_over: &AtomicBool) {
         while !is_over.load(Ordering::SeqCst) {
-            if let Some(answer) = self.ask("/v1/plugins") {
-                self.tell_plugins(&answer);
+            if let Some(Plugins { plugins }) = self.ask("/v1/plugins") {
+                self.tell_plugins(plugins);
             }
-            if let Some(answer) = self.ask("/v1/decisions?limit=100") {
-                self.tell_decisions(&answer);
+            self.tell_warnings();
+            if let Some(decided) = self.ask("/v1/decisions?limit=100") {
+                self.tell_decisions(decided);
             }
             thread::sleep(EVERY);
         }
     }
 
-    fn ask(&self, path: &str) -> Option<Value> {
-        let response = self.agent.get(format!("{}{path}", self.url)).call().ok()?;
-        let (status, text) = read(response).ok()?;
+    fn ask<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
+        let (status, text) = read(self.agent.get(format!("{}{path}", self.url)).call().ok()?).ok()?;
         serde_json::from_str(&text).ok().filter(|_| status.is_success())
     }
 
-    fn tell_plugins(&mut self, answer: &Value) {
-        let mut plugins = BTreeMap::new();
-        for plugin in answer["plugins"].as_array().into_iter().flatten() {
-            let name = plugin["name"].as_str().unwrap_or_default().to_owned();
-            let now = (plugin["generation"].as_u64().unwrap_or(0), plugin["failure"].as_str().map(str::to_owned));
-            if self.plugins.get(&name) != Some(&now) {
-                match &now {
-                    (0, Some(failure)) => println!("{name}: not at work: {failure}"),
-                    (generation, Some(failure)) => println!("{name}: not swapped in: {failure}; generation {generation} stays at work"),
-                    (0, None) => {}
-                    (generation, None) => println!("{name}: generation {generation} is at work"),
-                }
+    fn tell_plugins(&mut self, plugins: Vec<Plugin>) {
+        // Until it is built, a crate that is configured has no file; that it is being built is said elsewhere.
+        let is_awaited = |plugin: &Plugin| plugin.state == "missing" && self.crates.contains(&plugin.name);
+        let plugins: BTreeMap<_, _> = plugins.into_iter().filter(|p| !is_awaited(p)).map(|p| (p.name.clone(), p)).collect();
+        for (name, plugin) in plugins.iter().filter(|(name, plugin)| self.plugins.get(*name) != Some(*plugin)) {
+            let Plugin { generation, failure, state, .. } = plugin;
+            let before = self.plugins.get(name).map_or((0, ""), |before| (before.generation, before.state.as_str()));
+            let name = printable(name);
+            match (generation, failure) {
+                (0, Some(failure)) => println!("{name}: not at work: {}", printable(failure)),
+                (0, None) => println!("{name}: not at work: {}", printable(state)),
+                (_, Some(failure)) => println!("{name}: not swapped in: {}; generation {generation} stays at work", printable(failure)),
+                (_, None) if state == "breaker-open" => println!(
+                    "{name}: generation {generation} failed on so many events in a row that it is asked only now and then (breaker_failures)"
+                ),
+                // That a probation is over is no news.
+                (_, None) if before.0 == *generation && before.1 != "breaker-open" => {}
+                (_, None) => println!("{name}: generation {generation} is at work"),
             }
-            plugins.insert(name, now);
         }
         for gone in self.plugins.keys().filter(|name| !plugins.contains_key(*name)) {
-            println!("{gone}: removed");
+            println!("{}: removed", printable(gone));
         }
         self.plugins = plugins;
     }
 
-    fn tell_decisions(&mut self, answer: &Value) {
-        let entry = |decided: &Value| decided["entry"].as_str().and_then(|entry| entry.parse::<EntryId>().ok()).unwrap_or_default();
-        let mut new: Vec<&Value> = answer.as_array().into_iter().flatten().filter(|decided| entry(decided) > self.last).collect();
-        new.sort_by_key(|decided| entry(decided));
+    /// What readiness says beside of plugins, such as that something in the configuration waits for the next start.
+    fn tell_warnings(&mut self) {
+        let Some((_, page)) = self.agent.get(format!("{}/readyz", self.url)).call().ok().and_then(|response| read(response).ok()) else {
+            return;
+        };
+        // The broker is in this process, and is there in a moment.
+        let is_told = |line: &&str| !["plugins", "broker", "ready"].iter().any(|known| line.starts_with(known));
+        let lines = page.lines().map(|line| line.strip_prefix("warning: ").unwrap_or(line)).filter(is_told);
+        let warnings: BTreeSet<String> = lines.map(printable).collect();
+        for new in warnings.difference(&self.warnings) {
+            println!("{new}");
+        }
+        self.warnings = warnings;
+    }
+
+    fn tell_decisions(&mut self, decided: Vec<Decided>) {
+        let mut new: Vec<Decided> = decided.into_iter().filter(|decided| decided.entry > self.last).collect();
+        new.sort_by_key(|decided| decided.entry);
         let n_left_out = new.len().saturating_sub(MAX_TOLD);
         if n_left_out > 0 {
             println!("... {n_left_out} more events");
         }
-        for decided in new.iter().skip(n_left_out) {
-            let text = |value: &Value| value.as_str().unwrap_or_default().escape_debug().to_string();
-            let verdicts = decided["verdicts"].as_array().into_iter().flatten().filter(|verdict| verdict["verdict"] != "skipped");
-            let verdicts = verdicts.map(|verdict| {
-                let reason = text(&verdict["reason"]);
-                let reason = if reason.is_empty() { reason } else { format!(" ({reason})") };
-                format!("{} {}{reason}", text(&verdict["plugin"]), text(&verdict["verdict"]))
-            });
-            let verdicts: Vec<String> = verdicts.collect();
-            println!(
-                "{} {}: {}: {}",
-                text(&decided["event_type"]),
-                text(&decided["event_id"]),
-                verdicts.join(", "),
-                text(&decided["outcome"])
-            );
+        for decided in &new[n_left_out..] {
+            // Whom it names is in its plan alone.
+            let is_planned = decided.outcome == "committed";
+            let explained = is_planned.then(|| self.ask::<Explained>(&format!("/v1/explain?event_id={}", decided.entry)));
+            println!("{}", decided.told(explained.flatten().map(|explained| explained.plan).as_deref()));
         }
-        self.last = new.last().map_or(self.last, |decided| entry(decided));
+        self.last = new.last().map_or(self.last, |decided| decided.entry);
+    }
+}
+
+impl Decided {
+    /// In a line. `plan`: `None`: there is none, or it is not known.
+    fn told(&self, plan: Option<&[Route]>) -> String {
+        let outcome = match self.outcome.as_str() {
+            "unrouted" => "unrouted, nobody hears of it",
+            "duplicate" => "duplicate, told of before",
+            outcome => outcome,
+        };
+        // Who was not asked is of interest only where nobody was.
+        let was_asked = |verdict: &&Verdict| verdict.verdict != "skipped";
+        let is_anybodys = self.verdicts.iter().any(|verdict| was_asked(&verdict));
+        let said = self.verdicts.iter().filter(|verdict| !is_anybodys || was_asked(verdict));
+        let whose: Vec<String> = said.map(|verdict| verdict.told(plan)).collect();
+        let by = match (whose.is_empty(), self.reason.is_empty()) {
+            (false, _) => format!(": {}", whose.join("; ")),
+            (true, false) => format!(": {}", self.reason),
+            (true, true) => String::new(),
+        };
+        printable(&format!("{} {}: {outcome}{by}", self.event_type, self.event_id))
+    }
+}
+
+impl Verdict {
+    fn told(&self, plan: Option<&[Route]>) -> String {
+        let Self { plugin, generation, verdict, reason } = self;
+        let says = match verdict.as_str() {
+            "routes" => plan.map_or_else(|| "routes it".to_owned(), |plan| format!("routes it to {}", targets(plan, plugin))),
+            "none" => "names nobody".to_owned(),
+            "keep" => "keeps it".to_owned(),
+            "amend" => "amends it".to_owned(),
+            "drop" => "drops it".to_owned(),
+            "skipped" => "does not ask for such events".to_owned(),
+            "rejected" => "rejects it".to_owned(),
+            "retry" => "wants it again later".to_owned(),
+            other => other.to_owned(),
+        };
+        let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+        format!("{plugin}, generation {generation}, {says}{reason}")
+    }
+}
+
+/// Whom the routes of this plugin name.
+fn targets(plan: &[Route], plugin: &str) -> String {
+    let all: Vec<&str> = plan.iter().filter(|route| route.by == plugin).flat_map(|route| &route.to).map(String::as_str).collect();
+    let shown = all[..all.len().min(MAX_TARGETS)].join(", ");
+    if all.len() > MAX_TARGETS { format!("{shown} and {} more", all.len() - MAX_TARGETS) } else { shown }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_line_says_what_was_decided_by_which_generation_of_whom_and_for_whom() {
+        let verdict =
+            |plugin: &str, verdict: &str, reason: &str| json!({ "plugin": plugin, "generation": 3, "verdict": verdict, "reason": reason });
+        let plan: Vec<Route> =
+            serde_json::from_value(json!([{ "by": "r", "to": ["u:1", "g:ops"] }, { "by": "other", "to": ["all"] }])).unwrap();
+        for (outcome, verdicts, expect) in [
+            (
+                "committed",
+                vec![verdict("f", "keep", ""), verdict("s", "skipped", ""), verdict("r", "routes", "")],
+                "t e: committed: f, generation 3, keeps it; r, generation 3, routes it to u:1, g:ops",
+            ),
+            ("unrouted", vec![verdict("r", "none", "")], "t e: unrouted, nobody hears of it: r, generation 3, names nobody"),
+            (
+                "unrouted",
+                vec![verdict("r", "skipped", "")],
+                "t e: unrouted, nobody hears of it: r, generation 3, does not ask for such events",
+            ),
+            ("discarded", vec![verdict("f", "drop", "a test")], "t e: discarded: f, generation 3, drops it (a test)"),
+            ("dead-lettered", vec![verdict("r", "failed", "it ran\nlong")], "t e: dead-lettered: r, generation 3, failed (it ran long)"),
+        ] {
+            let decided: Decided = serde_json::from_value(
+                json!({ "entry": "1-0", "outcome": outcome, "event_id": "e", "event_type": "t", "verdicts": verdicts }),
+            )
+            .unwrap();
+            assert_eq!(decided.told(Some(&plan)), expect);
+        }
+        let many = Route { by: "r".to_owned(), to: (0..20).map(|n| format!("u:{n}")).collect() };
+        assert!(targets(&[many], "r").ends_with("u:7 and 12 more"));
     }
 }

@@ -1,6 +1,7 @@
 //! One crate under the eyes of its author: built at once, and again after each change, until nobody wants it any more.
 //!
-//! As with the folder of plugins, what is heard only says when to look, and what is seen decides: whether anything is to be built, Cargo knows.
+//! What is looked at is what a crate is built from, and its configuration; anything else may come and go in its folder. As with the folder of
+//! plugins, what is heard only says when to look, and what is seen decides: whether anything is to be built, Cargo knows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,7 +17,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use pointsman::plugin::watcher::is_change;
 
 use super::super::plugin::toolchain::{Build, Profile};
-use super::{Crate, Settings};
+use super::{CONFIG, Crate, Settings};
 
 /// How long nothing changes before it is built: editors write in pieces.
 const SETTLED: Duration = Duration::from_millis(80);
@@ -83,11 +84,19 @@ struct Bench {
     ears: Option<(BTreeSet<PathBuf>, RecommendedWatcher)>,
 }
 
+/// What a crate is built from.
+const SOURCES: [&str; 7] = ["src", "vendor", "wit", "Cargo.toml", "Cargo.lock", "build.rs", ".cargo"];
+
+/// What of a file changes as it is saved.
+type Seen = (u64, Option<SystemTime>);
+
 /// The files of a crate, each as it was seen, and the folders that they are in.
 #[derive(Debug, Default, PartialEq)]
 struct Sources {
-    files: BTreeMap<PathBuf, (u64, Option<SystemTime>)>,
+    files: BTreeMap<PathBuf, Seen>,
     folders: BTreeSet<PathBuf>,
+    /// What the plugin is configured with; nothing is to be built for it.
+    config: Option<Seen>,
 }
 
 impl Bench {
@@ -96,12 +105,16 @@ impl Bench {
         while !self.is_over() {
             let seen = Sources::of(&self.known.folder);
             self.listen(&seen.folders);
-            if built.as_ref().is_none_or(|built| built.files != seen.files) {
-                // What the plugin is configured with is among what was saved.
-                if let Err(error) = self.settings.write() {
-                    println!("{}: not configured anew: {error:#}", self.known.name);
-                }
+            let is_to_be_built = built.as_ref().is_none_or(|built| built.files != seen.files);
+            let is_to_be_configured = built.as_ref().is_none_or(|built| built.config != seen.config);
+            if is_to_be_configured && let Err(error) = self.settings.write() {
+                println!("{}: not configured anew: {error:#}", self.known.name);
+            }
+            if is_to_be_built {
                 self.build();
+            }
+            if is_to_be_built || is_to_be_configured {
+                // As it was before: what is saved meanwhile is seen as a change.
                 built = Some(seen);
                 continue;
             }
@@ -177,25 +190,74 @@ impl Bench {
 }
 
 impl Sources {
-    /// Without what Cargo writes, and without what is hidden.
     fn of(folder: &Path) -> Self {
-        let mut sources = Self::default();
-        let mut open = vec![folder.to_owned()];
-        while let Some(folder) = open.pop() {
-            let Ok(entries) = fs::read_dir(&folder) else { continue };
-            for entry in entries.map_while(Result::ok) {
-                let name = entry.file_name();
-                let is_anothers = name.to_string_lossy().starts_with('.')
-                    || ["target", "node_modules", "Cargo.lock"].iter().any(|theirs| name == *theirs);
-                let Some(seen) = entry.metadata().ok().filter(|_| !is_anothers && sources.files.len() < MAX_FILES) else { continue };
-                if seen.is_dir() {
-                    open.push(entry.path());
-                } else {
-                    sources.files.insert(entry.path(), (seen.len(), seen.modified().ok()));
-                }
+        // The folder itself, for the files in it that are one of these.
+        let mut sources = Self { config: look(&folder.join(CONFIG)), folders: BTreeSet::from([folder.to_owned()]), ..Self::default() };
+        let mut open: Vec<PathBuf> = SOURCES.iter().map(|name| folder.join(name)).collect();
+        while let Some(path) = open.pop() {
+            if sources.files.len() == MAX_FILES {
+                break;
             }
-            sources.folders.insert(folder);
+            if let Some(seen) = look(&path) {
+                sources.files.insert(path, seen);
+                continue;
+            }
+            let Ok(entries) = fs::read_dir(&path) else { continue };
+            // What is hidden is an editor's.
+            let entries = entries.map_while(Result::ok).filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'));
+            open.extend(entries.map(|entry| entry.path()));
+            sources.folders.insert(path);
         }
         sources
+    }
+}
+
+/// `None`: it is no file.
+fn look(path: &Path) -> Option<Seen> {
+    let seen = fs::metadata(path).ok().filter(|seen| seen.is_file())?;
+    Some((seen.len(), seen.modified().ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_crate_is_built_from_is_looked_at_and_nothing_else_in_its_folder() {
+        let folder = std::env::temp_dir().join(format!("pointsman-workshop-{}", std::process::id()));
+        let write = |path: &str, text: &str| {
+            let path = folder.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        for path in ["Cargo.toml", "src/lib.rs", "src/deep/er.rs"] {
+            write(path, "");
+        }
+        let mut before = Sources::of(&folder);
+        assert_eq!(before.folders, [&folder, &folder.join("src"), &folder.join("src/deep")].map(PathBuf::clone).into());
+        for (path, is_source, is_config) in [
+            ("src/lib.rs", true, false),
+            ("src/deep/er.rs", true, false),
+            ("src/new/one.rs", true, false),
+            ("wit/world.wit", true, false),
+            ("vendor/sdk/src/lib.rs", true, false),
+            ("Cargo.toml", true, false),
+            ("Cargo.lock", true, false),
+            ("build.rs", true, false),
+            (".cargo/config.toml", true, false),
+            ("config.json", false, true),
+            ("events.jsonl", false, false),
+            ("golden.json", false, false),
+            ("README.md", false, false),
+            ("target/debug/x", false, false),
+            ("src/.lib.rs.swp", false, false),
+            ("notes/src/x.rs", false, false),
+        ] {
+            write(path, path);
+            let now = Sources::of(&folder);
+            assert_eq!((now.files != before.files, now.config != before.config), (is_source, is_config), "{path}");
+            before = now;
+        }
+        fs::remove_dir_all(&folder).unwrap();
     }
 }
