@@ -140,3 +140,69 @@ fn shown(value: &Value) -> String {
         Value::Decimal(decimal) => decimal.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::criteria::Criteria;
+    use crate::event::Priority;
+
+    fn test(attribute: &str, operator: Operator, values: &[Value]) -> Test {
+        Test { attribute: attribute.into(), operator, values: values.to_vec() }
+    }
+
+    fn text(value: &str) -> Value {
+        Value::Text(value.into())
+    }
+
+    #[test]
+    fn what_a_test_lacks_is_told_by_its_operator() {
+        let have = Attributes::from([
+            ("plan".into(), text("free")),
+            ("age".into(), Value::Integer(17)),
+            ("beta".into(), Value::Flag(false)),
+            ("bio".into(), text(&format!("a\nb{}", "x".repeat(100)))),
+        ]);
+        let check = |attribute: &str, operator: Operator, values: &[Value], expect: &str| {
+            assert_eq!(shortfall(&test(attribute, operator, values), &have), format!("attribute `{attribute}` {expect}"));
+        };
+        use Operator::*;
+        check("plan", Equals, &[text("pro")], "is \"free\" and must be \"pro\"");
+        check("plan", NotEquals, &[text("free")], "is \"free\" and must not be \"free\"");
+        check("plan", OneOf, &[text("pro"), text("team")], "is \"free\" and must be \"pro\" or \"team\"");
+        check("plan", Contains, &[text("x")], "is \"free\" and must contain \"x\"");
+        check("plan", Prefix, &[text("x")], "is \"free\" and must begin with \"x\"");
+        check("age", Less, &[Value::Integer(10)], "is 17 and must be below 10");
+        check("age", Greater, &[Value::Decimal(17.5)], "is 17 and must be above 17.5");
+        check("beta", Equals, &[Value::Flag(true)], "is false and must be true");
+        check("city", Present, &[], "is absent and must be there");
+        check("city", Less, &[Value::Integer(1)], "is absent and must be below 1");
+        check("age", Prefix, &[text("1")], "is the number 17 and must begin with \"1\", a text");
+        check("beta", Greater, &[Value::Integer(0)], "is the boolean false and must be above 0, a number");
+        check("bio", Equals, &[text("")], &format!("is \"a\\nb{}...\" and must be \"\"", "x".repeat(61)));
+    }
+
+    #[test]
+    fn of_a_condition_each_alternative_is_told_up_to_a_number() {
+        let told = |any_of: Vec<Vec<Test>>| {
+            let when = Some(Criteria::new(any_of).unwrap());
+            let route = Route {
+                by: Name::parse("r").unwrap(),
+                to: vec![Target::Everyone],
+                when,
+                priority: Priority::Normal,
+                expires_ms: None,
+                collapse: None,
+                event_name: None,
+                body: None,
+            };
+            condition(&route, &Name::parse("ann").unwrap(), &Attributes::default())
+        };
+        let clauses = |n: usize| (0..n).map(|n| vec![test(&format!("a{n}"), Operator::Present, &[])]).collect();
+        let begin = "has a condition that is false for `ann`: attribute `a0` is absent and must be there";
+        assert_eq!(told(clauses(1)), begin);
+        assert_eq!(told(clauses(2)), format!("{begin}, and attribute `a1` is absent and must be there"));
+        assert!(told(clauses(5)).ends_with("`a2` is absent and must be there, and 2 more alternatives fail"), "{}", told(clauses(5)));
+        assert_eq!(told(vec![]), "has a condition that never holds");
+    }
+}

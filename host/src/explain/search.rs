@@ -64,7 +64,7 @@ pub(super) async fn decisions(broker: &dyn Broker, event_id: &Name) -> Result<Ve
             |(entry, outcome, notification, decision)| Decided { partition: partition.number, entry, outcome, notification, decision };
         all.extend(found.decisions.into_iter().map(decided));
         reach.push(match found.reaches_to {
-            Some(entry) => format!("of {} back to {}", partition.source, rfc3339(entry.ms)),
+            Some(entry) => format!("of {} back to {}", partition.source, rfc3339(entry.ms / 1_000 * 1_000)),
             None => format!("of {} none", partition.source),
         });
     }
