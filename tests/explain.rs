@@ -100,8 +100,7 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
 
     // By a condition; of two routes the one that lacks least is told.
     publish(&node, "for pros", "promotion", json!({}));
-    let nearest =
-        "`ann` was not reached: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
+    let nearest = "`ann` was not reached, if the attributes were then what they are now: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
     let id = "for pros";
     concludes(&node, id, "ann", &format!("{nearest} `plan` is absent and must be \"pro\"."));
     set_attributes(&node, "ann", &json!({ "plan": "free" }));
@@ -235,17 +234,40 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     let gone = concludes_so(&explained(&node, "broken", "ann"));
     assert!(gone.ends_with("; it is not found among the dead letters any more, where it was redriven, dropped or trimmed."), "{gone}");
 
-    // A retry is beside what it is a retry of.
-    publish(&node, "twice", "t", user.clone());
-    publish(&node, "twice", "t", user);
-    let explanation = eventually(SOON, "both are decided", || {
-        let explanation = explained(&node, "twice", "ann");
-        explanation["other_decisions"].is_array().then_some(explanation)
+    // However often a publisher retries, what it retried is explained.
+    publish(&node, "again and again", "t", user.clone());
+    let retry = event("again and again", "t", user);
+    node.publisher().publish(&vec![retry; 20]);
+    node.settle(SOON);
+    let explanation = eventually(SOON, "all are decided", || {
+        let explanation = explained(&node, "again and again", "ann");
+        (explanation["other_decisions"].as_array().is_some_and(|all| all.len() == 10)).then_some(explanation)
     });
     assert_eq!(
         (&explanation["decision"]["outcome"], &explanation["other_decisions"][0]["outcome"]),
         (&json!("committed"), &json!("duplicate"))
     );
+}
+
+/// Looking through all that came later would take as long as there is of it.
+#[test]
+fn a_later_state_is_looked_for_among_the_next_thousand() {
+    let node = builder().start();
+    let state = |id: &str| publish(&node, id, "t", json!({ "user": "ann", "collapse": "cart" }));
+    let many = |n: usize| (0..n).map(|n| event(&format!("{n}"), "t", json!({ "everyone": true }))).collect::<Vec<_>>();
+    state("first");
+    node.publisher().publish(&many(999));
+    state("second");
+    explained(&node, "second", "ann");
+    let recipient = |id: &str| explained(&node, id, "ann")["recipient"].clone();
+    let is_told = |recipient: &Value| recipient["not_known"].to_string().contains("Of the notifications after it only the next 1,000");
+    let first = recipient("first");
+    assert!(first["superseded_by"]["event_id"] == "second" && !is_told(&first), "{first}");
+    node.publisher().publish(&many(1_999)[999..]);
+    state("third");
+    explained(&node, "third", "ann");
+    let second = recipient("second");
+    assert!(second["superseded_by"].is_null() && is_told(&second), "{second}");
 }
 
 #[test]
@@ -342,6 +364,13 @@ fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
         "{answer:?}"
     );
     assert!(body["fix"].as_str().is_some_and(|fix| fix.contains("/readyz")), "{body}");
+    // Where more wait than are looked through, it may be one of them.
+    let many: Vec<Value> = (0..9_999).map(|n| event(&n.to_string(), "t", json!({}))).collect();
+    waiting.publisher().publish(&many);
+    publish(&waiting, "last", "t", json!({}));
+    let body = ask(&waiting, "event_id=last").json();
+    let fix = body["fix"].as_str().unwrap_or_default();
+    assert!(fix.contains("of pointsman:events none (and it may wait there behind 1") && fix.contains("were looked through"), "{body}");
     waiting.kill();
 }
 
@@ -406,9 +435,9 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     let node = builder().start();
     let url = format!("http://{}", node.admin_addr());
     publish(&node, "for pros", "promotion", json!({}));
+    explained(&node, "for pros", "bob");
     node.join("ops", "bob");
     set_attributes(&node, "bob", &json!({ "plan": "\u{1b}[2J free" }));
-    explained(&node, "for pros", "bob");
     let explain = |arguments: &[&str]| pointsman(&[&["explain", "--url", &url], arguments].concat());
     let output = explain(&["for pros", "--user", "bob"]);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -416,7 +445,7 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     let lines: Vec<&str> = said.lines().collect();
     assert_eq!(
         lines[0],
-        "`bob` was not reached: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\"."
+        "`bob` was not reached, if the attributes were then what they are now: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\"."
     );
     assert_eq!(lines[1], "");
     for (label, expect) in [

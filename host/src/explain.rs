@@ -27,6 +27,8 @@ pub use search::Unexplained;
 
 use reasons::Why;
 
+/// Other decisions of the same event that are told.
+const MAX_OTHERS: usize = 10;
 /// The most later notifications that are looked through for one that took the place of this one.
 const MAX_LATER: usize = 1_000;
 /// Records read at once: each may be large.
@@ -108,8 +110,8 @@ pub struct Standing {
 struct Ways {
     then: Option<Way>,
     now: Option<Way>,
-    /// What stands most in the way where nothing reached: the route, and its reason without ids.
-    nearest: Option<(usize, String)>,
+    /// The route that lacks least of those that do not reach.
+    nearest: Option<(usize, Why)>,
 }
 
 /// A route of the plan, for one user, as things are now.
@@ -173,6 +175,7 @@ impl Sources<'_> {
     pub async fn explain(&self, event_id: &Name, user: Option<&Name>) -> Result<Explanation, Unexplained> {
         let mut found = search::decisions(self.broker, event_id).await?;
         let decision = found.remove(found.iter().position(|decided| decided.outcome != Outcome::Duplicate).unwrap_or(0));
+        found.truncate(MAX_OTHERS);
         let mut explanation = Explanation {
             conclusion: String::new(),
             dead_letter: self.dead_letter(&decision).await?,
@@ -228,7 +231,6 @@ impl Sources<'_> {
         let way_at = |moment| winning_route(plan, user, &recipient, moment, holds);
         let mut ways = Ways { then: way_at(then), now: way_at(now), nearest: None };
         let mut routes = Vec::with_capacity(plan.routes.len());
-        let mut nearest: Option<(usize, Why)> = None;
         for (index, route) in plan.routes.iter().enumerate() {
             routes.push(match reaches(route, user, &recipient, now, |criteria| criteria.hold(&recipient.attributes)) {
                 Ok(target) => {
@@ -238,14 +240,13 @@ impl Sources<'_> {
                 Err(miss) => {
                     let why = reasons::missing(route, miss, user, &recipient, now);
                     let reason = why.whole();
-                    if nearest.as_ref().is_none_or(|(_, other)| why.nearness > other.nearness) {
-                        nearest = Some((index, why));
+                    if ways.nearest.as_ref().is_none_or(|(_, other)| why.nearness > other.nearness) {
+                        ways.nearest = Some((index, why));
                     }
                     RouteToUser { target: None, miss: Some(miss), reason }
                 }
             });
         }
-        ways.nearest = nearest.map(|(index, why)| (index, why.text));
         let mut not_known = vec![AS_THEY_ARE_NOW, CLAIMS, FRAMES];
         let mut superseded_by = None;
         if let Some(key) = ways.then.or(ways.now).and_then(|way| plan.routes[way.route].collapse.as_ref()) {

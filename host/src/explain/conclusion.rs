@@ -1,5 +1,6 @@
 //! An explanation in one sentence, for whoever has no time for its steps.
 
+use super::reasons::Nearness;
 use super::{At, Decided, Explanation, Standing};
 use crate::event::{Outcome, Plan, rfc3339};
 use crate::recipients::{Miss, Way};
@@ -39,7 +40,7 @@ pub(super) fn of(explanation: &Explanation) -> String {
 fn for_user(plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
     let Some(way) = standing.ways.then.or(standing.ways.now) else {
-        return format!("`{user}` was not reached: {}.", missed(plan, standing));
+        return missed(plan, standing);
     };
     let by = by(plan, way);
     if let Some(later) = &standing.superseded_by {
@@ -76,11 +77,15 @@ fn for_user(plan: &Plan, standing: &Standing) -> String {
 
 /// Why no route reached.
 fn missed(plan: &Plan, standing: &Standing) -> String {
-    let Some((index, reason)) = &standing.ways.nearest else { return "its plan has no route".to_owned() };
-    match plan.routes.as_slice() {
-        [_] => format!("the only route {reason}"),
-        routes => format!("none of the {} routes does; the nearest, of `{}`, {reason}", routes.len(), routes[*index].by),
-    }
+    let user = &standing.user;
+    let Some((index, why)) = &standing.ways.nearest else { return format!("`{user}` was not reached: its plan has no route.") };
+    // What they were then, nobody kept.
+    let if_so = if why.nearness == Nearness::Condition { ", if the attributes were then what they are now" } else { "" };
+    let reason = match plan.routes.as_slice() {
+        [_] => format!("the only route {}", why.text),
+        routes => format!("none of the {} routes does; the nearest, of `{}`, {}", routes.len(), routes[*index].by, why.text),
+    };
+    format!("`{user}` was not reached{if_so}: {reason}.")
 }
 
 fn by(plan: &Plan, way: Way) -> String {
@@ -120,4 +125,76 @@ fn because(reason: &str) -> String {
     // What comes after it goes on with the sentence.
     let reason = reason.trim_end_matches('.');
     if reason.is_empty() { String::new() } else { format!(", because: {reason}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::{Device, Streams, Ways};
+    use super::*;
+    use crate::broker::{Decision, PartitionNumber, Verdict};
+    use crate::event::{EntryId, Name, NotificationId};
+
+    fn explanation(outcome: Outcome, verdicts: &[(&str, &str)]) -> Explanation {
+        let verdict = |&(plugin, verdict): &(&str, &str)| Verdict {
+            plugin: plugin.into(),
+            generation: 1,
+            verdict: verdict.into(),
+            reason: String::new(),
+        };
+        let decision = Decision { verdicts: verdicts.iter().map(verdict).collect(), ..Decision::default() };
+        let (partition, entry) = (PartitionNumber(0), EntryId::default());
+        Explanation {
+            conclusion: String::new(),
+            decision: Decided { partition, entry, outcome, notification: Some(NotificationId(1)), decision },
+            other_decisions: Vec::new(),
+            dead_letter: None,
+            plan: None,
+            recipient: None,
+        }
+    }
+
+    #[test]
+    fn what_reached_nobody_is_said_of_whoever_had_a_say() {
+        let check = |outcome, verdicts: &[(&str, &str)], expect: &str| assert_eq!(of(&explanation(outcome, verdicts)), expect);
+        check(
+            Outcome::Unrouted,
+            &[("f", "keep"), ("r", "skipped")],
+            "Nobody was reached: no router was asked, as none wants events of its type.",
+        );
+        check(Outcome::Unrouted, &[("a", "none"), ("b", "none")], "Nobody was reached: none of the routers `a`, `b` named anybody.");
+        check(Outcome::Discarded, &[("a", "keep"), ("b", "drop")], "Nobody was reached: the filter `b` dropped the event.");
+        let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.";
+        check(Outcome::Duplicate, &[], retry);
+        let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
+        check(Outcome::Committed, &[], gone);
+    }
+
+    #[test]
+    fn devices_that_acknowledged_are_named_and_targets_up_to_a_number() {
+        let mut told = explanation(Outcome::Committed, &[]);
+        let to = ["u:a", "u:b", "u:c", "u:d", "u:e"];
+        told.plan = Some(serde_json::from_value(json!([{ "by": "r", "to": to, "priority": "normal" }])).unwrap());
+        assert_eq!(
+            of(&told),
+            "The event was committed, and its plan names `u:a`, `u:b`, `u:c` and 2 more; whom of them it reached, say which user."
+        );
+        let way = Some(Way { route: 0, target: 1 });
+        let device = |name: &str, at| Device { device: Name::parse(name).unwrap(), at };
+        told.recipient = Some(Standing {
+            user: Name::parse("b").unwrap(),
+            routes: Vec::new(),
+            won: Some(0),
+            wins: Some(0),
+            in_log: Some(false),
+            superseded_by: None,
+            devices: vec![device("phone", At::Acknowledged), device("tv", At::Before), device("watch", At::Acknowledged)],
+            read: false,
+            streams: Streams { open: 0, past: 0 },
+            not_known: Vec::new(),
+            ways: Ways { then: way, now: way, nearest: None },
+        });
+        assert_eq!(of(&told), "The event reached `b`, by the route of `r` to `u:b`: the devices `phone`, `watch` have acknowledged it.");
+    }
 }

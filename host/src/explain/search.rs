@@ -6,8 +6,8 @@ use super::Decided;
 use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Name, rfc3339};
 
-/// Decisions of one event in a partition, at most: more has only an id that many events share.
-const MAX_DECISIONS: usize = 10;
+/// Decisions of one event that are looked at in a partition. A publisher may have retried often: what it retried must be among them.
+const MAX_DECISIONS: usize = 1_000;
 /// Of the entries that wait in a source, so many are looked through, and so many bytes of them ...
 const MAX_WAITING: u64 = 10_000;
 const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
@@ -20,7 +20,7 @@ pub enum Unexplained {
     #[error("the event '{event_id}' is not decided yet: its entry {entry} waits in {source_key}, {}", behind(*n_before))]
     Waiting { event_id: Name, source_key: String, entry: EntryId, n_before: u64 },
     #[error("there is no decision about an event '{event_id}'")]
-    Unknown { event_id: Name, reach: String },
+    Unknown { event_id: Name, reach: Vec<String> },
     #[error(transparent)]
     Broker(#[from] broker::Error),
 }
@@ -32,8 +32,9 @@ impl Unexplained {
             Self::Waiting { .. } => "GET /readyz on this listener says what holds the node up; ask again once it is decided".to_owned(),
             Self::Unknown { reach, .. } => format!(
                 "compare the id with what the publisher was answered (an event that was published without one has its entry's); decisions \
-                 are kept {reach} (retention.decision_entries), and what is older than that cannot be explained; what never came to a \
-                 source of this node was never decided"
+                 are kept {} (retention.decision_entries), and what is older than that cannot be explained; what never came to a \
+                 source of this node was never decided",
+                reach.join(", ")
             ),
             Self::Broker(_) => String::new(),
         }
@@ -68,39 +69,52 @@ pub(super) async fn decisions(broker: &dyn Broker, event_id: &Name) -> Result<Ve
             None => format!("of {} none", partition.source),
         });
     }
-    if all.is_empty() {
-        for (partition, after) in broker.partitions().iter().zip(begins) {
-            if let Some((entry, n_before)) = waiting(broker, partition, after, event_id).await? {
+    if !all.is_empty() {
+        all.sort_by_key(|decided| std::cmp::Reverse(decided.entry));
+        return Ok(all);
+    }
+    for ((partition, after), reach) in broker.partitions().iter().zip(begins).zip(&mut reach) {
+        match waiting(broker, partition, after, event_id).await? {
+            Waiting::At { entry, n_before } => {
                 let source_key = partition.source.clone();
                 return Err(Unexplained::Waiting { event_id: event_id.clone(), source_key, entry, n_before });
             }
+            Waiting::Nowhere => {}
+            Waiting::Perhaps { n_before } => {
+                reach.push_str(&format!(" (and it may wait there behind {n_before} others, which were looked through)"))
+            }
         }
-        return Err(Unexplained::Unknown { event_id: event_id.clone(), reach: reach.join(", ") });
     }
-    all.sort_by_key(|decided| std::cmp::Reverse(decided.entry));
-    Ok(all)
+    Err(Unexplained::Unknown { event_id: event_id.clone(), reach })
 }
 
-/// The entry of an event that has no outcome yet, and how many wait before it.
-async fn waiting(
-    broker: &dyn Broker,
-    partition: &Partition,
-    mut after: EntryId,
-    event_id: &Name,
-) -> broker::Result<Option<(EntryId, u64)>> {
+/// Where an event waits that has no outcome yet.
+enum Waiting {
+    At {
+        entry: EntryId,
+        n_before: u64,
+    },
+    Nowhere,
+    /// More wait than are looked through.
+    Perhaps {
+        n_before: u64,
+    },
+}
+
+async fn waiting(broker: &dyn Broker, partition: &Partition, mut after: EntryId, event_id: &Name) -> broker::Result<Waiting> {
     let (mut n_before, mut n_bytes) = (0, 0);
     while n_before < MAX_WAITING && n_bytes < MAX_WAITING_BYTES {
         let entries = broker.read(partition.number, after, READ, Duration::ZERO).await?;
-        let Some(last) = entries.last() else { break };
+        let Some(last) = entries.last() else { return Ok(Waiting::Nowhere) };
         after = last.id;
         for entry in entries {
             let id = Event::from_fields(entry.id, &partition.source, &entry.fields).map(|event| event.id);
             if id.is_ok_and(|id| id == *event_id) || entry.id.to_string() == event_id.as_str() {
-                return Ok(Some((entry.id, n_before)));
+                return Ok(Waiting::At { entry: entry.id, n_before });
             }
             n_before += 1;
             n_bytes += entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
         }
     }
-    Ok(None)
+    Ok(Waiting::Perhaps { n_before })
 }

@@ -14,7 +14,8 @@ use crate::event::Name;
 use crate::explain::{Explanation, Sources, Unexplained};
 
 /// Each may look through all decisions that are kept: so many at once.
-static ANSWERS: Semaphore = Semaphore::const_new(2);
+static ANSWERS: Semaphore = Semaphore::const_new(MAX_ANSWERS);
+const MAX_ANSWERS: usize = 2;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -39,4 +40,21 @@ pub(super) async fn explain(
         Unexplained::Broker(error) => error.into(),
         unexplained => ApiError::not_found(unexplained.to_string()).fix(unexplained.fix()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use super::super::fake::{FakeBroker, Site};
+    use super::*;
+
+    #[tokio::test]
+    async fn one_more_than_are_explained_at_once_is_asked_to_come_again() {
+        let site = Site::dev(FakeBroker::default());
+        let _all = ANSWERS.acquire_many(MAX_ANSWERS as u32).await.unwrap();
+        let (status, body) = site.admin("/v1/explain?event_id=a").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+        assert!(body.contains("already explaining"), "{body}");
+    }
 }
