@@ -16,7 +16,7 @@ const LEVELS: [&[&str]; 9] = [
     // Ingest and delivery: they meet only in the log, which is the broker's.
     &["ingest", "subscription", "auth", "rehearsal"],
     &["hub", "bookmarks"],
-    &["sse", "watch"],
+    &["sse", "watch", "explain"],
     &["server"],
     &["http"],
     &["config"],

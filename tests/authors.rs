@@ -410,7 +410,7 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     };
     // By the crate's own config.json.
     assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("routes"), Some(1)));
-    let heard = dev.hear(heard, "order.shipped e1: committed: saved, generation 1, routes it");
+    let heard = dev.hear(heard, "order.shipped e1: committed: saved, generation 1, routes it to u:42\n");
 
     let file = project.join("src/lib.rs");
     let good = fs::read_to_string(&file).expect("read it");

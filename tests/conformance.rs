@@ -133,6 +133,7 @@ macro_rules! suite {
                     a_dropped_dead_letter_is_gone,
                     the_oldest_dead_letters_leave_at_the_bound_and_are_counted,
                     decisions_tell_each_verdict_newest_first,
+                    decisions_of_one_event_are_found_however_long_ago,
                 ];
                 nodes: [
                     a_lease_is_for_one_node_until_it_gives_it_back,

@@ -364,7 +364,7 @@ fn say(addr: SocketAddr, bytes: &[u8]) -> String {
 fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
     let node = Node::builder().config(&format!("[listen]\nheader_timeout_s = 1\n{LEAN}")).start();
     let stream =
-        |query: &str, headers: &[u8]| [format!("GET /v1/stream{query} HTTP/1.1\r\nHost: x\r\n").as_bytes(), headers, b"\r\n"].concat();
+        |query: &str, headers: &[u8]| [format!("GET /v1/stream{query} HTTP/1.1\r\nHost: localhost\r\n").as_bytes(), headers, b"\r\n"].concat();
     let id = |id: &[u8]| stream("?user=42", &[b"Last-Event-ID: ", id, b"\r\n"].concat());
     let many = b"X-A: b\r\n".repeat(200);
     let mut requests = vec![
@@ -387,16 +387,16 @@ fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
         (stream("?user=42", b"Content-Length: -1\r\n"), &[400]),
         (stream("?user=42", b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n"), &[200, 400]),
         (b"GET /v1/stream?user=42 HTTP/9.9\r\n\r\n".to_vec(), &[400, 505]),
-        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Type: \xff\r\nContent-Length: 2\r\n\r\n{}".to_vec(), &[400, 415]),
-        (b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec(), &[400]),
-        (b"DELETE /v1/dead/999/18446744073709551616-0 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[400, 404]),
-        (b"GET /v1/dead/0/0-0 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
-        (b"GET /v1/dead?limit=-1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
-        (b"GET /v1/dead?after=%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
-        (b"GET /v1/notifications?user=42&limit=0&after=%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
-        (b"GET /v1/notifications?user=42&after=%ff%00 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[200]),
-        (b"PUT /v1/groups/a%0Ab/members/42 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
-        (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
+        (b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: \xff\r\nContent-Length: 2\r\n\r\n{}".to_vec(), &[400, 415]),
+        (b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec(), &[400]),
+        (b"DELETE /v1/dead/999/18446744073709551616-0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400, 404]),
+        (b"GET /v1/dead/0/0-0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
+        (b"GET /v1/dead?limit=-1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
+        (b"GET /v1/dead?after=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
+        (b"GET /v1/notifications?user=42&limit=0&after=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
+        (b"GET /v1/notifications?user=42&after=%ff%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[200]),
+        (b"PUT /v1/groups/a%0Ab/members/42 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
     ];
     for given in [
         &b"\xff\xfe"[..],

@@ -14,6 +14,7 @@ mod demo;
 mod devices;
 mod durability;
 mod embedded;
+mod explain;
 mod gallery;
 mod greed;
 mod groups;

@@ -149,7 +149,7 @@ fn join_many(addr: SocketAddr, group: &str, n_members: usize) {
                 for batch in share.chunks(IN_FLIGHT) {
                     let requests = batch
                         .iter()
-                        .map(|n| format!("PUT /v1/groups/{group}/members/member-{n} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"));
+                        .map(|n| format!("PUT /v1/groups/{group}/members/member-{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"));
                     socket.write_all(requests.collect::<String>().as_bytes()).expect("write");
                     let (mut answers, mut buffer) = (String::new(), [0; 64 * 1024]);
                     while answers.matches("\r\n\r\n").count() < batch.len() {

@@ -148,12 +148,27 @@ impl Bookmarks {
         for position in &cursor.positions {
             if self.is_here(position.partition) {
                 let head = self.read_head(position.partition).await?;
-                let survived = head.survived(position.life);
-                standing.low_water.insert(position.partition, position.low_water.min(survived));
-                standing.had.extend(had_of(cursor, position.partition).filter(|id| *id <= survived).map(|id| (position.partition, id)));
+                standing.add(cursor, position, &head);
             }
         }
         Ok(standing)
+    }
+
+    /// Where each of a user's bookmarks stands beside a notification; without those that cannot be read, which is logged.
+    ///
+    /// # Errors
+    /// The broker's.
+    pub async fn beside(&self, user: &Name, partition: PartitionNumber, id: NotificationId) -> broker::Result<Vec<Beside>> {
+        let all = self.0.broker.bookmarks(user).await?;
+        let head = self.read_head(partition).await?;
+        let beside = |(which, kept): (BookmarkOf, Bookmark)| {
+            let (cursor, mut standing) = (readable(user, &kept)?, Standing::default());
+            if let Some(position) = cursor.positions.iter().find(|position| position.partition == partition) {
+                standing.add(&cursor, position, &head);
+            }
+            Some(Beside { which, is_acknowledged: kept.is_acknowledged, is_past: standing.covers(partition, id) })
+        };
+        Ok(all.into_iter().filter_map(beside).collect())
     }
 
     /// The place of who has had everything.
@@ -207,9 +222,25 @@ pub struct Standing {
 }
 
 impl Standing {
+    fn add(&mut self, cursor: &Cursor, position: &Position, head: &Head) {
+        let survived = head.survived(position.life);
+        self.low_water.insert(position.partition, position.low_water.min(survived));
+        self.had.extend(had_of(cursor, position.partition).filter(|id| *id <= survived).map(|id| (position.partition, id)));
+    }
+
     pub fn covers(&self, partition: PartitionNumber, id: NotificationId) -> bool {
         self.low_water.get(&partition).is_some_and(|low_water| id <= *low_water) || self.had.contains(&(partition, id))
     }
+}
+
+/// Where a bookmark stands beside a notification.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Beside {
+    pub which: BookmarkOf,
+    /// `false`: it is where the device began.
+    pub is_acknowledged: bool,
+    /// Whether the notification lies before it, in what still stands of it.
+    pub is_past: bool,
 }
 
 fn bookmark(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> Bookmark {

@@ -235,6 +235,22 @@ pub struct Verdict {
     pub reason: String,
 }
 
+impl Decision {
+    /// Whether it is about the event with this id, or the entry with it: what cannot be read as an event has no other.
+    pub fn is_about(&self, entry: EntryId, event_id: &str) -> bool {
+        self.event_id == event_id || event_id.parse().is_ok_and(|id: EntryId| id == entry)
+    }
+}
+
+/// What is known of an event by its id.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Found {
+    /// Newest first, up to as many as were asked for: entry, outcome, notification id and decision.
+    pub decisions: Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>,
+    /// The entry of the oldest decision that was looked at, whatever event it is about.
+    pub reaches_to: Option<EntryId>,
+}
+
 /// At most this many items in one commit.
 pub const MAX_ITEMS: usize = 64;
 /// At most this many index entries in one commit; a plan with more targets is committed in slices.
@@ -510,6 +526,9 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         partition: PartitionNumber,
         limit: usize,
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>>;
+
+    /// The decision records of the event with this id, or of the entry with it, in all that are kept.
+    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found>;
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 }

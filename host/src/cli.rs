@@ -18,6 +18,7 @@ mod config;
 mod dead;
 mod dev;
 mod events;
+mod explain;
 mod plugin;
 mod publish;
 mod serve;
@@ -45,6 +46,8 @@ enum Command {
     Tail(tail::Options),
     /// List, show, redrive and drop dead letters
     Dead(dead::Options),
+    /// Say why an event reached a user, or not
+    Explain(explain::Options),
     /// Take events out of a node
     Events(events::Options),
     /// Run a node for one's own plugins, which are rebuilt as they are saved
@@ -74,6 +77,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Publish(options) => publish::run(&options),
         Command::Tail(options) => tail::run(&options),
         Command::Dead(options) => dead::run(&options),
+        Command::Explain(options) => explain::run(&options),
         Command::Events(options) => events::run(&options),
         Command::Dev(options) => dev::run(&options),
         Command::Plugin(options) => plugin::run(&options),

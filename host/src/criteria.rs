@@ -89,8 +89,13 @@ impl Criteria {
 
     /// Whether they hold for a recipient with these attributes.
     pub fn hold(&self, attributes: &Attributes) -> bool {
-        let holds = |test: &Compiled| attributes.find(&test.key).is_some_and(|value| test.check.holds(value));
-        self.0.iter().any(|clause| clause.iter().all(holds))
+        self.0.iter().any(|clause| clause.iter().all(|test| test.holds(attributes)))
+    }
+
+    /// Of each clause, the first test that does not hold: why none of them does. A clause that holds has none.
+    pub fn unmet(&self, attributes: &Attributes) -> Vec<Test> {
+        let first = |clause: &[Compiled]| clause.iter().find(|test| !test.holds(attributes)).cloned().map(Test::from);
+        self.0.iter().filter_map(|clause| first(clause)).collect()
     }
 }
 
@@ -113,6 +118,12 @@ impl Test {
         let check = Check::new(operator, values)
             .map_err(|wanted| Malformed::new(format!("'{}' takes {wanted}", attribute.escape_debug())).of("the test of"))?;
         Ok(Compiled { key: Key::new(&attribute), check })
+    }
+}
+
+impl Compiled {
+    fn holds(&self, attributes: &Attributes) -> bool {
+        attributes.find(&self.key).is_some_and(|value| self.check.holds(value))
     }
 }
 
@@ -282,6 +293,17 @@ mod tests {
         assert!(!hold(vec![vec![adult, pro]]));
         assert!(hold(vec![vec![]]));
         assert!(!hold(vec![]));
+    }
+
+    #[test]
+    fn what_is_unmet_is_the_first_test_of_each_clause_that_does_not_hold() {
+        let test =
+            |attribute: &str, value: &str| Test { attribute: attribute.into(), operator: Operator::Equals, values: vec![text(value)] };
+        let have = Attributes::from([("plan".into(), text("pro")), ("region".into(), text("eu"))]);
+        let unmet = |any_of: Vec<Vec<Test>>| Criteria::new(any_of).unwrap().unmet(&have);
+        let (met, first, second) = (test("plan", "pro"), test("region", "us"), test("team", "a"));
+        assert_eq!(unmet(vec![vec![met.clone(), first.clone(), second.clone()], vec![second.clone()]]), [first, second]);
+        assert_eq!(unmet(vec![vec![met], vec![]]), []);
     }
 
     #[test]

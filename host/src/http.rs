@@ -38,6 +38,7 @@ mod decisions;
 mod dry_run;
 mod error;
 mod events;
+mod explain;
 mod export;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -75,7 +76,8 @@ pub fn routes(state: Arc<State>) -> Router {
     finish(routes, state)
 }
 
-/// The routes of the listener for operators: who reads is asked for no key, who changes something or sees payloads is. They answer no other origin.
+/// The routes of the listener for operators: who reads is asked for no key, who changes something, or sees payloads or what is
+/// known of a user, is. They answer no other origin.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
         .route("/v1/openapi.json", get(openapi::document))
@@ -83,6 +85,7 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
         .route("/v1/decisions", get(decisions::list))
+        .route("/v1/explain", get(explain::explain))
         .route("/v1/events", get(export::newest))
         .route("/v1/plugins", get(plugins::list))
         .route("/v1/plugins/{name}", get(plugins::show).put(plugins::upload).delete(plugins::remove))

@@ -150,6 +150,15 @@ impl Hub {
         stream.close();
     }
 
+    /// How many streams of a user are open on this node, and how many of them have nothing more to do with this notification: it was
+    /// written, was not for them, or lies before their beginning.
+    pub fn streams_beside(&self, user: &Name, partition: PartitionNumber, id: NotificationId) -> (usize, usize) {
+        let state = self.0.lock();
+        let open: Vec<_> = state.by_user.get(user).into_iter().flatten().filter_map(|stream| state.streams.get(stream)).collect();
+        let is_past = |stream: &&&Arc<OpenStream>| stream.lock().is_past(partition, id);
+        (open.len(), open.iter().filter(is_past).count())
+    }
+
     /// Partitions of which nothing was heard for [`SILENCE`] or ever.
     pub fn silent(&self) -> Vec<PartitionNumber> {
         let state = self.0.lock();

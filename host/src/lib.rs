@@ -8,6 +8,7 @@
 //! - [`rehearsal`]: what a candidate for a plugin would have decided about past events.
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
 //! - [`bookmarks`]: where devices are while they have no stream, and what was read.
+//! - [`explain`]: why somebody was told of an event, or not.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.
 //! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
@@ -46,6 +47,7 @@ pub mod clock;
 pub mod config;
 pub mod criteria;
 pub mod event;
+pub mod explain;
 pub mod http;
 pub mod hub;
 pub mod ingest;

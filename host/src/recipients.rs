@@ -2,13 +2,15 @@
 //!
 //! Judged on the way to the socket, as memberships and attributes are then; what the cursor has passed is not revisited. A member of a
 //! group sees what was committed from joining to leaving, and both are ids, so that a commit cannot race with a change. Knows nothing
-//! of streams: see `subscription`. Where memberships are kept is the broker's business.
+//! of streams: see `subscription`. Where memberships are kept is the broker's business; in words, `explain` says why a route misses somebody.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::Serialize;
+
 use crate::broker::{PartitionNumber, Recipient, Span};
 use crate::criteria::{Attributes, Criteria};
-use crate::event::{Name, NotificationId, Plan, Priority, Target};
+use crate::event::{Name, NotificationId, Plan, Priority, Route, Target};
 
 /// What a token says of its user, beside who that is; it holds for what is read by this token, as long as the token does.
 ///
@@ -72,6 +74,15 @@ impl Recipient {
         span.is_some_and(|span| span.joined < id && span.left.is_none_or(|left| id <= left))
     }
 
+    /// Whether a target of what was committed under `id` names this recipient, who is `user`.
+    pub fn is_named_by(&self, target: &Target, user: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
+        match target {
+            Target::User(name) => name == user,
+            Target::Group(group) => self.is_member(group, partition, id),
+            Target::Everyone => true,
+        }
+    }
+
     /// The logs that hold something for this recipient above `after`, each with the id from which it counts.
     pub fn logs(&self, user: &Name, partition: PartitionNumber, after: NotificationId) -> Vec<(Target, NotificationId)> {
         let own = [(Target::User(user.clone()), after), (Target::Everyone, after)];
@@ -82,6 +93,42 @@ impl Recipient {
         });
         own.into_iter().chain(groups).collect()
     }
+}
+
+/// Why a route does not reach a recipient, by the first of these that holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Miss {
+    /// None of its targets is this recipient.
+    Target,
+    /// Its condition does not hold.
+    Condition,
+    /// Its time is over.
+    Expired,
+}
+
+/// Whether a route reaches this recipient: by the first of its targets that names them, as an index.
+///
+/// `holds` answers for the condition of the route.
+///
+/// # Errors
+/// Why it does not.
+pub fn reaches(
+    route: &Route,
+    user: &Name,
+    recipient: &Recipient,
+    moment: Moment,
+    holds: impl FnOnce(&Criteria) -> bool,
+) -> Result<usize, Miss> {
+    let names = |target: &Target| recipient.is_named_by(target, user, moment.partition, moment.id);
+    let target = route.to.iter().position(names).ok_or(Miss::Target)?;
+    if !route.when.as_ref().is_none_or(holds) {
+        return Err(Miss::Condition);
+    }
+    if route.expires_ms.is_some_and(|expires| expires <= moment.now_ms) {
+        return Err(Miss::Expired);
+    }
+    Ok(target)
 }
 
 /// The route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
@@ -99,18 +146,7 @@ pub fn winning_route(
         if winner.is_some_and(|(_, priority)| priority >= route.priority) {
             continue;
         }
-        let is_alive = route.expires_ms.is_none_or(|expires| moment.now_ms < expires);
-        let named_by = || {
-            route.to.iter().position(|target| match target {
-                Target::User(name) => name == user,
-                Target::Group(group) => recipient.is_member(group, moment.partition, moment.id),
-                Target::Everyone => true,
-            })
-        };
-        if is_alive
-            && let Some(target) = named_by()
-            && route.when.as_ref().is_none_or(|criteria| holds(index, criteria))
-        {
+        if let Ok(target) = reaches(route, user, recipient, moment, |criteria| holds(index, criteria)) {
             winner = Some((Way { route: index, target }, route.priority));
         }
     }
@@ -122,7 +158,7 @@ mod tests {
     use super::*;
     use crate::broker::Span;
     use crate::criteria::{Operator, Test};
-    use crate::event::{Route, Value};
+    use crate::event::Value;
 
     const P: PartitionNumber = PartitionNumber(0);
 

@@ -44,7 +44,7 @@ const MAX_MULTIPLEXED: u32 = 128;
 pub struct Config {
     /// For `/v1/*` (127.0.0.1:8080).
     pub address: SocketAddr,
-    /// For `/healthz`, `/readyz`, `/metrics` and `/v1/decisions`, which ask nobody who they are, and `/v1/events`, which asks for the key (127.0.0.1:8081).
+    /// For `/healthz`, `/readyz`, `/metrics` and `/v1/decisions`, which ask nobody who they are, and `/v1/events` and `/v1/explain`, which ask for the key (127.0.0.1:8081).
     pub admin: SocketAddr,
     /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none; in dev mode every loopback origin).
     pub origins: Vec<String>,

@@ -499,6 +499,13 @@ impl Subscription {
         (at.low_water, at.seen)
     }
 
+    /// Whether nothing of this id is still to come: it was handed out or judged away, or lies before the beginning.
+    pub fn is_past(&self, partition: PartitionNumber, id: NotificationId) -> bool {
+        let at = self.at(partition);
+        let is_had = self.had.iter().any(|had| had.partition == partition && had.id == id);
+        at.life.is_some() && (id <= at.low_water || is_had)
+    }
+
     /// Whether replay may take more of this partition.
     pub fn has_room(&self, partition: PartitionNumber) -> bool {
         self.lanes.n_of(partition) < WINDOW && self.lanes.n_bytes() <= MAX_BYTES

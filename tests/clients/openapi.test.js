@@ -297,6 +297,31 @@ test("dead letters and decisions are shown as documented", async () => {
   await ask(400, "GET", "/v1/events?last=0", { listener: 1 });
 });
 
+test("events are explained as documented", async () => {
+  const explain = (status, query) => ask(status, "GET", `/v1/explain?${query}`, { listener: 1 });
+  const decided = (id) => eventually(`${id} is decided`, async () => (await fetch(`http://${dev[1]}/v1/explain?event_id=${id}`)).ok);
+  const events = [
+    { id: "explain-1", type: "promotion", collapse: "c" },
+    { id: "explain-2", type: "t", users: ["bob", "finn"], group: "crew", collapse: "c", ttl: "1h" },
+    { id: "explain-3", type: "noise" },
+    { id: "explain-4", type: "t", user: "finn", ttl: "soon" },
+    { id: "explain-5", type: "t", user: "finn", collapse: "c" },
+  ];
+  await frames(1, "user=finn&device=phone");
+  for (const event of [...events, events[4]]) await ask(202, "POST", "/v1/events", structured(event));
+  for (const { id } of events) await decided(id);
+  assert.ok((await explain(200, "event_id=explain-1&user=finn")).recipient.routes.some(({ miss }) => miss === "condition"));
+  const superseded = (await explain(200, "event_id=explain-2&user=finn")).recipient;
+  assert.deepEqual([superseded.superseded_by.event_id, superseded.in_log, superseded.devices.length], ["explain-5", true, 1]);
+  assert.equal((await explain(200, "event_id=explain-2&user=gina")).recipient.won, undefined);
+  assert.equal((await explain(200, "event_id=explain-2")).recipient, undefined);
+  assert.equal((await explain(200, "event_id=explain-3&user=finn")).plan, undefined);
+  assert.ok((await explain(200, "event_id=explain-4")).dead_letter);
+  await eventually("a retry", async () => (await explain(200, "event_id=explain-5&user=finn")).other_decisions);
+  await explain(404, "event_id=order-8-shipped");
+  await explain(400, "event=a");
+});
+
 test("probes and scrapers are answered as documented", async () => {
   for (const path of ["/healthz", "/readyz", "/metrics"]) await ask(200, "GET", path, { listener: 1 });
   await ask(503, "GET", "/readyz", { node: away, listener: 1 });
@@ -361,9 +386,11 @@ test("without a token or key, and without a broker", async () => {
   const [{ id }] = await frames(1, "user=ann");
   const bodies = { "/v1/events": structured({ type: "t" }), "/v1/acks": acknowledgement({ id, read: true }), "/v1/users/{user}/attributes": { body: "{}" } };
   for (const [template, item] of Object.entries(whole.paths)) {
-    const path = template.replace("{partition}", "0").replace("{id}", "1-0").replaceAll(/\{\w+\}/g, "ann");
+    const plain = template.replace("{partition}", "0").replace("{id}", "1-0").replaceAll(/\{\w+\}/g, "ann");
     for (const listener of LISTENERS) {
-      for (const [method, { operationId, security, responses }] of operationsOf(item, listener)) {
+      for (const [method, { operationId, security, responses, parameters = [] }] of operationsOf(item, listener)) {
+        const query = parameters.filter((one) => one.in === "query" && one.required).map(({ name, example }) => `${name}=${example}`);
+        const path = [plain, ...query].join("?");
         const more = method === "get" ? {} : bodies[template] ?? {};
         const request = (authorization) => ({ node: away, listener, ...more, headers: { ...more.headers, ...(authorization && { authorization }) } });
         if (security.length > 0) {
@@ -373,7 +400,7 @@ test("without a token or key, and without a broker", async () => {
         if (operationId === "openStream") {
           const [close] = await frames(1, "", { node: away, headers: { authorization: `Bearer ${token}` } });
           assert.equal(close.data, '{"reason":"starting"}');
-        } else if (responses[503]?.headers && !path.startsWith("/v1/plugins")) {
+        } else if (responses[503]?.headers && !plain.startsWith("/v1/plugins")) {
           await ask(503, method.toUpperCase(), path, request(`Bearer ${shown}`));
         }
       }

@@ -1,7 +1,7 @@
 //! What is kept of events that came to no good end, and why the others became what they became.
 
 use super::*;
-use pointsman::broker::{DeadLetter, Verdict};
+use pointsman::broker::{DeadLetter, Found, Verdict};
 
 const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
 
@@ -97,4 +97,31 @@ pub(super) async fn decisions_tell_each_verdict_newest_first(bench: Bench) {
     assert_eq!((decisions[0].0, decisions[0].1, decisions[0].2), (after(entry), Outcome::Discarded, None));
     assert_eq!(decisions[1], (entry, Outcome::Committed, done[0].1, decision));
     assert_eq!(node.broker.decisions(node.p, 1).await.unwrap().len(), 1);
+}
+
+pub(super) async fn decisions_of_one_event_are_found_however_long_ago(bench: Bench) {
+    let node = bench.open().await;
+    let of = |event_id: &str, entry: EntryId| {
+        let decision = Decision { event_id: event_id.into(), ..Decision::default() };
+        Item { decision, ..item(entry, Proposal::Unrouted) }
+    };
+    // More than are read in one go.
+    let mut entry = BEGIN;
+    for batch in 0..20 {
+        let mut next = |n: usize| {
+            entry = after(entry);
+            of(if (batch, n) == (0, 0) || (batch, n) == (19, 59) { "wanted" } else { "another" }, entry)
+        };
+        node.commit((0..60).map(&mut next).collect()).await;
+    }
+    let first = after(BEGIN);
+    let found = node.broker.find_decisions(node.p, "wanted", 5).await.unwrap();
+    assert_eq!(found.decisions.iter().map(|(entry, ..)| *entry).collect::<Vec<_>>(), [entry, first]);
+    assert_eq!(found.reaches_to, Some(first));
+    // What cannot be read as an event has only its entry's id.
+    let found = node.broker.find_decisions(node.p, &first.to_string(), 5).await.unwrap();
+    assert_eq!(found.decisions.iter().map(|(_, _, _, decision)| &*decision.event_id).collect::<Vec<_>>(), ["wanted"]);
+    let found = node.broker.find_decisions(node.p, "another", 1).await.unwrap();
+    assert_eq!((found.decisions.len(), found.reaches_to), (1, Some(found.decisions[0].0)));
+    assert_eq!(node.broker.find_decisions(node.p, "nobody's", 5).await.unwrap(), Found { decisions: vec![], reaches_to: Some(first) });
 }

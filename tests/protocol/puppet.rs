@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Follow, Head, Lease, Notice, Page,
-    Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Follow, Found, Head, Lease, Notice,
+    Page, Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Slice,
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
@@ -348,6 +348,10 @@ impl Broker for Puppet {
         limit: usize,
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
         self.broker.decisions(partition, limit).await
+    }
+
+    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found> {
+        self.broker.find_decisions(partition, event_id, limit).await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

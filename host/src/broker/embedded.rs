@@ -43,7 +43,7 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Head, Lease, Page, Partition,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Found, Head, Lease, Page, Partition,
     PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
@@ -339,6 +339,12 @@ impl Broker for Embedded {
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
         self.place(partition)?;
         self.look(move |transaction, _| source::decisions(transaction, partition.0, limit)).await
+    }
+
+    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found> {
+        self.place(partition)?;
+        let event_id = event_id.to_owned();
+        self.look(move |transaction, _| source::find_decisions(transaction, partition.0, &event_id, limit)).await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

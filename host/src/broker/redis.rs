@@ -46,13 +46,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Item, Lease, Page,
-    Partition, PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Found, Head, Item,
+    Lease, Page, Partition, PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
 mod bookmarks;
 mod check;
+mod decisions;
 mod feed;
 mod link;
 mod place;
@@ -445,16 +446,11 @@ impl Broker for Redis {
         partition: PartitionNumber,
         limit: usize,
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
-        let place = self.place(partition)?;
-        let mut command = client::cmd("XREVRANGE");
-        command.arg(format!("{}what", place.prefix)).arg("+").arg("-").arg("COUNT").arg(limit);
-        let records: Vec<(String, BTreeMap<String, String>)> = self.link.query(&command).await?;
-        let decisions = records.into_iter().map(|(_, fields)| {
-            let text = |name: &str| fields.get(name).map(String::as_str).unwrap_or_default();
-            let decision = serde_json::from_str(text("decision")).map_err(|error| unexpected(&error))?;
-            Ok((understand(text("entry"))?, understand(text("outcome"))?, optional_id(text("id"))?, decision))
-        });
-        decisions.collect()
+        decisions::newest(self, self.place(partition)?, limit).await
+    }
+
+    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found> {
+        decisions::find(self, self.place(partition)?, event_id, limit).await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

@@ -1,14 +1,13 @@
-//! `GET /v1/decisions` on the admin listener: what became of the newest events and why, for "why did she not get it?".
+//! `GET /v1/decisions` on the admin listener: what became of the newest events and why. Whom one of them reached, `explain` says.
 
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::{ApiError, Query, State};
-use crate::broker::{Decision, PartitionNumber};
-use crate::event::{EntryId, NotificationId, Outcome};
+use crate::explain::Decided;
 
 /// The most decisions of a partition in one answer.
 const MAX_LIMIT: usize = 1_000;
@@ -20,17 +19,6 @@ pub(super) struct Options {
     limit: Option<usize>,
     /// Only those of events with this CloudEvents `id`, among the newest.
     event_id: Option<String>,
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct Decided {
-    partition: PartitionNumber,
-    entry: EntryId,
-    outcome: Outcome,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    notification: Option<NotificationId>,
-    #[serde(flatten)]
-    decision: Decision,
 }
 
 pub(super) async fn list(

@@ -15,8 +15,8 @@ use tower::ServiceExt as _;
 use super::{Limits, Origins, State, admin_routes, routes};
 use crate::auth::{self, Auth};
 use crate::broker::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Head, Lease, Page,
-    Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Found, Head, Lease,
+    Page, Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 use crate::hub::Hub;
@@ -214,6 +214,10 @@ impl Broker for FakeBroker {
     }
 
     async fn decisions(&self, _: PartitionNumber, _: usize) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+        unused()
+    }
+
+    async fn find_decisions(&self, _: PartitionNumber, _: &str, _: usize) -> Result<Found> {
         unused()
     }
 

@@ -19,9 +19,10 @@ const PUBLIC: [&str; 4] = [
     include_str!("../../openapi/public/recipients.json"),
     include_str!("../../openapi/public/dead.json"),
 ];
-const ADMIN: [&str; 5] = [
+const ADMIN: [&str; 6] = [
     include_str!("../../openapi/admin/health.json"),
     include_str!("../../openapi/admin/decisions.json"),
+    include_str!("../../openapi/admin/explain.json"),
     include_str!("../../openapi/admin/events.json"),
     include_str!("../../openapi/admin/plugins.json"),
     include_str!("../../openapi/admin/candidates.json"),

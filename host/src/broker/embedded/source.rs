@@ -3,13 +3,13 @@
 use std::ops::Bound;
 
 use bytes::Bytes;
-use redb::{ReadTransaction, ReadableTable as _};
+use redb::{ReadOnlyTable, ReadTransaction, ReadableTable as _};
 
 use super::commit::{StoredDecision, StoredReason};
 use super::layout::{self, Meta, entry_key, successor};
 use super::store::Failure;
 use super::writer::Work;
-use crate::broker::{DeadLetter, Decision, Entry, Error};
+use crate::broker::{DeadLetter, Decision, Entry, Error, Found};
 use crate::event::{EntryId, NotificationId, Outcome};
 
 type Field = (Bytes, Bytes);
@@ -125,14 +125,37 @@ pub(super) type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
 
 pub(super) fn decisions(transaction: &ReadTransaction, partition: u8, limit: usize) -> Result<Vec<Decided>, Failure> {
     let table = transaction.open_table(layout::DECISIONS)?;
-    let rows = table.range((partition, 0, 0)..=(partition, u64::MAX, u64::MAX))?.rev().take(limit);
-    let read = rows.map(|row| {
+    newest_first(&table, partition)?.take(limit).collect()
+}
+
+pub(super) fn find_decisions(transaction: &ReadTransaction, partition: u8, event_id: &str, limit: usize) -> Result<Found, Failure> {
+    let table = transaction.open_table(layout::DECISIONS)?;
+    let mut found = Found::default();
+    for decided in newest_first(&table, partition)? {
+        let decided = decided?;
+        let (entry, .., decision) = &decided;
+        found.reaches_to = Some(*entry);
+        if decision.is_about(*entry, event_id) {
+            found.decisions.push(decided);
+            if found.decisions.len() == limit {
+                break;
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn newest_first(
+    table: &ReadOnlyTable<layout::EntryKey, &'static [u8]>,
+    partition: u8,
+) -> Result<impl Iterator<Item = Result<Decided, Failure>>, Failure> {
+    let rows = table.range((partition, 0, 0)..=(partition, u64::MAX, u64::MAX))?.rev();
+    Ok(rows.map(|row| {
         let (key, value) = row?;
         let (_, ms, seq) = key.value();
         let StoredDecision { outcome, id, decision } = parse(value.value(), "a decision record")?;
         Ok((EntryId { ms, seq }, outcome, id, decision))
-    });
-    read.collect()
+    }))
 }
 
 fn parse<T: serde::de::DeserializeOwned>(row: &[u8], what: &str) -> Result<T, Failure> {

@@ -1,0 +1,200 @@
+//! An explanation in one sentence, for whoever has no time for its steps.
+
+use super::reasons::Nearness;
+use super::{At, Decided, Explanation, Standing};
+use crate::event::{Outcome, Plan, rfc3339};
+use crate::recipients::{Miss, Way};
+
+/// Targets of a plan that are named one by one.
+const MAX_TARGETS: usize = 3;
+
+pub(super) fn of(explanation: &Explanation) -> String {
+    let Explanation { decision, dead_letter, plan, recipient, .. } = explanation;
+    match (decision.outcome, plan, recipient) {
+        (Outcome::Committed, Some(plan), Some(standing)) => for_user(plan, standing),
+        (Outcome::Committed, Some(plan), None) => {
+            format!("The event was committed, {}; whom of them it reached, say which user.", names(plan))
+        }
+        (Outcome::Committed, None, _) => {
+            "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.".to_owned()
+        }
+        (Outcome::Discarded, ..) => {
+            let (plugin, reason) = verdict(decision, "drop").unwrap_or_default();
+            format!("Nobody was reached: the filter `{plugin}` dropped the event{}.", because(reason))
+        }
+        (Outcome::Unrouted, ..) => format!("Nobody was reached: {}.", unrouted(decision)),
+        (Outcome::Duplicate, ..) => {
+            "This was a retry of an event that was there already, which is all that is kept of it: only the first of them counts."
+                .to_owned()
+        }
+        (Outcome::DeadLettered, ..) => {
+            let next = match dead_letter {
+                Some(id) => format!("mend that, and `pointsman dead redrive {id}` sends it through again"),
+                None => "it is not found among the dead letters any more, where it was redriven, dropped or trimmed".to_owned(),
+            };
+            format!("Nobody was reached: the event is a dead letter{}; {next}.", because(&decision.decision.reason))
+        }
+    }
+}
+
+fn for_user(plan: &Plan, standing: &Standing) -> String {
+    let user = &standing.user;
+    let Some(way) = standing.ways.then.or(standing.ways.now) else {
+        return missed(plan, standing);
+    };
+    let by = by(plan, way);
+    if let Some(later) = &standing.superseded_by {
+        let key = plan.routes[way.route].collapse.as_ref().map(ToString::to_string).unwrap_or_default();
+        return format!(
+            "The event was for `{user}`, {by}, but the later event `{}` has the same collapse key `{key}`: who had not had this one by then gets only that.",
+            later.event_id
+        );
+    }
+    if standing.ways.now.is_none() {
+        let is_over = |index: &usize| standing.routes[*index].miss == Some(Miss::Expired);
+        let end = (0..plan.routes.len()).filter(is_over).filter_map(|index| plan.routes[index].expires_ms).max().unwrap_or_default();
+        return format!("The event was for `{user}`, {by}, but expired at {}: who had not had it by then does not get it.", rfc3339(end));
+    }
+    let acknowledged: Vec<String> =
+        standing.devices.iter().filter(|device| device.at == At::Acknowledged).map(|device| format!("`{}`", device.device)).collect();
+    match acknowledged.as_slice() {
+        [] if standing.read => format!("The event reached `{user}`, {by}: it is marked as read."),
+        [] if standing.in_log == Some(false) => {
+            format!(
+                "The event was for `{user}`, {by}, but has left the log, which keeps so many and no longer: who had not had it by then is told of a gap."
+            )
+        }
+        [] if standing.devices.is_empty() => {
+            format!(
+                "The event is for `{user}`, {by}: it is in the log, and whether a client has had it is not known, as no device has said so."
+            )
+        }
+        [] => format!("The event is for `{user}`, {by}: it is in the log, and no device has acknowledged it."),
+        [device] => format!("The event reached `{user}`, {by}: the device {device} has acknowledged it."),
+        devices => format!("The event reached `{user}`, {by}: the devices {} have acknowledged it.", devices.join(", ")),
+    }
+}
+
+/// Why no route reached.
+fn missed(plan: &Plan, standing: &Standing) -> String {
+    let user = &standing.user;
+    let Some((index, why)) = &standing.ways.nearest else { return format!("`{user}` was not reached: its plan has no route.") };
+    // What they were then, nobody kept.
+    let if_so = if why.nearness == Nearness::Condition { ", if the attributes were then what they are now" } else { "" };
+    let reason = match plan.routes.as_slice() {
+        [_] => format!("the only route {}", why.text),
+        routes => format!("none of the {} routes does; the nearest, of `{}`, {}", routes.len(), routes[*index].by, why.text),
+    };
+    format!("`{user}` was not reached{if_so}: {reason}.")
+}
+
+fn by(plan: &Plan, way: Way) -> String {
+    let route = &plan.routes[way.route];
+    format!("by the route of `{}` to `{}`", route.by, route.to[way.target])
+}
+
+fn names(plan: &Plan) -> String {
+    let targets = plan.targets();
+    let told: Vec<String> = targets.iter().take(MAX_TARGETS).map(|target| format!("`{target}`")).collect();
+    let more = if targets.len() > MAX_TARGETS { format!(" and {} more", targets.len() - MAX_TARGETS) } else { String::new() };
+    format!("and its plan names {}{more}", told.join(", "))
+}
+
+fn unrouted(decided: &Decided) -> String {
+    let asked: Vec<String> = decided
+        .decision
+        .verdicts
+        .iter()
+        .filter(|verdict| verdict.verdict == "none")
+        .map(|verdict| format!("`{}`", verdict.plugin))
+        .collect();
+    match asked.as_slice() {
+        [] => "no router was asked, as none wants events of its type".to_owned(),
+        [router] => format!("the only router that was asked, {router}, named nobody"),
+        routers => format!("none of the routers {} named anybody", routers.join(", ")),
+    }
+}
+
+/// Who answered so, and why.
+fn verdict<'a>(decided: &'a Decided, word: &str) -> Option<(&'a str, &'a str)> {
+    let found = decided.decision.verdicts.iter().find(|verdict| verdict.verdict == word);
+    found.map(|verdict| (verdict.plugin.as_str(), verdict.reason.as_str()))
+}
+
+fn because(reason: &str) -> String {
+    // What comes after it goes on with the sentence.
+    let reason = reason.trim_end_matches('.');
+    if reason.is_empty() { String::new() } else { format!(", because: {reason}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::{Device, Streams, Ways};
+    use super::*;
+    use crate::broker::{Decision, PartitionNumber, Verdict};
+    use crate::event::{EntryId, Name, NotificationId};
+
+    fn explanation(outcome: Outcome, verdicts: &[(&str, &str)]) -> Explanation {
+        let verdict = |&(plugin, verdict): &(&str, &str)| Verdict {
+            plugin: plugin.into(),
+            generation: 1,
+            verdict: verdict.into(),
+            reason: String::new(),
+        };
+        let decision = Decision { verdicts: verdicts.iter().map(verdict).collect(), ..Decision::default() };
+        let (partition, entry) = (PartitionNumber(0), EntryId::default());
+        Explanation {
+            conclusion: String::new(),
+            decision: Decided { partition, entry, outcome, notification: Some(NotificationId(1)), decision },
+            other_decisions: Vec::new(),
+            dead_letter: None,
+            plan: None,
+            recipient: None,
+        }
+    }
+
+    #[test]
+    fn what_reached_nobody_is_said_of_whoever_had_a_say() {
+        let check = |outcome, verdicts: &[(&str, &str)], expect: &str| assert_eq!(of(&explanation(outcome, verdicts)), expect);
+        check(
+            Outcome::Unrouted,
+            &[("f", "keep"), ("r", "skipped")],
+            "Nobody was reached: no router was asked, as none wants events of its type.",
+        );
+        check(Outcome::Unrouted, &[("a", "none"), ("b", "none")], "Nobody was reached: none of the routers `a`, `b` named anybody.");
+        check(Outcome::Discarded, &[("a", "keep"), ("b", "drop")], "Nobody was reached: the filter `b` dropped the event.");
+        let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.";
+        check(Outcome::Duplicate, &[], retry);
+        let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
+        check(Outcome::Committed, &[], gone);
+    }
+
+    #[test]
+    fn devices_that_acknowledged_are_named_and_targets_up_to_a_number() {
+        let mut told = explanation(Outcome::Committed, &[]);
+        let to = ["u:a", "u:b", "u:c", "u:d", "u:e"];
+        told.plan = Some(serde_json::from_value(json!([{ "by": "r", "to": to, "priority": "normal" }])).unwrap());
+        assert_eq!(
+            of(&told),
+            "The event was committed, and its plan names `u:a`, `u:b`, `u:c` and 2 more; whom of them it reached, say which user."
+        );
+        let way = Some(Way { route: 0, target: 1 });
+        let device = |name: &str, at| Device { device: Name::parse(name).unwrap(), at };
+        told.recipient = Some(Standing {
+            user: Name::parse("b").unwrap(),
+            routes: Vec::new(),
+            won: Some(0),
+            wins: Some(0),
+            in_log: Some(false),
+            superseded_by: None,
+            devices: vec![device("phone", At::Acknowledged), device("tv", At::Before), device("watch", At::Acknowledged)],
+            read: false,
+            streams: Streams { open: 0, past: 0 },
+            not_known: Vec::new(),
+            ways: Ways { then: way, now: way, nearest: None },
+        });
+        assert_eq!(of(&told), "The event reached `b`, by the route of `r` to `u:b`: the devices `phone`, `watch` have acknowledged it.");
+    }
+}
