@@ -364,7 +364,7 @@ fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
     assert!(body["fix"].as_str().is_some_and(|fix| fix.contains("/readyz")), "{body}");
     // Where more wait than are looked through, it may be one of them.
     let many: Vec<Value> = (0..10_100).map(|n| event(&n.to_string(), "t", json!({}))).collect();
-    waiting.publisher().publish(&many);
+    many.chunks(5_050).for_each(|batch| waiting.publisher().publish(batch));
     publish(&waiting, "last", "t", json!({}));
     let body = ask(&waiting, "event_id=last").json();
     let fix = body["fix"].as_str().unwrap_or_default();

@@ -49,7 +49,7 @@ impl Multiplexed {
         let path = format!("/v1/stream?user={user}");
         // HPACK: `GET` and `http` by their indexes, path and authority as they are.
         let mut head = vec![0x82, 0x86];
-        for (index, text) in [(4, path.as_str()), (1, "node")] {
+        for (index, text) in [(4, path.as_str()), (1, "localhost")] {
             head.extend([index, u8::try_from(text.len()).expect("short")]);
             head.extend_from_slice(text.as_bytes());
         }

@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Command;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
+use crate::harness::command::{pointsman, told};
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
@@ -187,16 +187,16 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
 /// `pointsman dead`, as an operator has it.
 fn the_command_line_shows_what_is_dead(node: &Node, entry: &str) {
     let dead = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
-        let output = command.arg("dead").args(arguments).env("POINTSMAN_URL", node.url("")).output().expect("run pointsman");
+        let output = pointsman(&[&["dead"], arguments].concat()).env("POINTSMAN_URL", node.url("")).output().expect("run pointsman");
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).expect("text")
     };
     let list = dead(&["list"]);
     let lines: Vec<&str> = list.lines().collect();
-    assert_eq!(lines.len(), bad_entries().len(), "one line each: {list}");
-    lines.iter().for_each(|line| assert_harmless(&line.replace('\t', " ")));
-    let columns: Vec<&str> = lines.iter().find(|line| line.contains(entry)).expect("the first entry").split('\t').collect();
+    assert!(lines[0].starts_with("ID  "), "{list}");
+    assert_eq!(lines.len(), 1 + bad_entries().len(), "one line each: {list}");
+    lines.iter().for_each(|line| assert_harmless(line));
+    let columns: Vec<&str> = lines.iter().find(|line| line.contains(entry)).expect("the first entry").split_whitespace().collect();
     assert_eq!(columns[1..5], ["pointsman:events", entry, "1", "-"]);
     let shown: Value = serde_json::from_str(&dead(&["show", columns[0]])).expect("JSON");
     assert_eq!(shown["fields"], json!([{ "name": "source", "value": "/shop" }, { "name": "user", "value": "42" }]));
@@ -363,8 +363,9 @@ fn say(addr: SocketAddr, bytes: &[u8]) -> String {
 #[test]
 fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
     let node = Node::builder().config(&format!("[listen]\nheader_timeout_s = 1\n{LEAN}")).start();
-    let stream =
-        |query: &str, headers: &[u8]| [format!("GET /v1/stream{query} HTTP/1.1\r\nHost: localhost\r\n").as_bytes(), headers, b"\r\n"].concat();
+    let stream = |query: &str, headers: &[u8]| {
+        [format!("GET /v1/stream{query} HTTP/1.1\r\nHost: localhost\r\n").as_bytes(), headers, b"\r\n"].concat()
+    };
     let id = |id: &[u8]| stream("?user=42", &[b"Last-Event-ID: ", id, b"\r\n"].concat());
     let many = b"X-A: b\r\n".repeat(200);
     let mut requests = vec![
@@ -500,4 +501,34 @@ fn a_file_that_is_no_plugin_is_named_in_the_log_and_by_readiness_and_the_good_on
     }
     assert_eq!(ready.body.lines().count(), 5, "{}", ready.body);
     assert_calm(&node);
+}
+
+#[test]
+fn dead_letters_are_counted_told_before_there_are_too_many_and_counted_when_they_are_gone() {
+    let server = RedisServer::start();
+    let config = format!("{LEAN}\n[retention]\ndead_entries = 10");
+    for builder in [Node::builder(), Node::builder().redis(server.url())] {
+        let node = builder.config(&config).start();
+        let die = |n: usize| {
+            let bad = |n: usize| event(&format!("bad-{n}"), "t", json!({ "ttl": "soon" }));
+            node.publisher().publish(&(0..n).map(bad).collect::<Vec<_>>());
+        };
+        let of_source = |name: &str| node.metric(&format!("pointsman_{name}{{source=\"pointsman:events\"}}"));
+        let warning = || node.admin("/readyz").body.lines().find(|line| line.contains("dead-letters")).map(str::to_owned);
+        die(7);
+        eventually(SOON, "they are counted", || (of_source("dead_letters") == 7.0).then_some(()));
+        assert_eq!(warning(), None);
+        die(1);
+        let line = eventually(SOON, "there is a warning", warning);
+        assert!(
+            line.starts_with("warning: dead-letters: 8 of pointsman:events, and of more than 10 the oldest are lost: redrive"),
+            "{line}"
+        );
+        assert_eq!(node.admin("/readyz").status, 200);
+        die(5);
+        eventually(SOON, "what is gone is counted", || (of_source("dead_letters_trimmed_total") == 3.0).then_some(()));
+        assert_eq!(of_source("dead_letters"), 10.0);
+        told(pointsman(&["dead", "drop", "--all"]).env("POINTSMAN_URL", node.url("")));
+        eventually(SOON, "the warning goes", || warning().is_none().then_some(()));
+    }
 }

@@ -71,8 +71,8 @@ fn come_and_go(node: &Node, prefix: &str, n_streams: usize) {
                 for n in (worker..n_streams).step_by(AT_ONCE) {
                     let query = format!("user={prefix}-{n}");
                     match n % 10 {
-                        0 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: x\r\n\r\n")),
-                        1 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: x\r\nLast-Ev")),
+                        0 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n")),
+                        1 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: localhost\r\nLast-Ev")),
                         _ => {
                             let mut stream = Request::new(addr, &query).open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
                             stream.next_state("cursor", SOON);
@@ -147,9 +147,9 @@ fn join_many(addr: SocketAddr, group: &str, n_members: usize) {
                 let mut socket = TcpStream::connect(addr).expect("connect");
                 socket.set_read_timeout(Some(Duration::from_secs(60))).expect("set a timeout");
                 for batch in share.chunks(IN_FLIGHT) {
-                    let requests = batch
-                        .iter()
-                        .map(|n| format!("PUT /v1/groups/{group}/members/member-{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"));
+                    let requests = batch.iter().map(|n| {
+                        format!("PUT /v1/groups/{group}/members/member-{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+                    });
                     socket.write_all(requests.collect::<String>().as_bytes()).expect("write");
                     let (mut answers, mut buffer) = (String::new(), [0; 64 * 1024]);
                     while answers.matches("\r\n\r\n").count() < batch.len() {

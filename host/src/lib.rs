@@ -149,7 +149,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         state.set_broker(Arc::clone(&broker), hub.clone());
         shutdown.spawn(
             "the watch over the broker",
-            watch::watch(Arc::clone(&broker), hub, metrics.clone(), readiness.clone(), shutdown.clone()),
+            watch::watch(Arc::clone(&broker), hub, retention.dead_entries, metrics.clone(), readiness.clone(), shutdown.clone()),
         );
         Ok(broker)
     };

@@ -105,6 +105,14 @@ metrics! {
     events: Family<OutcomeLabel, Counter> = "events";
     /// Entries beyond the position.
     source_lag: Family<SourceLabel, Gauge> = "source_lag_entries";
+    /// Entries that somebody else removed from a source before any node read them, as the broker counts them.
+    source_entries_lost: Family<SourceLabel, Counter> = "source_entries_lost";
+    /// Events whose ids the window of a source had no room to remember, so that a retry of them is not known as one.
+    source_ids_forgotten: Family<SourceLabel, Counter> = "source_ids_forgotten";
+    /// Dead letters that wait for a redrive.
+    dead_letters: Family<SourceLabel, Gauge> = "dead_letters";
+    /// Dead letters that were the oldest when there were too many, and are gone.
+    dead_letters_trimmed: Family<SourceLabel, Counter> = "dead_letters_trimmed";
     /// Times that this node found the broker away.
     broker_away: Counter = "broker_away";
     /// Calls of plugins by how they ended.

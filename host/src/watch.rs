@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::broker::{self, Broker, Finding, Severity};
@@ -19,6 +20,9 @@ use crate::shutdown::Shutdown;
 
 /// How long between two looks at the broker's health.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
+
+/// How full of dead letters a source is when operators are warned, in percent.
+const DEAD_WARNING_PERCENT: u64 = 80;
 
 /// The longest pause between two attempts to reach the broker.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
@@ -40,15 +44,12 @@ pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
 }
 
 /// Keeps readiness and the gauges of the sources true to the broker: red while it is away, silent or refuses, a line for each finding.
-pub(crate) async fn watch(broker: Arc<dyn Broker>, hub: Hub, metrics: Metrics, readiness: Readiness, shutdown: Shutdown) {
+///
+/// `max_dead`: dead letters that a source may have before the oldest go.
+pub(crate) async fn watch(broker: Arc<dyn Broker>, hub: Hub, max_dead: u32, metrics: Metrics, readiness: Readiness, shutdown: Shutdown) {
     loop {
         look(broker.as_ref(), &readiness).await;
-        for partition in broker.partitions() {
-            if let Ok(state) = broker.state(partition.number).await {
-                let lag = i64::try_from(state.lag).unwrap_or(i64::MAX);
-                metrics.source_lag.get_or_create(&SourceLabel { source: partition.source.clone() }).set(lag);
-            }
-        }
+        look_at_sources(broker.as_ref(), max_dead, &metrics, &readiness).await;
         tokio::select! {
             () = tokio::time::sleep(CHECK_EVERY) => {}
             () = shutdown.begun() => return,
@@ -82,6 +83,37 @@ async fn look(broker: &dyn Broker, readiness: &Readiness) {
         }
     }
     readiness.retain("broker.", |name| findings.iter().any(|finding| name.strip_prefix("broker.") == Some(finding.name)));
+}
+
+/// One look at the numbers of each source.
+async fn look_at_sources(broker: &dyn Broker, max_dead: u32, metrics: &Metrics, readiness: &Readiness) {
+    let mut crowded = Vec::new();
+    for partition in broker.partitions() {
+        // That the broker is away, readiness says.
+        let Ok(state) = broker.state(partition.number).await else { return };
+        let source = SourceLabel { source: partition.source.clone() };
+        let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        metrics.source_lag.get_or_create(&source).set(gauge(state.lag));
+        metrics.dead_letters.get_or_create(&source).set(gauge(state.dead_letters));
+        // The broker counts for all nodes.
+        for (counter, n) in [
+            (&metrics.source_entries_lost, state.lost_upstream),
+            (&metrics.source_ids_forgotten, state.dedupe_overflows),
+            (&metrics.dead_letters_trimmed, state.dead_trimmed),
+        ] {
+            counter.get_or_create(&source).inner().store(n, Ordering::Relaxed);
+        }
+        if state.dead_letters >= u64::from(max_dead).saturating_mul(DEAD_WARNING_PERCENT) / 100 && state.dead_letters > 0 {
+            crowded.push(format!("{} of {}", state.dead_letters, partition.source));
+        }
+    }
+    if crowded.is_empty() {
+        readiness.clear("dead-letters");
+    } else {
+        let fix = "redrive or drop them (pointsman dead list), or raise retention.dead_entries";
+        let sources = crowded.join(", ");
+        readiness.warn("dead-letters", format!("{sources}, and of more than {max_dead} the oldest are lost: {fix}"));
+    }
 }
 
 /// Keeps readiness true to the plugins as they change, and has what was swapped out given back.

@@ -2,6 +2,7 @@
 
 use super::reasons::Nearness;
 use super::{At, Decided, Explanation, Standing};
+use crate::broker::Verdict;
 use crate::event::{Outcome, Plan, rfc3339};
 use crate::recipients::{Miss, Way};
 
@@ -11,21 +12,17 @@ const MAX_TARGETS: usize = 3;
 pub(super) fn of(explanation: &Explanation) -> String {
     let Explanation { decision, dead_letter, plan, recipient, .. } = explanation;
     match (decision.outcome, plan, recipient) {
-        (Outcome::Committed, Some(plan), Some(standing)) => for_user(plan, standing),
+        (Outcome::Committed, Some(plan), Some(standing)) => for_user(decision, plan, standing),
         (Outcome::Committed, Some(plan), None) => {
             format!("The event was committed, {}; whom of them it reached, say which user.", names(plan))
         }
         (Outcome::Committed, None, _) => {
             "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.".to_owned()
         }
-        (Outcome::Discarded, ..) => {
-            let (plugin, reason) = verdict(decision, "drop").unwrap_or_default();
-            format!("Nobody was reached: the filter `{plugin}` dropped the event{}.", because(reason))
-        }
-        (Outcome::Unrouted, ..) => format!("Nobody was reached: {}.", unrouted(decision)),
+        (Outcome::Discarded, ..) => format!("Nobody was reached: {}.", discarded(decision)),
+        (Outcome::Unrouted, ..) => format!("Nobody was reached: {}{}.", unrouted(decision), left_out(decision)),
         (Outcome::Duplicate, ..) => {
-            "This was a retry of an event that was there already, which is all that is kept of it: only the first of them counts."
-                .to_owned()
+            "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.".to_owned()
         }
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
@@ -37,10 +34,10 @@ pub(super) fn of(explanation: &Explanation) -> String {
     }
 }
 
-fn for_user(plan: &Plan, standing: &Standing) -> String {
+fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
     let Some(way) = standing.ways.then.or(standing.ways.now) else {
-        return missed(plan, standing);
+        return format!("{}{}.", missed(plan, standing), left_out(decided));
     };
     let by = by(plan, way);
     if let Some(later) = &standing.superseded_by {
@@ -78,14 +75,14 @@ fn for_user(plan: &Plan, standing: &Standing) -> String {
 /// Why no route reached.
 fn missed(plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
-    let Some((index, why)) = &standing.ways.nearest else { return format!("`{user}` was not reached: its plan has no route.") };
+    let Some((index, why)) = &standing.ways.nearest else { return format!("`{user}` was not reached: its plan has no route") };
     // What they were then, nobody kept.
     let if_so = if why.nearness == Nearness::Condition { ", if the attributes were then what they are now" } else { "" };
     let reason = match plan.routes.as_slice() {
         [_] => format!("the only route {}", why.text),
         routes => format!("none of the {} routes does; the nearest, of `{}`, {}", routes.len(), routes[*index].by, why.text),
     };
-    format!("`{user}` was not reached{if_so}: {reason}.")
+    format!("`{user}` was not reached{if_so}: {reason}")
 }
 
 fn by(plan: &Plan, way: Way) -> String {
@@ -100,30 +97,37 @@ fn names(plan: &Plan) -> String {
     format!("and its plan names {}{more}", told.join(", "))
 }
 
+fn discarded(decided: &Decided) -> String {
+    let dropped = of_kind(decided, "drop").map(|by| format!("the filter `{}` dropped the event{}", by.plugin, because(&by.reason)));
+    let failed = |by: &Verdict| format!("`{}` failed on the event, which its on_failure drops then{}", by.plugin, because(&by.reason));
+    dropped.chain(of_kind(decided, "failed").map(failed)).next().unwrap_or_else(|| "the event was dropped".to_owned())
+}
+
 fn unrouted(decided: &Decided) -> String {
-    let asked: Vec<String> = decided
-        .decision
-        .verdicts
-        .iter()
-        .filter(|verdict| verdict.verdict == "none")
-        .map(|verdict| format!("`{}`", verdict.plugin))
-        .collect();
+    let asked: Vec<String> = of_kind(decided, "none").map(|by| format!("`{}`", by.plugin)).collect();
     match asked.as_slice() {
+        [] if of_kind(decided, "failed").next().is_some() => "no router named anybody".to_owned(),
         [] => "no router was asked, as none wants events of its type".to_owned(),
         [router] => format!("the only router that was asked, {router}, named nobody"),
         routers => format!("none of the routers {} named anybody", routers.join(", ")),
     }
 }
 
-/// Who answered so, and why.
-fn verdict<'a>(decided: &'a Decided, word: &str) -> Option<(&'a str, &'a str)> {
-    let found = decided.decision.verdicts.iter().find(|verdict| verdict.verdict == word);
-    found.map(|verdict| (verdict.plugin.as_str(), verdict.reason.as_str()))
+/// Who could have decided otherwise, had it not failed.
+fn left_out(decided: &Decided) -> String {
+    let failed =
+        |by: &Verdict| format!("; `{}` failed on the event and was left out, as its on_failure says{}", by.plugin, because(&by.reason));
+    of_kind(decided, "failed").map(failed).collect()
+}
+
+/// Those who answered so.
+fn of_kind<'a>(decided: &'a Decided, word: &'a str) -> impl Iterator<Item = &'a Verdict> {
+    decided.decision.verdicts.iter().filter(move |verdict| verdict.verdict == word)
 }
 
 fn because(reason: &str) -> String {
-    // What comes after it goes on with the sentence.
-    let reason = reason.trim_end_matches('.');
+    // What comes after it goes on with the sentence; a trap has its stack in the lines below.
+    let reason = reason.lines().next().unwrap_or_default().trim_end_matches('.');
     if reason.is_empty() { String::new() } else { format!(", because: {reason}") }
 }
 
@@ -133,7 +137,7 @@ mod tests {
 
     use super::super::{Device, Streams, Ways};
     use super::*;
-    use crate::broker::{Decision, PartitionNumber, Verdict};
+    use crate::broker::{Decision, PartitionNumber};
     use crate::event::{EntryId, Name, NotificationId};
 
     fn explanation(outcome: Outcome, verdicts: &[(&str, &str)]) -> Explanation {
@@ -141,7 +145,7 @@ mod tests {
             plugin: plugin.into(),
             generation: 1,
             verdict: verdict.into(),
-            reason: String::new(),
+            reason: if verdict == "failed" { "it trapped.\n  0: here".into() } else { String::new() },
         };
         let decision = Decision { verdicts: verdicts.iter().map(verdict).collect(), ..Decision::default() };
         let (partition, entry) = (PartitionNumber(0), EntryId::default());
@@ -164,7 +168,13 @@ mod tests {
             "Nobody was reached: no router was asked, as none wants events of its type.",
         );
         check(Outcome::Unrouted, &[("a", "none"), ("b", "none")], "Nobody was reached: none of the routers `a`, `b` named anybody.");
+        let why = "`r` failed on the event and was left out, as its on_failure says, because: it trapped";
+        check(Outcome::Unrouted, &[("r", "failed")], &format!("Nobody was reached: no router named anybody; {why}."));
+        let other = "the only router that was asked, `s`, named nobody";
+        check(Outcome::Unrouted, &[("r", "failed"), ("s", "none")], &format!("Nobody was reached: {other}; {why}."));
         check(Outcome::Discarded, &[("a", "keep"), ("b", "drop")], "Nobody was reached: the filter `b` dropped the event.");
+        let why = "`b` failed on the event, which its on_failure drops then, because: it trapped";
+        check(Outcome::Discarded, &[("a", "keep"), ("b", "failed")], &format!("Nobody was reached: {why}."));
         let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.";
         check(Outcome::Duplicate, &[], retry);
         let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
