@@ -95,11 +95,16 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
     assert_eq!(explanation["recipient"]["routes"][0]["miss"], "target");
     assert_eq!((&explanation["recipient"]["won"], &explanation["recipient"]["in_log"]), (&Value::Null, &Value::Null));
     publish(&node, "many", "t", json!({ "users": ["b", "c", "d"], "groups": ["ops", "dev"] }));
-    concludes(&node, "many", "ann", "`ann` was not reached: the only route names groups `ops`, `dev`, of none of which `ann` is a member.");
+    concludes(
+        &node,
+        "many",
+        "ann",
+        "`ann` was not reached, if no token claimed the group: the only route names groups `ops`, `dev`, of none of which `ann` is a member.",
+    );
 
     // By a condition; of two routes the one that lacks least is told.
     publish(&node, "for pros", "promotion", json!({}));
-    let nearest = "`ann` was not reached, if the attributes were then what they are now: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
+    let nearest = "`ann` was not reached, if the attributes were then what they are now and no token claimed the group: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
     let id = "for pros";
     concludes(&node, id, "ann", &format!("{nearest} `plan` is absent and must be \"pro\"."));
     set_attributes(&node, "ann", &json!({ "plan": "free" }));
@@ -131,7 +136,12 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             explained(&node, id, "bob");
         };
         tell("stranger");
-        concludes(&node, "stranger", "bob", "`bob` was not reached: the only route names group `ops`, of which `bob` is not a member.");
+        concludes(
+            &node,
+            "stranger",
+            "bob",
+            "`bob` was not reached, if no token claimed the group: the only route names group `ops`, of which `bob` is not a member.",
+        );
         node.join("ops", "bob");
         tell("member");
         leave(&node, "ops", "bob");
@@ -140,7 +150,7 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "stranger",
             "bob",
-            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event.",
+            "`bob` was not reached, if no token claimed the group and this membership was the first: the only route names group `ops`, which `bob` joined after the event.",
         );
         // With the ids by which it is judged.
         let reason = explanation["recipient"]["routes"][0]["reason"].as_str().unwrap();
@@ -153,10 +163,18 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "too late",
             "bob",
-            "`bob` was not reached: the only route names group `ops`, which `bob` left before the event.",
+            "`bob` was not reached, if no token claimed the group: the only route names group `ops`, which `bob` left before the event.",
         );
         let reason = explanation["recipient"]["routes"][0]["reason"].as_str().unwrap();
         assert!(reason.contains(&format!("and the membership ended with {member}")), "{reason}");
+        // Of two stretches only the newer is known: it was told of this one in the older.
+        node.join("ops", "bob");
+        concludes(
+            &node,
+            "member",
+            "bob",
+            "`bob` was not reached, if no token claimed the group and this membership was the first: the only route names group `ops`, which `bob` joined after the event.",
+        );
     }
 }
 
@@ -192,6 +210,24 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
             "The event was for `ann`, by the route of `address` to `u:ann`, but the later event `state 2` has the same collapse key `cart`: who had not had this one by then gets only that.",
         );
         assert_eq!(explanation["recipient"]["superseded_by"]["event_id"], "state 2");
+
+        // A later state that has expired keeps nobody from getting the earlier one who had neither, as the streams show.
+        publish(&node, "long", "t", json!({ "user": "ann", "collapse": "door" }));
+        publish(&node, "brief", "t", json!({ "user": "ann", "collapse": "door", "ttl": "700ms" }));
+        eventually(SOON, "it expires", || explained(&node, "brief", "ann")["recipient"]["wins"].is_null().then_some(()));
+        let kept = node.send("GET", "/v1/notifications?user=ann&limit=100", &[], b"").body;
+        assert!(kept.contains("\"long\"") && !kept.contains("\"brief\""), "{kept}");
+        let explanation = concludes(
+            &node,
+            "long",
+            "ann",
+            "The event is for `ann`, by the route of `address` to `u:ann`, but the later event `brief` had the same collapse key `door` until it expired: who had that one does not get this one any more, and who had neither does.",
+        );
+        assert_eq!(explanation["recipient"]["superseded_by"]["expired"], true);
+        // The next that is still there takes its place all the same.
+        publish(&node, "newest", "t", json!({ "user": "ann", "collapse": "door" }));
+        explained(&node, "newest", "ann");
+        assert_eq!(explained(&node, "long", "ann")["recipient"]["superseded_by"]["event_id"], "newest");
     }
 }
 
@@ -245,6 +281,42 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
         (&explanation["decision"]["outcome"], &explanation["other_decisions"][0]["outcome"]),
         (&json!("committed"), &json!("duplicate"))
     );
+}
+
+/// Dead letters are no duplicates, so that a publisher's retry can become one after its event has reached somebody.
+#[test]
+fn a_retry_that_became_a_dead_letter_does_not_hide_that_somebody_was_reached() {
+    let server = RedisServer::start();
+    for node in [builder().start(), builder().redis(server.url()).start()] {
+        publish(&node, "a", "t", json!({ "user": "ann" }));
+        explained(&node, "a", "ann");
+        publish(&node, "a", "t", json!({ "user": "ann", "ttl": "soon" }));
+        let explanation = eventually(SOON, "both are decided", || {
+            let explanation = explained(&node, "a", "ann");
+            explanation["other_decisions"].is_array().then_some(explanation)
+        });
+        let conclusion = explanation["conclusion"].as_str().expect("a sentence");
+        assert!(conclusion.starts_with("The event is for `ann`, by the route"), "{conclusion}");
+        assert_eq!(explanation["other_decisions"][0]["outcome"], "dead-lettered");
+    }
+}
+
+#[test]
+fn a_dead_letter_is_found_behind_many_others_or_said_to_be_among_them() {
+    let server = RedisServer::start();
+    for node in [builder().start(), builder().redis(server.url()).start()] {
+        let broken = |id: &str| event(id, "t", json!({ "user": "ann", "ttl": "soon" }));
+        let many: Vec<Value> = (0..1_100).map(|n| broken(&n.to_string())).collect();
+        node.publisher().publish(&many);
+        let conclusion = concludes_so(&explained(&node, "1099", "ann"));
+        assert!(
+            conclusion.ends_with("find it by its entry in `pointsman dead list`, as too many others became dead letters with it."),
+            "{conclusion}"
+        );
+        node.publisher().publish(&[broken("another")]);
+        let explanation = explained(&node, "another", "ann");
+        assert!(explanation["dead_letter"].is_string(), "{explanation:#}");
+    }
 }
 
 /// Looking through all that came later would take as long as there is of it.
@@ -311,11 +383,29 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
             assert_eq!(answer.status, 204, "{answer:?}");
         };
         acknowledge(json!({ "id": phone.last_event_id(), "read": true }));
-        let explanation = concludes(&node, "a", "ann", &format!("The event reached `ann`, {by}: it is marked as read."));
+        let explanation =
+            concludes(&node, "a", "ann", &format!("The event is for `ann`, {by}: it, or what came after it, was marked as read."));
         assert_eq!(explanation["recipient"]["read"], true);
         acknowledge(json!({ "id": phone.last_event_id(), "device": "phone" }));
-        let explanation = concludes(&node, "a", "ann", &format!("The event reached `ann`, {by}: the device `phone` has acknowledged it."));
+        let explanation = concludes(
+            &node,
+            "a",
+            "ann",
+            &format!("The event is for `ann`, {by}: the device `phone` has acknowledged it, or what came after it."),
+        );
         assert_eq!(devices(&explanation), at("acknowledged"));
+
+        // A device that began after it, and acknowledged what came then, never had it.
+        let mut late = open("late");
+        publish(&node, "0", "t", json!({ "user": "ann" }));
+        assert_eq!(late.next_notification(SOON).id, "0");
+        acknowledge(json!({ "id": late.last_event_id(), "device": "late" }));
+        concludes(
+            &node,
+            "a",
+            "ann",
+            &format!("The event is for `ann`, {by}: the devices `late`, `phone` have acknowledged it, or what came after it."),
+        );
 
         for id in ["b", "c", "d"] {
             publish(&node, id, "t", json!({ "user": "ann" }));
@@ -432,7 +522,7 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     let lines: Vec<&str> = steps.lines().collect();
     assert_eq!(
         lines[0],
-        "`bob` was not reached, if the attributes were then what they are now: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\"."
+        "`bob` was not reached, if the attributes were then what they are now and no token claimed the group and this membership was the first: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\"."
     );
     assert_eq!(lines[1], "");
     for (label, expect) in [

@@ -25,7 +25,7 @@ mod search;
 
 pub use search::Unexplained;
 
-use reasons::Why;
+use reasons::{Proviso, Why};
 
 /// Other decisions of the same event that are told.
 const MAX_OTHERS: usize = 10;
@@ -42,7 +42,7 @@ const AS_THEY_ARE_NOW: &str =
     "Attributes are judged as they are now, and of a membership that ended and began again only the newest stretch is known.";
 const CLAIMS: &str = "Groups and attributes that a token claims are known only while a stream shows it; here they are not.";
 const FRAMES: &str = "Streams on other nodes are not seen here, nor what a stream leaves out by types or min_priority; and a frame that was written is not one that arrived.";
-const ACKNOWLEDGED: &str = "A device that acknowledged what came later may have begun after this one, or have left it out.";
+const ACKNOWLEDGED: &str = "A device that acknowledged what came later may have begun after this one, have left it out, or have come by before it was for the user.";
 const LATER: &str = "Of the notifications after it only the next 1,000 were looked through for one with its collapse key.";
 
 /// A decision, as operators see it.
@@ -69,6 +69,9 @@ pub struct Explanation {
     /// By which `pointsman dead` knows it, if it is still there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<String>,
+    /// Whether all dead letters that it can be were looked at.
+    #[serde(skip)]
+    is_sought_to_the_end: bool,
     /// As it is in the record; absent where nothing was committed, or the record is gone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
@@ -112,6 +115,8 @@ struct Ways {
     now: Option<Way>,
     /// The route that lacks least of those that do not reach.
     nearest: Option<(usize, Why)>,
+    /// What must have been so for that to be true of all of them.
+    provided: BTreeSet<Proviso>,
 }
 
 /// A route of the plan, for one user, as things are now.
@@ -132,6 +137,9 @@ pub struct RouteToUser {
 pub struct Successor {
     pub event_id: Name,
     pub notification: NotificationId,
+    /// It has expired: whoever did not have it before gets this one after all.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub expired: bool,
 }
 
 /// Where the bookmark of a device stands.
@@ -168,17 +176,25 @@ pub struct Sources<'a> {
 }
 
 impl Sources<'_> {
-    /// Explains the event with this id, or the entry with it; of several the newest that is no retry.
+    /// Explains the event with this id, or the entry with it: of several decisions the newest that is no retry, unless the same event was
+    /// committed before. Then somebody was reached, whatever became of a retry; dead letters are no duplicates to the broker.
     ///
     /// # Errors
     /// [`Unexplained`]: there is no decision of it, or the broker says no.
     pub async fn explain(&self, event_id: &Name, user: Option<&Name>) -> Result<Explanation, Unexplained> {
         let mut found = search::decisions(self.broker, event_id).await?;
-        let decision = found.remove(found.iter().position(|decided| decided.outcome != Outcome::Duplicate).unwrap_or(0));
+        let newest = found.iter().position(|decided| decided.outcome != Outcome::Duplicate).unwrap_or(0);
+        let is_same = |decided: &Decided| {
+            decided.partition == found[newest].partition && decided.decision.event_source == found[newest].decision.event_source
+        };
+        let committed = found.iter().position(|decided| decided.outcome == Outcome::Committed && is_same(decided));
+        let decision = found.remove(committed.unwrap_or(newest));
         found.truncate(MAX_OTHERS);
+        let (dead_letter, is_sought_to_the_end) = self.dead_letter(&decision).await?;
         let mut explanation = Explanation {
             conclusion: String::new(),
-            dead_letter: self.dead_letter(&decision).await?,
+            dead_letter,
+            is_sought_to_the_end,
             decision,
             other_decisions: found,
             plan: None,
@@ -203,22 +219,25 @@ impl Sources<'_> {
         Ok(record.filter(|record| record.entry == decided.entry))
     }
 
-    async fn dead_letter(&self, decided: &Decided) -> broker::Result<Option<String>> {
+    /// The dead letter that it is, if it is found, and whether all that it can be were looked at.
+    async fn dead_letter(&self, decided: &Decided) -> broker::Result<(Option<String>, bool)> {
         if decided.outcome != Outcome::DeadLettered {
-            return Ok(None);
+            return Ok((None, true));
         }
-        // It was set aside after it came.
-        let came_ms = decided.entry.ms.min(decided.decision.clock_ms);
-        let mut after = EntryId { ms: came_ms.saturating_sub(CLOCKS_DIFFER_MS), seq: 0 };
+        // It was set aside after it was decided about, and after it came; of when it came, a publisher that numbers its entries may say anything.
+        let (came_ms, clock_ms) = (decided.entry.ms, decided.decision.clock_ms);
+        let decided_ms = clock_ms.saturating_sub(CLOCKS_DIFFER_MS);
+        let from_ms = if came_ms <= clock_ms { came_ms.max(decided_ms) } else { decided_ms };
+        let mut after = EntryId { ms: from_ms, seq: 0 }.before().unwrap_or_default();
         for _ in 0..MAX_DEAD_LETTERS / READ {
             let letters = self.broker.dead_letters(decided.partition, after, READ).await?;
-            let Some(last) = letters.last() else { break };
+            let Some(last) = letters.last() else { return Ok((None, true)) };
             after = last.id;
             if let Some(letter) = letters.iter().find(|letter| letter.entry == decided.entry) {
-                return Ok(Some(format!("{}/{}", decided.partition.0, letter.id)));
+                return Ok((Some(format!("{}/{}", decided.partition.0, letter.id)), true));
             }
         }
-        Ok(None)
+        Ok((None, false))
     }
 
     async fn standing(&self, decided: &Decided, id: NotificationId, plan: &Plan, user: &Name) -> broker::Result<Standing> {
@@ -229,7 +248,7 @@ impl Sources<'_> {
         let then = Moment { now_ms: id.ms().min(decided.decision.clock_ms), ..now };
         let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
         let way_at = |moment| winning_route(plan, user, &recipient, moment, holds);
-        let mut ways = Ways { then: way_at(then), now: way_at(now), nearest: None };
+        let mut ways = Ways { then: way_at(then), now: way_at(now), ..Ways::default() };
         let mut routes = Vec::with_capacity(plan.routes.len());
         for (index, route) in plan.routes.iter().enumerate() {
             routes.push(match reaches(route, user, &recipient, now, |criteria| criteria.hold(&recipient.attributes)) {
@@ -240,6 +259,7 @@ impl Sources<'_> {
                 Err(miss) => {
                     let why = reasons::missing(route, miss, user, &recipient, now);
                     let reason = why.whole();
+                    ways.provided.extend(why.provided.iter());
                     if ways.nearest.as_ref().is_none_or(|(_, other)| why.nearness > other.nearness) {
                         ways.nearest = Some((index, why));
                     }
@@ -297,7 +317,8 @@ impl Sources<'_> {
         Ok(is_named.then_some(false))
     }
 
-    /// The next notification that reached the user with this collapse key, and whether all were looked through.
+    /// The next notification that reached the user with this collapse key, one that is still there before one that has expired; and whether
+    /// all were looked through.
     async fn successor(&self, user: &Name, recipient: &Recipient, at: Moment, key: &Name) -> broker::Result<(Option<Successor>, bool)> {
         let (mut ids, mut is_all) = (BTreeSet::new(), true);
         for (target, after) in recipient.logs(user, at.partition, at.id) {
@@ -307,18 +328,25 @@ impl Sources<'_> {
         }
         is_all &= ids.len() <= MAX_LATER;
         let ids: Vec<NotificationId> = ids.into_iter().take(MAX_LATER).collect();
+        let mut gone = None;
         for ids in ids.chunks(READ) {
             let records = self.broker.records(at.partition, ids).await?;
             for (&id, record) in ids.iter().zip(records) {
                 let Some(record) = record.and_then(|record| serde_json::from_slice::<Notification>(&record).ok()) else { continue };
-                // As it was committed: that it has expired since does not bring back what it took the place of.
-                let moment = Moment { id, now_ms: id.ms().min(at.now_ms), ..at };
-                let way = winning_route(&record.plan, user, recipient, moment, |_, criteria| criteria.hold(&recipient.attributes));
-                if way.is_some_and(|way| record.plan.routes[way.route].collapse.as_ref() == Some(key)) {
-                    return Ok((Some(Successor { event_id: record.event.id, notification: id }), is_all));
+                let is_state_at = |now_ms| {
+                    let moment = Moment { id, now_ms, ..at };
+                    let way = winning_route(&record.plan, user, recipient, moment, |_, criteria| criteria.hold(&recipient.attributes));
+                    way.is_some_and(|way| record.plan.routes[way.route].collapse.as_ref() == Some(key))
+                };
+                if is_state_at(at.now_ms) {
+                    return Ok((Some(Successor { event_id: record.event.id, notification: id, expired: false }), is_all));
+                }
+                // As it was committed: whoever had it then does not get what it took the place of.
+                if gone.is_none() && is_state_at(id.ms().min(at.now_ms)) {
+                    gone = Some(Successor { event_id: record.event.id, notification: id, expired: true });
                 }
             }
         }
-        Ok((None, is_all))
+        Ok((gone, is_all))
     }
 }

@@ -89,7 +89,8 @@ fn standing(recipient: &Value, say: &mut impl FnMut(&str, String)) {
         say("log", if is_in_log { "it is in a log of the user" } else { "it has left the user's logs" }.to_owned());
     }
     if let Some(later) = recipient["superseded_by"].as_object() {
-        say("later", format!("{} (notification {}) has the same collapse key", later["event_id"], later["notification"]));
+        let is_over = if recipient["superseded_by"]["expired"] == true { ", and has expired" } else { "" };
+        say("later", format!("{} (notification {}) has the same collapse key{is_over}", later["event_id"], later["notification"]));
     }
     for device in list(&recipient["devices"]) {
         let at = match device["at"].as_str() {

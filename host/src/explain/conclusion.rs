@@ -1,6 +1,5 @@
 //! An explanation in one sentence, for whoever has no time for its steps.
 
-use super::reasons::Nearness;
 use super::{At, Decided, Explanation, Standing};
 use crate::broker::Verdict;
 use crate::event::{Outcome, Plan, rfc3339};
@@ -10,7 +9,7 @@ use crate::recipients::{Miss, Way};
 const MAX_TARGETS: usize = 3;
 
 pub(super) fn of(explanation: &Explanation) -> String {
-    let Explanation { decision, dead_letter, plan, recipient, .. } = explanation;
+    let Explanation { decision, dead_letter, is_sought_to_the_end, plan, recipient, .. } = explanation;
     match (decision.outcome, plan, recipient) {
         (Outcome::Committed, Some(plan), Some(standing)) => for_user(decision, plan, standing),
         (Outcome::Committed, Some(plan), None) => {
@@ -27,7 +26,11 @@ pub(super) fn of(explanation: &Explanation) -> String {
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
                 Some(id) => format!("mend that, and `pointsman dead redrive {id}` sends it through again"),
-                None => "it is not found among the dead letters any more, where it was redriven, dropped or trimmed".to_owned(),
+                None if *is_sought_to_the_end => {
+                    "it is not found among the dead letters any more, where it was redriven, dropped or trimmed".to_owned()
+                }
+                None => "mend that, and find it by its entry in `pointsman dead list`, as too many others became dead letters with it"
+                    .to_owned(),
             };
             format!("Nobody was reached: the event is a dead letter{}; {next}.", because(&decision.decision.reason))
         }
@@ -42,10 +45,18 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
     let by = by(plan, way);
     if let Some(later) = &standing.superseded_by {
         let key = plan.routes[way.route].collapse.as_ref().map(ToString::to_string).unwrap_or_default();
-        return format!(
-            "The event was for `{user}`, {by}, but the later event `{}` has the same collapse key `{key}`: who had not had this one by then gets only that.",
-            later.event_id
-        );
+        let later_state = format!("the later event `{}`", later.event_id);
+        // Without its own expiry, which is told below.
+        if !later.expired {
+            return format!(
+                "The event was for `{user}`, {by}, but {later_state} has the same collapse key `{key}`: who had not had this one by then gets only that."
+            );
+        }
+        if standing.ways.now.is_some() {
+            return format!(
+                "The event is for `{user}`, {by}, but {later_state} had the same collapse key `{key}` until it expired: who had that one does not get this one any more, and who had neither does."
+            );
+        }
     }
     if standing.ways.now.is_none() {
         let is_over = |index: &usize| standing.routes[*index].miss == Some(Miss::Expired);
@@ -55,7 +66,7 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
     let acknowledged: Vec<String> =
         standing.devices.iter().filter(|device| device.at == At::Acknowledged).map(|device| format!("`{}`", device.device)).collect();
     match acknowledged.as_slice() {
-        [] if standing.read => format!("The event reached `{user}`, {by}: it is marked as read."),
+        [] if standing.read => format!("The event is for `{user}`, {by}: it, or what came after it, was marked as read."),
         [] if standing.in_log == Some(false) => {
             format!(
                 "The event was for `{user}`, {by}, but has left the log, which keeps so many and no longer: who had not had it by then is told of a gap."
@@ -67,8 +78,10 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
             )
         }
         [] => format!("The event is for `{user}`, {by}: it is in the log, and no device has acknowledged it."),
-        [device] => format!("The event reached `{user}`, {by}: the device {device} has acknowledged it."),
-        devices => format!("The event reached `{user}`, {by}: the devices {} have acknowledged it.", devices.join(", ")),
+        [device] => format!("The event is for `{user}`, {by}: the device {device} has acknowledged it, or what came after it."),
+        devices => {
+            format!("The event is for `{user}`, {by}: the devices {} have acknowledged it, or what came after it.", devices.join(", "))
+        }
     }
 }
 
@@ -76,8 +89,8 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
 fn missed(plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
     let Some((index, why)) = &standing.ways.nearest else { return format!("`{user}` was not reached: its plan has no route") };
-    // What they were then, nobody kept.
-    let if_so = if why.nearness == Nearness::Condition { ", if the attributes were then what they are now" } else { "" };
+    let provided: Vec<&str> = standing.ways.provided.iter().map(|proviso| proviso.words()).collect();
+    let if_so = if provided.is_empty() { String::new() } else { format!(", if {}", provided.join(" and ")) };
     let reason = match plan.routes.as_slice() {
         [_] => format!("the only route {}", why.text),
         routes => format!("none of the {} routes does; the nearest, of `{}`, {}", routes.len(), routes[*index].by, why.text),
@@ -100,7 +113,8 @@ fn names(plan: &Plan) -> String {
 fn discarded(decided: &Decided) -> String {
     let dropped = of_kind(decided, "drop").map(|by| format!("the filter `{}` dropped the event{}", by.plugin, because(&by.reason)));
     let failed = |by: &Verdict| format!("`{}` failed on the event, which its on_failure drops then{}", by.plugin, because(&by.reason));
-    dropped.chain(of_kind(decided, "failed").map(failed)).next().unwrap_or_else(|| "the event was dropped".to_owned())
+    // Others that failed before it were only left out: nobody is asked any more after a drop.
+    dropped.chain(of_kind(decided, "failed").last().map(failed)).next().unwrap_or_else(|| "the event was dropped".to_owned())
 }
 
 fn unrouted(decided: &Decided) -> String {
@@ -154,6 +168,7 @@ mod tests {
             decision: Decided { partition, entry, outcome, notification: Some(NotificationId(1)), decision },
             other_decisions: Vec::new(),
             dead_letter: None,
+            is_sought_to_the_end: true,
             plan: None,
             recipient: None,
         }
@@ -175,6 +190,8 @@ mod tests {
         check(Outcome::Discarded, &[("a", "keep"), ("b", "drop")], "Nobody was reached: the filter `b` dropped the event.");
         let why = "`b` failed on the event, which its on_failure drops then, because: it trapped";
         check(Outcome::Discarded, &[("a", "keep"), ("b", "failed")], &format!("Nobody was reached: {why}."));
+        // By the policy of the first, the event went on without it.
+        check(Outcome::Discarded, &[("a", "failed"), ("b", "failed")], &format!("Nobody was reached: {why}."));
         let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.";
         check(Outcome::Duplicate, &[], retry);
         let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
@@ -203,8 +220,11 @@ mod tests {
             read: false,
             streams: Streams { open: 0, past: 0 },
             not_known: Vec::new(),
-            ways: Ways { then: way, now: way, nearest: None },
+            ways: Ways { then: way, now: way, ..Ways::default() },
         });
-        assert_eq!(of(&told), "The event reached `b`, by the route of `r` to `u:b`: the devices `phone`, `watch` have acknowledged it.");
+        assert_eq!(
+            of(&told),
+            "The event is for `b`, by the route of `r` to `u:b`: the devices `phone`, `watch` have acknowledged it, or what came after it."
+        );
     }
 }

@@ -17,6 +17,25 @@ pub(super) struct Why {
     /// Ids, for whoever wants to look them up.
     detail: Option<String>,
     pub(super) nearness: Nearness,
+    pub(super) provided: &'static [Proviso],
+}
+
+/// What nobody kept of then, and a miss is judged without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Proviso {
+    Attributes,
+    Claims,
+    FirstMembership,
+}
+
+impl Proviso {
+    pub(super) const fn words(self) -> &'static str {
+        match self {
+            Self::Attributes => "the attributes were then what they are now",
+            Self::Claims => "no token claimed the group",
+            Self::FirstMembership => "this membership was the first",
+        }
+    }
 }
 
 /// How little is missing: of several routes, the nearest explains most.
@@ -46,12 +65,12 @@ pub(super) fn reaching(target: &Target, user: &Name) -> String {
 }
 
 pub(super) fn missing(route: &Route, miss: Miss, user: &Name, recipient: &Recipient, moment: Moment) -> Why {
-    let (text, nearness) = match miss {
+    let (text, nearness, provided): (_, _, &[_]) = match miss {
         Miss::Target => return not_named(route, user, recipient, moment),
-        Miss::Condition => (condition(route, user, &recipient.attributes), Nearness::Condition),
-        Miss::Expired => (format!("expired at {}", rfc3339(route.expires_ms.unwrap_or_default())), Nearness::Expired),
+        Miss::Condition => (condition(route, user, &recipient.attributes), Nearness::Condition, &[Proviso::Attributes]),
+        Miss::Expired => (format!("expired at {}", rfc3339(route.expires_ms.unwrap_or_default())), Nearness::Expired, &[]),
     };
-    Why { text, detail: None, nearness }
+    Why { text, detail: None, nearness, provided }
 }
 
 fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) -> Why {
@@ -66,12 +85,18 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
     let mut spans = groups.iter().filter_map(|&group| Some((group, recipient.groups.get(group)?.get(&moment.partition)?)));
     if let Some((group, Span { joined, left })) = spans.next() {
         let id = moment.id;
-        let (when, detail) = match left {
-            Some(left) if *left < id => ("left before", format!("it was committed as {id}, and the membership ended with {left}")),
-            _ => ("joined after", format!("it was committed as {id}, and the membership begins above {joined}")),
+        let (when, detail, provided): (_, _, &[_]) = match left {
+            Some(left) if *left < id => {
+                ("left before", format!("it was committed as {id}, and the membership ended with {left}"), &[Proviso::Claims])
+            }
+            _ => (
+                "joined after",
+                format!("it was committed as {id}, and the membership begins above {joined}"),
+                &[Proviso::Claims, Proviso::FirstMembership],
+            ),
         };
         let text = format!("names group `{group}`, which `{user}` {when} the event");
-        return Why { text, detail: Some(detail), nearness: Nearness::Member };
+        return Why { text, detail: Some(detail), nearness: Nearness::Member, provided };
     }
     let (text, nearness) = match (groups.as_slice(), users.as_slice()) {
         ([group], _) => (format!("names group `{group}`, of which `{user}` is not a member"), Nearness::NoMember),
@@ -83,7 +108,8 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
             (format!("names groups {}{more}, of none of which `{user}` is a member", named.join(", ")), Nearness::NoMember)
         }
     };
-    Why { text, detail: None, nearness }
+    let provided: &[_] = if nearness == Nearness::NoMember { &[Proviso::Claims] } else { &[] };
+    Why { text, detail: None, nearness, provided }
 }
 
 fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
