@@ -244,7 +244,7 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
         concludes(&node, "dropped", "ann", "Nobody was reached: the filter `discard` dropped the event, because: nobody wants noise.");
     assert!(explanation["plan"].is_null() && explanation["recipient"].is_null(), "{explanation}");
     publish(&node, "nobody's", "t", json!({}));
-    concludes(&node, "nobody's", "ann", "Nobody was reached: the only router that was asked, `address`, named nobody.");
+    concludes(&node, "nobody's", "ann", "Nobody was reached: the only router that answered, `address`, named nobody.");
 
     publish(&node, "broken", "t", json!({ "user": "ann", "ttl": "soon" }));
     let explanation = explained(&node, "broken", "ann");

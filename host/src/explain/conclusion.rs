@@ -121,8 +121,8 @@ fn unrouted(decided: &Decided) -> String {
     let asked: Vec<String> = of_kind(decided, "none").map(|by| format!("`{}`", by.plugin)).collect();
     match asked.as_slice() {
         [] if of_kind(decided, "failed").next().is_some() => "no router named anybody".to_owned(),
-        [] => "no router was asked, as none wants events of its type".to_owned(),
-        [router] => format!("the only router that was asked, {router}, named nobody"),
+        [] => "no router was asked, as none was at work that wants events of its type".to_owned(),
+        [router] => format!("the only router that answered, {router}, named nobody"),
         routers => format!("none of the routers {} named anybody", routers.join(", ")),
     }
 }
@@ -180,12 +180,12 @@ mod tests {
         check(
             Outcome::Unrouted,
             &[("f", "keep"), ("r", "skipped")],
-            "Nobody was reached: no router was asked, as none wants events of its type.",
+            "Nobody was reached: no router was asked, as none was at work that wants events of its type.",
         );
         check(Outcome::Unrouted, &[("a", "none"), ("b", "none")], "Nobody was reached: none of the routers `a`, `b` named anybody.");
         let why = "`r` failed on the event and was left out, as its on_failure says, because: it trapped";
         check(Outcome::Unrouted, &[("r", "failed")], &format!("Nobody was reached: no router named anybody; {why}."));
-        let other = "the only router that was asked, `s`, named nobody";
+        let other = "the only router that answered, `s`, named nobody";
         check(Outcome::Unrouted, &[("r", "failed"), ("s", "none")], &format!("Nobody was reached: {other}; {why}."));
         check(Outcome::Discarded, &[("a", "keep"), ("b", "drop")], "Nobody was reached: the filter `b` dropped the event.");
         let why = "`b` failed on the event, which its on_failure drops then, because: it trapped";
