@@ -19,6 +19,7 @@ use crate::clock::now_ms;
 use crate::event::{Life, Name, NotificationId, Target};
 use crate::metrics::{Metrics, ReasonLabel};
 use crate::recipients::Reader;
+use crate::shutdown::Shutdown;
 use crate::subscription::replay::{Follows, History};
 use crate::subscription::{Filter, OpenStream, Record, Start, Subscription};
 
@@ -89,15 +90,16 @@ impl Drop for StreamGuard {
 }
 
 impl Hub {
-    /// Starts the feed and the ticks. They end with the runtime.
-    pub fn start(broker: Arc<dyn Broker>, metrics: Metrics) -> Self {
+    /// Starts the feed and the ticks. They end with the runtime; without them streams would stay open and hear nothing, so that one that panics
+    /// ends the node.
+    pub fn start(broker: Arc<dyn Broker>, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let partitions = broker.partitions().iter().map(|partition| partition.number).collect();
         let history = History::new(Arc::clone(&broker), metrics.clone());
         let (next_stream, state) = (AtomicU64::new(1), Mutex::default());
         let hub = Self(Arc::new(Shared { broker, history, metrics, partitions, next_stream, state }));
-        tokio::spawn(Arc::clone(&hub.0).listen());
+        shutdown.spawn_lasting("the reader of notices", Arc::clone(&hub.0).listen());
         for &partition in &hub.0.partitions {
-            tokio::spawn(tick(Arc::downgrade(&hub.0), partition));
+            shutdown.spawn_lasting("what ticks", tick(Arc::downgrade(&hub.0), partition));
         }
         hub
     }
@@ -560,5 +562,20 @@ impl Listener<'_> {
             self.hub.replay(&stream, partition, "life", Subscription::enter_replay);
         }
         Some(present)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::http::fake::FakeBroker;
+
+    #[tokio::test]
+    async fn a_hub_that_panics_ends_the_node() {
+        let shutdown = Shutdown::new();
+        let broker = FakeBroker::failing(|| panic!("so that the test has something to see"));
+        let _hub = Hub::start(Arc::new(broker), Metrics::default(), &shutdown);
+        tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
+        assert_eq!(shutdown.broken(), Some("what ticks"));
     }
 }

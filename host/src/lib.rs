@@ -129,7 +129,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
     }
 
-    let pulse = Pulse::start(stream, metrics.clone());
+    let pulse = Pulse::start(stream, metrics.clone(), &shutdown);
     let state = State::new(auth, origins, limits, retention.clone(), readiness.clone(), metrics.clone(), pulse.clone());
     let state = Arc::new(state);
     let header_timeout = Duration::from_secs(listen.header_timeout_s);
@@ -145,7 +145,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
     let reached = async {
         let broker = open(&broker, &sources, &retention, &readiness).await?;
-        let hub = Hub::start(Arc::clone(&broker), metrics.clone());
+        let hub = Hub::start(Arc::clone(&broker), metrics.clone(), &shutdown);
         state.set_broker(Arc::clone(&broker), hub.clone());
         shutdown.spawn(
             "the watch over the broker",

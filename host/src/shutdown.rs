@@ -81,17 +81,23 @@ impl Shutdown {
 
     /// Starts a part of the node, which [`Shutdown::finish`] waits for. `part`: what it is called where it breaks.
     pub fn spawn(&self, part: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let shutdown = self.clone();
-        self.tasks.spawn(async move {
-            // Nothing of the part is used again.
-            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
-                tracing::error!("{part} panicked; this node cannot go on without, and stops");
-                if shutdown.broken.set(part).is_err() {
-                    tracing::debug!("it was stopping for that reason already");
-                }
-                shutdown.begin();
+        self.tasks.spawn(self.clone().run(part, task));
+    }
+
+    /// The same for a part that goes on while the others stop, for as long as the runtime: nobody waits for it.
+    pub fn spawn_lasting(&self, part: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(self.clone().run(part, task));
+    }
+
+    async fn run(self, part: &'static str, task: impl Future<Output = ()> + Send) {
+        // Nothing of the part is used again.
+        if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+            tracing::error!("{part} panicked; this node cannot go on without, and stops");
+            if self.broken.set(part).is_err() {
+                tracing::debug!("it was stopping for that reason already");
             }
-        });
+            self.begin();
+        }
     }
 
     /// The part that panicked and so began the shutdown, if it was that.

@@ -3,6 +3,7 @@
 use pointsman::broker::{Broker as _, PartitionNumber, Retention};
 use pointsman::hub::Hub;
 use pointsman::metrics::Metrics;
+use pointsman::shutdown::Shutdown;
 use pointsman::subscription::Start;
 use pointsman::subscription::cursor::{Cursor, Unreadable};
 
@@ -74,7 +75,7 @@ async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
     let batch = pointsman::broker::Batch { life: head.life, prev: head.position, items: vec![item] };
     wider.commit(added, batch).await.expect("commit");
     stage.event("in the old one", &[to("u:ann")]).await;
-    let hub = Hub::start(wider, Metrics::default());
+    let hub = Hub::start(wider, Metrics::default(), &Shutdown::new());
     let mut client = Client::open(&hub, "ann", start);
     let mut received = [client.event().await, client.event().await];
     received.sort_unstable();

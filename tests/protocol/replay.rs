@@ -110,7 +110,7 @@ async fn f10_a_silent_feed_is_made_again_and_what_it_lost_is_sent(stage: Stage) 
 /// A node that follows a log from now on has seen nothing of it: what the stream has had is what counts, and not what this node saw last.
 async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(stage: Stage) {
     let (here, there) = (stage.hub(), stage.another().await);
-    let there = pointsman::hub::Hub::start(there, pointsman::metrics::Metrics::default());
+    let there = pointsman::hub::Hub::start(there, pointsman::metrics::Metrics::default(), &pointsman::shutdown::Shutdown::new());
     let mut client = Client::live(&here, "ann").await;
     stage.event("a", &[to("u:ann")]).await;
     client.expect(&["a"]).await;

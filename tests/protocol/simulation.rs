@@ -13,6 +13,7 @@ use pointsman::broker::{Broker, PartitionNumber, RecipientChange, Retention, Spa
 use pointsman::event::{Name, NotificationId, Priority};
 use pointsman::hub::{Hub, StreamGuard};
 use pointsman::metrics::Metrics;
+use pointsman::shutdown::Shutdown;
 use pointsman::subscription::cursor::Cursor;
 use pointsman::subscription::{Filter, Gap, Next, Start};
 use rand::rngs::StdRng;
@@ -179,7 +180,7 @@ impl Play {
             let puppet = stage.another().await;
             let mut chance = StdRng::seed_from_u64(seed ^ n);
             puppet.lose(move |at| matches!(at, At::Before(Op::Page | Op::Records | Op::Head | Op::Recipient)) && chance.random_bool(0.02));
-            hubs.push((Hub::start(Arc::clone(&puppet) as Arc<dyn Broker>, Metrics::default()), puppet));
+            hubs.push((Hub::start(Arc::clone(&puppet) as Arc<dyn Broker>, Metrics::default(), &Shutdown::new()), puppet));
         }
         let clients = USERS.iter().chain(&USERS).map(|user| Client::new(user)).collect();
         let mut play = Self {

@@ -16,6 +16,7 @@ pub(super) use pointsman::clock::now_ms;
 use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
 use pointsman::hub::{Hub, StreamGuard};
 use pointsman::metrics::Metrics;
+use pointsman::shutdown::Shutdown;
 use pointsman::subscription::cursor::Cursor;
 use pointsman::subscription::{Filter, Gap, Next, Record, Start};
 
@@ -145,7 +146,7 @@ impl Stage {
     }
 
     pub(super) fn hub(&self) -> Hub {
-        Hub::start(Arc::clone(&self.puppet) as Arc<dyn Broker>, self.metrics.clone())
+        Hub::start(Arc::clone(&self.puppet) as Arc<dyn Broker>, self.metrics.clone(), &Shutdown::new())
     }
 
     pub(super) async fn head(&self) -> Head {

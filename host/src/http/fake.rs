@@ -22,6 +22,7 @@ use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 use crate::hub::Hub;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
+use crate::shutdown::Shutdown;
 use crate::sse::{self, Pulse};
 
 type Fields = Vec<(Bytes, Bytes)>;
@@ -133,7 +134,7 @@ impl Broker for FakeBroker {
     }
 
     async fn tick(&self, _: PartitionNumber) -> Result<()> {
-        unused()
+        self.failure.map_or_else(unused, |failure| Err(failure()))
     }
 
     async fn lease(&self, _: PartitionNumber, _: &str, _: Duration) -> Result<Lease> {
@@ -240,7 +241,7 @@ impl Site {
     pub(super) fn new(broker: FakeBroker, auth: auth::Config) -> Self {
         let site = Self { state: Self::state(&auth), broker };
         let broker: Arc<dyn Broker> = Arc::new(site.broker.clone());
-        let hub = Hub::start(Arc::clone(&broker), Metrics::default());
+        let hub = Hub::start(Arc::clone(&broker), Metrics::default(), &Shutdown::new());
         site.state.set_broker(broker, hub);
         site
     }
@@ -259,7 +260,7 @@ impl Site {
             Retention::default(),
             Readiness::default(),
             Metrics::default(),
-            Pulse::start(sse::Config::default(), Metrics::default()),
+            Pulse::start(sse::Config::default(), Metrics::default(), &Shutdown::new()),
         ))
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::now_ms;
 use crate::metrics::{Metrics, ReasonLabel};
+use crate::shutdown::Shutdown;
 
 use super::{Config, End, Signals, Socket, spread_retry};
 
@@ -52,14 +53,14 @@ impl std::fmt::Debug for Pulse {
 }
 
 impl Pulse {
-    /// Starts the timer. It ends with the runtime.
-    pub fn start(config: Config, metrics: Metrics) -> Self {
+    /// Starts the timer. It ends with the runtime; without it no stream would end with its token, so that a panic of it ends the node.
+    pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
         let wheel = Mutex::new(Wheel { now: 0, slots });
         let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
         let pulse = Self(Arc::new(Shared { config, metrics, wheel, seats }));
         let weak = Arc::downgrade(&pulse.0);
-        tokio::spawn(async move {
+        shutdown.spawn_lasting("the timer of streams", async move {
             let mut seconds = tokio::time::interval(Duration::from_secs(1));
             seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
