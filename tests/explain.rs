@@ -341,14 +341,29 @@ fn a_later_state_is_looked_for_among_the_next_thousand() {
 }
 
 #[test]
-fn an_entry_that_is_no_event_is_explained_by_its_entry() {
+fn an_entry_that_is_no_event_is_explained_by_its_entry_and_by_the_id_that_it_names() {
     let server = RedisServer::start();
     let node = builder().redis(server.url()).start();
     let entry: String = server.command("XADD pointsman:events * user ann");
     let explanation = explained(&node, &entry, "ann");
     assert_eq!(explanation["decision"]["entry"], entry.as_str());
     let conclusion = concludes_so(&explanation);
-    assert!(conclusion.starts_with("Nobody was reached: the event is a dead letter, because: type is missing"), "{conclusion}");
+    let expect = "Nobody was reached: the event is a dead letter, because: type is missing";
+    assert!(conclusion.starts_with(expect), "{conclusion}");
+    for (id, fields) in [("flat", "id flat user ann"), ("whole", r#"event {"id":"whole","time":7}"#)] {
+        let _: String = server.command(&format!("XADD pointsman:events * {fields}"));
+        let explanation = explained(&node, id, "ann");
+        assert_eq!((&explanation["decision"]["event_id"], &explanation["decision"]["outcome"]), (&json!(id), &json!("dead-lettered")));
+    }
+    // It does not hide what an event with the same id came to before.
+    publish(&node, "sound", "t", json!({ "source": "/s", "user": "ann" }));
+    explained(&node, "sound", "ann");
+    let _: String = server.command("XADD pointsman:events * id sound source /s user ann");
+    let explanation = eventually(SOON, "both are decided", || {
+        let explanation = explained(&node, "sound", "ann");
+        explanation["other_decisions"].is_array().then_some(explanation)
+    });
+    assert_eq!(explanation["decision"]["outcome"], "committed");
 }
 
 #[test]

@@ -211,7 +211,7 @@ pub struct DeadReason {
 /// The record of a decision: why the event became what it became.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Decision {
-    /// CloudEvents `id`, `source` and `type`; empty where the entry could not be read.
+    /// CloudEvents `id`, `source` and `type`; each empty where it could not be read.
     pub event_id: String,
     pub event_source: String,
     pub event_type: String,

@@ -227,7 +227,12 @@ impl Sources<'_> {
         // It was set aside after it was decided about, and after it came; of when it came, a publisher that numbers its entries may say anything.
         let (came_ms, clock_ms) = (decided.entry.ms, decided.decision.clock_ms);
         let decided_ms = clock_ms.saturating_sub(CLOCKS_DIFFER_MS);
-        let from_ms = if came_ms <= clock_ms { came_ms.max(decided_ms) } else { decided_ms };
+        let from_ms = match clock_ms {
+            // No plugin was asked.
+            0 => came_ms.saturating_sub(CLOCKS_DIFFER_MS),
+            _ if came_ms <= clock_ms => came_ms.max(decided_ms),
+            _ => decided_ms,
+        };
         let mut after = EntryId { ms: from_ms, seq: 0 }.before().unwrap_or_default();
         for _ in 0..MAX_DEAD_LETTERS / READ {
             let letters = self.broker.dead_letters(decided.partition, after, READ).await?;

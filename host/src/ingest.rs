@@ -320,7 +320,7 @@ impl Ingest {
             };
             after = last.id;
             progress.read(entries.len() as u64);
-            let poison = if n_careful > 0 { self.poison(partition.number, &entries).await } else { Ok(None) };
+            let poison = if n_careful > 0 { self.poison(partition, &entries).await } else { Ok(None) };
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
                 Ok(Some(item)) => vec![item],
@@ -338,14 +338,14 @@ impl Ingest {
     }
 
     /// Notes the attempt at the one entry; dead-letters it when nodes died of it.
-    async fn poison(&self, partition: PartitionNumber, entries: &[Entry]) -> Result<Option<Item>, Stop> {
+    async fn poison(&self, partition: &Partition, entries: &[Entry]) -> Result<Option<Item>, Stop> {
         let [entry] = entries else { return Ok(None) };
-        let attempts = self.broker.note_attempt(partition, entry.id).await?;
+        let attempts = self.broker.note_attempt(partition.number, entry.id).await?;
         if attempts <= POISON_AFTER {
             return Ok(None);
         }
         let reason = format!("the node died with it {POISON_AFTER} times");
-        Ok(Some(dead(entry, reason, None, attempts - 1, Decision::default())))
+        Ok(Some(dead(entry, reason, None, attempts - 1, unevaluated(partition, entry, 0))))
     }
 
     /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
@@ -359,7 +359,7 @@ impl Ingest {
                     events.push(event);
                     None
                 }
-                Err(reason) => Some(dead(entry, reason, None, 1, Decision { clock_ms, ..Decision::default() })),
+                Err(reason) => Some(dead(entry, reason, None, 1, unevaluated(partition, entry, clock_ms))),
             });
         }
         let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
@@ -370,7 +370,7 @@ impl Ingest {
                 None => match evaluations.next() {
                     Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
                     // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
-                    None => dead(entry, "the pipeline gave no answer".into(), None, 1, Decision::default()),
+                    None => dead(entry, "the pipeline gave no answer".into(), None, 1, unevaluated(partition, entry, clock_ms)),
                 },
             });
         }
@@ -530,6 +530,13 @@ fn dead(entry: &Entry, reason: String, plugin: Option<String>, attempts: u32, de
     let decision = Decision { reason: reason.clone(), ..decision };
     let why = DeadReason { reason, plugin, attempts, fields: entry.fields.clone() };
     Item { entry: entry.id, dedupe: None, proposal: Proposal::DeadLetter(why), decision }
+}
+
+/// The decision about an entry that no plugin was asked about, under whatever it names, by which its publisher looks for it.
+fn unevaluated(partition: &Partition, entry: &Entry, clock_ms: u64) -> Decision {
+    let names = Event::names_in(&partition.source, &entry.fields);
+    let [event_id, event_source, event_type] = names.map(|name| name.map(|name| name.to_string()).unwrap_or_default());
+    Decision { event_id, event_source, event_type, clock_ms, ..Decision::default() }
 }
 
 /// By which a publisher's retry is recognised: 16 bytes of SHA-256 over the event's `source` and `id`.

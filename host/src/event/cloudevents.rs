@@ -114,6 +114,31 @@ impl Event {
         })
     }
 
+    /// What the fields of a source entry name as `id`, `source` and `type`, each as far as it can be read, also where they are no event. A missing
+    /// `source` is the name of the source.
+    pub fn names_in(source: &str, fields: &[(Bytes, Bytes)]) -> [Option<Name>; 3] {
+        #[derive(Deserialize)]
+        struct Document<'a> {
+            #[serde(borrow)]
+            id: Option<&'a RawValue>,
+            #[serde(borrow)]
+            source: Option<&'a RawValue>,
+            #[serde(borrow, rename = "type")]
+            kind: Option<&'a RawValue>,
+        }
+        let missing = || Name::parse(source).ok();
+        if let [(name, document)] = fields
+            && name.as_ref() == b"event"
+        {
+            let Ok(Document { id, source, kind }) = serde_json::from_slice(document) else { return [None, None, None] };
+            let read = |raw: &RawValue| serde_json::from_str(raw.get()).ok();
+            return [id.and_then(read), source.map_or_else(missing, read), kind.and_then(read)];
+        }
+        let named = |wanted: &str| fields.iter().find(|(name, _)| name.as_ref() == wanted.as_bytes()).map(|(_, value)| value);
+        let read = |value: &Bytes| Name::parse(std::str::from_utf8(value).ok()?).ok();
+        [named("id").and_then(read), named("source").map_or_else(missing, read), named("type").and_then(read)]
+    }
+
     /// Reads an event from a CloudEvents JSON document.
     ///
     /// # Errors
