@@ -21,7 +21,7 @@ pub(super) fn of(explanation: &Explanation) -> String {
         (Outcome::Discarded, ..) => format!("Nobody was reached: {}.", discarded(decision)),
         (Outcome::Unrouted, ..) => format!("Nobody was reached: {}{}.", unrouted(decision), left_out(decision)),
         (Outcome::Duplicate, ..) => {
-            "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.".to_owned()
+            "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more, unless it lies behind 1,000 retries.".to_owned()
         }
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
@@ -52,7 +52,7 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
                 "The event was for `{user}`, {by}, but {later_state} has the same collapse key `{key}`: who had not had this one by then gets only that."
             );
         }
-        if standing.ways.now.is_some() {
+        if standing.ways.now.is_some() && standing.in_log != Some(false) {
             return format!(
                 "The event is for `{user}`, {by}, but {later_state} had the same collapse key `{key}` until it expired: who had that one does not get this one any more, and who had neither does."
             );
@@ -149,7 +149,7 @@ fn because(reason: &str) -> String {
 mod tests {
     use serde_json::json;
 
-    use super::super::{Device, Streams, Ways};
+    use super::super::{Device, Streams, Successor, Ways};
     use super::*;
     use crate::broker::{Decision, PartitionNumber};
     use crate::event::{EntryId, Name, NotificationId};
@@ -192,7 +192,7 @@ mod tests {
         check(Outcome::Discarded, &[("a", "keep"), ("b", "failed")], &format!("Nobody was reached: {why}."));
         // By the policy of the first, the event went on without it.
         check(Outcome::Discarded, &[("a", "failed"), ("b", "failed")], &format!("Nobody was reached: {why}."));
-        let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.";
+        let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more, unless it lies behind 1,000 retries.";
         check(Outcome::Duplicate, &[], retry);
         let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
         check(Outcome::Committed, &[], gone);
@@ -207,6 +207,7 @@ mod tests {
             of(&told),
             "The event was committed, and its plan names `u:a`, `u:b`, `u:c` and 2 more; whom of them it reached, say which user."
         );
+        let later = Successor { event_id: Name::parse("later").unwrap(), notification: NotificationId(2), expired: true };
         let way = Some(Way { route: 0, target: 1 });
         let device = |name: &str, at| Device { device: Name::parse(name).unwrap(), at };
         told.recipient = Some(Standing {
@@ -226,5 +227,11 @@ mod tests {
             of(&told),
             "The event is for `b`, by the route of `r` to `u:b`: the devices `phone`, `watch` have acknowledged it, or what came after it."
         );
+        // A later state that has expired brings back no earlier one that is gone.
+        let standing = told.recipient.as_mut().unwrap();
+        standing.devices.clear();
+        standing.superseded_by = Some(later);
+        let conclusion = of(&told);
+        assert!(conclusion.starts_with("The event was for `b`, by the route of `r` to `u:b`, but has left the log"), "{conclusion}");
     }
 }
