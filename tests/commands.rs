@@ -213,6 +213,14 @@ fn tail_says_at_its_end_how_to_continue() {
 }
 
 #[test]
+fn whoever_has_read_enough_is_shown_no_panic() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let output = command::pointsman(&["config", "--defaults"]).stdout(writer).output().expect("run pointsman");
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(1), ""));
+}
+
+#[test]
 fn the_printed_defaults_are_a_configuration() {
     let defaults = stdout(&pointsman(&["config", "--defaults"]));
     let file = std::env::temp_dir().join(format!("pointsman-defaults-{}.toml", std::process::id()));

@@ -295,6 +295,7 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
     assert!(enabled.starts_with("enabled versioned 0.1.0 (router): generation 3, active; 1 plugin decides now: versioned"), "{enabled}");
     assert!(line(&site.node, &["enable", "versioned"]).starts_with("versioned 0.1.0 (router) is enabled already: generation 3"));
 
+    assert!(line(&site.node, &["shadow", "versioned", &second]).starts_with("candidate 0.1.0 ("));
     let broken = refusal(&site.node, &["upload", &file("versioned.wasm", b"no plugin")]);
     assert!(
         broken.contains("versioned.wasm was not taken: it is no WebAssembly") && broken.contains("what ran before still runs"),
@@ -309,6 +310,8 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
     // What a program reads is the node's own answer.
     let shown: Value = serde_json::from_str(&told(&mut plugin(&site.node, &["disable", "versioned", "--json"]))).unwrap();
     assert_eq!((&shown["name"], &shown["state"], &shown["settings"]["probation_s"]), (&json!("versioned"), &json!("disabled"), &json!(60)));
+    // In its file's place, and at work only once it is enabled.
+    assert_eq!(line(&site.node, &["promote", "versioned"]), "promoted versioned: disabled");
     let shown: Value = serde_json::from_str(&told(&mut plugin(&site.node, &["list", "--json"]))).unwrap();
     assert_eq!(shown["plugins"][0]["name"], "versioned");
 

@@ -6,7 +6,8 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "what a command answers goes to its terminal; the library logs")]
 
 use std::io::Read as _;
-use std::process::ExitCode;
+use std::panic;
+use std::process::{self, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -60,7 +61,20 @@ enum Command {
     Config(config::Options),
 }
 
+/// Whoever reads what a command prints may have read enough, as `head` does: then the command ends, and that is nothing to report. Printing has
+/// no other way to say so than to panic.
+fn end_when_nobody_reads() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        if panic.payload_as_str().is_some_and(|said| said.starts_with("failed printing to stdout: Broken pipe")) {
+            process::exit(1);
+        }
+        report(panic);
+    }));
+}
+
 pub(crate) fn main() -> ExitCode {
+    end_when_nobody_reads();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -65,11 +65,12 @@ fn is_loopback(origin: &str) -> bool {
 
 /// Of a host, with a port or without.
 fn names_loopback(authority: &str) -> bool {
-    let host = match authority.strip_prefix('[') {
-        Some(v6) => v6.split(']').next().unwrap_or_default(),
-        None => authority.split(':').next().unwrap_or_default(),
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(v6) => v6.split_once(']').unwrap_or_default(),
+        None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
     };
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    let is_port = port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
+    is_port && (host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()))
 }
 
 /// Refuses what is asked of us by a name that is not this machine's own, in dev mode. To a browser, a page whose name was made to point to
@@ -156,7 +157,8 @@ mod tests {
     async fn a_page_that_made_its_name_point_to_this_machine_is_told_nothing_in_dev_mode() {
         let site = Site::dev(FakeBroker::default());
         for path in ["/v1/stream?user=ann&device=made-up", "/v1/openapi.json", "/"] {
-            for host in ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example:8080", ""] {
+            let others = ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example:8080", ""];
+            for host in others.into_iter().chain(["localhost:8080@evil.example", "[::1]evil.example", "[::1", "localhost:evil"]) {
                 assert_eq!(site.request("GET", path, &[("host", host)], "").await.0, StatusCode::FORBIDDEN, "{path} of {host}");
             }
             for host in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080"] {

@@ -164,6 +164,7 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
                 let file = "its file is still the newer one, with which a node begins that starts";
                 format!("rolled back {who}: {stands}, {instead}; {file}")
             }
+            Order::Promote if number == 0 => format!("promoted {who}: {stands}"),
             Order::Promote | Order::Remove => format!("promoted {who}: {stands}, {instead}"),
         })
     })
