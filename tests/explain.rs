@@ -283,6 +283,34 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     );
 }
 
+/// Streams judge a plan as they come by, and so does what is said of them.
+#[test]
+fn what_another_route_brings_once_the_first_has_expired_is_told_as_that_route_has_it() {
+    let rules = r#"
+[[plugins.rules.config.rules]]
+match.type = "twice"
+to.user = "ann"
+priority = "high"
+ttl = "700ms"
+collapse = "lift"
+[[plugins.rules.config.rules]]
+match.type = "twice"
+to.group = "ops"
+"#;
+    let node = builder().config(&format!("{CONFIG}{rules}")).start();
+    node.join("ops", "ann");
+    publish(&node, "two", "twice", json!({}));
+    publish(&node, "later", "t", json!({ "user": "ann", "collapse": "lift" }));
+    explained(&node, "later", "ann");
+    let of_two = || explained(&node, "two", "ann");
+    let explanation = eventually(SOON, "the first route expires", || (of_two()["recipient"]["wins"] == 1).then(of_two));
+    let kept = node.send("GET", "/v1/notifications?user=ann&limit=100", &[], b"").body;
+    assert!(kept.contains("\"two\"") && kept.contains("\"later\""), "{kept}");
+    assert_eq!((&explanation["recipient"]["won"], &explanation["recipient"]["superseded_by"]), (&json!(0), &Value::Null));
+    let conclusion = explanation["conclusion"].as_str().expect("a sentence");
+    assert!(conclusion.starts_with("The event is for `ann`, by the route of `rules` to `g:ops`: it is in the log"), "{conclusion}");
+}
+
 /// Dead letters are no duplicates, so that a publisher's retry can become one after its event has reached somebody.
 #[test]
 fn a_retry_that_became_a_dead_letter_does_not_hide_that_somebody_was_reached() {

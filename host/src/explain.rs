@@ -274,7 +274,7 @@ impl Sources<'_> {
         }
         let mut not_known = vec![AS_THEY_ARE_NOW, CLAIMS, FRAMES];
         let mut superseded_by = None;
-        if let Some(key) = ways.then.or(ways.now).and_then(|way| plan.routes[way.route].collapse.as_ref()) {
+        if let Some(key) = ways.now.or(ways.then).and_then(|way| plan.routes[way.route].collapse.as_ref()) {
             let (successor, is_all) = self.successor(user, &recipient, now, key).await?;
             superseded_by = successor;
             not_known.extend((superseded_by.is_none() && !is_all).then_some(LATER));

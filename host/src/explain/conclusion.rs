@@ -39,7 +39,8 @@ pub(super) fn of(explanation: &Explanation) -> String {
 
 fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
-    let Some(way) = standing.ways.then.or(standing.ways.now) else {
+    // As a stream has it that comes by now; what nobody gets any more, as it was committed.
+    let Some(way) = standing.ways.now.or(standing.ways.then) else {
         return format!("{}{}.", missed(plan, standing), left_out(decided));
     };
     let by = by(plan, way);
