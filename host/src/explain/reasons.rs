@@ -82,19 +82,15 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
             Target::Everyone => {}
         }
     }
-    let mut spans = groups.iter().filter_map(|&group| Some((group, recipient.groups.get(group)?.get(&moment.partition)?)));
-    if let Some((group, Span { joined, left })) = spans.next() {
+    let spans = || groups.iter().filter_map(|&group| Some((group, recipient.groups.get(group)?.get(&moment.partition)?)));
+    if let Some((group, Span { joined, left })) = spans().next() {
         let id = moment.id;
-        let (when, detail, provided): (_, _, &[_]) = match left {
-            Some(left) if *left < id => {
-                ("left before", format!("it was committed as {id}, and the membership ended with {left}"), &[Proviso::Claims])
-            }
-            _ => (
-                "joined after",
-                format!("it was committed as {id}, and the membership begins above {joined}"),
-                &[Proviso::Claims, Proviso::FirstMembership],
-            ),
+        let (when, detail) = match left {
+            Some(left) if *left < id => ("left before", format!("it was committed as {id}, and the membership ended with {left}")),
+            _ => ("joined after", format!("it was committed as {id}, and the membership begins above {joined}")),
         };
+        let may_be_second = spans().any(|(_, span)| span.joined >= id);
+        let provided: &[_] = if may_be_second { &[Proviso::Claims, Proviso::FirstMembership] } else { &[Proviso::Claims] };
         let text = format!("names group `{group}`, which `{user}` {when} the event");
         return Why { text, detail: Some(detail), nearness: Nearness::Member, provided };
     }
