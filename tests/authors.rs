@@ -324,7 +324,11 @@ fn events_are_shown_to_nobody_without_the_key() {
     let url = node.admin_url("");
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
     assert!(!is_well && refused.contains("this needs the key") && refused.contains("--key") && !refused.contains("401"), "{refused}");
+    assert!(!refused.contains("--token"), "{refused}");
     told(&mut pointsman(&["events", "export", "--url", &url, "--key", "operators-key-0001"]));
+    // Whoever lacks another credential is told of that one.
+    let (is_well, refused) = said(&mut pointsman(&["tail", "--user", "bob", "--url", &node.url("")]));
+    assert!(!is_well && refused.contains("a user's token") && refused.contains("--token") && !refused.contains("--key"), "{refused}");
 }
 
 /// `pointsman dev`, and everything that it says.

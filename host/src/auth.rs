@@ -170,11 +170,11 @@ impl Auth {
         match (&self.tokens, token) {
             (Some(tokens), Some(token)) => self.verify(tokens, token),
             _ if self.config.dev => {
-                let user = query(parts, "user").ok_or(Error::Missing("who is this stream for? In dev mode say ?user=NAME"))?;
+                let user = query(parts, "user").ok_or(Error::Missing("for which user is this? In dev mode say ?user=NAME"))?;
                 let user = Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
                 Ok(StreamIdentity { reader: user.into(), expires_at_ms: None })
             }
-            (Some(_), None) => Err(Error::Missing("a stream needs a bearer token")),
+            (Some(_), None) => Err(Error::Missing("this needs a user's token, as Authorization: Bearer <token>")),
             (None, _) => Err(Error::Unavailable { what: "this node takes no tokens", fix: "set auth.jwt_secret or auth.jwt_secret_file" }),
         }
     }

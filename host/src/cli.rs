@@ -191,7 +191,8 @@ fn refusal(status: StatusCode, text: &str) -> String {
             .to_owned();
     }
     let fix = match status {
-        StatusCode::UNAUTHORIZED => Some("give --key or POINTSMAN_KEY, or for a stream --token or POINTSMAN_TOKEN".to_owned()),
+        StatusCode::UNAUTHORIZED if error.contains("the key") => Some("give --key or POINTSMAN_KEY".to_owned()),
+        StatusCode::UNAUTHORIZED => Some("give --token or POINTSMAN_TOKEN; --user is for a node in dev mode".to_owned()),
         _ => body["fix"].as_str().map(printable),
     };
     let said = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));
