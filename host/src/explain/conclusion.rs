@@ -27,7 +27,7 @@ pub(super) fn of(explanation: &Explanation) -> String {
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
                 Some(id) => format!("mend that, and `pointsman dead redrive {id}` sends it through again"),
-                None => "it is not found among the dead letters any more, where it was redriven, dropped or trimmed".to_owned(),
+                None => "it is no longer among the dead letters: it was redriven, dropped or trimmed".to_owned(),
             };
             format!("Nobody was reached: the event is a dead letter{}; {next}.", because(&decision.decision.reason))
         }
