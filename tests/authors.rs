@@ -438,6 +438,10 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     let heard = dev.hear(heard, "saved: generation 4 is at work");
     assert_eq!(decided()["verdict"], "none");
     let heard = dev.hear(heard, "unrouted, nobody hears of it: saved, generation 4, names nobody");
+    fs::write(project.join("config.json"), r#"{"ownr":"payer"}"#).expect("write it");
+    let heard = dev.hear(heard, "saved: not swapped in: ");
+    fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 4 is at work, and nothing is refused any more");
     assert_eq!(dev.said().matches("saved: building").count(), n_built, "nothing is to be built for these");
 
     // In the middle of a build: nothing is left behind.
