@@ -218,7 +218,7 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     assert_eq!(
         explanation["conclusion"],
         format!(
-            "Nobody was reached: the event is a dead letter, because: {}; mend that, and `pointsman dead redrive {id}` sends it through again.",
+            "Nobody was reached: the event is a dead letter, as `address` rejected it, because: {}; mend that, and `pointsman dead redrive {id}` sends it through again.",
             reason.trim_end_matches('.')
         )
     );

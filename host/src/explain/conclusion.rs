@@ -29,7 +29,7 @@ pub(super) fn of(explanation: &Explanation) -> String {
                 Some(id) => format!("mend that, and `pointsman dead redrive {id}` sends it through again"),
                 None => "it is no longer among the dead letters: it was redriven, dropped or trimmed".to_owned(),
             };
-            format!("Nobody was reached: the event is a dead letter{}; {next}.", because(&decision.decision.reason))
+            format!("Nobody was reached: {}{}; {next}.", dead_lettered(decision), because(&decision.decision.reason))
         }
     }
 }
@@ -101,6 +101,15 @@ fn discarded(decided: &Decided) -> String {
     let dropped = of_kind(decided, "drop").map(|by| format!("the filter `{}` dropped the event{}", by.plugin, because(&by.reason)));
     let failed = |by: &Verdict| format!("`{}` failed on the event, which its on_failure drops then{}", by.plugin, because(&by.reason));
     dropped.chain(of_kind(decided, "failed").map(failed)).next().unwrap_or_else(|| "the event was dropped".to_owned())
+}
+
+fn dead_lettered(decided: &Decided) -> String {
+    // Whoever made it one was asked last and said why. Of what is no event nobody was asked, and a failure may have been left out.
+    match decided.decision.verdicts.last().filter(|by| by.reason == decided.decision.reason) {
+        Some(by) if by.verdict == "rejected" => format!("the event is a dead letter, as `{}` rejected it", by.plugin),
+        Some(by) if by.verdict == "failed" => format!("the event is a dead letter, as `{}` failed on it", by.plugin),
+        _ => "the event is a dead letter".to_owned(),
+    }
 }
 
 fn unrouted(decided: &Decided) -> String {
@@ -175,6 +184,16 @@ mod tests {
         check(Outcome::Discarded, &[("a", "keep"), ("b", "drop")], "Nobody was reached: the filter `b` dropped the event.");
         let why = "`b` failed on the event, which its on_failure drops then, because: it trapped";
         check(Outcome::Discarded, &[("a", "keep"), ("b", "failed")], &format!("Nobody was reached: {why}."));
+        let gone = "it is no longer among the dead letters: it was redriven, dropped or trimmed";
+        let nobody = format!("Nobody was reached: the event is a dead letter; {gone}.");
+        check(Outcome::DeadLettered, &[], &nobody);
+        check(Outcome::DeadLettered, &[("a", "failed")], &nobody);
+        let mut failed = explanation(Outcome::DeadLettered, &[("a", "keep"), ("b", "failed")]);
+        failed.decision.decision.reason = failed.decision.decision.verdicts[1].reason.clone();
+        assert_eq!(
+            of(&failed),
+            format!("Nobody was reached: the event is a dead letter, as `b` failed on it, because: it trapped; {gone}.")
+        );
         let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more.";
         check(Outcome::Duplicate, &[], retry);
         let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
