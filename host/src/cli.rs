@@ -52,7 +52,7 @@ enum Command {
     Events(events::Options),
     /// Run a node for one's own plugins, which are rebuilt as they are saved
     Dev(dev::Options),
-    /// Write, build, test and inspect plugins
+    /// Write, build, test and measure plugins, and look after those of a running node
     Plugin(plugin::Options),
     /// Say whether a node would start with this configuration
     CheckConfig(serve::Options),

@@ -19,7 +19,7 @@ pub(super) struct Options {
     /// Whom to explain it for; without one, only what was decided
     #[arg(long)]
     user: Option<String>,
-    /// Print the node's answer as it is, as JSON
+    /// Print the node's answer as it is, in JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
