@@ -324,7 +324,11 @@ fn events_are_shown_to_nobody_without_the_key() {
     let url = node.admin_url("");
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
     assert!(!is_well && refused.contains("this needs the key") && refused.contains("--key") && !refused.contains("401"), "{refused}");
+    assert!(!refused.contains("--token"), "{refused}");
     told(&mut pointsman(&["events", "export", "--url", &url, "--key", "operators-key-0001"]));
+    // Whoever lacks another credential is told of that one.
+    let (is_well, refused) = said(&mut pointsman(&["tail", "--user", "bob", "--url", &node.url("")]));
+    assert!(!is_well && refused.contains("a user's token") && refused.contains("--token") && !refused.contains("--key"), "{refused}");
 }
 
 /// `pointsman dev`, and everything that it says.
@@ -434,6 +438,10 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     let heard = dev.hear(heard, "saved: generation 4 is at work");
     assert_eq!(decided()["verdict"], "none");
     let heard = dev.hear(heard, "unrouted, nobody hears of it: saved, generation 4, names nobody");
+    fs::write(project.join("config.json"), r#"{"ownr":"payer"}"#).expect("write it");
+    let heard = dev.hear(heard, "saved: not swapped in: ");
+    fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
+    let heard = dev.hear(heard, "saved: generation 4 is at work, and nothing is refused any more");
     assert_eq!(dev.said().matches("saved: building").count(), n_built, "nothing is to be built for these");
 
     // In the middle of a build: nothing is left behind.

@@ -252,7 +252,7 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
             "candidate 0.1.0 ({short}) is asked beside turning 0.1.0 (router), without effect; how it differs: pointsman plugin shadow turning\n"
         )
     );
-    assert!(told(&["shadow", "turning"]).contains("it has met no event yet"));
+    assert!(told(&["shadow", "turning"]).contains("it has met no event yet (of several nodes, one decides about a source: --url)"));
     let turns = |id: &str, to: &str| event(id, "order.paid", json!({ "user": "1", "turns": 2, "then": to }));
     site.node.publisher().publish(&[turns("same", "1"), turns("other", "2"), event("plain", "order.paid", json!({ "user": "1" }))]);
     site.node.await_outcomes(3, SOON);

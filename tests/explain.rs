@@ -254,7 +254,7 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     assert_eq!(
         explanation["conclusion"],
         format!(
-            "Nobody was reached: the event is a dead letter, because: {}; mend that, and `pointsman dead redrive {id}` sends it through again.",
+            "Nobody was reached: the event is a dead letter, as `address` rejected it, because: {}; mend that, and `pointsman dead redrive {id}` sends it through again.",
             reason.trim_end_matches('.')
         )
     );
@@ -267,7 +267,7 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     let id = again["dead_letter"].as_str().expect("another dead letter");
     assert_eq!(node.request("DELETE", &format!("/v1/dead/{id}")).status, 204);
     let gone = concludes_so(&explained(&node, "broken", "ann"));
-    assert!(gone.ends_with("; it is not found among the dead letters any more, where it was redriven, dropped or trimmed."), "{gone}");
+    assert!(gone.ends_with("; it is no longer among the dead letters: it was redriven, dropped or trimmed."), "{gone}");
 
     // However often a publisher retries, what it retried is explained.
     publish(&node, "again and again", "t", user.clone());
@@ -571,7 +571,7 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     for (label, expect) in [
         ("decided", "committed at 20"),
         ("event", "\"for pros\" of type \"promotion\" from \"/tests\""),
-        ("plugin", "discard (generation 1) skipped"),
+        ("plugin", "discard (generation 1) skipped: its types do not match"),
         ("plugin", "rules (generation 1) routes"),
         (
             "route 1",

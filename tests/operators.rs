@@ -283,6 +283,7 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
         rolled_back.starts_with("rolled back versioned 0.1.0 (router): generation 1, active, in place of generation 2; "),
         "{rolled_back}"
     );
+    assert!(rolled_back.contains("; on this node only: the file is still the newer one"), "{rolled_back}");
     assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
     assert_eq!(
         line(&site.node, &["disable", "versioned"]),
@@ -292,7 +293,7 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
     assert_eq!(row(&told(&mut plugin(&site.node, &["list"])))[..4], ["versioned", "-", "disabled", "-"]);
     assert_eq!(line(&site.node, &["disable", "versioned"]), "disabled versioned: it was not at work");
     let enabled = line(&site.node, &["enable", "versioned"]);
-    assert!(enabled.starts_with("enabled versioned 0.1.0 (router): generation 3, active; 1 plugin decides now: versioned"), "{enabled}");
+    assert!(enabled.starts_with("enabled versioned 0.1.0 (router): generation 3, active, from the file that was rolled back as generation 2; 1 plugin decides now: versioned"), "{enabled}");
     assert!(line(&site.node, &["enable", "versioned"]).starts_with("versioned 0.1.0 (router) is enabled already: generation 3"));
 
     assert!(line(&site.node, &["shadow", "versioned", &second]).starts_with("candidate 0.1.0 ("));
@@ -305,7 +306,10 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
     let hash = &hash(&versioned(2))[..12];
     assert!(listed.starts_with("NAME "), "{listed}");
     assert_eq!(row(&listed)[..6], ["versioned", "router", "active", "3", "0.1.0", hash]);
-    assert!(listed.lines().nth(2).unwrap().starts_with("versioned: refused at ") && listed.contains(": is no WebAssembly"), "{listed}");
+    assert!(
+        listed.lines().nth(2).unwrap().starts_with("versioned: refused at ") && listed.contains(": what was uploaded is no WebAssembly"),
+        "{listed}"
+    );
 
     // What a program reads is the node's own answer.
     let shown: Value = serde_json::from_str(&told(&mut plugin(&site.node, &["disable", "versioned", "--json"]))).unwrap();

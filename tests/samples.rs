@@ -61,7 +61,12 @@ fn the_annotated_configuration_is_well_and_so_are_its_plugins() {
     let output = command.args(["check-config", "--config"]).arg(&file).arg("--plugins").arg(every_bundled_plugin()).output();
     let output = output.expect("run pointsman");
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(String::from_utf8_lossy(&output.stdout).matches("plugin ").count(), 4, "{output:?}");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(said.matches("plugin ").count(), 4, "{output:?}");
+    // Who copies it is told what nobody must keep.
+    for secret in ["auth.jwt_secret", "auth.key"] {
+        assert!(said.contains(&format!("warning: {secret} is still the text of the example")), "{said}");
+    }
 }
 
 #[test]

@@ -157,6 +157,15 @@ impl Auth {
         Ok(Self { config: config.clone(), tokens, key: key.map(|key| Sha256::digest(key.as_bytes()).into()) })
     }
 
+    /// The secrets of which anybody can know the text, as they stand in the annotated configuration: the key to blame, such as
+    /// `auth.jwt_secret`, and what to do. It looks at texts given in place, and not into files.
+    pub fn placeholders(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let fix = "is still the text of the example, which anybody can read; set one of your own, as from: openssl rand -hex 32";
+        let secrets = [("auth.jwt_secret", &self.config.jwt_secret), ("auth.key", &self.config.key)];
+        let is_placeholder = |secret: &Option<Secret>| secret.as_ref().is_some_and(|secret| secret.0.starts_with("change-me"));
+        secrets.into_iter().filter(move |(_, secret)| is_placeholder(secret)).map(move |(key, _)| (key, fix))
+    }
+
     pub fn is_dev(&self) -> bool {
         self.config.dev
     }
@@ -170,11 +179,11 @@ impl Auth {
         match (&self.tokens, token) {
             (Some(tokens), Some(token)) => self.verify(tokens, token),
             _ if self.config.dev => {
-                let user = query(parts, "user").ok_or(Error::Missing("who is this stream for? In dev mode say ?user=NAME"))?;
+                let user = query(parts, "user").ok_or(Error::Missing("for which user is this? In dev mode say ?user=NAME"))?;
                 let user = Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
                 Ok(StreamIdentity { reader: user.into(), expires_at_ms: None })
             }
-            (Some(_), None) => Err(Error::Missing("a stream needs a bearer token")),
+            (Some(_), None) => Err(Error::Missing("this needs a user's token, as Authorization: Bearer <token>")),
             (None, _) => Err(Error::Unavailable { what: "this node takes no tokens", fix: "set auth.jwt_secret or auth.jwt_secret_file" }),
         }
     }
@@ -461,5 +470,14 @@ mod tests {
         check(Config { jwt_secret_file: Some("/nowhere".into()), ..config() }, "jwt_secret_file");
         check(Config { jwt_secret: None, jwt_secret_file: Some("/nowhere/at/all".into()), ..config() }, "jwt_secret_file");
         assert!(!format!("{:?}", config()).contains("0123456789"));
+    }
+
+    #[test]
+    fn secrets_of_the_example_are_taken_and_told_of() {
+        let told = |config: Config| Auth::new(&config, &[]).unwrap().placeholders().map(|(key, _)| key).collect::<Vec<_>>();
+        let placeholder: Option<Secret> = Some("change-me: openssl rand -hex 32 makes a good one".into());
+        assert_eq!(told(config()), [""; 0]);
+        assert_eq!(told(Config { jwt_secret: placeholder.clone(), ..config() }), ["auth.jwt_secret"]);
+        assert_eq!(told(Config { jwt_secret: placeholder.clone(), key: placeholder, ..config() }), ["auth.jwt_secret", "auth.key"]);
     }
 }

@@ -53,7 +53,7 @@ enum Command {
     Events(events::Options),
     /// Run a node for one's own plugins, which are rebuilt as they are saved
     Dev(dev::Options),
-    /// Write, build, test and inspect plugins
+    /// Write, build, test and measure plugins, and look after those of a running node
     Plugin(plugin::Options),
     /// Say whether a node would start with this configuration
     CheckConfig(serve::Options),
@@ -205,7 +205,8 @@ fn refusal(status: StatusCode, text: &str) -> String {
             .to_owned();
     }
     let fix = match status {
-        StatusCode::UNAUTHORIZED => Some("give --key or POINTSMAN_KEY, or for a stream --token or POINTSMAN_TOKEN".to_owned()),
+        StatusCode::UNAUTHORIZED if error.contains("the key") => Some("give --key or POINTSMAN_KEY".to_owned()),
+        StatusCode::UNAUTHORIZED => Some("give --token or POINTSMAN_TOKEN; --user is for a node in dev mode".to_owned()),
         _ => body["fix"].as_str().map(printable),
     };
     let said = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));

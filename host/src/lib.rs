@@ -128,6 +128,9 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     if auth.is_dev() {
         tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
     }
+    for (key, fix) in auth.placeholders() {
+        readiness.warn(key, fix);
+    }
 
     let pulse = Pulse::start(stream, metrics.clone(), &shutdown);
     let state = State::new(auth, origins, limits, retention.clone(), readiness.clone(), metrics.clone(), pulse.clone());

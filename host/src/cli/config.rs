@@ -38,6 +38,9 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     if plugins.is_empty() && !config.node.allow_no_plugins {
         println!("warning: no plugin is there, so events would wait; put one into the folder of --plugins, or give --allow-no-plugins");
     }
+    for (key, fix) in config.auth.placeholders() {
+        println!("warning: {key} {fix}");
+    }
     let broker = match &config.broker {
         // The URL may hold a password.
         BrokerChoice::Redis { .. } => "a Redis".to_owned(),

@@ -19,7 +19,7 @@ pub(super) struct Options {
     /// Whom to explain it for; without one, only what was decided
     #[arg(long)]
     user: Option<String>,
-    /// Print the node's answer as it is, as JSON
+    /// Print the node's answer as it is, in JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -58,8 +58,11 @@ fn lines(explanation: &Value) -> Vec<String> {
     say("decided", decided(decision));
     say("event", format!("{} of type {} from {}", decision["event_id"], decision["event_type"], decision["event_source"]));
     for verdict in list(&decision["verdicts"]) {
-        let reason = verdict["reason"].as_str().map(|reason| format!(": {reason}")).unwrap_or_default();
-        say("plugin", format!("{} (generation {}) {}{reason}", text(&verdict["plugin"]), verdict["generation"], text(&verdict["verdict"])));
+        let (plugin, generation, verdict, reason) =
+            (&verdict["plugin"], &verdict["generation"], text(&verdict["verdict"]), &verdict["reason"]);
+        let reason = reason.as_str().or((verdict == "skipped").then_some("its types do not match"));
+        let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+        say("plugin", format!("{} (generation {generation}) {verdict}{reason}", text(plugin)));
     }
     for other in list(&explanation["other_decisions"]) {
         say("beside it", decided(other));

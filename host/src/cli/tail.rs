@@ -24,10 +24,10 @@ pub(super) struct Options {
     /// The node's address; http only
     #[arg(long, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
-    /// The user, of a node in dev mode
+    /// The user, of a node in dev mode; any other takes a token
     #[arg(long, required_unless_present = "token")]
     user: Option<String>,
-    /// The user's token
+    /// The user's token, of a node that is not in dev mode
     #[arg(long, env = "POINTSMAN_TOKEN", hide_env_values = true)]
     token: Option<String>,
     /// Begin after this id, or at earliest, latest or a duration such as 10m; the id to continue from is said at the end

@@ -26,13 +26,11 @@ pub(super) fn of(explanation: &Explanation) -> String {
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
                 Some(id) => format!("mend that, and `pointsman dead redrive {id}` sends it through again"),
-                None if *is_sought_to_the_end => {
-                    "it is not found among the dead letters any more, where it was redriven, dropped or trimmed".to_owned()
-                }
+                None if *is_sought_to_the_end => "it is no longer among the dead letters: it was redriven, dropped or trimmed".to_owned(),
                 None => "mend that, and find it by its entry in `pointsman dead list`, as too many others became dead letters with it"
                     .to_owned(),
             };
-            format!("Nobody was reached: the event is a dead letter{}; {next}.", because(&decision.decision.reason))
+            format!("Nobody was reached: {}{}; {next}.", dead_lettered(decision), because(&decision.decision.reason))
         }
     }
 }
@@ -118,6 +116,15 @@ fn discarded(decided: &Decided) -> String {
     dropped.chain(of_kind(decided, "failed").last().map(failed)).next().unwrap_or_else(|| "the event was dropped".to_owned())
 }
 
+fn dead_lettered(decided: &Decided) -> String {
+    // Whoever made it one was asked last and said why. Of what is no event nobody was asked, and a failure may have been left out.
+    match decided.decision.verdicts.last().filter(|by| by.reason == decided.decision.reason) {
+        Some(by) if by.verdict == "rejected" => format!("the event is a dead letter, as `{}` rejected it", by.plugin),
+        Some(by) if by.verdict == "failed" => format!("the event is a dead letter, as `{}` failed on it", by.plugin),
+        _ => "the event is a dead letter".to_owned(),
+    }
+}
+
 fn unrouted(decided: &Decided) -> String {
     let asked: Vec<String> = of_kind(decided, "none").map(|by| format!("`{}`", by.plugin)).collect();
     match asked.as_slice() {
@@ -193,6 +200,16 @@ mod tests {
         check(Outcome::Discarded, &[("a", "keep"), ("b", "failed")], &format!("Nobody was reached: {why}."));
         // By the policy of the first, the event went on without it.
         check(Outcome::Discarded, &[("a", "failed"), ("b", "failed")], &format!("Nobody was reached: {why}."));
+        let gone = "it is no longer among the dead letters: it was redriven, dropped or trimmed";
+        let nobody = format!("Nobody was reached: the event is a dead letter; {gone}.");
+        check(Outcome::DeadLettered, &[], &nobody);
+        check(Outcome::DeadLettered, &[("a", "failed")], &nobody);
+        let mut failed = explanation(Outcome::DeadLettered, &[("a", "keep"), ("b", "failed")]);
+        failed.decision.decision.reason = failed.decision.decision.verdicts[1].reason.clone();
+        assert_eq!(
+            of(&failed),
+            format!("Nobody was reached: the event is a dead letter, as `b` failed on it, because: it trapped; {gone}.")
+        );
         let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more, unless it lies behind 1,000 retries.";
         check(Outcome::Duplicate, &[], retry);
         let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";

@@ -210,7 +210,7 @@ impl Registry {
             Ok(plugin) => Done::Loaded(Box::new(plugin), settings),
             Err(Failure { reason, hash }) => {
                 tracing::error!(plugin.name = name, plugin.failed_hash = hash, "plugin not taken: it {reason}");
-                self.refuse(name, &reason, hash);
+                self.refuse(name, &format!("what was uploaded {reason}"), hash);
                 return Err(OrderError::Refused(reason));
             }
         };

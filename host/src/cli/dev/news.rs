@@ -138,7 +138,9 @@ impl Teller {
         let plugins: BTreeMap<_, _> = plugins.into_iter().filter(|p| !is_awaited(p)).map(|p| (p.name.clone(), p)).collect();
         for (name, plugin) in plugins.iter().filter(|(name, plugin)| self.plugins.get(*name) != Some(*plugin)) {
             let Plugin { generation, failure, state, .. } = plugin;
-            let before = self.plugins.get(name).map_or((0, ""), |before| (before.generation, before.state.as_str()));
+            let known = self.plugins.get(name);
+            let before = known.map_or((0, ""), |before| (before.generation, before.state.as_str()));
+            let was_refused = known.is_some_and(|before| before.failure.is_some());
             let name = printable(name);
             match (generation, failure) {
                 (0, Some(failure)) => println!("{name}: not at work: {}", printable(failure)),
@@ -147,6 +149,9 @@ impl Teller {
                 (_, None) if state == "breaker-open" => println!(
                     "{name}: generation {generation} failed on so many events in a row that it is asked only now and then (breaker_failures)"
                 ),
+                (_, None) if before.0 == *generation && was_refused => {
+                    println!("{name}: generation {generation} is at work, and nothing is refused any more");
+                }
                 // That a probation is over is no news.
                 (_, None) if before.0 == *generation && before.1 != "breaker-open" => {}
                 (_, None) => println!("{name}: generation {generation} is at work"),

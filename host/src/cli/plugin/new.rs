@@ -98,7 +98,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Err(fix) => println!("  first {fix}\n"),
     }
     println!("  cd {}", folder.display());
-    println!("  cargo test              # natively, in a second");
+    println!("  cargo test              # natively; a minute the first time, then a second");
     println!("  pointsman plugin test   # builds it, and asks the file about events.jsonl as a node would");
     println!("  pointsman dev           # a node with a page, and the plugin rebuilt and swapped in as you save");
     Ok(())

@@ -155,13 +155,17 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
         let instead = format!("in place of generation {number}");
         Ok(match order {
             Order::Enable if plugin.is_as(former) => format!("{who} is enabled already: {stands}"),
-            Order::Enable => format!("enabled {who}: {stands}; {}", node.plugins()?.deciders()),
+            Order::Enable => {
+                let again = plugin.rolled_back().map(|number| format!(", from the file that was rolled back as generation {number}"));
+                format!("enabled {who}: {stands}{}; {}", again.unwrap_or_default(), node.plugins()?.deciders())
+            }
             Order::Disable if number == 0 => format!("disabled {who}: it was not at work"),
             Order::Disable => {
                 format!("disabled {}: generation {number} is not at work any more; {}", former.who(), node.plugins()?.deciders())
             }
             Order::RollBack => {
-                let file = "its file is still the newer one, with which a node begins that starts";
+                let file =
+                    "on this node only: the file is still the newer one, which other nodes keep, and with which a node begins that starts";
                 format!("rolled back {who}: {stands}, {instead}; {file}")
             }
             Order::Promote if number == 0 => format!("promoted {who}: {stands}"),

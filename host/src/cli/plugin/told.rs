@@ -36,6 +36,8 @@ pub(super) struct Plugin {
     settings: Settings,
     failure: Option<String>,
     refusal: Option<Refusal>,
+    /// Newest first.
+    ended: Vec<Ended>,
     pub(super) shadow: Option<Candidate>,
 }
 
@@ -43,6 +45,14 @@ pub(super) struct Plugin {
 #[serde(default)]
 struct Settings {
     probation_s: u64,
+}
+
+/// A generation that is no longer at work.
+#[derive(Debug, Deserialize)]
+struct Ended {
+    generation: u64,
+    hash: String,
+    state: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -183,6 +193,12 @@ impl Plugin {
         if self.generation == 0 { state } else { format!("generation {}, {state}", self.generation) }
     }
 
+    /// The generation as which what is at work was rolled back before, if it was.
+    pub(super) fn rolled_back(&self) -> Option<u64> {
+        let same = |ended: &&Ended| ended.state == "rolled-back" && ended.hash == self.hash;
+        self.ended.iter().find(same).map(|ended| ended.generation)
+    }
+
     /// Whether this is what was at work before: the same file under the same configuration makes no new generation.
     pub(super) fn is_as(&self, before: &Self) -> bool {
         self.generation > 0 && self.generation == before.generation
@@ -210,8 +226,10 @@ impl Shadow {
     pub(super) fn told(&self, plugin: &str) -> String {
         let Self { candidate, differences } = self;
         let Candidate { since_ms, compared, different, failed, skipped, waiting, .. } = candidate;
-        let beside =
-            candidate.generation.map_or_else(|| "it has met no event yet".to_owned(), |number| format!("beside generation {number}"));
+        let beside = candidate.generation.map_or_else(
+            || "it has met no event yet (of several nodes, one decides about a source: --url)".to_owned(),
+            |number| format!("beside generation {number}"),
+        );
         let head = format!("{plugin}: candidate {}, {beside}, since {}\n", candidate.name(), rfc3339(*since_ms));
         let counts = format!("compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}\n");
         head + &counts + &told(differences, *different)
