@@ -1,10 +1,13 @@
 //! Why somebody was told of an event, or not: `GET /v1/explain` and `pointsman explain`, asked about events that went through a real node.
 
+use std::fs;
+
 use serde_json::{Value, json};
 
 use crate::harness::command::{pointsman, said, told};
 use crate::harness::http::{self, Answer};
 use crate::harness::node::{Builder, Folder, Node, SOON};
+use crate::harness::plugins::hash;
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::Request;
@@ -99,21 +102,23 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
         &node,
         "many",
         "ann",
-        "`ann` was not reached, if no token claimed the group: the only route names groups `ops`, `dev`, of none of which `ann` is a member.",
+        "`ann` was not reached: the only route names groups `ops`, `dev`, of none of which `ann` is a member. That holds if no token claimed the group.",
     );
 
     // By a condition; of two routes the one that lacks least is told.
     publish(&node, "for pros", "promotion", json!({}));
-    let nearest = "`ann` was not reached, if the attributes were then what they are now and no token claimed the group: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
+    let holds = "That holds if the attributes were then what they are now and no token claimed the group.";
+    let nearest =
+        "`ann` was not reached: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
     let id = "for pros";
-    concludes(&node, id, "ann", &format!("{nearest} `plan` is absent and must be \"pro\"."));
+    concludes(&node, id, "ann", &format!("{nearest} `plan` is absent and must be \"pro\". {holds}"));
     set_attributes(&node, "ann", &json!({ "plan": "free" }));
-    let explanation = concludes(&node, id, "ann", &format!("{nearest} `plan` is \"free\" and must be \"pro\"."));
+    let explanation = concludes(&node, id, "ann", &format!("{nearest} `plan` is \"free\" and must be \"pro\". {holds}"));
     assert_eq!(explanation["recipient"]["routes"][0]["miss"], "condition");
     assert_eq!(explanation["recipient"]["routes"][1]["reason"], "names group `ops`, of which `ann` is not a member");
     assert_eq!(explanation["plan"][0]["when"], json!([[{ "attribute": "plan", "operator": "equals", "values": ["pro"] }]]));
     set_attributes(&node, "ann", &json!({ "plan": 3 }));
-    concludes(&node, id, "ann", &format!("{nearest} `plan` is the number 3 and must be \"pro\", a text."));
+    concludes(&node, id, "ann", &format!("{nearest} `plan` is the number 3 and must be \"pro\", a text. {holds}"));
     set_attributes(&node, "ann", &json!({ "plan": "pro" }));
     let explanation = explained(&node, id, "ann");
     assert_eq!((&explanation["recipient"]["won"], &explanation["recipient"]["routes"][0]["target"]), (&json!(0), &json!("all")));
@@ -140,7 +145,7 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "stranger",
             "bob",
-            "`bob` was not reached, if no token claimed the group: the only route names group `ops`, of which `bob` is not a member.",
+            "`bob` was not reached: the only route names group `ops`, of which `bob` is not a member. That holds if no token claimed the group.",
         );
         node.join("ops", "bob");
         tell("member");
@@ -150,7 +155,7 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "stranger",
             "bob",
-            "`bob` was not reached, if no token claimed the group and this membership was the first: the only route names group `ops`, which `bob` joined after the event.",
+            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event. That holds if no token claimed the group and this membership was the first.",
         );
         // With the ids by which it is judged.
         let reason = explanation["recipient"]["routes"][0]["reason"].as_str().unwrap();
@@ -163,7 +168,7 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "too late",
             "bob",
-            "`bob` was not reached, if no token claimed the group: the only route names group `ops`, which `bob` left before the event.",
+            "`bob` was not reached: the only route names group `ops`, which `bob` left before the event. That holds if no token claimed the group.",
         );
         let reason = explanation["recipient"]["routes"][0]["reason"].as_str().unwrap();
         assert!(reason.contains(&format!("and the membership ended with {member}")), "{reason}");
@@ -173,7 +178,7 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "member",
             "bob",
-            "`bob` was not reached, if no token claimed the group and this membership was the first: the only route names group `ops`, which `bob` joined after the event.",
+            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event. That holds if no token claimed the group and this membership was the first.",
         );
     }
 }
@@ -565,14 +570,18 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     let lines: Vec<&str> = steps.lines().collect();
     assert_eq!(
         lines[0],
-        "`bob` was not reached, if the attributes were then what they are now and no token claimed the group and this membership was the first: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\"."
+        "`bob` was not reached: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\". That holds if the attributes were then what they are now and no token claimed the group and this membership was the first."
     );
     assert_eq!(lines[1], "");
+    let hash_of = |plugin: &str| {
+        let file = every_bundled_plugin().join(format!("{plugin}.wasm"));
+        hash(&fs::read(file).expect("read it"))[..12].to_owned()
+    };
     for (label, expect) in [
         ("decided", "committed at 20"),
         ("event", "\"for pros\" of type \"promotion\" from \"/tests\""),
-        ("plugin", "discard (generation 1) skipped: its types do not match"),
-        ("plugin", "rules (generation 1) routes"),
+        ("plugin", &format!("discard (generation 1, {}) skipped: its types do not match", hash_of("discard"))),
+        ("plugin", &format!("rules (generation 1, {}) routes", hash_of("rules"))),
         (
             "route 1",
             "by rules to all, high, if plan equals \"pro\", with the collapse key promotion: has a condition that is false for `bob`",

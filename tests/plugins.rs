@@ -374,7 +374,8 @@ async fn a_wasi_component_decides_as_the_core_module_does() {
         json!({"type": "reserved-name", "user": "42"}),
     ] {
         let (a, b) = (wasi.one(event(document.clone())).await, core.one(event(document)).await);
-        assert_eq!(format!("{:?}", a.verdicts), format!("{:?}", b.verdicts));
+        let said = |verdicts: Vec<Verdict>| verdicts.into_iter().map(|by| Verdict { hash: String::new(), ..by }).collect::<Vec<_>>();
+        assert_eq!(said(a.verdicts), said(b.verdicts));
         assert_eq!(format!("{:?}", a.resolution), format!("{:?}", b.resolution));
     }
     let began = Instant::now();

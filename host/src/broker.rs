@@ -228,7 +228,11 @@ pub struct Decision {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
     pub plugin: String,
+    /// Each node numbers its own, from 1 at its start.
     pub generation: u64,
+    /// The first 12 digits of the SHA-256 of the generation's file, which are the same on every node; empty where an earlier version wrote the record.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub hash: String,
     /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (its types do not match), `rejected` and `retry` (it says so itself), or `failed`.
     pub verdict: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]

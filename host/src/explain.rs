@@ -60,7 +60,7 @@ pub struct Decided {
 /// See the head of this file.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
-    /// One sentence.
+    /// A sentence or two.
     pub conclusion: String,
     pub decision: Decided,
     /// Of other events with the same id, and of what was tried or published more than once; newest first.

@@ -481,7 +481,8 @@ impl Folded {
 }
 
 fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &str) -> Verdict {
-    Verdict { plugin: plugin.name().to_string(), generation: *number, verdict: word.to_owned(), reason: reason.to_owned() }
+    let hash = plugin.hash().get(..12).unwrap_or_default().to_owned();
+    Verdict { plugin: plugin.name().to_string(), generation: *number, hash, verdict: word.to_owned(), reason: reason.to_owned() }
 }
 
 /// What becomes of an event that a plugin fails on.

@@ -350,7 +350,7 @@ mod tests {
     fn verdicts(text: &str) -> Vec<Verdict> {
         let one = |word: &str| {
             let (plugin, verdict) = word.split_once(':').unwrap();
-            Verdict { plugin: plugin.into(), generation: 1, verdict: verdict.into(), reason: String::new() }
+            Verdict { plugin: plugin.into(), generation: 1, hash: String::new(), verdict: verdict.into(), reason: String::new() }
         };
         text.split_whitespace().map(one).collect()
     }

@@ -79,6 +79,7 @@ pub(super) async fn decisions_tell_each_verdict_newest_first(bench: Bench) {
     let verdict = |plugin: &str, verdict: &str| Verdict {
         plugin: plugin.into(),
         generation: 7,
+        hash: "8a6bda16014b".into(),
         verdict: verdict.into(),
         reason: "as \"it\" is".into(),
     };

@@ -35,6 +35,10 @@ pub(crate) fn send(method: &str, url: &str, headers: &[(&str, &str)], body: Opti
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
+    // What is refused is answered before all of it is read, and closed; whoever still writes then may not come to read the answer.
+    if body.is_some_and(|body| body.len() > 16 * 1024) {
+        request = request.header("expect", "100-continue");
+    }
     let mut response = match body {
         Some(body) => agent.run(request.body(body)?)?,
         None => agent.run(request.body(())?)?,

@@ -45,7 +45,8 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let since = text.lines().next().and_then(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).ok());
     let since =
         since.map(|event| format!(", the oldest '{}' of {}", event.id, pointsman::event::rfc3339(event.time_ms))).unwrap_or_default();
-    eprintln!("pointsman: {} events{since}: {why}", text.lines().count());
+    let n = text.lines().count();
+    eprintln!("pointsman: {n} event{}{since}: {why}", if n == 1 { "" } else { "s" });
     if !["", "0"].contains(&unreadable.as_str()) {
         eprintln!("pointsman: {unreadable} entries cannot be read as events and were left out; see: pointsman dead list");
     }

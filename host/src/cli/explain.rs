@@ -58,11 +58,11 @@ fn lines(explanation: &Value) -> Vec<String> {
     say("decided", decided(decision));
     say("event", format!("{} of type {} from {}", decision["event_id"], decision["event_type"], decision["event_source"]));
     for verdict in list(&decision["verdicts"]) {
-        let (plugin, generation, verdict, reason) =
-            (&verdict["plugin"], &verdict["generation"], text(&verdict["verdict"]), &verdict["reason"]);
+        let (generation, hash) = (&verdict["generation"], verdict["hash"].as_str().map(|hash| format!(", {hash}")).unwrap_or_default());
+        let (plugin, verdict, reason) = (&verdict["plugin"], text(&verdict["verdict"]), &verdict["reason"]);
         let reason = reason.as_str().or((verdict == "skipped").then_some("its types do not match"));
         let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-        say("plugin", format!("{} (generation {generation}) {verdict}{reason}", text(plugin)));
+        say("plugin", format!("{} (generation {generation}{hash}) {verdict}{reason}", text(plugin)));
     }
     for other in list(&explanation["other_decisions"]) {
         say("beside it", decided(other));

@@ -455,10 +455,14 @@ impl<'de> Deserialize<'de> for Event {
     }
 }
 
-/// Milliseconds since the Unix epoch as an RFC 3339 time in UTC.
+/// Milliseconds since the Unix epoch as an RFC 3339 time in UTC, always with three digits after the point: so they stand in columns, and
+/// sort as text.
 pub fn rfc3339(ms: u64) -> String {
-    let time = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000);
-    time.ok().and_then(|time| time.format(&Rfc3339).ok()).unwrap_or_else(|| "9999-12-31T23:59:59Z".to_owned())
+    let seconds = i64::try_from(ms / 1_000).ok().and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok());
+    match seconds.and_then(|time| time.format(&Rfc3339).ok()) {
+        Some(time) => format!("{}.{:03}Z", time.trim_end_matches('Z'), ms % 1_000),
+        None => "9999-12-31T23:59:59.999Z".to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! An explanation in one sentence, for whoever has no time for its steps.
+//! An explanation in a sentence, with what it holds under in a second one, for whoever has no time for its steps.
 
 use super::{At, Decided, Explanation, Standing};
 use crate::broker::Verdict;
@@ -39,7 +39,7 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
     // As a stream has it that comes by now; what nobody gets any more, as it was committed.
     let Some(way) = standing.ways.now.or(standing.ways.then) else {
-        return format!("{}{}.", missed(plan, standing), left_out(decided));
+        return format!("{}{}.{}", missed(plan, standing), left_out(decided), provided(standing));
     };
     let by = by(plan, way);
     if let Some(later) = &standing.superseded_by {
@@ -88,13 +88,17 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
 fn missed(plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
     let Some((index, why)) = &standing.ways.nearest else { return format!("`{user}` was not reached: its plan has no route") };
-    let provided: Vec<&str> = standing.ways.provided.iter().map(|proviso| proviso.words()).collect();
-    let if_so = if provided.is_empty() { String::new() } else { format!(", if {}", provided.join(" and ")) };
     let reason = match plan.routes.as_slice() {
         [_] => format!("the only route {}", why.text),
         routes => format!("none of the {} routes does; the nearest, of `{}`, {}", routes.len(), routes[*index].by, why.text),
     };
-    format!("`{user}` was not reached{if_so}: {reason}")
+    format!("`{user}` was not reached: {reason}")
+}
+
+/// What must have been so for that to be true: nobody kept it.
+fn provided(standing: &Standing) -> String {
+    let provided: Vec<&str> = standing.ways.provided.iter().map(|proviso| proviso.words()).collect();
+    if provided.is_empty() { String::new() } else { format!(" That holds if {}.", provided.join(" and ")) }
 }
 
 fn by(plan: &Plan, way: Way) -> String {
@@ -166,6 +170,7 @@ mod tests {
         let verdict = |&(plugin, verdict): &(&str, &str)| Verdict {
             plugin: plugin.into(),
             generation: 1,
+            hash: String::new(),
             verdict: verdict.into(),
             reason: if verdict == "failed" { "it trapped.\n  0: here".into() } else { String::new() },
         };

@@ -65,7 +65,7 @@ pub(super) async fn decisions(broker: &dyn Broker, event_id: &Name) -> Result<Ve
             |(entry, outcome, notification, decision)| Decided { partition: partition.number, entry, outcome, notification, decision };
         all.extend(found.decisions.into_iter().map(decided));
         reach.push(match found.reaches_to {
-            Some(entry) => format!("of {} back to {}", partition.source, rfc3339(entry.ms / 1_000 * 1_000)),
+            Some(entry) => format!("of {} back to {}", partition.source, rfc3339(entry.ms)),
             None => format!("of {} none", partition.source),
         });
     }

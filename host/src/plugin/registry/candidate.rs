@@ -3,7 +3,7 @@
 //! It promises that a candidate passed every check of a load under its plugin's own limits and configuration, and that it is of its plugin's kind.
 //! What a candidate beside a plugin does is `plugin::shadow`'s business; what one does with past events, `rehearsal`'s.
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -41,7 +41,9 @@ impl Registry {
     /// # Errors
     /// No such plugin is at work, the candidate is no good, or there are too many.
     pub fn begin_shadow(&self, name: &str, bytes: Bytes) -> Result<shadow::Report, OrderError> {
-        let (candidate, _) = self.candidate(name, &bytes)?;
+        // Until it is beside its plugin, or the plugin could be taken out before it, and leave it behind.
+        let loading = self.begin_loading();
+        let (candidate, _) = self.candidate(&loading, name, &bytes)?;
         tracing::info!(plugin.name = name, plugin.candidate_hash = candidate.hash(), "a candidate begins beside the plugin");
         self.shadows.begin(&self.engine, candidate, bytes, self.metrics.clone()).map_err(OrderError::Impossible)
     }
@@ -82,7 +84,7 @@ impl Registry {
     /// # Errors
     /// No such plugin is at work, or the candidate is no good.
     pub fn understudy(&self, name: &str, bytes: &[u8]) -> Result<Understudy, OrderError> {
-        let (plugin, settings) = self.candidate(name, bytes)?;
+        let (plugin, settings) = self.candidate(&self.begin_loading(), name, bytes)?;
         let (name, hash, version) = (plugin.name().clone(), plugin.hash().to_owned(), plugin.manifest().version.clone());
         let candidate = Arc::new(Generation::new(plugin, 0, settings, false, Instant::now()));
         let chain = Arc::new(self.chain().with(&candidate));
@@ -90,8 +92,7 @@ impl Registry {
     }
 
     /// Loads a candidate as the plugin of this name would be loaded.
-    fn candidate(&self, name: &str, bytes: &[u8]) -> Result<(Plugin, Settings), OrderError> {
-        let _loading = self.begin_loading();
+    fn candidate(&self, _loading: &MutexGuard<'_, ()>, name: &str, bytes: &[u8]) -> Result<(Plugin, Settings), OrderError> {
         let chain = self.chain();
         let at_work = chain.generations().find(|generation| generation.plugin.name().as_str() == name);
         let at_work = at_work.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
