@@ -14,6 +14,7 @@ use pointsman::pipeline::{Pipeline, Resolution};
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use pointsman::plugin::watcher::Watcher;
+use pointsman::shutdown::Shutdown;
 use serde_json::json;
 
 use crate::harness::guests::versioned;
@@ -203,7 +204,7 @@ async fn nothing_keeps_a_version_that_was_replaced() {
     let config = Config { dir: Some(plugins.dir()), ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap() };
     let registry = Arc::new(Registry::load(engine(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
-    let _watcher = Watcher::start(Arc::clone(&registry)).unwrap();
+    let _watcher = Watcher::start(Arc::clone(&registry), Shutdown::new().alarm("the watcher")).unwrap();
     let published = json!({"id": "e", "source": "/tests", "type": "t", "user": "7"}).to_string();
     let batch = vec![Event::from_json(EntryId { ms: 1, seq: 0 }, "/tests", published.as_bytes()).unwrap(); 100];
     let evaluations = pipeline.evaluate(batch, 1).await.unwrap();

@@ -18,6 +18,7 @@ use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config;
 use pointsman::plugin::watcher::Watcher;
 use pointsman::plugin::{Call, Engine, Instance, Limits, ParsedPayload, Plugin, Role};
+use pointsman::shutdown::Shutdown;
 use pointsman_plugin::{Plugin as _, Router as _, testing};
 use serde_json::{Value, json};
 
@@ -218,7 +219,7 @@ fn settling(file: &Path, dir: &Path) -> Duration {
     std::fs::create_dir_all(&dir).expect("a folder");
     let config = Config { dir: Some(dir.clone()), ..uncached() };
     let registry = Arc::new(Registry::load(Engine::new().expect("an engine"), config, Metrics::default()).expect("an empty folder"));
-    let _watcher = Watcher::start(Arc::clone(&registry)).expect("a thread");
+    let _watcher = Watcher::start(Arc::clone(&registry), Shutdown::new().alarm("the watcher")).expect("a thread");
     let mut waits = Vec::new();
     for n in 0..TURNS as u32 / 4 {
         let generation = || registry.states().first().map_or(0, |plugin| plugin.generation);

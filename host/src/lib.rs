@@ -157,7 +157,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         Ok(broker)
     };
     let loaded = async {
-        let (pipeline, watcher) = start_plugins(plugins, cache_folder, node.allow_no_plugins, &metrics).await?;
+        let (pipeline, watcher) = start_plugins(plugins, cache_folder, node.allow_no_plugins, &metrics, &shutdown).await?;
         state.set_pipeline(pipeline.clone());
         shutdown.spawn("the watch over plugins", watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
         if let Some(origin) = origin {
@@ -204,6 +204,7 @@ async fn start_plugins(
     cache_folder: Option<PathBuf>,
     allow_none: bool,
     metrics: &Metrics,
+    shutdown: &Shutdown,
 ) -> anyhow::Result<(Pipeline, Option<Watcher>)> {
     let counting = metrics.clone();
     let load = move || {
@@ -214,7 +215,8 @@ async fn start_plugins(
     let registry = Arc::new(registry.context("loading the plugins panicked")??);
     let pipeline =
         Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone()).context("cannot start the threads of the plugins")?;
-    let watcher = Watcher::start(registry).context("cannot start the thread that watches the plugins")?;
+    let watcher =
+        Watcher::start(registry, shutdown.alarm("the watcher of plugins")).context("cannot start the thread that watches the plugins")?;
     Ok((pipeline, watcher))
 }
 

@@ -92,12 +92,21 @@ impl Shutdown {
     async fn run(self, part: &'static str, task: impl Future<Output = ()> + Send) {
         // Nothing of the part is used again.
         if AssertUnwindSafe(task).catch_unwind().await.is_err() {
-            tracing::error!("{part} panicked; this node cannot go on without, and stops");
-            if self.broken.set(part).is_err() {
-                tracing::debug!("it was stopping for that reason already");
-            }
-            self.begin();
+            self.begin_broken(part);
         }
+    }
+
+    /// The same for a thread of its own: it holds the alarm for as long as it runs.
+    pub fn alarm(&self, part: &'static str) -> Alarm {
+        Alarm { shutdown: self.clone(), part }
+    }
+
+    fn begin_broken(&self, part: &'static str) {
+        tracing::error!("{part} panicked; this node cannot go on without, and stops");
+        if self.broken.set(part).is_err() {
+            tracing::debug!("it was stopping for that reason already");
+        }
+        self.begin();
     }
 
     /// The part that panicked and so began the shutdown, if it was that.
@@ -119,6 +128,21 @@ impl Shutdown {
     pub async fn finish_cut(&self, limit: Duration) {
         if tokio::time::timeout(limit, self.tasks.wait()).await.is_err() {
             tracing::warn!(tasks = self.tasks.len(), "left with tasks that did not end");
+        }
+    }
+}
+
+/// See [`Shutdown::alarm`].
+#[derive(Debug)]
+pub struct Alarm {
+    shutdown: Shutdown,
+    part: &'static str,
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.shutdown.begin_broken(self.part);
         }
     }
 }
@@ -158,5 +182,22 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
         assert!(shutdown.finish(Duration::from_secs(60)).await);
         assert_eq!(shutdown.broken(), Some("ingest"));
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_panics_ends_the_node_and_one_that_ends_does_not() {
+        let shutdown = Shutdown::new();
+        let run = |alarm: Alarm, panics: bool| {
+            let thread = std::thread::spawn(move || {
+                let _alarm = alarm;
+                assert!(!panics, "so that the test has something to see");
+            });
+            thread.join().is_err()
+        };
+        assert!(!run(shutdown.alarm("one that ends"), false));
+        assert!(!shutdown.has_begun());
+        assert!(run(shutdown.alarm("the watcher"), true));
+        assert!(shutdown.has_begun());
+        assert_eq!(shutdown.broken(), Some("the watcher"));
     }
 }

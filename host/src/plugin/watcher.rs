@@ -20,6 +20,7 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::folder::{self, Look, Sighting};
 use super::registry::Registry;
+use crate::shutdown::Alarm;
 
 /// How long the files of a plugin are as they are before they are taken up.
 const SETTLED: Duration = Duration::from_millis(150);
@@ -36,17 +37,20 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Watches the folder of the registry; `None` if it has none.
+    /// Watches the folder of the registry; `None` if it has none. `alarm`: for when it can no longer do so.
     ///
     /// # Errors
     /// If the system gives no thread.
-    pub fn start(registry: Arc<Registry>) -> std::io::Result<Option<Self>> {
+    pub fn start(registry: Arc<Registry>, alarm: Alarm) -> std::io::Result<Option<Self>> {
         let Some(dir) = registry.dir().map(Path::to_owned) else { return Ok(None) };
         // One is as good as many: it says that something changed since the last look.
         let (wake, woken) = sync_channel(1);
         let is_over = Arc::new(AtomicBool::new(false));
         let thread = Thread { registry, dir, watched: None, wake: wake.clone(), woken, is_over: Arc::clone(&is_over) };
-        thread::Builder::new().name("plugin-folder".into()).spawn(move || thread.run())?;
+        thread::Builder::new().name("plugin-folder".into()).spawn(move || {
+            let _alarm = alarm;
+            thread.run();
+        })?;
         Ok(Some(Self { is_over, wake }))
     }
 }
