@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
+use pointsman::broker::Verdict;
 use pointsman::event::{EntryId, Event};
 use pointsman::metrics::Metrics;
 use pointsman::pipeline::{Evaluation, Pipeline, Resolution};
@@ -126,7 +127,7 @@ fn event(document: &str) -> Event {
     Event::from_json(EntryId { ms: NOW_MS, seq: 0 }, "/test", document.as_bytes()).unwrap_or_else(|error| panic!("{error}: {document}"))
 }
 
-/// All that was decided, in a form in which equal decisions are equal: of a body, what it says and not how it is written.
+/// All that was decided, in a form in which equal decisions are equal: of a body, what it says and not how it is written, and not by which file.
 fn decision(evaluation: &Evaluation) -> Json {
     let resolution = match &evaluation.resolution {
         Resolution::Planned(plan) => json!({ "routes": plan }),
@@ -134,7 +135,8 @@ fn decision(evaluation: &Evaluation) -> Json {
         Resolution::Unrouted => json!("unrouted"),
         Resolution::Failed { reason, attempts, retry, .. } => json!({ "failed": reason, "attempts": attempts, "retry": retry }),
     };
-    json!({ "event": evaluation.event.to_json(), "verdicts": evaluation.verdicts, "resolution": resolution })
+    let verdicts: Vec<_> = evaluation.verdicts.iter().map(|by| Verdict { hash: String::new(), ..by.clone() }).collect();
+    json!({ "event": evaluation.event.to_json(), "verdicts": verdicts, "resolution": resolution })
 }
 
 /// Events of which every implementation is tempted to think differently, and what the rules say of some of them.
