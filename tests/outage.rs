@@ -111,7 +111,7 @@ fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes()
     let mut server = RedisServer::start();
     server.kill();
     let node = node_on(&server.url()).may_be_unready().start();
-    red(&node, "broker: the broker is away: ");
+    red(&node, &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()));
     assert_eq!(node.admin("/healthz").status, 200, "a restart would not help");
     let follower = Follower::start(node.addr(), "user=42");
     for (method, path) in [("PUT", "/v1/groups/ops/members/42"), ("GET", "/v1/notifications?user=42"), ("GET", "/v1/dead")] {
@@ -142,7 +142,7 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
         some_more(n_published);
         let before = n_lines(&node);
         server.kill();
-        red(&node, "broker: the broker is away: ");
+        red(&node, &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()));
         // Publishers that hammer a node in an outage are answered, and not written down one by one.
         for _ in 0..100 {
             assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
@@ -174,7 +174,7 @@ fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
         some_more(n_published);
         let before = n_lines(&node);
         server.pause();
-        red(&node, "broker: the broker is away: ");
+        red(&node, &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()));
         assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
         // Until the feed counts as dead, too.
         red(&node, "feed: 1 of 1 partitions are silent");
@@ -206,7 +206,7 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     let entry = xadd(&mut server.connection(), "pointsman:events", &[fields("committed")]).remove(0);
     eventually(SOON, "the commit is done", || (position().as_ref() == Some(&entry)).then_some(()));
     assert!(proxy.is_holding(), "nobody has heard of it");
-    red(&node, "broker: the broker is away: no answer");
+    red(&node, ": no answer within 2 s");
     proxy.release();
     green(&node);
     assert_eq!(stream.next_notification(SOON).id, "committed");

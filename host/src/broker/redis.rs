@@ -86,11 +86,7 @@ pub struct Redis {
 
 impl std::fmt::Debug for Redis {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The URL may hold a password.
-        f.debug_struct("Redis")
-            .field("address", &self.client.get_connection_info().addr().to_string())
-            .field("partitions", &self.partitions)
-            .finish()
+        f.debug_struct("Redis").field("address", &address(&self.client)).field("partitions", &self.partitions).finish()
     }
 }
 
@@ -102,6 +98,11 @@ impl Redis {
     pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
         let client =
             client::Client::open(url).map_err(|error| Error::Refused(format!("its URL is wrong: {error}; write redis://host:port")))?;
+        let address = address(&client);
+        Self::connect_to(client, sources, retention).await.map_err(|error| located(error, &address))
+    }
+
+    async fn connect_to(client: client::Client, sources: &[String], retention: Retention) -> Result<Self> {
         let link = Link::new(client.clone());
         let prefixes = place::prefixes(sources)?;
         check::version(&link).await?;
@@ -243,7 +244,7 @@ impl Broker for Redis {
     }
 
     async fn check(&self) -> Result<Vec<Finding>> {
-        check::findings(self).await
+        check::findings(self).await.map_err(|error| located(error, &address(&self.client)))
     }
 
     async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>> {
@@ -467,6 +468,19 @@ impl Broker for Redis {
             dedupe_overflows: number("dedupe_overflows")?,
             ids_ahead_ms,
         })
+    }
+}
+
+/// Where Redis is; the URL may hold a password.
+fn address(client: &client::Client) -> String {
+    client.get_connection_info().addr().to_string()
+}
+
+/// For operators, who see it in readiness: clients need not know where Redis is.
+fn located(error: Error, address: &str) -> Error {
+    match error {
+        Error::Away(why) => Error::Away(format!("{address}: {why}")),
+        other => other,
     }
 }
 

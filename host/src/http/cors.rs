@@ -70,7 +70,8 @@ fn names_loopback(authority: &str) -> bool {
         None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
     };
     let is_port = port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
-    is_port && (host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()))
+    let name = host.strip_suffix('.').unwrap_or(host);
+    is_port && (name.eq_ignore_ascii_case("localhost") || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()))
 }
 
 /// Refuses what is asked of us by a name that is not this machine's own, in dev mode. To a browser, a page whose name was made to point to
@@ -161,7 +162,7 @@ mod tests {
             for host in others.into_iter().chain(["localhost:8080@evil.example", "[::1]evil.example", "[::1", "localhost:evil"]) {
                 assert_eq!(site.request("GET", path, &[("host", host)], "").await.0, StatusCode::FORBIDDEN, "{path} of {host}");
             }
-            for host in ["localhost", "localhost:8080", "127.0.0.1:8080", "[::1]:8080"] {
+            for host in ["localhost", "LOCALHOST", "localhost.", "localhost:8080", "127.0.0.1:8080", "[::1]:8080"] {
                 assert_eq!(site.request("GET", path, &[("host", host)], "").await.0, StatusCode::OK, "{path} of {host}");
             }
         }

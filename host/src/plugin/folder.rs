@@ -11,6 +11,12 @@ use std::fs::{self, File, Metadata};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How the names end of files that are being written here.
+const DRAFT: &str = ".upload";
+/// After so long without a change, nobody is writing them any more.
+const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
 /// The files of each plugin, by its name. More than one is a mistake; they are in the order of their names.
 pub(super) type Look = BTreeMap<String, Vec<Sighting>>;
@@ -71,6 +77,19 @@ pub(super) fn look(dir: &Path) -> Result<Look, String> {
     Ok(look)
 }
 
+/// Removes drafts of nodes that were killed as they wrote.
+fn sweep(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let age = entry.metadata().and_then(|file| file.modified()).ok().and_then(|written| written.elapsed().ok());
+        if name.starts_with('.') && name.ends_with(DRAFT) && age.is_some_and(|age| age > ABANDONED) {
+            // Whoever cannot remove it cannot write here either, and is told so.
+            drop(fs::remove_file(entry.path()));
+        }
+    }
+}
+
 /// A file that has just been written here.
 ///
 /// # Errors
@@ -79,9 +98,10 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
     let unwritable = |error: std::io::Error| {
         format!("{} cannot be written: {error}; let this node write there, or copy the file there yourself", path.display())
     };
+    sweep(path.parent().unwrap_or(Path::new(".")));
     // A name of its own: other nodes may share the folder, and be given the same file at this moment.
     let file = path.file_name().unwrap_or_default().to_string_lossy();
-    let draft = path.with_file_name(format!(".{file}.{:016x}.upload", rand::random::<u64>()));
+    let draft = path.with_file_name(format!(".{file}.{:016x}{DRAFT}", rand::random::<u64>()));
     let written = || {
         let mut file = File::options().write(true).create_new(true).open(&draft)?;
         file.write_all(bytes)?;
@@ -157,7 +177,7 @@ pub fn called(file: &str) -> String {
 pub(super) mod tests {
     use std::os::unix::fs::symlink;
     use std::process::Command;
-    use std::time::{Duration, Instant};
+    use std::time::{Instant, SystemTime};
 
     use super::*;
 
@@ -180,6 +200,22 @@ pub(super) mod tests {
         fn drop(&mut self) {
             drop(fs::remove_dir_all(&self.0));
         }
+    }
+
+    #[test]
+    fn what_a_killed_node_left_half_written_goes_with_a_later_upload() {
+        let folder = Scratch::new("drafts");
+        let make = |name: &str, age: Duration| {
+            let file = File::create(folder.0.join(name)).unwrap();
+            file.set_modified(SystemTime::now() - age).unwrap();
+        };
+        make(".a.wasm.0123456789abcdef.upload", 2 * ABANDONED);
+        make(".a.wasm.fedcba9876543210.upload", ABANDONED / 2);
+        make(".somebodys", 2 * ABANDONED);
+        write(&folder.0.join("a.wasm"), b"").unwrap();
+        let mut left: Vec<_> = fs::read_dir(&folder.0).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(left, [".a.wasm.fedcba9876543210.upload", ".somebodys", "a.wasm"]);
     }
 
     #[test]
