@@ -54,11 +54,23 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
 fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
     let node = Node::builder().start();
     let url = node.url("");
-    let printed =
-        stdout(&pointsman(&["publish", "--dry-run", "--url", &url, "--type", "t", "--user", "42", "--group", "ops", "--priority", "high"]));
-    for word in ["\"u:42\"", "\"g:ops\"", "\"high\"", "address"] {
-        assert!(printed.contains(word), "{word} is not in {printed}");
+    let options = ["--type", "t", "--id", "e1", "--user", "42", "--group", "ops", "--priority", "high"];
+    let dry_run = |more: &[&str]| stdout(&pointsman(&[&["publish", "--dry-run", "--url", &url], &options[..], more].concat()));
+    let printed = dry_run(&[]);
+    let lines: Vec<&str> = printed.lines().collect();
+    assert_eq!(lines[0], "\"e1\" of type \"t\" would be committed");
+    for line in [
+        "plugin     address (generation 1, ",
+        "route 1    by address to u:42 g:ops, high",
+        "reaches    user 42, by address, high",
+        "reaches    the members of group ops, as far as a route's condition holds",
+    ] {
+        assert!(lines.iter().any(|printed| printed.starts_with(line)), "{line} is not in {printed}");
     }
+    let whole: Value = serde_json::from_str(&dry_run(&["--json"])).expect("JSON");
+    assert_eq!((&whole["outcome"], &whole["plan"][0]["to"]), (&json!("committed"), &json!(["u:42", "g:ops"])));
+    let failing = stdout(&pointsman(&["publish", "--dry-run", "--url", &url, "--type", "t", "--id", "e2", "--attribute", "ttl=soon"]));
+    assert!(failing.starts_with("\"e2\" of type \"t\" would be dead-lettered by address: "), "{failing}");
     node.publisher().publish(&[event("after", "t", json!({ "user": "42" }))]);
     eventually(SOON, "the event after it is committed", || {
         (node.metric("pointsman_events_total{outcome=\"committed\"}") >= 1.0).then_some(())

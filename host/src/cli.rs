@@ -17,6 +17,7 @@ use ureq::{Agent, Body};
 
 mod config;
 mod dead;
+mod decided;
 mod dev;
 mod events;
 mod explain;
@@ -224,11 +225,25 @@ fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+/// JSON as people read it, and as they may paste it: JSON itself lets through characters that a terminal obeys (U+0080 to U+009F).
+fn pretty_json(value: &serde_json::Value) -> String {
+    let escaped = |c: char| if c.is_control() && c != '\n' { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    format!("{value:#}").chars().map(escaped).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    #[test]
+    fn what_is_printed_as_json_is_that_and_no_terminal_obeys_it() {
+        let odd = serde_json::json!({ "a\u{9b}2J": ["\u{7f}", "ü", "\u{1b}", "\u{85}\n"] });
+        let printed = pretty_json(&odd);
+        assert!(printed.chars().all(|c| c == '\n' || !c.is_control()), "{printed:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&printed).unwrap(), odd);
+    }
 
     #[test]
     fn every_option_of_serve_is_a_key_and_a_variable() {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use ureq::Agent;
 
 use super::table::table;
-use super::{Node, accept, agent, printable};
+use super::{Node, accept, agent, pretty_json, printable};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -80,7 +80,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Action::Show { id } => {
             let text = accept(node.ask(&agent, "GET", &format!("/v1/dead/{id}"))?)?;
             let letter: serde_json::Value = serde_json::from_str(&text).context("the node's answer is not JSON")?;
-            println!("{letter:#}");
+            println!("{}", pretty_json(&letter));
         }
         Action::Redrive(chosen) => act(node, &agent, chosen, "POST", "/redrive", "redriven")?,
         Action::Drop(chosen) => act(node, &agent, chosen, "DELETE", "", "dropped")?,

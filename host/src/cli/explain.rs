@@ -7,10 +7,8 @@ use anyhow::Context as _;
 use pointsman::event::rfc3339;
 use serde_json::Value;
 
-use super::{Admin, accept, agent, printable, read};
-
-/// Targets of a route that are named one by one.
-const MAX_TARGETS: usize = 5;
+use super::decided::{line, list, route, text, verdict};
+use super::{Admin, accept, agent, pretty_json, printable, read};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -32,7 +30,7 @@ pub(super) fn run(Options { event_id, user, json, admin }: &Options) -> anyhow::
     let text = accept(read(admin.request(&agent(Duration::from_secs(60)), "GET", &path, None)?)?)?;
     let explanation: Value = serde_json::from_str(&text).context("the node's answer is not JSON")?;
     if *json {
-        println!("{explanation:#}");
+        println!("{}", pretty_json(&explanation));
     } else {
         for line in lines(&explanation) {
             // Reasons and values quote what came from outside; a terminal must not obey it.
@@ -53,16 +51,12 @@ fn encoded(text: &str) -> String {
 
 fn lines(explanation: &Value) -> Vec<String> {
     let mut lines = vec![text(&explanation["conclusion"]), String::new()];
-    let mut say = |label: &str, what: String| lines.push(format!("{label:<11}{what}"));
+    let mut say = |label: &str, what: String| lines.push(line(label, &what));
     let decision = &explanation["decision"];
     say("decided", decided(decision));
     say("event", format!("{} of type {} from {}", decision["event_id"], decision["event_type"], decision["event_source"]));
-    for verdict in list(&decision["verdicts"]) {
-        let (generation, hash) = (&verdict["generation"], verdict["hash"].as_str().map(|hash| format!(", {hash}")).unwrap_or_default());
-        let (plugin, verdict, reason) = (&verdict["plugin"], text(&verdict["verdict"]), &verdict["reason"]);
-        let reason = reason.as_str().or((verdict == "skipped").then_some("its types do not match"));
-        let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-        say("plugin", format!("{} (generation {generation}{hash}) {verdict}{reason}", text(plugin)));
+    for said in list(&decision["verdicts"]) {
+        say("plugin", verdict(said));
     }
     for other in list(&explanation["other_decisions"]) {
         say("beside it", decided(other));
@@ -117,58 +111,9 @@ fn decided(decision: &Value) -> String {
     format!("{}{at}{id}, entry {} of partition {}", text(&decision["outcome"]), text(&decision["entry"]), decision["partition"])
 }
 
-fn route(route: &Value) -> String {
-    let to: Vec<String> = list(&route["to"]).iter().take(MAX_TARGETS).map(text).collect();
-    let more = list(&route["to"]).len().saturating_sub(MAX_TARGETS);
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    let mut told = format!("by {} to {}{more}, {}", text(&route["by"]), to.join(" "), text(&route["priority"]));
-    if let Some(any_of) = route["when"].as_array() {
-        let clauses: Vec<String> = any_of.iter().map(|clause| list(clause).iter().map(test).collect::<Vec<_>>().join(" and ")).collect();
-        told += &format!(", if {}", clauses.join(" or "));
-    }
-    if let Some(ms) = route["expires_ms"].as_u64() {
-        told += &format!(", until {}", rfc3339(ms));
-    }
-    for (key, words) in [("collapse", "with the collapse key"), ("event_name", "as the event")] {
-        if let Some(name) = route[key].as_str() {
-            told += &format!(", {words} {name}");
-        }
-    }
-    told
-}
-
-fn test(test: &Value) -> String {
-    let values: Vec<String> = list(&test["values"]).iter().map(ToString::to_string).collect();
-    [text(&test["attribute"]), text(&test["operator"]), values.join(", ")].join(" ").trim_end().to_owned()
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map(Vec::as_slice).unwrap_or_default()
-}
-
-fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_default().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
-
-    #[test]
-    fn a_route_is_told_in_one_line() {
-        let planned = json!({
-            "by": "rules", "to": ["g:ops", "all"], "priority": "high", "expires_ms": 1_795_335_532_612_u64, "collapse": "k", "event_name": "n",
-            "when": [[{ "attribute": "plan", "operator": "equals", "values": ["pro"] }, { "attribute": "beta", "operator": "present" }],
-                     [{ "attribute": "age", "operator": "one-of", "values": [1, 2] }]],
-        });
-        assert_eq!(
-            route(&planned),
-            "by rules to g:ops all, high, if plan equals \"pro\" and beta present or age one-of 1, 2, until 2026-11-22T08:18:52.612Z, \
-             with the collapse key k, as the event n"
-        );
-    }
 
     #[test]
     fn what_is_asked_for_arrives_as_it_is() {

@@ -13,8 +13,11 @@ use serde_json::{Value, json};
 use ureq::Agent;
 use ureq::http::StatusCode;
 
-use super::{NODE_URL, Node, agent, no_node, printable, read, refusal};
+use super::decided::{line, list, route, text, verdict};
+use super::{NODE_URL, Node, agent, no_node, pretty_json, printable, read, refusal};
 
+/// Of whom a dry run judges nobody.
+const AS_FAR: &str = ", as far as a route's condition holds";
 /// Attempts at a request before it is given up.
 const MAX_ATTEMPTS: u32 = 6;
 /// Bounds of one request, well within a node's default ones.
@@ -58,6 +61,9 @@ pub(super) struct Options {
     /// Print what would become of it and whom it would reach, and store nothing
     #[arg(long)]
     dry_run: bool,
+    /// Print the node's answer to a dry run as it is, in JSON
+    #[arg(long, requires = "dry_run")]
+    json: bool,
 }
 
 /// The members of a CloudEvents document, as they were written: numbers keep their digits.
@@ -75,12 +81,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         let answer = send(&options.node, &agent, path, batch)?;
         for event in answer["events"].as_array().into_iter().flatten() {
             if options.dry_run {
-                println!("{event:#}");
+                println!("{}", if options.json { pretty_json(event) } else { tried(event) });
             } else if event["status"] == "stored" {
-                println!("stored\t{}\tpartition {}\tentry {}", text(&event["id"]), event["partition"], text(&event["entry"]));
+                println!("stored\t{}\tpartition {}\tentry {}", printable(&text(&event["id"])), event["partition"], text(&event["entry"]));
             } else {
                 n_refused += 1;
-                println!("refused\t{}", text(&event["error"]));
+                println!("refused\t{}", printable(&text(&event["error"])));
             }
         }
     }
@@ -88,8 +94,30 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn text(value: &Value) -> String {
-    printable(value.as_str().unwrap_or_default())
+/// What a dry run says of an event, in lines.
+fn tried(event: &Value) -> String {
+    if event["status"] != "tried" {
+        return format!("refused    {}", printable(&text(&event["error"])));
+    }
+    let reason = event["reason"].as_str().filter(|reason| !reason.is_empty()).map(|reason| format!(": {reason}")).unwrap_or_default();
+    let by = event["plugin"].as_str().map(|plugin| format!(" by {plugin}{reason}")).unwrap_or_default();
+    let mut lines = vec![format!("{} of type {} would be {}{by}", event["id"], event["type"], text(&event["outcome"]))];
+    lines.extend(list(&event["verdicts"]).iter().map(|said| line("plugin", &verdict(said))));
+    lines.extend(list(&event["plan"]).iter().enumerate().map(|(at, planned)| line(&format!("route {}", at + 1), &route(planned))));
+    let mut reaches = |who: String| lines.push(line("reaches", &who));
+    let of = &event["reaches"];
+    for reached in list(&of["users"]) {
+        reaches(format!("user {}, by {}, {}", text(&reached["user"]), text(&reached["by"]), text(&reached["priority"])));
+    }
+    list(&of["groups"]).iter().for_each(|group| reaches(format!("the members of group {}{AS_FAR}", text(group))));
+    if of["everyone"] == true {
+        reaches(format!("everyone{AS_FAR}"));
+    }
+    lines.extend(list(&of["left_out"]).iter().map(|user| line("left out", &format!("user {}: no condition holds", text(user)))));
+    if of["n_not_judged"].as_u64().is_some_and(|n| n > 0) {
+        lines.push(line("not judged", &format!("{} more users", of["n_not_judged"])));
+    }
+    lines.iter().map(|line| printable(line)).collect::<Vec<_>>().join("\n")
 }
 
 fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure};
 use pointsman::event::Name;
 use pointsman::subscription::Start;
+use tokio::signal::unix::{SignalKind, signal};
 use ureq::http::StatusCode;
 use ureq::http::header::CONTENT_TYPE;
 
@@ -112,15 +113,19 @@ fn say_where(last_id: &LastId) {
     }
 }
 
-/// Ends the process at Ctrl-C, with a word about where it was.
+/// Ends the process at Ctrl-C or SIGTERM, with a word about where it was.
 fn say_on_interrupt(last_id: Arc<LastId>) {
-    // Without a thread for it, Ctrl-C ends the process all the same.
+    // Without a thread for it, either ends the process all the same.
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
     std::thread::spawn(move || {
-        if runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+        let signal = runtime.block_on(async {
+            let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt()).ok()?, signal(SignalKind::terminate()).ok()?);
+            tokio::select! { _ = interrupt.recv() => Some(2), _ = terminate.recv() => Some(15) }
+        });
+        if let Some(signal) = signal {
             say_where(&last_id);
-            // As a shell says of a process that SIGINT ended.
-            std::process::exit(130);
+            // As a shell says of a process that a signal ended.
+            std::process::exit(128 + signal);
         }
     });
 }

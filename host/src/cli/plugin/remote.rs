@@ -10,9 +10,8 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use pointsman::plugin::{MAX_FILE_BYTES, called};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
-use super::super::{Admin, accept, agent, read as answer};
+use super::super::{Admin, accept, agent, pretty_json, read as answer};
 use super::read;
 use super::told::{Candidate, Plugin, Plugins, Replay as Rehearsed, Shadow as Shadowed};
 
@@ -242,7 +241,7 @@ impl Remote {
     /// An answer as it is, or in words.
     fn say<T: DeserializeOwned>(&self, text: &str, tell: impl FnOnce(T) -> anyhow::Result<String>) -> anyhow::Result<()> {
         if self.json {
-            println!("{:#}", read_as::<Value>(text)?);
+            println!("{}", pretty_json(&read_as(text)?));
         } else {
             println!("{}", tell(read_as(text)?)?.trim_end());
         }
