@@ -31,6 +31,9 @@
 //! export!(Owner as router);
 //! ```
 //!
+//! On WebAssembly the crate also brings an allocator that suits such calls (the feature `allocator`, on by default). A plugin with a
+//! `#[global_allocator]` of its own takes the crate with `default-features = false`.
+//!
 //! A configuration may use what the bundled plugins use: [`Condition`]s on events, [`Selector`]s of their values, [`OneOrMore`], [`Ttl`].
 //! Their mistakes are found as the configuration is parsed, and told with their place.
 //!
@@ -42,6 +45,8 @@ pub mod clock;
 mod condition;
 mod event;
 mod export;
+#[cfg(any(test, all(target_arch = "wasm32", not(target_feature = "atomics"), feature = "allocator")))]
+mod heap;
 pub mod log;
 mod one_or_more;
 mod pattern;

@@ -25,13 +25,14 @@ macro_rules! files {
 }
 
 /// The SDK, but for its manifest. A test knows whether it is all of it.
-const SDK: [(&str, &str); 15] = files!("plugins/sdk":
+const SDK: [(&str, &str); 16] = files!("plugins/sdk":
     "src/bindings.rs",
     "src/clock.rs",
     "src/condition.rs",
     "src/condition/wanted.rs",
     "src/event.rs",
     "src/export.rs",
+    "src/heap.rs",
     "src/lib.rs",
     "src/log.rs",
     "src/one_or_more.rs",
