@@ -316,6 +316,34 @@ to.group = "ops"
     assert!(conclusion.starts_with("The event is for `ann`, by the route of `rules` to `g:ops`: it is in the log"), "{conclusion}");
 }
 
+/// Whoever is asked at night need not know which node decided, nor whether that one still is.
+#[test]
+fn every_node_explains_what_another_decided_also_when_that_one_is_dead() {
+    let server = RedisServer::start();
+    let mut first = builder().redis(server.url()).start();
+    let second = builder().redis(server.url()).start();
+    let mut elsewhere = second.stream("ann");
+    let mut ids = Vec::new();
+    // Either node may decide an event; the later ones are decided by the second, as the first is killed.
+    for n in 0..20 {
+        if n == 10 {
+            first.kill();
+        }
+        ids.push(format!("e{n}"));
+        second.publisher().publish(&[event(&ids[n], "t", json!({ "user": "ann" }))]);
+        assert_eq!(elsewhere.next_notification(SOON).id, ids[n]);
+    }
+    first.restart();
+    for id in &ids {
+        let of = |node: &Node| explained(node, id, "ann");
+        let (mut one, mut other) = (of(&first), of(&second));
+        let streams = |explanation: &mut Value| explanation["recipient"]["streams"].take();
+        assert_eq!(streams(&mut one), json!({ "open": 0, "past": 0 }), "a stream is seen by the node that has it");
+        assert_eq!(streams(&mut other), json!({ "open": 1, "past": 1 }));
+        assert_eq!(one, other);
+    }
+}
+
 /// Dead letters are no duplicates, so that a publisher's retry can become one after its event has reached somebody.
 #[test]
 fn a_retry_that_became_a_dead_letter_does_not_hide_that_somebody_was_reached() {
