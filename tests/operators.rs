@@ -356,6 +356,8 @@ fn an_upload_under_a_name_that_no_plugin_has_is_one_more_plugin_only_if_that_is_
     let node = Node::builder().plugins(empty.dir()).may_be_unready().config("[plugins.late]\ndeadline_ms = 100\n").start();
     eventually(SOON, "the node has looked for plugins", || (node.admin("/v1/plugins").status == 200).then_some(()));
     assert!(line(&node, &["upload", slip, "--name", "late"]).contains("late 0.1.0 (router): generation 1, active"));
+    line(&node, &["remove", "late"]);
+    assert!(line(&node, &["upload", slip, "--name", "late", "--new"]).contains("late 0.1.0 (router): generation 2, active"));
 }
 
 #[test]

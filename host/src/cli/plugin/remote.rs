@@ -111,7 +111,9 @@ pub(super) fn upload(Upload { file, name, new, node }: &Upload) -> anyhow::Resul
             "no plugin is called '{name}' there (there: {}); give --name NAME for a new version of one of these, or --new for one more, which decides beside them",
             before.names()
         ),
-        Some(former) if *new => bail!("there is a plugin '{}' already; leave out --new for a new version of it", former.who()),
+        Some(former) if *new && !former.is_missing() => {
+            bail!("there is a plugin '{}' already; leave out --new for a new version of it", former.who())
+        }
         _ => {}
     }
     let text = node.send("PUT", &path, Some(file))?;

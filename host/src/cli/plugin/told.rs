@@ -177,6 +177,11 @@ impl Plugins {
 }
 
 impl Plugin {
+    /// Whether it is configured and has no file.
+    pub(super) fn is_missing(&self) -> bool {
+        self.state == "missing"
+    }
+
     /// What it is, as far as that is known: `my-router 0.1.0 (router)`.
     pub(super) fn who(&self) -> String {
         let version = if self.version.is_empty() { String::new() } else { format!(" {}", self.version) };
