@@ -11,7 +11,7 @@
 //! | `T` `meta` | hash | `pos` `entry` or `entry/k`; `pending`, id of a plan being written in slices; `last`; `n`, entries counted; `life`, `life_no`, `replid`; `number`, the partition's own; `max_age` ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, newest dedupe bucket; `takeovers` and `attempts`, `what count`; `trim_at` ms; counters: the five outcome words, `lost_upstream`, `strays`, `dead_trimmed`, `dedupe_overflows`, `foreign_logs` |
 //! | `T` `lives` | list | `life last`: each life with the last id that survived when it began; 16 newest |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age, a pending plan's never |
-//! | `T` `l:<log>` | zset | score id, member `id pred`; log `u:<user>`, `g:<group>` or `all` |
+//! | `T` `l:<log>` | zset | score id, member `id pred`; log `u:<user>`, `g:<group>` or `all`. What is older than max_age goes as the log is written to, and the rest of it 2 % after the age of the newest |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' ids, `b` = entry's ms / window |
 //! | `T` `dead` | stream | `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name behind `f:` |
 //! | `T` `what` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if it was committed |

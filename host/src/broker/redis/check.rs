@@ -82,6 +82,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["ZADD", &format!("{t}l:all"), "1", "v"],
             &["ZREVRANGE", &format!("{t}l:all"), "0", "0"],
             &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],
+            &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
             &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
             &["HGETALL", "pointsman:user:x"],
             &["HGETALL", &super::bookmarks::key("x")],
