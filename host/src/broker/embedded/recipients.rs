@@ -24,7 +24,7 @@ impl Stored {
         let Some(row) = table.get(user.as_str())? else { return Ok(None) };
         match serde_json::from_slice(row.value()) {
             Ok(stored) => Ok(Some(stored)),
-            Err(error) => Err(Failure::damaged(format!("the row of a user cannot be read: {error}"))),
+            Err(error) => Err(Failure::unreadable(&format!("the row of user '{user}'"), &error)),
         }
     }
 }

@@ -201,7 +201,8 @@ impl Work<'_> {
             let (user, row) = row?;
             n_users += 1;
             user.value().clone_into(&mut last);
-            if !Stored::read(row.value())?.retain(self.retention, self.now_ms) {
+            // One that cannot be read stays, for whoever asks for it to be told.
+            if Stored::read(row.value()).is_ok_and(|mut stored| !stored.retain(self.retention, self.now_ms)) {
                 gone.push(last.clone());
             }
         }

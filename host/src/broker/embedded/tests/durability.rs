@@ -262,3 +262,43 @@ async fn a_writer_that_panics_ends_the_node() {
     tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
     assert_eq!(shutdown.broken(), Some("the writer"));
 }
+
+/// One row that cannot be read is refused to whoever asks for it, and costs nobody else anything: no head, no write, no feed.
+#[tokio::test]
+async fn a_row_that_cannot_be_read_is_refused_by_itself() {
+    let time = Time::new();
+    let broker = in_memory(Retention::default(), &time);
+    let (ann, bob) = (Name::parse("ann").unwrap(), Name::parse("bob").unwrap());
+    let at = EntryId { ms: 7, seq: 1 };
+    let transaction = broker.shared.store.begin_write().unwrap();
+    {
+        let mut tables = layout::Tables::open(&transaction).unwrap();
+        tables.users.insert("ann", &b"{"[..]).unwrap();
+        tables.bookmarks.insert("ann", &b"{"[..]).unwrap();
+        tables.dead.insert(layout::entry_key(0, at), (&b"{"[..], Vec::new())).unwrap();
+        tables.decisions.insert(layout::entry_key(0, at), &b"{"[..]).unwrap();
+    }
+    transaction.commit().unwrap();
+
+    let join = RecipientChange::Join { group: Name::parse("ops").unwrap() };
+    let place = Bookmark { cursor: "A".to_owned(), is_acknowledged: true };
+    let refusals = [
+        ("user 'ann'", broker.recipient(&ann).await.map(drop)),
+        ("user 'ann'", broker.change_recipient(&ann, join.clone()).await),
+        ("bookmarks of user 'ann'", broker.bookmarks(&ann).await.map(drop)),
+        ("bookmarks of user 'ann'", broker.move_bookmark(&ann, &BookmarkOf::ReadMark, None, &place).await.map(drop)),
+        ("dead letter 7-1", broker.dead_letters(P, EntryId::default(), 10).await.map(drop)),
+        ("entry 7-1", broker.decisions(P, 10).await.map(drop)),
+        ("entry 7-1", broker.find_decisions(P, "e", 10).await.map(drop)),
+    ];
+    for (what, refused) in refusals {
+        assert!(matches!(&refused, Err(Error::Refused(text)) if text.contains(what)), "{what}: {refused:?}");
+        broker.head(P).await.expect("the store is well");
+    }
+    broker.change_recipient(&bob, join).await.unwrap();
+    assert_eq!(broker.recipient(&bob).await.unwrap().groups.len(), 1);
+    publish(&broker, "x", &["u:bob"]).await;
+    // Upkeep passes it by as well.
+    sweep(&broker, &time).await;
+    broker.head(P).await.expect("the store is well");
+}
