@@ -17,7 +17,7 @@
 //! | `T` `what` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if it was committed |
 //! | `T` `owner` | string | The lease: the node's name |
 //! | `pointsman:partitions` | hash | source -> number of its partition; only ever added to |
-//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms` |
+//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. Expires max_age after the last leaving if nothing else is in it |
 //! | `pointsman:bookmarks:{pointsman:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there, with the time of its last move. In the slot of the user's other key, but for a name with braces. Expires with its newest |
 //!
 //! | Channel | Message |

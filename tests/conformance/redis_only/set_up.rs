@@ -2,6 +2,7 @@
 
 use super::*;
 use pointsman::broker::{RecipientChange, Span};
+use pointsman::event::Value;
 
 async fn findings(node: &Node) -> Vec<(Severity, String)> {
     node.broker.check().await.expect("check").into_iter().map(|finding| (finding.severity, finding.text)).collect()
@@ -212,4 +213,26 @@ async fn a_log_of_which_all_is_too_old_is_as_good_as_gone() {
     let missed = page(BEGIN).await;
     assert!(!missed.is_present && missed.is_last && missed.floor > id, "{missed:?}");
     assert!(page(id).await.is_present, "who had it has missed nothing");
+}
+
+/// Or there would be a key for everybody who ever was in a group; and whoever comes back in time must not be forgotten all the same.
+#[tokio::test]
+async fn who_left_all_groups_is_forgotten_after_the_age() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let pttl = || server.command::<i64>("PTTL pointsman:user:ann");
+    let change = async |change| node.broker.change_recipient(&name("ann"), change).await.expect("change");
+    let (join, leave) = (RecipientChange::Join { group: name("ops") }, RecipientChange::Leave { group: name("ops") });
+    let age_ms = i64::try_from(Retention::default().max_age_s).expect("a week") * 1000;
+    change(join.clone()).await;
+    assert_eq!(pttl(), -1, "a member");
+    change(leave.clone()).await;
+    assert!(pttl() > age_ms - 60_000 && pttl() <= age_ms, "{}", pttl());
+    change(join).await;
+    assert_eq!(pttl(), -1, "a member again");
+    change(leave).await;
+    change(RecipientChange::Attributes([("plan".into(), Value::Text("pro".into()))].into())).await;
+    assert_eq!(pttl(), -1, "has attributes");
+    change(RecipientChange::Attributes([].into())).await;
+    assert!(pttl() > 0, "{}", pttl());
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::*;
 use crate::broker::{DeadReason, Follow, Item, Notice, Proposal};
-use crate::event::Position;
+use crate::event::{Position, Value};
 use crate::shutdown::Shutdown;
 
 pub(super) mod disk;

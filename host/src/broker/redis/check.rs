@@ -85,6 +85,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
             &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
             &["HGETALL", "pointsman:user:x"],
+            &["PERSIST", "pointsman:user:x"],
             &["HGETALL", &super::bookmarks::key("x")],
             &["HSET", super::place::PARTITIONS_KEY, "f", "v"],
             &["PUBLISH", &format!("{c}tick"), "v"],
