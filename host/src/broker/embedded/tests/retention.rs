@@ -270,6 +270,7 @@ async fn who_left_all_groups_long_ago_is_forgotten() {
     let broker = in_memory(short(), &time);
     let change = async |user: &str, change| broker.change_recipient(&Name::parse(user).unwrap(), change).await.unwrap();
     let group = Name::parse("a").unwrap();
+    publish(&broker, "x", &["g:a"]).await;
     for user in ["left", "member", "known"] {
         change(user, RecipientChange::Join { group: group.clone() }).await;
     }
