@@ -31,11 +31,11 @@
 //! # Memberships
 //!
 //! A user has one span a group and partition, the newest: joining again after leaving begins a new one, and what the earlier one had let in is no longer
-//! shown. A partition that was added after joining is the member's from its beginning.
+//! shown to who comes back from before it (README.md says so). A partition that was added after joining is the member's from its beginning.
 //!
 //! # Connections
 //!
-//! One for commands (`redis/link.rs`), up to two a partition for reads that wait, one for notices (`redis/feed.rs`). A command is answered within 2 s or the
+//! One for commands (`redis/link.rs`), two a partition kept for reads that wait (more while more read at once), one for notices (`redis/feed.rs`). A command is answered within 2 s or the
 //! broker is away; a read that waits has these 2 s on top.
 
 use std::collections::BTreeMap;
