@@ -321,14 +321,23 @@ impl Ingest {
             after = last.id;
             progress.read(entries.len() as u64);
             let poison = if n_careful > 0 { self.poison(partition, &entries).await } else { Ok(None) };
+            let is_noted = n_careful > 0;
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
                 Ok(Some(item)) => vec![item],
-                Ok(None) => match self.evaluate(partition, entries).await {
-                    Ok(items) => items,
-                    // The last plugin went since they were read.
-                    Err(NoPlugins) => return Stop::NoPlugins,
-                },
+                Ok(None) => {
+                    let evaluated = tokio::select! {
+                        evaluated = self.evaluate(partition, entries) => evaluated,
+                        // Plugins may ask to retry for longer than a node may take to end. Nothing of these was committed: they are read again.
+                        // (The one whose attempt was noted is waited for: without an outcome it would count as the death of a node.)
+                        () = shutdown.cancelled(), if !is_noted => return Stop::Shutdown,
+                    };
+                    match evaluated {
+                        Ok(items) => items,
+                        // The last plugin went since they were read.
+                        Err(NoPlugins) => return Stop::NoPlugins,
+                    }
+                }
                 Err(stop) => return stop,
             };
             if evaluated.send(Evaluated { items }).await.is_err() {
