@@ -398,8 +398,9 @@ impl Ingest {
 
     async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Result<Item, NoPlugins> {
         let began = Instant::now();
+        let mut n_before = 0;
         for attempt in 1..=self.config.retries {
-            let Resolution::Failed { retry: true, reason, plugin, .. } = &evaluation.resolution else { break };
+            let Resolution::Failed { retry: true, reason, plugin, attempts } = &evaluation.resolution else { break };
             let wait = Duration::from_millis(100) * 2_u32.saturating_pow(attempt - 1);
             if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
                 break;
@@ -407,6 +408,7 @@ impl Ingest {
             tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
             tokio::time::sleep(wait).await;
             let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await?.pop() else { break };
+            n_before += attempts;
             evaluation = again;
         }
         let Evaluation { event, resolution, verdicts, .. } = evaluation;
@@ -434,7 +436,9 @@ impl Ingest {
             }
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
-            Resolution::Failed { plugin, reason, attempts, .. } => return Ok(dead(entry, reason, Some(plugin), attempts, decision)),
+            Resolution::Failed { plugin, reason, attempts, .. } => {
+                return Ok(dead(entry, reason, Some(plugin), n_before + attempts, decision));
+            }
         };
         Ok(Item { entry: entry.id, dedupe, proposal, decision })
     }
