@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::broker::{
     Batch, Broker, Committed, DeadReason, Decision, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS,
-    Partition, PartitionNumber, Proposal, Result, Slice,
+    Partition, PartitionNumber, Proposal, Result, Slice, Verdict,
 };
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
@@ -260,21 +260,14 @@ impl Ingest {
         let record = self.broker.records(partition, &[pending]).await?.pop().flatten();
         let record = record
             .ok_or_else(|| Error::Refused(format!("the record of the half-written plan {pending} is gone; restore it or the partition")))?;
-        let notification: Notification = serde_json::from_slice(&record)
-            .map_err(|e| Error::Refused(format!("the record of the half-written plan {pending} cannot be read: {e}")))?;
+        let unreadable = |e| Error::Refused(format!("the record of the half-written plan {pending} cannot be read: {e}"));
+        let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
+        let Made { decision } = serde_json::from_slice(&record).map_err(unreadable)?;
         tracing::info!(notification.id = pending.0, slices = head.position.slices, "continuing a half-written plan");
         let targets = notification.plan.targets();
-        let item = Item {
-            entry: notification.entry,
-            dedupe: None,
-            proposal: Proposal::Commit { record, targets },
-            decision: Decision {
-                event_id: notification.event.id.to_string(),
-                event_source: notification.event.source.to_string(),
-                event_type: notification.event.kind.to_string(),
-                ..Decision::default()
-            },
-        };
+        // An earlier version kept no decision with the plan.
+        let decision = decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
+        let item = Item { entry: notification.entry, dedupe: None, proposal: Proposal::Commit { record, targets }, decision };
         // By this owner it was not read before; the one that began the plan has left it to be read again.
         progress.read(1);
         self.commit_sliced(partition, head.life, item, head.position.slices).await?;
@@ -412,20 +405,17 @@ impl Ingest {
             evaluation = again;
         }
         let Evaluation { event, resolution, verdicts, .. } = evaluation;
-        let decision = Decision {
-            event_id: event.id.to_string(),
-            event_source: event.source.to_string(),
-            event_type: event.kind.to_string(),
-            verdicts,
-            reason: String::new(),
-            clock_ms,
-        };
+        let decision = decision_about(&event, verdicts, clock_ms);
         let dedupe = event.id_given.then(|| dedupe_key(&event));
         let proposal = match resolution {
             Resolution::Planned(plan) => {
                 let targets = plan.targets();
                 let notification = Notification { entry: entry.id, event, plan };
-                match serde_json::to_vec(&notification) {
+                let record = match targets.len() > MAX_INDEX_ENTRIES {
+                    true => serde_json::to_vec(&Begun { notification: &notification, decision: &decision }),
+                    false => serde_json::to_vec(&notification),
+                };
+                match record {
                     Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit { record: Bytes::from(record), targets },
                     Ok(record) => {
                         let reason = format!("the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most", record.len());
@@ -535,6 +525,31 @@ impl Ingest {
 
     fn count(&self, outcome: Outcome) {
         self.metrics.events.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }).inc();
+    }
+}
+
+/// The record of a plan that is written in slices. The decision is written with the last of them, maybe by another owner, who takes it from here.
+#[derive(Serialize)]
+struct Begun<'a> {
+    #[serde(flatten)]
+    notification: &'a Notification,
+    decision: &'a Decision,
+}
+
+/// What such a record holds beside the notification.
+#[derive(Deserialize)]
+struct Made {
+    decision: Option<Decision>,
+}
+
+fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decision {
+    Decision {
+        event_id: event.id.to_string(),
+        event_source: event.source.to_string(),
+        event_type: event.kind.to_string(),
+        verdicts,
+        reason: String::new(),
+        clock_ms,
     }
 }
 

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::on_each_broker;
 use super::puppet::{At, Op, Puppet};
-use super::stage::{Client, SOURCE, Stage, target, until};
+use super::stage::{Client, SOURCE, Stage, now_ms, target, until};
 use crate::harness::engine;
 use crate::harness::guests::core_module;
 use crate::harness::node::Folder;
@@ -213,6 +213,7 @@ async fn f03_after_a_fail_over_that_took_logs_back_no_hole_is_left() {
 /// recipients of one plan and half of another.
 async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_plan(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
+    let began_ms = now_ms();
     let mut stop = a.stop(At::After(Op::Slice));
     let users: Vec<String> = (0..2_500).map(|k| format!("user{k}")).collect();
     let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
@@ -231,6 +232,11 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
         assert_eq!(page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>(), [pending], "{user}");
     }
     assert_eq!((stage.head().await.pending, stage.head().await.last), (None, pending));
+    // Who finished the plan did not make it: the decision names those who did, and when.
+    let decisions = stage.puppet.broker.decisions(stage.p, 10).await.expect("decisions");
+    let (.., made) = decisions.iter().find(|(_, _, id, _)| *id == Some(pending)).expect("a decision");
+    assert_eq!(made.verdicts.iter().map(|said| (said.plugin.as_str(), said.verdict.as_str())).collect::<Vec<_>>(), [("address", "routes")]);
+    assert!((began_ms..=now_ms()).contains(&made.clock_ms), "{made:?}");
     next.stop().await;
 }
 
