@@ -23,10 +23,11 @@ const LEVELS: [&[&str]; 9] = [
 ];
 
 /// A word of an outside format, and the only places that may speak it.
-const ROOMS: [(&str, &[&str]); 8] = [
+const ROOMS: [(&str, &[&str]); 9] = [
     ("wasmtime::", &["plugin.rs", "plugin/"]),
     ("redb::", &["broker/embedded"]),
     ("::redis as client", &["broker/redis"]),
+    (" redis::", &["broker/redis"]),
     ("StatusCode", &["http.rs", "http/", "cli"]),
     ("text/event-stream", &["http/stream.rs", "cli/tail"]),
     ("wit_component", &["plugin/", "plugin.rs"]),

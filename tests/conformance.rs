@@ -82,6 +82,7 @@ macro_rules! suite {
                     a_page_continues_where_the_one_before_ended,
                     an_absent_log_is_told_apart_from_an_empty_stretch,
                     the_oldest_entries_leave_a_log_at_its_cap,
+                    what_is_too_old_leaves_a_log_that_lives_on,
                     everyone_has_a_cap_of_its_own,
                     absent_records_are_none_in_their_place,
                     f11_the_floor_rises_with_time_and_never_falls,

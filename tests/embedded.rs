@@ -9,6 +9,7 @@ use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::{Broker as _, PartitionNumber, Retention};
 use pointsman::event::EntryId;
+use pointsman::shutdown::Shutdown;
 
 const P: PartitionNumber = PartitionNumber(0);
 /// Where [`appends_until_it_is_killed`] finds its folder.
@@ -28,7 +29,7 @@ impl Folder {
 }
 
 fn open(dir: &Path) -> anyhow::Result<Embedded> {
-    Embedded::open(dir, &["pointsman:events".to_owned()], Retention::default())
+    Embedded::open(dir, &["pointsman:events".to_owned()], Retention::default(), Shutdown::new().alarm("the writer"))
 }
 
 impl Drop for Folder {

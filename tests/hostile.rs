@@ -138,6 +138,7 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
         (and("ttl", "-1"), "give it a number of seconds above 0"),
         (and("time", "yesterday"), "time 'yesterday' is no RFC 3339 time"),
         (and("specversion", "0.3"), "specversion is '0.3'; only 1.0 is spoken"),
+        (and("data_base64", "AAE="), "give the bytes as they are in 'data'"),
         (thousands(65), "the event has more than 64 extension attributes"),
         (thousands(3_000), "the event has more than 64 extension attributes"),
     ]
@@ -379,6 +380,7 @@ fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
         (stream("?user=42&user=43", b""), &[200, 400]),
         (stream("?user=42&min_priority=%00", b""), &[400]),
         (stream("?user=42&types=,,*,%0A,**", b""), &[200]),
+        (stream("?user=42&types=*.shipped", b""), &[400]),
         (stream("?user=42&last_event_id=a&last_event_id=b", b""), &[200, 400]),
         (stream("?user=42&last_event_id=%00%0A", b""), &[200]),
         (stream("?user=42&lastEventId=-1", b""), &[200]),

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 
 use serde_json::json;
 
+use crate::harness::eventually;
 use crate::harness::node::{Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::sse::{Notification, Request, Stream};
@@ -62,6 +63,25 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
     for mut stream in resumed {
         assert_eq!(stream.next_notification(SOON).id, "last");
     }
+}
+
+/// More of them than a replay queues at once: it waits for room, which nothing but the expiry makes.
+#[test]
+fn a_stream_whose_waiting_notifications_all_expire_while_nobody_reads_goes_on_when_somebody_does() {
+    let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
+    let mut stream = node.stream("42");
+    let mut witness = node.stream("42");
+    let brief = |n: usize| event(&format!("brief{n}"), "t", json!({ "user": "42", "ttl": "3s", "data": "x".repeat(BYTES) }));
+    node.publisher().publish(&(0..N_LOW).map(brief).collect::<Vec<_>>());
+    while witness.next_notification(SOON).id != format!("brief{}", N_LOW - 1) {}
+    assert!(bytes_in_the_kernel(&stream, node.addr()) < N_LOW * BYTES / 2, "most of them wait");
+    eventually(SOON, "they have expired", || {
+        let page = node.request("GET", "/v1/notifications?user=42").json();
+        (page["notifications"] == json!([])).then_some(())
+    });
+    node.publisher().publish(&[event("lasting", "t", json!({ "user": "42" }))]);
+    assert_eq!(witness.next_notification(SOON).id, "lasting");
+    while stream.next_notification(SOON).id != "lasting" {}
 }
 
 /// What the node has written and the client has not read.

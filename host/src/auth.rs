@@ -215,7 +215,7 @@ impl Auth {
                 ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => "the token is not signed by HS256".to_owned(),
                 ErrorKind::InvalidAudience => "the token is for another audience".to_owned(),
                 ErrorKind::InvalidIssuer => "the token is from another issuer".to_owned(),
-                ErrorKind::MissingRequiredClaim(claim) => format!("the token has no claim '{claim}'"),
+                ErrorKind::MissingRequiredClaim(claim) => format!("the token has no claim '{claim}' that can be read"),
                 _ => "this is no valid token".to_owned(),
             })
         })?;
@@ -424,7 +424,7 @@ mod tests {
         check(&claims(serde_json::json!({ "aud": "bank" })), "another audience");
         check(&claims(serde_json::json!({ "sub": 42 })), "no text claim 'sub'");
         check(&claims(serde_json::json!({ "sub": "a\nb" })), "control character");
-        check(&token(&serde_json::json!({ "sub": "ann", "aud": "shop" })), "no claim 'exp'");
+        check(&token(&serde_json::json!({ "sub": "ann", "aud": "shop" })), "no claim 'exp' that can be read");
         let (honest, other) = (claims(serde_json::json!({})), claims(serde_json::json!({ "sub": "bob" })));
         let forged = format!("{}.{}", other.rsplit_once('.').unwrap().0, honest.rsplit_once('.').unwrap().1);
         check(&forged, "signature");

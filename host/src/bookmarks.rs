@@ -56,19 +56,22 @@ impl Bookmarks {
     /// # Errors
     /// See [`Refusal`]. Those of `which` that come first may have been moved all the same.
     pub async fn acknowledge(&self, user: &Name, told: &Cursor, which: &[BookmarkOf]) -> Result<(), Refusal> {
-        let heads = self.heads_for(&[told]).await?;
-        let is_ahead = |position: &Position| {
-            heads
-                .get(&position.partition)
-                .is_some_and(|head| head.life == position.life && highest(told, position) > head.survived(head.life))
-        };
-        if told.positions.iter().any(is_ahead) {
+        if self.is_ahead(told).await? {
             return Err(Refusal::Ahead);
         }
         for which in which {
             self.move_to(user, told, which).await?;
         }
         Ok(())
+    }
+
+    /// Whether the cursor names what was not committed yet. A bookmark there could never be moved back.
+    async fn is_ahead(&self, cursor: &Cursor) -> broker::Result<bool> {
+        let heads = self.heads_for(&[cursor]).await?;
+        Ok(cursor.positions.iter().any(|position| {
+            let head = heads.get(&position.partition);
+            head.is_some_and(|head| head.life == position.life && highest(cursor, position) > head.survived(head.life))
+        }))
     }
 
     async fn move_to(&self, user: &Name, told: &Cursor, which: &BookmarkOf) -> Result<(), Refusal> {
@@ -89,7 +92,7 @@ impl Bookmarks {
 
     /// Where a device's stream begins: where it `asked` to, or at the device's bookmark, or, in sync with the user's other devices, at the
     /// furthest place that any of them acknowledged. A device without a bookmark has one from now on: where it begins, or, if it asked for history
-    /// by time, where that ends.
+    /// by time or for what is not there yet, where that ends.
     ///
     /// # Errors
     /// The broker's: where the device is cannot be known, or not be kept.
@@ -105,7 +108,7 @@ impl Bookmarks {
                 return Ok(start);
             }
             let first = match &start {
-                Start::Cursor(cursor) => cursor.clone(),
+                Start::Cursor(cursor) if !self.is_ahead(cursor).await? => cursor.clone(),
                 _ => self.latest().await?,
             };
             if self.0.broker.move_bookmark(user, &own, None, &bookmark(user, &first, false)).await? {

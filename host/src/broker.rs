@@ -297,7 +297,7 @@ pub enum Committed {
 pub struct Page {
     /// Ids above the one asked for, ascending, each with the id before it in this log when it was written (or the floor then).
     pub entries: Vec<(NotificationId, NotificationId)>,
-    /// Whether the log exists at all.
+    /// Whether the log exists at all. `false`, too, where all that lies above the id asked for is too old to be kept.
     pub is_present: bool,
     /// Nothing follows.
     pub is_last: bool,

@@ -22,6 +22,8 @@ pub(crate) mod reload;
 pub use layers::Layers;
 pub use reload::{Origin, Recipe};
 
+const TEN_YEARS_S: u64 = 315_360_000;
+
 /// `pointsman config --defaults`: every key with its default and what it is for. A test reads it back.
 pub const DEFAULTS: &str = include_str!("config/defaults.toml");
 
@@ -180,6 +182,21 @@ impl Config {
         at_least("retention.backlog_entries", retention.backlog_entries, 1)?;
         at_least("retention.bookmark_age_s", retention.bookmark_age_s, 60)?;
         at_least("retention.devices", retention.devices.into(), 1)?;
+        for (key, value) in [
+            ("stream.heartbeat_s", stream.heartbeat_s),
+            ("stream.stall_s", stream.stall_s),
+            ("stream.cursor_s", stream.cursor_s),
+            ("stream.max_age_s", stream.max_age_s),
+            ("retention.max_age_s", retention.max_age_s),
+            ("retention.keep_s", retention.keep_s),
+            ("retention.dedupe_window_s", retention.dedupe_window_s),
+            ("retention.bookmark_age_s", retention.bookmark_age_s),
+        ] {
+            // What is added to a time must stay one.
+            if value > TEN_YEARS_S {
+                return Err(layers.fault(key, format!("is {value}; give at most {TEN_YEARS_S}, which is ten years")));
+            }
+        }
         check_sources(layers, &broker.sources)?;
         let choice = choose(layers, &broker)?;
         let origins = Origins::new(&listen.origins, auth.dev).map_err(|text| layers.fault("listen.origins", text))?;
@@ -393,6 +410,10 @@ mod tests {
         check(good, &[("POINTSMAN_BROKER_SOURCES", "a,a")], &[], &["broker.sources: names 'a' twice"]);
         check(good, &[("POINTSMAN_BROKER_SOURCES", "a,b,c,d,e,f,g,h,i")], &[], &["names 9 sources; give 1 to 8"]);
         check(good, &[("POINTSMAN_RETENTION_MAX_AGE_S", "60")], &[], &["retention.max_age_s: is 60; give at least 600"]);
+        let endless = i64::MAX.to_string();
+        for (variable, key) in [("RETENTION_MAX_AGE_S", "retention.max_age_s"), ("STREAM_CURSOR_S", "stream.cursor_s")] {
+            check(good, &[(&format!("POINTSMAN_{variable}"), &endless)], &[], &[key, "give at most 315360000, which is ten years"]);
+        }
         check(good, &[("POINTSMAN_INGEST_MAX_EVENT_BYTES", "1000000")], &[], &["give at most 524288"]);
         check(good, &[("POINTSMAN_LISTEN_ADMIN", "127.0.0.1:8080")], &[], &["POINTSMAN_LISTEN_ADMIN: listen.admin: ", "a port of its own"]);
         check(good, &[("POINTSMAN_LOG", "a=b=c")], &[], &["POINTSMAN_LOG: log.filter: 'a=b=c' is no filter"]);

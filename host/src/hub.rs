@@ -326,7 +326,7 @@ impl Shared {
             match self.broker.feed().await {
                 Ok(feed) => {
                     delay = Duration::from_millis(100);
-                    Listener { hub: &self, lives: HashMap::new() }.listen(feed).await;
+                    Listener { hub: &self, lives: HashMap::new(), unread: HashSet::new() }.listen(feed).await;
                     self.lock().follow = None;
                 }
                 Err(error) => {
@@ -345,6 +345,8 @@ struct Listener<'a> {
     hub: &'a Arc<Shared>,
     /// The present life of each partition, as far as this node knows.
     lives: HashMap<PartitionNumber, Life>,
+    /// Whose head could not be read for the batch at hand.
+    unread: HashSet<PartitionNumber>,
 }
 
 impl Listener<'_> {
@@ -392,6 +394,7 @@ impl Listener<'_> {
 
     async fn hear(&mut self, batch: Vec<Notice>) {
         let records = self.records(&batch).await;
+        self.unread.clear();
         for notice in batch {
             match notice {
                 Notice::Append { partition, target, life, id, .. } => {
@@ -541,12 +544,17 @@ impl Listener<'_> {
     /// Asks which life is the present one, and sends the streams that live in another to replay, where they learn what became of theirs.
     /// Asked where feed, node and streams disagree: each of them may have been told last by a primary that is none any more.
     async fn look(&mut self, partition: PartitionNumber) -> Option<Life> {
+        // Asked once for a batch: the replays that began with the first answer find what the rest of it speaks of.
+        if self.unread.contains(&partition) {
+            return None;
+        }
         let present = match self.hub.broker.head(partition).await {
             Ok(head) => head.life,
             Err(error) => {
                 // The notice cannot be judged, and the next one must not move a mark past what it spoke of.
                 tracing::warn!(partition = partition.0, %error, "the head could not be read; the streams of the partition go back to replay");
                 self.hub.replay_all(&[partition], "life");
+                self.unread.insert(partition);
                 return None;
             }
         };
@@ -569,6 +577,22 @@ impl Listener<'_> {
 mod tests {
     use super::*;
     use crate::http::fake::FakeBroker;
+
+    /// Each replay is a task, and each question may take as long as a broker that is away.
+    #[tokio::test]
+    async fn however_many_notices_cannot_be_judged_at_once_the_streams_replay_once() {
+        let broker = FakeBroker::failing(|| crate::broker::Error::Away("so that no notice can be judged".to_owned()));
+        let hub = Hub::start(Arc::new(broker), Metrics::default(), &Shutdown::new());
+        let _stream = hub.open(Name::parse("ann").unwrap(), Start::Latest, Filter::default());
+        let partition = hub.0.partitions[0];
+        let mut listener = Listener { hub: &hub.0, lives: HashMap::new(), unread: HashSet::new() };
+        let replays = || hub.0.metrics.replays.get_or_create(&ReasonLabel { reason: "life" }).get();
+        for n_batches in 1..=2 {
+            let tick = |n| Notice::Tick { partition, life: Life::from_bits(7), last: NotificationId(n) };
+            listener.hear((0..50).map(tick).collect()).await;
+            assert_eq!(replays(), n_batches);
+        }
+    }
 
     #[tokio::test]
     async fn a_hub_that_panics_ends_the_node() {

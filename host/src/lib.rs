@@ -147,7 +147,7 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
 
     // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
     let reached = async {
-        let broker = open(&broker, &sources, &retention, &readiness).await?;
+        let broker = open(&broker, &sources, &retention, &readiness, &shutdown).await?;
         let hub = Hub::start(Arc::clone(&broker), metrics.clone(), &shutdown);
         state.set_broker(Arc::clone(&broker), hub.clone());
         shutdown.spawn(
@@ -221,8 +221,15 @@ async fn start_plugins(
 }
 
 /// Opens the broker. A Redis that is away is tried again, with a growing and jittered pause, until it is there.
-async fn open(choice: &BrokerChoice, sources: &[String], retention: &Retention, readiness: &Readiness) -> anyhow::Result<Arc<dyn Broker>> {
+async fn open(
+    choice: &BrokerChoice,
+    sources: &[String],
+    retention: &Retention,
+    readiness: &Readiness,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Arc<dyn Broker>> {
     let (own_sources, retention) = (sources.to_vec(), retention.clone());
+    let alarm = shutdown.alarm("the writer of the store");
     match choice.clone() {
         BrokerChoice::Redis { url } => {
             let connect = || async { Ok(Arc::new(Redis::connect(&url, sources, retention.clone()).await?) as Arc<dyn Broker>) };
@@ -230,10 +237,10 @@ async fn open(choice: &BrokerChoice, sources: &[String], retention: &Retention, 
         }
         BrokerChoice::Data(folder) => {
             // Recovers what a killed process left: not for an async thread.
-            let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, &own_sources, retention)).await;
+            let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, &own_sources, retention, alarm)).await;
             Ok(Arc::new(opened.context("opening the store panicked")??))
         }
-        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(&own_sources, retention)?)),
+        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(&own_sources, retention, alarm)?)),
     }
 }
 

@@ -192,8 +192,9 @@ impl Body {
         }
         if n_sent > 0 {
             self.metrics.notifications_sent.inc_by(n_sent);
-            stream.made_room();
         }
+        // Whether or not something is written: what has expired left the lanes, too, and a replay may wait for that.
+        stream.made_room();
         if self.signals.heartbeat.swap(false, Ordering::AcqRel) && self.buffer.is_empty() {
             self.buffer.put_slice(b":\n");
         }

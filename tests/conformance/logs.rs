@@ -77,6 +77,27 @@ pub(super) async fn the_oldest_entries_leave_a_log_at_its_cap(bench: Bench) {
     assert_eq!(page.entries[0], (all[2], all[1]));
 }
 
+/// A log that lives on does not keep what is too old: what is left points to the last that went, so that a reader from before it sees one hole.
+pub(super) async fn what_is_too_old_leaves_a_log_that_lives_on(bench: Bench) {
+    let node = bench.open_with(&Retention { max_age_s: 3, ..Retention::default() }).await;
+    let (a, b) = (node.publish("a", &["u:1"]).await, node.publish("b", &["u:1"]).await);
+    let begun_ms = node.head().await.now_ms;
+    until(async || node.head().await.now_ms >= begun_ms + 2_000).await;
+    let young = node.publish("young", &["u:1"]).await;
+    until(async || {
+        node.broker.tick(node.p).await.unwrap();
+        !node.ids("u:1", BEGIN).await.contains(&b)
+    })
+    .await;
+    for before in [BEGIN, a, b] {
+        let page = node.broker.page(node.p, &target("u:1"), before, 10).await.unwrap();
+        assert_eq!((page.entries, page.is_present, page.is_last), (vec![(young, b)], true, true), "from {before}");
+    }
+    let new = node.publish("new", &["u:1"]).await;
+    let page = node.broker.page(node.p, &target("u:1"), BEGIN, 10).await.unwrap();
+    assert_eq!(page.entries, [(young, b), (new, young)]);
+}
+
 pub(super) async fn everyone_has_a_cap_of_its_own(bench: Bench) {
     let node = bench.open_with(&Retention { log_entries: 2, everyone_entries: 4, ..Retention::default() }).await;
     let mut all = Vec::new();

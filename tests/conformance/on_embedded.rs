@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::{Broker, Retention};
+use pointsman::shutdown::Shutdown;
 
 use super::Store;
 
@@ -33,9 +34,10 @@ impl Place {
     }
 
     fn start(&self, retention: &Retention) -> Arc<Embedded> {
+        let alarm = Shutdown::new().alarm("the writer");
         let opened = match &self.dir {
-            Some(dir) => Embedded::open(dir, &self.sources, retention.clone()),
-            None => Embedded::ephemeral(&self.sources, retention.clone()),
+            Some(dir) => Embedded::open(dir, &self.sources, retention.clone(), alarm),
+            None => Embedded::ephemeral(&self.sources, retention.clone(), alarm),
         };
         Arc::new(opened.expect("the store opens"))
     }

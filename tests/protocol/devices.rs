@@ -199,6 +199,10 @@ async fn what_is_yet_to_come_cannot_be_acknowledged(stage: Stage) {
     let refused = bookmarks.acknowledge(&name("ann"), &overtaken, &[device("phone")]).await;
     assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
     assert_eq!(start(&bookmarks, "phone").await, first);
+    // Nor does a device begin there for good.
+    let asked = Some(Start::Cursor(ahead));
+    bookmarks.start(&name("ann"), name("tablet"), false, asked).await.expect("a place");
+    assert_eq!(start(&bookmarks, "tablet").await, first);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,8 @@
 //! What history no longer holds is said, and nothing else is: logs that expire, are cut or come again while somebody reads them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use pointsman::broker::Retention;
 use pointsman::event::NotificationId;
 use pointsman::subscription::{Gap, GapReason, Start};
@@ -184,6 +187,27 @@ async fn a_record_that_is_gone_is_a_gap() {
     // A gap goes before whatever waits.
     received.sort_unstable();
     assert_eq!(received, ["gap", "n1", "n3"]);
+}
+
+/// Whether a fail-over took them is asked once for all that are read at a time: thousands may be gone at once, and each question is a script.
+#[tokio::test]
+async fn records_that_are_gone_cost_a_question_a_window() {
+    let stage = Stage::redis().await;
+    let hub = stage.hub();
+    let start = Client::live(&hub, "ann").await.cut();
+    let ids = stage.events("n", 100, &[to("u:ann")]).await;
+    let gone: Vec<String> = ids[..99].iter().map(|id| format!("{TAG}e:{id}")).collect();
+    let () = stage.server().command(&format!("DEL {}", gone.join(" ")));
+    let n_heads = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&n_heads);
+    stage.puppet.lose(move |at| {
+        counted.fetch_add(usize::from(at == At::Before(Op::Head)), Ordering::Relaxed);
+        false
+    });
+    let mut client = Client::open(&hub, "ann", start);
+    while !matches!(client.frame().await, Frame::Event { id, .. } if id == "n100") {}
+    let n_heads = n_heads.load(Ordering::Relaxed);
+    assert!(n_heads < 10, "{n_heads} questions for 99 records");
 }
 
 /// Reading begins where the member joined, and the entry before the first one that is read lies above the cursor: nothing is missing.

@@ -7,6 +7,7 @@ use pointsman::broker::embedded::Embedded;
 use pointsman::broker::{Broker, Notice, RecipientChange, Retention};
 use pointsman::criteria::{Attributes, Criteria, Operator, Test};
 use pointsman::event::{Route, Value};
+use pointsman::shutdown::Shutdown;
 
 use super::on_each_broker;
 use super::puppet::{At, Fate, Op};
@@ -217,7 +218,9 @@ async fn a_partition_that_is_gone_holds_nobody_in_a_group() {
     let folder = Folder::new();
     let open = |sources: &[&str]| {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
-        Arc::new(Embedded::open(folder.path(), &sources, Retention::default()).expect("the folder opens"))
+        Arc::new(
+            Embedded::open(folder.path(), &sources, Retention::default(), Shutdown::new().alarm("the writer")).expect("the folder opens"),
+        )
     };
     let broker = open(&["a", "b"]);
     let group = name("ops");

@@ -115,7 +115,8 @@ impl Stage {
 
     pub(super) async fn embedded_with(sources: &[&str], retention: Retention) -> Self {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
-        let broker: Arc<dyn Broker> = Arc::new(Embedded::ephemeral(&sources, retention.clone()).expect("memory"));
+        let broker: Arc<dyn Broker> =
+            Arc::new(Embedded::ephemeral(&sources, retention.clone(), Shutdown::new().alarm("the writer")).expect("memory"));
         let p = broker.partitions()[0].number;
         Self { server: None, sources, retention, puppet: Puppet::over(broker), metrics: Metrics::default(), n_fences: AtomicU64::new(0), p }
     }

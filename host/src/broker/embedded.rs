@@ -47,6 +47,7 @@ use super::{
     PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
+use crate::shutdown::Alarm;
 
 mod bookmarks;
 mod commit;
@@ -115,22 +116,23 @@ pub fn check_folder(dir: &Path) -> anyhow::Result<()> {
 
 impl Embedded {
     /// Opens the data folder, and makes it if it is not there. `sources`: the keys of the sources, whose numbers the folder remembers.
+    /// `alarm`: for when it can no longer write.
     ///
     /// # Errors
     /// One line that names the folder and the fix: another process has it, a newer pointsman made it, it is damaged, it cannot be written.
-    pub fn open(dir: &Path, sources: &[String], retention: Retention) -> anyhow::Result<Self> {
-        Self::start(Medium::Folder(dir.to_owned()), sources, retention, system_clock())
+    pub fn open(dir: &Path, sources: &[String], retention: Retention, alarm: Alarm) -> anyhow::Result<Self> {
+        Self::start(Medium::Folder(dir.to_owned()), sources, retention, system_clock(), alarm)
     }
 
     /// Opens a broker that keeps all in memory.
     ///
     /// # Errors
     /// If a source is named twice, or there are too many.
-    pub fn ephemeral(sources: &[String], retention: Retention) -> anyhow::Result<Self> {
-        Self::start(Medium::Memory, sources, retention, system_clock())
+    pub fn ephemeral(sources: &[String], retention: Retention, alarm: Alarm) -> anyhow::Result<Self> {
+        Self::start(Medium::Memory, sources, retention, system_clock(), alarm)
     }
 
-    fn start(medium: Medium, sources: &[String], retention: Retention, clock: Clock) -> anyhow::Result<Self> {
+    fn start(medium: Medium, sources: &[String], retention: Retention, clock: Clock, alarm: Alarm) -> anyhow::Result<Self> {
         let opened = Store::open(medium, |transaction| layout::prepare(transaction, sources, &retention, clock()));
         // One line with all causes, however it is printed.
         let (store, prepared) = opened.map_err(|error| anyhow::anyhow!("{error:#}"))?;
@@ -138,7 +140,7 @@ impl Embedded {
         let feeds = Arc::new(Feeds::new(partitions.iter().map(|partition| partition.number).collect()));
         let arrivals = partitions.iter().map(|_| Notify::new()).collect();
         let shared = Arc::new(Shared { store, partitions, metas: RwLock::new(metas), arrivals, feeds, retention, clock });
-        let writer = Writer::start(Arc::clone(&shared))?;
+        let writer = Writer::start(Arc::clone(&shared), alarm)?;
         Ok(Self { shared, writer, leases: Mutex::default() })
     }
 

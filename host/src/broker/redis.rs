@@ -11,13 +11,13 @@
 //! | `T` `meta` | hash | `pos` `entry` or `entry/k`; `pending`, id of a plan being written in slices; `last`; `n`, entries counted; `life`, `life_no`, `replid`; `number`, the partition's own; `max_age` ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, newest dedupe bucket; `takeovers` and `attempts`, `what count`; `trim_at` ms; counters: the five outcome words, `lost_upstream`, `strays`, `dead_trimmed`, `dedupe_overflows`, `foreign_logs` |
 //! | `T` `lives` | list | `life last`: each life with the last id that survived when it began; 16 newest |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age, a pending plan's never |
-//! | `T` `l:<log>` | zset | score id, member `id pred`; log `u:<user>`, `g:<group>` or `all` |
+//! | `T` `l:<log>` | zset | score id, member `id pred`; log `u:<user>`, `g:<group>` or `all`. What is older than max_age goes as the log is written to, and the rest of it 2 % after the age of the newest |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' ids, `b` = entry's ms / window |
 //! | `T` `dead` | stream | `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name behind `f:` |
 //! | `T` `what` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if it was committed |
 //! | `T` `owner` | string | The lease: the node's name |
 //! | `pointsman:partitions` | hash | source -> number of its partition; only ever added to |
-//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms` |
+//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. Expires max_age after the last leaving if nothing else is in it |
 //! | `pointsman:bookmarks:{pointsman:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there, with the time of its last move. In the slot of the user's other key, but for a name with braces. Expires with its newest |
 //!
 //! | Channel | Message |
@@ -31,11 +31,11 @@
 //! # Memberships
 //!
 //! A user has one span a group and partition, the newest: joining again after leaving begins a new one, and what the earlier one had let in is no longer
-//! shown. A partition that was added after joining is the member's from its beginning.
+//! shown to who comes back from before it (README.md says so). A partition that was added after joining is the member's from its beginning.
 //!
 //! # Connections
 //!
-//! One for commands (`redis/link.rs`), up to two a partition for reads that wait, one for notices (`redis/feed.rs`). A command is answered within 2 s or the
+//! One for commands (`redis/link.rs`), two a partition kept for reads that wait (more while more read at once), one for notices (`redis/feed.rs`). A command is answered within 2 s or the
 //! broker is away; a read that waits has these 2 s on top.
 
 use std::collections::BTreeMap;

@@ -105,6 +105,10 @@ impl Event {
             if name == "event" {
                 return Err(Malformed::new("must be the only field, or be left out").of("event"));
             }
+            if name == "data_base64" {
+                let fix = "is a member of JSON documents; give the bytes as they are in 'data', with a datacontenttype such as application/octet-stream";
+                return Err(Malformed::new(fix).of("data_base64"));
+            }
             let text = std::str::from_utf8(value).map_err(|_| Malformed::new("is not UTF-8").of(printable(name)))?;
             draft.set(name, Value::Text(text.to_owned()))?;
         }
@@ -520,6 +524,7 @@ mod tests {
         check(&[("type", "t"), ("specversion", "0.3")], "only 1.0");
         check(&[("event", "[]")], "is not a JSON object");
         check(&[("event", "{}"), ("type", "t")], "event must be the only field");
+        check(&[("type", "t"), ("data_base64", "AAE=")], "give the bytes as they are in 'data'");
         check(&[("event", r#"{"type":"t","data":1,"data_base64":"AA=="}"#)], "exclude each other");
         check(&[("event", r#"{"type":"t","x":{}}"#)], "x is an object");
     }

@@ -41,6 +41,10 @@ impl Selection {
         if types.len() > MAX_TYPES {
             return Err(ApiError::bad_request(format!("types names {} patterns; {MAX_TYPES} is the most", types.len())));
         }
+        if let Some(wrong) = types.iter().find(|one| one.trim_end_matches('*').contains('*')) {
+            let message = format!("types has '{}', and only the end of one may be a *", wrong.escape_debug());
+            return Err(ApiError::bad_request(message).fix("name each type, or what they begin with, such as order.*"));
+        }
         let min_priority = self.min_priority.as_deref().map(str::parse::<Priority>).transpose();
         let min_priority = min_priority.map_err(|e| ApiError::bad_request(e.of("min_priority").to_string()))?;
         Ok(Filter { types: types.into_iter().map(str::to_owned).collect(), min_priority })
@@ -147,8 +151,9 @@ fn event_stream(body: Body) -> Response {
 /// Where the client asks to begin, if it does.
 fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
     // Lossy: an id that is no text is one that nobody knows, and not none at all.
-    let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
-    let asked = header.or_else(|| parameters.last(is_place).map(str::to_owned));
+    let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_owned());
+    // A client that has no id yet may send an empty one, which says nothing.
+    let asked = header.filter(|asked| !asked.is_empty()).or_else(|| parameters.last(is_place).map(str::to_owned));
     asked.filter(|asked| !asked.is_empty()).and_then(|asked| Start::read(&asked, user))
 }
 

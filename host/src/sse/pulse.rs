@@ -34,11 +34,15 @@ pub struct Seat(#[expect(dead_code, reason = "held for as long as the stream is 
 struct Wheel {
     now: usize,
     slots: Vec<Vec<Entry>>,
+    /// Once the node ends: the moment by which every stream has ended.
+    drained_by_ms: Option<u64>,
 }
 
 struct Entry {
     signals: Weak<Signals>,
     end: Option<(u64, End)>,
+    /// Whether it was told to end.
+    is_ended: bool,
     next_heartbeat_ms: u64,
     next_cursor_ms: u64,
     /// What the socket had taken when it was last seen to move, or to have nothing to take, and when that was.
@@ -56,7 +60,7 @@ impl Pulse {
     /// Starts the timer. It ends with the runtime; without it no stream would end with its token, so that a panic of it ends the node.
     pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
-        let wheel = Mutex::new(Wheel { now: 0, slots });
+        let wheel = Mutex::new(Wheel { now: 0, slots, drained_by_ms: None });
         let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
         let pulse = Self(Arc::new(Shared { config, metrics, wheel, seats }));
         let weak = Arc::downgrade(&pulse.0);
@@ -95,6 +99,7 @@ impl Pulse {
         let entry = Entry {
             signals: Arc::downgrade(signals),
             end,
+            is_ended: false,
             next_heartbeat_ms: now + self.0.heartbeat_ms(),
             next_cursor_ms: now + config.cursor_s * 1000,
             taken: 0,
@@ -103,16 +108,9 @@ impl Pulse {
         self.0.lock().put(entry, now);
     }
 
-    /// Ends every stream at a random moment within `grace`.
+    /// Ends every stream at a random moment within `grace`, also those that are opened from now on.
     pub fn drain(&self, grace: Duration) {
-        let now = now_ms();
-        let mut wheel = self.0.lock();
-        let all: Vec<Entry> = wheel.slots.iter_mut().flat_map(std::mem::take).collect();
-        for mut entry in all {
-            let at = now + spread(grace.as_millis() as u64, 0.0, 1.0);
-            entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
-            wheel.put(entry, now);
-        }
+        self.0.lock().drain(now_ms(), grace.as_millis() as u64);
     }
 }
 
@@ -128,8 +126,24 @@ impl Entry {
 }
 
 impl Wheel {
-    /// Into the slot of the next thing that is due.
-    fn put(&mut self, entry: Entry, now_ms: u64) {
+    fn drain(&mut self, now_ms: u64, grace_ms: u64) {
+        self.drained_by_ms = Some(now_ms + grace_ms);
+        let all: Vec<Entry> = self.slots.iter_mut().flat_map(std::mem::take).collect();
+        for entry in all {
+            self.put(entry, now_ms);
+        }
+    }
+
+    /// Into the slot of the next thing that is due. Whoever passes by while the node ends, ends with it: a stream may have been on its way here,
+    /// or in the hands of the timer, as that began.
+    fn put(&mut self, mut entry: Entry, now_ms: u64) {
+        if let Some(by) = self.drained_by_ms
+            && !entry.is_ended
+            && !matches!(entry.end, Some((_, End::Drain)))
+        {
+            let at = now_ms + spread(by.saturating_sub(now_ms), 0.0, 1.0);
+            entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
+        }
         let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| end.min(entry.next_heartbeat_ms));
         let seconds = (due.saturating_sub(now_ms).div_ceil(1000) as usize).clamp(1, SLOTS - 1);
         let slot = (self.now + seconds) % SLOTS;
@@ -180,7 +194,7 @@ impl Shared {
             self.closed(end.as_str());
             signals.wake();
             // Looked at on, in case that the socket does not take the end either.
-            entry.end = None;
+            (entry.end, entry.is_ended) = (None, true);
         }
         if entry.next_heartbeat_ms <= now {
             signals.heartbeat.store(true, Ordering::Release);
@@ -203,4 +217,42 @@ impl Shared {
 /// A random number between `low` and `high` times `of`.
 fn spread(of: u64, low: f64, high: f64) -> u64 {
     (of as f64 * rand::random_range(low..=high)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_000_000;
+    const GRACE: u64 = 10_000;
+
+    fn entry(end: Option<(u64, End)>) -> Entry {
+        let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
+        Entry { signals: Weak::new(), end, is_ended: false, next_heartbeat_ms, next_cursor_ms, taken: 0, moved_ms: NOW }
+    }
+
+    fn ends(wheel: &Wheel) -> Vec<Option<(u64, End)>> {
+        wheel.slots.iter().flatten().map(|entry| entry.end).collect()
+    }
+
+    #[test]
+    fn a_stream_that_is_opened_or_looked_at_while_the_node_ends_ends_with_it() {
+        let mut wheel = Wheel { now: 0, slots: (0..SLOTS).map(|_| Vec::new()).collect(), drained_by_ms: None };
+        let soon = Some((NOW + 1, End::TokenExpired));
+        for end in [None, Some((NOW + 3_600_000, End::Age)), soon] {
+            wheel.put(entry(end), NOW);
+        }
+        wheel.drain(NOW, GRACE);
+        wheel.put(entry(None), NOW + GRACE - 1);
+        let drained = ends(&wheel);
+        assert_eq!(drained.len(), 4);
+        assert!(drained.iter().all(|end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == End::Drain)), "{drained:?}");
+        assert!(drained.iter().any(|end| end.is_some_and(|(at, _)| at <= NOW + 1)), "none ends later than it would have: {drained:?}");
+        // Each keeps its moment while the timer looks at it, and is told once.
+        wheel.drain(NOW + 1, GRACE);
+        assert_eq!(ends(&wheel).iter().flatten().map(|(at, _)| *at).max(), drained.iter().flatten().map(|(at, _)| *at).max());
+        let mut told = Wheel { slots: (0..SLOTS).map(|_| Vec::new()).collect(), ..wheel };
+        told.put(Entry { is_ended: true, ..entry(None) }, NOW);
+        assert_eq!(ends(&told), [None]);
+    }
 }

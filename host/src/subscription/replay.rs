@@ -140,8 +140,12 @@ impl History {
                 break;
             }
             let records = self.read_records(partition, head.life, &ids).await?;
+            // Once for all that are gone: they were read before it.
+            if records.iter().any(Option::is_none) {
+                self.same_life(partition, &head).await?;
+            }
             for (id, record) in ids.into_iter().zip(records) {
-                self.hand_over(stream, partition, round, &head, id, record).await?;
+                self.hand_over(stream, partition, round, id, record).await?;
             }
             stream.wake();
         }
@@ -226,12 +230,10 @@ impl History {
         stream: &OpenStream,
         partition: PartitionNumber,
         round: u64,
-        head: &Head,
         id: NotificationId,
         record: Option<Arc<Record>>,
     ) -> Result<(), Stop> {
         let Some(record) = record else {
-            self.same_life(partition, head).await?;
             return in_round(stream, partition, round, |subscription| {
                 if subscription.pass_over(partition, id) {
                     subscription.announce(Gap { partition, reason: GapReason::Trimmed, from: NotificationId(id.0 - 1), to: id });

@@ -2,7 +2,8 @@
 //!
 //! A plugin that reads a payload asks for some hundred small blocks an event and gives all of them back. Natively the C library answers that
 //! from such lists; what Rust brings to WebAssembly instead searches, splits and merges each time, a fifth of the time that parsing takes
-//! (`make bench`). What this costs: a small block is never merged with its neighbours, so that a plugin holds, for each size, the most that
+//! (`make bench`). What the host hands in comes from here as well: `cabi_realloc`, of wit-bindgen or on WASI of the standard library, asks the global
+//! allocator. What this costs: a small block is never merged with its neighbours, so that a plugin holds, for each size, the most that
 //! it ever needed of it at once; until its instance is replaced, which the host does anyway.
 
 #![expect(unsafe_code, reason = "an allocator hands out memory")]

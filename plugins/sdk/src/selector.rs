@@ -48,6 +48,9 @@ impl Pointer {
     /// # Errors
     /// What is wrong with it, and the fix.
     pub fn parse(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("'' is the payload whole, which cannot be looked at; name a field of it, such as '/order/id'".to_owned());
+        }
         if !text.starts_with('/') {
             return Err(format!("'{text}' is no JSON pointer; write '/{}'", text.replace('.', "/")));
         }

@@ -2,6 +2,7 @@
 
 use super::*;
 use pointsman::broker::{RecipientChange, Span};
+use pointsman::event::Value;
 
 async fn findings(node: &Node) -> Vec<(Severity, String)> {
     node.broker.check().await.expect("check").into_iter().map(|finding| (finding.severity, finding.text)).collect()
@@ -182,4 +183,56 @@ async fn a_partition_added_later_is_the_members_from_its_beginning() {
     node.broker.change_recipient(&name("1"), RecipientChange::Leave { group: name("stays") }).await.unwrap();
     let groups = node.broker.recipient(&name("1")).await.unwrap().groups;
     assert_eq!(groups[&name("stays")][&more], Span { joined: BEGIN, left: Some(BEGIN) });
+}
+
+/// The expiry of the key never comes for a log that is written to, and its cap may be years away.
+#[tokio::test]
+async fn writing_to_a_log_removes_what_is_too_old() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    node.publish("young", &["u:1", "all"]).await;
+    let long_ago = NotificationId::at_ms(node.head().await.now_ms - 8 * 24 * 3600 * 1000);
+    let logs = ["u:1", "all"].map(|log| format!("{TAG}l:{log}"));
+    for log in &logs {
+        let () = server.command(&format!("ZADD {log} {long_ago} {long_ago}"));
+    }
+    node.publish("new", &["u:1"]).await;
+    assert_eq!(logs.map(|log| server.command::<u32>(&format!("ZCARD {log}"))), [2, 2], "the old one went from the log that was written to");
+}
+
+/// A log of which nothing that is asked for is young enough ends like one that is gone, and not in silence.
+#[tokio::test]
+async fn a_log_of_which_all_is_too_old_is_as_good_as_gone() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let id = node.publish("a", &["u:1"]).await;
+    // The key lives for as long as the age was when it was written.
+    let () = server.command(&format!("HSET {TAG}meta max_age 1"));
+    until(async || node.ids("u:1", BEGIN).await.is_empty()).await;
+    let page = async |before| node.broker.page(node.p, &target("u:1"), before, 10).await.unwrap();
+    let missed = page(BEGIN).await;
+    assert!(!missed.is_present && missed.is_last && missed.floor > id, "{missed:?}");
+    assert!(page(id).await.is_present, "who had it has missed nothing");
+}
+
+/// Or there would be a key for everybody who ever was in a group; and whoever comes back in time must not be forgotten all the same.
+#[tokio::test]
+async fn who_left_all_groups_is_forgotten_after_the_age() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let pttl = || server.command::<i64>("PTTL pointsman:user:ann");
+    let change = async |change| node.broker.change_recipient(&name("ann"), change).await.expect("change");
+    let (join, leave) = (RecipientChange::Join { group: name("ops") }, RecipientChange::Leave { group: name("ops") });
+    let age_ms = i64::try_from(Retention::default().max_age_s).expect("a week") * 1000;
+    change(join.clone()).await;
+    assert_eq!(pttl(), -1, "a member");
+    change(leave.clone()).await;
+    assert!(pttl() > age_ms - 60_000 && pttl() <= age_ms, "{}", pttl());
+    change(join).await;
+    assert_eq!(pttl(), -1, "a member again");
+    change(leave).await;
+    change(RecipientChange::Attributes([("plan".into(), Value::Text("pro".into()))].into())).await;
+    assert_eq!(pttl(), -1, "has attributes");
+    change(RecipientChange::Attributes([].into())).await;
+    assert!(pttl() > 0, "{}", pttl());
 }

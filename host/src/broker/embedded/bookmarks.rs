@@ -28,11 +28,12 @@ struct Kept {
 
 impl Stored {
     fn find(user: &Name, table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Self, Failure> {
-        table.get(user.as_str())?.map_or_else(|| Ok(Self::default()), |row| Self::read(row.value()))
+        let Some(row) = table.get(user.as_str())? else { return Ok(Self::default()) };
+        Self::read(row.value()).map_err(|error| Failure::unreadable(&format!("the row of the bookmarks of user '{user}'"), &error))
     }
 
-    pub(super) fn read(row: &[u8]) -> Result<Self, Failure> {
-        serde_json::from_slice(row).map_err(|error| Failure::damaged(format!("a row of the table 'bookmarks' cannot be read: {error}")))
+    pub(super) fn read(row: &[u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(row)
     }
 
     /// Forgets what was left alone for too long. `false`: nothing is left.

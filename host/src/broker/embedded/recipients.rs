@@ -10,11 +10,11 @@ use super::store::Failure;
 use super::writer::Work;
 use crate::broker::{Notice, Partition, PartitionNumber, Recipient, RecipientChange, Span};
 use crate::criteria::Attributes;
-use crate::event::Name;
+use crate::event::{Name, NotificationId};
 
 /// A user's row: JSON.
 #[derive(Default, Serialize, Deserialize)]
-struct Stored {
+pub(super) struct Stored {
     attributes: Attributes,
     groups: BTreeMap<Name, BTreeMap<PartitionNumber, Span>>,
 }
@@ -22,10 +22,22 @@ struct Stored {
 impl Stored {
     fn find(user: &Name, table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Option<Self>, Failure> {
         let Some(row) = table.get(user.as_str())? else { return Ok(None) };
-        match serde_json::from_slice(row.value()) {
+        match Self::read(row.value()) {
             Ok(stored) => Ok(Some(stored)),
-            Err(error) => Err(Failure::damaged(format!("the row of a user cannot be read: {error}"))),
+            Err(error) => Err(Failure::unreadable(&format!("the row of user '{user}'"), &error)),
         }
+    }
+
+    pub(super) fn read(row: &[u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(row)
+    }
+
+    /// Forgets what was left so long ago that nothing of it can still be replayed. `false`: nothing is left.
+    pub(super) fn retain(&mut self, floors: &BTreeMap<PartitionNumber, NotificationId>) -> bool {
+        let is_of_use =
+            |(number, span): (&PartitionNumber, &Span)| span.left.is_none_or(|left| floors.get(number).is_some_and(|&floor| left >= floor));
+        self.groups.retain(|_, spans| spans.iter().any(is_of_use));
+        !self.attributes.is_empty() || !self.groups.is_empty()
     }
 }
 
@@ -59,21 +71,20 @@ impl Work<'_> {
             }
             RecipientChange::Attributes(attributes) => stored.attributes = attributes.clone(),
         }
-        // What was left so long ago that nothing of it can still be replayed is forgotten, or a row would grow for ever.
-        let floors: BTreeMap<_, _> =
-            self.partitions.iter().zip(&self.metas).map(|(partition, meta)| (partition.number, meta.floor(self.now_ms))).collect();
-        let is_of_use =
-            |(number, span): (&PartitionNumber, &Span)| span.left.is_none_or(|left| floors.get(number).is_some_and(|&floor| left >= floor));
-        stored.groups.retain(|_, spans| spans.iter().any(is_of_use));
-        if stored.attributes.is_empty() && stored.groups.is_empty() {
-            self.tables.users.remove(user.as_str())?;
-        } else {
+        // Or a row would grow for ever.
+        if stored.retain(&self.floors()) {
             let row = serde_json::to_vec(&stored).expect("names, numbers and attributes are JSON");
             self.tables.users.insert(user.as_str(), row.as_slice())?;
+        } else {
+            self.tables.users.remove(user.as_str())?;
         }
         let changed = self.partitions.iter().map(|partition| Notice::RecipientChanged { partition: partition.number, user: user.clone() });
         self.notices.extend(changed);
         Ok(())
+    }
+
+    pub(super) fn floors(&self) -> BTreeMap<PartitionNumber, NotificationId> {
+        self.partitions.iter().zip(&self.metas).map(|(partition, meta)| (partition.number, meta.floor(self.now_ms))).collect()
     }
 }
 

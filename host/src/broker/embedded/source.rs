@@ -114,7 +114,7 @@ pub(super) fn dead_letters(transaction: &ReadTransaction, partition: u8, after: 
     let read = rows.map(|row| {
         let (key, value) = row?;
         let ((_, ms, seq), (stored, fields)) = (key.value(), value.value());
-        let StoredReason { entry, mut why } = parse(stored, "a dead letter")?;
+        let StoredReason { entry, mut why } = parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
         why.fields = owned(&fields);
         Ok(DeadLetter { id: EntryId { ms, seq }, entry, why })
     });
@@ -153,13 +153,13 @@ fn newest_first(
     Ok(rows.map(|row| {
         let (key, value) = row?;
         let (_, ms, seq) = key.value();
-        let StoredDecision { outcome, id, decision } = parse(value.value(), "a decision record")?;
+        let StoredDecision { outcome, id, decision } = parse(value.value(), || format!("the decision record of entry {ms}-{seq}"))?;
         Ok((EntryId { ms, seq }, outcome, id, decision))
     }))
 }
 
-fn parse<T: serde::de::DeserializeOwned>(row: &[u8], what: &str) -> Result<T, Failure> {
-    serde_json::from_slice(row).map_err(|error| Failure::damaged(format!("{what} cannot be read: {error}")))
+fn parse<T: serde::de::DeserializeOwned>(row: &[u8], what: impl FnOnce() -> String) -> Result<T, Failure> {
+    serde_json::from_slice(row).map_err(|error| Failure::unreadable(&what(), &error))
 }
 
 /// Numbers of a partition for operators.

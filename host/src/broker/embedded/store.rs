@@ -45,8 +45,16 @@ pub(super) enum Failure {
 }
 
 impl Failure {
+    /// What all rests on cannot be right.
     pub(super) fn damaged(what: String) -> Self {
         Self::Store(redb::Error::Corrupted(what))
+    }
+
+    /// One row is not what this pointsman writes. Whoever needs it is told so; what else is in the store is as good as before.
+    pub(super) fn unreadable(row: &str, error: &serde_json::Error) -> Self {
+        let text = format!("{row} cannot be read ({error}): put back a copy of the data folder");
+        tracing::error!("{text}");
+        Self::Answer(Error::Refused(text))
     }
 
     pub(super) fn into_text(self) -> anyhow::Error {

@@ -5,20 +5,20 @@
 
 use std::sync::PoisonError;
 
-use redb::ReadableTable as _;
+use redb::{ReadableTable as _, Table};
 
 use super::Shared;
-use super::bookmarks::Stored;
 use super::layout::{self, Meta};
 use super::store::Failure;
 use super::writer::{Work, transact};
+use super::{bookmarks, recipients};
 use crate::event::{EntryId, NotificationId};
 
 /// Rows looked at or removed in one step, for each partition and kind: some 10 ms of the writer's time.
 const BUDGET: usize = 2_000;
 const EVERY_MS: u64 = 1_000;
-/// How often all bookmarks are looked at: they are kept for days, and those of who comes back are cleared up when they move.
-const BOOKMARKS_EVERY_MS: u64 = 3_600_000;
+/// How often the rows of all users are looked at: what is in them is kept for days, and that of who comes back is cleared up when it changes.
+const USERS_EVERY_MS: u64 = 3_600_000;
 
 /// How far upkeep is.
 #[derive(Debug, Default)]
@@ -27,9 +27,10 @@ pub(super) struct Sweep {
     done_ms: Option<u64>,
     /// By place: where the walk through the logs goes on, while one is under way.
     walks: Vec<Option<String>>,
-    /// When all bookmarks were last looked at, and where that goes on, while it is under way.
-    bookmarks_ms: Option<u64>,
+    /// When the rows of all users were last looked at, and where that goes on in each table, while it is under way.
+    users_ms: Option<u64>,
     bookmarks_walk: Option<String>,
+    recipients_walk: Option<String>,
 }
 
 /// What is due in a partition.
@@ -94,13 +95,15 @@ impl Sweep {
         for (due, partition) in due.iter().zip(&shared.partitions) {
             has_work = has_work || due.is_any(shared, partition.number.0)?;
         }
-        if self.bookmarks_ms.is_none_or(|looked_ms| now_ms.abs_diff(looked_ms) >= BOOKMARKS_EVERY_MS) {
-            self.bookmarks_ms = Some(now_ms);
+        if self.users_ms.is_none_or(|looked_ms| now_ms.abs_diff(looked_ms) >= USERS_EVERY_MS) {
+            self.users_ms = Some(now_ms);
             let transaction = shared.store.begin_read()?;
-            let has_any = transaction.open_table(layout::BOOKMARKS)?.first()?.is_some();
-            self.bookmarks_walk = has_any.then(String::new);
+            let has_bookmarks = transaction.open_table(layout::BOOKMARKS)?.first()?.is_some();
+            self.bookmarks_walk = has_bookmarks.then(String::new);
+            let has_recipients = transaction.open_table(layout::USERS)?.first()?.is_some();
+            self.recipients_walk = has_recipients.then(String::new);
         }
-        if !has_work && self.bookmarks_walk.is_none() {
+        if !has_work && self.bookmarks_walk.is_none() && self.recipients_walk.is_none() {
             return Ok(false);
         }
         let mut is_unfinished = false;
@@ -111,6 +114,10 @@ impl Sweep {
             if let Some(from) = self.bookmarks_walk.take() {
                 self.bookmarks_walk = work.walk_bookmarks(&from)?;
                 is_unfinished |= self.bookmarks_walk.is_some();
+            }
+            if let Some(from) = self.recipients_walk.take() {
+                self.recipients_walk = work.walk_recipients(&from)?;
+                is_unfinished |= self.recipients_walk.is_some();
             }
             Ok(())
         })?;
@@ -196,18 +203,36 @@ impl Work<'_> {
 
     /// Looks through the bookmarks of some users for those that nobody moved for so long; answers where to go on.
     fn walk_bookmarks(&mut self, from: &str) -> Result<Option<String>, Failure> {
-        let (mut n_users, mut last, mut gone) = (0, String::new(), Vec::new());
-        for row in self.tables.bookmarks.range(from..)?.take(BUDGET) {
-            let (user, row) = row?;
-            n_users += 1;
-            user.value().clone_into(&mut last);
-            if !Stored::read(row.value())?.retain(self.retention, self.now_ms) {
-                gone.push(last.clone());
-            }
-        }
-        for user in gone {
-            self.tables.bookmarks.remove(user.as_str())?;
-        }
-        Ok((n_users == BUDGET).then(|| format!("{last}\0")))
+        let (retention, now_ms) = (self.retention, self.now_ms);
+        let is_over = |row: &[u8]| bookmarks::Stored::read(row).is_ok_and(|mut stored| !stored.retain(retention, now_ms));
+        walk_users(&mut self.tables.bookmarks, from, is_over)
     }
+
+    /// Looks through some users for those of whom only groups are known that they left long ago; answers where to go on.
+    fn walk_recipients(&mut self, from: &str) -> Result<Option<String>, Failure> {
+        let floors = self.floors();
+        let is_over = |row: &[u8]| recipients::Stored::read(row).is_ok_and(|mut stored| !stored.retain(&floors));
+        walk_users(&mut self.tables.users, from, is_over)
+    }
+}
+
+/// Removes some users' rows that are over; answers where to go on. One that cannot be read stays, for whoever asks for it to be told.
+fn walk_users(
+    table: &mut Table<'_, &'static str, &'static [u8]>,
+    from: &str,
+    is_over: impl Fn(&[u8]) -> bool,
+) -> Result<Option<String>, Failure> {
+    let (mut n_users, mut last, mut gone) = (0, String::new(), Vec::new());
+    for row in table.range(from..)?.take(BUDGET) {
+        let (user, row) = row?;
+        n_users += 1;
+        user.value().clone_into(&mut last);
+        if is_over(row.value()) {
+            gone.push(last.clone());
+        }
+    }
+    for user in gone {
+        table.remove(user.as_str())?;
+    }
+    Ok((n_users == BUDGET).then(|| format!("{last}\0")))
 }

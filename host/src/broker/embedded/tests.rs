@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::*;
 use crate::broker::{DeadReason, Follow, Item, Notice, Proposal};
-use crate::event::Position;
+use crate::event::{Position, Value};
+use crate::shutdown::Shutdown;
 
 pub(super) mod disk;
 mod durability;
@@ -64,17 +65,22 @@ fn sources() -> Vec<String> {
     vec!["pointsman:events".to_owned()]
 }
 
+/// Of a node that nobody waits for.
+fn alarm() -> Alarm {
+    Shutdown::new().alarm("the writer")
+}
+
 fn in_memory(retention: Retention, time: &Time) -> Embedded {
-    Embedded::start(Medium::Memory, &sources(), retention, time.clock()).unwrap()
+    Embedded::start(Medium::Memory, &sources(), retention, time.clock(), alarm()).unwrap()
 }
 
 fn in_folder(folder: &Folder, retention: Retention, time: &Time) -> Embedded {
-    Embedded::start(Medium::Folder(folder.0.clone()), &sources(), retention, time.clock()).unwrap()
+    Embedded::start(Medium::Folder(folder.0.clone()), &sources(), retention, time.clock(), alarm()).unwrap()
 }
 
 /// A store on a disk that obeys the switch.
 fn on_disk(folder: &Folder, switch: &Arc<disk::Switch>, time: &Time) -> Embedded {
-    Embedded::start(Medium::Failing(folder.0.clone(), Arc::clone(switch)), &sources(), Retention::default(), time.clock()).unwrap()
+    Embedded::start(Medium::Failing(folder.0.clone(), Arc::clone(switch)), &sources(), Retention::default(), time.clock(), alarm()).unwrap()
 }
 
 fn entry(value: &str) -> Vec<(Bytes, Bytes)> {

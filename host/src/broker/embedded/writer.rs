@@ -17,6 +17,7 @@ use super::layout::{Meta, Tables};
 use super::store::Failure;
 use super::sweep::Sweep;
 use crate::broker::{Error, Finding, Notice, Partition, PartitionNumber, Result, Retention, Severity};
+use crate::shutdown::Alarm;
 
 /// Requests that may wait; whoever brings one more waits at the door.
 const QUEUE: usize = 1024;
@@ -109,9 +110,13 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) fn start(shared: Arc<Shared>) -> std::io::Result<Self> {
+    /// `alarm`: for when it can no longer write.
+    pub(super) fn start(shared: Arc<Shared>, alarm: Alarm) -> std::io::Result<Self> {
         let (queue, requests) = mpsc::channel(QUEUE);
-        let thread = thread::Builder::new().name("embedded-writer".to_owned()).spawn(move || run(&shared, requests))?;
+        let thread = thread::Builder::new().name("embedded-writer".to_owned()).spawn(move || {
+            let _alarm = alarm;
+            run(&shared, requests);
+        })?;
         Ok(Self { queue: Mutex::new(Some(queue)), thread: Mutex::new(Some(thread)) })
     }
 

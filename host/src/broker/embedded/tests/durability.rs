@@ -203,7 +203,7 @@ async fn a_damaged_store_is_refused_by_name() {
     {
         let folder = Folder::new();
         fs::write(folder.file(), bytes).unwrap();
-        let refused = Embedded::open(&folder.0, &sources(), Retention::default()).map(drop);
+        let refused = Embedded::open(&folder.0, &sources(), Retention::default(), alarm()).map(drop);
         let text = format!("{:#}", refused.expect_err(what));
         assert!(text.contains(folder.0.to_str().unwrap()) && text.contains("store.redb is no store, or a damaged one"), "{what}: {text}");
         assert_eq!(fs::read(folder.file()).unwrap(), bytes, "{what}: it is left as it was");
@@ -219,7 +219,7 @@ fn a_store_of_a_newer_pointsman_is_refused() {
     transaction.open_table(layout::LAYOUT).unwrap().insert("version", layout::VERSION + 1).unwrap();
     transaction.commit().unwrap();
     drop(database);
-    let refused = Embedded::open(&folder.0, &sources(), Retention::default()).map(drop).unwrap_err();
+    let refused = Embedded::open(&folder.0, &sources(), Retention::default(), alarm()).map(drop).unwrap_err();
     let text = format!("{refused:#}");
     assert!(text.contains("made by a newer pointsman (layout 2, this one knows 1)") && text.contains(folder.0.to_str().unwrap()), "{text}");
 }
@@ -238,7 +238,7 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
     let (folder, time) = (Folder::new(), Time::new());
     let numbers = |sources: &[&str]| -> anyhow::Result<Vec<(u8, String)>> {
         let sources: Vec<String> = sources.iter().map(|source| (*source).to_owned()).collect();
-        let broker = Embedded::start(Medium::Folder(folder.0.clone()), &sources, Retention::default(), time.clock())?;
+        let broker = Embedded::start(Medium::Folder(folder.0.clone()), &sources, Retention::default(), time.clock(), alarm())?;
         Ok(broker.partitions().iter().map(|partition| (partition.number.0, partition.source.clone())).collect())
     };
     assert_eq!(numbers(&["b", "a"]).unwrap(), [(0, "b".into()), (1, "a".into())]);
@@ -249,4 +249,56 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
         assert_eq!(numbers(&[&format!("s{n}")]).unwrap(), [(n, format!("s{n}"))]);
     }
     assert!(format!("{:#}", numbers(&["one more"]).unwrap_err()).contains("12 is the most"));
+}
+
+/// Nobody can make it write again, and a node that does not end would say no for ever.
+#[tokio::test]
+async fn a_writer_that_panics_ends_the_node() {
+    let shutdown = Shutdown::new();
+    let alarm = shutdown.alarm("the writer");
+    let broker = Embedded::start(Medium::Memory, &sources(), Retention::default(), Time::new().clock(), alarm).unwrap();
+    let answer = broker.writer.write::<(), _>(0, |_| panic!("so that the test has something to see")).await;
+    assert!(matches!(answer, Err(Error::Away(_))), "{answer:?}");
+    tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
+    assert_eq!(shutdown.broken(), Some("the writer"));
+}
+
+/// One row that cannot be read is refused to whoever asks for it, and costs nobody else anything: no head, no write, no feed.
+#[tokio::test]
+async fn a_row_that_cannot_be_read_is_refused_by_itself() {
+    let time = Time::new();
+    let broker = in_memory(Retention::default(), &time);
+    let (ann, bob) = (Name::parse("ann").unwrap(), Name::parse("bob").unwrap());
+    let at = EntryId { ms: 7, seq: 1 };
+    let transaction = broker.shared.store.begin_write().unwrap();
+    {
+        let mut tables = layout::Tables::open(&transaction).unwrap();
+        tables.users.insert("ann", &b"{"[..]).unwrap();
+        tables.bookmarks.insert("ann", &b"{"[..]).unwrap();
+        tables.dead.insert(layout::entry_key(0, at), (&b"{"[..], Vec::new())).unwrap();
+        tables.decisions.insert(layout::entry_key(0, at), &b"{"[..]).unwrap();
+    }
+    transaction.commit().unwrap();
+
+    let join = RecipientChange::Join { group: Name::parse("ops").unwrap() };
+    let place = Bookmark { cursor: "A".to_owned(), is_acknowledged: true };
+    let refusals = [
+        ("user 'ann'", broker.recipient(&ann).await.map(drop)),
+        ("user 'ann'", broker.change_recipient(&ann, join.clone()).await),
+        ("bookmarks of user 'ann'", broker.bookmarks(&ann).await.map(drop)),
+        ("bookmarks of user 'ann'", broker.move_bookmark(&ann, &BookmarkOf::ReadMark, None, &place).await.map(drop)),
+        ("dead letter 7-1", broker.dead_letters(P, EntryId::default(), 10).await.map(drop)),
+        ("entry 7-1", broker.decisions(P, 10).await.map(drop)),
+        ("entry 7-1", broker.find_decisions(P, "e", 10).await.map(drop)),
+    ];
+    for (what, refused) in refusals {
+        assert!(matches!(&refused, Err(Error::Refused(text)) if text.contains(what)), "{what}: {refused:?}");
+        broker.head(P).await.expect("the store is well");
+    }
+    broker.change_recipient(&bob, join).await.unwrap();
+    assert_eq!(broker.recipient(&bob).await.unwrap().groups.len(), 1);
+    publish(&broker, "x", &["u:bob"]).await;
+    // Upkeep passes it by as well.
+    sweep(&broker, &time).await;
+    broker.head(P).await.expect("the store is well");
 }

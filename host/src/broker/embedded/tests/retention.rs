@@ -262,3 +262,28 @@ async fn bookmarks_that_were_left_alone_for_too_long_go() {
     assert_eq!(n_users(), 1);
     assert_eq!(broker.bookmarks(&ann).await.unwrap().get(&phone), Some(&place));
 }
+
+/// Also of a user who never comes back, whose row nobody would look at.
+#[tokio::test]
+async fn who_left_all_groups_long_ago_is_forgotten() {
+    let time = Time::new();
+    let broker = in_memory(short(), &time);
+    let change = async |user: &str, change| broker.change_recipient(&Name::parse(user).unwrap(), change).await.unwrap();
+    let group = Name::parse("a").unwrap();
+    for user in ["left", "member", "known"] {
+        change(user, RecipientChange::Join { group: group.clone() }).await;
+    }
+    change("known", RecipientChange::Attributes([("plan".into(), Value::Flag(true))].into())).await;
+    change("left", RecipientChange::Leave { group: group.clone() }).await;
+    change("known", RecipientChange::Leave { group }).await;
+    let n_users = || rows(&broker, |transaction| transaction.open_table(layout::USERS).unwrap().len().unwrap());
+    time.pass(900);
+    sweep(&broker, &time).await;
+    assert_eq!(n_users(), 3, "what was committed before the leaving is still kept");
+    time.pass(4_000);
+    sweep(&broker, &time).await;
+    assert_eq!(n_users(), 2);
+    for user in ["member", "known"] {
+        assert_ne!(broker.recipient(&Name::parse(user).unwrap()).await.unwrap(), Recipient::default(), "{user}");
+    }
+}

@@ -123,7 +123,8 @@ end
 
 trim()
 
-local ttl = text(math.floor(tonumber(meta('max_age')) * 1.02))
+local ttl = text(lifetime(meta('max_age')))
+local too_old = '(' .. text(expired())
 local caps = {tonumber(ARGV[5]), tonumber(ARGV[6])}
 local last = number('last')
 local low = floor()
@@ -180,7 +181,11 @@ local function index(item, id)
       local key = T .. 'l:' .. log
       local cap = log == 'all' and caps[2] or caps[1]
       call('ZADD', key, id, id .. ' ' .. (newest or floor_or_last))
-      if newest then call('ZREMRANGEBYRANK', key, 0, -(cap + 1)) end
+      -- What remains points to what goes. The key's own expiry helps only a log that nobody writes to any more.
+      if newest then
+        call('ZREMRANGEBYSCORE', key, '-inf', too_old)
+        call('ZREMRANGEBYRANK', key, 0, -(cap + 1))
+      end
       call('PEXPIRE', key, ttl)
       call('PUBLISH', C .. 'l:' .. log, notice)
       tops[log] = id

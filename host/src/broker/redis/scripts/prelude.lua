@@ -106,13 +106,28 @@ local function life()
   return name
 end
 
--- Below this id, logs may have lost entries to age. After max_age was raised, what was written under the old one still expires by it:
--- `age0` is the old age, and `id0` the last id that it applies to.
-local function floor()
-  local floor0, max_age, age0, id0 = unpack(call('HMGET', META, 'floor0', 'max_age', 'age0', 'id0'))
-  local at = math.max(tonumber(floor0 or '0'), id_of(now - tonumber(max_age or ARGV[4])))
-  if age0 then at = math.max(at, math.min(id_of(now - tonumber(age0)), tonumber(id0))) end
+-- What is kept for an age lives a little longer, so that a reader who has just read a page still finds its records.
+local GRACE = 1.02
+local function lifetime(age) return math.floor(tonumber(age) * GRACE) end
+
+-- Below this id, all is older than `span` says of the age. After max_age was raised, what was written under the old one still expires by
+-- it: `age0` is the old age, and `id0` the last id that it applies to.
+local function id_aged(span)
+  local max_age, age0, id0 = unpack(call('HMGET', META, 'max_age', 'age0', 'id0'))
+  local at = id_of(now - span(max_age or ARGV[4]))
+  if age0 then at = math.max(at, math.min(id_of(now - span(age0)), tonumber(id0))) end
   return at
+end
+
+-- Below this id, logs may have lost entries to age.
+local function floor() return math.max(number('floor0'), id_aged(tonumber)) end
+
+-- Below this id, records have expired, and what a log still says of them only tells that they were. Never above the floor, nor above a plan
+-- that is being sliced, whose record has no expiry.
+local function expired()
+  local at = id_aged(lifetime)
+  local pending = meta('pending')
+  return pending and math.min(at, tonumber(pending)) or at
 end
 
 -- The most arguments that unpack can give to a command, less some for the command's own.

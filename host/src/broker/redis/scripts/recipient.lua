@@ -29,10 +29,13 @@ else
   end
 end
 
--- Who left longer ago than anything is kept has nothing left to see.
+-- Who left longer ago than anything is kept has nothing left to see; and of whom no more is known than what was left, nothing is known then.
+local is_known = false
 local all = redis.call('HGETALL', key)
 for i = 1, #all, 2 do
-  local left = string.match(all[i + 1], '@(%d+)$')
-  if string.sub(all[i], 1, 2) == 'g:' and left and tonumber(left) < now - tonumber(ARGV[1]) then redis.call('HDEL', key, all[i]) end
+  local left = string.sub(all[i], 1, 2) == 'g:' and string.match(all[i + 1], '@(%d+)$')
+  if not left then is_known = true
+  elseif tonumber(left) < now - tonumber(ARGV[1]) then redis.call('HDEL', key, all[i]) end
 end
+if is_known then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ARGV[1]) end
 return 'ok'
