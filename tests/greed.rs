@@ -1,5 +1,5 @@
-//! What one client can take from the others: a place, for as long as it reads. Streams are bounded however they come in, and one that takes
-//! nothing is cut, alone.
+//! What one client can take from the others: a place, for as long as it reads, and a turn of a thread that asks plugins. Streams are bounded
+//! however they come in, and one that takes nothing is cut, alone; a dry run waits behind whoever publishes.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::harness::eventually;
+use crate::harness::guests::core_module;
 use crate::harness::node::{Node, SOON};
+use crate::harness::plugins::Plugins;
 use crate::harness::publish::event;
 use crate::harness::sse::{Request, Stop};
 
@@ -163,5 +165,38 @@ fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_t
     eventually(SOON, "there is a place again", || {
         let mut stream = Request::new(node.addr(), "user=42").open(SOON).ok()?;
         (stream.next_frame(SOON).ok()?.state() == Some("cursor")).then_some(())
+    });
+}
+
+/// Whoever only wants to know what would be decided takes no thread from those whose events wait, however many events and slow plugins.
+#[test]
+fn a_large_dry_run_holds_up_no_live_event_and_ends_when_its_client_hangs_up() {
+    let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
+    // Two tries of half a second each: all of them together would take half an hour.
+    let node = Node::builder().config("[plugins.unruly]\ndeadline_ms = 500\n").plugins(plugins.dir()).start();
+    let mut stream = node.stream("42");
+    let calls = || node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"deadline\"}");
+    let loops: Vec<_> = (0..2_000).map(|n| event(&format!("loop-{n}"), "loop", json!({}))).collect();
+    let body = serde_json::to_string(&loops).expect("JSON");
+    let mut client = TcpStream::connect(node.addr()).expect("connect");
+    let head = "POST /v1/events?dry_run=true HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/cloudevents-batch+json";
+    write!(client, "{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).expect("write");
+    eventually(SOON, "the dry run is under way", || (calls() >= 1.0).then_some(()));
+    for n in 0..3 {
+        let id = format!("live-{n}");
+        node.publisher().publish(&[event(&id, "good", json!({}))]);
+        assert_eq!(stream.next_notification(SOON).id, id);
+    }
+    let n_before = calls();
+    eventually(SOON, "the dry run goes on", || (calls() > n_before).then_some(()));
+    drop(client);
+    // The event that it was at is two calls, which end within a second or so; then there are no more of them.
+    let mut last = (calls(), Instant::now());
+    eventually(SOON, "the dry run has ended", || {
+        let now = calls();
+        if now > last.0 {
+            last = (now, Instant::now());
+        }
+        (last.1.elapsed() > Duration::from_secs(3)).then_some(())
     });
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -113,6 +113,28 @@ fn a_plugin_that_fails_on_everything_is_asked_only_now_and_then_and_recovers_by_
     });
     stream.next_notification(SOON);
     eventually(SOON, "readiness is clear", || (node.admin("/readyz").body == "ready\n").then_some(()));
+}
+
+/// "Not now" is no failure: the source waits, so that order holds, and nobody waits for ever.
+#[test]
+fn an_event_that_a_plugin_asks_to_retry_holds_its_source_until_its_tries_are_used_up_and_is_a_dead_letter_then() {
+    let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
+    // Two more tries come after 100 and 200 ms; the second of them would be over 250 ms.
+    for (config, n_tries, waited_ms) in [("retries = 2", 3, 300), ("retry_ms = 250", 2, 100)] {
+        let node = Node::builder().config(&format!("[ingest]\n{config}\n")).plugins(plugins.dir()).start();
+        let mut stream = node.stream("42");
+        let began = Instant::now();
+        node.publisher().publish(&[event("later", "retry", json!({})), event("next", "good", json!({}))]);
+        assert_eq!(stream.next_notification(SOON).id, "next");
+        let waited = began.elapsed();
+        assert!(waited >= Duration::from_millis(waited_ms), "{config}: the next one came after {waited:?}");
+        assert_eq!(node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"retry\"}"), f64::from(n_tries), "{config}");
+        let dead = dead_letters(&node);
+        assert_eq!(dead.len(), 1, "{dead:?}");
+        let letter = &dead[0];
+        assert_eq!((&letter["plugin"], &letter["attempts"]), (&json!("unruly"), &json!(n_tries)), "{config}: {letter}");
+        assert!(letter["reason"].as_str().unwrap().contains("not now"), "{letter}");
+    }
 }
 
 #[test]

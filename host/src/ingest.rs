@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::broker::{
     Batch, Broker, Committed, DeadReason, Decision, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS,
-    Partition, PartitionNumber, Proposal, Result, Slice,
+    Partition, PartitionNumber, Proposal, Result, Slice, Verdict,
 };
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
@@ -260,21 +260,14 @@ impl Ingest {
         let record = self.broker.records(partition, &[pending]).await?.pop().flatten();
         let record = record
             .ok_or_else(|| Error::Refused(format!("the record of the half-written plan {pending} is gone; restore it or the partition")))?;
-        let notification: Notification = serde_json::from_slice(&record)
-            .map_err(|e| Error::Refused(format!("the record of the half-written plan {pending} cannot be read: {e}")))?;
+        let unreadable = |e| Error::Refused(format!("the record of the half-written plan {pending} cannot be read: {e}"));
+        let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
+        let Made { decision } = serde_json::from_slice(&record).map_err(unreadable)?;
         tracing::info!(notification.id = pending.0, slices = head.position.slices, "continuing a half-written plan");
         let targets = notification.plan.targets();
-        let item = Item {
-            entry: notification.entry,
-            dedupe: None,
-            proposal: Proposal::Commit { record, targets },
-            decision: Decision {
-                event_id: notification.event.id.to_string(),
-                event_source: notification.event.source.to_string(),
-                event_type: notification.event.kind.to_string(),
-                ..Decision::default()
-            },
-        };
+        // An earlier version kept no decision with the plan.
+        let decision = decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
+        let item = Item { entry: notification.entry, dedupe: None, proposal: Proposal::Commit { record, targets }, decision };
         // By this owner it was not read before; the one that began the plan has left it to be read again.
         progress.read(1);
         self.commit_sliced(partition, head.life, item, head.position.slices).await?;
@@ -321,14 +314,23 @@ impl Ingest {
             after = last.id;
             progress.read(entries.len() as u64);
             let poison = if n_careful > 0 { self.poison(partition, &entries).await } else { Ok(None) };
+            let is_noted = n_careful > 0;
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
                 Ok(Some(item)) => vec![item],
-                Ok(None) => match self.evaluate(partition, entries).await {
-                    Ok(items) => items,
-                    // The last plugin went since they were read.
-                    Err(NoPlugins) => return Stop::NoPlugins,
-                },
+                Ok(None) => {
+                    let evaluated = tokio::select! {
+                        evaluated = self.evaluate(partition, entries) => evaluated,
+                        // Plugins may ask to retry for longer than a node may take to end. Nothing of these was committed: they are read again.
+                        // (The one whose attempt was noted is waited for: without an outcome it would count as the death of a node.)
+                        () = shutdown.cancelled(), if !is_noted => return Stop::Shutdown,
+                    };
+                    match evaluated {
+                        Ok(items) => items,
+                        // The last plugin went since they were read.
+                        Err(NoPlugins) => return Stop::NoPlugins,
+                    }
+                }
                 Err(stop) => return stop,
             };
             if evaluated.send(Evaluated { items }).await.is_err() {
@@ -389,8 +391,9 @@ impl Ingest {
 
     async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Result<Item, NoPlugins> {
         let began = Instant::now();
+        let mut n_before = 0;
         for attempt in 1..=self.config.retries {
-            let Resolution::Failed { retry: true, reason, plugin, .. } = &evaluation.resolution else { break };
+            let Resolution::Failed { retry: true, reason, plugin, attempts } = &evaluation.resolution else { break };
             let wait = Duration::from_millis(100) * 2_u32.saturating_pow(attempt - 1);
             if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
                 break;
@@ -398,23 +401,21 @@ impl Ingest {
             tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
             tokio::time::sleep(wait).await;
             let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await?.pop() else { break };
+            n_before += attempts;
             evaluation = again;
         }
         let Evaluation { event, resolution, verdicts, .. } = evaluation;
-        let decision = Decision {
-            event_id: event.id.to_string(),
-            event_source: event.source.to_string(),
-            event_type: event.kind.to_string(),
-            verdicts,
-            reason: String::new(),
-            clock_ms,
-        };
+        let decision = decision_about(&event, verdicts, clock_ms);
         let dedupe = event.id_given.then(|| dedupe_key(&event));
         let proposal = match resolution {
             Resolution::Planned(plan) => {
                 let targets = plan.targets();
                 let notification = Notification { entry: entry.id, event, plan };
-                match serde_json::to_vec(&notification) {
+                let record = match targets.len() > MAX_INDEX_ENTRIES {
+                    true => serde_json::to_vec(&Begun { notification: &notification, decision: &decision }),
+                    false => serde_json::to_vec(&notification),
+                };
+                match record {
                     Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit { record: Bytes::from(record), targets },
                     Ok(record) => {
                         let reason = format!("the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most", record.len());
@@ -425,7 +426,9 @@ impl Ingest {
             }
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
-            Resolution::Failed { plugin, reason, attempts, .. } => return Ok(dead(entry, reason, Some(plugin), attempts, decision)),
+            Resolution::Failed { plugin, reason, attempts, .. } => {
+                return Ok(dead(entry, reason, Some(plugin), n_before + attempts, decision));
+            }
         };
         Ok(Item { entry: entry.id, dedupe, proposal, decision })
     }
@@ -522,6 +525,31 @@ impl Ingest {
 
     fn count(&self, outcome: Outcome) {
         self.metrics.events.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }).inc();
+    }
+}
+
+/// The record of a plan that is written in slices. The decision is written with the last of them, maybe by another owner, who takes it from here.
+#[derive(Serialize)]
+struct Begun<'a> {
+    #[serde(flatten)]
+    notification: &'a Notification,
+    decision: &'a Decision,
+}
+
+/// What such a record holds beside the notification.
+#[derive(Deserialize)]
+struct Made {
+    decision: Option<Decision>,
+}
+
+fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decision {
+    Decision {
+        event_id: event.id.to_string(),
+        event_source: event.source.to_string(),
+        event_type: event.kind.to_string(),
+        verdicts,
+        reason: String::new(),
+        clock_ms,
     }
 }
 

@@ -78,6 +78,8 @@ struct Shared {
     queue: Arc<Queue>,
     /// Keeps [`Queue`] at its bound.
     waiting: Arc<Semaphore>,
+    /// Has one permit: the turn to try an event out.
+    trying: Arc<Semaphore>,
     n_workers: usize,
 }
 
@@ -97,7 +99,8 @@ impl Pipeline {
         let queue = Arc::new(Queue::default());
         let n_workers = Engine::n_workers();
         let waiting = Arc::new(Semaphore::new(MAX_WAITING));
-        let shared = Shared { registry, allow_none, queue: Arc::clone(&queue), waiting, n_workers };
+        let trying = Arc::new(Semaphore::new(1));
+        let shared = Shared { registry, allow_none, queue: Arc::clone(&queue), waiting, trying, n_workers };
         for n in 0..n_workers {
             let mut worker = Worker::new(Arc::clone(&shared.registry), metrics.clone());
             let queue = Arc::clone(&queue);
@@ -116,27 +119,8 @@ impl Pipeline {
     /// # Errors
     /// [`NoPlugins`]: nothing was evaluated.
     pub async fn evaluate(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
-        self.evaluate_as(true, events, clock_ms).await
-    }
-
-    /// As [`Pipeline::evaluate`], for whoever only wants to know what would be decided.
-    ///
-    /// # Errors
-    /// See there.
-    pub async fn try_out(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
-        self.evaluate_as(false, events, clock_ms).await
-    }
-
-    async fn evaluate_as(&self, is_live: bool, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
-        let chain = self.0.registry.chain();
-        if !self.can_work_on(&chain) {
-            return Err(NoPlugins);
-        }
+        let chain = self.able_chain()?;
         if chain.is_empty() {
-            let unrouted = |event| {
-                let priority = published_priority(&event);
-                Evaluation { event, priority, resolution: Resolution::Unrouted, verdicts: Vec::new() }
-            };
             return Ok(events.into_iter().map(unrouted).collect());
         }
         let mut evaluations = Vec::with_capacity(events.len());
@@ -144,16 +128,52 @@ impl Pipeline {
         let mut answers = Vec::new();
         let mut events = events.into_iter();
         while events.len() > 0 {
-            let share: Vec<Event> = events.by_ref().take(share).collect();
-            let (answer, answered) = oneshot::channel();
-            let permit = Arc::clone(&self.0.waiting).acquire_owned().await.expect("the semaphore is never closed");
-            self.0.queue.push(Job { chain: Arc::clone(&chain), events: share, clock_ms, is_live, answer, _permit: permit });
-            answers.push(answered);
+            answers.push(self.hand_over(&chain, events.by_ref().take(share).collect(), clock_ms, None).await);
         }
         for answer in answers {
             evaluations.extend(answer.await.expect("a worker outlives its panics and answers every job"));
         }
         Ok(evaluations)
+    }
+
+    /// As [`Pipeline::evaluate`], for whoever only wants to know what would be decided. Of all who do, one event at a time is evaluated, so that
+    /// those of which something comes find a thread, however many and slow these are.
+    ///
+    /// Cancel-safe: at most one event is still evaluated.
+    ///
+    /// # Errors
+    /// See there.
+    pub async fn try_out(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
+        let chain = self.able_chain()?;
+        if chain.is_empty() {
+            return Ok(events.into_iter().map(unrouted).collect());
+        }
+        let mut evaluations = Vec::with_capacity(events.len());
+        for event in events {
+            let turn = Arc::clone(&self.0.trying).acquire_owned().await.expect("the semaphore is never closed");
+            let answer = self.hand_over(&chain, vec![event], clock_ms, Some(turn)).await;
+            evaluations.extend(answer.await.expect("a worker outlives its panics and answers every job"));
+        }
+        Ok(evaluations)
+    }
+
+    fn able_chain(&self) -> Result<Arc<Chain>, NoPlugins> {
+        let chain = self.0.registry.chain();
+        if self.can_work_on(&chain) { Ok(chain) } else { Err(NoPlugins) }
+    }
+
+    /// `trial`: nothing comes of these events, and this is the turn of whoever tries them out.
+    async fn hand_over(
+        &self,
+        chain: &Arc<Chain>,
+        events: Vec<Event>,
+        clock_ms: u64,
+        trial: Option<OwnedSemaphorePermit>,
+    ) -> oneshot::Receiver<Vec<Evaluation>> {
+        let (answer, answered) = oneshot::channel();
+        let permit = Arc::clone(&self.0.waiting).acquire_owned().await.expect("the semaphore is never closed");
+        self.0.queue.push(Job { chain: Arc::clone(chain), events, clock_ms, trial, answer, _permit: permit });
+        answered
     }
 
     fn can_work_on(&self, chain: &Chain) -> bool {
@@ -203,7 +223,8 @@ struct Job {
     chain: Arc<Chain>,
     events: Vec<Event>,
     clock_ms: u64,
-    is_live: bool,
+    /// Something comes of it, unless it is a trial; the next one of these waits until this one is done.
+    trial: Option<OwnedSemaphorePermit>,
     answer: oneshot::Sender<Vec<Evaluation>>,
     _permit: OwnedSemaphorePermit,
 }
@@ -277,9 +298,9 @@ impl Worker {
     fn work(&mut self, queue: &Queue) {
         let mut n_heard = 0;
         while let Some(task) = queue.pop(&mut n_heard) {
-            if let Task::Evaluate(Job { chain, events, clock_ms, is_live, answer, _permit }) = task {
+            if let Task::Evaluate(Job { chain, events, clock_ms, trial, answer, _permit }) = task {
                 self.keep_only(&chain);
-                self.is_live = is_live;
+                self.is_live = trial.is_none();
                 let ticking = self.registry.engine().ticking();
                 let evaluations = events.into_iter().map(|event| self.evaluate(&chain, event, clock_ms, &ticking)).collect();
                 // Nobody listens if the caller was cancelled.
@@ -532,6 +553,12 @@ impl Aside {
         self.0.keep_only(chain);
         self.0.evaluate(chain, event, clock_ms, &ticking)
     }
+}
+
+/// Without plugins.
+fn unrouted(event: Event) -> Evaluation {
+    let priority = published_priority(&event);
+    Evaluation { event, priority, resolution: Resolution::Unrouted, verdicts: Vec::new() }
 }
 
 /// The attribute `priority`, if it is one; a router that minds a bad one rejects the event.

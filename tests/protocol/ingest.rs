@@ -3,12 +3,13 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
-use pointsman::broker::{Broker, Notice, PartitionNumber};
+use pointsman::broker::{Broker, Lease, Notice, PartitionNumber};
 use pointsman::event::{EntryId, NotificationId, Outcome};
 use pointsman::ingest::{Config, Ingest};
-use pointsman::metrics::{Metrics, OutcomeLabel, SourceLabel};
+use pointsman::metrics::{Metrics, OutcomeLabel, PluginCallLabel, SourceLabel};
 use pointsman::pipeline::Pipeline;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::settings::Config as Plugins;
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::on_each_broker;
 use super::puppet::{At, Op, Puppet};
-use super::stage::{Client, SOURCE, Stage, target, until};
+use super::stage::{Client, SOURCE, Stage, now_ms, target, until};
 use crate::harness::engine;
 use crate::harness::guests::core_module;
 use crate::harness::node::Folder;
@@ -33,6 +34,7 @@ on_each_broker! {
     f18_ten_thousand_named_users_cost_no_feed_its_connection,
     f26_a_slice_whose_answer_was_lost_is_written_once,
     each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight,
+    an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leaves_its_events_to_the_next,
 }
 
 /// The bundled router for events that say themselves whom they are for.
@@ -211,6 +213,7 @@ async fn f03_after_a_fail_over_that_took_logs_back_no_hole_is_left() {
 /// recipients of one plan and half of another.
 async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_plan(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
+    let began_ms = now_ms();
     let mut stop = a.stop(At::After(Op::Slice));
     let users: Vec<String> = (0..2_500).map(|k| format!("user{k}")).collect();
     let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
@@ -229,6 +232,11 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
         assert_eq!(page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>(), [pending], "{user}");
     }
     assert_eq!((stage.head().await.pending, stage.head().await.last), (None, pending));
+    // Who finished the plan did not make it: the decision names those who did, and when.
+    let decisions = stage.puppet.broker.decisions(stage.p, 10).await.expect("decisions");
+    let (.., made) = decisions.iter().find(|(_, _, id, _)| *id == Some(pending)).expect("a decision");
+    assert_eq!(made.verdicts.iter().map(|said| (said.plugin.as_str(), said.verdict.as_str())).collect::<Vec<_>>(), [("address", "routes")]);
+    assert!((began_ms..=now_ms()).contains(&made.clock_ms), "{made:?}");
     next.stop().await;
 }
 
@@ -453,4 +461,26 @@ async fn h01_a_batch_read_before_a_fail_over_is_not_committed_after_it() {
     committed_once(&stage, &[ids(0..5), ids(20..25)].concat()).await;
     assert_eq!(stage.puppet.broker.state(stage.p).await.expect("state").lost_upstream, 0);
     owner.stop().await;
+}
+
+/// Each event would be tried for seconds, one after the other; who ends a node waits ten in all. What is neither decided nor committed is the
+/// next owner's, at once.
+async fn an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leaves_its_events_to_the_next(stage: Stage) {
+    let (a, b) = (stage.another().await, stage.another().await);
+    let folder = Folder::new();
+    std::fs::write(folder.path().join("unruly.wasm"), core_module("unruly")).expect("write a plugin");
+    let metrics = Metrics::default();
+    let config = Plugins { dir: Some(folder.path().to_owned()), ..Plugins::default() };
+    let registry = Registry::load(engine(), config, metrics.clone()).expect("plugins");
+    let unruly = Pipeline::start(Arc::new(registry), true, metrics.clone()).expect("threads");
+    let entries = ids(0..20).iter().map(|id| vec![field("type", "retry"), field("id", id), field("everyone", "true")]).collect();
+    stage.puppet.broker.append(stage.p, entries).await.expect("append");
+    let owner = Owner::start(&a, "a", unruly);
+    let asked = PluginCallLabel { plugin: "unruly".to_owned(), outcome: "retry" };
+    until("a plugin asks to retry", async || metrics.plugin_calls.get_or_create(&asked).get() > 0).await;
+    tokio::time::timeout(Duration::from_secs(20), owner.stop()).await.expect("it ends before the last of them was tried for the last time");
+    assert!(matches!(b.lease(stage.p, "b", Duration::from_secs(1)).await, Ok(Lease::Mine)), "its lease is given back");
+    let next = Owner::start(&b, "b", address());
+    committed_once(&stage, &ids(0..20)).await;
+    next.stop().await;
 }

@@ -138,7 +138,8 @@ impl Plan {
     }
 }
 
-/// What a record holds: an event with its whole plan, stored once, as JSON, under one id that all logs share.
+/// What a record holds: an event with its whole plan, stored once, as JSON, under one id that all logs share. That of a plan that is
+/// written in slices also holds the decision, for the `ingest` that ends it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Notification {
     /// The source entry that it came from.

@@ -2,7 +2,7 @@
 //! Nothing is stored; a duplicate is not found out, as only a commit can.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -15,6 +15,8 @@ use crate::recipients::{Moment, winning_route};
 
 /// The most named users of one event that are judged one by one.
 const MAX_USERS: usize = 100;
+/// The longest that a request may take: it holds the place of one that publishes.
+const MAX_DURATION: Duration = Duration::from_secs(30);
 
 /// What would become of an event.
 #[derive(Debug, Serialize)]
@@ -86,11 +88,21 @@ pub(super) async fn try_out(
             }
         }
     }
-    let evaluations = pipeline.try_out(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
-    for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
-        trials[place] = Trial::Tried(Box::new(judge(broker, partition, evaluation, now_ms).await?));
-    }
-    Ok(trials)
+    let trying = async {
+        let evaluations = pipeline.try_out(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
+        for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
+            trials[place] = Trial::Tried(Box::new(judge(broker, partition, evaluation, now_ms).await?));
+        }
+        Ok(trials)
+    };
+    within(MAX_DURATION, trying).await
+}
+
+async fn within<T>(most: Duration, trying: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    tokio::time::timeout(most, trying).await.unwrap_or_else(|_| {
+        let error = ApiError::overloaded(format!("the dry run takes longer than {} seconds", most.as_secs()));
+        Err(error.fix("send fewer events at once"))
+    })
 }
 
 /// What is left to the entry is left to the moment here.
@@ -133,6 +145,8 @@ async fn judge(broker: &dyn Broker, partition: PartitionNumber, evaluation: Eval
 
 #[cfg(test)]
 mod tests {
+    use axum::http::StatusCode;
+    use axum::response::IntoResponse as _;
     use serde_json::json;
 
     use super::super::fake::FakeBroker;
@@ -143,6 +157,12 @@ mod tests {
 
     fn name(text: &str) -> Name {
         Name::parse(text).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_dry_run_that_takes_too_long_is_told_to_be_smaller() {
+        let Err(error) = within::<()>(Duration::from_millis(1), std::future::pending()).await else { panic!("it does not end") };
+        assert_eq!(error.into_response().status(), StatusCode::SERVICE_UNAVAILABLE);
     }
 
     #[tokio::test]
