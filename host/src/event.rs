@@ -251,6 +251,12 @@ mod tests {
     }
 
     #[test]
+    fn the_entry_before_another_is_the_last_below_it() {
+        let id = |ms, seq| EntryId { ms, seq };
+        assert_eq!([id(7, 3), id(7, 0), id(0, 0)].map(EntryId::before), [Some(id(7, 2)), Some(id(6, u64::MAX)), None]);
+    }
+
+    #[test]
     fn an_id_of_the_year_2090_still_fits_53_bits() {
         let year_2090 = 3_786_912_000_000;
         assert!(NotificationId::at_ms(year_2090) < NotificationId::MAX);

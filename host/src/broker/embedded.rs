@@ -29,7 +29,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -46,6 +46,7 @@ use super::{
     Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Found, Head, Lease, Page, Partition,
     PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice,
 };
+use crate::clock::now_ms;
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 use crate::shutdown::Alarm;
 
@@ -121,7 +122,7 @@ impl Embedded {
     /// # Errors
     /// One line that names the folder and the fix: another process has it, a newer pointsman made it, it is damaged, it cannot be written.
     pub fn open(dir: &Path, sources: &[String], retention: Retention, alarm: Alarm) -> anyhow::Result<Self> {
-        Self::start(Medium::Folder(dir.to_owned()), sources, retention, system_clock(), alarm)
+        Self::start(Medium::Folder(dir.to_owned()), sources, retention, Arc::new(now_ms), alarm)
     }
 
     /// Opens a broker that keeps all in memory.
@@ -129,7 +130,7 @@ impl Embedded {
     /// # Errors
     /// If a source is named twice, or there are too many.
     pub fn ephemeral(sources: &[String], retention: Retention, alarm: Alarm) -> anyhow::Result<Self> {
-        Self::start(Medium::Memory, sources, retention, system_clock(), alarm)
+        Self::start(Medium::Memory, sources, retention, Arc::new(now_ms), alarm)
     }
 
     fn start(medium: Medium, sources: &[String], retention: Retention, clock: Clock, alarm: Alarm) -> anyhow::Result<Self> {
@@ -177,10 +178,6 @@ impl Embedded {
         });
         task.await.map_err(|_| Error::Away("a read of the store was broken off; the log says why".to_owned()))?
     }
-}
-
-fn system_clock() -> Clock {
-    Arc::new(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)))
 }
 
 /// Roughly what an entry weighs.

@@ -2,12 +2,13 @@
 //! Nothing is stored; a duplicate is not found out, as only a commit can.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::{ApiError, State};
 use crate::broker::{Broker, PartitionNumber, Verdict};
+use crate::clock::now_ms;
 use crate::criteria::Criteria;
 use crate::event::{EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target, Value};
 use crate::pipeline::{Evaluation, NoPlugins, Resolution};
@@ -75,7 +76,7 @@ pub(super) async fn try_out(
     events: Vec<Result<(Event, PartitionNumber), Malformed>>,
 ) -> Result<Vec<Trial>, ApiError> {
     let pipeline = state.pipeline()?;
-    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+    let now_ms = now_ms();
     let mut trials = Vec::with_capacity(events.len());
     let (mut tried, mut places) = (Vec::new(), Vec::new());
     for event in events {
