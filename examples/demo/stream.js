@@ -19,6 +19,7 @@ export class Stream {
   #source = null;
   #owed = "";  // the newest id that was not acknowledged yet
   #timer = 0;
+  #isOver = false;
   #leave = () => this.#acknowledge();
 
   constructor(user, device, heard) {
@@ -41,6 +42,7 @@ export class Stream {
 
   /** Ends it for good, without a word. */
   close() {
+    this.#isOver = true;
     this.#disconnect();
     this.#acknowledge();
     removeEventListener("pagehide", this.#leave);
@@ -67,7 +69,7 @@ export class Stream {
       this.#keep(event);
       this.#heard.notification(JSON.parse(event.data), event.lastEventId);
       this.#owed = event.lastEventId;
-      this.#timer ||= setTimeout(() => this.#acknowledge(), ACKNOWLEDGE_AFTER);
+      this.#acknowledgeSoon();
     });
     on("cursor", (event) => this.#keep(event));
     for (const name of ["gap", "close"]) {
@@ -89,15 +91,24 @@ export class Stream {
     this.#heard.cursor(lastEventId);
   }
 
-  /** Says how far this device is. If that is not heard, the next one says it, too, or some of it comes again. */
-  #acknowledge() {
+  /** Says how far this device is. If that is not heard, it is said again, unless there is a newer id by then. */
+  async #acknowledge() {
     clearTimeout(this.#timer);
     this.#timer = 0;
     if (!this.#owed) return;
-    const body = JSON.stringify({ id: this.#owed, device: this.#device });
+    const id = this.#owed;
+    const body = JSON.stringify({ id, device: this.#device });
     this.#owed = "";
     const headers = { "Content-Type": "application/json" };
     // `keepalive`: also while the page goes away.
-    fetch(`/v1/acks?${new URLSearchParams({ user: this.#user })}`, { method: "POST", headers, body, keepalive: true }).catch(() => {});
+    const sent = fetch(`/v1/acks?${new URLSearchParams({ user: this.#user })}`, { method: "POST", headers, body, keepalive: true });
+    const isHeard = await sent.then((answer) => answer.status < 500, () => false);
+    if (isHeard || this.#isOver) return;
+    this.#owed ||= id;
+    this.#acknowledgeSoon();
+  }
+
+  #acknowledgeSoon() {
+    this.#timer ||= setTimeout(() => this.#acknowledge(), ACKNOWLEDGE_AFTER);
   }
 }

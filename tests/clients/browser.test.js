@@ -107,9 +107,14 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     line.cut();
     await both((one) => one.state("connecting"));
     await publish(null, "missed-by-network", { users: "ada,chen" });
+    // What was acknowledged while the network is bad is not heard, and is said again.
+    let n_lost = 0;
+    await page.route("**/v1/acks?*", (route) => (n_lost++ < 4 ? route.abort() : route.fallback()));
     line.mend();
     await both((one) => one.arrives("missed-by-network"));
     await both((one) => one.state("live"));
+    await eventually("acknowledgements were lost", () => n_lost > 4);
+    await page.unroute("**/v1/acks?*");
   });
 
   await t.test("it fits a desktop and a phone, light and dark", async () => {
