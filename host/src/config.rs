@@ -22,6 +22,7 @@ pub(crate) mod reload;
 pub use layers::Layers;
 pub use reload::{Origin, Recipe};
 
+/// The most of any time that is added to a clock, in seconds.
 const TEN_YEARS_S: u64 = 315_360_000;
 
 /// `pointsman config --defaults`: every key with its default and what it is for. A test reads it back.
