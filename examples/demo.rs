@@ -24,7 +24,10 @@ use anyhow::{Context as _, bail};
 use rand::Rng as _;
 use serde_json::json;
 
-#[expect(dead_code, reason = "the demo needs less of the tests' client than the tests do")]
+#[expect(
+    dead_code,
+    reason = "the demo needs less of the tests' client than the tests do"
+)]
 #[path = "../tests/harness/sse.rs"]
 mod sse;
 #[path = "demo/story.rs"]
@@ -50,16 +53,25 @@ fn main() -> anyhow::Result<ExitCode> {
     for person in &PEOPLE {
         for group in person.groups {
             let member = format!("{url}/v1/groups/{group}/members/{}", person.name);
-            ureq::put(&member).send_empty().with_context(|| format!("PUT {member}"))?;
+            ureq::put(&member)
+                .send_empty()
+                .with_context(|| format!("PUT {member}"))?;
         }
         let attributes = format!("{url}/v1/users/{}/attributes", person.name);
         let known = json!({ "plan": person.plan, "locale": person.locale });
-        ureq::put(&attributes).send_json(&known).with_context(|| format!("PUT {attributes}"))?;
+        ureq::put(&attributes)
+            .send_json(&known)
+            .with_context(|| format!("PUT {attributes}"))?;
     }
-    let followers = PEOPLE.each_ref().map(|person| Follower::start(node.listen, &format!("user={}", person.name)));
+    let followers = PEOPLE
+        .each_ref()
+        .map(|person| Follower::start(node.listen, &format!("user={}", person.name)));
     let followers = followers.map(|follower| follower.connected(Duration::from_secs(10)));
     let end = seconds()?.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let until = seconds()?.map_or_else(|| "Ctrl-C ends it".to_owned(), |seconds| format!("it ends in {seconds} s"));
+    let until = seconds()?.map_or_else(
+        || "Ctrl-C ends it".to_owned(),
+        |seconds| format!("it ends in {seconds} s"),
+    );
     println!("\nThe demo page: {url}/  ({until})\n");
 
     let (mut story, mut tally) = (Story::default(), Tally::default());
@@ -77,7 +89,12 @@ fn main() -> anyhow::Result<ExitCode> {
         if next_cut <= Instant::now() {
             let who = rand::rng().random_range(0..PEOPLE.len());
             let away = Duration::from_millis(rand::rng().random_range(500..6_000));
-            println!("{:8}  {:5} (cut; comes back in {:.1} s with its last event id)", "", PEOPLE[who].name, away.as_secs_f32());
+            println!(
+                "{:8}  {:5} (cut; comes back in {:.1} s with its last event id)",
+                "",
+                PEOPLE[who].name,
+                away.as_secs_f32()
+            );
             tally.cut(who, away);
             followers[who].cut(away);
             next_cut += Duration::from_millis(rand::rng().random_range(2_000..6_000));
@@ -93,9 +110,20 @@ fn main() -> anyhow::Result<ExitCode> {
         std::thread::sleep(Duration::from_millis(20));
     }
     collect(&followers, &mut tally);
-    let Count { delivered, superseded, expired, lost, doubled } = tally.count();
-    println!("\n{} published, {delivered} delivered, {lost} lost, {doubled} doubled", tally.n_published());
-    println!("(and {superseded} superseded by a newer state, {expired} expired while their recipient was away)");
+    let Count {
+        delivered,
+        superseded,
+        expired,
+        lost,
+        doubled,
+    } = tally.count();
+    println!(
+        "\n{} published, {delivered} delivered, {lost} lost, {doubled} doubled",
+        tally.n_published()
+    );
+    println!(
+        "(and {superseded} superseded by a newer state, {expired} expired while their recipient was away)"
+    );
     if lost + doubled > 0 {
         println!("The node's log:\n{}", node.log());
         return Ok(ExitCode::FAILURE);
@@ -106,7 +134,10 @@ fn main() -> anyhow::Result<ExitCode> {
 /// How long to run; `None`: until Ctrl-C.
 fn seconds() -> anyhow::Result<Option<u64>> {
     match std::env::var("DEMO_SECONDS") {
-        Ok(text) => Ok(Some(text.parse().context("DEMO_SECONDS must be a number of seconds")?)),
+        Ok(text) => Ok(Some(
+            text.parse()
+                .context("DEMO_SECONDS must be a number of seconds")?,
+        )),
         Err(_) if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() => Ok(None),
         Err(_) => Ok(Some(30)),
     }
@@ -118,10 +149,15 @@ fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
 
     let stop = Arc::new(AtomicBool::new(false));
     let set = stop.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let (mut interrupt, mut terminate) = {
         let _entered = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+        (
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+        )
     };
     std::thread::spawn(move || {
         runtime.block_on(async {
@@ -134,15 +170,26 @@ fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
 
 /// Publishes an event; after a failure the same one again under the same id, until the node has it.
 fn publish(url: &str, tally: &mut Tally<4>, scene: Scene) -> anyhow::Result<()> {
-    let Scene { mut event, recipients, collapse, ttl } = scene;
+    let Scene {
+        mut event,
+        recipients,
+        collapse,
+        ttl,
+    } = scene;
     event["specversion"] = json!("1.0");
-    event["id"] = json!(format!("demo-{}", tally.publishes(recipients, collapse, ttl)));
+    event["id"] = json!(format!(
+        "demo-{}",
+        tally.publishes(recipients, collapse, ttl)
+    ));
     let patience = Instant::now() + Duration::from_secs(10);
     loop {
-        let request = ureq::post(format!("{url}/v1/events")).content_type("application/cloudevents+json");
+        let request =
+            ureq::post(format!("{url}/v1/events")).content_type("application/cloudevents+json");
         match request.send_json(&event) {
             Ok(_) => return Ok(()),
-            Err(error) if Instant::now() > patience => return Err(error).context("POST /v1/events"),
+            Err(error) if Instant::now() > patience => {
+                return Err(error).context("POST /v1/events");
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
     }
@@ -154,7 +201,11 @@ fn collect(followers: &[Follower; 4], tally: &mut Tally<4>) {
         for notification in follower.take_notifications() {
             print(PEOPLE[who].name, &notification);
             // What somebody publishes on the page is shown, but not ours to count.
-            if let Some(number) = notification.id.strip_prefix("demo-").and_then(|number| number.parse().ok()) {
+            if let Some(number) = notification
+                .id
+                .strip_prefix("demo-")
+                .and_then(|number| number.parse().ok())
+            {
                 tally.arrives(who, number);
             }
         }
@@ -163,15 +214,35 @@ fn collect(followers: &[Follower; 4], tally: &mut Tally<4>) {
 
 /// One line a notification: when, who, how urgent, what, and by which router to which target.
 fn print(user: &str, notification: &Notification) {
-    let Notification { time, priority, kind, by, to, data, .. } = notification;
+    let Notification {
+        time,
+        priority,
+        kind,
+        by,
+        to,
+        data,
+        ..
+    } = notification;
     if NOT_PRINTED.contains(&kind.as_str()) {
         return;
     }
     let members = data.as_object().into_iter().flatten();
-    let text: Vec<String> =
-        members.map(|(name, value)| format!("{name} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned))).collect();
+    let text: Vec<String> = members
+        .map(|(name, value)| {
+            format!(
+                "{name} {}",
+                value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned)
+            )
+        })
+        .collect();
     let route = format!("{by} -> {to}");
-    println!("{:8}  {user:5}  {priority:6}  {kind:19}  {route:20}  {}", time.get(11..19).unwrap_or(time), text.join(", "));
+    println!(
+        "{:8}  {user:5}  {priority:6}  {kind:19}  {route:20}  {}",
+        time.get(11..19).unwrap_or(time),
+        text.join(", ")
+    );
 }
 
 /// The node, which ends with the demo.
@@ -184,21 +255,48 @@ struct Node {
 impl Node {
     /// Starts it on port 8080, or on the next one that is free, and waits until it is ready.
     fn start(stop: &AtomicBool) -> anyhow::Result<Self> {
-        let listen = (8080..8180).map(|port| SocketAddr::from(([127, 0, 0, 1], port))).find(|addr| TcpListener::bind(addr).is_ok());
+        let listen = (8080..8180)
+            .map(|port| SocketAddr::from(([127, 0, 0, 1], port)))
+            .find(|addr| TcpListener::bind(addr).is_ok());
         let listen = listen.context("no port from 8080 to 8179 is free")?;
         let admin = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let folder = std::env::temp_dir().join(format!("pointsman-demo-{}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
         let examples = std::env::current_exe()?;
-        let binary = examples.parent().and_then(|folder| folder.parent()).context("the demo lies in no folder")?.join("pointsman");
+        let binary = examples
+            .parent()
+            .and_then(|folder| folder.parent())
+            .context("the demo lies in no folder")?
+            .join("pointsman");
         let log = File::create(folder.join("node.log"))?;
         let mut command = Command::new(&binary);
-        command.args(["serve", "--dev", "--plugins", "build/plugins", "--listen", &listen.to_string(), "--admin", &admin.to_string()]);
-        command.args(["--config", "examples/demo/pointsman.toml", "--data"]).arg(folder.join("data"));
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.args([
+            "serve",
+            "--dev",
+            "--plugins",
+            "build/plugins",
+            "--listen",
+            &listen.to_string(),
+            "--admin",
+            &admin.to_string(),
+        ]);
+        command
+            .args(["--config", "examples/demo/pointsman.toml", "--data"])
+            .arg(folder.join("data"));
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         // A group of its own: Ctrl-C is for the demo, which ends the node when it has counted up.
-        let process = command.process_group(0).spawn().with_context(|| format!("run {}; `make demo` builds it", binary.display()))?;
-        let mut node = Self { process, folder, listen };
+        let process = command
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("run {}; `make demo` builds it", binary.display()))?;
+        let mut node = Self {
+            process,
+            folder,
+            listen,
+        };
         let patience = Instant::now() + Duration::from_secs(120);
         while ureq::get(format!("http://{admin}/readyz")).call().is_err() {
             if let Some(status) = node.process.try_wait()? {
@@ -220,7 +318,9 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         // In good order if it can; by force if it cannot. There is nobody to report a failure to.
-        let asked = Command::new("kill").args(["-s", "TERM", &self.process.id().to_string()]).status();
+        let asked = Command::new("kill")
+            .args(["-s", "TERM", &self.process.id().to_string()])
+            .status();
         let patience = Instant::now() + Duration::from_secs(if asked.is_ok() { 10 } else { 0 });
         while matches!(self.process.try_wait(), Ok(None)) && Instant::now() < patience {
             std::thread::sleep(Duration::from_millis(20));

@@ -30,14 +30,19 @@ fn pointsman(arguments: &[&str]) -> Command {
 /// Has Cargo build projects where the plugins of this repository are built for the tests, in the profile `plugin`, which is `release` but by name: what
 /// they need in common is there already, and would take minutes again. Without a network, as the lock file of a project names no other versions.
 fn among_the_guests(command: &mut Command) {
-    command.env("CARGO_TARGET_DIR", target_dir()).env("CARGO_NET_OFFLINE", "true").env("CARGO_PROFILE_PLUGIN_INHERITS", "release");
+    command
+        .env("CARGO_TARGET_DIR", target_dir())
+        .env("CARGO_NET_OFFLINE", "true")
+        .env("CARGO_PROFILE_PLUGIN_INHERITS", "release");
 }
 
 const PROFILE: [&str; 2] = ["--profile", "plugin"];
 
 /// Where this very test was built, whatever `CARGO_TARGET_DIR` says.
 fn target_dir() -> &'static Path {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target")
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .expect("the folder for temporary files lies in that of the target")
 }
 
 /// A folder outside this repository, that goes away with its owner.
@@ -45,7 +50,8 @@ struct Elsewhere(PathBuf);
 
 impl Elsewhere {
     fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("pointsman-authors-{name}-{}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("pointsman-authors-{name}-{}", std::process::id()));
         fs::create_dir(&path).expect("make a folder");
         Self(path)
     }
@@ -67,13 +73,16 @@ fn text(path: &Path) -> &str {
 
 /// What is made of a project.
 fn built(project: &str) -> PathBuf {
-    target_dir().join("wasm32-unknown-unknown/plugin").join(format!("{}.wasm", project.replace('-', "_")))
+    target_dir()
+        .join("wasm32-unknown-unknown/plugin")
+        .join(format!("{}.wasm", project.replace('-', "_")))
 }
 
 /// Two builds at once of one folder would wait for each other anyway, and their times would mean nothing.
 fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
-    ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    ONE.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[test]
@@ -82,36 +91,85 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
     let place = Elsewhere::new("new");
     // This machine may be busy with other tests; it is not about deadlines.
     let settings = place.join("pointsman.toml");
-    fs::write(&settings, "[plugins.first-filter]\ndeadline_ms = 5000\n[plugins.first-router]\ndeadline_ms = 5000\n").expect("write it");
+    fs::write(
+        &settings,
+        "[plugins.first-filter]\ndeadline_ms = 5000\n[plugins.first-router]\ndeadline_ms = 5000\n",
+    )
+    .expect("write it");
     let patiently = ["--settings", text(&settings)];
     for kind in ["filter", "router"] {
         let name = format!("first-{kind}");
         let made = told(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
-        assert!(made.contains("pointsman plugin test") && made.contains("pointsman dev"), "the next commands: {made}");
+        assert!(
+            made.contains("pointsman plugin test") && made.contains("pointsman dev"),
+            "the next commands: {made}"
+        );
         let project = place.join(&name);
 
         let mut cargo = Command::new(env!("CARGO"));
-        among_the_guests(cargo.args(["test", "--quiet"]).args(PROFILE).current_dir(&project).stdin(Stdio::null()));
+        among_the_guests(
+            cargo
+                .args(["test", "--quiet"])
+                .args(PROFILE)
+                .current_dir(&project)
+                .stdin(Stdio::null()),
+        );
         // Natively, nobody waits for an optimised program.
-        cargo.env("CARGO_PROFILE_PLUGIN_LTO", "false").env("CARGO_PROFILE_PLUGIN_OPT_LEVEL", "0");
+        cargo
+            .env("CARGO_PROFILE_PLUGIN_LTO", "false")
+            .env("CARGO_PROFILE_PLUGIN_OPT_LEVEL", "0");
         assert!(told(&mut cargo).contains("3 passed"));
 
-        let build = told(pointsman(&["plugin", "build"]).args(PROFILE).current_dir(&project));
-        for word in [text(&built(&name)), "KiB", "pointsman:plugin/log@0.1.0", "sha256"] {
+        let build = told(
+            pointsman(&["plugin", "build"])
+                .args(PROFILE)
+                .current_dir(&project),
+        );
+        for word in [
+            text(&built(&name)),
+            "KiB",
+            "pointsman:plugin/log@0.1.0",
+            "sha256",
+        ] {
             assert!(build.contains(word), "{word} is not in {build}");
         }
 
         // The crate, and then its file alone; the lock file was as Cargo wants it.
-        let test = told(pointsman(&["plugin", "test"]).args(PROFILE).args(patiently).current_dir(&project));
+        let test = told(
+            pointsman(&["plugin", "test"])
+                .args(PROFILE)
+                .args(patiently)
+                .current_dir(&project),
+        );
         assert!(test.contains("4 events, all as in ./golden.json"), "{test}");
-        let files = ["--events", "events.jsonl", "--config", "config.json", "--expect", "golden.json"];
-        let test = told(pointsman(&["plugin", "test", text(&built(&name))]).args(files).args(patiently).current_dir(&project));
-        for word in ["deadline_ms 5000", "of 5000.0 ms", "of 32.0 MiB", "of 256.0 KiB", "of 10000 targets", "skipped"] {
+        let files = [
+            "--events",
+            "events.jsonl",
+            "--config",
+            "config.json",
+            "--expect",
+            "golden.json",
+        ];
+        let test = told(
+            pointsman(&["plugin", "test", text(&built(&name))])
+                .args(files)
+                .args(patiently)
+                .current_dir(&project),
+        );
+        for word in [
+            "deadline_ms 5000",
+            "of 5000.0 ms",
+            "of 32.0 MiB",
+            "of 256.0 KiB",
+            "of 10000 targets",
+            "skipped",
+        ] {
             assert!(test.contains(word), "{word} is not in {test}");
         }
 
         // There already: nothing is written over.
-        let (is_well, again) = said(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
+        let (is_well, again) =
+            said(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
         assert!(!is_well && again.contains("is there already"), "{again}");
     }
 
@@ -120,17 +178,48 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
     let golden = fs::read_to_string(project.join("golden.json")).expect("a golden file");
     let other = place.join("other.json");
     fs::write(&other, golden.replace("u:42", "u:43")).expect("write it");
-    let files = ["--events", "events.jsonl", "--config", "config.json", "--expect", text(&other)];
+    let files = [
+        "--events",
+        "events.jsonl",
+        "--config",
+        "config.json",
+        "--expect",
+        text(&other),
+    ];
     let file = built("first-router");
-    let (is_well, test) = said(pointsman(&["plugin", "test", text(&file)]).args(files).args(patiently).current_dir(&project));
-    assert!(!is_well && test.contains("2 of 4 decisions differ"), "{test}");
-    let differing: Vec<&str> =
-        test.lines().filter(|line| line.trim_start().starts_with("expected") || line.trim_start().starts_with("found")).collect();
-    assert!(differing[0].contains("u:43") && differing[1].contains("u:42"), "{differing:?}");
+    let (is_well, test) = said(
+        pointsman(&["plugin", "test", text(&file)])
+            .args(files)
+            .args(patiently)
+            .current_dir(&project),
+    );
+    assert!(
+        !is_well && test.contains("2 of 4 decisions differ"),
+        "{test}"
+    );
+    let differing: Vec<&str> = test
+        .lines()
+        .filter(|line| {
+            line.trim_start().starts_with("expected") || line.trim_start().starts_with("found")
+        })
+        .collect();
+    assert!(
+        differing[0].contains("u:43") && differing[1].contains("u:42"),
+        "{differing:?}"
+    );
     // Taken for right, it is what the generated one says.
-    told(pointsman(&["plugin", "test", text(&file)]).args(files).args(patiently).arg("--write-golden").current_dir(&project));
+    told(
+        pointsman(&["plugin", "test", text(&file)])
+            .args(files)
+            .args(patiently)
+            .arg("--write-golden")
+            .current_dir(&project),
+    );
     let read = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
-    assert_eq!(read(&fs::read_to_string(&other).expect("written")), read(&golden));
+    assert_eq!(
+        read(&fs::read_to_string(&other).expect("written")),
+        read(&golden)
+    );
 }
 
 #[test]
@@ -142,7 +231,9 @@ fn the_guide_shows_what_a_new_router_is() {
         .and_then(|rest| rest.split("```").next())
         .expect("a plugin in Rust")
         .replace("MyRouter", "MyPlugin");
-    let generated = fs::read_to_string(repository().join("host/templates/plugin/router/src/lib.rs")).expect("the template");
+    let generated =
+        fs::read_to_string(repository().join("host/templates/plugin/router/src/lib.rs"))
+            .expect("the template");
     for part in shown.split("\n\n") {
         assert!(generated.contains(part), "the template has no\n{part}");
     }
@@ -154,11 +245,28 @@ fn without_the_wasm_target_the_line_that_adds_it_is_said() {
     // A compiler that has no such target, and no rustup.
     let rustc = place.join("rustc");
     fs::write(&rustc, "#!/bin/sh\necho /nowhere/at/all\n").expect("write it");
-    assert!(Command::new("chmod").arg("+x").arg(&rustc).status().expect("chmod").success());
-    let made = told(pointsman(&["plugin", "new", "p", "--kind", "router"]).current_dir(&place.0).env("PATH", &place.0).env_remove("RUSTC"));
+    assert!(
+        Command::new("chmod")
+            .arg("+x")
+            .arg(&rustc)
+            .status()
+            .expect("chmod")
+            .success()
+    );
+    let made = told(
+        pointsman(&["plugin", "new", "p", "--kind", "router"])
+            .current_dir(&place.0)
+            .env("PATH", &place.0)
+            .env_remove("RUSTC"),
+    );
     let line = "rustup target add wasm32-unknown-unknown";
     assert!(made.contains(line), "{made}");
-    let (is_well, build) = said(pointsman(&["plugin", "build", "p"]).current_dir(&place.0).env("PATH", &place.0).env_remove("RUSTC"));
+    let (is_well, build) = said(
+        pointsman(&["plugin", "build", "p"])
+            .current_dir(&place.0)
+            .env("PATH", &place.0)
+            .env_remove("RUSTC"),
+    );
     assert!(!is_well && build.contains(line), "{build}");
 }
 
@@ -173,17 +281,32 @@ fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
     };
     let settings = place.join("pointsman.toml");
     let limited = |deadline_ms: u64| {
-        fs::write(&settings, format!("[listen]\ngrace_s = 1\n[plugins.unruly]\ndeadline_ms = {deadline_ms}\n")).expect("write it");
+        fs::write(
+            &settings,
+            format!("[listen]\ngrace_s = 1\n[plugins.unruly]\ndeadline_ms = {deadline_ms}\n"),
+        )
+        .expect("write it");
         ["--settings", text(&settings)]
     };
     for (kind, deadline_ms, words) in [
         ("panic", 5_000, &["failed", "panicked at", "log: ERROR"][..]),
-        ("loop", 7, &["failed", "it ran longer than 7 ms (deadline_ms)", "of 7.000 ms: over"]),
+        (
+            "loop",
+            7,
+            &[
+                "failed",
+                "it ran longer than 7 ms (deadline_ms)",
+                "of 7.000 ms: over",
+            ],
+        ),
         ("grow", 5_000, &["failed", "32 is the most (memory_mib)"]),
         ("huge-answer", 5_000, &["failed", "(result_kib"]),
     ] {
         let (is_well, said) = run(kind, &limited(deadline_ms));
-        assert!(!is_well && said.contains("the plugin failed on 1 of 1 events"), "{kind}: {said}");
+        assert!(
+            !is_well && said.contains("the plugin failed on 1 of 1 events"),
+            "{kind}: {said}"
+        );
         for word in words {
             assert!(said.contains(word), "{kind}: {word} is not in {said}");
         }
@@ -193,7 +316,10 @@ fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
     assert!(is_well && said.contains("failed: never"), "{said}");
     // Without more words, the limits are those of a node without more words.
     let (is_well, said) = run("loop", &[]);
-    assert!(!is_well && said.contains("it ran longer than 50 ms"), "{said}");
+    assert!(
+        !is_well && said.contains("it ran longer than 50 ms"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -222,26 +348,90 @@ fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
         "\"rules\"",
     ];
     check(&core, &[], true, &facts);
-    check(&core, &[], true, &["my-plugin, by the name of its file", "an instance begins with"]);
-    check(&wasi_component("address"), &[], true, &["a component of", "router\n", "wasi:cli/", "attributes user, users"]);
+    check(
+        &core,
+        &[],
+        true,
+        &[
+            "my-plugin, by the name of its file",
+            "an instance begins with",
+        ],
+    );
+    check(
+        &wasi_component("address"),
+        &[],
+        true,
+        &[
+            "a component of",
+            "router\n",
+            "wasi:cli/",
+            "attributes user, users",
+        ],
+    );
 
     // It does not take its configuration, and still says who it is and what it would take.
     let config = place.join("bad.json");
     fs::write(&config, r#"{"rulez":[]}"#).expect("write it");
-    check(&core, &["--config", text(&config)], false, &["discard 0.1.0: ", "\"rules\"", "refuses its configuration", "rulez"]);
+    check(
+        &core,
+        &["--config", text(&config)],
+        false,
+        &[
+            "discard 0.1.0: ",
+            "\"rules\"",
+            "refuses its configuration",
+            "rulez",
+        ],
+    );
 
     let wat = |text: &str| wat::parse_str(text).expect("a module");
     let truncated = &core[..core.len() / 2];
     check(b"", &[], false, &["no WebAssembly", "is empty"]);
-    check(b"#!/bin/sh", &[], false, &["no WebAssembly", "does not begin with"]);
-    check(truncated, &[], false, &["is truncated or damaged", "pointsman:plugin/log@0.1.0"]);
+    check(
+        b"#!/bin/sh",
+        &[],
+        false,
+        &["no WebAssembly", "does not begin with"],
+    );
+    check(
+        truncated,
+        &[],
+        false,
+        &["is truncated or damaged", "pointsman:plugin/log@0.1.0"],
+    );
     check(b"\x7fELF", &[], false, &["no WebAssembly"]);
-    check(&wat("(module)"), &[], false, &["a core module", "exports neither"]);
-    check(&wat(r#"(module (import "env" "open" (func)))"#), &[], false, &["env: not granted"]);
+    check(
+        &wat("(module)"),
+        &[],
+        false,
+        &["a core module", "exports neither"],
+    );
+    check(
+        &wat(r#"(module (import "env" "open" (func)))"#),
+        &[],
+        false,
+        &["env: not granted"],
+    );
     let foreign = r#"(component (import "wasi:http/outgoing-handler@0.2.0" (instance)))"#;
-    check(&wat(foreign), &[], false, &["wasi:http/outgoing-handler@0.2.0: not granted", "which plugins are not granted"]);
+    check(
+        &wat(foreign),
+        &[],
+        false,
+        &[
+            "wasi:http/outgoing-handler@0.2.0: not granted",
+            "which plugins are not granted",
+        ],
+    );
     let newer = r#"(component (import "pointsman:plugin/log@0.2.0" (instance)))"#;
-    check(&wat(newer), &[], false, &["pointsman:plugin 0.2.0", "built for pointsman:plugin 0.2; this host speaks 0.1"]);
+    check(
+        &wat(newer),
+        &[],
+        false,
+        &[
+            "pointsman:plugin 0.2.0",
+            "built for pointsman:plugin 0.2; this host speaks 0.1",
+        ],
+    );
     // What a file says is no instruction to a terminal.
     let (_, said) = inspect(&wat("(module (import \"a\\u{1b}[2J\" \"f\" (func)))"), &[]);
     assert!(!said.contains('\u{1b}'), "{said:?}");
@@ -252,14 +442,36 @@ fn bench_says_what_a_call_costs_beside_a_plugin_that_does_nothing() {
     let place = Elsewhere::new("bench");
     let (file, events) = (place.join("address.wasm"), place.join("events.jsonl"));
     fs::write(&file, core_module("address")).expect("write it");
-    fs::write(&events, "{\"type\":\"t\",\"user\":\"42\"}\n{\"type\":\"t\",\"group\":\"ops\"}\n").expect("write it");
-    let said = told(&mut pointsman(&["plugin", "bench", text(&file), "--events", text(&events), "--seconds", "0.1"]));
+    fs::write(
+        &events,
+        "{\"type\":\"t\",\"user\":\"42\"}\n{\"type\":\"t\",\"group\":\"ops\"}\n",
+    )
+    .expect("write it");
+    let said = told(&mut pointsman(&[
+        "plugin",
+        "bench",
+        text(&file),
+        "--events",
+        text(&events),
+        "--seconds",
+        "0.1",
+    ]));
     let ns = |name: &str| {
-        let line = said.lines().find_map(|line| line.trim_start().strip_prefix(name)).unwrap_or_else(|| panic!("{name} is not in {said}"));
-        line.split_whitespace().next().and_then(|ns| ns.parse::<f64>().ok()).unwrap_or_else(|| panic!("no number in {line}"))
+        let line = said
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix(name))
+            .unwrap_or_else(|| panic!("{name} is not in {said}"));
+        line.split_whitespace()
+            .next()
+            .and_then(|ns| ns.parse::<f64>().ok())
+            .unwrap_or_else(|| panic!("no number in {line}"))
     };
     assert!(ns("address") > ns("a plugin that does nothing"), "{said}");
-    assert_eq!(said.contains("debug build"), cfg!(debug_assertions), "{said}");
+    assert_eq!(
+        said.contains("debug build"),
+        cfg!(debug_assertions),
+        "{said}"
+    );
 }
 
 #[test]
@@ -280,55 +492,121 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
     node.await_outcomes(4, SOON);
     let url = node.admin_url("");
     let export = |last: &str| {
-        let Output { status, stdout, stderr } = pointsman(&["events", "export", "--url", &url, "--last", last]).output().expect("run it");
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = pointsman(&["events", "export", "--url", &url, "--last", last])
+            .output()
+            .expect("run it");
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         assert!(status.success(), "{stderr}");
         (String::from_utf8(stdout).expect("UTF-8"), stderr)
     };
     let (lines, reach) = export("1000");
-    let read: Vec<Event> =
-        lines.lines().map(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).expect("an event")).collect();
+    let read: Vec<Event> = lines
+        .lines()
+        .map(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).expect("an event"))
+        .collect();
     let ids: Vec<&str> = read.iter().map(|event| event.id.as_str()).collect();
     assert_eq!(ids[..3], ["json", "text", "binary"]);
-    assert!(reach.contains("4 events, the oldest 'json'") && reach.contains("retention.keep_s"), "{reach}");
-    let documents: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert!(
+        reach.contains("4 events, the oldest 'json'") && reach.contains("retention.keep_s"),
+        "{reach}"
+    );
+    let documents: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
     assert_eq!(
-        (&documents[0]["data"], &documents[0]["n"], &documents[0]["flag"]),
+        (
+            &documents[0]["data"],
+            &documents[0]["n"],
+            &documents[0]["flag"]
+        ),
         (&json!({ "a": [1.50, "ü\n"] }), &json!(7), &json!(true))
     );
-    assert_eq!((&documents[1]["data"], &documents[1]["time"]), (&json!("two\nlines"), &json!("2026-01-02T03:04:05.678Z")));
+    assert_eq!(
+        (&documents[1]["data"], &documents[1]["time"]),
+        (&json!("two\nlines"), &json!("2026-01-02T03:04:05.678Z"))
+    );
     assert_eq!(documents[2]["data_base64"], "/wD+");
     // The entry's, as the decision has it.
     let decisions = node.admin("/v1/decisions").json();
-    let bare = decisions.as_array().expect("a list").iter().find(|decided| decided["event_type"] == "bare").expect("it was decided");
-    assert_eq!((ids[3], bare["event_id"].as_str()), (bare["entry"].as_str().expect("an id"), Some(ids[3])));
-    assert_eq!(read[3].time_ms.to_string(), ids[3].split('-').next().expect("a time"));
+    let bare = decisions
+        .as_array()
+        .expect("a list")
+        .iter()
+        .find(|decided| decided["event_type"] == "bare")
+        .expect("it was decided");
+    assert_eq!(
+        (ids[3], bare["event_id"].as_str()),
+        (bare["entry"].as_str().expect("an id"), Some(ids[3]))
+    );
+    assert_eq!(
+        read[3].time_ms.to_string(),
+        ids[3].split('-').next().expect("a time")
+    );
 
     let (newest, reach) = export("2");
-    assert_eq!(newest, lines.lines().skip(2).map(|line| format!("{line}\n")).collect::<String>());
+    assert_eq!(
+        newest,
+        lines
+            .lines()
+            .skip(2)
+            .map(|line| format!("{line}\n"))
+            .collect::<String>()
+    );
     assert!(reach.contains("as many as were asked for"), "{reach}");
 
     // Another node takes them as they are, and holds the same.
     let other = Node::builder().start();
     Publisher::new(other.addr()).publish(&documents);
     other.await_outcomes(4, SOON);
-    let again = http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("an answer");
+    let again =
+        http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("an answer");
     assert_eq!(again.body, lines);
     assert_eq!(again.header("pointsman-bound"), Some("source"));
 }
 
 #[test]
 fn events_are_shown_to_nobody_without_the_key() {
-    let config = "[auth]\njwt_secret = \"0123456789abcdef0123456789abcdef\"\nkey = \"operators-key-0001\"\n";
+    let config =
+        "[auth]\njwt_secret = \"0123456789abcdef0123456789abcdef\"\nkey = \"operators-key-0001\"\n";
     let node = Node::builder().production().config(config).start();
     let url = node.admin_url("");
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
-    assert!(!is_well && refused.contains("this needs the key") && refused.contains("--key") && !refused.contains("401"), "{refused}");
+    assert!(
+        !is_well
+            && refused.contains("this needs the key")
+            && refused.contains("--key")
+            && !refused.contains("401"),
+        "{refused}"
+    );
     assert!(!refused.contains("--token"), "{refused}");
-    told(&mut pointsman(&["events", "export", "--url", &url, "--key", "operators-key-0001"]));
+    told(&mut pointsman(&[
+        "events",
+        "export",
+        "--url",
+        &url,
+        "--key",
+        "operators-key-0001",
+    ]));
     // Whoever lacks another credential is told of that one.
-    let (is_well, refused) = said(&mut pointsman(&["tail", "--user", "bob", "--url", &node.url("")]));
-    assert!(!is_well && refused.contains("a user's token") && refused.contains("--token") && !refused.contains("--key"), "{refused}");
+    let (is_well, refused) = said(&mut pointsman(&[
+        "tail",
+        "--user",
+        "bob",
+        "--url",
+        &node.url(""),
+    ]));
+    assert!(
+        !is_well
+            && refused.contains("a user's token")
+            && refused.contains("--token")
+            && !refused.contains("--key"),
+        "{refused}"
+    );
 }
 
 /// `pointsman dev`, and everything that it says.
@@ -339,10 +617,16 @@ struct Dev {
 
 impl Dev {
     fn start(command: &mut Command) -> Self {
-        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run it");
+        let mut process = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("run it");
         let said = Arc::new(Mutex::new(String::new()));
-        let outputs: [Box<dyn std::io::Read + Send>; 2] =
-            [Box::new(process.stdout.take().expect("piped")), Box::new(process.stderr.take().expect("piped"))];
+        let outputs: [Box<dyn std::io::Read + Send>; 2] = [
+            Box::new(process.stdout.take().expect("piped")),
+            Box::new(process.stderr.take().expect("piped")),
+        ];
         for output in outputs {
             let said = Arc::clone(&said);
             std::thread::spawn(move || {
@@ -366,7 +650,10 @@ impl Dev {
             if said[from..].contains(words) {
                 return said.len();
             }
-            assert!(Instant::now() < deadline, "'{words}' is not said within {BUILT:?}:\n{said}");
+            assert!(
+                Instant::now() < deadline,
+                "'{words}' is not said within {BUILT:?}:\n{said}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -382,7 +669,10 @@ impl Drop for Dev {
 /// Whether a process works in this folder.
 fn is_worked_in(folder: &Path) -> bool {
     let folder = folder.canonicalize().expect("it is there");
-    fs::read_dir("/proc").expect("/proc").filter_map(|entry| fs::read_link(entry.ok()?.path().join("cwd")).ok()).any(|cwd| cwd == folder)
+    fs::read_dir("/proc")
+        .expect("/proc")
+        .filter_map(|entry| fs::read_link(entry.ok()?.path().join("cwd")).ok())
+        .any(|cwd| cwd == folder)
 }
 
 #[test]
@@ -394,14 +684,33 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     let settings = place.join("pointsman.toml");
     fs::write(&settings, "[plugins.saved]\ndeadline_ms = 5000\n").expect("write it");
     let [listen, admin] = [(); 2].map(|()| ports::free());
-    let arguments = ["dev", "--listen", &listen.to_string(), "--admin", &admin.to_string(), "--config", text(&settings)];
+    let arguments = [
+        "dev",
+        "--listen",
+        &listen.to_string(),
+        "--admin",
+        &admin.to_string(),
+        "--config",
+        text(&settings),
+    ];
     let mut dev = Dev::start(pointsman(&arguments).args(PROFILE).current_dir(&project));
     let heard = dev.hear(0, "saved: generation 1 is at work");
-    assert!(dev.said().contains(&format!("http://{listen}/")), "{}", dev.said());
+    assert!(
+        dev.said().contains(&format!("http://{listen}/")),
+        "{}",
+        dev.said()
+    );
     // That there is nothing yet while it is built for the first time is no error.
-    assert!(!dev.said().contains("ERROR") && !dev.said().contains("not at work"), "{}", dev.said());
+    assert!(
+        !dev.said().contains("ERROR") && !dev.said().contains("not at work"),
+        "{}",
+        dev.said()
+    );
     let page = http::send("GET", &format!("http://{listen}/"), &[], None).expect("a page");
-    assert!(page.status == 200 && page.body.contains("<html"), "{page:?}");
+    assert!(
+        page.status == 200 && page.body.contains("<html"),
+        "{page:?}"
+    );
 
     let (publisher, n) = (Publisher::new(listen), std::cell::Cell::new(0));
     let decided = || {
@@ -409,25 +718,63 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
         let id = format!("e{}", n.get());
         publisher.publish(&[event(&id, "order.shipped", json!({ "customer": "42" }))]);
         let url = format!("http://{admin}/v1/decisions?event_id={id}");
-        let verdict = eventually(SOON, "it is decided", || http::send("GET", &url, &[], None).ok()?.json().get(0).cloned());
+        let verdict = eventually(SOON, "it is decided", || {
+            http::send("GET", &url, &[], None)
+                .ok()?
+                .json()
+                .get(0)
+                .cloned()
+        });
         verdict["verdicts"][0].clone()
     };
     // By the crate's own config.json.
-    assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("routes"), Some(1)));
-    let heard = dev.hear(heard, "order.shipped e1: committed: saved, generation 1, routes it to u:42\n");
+    assert_eq!(
+        (
+            decided()["verdict"].as_str(),
+            decided()["generation"].as_u64()
+        ),
+        (Some("routes"), Some(1))
+    );
+    let heard = dev.hear(
+        heard,
+        "order.shipped e1: committed: saved, generation 1, routes it to u:42\n",
+    );
 
     let file = project.join("src/lib.rs");
     let good = fs::read_to_string(&file).expect("read it");
-    fs::write(&file, good.replace("let owner = event.text", "let owner = 42; event.text")).expect("write it");
+    fs::write(
+        &file,
+        good.replace("let owner = event.text", "let owner = 42; event.text"),
+    )
+    .expect("write it");
     let heard = dev.hear(heard, "saved: not built");
-    assert!(dev.said().contains("error[E0"), "what the compiler says: {}", dev.said());
-    assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("routes"), Some(1)));
+    assert!(
+        dev.said().contains("error[E0"),
+        "what the compiler says: {}",
+        dev.said()
+    );
+    assert_eq!(
+        (
+            decided()["verdict"].as_str(),
+            decided()["generation"].as_u64()
+        ),
+        (Some("routes"), Some(1))
+    );
 
-    let silent = good.replace("Ok(owner.into_iter().chain(region).collect())", "let _ = (owner, region);\n        Ok(Vec::new())");
+    let silent = good.replace(
+        "Ok(owner.into_iter().chain(region).collect())",
+        "let _ = (owner, region);\n        Ok(Vec::new())",
+    );
     assert_ne!(silent, good);
     fs::write(&file, silent).expect("write it");
     let heard = dev.hear(heard, "saved: generation 2 is at work");
-    assert_eq!((decided()["verdict"].as_str(), decided()["generation"].as_u64()), (Some("none"), Some(2)));
+    assert_eq!(
+        (
+            decided()["verdict"].as_str(),
+            decided()["generation"].as_u64()
+        ),
+        (Some("none"), Some(2))
+    );
 
     // What it is configured with is saved, too: another attribute names the owner.
     fs::write(&file, &good).expect("write it");
@@ -437,20 +784,41 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
     let heard = dev.hear(heard, "saved: generation 4 is at work");
     assert_eq!(decided()["verdict"], "none");
-    let heard = dev.hear(heard, "unrouted, nobody hears of it: saved, generation 4, names nobody");
+    let heard = dev.hear(
+        heard,
+        "unrouted, nobody hears of it: saved, generation 4, names nobody",
+    );
     fs::write(project.join("config.json"), r#"{"ownr":"payer"}"#).expect("write it");
     let heard = dev.hear(heard, "saved: not swapped in: ");
     fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
-    let heard = dev.hear(heard, "saved: generation 4 is at work, and nothing is refused any more");
-    assert_eq!(dev.said().matches("saved: building").count(), n_built, "nothing is to be built for these");
+    let heard = dev.hear(
+        heard,
+        "saved: generation 4 is at work, and nothing is refused any more",
+    );
+    assert_eq!(
+        dev.said().matches("saved: building").count(),
+        n_built,
+        "nothing is to be built for these"
+    );
 
     // In the middle of a build: nothing is left behind.
     fs::write(&file, format!("{good}\n// again")).expect("write it");
     dev.hear(heard, "saved: building");
     let folder = format!("pointsman-dev-{}", dev.process.id());
-    assert!(Command::new("kill").args(["-s", "INT", &dev.process.id().to_string()]).status().expect("kill").success());
+    assert!(
+        Command::new("kill")
+            .args(["-s", "INT", &dev.process.id().to_string()])
+            .status()
+            .expect("kill")
+            .success()
+    );
     let ended = eventually(SOON, "it ends", || dev.process.try_wait().expect("wait"));
     assert!(ended.success(), "{ended:?}: {}", dev.said());
-    eventually(SOON, "cargo and the compilers end", || (!is_worked_in(&project)).then_some(()));
-    assert!(!std::env::temp_dir().join(folder).exists(), "its folder stays behind");
+    eventually(SOON, "cargo and the compilers end", || {
+        (!is_worked_in(&project)).then_some(())
+    });
+    assert!(
+        !std::env::temp_dir().join(folder).exists(),
+        "its folder stays behind"
+    );
 }

@@ -28,8 +28,13 @@ impl Site {
         let plugins = Folder::new();
         fs::write(plugins.path().join("turning.wasm"), turning(1)).expect("write a plugin");
         // A busy machine is no reason to fail.
-        let builder = builder.config("[plugins.turning]\ndeadline_ms = 1000\n").plugins(plugins.path());
-        Self { node: builder.start(), plugins }
+        let builder = builder
+            .config("[plugins.turning]\ndeadline_ms = 1000\n")
+            .plugins(plugins.path());
+        Self {
+            node: builder.start(),
+            plugins,
+        }
     }
 
     fn report(&self) -> Value {
@@ -51,7 +56,9 @@ fn ok(answer: Answer) -> Value {
 }
 
 fn number(report: &Value, key: &str) -> u64 {
-    report[key].as_u64().unwrap_or_else(|| panic!("no {key} in {report}"))
+    report[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no {key} in {report}"))
 }
 
 fn hash(bytes: &[u8]) -> String {
@@ -67,12 +74,24 @@ fn thousand(prefix: &str) -> (Vec<Value>, BTreeMap<String, String>) {
             77 => {
                 let to = format!("other-{n}");
                 turned.insert(id.clone(), to.clone());
-                event(&id, "order.paid", json!({ "user": "1", "turns": 2, "then": to }))
+                event(
+                    &id,
+                    "order.paid",
+                    json!({ "user": "1", "turns": 2, "then": to }),
+                )
             }
             // Turns as well, and to whom it went before: the same decision.
-            78 => event(&id, "order.paid", json!({ "user": "1", "turns": 2, "then": "1" })),
+            78 => event(
+                &id,
+                "order.paid",
+                json!({ "user": "1", "turns": 2, "then": "1" }),
+            ),
             // Turns later.
-            79 => event(&id, "order.paid", json!({ "user": "1", "turns": 3, "then": "nobody" })),
+            79 => event(
+                &id,
+                "order.paid",
+                json!({ "user": "1", "turns": 3, "then": "nobody" }),
+            ),
             _ => event(&id, "order.paid", json!({ "user": "1" })),
         }
     });
@@ -80,7 +99,9 @@ fn thousand(prefix: &str) -> (Vec<Value>, BTreeMap<String, String>) {
 }
 
 fn plan(side: &Value) -> Value {
-    let routes = side["plan"].as_array().unwrap_or_else(|| panic!("no plan in {side}"));
+    let routes = side["plan"]
+        .as_array()
+        .unwrap_or_else(|| panic!("no plan in {side}"));
     routes.iter().map(|route| route["to"].clone()).collect()
 }
 
@@ -92,51 +113,113 @@ fn assert_turned(report: &Value, turned: &BTreeMap<String, String>) {
     let reported: BTreeMap<String, (Value, Value)> = differences
         .iter()
         .map(|difference| {
-            assert_eq!((&difference["event"]["source"], &difference["event"]["type"]), (&json!("/tests"), &json!("order.paid")));
+            assert_eq!(
+                (&difference["event"]["source"], &difference["event"]["type"]),
+                (&json!("/tests"), &json!("order.paid"))
+            );
             assert_eq!(difference["role"], "router");
-            (difference["event"]["id"].as_str().expect("an id").to_owned(), (plan(&difference["old"]), plan(&difference["new"])))
+            (
+                difference["event"]["id"]
+                    .as_str()
+                    .expect("an id")
+                    .to_owned(),
+                (plan(&difference["old"]), plan(&difference["new"])),
+            )
         })
         .collect();
-    let expected = turned.iter().map(|(id, to)| (id.clone(), (json!([["u:1"]]), json!([[format!("u:{to}")]]))));
+    let expected = turned
+        .iter()
+        .map(|(id, to)| (id.clone(), (json!([["u:1"]]), json!([[format!("u:{to}")]]))));
     assert_eq!(reported, expected.collect());
 }
 
 #[test]
-fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported_with_both_plans_and_no_effect() {
+fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported_with_both_plans_and_no_effect()
+ {
     let site = Site::new(Node::builder());
     let begun = ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
-    assert_eq!((&begun["hash"], number(&begun, "compared")), (&json!(hash(&turning(2))), 0));
+    assert_eq!(
+        (&begun["hash"], number(&begun, "compared")),
+        (&json!(hash(&turning(2))), 0)
+    );
     let follower = site.node.follower("1");
     let (events, turned) = thousand("e");
     assert_eq!(turned.len(), 7);
     for batch in events.chunks(100) {
         site.node.publisher().publish(batch);
     }
-    let record = follower.wait(SOON, "all events", |record| record.notifications.len() >= events.len());
-    let ids: Vec<_> = record.notifications.iter().map(|told| told.id.clone()).collect();
-    assert_eq!(ids, (0..1_000).map(|n| format!("e{n}")).collect::<Vec<_>>(), "what is live is as if there were no candidate");
+    let record = follower.wait(SOON, "all events", |record| {
+        record.notifications.len() >= events.len()
+    });
+    let ids: Vec<_> = record
+        .notifications
+        .iter()
+        .map(|told| told.id.clone())
+        .collect();
+    assert_eq!(
+        ids,
+        (0..1_000).map(|n| format!("e{n}")).collect::<Vec<_>>(),
+        "what is live is as if there were no candidate"
+    );
     let report = site.compared(1_000);
     // The queue holds more than this: all are compared.
-    assert_eq!((number(&report, "compared"), number(&report, "skipped"), number(&report, "waiting")), (1_000, 0, 0));
+    assert_eq!(
+        (
+            number(&report, "compared"),
+            number(&report, "skipped"),
+            number(&report, "waiting")
+        ),
+        (1_000, 0, 0)
+    );
     assert_eq!(report["generation"], 1);
     assert_turned(&report, &turned);
     let shown = ok(site.node.admin("/v1/plugins/turning"));
-    assert_eq!((number(&shown["shadow"], "different"), &shown["generation"]), (7, &json!(1)));
-    let comparisons =
-        |outcome: &str| site.node.metric(&format!("pointsman_plugin_shadow_comparisons_total{{plugin=\"turning\",outcome=\"{outcome}\"}}"));
-    assert_eq!((comparisons("same"), comparisons("different")), (993.0, 7.0));
+    assert_eq!(
+        (number(&shown["shadow"], "different"), &shown["generation"]),
+        (7, &json!(1))
+    );
+    let comparisons = |outcome: &str| {
+        site.node.metric(&format!(
+            "pointsman_plugin_shadow_comparisons_total{{plugin=\"turning\",outcome=\"{outcome}\"}}"
+        ))
+    };
+    assert_eq!(
+        (comparisons("same"), comparisons("different")),
+        (993.0, 7.0)
+    );
 
     // What is only tried out is no live event.
     let trial = serde_json::to_vec(&event("trial", "t", json!({ "user": "1" }))).expect("JSON");
-    let trial = site.node.send("POST", "/v1/events?dry_run=true", &[("Content-Type", "application/cloudevents+json")], &trial);
+    let trial = site.node.send(
+        "POST",
+        "/v1/events?dry_run=true",
+        &[("Content-Type", "application/cloudevents+json")],
+        &trial,
+    );
     assert_eq!(trial.status, 200, "{trial:?}");
-    site.node.publisher().publish(&[event("last", "order.paid", json!({ "user": "1", "turns": 2, "then": "9" }))]);
+    site.node.publisher().publish(&[event(
+        "last",
+        "order.paid",
+        json!({ "user": "1", "turns": 2, "then": "9" }),
+    )]);
     // Calls are compared in their order.
-    let report = eventually(SOON, "the last is compared", || Some(site.report()).filter(|report| number(report, "different") == 8));
+    let report = eventually(SOON, "the last is compared", || {
+        Some(site.report()).filter(|report| number(report, "different") == 8)
+    });
     assert_eq!(number(&report, "compared"), 1_001);
 
     // Nor is any of it for a page in a browser.
-    assert_eq!(site.node.order("DELETE", SHADOW, &[("Origin", "http://127.0.0.1:8080")], b"").status, 403);
+    assert_eq!(
+        site.node
+            .order(
+                "DELETE",
+                SHADOW,
+                &[("Origin", "http://127.0.0.1:8080")],
+                b""
+            )
+            .status,
+        403
+    );
     assert_eq!(site.node.order("DELETE", SHADOW, &[], b"").status, 204);
     assert_eq!(site.node.admin(SHADOW).status, 404);
     assert_eq!(site.node.order("DELETE", SHADOW, &[], b"").status, 404);
@@ -152,25 +235,57 @@ fn a_candidate_that_loops_or_traps_costs_live_events_nothing_and_is_reported() {
         let began = Instant::now();
         for batch in 0..N / 50 {
             let events: Vec<_> = (0..50)
-                .map(|n| event(&format!("{what}-{}", batch * 50 + n), "t", json!({ "user": "1", "turns": 2, "then": what })))
+                .map(|n| {
+                    event(
+                        &format!("{what}-{}", batch * 50 + n),
+                        "t",
+                        json!({ "user": "1", "turns": 2, "then": what }),
+                    )
+                })
                 .collect();
             site.node.publisher().publish(&events);
         }
-        follower.wait(SOON, "all events", |record| record.notifications.len() >= (round + 1) * N);
+        follower.wait(SOON, "all events", |record| {
+            record.notifications.len() >= (round + 1) * N
+        });
         // A loop runs for twice the deadline: who had waited for the candidate would wait for minutes.
         let compared = number(&site.report(), "compared");
-        assert!(what != "loop" || compared < N as u64 / 10, "{compared} in {:?}", began.elapsed());
-        let report = eventually(SOON, "the candidate failed", || Some(site.report()).filter(|report| number(report, "failed") > 0));
-        assert_eq!(number(&report, "different"), number(&report, "failed"), "{report}");
+        assert!(
+            what != "loop" || compared < N as u64 / 10,
+            "{compared} in {:?}",
+            began.elapsed()
+        );
+        let report = eventually(SOON, "the candidate failed", || {
+            Some(site.report()).filter(|report| number(report, "failed") > 0)
+        });
+        assert_eq!(
+            number(&report, "different"),
+            number(&report, "failed"),
+            "{report}"
+        );
         let difference = &report["differences"][0];
         assert_eq!(plan(&difference["old"]), json!([["u:1"]]));
         assert_eq!(difference["new"]["verdict"], "failed");
         let reason = difference["new"]["reason"].as_str().expect("a reason");
-        assert!(reason.contains(if what == "loop" { "it ran longer than 1000 ms" } else { "as the event said" }), "{reason}");
+        assert!(
+            reason.contains(if what == "loop" {
+                "it ran longer than 1000 ms"
+            } else {
+                "as the event said"
+            }),
+            "{reason}"
+        );
     }
     // Nothing of it is a failure of the plugin at work.
-    assert_eq!(site.node.metric("pointsman_plugin_calls_total{plugin=\"turning\",outcome=\"ok\"}"), 2.0 * N as f64);
-    assert_eq!(site.node.metric("pointsman_plugin_calls_total"), 2.0 * N as f64);
+    assert_eq!(
+        site.node
+            .metric("pointsman_plugin_calls_total{plugin=\"turning\",outcome=\"ok\"}"),
+        2.0 * N as f64
+    );
+    assert_eq!(
+        site.node.metric("pointsman_plugin_calls_total"),
+        2.0 * N as f64
+    );
 }
 
 #[test]
@@ -178,29 +293,58 @@ fn a_candidate_is_checked_as_any_plugin_is_and_is_of_its_plugins_kind() {
     let site = Site::new(Node::builder());
     let whole = turning(2);
     for (path, bytes, status, expect) in [
-        (SHADOW, &whole[..whole.len() / 2], 422, "is truncated or damaged"),
+        (
+            SHADOW,
+            &whole[..whole.len() / 2],
+            422,
+            "is truncated or damaged",
+        ),
         (SHADOW, b"<html>", 422, "is no WebAssembly"),
         (SHADOW, &core_module("unruly"), 422, "is of another kind"),
         ("/v1/plugins/nobody/shadow", &whole, 404, "nobody"),
     ] {
         let answer = site.node.order("PUT", path, &[], bytes);
-        assert!(answer.status == status && answer.body.contains(expect), "{path}: {answer:?}");
+        assert!(
+            answer.status == status && answer.body.contains(expect),
+            "{path}: {answer:?}"
+        );
     }
     assert_eq!(site.node.admin(SHADOW).status, 404);
-    assert_eq!(site.node.order("POST", "/v1/plugins/turning/promote", &[], b"").status, 404);
+    assert_eq!(
+        site.node
+            .order("POST", "/v1/plugins/turning/promote", &[], b"")
+            .status,
+        404
+    );
 }
 
 #[test]
 fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
     let mut site = Site::new(Node::builder().data());
     ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
-    let promoted = ok(site.node.order("POST", "/v1/plugins/turning/promote", &[], b""));
-    assert_eq!((&promoted["hash"], &promoted["generation"]), (&json!(hash(&turning(2))), &json!(2)));
-    assert_eq!(site.node.admin(SHADOW).status, 404, "it is no candidate any more");
-    assert_eq!(fs::read(site.plugins.path().join("turning.wasm")).expect("the plugin's file"), turning(2));
+    let promoted = ok(site
+        .node
+        .order("POST", "/v1/plugins/turning/promote", &[], b""));
+    assert_eq!(
+        (&promoted["hash"], &promoted["generation"]),
+        (&json!(hash(&turning(2))), &json!(2))
+    );
+    assert_eq!(
+        site.node.admin(SHADOW).status,
+        404,
+        "it is no candidate any more"
+    );
+    assert_eq!(
+        fs::read(site.plugins.path().join("turning.wasm")).expect("the plugin's file"),
+        turning(2)
+    );
     for round in ["before", "after"] {
         let mut stream = site.node.stream("2");
-        site.node.publisher().publish(&[event(round, "t", json!({ "user": "1", "turns": 2, "then": "2" }))]);
+        site.node.publisher().publish(&[event(
+            round,
+            "t",
+            json!({ "user": "1", "turns": 2, "then": "2" }),
+        )]);
         assert_eq!(stream.next_notification(SOON).id, round);
         if round == "before" {
             site.node.terminate(SOON);
@@ -212,13 +356,28 @@ fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
 #[test]
 fn what_is_only_tried_out_counts_for_no_plugins_health() {
     let site = Site::new(Node::builder());
-    let failing: Vec<_> = (0..30).map(|n| event(&format!("e{n}"), "t", json!({ "user": "1", "turns": 1, "then": "panic" }))).collect();
+    let failing: Vec<_> = (0..30)
+        .map(|n| {
+            event(
+                &format!("e{n}"),
+                "t",
+                json!({ "user": "1", "turns": 1, "then": "panic" }),
+            )
+        })
+        .collect();
     let failing = serde_json::to_vec(&failing).expect("JSON");
     let batch = [("Content-Type", "application/cloudevents-batch+json")];
-    let tried = ok(site.node.send("POST", "/v1/events?dry_run=true", &batch, &failing));
+    let tried = ok(site
+        .node
+        .send("POST", "/v1/events?dry_run=true", &batch, &failing));
     for event in tried["events"].as_array().expect("a list") {
         // The breaker would spare it the last ones.
-        assert!(event["reason"].as_str().is_some_and(|reason| reason.contains("as the event said")), "{event}");
+        assert!(
+            event["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.contains("as the event said")),
+            "{event}"
+        );
     }
     let shown = ok(site.node.admin("/v1/plugins/turning"));
     assert_eq!(number(&shown["health"], "failed_in_row"), 0, "{shown}");
@@ -231,14 +390,24 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
     let file = files.path().join("turning-2.wasm");
     fs::write(&file, turning(2)).expect("write a plugin");
     let file = file.to_str().expect("UTF-8");
-    let run = |arguments: &[&str]| command::said(command::pointsman(&["plugin"]).args(arguments).args(["--url", &site.node.admin_url("")]));
+    let run = |arguments: &[&str]| {
+        command::said(
+            command::pointsman(&["plugin"])
+                .args(arguments)
+                .args(["--url", &site.node.admin_url("")]),
+        )
+    };
     let told = |arguments: &[&str]| {
         let (is_well, said) = run(arguments);
         assert!(is_well, "{arguments:?}: {said}");
         said
     };
     let short = &hash(&turning(2))[..12];
-    for wish in [&["shadow", "turning"][..], &["shadow", "turning", "--end"], &["promote", "turning"]] {
+    for wish in [
+        &["shadow", "turning"][..],
+        &["shadow", "turning", "--end"],
+        &["promote", "turning"],
+    ] {
         let (is_well, said) = run(wish);
         assert!(
             !is_well && said.contains("no candidate beside 'turning'; begin with one: pointsman plugin shadow turning FILE.wasm"),
@@ -252,24 +421,73 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
             "candidate 0.1.0 ({short}) is asked beside turning 0.1.0 (router), without effect; how it differs: pointsman plugin shadow turning\n"
         )
     );
-    assert!(told(&["shadow", "turning"]).contains("it has met no event yet (of several nodes, one decides about a source: --url)"));
-    let turns = |id: &str, to: &str| event(id, "order.paid", json!({ "user": "1", "turns": 2, "then": to }));
-    site.node.publisher().publish(&[turns("same", "1"), turns("other", "2"), event("plain", "order.paid", json!({ "user": "1" }))]);
+    assert!(
+        told(&["shadow", "turning"]).contains(
+            "it has met no event yet (of several nodes, one decides about a source: --url)"
+        )
+    );
+    let turns = |id: &str, to: &str| {
+        event(
+            id,
+            "order.paid",
+            json!({ "user": "1", "turns": 2, "then": to }),
+        )
+    };
+    site.node.publisher().publish(&[
+        turns("same", "1"),
+        turns("other", "2"),
+        event("plain", "order.paid", json!({ "user": "1" })),
+    ]);
     site.node.await_outcomes(3, SOON);
     site.compared(3);
 
     let report = told(&["shadow", "turning"]);
     let lines: Vec<&str> = report.lines().collect();
-    assert!(lines[0].starts_with(&format!("turning: candidate 0.1.0 ({short}), beside generation 1, since 20")), "{report}");
-    assert_eq!(lines[1..4], ["compared 3, different 1, failed 0, skipped 0, waiting 0", "", "order.paid other (router)"]);
-    // What it says beside of a route, such as until when it holds, is the same on both sides.
-    let sides: Vec<_> = lines[4..].iter().map(|line| line.split_once(", ").expect("targets, and more")).collect();
-    assert_eq!(sides.iter().map(|(to, _)| *to).collect::<Vec<_>>(), ["  old  routes to u:1", "  new  routes to u:2"]);
-    assert!(sides[0].1 == sides[1].1 && sides[0].1.starts_with("until 20") && sides[0].1.ends_with("priority normal"), "{report}");
-    let listed = told(&["list"]);
-    let columns = |line: usize| listed.lines().nth(line).expect("a line").split("  ").filter(|cell| !cell.is_empty()).map(str::trim);
+    assert!(
+        lines[0].starts_with(&format!(
+            "turning: candidate 0.1.0 ({short}), beside generation 1, since 20"
+        )),
+        "{report}"
+    );
     assert_eq!(
-        columns(0).zip(columns(1)).find(|(head, _)| *head == "SHADOW").expect("a column").1,
+        lines[1..4],
+        [
+            "compared 3, different 1, failed 0, skipped 0, waiting 0",
+            "",
+            "order.paid other (router)"
+        ]
+    );
+    // What it says beside of a route, such as until when it holds, is the same on both sides.
+    let sides: Vec<_> = lines[4..]
+        .iter()
+        .map(|line| line.split_once(", ").expect("targets, and more"))
+        .collect();
+    assert_eq!(
+        sides.iter().map(|(to, _)| *to).collect::<Vec<_>>(),
+        ["  old  routes to u:1", "  new  routes to u:2"]
+    );
+    assert!(
+        sides[0].1 == sides[1].1
+            && sides[0].1.starts_with("until 20")
+            && sides[0].1.ends_with("priority normal"),
+        "{report}"
+    );
+    let listed = told(&["list"]);
+    let columns = |line: usize| {
+        listed
+            .lines()
+            .nth(line)
+            .expect("a line")
+            .split("  ")
+            .filter(|cell| !cell.is_empty())
+            .map(str::trim)
+    };
+    assert_eq!(
+        columns(0)
+            .zip(columns(1))
+            .find(|(head, _)| *head == "SHADOW")
+            .expect("a column")
+            .1,
         format!("0.1.0 ({short}): 1 of 3 differ")
     );
     let whole: Value = serde_json::from_str(&told(&["shadow", "turning", "--json"])).expect("JSON");
@@ -286,48 +504,93 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
         assert!(replayed.contains(line), "{line} is not in {replayed}");
     }
     let (is_well, refused) = run(&["replay", "turning", file, "--last", "0"]);
-    assert!(!is_well && refused.contains("last is 0; give 1 to 10000"), "{refused}");
+    assert!(
+        !is_well && refused.contains("last is 0; give 1 to 10000"),
+        "{refused}"
+    );
 
     assert_eq!(
         told(&["shadow", "turning", "--end"]),
-        format!("candidate 0.1.0 ({short}) beside turning 0.1.0 (router) has ended: 1 of 3 differ\n")
+        format!(
+            "candidate 0.1.0 ({short}) beside turning 0.1.0 (router) has ended: 1 of 3 differ\n"
+        )
     );
     told(&["shadow", "turning", file]);
     let promoted = told(&["promote", "turning"]);
-    assert_eq!(promoted, "promoted turning 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1\n");
-    assert_eq!(site.node.admin(SHADOW).status, 404, "it is no candidate any more");
+    assert_eq!(
+        promoted,
+        "promoted turning 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1\n"
+    );
+    assert_eq!(
+        site.node.admin(SHADOW).status,
+        404,
+        "it is no candidate any more"
+    );
 }
 
 fn past_events_are_asked_about_again(builder: Builder) {
     let site = Site::new(builder);
-    let replay = |last: usize, bytes: &[u8]| site.node.order("POST", &format!("/v1/plugins/turning/replay?last={last}"), &[], bytes);
+    let replay = |last: usize, bytes: &[u8]| {
+        site.node.order(
+            "POST",
+            &format!("/v1/plugins/turning/replay?last={last}"),
+            &[],
+            bytes,
+        )
+    };
     let (events, turned) = thousand("p");
     let follower = site.node.follower("1");
     for batch in events.chunks(100) {
         site.node.publisher().publish(batch);
     }
-    follower.wait(SOON, "all events", |record| record.notifications.len() >= events.len());
+    follower.wait(SOON, "all events", |record| {
+        record.notifications.len() >= events.len()
+    });
     // Those that are no events, of no interest or doubled are told apart: none of them was decided by the plugin, or its plan is not kept.
-    site.node.publisher().publish(&[event("p1", "order.paid", json!({ "user": "1" })), event("nobody", "t", json!({}))]);
+    site.node.publisher().publish(&[
+        event("p1", "order.paid", json!({ "user": "1" })),
+        event("nobody", "t", json!({})),
+    ]);
     site.node.await_outcomes(1_002, SOON);
 
     let report = ok(replay(1_002, &turning(2)));
-    assert_eq!((number(&report, "found"), number(&report, "compared")), (1_002, 1_001), "{report}");
-    assert_eq!(report["not_compared"], json!({ "its plan is not known: it was not committed, or its record is gone": 1 }));
+    assert_eq!(
+        (number(&report, "found"), number(&report, "compared")),
+        (1_002, 1_001),
+        "{report}"
+    );
+    assert_eq!(
+        report["not_compared"],
+        json!({ "its plan is not known: it was not committed, or its record is gone": 1 })
+    );
     assert_turned(&report, &turned);
-    let [reach] = report["reach"].as_array().expect("a list").as_slice() else { panic!("{report}") };
-    assert!(reach["oldest_entry"].as_str().is_some_and(|entry| reach["oldest_decision"] == entry), "{reach}");
+    let [reach] = report["reach"].as_array().expect("a list").as_slice() else {
+        panic!("{report}")
+    };
+    assert!(
+        reach["oldest_entry"]
+            .as_str()
+            .is_some_and(|entry| reach["oldest_decision"] == entry),
+        "{reach}"
+    );
     assert_eq!(reach["source"], "pointsman:events");
 
     // The version that decided them decides them again.
     let report = ok(replay(10_000, &turning(1)));
-    assert_eq!((number(&report, "compared"), number(&report, "different")), (1_001, 0), "{report}");
+    assert_eq!(
+        (number(&report, "compared"), number(&report, "different")),
+        (1_001, 0),
+        "{report}"
+    );
     assert_eq!(report["reach"][0]["is_every_decision"], true);
     // Only the newest: none of the first hundred is among them.
     let report = ok(replay(900, &turning(2)));
     assert_eq!(
         (number(&report, "found"), number(&report, "different")),
-        (900, turned.keys().filter(|id| id.as_str() != "p77").count() as u64)
+        (
+            900,
+            turned.keys().filter(|id| id.as_str() != "p77").count() as u64
+        )
     );
     // Refused before it is read.
     assert_eq!(replay(0, b"").status, 400);
@@ -339,7 +602,8 @@ fn past_events_are_asked_about_again(builder: Builder) {
 }
 
 #[test]
-fn a_candidate_is_asked_about_past_events_of_the_embedded_broker_and_compared_with_what_was_decided() {
+fn a_candidate_is_asked_about_past_events_of_the_embedded_broker_and_compared_with_what_was_decided()
+ {
     past_events_are_asked_about_again(Node::builder());
 }
 

@@ -10,7 +10,10 @@ use crate::harness::{demo_plugins, node_interpreter, repository};
 
 /// Runs one file of `node:test` against a node with the demo's plugins.
 fn run(file: &str) {
-    let node = Node::builder().plugins(demo_plugins()).config(include_str!("../examples/demo/pointsman.toml")).start();
+    let node = Node::builder()
+        .plugins(demo_plugins())
+        .config(include_str!("../examples/demo/pointsman.toml"))
+        .start();
     run_with(file, &[("POINTSMAN_ADDRESS", &node.addr().to_string())]);
 }
 
@@ -23,7 +26,10 @@ pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
     let folder = repository().join("tests/clients");
     INSTALLED.call_once(|| {
         let mut npm = Command::new("npm");
-        let status = npm.args(["ci", "--silent", "--no-audit", "--no-fund"]).current_dir(&folder).status();
+        let status = npm
+            .args(["ci", "--silent", "--no-audit", "--no-fund"])
+            .current_dir(&folder)
+            .status();
         assert!(
             status.as_ref().is_ok_and(|status| status.success()),
             "npm ci in {}: {status:?}; `make test` installs npm",
@@ -31,9 +37,18 @@ pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
         );
     });
     let mut command = Command::new(node_interpreter());
-    command.args(["--test", "--test-reporter=spec", file]).current_dir(&folder).envs(variables.iter().copied());
-    let output = command.output().unwrap_or_else(|error| panic!("node cannot be run ({error}); `make test` installs it"));
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    command
+        .args(["--test", "--test-reporter=spec", file])
+        .current_dir(&folder)
+        .envs(variables.iter().copied());
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("node cannot be run ({error}); `make test` installs it"));
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(output.status.success(), "{file}: {}\n{said}", output.status);
 }
 
@@ -43,7 +58,8 @@ fn npm_clients_that_never_received_anything_miss_nothing_when_cut() {
 }
 
 #[test]
-fn the_demo_page_in_a_browser_shows_two_devices_each_notification_once_through_cuts_and_an_alert_that_overtakes() {
+fn the_demo_page_in_a_browser_shows_two_devices_each_notification_once_through_cuts_and_an_alert_that_overtakes()
+ {
     run("browser.test.js");
 }
 

@@ -15,7 +15,9 @@ use crate::harness::{bundled_plugins, eventually};
 
 /// Runs `pointsman` with these arguments.
 fn pointsman(arguments: &[&str]) -> Output {
-    command::pointsman(arguments).output().expect("run pointsman")
+    command::pointsman(arguments)
+        .output()
+        .expect("run pointsman")
 }
 
 fn stdout(output: &Output) -> String {
@@ -28,22 +30,59 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
     let mut node = Node::builder().data().start();
     let url = node.url("");
     let tail = ["tail", "--user", "42", "--url", &url];
-    let mut tail =
-        Command::new(env!("CARGO_BIN_EXE_pointsman")).args(tail).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+    let mut tail = Command::new(env!("CARGO_BIN_EXE_pointsman"))
+        .args(tail)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("tail");
     let (send, lines) = mpsc::channel();
     let out = BufReader::new(tail.stdout.take().expect("piped"));
-    std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+    std::thread::spawn(move || {
+        out.lines()
+            .map_while(Result::ok)
+            .try_for_each(|line| send.send(line))
+    });
     // Its stream is open.
-    eventually(SOON, "tail opens its stream", || (node.metric("pointsman_streams_open") >= 1.0).then_some(()));
+    eventually(SOON, "tail opens its stream", || {
+        (node.metric("pointsman_streams_open") >= 1.0).then_some(())
+    });
     // `latest` begins where the stream found the log, so that what is published before its cursor may be passed over.
     eventually(SOON, "tail hears of the first event", || {
-        stdout(&pointsman(&["publish", "--url", &url, "--type", "t", "--user", "42", "--data", "{\"n\":1}"]));
+        stdout(&pointsman(&[
+            "publish",
+            "--url",
+            &url,
+            "--type",
+            "t",
+            "--user",
+            "42",
+            "--data",
+            "{\"n\":1}",
+        ]));
         lines.recv_timeout(Duration::from_millis(200)).ok()
     });
     node.kill();
     node.restart();
-    stdout(&pointsman(&["publish", "--url", &url, "--type", "t", "--id", "after", "--user", "42", "--data", "{\"n\":2}"]));
-    let second = eventually(SOON, "tail comes back", || lines.recv_timeout(SOON).ok().filter(|line| line.contains("\"after\"")));
+    stdout(&pointsman(&[
+        "publish",
+        "--url",
+        &url,
+        "--type",
+        "t",
+        "--id",
+        "after",
+        "--user",
+        "42",
+        "--data",
+        "{\"n\":2}",
+    ]));
+    let second = eventually(SOON, "tail comes back", || {
+        lines
+            .recv_timeout(SOON)
+            .ok()
+            .filter(|line| line.contains("\"after\""))
+    });
     let data: Value = serde_json::from_str(&second).expect("a line is the data object");
     assert_eq!(data["data"], json!({ "n": 2 }));
     tail.kill().expect("end tail");
@@ -54,8 +93,23 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
 fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
     let node = Node::builder().start();
     let url = node.url("");
-    let options = ["--type", "t", "--id", "e1", "--user", "42", "--group", "ops", "--priority", "high"];
-    let dry_run = |more: &[&str]| stdout(&pointsman(&[&["publish", "--dry-run", "--url", &url], &options[..], more].concat()));
+    let options = [
+        "--type",
+        "t",
+        "--id",
+        "e1",
+        "--user",
+        "42",
+        "--group",
+        "ops",
+        "--priority",
+        "high",
+    ];
+    let dry_run = |more: &[&str]| {
+        stdout(&pointsman(
+            &[&["publish", "--dry-run", "--url", &url], &options[..], more].concat(),
+        ))
+    };
     let printed = dry_run(&[]);
     let lines: Vec<&str> = printed.lines().collect();
     assert_eq!(lines[0], "\"e1\" of type \"t\" would be committed");
@@ -65,13 +119,34 @@ fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
         "reaches    user 42, by address, high",
         "reaches    the members of group ops, as far as a route's condition holds",
     ] {
-        assert!(lines.iter().any(|printed| printed.starts_with(line)), "{line} is not in {printed}");
+        assert!(
+            lines.iter().any(|printed| printed.starts_with(line)),
+            "{line} is not in {printed}"
+        );
     }
     let whole: Value = serde_json::from_str(&dry_run(&["--json"])).expect("JSON");
-    assert_eq!((&whole["outcome"], &whole["plan"][0]["to"]), (&json!("committed"), &json!(["u:42", "g:ops"])));
-    let failing = stdout(&pointsman(&["publish", "--dry-run", "--url", &url, "--type", "t", "--id", "e2", "--attribute", "ttl=soon"]));
-    assert!(failing.starts_with("\"e2\" of type \"t\" would be dead-lettered by address: "), "{failing}");
-    node.publisher().publish(&[event("after", "t", json!({ "user": "42" }))]);
+    assert_eq!(
+        (&whole["outcome"], &whole["plan"][0]["to"]),
+        (&json!("committed"), &json!(["u:42", "g:ops"]))
+    );
+    let failing = stdout(&pointsman(&[
+        "publish",
+        "--dry-run",
+        "--url",
+        &url,
+        "--type",
+        "t",
+        "--id",
+        "e2",
+        "--attribute",
+        "ttl=soon",
+    ]));
+    assert!(
+        failing.starts_with("\"e2\" of type \"t\" would be dead-lettered by address: "),
+        "{failing}"
+    );
+    node.publisher()
+        .publish(&[event("after", "t", json!({ "user": "42" }))]);
     eventually(SOON, "the event after it is committed", || {
         (node.metric("pointsman_events_total{outcome=\"committed\"}") >= 1.0).then_some(())
     });
@@ -82,25 +157,39 @@ fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
 fn dead_letters_are_listed_shown_redriven_and_dropped() {
     let node = Node::builder().start();
     let url = node.url("");
-    node.publisher().publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
+    node.publisher()
+        .publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
     let listed = || stdout(&pointsman(&["dead", "list", "--url", &url]));
     let listed_id = |table: &str| {
         let line = table.lines().nth(1).expect("a line below the header");
         line.split_whitespace().next().expect("an id").to_owned()
     };
-    let table = eventually(SOON, "the dead letter", || Some(listed()).filter(|table| !table.is_empty()));
+    let table = eventually(SOON, "the dead letter", || {
+        Some(listed()).filter(|table| !table.is_empty())
+    });
     let id = listed_id(&table);
-    assert!(table.starts_with("ID  ") && table.contains("REASON") && table.contains("address") && table.contains("ttl"), "{table}");
+    assert!(
+        table.starts_with("ID  ")
+            && table.contains("REASON")
+            && table.contains("address")
+            && table.contains("ttl"),
+        "{table}"
+    );
     for order in ["redrive", "drop"] {
         let refused = pointsman(&["dead", order, "--url", &url]);
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(64) && said.contains("<ID|--all>"), "{said}");
+        assert!(
+            refused.status.code() == Some(64) && said.contains("<ID|--all>"),
+            "{said}"
+        );
     }
     let shown = stdout(&pointsman(&["dead", "--url", &url, "show", &id]));
     assert!(shown.contains("soon"), "the original fields: {shown}");
     stdout(&pointsman(&["dead", "--url", &url, "redrive", &id]));
     // It goes through the plugins again, and fails again: another letter.
-    let again = eventually(SOON, "the redriven one", || Some(listed()).filter(|table| !table.is_empty() && !table.contains(&id)));
+    let again = eventually(SOON, "the redriven one", || {
+        Some(listed()).filter(|table| !table.is_empty() && !table.contains(&id))
+    });
     let id = listed_id(&again);
     stdout(&pointsman(&["dead", "--url", &url, "drop", &id]));
     assert_eq!(listed(), "");
@@ -119,10 +208,19 @@ fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exit_64() {
             assert!(said.contains(word), "{word} is not in {said}");
         }
     };
-    check("[listen]\nadress = \"127.0.0.1:1\"", &["pointsman-bad", "adress", "config --defaults"]);
+    check(
+        "[listen]\nadress = \"127.0.0.1:1\"",
+        &["pointsman-bad", "adress", "config --defaults"],
+    );
     check("[listen]\naddress = 7", &["pointsman-bad", "address"]);
-    check("[retention]\nmax_age_s = 5", &["retention.max_age_s", "600"]);
-    check("[broker]\nephemeral = true\n[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"", &["dev", "loopback"]);
+    check(
+        "[retention]\nmax_age_s = 5",
+        &["retention.max_age_s", "600"],
+    );
+    check(
+        "[broker]\nephemeral = true\n[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"",
+        &["dev", "loopback"],
+    );
     std::fs::remove_file(&file).expect("remove it");
 }
 
@@ -136,7 +234,9 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
     };
     let plugins = bundled_plugins();
     let plugins = plugins.to_str().expect("UTF-8");
-    let check = |config: &str, more: &[&str]| pointsman(&[&["check-config", "--dev", "--config", &file(config)], more].concat());
+    let check = |config: &str, more: &[&str]| {
+        pointsman(&[&["check-config", "--dev", "--config", &file(config)], more].concat())
+    };
     let well = stdout(&check("", &["--ephemeral", "--plugins", plugins]));
     for line in ["plugin address: router", "plugin discard: filter", "well: "] {
         assert!(well.contains(line), "{well}");
@@ -144,8 +244,16 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
     let not_a_folder = format!("{}/data", file(""));
     let bad_rules = "[plugins.discard.config]\nrule = []";
     for (config, more, expect) in [
-        (bad_rules, &["--ephemeral", "--plugins", plugins][..], "plugin discard: discard.wasm refuses its configuration"),
-        ("", &["--ephemeral", "--plugins", "/nowhere"], "the folder of plugins /nowhere cannot be read"),
+        (
+            bad_rules,
+            &["--ephemeral", "--plugins", plugins][..],
+            "plugin discard: discard.wasm refuses its configuration",
+        ),
+        (
+            "",
+            &["--ephemeral", "--plugins", "/nowhere"],
+            "the folder of plugins /nowhere cannot be read",
+        ),
         ("", &["--data", &not_a_folder], "cannot be written to"),
     ] {
         let checked = check(config, more);
@@ -154,13 +262,35 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
         assert!(said.contains(expect), "{expect} is not in {said}");
         if config.is_empty() {
             // A node says it as well, before it listens.
-            let serve = [&["serve", "--dev", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"], more].concat();
+            let serve = [
+                &[
+                    "serve",
+                    "--dev",
+                    "--listen",
+                    "127.0.0.1:0",
+                    "--admin",
+                    "127.0.0.1:0",
+                ],
+                more,
+            ]
+            .concat();
             let ended = pointsman(&serve);
             let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-            assert!(ended.status.code() == Some(1) && said.contains(expect) && !said.contains("listening"), "{said}");
+            assert!(
+                ended.status.code() == Some(1)
+                    && said.contains(expect)
+                    && !said.contains("listening"),
+                "{said}"
+            );
         }
     }
-    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 1, "checking leaves nothing behind");
+    assert_eq!(
+        std::fs::read_dir(folder.path())
+            .expect("the folder")
+            .count(),
+        1,
+        "checking leaves nothing behind"
+    );
 }
 
 #[test]
@@ -169,24 +299,48 @@ fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_
     let (cache, plugins) = (folder.path().join("cache"), bundled_plugins());
     let n_compiled = || std::fs::read_dir(&cache).map_or(0, |files| files.count());
     let check = || {
-        let arguments = ["check-config", "--dev", "--ephemeral", "--plugins", plugins.to_str().expect("UTF-8")];
-        stdout(&command::pointsman(&arguments).env("POINTSMAN_PLUGINS_CACHE", &cache).output().expect("run it"))
+        let arguments = [
+            "check-config",
+            "--dev",
+            "--ephemeral",
+            "--plugins",
+            plugins.to_str().expect("UTF-8"),
+        ];
+        stdout(
+            &command::pointsman(&arguments)
+                .env("POINTSMAN_PLUGINS_CACHE", &cache)
+                .output()
+                .expect("run it"),
+        )
     };
     assert!(check().contains("plugin address: router"));
     assert!(!cache.exists(), "it is a node that makes it");
-    std::fs::DirBuilder::new().mode(0o700).create(&cache).expect("make it");
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&cache)
+        .expect("make it");
     check();
     assert_eq!(n_compiled(), 2, "what was compiled is there for the start");
     // Taken from there: what is damaged is noticed, and made anew.
-    let code = std::fs::read_dir(&cache).expect("the cache").next().expect("a file").expect("a file").path();
+    let code = std::fs::read_dir(&cache)
+        .expect("the cache")
+        .next()
+        .expect("a file")
+        .expect("a file")
+        .path();
     let whole = std::fs::read(&code).expect("read it");
     std::fs::write(&code, &whole[..whole.len() / 2]).expect("write it");
     check();
     assert_eq!(std::fs::read(&code).expect("made anew").len(), whole.len());
     // Where others may write, no node would.
-    std::fs::set_permissions(&cache, std::fs::Permissions::from_mode(0o755)).expect("open it to others");
+    std::fs::set_permissions(&cache, std::fs::Permissions::from_mode(0o755))
+        .expect("open it to others");
     let said = check();
-    assert!(said.contains("warning: a node would compile its plugins at each start") && said.contains("has the mode 755"), "{said}");
+    assert!(
+        said.contains("warning: a node would compile its plugins at each start")
+            && said.contains("has the mode 755"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -196,7 +350,10 @@ fn what_no_node_would_take_is_not_sent() {
     for wrong in [&["--priority", "hi"][..], &["--user", ""], &["--group", ""]] {
         let refused = pointsman(&[&["publish", "--url", url, "--type", "t"], wrong].concat());
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(64) && said.contains(wrong[0]), "{said}");
+        assert!(
+            refused.status.code() == Some(64) && said.contains(wrong[0]),
+            "{said}"
+        );
     }
 }
 
@@ -205,13 +362,19 @@ fn tail_says_at_its_end_how_to_continue() {
     let node = Node::builder().start();
     let url = node.url("");
     let mut witness = node.stream("42");
-    node.publisher().publish(&["a", "b"].map(|id| event(id, "t", json!({ "user": "42" }))));
+    node.publisher()
+        .publish(&["a", "b"].map(|id| event(id, "t", json!({ "user": "42" }))));
     witness.next_notification(SOON);
     witness.next_notification(SOON);
     let tail = |after: &str| {
-        let output = pointsman(&["tail", "--url", &url, "--user", "42", "--count", "1", "--after", after]);
+        let output = pointsman(&[
+            "tail", "--url", &url, "--user", "42", "--count", "1", "--after", after,
+        ]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        let after = said.trim_end().rsplit_once("--after ").map(|(_, id)| id.to_owned());
+        let after = said
+            .trim_end()
+            .rsplit_once("--after ")
+            .map(|(_, id)| id.to_owned());
         (stdout(&output), after.unwrap_or_else(|| panic!("{said}")))
     };
     let (first, after) = tail("earliest");
@@ -219,17 +382,33 @@ fn tail_says_at_its_end_how_to_continue() {
     for wrong in ["ealiest", "10min", ""] {
         let refused = pointsman(&["tail", "--url", &url, "--user", "42", "--after", wrong]);
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(64) && said.contains("earliest, latest, how long ago, such as 90s"), "{said}");
+        assert!(
+            refused.status.code() == Some(64)
+                && said.contains("earliest, latest, how long ago, such as 90s"),
+            "{said}"
+        );
     }
-    assert!(first.contains("\"id\":\"a\"") && second.contains("\"id\":\"b\""), "{first} {second}");
+    assert!(
+        first.contains("\"id\":\"a\"") && second.contains("\"id\":\"b\""),
+        "{first} {second}"
+    );
 }
 
 #[test]
 fn whoever_has_read_enough_is_shown_no_panic() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
-    let output = command::pointsman(&["config", "--defaults"]).stdout(writer).output().expect("run pointsman");
-    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(1), ""));
+    let output = command::pointsman(&["config", "--defaults"])
+        .stdout(writer)
+        .output()
+        .expect("run pointsman");
+    assert_eq!(
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).as_ref()
+        ),
+        (Some(1), "")
+    );
 }
 
 #[test]
@@ -238,7 +417,13 @@ fn the_printed_defaults_are_a_configuration() {
     let file = std::env::temp_dir().join(format!("pointsman-defaults-{}.toml", std::process::id()));
     std::fs::write(&file, format!("{defaults}\n")).expect("write it");
     // As it stands it lets nobody in: it needs a secret or dev mode, and a broker.
-    let output = pointsman(&["check-config", "--config", file.to_str().expect("UTF-8"), "--dev", "--ephemeral"]);
+    let output = pointsman(&[
+        "check-config",
+        "--config",
+        file.to_str().expect("UTF-8"),
+        "--dev",
+        "--ephemeral",
+    ]);
     std::fs::remove_file(&file).expect("remove it");
     assert!(output.status.success(), "{output:?}");
 }

@@ -13,7 +13,11 @@ use crate::harness::publish::event;
 
 /// Keeps compiled plugins where a node does of which nothing is configured: beside its data.
 fn node(plugins: &Path) -> Node {
-    Node::builder().data().plugins(plugins).environment("POINTSMAN_PLUGINS_CACHE", "").start()
+    Node::builder()
+        .data()
+        .plugins(plugins)
+        .environment("POINTSMAN_PLUGINS_CACHE", "")
+        .start()
 }
 
 fn plugins() -> Folder {
@@ -27,18 +31,29 @@ fn compiled(node: &Node) -> PathBuf {
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
-    fs::read_dir(folder).expect("the folder of compiled plugins").map(|file| file.expect("a file").path()).collect()
+    fs::read_dir(folder)
+        .expect("the folder of compiled plugins")
+        .map(|file| file.expect("a file").path())
+        .collect()
 }
 
 /// How often each of these happened since it started.
 fn counts(node: &Node) -> [f64; 4] {
-    ["hit", "miss", "damaged", "unwritten"].map(|outcome| node.metric(&format!("pointsman_plugin_cache_total{{outcome=\"{outcome}\"}}")))
+    ["hit", "miss", "damaged", "unwritten"].map(|outcome| {
+        node.metric(&format!(
+            "pointsman_plugin_cache_total{{outcome=\"{outcome}\"}}"
+        ))
+    })
 }
 
 /// The plugin of the node decides as it should.
 fn decides(node: &Node) {
     let mut stream = node.stream("7");
-    node.publisher().publish(&[event(&format!("after-{}", node.pid()), "t", json!({ "user": "7" }))]);
+    node.publisher().publish(&[event(
+        &format!("after-{}", node.pid()),
+        "t",
+        json!({ "user": "7" }),
+    )]);
     assert_eq!(stream.next_notification(SOON).data["version"], 1);
 }
 
@@ -59,12 +74,20 @@ fn a_plugin_is_compiled_at_the_first_start_and_taken_from_the_cache_at_the_next(
 
     start_again(&mut node);
     assert_eq!(counts(&node), [1.0, 0.0, 0.0, 0.0]);
-    assert!(node.log().lines().any(|line| line.contains("plugin loaded") && line.contains("plugin.cached=true")), "{}", node.log());
+    assert!(
+        node.log()
+            .lines()
+            .any(|line| line.contains("plugin loaded") && line.contains("plugin.cached=true")),
+        "{}",
+        node.log()
+    );
     decides(&node);
 
     // Other bytes are another plugin.
     fs::write(plugins.path().join("versioned.wasm"), versioned(2)).expect("write a plugin");
-    eventually(SOON, "the second version is compiled", || (counts(&node) == [1.0, 1.0, 0.0, 0.0]).then_some(()));
+    eventually(SOON, "the second version is compiled", || {
+        (counts(&node) == [1.0, 1.0, 0.0, 0.0]).then_some(())
+    });
 }
 
 #[test]
@@ -81,7 +104,11 @@ fn a_damaged_file_is_compiled_anew() {
         fs::write(&file, damaged).expect("damage it");
         node.restart();
         assert_eq!(counts(&node), [0.0, 0.0, 1.0, 0.0]);
-        assert!(node.log().contains("it is torn or has rotted"), "{}", node.log());
+        assert!(
+            node.log().contains("it is torn or has rotted"),
+            "{}",
+            node.log()
+        );
         decides(&node);
         assert_eq!(fs::read(&file).expect("compiled code").len(), whole.len());
     }
@@ -99,8 +126,13 @@ fn nothing_is_taken_from_a_folder_where_others_may_write() {
     node.restart();
     assert_eq!(counts(&node), [0.0; 4]);
     let log = node.log();
-    let warning = log.lines().find(|line| line.contains("has the mode 770 and not 700"));
-    assert!(warning.is_some_and(|line| line.contains("WARN") && line.contains("plugins.cache")), "{log}");
+    let warning = log
+        .lines()
+        .find(|line| line.contains("has the mode 770 and not 700"));
+    assert!(
+        warning.is_some_and(|line| line.contains("WARN") && line.contains("plugins.cache")),
+        "{log}"
+    );
     decides(&node);
 }
 
@@ -110,11 +142,16 @@ fn a_compiled_file_is_no_plugin() {
     let node = node(plugins.path());
     let [file] = files(&compiled(&node)).try_into().expect("one file");
     let bytes = fs::read(file).expect("compiled code");
-    let elf = bytes.windows(4).position(|four| four == b"\x7fELF").expect("code in it");
+    let elf = bytes
+        .windows(4)
+        .position(|four| four == b"\x7fELF")
+        .expect("code in it");
     for (name, bytes) in [("kept", &bytes[..]), ("code", &bytes[elf..])] {
         fs::write(plugins.path().join(format!("{name}.wasm")), bytes).expect("write a file");
         let refusal = format!("plugins.{name}: {name}.wasm is no WebAssembly");
-        eventually(SOON, "it is refused", || node.admin("/readyz").body.contains(&refusal).then_some(()));
+        eventually(SOON, "it is refused", || {
+            node.admin("/readyz").body.contains(&refusal).then_some(())
+        });
     }
     decides(&node);
 }
@@ -124,14 +161,19 @@ fn nodes_that_start_at_once_share_one_folder() {
     let (plugins, shared) = (plugins(), Folder::new());
     let cache = shared.path().join("compiled");
     let start = || {
-        let builder = Node::builder().plugins(plugins.path()).environment("POINTSMAN_PLUGINS_CACHE", cache.to_str().expect("UTF-8"));
+        let builder = Node::builder()
+            .plugins(plugins.path())
+            .environment("POINTSMAN_PLUGINS_CACHE", cache.to_str().expect("UTF-8"));
         let node = builder.start();
         decides(&node);
         counts(&node)
     };
     let first: Vec<[f64; 4]> = std::thread::scope(|scope| {
         let nodes: Vec<_> = (0..4).map(|_| scope.spawn(start)).collect();
-        nodes.into_iter().map(|node| node.join().expect("a node that serves")).collect()
+        nodes
+            .into_iter()
+            .map(|node| node.join().expect("a node that serves"))
+            .collect()
     });
     for [hits, misses, damaged, unwritten] in first {
         assert_eq!((hits + misses, damaged, unwritten), (1.0, 0.0, 0.0));

@@ -10,7 +10,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, Committed, DeadReason, Decision, Feed, Follow, Head, Item, Notice, PartitionNumber, Proposal, Retention, Slice,
+    Batch, Broker, Committed, DeadReason, Decision, Feed, Follow, Head, Item, Notice,
+    PartitionNumber, Proposal, Retention, Slice,
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
@@ -202,7 +203,11 @@ struct Node {
 
 impl Node {
     fn new(broker: Arc<dyn Broker>) -> Self {
-        let p = broker.partitions().last().expect("there is a partition").number;
+        let p = broker
+            .partitions()
+            .last()
+            .expect("there is a partition")
+            .number;
         Self { broker, p }
     }
 
@@ -212,7 +217,10 @@ impl Node {
 
     /// Appends entries of one field.
     async fn append(&self, values: &[&str]) -> Vec<EntryId> {
-        self.broker.append(self.p, values.iter().map(|v| vec![field("v", v)]).collect()).await.expect("append")
+        self.broker
+            .append(self.p, values.iter().map(|v| vec![field("v", v)]).collect())
+            .await
+            .expect("append")
     }
 
     /// Commits from where the partition is, and answers the outcomes.
@@ -221,8 +229,24 @@ impl Node {
         self.commit_from(&head, items).await
     }
 
-    async fn commit_from(&self, head: &Head, items: Vec<Item>) -> Vec<(Outcome, Option<NotificationId>)> {
-        match self.broker.commit(self.p, Batch { life: head.life, prev: head.position, items }).await.expect("commit") {
+    async fn commit_from(
+        &self,
+        head: &Head,
+        items: Vec<Item>,
+    ) -> Vec<(Outcome, Option<NotificationId>)> {
+        match self
+            .broker
+            .commit(
+                self.p,
+                Batch {
+                    life: head.life,
+                    prev: head.position,
+                    items,
+                },
+            )
+            .await
+            .expect("commit")
+        {
             Committed::Done(outcomes) => outcomes,
             Committed::Refused => panic!("the commit from {} was refused", head.position),
         }
@@ -231,7 +255,12 @@ impl Node {
     /// Commits one event to these logs under the next entry id, and answers its id.
     async fn publish(&self, record: &str, targets: &[&str]) -> NotificationId {
         let head = self.head().await;
-        let outcomes = self.commit_from(&head, vec![commit(after(head.position.entry), record, targets)]).await;
+        let outcomes = self
+            .commit_from(
+                &head,
+                vec![commit(after(head.position.entry), record, targets)],
+            )
+            .await;
         assert_eq!(outcomes[0].0, Outcome::Committed);
         outcomes[0].1.expect("what is committed has an id")
     }
@@ -239,22 +268,49 @@ impl Node {
     /// Writes one slice from where the partition is.
     async fn slice(&self, item: Item, index: u32, is_last: bool) -> Committed {
         let head = self.head().await;
-        self.broker.commit_slice(self.p, Slice { life: head.life, prev: head.position, item, index, is_last }).await.expect("commit_slice")
+        self.broker
+            .commit_slice(
+                self.p,
+                Slice {
+                    life: head.life,
+                    prev: head.position,
+                    item,
+                    index,
+                    is_last,
+                },
+            )
+            .await
+            .expect("commit_slice")
     }
 
     /// The ids of a log above `after`.
     async fn ids(&self, log: &str, after: NotificationId) -> Vec<NotificationId> {
-        let page = self.broker.page(self.p, &target(log), after, 10_000).await.expect("page");
+        let page = self
+            .broker
+            .page(self.p, &target(log), after, 10_000)
+            .await
+            .expect("page");
         assert!(page.is_last);
         page.entries.into_iter().map(|(id, _)| id).collect()
     }
 
     async fn count(&self, outcome: Outcome) -> u64 {
-        self.broker.state(self.p).await.expect("state").outcomes.get(outcome.as_str()).copied().unwrap_or(0)
+        self.broker
+            .state(self.p)
+            .await
+            .expect("state")
+            .outcomes
+            .get(outcome.as_str())
+            .copied()
+            .unwrap_or(0)
     }
 
     async fn ear(&self) -> Ear {
-        Ear { feed: self.broker.feed().await.expect("feed"), heard: VecDeque::new(), p: self.p }
+        Ear {
+            feed: self.broker.feed().await.expect("feed"),
+            heard: VecDeque::new(),
+            p: self.p,
+        }
     }
 }
 
@@ -269,14 +325,23 @@ impl Ear {
     /// The next notice, ticks and signs of life included.
     async fn next(&mut self) -> Notice {
         while self.heard.is_empty() {
-            let batch = tokio::time::timeout(Duration::from_secs(20), self.feed.notices.recv()).await.expect("a notice comes");
+            let batch = tokio::time::timeout(Duration::from_secs(20), self.feed.notices.recv())
+                .await
+                .expect("a notice comes");
             self.heard.extend(batch.expect("the feed is open"));
         }
         self.heard.pop_front().expect("it is not empty")
     }
 
     fn follow(&self, log: &str, token: u64) {
-        self.feed.follow.send(Follow::Start { partition: self.p, target: target(log), token }).expect("the feed is open");
+        self.feed
+            .follow
+            .send(Follow::Start {
+                partition: self.p,
+                target: target(log),
+                token,
+            })
+            .expect("the feed is open");
     }
 
     /// Follows a log and waits until that is in force; what is heard before is dropped.
@@ -301,7 +366,9 @@ impl Ear {
         let mut appended = Vec::new();
         loop {
             match self.next().await {
-                Notice::Tick { partition, last, .. } if partition == self.p => return (last, appended),
+                Notice::Tick {
+                    partition, last, ..
+                } if partition == self.p => return (last, appended),
                 Notice::Append { id, .. } => appended.push(id),
                 _ => {}
             }
@@ -310,7 +377,10 @@ impl Ear {
 }
 
 fn field(name: &str, value: &str) -> (Bytes, Bytes) {
-    (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes()))
+    (
+        Bytes::copy_from_slice(name.as_bytes()),
+        Bytes::copy_from_slice(value.as_bytes()),
+    )
 }
 
 fn target(log: &str) -> Target {
@@ -323,22 +393,49 @@ fn name(text: &str) -> Name {
 
 /// The id of the next entry in the same millisecond.
 fn after(entry: EntryId) -> EntryId {
-    EntryId { ms: entry.ms.max(1_700_000_000_000), seq: entry.seq + 1 }
+    EntryId {
+        ms: entry.ms.max(1_700_000_000_000),
+        seq: entry.seq + 1,
+    }
 }
 
 fn item(entry: EntryId, proposal: Proposal) -> Item {
-    let decision = Decision { event_id: entry.to_string(), event_source: "/test".into(), event_type: "t".into(), ..Decision::default() };
-    Item { entry, dedupe: None, proposal, decision }
+    let decision = Decision {
+        event_id: entry.to_string(),
+        event_source: "/test".into(),
+        event_type: "t".into(),
+        ..Decision::default()
+    };
+    Item {
+        entry,
+        dedupe: None,
+        proposal,
+        decision,
+    }
 }
 
 fn commit(entry: EntryId, record: &str, targets: &[&str]) -> Item {
     let mut targets: Vec<Target> = targets.iter().map(|log| target(log)).collect();
     targets.sort_unstable();
-    item(entry, Proposal::Commit { record: Bytes::copy_from_slice(record.as_bytes()), targets })
+    item(
+        entry,
+        Proposal::Commit {
+            record: Bytes::copy_from_slice(record.as_bytes()),
+            targets,
+        },
+    )
 }
 
 fn dead(entry: EntryId, reason: &str) -> Item {
-    item(entry, Proposal::DeadLetter(DeadReason { reason: reason.into(), plugin: None, attempts: 1, fields: vec![field("v", reason)] }))
+    item(
+        entry,
+        Proposal::DeadLetter(DeadReason {
+            reason: reason.into(),
+            plugin: None,
+            attempts: 1,
+            fields: vec![field("v", reason)],
+        }),
+    )
 }
 
 /// The same item from a publisher that gave the event an id.
@@ -357,5 +454,7 @@ async fn until(mut is_so: impl AsyncFnMut() -> bool) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), asking).await.expect("it comes to be so");
+    tokio::time::timeout(Duration::from_secs(60), asking)
+        .await
+        .expect("it comes to be so");
 }

@@ -12,7 +12,12 @@ const NOW: Duration = Duration::ZERO;
 const HOUR: Duration = Duration::from_secs(3_600);
 
 /// An event for two people: its recipients, key, time to live, and at whom it arrived.
-type Told<'a> = ([bool; 2], Option<&'static str>, Option<Duration>, &'a [usize]);
+type Told<'a> = (
+    [bool; 2],
+    Option<&'static str>,
+    Option<Duration>,
+    &'a [usize],
+);
 
 fn count(events: &[Told<'_>], away: Option<Duration>) -> Count {
     let mut tally = Tally::<2>::default();
@@ -34,34 +39,98 @@ fn count(events: &[Told<'_>], away: Option<Duration>) -> Count {
 #[test]
 fn the_demo_counts_what_does_not_arrive_as_lost_and_what_should_not_as_doubled() {
     let both = [true, true];
-    assert_eq!(count(&[(both, None, None, &[0, 1])], None), Count { delivered: 2, ..Count::default() });
-    assert_eq!(count(&[(both, None, None, &[1])], None), Count { delivered: 1, lost: 1, ..Count::default() });
-    assert_eq!(count(&[(both, None, None, &[0, 0, 1])], None), Count { delivered: 2, doubled: 1, ..Count::default() });
+    assert_eq!(
+        count(&[(both, None, None, &[0, 1])], None),
+        Count {
+            delivered: 2,
+            ..Count::default()
+        }
+    );
+    assert_eq!(
+        count(&[(both, None, None, &[1])], None),
+        Count {
+            delivered: 1,
+            lost: 1,
+            ..Count::default()
+        }
+    );
+    assert_eq!(
+        count(&[(both, None, None, &[0, 0, 1])], None),
+        Count {
+            delivered: 2,
+            doubled: 1,
+            ..Count::default()
+        }
+    );
     let stranger = count(&[([true, false], None, None, &[0, 1])], None);
-    assert_eq!(stranger, Count { delivered: 1, doubled: 1, ..Count::default() });
+    assert_eq!(
+        stranger,
+        Count {
+            delivered: 1,
+            doubled: 1,
+            ..Count::default()
+        }
+    );
 }
 
 #[test]
 fn the_demo_counts_as_superseded_only_what_a_newer_one_with_its_key_made_superfluous() {
-    let keyed = |key: &'static str, arrivals: &'static [usize]| ([true, false], Some(key), None, arrivals);
-    assert_eq!(count(&[keyed("k", &[]), keyed("k", &[0])], None), Count { delivered: 1, superseded: 1, ..Count::default() });
-    assert_eq!(count(&[keyed("k", &[0]), keyed("k", &[])], None), Count { delivered: 1, lost: 1, ..Count::default() });
-    assert_eq!(count(&[keyed("k", &[]), keyed("other", &[0])], None), Count { delivered: 1, lost: 1, ..Count::default() });
+    let keyed =
+        |key: &'static str, arrivals: &'static [usize]| ([true, false], Some(key), None, arrivals);
+    assert_eq!(
+        count(&[keyed("k", &[]), keyed("k", &[0])], None),
+        Count {
+            delivered: 1,
+            superseded: 1,
+            ..Count::default()
+        }
+    );
+    assert_eq!(
+        count(&[keyed("k", &[0]), keyed("k", &[])], None),
+        Count {
+            delivered: 1,
+            lost: 1,
+            ..Count::default()
+        }
+    );
+    assert_eq!(
+        count(&[keyed("k", &[]), keyed("other", &[0])], None),
+        Count {
+            delivered: 1,
+            lost: 1,
+            ..Count::default()
+        }
+    );
     let others = ([true, true], Some("k"), None, &[][..]);
     assert_eq!(
         count(&[others, ([false, true], Some("k"), None, &[1][..])], None),
-        Count { delivered: 1, superseded: 1, lost: 1, ..Count::default() }
+        Count {
+            delivered: 1,
+            superseded: 1,
+            lost: 1,
+            ..Count::default()
+        }
     );
 }
 
 #[test]
 fn the_demo_counts_as_expired_only_what_its_recipient_was_away_for() {
     let short = |ttl| [([true, false], None, Some(ttl), &[][..])];
-    let expired = Count { expired: 1, ..Count::default() };
-    let lost = Count { lost: 1, ..Count::default() };
+    let expired = Count {
+        expired: 1,
+        ..Count::default()
+    };
+    let lost = Count {
+        lost: 1,
+        ..Count::default()
+    };
     assert_eq!(count(&short(NOW), Some(HOUR)), expired);
     assert_eq!(count(&short(HOUR), Some(HOUR)), expired);
-    assert_eq!(count(&short(HOUR), Some(NOW)), lost, "it was still good when its recipient came back");
+    assert_eq!(
+        count(&short(HOUR), Some(NOW)),
+        lost,
+        "it was still good when its recipient came back"
+    );
     assert_eq!(count(&short(NOW), None), lost, "its recipient was there");
 }
 
@@ -73,12 +142,25 @@ fn the_demo_ends_by_itself_and_says_that_nothing_was_lost_or_doubled() {
     // As from the root of the repository, where `make demo` runs it.
     let repository = crate::harness::repository();
     std::fs::create_dir(folder.path().join("build")).expect("make a folder");
-    std::os::unix::fs::symlink(crate::harness::demo_plugins(), folder.path().join("build/plugins")).expect("make a link");
-    std::os::unix::fs::symlink(repository.join("examples"), folder.path().join("examples")).expect("make a link");
-    let demo = std::path::Path::new(env!("CARGO_BIN_EXE_pointsman")).with_file_name("examples").join("demo");
+    std::os::unix::fs::symlink(
+        crate::harness::demo_plugins(),
+        folder.path().join("build/plugins"),
+    )
+    .expect("make a link");
+    std::os::unix::fs::symlink(repository.join("examples"), folder.path().join("examples"))
+        .expect("make a link");
+    let demo = std::path::Path::new(env!("CARGO_BIN_EXE_pointsman"))
+        .with_file_name("examples")
+        .join("demo");
     let begun = Instant::now();
     let mut command = Command::new(&demo);
-    command.current_dir(folder.path()).env("DEMO_SECONDS", "8").env("POINTSMAN_PLUGINS_CACHE", crate::harness::compiled_plugins());
+    command
+        .current_dir(folder.path())
+        .env("DEMO_SECONDS", "8")
+        .env(
+            "POINTSMAN_PLUGINS_CACHE",
+            crate::harness::compiled_plugins(),
+        );
     let output = command.output().expect("run the demo");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(
@@ -90,5 +172,8 @@ fn the_demo_ends_by_itself_and_says_that_nothing_was_lost_or_doubled() {
     );
     assert!(said.contains("The demo page: http://127.0.0.1:"), "{said}");
     assert!(said.contains(" 0 lost, 0 doubled\n"), "{said}");
-    assert!(said.contains("rules -> "), "who is told by which router: {said}");
+    assert!(
+        said.contains("rules -> "),
+        "who is told by which router: {said}"
+    );
 }

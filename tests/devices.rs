@@ -16,7 +16,12 @@ fn builder() -> Builder {
 
 fn acknowledge(node: &Node, user: &str, told: &Value) -> Answer {
     let headers = [("content-type", "application/json")];
-    node.send("POST", &format!("/v1/acks?user={user}"), &headers, told.to_string().as_bytes())
+    node.send(
+        "POST",
+        &format!("/v1/acks?user={user}"),
+        &headers,
+        told.to_string().as_bytes(),
+    )
 }
 
 fn acknowledged(node: &Node, user: &str, told: &Value) {
@@ -26,27 +31,39 @@ fn acknowledged(node: &Node, user: &str, told: &Value) {
 
 /// A stream past its first cursor.
 fn open(node: &Node, query: &str) -> Stream {
-    let mut stream = Request::new(node.addr(), query).open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
+    let mut stream = Request::new(node.addr(), query)
+        .open(SOON)
+        .unwrap_or_else(|refused| panic!("{refused:?}"));
     stream.next_state("cursor", SOON);
     stream
 }
 
 fn publish(node: &Node, user: &str, ids: &[&str]) {
-    let events: Vec<_> = ids.iter().map(|id| event(id, "device", json!({ "user": user }))).collect();
+    let events: Vec<_> = ids
+        .iter()
+        .map(|id| event(id, "device", json!({ "user": user })))
+        .collect();
     node.publisher().publish(&events);
 }
 
 fn expect(stream: &mut Stream, ids: &[&str]) {
-    let had: Vec<String> = ids.iter().map(|_| stream.next_notification(SOON).id).collect();
+    let had: Vec<String> = ids
+        .iter()
+        .map(|_| stream.next_notification(SOON).id)
+        .collect();
     assert_eq!(had, ids);
 }
 
 #[test]
 fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each_on_any_node() {
     let server = RedisServer::start();
-    for (evening, morning) in
-        [(builder().start(), None), (builder().redis(server.url()).start(), Some(builder().redis(server.url()).start()))]
-    {
+    for (evening, morning) in [
+        (builder().start(), None),
+        (
+            builder().redis(server.url()).start(),
+            Some(builder().redis(server.url()).start()),
+        ),
+    ] {
         let morning = morning.as_ref().unwrap_or(&evening);
         let mut witness = open(&evening, "user=ann");
         publish(&evening, "ann", &["before"]);
@@ -57,14 +74,22 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         publish(&evening, "ann", &["a", "b", "c"]);
         let mut stream = open(morning, "user=ann&device=phone");
         expect(&mut stream, &["a", "b"]);
-        acknowledged(&evening, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        acknowledged(
+            &evening,
+            "ann",
+            &json!({ "id": stream.last_event_id(), "device": "phone" }),
+        );
         expect(&mut stream, &["c"]);
         drop(stream);
         publish(&evening, "ann", &["d"]);
         // The last one was not acknowledged, and nobody knows that it was seen.
         let mut stream = open(morning, "user=ann&device=phone");
         expect(&mut stream, &["c", "d"]);
-        acknowledged(morning, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        acknowledged(
+            morning,
+            "ann",
+            &json!({ "id": stream.last_event_id(), "device": "phone" }),
+        );
         let had = stream.last_event_id().to_owned();
         drop(stream);
         publish(&evening, "ann", &["e"]);
@@ -72,15 +97,26 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         // Another device, and another user's of the same name, know nothing of it. In sync, one does.
         let mut tablet = open(&evening, "user=ann&device=tablet");
         let mut bobs = open(&evening, "user=bob&device=phone");
-        expect(&mut open(&evening, "user=ann&device=watch&devices=all"), &["e"]);
+        expect(
+            &mut open(&evening, "user=ann&device=watch&devices=all"),
+            &["e"],
+        );
         publish(&evening, "ann", &["f"]);
         publish(&evening, "bob", &["f of bob"]);
         expect(&mut tablet, &["f"]);
         expect(&mut bobs, &["f of bob"]);
         // A client that says where it is knows better.
-        let mut stream = Request::new(evening.addr(), "user=ann&device=phone&last_event_id=earliest").open(SOON).expect("200");
+        let mut stream = Request::new(
+            evening.addr(),
+            "user=ann&device=phone&last_event_id=earliest",
+        )
+        .open(SOON)
+        .expect("200");
         expect(&mut stream, &["before", "a", "b", "c", "d", "e", "f"]);
-        let mut stream = Request::new(evening.addr(), "user=ann&device=tablet").last_event_id(&had).open(SOON).expect("200");
+        let mut stream = Request::new(evening.addr(), "user=ann&device=tablet")
+            .last_event_id(&had)
+            .open(SOON)
+            .expect("200");
         expect(&mut stream, &["e", "f"]);
     }
 }
@@ -93,7 +129,11 @@ fn acknowledgements_outlive_the_node() {
     drop(stream);
     let mut stream = open(&node, "user=ann&device=phone");
     expect(&mut stream, &["a"]);
-    acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+    acknowledged(
+        &node,
+        "ann",
+        &json!({ "id": stream.last_event_id(), "device": "phone" }),
+    );
     node.kill();
     node.restart();
     publish(&node, "ann", &["b"]);
@@ -109,23 +149,44 @@ fn a_device_whose_first_stream_said_where_to_begin_misses_nothing_after_it() {
     expect(&mut witness, &["a"]);
     expect(&mut open(&node, "user=ann&device=phone"), &["a"]);
     // What nobody can read says less than where the device is.
-    expect(&mut open(&node, "user=ann&device=phone&last_event_id=garbage!"), &["a"]);
+    expect(
+        &mut open(&node, "user=ann&device=phone&last_event_id=garbage!"),
+        &["a"],
+    );
 }
 
 /// What one device leaves out would count as seen by all; and each notification is held against each pattern.
 #[test]
 fn a_filter_goes_with_one_device_only_and_is_bounded() {
     let node = builder().start();
-    let many = (0..65).map(|n| format!("t{n}")).collect::<Vec<_>>().join(",");
+    let many = (0..65)
+        .map(|n| format!("t{n}"))
+        .collect::<Vec<_>>()
+        .join(",");
     for (query, expect) in [
-        ("device=phone&devices=all&types=a".to_owned(), "exclude each other"),
-        ("device=phone&devices=all&min_priority=high".to_owned(), "exclude each other"),
+        (
+            "device=phone&devices=all&types=a".to_owned(),
+            "exclude each other",
+        ),
+        (
+            "device=phone&devices=all&min_priority=high".to_owned(),
+            "exclude each other",
+        ),
         (format!("types={many}"), "64 is the most"),
     ] {
-        let refused = Request::new(node.addr(), &format!("user=ann&{query}")).open(SOON).map(|_| ()).unwrap_err();
-        assert!(refused.status == Some(400) && refused.text.contains(expect), "{query}: {refused:?}");
+        let refused = Request::new(node.addr(), &format!("user=ann&{query}"))
+            .open(SOON)
+            .map(|_| ())
+            .unwrap_err();
+        assert!(
+            refused.status == Some(400) && refused.text.contains(expect),
+            "{query}: {refused:?}"
+        );
     }
-    open(&node, &format!("user=ann&types={}", many.trim_end_matches(",t64")));
+    open(
+        &node,
+        &format!("user=ann&types={}", many.trim_end_matches(",t64")),
+    );
 }
 
 #[test]
@@ -137,26 +198,56 @@ fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing()
     publish(&node, "ann", &["a"]);
     expect(&mut bob, &["of bob"]);
     // As a page does that another user left his id in.
-    let answer = acknowledge(&node, "ann", &json!({ "id": bob.last_event_id(), "device": "phone" }));
-    assert_eq!((answer.status, answer.json()["error"].as_str()), (403, Some("this id is another user's")));
+    let answer = acknowledge(
+        &node,
+        "ann",
+        &json!({ "id": bob.last_event_id(), "device": "phone" }),
+    );
+    assert_eq!(
+        (answer.status, answer.json()["error"].as_str()),
+        (403, Some("this id is another user's"))
+    );
     // An hour ahead: it has 9 characters in base64url.
     let mut ahead = stream.last_event_id().to_owned();
     let (at, one) = ahead.char_indices().rev().nth(4).expect("an id is longer");
     ahead.replace_range(at..=at, if one == '_' { "-" } else { "_" });
     for (told, expect) in [
-        (json!({ "id": ahead, "device": "phone" }), "ahead of everything"),
-        (json!({ "id": "earliest", "device": "phone" }), "no id of a frame"),
-        (json!({ "id": stream.last_event_id() }), "neither which device"),
+        (
+            json!({ "id": ahead, "device": "phone" }),
+            "ahead of everything",
+        ),
+        (
+            json!({ "id": "earliest", "device": "phone" }),
+            "no id of a frame",
+        ),
+        (
+            json!({ "id": stream.last_event_id() }),
+            "neither which device",
+        ),
     ] {
         let answer = acknowledge(&node, "ann", &told);
         let body = answer.json();
         assert_eq!(answer.status, 400, "{told}: {answer:?}");
-        assert!(body["error"].as_str().is_some_and(|error| error.contains(expect)) && body["fix"].is_string(), "{told}: {body}");
+        assert!(
+            body["error"]
+                .as_str()
+                .is_some_and(|error| error.contains(expect))
+                && body["fix"].is_string(),
+            "{told}: {body}"
+        );
     }
     // Streams say it in time, too.
     let long = "x".repeat(257);
-    for query in ["device=", "device=a%0Ab", &format!("device={long}"), "devices=all", "device=phone&devices=some"] {
-        let refused = Request::new(node.addr(), &format!("user=ann&{query}")).open(SOON).expect_err("it is refused");
+    for query in [
+        "device=",
+        "device=a%0Ab",
+        &format!("device={long}"),
+        "devices=all",
+        "device=phone&devices=some",
+    ] {
+        let refused = Request::new(node.addr(), &format!("user=ann&{query}"))
+            .open(SOON)
+            .expect_err("it is refused");
         assert_eq!(refused.status, Some(400), "{query}");
     }
     expect(&mut open(&node, "user=ann&device=phone"), &["a"]);
@@ -171,16 +262,24 @@ fn while_redis_is_away_the_stream_of_a_device_is_told_to_come_back_and_misses_no
     publish(&node, "ann", &["a"]);
     node.await_outcomes(1, SOON);
     server.pause();
-    let mut stream = Request::new(node.addr(), "user=ann&device=phone").open(SOON).expect("200");
+    let mut stream = Request::new(node.addr(), "user=ann&device=phone")
+        .open(SOON)
+        .expect("200");
     let close = stream.next_state("close", SOON);
     assert_eq!(close.data.as_deref(), Some("{\"reason\":\"away\"}"));
     assert!(close.retry.is_some());
     let answer = acknowledge(&node, "ann", &json!({ "id": "1", "device": "phone" }));
-    assert_eq!(answer.status, 400, "what cannot be read needs no broker: {answer:?}");
+    assert_eq!(
+        answer.status, 400,
+        "what cannot be read needs no broker: {answer:?}"
+    );
     server.resume();
     crate::harness::eventually(SOON, "the broker is there again", || {
-        let mut stream = Request::new(node.addr(), "user=ann&device=phone").open(SOON).ok()?;
-        (stream.next_frame(SOON).ok()?.state() == Some("cursor")).then(|| expect(&mut stream, &["a"]))
+        let mut stream = Request::new(node.addr(), "user=ann&device=phone")
+            .open(SOON)
+            .ok()?;
+        (stream.next_frame(SOON).ok()?.state() == Some("cursor"))
+            .then(|| expect(&mut stream, &["a"]))
     });
 }
 
@@ -192,10 +291,18 @@ fn page(node: &Node, query: &str) -> Value {
 
 /// The ids of a page's events, those that are read in brackets, and the number of unread ones.
 fn shown(page: &Value) -> (Vec<String>, Value) {
-    let items = page["notifications"].as_array().expect("a list").iter().map(|item| {
-        let id = item["data"]["id"].as_str().expect("an id");
-        if item["read"].as_bool().expect("read or not") { format!("({id})") } else { id.to_owned() }
-    });
+    let items = page["notifications"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|item| {
+            let id = item["data"]["id"].as_str().expect("an id");
+            if item["read"].as_bool().expect("read or not") {
+                format!("({id})")
+            } else {
+                id.to_owned()
+            }
+        });
     (items.collect(), page["unread"].clone())
 }
 
@@ -209,19 +316,47 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
         publish(&node, "ann", &["a", "b", "c"]);
         expect(&mut stream, &["a", "b", "c"]);
         let all = page(&node, "user=ann");
-        assert_eq!(shown(&all), (vec!["a".into(), "b".into(), "c".into()], unread(3)));
+        assert_eq!(
+            shown(&all),
+            (vec!["a".into(), "b".into(), "c".into()], unread(3))
+        );
         // By the id of an item of the list, or of a frame.
-        acknowledged(&node, "ann", &json!({ "id": all["notifications"][1]["id"], "read": true }));
-        assert_eq!(shown(&page(&node, "user=ann")), (vec!["(a)".into(), "(b)".into(), "c".into()], unread(1)));
+        acknowledged(
+            &node,
+            "ann",
+            &json!({ "id": all["notifications"][1]["id"], "read": true }),
+        );
+        assert_eq!(
+            shown(&page(&node, "user=ann")),
+            (vec!["(a)".into(), "(b)".into(), "c".into()], unread(1))
+        );
         // Never backwards.
-        acknowledged(&node, "ann", &json!({ "id": all["notifications"][0]["id"], "read": true }));
+        acknowledged(
+            &node,
+            "ann",
+            &json!({ "id": all["notifications"][0]["id"], "read": true }),
+        );
         let after = all["notifications"][0]["id"].as_str().expect("an id");
-        assert_eq!(shown(&page(&node, &format!("user=ann&after={after}&limit=1"))), (vec!["(b)".into()], unread(1)));
+        assert_eq!(
+            shown(&page(&node, &format!("user=ann&after={after}&limit=1"))),
+            (vec!["(b)".into()], unread(1))
+        );
         // To have it on a device is not to have read it; both can be said at once.
-        acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone" }));
+        acknowledged(
+            &node,
+            "ann",
+            &json!({ "id": stream.last_event_id(), "device": "phone" }),
+        );
         assert_eq!(shown(&page(&node, "user=ann")).1, unread(1));
-        acknowledged(&node, "ann", &json!({ "id": stream.last_event_id(), "device": "phone", "read": true }));
-        assert_eq!(shown(&page(&node, "user=ann")), (vec!["(a)".into(), "(b)".into(), "(c)".into()], unread(0)));
+        acknowledged(
+            &node,
+            "ann",
+            &json!({ "id": stream.last_event_id(), "device": "phone", "read": true }),
+        );
+        assert_eq!(
+            shown(&page(&node, "user=ann")),
+            (vec!["(a)".into(), "(b)".into(), "(c)".into()], unread(0))
+        );
         publish(&node, "ann", &["d"]);
         expect(&mut stream, &["d"]);
         let (items, count) = shown(&page(&node, "user=ann"));
@@ -230,7 +365,10 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
         let mut bobs = open(&node, "user=bob");
         publish(&node, "bob", &["of bob"]);
         expect(&mut bobs, &["of bob"]);
-        assert_eq!(shown(&page(&node, "user=bob")), (vec!["of bob".into()], unread(1)));
+        assert_eq!(
+            shown(&page(&node, "user=bob")),
+            (vec!["of bob".into()], unread(1))
+        );
     }
 }
 
@@ -239,7 +377,9 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
 fn a_count_of_unread_ones_that_is_no_more_than_a_lower_bound_says_so() {
     let node = builder().start();
     let mut stream = open(&node, "user=ann&types=device");
-    let many: Vec<_> = (1..=101).map(|n| event(&n.to_string(), "chat", json!({ "user": "ann" }))).collect();
+    let many: Vec<_> = (1..=101)
+        .map(|n| event(&n.to_string(), "chat", json!({ "user": "ann" })))
+        .collect();
     node.publisher().publish(&many);
     publish(&node, "ann", &["the last"]);
     expect(&mut stream, &["the last"]);
@@ -247,7 +387,14 @@ fn a_count_of_unread_ones_that_is_no_more_than_a_lower_bound_says_so() {
     assert_eq!(count("limit=1"), json!({ "count": 100, "exact": false }));
     assert_eq!(count("types=device"), json!({ "count": 1, "exact": true }));
     let first = page(&node, "user=ann&limit=1");
-    acknowledged(&node, "ann", &json!({ "id": first["cursor"], "read": true }));
+    acknowledged(
+        &node,
+        "ann",
+        &json!({ "id": first["cursor"], "read": true }),
+    );
     assert_eq!(count("types=chat"), json!({ "count": 100, "exact": true }));
-    assert_eq!(count("after=latest"), json!({ "count": 100, "exact": false }));
+    assert_eq!(
+        count("after=latest"),
+        json!({ "count": 100, "exact": false })
+    );
 }

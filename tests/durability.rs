@@ -37,7 +37,11 @@ fn kill_9_of_a_node_with_a_data_folder_loses_doubles_and_misorders_nothing() {
     let node = Node::builder().data().start();
     let publisher = Publishing::Post(node.publisher());
     // Only the node can say how far it is: its count of outcomes moves with the position.
-    run(node, random, publisher, |node| node.metric_if_up("pointsman_events_total").filter(|n| *n > 0.0).map(|n| n.to_string()));
+    run(node, random, publisher, |node| {
+        node.metric_if_up("pointsman_events_total")
+            .filter(|n| *n > 0.0)
+            .map(|n| n.to_string())
+    });
 }
 
 #[test]
@@ -49,7 +53,11 @@ fn kill_9_of_a_node_on_redis_loses_doubles_and_misorders_nothing() {
     let position = Mutex::new(server.connection());
     run(node, random, publisher, move |_| {
         let mut connection = position.lock().expect("nobody panics with it");
-        redis::cmd("HGET").arg("{pointsman:events}:meta").arg("pos").query(&mut connection).expect("HGET")
+        redis::cmd("HGET")
+            .arg("{pointsman:events}:meta")
+            .arg("pos")
+            .query(&mut connection)
+            .expect("HGET")
     });
 }
 
@@ -65,8 +73,15 @@ impl Publishing {
         match self {
             Self::Post(publisher) => publisher.publish_surely(batch, PATIENCE),
             Self::Add(connection) => {
-                let entries: Vec<_> = batch.iter().map(|event| vec![("event", event.to_string())]).collect();
-                publish::xadd(&mut connection.lock().expect("nobody panics with it"), "pointsman:events", &entries);
+                let entries: Vec<_> = batch
+                    .iter()
+                    .map(|event| vec![("event", event.to_string())])
+                    .collect();
+                publish::xadd(
+                    &mut connection.lock().expect("nobody panics with it"),
+                    "pointsman:events",
+                    &entries,
+                );
             }
         }
     }
@@ -133,26 +148,41 @@ struct Progress {
     is_over: AtomicBool,
 }
 
-fn run(mut node: Node, mut random: StdRng, publishing: Publishing, position: impl Fn(&Node) -> Option<String>) {
-    let long: usize = std::env::var("LONG").map_or(1, |text| text.parse().expect("LONG is a number"));
+fn run(
+    mut node: Node,
+    mut random: StdRng,
+    publishing: Publishing,
+    position: impl Fn(&Node) -> Option<String>,
+) {
+    let long: usize =
+        std::env::var("LONG").map_or(1, |text| text.parse().expect("LONG is a number"));
     let (n_events, n_kills) = (N_EVENTS * long, N_KILLS * long);
     for user in 0..N_USERS {
         node.join(&(user % N_GROUPS).to_string(), &user.to_string());
     }
-    let followers: Vec<Follower> = (0..N_USERS).map(|user| node.follower(&user.to_string())).collect();
+    let followers: Vec<Follower> = (0..N_USERS)
+        .map(|user| node.follower(&user.to_string()))
+        .collect();
     let mut plan: Vec<Published> = (0..n_events).map(|_| invent(&mut random)).collect();
     // Nothing comes after the last event, as it is the least urgent: whoever has it has had all there is to have.
-    plan.push(Published { to: To::Everyone, priority: "low" });
+    plan.push(Published {
+        to: To::Everyone,
+        priority: "low",
+    });
     let progress = Progress::default();
     let n_in_flight = std::thread::scope(|scope| {
         let publisher = scope.spawn(|| publish_all(&plan, n_kills, &publishing, &progress));
-        let n_in_flight = kill_again_and_again(&mut node, n_kills, n_events, random, &position, &progress);
+        let n_in_flight =
+            kill_again_and_again(&mut node, n_kills, n_events, random, &position, &progress);
         progress.is_over.store(true, Ordering::Relaxed);
         publisher.join().expect("the publisher");
         n_in_flight
     });
     check_deliveries(&plan, followers);
-    assert!(2 * n_in_flight >= n_kills, "only {n_in_flight} of {n_kills} kills fell while commits were in flight");
+    assert!(
+        2 * n_in_flight >= n_kills,
+        "only {n_in_flight} of {n_kills} kills fell while commits were in flight"
+    );
     eprintln!("{n_in_flight} of {n_kills} kills fell while commits were in flight");
 }
 
@@ -160,13 +190,19 @@ fn publish_all(plan: &[Published], n_kills: usize, publishing: &Publishing, prog
     const BATCH: usize = 10;
     for (batch, events) in plan.chunks(BATCH).enumerate() {
         let first = batch * BATCH;
-        let events: Vec<Value> = events.iter().enumerate().map(|(n, published)| published.event(first + n)).collect();
+        let events: Vec<Value> = events
+            .iter()
+            .enumerate()
+            .map(|(n, published)| published.event(first + n))
+            .collect();
         publishing.publish(&events);
         if batch.is_multiple_of(16) {
             // As a publisher does that did not get the answer: rarely does a kill fall between the storing and the answering.
             publishing.publish(&events);
         }
-        progress.published.store(first + events.len(), Ordering::Relaxed);
+        progress
+            .published
+            .store(first + events.len(), Ordering::Relaxed);
         // Something is kept back for every kill to come.
         loop {
             let reserve = 2 * BATCH * (n_kills - progress.kills.load(Ordering::Relaxed));
@@ -196,7 +232,9 @@ fn kill_again_and_again(
         // The events that are left, spread over the kills that are left at 10 a batch.
         let left = n_events.saturating_sub(progress.published.load(Ordering::Relaxed));
         let n_batches = (left / (n_kills - n_killed) / 10).max(1) as u64;
-        progress.pace_ms.store(LIFE_MS / 2 / n_batches, Ordering::Relaxed);
+        progress
+            .pace_ms
+            .store(LIFE_MS / 2 / n_batches, Ordering::Relaxed);
         let born = Instant::now();
         let (mut last, mut moved) = (position(node), None);
         let mut moment = None;
@@ -206,7 +244,9 @@ fn kill_again_and_again(
             if now.is_some() && now != last {
                 let seen = Instant::now();
                 // From the first move on: what precedes it is the start, not the flow of commits.
-                moment.get_or_insert_with(|| seen + Duration::from_millis(random.random_range(0..LIFE_MS)));
+                moment.get_or_insert_with(|| {
+                    seen + Duration::from_millis(random.random_range(0..LIFE_MS))
+                });
                 (last, moved) = (now, Some(seen));
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -222,11 +262,19 @@ fn kill_again_and_again(
 /// Each client has exactly what was published to it, once; only a higher priority came before its turn.
 fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
     for (user, follower) in followers.into_iter().enumerate() {
-        let expected: Vec<usize> = (0..plan.len()).filter(|number| plan[*number].reaches(user)).collect();
+        let expected: Vec<usize> = (0..plan.len())
+            .filter(|number| plan[*number].reaches(user))
+            .collect();
         let last = (plan.len() - 1).to_string();
-        follower.wait(PATIENCE, &format!("last event for user {user}"), |record| record.notifications.last().is_some_and(|n| n.id == last));
+        follower.wait(PATIENCE, &format!("last event for user {user}"), |record| {
+            record.notifications.last().is_some_and(|n| n.id == last)
+        });
         let record = follower.stop();
-        assert_eq!(record.gaps, Vec::<String>::new(), "gaps announced to user {user}");
+        assert_eq!(
+            record.gaps,
+            Vec::<String>::new(),
+            "gaps announced to user {user}"
+        );
         let arrived: Vec<usize> = record.notifications.iter().map(number).collect();
         let mut sorted = arrived.clone();
         sorted.sort_unstable();
@@ -236,12 +284,20 @@ fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
             "user {user} has not exactly what was published to it; it had {}",
             story(&record.notifications, &expected)
         );
-        let rank = |priority: &str| ["low", "normal", "high", "urgent"].iter().position(|p| *p == priority).expect("a priority");
+        let rank = |priority: &str| {
+            ["low", "normal", "high", "urgent"]
+                .iter()
+                .position(|p| *p == priority)
+                .expect("a priority")
+        };
         // By rank: the latest event published that has arrived so far.
         let mut latest = [None; 4];
         for (notification, &number) in record.notifications.iter().zip(&arrived) {
             let own = rank(plan[number].priority);
-            assert_eq!(notification.priority, plan[number].priority, "event {number}");
+            assert_eq!(
+                notification.priority, plan[number].priority,
+                "event {number}"
+            );
             for other in &latest[..=own] {
                 assert!(
                     other.is_none_or(|other| other < number),
@@ -254,7 +310,10 @@ fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
 }
 
 fn number(notification: &Notification) -> usize {
-    assert_eq!((notification.source.as_str(), notification.kind.as_str()), ("/tests", "durability"));
+    assert_eq!(
+        (notification.source.as_str(), notification.kind.as_str()),
+        ("/tests", "durability")
+    );
     assert_eq!(notification.data["number"].to_string(), notification.id);
     notification.id.parse().expect("ids are numbers")
 }
@@ -266,11 +325,19 @@ fn story(notifications: &[Notification], expected: &[usize]) -> String {
         *counts.entry(number(notification)).or_default() += 1;
     }
     let select = |wish: &dyn Fn(usize) -> bool| {
-        let mut numbers: Vec<usize> = counts.iter().filter(|(_, count)| wish(**count)).map(|(number, _)| *number).collect();
+        let mut numbers: Vec<usize> = counts
+            .iter()
+            .filter(|(_, count)| wish(**count))
+            .map(|(number, _)| *number)
+            .collect();
         numbers.sort_unstable();
         numbers
     };
     let missing = select(&|count| count == 0);
     let doubled = select(&|count| count > 1);
-    format!("{} of {}; missing {missing:?}; more than once {doubled:?}", notifications.len(), expected.len())
+    format!(
+        "{} of {}; missing {missing:?}; more than once {doubled:?}",
+        notifications.len(),
+        expected.len()
+    )
 }

@@ -29,7 +29,12 @@ impl Folder {
 }
 
 fn open(dir: &Path) -> anyhow::Result<Embedded> {
-    Embedded::open(dir, &["pointsman:events".to_owned()], Retention::default(), Shutdown::new().alarm("the writer"))
+    Embedded::open(
+        dir,
+        &["pointsman:events".to_owned()],
+        Retention::default(),
+        Shutdown::new().alarm("the writer"),
+    )
 }
 
 impl Drop for Folder {
@@ -41,10 +46,18 @@ impl Drop for Folder {
 /// The process that the next test kills: says what was acknowledged. Without a folder it is no such process, and does nothing.
 #[tokio::test]
 async fn appends_until_it_is_killed() {
-    let Some(dir) = std::env::var_os(FOLDER) else { return };
+    let Some(dir) = std::env::var_os(FOLDER) else {
+        return;
+    };
     let broker = open(Path::new(&dir)).unwrap();
     for n in 0_u32.. {
-        let ids = broker.append(P, vec![vec![(Bytes::from_static(b"n"), Bytes::from(n.to_string()))]]).await.unwrap();
+        let ids = broker
+            .append(
+                P,
+                vec![vec![(Bytes::from_static(b"n"), Bytes::from(n.to_string()))]],
+            )
+            .await
+            .unwrap();
         writeln!(std::io::stdout(), "acknowledged {}", ids[0]).unwrap();
     }
 }
@@ -56,17 +69,21 @@ async fn a_killed_process_leaves_everything_that_was_acknowledged() {
     let mut acknowledged: Vec<EntryId> = Vec::new();
     for kill in 1..=5 {
         let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "embedded::appends_until_it_is_killed", "--nocapture"])
+            .args([
+                "--exact",
+                "embedded::appends_until_it_is_killed",
+                "--nocapture",
+            ])
             .env(FOLDER, &folder.0)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
         let mut next = || {
-            lines
-                .by_ref()
-                .map(Result::unwrap)
-                .find_map(|line| line.split_once("acknowledged ").map(|(_, id)| id.parse::<EntryId>().unwrap()))
+            lines.by_ref().map(Result::unwrap).find_map(|line| {
+                line.split_once("acknowledged ")
+                    .map(|(_, id)| id.parse::<EntryId>().unwrap())
+            })
         };
         acknowledged.extend((0..kill * 10).map(|_| next().expect("it goes on until it is killed")));
         process.kill().unwrap();
@@ -76,8 +93,15 @@ async fn a_killed_process_leaves_everything_that_was_acknowledged() {
 
         let started = Instant::now();
         let broker = folder.open().unwrap();
-        assert!(started.elapsed() < Duration::from_secs(5), "it took {:?}", started.elapsed());
-        let entries = broker.read(P, EntryId::default(), 100_000, Duration::ZERO).await.unwrap();
+        assert!(
+            started.elapsed() < Duration::from_secs(5),
+            "it took {:?}",
+            started.elapsed()
+        );
+        let entries = broker
+            .read(P, EntryId::default(), 100_000, Duration::ZERO)
+            .await
+            .unwrap();
         let ids: Vec<EntryId> = entries.into_iter().map(|entry| entry.id).collect();
         assert!(
             acknowledged.iter().all(|id| ids.binary_search(id).is_ok()),
@@ -85,7 +109,10 @@ async fn a_killed_process_leaves_everything_that_was_acknowledged() {
             acknowledged.len(),
             ids.len()
         );
-        assert!(ids.len() - acknowledged.len() <= kill, "at most the one in flight at each kill was not acknowledged");
+        assert!(
+            ids.len() - acknowledged.len() <= kill,
+            "at most the one in flight at each kill was not acknowledged"
+        );
     }
 }
 
@@ -95,7 +122,12 @@ async fn a_second_process_is_refused_by_name_until_the_first_has_ended() {
     let first = folder.open().unwrap();
     let text = folder.open().map(drop).unwrap_err().to_string();
     let (dir, process) = (folder.0.display(), std::process::id());
-    assert_eq!(text, format!("the data folder {dir} is in use by the process {process}: stop it, or give another folder"));
+    assert_eq!(
+        text,
+        format!(
+            "the data folder {dir} is in use by the process {process}: stop it, or give another folder"
+        )
+    );
     drop(first);
     folder.open().unwrap();
 }
@@ -104,7 +136,14 @@ async fn a_second_process_is_refused_by_name_until_the_first_has_ended() {
 fn a_folder_that_cannot_be_made_is_named() {
     let file = Folder::new("file");
     std::fs::write(&file.0, "no folder").unwrap();
-    let refused = open(&file.0.join("data")).map(drop).unwrap_err().to_string();
+    let refused = open(&file.0.join("data"))
+        .map(drop)
+        .unwrap_err()
+        .to_string();
     std::fs::remove_file(&file.0).unwrap();
-    assert!(refused.contains(file.0.join("data").to_str().unwrap()) && refused.contains("cannot be made"), "{refused}");
+    assert!(
+        refused.contains(file.0.join("data").to_str().unwrap())
+            && refused.contains("cannot be made"),
+        "{refused}"
+    );
 }

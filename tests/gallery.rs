@@ -20,33 +20,83 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         component_of(&contract.replace(from, to), "full-plugin")
     };
     let good = versioned(2);
-    let compiled = wasmtime::Engine::default().precompile_module(&good).expect("it compiles");
+    let compiled = wasmtime::Engine::default()
+        .precompile_module(&good)
+        .expect("it compiles");
     let forger = || core_module("forger");
     vec![
-        ("cut", good[..good.len() / 2].to_vec(), "is truncated or damaged"),
+        (
+            "cut",
+            good[..good.len() / 2].to_vec(),
+            "is truncated or damaged",
+        ),
         ("empty", Vec::new(), "is empty"),
         ("page", b"<html>404</html>".to_vec(), "is no WebAssembly"),
         // What runs was compiled by this node, or by nobody.
         ("compiled", compiled, "is no WebAssembly"),
-        ("hang", core_module("unruly"), "fails in configure: it ran longer than 1000 ms"),
-        ("hungry", core_module("unruly"), "1 is the most (memory_mib)"),
+        (
+            "hang",
+            core_module("unruly"),
+            "fails in configure: it ran longer than 1000 ms",
+        ),
+        (
+            "hungry",
+            core_module("unruly"),
+            "1 is the most (memory_mib)",
+        ),
         // As every function of it does.
-        ("traps-in-describe", component_of(&contract, "full-plugin"), "fails in describe: it trapped: "),
-        ("traps-in-second-describe", forger(), "fails in describe: it trapped: "),
-        ("traps-in-configure", forger(), "fails in configure: it trapped: "),
-        ("refuses", forger(), "refuses its configuration: x\\r\\ndata: forged\\u{1b}[2J\\u{0}: x\\r\\n"),
-        ("no-text", forger(), "fails in configure: does not keep the contract: "),
+        (
+            "traps-in-describe",
+            component_of(&contract, "full-plugin"),
+            "fails in describe: it trapped: ",
+        ),
+        (
+            "traps-in-second-describe",
+            forger(),
+            "fails in describe: it trapped: ",
+        ),
+        (
+            "traps-in-configure",
+            forger(),
+            "fails in configure: it trapped: ",
+        ),
+        (
+            "refuses",
+            forger(),
+            "refuses its configuration: x\\r\\ndata: forged\\u{1b}[2J\\u{0}: x\\r\\n",
+        ),
+        (
+            "no-text",
+            forger(),
+            "fails in configure: does not keep the contract: ",
+        ),
         (
             "other-world",
-            component_of("package acme:thing@1.0.0; interface it { go: func(); } world things { export it; }", "things"),
+            component_of(
+                "package acme:thing@1.0.0; interface it { go: func(); } world things { export it; }",
+                "things",
+            ),
             "exports neither pointsman:plugin/filter nor pointsman:plugin/router",
         ),
-        ("more-fields", changed("version: string,", "version: string, licence: string,"), "does not keep the contract: "),
-        ("more-cases", changed("drop(string),", "drop(string), delay(u64),"), "does not keep the contract: "),
-        ("next-version", changed("plugin@0.1.0", "plugin@0.2.0"), "was built for pointsman:plugin 0.2; this host speaks 0.1"),
+        (
+            "more-fields",
+            changed("version: string,", "version: string, licence: string,"),
+            "does not keep the contract: ",
+        ),
+        (
+            "more-cases",
+            changed("drop(string),", "drop(string), delay(u64),"),
+            "does not keep the contract: ",
+        ),
+        (
+            "next-version",
+            changed("plugin@0.1.0", "plugin@0.2.0"),
+            "was built for pointsman:plugin 0.2; this host speaks 0.1",
+        ),
         (
             "greedy",
-            wat::parse_str(r#"(component (import "wasi:http/outgoing-handler@0.2.0" (instance)))"#).expect("a component"),
+            wat::parse_str(r#"(component (import "wasi:http/outgoing-handler@0.2.0" (instance)))"#)
+                .expect("a component"),
             "imports wasi:http/outgoing-handler@0.2.0, which plugins are not granted",
         ),
     ]
@@ -77,22 +127,36 @@ fn whatever_a_file_is_it_is_refused_with_the_reason_and_the_next_event_is_right(
     site.await_ready(503, |page| page.contains("the plugin 'hang' is configured"));
     let before = site.node.memory_kib();
     for (name, bytes, expect) in files() {
-        let upload = site.node.order("PUT", &format!("/v1/plugins/{name}"), &[], &bytes);
-        let error = upload.json()["error"].as_str().unwrap_or_default().to_owned();
-        assert!(upload.status == 422 && error.contains(expect), "{name} uploaded: {upload:?}");
+        let upload = site
+            .node
+            .order("PUT", &format!("/v1/plugins/{name}"), &[], &bytes);
+        let error = upload.json()["error"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        assert!(
+            upload.status == 422 && error.contains(expect),
+            "{name} uploaded: {upload:?}"
+        );
         assert!(!plugins.path(&format!("{name}.wasm")).exists());
 
         plugins.replace(&format!("{name}.wasm"), &bytes);
         let told = eventually(SOON, &format!("{name} is refused"), || {
             let plugin = site.node.admin(&format!("/v1/plugins/{name}")).json();
-            plugin["failure"].as_str().filter(|why| why.starts_with(&format!("{name}.wasm "))).map(str::to_owned)
+            plugin["failure"]
+                .as_str()
+                .filter(|why| why.starts_with(&format!("{name}.wasm ")))
+                .map(str::to_owned)
         });
         assert!(told.contains(expect), "{name}: {told}");
         assert_eq!(site.next_decision().0, 1, "after {name}");
         plugins.remove(&format!("{name}.wasm"));
     }
     let after = site.node.memory_kib();
-    assert!(after < before + MORE_KIB, "{before} KiB before, {after} after");
+    assert!(
+        after < before + MORE_KIB,
+        "{before} KiB before, {after} after"
+    );
     nothing_forged(&site.node);
 }
 
@@ -101,41 +165,84 @@ const ANSWERS: [(&str, &str); 25] = [
     ("loop", "it ran longer than 1000 ms (deadline_ms)"),
     ("recurse", "it trapped: "),
     ("grow", "MiB of memory; 32 is the most (memory_mib)"),
-    ("panic", "it trapped: panicked at tests/guests/unruly/src/lib.rs"),
-    ("forge.100-mb", "its answer is larger than it may be (result_kib, max_targets)"),
-    ("forge.a-million-targets", "its answer is larger than it may be (result_kib, max_targets)"),
-    ("many-targets", "10001 targets or routes; 10000 is the most (max_targets)"),
+    (
+        "panic",
+        "it trapped: panicked at tests/guests/unruly/src/lib.rs",
+    ),
+    (
+        "forge.100-mb",
+        "its answer is larger than it may be (result_kib, max_targets)",
+    ),
+    (
+        "forge.a-million-targets",
+        "its answer is larger than it may be (result_kib, max_targets)",
+    ),
+    (
+        "many-targets",
+        "10001 targets or routes; 10000 is the most (max_targets)",
+    ),
     ("forge.no-text", "does not keep the contract: "),
     ("forge.attribute-name", "it amends the event wrongly: "),
-    ("forge.attribute-value", "it amends the event wrongly: seen has the control character U+000D"),
+    (
+        "forge.attribute-value",
+        "it amends the event wrongly: seen has the control character U+000D",
+    ),
     ("forge.user", "the user has the control character U+000D"),
     ("forge.group", "the group has the control character U+000D"),
-    ("forge.collapse-key", "the collapse key has the control character U+000D"),
-    ("forge.event-name", "the event name has the control character U+000D"),
+    (
+        "forge.collapse-key",
+        "the collapse key has the control character U+000D",
+    ),
+    (
+        "forge.event-name",
+        "the event name has the control character U+000D",
+    ),
     ("forge.body", "the body is not valid JSON"),
     ("forge.reject", "x\\r\\ndata: forged\\u{1b}[2J\\u{0}"),
-    ("forge.log", "it trapped: x\\r\\ndata: forged\\u{1b}[2J\\u{0}"),
-    ("forge.reserved.cursor", "the event name 'cursor' is reserved"),
+    (
+        "forge.log",
+        "it trapped: x\\r\\ndata: forged\\u{1b}[2J\\u{0}",
+    ),
+    (
+        "forge.reserved.cursor",
+        "the event name 'cursor' is reserved",
+    ),
     ("forge.reserved.gap", "the event name 'gap' is reserved"),
-    ("forge.reserved.reauth", "the event name 'reauth' is reserved"),
+    (
+        "forge.reserved.reauth",
+        "the event name 'reauth' is reserved",
+    ),
     ("forge.reserved.close", "the event name 'close' is reserved"),
     ("forge.reserved.open", "the event name 'open' is reserved"),
     ("forge.reserved.error", "the event name 'error' is reserved"),
-    ("forge.reserved.message", "the event name 'message' is reserved"),
-    ("forge.reserved.heartbeat", "the event name 'heartbeat' is reserved"),
+    (
+        "forge.reserved.message",
+        "the event name 'message' is reserved",
+    ),
+    (
+        "forge.reserved.heartbeat",
+        "the event name 'heartbeat' is reserved",
+    ),
 ];
 
 #[test]
-fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_next_event_is_right() {
-    let plugins =
-        Plugins::new(&[("forger.wasm", core_module("forger")), ("unruly.wasm", core_module("unruly")), ("versioned.wasm", versioned(1))]);
+fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_next_event_is_right()
+ {
+    let plugins = Plugins::new(&[
+        ("forger.wasm", core_module("forger")),
+        ("unruly.wasm", core_module("unruly")),
+        ("versioned.wasm", versioned(1)),
+    ]);
     // What `versioned` says wins. So much memory that the answer, and not the making of it, is what is refused.
     let node = Node::builder()
         .config("[plugins]\norder = ['versioned']\n[plugins.unruly]\ndeadline_ms = 1000\n[plugins.forger]\nmemory_mib = 512\ndeadline_ms = 5000\n")
         .plugins(plugins.dir())
         .start();
     let mut stream = node.stream("7");
-    let publish = |id: &str, kind: &str| node.publisher().publish(&[event(id, kind, json!({"user": "7"}))]);
+    let publish = |id: &str, kind: &str| {
+        node.publisher()
+            .publish(&[event(id, kind, json!({"user": "7"}))])
+    };
     let mut next_is_right = |id: &str| {
         publish(id, "forge.good");
         let told = stream.next_notification(SOON);
@@ -146,23 +253,44 @@ fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_
     for (n, (kind, expect)) in ANSWERS.into_iter().enumerate() {
         publish(kind, kind);
         let letter = eventually(SOON, &format!("{kind} is a dead letter"), || {
-            node.request("GET", "/v1/dead?limit=1000").json()["dead"].as_array()?.get(n).cloned()
+            node.request("GET", "/v1/dead?limit=1000").json()["dead"]
+                .as_array()?
+                .get(n)
+                .cloned()
         });
-        assert!(letter["reason"].as_str().is_some_and(|reason| reason.contains(expect)), "{kind}: {letter}");
+        assert!(
+            letter["reason"]
+                .as_str()
+                .is_some_and(|reason| reason.contains(expect)),
+            "{kind}: {letter}"
+        );
         next_is_right(&format!("after {kind}"));
     }
     // These are decided: what people read is made printable, and what is only compared harms nobody.
-    for kind in ["forge.drop", "forge.criteria-attribute", "forge.criteria-value", "chatty"] {
+    for kind in [
+        "forge.drop",
+        "forge.criteria-attribute",
+        "forge.criteria-value",
+        "chatty",
+    ] {
         publish(kind, kind);
         eventually(SOON, "it is decided", || {
             let decisions = node.admin(&format!("/v1/decisions?event_id={kind}")).json();
             let verdicts = decisions[0]["verdicts"].as_array()?.clone();
-            assert!(verdicts.iter().all(|verdict| verdict["verdict"] != "failed"), "{decisions}");
+            assert!(
+                verdicts
+                    .iter()
+                    .all(|verdict| verdict["verdict"] != "failed"),
+                "{decisions}"
+            );
             Some(())
         });
     }
     let after = node.memory_kib();
-    assert!(after < before + MORE_KIB, "{before} KiB before, {after} after");
+    assert!(
+        after < before + MORE_KIB,
+        "{before} KiB before, {after} after"
+    );
     let plugin: Value = node.admin("/v1/plugins/forger").json();
     assert_eq!(plugin["version"], "x\\r\\ndata: forged\\u{1b}[2J\\u{0}");
     assert_eq!(node.admin("/readyz").body, "ready\n");
@@ -173,6 +301,10 @@ fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_
 fn nothing_forged(node: &Node) {
     let log = node.log();
     assert!(log.contains("forged"), "it was tried");
-    assert!(!log.contains(['\u{1b}', '\0', '\r']) && !log.lines().any(|line| line.starts_with("data: forged")), "{log}");
+    assert!(
+        !log.contains(['\u{1b}', '\0', '\r'])
+            && !log.lines().any(|line| line.starts_with("data: forged")),
+        "{log}"
+    );
     assert!(log.len() < 2_000_000, "{} bytes of log", log.len());
 }

@@ -31,7 +31,9 @@ struct Multiplexed {
 impl Multiplexed {
     fn connect(node: &Node) -> Self {
         let mut socket = TcpStream::connect(node.addr()).expect("connect");
-        socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").expect("write");
+        socket
+            .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            .expect("write");
         let mut client = Self { socket };
         // SETTINGS_INITIAL_WINDOW_SIZE is 0.
         client.send(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
@@ -66,14 +68,26 @@ impl Multiplexed {
     fn next(&mut self, within: Duration) -> Option<(u8, u32, Vec<u8>)> {
         let deadline = Instant::now() + within;
         loop {
-            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
-            self.socket.set_read_timeout(Some(left)).expect("set a timeout");
+            let left = deadline
+                .checked_duration_since(Instant::now())
+                .filter(|left| !left.is_zero())?;
+            self.socket
+                .set_read_timeout(Some(left))
+                .expect("set a timeout");
             let mut head = [0; 9];
             self.socket.read_exact(&mut head).ok()?;
             let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-            self.socket.set_read_timeout(Some(SOON)).expect("set a timeout");
-            self.socket.read_exact(&mut payload).expect("the rest of the frame");
-            let (kind, flags, stream) = (head[3], head[4], u32::from_be_bytes([head[5], head[6], head[7], head[8]]));
+            self.socket
+                .set_read_timeout(Some(SOON))
+                .expect("set a timeout");
+            self.socket
+                .read_exact(&mut payload)
+                .expect("the rest of the frame");
+            let (kind, flags, stream) = (
+                head[3],
+                head[4],
+                u32::from_be_bytes([head[5], head[6], head[7], head[8]]),
+            );
             match (kind, stream) {
                 (SETTINGS, 0) if flags & ACK == 0 => self.send(SETTINGS, ACK, 0, &[]),
                 (_, 0) => {}
@@ -88,7 +102,9 @@ impl Multiplexed {
         while !said.contains(text) {
             assert!(Instant::now() < deadline, "{text} is not in {said}");
             match self.next(SOON) {
-                Some((DATA, from, bytes)) if from == stream => said += &String::from_utf8_lossy(&bytes),
+                Some((DATA, from, bytes)) if from == stream => {
+                    said += &String::from_utf8_lossy(&bytes)
+                }
                 Some(_) => {}
                 None => panic!("{text} is not in {said}"),
             }
@@ -102,7 +118,9 @@ fn n_stalled(node: &Node) -> f64 {
 
 #[test]
 fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_connection_are_not() {
-    let node = Node::builder().config("[stream]\nheartbeat_s = 1\nstall_s = 2\n").start();
+    let node = Node::builder()
+        .config("[stream]\nheartbeat_s = 1\nstall_s = 2\n")
+        .start();
     let mut client = Multiplexed::connect(&node);
     client.open(1, "idle");
     client.open(3, "42");
@@ -111,7 +129,10 @@ fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_co
     // Nothing but its heartbeats waits for it.
     let deadline = Instant::now() + SOON;
     loop {
-        assert!(Instant::now() < deadline, "the stream that takes nothing is not cut");
+        assert!(
+            Instant::now() < deadline,
+            "the stream that takes nothing is not cut"
+        );
         match client.next(SOON) {
             Some((RST_STREAM, 1, _)) => break,
             Some((kind, 1, _)) => assert_eq!(kind, HEADERS, "its window is closed"),
@@ -120,21 +141,30 @@ fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_co
         }
     }
     assert_eq!(n_stalled(&node), 1.0);
-    eventually(SOON, "it is no stream any more", || (node.metric("pointsman_streams_open") == 1.0).then_some(()));
-    node.publisher().publish(&[event("a", "t", json!({ "user": "42" }))]);
+    eventually(SOON, "it is no stream any more", || {
+        (node.metric("pointsman_streams_open") == 1.0).then_some(())
+    });
+    node.publisher()
+        .publish(&[event("a", "t", json!({ "user": "42" }))]);
     client.await_text(3, "\"id\":\"a\"");
 }
 
 #[test]
 fn a_stream_of_a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
-    let node = Node::builder().config("[stream]\nheartbeat_s = 1\nstall_s = 5\n").start();
+    let node = Node::builder()
+        .config("[stream]\nheartbeat_s = 1\nstall_s = 5\n")
+        .start();
     let (mut reading, mut stopped) = (node.stream("42"), node.stream("42"));
     let (mut n, deadline) = (0, Instant::now() + 3 * SOON);
     // Until more waits for it than sockets take ahead, and then for as long as it takes.
     while n_stalled(&node) < 1.0 {
         assert!(Instant::now() < deadline, "the one that stopped is not cut");
         let id = format!("e{n}");
-        node.publisher().publish(&[event(&id, "t", json!({ "user": "42", "data": "x".repeat(64 * 1024) }))]);
+        node.publisher().publish(&[event(
+            &id,
+            "t",
+            json!({ "user": "42", "data": "x".repeat(64 * 1024) }),
+        )]);
         assert_eq!(reading.next_notification(SOON).id, id);
         n += 1;
     }
@@ -144,22 +174,34 @@ fn a_stream_of_a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
         }
     };
     assert!(matches!(cut, Stop::Cut(_)), "{cut:?}");
-    node.publisher().publish(&[event("last", "t", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("last", "t", json!({ "user": "42" }))]);
     assert_eq!(reading.next_notification(SOON).id, "last");
     assert_eq!(n_stalled(&node), 1.0);
 }
 
 #[test]
-fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_that_carries_others() {
+fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_that_carries_others()
+{
     let node = Node::builder().config("[stream]\nmax_open = 2\n").start();
     let first = node.stream("1");
     let mut client = Multiplexed::connect(&node);
     for stream in [1, 3] {
         client.open(stream, "42");
         client.open_window(stream, 1 << 20);
-        client.await_text(stream, if stream == 1 { "event: cursor" } else { "event: close\ndata: {\"reason\":\"overloaded\"}" });
+        client.await_text(
+            stream,
+            if stream == 1 {
+                "event: cursor"
+            } else {
+                "event: close\ndata: {\"reason\":\"overloaded\"}"
+            },
+        );
     }
-    let refused = Request::new(node.addr(), "user=42").open(SOON).expect("200").next_state("close", SOON);
+    let refused = Request::new(node.addr(), "user=42")
+        .open(SOON)
+        .expect("200")
+        .next_state("close", SOON);
     assert!(refused.retry.is_some(), "{refused:?}");
     drop(first);
     eventually(SOON, "there is a place again", || {
@@ -173,22 +215,37 @@ fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_t
 fn a_large_dry_run_holds_up_no_live_event_and_ends_when_its_client_hangs_up() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
     // Two tries of half a second each: all of them together would take half an hour.
-    let node = Node::builder().config("[plugins.unruly]\ndeadline_ms = 500\n").plugins(plugins.dir()).start();
+    let node = Node::builder()
+        .config("[plugins.unruly]\ndeadline_ms = 500\n")
+        .plugins(plugins.dir())
+        .start();
     let mut stream = node.stream("42");
-    let calls = || node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"deadline\"}");
-    let loops: Vec<_> = (0..2_000).map(|n| event(&format!("loop-{n}"), "loop", json!({}))).collect();
+    let calls =
+        || node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"deadline\"}");
+    let loops: Vec<_> = (0..2_000)
+        .map(|n| event(&format!("loop-{n}"), "loop", json!({})))
+        .collect();
     let body = serde_json::to_string(&loops).expect("JSON");
     let mut client = TcpStream::connect(node.addr()).expect("connect");
     let head = "POST /v1/events?dry_run=true HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/cloudevents-batch+json";
-    write!(client, "{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).expect("write");
-    eventually(SOON, "the dry run is under way", || (calls() >= 1.0).then_some(()));
+    write!(
+        client,
+        "{head}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("write");
+    eventually(SOON, "the dry run is under way", || {
+        (calls() >= 1.0).then_some(())
+    });
     for n in 0..3 {
         let id = format!("live-{n}");
         node.publisher().publish(&[event(&id, "good", json!({}))]);
         assert_eq!(stream.next_notification(SOON).id, id);
     }
     let n_before = calls();
-    eventually(SOON, "the dry run goes on", || (calls() > n_before).then_some(()));
+    eventually(SOON, "the dry run goes on", || {
+        (calls() > n_before).then_some(())
+    });
     drop(client);
     // The event that it was at is two calls, which end within a second or so; then there are no more of them.
     let mut last = (calls(), Instant::now());

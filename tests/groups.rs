@@ -15,7 +15,10 @@ use crate::harness::{eventually, guests};
 const CONFIG: &str = "[retention]\nlog_entries = 100000\n[plugins.discard]\nenabled = false";
 
 fn open_after(node: &Node, user: &str, cursor: &str) -> Stream {
-    Request::new(node.addr(), &format!("user={user}")).last_event_id(cursor).open(SOON).expect("open a stream")
+    Request::new(node.addr(), &format!("user={user}"))
+        .last_event_id(cursor)
+        .open(SOON)
+        .expect("open a stream")
 }
 
 fn leave(node: &Node, group: &str, user: &str) {
@@ -39,18 +42,35 @@ fn up_to(stream: &mut Stream, last: &str) -> Vec<String> {
 fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_it() {
     let plugins = Folder::new();
     for name in ["address", "unruly"] {
-        fs::write(plugins.path().join(format!("{name}.wasm")), guests::core_module(name)).expect("write a plugin");
+        fs::write(
+            plugins.path().join(format!("{name}.wasm")),
+            guests::core_module(name),
+        )
+        .expect("write a plugin");
     }
     // Of an event of this type it says: to user 42, if the plan is `pro`.
     let config = "[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n";
     let server = RedisServer::start();
-    for node in [Node::builder(), Node::builder().redis(server.url())].map(|node| node.plugins(plugins.path()).config(config).start()) {
+    for node in [Node::builder(), Node::builder().redis(server.url())]
+        .map(|node| node.plugins(plugins.path()).config(config).start())
+    {
         let set = |attributes: &str| {
-            let answer = node.send("PUT", "/v1/users/42/attributes", &[("content-type", "application/json")], attributes.as_bytes());
+            let answer = node.send(
+                "PUT",
+                "/v1/users/42/attributes",
+                &[("content-type", "application/json")],
+                attributes.as_bytes(),
+            );
             assert_eq!(answer.status, 204, "{answer:?}");
         };
-        let promote = |id: &str| node.publisher().publish(&[event(id, "test-of-a-plan", json!({}))]);
-        let witness = |id: &str| node.publisher().publish(&[event(id, "t", json!({ "user": "42" }))]);
+        let promote = |id: &str| {
+            node.publisher()
+                .publish(&[event(id, "test-of-a-plan", json!({}))])
+        };
+        let witness = |id: &str| {
+            node.publisher()
+                .publish(&[event(id, "t", json!({ "user": "42" }))])
+        };
         let mut stream = node.stream("42");
         promote("no plan");
         witness("w1");
@@ -64,7 +84,9 @@ fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_
         witness("w3");
         assert_eq!(up_to(&mut stream, "w3"), Vec::<String>::new());
         // Conditions are judged on the way to the socket, as things are then: in history, too.
-        let mut history = Request::new(node.addr(), "user=42&last_event_id=earliest").open(SOON).expect("open a stream");
+        let mut history = Request::new(node.addr(), "user=42&last_event_id=earliest")
+            .open(SOON)
+            .expect("open a stream");
         assert_eq!(up_to(&mut history, "w3"), ["w1", "w2"]);
     }
 }
@@ -73,27 +95,42 @@ fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_
 /// reverse for who leaves. What is decided while the request is under way may fall on either side; but all of history sees it on the same, and so
 /// does the stream that was open, where the broker changes a membership and commits events one after the other.
 #[test]
-fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_live_and_in_replay() {
+fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_live_and_in_replay()
+{
     const ROUNDS: usize = 3;
     const EACH: u64 = 20;
     let server = RedisServer::start();
-    for (builder, is_one_after_the_other) in [(Node::builder(), true), (Node::builder().redis(server.url()), false)] {
+    for (builder, is_one_after_the_other) in [
+        (Node::builder(), true),
+        (Node::builder().redis(server.url()), false),
+    ] {
         let node = builder.config(CONFIG).start();
         node.join("ops", "bob");
         let mut live = node.stream("ann");
         let mut witness = node.stream("bob");
-        let (next, decided, is_over) = (AtomicU64::new(1), AtomicU64::new(0), AtomicBool::new(false));
+        let (next, decided, is_over) =
+            (AtomicU64::new(1), AtomicU64::new(0), AtomicBool::new(false));
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !is_over.load(Ordering::SeqCst) {
                     let id = next.fetch_add(1, Ordering::SeqCst);
-                    node.publisher().publish(&[event(&id.to_string(), "t", json!({ "group": "ops" }))]);
+                    node.publisher().publish(&[event(
+                        &id.to_string(),
+                        "t",
+                        json!({ "group": "ops" }),
+                    )]);
                 }
-                node.publisher().publish(&[event("0", "t", json!({ "user": "bob" }))]);
+                node.publisher()
+                    .publish(&[event("0", "t", json!({ "user": "bob" }))]);
             });
             scope.spawn(|| {
                 loop {
-                    match witness.next_notification(SOON).id.parse::<u64>().expect("a number") {
+                    match witness
+                        .next_notification(SOON)
+                        .id
+                        .parse::<u64>()
+                        .expect("a number")
+                    {
                         0 => return,
                         id => decided.store(id, Ordering::SeqCst),
                     }
@@ -101,8 +138,11 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
             });
             // Ends the threads also if something below fails.
             let _over = SetOnDrop(&is_over);
-            let more =
-                |since: u64| eventually(SOON, "events are decided", || (decided.load(Ordering::SeqCst) > since + EACH).then_some(()));
+            let more = |since: u64| {
+                eventually(SOON, "events are decided", || {
+                    (decided.load(Ordering::SeqCst) > since + EACH).then_some(())
+                })
+            };
             for round in 1..=ROUNDS {
                 more(decided.load(Ordering::SeqCst));
                 let cursor = live.last_event_id().to_owned();
@@ -116,13 +156,29 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
                 more(not_after);
 
                 let end = format!("end of {round}");
-                node.publisher().publish(&[event(&end, "t", json!({ "user": "ann" }))]);
+                node.publisher()
+                    .publish(&[event(&end, "t", json!({ "user": "ann" }))]);
                 let check = |seen: &[String], who: &str| {
-                    let numbers: Vec<u64> = seen.iter().map(|id| id.parse().expect("a number")).collect();
-                    let (first, last) = (*numbers.first().expect("some"), *numbers.last().expect("some"));
-                    assert!(numbers.iter().copied().eq(first..=last), "{who}, with holes: {numbers:?}");
-                    assert!((not_before + 1..=from_here).contains(&first), "{who}: {not_before} < {first} <= {from_here}");
-                    assert!((up_to_here..not_after).contains(&last), "{who}: {up_to_here} <= {last} < {not_after}");
+                    let numbers: Vec<u64> = seen
+                        .iter()
+                        .map(|id| id.parse().expect("a number"))
+                        .collect();
+                    let (first, last) = (
+                        *numbers.first().expect("some"),
+                        *numbers.last().expect("some"),
+                    );
+                    assert!(
+                        numbers.iter().copied().eq(first..=last),
+                        "{who}, with holes: {numbers:?}"
+                    );
+                    assert!(
+                        (not_before + 1..=from_here).contains(&first),
+                        "{who}: {not_before} < {first} <= {from_here}"
+                    );
+                    assert!(
+                        (up_to_here..not_after).contains(&last),
+                        "{who}: {up_to_here} <= {last} < {not_after}"
+                    );
                 };
                 let seen = up_to(&mut live, &end);
                 check(&seen, "the stream that was open");
@@ -133,7 +189,10 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
                 all.retain(|id| !id.starts_with("end of "));
                 assert_eq!(all, back, "all that is kept, and a stream that comes back");
                 if is_one_after_the_other {
-                    assert_eq!(seen, back, "the stream that was open, and one that comes back");
+                    assert_eq!(
+                        seen, back,
+                        "the stream that was open, and one that comes back"
+                    );
                 }
             }
         });

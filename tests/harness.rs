@@ -38,36 +38,49 @@ pub(crate) fn eventually<T>(within: Duration, what: &str, mut ask: impl FnMut() 
 
 /// The folder of the repository.
 pub(crate) fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("host/ lies in the repository")
 }
 
 /// A folder with two of the bundled plugins and nothing else, which is all that most tests need, built from what the sources are now.
 pub(crate) fn bundled_plugins() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| gather("bundled", &["address", "discard"])).clone()
+    FOLDER
+        .get_or_init(|| gather("bundled", &["address", "discard"]))
+        .clone()
 }
 
 /// As [`bundled_plugins`], with those that the demo configures.
 pub(crate) fn demo_plugins() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| gather("demo", &["address", "prioritize", "rules"])).clone()
+    FOLDER
+        .get_or_init(|| gather("demo", &["address", "prioritize", "rules"]))
+        .clone()
 }
 
 /// All of the bundled plugins.
 pub(crate) fn every_bundled_plugin() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| gather("every", &["address", "discard", "prioritize", "rules"])).clone()
+    FOLDER
+        .get_or_init(|| gather("every", &["address", "discard", "prioritize", "rules"]))
+        .clone()
 }
 
 fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
     fs::create_dir_all(&folder).expect("make a folder for plugins");
     for name in plugins {
-        let (file, wasm) = (folder.join(format!("{name}.wasm")), guests::core_module(name));
+        let (file, wasm) = (
+            folder.join(format!("{name}.wasm")),
+            guests::core_module(name),
+        );
         // Another run of the tests may be reading it: it changes in one step, or not at all.
         if fs::read(&file).ok().as_ref() != Some(&wasm) {
             let draft = folder.join(format!("{name}.{}", std::process::id()));
-            fs::write(&draft, wasm).and_then(|()| fs::rename(&draft, &file)).expect("write a plugin");
+            fs::write(&draft, wasm)
+                .and_then(|()| fs::rename(&draft, &file))
+                .expect("write a plugin");
         }
     }
     folder
@@ -83,8 +96,8 @@ pub(crate) fn compiled_plugins() -> PathBuf {
 /// # Panics
 /// If this machine runs none.
 pub(crate) fn engine() -> Engine {
-    let cache =
-        Cache::open(&compiled_plugins(), Metrics::default()).unwrap_or_else(|reason| panic!("the folder of compiled plugins {reason}"));
+    let cache = Cache::open(&compiled_plugins(), Metrics::default())
+        .unwrap_or_else(|reason| panic!("the folder of compiled plugins {reason}"));
     Engine::with_cache(Some(cache)).expect("an engine")
 }
 
@@ -92,5 +105,9 @@ pub(crate) fn engine() -> Engine {
 pub(crate) fn node_interpreter() -> PathBuf {
     // Where scripts/need.sh puts one if this machine's is too old.
     let newer = repository().join("build/tools/node_modules/.bin/node");
-    if newer.exists() { newer } else { PathBuf::from("node") }
+    if newer.exists() {
+        newer
+    } else {
+        PathBuf::from("node")
+    }
 }

@@ -53,12 +53,19 @@ fn builds() -> &'static [Build] {
 fn build_all() -> Vec<Build> {
     let folder = |language: &str| repository().join("examples/plugins").join(language);
     thread::scope(|scope| {
-        let scripts: Vec<_> = LANGUAGES.map(|(language, _)| scope.spawn(move || run_build(&folder(language)))).into_iter().collect();
+        let scripts: Vec<_> = LANGUAGES
+            .map(|(language, _)| scope.spawn(move || run_build(&folder(language))))
+            .into_iter()
+            .collect();
         for script in scripts {
-            script.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            script
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         }
     });
-    let made = LANGUAGES.iter().flat_map(|(language, files)| files.iter().map(move |file| (*language, *file)));
+    let made = LANGUAGES
+        .iter()
+        .flat_map(|(language, files)| files.iter().map(move |file| (*language, *file)));
     let read = |(language, file): (&str, &str)| Build {
         name: format!("{language}/{file}"),
         wasm: fs::read(folder(language).join(file)).unwrap(),
@@ -70,28 +77,50 @@ fn build_all() -> Vec<Build> {
 fn run_build(folder: &Path) {
     // Where scripts/need.sh puts a newer Node if this machine's is too old.
     let path = std::env::join_paths(
-        [repository().join("build/tools/node_modules/.bin")].into_iter().chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
+        [repository().join("build/tools/node_modules/.bin")]
+            .into_iter()
+            .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
     );
     // Where this very test was built, whatever CARGO_TARGET_DIR says.
-    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
+    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .expect("the folder for temporary files lies in that of the target");
     let output = Command::new("./build.sh")
         .current_dir(folder)
         .env("PATH", path.unwrap())
         .env("CARGO_TARGET_DIR", target_dir)
         .output()
         .unwrap_or_else(|error| panic!("{}/build.sh cannot be run: {error}", folder.display()));
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{}/build.sh: {}; `make test` installs what it needs\n{said}", folder.display(), output.status);
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        output.status.success(),
+        "{}/build.sh: {}; `make test` installs what it needs\n{said}",
+        folder.display(),
+        output.status
+    );
 }
 
 /// What a README tells operators to write.
 fn settings(readme: &Path) -> Json {
     let text = fs::read_to_string(readme).unwrap();
-    let block = text.split_once("```toml\n").and_then(|(_, rest)| rest.split_once("```")).map(|(block, _)| block);
-    let block = block.unwrap_or_else(|| panic!("{} does not say what to configure", readme.display()));
+    let block = text
+        .split_once("```toml\n")
+        .and_then(|(_, rest)| rest.split_once("```"))
+        .map(|(block, _)| block);
+    let block =
+        block.unwrap_or_else(|| panic!("{} does not say what to configure", readme.display()));
     let parsed: toml::Table = toml::from_str(block).unwrap();
     let settings = serde_json::to_value(&parsed["plugins"]["parcels"]).unwrap();
-    assert_eq!(settings["config"], json!({"urgent_fee": 250}), "{}", readme.display());
+    assert_eq!(
+        settings["config"],
+        json!({"urgent_fee": 250}),
+        "{}",
+        readme.display()
+    );
     settings
 }
 
@@ -99,8 +128,12 @@ fn settings(readme: &Path) -> Json {
 fn registry(engine: &Engine, build: &Build, settings: Json) -> (Registry, Folder) {
     let folder = Folder::new();
     fs::write(folder.path().join("parcels.wasm"), &build.wasm).unwrap();
-    let config = serde_json::from_value(json!({"dir": folder.path(), "parcels": settings})).unwrap();
-    (Registry::load(engine.clone(), config, Metrics::default()).unwrap(), folder)
+    let config =
+        serde_json::from_value(json!({"dir": folder.path(), "parcels": settings})).unwrap();
+    (
+        Registry::load(engine.clone(), config, Metrics::default()).unwrap(),
+        folder,
+    )
 }
 
 /// What a core module, or a component, wants of its host.
@@ -112,10 +145,18 @@ fn imports(wasm: &[u8]) -> BTreeSet<String> {
             Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
             Payload::End(_) => depth -= 1,
             Payload::ImportSection(section) if depth == 0 => {
-                imports.extend(section.into_imports().map(|import| import.unwrap().module.to_owned()));
+                imports.extend(
+                    section
+                        .into_imports()
+                        .map(|import| import.unwrap().module.to_owned()),
+                );
             }
             Payload::ComponentImportSection(section) if depth == 0 => {
-                imports.extend(section.into_iter().map(|import| import.unwrap().name.name.to_owned()));
+                imports.extend(
+                    section
+                        .into_iter()
+                        .map(|import| import.unwrap().name.name.to_owned()),
+                );
             }
             _ => {}
         }
@@ -124,7 +165,8 @@ fn imports(wasm: &[u8]) -> BTreeSet<String> {
 }
 
 fn event(document: &str) -> Event {
-    Event::from_json(EntryId { ms: NOW_MS, seq: 0 }, "/test", document.as_bytes()).unwrap_or_else(|error| panic!("{error}: {document}"))
+    Event::from_json(EntryId { ms: NOW_MS, seq: 0 }, "/test", document.as_bytes())
+        .unwrap_or_else(|error| panic!("{error}: {document}"))
 }
 
 /// All that was decided, in a form in which equal decisions are equal: of a body, what it says and not how it is written, and not by which file.
@@ -133,22 +175,52 @@ fn decision(evaluation: &Evaluation) -> Json {
         Resolution::Planned(plan) => json!({ "routes": plan }),
         Resolution::Discarded { reason, .. } => json!({ "discarded": reason }),
         Resolution::Unrouted => json!("unrouted"),
-        Resolution::Failed { reason, attempts, retry, .. } => json!({ "failed": reason, "attempts": attempts, "retry": retry }),
+        Resolution::Failed {
+            reason,
+            attempts,
+            retry,
+            ..
+        } => json!({ "failed": reason, "attempts": attempts, "retry": retry }),
     };
-    let verdicts: Vec<_> = evaluation.verdicts.iter().map(|by| Verdict { hash: String::new(), ..by.clone() }).collect();
+    let verdicts: Vec<_> = evaluation
+        .verdicts
+        .iter()
+        .map(|by| Verdict {
+            hash: String::new(),
+            ..by.clone()
+        })
+        .collect();
     json!({ "event": evaluation.event.to_json(), "verdicts": verdicts, "resolution": resolution })
 }
 
 /// Events of which every implementation is tempted to think differently, and what the rules say of some of them.
 fn odd_events() -> Vec<(&'static str, Option<Json>)> {
     let user = |to: &str| json!([format!("u:{to}")]);
-    let failed = |reason: &str, retry: bool| Some(json!({"failed": reason, "attempts": 1, "retry": retry}));
-    let no_customer = || failed("the event names no customer: give the attribute customer a text or a whole number", false);
-    let no_number = || failed("the payload names no parcel: give /number a text or a whole number", false);
-    let no_place = || failed("the payload has no place: give the last of /steps a place", false);
+    let failed =
+        |reason: &str, retry: bool| Some(json!({"failed": reason, "attempts": 1, "retry": retry}));
+    let no_customer = || {
+        failed(
+            "the event names no customer: give the attribute customer a text or a whole number",
+            false,
+        )
+    };
+    let no_number = || {
+        failed(
+            "the payload names no parcel: give /number a text or a whole number",
+            false,
+        )
+    };
+    let no_place = || {
+        failed(
+            "the payload has no place: give the last of /steps a place",
+            false,
+        )
+    };
     let moved = |number: &str, place: &str, stops: u64| {
-        Some(json!({"routes": [{"by": "parcels", "to": user("ann"), "priority": "low", "expires_ms": NOW_MS + 6 * 3_600_000,
-            "collapse": format!("parcel-{number}"), "event_name": "parcel", "body": {"number": number, "place": place, "stops": stops}}]}))
+        Some(
+            json!({"routes": [{"by": "parcels", "to": user("ann"), "priority": "low", "expires_ms": NOW_MS + 6 * 3_600_000,
+            "collapse": format!("parcel-{number}"), "event_name": "parcel", "body": {"number": number, "place": place, "stops": stops}}]}),
+        )
     };
     vec![
         // Numbers beyond what a double holds exactly, and beyond 64 bits.
@@ -164,7 +236,10 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":18446744073709551615,"steps":[{"place":"Graz"}]}}"#,
             moved("18446744073709551615", "Graz", 1),
         ),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":1.0,"steps":[{"place":"Graz"}]}}"#, no_number()),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":1.0,"steps":[{"place":"Graz"}]}}"#,
+            no_number(),
+        ),
         // Escapes, in values and in names; of names that stand twice, the last counts.
         (
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","\u0073teps":[{"pl\u0061ce":"a\"\\\/\b\f\n\r\t\u0000\u001f\u007f\u20ac\ud83d\ude00</script>"}]}}"#,
@@ -179,36 +254,105 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             moved("7", " ", 2),
         ),
         // Steps that are none.
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7"}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[]}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":{"0":{"place":"Graz"}}}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":"Graz"}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":"Graz"},null]}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":"Graz"},["place"]]}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":""}]}}"#, no_place()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":["Graz"]}]}}"#, no_place()),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7"}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[]}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":{"0":{"place":"Graz"}}}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":"Graz"}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":"Graz"},null]}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":"Graz"},["place"]]}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":""}]}}"#,
+            no_place(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":["Graz"]}]}}"#,
+            no_place(),
+        ),
         // Payloads that are no JSON object.
         (r#"{"type":"parcel.moved","customer":"ann"}"#, no_number()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":"Graz"}"#, no_number()),
-        (r#"{"type":"parcel.moved","customer":"ann","data":[{"place":"Graz"}]}"#, no_number()),
-        (r#"{"type":"parcel.moved","customer":"ann","datacontenttype":"text/plain","data":"Graz"}"#, no_number()),
-        (r#"{"type":"parcel.moved","customer":"ann","datacontenttype":"application/x","data_base64":"/wD+"}"#, no_number()),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":"Graz"}"#,
+            no_number(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","data":[{"place":"Graz"}]}"#,
+            no_number(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","datacontenttype":"text/plain","data":"Graz"}"#,
+            no_number(),
+        ),
+        (
+            r#"{"type":"parcel.moved","customer":"ann","datacontenttype":"application/x","data_base64":"/wD+"}"#,
+            no_number(),
+        ),
         // Customers that are none, and the order of complaints.
         (r#"{"type":"parcel.moved"}"#, no_customer()),
-        (r#"{"type":"parcel.moved","customer":"","data":{"number":"7","steps":[{"place":"Graz"}]}}"#, no_customer()),
+        (
+            r#"{"type":"parcel.moved","customer":"","data":{"number":"7","steps":[{"place":"Graz"}]}}"#,
+            no_customer(),
+        ),
         (r#"{"type":"parcel.held","customer":true}"#, no_customer()),
-        (r#"{"type":"parcel.delivered","customer":4.0}"#, no_customer()),
-        (r#"{"type":"parcel.held","customer":"ann","data":{"fee":"300"}}"#, failed("the fee is not known yet", true)),
-        (r#"{"type":"parcel.held","customer":"ann","data":{"fee":null}}"#, failed("the fee is not known yet", true)),
+        (
+            r#"{"type":"parcel.delivered","customer":4.0}"#,
+            no_customer(),
+        ),
+        (
+            r#"{"type":"parcel.held","customer":"ann","data":{"fee":"300"}}"#,
+            failed("the fee is not known yet", true),
+        ),
+        (
+            r#"{"type":"parcel.held","customer":"ann","data":{"fee":null}}"#,
+            failed("the fee is not known yet", true),
+        ),
         // What the host does not take of an answer.
-        (r#"{"type":"parcel.delivered","customer":"ann","data":{"number":"a\nb"}}"#, None),
-        (r#"{"type":"parcel.delivered","customer":"ann","depot":"graz","data":{"number":""}}"#, no_number()),
+        (
+            r#"{"type":"parcel.delivered","customer":"ann","data":{"number":"a\nb"}}"#,
+            None,
+        ),
+        (
+            r#"{"type":"parcel.delivered","customer":"ann","depot":"graz","data":{"number":""}}"#,
+            no_number(),
+        ),
         // Filters.
-        (r#"{"type":"parcel.moved","test":true}"#, Some(json!({"discarded": "a test"}))),
-        (r#"{"type":"parcel.moved","test":"true"}"#, Some(json!({"discarded": "a test"}))),
-        (r#"{"type":"parcel.lost","test":1,"time":"2025-12-25T00:00:00Z"}"#, Some(json!("unrouted"))),
-        (r#"{"type":"parcel.lost","time":"2025-12-24T23:59:59.999Z"}"#, Some(json!({"discarded": "older than 7 days"}))),
-        (r#"{"type":"parcel.lost","time":"9999-12-31T23:59:59Z"}"#, Some(json!("unrouted"))),
+        (
+            r#"{"type":"parcel.moved","test":true}"#,
+            Some(json!({"discarded": "a test"})),
+        ),
+        (
+            r#"{"type":"parcel.moved","test":"true"}"#,
+            Some(json!({"discarded": "a test"})),
+        ),
+        (
+            r#"{"type":"parcel.lost","test":1,"time":"2025-12-25T00:00:00Z"}"#,
+            Some(json!("unrouted")),
+        ),
+        (
+            r#"{"type":"parcel.lost","time":"2025-12-24T23:59:59.999Z"}"#,
+            Some(json!({"discarded": "older than 7 days"})),
+        ),
+        (
+            r#"{"type":"parcel.lost","time":"9999-12-31T23:59:59Z"}"#,
+            Some(json!("unrouted")),
+        ),
         (
             r#"{"type":"parcel.delivered","customer":42,"depot":"graz","data":{"number":7,"hours_late":24.0}}"#,
             Some(
@@ -222,21 +366,41 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             ),
         ),
         // Conditions.
-        (r#"{"type":"parcel.held","customer":"ann","data":{"fee":250}}"#, None),
-        (r#"{"type":"parcel.held","customer":"ann","data":{"fee":249.99999999999997}}"#, None),
+        (
+            r#"{"type":"parcel.held","customer":"ann","data":{"fee":250}}"#,
+            None,
+        ),
+        (
+            r#"{"type":"parcel.held","customer":"ann","data":{"fee":249.99999999999997}}"#,
+            None,
+        ),
         (
             r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":9223372036854775807}}"#,
-            Some(json!({"routes": [{"by": "parcels", "to": ["all"], "priority": "urgent", "expires_ms": NOW_MS + 24 * 3_600_000,
+            Some(
+                json!({"routes": [{"by": "parcels", "to": ["all"], "priority": "urgent", "expires_ms": NOW_MS + 24 * 3_600_000,
                 "collapse": "recall-7", "event_name": "recall", "when": [
                     [{"attribute": "staff", "operator": "present"}],
-                    [{"attribute": "weight", "operator": "greater", "values": [9_223_372_036_854_775_807_i64]}]]}]})),
+                    [{"attribute": "weight", "operator": "greater", "values": [9_223_372_036_854_775_807_i64]}]]}]}),
+            ),
         ),
-        (r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":-0.0}}"#, None),
-        (r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":"2"}}"#, None),
+        (
+            r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":-0.0}}"#,
+            None,
+        ),
+        (
+            r#"{"type":"parcel.recalled","data":{"number":7,"heavier_than":"2"}}"#,
+            None,
+        ),
         (r#"{"type":"parcel.recalled"}"#, no_number()),
         // Not called, and called for nothing.
-        (r#"{"type":"letter.moved","customer":"ann"}"#, Some(json!("unrouted"))),
-        (r#"{"type":"parcel.","customer":"ann"}"#, Some(json!("unrouted"))),
+        (
+            r#"{"type":"letter.moved","customer":"ann"}"#,
+            Some(json!("unrouted")),
+        ),
+        (
+            r#"{"type":"parcel.","customer":"ann"}"#,
+            Some(json!("unrouted")),
+        ),
     ]
 }
 
@@ -245,18 +409,75 @@ fn any_event(random: &mut StdRng) -> String {
     const ATTRIBUTES: [(&str, &[&str]); 6] = [
         (
             "customer",
-            &[r#""ann""#, r#""ann""#, r#""Zoë Ω 📦""#, "42", "-7", "9223372036854775807", "1.5", "false", r#""""#, r#"["a","b"]"#],
+            &[
+                r#""ann""#,
+                r#""ann""#,
+                r#""Zoë Ω 📦""#,
+                "42",
+                "-7",
+                "9223372036854775807",
+                "1.5",
+                "false",
+                r#""""#,
+                r#"["a","b"]"#,
+            ],
         ),
         ("depot", &[r#""graz""#, r#""łódź""#, r#""""#, "7", "true"]),
         ("late", &["true", "false", r#""true""#, "1"]),
         ("test", &["false", "false", "false", "0", r#""no""#, "true"]),
-        ("priority", &[r#""low""#, r#""normal""#, r#""high""#, r#""urgent""#, r#""highest""#, "3"]),
-        ("time", &[r#""2026-01-01T00:00:00Z""#, r#""2025-12-31T23:00:00.123Z""#, r#""2031-01-01T00:00:00Z""#, r#""2020-01-01T00:00:00Z""#]),
+        (
+            "priority",
+            &[
+                r#""low""#,
+                r#""normal""#,
+                r#""high""#,
+                r#""urgent""#,
+                r#""highest""#,
+                "3",
+            ],
+        ),
+        (
+            "time",
+            &[
+                r#""2026-01-01T00:00:00Z""#,
+                r#""2025-12-31T23:00:00.123Z""#,
+                r#""2031-01-01T00:00:00Z""#,
+                r#""2020-01-01T00:00:00Z""#,
+            ],
+        ),
     ];
     const FIELDS: [(&str, &[&str]); 6] = [
-        ("number", &["7", r#""P-7""#, "9007199254740993", "-1", "1e3", "true", "null", "[1,2]", r#"{"a":1}"#, r#""été\u0020""#]),
-        ("fee", &["250", "249.99", "1e2", "-0.5", "9007199254740993", "null", r#""1""#]),
-        ("heavier_than", &["2", "2.5", "-9223372036854775808", "1e308", r#""2""#, "[]"]),
+        (
+            "number",
+            &[
+                "7",
+                r#""P-7""#,
+                "9007199254740993",
+                "-1",
+                "1e3",
+                "true",
+                "null",
+                "[1,2]",
+                r#"{"a":1}"#,
+                r#""été\u0020""#,
+            ],
+        ),
+        (
+            "fee",
+            &[
+                "250",
+                "249.99",
+                "1e2",
+                "-0.5",
+                "9007199254740993",
+                "null",
+                r#""1""#,
+            ],
+        ),
+        (
+            "heavier_than",
+            &["2", "2.5", "-9223372036854775808", "1e308", r#""2""#, "[]"],
+        ),
         ("hours_late", &["24", "23.999", "1e9", r#""30""#, "false"]),
         (
             "steps",
@@ -269,14 +490,41 @@ fn any_event(random: &mut StdRng) -> String {
                 r#"[{"place":1}]"#,
             ],
         ),
-        ("note", &[r#""""#, r#""\\\"}]""#, "[[[[]]]]", "1.5e-3", r#"{"steps":{"place":"no"}}"#]),
+        (
+            "note",
+            &[
+                r#""""#,
+                r#""\\\"}]""#,
+                "[[[[]]]]",
+                "1.5e-3",
+                r#"{"steps":{"place":"no"}}"#,
+            ],
+        ),
     ];
-    let kind =
-        ["moved", "moved", "moved", "delivered", "delivered", "held", "held", "recalled", "lost", "Moved"][random.random_range(0..10)];
+    let kind = [
+        "moved",
+        "moved",
+        "moved",
+        "delivered",
+        "delivered",
+        "held",
+        "held",
+        "recalled",
+        "lost",
+        "Moved",
+    ][random.random_range(0..10)];
     let mut members = vec![format!(r#""type":"parcel.{kind}""#)];
     let mut pick = |from: &[(&str, &[&str])], chance: f64| -> Vec<String> {
         let chosen: Vec<_> = from.iter().filter(|_| random.random_bool(chance)).collect();
-        chosen.into_iter().map(|(name, values)| format!(r#""{name}":{}"#, values[random.random_range(0..values.len())])).collect()
+        chosen
+            .into_iter()
+            .map(|(name, values)| {
+                format!(
+                    r#""{name}":{}"#,
+                    values[random.random_range(0..values.len())]
+                )
+            })
+            .collect()
     };
     members.extend(pick(&ATTRIBUTES[..1], 0.9));
     members.extend(pick(&ATTRIBUTES[1..], 0.4));
@@ -290,7 +538,10 @@ async fn the_plugin_decides_the_same_in_every_language() {
     let builds = builds();
     let (mut random, _) = seed::generator("languages");
     let odd = odd_events();
-    let mut documents: Vec<String> = odd.iter().map(|(document, _)| (*document).to_owned()).collect();
+    let mut documents: Vec<String> = odd
+        .iter()
+        .map(|(document, _)| (*document).to_owned())
+        .collect();
     documents.resize_with(N_EVENTS, || any_event(&mut random));
     let engine = crate::harness::engine();
     let mut first: Option<Vec<Json>> = None;
@@ -300,18 +551,37 @@ async fn the_plugin_decides_the_same_in_every_language() {
         settings["deadline_ms"] = json!(5_000);
         let (registry, _folder) = registry(&engine, build, settings);
         let states = registry.states();
-        assert!(states[0].failure.is_none(), "{}: {:?}", build.name, states[0].failure);
+        assert!(
+            states[0].failure.is_none(),
+            "{}: {:?}",
+            build.name,
+            states[0].failure
+        );
         let pipeline = Pipeline::start(Arc::new(registry), false, Metrics::default()).unwrap();
-        let evaluations = pipeline.evaluate(documents.iter().map(|document| event(document)).collect(), NOW_MS).await.unwrap();
+        let evaluations = pipeline
+            .evaluate(
+                documents.iter().map(|document| event(document)).collect(),
+                NOW_MS,
+            )
+            .await
+            .unwrap();
         let decisions: Vec<Json> = evaluations.iter().map(decision).collect();
         for ((document, expect), decision) in odd.iter().zip(&decisions) {
             if let Some(expect) = expect {
-                assert_eq!(decision["resolution"], *expect, "{} on {document}", build.name);
+                assert_eq!(
+                    decision["resolution"], *expect,
+                    "{} on {document}",
+                    build.name
+                );
             }
         }
         for (at, document) in documents.iter().enumerate() {
             let same = first.as_ref().map_or(&decisions[at], |first| &first[at]);
-            assert_eq!(decisions[at], *same, "{} and {} on {document}", build.name, builds[0].name);
+            assert_eq!(
+                decisions[at], *same,
+                "{} and {} on {document}",
+                build.name, builds[0].name
+            );
         }
         first.get_or_insert(decisions);
     }
@@ -320,21 +590,55 @@ async fn the_plugin_decides_the_same_in_every_language() {
     assert_eq!(decisions.len(), N_EVENTS);
     let words: BTreeSet<_> = decisions
         .iter()
-        .flat_map(|decision| decision["verdicts"].as_array().unwrap().iter().map(|verdict| verdict["verdict"].to_string()))
+        .flat_map(|decision| {
+            decision["verdicts"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|verdict| verdict["verdict"].to_string())
+        })
         .collect();
     assert_eq!(
         words.into_iter().collect::<Vec<_>>(),
-        ["\"amend\"", "\"drop\"", "\"failed\"", "\"keep\"", "\"none\"", "\"rejected\"", "\"retry\"", "\"routes\"", "\"skipped\""]
+        [
+            "\"amend\"",
+            "\"drop\"",
+            "\"failed\"",
+            "\"keep\"",
+            "\"none\"",
+            "\"rejected\"",
+            "\"retry\"",
+            "\"routes\"",
+            "\"skipped\""
+        ]
     );
-    assert!(decisions.iter().all(|decision| !decision["resolution"]["failed"].to_string().contains("trapped")));
-    assert!(decisions.iter().filter(|decision| decision["resolution"]["routes"].is_array()).count() > N_EVENTS / 10);
+    assert!(decisions.iter().all(|decision| {
+        !decision["resolution"]["failed"]
+            .to_string()
+            .contains("trapped")
+    }));
+    assert!(
+        decisions
+            .iter()
+            .filter(|decision| decision["resolution"]["routes"].is_array())
+            .count()
+            > N_EVENTS / 10
+    );
 }
 
 #[test]
 fn it_wants_nothing_but_the_contract_unless_it_was_built_for_wasi() {
     for build in builds() {
-        let others: Vec<_> = imports(&build.wasm).into_iter().filter(|name| !name.starts_with("pointsman:plugin/")).collect();
-        assert_eq!(others.is_empty(), !build.name.contains("wasi"), "{}: {others:?}", build.name);
+        let others: Vec<_> = imports(&build.wasm)
+            .into_iter()
+            .filter(|name| !name.starts_with("pointsman:plugin/"))
+            .collect();
+        assert_eq!(
+            others.is_empty(),
+            !build.name.contains("wasi"),
+            "{}: {others:?}",
+            build.name
+        );
     }
 }
 
@@ -346,7 +650,8 @@ fn a_configuration_that_it_cannot_take_is_refused_alike_in_every_language() {
         settings["config"] = json!({"urgent_fee": -1});
         let (registry, _folder) = registry(&engine, build, settings);
         let reason = registry.states()[0].failure.clone();
-        let expected = "parcels.wasm refuses its configuration: urgent_fee: give a number, 0 or more";
+        let expected =
+            "parcels.wasm refuses its configuration: urgent_fee: give a number, 0 or more";
         assert_eq!(reason.as_deref(), Some(expected), "{}", build.name);
     }
 }

@@ -1,6 +1,9 @@
 //! The integration tests: one file a promise. They enter where users enter (`POST` and `XADD` in, SSE bytes out) and start real processes.
 
-#![expect(clippy::print_stderr, reason = "what a test says of itself, such as its seed, belongs on standard error")]
+#![expect(
+    clippy::print_stderr,
+    reason = "what a test says of itself, such as its seed, belongs on standard error"
+)]
 
 mod architecture;
 mod authors;

@@ -32,15 +32,30 @@ body = { text = "Half the price" }
 
 #[test]
 fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
-    let files = ["address", "discard", "rules"].map(|name| (format!("{name}.wasm"), core_module(name)));
-    let plugins = Plugins::new(&files.each_ref().map(|(file, bytes)| (file.as_str(), bytes.clone())));
+    let files =
+        ["address", "discard", "rules"].map(|name| (format!("{name}.wasm"), core_module(name)));
+    let plugins = Plugins::new(
+        &files
+            .each_ref()
+            .map(|(file, bytes)| (file.as_str(), bytes.clone())),
+    );
     let node = Node::builder().plugins(plugins.dir()).config(DEV).start();
     // It asks for tokens and keys, and has no broker to reach, nor a plugin to compile.
     let no_plugins = Folder::new();
     let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"");
-    let away = Node::builder().production().redis(format!("redis://{}", ports::free())).plugins(no_plugins.path()).config(&config);
+    let away = Node::builder()
+        .production()
+        .redis(format!("redis://{}", ports::free()))
+        .plugins(no_plugins.path())
+        .config(&config);
     let mut away = away.may_be_unready().start();
-    let addresses = [node.addr(), node.admin_addr(), away.addr(), away.admin_addr()].map(|address| address.to_string());
+    let addresses = [
+        node.addr(),
+        node.admin_addr(),
+        away.addr(),
+        away.admin_addr(),
+    ]
+    .map(|address| address.to_string());
     let [address, admin, away_address, away_admin] = addresses.each_ref().map(String::as_str);
     let folder = plugins.dir();
     let variables = [
@@ -50,7 +65,10 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
         ("POINTSMAN_AWAY_ADMIN", away_admin),
         ("POINTSMAN_KEY", KEY),
         ("POINTSMAN_SECRET", SECRET),
-        ("POINTSMAN_PLUGINS", folder.to_str().expect("a path of ours")),
+        (
+            "POINTSMAN_PLUGINS",
+            folder.to_str().expect("a path of ours"),
+        ),
     ];
     clients::run_with("openapi.test.js", &variables);
     away.kill();

@@ -22,7 +22,9 @@ const MOST_LINES: usize = 30;
 
 /// A node on this Redis, with as little to compile at its start as there can be.
 fn node_on(url: &str) -> Builder {
-    Node::builder().redis(url).config("[plugins.discard]\nenabled = false")
+    Node::builder()
+        .redis(url)
+        .config("[plugins.discard]\nenabled = false")
 }
 
 fn n_lines(node: &Node) -> usize {
@@ -38,25 +40,42 @@ fn red(node: &Node, reason: &str) {
 }
 
 fn green(node: &Node) {
-    eventually(PATIENCE, "readiness is green", || (node.admin("/readyz").status == 200).then_some(()));
+    eventually(PATIENCE, "readiness is green", || {
+        (node.admin("/readyz").status == 200).then_some(())
+    });
 }
 
 /// Publishing is refused for now, and says when to come again.
 fn assert_refused(answer: &Answer) {
     assert_eq!(answer.status, 503, "{answer:?}");
-    let seconds: u64 = answer.header("retry-after").expect("Retry-After").parse().expect("seconds");
+    let seconds: u64 = answer
+        .header("retry-after")
+        .expect("Retry-After")
+        .parse()
+        .expect("seconds");
     assert!((1..=5).contains(&seconds), "{answer:?}");
-    assert!(answer.json()["error"].as_str().is_some_and(|error| !error.is_empty()), "{answer:?}");
+    assert!(
+        answer.json()["error"]
+            .as_str()
+            .is_some_and(|error| !error.is_empty()),
+        "{answer:?}"
+    );
 }
 
 fn number(number: usize) -> Value {
-    let more = if number.is_multiple_of(7) { json!({ "everyone": true }) } else { json!({ "user": (number % N_USERS).to_string() }) };
+    let more = if number.is_multiple_of(7) {
+        json!({ "everyone": true })
+    } else {
+        json!({ "user": (number % N_USERS).to_string() })
+    };
     event(&number.to_string(), "outage", more)
 }
 
 /// The streams of all users.
 fn streams(node: &Node) -> Vec<Stream> {
-    (0..N_USERS).map(|user| node.stream(&user.to_string())).collect()
+    (0..N_USERS)
+        .map(|user| node.stream(&user.to_string()))
+        .collect()
 }
 
 /// Publishes numbered events as long as `during` lasts, surely, and answers how many.
@@ -92,16 +111,27 @@ impl Drop for OnDrop<'_> {
 /// Waits until some more events are published.
 fn some_more(n_published: &AtomicUsize) {
     let before = n_published.load(Relaxed);
-    eventually(PATIENCE, "events are published", || (n_published.load(Relaxed) >= before + 50).then_some(()));
+    eventually(PATIENCE, "events are published", || {
+        (n_published.load(Relaxed) >= before + 50).then_some(())
+    });
 }
 
 /// Each stream, never closed and without a gap, has exactly what was published to its user, once and in order.
 fn assert_exact(node: &Node, streams: &mut [Stream], n_published: usize) {
-    node.publisher().publish_surely(&[event("last", "outage", json!({ "everyone": true }))], PATIENCE);
+    node.publisher().publish_surely(
+        &[event("last", "outage", json!({ "everyone": true }))],
+        PATIENCE,
+    );
     for (user, stream) in streams.iter_mut().enumerate() {
-        let expected = (0..n_published).filter(|number| number % 7 == 0 || number % N_USERS == user).map(|number| number.to_string());
+        let expected = (0..n_published)
+            .filter(|number| number % 7 == 0 || number % N_USERS == user)
+            .map(|number| number.to_string());
         for number in expected.chain(["last".to_owned()]) {
-            assert_eq!(stream.next_notification(PATIENCE).id, number, "for user {user}");
+            assert_eq!(
+                stream.next_notification(PATIENCE).id,
+                number,
+                "for user {user}"
+            );
         }
     }
 }
@@ -111,25 +141,55 @@ fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes()
     let mut server = RedisServer::start();
     server.kill();
     let node = node_on(&server.url()).may_be_unready().start();
-    red(&node, &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()));
-    assert_eq!(node.admin("/healthz").status, 200, "a restart would not help");
+    red(
+        &node,
+        &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()),
+    );
+    assert_eq!(
+        node.admin("/healthz").status,
+        200,
+        "a restart would not help"
+    );
     let follower = Follower::start(node.addr(), "user=42");
-    for (method, path) in [("PUT", "/v1/groups/ops/members/42"), ("GET", "/v1/notifications?user=42"), ("GET", "/v1/dead")] {
+    for (method, path) in [
+        ("PUT", "/v1/groups/ops/members/42"),
+        ("GET", "/v1/notifications?user=42"),
+        ("GET", "/v1/dead"),
+    ] {
         assert_refused(&node.request(method, path));
     }
-    assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
+    assert_refused(
+        &node
+            .publisher()
+            .try_publish(&[number(0)])
+            .expect("an answer"),
+    );
     // An `EventSource` gives up for ever on any status but 200, and comes back after the end of a stream.
-    let (frames, stop) = Request::new(node.addr(), "user=42").open(SOON).expect("200").read_to_end(SOON);
+    let (frames, stop) = Request::new(node.addr(), "user=42")
+        .open(SOON)
+        .expect("200")
+        .read_to_end(SOON);
     assert!(matches!(stop, Stop::Ended), "{stop:?}");
-    let [close] = frames.as_slice() else { panic!("one frame: {frames:?}") };
-    assert_eq!((close.state(), close.data.as_deref(), close.retry.is_some()), (Some("close"), Some("{\"reason\":\"starting\"}"), true));
+    let [close] = frames.as_slice() else {
+        panic!("one frame: {frames:?}")
+    };
+    assert_eq!(
+        (close.state(), close.data.as_deref(), close.retry.is_some()),
+        (Some("close"), Some("{\"reason\":\"starting\"}"), true)
+    );
 
     server.restart();
     green(&node);
     let follower = follower.connected(SOON);
-    node.publisher().publish(&[event("a", "t", json!({ "user": "42" }))]);
-    let record = follower.wait(SOON, "a notification", |record| !record.notifications.is_empty());
-    assert_eq!((record.notifications[0].id.as_str(), record.gaps.len()), ("a", 0));
+    node.publisher()
+        .publish(&[event("a", "t", json!({ "user": "42" }))]);
+    let record = follower.wait(SOON, "a notification", |record| {
+        !record.notifications.is_empty()
+    });
+    assert_eq!(
+        (record.notifications[0].id.as_str(), record.gaps.len()),
+        ("a", 0)
+    );
     assert!(n_lines(&node) < MOST_LINES, "{}", node.log());
 }
 
@@ -142,13 +202,23 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
         some_more(n_published);
         let before = n_lines(&node);
         server.kill();
-        red(&node, &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()));
+        red(
+            &node,
+            &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()),
+        );
         // Publishers that hammer a node in an outage are answered, and not written down one by one.
         for _ in 0..100 {
-            assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
+            assert_refused(
+                &node
+                    .publisher()
+                    .try_publish(&[number(0)])
+                    .expect("an answer"),
+            );
         }
         // A stream that is opened now waits.
-        let mut late = Request::new(node.addr(), "user=late").open(SOON).expect("200");
+        let mut late = Request::new(node.addr(), "user=late")
+            .open(SOON)
+            .expect("200");
         server.restart();
         late.next_state("cursor", SOON);
         green(&node);
@@ -160,7 +230,13 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
         let log = node.log();
         let lines: Vec<&str> = log.lines().skip(before).collect();
         assert!(lines.len() < 2 * MOST_LINES, "{}", lines.join("\n"));
-        assert!(lines.iter().any(|line| line.contains("the source waits") && line.contains("retry_ms=")), "{}", lines.join("\n"));
+        assert!(
+            lines
+                .iter()
+                .any(|line| line.contains("the source waits") && line.contains("retry_ms=")),
+            "{}",
+            lines.join("\n")
+        );
     });
     assert_exact(&node, &mut streams, n_published);
 }
@@ -174,8 +250,16 @@ fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
         some_more(n_published);
         let before = n_lines(&node);
         server.pause();
-        red(&node, &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()));
-        assert_refused(&node.publisher().try_publish(&[number(0)]).expect("an answer"));
+        red(
+            &node,
+            &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()),
+        );
+        assert_refused(
+            &node
+                .publisher()
+                .try_publish(&[number(0)])
+                .expect("an answer"),
+        );
         // Until the feed counts as dead, too.
         red(&node, "feed: 1 of 1 partitions are silent");
         server.resume();
@@ -195,16 +279,35 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     let node = node_on(&proxy.url()).start();
     let mut stream = node.stream("42");
     let mut connection = server.connection();
-    let mut position =
-        || -> Option<String> { redis::cmd("HGET").arg("{pointsman:events}:meta").arg("pos").query(&mut connection).expect("HGET") };
+    let mut position = || -> Option<String> {
+        redis::cmd("HGET")
+            .arg("{pointsman:events}:meta")
+            .arg("pos")
+            .query(&mut connection)
+            .expect("HGET")
+    };
     // From now on Redis knows the scripts: a hash that it does not know is answered at once, and nothing done.
-    node.publisher().publish(&[event("first", "t", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("first", "t", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "first");
     // A commit: this is how its decision names the event.
     proxy.hold_answers_from("\"event_id\":\"committed\"");
-    let fields = |id: &str| vec![("type", "t".to_owned()), ("user", "42".to_owned()), ("id", id.to_owned())];
-    let entry = xadd(&mut server.connection(), "pointsman:events", &[fields("committed")]).remove(0);
-    eventually(SOON, "the commit is done", || (position().as_ref() == Some(&entry)).then_some(()));
+    let fields = |id: &str| {
+        vec![
+            ("type", "t".to_owned()),
+            ("user", "42".to_owned()),
+            ("id", id.to_owned()),
+        ]
+    };
+    let entry = xadd(
+        &mut server.connection(),
+        "pointsman:events",
+        &[fields("committed")],
+    )
+    .remove(0);
+    eventually(SOON, "the commit is done", || {
+        (position().as_ref() == Some(&entry)).then_some(())
+    });
     assert!(proxy.is_holding(), "nobody has heard of it");
     red(&node, ": no answer within 2 s");
     proxy.release();
@@ -217,7 +320,8 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     assert_refused(&node.publisher().try_publish(&posted).expect("an answer"));
     proxy.release();
     node.publisher().publish_surely(&posted, PATIENCE);
-    node.publisher().publish_surely(&[event("last", "t", json!({ "user": "42" }))], PATIENCE);
+    node.publisher()
+        .publish_surely(&[event("last", "t", json!({ "user": "42" }))], PATIENCE);
     assert_eq!(stream.next_notification(SOON).id, "posted");
     assert_eq!(stream.next_notification(SOON).id, "last");
     eventually(SOON, "the second one is a duplicate", || {
@@ -228,7 +332,12 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
 #[test]
 fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
     const MEMORY: usize = 24 * 1024 * 1024;
-    let server = RedisServer::with(&["--maxmemory", &MEMORY.to_string(), "--maxmemory-policy", "noeviction"]);
+    let server = RedisServer::with(&[
+        "--maxmemory",
+        &MEMORY.to_string(),
+        "--maxmemory-policy",
+        "noeviction",
+    ]);
     let node = node_on(&server.url()).start();
     let mut stream = node.stream("42");
     // While the node stands still, a neighbour of Redis fills it to the brim with events that nobody has decided.
@@ -237,8 +346,18 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
     let mut n_added = 0;
     let refusal = loop {
         let mut command = redis::cmd("XADD");
-        command.arg("pointsman:events").arg("*").arg("type").arg("t").arg("id").arg(n_added).arg("data");
-        match command.arg(format!("\"{}\"", "x".repeat(100_000))).query::<String>(&mut connection) {
+        command
+            .arg("pointsman:events")
+            .arg("*")
+            .arg("type")
+            .arg("t")
+            .arg("id")
+            .arg(n_added)
+            .arg("data");
+        match command
+            .arg(format!("\"{}\"", "x".repeat(100_000)))
+            .query::<String>(&mut connection)
+        {
             Ok(_) => n_added += 1,
             Err(error) => break error,
         }
@@ -251,22 +370,32 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
     eventually(PATIENCE, "every event is decided", || {
         (node.metric("pointsman_events_total{outcome=\"unrouted\"}") == expected).then_some(())
     });
-    node.publisher().publish_surely(&[event("drained", "t", json!({ "user": "42" }))], SOON);
+    node.publisher()
+        .publish_surely(&[event("drained", "t", json!({ "user": "42" }))], SOON);
     assert_eq!(stream.next_notification(SOON).id, "drained");
 
     // Full of what cannot be given up: it is refused, said, and the rest goes on.
     let () = server.command("CONFIG SET maxmemory 1mb");
     let before = n_lines(&node);
     for _ in 0..100 {
-        let answer = node.publisher().try_publish(&[event("refused", "t", json!({ "user": "42" }))]).expect("an answer");
+        let answer = node
+            .publisher()
+            .try_publish(&[event("refused", "t", json!({ "user": "42" }))])
+            .expect("an answer");
         assert_refused(&answer);
-        assert!(answer.json()["error"].as_str().is_some_and(|error| error.contains("no room")), "{answer:?}");
+        assert!(
+            answer.json()["error"]
+                .as_str()
+                .is_some_and(|error| error.contains("no room")),
+            "{answer:?}"
+        );
     }
     red(&node, "raise maxmemory or let the backlog drain");
     assert!(n_lines(&node) - before < MOST_LINES, "{}", node.log());
     let mut second = node.stream("43");
     let () = server.command(&format!("CONFIG SET maxmemory {MEMORY}"));
-    node.publisher().publish(&[event("last", "t", json!({ "everyone": true }))]);
+    node.publisher()
+        .publish(&[event("last", "t", json!({ "everyone": true }))]);
     assert_eq!(stream.next_notification(SOON).id, "last");
     assert_eq!(second.next_notification(SOON).id, "last");
 }
@@ -275,8 +404,16 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
 fn a_redis_that_may_evict_is_not_ready_and_the_fix_is_named_until_it_is_done() {
     let server = RedisServer::with(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
     let node = node_on(&server.url()).may_be_unready().start();
-    red(&node, "maxmemory-policy is allkeys-lru, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction");
-    assert!(node.log().contains("CONFIG SET maxmemory-policy noeviction"), "{}", node.log());
+    red(
+        &node,
+        "maxmemory-policy is allkeys-lru, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction",
+    );
+    assert!(
+        node.log()
+            .contains("CONFIG SET maxmemory-policy noeviction"),
+        "{}",
+        node.log()
+    );
     let () = server.command("CONFIG SET maxmemory-policy noeviction");
     green(&node);
 }
@@ -300,20 +437,31 @@ fn a_lost_feed_and_forgotten_scripts_go_unnoticed_by_clients() {
     });
     assert_exact(&node, &mut streams, n_published);
     let log = node.log();
-    let n_lost = log.lines().filter(|line| line.contains("the connection for notices was lost")).count();
+    let n_lost = log
+        .lines()
+        .filter(|line| line.contains("the connection for notices was lost"))
+        .count();
     assert_eq!(n_lost, 5, "{log}");
 }
 
 #[test]
-fn a_source_that_somebody_overwrote_turns_readiness_red_with_the_fix_and_goes_on_once_it_is_mended() {
+fn a_source_that_somebody_overwrote_turns_readiness_red_with_the_fix_and_goes_on_once_it_is_mended()
+{
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();
     let mut stream = node.stream("42");
     let () = server.command("DEL pointsman:events");
     let () = server.command("SET pointsman:events oops");
-    red(&node, "a key of ours holds something foreign: rename or delete it");
+    red(
+        &node,
+        "a key of ours holds something foreign: rename or delete it",
+    );
     let () = server.command("RENAME pointsman:events oops");
-    let fields = vec![("type", "t".to_owned()), ("user", "42".to_owned()), ("id", "a".to_owned())];
+    let fields = vec![
+        ("type", "t".to_owned()),
+        ("user", "42".to_owned()),
+        ("id", "a".to_owned()),
+    ];
     xadd(&mut server.connection(), "pointsman:events", &[fields]);
     assert_eq!(stream.next_notification(SOON).id, "a");
 }
@@ -323,16 +471,23 @@ fn flushall_is_told_as_a_gap_and_never_silence_and_later_events_arrive() {
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();
     let (mut stream, mut quiet) = (node.stream("42"), node.stream("43"));
-    node.publisher().publish(&[event("before", "t", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("before", "t", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "before");
     let () = server.command("FLUSHALL");
     for stream in [&mut stream, &mut quiet] {
-        let told: Value = serde_json::from_str(&stream.next_state("gap", SOON).data.expect("data")).expect("JSON");
+        let told: Value = serde_json::from_str(&stream.next_state("gap", SOON).data.expect("data"))
+            .expect("JSON");
         assert_eq!(told["reason"], "rewound", "{stream:?}");
     }
-    let fields = vec![("type", "t".to_owned()), ("everyone", "true".to_owned()), ("id", "added".to_owned())];
+    let fields = vec![
+        ("type", "t".to_owned()),
+        ("everyone", "true".to_owned()),
+        ("id", "added".to_owned()),
+    ];
     xadd(&mut server.connection(), "pointsman:events", &[fields]);
-    node.publisher().publish_surely(&[event("posted", "t", json!({ "everyone": true }))], SOON);
+    node.publisher()
+        .publish_surely(&[event("posted", "t", json!({ "everyone": true }))], SOON);
     for stream in [&mut stream, &mut quiet] {
         assert_eq!(stream.next_notification(SOON).id, "added");
         assert_eq!(stream.next_notification(SOON).id, "posted");
@@ -351,8 +506,17 @@ fn a_line_that_is_too_slow_for_a_full_read_is_read_in_smaller_bites() {
     proxy.slow_answers_to(1024 * 1024);
     let fields = |n: usize| {
         let data = format!("\"{}\"", "x".repeat(100_000));
-        vec![("type", "t".to_owned()), ("id", n.to_string()), ("data", data), ("user", if n == 63 { "42" } else { "43" }.to_owned())]
+        vec![
+            ("type", "t".to_owned()),
+            ("id", n.to_string()),
+            ("data", data),
+            ("user", if n == 63 { "42" } else { "43" }.to_owned()),
+        ]
     };
-    xadd(&mut server.connection(), "pointsman:events", &(0..64).map(fields).collect::<Vec<_>>());
+    xadd(
+        &mut server.connection(),
+        "pointsman:events",
+        &(0..64).map(fields).collect::<Vec<_>>(),
+    );
     assert_eq!(stream.next_notification(PATIENCE).id, "63");
 }

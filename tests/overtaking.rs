@@ -18,24 +18,54 @@ const BYTES: usize = 8 * 1024;
 const UNDER_WAY: usize = 16 * 1024 + BYTES + 1024;
 
 #[test]
-fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_point_loses_and_repeats_nothing() {
+fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_point_loses_and_repeats_nothing()
+ {
     let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
     // One stream for each point at which it is cut.
-    let cuts = [0, 1, 2, 10, 40, 80, 120, 160, 200, 256, 300, 400, N_LOW, N_LOW + 1];
+    let cuts = [
+        0,
+        1,
+        2,
+        10,
+        40,
+        80,
+        120,
+        160,
+        200,
+        256,
+        300,
+        400,
+        N_LOW,
+        N_LOW + 1,
+    ];
     let streams: Vec<_> = cuts.map(|_| node.stream("42")).into();
     // What has reached one that reads is there for all of them.
     let mut witness = node.stream("42");
-    let low = |n: usize| event(&format!("low{n}"), "t", json!({ "user": "42", "priority": "low", "data": "x".repeat(BYTES) }));
+    let low = |n: usize| {
+        event(
+            &format!("low{n}"),
+            "t",
+            json!({ "user": "42", "priority": "low", "data": "x".repeat(BYTES) }),
+        )
+    };
     for begin in (0..N_LOW).step_by(100) {
-        node.publisher().publish(&(begin..begin + 100).map(low).collect::<Vec<_>>());
+        node.publisher()
+            .publish(&(begin..begin + 100).map(low).collect::<Vec<_>>());
     }
     while witness.next_notification(SOON).id != format!("low{}", N_LOW - 1) {}
-    node.publisher().publish(&[event("urgent", "t", json!({ "user": "42", "priority": "urgent" }))]);
+    node.publisher().publish(&[event(
+        "urgent",
+        "t",
+        json!({ "user": "42", "priority": "urgent" }),
+    )]);
     assert_eq!(witness.next_notification(SOON).id, "urgent");
     let mut resumed = Vec::new();
     for (cut, mut stream) in cuts.into_iter().zip(streams) {
         let in_socket = bytes_in_the_kernel(&stream, node.addr());
-        assert!(in_socket < N_LOW * BYTES / 2, "{in_socket} bytes were written for a client that does not read");
+        assert!(
+            in_socket < N_LOW * BYTES / 2,
+            "{in_socket} bytes were written for a client that does not read"
+        );
         let mut received: Vec<Notification> = Vec::new();
         while received.len() < cut {
             received.push(stream.next_notification(SOON));
@@ -47,19 +77,38 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
                 );
             }
         }
-        let mut again = Request::new(node.addr(), "user=42").last_event_id(stream.last_event_id()).open(SOON).expect("open it again");
+        let mut again = Request::new(node.addr(), "user=42")
+            .last_event_id(stream.last_event_id())
+            .open(SOON)
+            .expect("open it again");
         drop(stream);
         while received.len() < N_LOW + 1 {
             received.push(again.next_notification(SOON));
         }
-        let ids: HashSet<&str> = received.iter().map(|notification| notification.id.as_str()).collect();
-        assert_eq!(ids.len(), N_LOW + 1, "each came once, although the stream was cut after {cut}");
-        let order: Vec<&str> = received.iter().map(|notification| notification.id.as_str()).filter(|id| *id != "urgent").collect();
-        assert_eq!(order, (0..N_LOW).map(|n| format!("low{n}")).collect::<Vec<_>>(), "cut after {cut}");
+        let ids: HashSet<&str> = received
+            .iter()
+            .map(|notification| notification.id.as_str())
+            .collect();
+        assert_eq!(
+            ids.len(),
+            N_LOW + 1,
+            "each came once, although the stream was cut after {cut}"
+        );
+        let order: Vec<&str> = received
+            .iter()
+            .map(|notification| notification.id.as_str())
+            .filter(|id| *id != "urgent")
+            .collect();
+        assert_eq!(
+            order,
+            (0..N_LOW).map(|n| format!("low{n}")).collect::<Vec<_>>(),
+            "cut after {cut}"
+        );
         resumed.push(again);
     }
     // Nothing is left over.
-    node.publisher().publish(&[event("last", "t", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("last", "t", json!({ "user": "42" }))]);
     for mut stream in resumed {
         assert_eq!(stream.next_notification(SOON).id, "last");
     }
@@ -71,29 +120,51 @@ fn a_stream_whose_waiting_notifications_all_expire_while_nobody_reads_goes_on_wh
     let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
     let mut stream = node.stream("42");
     let mut witness = node.stream("42");
-    let brief = |n: usize| event(&format!("brief{n}"), "t", json!({ "user": "42", "ttl": "3s", "data": "x".repeat(BYTES) }));
-    node.publisher().publish(&(0..N_LOW).map(brief).collect::<Vec<_>>());
+    let brief = |n: usize| {
+        event(
+            &format!("brief{n}"),
+            "t",
+            json!({ "user": "42", "ttl": "3s", "data": "x".repeat(BYTES) }),
+        )
+    };
+    node.publisher()
+        .publish(&(0..N_LOW).map(brief).collect::<Vec<_>>());
     while witness.next_notification(SOON).id != format!("brief{}", N_LOW - 1) {}
-    assert!(bytes_in_the_kernel(&stream, node.addr()) < N_LOW * BYTES / 2, "most of them wait");
+    assert!(
+        bytes_in_the_kernel(&stream, node.addr()) < N_LOW * BYTES / 2,
+        "most of them wait"
+    );
     eventually(SOON, "they have expired", || {
         let page = node.request("GET", "/v1/notifications?user=42").json();
         (page["notifications"] == json!([])).then_some(())
     });
-    node.publisher().publish(&[event("lasting", "t", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("lasting", "t", json!({ "user": "42" }))]);
     assert_eq!(witness.next_notification(SOON).id, "lasting");
     while stream.next_notification(SOON).id != "lasting" {}
 }
 
 /// What the node has written and the client has not read.
 fn bytes_in_the_kernel(stream: &Stream, node: SocketAddr) -> usize {
-    let client = stream.scissors().and_then(|socket| socket.local_addr()).expect("the client's address");
+    let client = stream
+        .scissors()
+        .and_then(|socket| socket.local_addr())
+        .expect("the client's address");
     let table = fs::read_to_string("/proc/net/tcp").expect("read /proc/net/tcp");
     let queues = |local: SocketAddr, remote: SocketAddr| {
-        let (local, remote) = (format!(":{:04X}", local.port()), format!(":{:04X}", remote.port()));
-        let mut lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let line = lines.find(|line| line.len() > 4 && line[1].ends_with(&local) && line[2].ends_with(&remote)).expect("the connection");
+        let (local, remote) = (
+            format!(":{:04X}", local.port()),
+            format!(":{:04X}", remote.port()),
+        );
+        let mut lines = table
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let line = lines
+            .find(|line| line.len() > 4 && line[1].ends_with(&local) && line[2].ends_with(&remote))
+            .expect("the connection");
         let (sent, received) = line[4].split_once(':').expect("two queues");
-        [sent, received].map(|queue| usize::from_str_radix(queue, 16).expect("a hexadecimal number"))
+        [sent, received]
+            .map(|queue| usize::from_str_radix(queue, 16).expect("a hexadecimal number"))
     };
     let ([unacknowledged, _], [_, unread]) = (queues(node, client), queues(client, node));
     unacknowledged + unread

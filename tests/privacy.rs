@@ -21,41 +21,72 @@ const KEY: &str = "the key of these tests";
 
 /// A node that asks for tokens and keys. Clocks need no leeway on one machine.
 fn node() -> Node {
-    let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\nleeway_s = 0\ncookie = \"pointsman\"\n{LEAN}");
+    let config = format!(
+        "[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\nleeway_s = 0\ncookie = \"pointsman\"\n{LEAN}"
+    );
     Node::builder().production().config(&config).start()
 }
 
 /// A moment so many seconds from now, as tokens tell time.
 fn in_s(seconds: i64) -> i64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("after 1970")
+        .as_secs();
     i64::try_from(now).expect("before the year 292277026596") + seconds
 }
 
 fn signed(algorithm: Algorithm, secret: &str, claims: &Value) -> String {
-    jsonwebtoken::encode(&Header::new(algorithm), claims, &EncodingKey::from_secret(secret.as_bytes())).expect("a token")
+    jsonwebtoken::encode(
+        &Header::new(algorithm),
+        claims,
+        &EncodingKey::from_secret(secret.as_bytes()),
+    )
+    .expect("a token")
 }
 
 fn token(user: &str, expires: i64) -> String {
-    signed(Algorithm::HS256, SECRET, &json!({ "sub": user, "exp": expires }))
+    signed(
+        Algorithm::HS256,
+        SECRET,
+        &json!({ "sub": user, "exp": expires }),
+    )
 }
 
 /// A stream with this token, past its first cursor.
 fn stream(node: &Node, token: &str, query: &str, last_event_id: &str) -> Stream {
-    let request = Request::new(node.addr(), query).header("Authorization", &format!("Bearer {token}")).last_event_id(last_event_id);
-    let mut stream = request.open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
+    let request = Request::new(node.addr(), query)
+        .header("Authorization", &format!("Bearer {token}"))
+        .last_event_id(last_event_id);
+    let mut stream = request
+        .open(SOON)
+        .unwrap_or_else(|refused| panic!("{refused:?}"));
     stream.next_state("cursor", SOON);
     stream
 }
 
 fn publish(node: &Node, id: &str, more: Value) {
     let bearer = format!("Bearer {KEY}");
-    let headers = [("authorization", bearer.as_str()), ("content-type", "application/cloudevents+json")];
-    let answer = node.send("POST", "/v1/events", &headers, event(id, "t", more).to_string().as_bytes());
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/cloudevents+json"),
+    ];
+    let answer = node.send(
+        "POST",
+        "/v1/events",
+        &headers,
+        event(id, "t", more).to_string().as_bytes(),
+    );
     assert_eq!(answer.status, 202, "{answer:?}");
 }
 
 fn member(node: &Node, method: &str, group: &str, user: &str) {
-    let answer = node.send(method, &format!("/v1/groups/{group}/members/{user}"), &[("authorization", &format!("Bearer {KEY}"))], b"");
+    let answer = node.send(
+        method,
+        &format!("/v1/groups/{group}/members/{user}"),
+        &[("authorization", &format!("Bearer {KEY}"))],
+        b"",
+    );
     assert_eq!(answer.status, 204, "{answer:?}");
 }
 
@@ -72,31 +103,88 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
     let unsigned = format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{others_claims}.");
     let bad = [
         ("expired", token("ann", in_s(-60))),
-        ("signature", signed(Algorithm::HS256, "another secret, which is longer than 32 bytes", &json!({ "sub": "ann", "exp": later }))),
+        (
+            "signature",
+            signed(
+                Algorithm::HS256,
+                "another secret, which is longer than 32 bytes",
+                &json!({ "sub": "ann", "exp": later }),
+            ),
+        ),
         ("signature", format!("{head}.{others_claims}.{signature}")),
-        ("HS256", signed(Algorithm::HS512, SECRET, &json!({ "sub": "ann", "exp": later }))),
+        (
+            "HS256",
+            signed(
+                Algorithm::HS512,
+                SECRET,
+                &json!({ "sub": "ann", "exp": later }),
+            ),
+        ),
         ("token", unsigned),
-        ("no claim 'exp'", signed(Algorithm::HS256, SECRET, &json!({ "sub": "ann" }))),
-        ("no text claim 'sub'", signed(Algorithm::HS256, SECRET, &json!({ "exp": later }))),
+        (
+            "no claim 'exp'",
+            signed(Algorithm::HS256, SECRET, &json!({ "sub": "ann" })),
+        ),
+        (
+            "no text claim 'sub'",
+            signed(Algorithm::HS256, SECRET, &json!({ "exp": later })),
+        ),
         ("control character", token("ann\nbob", later)),
         ("token", KEY.to_owned()),
         ("token", String::new()),
         ("token", "a.b.c".to_owned()),
     ];
-    for path in ["/v1/stream?user=ann", "/v1/notifications?user=ann", "/v1/stream"] {
+    for path in [
+        "/v1/stream?user=ann",
+        "/v1/notifications?user=ann",
+        "/v1/stream",
+    ] {
         let answer = node.request("GET", path);
-        assert_eq!((answer.status, answer.header("www-authenticate")), (401, Some("Bearer")), "{path}: {answer:?}");
+        assert_eq!(
+            (answer.status, answer.header("www-authenticate")),
+            (401, Some("Bearer")),
+            "{path}: {answer:?}"
+        );
         for (expected, token) in &bad {
-            let answer = http::send("GET", &node.url(path), &[("authorization", &format!("Bearer {token}"))], None).expect("an answer");
-            assert_eq!(answer.status, 401, "{path} with a token of which {expected:?} is to be said: {answer:?}");
-            assert!(answer.header("www-authenticate").is_some_and(|challenge| challenge.starts_with("Bearer")), "{answer:?}");
-            let error = answer.json()["error"].as_str().expect("an error").to_owned();
+            let answer = http::send(
+                "GET",
+                &node.url(path),
+                &[("authorization", &format!("Bearer {token}"))],
+                None,
+            )
+            .expect("an answer");
+            assert_eq!(
+                answer.status, 401,
+                "{path} with a token of which {expected:?} is to be said: {answer:?}"
+            );
+            assert!(
+                answer
+                    .header("www-authenticate")
+                    .is_some_and(|challenge| challenge.starts_with("Bearer")),
+                "{answer:?}"
+            );
+            let error = answer.json()["error"]
+                .as_str()
+                .expect("an error")
+                .to_owned();
             assert!(error.contains(expected), "{expected:?} is not in {error:?}");
-            assert!(token.is_empty() || !error.contains(token.as_str()), "a token is nobody else's to read: {error}");
+            assert!(
+                token.is_empty() || !error.contains(token.as_str()),
+                "a token is nobody else's to read: {error}"
+            );
         }
     }
     let acknowledgement = br#"{"id":"1","device":"phone"}"#;
-    assert_eq!(node.send("POST", "/v1/acks?user=ann", &[("content-type", "application/json")], acknowledgement).status, 401);
+    assert_eq!(
+        node.send(
+            "POST",
+            "/v1/acks?user=ann",
+            &[("content-type", "application/json")],
+            acknowledgement
+        )
+        .status,
+        401
+    );
     // A user's token is no key, and the key no user.
     for (method, path) in [
         ("POST", "/v1/events"),
@@ -107,14 +195,22 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
         ("GET", "/v1/dead"),
     ] {
         for authorization in [None, Some(format!("Bearer {honest}"))] {
-            let headers: Vec<(&str, &str)> = authorization.iter().map(|value| ("authorization", value.as_str())).collect();
+            let headers: Vec<(&str, &str)> = authorization
+                .iter()
+                .map(|value| ("authorization", value.as_str()))
+                .collect();
             let answer = node.send(method, path, &headers, b"{}");
             assert_eq!(answer.status, 401, "{method} {path}: {answer:?}");
             assert!(answer.header("www-authenticate").is_some(), "{answer:?}");
         }
     }
     let log = node.log();
-    assert!(![SECRET, KEY, signature].iter().any(|secret| log.contains(secret)), "{log}");
+    assert!(
+        ![SECRET, KEY, signature]
+            .iter()
+            .any(|secret| log.contains(secret)),
+        "{log}"
+    );
 }
 
 #[test]
@@ -128,8 +224,18 @@ fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say
     }
     // Ann says that she is Bob: in the URL, and by his cursor, as a browser does after another one logged in.
     let mut ann = stream(&node, &token("ann", later), "user=bob", "");
-    let mut with_his_cursor = stream(&node, &token("ann", later), "user=bob&last_event_id=earliest", &others_cursor);
-    let mut from_the_beginning = stream(&node, &token("ann", later), "user=bob&last_event_id=earliest", "");
+    let mut with_his_cursor = stream(
+        &node,
+        &token("ann", later),
+        "user=bob&last_event_id=earliest",
+        &others_cursor,
+    );
+    let mut from_the_beginning = stream(
+        &node,
+        &token("ann", later),
+        "user=bob&last_event_id=earliest",
+        "",
+    );
     publish(&node, "b3", json!({ "user": "bob" }));
     publish(&node, "a1", json!({ "user": "ann" }));
     for stream in [&mut ann, &mut with_his_cursor, &mut from_the_beginning] {
@@ -138,12 +244,27 @@ fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say
     }
     assert_eq!(bob.next_notification(SOON).id, "b3");
     let bearer = format!("Bearer {}", token("ann", later));
-    let page = http::send("GET", &node.url("/v1/notifications?user=bob"), &[("authorization", &bearer)], None).expect("an answer").json();
-    let ids: Vec<&Value> = page["notifications"].as_array().expect("a list").iter().map(|item| &item["data"]["id"]).collect();
+    let page = http::send(
+        "GET",
+        &node.url("/v1/notifications?user=bob"),
+        &[("authorization", &bearer)],
+        None,
+    )
+    .expect("an answer")
+    .json();
+    let ids: Vec<&Value> = page["notifications"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|item| &item["data"]["id"])
+        .collect();
     assert_eq!(ids, ["a1"]);
     // A browser's `EventSource` has only a cookie to show.
     let cookie = format!("a=b; pointsman={}", token("bob", later));
-    let mut by_cookie = Request::new(node.addr(), "user=ann&last_event_id=earliest").header("Cookie", &cookie).open(SOON).expect("200");
+    let mut by_cookie = Request::new(node.addr(), "user=ann&last_event_id=earliest")
+        .header("Cookie", &cookie)
+        .open(SOON)
+        .expect("200");
     assert_eq!(by_cookie.next_notification(SOON).id, "b1");
 }
 
@@ -157,17 +278,38 @@ fn a_stream_ends_with_its_token_and_says_why() {
     assert_eq!(brief.next_notification(SOON).id, "a");
     let (frames, stop) = brief.read_to_end(SOON);
     assert!(matches!(stop, Stop::Ended), "{stop:?}");
-    assert!(in_s(0) >= expires, "it ended {} s too early", expires - in_s(0));
+    assert!(
+        in_s(0) >= expires,
+        "it ended {} s too early",
+        expires - in_s(0)
+    );
     let close = frames.last().expect("a last frame");
-    assert_eq!((close.state(), close.data.as_deref()), (Some("close"), Some("{\"reason\":\"token-expired\"}")));
-    assert!(close.retry.is_some() && close.id.is_some(), "with the cursor to come back with: {close:?}");
+    assert_eq!(
+        (close.state(), close.data.as_deref()),
+        (Some("close"), Some("{\"reason\":\"token-expired\"}"))
+    );
+    assert!(
+        close.retry.is_some() && close.id.is_some(),
+        "with the cursor to come back with: {close:?}"
+    );
     // With the old token there is no way back, and with a new one nothing is missing.
-    let back = Request::new(node.addr(), "").header("Authorization", &format!("Bearer {}", token("ann", expires)));
-    eventually(SOON, "the old token is refused", || (back.clone().open(SOON).err()?.status == Some(401)).then_some(()));
+    let back = Request::new(node.addr(), "").header(
+        "Authorization",
+        &format!("Bearer {}", token("ann", expires)),
+    );
+    eventually(SOON, "the old token is refused", || {
+        (back.clone().open(SOON).err()?.status == Some(401)).then_some(())
+    });
     publish(&node, "b", json!({ "user": "ann" }));
     let mut again = stream(&node, &token("ann", in_s(3_600)), "", brief.last_event_id());
     assert_eq!(again.next_notification(SOON).id, "b");
-    assert_eq!((long.next_notification(SOON).id, long.next_notification(SOON).id), ("a".to_owned(), "b".to_owned()));
+    assert_eq!(
+        (
+            long.next_notification(SOON).id,
+            long.next_notification(SOON).id
+        ),
+        ("a".to_owned(), "b".to_owned())
+    );
 }
 
 #[test]
@@ -195,15 +337,29 @@ fn who_left_a_group_sees_nothing_of_it_that_came_later_live_or_in_history() {
 /// A token of ann with these claims beside.
 fn claiming(claims: Value) -> String {
     let mut all = json!({ "sub": "ann", "exp": in_s(3_600) });
-    all.as_object_mut().expect("an object").extend(claims.as_object().expect("an object").clone());
+    all.as_object_mut()
+        .expect("an object")
+        .extend(claims.as_object().expect("an object").clone());
     signed(Algorithm::HS256, SECRET, &all)
 }
 
 fn page(node: &Node, token: &str) -> Vec<String> {
     let bearer = format!("Bearer {token}");
-    let answer = http::send("GET", &node.url("/v1/notifications"), &[("authorization", &bearer)], None).expect("an answer");
-    let items = answer.json()["notifications"].as_array().unwrap_or_else(|| panic!("{answer:?}")).clone();
-    items.iter().map(|item| item["data"]["id"].as_str().expect("an id").to_owned()).collect()
+    let answer = http::send(
+        "GET",
+        &node.url("/v1/notifications"),
+        &[("authorization", &bearer)],
+        None,
+    )
+    .expect("an answer");
+    let items = answer.json()["notifications"]
+        .as_array()
+        .unwrap_or_else(|| panic!("{answer:?}"))
+        .clone();
+    items
+        .iter()
+        .map(|item| item["data"]["id"].as_str().expect("an id").to_owned())
+        .collect()
 }
 
 #[test]
@@ -216,34 +372,71 @@ fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams
     publish(&node, "for ops", json!({ "group": "ops" }));
     publish(&node, "hers", json!({ "user": "ann" }));
     let mut both = ["for ops", "hers"].map(str::to_owned).to_vec();
-    assert_eq!([(); 2].map(|()| by_claim.next_notification(SOON).id).to_vec(), both);
+    assert_eq!(
+        [(); 2]
+            .map(|()| by_claim.next_notification(SOON).id)
+            .to_vec(),
+        both
+    );
     assert_eq!(by_name.next_notification(SOON).id, "hers");
     // Nobody knows since when the claim holds: what is kept is the member's.
     let mut back = stream(&node, &member_of_ops, "", &begin);
-    assert_eq!([(); 2].map(|()| back.next_notification(SOON).id).to_vec(), both);
+    assert_eq!(
+        [(); 2].map(|()| back.next_notification(SOON).id).to_vec(),
+        both
+    );
     assert_eq!(page(&node, &member_of_ops), both);
     assert_eq!(page(&node, &plain), ["hers"]);
     // With what the application says; leaving there leaves the claim alone.
     member(&node, "PUT", "dev", "ann");
     member(&node, "PUT", "ops", "ann");
     publish(&node, "for dev", json!({ "group": "dev" }));
-    assert_eq!((by_claim.next_notification(SOON).id, by_name.next_notification(SOON).id), ("for dev".into(), "for dev".into()));
+    assert_eq!(
+        (
+            by_claim.next_notification(SOON).id,
+            by_name.next_notification(SOON).id
+        ),
+        ("for dev".into(), "for dev".into())
+    );
     member(&node, "DELETE", "ops", "ann");
     publish(&node, "for ops again", json!({ "group": "ops" }));
     publish(&node, "hers again", json!({ "user": "ann" }));
-    assert_eq!((by_claim.next_notification(SOON).id, by_claim.next_notification(SOON).id), ("for ops again".into(), "hers again".into()));
+    assert_eq!(
+        (
+            by_claim.next_notification(SOON).id,
+            by_claim.next_notification(SOON).id
+        ),
+        ("for ops again".into(), "hers again".into())
+    );
     assert_eq!(by_name.next_notification(SOON).id, "hers again");
     both.extend(["for dev", "for ops again", "hers again"].map(str::to_owned));
     assert_eq!(page(&node, &member_of_ops), both);
     // A token without the claim never was a member by it, whatever the cursor has seen.
     let mut without = stream(&node, &plain, "", &begin);
-    assert_eq!([(); 3].map(|()| without.next_notification(SOON).id), ["hers", "for dev", "hers again"]);
+    assert_eq!(
+        [(); 3].map(|()| without.next_notification(SOON).id),
+        ["hers", "for dev", "hers again"]
+    );
     // A claim that cannot be read is no claim of nothing.
-    for (claims, expect) in [(json!({ "groups": "ops" }), "claim 'groups'"), (json!({ "attributes": { "a": [] } }), "claim 'attributes'")] {
+    for (claims, expect) in [
+        (json!({ "groups": "ops" }), "claim 'groups'"),
+        (json!({ "attributes": { "a": [] } }), "claim 'attributes'"),
+    ] {
         let bearer = format!("Bearer {}", claiming(claims));
-        let answer = http::send("GET", &node.url("/v1/stream"), &[("authorization", &bearer)], None).expect("an answer");
+        let answer = http::send(
+            "GET",
+            &node.url("/v1/stream"),
+            &[("authorization", &bearer)],
+            None,
+        )
+        .expect("an answer");
         assert_eq!(answer.status, 401, "{answer:?}");
-        assert!(answer.json()["error"].as_str().is_some_and(|error| error.contains(expect)), "{answer:?}");
+        assert!(
+            answer.json()["error"]
+                .as_str()
+                .is_some_and(|error| error.contains(expect)),
+            "{answer:?}"
+        );
     }
 }
 
@@ -251,28 +444,55 @@ fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams
 fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
     let plugins = Folder::new();
     for name in ["address", "unruly"] {
-        std::fs::write(plugins.path().join(format!("{name}.wasm")), guests::core_module(name)).expect("write a plugin");
+        std::fs::write(
+            plugins.path().join(format!("{name}.wasm")),
+            guests::core_module(name),
+        )
+        .expect("write a plugin");
     }
     // Of an event of this type it says: to user 42, if the plan is `pro`.
-    let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\n[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n");
-    let node = Node::builder().production().config(&config).plugins(plugins.path()).start();
+    let config = format!(
+        "[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\n[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n"
+    );
+    let node = Node::builder()
+        .production()
+        .config(&config)
+        .plugins(plugins.path())
+        .start();
     let claiming = |attributes: Value| {
         let claims = json!({ "sub": "42", "exp": in_s(3_600), "attributes": attributes });
         signed(Algorithm::HS256, SECRET, &claims)
     };
     let set = |attributes: &str| {
-        let answer = node.send("PUT", "/v1/users/42/attributes", &[("authorization", &format!("Bearer {KEY}"))], attributes.as_bytes());
+        let answer = node.send(
+            "PUT",
+            "/v1/users/42/attributes",
+            &[("authorization", &format!("Bearer {KEY}"))],
+            attributes.as_bytes(),
+        );
         assert_eq!(answer.status, 204, "{answer:?}");
     };
     let promote = |id: &str| {
         let bearer = format!("Bearer {KEY}");
-        let headers = [("authorization", bearer.as_str()), ("content-type", "application/cloudevents+json")];
+        let headers = [
+            ("authorization", bearer.as_str()),
+            ("content-type", "application/cloudevents+json"),
+        ];
         let promotion = event(id, "test-of-a-plan", json!({})).to_string();
-        assert_eq!(node.send("POST", "/v1/events", &headers, promotion.as_bytes()).status, 202);
+        assert_eq!(
+            node.send("POST", "/v1/events", &headers, promotion.as_bytes())
+                .status,
+            202
+        );
     };
     let mut pro = stream(&node, &claiming(json!({ "plan": "pro" })), "", "");
     let mut plain = stream(&node, &claiming(json!({})), "", "");
-    let mut free = stream(&node, &claiming(json!({ "plan": "free", "age": 30 })), "", "");
+    let mut free = stream(
+        &node,
+        &claiming(json!({ "plan": "free", "age": 30 })),
+        "",
+        "",
+    );
     promote("1");
     assert_eq!(pro.next_notification(SOON).id, "1");
     // A change by the application is read again, and the claim still holds beside it.
@@ -281,11 +501,17 @@ fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
     set(r#"{"plan":"free"}"#);
     promote("3");
     publish(&node, "end", json!({ "user": "42" }));
-    assert_eq!([(); 3].map(|()| pro.next_notification(SOON).id), ["2", "3", "end"]);
+    assert_eq!(
+        [(); 3].map(|()| pro.next_notification(SOON).id),
+        ["2", "3", "end"]
+    );
     assert_eq!(free.next_notification(SOON).id, "end");
     // Whether it was written before the plan changed back is a race.
     let next = plain.next_notification(SOON).id;
-    assert!(next == "end" || (next == "2" && plain.next_notification(SOON).id == "end"), "{next}");
+    assert!(
+        next == "end" || (next == "2" && plain.next_notification(SOON).id == "end"),
+        "{next}"
+    );
 }
 
 #[test]
@@ -299,10 +525,28 @@ fn dev_mode_refuses_to_listen_off_loopback_with_one_line_and_exit_code_64() {
         (format!("192.0.2.1:{}", one.port()), other.to_string()),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
-        command.args(["serve", "--ephemeral", "--allow-no-plugins", "--dev", "--listen", &listen, "--admin", &admin]);
+        command.args([
+            "serve",
+            "--ephemeral",
+            "--allow-no-plugins",
+            "--dev",
+            "--listen",
+            &listen,
+            "--admin",
+            &admin,
+        ]);
         let output = command.output().expect("run pointsman");
         let said = String::from_utf8(output.stderr).expect("text");
-        assert_eq!((output.status.code(), said.lines().count()), (Some(64), 1), "{said}");
-        assert!(said.contains("dev") && said.contains("loopback") && said.contains("listen on 127.0.0.1"), "{said}");
+        assert_eq!(
+            (output.status.code(), said.lines().count()),
+            (Some(64), 1),
+            "{said}"
+        );
+        assert!(
+            said.contains("dev")
+                && said.contains("loopback")
+                && said.contains("listen on 127.0.0.1"),
+            "{said}"
+        );
     }
 }

@@ -30,12 +30,16 @@ fn a_new_version_takes_over_between_two_events() {
     let mut site = Site::new(&plugins);
     assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
     let n_instances = |node: &Node| node.metric("pointsman_plugin_instances");
-    eventually(SOON, "an instance is kept", || (n_instances(&site.node) > 0.0).then_some(()));
+    eventually(SOON, "an instance is kept", || {
+        (n_instances(&site.node) > 0.0).then_some(())
+    });
 
     plugins.replace("20-versioned.wasm", &versioned(2));
     site.await_loads("versioned", "loaded", 2);
     // No event comes by: threads give back what they keep of the old version all the same.
-    eventually(SOON, "no instance is kept", || (n_instances(&site.node) == 0.0).then_some(()));
+    eventually(SOON, "no instance is kept", || {
+        (n_instances(&site.node) == 0.0).then_some(())
+    });
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
 
     // The same bytes again are no new version; and what comes anew has its place in the order.
@@ -46,7 +50,10 @@ fn a_new_version_takes_over_between_two_events() {
     site.await_loads("last", "loaded", 1);
     site.await_loads("versioned", "loaded", 2);
     let (_, deciders) = site.next_decision();
-    assert_eq!(deciders, [by("first", 1), by("versioned", 2), by("last", 1)]);
+    assert_eq!(
+        deciders,
+        [by("first", 1), by("versioned", 2), by("last", 1)]
+    );
     assert_eq!(site.node.metric("pointsman_plugin_loads_total"), 4.0);
 }
 
@@ -60,7 +67,10 @@ fn a_bad_file_never_replaces_a_good_plugin() {
         (&next[..next.len() / 2], "is truncated or damaged"),
         (b"", "is empty"),
         (b"<html>404</html>", "is no WebAssembly"),
-        (&no_plugin, "exports neither pointsman:plugin/filter nor pointsman:plugin/router"),
+        (
+            &no_plugin,
+            "exports neither pointsman:plugin/filter nor pointsman:plugin/router",
+        ),
     ];
     for (n, (bytes, expect)) in (1..).zip(cases) {
         if n % 2 == 0 {
@@ -74,8 +84,13 @@ fn a_bad_file_never_replaces_a_good_plugin() {
         assert!(page.contains("; generation 1 stays at work"), "{page}");
         assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
         let log = site.node.log();
-        let line = log.lines().find(|line| line.contains("plugin not replaced") && line.contains(&hash(bytes)));
-        assert!(line.is_some_and(|line| line.contains(&hash(&versioned(1))) && line.contains(expect)), "{n}: {log}");
+        let line = log
+            .lines()
+            .find(|line| line.contains("plugin not replaced") && line.contains(&hash(bytes)));
+        assert!(
+            line.is_some_and(|line| line.contains(&hash(&versioned(1))) && line.contains(expect)),
+            "{n}: {log}"
+        );
     }
     // The good one comes back, and is what runs already; then the next.
     plugins.replace("versioned.wasm", &versioned(1));
@@ -108,7 +123,9 @@ fn a_file_written_in_pieces_is_loaded_once_it_is_whole() {
     let mut file = File::create(plugins.path("slow.wasm")).unwrap();
     file.write_all(begin).unwrap();
     site.await_loads("slow", "failed", 1);
-    site.await_ready(503, |page| page.contains("plugins.slow: slow.wasm is truncated or damaged"));
+    site.await_ready(503, |page| {
+        page.contains("plugins.slow: slow.wasm is truncated or damaged")
+    });
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
     file.write_all(end).unwrap();
     site.await_loads("slow", "loaded", 1);
@@ -118,27 +135,46 @@ fn a_file_written_in_pieces_is_loaded_once_it_is_whole() {
 
 #[test]
 fn deleting_the_file_removes_the_plugin() {
-    let plugins = Plugins::new(&[("10-first.wasm", versioned(1)), ("20-second.wasm", versioned(2))]);
+    let plugins = Plugins::new(&[
+        ("10-first.wasm", versioned(1)),
+        ("20-second.wasm", versioned(2)),
+    ]);
     let mut site = Site::new(&plugins);
     assert_eq!(site.next_decision().1, [by("first", 1), by("second", 1)]);
     plugins.remove("10-first.wasm");
     eventually(SOON, "the log tells of the removal", || {
         let log = site.node.log();
-        let line = log.lines().find(|line| line.contains("plugin removed: its file is gone"))?;
-        assert!(line.contains("first") && line.contains(&hash(&versioned(1))), "{line}");
+        let line = log
+            .lines()
+            .find(|line| line.contains("plugin removed: its file is gone"))?;
+        assert!(
+            line.contains("first") && line.contains(&hash(&versioned(1))),
+            "{line}"
+        );
         Some(())
     });
-    eventually(SOON, "the second alone decides", || (site.next_decision() == (2, vec![by("second", 1)])).then_some(()));
+    eventually(SOON, "the second alone decides", || {
+        (site.next_decision() == (2, vec![by("second", 1)])).then_some(())
+    });
     site.await_ready(200, |page| !page.contains("plugins"));
 
     // Without any plugin, events wait instead of being unrouted for good; nor is one tried out.
     plugins.remove("20-second.wasm");
-    site.await_ready(503, |page| page.contains("plugins: none is loaded, so events wait"));
+    site.await_ready(503, |page| {
+        page.contains("plugins: none is loaded, so events wait")
+    });
     let waiting = site.publish();
     let trial = serde_json::to_vec(&event("trial", "t", json!({"user": "7"}))).unwrap();
-    let trial = site.node.send("POST", "/v1/events?dry_run=true", &[("Content-Type", "application/cloudevents+json")], &trial);
+    let trial = site.node.send(
+        "POST",
+        "/v1/events?dry_run=true",
+        &[("Content-Type", "application/cloudevents+json")],
+        &trial,
+    );
     assert_eq!(trial.status, 503, "{trial:?}");
-    eventually(SOON, "the event is seen to wait", || (site.node.metric("pointsman_source_lag_entries") == 1.0).then_some(()));
+    eventually(SOON, "the event is seen to wait", || {
+        (site.node.metric("pointsman_source_lag_entries") == 1.0).then_some(())
+    });
 
     // No generation has the number of another, though it is a plugin anew.
     plugins.replace("20-second.wasm", &versioned(3));
@@ -152,7 +188,9 @@ fn a_folder_that_is_gone_removes_nothing_and_its_successor_is_watched() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     fs::rename(plugins.dir(), plugins.dir().with_extension("old")).unwrap();
-    site.await_ready(200, |page| page.contains("warning: plugin-folder: the folder of plugins"));
+    site.await_ready(200, |page| {
+        page.contains("warning: plugin-folder: the folder of plugins")
+    });
     // For longer than it takes to remove a plugin whose file is gone.
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(1) {
@@ -173,8 +211,17 @@ fn a_folder_that_is_gone_removes_nothing_and_its_successor_is_watched() {
 #[test]
 fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
     let server = RedisServer::start();
-    let (empty, full) = (Plugins::new(&[]), Plugins::new(&[("versioned.wasm", versioned(1))]));
-    let start = |plugins: &Path| Node::builder().redis(server.url()).plugins(plugins).may_be_unready().start();
+    let (empty, full) = (
+        Plugins::new(&[]),
+        Plugins::new(&[("versioned.wasm", versioned(1))]),
+    );
+    let start = |plugins: &Path| {
+        Node::builder()
+            .redis(server.url())
+            .plugins(plugins)
+            .may_be_unready()
+            .start()
+    };
     // The first to come: it could have taken the lease.
     let without = start(&empty.dir());
     eventually(SOON, "it says that it has none, and nothing else", || {
@@ -183,7 +230,9 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
     });
     let mut stream = without.stream("7");
     let mut publish = |id: &str| {
-        without.publisher().publish(&[event(id, "t", json!({"user": "7"}))]);
+        without
+            .publisher()
+            .publish(&[event(id, "t", json!({"user": "7"}))]);
         stream.next_notification(SOON).data["version"].clone()
     };
     let with = start(&full.dir());
@@ -191,7 +240,12 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
 
     // They change places. None is left for a moment, so that the one cannot decide while the other gives way.
     full.remove("versioned.wasm");
-    eventually(SOON, "it says that it has none", || with.admin("/readyz").body.contains("plugins: none is loaded").then_some(()));
+    eventually(SOON, "it says that it has none", || {
+        with.admin("/readyz")
+            .body
+            .contains("plugins: none is loaded")
+            .then_some(())
+    });
     empty.replace("versioned.wasm", &versioned(2));
     assert_eq!(publish("e2"), 2);
 }
@@ -201,22 +255,40 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
 #[tokio::test]
 async fn nothing_keeps_a_version_that_was_replaced() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
-    let config = Config { dir: Some(plugins.dir()), ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap() };
+    let config = Config {
+        dir: Some(plugins.dir()),
+        ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap()
+    };
     let registry = Arc::new(Registry::load(engine(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();
-    let _watcher = Watcher::start(Arc::clone(&registry), Shutdown::new().alarm("the watcher")).unwrap();
+    let _watcher =
+        Watcher::start(Arc::clone(&registry), Shutdown::new().alarm("the watcher")).unwrap();
     let published = json!({"id": "e", "source": "/tests", "type": "t", "user": "7"}).to_string();
-    let batch = vec![Event::from_json(EntryId { ms: 1, seq: 0 }, "/tests", published.as_bytes()).unwrap(); 100];
+    let batch = vec![
+        Event::from_json(EntryId { ms: 1, seq: 0 }, "/tests", published.as_bytes())
+            .unwrap();
+        100
+    ];
     let evaluations = pipeline.evaluate(batch, 1).await.unwrap();
-    assert!(evaluations.iter().all(|evaluation| matches!(evaluation.resolution, Resolution::Planned(_))));
+    assert!(
+        evaluations
+            .iter()
+            .all(|evaluation| matches!(evaluation.resolution, Resolution::Planned(_)))
+    );
     let replaced = Arc::downgrade(&registry.chain().routers[0]);
     for version in 2..=3 {
         assert!(replaced.upgrade().is_some());
         plugins.replace("versioned.wasm", &versioned(version));
-        pipeline.changes().wait_for(|now| now.chain.routers[0].number == u64::from(version)).await.unwrap();
+        pipeline
+            .changes()
+            .wait_for(|now| now.chain.routers[0].number == u64::from(version))
+            .await
+            .unwrap();
     }
     pipeline.give_back_retired();
-    eventually(SOON, "the first version is dropped", || replaced.upgrade().is_none().then_some(()));
+    eventually(SOON, "the first version is dropped", || {
+        replaced.upgrade().is_none().then_some(())
+    });
 }
 
 #[test]
@@ -230,17 +302,30 @@ fn many_reloads_under_load_lose_and_double_nothing() {
     // The n-th file is the n-th generation: what an event's decision says is compared with what its user was told.
     let mut decided: BTreeMap<String, u64> = BTreeMap::new();
     let mut note_decisions = || {
-        for decision in node.admin("/v1/decisions?limit=100").json().as_array().unwrap() {
+        for decision in node
+            .admin("/v1/decisions?limit=100")
+            .json()
+            .as_array()
+            .unwrap()
+        {
             let id = decision["event_id"].as_str().unwrap().to_owned();
-            let [(_, generation)] = generations(decision)[..] else { panic!("more than one generation decided: {decision}") };
-            assert_eq!(*decided.entry(id).or_insert(generation), generation, "{decision}");
+            let [(_, generation)] = generations(decision)[..] else {
+                panic!("more than one generation decided: {decision}")
+            };
+            assert_eq!(
+                *decided.entry(id).or_insert(generation),
+                generation,
+                "{decision}"
+            );
         }
     };
     let n_events = std::thread::scope(|scope| {
         let publishing = scope.spawn(|| {
             let (publisher, mut n) = (node.publisher(), 0);
             while !is_over.load(Ordering::SeqCst) {
-                let batch: Vec<_> = (n..n + BATCH).map(|n| event(&format!("e{n}"), "t", json!({"user": "7"}))).collect();
+                let batch: Vec<_> = (n..n + BATCH)
+                    .map(|n| event(&format!("e{n}"), "t", json!({"user": "7"})))
+                    .collect();
                 publisher.publish(&batch);
                 n += BATCH;
                 // The pace of the load.
@@ -254,13 +339,19 @@ fn many_reloads_under_load_lose_and_double_nothing() {
                 let began = Instant::now();
                 plugins.replace("versioned.wasm", &versioned(version));
                 follower.look(SOON, "an event of the new version", |record| {
-                    record.notifications.last().is_some_and(|told| told.data["version"] == version)
+                    record
+                        .notifications
+                        .last()
+                        .is_some_and(|told| told.data["version"] == version)
                 });
                 fastest = fastest.min(began.elapsed());
                 note_decisions();
             }
             // Changes are heard, and not only found by the look every two seconds.
-            assert!(fastest < Duration::from_millis(1_500), "the fastest of all took {fastest:?}");
+            assert!(
+                fastest < Duration::from_millis(1_500),
+                "the fastest of all took {fastest:?}"
+            );
         };
         // The publisher ends even if this fails.
         let reloaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
@@ -269,20 +360,55 @@ fn many_reloads_under_load_lose_and_double_nothing() {
         reloaded.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         n_events
     });
-    let record = follower.wait(SOON, "all events", |record| record.notifications.len() >= n_events);
+    let record = follower.wait(SOON, "all events", |record| {
+        record.notifications.len() >= n_events
+    });
     node.await_outcomes(n_events, SOON);
     note_decisions();
-    let ids: Vec<_> = record.notifications.iter().map(|told| told.id.clone()).collect();
-    assert_eq!(ids, (0..n_events).map(|n| format!("e{n}")).collect::<Vec<_>>());
-    let versions: Vec<_> = record.notifications.iter().map(|told| told.data["version"].as_u64().unwrap()).collect();
-    assert!(versions.is_sorted(), "an old version decided after a new one: {versions:?}");
-    assert!(decided.len() > 1_000, "{} decisions were seen", decided.len());
+    let ids: Vec<_> = record
+        .notifications
+        .iter()
+        .map(|told| told.id.clone())
+        .collect();
+    assert_eq!(
+        ids,
+        (0..n_events).map(|n| format!("e{n}")).collect::<Vec<_>>()
+    );
+    let versions: Vec<_> = record
+        .notifications
+        .iter()
+        .map(|told| told.data["version"].as_u64().unwrap())
+        .collect();
+    assert!(
+        versions.is_sorted(),
+        "an old version decided after a new one: {versions:?}"
+    );
+    assert!(
+        decided.len() > 1_000,
+        "{} decisions were seen",
+        decided.len()
+    );
     for (id, version) in ids.iter().zip(versions) {
-        assert!(decided.get(id).is_none_or(|generation| *generation == version), "{id} was decided by {} as {version}", decided[id]);
+        assert!(
+            decided
+                .get(id)
+                .is_none_or(|generation| *generation == version),
+            "{id} was decided by {} as {version}",
+            decided[id]
+        );
     }
-    assert_eq!(node.metric("pointsman_events_total{outcome=\"committed\"}"), n_events as f64);
+    assert_eq!(
+        node.metric("pointsman_events_total{outcome=\"committed\"}"),
+        n_events as f64
+    );
     assert_eq!(node.metric("pointsman_events_total"), n_events as f64);
-    assert_eq!((n_loads(&node, "versioned", "loaded"), n_loads(&node, "versioned", "failed")), (f64::from(RELOADS + 1), 0.0));
+    assert_eq!(
+        (
+            n_loads(&node, "versioned", "loaded"),
+            n_loads(&node, "versioned", "failed")
+        ),
+        (f64::from(RELOADS + 1), 0.0)
+    );
 }
 
 /// Two versions take turns, uploaded one after the other as fast as they are taken, under all the load that one user's stream can be given.
@@ -297,13 +423,20 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
     // What the broker keeps of the events is not this process's.
     let server = RedisServer::start();
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
-    let node = Node::builder().redis(server.url()).plugins(plugins.dir()).start();
+    let node = Node::builder()
+        .redis(server.url())
+        .plugins(plugins.dir())
+        .start();
     let follower = node.follower("7");
     // A node keeps some thousand records for streams that replay. They are bounded, and not what is measured: there are as many before.
     for first in (0..RECORDS).step_by(500) {
-        let batch: Vec<_> = (first..first + 500).map(|n| event(&format!("before{n}"), "t", json!({"user": "7"}))).collect();
+        let batch: Vec<_> = (first..first + 500)
+            .map(|n| event(&format!("before{n}"), "t", json!({"user": "7"})))
+            .collect();
         node.publisher().publish(&batch);
-        follower.look(SOON, "they are told", |record| record.notifications.len() >= first + 500);
+        follower.look(SOON, "they are told", |record| {
+            record.notifications.len() >= first + 500
+        });
     }
     drop(follower.take_notifications());
     // Generation n is of version 1 if n is odd, else of version 2.
@@ -318,14 +451,31 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
     };
     let mut decided: BTreeMap<String, u64> = BTreeMap::new();
     let mut note_decisions = |node: &Node| {
-        for decision in node.admin("/v1/decisions?limit=500").json().as_array().unwrap() {
-            let [(ref plugin, generation)] = generations(decision)[..] else { panic!("it does not name one generation: {decision}") };
-            assert!(plugin == "versioned" && decision["outcome"] == "committed", "{decision}");
-            if decision["event_id"].as_str().is_some_and(|id| id.starts_with("before")) {
+        for decision in node
+            .admin("/v1/decisions?limit=500")
+            .json()
+            .as_array()
+            .unwrap()
+        {
+            let [(ref plugin, generation)] = generations(decision)[..] else {
+                panic!("it does not name one generation: {decision}")
+            };
+            assert!(
+                plugin == "versioned" && decision["outcome"] == "committed",
+                "{decision}"
+            );
+            if decision["event_id"]
+                .as_str()
+                .is_some_and(|id| id.starts_with("before"))
+            {
                 continue;
             }
             let id = decision["event_id"].as_str().unwrap().to_owned();
-            assert_eq!(*decided.entry(id).or_insert(generation), generation, "{decision}");
+            assert_eq!(
+                *decided.entry(id).or_insert(generation),
+                generation,
+                "{decision}"
+            );
         }
     };
     let n_reloads = AtomicU64::new(0);
@@ -333,7 +483,9 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
         scope.spawn(|| {
             let publisher = node.publisher();
             for first in (0..EVENTS).step_by(BATCH) {
-                let batch: Vec<_> = (first..first + BATCH).map(|n| event(&format!("e{n}"), "t", json!({"user": "7"}))).collect();
+                let batch: Vec<_> = (first..first + BATCH)
+                    .map(|n| event(&format!("e{n}"), "t", json!({"user": "7"})))
+                    .collect();
                 publisher.publish(&batch);
                 // A few batches ahead of the reloads, so that each meets some on their way.
                 eventually(Duration::from_secs(60), "reloads keep pace", || {
@@ -344,9 +496,15 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
         let reload = || {
             let mut after_50 = 0;
             for n in 0..RELOADS {
-                follower.look(Duration::from_secs(60), "events flow", |record| record.notifications.len() + BATCH >= n as usize * BATCH);
-                let answer = node.order("PUT", "/v1/plugins/versioned", &[], &files[n as usize % 2]);
-                assert_eq!((answer.status, &answer.json()["generation"]), (200, &json!(n + 2)));
+                follower.look(Duration::from_secs(60), "events flow", |record| {
+                    record.notifications.len() + BATCH >= n as usize * BATCH
+                });
+                let answer =
+                    node.order("PUT", "/v1/plugins/versioned", &[], &files[n as usize % 2]);
+                assert_eq!(
+                    (answer.status, &answer.json()["generation"]),
+                    (200, &json!(n + 2))
+                );
                 note_decisions(&node);
                 n_reloads.store(n + 1, Ordering::SeqCst);
                 if n % 100 == 50 {
@@ -363,16 +521,32 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
         n_reloads.store(RELOADS, Ordering::SeqCst);
         reloaded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    eventually(Duration::from_secs(60), "all events are told", || (n_told() >= EVENTS).then_some(()));
+    eventually(Duration::from_secs(60), "all events are told", || {
+        (n_told() >= EVENTS).then_some(())
+    });
     note_decisions(&node);
     let told = follower.stop().notifications;
-    assert!(told.iter().map(|told| told.id.clone()).eq((0..EVENTS).map(|n| format!("e{n}"))), "none lost, none doubled, in order");
+    assert!(
+        told.iter()
+            .map(|told| told.id.clone())
+            .eq((0..EVENTS).map(|n| format!("e{n}"))),
+        "none lost, none doubled, in order"
+    );
     let mut before = 0;
     for told in &told {
         let version = told.data["version"].as_u64().unwrap();
         if let Some(generation) = decided.get(&told.id) {
-            assert_eq!(version, 2 - generation % 2, "{} was decided by generation {generation}", told.id);
-            assert!(*generation >= before, "{}: generation {generation} after {before}", told.id);
+            assert_eq!(
+                version,
+                2 - generation % 2,
+                "{} was decided by generation {generation}",
+                told.id
+            );
+            assert!(
+                *generation >= before,
+                "{}: generation {generation} after {before}",
+                told.id
+            );
             before = *generation;
         }
     }
@@ -382,7 +556,16 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
         "{} decisions of {n_generations} generations",
         decided.len()
     );
-    assert_eq!(node.metric("pointsman_events_total{outcome=\"committed\"}"), (RECORDS + EVENTS) as f64);
-    assert_eq!(node.metric("pointsman_events_total"), (RECORDS + EVENTS) as f64);
-    assert!(at_the_end * 10 <= after_50 * 11, "{after_50} KiB after 50 reloads, {at_the_end} after all");
+    assert_eq!(
+        node.metric("pointsman_events_total{outcome=\"committed\"}"),
+        (RECORDS + EVENTS) as f64
+    );
+    assert_eq!(
+        node.metric("pointsman_events_total"),
+        (RECORDS + EVENTS) as f64
+    );
+    assert!(
+        at_the_end * 10 <= after_50 * 11,
+        "{after_50} KiB after 50 reloads, {at_the_end} after all"
+    );
 }

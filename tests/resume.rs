@@ -17,26 +17,42 @@ fn clients_cut_again_and_again_have_each_notification_once_and_in_order() {
     const N_CLIENTS: usize = 5;
     let (mut random, _) = seed::generator("clients cut again and again");
     let server = RedisServer::start();
-    for node in [Node::builder().start(), Node::builder().redis(server.url()).start()] {
-        let followers: Vec<_> = (0..N_CLIENTS).map(|client| node.follower(&format!("u{client}"))).collect();
+    for node in [
+        Node::builder().start(),
+        Node::builder().redis(server.url()).start(),
+    ] {
+        let followers: Vec<_> = (0..N_CLIENTS)
+            .map(|client| node.follower(&format!("u{client}")))
+            .collect();
         let publisher = node.publisher();
         let expected: Vec<String> = (0..N_EVENTS).map(|n| n.to_string()).collect();
         for batch in expected.chunks(20) {
-            let events: Vec<_> = batch.iter().map(|id| event(id, "resume", json!({ "everyone": true }))).collect();
+            let events: Vec<_> = batch
+                .iter()
+                .map(|id| event(id, "resume", json!({ "everyone": true })))
+                .collect();
             publisher.publish(&events);
             // Cut in the middle of what was just published, as often as not.
-            followers[random.random_range(0..N_CLIENTS)].cut(Duration::from_millis(random.random_range(0..50)));
+            followers[random.random_range(0..N_CLIENTS)]
+                .cut(Duration::from_millis(random.random_range(0..50)));
         }
         let mut n_connections = 0;
         for follower in followers {
-            let record =
-                follower.wait(SOON, "the last event", |record| record.notifications.last().is_some_and(|n| n.id == expected[N_EVENTS - 1]));
+            let record = follower.wait(SOON, "the last event", |record| {
+                record
+                    .notifications
+                    .last()
+                    .is_some_and(|n| n.id == expected[N_EVENTS - 1])
+            });
             let had: Vec<&String> = record.notifications.iter().map(|n| &n.id).collect();
             assert!(had.iter().copied().eq(&expected), "had {had:?}");
             assert_eq!(record.gaps, Vec::<String>::new());
             n_connections += record.connections;
         }
-        assert!(n_connections > 5 * N_CLIENTS, "only {n_connections} connections: they were hardly cut");
+        assert!(
+            n_connections > 5 * N_CLIENTS,
+            "only {n_connections} connections: they were hardly cut"
+        );
     }
 }
 
@@ -47,24 +63,31 @@ fn a_client_that_never_received_anything_comes_back_with_its_cursor_and_misses_n
     let kept = stream.last_event_id().to_owned();
     drop(stream);
     let ids = ["a", "b", "c"];
-    node.publisher().publish(&ids.map(|id| event(id, "resume", json!({ "user": "42" }))));
+    node.publisher()
+        .publish(&ids.map(|id| event(id, "resume", json!({ "user": "42" }))));
     // As a browser says it, and as polyfills do that cannot send headers.
     let by_header = Request::new(node.addr(), "user=42").last_event_id(&kept);
-    let by_query =
-        ["last_event_id", "lastEventId", "evs_last_event_id"].map(|name| Request::new(node.addr(), &format!("user=42&{name}={kept}")));
+    let by_query = ["last_event_id", "lastEventId", "evs_last_event_id"]
+        .map(|name| Request::new(node.addr(), &format!("user=42&{name}={kept}")));
     let earliest = Request::new(node.addr(), "user=42&last_event_id=earliest");
     // Some send the header always, also while they have no id.
     let without_one = earliest.clone().header("Last-Event-ID", " ");
-    for request in [by_header, earliest, without_one].into_iter().chain(by_query) {
+    for request in [by_header, earliest, without_one]
+        .into_iter()
+        .chain(by_query)
+    {
         let mut stream = request.clone().open(SOON).expect("open a stream");
         let had = ids.map(|_| stream.next_notification(SOON).id);
         assert_eq!(had, ids, "{request:?}");
     }
     // The id that a browser adds when it comes back by itself is newer than the one in the address that the page once made.
     let newest = node.stream("42").last_event_id().to_owned();
-    let mut stream =
-        Request::new(node.addr(), &format!("user=42&last_event_id={kept}")).last_event_id(&newest).open(SOON).expect("open a stream");
-    node.publisher().publish(&[event("d", "resume", json!({ "user": "42" }))]);
+    let mut stream = Request::new(node.addr(), &format!("user=42&last_event_id={kept}"))
+        .last_event_id(&newest)
+        .open(SOON)
+        .expect("open a stream");
+    node.publisher()
+        .publish(&[event("d", "resume", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "d");
 }
 
@@ -72,16 +95,24 @@ fn a_client_that_never_received_anything_comes_back_with_its_cursor_and_misses_n
 fn a_stream_survives_the_restart_of_its_node_and_ends_in_good_order_before_it() {
     let mut node = Node::builder().data().start();
     let mut stream = node.stream("42");
-    node.publisher().publish(&[event("a", "resume", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("a", "resume", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "a");
     let status = node.terminate(Duration::from_secs(60));
     assert!(status.success(), "{status}");
     let (frames, stop) = stream.read_to_end(SOON);
     assert!(matches!(stop, Stop::Ended), "{stop:?} after {frames:?}");
-    assert!(frames.iter().any(|frame| frame.state() == Some("close")), "{frames:?}");
+    assert!(
+        frames.iter().any(|frame| frame.state() == Some("close")),
+        "{frames:?}"
+    );
     let kept = stream.last_event_id().to_owned();
     node.restart();
-    node.publisher().publish(&[event("b", "resume", json!({ "user": "42" }))]);
-    let mut stream = Request::new(node.addr(), "user=42").last_event_id(&kept).open(SOON).expect("open a stream");
+    node.publisher()
+        .publish(&[event("b", "resume", json!({ "user": "42" }))]);
+    let mut stream = Request::new(node.addr(), "user=42")
+        .last_event_id(&kept)
+        .open(SOON)
+        .expect("open a stream");
     assert_eq!(stream.next_notification(SOON).id, "b");
 }

@@ -19,19 +19,33 @@ use crate::harness::{engine, every_bundled_plugin, repository};
 /// If one of them does not take it, or the section is none.
 fn load(toml: &str) -> Registry {
     let text: toml::Table = toml.parse().unwrap_or_else(|e| panic!("{e}\n{toml}"));
-    let section = text.get("plugins").unwrap_or_else(|| panic!("no plugins in:\n{toml}"));
-    let mut config: Config = section.clone().try_into().unwrap_or_else(|e| panic!("{e}\n{toml}"));
+    let section = text
+        .get("plugins")
+        .unwrap_or_else(|| panic!("no plugins in:\n{toml}"));
+    let mut config: Config = section
+        .clone()
+        .try_into()
+        .unwrap_or_else(|e| panic!("{e}\n{toml}"));
     config.dir = Some(every_bundled_plugin());
-    let registry = Registry::load(engine(), config, Metrics::default()).expect("a folder of plugins");
-    let failures: Vec<_> = registry.states().into_iter().filter_map(|state| state.failure).collect();
+    let registry =
+        Registry::load(engine(), config, Metrics::default()).expect("a folder of plugins");
+    let failures: Vec<_> = registry
+        .states()
+        .into_iter()
+        .filter_map(|state| state.failure)
+        .collect();
     assert!(failures.is_empty(), "{failures:?} of\n{toml}");
     registry
 }
 
 /// The section of plugins/README.md under this heading.
 fn chapter(heading: &str) -> String {
-    let page = fs::read_to_string(repository().join("plugins/README.md")).expect("plugins/README.md");
-    let chapter = page.split(&format!("\n## {heading}\n")).nth(1).unwrap_or_else(|| panic!("no chapter '{heading}'"));
+    let page =
+        fs::read_to_string(repository().join("plugins/README.md")).expect("plugins/README.md");
+    let chapter = page
+        .split(&format!("\n## {heading}\n"))
+        .nth(1)
+        .unwrap_or_else(|| panic!("no chapter '{heading}'"));
     chapter.split("\n## ").next().unwrap_or_default().to_owned()
 }
 
@@ -40,9 +54,18 @@ fn by_the_samples() -> &'static Registry {
     static LOADED: OnceLock<Registry> = OnceLock::new();
     LOADED.get_or_init(|| {
         let chapter = chapter("The bundled plugins");
-        let samples: Vec<&str> = chapter.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        let samples: Vec<&str> = chapter
+            .split("```toml\n")
+            .skip(1)
+            .filter_map(|rest| rest.split("```").next())
+            .collect();
         for name in ["address", "discard", "prioritize", "rules"] {
-            assert!(samples.iter().any(|sample| sample.contains(&format!("[plugins.{name}"))), "no sample of {name}");
+            assert!(
+                samples
+                    .iter()
+                    .any(|sample| sample.contains(&format!("[plugins.{name}"))),
+                "no sample of {name}"
+            );
         }
         load(&samples.concat())
     })
@@ -58,28 +81,55 @@ fn the_samples_of_the_bundled_plugins_are_taken() {
 fn the_annotated_configuration_is_well_and_so_are_its_plugins() {
     let file = repository().join("examples/pointsman.toml");
     let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
-    let output = command.args(["check-config", "--config"]).arg(&file).arg("--plugins").arg(every_bundled_plugin()).output();
+    let output = command
+        .args(["check-config", "--config"])
+        .arg(&file)
+        .arg("--plugins")
+        .arg(every_bundled_plugin())
+        .output();
     let output = output.expect("run pointsman");
     assert!(output.status.success(), "{output:?}");
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(said.matches("plugin ").count(), 4, "{output:?}");
     // Who copies it is told what nobody must keep.
     for secret in ["auth.jwt_secret", "auth.key"] {
-        assert!(said.contains(&format!("warning: {secret} is still the text of the example")), "{said}");
+        assert!(
+            said.contains(&format!(
+                "warning: {secret} is still the text of the example"
+            )),
+            "{said}"
+        );
     }
 }
 
 #[test]
 fn everything_that_can_be_configured_is_told_and_decided_twice() {
     let chain = by_the_samples().chain();
-    let rules = chain.routers.iter().find(|router| router.plugin.name().as_str() == "rules").expect("rules is at work");
-    let schema: Value = serde_json::from_str(rules.plugin.manifest().config_schema.as_deref().expect("a schema")).expect("JSON");
+    let rules = chain
+        .routers
+        .iter()
+        .find(|router| router.plugin.name().as_str() == "rules")
+        .expect("rules is at work");
+    let schema: Value = serde_json::from_str(
+        rules
+            .plugin
+            .manifest()
+            .config_schema
+            .as_deref()
+            .expect("a schema"),
+    )
+    .expect("JSON");
     let keys = |name: &str| -> BTreeSet<String> {
-        let properties = schema["$defs"][name]["properties"].as_object().unwrap_or_else(|| panic!("no {name} in {schema:#}"));
+        let properties = schema["$defs"][name]["properties"]
+            .as_object()
+            .unwrap_or_else(|| panic!("no {name} in {schema:#}"));
         properties.keys().cloned().collect()
     };
     let chapter = chapter("The bundled plugins");
-    for key in ["Rule", "To", "Condition", "Operators", "RecipientOperators"].into_iter().flat_map(keys) {
+    for key in ["Rule", "To", "Condition", "Operators", "RecipientOperators"]
+        .into_iter()
+        .flat_map(keys)
+    {
         assert!(
             chapter.contains(&format!("`{key}`")) || chapter.contains(&format!("`{key} = true`")),
             "plugins/README.md says nothing of `{key}`"
@@ -87,6 +137,11 @@ fn everything_that_can_be_configured_is_told_and_decided_twice() {
     }
     assert_eq!(keys("Operators"), OPERATORS.map(str::to_owned).into());
     // Attributes and fields are where operators are tried.
-    let conditions = keys("Condition").into_iter().filter(|key| !["attributes", "payload"].contains(&key.as_str()));
-    assert_eq!(conditions.collect::<BTreeSet<_>>(), CONDITIONS.map(str::to_owned).into());
+    let conditions = keys("Condition")
+        .into_iter()
+        .filter(|key| !["attributes", "payload"].contains(&key.as_str()));
+    assert_eq!(
+        conditions.collect::<BTreeSet<_>>(),
+        CONDITIONS.map(str::to_owned).into()
+    );
 }

@@ -25,11 +25,22 @@ fn after_5000_connects_and_drops_streams_subscriptions_and_memory_are_back() {
     let before = Held::by(&node, &server, "early");
     come_and_go(&node, "late", 5_000);
     let after = Held::by(&node, &server, "late");
-    assert_eq!((after.n_channels, after.n_patterns, after.n_connections), (before.n_channels, before.n_patterns, before.n_connections));
-    eprintln!("memory: {} KiB before, {} KiB after", before.memory_kib, after.memory_kib);
+    assert_eq!(
+        (after.n_channels, after.n_patterns, after.n_connections),
+        (before.n_channels, before.n_patterns, before.n_connections)
+    );
+    eprintln!(
+        "memory: {} KiB before, {} KiB after",
+        before.memory_kib, after.memory_kib
+    );
     let grown = after.memory_kib.saturating_sub(before.memory_kib);
     // The allocator keeps some of what was freed; a stream that is never freed costs more than 2 KiB, and there were 5,000.
-    assert!(grown < 10 * 1024, "the node grew from {} KiB to {} KiB", before.memory_kib, after.memory_kib);
+    assert!(
+        grown < 10 * 1024,
+        "the node grew from {} KiB to {} KiB",
+        before.memory_kib,
+        after.memory_kib
+    );
 }
 
 /// What a node without streams holds.
@@ -44,7 +55,9 @@ struct Held {
 impl Held {
     /// Waits until no stream is left open: the node hears of a lost client when it writes to it or reads its end.
     fn by(node: &Node, server: &RedisServer, prefix: &str) -> Self {
-        eventually(SOON, "all streams are closed", || (node.metric("pointsman_streams_open") == 0.0).then_some(()));
+        eventually(SOON, "all streams are closed", || {
+            (node.metric("pointsman_streams_open") == 0.0).then_some(())
+        });
         let wanted = format!("*u:{prefix}-*");
         eventually(SOON, "all subscriptions of users are gone", || {
             let channels: Vec<String> = server.command(&format!("PUBSUB CHANNELS {wanted}"));
@@ -71,10 +84,20 @@ fn come_and_go(node: &Node, prefix: &str, n_streams: usize) {
                 for n in (worker..n_streams).step_by(AT_ONCE) {
                     let query = format!("user={prefix}-{n}");
                     match n % 10 {
-                        0 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n")),
-                        1 => say(addr, &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: localhost\r\nLast-Ev")),
+                        0 => say(
+                            addr,
+                            &format!("GET /v1/stream?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+                        ),
+                        1 => say(
+                            addr,
+                            &format!(
+                                "GET /v1/stream?{query} HTTP/1.1\r\nHost: localhost\r\nLast-Ev"
+                            ),
+                        ),
                         _ => {
-                            let mut stream = Request::new(addr, &query).open(SOON).unwrap_or_else(|refused| panic!("{refused:?}"));
+                            let mut stream = Request::new(addr, &query)
+                                .open(SOON)
+                                .unwrap_or_else(|refused| panic!("{refused:?}"));
                             stream.next_state("cursor", SOON);
                         }
                     }
@@ -96,22 +119,33 @@ fn an_event_to_a_group_of_100_000_costs_the_same_redis_commands_as_to_a_group_of
     let node = Node::builder().redis(server.url()).start();
     node.join("small", "only-one");
     join_many(node.addr(), "large", N_MEMBERS);
-    let (small, large) =
-        (commands_of_an_event(&node, &server, "small", "only-one"), commands_of_an_event(&node, &server, "large", "member-77777"));
-    assert!(small.values().sum::<u64>() > 3, "an event costs some commands: {small:?}");
+    let (small, large) = (
+        commands_of_an_event(&node, &server, "small", "only-one"),
+        commands_of_an_event(&node, &server, "large", "member-77777"),
+    );
+    assert!(
+        small.values().sum::<u64>() > 3,
+        "an event costs some commands: {small:?}"
+    );
     assert_eq!(small, large);
 }
 
 /// The commands that one event to a group with one open stream costs, by name. The least of several tries: whatever else the node does
 /// meanwhile, a tick or a lease, only ever adds to it. The first try does not count: it finds an empty source, which is cheaper.
-fn commands_of_an_event(node: &Node, server: &RedisServer, group: &str, listener: &str) -> BTreeMap<String, u64> {
+fn commands_of_an_event(
+    node: &Node,
+    server: &RedisServer,
+    group: &str,
+    listener: &str,
+) -> BTreeMap<String, u64> {
     let mut stream = node.stream(listener);
     let mut least: Option<BTreeMap<String, u64>> = None;
     for n in 0..20 {
         let n_before = node.metric("pointsman_events_total") as usize;
         let () = server.command("CONFIG RESETSTAT");
         let id = format!("{group}-{n}");
-        node.publisher().publish(&[event(&id, "stability", json!({ "group": group }))]);
+        node.publisher()
+            .publish(&[event(&id, "stability", json!({ "group": group }))]);
         assert_eq!(stream.next_notification(SOON).id, id);
         node.await_outcomes(n_before + 1, SOON);
         if n == 0 {
@@ -120,7 +154,10 @@ fn commands_of_an_event(node: &Node, server: &RedisServer, group: &str, listener
         let now = command_counts(server);
         least = Some(match least {
             None => now,
-            Some(least) => least.into_iter().filter_map(|(name, count)| now.get(&name).map(|other| (name, count.min(*other)))).collect(),
+            Some(least) => least
+                .into_iter()
+                .filter_map(|(name, count)| now.get(&name).map(|other| (name, count.min(*other))))
+                .collect(),
         });
     }
     least.expect("there were tries")
@@ -133,7 +170,11 @@ fn command_counts(server: &RedisServer) -> BTreeMap<String, u64> {
         Some((name.to_owned(), rest.split_once(',')?.0.parse().ok()?))
     });
     // Ours, which ask.
-    lines.filter(|(name, _)| !name.starts_with("config") && !name.starts_with("info") && !name.starts_with("client")).collect()
+    lines
+        .filter(|(name, _)| {
+            !name.starts_with("config") && !name.starts_with("info") && !name.starts_with("client")
+        })
+        .collect()
 }
 
 /// Joins `member-0` and so on, a few hundred requests in flight on each of a few connections.

@@ -14,18 +14,40 @@ fn an_entry_added_to_redis_reaches_the_stream_of_its_user_as_one_event_and_nobod
     let server = RedisServer::start();
     let node = Node::builder().redis(server.url()).start();
     let (mut stream, mut other) = (node.stream("42"), node.stream("43"));
-    let fields = [("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7}")];
-    let [entry] = &xadd(&mut server.connection(), "pointsman:events", &[fields.map(|(name, value)| (name, value.to_owned())).to_vec()])[..]
-    else {
+    let fields = [
+        ("type", "order.shipped"),
+        ("source", "/shop"),
+        ("user", "42"),
+        ("data", "{\"order\": 7}"),
+    ];
+    let [entry] = &xadd(
+        &mut server.connection(),
+        "pointsman:events",
+        &[fields
+            .map(|(name, value)| (name, value.to_owned()))
+            .to_vec()],
+    )[..] else {
         panic!("one entry, one id");
     };
     let notification = stream.next_notification(SOON);
     assert_eq!(notification.name, None, "onmessage must fire");
-    assert_eq!(&notification.id, entry, "without an id of the publisher's, the entry's");
-    let said = (notification.source.as_str(), notification.kind.as_str(), notification.priority.as_str(), &notification.data);
-    assert_eq!(said, ("/shop", "order.shipped", "normal", &json!({ "order": 7 })));
+    assert_eq!(
+        &notification.id, entry,
+        "without an id of the publisher's, the entry's"
+    );
+    let said = (
+        notification.source.as_str(),
+        notification.kind.as_str(),
+        notification.priority.as_str(),
+        &notification.data,
+    );
+    assert_eq!(
+        said,
+        ("/shop", "order.shipped", "normal", &json!({ "order": 7 }))
+    );
     // What comes to both afterwards is the first thing that the other sees, and the second that this one does.
-    node.publisher().publish(&[event("after", "t", json!({ "everyone": true }))]);
+    node.publisher()
+        .publish(&[event("after", "t", json!({ "everyone": true }))]);
     assert_eq!(stream.next_notification(SOON).id, "after");
     assert_eq!(other.next_notification(SOON).id, "after");
 }
@@ -35,20 +57,55 @@ fn a_stream_forbids_caches_and_buffers_and_its_data_is_one_object_on_one_line() 
     let node = Node::builder().start();
     let mut stream = node.stream("42");
     let head = stream.head().to_ascii_lowercase();
-    for line in ["cache-control: no-cache, no-transform\r\n", "x-accel-buffering: no\r\n", "content-type: text/event-stream"] {
+    for line in [
+        "cache-control: no-cache, no-transform\r\n",
+        "x-accel-buffering: no\r\n",
+        "content-type: text/event-stream",
+    ] {
         assert!(head.contains(line), "{line:?} is not in {head:?}");
     }
-    node.publisher().publish(&[event("a", "t", json!({ "user": "42", "data": { "text": "two\nlines" } }))]);
+    node.publisher().publish(&[event(
+        "a",
+        "t",
+        json!({ "user": "42", "data": { "text": "two\nlines" } }),
+    )]);
     stream.next_notification(SOON);
-    let line = stream.text().lines().rfind(|line| line.starts_with("data: {")).expect("data");
+    let line = stream
+        .text()
+        .lines()
+        .rfind(|line| line.starts_with("data: {"))
+        .expect("data");
     let data: Value = serde_json::from_str(&line["data: ".len()..]).expect("JSON on one line");
-    let mut names: Vec<&str> = data.as_object().expect("an object").keys().map(String::as_str).collect();
+    let mut names: Vec<&str> = data
+        .as_object()
+        .expect("an object")
+        .keys()
+        .map(String::as_str)
+        .collect();
     names.sort_unstable();
-    assert_eq!(names, ["by", "data", "id", "priority", "source", "time", "to", "type"]);
-    let schema: Value = serde_json::from_str(include_str!("../host/schema/notification.json")).expect("the schema is JSON");
-    assert!(names.iter().all(|name| schema["properties"].get(name).is_some()), "{names:?} against {schema}");
-    let required = schema["required"].as_array().expect("a list").iter().filter_map(Value::as_str);
-    assert!(required.clone().count() >= 7 && required.clone().all(|name| names.contains(&name)), "{names:?} against {schema}");
+    assert_eq!(
+        names,
+        [
+            "by", "data", "id", "priority", "source", "time", "to", "type"
+        ]
+    );
+    let schema: Value = serde_json::from_str(include_str!("../host/schema/notification.json"))
+        .expect("the schema is JSON");
+    assert!(
+        names
+            .iter()
+            .all(|name| schema["properties"].get(name).is_some()),
+        "{names:?} against {schema}"
+    );
+    let required = schema["required"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(Value::as_str);
+    assert!(
+        required.clone().count() >= 7 && required.clone().all(|name| names.contains(&name)),
+        "{names:?} against {schema}"
+    );
     assert_eq!(data["data"]["text"], "two\nlines");
 }
 
@@ -57,28 +114,62 @@ fn a_notification_says_which_router_and_target_reached_its_user_and_not_whom_els
     let node = Node::builder().start();
     node.join("ops", "cy");
     // As in the URL, and the target by which the user is reached, which may have to be escaped in JSON.
-    let users = [("ann", "u:ann"), ("b%22ob", "u:b\"ob"), ("cy", "g:ops"), ("dan", "all")];
+    let users = [
+        ("ann", "u:ann"),
+        ("b%22ob", "u:b\"ob"),
+        ("cy", "g:ops"),
+        ("dan", "all"),
+    ];
     let mut streams = users.map(|(user, _)| node.stream(user));
-    node.publisher().publish(&[event("a", "t", json!({ "users": "ann,b\"ob", "group": "ops", "everyone": true }))]);
+    node.publisher().publish(&[event(
+        "a",
+        "t",
+        json!({ "users": "ann,b\"ob", "group": "ops", "everyone": true }),
+    )]);
     for ((user, to), stream) in users.iter().zip(&mut streams) {
         let notification = stream.next_notification(SOON);
-        assert_eq!((notification.by.as_str(), notification.to.as_str()), ("address", *to));
-        let data = stream.text().lines().rfind(|line| line.starts_with("data: {")).expect("data");
-        let told = ["u:ann", "ob", "g:ops", "all"].into_iter().filter(|part| data.contains(part));
+        assert_eq!(
+            (notification.by.as_str(), notification.to.as_str()),
+            ("address", *to)
+        );
+        let data = stream
+            .text()
+            .lines()
+            .rfind(|line| line.starts_with("data: {"))
+            .expect("data");
+        let told = ["u:ann", "ob", "g:ops", "all"]
+            .into_iter()
+            .filter(|part| data.contains(part));
         assert_eq!(told.count(), 1, "{user} is told of others: {data}");
         // The same object for who reads it as a page.
-        let page = node.request("GET", &format!("/v1/notifications?user={user}")).json();
-        assert_eq!(page["notifications"][0]["data"], serde_json::from_str::<Value>(&data["data: ".len()..]).expect("JSON"));
+        let page = node
+            .request("GET", &format!("/v1/notifications?user={user}"))
+            .json();
+        assert_eq!(
+            page["notifications"][0]["data"],
+            serde_json::from_str::<Value>(&data["data: ".len()..]).expect("JSON")
+        );
     }
 }
 
 #[test]
 fn http_1_0_gets_the_stream_without_chunks_and_its_end_with_the_connection() {
     let mut node = Node::builder().start();
-    let mut stream = Request::new(node.addr(), "user=42").http_1_0().open(SOON).expect("open a stream");
-    assert!(!stream.head().to_ascii_lowercase().contains("transfer-encoding"), "{}", stream.head());
+    let mut stream = Request::new(node.addr(), "user=42")
+        .http_1_0()
+        .open(SOON)
+        .expect("open a stream");
+    assert!(
+        !stream
+            .head()
+            .to_ascii_lowercase()
+            .contains("transfer-encoding"),
+        "{}",
+        stream.head()
+    );
     stream.next_state("cursor", SOON);
-    node.publisher().publish(&[event("a", "t", json!({ "user": "42" }))]);
+    node.publisher()
+        .publish(&[event("a", "t", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "a");
     node.terminate(Duration::from_secs(60));
     let (frames, stop) = stream.read_to_end(SOON);

@@ -16,10 +16,30 @@ pub(crate) struct Person {
 }
 
 pub(crate) const PEOPLE: [Person; 4] = [
-    Person { name: "ada", groups: &["ops", "lobby"], plan: "pro", locale: "en" },
-    Person { name: "bo", groups: &["ops", "lobby", "kitchen"], plan: "free", locale: "en" },
-    Person { name: "chen", groups: &["shop", "lobby"], plan: "pro", locale: "de" },
-    Person { name: "dee", groups: &["shop", "kitchen"], plan: "pro", locale: "fr" },
+    Person {
+        name: "ada",
+        groups: &["ops", "lobby"],
+        plan: "pro",
+        locale: "en",
+    },
+    Person {
+        name: "bo",
+        groups: &["ops", "lobby", "kitchen"],
+        plan: "free",
+        locale: "en",
+    },
+    Person {
+        name: "chen",
+        groups: &["shop", "lobby"],
+        plan: "pro",
+        locale: "de",
+    },
+    Person {
+        name: "dee",
+        groups: &["shop", "kitchen"],
+        plan: "pro",
+        locale: "fr",
+    },
 ];
 
 /// For so long somebody is typing.
@@ -38,7 +58,12 @@ pub(crate) struct Scene {
 
 impl Scene {
     fn new(event: Value, recipients: [bool; 4]) -> Self {
-        Self { event, recipients, collapse: None, ttl: None }
+        Self {
+            event,
+            recipients,
+            collapse: None,
+            ttl: None,
+        }
     }
 }
 
@@ -52,7 +77,12 @@ pub(crate) struct Story {
 
 impl Default for Story {
     fn default() -> Self {
-        Self { random: rand::rng(), goals: [0, 0], n_updates: 0, n_orders: 4_700 }
+        Self {
+            random: rand::rng(),
+            goals: [0, 0],
+            n_updates: 0,
+            n_orders: 4_700,
+        }
     }
 }
 
@@ -84,7 +114,10 @@ impl Story {
             "match": "final", "home": "Harbour", "away": "Hill", "goals": self.goals, "minute": minute, "update": self.n_updates
         });
         let event = json!({ "type": "match.score", "source": "/stadium", "data": data });
-        Scene { collapse: Some("final"), ..Scene::new(event, [true; 4]) }
+        Scene {
+            collapse: Some("final"),
+            ..Scene::new(event, [true; 4])
+        }
     }
 
     fn order(&mut self) -> Scene {
@@ -92,21 +125,37 @@ impl Story {
         self.n_orders += 1;
         let (kind, mut data) = match self.random.random_range(0..3) {
             0 => {
-                let total = format!("{}.{:02}", self.random.random_range(9..200), self.random.random_range(0..100));
-                ("order.placed", json!({ "items": self.random.random_range(2..9), "total": total }))
+                let total = format!(
+                    "{}.{:02}",
+                    self.random.random_range(9..200),
+                    self.random.random_range(0..100)
+                );
+                (
+                    "order.placed",
+                    json!({ "items": self.random.random_range(2..9), "total": total }),
+                )
             }
             1 => {
                 let carrier = self.pick(&["Kite", "Barge", "Night Mail"]);
-                ("order.shipped", json!({ "parcels": self.random.random_range(2..5), "carrier": carrier }))
+                (
+                    "order.shipped",
+                    json!({ "parcels": self.random.random_range(2..5), "carrier": carrier }),
+                )
             }
             _ => {
                 let reason = self.pick(&["fog in the harbour", "a missing box", "a strike"]);
-                ("order.delayed", json!({ "days": self.random.random_range(2..5), "reason": reason }))
+                (
+                    "order.delayed",
+                    json!({ "days": self.random.random_range(2..5), "reason": reason }),
+                )
             }
         };
         data["order"] = json!(self.n_orders);
         data["customer"] = json!(PEOPLE[who].name);
-        Scene::new(json!({ "type": kind, "source": "/shop", "data": data }), std::array::from_fn(|n| n == who))
+        Scene::new(
+            json!({ "type": kind, "source": "/shop", "data": data }),
+            std::array::from_fn(|n| n == who),
+        )
     }
 
     /// A message in a room, or that somebody is about to write one.
@@ -118,7 +167,10 @@ impl Story {
                 "type": "chat.typing", "source": "/chat", "group": room, "priority": "low", "ttl": TYPING.as_secs(),
                 "data": { "room": room, "from": from }
             });
-            return Scene { ttl: Some(TYPING), ..Scene::new(event, members(room)) };
+            return Scene {
+                ttl: Some(TYPING),
+                ..Scene::new(event, members(room))
+            };
         }
         let text = self.pick(&[
             "Lunch at one?",
@@ -129,48 +181,86 @@ impl Story {
             "Ship it!",
         ]);
         let data = json!({ "room": room, "from": from, "text": text });
-        Scene::new(json!({ "type": "chat.message", "source": "/chat", "group": room, "data": data }), members(room))
+        Scene::new(
+            json!({ "type": "chat.message", "source": "/chat", "group": room, "data": data }),
+            members(room),
+        )
     }
 
     /// Named directly by one router and through the room by another: one notification all the same.
     fn mention(&mut self) -> Scene {
         let text = self.pick(&["could you look at this?", "your turn.", "there is cake."]);
         let data = json!({ "room": "lobby", "from": "bo", "mentioned": "ada", "text": text });
-        Scene::new(json!({ "type": "chat.mention", "source": "/chat", "group": "lobby", "data": data }), members("lobby"))
+        Scene::new(
+            json!({ "type": "chat.mention", "source": "/chat", "group": "lobby", "data": data }),
+            members("lobby"),
+        )
     }
 
     fn deployment(&mut self) -> Scene {
         let version = format!("2.{}.0", self.random.random_range(10..40));
         let service = self.pick(&["checkout", "search", "ledger"]);
         let (kind, data) = match self.random.random_range(0..4) {
-            0..2 => ("deployment.started", json!({ "service": service, "version": version })),
-            2 => ("deployment.finished", json!({ "service": service, "version": version, "seconds": self.random.random_range(20..90) })),
-            _ => ("deployment.failed", json!({ "service": service, "version": version, "reason": "the health check timed out" })),
+            0..2 => (
+                "deployment.started",
+                json!({ "service": service, "version": version }),
+            ),
+            2 => (
+                "deployment.finished",
+                json!({ "service": service, "version": version, "seconds": self.random.random_range(20..90) }),
+            ),
+            _ => (
+                "deployment.failed",
+                json!({ "service": service, "version": version, "reason": "the health check timed out" }),
+            ),
         };
-        Scene::new(json!({ "type": kind, "source": "/ci", "data": data }), members("ops"))
+        Scene::new(
+            json!({ "type": kind, "source": "/ci", "data": data }),
+            members("ops"),
+        )
     }
 
     fn stock(&mut self) -> Scene {
         let data = json!({ "article": self.pick(&["Blue kettle", "Oak tray", "Lantern"]), "left": self.random.random_range(0..6) });
-        Scene::new(json!({ "type": "stock.low", "source": "/warehouse", "data": data }), members("shop"))
+        Scene::new(
+            json!({ "type": "stock.low", "source": "/warehouse", "data": data }),
+            members("shop"),
+        )
     }
 
     fn promotion(&mut self) -> Scene {
         let data = json!({ "percent": 5 * self.random.random_range(2..6), "collection": self.pick(&["Tide", "Meadow"]) });
-        let recipients = PEOPLE.each_ref().map(|person| person.plan == "pro" && ["en", "de"].contains(&person.locale));
-        Scene::new(json!({ "type": "shop.promotion", "source": "/shop", "data": data }), recipients)
+        let recipients = PEOPLE
+            .each_ref()
+            .map(|person| person.plan == "pro" && ["en", "de"].contains(&person.locale));
+        Scene::new(
+            json!({ "type": "shop.promotion", "source": "/shop", "data": data }),
+            recipients,
+        )
     }
 
     fn alert(&mut self) -> Scene {
-        let (severity, system, text) =
-            self.pick(&[("critical", "Payments", "the card provider is down"), ("warning", "Search", "answers take 900 ms")]);
+        let (severity, system, text) = self.pick(&[
+            ("critical", "Payments", "the card provider is down"),
+            ("warning", "Search", "answers take 900 ms"),
+        ]);
         let data = json!({ "severity": severity, "system": system, "text": text });
-        Scene::new(json!({ "type": "system.alert", "source": "/monitor", "data": data }), [true; 4])
+        Scene::new(
+            json!({ "type": "system.alert", "source": "/monitor", "data": data }),
+            [true; 4],
+        )
     }
 
     fn member(&mut self, group: &str) -> &'static str {
-        let members: Vec<&str> = PEOPLE.iter().filter(|person| person.groups.contains(&group)).map(|person| person.name).collect();
-        members.choose(&mut self.random).copied().unwrap_or("nobody")
+        let members: Vec<&str> = PEOPLE
+            .iter()
+            .filter(|person| person.groups.contains(&group))
+            .map(|person| person.name)
+            .collect();
+        members
+            .choose(&mut self.random)
+            .copied()
+            .unwrap_or("nobody")
     }
 
     fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
@@ -179,5 +269,7 @@ impl Story {
 }
 
 fn members(group: &str) -> [bool; 4] {
-    PEOPLE.each_ref().map(|person| person.groups.contains(&group))
+    PEOPLE
+        .each_ref()
+        .map(|person| person.groups.contains(&group))
 }

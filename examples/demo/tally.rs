@@ -37,7 +37,10 @@ pub(crate) struct Count {
 
 impl<const N: usize> Default for Tally<N> {
     fn default() -> Self {
-        Self { events: Vec::new(), away: std::array::from_fn(|_| Vec::new()) }
+        Self {
+            events: Vec::new(),
+            away: std::array::from_fn(|_| Vec::new()),
+        }
     }
 }
 
@@ -47,9 +50,20 @@ impl<const N: usize> Tally<N> {
     }
 
     /// Says that an event is about to be published, and answers its number.
-    pub(crate) fn publishes(&mut self, recipients: [bool; N], collapse: Option<&'static str>, ttl: Option<Duration>) -> usize {
+    pub(crate) fn publishes(
+        &mut self,
+        recipients: [bool; N],
+        collapse: Option<&'static str>,
+        ttl: Option<Duration>,
+    ) -> usize {
         let published = Instant::now();
-        self.events.push(Fate { recipients, arrivals: [0; N], collapse, published, expires: ttl.map(|ttl| published + ttl) });
+        self.events.push(Fate {
+            recipients,
+            arrivals: [0; N],
+            collapse,
+            published,
+            expires: ttl.map(|ttl| published + ttl),
+        });
         self.events.len() - 1
     }
 
@@ -92,8 +106,11 @@ impl<const N: usize> Tally<N> {
 
     /// Whether its recipient was away from the publication until it expired.
     fn may_have_expired(&self, who: usize, fate: &Fate<N>) -> bool {
-        let is_over =
-            |expires: Instant| self.away[who].iter().any(|&(from, until)| from <= fate.published + SLACK && expires <= until + SLACK);
+        let is_over = |expires: Instant| {
+            self.away[who]
+                .iter()
+                .any(|&(from, until)| from <= fate.published + SLACK && expires <= until + SLACK)
+        };
         fate.expires.is_some_and(is_over)
     }
 }

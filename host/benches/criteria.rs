@@ -19,7 +19,11 @@ fn text(value: &str) -> Value {
 }
 
 fn test(attribute: &str, operator: Operator, values: &[Value]) -> Test {
-    Test { attribute: attribute.into(), operator, values: values.to_vec() }
+    Test {
+        attribute: attribute.into(),
+        operator,
+        values: values.to_vec(),
+    }
 }
 
 /// Recipients as an application has them; the conditions hold for some.
@@ -42,7 +46,8 @@ mod simple {
     use super::*;
 
     fn criteria() -> Criteria {
-        Criteria::new(vec![vec![test("plan", Operator::Equals, &[text("pro")])]]).expect("well-formed")
+        Criteria::new(vec![vec![test("plan", Operator::Equals, &[text("pro")])]])
+            .expect("well-formed")
     }
 
     #[divan::bench]
@@ -53,7 +58,10 @@ mod simple {
 
     #[divan::bench]
     fn native_closure(bencher: Bencher<'_, '_>) {
-        each(bencher, |recipient| matches!(recipient.get("plan"), Some(Value::Text(plan)) if plan == "pro"));
+        each(
+            bencher,
+            |recipient| matches!(recipient.get("plan"), Some(Value::Text(plan)) if plan == "pro"),
+        );
     }
 }
 
@@ -63,7 +71,11 @@ mod complex {
 
     fn criteria() -> Criteria {
         let paying = vec![
-            test("plan", Operator::OneOf, &[text("pro"), text("team"), text("enterprise")]),
+            test(
+                "plan",
+                Operator::OneOf,
+                &[text("pro"), text("team"), text("enterprise")],
+            ),
             test("region", Operator::Prefix, &[text("eu-")]),
             test("age", Operator::Greater, &[Value::Integer(17)]),
             test("beta", Operator::Equals, &[Value::Flag(true)]),
@@ -86,8 +98,9 @@ mod complex {
     fn native_closure(bencher: Bencher<'_, '_>) {
         let text = |recipient: &Attributes, name: &str, holds: fn(&str) -> bool| matches!(recipient.get(name), Some(Value::Text(text)) if holds(text));
         each(bencher, |recipient| {
-            (text(recipient, "plan", |plan| matches!(plan, "pro" | "team" | "enterprise"))
-                && text(recipient, "region", |region| region.starts_with("eu-"))
+            (text(recipient, "plan", |plan| {
+                matches!(plan, "pro" | "team" | "enterprise")
+            }) && text(recipient, "region", |region| region.starts_with("eu-"))
                 && matches!(recipient.get("age"), Some(Value::Integer(age)) if *age > 17)
                 && matches!(recipient.get("beta"), Some(Value::Flag(true))))
                 || (text(recipient, "locale", |locale| locale.contains("de"))

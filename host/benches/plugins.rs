@@ -34,12 +34,31 @@ fn main() {
 
 /// Builds the guests as plugins are built, and answers where they are.
 fn build() -> PathBuf {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository");
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("host/ lies in the repository");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .expect("the folder for temporary files lies in that of the target");
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", "wasm32-unknown-unknown", "--target-dir"]);
-    let status = cargo.arg(target).args(["-p", "costs", "-p", "address", "-p", "rules"]).status().expect("cargo, which built this, runs");
-    assert!(status.success(), "the guests do not build; if the target is missing: rustup target add wasm32-unknown-unknown");
+    cargo.current_dir(repository).args([
+        "build",
+        "--quiet",
+        "--profile",
+        "plugin",
+        "--target",
+        "wasm32-unknown-unknown",
+        "--target-dir",
+    ]);
+    let status = cargo
+        .arg(target)
+        .args(["-p", "costs", "-p", "address", "-p", "rules"])
+        .status()
+        .expect("cargo, which built this, runs");
+    assert!(
+        status.success(),
+        "the guests do not build; if the target is missing: rustup target add wasm32-unknown-unknown"
+    );
     target.join("wasm32-unknown-unknown/plugin")
 }
 
@@ -57,15 +76,28 @@ fn payload() -> Value {
 fn event(from: From) -> Event {
     let mut document = json!({ "id": "e", "source": "/shop", "type": "order.placed" });
     let data = payload();
-    for (attribute, field) in ATTRIBUTES.iter().zip(FIELDS).filter(|_| from == From::Attributes) {
+    for (attribute, field) in ATTRIBUTES
+        .iter()
+        .zip(FIELDS)
+        .filter(|_| from == From::Attributes)
+    {
         // CloudEvents has no numbers with a fraction among its attributes.
         let value = data.pointer(field).expect("a field");
-        document[attribute] = if value.is_f64() { json!(129) } else { value.clone() };
+        document[attribute] = if value.is_f64() {
+            json!(129)
+        } else {
+            value.clone()
+        };
     }
     if from != From::Attributes {
         document["data"] = data;
     }
-    Event::from_json(EntryId { ms: 1, seq: 0 }, "/shop", document.to_string().as_bytes()).expect("a good event")
+    Event::from_json(
+        EntryId { ms: 1, seq: 0 },
+        "/shop",
+        document.to_string().as_bytes(),
+    )
+    .expect("a good event")
 }
 
 /// One way to make the decision: how long so many of them take.
@@ -84,7 +116,14 @@ impl Contender {
             From::Payload => "payload",
         };
         let config = json!({ "from": word }).to_string();
-        let plugin = Plugin::load(engine, Name::parse("costs").expect("a name"), bytes, &config, Limits::default()).expect("a good plugin");
+        let plugin = Plugin::load(
+            engine,
+            Name::parse("costs").expect("a name"),
+            bytes,
+            &config,
+            Limits::default(),
+        )
+        .expect("a good plugin");
         let (engine, event) = (engine.clone(), event(from));
         let mut slot: Option<Instance> = None;
         let run = move |n: u32| {
@@ -92,12 +131,25 @@ impl Contender {
             let began = Instant::now();
             for _ in 0..n {
                 let payload = ParsedPayload::default();
-                let call = Call { event: black_box(&event), priority: Priority::Normal, clock_ms: 1, payload: &payload };
-                black_box(plugin.call(&mut slot, &ticking, Role::Router, &call).expect("an answer"));
+                let call = Call {
+                    event: black_box(&event),
+                    priority: Priority::Normal,
+                    clock_ms: 1,
+                    payload: &payload,
+                };
+                black_box(
+                    plugin
+                        .call(&mut slot, &ticking, Role::Router, &call)
+                        .expect("an answer"),
+                );
             }
             began.elapsed()
         };
-        Self { name, run: Box::new(run), turns: Vec::new() }
+        Self {
+            name,
+            run: Box::new(run),
+            turns: Vec::new(),
+        }
     }
 
     fn native(name: &'static str, from: From) -> Self {
@@ -110,9 +162,19 @@ impl Contender {
                 Value::Bool(flag) => pointsman_plugin::Value::Flag(*flag),
                 number => pointsman_plugin::Value::Decimal(number.as_f64().expect("a number")),
             };
-            event = event.attribute(if from == From::Attributes { ATTRIBUTES[n] } else { field }, value);
+            event = event.attribute(
+                if from == From::Attributes {
+                    ATTRIBUTES[n]
+                } else {
+                    field
+                },
+                value,
+            );
         }
-        let event = event.json(&data).seen_by(&plugin).expect("it wants every event");
+        let event = event
+            .json(&data)
+            .seen_by(&plugin)
+            .expect("it wants every event");
         let run = move |n: u32| {
             let began = Instant::now();
             for _ in 0..n {
@@ -120,7 +182,11 @@ impl Contender {
             }
             began.elapsed()
         };
-        Self { name, run: Box::new(run), turns: Vec::new() }
+        Self {
+            name,
+            run: Box::new(run),
+            turns: Vec::new(),
+        }
     }
 
     fn nanoseconds(&self) -> f64 {
@@ -134,8 +200,18 @@ fn calls(bytes: &[u8]) {
     let engine = Engine::new().expect("an engine");
     let mut contenders = [
         Contender::plugin(&engine, bytes, "plugin: no-op", From::Nothing),
-        Contender::plugin(&engine, bytes, "plugin: six declared attributes", From::Attributes),
-        Contender::plugin(&engine, bytes, "plugin: six declared fields, found by the host", From::Fields),
+        Contender::plugin(
+            &engine,
+            bytes,
+            "plugin: six declared attributes",
+            From::Attributes,
+        ),
+        Contender::plugin(
+            &engine,
+            bytes,
+            "plugin: six declared fields, found by the host",
+            From::Fields,
+        ),
         Contender::plugin(&engine, bytes, "plugin: parses the payload", From::Payload),
         Contender::native("native: no-op", From::Nothing),
         Contender::native("native: six attributes", From::Attributes),
@@ -144,26 +220,57 @@ fn calls(bytes: &[u8]) {
     for _ in 0..TURNS {
         for contender in &mut contenders {
             let took = (contender.run)(CALLS);
-            contender.turns.push(took.as_secs_f64() * 1e9 / f64::from(CALLS));
+            contender
+                .turns
+                .push(took.as_secs_f64() * 1e9 / f64::from(CALLS));
         }
     }
-    let [no_op, attributes, fields, parses, _, native_attributes, native_parses] = &contenders;
+    let [
+        no_op,
+        attributes,
+        fields,
+        parses,
+        _,
+        native_attributes,
+        native_parses,
+    ] = &contenders;
     println!("\nA call about one event (median of {TURNS} turns of {CALLS} calls)\n");
-    println!("{:<50} {:>9} {:>14} {:>14}", "", "ns", "to a no-op", "to native");
+    println!(
+        "{:<50} {:>9} {:>14} {:>14}",
+        "", "ns", "to a no-op", "to native"
+    );
     for contender in &contenders {
         let to_native = match contender.name {
             name if name == attributes.name || name == fields.name => Some(native_attributes),
             name if name == parses.name => Some(native_parses),
             _ => None,
         };
-        let to_native = to_native.map(|native| format!("{:.2}", contender.nanoseconds() / native.nanoseconds())).unwrap_or_default();
+        let to_native = to_native
+            .map(|native| format!("{:.2}", contender.nanoseconds() / native.nanoseconds()))
+            .unwrap_or_default();
         let to_no_op = contender.nanoseconds() / no_op.nanoseconds();
-        println!("{:<50} {:>9.0} {to_no_op:>14.2} {to_native:>14}", contender.name, contender.nanoseconds());
+        println!(
+            "{:<50} {:>9.0} {to_no_op:>14.2} {to_native:>14}",
+            contender.name,
+            contender.nanoseconds()
+        );
     }
     let bounds = [
-        ("declared attributes, to a no-op", attributes.nanoseconds() / no_op.nanoseconds(), 10.0),
-        ("declared fields, to a no-op", fields.nanoseconds() / no_op.nanoseconds(), 10.0),
-        ("a parsed payload, to native", parses.nanoseconds() / native_parses.nanoseconds(), 2.5),
+        (
+            "declared attributes, to a no-op",
+            attributes.nanoseconds() / no_op.nanoseconds(),
+            10.0,
+        ),
+        (
+            "declared fields, to a no-op",
+            fields.nanoseconds() / no_op.nanoseconds(),
+            10.0,
+        ),
+        (
+            "a parsed payload, to native",
+            parses.nanoseconds() / native_parses.nanoseconds(),
+            2.5,
+        ),
     ];
     judge(&bounds);
 }
@@ -171,7 +278,14 @@ fn calls(bytes: &[u8]) {
 fn judge(bounds: &[(&str, f64, f64)]) {
     println!();
     for (what, ratio, most) in bounds {
-        println!("{} {what}: {ratio:.2}, at most {most} is wished", if ratio <= most { "well:    " } else { "TOO MUCH:" });
+        println!(
+            "{} {what}: {ratio:.2}, at most {most} is wished",
+            if ratio <= most {
+                "well:    "
+            } else {
+                "TOO MUCH:"
+            }
+        );
     }
 }
 
@@ -179,21 +293,40 @@ fn judge(bounds: &[(&str, f64, f64)]) {
 fn loads(file: &Path) {
     let dir = std::env::temp_dir().join(format!("pointsman-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a folder");
-    println!("\nFrom the last byte to active (median of {} uploads)\n", TURNS / 4);
-    println!("{:<20} {:>9} {:>16} {:>14} {:>9}", "", "KB", "compiled alone", "upload", "ratio");
+    println!(
+        "\nFrom the last byte to active (median of {} uploads)\n",
+        TURNS / 4
+    );
+    println!(
+        "{:<20} {:>9} {:>16} {:>14} {:>9}",
+        "", "KB", "compiled alone", "upload", "ratio"
+    );
     let mut bounds = Vec::new();
     for name in ["address", "costs", "rules"] {
-        let bytes = std::fs::read(file.join(format!("{name}.wasm"))).expect("the guest was just built");
+        let bytes =
+            std::fs::read(file.join(format!("{name}.wasm"))).expect("the guest was just built");
         let (mut alone, mut uploaded) = (Vec::new(), Vec::new());
-        let config = Config { dir: Some(dir.clone()), ..uncached() };
-        let registry = Registry::load(Engine::new().expect("an engine"), config, Metrics::default()).expect("an empty folder");
+        let config = Config {
+            dir: Some(dir.clone()),
+            ..uncached()
+        };
+        let registry = Registry::load(
+            Engine::new().expect("an engine"),
+            config,
+            Metrics::default(),
+        )
+        .expect("an empty folder");
         for n in 0..TURNS / 4 {
             // Another custom section makes it another file, which nobody has compiled before.
             let version = with_section(&bytes, n as u32);
             let component = component(&version);
-            let engine = wasmtime::Engine::new(wasmtime::Config::new().epoch_interruption(true)).expect("an engine");
+            let engine = wasmtime::Engine::new(wasmtime::Config::new().epoch_interruption(true))
+                .expect("an engine");
             let began = Instant::now();
-            black_box(wasmtime::component::Component::from_binary(&engine, &component).expect("it compiles"));
+            black_box(
+                wasmtime::component::Component::from_binary(&engine, &component)
+                    .expect("it compiles"),
+            );
             alone.push(began.elapsed());
             let began = Instant::now();
             registry.upload(name, &version).expect("a good plugin");
@@ -201,12 +334,19 @@ fn loads(file: &Path) {
         }
         let (alone, uploaded) = (median(alone), median(uploaded));
         let ratio = uploaded.as_secs_f64() / alone.as_secs_f64();
-        println!("{name:<20} {:>9} {alone:>16.1?} {uploaded:>14.1?} {ratio:>9.2}", bytes.len() / 1000);
+        println!(
+            "{name:<20} {:>9} {alone:>16.1?} {uploaded:>14.1?} {ratio:>9.2}",
+            bytes.len() / 1000
+        );
         if name == "costs" {
             bounds.push(("a new version, to compiling it alone", ratio, 1.5));
         }
     }
-    bounds.push(("seconds until a written file counts as settled", settling(file, &dir).as_secs_f64(), 0.25));
+    bounds.push((
+        "seconds until a written file counts as settled",
+        settling(file, &dir).as_secs_f64(),
+        0.25,
+    ));
     judge(&bounds);
     // What stays behind in the folder for temporary files harms nobody.
     drop(std::fs::remove_dir_all(dir));
@@ -217,12 +357,28 @@ fn settling(file: &Path, dir: &Path) -> Duration {
     let bytes = std::fs::read(file.join("costs.wasm")).expect("the guest was just built");
     let dir = dir.join("watched");
     std::fs::create_dir_all(&dir).expect("a folder");
-    let config = Config { dir: Some(dir.clone()), ..uncached() };
-    let registry = Arc::new(Registry::load(Engine::new().expect("an engine"), config, Metrics::default()).expect("an empty folder"));
-    let _watcher = Watcher::start(Arc::clone(&registry), Shutdown::new().alarm("the watcher")).expect("a thread");
+    let config = Config {
+        dir: Some(dir.clone()),
+        ..uncached()
+    };
+    let registry = Arc::new(
+        Registry::load(
+            Engine::new().expect("an engine"),
+            config,
+            Metrics::default(),
+        )
+        .expect("an empty folder"),
+    );
+    let _watcher = Watcher::start(Arc::clone(&registry), Shutdown::new().alarm("the watcher"))
+        .expect("a thread");
     let mut waits = Vec::new();
     for n in 0..TURNS as u32 / 4 {
-        let generation = || registry.states().first().map_or(0, |plugin| plugin.generation);
+        let generation = || {
+            registry
+                .states()
+                .first()
+                .map_or(0, |plugin| plugin.generation)
+        };
         let before = generation();
         let draft = dir.join(".draft");
         std::fs::write(&draft, with_section(&bytes, 1000 + 2 * n)).expect("a file");
@@ -233,7 +389,9 @@ fn settling(file: &Path, dir: &Path) -> Duration {
         }
         let watched = began.elapsed();
         let began = Instant::now();
-        registry.upload("costs", &with_section(&bytes, 1001 + 2 * n)).expect("a good plugin");
+        registry
+            .upload("costs", &with_section(&bytes, 1001 + 2 * n))
+            .expect("a good plugin");
         waits.push(watched.saturating_sub(began.elapsed()));
     }
     median(waits)
@@ -259,5 +417,7 @@ fn with_section(bytes: &[u8], number: u32) -> Vec<u8> {
 
 fn component(bytes: &[u8]) -> Vec<u8> {
     let encoder = wit_component::ComponentEncoder::default().module(bytes);
-    encoder.and_then(|mut encoder| encoder.encode()).expect("a component")
+    encoder
+        .and_then(|mut encoder| encoder.encode())
+        .expect("a component")
 }

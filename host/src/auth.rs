@@ -103,7 +103,10 @@ pub enum Error {
     Invalid(String),
     /// This node was not given what it takes to answer.
     #[error("{what}")]
-    Unavailable { what: &'static str, fix: &'static str },
+    Unavailable {
+        what: &'static str,
+        fix: &'static str,
+    },
 }
 
 /// Who reads a stream, and until when that is sure.
@@ -124,7 +127,9 @@ pub struct Auth {
 
 impl fmt::Debug for Auth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Auth").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Auth")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -145,25 +150,56 @@ impl Auth {
             );
             return Err(("dev", text));
         }
-        let jwt_secret = secret("jwt_secret", config.jwt_secret.as_ref(), "jwt_secret_file", config.jwt_secret_file.as_deref(), 32)?;
-        let key = secret("key", config.key.as_ref(), "key_file", config.key_file.as_deref(), 16)?;
+        let jwt_secret = secret(
+            "jwt_secret",
+            config.jwt_secret.as_ref(),
+            "jwt_secret_file",
+            config.jwt_secret_file.as_deref(),
+            32,
+        )?;
+        let key = secret(
+            "key",
+            config.key.as_ref(),
+            "key_file",
+            config.key_file.as_deref(),
+            16,
+        )?;
         if jwt_secret.is_none() && !config.dev {
             return Err((
                 "jwt_secret",
                 "is missing, and without it nobody could open a stream; set it or jwt_secret_file, or try things out with --dev".to_owned(),
             ));
         }
-        let tokens = jwt_secret.map(|secret| (DecodingKey::from_secret(secret.as_bytes()), validation(config)));
-        Ok(Self { config: config.clone(), tokens, key: key.map(|key| Sha256::digest(key.as_bytes()).into()) })
+        let tokens = jwt_secret.map(|secret| {
+            (
+                DecodingKey::from_secret(secret.as_bytes()),
+                validation(config),
+            )
+        });
+        Ok(Self {
+            config: config.clone(),
+            tokens,
+            key: key.map(|key| Sha256::digest(key.as_bytes()).into()),
+        })
     }
 
     /// The secrets of which anybody can know the text, as they stand in the annotated configuration: the key to blame, such as
     /// `auth.jwt_secret`, and what to do. It looks at texts given in place, and not into files.
     pub fn placeholders(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         let fix = "is still the text of the example, which anybody can read; set one of your own, as from: openssl rand -hex 32";
-        let secrets = [("auth.jwt_secret", &self.config.jwt_secret), ("auth.key", &self.config.key)];
-        let is_placeholder = |secret: &Option<Secret>| secret.as_ref().is_some_and(|secret| secret.0.starts_with("change-me"));
-        secrets.into_iter().filter(move |(_, secret)| is_placeholder(secret)).map(move |(key, _)| (key, fix))
+        let secrets = [
+            ("auth.jwt_secret", &self.config.jwt_secret),
+            ("auth.key", &self.config.key),
+        ];
+        let is_placeholder = |secret: &Option<Secret>| {
+            secret
+                .as_ref()
+                .is_some_and(|secret| secret.0.starts_with("change-me"))
+        };
+        secrets
+            .into_iter()
+            .filter(move |(_, secret)| is_placeholder(secret))
+            .map(move |(key, _)| (key, fix))
     }
 
     pub fn is_dev(&self) -> bool {
@@ -179,12 +215,23 @@ impl Auth {
         match (&self.tokens, token) {
             (Some(tokens), Some(token)) => self.verify(tokens, token),
             _ if self.config.dev => {
-                let user = query(parts, "user").ok_or(Error::Missing("for which user is this? In dev mode say ?user=NAME"))?;
-                let user = Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
-                Ok(StreamIdentity { reader: user.into(), expires_at_ms: None })
+                let user = query(parts, "user").ok_or(Error::Missing(
+                    "for which user is this? In dev mode say ?user=NAME",
+                ))?;
+                let user =
+                    Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
+                Ok(StreamIdentity {
+                    reader: user.into(),
+                    expires_at_ms: None,
+                })
             }
-            (Some(_), None) => Err(Error::Missing("this needs a user's token, as Authorization: Bearer <token>")),
-            (None, _) => Err(Error::Unavailable { what: "this node takes no tokens", fix: "set auth.jwt_secret or auth.jwt_secret_file" }),
+            (Some(_), None) => Err(Error::Missing(
+                "this needs a user's token, as Authorization: Bearer <token>",
+            )),
+            (None, _) => Err(Error::Unavailable {
+                what: "this node takes no tokens",
+                fix: "set auth.jwt_secret or auth.jwt_secret_file",
+            }),
         }
     }
 
@@ -197,25 +244,47 @@ impl Auth {
             return Ok(());
         }
         let Some(key) = &self.key else {
-            return Err(Error::Unavailable { what: "this node takes no keys", fix: "set auth.key or auth.key_file" });
+            return Err(Error::Unavailable {
+                what: "this node takes no keys",
+                fix: "set auth.key or auth.key_file",
+            });
         };
-        let shown: [u8; 32] =
-            Sha256::digest(bearer(parts).ok_or(Error::Missing("this needs the key, as Authorization: Bearer <key>"))?).into();
+        let shown: [u8; 32] = Sha256::digest(bearer(parts).ok_or(Error::Missing(
+            "this needs the key, as Authorization: Bearer <key>",
+        ))?)
+        .into();
         // All bytes are looked at, so that the time tells nothing about where they differ.
         let difference = key.iter().zip(shown).fold(0, |all, (a, b)| all | (a ^ b));
-        if difference == 0 { Ok(()) } else { Err(Error::Invalid("the key is not the one configured".to_owned())) }
+        if difference == 0 {
+            Ok(())
+        } else {
+            Err(Error::Invalid(
+                "the key is not the one configured".to_owned(),
+            ))
+        }
     }
 
-    fn verify(&self, (key, validation): &(DecodingKey, Validation), token: &str) -> Result<StreamIdentity, Error> {
-        let claims = jsonwebtoken::decode::<serde_json::Map<String, serde_json::Value>>(token, key, validation).map_err(|e| {
+    fn verify(
+        &self,
+        (key, validation): &(DecodingKey, Validation),
+        token: &str,
+    ) -> Result<StreamIdentity, Error> {
+        let claims = jsonwebtoken::decode::<serde_json::Map<String, serde_json::Value>>(
+            token, key, validation,
+        )
+        .map_err(|e| {
             Error::Invalid(match e.kind() {
                 ErrorKind::ExpiredSignature => "the token has expired".to_owned(),
                 ErrorKind::ImmatureSignature => "the token is not valid yet".to_owned(),
                 ErrorKind::InvalidSignature => "the token's signature does not hold".to_owned(),
-                ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => "the token is not signed by HS256".to_owned(),
+                ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
+                    "the token is not signed by HS256".to_owned()
+                }
                 ErrorKind::InvalidAudience => "the token is for another audience".to_owned(),
                 ErrorKind::InvalidIssuer => "the token is from another issuer".to_owned(),
-                ErrorKind::MissingRequiredClaim(claim) => format!("the token has no claim '{claim}' that can be read"),
+                ErrorKind::MissingRequiredClaim(claim) => {
+                    format!("the token has no claim '{claim}' that can be read")
+                }
                 _ => "this is no valid token".to_owned(),
             })
         })?;
@@ -224,39 +293,71 @@ impl Auth {
             .claims
             .get(claim)
             .and_then(serde_json::Value::as_str)
-            .ok_or_else(|| Error::Invalid(format!("the token has no text claim '{claim}', which names the user")))?;
-        let user = Name::parse(user).map_err(|e| Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string()))?;
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "the token has no text claim '{claim}', which names the user"
+                ))
+            })?;
+        let user = Name::parse(user).map_err(|e| {
+            Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string())
+        })?;
         // With the leeway: a token that is let in just after its end would otherwise open a stream that ends at once, again and again.
         let expires_at_ms = claims
             .claims
             .get("exp")
             .and_then(serde_json::Value::as_f64)
-            .map(|s| (s.max(0.0) as u64).saturating_add(self.config.leeway_s).saturating_mul(1000));
+            .map(|s| {
+                (s.max(0.0) as u64)
+                    .saturating_add(self.config.leeway_s)
+                    .saturating_mul(1000)
+            });
         let claims = self.claims(&claims.claims)?;
-        Ok(StreamIdentity { reader: Reader { user, claims }, expires_at_ms })
+        Ok(StreamIdentity {
+            reader: Reader { user, claims },
+            expires_at_ms,
+        })
     }
 
     /// What the token says of its user. A claim that cannot be read is refused, and not read as none: who is left out of a group for it would
     /// never know.
     fn claims(&self, claims: &serde_json::Map<String, serde_json::Value>) -> Result<Claims, Error> {
-        let find = |claim: &String| claims.get(claim).filter(|value| !claim.is_empty() && !value.is_null());
-        let refused = |claim: &String, why: String| Error::Invalid(format!("the token's claim '{claim}' {why}"));
+        let find = |claim: &String| {
+            claims
+                .get(claim)
+                .filter(|value| !claim.is_empty() && !value.is_null())
+        };
+        let refused = |claim: &String, why: String| {
+            Error::Invalid(format!("the token's claim '{claim}' {why}"))
+        };
         let mut read = Claims::default();
         let claim = &self.config.groups_claim;
         if let Some(value) = find(claim) {
-            let groups = value.as_array().ok_or_else(|| refused(claim, "is no list of groups".to_owned()))?;
+            let groups = value
+                .as_array()
+                .ok_or_else(|| refused(claim, "is no list of groups".to_owned()))?;
             if groups.len() > MAX_GROUPS {
-                return Err(refused(claim, format!("has {} groups; {MAX_GROUPS} is the most", groups.len())));
+                return Err(refused(
+                    claim,
+                    format!("has {} groups; {MAX_GROUPS} is the most", groups.len()),
+                ));
             }
             for group in groups {
-                let group = group.as_str().ok_or_else(|| refused(claim, "has a group that is no text".to_owned()))?;
-                read.groups.insert(Name::parse(group).map_err(|e| refused(claim, e.of("has a group that").to_string()))?);
+                let group = group
+                    .as_str()
+                    .ok_or_else(|| refused(claim, "has a group that is no text".to_owned()))?;
+                read.groups.insert(
+                    Name::parse(group)
+                        .map_err(|e| refused(claim, e.of("has a group that").to_string()))?,
+                );
             }
         }
         let claim = &self.config.attributes_claim;
         if let Some(value) = find(claim) {
-            let members = value.as_object().ok_or_else(|| refused(claim, "is no object of attributes".to_owned()))?;
-            read.attributes = parse_attributes(members.clone()).map_err(|e| refused(claim, format!("cannot be read: {e}")))?;
+            let members = value
+                .as_object()
+                .ok_or_else(|| refused(claim, "is no object of attributes".to_owned()))?;
+            read.attributes = parse_attributes(members.clone())
+                .map_err(|e| refused(claim, format!("cannot be read: {e}")))?;
         }
         Ok(read)
     }
@@ -294,18 +395,33 @@ fn secret(
 ) -> Result<Option<String>, (&'static str, String)> {
     let (blame, secret) = match (text, file) {
         (None, None) => return Ok(None),
-        (Some(_), Some(_)) => return Err((file_name, format!("and {name} exclude each other; keep one"))),
+        (Some(_), Some(_)) => {
+            return Err((
+                file_name,
+                format!("and {name} exclude each other; keep one"),
+            ));
+        }
         (Some(text), None) => (name, text.0.clone()),
         (None, Some(path)) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| (file_name, format!("{} cannot be read: {e}; give a file that this process may read", path.display())))?;
+            let text = std::fs::read_to_string(path).map_err(|e| {
+                (
+                    file_name,
+                    format!(
+                        "{} cannot be read: {e}; give a file that this process may read",
+                        path.display()
+                    ),
+                )
+            })?;
             (file_name, text.trim_end_matches(['\n', '\r']).to_owned())
         }
     };
     if secret.len() < min_bytes {
         return Err((
             blame,
-            format!("has {} bytes, which can be guessed; use at least {min_bytes}, as from: openssl rand -hex {min_bytes}", secret.len()),
+            format!(
+                "has {} bytes, which can be guessed; use at least {min_bytes}, as from: openssl rand -hex {min_bytes}",
+                secret.len()
+            ),
         ));
     }
     Ok(Some(secret))
@@ -313,19 +429,38 @@ fn secret(
 
 /// The credentials of `Authorization: Bearer`.
 fn bearer(parts: &Parts) -> Option<&str> {
-    let (scheme, credentials) = parts.headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| credentials.trim())
+    let (scheme, credentials) = parts
+        .headers
+        .get(AUTHORIZATION)?
+        .to_str()
+        .ok()?
+        .split_once(' ')?;
+    scheme
+        .eq_ignore_ascii_case("bearer")
+        .then(|| credentials.trim())
 }
 
 fn cookie<'a>(parts: &'a Parts, name: &str) -> Option<&'a str> {
-    let pairs = parts.headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
-    pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(have, _)| *have == name).map(|(_, value)| value.trim_matches('"'))
+    let pairs = parts
+        .headers
+        .get_all(COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'));
+    pairs
+        .filter_map(|pair| pair.trim().split_once('='))
+        .find(|(have, _)| *have == name)
+        .map(|(_, value)| value.trim_matches('"'))
 }
 
 /// A parameter of the query, decoded.
 fn query(parts: &Parts, name: &str) -> Option<String> {
-    let axum::extract::Query(pairs) = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&parts.uri).ok()?;
-    pairs.into_iter().find(|(have, _)| have == name).map(|(_, value)| value)
+    let axum::extract::Query(pairs) =
+        axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&parts.uri).ok()?;
+    pairs
+        .into_iter()
+        .find(|(have, _)| have == name)
+        .map(|(_, value)| value)
 }
 
 #[cfg(test)]
@@ -362,44 +497,112 @@ mod tests {
     #[test]
     fn the_user_comes_from_the_token_and_not_from_the_url() {
         let auth = Auth::new(&config(), &[]).unwrap();
-        let bearer = format!("Bearer {}", token(&serde_json::json!({ "sub": "ann", "exp": LATER })));
-        let identity = auth.stream_identity(&request("/v1/stream?user=bob", &[("authorization", &bearer)])).unwrap();
-        assert_eq!((identity.reader.user.as_str(), identity.expires_at_ms), ("ann", Some((LATER + 30) * 1000)));
-        assert!(matches!(auth.stream_identity(&request("/v1/stream?user=bob", &[])), Err(Error::Missing(_))));
+        let bearer = format!(
+            "Bearer {}",
+            token(&serde_json::json!({ "sub": "ann", "exp": LATER }))
+        );
+        let identity = auth
+            .stream_identity(&request(
+                "/v1/stream?user=bob",
+                &[("authorization", &bearer)],
+            ))
+            .unwrap();
+        assert_eq!(
+            (identity.reader.user.as_str(), identity.expires_at_ms),
+            ("ann", Some((LATER + 30) * 1000))
+        );
+        assert!(matches!(
+            auth.stream_identity(&request("/v1/stream?user=bob", &[])),
+            Err(Error::Missing(_))
+        ));
 
-        let cookie = format!("a=b; pointsman={}; c=d", token(&serde_json::json!({ "sub": "ann", "exp": LATER })));
-        assert_eq!(auth.stream_identity(&request("/v1/stream", &[("cookie", &cookie)])).unwrap().reader.user.as_str(), "ann");
+        let cookie = format!(
+            "a=b; pointsman={}; c=d",
+            token(&serde_json::json!({ "sub": "ann", "exp": LATER }))
+        );
+        assert_eq!(
+            auth.stream_identity(&request("/v1/stream", &[("cookie", &cookie)]))
+                .unwrap()
+                .reader
+                .user
+                .as_str(),
+            "ann"
+        );
     }
 
     #[test]
     fn groups_and_attributes_are_what_the_token_says() {
         let read = |config: &Config, claims: serde_json::Value| {
             let mut all = serde_json::json!({ "sub": "ann", "exp": LATER });
-            all.as_object_mut().unwrap().extend(claims.as_object().unwrap().clone());
+            all.as_object_mut()
+                .unwrap()
+                .extend(claims.as_object().unwrap().clone());
             let bearer = format!("Bearer {}", token(&all));
-            let identity = Auth::new(config, &[]).unwrap().stream_identity(&request("/", &[("authorization", &bearer)]));
-            identity.map(|identity| identity.reader.claims).map_err(|error| error.to_string())
+            let identity = Auth::new(config, &[])
+                .unwrap()
+                .stream_identity(&request("/", &[("authorization", &bearer)]));
+            identity
+                .map(|identity| identity.reader.claims)
+                .map_err(|error| error.to_string())
         };
         let claims = serde_json::json!({ "groups": ["ops", "Ülm", "ops"], "attributes": { "plan": "pro", "age": 30, "beta": true } });
         let whole = read(&config(), claims.clone()).unwrap();
-        assert_eq!(whole.groups.iter().map(Name::as_str).collect::<Vec<_>>(), ["ops", "Ülm"]);
-        assert_eq!(serde_json::to_value(&whole.attributes).unwrap(), claims["attributes"]);
-        assert_eq!(read(&config(), serde_json::json!({ "groups": null, "attributes": null })).unwrap(), Claims::default());
+        assert_eq!(
+            whole.groups.iter().map(Name::as_str).collect::<Vec<_>>(),
+            ["ops", "Ülm"]
+        );
+        assert_eq!(
+            serde_json::to_value(&whole.attributes).unwrap(),
+            claims["attributes"]
+        );
+        assert_eq!(
+            read(
+                &config(),
+                serde_json::json!({ "groups": null, "attributes": null })
+            )
+            .unwrap(),
+            Claims::default()
+        );
 
-        let renamed = Config { groups_claim: "https://shop.example/roles".into(), attributes_claim: String::new(), ..config() };
+        let renamed = Config {
+            groups_claim: "https://shop.example/roles".into(),
+            attributes_claim: String::new(),
+            ..config()
+        };
         let claims = serde_json::json!({ "groups": 7, "https://shop.example/roles": ["staff"], "attributes": "x", "": ["y"] });
         let read_renamed = read(&renamed, claims).unwrap();
-        assert_eq!((read_renamed.groups.len(), read_renamed.attributes), (1, Attributes::default()));
+        assert_eq!(
+            (read_renamed.groups.len(), read_renamed.attributes),
+            (1, Attributes::default())
+        );
 
         let many: Vec<_> = (0..257).map(|n| n.to_string()).collect();
         for (claims, expect) in [
-            (serde_json::json!({ "groups": "ops" }), "claim 'groups' is no list"),
-            (serde_json::json!({ "groups": [7] }), "a group that is no text"),
-            (serde_json::json!({ "groups": ["a\nb"] }), "control character"),
-            (serde_json::json!({ "groups": [""] }), "a group that is empty"),
+            (
+                serde_json::json!({ "groups": "ops" }),
+                "claim 'groups' is no list",
+            ),
+            (
+                serde_json::json!({ "groups": [7] }),
+                "a group that is no text",
+            ),
+            (
+                serde_json::json!({ "groups": ["a\nb"] }),
+                "control character",
+            ),
+            (
+                serde_json::json!({ "groups": [""] }),
+                "a group that is empty",
+            ),
             (serde_json::json!({ "groups": many }), "has 257 groups"),
-            (serde_json::json!({ "attributes": ["plan"] }), "claim 'attributes' is no object"),
-            (serde_json::json!({ "attributes": { "plan": ["pro"] } }), "plan is neither"),
+            (
+                serde_json::json!({ "attributes": ["plan"] }),
+                "claim 'attributes' is no object",
+            ),
+            (
+                serde_json::json!({ "attributes": { "plan": ["pro"] } }),
+                "plan is neither",
+            ),
         ] {
             let error = read(&config(), claims.clone()).unwrap_err();
             assert!(error.contains(expect), "{claims} gave: {error}");
@@ -408,29 +611,73 @@ mod tests {
 
     #[test]
     fn a_bad_token_is_refused_with_its_reason() {
-        let auth = Auth::new(&Config { audience: Some("shop".into()), ..config() }, &[]).unwrap();
+        let auth = Auth::new(
+            &Config {
+                audience: Some("shop".into()),
+                ..config()
+            },
+            &[],
+        )
+        .unwrap();
         let check = |token: &str, expect: &str| {
-            let error = auth.stream_identity(&request("/", &[("authorization", &format!("Bearer {token}"))])).unwrap_err().to_string();
+            let error = auth
+                .stream_identity(&request(
+                    "/",
+                    &[("authorization", &format!("Bearer {token}"))],
+                ))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(expect), "{token} gave: {error}");
         };
         let claims = |changed: serde_json::Value| {
             let mut all = serde_json::json!({ "sub": "ann", "exp": LATER, "aud": "shop" });
-            all.as_object_mut().unwrap().extend(changed.as_object().unwrap().clone());
+            all.as_object_mut()
+                .unwrap()
+                .extend(changed.as_object().unwrap().clone());
             token(&all)
         };
         check("x.y.z", "no valid token");
         check(&claims(serde_json::json!({ "exp": 1000 })), "expired");
-        check(&claims(serde_json::json!({ "nbf": LATER })), "not valid yet");
-        check(&claims(serde_json::json!({ "aud": "bank" })), "another audience");
-        check(&claims(serde_json::json!({ "sub": 42 })), "no text claim 'sub'");
-        check(&claims(serde_json::json!({ "sub": "a\nb" })), "control character");
-        check(&token(&serde_json::json!({ "sub": "ann", "aud": "shop" })), "no claim 'exp' that can be read");
-        let (honest, other) = (claims(serde_json::json!({})), claims(serde_json::json!({ "sub": "bob" })));
-        let forged = format!("{}.{}", other.rsplit_once('.').unwrap().0, honest.rsplit_once('.').unwrap().1);
+        check(
+            &claims(serde_json::json!({ "nbf": LATER })),
+            "not valid yet",
+        );
+        check(
+            &claims(serde_json::json!({ "aud": "bank" })),
+            "another audience",
+        );
+        check(
+            &claims(serde_json::json!({ "sub": 42 })),
+            "no text claim 'sub'",
+        );
+        check(
+            &claims(serde_json::json!({ "sub": "a\nb" })),
+            "control character",
+        );
+        check(
+            &token(&serde_json::json!({ "sub": "ann", "aud": "shop" })),
+            "no claim 'exp' that can be read",
+        );
+        let (honest, other) = (
+            claims(serde_json::json!({})),
+            claims(serde_json::json!({ "sub": "bob" })),
+        );
+        let forged = format!(
+            "{}.{}",
+            other.rsplit_once('.').unwrap().0,
+            honest.rsplit_once('.').unwrap().1
+        );
         check(&forged, "signature");
         // {"alg":"none","typ":"JWT"}
-        let body = claims(serde_json::json!({})).split('.').nth(1).unwrap().to_owned();
-        check(&format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{body}."), "token");
+        let body = claims(serde_json::json!({}))
+            .split('.')
+            .nth(1)
+            .unwrap()
+            .to_owned();
+        check(
+            &format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{body}."),
+            "token",
+        );
         let hs512 = jsonwebtoken::encode(
             &jsonwebtoken::Header::new(Algorithm::HS512),
             &serde_json::json!({ "sub": "ann", "exp": LATER, "aud": "shop" }),
@@ -442,42 +689,136 @@ mod tests {
     #[test]
     fn only_the_configured_key_publishes() {
         let auth = Auth::new(&config(), &[]).unwrap();
-        assert_eq!(auth.authorize_key(&request("/", &[("authorization", "bearer publisher-key-0001")])), Ok(()));
-        assert!(matches!(auth.authorize_key(&request("/", &[("authorization", "Bearer publisher-key-0002")])), Err(Error::Invalid(_))));
-        assert!(matches!(auth.authorize_key(&request("/", &[])), Err(Error::Missing(_))));
-        let keyless = Auth::new(&Config { key: None, ..config() }, &[]).unwrap();
-        assert!(matches!(keyless.authorize_key(&request("/", &[("authorization", "Bearer x")])), Err(Error::Unavailable { .. })));
+        assert_eq!(
+            auth.authorize_key(&request(
+                "/",
+                &[("authorization", "bearer publisher-key-0001")]
+            )),
+            Ok(())
+        );
+        assert!(matches!(
+            auth.authorize_key(&request(
+                "/",
+                &[("authorization", "Bearer publisher-key-0002")]
+            )),
+            Err(Error::Invalid(_))
+        ));
+        assert!(matches!(
+            auth.authorize_key(&request("/", &[])),
+            Err(Error::Missing(_))
+        ));
+        let keyless = Auth::new(
+            &Config {
+                key: None,
+                ..config()
+            },
+            &[],
+        )
+        .unwrap();
+        assert!(matches!(
+            keyless.authorize_key(&request("/", &[("authorization", "Bearer x")])),
+            Err(Error::Unavailable { .. })
+        ));
     }
 
     #[test]
     fn dev_mode_believes_the_url_but_listens_on_loopback_only() {
-        let dev = Config { dev: true, ..Config::default() };
-        let auth = Auth::new(&dev, &["127.0.0.1:8080".parse().unwrap(), "[::1]:1".parse().unwrap()]).unwrap();
-        assert_eq!(auth.stream_identity(&request("/v1/stream?user=%C3%9Clrike", &[])).unwrap().reader.user.as_str(), "Ülrike");
-        assert!(auth.stream_identity(&request("/v1/stream?user=a%0Ab", &[])).is_err());
+        let dev = Config {
+            dev: true,
+            ..Config::default()
+        };
+        let auth = Auth::new(
+            &dev,
+            &[
+                "127.0.0.1:8080".parse().unwrap(),
+                "[::1]:1".parse().unwrap(),
+            ],
+        )
+        .unwrap();
+        assert_eq!(
+            auth.stream_identity(&request("/v1/stream?user=%C3%9Clrike", &[]))
+                .unwrap()
+                .reader
+                .user
+                .as_str(),
+            "Ülrike"
+        );
+        assert!(
+            auth.stream_identity(&request("/v1/stream?user=a%0Ab", &[]))
+                .is_err()
+        );
         assert!(auth.stream_identity(&request("/v1/stream", &[])).is_err());
         assert_eq!(auth.authorize_key(&request("/", &[])), Ok(()));
         let (key, text) = Auth::new(&dev, &["0.0.0.0:8080".parse().unwrap()]).unwrap_err();
-        assert!(key == "dev" && text.contains("loopback only, not on 0.0.0.0:8080"), "{text}");
+        assert!(
+            key == "dev" && text.contains("loopback only, not on 0.0.0.0:8080"),
+            "{text}"
+        );
     }
 
     #[test]
     fn weak_missing_and_doubled_secrets_are_configuration_errors() {
-        let check = |config: Config, key: &str| assert_eq!(Auth::new(&config, &[]).unwrap_err().0, key);
+        let check =
+            |config: Config, key: &str| assert_eq!(Auth::new(&config, &[]).unwrap_err().0, key);
         check(Config::default(), "jwt_secret");
-        check(Config { jwt_secret: Some("short".into()), ..config() }, "jwt_secret");
-        check(Config { key: Some("short".into()), ..config() }, "key");
-        check(Config { jwt_secret_file: Some("/nowhere".into()), ..config() }, "jwt_secret_file");
-        check(Config { jwt_secret: None, jwt_secret_file: Some("/nowhere/at/all".into()), ..config() }, "jwt_secret_file");
+        check(
+            Config {
+                jwt_secret: Some("short".into()),
+                ..config()
+            },
+            "jwt_secret",
+        );
+        check(
+            Config {
+                key: Some("short".into()),
+                ..config()
+            },
+            "key",
+        );
+        check(
+            Config {
+                jwt_secret_file: Some("/nowhere".into()),
+                ..config()
+            },
+            "jwt_secret_file",
+        );
+        check(
+            Config {
+                jwt_secret: None,
+                jwt_secret_file: Some("/nowhere/at/all".into()),
+                ..config()
+            },
+            "jwt_secret_file",
+        );
         assert!(!format!("{:?}", config()).contains("0123456789"));
     }
 
     #[test]
     fn secrets_of_the_example_are_taken_and_told_of() {
-        let told = |config: Config| Auth::new(&config, &[]).unwrap().placeholders().map(|(key, _)| key).collect::<Vec<_>>();
-        let placeholder: Option<Secret> = Some("change-me: openssl rand -hex 32 makes a good one".into());
+        let told = |config: Config| {
+            Auth::new(&config, &[])
+                .unwrap()
+                .placeholders()
+                .map(|(key, _)| key)
+                .collect::<Vec<_>>()
+        };
+        let placeholder: Option<Secret> =
+            Some("change-me: openssl rand -hex 32 makes a good one".into());
         assert_eq!(told(config()), [""; 0]);
-        assert_eq!(told(Config { jwt_secret: placeholder.clone(), ..config() }), ["auth.jwt_secret"]);
-        assert_eq!(told(Config { jwt_secret: placeholder.clone(), key: placeholder, ..config() }), ["auth.jwt_secret", "auth.key"]);
+        assert_eq!(
+            told(Config {
+                jwt_secret: placeholder.clone(),
+                ..config()
+            }),
+            ["auth.jwt_secret"]
+        );
+        assert_eq!(
+            told(Config {
+                jwt_secret: placeholder.clone(),
+                key: placeholder,
+                ..config()
+            }),
+            ["auth.jwt_secret", "auth.key"]
+        );
     }
 }

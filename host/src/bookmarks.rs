@@ -48,14 +48,22 @@ type Heads = BTreeMap<PartitionNumber, Head>;
 
 impl Bookmarks {
     pub fn new(broker: Arc<dyn Broker>) -> Self {
-        Self(Arc::new(Shared { broker, heads: Mutex::default() }))
+        Self(Arc::new(Shared {
+            broker,
+            heads: Mutex::default(),
+        }))
     }
 
     /// Moves these bookmarks to where the user says to be, but none of them backwards, and keeps them for another while.
     ///
     /// # Errors
     /// See [`Refusal`]. Those of `which` that come first may have been moved all the same.
-    pub async fn acknowledge(&self, user: &Name, told: &Cursor, which: &[BookmarkOf]) -> Result<(), Refusal> {
+    pub async fn acknowledge(
+        &self,
+        user: &Name,
+        told: &Cursor,
+        which: &[BookmarkOf],
+    ) -> Result<(), Refusal> {
         if self.is_ahead(told).await? {
             return Err(Refusal::Ahead);
         }
@@ -70,7 +78,9 @@ impl Bookmarks {
         let heads = self.heads_for(&[cursor]).await?;
         Ok(cursor.positions.iter().any(|position| {
             let head = heads.get(&position.partition);
-            head.is_some_and(|head| head.life == position.life && highest(cursor, position) > head.survived(head.life))
+            head.is_some_and(|head| {
+                head.life == position.life && highest(cursor, position) > head.survived(head.life)
+            })
         }))
     }
 
@@ -83,7 +93,12 @@ impl Bookmarks {
             };
             let to = bookmark(user, &cursor, true);
             // Also where it stands already: it is kept anew.
-            if self.0.broker.move_bookmark(user, which, seen.as_ref(), &to).await? {
+            if self
+                .0
+                .broker
+                .move_bookmark(user, which, seen.as_ref(), &to)
+                .await?
+            {
                 return Ok(());
             }
         }
@@ -96,7 +111,13 @@ impl Bookmarks {
     ///
     /// # Errors
     /// The broker's: where the device is cannot be known, or not be kept.
-    pub async fn start(&self, user: &Name, device: Name, is_in_sync: bool, asked: Option<Start>) -> broker::Result<Start> {
+    pub async fn start(
+        &self,
+        user: &Name,
+        device: Name,
+        is_in_sync: bool,
+        asked: Option<Start>,
+    ) -> broker::Result<Start> {
         let own = BookmarkOf::Device(device);
         for _ in 0..ATTEMPTS {
             let all = self.0.broker.bookmarks(user).await?;
@@ -111,26 +132,54 @@ impl Bookmarks {
                 Start::Cursor(cursor) if !self.is_ahead(cursor).await? => cursor.clone(),
                 _ => self.latest().await?,
             };
-            if self.0.broker.move_bookmark(user, &own, None, &bookmark(user, &first, false)).await? {
+            if self
+                .0
+                .broker
+                .move_bookmark(user, &own, None, &bookmark(user, &first, false))
+                .await?
+            {
                 return Ok(start);
             }
         }
-        Err(broker::Error::Away("too many streams of the same device begin at once".to_owned()))
+        Err(broker::Error::Away(
+            "too many streams of the same device begin at once".to_owned(),
+        ))
     }
 
     /// Where a device is by its user's bookmarks.
-    async fn place(&self, user: &Name, own: &BookmarkOf, is_in_sync: bool, all: &BTreeMap<BookmarkOf, Bookmark>) -> broker::Result<Start> {
+    async fn place(
+        &self,
+        user: &Name,
+        own: &BookmarkOf,
+        is_in_sync: bool,
+        all: &BTreeMap<BookmarkOf, Bookmark>,
+    ) -> broker::Result<Start> {
         let counts = |which: &BookmarkOf, kept: &Bookmark| {
             // Where another device began, nobody has seen what came before.
-            which == own || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))
+            which == own
+                || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))
         };
-        let counting: Vec<&Bookmark> = all.iter().filter(|(which, kept)| counts(which, kept)).map(|(_, kept)| kept).collect();
+        let counting: Vec<&Bookmark> = all
+            .iter()
+            .filter(|(which, kept)| counts(which, kept))
+            .map(|(_, kept)| kept)
+            .collect();
         if counting.is_empty() {
             return Ok(Start::Cursor(self.latest().await?));
         }
-        let places: Vec<Cursor> = counting.iter().filter_map(|kept| readable(user, kept)).collect();
-        let heads = if places.len() > 1 { self.heads_for(&places.iter().collect::<Vec<_>>()).await? } else { Heads::new() };
-        Ok(places.into_iter().reduce(|one, other| further(&one, &other, &heads)).map_or(Start::Unknown, Start::Cursor))
+        let places: Vec<Cursor> = counting
+            .iter()
+            .filter_map(|kept| readable(user, kept))
+            .collect();
+        let heads = if places.len() > 1 {
+            self.heads_for(&places.iter().collect::<Vec<_>>()).await?
+        } else {
+            Heads::new()
+        };
+        Ok(places
+            .into_iter()
+            .reduce(|one, other| further(&one, &other, &heads))
+            .map_or(Start::Unknown, Start::Cursor))
     }
 
     /// Up to where the user has read. `None`: nothing.
@@ -138,7 +187,12 @@ impl Bookmarks {
     /// # Errors
     /// The broker's.
     pub async fn read_mark(&self, user: &Name) -> broker::Result<Option<Cursor>> {
-        let mark = self.0.broker.bookmarks(user).await?.remove(&BookmarkOf::ReadMark);
+        let mark = self
+            .0
+            .broker
+            .bookmarks(user)
+            .await?
+            .remove(&BookmarkOf::ReadMark);
         Ok(mark.and_then(|mark| readable(user, &mark)))
     }
 
@@ -161,15 +215,28 @@ impl Bookmarks {
     ///
     /// # Errors
     /// The broker's.
-    pub async fn beside(&self, user: &Name, partition: PartitionNumber, id: NotificationId) -> broker::Result<Vec<Beside>> {
+    pub async fn beside(
+        &self,
+        user: &Name,
+        partition: PartitionNumber,
+        id: NotificationId,
+    ) -> broker::Result<Vec<Beside>> {
         let all = self.0.broker.bookmarks(user).await?;
         let head = self.read_head(partition).await?;
         let beside = |(which, kept): (BookmarkOf, Bookmark)| {
             let (cursor, mut standing) = (readable(user, &kept)?, Standing::default());
-            if let Some(position) = cursor.positions.iter().find(|position| position.partition == partition) {
+            if let Some(position) = cursor
+                .positions
+                .iter()
+                .find(|position| position.partition == partition)
+            {
                 standing.add(&cursor, position, &head);
             }
-            Some(Beside { which, is_acknowledged: kept.is_acknowledged, is_past: standing.covers(partition, id) })
+            Some(Beside {
+                which,
+                is_acknowledged: kept.is_acknowledged,
+                is_past: standing.covers(partition, id),
+            })
         };
         Ok(all.into_iter().filter_map(beside).collect())
     }
@@ -179,22 +246,43 @@ impl Bookmarks {
         let mut cursor = Cursor::default();
         for partition in self.0.broker.partitions() {
             let head = self.read_head(partition.number).await?;
-            cursor.positions.push(Position { partition: partition.number, life: head.life, low_water: head.latest() });
+            cursor.positions.push(Position {
+                partition: partition.number,
+                life: head.life,
+                low_water: head.latest(),
+            });
         }
         Ok(cursor)
     }
 
     /// Heads that know what these cursors speak of, if anybody does.
     async fn heads_for(&self, cursors: &[&Cursor]) -> broker::Result<Heads> {
-        let mut heads = self.0.heads.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let numbers: BTreeSet<_> = cursors.iter().flat_map(|cursor| &cursor.positions).map(|position| position.partition).collect();
+        let mut heads = self
+            .0
+            .heads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let numbers: BTreeSet<_> = cursors
+            .iter()
+            .flat_map(|cursor| &cursor.positions)
+            .map(|position| position.partition)
+            .collect();
         for number in numbers.into_iter().filter(|&number| self.is_here(number)) {
             let is_explained = |head: &Head| {
-                let here = |cursor: &&Cursor| cursor.positions.iter().find(|position| position.partition == number).copied();
+                let here = |cursor: &&Cursor| {
+                    cursor
+                        .positions
+                        .iter()
+                        .find(|position| position.partition == number)
+                        .copied()
+                };
                 cursors.iter().all(|cursor| {
                     here(cursor).is_none_or(|position| {
                         let is_known = head.lives.iter().any(|(life, _)| *life == position.life);
-                        is_known && (position.life != head.life || highest(cursor, &position) <= head.survived(head.life))
+                        is_known
+                            && (position.life != head.life
+                                || highest(cursor, &position) <= head.survived(head.life))
                     })
                 })
             };
@@ -207,13 +295,21 @@ impl Bookmarks {
 
     async fn read_head(&self, partition: PartitionNumber) -> broker::Result<Head> {
         let head = self.0.broker.head(partition).await?;
-        self.0.heads.lock().unwrap_or_else(PoisonError::into_inner).insert(partition, head.clone());
+        self.0
+            .heads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(partition, head.clone());
         Ok(head)
     }
 
     /// Whether the partition is configured on this node.
     fn is_here(&self, partition: PartitionNumber) -> bool {
-        self.0.broker.partitions().iter().any(|here| here.number == partition)
+        self.0
+            .broker
+            .partitions()
+            .iter()
+            .any(|here| here.number == partition)
     }
 }
 
@@ -227,12 +323,20 @@ pub struct Standing {
 impl Standing {
     fn add(&mut self, cursor: &Cursor, position: &Position, head: &Head) {
         let survived = head.survived(position.life);
-        self.low_water.insert(position.partition, position.low_water.min(survived));
-        self.had.extend(had_of(cursor, position.partition).filter(|id| *id <= survived).map(|id| (position.partition, id)));
+        self.low_water
+            .insert(position.partition, position.low_water.min(survived));
+        self.had.extend(
+            had_of(cursor, position.partition)
+                .filter(|id| *id <= survived)
+                .map(|id| (position.partition, id)),
+        );
     }
 
     pub fn covers(&self, partition: PartitionNumber, id: NotificationId) -> bool {
-        self.low_water.get(&partition).is_some_and(|low_water| id <= *low_water) || self.had.contains(&(partition, id))
+        self.low_water
+            .get(&partition)
+            .is_some_and(|low_water| id <= *low_water)
+            || self.had.contains(&(partition, id))
     }
 }
 
@@ -249,7 +353,10 @@ pub struct Beside {
 fn bookmark(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> Bookmark {
     let mut text = String::new();
     cursor.encode(user, &mut text);
-    Bookmark { cursor: text, is_acknowledged }
+    Bookmark {
+        cursor: text,
+        is_acknowledged,
+    }
 }
 
 fn readable(user: &Name, bookmark: &Bookmark) -> Option<Cursor> {
@@ -258,29 +365,59 @@ fn readable(user: &Name, bookmark: &Bookmark) -> Option<Cursor> {
 }
 
 fn had_of(cursor: &Cursor, partition: PartitionNumber) -> impl Iterator<Item = NotificationId> {
-    cursor.had.iter().filter(move |(of, _)| *of == partition).map(|(_, id)| *id)
+    cursor
+        .had
+        .iter()
+        .filter(move |(of, _)| *of == partition)
+        .map(|(_, id)| *id)
 }
 
 fn highest(cursor: &Cursor, position: &Position) -> NotificationId {
-    had_of(cursor, position.partition).max().unwrap_or_default().max(position.low_water)
+    had_of(cursor, position.partition)
+        .max()
+        .unwrap_or_default()
+        .max(position.low_water)
 }
 
 /// The place of who has had what both say: in each partition, the further of the two.
 fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
-    let numbers: BTreeSet<_> = kept.positions.iter().chain(&told.positions).map(|position| position.partition).collect();
+    let numbers: BTreeSet<_> = kept
+        .positions
+        .iter()
+        .chain(&told.positions)
+        .map(|position| position.partition)
+        .collect();
     let mut joined = Cursor::default();
     for number in numbers {
-        let here = |cursor: &Cursor| cursor.positions.iter().find(|position| position.partition == number).copied();
+        let here = |cursor: &Cursor| {
+            cursor
+                .positions
+                .iter()
+                .find(|position| position.partition == number)
+                .copied()
+        };
         let (position, had): (Position, BTreeSet<NotificationId>) = match (here(kept), here(told)) {
             (Some(one), Some(other)) if one.life == other.life => {
                 let low_water = one.low_water.max(other.low_water);
-                (Position { low_water, ..one }, had_of(kept, number).chain(had_of(told, number)).filter(|id| *id > low_water).collect())
+                (
+                    Position { low_water, ..one },
+                    had_of(kept, number)
+                        .chain(had_of(told, number))
+                        .filter(|id| *id > low_water)
+                        .collect(),
+                )
             }
             (Some(one), Some(other)) => {
                 // Who was told last in a life that is over has had what survived it. That of a partition that is not configured here
                 // nobody can judge: the last word counts.
-                let is_kept = heads.get(&number).is_some_and(|head| rank(head, &one) > rank(head, &other));
-                if is_kept { (one, had_of(kept, number).collect()) } else { (other, had_of(told, number).collect()) }
+                let is_kept = heads
+                    .get(&number)
+                    .is_some_and(|head| rank(head, &one) > rank(head, &other));
+                if is_kept {
+                    (one, had_of(kept, number).collect())
+                } else {
+                    (other, had_of(told, number).collect())
+                }
             }
             (Some(one), None) => (one, had_of(kept, number).collect()),
             (None, other) => {
@@ -299,7 +436,10 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
 /// How far a place is: by what still stands of it, then by how late its life was.
 fn rank(head: &Head, position: &Position) -> (NotificationId, Option<usize>) {
     let age = |life: Life| head.lives.iter().position(|(known, _)| *known == life);
-    (position.low_water.min(head.survived(position.life)), age(position.life))
+    (
+        position.low_water.min(head.survived(position.life)),
+        age(position.life),
+    )
 }
 
 #[cfg(test)]
@@ -317,7 +457,11 @@ mod tests {
 
     /// The lives 1, 2 and 3: 2 began when 100 had survived of 1, 3 when 200 had of 2.
     fn heads() -> Heads {
-        let lives = vec![(life(1), NotificationId(0)), (life(2), NotificationId(100)), (life(3), NotificationId(200))];
+        let lives = vec![
+            (life(1), NotificationId(0)),
+            (life(2), NotificationId(100)),
+            (life(3), NotificationId(200)),
+        ];
         let head = Head {
             life: life(3),
             lives,
@@ -332,18 +476,35 @@ mod tests {
     }
 
     fn at(n: u16, low_water: u64, had: &[u64]) -> Cursor {
-        let positions = vec![Position { partition: P, life: life(n), low_water: NotificationId(low_water) }];
-        Cursor { positions, had: had.iter().map(|id| (P, NotificationId(*id))).collect() }
+        let positions = vec![Position {
+            partition: P,
+            life: life(n),
+            low_water: NotificationId(low_water),
+        }];
+        Cursor {
+            positions,
+            had: had.iter().map(|id| (P, NotificationId(*id))).collect(),
+        }
     }
 
     #[test]
     fn a_place_never_moves_backwards() {
-        let check = |kept: &Cursor, told: &Cursor, expect: &Cursor| assert_eq!(further(kept, told, &heads()), *expect, "{kept:?} {told:?}");
+        let check = |kept: &Cursor, told: &Cursor, expect: &Cursor| {
+            assert_eq!(further(kept, told, &heads()), *expect, "{kept:?} {told:?}")
+        };
         // In one life.
         check(&at(3, 250, &[]), &at(3, 260, &[]), &at(3, 260, &[]));
         check(&at(3, 250, &[]), &at(3, 240, &[]), &at(3, 250, &[]));
-        check(&at(3, 250, &[255, 258]), &at(3, 256, &[257]), &at(3, 256, &[257, 258]));
-        check(&at(3, 250, &[251, 252, 253]), &at(3, 250, &[254]), &at(3, 250, &[251, 252, 253]));
+        check(
+            &at(3, 250, &[255, 258]),
+            &at(3, 256, &[257]),
+            &at(3, 256, &[257, 258]),
+        );
+        check(
+            &at(3, 250, &[251, 252, 253]),
+            &at(3, 250, &[254]),
+            &at(3, 250, &[251, 252, 253]),
+        );
         // Acknowledged in the life that followed, beyond what survived.
         check(&at(1, 150, &[]), &at(2, 120, &[]), &at(2, 120, &[]));
         check(&at(1, 150, &[]), &at(2, 100, &[]), &at(2, 100, &[]));
@@ -361,12 +522,26 @@ mod tests {
     fn partitions_that_one_of_them_does_not_name_stay_as_the_other_says() {
         let other = PartitionNumber(1);
         let elsewhere = Cursor {
-            positions: vec![Position { partition: other, life: life(7), low_water: NotificationId(5) }],
+            positions: vec![Position {
+                partition: other,
+                life: life(7),
+                low_water: NotificationId(5),
+            }],
             had: vec![(other, NotificationId(6))],
         };
         let joined = further(&at(3, 250, &[251]), &elsewhere, &heads());
-        assert_eq!(joined.positions.iter().map(|position| position.low_water.0).collect::<Vec<_>>(), [250, 5]);
-        assert_eq!(joined.had, [(P, NotificationId(251)), (other, NotificationId(6))]);
+        assert_eq!(
+            joined
+                .positions
+                .iter()
+                .map(|position| position.low_water.0)
+                .collect::<Vec<_>>(),
+            [250, 5]
+        );
+        assert_eq!(
+            joined.had,
+            [(P, NotificationId(251)), (other, NotificationId(6))]
+        );
     }
 
     proptest! {

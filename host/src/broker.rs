@@ -94,7 +94,9 @@ impl Retention {
     pub(crate) fn bookmark_age_ms(&self, which: &BookmarkOf) -> u64 {
         let age_s = match which {
             BookmarkOf::Device(_) => self.bookmark_age_s,
-            BookmarkOf::ReadMark => self.bookmark_age_s.max(self.max_age_s.saturating_add(self.max_age_s / 50)),
+            BookmarkOf::ReadMark => self
+                .bookmark_age_s
+                .max(self.max_age_s.saturating_add(self.max_age_s / 50)),
         };
         age_s.saturating_mul(1000)
     }
@@ -163,7 +165,10 @@ impl Head {
             self.top()
         } else {
             match self.lives.iter().position(|(known, _)| *known == life) {
-                Some(index) => self.lives.get(index + 1).map_or(self.top(), |(_, survived)| *survived),
+                Some(index) => self
+                    .lives
+                    .get(index + 1)
+                    .map_or(self.top(), |(_, survived)| *survived),
                 None => return NotificationId(0),
             }
         };
@@ -309,14 +314,27 @@ pub struct Page {
 #[derive(Clone, Debug)]
 pub enum Notice {
     /// `id` was appended to the log of `target`. Small records come along.
-    Append { partition: PartitionNumber, target: Target, life: Life, id: NotificationId, record: Option<Bytes> },
+    Append {
+        partition: PartitionNumber,
+        target: Target,
+        life: Life,
+        id: NotificationId,
+        record: Option<Bytes>,
+    },
     /// All notices of this partition up to `last` came before this one.
-    Tick { partition: PartitionNumber, life: Life, last: NotificationId },
+    Tick {
+        partition: PartitionNumber,
+        life: Life,
+        last: NotificationId,
+    },
     /// The broker lives but cannot write: counts as a sign of life, moves nothing.
     Alive { partition: PartitionNumber },
     /// Memberships or attributes of the user changed. Published in every partition before the change is acknowledged, so that in each
     /// it comes before the notices of later events.
-    RecipientChanged { partition: PartitionNumber, user: Name },
+    RecipientChanged {
+        partition: PartitionNumber,
+        user: Name,
+    },
     /// The follow request with this token is in force: later appends will be heard.
     Following { token: u64 },
     /// The connection to the broker was lost and made again, or notices were dropped. Every follow request before it is void and must be made again.
@@ -337,9 +355,7 @@ pub enum Follow {
         target: Target,
     },
     /// Notices stayed away too long: drop the connection of this partition and make another; answered by [`Notice::Reset`].
-    Reconnect {
-        partition: PartitionNumber,
-    },
+    Reconnect { partition: PartitionNumber },
 }
 
 /// A node's ear at the broker. Dropping it ends it. Ticks and recipient changes of all partitions come unasked.
@@ -465,10 +481,20 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
 
     /// Appends entries to the source, in order, and answers when the broker has them as durably as it can. A source at its backlog
     /// bound answers [`Error::Full`] and takes none.
-    async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>>;
+    async fn append(
+        &self,
+        partition: PartitionNumber,
+        entries: Vec<Vec<(Bytes, Bytes)>>,
+    ) -> Result<Vec<EntryId>>;
 
     /// Reads up to `count` entries after `after`, waiting up to `wait` for the first.
-    async fn read(&self, partition: PartitionNumber, after: EntryId, count: usize, wait: Duration) -> Result<Vec<Entry>>;
+    async fn read(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        count: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>>;
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head>;
 
@@ -494,10 +520,20 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32>;
 
     /// Up to `limit` ids of a log above `after`.
-    async fn page(&self, partition: PartitionNumber, target: &Target, after: NotificationId, limit: usize) -> Result<Page>;
+    async fn page(
+        &self,
+        partition: PartitionNumber,
+        target: &Target,
+        after: NotificationId,
+        limit: usize,
+    ) -> Result<Page>;
 
     /// The records of these ids, `None` where one is gone.
-    async fn records(&self, partition: PartitionNumber, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>>;
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>>;
 
     /// Opens a feed.
     async fn feed(&self) -> Result<Feed>;
@@ -513,10 +549,21 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     /// Puts a bookmark elsewhere and keeps it anew, if it still is what was seen of it (`None`: nothing), in one step. `false`: it is not.
     /// One device more than [`Retention::devices`] takes the place of the one of its kind, acknowledged or only begun, whose bookmark was left
     /// alone for longest: who merely opens streams pushes out no device that acknowledged anything.
-    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool>;
+    async fn move_bookmark(
+        &self,
+        user: &Name,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: &Bookmark,
+    ) -> Result<bool>;
 
     /// Up to `limit` dead letters after `after`, oldest first.
-    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>>;
+    async fn dead_letters(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>>;
 
     /// Appends the original fields to the source again and removes the dead letter, in one step. `false`: it is not there.
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
@@ -532,7 +579,12 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>>;
 
     /// The decision records of the event with this id, or of the entry with it, in all that are kept.
-    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found>;
+    async fn find_decisions(
+        &self,
+        partition: PartitionNumber,
+        event_id: &str,
+        limit: usize,
+    ) -> Result<Found>;
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 }

@@ -3,7 +3,11 @@
 //!
 //! Exit codes: 0, 1 when it failed, 64 when the arguments or the configuration are wrong.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "what a command answers goes to its terminal; the library logs")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what a command answers goes to its terminal; the library logs"
+)]
 
 use std::io::Read as _;
 use std::panic;
@@ -67,7 +71,10 @@ enum Command {
 fn end_when_nobody_reads() {
     let report = panic::take_hook();
     panic::set_hook(Box::new(move |panic| {
-        if panic.payload_as_str().is_some_and(|said| said.starts_with("failed printing to stdout: Broken pipe")) {
+        if panic
+            .payload_as_str()
+            .is_some_and(|said| said.starts_with("failed printing to stdout: Broken pipe"))
+        {
             process::exit(1);
         }
         report(panic);
@@ -103,7 +110,11 @@ pub(crate) fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("pointsman: {error:#}");
-            if error.is::<pointsman::config::Error>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+            if error.is::<pointsman::config::Error>() {
+                ExitCode::from(EXIT_USAGE)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -139,7 +150,11 @@ impl Node {
         if let Some(authorization) = self.authorization() {
             request = request.header("authorization", authorization);
         }
-        read(agent.run(request.body(())?).map_err(|error| no_node(&self.url, NODE_URL, &error))?)
+        read(
+            agent
+                .run(request.body(())?)
+                .map_err(|error| no_node(&self.url, NODE_URL, &error))?,
+        )
     }
 }
 
@@ -156,7 +171,13 @@ struct Admin {
 
 impl Admin {
     /// Sends a request, with this body if there is one.
-    fn request(&self, agent: &Agent, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<Response<Body>> {
+    fn request(
+        &self,
+        agent: &Agent,
+        method: &str,
+        path: &str,
+        body: Option<&[u8]>,
+    ) -> anyhow::Result<Response<Body>> {
         let url = format!("{}{path}", self.url.trim_end_matches('/'));
         let mut request = ureq::http::Request::builder().method(method).uri(&url);
         if let Some(key) = &self.key {
@@ -164,7 +185,12 @@ impl Admin {
         }
         let answered = match body {
             // Whoever has no key is told so before megabytes are on their way, and not by a pipe that breaks.
-            Some(body) => agent.run(request.header("content-type", "application/wasm").header("expect", "100-continue").body(body)?),
+            Some(body) => agent.run(
+                request
+                    .header("content-type", "application/wasm")
+                    .header("expect", "100-continue")
+                    .body(body)?,
+            ),
             None => agent.run(request.body(())?),
         };
         answered.map_err(|error| no_node(&self.url, ADMIN_URL, &error))
@@ -173,8 +199,10 @@ impl Admin {
 
 /// A client whose answers of any status are answers. `idle`: how long to wait for the next bytes.
 fn agent(idle: Duration) -> Agent {
-    let config =
-        Agent::config_builder().http_status_as_error(false).timeout_connect(Some(Duration::from_secs(10))).timeout_per_read(Some(idle));
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_connect(Some(Duration::from_secs(10)))
+        .timeout_per_read(Some(idle));
     // Loopback is never behind a proxy, whatever the environment says; and a node elsewhere is reached as it is named.
     config.proxy(None).build().new_agent()
 }
@@ -183,7 +211,12 @@ fn agent(idle: Duration) -> Agent {
 fn read(response: Response<Body>) -> anyhow::Result<(StatusCode, String)> {
     let status = response.status();
     let mut text = String::new();
-    response.into_body().into_reader().take(16 * 1024 * 1024).read_to_string(&mut text).context("the answer broke off")?;
+    response
+        .into_body()
+        .into_reader()
+        .take(16 * 1024 * 1024)
+        .read_to_string(&mut text)
+        .context("the answer broke off")?;
     Ok((status, text))
 }
 
@@ -199,35 +232,58 @@ fn accept((status, text): (StatusCode, String)) -> anyhow::Result<String> {
 fn refusal(status: StatusCode, text: &str) -> String {
     let body: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
     let Some(error) = body["error"].as_str().map(printable) else {
-        return format!("what answers there says {status}, which no Pointsman node would; is --url its address?");
+        return format!(
+            "what answers there says {status}, which no Pointsman node would; is --url its address?"
+        );
     };
     if status == StatusCode::NOT_FOUND && error.starts_with("there is nothing at") {
         return "the node has nothing of that at this address; it has one for applications and one for operators: give the other with --url"
             .to_owned();
     }
     let fix = match status {
-        StatusCode::UNAUTHORIZED if error.contains("the key") => Some("give --key or POINTSMAN_KEY".to_owned()),
-        StatusCode::UNAUTHORIZED => Some("give --token or POINTSMAN_TOKEN; --user is for a node in dev mode".to_owned()),
+        StatusCode::UNAUTHORIZED if error.contains("the key") => {
+            Some("give --key or POINTSMAN_KEY".to_owned())
+        }
+        StatusCode::UNAUTHORIZED => {
+            Some("give --token or POINTSMAN_TOKEN; --user is for a node in dev mode".to_owned())
+        }
         _ => body["fix"].as_str().map(printable),
     };
     let said = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));
-    let is_reckoned_with = matches!(status.as_u16(), 400 | 401 | 403 | 404 | 408 | 409 | 413 | 422 | 429 | 503);
-    if is_reckoned_with { said } else { format!("the node answered {status}: {said}") }
+    let is_reckoned_with = matches!(
+        status.as_u16(),
+        400 | 401 | 403 | 404 | 408 | 409 | 413 | 422 | 429 | 503
+    );
+    if is_reckoned_with {
+        said
+    } else {
+        format!("the node answered {status}: {said}")
+    }
 }
 
 /// Nobody answers: which address was tried, and what names another.
 fn no_node(url: &str, variable: &str, error: &ureq::Error) -> anyhow::Error {
-    anyhow!("no node answers at {url} ({error}); start one, or give its address with --url or {variable}")
+    anyhow!(
+        "no node answers at {url} ({error}); start one, or give its address with --url or {variable}"
+    )
 }
 
 /// A text from elsewhere in one line that a terminal does not obey.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }
 
 /// JSON as people read it, and as they may paste it: JSON itself lets through characters that a terminal obeys (U+0080 to U+009F).
 fn pretty_json(value: &serde_json::Value) -> String {
-    let escaped = |c: char| if c.is_control() && c != '\n' { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    let escaped = |c: char| {
+        if c.is_control() && c != '\n' {
+            format!("\\u{:04x}", u32::from(c))
+        } else {
+            c.to_string()
+        }
+    };
     format!("{value:#}").chars().map(escaped).collect()
 }
 
@@ -241,8 +297,14 @@ mod tests {
     fn what_is_printed_as_json_is_that_and_no_terminal_obeys_it() {
         let odd = serde_json::json!({ "a\u{9b}2J": ["\u{7f}", "ü", "\u{1b}", "\u{85}\n"] });
         let printed = pretty_json(&odd);
-        assert!(printed.chars().all(|c| c == '\n' || !c.is_control()), "{printed:?}");
-        assert_eq!(serde_json::from_str::<serde_json::Value>(&printed).unwrap(), odd);
+        assert!(
+            printed.chars().all(|c| c == '\n' || !c.is_control()),
+            "{printed:?}"
+        );
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&printed).unwrap(),
+            odd
+        );
     }
 
     #[test]
@@ -250,8 +312,11 @@ mod tests {
         let command = Cli::command();
         command.clone().debug_assert();
         let serve = command.find_subcommand("serve").unwrap();
-        let mut options: Vec<&str> =
-            serve.get_arguments().filter_map(clap::Arg::get_long).filter(|long| !["config", "help"].contains(long)).collect();
+        let mut options: Vec<&str> = serve
+            .get_arguments()
+            .filter_map(clap::Arg::get_long)
+            .filter(|long| !["config", "help"].contains(long))
+            .collect();
         let mut known = pointsman::config::OPTIONS.map(|(option, _)| option);
         options.sort_unstable();
         known.sort_unstable();

@@ -81,20 +81,36 @@ impl Criteria {
     pub fn new(any_of: Vec<Vec<Test>>) -> Result<Self, Malformed> {
         let n_tests: usize = any_of.iter().map(Vec::len).sum();
         if n_tests > Self::MAX_TESTS {
-            return Err(Malformed::new(format!("have {n_tests} tests; {} is the most", Self::MAX_TESTS)).of("the criteria"));
+            return Err(Malformed::new(format!(
+                "have {n_tests} tests; {} is the most",
+                Self::MAX_TESTS
+            ))
+            .of("the criteria"));
         }
         let clause = |clause: Vec<Test>| clause.into_iter().map(Test::compile).collect();
-        any_of.into_iter().map(clause).collect::<Result<_, _>>().map(Self)
+        any_of
+            .into_iter()
+            .map(clause)
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 
     /// Whether they hold for a recipient with these attributes.
     pub fn hold(&self, attributes: &Attributes) -> bool {
-        self.0.iter().any(|clause| clause.iter().all(|test| test.holds(attributes)))
+        self.0
+            .iter()
+            .any(|clause| clause.iter().all(|test| test.holds(attributes)))
     }
 
     /// Of each clause, the first test that does not hold: why none of them does. A clause that holds has none.
     pub fn unmet(&self, attributes: &Attributes) -> Vec<Test> {
-        let first = |clause: &[Compiled]| clause.iter().find(|test| !test.holds(attributes)).cloned().map(Test::from);
+        let first = |clause: &[Compiled]| {
+            clause
+                .iter()
+                .find(|test| !test.holds(attributes))
+                .cloned()
+                .map(Test::from)
+        };
         self.0.iter().filter_map(|clause| first(clause)).collect()
     }
 }
@@ -108,22 +124,37 @@ impl TryFrom<Vec<Vec<Test>>> for Criteria {
 
 impl From<Criteria> for Vec<Vec<Test>> {
     fn from(criteria: Criteria) -> Self {
-        criteria.0.into_iter().map(|clause| clause.into_iter().map(Test::from).collect()).collect()
+        criteria
+            .0
+            .into_iter()
+            .map(|clause| clause.into_iter().map(Test::from).collect())
+            .collect()
     }
 }
 
 impl Test {
     fn compile(self) -> Result<Compiled, Malformed> {
-        let Self { attribute, operator, values } = self;
-        let check = Check::new(operator, values)
-            .map_err(|wanted| Malformed::new(format!("'{}' takes {wanted}", attribute.escape_debug())).of("the test of"))?;
-        Ok(Compiled { key: Key::new(&attribute), check })
+        let Self {
+            attribute,
+            operator,
+            values,
+        } = self;
+        let check = Check::new(operator, values).map_err(|wanted| {
+            Malformed::new(format!("'{}' takes {wanted}", attribute.escape_debug()))
+                .of("the test of")
+        })?;
+        Ok(Compiled {
+            key: Key::new(&attribute),
+            check,
+        })
     }
 }
 
 impl Compiled {
     fn holds(&self, attributes: &Attributes) -> bool {
-        attributes.find(&self.key).is_some_and(|value| self.check.holds(value))
+        attributes
+            .find(&self.key)
+            .is_some_and(|value| self.check.holds(value))
     }
 }
 
@@ -140,7 +171,11 @@ impl From<Compiled> for Test {
             Check::Greater(value) => (Greater, vec![value]),
             Check::Present => (Present, Vec::new()),
         };
-        Self { attribute: key.into_name(), operator, values }
+        Self {
+            attribute: key.into_name(),
+            operator,
+            values,
+        }
     }
 }
 
@@ -151,14 +186,17 @@ impl Check {
             (Operator::Present, Err(values)) if values.is_empty() => return Ok(Self::Present),
             (Operator::Present, _) => return Err("no value"),
             (Operator::OneOf, Ok(values)) => return Ok(Self::OneOf(values.into())),
-            (Operator::OneOf, Err(values)) if !values.is_empty() => return Ok(Self::OneOf(values.into())),
+            (Operator::OneOf, Err(values)) if !values.is_empty() => {
+                return Ok(Self::OneOf(values.into()));
+            }
             (Operator::OneOf, Err(_)) => return Err("at least one value"),
             (Operator::Equals | Operator::NotEquals, Err(_)) => return Err("one value"),
             (Operator::Contains | Operator::Prefix, Err(_)) => return Err("one text"),
             (Operator::Less | Operator::Greater, Err(_)) => return Err("one number"),
             (_, Ok(one)) => one,
         };
-        let is_number = matches!(value, Value::Integer(_)) || matches!(value, Value::Decimal(d) if !d.is_nan());
+        let is_number =
+            matches!(value, Value::Integer(_)) || matches!(value, Value::Decimal(d) if !d.is_nan());
         Ok(match (operator, value) {
             (Operator::Equals, value) => Self::Equals(value),
             (Operator::NotEquals, value) => Self::NotEquals(value),
@@ -224,7 +262,10 @@ fn compare_with_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
         _ if decimal.is_nan() => None,
         _ if decimal >= BEYOND => Some(Ordering::Less),
         _ if decimal < -BEYOND => Some(Ordering::Greater),
-        _ => integer.cmp(&(decimal.trunc() as i64)).then(0.0.partial_cmp(&decimal.fract())?).into(),
+        _ => integer
+            .cmp(&(decimal.trunc() as i64))
+            .then(0.0.partial_cmp(&decimal.fract())?)
+            .into(),
     }
 }
 
@@ -233,7 +274,9 @@ fn compare(a: &Value, b: &Value) -> Option<Ordering> {
     match (a, b) {
         (Value::Integer(a), Value::Integer(b)) => Some(a.cmp(b)),
         (Value::Integer(a), Value::Decimal(b)) => compare_with_decimal(*a, *b),
-        (Value::Decimal(a), Value::Integer(b)) => compare_with_decimal(*b, *a).map(Ordering::reverse),
+        (Value::Decimal(a), Value::Integer(b)) => {
+            compare_with_decimal(*b, *a).map(Ordering::reverse)
+        }
         (Value::Decimal(a), Value::Decimal(b)) => a.partial_cmp(b),
         _ => None,
     }
@@ -256,7 +299,11 @@ mod tests {
             ("beta".into(), Value::Flag(true)),
         ]);
         let check = |attribute: &str, operator: Operator, values: &[Value], expect: bool| {
-            let test = Test { attribute: attribute.into(), operator, values: values.to_vec() };
+            let test = Test {
+                attribute: attribute.into(),
+                operator,
+                values: values.to_vec(),
+            };
             let criteria = Criteria::new(vec![vec![test.clone()]]).unwrap();
             assert_eq!(criteria.hold(&have), expect, "{test:?}");
         };
@@ -285,8 +332,16 @@ mod tests {
 
     #[test]
     fn an_or_of_ands() {
-        let pro = Test { attribute: "plan".into(), operator: Operator::Equals, values: vec![text("pro")] };
-        let adult = Test { attribute: "age".into(), operator: Operator::Greater, values: vec![Value::Integer(17)] };
+        let pro = Test {
+            attribute: "plan".into(),
+            operator: Operator::Equals,
+            values: vec![text("pro")],
+        };
+        let adult = Test {
+            attribute: "age".into(),
+            operator: Operator::Greater,
+            values: vec![Value::Integer(17)],
+        };
         let have = Attributes::from([("plan".into(), text("pro"))]);
         let hold = |any_of| Criteria::new(any_of).unwrap().hold(&have);
         assert!(hold(vec![vec![adult.clone()], vec![pro.clone()]]));
@@ -297,34 +352,62 @@ mod tests {
 
     #[test]
     fn what_is_unmet_is_the_first_test_of_each_clause_that_does_not_hold() {
-        let test =
-            |attribute: &str, value: &str| Test { attribute: attribute.into(), operator: Operator::Equals, values: vec![text(value)] };
+        let test = |attribute: &str, value: &str| Test {
+            attribute: attribute.into(),
+            operator: Operator::Equals,
+            values: vec![text(value)],
+        };
         let have = Attributes::from([("plan".into(), text("pro")), ("region".into(), text("eu"))]);
         let unmet = |any_of: Vec<Vec<Test>>| Criteria::new(any_of).unwrap().unmet(&have);
         let (met, first, second) = (test("plan", "pro"), test("region", "us"), test("team", "a"));
-        assert_eq!(unmet(vec![vec![met.clone(), first.clone(), second.clone()], vec![second.clone()]]), [first, second]);
+        assert_eq!(
+            unmet(vec![
+                vec![met.clone(), first.clone(), second.clone()],
+                vec![second.clone()]
+            ]),
+            [first, second]
+        );
         assert_eq!(unmet(vec![vec![met], vec![]]), []);
     }
 
     #[test]
     fn whole_numbers_are_compared_exactly() {
         let have = Attributes::from([("n".into(), Value::Integer(i64::MAX))]);
-        let holds =
-            |operator, value| Criteria::new(vec![vec![Test { attribute: "n".into(), operator, values: vec![value] }]]).unwrap().hold(&have);
+        let holds = |operator, value| {
+            Criteria::new(vec![vec![Test {
+                attribute: "n".into(),
+                operator,
+                values: vec![value],
+            }]])
+            .unwrap()
+            .hold(&have)
+        };
         assert!(holds(Operator::Greater, Value::Integer(i64::MAX - 1)));
         assert!(!holds(Operator::Equals, Value::Integer(i64::MAX - 1)));
         assert!(!holds(Operator::Less, Value::Integer(i64::MAX)));
-        assert!(!holds(Operator::Equals, Value::Decimal(i64::MAX as f64)), "that is one more");
+        assert!(
+            !holds(Operator::Equals, Value::Decimal(i64::MAX as f64)),
+            "that is one more"
+        );
         assert!(holds(Operator::Less, Value::Decimal(i64::MAX as f64)));
-        assert!(holds(Operator::Greater, Value::Decimal(-0.5)) && holds(Operator::Greater, Value::Decimal(-1e300)));
+        assert!(
+            holds(Operator::Greater, Value::Decimal(-0.5))
+                && holds(Operator::Greater, Value::Decimal(-1e300))
+        );
     }
 
     #[test]
     fn deciding_allocates_nothing() {
         let every = |values: &[(Operator, &[Value])]| {
-            let test =
-                |(operator, values): &(Operator, &[Value])| Test { attribute: "plan".into(), operator: *operator, values: values.to_vec() };
-            values.iter().map(|operator| vec![test(operator)]).collect::<Vec<_>>()
+            let test = |(operator, values): &(Operator, &[Value])| Test {
+                attribute: "plan".into(),
+                operator: *operator,
+                values: values.to_vec(),
+            };
+            values
+                .iter()
+                .map(|operator| vec![test(operator)])
+                .collect::<Vec<_>>()
         };
         use Operator::*;
         let (pro, one) = ([text("pr")], [Value::Integer(1)]);
@@ -337,7 +420,10 @@ mod tests {
             (Contains, &[text("x")]),
         ]))
         .unwrap();
-        let have = Attributes::from([("age".into(), Value::Integer(30)), ("plan".into(), text("pro"))]);
+        let have = Attributes::from([
+            ("age".into(), Value::Integer(30)),
+            ("plan".into(), text("pro")),
+        ]);
         let counted = allocation_counter::measure(|| assert!(!criteria.hold(&have)));
         assert_eq!(counted.count_total, 0);
     }
@@ -358,7 +444,10 @@ mod tests {
         assert_eq!((ask(&free), ask(&pro), n_decided.get()), (false, true, 2));
         for n in 0..100 {
             let other = of(&format!("plan {n}"));
-            assert!(!ask(&other), "a set of attributes takes the answer of one that came before it");
+            assert!(
+                !ask(&other),
+                "a set of attributes takes the answer of one that came before it"
+            );
         }
         assert!(ask(&pro));
     }
@@ -373,8 +462,17 @@ mod tests {
             (Operator::OneOf, vec![]),
             (Operator::Present, vec![text("x")]),
         ] {
-            let test = Test { attribute: "age".into(), operator, values };
-            assert!(Criteria::new(vec![vec![test]]).unwrap_err().to_string().contains("'age' takes"));
+            let test = Test {
+                attribute: "age".into(),
+                operator,
+                values,
+            };
+            assert!(
+                Criteria::new(vec![vec![test]])
+                    .unwrap_err()
+                    .to_string()
+                    .contains("'age' takes")
+            );
         }
     }
 }

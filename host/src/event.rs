@@ -35,10 +35,17 @@ impl Name {
             return Err(Malformed::new("is empty"));
         }
         if text.len() > Self::MAX {
-            return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Self::MAX)));
+            return Err(Malformed::new(format!(
+                "has {} bytes; {} is the most",
+                text.len(),
+                Self::MAX
+            )));
         }
         if let Some(c) = text.chars().find(|c| c.is_control()) {
-            return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))));
+            return Err(Malformed::new(format!(
+                "has the control character U+{:04X}",
+                u32::from(c)
+            )));
         }
         Ok(Self(text.into()))
     }
@@ -85,7 +92,10 @@ impl EntryId {
     pub fn before(self) -> Option<Self> {
         match (self.ms, self.seq) {
             (ms, seq @ 1..) => Some(Self { ms, seq: seq - 1 }),
-            (ms @ 1.., 0) => Some(Self { ms: ms - 1, seq: u64::MAX }),
+            (ms @ 1.., 0) => Some(Self {
+                ms: ms - 1,
+                seq: u64::MAX,
+            }),
             (0, 0) => None,
         }
     }
@@ -100,8 +110,18 @@ impl fmt::Display for EntryId {
 impl FromStr for EntryId {
     type Err = Malformed;
     fn from_str(text: &str) -> Result<Self, Malformed> {
-        let parsed = text.split_once('-').and_then(|(ms, seq)| Some(Self { ms: ms.parse().ok()?, seq: seq.parse().ok()? }));
-        parsed.ok_or_else(|| Malformed::new(format!("'{}' is no entry id such as 1700000000000-0", text.escape_debug())))
+        let parsed = text.split_once('-').and_then(|(ms, seq)| {
+            Some(Self {
+                ms: ms.parse().ok()?,
+                seq: seq.parse().ok()?,
+            })
+        });
+        parsed.ok_or_else(|| {
+            Malformed::new(format!(
+                "'{}' is no entry id such as 1700000000000-0",
+                text.escape_debug()
+            ))
+        })
     }
 }
 
@@ -113,7 +133,9 @@ impl Serialize for EntryId {
 
 impl<'de> Deserialize<'de> for EntryId {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        std::borrow::Cow::<'de, str>::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        std::borrow::Cow::<'de, str>::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -145,10 +167,18 @@ impl FromStr for Position {
     type Err = Malformed;
     fn from_str(text: &str) -> Result<Self, Malformed> {
         match text.split_once('/') {
-            None => Ok(Self { entry: text.parse()?, slices: 0 }),
+            None => Ok(Self {
+                entry: text.parse()?,
+                slices: 0,
+            }),
             Some((entry, k)) => {
-                let slices = k.parse().map_err(|_| Malformed::new(format!("'{k}' is no number of slices")))?;
-                Ok(Self { entry: entry.parse()?, slices })
+                let slices = k
+                    .parse()
+                    .map_err(|_| Malformed::new(format!("'{k}' is no number of slices")))?;
+                Ok(Self {
+                    entry: entry.parse()?,
+                    slices,
+                })
             }
         }
     }
@@ -156,7 +186,9 @@ impl FromStr for Position {
 
 /// The id of a notification in its partition: `max(last + 1, floor + 1, ms since 2024-01-01 * 4096)`, so that ids ascend whatever the clock
 /// does, tell the time, and stay below 2^53: exact as a Lua number, a sorted-set score and a JavaScript number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct NotificationId(pub u64);
 
@@ -189,7 +221,8 @@ impl fmt::Display for NotificationId {
 pub struct Life(u16);
 
 /// The alphabet of base64url, in order of value (RFC 4648, section 5).
-pub(crate) const BASE64URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+pub(crate) const BASE64URL: &[u8; 64] =
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
 impl Life {
     /// From any number, of which the lowest 12 bits count.
@@ -204,7 +237,8 @@ impl Life {
 
 impl fmt::Display for Life {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [high, low] = [self.0 >> 6, self.0 & 63].map(|six| char::from(BASE64URL[usize::from(six)]));
+        let [high, low] =
+            [self.0 >> 6, self.0 & 63].map(|six| char::from(BASE64URL[usize::from(six)]));
         write!(f, "{high}{low}")
     }
 }
@@ -214,10 +248,13 @@ impl FromStr for Life {
     fn from_str(text: &str) -> Result<Self, Malformed> {
         let value = |b: u8| BASE64URL.iter().position(|&c| c == b).map(|at| at as u16);
         let bits = match *text.as_bytes() {
-            [high, low] => value(high).zip(value(low)).map(|(high, low)| high << 6 | low),
+            [high, low] => value(high)
+                .zip(value(low))
+                .map(|(high, low)| high << 6 | low),
             _ => None,
         };
-        bits.map(Self).ok_or_else(|| Malformed::new("is no name of a life: two characters of base64url"))
+        bits.map(Self)
+            .ok_or_else(|| Malformed::new("is no name of a life: two characters of base64url"))
     }
 }
 
@@ -227,7 +264,15 @@ mod tests {
 
     #[test]
     fn names_refuse_what_would_forge_a_key_a_frame_or_a_log_line() {
-        for bad in ["", "a\nb", "a\rb", "a\0b", "\u{7f}", "\u{85}", &"x".repeat(257)] {
+        for bad in [
+            "",
+            "a\nb",
+            "a\rb",
+            "a\0b",
+            "\u{7f}",
+            "\u{85}",
+            &"x".repeat(257),
+        ] {
             assert!(Name::parse(bad).is_err(), "{bad:?}");
         }
         for good in ["42", "user:42", "Ülrike", "a b", "{x}", &"x".repeat(256)] {
@@ -237,9 +282,16 @@ mod tests {
 
     #[test]
     fn ids_and_positions_read_back_what_they_print() {
-        for text in ["0-0", "1700000000000-3", "18446744073709551615-18446744073709551615"] {
+        for text in [
+            "0-0",
+            "1700000000000-3",
+            "18446744073709551615-18446744073709551615",
+        ] {
             assert_eq!(text.parse::<EntryId>().unwrap().to_string(), text);
-            assert_eq!(format!("{text}/2").parse::<Position>().unwrap().to_string(), format!("{text}/2"));
+            assert_eq!(
+                format!("{text}/2").parse::<Position>().unwrap().to_string(),
+                format!("{text}/2")
+            );
         }
         for bad in ["", "1", "1-", "-1", "1-x", "a-1"] {
             assert!(bad.parse::<EntryId>().is_err(), "{bad}");
@@ -253,7 +305,10 @@ mod tests {
     #[test]
     fn the_entry_before_another_is_the_last_below_it() {
         let id = |ms, seq| EntryId { ms, seq };
-        assert_eq!([id(7, 3), id(7, 0), id(0, 0)].map(EntryId::before), [Some(id(7, 2)), Some(id(6, u64::MAX)), None]);
+        assert_eq!(
+            [id(7, 3), id(7, 0), id(0, 0)].map(EntryId::before),
+            [Some(id(7, 2)), Some(id(6, u64::MAX)), None]
+        );
     }
 
     #[test]

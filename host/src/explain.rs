@@ -38,8 +38,7 @@ const MAX_DEAD_LETTERS: usize = 1_000;
 /// How far the clock of a node may be off that of the broker, by which dead letters are numbered.
 const CLOCKS_DIFFER_MS: u64 = 60_000;
 
-const AS_THEY_ARE_NOW: &str =
-    "Attributes are judged as they are now, and of a membership that ended and began again only the newest stretch is known.";
+const AS_THEY_ARE_NOW: &str = "Attributes are judged as they are now, and of a membership that ended and began again only the newest stretch is known.";
 const CLAIMS: &str = "Groups and attributes that a token claims are known only while a stream shows it; here they are not.";
 const FRAMES: &str = "Streams on other nodes are not seen here, nor what a stream leaves out by types or min_priority; and a frame that was written is not one that arrived.";
 const ACKNOWLEDGED: &str = "A device that acknowledged what came later may have begun after this one, have left it out, or have come by before it was for the user.";
@@ -181,13 +180,23 @@ impl Sources<'_> {
     ///
     /// # Errors
     /// [`Unexplained`]: there is no decision of it, or the broker says no.
-    pub async fn explain(&self, event_id: &Name, user: Option<&Name>) -> Result<Explanation, Unexplained> {
+    pub async fn explain(
+        &self,
+        event_id: &Name,
+        user: Option<&Name>,
+    ) -> Result<Explanation, Unexplained> {
         let mut found = search::decisions(self.broker, event_id).await?;
-        let newest = found.iter().position(|decided| decided.outcome != Outcome::Duplicate).unwrap_or(0);
+        let newest = found
+            .iter()
+            .position(|decided| decided.outcome != Outcome::Duplicate)
+            .unwrap_or(0);
         let is_same = |decided: &Decided| {
-            decided.partition == found[newest].partition && decided.decision.event_source == found[newest].decision.event_source
+            decided.partition == found[newest].partition
+                && decided.decision.event_source == found[newest].decision.event_source
         };
-        let committed = found.iter().position(|decided| decided.outcome == Outcome::Committed && is_same(decided));
+        let committed = found
+            .iter()
+            .position(|decided| decided.outcome == Outcome::Committed && is_same(decided));
         let decision = found.remove(committed.unwrap_or(newest));
         found.truncate(MAX_OTHERS);
         let (dead_letter, is_sought_to_the_end) = self.dead_letter(&decision).await?;
@@ -204,7 +213,10 @@ impl Sources<'_> {
             && let Some(record) = self.record(&explanation.decision, id).await?
         {
             if let Some(user) = user {
-                explanation.recipient = Some(self.standing(&explanation.decision, id, &record.plan, user).await?);
+                explanation.recipient = Some(
+                    self.standing(&explanation.decision, id, &record.plan, user)
+                        .await?,
+                );
             }
             explanation.plan = Some(record.plan);
         }
@@ -213,8 +225,17 @@ impl Sources<'_> {
     }
 
     /// The record of a decision, if it is still there and still its own: after a fail-over ids are issued again.
-    async fn record(&self, decided: &Decided, id: NotificationId) -> broker::Result<Option<Notification>> {
-        let stored = self.broker.records(decided.partition, &[id]).await?.pop().flatten();
+    async fn record(
+        &self,
+        decided: &Decided,
+        id: NotificationId,
+    ) -> broker::Result<Option<Notification>> {
+        let stored = self
+            .broker
+            .records(decided.partition, &[id])
+            .await?
+            .pop()
+            .flatten();
         let record = stored.and_then(|stored| serde_json::from_slice::<Notification>(&stored).ok());
         Ok(record.filter(|record| record.entry == decided.entry))
     }
@@ -233,10 +254,20 @@ impl Sources<'_> {
             _ if came_ms <= clock_ms => came_ms.max(decided_ms),
             _ => decided_ms,
         };
-        let mut after = EntryId { ms: from_ms, seq: 0 }.before().unwrap_or_default();
+        let mut after = EntryId {
+            ms: from_ms,
+            seq: 0,
+        }
+        .before()
+        .unwrap_or_default();
         for _ in 0..MAX_DEAD_LETTERS / READ {
-            let letters = self.broker.dead_letters(decided.partition, after, READ).await?;
-            let Some(last) = letters.last() else { return Ok((None, true)) };
+            let letters = self
+                .broker
+                .dead_letters(decided.partition, after, READ)
+                .await?;
+            let Some(last) = letters.last() else {
+                return Ok((None, true));
+            };
             after = last.id;
             if let Some(letter) = letters.iter().find(|letter| letter.entry == decided.entry) {
                 return Ok((Some(format!("{}/{}", decided.partition.0, letter.id)), true));
@@ -245,42 +276,84 @@ impl Sources<'_> {
         Ok((None, false))
     }
 
-    async fn standing(&self, decided: &Decided, id: NotificationId, plan: &Plan, user: &Name) -> broker::Result<Standing> {
+    async fn standing(
+        &self,
+        decided: &Decided,
+        id: NotificationId,
+        plan: &Plan,
+        user: &Name,
+    ) -> broker::Result<Standing> {
         let partition = decided.partition;
         let recipient = self.broker.recipient(user).await?;
-        let now = Moment { partition, id, now_ms: self.broker.head(partition).await?.now_ms };
+        let now = Moment {
+            partition,
+            id,
+            now_ms: self.broker.head(partition).await?.now_ms,
+        };
         // An id runs ahead of the clock after that was set back.
-        let then = Moment { now_ms: id.ms().min(decided.decision.clock_ms), ..now };
+        let then = Moment {
+            now_ms: id.ms().min(decided.decision.clock_ms),
+            ..now
+        };
         let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
         let way_at = |moment| winning_route(plan, user, &recipient, moment, holds);
-        let mut ways = Ways { then: way_at(then), now: way_at(now), ..Ways::default() };
+        let mut ways = Ways {
+            then: way_at(then),
+            now: way_at(now),
+            ..Ways::default()
+        };
         let mut routes = Vec::with_capacity(plan.routes.len());
         for (index, route) in plan.routes.iter().enumerate() {
-            routes.push(match reaches(route, user, &recipient, now, |criteria| criteria.hold(&recipient.attributes)) {
-                Ok(target) => {
-                    let target = route.to[target].clone();
-                    RouteToUser { reason: reasons::reaching(&target, user), target: Some(target), miss: None }
-                }
-                Err(miss) => {
-                    let why = reasons::missing(route, miss, user, &recipient, now);
-                    let reason = why.whole();
-                    ways.provided.extend(why.provided.iter());
-                    if ways.nearest.as_ref().is_none_or(|(_, other)| why.nearness > other.nearness) {
-                        ways.nearest = Some((index, why));
+            routes.push(
+                match reaches(route, user, &recipient, now, |criteria| {
+                    criteria.hold(&recipient.attributes)
+                }) {
+                    Ok(target) => {
+                        let target = route.to[target].clone();
+                        RouteToUser {
+                            reason: reasons::reaching(&target, user),
+                            target: Some(target),
+                            miss: None,
+                        }
                     }
-                    RouteToUser { target: None, miss: Some(miss), reason }
-                }
-            });
+                    Err(miss) => {
+                        let why = reasons::missing(route, miss, user, &recipient, now);
+                        let reason = why.whole();
+                        ways.provided.extend(why.provided.iter());
+                        if ways
+                            .nearest
+                            .as_ref()
+                            .is_none_or(|(_, other)| why.nearness > other.nearness)
+                        {
+                            ways.nearest = Some((index, why));
+                        }
+                        RouteToUser {
+                            target: None,
+                            miss: Some(miss),
+                            reason,
+                        }
+                    }
+                },
+            );
         }
         let mut not_known = vec![AS_THEY_ARE_NOW, CLAIMS, FRAMES];
         let mut superseded_by = None;
-        if let Some(key) = ways.now.or(ways.then).and_then(|way| plan.routes[way.route].collapse.as_ref()) {
+        if let Some(key) = ways
+            .now
+            .or(ways.then)
+            .and_then(|way| plan.routes[way.route].collapse.as_ref())
+        {
             let (successor, is_all) = self.successor(user, &recipient, now, key).await?;
             superseded_by = successor;
             not_known.extend((superseded_by.is_none() && !is_all).then_some(LATER));
         }
         let (mut devices, mut read) = (Vec::new(), false);
-        for Beside { which, is_acknowledged, is_past } in self.bookmarks.beside(user, partition, id).await? {
+        for Beside {
+            which,
+            is_acknowledged,
+            is_past,
+        } in self.bookmarks.beside(user, partition, id).await?
+        {
             let at = match (is_past, is_acknowledged) {
                 (false, _) => At::Before,
                 (true, true) => At::Acknowledged,
@@ -291,7 +364,12 @@ impl Sources<'_> {
                 BookmarkOf::ReadMark => read = is_past,
             }
         }
-        not_known.extend(devices.iter().any(|device| device.at == At::Acknowledged).then_some(ACKNOWLEDGED));
+        not_known.extend(
+            devices
+                .iter()
+                .any(|device| device.at == At::Acknowledged)
+                .then_some(ACKNOWLEDGED),
+        );
         let (open, past) = self.hub.streams_beside(user, partition, id);
         Ok(Standing {
             user: user.clone(),
@@ -309,10 +387,20 @@ impl Sources<'_> {
     }
 
     /// Whether one of the user's logs still has it. `None`: it was never in one.
-    async fn is_in_log(&self, user: &Name, recipient: &Recipient, plan: &Plan, at: Moment) -> broker::Result<Option<bool>> {
+    async fn is_in_log(
+        &self,
+        user: &Name,
+        recipient: &Recipient,
+        plan: &Plan,
+        at: Moment,
+    ) -> broker::Result<Option<bool>> {
         let before = NotificationId(at.id.0.saturating_sub(1));
         let mut is_named = false;
-        for target in plan.targets().iter().filter(|target| recipient.is_named_by(target, user, at.partition, at.id)) {
+        for target in plan
+            .targets()
+            .iter()
+            .filter(|target| recipient.is_named_by(target, user, at.partition, at.id))
+        {
             is_named = true;
             let page = self.broker.page(at.partition, target, before, 1).await?;
             if page.entries.first().is_some_and(|&(id, _)| id == at.id) && at.id >= page.floor {
@@ -324,10 +412,19 @@ impl Sources<'_> {
 
     /// The next notification that reached the user with this collapse key, one that is still there before one that has expired; and whether
     /// all were looked through.
-    async fn successor(&self, user: &Name, recipient: &Recipient, at: Moment, key: &Name) -> broker::Result<(Option<Successor>, bool)> {
+    async fn successor(
+        &self,
+        user: &Name,
+        recipient: &Recipient,
+        at: Moment,
+        key: &Name,
+    ) -> broker::Result<(Option<Successor>, bool)> {
         let (mut ids, mut is_all) = (BTreeSet::new(), true);
         for (target, after) in recipient.logs(user, at.partition, at.id) {
-            let page = self.broker.page(at.partition, &target, after, MAX_LATER).await?;
+            let page = self
+                .broker
+                .page(at.partition, &target, after, MAX_LATER)
+                .await?;
             is_all &= page.is_last;
             ids.extend(page.entries.into_iter().map(|(id, _)| id));
         }
@@ -337,18 +434,38 @@ impl Sources<'_> {
         for ids in ids.chunks(READ) {
             let records = self.broker.records(at.partition, ids).await?;
             for (&id, record) in ids.iter().zip(records) {
-                let Some(record) = record.and_then(|record| serde_json::from_slice::<Notification>(&record).ok()) else { continue };
+                let Some(record) =
+                    record.and_then(|record| serde_json::from_slice::<Notification>(&record).ok())
+                else {
+                    continue;
+                };
                 let is_state_at = |now_ms| {
                     let moment = Moment { id, now_ms, ..at };
-                    let way = winning_route(&record.plan, user, recipient, moment, |_, criteria| criteria.hold(&recipient.attributes));
-                    way.is_some_and(|way| record.plan.routes[way.route].collapse.as_ref() == Some(key))
+                    let way =
+                        winning_route(&record.plan, user, recipient, moment, |_, criteria| {
+                            criteria.hold(&recipient.attributes)
+                        });
+                    way.is_some_and(|way| {
+                        record.plan.routes[way.route].collapse.as_ref() == Some(key)
+                    })
                 };
                 if is_state_at(at.now_ms) {
-                    return Ok((Some(Successor { event_id: record.event.id, notification: id, expired: false }), is_all));
+                    return Ok((
+                        Some(Successor {
+                            event_id: record.event.id,
+                            notification: id,
+                            expired: false,
+                        }),
+                        is_all,
+                    ));
                 }
                 // As it was committed: whoever had it then does not get what it took the place of.
                 if gone.is_none() && is_state_at(id.ms().min(at.now_ms)) {
-                    gone = Some(Successor { event_id: record.event.id, notification: id, expired: true });
+                    gone = Some(Successor {
+                        event_id: record.event.id,
+                        notification: id,
+                        expired: true,
+                    });
                 }
             }
         }

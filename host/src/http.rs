@@ -65,10 +65,19 @@ pub fn routes(state: Arc<State>) -> Router {
         .route("/v1/stream", get(stream::open))
         .route("/v1/notifications", get(notifications::page))
         .route("/v1/acks", post(acks::acknowledge))
-        .route("/v1/groups/{group}/members/{user}", put(members::join).delete(members::leave).get(members::show))
-        .route("/v1/users/{user}/attributes", get(users::show).put(users::replace).delete(users::clear))
+        .route(
+            "/v1/groups/{group}/members/{user}",
+            put(members::join).delete(members::leave).get(members::show),
+        )
+        .route(
+            "/v1/users/{user}/attributes",
+            get(users::show).put(users::replace).delete(users::clear),
+        )
         .route("/v1/dead", get(dead::list))
-        .route("/v1/dead/{partition}/{id}", get(dead::show).delete(dead::drop))
+        .route(
+            "/v1/dead/{partition}/{id}",
+            get(dead::show).delete(dead::drop),
+        )
         .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive));
     if state.auth.is_dev() {
         routes = routes.merge(page::routes());
@@ -88,18 +97,36 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .route("/v1/explain", get(explain::explain))
         .route("/v1/events", get(export::newest))
         .route("/v1/plugins", get(plugins::list))
-        .route("/v1/plugins/{name}", get(plugins::show).put(plugins::upload).delete(plugins::remove))
+        .route(
+            "/v1/plugins/{name}",
+            get(plugins::show)
+                .put(plugins::upload)
+                .delete(plugins::remove),
+        )
         .route("/v1/plugins/{name}/enable", post(plugins::enable))
         .route("/v1/plugins/{name}/disable", post(plugins::disable))
         .route("/v1/plugins/{name}/rollback", post(plugins::roll_back))
-        .route("/v1/plugins/{name}/shadow", get(candidates::report).put(candidates::begin).delete(candidates::end))
+        .route(
+            "/v1/plugins/{name}/shadow",
+            get(candidates::report)
+                .put(candidates::begin)
+                .delete(candidates::end),
+        )
         .route("/v1/plugins/{name}/promote", post(candidates::promote))
         .route("/v1/plugins/{name}/replay", post(candidates::replay));
-    let routes = routes.fallback(nothing_here).method_not_allowed_fallback(other_method);
+    let routes = routes
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(other_method);
     routes
         .layer(middleware::from_fn(refuse_pages))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), cors::refuse_other_names))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&state),
+            cors::refuse_other_names,
+        ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&state),
+            count_refusals,
+        ))
         .with_state(state)
 }
 
@@ -109,9 +136,18 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method)
         .layer(middleware::from_fn(refuse_surplus))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), cors::refuse_other_names))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), count_refusals))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), cors::apply))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&state),
+            cors::refuse_other_names,
+        ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&state),
+            count_refusals,
+        ))
+        .layer(middleware::from_fn_with_state(
+            Arc::clone(&state),
+            cors::apply,
+        ))
         .with_state(state)
 }
 
@@ -211,7 +247,10 @@ impl State {
     /// Gives the handlers their broker and the hub that listens to it; a second one is ignored.
     pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
         let bookmarks = Bookmarks::new(Arc::clone(&broker));
-        if self.broker.set(broker).is_err() || self.bookmarks.set(bookmarks).is_err() || self.hub.set(hub).is_err() {
+        if self.broker.set(broker).is_err()
+            || self.bookmarks.set(bookmarks).is_err()
+            || self.hub.set(hub).is_err()
+        {
             tracing::debug!("the broker was there already");
         }
     }
@@ -233,7 +272,9 @@ impl State {
     /// # Errors
     /// 503 as long as the broker never answered.
     pub fn bookmarks(&self) -> Result<&Bookmarks, ApiError> {
-        self.bookmarks.get().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
+        self.bookmarks
+            .get()
+            .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
     }
 
     /// The plugins.
@@ -241,7 +282,9 @@ impl State {
     /// # Errors
     /// 503 as long as they are being loaded.
     pub fn pipeline(&self) -> Result<&Pipeline, ApiError> {
-        self.pipeline.get().ok_or_else(|| ApiError::away("the plugins of this node are still being loaded"))
+        self.pipeline
+            .get()
+            .ok_or_else(|| ApiError::away("the plugins of this node are still being loaded"))
     }
 
     pub fn pulse(&self) -> &Pulse {
@@ -253,7 +296,9 @@ impl State {
     /// # Errors
     /// 503 as long as it never answered.
     pub fn broker(&self) -> Result<&Arc<dyn Broker>, ApiError> {
-        self.broker.get().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
+        self.broker
+            .get()
+            .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
     }
 
     pub fn auth(&self) -> &Auth {
@@ -308,9 +353,14 @@ async fn read_body(mut body: Body, max: usize, wait: Duration) -> Result<Bytes, 
     };
     match tokio::time::timeout(wait, read).await {
         Err(_) if is_too_large => Err(too_large()),
-        Err(_) => Err(ApiError::timeout(format!("the body did not arrive within {} s", wait.as_secs()))),
+        Err(_) => Err(ApiError::timeout(format!(
+            "the body did not arrive within {} s",
+            wait.as_secs()
+        ))),
         Ok(Ok(None)) => Err(too_large()),
-        Ok(Err(e)) => Err(ApiError::bad_request("the body broke off").cause(anyhow::Error::from_boxed(e))),
+        Ok(Err(e)) => {
+            Err(ApiError::bad_request("the body broke off").cause(anyhow::Error::from_boxed(e)))
+        }
         Ok(Ok(Some(body))) => Ok(body),
     }
 }
@@ -321,15 +371,23 @@ async fn nothing_here(request: Request) -> ApiError {
 }
 
 async fn other_method(request: Request) -> ApiError {
-    ApiError::method_not_allowed(format!("{} takes no {}", request.uri().path().escape_debug(), request.method()))
+    ApiError::method_not_allowed(format!(
+        "{} takes no {}",
+        request.uri().path().escape_debug(),
+        request.method()
+    ))
 }
 
 /// Tells a connection above the bound that it is too many. A stream is let through to say it in its own words, with 200 and a `retry`,
 /// because an `EventSource` stops for ever on any other status.
 async fn refuse_surplus(request: Request, next: Next) -> Response {
-    let is_surplus = request.extensions().get::<Arc<Connection>>().is_some_and(|connection| connection.is_surplus());
+    let is_surplus = request
+        .extensions()
+        .get::<Arc<Connection>>()
+        .is_some_and(|connection| connection.is_surplus());
     if is_surplus && request.uri().path() != "/v1/stream" {
-        return ApiError::overloaded("this node has as many connections as it takes").into_response();
+        return ApiError::overloaded("this node has as many connections as it takes")
+            .into_response();
     }
     next.run(request).await
 }
@@ -337,15 +395,25 @@ async fn refuse_surplus(request: Request, next: Next) -> Response {
 /// Nothing is changed for a page in somebody's browser: a node in dev mode asks for no key, and whoever visits a page would be its operator.
 async fn refuse_pages(request: Request, next: Next) -> Response {
     if !request.method().is_safe() && request.headers().contains_key(ORIGIN) {
-        return ApiError::forbidden("pages in a browser change nothing here").fix("send it without the header Origin").into_response();
+        return ApiError::forbidden("pages in a browser change nothing here")
+            .fix("send it without the header Origin")
+            .into_response();
     }
     next.run(request).await
 }
 
-async fn count_refusals(axum::extract::State(state): axum::extract::State<Arc<State>>, request: Request, next: Next) -> Response {
+async fn count_refusals(
+    axum::extract::State(state): axum::extract::State<Arc<State>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let response = next.run(request).await;
     if let Some(error::Refused(reason)) = response.extensions().get() {
-        state.metrics.requests_refused.get_or_create(&ReasonLabel { reason }).inc();
+        state
+            .metrics
+            .requests_refused
+            .get_or_create(&ReasonLabel { reason })
+            .inc();
     }
     response
 }
@@ -369,9 +437,17 @@ mod tests {
         ] {
             let (found, _, body) = site.request(method, path, &[], "").await;
             assert_eq!(found, status, "{method} {path}");
-            assert!(body["error"].as_str().is_some_and(|text| !text.is_empty()), "{method} {path}: {body}");
+            assert!(
+                body["error"].as_str().is_some_and(|text| !text.is_empty()),
+                "{method} {path}: {body}"
+            );
         }
-        assert!(site.state.metrics().render().contains("pointsman_requests_refused_total{reason=\"not-found\"} 1"));
+        assert!(
+            site.state
+                .metrics()
+                .render()
+                .contains("pointsman_requests_refused_total{reason=\"not-found\"} 1")
+        );
     }
 
     #[tokio::test]
@@ -398,20 +474,37 @@ mod tests {
             let (status, headers, _) = site.request(method, path, &[], "{}").await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{method} {path}");
             assert_eq!(headers["www-authenticate"], "Bearer");
-            let (status, headers, _) = site.request(method, path, &[("authorization", "Bearer wrong")], "{}").await;
+            let (status, headers, _) = site
+                .request(method, path, &[("authorization", "Bearer wrong")], "{}")
+                .await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{method} {path}");
-            assert_eq!(headers["www-authenticate"], "Bearer error=\"invalid_token\"");
+            assert_eq!(
+                headers["www-authenticate"],
+                "Bearer error=\"invalid_token\""
+            );
         }
-        let (status, ..) = site.request("PUT", "/v1/groups/ops/members/ann", &[("authorization", "Bearer publisher-key-0001")], "").await;
+        let (status, ..) = site
+            .request(
+                "PUT",
+                "/v1/groups/ops/members/ann",
+                &[("authorization", "Bearer publisher-key-0001")],
+                "",
+            )
+            .await;
         assert_eq!(status, StatusCode::NO_CONTENT);
         // The page is for dev mode.
-        assert_eq!(site.request("GET", "/", &[], "").await.0, StatusCode::NOT_FOUND);
+        assert_eq!(
+            site.request("GET", "/", &[], "").await.0,
+            StatusCode::NOT_FOUND
+        );
     }
 
     #[tokio::test]
     async fn before_the_broker_answered_requests_are_asked_to_come_again() {
         let site = Site::without_broker();
-        let (status, headers, _) = site.request("PUT", "/v1/groups/ops/members/ann", &[], "").await;
+        let (status, headers, _) = site
+            .request("PUT", "/v1/groups/ops/members/ann", &[], "")
+            .await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
         assert!(headers.contains_key("retry-after"));
     }

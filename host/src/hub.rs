@@ -93,10 +93,21 @@ impl Hub {
     /// Starts the feed and the ticks. They end with the runtime; without them streams would stay open and hear nothing, so that one that panics
     /// ends the node.
     pub fn start(broker: Arc<dyn Broker>, metrics: Metrics, shutdown: &Shutdown) -> Self {
-        let partitions = broker.partitions().iter().map(|partition| partition.number).collect();
+        let partitions = broker
+            .partitions()
+            .iter()
+            .map(|partition| partition.number)
+            .collect();
         let history = History::new(Arc::clone(&broker), metrics.clone());
         let (next_stream, state) = (AtomicU64::new(1), Mutex::default());
-        let hub = Self(Arc::new(Shared { broker, history, metrics, partitions, next_stream, state }));
+        let hub = Self(Arc::new(Shared {
+            broker,
+            history,
+            metrics,
+            partitions,
+            next_stream,
+            state,
+        }));
         shutdown.spawn_lasting("the reader of notices", Arc::clone(&hub.0).listen());
         for &partition in &hub.0.partitions {
             shutdown.spawn_lasting("what ticks", tick(Arc::downgrade(&hub.0), partition));
@@ -109,8 +120,12 @@ impl Hub {
         let shared = &self.0;
         let reader = reader.into();
         let user = reader.user.clone();
-        let subscription = Subscription::new(reader, start, filter, shared.partitions.iter().copied());
-        let stream = Arc::new(OpenStream::new(shared.next_stream.fetch_add(1, Ordering::Relaxed), subscription));
+        let subscription =
+            Subscription::new(reader, start, filter, shared.partitions.iter().copied());
+        let stream = Arc::new(OpenStream::new(
+            shared.next_stream.fetch_add(1, Ordering::Relaxed),
+            subscription,
+        ));
         let mut state = shared.lock();
         state.streams.insert(stream.id, Arc::clone(&stream));
         state.by_user.entry(user).or_default().insert(stream.id);
@@ -119,18 +134,34 @@ impl Hub {
         for &partition in &shared.partitions {
             shared.replay(&stream, partition, "connect", Subscription::enter_replay);
         }
-        StreamGuard { hub: self.clone(), stream }
+        StreamGuard {
+            hub: self.clone(),
+            stream,
+        }
     }
 
     /// Reads what is kept for a reader, from `start` up to now, and at most `limit` notifications of it, without following anything.
     /// `take` is called after each step that may have something to say; it answers how many notifications it took in all.
-    pub async fn read(&self, reader: Reader, start: Start, filter: Filter, limit: usize, mut take: impl FnMut(&mut Subscription) -> usize) {
+    pub async fn read(
+        &self,
+        reader: Reader,
+        start: Start,
+        filter: Filter,
+        limit: usize,
+        mut take: impl FnMut(&mut Subscription) -> usize,
+    ) {
         let shared = &self.0;
-        let subscription = Subscription::new(reader, start, filter, shared.partitions.iter().copied());
-        let stream = Arc::new(OpenStream::new(shared.next_stream.fetch_add(1, Ordering::Relaxed), subscription));
+        let subscription =
+            Subscription::new(reader, start, filter, shared.partitions.iter().copied());
+        let stream = Arc::new(OpenStream::new(
+            shared.next_stream.fetch_add(1, Ordering::Relaxed),
+            subscription,
+        ));
         let replays = shared.partitions.iter().map(|&partition| {
             let round = stream.lock().enter_replay(partition);
-            shared.history.replay(Arc::clone(&stream), partition, round, &FollowsNothing)
+            shared
+                .history
+                .replay(Arc::clone(&stream), partition, round, &FollowsNothing)
         });
         let mut replays = std::pin::pin!(futures_util::future::join_all(replays));
         // The replays wake this task whenever they have something for it, as they would wake a socket's.
@@ -154,9 +185,20 @@ impl Hub {
 
     /// How many streams of a user are open on this node, and how many of them have nothing more to do with this notification: it was
     /// written, was not for them, or lies before their beginning.
-    pub fn streams_beside(&self, user: &Name, partition: PartitionNumber, id: NotificationId) -> (usize, usize) {
+    pub fn streams_beside(
+        &self,
+        user: &Name,
+        partition: PartitionNumber,
+        id: NotificationId,
+    ) -> (usize, usize) {
         let state = self.0.lock();
-        let open: Vec<_> = state.by_user.get(user).into_iter().flatten().filter_map(|stream| state.streams.get(stream)).collect();
+        let open: Vec<_> = state
+            .by_user
+            .get(user)
+            .into_iter()
+            .flatten()
+            .filter_map(|stream| state.streams.get(stream))
+            .collect();
         let is_past = |stream: &&&Arc<OpenStream>| stream.lock().is_past(partition, id);
         (open.len(), open.iter().filter(is_past).count())
     }
@@ -164,8 +206,18 @@ impl Hub {
     /// Partitions of which nothing was heard for [`SILENCE`] or ever.
     pub fn silent(&self) -> Vec<PartitionNumber> {
         let state = self.0.lock();
-        let is_silent = |partition: &&PartitionNumber| state.last_tick.get(partition).is_none_or(|tick| tick.elapsed() > SILENCE);
-        self.0.partitions.iter().filter(is_silent).copied().collect()
+        let is_silent = |partition: &&PartitionNumber| {
+            state
+                .last_tick
+                .get(partition)
+                .is_none_or(|tick| tick.elapsed() > SILENCE)
+        };
+        self.0
+            .partitions
+            .iter()
+            .filter(is_silent)
+            .copied()
+            .collect()
     }
 }
 
@@ -191,7 +243,12 @@ async fn tick(hub: std::sync::Weak<Shared>, partition: PartitionNumber) {
 
 #[async_trait]
 impl Follows for Shared {
-    async fn follow(&self, stream: &Arc<OpenStream>, partition: PartitionNumber, targets: Vec<Target>) {
+    async fn follow(
+        &self,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        targets: Vec<Target>,
+    ) {
         let mut confirmations = Vec::new();
         {
             let mut state = self.lock();
@@ -199,8 +256,14 @@ impl Follows for Shared {
             if !state.streams.contains_key(&stream.id) {
                 return;
             }
-            let before = state.followed.insert((stream.id, partition), targets.clone()).unwrap_or_default();
-            for target in before.into_iter().filter(|target| !targets.contains(target)) {
+            let before = state
+                .followed
+                .insert((stream.id, partition), targets.clone())
+                .unwrap_or_default();
+            for target in before
+                .into_iter()
+                .filter(|target| !targets.contains(target))
+            {
                 state.unfollow(stream.id, partition, target);
             }
             for target in targets {
@@ -225,34 +288,62 @@ impl Follows for Shared {
 
 impl State {
     fn log(&mut self, partition: PartitionNumber, target: Target) -> &mut Log {
-        let Self { logs, follow, next_token, asked, .. } = self;
-        logs.entry((partition, target)).or_insert_with_key(|(_, target)| {
-            *next_token += 1;
-            if let Some(follow) = follow {
-                ask(follow, asked, *next_token, partition, target);
-            }
-            Log { followers: HashMap::new(), token: *next_token, is_confirmed: false, waiting: Vec::new() }
-        })
+        let Self {
+            logs,
+            follow,
+            next_token,
+            asked,
+            ..
+        } = self;
+        logs.entry((partition, target))
+            .or_insert_with_key(|(_, target)| {
+                *next_token += 1;
+                if let Some(follow) = follow {
+                    ask(follow, asked, *next_token, partition, target);
+                }
+                Log {
+                    followers: HashMap::new(),
+                    token: *next_token,
+                    is_confirmed: false,
+                    waiting: Vec::new(),
+                }
+            })
     }
 
     fn unfollow(&mut self, stream: u64, partition: PartitionNumber, target: Target) {
         let key = (partition, target);
-        let Some(log) = self.logs.get_mut(&key) else { return };
+        let Some(log) = self.logs.get_mut(&key) else {
+            return;
+        };
         log.followers.remove(&stream);
         if log.followers.is_empty() {
             self.logs.remove(&key);
             if let Some(follow) = &self.follow {
-                follow.send(Follow::Stop { partition, target: key.1 }).ok();
+                follow
+                    .send(Follow::Stop {
+                        partition,
+                        target: key.1,
+                    })
+                    .ok();
             }
         }
     }
 
     /// Asks anew for every log of these partitions.
     fn follow_again(&mut self, partitions: &[PartitionNumber]) {
-        let Self { logs, follow, next_token, asked, .. } = self;
+        let Self {
+            logs,
+            follow,
+            next_token,
+            asked,
+            ..
+        } = self;
         let Some(follow) = follow else { return };
         asked.retain(|_, (partition, _)| !partitions.contains(partition));
-        for ((partition, target), log) in logs.iter_mut().filter(|((partition, _), _)| partitions.contains(partition)) {
+        for ((partition, target), log) in logs
+            .iter_mut()
+            .filter(|((partition, _), _)| partitions.contains(partition))
+        {
             *next_token += 1;
             log.token = *next_token;
             log.is_confirmed = false;
@@ -270,7 +361,13 @@ fn ask(
 ) {
     asked.insert(token, (partition, target.clone()));
     // A feed that has ended answers nothing; the next one is asked for everything anew.
-    follow.send(Follow::Start { partition, target: target.clone(), token }).ok();
+    follow
+        .send(Follow::Start {
+            partition,
+            target: target.clone(),
+            token,
+        })
+        .ok();
 }
 
 impl Shared {
@@ -288,7 +385,11 @@ impl Shared {
             }
         }
         for &partition in &self.partitions {
-            for target in state.followed.remove(&(stream, partition)).unwrap_or_default() {
+            for target in state
+                .followed
+                .remove(&(stream, partition))
+                .unwrap_or_default()
+            {
                 state.unfollow(stream, partition, target);
             }
         }
@@ -305,9 +406,17 @@ impl Shared {
         enter: impl FnOnce(&mut Subscription, PartitionNumber) -> u64,
     ) {
         let round = enter(&mut stream.lock(), partition);
-        self.metrics.replays.get_or_create(&ReasonLabel { reason: cause }).inc();
+        self.metrics
+            .replays
+            .get_or_create(&ReasonLabel { reason: cause })
+            .inc();
         let (shared, stream) = (Arc::clone(self), Arc::clone(stream));
-        tokio::spawn(async move { shared.history.replay(stream, partition, round, &*shared).await });
+        tokio::spawn(async move {
+            shared
+                .history
+                .replay(stream, partition, round, &*shared)
+                .await
+        });
     }
 
     fn replay_all(self: &Arc<Self>, partitions: &[PartitionNumber], cause: &'static str) {
@@ -326,7 +435,13 @@ impl Shared {
             match self.broker.feed().await {
                 Ok(feed) => {
                     delay = Duration::from_millis(100);
-                    Listener { hub: &self, lives: HashMap::new(), unread: HashSet::new() }.listen(feed).await;
+                    Listener {
+                        hub: &self,
+                        lives: HashMap::new(),
+                        unread: HashSet::new(),
+                    }
+                    .listen(feed)
+                    .await;
                     self.lock().follow = None;
                 }
                 Err(error) => {
@@ -351,12 +466,20 @@ struct Listener<'a> {
 
 impl Listener<'_> {
     async fn listen(mut self, feed: Feed) {
-        let Feed { follow, mut notices } = feed;
+        let Feed {
+            follow,
+            mut notices,
+        } = feed;
         let begin = Instant::now();
         {
             let mut state = self.hub.lock();
             state.follow = Some(follow.clone());
-            state.last_tick = self.hub.partitions.iter().map(|&partition| (partition, begin)).collect();
+            state.last_tick = self
+                .hub
+                .partitions
+                .iter()
+                .map(|&partition| (partition, begin))
+                .collect();
             state.follow_again(&self.hub.partitions);
         }
         self.hub.replay_all(&self.hub.partitions, "feed");
@@ -374,7 +497,11 @@ impl Listener<'_> {
 
     fn reconnect_silent(&self, follow: &mpsc::UnboundedSender<Follow>) {
         let mut state = self.hub.lock();
-        let State { last_tick, reconnected, .. } = &mut *state;
+        let State {
+            last_tick,
+            reconnected,
+            ..
+        } = &mut *state;
         for (&partition, last) in last_tick {
             if last.elapsed() <= SILENCE {
                 reconnected.remove(&partition);
@@ -385,7 +512,11 @@ impl Listener<'_> {
                 continue;
             }
             if before.is_none() {
-                tracing::warn!(partition = partition.0, silence_s = SILENCE.as_secs(), "no tick; connecting the feed until one is heard");
+                tracing::warn!(
+                    partition = partition.0,
+                    silence_s = SILENCE.as_secs(),
+                    "no tick; connecting the feed until one is heard"
+                );
             }
             reconnected.insert(partition, Instant::now());
             follow.send(Follow::Reconnect { partition }).ok();
@@ -397,7 +528,13 @@ impl Listener<'_> {
         self.unread.clear();
         for notice in batch {
             match notice {
-                Notice::Append { partition, target, life, id, .. } => {
+                Notice::Append {
+                    partition,
+                    target,
+                    life,
+                    id,
+                    ..
+                } => {
                     if !self.is_present_life(partition, life).await {
                         continue;
                     }
@@ -414,8 +551,14 @@ impl Listener<'_> {
                         self.look(partition).await;
                     }
                 }
-                Notice::Tick { partition, life, last } => {
-                    if self.is_present_life(partition, life).await && !self.tick(partition, life, last) {
+                Notice::Tick {
+                    partition,
+                    life,
+                    last,
+                } => {
+                    if self.is_present_life(partition, life).await
+                        && !self.tick(partition, life, last)
+                    {
                         self.look(partition).await;
                     }
                 }
@@ -424,12 +567,22 @@ impl Listener<'_> {
                 }
                 Notice::RecipientChanged { partition, user } => {
                     let state = self.hub.lock();
-                    let streams: Vec<_> =
-                        state.by_user.get(&user).into_iter().flatten().filter_map(|id| state.streams.get(id).cloned()).collect();
+                    let streams: Vec<_> = state
+                        .by_user
+                        .get(&user)
+                        .into_iter()
+                        .flatten()
+                        .filter_map(|id| state.streams.get(id).cloned())
+                        .collect();
                     drop(state);
                     // At once and in order: the low-water mark must not pass an event that the user has become a recipient of.
                     for stream in streams {
-                        self.hub.replay(&stream, partition, "recipient", Subscription::recipient_changed);
+                        self.hub.replay(
+                            &stream,
+                            partition,
+                            "recipient",
+                            Subscription::recipient_changed,
+                        );
                     }
                 }
                 Notice::Following { token } => self.confirm(token),
@@ -443,20 +596,37 @@ impl Listener<'_> {
     }
 
     /// The records that a batch's appends speak of, read at once; `None` where the broker could not say.
-    async fn records(&self, batch: &[Notice]) -> HashMap<(PartitionNumber, Life, NotificationId), Option<Arc<Record>>> {
+    async fn records(
+        &self,
+        batch: &[Notice],
+    ) -> HashMap<(PartitionNumber, Life, NotificationId), Option<Arc<Record>>> {
         let mut records = HashMap::new();
         let mut absent: HashMap<(PartitionNumber, Life), Vec<NotificationId>> = HashMap::new();
         {
             let state = self.hub.lock();
             for notice in batch {
-                let Notice::Append { partition, target, life, id, record } = notice else { continue };
+                let Notice::Append {
+                    partition,
+                    target,
+                    life,
+                    id,
+                    record,
+                } = notice
+                else {
+                    continue;
+                };
                 let key = (*partition, *life, *id);
                 // Unfollowed meanwhile: nobody waits for it.
-                if records.contains_key(&key) || !state.logs.contains_key(&(*partition, target.clone())) {
+                if records.contains_key(&key)
+                    || !state.logs.contains_key(&(*partition, target.clone()))
+                {
                     continue;
                 }
                 let held = self.hub.history.records();
-                let record = record.as_ref().and_then(|stored| held.insert(key, stored)).or_else(|| held.get(key));
+                let record = record
+                    .as_ref()
+                    .and_then(|stored| held.insert(key, stored))
+                    .or_else(|| held.get(key));
                 if record.is_none() {
                     absent.entry((*partition, *life)).or_default().push(*id);
                 }
@@ -464,8 +634,18 @@ impl Listener<'_> {
             }
         }
         for ((partition, life), ids) in absent {
-            match self.hub.history.records().read(&*self.hub.broker, partition, life, &ids).await {
-                Ok(read) => records.extend(ids.iter().zip(read).map(|(&id, record)| ((partition, life, id), record))),
+            match self
+                .hub
+                .history
+                .records()
+                .read(&*self.hub.broker, partition, life, &ids)
+                .await
+            {
+                Ok(read) => records.extend(
+                    ids.iter()
+                        .zip(read)
+                        .map(|(&id, record)| ((partition, life, id), record)),
+                ),
                 Err(error) => {
                     tracing::warn!(partition = partition.0, %error, "records of live notifications could not be read; their streams go back to replay")
                 }
@@ -488,12 +668,21 @@ impl Listener<'_> {
     }
 
     /// `false`: a stream lives in another life.
-    fn append(&self, partition: PartitionNumber, target: &Target, life: Life, id: NotificationId, record: &Arc<Record>) -> bool {
+    fn append(
+        &self,
+        partition: PartitionNumber,
+        target: &Target,
+        life: Life,
+        id: NotificationId,
+        record: &Arc<Record>,
+    ) -> bool {
         let now_ms = now_ms();
         let mut overflowed = Vec::new();
         let mut is_known = true;
         let state = self.hub.lock();
-        let Some(log) = state.logs.get(&(partition, target.clone())) else { return true };
+        let Some(log) = state.logs.get(&(partition, target.clone())) else {
+            return true;
+        };
         for stream in log.followers.values() {
             let mut subscription = stream.lock();
             is_known &= !subscription.lives_elsewhere(partition, life);
@@ -509,24 +698,32 @@ impl Listener<'_> {
         drop(state);
         for (stream, round) in overflowed {
             self.hub.metrics.stream_overflows.inc();
-            self.hub.replay(&stream, partition, "overflow", |_, _| round);
+            self.hub
+                .replay(&stream, partition, "overflow", |_, _| round);
         }
         is_known
     }
 
     fn replay_followers(&self, partition: PartitionNumber, target: &Target) {
         let state = self.hub.lock();
-        let followers: Vec<_> =
-            state.logs.get(&(partition, target.clone())).into_iter().flat_map(|log| log.followers.values().cloned()).collect();
+        let followers: Vec<_> = state
+            .logs
+            .get(&(partition, target.clone()))
+            .into_iter()
+            .flat_map(|log| log.followers.values().cloned())
+            .collect();
         drop(state);
         for stream in followers {
-            self.hub.replay(&stream, partition, "record", Subscription::enter_replay);
+            self.hub
+                .replay(&stream, partition, "record", Subscription::enter_replay);
         }
     }
 
     fn confirm(&self, token: u64) {
         let mut state = self.hub.lock();
-        let Some(key) = state.asked.remove(&token) else { return };
+        let Some(key) = state.asked.remove(&token) else {
+            return;
+        };
         if let Some(log) = state.logs.get_mut(&key).filter(|log| log.token == token) {
             log.is_confirmed = true;
             for waiting in log.waiting.drain(..) {
@@ -564,10 +761,23 @@ impl Listener<'_> {
         }
         // A stream that has not begun may be about to, with a head from before the change.
         let is_new = before != Some(present);
-        let is_elsewhere = |stream: &Arc<OpenStream>| stream.lock().life(partition).map_or(is_new, |life| life != present);
-        let streams: Vec<_> = self.hub.lock().streams.values().filter(|stream| is_elsewhere(stream)).cloned().collect();
+        let is_elsewhere = |stream: &Arc<OpenStream>| {
+            stream
+                .lock()
+                .life(partition)
+                .map_or(is_new, |life| life != present)
+        };
+        let streams: Vec<_> = self
+            .hub
+            .lock()
+            .streams
+            .values()
+            .filter(|stream| is_elsewhere(stream))
+            .cloned()
+            .collect();
         for stream in streams {
-            self.hub.replay(&stream, partition, "life", Subscription::enter_replay);
+            self.hub
+                .replay(&stream, partition, "life", Subscription::enter_replay);
         }
         Some(present)
     }
@@ -581,14 +791,34 @@ mod tests {
     /// Each replay is a task, and each question may take as long as a broker that is away.
     #[tokio::test]
     async fn however_many_notices_cannot_be_judged_at_once_the_streams_replay_once() {
-        let broker = FakeBroker::failing(|| crate::broker::Error::Away("so that no notice can be judged".to_owned()));
+        let broker = FakeBroker::failing(|| {
+            crate::broker::Error::Away("so that no notice can be judged".to_owned())
+        });
         let hub = Hub::start(Arc::new(broker), Metrics::default(), &Shutdown::new());
-        let _stream = hub.open(Name::parse("ann").unwrap(), Start::Latest, Filter::default());
+        let _stream = hub.open(
+            Name::parse("ann").unwrap(),
+            Start::Latest,
+            Filter::default(),
+        );
         let partition = hub.0.partitions[0];
-        let mut listener = Listener { hub: &hub.0, lives: HashMap::new(), unread: HashSet::new() };
-        let replays = || hub.0.metrics.replays.get_or_create(&ReasonLabel { reason: "life" }).get();
+        let mut listener = Listener {
+            hub: &hub.0,
+            lives: HashMap::new(),
+            unread: HashSet::new(),
+        };
+        let replays = || {
+            hub.0
+                .metrics
+                .replays
+                .get_or_create(&ReasonLabel { reason: "life" })
+                .get()
+        };
         for n_batches in 1..=2 {
-            let tick = |n| Notice::Tick { partition, life: Life::from_bits(7), last: NotificationId(n) };
+            let tick = |n| Notice::Tick {
+                partition,
+                life: Life::from_bits(7),
+                last: NotificationId(n),
+            };
             listener.hear((0..50).map(tick).collect()).await;
             assert_eq!(replays(), n_batches);
         }
@@ -599,7 +829,9 @@ mod tests {
         let shutdown = Shutdown::new();
         let broker = FakeBroker::failing(|| panic!("so that the test has something to see"));
         let _hub = Hub::start(Arc::new(broker), Metrics::default(), &shutdown);
-        tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
+        tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
+            .await
+            .expect("it begins");
         assert_eq!(shutdown.broken(), Some("what ticks"));
     }
 }

@@ -18,8 +18,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::{
-    Batch, Broker, Committed, DeadReason, Decision, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS,
-    Partition, PartitionNumber, Proposal, Result, Slice, Verdict,
+    Batch, Broker, Committed, DeadReason, Decision, Entry, Error, Head, Item, Lease,
+    MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Partition, PartitionNumber, Proposal, Result,
+    Slice, Verdict,
 };
 use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
 use crate::metrics::{Metrics, OutcomeLabel, SourceLabel};
@@ -42,7 +43,12 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { max_event_bytes: 256 * 1024, lease_ms: 3_000, retries: 5, retry_ms: 30_000 }
+        Self {
+            max_event_bytes: 256 * 1024,
+            lease_ms: 3_000,
+            retries: 5,
+            retry_ms: 30_000,
+        }
     }
 }
 
@@ -94,9 +100,18 @@ struct Progress {
 
 impl Progress {
     fn begin(metrics: &Metrics, partition: &Partition) -> Self {
-        let label = SourceLabel { source: partition.source.clone() };
-        let (read, reread) = (metrics.events_read.get_or_create_owned(&label), metrics.events_reread.get_or_create_owned(&label));
-        Self { n_in_flight: AtomicU64::new(0), read, reread }
+        let label = SourceLabel {
+            source: partition.source.clone(),
+        };
+        let (read, reread) = (
+            metrics.events_read.get_or_create_owned(&label),
+            metrics.events_reread.get_or_create_owned(&label),
+        );
+        Self {
+            n_in_flight: AtomicU64::new(0),
+            read,
+            reread,
+        }
     }
 
     fn read(&self, n_entries: u64) {
@@ -134,7 +149,11 @@ impl Ingest {
     /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut delay = Duration::from_millis(50);
-        let mut standing = Standing { is_new_owner: true, is_careful: false, bite: MAX_ITEMS };
+        let mut standing = Standing {
+            is_new_owner: true,
+            is_careful: false,
+            bite: MAX_ITEMS,
+        };
         while !shutdown.is_cancelled() {
             // Before the lease is taken: another node may have a plugin.
             tokio::select! {
@@ -167,7 +186,11 @@ impl Ingest {
                     self.metrics.broker_away.inc();
                     if matches!(error, Error::Refused(_)) {
                         // No outage that passes, and `watch` need not see it: the source may be overwritten, a plan's record gone.
-                        self.readiness.set_for(&format!("sources.{}", partition.source), error.to_string(), REFUSED_FOR);
+                        self.readiness.set_for(
+                            &format!("sources.{}", partition.source),
+                            error.to_string(),
+                            REFUSED_FOR,
+                        );
                     }
                     tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
                     delay = (delay * 2).min(Duration::from_secs(5));
@@ -188,7 +211,12 @@ impl Ingest {
     }
 
     /// Takes the lease, works the partition until something stops it, and keeps the lease meanwhile.
-    async fn own(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
+    async fn own(
+        &self,
+        partition: &Partition,
+        standing: &mut Standing,
+        shutdown: &CancellationToken,
+    ) -> Stop {
         let ttl = Duration::from_millis(self.config.lease_ms);
         loop {
             match self.broker.lease(partition.number, &self.node, ttl).await {
@@ -218,7 +246,9 @@ impl Ingest {
                     Ok(Lease::Mine) => {}
                     Ok(Lease::Others(_)) => return Stop::LeaseLost,
                     // The next read or commit says it as well; a lease that could not be renewed is no reason to stop.
-                    Err(error) => tracing::debug!(source.key = %partition.source, %error, "lease not renewed"),
+                    Err(error) => {
+                        tracing::debug!(source.key = %partition.source, %error, "lease not renewed")
+                    }
                 }
             }
         };
@@ -228,7 +258,12 @@ impl Ingest {
         }
     }
 
-    async fn work(&self, partition: &Partition, standing: &mut Standing, shutdown: &CancellationToken) -> Stop {
+    async fn work(
+        &self,
+        partition: &Partition,
+        standing: &mut Standing,
+        shutdown: &CancellationToken,
+    ) -> Stop {
         let progress = Progress::begin(&self.metrics, partition);
         // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
         let head = match self.settled_head(partition.number, &progress).await {
@@ -236,7 +271,14 @@ impl Ingest {
             Err(stop) => return stop,
         };
         let (evaluated, batches) = mpsc::channel(AHEAD);
-        let read = self.read(partition, head.position.entry, standing, evaluated, &progress, shutdown);
+        let read = self.read(
+            partition,
+            head.position.entry,
+            standing,
+            evaluated,
+            &progress,
+            shutdown,
+        );
         let commit = self.commit(partition, head.life, head.position, batches, &progress);
         // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
         tokio::pin!(read, commit);
@@ -254,23 +296,52 @@ impl Ingest {
     }
 
     /// The head, with a plan that an earlier owner left half-written brought to its end: that plan, and never another for that event.
-    async fn settled_head(&self, partition: PartitionNumber, progress: &Progress) -> Result<Head, Stop> {
+    async fn settled_head(
+        &self,
+        partition: PartitionNumber,
+        progress: &Progress,
+    ) -> Result<Head, Stop> {
         let head = self.broker.head(partition).await?;
-        let Some(pending) = head.pending.filter(|_| head.position.slices > 0) else { return Ok(head) };
-        let record = self.broker.records(partition, &[pending]).await?.pop().flatten();
-        let record = record
-            .ok_or_else(|| Error::Refused(format!("the record of the half-written plan {pending} is gone; restore it or the partition")))?;
-        let unreadable = |e| Error::Refused(format!("the record of the half-written plan {pending} cannot be read: {e}"));
+        let Some(pending) = head.pending.filter(|_| head.position.slices > 0) else {
+            return Ok(head);
+        };
+        let record = self
+            .broker
+            .records(partition, &[pending])
+            .await?
+            .pop()
+            .flatten();
+        let record = record.ok_or_else(|| {
+            Error::Refused(format!(
+                "the record of the half-written plan {pending} is gone; restore it or the partition"
+            ))
+        })?;
+        let unreadable = |e| {
+            Error::Refused(format!(
+                "the record of the half-written plan {pending} cannot be read: {e}"
+            ))
+        };
         let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
         let Made { decision } = serde_json::from_slice(&record).map_err(unreadable)?;
-        tracing::info!(notification.id = pending.0, slices = head.position.slices, "continuing a half-written plan");
+        tracing::info!(
+            notification.id = pending.0,
+            slices = head.position.slices,
+            "continuing a half-written plan"
+        );
         let targets = notification.plan.targets();
         // An earlier version kept no decision with the plan.
-        let decision = decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
-        let item = Item { entry: notification.entry, dedupe: None, proposal: Proposal::Commit { record, targets }, decision };
+        let decision =
+            decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
+        let item = Item {
+            entry: notification.entry,
+            dedupe: None,
+            proposal: Proposal::Commit { record, targets },
+            decision,
+        };
         // By this owner it was not read before; the one that began the plan has left it to be read again.
         progress.read(1);
-        self.commit_sliced(partition, head.life, item, head.position.slices).await?;
+        self.commit_sliced(partition, head.life, item, head.position.slices)
+            .await?;
         progress.done(1);
         Ok(self.broker.head(partition).await?)
     }
@@ -313,7 +384,11 @@ impl Ingest {
             };
             after = last.id;
             progress.read(entries.len() as u64);
-            let poison = if n_careful > 0 { self.poison(partition, &entries).await } else { Ok(None) };
+            let poison = if n_careful > 0 {
+                self.poison(partition, &entries).await
+            } else {
+                Ok(None)
+            };
             let is_noted = n_careful > 0;
             n_careful = n_careful.saturating_sub(1);
             let items = match poison {
@@ -347,11 +422,21 @@ impl Ingest {
             return Ok(None);
         }
         let reason = format!("the node died with it {POISON_AFTER} times");
-        Ok(Some(dead(entry, reason, None, attempts - 1, unevaluated(partition, entry, 0))))
+        Ok(Some(dead(
+            entry,
+            reason,
+            None,
+            attempts - 1,
+            unevaluated(partition, entry, 0),
+        )))
     }
 
     /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
-    async fn evaluate(&self, partition: &Partition, entries: Vec<Entry>) -> Result<Vec<Item>, NoPlugins> {
+    async fn evaluate(
+        &self,
+        partition: &Partition,
+        entries: Vec<Entry>,
+    ) -> Result<Vec<Item>, NoPlugins> {
         let clock_ms = crate::clock::now_ms();
         let mut events = Vec::with_capacity(entries.len());
         let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
@@ -361,7 +446,13 @@ impl Ingest {
                     events.push(event);
                     None
                 }
-                Err(reason) => Some(dead(entry, reason, None, 1, unevaluated(partition, entry, clock_ms))),
+                Err(reason) => Some(dead(
+                    entry,
+                    reason,
+                    None,
+                    1,
+                    unevaluated(partition, entry, clock_ms),
+                )),
             });
         }
         let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
@@ -372,7 +463,13 @@ impl Ingest {
                 None => match evaluations.next() {
                     Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
                     // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
-                    None => dead(entry, "the pipeline gave no answer".into(), None, 1, unevaluated(partition, entry, clock_ms)),
+                    None => dead(
+                        entry,
+                        "the pipeline gave no answer".into(),
+                        None,
+                        1,
+                        unevaluated(partition, entry, clock_ms),
+                    ),
                 },
             });
         }
@@ -381,56 +478,124 @@ impl Ingest {
 
     /// The event of an entry, or why it is none.
     fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
-        let n_bytes: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let n_bytes: usize = entry
+            .fields
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
         let most = self.config.max_event_bytes;
         if n_bytes > most {
-            return Err(format!("the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"));
+            return Err(format!(
+                "the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"
+            ));
         }
         Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
     }
 
-    async fn item(&self, entry: &Entry, mut evaluation: Evaluation, clock_ms: u64) -> Result<Item, NoPlugins> {
+    async fn item(
+        &self,
+        entry: &Entry,
+        mut evaluation: Evaluation,
+        clock_ms: u64,
+    ) -> Result<Item, NoPlugins> {
         let began = Instant::now();
         let mut n_before = 0;
         for attempt in 1..=self.config.retries {
-            let Resolution::Failed { retry: true, reason, plugin, attempts } = &evaluation.resolution else { break };
+            let Resolution::Failed {
+                retry: true,
+                reason,
+                plugin,
+                attempts,
+            } = &evaluation.resolution
+            else {
+                break;
+            };
             let wait = Duration::from_millis(100) * 2_u32.saturating_pow(attempt - 1);
             if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
                 break;
             }
             tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
             tokio::time::sleep(wait).await;
-            let Some(again) = self.pipeline.evaluate(vec![evaluation.event.clone()], clock_ms).await?.pop() else { break };
+            let Some(again) = self
+                .pipeline
+                .evaluate(vec![evaluation.event.clone()], clock_ms)
+                .await?
+                .pop()
+            else {
+                break;
+            };
             n_before += attempts;
             evaluation = again;
         }
-        let Evaluation { event, resolution, verdicts, .. } = evaluation;
+        let Evaluation {
+            event,
+            resolution,
+            verdicts,
+            ..
+        } = evaluation;
         let decision = decision_about(&event, verdicts, clock_ms);
         let dedupe = event.id_given.then(|| dedupe_key(&event));
         let proposal = match resolution {
             Resolution::Planned(plan) => {
                 let targets = plan.targets();
-                let notification = Notification { entry: entry.id, event, plan };
+                let notification = Notification {
+                    entry: entry.id,
+                    event,
+                    plan,
+                };
                 let record = match targets.len() > MAX_INDEX_ENTRIES {
-                    true => serde_json::to_vec(&Begun { notification: &notification, decision: &decision }),
+                    true => serde_json::to_vec(&Begun {
+                        notification: &notification,
+                        decision: &decision,
+                    }),
                     false => serde_json::to_vec(&notification),
                 };
                 match record {
-                    Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit { record: Bytes::from(record), targets },
+                    Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit {
+                        record: Bytes::from(record),
+                        targets,
+                    },
                     Ok(record) => {
-                        let reason = format!("the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most", record.len());
+                        let reason = format!(
+                            "the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most",
+                            record.len()
+                        );
                         return Ok(dead(entry, reason, None, 1, decision));
                     }
-                    Err(error) => return Ok(dead(entry, format!("the record could not be written: {error}"), None, 1, decision)),
+                    Err(error) => {
+                        return Ok(dead(
+                            entry,
+                            format!("the record could not be written: {error}"),
+                            None,
+                            1,
+                            decision,
+                        ));
+                    }
                 }
             }
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
-            Resolution::Failed { plugin, reason, attempts, .. } => {
-                return Ok(dead(entry, reason, Some(plugin), n_before + attempts, decision));
+            Resolution::Failed {
+                plugin,
+                reason,
+                attempts,
+                ..
+            } => {
+                return Ok(dead(
+                    entry,
+                    reason,
+                    Some(plugin),
+                    n_before + attempts,
+                    decision,
+                ));
             }
         };
-        Ok(Item { entry: entry.id, dedupe, proposal, decision })
+        Ok(Item {
+            entry: entry.id,
+            dedupe,
+            proposal,
+            decision,
+        })
     }
 
     /// Commits what was evaluated, in order, in steps that fit one commit.
@@ -448,12 +613,15 @@ impl Ingest {
                 let mut n_items = 1;
                 let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
                     let entry = first.entry;
-                    self.commit_sliced_from(partition.number, life, prev, first, 0).await.map(|()| entry)
+                    self.commit_sliced_from(partition.number, life, prev, first, 0)
+                        .await
+                        .map(|()| entry)
                 } else {
                     let mut step = vec![first];
                     let (mut n_entries, mut n_bytes) = (n_targets(&step[0]), n_bytes(&step[0]));
                     while let Some(item) = items.next_if(|item| {
-                        n_entries + n_targets(item) <= MAX_INDEX_ENTRIES && n_bytes + self::n_bytes(item) <= MAX_COMMIT_BYTES
+                        n_entries + n_targets(item) <= MAX_INDEX_ENTRIES
+                            && n_bytes + self::n_bytes(item) <= MAX_COMMIT_BYTES
                     }) {
                         n_entries += n_targets(&item);
                         n_bytes += self::n_bytes(&item);
@@ -472,9 +640,19 @@ impl Ingest {
         Stop::Shutdown
     }
 
-    async fn commit_step(&self, partition: PartitionNumber, life: Life, prev: Position, items: Vec<Item>) -> Result<EntryId, Stop> {
+    async fn commit_step(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        prev: Position,
+        items: Vec<Item>,
+    ) -> Result<EntryId, Stop> {
         let last = items.last().map_or(prev.entry, |item| item.entry);
-        match self.broker.commit(partition, Batch { life, prev, items }).await? {
+        match self
+            .broker
+            .commit(partition, Batch { life, prev, items })
+            .await?
+        {
             Committed::Done(outcomes) => {
                 for (outcome, _) in outcomes {
                     self.count(outcome);
@@ -485,9 +663,19 @@ impl Ingest {
         }
     }
 
-    async fn commit_sliced(&self, partition: PartitionNumber, life: Life, item: Item, slices: u32) -> Result<(), Stop> {
-        let prev = Position { entry: item.entry, slices };
-        self.commit_sliced_from(partition, life, prev, item, slices).await
+    async fn commit_sliced(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        item: Item,
+        slices: u32,
+    ) -> Result<(), Stop> {
+        let prev = Position {
+            entry: item.entry,
+            slices,
+        };
+        self.commit_sliced_from(partition, life, prev, item, slices)
+            .await
     }
 
     /// Commits a large plan slice by slice, from slice `from` on.
@@ -499,13 +687,31 @@ impl Ingest {
         item: Item,
         from: u32,
     ) -> Result<(), Stop> {
-        let Proposal::Commit { record, targets } = &item.proposal else { return Ok(()) };
+        let Proposal::Commit { record, targets } = &item.proposal else {
+            return Ok(());
+        };
         let n_slices = targets.len().div_ceil(MAX_INDEX_ENTRIES) as u32;
-        for (index, targets) in targets.chunks(MAX_INDEX_ENTRIES).enumerate().skip(from as usize) {
+        for (index, targets) in targets
+            .chunks(MAX_INDEX_ENTRIES)
+            .enumerate()
+            .skip(from as usize)
+        {
             let index = index as u32;
-            let proposal = Proposal::Commit { record: record.clone(), targets: targets.to_vec() };
+            let proposal = Proposal::Commit {
+                record: record.clone(),
+                targets: targets.to_vec(),
+            };
             let is_last = index + 1 == n_slices;
-            let slice = Slice { life, prev, item: Item { proposal, ..item.clone() }, index, is_last };
+            let slice = Slice {
+                life,
+                prev,
+                item: Item {
+                    proposal,
+                    ..item.clone()
+                },
+                index,
+                is_last,
+            };
             match self.broker.commit_slice(partition, slice).await? {
                 Committed::Refused => return Err(Stop::Refused),
                 Committed::Done(outcomes) => match outcomes.first() {
@@ -518,13 +724,21 @@ impl Ingest {
                     _ => {}
                 },
             }
-            prev = Position { entry: item.entry, slices: index + 1 };
+            prev = Position {
+                entry: item.entry,
+                slices: index + 1,
+            };
         }
         Ok(())
     }
 
     fn count(&self, outcome: Outcome) {
-        self.metrics.events.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }).inc();
+        self.metrics
+            .events
+            .get_or_create(&OutcomeLabel {
+                outcome: outcome.as_str(),
+            })
+            .inc();
     }
 }
 
@@ -554,17 +768,43 @@ fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decis
 }
 
 /// An entry that is kept aside, with everything needed to try it again.
-fn dead(entry: &Entry, reason: String, plugin: Option<String>, attempts: u32, decision: Decision) -> Item {
-    let decision = Decision { reason: reason.clone(), ..decision };
-    let why = DeadReason { reason, plugin, attempts, fields: entry.fields.clone() };
-    Item { entry: entry.id, dedupe: None, proposal: Proposal::DeadLetter(why), decision }
+fn dead(
+    entry: &Entry,
+    reason: String,
+    plugin: Option<String>,
+    attempts: u32,
+    decision: Decision,
+) -> Item {
+    let decision = Decision {
+        reason: reason.clone(),
+        ..decision
+    };
+    let why = DeadReason {
+        reason,
+        plugin,
+        attempts,
+        fields: entry.fields.clone(),
+    };
+    Item {
+        entry: entry.id,
+        dedupe: None,
+        proposal: Proposal::DeadLetter(why),
+        decision,
+    }
 }
 
 /// The decision about an entry that no plugin was asked about, under whatever it names, by which its publisher looks for it.
 fn unevaluated(partition: &Partition, entry: &Entry, clock_ms: u64) -> Decision {
     let names = Event::names_in(&partition.source, &entry.fields);
-    let [event_id, event_source, event_type] = names.map(|name| name.map(|name| name.to_string()).unwrap_or_default());
-    Decision { event_id, event_source, event_type, clock_ms, ..Decision::default() }
+    let [event_id, event_source, event_type] =
+        names.map(|name| name.map(|name| name.to_string()).unwrap_or_default());
+    Decision {
+        event_id,
+        event_source,
+        event_type,
+        clock_ms,
+        ..Decision::default()
+    }
 }
 
 /// By which a publisher's retry is recognised: 16 bytes of SHA-256 over the event's `source` and `id`.
@@ -579,13 +819,21 @@ fn dedupe_key(event: &Event) -> [u8; 16] {
 }
 
 fn n_targets(item: &Item) -> usize {
-    if let Proposal::Commit { targets, .. } = &item.proposal { targets.len() } else { 0 }
+    if let Proposal::Commit { targets, .. } = &item.proposal {
+        targets.len()
+    } else {
+        0
+    }
 }
 
 fn n_bytes(item: &Item) -> usize {
     match &item.proposal {
         Proposal::Commit { record, .. } => record.len(),
-        Proposal::DeadLetter(why) => why.fields.iter().map(|(name, value)| name.len() + value.len()).sum(),
+        Proposal::DeadLetter(why) => why
+            .fields
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum(),
         Proposal::Discard | Proposal::Unrouted => 0,
     }
 }

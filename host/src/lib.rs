@@ -79,8 +79,14 @@ impl Listeners {
     /// # Errors
     /// An address cannot be bound; the text says which key to change.
     pub fn bind(listen: &server::Config) -> anyhow::Result<Self> {
-        let bind = |key, address| server::bind(address).with_context(|| format!("cannot listen on {address}; free it or change {key}"));
-        Ok(Self { applications: bind("listen.address", listen.address)?, admin: bind("listen.admin", listen.admin)? })
+        let bind = |key, address| {
+            server::bind(address)
+                .with_context(|| format!("cannot listen on {address}; free it or change {key}"))
+        };
+        Ok(Self {
+            applications: bind("listen.address", listen.address)?,
+            admin: bind("listen.admin", listen.admin)?,
+        })
     }
 }
 
@@ -115,14 +121,43 @@ pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As [`run`].
-pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
+pub async fn run_on(
+    listeners: Listeners,
+    config: Config,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
     let cache_folder = config.plugin_cache();
-    let Config { node, listen, origins, broker, sources, retention, plugins, auth, stream, ingest, limits, log: _, origin } = config;
-    let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
+    let Config {
+        node,
+        listen,
+        origins,
+        broker,
+        sources,
+        retention,
+        plugins,
+        auth,
+        stream,
+        ingest,
+        limits,
+        log: _,
+        origin,
+    } = config;
+    let (address, admin) = (
+        listeners.applications.local_addr()?,
+        listeners.admin.local_addr()?,
+    );
     // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
-    let name = node.name.map_or_else(|| format!("{}/{address}", host_name()), |name| name.to_string());
+    let name = node.name.map_or_else(
+        || format!("{}/{address}", host_name()),
+        |name| name.to_string(),
+    );
     let (metrics, readiness) = (Metrics::default(), Readiness::default());
-    metrics.start_time.set(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+    metrics.start_time.set(
+        SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs_f64(),
+    );
     readiness.expect("broker", "not reached yet");
     readiness.expect("plugins", "being loaded");
     if auth.is_dev() {
@@ -133,15 +168,37 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     }
 
     let pulse = Pulse::start(stream, metrics.clone(), &shutdown);
-    let state = State::new(auth, origins, limits, retention.clone(), readiness.clone(), metrics.clone(), pulse.clone());
+    let state = State::new(
+        auth,
+        origins,
+        limits,
+        retention.clone(),
+        readiness.clone(),
+        metrics.clone(),
+        pulse.clone(),
+    );
     let state = Arc::new(state);
     let header_timeout = Duration::from_secs(listen.header_timeout_s);
-    let bounds = |max_connections| Bounds { max_connections, header_timeout };
+    let bounds = |max_connections| Bounds {
+        max_connections,
+        header_timeout,
+    };
     // Up before the broker is: a probe sees the reason, and a publisher 503 instead of a refused connection.
-    let routes = [(listeners.admin, http::admin_routes(Arc::clone(&state)), MAX_ADMIN_CONNECTIONS)];
-    let routes = routes.into_iter().chain([(listeners.applications, http::routes(Arc::clone(&state)), listen.max_connections)]);
+    let routes = [(
+        listeners.admin,
+        http::admin_routes(Arc::clone(&state)),
+        MAX_ADMIN_CONNECTIONS,
+    )];
+    let routes = routes.into_iter().chain([(
+        listeners.applications,
+        http::routes(Arc::clone(&state)),
+        listen.max_connections,
+    )]);
     for (listener, routes, max_connections) in routes {
-        shutdown.spawn("a listener", server::serve(listener, routes, bounds(max_connections), shutdown.clone()));
+        shutdown.spawn(
+            "a listener",
+            server::serve(listener, routes, bounds(max_connections), shutdown.clone()),
+        );
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
@@ -152,18 +209,37 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
         state.set_broker(Arc::clone(&broker), hub.clone());
         shutdown.spawn(
             "the watch over the broker",
-            watch::watch(Arc::clone(&broker), hub, retention.dead_entries, metrics.clone(), readiness.clone(), shutdown.clone()),
+            watch::watch(
+                Arc::clone(&broker),
+                hub,
+                retention.dead_entries,
+                metrics.clone(),
+                readiness.clone(),
+                shutdown.clone(),
+            ),
         );
         Ok(broker)
     };
     let loaded = async {
-        let (pipeline, watcher) = start_plugins(plugins, cache_folder, node.allow_no_plugins, &metrics, &shutdown).await?;
+        let (pipeline, watcher) = start_plugins(
+            plugins,
+            cache_folder,
+            node.allow_no_plugins,
+            &metrics,
+            &shutdown,
+        )
+        .await?;
         state.set_pipeline(pipeline.clone());
-        shutdown.spawn("the watch over plugins", watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()));
+        shutdown.spawn(
+            "the watch over plugins",
+            watch::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()),
+        );
         if let Some(origin) = origin {
             let registry = Arc::clone(pipeline.registry());
-            shutdown
-                .spawn("the watch over the configuration", config::reload::follow(origin, registry, readiness.clone(), shutdown.clone()));
+            shutdown.spawn(
+                "the watch over the configuration",
+                config::reload::follow(origin, registry, readiness.clone(), shutdown.clone()),
+            );
         }
         anyhow::Ok((pipeline, watcher))
     };
@@ -173,9 +249,17 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     };
     if let Some((broker, (pipeline, watcher))) = started {
         for partition in broker.partitions() {
-            let (broker, pipeline, metrics) = (Arc::clone(&broker), pipeline.clone(), metrics.clone());
+            let (broker, pipeline, metrics) =
+                (Arc::clone(&broker), pipeline.clone(), metrics.clone());
             let readiness = readiness.clone();
-            let ingest = Ingest { broker, pipeline, metrics, readiness, config: ingest.clone(), node: name.clone() };
+            let ingest = Ingest {
+                broker,
+                pipeline,
+                metrics,
+                readiness,
+                config: ingest.clone(),
+                node: name.clone(),
+            };
             shutdown.spawn("ingest", ingest.run(partition.clone(), shutdown.token()));
         }
         shutdown.begun().await;
@@ -186,14 +270,19 @@ pub async fn run_on(listeners: Listeners, config: Config, shutdown: Shutdown) ->
     // The last stream leaves time for its last bytes.
     pulse.drain(grace.mul_f64(0.8));
     if !shutdown.finish(grace).await {
-        tracing::warn!(grace_s = listen.grace_s, "not everything ended by itself; the rest is cut");
+        tracing::warn!(
+            grace_s = listen.grace_s,
+            "not everything ended by itself; the rest is cut"
+        );
         shutdown.skip();
         // What is cut ends at its next step; only a blocked thread could take longer.
         shutdown.finish_cut(Duration::from_secs(1)).await;
     }
     tracing::info!("stopped");
     match shutdown.broken() {
-        Some(part) => Err(anyhow::anyhow!("{part} panicked (the log says where), so the node stopped; start it again, and report it")),
+        Some(part) => Err(anyhow::anyhow!(
+            "{part} panicked (the log says where), so the node stopped; start it again, and report it"
+        )),
         None => Ok(()),
     }
 }
@@ -213,10 +302,10 @@ async fn start_plugins(
     };
     let registry = tokio::task::spawn_blocking(load).await;
     let registry = Arc::new(registry.context("loading the plugins panicked")??);
-    let pipeline =
-        Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone()).context("cannot start the threads of the plugins")?;
-    let watcher =
-        Watcher::start(registry, shutdown.alarm("the watcher of plugins")).context("cannot start the thread that watches the plugins")?;
+    let pipeline = Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone())
+        .context("cannot start the threads of the plugins")?;
+    let watcher = Watcher::start(registry, shutdown.alarm("the watcher of plugins"))
+        .context("cannot start the thread that watches the plugins")?;
     Ok((pipeline, watcher))
 }
 
@@ -232,20 +321,36 @@ async fn open(
     let alarm = shutdown.alarm("the writer of the store");
     match choice.clone() {
         BrokerChoice::Redis { url } => {
-            let connect = || async { Ok(Arc::new(Redis::connect(&url, sources, retention.clone()).await?) as Arc<dyn Broker>) };
+            let connect = || async {
+                Ok(
+                    Arc::new(Redis::connect(&url, sources, retention.clone()).await?)
+                        as Arc<dyn Broker>,
+                )
+            };
             Ok(watch::reach(connect, readiness).await)
         }
         BrokerChoice::Data(folder) => {
             // Recovers what a killed process left: not for an async thread.
-            let opened = tokio::task::spawn_blocking(move || Embedded::open(&folder, &own_sources, retention, alarm)).await;
+            let opened = tokio::task::spawn_blocking(move || {
+                Embedded::open(&folder, &own_sources, retention, alarm)
+            })
+            .await;
             Ok(Arc::new(opened.context("opening the store panicked")??))
         }
-        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(&own_sources, retention, alarm)?)),
+        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(
+            &own_sources,
+            retention,
+            alarm,
+        )?)),
     }
 }
 
 /// What this machine calls itself.
 fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
-    name.map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .or_else(|| std::env::var("HOSTNAME").ok());
+    name.map(|name| name.trim().to_owned())
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "localhost".to_owned())
 }

@@ -93,7 +93,9 @@ macro_rules! metrics {
 }
 
 fn call_durations() -> Histogram {
-    Histogram::new([1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 1e-3, 1e-2, 5e-2, 1.0])
+    Histogram::new([
+        1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 1e-3, 1e-2, 5e-2, 1.0,
+    ])
 }
 
 metrics! {
@@ -172,12 +174,24 @@ mod tests {
     #[test]
     fn rendered_names_are_the_documented_ones() {
         let metrics = Metrics::default();
-        metrics.events.get_or_create(&OutcomeLabel { outcome: "committed" }).inc();
-        metrics.plugin_call_duration.get_or_create(&PluginLabel { plugin: "address".into() }).observe(0.001);
+        metrics
+            .events
+            .get_or_create(&OutcomeLabel {
+                outcome: "committed",
+            })
+            .inc();
+        metrics
+            .plugin_call_duration
+            .get_or_create(&PluginLabel {
+                plugin: "address".into(),
+            })
+            .observe(0.001);
         let page = metrics.render();
-        for line in
-            ["pointsman_events_total{outcome=\"committed\"} 1", "pointsman_plugin_call_duration_seconds_bucket", "pointsman_streams_open 0"]
-        {
+        for line in [
+            "pointsman_events_total{outcome=\"committed\"} 1",
+            "pointsman_plugin_call_duration_seconds_bucket",
+            "pointsman_streams_open 0",
+        ] {
             assert!(page.contains(line), "{line} is not in:\n{page}");
         }
     }

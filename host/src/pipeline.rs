@@ -22,7 +22,9 @@ use crate::plugin::generation::{Chain, Generation};
 use crate::plugin::health::{Admission, Consequence, Health};
 use crate::plugin::registry::{Registry, Snapshot};
 use crate::plugin::settings::OnFailure;
-use crate::plugin::{ATTEMPTS, Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking};
+use crate::plugin::{
+    ATTEMPTS, Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking,
+};
 
 pub mod audition;
 
@@ -85,7 +87,11 @@ struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        self.queue.jobs.lock().expect("no panic under this lock").is_closed = true;
+        self.queue
+            .jobs
+            .lock()
+            .expect("no panic under this lock")
+            .is_closed = true;
         self.queue.is_ready.notify_all();
     }
 }
@@ -95,16 +101,29 @@ impl Pipeline {
     ///
     /// # Errors
     /// If the system gives none.
-    pub fn start(registry: Arc<Registry>, allow_none: bool, metrics: Metrics) -> std::io::Result<Self> {
+    pub fn start(
+        registry: Arc<Registry>,
+        allow_none: bool,
+        metrics: Metrics,
+    ) -> std::io::Result<Self> {
         let queue = Arc::new(Queue::default());
         let n_workers = Engine::n_workers();
         let waiting = Arc::new(Semaphore::new(MAX_WAITING));
         let trying = Arc::new(Semaphore::new(1));
-        let shared = Shared { registry, allow_none, queue: Arc::clone(&queue), waiting, trying, n_workers };
+        let shared = Shared {
+            registry,
+            allow_none,
+            queue: Arc::clone(&queue),
+            waiting,
+            trying,
+            n_workers,
+        };
         for n in 0..n_workers {
             let mut worker = Worker::new(Arc::clone(&shared.registry), metrics.clone());
             let queue = Arc::clone(&queue);
-            thread::Builder::new().name(format!("plugins-{n}")).spawn(move || worker.work(&queue))?;
+            thread::Builder::new()
+                .name(format!("plugins-{n}"))
+                .spawn(move || worker.work(&queue))?;
         }
         Ok(Self(Arc::new(shared)))
     }
@@ -118,7 +137,11 @@ impl Pipeline {
     ///
     /// # Errors
     /// [`NoPlugins`]: nothing was evaluated.
-    pub async fn evaluate(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
+    pub async fn evaluate(
+        &self,
+        events: Vec<Event>,
+        clock_ms: u64,
+    ) -> Result<Vec<Evaluation>, NoPlugins> {
         let chain = self.able_chain()?;
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
@@ -128,10 +151,22 @@ impl Pipeline {
         let mut answers = Vec::new();
         let mut events = events.into_iter();
         while events.len() > 0 {
-            answers.push(self.hand_over(&chain, events.by_ref().take(share).collect(), clock_ms, None).await);
+            answers.push(
+                self.hand_over(
+                    &chain,
+                    events.by_ref().take(share).collect(),
+                    clock_ms,
+                    None,
+                )
+                .await,
+            );
         }
         for answer in answers {
-            evaluations.extend(answer.await.expect("a worker outlives its panics and answers every job"));
+            evaluations.extend(
+                answer
+                    .await
+                    .expect("a worker outlives its panics and answers every job"),
+            );
         }
         Ok(evaluations)
     }
@@ -143,23 +178,40 @@ impl Pipeline {
     ///
     /// # Errors
     /// See there.
-    pub async fn try_out(&self, events: Vec<Event>, clock_ms: u64) -> Result<Vec<Evaluation>, NoPlugins> {
+    pub async fn try_out(
+        &self,
+        events: Vec<Event>,
+        clock_ms: u64,
+    ) -> Result<Vec<Evaluation>, NoPlugins> {
         let chain = self.able_chain()?;
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
         }
         let mut evaluations = Vec::with_capacity(events.len());
         for event in events {
-            let turn = Arc::clone(&self.0.trying).acquire_owned().await.expect("the semaphore is never closed");
-            let answer = self.hand_over(&chain, vec![event], clock_ms, Some(turn)).await;
-            evaluations.extend(answer.await.expect("a worker outlives its panics and answers every job"));
+            let turn = Arc::clone(&self.0.trying)
+                .acquire_owned()
+                .await
+                .expect("the semaphore is never closed");
+            let answer = self
+                .hand_over(&chain, vec![event], clock_ms, Some(turn))
+                .await;
+            evaluations.extend(
+                answer
+                    .await
+                    .expect("a worker outlives its panics and answers every job"),
+            );
         }
         Ok(evaluations)
     }
 
     fn able_chain(&self) -> Result<Arc<Chain>, NoPlugins> {
         let chain = self.0.registry.chain();
-        if self.can_work_on(&chain) { Ok(chain) } else { Err(NoPlugins) }
+        if self.can_work_on(&chain) {
+            Ok(chain)
+        } else {
+            Err(NoPlugins)
+        }
     }
 
     /// `trial`: nothing comes of these events, and this is the turn of whoever tries them out.
@@ -171,8 +223,18 @@ impl Pipeline {
         trial: Option<OwnedSemaphorePermit>,
     ) -> oneshot::Receiver<Vec<Evaluation>> {
         let (answer, answered) = oneshot::channel();
-        let permit = Arc::clone(&self.0.waiting).acquire_owned().await.expect("the semaphore is never closed");
-        self.0.queue.push(Job { chain: Arc::clone(chain), events, clock_ms, trial, answer, _permit: permit });
+        let permit = Arc::clone(&self.0.waiting)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        self.0.queue.push(Job {
+            chain: Arc::clone(chain),
+            events,
+            clock_ms,
+            trial,
+            answer,
+            _permit: permit,
+        });
         answered
     }
 
@@ -193,7 +255,11 @@ impl Pipeline {
     async fn becomes(&self, able: bool) {
         let mut changes = self.changes();
         // It does not fail: the registry lives as long as this handle.
-        drop(changes.wait_for(|now| self.can_work_on(&now.chain) == able).await);
+        drop(
+            changes
+                .wait_for(|now| self.can_work_on(&now.chain) == able)
+                .await,
+        );
     }
 
     pub fn registry(&self) -> &Arc<Registry> {
@@ -212,7 +278,12 @@ impl Pipeline {
 
     /// Has threads without work give back what they keep of plugins that are no longer at work; those with work do so by themselves.
     pub fn give_back_retired(&self) {
-        self.0.queue.jobs.lock().expect("no panic under this lock").n_calls_to_give_back += 1;
+        self.0
+            .queue
+            .jobs
+            .lock()
+            .expect("no panic under this lock")
+            .n_calls_to_give_back += 1;
         self.0.queue.is_ready.notify_all();
     }
 }
@@ -252,7 +323,11 @@ enum Task {
 
 impl Queue {
     fn push(&self, job: Job) {
-        self.jobs.lock().expect("no panic under this lock").waiting.push_back(job);
+        self.jobs
+            .lock()
+            .expect("no panic under this lock")
+            .waiting
+            .push_back(job);
         self.is_ready.notify_one();
     }
 
@@ -292,24 +367,44 @@ struct Worker {
 
 impl Worker {
     fn new(registry: Arc<Registry>, metrics: Metrics) -> Self {
-        Self { registry, metrics, chain: Arc::default(), instances: HashMap::new(), n_counted: 0, is_live: false }
+        Self {
+            registry,
+            metrics,
+            chain: Arc::default(),
+            instances: HashMap::new(),
+            n_counted: 0,
+            is_live: false,
+        }
     }
 
     fn work(&mut self, queue: &Queue) {
         let mut n_heard = 0;
         while let Some(task) = queue.pop(&mut n_heard) {
-            if let Task::Evaluate(Job { chain, events, clock_ms, trial, answer, _permit }) = task {
+            if let Task::Evaluate(Job {
+                chain,
+                events,
+                clock_ms,
+                trial,
+                answer,
+                _permit,
+            }) = task
+            {
                 self.keep_only(&chain);
                 self.is_live = trial.is_none();
                 let ticking = self.registry.engine().ticking();
-                let evaluations = events.into_iter().map(|event| self.evaluate(&chain, event, clock_ms, &ticking)).collect();
+                let evaluations = events
+                    .into_iter()
+                    .map(|event| self.evaluate(&chain, event, clock_ms, &ticking))
+                    .collect();
                 // Nobody listens if the caller was cancelled.
                 drop(answer.send(evaluations));
             }
             // The chain may have been swapped while it was at work, and there may be no work for a long time.
             self.keep_only(&self.registry.chain());
             let n_instances = self.instances.len() as i64;
-            self.metrics.plugin_instances.inc_by(n_instances - self.n_counted);
+            self.metrics
+                .plugin_instances
+                .inc_by(n_instances - self.n_counted);
             self.n_counted = n_instances;
         }
     }
@@ -317,36 +412,81 @@ impl Worker {
     /// Drops the instances of every other chain.
     fn keep_only(&mut self, chain: &Arc<Chain>) {
         if !Arc::ptr_eq(&self.chain, chain) {
-            self.instances.retain(|(name, number), _| chain.has(name, *number));
+            self.instances
+                .retain(|(name, number), _| chain.has(name, *number));
             self.chain = Arc::clone(chain);
         }
     }
 
     /// Survives a panic of the host in whatever a plugin provoked: the event fails, and the instances start afresh.
-    fn evaluate(&mut self, chain: &Chain, event: Event, clock_ms: u64, ticking: &Ticking) -> Evaluation {
+    fn evaluate(
+        &mut self,
+        chain: &Chain,
+        event: Event,
+        clock_ms: u64,
+        ticking: &Ticking,
+    ) -> Evaluation {
         let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
-        let folded = catch_unwind(AssertUnwindSafe(|| self.fold(chain, &event, &mut verdicts, clock_ms, ticking)));
-        let Folded { amended, priority, resolution } = folded.unwrap_or_else(|panic| {
+        let folded = catch_unwind(AssertUnwindSafe(|| {
+            self.fold(chain, &event, &mut verdicts, clock_ms, ticking)
+        }));
+        let Folded {
+            amended,
+            priority,
+            resolution,
+        } = folded.unwrap_or_else(|panic| {
             self.instances.clear();
             let said = said(panic.as_ref());
-            tracing::error!(event.id = event.id.as_str(), "the host panicked as it evaluated an event: {said}");
+            tracing::error!(
+                event.id = event.id.as_str(),
+                "the host panicked as it evaluated an event: {said}"
+            );
             let reason = format!("the host panicked: {said}");
-            Folded::as_published(&event, Resolution::Failed { plugin: String::new(), reason, attempts: 1, retry: false })
+            Folded::as_published(
+                &event,
+                Resolution::Failed {
+                    plugin: String::new(),
+                    reason,
+                    attempts: 1,
+                    retry: false,
+                },
+            )
         });
-        Evaluation { event: amended.unwrap_or(event), priority, resolution, verdicts }
+        Evaluation {
+            event: amended.unwrap_or(event),
+            priority,
+            resolution,
+            verdicts,
+        }
     }
 
-    fn fold(&mut self, chain: &Chain, event: &Event, verdicts: &mut Vec<Verdict>, clock_ms: u64, ticking: &Ticking) -> Folded {
+    fn fold(
+        &mut self,
+        chain: &Chain,
+        event: &Event,
+        verdicts: &mut Vec<Verdict>,
+        clock_ms: u64,
+        ticking: &Ticking,
+    ) -> Folded {
         let payload = ParsedPayload::default();
         let mut folded = Folded::as_published(event, Resolution::Unrouted);
         for generation in &chain.filters {
-            match self.ask(generation, Role::Filter, &folded.call(event, clock_ms, &payload), verdicts, ticking) {
+            match self.ask(
+                generation,
+                Role::Filter,
+                &folded.call(event, clock_ms, &payload),
+                verdicts,
+                ticking,
+            ) {
                 Asked::Answered(Answer::Amend(answer)) => {
                     folded.priority = answer.priority.unwrap_or(folded.priority);
                     folded.amended = Some(answer.event);
                 }
                 Asked::Answered(Answer::Drop(reason)) => {
-                    folded.resolution = Resolution::Discarded { plugin: generation.plugin.name().to_string(), reason };
+                    folded.resolution = Resolution::Discarded {
+                        plugin: generation.plugin.name().to_string(),
+                        reason,
+                    };
                     return folded;
                 }
                 Asked::Answered(Answer::Keep | Answer::Routes(_)) | Asked::Passed => {}
@@ -355,9 +495,16 @@ impl Worker {
         }
         let mut plan = Plan::default();
         for generation in &chain.routers {
-            match self.ask(generation, Role::Router, &folded.call(event, clock_ms, &payload), verdicts, ticking) {
+            match self.ask(
+                generation,
+                Role::Router,
+                &folded.call(event, clock_ms, &payload),
+                verdicts,
+                ticking,
+            ) {
                 Asked::Answered(Answer::Routes(answered)) => plan.routes.extend(answered.routes),
-                Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_)) | Asked::Passed => {}
+                Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_))
+                | Asked::Passed => {}
                 Asked::Over(resolution) => return Folded::as_published(event, resolution),
             }
         }
@@ -368,7 +515,14 @@ impl Worker {
     }
 
     /// Asks one plugin, unless it has no interest or has failed too often, and has a candidate beside it asked the same.
-    fn ask(&mut self, generation: &Generation, role: Role, call: &Call<'_>, verdicts: &mut Vec<Verdict>, ticking: &Ticking) -> Asked {
+    fn ask(
+        &mut self,
+        generation: &Generation,
+        role: Role,
+        call: &Call<'_>,
+        verdicts: &mut Vec<Verdict>,
+        ticking: &Ticking,
+    ) -> Asked {
         let asked = if !generation.plugin.wants(&call.event.kind) {
             verdicts.push(verdict(generation, "skipped", ""));
             Asked::Passed
@@ -386,7 +540,9 @@ impl Worker {
         if self.is_live
             && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
         {
-            shadow.offer(generation.number, role, call, || asked.decided(role, call, verdicts.last()));
+            shadow.offer(generation.number, role, call, || {
+                asked.decided(role, call, verdicts.last())
+            });
         }
         asked
     }
@@ -448,33 +604,66 @@ impl Worker {
             // What a plugin says of an event is its verdict; the policy is for plugins that do not work.
             CallError::Rejected(_) | CallError::Retry(_) => {
                 self.follow(generation, role, Health::note_answer);
-                Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: matches!(error, CallError::Retry(_)) })
+                Asked::Over(Resolution::Failed {
+                    plugin,
+                    reason,
+                    attempts,
+                    retry: matches!(error, CallError::Retry(_)),
+                })
             }
-            CallError::Deadline(_) | CallError::Memory(_) | CallError::Trap(_) | CallError::Refused(_) => {
-                self.follow(generation, role, |health| health.note_failure(Instant::now()));
+            CallError::Deadline(_)
+            | CallError::Memory(_)
+            | CallError::Trap(_)
+            | CallError::Refused(_) => {
+                self.follow(generation, role, |health| {
+                    health.note_failure(Instant::now())
+                });
                 settle(generation, reason, attempts)
             }
         }
     }
 
     /// Notes how a plugin fared, and sees to what follows from it.
-    fn follow(&self, generation: &Generation, role: Role, note: impl FnOnce(&Health) -> Consequence) {
+    fn follow(
+        &self,
+        generation: &Generation,
+        role: Role,
+        note: impl FnOnce(&Health) -> Consequence,
+    ) {
         if self.is_live {
-            self.registry.follow(generation, note(generation.health(role)));
+            self.registry
+                .follow(generation, note(generation.health(role)));
         }
     }
 
-    fn call(&mut self, generation: &Generation, role: Role, call: &Call<'_>, ticking: &Ticking) -> Result<Answer, CallError> {
+    fn call(
+        &mut self,
+        generation: &Generation,
+        role: Role,
+        call: &Call<'_>,
+        ticking: &Ticking,
+    ) -> Result<Answer, CallError> {
         let plugin = &generation.plugin;
         let key = (plugin.name().clone(), generation.number);
         // Taken out for the call: should the host panic in it, the instance is gone with its stack.
         let mut slot = self.instances.remove(&key);
         let began = Instant::now();
         let answer = plugin.call(&mut slot, ticking, role, call);
-        let label = PluginLabel { plugin: plugin.name().to_string() };
-        self.metrics.plugin_call_duration.get_or_create(&label).observe(began.elapsed().as_secs_f64());
+        let label = PluginLabel {
+            plugin: plugin.name().to_string(),
+        };
+        self.metrics
+            .plugin_call_duration
+            .get_or_create(&label)
+            .observe(began.elapsed().as_secs_f64());
         let outcome = answer.as_ref().map_or_else(CallError::kind, |_| "ok");
-        self.metrics.plugin_calls.get_or_create(&PluginCallLabel { plugin: label.plugin, outcome }).inc();
+        self.metrics
+            .plugin_calls
+            .get_or_create(&PluginCallLabel {
+                plugin: label.plugin,
+                outcome,
+            })
+            .inc();
         if let Some(instance) = slot {
             self.instances.insert(key, instance);
         }
@@ -492,27 +681,55 @@ struct Folded {
 
 impl Folded {
     fn as_published(event: &Event, resolution: Resolution) -> Self {
-        Self { amended: None, priority: published_priority(event), resolution }
+        Self {
+            amended: None,
+            priority: published_priority(event),
+            resolution,
+        }
     }
 
     /// What the next plugin is asked about.
-    fn call<'a>(&'a self, published: &'a Event, clock_ms: u64, payload: &'a ParsedPayload) -> Call<'a> {
-        Call { event: self.amended.as_ref().unwrap_or(published), priority: self.priority, clock_ms, payload }
+    fn call<'a>(
+        &'a self,
+        published: &'a Event,
+        clock_ms: u64,
+        payload: &'a ParsedPayload,
+    ) -> Call<'a> {
+        Call {
+            event: self.amended.as_ref().unwrap_or(published),
+            priority: self.priority,
+            clock_ms,
+            payload,
+        }
     }
 }
 
 fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &str) -> Verdict {
     let hash = plugin.hash().get(..12).unwrap_or_default().to_owned();
-    Verdict { plugin: plugin.name().to_string(), generation: *number, hash, verdict: word.to_owned(), reason: reason.to_owned() }
+    Verdict {
+        plugin: plugin.name().to_string(),
+        generation: *number,
+        hash,
+        verdict: word.to_owned(),
+        reason: reason.to_owned(),
+    }
 }
 
 /// What becomes of an event that a plugin fails on.
 fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
     let plugin = generation.plugin.name().to_string();
     match generation.settings.on_failure {
-        OnFailure::DeadLetter => Asked::Over(Resolution::Failed { plugin, reason, attempts, retry: false }),
+        OnFailure::DeadLetter => Asked::Over(Resolution::Failed {
+            plugin,
+            reason,
+            attempts,
+            retry: false,
+        }),
         OnFailure::Skip => Asked::Passed,
-        OnFailure::Drop => Asked::Over(Resolution::Discarded { plugin, reason: format!("the plugin failed: {reason}") }),
+        OnFailure::Drop => Asked::Over(Resolution::Discarded {
+            plugin,
+            reason: format!("the plugin failed: {reason}"),
+        }),
     }
 }
 
@@ -530,8 +747,12 @@ impl Asked {
     fn decided(&self, role: Role, call: &Call<'_>, verdict: Option<&Verdict>) -> Decided {
         match (self, verdict) {
             (Self::Answered(answer), _) => Decided::of_answer(answer, call),
-            (_, Some(verdict)) if ["rejected", "retry", "failed"].contains(&verdict.verdict.as_str()) => {
-                Decided::Failed { reason: verdict.reason.clone() }
+            (_, Some(verdict))
+                if ["rejected", "retry", "failed"].contains(&verdict.verdict.as_str()) =>
+            {
+                Decided::Failed {
+                    reason: verdict.reason.clone(),
+                }
             }
             _ => Decided::nothing(role),
         }
@@ -558,7 +779,12 @@ impl Aside {
 /// Without plugins.
 fn unrouted(event: Event) -> Evaluation {
     let priority = published_priority(&event);
-    Evaluation { event, priority, resolution: Resolution::Unrouted, verdicts: Vec::new() }
+    Evaluation {
+        event,
+        priority,
+        resolution: Resolution::Unrouted,
+        verdicts: Vec::new(),
+    }
 }
 
 /// The attribute `priority`, if it is one; a router that minds a bad one rejects the event.
@@ -571,5 +797,6 @@ fn published_priority(event: &Event) -> Priority {
 
 fn said(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no text)")
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(no text)")
 }

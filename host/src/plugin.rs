@@ -208,7 +208,10 @@ pub struct Plugin {
 
 impl std::fmt::Debug for Plugin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Plugin").field("name", &self.name).field("hash", &self.hash).finish_non_exhaustive()
+        f.debug_struct("Plugin")
+            .field("name", &self.name)
+            .field("hash", &self.hash)
+            .finish_non_exhaustive()
     }
 }
 
@@ -234,7 +237,9 @@ impl Instance {
 
 impl std::fmt::Debug for Instance {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Instance").field("calls_left", &self.calls_left).finish_non_exhaustive()
+        f.debug_struct("Instance")
+            .field("calls_left", &self.calls_left)
+            .finish_non_exhaustive()
     }
 }
 
@@ -246,25 +251,53 @@ impl Plugin {
     ///
     /// # Errors
     /// Why not, and where there is one, the fix.
-    pub fn load(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<Self, LoadError> {
+    pub fn load(
+        engine: &Engine,
+        name: Name,
+        bytes: &[u8],
+        config: &str,
+        limits: Limits,
+    ) -> Result<Self, LoadError> {
         let mut plugin = Self::prepare(engine, name, bytes, config, limits)?;
-        let Description { manifest, selection } = plugin.trial().map_err(LoadError)?;
+        let Description {
+            manifest,
+            selection,
+        } = plugin.trial().map_err(LoadError)?;
         plugin.manifest = manifest;
         plugin.selection = selection;
         Ok(plugin)
     }
 
     /// The first half of [`Plugin::load`]: everything but a trial.
-    fn prepare(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<Self, LoadError> {
+    fn prepare(
+        engine: &Engine,
+        name: Name,
+        bytes: &[u8],
+        config: &str,
+        limits: Limits,
+    ) -> Result<Self, LoadError> {
         let hash = hash(bytes);
-        let Compiled { component, has_filter, has_router, is_cached } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
-        let component =
-            engine.linker().instantiate_pre(&component).map_err(|e| LoadError(format!("does not fit this host: {}", causes(&e))))?;
-        let exports = ExportIndices::find(&component, has_filter, has_router).map_err(|e| LoadError(unfit(&e)))?;
+        let Compiled {
+            component,
+            has_filter,
+            has_router,
+            is_cached,
+        } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
+        let component = engine
+            .linker()
+            .instantiate_pre(&component)
+            .map_err(|e| LoadError(format!("does not fit this host: {}", causes(&e))))?;
+        let exports = ExportIndices::find(&component, has_filter, has_router)
+            .map_err(|e| LoadError(unfit(&e)))?;
         Ok(Self {
             log: Arc::new(GuestLog::new(name.clone())),
             name,
-            manifest: Manifest { name: String::new(), version: String::new(), description: String::new(), config_schema: None },
+            manifest: Manifest {
+                name: String::new(),
+                version: String::new(),
+                description: String::new(),
+                config_schema: None,
+            },
             hash,
             is_cached,
             selection: Selection::default(),
@@ -291,8 +324,12 @@ impl Plugin {
 
     /// Has its lines in the log told apart from those of the version at work.
     fn logging_as(self, what: &str) -> Self {
-        let name = Name::parse(&format!("{} ({what})", self.name)).unwrap_or_else(|_| self.name.clone());
-        Self { log: Arc::new(GuestLog::new(name)), ..self }
+        let name =
+            Name::parse(&format!("{} ({what})", self.name)).unwrap_or_else(|_| self.name.clone());
+        Self {
+            log: Arc::new(GuestLog::new(name)),
+            ..self
+        }
     }
 
     /// Whether its code came from the cache, and was not compiled now.
@@ -321,7 +358,13 @@ impl Plugin {
     ///
     /// # Errors
     /// [`CallError`]; nothing has happened then but the time that it took.
-    pub fn call(&self, slot: &mut Option<Instance>, ticking: &Ticking, role: Role, call: &Call<'_>) -> Result<Answer, CallError> {
+    pub fn call(
+        &self,
+        slot: &mut Option<Instance>,
+        ticking: &Ticking,
+        role: Role,
+        call: &Call<'_>,
+    ) -> Result<Answer, CallError> {
         let mut instance = match slot.take() {
             Some(instance) => instance,
             None => self.instantiate(ticking)?,
@@ -338,12 +381,18 @@ impl Plugin {
 
     fn ask(
         &self,
-        Instance { store, exports, answer_bytes, .. }: &mut Instance,
+        Instance {
+            store,
+            exports,
+            answer_bytes,
+            ..
+        }: &mut Instance,
         ticking: &Ticking,
         role: Role,
         call: &Call<'_>,
     ) -> Result<Answer, CallError> {
-        let presented = bindings::present(call.event, call.priority, &self.selection, &call.payload.0);
+        let presented =
+            bindings::present(call.event, call.priority, &self.selection, &call.payload.0);
         let state = store.data_mut();
         state.set_clock_ms(call.clock_ms);
         state.event = Some(call.event.id.clone());
@@ -351,13 +400,27 @@ impl Plugin {
         deadline::set(store, ticking, self.limits.deadline);
         let answer = match role {
             Role::Filter => match exports.evaluate(store, &presented) {
-                Some(Ok(verdict)) => verdict.map(|verdict| bindings::verdict(verdict, call.event, &self.limits)),
-                Some(Err(error)) => return Err(self.call_error(&error, store, self.limits.deadline)),
+                Some(Ok(verdict)) => {
+                    verdict.map(|verdict| bindings::verdict(verdict, call.event, &self.limits))
+                }
+                Some(Err(error)) => {
+                    return Err(self.call_error(&error, store, self.limits.deadline));
+                }
                 None => return Err(CallError::Refused("it is no filter".into())),
             },
             Role::Router => match exports.resolve(store, &presented) {
-                Some(Ok(routes)) => routes.map(|routes| bindings::plan(routes, &self.name, call.priority, call.clock_ms, &self.limits)),
-                Some(Err(error)) => return Err(self.call_error(&error, store, self.limits.deadline)),
+                Some(Ok(routes)) => routes.map(|routes| {
+                    bindings::plan(
+                        routes,
+                        &self.name,
+                        call.priority,
+                        call.clock_ms,
+                        &self.limits,
+                    )
+                }),
+                Some(Err(error)) => {
+                    return Err(self.call_error(&error, store, self.limits.deadline));
+                }
                 None => return Err(CallError::Refused("it is no router".into())),
             },
         };
@@ -382,19 +445,33 @@ impl Plugin {
         let (mut store, exports) = self.raw_instance(ticking)?;
         deadline::set(&mut store, ticking, self.limits.setup_deadline);
         match exports.configure(&mut store, &self.config) {
-            Ok(Ok(())) => Ok(Instance { store, exports, calls_left: self.limits.calls_per_instance.max(1), answer_bytes: 0 }),
-            Ok(Err(issues)) => {
-                Err(CallError::Refused(format!("a new instance refuses the configuration that its first one took: {issues}")))
-            }
+            Ok(Ok(())) => Ok(Instance {
+                store,
+                exports,
+                calls_left: self.limits.calls_per_instance.max(1),
+                answer_bytes: 0,
+            }),
+            Ok(Err(issues)) => Err(CallError::Refused(format!(
+                "a new instance refuses the configuration that its first one took: {issues}"
+            ))),
             Err(error) => Err(self.call_error(&error, &mut store, self.limits.setup_deadline)),
         }
     }
 
     fn raw_instance(&self, ticking: &Ticking) -> Result<(Store<State>, Exports), CallError> {
-        let mut store = engine::store(&self.engine, self.limits.memory_bytes, handed_back(&self.limits), &self.log);
+        let mut store = engine::store(
+            &self.engine,
+            self.limits.memory_bytes,
+            handed_back(&self.limits),
+            &self.log,
+        );
         deadline::set(&mut store, ticking, self.limits.setup_deadline);
-        let made = self.component.instantiate(&mut store).and_then(|instance| self.exports.load(&mut store, &instance));
-        made.map_err(|error| self.call_error(&error, &mut store, self.limits.setup_deadline)).map(|exports| (store, exports))
+        let made = self
+            .component
+            .instantiate(&mut store)
+            .and_then(|instance| self.exports.load(&mut store, &instance));
+        made.map_err(|error| self.call_error(&error, &mut store, self.limits.setup_deadline))
+            .map(|exports| (store, exports))
     }
 
     /// The first instance, which shows whether the plugin can work: what does not fit in its records fails here and not before.
@@ -404,42 +481,74 @@ impl Plugin {
             CallError::Refused(reason) => reason,
             other => format!("fails to start: {other}"),
         })?;
-        let mut step = |what: &str, call: &mut dyn FnMut(&mut Store<State>) -> wasmtime::Result<()>| {
-            deadline::set(&mut store, &ticking, self.limits.setup_deadline);
-            call(&mut store)
-                .map_err(|error| format!("fails in {what}: {}", self.call_error(&error, &mut store, self.limits.setup_deadline)))
-        };
+        let mut step =
+            |what: &str, call: &mut dyn FnMut(&mut Store<State>) -> wasmtime::Result<()>| {
+                deadline::set(&mut store, &ticking, self.limits.setup_deadline);
+                call(&mut store).map_err(|error| {
+                    format!(
+                        "fails in {what}: {}",
+                        self.call_error(&error, &mut store, self.limits.setup_deadline)
+                    )
+                })
+            };
         let (mut before, mut configured, mut after) = (None, None, None);
-        step("describe", &mut |store| exports.describe(store).map(|d| before = Some(d)))?;
-        step("configure", &mut |store| exports.configure(store, &self.config).map(|c| configured = Some(c)))?;
+        step("describe", &mut |store| {
+            exports.describe(store).map(|d| before = Some(d))
+        })?;
+        step("configure", &mut |store| {
+            exports
+                .configure(store, &self.config)
+                .map(|c| configured = Some(c))
+        })?;
         if let Some(Err(issues)) = configured {
             return Err(format!("refuses its configuration: {issues}"));
         }
         // What it reads may depend on the configuration.
-        step("describe", &mut |store| exports.describe(store).map(|d| after = Some(d)))?;
-        let (Some(before), Some(after)) = (before, after) else { return Err("does not describe itself".to_owned()) };
+        step("describe", &mut |store| {
+            exports.describe(store).map(|d| after = Some(d))
+        })?;
+        let (Some(before), Some(after)) = (before, after) else {
+            return Err("does not describe itself".to_owned());
+        };
         after.selection.check()?;
         if let Some(schema) = &before.manifest.config_schema
             && let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(schema)
         {
             return Err(format!("has a config-schema that is not JSON: {error}"));
         }
-        Ok(Description { manifest: before.manifest, selection: after.selection })
+        Ok(Description {
+            manifest: before.manifest,
+            selection: after.selection,
+        })
     }
 
-    fn call_error(&self, error: &wasmtime::Error, store: &mut Store<State>, deadline: Duration) -> CallError {
+    fn call_error(
+        &self,
+        error: &wasmtime::Error,
+        store: &mut Store<State>,
+        deadline: Duration,
+    ) -> CallError {
         const MIB: usize = 1024 * 1024;
         let state = store.data_mut();
         if let Some(bytes) = state.memory.refused.take() {
             let most = self.limits.memory_bytes / MIB;
-            return CallError::Memory(format!("it asked for {} MiB of memory; {most} is the most (memory_mib)", bytes.div_ceil(MIB)));
+            return CallError::Memory(format!(
+                "it asked for {} MiB of memory; {most} is the most (memory_mib)",
+                bytes.div_ceil(MIB)
+            ));
         }
         let said = state.last_error.take();
         match error.downcast_ref::<Trap>() {
-            Some(Trap::Interrupt) => CallError::Deadline(format!("it ran longer than {} ms (deadline_ms)", deadline.as_millis())),
+            Some(Trap::Interrupt) => CallError::Deadline(format!(
+                "it ran longer than {} ms (deadline_ms)",
+                deadline.as_millis()
+            )),
             Some(trap) => CallError::Trap(match said {
                 Some(said) => format!("it trapped: {said}"),
-                None => format!("it trapped: {}", trap.to_string().trim_start_matches("wasm trap: ")),
+                None => format!(
+                    "it trapped: {}",
+                    trap.to_string().trim_start_matches("wasm trap: ")
+                ),
             }),
             None => CallError::Refused(unfit(error)),
         }

@@ -41,7 +41,15 @@ pub struct Report {
 impl Readiness {
     /// As [`Readiness::set`], of what is still to come at the start: nothing to log, as nothing went wrong.
     pub fn expect(&self, name: &str, text: &str) {
-        self.lock().insert(name.to_owned(), Reason { text: text.to_owned(), is_warning: false, is_expected: true, until: None });
+        self.lock().insert(
+            name.to_owned(),
+            Reason {
+                text: text.to_owned(),
+                is_warning: false,
+                is_expected: true,
+                until: None,
+            },
+        );
     }
 
     /// Turns the node unready for the reason `name`, until [`Readiness::clear`]. Logged when it is new or reads differently.
@@ -61,9 +69,16 @@ impl Readiness {
 
     fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
         // A line break would forge a second reason on the page.
-        let reason = Reason { text: text.replace(['\n', '\r'], " "), is_warning, is_expected: false, until };
+        let reason = Reason {
+            text: text.replace(['\n', '\r'], " "),
+            is_warning,
+            is_expected: false,
+            until,
+        };
         let before = self.lock().insert(name.to_owned(), reason.clone());
-        if before.is_some_and(|before| before.holds() && before.text == reason.text && before.is_warning == is_warning) {
+        if before.is_some_and(|before| {
+            before.holds() && before.text == reason.text && before.is_warning == is_warning
+        }) {
             return;
         }
         match is_warning {
@@ -74,7 +89,9 @@ impl Readiness {
 
     /// Takes a reason or warning back; nothing if it is not set.
     pub fn clear(&self, name: &str) {
-        let Some(reason) = self.lock().remove(name) else { return };
+        let Some(reason) = self.lock().remove(name) else {
+            return;
+        };
         if !reason.is_expected {
             tracing::info!(reason = name, "no longer: {}", reason.text);
         }
@@ -85,22 +102,38 @@ impl Readiness {
 
     /// Takes back every reason and warning whose name begins with `prefix`, unless `is_kept`.
     pub fn retain(&self, prefix: &str, is_kept: impl Fn(&str) -> bool) {
-        let names: Vec<String> = self.lock().keys().filter(|name| name.starts_with(prefix) && !is_kept(name)).cloned().collect();
+        let names: Vec<String> = self
+            .lock()
+            .keys()
+            .filter(|name| name.starts_with(prefix) && !is_kept(name))
+            .cloned()
+            .collect();
         for name in names {
             self.clear(&name);
         }
     }
 
     pub fn is_ready(&self) -> bool {
-        self.lock().values().all(|reason| reason.is_warning || !reason.holds())
+        self.lock()
+            .values()
+            .all(|reason| reason.is_warning || !reason.holds())
     }
 
     pub fn report(&self) -> Report {
         let reasons = self.lock();
-        let lines = |is_warning| reasons.iter().filter(move |(_, r)| r.is_warning == is_warning && r.holds());
-        let red: Vec<String> = lines(false).map(|(name, r)| format!("{name}: {}", r.text)).collect();
+        let lines = |is_warning| {
+            reasons
+                .iter()
+                .filter(move |(_, r)| r.is_warning == is_warning && r.holds())
+        };
+        let red: Vec<String> = lines(false)
+            .map(|(name, r)| format!("{name}: {}", r.text))
+            .collect();
         let yellow = lines(true).map(|(name, r)| format!("warning: {name}: {}", r.text));
-        Report { is_ready: red.is_empty(), lines: red.iter().cloned().chain(yellow).collect() }
+        Report {
+            is_ready: red.is_empty(),
+            lines: red.iter().cloned().chain(yellow).collect(),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Reason>> {
@@ -121,7 +154,13 @@ mod tests {
         readiness.set("broker", "away:\nconnection refused");
         let report = readiness.report();
         assert!(!report.is_ready);
-        assert_eq!(report.lines, ["broker: away: connection refused", "warning: redis.aof: no append-only file; set appendonly yes"]);
+        assert_eq!(
+            report.lines,
+            [
+                "broker: away: connection refused",
+                "warning: redis.aof: no append-only file; set appendonly yes"
+            ]
+        );
         readiness.retain("broker", |_| false);
         assert!(readiness.is_ready());
         readiness.set_for("publishing", "full", Duration::from_secs(3600));

@@ -32,9 +32,19 @@ pub struct Reader {
 impl Reader {
     /// Who this is to a plan: what the broker knows of the user, and what was claimed. A member of either's groups; where both name an
     /// attribute, the claim wins, which was made for this reader and not for the user wherever it reads.
-    pub fn as_recipient(&self, mut known: Recipient, partitions: impl Iterator<Item = PartitionNumber> + Clone) -> Recipient {
+    pub fn as_recipient(
+        &self,
+        mut known: Recipient,
+        partitions: impl Iterator<Item = PartitionNumber> + Clone,
+    ) -> Recipient {
         for group in &self.claims.groups {
-            known.groups.insert(group.clone(), partitions.clone().map(|partition| (partition, Span::default())).collect());
+            known.groups.insert(
+                group.clone(),
+                partitions
+                    .clone()
+                    .map(|partition| (partition, Span::default()))
+                    .collect(),
+            );
         }
         if !self.claims.attributes.is_empty() {
             let mut attributes = BTreeMap::from(known.attributes);
@@ -47,7 +57,10 @@ impl Reader {
 
 impl From<Name> for Reader {
     fn from(user: Name) -> Self {
-        Self { user, claims: Claims::default() }
+        Self {
+            user,
+            claims: Claims::default(),
+        }
     }
 }
 
@@ -70,12 +83,21 @@ pub struct Way {
 impl Recipient {
     /// Whether what was committed to the group under `id` is this recipient's: above the id of joining, not above that of leaving.
     pub fn is_member(&self, group: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
-        let span = self.groups.get(group).and_then(|spans| spans.get(&partition));
+        let span = self
+            .groups
+            .get(group)
+            .and_then(|spans| spans.get(&partition));
         span.is_some_and(|span| span.joined < id && span.left.is_none_or(|left| id <= left))
     }
 
     /// Whether a target of what was committed under `id` names this recipient, who is `user`.
-    pub fn is_named_by(&self, target: &Target, user: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
+    pub fn is_named_by(
+        &self,
+        target: &Target,
+        user: &Name,
+        partition: PartitionNumber,
+        id: NotificationId,
+    ) -> bool {
         match target {
             Target::User(name) => name == user,
             Target::Group(group) => self.is_member(group, partition, id),
@@ -84,8 +106,16 @@ impl Recipient {
     }
 
     /// The logs that hold something for this recipient above `after`, each with the id from which it counts.
-    pub fn logs(&self, user: &Name, partition: PartitionNumber, after: NotificationId) -> Vec<(Target, NotificationId)> {
-        let own = [(Target::User(user.clone()), after), (Target::Everyone, after)];
+    pub fn logs(
+        &self,
+        user: &Name,
+        partition: PartitionNumber,
+        after: NotificationId,
+    ) -> Vec<(Target, NotificationId)> {
+        let own = [
+            (Target::User(user.clone()), after),
+            (Target::Everyone, after),
+        ];
         let groups = self.groups.iter().filter_map(|(group, spans)| {
             let span = spans.get(&partition)?;
             let ended = span.left.is_some_and(|left| left <= after);
@@ -125,7 +155,10 @@ pub fn reaches(
     if !route.when.as_ref().is_none_or(holds) {
         return Err(Miss::Condition);
     }
-    if route.expires_ms.is_some_and(|expires| expires <= moment.now_ms) {
+    if route
+        .expires_ms
+        .is_some_and(|expires| expires <= moment.now_ms)
+    {
         return Err(Miss::Expired);
     }
     Ok(target)
@@ -146,8 +179,16 @@ pub fn winning_route(
         if winner.is_some_and(|(_, priority)| priority >= route.priority) {
             continue;
         }
-        if let Ok(target) = reaches(route, user, recipient, moment, |criteria| holds(index, criteria)) {
-            winner = Some((Way { route: index, target }, route.priority));
+        if let Ok(target) = reaches(route, user, recipient, moment, |criteria| {
+            holds(index, criteria)
+        }) {
+            winner = Some((
+                Way {
+                    route: index,
+                    target,
+                },
+                route.priority,
+            ));
         }
     }
     winner.map(|(way, _)| way)
@@ -167,47 +208,102 @@ mod tests {
     }
 
     fn route(to: &str, priority: Priority) -> Route {
-        let to = to.split(' ').map(|target| target.parse().unwrap()).collect();
-        Route { by: name("test"), to, when: None, priority, expires_ms: None, collapse: None, event_name: None, body: None }
+        let to = to
+            .split(' ')
+            .map(|target| target.parse().unwrap())
+            .collect();
+        Route {
+            by: name("test"),
+            to,
+            when: None,
+            priority,
+            expires_ms: None,
+            collapse: None,
+            event_name: None,
+            body: None,
+        }
     }
 
     fn wins(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<Way> {
-        winning_route(plan, user, recipient, moment, |_, criteria| criteria.hold(&recipient.attributes))
+        winning_route(plan, user, recipient, moment, |_, criteria| {
+            criteria.hold(&recipient.attributes)
+        })
     }
 
     fn at(id: u64) -> Moment {
-        Moment { partition: P, id: NotificationId(id), now_ms: 1_000 }
+        Moment {
+            partition: P,
+            id: NotificationId(id),
+            now_ms: 1_000,
+        }
     }
 
     fn member(joined: u64, left: Option<u64>) -> Recipient {
-        let span = Span { joined: NotificationId(joined), left: left.map(NotificationId) };
-        Recipient { groups: BTreeMap::from([(name("ops"), BTreeMap::from([(P, span)]))]), ..Recipient::default() }
+        let span = Span {
+            joined: NotificationId(joined),
+            left: left.map(NotificationId),
+        };
+        Recipient {
+            groups: BTreeMap::from([(name("ops"), BTreeMap::from([(P, span)]))]),
+            ..Recipient::default()
+        }
     }
 
     #[test]
     fn the_highest_priority_wins_then_the_first_route() {
-        let plan = Plan { routes: vec![route("u:a", Priority::Low), route("all", Priority::High), route("g:ops u:a", Priority::High)] };
+        let plan = Plan {
+            routes: vec![
+                route("u:a", Priority::Low),
+                route("all", Priority::High),
+                route("g:ops u:a", Priority::High),
+            ],
+        };
         let winner = |user: &str| wins(&plan, &name(user), &Recipient::default(), at(5));
-        assert_eq!(winner("a"), Some(Way { route: 1, target: 0 }));
-        assert_eq!(winner("b"), Some(Way { route: 1, target: 0 }));
+        assert_eq!(
+            winner("a"),
+            Some(Way {
+                route: 1,
+                target: 0
+            })
+        );
+        assert_eq!(
+            winner("b"),
+            Some(Way {
+                route: 1,
+                target: 0
+            })
+        );
     }
 
     #[test]
     fn the_target_is_the_first_of_the_route_that_names_the_recipient() {
-        let plan = Plan { routes: vec![route("u:b g:ops u:a all", Priority::Normal)] };
-        let target = |user: &str, recipient: &Recipient| wins(&plan, &name(user), recipient, at(15)).map(|way| way.target);
+        let plan = Plan {
+            routes: vec![route("u:b g:ops u:a all", Priority::Normal)],
+        };
+        let target = |user: &str, recipient: &Recipient| {
+            wins(&plan, &name(user), recipient, at(15)).map(|way| way.target)
+        };
         assert_eq!(target("a", &Recipient::default()), Some(2));
         assert_eq!(target("b", &member(10, None)), Some(0));
         assert_eq!(target("a", &member(10, None)), Some(1));
-        assert_eq!(target("c", &member(20, None)), Some(3), "a member later is not one at that moment");
+        assert_eq!(
+            target("c", &member(20, None)),
+            Some(3),
+            "a member later is not one at that moment"
+        );
     }
 
     #[test]
     fn a_member_sees_from_joining_to_leaving() {
-        let plan = Plan { routes: vec![route("g:ops", Priority::Normal)] };
+        let plan = Plan {
+            routes: vec![route("g:ops", Priority::Normal)],
+        };
         let sees = |recipient: &Recipient, id| wins(&plan, &name("a"), recipient, at(id)).is_some();
         let left = member(10, Some(20));
-        assert_eq!([10, 11, 20, 21].map(|id| sees(&left, id)), [false, true, true, false]);
+        assert_eq!(
+            [10, 11, 20, 21].map(|id| sees(&left, id)),
+            [false, true, true, false]
+        );
         assert!(sees(&member(10, None), 1_000));
         assert!(!sees(&Recipient::default(), 1_000));
     }
@@ -219,27 +315,82 @@ mod tests {
             attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]),
         };
         let mut known = member(10, Some(20));
-        known.groups.insert(name("chat"), BTreeMap::from([(P, Span { joined: NotificationId(15), left: None })]));
-        known.attributes = Attributes::from([("plan".into(), Value::Text("free".into())), ("age".into(), Value::Integer(30))]);
-        let reader = Reader { user: name("a"), claims };
+        known.groups.insert(
+            name("chat"),
+            BTreeMap::from([(
+                P,
+                Span {
+                    joined: NotificationId(15),
+                    left: None,
+                },
+            )]),
+        );
+        known.attributes = Attributes::from([
+            ("plan".into(), Value::Text("free".into())),
+            ("age".into(), Value::Integer(30)),
+        ]);
+        let reader = Reader {
+            user: name("a"),
+            claims,
+        };
         let recipient = reader.as_recipient(known.clone(), [P].into_iter());
         let is_member = |group: &str, id| recipient.is_member(&name(group), P, NotificationId(id));
-        assert!([1, 15, 25].into_iter().all(|id| is_member("ops", id) && is_member("dev", id)));
+        assert!(
+            [1, 15, 25]
+                .into_iter()
+                .all(|id| is_member("ops", id) && is_member("dev", id))
+        );
         assert_eq!([15, 16].map(|id| is_member("chat", id)), [false, true]);
-        assert_eq!(recipient.attributes.get("plan"), Some(&Value::Text("pro".into())));
+        assert_eq!(
+            recipient.attributes.get("plan"),
+            Some(&Value::Text("pro".into()))
+        );
         assert_eq!(recipient.attributes.get("age"), Some(&Value::Integer(30)));
-        assert_eq!(Reader::from(name("a")).as_recipient(known.clone(), [P].into_iter()), known);
+        assert_eq!(
+            Reader::from(name("a")).as_recipient(known.clone(), [P].into_iter()),
+            known
+        );
     }
 
     #[test]
     fn conditions_and_expiry_are_judged_now() {
-        let test = Test { attribute: "plan".into(), operator: Operator::Equals, values: vec![Value::Text("pro".into())] };
+        let test = Test {
+            attribute: "plan".into(),
+            operator: Operator::Equals,
+            values: vec![Value::Text("pro".into())],
+        };
         let when = Some(Criteria::new(vec![vec![test]]).unwrap());
-        let plan = Plan { routes: vec![Route { when, expires_ms: Some(1_001), ..route("all", Priority::Normal) }] };
-        let pro = Recipient { attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]), ..Recipient::default() };
-        assert_eq!(wins(&plan, &name("a"), &pro, at(1)), Some(Way { route: 0, target: 0 }));
+        let plan = Plan {
+            routes: vec![Route {
+                when,
+                expires_ms: Some(1_001),
+                ..route("all", Priority::Normal)
+            }],
+        };
+        let pro = Recipient {
+            attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]),
+            ..Recipient::default()
+        };
+        assert_eq!(
+            wins(&plan, &name("a"), &pro, at(1)),
+            Some(Way {
+                route: 0,
+                target: 0
+            })
+        );
         assert_eq!(wins(&plan, &name("a"), &Recipient::default(), at(1)), None);
-        assert_eq!(wins(&plan, &name("a"), &pro, Moment { now_ms: 1_001, ..at(1) }), None);
+        assert_eq!(
+            wins(
+                &plan,
+                &name("a"),
+                &pro,
+                Moment {
+                    now_ms: 1_001,
+                    ..at(1)
+                }
+            ),
+            None
+        );
     }
 
     #[test]

@@ -82,7 +82,12 @@ type Recorded = (Outcome, Option<NotificationId>, Decision);
 ///
 /// # Errors
 /// The broker's.
-pub async fn rehearse(broker: &dyn Broker, registry: Arc<Registry>, candidate: Understudy, last: usize) -> Result<Report, broker::Error> {
+pub async fn rehearse(
+    broker: &dyn Broker,
+    registry: Arc<Registry>,
+    candidate: Understudy,
+    last: usize,
+) -> Result<Report, broker::Error> {
     let last = last.min(MAX_EVENTS);
     let mut report = Report {
         plugin: candidate.name.clone(),
@@ -99,7 +104,15 @@ pub async fn rehearse(broker: &dyn Broker, registry: Arc<Registry>, candidate: U
     let wanted = newest(broker, last, &mut report).await?;
     let stage = Stage::start(registry, Arc::clone(&candidate.chain))?;
     for (partition, decisions) in wanted {
-        replay(broker, &partition, decisions, &candidate.name, &stage, &mut report).await?;
+        replay(
+            broker,
+            &partition,
+            decisions,
+            &candidate.name,
+            &stage,
+            &mut report,
+        )
+        .await?;
     }
     Ok(report)
 }
@@ -113,22 +126,37 @@ async fn newest(
     let mut all = Vec::new();
     for (n, partition) in broker.partitions().iter().enumerate() {
         let decisions = broker.decisions(partition.number, last).await?;
-        let oldest_entry = broker.read(partition.number, EntryId::default(), 1, Duration::ZERO).await?.first().map(|entry| entry.id);
+        let oldest_entry = broker
+            .read(partition.number, EntryId::default(), 1, Duration::ZERO)
+            .await?
+            .first()
+            .map(|entry| entry.id);
         report.reach.push(Reach {
             source: partition.source.clone(),
             oldest_entry,
             oldest_decision: decisions.iter().map(|(entry, ..)| *entry).min(),
             is_every_decision: decisions.len() < last,
         });
-        all.extend(decisions.into_iter().map(|(entry, outcome, id, decision)| (entry, n, (outcome, id, decision))));
+        all.extend(
+            decisions
+                .into_iter()
+                .map(|(entry, outcome, id, decision)| (entry, n, (outcome, id, decision))),
+        );
     }
     all.sort_by_key(|(entry, n, _)| (*entry, *n));
     let newest = all.split_off(all.len().saturating_sub(last));
-    let mut wanted: Vec<_> = broker.partitions().iter().map(|partition| (partition.clone(), HashMap::new())).collect();
+    let mut wanted: Vec<_> = broker
+        .partitions()
+        .iter()
+        .map(|partition| (partition.clone(), HashMap::new()))
+        .collect();
     for (entry, n, recorded) in newest {
         wanted[n].1.insert(entry, recorded);
     }
-    report.found = wanted.iter().map(|(_, decisions)| decisions.len() as u64).sum();
+    report.found = wanted
+        .iter()
+        .map(|(_, decisions)| decisions.len() as u64)
+        .sum();
     Ok(wanted)
 }
 
@@ -141,15 +169,21 @@ async fn replay(
     stage: &Stage,
     report: &mut Report,
 ) -> Result<(), broker::Error> {
-    let (Some(&oldest), Some(&newest)) = (wanted.keys().min(), wanted.keys().max()) else { return Ok(()) };
+    let (Some(&oldest), Some(&newest)) = (wanted.keys().min(), wanted.keys().max()) else {
+        return Ok(());
+    };
     let mut after = oldest.before().unwrap_or_default();
     while after < newest {
-        let entries = broker.read(partition.number, after, READ, Duration::ZERO).await?;
+        let entries = broker
+            .read(partition.number, after, READ, Duration::ZERO)
+            .await?;
         let Some(last) = entries.last() else { break };
         after = last.id;
         let mut asked = Vec::new();
         for entry in &entries {
-            let Some(recorded) = wanted.remove(&entry.id) else { continue };
+            let Some(recorded) = wanted.remove(&entry.id) else {
+                continue;
+            };
             match Event::from_fields(entry.id, &partition.source, &entry.fields) {
                 Ok(event) => asked.push((event, recorded)),
                 Err(_) => report.not_compared(NO_EVENT),
@@ -172,10 +206,20 @@ async fn compare(
     report: &mut Report,
 ) -> Result<(), broker::Error> {
     let ids: Vec<NotificationId> = asked.iter().filter_map(|(_, (_, id, _))| *id).collect();
-    let records = if ids.is_empty() { Vec::new() } else { broker.records(partition, &ids).await? };
-    let records: HashMap<NotificationId, Notification> =
-        ids.into_iter().zip(records).filter_map(|(id, record)| Some((id, serde_json::from_slice(&record?).ok()?))).collect();
-    let calls = asked.iter().map(|(event, (_, _, decision))| (event.clone(), decision.clock_ms)).collect();
+    let records = if ids.is_empty() {
+        Vec::new()
+    } else {
+        broker.records(partition, &ids).await?
+    };
+    let records: HashMap<NotificationId, Notification> = ids
+        .into_iter()
+        .zip(records)
+        .filter_map(|(id, record)| Some((id, serde_json::from_slice(&record?).ok()?)))
+        .collect();
+    let calls = asked
+        .iter()
+        .map(|(event, (_, _, decision))| (event.clone(), decision.clock_ms))
+        .collect();
     let mut evaluations = stage.evaluate(calls).await.into_iter();
     for (event, (_, id, decision)) in asked {
         let Some(evaluation) = evaluations.next() else {
@@ -199,10 +243,13 @@ impl Report {
     /// `sides`: role, what was recorded, and what the candidate decides.
     fn note(&mut self, event: &Event, clock_ms: u64, sides: &[(Role, Decided, Decided)]) {
         self.compared += 1;
-        let Some((role, old, new)) = sides.iter().find(|(_, old, new)| !old.is_same(new)) else { return };
+        let Some((role, old, new)) = sides.iter().find(|(_, old, new)| !old.is_same(new)) else {
+            return;
+        };
         self.different += 1;
         self.failed += u64::from(new.has_failed());
-        self.differences.push(Difference::new(event, *role, clock_ms, old, new));
+        self.differences
+            .push(Difference::new(event, *role, clock_ms, old, new));
     }
 }
 
@@ -216,8 +263,13 @@ fn judge(
     record: Option<&Notification>,
     now: &Evaluation,
 ) -> Result<Vec<(Role, Decided, Decided)>, &'static str> {
-    let of_plugin =
-        |verdicts: &[Verdict]| -> Vec<Verdict> { verdicts.iter().filter(|verdict| verdict.plugin == plugin.as_str()).cloned().collect() };
+    let of_plugin = |verdicts: &[Verdict]| -> Vec<Verdict> {
+        verdicts
+            .iter()
+            .filter(|verdict| verdict.plugin == plugin.as_str())
+            .cloned()
+            .collect()
+    };
     let (then, now_verdicts) = (of_plugin(recorded), of_plugin(&now.verdicts));
     if then.is_empty() {
         return Err(NOT_ASKED);
@@ -237,11 +289,29 @@ fn judge(
             // Neither was of interest, or on both it fails: the same in either role.
             (None, None) => Role::Router,
         };
-        let old = decided(plugin, then, role, record.map(|record| (&record.event, &record.plan)));
-        let new = decided(plugin, now_verdict, role, planned.map(|plan| (&now.event, plan)));
+        let old = decided(
+            plugin,
+            then,
+            role,
+            record.map(|record| (&record.event, &record.plan)),
+        );
+        let new = decided(
+            plugin,
+            now_verdict,
+            role,
+            planned.map(|plan| (&now.event, plan)),
+        );
         match (&old, &new) {
-            (Decided::Routes { plan: old }, Decided::Routes { plan: new }) if old.is_none() || new.is_none() => return Err(PLAN_GONE),
-            (Decided::Amend { .. }, Decided::Amend { .. }) if record.is_none() || planned.is_none() => return Err(PLAN_GONE),
+            (Decided::Routes { plan: old }, Decided::Routes { plan: new })
+                if old.is_none() || new.is_none() =>
+            {
+                return Err(PLAN_GONE);
+            }
+            (Decided::Amend { .. }, Decided::Amend { .. })
+                if record.is_none() || planned.is_none() =>
+            {
+                return Err(PLAN_GONE);
+            }
             _ => {}
         }
         let is_other = !old.is_same(&new);
@@ -251,7 +321,11 @@ fn judge(
         }
     }
     // The same as far as it was asked then; whether it is asked again in its other role is up to others.
-    if then.len() != now_verdicts.len() { Err(NOT_REACHED) } else { Ok(sides) }
+    if then.len() != now_verdicts.len() {
+        Err(NOT_REACHED)
+    } else {
+        Ok(sides)
+    }
 }
 
 /// In which role a plugin says this word.
@@ -264,18 +338,41 @@ fn role(verdict: &str) -> Option<Role> {
 }
 
 /// What a verdict says, with what is known of the plan that it was a part of, and of the event as filters left it.
-fn decided(plugin: &Name, verdict: &Verdict, role: Role, known: Option<(&Event, &Plan)>) -> Decided {
+fn decided(
+    plugin: &Name,
+    verdict: &Verdict,
+    role: Role,
+    known: Option<(&Event, &Plan)>,
+) -> Decided {
     match verdict.verdict.as_str() {
         "keep" => Decided::Keep,
-        "drop" => Decided::Drop { reason: verdict.reason.clone() },
+        "drop" => Decided::Drop {
+            reason: verdict.reason.clone(),
+        },
         // All filters together have left these attributes; with the same other ones, a difference is this plugin's.
-        "amend" => Decided::Amend { priority: None, attributes: known.map(|(event, _)| event.attributes.clone()).unwrap_or_default() },
+        "amend" => Decided::Amend {
+            priority: None,
+            attributes: known
+                .map(|(event, _)| event.attributes.clone())
+                .unwrap_or_default(),
+        },
         "none" => Decided::None,
         "routes" => {
-            let own = |plan: &Plan| Plan { routes: plan.routes.iter().filter(|route| route.by == *plugin).cloned().collect() };
-            Decided::Routes { plan: known.map(|(_, plan)| own(plan)) }
+            let own = |plan: &Plan| Plan {
+                routes: plan
+                    .routes
+                    .iter()
+                    .filter(|route| route.by == *plugin)
+                    .cloned()
+                    .collect(),
+            };
+            Decided::Routes {
+                plan: known.map(|(_, plan)| own(plan)),
+            }
         }
-        "rejected" | "retry" | "failed" => Decided::Failed { reason: verdict.reason.clone() },
+        "rejected" | "retry" | "failed" => Decided::Failed {
+            reason: verdict.reason.clone(),
+        },
         _ => Decided::nothing(role),
     }
 }
@@ -307,8 +404,12 @@ impl Stage {
                 drop(answer.send(evaluations));
             }
         };
-        let thread = thread::Builder::new().name("plugin-rehearsal".into()).spawn(run);
-        thread.map_err(|error| broker::Error::Refused(format!("the system gives no thread: {error}")))?;
+        let thread = thread::Builder::new()
+            .name("plugin-rehearsal".into())
+            .spawn(run);
+        thread.map_err(|error| {
+            broker::Error::Refused(format!("the system gives no thread: {error}"))
+        })?;
         Ok(Self { calls })
     }
 
@@ -334,14 +435,25 @@ mod tests {
     }
 
     fn event(more: &str) -> Event {
-        Event::from_json(EntryId::default(), "-", format!(r#"{{"type":"t","id":"e"{more}}}"#).as_bytes()).unwrap()
+        Event::from_json(
+            EntryId::default(),
+            "-",
+            format!(r#"{{"type":"t","id":"e"{more}}}"#).as_bytes(),
+        )
+        .unwrap()
     }
 
     /// `p:keep p:routes q:drop`.
     fn verdicts(text: &str) -> Vec<Verdict> {
         let one = |word: &str| {
             let (plugin, verdict) = word.split_once(':').unwrap();
-            Verdict { plugin: plugin.into(), generation: 1, hash: String::new(), verdict: verdict.into(), reason: String::new() }
+            Verdict {
+                plugin: plugin.into(),
+                generation: 1,
+                hash: String::new(),
+                verdict: verdict.into(),
+                reason: String::new(),
+            }
         };
         text.split_whitespace().map(one).collect()
     }
@@ -353,12 +465,21 @@ mod tests {
     }
 
     fn record(more: &str, to: &str) -> Notification {
-        Notification { entry: EntryId::default(), event: event(more), plan: plan(to) }
+        Notification {
+            entry: EntryId::default(),
+            event: event(more),
+            plan: plan(to),
+        }
     }
 
     fn evaluation(said: &str, more: &str, to: Option<&str>) -> Evaluation {
         let resolution = to.map_or(Resolution::Unrouted, |to| Resolution::Planned(plan(to)));
-        Evaluation { event: event(more), priority: Priority::Normal, resolution, verdicts: verdicts(said) }
+        Evaluation {
+            event: event(more),
+            priority: Priority::Normal,
+            resolution,
+            verdicts: verdicts(said),
+        }
     }
 
     #[test]
@@ -378,22 +499,78 @@ mod tests {
             ("p:keep", Some(&kept), "p:skipped", "", Some("u:1"), same),
             ("p:keep", Some(&kept), "p:drop", "", None, other),
             ("p:drop", None, "p:drop", "", None, same),
-            ("p:amend", Some(&amended), "p:amend", r#","a":1"#, Some("u:1"), same),
-            ("p:amend", Some(&amended), "p:amend", r#","a":2"#, Some("u:1"), other),
+            (
+                "p:amend",
+                Some(&amended),
+                "p:amend",
+                r#","a":1"#,
+                Some("u:1"),
+                same,
+            ),
+            (
+                "p:amend",
+                Some(&amended),
+                "p:amend",
+                r#","a":2"#,
+                Some("u:1"),
+                other,
+            ),
             ("p:amend", Some(&amended), "p:keep", "", Some("u:1"), other),
             // In both of its roles.
-            ("p:keep q:routes p:routes", Some(&kept), "p:keep q:routes p:routes", "", Some("u:1"), same),
-            ("p:keep q:routes p:routes", Some(&kept), "p:keep q:routes p:none", "", None, other),
+            (
+                "p:keep q:routes p:routes",
+                Some(&kept),
+                "p:keep q:routes p:routes",
+                "",
+                Some("u:1"),
+                same,
+            ),
+            (
+                "p:keep q:routes p:routes",
+                Some(&kept),
+                "p:keep q:routes p:none",
+                "",
+                None,
+                other,
+            ),
             ("p:keep q:drop", None, "p:drop", "", None, other),
             // Not without both plans; but where the words differ, they are not needed.
-            ("p:routes", None, "p:routes", "", Some("u:1"), Err(PLAN_GONE)),
-            ("p:routes", Some(&kept), "p:routes q:failed", "", None, Err(PLAN_GONE)),
+            (
+                "p:routes",
+                None,
+                "p:routes",
+                "",
+                Some("u:1"),
+                Err(PLAN_GONE),
+            ),
+            (
+                "p:routes",
+                Some(&kept),
+                "p:routes q:failed",
+                "",
+                None,
+                Err(PLAN_GONE),
+            ),
             ("p:amend", None, "p:amend", "", Some("u:1"), Err(PLAN_GONE)),
             ("p:routes", None, "p:none", "", None, other),
             // What others decide is not this plugin's.
             ("q:drop", None, "p:routes", "", Some("u:1"), Err(NOT_ASKED)),
-            ("p:routes", Some(&kept), "q:drop", "", None, Err(NOT_REACHED)),
-            ("p:keep q:drop", None, "p:keep p:routes", "", Some("u:1"), Err(NOT_REACHED)),
+            (
+                "p:routes",
+                Some(&kept),
+                "q:drop",
+                "",
+                None,
+                Err(NOT_REACHED),
+            ),
+            (
+                "p:keep q:drop",
+                None,
+                "p:keep p:routes",
+                "",
+                Some("u:1"),
+                Err(NOT_REACHED),
+            ),
             ("p:keep", None, "p:routes", "", Some("u:1"), Err(OTHER_KIND)),
         ] {
             let judged = judge(&name(), &verdicts(then), record, &evaluation(now, more, to));

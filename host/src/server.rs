@@ -81,7 +81,11 @@ pub struct Bounds {
 /// # Errors
 /// The address is taken or not this machine's.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     // A storm of reconnecting streams waits here and not in SYN retries of a second each.
@@ -90,8 +94,15 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 
 /// Serves `routes` until the shutdown begins, then lets running requests end. It returns when the last connection is gone: bounding that
 /// is `lib.rs`'s grace period, after which `Shutdown::skip` cuts the rest.
-pub async fn serve(listener: TcpListener, routes: axum::Router, bounds: Bounds, shutdown: Shutdown) {
-    let permits = Arc::new(Semaphore::new(bounds.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+pub async fn serve(
+    listener: TcpListener,
+    routes: axum::Router,
+    bounds: Bounds,
+    shutdown: Shutdown,
+) {
+    let permits = Arc::new(Semaphore::new(
+        bounds.max_connections.clamp(1, Semaphore::MAX_PERMITS),
+    ));
     // Room to answer "too many" in HTTP, for an `EventSource` to read when to come back; bounded as well.
     let surplus_permits = Arc::new(Semaphore::new(bounds.max_connections / 16 + 16));
     let connections = tokio_util::task::TaskTracker::new();
@@ -122,7 +133,14 @@ pub async fn serve(listener: TcpListener, routes: axum::Router, bounds: Bounds, 
         let connection = Arc::new(Connection::new(peer, is_surplus, kill_all.child_token()));
         // Here a stream will leave hyper: read the head of the first request ourselves; a GET of /v1/stream in HTTP/1 goes to a writer of our
         // own that keeps the bare socket, every other one to hyper with the bytes read put back in front of it.
-        connections.spawn(drive(stream, connection, routes.clone(), bounds.header_timeout, shutdown.clone(), permit));
+        connections.spawn(drive(
+            stream,
+            connection,
+            routes.clone(),
+            bounds.header_timeout,
+            shutdown.clone(),
+            permit,
+        ));
     }
     drop(listener);
     connections.close();
@@ -179,7 +197,13 @@ async fn drive(
         // A peer that vanished without a word is found out by a ping; HTTP/1 streams by their heartbeat.
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20));
-    let mut serving = pin!(builder.serve_connection(TokioIo::new(Socket { stream, connection: Arc::clone(&connection) }), service));
+    let mut serving = pin!(builder.serve_connection(
+        TokioIo::new(Socket {
+            stream,
+            connection: Arc::clone(&connection)
+        }),
+        service
+    ));
     // Hyper's own timer starts with the first bytes of a head it takes for HTTP/1; a client that says nothing, or half of HTTP/2's preface,
     // is only noticed here. A surplus connection has this long in all.
     let mut deadline = pin!(tokio::time::sleep(header_timeout));
@@ -213,7 +237,10 @@ async fn drive(
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
     )
 }
 
@@ -227,7 +254,10 @@ mod tests {
 
     const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-    fn start(bounds: Bounds, routes: axum::Router) -> (SocketAddr, Shutdown, tokio::task::JoinHandle<()>) {
+    fn start(
+        bounds: Bounds,
+        routes: axum::Router,
+    ) -> (SocketAddr, Shutdown, tokio::task::JoinHandle<()>) {
         let listener = bind(LOOPBACK).unwrap();
         let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::new());
         let task = tokio::spawn(serve(listener, routes, bounds, shutdown.clone()));
@@ -235,7 +265,10 @@ mod tests {
     }
 
     fn bounds(max_connections: usize, header_timeout: Duration) -> Bounds {
-        Bounds { max_connections, header_timeout }
+        Bounds {
+            max_connections,
+            header_timeout,
+        }
     }
 
     /// Everything that the server sends until it closes.
@@ -254,24 +287,35 @@ mod tests {
             let (address, ..) = start(bounds(10, Duration::from_millis(50)), axum::Router::new());
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(first_bytes.as_bytes()).await.unwrap();
-            let ended = tokio::time::timeout(Duration::from_secs(10), transcript(&mut stream)).await;
+            let ended =
+                tokio::time::timeout(Duration::from_secs(10), transcript(&mut stream)).await;
             assert!(ended.is_ok(), "{first_bytes:?} held the connection");
         }
     }
 
     #[tokio::test]
     async fn one_connection_too_many_is_marked_and_closed_after_its_answer() {
-        let routes = axum::Router::new()
-            .route("/", get(|Extension(c): Extension<Arc<Connection>>| async move { format!("surplus: {}", c.is_surplus()) }));
+        let routes = axum::Router::new().route(
+            "/",
+            get(|Extension(c): Extension<Arc<Connection>>| async move {
+                format!("surplus: {}", c.is_surplus())
+            }),
+        );
         let (address, ..) = start(bounds(1, Duration::from_secs(60)), routes);
         let mut first = TcpStream::connect(address).await.unwrap();
-        first.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        first
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         let mut answer = vec![0; 4096];
         let n = first.read(&mut answer).await.unwrap();
         assert!(String::from_utf8_lossy(&answer[..n]).ends_with("surplus: false"));
 
         let mut second = TcpStream::connect(address).await.unwrap();
-        second.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        second
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         assert!(transcript(&mut second).await.ends_with("surplus: true"));
     }
 
@@ -281,50 +325,89 @@ mod tests {
         let endless = move |Extension(socket): Extension<Arc<dyn sse::Socket>>| async move {
             found.send(socket).unwrap();
             let chunk = bytes::Bytes::from(vec![b'x'; 64 * 1024]);
-            Body::from_stream(futures_util::stream::repeat_with(move || Ok::<_, io::Error>(chunk.clone())))
+            Body::from_stream(futures_util::stream::repeat_with(move || {
+                Ok::<_, io::Error>(chunk.clone())
+            }))
         };
-        let (address, shutdown, task) = start(bounds(10, Duration::from_secs(60)), axum::Router::new().route("/", get(endless)));
+        let (address, shutdown, task) = start(
+            bounds(10, Duration::from_secs(60)),
+            axum::Router::new().route("/", get(endless)),
+        );
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         let socket = handles.recv().await.unwrap();
         let taken = std::future::poll_fn(|cx| socket.poll_taken(cx, 64 * 1024));
-        tokio::time::timeout(Duration::from_secs(30), taken).await.expect("the system takes what nobody reads, up to a point");
+        tokio::time::timeout(Duration::from_secs(30), taken)
+            .await
+            .expect("the system takes what nobody reads, up to a point");
         assert!(socket.taken() >= 64 * 1024);
         socket.kill();
         shutdown.begin();
-        tokio::time::timeout(Duration::from_secs(10), task).await.expect("the killed connection must end").unwrap();
+        tokio::time::timeout(Duration::from_secs(10), task)
+            .await
+            .expect("the killed connection must end")
+            .unwrap();
     }
 
     #[tokio::test]
     async fn a_head_of_32_kib_is_read_and_one_without_an_end_is_not() {
         let routes =
-            axum::Router::new().route("/", get(|request: Request<Body>| async move { request.headers()["cookie"].len().to_string() }));
+            axum::Router::new().route(
+                "/",
+                get(|request: Request<Body>| async move {
+                    request.headers()["cookie"].len().to_string()
+                }),
+            );
         let (address, ..) = start(bounds(10, Duration::from_secs(60)), routes);
-        for (n_bytes, status, text) in [(32 * 1024, "HTTP/1.1 200", "\r\n32768"), (64 * 1024, "HTTP/1.1 431", "")] {
+        for (n_bytes, status, text) in [
+            (32 * 1024, "HTTP/1.1 200", "\r\n32768"),
+            (64 * 1024, "HTTP/1.1 431", ""),
+        ] {
             let mut stream = TcpStream::connect(address).await.unwrap();
-            let head = format!("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: {}\r\n\r\n", "c".repeat(n_bytes));
+            let head = format!(
+                "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: {}\r\n\r\n",
+                "c".repeat(n_bytes)
+            );
             // It may be refused before all of it is sent.
             drop(stream.write_all(head.as_bytes()).await);
             let answer = transcript(&mut stream).await;
-            assert!(answer.starts_with(status) && answer.ends_with(text), "{n_bytes}: {answer}");
+            assert!(
+                answer.starts_with(status) && answer.ends_with(text),
+                "{n_bytes}: {answer}"
+            );
         }
     }
 
     #[tokio::test]
     async fn a_shutdown_lets_a_running_request_end_and_a_skip_does_not() {
-        let (gate, waiting) = (Arc::new(tokio::sync::Notify::new()), Arc::new(tokio::sync::Notify::new()));
+        let (gate, waiting) = (
+            Arc::new(tokio::sync::Notify::new()),
+            Arc::new(tokio::sync::Notify::new()),
+        );
         let (opened, arrived) = (Arc::clone(&gate), Arc::clone(&waiting));
         let slow = move || async move {
             arrived.notify_one();
             opened.notified().await;
             "done"
         };
-        let (address, shutdown, task) = start(bounds(10, Duration::from_secs(60)), axum::Router::new().route("/", get(slow)));
+        let (address, shutdown, task) = start(
+            bounds(10, Duration::from_secs(60)),
+            axum::Router::new().route("/", get(slow)),
+        );
         let mut first = TcpStream::connect(address).await.unwrap();
-        first.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        first
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         waiting.notified().await;
         let mut second = TcpStream::connect(address).await.unwrap();
-        second.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        second
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         waiting.notified().await;
         shutdown.begin();
         gate.notify_one();
@@ -336,9 +419,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_port_can_be_bound_again_at_once() {
-        let (address, shutdown, task) = start(bounds(10, Duration::from_secs(60)), axum::Router::new().route("/", get(|| async { "x" })));
+        let (address, shutdown, task) = start(
+            bounds(10, Duration::from_secs(60)),
+            axum::Router::new().route("/", get(|| async { "x" })),
+        );
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .await
+            .unwrap();
         // The server closed first, so its end is in TIME_WAIT now.
         transcript(&mut stream).await;
         shutdown.begin();

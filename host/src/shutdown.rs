@@ -34,7 +34,10 @@ impl Shutdown {
     /// # Errors
     /// The signals cannot be listened to.
     pub fn on_signals(&self) -> std::io::Result<()> {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
         let shutdown = self.clone();
         // Not one of the tracked tasks: it waits for as long as the process lives.
         tokio::spawn(async move {
@@ -85,7 +88,11 @@ impl Shutdown {
     }
 
     /// The same for a part that goes on while the others stop, for as long as the runtime: nobody waits for it.
-    pub fn spawn_lasting(&self, part: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    pub fn spawn_lasting(
+        &self,
+        part: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
         tokio::spawn(self.clone().run(part, task));
     }
 
@@ -98,7 +105,10 @@ impl Shutdown {
 
     /// The same for a thread of its own: it holds the alarm for as long as it runs.
     pub fn alarm(&self, part: &'static str) -> Alarm {
-        Alarm { shutdown: self.clone(), part }
+        Alarm {
+            shutdown: self.clone(),
+            part,
+        }
     }
 
     fn begin_broken(&self, part: &'static str) {
@@ -126,7 +136,10 @@ impl Shutdown {
 
     /// After a skip: waits until every task has seen it, for at most `limit`.
     pub async fn finish_cut(&self, limit: Duration) {
-        if tokio::time::timeout(limit, self.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(limit, self.tasks.wait())
+            .await
+            .is_err()
+        {
             tracing::warn!(tasks = self.tasks.len(), "left with tasks that did not end");
         }
     }
@@ -178,8 +191,12 @@ mod tests {
         let other = shutdown.clone();
         shutdown.spawn("another", async move { other.begun().await });
         assert_eq!(shutdown.broken(), None);
-        shutdown.spawn("ingest", async { panic!("so that the test has something to see") });
-        tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
+        shutdown.spawn("ingest", async {
+            panic!("so that the test has something to see")
+        });
+        tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
+            .await
+            .expect("it begins");
         assert!(shutdown.finish(Duration::from_secs(60)).await);
         assert_eq!(shutdown.broken(), Some("ingest"));
     }

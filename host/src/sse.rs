@@ -62,7 +62,14 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { heartbeat_s: 20, max_age_s: 3_600, retry_ms: 2_000, stall_s: 30, cursor_s: 180, max_open: 10_000 }
+        Self {
+            heartbeat_s: 20,
+            max_age_s: 3_600,
+            retry_ms: 2_000,
+            stall_s: 30,
+            cursor_s: 180,
+            max_open: 10_000,
+        }
     }
 }
 
@@ -130,12 +137,28 @@ impl Body {
         expires_ms: Option<u64>,
         socket: Option<Arc<dyn Socket>>,
     ) -> Self {
-        let signals =
-            Arc::new(Signals { guard, heartbeat: AtomicBool::new(false), cursor: AtomicBool::new(false), end: Mutex::new(None), socket });
+        let signals = Arc::new(Signals {
+            guard,
+            heartbeat: AtomicBool::new(false),
+            cursor: AtomicBool::new(false),
+            end: Mutex::new(None),
+            socket,
+        });
         pulse.watch(&signals, expires_ms);
         let retry_ms = pulse.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
-        Self { signals, metrics, retry_ms, is_opened: false, is_ended: false, buffer, cursor, sent_cursor, n_given: 0, _seat: seat }
+        Self {
+            signals,
+            metrics,
+            retry_ms,
+            is_opened: false,
+            is_ended: false,
+            buffer,
+            cursor,
+            sent_cursor,
+            n_given: 0,
+            _seat: seat,
+        }
     }
 
     /// Everything that can be written now, up to about [`WRITE`] bytes.
@@ -149,7 +172,11 @@ impl Body {
         let now_ms = now_ms();
         let mut n_sent = 0;
         // First, as a token that has expired has nobody to tell any more; what waits is in the log.
-        let end = *self.signals.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = *self
+            .signals
+            .end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if end.is_none() {
             let mut subscription = stream.lock();
             if self.signals.cursor.swap(false, Ordering::AcqRel) {
@@ -168,7 +195,8 @@ impl Body {
                     Next::Notification { record, way, .. } => {
                         n_sent += 1;
                         put_id(&mut self.buffer, &self.cursor);
-                        let rendered = record.rendered(way.route, |record| render(record, way.route));
+                        let rendered =
+                            record.rendered(way.route, |record| render(record, way.route));
                         self.buffer.put_slice(&rendered.before_target);
                         put_target(&mut self.buffer, &record.route(way.route).to[way.target]);
                         self.buffer.put_slice(&rendered.after_target);
@@ -176,13 +204,19 @@ impl Body {
                     }
                     Next::Gap(gap) => {
                         put_gap(&mut self.buffer, gap);
-                        self.metrics.gaps.get_or_create(&ReasonLabel { reason: gap.reason.as_str() }).inc();
+                        self.metrics
+                            .gaps
+                            .get_or_create(&ReasonLabel {
+                                reason: gap.reason.as_str(),
+                            })
+                            .inc();
                     }
                     Next::Cursor => {
                         let first = self.sent_cursor.is_empty();
                         put_id(&mut self.buffer, &self.cursor);
                         if first {
-                            self.buffer.put_slice(format!("retry: {}\n", self.retry_ms).as_bytes());
+                            self.buffer
+                                .put_slice(format!("retry: {}\n", self.retry_ms).as_bytes());
                         }
                         self.buffer.put_slice(b"event: cursor\ndata:\n\n");
                         self.sent_cursor.clone_from(&self.cursor);
@@ -205,8 +239,14 @@ impl Body {
             if !self.cursor.is_empty() {
                 put_id(&mut self.buffer, &self.cursor);
             }
-            self.buffer
-                .put_slice(format!("retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n", self.retry_ms, end.as_str()).as_bytes());
+            self.buffer.put_slice(
+                format!(
+                    "retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n",
+                    self.retry_ms,
+                    end.as_str()
+                )
+                .as_bytes(),
+            );
         }
     }
 }
@@ -215,7 +255,10 @@ impl http_body::Body for Body {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
         if this.is_ended {
             return Poll::Ready(None);
@@ -233,14 +276,22 @@ impl http_body::Body for Body {
             this.buffer = BytesMut::new();
             return Poll::Pending;
         }
-        this.n_given = this.signals.socket.as_ref().map_or(0, |socket| socket.taken()) + this.buffer.len() as u64;
+        this.n_given = this
+            .signals
+            .socket
+            .as_ref()
+            .map_or(0, |socket| socket.taken())
+            + this.buffer.len() as u64;
         Poll::Ready(Some(Ok(Frame::data(this.buffer.split().freeze()))))
     }
 }
 
 /// All that a stream says which this node cannot serve now. With status 200, because an `EventSource` never comes back after any other.
 pub fn refusal(reason: &str, retry_ms: u64) -> String {
-    format!("retry: {}\nevent: close\ndata: {{\"reason\":\"{reason}\"}}\n\n", spread_retry(retry_ms))
+    format!(
+        "retry: {}\nevent: close\ndata: {{\"reason\":\"{reason}\"}}\n\n",
+        spread_retry(retry_ms)
+    )
 }
 
 fn put_id(out: &mut BytesMut, cursor: &str) {
@@ -250,8 +301,17 @@ fn put_id(out: &mut BytesMut, cursor: &str) {
 }
 
 fn put_gap(out: &mut BytesMut, gap: Gap) {
-    let Gap { partition, reason, from, to } = gap;
-    let data = format!(r#"{{"reason":"{}","partition":{},"from":{from},"to":{to}}}"#, reason.as_str(), partition.0);
+    let Gap {
+        partition,
+        reason,
+        from,
+        to,
+    } = gap;
+    let data = format!(
+        r#"{{"reason":"{}","partition":{},"from":{from},"to":{to}}}"#,
+        reason.as_str(),
+        partition.0
+    );
     out.put_slice(format!("event: gap\ndata: {data}\n\n").as_bytes());
 }
 
@@ -282,10 +342,15 @@ fn render(record: &Record, route: usize) -> Rendered {
     let before_target = out.split().freeze();
     put_data(&mut out, &after);
     out.put_slice(b"\n\n");
-    Rendered { before_target, after_target: out.freeze() }
+    Rendered {
+        before_target,
+        after_target: out.freeze(),
+    }
 }
 
 /// How long a client is told to wait before it comes back: spread out, so that a node's clients do not come back in one moment.
 fn spread_retry(retry_ms: u64) -> u64 {
-    Duration::from_millis(retry_ms).mul_f64(rand::random_range(0.5..1.5)).as_millis() as u64
+    Duration::from_millis(retry_ms)
+        .mul_f64(rand::random_range(0.5..1.5))
+        .as_millis() as u64
 }

@@ -70,7 +70,11 @@ enum State {
 
 impl State {
     fn replay(knows_urgent: bool) -> Self {
-        Self::Replay { buffer: VecDeque::new(), is_overflowed: false, knows_urgent }
+        Self::Replay {
+            buffer: VecDeque::new(),
+            is_overflowed: false,
+            knows_urgent,
+        }
     }
 }
 
@@ -101,7 +105,11 @@ struct Had {
 impl Had {
     /// Whether an older notification with this key is superfluous.
     fn supersedes(&self, older: NotificationId, key: &Name) -> bool {
-        self.id > older && self.collapse.as_ref().is_some_and(|keys| keys.contains(key))
+        self.id > older
+            && self
+                .collapse
+                .as_ref()
+                .is_some_and(|keys| keys.contains(key))
     }
 }
 
@@ -129,9 +137,17 @@ pub struct Subscription {
 
 impl Subscription {
     /// A subscription that is in replay everywhere and waits for its first [`Subscription::begin`].
-    pub fn new(reader: impl Into<Reader>, start: Start, filter: Filter, partitions: impl IntoIterator<Item = PartitionNumber>) -> Self {
+    pub fn new(
+        reader: impl Into<Reader>,
+        start: Start,
+        filter: Filter,
+        partitions: impl IntoIterator<Item = PartitionNumber>,
+    ) -> Self {
         let named = |number| match &start {
-            Start::Cursor(cursor) => cursor.positions.iter().find(|position| position.partition == number),
+            Start::Cursor(cursor) => cursor
+                .positions
+                .iter()
+                .find(|position| position.partition == number),
             _ => None,
         };
         let partitions = partitions.into_iter().map(|number| Partition {
@@ -145,10 +161,22 @@ impl Subscription {
             has_gap: false,
         });
         let partitions: Vec<Partition> = partitions.collect();
-        let had: &[_] = if let Start::Cursor(cursor) = &start { &cursor.had } else { &[] };
+        let had: &[_] = if let Start::Cursor(cursor) = &start {
+            &cursor.had
+        } else {
+            &[]
+        };
         // A partition that was taken out of the configuration has nothing to say any more.
-        let had = had.iter().filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
-        let had = had.map(|&(partition, id)| Had { partition, id, collapse: None }).collect();
+        let had = had
+            .iter()
+            .filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
+        let had = had
+            .map(|&(partition, id)| Had {
+                partition,
+                id,
+                collapse: None,
+            })
+            .collect();
         Self {
             partitions,
             reader: reader.into(),
@@ -173,7 +201,9 @@ impl Subscription {
 
     /// Whether every partition is live and nothing waits.
     pub fn is_idle(&self) -> bool {
-        self.partitions.iter().all(|p| matches!(p.state, State::Live))
+        self.partitions
+            .iter()
+            .all(|p| matches!(p.state, State::Live))
             && self.lanes.is_empty()
             && self.ahead.is_empty()
             && self.gaps.is_empty()
@@ -181,12 +211,17 @@ impl Subscription {
 
     /// Whether every partition is live.
     pub fn is_live(&self) -> bool {
-        self.partitions.iter().all(|p| matches!(p.state, State::Live))
+        self.partitions
+            .iter()
+            .all(|p| matches!(p.state, State::Live))
     }
 
     /// Whether [`Subscription::next`] has something now.
     pub fn is_ready(&self) -> bool {
-        let waits = self.is_cursor_due || !self.gaps.is_empty() || !self.lanes.is_empty() || !self.ahead.is_empty();
+        let waits = self.is_cursor_due
+            || !self.gaps.is_empty()
+            || !self.lanes.is_empty()
+            || !self.ahead.is_empty();
         waits && self.has_begun()
     }
 
@@ -205,14 +240,18 @@ impl Subscription {
     pub fn set_recipient(&mut self, ticket: u64, known: Recipient, pool: &Pool) {
         if ticket > self.recipient_read {
             self.recipient_read = ticket;
-            self.recipient = self.reader.as_recipient(known, self.partitions.iter().map(|partition| partition.number));
+            self.recipient = self.reader.as_recipient(
+                known,
+                self.partitions.iter().map(|partition| partition.number),
+            );
             self.recipient.attributes = pool.share(std::mem::take(&mut self.recipient.attributes));
         }
     }
 
     /// The logs that count in a partition, each with the id above which.
     pub fn logs(&self, partition: PartitionNumber) -> Vec<(Target, NotificationId)> {
-        self.recipient.logs(self.user(), partition, self.at(partition).low_water)
+        self.recipient
+            .logs(self.user(), partition, self.at(partition).low_water)
     }
 
     /// Goes back to replay from the low-water mark, and answers the round that the replay must name.
@@ -224,7 +263,12 @@ impl Subscription {
     /// The same for want of room: what was heard is whole, so that urgent notifications need not wait for the replay to come by.
     fn overflow(&mut self, partition: PartitionNumber, knew_urgent: bool) -> u64 {
         let mut urgent = self.lanes.urgent(partition);
-        urgent.extend(self.ahead.iter().filter(|waiting| waiting.partition == partition).cloned());
+        urgent.extend(
+            self.ahead
+                .iter()
+                .filter(|waiting| waiting.partition == partition)
+                .cloned(),
+        );
         self.ahead.retain(|waiting| waiting.partition != partition);
         let room = MAX_HAD.saturating_sub(self.had.len() + self.ahead.len());
         let all_fit = urgent.len() <= room;
@@ -284,12 +328,20 @@ impl Subscription {
             Start::Latest | Start::Unknown => (head.life, head.latest()),
             Start::Earliest => (head.life, NotificationId(0)),
             // Before the partition's beginning there is nothing, so that asking for it misses nothing.
-            Start::Since(ms) => (head.life, NotificationId::at_ms(*ms).min(head.top()).max(head.origin)),
+            Start::Since(ms) => (
+                head.life,
+                NotificationId::at_ms(*ms).min(head.top()).max(head.origin),
+            ),
         };
         self.partitions[at].life = Some(life);
         self.partitions[at].low_water = low_water;
         if self.start == Start::Unknown {
-            self.announce(Gap { partition: number, reason: GapReason::Unknown, from: NotificationId(0), to: low_water });
+            self.announce(Gap {
+                partition: number,
+                reason: GapReason::Unknown,
+                from: NotificationId(0),
+                to: low_water,
+            });
         }
     }
 
@@ -299,10 +351,22 @@ impl Subscription {
         let is_mine = |had: &Had| had.partition == number;
         let own = self.partitions[at].life;
         let low_water = self.partitions[at].low_water;
-        let highest = self.had.iter().filter(|had| is_mine(had)).map(|had| had.id).max().unwrap_or_default().max(low_water);
+        let highest = self
+            .had
+            .iter()
+            .filter(|had| is_mine(had))
+            .map(|had| had.id)
+            .max()
+            .unwrap_or_default()
+            .max(low_water);
         let bound = own.map_or(NotificationId(0), |life| head.survived(life));
         if highest > bound {
-            self.announce(Gap { partition: number, reason: GapReason::Rewound, from: bound, to: highest });
+            self.announce(Gap {
+                partition: number,
+                reason: GapReason::Rewound,
+                from: bound,
+                to: highest,
+            });
             self.had.retain(|had| !is_mine(had) || had.id <= bound);
         }
         if own != Some(head.life) {
@@ -329,20 +393,42 @@ impl Subscription {
 
     /// The ids that a cursor says were had and whose records have not been read since.
     pub fn had_unknown(&self, partition: PartitionNumber) -> Vec<NotificationId> {
-        self.had.iter().filter(|had| had.partition == partition && had.collapse.is_none()).map(|had| had.id).collect()
+        self.had
+            .iter()
+            .filter(|had| had.partition == partition && had.collapse.is_none())
+            .map(|had| had.id)
+            .collect()
     }
 
     /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
-    pub fn had_is(&mut self, partition: PartitionNumber, id: NotificationId, record: Option<&Record>, node_now_ms: u64) {
-        let keys = record.map(|record| self.keys_until_now(partition, id, record, self.broker_now(node_now_ms))).unwrap_or_default();
-        if let Some(had) = self.had.iter_mut().find(|had| had.partition == partition && had.id == id) {
+    pub fn had_is(
+        &mut self,
+        partition: PartitionNumber,
+        id: NotificationId,
+        record: Option<&Record>,
+        node_now_ms: u64,
+    ) {
+        let keys = record
+            .map(|record| self.keys_until_now(partition, id, record, self.broker_now(node_now_ms)))
+            .unwrap_or_default();
+        if let Some(had) = self
+            .had
+            .iter_mut()
+            .find(|had| had.partition == partition && had.id == id)
+        {
             had.collapse = Some(keys);
         }
     }
 
     /// The collapse keys of the routes that have won for this reader at some time up to now, one after another as they expired. That one has
     /// expired since does not bring back the states that it made superfluous.
-    fn keys_until_now(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Vec<Name> {
+    fn keys_until_now(
+        &self,
+        partition: PartitionNumber,
+        id: NotificationId,
+        record: &Record,
+        now_ms: u64,
+    ) -> Vec<Name> {
         let (mut keys, mut at_ms) = (Vec::new(), 0);
         while let Some(way) = self.judge_at(partition, id, record, at_ms) {
             let route = record.route(way.route);
@@ -355,29 +441,65 @@ impl Subscription {
         keys
     }
 
-    fn judge(&self, partition: PartitionNumber, id: NotificationId, record: &Record, node_now_ms: u64) -> Option<Way> {
+    fn judge(
+        &self,
+        partition: PartitionNumber,
+        id: NotificationId,
+        record: &Record,
+        node_now_ms: u64,
+    ) -> Option<Way> {
         self.judge_at(partition, id, record, self.broker_now(node_now_ms))
     }
 
-    fn judge_at(&self, partition: PartitionNumber, id: NotificationId, record: &Record, now_ms: u64) -> Option<Way> {
-        let moment = Moment { partition, id, now_ms };
+    fn judge_at(
+        &self,
+        partition: PartitionNumber,
+        id: NotificationId,
+        record: &Record,
+        now_ms: u64,
+    ) -> Option<Way> {
+        let moment = Moment {
+            partition,
+            id,
+            now_ms,
+        };
         let attributes = &self.recipient.attributes;
         let holds = |route: usize, criteria: &Criteria| record.holds(route, criteria, attributes);
-        let way = winning_route(&record.notification().plan, self.user(), &self.recipient, moment, holds)?;
-        self.filter.passes(record.notification(), record.route(way.route)).then_some(way)
+        let way = winning_route(
+            &record.notification().plan,
+            self.user(),
+            &self.recipient,
+            moment,
+            holds,
+        )?;
+        self.filter
+            .passes(record.notification(), record.route(way.route))
+            .then_some(way)
     }
 
     /// Decides about one notification: skipped, judged away, or queued. Ids of a partition must come in ascending order.
-    pub fn handle(&mut self, partition: PartitionNumber, id: NotificationId, record: &Arc<Record>, node_now_ms: u64) {
+    pub fn handle(
+        &mut self,
+        partition: PartitionNumber,
+        id: NotificationId,
+        record: &Arc<Record>,
+        node_now_ms: u64,
+    ) {
         let at = self.at_mut(partition);
         if id <= at.seen {
             return;
         }
         at.seen = id;
         self.come_by(partition, NotificationId(id.0 - 1));
-        self.ahead.retain(|waiting| waiting.partition != partition || waiting.id != id);
+        self.ahead
+            .retain(|waiting| waiting.partition != partition || waiting.id != id);
         if let Some(way) = self.judge(partition, id, record, node_now_ms) {
-            self.queue(Waiting { partition, id, record: Arc::clone(record), way });
+            self.queue(Waiting {
+                partition,
+                id,
+                record: Arc::clone(record),
+                way,
+            });
         }
         self.advance(partition);
     }
@@ -388,8 +510,13 @@ impl Subscription {
         let mine = self.had.iter().filter(|had| had.partition == partition);
         let is_had = mine.clone().any(|had| had.id == id);
         if let Some(key) = waiting.collapse() {
-            let is_this_state = |other: &Waiting| other.partition == partition && other.collapse() == Some(key);
-            if mine.clone().any(|had| had.supersedes(id, key)) || self.lanes.any(|newer| newer.id > id && is_this_state(newer)) {
+            let is_this_state =
+                |other: &Waiting| other.partition == partition && other.collapse() == Some(key);
+            if mine.clone().any(|had| had.supersedes(id, key))
+                || self
+                    .lanes
+                    .any(|newer| newer.id > id && is_this_state(newer))
+            {
                 return;
             }
             // The later state makes the earlier one superfluous, also when the later one has been sent already.
@@ -403,7 +530,10 @@ impl Subscription {
     /// History up to `id` was read. What was to go ahead of it and was not met there, because its log was cut meanwhile, takes its place
     /// in the lanes: later ones would overtake it.
     fn come_by(&mut self, partition: PartitionNumber, id: NotificationId) {
-        while let Some(at) = self.ahead.iter().position(|waiting| waiting.partition == partition && waiting.id <= id)
+        while let Some(at) = self
+            .ahead
+            .iter()
+            .position(|waiting| waiting.partition == partition && waiting.id <= id)
             && let Some(waiting) = self.ahead.remove(at)
         {
             self.queue(waiting);
@@ -438,10 +568,24 @@ impl Subscription {
 
     /// Into the buffer of a replay, to be handled at its end. An urgent notification does not wait for that; `seen` is not touched, so
     /// that the replay goes on below it. It waits where another urgent one may still have to come first.
-    fn wait(&mut self, partition: PartitionNumber, life: Life, id: NotificationId, record: &Arc<Record>, node_now_ms: u64) {
+    fn wait(
+        &mut self,
+        partition: PartitionNumber,
+        life: Life,
+        id: NotificationId,
+        record: &Arc<Record>,
+        node_now_ms: u64,
+    ) {
         let at = self.index(partition);
         let is_mine = self.partitions[at].life == Some(life) && id > self.partitions[at].seen;
-        let State::Replay { buffer, is_overflowed, knows_urgent } = &mut self.partitions[at].state else { return };
+        let State::Replay {
+            buffer,
+            is_overflowed,
+            knows_urgent,
+        } = &mut self.partitions[at].state
+        else {
+            return;
+        };
         let n_bytes: usize = buffer.iter().map(|(_, _, record)| record.n_bytes()).sum();
         if buffer.len() >= MAX_LIVE || n_bytes > MAX_BYTES {
             // Replaying again at the end, not at once, is what makes progress certain.
@@ -455,16 +599,26 @@ impl Subscription {
         let is_known = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
         if !may_go_ahead
             || self.had.iter().any(|had| is_known(had.partition, had.id))
-            || self.ahead.iter().any(|waiting| is_known(waiting.partition, waiting.id))
+            || self
+                .ahead
+                .iter()
+                .any(|waiting| is_known(waiting.partition, waiting.id))
         {
             return;
         }
-        let Some(way) = self.judge(partition, id, record, node_now_ms) else { return };
+        let Some(way) = self.judge(partition, id, record, node_now_ms) else {
+            return;
+        };
         if record.route(way.route).priority != Priority::Urgent {
             return;
         }
         if self.had.len() + self.ahead.len() < MAX_HAD {
-            self.ahead.push_back(Waiting { partition, id, record: Arc::clone(record), way });
+            self.ahead.push_back(Waiting {
+                partition,
+                id,
+                record: Arc::clone(record),
+                way,
+            });
         } else if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
             *knows_urgent = false;
         }
@@ -484,7 +638,10 @@ impl Subscription {
     pub fn pass_over(&mut self, partition: PartitionNumber, id: NotificationId) -> bool {
         let is_here = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
         let is_had = self.had.iter().any(|had| is_here(had.partition, had.id))
-            || self.ahead.iter().any(|waiting| is_here(waiting.partition, waiting.id));
+            || self
+                .ahead
+                .iter()
+                .any(|waiting| is_here(waiting.partition, waiting.id));
         self.come_by(partition, id);
         let at = self.at_mut(partition);
         let is_new = id > at.seen;
@@ -502,7 +659,10 @@ impl Subscription {
     /// Whether nothing of this id is still to come: it was handed out or judged away, or lies before the beginning.
     pub fn is_past(&self, partition: PartitionNumber, id: NotificationId) -> bool {
         let at = self.at(partition);
-        let is_had = self.had.iter().any(|had| had.partition == partition && had.id == id);
+        let is_had = self
+            .had
+            .iter()
+            .any(|had| had.partition == partition && had.id == id);
         at.life.is_some() && (id <= at.low_water || is_had)
     }
 
@@ -513,7 +673,12 @@ impl Subscription {
 
     /// History up to `last` was handled: goes live with what arrived meanwhile. `Some`: too much arrived, and this is the round of the
     /// next replay.
-    pub fn go_live(&mut self, partition: PartitionNumber, last: NotificationId, node_now_ms: u64) -> Option<u64> {
+    pub fn go_live(
+        &mut self,
+        partition: PartitionNumber,
+        last: NotificationId,
+        node_now_ms: u64,
+    ) -> Option<u64> {
         let at = self.at_mut(partition);
         at.seen = at.seen.max(last);
         at.is_lenient = false;
@@ -523,7 +688,14 @@ impl Subscription {
         self.is_cursor_due |= has_gap;
         self.come_by(partition, seen);
         self.advance(partition);
-        let State::Replay { buffer, is_overflowed, knows_urgent } = state else { return None };
+        let State::Replay {
+            buffer,
+            is_overflowed,
+            knows_urgent,
+        } = state
+        else {
+            return None;
+        };
         if is_overflowed {
             return Some(self.overflow(partition, knows_urgent));
         }
@@ -566,7 +738,9 @@ impl Subscription {
             self.remember(&waiting);
             if let Some(key) = waiting.collapse() {
                 // What the replay has queued of the same key is an older state.
-                self.lanes.retain(|older| older.partition != waiting.partition || older.collapse() != Some(key));
+                self.lanes.retain(|older| {
+                    older.partition != waiting.partition || older.collapse() != Some(key)
+                });
             }
             self.advance(waiting.partition);
             return Some(waiting.into_next());
@@ -585,18 +759,33 @@ impl Subscription {
             // What is urgent no longer, the replay will come by.
             let again = |this: &Self, waiting: Waiting| {
                 let way = this.judge_at(waiting.partition, waiting.id, &waiting.record, now_ms)?;
-                (waiting.record.route(way.route).priority == Priority::Urgent).then_some(Waiting { way, ..waiting })
+                (waiting.record.route(way.route).priority == Priority::Urgent)
+                    .then_some(Waiting { way, ..waiting })
             };
             let ahead = std::mem::take(&mut self.ahead);
-            self.ahead = ahead.into_iter().filter_map(|waiting| again(self, waiting)).collect();
+            self.ahead = ahead
+                .into_iter()
+                .filter_map(|waiting| again(self, waiting))
+                .collect();
         }
         let expired = self.lanes.take_expired(now_ms);
         if expired.is_empty() {
             return;
         }
-        for Waiting { partition, id, record, .. } in expired {
+        for Waiting {
+            partition,
+            id,
+            record,
+            ..
+        } in expired
+        {
             if let Some(way) = self.judge_at(partition, id, &record, now_ms) {
-                self.queue(Waiting { partition, id, record, way });
+                self.queue(Waiting {
+                    partition,
+                    id,
+                    record,
+                    way,
+                });
             }
         }
         self.advance_all();
@@ -604,7 +793,11 @@ impl Subscription {
 
     fn remember(&mut self, waiting: &Waiting) {
         let collapse = Some(waiting.collapse().cloned().into_iter().collect());
-        self.had.push(Had { partition: waiting.partition, id: waiting.id, collapse });
+        self.had.push(Had {
+            partition: waiting.partition,
+            id: waiting.id,
+            collapse,
+        });
     }
 
     /// The cursor as it stands, in the form that goes over the wire. Nothing, until every partition has its place: a client that comes back
@@ -613,10 +806,19 @@ impl Subscription {
         if !self.has_begun() {
             return;
         }
-        let positions =
-            self.partitions.iter().filter_map(|p| Some(Position { partition: p.number, life: p.life?, low_water: p.low_water }));
+        let positions = self.partitions.iter().filter_map(|p| {
+            Some(Position {
+                partition: p.number,
+                life: p.life?,
+                low_water: p.low_water,
+            })
+        });
         let had = self.had.iter().map(|had| (had.partition, had.id));
-        Cursor { positions: positions.collect(), had: had.collect() }.encode(self.user(), out);
+        Cursor {
+            positions: positions.collect(),
+            had: had.collect(),
+        }
+        .encode(self.user(), out);
     }
 
     /// Moves the low-water mark to just below the lowest that waits, or to `seen`.
@@ -626,7 +828,8 @@ impl Subscription {
         let mark = lowest.map_or(at.seen, |id| NotificationId(id.0 - 1));
         at.low_water = at.low_water.max(mark);
         let low_water = at.low_water;
-        self.had.retain(|had| had.partition != partition || had.id > low_water);
+        self.had
+            .retain(|had| had.partition != partition || had.id > low_water);
     }
 
     fn advance_all(&mut self) {
@@ -662,7 +865,12 @@ impl Subscription {
 
 impl Waiting {
     fn into_next(self) -> Next {
-        Next::Notification { partition: self.partition, id: self.id, record: self.record, way: self.way }
+        Next::Notification {
+            partition: self.partition,
+            id: self.id,
+            record: self.record,
+            way: self.way,
+        }
     }
 }
 

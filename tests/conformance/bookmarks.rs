@@ -10,11 +10,17 @@ fn device(text: &str) -> BookmarkOf {
 }
 
 fn acknowledged(cursor: &str) -> Bookmark {
-    Bookmark { cursor: cursor.to_owned(), is_acknowledged: true }
+    Bookmark {
+        cursor: cursor.to_owned(),
+        is_acknowledged: true,
+    }
 }
 
 fn begun(cursor: &str) -> Bookmark {
-    Bookmark { cursor: cursor.to_owned(), is_acknowledged: false }
+    Bookmark {
+        cursor: cursor.to_owned(),
+        is_acknowledged: false,
+    }
 }
 
 impl Node {
@@ -22,8 +28,17 @@ impl Node {
         self.broker.bookmarks(&name(user)).await.expect("bookmarks")
     }
 
-    async fn move_bookmark(&self, user: &str, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> bool {
-        self.broker.move_bookmark(&name(user), which, seen, to).await.expect("move_bookmark")
+    async fn move_bookmark(
+        &self,
+        user: &str,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: &Bookmark,
+    ) -> bool {
+        self.broker
+            .move_bookmark(&name(user), which, seen, to)
+            .await
+            .expect("move_bookmark")
     }
 
     /// Puts a bookmark there, wherever it was.
@@ -37,21 +52,59 @@ pub(super) async fn a_bookmark_moves_only_from_where_it_was_seen(bench: Bench) {
     let node = bench.open().await;
     let phone = device("phone");
     assert_eq!(node.bookmarks("1").await, BTreeMap::new());
-    assert!(!node.move_bookmark("1", &phone, Some(&begun("A")), &acknowledged("B")).await, "there is none yet");
+    assert!(
+        !node
+            .move_bookmark("1", &phone, Some(&begun("A")), &acknowledged("B"))
+            .await,
+        "there is none yet"
+    );
     assert!(node.move_bookmark("1", &phone, None, &begun("A")).await);
-    assert!(!node.move_bookmark("1", &phone, None, &begun("B")).await, "there is one already");
-    assert!(!node.move_bookmark("1", &phone, Some(&acknowledged("A")), &acknowledged("B")).await, "nobody acknowledged it");
-    assert!(!node.move_bookmark("1", &phone, Some(&begun("B")), &acknowledged("B")).await, "it is elsewhere");
-    assert!(node.move_bookmark("1", &phone, Some(&begun("A")), &acknowledged("B")).await);
-    assert!(node.move_bookmark("1", &phone, Some(&acknowledged("B")), &acknowledged("B")).await, "kept anew where it is");
-    assert_eq!(node.bookmarks("1").await, BTreeMap::from([(phone, acknowledged("B"))]));
+    assert!(
+        !node.move_bookmark("1", &phone, None, &begun("B")).await,
+        "there is one already"
+    );
+    assert!(
+        !node
+            .move_bookmark("1", &phone, Some(&acknowledged("A")), &acknowledged("B"))
+            .await,
+        "nobody acknowledged it"
+    );
+    assert!(
+        !node
+            .move_bookmark("1", &phone, Some(&begun("B")), &acknowledged("B"))
+            .await,
+        "it is elsewhere"
+    );
+    assert!(
+        node.move_bookmark("1", &phone, Some(&begun("A")), &acknowledged("B"))
+            .await
+    );
+    assert!(
+        node.move_bookmark("1", &phone, Some(&acknowledged("B")), &acknowledged("B"))
+            .await,
+        "kept anew where it is"
+    );
+    assert_eq!(
+        node.bookmarks("1").await,
+        BTreeMap::from([(phone, acknowledged("B"))])
+    );
 }
 
 /// Whatever the users and devices are called.
 pub(super) async fn bookmarks_of_users_devices_and_the_read_mark_stand_apart(bench: Bench) {
     let node = bench.open().await;
     let long = "x".repeat(256);
-    let names = ["1", "ü 1", "a}b", "{a}", "a}:bookmarks", "read", "d:read", "{", long.as_str()];
+    let names = [
+        "1",
+        "ü 1",
+        "a}b",
+        "{a}",
+        "a}:bookmarks",
+        "read",
+        "d:read",
+        "{",
+        long.as_str(),
+    ];
     let mut expect: BTreeMap<&str, BTreeMap<BookmarkOf, Bookmark>> = BTreeMap::new();
     for user in names {
         for which in names.map(device).into_iter().chain([BookmarkOf::ReadMark]) {
@@ -68,15 +121,30 @@ pub(super) async fn bookmarks_of_users_devices_and_the_read_mark_stand_apart(ben
 /// Each adds one to what it saw, as often as it takes.
 pub(super) async fn of_racing_moves_of_a_bookmark_none_is_lost(bench: Bench) {
     const EACH: usize = 25;
-    let nodes = [bench.open().await, bench.open().await, bench.open().await, bench.open().await];
+    let nodes = [
+        bench.open().await,
+        bench.open().await,
+        bench.open().await,
+        bench.open().await,
+    ];
     let racing = nodes.map(|node| {
         tokio::spawn(async move {
             let phone = device("phone");
             for _ in 0..EACH {
                 loop {
                     let seen = node.bookmarks("1").await.remove(&phone);
-                    let n: usize = seen.as_ref().map_or(0, |seen| seen.cursor.parse().expect("a number"));
-                    if node.move_bookmark("1", &phone, seen.as_ref(), &acknowledged(&(n + 1).to_string())).await {
+                    let n: usize = seen
+                        .as_ref()
+                        .map_or(0, |seen| seen.cursor.parse().expect("a number"));
+                    if node
+                        .move_bookmark(
+                            "1",
+                            &phone,
+                            seen.as_ref(),
+                            &acknowledged(&(n + 1).to_string()),
+                        )
+                        .await
+                    {
                         break;
                     }
                 }
@@ -88,64 +156,123 @@ pub(super) async fn of_racing_moves_of_a_bookmark_none_is_lost(bench: Bench) {
     for racer in racing {
         end = racer.await.expect("it does not panic").bookmarks("1").await;
     }
-    assert_eq!(end, BTreeMap::from([(device("phone"), acknowledged(&(4 * EACH).to_string()))]));
+    assert_eq!(
+        end,
+        BTreeMap::from([(device("phone"), acknowledged(&(4 * EACH).to_string()))])
+    );
 }
 
-pub(super) async fn one_device_more_takes_the_place_of_the_one_left_alone_for_longest(bench: Bench) {
-    let node = bench.open_with(&Retention { devices: 2, ..Retention::default() }).await;
-    node.put("1", &BookmarkOf::ReadMark, &acknowledged("R")).await;
+pub(super) async fn one_device_more_takes_the_place_of_the_one_left_alone_for_longest(
+    bench: Bench,
+) {
+    let node = bench
+        .open_with(&Retention {
+            devices: 2,
+            ..Retention::default()
+        })
+        .await;
+    node.put("1", &BookmarkOf::ReadMark, &acknowledged("R"))
+        .await;
     for (of, place) in [("a", "A"), ("b", "B"), ("a", "A2"), ("c", "C")] {
         node.put("1", &device(of), &acknowledged(place)).await;
         // The broker's clock tells milliseconds.
         let moved_ms = node.head().await.now_ms;
         until(async || node.head().await.now_ms > moved_ms).await;
     }
-    let expect = [(device("a"), acknowledged("A2")), (device("c"), acknowledged("C")), (BookmarkOf::ReadMark, acknowledged("R"))];
+    let expect = [
+        (device("a"), acknowledged("A2")),
+        (device("c"), acknowledged("C")),
+        (BookmarkOf::ReadMark, acknowledged("R")),
+    ];
     assert_eq!(node.bookmarks("1").await, BTreeMap::from(expect));
 }
 
 /// A beginning costs no more than opening a stream under a made-up name.
 pub(super) async fn devices_that_only_begin_push_out_none_that_acknowledged(bench: Bench) {
-    let node = bench.open_with(&Retention { devices: 2, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            devices: 2,
+            ..Retention::default()
+        })
+        .await;
     node.put("1", &device("phone"), &acknowledged("A")).await;
     for made_up in ["x", "y", "z"] {
         node.put("1", &device(made_up), &begun("B")).await;
         let moved_ms = node.head().await.now_ms;
         until(async || node.head().await.now_ms > moved_ms).await;
     }
-    let left = |devices: &[(&str, Bookmark)]| devices.iter().map(|(of, place)| (device(of), place.clone())).collect::<BTreeMap<_, _>>();
-    assert_eq!(node.bookmarks("1").await, left(&[("phone", acknowledged("A")), ("y", begun("B")), ("z", begun("B"))]));
+    let left = |devices: &[(&str, Bookmark)]| {
+        devices
+            .iter()
+            .map(|(of, place)| (device(of), place.clone()))
+            .collect::<BTreeMap<_, _>>()
+    };
+    assert_eq!(
+        node.bookmarks("1").await,
+        left(&[
+            ("phone", acknowledged("A")),
+            ("y", begun("B")),
+            ("z", begun("B"))
+        ])
+    );
     // The first acknowledgement makes one of the other kind of it.
     node.put("1", &device("z"), &acknowledged("C")).await;
     node.put("1", &device("x"), &begun("B")).await;
-    let expect = [("phone", acknowledged("A")), ("x", begun("B")), ("y", begun("B")), ("z", acknowledged("C"))];
+    let expect = [
+        ("phone", acknowledged("A")),
+        ("x", begun("B")),
+        ("y", begun("B")),
+        ("z", acknowledged("C")),
+    ];
     assert_eq!(node.bookmarks("1").await, left(&expect));
 }
 
 /// A read mark as long as the notifications that it speaks of.
 pub(super) async fn a_bookmark_that_is_left_alone_goes(bench: Bench) {
-    let node = bench.open_with(&Retention { bookmark_age_s: 1, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            bookmark_age_s: 1,
+            ..Retention::default()
+        })
+        .await;
     for which in [device("phone"), device("tablet"), BookmarkOf::ReadMark] {
         node.put("1", &which, &acknowledged("A")).await;
     }
     let phone = device("phone");
-    let left = BTreeMap::from([(phone.clone(), acknowledged("A")), (BookmarkOf::ReadMark, acknowledged("A"))]);
+    let left = BTreeMap::from([
+        (phone.clone(), acknowledged("A")),
+        (BookmarkOf::ReadMark, acknowledged("A")),
+    ]);
     until(async || {
         // Kept anew all the while; on a machine that stood still for a second, it is a new one.
         let seen = node.bookmarks("1").await.remove(&phone);
-        node.move_bookmark("1", &phone, seen.as_ref(), &acknowledged("A")).await;
+        node.move_bookmark("1", &phone, seen.as_ref(), &acknowledged("A"))
+            .await;
         node.bookmarks("1").await == left
     })
     .await;
     // What is gone was never there.
-    assert!(!node.move_bookmark("1", &device("tablet"), Some(&acknowledged("A")), &acknowledged("B")).await);
-    assert!(node.move_bookmark("1", &device("tablet"), None, &acknowledged("B")).await);
+    assert!(
+        !node
+            .move_bookmark(
+                "1",
+                &device("tablet"),
+                Some(&acknowledged("A")),
+                &acknowledged("B")
+            )
+            .await
+    );
+    assert!(
+        node.move_bookmark("1", &device("tablet"), None, &acknowledged("B"))
+            .await
+    );
 }
 
 pub(super) async fn bookmarks_are_there_for_the_next_process(bench: Bench) {
     let node = bench.open().await;
     node.put("1", &device("phone"), &begun("A")).await;
-    node.put("1", &BookmarkOf::ReadMark, &acknowledged("B")).await;
+    node.put("1", &BookmarkOf::ReadMark, &acknowledged("B"))
+        .await;
     let before = node.bookmarks("1").await;
     drop(node);
     let node = bench.reopen().await;

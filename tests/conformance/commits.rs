@@ -9,7 +9,10 @@ use pointsman::event::Life;
 pub(super) async fn a_new_partition_begins_at_nothing(bench: Bench) {
     let node = bench.open().await;
     let head = node.head().await;
-    assert_eq!((head.position, head.last, head.pending), (Position::default(), NotificationId(0), None));
+    assert_eq!(
+        (head.position, head.last, head.pending),
+        (Position::default(), NotificationId(0), None)
+    );
     assert_eq!(head.lives, [(head.life, NotificationId(0))]);
     assert!(head.origin > NotificationId(0) && head.floor >= head.origin);
     assert!(head.floor <= NotificationId::at_ms(head.now_ms));
@@ -18,13 +21,25 @@ pub(super) async fn a_new_partition_begins_at_nothing(bench: Bench) {
 pub(super) async fn a_commit_moves_the_position_and_the_last_id_together(bench: Bench) {
     let node = bench.open().await;
     let ids = node.append(&["a", "b", "c"]).await;
-    let done = node.commit(vec![commit(ids[0], "A", &["u:1"]), item(ids[1], Proposal::Unrouted)]).await;
+    let done = node
+        .commit(vec![
+            commit(ids[0], "A", &["u:1"]),
+            item(ids[1], Proposal::Unrouted),
+        ])
+        .await;
     let head = node.head().await;
     assert_eq!(head.position, ids[1].into());
     assert_eq!(head.last, done[0].1.unwrap());
     assert_eq!((done[1].0, done[1].1), (Outcome::Unrouted, None));
-    let rest = node.broker.read(node.p, head.position.entry, 10, Duration::ZERO).await.unwrap();
-    assert_eq!(rest.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids[2..]);
+    let rest = node
+        .broker
+        .read(node.p, head.position.entry, 10, Duration::ZERO)
+        .await
+        .unwrap();
+    assert_eq!(
+        rest.iter().map(|entry| entry.id).collect::<Vec<_>>(),
+        ids[2..]
+    );
 }
 
 pub(super) async fn commit_is_refused_from_another_position(bench: Bench) {
@@ -32,9 +47,23 @@ pub(super) async fn commit_is_refused_from_another_position(bench: Bench) {
     let ids = node.append(&["a", "b"]).await;
     let head = node.head().await;
     node.commit(vec![commit(ids[0], "A", &["u:1"])]).await;
-    for prev in [head.position, ids[1].into(), Position { entry: ids[0], slices: 1 }] {
-        let batch = Batch { life: head.life, prev, items: vec![commit(ids[0], "A", &["u:1"]), commit(ids[1], "B", &["u:1"])] };
-        assert_eq!(node.broker.commit(node.p, batch).await.unwrap(), Committed::Refused);
+    for prev in [
+        head.position,
+        ids[1].into(),
+        Position {
+            entry: ids[0],
+            slices: 1,
+        },
+    ] {
+        let batch = Batch {
+            life: head.life,
+            prev,
+            items: vec![commit(ids[0], "A", &["u:1"]), commit(ids[1], "B", &["u:1"])],
+        };
+        assert_eq!(
+            node.broker.commit(node.p, batch).await.unwrap(),
+            Committed::Refused
+        );
     }
     assert_eq!(node.head().await.position, ids[0].into());
     assert_eq!(node.ids("u:1", NotificationId(0)).await.len(), 1);
@@ -46,7 +75,20 @@ pub(super) async fn commit_is_refused_from_another_life(bench: Bench) {
     let head = node.head().await;
     let other = Life::from_bits(head.life.bits() ^ 1);
     let items = vec![commit(after(head.position.entry), "A", &["u:1"])];
-    assert_eq!(node.broker.commit(node.p, Batch { life: other, prev: head.position, items }).await.unwrap(), Committed::Refused);
+    assert_eq!(
+        node.broker
+            .commit(
+                node.p,
+                Batch {
+                    life: other,
+                    prev: head.position,
+                    items
+                }
+            )
+            .await
+            .unwrap(),
+        Committed::Refused
+    );
     assert_eq!(node.head().await.position, head.position);
 }
 
@@ -61,13 +103,31 @@ pub(super) async fn each_outcome_is_counted_and_recorded_under_its_word(bench: B
         dead(ids[4], "no type"),
     ];
     let done = node.commit(items).await;
-    let words = [Outcome::Committed, Outcome::Discarded, Outcome::Unrouted, Outcome::Duplicate, Outcome::DeadLettered];
-    assert_eq!(done.iter().map(|(outcome, _)| *outcome).collect::<Vec<_>>(), words);
+    let words = [
+        Outcome::Committed,
+        Outcome::Discarded,
+        Outcome::Unrouted,
+        Outcome::Duplicate,
+        Outcome::DeadLettered,
+    ];
+    assert_eq!(
+        done.iter().map(|(outcome, _)| *outcome).collect::<Vec<_>>(),
+        words
+    );
     let state = node.broker.state(node.p).await.unwrap();
-    assert_eq!(state.outcomes, words.iter().map(|word| (word.as_str().to_owned(), 1)).collect::<BTreeMap<_, _>>());
+    assert_eq!(
+        state.outcomes,
+        words
+            .iter()
+            .map(|word| (word.as_str().to_owned(), 1))
+            .collect::<BTreeMap<_, _>>()
+    );
     let mut decisions = node.broker.decisions(node.p, 10).await.unwrap();
     decisions.reverse();
-    assert_eq!(decisions.iter().map(|d| (d.0, d.1)).collect::<Vec<_>>(), ids.into_iter().zip(words).collect::<Vec<_>>());
+    assert_eq!(
+        decisions.iter().map(|d| (d.0, d.1)).collect::<Vec<_>>(),
+        ids.into_iter().zip(words).collect::<Vec<_>>()
+    );
     assert_eq!(decisions[0].2, done[0].1);
 }
 
@@ -77,40 +137,93 @@ pub(super) async fn ids_ascend_and_tell_the_time(bench: Bench) {
     for _ in 0..3 {
         let entry = node.head().await.position.entry;
         let first = after(entry);
-        let items = (0..64).map(|k| commit(EntryId { ms: first.ms, seq: first.seq + k }, "R", &["all"])).collect();
+        let items = (0..64)
+            .map(|k| {
+                commit(
+                    EntryId {
+                        ms: first.ms,
+                        seq: first.seq + k,
+                    },
+                    "R",
+                    &["all"],
+                )
+            })
+            .collect();
         for (_, id) in node.commit(items).await {
             let id = id.unwrap();
             assert!(id > last);
             last = id;
         }
     }
-    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
-    assert!(last.ms().abs_diff(now_ms) < 60_000, "{} and {now_ms}", last.ms());
+    let now_ms = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_millis() as u64;
+    assert!(
+        last.ms().abs_diff(now_ms) < 60_000,
+        "{} and {now_ms}",
+        last.ms()
+    );
 }
 
 /// Held by the compare-and-set alone: nobody holds a lease, each reads, plans and commits when it likes, in batches of its own size.
-pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once(bench: Bench) {
+pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once(
+    bench: Bench,
+) {
     const ENTRIES: usize = 2_000;
-    let node = bench.open_with(&Retention { everyone_entries: 100_000, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            everyone_entries: 100_000,
+            ..Retention::default()
+        })
+        .await;
     let values: Vec<String> = (0..ENTRIES).map(|k| k.to_string()).collect();
     for some in values.chunks(500) {
-        node.append(&some.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        node.append(&some.iter().map(String::as_str).collect::<Vec<_>>())
+            .await;
     }
     let mut owners = Vec::new();
     for owner in 0..4 {
-        let node = Node { p: node.p, ..bench.open_with(&Retention { everyone_entries: 100_000, ..Retention::default() }).await };
+        let node = Node {
+            p: node.p,
+            ..bench
+                .open_with(&Retention {
+                    everyone_entries: 100_000,
+                    ..Retention::default()
+                })
+                .await
+        };
         owners.push(tokio::spawn(async move {
             let (mut committed, mut refused) = (0, 0);
             loop {
                 // First the head, then the entries: the other way round a batch could be older than the life it names.
                 let head = node.head().await;
                 let count = 7 + owner * 13;
-                let entries = node.broker.read(node.p, head.position.entry, count, Duration::ZERO).await.unwrap();
+                let entries = node
+                    .broker
+                    .read(node.p, head.position.entry, count, Duration::ZERO)
+                    .await
+                    .unwrap();
                 if entries.is_empty() {
                     return (committed, refused);
                 }
-                let items = entries.iter().map(|e| commit(e.id, std::str::from_utf8(&e.fields[0].1).unwrap(), &["all"])).collect();
-                match node.broker.commit(node.p, Batch { life: head.life, prev: head.position, items }).await.unwrap() {
+                let items = entries
+                    .iter()
+                    .map(|e| commit(e.id, std::str::from_utf8(&e.fields[0].1).unwrap(), &["all"]))
+                    .collect();
+                match node
+                    .broker
+                    .commit(
+                        node.p,
+                        Batch {
+                            life: head.life,
+                            prev: head.position,
+                            items,
+                        },
+                    )
+                    .await
+                    .unwrap()
+                {
                     Committed::Done(outcomes) => committed += outcomes.len(),
                     Committed::Refused => refused += 1,
                 }
@@ -127,6 +240,9 @@ pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exact
     assert!(refused > 0, "nobody raced");
     let ids = node.ids("all", NotificationId(0)).await;
     let records = node.broker.records(node.p, &ids).await.unwrap();
-    let stored: Vec<String> = records.into_iter().map(|r| String::from_utf8(r.unwrap().to_vec()).unwrap()).collect();
+    let stored: Vec<String> = records
+        .into_iter()
+        .map(|r| String::from_utf8(r.unwrap().to_vec()).unwrap())
+        .collect();
     assert_eq!(stored, values);
 }

@@ -7,7 +7,10 @@ const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
 
 impl Node {
     async fn dead(&self) -> Vec<DeadLetter> {
-        self.broker.dead_letters(self.p, BEGIN, 1_000).await.expect("dead_letters")
+        self.broker
+            .dead_letters(self.p, BEGIN, 1_000)
+            .await
+            .expect("dead_letters")
     }
 }
 
@@ -21,54 +24,156 @@ pub(super) async fn a_dead_letter_keeps_reason_plugin_attempts_and_raw_fields(be
         (raw(b""), raw(b"2")),
         field("entry", "3"),
     ];
-    let why = DeadReason { reason: "it trapped: \"ü\"\n".into(), plugin: Some("address".into()), attempts: 3, fields };
+    let why = DeadReason {
+        reason: "it trapped: \"ü\"\n".into(),
+        plugin: Some("address".into()),
+        attempts: 3,
+        fields,
+    };
     let entry = after(BEGIN);
-    let none = DeadReason { reason: "no type".into(), plugin: None, attempts: 0, fields: vec![] };
-    node.commit(vec![item(entry, Proposal::DeadLetter(why.clone())), item(after(entry), Proposal::DeadLetter(none.clone()))]).await;
+    let none = DeadReason {
+        reason: "no type".into(),
+        plugin: None,
+        attempts: 0,
+        fields: vec![],
+    };
+    node.commit(vec![
+        item(entry, Proposal::DeadLetter(why.clone())),
+        item(after(entry), Proposal::DeadLetter(none.clone())),
+    ])
+    .await;
     let letters = node.dead().await;
-    assert_eq!(letters.iter().map(|letter| (letter.entry, letter.why.clone())).collect::<Vec<_>>(), [(entry, why), (after(entry), none)]);
+    assert_eq!(
+        letters
+            .iter()
+            .map(|letter| (letter.entry, letter.why.clone()))
+            .collect::<Vec<_>>(),
+        [(entry, why), (after(entry), none)]
+    );
     assert_eq!(node.broker.state(node.p).await.unwrap().dead_letters, 2);
 }
 
 pub(super) async fn dead_letters_are_listed_in_pages_oldest_first(bench: Bench) {
     let node = bench.open().await;
     let entry = after(BEGIN);
-    let items = (0..5).map(|k| dead(EntryId { seq: entry.seq + k, ..entry }, &k.to_string())).collect();
+    let items = (0..5)
+        .map(|k| {
+            dead(
+                EntryId {
+                    seq: entry.seq + k,
+                    ..entry
+                },
+                &k.to_string(),
+            )
+        })
+        .collect();
     node.commit(items).await;
     let first = node.broker.dead_letters(node.p, BEGIN, 2).await.unwrap();
-    let rest = node.broker.dead_letters(node.p, first[1].id, 10).await.unwrap();
-    let reasons: Vec<_> = first.iter().chain(&rest).map(|letter| letter.why.reason.as_str()).collect();
+    let rest = node
+        .broker
+        .dead_letters(node.p, first[1].id, 10)
+        .await
+        .unwrap();
+    let reasons: Vec<_> = first
+        .iter()
+        .chain(&rest)
+        .map(|letter| letter.why.reason.as_str())
+        .collect();
     assert_eq!(reasons, ["0", "1", "2", "3", "4"]);
 }
 
 pub(super) async fn a_redriven_dead_letter_is_an_entry_again(bench: Bench) {
     let node = bench.open().await;
-    let fields = vec![field("type", "t"), (Bytes::from_static(b"\xff"), Bytes::from_static(b"\0"))];
-    let ids = node.broker.append(node.p, vec![fields.clone()]).await.unwrap();
-    let why = DeadReason { reason: "trap".into(), plugin: None, attempts: 1, fields: fields.clone() };
-    node.commit(vec![item(ids[0], Proposal::DeadLetter(why))]).await;
+    let fields = vec![
+        field("type", "t"),
+        (Bytes::from_static(b"\xff"), Bytes::from_static(b"\0")),
+    ];
+    let ids = node
+        .broker
+        .append(node.p, vec![fields.clone()])
+        .await
+        .unwrap();
+    let why = DeadReason {
+        reason: "trap".into(),
+        plugin: None,
+        attempts: 1,
+        fields: fields.clone(),
+    };
+    node.commit(vec![item(ids[0], Proposal::DeadLetter(why))])
+        .await;
     let id = node.dead().await[0].id;
     assert!(node.broker.redrive(node.p, id).await.unwrap());
-    assert!(!node.broker.redrive(node.p, id).await.unwrap(), "it is not there any more");
+    assert!(
+        !node.broker.redrive(node.p, id).await.unwrap(),
+        "it is not there any more"
+    );
     assert!(node.dead().await.is_empty());
-    let entries = node.broker.read(node.p, ids[0], 10, Duration::ZERO).await.unwrap();
-    assert_eq!(entries.into_iter().map(|entry| entry.fields).collect::<Vec<_>>(), [fields]);
+    let entries = node
+        .broker
+        .read(node.p, ids[0], 10, Duration::ZERO)
+        .await
+        .unwrap();
+    assert_eq!(
+        entries
+            .into_iter()
+            .map(|entry| entry.fields)
+            .collect::<Vec<_>>(),
+        [fields]
+    );
 }
 
 pub(super) async fn a_dropped_dead_letter_is_gone(bench: Bench) {
     let node = bench.open().await;
-    node.commit(vec![dead(after(BEGIN), "a"), dead(after(after(BEGIN)), "b")]).await;
+    node.commit(vec![
+        dead(after(BEGIN), "a"),
+        dead(after(after(BEGIN)), "b"),
+    ])
+    .await;
     let letters = node.dead().await;
-    assert!(node.broker.drop_dead_letter(node.p, letters[0].id).await.unwrap());
-    assert!(!node.broker.drop_dead_letter(node.p, letters[0].id).await.unwrap());
+    assert!(
+        node.broker
+            .drop_dead_letter(node.p, letters[0].id)
+            .await
+            .unwrap()
+    );
+    assert!(
+        !node
+            .broker
+            .drop_dead_letter(node.p, letters[0].id)
+            .await
+            .unwrap()
+    );
     assert_eq!(node.dead().await, letters[1..]);
 }
 
 pub(super) async fn the_oldest_dead_letters_leave_at_the_bound_and_are_counted(bench: Bench) {
-    let node = bench.open_with(&Retention { dead_entries: 2, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            dead_entries: 2,
+            ..Retention::default()
+        })
+        .await;
     let entry = after(BEGIN);
-    node.commit((0..5).map(|k| dead(EntryId { seq: entry.seq + k, ..entry }, &k.to_string())).collect()).await;
-    let reasons: Vec<_> = node.dead().await.into_iter().map(|letter| letter.why.reason).collect();
+    node.commit(
+        (0..5)
+            .map(|k| {
+                dead(
+                    EntryId {
+                        seq: entry.seq + k,
+                        ..entry
+                    },
+                    &k.to_string(),
+                )
+            })
+            .collect(),
+    )
+    .await;
+    let reasons: Vec<_> = node
+        .dead()
+        .await
+        .into_iter()
+        .map(|letter| letter.why.reason)
+        .collect();
     assert_eq!(reasons, ["3", "4"]);
     let state = node.broker.state(node.p).await.unwrap();
     assert_eq!((state.dead_letters, state.dead_trimmed), (2, 3));
@@ -92,37 +197,99 @@ pub(super) async fn decisions_tell_each_verdict_newest_first(bench: Bench) {
         clock_ms: 1_700_000_000_123,
     };
     let entry = after(BEGIN);
-    let first = Item { decision: decision.clone(), ..commit(entry, "R", &["u:1"]) };
-    let done = node.commit(vec![first, item(after(entry), Proposal::Discard)]).await;
+    let first = Item {
+        decision: decision.clone(),
+        ..commit(entry, "R", &["u:1"])
+    };
+    let done = node
+        .commit(vec![first, item(after(entry), Proposal::Discard)])
+        .await;
     let decisions = node.broker.decisions(node.p, 10).await.unwrap();
-    assert_eq!((decisions[0].0, decisions[0].1, decisions[0].2), (after(entry), Outcome::Discarded, None));
-    assert_eq!(decisions[1], (entry, Outcome::Committed, done[0].1, decision));
+    assert_eq!(
+        (decisions[0].0, decisions[0].1, decisions[0].2),
+        (after(entry), Outcome::Discarded, None)
+    );
+    assert_eq!(
+        decisions[1],
+        (entry, Outcome::Committed, done[0].1, decision)
+    );
     assert_eq!(node.broker.decisions(node.p, 1).await.unwrap().len(), 1);
 }
 
 pub(super) async fn decisions_of_one_event_are_found_however_long_ago(bench: Bench) {
     let node = bench.open().await;
     let of = |event_id: &str, entry: EntryId| {
-        let decision = Decision { event_id: event_id.into(), ..Decision::default() };
-        Item { decision, ..item(entry, Proposal::Unrouted) }
+        let decision = Decision {
+            event_id: event_id.into(),
+            ..Decision::default()
+        };
+        Item {
+            decision,
+            ..item(entry, Proposal::Unrouted)
+        }
     };
     // More than are read in one go.
     let mut entry = BEGIN;
     for batch in 0..20 {
         let mut next = |n: usize| {
             entry = after(entry);
-            of(if (batch, n) == (0, 0) || (batch, n) == (19, 59) { "wanted" } else { "another" }, entry)
+            of(
+                if (batch, n) == (0, 0) || (batch, n) == (19, 59) {
+                    "wanted"
+                } else {
+                    "another"
+                },
+                entry,
+            )
         };
         node.commit((0..60).map(&mut next).collect()).await;
     }
     let first = after(BEGIN);
-    let found = node.broker.find_decisions(node.p, "wanted", 5).await.unwrap();
-    assert_eq!(found.decisions.iter().map(|(entry, ..)| *entry).collect::<Vec<_>>(), [entry, first]);
+    let found = node
+        .broker
+        .find_decisions(node.p, "wanted", 5)
+        .await
+        .unwrap();
+    assert_eq!(
+        found
+            .decisions
+            .iter()
+            .map(|(entry, ..)| *entry)
+            .collect::<Vec<_>>(),
+        [entry, first]
+    );
     assert_eq!(found.reaches_to, Some(first));
     // What cannot be read as an event has only its entry's id.
-    let found = node.broker.find_decisions(node.p, &first.to_string(), 5).await.unwrap();
-    assert_eq!(found.decisions.iter().map(|(_, _, _, decision)| &*decision.event_id).collect::<Vec<_>>(), ["wanted"]);
-    let found = node.broker.find_decisions(node.p, "another", 1).await.unwrap();
-    assert_eq!((found.decisions.len(), found.reaches_to), (1, Some(found.decisions[0].0)));
-    assert_eq!(node.broker.find_decisions(node.p, "nobody's", 5).await.unwrap(), Found { decisions: vec![], reaches_to: Some(first) });
+    let found = node
+        .broker
+        .find_decisions(node.p, &first.to_string(), 5)
+        .await
+        .unwrap();
+    assert_eq!(
+        found
+            .decisions
+            .iter()
+            .map(|(_, _, _, decision)| &*decision.event_id)
+            .collect::<Vec<_>>(),
+        ["wanted"]
+    );
+    let found = node
+        .broker
+        .find_decisions(node.p, "another", 1)
+        .await
+        .unwrap();
+    assert_eq!(
+        (found.decisions.len(), found.reaches_to),
+        (1, Some(found.decisions[0].0))
+    );
+    assert_eq!(
+        node.broker
+            .find_decisions(node.p, "nobody's", 5)
+            .await
+            .unwrap(),
+        Found {
+            decisions: vec![],
+            reaches_to: Some(first)
+        }
+    );
 }

@@ -5,12 +5,18 @@ use super::*;
 const WINDOW_MS: u64 = 1_000;
 
 fn window() -> Retention {
-    Retention { dedupe_window_s: WINDOW_MS / 1000, ..Retention::default() }
+    Retention {
+        dedupe_window_s: WINDOW_MS / 1000,
+        ..Retention::default()
+    }
 }
 
 /// An entry of stream time: `ms` after a moment that is a multiple of the window.
 fn at(ms: u64) -> EntryId {
-    EntryId { ms: 1_700_000_000_000 + ms, seq: 1 }
+    EntryId {
+        ms: 1_700_000_000_000 + ms,
+        seq: 1,
+    }
 }
 
 fn event(ms: u64, publisher_id: u8) -> Item {
@@ -18,68 +24,151 @@ fn event(ms: u64, publisher_id: u8) -> Item {
 }
 
 async fn outcomes(node: &Node, items: Vec<Item>) -> Vec<Outcome> {
-    node.commit(items).await.into_iter().map(|(outcome, _)| outcome).collect()
+    node.commit(items)
+        .await
+        .into_iter()
+        .map(|(outcome, _)| outcome)
+        .collect()
 }
 
 /// The times are the entries': measured by the clock of the commit, a retry that a stalled consumer comes to late would pass.
 pub(super) async fn f14a_a_retry_within_the_window_is_a_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
-    assert_eq!(outcomes(&node, vec![event(10, 1), event(20, 2)]).await, [Outcome::Committed; 2]);
-    assert_eq!(outcomes(&node, vec![event(30, 1)]).await, [Outcome::Duplicate]);
+    assert_eq!(
+        outcomes(&node, vec![event(10, 1), event(20, 2)]).await,
+        [Outcome::Committed; 2]
+    );
+    assert_eq!(
+        outcomes(&node, vec![event(30, 1)]).await,
+        [Outcome::Duplicate]
+    );
     // In the next bucket the one before it still counts.
-    assert_eq!(outcomes(&node, vec![event(WINDOW_MS + 5, 2)]).await, [Outcome::Duplicate]);
+    assert_eq!(
+        outcomes(&node, vec![event(WINDOW_MS + 5, 2)]).await,
+        [Outcome::Duplicate]
+    );
     assert_eq!(node.ids("u:1", NotificationId(0)).await.len(), 2);
 }
 
 pub(super) async fn a_retry_within_the_same_batch_is_a_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
-    let got = outcomes(&node, vec![event(10, 1), event(20, 2), event(30, 1), event(WINDOW_MS + 1, 2)]).await;
-    assert_eq!(got, [Outcome::Committed, Outcome::Committed, Outcome::Duplicate, Outcome::Duplicate]);
+    let got = outcomes(
+        &node,
+        vec![
+            event(10, 1),
+            event(20, 2),
+            event(30, 1),
+            event(WINDOW_MS + 1, 2),
+        ],
+    )
+    .await;
+    assert_eq!(
+        got,
+        [
+            Outcome::Committed,
+            Outcome::Committed,
+            Outcome::Duplicate,
+            Outcome::Duplicate
+        ]
+    );
 }
 
 /// The window is one of stream time: a consumer that stalled does not widen it, and one that hurries does not narrow it.
 pub(super) async fn f14a_a_repeat_after_the_window_is_no_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
-    assert_eq!(outcomes(&node, vec![event(10, 1)]).await, [Outcome::Committed]);
-    assert_eq!(outcomes(&node, vec![event(2 * WINDOW_MS + 10, 1)]).await, [Outcome::Committed]);
+    assert_eq!(
+        outcomes(&node, vec![event(10, 1)]).await,
+        [Outcome::Committed]
+    );
+    assert_eq!(
+        outcomes(&node, vec![event(2 * WINDOW_MS + 10, 1)]).await,
+        [Outcome::Committed]
+    );
 }
 
 /// After a stall one batch spans hours; a repeat in it that the window has left behind is an event of its own.
-pub(super) async fn h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate(bench: Bench) {
+pub(super) async fn h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate(
+    bench: Bench,
+) {
     let node = bench.open_with(&window()).await;
-    assert_eq!(outcomes(&node, vec![event(10, 1), event(2 * WINDOW_MS + 10, 1)]).await, [Outcome::Committed; 2]);
+    assert_eq!(
+        outcomes(&node, vec![event(10, 1), event(2 * WINDOW_MS + 10, 1)]).await,
+        [Outcome::Committed; 2]
+    );
 }
 
 pub(super) async fn discarded_and_unrouted_events_are_remembered(bench: Bench) {
     let node = bench.open_with(&window()).await;
-    let items = vec![with_id(item(at(1), Proposal::Discard), 1), with_id(item(at(2), Proposal::Unrouted), 2)];
-    assert_eq!(outcomes(&node, items).await, [Outcome::Discarded, Outcome::Unrouted]);
-    assert_eq!(outcomes(&node, vec![event(3, 1), event(4, 2)]).await, [Outcome::Duplicate; 2]);
+    let items = vec![
+        with_id(item(at(1), Proposal::Discard), 1),
+        with_id(item(at(2), Proposal::Unrouted), 2),
+    ];
+    assert_eq!(
+        outcomes(&node, items).await,
+        [Outcome::Discarded, Outcome::Unrouted]
+    );
+    assert_eq!(
+        outcomes(&node, vec![event(3, 1), event(4, 2)]).await,
+        [Outcome::Duplicate; 2]
+    );
 }
 
 /// Marked before its outcome, an event that is redriven within the window would be "a duplicate" and lost.
 pub(super) async fn f14b_a_dead_letter_is_not_remembered(bench: Bench) {
     let node = bench.open_with(&window()).await;
-    let got = outcomes(&node, vec![with_id(dead(at(1), "trap"), 1), event(2, 1), event(3, 1)]).await;
-    assert_eq!(got, [Outcome::DeadLettered, Outcome::Committed, Outcome::Duplicate]);
+    let got = outcomes(
+        &node,
+        vec![with_id(dead(at(1), "trap"), 1), event(2, 1), event(3, 1)],
+    )
+    .await;
+    assert_eq!(
+        got,
+        [
+            Outcome::DeadLettered,
+            Outcome::Committed,
+            Outcome::Duplicate
+        ]
+    );
 }
 
 /// A quiet time skips buckets; those before it must go, too, and what comes back after it is remembered afresh.
 pub(super) async fn h13_a_quiet_time_leaves_no_bucket_behind(bench: Bench) {
     // Room for one id in a bucket: one that was left behind would show as an overflow.
-    let node = bench.open_with(&Retention { dedupe_entries: 1, ..window() }).await;
+    let node = bench
+        .open_with(&Retention {
+            dedupe_entries: 1,
+            ..window()
+        })
+        .await;
     for window in [0, 1, 2, 50, 51, 90] {
-        assert_eq!(outcomes(&node, vec![event(window * WINDOW_MS, window as u8)]).await, [Outcome::Committed]);
+        assert_eq!(
+            outcomes(&node, vec![event(window * WINDOW_MS, window as u8)]).await,
+            [Outcome::Committed]
+        );
     }
     assert_eq!(node.broker.state(node.p).await.unwrap().dedupe_overflows, 0);
-    assert_eq!(outcomes(&node, vec![event(90 * WINDOW_MS + 1, 90)]).await, [Outcome::Duplicate]);
+    assert_eq!(
+        outcomes(&node, vec![event(90 * WINDOW_MS + 1, 90)]).await,
+        [Outcome::Duplicate]
+    );
 }
 
 /// Without a bound, a fast source fills the broker with the ids of its publishers.
 pub(super) async fn f14d_a_full_window_stops_remembering_and_counts(bench: Bench) {
-    let node = bench.open_with(&Retention { dedupe_entries: 2, ..window() }).await;
-    assert_eq!(outcomes(&node, vec![event(1, 1), event(2, 2), event(3, 3)]).await, [Outcome::Committed; 3]);
-    assert_eq!(outcomes(&node, vec![event(4, 2), event(5, 3)]).await, [Outcome::Duplicate, Outcome::Committed]);
+    let node = bench
+        .open_with(&Retention {
+            dedupe_entries: 2,
+            ..window()
+        })
+        .await;
+    assert_eq!(
+        outcomes(&node, vec![event(1, 1), event(2, 2), event(3, 3)]).await,
+        [Outcome::Committed; 3]
+    );
+    assert_eq!(
+        outcomes(&node, vec![event(4, 2), event(5, 3)]).await,
+        [Outcome::Duplicate, Outcome::Committed]
+    );
     assert_eq!(node.broker.state(node.p).await.unwrap().dedupe_overflows, 2);
 }
 
@@ -87,7 +176,13 @@ pub(super) async fn f14d_a_full_window_stops_remembering_and_counts(bench: Bench
 pub(super) async fn f14e_the_same_id_in_another_partition_is_another_event(bench: Bench) {
     let node = bench.open_with(&window()).await;
     for partition in node.broker.partitions() {
-        let one = Node { p: partition.number, ..node.clone() };
-        assert_eq!(outcomes(&one, vec![event(10, 1), event(20, 1)]).await, [Outcome::Committed, Outcome::Duplicate]);
+        let one = Node {
+            p: partition.number,
+            ..node.clone()
+        };
+        assert_eq!(
+            outcomes(&one, vec![event(10, 1), event(20, 1)]).await,
+            [Outcome::Committed, Outcome::Duplicate]
+        );
     }
 }

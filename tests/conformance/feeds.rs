@@ -9,14 +9,40 @@ pub(super) async fn notices_come_in_the_order_of_commits(bench: Bench) {
     ear.hear("g:ops", 2).await;
     let life = node.head().await.life;
     let entry = after(node.head().await.position.entry);
-    let at = |k| EntryId { seq: entry.seq + k, ..entry };
-    let items = (0..50).map(|k| commit(at(k), "R", if k % 2 == 0 { &["u:1"] } else { &["g:ops", "u:1"] })).collect();
-    let ids: Vec<_> = node.commit(items).await.into_iter().map(|(_, id)| id.unwrap()).collect();
+    let at = |k| EntryId {
+        seq: entry.seq + k,
+        ..entry
+    };
+    let items = (0..50)
+        .map(|k| {
+            commit(
+                at(k),
+                "R",
+                if k % 2 == 0 {
+                    &["u:1"]
+                } else {
+                    &["g:ops", "u:1"]
+                },
+            )
+        })
+        .collect();
+    let ids: Vec<_> = node
+        .commit(items)
+        .await
+        .into_iter()
+        .map(|(_, id)| id.unwrap())
+        .collect();
     let last = node.publish("R", &["g:ops"]).await;
     let mut heard = Vec::new();
     while heard.last() != Some(&("g:ops".to_owned(), last)) {
         match ear.next().await {
-            Notice::Append { partition, target, life: of, id, .. } => {
+            Notice::Append {
+                partition,
+                target,
+                life: of,
+                id,
+                ..
+            } => {
                 assert_eq!((partition, of), (node.p, life));
                 heard.push((target.to_string(), id));
             }
@@ -25,7 +51,13 @@ pub(super) async fn notices_come_in_the_order_of_commits(bench: Bench) {
         }
     }
     assert!(heard.is_sorted_by_key(|(_, id)| *id), "{heard:?}");
-    let of = |log: &str| heard.iter().filter(|(target, _)| target == log).map(|(_, id)| *id).collect::<Vec<_>>();
+    let of = |log: &str| {
+        heard
+            .iter()
+            .filter(|(target, _)| target == log)
+            .map(|(_, id)| *id)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(of("u:1"), ids);
     assert_eq!(of("g:ops").len(), 26);
 }
@@ -53,7 +85,10 @@ pub(super) async fn a_small_record_comes_along_and_a_large_one_does_not(bench: B
             records.push(record);
         }
     }
-    assert_eq!(records, [Some(Bytes::copy_from_slice(small.as_bytes())), None]);
+    assert_eq!(
+        records,
+        [Some(Bytes::copy_from_slice(small.as_bytes())), None]
+    );
 }
 
 /// An acknowledgement of the earlier request must not pass for one of the later: in between, the log was not followed.
@@ -61,7 +96,13 @@ pub(super) async fn following_the_same_log_again_is_acknowledged_again(bench: Be
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.follow("u:1", 1);
-    ear.feed.follow.send(Follow::Stop { partition: ear.p, target: target("u:1") }).unwrap();
+    ear.feed
+        .follow
+        .send(Follow::Stop {
+            partition: ear.p,
+            target: target("u:1"),
+        })
+        .unwrap();
     ear.follow("u:1", 2);
     ear.follow("u:1", 3);
     let mut tokens = Vec::new();
@@ -72,7 +113,11 @@ pub(super) async fn following_the_same_log_again_is_acknowledged_again(bench: Be
     }
     assert_eq!(tokens, [1, 2, 3]);
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), id), "once, although it was asked for twice");
+    assert_eq!(
+        ear.append().await,
+        ("u:1".into(), id),
+        "once, although it was asked for twice"
+    );
     let next = node.publish("R", &["u:1"]).await;
     assert_eq!(ear.append().await, ("u:1".into(), next));
 }
@@ -81,7 +126,13 @@ pub(super) async fn a_log_that_is_no_longer_followed_is_silent(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
-    ear.feed.follow.send(Follow::Stop { partition: ear.p, target: target("u:1") }).unwrap();
+    ear.feed
+        .follow
+        .send(Follow::Stop {
+            partition: ear.p,
+            target: target("u:1"),
+        })
+        .unwrap();
     // Requests are taken in order: when the second is in force, so is the first.
     ear.hear("u:2", 2).await;
     node.publish("R", &["u:1"]).await;
@@ -140,7 +191,10 @@ pub(super) async fn reconnecting_resets_and_a_new_follow_is_heard(bench: Bench) 
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
-    ear.feed.follow.send(Follow::Reconnect { partition: ear.p }).unwrap();
+    ear.feed
+        .follow
+        .send(Follow::Reconnect { partition: ear.p })
+        .unwrap();
     loop {
         if let Notice::Reset { partitions } = ear.next().await {
             assert!(partitions.contains(&node.p));
@@ -150,7 +204,11 @@ pub(super) async fn reconnecting_resets_and_a_new_follow_is_heard(bench: Bench) 
     node.publish("R", &["u:1"]).await;
     ear.hear("u:1", 2).await;
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), id), "what was published while nothing was followed is for the reader of history");
+    assert_eq!(
+        ear.append().await,
+        ("u:1".into(), id),
+        "what was published while nothing was followed is for the reader of history"
+    );
 }
 
 pub(super) async fn two_feeds_hear_the_same(bench: Bench) {

@@ -6,11 +6,16 @@ const BEGIN: NotificationId = NotificationId(0);
 
 pub(super) async fn an_event_has_one_id_and_one_record_in_all_logs(bench: Bench) {
     let node = bench.open().await;
-    let id = node.publish("{\"a\":1}", &["u:1", "g:ops", "g:Ülrike {x} : y", "all"]).await;
+    let id = node
+        .publish("{\"a\":1}", &["u:1", "g:ops", "g:Ülrike {x} : y", "all"])
+        .await;
     for log in ["u:1", "g:ops", "g:Ülrike {x} : y", "all"] {
         assert_eq!(node.ids(log, BEGIN).await, [id], "{log}");
     }
-    assert_eq!(node.broker.records(node.p, &[id]).await.unwrap(), [Some(Bytes::from_static(b"{\"a\":1}"))]);
+    assert_eq!(
+        node.broker.records(node.p, &[id]).await.unwrap(),
+        [Some(Bytes::from_static(b"{\"a\":1}"))]
+    );
 }
 
 pub(super) async fn the_first_entry_of_a_log_points_to_the_floor_or_the_last_id(bench: Bench) {
@@ -18,13 +23,24 @@ pub(super) async fn the_first_entry_of_a_log_points_to_the_floor_or_the_last_id(
     let floor = node.head().await.floor;
     // Nothing was ever committed: the floor tells more than the truth, and who starts from nothing has missed nothing.
     let first = node.publish("1", &["u:1"]).await;
-    let page = node.broker.page(node.p, &target("u:1"), BEGIN, 10).await.unwrap();
+    let page = node
+        .broker
+        .page(node.p, &target("u:1"), BEGIN, 10)
+        .await
+        .unwrap();
     assert_eq!(page.entries, [(first, BEGIN)]);
     assert!(page.floor >= floor);
     let second = node.publish("2", &["u:2"]).await;
-    let page = node.broker.page(node.p, &target("u:2"), BEGIN, 10).await.unwrap();
+    let page = node
+        .broker
+        .page(node.p, &target("u:2"), BEGIN, 10)
+        .await
+        .unwrap();
     assert_eq!(page.entries, [(second, page.entries[0].1)]);
-    assert!(page.entries[0].1 >= floor && page.entries[0].1 <= first, "{page:?}");
+    assert!(
+        page.entries[0].1 >= floor && page.entries[0].1 <= first,
+        "{page:?}"
+    );
 }
 
 pub(super) async fn each_entry_points_to_the_one_before_it_in_its_log(bench: Bench) {
@@ -33,9 +49,20 @@ pub(super) async fn each_entry_points_to_the_one_before_it_in_its_log(bench: Ben
     let b = node.publish("b", &["u:2", "all"]).await;
     let entry = node.head().await.position.entry;
     let entries = [after(entry), after(after(entry))];
-    let done = node.commit(vec![commit(entries[0], "c", &["u:1"]), commit(entries[1], "d", &["u:1", "all"])]).await;
+    let done = node
+        .commit(vec![
+            commit(entries[0], "c", &["u:1"]),
+            commit(entries[1], "d", &["u:1", "all"]),
+        ])
+        .await;
     let (c, d) = (done[0].1.unwrap(), done[1].1.unwrap());
-    let page = async |log| node.broker.page(node.p, &target(log), BEGIN, 10).await.unwrap().entries;
+    let page = async |log| {
+        node.broker
+            .page(node.p, &target(log), BEGIN, 10)
+            .await
+            .unwrap()
+            .entries
+    };
     assert_eq!(page("u:1").await[1..], [(c, a), (d, c)]);
     assert_eq!(page("all").await[1..], [(b, a), (d, b)]);
 }
@@ -46,41 +73,76 @@ pub(super) async fn a_page_continues_where_the_one_before_ended(bench: Bench) {
     for _ in 0..5 {
         all.push(node.publish("r", &["u:1"]).await);
     }
-    let page = async |after, limit| node.broker.page(node.p, &target("u:1"), after, limit).await.unwrap();
-    let ids = |page: &pointsman::broker::Page| page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>();
+    let page = async |after, limit| {
+        node.broker
+            .page(node.p, &target("u:1"), after, limit)
+            .await
+            .unwrap()
+    };
+    let ids = |page: &pointsman::broker::Page| {
+        page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>()
+    };
     let first = page(BEGIN, 2).await;
     assert_eq!((ids(&first), first.is_last), (all[..2].to_vec(), false));
     let second = page(all[1], 3).await;
     assert_eq!((ids(&second), second.is_last), (all[2..].to_vec(), true));
     let none = page(all[4], 3).await;
-    assert_eq!((ids(&none), none.is_last, none.is_present), (vec![], true, true));
+    assert_eq!(
+        (ids(&none), none.is_last, none.is_present),
+        (vec![], true, true)
+    );
 }
 
 pub(super) async fn an_absent_log_is_told_apart_from_an_empty_stretch(bench: Bench) {
     let node = bench.open().await;
     let id = node.publish("r", &["u:1"]).await;
-    let absent = node.broker.page(node.p, &target("u:2"), BEGIN, 10).await.unwrap();
+    let absent = node
+        .broker
+        .page(node.p, &target("u:2"), BEGIN, 10)
+        .await
+        .unwrap();
     assert!(!absent.is_present && absent.is_last && absent.entries.is_empty());
-    let empty = node.broker.page(node.p, &target("u:1"), id, 10).await.unwrap();
+    let empty = node
+        .broker
+        .page(node.p, &target("u:1"), id, 10)
+        .await
+        .unwrap();
     assert!(empty.is_present && empty.is_last && empty.entries.is_empty());
 }
 
 pub(super) async fn the_oldest_entries_leave_a_log_at_its_cap(bench: Bench) {
-    let node = bench.open_with(&Retention { log_entries: 3, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            log_entries: 3,
+            ..Retention::default()
+        })
+        .await;
     let mut all = Vec::new();
     for _ in 0..5 {
         all.push(node.publish("r", &["u:1"]).await);
     }
     assert_eq!(node.ids("u:1", BEGIN).await, all[2..]);
     // What is left points to what went, so that a reader from before it sees the hole.
-    let page = node.broker.page(node.p, &target("u:1"), BEGIN, 10).await.unwrap();
+    let page = node
+        .broker
+        .page(node.p, &target("u:1"), BEGIN, 10)
+        .await
+        .unwrap();
     assert_eq!(page.entries[0], (all[2], all[1]));
 }
 
 /// A log that lives on does not keep what is too old: what is left points to the last that went, so that a reader from before it sees one hole.
 pub(super) async fn what_is_too_old_leaves_a_log_that_lives_on(bench: Bench) {
-    let node = bench.open_with(&Retention { max_age_s: 3, ..Retention::default() }).await;
-    let (a, b) = (node.publish("a", &["u:1"]).await, node.publish("b", &["u:1"]).await);
+    let node = bench
+        .open_with(&Retention {
+            max_age_s: 3,
+            ..Retention::default()
+        })
+        .await;
+    let (a, b) = (
+        node.publish("a", &["u:1"]).await,
+        node.publish("b", &["u:1"]).await,
+    );
     let begun_ms = node.head().await.now_ms;
     until(async || node.head().await.now_ms >= begun_ms + 2_000).await;
     let young = node.publish("young", &["u:1"]).await;
@@ -90,16 +152,34 @@ pub(super) async fn what_is_too_old_leaves_a_log_that_lives_on(bench: Bench) {
     })
     .await;
     for before in [BEGIN, a, b] {
-        let page = node.broker.page(node.p, &target("u:1"), before, 10).await.unwrap();
-        assert_eq!((page.entries, page.is_present, page.is_last), (vec![(young, b)], true, true), "from {before}");
+        let page = node
+            .broker
+            .page(node.p, &target("u:1"), before, 10)
+            .await
+            .unwrap();
+        assert_eq!(
+            (page.entries, page.is_present, page.is_last),
+            (vec![(young, b)], true, true),
+            "from {before}"
+        );
     }
     let new = node.publish("new", &["u:1"]).await;
-    let page = node.broker.page(node.p, &target("u:1"), BEGIN, 10).await.unwrap();
+    let page = node
+        .broker
+        .page(node.p, &target("u:1"), BEGIN, 10)
+        .await
+        .unwrap();
     assert_eq!(page.entries, [(young, b), (new, young)]);
 }
 
 pub(super) async fn everyone_has_a_cap_of_its_own(bench: Bench) {
-    let node = bench.open_with(&Retention { log_entries: 2, everyone_entries: 4, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            log_entries: 2,
+            everyone_entries: 4,
+            ..Retention::default()
+        })
+        .await;
     let mut all = Vec::new();
     for _ in 0..6 {
         all.push(node.publish("r", &["g:ops", "all"]).await);
@@ -112,16 +192,35 @@ pub(super) async fn absent_records_are_none_in_their_place(bench: Bench) {
     let node = bench.open().await;
     let a = node.publish("a", &["u:1"]).await;
     let b = node.publish("b", &["u:1"]).await;
-    let records = node.broker.records(node.p, &[b, NotificationId(7), a]).await.unwrap();
-    assert_eq!(records, [Some(Bytes::from_static(b"b")), None, Some(Bytes::from_static(b"a"))]);
+    let records = node
+        .broker
+        .records(node.p, &[b, NotificationId(7), a])
+        .await
+        .unwrap();
+    assert_eq!(
+        records,
+        [
+            Some(Bytes::from_static(b"b")),
+            None,
+            Some(Bytes::from_static(b"a"))
+        ]
+    );
     assert!(node.broker.records(node.p, &[]).await.unwrap().is_empty());
 }
 
 /// By the floor a reader knows that a log may have been and gone; one that fell would take back what it said.
 pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) {
-    let node = bench.open_with(&Retention { max_age_s: 1, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            max_age_s: 1,
+            ..Retention::default()
+        })
+        .await;
     let head = node.head().await;
-    assert_eq!(head.floor, head.origin, "nothing can be older than the partition");
+    assert_eq!(
+        head.floor, head.origin,
+        "nothing can be older than the partition"
+    );
     node.publish("r", &["u:1"]).await;
     let mut floor = head.floor;
     until(async || {
@@ -136,22 +235,36 @@ pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) 
     // The log of a stranger begins at what is now the floor, or at the last id if that is older: nothing exists between the two.
     let last = node.head().await.last;
     let second = node.publish("r", &["u:2"]).await;
-    let page = node.broker.page(node.p, &target("u:2"), BEGIN, 10).await.unwrap();
+    let page = node
+        .broker
+        .page(node.p, &target("u:2"), BEGIN, 10)
+        .await
+        .unwrap();
     assert_eq!(page.entries[0].0, second);
     assert!(page.entries[0].1 <= page.floor && page.entries[0].1 <= last);
 }
 
 /// What was written under a short age has expired or will; a longer one from now on must not let a reader believe that it is all there.
 pub(super) async fn h07_raising_the_age_does_not_pretend_that_the_old_is_still_there(bench: Bench) {
-    let short = Retention { max_age_s: 1, ..Retention::default() };
+    let short = Retention {
+        max_age_s: 1,
+        ..Retention::default()
+    };
     let node = bench.open_with(&short).await;
     let origin = node.head().await.origin;
     let id = node.publish("r", &["u:1"]).await;
     until(async || node.head().await.floor > origin).await;
     let before = node.head().await.floor;
-    let node = Node { p: node.p, ..bench.open_with(&Retention::default()).await };
+    let node = Node {
+        p: node.p,
+        ..bench.open_with(&Retention::default()).await
+    };
     let raised = node.head().await;
-    assert!(raised.floor >= before, "{} fell below {before}", raised.floor);
+    assert!(
+        raised.floor >= before,
+        "{} fell below {before}",
+        raised.floor
+    );
     // Whether a broker lets go of it now or keeps it for as long as the new age says: what is gone lies below the floor ...
     until(async || {
         let is_gone = node.broker.records(node.p, &[id]).await.unwrap()[0].is_none();

@@ -15,34 +15,67 @@ pub(super) async fn a_lease_is_for_one_node_until_it_gives_it_back(bench: Bench)
         Lease::Mine => panic!("two nodes have it"),
     }
     node.broker.release(node.p, "b").await.unwrap();
-    assert!(matches!(lease("b").await.unwrap(), Lease::Others(_)), "only its owner gives it back");
+    assert!(
+        matches!(lease("b").await.unwrap(), Lease::Others(_)),
+        "only its owner gives it back"
+    );
     node.broker.release(node.p, "a").await.unwrap();
     assert_eq!(lease("b").await.unwrap(), Lease::Mine);
 }
 
 pub(super) async fn a_lease_ends_by_itself(bench: Bench) {
     let node = bench.open().await;
-    assert_eq!(node.broker.lease(node.p, "a", Duration::from_millis(100)).await.unwrap(), Lease::Mine);
+    assert_eq!(
+        node.broker
+            .lease(node.p, "a", Duration::from_millis(100))
+            .await
+            .unwrap(),
+        Lease::Mine
+    );
     until(async || node.broker.lease(node.p, "b", LONG).await.unwrap() == Lease::Mine).await;
-    assert!(matches!(node.broker.lease(node.p, "a", LONG).await.unwrap(), Lease::Others(_)));
+    assert!(matches!(
+        node.broker.lease(node.p, "a", LONG).await.unwrap(),
+        Lease::Others(_)
+    ));
 }
 
 pub(super) async fn a_node_of_the_same_name_has_the_lease_at_once(bench: Bench) {
     let node = bench.open().await;
-    assert_eq!(node.broker.lease(node.p, "a", LONG).await.unwrap(), Lease::Mine);
+    assert_eq!(
+        node.broker.lease(node.p, "a", LONG).await.unwrap(),
+        Lease::Mine
+    );
     drop(node);
     let node = bench.reopen().await;
-    assert_eq!(node.broker.lease(node.p, "a", LONG).await.unwrap(), Lease::Mine);
+    assert_eq!(
+        node.broker.lease(node.p, "a", LONG).await.unwrap(),
+        Lease::Mine
+    );
 }
 
 pub(super) async fn take_overs_are_counted_until_the_position_moves(bench: Bench) {
     let node = bench.open().await;
     let take_over = || node.broker.take_over(node.p);
-    assert_eq!([take_over().await.unwrap(), take_over().await.unwrap(), take_over().await.unwrap()], [1, 2, 3]);
+    assert_eq!(
+        [
+            take_over().await.unwrap(),
+            take_over().await.unwrap(),
+            take_over().await.unwrap()
+        ],
+        [1, 2, 3]
+    );
     node.publish("R", &["u:1"]).await;
-    assert_eq!([take_over().await.unwrap(), take_over().await.unwrap()], [1, 2]);
+    assert_eq!(
+        [take_over().await.unwrap(), take_over().await.unwrap()],
+        [1, 2]
+    );
     // A slice moves it, too.
-    node.slice(commit(after(node.head().await.position.entry), "R", &["u:1"]), 0, false).await;
+    node.slice(
+        commit(after(node.head().await.position.entry), "R", &["u:1"]),
+        0,
+        false,
+    )
+    .await;
     assert_eq!(take_over().await.unwrap(), 1);
 }
 
@@ -66,7 +99,11 @@ pub(super) async fn lag_is_what_lies_beyond_the_position(bench: Bench) {
     assert_eq!(lag().await, 0);
     let ids = node.append(&["a", "b", "c"]).await;
     assert_eq!(lag().await, 3);
-    node.commit(vec![commit(ids[0], "A", &["u:1"]), item(ids[1], Proposal::Discard)]).await;
+    node.commit(vec![
+        commit(ids[0], "A", &["u:1"]),
+        item(ids[1], Proposal::Discard),
+    ])
+    .await;
     assert_eq!(lag().await, 1);
     node.commit(vec![item(ids[2], Proposal::Discard)]).await;
     assert_eq!(lag().await, 0);
@@ -76,31 +113,75 @@ pub(super) async fn lag_is_what_lies_beyond_the_position(bench: Bench) {
 
 pub(super) async fn partitions_have_numbers_of_their_own(bench: Bench) {
     let node = bench.open().await;
-    let numbers: Vec<_> = node.broker.partitions().iter().map(|partition| partition.number).collect();
+    let numbers: Vec<_> = node
+        .broker
+        .partitions()
+        .iter()
+        .map(|partition| partition.number)
+        .collect();
     assert!(numbers.is_sorted_by(|a, b| a < b), "{numbers:?}");
-    let sources: Vec<_> = node.broker.partitions().iter().map(|partition| partition.source.clone()).collect();
+    let sources: Vec<_> = node
+        .broker
+        .partitions()
+        .iter()
+        .map(|partition| partition.source.clone())
+        .collect();
     drop(node);
     let node = bench.reopen().await;
-    assert_eq!(node.broker.partitions().iter().map(|partition| partition.number).collect::<Vec<_>>(), numbers);
-    assert_eq!(node.broker.partitions().iter().map(|partition| partition.source.clone()).collect::<Vec<_>>(), sources);
+    assert_eq!(
+        node.broker
+            .partitions()
+            .iter()
+            .map(|partition| partition.number)
+            .collect::<Vec<_>>(),
+        numbers
+    );
+    assert_eq!(
+        node.broker
+            .partitions()
+            .iter()
+            .map(|partition| partition.source.clone())
+            .collect::<Vec<_>>(),
+        sources
+    );
     // What happens in one is not seen in the others.
     node.publish("R", &["all"]).await;
     for other in numbers.into_iter().filter(|number| *number != node.p) {
-        assert!(Node { p: other, ..node.clone() }.ids("all", NotificationId(0)).await.is_empty());
+        assert!(
+            Node {
+                p: other,
+                ..node.clone()
+            }
+            .ids("all", NotificationId(0))
+            .await
+            .is_empty()
+        );
     }
 }
 
 pub(super) async fn what_was_committed_is_there_for_the_next_process(bench: Bench) {
     let node = bench.open().await;
     let ids = node.append(&["a", "b"]).await;
-    let done = node.commit(vec![commit(ids[0], "A", &["u:1", "all"])]).await;
+    let done = node
+        .commit(vec![commit(ids[0], "A", &["u:1", "all"])])
+        .await;
     let before = node.head().await;
     drop(node);
     let node = bench.reopen().await;
     let head = node.head().await;
-    assert_eq!((head.position, head.last, head.origin), (before.position, before.last, before.origin));
-    assert_eq!(node.ids("all", NotificationId(0)).await, [done[0].1.unwrap()]);
-    let rest = node.broker.read(node.p, head.position.entry, 10, Duration::ZERO).await.unwrap();
+    assert_eq!(
+        (head.position, head.last, head.origin),
+        (before.position, before.last, before.origin)
+    );
+    assert_eq!(
+        node.ids("all", NotificationId(0)).await,
+        [done[0].1.unwrap()]
+    );
+    let rest = node
+        .broker
+        .read(node.p, head.position.entry, 10, Duration::ZERO)
+        .await
+        .unwrap();
     assert_eq!(rest.len(), 1);
     assert!(node.publish("B", &["u:1"]).await > before.last);
 }

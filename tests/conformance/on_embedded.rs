@@ -21,7 +21,11 @@ pub(super) struct Place {
 impl Place {
     pub(super) fn durable() -> Self {
         static N: AtomicU32 = AtomicU32::new(0);
-        let name = format!("pointsman-conformance-{}-{}", std::process::id(), N.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "pointsman-conformance-{}-{}",
+            std::process::id(),
+            N.fetch_add(1, Ordering::Relaxed)
+        );
         Self::at(Some(std::env::temp_dir().join(name)))
     }
 
@@ -30,7 +34,11 @@ impl Place {
     }
 
     fn at(dir: Option<PathBuf>) -> Self {
-        Self { dir, sources: vec!["pointsman:events".into(), "pointsman:more".into()], running: Mutex::default() }
+        Self {
+            dir,
+            sources: vec!["pointsman:events".into(), "pointsman:more".into()],
+            running: Mutex::default(),
+        }
     }
 
     fn start(&self, retention: &Retention) -> Arc<Embedded> {

@@ -7,21 +7,29 @@ use pointsman::event::Value;
 
 impl Node {
     async fn change(&self, user: &str, change: RecipientChange) {
-        self.broker.change_recipient(&name(user), change).await.expect("change_recipient");
+        self.broker
+            .change_recipient(&name(user), change)
+            .await
+            .expect("change_recipient");
     }
 
     async fn join(&self, user: &str, group: &str) {
-        self.change(user, RecipientChange::Join { group: name(group) }).await;
+        self.change(user, RecipientChange::Join { group: name(group) })
+            .await;
     }
 
     async fn leave(&self, user: &str, group: &str) {
-        self.change(user, RecipientChange::Leave { group: name(group) }).await;
+        self.change(user, RecipientChange::Leave { group: name(group) })
+            .await;
     }
 
     /// The user's span of a group in the partition under test.
     async fn span(&self, user: &str, group: &str) -> Option<Span> {
         let recipient = self.broker.recipient(&name(user)).await.expect("recipient");
-        recipient.groups.get(&name(group)).and_then(|spans| spans.get(&self.p).copied())
+        recipient
+            .groups
+            .get(&name(group))
+            .and_then(|spans| spans.get(&self.p).copied())
     }
 }
 
@@ -32,16 +40,25 @@ pub(super) async fn attributes_are_replaced_as_a_whole(bench: Bench) {
         ("age".into(), Value::Integer(i64::MAX)),
         ("ok".into(), Value::Flag(true)),
     ]);
-    node.change("1", RecipientChange::Attributes(first.clone())).await;
-    assert_eq!(node.broker.recipient(&name("1")).await.unwrap().attributes, first);
+    node.change("1", RecipientChange::Attributes(first.clone()))
+        .await;
+    assert_eq!(
+        node.broker.recipient(&name("1")).await.unwrap().attributes,
+        first
+    );
     node.join("1", "ops").await;
     let second = Attributes::from([("score".into(), Value::Decimal(0.25))]);
-    node.change("1", RecipientChange::Attributes(second.clone())).await;
+    node.change("1", RecipientChange::Attributes(second.clone()))
+        .await;
     let recipient = node.broker.recipient(&name("1")).await.unwrap();
     assert_eq!(recipient.attributes, second);
     assert_eq!(recipient.groups.len(), 1, "memberships stay");
-    node.change("1", RecipientChange::Attributes(Attributes::default())).await;
-    assert_eq!(node.broker.recipient(&name("1")).await.unwrap().attributes, Attributes::default());
+    node.change("1", RecipientChange::Attributes(Attributes::default()))
+        .await;
+    assert_eq!(
+        node.broker.recipient(&name("1")).await.unwrap().attributes,
+        Attributes::default()
+    );
 }
 
 pub(super) async fn joining_and_leaving_are_ids_in_each_partition(bench: Bench) {
@@ -51,10 +68,30 @@ pub(super) async fn joining_and_leaving_are_ids_in_each_partition(bench: Bench) 
     let during = node.publish("R", &["g:ops"]).await;
     node.leave("1", "ops").await;
     node.publish("R", &["g:ops"]).await;
-    assert_eq!(node.span("1", "ops").await, Some(Span { joined: before, left: Some(during) }));
-    for partition in node.broker.partitions().iter().filter(|partition| partition.number != node.p) {
-        let other = Node { p: partition.number, ..node.clone() };
-        assert_eq!(other.span("1", "ops").await, Some(Span { joined: NotificationId(0), left: Some(NotificationId(0)) }));
+    assert_eq!(
+        node.span("1", "ops").await,
+        Some(Span {
+            joined: before,
+            left: Some(during)
+        })
+    );
+    for partition in node
+        .broker
+        .partitions()
+        .iter()
+        .filter(|partition| partition.number != node.p)
+    {
+        let other = Node {
+            p: partition.number,
+            ..node.clone()
+        };
+        assert_eq!(
+            other.span("1", "ops").await,
+            Some(Span {
+                joined: NotificationId(0),
+                left: Some(NotificationId(0))
+            })
+        );
     }
 }
 
@@ -66,7 +103,13 @@ pub(super) async fn h12_joining_during_a_plan_in_slices_begins_after_it(bench: B
     node.join("1", "ops").await;
     node.slice(commit(entry, "R", &["g:other"]), 1, true).await;
     let head = node.head().await;
-    assert_eq!(node.span("1", "ops").await, Some(Span { joined: head.last, left: None }));
+    assert_eq!(
+        node.span("1", "ops").await,
+        Some(Span {
+            joined: head.last,
+            left: None
+        })
+    );
 }
 
 /// A user has one span in a group, the newest: what an earlier one had let in is not shown any more.
@@ -76,7 +119,13 @@ pub(super) async fn joining_again_begins_a_new_span(bench: Bench) {
     node.leave("1", "ops").await;
     let between = node.publish("R", &["g:ops"]).await;
     node.join("1", "ops").await;
-    assert_eq!(node.span("1", "ops").await, Some(Span { joined: between, left: None }));
+    assert_eq!(
+        node.span("1", "ops").await,
+        Some(Span {
+            joined: between,
+            left: None
+        })
+    );
 }
 
 pub(super) async fn joining_twice_keeps_the_span(bench: Bench) {
@@ -103,13 +152,29 @@ pub(super) async fn leaving_what_was_not_joined_changes_nothing(bench: Bench) {
 pub(super) async fn a_change_is_heard_in_every_partition_before_later_events(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
-    let all: Vec<Node> = node.broker.partitions().iter().map(|partition| Node { p: partition.number, ..node.clone() }).collect();
+    let all: Vec<Node> = node
+        .broker
+        .partitions()
+        .iter()
+        .map(|partition| Node {
+            p: partition.number,
+            ..node.clone()
+        })
+        .collect();
     for one in &all {
         let target = target("all");
-        ear.feed.follow.send(Follow::Start { partition: one.p, target, token: one.p.0.into() }).unwrap();
+        ear.feed
+            .follow
+            .send(Follow::Start {
+                partition: one.p,
+                target,
+                token: one.p.0.into(),
+            })
+            .unwrap();
     }
     node.join("ü 1", "ops").await;
-    node.change("ü 1", RecipientChange::Attributes(Attributes::default())).await;
+    node.change("ü 1", RecipientChange::Attributes(Attributes::default()))
+        .await;
     for one in &all {
         one.publish("R", &["all"]).await;
     }
@@ -132,5 +197,8 @@ pub(super) async fn a_change_is_heard_in_every_partition_before_later_events(ben
 
 pub(super) async fn nothing_is_known_of_a_stranger(bench: Bench) {
     let node = bench.open().await;
-    assert_eq!(node.broker.recipient(&name("stranger")).await.unwrap(), pointsman::broker::Recipient::default());
+    assert_eq!(
+        node.broker.recipient(&name("stranger")).await.unwrap(),
+        pointsman::broker::Recipient::default()
+    );
 }

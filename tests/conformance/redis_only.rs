@@ -21,8 +21,19 @@ pub(super) struct RedisStore {
 impl RedisStore {
     pub(super) fn new(n_partitions: usize) -> Self {
         // One of the keys has a tag of its own.
-        let names = ["pointsman:events", "pointsman:b", "pointsman:{c}:d", "pointsman:e"];
-        Self { server: Mutex::new(RedisServer::start()), sources: names[..n_partitions].iter().map(ToString::to_string).collect() }
+        let names = [
+            "pointsman:events",
+            "pointsman:b",
+            "pointsman:{c}:d",
+            "pointsman:e",
+        ];
+        Self {
+            server: Mutex::new(RedisServer::start()),
+            sources: names[..n_partitions]
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+        }
     }
 }
 
@@ -30,7 +41,11 @@ impl RedisStore {
 impl Store for RedisStore {
     async fn open(&self, retention: &Retention) -> Arc<dyn Broker> {
         let url = self.server.lock().expect("no test panicked").url();
-        Arc::new(Redis::connect(&url, &self.sources, retention.clone()).await.expect("connect"))
+        Arc::new(
+            Redis::connect(&url, &self.sources, retention.clone())
+                .await
+                .expect("connect"),
+        )
     }
 
     async fn reopen(&self, retention: &Retention) -> Arc<dyn Broker> {
@@ -44,12 +59,16 @@ const BEGIN: NotificationId = NotificationId(0);
 
 async fn connect_to(url: &str, sources: &[&str], retention: Retention) -> Result<Node, Error> {
     let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
-    Ok(Node::new(Arc::new(Redis::connect(url, &sources, retention).await?)))
+    Ok(Node::new(Arc::new(
+        Redis::connect(url, &sources, retention).await?,
+    )))
 }
 
 /// A node with one partition, [`SOURCE`].
 async fn node_on(server: &RedisServer) -> Node {
-    connect_to(&server.url(), &[SOURCE], Retention::default()).await.expect("connect")
+    connect_to(&server.url(), &[SOURCE], Retention::default())
+        .await
+        .expect("connect")
 }
 
 /// Commits all that waits, as an owner does, and answers how many entries that was.
@@ -57,11 +76,22 @@ async fn drain(node: &Node) -> usize {
     let mut n_drained = 0;
     loop {
         let head = node.head().await;
-        let entries = node.broker.read(node.p, head.position.entry, 64, Duration::ZERO).await.expect("read");
+        let entries = node
+            .broker
+            .read(node.p, head.position.entry, 64, Duration::ZERO)
+            .await
+            .expect("read");
         if entries.is_empty() {
             return n_drained;
         }
         n_drained += entries.len();
-        node.commit_from(&head, entries.iter().map(|entry| commit(entry.id, "R", &["u:1"])).collect()).await;
+        node.commit_from(
+            &head,
+            entries
+                .iter()
+                .map(|entry| commit(entry.id, "R", &["u:1"]))
+                .collect(),
+        )
+        .await;
     }
 }

@@ -5,7 +5,10 @@ use super::*;
 const BEGIN: NotificationId = NotificationId(0);
 
 fn entry() -> EntryId {
-    EntryId { ms: 1_700_000_000_000, seq: 1 }
+    EntryId {
+        ms: 1_700_000_000_000,
+        seq: 1,
+    }
 }
 
 fn logs(range: std::ops::Range<u32>) -> Vec<String> {
@@ -14,7 +17,11 @@ fn logs(range: std::ops::Range<u32>) -> Vec<String> {
 
 fn part(range: std::ops::Range<u32>) -> Item {
     let logs = logs(range);
-    commit(entry(), "the whole plan", &logs.iter().map(String::as_str).collect::<Vec<_>>())
+    commit(
+        entry(),
+        "the whole plan",
+        &logs.iter().map(String::as_str).collect::<Vec<_>>(),
+    )
 }
 
 fn done(committed: &Committed) -> (Outcome, Option<NotificationId>) {
@@ -35,7 +42,10 @@ pub(super) async fn a_plan_in_slices_ends_with_one_id_in_all_logs(bench: Bench) 
     for log in ["u:0", "u:999", "u:1000", "u:2000"] {
         assert_eq!(node.ids(log, BEGIN).await, [id]);
     }
-    assert_eq!(node.broker.records(node.p, &[id]).await.unwrap(), [Some(Bytes::from_static(b"the whole plan"))]);
+    assert_eq!(
+        node.broker.records(node.p, &[id]).await.unwrap(),
+        [Some(Bytes::from_static(b"the whole plan"))]
+    );
     assert!(node.publish("next", &["u:1"]).await > id);
 }
 
@@ -46,14 +56,20 @@ pub(super) async fn last_moves_with_the_final_slice_only(bench: Bench) {
     let slice = |log: &str| commit(entry, "R", &[log]);
     let id = done(&node.slice(slice("u:1"), 0, false).await).1.unwrap();
     let head = node.head().await;
-    assert_eq!((head.position, head.last, head.pending), (Position { entry, slices: 1 }, before, Some(id)));
+    assert_eq!(
+        (head.position, head.last, head.pending),
+        (Position { entry, slices: 1 }, before, Some(id))
+    );
     assert_eq!(head.top(), id);
     // What stands is to be read, and so is its record.
     assert_eq!(node.ids("u:1", before).await, [id]);
     assert!(node.broker.records(node.p, &[id]).await.unwrap()[0].is_some());
     node.slice(slice("u:2"), 1, true).await;
     let head = node.head().await;
-    assert_eq!((head.position, head.last, head.pending), (entry.into(), id, None));
+    assert_eq!(
+        (head.position, head.last, head.pending),
+        (entry.into(), id, None)
+    );
 }
 
 pub(super) async fn a_slice_is_refused_from_another_position(bench: Bench) {
@@ -61,18 +77,50 @@ pub(super) async fn a_slice_is_refused_from_another_position(bench: Bench) {
     let head = node.head().await;
     node.slice(part(0..1), 0, false).await;
     let attempt = async |prev, item, index| {
-        let slice = Slice { life: head.life, prev, item, index, is_last: true };
+        let slice = Slice {
+            life: head.life,
+            prev,
+            item,
+            index,
+            is_last: true,
+        };
         node.broker.commit_slice(node.p, slice).await.unwrap()
     };
-    let at = Position { entry: entry(), slices: 1 };
-    assert_eq!(attempt(head.position, part(0..1), 0).await, Committed::Refused, "the first slice again");
-    assert_eq!(attempt(at, part(1..2), 2).await, Committed::Refused, "another slice than the next");
+    let at = Position {
+        entry: entry(),
+        slices: 1,
+    };
+    assert_eq!(
+        attempt(head.position, part(0..1), 0).await,
+        Committed::Refused,
+        "the first slice again"
+    );
+    assert_eq!(
+        attempt(at, part(1..2), 2).await,
+        Committed::Refused,
+        "another slice than the next"
+    );
     let other = commit(after(entry()), "R", &["u:1"]);
-    assert_eq!(attempt(at, other, 1).await, Committed::Refused, "the slice of another plan");
-    let batch = Batch { life: head.life, prev: at, items: vec![commit(after(entry()), "R", &["u:1"])] };
-    assert_eq!(node.broker.commit(node.p, batch).await.unwrap(), Committed::Refused, "a batch in the midst of a plan");
+    assert_eq!(
+        attempt(at, other, 1).await,
+        Committed::Refused,
+        "the slice of another plan"
+    );
+    let batch = Batch {
+        life: head.life,
+        prev: at,
+        items: vec![commit(after(entry()), "R", &["u:1"])],
+    };
+    assert_eq!(
+        node.broker.commit(node.p, batch).await.unwrap(),
+        Committed::Refused,
+        "a batch in the midst of a plan"
+    );
     assert_eq!(node.head().await.position, at);
-    assert_eq!(done(&attempt(at, part(1..2), 1).await).0, Outcome::Committed);
+    assert_eq!(
+        done(&attempt(at, part(1..2), 1).await).0,
+        Outcome::Committed
+    );
 }
 
 pub(super) async fn a_new_owner_continues_the_plan_from_the_stored_record(bench: Bench) {
@@ -82,18 +130,42 @@ pub(super) async fn a_new_owner_continues_the_plan_from_the_stored_record(bench:
     // The next owner has never seen the event: position, id and record are all it needs.
     let node = bench.reopen().await;
     let head = node.head().await;
-    assert_eq!((head.position, head.pending), (Position { entry: entry(), slices: 1 }, Some(id)));
-    let record = node.broker.records(node.p, &[id]).await.unwrap()[0].clone().unwrap();
-    let rest = item(entry(), Proposal::Commit { record, targets: vec![target("u:2")] });
-    assert_eq!(done(&node.slice(rest, 1, true).await), (Outcome::Committed, Some(id)));
+    assert_eq!(
+        (head.position, head.pending),
+        (
+            Position {
+                entry: entry(),
+                slices: 1
+            },
+            Some(id)
+        )
+    );
+    let record = node.broker.records(node.p, &[id]).await.unwrap()[0]
+        .clone()
+        .unwrap();
+    let rest = item(
+        entry(),
+        Proposal::Commit {
+            record,
+            targets: vec![target("u:2")],
+        },
+    );
+    assert_eq!(
+        done(&node.slice(rest, 1, true).await),
+        (Outcome::Committed, Some(id))
+    );
     assert_eq!(node.ids("u:2", BEGIN).await, [id]);
 }
 
 pub(super) async fn slice_0_finds_a_duplicate_and_ends_the_plan(bench: Bench) {
     let node = bench.open().await;
-    node.commit(vec![with_id(commit(entry(), "R", &["u:1"]), 1)]).await;
+    node.commit(vec![with_id(commit(entry(), "R", &["u:1"]), 1)])
+        .await;
     let again = with_id(commit(after(entry()), "R", &["u:2"]), 1);
-    assert_eq!(done(&node.slice(again, 0, false).await), (Outcome::Duplicate, None));
+    assert_eq!(
+        done(&node.slice(again, 0, false).await),
+        (Outcome::Duplicate, None)
+    );
     let head = node.head().await;
     assert_eq!((head.position, head.pending), (after(entry()).into(), None));
     assert!(node.ids("u:2", BEGIN).await.is_empty());
@@ -103,19 +175,28 @@ pub(super) async fn the_slices_of_a_plan_count_once(bench: Bench) {
     let node = bench.open().await;
     for (index, is_last) in [(0, false), (1, false), (2, true)] {
         assert_eq!(node.count(Outcome::Committed).await, 0);
-        node.slice(with_id(part(index..index + 1), 1), index, is_last).await;
+        node.slice(with_id(part(index..index + 1), 1), index, is_last)
+            .await;
     }
     assert_eq!(node.count(Outcome::Committed).await, 1);
     assert_eq!(node.broker.decisions(node.p, 10).await.unwrap().len(), 1);
     // Slice 0 marked the publisher's id, and the later slices did not find themselves.
-    assert_eq!(node.commit(vec![with_id(commit(after(entry()), "R", &["u:1"]), 1)]).await[0].0, Outcome::Duplicate);
+    assert_eq!(
+        node.commit(vec![with_id(commit(after(entry()), "R", &["u:1"]), 1)])
+            .await[0]
+            .0,
+        Outcome::Duplicate
+    );
 }
 
 pub(super) async fn a_plan_of_one_slice_is_a_commit(bench: Bench) {
     let node = bench.open().await;
     let (outcome, id) = done(&node.slice(part(0..3), 0, true).await);
     let head = node.head().await;
-    assert_eq!((outcome, head.last, head.pending, head.position), (Outcome::Committed, id.unwrap(), None, entry().into()));
+    assert_eq!(
+        (outcome, head.last, head.pending, head.position),
+        (Outcome::Committed, id.unwrap(), None, entry().into())
+    );
 }
 
 /// Some logs have it: whatever becomes of the rest, it is no dead letter.
@@ -123,7 +204,22 @@ pub(super) async fn a_plan_that_was_begun_cannot_become_a_dead_letter(bench: Ben
     let node = bench.open().await;
     node.slice(part(0..1), 0, false).await;
     let head = node.head().await;
-    let slice = Slice { life: head.life, prev: head.position, item: dead(entry(), "too often"), index: 1, is_last: true };
-    assert!(!matches!(node.broker.commit_slice(node.p, slice).await, Ok(Committed::Done(_))));
-    assert_eq!((node.head().await.pending, node.count(Outcome::DeadLettered).await), (head.pending, 0));
+    let slice = Slice {
+        life: head.life,
+        prev: head.position,
+        item: dead(entry(), "too often"),
+        index: 1,
+        is_last: true,
+    };
+    assert!(!matches!(
+        node.broker.commit_slice(node.p, slice).await,
+        Ok(Committed::Done(_))
+    ));
+    assert_eq!(
+        (
+            node.head().await.pending,
+            node.count(Outcome::DeadLettered).await
+        ),
+        (head.pending, 0)
+    );
 }

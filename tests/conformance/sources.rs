@@ -14,14 +14,22 @@ pub(super) async fn entries_are_read_in_the_order_of_their_append(bench: Bench) 
     assert_eq!(all.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids);
     assert_eq!(all[3].fields, [field("v", "d")]);
     let some = read(ids[0], 2).await.unwrap();
-    assert_eq!(some.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids[1..3]);
+    assert_eq!(
+        some.iter().map(|entry| entry.id).collect::<Vec<_>>(),
+        ids[1..3]
+    );
     assert!(read(ids[3], 10).await.unwrap().is_empty());
 }
 
 pub(super) async fn a_read_waits_for_the_first_entry(bench: Bench) {
     let node = bench.open().await;
     let reader = node.clone();
-    let reading = tokio::spawn(async move { reader.broker.read(reader.p, EntryId::default(), 10, Duration::from_secs(30)).await });
+    let reading = tokio::spawn(async move {
+        reader
+            .broker
+            .read(reader.p, EntryId::default(), 10, Duration::from_secs(30))
+            .await
+    });
     // Two cases in one, as the scheduler likes it: the append comes before the read or while it waits. Both end with the entry.
     tokio::task::yield_now().await;
     let ids = node.append(&["a"]).await;
@@ -32,27 +40,58 @@ pub(super) async fn a_read_waits_for_the_first_entry(bench: Bench) {
 pub(super) async fn a_read_without_entries_ends_after_its_wait(bench: Bench) {
     let node = bench.open().await;
     let began = Instant::now();
-    let entries = node.broker.read(node.p, EntryId::default(), 10, Duration::from_millis(100)).await.unwrap();
+    let entries = node
+        .broker
+        .read(node.p, EntryId::default(), 10, Duration::from_millis(100))
+        .await
+        .unwrap();
     assert!(entries.is_empty());
-    assert!(began.elapsed() >= Duration::from_millis(90), "it waited {:?}", began.elapsed());
+    assert!(
+        began.elapsed() >= Duration::from_millis(90),
+        "it waited {:?}",
+        began.elapsed()
+    );
 }
 
 pub(super) async fn fields_are_bytes_and_stay_so(bench: Bench) {
     let node = bench.open().await;
-    let raw = (Bytes::from_static(b"\xff\x00\r\n name"), Bytes::from_static(b"\x00\x80*3\r\n$"));
+    let raw = (
+        Bytes::from_static(b"\xff\x00\r\n name"),
+        Bytes::from_static(b"\x00\x80*3\r\n$"),
+    );
     let fields = vec![raw, field("", ""), field("v", "1"), field("v", "2")];
-    node.broker.append(node.p, vec![fields.clone()]).await.unwrap();
-    let read = node.broker.read(node.p, EntryId::default(), 1, Duration::ZERO).await.unwrap();
+    node.broker
+        .append(node.p, vec![fields.clone()])
+        .await
+        .unwrap();
+    let read = node
+        .broker
+        .read(node.p, EntryId::default(), 1, Duration::ZERO)
+        .await
+        .unwrap();
     assert_eq!(read[0].fields, fields);
 }
 
 pub(super) async fn a_source_at_its_backlog_bound_takes_none(bench: Bench) {
-    let node = bench.open_with(&Retention { backlog_entries: 3, ..Retention::default() }).await;
+    let node = bench
+        .open_with(&Retention {
+            backlog_entries: 3,
+            ..Retention::default()
+        })
+        .await;
     let ids = node.append(&["a", "b", "c"]).await;
     let more = || node.broker.append(node.p, vec![vec![field("v", "d")]]);
     assert!(matches!(more().await, Err(Error::Full(_))));
-    node.commit(vec![item(ids[0], Proposal::Discard), item(ids[1], Proposal::Discard)]).await;
+    node.commit(vec![
+        item(ids[0], Proposal::Discard),
+        item(ids[1], Proposal::Discard),
+    ])
+    .await;
     more().await.expect("there is room again");
-    let left = node.broker.read(node.p, ids[1], 10, Duration::ZERO).await.unwrap();
+    let left = node
+        .broker
+        .read(node.p, ids[1], 10, Duration::ZERO)
+        .await
+        .unwrap();
     assert_eq!(left.len(), 2, "the refused entry is not there");
 }

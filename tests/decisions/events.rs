@@ -20,14 +20,27 @@ use crate::harness::repository;
 pub(super) fn recorded() -> Vec<String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("webhooks-examples");
     let examples = folder.join("node_modules/@octokit/webhooks-examples/api.github.com/index.json");
-    let pinned = ["package.json", "package-lock.json"].map(|file| (folder.join(file), repository().join("tests/decisions").join(file)));
-    let same = |(there, here): &(_, _)| fs::read(there).ok() == Some(fs::read(here).expect("read what is pinned"));
+    let pinned = ["package.json", "package-lock.json"].map(|file| {
+        (
+            folder.join(file),
+            repository().join("tests/decisions").join(file),
+        )
+    });
+    let same = |(there, here): &(_, _)| {
+        fs::read(there).ok() == Some(fs::read(here).expect("read what is pinned"))
+    };
     if !(examples.exists() && pinned.iter().all(same)) {
         fs::create_dir_all(&folder).expect("make a folder for npm");
         for (there, here) in &pinned {
             fs::copy(here, there).expect("copy what is pinned");
         }
-        let npm = ["ci", "--silent", "--no-audit", "--no-fund", "--ignore-scripts"];
+        let npm = [
+            "ci",
+            "--silent",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+        ];
         let status = Command::new("npm").args(npm).current_dir(&folder).status();
         assert!(
             status.as_ref().is_ok_and(|status| status.success()),
@@ -35,19 +48,33 @@ pub(super) fn recorded() -> Vec<String> {
             folder.display()
         );
     }
-    let text = fs::read_to_string(&examples).unwrap_or_else(|e| panic!("{}: {e}", examples.display()));
+    let text =
+        fs::read_to_string(&examples).unwrap_or_else(|e| panic!("{}: {e}", examples.display()));
     let kinds: Vec<Value> = serde_json::from_str(&text).expect("a list of kinds of webhooks");
     let of_kind = |kind: &Value| {
         let name = kind["name"].as_str().expect("a kind has a name").to_owned();
-        let payloads = kind["examples"].as_array().expect("a kind has examples").clone();
-        payloads.into_iter().map(move |payload| (name.clone(), payload))
+        let payloads = kind["examples"]
+            .as_array()
+            .expect("a kind has examples")
+            .clone();
+        payloads
+            .into_iter()
+            .map(move |payload| (name.clone(), payload))
     };
-    kinds.iter().flat_map(of_kind).enumerate().map(|(n, (name, payload))| wrapped(n, &name, &payload)).collect()
+    kinds
+        .iter()
+        .flat_map(of_kind)
+        .enumerate()
+        .map(|(n, (name, payload))| wrapped(n, &name, &payload))
+        .collect()
 }
 
 /// A webhook as a publisher would hand it on.
 fn wrapped(n: usize, name: &str, payload: &Value) -> String {
-    let action = payload["action"].as_str().map(|action| format!(".{action}")).unwrap_or_default();
+    let action = payload["action"]
+        .as_str()
+        .map(|action| format!(".{action}"))
+        .unwrap_or_default();
     let mut event = json!({
         "specversion": "1.0", "id": format!("webhook-{n}"), "source": "https://github.example/webhooks",
         "type": format!("github.{name}{action}"), "data": payload
@@ -68,7 +95,18 @@ fn wrapped(n: usize, name: &str, payload: &Value) -> String {
 }
 
 /// Values that an operator is likely to be asked for, so that each decides both ways often enough.
-const LIKELY: [&str; 10] = ["5", r#""😀""#, r#""5""#, "true", r#""grün""#, r#"["a","b"]"#, "100", "false", "7", r#""b""#];
+const LIKELY: [&str; 10] = [
+    "5",
+    r#""😀""#,
+    r#""5""#,
+    "true",
+    r#""grün""#,
+    r#"["a","b"]"#,
+    "100",
+    "false",
+    "7",
+    r#""b""#,
+];
 
 /// The edges: numbers as text and what only looks so, integers beyond what a decimal can hold, texts beyond ASCII, lists, and nothing.
 const EDGES: [&str; 56] = [
@@ -154,11 +192,19 @@ impl Maker {
     }
 
     fn value(&mut self) -> &'static str {
-        if self.0.random_bool(0.5) { self.one_of(&LIKELY) } else { self.one_of(&EDGES) }
+        if self.0.random_bool(0.5) {
+            self.one_of(&LIKELY)
+        } else {
+            self.one_of(&EDGES)
+        }
     }
 
     fn deep_value(&mut self) -> &'static str {
-        if self.0.random_bool(0.1) { self.one_of(&DEEPER) } else { self.value() }
+        if self.0.random_bool(0.1) {
+            self.one_of(&DEEPER)
+        } else {
+            self.value()
+        }
     }
 
     fn event(&mut self, n: usize) -> String {
@@ -182,10 +228,21 @@ impl Maker {
             "t",
         ];
         members.push(format!(r#""type":"{}""#, self.one_of(&kinds)));
-        members.push(format!(r#""source":"{}""#, self.one_of(&["/shop", "/shop", "/shop/eu", "/tests", "urn:x:ü"])));
+        members.push(format!(
+            r#""source":"{}""#,
+            self.one_of(&["/shop", "/shop", "/shop/eu", "/tests", "urn:x:ü"])
+        ));
         let maybe = [
-            ("subject", 0.6, &["order-7", "5", "8.5", "9", "ticket/ü", "order-"][..]),
-            ("time", 0.25, &["2020-02-29T23:59:59.999Z", "2099-01-01T00:00:00+02:00"]),
+            (
+                "subject",
+                0.6,
+                &["order-7", "5", "8.5", "9", "ticket/ü", "order-"][..],
+            ),
+            (
+                "time",
+                0.25,
+                &["2020-02-29T23:59:59.999Z", "2099-01-01T00:00:00+02:00"],
+            ),
             ("env", 0.1, &["test", "dev", "prod"]),
         ];
         for (name, chance, values) in maybe {
@@ -200,7 +257,10 @@ impl Maker {
             members.push(r#""mute":true"#.to_owned());
         }
         if self.0.random_bool(0.1) {
-            members.push(format!(r#""stop":{}"#, self.one_of(&["true", r#""true""#, "false", "1"])));
+            members.push(format!(
+                r#""stop":{}"#,
+                self.one_of(&["true", r#""true""#, "false", "1"])
+            ));
         }
         self.address(&mut members);
         members.push(self.data());
@@ -210,7 +270,12 @@ impl Maker {
     /// What `address` reads: mostly as it should be.
     fn address(&mut self, members: &mut Vec<String>) {
         let all: [(&str, f64, &[&str], &[&str]); 8] = [
-            ("user", 0.4, &["42", r#""ann""#, r#""ünï""#], &[r#""""#, "true", "1.5", "null"]),
+            (
+                "user",
+                0.4,
+                &["42", r#""ann""#, r#""ünï""#],
+                &[r#""""#, "true", "1.5", "null"],
+            ),
             (
                 "users",
                 0.15,
@@ -218,9 +283,24 @@ impl Maker {
                 &[r#""a,,b""#, r#"["a",1]"#, r#"["a""#, "true", r#"["a",""]"#],
             ),
             ("group", 0.2, &[r#""ops""#, "5"], &[r#"" ""#, "false"]),
-            ("groups", 0.1, &[r#""x,y""#, r#"[ "x" ]"#], &["1.5", r#""x,""#]),
-            ("everyone", 0.1, &["true", "false", r#""true""#], &[r#""yes""#, "1"]),
-            ("priority", 0.3, &[r#""low""#, r#""normal""#, r#""high""#, r#""urgent""#], &[r#""highest""#, "3"]),
+            (
+                "groups",
+                0.1,
+                &[r#""x,y""#, r#"[ "x" ]"#],
+                &["1.5", r#""x,""#],
+            ),
+            (
+                "everyone",
+                0.1,
+                &["true", "false", r#""true""#],
+                &[r#""yes""#, "1"],
+            ),
+            (
+                "priority",
+                0.3,
+                &[r#""low""#, r#""normal""#, r#""high""#, r#""urgent""#],
+                &[r#""highest""#, "3"],
+            ),
             (
                 "ttl",
                 0.2,
@@ -231,9 +311,17 @@ impl Maker {
         ];
         for (name, chance, good, bad) in all {
             if self.0.random_bool(chance) {
-                let value = if self.0.random_bool(0.04) { self.one_of(bad) } else { self.one_of(good) };
+                let value = if self.0.random_bool(0.04) {
+                    self.one_of(bad)
+                } else {
+                    self.one_of(good)
+                };
                 // A text that looks like a list but is none has lost its closing bracket and must still be a text in JSON.
-                let value = if value == r#"["a""# { r#""[\"a\"""# } else { value };
+                let value = if value == r#"["a""# {
+                    r#""[\"a\"""#
+                } else {
+                    value
+                };
                 members.push(format!(r#""{name}":{value}"#));
             }
         }
@@ -250,17 +338,31 @@ impl Maker {
             _ => {}
         }
         let mut data = Vec::new();
-        for (name, chance) in [("v", 0.95), ("l", 0.4), ("o", 0.2), ("m~n", 0.2), ("a/b", 0.2)] {
+        for (name, chance) in [
+            ("v", 0.95),
+            ("l", 0.4),
+            ("o", 0.2),
+            ("m~n", 0.2),
+            ("a/b", 0.2),
+        ] {
             if self.0.random_bool(chance) {
                 data.push(format!(r#""{name}":{}"#, self.deep_value()));
             }
         }
         if self.0.random_bool(0.3) {
-            data.push(format!(r#""list":[{},{}]"#, self.deep_value(), self.value()));
+            data.push(format!(
+                r#""list":[{},{}]"#,
+                self.deep_value(),
+                self.value()
+            ));
         }
         if self.0.random_bool(0.5) {
             let m = self.one_of(&["95", "99.5", "99.6", "89.999", "\"95\""]);
-            data.push(format!(r#""n":{{"m":{m},"t":{},"r":{}}}"#, self.one_of(&["1", "null"]), self.value()));
+            data.push(format!(
+                r#""n":{{"m":{m},"t":{},"r":{}}}"#,
+                self.one_of(&["1", "null"]),
+                self.value()
+            ));
         }
         if self.0.random_bool(0.05) {
             data.push(format!(r#""keep":{}"#, self.one_of(&["true", "false"])));

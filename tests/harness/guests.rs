@@ -34,8 +34,18 @@ pub(crate) fn turning(number: u32) -> Vec<u8> {
 fn of_version(guest: &str, number: u32) -> Vec<u8> {
     const PLACE: &[u8] = b"version:0000000";
     let mut bytes = core_module(guest);
-    let places: Vec<usize> = bytes.windows(PLACE.len()).enumerate().filter(|(_, bytes)| *bytes == PLACE).map(|(at, _)| at).collect();
-    let [at] = places[..] else { panic!("the number of the version stands {} times in the file", places.len()) };
+    let places: Vec<usize> = bytes
+        .windows(PLACE.len())
+        .enumerate()
+        .filter(|(_, bytes)| *bytes == PLACE)
+        .map(|(at, _)| at)
+        .collect();
+    let [at] = places[..] else {
+        panic!(
+            "the number of the version stands {} times in the file",
+            places.len()
+        )
+    };
     bytes[at..at + PLACE.len()].copy_from_slice(format!("version:{number:07}").as_bytes());
     bytes
 }
@@ -46,17 +56,28 @@ pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {
     use wit_parser::{LiftLowerAbi, ManglingAndAbi, Resolve};
 
     let mut resolve = Resolve::default();
-    let package = resolve.push_str("contract.wit", contract).expect("a contract");
-    let world = resolve.select_world(&[package], Some(world)).expect("a world of it");
+    let package = resolve
+        .push_str("contract.wit", contract)
+        .expect("a contract");
+    let world = resolve
+        .select_world(&[package], Some(world))
+        .expect("a world of it");
     let mut module = dummy_module(&resolve, world, ManglingAndAbi::Legacy(LiftLowerAbi::Sync));
     embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("metadata");
-    ComponentEncoder::default().module(&module).and_then(|mut encoder| encoder.encode()).expect("a component")
+    ComponentEncoder::default()
+        .module(&module)
+        .and_then(|mut encoder| encoder.encode())
+        .expect("a component")
 }
 
 /// The text of the contract that this host speaks, as one file.
 pub(crate) fn contract() -> String {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository");
-    let file = |name: &str| std::fs::read_to_string(repository.join("wit").join(name)).expect("a file of the contract");
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("host/ lies in the repository");
+    let file = |name: &str| {
+        std::fs::read_to_string(repository.join("wit").join(name)).expect("a file of the contract")
+    };
     let package = "package pointsman:plugin@0.1.0;";
     let rest = ["types.wit", "host.wit"].map(|name| file(name).replace(package, ""));
     file("plugin.wit") + &rest.concat()
@@ -69,16 +90,52 @@ fn read(dir: &Path, name: &str) -> Vec<u8> {
 
 /// Builds all guests for a target, and answers where they are. Cargo knows what is up to date, and keeps two test processes apart.
 fn build(target: &str) -> PathBuf {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host/ lies in the repository");
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("host/ lies in the repository");
     // Where this very test was built, whatever CARGO_TARGET_DIR says.
-    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the folder for temporary files lies in that of the target");
+    let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .expect("the folder for temporary files lies in that of the target");
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(repository).args(["build", "--quiet", "--profile", "plugin", "--target", target, "--target-dir"]).arg(target_dir);
+    cargo
+        .current_dir(repository)
+        .args([
+            "build",
+            "--quiet",
+            "--profile",
+            "plugin",
+            "--target",
+            target,
+            "--target-dir",
+        ])
+        .arg(target_dir);
     let status = cargo
-        .args(["-p", "address", "-p", "discard", "-p", "prioritize", "-p", "rules"])
-        .args(["-p", "unruly", "-p", "forger", "-p", "versioned", "-p", "turning"])
+        .args([
+            "-p",
+            "address",
+            "-p",
+            "discard",
+            "-p",
+            "prioritize",
+            "-p",
+            "rules",
+        ])
+        .args([
+            "-p",
+            "unruly",
+            "-p",
+            "forger",
+            "-p",
+            "versioned",
+            "-p",
+            "turning",
+        ])
         .status()
         .expect("cargo, which built this, runs");
-    assert!(status.success(), "the guests do not build for {target}; if the target is missing: rustup target add {target}");
+    assert!(
+        status.success(),
+        "the guests do not build for {target}; if the target is missing: rustup target add {target}"
+    );
     target_dir.join(target).join("plugin")
 }

@@ -31,7 +31,11 @@ pub(crate) struct Folder(PathBuf);
 impl Folder {
     pub(crate) fn new() -> Self {
         static MADE: AtomicU32 = AtomicU32::new(0);
-        let name = format!("{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "{}-{}",
+            std::process::id(),
+            MADE.fetch_add(1, Ordering::Relaxed)
+        );
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         fs::create_dir_all(&path).expect("make a folder for a test");
         Self(path)
@@ -127,21 +131,46 @@ impl Builder {
     /// With its log, if it ends or is not ready in time.
     pub(crate) fn start(self) -> Node {
         let (listen, admin) = (ports::free(), ports::free());
-        let name = self.name.clone().unwrap_or_else(|| format!("test-{}", listen.port()));
-        let mut node = Node { builder: self, folder: Folder::new(), name, listen, admin, process: None };
+        let name = self
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("test-{}", listen.port()));
+        let mut node = Node {
+            builder: self,
+            folder: Folder::new(),
+            name,
+            listen,
+            admin,
+            process: None,
+        };
         node.launch();
         node
     }
 
-    fn command(&self, folder: &Folder, name: &str, listen: SocketAddr, admin: SocketAddr) -> Command {
+    fn command(
+        &self,
+        folder: &Folder,
+        name: &str,
+        listen: SocketAddr,
+        admin: SocketAddr,
+    ) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
-        command.arg("serve").args(["--listen", &listen.to_string(), "--admin", &admin.to_string(), "--node", name]);
+        command.arg("serve").args([
+            "--listen",
+            &listen.to_string(),
+            "--admin",
+            &admin.to_string(),
+            "--node",
+            name,
+        ]);
         match &self.store {
             Store::Ephemeral => command.arg("--ephemeral"),
             Store::Data => command.arg("--data").arg(folder.path().join("data")),
             Store::Redis(url) => command.args(["--redis", url]),
         };
-        command.arg("--plugins").arg(self.plugins.clone().unwrap_or_else(super::bundled_plugins));
+        command
+            .arg("--plugins")
+            .arg(self.plugins.clone().unwrap_or_else(super::bundled_plugins));
         if self.dev {
             command.arg("--dev");
         }
@@ -151,11 +180,15 @@ impl Builder {
             command.arg("--config").arg(file);
         }
         // The environment of whoever runs the tests must not configure the node.
-        for (variable, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_")) {
+        for (variable, _) in
+            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_"))
+        {
             command.env_remove(variable);
         }
         command.env("POINTSMAN_PLUGINS_CACHE", super::compiled_plugins());
-        command.args(&self.arguments).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+            .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.current_dir(folder.path()).stdin(Stdio::null());
         command
     }
@@ -208,7 +241,9 @@ impl Node {
 
     /// Everything that it has said, over all of its processes.
     pub(crate) fn log(&self) -> String {
-        fs::read(self.folder.path().join("node.log")).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        fs::read(self.folder.path().join("node.log"))
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
     }
 
     /// Kills it as a crash does: SIGKILL.
@@ -240,7 +275,10 @@ impl Node {
 
     /// Sends a signal by its name, such as `STOP` or `CONT`.
     pub(crate) fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().expect("run kill");
+        let sent = Command::new("kill")
+            .args(["-s", name, &self.pid().to_string()])
+            .status()
+            .expect("run kill");
         assert!(sent.success(), "kill -s {name} failed");
     }
 
@@ -254,10 +292,22 @@ impl Node {
     }
 
     fn launch(&mut self) {
-        let log = self.builder.log.clone().unwrap_or_else(|| self.folder.path().join("node.log"));
-        let log = File::options().create(true).append(true).open(log).expect("open the node's log");
-        let mut command = self.builder.command(&self.folder, &self.name, self.listen, self.admin);
-        command.stdout(log.try_clone().expect("share the log")).stderr(log);
+        let log = self
+            .builder
+            .log
+            .clone()
+            .unwrap_or_else(|| self.folder.path().join("node.log"));
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .expect("open the node's log");
+        let mut command = self
+            .builder
+            .command(&self.folder, &self.name, self.listen, self.admin);
+        command
+            .stdout(log.try_clone().expect("share the log"))
+            .stderr(log);
         self.process = Some(command.spawn().expect("run pointsman"));
         let deadline = Instant::now() + READY;
         loop {
@@ -266,9 +316,17 @@ impl Node {
                 Ok(answer) if answer.status == 200 || !self.builder.ready => return,
                 _ => {}
             }
-            let ended = self.process.as_mut().expect("it was just started").try_wait().expect("wait for the node");
+            let ended = self
+                .process
+                .as_mut()
+                .expect("it was just started")
+                .try_wait()
+                .expect("wait for the node");
             assert!(ended.is_none(), "the node ended with {ended:?}");
-            assert!(Instant::now() < deadline, "the node is not ready within {READY:?}: {reply:?}");
+            assert!(
+                Instant::now() < deadline,
+                "the node is not ready within {READY:?}: {reply:?}"
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -282,17 +340,26 @@ impl Node {
     /// # Panics
     /// If there is no answer.
     pub(crate) fn request(&self, method: &str, path: &str) -> Answer {
-        http::send(method, &self.url(path), &[], None).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+        http::send(method, &self.url(path), &[], None)
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
     /// As [`Node::request`], with headers and a body.
-    pub(crate) fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        http::send(method, &self.url(path), headers, Some(body)).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    pub(crate) fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
+        http::send(method, &self.url(path), headers, Some(body))
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
     /// `GET` from the admin listener: `/healthz`, `/readyz`, `/metrics`.
     pub(crate) fn admin(&self, path: &str) -> Answer {
-        http::send("GET", &self.admin_url(path), &[], None).unwrap_or_else(|error| panic!("GET {path}: {error}"))
+        http::send("GET", &self.admin_url(path), &[], None)
+            .unwrap_or_else(|error| panic!("GET {path}: {error}"))
     }
 
     /// Its own folder, below which is what it keeps.
@@ -304,8 +371,15 @@ impl Node {
     ///
     /// # Panics
     /// If there is no answer.
-    pub(crate) fn order(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        http::send(method, &self.admin_url(path), headers, Some(body)).unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    pub(crate) fn order(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
+        http::send(method, &self.admin_url(path), headers, Some(body))
+            .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
     /// Writes its `pointsman.toml` anew, in one step, while it runs. It must have had one.
@@ -333,15 +407,25 @@ impl Node {
 
     /// The memory that the process holds (resident), in KiB.
     pub(crate) fn memory_kib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("read /proc");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-        line.trim().trim_end_matches(" kB").parse().expect("a number of KiB")
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("read /proc");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .expect("VmRSS");
+        line.trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .expect("a number of KiB")
     }
 
     /// Makes a user a member of a group; events published afterwards reach it.
     pub(crate) fn join(&self, group: &str, user: &str) {
         let answer = self.request("PUT", &format!("/v1/groups/{group}/members/{user}"));
-        assert!((200..300).contains(&answer.status), "PUT of a membership: {answer:?}");
+        assert!(
+            (200..300).contains(&answer.status),
+            "PUT of a membership: {answer:?}"
+        );
     }
 
     pub(crate) fn publisher(&self) -> Publisher {
@@ -350,7 +434,9 @@ impl Node {
 
     /// A user's stream, open and past its first `cursor`: whatever is published from now on arrives on it.
     pub(crate) fn stream(&self, user: &str) -> Stream {
-        let mut stream = Request::new(self.listen, &format!("user={user}")).open(SOON).expect("open a stream");
+        let mut stream = Request::new(self.listen, &format!("user={user}"))
+            .open(SOON)
+            .expect("open a stream");
         stream.next_state("cursor", SOON);
         stream
     }
@@ -365,7 +451,9 @@ impl Node {
     /// # Panics
     /// If that takes longer.
     pub(crate) fn await_outcomes(&self, n: usize, within: Duration) {
-        eventually(within, "every event has its outcome", || (self.metric("pointsman_events_total") >= n as f64).then_some(()));
+        eventually(within, "every event has its outcome", || {
+            (self.metric("pointsman_events_total") >= n as f64).then_some(())
+        });
     }
 }
 
@@ -384,9 +472,13 @@ fn sum_of_metric(page: &str, name: &str) -> Option<f64> {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let alive = self.process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)));
+        let alive = self
+            .process
+            .as_mut()
+            .is_some_and(|process| matches!(process.try_wait(), Ok(None)));
         // While a test is failing anyway, its own words count.
-        let lag = (alive && !self.builder.leftovers && !std::thread::panicking()).then(|| lag_in_the_end(self));
+        let lag = (alive && !self.builder.leftovers && !std::thread::panicking())
+            .then(|| lag_in_the_end(self));
         if let Some(mut process) = self.process.take() {
             // It may have ended by itself.
             drop(process.kill());
@@ -403,7 +495,11 @@ impl Drop for Node {
             );
         }
         if let Some(lag) = lag {
-            assert!(lag == Some(0.0), "entries are left beyond the position (lag {lag:?}); the node's log:\n{}", self.log());
+            assert!(
+                lag == Some(0.0),
+                "entries are left beyond the position (lag {lag:?}); the node's log:\n{}",
+                self.log()
+            );
         }
     }
 }

@@ -59,7 +59,11 @@ impl Site {
 
     pub(crate) fn of(node: Builder, plugins: &Plugins) -> Self {
         let node = node.plugins(plugins.dir()).start();
-        Self { stream: node.stream("7"), node, n_events: 0 }
+        Self {
+            stream: node.stream("7"),
+            node,
+            n_events: 0,
+        }
     }
 
     /// Ends the node in good order and starts it again, with the same files.
@@ -71,14 +75,17 @@ impl Site {
 
     /// An order to the admin listener about the plugin `versioned`.
     pub(crate) fn order(&self, method: &str, order: &str, body: &[u8]) -> Answer {
-        self.node.order(method, &format!("/v1/plugins/versioned{order}"), &[], body)
+        self.node
+            .order(method, &format!("/v1/plugins/versioned{order}"), &[], body)
     }
 
     /// Publishes an event, and answers its id.
     pub(crate) fn publish(&mut self) -> String {
         self.n_events += 1;
         let id = format!("e{}", self.n_events);
-        self.node.publisher().publish(&[event(&id, "t", json!({"user": "7"}))]);
+        self.node
+            .publisher()
+            .publish(&[event(&id, "t", json!({"user": "7"}))]);
         id
     }
 
@@ -92,7 +99,10 @@ impl Site {
     pub(crate) fn decision(&mut self, id: &str) -> (u64, Vec<(String, u64)>) {
         let notification = self.stream.next_notification(SOON);
         assert_eq!(notification.id, id);
-        (notification.data["version"].as_u64().unwrap(), deciders(&self.node, id))
+        (
+            notification.data["version"].as_u64().unwrap(),
+            deciders(&self.node, id),
+        )
     }
 
     pub(crate) fn await_loads(&self, plugin: &str, outcome: &str, n: u32) {
@@ -109,24 +119,39 @@ impl Site {
 }
 
 pub(crate) fn n_loads(node: &Node, plugin: &str, outcome: &str) -> f64 {
-    node.metric(&format!("pointsman_plugin_loads_total{{plugin=\"{plugin}\",outcome=\"{outcome}\"}}"))
+    node.metric(&format!(
+        "pointsman_plugin_loads_total{{plugin=\"{plugin}\",outcome=\"{outcome}\"}}"
+    ))
 }
 
 pub(crate) fn await_loads(node: &Node, plugin: &str, outcome: &str, n: u32) {
-    eventually(SOON, &format!("{plugin} {outcome} {n} times"), || (n_loads(node, plugin, outcome) >= f64::from(n)).then_some(()));
+    eventually(SOON, &format!("{plugin} {outcome} {n} times"), || {
+        (n_loads(node, plugin, outcome) >= f64::from(n)).then_some(())
+    });
     assert_eq!(n_loads(node, plugin, outcome), f64::from(n));
 }
 
 /// Which plugins had a say in an event that was decided, in their order and generation.
 pub(crate) fn deciders(node: &Node, event_id: &str) -> Vec<(String, u64)> {
-    let decisions = node.admin(&format!("/v1/decisions?event_id={event_id}")).json();
-    let [decision] = decisions.as_array().unwrap().as_slice() else { panic!("{event_id} has {decisions}") };
+    let decisions = node
+        .admin(&format!("/v1/decisions?event_id={event_id}"))
+        .json();
+    let [decision] = decisions.as_array().unwrap().as_slice() else {
+        panic!("{event_id} has {decisions}")
+    };
     generations(decision)
 }
 
 pub(crate) fn generations(decision: &Value) -> Vec<(String, u64)> {
     let verdicts = decision["verdicts"].as_array().unwrap().iter();
-    verdicts.map(|verdict| (verdict["plugin"].as_str().unwrap().to_owned(), verdict["generation"].as_u64().unwrap())).collect()
+    verdicts
+        .map(|verdict| {
+            (
+                verdict["plugin"].as_str().unwrap().to_owned(),
+                verdict["generation"].as_u64().unwrap(),
+            )
+        })
+        .collect()
 }
 
 pub(crate) fn by(plugin: &str, generation: u64) -> (String, u64) {

@@ -40,10 +40,21 @@ pub(crate) fn free() -> SocketAddr {
         let n_blocks = BLOCKS.end - BLOCKS.start;
         let first = (std::process::id() % u32::from(n_blocks)) as u16;
         let mut flags = (0..n_blocks).map(|n| (BLOCKS.start + (first + n) % n_blocks) * BLOCK);
-        let taken = flags.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok().map(|flag| (port, flag)));
+        let taken = flags.find_map(|port| {
+            TcpListener::bind(("127.0.0.1", port))
+                .ok()
+                .map(|flag| (port, flag))
+        });
         let (port, flag) = taken.expect("a block of ports that no other test process has");
-        let mut flags = claim.take().map(|used_up| used_up.flags).unwrap_or_default();
+        let mut flags = claim
+            .take()
+            .map(|used_up| used_up.flags)
+            .unwrap_or_default();
         flags.push(flag);
-        *claim = Some(Claim { flags, next: port + 1, end: port + BLOCK });
+        *claim = Some(Claim {
+            flags,
+            next: port + 1,
+            end: port + BLOCK,
+        });
     }
 }

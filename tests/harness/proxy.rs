@@ -34,7 +34,10 @@ impl Proxy {
     pub(crate) fn to(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
         let addr = listener.local_addr().expect("an address");
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
         let accepting = Arc::clone(&shared);
         std::thread::spawn(move || {
             for client in listener.incoming() {
@@ -43,9 +46,14 @@ impl Proxy {
                     return;
                 }
                 // A server that is not there is a connection that breaks.
-                let (Ok(client), Ok(server)) = (client, TcpStream::connect(("127.0.0.1", port))) else { continue };
+                let (Ok(client), Ok(server)) = (client, TcpStream::connect(("127.0.0.1", port)))
+                else {
+                    continue;
+                };
                 let pair = || Some((client.try_clone().ok()?, server.try_clone().ok()?));
-                let (Some(requests), Some(answers), Some((a, b))) = (pair(), pair(), pair()) else { continue };
+                let (Some(requests), Some(answers), Some((a, b))) = (pair(), pair(), pair()) else {
+                    continue;
+                };
                 state.sockets.extend([a, b]);
                 drop(state);
                 let (for_requests, for_answers) = (Arc::clone(&accepting), Arc::clone(&accepting));
@@ -113,8 +121,13 @@ impl Shared {
         let mut buffer = vec![0; 16 * 1024];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
             let state = self.lock();
-            let state = self.changed.wait_while(state, |state| state.is_holding && !state.is_over).expect("nobody panics with it");
-            let pause = state.bytes_per_s.map(|rate| Duration::from_secs_f64(n as f64 / rate as f64));
+            let state = self
+                .changed
+                .wait_while(state, |state| state.is_holding && !state.is_over)
+                .expect("nobody panics with it");
+            let pause = state
+                .bytes_per_s
+                .map(|rate| Duration::from_secs_f64(n as f64 / rate as f64));
             drop(state);
             pause.into_iter().for_each(std::thread::sleep);
             if to.write_all(&buffer[..n]).is_err() {
@@ -132,7 +145,11 @@ fn close(a: &TcpStream, b: &TcpStream) {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        let mut state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut state = self
+            .shared
+            .state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         state.is_over = true;
         for socket in state.sockets.drain(..) {
             drop(socket.shutdown(Shutdown::Both));

@@ -14,7 +14,11 @@ use super::http::{self, Answer};
 pub(crate) fn event(id: &str, kind: &str, more: Value) -> Value {
     let mut event = json!({ "specversion": "1.0", "id": id, "source": "/tests", "type": kind });
     let members = event.as_object_mut().expect("it is an object");
-    members.extend(more.as_object().expect("more attributes as an object").clone());
+    members.extend(
+        more.as_object()
+            .expect("more attributes as an object")
+            .clone(),
+    );
     event
 }
 
@@ -26,7 +30,9 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     pub(crate) fn new(addr: SocketAddr) -> Self {
-        Self { url: format!("http://{addr}/v1/events") }
+        Self {
+            url: format!("http://{addr}/v1/events"),
+        }
     }
 
     /// Posts a batch once.
@@ -35,7 +41,12 @@ impl Publisher {
     /// If there is no answer; what became of the batch is then unknown.
     pub(crate) fn try_publish(&self, events: &[Value]) -> Result<Answer, ureq::Error> {
         let body = serde_json::to_vec(events).expect("JSON");
-        http::send("POST", &self.url, &[("Content-Type", "application/cloudevents-batch+json")], Some(&body))
+        http::send(
+            "POST",
+            &self.url,
+            &[("Content-Type", "application/cloudevents-batch+json")],
+            Some(&body),
+        )
     }
 
     /// Posts a batch.
@@ -43,7 +54,9 @@ impl Publisher {
     /// # Panics
     /// If one of its events is not stored.
     pub(crate) fn publish(&self, events: &[Value]) {
-        let answer = self.try_publish(events).unwrap_or_else(|error| panic!("POST /v1/events: {error}"));
+        let answer = self
+            .try_publish(events)
+            .unwrap_or_else(|error| panic!("POST /v1/events: {error}"));
         assert_stored(&answer, events.len());
     }
 
@@ -56,9 +69,16 @@ impl Publisher {
         let deadline = Instant::now() + within;
         loop {
             match self.try_publish(events) {
-                Ok(answer) if (200..300).contains(&answer.status) => return assert_stored(&answer, events.len()),
-                Ok(answer) if answer.status != 429 && answer.status < 500 => panic!("POST /v1/events: {answer:?}"),
-                failure => assert!(Instant::now() < deadline, "POST /v1/events fails for {within:?}: {failure:?}"),
+                Ok(answer) if (200..300).contains(&answer.status) => {
+                    return assert_stored(&answer, events.len());
+                }
+                Ok(answer) if answer.status != 429 && answer.status < 500 => {
+                    panic!("POST /v1/events: {answer:?}")
+                }
+                failure => assert!(
+                    Instant::now() < deadline,
+                    "POST /v1/events fails for {within:?}: {failure:?}"
+                ),
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -67,9 +87,16 @@ impl Publisher {
 
 /// A 2xx is not enough: an event of the batch may have been refused for good.
 fn assert_stored(answer: &Answer, n_events: usize) {
-    assert!((200..300).contains(&answer.status), "POST /v1/events: {answer:?}");
+    assert!(
+        (200..300).contains(&answer.status),
+        "POST /v1/events: {answer:?}"
+    );
     let receipts = answer.json();
-    let stored = receipts["events"].as_array().map(|all| all.iter().filter(|receipt| receipt["status"] == "stored").count());
+    let stored = receipts["events"].as_array().map(|all| {
+        all.iter()
+            .filter(|receipt| receipt["status"] == "stored")
+            .count()
+    });
     assert_eq!(stored, Some(n_events), "POST /v1/events: {answer:?}");
 }
 
@@ -77,7 +104,11 @@ fn assert_stored(answer: &Answer, n_events: usize) {
 ///
 /// # Panics
 /// If Redis refuses one.
-pub(crate) fn xadd(connection: &mut redis::Connection, source: &str, entries: &[Vec<(&str, String)>]) -> Vec<String> {
+pub(crate) fn xadd(
+    connection: &mut redis::Connection,
+    source: &str,
+    entries: &[Vec<(&str, String)>],
+) -> Vec<String> {
     let mut pipeline = redis::pipe();
     for fields in entries {
         pipeline.cmd("XADD").arg(source).arg("*");
@@ -85,5 +116,7 @@ pub(crate) fn xadd(connection: &mut redis::Connection, source: &str, entries: &[
             pipeline.arg(*name).arg(value);
         }
     }
-    pipeline.query(connection).unwrap_or_else(|error| panic!("XADD {source}: {error}"))
+    pipeline
+        .query(connection)
+        .unwrap_or_else(|error| panic!("XADD {source}: {error}"))
 }

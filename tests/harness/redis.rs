@@ -36,10 +36,18 @@ impl RedisServer {
     /// Starts a server with more options, such as `["--maxmemory", "20mb"]` or `["--appendonly", "yes"]`.
     pub(crate) fn with(options: &[&str]) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
-        let folder =
-            std::env::temp_dir().join(format!("pointsman-redis-{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed)));
+        let folder = std::env::temp_dir().join(format!(
+            "pointsman-redis-{}-{}",
+            std::process::id(),
+            STARTED.fetch_add(1, Ordering::Relaxed)
+        ));
         fs::create_dir_all(&folder).expect("make a folder for redis-server");
-        let mut server = Self { port: 0, folder, options: options.iter().map(ToString::to_string).collect(), child: None };
+        let mut server = Self {
+            port: 0,
+            folder,
+            options: options.iter().map(ToString::to_string).collect(),
+            child: None,
+        };
         // Somebody outside the tests may take it before it is bound; then the next one is tried.
         for _ in 0..10 {
             // One that is still free when a killed server comes back to it.
@@ -48,7 +56,10 @@ impl RedisServer {
                 return server;
             }
         }
-        panic!("redis-server does not start: {}", server.launch().expect_err("it just did"));
+        panic!(
+            "redis-server does not start: {}",
+            server.launch().expect_err("it just did")
+        );
     }
 
     pub(crate) fn port(&self) -> u16 {
@@ -61,7 +72,9 @@ impl RedisServer {
 
     /// A plain connection, for what a publisher or an operator would do.
     pub(crate) fn connection(&self) -> redis::Connection {
-        redis::Client::open(self.url()).and_then(|client| client.get_connection()).expect("connect to redis-server")
+        redis::Client::open(self.url())
+            .and_then(|client| client.get_connection())
+            .expect("connect to redis-server")
     }
 
     /// Runs one command, written as for `redis-cli` but without quotes.
@@ -73,7 +86,9 @@ impl RedisServer {
         for word in words.split_whitespace() {
             command.arg(word);
         }
-        command.query(&mut self.connection()).unwrap_or_else(|error| panic!("{words}: {error}"))
+        command
+            .query(&mut self.connection())
+            .unwrap_or_else(|error| panic!("{words}: {error}"))
     }
 
     /// Changes the replication id, as a promotion or a restart does: for every script, a new life begins.
@@ -83,7 +98,14 @@ impl RedisServer {
 
     /// Copies everything, as a replica has it at this moment.
     pub(crate) fn snapshot(&self) {
-        redis::cmd("EVAL").arg(COPY_DATABASE).arg(0).arg(0).arg(1).arg("").exec(&mut self.connection()).expect("copy a database");
+        redis::cmd("EVAL")
+            .arg(COPY_DATABASE)
+            .arg(0)
+            .arg(0)
+            .arg(1)
+            .arg("")
+            .exec(&mut self.connection())
+            .expect("copy a database");
     }
 
     /// What a promoted replica shows that had got no further than the last [`RedisServer::snapshot`]: the data of then, and another
@@ -96,8 +118,19 @@ impl RedisServer {
     pub(crate) fn fail_over_but(&self, key: &str) {
         let mut commands = redis::pipe();
         // In one step, or somebody would write to the old life on top of what the new one has.
-        commands.atomic().cmd("EVAL").arg(COPY_DATABASE).arg(0).arg(1).arg(0).arg(key).cmd("DEBUG").arg("CHANGE-REPL-ID");
-        commands.exec(&mut self.connection()).expect("copy a database");
+        commands
+            .atomic()
+            .cmd("EVAL")
+            .arg(COPY_DATABASE)
+            .arg(0)
+            .arg(1)
+            .arg(0)
+            .arg(key)
+            .cmd("DEBUG")
+            .arg("CHANGE-REPL-ID");
+        commands
+            .exec(&mut self.connection())
+            .expect("copy a database");
     }
 
     /// Cuts all connections of a type, `normal` or `pubsub`.
@@ -141,11 +174,27 @@ impl RedisServer {
     /// Starts the process and returns when it accepts connections.
     fn launch(&mut self) -> Result<(), String> {
         let mut command = Command::new("redis-server");
-        command.args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", "", "--enable-debug-command", "local"]);
+        command.args([
+            "--port",
+            &self.port.to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--enable-debug-command",
+            "local",
+        ]);
         command.arg("--dir").arg(&self.folder).args(&self.options);
-        let started = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-        let mut child =
-            started.map_err(|error| format!("redis-server cannot be run ({error}); install it: apt-get install redis-server"))?;
+        let started = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        let mut child = started.map_err(|error| {
+            format!(
+                "redis-server cannot be run ({error}); install it: apt-get install redis-server"
+            )
+        })?;
         let mut log = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let mut said = String::new();
         for line in log.by_ref().map_while(Result::ok) {
@@ -164,7 +213,10 @@ impl RedisServer {
 
     fn signal(&self, name: &str) {
         let child = self.child.as_ref().expect("redis-server runs");
-        let sent = Command::new("kill").args(["-s", name, &child.id().to_string()]).status().expect("run kill");
+        let sent = Command::new("kill")
+            .args(["-s", name, &child.id().to_string()])
+            .status()
+            .expect("run kill");
         assert!(sent.success(), "kill -s {name} failed");
     }
 }

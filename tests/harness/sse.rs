@@ -34,7 +34,12 @@ impl Request {
     /// `query`: what follows the question mark of `/v1/stream`, percent-encoded, such as `user=42`.
     pub(crate) fn new(addr: SocketAddr, query: &str) -> Self {
         let headers = vec![("Accept".to_owned(), "text/event-stream".to_owned())];
-        Self { addr, path: format!("/v1/stream?{query}"), headers, version: "HTTP/1.1" }
+        Self {
+            addr,
+            path: format!("/v1/stream?{query}"),
+            headers,
+            version: "HTTP/1.1",
+        }
     }
 
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
@@ -44,7 +49,11 @@ impl Request {
 
     /// Sends `Last-Event-ID`; an empty id is none, as in a browser.
     pub(crate) fn last_event_id(self, id: &str) -> Self {
-        if id.is_empty() { self } else { self.header("Last-Event-ID", id) }
+        if id.is_empty() {
+            self
+        } else {
+            self.header("Last-Event-ID", id)
+        }
     }
 
     /// Speaks HTTP/1.0: no chunks, and the end of the connection is the end of the stream.
@@ -58,16 +67,25 @@ impl Request {
     /// # Errors
     /// [`Refused`] if there is no connection, no complete head within the time, or another status than 200.
     pub(crate) fn open(self, within: Duration) -> Result<Stream, Refused> {
-        let unreachable = |error: io::Error| Refused { status: None, text: error.to_string() };
+        let unreachable = |error: io::Error| Refused {
+            status: None,
+            text: error.to_string(),
+        };
         let socket = TcpStream::connect_timeout(&self.addr, within).map_err(unreachable)?;
         socket.set_nodelay(true).map_err(unreachable)?;
-        let mut head = format!("GET {} {}\r\nHost: {}\r\n", self.path, self.version, self.addr);
+        let mut head = format!(
+            "GET {} {}\r\nHost: {}\r\n",
+            self.path, self.version, self.addr
+        );
         for (name, value) in &self.headers {
             head += &format!("{name}: {value}\r\n");
         }
         head += "\r\n";
         (&socket).write_all(head.as_bytes()).map_err(unreachable)?;
-        let given = self.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("last-event-id"));
+        let given = self
+            .headers
+            .iter()
+            .find(|(name, _)| name.eq_ignore_ascii_case("last-event-id"));
         let mut stream = Stream {
             socket,
             head: String::new(),
@@ -121,14 +139,19 @@ impl Frame {
     /// # Panics
     /// If it is not what a strict reader of the format and of Pointsman's protocol expects.
     fn parse(text: &str) -> Self {
-        let mut frame = Self { text: text.to_owned(), ..Self::default() };
+        let mut frame = Self {
+            text: text.to_owned(),
+            ..Self::default()
+        };
         let wrong = |what: &str| -> ! { panic!("{what} in the frame {text:?}") };
         for line in text.trim_end_matches('\n').split('\n') {
             if let Some(comment) = line.strip_prefix(':') {
                 frame.comments.push(comment.trim_start().to_owned());
                 continue;
             }
-            let Some((field, value)) = line.split_once(':') else { wrong("a line that is no field") };
+            let Some((field, value)) = line.split_once(':') else {
+                wrong("a line that is no field")
+            };
             let value = value.strip_prefix(' ').unwrap_or(value);
             let twice = match field {
                 "id" => frame.id.replace(value.to_owned()).is_some(),
@@ -151,7 +174,11 @@ impl Frame {
             }
         }
         if let Some(id) = &frame.id
-            && (id.is_empty() || id.len() > 128 || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'))
+            && (id.is_empty()
+                || id.len() > 128
+                || !id
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'))
         {
             wrong("an id that is not 1 to 128 of [A-Za-z0-9_-]");
         }
@@ -160,7 +187,9 @@ impl Frame {
 
     /// The name, if this frame speaks of the stream itself.
     pub(crate) fn state(&self) -> Option<&str> {
-        self.event.as_deref().filter(|name| STATE_EVENTS.contains(name))
+        self.event
+            .as_deref()
+            .filter(|name| STATE_EVENTS.contains(name))
     }
 
     /// The notification in this frame, if it is one.
@@ -173,7 +202,8 @@ impl Frame {
             return None;
         }
         let wrong = |what: &str| -> ! { panic!("{what} in the notification {:?}", self.text) };
-        let json: Value = serde_json::from_str(data).unwrap_or_else(|_| wrong("data that is not JSON"));
+        let json: Value =
+            serde_json::from_str(data).unwrap_or_else(|_| wrong("data that is not JSON"));
         let text = |name: &str| match json.get(name).and_then(Value::as_str) {
             Some(text) => text.to_owned(),
             None => wrong(&format!("no text '{name}'")),
@@ -267,8 +297,12 @@ impl Stream {
         loop {
             if let Some(length) = find(&self.text[self.parsed..], b"\n\n") {
                 let end = self.parsed + length + 2;
-                let text = std::str::from_utf8(&self.text[self.parsed..end]).unwrap_or_else(|error| panic!("{error} in {self:?}"));
-                assert!(!text.starts_with('\n'), "an empty line without a frame in {self:?}");
+                let text = std::str::from_utf8(&self.text[self.parsed..end])
+                    .unwrap_or_else(|error| panic!("{error} in {self:?}"));
+                assert!(
+                    !text.starts_with('\n'),
+                    "an empty line without a frame in {self:?}"
+                );
                 assert!(!text.contains('\r'), "a carriage return in {self:?}");
                 let frame = Frame::parse(text);
                 self.parsed = end;
@@ -289,11 +323,17 @@ impl Stream {
         let deadline = Instant::now() + within;
         loop {
             let frame = self.next_frame(deadline.saturating_duration_since(Instant::now()));
-            let frame = frame.unwrap_or_else(|stop| panic!("{stop:?} while waiting {within:?} for a notification on {self:?}"));
+            let frame = frame.unwrap_or_else(|stop| {
+                panic!("{stop:?} while waiting {within:?} for a notification on {self:?}")
+            });
             if let Some(notification) = frame.notification() {
                 return notification;
             }
-            assert!(frame.state().is_none_or(|name| name == "cursor"), "{:?} while waiting for a notification on {self:?}", frame.text);
+            assert!(
+                frame.state().is_none_or(|name| name == "cursor"),
+                "{:?} while waiting for a notification on {self:?}",
+                frame.text
+            );
         }
     }
 
@@ -305,11 +345,16 @@ impl Stream {
         let deadline = Instant::now() + within;
         loop {
             let frame = self.next_frame(deadline.saturating_duration_since(Instant::now()));
-            let frame = frame.unwrap_or_else(|stop| panic!("{stop:?} while waiting {within:?} for '{name}' on {self:?}"));
+            let frame = frame.unwrap_or_else(|stop| {
+                panic!("{stop:?} while waiting {within:?} for '{name}' on {self:?}")
+            });
             if frame.state() == Some(name) {
                 return frame;
             }
-            assert!(frame.notification().is_none(), "a notification while waiting for '{name}' on {self:?}");
+            assert!(
+                frame.notification().is_none(),
+                "a notification while waiting for '{name}' on {self:?}"
+            );
         }
     }
 
@@ -341,20 +386,43 @@ impl Stream {
                 break length;
             }
             if let Err(error) = self.receive(deadline) {
-                return Err(Refused { status: None, text: format!("no response: {error}") });
+                return Err(Refused {
+                    status: None,
+                    text: format!("no response: {error}"),
+                });
             }
         };
-        self.head = String::from_utf8(self.wire.drain(..length + 4).collect()).expect("a response head is text");
-        let status = self.head.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a response head begins with a status line");
+        self.head = String::from_utf8(self.wire.drain(..length + 4).collect())
+            .expect("a response head is text");
+        let status = self
+            .head
+            .split(' ')
+            .nth(1)
+            .and_then(|code| code.parse().ok())
+            .expect("a response head begins with a status line");
         if status != 200 {
             // What is worth reading of a refusal comes with its head or right after it.
-            while self.receive(deadline.min(Instant::now() + Duration::from_millis(200))).is_ok() {}
+            while self
+                .receive(deadline.min(Instant::now() + Duration::from_millis(200)))
+                .is_ok()
+            {}
             let text = format!("{}{}", self.head, String::from_utf8_lossy(&self.wire));
-            return Err(Refused { status: Some(status), text });
+            return Err(Refused {
+                status: Some(status),
+                text,
+            });
         }
         let fields = self.head.to_ascii_lowercase();
-        assert!(fields.contains("\r\ncontent-type: text/event-stream"), "no event stream: {}", self.head);
-        self.body = if fields.contains("\r\ntransfer-encoding: chunked\r\n") { Body::Chunked } else { Body::UntilClosed };
+        assert!(
+            fields.contains("\r\ncontent-type: text/event-stream"),
+            "no event stream: {}",
+            self.head
+        );
+        self.body = if fields.contains("\r\ntransfer-encoding: chunked\r\n") {
+            Body::Chunked
+        } else {
+            Body::UntilClosed
+        };
         Ok(())
     }
 
@@ -386,11 +454,22 @@ impl Stream {
         }
         while !self.is_over {
             let rest = &self.wire[self.decoded..];
-            let Some(length) = find(rest, b"\r\n") else { return };
-            let size = std::str::from_utf8(&rest[..length]).ok().and_then(|hex| usize::from_str_radix(hex, 16).ok());
-            let size =
-                size.unwrap_or_else(|| panic!("no chunk head at byte {} of {:?}", self.decoded, String::from_utf8_lossy(&self.wire)));
-            let Some(chunk) = rest.get(length + 2..length + 2 + size + 2) else { return };
+            let Some(length) = find(rest, b"\r\n") else {
+                return;
+            };
+            let size = std::str::from_utf8(&rest[..length])
+                .ok()
+                .and_then(|hex| usize::from_str_radix(hex, 16).ok());
+            let size = size.unwrap_or_else(|| {
+                panic!(
+                    "no chunk head at byte {} of {:?}",
+                    self.decoded,
+                    String::from_utf8_lossy(&self.wire)
+                )
+            });
+            let Some(chunk) = rest.get(length + 2..length + 2 + size + 2) else {
+                return;
+            };
             assert!(
                 chunk.ends_with(b"\r\n"),
                 "a chunk that does not end where it says, at byte {} of {:?}",
@@ -417,7 +496,11 @@ impl Stream {
                     self.wire.extend_from_slice(&buffer[..n]);
                     return Ok(());
                 }
-                Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::Interrupted | ErrorKind::WouldBlock | ErrorKind::TimedOut
+                    ) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -434,7 +517,9 @@ impl fmt::Debug for Stream {
 }
 
 fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    haystack.windows(needle.len()).position(|window| window == needle)
+    haystack
+        .windows(needle.len())
+        .position(|window| window == needle)
 }
 
 #[cfg(test)]
@@ -454,8 +539,16 @@ mod tests {
         let served = std::thread::spawn(move || {
             let serve_one = |body: &str| {
                 let (mut socket, _) = listener.accept().unwrap();
-                let head: Vec<String> = BufReader::new(&socket).lines().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
-                write!(socket, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{body}").unwrap();
+                let head: Vec<String> = BufReader::new(&socket)
+                    .lines()
+                    .map_while(Result::ok)
+                    .take_while(|line| !line.is_empty())
+                    .collect();
+                write!(
+                    socket,
+                    "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{body}"
+                )
+                .unwrap();
                 head.join("\n")
             };
             bodies.iter().map(|body| serve_one(body)).collect()
@@ -469,15 +562,31 @@ mod tests {
 
     #[test]
     fn a_stream_reads_frames_across_chunks_and_knows_a_good_end_from_a_cut() {
-        let (addr, _) = serve(&["Transfer-Encoding: chunked\r\n\r\n3\r\n:\nd\r\nc\r\nata: {}\nid: \r\n3\r\na1\n\r\n1\r\n\n\r\n0\r\n\r\n"]);
+        let (addr, _) = serve(&[
+            "Transfer-Encoding: chunked\r\n\r\n3\r\n:\nd\r\nc\r\nata: {}\nid: \r\n3\r\na1\n\r\n1\r\n\n\r\n0\r\n\r\n",
+        ]);
         let (frames, stop) = open(addr).read_to_end(SOON);
         assert!(matches!(stop, Stop::Ended), "{stop:?}");
-        let expected = Frame { id: Some("a1".into()), data: Some("{}".into()), comments: vec![String::new()], ..Frame::default() };
-        assert_eq!(frames, [Frame { text: ":\ndata: {}\nid: a1\n\n".into(), ..expected }]);
+        let expected = Frame {
+            id: Some("a1".into()),
+            data: Some("{}".into()),
+            comments: vec![String::new()],
+            ..Frame::default()
+        };
+        assert_eq!(
+            frames,
+            [Frame {
+                text: ":\ndata: {}\nid: a1\n\n".into(),
+                ..expected
+            }]
+        );
 
         let (addr, _) = serve(&["Transfer-Encoding: chunked\r\n\r\n4\r\n:ok\n\r\n"]);
         let (_, stop) = open(addr).read_to_end(SOON);
-        assert!(matches!(&stop, Stop::Cut(error) if error.kind() == ErrorKind::UnexpectedEof), "{stop:?}");
+        assert!(
+            matches!(&stop, Stop::Cut(error) if error.kind() == ErrorKind::UnexpectedEof),
+            "{stop:?}"
+        );
     }
 
     #[test]
@@ -490,25 +599,56 @@ mod tests {
 
     #[test]
     fn a_follower_comes_back_with_its_last_event_id() {
-        let (addr, served) = serve(&["\r\nevent: cursor\nid: a0\ndata:\n\n", "\r\n:\n\n", "\r\nid: a1\nevent: gap\ndata: {}\n\n"]);
+        let (addr, served) = serve(&[
+            "\r\nevent: cursor\nid: a0\ndata:\n\n",
+            "\r\n:\n\n",
+            "\r\nid: a1\nevent: gap\ndata: {}\n\n",
+        ]);
         let follower = Follower::start(addr, "user=42");
         let record = follower.wait(SOON, "a gap", |record| !record.gaps.is_empty());
-        assert_eq!((record.connections, record.last_event_id.as_str()), (3, "a1"));
+        assert_eq!(
+            (record.connections, record.last_event_id.as_str()),
+            (3, "a1")
+        );
         let heads = served.join().unwrap();
-        let sent: Vec<bool> = heads.iter().map(|head| head.contains("Last-Event-ID: a0")).collect();
+        let sent: Vec<bool> = heads
+            .iter()
+            .map(|head| head.contains("Last-Event-ID: a0"))
+            .collect();
         assert_eq!(sent, [false, true, true]);
     }
 
     #[test]
     fn what_a_lenient_client_would_swallow_is_refused() {
-        for bad in ["id: a\nid: b\n\n", "id: a b\n\n", "id: \n\n", "what: x\n\n", "data\n\n", "retry: soon\n\n"] {
-            assert!(std::panic::catch_unwind(|| Frame::parse(bad)).is_err(), "{bad:?}");
+        for bad in [
+            "id: a\nid: b\n\n",
+            "id: a b\n\n",
+            "id: \n\n",
+            "what: x\n\n",
+            "data\n\n",
+            "retry: soon\n\n",
+        ] {
+            assert!(
+                std::panic::catch_unwind(|| Frame::parse(bad)).is_err(),
+                "{bad:?}"
+            );
         }
         let notification = "id: a\ndata: {\"id\":\"1\",\"source\":\"/s\",\"type\":\"t\",\"time\":\"x\",\"priority\":\"low\",\"by\":\"r\",\"to\":\"all\",\"data\":null}\n\n";
         assert!(Frame::parse(notification).notification().is_some());
-        assert!(Frame::parse("event: cursor\nid: a\ndata: \n\n").notification().is_none());
-        for bad in [notification.replace("id: a\n", ""), notification.replace("priority", "urgency"), notification.replace("{", "")] {
-            assert!(std::panic::catch_unwind(|| Frame::parse(&bad).notification()).is_err(), "{bad:?}");
+        assert!(
+            Frame::parse("event: cursor\nid: a\ndata: \n\n")
+                .notification()
+                .is_none()
+        );
+        for bad in [
+            notification.replace("id: a\n", ""),
+            notification.replace("priority", "urgency"),
+            notification.replace("{", ""),
+        ] {
+            assert!(
+                std::panic::catch_unwind(|| Frame::parse(&bad).notification()).is_err(),
+                "{bad:?}"
+            );
         }
     }
 }

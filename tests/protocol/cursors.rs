@@ -17,7 +17,11 @@ use crate::harness::sse::Request;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_overtakers() {
     let sources: Vec<String> = (0..8).map(|k| format!("pointsman:{k}")).collect();
-    let stage = Stage::embedded_with(&sources.iter().map(String::as_str).collect::<Vec<_>>(), Retention::default()).await;
+    let stage = Stage::embedded_with(
+        &sources.iter().map(String::as_str).collect::<Vec<_>>(),
+        Retention::default(),
+    )
+    .await;
     for k in 0..300 {
         stage.join("ann", &format!("group{k}")).await;
     }
@@ -26,15 +30,27 @@ async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_
     let mut other = Client::live(&hub, "bob").await;
     for number in 0..8 {
         let (normal, urgent) = ([to("g:group7")], [urgent("g:group7")]);
-        stage.commit_in(PartitionNumber(number), &[("normal", &normal), ("urgent", &urgent)]).await;
+        stage
+            .commit_in(
+                PartitionNumber(number),
+                &[("normal", &normal), ("urgent", &urgent)],
+            )
+            .await;
         // Heard here, heard there: it is the same feed.
-        stage.commit_in(PartitionNumber(number), &[("fence", &[to("u:bob")])]).await;
+        stage
+            .commit_in(PartitionNumber(number), &[("fence", &[to("u:bob")])])
+            .await;
         other.expect(&["fence"]).await;
     }
     client.expect(&["urgent", "urgent", "urgent"]).await;
     let cursor = client.cursor.as_deref().expect("a cursor");
     assert_eq!(cursor.len(), 123);
-    assert!(cursor.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_'), "{cursor}");
+    assert!(
+        cursor
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_'),
+        "{cursor}"
+    );
     let read = Cursor::decode(cursor, &name("ann")).expect("its own");
     assert_eq!((read.positions.len(), read.had.len()), (8, 3));
     let mut client = client.back(&hub);
@@ -43,7 +59,10 @@ async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_
         received.push(client.event().await);
     }
     received.sort_unstable();
-    assert_eq!(received, [["normal"; 8].as_slice(), &["urgent"; 5]].concat());
+    assert_eq!(
+        received,
+        [["normal"; 8].as_slice(), &["urgent"; 5]].concat()
+    );
 }
 
 /// A stream for each recipient costs 4 KB before anything is in it; a log is an index.
@@ -51,10 +70,14 @@ async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_
 async fn f19_a_log_of_one_entry_costs_a_few_hundred_bytes() {
     let stage = Stage::redis().await;
     stage.event("a", &[to("u:ann")]).await;
-    let n_bytes: u64 = stage.server().command(&format!("MEMORY USAGE {TAG}l:u:ann"));
+    let n_bytes: u64 = stage
+        .server()
+        .command(&format!("MEMORY USAGE {TAG}l:u:ann"));
     assert!(n_bytes < 300, "{n_bytes}");
     stage.events("n", 19, &[to("u:ann")]).await;
-    let n_bytes: u64 = stage.server().command(&format!("MEMORY USAGE {TAG}l:u:ann"));
+    let n_bytes: u64 = stage
+        .server()
+        .command(&format!("MEMORY USAGE {TAG}l:u:ann"));
     assert!(n_bytes < 1_500, "{n_bytes}");
 }
 
@@ -68,11 +91,21 @@ async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
     stage.event("a", &[to("u:ann")]).await;
     client.expect(&["a"]).await;
     let start = client.cut();
-    let wider = stage.another_with(&[SOURCE.into(), "pointsman:added".into()]).await;
+    let wider = stage
+        .another_with(&[SOURCE.into(), "pointsman:added".into()])
+        .await;
     let added = wider.partitions().last().expect("two").number;
     let head = wider.head(added).await.expect("head");
-    let item = stage.item(next_entry(head.position.entry), "in the new one", &[to("u:ann")]);
-    let batch = pointsman::broker::Batch { life: head.life, prev: head.position, items: vec![item] };
+    let item = stage.item(
+        next_entry(head.position.entry),
+        "in the new one",
+        &[to("u:ann")],
+    );
+    let batch = pointsman::broker::Batch {
+        life: head.life,
+        prev: head.position,
+        items: vec![item],
+    };
     wider.commit(added, batch).await.expect("commit");
     stage.event("in the old one", &[to("u:ann")]).await;
     let hub = Hub::start(wider, Metrics::default(), &Shutdown::new());
@@ -93,17 +126,30 @@ async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
 fn f24_the_cursor_of_another_user_is_none() {
     let node = Node::builder().start();
     let mut alice = node.stream("alice");
-    let publish = |id: &str| node.publisher().publish(&[event(id, "t", serde_json::json!({ "everyone": true }))]);
+    let publish = |id: &str| {
+        node.publisher()
+            .publish(&[event(id, "t", serde_json::json!({ "everyone": true }))])
+    };
     publish("a");
     alice.next_notification(SOON);
     let left_behind = alice.last_event_id().to_owned();
-    assert_eq!(Cursor::decode(&left_behind, &name("bob")), Err(Unreadable::AnotherUsers));
+    assert_eq!(
+        Cursor::decode(&left_behind, &name("bob")),
+        Err(Unreadable::AnotherUsers)
+    );
     publish("b");
     alice.next_notification(SOON);
-    let mut bob = Request::new(node.addr(), "user=bob").last_event_id(&left_behind).open(SOON).expect("a stream");
+    let mut bob = Request::new(node.addr(), "user=bob")
+        .last_event_id(&left_behind)
+        .open(SOON)
+        .expect("a stream");
     bob.next_state("cursor", SOON);
     publish("c");
-    assert_eq!(bob.next_notification(SOON).id, "c", "it begins at the latest");
+    assert_eq!(
+        bob.next_notification(SOON).id,
+        "c",
+        "it begins at the latest"
+    );
 }
 
 /// A client that names a place that nobody knows is told, and gets what comes from now on.

@@ -45,15 +45,24 @@ impl Stage {
 }
 
 async fn acknowledge(bookmarks: &Bookmarks, of: &str, place: &Start) {
-    bookmarks.acknowledge(&name("ann"), &cursor(place), &[device(of)]).await.expect("it is taken");
+    bookmarks
+        .acknowledge(&name("ann"), &cursor(place), &[device(of)])
+        .await
+        .expect("it is taken");
 }
 
 async fn start(bookmarks: &Bookmarks, of: &str) -> Start {
-    bookmarks.start(&name("ann"), name(of), false, None).await.expect("a place")
+    bookmarks
+        .start(&name("ann"), name(of), false, None)
+        .await
+        .expect("a place")
 }
 
 async fn start_in_sync(bookmarks: &Bookmarks, of: &str) -> Start {
-    bookmarks.start(&name("ann"), name(of), true, None).await.expect("a place")
+    bookmarks
+        .start(&name("ann"), name(of), true, None)
+        .await
+        .expect("a place")
 }
 
 /// What a client of ann has that took these events.
@@ -119,11 +128,18 @@ async fn an_acknowledgement_whose_answer_was_lost_is_given_again(stage: Stage) {
     let mut stop = stage.puppet.stop(At::After(Op::MoveBookmark));
     let lost = tokio::spawn({
         let (bookmarks, place) = (bookmarks.clone(), cursor(&place));
-        async move { bookmarks.acknowledge(&name("ann"), &place, &[device("phone")]).await }
+        async move {
+            bookmarks
+                .acknowledge(&name("ann"), &place, &[device("phone")])
+                .await
+        }
     });
     stop.reached().await;
     stop.fail();
-    assert!(matches!(lost.await.expect("no panic"), Err(Refusal::Broker(_))));
+    assert!(matches!(
+        lost.await.expect("no panic"),
+        Err(Refusal::Broker(_))
+    ));
     acknowledge(&bookmarks, "phone", &place).await;
     having(&stage, start(&bookmarks, "phone").await, &["e2"]).await;
 }
@@ -163,7 +179,9 @@ async fn two_streams_of_a_new_device_that_begin_at_once_begin_at_one_place(stage
     having(&stage, quick, &["after"]).await;
 }
 
-async fn in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginning_for_none(stage: Stage) {
+async fn in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginning_for_none(
+    stage: Stage,
+) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     stage.events("e", 4, &[to("u:ann")]).await;
@@ -173,8 +191,16 @@ async fn in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginnin
     let second = having(&stage, first.clone(), &["e1", "e2"]).await;
     acknowledge(&bookmarks, "watch", &second).await;
     assert_eq!(start_in_sync(&bookmarks, "phone").await, second);
-    assert_eq!(start(&bookmarks, "phone").await, first, "who does not ask for it is not in sync");
-    assert_eq!(start_in_sync(&bookmarks, "tablet").await, tablet, "it is further itself");
+    assert_eq!(
+        start(&bookmarks, "phone").await,
+        first,
+        "who does not ask for it is not in sync"
+    );
+    assert_eq!(
+        start_in_sync(&bookmarks, "tablet").await,
+        tablet,
+        "it is further itself"
+    );
     // One that nobody has seen yet begins where the others are, and that is its first bookmark.
     assert_eq!(start_in_sync(&bookmarks, "car").await, second);
     let third = having(&stage, second.clone(), &["e3"]).await;
@@ -182,7 +208,10 @@ async fn in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginnin
     assert_eq!(start(&bookmarks, "car").await, second);
     // What was read is no device.
     let fourth = having(&stage, third.clone(), &["e4"]).await;
-    bookmarks.acknowledge(&name("ann"), &cursor(&fourth), &[BookmarkOf::ReadMark]).await.expect("it is taken");
+    bookmarks
+        .acknowledge(&name("ann"), &cursor(&fourth), &[BookmarkOf::ReadMark])
+        .await
+        .expect("it is taken");
     assert_eq!(start_in_sync(&bookmarks, "phone").await, third);
 }
 
@@ -192,24 +221,45 @@ async fn what_is_yet_to_come_cannot_be_acknowledged(stage: Stage) {
     let first = start(&bookmarks, "phone").await;
     let mut ahead = cursor(&first);
     ahead.positions[0].low_water.0 += 1_000_000_000;
-    let refused = bookmarks.acknowledge(&name("ann"), &ahead, &[device("phone")]).await;
+    let refused = bookmarks
+        .acknowledge(&name("ann"), &ahead, &[device("phone")])
+        .await;
     assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
     let mut overtaken = cursor(&first);
     overtaken.had.push((stage.p, ahead.positions[0].low_water));
-    let refused = bookmarks.acknowledge(&name("ann"), &overtaken, &[device("phone")]).await;
+    let refused = bookmarks
+        .acknowledge(&name("ann"), &overtaken, &[device("phone")])
+        .await;
     assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
     assert_eq!(start(&bookmarks, "phone").await, first);
     // Nor does a device begin there for good.
     let asked = Some(Start::Cursor(ahead));
-    bookmarks.start(&name("ann"), name("tablet"), false, asked).await.expect("a place");
+    bookmarks
+        .start(&name("ann"), name("tablet"), false, asked)
+        .await
+        .expect("a place");
     assert_eq!(start(&bookmarks, "tablet").await, first);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_gap() {
     for stage in [
-        Stage::redis_with(&[SOURCE], Retention { log_entries: 3, ..Retention::default() }).await,
-        Stage::embedded_with(&[SOURCE], Retention { log_entries: 3, ..Retention::default() }).await,
+        Stage::redis_with(
+            &[SOURCE],
+            Retention {
+                log_entries: 3,
+                ..Retention::default()
+            },
+        )
+        .await,
+        Stage::embedded_with(
+            &[SOURCE],
+            Retention {
+                log_entries: 3,
+                ..Retention::default()
+            },
+        )
+        .await,
     ] {
         let bookmarks = stage.bookmarks();
         let first = start(&bookmarks, "phone").await;
@@ -226,7 +276,12 @@ async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_g
 async fn an_urgent_one_that_went_ahead_is_remembered(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let mut place = cursor(&start(&bookmarks, "phone").await);
-    let ids = stage.commit(&[("slow", &[to("u:ann")]), ("urgent", &[super::stage::urgent("u:ann")])]).await;
+    let ids = stage
+        .commit(&[
+            ("slow", &[to("u:ann")]),
+            ("urgent", &[super::stage::urgent("u:ann")]),
+        ])
+        .await;
     place.had.push((stage.p, ids[1]));
     acknowledge(&bookmarks, "phone", &Start::Cursor(place)).await;
     having(&stage, start(&bookmarks, "phone").await, &["slow"]).await;
@@ -249,7 +304,9 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     acknowledge(&bookmarks, "phone", &lost).await;
     acknowledge(&bookmarks, "tablet", &survived).await;
     // What users acknowledged may lie on another primary than the partition, as here, and be whole.
-    stage.server().fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
+    stage
+        .server()
+        .fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
     stage.event("instead", &[to("u:ann")]).await;
 
     let mut client = Client::open(&stage.hub(), "ann", start(&bookmarks, "phone").await);
@@ -259,7 +316,11 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     // The tablet never had what was lost.
     having(&stage, start(&bookmarks, "tablet").await, &["instead"]).await;
     // In sync it is told what the phone is told.
-    let mut client = Client::open(&stage.hub(), "ann", start_in_sync(&bookmarks, "tablet").await);
+    let mut client = Client::open(
+        &stage.hub(),
+        "ann",
+        start_in_sync(&bookmarks, "tablet").await,
+    );
     assert_eq!(client.gap().await.reason, GapReason::Rewound);
     // A late acknowledgement from before does not undo one from after.
     acknowledge(&bookmarks, "phone", &after).await;
@@ -281,7 +342,12 @@ async fn a_restart_of_redis_before_the_first_event_is_no_gap_for_a_device() {
     acknowledge(&bookmarks, "phone", &had).await;
     acknowledge(&bookmarks, "phone", &first).await;
     stage.event("in the morning", &[to("u:ann")]).await;
-    having(&stage, start(&bookmarks, "phone").await, &["in the morning"]).await;
+    having(
+        &stage,
+        start(&bookmarks, "phone").await,
+        &["in the morning"],
+    )
+    .await;
 }
 
 /// What comes under an id that was issued again is another notification, which nobody has read.
@@ -294,12 +360,25 @@ async fn what_was_read_and_lost_in_a_fail_over_does_not_make_read_what_comes_und
     stage.server().snapshot();
     let lost = stage.event("lost", &[to("u:ann")]).await;
     let mark = cursor(&having(&stage, Start::Earliest, &["kept", "lost"]).await);
-    bookmarks.acknowledge(&name("ann"), &mark, &[BookmarkOf::ReadMark]).await.expect("it is taken");
+    bookmarks
+        .acknowledge(&name("ann"), &mark, &[BookmarkOf::ReadMark])
+        .await
+        .expect("it is taken");
     let standing = bookmarks.standing(&mark).await.expect("heads");
     assert!(standing.covers(stage.p, kept) && standing.covers(stage.p, lost));
-    stage.server().fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
-    assert_eq!(stage.event("instead", &[to("u:ann")]).await, lost, "the id is issued again");
-    let mark = bookmarks.read_mark(&name("ann")).await.expect("it is there").expect("it was kept");
+    stage
+        .server()
+        .fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
+    assert_eq!(
+        stage.event("instead", &[to("u:ann")]).await,
+        lost,
+        "the id is issued again"
+    );
+    let mark = bookmarks
+        .read_mark(&name("ann"))
+        .await
+        .expect("it is there")
+        .expect("it was kept");
     let standing = bookmarks.standing(&mark).await.expect("heads");
     assert!(standing.covers(stage.p, kept) && !standing.covers(stage.p, lost));
 }

@@ -21,26 +21,53 @@ on_each_broker! {
 }
 
 fn trimmed(stage: &Stage, from: NotificationId, to: NotificationId) -> Gap {
-    Gap { partition: stage.p, reason: GapReason::Trimmed, from, to }
+    Gap {
+        partition: stage.p,
+        reason: GapReason::Trimmed,
+        from,
+        to,
+    }
 }
 
 /// A log expires, as by its age: it is gone, and the floor is above what it held.
 fn expire(stage: &Stage, log: &str, floor: NotificationId) {
     let () = stage.server().command(&format!("DEL {TAG}l:{log}"));
-    let () = stage.server().command(&format!("HSET {TAG}meta floor0 {floor}"));
+    let () = stage
+        .server()
+        .command(&format!("HSET {TAG}meta floor0 {floor}"));
 }
 
 /// 101 to 105 are in the log, the client was at 100; the log expires. Reading it finds nothing, and that looks as if nothing had been there.
 #[tokio::test]
 async fn f11_a_log_that_expired_is_a_gap() {
-    let stage = Stage::redis_with(&[SOURCE], Retention { max_age_s: 1, ..Retention::default() }).await;
+    let stage = Stage::redis_with(
+        &[SOURCE],
+        Retention {
+            max_age_s: 1,
+            ..Retention::default()
+        },
+    )
+    .await;
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
-    let last = *stage.events("n", 5, &[to("u:ann")]).await.last().expect("five");
-    until("the log expires", async || stage.server().command::<i64>(&format!("EXISTS {TAG}l:u:ann")) == 0).await;
+    let last = *stage
+        .events("n", 5, &[to("u:ann")])
+        .await
+        .last()
+        .expect("five");
+    until("the log expires", async || {
+        stage
+            .server()
+            .command::<i64>(&format!("EXISTS {TAG}l:u:ann"))
+            == 0
+    })
+    .await;
     let mut client = Client::open(&hub, "ann", start);
     let gap = client.gap().await;
-    assert!(gap.reason == GapReason::Trimmed && gap.to >= last, "{gap:?}");
+    assert!(
+        gap.reason == GapReason::Trimmed && gap.to >= last,
+        "{gap:?}"
+    );
     stage.event("new", &[to("u:ann")]).await;
     client.expect(&["new"]).await;
     // Told once, and the cursor is past it.
@@ -57,7 +84,11 @@ async fn f11_a_log_that_expired_and_came_again_is_a_gap() {
     let client = Client::live(&hub, "ann").await;
     let begin = client.low_water(stage.p);
     let start = client.cut();
-    let last = *stage.events("n", 5, &[to("u:ann")]).await.last().expect("five");
+    let last = *stage
+        .events("n", 5, &[to("u:ann")])
+        .await
+        .last()
+        .expect("five");
     expire(&stage, "u:ann", NotificationId(last.0 + 1));
     stage.event("new", &[to("u:ann")]).await;
     let mut client = Client::open(&hub, "ann", start);
@@ -124,7 +155,9 @@ async fn h09_a_log_that_is_cut_between_two_pages_is_a_gap() {
         assert_eq!(client.event().await, format!("n{k}"));
     }
     stop.reached().await;
-    let () = stage.server().command(&format!("ZREMRANGEBYRANK {TAG}l:u:ann 0 299"));
+    let () = stage
+        .server()
+        .command(&format!("ZREMRANGEBYRANK {TAG}l:u:ann 0 299"));
     stop.go();
     let gap = loop {
         match client.frame().await {
@@ -139,7 +172,10 @@ async fn h09_a_log_that_is_cut_between_two_pages_is_a_gap() {
     while received.last().is_none_or(|id| id != "n400") {
         received.push(client.event().await);
     }
-    let expect: Vec<String> = (201..=256).chain(301..=400).map(|k| format!("n{k}")).collect();
+    let expect: Vec<String> = (201..=256)
+        .chain(301..=400)
+        .map(|k| format!("n{k}"))
+        .collect();
     assert_eq!(received, expect);
 }
 
@@ -241,7 +277,9 @@ async fn h11_a_quiet_partition_is_no_gap(stage: Stage) {
     let last = stage.head().await.last;
     // On a broker of this process time cannot be made to pass; there the same is asked of a floor that is where the partition began.
     if stage.is_redis() {
-        let () = stage.server().command(&format!("HSET {TAG}meta floor0 {}", last.0 + 1));
+        let () = stage
+            .server()
+            .command(&format!("HSET {TAG}meta floor0 {}", last.0 + 1));
     }
     let mut client = client.back(&hub);
     assert!(matches!(client.frame().await, Frame::Cursor));
@@ -286,7 +324,9 @@ async fn since_before_the_beginning_is_no_gap(stage: Stage) {
 async fn an_id_lies_above_the_floor_whatever_the_clock_does() {
     let stage = Stage::redis().await;
     let floor = an_hour_ahead();
-    let () = stage.server().command(&format!("HSET {TAG}meta floor0 {floor}"));
+    let () = stage
+        .server()
+        .command(&format!("HSET {TAG}meta floor0 {floor}"));
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     assert!(stage.event("a", &[to("u:ann")]).await > floor);

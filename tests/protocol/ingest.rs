@@ -42,14 +42,18 @@ pub(super) fn address() -> Pipeline {
     static PIPELINE: OnceLock<(Pipeline, Folder)> = OnceLock::new();
     let (pipeline, _) = PIPELINE.get_or_init(|| {
         let folder = Folder::new();
-        std::fs::write(folder.path().join("address.wasm"), core_module("address")).expect("write a plugin");
+        std::fs::write(folder.path().join("address.wasm"), core_module("address"))
+            .expect("write a plugin");
         (pipeline(Some(&folder)), folder)
     });
     pipeline.clone()
 }
 
 fn pipeline(folder: Option<&Folder>) -> Pipeline {
-    let config = Plugins { dir: folder.map(|folder| folder.path().to_owned()), ..Plugins::default() };
+    let config = Plugins {
+        dir: folder.map(|folder| folder.path().to_owned()),
+        ..Plugins::default()
+    };
     let registry = Registry::load(engine(), config, Metrics::default()).expect("plugins");
     Pipeline::start(Arc::new(registry), true, Metrics::default()).expect("threads")
 }
@@ -78,12 +82,24 @@ impl Counts {
     }
 
     fn outcomes(&self) -> u64 {
-        Outcome::ALL.iter().map(|outcome| self.metrics.events.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }).get()).sum()
+        Outcome::ALL
+            .iter()
+            .map(|outcome| {
+                self.metrics
+                    .events
+                    .get_or_create(&OutcomeLabel {
+                        outcome: outcome.as_str(),
+                    })
+                    .get()
+            })
+            .sum()
     }
 
     /// What was read and has neither come to an outcome nor been left to be read again.
     fn in_flight(&self) -> u64 {
-        self.read().checked_sub(self.outcomes() + self.reread()).expect("nothing has two ends")
+        self.read()
+            .checked_sub(self.outcomes() + self.reread())
+            .expect("nothing has two ends")
     }
 }
 
@@ -92,15 +108,44 @@ impl Owner {
         Self::start_on(broker, broker.partitions()[0].number, name, pipeline)
     }
 
-    pub(super) fn start_on(broker: &Arc<Puppet>, number: PartitionNumber, name: &str, pipeline: Pipeline) -> Self {
+    pub(super) fn start_on(
+        broker: &Arc<Puppet>,
+        number: PartitionNumber,
+        name: &str,
+        pipeline: Pipeline,
+    ) -> Self {
         let metrics = Metrics::default();
         let broker = Arc::clone(broker) as Arc<dyn Broker>;
-        let partition = broker.partitions().iter().find(|partition| partition.number == number).expect("there is one").clone();
-        let counts = Counts { metrics: metrics.clone(), source: SourceLabel { source: partition.source.clone() } };
-        let config = Config { lease_ms: 300, ..Config::default() };
-        let ingest = Ingest { broker, pipeline, metrics, config, readiness: Readiness::default(), node: name.to_owned() };
+        let partition = broker
+            .partitions()
+            .iter()
+            .find(|partition| partition.number == number)
+            .expect("there is one")
+            .clone();
+        let counts = Counts {
+            metrics: metrics.clone(),
+            source: SourceLabel {
+                source: partition.source.clone(),
+            },
+        };
+        let config = Config {
+            lease_ms: 300,
+            ..Config::default()
+        };
+        let ingest = Ingest {
+            broker,
+            pipeline,
+            metrics,
+            config,
+            readiness: Readiness::default(),
+            node: name.to_owned(),
+        };
         let shutdown = CancellationToken::new();
-        Self { task: tokio::spawn(ingest.run(partition, shutdown.clone())), shutdown, counts }
+        Self {
+            task: tokio::spawn(ingest.run(partition, shutdown.clone())),
+            shutdown,
+            counts,
+        }
     }
 
     /// As `kill -9`: wherever it stands, and its lease stays.
@@ -118,14 +163,31 @@ impl Owner {
 }
 
 fn field(name: &str, value: &str) -> (Bytes, Bytes) {
-    (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes()))
+    (
+        Bytes::copy_from_slice(name.as_bytes()),
+        Bytes::copy_from_slice(value.as_bytes()),
+    )
 }
 
 /// Appends events for everyone, by these ids.
 async fn append(stage: &Stage, ids: &[String]) {
     for some in ids.chunks(256) {
-        let entries = some.iter().map(|id| vec![field("type", "t"), field("id", id), field("everyone", "true")]).collect();
-        stage.puppet.broker.append(stage.p, entries).await.expect("append");
+        let entries = some
+            .iter()
+            .map(|id| {
+                vec![
+                    field("type", "t"),
+                    field("id", id),
+                    field("everyone", "true"),
+                ]
+            })
+            .collect();
+        stage
+            .puppet
+            .broker
+            .append(stage.p, entries)
+            .await
+            .expect("append");
     }
 }
 
@@ -138,13 +200,30 @@ fn ids(range: std::ops::Range<usize>) -> Vec<String> {
 async fn committed_once(stage: &Stage, expect: &[String]) {
     let count = drained(stage).await;
     assert_eq!(stage.log("all").await, expect);
-    assert_eq!((count(Outcome::Committed), count(Outcome::Duplicate)), (expect.len() as u64, 0));
+    assert_eq!(
+        (count(Outcome::Committed), count(Outcome::Duplicate)),
+        (expect.len() as u64, 0)
+    );
 }
 
 /// Waits until nothing is left beyond the position, and answers how often each outcome was counted.
 async fn drained(stage: &Stage) -> impl Fn(Outcome) -> u64 {
-    until("all is worked off", async || stage.puppet.broker.state(stage.p).await.is_ok_and(|state| state.lag == 0)).await;
-    let outcomes = stage.puppet.broker.state(stage.p).await.expect("state").outcomes;
+    until("all is worked off", async || {
+        stage
+            .puppet
+            .broker
+            .state(stage.p)
+            .await
+            .is_ok_and(|state| state.lag == 0)
+    })
+    .await;
+    let outcomes = stage
+        .puppet
+        .broker
+        .state(stage.p)
+        .await
+        .expect("state")
+        .outcomes;
     move |outcome: Outcome| outcomes.get(outcome.as_str()).copied().unwrap_or(0)
 }
 
@@ -166,7 +245,10 @@ async fn f01_what_a_stalled_owner_has_read_is_read_again_by_the_next(stage: Stag
     lease.go();
     append(&stage, &ids(20..30)).await;
     committed_once(&stage, &ids(0..30)).await;
-    until("what it held is refused", async || stalled.counts.reread() >= 10).await;
+    until("what it held is refused", async || {
+        stalled.counts.reread() >= 10
+    })
+    .await;
     stalled.stop().await;
     next.stop().await;
 }
@@ -216,8 +298,17 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
     let began_ms = now_ms();
     let mut stop = a.stop(At::After(Op::Slice));
     let users: Vec<String> = (0..2_500).map(|k| format!("user{k}")).collect();
-    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
-    stage.puppet.broker.append(stage.p, vec![large]).await.expect("append");
+    let large = vec![
+        field("type", "t"),
+        field("id", "large"),
+        field("users", &users.join(",")),
+    ];
+    stage
+        .puppet
+        .broker
+        .append(stage.p, vec![large])
+        .await
+        .expect("append");
     let owner = Owner::start(&a, "a", address());
     stop.reached().await;
     owner.kill().await;
@@ -226,16 +317,50 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
     let next = Owner::start(&b, "b", pipeline(None));
     append(&stage, &ids(0..1)).await;
     let count = drained(&stage).await;
-    assert_eq!((count(Outcome::Committed), count(Outcome::Unrouted)), (1, 1));
+    assert_eq!(
+        (count(Outcome::Committed), count(Outcome::Unrouted)),
+        (1, 1)
+    );
     for user in &users {
-        let page = stage.puppet.broker.page(stage.p, &target(&format!("u:{user}")), NotificationId(0), 10).await.expect("page");
-        assert_eq!(page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>(), [pending], "{user}");
+        let page = stage
+            .puppet
+            .broker
+            .page(
+                stage.p,
+                &target(&format!("u:{user}")),
+                NotificationId(0),
+                10,
+            )
+            .await
+            .expect("page");
+        assert_eq!(
+            page.entries.iter().map(|entry| entry.0).collect::<Vec<_>>(),
+            [pending],
+            "{user}"
+        );
     }
-    assert_eq!((stage.head().await.pending, stage.head().await.last), (None, pending));
+    assert_eq!(
+        (stage.head().await.pending, stage.head().await.last),
+        (None, pending)
+    );
     // Who finished the plan did not make it: the decision names those who did, and when.
-    let decisions = stage.puppet.broker.decisions(stage.p, 10).await.expect("decisions");
-    let (.., made) = decisions.iter().find(|(_, _, id, _)| *id == Some(pending)).expect("a decision");
-    assert_eq!(made.verdicts.iter().map(|said| (said.plugin.as_str(), said.verdict.as_str())).collect::<Vec<_>>(), [("address", "routes")]);
+    let decisions = stage
+        .puppet
+        .broker
+        .decisions(stage.p, 10)
+        .await
+        .expect("decisions");
+    let (.., made) = decisions
+        .iter()
+        .find(|(_, _, id, _)| *id == Some(pending))
+        .expect("a decision");
+    assert_eq!(
+        made.verdicts
+            .iter()
+            .map(|said| (said.plugin.as_str(), said.verdict.as_str()))
+            .collect::<Vec<_>>(),
+        [("address", "routes")]
+    );
     assert!((began_ms..=now_ms()).contains(&made.clock_ms), "{made:?}");
     next.stop().await;
 }
@@ -254,7 +379,10 @@ async fn f05_four_owners_that_all_believe_to_be_the_one_commit_in_order_exactly_
         tokio::task::yield_now().await;
     }
     committed_once(&stage, &ids(0..ENTRIES)).await;
-    assert!(owners.iter().any(|owner| owner.counts.reread() > 0), "nobody raced");
+    assert!(
+        owners.iter().any(|owner| owner.counts.reread() > 0),
+        "nobody raced"
+    );
     for owner in owners {
         owner.stop().await;
     }
@@ -282,16 +410,43 @@ async fn f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost(sta
             vec![field("type", "t"), field("id", &format!("{id} for nobody"))],
             vec![field("user", "a type is missing")],
         ];
-        stage.puppet.broker.append(stage.p, entries).await.expect("append");
+        stage
+            .puppet
+            .broker
+            .append(stage.p, entries)
+            .await
+            .expect("append");
         let count = drained(&stage).await;
-        for outcome in [Outcome::Committed, Outcome::Duplicate, Outcome::Unrouted, Outcome::DeadLettered] {
+        for outcome in [
+            Outcome::Committed,
+            Outcome::Duplicate,
+            Outcome::Unrouted,
+            Outcome::DeadLettered,
+        ] {
             assert_eq!(count(outcome), round + 1, "{outcome:?}");
         }
     }
-    assert!(n_asked.load(Ordering::Relaxed) > ROUNDS as usize, "nothing was lost");
-    let letters = stage.puppet.broker.dead_letters(stage.p, EntryId::default(), 100).await.expect("dead letters");
+    assert!(
+        n_asked.load(Ordering::Relaxed) > ROUNDS as usize,
+        "nothing was lost"
+    );
+    let letters = stage
+        .puppet
+        .broker
+        .dead_letters(stage.p, EntryId::default(), 100)
+        .await
+        .expect("dead letters");
     assert_eq!(letters.len() as u64, ROUNDS);
-    assert_eq!(stage.puppet.broker.decisions(stage.p, 100).await.expect("decisions").len() as u64, 4 * ROUNDS);
+    assert_eq!(
+        stage
+            .puppet
+            .broker
+            .decisions(stage.p, 100)
+            .await
+            .expect("decisions")
+            .len() as u64,
+        4 * ROUNDS
+    );
     assert_eq!(stage.log("u:ann").await.len() as u64, ROUNDS);
     owner.stop().await;
 }
@@ -301,9 +456,17 @@ async fn f14c_an_entry_without_an_id_is_nobodys_duplicate(stage: Stage) {
     let a = stage.another().await;
     let owner = Owner::start(&a, "a", address());
     let same = vec![field("type", "t"), field("user", "ann"), field("data", "1")];
-    stage.puppet.broker.append(stage.p, vec![same.clone(), same.clone(), same]).await.expect("append");
+    stage
+        .puppet
+        .broker
+        .append(stage.p, vec![same.clone(), same.clone(), same])
+        .await
+        .expect("append");
     let count = drained(&stage).await;
-    assert_eq!((count(Outcome::Committed), count(Outcome::Duplicate)), (3, 0));
+    assert_eq!(
+        (count(Outcome::Committed), count(Outcome::Duplicate)),
+        (3, 0)
+    );
     owner.stop().await;
 }
 
@@ -323,10 +486,25 @@ async fn f18_ten_thousand_named_users_cost_no_feed_its_connection(stage: Stage) 
     let owner = Owner::start(&a, "a", address());
     let users: Vec<String> = (0..10_000).map(|k: u32| k.to_string()).collect();
     let data = format!("\"{}\"", "x".repeat(120_000));
-    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(",")), field("data", &data)];
-    stage.puppet.broker.append(stage.p, vec![large]).await.expect("append");
+    let large = vec![
+        field("type", "t"),
+        field("id", "large"),
+        field("users", &users.join(",")),
+        field("data", &data),
+    ];
+    stage
+        .puppet
+        .broker
+        .append(stage.p, vec![large])
+        .await
+        .expect("append");
     drop(drained(&stage).await);
-    let letters = stage.puppet.broker.dead_letters(stage.p, EntryId::default(), 1).await.expect("dead letters");
+    let letters = stage
+        .puppet
+        .broker
+        .dead_letters(stage.p, EntryId::default(), 1)
+        .await
+        .expect("dead letters");
     assert!(letters.is_empty(), "{}", letters[0].why.reason);
     first.expect(&["large"]).await;
     last.expect(&["large"]).await;
@@ -344,7 +522,10 @@ async fn f26_a_slice_whose_answer_was_lost_is_written_once(stage: Stage) {
     stage
         .puppet
         .sift(move |notice, _| {
-            heard.fetch_add(usize::from(matches!(notice, Notice::Append { .. })), Ordering::Relaxed);
+            heard.fetch_add(
+                usize::from(matches!(notice, Notice::Append { .. })),
+                Ordering::Relaxed,
+            );
             super::puppet::Fate::Pass
         })
         .await;
@@ -356,11 +537,25 @@ async fn f26_a_slice_whose_answer_was_lost_is_written_once(stage: Stage) {
     });
     let owner = Owner::start(&a, "a", address());
     let users: Vec<String> = (0..3_500).map(|k| format!("user{k}")).collect();
-    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
+    let large = vec![
+        field("type", "t"),
+        field("id", "large"),
+        field("users", &users.join(",")),
+    ];
     stage
         .puppet
         .broker
-        .append(stage.p, vec![large, vec![field("type", "t"), field("id", "next"), field("user", "user2400")]])
+        .append(
+            stage.p,
+            vec![
+                large,
+                vec![
+                    field("type", "t"),
+                    field("id", "next"),
+                    field("user", "user2400"),
+                ],
+            ],
+        )
         .await
         .expect("append");
     let count = drained(&stage).await;
@@ -377,8 +572,13 @@ async fn f26_a_redis_that_takes_no_writes_delays_events_and_fails_none() {
     let stage = Stage::redis().await;
     let a = stage.another().await;
     let owner = Owner::start(&a, "a", address());
-    let causes =
-        [("CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"), ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE")];
+    let causes = [
+        (
+            "CONFIG SET min-replicas-to-write 1",
+            "CONFIG SET min-replicas-to-write 0",
+        ),
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+    ];
     for (k, (begin, end)) in causes.into_iter().enumerate() {
         let mut stop = a.stop(At::Before(Op::Commit));
         append(&stage, &ids(k..k + 1)).await;
@@ -386,11 +586,22 @@ async fn f26_a_redis_that_takes_no_writes_delays_events_and_fails_none() {
         let () = stage.server().command(begin);
         let n_before = owner.counts.metrics.broker_away.get();
         stop.go();
-        until("it is refused again and again", async || owner.counts.metrics.broker_away.get() >= n_before + 2).await;
+        until("it is refused again and again", async || {
+            owner.counts.metrics.broker_away.get() >= n_before + 2
+        })
+        .await;
         let () = stage.server().command(end);
         committed_once(&stage, &ids(0..k + 1)).await;
     }
-    assert!(stage.puppet.broker.dead_letters(stage.p, EntryId::default(), 1).await.expect("dead letters").is_empty());
+    assert!(
+        stage
+            .puppet
+            .broker
+            .dead_letters(stage.p, EntryId::default(), 1)
+            .await
+            .expect("dead letters")
+            .is_empty()
+    );
     owner.stop().await;
 }
 
@@ -398,14 +609,34 @@ async fn f26_a_redis_that_takes_no_writes_delays_events_and_fails_none() {
 /// whatever stops an owner, and wherever it stands then.
 async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
-    let counts = |owner: &Owner| (owner.counts.read(), owner.counts.outcomes(), owner.counts.reread(), owner.counts.in_flight());
+    let counts = |owner: &Owner| {
+        (
+            owner.counts.read(),
+            owner.counts.outcomes(),
+            owner.counts.reread(),
+            owner.counts.in_flight(),
+        )
+    };
     let entries = (0..10).map(|k| match k {
-        0..5 => vec![field("type", "t"), field("id", &k.to_string()), field("everyone", "true")],
-        5 => vec![field("type", "t"), field("id", "0"), field("everyone", "true")],
+        0..5 => vec![
+            field("type", "t"),
+            field("id", &k.to_string()),
+            field("everyone", "true"),
+        ],
+        5 => vec![
+            field("type", "t"),
+            field("id", "0"),
+            field("everyone", "true"),
+        ],
         6..8 => vec![field("type", "t"), field("id", &k.to_string())],
         _ => vec![field("a type", "is missing")],
     });
-    stage.puppet.broker.append(stage.p, entries.collect()).await.expect("append");
+    stage
+        .puppet
+        .broker
+        .append(stage.p, entries.collect())
+        .await
+        .expect("append");
     let mut stop = a.stop(At::Before(Op::Commit));
     let first = Owner::start(&a, "a", address());
     stop.reached().await;
@@ -425,8 +656,17 @@ async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stag
     // Killed in the midst of a plan.
     let mut slice = a.stop(At::After(Op::Slice));
     let users: Vec<String> = (0..2_500).map(|k| format!("user{k}")).collect();
-    let large = vec![field("type", "t"), field("id", "large"), field("users", &users.join(","))];
-    stage.puppet.broker.append(stage.p, vec![large]).await.expect("append");
+    let large = vec![
+        field("type", "t"),
+        field("id", "large"),
+        field("users", &users.join(",")),
+    ];
+    stage
+        .puppet
+        .broker
+        .append(stage.p, vec![large])
+        .await
+        .expect("append");
     slice.reached().await;
     assert_eq!(counts(&first), (21, 0, 20, 1));
     let of_the_first = first.counts.clone();
@@ -436,7 +676,10 @@ async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stag
     let second = Owner::start(&b, "b", address());
     append(&stage, &ids(20..30)).await;
     let count = drained(&stage).await;
-    until("the last commit is answered", async || second.counts.in_flight() == 0).await;
+    until("the last commit is answered", async || {
+        second.counts.in_flight() == 0
+    })
+    .await;
     assert_eq!(counts(&second), (11, 11, 0, 0));
     assert_eq!(Outcome::ALL.map(&count), [16, 0, 2, 1, 2], "of 21 entries");
     second.stop().await;
@@ -459,27 +702,70 @@ async fn h01_a_batch_read_before_a_fail_over_is_not_committed_after_it() {
     committed_once(&stage, &ids(0..5)).await;
     append(&stage, &ids(20..25)).await;
     committed_once(&stage, &[ids(0..5), ids(20..25)].concat()).await;
-    assert_eq!(stage.puppet.broker.state(stage.p).await.expect("state").lost_upstream, 0);
+    assert_eq!(
+        stage
+            .puppet
+            .broker
+            .state(stage.p)
+            .await
+            .expect("state")
+            .lost_upstream,
+        0
+    );
     owner.stop().await;
 }
 
 /// Each event would be tried for seconds, one after the other; who ends a node waits ten in all. What is neither decided nor committed is the
 /// next owner's, at once.
-async fn an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leaves_its_events_to_the_next(stage: Stage) {
+async fn an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leaves_its_events_to_the_next(
+    stage: Stage,
+) {
     let (a, b) = (stage.another().await, stage.another().await);
     let folder = Folder::new();
-    std::fs::write(folder.path().join("unruly.wasm"), core_module("unruly")).expect("write a plugin");
+    std::fs::write(folder.path().join("unruly.wasm"), core_module("unruly"))
+        .expect("write a plugin");
     let metrics = Metrics::default();
-    let config = Plugins { dir: Some(folder.path().to_owned()), ..Plugins::default() };
+    let config = Plugins {
+        dir: Some(folder.path().to_owned()),
+        ..Plugins::default()
+    };
     let registry = Registry::load(engine(), config, metrics.clone()).expect("plugins");
     let unruly = Pipeline::start(Arc::new(registry), true, metrics.clone()).expect("threads");
-    let entries = ids(0..20).iter().map(|id| vec![field("type", "retry"), field("id", id), field("everyone", "true")]).collect();
-    stage.puppet.broker.append(stage.p, entries).await.expect("append");
+    let entries = ids(0..20)
+        .iter()
+        .map(|id| {
+            vec![
+                field("type", "retry"),
+                field("id", id),
+                field("everyone", "true"),
+            ]
+        })
+        .collect();
+    stage
+        .puppet
+        .broker
+        .append(stage.p, entries)
+        .await
+        .expect("append");
     let owner = Owner::start(&a, "a", unruly);
-    let asked = PluginCallLabel { plugin: "unruly".to_owned(), outcome: "retry" };
-    until("a plugin asks to retry", async || metrics.plugin_calls.get_or_create(&asked).get() > 0).await;
-    tokio::time::timeout(Duration::from_secs(20), owner.stop()).await.expect("it ends before the last of them was tried for the last time");
-    assert!(matches!(b.lease(stage.p, "b", Duration::from_secs(1)).await, Ok(Lease::Mine)), "its lease is given back");
+    let asked = PluginCallLabel {
+        plugin: "unruly".to_owned(),
+        outcome: "retry",
+    };
+    until("a plugin asks to retry", async || {
+        metrics.plugin_calls.get_or_create(&asked).get() > 0
+    })
+    .await;
+    tokio::time::timeout(Duration::from_secs(20), owner.stop())
+        .await
+        .expect("it ends before the last of them was tried for the last time");
+    assert!(
+        matches!(
+            b.lease(stage.p, "b", Duration::from_secs(1)).await,
+            Ok(Lease::Mine)
+        ),
+        "its lease is given back"
+    );
     let next = Owner::start(&b, "b", address());
     committed_once(&stage, &ids(0..20)).await;
     next.stop().await;

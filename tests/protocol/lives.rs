@@ -17,7 +17,12 @@ async fn stage() -> Stage {
 }
 
 fn rewound(stage: &Stage, from: NotificationId, to: NotificationId) -> Gap {
-    Gap { partition: stage.p, reason: GapReason::Rewound, from, to }
+    Gap {
+        partition: stage.p,
+        reason: GapReason::Rewound,
+        from,
+        to,
+    }
 }
 
 /// Ids up to 103 were sent, the new primary has ..101 and issues 102 again: every open stream would skip it, silently.
@@ -35,9 +40,16 @@ async fn f08_an_open_stream_is_told_of_a_lost_tail_and_gets_what_comes_under_the
         if cuts {
             stage.server().cut("normal");
             stage.server().cut("pubsub");
-            until("Redis is there again", async || stage.puppet.broker.head(stage.p).await.is_ok()).await;
+            until("Redis is there again", async || {
+                stage.puppet.broker.head(stage.p).await.is_ok()
+            })
+            .await;
         }
-        assert_eq!(stage.event("new", &[to("u:ann")]).await, lost[0], "the id is issued again");
+        assert_eq!(
+            stage.event("new", &[to("u:ann")]).await,
+            lost[0],
+            "the id is issued again"
+        );
         assert_eq!(client.gap().await, rewound(&stage, kept, lost[1]));
         client.expect(&["new"]).await;
         stage.event("newer", &[to("u:ann")]).await;
@@ -83,17 +95,32 @@ async fn h02_a_life_that_the_present_one_never_heard_of_is_no_history() {
     let start = client.cut();
     stage.server().fail_over();
     let head = stage.head().await;
-    assert!(head.lives.iter().all(|(life, _)| *life != of_b), "{of_b} again: {:?}", head.lives);
+    assert!(
+        head.lives.iter().all(|(life, _)| *life != of_b),
+        "{of_b} again: {:?}",
+        head.lives
+    );
     assert_eq!(head.last, before);
-    assert_eq!(stage.events("c", 2, &[to("u:ann")]).await, ids, "the very same ids");
+    assert_eq!(
+        stage.events("c", 2, &[to("u:ann")]).await,
+        ids,
+        "the very same ids"
+    );
     let mut client = Client::open(&hub, "ann", start);
-    assert_eq!(client.gap().await, rewound(&stage, NotificationId(0), ids[1]));
+    assert_eq!(
+        client.gap().await,
+        rewound(&stage, NotificationId(0), ids[1])
+    );
     // All that there is comes after it: nobody knows what of it was had.
     let mut received = Vec::new();
     while received.len() < 3 {
         match client.frame().await {
             Frame::Event { id, .. } => received.push(id),
-            Frame::Gap(gap) => assert_eq!(gap.reason, GapReason::Trimmed, "before the first of all is the floor"),
+            Frame::Gap(gap) => assert_eq!(
+                gap.reason,
+                GapReason::Trimmed,
+                "before the first of all is the floor"
+            ),
             Frame::Cursor => {}
         }
     }
@@ -116,7 +143,9 @@ async fn h03_the_life_after_ones_own_says_what_survived_and_not_the_newest() {
     stage.server().change_replid();
     let mut client = Client::open(&hub, "ann", start);
     assert_eq!(client.gap().await, rewound(&stage, kept, lost[2]));
-    client.expect(&["new1", "new2", "new3", "new4", "new5", "new6"]).await;
+    client
+        .expect(&["new1", "new2", "new3", "new4", "new5", "new6"])
+        .await;
 }
 
 /// Low-water mark 99, 105 went ahead. 100 survives, 105 does not: the mark is no reason for a gap, and the new 105 would be skipped as had.
@@ -138,7 +167,9 @@ async fn h04_an_id_that_went_ahead_does_not_outlive_its_life() {
     assert!(again.contains(&ahead));
     let mut client = Client::open(&hub, "ann", start);
     assert_eq!(client.gap().await, rewound(&stage, kept, ahead));
-    client.expect(&["kept", "new1", "new2", "new3", "new4", "new5", "new6"]).await;
+    client
+        .expect(&["kept", "new1", "new2", "new3", "new4", "new5", "new6"])
+        .await;
 }
 
 /// The replay read the new life; the feed still holds notices of the old one. Sent, they would come again.
@@ -162,11 +193,17 @@ async fn h05_notices_of_the_old_life_that_are_still_in_the_feed_are_ignored() {
             })
             .await;
         let lost = stage.event("lost", &[to("u:ann")]).await;
-        until("the notice is kept", async || stage.puppet.n_kept().await > 0).await;
+        until("the notice is kept", async || {
+            stage.puppet.n_kept().await > 0
+        })
+        .await;
         let round = client.round(stage.p);
         stage.server().fail_over();
         if tick_comes_first {
-            until("the node knows of the new life", async || client.round(stage.p) > round).await;
+            until("the node knows of the new life", async || {
+                client.round(stage.p) > round
+            })
+            .await;
         } else {
             client = client.back(&hub);
             assert!(matches!(client.frame().await, Frame::Cursor));
@@ -182,7 +219,16 @@ async fn h05_notices_of_the_old_life_that_are_still_in_the_feed_are_ignored() {
 #[tokio::test]
 async fn a_life_that_begins_before_the_node_hears_anything_is_noticed() {
     let stage = stage().await;
-    stage.puppet.sift(|notice, _| if matches!(notice, Notice::Tick { .. }) { Fate::Drop } else { Fate::Pass }).await;
+    stage
+        .puppet
+        .sift(|notice, _| {
+            if matches!(notice, Notice::Tick { .. }) {
+                Fate::Drop
+            } else {
+                Fate::Pass
+            }
+        })
+        .await;
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     stage.server().change_replid();
@@ -217,14 +263,27 @@ async fn h05_ticks_of_an_older_life_do_not_keep_a_feed() {
     let old = stage.head().await;
     stage
         .puppet
-        .sift(|notice, _| if matches!(notice, Notice::Tick { .. } | Notice::Append { .. }) { Fate::Drop } else { Fate::Pass })
+        .sift(|notice, _| {
+            if matches!(notice, Notice::Tick { .. } | Notice::Append { .. }) {
+                Fate::Drop
+            } else {
+                Fate::Pass
+            }
+        })
         .await;
     stage.server().change_replid();
     // Somebody comes, and reads the new life.
     let _late = Client::live(&hub, "bob").await;
     stage.event("new", &[to("u:ann")]).await;
     until("the feed is made again", async || {
-        stage.puppet.say(Notice::Tick { partition: stage.p, life: old.life, last: old.last }).await;
+        stage
+            .puppet
+            .say(Notice::Tick {
+                partition: stage.p,
+                life: old.life,
+                last: old.last,
+            })
+            .await;
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         stage.metrics.feed_resets.get() > 0
     })

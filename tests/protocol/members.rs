@@ -25,12 +25,22 @@ on_each_broker! {
 }
 
 fn attributes(plan: &str) -> RecipientChange {
-    RecipientChange::Attributes(Attributes::from([("plan".into(), Value::Text(plan.into()))]))
+    RecipientChange::Attributes(Attributes::from([(
+        "plan".into(),
+        Value::Text(plan.into()),
+    )]))
 }
 
 fn for_pro(route: Route) -> Route {
-    let test = Test { attribute: "plan".into(), operator: Operator::Equals, values: vec![Value::Text("pro".into())] };
-    Route { when: Some(Criteria::new(vec![vec![test]]).expect("a condition")), ..route }
+    let test = Test {
+        attribute: "plan".into(),
+        operator: Operator::Equals,
+        values: vec![Value::Text("pro".into())],
+    };
+    Route {
+        when: Some(Criteria::new(vec![vec![test]]).expect("a condition")),
+        ..route
+    }
 }
 
 /// By times, what was committed under a clock that ran ahead would lie after joining, and what came then before it. So joined and left are ids.
@@ -58,7 +68,9 @@ async fn h12_a_member_sees_from_joining_to_leaving_live_and_in_replay(stage: Sta
 }
 
 /// The plan was made before the one joined, and before the other left; which of its slices is written meanwhile tells nothing.
-async fn h12_a_plan_half_written_when_somebody_joins_is_not_theirs_and_when_somebody_leaves_it_is(stage: Stage) {
+async fn h12_a_plan_half_written_when_somebody_joins_is_not_theirs_and_when_somebody_leaves_it_is(
+    stage: Stage,
+) {
     let hub = stage.hub();
     stage.join("bob", "ops").await;
     let mut ann = Client::live(&hub, "ann").await;
@@ -147,9 +159,23 @@ async fn attributes_are_judged_on_the_way_to_the_socket(stage: Stage) {
 async fn a_change_reaches_a_stream_whose_feed_was_lost(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
-    stage.puppet.sift(|notice, _| if matches!(notice, Notice::RecipientChanged { .. }) { Fate::Drop } else { Fate::Pass }).await;
+    stage
+        .puppet
+        .sift(|notice, _| {
+            if matches!(notice, Notice::RecipientChanged { .. }) {
+                Fate::Drop
+            } else {
+                Fate::Pass
+            }
+        })
+        .await;
     stage.join("ann", "ops").await;
-    stage.puppet.say(Notice::Reset { partitions: vec![stage.p] }).await;
+    stage
+        .puppet
+        .say(Notice::Reset {
+            partitions: vec![stage.p],
+        })
+        .await;
     stage.event("first", &[to("g:ops")]).await;
     client.expect(&["first"]).await;
 }
@@ -165,7 +191,12 @@ async fn h12_a_change_races_with_commits_in_no_partition() {
             Stage::embedded_with(&sources, Retention::default()).await
         };
         let hub = stage.hub();
-        let numbers: Vec<_> = stage.puppet.partitions().iter().map(|partition| partition.number).collect();
+        let numbers: Vec<_> = stage
+            .puppet
+            .partitions()
+            .iter()
+            .map(|partition| partition.number)
+            .collect();
         let mut client = Client::live(&hub, "ann").await;
         for round in 0..10 {
             // In one partition the notice of the change waits; in the others events follow it at once.
@@ -173,7 +204,9 @@ async fn h12_a_change_races_with_commits_in_no_partition() {
             stage
                 .puppet
                 .sift(move |notice, _| match notice {
-                    Notice::RecipientChanged { partition, .. } | Notice::Append { partition, .. } | Notice::Tick { partition, .. }
+                    Notice::RecipientChanged { partition, .. }
+                    | Notice::Append { partition, .. }
+                    | Notice::Tick { partition, .. }
                         if *partition == slow =>
                     {
                         Fate::Keep
@@ -219,21 +252,62 @@ async fn a_partition_that_is_gone_holds_nobody_in_a_group() {
     let open = |sources: &[&str]| {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
         Arc::new(
-            Embedded::open(folder.path(), &sources, Retention::default(), Shutdown::new().alarm("the writer")).expect("the folder opens"),
+            Embedded::open(
+                folder.path(),
+                &sources,
+                Retention::default(),
+                Shutdown::new().alarm("the writer"),
+            )
+            .expect("the folder opens"),
         )
     };
     let broker = open(&["a", "b"]);
     let group = name("ops");
-    broker.change_recipient(&name("ann"), RecipientChange::Join { group: group.clone() }).await.expect("join");
+    broker
+        .change_recipient(
+            &name("ann"),
+            RecipientChange::Join {
+                group: group.clone(),
+            },
+        )
+        .await
+        .expect("join");
     broker.close();
     drop(broker);
     let broker = open(&["a"]);
     let p = broker.partitions()[0].number;
-    let span =
-        async || broker.recipient(&name("ann")).await.expect("recipient").groups.get(&group).and_then(|spans| spans.get(&p).copied());
+    let span = async || {
+        broker
+            .recipient(&name("ann"))
+            .await
+            .expect("recipient")
+            .groups
+            .get(&group)
+            .and_then(|spans| spans.get(&p).copied())
+    };
     assert!(span().await.is_some_and(|span| span.left.is_none()));
-    broker.change_recipient(&name("ann"), RecipientChange::Leave { group: group.clone() }).await.expect("leave");
+    broker
+        .change_recipient(
+            &name("ann"),
+            RecipientChange::Leave {
+                group: group.clone(),
+            },
+        )
+        .await
+        .expect("leave");
     assert!(span().await.is_none_or(|span| span.left.is_some()));
-    broker.change_recipient(&name("ann"), RecipientChange::Join { group: group.clone() }).await.expect("join");
-    assert!(span().await.is_some_and(|span| span.left.is_none()), "{:?}", span().await);
+    broker
+        .change_recipient(
+            &name("ann"),
+            RecipientChange::Join {
+                group: group.clone(),
+            },
+        )
+        .await
+        .expect("join");
+    assert!(
+        span().await.is_some_and(|span| span.left.is_none()),
+        "{:?}",
+        span().await
+    );
 }

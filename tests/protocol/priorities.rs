@@ -17,7 +17,10 @@ on_each_broker! {
 /// Fills the stream until it goes back to replay, which then waits for the socket: nobody takes anything.
 async fn overflow(stage: &Stage, other: &mut Client) {
     stage.events("filler", 5 * WINDOW, &[to("u:ann")]).await;
-    until("it overflows", async || stage.metrics.stream_overflows.get() > 0).await;
+    until("it overflows", async || {
+        stage.metrics.stream_overflows.get() > 0
+    })
+    .await;
     stage.fence(other).await;
 }
 
@@ -30,9 +33,14 @@ async fn f23_an_older_state_does_not_come_after_the_newer_one_that_overtook_it(s
         let mut client = Client::live(&hub, "ann").await;
         let n_before = stage.metrics.stream_overflows.get();
         stage.events("filler", 5 * WINDOW, &[to("u:ann")]).await;
-        until("it overflows", async || stage.metrics.stream_overflows.get() > n_before).await;
+        until("it overflows", async || {
+            stage.metrics.stream_overflows.get() > n_before
+        })
+        .await;
         stage.event("older", &[keyed("state", to("u:ann"))]).await;
-        stage.event("newer", &[keyed("state", urgent("u:ann"))]).await;
+        stage
+            .event("newer", &[keyed("state", urgent("u:ann"))])
+            .await;
         stage.fence(&mut other).await;
         client.expect(&["newer"]).await;
         if is_cut {
@@ -51,9 +59,22 @@ async fn h15_a_state_that_was_had_supersedes_older_ones_pages_before_it(stage: S
     let hub = stage.hub();
     let mut other = Client::live(&hub, "bob").await;
     let mut client = Client::live(&hub, "ann").await;
-    stage.event("older", &[keyed("state", Route { priority: Priority::Low, ..to("u:ann") })]).await;
+    stage
+        .event(
+            "older",
+            &[keyed(
+                "state",
+                Route {
+                    priority: Priority::Low,
+                    ..to("u:ann")
+                },
+            )],
+        )
+        .await;
     overflow(&stage, &mut other).await;
-    stage.event("newer", &[keyed("state", urgent("u:ann"))]).await;
+    stage
+        .event("newer", &[keyed("state", urgent("u:ann"))])
+        .await;
     stage.fence(&mut other).await;
     client.expect(&["newer"]).await;
     let mut client = client.back(&hub);
@@ -93,7 +114,10 @@ async fn at_most_three_overtake_and_the_cursor_is_exact_when_they_do(stage: Stag
         received.sort_unstable();
         assert_eq!(
             received,
-            ["normal1", "normal2", "normal3", "urgent1", "urgent2", "urgent3", "urgent4", "urgent5"],
+            [
+                "normal1", "normal2", "normal3", "urgent1", "urgent2", "urgent3", "urgent4",
+                "urgent5"
+            ],
             "cut after {n_taken}"
         );
     }
@@ -122,7 +146,15 @@ async fn what_has_expired_is_not_sent_and_the_cursor_passes_it(stage: Stage) {
     let mut other = Client::live(&hub, "bob").await;
     let client = Client::live(&hub, "ann").await;
     let soon = stage.head().await.now_ms + 300;
-    let mortal = stage.event("mortal", &[Route { expires_ms: Some(soon), ..to("u:ann") }]).await;
+    let mortal = stage
+        .event(
+            "mortal",
+            &[Route {
+                expires_ms: Some(soon),
+                ..to("u:ann")
+            }],
+        )
+        .await;
     stage.fence(&mut other).await;
     until("it is past", async || stage.head().await.now_ms > soon).await;
     stage.event("last", &[to("u:ann")]).await;

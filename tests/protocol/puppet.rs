@@ -9,8 +9,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Follow, Found, Head, Lease, Notice,
-    Page, Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed,
+    Finding, Follow, Found, Head, Lease, Notice, Page, Partition, PartitionNumber, PartitionState,
+    Recipient, RecipientChange, Result, Slice,
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
@@ -59,7 +60,10 @@ pub(super) struct Stop {
 impl Stop {
     /// Waits until somebody stands here.
     pub(super) async fn reached(&mut self) {
-        tokio::time::timeout(SOON, &mut self.reached).await.expect("somebody comes here").expect("the puppet is alive");
+        tokio::time::timeout(SOON, &mut self.reached)
+            .await
+            .expect("somebody comes here")
+            .expect("the puppet is alive");
     }
 
     pub(super) fn go(self) {
@@ -129,7 +133,11 @@ impl Puppet {
     pub(super) fn stop(&self, at: At) -> Stop {
         let (reached_in, reached) = oneshot::channel();
         let (verdict, verdict_out) = oneshot::channel();
-        self.stops.lock().expect("no panic under it").push(Stopper { at, reached: reached_in, verdict: verdict_out });
+        self.stops.lock().expect("no panic under it").push(Stopper {
+            at,
+            reached: reached_in,
+            verdict: verdict_out,
+        });
         Stop { reached, verdict }
     }
 
@@ -139,7 +147,10 @@ impl Puppet {
     }
 
     /// From now on, `sieve` decides about each notice; with one that answers a request for a log comes that log.
-    pub(super) async fn sift(&self, sieve: impl FnMut(&Notice, Option<&Target>) -> Fate + Send + 'static) {
+    pub(super) async fn sift(
+        &self,
+        sieve: impl FnMut(&Notice, Option<&Target>) -> Fate + Send + 'static,
+    ) {
         self.ear.lock().await.sieve = Some(Box::new(sieve));
     }
 
@@ -180,7 +191,10 @@ impl Puppet {
     async fn pass(&self, at: At) -> Result<()> {
         let stopper = {
             let mut stops = self.stops.lock().expect("no panic under it");
-            stops.iter().position(|stop| stop.at == at).map(|place| stops.remove(place))
+            stops
+                .iter()
+                .position(|stop| stop.at == at)
+                .map(|place| stops.remove(place))
         };
         if let Some(stopper) = stopper {
             stopper.reached.send(()).ok();
@@ -189,8 +203,17 @@ impl Puppet {
                 return Err(Error::Away(format!("lost {at:?}")));
             }
         }
-        let is_lost = self.rule.lock().expect("no panic under it").as_mut().is_some_and(|rule| rule(at));
-        if is_lost { Err(Error::Away(format!("lost {at:?}"))) } else { Ok(()) }
+        let is_lost = self
+            .rule
+            .lock()
+            .expect("no panic under it")
+            .as_mut()
+            .is_some_and(|rule| rule(at));
+        if is_lost {
+            Err(Error::Away(format!("lost {at:?}")))
+        } else {
+            Ok(())
+        }
     }
 
     async fn around<T>(&self, op: Op, does: impl Future<Output = Result<T>>) -> Result<T> {
@@ -211,25 +234,45 @@ impl Broker for Puppet {
         self.broker.check().await
     }
 
-    async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>> {
+    async fn append(
+        &self,
+        partition: PartitionNumber,
+        entries: Vec<Vec<(Bytes, Bytes)>>,
+    ) -> Result<Vec<EntryId>> {
         self.broker.append(partition, entries).await
     }
 
-    async fn read(&self, partition: PartitionNumber, after: EntryId, count: usize, wait: Duration) -> Result<Vec<Entry>> {
-        self.around(Op::Read, self.broker.read(partition, after, count, wait)).await
+    async fn read(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        count: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>> {
+        self.around(Op::Read, self.broker.read(partition, after, count, wait))
+            .await
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
         let old = self.old_head.lock().expect("no panic under it").take();
-        self.around(Op::Head, async { if let Some(old) = old { Ok(old) } else { self.broker.head(partition).await } }).await
+        self.around(Op::Head, async {
+            if let Some(old) = old {
+                Ok(old)
+            } else {
+                self.broker.head(partition).await
+            }
+        })
+        .await
     }
 
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
-        self.around(Op::Commit, self.broker.commit(partition, batch)).await
+        self.around(Op::Commit, self.broker.commit(partition, batch))
+            .await
     }
 
     async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
-        self.around(Op::Slice, self.broker.commit_slice(partition, slice)).await
+        self.around(Op::Slice, self.broker.commit_slice(partition, slice))
+            .await
     }
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
@@ -240,7 +283,8 @@ impl Broker for Puppet {
         if self.everyone_owns.load(Ordering::Relaxed) {
             return Ok(Lease::Mine);
         }
-        self.around(Op::Lease, self.broker.lease(partition, node, ttl)).await
+        self.around(Op::Lease, self.broker.lease(partition, node, ttl))
+            .await
     }
 
     async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
@@ -255,16 +299,31 @@ impl Broker for Puppet {
         self.broker.note_attempt(partition, entry).await
     }
 
-    async fn page(&self, partition: PartitionNumber, target: &Target, after: NotificationId, limit: usize) -> Result<Page> {
-        self.around(Op::Page, self.broker.page(partition, target, after, limit)).await
+    async fn page(
+        &self,
+        partition: PartitionNumber,
+        target: &Target,
+        after: NotificationId,
+        limit: usize,
+    ) -> Result<Page> {
+        self.around(Op::Page, self.broker.page(partition, target, after, limit))
+            .await
     }
 
-    async fn records(&self, partition: PartitionNumber, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
-        self.around(Op::Records, self.broker.records(partition, ids)).await
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
+        self.around(Op::Records, self.broker.records(partition, ids))
+            .await
     }
 
     async fn feed(&self) -> Result<Feed> {
-        let Feed { follow: inner_follow, notices: mut inner_notices } = self.broker.feed().await?;
+        let Feed {
+            follow: inner_follow,
+            notices: mut inner_notices,
+        } = self.broker.feed().await?;
         let (follow, mut requests) = mpsc::unbounded_channel();
         let (out, notices) = mpsc::channel(64);
         let ear = Arc::clone(&self.ear);
@@ -315,7 +374,8 @@ impl Broker for Puppet {
     }
 
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
-        self.around(Op::Recipient, self.broker.recipient(user)).await
+        self.around(Op::Recipient, self.broker.recipient(user))
+            .await
     }
 
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
@@ -323,14 +383,30 @@ impl Broker for Puppet {
     }
 
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
-        self.around(Op::Bookmarks, self.broker.bookmarks(user)).await
+        self.around(Op::Bookmarks, self.broker.bookmarks(user))
+            .await
     }
 
-    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
-        self.around(Op::MoveBookmark, self.broker.move_bookmark(user, which, seen, to)).await
+    async fn move_bookmark(
+        &self,
+        user: &Name,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: &Bookmark,
+    ) -> Result<bool> {
+        self.around(
+            Op::MoveBookmark,
+            self.broker.move_bookmark(user, which, seen, to),
+        )
+        .await
     }
 
-    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+    async fn dead_letters(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
         self.broker.dead_letters(partition, after, limit).await
     }
 
@@ -350,7 +426,12 @@ impl Broker for Puppet {
         self.broker.decisions(partition, limit).await
     }
 
-    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found> {
+    async fn find_decisions(
+        &self,
+        partition: PartitionNumber,
+        event_id: &str,
+        limit: usize,
+    ) -> Result<Found> {
         self.broker.find_decisions(partition, event_id, limit).await
     }
 

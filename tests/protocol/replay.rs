@@ -29,15 +29,28 @@ on_each_broker! {
 }
 
 /// E is for g1 and g2, a copy in each log with an id of its own: who resumes at the first gets the second as well. Or joins g2 in between.
-async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on_joining(stage: Stage) {
+async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on_joining(
+    stage: Stage,
+) {
     let hub = stage.hub();
     stage.join("ann", "g1").await;
     stage.join("ann", "g2").await;
     let mut client = Client::live(&hub, "ann").await;
-    let plan = [to("g:g1"), Route { priority: Priority::High, ..to("g:g2 g:g3") }, to("u:ann all")];
+    let plan = [
+        to("g:g1"),
+        Route {
+            priority: Priority::High,
+            ..to("g:g2 g:g3")
+        },
+        to("u:ann all"),
+    ];
     stage.event("a", &plan).await;
     match client.frame().await {
-        Frame::Event { id, priority, .. } => assert_eq!((id.as_str(), priority), ("a", Priority::High), "the highest priority wins"),
+        Frame::Event { id, priority, .. } => assert_eq!(
+            (id.as_str(), priority),
+            ("a", Priority::High),
+            "the highest priority wins"
+        ),
         other => panic!("{other:?}"),
     }
     stage.event("b", &[to("all")]).await;
@@ -72,8 +85,16 @@ async fn f10_a_late_subscription_holds_the_cursor_back(stage: Stage) {
             _ => Fate::Pass,
         })
         .await;
-    stage.puppet.say(Notice::Reset { partitions: vec![stage.p] }).await;
-    until("the answer is kept", async || stage.puppet.n_kept().await > 0).await;
+    stage
+        .puppet
+        .say(Notice::Reset {
+            partitions: vec![stage.p],
+        })
+        .await;
+    until("the answer is kept", async || {
+        stage.puppet.n_kept().await > 0
+    })
+    .await;
     stage.event("lost", &[to("u:ann")]).await;
     let passed = stage.event("heard", &[to("all")]).await;
     stage.puppet.broker.tick(stage.p).await.expect("tick");
@@ -82,7 +103,10 @@ async fn f10_a_late_subscription_holds_the_cursor_back(stage: Stage) {
     other.expect(&["heard"]).await;
     stage.event("for bob", &[to("u:bob")]).await;
     other.expect(&["for bob"]).await;
-    assert!(client.low_water(stage.p) < passed, "the mark passed what the other log has");
+    assert!(
+        client.low_water(stage.p) < passed,
+        "the mark passed what the other log has"
+    );
     let start = client.cut();
     stage.puppet.release().await;
     let mut client = Client::open(&hub, "ann", start);
@@ -110,7 +134,11 @@ async fn f10_a_silent_feed_is_made_again_and_what_it_lost_is_sent(stage: Stage) 
 /// A node that follows a log from now on has seen nothing of it: what the stream has had is what counts, and not what this node saw last.
 async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(stage: Stage) {
     let (here, there) = (stage.hub(), stage.another().await);
-    let there = pointsman::hub::Hub::start(there, pointsman::metrics::Metrics::default(), &pointsman::shutdown::Shutdown::new());
+    let there = pointsman::hub::Hub::start(
+        there,
+        pointsman::metrics::Metrics::default(),
+        &pointsman::shutdown::Shutdown::new(),
+    );
     let mut client = Client::live(&here, "ann").await;
     stage.event("a", &[to("u:ann")]).await;
     client.expect(&["a"]).await;
@@ -126,13 +154,26 @@ async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(sta
 
 /// A slow stream sheds a low entry, and the three after it become the overtakers: nothing may pass until it is read again. So nothing is
 /// shed: the stream goes back to replay, and lanes reorder only within its window.
-async fn f17_a_stream_that_reads_slowly_gets_everything_with_at_most_three_overtakers(stage: Stage) {
+async fn f17_a_stream_that_reads_slowly_gets_everything_with_at_most_three_overtakers(
+    stage: Stage,
+) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
-    stage.event("low", &[Route { priority: Priority::Low, ..to("u:ann") }]).await;
+    stage
+        .event(
+            "low",
+            &[Route {
+                priority: Priority::Low,
+                ..to("u:ann")
+            }],
+        )
+        .await;
     let n_normal = 6 * WINDOW;
     stage.events("n", n_normal, &[to("u:ann")]).await;
-    until("it overflowed", async || stage.metrics.stream_overflows.get() > 0).await;
+    until("it overflowed", async || {
+        stage.metrics.stream_overflows.get() > 0
+    })
+    .await;
     let mut received = Vec::new();
     while received.len() <= n_normal {
         received.push(client.event().await);
@@ -169,11 +210,16 @@ async fn f20_a_client_that_was_quiet_for_long_has_a_young_cursor(stage: Stage) {
 /// What differs between streams is the id line. The rest is one piece of memory.
 async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) {
     let hub = stage.hub();
-    let mut clients = [Client::live(&hub, "ann").await, Client::live(&hub, "bob").await];
+    let mut clients = [
+        Client::live(&hub, "ann").await,
+        Client::live(&hub, "bob").await,
+    ];
     stage.event("a", &[to("all")]).await;
     let mut records = Vec::new();
     for client in &mut clients {
-        let Frame::Event { record, .. } = client.frame().await else { panic!("an event comes") };
+        let Frame::Event { record, .. } = client.frame().await else {
+            panic!("an event comes")
+        };
         records.push(record);
     }
     assert!(Arc::ptr_eq(&records[0], &records[1]));
@@ -181,7 +227,10 @@ async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) 
     for record in &records {
         record.rendered(0, |_| {
             n_rendered.fetch_add(1, Ordering::Relaxed);
-            Rendered { before_target: "before".into(), after_target: "after".into() }
+            Rendered {
+                before_target: "before".into(),
+                after_target: "after".into(),
+            }
         });
     }
     assert_eq!(n_rendered.into_inner(), 1);
@@ -215,7 +264,10 @@ async fn h06_a_tick_that_waited_does_not_make_old_notices_new(stage: Stage) {
     stage.puppet.broker.tick(stage.p).await.expect("tick");
     until("a tick is kept", async || stage.puppet.n_kept().await > 0).await;
     stage.event("b", &[to("u:ann")]).await;
-    until("the notice is kept", async || stage.puppet.n_kept().await > 1).await;
+    until("the notice is kept", async || {
+        stage.puppet.n_kept().await > 1
+    })
+    .await;
     let start = keeper.cut();
     let mut client = Client::open(&hub, "ann", start);
     client.expect(&["b"]).await;
@@ -247,12 +299,19 @@ async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage:
     let client = Client::live(&hub, "ann").await;
     stage
         .puppet
-        .sift(|notice, _| if matches!(notice, Notice::Tick { .. } | Notice::Append { .. }) { Fate::Drop } else { Fate::Pass })
+        .sift(|notice, _| {
+            if matches!(notice, Notice::Tick { .. } | Notice::Append { .. }) {
+                Fate::Drop
+            } else {
+                Fate::Pass
+            }
+        })
         .await;
     let before = (client.low_water(stage.p), client.round(stage.p));
     stage.event("a", &[to("u:ann")]).await;
     // Longer than the silence that makes the feed be connected again.
-    let quiet = tokio::time::Instant::now() + pointsman::hub::SILENCE + std::time::Duration::from_secs(2);
+    let quiet =
+        tokio::time::Instant::now() + pointsman::hub::SILENCE + std::time::Duration::from_secs(2);
     while tokio::time::Instant::now() < quiet {
         stage.puppet.say(Notice::Alive { partition: stage.p }).await;
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
@@ -262,7 +321,9 @@ async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage:
 }
 
 /// Some ids of a replay wait in the lanes, some were sent, then the broker does not answer for a while.
-async fn a_broker_that_fails_in_the_midst_of_a_replay_costs_nothing_and_doubles_nothing(stage: Stage) {
+async fn a_broker_that_fails_in_the_midst_of_a_replay_costs_nothing_and_doubles_nothing(
+    stage: Stage,
+) {
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
     let n_events = 3 * WINDOW;
@@ -289,8 +350,17 @@ async fn a_live_record_that_cannot_be_read_is_read_again(stage: Stage) {
     let mut client = Client::live(&hub, "ann").await;
     let stop = stage.puppet.stop(At::Before(Op::Records));
     // Too large to come along with its notice.
-    let body = serde_json::value::RawValue::from_string(format!("\"{}\"", "x".repeat(20_000))).expect("JSON");
-    stage.event("large", &[Route { body: Some(body), ..to("u:ann") }]).await;
+    let body = serde_json::value::RawValue::from_string(format!("\"{}\"", "x".repeat(20_000)))
+        .expect("JSON");
+    stage
+        .event(
+            "large",
+            &[Route {
+                body: Some(body),
+                ..to("u:ann")
+            }],
+        )
+        .await;
     stage.event("small", &[to("u:ann")]).await;
     stop.fail();
     client.expect(&["large", "small"]).await;
@@ -302,19 +372,38 @@ async fn a_reset_while_a_subscription_is_under_way_voids_it(stage: Stage) {
     let start = Client::live(&hub, "ann").await.cut();
     // Somebody keeps the feed busy.
     let _keeper = Client::live(&hub, "bob").await;
-    stage.puppet.sift(|notice, _| if matches!(notice, Notice::Following { .. }) { Fate::Keep } else { Fate::Pass }).await;
+    stage
+        .puppet
+        .sift(|notice, _| {
+            if matches!(notice, Notice::Following { .. }) {
+                Fate::Keep
+            } else {
+                Fate::Pass
+            }
+        })
+        .await;
     let mut client = Client::open(&hub, "ann", start);
     until("it asked", async || stage.puppet.n_kept().await > 0).await;
     let round = client.round(stage.p);
     // Before the reset: the answers to what is asked because of it may come at any time after.
     let n_old = stage.puppet.n_kept().await;
-    stage.puppet.say(Notice::Reset { partitions: vec![stage.p] }).await;
+    stage
+        .puppet
+        .say(Notice::Reset {
+            partitions: vec![stage.p],
+        })
+        .await;
     until("the reset is heard", async || client.round(stage.p) > round).await;
     stage.event("a", &[to("u:ann")]).await;
     assert!(!client.is_live());
-    until("it asked again", async || stage.puppet.n_kept().await > n_old).await;
+    until("it asked again", async || {
+        stage.puppet.n_kept().await > n_old
+    })
+    .await;
     stage.puppet.release().await;
-    tokio::time::timeout(SOON, client.expect(&["a"])).await.expect("it comes");
+    tokio::time::timeout(SOON, client.expect(&["a"]))
+        .await
+        .expect("it comes");
     stage.event("b", &[urgent("u:ann")]).await;
     client.expect(&["b"]).await;
 }

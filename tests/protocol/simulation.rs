@@ -50,7 +50,12 @@ enum Kind {
 /// What a client received of one partition.
 #[derive(Clone, Debug)]
 enum Received {
-    Event { uid: String, id: NotificationId, priority: Priority, key: Option<Name> },
+    Event {
+        uid: String,
+        id: NotificationId,
+        priority: Priority,
+        key: Option<Name>,
+    },
     Gap(Gap),
 }
 
@@ -65,12 +70,20 @@ struct Client {
 
 impl Client {
     fn new(user: &'static str) -> Self {
-        Self { user, stream: None, cursor: None, begin: HashMap::new(), received: HashMap::new() }
+        Self {
+            user,
+            stream: None,
+            cursor: None,
+            begin: HashMap::new(),
+            received: HashMap::new(),
+        }
     }
 
     fn connect(&mut self, hub: &Hub) {
         let user = name(self.user);
-        let start = self.cursor.as_ref().map_or(Start::Latest, |cursor| Start::Cursor(Cursor::decode(cursor, &user).expect("its own")));
+        let start = self.cursor.as_ref().map_or(Start::Latest, |cursor| {
+            Start::Cursor(Cursor::decode(cursor, &user).expect("its own"))
+        });
         self.stream = Some(hub.open(user, start, Filter::default()));
     }
 
@@ -80,22 +93,45 @@ impl Client {
         let stream = guard.stream();
         for _ in 0..n {
             let mut subscription = stream.lock();
-            let Some(next) = subscription.next(now_ms()) else { break };
+            let Some(next) = subscription.next(now_ms()) else {
+                break;
+            };
             let mut cursor = String::new();
             subscription.encode_cursor(&mut cursor);
             drop(subscription);
-            let read = Cursor::decode(&cursor, &name(self.user)).unwrap_or_else(|error| panic!("{cursor}: {error}"));
+            let read = Cursor::decode(&cursor, &name(self.user))
+                .unwrap_or_else(|error| panic!("{cursor}: {error}"));
             if self.begin.is_empty() {
-                self.begin = read.positions.iter().map(|position| (position.partition, position.low_water)).collect();
+                self.begin = read
+                    .positions
+                    .iter()
+                    .map(|position| (position.partition, position.low_water))
+                    .collect();
             }
             let (partition, received) = match next {
-                Next::Notification { partition, id, record, way } => {
+                Next::Notification {
+                    partition,
+                    id,
+                    record,
+                    way,
+                } => {
                     let route = record.route(way.route);
                     let (priority, key) = (route.priority, route.collapse.clone());
-                    (partition, Received::Event { uid: event_id(&record), id, priority, key })
+                    (
+                        partition,
+                        Received::Event {
+                            uid: event_id(&record),
+                            id,
+                            priority,
+                            key,
+                        },
+                    )
                 }
                 Next::Gap(gap) => {
-                    self.received.entry(gap.partition).or_default().push(Received::Gap(gap));
+                    self.received
+                        .entry(gap.partition)
+                        .or_default()
+                        .push(Received::Gap(gap));
                     // Without a cursor of its own.
                     continue;
                 }
@@ -111,8 +147,11 @@ impl Client {
     }
 
     fn has(&self, partition: PartitionNumber, uid: &str) -> bool {
-        let is_it = |received: &Received| matches!(received, Received::Event { uid: of, .. } if of == uid);
-        self.received.get(&partition).is_some_and(|received| received.iter().any(is_it))
+        let is_it =
+            |received: &Received| matches!(received, Received::Event { uid: of, .. } if of == uid);
+        self.received
+            .get(&partition)
+            .is_some_and(|received| received.iter().any(is_it))
     }
 }
 
@@ -150,7 +189,10 @@ struct Play {
 }
 
 fn field(name: &str, value: &str) -> (Bytes, Bytes) {
-    (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes()))
+    (
+        Bytes::copy_from_slice(name.as_bytes()),
+        Bytes::copy_from_slice(value.as_bytes()),
+    )
 }
 
 impl Play {
@@ -159,8 +201,16 @@ impl Play {
         let sources = [SOURCE, "pointsman:more"];
         let sources = &sources[..random.random_range(1..=2)];
         let retention = match kind {
-            Kind::ShortLogs => Retention { log_entries: 30, everyone_entries: 60, ..Retention::default() },
-            _ => Retention { log_entries: 100_000, everyone_entries: 100_000, ..Retention::default() },
+            Kind::ShortLogs => Retention {
+                log_entries: 30,
+                everyone_entries: 60,
+                ..Retention::default()
+            },
+            _ => Retention {
+                log_entries: 100_000,
+                everyone_entries: 100_000,
+                ..Retention::default()
+            },
         };
         let stage = match kind {
             Kind::Members { is_redis: false } => Stage::embedded_with(sources, retention).await,
@@ -174,15 +224,36 @@ impl Play {
         for (user, group) in MEMBERS {
             stage.join(user, group).await;
         }
-        let partitions = stage.puppet.partitions().iter().map(|partition| partition.number).collect();
+        let partitions = stage
+            .puppet
+            .partitions()
+            .iter()
+            .map(|partition| partition.number)
+            .collect();
         let mut hubs = Vec::new();
         for n in 0..2_u64 {
             let puppet = stage.another().await;
             let mut chance = StdRng::seed_from_u64(seed ^ n);
-            puppet.lose(move |at| matches!(at, At::Before(Op::Page | Op::Records | Op::Head | Op::Recipient)) && chance.random_bool(0.02));
-            hubs.push((Hub::start(Arc::clone(&puppet) as Arc<dyn Broker>, Metrics::default(), &Shutdown::new()), puppet));
+            puppet.lose(move |at| {
+                matches!(
+                    at,
+                    At::Before(Op::Page | Op::Records | Op::Head | Op::Recipient)
+                ) && chance.random_bool(0.02)
+            });
+            hubs.push((
+                Hub::start(
+                    Arc::clone(&puppet) as Arc<dyn Broker>,
+                    Metrics::default(),
+                    &Shutdown::new(),
+                ),
+                puppet,
+            ));
         }
-        let clients = USERS.iter().chain(&USERS).map(|user| Client::new(user)).collect();
+        let clients = USERS
+            .iter()
+            .chain(&USERS)
+            .map(|user| Client::new(user))
+            .collect();
         let mut play = Self {
             kind,
             random,
@@ -222,12 +293,18 @@ impl Play {
         let mut n_left = LOST_ANSWERS;
         broker.lose(move |at| {
             let (At::Before(op) | At::After(op)) = at;
-            let is_lost = n_left > 0 && matches!(op, Op::Commit | Op::Slice) && chance.random_bool(0.02);
+            let is_lost =
+                n_left > 0 && matches!(op, Op::Commit | Op::Slice) && chance.random_bool(0.02);
             n_left -= usize::from(is_lost);
             is_lost
         });
         self.n_started += 1;
-        let owner = Owner::start_on(&broker, partition, &format!("owner{}", self.n_started), address());
+        let owner = Owner::start_on(
+            &broker,
+            partition,
+            &format!("owner{}", self.n_started),
+            address(),
+        );
         self.owners.push((owner, partition, broker));
     }
 
@@ -235,15 +312,23 @@ impl Play {
     fn event(&mut self, at: usize) -> Published {
         let uid = format!("e{}", self.published.len() + at);
         let random = &mut self.random;
-        let mut fields = vec![field("type", "t"), field("id", &uid), field("source", "/test")];
+        let mut fields = vec![
+            field("type", "t"),
+            field("id", &uid),
+            field("source", "/test"),
+        ];
         match random.random_range(0..100) {
             0..30 => fields.push(field("user", USERS.choose(random).expect("some"))),
-            30..50 => fields.push(field("groups", ["ops", "ops,dev", "dev"].choose(random).expect("some"))),
+            30..50 => fields.push(field(
+                "groups",
+                ["ops", "ops,dev", "dev"].choose(random).expect("some"),
+            )),
             50..60 => fields.extend([field("groups", "ops,crew"), field("users", "ann,bob")]),
             60..79 => fields.push(field("group", "crew")),
             79 => {
                 // Sorted, these lie before, between and behind the users.
-                let strangers = (0..STRANGERS).map(|k| format!("{}{k}", ["a", "b", "c", "d"][k % 4]));
+                let strangers =
+                    (0..STRANGERS).map(|k| format!("{}{k}", ["a", "b", "c", "d"][k % 4]));
                 let users: Vec<String> = strangers.chain(USERS.map(Into::into)).collect();
                 fields.push(field("users", &users.join(",")));
             }
@@ -252,21 +337,35 @@ impl Play {
             _ if random.random() => {}
             _ => fields[0] = field("no-type", "t"),
         }
-        fields.push(field("priority", ["low", "normal", "normal", "high", "urgent"].choose(random).expect("some")));
+        fields.push(field(
+            "priority",
+            ["low", "normal", "normal", "high", "urgent"]
+                .choose(random)
+                .expect("some"),
+        ));
         if random.random_bool(0.2) {
-            fields.push(field("collapse", ["k1", "k2"].choose(random).expect("some")));
+            fields.push(field(
+                "collapse",
+                ["k1", "k2"].choose(random).expect("some"),
+            ));
         }
         if random.random_bool(0.05) {
             fields.push(field("ttl", "200ms"));
         }
-        Published { partition: *self.partitions.choose(random).expect("some"), fields }
+        Published {
+            partition: *self.partitions.choose(random).expect("some"),
+            fields,
+        }
     }
 
     /// As a publisher does: until it is told that they are there.
     async fn publish(&mut self, partition: PartitionNumber, events: Vec<Published>) {
         let entries: Vec<_> = events.iter().map(|event| event.fields.clone()).collect();
         let broker = &self.stage.puppet.broker;
-        answered("the publisher gets through", async || broker.append(partition, entries.clone()).await).await;
+        answered("the publisher gets through", async || {
+            broker.append(partition, entries.clone()).await
+        })
+        .await;
         self.published.extend(events);
     }
 
@@ -274,18 +373,39 @@ impl Play {
     async fn change_crew(&mut self) {
         let (ann, crew) = (name("ann"), name("crew"));
         let broker = &self.stage.puppet.broker;
-        let before = self.stays.pop_if(|stays| stays.values().all(|stay| stay.left_by.is_none()));
+        let before = self
+            .stays
+            .pop_if(|stays| stays.values().all(|stay| stay.left_by.is_none()));
         let group = crew.clone();
-        let change = if before.is_some() { RecipientChange::Leave { group } } else { RecipientChange::Join { group } };
-        answered("the change gets through", async || broker.change_recipient(&ann, change.clone()).await).await;
-        let recipient = answered("the membership is read", async || broker.recipient(&ann).await).await;
+        let change = if before.is_some() {
+            RecipientChange::Leave { group }
+        } else {
+            RecipientChange::Join { group }
+        };
+        answered("the change gets through", async || {
+            broker.change_recipient(&ann, change.clone()).await
+        })
+        .await;
+        let recipient = answered("the membership is read", async || {
+            broker.recipient(&ann).await
+        })
+        .await;
         let mut stays = HashMap::new();
         for &partition in &self.partitions {
-            let top = answered("the head is read", async || broker.head(partition).await).await.top();
+            let top = answered("the head is read", async || broker.head(partition).await)
+                .await
+                .top();
             let before = before.as_ref().map(|before| before[&partition]);
-            let span = recipient.groups.get(&crew).and_then(|spans| spans.get(&partition)).copied();
+            let span = recipient
+                .groups
+                .get(&crew)
+                .and_then(|spans| spans.get(&partition))
+                .copied();
             // A membership that has ended and within which nothing is kept any more, or ever was, may be forgotten.
-            let forgotten = before.map(|Stay { span, .. }| Span { left: Some(span.joined), ..span });
+            let forgotten = before.map(|Stay { span, .. }| Span {
+                left: Some(span.joined),
+                ..span
+            });
             let stay = Stay {
                 span: span.or(forgotten).expect("who joined is a member"),
                 joined_by: before.map_or(top, |before| before.joined_by),
@@ -305,7 +425,11 @@ impl Play {
 
     /// Every owner holds what it has read, some of it before the replica got so far and some after it, while another primary takes over.
     async fn fail_over_in_the_midst(&mut self) {
-        let stops: Vec<Stop> = self.owners.iter().map(|(.., broker)| broker.stop(At::Before(Op::Commit))).collect();
+        let stops: Vec<Stop> = self
+            .owners
+            .iter()
+            .map(|(.., broker)| broker.stop(At::Before(Op::Commit)))
+            .collect();
         self.publish_some().await;
         self.stage.server().snapshot();
         self.has_snapshot = true;
@@ -337,11 +461,19 @@ impl Play {
             }
             520..526 => {
                 // More than a stream holds that nobody reads.
-                let burst: Vec<_> = (0..300).map(|at| Published { partition: self.partitions[0], ..self.event(at) }).collect();
+                let burst: Vec<_> = (0..300)
+                    .map(|at| Published {
+                        partition: self.partitions[0],
+                        ..self.event(at)
+                    })
+                    .collect();
                 self.publish(self.partitions[0], burst).await;
             }
             526..850 => {
-                let (at, n) = (self.random.random_range(0..self.clients.len()), self.random.random_range(1..30));
+                let (at, n) = (
+                    self.random.random_range(0..self.clients.len()),
+                    self.random.random_range(1..30),
+                );
                 self.clients[at].take(n);
                 tokio::task::yield_now().await;
             }
@@ -360,13 +492,25 @@ impl Play {
                 self.start_owner(partition).await;
             }
             915..930 => {
-                let at = *[At::Before(Op::Commit), At::After(Op::Commit), At::Before(Op::Slice)].choose(&mut self.random).expect("some");
+                let at = *[
+                    At::Before(Op::Commit),
+                    At::After(Op::Commit),
+                    At::Before(Op::Slice),
+                ]
+                .choose(&mut self.random)
+                .expect("some");
                 let (.., broker) = self.owners.choose(&mut self.random).expect("some");
                 self.stalled.push(broker.stop(at));
             }
             930..945 if !self.stalled.is_empty() => {
-                let stop = self.stalled.swap_remove(self.random.random_range(0..self.stalled.len()));
-                if self.random.random() { stop.go() } else { stop.fail() }
+                let stop = self
+                    .stalled
+                    .swap_remove(self.random.random_range(0..self.stalled.len()));
+                if self.random.random() {
+                    stop.go()
+                } else {
+                    stop.fail()
+                }
             }
             945..965 if self.stage.is_redis() => self.stage.server().cut("pubsub"),
             965..972 if self.stage.is_redis() => self.stage.server().cut("normal"),
@@ -374,8 +518,12 @@ impl Play {
                 self.stage.server().snapshot();
                 self.has_snapshot = true;
             }
-            988..994 if matches!(self.kind, Kind::FailOvers) && self.has_snapshot => self.fail_over(),
-            994..1_000 if matches!(self.kind, Kind::FailOvers) => self.fail_over_in_the_midst().await,
+            988..994 if matches!(self.kind, Kind::FailOvers) && self.has_snapshot => {
+                self.fail_over()
+            }
+            994..1_000 if matches!(self.kind, Kind::FailOvers) => {
+                self.fail_over_in_the_midst().await
+            }
             972..994 if matches!(self.kind, Kind::Members { .. }) => self.change_crew().await,
             _ => tokio::time::sleep(Duration::from_millis(self.random.random_range(0..5))).await,
         }
@@ -389,21 +537,41 @@ impl Play {
         self.stalled.clear();
         for partition in self.partitions.clone() {
             // Of low priority: everything else goes before it.
-            let fields =
-                vec![field("type", "t"), field("id", "end"), field("source", "/end"), field("everyone", "true"), field("priority", "low")];
-            self.publish(partition, vec![Published { partition, fields }]).await;
+            let fields = vec![
+                field("type", "t"),
+                field("id", "end"),
+                field("source", "/end"),
+                field("everyone", "true"),
+                field("priority", "low"),
+            ];
+            self.publish(partition, vec![Published { partition, fields }])
+                .await;
         }
-        for (at, client) in self.clients.iter_mut().enumerate().filter(|(_, client)| client.stream.is_none()) {
+        for (at, client) in self
+            .clients
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, client)| client.stream.is_none())
+        {
             client.connect(&self.hubs[at % 2].0);
         }
         let deadline = Instant::now() + 3 * SOON;
         loop {
-            self.clients.iter_mut().for_each(|client| client.take(1_000));
-            let is_done = |client: &Client| self.partitions.iter().all(|&partition| client.has(partition, "end"));
+            self.clients
+                .iter_mut()
+                .for_each(|client| client.take(1_000));
+            let is_done = |client: &Client| {
+                self.partitions
+                    .iter()
+                    .all(|&partition| client.has(partition, "end"))
+            };
             if self.clients.iter().all(is_done) {
                 break;
             }
-            assert!(Instant::now() < deadline, "somebody waits for the last word");
+            assert!(
+                Instant::now() < deadline,
+                "somebody waits for the last word"
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         for (owner, ..) in self.owners.drain(..) {
@@ -423,7 +591,11 @@ async fn play(kind: Kind, seed: u64) {
 
 /// How many plays of a kind there are.
 fn n_plays() -> u64 {
-    if std::env::var_os("LONG").is_some_and(|long| long != "0") { 200 } else { 3 }
+    if std::env::var_os("LONG").is_some_and(|long| long != "0") {
+        200
+    } else {
+        3
+    }
 }
 
 async fn plays(kind: Kind) {

@@ -10,10 +10,13 @@ use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
 use pointsman::broker::{
-    Batch, Broker, Committed, Decision, Error, Head, Item, PartitionNumber, Proposal, RecipientChange, Retention, Slice,
+    Batch, Broker, Committed, Decision, Error, Head, Item, PartitionNumber, Proposal,
+    RecipientChange, Retention, Slice,
 };
 pub(super) use pointsman::clock::now_ms;
-use pointsman::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target};
+use pointsman::event::{
+    EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target,
+};
 use pointsman::hub::{Hub, StreamGuard};
 use pointsman::metrics::Metrics;
 use pointsman::shutdown::Shutdown;
@@ -36,11 +39,16 @@ pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(SOON, asking).await.unwrap_or_else(|_| panic!("not in time: {what}"));
+    tokio::time::timeout(SOON, asking)
+        .await
+        .unwrap_or_else(|_| panic!("not in time: {what}"));
 }
 
 /// Asks a broker until it answers, as whoever needs the answer does. That it is away is no answer.
-pub(super) async fn answered<T>(what: &str, mut ask: impl AsyncFnMut() -> pointsman::broker::Result<T>) -> T {
+pub(super) async fn answered<T>(
+    what: &str,
+    mut ask: impl AsyncFnMut() -> pointsman::broker::Result<T>,
+) -> T {
     let mut answer = None;
     until(what, async || match ask().await {
         Ok(found) => {
@@ -65,15 +73,30 @@ pub(super) fn target(log: &str) -> Target {
 /// A route to these targets, separated by spaces.
 pub(super) fn to(targets: &str) -> Route {
     let to = targets.split(' ').map(target).collect();
-    Route { by: name("test"), to, when: None, priority: Priority::Normal, expires_ms: None, collapse: None, event_name: None, body: None }
+    Route {
+        by: name("test"),
+        to,
+        when: None,
+        priority: Priority::Normal,
+        expires_ms: None,
+        collapse: None,
+        event_name: None,
+        body: None,
+    }
 }
 
 pub(super) fn urgent(targets: &str) -> Route {
-    Route { priority: Priority::Urgent, ..to(targets) }
+    Route {
+        priority: Priority::Urgent,
+        ..to(targets)
+    }
 }
 
 pub(super) fn keyed(key: &str, route: Route) -> Route {
-    Route { collapse: Some(name(key)), ..route }
+    Route {
+        collapse: Some(name(key)),
+        ..route
+    }
 }
 
 /// An installation.
@@ -96,7 +119,11 @@ impl Stage {
     pub(super) async fn redis_with(sources: &[&str], retention: Retention) -> Self {
         let server = RedisServer::start();
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
-        let broker: Arc<dyn Broker> = Arc::new(Redis::connect(&server.url(), &sources, retention.clone()).await.expect("connect"));
+        let broker: Arc<dyn Broker> = Arc::new(
+            Redis::connect(&server.url(), &sources, retention.clone())
+                .await
+                .expect("connect"),
+        );
         let p = broker.partitions()[0].number;
         Self {
             server: Some(server),
@@ -115,10 +142,24 @@ impl Stage {
 
     pub(super) async fn embedded_with(sources: &[&str], retention: Retention) -> Self {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
-        let broker: Arc<dyn Broker> =
-            Arc::new(Embedded::ephemeral(&sources, retention.clone(), Shutdown::new().alarm("the writer")).expect("memory"));
+        let broker: Arc<dyn Broker> = Arc::new(
+            Embedded::ephemeral(
+                &sources,
+                retention.clone(),
+                Shutdown::new().alarm("the writer"),
+            )
+            .expect("memory"),
+        );
         let p = broker.partitions()[0].number;
-        Self { server: None, sources, retention, puppet: Puppet::over(broker), metrics: Metrics::default(), n_fences: AtomicU64::new(0), p }
+        Self {
+            server: None,
+            sources,
+            retention,
+            puppet: Puppet::over(broker),
+            metrics: Metrics::default(),
+            n_fences: AtomicU64::new(0),
+            p,
+        }
     }
 
     pub(super) fn server(&self) -> &RedisServer {
@@ -138,7 +179,8 @@ impl Stage {
     pub(super) async fn another_with(&self, sources: &[String]) -> Arc<Puppet> {
         match &self.server {
             Some(server) => {
-                let connect = async || Redis::connect(&server.url(), sources, self.retention.clone()).await;
+                let connect =
+                    async || Redis::connect(&server.url(), sources, self.retention.clone()).await;
                 Puppet::over(Arc::new(answered("one more node connects", connect).await))
             }
             // One process has the data; what is another node there is another user of the same broker.
@@ -147,7 +189,11 @@ impl Stage {
     }
 
     pub(super) fn hub(&self) -> Hub {
-        Hub::start(Arc::clone(&self.puppet) as Arc<dyn Broker>, self.metrics.clone(), &Shutdown::new())
+        Hub::start(
+            Arc::clone(&self.puppet) as Arc<dyn Broker>,
+            self.metrics.clone(),
+            &Shutdown::new(),
+        )
     }
 
     pub(super) async fn head(&self) -> Head {
@@ -155,12 +201,21 @@ impl Stage {
     }
 
     pub(super) fn item(&self, entry: EntryId, id: &str, routes: &[Route]) -> Item {
-        let document = format!(r#"{{"specversion":"1.0","id":"{id}","source":"/test","type":"t"}}"#);
+        let document =
+            format!(r#"{{"specversion":"1.0","id":"{id}","source":"/test","type":"t"}}"#);
         let event = Event::from_json(entry, "/test", document.as_bytes()).expect("an event");
-        let plan = Plan { routes: routes.to_vec() };
+        let plan = Plan {
+            routes: routes.to_vec(),
+        };
         let targets = plan.targets();
-        let record = Bytes::from(serde_json::to_vec(&Notification { entry, event, plan }).expect("JSON"));
-        Item { entry, dedupe: None, proposal: Proposal::Commit { record, targets }, decision: Decision::default() }
+        let record =
+            Bytes::from(serde_json::to_vec(&Notification { entry, event, plan }).expect("JSON"));
+        Item {
+            entry,
+            dedupe: None,
+            proposal: Proposal::Commit { record, targets },
+            decision: Decision::default(),
+        }
     }
 
     /// Commits events under the next entry ids, as an owner would, and answers their ids.
@@ -168,18 +223,47 @@ impl Stage {
         self.commit_in(self.p, events).await
     }
 
-    pub(super) async fn commit_in(&self, partition: PartitionNumber, events: &[(&str, &[Route])]) -> Vec<NotificationId> {
+    pub(super) async fn commit_in(
+        &self,
+        partition: PartitionNumber,
+        events: &[(&str, &[Route])],
+    ) -> Vec<NotificationId> {
         let broker = &self.puppet.broker;
         let mut ids = Vec::with_capacity(events.len());
         for some in events.chunks(64) {
             let head = broker.head(partition).await.expect("head");
             let entry = next_entry(head.position.entry);
-            let items = (0..).zip(some).map(|(k, (id, routes))| self.item(EntryId { seq: entry.seq + k, ..entry }, id, routes)).collect();
-            match broker.commit(partition, Batch { life: head.life, prev: head.position, items }).await.expect("commit") {
-                Committed::Done(outcomes) => ids.extend(outcomes.into_iter().map(|(outcome, id)| {
-                    assert_eq!(outcome, Outcome::Committed);
-                    id.expect("what is committed has an id")
-                })),
+            let items = (0..)
+                .zip(some)
+                .map(|(k, (id, routes))| {
+                    self.item(
+                        EntryId {
+                            seq: entry.seq + k,
+                            ..entry
+                        },
+                        id,
+                        routes,
+                    )
+                })
+                .collect();
+            match broker
+                .commit(
+                    partition,
+                    Batch {
+                        life: head.life,
+                        prev: head.position,
+                        items,
+                    },
+                )
+                .await
+                .expect("commit")
+            {
+                Committed::Done(outcomes) => {
+                    ids.extend(outcomes.into_iter().map(|(outcome, id)| {
+                        assert_eq!(outcome, Outcome::Committed);
+                        id.expect("what is committed has an id")
+                    }))
+                }
                 Committed::Refused => panic!("the commit from {} was refused", head.position),
             }
         }
@@ -191,21 +275,51 @@ impl Stage {
     }
 
     /// Events `prefix1` to `prefixN`, all by the same routes.
-    pub(super) async fn events(&self, prefix: &str, n: usize, routes: &[Route]) -> Vec<NotificationId> {
+    pub(super) async fn events(
+        &self,
+        prefix: &str,
+        n: usize,
+        routes: &[Route],
+    ) -> Vec<NotificationId> {
         let ids: Vec<String> = (1..=n).map(|k| format!("{prefix}{k}")).collect();
         let events: Vec<(&str, &[Route])> = ids.iter().map(|id| (id.as_str(), routes)).collect();
         self.commit(&events).await
     }
 
     /// Writes one slice of a plan: of an event with all of `routes`, those logs.
-    pub(super) async fn slice(&self, id: &str, routes: &[Route], logs: &[&str], index: u32, is_last: bool) -> NotificationId {
+    pub(super) async fn slice(
+        &self,
+        id: &str,
+        routes: &[Route],
+        logs: &[&str],
+        index: u32,
+        is_last: bool,
+    ) -> NotificationId {
         let head = self.head().await;
-        let entry = if index == 0 { next_entry(head.position.entry) } else { head.position.entry };
+        let entry = if index == 0 {
+            next_entry(head.position.entry)
+        } else {
+            head.position.entry
+        };
         let mut item = self.item(entry, id, routes);
-        let Proposal::Commit { targets, .. } = &mut item.proposal else { unreachable!("it is one") };
+        let Proposal::Commit { targets, .. } = &mut item.proposal else {
+            unreachable!("it is one")
+        };
         *targets = logs.iter().map(|log| target(log)).collect();
-        let slice = Slice { life: head.life, prev: head.position, item, index, is_last };
-        match self.puppet.broker.commit_slice(self.p, slice).await.expect("commit_slice") {
+        let slice = Slice {
+            life: head.life,
+            prev: head.position,
+            item,
+            index,
+            is_last,
+        };
+        match self
+            .puppet
+            .broker
+            .commit_slice(self.p, slice)
+            .await
+            .expect("commit_slice")
+        {
             Committed::Done(outcomes) => outcomes[0].1.expect("an id"),
             Committed::Refused => panic!("the slice was refused"),
         }
@@ -213,22 +327,41 @@ impl Stage {
 
     /// The events in a log, by the ids that their publishers gave them.
     pub(super) async fn log(&self, log: &str) -> Vec<String> {
-        let page = self.puppet.broker.page(self.p, &target(log), NotificationId(0), 100_000).await.expect("page");
+        let page = self
+            .puppet
+            .broker
+            .page(self.p, &target(log), NotificationId(0), 100_000)
+            .await
+            .expect("page");
         let ids: Vec<NotificationId> = page.entries.iter().map(|entry| entry.0).collect();
-        let records = self.puppet.broker.records(self.p, &ids).await.expect("records");
-        records.into_iter().map(|record| event_id(&Record::parse(&record.expect("a record")).expect("JSON"))).collect()
+        let records = self
+            .puppet
+            .broker
+            .records(self.p, &ids)
+            .await
+            .expect("records");
+        records
+            .into_iter()
+            .map(|record| event_id(&Record::parse(&record.expect("a record")).expect("JSON")))
+            .collect()
     }
 
     pub(super) async fn change(&self, user: &str, change: RecipientChange) {
-        self.puppet.broker.change_recipient(&name(user), change).await.expect("change_recipient");
+        self.puppet
+            .broker
+            .change_recipient(&name(user), change)
+            .await
+            .expect("change_recipient");
     }
 
     pub(super) async fn leave(&self, user: &str, group: &str) {
-        self.change(user, RecipientChange::Leave { group: name(group) }).await;
+        self.change(user, RecipientChange::Leave { group: name(group) })
+            .await;
     }
 
     pub(super) async fn join(&self, user: &str, group: &str) {
-        self.change(user, RecipientChange::Join { group: name(group) }).await;
+        self.change(user, RecipientChange::Join { group: name(group) })
+            .await;
     }
 
     /// Waits until a client, by a notice of its own, has heard all that was published until now; so has every stream on the same node.
@@ -245,7 +378,9 @@ impl Stage {
     }
 
     pub(super) fn number_ids_of(&self, source: &str) {
-        let () = self.server().command(&format!("HSET {{{source}}}:meta last {}", an_hour_ahead()));
+        let () = self
+            .server()
+            .command(&format!("HSET {{{source}}}:meta last {}", an_hour_ahead()));
     }
 }
 
@@ -255,7 +390,10 @@ pub(super) fn an_hour_ahead() -> NotificationId {
 
 /// The id of the next entry in the same millisecond.
 pub(super) fn next_entry(entry: EntryId) -> EntryId {
-    EntryId { ms: entry.ms.max(1_700_000_000_000), seq: entry.seq + 1 }
+    EntryId {
+        ms: entry.ms.max(1_700_000_000_000),
+        seq: entry.seq + 1,
+    }
 }
 
 pub(super) fn event_id(record: &Record) -> String {
@@ -265,7 +403,11 @@ pub(super) fn event_id(record: &Record) -> String {
 /// What a client receives.
 #[derive(Debug)]
 pub(super) enum Frame {
-    Event { id: String, priority: Priority, record: Arc<Record> },
+    Event {
+        id: String,
+        priority: Priority,
+        record: Arc<Record>,
+    },
     Gap(Gap),
     Cursor,
 }
@@ -279,7 +421,11 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn open(hub: &Hub, user: &str, start: Start) -> Self {
-        Self { user: name(user), guard: hub.open(name(user), start, Filter::default()), cursor: None }
+        Self {
+            user: name(user),
+            guard: hub.open(name(user), start, Filter::default()),
+            cursor: None,
+        }
     }
 
     /// A new client whose stream is live and whose first frame, the cursor, was taken.
@@ -291,7 +437,10 @@ impl Client {
     }
 
     pub(super) async fn until_live(&self) {
-        until("the stream is live", async || self.guard.stream().lock().is_live()).await;
+        until("the stream is live", async || {
+            self.guard.stream().lock().is_live()
+        })
+        .await;
     }
 
     pub(super) fn is_live(&self) -> bool {
@@ -313,24 +462,33 @@ impl Client {
         let taking = std::future::poll_fn(|cx| {
             stream.register(cx.waker());
             let mut subscription = stream.lock();
-            let Some(next) = subscription.next(now_ms()) else { return Poll::Pending };
+            let Some(next) = subscription.next(now_ms()) else {
+                return Poll::Pending;
+            };
             let mut cursor = String::new();
             subscription.encode_cursor(&mut cursor);
             Poll::Ready((next, cursor))
         });
-        let (next, cursor) = tokio::time::timeout(SOON, taking).await.expect("a frame comes");
+        let (next, cursor) = tokio::time::timeout(SOON, taking)
+            .await
+            .expect("a frame comes");
         stream.made_room();
         assert!(cursor.len() <= 123, "{cursor}");
         let read = Cursor::decode(&cursor, &self.user);
-        assert!(read.is_ok(), "the cursor {cursor} cannot be read back: {read:?}");
+        assert!(
+            read.is_ok(),
+            "the cursor {cursor} cannot be read back: {read:?}"
+        );
         // A gap has no cursor of its own: with that of now, a client that is cut before the next gap would never be told of it.
         if !matches!(next, Next::Gap(_)) {
             self.cursor = Some(cursor);
         }
         match next {
-            Next::Notification { record, way, .. } => {
-                Frame::Event { id: event_id(&record), priority: record.route(way.route).priority, record }
-            }
+            Next::Notification { record, way, .. } => Frame::Event {
+                id: event_id(&record),
+                priority: record.route(way.route).priority,
+                record,
+            },
             Next::Gap(gap) => Frame::Gap(gap),
             Next::Cursor => Frame::Cursor,
         }
@@ -378,7 +536,11 @@ impl Client {
         let (start, cursor) = (self.resume(), self.cursor);
         let user = self.user;
         drop(self.guard);
-        Self { guard: hub.open(user.clone(), start, Filter::default()), user, cursor }
+        Self {
+            guard: hub.open(user.clone(), start, Filter::default()),
+            user,
+            cursor,
+        }
     }
 
     /// The connection breaks; the client has this to come back with.

@@ -43,8 +43,9 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed, Finding, Found, Head, Lease, Page, Partition,
-    PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed,
+    Finding, Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
+    RecipientChange, Result, Retention, Slice,
 };
 use crate::clock::now_ms;
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
@@ -98,7 +99,10 @@ impl Shared {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("store", &self.store).field("partitions", &self.partitions).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("store", &self.store)
+            .field("partitions", &self.partitions)
+            .finish_non_exhaustive()
     }
 }
 
@@ -107,7 +111,10 @@ impl std::fmt::Debug for Shared {
 /// # Errors
 /// One line that names the folder and the fix.
 pub fn check_folder(dir: &Path) -> anyhow::Result<()> {
-    let there = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
+    let there = dir
+        .ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(Path::new("."));
     let probe = there.join(format!(".pointsman-{}", std::process::id()));
     let written = std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe));
     written.with_context(|| {
@@ -121,28 +128,68 @@ impl Embedded {
     ///
     /// # Errors
     /// One line that names the folder and the fix: another process has it, a newer pointsman made it, it is damaged, it cannot be written.
-    pub fn open(dir: &Path, sources: &[String], retention: Retention, alarm: Alarm) -> anyhow::Result<Self> {
-        Self::start(Medium::Folder(dir.to_owned()), sources, retention, Arc::new(now_ms), alarm)
+    pub fn open(
+        dir: &Path,
+        sources: &[String],
+        retention: Retention,
+        alarm: Alarm,
+    ) -> anyhow::Result<Self> {
+        Self::start(
+            Medium::Folder(dir.to_owned()),
+            sources,
+            retention,
+            Arc::new(now_ms),
+            alarm,
+        )
     }
 
     /// Opens a broker that keeps all in memory.
     ///
     /// # Errors
     /// If a source is named twice, or there are too many.
-    pub fn ephemeral(sources: &[String], retention: Retention, alarm: Alarm) -> anyhow::Result<Self> {
+    pub fn ephemeral(
+        sources: &[String],
+        retention: Retention,
+        alarm: Alarm,
+    ) -> anyhow::Result<Self> {
         Self::start(Medium::Memory, sources, retention, Arc::new(now_ms), alarm)
     }
 
-    fn start(medium: Medium, sources: &[String], retention: Retention, clock: Clock, alarm: Alarm) -> anyhow::Result<Self> {
-        let opened = Store::open(medium, |transaction| layout::prepare(transaction, sources, &retention, clock()));
+    fn start(
+        medium: Medium,
+        sources: &[String],
+        retention: Retention,
+        clock: Clock,
+        alarm: Alarm,
+    ) -> anyhow::Result<Self> {
+        let opened = Store::open(medium, |transaction| {
+            layout::prepare(transaction, sources, &retention, clock())
+        });
         // One line with all causes, however it is printed.
         let (store, prepared) = opened.map_err(|error| anyhow::anyhow!("{error:#}"))?;
         let (partitions, metas): (Vec<Partition>, Vec<Meta>) = prepared.into_iter().unzip();
-        let feeds = Arc::new(Feeds::new(partitions.iter().map(|partition| partition.number).collect()));
+        let feeds = Arc::new(Feeds::new(
+            partitions
+                .iter()
+                .map(|partition| partition.number)
+                .collect(),
+        ));
         let arrivals = partitions.iter().map(|_| Notify::new()).collect();
-        let shared = Arc::new(Shared { store, partitions, metas: RwLock::new(metas), arrivals, feeds, retention, clock });
+        let shared = Arc::new(Shared {
+            store,
+            partitions,
+            metas: RwLock::new(metas),
+            arrivals,
+            feeds,
+            retention,
+            clock,
+        });
         let writer = Writer::start(Arc::clone(&shared), alarm)?;
-        Ok(Self { shared, writer, leases: Mutex::default() })
+        Ok(Self {
+            shared,
+            writer,
+            leases: Mutex::default(),
+        })
     }
 
     /// Does what was asked until now, closes the store and lets go of the folder; what is asked later finds the broker away. Blocks for a
@@ -152,14 +199,28 @@ impl Embedded {
     }
 
     fn place(&self, partition: PartitionNumber) -> Result<usize> {
-        let found = self.shared.partitions.iter().position(|known| known.number == partition);
-        found.ok_or_else(|| Error::Refused(format!("there is no partition {}: its source is not configured", partition.0)))
+        let found = self
+            .shared
+            .partitions
+            .iter()
+            .position(|known| known.number == partition);
+        found.ok_or_else(|| {
+            Error::Refused(format!(
+                "there is no partition {}: its source is not configured",
+                partition.0
+            ))
+        })
     }
 
     /// The state of a partition as of the last durable group.
     fn meta(&self, place: usize) -> Result<Meta> {
         self.shared.store.check()?;
-        Ok(self.shared.metas.read().unwrap_or_else(PoisonError::into_inner)[place].clone())
+        Ok(self
+            .shared
+            .metas
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)[place]
+            .clone())
     }
 
     /// Reads from one snapshot of the store.
@@ -173,16 +234,24 @@ impl Embedded {
     {
         let shared = Arc::clone(&self.shared);
         let task = tokio::task::spawn_blocking(move || {
-            let found = shared.store.begin_read().and_then(|transaction| read(&transaction, &shared));
+            let found = shared
+                .store
+                .begin_read()
+                .and_then(|transaction| read(&transaction, &shared));
             found.map_err(|failure| shared.failed(failure))
         });
-        task.await.map_err(|_| Error::Away("a read of the store was broken off; the log says why".to_owned()))?
+        task.await.map_err(|_| {
+            Error::Away("a read of the store was broken off; the log says why".to_owned())
+        })?
     }
 }
 
 /// Roughly what an entry weighs.
 fn weight(fields: &[(Bytes, Bytes)]) -> usize {
-    fields.iter().map(|(name, value)| name.len() + value.len() + 16).sum()
+    fields
+        .iter()
+        .map(|(name, value)| name.len() + value.len() + 16)
+        .sum()
 }
 
 #[async_trait]
@@ -197,13 +266,25 @@ impl Broker for Embedded {
         Ok(findings)
     }
 
-    async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>> {
+    async fn append(
+        &self,
+        partition: PartitionNumber,
+        entries: Vec<Vec<(Bytes, Bytes)>>,
+    ) -> Result<Vec<EntryId>> {
         let place = self.place(partition)?;
         let bytes = entries.iter().map(|fields| weight(fields)).sum();
-        self.writer.write(bytes, move |work| work.append(place, &entries)).await
+        self.writer
+            .write(bytes, move |work| work.append(place, &entries))
+            .await
     }
 
-    async fn read(&self, partition: PartitionNumber, after: EntryId, count: usize, wait: Duration) -> Result<Vec<Entry>> {
+    async fn read(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        count: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>> {
         let place = self.place(partition)?;
         let waited = tokio::time::sleep(wait);
         tokio::pin!(waited);
@@ -213,7 +294,11 @@ impl Broker for Embedded {
             tokio::pin!(arrival);
             arrival.as_mut().enable();
             if self.meta(place)?.last_entry > after {
-                let entries = self.look(move |transaction, _| source::entries(transaction, partition.0, after, count)).await?;
+                let entries = self
+                    .look(move |transaction, _| {
+                        source::entries(transaction, partition.0, after, count)
+                    })
+                    .await?;
                 if !entries.is_empty() {
                     return Ok(entries);
                 }
@@ -233,12 +318,18 @@ impl Broker for Embedded {
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
         let place = self.place(partition)?;
         let bytes = batch.items.iter().map(commit::weight).sum();
-        self.writer.write(bytes, move |work| work.commit(place, &batch)).await
+        self.writer
+            .write(bytes, move |work| work.commit(place, &batch))
+            .await
     }
 
     async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
         let place = self.place(partition)?;
-        self.writer.write(commit::weight(&slice.item), move |work| work.commit_slice(place, &slice)).await
+        self.writer
+            .write(commit::weight(&slice.item), move |work| {
+                work.commit_slice(place, &slice)
+            })
+            .await
     }
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
@@ -250,7 +341,9 @@ impl Broker for Embedded {
         let now = Instant::now();
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         match leases.get(&partition) {
-            Some((holder, until)) if holder != node && *until > now => Ok(Lease::Others(*until - now)),
+            Some((holder, until)) if holder != node && *until > now => {
+                Ok(Lease::Others(*until - now))
+            }
             _ => {
                 leases.insert(partition, (node.to_owned(), now + ttl));
                 Ok(Lease::Mine)
@@ -260,7 +353,10 @@ impl Broker for Embedded {
 
     async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        if leases.get(&partition).is_some_and(|(holder, _)| holder == node) {
+        if leases
+            .get(&partition)
+            .is_some_and(|(holder, _)| holder == node)
+        {
             leases.remove(&partition);
         }
         Ok(())
@@ -268,24 +364,49 @@ impl Broker for Embedded {
 
     async fn take_over(&self, partition: PartitionNumber) -> Result<u32> {
         let place = self.place(partition)?;
-        self.writer.write(0, move |work| Ok(work.take_over(place))).await
+        self.writer
+            .write(0, move |work| Ok(work.take_over(place)))
+            .await
     }
 
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32> {
         let place = self.place(partition)?;
-        self.writer.write(0, move |work| Ok(work.note_attempt(place, entry))).await
+        self.writer
+            .write(0, move |work| Ok(work.note_attempt(place, entry)))
+            .await
     }
 
-    async fn page(&self, partition: PartitionNumber, target: &Target, after: NotificationId, limit: usize) -> Result<Page> {
+    async fn page(
+        &self,
+        partition: PartitionNumber,
+        target: &Target,
+        after: NotificationId,
+        limit: usize,
+    ) -> Result<Page> {
         self.place(partition)?;
         let log = target.to_string();
-        self.look(move |transaction, shared| log::page(transaction, partition.0, &log, after, limit, (shared.clock)())).await
+        self.look(move |transaction, shared| {
+            log::page(
+                transaction,
+                partition.0,
+                &log,
+                after,
+                limit,
+                (shared.clock)(),
+            )
+        })
+        .await
     }
 
-    async fn records(&self, partition: PartitionNumber, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
         self.place(partition)?;
         let ids = ids.to_vec();
-        self.look(move |transaction, _| log::records(transaction, partition.0, &ids)).await
+        self.look(move |transaction, _| log::records(transaction, partition.0, &ids))
+            .await
     }
 
     async fn feed(&self) -> Result<Feed> {
@@ -295,7 +416,11 @@ impl Broker for Embedded {
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
         let user = user.clone();
         self.look(move |transaction, shared| {
-            let metas = shared.metas.read().unwrap_or_else(PoisonError::into_inner).clone();
+            let metas = shared
+                .metas
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone();
             recipients::recipient(transaction, &user, &shared.partitions, &metas)
         })
         .await
@@ -303,32 +428,59 @@ impl Broker for Embedded {
 
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         let user = user.clone();
-        self.writer.write(0, move |work| work.change_recipient(&user, &change)).await
+        self.writer
+            .write(0, move |work| work.change_recipient(&user, &change))
+            .await
     }
 
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
         let user = user.clone();
-        self.look(move |transaction, shared| bookmarks::bookmarks(transaction, &user, &shared.retention, (shared.clock)())).await
+        self.look(move |transaction, shared| {
+            bookmarks::bookmarks(transaction, &user, &shared.retention, (shared.clock)())
+        })
+        .await
     }
 
-    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+    async fn move_bookmark(
+        &self,
+        user: &Name,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: &Bookmark,
+    ) -> Result<bool> {
         let (user, which, seen, to) = (user.clone(), which.clone(), seen.cloned(), to.clone());
-        self.writer.write(0, move |work| work.move_bookmark(&user, &which, seen.as_ref(), to)).await
+        self.writer
+            .write(0, move |work| {
+                work.move_bookmark(&user, &which, seen.as_ref(), to)
+            })
+            .await
     }
 
-    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+    async fn dead_letters(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
         self.place(partition)?;
-        self.look(move |transaction, _| source::dead_letters(transaction, partition.0, after, limit)).await
+        self.look(move |transaction, _| {
+            source::dead_letters(transaction, partition.0, after, limit)
+        })
+        .await
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
         let place = self.place(partition)?;
-        self.writer.write(0, move |work| work.redrive(place, id)).await
+        self.writer
+            .write(0, move |work| work.redrive(place, id))
+            .await
     }
 
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
         let place = self.place(partition)?;
-        self.writer.write(0, move |work| work.drop_dead_letter(place, id)).await
+        self.writer
+            .write(0, move |work| work.drop_dead_letter(place, id))
+            .await
     }
 
     async fn decisions(
@@ -337,13 +489,22 @@ impl Broker for Embedded {
         limit: usize,
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
         self.place(partition)?;
-        self.look(move |transaction, _| source::decisions(transaction, partition.0, limit)).await
+        self.look(move |transaction, _| source::decisions(transaction, partition.0, limit))
+            .await
     }
 
-    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found> {
+    async fn find_decisions(
+        &self,
+        partition: PartitionNumber,
+        event_id: &str,
+        limit: usize,
+    ) -> Result<Found> {
         self.place(partition)?;
         let event_id = event_id.to_owned();
-        self.look(move |transaction, _| source::find_decisions(transaction, partition.0, &event_id, limit)).await
+        self.look(move |transaction, _| {
+            source::find_decisions(transaction, partition.0, &event_id, limit)
+        })
+        .await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

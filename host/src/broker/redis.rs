@@ -46,8 +46,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Found, Head, Item,
-    Lease, Page, Partition, PartitionNumber, PartitionState, Proposal, Recipient, RecipientChange, Result, Retention, Slice,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error,
+    Feed, Finding, Found, Head, Item, Lease, Page, Partition, PartitionNumber, PartitionState,
+    Proposal, Recipient, RecipientChange, Result, Retention, Slice,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
@@ -86,7 +87,10 @@ pub struct Redis {
 
 impl std::fmt::Debug for Redis {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Redis").field("address", &address(&self.client)).field("partitions", &self.partitions).finish()
+        f.debug_struct("Redis")
+            .field("address", &address(&self.client))
+            .field("partitions", &self.partitions)
+            .finish()
     }
 }
 
@@ -96,13 +100,22 @@ impl Redis {
     /// # Errors
     /// [`Error::Away`] if Redis is not there; try again later. [`Error::Refused`] for a URL, a version or a source that will never do.
     pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
-        let client =
-            client::Client::open(url).map_err(|error| Error::Refused(format!("its URL is wrong: {error}; write redis://host:port")))?;
+        let client = client::Client::open(url).map_err(|error| {
+            Error::Refused(format!(
+                "its URL is wrong: {error}; write redis://host:port"
+            ))
+        })?;
         let address = address(&client);
-        Self::connect_to(client, sources, retention).await.map_err(|error| located(error, &address))
+        Self::connect_to(client, sources, retention)
+            .await
+            .map_err(|error| located(error, &address))
     }
 
-    async fn connect_to(client: client::Client, sources: &[String], retention: Retention) -> Result<Self> {
+    async fn connect_to(
+        client: client::Client,
+        sources: &[String],
+        retention: Retention,
+    ) -> Result<Self> {
         let link = Link::new(client.clone());
         let prefixes = place::prefixes(sources)?;
         check::version(&link).await?;
@@ -113,7 +126,13 @@ impl Redis {
         }
         places.sort_by_key(|place| place.partition.number);
         let partitions = places.iter().map(|place| place.partition.clone()).collect();
-        let redis = Self { client, link, partitions, places, retention };
+        let redis = Self {
+            client,
+            link,
+            partitions,
+            places,
+            retention,
+        };
         for place in &redis.places {
             redis.begin(place).await?;
         }
@@ -121,7 +140,10 @@ impl Redis {
     }
 
     fn place(&self, partition: PartitionNumber) -> Result<&Place> {
-        let found = self.places.iter().find(|place| place.partition.number == partition);
+        let found = self
+            .places
+            .iter()
+            .find(|place| place.partition.number == partition);
         found.ok_or_else(|| Error::Refused(format!("there is no partition {}", partition.0)))
     }
 
@@ -130,9 +152,18 @@ impl Redis {
     }
 
     /// Runs a script about a partition.
-    async fn run<T: client::FromRedisValue>(&self, place: &Place, script: &Script, own: impl Fn(&mut client::Cmd)) -> Result<T> {
+    async fn run<T: client::FromRedisValue>(
+        &self,
+        place: &Place,
+        script: &Script,
+        own: impl Fn(&mut client::Cmd),
+    ) -> Result<T> {
         let call = self.link.eval(script, |command| {
-            command.arg(2).arg(&place.partition.source).arg(&place.meta).arg(&place.arguments);
+            command
+                .arg(2)
+                .arg(&place.partition.source)
+                .arg(&place.meta)
+                .arg(&place.arguments);
             own(command);
         });
         call.await
@@ -158,8 +189,15 @@ impl Redis {
             .collect::<Result<Vec<_>>>()?;
         let answer: Vec<String> = self
             .run(place, &scripts::COMMIT, |command| {
-                let (index, is_last) = slice.map_or((-1, false), |(index, is_last)| (i64::from(index), is_last));
-                command.arg(INLINE_BYTES).arg(life.to_string()).arg(prev.to_string()).arg(index).arg(u8::from(is_last)).arg(items.len());
+                let (index, is_last) =
+                    slice.map_or((-1, false), |(index, is_last)| (i64::from(index), is_last));
+                command
+                    .arg(INLINE_BYTES)
+                    .arg(life.to_string())
+                    .arg(prev.to_string())
+                    .arg(index)
+                    .arg(u8::from(is_last))
+                    .arg(items.len());
                 for (item, decision) in items.iter().zip(&decisions) {
                     add_item(command, item, decision);
                 }
@@ -168,7 +206,9 @@ impl Redis {
         match answer.split_first() {
             Some((word, [])) if word == "refused" => Ok(Committed::Refused),
             Some((word, outcomes)) if word == "done" && outcomes.len() == 2 * items.len() => {
-                let outcomes = outcomes.chunks(2).map(|pair| Ok((understand(&pair[0])?, optional_id(&pair[1])?)));
+                let outcomes = outcomes
+                    .chunks(2)
+                    .map(|pair| Ok((understand(&pair[0])?, optional_id(&pair[1])?)));
                 Ok(Committed::Done(outcomes.collect::<Result<_>>()?))
             }
             _ => Err(unexpected(&"a commit's outcomes")),
@@ -183,7 +223,11 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
         Proposal::Unrouted => "u",
         Proposal::DeadLetter(_) => "x",
     };
-    command.arg(kind).arg(item.entry.to_string()).arg(item.dedupe.as_ref().map_or(&[][..], |hash| hash)).arg(decision);
+    command
+        .arg(kind)
+        .arg(item.entry.to_string())
+        .arg(item.dedupe.as_ref().map_or(&[][..], |hash| hash))
+        .arg(decision);
     match &item.proposal {
         Proposal::Commit { record, targets } => {
             command.arg(&record[..]).arg(targets.len());
@@ -192,7 +236,10 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
             }
         }
         Proposal::DeadLetter(why) => {
-            command.arg(&why.reason).arg(why.plugin.as_deref().unwrap_or_default()).arg(why.attempts);
+            command
+                .arg(&why.reason)
+                .arg(why.plugin.as_deref().unwrap_or_default())
+                .arg(why.attempts);
             add_fields(command.arg(why.fields.len()), &why.fields);
         }
         Proposal::Discard | Proposal::Unrouted => {}
@@ -215,26 +262,51 @@ fn id(text: &str) -> Result<NotificationId> {
 }
 
 fn optional_id(text: &str) -> Result<Option<NotificationId>> {
-    if text.is_empty() { Ok(None) } else { id(text).map(Some) }
+    if text.is_empty() {
+        Ok(None)
+    } else {
+        id(text).map(Some)
+    }
 }
 
 /// A stream entry as Redis answers it.
 type RawEntry = (String, Vec<(Vec<u8>, Vec<u8>)>);
 
 fn entry((id, fields): RawEntry) -> Result<Entry> {
-    Ok(Entry { id: understand(&id)?, fields: fields.into_iter().map(|(name, value)| (name.into(), value.into())).collect() })
+    Ok(Entry {
+        id: understand(&id)?,
+        fields: fields
+            .into_iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect(),
+    })
 }
 
 fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
     let Entry { id, fields } = entry(raw)?;
     let text = |name: &str| {
-        let found = fields.iter().find(|(field, _)| field == name.as_bytes()).map(|(_, value)| String::from_utf8_lossy(value).into_owned());
+        let found = fields
+            .iter()
+            .find(|(field, _)| field == name.as_bytes())
+            .map(|(_, value)| String::from_utf8_lossy(value).into_owned());
         found.unwrap_or_default()
     };
-    let own = fields.iter().filter(|(name, _)| name.starts_with(b"f:")).map(|(name, value)| (name.slice(2..), value.clone()));
+    let own = fields
+        .iter()
+        .filter(|(name, _)| name.starts_with(b"f:"))
+        .map(|(name, value)| (name.slice(2..), value.clone()));
     let (plugin, attempts) = (text("plugin"), understand(&text("attempts"))?);
-    let why = DeadReason { reason: text("reason"), plugin: Some(plugin).filter(|name| !name.is_empty()), attempts, fields: own.collect() };
-    Ok(DeadLetter { id, entry: understand(&text("entry"))?, why })
+    let why = DeadReason {
+        reason: text("reason"),
+        plugin: Some(plugin).filter(|name| !name.is_empty()),
+        attempts,
+        fields: own.collect(),
+    };
+    Ok(DeadLetter {
+        id,
+        entry: understand(&text("entry"))?,
+        why,
+    })
 }
 
 #[async_trait]
@@ -244,13 +316,25 @@ impl Broker for Redis {
     }
 
     async fn check(&self) -> Result<Vec<Finding>> {
-        check::findings(self).await.map_err(|error| located(error, &address(&self.client)))
+        check::findings(self)
+            .await
+            .map_err(|error| located(error, &address(&self.client)))
     }
 
-    async fn append(&self, partition: PartitionNumber, entries: Vec<Vec<(Bytes, Bytes)>>) -> Result<Vec<EntryId>> {
+    async fn append(
+        &self,
+        partition: PartitionNumber,
+        entries: Vec<Vec<(Bytes, Bytes)>>,
+    ) -> Result<Vec<EntryId>> {
         let place = self.place(partition)?;
-        if let Some(fields) = entries.iter().find(|fields| fields.is_empty() || fields.len() > MOST_FIELDS) {
-            return Err(Error::Refused(format!("an entry has {} fields; 1 to {MOST_FIELDS} are allowed", fields.len())));
+        if let Some(fields) = entries
+            .iter()
+            .find(|fields| fields.is_empty() || fields.len() > MOST_FIELDS)
+        {
+            return Err(Error::Refused(format!(
+                "an entry has {} fields; 1 to {MOST_FIELDS} are allowed",
+                fields.len()
+            )));
         }
         let mut ids = Vec::with_capacity(entries.len());
         for chunk in chunks(&entries) {
@@ -266,7 +350,10 @@ impl Broker for Redis {
             if let [word, waiting] = answer.as_slice()
                 && word == "full"
             {
-                return Err(Error::Full(format!("{waiting} entries wait in '{}'; try again later", place.partition.source)));
+                return Err(Error::Full(format!(
+                    "{waiting} entries wait in '{}'; try again later",
+                    place.partition.source
+                )));
             }
             for id in answer {
                 ids.push(understand(&id)?);
@@ -275,7 +362,13 @@ impl Broker for Redis {
         Ok(ids)
     }
 
-    async fn read(&self, partition: PartitionNumber, after: EntryId, count: usize, wait: Duration) -> Result<Vec<Entry>> {
+    async fn read(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        count: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>> {
         let place = self.place(partition)?;
         let mut command = client::cmd("XREAD");
         command.arg("COUNT").arg(count);
@@ -283,9 +376,18 @@ impl Broker for Redis {
             // 0 would wait for ever.
             command.arg("BLOCK").arg(wait.as_millis().max(1) as u64);
         }
-        command.arg("STREAMS").arg(&place.partition.source).arg(after.to_string());
-        let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> = place.readers.query(&self.link, &command, wait).await?;
-        answer.into_iter().flatten().flat_map(|(_, entries)| entries).map(entry).collect()
+        command
+            .arg("STREAMS")
+            .arg(&place.partition.source)
+            .arg(after.to_string());
+        let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> =
+            place.readers.query(&self.link, &command, wait).await?;
+        answer
+            .into_iter()
+            .flatten()
+            .flat_map(|(_, entries)| entries)
+            .map(entry)
+            .collect()
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
@@ -293,10 +395,23 @@ impl Broker for Redis {
         // A second time if a life has to begin first; a third time if it ends just then.
         for _ in 0..3 {
             let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
-            if let [life, last, pending, position, floor, origin, now_ms, lives @ ..] = answer.as_slice() {
+            if let [
+                life,
+                last,
+                pending,
+                position,
+                floor,
+                origin,
+                now_ms,
+                lives @ ..,
+            ] = answer.as_slice()
+            {
                 return Ok(Head {
                     life: understand(life)?,
-                    lives: lives.chunks_exact(2).map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?))).collect::<Result<_>>()?,
+                    lives: lives
+                        .chunks_exact(2)
+                        .map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?)))
+                        .collect::<Result<_>>()?,
                     last: id(last)?,
                     pending: optional_id(pending)?,
                     position: understand(position)?,
@@ -307,19 +422,35 @@ impl Broker for Redis {
             }
             self.begin(place).await?;
         }
-        Err(Error::Away("its replication id changes again and again".into()))
+        Err(Error::Away(
+            "its replication id changes again and again".into(),
+        ))
     }
 
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
         if batch.items.is_empty() {
             return Ok(Committed::Done(Vec::new()));
         }
-        self.commit_items(self.place(partition)?, batch.life, batch.prev, None, &batch.items).await
+        self.commit_items(
+            self.place(partition)?,
+            batch.life,
+            batch.prev,
+            None,
+            &batch.items,
+        )
+        .await
     }
 
     async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
         let at = Some((slice.index, slice.is_last));
-        self.commit_items(self.place(partition)?, slice.life, slice.prev, at, std::slice::from_ref(&slice.item)).await
+        self.commit_items(
+            self.place(partition)?,
+            slice.life,
+            slice.prev,
+            at,
+            std::slice::from_ref(&slice.item),
+        )
+        .await
     }
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
@@ -328,7 +459,14 @@ impl Broker for Redis {
             Ok(healed) => place.alarm(healed),
             // Too few replicas, or a disk that does not take its snapshot: scripts that write are refused, a plain PUBLISH is not.
             Err(Error::Away(why)) if why.contains("NOREPLICAS") || why.contains("MISCONF") => {
-                let _heard: i64 = self.link.query(client::cmd("PUBLISH").arg(format!("{}tick", place.channels)).arg("alive")).await?;
+                let _heard: i64 = self
+                    .link
+                    .query(
+                        client::cmd("PUBLISH")
+                            .arg(format!("{}tick", place.channels))
+                            .arg("alive"),
+                    )
+                    .await?;
                 return Err(Error::Away(why));
             }
             Err(error) => return Err(error),
@@ -342,7 +480,11 @@ impl Broker for Redis {
                 command.arg(node).arg(ttl.as_millis().max(1) as u64);
             })
             .await?;
-        Ok(if held_ms == 0 { Lease::Mine } else { Lease::Others(Duration::from_millis(held_ms)) })
+        Ok(if held_ms == 0 {
+            Lease::Mine
+        } else {
+            Lease::Others(Duration::from_millis(held_ms))
+        })
     }
 
     async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
@@ -372,7 +514,13 @@ impl Broker for Redis {
         Ok(times)
     }
 
-    async fn page(&self, partition: PartitionNumber, target: &Target, after: NotificationId, limit: usize) -> Result<Page> {
+    async fn page(
+        &self,
+        partition: PartitionNumber,
+        target: &Target,
+        after: NotificationId,
+        limit: usize,
+    ) -> Result<Page> {
         let (floor, is_present, mut members): (u64, bool, Vec<String>) = self
             .run(self.place(partition)?, &scripts::PAGE, |command| {
                 command.arg(target.to_string()).arg(after.0).arg(limit);
@@ -381,13 +529,24 @@ impl Broker for Redis {
         let is_last = members.len() <= limit;
         members.truncate(limit);
         let entries = members.iter().map(|member| {
-            let (own, before) = member.split_once(' ').ok_or_else(|| unexpected(&"a log's entry"))?;
+            let (own, before) = member
+                .split_once(' ')
+                .ok_or_else(|| unexpected(&"a log's entry"))?;
             Ok((id(own)?, id(before)?))
         });
-        Ok(Page { entries: entries.collect::<Result<_>>()?, is_present, is_last, floor: NotificationId(floor) })
+        Ok(Page {
+            entries: entries.collect::<Result<_>>()?,
+            is_present,
+            is_last,
+            floor: NotificationId(floor),
+        })
     }
 
-    async fn records(&self, partition: PartitionNumber, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
         let place = self.place(partition)?;
         let mut records = Vec::with_capacity(ids.len());
         for some in ids.chunks(RECORDS) {
@@ -402,7 +561,11 @@ impl Broker for Redis {
     }
 
     async fn feed(&self) -> Result<Feed> {
-        let places = self.places.iter().map(|place| (place.channels.clone(), place.partition.number)).collect();
+        let places = self
+            .places
+            .iter()
+            .map(|place| (place.channels.clone(), place.partition.number))
+            .collect();
         feed::open(self.client.get_connection_info(), places).await
     }
 
@@ -418,14 +581,30 @@ impl Broker for Redis {
         bookmarks::read(self, user).await
     }
 
-    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+    async fn move_bookmark(
+        &self,
+        user: &Name,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: &Bookmark,
+    ) -> Result<bool> {
         bookmarks::change(self, user, which, seen, to).await
     }
 
-    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+    async fn dead_letters(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
         let place = self.place(partition)?;
         let mut command = client::cmd("XRANGE");
-        command.arg(format!("{}dead", place.prefix)).arg(format!("({after}")).arg("+").arg("COUNT").arg(limit);
+        command
+            .arg(format!("{}dead", place.prefix))
+            .arg(format!("({after}"))
+            .arg("+")
+            .arg("COUNT")
+            .arg(limit);
         let letters: Vec<RawEntry> = self.link.query(&command).await?;
         letters.into_iter().map(dead_letter).collect()
     }
@@ -439,7 +618,13 @@ impl Broker for Redis {
 
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
         let place = self.place(partition)?;
-        self.link.query(client::cmd("XDEL").arg(format!("{}dead", place.prefix)).arg(id.to_string())).await
+        self.link
+            .query(
+                client::cmd("XDEL")
+                    .arg(format!("{}dead", place.prefix))
+                    .arg(id.to_string()),
+            )
+            .await
     }
 
     async fn decisions(
@@ -450,15 +635,23 @@ impl Broker for Redis {
         decisions::newest(self, self.place(partition)?, limit).await
     }
 
-    async fn find_decisions(&self, partition: PartitionNumber, event_id: &str, limit: usize) -> Result<Found> {
+    async fn find_decisions(
+        &self,
+        partition: PartitionNumber,
+        event_id: &str,
+        limit: usize,
+    ) -> Result<Found> {
         decisions::find(self, self.place(partition)?, event_id, limit).await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
         let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
-            self.run(self.place(partition)?, &scripts::STATE, |_| {}).await?;
+            self.run(self.place(partition)?, &scripts::STATE, |_| {})
+                .await?;
         let number = |field: &str| meta.get(field).map_or(Ok(0), |text| understand(text));
-        let outcomes = Outcome::ALL.into_iter().map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
+        let outcomes = Outcome::ALL
+            .into_iter()
+            .map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
         Ok(PartitionState {
             outcomes: outcomes.collect::<Result<_>>()?,
             lag,
@@ -489,7 +682,10 @@ fn chunks(entries: &[Vec<(Bytes, Bytes)>]) -> Vec<&[Vec<(Bytes, Bytes)>]> {
     let mut chunks = Vec::new();
     let (mut begin, mut bytes) = (0, 0);
     for (at, fields) in entries.iter().enumerate() {
-        let own: usize = fields.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let own: usize = fields
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
         if at > begin && (at - begin == APPEND_ENTRIES || bytes + own > super::MAX_COMMIT_BYTES) {
             chunks.push(&entries[begin..at]);
             (begin, bytes) = (at, 0);

@@ -30,13 +30,26 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     let engine = Engine::with_cache(cache(&config))?;
     let plugins = Registry::load(engine, config.plugins.clone(), Metrics::default())?.states();
     for plugin in plugins.iter().filter(|plugin| plugin.failure.is_none()) {
-        println!("plugin {}: {} {} of {}", plugin.name, plugin.kind, plugin.version, plugin.file);
+        println!(
+            "plugin {}: {} {} of {}",
+            plugin.name, plugin.kind, plugin.version, plugin.file
+        );
     }
-    let failures: Vec<String> =
-        plugins.iter().filter_map(|plugin| Some(format!("plugin {}: {}", plugin.name, plugin.failure.as_ref()?))).collect();
+    let failures: Vec<String> = plugins
+        .iter()
+        .filter_map(|plugin| {
+            Some(format!(
+                "plugin {}: {}",
+                plugin.name,
+                plugin.failure.as_ref()?
+            ))
+        })
+        .collect();
     ensure!(failures.is_empty(), "{}", failures.join("\n"));
     if plugins.is_empty() && !config.node.allow_no_plugins {
-        println!("warning: no plugin is there, so events would wait; put one into the folder of --plugins, or give --allow-no-plugins");
+        println!(
+            "warning: no plugin is there, so events would wait; put one into the folder of --plugins, or give --allow-no-plugins"
+        );
     }
     for (key, fix) in config.auth.placeholders() {
         println!("warning: {key} {fix}");

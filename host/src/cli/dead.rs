@@ -69,17 +69,35 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
                 eprintln!("pointsman: there is none");
                 return Ok(());
             }
-            let mut rows = vec![["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"].map(str::to_owned)];
+            let mut rows =
+                vec![["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"].map(str::to_owned)];
             // Reasons quote what came from outside.
-            rows.extend(letters.iter().map(|Letter { id, source, entry, reason, plugin, attempts }| {
-                let plugin = plugin.as_deref().unwrap_or("-");
-                [printable(id), printable(source), printable(entry), attempts.to_string(), printable(plugin), printable(reason)]
-            }));
+            rows.extend(letters.iter().map(
+                |Letter {
+                     id,
+                     source,
+                     entry,
+                     reason,
+                     plugin,
+                     attempts,
+                 }| {
+                    let plugin = plugin.as_deref().unwrap_or("-");
+                    [
+                        printable(id),
+                        printable(source),
+                        printable(entry),
+                        attempts.to_string(),
+                        printable(plugin),
+                        printable(reason),
+                    ]
+                },
+            ));
             print!("{}", table(&rows));
         }
         Action::Show { id } => {
             let text = accept(node.ask(&agent, "GET", &format!("/v1/dead/{id}"))?)?;
-            let letter: serde_json::Value = serde_json::from_str(&text).context("the node's answer is not JSON")?;
+            let letter: serde_json::Value =
+                serde_json::from_str(&text).context("the node's answer is not JSON")?;
             println!("{}", pretty_json(&letter));
         }
         Action::Redrive(chosen) => act(node, &agent, chosen, "POST", "/redrive", "redriven")?,
@@ -89,11 +107,26 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// Does one thing to each; the first that fails ends it.
-fn act(node: &Node, agent: &Agent, chosen: &Chosen, method: &str, suffix: &str, done: &str) -> anyhow::Result<()> {
+fn act(
+    node: &Node,
+    agent: &Agent,
+    chosen: &Chosen,
+    method: &str,
+    suffix: &str,
+    done: &str,
+) -> anyhow::Result<()> {
     // Read to the end first: what fails again after a redrive would otherwise be met again, for ever.
-    let ids = if chosen.all { all(node, agent)?.into_iter().map(|letter| letter.id).collect() } else { chosen.ids.clone() };
+    let ids = if chosen.all {
+        all(node, agent)?
+            .into_iter()
+            .map(|letter| letter.id)
+            .collect()
+    } else {
+        chosen.ids.clone()
+    };
     for id in ids {
-        accept(node.ask(agent, method, &format!("/v1/dead/{id}{suffix}"))?).with_context(|| id.clone())?;
+        accept(node.ask(agent, method, &format!("/v1/dead/{id}{suffix}"))?)
+            .with_context(|| id.clone())?;
         println!("{id}\t{done}");
     }
     Ok(())
@@ -104,7 +137,8 @@ fn all(node: &Node, agent: &Agent) -> anyhow::Result<Vec<Letter>> {
     let (mut letters, mut after) = (Vec::new(), String::new());
     loop {
         let text = accept(node.ask(agent, "GET", &format!("/v1/dead?limit=1000{after}"))?)?;
-        let page: Listed = serde_json::from_str(&text).context("the node's answer is no list of dead letters")?;
+        let page: Listed =
+            serde_json::from_str(&text).context("the node's answer is no list of dead letters")?;
         letters.extend(page.dead);
         match page.next {
             Some(next) => after = format!("&after={next}"),

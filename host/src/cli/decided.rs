@@ -15,26 +15,64 @@ pub(super) fn line(label: &str, what: &str) -> String {
 
 /// Who said what, and why.
 pub(super) fn verdict(said: &Value) -> String {
-    let (generation, hash) = (&said["generation"], said["hash"].as_str().map(|hash| format!(", {hash}")).unwrap_or_default());
+    let (generation, hash) = (
+        &said["generation"],
+        said["hash"]
+            .as_str()
+            .map(|hash| format!(", {hash}"))
+            .unwrap_or_default(),
+    );
     let verdict = text(&said["verdict"]);
-    let reason = said["reason"].as_str().or((verdict == "skipped").then_some("its types do not match"));
-    let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
-    format!("{} (generation {generation}{hash}) {verdict}{reason}", text(&said["plugin"]))
+    let reason = said["reason"]
+        .as_str()
+        .or((verdict == "skipped").then_some("its types do not match"));
+    let reason = reason
+        .map(|reason| format!(": {reason}"))
+        .unwrap_or_default();
+    format!(
+        "{} (generation {generation}{hash}) {verdict}{reason}",
+        text(&said["plugin"])
+    )
 }
 
 pub(super) fn route(route: &Value) -> String {
-    let to: Vec<String> = list(&route["to"]).iter().take(MAX_TARGETS).map(text).collect();
+    let to: Vec<String> = list(&route["to"])
+        .iter()
+        .take(MAX_TARGETS)
+        .map(text)
+        .collect();
     let more = list(&route["to"]).len().saturating_sub(MAX_TARGETS);
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    let mut told = format!("by {} to {}{more}, {}", text(&route["by"]), to.join(" "), text(&route["priority"]));
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    let mut told = format!(
+        "by {} to {}{more}, {}",
+        text(&route["by"]),
+        to.join(" "),
+        text(&route["priority"])
+    );
     if let Some(any_of) = route["when"].as_array() {
-        let clauses: Vec<String> = any_of.iter().map(|clause| list(clause).iter().map(test).collect::<Vec<_>>().join(" and ")).collect();
+        let clauses: Vec<String> = any_of
+            .iter()
+            .map(|clause| {
+                list(clause)
+                    .iter()
+                    .map(test)
+                    .collect::<Vec<_>>()
+                    .join(" and ")
+            })
+            .collect();
         told += &format!(", if {}", clauses.join(" or "));
     }
     if let Some(ms) = route["expires_ms"].as_u64() {
         told += &format!(", until {}", rfc3339(ms));
     }
-    for (key, words) in [("collapse", "with the collapse key"), ("event_name", "as the event")] {
+    for (key, words) in [
+        ("collapse", "with the collapse key"),
+        ("event_name", "as the event"),
+    ] {
         if let Some(name) = route[key].as_str() {
             told += &format!(", {words} {name}");
         }
@@ -43,8 +81,18 @@ pub(super) fn route(route: &Value) -> String {
 }
 
 fn test(test: &Value) -> String {
-    let values: Vec<String> = list(&test["values"]).iter().map(ToString::to_string).collect();
-    [text(&test["attribute"]), text(&test["operator"]), values.join(", ")].join(" ").trim_end().to_owned()
+    let values: Vec<String> = list(&test["values"])
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    [
+        text(&test["attribute"]),
+        text(&test["operator"]),
+        values.join(", "),
+    ]
+    .join(" ")
+    .trim_end()
+    .to_owned()
 }
 
 pub(super) fn list(value: &Value) -> &[Value] {

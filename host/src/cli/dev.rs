@@ -63,13 +63,22 @@ struct Crate {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let crates = options.crates()?;
     if let Some(named) = &options.plugins {
-        ensure!(named.is_dir(), "{} is no folder; make it, or leave out --plugins", named.display());
+        ensure!(
+            named.is_dir(),
+            "{} is no folder; make it, or leave out --plugins",
+            named.display()
+        );
     }
     let scratch = Scratch::new()?;
     let plugins = options.plugins.clone().unwrap_or_else(|| scratch.plugins());
-    let settings = Arc::new(Settings::new(options.config.as_deref(), crates.clone(), scratch.0.join("pointsman.toml"))?);
+    let settings = Arc::new(Settings::new(
+        options.config.as_deref(),
+        crates.clone(),
+        scratch.0.join("pointsman.toml"),
+    )?);
     let config = options.node(&settings, &plugins)?;
-    let filter = EnvFilter::try_new(&options.log).with_context(|| format!("--log {}", options.log))?;
+    let filter =
+        EnvFilter::try_new(&options.log).with_context(|| format!("--log {}", options.log))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -77,7 +86,10 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .log_internal_errors(false)
         .without_time()
         .init();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
     let ended = runtime.block_on(async {
         let shutdown = Shutdown::new();
         shutdown.on_signals().context("cannot listen to signals")?;
@@ -116,22 +128,52 @@ impl Options {
         };
         let known = |folder: &PathBuf| {
             let manifest = folder.join("Cargo.toml");
-            let text = fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
-            let manifest: toml::Table = text.parse().with_context(|| manifest.display().to_string())?;
-            let name = manifest.get("package").and_then(|package| package.get("name")?.as_str());
-            let name = name.with_context(|| format!("{} holds no package; name the folders of the plugins", folder.display()))?;
-            Ok(Crate { folder: folder.canonicalize()?, name: called(name) })
+            let text = fs::read_to_string(&manifest)
+                .with_context(|| format!("cannot read {}", manifest.display()))?;
+            let manifest: toml::Table = text
+                .parse()
+                .with_context(|| manifest.display().to_string())?;
+            let name = manifest
+                .get("package")
+                .and_then(|package| package.get("name")?.as_str());
+            let name = name.with_context(|| {
+                format!(
+                    "{} holds no package; name the folders of the plugins",
+                    folder.display()
+                )
+            })?;
+            Ok(Crate {
+                folder: folder.canonicalize()?,
+                name: called(name),
+            })
         };
         folders.iter().map(known).collect()
     }
 
     /// A node in memory, in dev mode, with these settings and these plugins.
     fn node(&self, settings: &Settings, plugins: &Path) -> anyhow::Result<Config> {
-        let plugins = plugins.to_str().with_context(|| format!("{} is no UTF-8", plugins.display()))?;
-        let fixed = [("ephemeral", "true".to_owned()), ("dev", "true".to_owned()), ("plugins", plugins.to_owned())];
-        let given = [("listen", self.listen.clone()), ("admin", self.admin.clone())];
-        let options = fixed.into_iter().chain(given.into_iter().filter_map(|(option, text)| Some((option, text?))));
-        let recipe = Recipe { file: Some(settings.file.clone()), environment: Vec::new(), options: options.collect() };
+        let plugins = plugins
+            .to_str()
+            .with_context(|| format!("{} is no UTF-8", plugins.display()))?;
+        let fixed = [
+            ("ephemeral", "true".to_owned()),
+            ("dev", "true".to_owned()),
+            ("plugins", plugins.to_owned()),
+        ];
+        let given = [
+            ("listen", self.listen.clone()),
+            ("admin", self.admin.clone()),
+        ];
+        let options = fixed.into_iter().chain(
+            given
+                .into_iter()
+                .filter_map(|(option, text)| Some((option, text?))),
+        );
+        let recipe = Recipe {
+            file: Some(settings.file.clone()),
+            environment: Vec::new(),
+            options: options.collect(),
+        };
         Ok(recipe.make()?)
     }
 }
@@ -151,8 +193,16 @@ impl Settings {
         // For an error that names the user's file, and not this one.
         Layers::file(named)?;
         let path = named.unwrap_or(Path::new(DEFAULT_FILE));
-        let text = if named.is_some() || path.is_file() { fs::read_to_string(path)? } else { String::new() };
-        let settings = Self { written: text.parse()?, crates, file };
+        let text = if named.is_some() || path.is_file() {
+            fs::read_to_string(path)?
+        } else {
+            String::new()
+        };
+        let settings = Self {
+            written: text.parse()?,
+            crates,
+            file,
+        };
         settings.write()?;
         Ok(settings)
     }
@@ -165,12 +215,21 @@ impl Settings {
         let mut all = self.written.clone();
         for Crate { folder, name } in &self.crates {
             let path = folder.join(CONFIG);
-            let Ok(text) = fs::read_to_string(&path) else { continue };
-            let own: serde_json::Map<String, serde_json::Value> =
-                serde_json::from_str(&text).with_context(|| format!("{} is no JSON object", path.display()))?;
-            let own = toml::Table::try_from(own).with_context(|| format!("{} is no configuration", path.display()))?;
-            let plugins = all.entry("plugins").or_insert_with(|| toml::Table::new().into());
-            let plugin = plugins.as_table_mut().map(|plugins| plugins.entry(name).or_insert_with(|| toml::Table::new().into()));
+            let Ok(text) = fs::read_to_string(&path) else {
+                continue;
+            };
+            let own: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
+                .with_context(|| format!("{} is no JSON object", path.display()))?;
+            let own = toml::Table::try_from(own)
+                .with_context(|| format!("{} is no configuration", path.display()))?;
+            let plugins = all
+                .entry("plugins")
+                .or_insert_with(|| toml::Table::new().into());
+            let plugin = plugins.as_table_mut().map(|plugins| {
+                plugins
+                    .entry(name)
+                    .or_insert_with(|| toml::Table::new().into())
+            });
             if let Some(plugin) = plugin.and_then(toml::Value::as_table_mut) {
                 plugin.entry("config").or_insert(own.into());
             }
@@ -189,7 +248,10 @@ impl Scratch {
     fn new() -> anyhow::Result<Self> {
         let path = std::env::temp_dir().join(format!("pointsman-dev-{}", std::process::id()));
         // New, and this user's alone: plugins are loaded from it.
-        fs::DirBuilder::new().mode(0o700).create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("cannot make {}", path.display()))?;
         let scratch = Self(path);
         fs::create_dir(scratch.plugins())?;
         Ok(scratch)

@@ -31,24 +31,53 @@ struct Export {
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let Action::Export(Export { admin, last }) = &options.action;
-    let response = admin.request(&agent(Duration::from_secs(60)), "GET", &format!("/v1/events?last={last}"), None)?;
-    let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let response = admin.request(
+        &agent(Duration::from_secs(60)),
+        "GET",
+        &format!("/v1/events?last={last}"),
+        None,
+    )?;
+    let header = |name: &str| {
+        response
+            .headers()
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+            .to_owned()
+    };
     let (bound, unreadable) = (header("pointsman-bound"), header("pointsman-unreadable"));
     let (status, text) = read(response)?;
     anyhow::ensure!(status.is_success(), "{}", refusal(status, &text));
-    std::io::stdout().write_all(text.as_bytes()).context("cannot write the events")?;
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot write the events")?;
     let why = match bound.as_str() {
         "last" => "as many as were asked for",
         "bytes" => "more do not fit into one answer of 16 MiB",
         _ => "the sources hold no more that were decided (retention.keep_s)",
     };
-    let since = text.lines().next().and_then(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).ok());
-    let since =
-        since.map(|event| format!(", the oldest '{}' of {}", event.id, pointsman::event::rfc3339(event.time_ms))).unwrap_or_default();
+    let since = text
+        .lines()
+        .next()
+        .and_then(|line| Event::from_json(EntryId::default(), "-", line.as_bytes()).ok());
+    let since = since
+        .map(|event| {
+            format!(
+                ", the oldest '{}' of {}",
+                event.id,
+                pointsman::event::rfc3339(event.time_ms)
+            )
+        })
+        .unwrap_or_default();
     let n = text.lines().count();
-    eprintln!("pointsman: {n} event{}{since}: {why}", if n == 1 { "" } else { "s" });
+    eprintln!(
+        "pointsman: {n} event{}{since}: {why}",
+        if n == 1 { "" } else { "s" }
+    );
     if !["", "0"].contains(&unreadable.as_str()) {
-        eprintln!("pointsman: {unreadable} entries cannot be read as events and were left out; see: pointsman dead list");
+        eprintln!(
+            "pointsman: {unreadable} entries cannot be read as events and were left out; see: pointsman dead list"
+        );
     }
     Ok(())
 }

@@ -24,11 +24,27 @@ pub(super) struct Options {
     admin: Admin,
 }
 
-pub(super) fn run(Options { event_id, user, json, admin }: &Options) -> anyhow::Result<()> {
-    let user = user.as_ref().map(|user| format!("&user={}", encoded(user))).unwrap_or_default();
+pub(super) fn run(
+    Options {
+        event_id,
+        user,
+        json,
+        admin,
+    }: &Options,
+) -> anyhow::Result<()> {
+    let user = user
+        .as_ref()
+        .map(|user| format!("&user={}", encoded(user)))
+        .unwrap_or_default();
     let path = format!("/v1/explain?event_id={}{user}", encoded(event_id));
-    let text = accept(read(admin.request(&agent(Duration::from_secs(60)), "GET", &path, None)?)?)?;
-    let explanation: Value = serde_json::from_str(&text).context("the node's answer is not JSON")?;
+    let text = accept(read(admin.request(
+        &agent(Duration::from_secs(60)),
+        "GET",
+        &path,
+        None,
+    )?)?)?;
+    let explanation: Value =
+        serde_json::from_str(&text).context("the node's answer is not JSON")?;
     if *json {
         println!("{}", pretty_json(&explanation));
     } else {
@@ -43,7 +59,9 @@ pub(super) fn run(Options { event_id, user, json, admin }: &Options) -> anyhow::
 /// As it stands in a query.
 fn encoded(text: &str) -> String {
     let byte = |byte: u8| match byte {
-        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+            char::from(byte).to_string()
+        }
         _ => format!("%{byte:02X}"),
     };
     text.bytes().map(byte).collect()
@@ -54,7 +72,13 @@ fn lines(explanation: &Value) -> Vec<String> {
     let mut say = |label: &str, what: String| lines.push(line(label, &what));
     let decision = &explanation["decision"];
     say("decided", decided(decision));
-    say("event", format!("{} of type {} from {}", decision["event_id"], decision["event_type"], decision["event_source"]));
+    say(
+        "event",
+        format!(
+            "{} of type {} from {}",
+            decision["event_id"], decision["event_type"], decision["event_source"]
+        ),
+    );
     for said in list(&decision["verdicts"]) {
         say("plugin", verdict(said));
     }
@@ -71,8 +95,14 @@ fn lines(explanation: &Value) -> Vec<String> {
             (true, false) => ", and won",
             _ => "",
         };
-        let reason = recipient["routes"][at]["reason"].as_str().map(|reason| format!(": {reason}{wins}")).unwrap_or_default();
-        say(&format!("route {}", at + 1), format!("{}{reason}", route(planned)));
+        let reason = recipient["routes"][at]["reason"]
+            .as_str()
+            .map(|reason| format!(": {reason}{wins}"))
+            .unwrap_or_default();
+        say(
+            &format!("route {}", at + 1),
+            format!("{}{reason}", route(planned)),
+        );
     }
     if recipient.is_object() {
         standing(recipient, &mut say);
@@ -83,11 +113,29 @@ fn lines(explanation: &Value) -> Vec<String> {
 /// What is known of the user who was asked about.
 fn standing(recipient: &Value, say: &mut impl FnMut(&str, String)) {
     if let Some(is_in_log) = recipient["in_log"].as_bool() {
-        say("log", if is_in_log { "it is in a log of the user" } else { "it has left the user's logs" }.to_owned());
+        say(
+            "log",
+            if is_in_log {
+                "it is in a log of the user"
+            } else {
+                "it has left the user's logs"
+            }
+            .to_owned(),
+        );
     }
     if let Some(later) = recipient["superseded_by"].as_object() {
-        let is_over = if recipient["superseded_by"]["expired"] == true { ", and has expired" } else { "" };
-        say("later", format!("{} (notification {}) has the same collapse key{is_over}", later["event_id"], later["notification"]));
+        let is_over = if recipient["superseded_by"]["expired"] == true {
+            ", and has expired"
+        } else {
+            ""
+        };
+        say(
+            "later",
+            format!(
+                "{} (notification {}) has the same collapse key{is_over}",
+                later["event_id"], later["notification"]
+            ),
+        );
     }
     for device in list(&recipient["devices"]) {
         let at = match device["at"].as_str() {
@@ -97,18 +145,46 @@ fn standing(recipient: &Value, say: &mut impl FnMut(&str, String)) {
         };
         say("device", format!("{} {at}", text(&device["device"])));
     }
-    say("read", if recipient["read"] == true { "the read mark is past it" } else { "it is not marked as read" }.to_owned());
-    let Value::Object(streams) = &recipient["streams"] else { return };
-    say("streams", format!("{} open on this node, {} of them past it", streams["open"], streams["past"]));
+    say(
+        "read",
+        if recipient["read"] == true {
+            "the read mark is past it"
+        } else {
+            "it is not marked as read"
+        }
+        .to_owned(),
+    );
+    let Value::Object(streams) = &recipient["streams"] else {
+        return;
+    };
+    say(
+        "streams",
+        format!(
+            "{} open on this node, {} of them past it",
+            streams["open"], streams["past"]
+        ),
+    );
     for unknown in list(&recipient["not_known"]) {
         say("not known", text(unknown));
     }
 }
 
 fn decided(decision: &Value) -> String {
-    let id = decision["notification"].as_u64().map(|id| format!(" as notification {id}")).unwrap_or_default();
-    let at = decision["clock_ms"].as_u64().filter(|ms| *ms > 0).map(|ms| format!(" at {}", rfc3339(ms))).unwrap_or_default();
-    format!("{}{at}{id}, entry {} of partition {}", text(&decision["outcome"]), text(&decision["entry"]), decision["partition"])
+    let id = decision["notification"]
+        .as_u64()
+        .map(|id| format!(" as notification {id}"))
+        .unwrap_or_default();
+    let at = decision["clock_ms"]
+        .as_u64()
+        .filter(|ms| *ms > 0)
+        .map(|ms| format!(" at {}", rfc3339(ms)))
+        .unwrap_or_default();
+    format!(
+        "{}{at}{id}, entry {} of partition {}",
+        text(&decision["outcome"]),
+        text(&decision["entry"]),
+        decision["partition"]
+    )
 }
 
 #[cfg(test)]

@@ -117,31 +117,55 @@ impl Subject {
     fn load(&self) -> anyhow::Result<Loaded> {
         let (file, folder) = if self.plugin.is_dir() {
             let made = toolchain::Build::start(&self.plugin, &self.profile, false)?.finish()?;
-            let [file] = made.as_slice() else { bail!("{} makes {} plugins; name the file of one", self.plugin.display(), made.len()) };
+            let [file] = made.as_slice() else {
+                bail!(
+                    "{} makes {} plugins; name the file of one",
+                    self.plugin.display(),
+                    made.len()
+                )
+            };
             (file.clone(), Some(self.plugin.clone()))
         } else {
             (self.plugin.clone(), None)
         };
-        let name = self.name.clone().unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
+        let name = self
+            .name
+            .clone()
+            .unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
         let settings = match &self.settings {
             Some(path) => settings(path, &name)?,
             None => Settings::default(),
         };
         let limits = settings.limits();
         let bytes = read(&file, limits.file_bytes)?;
-        let config = match self.config.clone().or_else(|| beside(folder.as_deref(), "config.json").filter(|_| settings.config.is_empty())) {
+        let config = match self.config.clone().or_else(|| {
+            beside(folder.as_deref(), "config.json").filter(|_| settings.config.is_empty())
+        }) {
             Some(path) => config(&path)?,
             None => serde_json::to_string(&settings.config)?,
         };
         let name = Name::parse(&name).map_err(|e| e.of("the plugin's name"))?;
-        Ok(Loaded { file, folder, name, bytes, config, limits })
+        Ok(Loaded {
+            file,
+            folder,
+            name,
+            bytes,
+            config,
+            limits,
+        })
     }
 }
 
 impl Loaded {
     /// The plugin after every check of a node.
     fn plugin(&self, engine: &Engine) -> anyhow::Result<Plugin> {
-        let loaded = Plugin::load(engine, self.name.clone(), &self.bytes, &self.config, self.limits.clone());
+        let loaded = Plugin::load(
+            engine,
+            self.name.clone(),
+            &self.bytes,
+            &self.config,
+            self.limits.clone(),
+        );
         loaded.with_context(|| self.file.display().to_string())
     }
 
@@ -152,14 +176,19 @@ impl Loaded {
 }
 
 fn beside(folder: Option<&Path>, name: &str) -> Option<PathBuf> {
-    folder.map(|folder| folder.join(name)).filter(|path| path.is_file())
+    folder
+        .map(|folder| folder.join(name))
+        .filter(|path| path.is_file())
 }
 
 /// The bytes of a file, and of one that is too large as many as show it.
 fn read(file: &Path, max: usize) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
-    opened.take(max as u64 + 1).read_to_end(&mut bytes).with_context(|| format!("cannot read {}", file.display()))?;
+    opened
+        .take(max as u64 + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("cannot read {}", file.display()))?;
     Ok(bytes)
 }
 
@@ -171,15 +200,18 @@ fn settings(path: &Path, name: &str) -> anyhow::Result<Settings> {
         #[serde(default)]
         plugins: Config,
     }
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let Written { mut plugins } = toml::from_str(&text).with_context(|| path.display().to_string())?;
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let Written { mut plugins } =
+        toml::from_str(&text).with_context(|| path.display().to_string())?;
     Ok(plugins.plugins.remove(name).unwrap_or_default())
 }
 
 /// A configuration, as the host hands it over.
 fn config(path: &Path) -> anyhow::Result<String> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let config: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_str(&text).with_context(|| format!("{} is no JSON object", path.display()))?;
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
+        .with_context(|| format!("{} is no JSON object", path.display()))?;
     Ok(serde_json::to_string(&config)?)
 }

@@ -77,20 +77,40 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let agent = agent(Duration::from_secs(60));
     let mut n_refused = 0;
     for batch in batches(&events)? {
-        let path = if options.dry_run { "/v1/events?dry_run=true" } else { "/v1/events" };
+        let path = if options.dry_run {
+            "/v1/events?dry_run=true"
+        } else {
+            "/v1/events"
+        };
         let answer = send(&options.node, &agent, path, batch)?;
         for event in answer["events"].as_array().into_iter().flatten() {
             if options.dry_run {
-                println!("{}", if options.json { pretty_json(event) } else { tried(event) });
+                println!(
+                    "{}",
+                    if options.json {
+                        pretty_json(event)
+                    } else {
+                        tried(event)
+                    }
+                );
             } else if event["status"] == "stored" {
-                println!("stored\t{}\tpartition {}\tentry {}", printable(&text(&event["id"])), event["partition"], text(&event["entry"]));
+                println!(
+                    "stored\t{}\tpartition {}\tentry {}",
+                    printable(&text(&event["id"])),
+                    event["partition"],
+                    text(&event["entry"])
+                );
             } else {
                 n_refused += 1;
                 println!("refused\t{}", printable(&text(&event["error"])));
             }
         }
     }
-    ensure!(n_refused == 0, "{n_refused} of {} events were refused", events.len());
+    ensure!(
+        n_refused == 0,
+        "{n_refused} of {} events were refused",
+        events.len()
+    );
     Ok(())
 }
 
@@ -99,25 +119,65 @@ fn tried(event: &Value) -> String {
     if event["status"] != "tried" {
         return format!("refused    {}", printable(&text(&event["error"])));
     }
-    let reason = event["reason"].as_str().filter(|reason| !reason.is_empty()).map(|reason| format!(": {reason}")).unwrap_or_default();
-    let by = event["plugin"].as_str().map(|plugin| format!(" by {plugin}{reason}")).unwrap_or_default();
-    let mut lines = vec![format!("{} of type {} would be {}{by}", event["id"], event["type"], text(&event["outcome"]))];
-    lines.extend(list(&event["verdicts"]).iter().map(|said| line("plugin", &verdict(said))));
-    lines.extend(list(&event["plan"]).iter().enumerate().map(|(at, planned)| line(&format!("route {}", at + 1), &route(planned))));
+    let reason = event["reason"]
+        .as_str()
+        .filter(|reason| !reason.is_empty())
+        .map(|reason| format!(": {reason}"))
+        .unwrap_or_default();
+    let by = event["plugin"]
+        .as_str()
+        .map(|plugin| format!(" by {plugin}{reason}"))
+        .unwrap_or_default();
+    let mut lines = vec![format!(
+        "{} of type {} would be {}{by}",
+        event["id"],
+        event["type"],
+        text(&event["outcome"])
+    )];
+    lines.extend(
+        list(&event["verdicts"])
+            .iter()
+            .map(|said| line("plugin", &verdict(said))),
+    );
+    lines.extend(
+        list(&event["plan"])
+            .iter()
+            .enumerate()
+            .map(|(at, planned)| line(&format!("route {}", at + 1), &route(planned))),
+    );
     let mut reaches = |who: String| lines.push(line("reaches", &who));
     let of = &event["reaches"];
     for reached in list(&of["users"]) {
-        reaches(format!("user {}, by {}, {}", text(&reached["user"]), text(&reached["by"]), text(&reached["priority"])));
+        reaches(format!(
+            "user {}, by {}, {}",
+            text(&reached["user"]),
+            text(&reached["by"]),
+            text(&reached["priority"])
+        ));
     }
-    list(&of["groups"]).iter().for_each(|group| reaches(format!("the members of group {}{AS_FAR}", text(group))));
+    list(&of["groups"])
+        .iter()
+        .for_each(|group| reaches(format!("the members of group {}{AS_FAR}", text(group))));
     if of["everyone"] == true {
         reaches(format!("everyone{AS_FAR}"));
     }
-    lines.extend(list(&of["left_out"]).iter().map(|user| line("left out", &format!("user {}: no condition holds", text(user)))));
+    lines.extend(list(&of["left_out"]).iter().map(|user| {
+        line(
+            "left out",
+            &format!("user {}: no condition holds", text(user)),
+        )
+    }));
     if of["n_not_judged"].as_u64().is_some_and(|n| n > 0) {
-        lines.push(line("not judged", &format!("{} more users", of["n_not_judged"])));
+        lines.push(line(
+            "not judged",
+            &format!("{} more users", of["n_not_judged"]),
+        ));
     }
-    lines.iter().map(|line| printable(line)).collect::<Vec<_>>().join("\n")
+    lines
+        .iter()
+        .map(|line| printable(line))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
@@ -127,18 +187,26 @@ fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
         Ok(())
     };
     for pair in &options.attribute {
-        let (name, value) = pair.split_once('=').with_context(|| format!("--attribute {pair} has no value; write NAME=VALUE"))?;
+        let (name, value) = pair
+            .split_once('=')
+            .with_context(|| format!("--attribute {pair} has no value; write NAME=VALUE"))?;
         set(name, json!(value))?;
     }
     set("type", json!(kind))?;
     set("source", json!(options.source))?;
     set("id", json!(options.id.clone().unwrap_or_else(new_id)))?;
-    for (name, value) in [("subject", &options.subject), ("priority", &options.priority)] {
+    for (name, value) in [
+        ("subject", &options.subject),
+        ("priority", &options.priority),
+    ] {
         if let Some(value) = value {
             set(name, json!(value))?;
         }
     }
-    for (one, many, names) in [("user", "users", &options.user), ("group", "groups", &options.group)] {
+    for (one, many, names) in [
+        ("user", "users", &options.user),
+        ("group", "groups", &options.group),
+    ] {
         match names.as_slice() {
             [] => {}
             [name] => set(one, json!(name))?,
@@ -149,28 +217,43 @@ fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
         set("everyone", json!(true))?;
     }
     if let Some(data) = &options.data {
-        let data: Box<RawValue> =
-            serde_json::from_str(data).with_context(|| format!("--data is not JSON; a text is written in quotes: --data '\"{data}\"'"))?;
+        let data: Box<RawValue> = serde_json::from_str(data).with_context(|| {
+            format!("--data is not JSON; a text is written in quotes: --data '\"{data}\"'")
+        })?;
         event.insert("data".to_owned(), data);
     }
-    event.insert("specversion".to_owned(), serde_json::value::to_raw_value("1.0")?);
+    event.insert(
+        "specversion".to_owned(),
+        serde_json::value::to_raw_value("1.0")?,
+    );
     Ok(event)
 }
 
 /// JSON documents one after the other, with or without line breaks; a list counts as its events.
 fn from_input(input: impl Read) -> anyhow::Result<Vec<Document>> {
     let mut events = Vec::new();
-    for (n, document) in serde_json::Deserializer::from_reader(input).into_iter::<Box<RawValue>>().enumerate() {
-        let document = document.with_context(|| format!("document {} of the input is not JSON", n + 1))?;
+    for (n, document) in serde_json::Deserializer::from_reader(input)
+        .into_iter::<Box<RawValue>>()
+        .enumerate()
+    {
+        let document =
+            document.with_context(|| format!("document {} of the input is not JSON", n + 1))?;
         if document.get().trim_start().starts_with('[') {
             events.extend(
-                serde_json::from_str::<Vec<Document>>(document.get()).context("a list of the input holds something else than events")?,
+                serde_json::from_str::<Vec<Document>>(document.get())
+                    .context("a list of the input holds something else than events")?,
             );
         } else {
-            events.push(serde_json::from_str(document.get()).with_context(|| format!("document {} of the input is no event", n + 1))?);
+            events.push(
+                serde_json::from_str(document.get())
+                    .with_context(|| format!("document {} of the input is no event", n + 1))?,
+            );
         }
     }
-    ensure!(!events.is_empty(), "no event was given; say --type, or write events to standard input");
+    ensure!(
+        !events.is_empty(),
+        "no event was given; say --type, or write events to standard input"
+    );
     for event in &mut events {
         if !event.contains_key("id") {
             event.insert("id".to_owned(), serde_json::value::to_raw_value(&new_id())?);
@@ -205,18 +288,28 @@ fn send(node: &Node, agent: &Agent, path: &str, batch: String) -> anyhow::Result
     let url = node.at(path);
     let mut attempt = 1;
     loop {
-        let mut request = agent.post(&url).content_type("application/cloudevents-batch+json");
+        let mut request = agent
+            .post(&url)
+            .content_type("application/cloudevents-batch+json");
         if let Some(authorization) = node.authorization() {
             request = request.header("authorization", authorization);
         }
         let (why, wait_s) = match request.send(&batch) {
             Ok(response) => {
-                let wait_s = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+                let wait_s = response
+                    .headers()
+                    .get("retry-after")
+                    .and_then(|value| value.to_str().ok()?.parse().ok());
                 let (status, text) = read(response)?;
                 if status.is_success() {
                     return serde_json::from_str(&text).context("the node's answer is not JSON");
                 }
-                if !matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT) {
+                if !matches!(
+                    status,
+                    StatusCode::TOO_MANY_REQUESTS
+                        | StatusCode::SERVICE_UNAVAILABLE
+                        | StatusCode::REQUEST_TIMEOUT
+                ) {
                     bail!("{}", refusal(status, &text));
                 }
                 (refusal(status, &text), wait_s)
@@ -271,8 +364,18 @@ mod tests {
         .unwrap();
         let expected = json!({ "specversion": "1.0", "type": "t", "source": "/cli", "id": "a", "users": ["1", "2"], "group": "g", "everyone": true, "plan": "pro", "data": { "n": 1 } });
         assert_eq!(found, expected);
-        assert!(event(&["--data", "hello"]).unwrap_err().to_string().contains("--data '\"hello\"'"));
-        assert!(event(&["--attribute", "plan"]).unwrap_err().to_string().contains("NAME=VALUE"));
+        assert!(
+            event(&["--data", "hello"])
+                .unwrap_err()
+                .to_string()
+                .contains("--data '\"hello\"'")
+        );
+        assert!(
+            event(&["--attribute", "plan"])
+                .unwrap_err()
+                .to_string()
+                .contains("NAME=VALUE")
+        );
     }
 
     #[test]
@@ -292,9 +395,13 @@ mod tests {
 
     #[test]
     fn requests_are_bounded() {
-        let events: Vec<Document> = from_input("{\"type\":\"t\"}".repeat(2_500).as_bytes()).unwrap();
-        let sizes: Vec<usize> =
-            batches(&events).unwrap().iter().map(|batch| serde_json::from_str::<Vec<Value>>(batch).unwrap().len()).collect();
+        let events: Vec<Document> =
+            from_input("{\"type\":\"t\"}".repeat(2_500).as_bytes()).unwrap();
+        let sizes: Vec<usize> = batches(&events)
+            .unwrap()
+            .iter()
+            .map(|batch| serde_json::from_str::<Vec<Value>>(batch).unwrap().len())
+            .collect();
         assert_eq!(sizes, [1_000, 1_000, 500]);
     }
 }

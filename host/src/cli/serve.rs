@@ -65,19 +65,37 @@ impl Options {
             ("log", &self.log),
             ("log-format", &self.log_format),
         ];
-        let flags = [("ephemeral", self.ephemeral), ("allow-no-plugins", self.allow_no_plugins), ("dev", self.dev)];
-        let texts = texts.into_iter().filter_map(|(option, text)| Some((option, text.clone()?)));
-        let flags = flags.into_iter().filter(|(_, is_given)| *is_given).map(|(option, _)| (option, "true".to_owned()));
+        let flags = [
+            ("ephemeral", self.ephemeral),
+            ("allow-no-plugins", self.allow_no_plugins),
+            ("dev", self.dev),
+        ];
+        let texts = texts
+            .into_iter()
+            .filter_map(|(option, text)| Some((option, text.clone()?)));
+        let flags = flags
+            .into_iter()
+            .filter(|(_, is_given)| *is_given)
+            .map(|(option, _)| (option, "true".to_owned()));
         // A variable that is no UTF-8 cannot be one of ours.
-        let environment = std::env::vars_os().filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
-        Recipe { file: self.config.clone(), environment: environment.collect(), options: texts.chain(flags).collect() }.make()
+        let environment = std::env::vars_os()
+            .filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
+        Recipe {
+            file: self.config.clone(),
+            environment: environment.collect(),
+            options: texts.chain(flags).collect(),
+        }
+        .make()
     }
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let config = options.load()?;
     start_log(&config.log);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
     let ended = runtime.block_on(async {
         let shutdown = Shutdown::new();
         shutdown.on_signals().context("cannot listen to signals")?;
@@ -92,7 +110,10 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 fn start_log(log: &Log) {
     // Checked as the configuration was.
     let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     // A line that cannot be written (a full disk, a pipe that nobody reads) is lost. By default it would be complained of on standard error,
     // which cannot be written either: a panic, wherever something was logged.
     let builder = builder.log_internal_errors(false);

@@ -55,7 +55,10 @@ fn place(text: &str) -> Result<String, String> {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let agent = agent(SILENCE);
     let url = format!("{}/v1/stream", options.url.trim_end_matches('/'));
-    let mut parser = Parser { last_id: options.after.clone().unwrap_or_default(), ..Parser::default() };
+    let mut parser = Parser {
+        last_id: options.after.clone().unwrap_or_default(),
+        ..Parser::default()
+    };
     let (mut left, mut was_open) = (options.count.unwrap_or(u64::MAX), false);
     let last_id = Arc::default();
     say_on_interrupt(Arc::clone(&last_id));
@@ -78,20 +81,32 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             Ok(response) if response.status() != StatusCode::OK => {
                 let (status, text) = read(response)?;
                 // Only these pass; a browser's `EventSource` would stop for any.
-                if !matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+                if !matches!(
+                    status,
+                    StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+                ) {
                     bail!("{}", refusal(status, &text));
                 }
                 refusal(status, &text)
             }
             Ok(response) => {
-                let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+                let content_type = response
+                    .headers()
+                    .get(CONTENT_TYPE)
+                    .and_then(|value| value.to_str().ok())
+                    .unwrap_or_default();
                 ensure!(
                     content_type.starts_with("text/event-stream"),
                     "{url} answers '{content_type}', which is no stream; is this a Pointsman node?"
                 );
                 was_open = true;
                 parser.reset();
-                follow(&mut BufReader::new(response.into_body().into_reader()), &mut parser, &mut left, &last_id)
+                follow(
+                    &mut BufReader::new(response.into_body().into_reader()),
+                    &mut parser,
+                    &mut left,
+                    &last_id,
+                )
             }
         };
         if left > 0 {
@@ -116,10 +131,18 @@ fn say_where(last_id: &LastId) {
 /// Ends the process at Ctrl-C or SIGTERM, with a word about where it was.
 fn say_on_interrupt(last_id: Arc<LastId>) {
     // Without a thread for it, either ends the process all the same.
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    else {
+        return;
+    };
     std::thread::spawn(move || {
         let signal = runtime.block_on(async {
-            let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt()).ok()?, signal(SignalKind::terminate()).ok()?);
+            let (mut interrupt, mut terminate) = (
+                signal(SignalKind::interrupt()).ok()?,
+                signal(SignalKind::terminate()).ok()?,
+            );
             tokio::select! { _ = interrupt.recv() => Some(2), _ = terminate.recv() => Some(15) }
         });
         if let Some(signal) = signal {
@@ -131,7 +154,12 @@ fn say_on_interrupt(last_id: Arc<LastId>) {
 }
 
 /// Prints notifications until the stream ends, and says why it did.
-fn follow(stream: &mut impl BufRead, parser: &mut Parser, left: &mut u64, last_id: &LastId) -> String {
+fn follow(
+    stream: &mut impl BufRead,
+    parser: &mut Parser,
+    left: &mut u64,
+    last_id: &LastId,
+) -> String {
     let mut line = Vec::new();
     while *left > 0 {
         line.clear();
@@ -141,17 +169,23 @@ fn follow(stream: &mut impl BufRead, parser: &mut Parser, left: &mut u64, last_i
             Ok(_) => {}
             Err(error) => return format!("the stream was cut: {error}"),
         }
-        let Some(message) = parser.line(&String::from_utf8_lossy(&line)) else { continue };
+        let Some(message) = parser.line(&String::from_utf8_lossy(&line)) else {
+            continue;
+        };
         match message.event.as_str() {
             // Only its id counts, and that is remembered already.
             "cursor" => {}
-            "gap" | "reauth" | "close" => eprintln!("pointsman: {}: {}", message.event, message.data),
+            "gap" | "reauth" | "close" => {
+                eprintln!("pointsman: {}: {}", message.event, message.data)
+            }
             _ => {
                 *left -= 1;
                 println!("{}", message.data.replace('\n', " "));
             }
         }
-        parser.last_id.clone_into(&mut last_id.lock().unwrap_or_else(PoisonError::into_inner));
+        parser
+            .last_id
+            .clone_into(&mut last_id.lock().unwrap_or_else(PoisonError::into_inner));
     }
     String::new()
 }
@@ -174,7 +208,12 @@ struct Parser {
 
 impl Default for Parser {
     fn default() -> Self {
-        Self { last_id: String::new(), retry_ms: 2_000, event: String::new(), data: None }
+        Self {
+            last_id: String::new(),
+            retry_ms: 2_000,
+            event: String::new(),
+            data: None,
+        }
     }
 }
 
@@ -204,7 +243,11 @@ impl Parser {
             },
             "id" if !value.contains('\0') => value.clone_into(&mut self.last_id),
             // Bounded, or a typo at the other end would end this for good.
-            "retry" => self.retry_ms = value.parse().map_or(self.retry_ms, |ms: u64| ms.min(300_000)),
+            "retry" => {
+                self.retry_ms = value
+                    .parse()
+                    .map_or(self.retry_ms, |ms: u64| ms.min(300_000))
+            }
             _ => {}
         }
         None
@@ -219,9 +262,22 @@ mod tests {
     fn a_stream_is_read_as_browsers_read_it() {
         let mut parser = Parser::default();
         let stream = "retry: 150\n: hello\n\nevent: cursor\nid: c0\ndata:\n\nid: c1\ndata: {\"a\":1}\n\n:\nevent: gap\r\ndata: x\r\ndata: y\r\n\r\nid: c2\ndata: cut";
-        let messages: Vec<Message> = stream.split_inclusive('\n').filter_map(|line| parser.line(line)).collect();
-        let message = |event: &str, data: &str| Message { event: event.into(), data: data.into() };
-        assert_eq!(messages, [message("cursor", ""), message("", "{\"a\":1}"), message("gap", "x\ny")]);
+        let messages: Vec<Message> = stream
+            .split_inclusive('\n')
+            .filter_map(|line| parser.line(line))
+            .collect();
+        let message = |event: &str, data: &str| Message {
+            event: event.into(),
+            data: data.into(),
+        };
+        assert_eq!(
+            messages,
+            [
+                message("cursor", ""),
+                message("", "{\"a\":1}"),
+                message("gap", "x\ny")
+            ]
+        );
         assert_eq!(parser.retry_ms, 150);
         parser.reset();
         assert_eq!(parser.line("\n"), None);

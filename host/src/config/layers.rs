@@ -36,7 +36,12 @@ impl Layers {
             },
         };
         let text = text.map_err(|e| {
-            Error::new(path.display(), format!("cannot be read: {e}; name a file that this process may read with --config"))
+            Error::new(
+                path.display(),
+                format!(
+                    "cannot be read: {e}; name a file that this process may read with --config"
+                ),
+            )
         })?;
         Self::text(path, &text)
     }
@@ -47,16 +52,30 @@ impl Layers {
     /// See there.
     pub fn text(path: &Path, text: &str) -> Result<Self, Error> {
         let fault = |error: &toml::de::Error| {
-            let (line, key) = error.span().map(|span| locate(text, span.start)).unwrap_or_default();
-            let key = if key.is_empty() { key } else { format!("{key}: ") };
+            let (line, key) = error
+                .span()
+                .map(|span| locate(text, span.start))
+                .unwrap_or_default();
+            let key = if key.is_empty() {
+                key
+            } else {
+                format!("{key}: ")
+            };
             Error::new(
                 format!("{}:{line}", path.display()),
-                format!("{key}{}; every key and its default: pointsman config --defaults", error.message()),
+                format!(
+                    "{key}{}; every key and its default: pointsman config --defaults",
+                    error.message()
+                ),
             )
         };
         toml::from_str::<Written>(text).map_err(|e| fault(&e))?;
         let table: Table = text.parse().map_err(|e| fault(&e))?;
-        Ok(Self { table, origins: BTreeMap::new(), file: Some(path.to_owned()) })
+        Ok(Self {
+            table,
+            origins: BTreeMap::new(),
+            file: Some(path.to_owned()),
+        })
     }
 
     /// Lays the environment over it. Variables whose second word is no section are left alone: an orchestrator may set
@@ -64,23 +83,31 @@ impl Layers {
     ///
     /// # Errors
     /// A variable names no key, or has no value that the key takes.
-    pub fn environment(self, variables: impl IntoIterator<Item = (String, String)>) -> Result<Self, Error> {
-        let settings = variables.into_iter().filter(|(_, text)| !text.is_empty()).filter_map(|(variable, text)| {
-            let name = variable.strip_prefix("POINTSMAN_")?;
-            let option = OPTIONS.iter().find(|(option, _)| option.replace('-', "_").eq_ignore_ascii_case(name));
-            let key = match option {
-                Some((_, key)) => (*key).to_owned(),
-                None => {
-                    let (section, key) = name.split_once('_')?;
-                    let section = section.to_ascii_lowercase();
-                    if !sections().contains_key(&section) {
-                        return None;
+    pub fn environment(
+        self,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, Error> {
+        let settings = variables
+            .into_iter()
+            .filter(|(_, text)| !text.is_empty())
+            .filter_map(|(variable, text)| {
+                let name = variable.strip_prefix("POINTSMAN_")?;
+                let option = OPTIONS
+                    .iter()
+                    .find(|(option, _)| option.replace('-', "_").eq_ignore_ascii_case(name));
+                let key = match option {
+                    Some((_, key)) => (*key).to_owned(),
+                    None => {
+                        let (section, key) = name.split_once('_')?;
+                        let section = section.to_ascii_lowercase();
+                        if !sections().contains_key(&section) {
+                            return None;
+                        }
+                        format!("{section}.{}", key.to_ascii_lowercase())
                     }
-                    format!("{section}.{}", key.to_ascii_lowercase())
-                }
-            };
-            Some((variable, key, text))
-        });
+                };
+                Some((variable, key, text))
+            });
         self.lay(settings.collect())
     }
 
@@ -88,15 +115,26 @@ impl Layers {
     ///
     /// # Errors
     /// A value is none that the key takes.
-    pub fn options<'a>(self, options: impl IntoIterator<Item = (&'a str, String)>) -> Result<Self, Error> {
-        let known = |option: &str| OPTIONS.iter().find(|(name, _)| *name == option).map(|(_, key)| (*key).to_owned());
-        let settings = options.into_iter().filter_map(|(option, text)| Some((format!("--{option}"), known(option)?, text)));
+    pub fn options<'a>(
+        self,
+        options: impl IntoIterator<Item = (&'a str, String)>,
+    ) -> Result<Self, Error> {
+        let known = |option: &str| {
+            OPTIONS
+                .iter()
+                .find(|(name, _)| *name == option)
+                .map(|(_, key)| (*key).to_owned())
+        };
+        let settings = options
+            .into_iter()
+            .filter_map(|(option, text)| Some((format!("--{option}"), known(option)?, text)));
         self.lay(settings.collect())
     }
 
     fn lay(mut self, settings: Vec<(String, String, String)>) -> Result<Self, Error> {
-        let chooses =
-            |(_, key, text): &(String, String, String)| BROKER_KEYS.contains(&key.as_str()) && !["false", "0"].contains(&text.as_str());
+        let chooses = |(_, key, text): &(String, String, String)| {
+            BROKER_KEYS.contains(&key.as_str()) && !["false", "0"].contains(&text.as_str())
+        };
         if settings.iter().any(chooses) {
             for key in BROKER_KEYS {
                 remove(&mut self.table, key);
@@ -119,7 +157,9 @@ impl Layers {
             match (fits, fault) {
                 (Some(table), _) => self.table = table,
                 (None, fault) => {
-                    let what = fault.map(|error| error.message().to_owned()).unwrap_or_default();
+                    let what = fault
+                        .map(|error| error.message().to_owned())
+                        .unwrap_or_default();
                     return Err(Error::new(
                         format!("{origin}: {key}"),
                         format!("{what}; every key and its default: pointsman config --defaults"),
@@ -133,12 +173,17 @@ impl Layers {
 
     /// What was written, all layers together.
     pub(super) fn written(&self) -> Result<Written, Error> {
-        self.table.clone().try_into().map_err(|e: toml::de::Error| self.fault("configuration", e.message()))
+        self.table
+            .clone()
+            .try_into()
+            .map_err(|e: toml::de::Error| self.fault("configuration", e.message()))
     }
 
     /// An error at a key, where that key was set.
     pub(super) fn fault(&self, key: &str, text: impl fmt::Display) -> Error {
-        let origin = self.origins.iter().find(|(have, _)| *have == key || (!key.contains('.') && have.starts_with(&format!("{key}."))));
+        let origin = self.origins.iter().find(|(have, _)| {
+            *have == key || (!key.contains('.') && have.starts_with(&format!("{key}.")))
+        });
         let place = match (origin, &self.file) {
             (Some((_, origin)), _) => origin.clone(),
             (None, Some(file)) => file.display().to_string(),
@@ -157,14 +202,23 @@ pub(super) fn sections() -> Table {
 fn readings(text: &str) -> Vec<Value> {
     let mut readings = vec![Value::String(text.to_owned())];
     // As in the file: numbers, booleans, lists.
-    readings.extend(format!("x = {text}").parse::<Table>().ok().and_then(|mut table| table.remove("x")));
+    readings.extend(
+        format!("x = {text}")
+            .parse::<Table>()
+            .ok()
+            .and_then(|mut table| table.remove("x")),
+    );
     // As everywhere else in an environment.
     match text {
         "1" => readings.push(Value::Boolean(true)),
         "0" => readings.push(Value::Boolean(false)),
         _ => {}
     }
-    readings.push(Value::Array(text.split(',').map(|item| Value::String(item.trim().to_owned())).collect()));
+    readings.push(Value::Array(
+        text.split(',')
+            .map(|item| Value::String(item.trim().to_owned()))
+            .collect(),
+    ));
     readings
 }
 
@@ -174,7 +228,9 @@ fn insert(table: &mut Table, key: &str, value: Value) {
             table.insert(key.to_owned(), value);
         }
         Some((section, rest)) => {
-            let section = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
+            let section = table
+                .entry(section)
+                .or_insert_with(|| Value::Table(Table::new()));
             if let Value::Table(section) = section {
                 insert(section, rest, value);
             }
@@ -195,12 +251,29 @@ fn locate(text: &str, at: usize) -> (usize, String) {
     let before = text.get(..at).unwrap_or(text);
     let number = before.matches('\n').count() + 1;
     let line = text.lines().nth(number - 1).unwrap_or_default();
-    let header =
-        |line: &str| line.trim().strip_prefix('[').and_then(|rest| rest.split(']').next()).map(|name| name.trim_matches('[').to_owned());
+    let header = |line: &str| {
+        line.trim()
+            .strip_prefix('[')
+            .and_then(|rest| rest.split(']').next())
+            .map(|name| name.trim_matches('[').to_owned())
+    };
     // What is wrong with a section as a whole is found at the bracket that opens it.
-    let opens =
-        text.get(at..).is_some_and(|rest| rest.starts_with('[')) && before.rsplit('\n').next().is_some_and(|start| start.trim().is_empty());
-    let section = Some(line).filter(|_| opens).and_then(header).or_else(|| before.lines().rev().find_map(header));
+    let opens = text.get(at..).is_some_and(|rest| rest.starts_with('['))
+        && before
+            .rsplit('\n')
+            .next()
+            .is_some_and(|start| start.trim().is_empty());
+    let section = Some(line)
+        .filter(|_| opens)
+        .and_then(header)
+        .or_else(|| before.lines().rev().find_map(header));
     let key = line.split_once('=').map(|(key, _)| key.trim().to_owned());
-    (number, [section, key].into_iter().flatten().collect::<Vec<_>>().join("."))
+    (
+        number,
+        [section, key]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>()
+            .join("."),
+    )
 }

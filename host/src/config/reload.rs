@@ -38,12 +38,21 @@ impl Recipe {
         // Looked at before it is read: what changes in between is seen as a change.
         let sight = look(self.path());
         let layers = self.layers()?;
-        let origin = Origin { recipe: self.clone(), sight, written: layers.written()? };
-        Ok(Config { origin: Some(origin), ..Config::new(&layers)? })
+        let origin = Origin {
+            recipe: self.clone(),
+            sight,
+            written: layers.written()?,
+        };
+        Ok(Config {
+            origin: Some(origin),
+            ..Config::new(&layers)?
+        })
     }
 
     fn layers(&self) -> Result<Layers, Error> {
-        Layers::file(self.file.as_deref())?.environment(self.environment.clone())?.options(self.options.clone())
+        Layers::file(self.file.as_deref())?
+            .environment(self.environment.clone())?
+            .options(self.options.clone())
     }
 
     fn path(&self) -> &Path {
@@ -64,12 +73,28 @@ type Sight = Option<(u64, u64, i64, i64, i64, i64)>;
 
 fn look(path: &Path) -> Sight {
     let file = fs::metadata(path).ok()?;
-    Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec(), file.ctime(), file.ctime_nsec()))
+    Some((
+        file.ino(),
+        file.len(),
+        file.mtime(),
+        file.mtime_nsec(),
+        file.ctime(),
+        file.ctime_nsec(),
+    ))
 }
 
 /// Takes over what changes, until the node shuts down.
-pub(crate) async fn follow(origin: Origin, registry: Arc<Registry>, readiness: Readiness, shutdown: Shutdown) {
-    let Origin { recipe, sight: mut taken_up, written } = origin;
+pub(crate) async fn follow(
+    origin: Origin,
+    registry: Arc<Registry>,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) {
+    let Origin {
+        recipe,
+        sight: mut taken_up,
+        written,
+    } = origin;
     let mut before = taken_up;
     loop {
         tokio::select! {
@@ -80,7 +105,10 @@ pub(crate) async fn follow(origin: Origin, registry: Arc<Registry>, readiness: R
         if now != taken_up && now == before {
             if now.is_none() {
                 // An accident, or the moment between two files: without it, everything would be as by default, and events unrouted for good.
-                let text = format!("{} is gone; what it said is in force", recipe.path().display());
+                let text = format!(
+                    "{} is gone; what it said is in force",
+                    recipe.path().display()
+                );
                 readiness.warn("configuration", text);
                 before = now;
                 continue;
@@ -92,18 +120,30 @@ pub(crate) async fn follow(origin: Origin, registry: Arc<Registry>, readiness: R
     }
 }
 
-async fn take_up(recipe: &Recipe, in_force: &Written, registry: &Arc<Registry>, readiness: &Readiness) {
+async fn take_up(
+    recipe: &Recipe,
+    in_force: &Written,
+    registry: &Arc<Registry>,
+    readiness: &Readiness,
+) {
     // Checked as a whole, as at the start: half of a mistake must not take effect.
-    let made = recipe.make().and_then(|config| Ok((config, recipe.layers()?.written()?)));
+    let made = recipe
+        .make()
+        .and_then(|config| Ok((config, recipe.layers()?.written()?)));
     let (config, written) = match made {
         Ok(made) => made,
         Err(error) => {
             tracing::error!("the configuration was not taken over: {error}");
-            return readiness.warn("configuration", format!("{error}; what was configured before is in force"));
+            return readiness.warn(
+                "configuration",
+                format!("{error}; what was configured before is in force"),
+            );
         }
     };
     let registry = Arc::clone(registry);
-    if let Err(panic) = tokio::task::spawn_blocking(move || registry.configure(config.plugins)).await {
+    if let Err(panic) =
+        tokio::task::spawn_blocking(move || registry.configure(config.plugins)).await
+    {
         tracing::error!(%panic, "taking over the settings of plugins failed");
     }
     match waiting(in_force, &written).as_slice() {
@@ -112,7 +152,10 @@ async fn take_up(recipe: &Recipe, in_force: &Written, registry: &Arc<Registry>, 
             readiness.clear("configuration");
         }
         keys => {
-            let text = format!("{} changed; that takes effect when the node starts again", keys.join(", "));
+            let text = format!(
+                "{} changed; that takes effect when the node starts again",
+                keys.join(", ")
+            );
             tracing::warn!("the settings of plugins were taken over; {text}");
             readiness.warn("configuration", text);
         }
@@ -123,7 +166,10 @@ async fn take_up(recipe: &Recipe, in_force: &Written, registry: &Arc<Registry>, 
 fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
     let table = |written: &Written| {
         let mut table = Table::try_from(written).unwrap_or_default();
-        if let Some(plugins) = table.get_mut("plugins").and_then(|plugins| plugins.as_table_mut()) {
+        if let Some(plugins) = table
+            .get_mut("plugins")
+            .and_then(|plugins| plugins.as_table_mut())
+        {
             plugins.retain(|key, _| ["dir", "cache"].contains(&key));
         }
         table
@@ -132,9 +178,20 @@ fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
     let mut keys = Vec::new();
     for (section, after) in &after {
         let empty = Table::new();
-        let (before, after) = (before.get(section).and_then(|b| b.as_table()).unwrap_or(&empty), after.as_table().unwrap_or(&empty));
+        let (before, after) = (
+            before
+                .get(section)
+                .and_then(|b| b.as_table())
+                .unwrap_or(&empty),
+            after.as_table().unwrap_or(&empty),
+        );
         let names: BTreeSet<_> = before.keys().chain(after.keys()).collect();
-        keys.extend(names.into_iter().filter(|key| before.get(*key) != after.get(*key)).map(|key| format!("{section}.{key}")));
+        keys.extend(
+            names
+                .into_iter()
+                .filter(|key| before.get(*key) != after.get(*key))
+                .map(|key| format!("{section}.{key}")),
+        );
     }
     keys
 }
@@ -147,9 +204,21 @@ mod tests {
     fn what_takes_effect_at_a_start_only_is_named() {
         let written = |text: &str| toml::from_str::<Written>(text).unwrap();
         let before = written("[plugins]\ndir = 'a'\norder = ['x']\n[log]\nfilter = 'info'\n");
-        let after = written("[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n");
+        let after = written(
+            "[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n",
+        );
         assert_eq!(waiting(&before, &after), Vec::<String>::new());
-        let after = written("[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n");
-        assert_eq!(waiting(&before, &after), ["broker.redis", "plugins.cache", "plugins.dir", "stream.heartbeat_s"]);
+        let after = written(
+            "[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n",
+        );
+        assert_eq!(
+            waiting(&before, &after),
+            [
+                "broker.redis",
+                "plugins.cache",
+                "plugins.dir",
+                "stream.heartbeat_s"
+            ]
+        );
     }
 }

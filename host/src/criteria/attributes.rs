@@ -41,7 +41,10 @@ pub(super) struct Key {
 
 impl Key {
     pub(super) fn new(name: &str) -> Self {
-        Self { begin: begin(name), name: name.into() }
+        Self {
+            begin: begin(name),
+            name: name.into(),
+        }
     }
 
     pub(super) fn into_name(self) -> String {
@@ -63,7 +66,10 @@ fn begin(name: &str) -> u64 {
 impl Attributes {
     fn new(entries: Box<[(Key, Value)]>) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
-        Self(Arc::new(Set { number: LAST.fetch_add(1, Relaxed) + 1, entries }))
+        Self(Arc::new(Set {
+            number: LAST.fetch_add(1, Relaxed) + 1,
+            entries,
+        }))
     }
 
     pub fn get(&self, name: &str) -> Option<&Value> {
@@ -79,7 +85,11 @@ impl Attributes {
     }
 
     fn find_by(&self, begin: u64, name: &str) -> Option<&Value> {
-        self.0.entries.iter().find(|(key, _)| key.begin == begin && *key.name == *name).map(|(_, value)| value)
+        self.0
+            .entries
+            .iter()
+            .find(|(key, _)| key.begin == begin && *key.name == *name)
+            .map(|(_, value)| value)
     }
 
     /// Attributes with the same number are equal.
@@ -120,13 +130,23 @@ impl From<BTreeMap<String, Value>> for Attributes {
         if by_name.is_empty() {
             return Self::default();
         }
-        Self::new(by_name.into_iter().map(|(name, value)| (Key::new(&name), value)).collect())
+        Self::new(
+            by_name
+                .into_iter()
+                .map(|(name, value)| (Key::new(&name), value))
+                .collect(),
+        )
     }
 }
 
 impl From<Attributes> for BTreeMap<String, Value> {
     fn from(attributes: Attributes) -> Self {
-        attributes.0.entries.iter().map(|(key, value)| (key.name().to_owned(), value.clone())).collect()
+        attributes
+            .0
+            .entries
+            .iter()
+            .map(|(key, value)| (key.name().to_owned(), value.clone()))
+            .collect()
     }
 }
 
@@ -153,7 +173,12 @@ impl Pool {
     pub fn share(&self, attributes: Attributes) -> Attributes {
         let mut sets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fingerprint = attributes.fingerprint();
-        let known = sets.known.get(&fingerprint).and_then(Weak::upgrade).map(Attributes).filter(|known| *known == attributes);
+        let known = sets
+            .known
+            .get(&fingerprint)
+            .and_then(Weak::upgrade)
+            .map(Attributes)
+            .filter(|known| *known == attributes);
         if let Some(known) = known {
             return known;
         }
@@ -161,7 +186,8 @@ impl Pool {
             sets.known.retain(|_, set| set.strong_count() > 0);
             sets.full = 2 * sets.known.len() + 64;
         }
-        sets.known.insert(fingerprint, Arc::downgrade(&attributes.0));
+        sets.known
+            .insert(fingerprint, Arc::downgrade(&attributes.0));
         attributes
     }
 }
@@ -170,32 +196,54 @@ impl Pool {
 ///
 /// # Errors
 /// [`Malformed`] names the attribute that no condition could read.
-pub fn parse_attributes(members: serde_json::Map<String, serde_json::Value>) -> Result<Attributes, Malformed> {
+pub fn parse_attributes(
+    members: serde_json::Map<String, serde_json::Value>,
+) -> Result<Attributes, Malformed> {
     if members.len() > MAX_ATTRIBUTES {
-        return Err(Malformed::new(format!("has {} attributes; {MAX_ATTRIBUTES} is the most", members.len())).of("the user"));
+        return Err(Malformed::new(format!(
+            "has {} attributes; {MAX_ATTRIBUTES} is the most",
+            members.len()
+        ))
+        .of("the user"));
     }
     let mut attributes = BTreeMap::new();
     for (name, value) in members {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            return Err(Malformed::new(format!("is no attribute name: 1 to {MAX_NAME} bytes without control characters"))
-                .of(format!("'{}'", name.escape_debug())));
+            return Err(Malformed::new(format!(
+                "is no attribute name: 1 to {MAX_NAME} bytes without control characters"
+            ))
+            .of(format!("'{}'", name.escape_debug())));
         }
         let value = match value {
             serde_json::Value::Bool(flag) => Value::Flag(flag),
             serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
                 (Some(integer), _) => Value::Integer(integer),
                 // Rounded, two different ones would be equal, and a condition by one would reach the other.
-                (None, Some(decimal)) if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 => {
-                    return Err(Malformed::new("is a number with more digits than are kept; give it as a text").of(name));
+                (None, Some(decimal))
+                    if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 =>
+                {
+                    return Err(Malformed::new(
+                        "is a number with more digits than are kept; give it as a text",
+                    )
+                    .of(name));
                 }
                 (None, Some(decimal)) => Value::Decimal(decimal),
                 (None, None) => return Err(Malformed::new("is a number out of range").of(name)),
             },
             serde_json::Value::String(text) if text.len() > MAX_TEXT => {
-                return Err(Malformed::new(format!("has {} bytes; {MAX_TEXT} is the most", text.len())).of(name));
+                return Err(Malformed::new(format!(
+                    "has {} bytes; {MAX_TEXT} is the most",
+                    text.len()
+                ))
+                .of(name));
             }
             serde_json::Value::String(text) => Value::Text(text),
-            _ => return Err(Malformed::new("is neither a text, a number nor a boolean; leave out what is not known").of(name)),
+            _ => {
+                return Err(Malformed::new(
+                    "is neither a text, a number nor a boolean; leave out what is not known",
+                )
+                .of(name));
+            }
         };
         attributes.insert(name, value);
     }
@@ -210,9 +258,21 @@ mod tests {
 
     #[test]
     fn names_that_begin_alike_are_told_apart() {
-        let names = ["", "a", "a\0", "abcdefgh", "abcdefgh\0", "abcdefghi", "abcdefghj"];
-        let have: Attributes =
-            names.iter().enumerate().map(|(n, name)| ((*name).to_owned(), Value::Integer(n as i64))).collect::<BTreeMap<_, _>>().into();
+        let names = [
+            "",
+            "a",
+            "a\0",
+            "abcdefgh",
+            "abcdefgh\0",
+            "abcdefghi",
+            "abcdefghj",
+        ];
+        let have: Attributes = names
+            .iter()
+            .enumerate()
+            .map(|(n, name)| ((*name).to_owned(), Value::Integer(n as i64)))
+            .collect::<BTreeMap<_, _>>()
+            .into();
         for (n, name) in names.iter().enumerate() {
             assert_eq!(have.get(name), Some(&Value::Integer(n as i64)));
         }
@@ -236,16 +296,27 @@ mod tests {
     #[test]
     fn what_no_condition_could_read_is_refused_by_name() {
         let check = |body: &str, expect: &str| {
-            let error = parse_attributes(serde_json::from_str(body).unwrap()).unwrap_err().to_string();
+            let error = parse_attributes(serde_json::from_str(body).unwrap())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(expect), "{body} gave: {error}");
         };
         check(r#"{"plan":null}"#, "plan is neither");
         check(r#"{"plan":["a"]}"#, "plan is neither");
-        check(r#"{"tenant":12345678901234567890}"#, "tenant is a number with more digits");
+        check(
+            r#"{"tenant":12345678901234567890}"#,
+            "tenant is a number with more digits",
+        );
         check(r#"{"":1}"#, "'' is no attribute name");
         check(r#"{"a\nb":1}"#, "is no attribute name");
-        check(&json!({ "a": "x".repeat(1025) }).to_string(), "a has 1025 bytes");
+        check(
+            &json!({ "a": "x".repeat(1025) }).to_string(),
+            "a has 1025 bytes",
+        );
         let many: serde_json::Map<_, _> = (0..65).map(|n| (n.to_string(), json!(n))).collect();
-        check(&serde_json::Value::Object(many).to_string(), "has 65 attributes");
+        check(
+            &serde_json::Value::Object(many).to_string(),
+            "has 65 attributes",
+        );
     }
 }

@@ -86,7 +86,11 @@ impl Event {
     ///
     /// # Errors
     /// [`Malformed`] names the field and what is wrong with it; such an entry is dead-lettered.
-    pub fn from_fields(entry: EntryId, source: &str, fields: &[(Bytes, Bytes)]) -> Result<Self, Malformed> {
+    pub fn from_fields(
+        entry: EntryId,
+        source: &str,
+        fields: &[(Bytes, Bytes)],
+    ) -> Result<Self, Malformed> {
         if let [(name, document)] = fields
             && name.as_ref() == b"event"
         {
@@ -95,7 +99,8 @@ impl Event {
         let mut draft = Draft::default();
         let mut data = None;
         for (name, value) in fields {
-            let name = std::str::from_utf8(name).map_err(|_| Malformed::new("a field name is not UTF-8"))?;
+            let name = std::str::from_utf8(name)
+                .map_err(|_| Malformed::new("a field name is not UTF-8"))?;
             if name == "data" {
                 if data.replace(value).is_some() {
                     return Err(Malformed::new("stands twice").of("data"));
@@ -109,7 +114,8 @@ impl Event {
                 let fix = "is a member of JSON documents; give the bytes as they are in 'data', with a datacontenttype such as application/octet-stream";
                 return Err(Malformed::new(fix).of("data_base64"));
             }
-            let text = std::str::from_utf8(value).map_err(|_| Malformed::new("is not UTF-8").of(printable(name)))?;
+            let text = std::str::from_utf8(value)
+                .map_err(|_| Malformed::new("is not UTF-8").of(printable(name)))?;
             draft.set(name, Value::Text(text.to_owned()))?;
         }
         draft.finish(entry, source, |content_type| match data {
@@ -134,13 +140,28 @@ impl Event {
         if let [(name, document)] = fields
             && name.as_ref() == b"event"
         {
-            let Ok(Document { id, source, kind }) = serde_json::from_slice(document) else { return [None, None, None] };
+            let Ok(Document { id, source, kind }) = serde_json::from_slice(document) else {
+                return [None, None, None];
+            };
             let read = |raw: &RawValue| serde_json::from_str(raw.get()).ok();
-            return [id.and_then(read), source.map_or_else(missing, read), kind.and_then(read)];
+            return [
+                id.and_then(read),
+                source.map_or_else(missing, read),
+                kind.and_then(read),
+            ];
         }
-        let named = |wanted: &str| fields.iter().find(|(name, _)| name.as_ref() == wanted.as_bytes()).map(|(_, value)| value);
+        let named = |wanted: &str| {
+            fields
+                .iter()
+                .find(|(name, _)| name.as_ref() == wanted.as_bytes())
+                .map(|(_, value)| value)
+        };
         let read = |value: &Bytes| Name::parse(std::str::from_utf8(value).ok()?).ok();
-        [named("id").and_then(read), named("source").map_or_else(missing, read), named("type").and_then(read)]
+        [
+            named("id").and_then(read),
+            named("source").map_or_else(missing, read),
+            named("type").and_then(read),
+        ]
     }
 
     /// Reads an event from a CloudEvents JSON document.
@@ -148,9 +169,11 @@ impl Event {
     /// # Errors
     /// As [`Event::from_fields`].
     pub fn from_json(entry: EntryId, source: &str, document: &[u8]) -> Result<Self, Malformed> {
-        let text = std::str::from_utf8(document).map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
-        let members: Members =
-            serde_json::from_str(text).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document"))?;
+        let text = std::str::from_utf8(document)
+            .map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
+        let members: Members = serde_json::from_str(text).map_err(|e| {
+            Malformed::new(format!("is not a JSON object: {e}")).of("the CloudEvents document")
+        })?;
         let mut draft = Draft::default();
         let (mut data, mut data_base64) = (None, None);
         for (name, raw) in members.0 {
@@ -170,9 +193,12 @@ impl Event {
         }
         draft.finish(entry, source, |content_type| match (data, data_base64) {
             (None, None) => Ok(Payload::None),
-            (Some(_), Some(_)) => Err(Malformed::new("and data_base64 exclude each other").of("data")),
+            (Some(_), Some(_)) => {
+                Err(Malformed::new("and data_base64 exclude each other").of("data"))
+            }
             (None, Some(raw)) => {
-                let text: String = serde_json::from_str(raw.get()).map_err(|_| Malformed::new("is not a string").of("data_base64"))?;
+                let text: String = serde_json::from_str(raw.get())
+                    .map_err(|_| Malformed::new("is not a string").of("data_base64"))?;
                 let bytes = base64::engine::general_purpose::STANDARD
                     .decode(text)
                     .map_err(|e| Malformed::new(format!("is not base64: {e}")).of("data_base64"))?;
@@ -198,10 +224,22 @@ impl Event {
     /// [`Malformed`] names the attribute if its name is not one, or belongs to CloudEvents itself, if its value has a control character or is too
     /// long, or if the event would have too many. The event is then as it was.
     pub fn set_attribute(&mut self, name: &str, value: Value) -> Result<(), Malformed> {
-        const CORE: [&str; 10] =
-            ["id", "source", "type", "subject", "time", "specversion", "datacontenttype", "dataschema", "data", "data_base64"];
+        const CORE: [&str; 10] = [
+            "id",
+            "source",
+            "type",
+            "subject",
+            "time",
+            "specversion",
+            "datacontenttype",
+            "dataschema",
+            "data",
+            "data_base64",
+        ];
         if CORE.contains(&name) {
-            return Err(Malformed::new("is no extension attribute and stays as it was published").of(name));
+            return Err(
+                Malformed::new("is no extension attribute and stays as it was published").of(name),
+            );
         }
         set_attribute(&mut self.attributes, name, value).map(|_was_there| ())
     }
@@ -245,19 +283,33 @@ impl Draft {
                 let time = OffsetDateTime::parse(&text, &Rfc3339)
                     .ok()
                     .and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok())
-                    .ok_or_else(|| Malformed::new(format!("'{}' is no RFC 3339 time since 1970", printable(&text))).of("time"))?;
+                    .ok_or_else(|| {
+                        Malformed::new(format!(
+                            "'{}' is no RFC 3339 time since 1970",
+                            printable(&text)
+                        ))
+                        .of("time")
+                    })?;
                 self.time_ms.replace(time).is_some()
             }
             "specversion" => {
                 let text = text(value)?;
                 if text != "1.0" {
-                    return Err(Malformed::new(format!("is '{}'; only 1.0 is spoken", printable(&text))).of("specversion"));
+                    return Err(Malformed::new(format!(
+                        "is '{}'; only 1.0 is spoken",
+                        printable(&text)
+                    ))
+                    .of("specversion"));
                 }
                 self.specversion.replace(()).is_some()
             }
             _ => set_attribute(&mut self.attributes, name, value)?,
         };
-        if twice { Err(Malformed::new("stands twice").of(name)) } else { Ok(()) }
+        if twice {
+            Err(Malformed::new("stands twice").of(name))
+        } else {
+            Ok(())
+        }
     }
 
     fn finish(
@@ -266,7 +318,9 @@ impl Draft {
         source: &str,
         data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>,
     ) -> Result<Event, Malformed> {
-        let kind = self.kind.ok_or_else(|| Malformed::new("is missing; every event needs one, such as order.shipped").of("type"))?;
+        let kind = self.kind.ok_or_else(|| {
+            Malformed::new("is missing; every event needs one, such as order.shipped").of("type")
+        })?;
         let source = match self.source {
             Some(source) => source,
             None => Name::parse(source)?,
@@ -293,26 +347,51 @@ impl Draft {
 }
 
 /// Sets an extension attribute, and tells whether it was there before.
-fn set_attribute(attributes: &mut BTreeMap<String, Value>, name: &str, value: Value) -> Result<bool, Malformed> {
-    let legal = (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+fn set_attribute(
+    attributes: &mut BTreeMap<String, Value>,
+    name: &str,
+    value: Value,
+) -> Result<bool, Malformed> {
+    let legal = (1..=64).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
     if !legal {
-        return Err(Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _").of(format!("'{}'", printable(name))));
+        return Err(
+            Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _")
+                .of(format!("'{}'", printable(name))),
+        );
     }
     match &value {
         Value::Text(text) => {
             if text.len() > Event::MAX_ATTRIBUTE {
-                return Err(Malformed::new(format!("has {} bytes; {} is the most", text.len(), Event::MAX_ATTRIBUTE)).of(name));
+                return Err(Malformed::new(format!(
+                    "has {} bytes; {} is the most",
+                    text.len(),
+                    Event::MAX_ATTRIBUTE
+                ))
+                .of(name));
             }
             if let Some(c) = text.chars().find(|c| c.is_control()) {
-                return Err(Malformed::new(format!("has the control character U+{:04X}", u32::from(c))).of(name));
+                return Err(Malformed::new(format!(
+                    "has the control character U+{:04X}",
+                    u32::from(c)
+                ))
+                .of(name));
             }
         }
         // JSON has no word for them: they would read back as `null`.
-        Value::Decimal(d) if !d.is_finite() => return Err(Malformed::new(format!("is {d}, which is no number in JSON")).of(name)),
+        Value::Decimal(d) if !d.is_finite() => {
+            return Err(Malformed::new(format!("is {d}, which is no number in JSON")).of(name));
+        }
         Value::Decimal(_) | Value::Integer(_) | Value::Flag(_) => {}
     }
     if attributes.len() == Event::MAX_ATTRIBUTES && !attributes.contains_key(name) {
-        return Err(Malformed::new(format!("has more than {} extension attributes", Event::MAX_ATTRIBUTES)).of("the event"));
+        return Err(Malformed::new(format!(
+            "has more than {} extension attributes",
+            Event::MAX_ATTRIBUTES
+        ))
+        .of("the event"));
     }
     Ok(attributes.insert(name.to_owned(), value).is_some())
 }
@@ -328,7 +407,10 @@ impl<'de> Deserialize<'de> for Members {
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
-            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+            fn visit_map<A: serde::de::MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> Result<Members, A::Error> {
                 let mut members = Vec::new();
                 while let Some(member) = map.next_entry()? {
                     members.push(member);
@@ -346,16 +428,34 @@ fn attribute_value(name: &str, raw: &RawValue) -> Result<Option<Value>, Malforme
     Ok(match text.as_bytes().first() {
         Some(b'n') => None,
         Some(b'[') => Some(Value::Text(one_line(text))),
-        Some(b'{') => return Err(Malformed::new("is an object; an attribute is a string, number, boolean or list").of(printable(name))),
+        Some(b'{') => {
+            return Err(Malformed::new(
+                "is an object; an attribute is a string, number, boolean or list",
+            )
+            .of(printable(name)));
+        }
         // As a decimal it would be another number.
-        Some(b'-' | b'0'..=b'9') if !text.contains(['.', 'e', 'E']) && text.parse::<i64>().is_err() => Some(Value::Text(text.to_owned())),
-        _ => Some(serde_json::from_str(text).map_err(|e| Malformed::new(format!("is no attribute value: {e}")).of(printable(name)))?),
+        Some(b'-' | b'0'..=b'9')
+            if !text.contains(['.', 'e', 'E']) && text.parse::<i64>().is_err() =>
+        {
+            Some(Value::Text(text.to_owned()))
+        }
+        _ => Some(serde_json::from_str(text).map_err(|e| {
+            Malformed::new(format!("is no attribute value: {e}")).of(printable(name))
+        })?),
     })
 }
 
 fn is_json(content_type: Option<&str>) -> bool {
-    let Some(content_type) = content_type else { return true };
-    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let Some(content_type) = content_type else {
+        return true;
+    };
+    let essence = content_type
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
     essence.ends_with("/json") || essence.ends_with("+json")
 }
 
@@ -382,7 +482,8 @@ fn one_line(json: &str) -> String {
 /// # Errors
 /// [`Malformed`] if it is not JSON.
 pub fn json_line(json: &str) -> Result<Box<RawValue>, Malformed> {
-    RawValue::from_string(json.to_owned()).map_err(|e| Malformed::new(format!("is not valid JSON: {e}")))?;
+    RawValue::from_string(json.to_owned())
+        .map_err(|e| Malformed::new(format!("is not valid JSON: {e}")))?;
     Ok(RawValue::from_string(one_line(json)).expect("white space between tokens means nothing"))
 }
 
@@ -396,7 +497,10 @@ impl Payload {
     /// be a payload in which plugins find no field, and whoever writes a part of it could hide it from all rules.
     fn json(text: &str) -> Result<Self, Malformed> {
         serde_json::from_str::<serde_json::Value>(text).map_err(|e| {
-            Malformed::new(format!("is not valid JSON ({e}); give other data a datacontenttype such as text/plain")).of("data")
+            Malformed::new(format!(
+                "is not valid JSON ({e}); give other data a datacontenttype such as text/plain"
+            ))
+            .of("data")
         })?;
         Ok(Self::Json(one_line(text).into()))
     }
@@ -409,8 +513,10 @@ impl Payload {
             })?;
             return Self::json(text);
         }
-        let textual = content_type
-            .is_some_and(|t| t.trim_start().to_ascii_lowercase().starts_with("text/") || t.to_ascii_lowercase().contains("xml"));
+        let textual = content_type.is_some_and(|t| {
+            t.trim_start().to_ascii_lowercase().starts_with("text/")
+                || t.to_ascii_lowercase().contains("xml")
+        });
         match utf8 {
             Ok(text) if textual => Ok(Self::Text(text.into())),
             _ => Ok(Self::Binary(bytes.clone())),
@@ -442,11 +548,15 @@ impl Serialize for Event {
         match &self.data {
             Payload::None => {}
             Payload::Json(text) => {
-                let raw: &RawValue = serde_json::from_str(text).map_err(serde::ser::Error::custom)?;
+                let raw: &RawValue =
+                    serde_json::from_str(text).map_err(serde::ser::Error::custom)?;
                 map.serialize_entry("data", raw)?;
             }
             Payload::Text(text) => map.serialize_entry("data", &**text)?,
-            Payload::Binary(bytes) => map.serialize_entry("data_base64", &base64::engine::general_purpose::STANDARD.encode(bytes))?,
+            Payload::Binary(bytes) => map.serialize_entry(
+                "data_base64",
+                &base64::engine::general_purpose::STANDARD.encode(bytes),
+            )?,
         }
         map.end()
     }
@@ -455,14 +565,17 @@ impl Serialize for Event {
 impl<'de> Deserialize<'de> for Event {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let raw = Box::<RawValue>::deserialize(d)?;
-        Self::from_json(EntryId::default(), "-", raw.get().as_bytes()).map_err(serde::de::Error::custom)
+        Self::from_json(EntryId::default(), "-", raw.get().as_bytes())
+            .map_err(serde::de::Error::custom)
     }
 }
 
 /// Milliseconds since the Unix epoch as an RFC 3339 time in UTC, always with three digits after the point: so they stand in columns, and
 /// sort as text.
 pub fn rfc3339(ms: u64) -> String {
-    let seconds = i64::try_from(ms / 1_000).ok().and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok());
+    let seconds = i64::try_from(ms / 1_000)
+        .ok()
+        .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok());
     match seconds.and_then(|time| time.format(&Rfc3339).ok()) {
         Some(time) => format!("{}.{:03}Z", time.trim_end_matches('Z'), ms % 1_000),
         None => "9999-12-31T23:59:59.999Z".to_owned(),
@@ -473,23 +586,43 @@ pub fn rfc3339(ms: u64) -> String {
 mod tests {
     use super::*;
 
-    const ENTRY: EntryId = EntryId { ms: 1_700_000_000_123, seq: 4 };
+    const ENTRY: EntryId = EntryId {
+        ms: 1_700_000_000_123,
+        seq: 4,
+    };
 
     fn fields(pairs: &[(&str, &str)]) -> Result<Event, Malformed> {
-        let pairs: Vec<_> =
-            pairs.iter().map(|(k, v)| (Bytes::copy_from_slice(k.as_bytes()), Bytes::copy_from_slice(v.as_bytes()))).collect();
+        let pairs: Vec<_> = pairs
+            .iter()
+            .map(|(k, v)| {
+                (
+                    Bytes::copy_from_slice(k.as_bytes()),
+                    Bytes::copy_from_slice(v.as_bytes()),
+                )
+            })
+            .collect();
         Event::from_fields(ENTRY, "pointsman:events", &pairs)
     }
 
     #[test]
     fn flat_fields_are_the_cloudevents_attributes() {
-        let event =
-            fields(&[("type", "order.shipped"), ("source", "/shop"), ("user", "42"), ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}")])
-                .unwrap();
+        let event = fields(&[
+            ("type", "order.shipped"),
+            ("source", "/shop"),
+            ("user", "42"),
+            ("data", "{\"order\": 7,\n \"a b\": \"x  y\\\" \"}"),
+        ])
+        .unwrap();
         assert_eq!(event.kind.as_str(), "order.shipped");
-        assert_eq!((event.id.as_str(), event.time_ms, event.id_given), ("1700000000123-4", 1_700_000_000_123, false));
+        assert_eq!(
+            (event.id.as_str(), event.time_ms, event.id_given),
+            ("1700000000123-4", 1_700_000_000_123, false)
+        );
         assert_eq!(event.attribute("user"), Some(&Value::Text("42".into())));
-        assert_eq!(event.data, Payload::Json(r#"{"order":7,"a b":"x  y\" "}"#.into()));
+        assert_eq!(
+            event.data,
+            Payload::Json(r#"{"order":7,"a b":"x  y\" "}"#.into())
+        );
     }
 
     #[test]
@@ -497,9 +630,18 @@ mod tests {
         let document = r#"{"specversion":"1.0","id":"a","source":"/s","type":"t","time":"2026-01-02T03:04:05.678Z","n":3,"big":1.5,"ok":true,
             "large":18446744073709551616,"users":["a","b"],"subject":"s","data":{"x":123456789012345678901234567890}}"#;
         let event = Event::from_json(ENTRY, "-", document.as_bytes()).unwrap();
-        assert_eq!(event.attribute("users"), Some(&Value::Text(r#"["a","b"]"#.into())));
-        assert_eq!(event.attribute("large"), Some(&Value::Text("18446744073709551616".into())));
-        assert_eq!(event.data, Payload::Json(r#"{"x":123456789012345678901234567890}"#.into()));
+        assert_eq!(
+            event.attribute("users"),
+            Some(&Value::Text(r#"["a","b"]"#.into()))
+        );
+        assert_eq!(
+            event.attribute("large"),
+            Some(&Value::Text("18446744073709551616".into()))
+        );
+        assert_eq!(
+            event.data,
+            Payload::Json(r#"{"x":123456789012345678901234567890}"#.into())
+        );
         let again = Event::from_json(ENTRY, "-", event.to_json().as_bytes()).unwrap();
         assert_eq!(event, again);
     }
@@ -513,19 +655,49 @@ mod tests {
         check(&[("user", "42")], "type is missing");
         check(&[("type", "")], "type is empty");
         check(&[("type", "a\nb")], "type has the control character U+000A");
-        check(&[("type", "t"), ("id", "x\r")], "id has the control character");
-        check(&[("type", "t"), ("id", &"x".repeat(300))], "id has 300 bytes");
+        check(
+            &[("type", "t"), ("id", "x\r")],
+            "id has the control character",
+        );
+        check(
+            &[("type", "t"), ("id", &"x".repeat(300))],
+            "id has 300 bytes",
+        );
         check(&[("type", "t"), ("type", "u")], "type stands twice");
-        check(&[("type", "t"), ("time", "yesterday")], "time 'yesterday' is no RFC 3339");
-        check(&[("type", "t"), ("data", "{\"a\":")], "data is not valid JSON");
-        check(&[("type", "t"), ("Bad-Name", "1")], "'Bad-Name' is no attribute name");
-        check(&[("type", "t"), ("a\u{1b}[31m", "1")], "is no attribute name");
-        check(&[("type", "t"), ("user", "4\u{0}2")], "user has the control character U+0000");
+        check(
+            &[("type", "t"), ("time", "yesterday")],
+            "time 'yesterday' is no RFC 3339",
+        );
+        check(
+            &[("type", "t"), ("data", "{\"a\":")],
+            "data is not valid JSON",
+        );
+        check(
+            &[("type", "t"), ("Bad-Name", "1")],
+            "'Bad-Name' is no attribute name",
+        );
+        check(
+            &[("type", "t"), ("a\u{1b}[31m", "1")],
+            "is no attribute name",
+        );
+        check(
+            &[("type", "t"), ("user", "4\u{0}2")],
+            "user has the control character U+0000",
+        );
         check(&[("type", "t"), ("specversion", "0.3")], "only 1.0");
         check(&[("event", "[]")], "is not a JSON object");
-        check(&[("event", "{}"), ("type", "t")], "event must be the only field");
-        check(&[("type", "t"), ("data_base64", "AAE=")], "give the bytes as they are in 'data'");
-        check(&[("event", r#"{"type":"t","data":1,"data_base64":"AA=="}"#)], "exclude each other");
+        check(
+            &[("event", "{}"), ("type", "t")],
+            "event must be the only field",
+        );
+        check(
+            &[("type", "t"), ("data_base64", "AAE=")],
+            "give the bytes as they are in 'data'",
+        );
+        check(
+            &[("event", r#"{"type":"t","data":1,"data_base64":"AA=="}"#)],
+            "exclude each other",
+        );
         check(&[("event", r#"{"type":"t","x":{}}"#)], "x is an object");
     }
 
@@ -536,7 +708,11 @@ mod tests {
         for (name, value, expect) in [
             ("id", Value::Flag(true), "id is no extension attribute"),
             ("A", Value::Flag(true), "'A' is no attribute name"),
-            ("a", Value::Text("x\ny".into()), "a has the control character U+000A"),
+            (
+                "a",
+                Value::Text("x\ny".into()),
+                "a has the control character U+000A",
+            ),
             ("a", Value::Decimal(f64::NAN), "a is NaN"),
             ("a", Value::Text("x".repeat(70_000)), "a has 70000 bytes"),
         ] {
@@ -545,26 +721,61 @@ mod tests {
         }
         assert_eq!(event, before);
         for n in 1..Event::MAX_ATTRIBUTES {
-            event.set_attribute(&format!("n{n}"), Value::Integer(1)).unwrap();
+            event
+                .set_attribute(&format!("n{n}"), Value::Integer(1))
+                .unwrap();
         }
         event.set_attribute("a", Value::Integer(2)).unwrap();
-        assert!(event.set_attribute("b", Value::Integer(2)).unwrap_err().to_string().contains("more than 64"));
+        assert!(
+            event
+                .set_attribute("b", Value::Integer(2))
+                .unwrap_err()
+                .to_string()
+                .contains("more than 64")
+        );
     }
 
     #[test]
     fn json_becomes_one_line_and_keeps_its_digits() {
-        assert_eq!(json_line("{\n \"a\" : 1e400,\t\"b\": \"x y\"}").unwrap().get(), r#"{"a":1e400,"b":"x y"}"#);
-        assert!(json_line("{\"a\":").unwrap_err().to_string().contains("is not valid JSON"));
+        assert_eq!(
+            json_line("{\n \"a\" : 1e400,\t\"b\": \"x y\"}")
+                .unwrap()
+                .get(),
+            r#"{"a":1e400,"b":"x y"}"#
+        );
+        assert!(
+            json_line("{\"a\":")
+                .unwrap_err()
+                .to_string()
+                .contains("is not valid JSON")
+        );
     }
 
     #[test]
     fn binary_data_survives() {
         let bytes = Bytes::from_static(&[0, 159, 146, 150]);
-        let pairs = [("type", "t"), ("datacontenttype", "application/octet-stream")]
-            .map(|(k, v)| (Bytes::from_static(k.as_bytes()), Bytes::from_static(v.as_bytes())));
-        let all = [pairs.as_slice(), &[(Bytes::from_static(b"data"), bytes.clone())]].concat();
+        let pairs = [
+            ("type", "t"),
+            ("datacontenttype", "application/octet-stream"),
+        ]
+        .map(|(k, v)| {
+            (
+                Bytes::from_static(k.as_bytes()),
+                Bytes::from_static(v.as_bytes()),
+            )
+        });
+        let all = [
+            pairs.as_slice(),
+            &[(Bytes::from_static(b"data"), bytes.clone())],
+        ]
+        .concat();
         let event = Event::from_fields(ENTRY, "-", &all).unwrap();
         assert_eq!(event.data, Payload::Binary(bytes));
-        assert_eq!(Event::from_json(ENTRY, "-", event.to_json().as_bytes()).unwrap().data, event.data);
+        assert_eq!(
+            Event::from_json(ENTRY, "-", event.to_json().as_bytes())
+                .unwrap()
+                .data,
+            event.data
+        );
     }
 }

@@ -9,10 +9,21 @@ use super::{EntryId, Event, Malformed, Name};
 use crate::criteria::Criteria;
 
 /// Event names that Pointsman, or `EventSource` itself, gives a meaning; plugins and publishers may not use them.
-pub const RESERVED_EVENT_NAMES: [&str; 8] = ["cursor", "gap", "reauth", "close", "open", "error", "message", "heartbeat"];
+pub const RESERVED_EVENT_NAMES: [&str; 8] = [
+    "cursor",
+    "gap",
+    "reauth",
+    "close",
+    "open",
+    "error",
+    "message",
+    "heartbeat",
+];
 
 /// How urgent a notification is. A higher one may overtake on its way to the socket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
     Low,
@@ -45,7 +56,12 @@ impl FromStr for Priority {
     type Err = Malformed;
     fn from_str(text: &str) -> Result<Self, Malformed> {
         let found = Self::ALL.into_iter().find(|p| p.as_str() == text);
-        found.ok_or_else(|| Malformed::new(format!("'{}' is no priority: low, normal, high or urgent", text.escape_debug())))
+        found.ok_or_else(|| {
+            Malformed::new(format!(
+                "'{}' is no priority: low, normal, high or urgent",
+                text.escape_debug()
+            ))
+        })
     }
 }
 
@@ -80,7 +96,10 @@ impl FromStr for Target {
             Some(("u", name)) => Name::parse(name).map(Self::User),
             Some(("g", name)) => Name::parse(name).map(Self::Group),
             None if text == "all" => Ok(Self::Everyone),
-            _ => Err(Malformed::new(format!("'{}' is no target: u:<user>, g:<group> or all", text.escape_debug()))),
+            _ => Err(Malformed::new(format!(
+                "'{}' is no target: u:<user>, g:<group> or all",
+                text.escape_debug()
+            ))),
         }
     }
 }
@@ -93,7 +112,9 @@ impl Serialize for Target {
 
 impl<'de> Deserialize<'de> for Target {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        std::borrow::Cow::<'de, str>::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        std::borrow::Cow::<'de, str>::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -131,7 +152,11 @@ pub struct Plan {
 impl Plan {
     /// Every target that a route names, each once, in a fixed order: the logs that the event is indexed in.
     pub fn targets(&self) -> Vec<Target> {
-        let mut all: Vec<Target> = self.routes.iter().flat_map(|route| route.to.iter().cloned()).collect();
+        let mut all: Vec<Target> = self
+            .routes
+            .iter()
+            .flat_map(|route| route.to.iter().cloned())
+            .collect();
         all.sort_unstable();
         all.dedup();
         all
@@ -165,7 +190,13 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    pub const ALL: [Self; 5] = [Self::Committed, Self::Discarded, Self::Unrouted, Self::Duplicate, Self::DeadLettered];
+    pub const ALL: [Self; 5] = [
+        Self::Committed,
+        Self::Discarded,
+        Self::Unrouted,
+        Self::Duplicate,
+        Self::DeadLettered,
+    ];
 
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -187,7 +218,9 @@ impl fmt::Display for Outcome {
 impl FromStr for Outcome {
     type Err = Malformed;
     fn from_str(text: &str) -> Result<Self, Malformed> {
-        let found = Self::ALL.into_iter().find(|outcome| outcome.as_str() == text);
+        let found = Self::ALL
+            .into_iter()
+            .find(|outcome| outcome.as_str() == text);
         found.ok_or_else(|| Malformed::new(format!("'{}' is no outcome", text.escape_debug())))
     }
 }

@@ -52,25 +52,51 @@ pub(super) enum Nearness {
 impl Why {
     pub(super) fn whole(&self) -> String {
         let Self { text, detail, .. } = self;
-        detail.as_ref().map_or_else(|| text.clone(), |detail| format!("{text} ({detail})"))
+        detail
+            .as_ref()
+            .map_or_else(|| text.clone(), |detail| format!("{text} ({detail})"))
     }
 }
 
 pub(super) fn reaching(target: &Target, user: &Name) -> String {
     match target {
         Target::User(_) => format!("names `{user}`"),
-        Target::Group(group) => format!("names group `{group}`, of which `{user}` was a member at the event"),
+        Target::Group(group) => {
+            format!("names group `{group}`, of which `{user}` was a member at the event")
+        }
         Target::Everyone => "names everyone".to_owned(),
     }
 }
 
-pub(super) fn missing(route: &Route, miss: Miss, user: &Name, recipient: &Recipient, moment: Moment) -> Why {
+pub(super) fn missing(
+    route: &Route,
+    miss: Miss,
+    user: &Name,
+    recipient: &Recipient,
+    moment: Moment,
+) -> Why {
     let (text, nearness, provided): (_, _, &[_]) = match miss {
         Miss::Target => return not_named(route, user, recipient, moment),
-        Miss::Condition => (condition(route, user, &recipient.attributes), Nearness::Condition, &[Proviso::Attributes]),
-        Miss::Expired => (format!("expired at {}", rfc3339(route.expires_ms.unwrap_or_default())), Nearness::Expired, &[]),
+        Miss::Condition => (
+            condition(route, user, &recipient.attributes),
+            Nearness::Condition,
+            &[Proviso::Attributes],
+        ),
+        Miss::Expired => (
+            format!(
+                "expired at {}",
+                rfc3339(route.expires_ms.unwrap_or_default())
+            ),
+            Nearness::Expired,
+            &[],
+        ),
     };
-    Why { text, detail: None, nearness, provided }
+    Why {
+        text,
+        detail: None,
+        nearness,
+        provided,
+    }
 }
 
 fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) -> Why {
@@ -82,46 +108,115 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
             Target::Everyone => {}
         }
     }
-    let spans = || groups.iter().filter_map(|&group| Some((group, recipient.groups.get(group)?.get(&moment.partition)?)));
+    let spans = || {
+        groups.iter().filter_map(|&group| {
+            Some((group, recipient.groups.get(group)?.get(&moment.partition)?))
+        })
+    };
     if let Some((group, Span { joined, left })) = spans().next() {
         let id = moment.id;
         let (when, detail) = match left {
-            Some(left) if *left < id => ("left before", format!("it was committed as {id}, and the membership ended with {left}")),
-            _ => ("joined after", format!("it was committed as {id}, and the membership begins above {joined}")),
+            Some(left) if *left < id => (
+                "left before",
+                format!("it was committed as {id}, and the membership ended with {left}"),
+            ),
+            _ => (
+                "joined after",
+                format!("it was committed as {id}, and the membership begins above {joined}"),
+            ),
         };
         let may_be_second = spans().any(|(_, span)| span.joined >= id);
-        let provided: &[_] = if may_be_second { &[Proviso::Claims, Proviso::FirstMembership] } else { &[Proviso::Claims] };
+        let provided: &[_] = if may_be_second {
+            &[Proviso::Claims, Proviso::FirstMembership]
+        } else {
+            &[Proviso::Claims]
+        };
         let text = format!("names group `{group}`, which `{user}` {when} the event");
-        return Why { text, detail: Some(detail), nearness: Nearness::Member, provided };
+        return Why {
+            text,
+            detail: Some(detail),
+            nearness: Nearness::Member,
+            provided,
+        };
     }
     let (text, nearness) = match (groups.as_slice(), users.as_slice()) {
-        ([group], _) => (format!("names group `{group}`, of which `{user}` is not a member"), Nearness::NoMember),
-        ([], [other]) => (format!("names another user, `{other}`"), Nearness::ForOthers),
-        ([], others) => (format!("names {} other users", others.len()), Nearness::ForOthers),
+        ([group], _) => (
+            format!("names group `{group}`, of which `{user}` is not a member"),
+            Nearness::NoMember,
+        ),
+        ([], [other]) => (
+            format!("names another user, `{other}`"),
+            Nearness::ForOthers,
+        ),
+        ([], others) => (
+            format!("names {} other users", others.len()),
+            Nearness::ForOthers,
+        ),
         (groups, _) => {
-            let named: Vec<String> = groups.iter().take(3).map(|group| format!("`{group}`")).collect();
-            let more = if groups.len() > 3 { format!(" and {} more", groups.len() - 3) } else { String::new() };
-            (format!("names groups {}{more}, of none of which `{user}` is a member", named.join(", ")), Nearness::NoMember)
+            let named: Vec<String> = groups
+                .iter()
+                .take(3)
+                .map(|group| format!("`{group}`"))
+                .collect();
+            let more = if groups.len() > 3 {
+                format!(" and {} more", groups.len() - 3)
+            } else {
+                String::new()
+            };
+            (
+                format!(
+                    "names groups {}{more}, of none of which `{user}` is a member",
+                    named.join(", ")
+                ),
+                Nearness::NoMember,
+            )
         }
     };
-    let provided: &[_] = if nearness == Nearness::NoMember { &[Proviso::Claims] } else { &[] };
-    Why { text, detail: None, nearness, provided }
+    let provided: &[_] = if nearness == Nearness::NoMember {
+        &[Proviso::Claims]
+    } else {
+        &[]
+    };
+    Why {
+        text,
+        detail: None,
+        nearness,
+        provided,
+    }
 }
 
 fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
-    let unmet = route.when.as_ref().map(|criteria| criteria.unmet(attributes)).unwrap_or_default();
+    let unmet = route
+        .when
+        .as_ref()
+        .map(|criteria| criteria.unmet(attributes))
+        .unwrap_or_default();
     if unmet.is_empty() {
         return "has a condition that never holds".to_owned();
     }
-    let told: Vec<String> = unmet.iter().take(MAX_CLAUSES).map(|test| shortfall(test, attributes)).collect();
-    let more =
-        if unmet.len() > MAX_CLAUSES { format!(", and {} more alternatives fail", unmet.len() - MAX_CLAUSES) } else { String::new() };
-    format!("has a condition that is false for `{user}`: {}{more}", told.join(", and "))
+    let told: Vec<String> = unmet
+        .iter()
+        .take(MAX_CLAUSES)
+        .map(|test| shortfall(test, attributes))
+        .collect();
+    let more = if unmet.len() > MAX_CLAUSES {
+        format!(", and {} more alternatives fail", unmet.len() - MAX_CLAUSES)
+    } else {
+        String::new()
+    };
+    format!(
+        "has a condition that is false for `{user}`: {}{more}",
+        told.join(", and ")
+    )
 }
 
 /// Why one test does not hold.
 fn shortfall(test: &Test, attributes: &Attributes) -> String {
-    let Test { attribute, operator, values } = test;
+    let Test {
+        attribute,
+        operator,
+        values,
+    } = test;
     let wanted: Vec<String> = values.iter().map(shown).collect();
     let wanted = wanted.join(" or ");
     let must = match operator {
@@ -136,7 +231,12 @@ fn shortfall(test: &Test, attributes: &Attributes) -> String {
     match attributes.get(attribute) {
         None => format!("attribute `{attribute}` is absent and {must}"),
         Some(have) if values.iter().all(|value| kind(value) != kind(have)) => {
-            format!("attribute `{attribute}` is the {} {} and {must}, a {}", kind(have), shown(have), values.first().map_or("value", kind))
+            format!(
+                "attribute `{attribute}` is the {} {} and {must}, a {}",
+                kind(have),
+                shown(have),
+                values.first().map_or("value", kind)
+            )
         }
         Some(have) => format!("attribute `{attribute}` is {} and {must}", shown(have)),
     }
@@ -170,7 +270,11 @@ mod tests {
     use crate::event::Priority;
 
     fn test(attribute: &str, operator: Operator, values: &[Value]) -> Test {
-        Test { attribute: attribute.into(), operator, values: values.to_vec() }
+        Test {
+            attribute: attribute.into(),
+            operator,
+            values: values.to_vec(),
+        }
     }
 
     fn text(value: &str) -> Value {
@@ -186,22 +290,85 @@ mod tests {
             ("bio".into(), text(&format!("a\nb{}", "x".repeat(100)))),
         ]);
         let check = |attribute: &str, operator: Operator, values: &[Value], expect: &str| {
-            assert_eq!(shortfall(&test(attribute, operator, values), &have), format!("attribute `{attribute}` {expect}"));
+            assert_eq!(
+                shortfall(&test(attribute, operator, values), &have),
+                format!("attribute `{attribute}` {expect}")
+            );
         };
         use Operator::*;
-        check("plan", Equals, &[text("pro")], "is \"free\" and must be \"pro\"");
-        check("plan", NotEquals, &[text("free")], "is \"free\" and must not be \"free\"");
-        check("plan", OneOf, &[text("pro"), text("team")], "is \"free\" and must be \"pro\" or \"team\"");
-        check("plan", Contains, &[text("x")], "is \"free\" and must contain \"x\"");
-        check("plan", Prefix, &[text("x")], "is \"free\" and must begin with \"x\"");
-        check("age", Less, &[Value::Integer(10)], "is 17 and must be below 10");
-        check("age", Greater, &[Value::Decimal(17.5)], "is 17 and must be above 17.5");
-        check("beta", Equals, &[Value::Flag(true)], "is false and must be true");
+        check(
+            "plan",
+            Equals,
+            &[text("pro")],
+            "is \"free\" and must be \"pro\"",
+        );
+        check(
+            "plan",
+            NotEquals,
+            &[text("free")],
+            "is \"free\" and must not be \"free\"",
+        );
+        check(
+            "plan",
+            OneOf,
+            &[text("pro"), text("team")],
+            "is \"free\" and must be \"pro\" or \"team\"",
+        );
+        check(
+            "plan",
+            Contains,
+            &[text("x")],
+            "is \"free\" and must contain \"x\"",
+        );
+        check(
+            "plan",
+            Prefix,
+            &[text("x")],
+            "is \"free\" and must begin with \"x\"",
+        );
+        check(
+            "age",
+            Less,
+            &[Value::Integer(10)],
+            "is 17 and must be below 10",
+        );
+        check(
+            "age",
+            Greater,
+            &[Value::Decimal(17.5)],
+            "is 17 and must be above 17.5",
+        );
+        check(
+            "beta",
+            Equals,
+            &[Value::Flag(true)],
+            "is false and must be true",
+        );
         check("city", Present, &[], "is absent and must be there");
-        check("city", Less, &[Value::Integer(1)], "is absent and must be below 1");
-        check("age", Prefix, &[text("1")], "is the number 17 and must begin with \"1\", a text");
-        check("beta", Greater, &[Value::Integer(0)], "is the boolean false and must be above 0, a number");
-        check("bio", Equals, &[text("")], &format!("is \"a\\nb{}...\" and must be \"\"", "x".repeat(61)));
+        check(
+            "city",
+            Less,
+            &[Value::Integer(1)],
+            "is absent and must be below 1",
+        );
+        check(
+            "age",
+            Prefix,
+            &[text("1")],
+            "is the number 17 and must begin with \"1\", a text",
+        );
+        check(
+            "beta",
+            Greater,
+            &[Value::Integer(0)],
+            "is the boolean false and must be above 0, a number",
+        );
+        check(
+            "bio",
+            Equals,
+            &[text("")],
+            &format!("is \"a\\nb{}...\" and must be \"\"", "x".repeat(61)),
+        );
     }
 
     #[test]
@@ -220,11 +387,24 @@ mod tests {
             };
             condition(&route, &Name::parse("ann").unwrap(), &Attributes::default())
         };
-        let clauses = |n: usize| (0..n).map(|n| vec![test(&format!("a{n}"), Operator::Present, &[])]).collect();
-        let begin = "has a condition that is false for `ann`: attribute `a0` is absent and must be there";
+        let clauses = |n: usize| {
+            (0..n)
+                .map(|n| vec![test(&format!("a{n}"), Operator::Present, &[])])
+                .collect()
+        };
+        let begin =
+            "has a condition that is false for `ann`: attribute `a0` is absent and must be there";
         assert_eq!(told(clauses(1)), begin);
-        assert_eq!(told(clauses(2)), format!("{begin}, and attribute `a1` is absent and must be there"));
-        assert!(told(clauses(5)).ends_with("`a2` is absent and must be there, and 2 more alternatives fail"), "{}", told(clauses(5)));
+        assert_eq!(
+            told(clauses(2)),
+            format!("{begin}, and attribute `a1` is absent and must be there")
+        );
+        assert!(
+            told(clauses(5))
+                .ends_with("`a2` is absent and must be there, and 2 more alternatives fail"),
+            "{}",
+            told(clauses(5))
+        );
         assert_eq!(told(vec![]), "has a condition that never holds");
     }
 }

@@ -34,20 +34,48 @@ struct Acknowledgement {
 /// # Errors
 /// 400 and 415 for what cannot be read, 401 or 403 for a token that does not hold, 403 for another user's id, 413 for a body that nobody
 /// would send, 503 while the broker is away.
-pub(super) async fn acknowledge(Shared(state): Shared<Arc<State>>, request: Request) -> Result<StatusCode, ApiError> {
+pub(super) async fn acknowledge(
+    Shared(state): Shared<Arc<State>>,
+    request: Request,
+) -> Result<StatusCode, ApiError> {
     let (parts, body) = request.into_parts();
     let user = state.auth().stream_identity(&parts)?.reader.user;
     // A page of another origin can send every other type with a user's cookie, unasked.
-    let kind = parts.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    if !kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {
-        return Err(ApiError::unsupported_media_type("an acknowledgement is JSON").fix("say Content-Type: application/json"));
+    let kind = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|kind| kind.to_str().ok())
+        .unwrap_or_default();
+    if !kind
+        .split(';')
+        .next()
+        .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+    {
+        return Err(
+            ApiError::unsupported_media_type("an acknowledgement is JSON")
+                .fix("say Content-Type: application/json"),
+        );
     }
-    let body = read_body(body, MAX_BODY, Duration::from_secs(state.limits.body_timeout_s)).await?;
-    let told: Acknowledgement = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::bad_request(format!("the body is no acknowledgement: {error}")).fix(SHAPE))?;
-    let which: Vec<BookmarkOf> = told.device.map(BookmarkOf::Device).into_iter().chain(told.read.then_some(BookmarkOf::ReadMark)).collect();
+    let body = read_body(
+        body,
+        MAX_BODY,
+        Duration::from_secs(state.limits.body_timeout_s),
+    )
+    .await?;
+    let told: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
+        ApiError::bad_request(format!("the body is no acknowledgement: {error}")).fix(SHAPE)
+    })?;
+    let which: Vec<BookmarkOf> = told
+        .device
+        .map(BookmarkOf::Device)
+        .into_iter()
+        .chain(told.read.then_some(BookmarkOf::ReadMark))
+        .collect();
     if which.is_empty() {
-        return Err(ApiError::bad_request("the body says neither which device is there nor that it was read").fix(SHAPE));
+        return Err(ApiError::bad_request(
+            "the body says neither which device is there nor that it was read",
+        )
+        .fix(SHAPE));
     }
     let cursor = Cursor::decode(&told.id, &user).map_err(|error| match error {
         Unreadable::Garbled => {
@@ -61,12 +89,10 @@ pub(super) async fn acknowledge(Shared(state): Shared<Arc<State>>, request: Requ
     let taken = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), taken).await;
     match taken.map_err(|_| ApiError::away("the broker did not answer in time"))? {
         Ok(()) => Ok(StatusCode::NO_CONTENT),
-        Err(refusal @ Refusal::Ahead) => {
-            Err(ApiError::bad_request(refusal.to_string()).fix("send the id of the last frame that you have, as it came"))
-        }
-        Err(refusal @ Refusal::Crowded) => {
-            Err(ApiError::overloaded(refusal.to_string()).fix("acknowledge the newest frame, not every one"))
-        }
+        Err(refusal @ Refusal::Ahead) => Err(ApiError::bad_request(refusal.to_string())
+            .fix("send the id of the last frame that you have, as it came")),
+        Err(refusal @ Refusal::Crowded) => Err(ApiError::overloaded(refusal.to_string())
+            .fix("acknowledge the newest frame, not every one")),
         Err(Refusal::Broker(error)) => Err(error.into()),
     }
 }
@@ -96,33 +122,104 @@ mod tests {
             ("[1]".to_owned(), "no acknowledgement"),
             ("null".to_owned(), "no acknowledgement"),
             ("{}".to_owned(), "missing field `id`"),
-            (json!({ "id": 7, "device": "phone" }).to_string(), "invalid type"),
-            (json!({ "id": id("ann") }).to_string(), "neither which device"),
-            (json!({ "id": id("ann"), "read": false }).to_string(), "neither which device"),
-            (json!({ "id": id("ann"), "read": 1 }).to_string(), "invalid type"),
-            (json!({ "id": id("ann"), "device": "" }).to_string(), "is empty"),
-            (json!({ "id": id("ann"), "device": "a\nb" }).to_string(), "control character"),
-            (json!({ "id": id("ann"), "device": long }).to_string(), "257 bytes"),
-            (json!({ "id": id("ann"), "device": "phone", "user": "bob" }).to_string(), "unknown field `user`"),
-            (json!({ "id": "latest", "device": "phone" }).to_string(), "no id of a frame"),
-            (json!({ "id": "", "device": "phone" }).to_string(), "no id of a frame"),
-            (json!({ "id": "1\u{0}", "device": "phone" }).to_string(), "no id of a frame"),
-            (json!({ "id": format!("{}A", id("ann")), "device": "phone" }).to_string(), "no id of a frame"),
+            (
+                json!({ "id": 7, "device": "phone" }).to_string(),
+                "invalid type",
+            ),
+            (
+                json!({ "id": id("ann") }).to_string(),
+                "neither which device",
+            ),
+            (
+                json!({ "id": id("ann"), "read": false }).to_string(),
+                "neither which device",
+            ),
+            (
+                json!({ "id": id("ann"), "read": 1 }).to_string(),
+                "invalid type",
+            ),
+            (
+                json!({ "id": id("ann"), "device": "" }).to_string(),
+                "is empty",
+            ),
+            (
+                json!({ "id": id("ann"), "device": "a\nb" }).to_string(),
+                "control character",
+            ),
+            (
+                json!({ "id": id("ann"), "device": long }).to_string(),
+                "257 bytes",
+            ),
+            (
+                json!({ "id": id("ann"), "device": "phone", "user": "bob" }).to_string(),
+                "unknown field `user`",
+            ),
+            (
+                json!({ "id": "latest", "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+            (
+                json!({ "id": "", "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+            (
+                json!({ "id": "1\u{0}", "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+            (
+                json!({ "id": format!("{}A", id("ann")), "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
         ] {
-            let (status, _, answer) = site.request("POST", "/v1/acks?user=ann", &[JSON], &body).await;
+            let (status, _, answer) = site
+                .request("POST", "/v1/acks?user=ann", &[JSON], &body)
+                .await;
             assert_eq!(status, StatusCode::BAD_REQUEST, "{body}: {answer}");
-            let (error, fix) = (answer["error"].as_str().unwrap(), answer["fix"].as_str().unwrap());
-            assert!(error.contains(expect) && fix.starts_with("send "), "{body}: {answer}");
+            let (error, fix) = (
+                answer["error"].as_str().unwrap(),
+                answer["fix"].as_str().unwrap(),
+            );
+            assert!(
+                error.contains(expect) && fix.starts_with("send "),
+                "{body}: {answer}"
+            );
         }
         let good = json!({ "id": id("ann"), "device": "phone" }).to_string();
-        for headers in [&[][..], &[("content-type", "text/plain")], &[("content-type", "application/json+x")]] {
-            assert_eq!(site.request("POST", "/v1/acks?user=ann", headers, &good).await.0, StatusCode::UNSUPPORTED_MEDIA_TYPE);
+        for headers in [
+            &[][..],
+            &[("content-type", "text/plain")],
+            &[("content-type", "application/json+x")],
+        ] {
+            assert_eq!(
+                site.request("POST", "/v1/acks?user=ann", headers, &good)
+                    .await
+                    .0,
+                StatusCode::UNSUPPORTED_MEDIA_TYPE
+            );
         }
-        let (status, _, answer) = site.request("POST", "/v1/acks?user=bob", &[JSON], &good).await;
-        assert_eq!((status, answer["error"].as_str()), (StatusCode::FORBIDDEN, Some("this id is another user's")));
+        let (status, _, answer) = site
+            .request("POST", "/v1/acks?user=bob", &[JSON], &good)
+            .await;
+        assert_eq!(
+            (status, answer["error"].as_str()),
+            (StatusCode::FORBIDDEN, Some("this id is another user's"))
+        );
         let large = json!({ "id": "1".repeat(5_000), "read": true }).to_string();
-        assert_eq!(site.request("POST", "/v1/acks?user=ann", &[JSON], &large).await.0, StatusCode::PAYLOAD_TOO_LARGE);
-        assert_eq!(site.request("POST", "/v1/acks", &[JSON], &good).await.0, StatusCode::UNAUTHORIZED);
-        assert_eq!(site.request("POST", "/v1/acks?user=ann", &[JSON], &good).await.0, StatusCode::NO_CONTENT);
+        assert_eq!(
+            site.request("POST", "/v1/acks?user=ann", &[JSON], &large)
+                .await
+                .0,
+            StatusCode::PAYLOAD_TOO_LARGE
+        );
+        assert_eq!(
+            site.request("POST", "/v1/acks", &[JSON], &good).await.0,
+            StatusCode::UNAUTHORIZED
+        );
+        assert_eq!(
+            site.request("POST", "/v1/acks?user=ann", &[JSON], &good)
+                .await
+                .0,
+            StatusCode::NO_CONTENT
+        );
     }
 }

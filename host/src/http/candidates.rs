@@ -57,7 +57,9 @@ pub(super) async fn promote(
     _: Keyed,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.promote(&name)).await.map(Json)
+    order(&state, move |registry| registry.promote(&name))
+        .await
+        .map(Json)
 }
 
 #[derive(Debug, Deserialize)]
@@ -81,9 +83,13 @@ pub(super) async fn replay(
     body: Body,
 ) -> Result<Json<rehearsal::Report>, ApiError> {
     if !(1..=MAX_EVENTS).contains(&options.last) {
-        return Err(ApiError::bad_request(format!("last is {}; give 1 to {MAX_EVENTS}", options.last)));
+        return Err(ApiError::bad_request(format!(
+            "last is {}; give 1 to {MAX_EVENTS}",
+            options.last
+        )));
     }
-    let busy = |_| ApiError::overloaded("another candidate is being asked about past events on this node");
+    let busy =
+        |_| ApiError::overloaded("another candidate is being asked about past events on this node");
     let _one = state.rehearsing.try_acquire().map_err(busy)?;
     let broker = state.broker()?;
     let understudy = {
@@ -95,5 +101,7 @@ pub(super) async fn replay(
         order(&state, load).await?
     };
     let registry = Arc::clone(state.pipeline()?.registry());
-    Ok(Json(rehearse(broker.as_ref(), registry, understudy, options.last).await?))
+    Ok(Json(
+        rehearse(broker.as_ref(), registry, understudy, options.last).await?,
+    ))
 }

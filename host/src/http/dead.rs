@@ -84,7 +84,9 @@ enum FieldValue {
 impl Field {
     fn new((name, value): (Bytes, Bytes)) -> Self {
         let text = |bytes: &Bytes| {
-            std::str::from_utf8(bytes).map(str::to_owned).map_err(|_| base64::engine::general_purpose::STANDARD.encode(bytes))
+            std::str::from_utf8(bytes)
+                .map(str::to_owned)
+                .map_err(|_| base64::engine::general_purpose::STANDARD.encode(bytes))
         };
         Self {
             name: text(&name).map_or_else(FieldName::NameBase64, FieldName::Name),
@@ -93,11 +95,21 @@ impl Field {
     }
 }
 
-fn shown(broker: &dyn Broker, number: PartitionNumber, letter: DeadLetter, with_fields: bool) -> Shown {
-    let partition = broker.partitions().iter().find(|partition| partition.number == number);
+fn shown(
+    broker: &dyn Broker,
+    number: PartitionNumber,
+    letter: DeadLetter,
+    with_fields: bool,
+) -> Shown {
+    let partition = broker
+        .partitions()
+        .iter()
+        .find(|partition| partition.number == number);
     Shown {
         id: format!("{}/{}", number.0, letter.id),
-        source: partition.map(|partition| partition.source.clone()).unwrap_or_default(),
+        source: partition
+            .map(|partition| partition.source.clone())
+            .unwrap_or_default(),
         entry: letter.entry,
         reason: letter.why.reason,
         plugin: letter.why.plugin,
@@ -118,18 +130,32 @@ pub(super) async fn list(
     };
     let broker = state.broker()?;
     let mut dead = Vec::new();
-    for partition in broker.partitions().iter().filter(|partition| partition.number >= first) {
+    for partition in broker
+        .partitions()
+        .iter()
+        .filter(|partition| partition.number >= first)
+    {
         if partition.number > first {
             after = EntryId::default();
         }
         while dead.len() < limit {
-            let letters = broker.dead_letters(partition.number, after, READ.min(limit - dead.len())).await?;
+            let letters = broker
+                .dead_letters(partition.number, after, READ.min(limit - dead.len()))
+                .await?;
             let Some(last) = letters.last() else { break };
             after = last.id;
-            dead.extend(letters.into_iter().map(|letter| shown(broker.as_ref(), partition.number, letter, false)));
+            dead.extend(
+                letters
+                    .into_iter()
+                    .map(|letter| shown(broker.as_ref(), partition.number, letter, false)),
+            );
         }
     }
-    let next = if dead.len() >= limit { dead.last().map(|last| last.id.clone()) } else { None };
+    let next = if dead.len() >= limit {
+        dead.last().map(|last| last.id.clone())
+    } else {
+        None
+    };
     Ok(Json(Listed { dead, next }))
 }
 
@@ -140,7 +166,12 @@ pub(super) async fn show(
 ) -> Result<Json<Shown>, ApiError> {
     let (broker, partition) = known(&state, partition)?;
     let before = id.before().ok_or_else(gone)?;
-    let letter = broker.dead_letters(partition, before, 1).await?.pop().filter(|letter| letter.id == id).ok_or_else(gone)?;
+    let letter = broker
+        .dead_letters(partition, before, 1)
+        .await?
+        .pop()
+        .filter(|letter| letter.id == id)
+        .ok_or_else(gone)?;
     Ok(Json(shown(broker.as_ref(), partition, letter, true)))
 }
 
@@ -150,7 +181,11 @@ pub(super) async fn redrive(
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<StatusCode, ApiError> {
     let (broker, partition) = known(&state, partition)?;
-    if broker.redrive(partition, id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(gone()) }
+    if broker.redrive(partition, id).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(gone())
+    }
 }
 
 pub(super) async fn drop(
@@ -159,7 +194,11 @@ pub(super) async fn drop(
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<StatusCode, ApiError> {
     let (broker, partition) = known(&state, partition)?;
-    if broker.drop_dead_letter(partition, id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(gone()) }
+    if broker.drop_dead_letter(partition, id).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(gone())
+    }
 }
 
 fn gone() -> ApiError {
@@ -169,13 +208,29 @@ fn gone() -> ApiError {
 fn known(state: &State, number: u8) -> Result<(&Arc<dyn Broker>, PartitionNumber), ApiError> {
     let broker = state.broker()?;
     let number = PartitionNumber(number);
-    if broker.partitions().iter().any(|partition| partition.number == number) { Ok((broker, number)) } else { Err(gone()) }
+    if broker
+        .partitions()
+        .iter()
+        .any(|partition| partition.number == number)
+    {
+        Ok((broker, number))
+    } else {
+        Err(gone())
+    }
 }
 
 fn parse_id(text: &str) -> Result<(PartitionNumber, EntryId), Malformed> {
-    let malformed = || Malformed::new(format!("'{}' is no id of a dead letter such as 0/1700000000000-0", text.escape_debug()));
+    let malformed = || {
+        Malformed::new(format!(
+            "'{}' is no id of a dead letter such as 0/1700000000000-0",
+            text.escape_debug()
+        ))
+    };
     let (partition, id) = text.split_once('/').ok_or_else(malformed)?;
-    Ok((PartitionNumber(partition.parse().map_err(|_| malformed())?), id.parse().map_err(|_| malformed())?))
+    Ok((
+        PartitionNumber(partition.parse().map_err(|_| malformed())?),
+        id.parse().map_err(|_| malformed())?,
+    ))
 }
 
 #[cfg(test)]
@@ -203,9 +258,21 @@ mod tests {
         let (mut path, mut found) = ("/v1/dead?limit=3".to_owned(), Vec::new());
         for _ in 0..3 {
             let (_, _, body) = site.request("GET", &path, &[], "").await;
-            found.extend(body["dead"].as_array().unwrap().iter().map(|dead| dead["id"].as_str().unwrap().to_owned()));
-            assert!(body["dead"][0]["reason"].as_str().is_some_and(|reason| !reason.is_empty()));
-            let Some(next) = body["next"].as_str() else { break };
+            found.extend(
+                body["dead"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|dead| dead["id"].as_str().unwrap().to_owned()),
+            );
+            assert!(
+                body["dead"][0]["reason"]
+                    .as_str()
+                    .is_some_and(|reason| !reason.is_empty())
+            );
+            let Some(next) = body["next"].as_str() else {
+                break;
+            };
             path = format!("/v1/dead?limit=3&after={next}");
         }
         assert_eq!(found, ["0/1-0", "0/2-0", "1/1-0", "1/3-0"]);
@@ -219,7 +286,10 @@ mod tests {
         }
         let site = Site::dev(broker);
         let (_, _, body) = site.request("GET", "/v1/dead?limit=99", &[], "").await;
-        assert_eq!((body["dead"].as_array().unwrap().len(), &body["next"]), (99, &json!("0/99-0")));
+        assert_eq!(
+            (body["dead"].as_array().unwrap().len(), &body["next"]),
+            (99, &json!("0/99-0"))
+        );
         assert!(site.broker.most_dead_read() <= READ);
     }
 
@@ -227,9 +297,20 @@ mod tests {
     async fn one_is_shown_whole_redriven_or_dropped_once() {
         let site = site();
         let (_, _, body) = site.request("GET", "/v1/dead/1/3-0", &[], "").await;
-        assert_eq!(body["fields"], json!([{ "name": "type", "value_base64": "/w==" }]));
-        assert_eq!(site.request("POST", "/v1/dead/1/3-0/redrive", &[], "").await.0, StatusCode::NO_CONTENT);
-        assert_eq!(site.request("DELETE", "/v1/dead/0/1-0", &[], "").await.0, StatusCode::NO_CONTENT);
+        assert_eq!(
+            body["fields"],
+            json!([{ "name": "type", "value_base64": "/w==" }])
+        );
+        assert_eq!(
+            site.request("POST", "/v1/dead/1/3-0/redrive", &[], "")
+                .await
+                .0,
+            StatusCode::NO_CONTENT
+        );
+        assert_eq!(
+            site.request("DELETE", "/v1/dead/0/1-0", &[], "").await.0,
+            StatusCode::NO_CONTENT
+        );
         for (method, path) in [
             ("GET", "/v1/dead/1/3-0"),
             ("GET", "/v1/dead/0/0-0"),
@@ -237,7 +318,11 @@ mod tests {
             ("POST", "/v1/dead/1/3-0/redrive"),
             ("DELETE", "/v1/dead/0/1-0"),
         ] {
-            assert_eq!(site.request(method, path, &[], "").await.0, StatusCode::NOT_FOUND, "{method} {path}");
+            assert_eq!(
+                site.request(method, path, &[], "").await.0,
+                StatusCode::NOT_FOUND,
+                "{method} {path}"
+            );
         }
     }
 }

@@ -30,16 +30,29 @@ pub(super) async fn list(
     let mut all = Vec::new();
     for partition in broker.partitions() {
         // Where one event is asked for, it is looked for as far back as an answer may reach.
-        let reach = if options.event_id.is_some() { MAX_LIMIT } else { limit };
+        let reach = if options.event_id.is_some() {
+            MAX_LIMIT
+        } else {
+            limit
+        };
         let decisions = broker.decisions(partition.number, reach).await?.into_iter();
-        let wanted = decisions.filter(|(.., decision)| options.event_id.as_ref().is_none_or(|id| *id == decision.event_id)).take(limit);
-        all.extend(wanted.map(|(entry, outcome, notification, decision)| Decided {
-            partition: partition.number,
-            entry,
-            outcome,
-            notification,
-            decision,
-        }));
+        let wanted = decisions
+            .filter(|(.., decision)| {
+                options
+                    .event_id
+                    .as_ref()
+                    .is_none_or(|id| *id == decision.event_id)
+            })
+            .take(limit);
+        all.extend(
+            wanted.map(|(entry, outcome, notification, decision)| Decided {
+                partition: partition.number,
+                entry,
+                outcome,
+                notification,
+                decision,
+            }),
+        );
     }
     Ok(Json(all))
 }

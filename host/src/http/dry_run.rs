@@ -10,7 +10,9 @@ use super::{ApiError, State};
 use crate::broker::{Broker, PartitionNumber, Verdict};
 use crate::clock::now_ms;
 use crate::criteria::Criteria;
-use crate::event::{EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target, Value};
+use crate::event::{
+    EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target, Value,
+};
 use crate::pipeline::{Evaluation, NoPlugins, Resolution};
 use crate::recipients::{Moment, winning_route};
 
@@ -81,67 +83,150 @@ pub(super) async fn try_out(
     let (mut tried, mut places) = (Vec::new(), Vec::new());
     for event in events {
         match event {
-            Err(error) => trials.push(Trial::Refused { status: "refused", error: error.to_string() }),
+            Err(error) => trials.push(Trial::Refused {
+                status: "refused",
+                error: error.to_string(),
+            }),
             Ok((event, partition)) => {
                 places.push((trials.len(), partition));
                 tried.push(as_of(event, now_ms));
-                trials.push(Trial::Refused { status: "refused", error: String::new() });
+                trials.push(Trial::Refused {
+                    status: "refused",
+                    error: String::new(),
+                });
             }
         }
     }
     let trying = async {
-        let evaluations = pipeline.try_out(tried, now_ms).await.map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
+        let evaluations = pipeline
+            .try_out(tried, now_ms)
+            .await
+            .map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
         for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
-            trials[place] = Trial::Tried(Box::new(judge(broker, partition, evaluation, now_ms).await?));
+            trials[place] = Trial::Tried(Box::new(
+                judge(broker, partition, evaluation, now_ms).await?,
+            ));
         }
         Ok(trials)
     };
     within(MAX_DURATION, trying).await
 }
 
-async fn within<T>(most: Duration, trying: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
-    tokio::time::timeout(most, trying).await.unwrap_or_else(|_| {
-        let error = ApiError::overloaded(format!("the dry run takes longer than {} seconds", most.as_secs()));
-        Err(error.fix("send fewer events at once"))
-    })
+async fn within<T>(
+    most: Duration,
+    trying: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
+    tokio::time::timeout(most, trying)
+        .await
+        .unwrap_or_else(|_| {
+            let error = ApiError::overloaded(format!(
+                "the dry run takes longer than {} seconds",
+                most.as_secs()
+            ));
+            Err(error.fix("send fewer events at once"))
+        })
 }
 
 /// What is left to the entry is left to the moment here.
 fn as_of(event: Event, now_ms: u64) -> Event {
-    let time_ms = if event.time_ms == 0 { now_ms } else { event.time_ms };
+    let time_ms = if event.time_ms == 0 {
+        now_ms
+    } else {
+        event.time_ms
+    };
     let entry = EntryId { ms: now_ms, seq: 0 };
-    let id = if event.id_given { event.id.clone() } else { Name::parse(&entry.to_string()).unwrap_or_else(|_| event.id.clone()) };
-    Event { time_ms, id, ..event }
+    let id = if event.id_given {
+        event.id.clone()
+    } else {
+        Name::parse(&entry.to_string()).unwrap_or_else(|_| event.id.clone())
+    };
+    Event {
+        time_ms,
+        id,
+        ..event
+    }
 }
 
-async fn judge(broker: &dyn Broker, partition: PartitionNumber, evaluation: Evaluation, now_ms: u64) -> Result<Tried, ApiError> {
-    let Evaluation { event, priority, resolution, verdicts } = evaluation;
+async fn judge(
+    broker: &dyn Broker,
+    partition: PartitionNumber,
+    evaluation: Evaluation,
+    now_ms: u64,
+) -> Result<Tried, ApiError> {
+    let Evaluation {
+        event,
+        priority,
+        resolution,
+        verdicts,
+    } = evaluation;
     let (outcome, plugin, reason, plan) = match resolution {
         Resolution::Planned(plan) => (Outcome::Committed, None, None, plan),
-        Resolution::Discarded { plugin, reason } => (Outcome::Discarded, Some(plugin), Some(reason), Plan::default()),
+        Resolution::Discarded { plugin, reason } => (
+            Outcome::Discarded,
+            Some(plugin),
+            Some(reason),
+            Plan::default(),
+        ),
         Resolution::Unrouted => (Outcome::Unrouted, None, None, Plan::default()),
-        Resolution::Failed { plugin, reason, .. } => (Outcome::DeadLettered, Some(plugin), Some(reason), Plan::default()),
+        Resolution::Failed { plugin, reason, .. } => (
+            Outcome::DeadLettered,
+            Some(plugin),
+            Some(reason),
+            Plan::default(),
+        ),
     };
     let mut reaches = Reach::default();
     // An id above all: who is a member now sees it.
-    let moment = Moment { partition, id: NotificationId::MAX, now_ms };
+    let moment = Moment {
+        partition,
+        id: NotificationId::MAX,
+        now_ms,
+    };
     for target in plan.targets() {
         match target {
             Target::Everyone => reaches.everyone = true,
             Target::Group(group) => reaches.groups.push(group),
-            Target::User(_) if reaches.users.len() + reaches.left_out.len() == MAX_USERS => reaches.n_not_judged += 1,
+            Target::User(_) if reaches.users.len() + reaches.left_out.len() == MAX_USERS => {
+                reaches.n_not_judged += 1
+            }
             Target::User(user) => {
                 let recipient = broker.recipient(&user).await?;
                 let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
-                match winning_route(&plan, &user, &recipient, moment, holds).map(|way| &plan.routes[way.route]) {
-                    Some(route) => reaches.users.push(Reached { user, priority: route.priority, by: route.by.clone() }),
+                match winning_route(&plan, &user, &recipient, moment, holds)
+                    .map(|way| &plan.routes[way.route])
+                {
+                    Some(route) => reaches.users.push(Reached {
+                        user,
+                        priority: route.priority,
+                        by: route.by.clone(),
+                    }),
                     None => reaches.left_out.push(user),
                 }
             }
         }
     }
-    let Event { id, source, kind, attributes, .. } = event;
-    Ok(Tried { status: "tried", id, source, kind, partition, outcome, priority, attributes, plugin, reason, plan, reaches, verdicts })
+    let Event {
+        id,
+        source,
+        kind,
+        attributes,
+        ..
+    } = event;
+    Ok(Tried {
+        status: "tried",
+        id,
+        source,
+        kind,
+        partition,
+        outcome,
+        priority,
+        attributes,
+        plugin,
+        reason,
+        plan,
+        reaches,
+        verdicts,
+    })
 }
 
 #[cfg(test)]
@@ -162,26 +247,59 @@ mod tests {
 
     #[tokio::test]
     async fn a_dry_run_that_takes_too_long_is_told_to_be_smaller() {
-        let Err(error) = within::<()>(Duration::from_millis(1), std::future::pending()).await else { panic!("it does not end") };
-        assert_eq!(error.into_response().status(), StatusCode::SERVICE_UNAVAILABLE);
+        let Err(error) = within::<()>(Duration::from_millis(1), std::future::pending()).await
+        else {
+            panic!("it does not end")
+        };
+        assert_eq!(
+            error.into_response().status(),
+            StatusCode::SERVICE_UNAVAILABLE
+        );
     }
 
     #[tokio::test]
     async fn conditions_are_judged_for_each_named_user() {
         let broker = FakeBroker::default();
-        let pro = RecipientChange::Attributes([("plan".to_owned(), Value::Text("pro".into()))].into());
+        let pro =
+            RecipientChange::Attributes([("plan".to_owned(), Value::Text("pro".into()))].into());
         broker.change_recipient(&name("ann"), pro).await.unwrap();
-        let test = Test { attribute: "plan".into(), operator: Operator::Equals, values: vec![Value::Text("pro".into())] };
-        let to = ["u:ann", "u:bob", "g:ops"].map(|target| target.parse().unwrap()).to_vec();
+        let test = Test {
+            attribute: "plan".into(),
+            operator: Operator::Equals,
+            values: vec![Value::Text("pro".into())],
+        };
+        let to = ["u:ann", "u:bob", "g:ops"]
+            .map(|target| target.parse().unwrap())
+            .to_vec();
         let when = Some(Criteria::new(vec![vec![test]]).unwrap());
-        let route =
-            Route { by: name("r"), to, when, priority: Priority::High, expires_ms: None, collapse: None, event_name: None, body: None };
+        let route = Route {
+            by: name("r"),
+            to,
+            when,
+            priority: Priority::High,
+            expires_ms: None,
+            collapse: None,
+            event_name: None,
+            body: None,
+        };
         let event = Event::from_json(EntryId::default(), "-", br#"{"type":"t","id":"a"}"#).unwrap();
-        let resolution = Resolution::Planned(Plan { routes: vec![route] });
-        let evaluation = Evaluation { event, priority: Priority::Low, resolution, verdicts: Vec::new() };
-        let tried = judge(&broker, PartitionNumber(0), evaluation, 1_000).await.unwrap();
+        let resolution = Resolution::Planned(Plan {
+            routes: vec![route],
+        });
+        let evaluation = Evaluation {
+            event,
+            priority: Priority::Low,
+            resolution,
+            verdicts: Vec::new(),
+        };
+        let tried = judge(&broker, PartitionNumber(0), evaluation, 1_000)
+            .await
+            .unwrap();
         let shown = serde_json::to_value(&tried).unwrap();
-        assert_eq!((&shown["outcome"], &shown["priority"]), (&json!("committed"), &json!("low")));
+        assert_eq!(
+            (&shown["outcome"], &shown["priority"]),
+            (&json!("committed"), &json!("low"))
+        );
         let expected = json!({
             "users": [{ "user": "ann", "priority": "high", "by": "r" }], "left_out": ["bob"], "n_not_judged": 0, "groups": ["ops"], "everyone": false
         });

@@ -34,7 +34,17 @@ pub(super) struct Refused(pub(super) &'static str);
 
 impl ApiError {
     fn new(status: StatusCode, reason: &'static str, error: impl Into<String>) -> Self {
-        Self { status, reason, body: Body { error: error.into(), fix: None }, retry_after_s: None, www_authenticate: None, cause: None }
+        Self {
+            status,
+            reason,
+            body: Body {
+                error: error.into(),
+                fix: None,
+            },
+            retry_after_s: None,
+            www_authenticate: None,
+            cause: None,
+        }
     }
 
     /// 400: sent again, it is refused again.
@@ -133,15 +143,18 @@ impl From<auth::Error> for ApiError {
     fn from(error: auth::Error) -> Self {
         let text = error.to_string();
         match error {
-            auth::Error::Missing(_) => {
-                Self { www_authenticate: Some("Bearer"), ..Self::new(StatusCode::UNAUTHORIZED, "unidentified", text) }
-            }
+            auth::Error::Missing(_) => Self {
+                www_authenticate: Some("Bearer"),
+                ..Self::new(StatusCode::UNAUTHORIZED, "unidentified", text)
+            },
             auth::Error::Invalid(_) => Self {
                 www_authenticate: Some("Bearer error=\"invalid_token\""),
                 ..Self::new(StatusCode::UNAUTHORIZED, "unidentified", text)
             },
             auth::Error::Unavailable { fix, .. } => {
-                tracing::warn!("a request was refused because {text}; to let such requests in, {fix}");
+                tracing::warn!(
+                    "a request was refused because {text}; to let such requests in, {fix}"
+                );
                 Self::forbidden(text)
             }
         }
@@ -151,8 +164,14 @@ impl From<auth::Error> for ApiError {
 impl From<broker::Error> for ApiError {
     fn from(error: broker::Error) -> Self {
         match error {
-            broker::Error::Away(_) => Self::away("the broker cannot be reached right now").cause(error),
-            broker::Error::Full(_) => Self { reason: "full", ..Self::away("the broker has no room right now") }.cause(error),
+            broker::Error::Away(_) => {
+                Self::away("the broker cannot be reached right now").cause(error)
+            }
+            broker::Error::Full(_) => Self {
+                reason: "full",
+                ..Self::away("the broker has no room right now")
+            }
+            .cause(error),
             broker::Error::Refused(_) => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "broker",
@@ -169,16 +188,22 @@ impl IntoResponse for ApiError {
             let (status, error) = (self.status.as_u16(), &self.body.error);
             // That the broker is away or full is said once, by readiness: publishers who try again must not fill the log.
             match self.status {
-                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => tracing::debug!(status, "{error}: {cause:#}"),
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => {
+                    tracing::debug!(status, "{error}: {cause:#}")
+                }
                 _ => tracing::warn!(status, "{error}: {cause:#}"),
             }
         }
         let mut response = (self.status, Json(self.body)).into_response();
         if let Some(seconds) = self.retry_after_s {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         if let Some(challenge) = self.www_authenticate {
-            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+            response
+                .headers_mut()
+                .insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
         }
         response.extensions_mut().insert(Refused(self.reason));
         response

@@ -31,15 +31,27 @@ pub(super) async fn explain(
     _: Keyed,
     Query(options): Query<Options>,
 ) -> Result<Json<Explanation>, ApiError> {
-    let hub = state.hub().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
-    let sources = Sources { broker: state.broker()?.as_ref(), bookmarks: state.bookmarks()?, hub };
-    let Ok(_permit) = ANSWERS.try_acquire() else {
-        return Err(ApiError::overloaded("this node is already explaining as many events as it does at once"));
+    let hub = state
+        .hub()
+        .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
+    let sources = Sources {
+        broker: state.broker()?.as_ref(),
+        bookmarks: state.bookmarks()?,
+        hub,
     };
-    sources.explain(&options.event_id, options.user.as_ref()).await.map(Json).map_err(|unexplained| match unexplained {
-        Unexplained::Broker(error) => error.into(),
-        unexplained => ApiError::not_found(unexplained.to_string()).fix(unexplained.fix()),
-    })
+    let Ok(_permit) = ANSWERS.try_acquire() else {
+        return Err(ApiError::overloaded(
+            "this node is already explaining as many events as it does at once",
+        ));
+    };
+    sources
+        .explain(&options.event_id, options.user.as_ref())
+        .await
+        .map(Json)
+        .map_err(|unexplained| match unexplained {
+            Unexplained::Broker(error) => error.into(),
+            unexplained => ApiError::not_found(unexplained.to_string()).fix(unexplained.fix()),
+        })
 }
 
 #[cfg(test)]

@@ -48,17 +48,31 @@ pub(super) async fn newest(
 ) -> Result<Response, ApiError> {
     let last = options.last.unwrap_or(1_000);
     if !(1..=MAX_LAST).contains(&last) {
-        return Err(ApiError::bad_request(format!("last is {last}; give 1 to {MAX_LAST}")));
+        return Err(ApiError::bad_request(format!(
+            "last is {last}; give 1 to {MAX_LAST}"
+        )));
     }
     let broker = state.broker()?;
     let Ok(_permit) = ANSWERS.try_acquire() else {
-        return Err(ApiError::overloaded("this node is already answering as many requests for events as it does at once"));
+        return Err(ApiError::overloaded(
+            "this node is already answering as many requests for events as it does at once",
+        ));
     };
-    let mut held = Held { last, events: VecDeque::new(), bytes: 0, n_unreadable: 0, bound: "source" };
+    let mut held = Held {
+        last,
+        events: VecDeque::new(),
+        bytes: 0,
+        n_unreadable: 0,
+        bound: "source",
+    };
     for partition in broker.partitions() {
         held.read(broker.as_ref(), partition).await?;
     }
-    let body: String = held.events.into_iter().flat_map(|(_, line)| [line, "\n".to_owned()]).collect();
+    let body: String = held
+        .events
+        .into_iter()
+        .flat_map(|(_, line)| [line, "\n".to_owned()])
+        .collect();
     let headers = [
         (CONTENT_TYPE, "application/x-ndjson".to_owned()),
         (BOUND.clone(), held.bound.to_owned()),
@@ -80,11 +94,17 @@ impl Held {
     async fn read(&mut self, broker: &dyn Broker, partition: &Partition) -> Result<(), ApiError> {
         let decisions = broker.decisions(partition.number, self.last).await?;
         let entries = decisions.iter().map(|(entry, ..)| *entry);
-        let (Some(oldest), Some(newest)) = (entries.clone().min(), entries.max()) else { return Ok(()) };
+        let (Some(oldest), Some(newest)) = (entries.clone().min(), entries.max()) else {
+            return Ok(());
+        };
         let mut after = oldest.before().unwrap_or_default();
         while after < newest {
-            let read = broker.read(partition.number, after, READ, Duration::ZERO).await?;
-            let Some(last) = read.last().map(|entry| entry.id) else { break };
+            let read = broker
+                .read(partition.number, after, READ, Duration::ZERO)
+                .await?;
+            let Some(last) = read.last().map(|entry| entry.id) else {
+                break;
+            };
             // What came since then is not decided, or is for the next answer.
             for entry in read.into_iter().filter(|entry| entry.id <= newest) {
                 match Event::from_fields(entry.id, &partition.source, &entry.fields) {
@@ -103,8 +123,14 @@ impl Held {
         self.bytes += line.len() + 1;
         self.events.insert(at, (entry, line));
         while self.events.len() > self.last || self.bytes > MAX_BYTES {
-            self.bound = if self.events.len() > self.last { "last" } else { "bytes" };
-            let Some((_, line)) = self.events.pop_front() else { break };
+            self.bound = if self.events.len() > self.last {
+                "last"
+            } else {
+                "bytes"
+            };
+            let Some((_, line)) = self.events.pop_front() else {
+                break;
+            };
             self.bytes -= line.len() + 1;
         }
         if self.events.len() == self.last && self.bound == "source" {
@@ -118,7 +144,13 @@ mod tests {
     use super::*;
 
     fn held(last: usize) -> Held {
-        Held { last, events: VecDeque::new(), bytes: 0, n_unreadable: 0, bound: "source" }
+        Held {
+            last,
+            events: VecDeque::new(),
+            bytes: 0,
+            n_unreadable: 0,
+            bound: "source",
+        }
     }
 
     fn entries(held: &Held) -> Vec<u64> {

@@ -15,8 +15,9 @@ use tower::ServiceExt as _;
 use super::{Limits, Origins, State, admin_routes, routes};
 use crate::auth::{self, Auth};
 use crate::broker::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error, Feed, Finding, Found, Head, Lease,
-    Page, Partition, PartitionNumber, PartitionState, Recipient, RecipientChange, Result, Retention, Slice, Span,
+    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error,
+    Feed, Finding, Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
+    RecipientChange, Result, Retention, Slice, Span,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 use crate::hub::Hub;
@@ -53,12 +54,26 @@ impl Default for FakeBroker {
 
 impl FakeBroker {
     pub(super) fn with_partitions(n: u8) -> Self {
-        let partitions = (0..n).map(|n| Partition { number: PartitionNumber(n), source: format!("pointsman:events:{n}") }).collect();
-        Self { partitions, failure: None, lag: 0, findings: Vec::new(), shared: Arc::default() }
+        let partitions = (0..n)
+            .map(|n| Partition {
+                number: PartitionNumber(n),
+                source: format!("pointsman:events:{n}"),
+            })
+            .collect();
+        Self {
+            partitions,
+            failure: None,
+            lag: 0,
+            findings: Vec::new(),
+            shared: Arc::default(),
+        }
     }
 
     pub(crate) fn failing(failure: fn() -> Error) -> Self {
-        Self { failure: Some(failure), ..Self::default() }
+        Self {
+            failure: Some(failure),
+            ..Self::default()
+        }
     }
 
     pub(super) fn with_lag(self, lag: u64) -> Self {
@@ -74,8 +89,17 @@ impl FakeBroker {
     }
 
     pub(super) fn bury(&self, partition: PartitionNumber, id: EntryId, fields: Fields) {
-        let why = DeadReason { reason: "type is not UTF-8".into(), plugin: None, attempts: 1, fields };
-        self.shared.lock().unwrap().dead.push((partition, DeadLetter { id, entry: id, why }));
+        let why = DeadReason {
+            reason: "type is not UTF-8".into(),
+            plugin: None,
+            attempts: 1,
+            fields,
+        };
+        self.shared
+            .lock()
+            .unwrap()
+            .dead
+            .push((partition, DeadLetter { id, entry: id, why }));
     }
 
     /// The most dead letters that were asked for at once.
@@ -102,22 +126,36 @@ impl Broker for FakeBroker {
     }
 
     async fn check(&self) -> Result<Vec<Finding>> {
-        self.failure.map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
+        self.failure
+            .map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
     }
 
-    async fn append(&self, partition: PartitionNumber, entries: Vec<Fields>) -> Result<Vec<EntryId>> {
+    async fn append(
+        &self,
+        partition: PartitionNumber,
+        entries: Vec<Fields>,
+    ) -> Result<Vec<EntryId>> {
         if let Some(failure) = self.failure {
             return Err(failure());
         }
         let appended = &mut self.shared.lock().unwrap().appended;
         let ids = entries.into_iter().map(|fields| {
             appended.push((partition, fields));
-            EntryId { ms: 1_700_000_000_000, seq: appended.len() as u64 }
+            EntryId {
+                ms: 1_700_000_000_000,
+                seq: appended.len() as u64,
+            }
         });
         Ok(ids.collect())
     }
 
-    async fn read(&self, _: PartitionNumber, _: EntryId, _: usize, _: Duration) -> Result<Vec<Entry>> {
+    async fn read(
+        &self,
+        _: PartitionNumber,
+        _: EntryId,
+        _: usize,
+        _: Duration,
+    ) -> Result<Vec<Entry>> {
         unused()
     }
 
@@ -153,11 +191,21 @@ impl Broker for FakeBroker {
         unused()
     }
 
-    async fn page(&self, _: PartitionNumber, _: &Target, _: NotificationId, _: usize) -> Result<Page> {
+    async fn page(
+        &self,
+        _: PartitionNumber,
+        _: &Target,
+        _: NotificationId,
+        _: usize,
+    ) -> Result<Page> {
         unused()
     }
 
-    async fn records(&self, _: PartitionNumber, _: &[NotificationId]) -> Result<Vec<Option<Bytes>>> {
+    async fn records(
+        &self,
+        _: PartitionNumber,
+        _: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
         unused()
     }
 
@@ -166,7 +214,14 @@ impl Broker for FakeBroker {
     }
 
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
-        Ok(self.shared.lock().unwrap().recipients.get(user).cloned().unwrap_or_default())
+        Ok(self
+            .shared
+            .lock()
+            .unwrap()
+            .recipients
+            .get(user)
+            .cloned()
+            .unwrap_or_default())
     }
 
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
@@ -174,11 +229,19 @@ impl Broker for FakeBroker {
         let recipient = shared.recipients.entry(user.clone()).or_default();
         match change {
             RecipientChange::Join { group } => {
-                recipient.groups.insert(group, BTreeMap::from([(PartitionNumber(0), Span::default())]));
+                recipient.groups.insert(
+                    group,
+                    BTreeMap::from([(PartitionNumber(0), Span::default())]),
+                );
             }
             RecipientChange::Leave { group } => {
-                let left = Span { joined: NotificationId(0), left: Some(NotificationId(1)) };
-                recipient.groups.insert(group, BTreeMap::from([(PartitionNumber(0), left)]));
+                let left = Span {
+                    joined: NotificationId(0),
+                    left: Some(NotificationId(1)),
+                };
+                recipient
+                    .groups
+                    .insert(group, BTreeMap::from([(PartitionNumber(0), left)]));
             }
             RecipientChange::Attributes(attributes) => recipient.attributes = attributes,
         }
@@ -186,10 +249,23 @@ impl Broker for FakeBroker {
     }
 
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
-        Ok(self.shared.lock().unwrap().bookmarks.get(user).cloned().unwrap_or_default())
+        Ok(self
+            .shared
+            .lock()
+            .unwrap()
+            .bookmarks
+            .get(user)
+            .cloned()
+            .unwrap_or_default())
     }
 
-    async fn move_bookmark(&self, user: &Name, which: &BookmarkOf, seen: Option<&Bookmark>, to: &Bookmark) -> Result<bool> {
+    async fn move_bookmark(
+        &self,
+        user: &Name,
+        which: &BookmarkOf,
+        seen: Option<&Bookmark>,
+        to: &Bookmark,
+    ) -> Result<bool> {
         let mut shared = self.shared.lock().unwrap();
         let bookmarks = shared.bookmarks.entry(user.clone()).or_default();
         let is_seen = bookmarks.get(which) == seen;
@@ -199,10 +275,18 @@ impl Broker for FakeBroker {
         Ok(is_seen)
     }
 
-    async fn dead_letters(&self, partition: PartitionNumber, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>> {
+    async fn dead_letters(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
         let mut shared = self.shared.lock().unwrap();
         shared.most_dead_read = shared.most_dead_read.max(limit);
-        let here = shared.dead.iter().filter(|(p, letter)| *p == partition && letter.id > after);
+        let here = shared
+            .dead
+            .iter()
+            .filter(|(p, letter)| *p == partition && letter.id > after);
         Ok(here.map(|(_, letter)| letter.clone()).take(limit).collect())
     }
 
@@ -214,7 +298,11 @@ impl Broker for FakeBroker {
         Ok(self.unbury(partition, id))
     }
 
-    async fn decisions(&self, _: PartitionNumber, _: usize) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+    async fn decisions(
+        &self,
+        _: PartitionNumber,
+        _: usize,
+    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
         unused()
     }
 
@@ -223,7 +311,10 @@ impl Broker for FakeBroker {
     }
 
     async fn state(&self, _: PartitionNumber) -> Result<PartitionState> {
-        Ok(PartitionState { lag: self.lag, ..PartitionState::default() })
+        Ok(PartitionState {
+            lag: self.lag,
+            ..PartitionState::default()
+        })
     }
 }
 
@@ -235,11 +326,20 @@ pub(super) struct Site {
 
 impl Site {
     pub(super) fn dev(broker: FakeBroker) -> Self {
-        Self::new(broker, auth::Config { dev: true, ..auth::Config::default() })
+        Self::new(
+            broker,
+            auth::Config {
+                dev: true,
+                ..auth::Config::default()
+            },
+        )
     }
 
     pub(super) fn new(broker: FakeBroker, auth: auth::Config) -> Self {
-        let site = Self { state: Self::state(&auth), broker };
+        let site = Self {
+            state: Self::state(&auth),
+            broker,
+        };
         let broker: Arc<dyn Broker> = Arc::new(site.broker.clone());
         let hub = Hub::start(Arc::clone(&broker), Metrics::default(), &Shutdown::new());
         site.state.set_broker(broker, hub);
@@ -247,7 +347,13 @@ impl Site {
     }
 
     pub(super) fn without_broker() -> Self {
-        Self { state: Self::state(&auth::Config { dev: true, ..auth::Config::default() }), broker: FakeBroker::default() }
+        Self {
+            state: Self::state(&auth::Config {
+                dev: true,
+                ..auth::Config::default()
+            }),
+            broker: FakeBroker::default(),
+        }
     }
 
     fn state(auth: &auth::Config) -> Arc<State> {
@@ -277,15 +383,30 @@ impl Site {
             request = request.header(*name, *value);
         }
         let request = request.body(Body::from(body.to_owned())).unwrap();
-        let (parts, body) = routes(Arc::clone(&self.state)).oneshot(request).await.unwrap().into_parts();
+        let (parts, body) = routes(Arc::clone(&self.state))
+            .oneshot(request)
+            .await
+            .unwrap()
+            .into_parts();
         let body = body.collect().await.unwrap().to_bytes();
-        (parts.status, parts.headers, serde_json::from_slice(&body).unwrap_or_default())
+        (
+            parts.status,
+            parts.headers,
+            serde_json::from_slice(&body).unwrap_or_default(),
+        )
     }
 
     /// A GET to the routes for operators.
     pub(super) async fn admin(&self, path: &str) -> (StatusCode, String) {
         let request = Request::get(path).body(Body::empty()).unwrap();
-        let (parts, body) = admin_routes(Arc::clone(&self.state)).oneshot(request).await.unwrap().into_parts();
-        (parts.status, String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap())
+        let (parts, body) = admin_routes(Arc::clone(&self.state))
+            .oneshot(request)
+            .await
+            .unwrap()
+            .into_parts();
+        (
+            parts.status,
+            String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap(),
+        )
     }
 }

@@ -30,9 +30,14 @@ pub(super) async fn join(
 ) -> Result<StatusCode, ApiError> {
     // Kept free for what a membership may say one day; taking and ignoring it would be a promise.
     if body.size_hint().lower() > 0 {
-        return Err(ApiError::bad_request("a membership has no body").fix("send PUT with an empty body"));
+        return Err(
+            ApiError::bad_request("a membership has no body").fix("send PUT with an empty body")
+        );
     }
-    state.broker()?.change_recipient(&user, RecipientChange::Join { group }).await?;
+    state
+        .broker()?
+        .change_recipient(&user, RecipientChange::Join { group })
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -41,7 +46,10 @@ pub(super) async fn leave(
     _: Keyed,
     Path((group, user)): Path<(Name, Name)>,
 ) -> Result<StatusCode, ApiError> {
-    state.broker()?.change_recipient(&user, RecipientChange::Leave { group }).await?;
+    state
+        .broker()?
+        .change_recipient(&user, RecipientChange::Leave { group })
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -52,8 +60,17 @@ pub(super) async fn show(
 ) -> Result<Json<Membership>, ApiError> {
     let recipient = state.broker()?.recipient(&user).await?;
     // A former member's spans are kept for the replay of what was committed before leaving.
-    let is_member = recipient.groups.get(&group).is_some_and(|spans| spans.values().any(|span| span.left.is_none()));
-    if is_member { Ok(Json(Membership { group, user })) } else { Err(ApiError::not_found("this user is not a member of this group")) }
+    let is_member = recipient
+        .groups
+        .get(&group)
+        .is_some_and(|spans| spans.values().any(|span| span.left.is_none()));
+    if is_member {
+        Ok(Json(Membership { group, user }))
+    } else {
+        Err(ApiError::not_found(
+            "this user is not a member of this group",
+        ))
+    }
 }
 
 #[cfg(test)]
@@ -67,21 +84,44 @@ mod tests {
     async fn members_join_are_shown_and_leave() {
         let site = Site::dev(FakeBroker::default());
         let path = "/v1/groups/ops%20team/members/ann";
-        assert_eq!(site.request("GET", path, &[], "").await.0, StatusCode::NOT_FOUND);
+        assert_eq!(
+            site.request("GET", path, &[], "").await.0,
+            StatusCode::NOT_FOUND
+        );
         for _ in 0..2 {
-            assert_eq!(site.request("PUT", path, &[], "").await.0, StatusCode::NO_CONTENT);
+            assert_eq!(
+                site.request("PUT", path, &[], "").await.0,
+                StatusCode::NO_CONTENT
+            );
         }
         let (status, _, body) = site.request("GET", path, &[], "").await;
-        assert_eq!((status, body), (StatusCode::OK, json!({ "group": "ops team", "user": "ann" })));
+        assert_eq!(
+            (status, body),
+            (
+                StatusCode::OK,
+                json!({ "group": "ops team", "user": "ann" })
+            )
+        );
         for _ in 0..2 {
-            assert_eq!(site.request("DELETE", path, &[], "").await.0, StatusCode::NO_CONTENT);
+            assert_eq!(
+                site.request("DELETE", path, &[], "").await.0,
+                StatusCode::NO_CONTENT
+            );
         }
-        assert_eq!(site.request("GET", path, &[], "").await.0, StatusCode::NOT_FOUND);
+        assert_eq!(
+            site.request("GET", path, &[], "").await.0,
+            StatusCode::NOT_FOUND
+        );
     }
 
     #[tokio::test]
     async fn a_membership_has_no_body() {
         let site = Site::dev(FakeBroker::default());
-        assert_eq!(site.request("PUT", "/v1/groups/ops/members/ann", &[], "{}").await.0, StatusCode::BAD_REQUEST);
+        assert_eq!(
+            site.request("PUT", "/v1/groups/ops/members/ann", &[], "{}")
+                .await
+                .0,
+            StatusCode::BAD_REQUEST
+        );
     }
 }

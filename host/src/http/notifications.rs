@@ -88,31 +88,52 @@ pub(super) async fn page(
 ) -> Result<Json<Page>, ApiError> {
     let (parts, _) = request.into_parts();
     let reader = state.auth().stream_identity(&parts)?.reader;
-    parameters.are_all(&["user", "after", "limit", "types", "min_priority"], |_| false)?;
+    parameters.are_all(&["user", "after", "limit", "types", "min_priority"], |_| {
+        false
+    })?;
     let limit = asked.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(ApiError::bad_request(format!("limit is {limit}; it may be 1 to {MAX_LIMIT}")));
+        return Err(ApiError::bad_request(format!(
+            "limit is {limit}; it may be 1 to {MAX_LIMIT}"
+        )));
     }
-    let start = asked.after.map_or(Start::Earliest, |after| Start::read(&after, &reader.user).unwrap_or(Start::Latest));
+    let start = asked.after.map_or(Start::Earliest, |after| {
+        Start::read(&after, &reader.user).unwrap_or(Start::Latest)
+    });
     let filter = selection.filter()?;
-    let hub = state.hub().ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
+    let hub = state
+        .hub()
+        .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
     let bookmarks = state.bookmarks()?;
     let read = async {
         let mark = bookmarks.read_mark(&reader.user).await?;
-        let (mut page, unread) =
-            tokio::join!(read_page(hub, &reader, start, filter.clone(), limit), count_unread(hub, &reader, mark.as_ref(), filter.clone()));
+        let (mut page, unread) = tokio::join!(
+            read_page(hub, &reader, start, filter.clone(), limit),
+            count_unread(hub, &reader, mark.as_ref(), filter.clone())
+        );
         page.unread = unread;
         page.mark_read(bookmarks, mark.as_ref()).await?;
         Ok::<_, broker::Error>(page)
     };
     // A broker that does not come back is waited for by streams; who asks for a page wants to know.
     let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
-    Ok(Json(read.map_err(|_| ApiError::away("the broker did not answer in time"))??))
+    Ok(Json(read.map_err(|_| {
+        ApiError::away("the broker did not answer in time")
+    })??))
 }
 
 async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, limit: usize) -> Page {
-    let unread = Unread { count: 0, exact: true };
-    let mut page = Page { notifications: Vec::new(), gaps: Vec::new(), cursor: String::new(), more: false, unread };
+    let unread = Unread {
+        count: 0,
+        exact: true,
+    };
+    let mut page = Page {
+        notifications: Vec::new(),
+        gaps: Vec::new(),
+        cursor: String::new(),
+        more: false,
+        unread,
+    };
     hub.read(reader.clone(), start, filter, limit, |subscription| {
         while page.notifications.len() < limit
             && let Some(next) = subscription.next(now_ms())
@@ -121,15 +142,32 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
             subscription.encode_cursor(&mut id);
             page.cursor.clone_from(&id);
             match next {
-                Next::Notification { partition, id: at, record, way } => {
+                Next::Notification {
+                    partition,
+                    id: at,
+                    record,
+                    way,
+                } => {
                     let event = record.route(way.route).event_name.clone();
                     let data = sse::data_of(record.notification(), way);
                     // Made by serde_json a moment ago.
-                    let data = RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
-                    page.notifications.push(Item { id, event, data, read: false, at: (partition, at) });
+                    let data =
+                        RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
+                    page.notifications.push(Item {
+                        id,
+                        event,
+                        data,
+                        read: false,
+                        at: (partition, at),
+                    });
                 }
                 Next::Gap(gap) => {
-                    page.gaps.push(Missing { reason: gap.reason.as_str(), partition: gap.partition.0, from: gap.from, to: gap.to });
+                    page.gaps.push(Missing {
+                        reason: gap.reason.as_str(),
+                        partition: gap.partition.0,
+                        from: gap.from,
+                        to: gap.to,
+                    });
                 }
                 Next::Cursor => {}
             }
@@ -146,7 +184,11 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
 impl Page {
     /// Says of each item whether the mark has passed it. What stands of the mark is asked after the page was read: the other way round, an
     /// id that a fail-over took back and gave to another notification could pass for read.
-    async fn mark_read(&mut self, bookmarks: &Bookmarks, mark: Option<&Cursor>) -> broker::Result<()> {
+    async fn mark_read(
+        &mut self,
+        bookmarks: &Bookmarks,
+        mark: Option<&Cursor>,
+    ) -> broker::Result<()> {
         if let Some(mark) = mark
             && !self.notifications.is_empty()
         {
@@ -162,14 +204,23 @@ impl Page {
 async fn count_unread(hub: &Hub, reader: &Reader, mark: Option<&Cursor>, filter: Filter) -> Unread {
     let start = mark.map_or(Start::Earliest, |mark| Start::Cursor(mark.clone()));
     let mut count = 0;
-    hub.read(reader.clone(), start, filter, MAX_UNREAD + 1, |subscription| {
-        while count <= MAX_UNREAD
-            && let Some(next) = subscription.next(now_ms())
-        {
-            count += usize::from(matches!(next, Next::Notification { .. }));
-        }
-        count
-    })
+    hub.read(
+        reader.clone(),
+        start,
+        filter,
+        MAX_UNREAD + 1,
+        |subscription| {
+            while count <= MAX_UNREAD
+                && let Some(next) = subscription.next(now_ms())
+            {
+                count += usize::from(matches!(next, Next::Notification { .. }));
+            }
+            count
+        },
+    )
     .await;
-    Unread { count: count.min(MAX_UNREAD), exact: count <= MAX_UNREAD }
+    Unread {
+        count: count.min(MAX_UNREAD),
+        exact: count <= MAX_UNREAD,
+    }
 }

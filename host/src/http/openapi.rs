@@ -31,8 +31,12 @@ const ADMIN: [&str; 6] = [
 const NOTIFICATION: &str = include_str!("../../schema/notification.json");
 
 pub(super) async fn document() -> impl IntoResponse {
-    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| Bytes::from(format!("{:#}\n", Value::Object(compose()))));
-    ([(CONTENT_TYPE, "application/json")], Bytes::clone(&DOCUMENT))
+    static DOCUMENT: LazyLock<Bytes> =
+        LazyLock::new(|| Bytes::from(format!("{:#}\n", Value::Object(compose()))));
+    (
+        [(CONTENT_TYPE, "application/json")],
+        Bytes::clone(&DOCUMENT),
+    )
 }
 
 fn compose() -> Map<String, Value> {
@@ -42,8 +46,15 @@ fn compose() -> Map<String, Value> {
     let mut notification = parse(NOTIFICATION);
     // Here it is part of a document that says both, and by an id of its own no reference would find it.
     notification.retain(|key, _| !["$schema", "$id"].contains(&key.as_str()));
-    put(&mut document["components"]["schemas"], "Notification".to_owned(), notification.into());
-    for (listener, pieces) in [PUBLIC.as_slice(), ADMIN.as_slice()].into_iter().enumerate() {
+    put(
+        &mut document["components"]["schemas"],
+        "Notification".to_owned(),
+        notification.into(),
+    );
+    for (listener, pieces) in [PUBLIC.as_slice(), ADMIN.as_slice()]
+        .into_iter()
+        .enumerate()
+    {
         let server = Value::Array(vec![document["servers"][listener].clone()]);
         for (kind, members) in pieces.iter().flat_map(|piece| parse(piece)) {
             for (name, member) in object(members) {
@@ -72,7 +83,10 @@ fn put_path(into: &mut Value, server: &Value, item: Map<String, Value>) {
 }
 
 fn put(into: &mut Value, name: String, member: Value) {
-    let was = into.as_object_mut().expect("pointsman.json has this kind").insert(name.clone(), member);
+    let was = into
+        .as_object_mut()
+        .expect("pointsman.json has this kind")
+        .insert(name.clone(), member);
     assert!(was.is_none(), "{name} stands twice in host/openapi");
 }
 
@@ -81,7 +95,9 @@ fn parse(piece: &str) -> Map<String, Value> {
 }
 
 fn object(value: Value) -> Map<String, Value> {
-    let Value::Object(members) = value else { panic!("not an object in host/openapi: {value}") };
+    let Value::Object(members) = value else {
+        panic!("not an object in host/openapi: {value}")
+    };
     members
 }
 
@@ -93,27 +109,53 @@ mod tests {
 
     /// `GET /v1/dead` and so on: the routes that a function of `http.rs` lists.
     fn listed(function: &str) -> BTreeSet<String> {
-        let code = include_str!("../http.rs").split(&format!("pub fn {function}(")).nth(1).and_then(|rest| rest.split("\n}\n").next());
-        let routes = code.expect("the function is there").split(".route(").skip(1);
+        let code = include_str!("../http.rs")
+            .split(&format!("pub fn {function}("))
+            .nth(1)
+            .and_then(|rest| rest.split("\n}\n").next());
+        let routes = code
+            .expect("the function is there")
+            .split(".route(")
+            .skip(1);
         let methods = |route: &str| {
-            let path = route.split('"').nth(1).expect("a path in quotes").to_owned();
+            let path = route
+                .split('"')
+                .nth(1)
+                .expect("a path in quotes")
+                .to_owned();
             let named = ["get", "put", "post", "delete", "patch"];
             // `get(..)` or `.get(..)`, and nothing that only ends so.
-            let words = route.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '(').filter_map(|word| word.split_once('('));
-            let found = words.map(|(word, _)| word.to_owned()).filter(move |word| named.contains(&word.as_str()));
-            found.map(move |method| format!("{} {path}", method.to_uppercase())).collect::<Vec<_>>()
+            let words = route
+                .split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '(')
+                .filter_map(|word| word.split_once('('));
+            let found = words
+                .map(|(word, _)| word.to_owned())
+                .filter(move |word| named.contains(&word.as_str()));
+            found
+                .map(move |method| format!("{} {path}", method.to_uppercase()))
+                .collect::<Vec<_>>()
         };
         routes.flat_map(methods).collect()
     }
 
     /// The operations that the document has on a listener: 0 for the public one, 1 for that of operators.
     fn documented(document: &Map<String, Value>, listener: usize) -> BTreeSet<String> {
-        let is_here = |operation: &Value| operation.get("servers").is_none_or(|servers| servers[0] == document["servers"][listener]);
+        let is_here = |operation: &Value| {
+            operation
+                .get("servers")
+                .is_none_or(|servers| servers[0] == document["servers"][listener])
+        };
         let items = document["paths"].as_object().unwrap().iter();
-        let operations =
-            items.flat_map(|(path, item)| item.as_object().unwrap().iter().map(move |(method, operation)| (path, method, operation)));
-        let here = operations.filter(|(_, method, operation)| *method != "parameters" && is_here(operation));
-        here.map(|(path, method, _)| format!("{} {path}", method.to_uppercase())).collect()
+        let operations = items.flat_map(|(path, item)| {
+            item.as_object()
+                .unwrap()
+                .iter()
+                .map(move |(method, operation)| (path, method, operation))
+        });
+        let here = operations
+            .filter(|(_, method, operation)| *method != "parameters" && is_here(operation));
+        here.map(|(path, method, _)| format!("{} {path}", method.to_uppercase()))
+            .collect()
     }
 
     #[test]
@@ -130,9 +172,17 @@ mod tests {
     fn every_component_is_named_by_something() {
         let document = compose();
         let text = Value::from(document.clone()).to_string();
-        for (kind, members) in document["components"].as_object().unwrap().iter().filter(|(kind, _)| *kind != "securitySchemes") {
+        for (kind, members) in document["components"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .filter(|(kind, _)| *kind != "securitySchemes")
+        {
             for name in members.as_object().unwrap().keys() {
-                assert!(text.contains(&format!("\"#/components/{kind}/{name}\"")), "nothing names {kind}/{name}");
+                assert!(
+                    text.contains(&format!("\"#/components/{kind}/{name}\"")),
+                    "nothing names {kind}/{name}"
+                );
             }
         }
     }

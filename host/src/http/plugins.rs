@@ -29,10 +29,15 @@ pub(super) struct Listed {
 }
 
 /// `GET /v1/plugins`.
-pub(super) async fn list(extract::State(state): extract::State<Arc<State>>) -> Result<Json<Listed>, ApiError> {
+pub(super) async fn list(
+    extract::State(state): extract::State<Arc<State>>,
+) -> Result<Json<Listed>, ApiError> {
     let registry = state.pipeline()?.registry();
     let folder_failure = registry.changes().borrow().folder_failure.clone();
-    Ok(Json(Listed { plugins: registry.states(), folder_failure }))
+    Ok(Json(Listed {
+        plugins: registry.states(),
+        folder_failure,
+    }))
 }
 
 /// `GET /v1/plugins/{name}`.
@@ -42,7 +47,9 @@ pub(super) async fn show(
 ) -> Result<Json<PluginState>, ApiError> {
     let states = state.pipeline()?.registry().states();
     let found = states.into_iter().find(|plugin| plugin.name == name);
-    found.map(Json).ok_or_else(|| OrderError::Unknown(name).into())
+    found
+        .map(Json)
+        .ok_or_else(|| OrderError::Unknown(name).into())
 }
 
 /// `PUT /v1/plugins/{name}` with the bytes of a file.
@@ -72,13 +79,25 @@ pub(super) async fn remove(
 }
 
 /// `POST /v1/plugins/{name}/enable`.
-pub(super) async fn enable(state: extract::State<Arc<State>>, _: Keyed, Path(name): Path<String>) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.enable(&name)).await.map(Json)
+pub(super) async fn enable(
+    state: extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.enable(&name))
+        .await
+        .map(Json)
 }
 
 /// `POST /v1/plugins/{name}/disable`.
-pub(super) async fn disable(state: extract::State<Arc<State>>, _: Keyed, Path(name): Path<String>) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.disable(&name)).await.map(Json)
+pub(super) async fn disable(
+    state: extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.disable(&name))
+        .await
+        .map(Json)
 }
 
 /// `POST /v1/plugins/{name}/rollback`.
@@ -87,14 +106,24 @@ pub(super) async fn roll_back(
     _: Keyed,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.roll_back(&name)).await.map(Json)
+    order(&state, move |registry| registry.roll_back(&name))
+        .await
+        .map(Json)
 }
 
 /// The bytes of a file, with the permit to have them here: one at a time.
-pub(super) async fn receive(state: &State, body: Body) -> Result<(Bytes, OwnedSemaphorePermit), ApiError> {
+pub(super) async fn receive(
+    state: &State,
+    body: Body,
+) -> Result<(Bytes, OwnedSemaphorePermit), ApiError> {
     let busy = |_| ApiError::overloaded("another plugin is being uploaded to this node");
-    let permit = Arc::clone(&state.uploading).try_acquire_owned().map_err(busy)?;
-    Ok((read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?, permit))
+    let permit = Arc::clone(&state.uploading)
+        .try_acquire_owned()
+        .map_err(busy)?;
+    Ok((
+        read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?,
+        permit,
+    ))
 }
 
 /// Has an order carried out. It is, even if the client does not wait for it.
@@ -105,13 +134,16 @@ pub(super) async fn order<T: Send + 'static>(
     let registry = Arc::clone(state.pipeline()?.registry());
     // The threads that may block are also those on which an embedded broker reads.
     let busy = |_| ApiError::overloaded("this node has as many orders to carry out as it takes");
-    let permit = Arc::clone(&state.ordering).try_acquire_owned().map_err(busy)?;
+    let permit = Arc::clone(&state.ordering)
+        .try_acquire_owned()
+        .map_err(busy)?;
     let carry_out = move || {
         let _permit = permit;
         carry_out(&registry)
     };
     let done = tokio::task::spawn_blocking(carry_out).await;
-    done.map_err(|panic| ApiError::incapable("the order made this node panic").cause(panic))?.map_err(ApiError::from)
+    done.map_err(|panic| ApiError::incapable("the order made this node panic").cause(panic))?
+        .map_err(ApiError::from)
 }
 
 impl From<OrderError> for ApiError {
@@ -119,7 +151,9 @@ impl From<OrderError> for ApiError {
         let text = error.to_string();
         match error {
             OrderError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
-            OrderError::NoCandidate(_) => Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow"),
+            OrderError::NoCandidate(_) => {
+                Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
+            }
             OrderError::Impossible(_) => Self::conflict(text),
             OrderError::Refused(_) => Self::unprocessable(text).fix("what ran before still runs"),
             OrderError::Folder(_) => Self::incapable(text),

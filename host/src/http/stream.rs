@@ -36,27 +36,61 @@ const MAX_TYPES: usize = 64;
 
 impl Selection {
     pub(super) fn filter(&self) -> Result<Filter, ApiError> {
-        let types = self.types.iter().flat_map(|types| types.split(',')).map(str::trim).filter(|one| !one.is_empty());
+        let types = self
+            .types
+            .iter()
+            .flat_map(|types| types.split(','))
+            .map(str::trim)
+            .filter(|one| !one.is_empty());
         let types: BTreeSet<&str> = types.collect();
         if types.len() > MAX_TYPES {
-            return Err(ApiError::bad_request(format!("types names {} patterns; {MAX_TYPES} is the most", types.len())));
+            return Err(ApiError::bad_request(format!(
+                "types names {} patterns; {MAX_TYPES} is the most",
+                types.len()
+            )));
         }
-        if let Some(wrong) = types.iter().find(|one| one.trim_end_matches('*').contains('*')) {
-            let message = format!("types has '{}', and only the end of one may be a *", wrong.escape_debug());
-            return Err(ApiError::bad_request(message).fix("name each type, or what they begin with, such as order.*"));
+        if let Some(wrong) = types
+            .iter()
+            .find(|one| one.trim_end_matches('*').contains('*'))
+        {
+            let message = format!(
+                "types has '{}', and only the end of one may be a *",
+                wrong.escape_debug()
+            );
+            return Err(ApiError::bad_request(message)
+                .fix("name each type, or what they begin with, such as order.*"));
         }
-        let min_priority = self.min_priority.as_deref().map(str::parse::<Priority>).transpose();
-        let min_priority = min_priority.map_err(|e| ApiError::bad_request(e.of("min_priority").to_string()))?;
-        Ok(Filter { types: types.into_iter().map(str::to_owned).collect(), min_priority })
+        let min_priority = self
+            .min_priority
+            .as_deref()
+            .map(str::parse::<Priority>)
+            .transpose();
+        let min_priority =
+            min_priority.map_err(|e| ApiError::bad_request(e.of("min_priority").to_string()))?;
+        Ok(Filter {
+            types: types.into_iter().map(str::to_owned).collect(),
+            min_priority,
+        })
     }
 }
 
 /// What may be asked of a stream.
-const KNOWN: [&str; 6] = ["user", "device", "devices", "last_event_id", "types", "min_priority"];
+const KNOWN: [&str; 6] = [
+    "user",
+    "device",
+    "devices",
+    "last_event_id",
+    "types",
+    "min_priority",
+];
 
 /// Whether a parameter says where to begin, however a polyfill calls it.
 fn is_place(name: &str) -> bool {
-    let bare: String = name.chars().filter(|c| !matches!(c, '-' | '_')).map(|c| c.to_ascii_lowercase()).collect();
+    let bare: String = name
+        .chars()
+        .filter(|c| !matches!(c, '-' | '_'))
+        .map(|c| c.to_ascii_lowercase())
+        .collect();
     matches!(bare.as_str(), "lasteventid" | "evslasteventid")
 }
 
@@ -73,10 +107,15 @@ impl Device {
         match (&self.device, self.devices.as_deref()) {
             (_, None) => Ok(false),
             (Some(_), Some("all")) => Ok(true),
-            (None, Some("all")) => Err(ApiError::bad_request("devices=all does not say which of them this is").fix("say device=NAME, too")),
-            (_, Some(other)) => {
-                Err(ApiError::bad_request(format!("devices is '{}'", other.escape_debug())).fix("say devices=all, or leave it out"))
-            }
+            (None, Some("all")) => Err(ApiError::bad_request(
+                "devices=all does not say which of them this is",
+            )
+            .fix("say device=NAME, too")),
+            (_, Some(other)) => Err(ApiError::bad_request(format!(
+                "devices is '{}'",
+                other.escape_debug()
+            ))
+            .fix("say devices=all, or leave it out")),
         }
     }
 }
@@ -103,11 +142,21 @@ pub(super) async fn open(
         return Err(cors::foreign());
     }
     let retry_ms = state.pulse().config().retry_ms;
-    if parts.extensions.get::<Arc<Connection>>().is_some_and(|connection| connection.is_surplus()) {
-        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
+    if parts
+        .extensions
+        .get::<Arc<Connection>>()
+        .is_some_and(|connection| connection.is_surplus())
+    {
+        return Ok(event_stream(Body::from(sse::refusal(
+            "overloaded",
+            retry_ms,
+        ))));
     }
     let Some(seat) = state.pulse().seat() else {
-        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry_ms))));
+        return Ok(event_stream(Body::from(sse::refusal(
+            "overloaded",
+            retry_ms,
+        ))));
     };
     let Some(hub) = state.hub() else {
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
@@ -116,12 +165,17 @@ pub(super) async fn open(
         let message = "devices=all and types or min_priority exclude each other: what one device leaves out would count as seen by all";
         return Err(ApiError::bad_request(message).fix("leave out one of them"));
     }
-    let start = match (start(&parts, &parameters, &identity.reader.user), device.device) {
+    let start = match (
+        start(&parts, &parameters, &identity.reader.user),
+        device.device,
+    ) {
         (asked, None) => asked.unwrap_or(Start::Latest),
         (asked, Some(device)) => {
             // Where the device is says more than an id that nobody can read.
             let asked = asked.filter(|asked| *asked != Start::Unknown);
-            let start = state.bookmarks()?.start(&identity.reader.user, device, is_in_sync, asked);
+            let start = state
+                .bookmarks()?
+                .start(&identity.reader.user, device, is_in_sync, asked);
             match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
                 Ok(Ok(start)) => start,
                 failed => {
@@ -135,14 +189,27 @@ pub(super) async fn open(
     tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
     let guard = hub.open(identity.reader, start, filter);
     let socket = parts.extensions.get::<Arc<dyn sse::Socket>>().cloned();
-    let body = sse::Body::new(guard, seat, state.pulse(), state.metrics().clone(), identity.expires_at_ms, socket);
+    let body = sse::Body::new(
+        guard,
+        seat,
+        state.pulse(),
+        state.metrics().clone(),
+        identity.expires_at_ms,
+        socket,
+    );
     Ok(event_stream(Body::new(body)))
 }
 
 fn event_stream(body: Body) -> Response {
     let mut headers = HeaderMap::new();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
+    headers.insert(
+        header::CACHE_CONTROL,
+        HeaderValue::from_static("no-cache, no-transform"),
+    );
     // nginx buffers a response otherwise, and the stream stands still.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     (headers, body).into_response()
@@ -151,10 +218,17 @@ fn event_stream(body: Body) -> Response {
 /// Where the client asks to begin, if it does.
 fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
     // Lossy: an id that is no text is one that nobody knows, and not none at all.
-    let header = parts.headers.get("last-event-id").map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_owned());
+    let header = parts
+        .headers
+        .get("last-event-id")
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_owned());
     // A client that has no id yet may send an empty one, which says nothing.
-    let asked = header.filter(|asked| !asked.is_empty()).or_else(|| parameters.last(is_place).map(str::to_owned));
-    asked.filter(|asked| !asked.is_empty()).and_then(|asked| Start::read(&asked, user))
+    let asked = header
+        .filter(|asked| !asked.is_empty())
+        .or_else(|| parameters.last(is_place).map(str::to_owned));
+    asked
+        .filter(|asked| !asked.is_empty())
+        .and_then(|asked| Start::read(&asked, user))
 }
 
 #[cfg(test)]
@@ -163,7 +237,13 @@ mod tests {
 
     #[test]
     fn however_a_polyfill_calls_the_place_it_is_understood() {
-        for name in ["last_event_id", "lastEventId", "lastEventID", "Last-Event-ID", "evs_last_event_id"] {
+        for name in [
+            "last_event_id",
+            "lastEventId",
+            "lastEventID",
+            "Last-Event-ID",
+            "evs_last_event_id",
+        ] {
             assert!(is_place(name), "{name}");
         }
         assert!(!is_place("last_event") && !is_place("id"));

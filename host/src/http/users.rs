@@ -31,9 +31,17 @@ pub(super) async fn replace(
     Path(user): Path<Name>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
-    let body = read_body(body, MAX_BODY, Duration::from_secs(state.limits.body_timeout_s)).await?;
+    let body = read_body(
+        body,
+        MAX_BODY,
+        Duration::from_secs(state.limits.body_timeout_s),
+    )
+    .await?;
     let attributes = parse(&body)?;
-    state.broker()?.change_recipient(&user, RecipientChange::Attributes(attributes)).await?;
+    state
+        .broker()?
+        .change_recipient(&user, RecipientChange::Attributes(attributes))
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -42,12 +50,16 @@ pub(super) async fn clear(
     _: Keyed,
     Path(user): Path<Name>,
 ) -> Result<StatusCode, ApiError> {
-    state.broker()?.change_recipient(&user, RecipientChange::Attributes(Attributes::default())).await?;
+    state
+        .broker()?
+        .change_recipient(&user, RecipientChange::Attributes(Attributes::default()))
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 fn parse(body: &[u8]) -> Result<Attributes, Malformed> {
-    let members = serde_json::from_slice(body).map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the body"))?;
+    let members = serde_json::from_slice(body)
+        .map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the body"))?;
     parse_attributes(members)
 }
 
@@ -64,12 +76,28 @@ mod tests {
         let site = Site::dev(FakeBroker::default());
         let path = "/v1/users/ann/attributes";
         assert_eq!(site.request("GET", path, &[], "").await.2, json!({}));
-        let (status, ..) = site.request("PUT", path, &[], r#"{"plan":"pro","age":30,"score":0.5,"beta":true}"#).await;
+        let (status, ..) = site
+            .request(
+                "PUT",
+                path,
+                &[],
+                r#"{"plan":"pro","age":30,"score":0.5,"beta":true}"#,
+            )
+            .await;
         assert_eq!(status, StatusCode::NO_CONTENT);
-        assert_eq!(site.request("GET", path, &[], "").await.2, json!({ "plan": "pro", "age": 30, "score": 0.5, "beta": true }));
+        assert_eq!(
+            site.request("GET", path, &[], "").await.2,
+            json!({ "plan": "pro", "age": 30, "score": 0.5, "beta": true })
+        );
         site.request("PUT", path, &[], r#"{"plan":"free"}"#).await;
-        assert_eq!(site.request("GET", path, &[], "").await.2, json!({ "plan": "free" }));
-        assert_eq!(site.request("DELETE", path, &[], "").await.0, StatusCode::NO_CONTENT);
+        assert_eq!(
+            site.request("GET", path, &[], "").await.2,
+            json!({ "plan": "free" })
+        );
+        assert_eq!(
+            site.request("DELETE", path, &[], "").await.0,
+            StatusCode::NO_CONTENT
+        );
         assert_eq!(site.request("GET", path, &[], "").await.2, json!({}));
     }
 

@@ -11,7 +11,10 @@ use serde_json::{Value as Json, json};
 use super::published_priority;
 use crate::event::Event;
 use crate::plugin::decided::Decided;
-use crate::plugin::{Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking, used_by_this_thread};
+use crate::plugin::{
+    Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking,
+    used_by_this_thread,
+};
 
 /// See the head of this file.
 #[derive(Debug)]
@@ -40,14 +43,22 @@ pub struct Performance {
 impl Performance {
     /// Whether the plugin is broken. To reject an event, or to ask for it again, is a verdict.
     pub fn is_failure(&self) -> bool {
-        self.error.as_ref().is_some_and(|error| !matches!(error, CallError::Rejected(_) | CallError::Retry(_)))
+        self.error
+            .as_ref()
+            .is_some_and(|error| !matches!(error, CallError::Rejected(_) | CallError::Retry(_)))
     }
 
     /// What was decided about this event, as golden files have it: nothing in it is of chance, of the machine, or of the name of the plugin's file.
     pub fn to_golden(&self, event: &Event) -> Json {
         let mut decided = json!({ "event": event.id, "decided": self.decided });
         for decided in decided["decided"].as_array_mut().into_iter().flatten() {
-            for route in decided.get_mut("plan").and_then(Json::as_array_mut).into_iter().flatten().filter_map(Json::as_object_mut) {
+            for route in decided
+                .get_mut("plan")
+                .and_then(Json::as_array_mut)
+                .into_iter()
+                .flatten()
+                .filter_map(Json::as_object_mut)
+            {
                 route.remove("by");
             }
         }
@@ -57,7 +68,11 @@ impl Performance {
 
 impl Audition {
     pub fn new(engine: &Engine, plugin: Plugin) -> Self {
-        Self { plugin, ticking: engine.ticking(), slot: None }
+        Self {
+            plugin,
+            ticking: engine.ticking(),
+            slot: None,
+        }
     }
 
     /// Asks about one event. `clock_ms`: the clock that the plugin is shown, in milliseconds since the Unix epoch.
@@ -71,15 +86,29 @@ impl Audition {
         performance
     }
 
-    fn fold(&mut self, event: &Event, clock_ms: u64, performance: &mut Performance) -> Result<(), CallError> {
+    fn fold(
+        &mut self,
+        event: &Event,
+        clock_ms: u64,
+        performance: &mut Performance,
+    ) -> Result<(), CallError> {
         if !self.plugin.wants(&event.kind) {
             return Ok(());
         }
         let payload = ParsedPayload::default();
         let mut priority = published_priority(event);
         let mut amended = None;
-        for role in [Role::Filter, Role::Router].into_iter().filter(|role| self.plugin.has_role(*role)).collect::<Vec<_>>() {
-            let call = Call { event: amended.as_ref().unwrap_or(event), priority, clock_ms, payload: &payload };
+        for role in [Role::Filter, Role::Router]
+            .into_iter()
+            .filter(|role| self.plugin.has_role(*role))
+            .collect::<Vec<_>>()
+        {
+            let call = Call {
+                event: amended.as_ref().unwrap_or(event),
+                priority,
+                clock_ms,
+                payload: &payload,
+            };
             let answer = self.ask(role, &call, performance)?;
             performance.decided.push(Decided::of_answer(&answer, &call));
             match answer {
@@ -89,20 +118,29 @@ impl Audition {
                     priority = answer.priority.unwrap_or(priority);
                     amended = Some(answer.event);
                 }
-                Answer::Routes(plan) => performance.n_targets = plan.routes.iter().map(|route| route.to.len()).sum(),
+                Answer::Routes(plan) => {
+                    performance.n_targets = plan.routes.iter().map(|route| route.to.len()).sum()
+                }
             }
         }
         Ok(())
     }
 
-    fn ask(&mut self, role: Role, call: &Call<'_>, costs: &mut Performance) -> Result<Answer, CallError> {
+    fn ask(
+        &mut self,
+        role: Role,
+        call: &Call<'_>,
+        costs: &mut Performance,
+    ) -> Result<Answer, CallError> {
         if self.slot.is_none() {
             self.slot = Some(self.plugin.instantiate(&self.ticking)?);
         }
         let began = used_by_this_thread();
         let answer = self.plugin.call(&mut self.slot, &self.ticking, role, call);
         costs.time += used_by_this_thread().saturating_sub(began);
-        costs.answer_bytes = costs.answer_bytes.max(self.slot.as_ref().map_or(0, Instance::answer_bytes));
+        costs.answer_bytes = costs
+            .answer_bytes
+            .max(self.slot.as_ref().map_or(0, Instance::answer_bytes));
         answer
     }
 
@@ -113,12 +151,25 @@ impl Audition {
     /// The first failure; a verdict is none.
     pub fn time(&mut self, roles: &[Role], events: &[(Event, u64)]) -> Result<Duration, CallError> {
         let began = Instant::now();
-        for (event, clock_ms) in events.iter().filter(|(event, _)| self.plugin.wants(&event.kind)) {
+        for (event, clock_ms) in events
+            .iter()
+            .filter(|(event, _)| self.plugin.wants(&event.kind))
+        {
             let payload = ParsedPayload::default();
-            let call = Call { event, priority: published_priority(event), clock_ms: *clock_ms, payload: &payload };
+            let call = Call {
+                event,
+                priority: published_priority(event),
+                clock_ms: *clock_ms,
+                payload: &payload,
+            };
             for role in roles {
-                match self.plugin.call(&mut self.slot, &self.ticking, *role, &call) {
-                    Ok(Answer::Drop(_)) | Err(CallError::Rejected(_) | CallError::Retry(_)) => break,
+                match self
+                    .plugin
+                    .call(&mut self.slot, &self.ticking, *role, &call)
+                {
+                    Ok(Answer::Drop(_)) | Err(CallError::Rejected(_) | CallError::Retry(_)) => {
+                        break;
+                    }
                     Ok(_) => {}
                     Err(error) => return Err(error),
                 }

@@ -13,7 +13,9 @@ use super::log::{Level, printable};
 use super::selection::{Document, Selection};
 use super::{Amended, Answer, Limits, Manifest};
 use crate::criteria::{Criteria, Operator, Test};
-use crate::event::{Event, Name, Payload, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target, Value, json_line};
+use crate::event::{
+    Event, Name, Payload, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target, Value, json_line,
+};
 
 wasmtime::component::bindgen!({
     path: "../wit",
@@ -63,20 +65,40 @@ pub(super) struct ExportIndices {
 }
 
 impl ExportIndices {
-    pub(super) fn find(component: &InstancePre<State>, has_filter: bool, has_router: bool) -> wasmtime::Result<Self> {
+    pub(super) fn find(
+        component: &InstancePre<State>,
+        has_filter: bool,
+        has_router: bool,
+    ) -> wasmtime::Result<Self> {
         Ok(Self {
             lifecycle: lifecycle::GuestIndices::new(component)?,
-            filter: has_filter.then(|| filter::GuestIndices::new(component)).transpose()?,
-            router: has_router.then(|| router::GuestIndices::new(component)).transpose()?,
+            filter: has_filter
+                .then(|| filter::GuestIndices::new(component))
+                .transpose()?,
+            router: has_router
+                .then(|| router::GuestIndices::new(component))
+                .transpose()?,
         })
     }
 
     /// Checks the types of all exports, which `instantiate_pre` does not.
-    pub(super) fn load(&self, store: &mut Store<State>, instance: &Instance) -> wasmtime::Result<Exports> {
+    pub(super) fn load(
+        &self,
+        store: &mut Store<State>,
+        instance: &Instance,
+    ) -> wasmtime::Result<Exports> {
         Ok(Exports {
             lifecycle: self.lifecycle.load(&mut *store, instance)?,
-            filter: self.filter.as_ref().map(|indices| indices.load(&mut *store, instance)).transpose()?,
-            router: self.router.as_ref().map(|indices| indices.load(&mut *store, instance)).transpose()?,
+            filter: self
+                .filter
+                .as_ref()
+                .map(|indices| indices.load(&mut *store, instance))
+                .transpose()?,
+            router: self
+                .router
+                .as_ref()
+                .map(|indices| indices.load(&mut *store, instance))
+                .transpose()?,
         })
     }
 }
@@ -96,16 +118,43 @@ pub(super) struct Description {
 
 impl Exports {
     pub(super) fn describe(&self, store: &mut Store<State>) -> wasmtime::Result<Description> {
-        let lifecycle::Manifest { name, version, description, types, reads, config_schema } = self.lifecycle.call_describe(store)?;
-        let lifecycle::Selection { attributes, fields, payload } = reads;
-        let manifest =
-            Manifest { name: printable(&name), version: printable(&version), description: printable(&description), config_schema };
-        Ok(Description { manifest, selection: Selection { types, attributes, fields, payload } })
+        let lifecycle::Manifest {
+            name,
+            version,
+            description,
+            types,
+            reads,
+            config_schema,
+        } = self.lifecycle.call_describe(store)?;
+        let lifecycle::Selection {
+            attributes,
+            fields,
+            payload,
+        } = reads;
+        let manifest = Manifest {
+            name: printable(&name),
+            version: printable(&version),
+            description: printable(&description),
+            config_schema,
+        };
+        Ok(Description {
+            manifest,
+            selection: Selection {
+                types,
+                attributes,
+                fields,
+                payload,
+            },
+        })
     }
 
     /// # Errors
     /// Outside: of the call. Inside: what the guest finds wrong, one issue after the other.
-    pub(super) fn configure(&self, store: &mut Store<State>, config: &str) -> wasmtime::Result<Result<(), String>> {
+    pub(super) fn configure(
+        &self,
+        store: &mut Store<State>,
+        config: &str,
+    ) -> wasmtime::Result<Result<(), String>> {
         let issues = match self.lifecycle.call_configure(store, config)? {
             Ok(()) => return Ok(Ok(())),
             Err(issues) => issues,
@@ -113,7 +162,13 @@ impl Exports {
         let told = issues
             .iter()
             .take(8)
-            .map(|lifecycle::Issue { path, message }| if path.is_empty() { message.clone() } else { format!("{path}: {message}") });
+            .map(|lifecycle::Issue { path, message }| {
+                if path.is_empty() {
+                    message.clone()
+                } else {
+                    format!("{path}: {message}")
+                }
+            });
         Ok(Err(printable(&told.collect::<Vec<_>>().join("; "))))
     }
 
@@ -123,7 +178,9 @@ impl Exports {
         store: &mut Store<State>,
         event: &types::Event,
     ) -> Option<wasmtime::Result<Result<filter::Verdict, types::Failure>>> {
-        self.filter.as_ref().map(|filter| filter.call_evaluate(store, event))
+        self.filter
+            .as_ref()
+            .map(|filter| filter.call_evaluate(store, event))
     }
 
     /// `None` if it is no router.
@@ -132,18 +189,33 @@ impl Exports {
         store: &mut Store<State>,
         event: &types::Event,
     ) -> Option<wasmtime::Result<Result<Vec<router::Route>, types::Failure>>> {
-        self.router.as_ref().map(|router| router.call_resolve(store, event))
+        self.router
+            .as_ref()
+            .map(|router| router.call_resolve(store, event))
     }
 }
 
 /// The event as a plugin with this selection sees it.
-pub(super) fn present(event: &Event, priority: Priority, selection: &Selection, document: &Document) -> types::Event {
-    let attributes = selection.pick(event, document).map(|(name, value)| types::Attribute { name: name.to_owned(), value: value.into() });
+pub(super) fn present(
+    event: &Event,
+    priority: Priority,
+    selection: &Selection,
+    document: &Document,
+) -> types::Event {
+    let attributes = selection
+        .pick(event, document)
+        .map(|(name, value)| types::Attribute {
+            name: name.to_owned(),
+            value: value.into(),
+        });
     types::Event {
         id: event.id.as_str().to_owned(),
         source: event.source.as_str().to_owned(),
         type_: event.kind.as_str().to_owned(),
-        subject: event.subject.as_ref().map(|subject| subject.as_str().to_owned()),
+        subject: event
+            .subject
+            .as_ref()
+            .map(|subject| subject.as_str().to_owned()),
         time_ms: event.time_ms,
         priority: priority.into(),
         attributes: attributes.collect(),
@@ -161,11 +233,18 @@ pub(super) fn present(event: &Event, priority: Priority, selection: &Selection, 
 ///
 /// # Errors
 /// What of the answer is not acceptable.
-pub(super) fn verdict(verdict: filter::Verdict, event: &Event, limits: &Limits) -> Result<(Answer, usize), String> {
+pub(super) fn verdict(
+    verdict: filter::Verdict,
+    event: &Event,
+    limits: &Limits,
+) -> Result<(Answer, usize), String> {
     match verdict {
         filter::Verdict::Keep => Ok((Answer::Keep, 0)),
         filter::Verdict::Drop(reason) => Ok((Answer::Drop(printable(&reason)), reason.len())),
-        filter::Verdict::Amend(filter::Amendment { priority, attributes }) => {
+        filter::Verdict::Amend(filter::Amendment {
+            priority,
+            attributes,
+        }) => {
             let mut size = Size::new(limits);
             let mut amended = event.clone();
             for types::Attribute { name, value } in attributes {
@@ -173,9 +252,14 @@ pub(super) fn verdict(verdict: filter::Verdict, event: &Event, limits: &Limits) 
                 if let types::Value::Text(text) = &value {
                     size.count(text)?;
                 }
-                amended.set_attribute(&name, value.into()).map_err(|e| format!("it amends the event wrongly: {e}"))?;
+                amended
+                    .set_attribute(&name, value.into())
+                    .map_err(|e| format!("it amends the event wrongly: {e}"))?;
             }
-            let answer = Answer::Amend(Box::new(Amended { event: amended, priority: priority.map(Priority::from) }));
+            let answer = Answer::Amend(Box::new(Amended {
+                event: amended,
+                priority: priority.map(Priority::from),
+            }));
             Ok((answer, size.bytes))
         }
     }
@@ -192,14 +276,22 @@ pub(super) fn plan(
     clock_ms: u64,
     limits: &Limits,
 ) -> Result<(Answer, usize), String> {
-    let n_targets = routes.iter().map(|route| route.targets.len()).sum::<usize>().max(routes.len());
+    let n_targets = routes
+        .iter()
+        .map(|route| route.targets.len())
+        .sum::<usize>()
+        .max(routes.len());
     if n_targets > limits.targets {
-        return Err(format!("its answer has {n_targets} targets or routes; {} is the most (max_targets)", limits.targets));
+        return Err(format!(
+            "its answer has {n_targets} targets or routes; {} is the most (max_targets)",
+            limits.targets
+        ));
     }
     let mut size = Size::new(limits);
     let mut plan = Plan::default();
     for (at, route) in routes.into_iter().enumerate() {
-        let route = convert(route, by, priority, clock_ms, &mut size).map_err(|e| format!("its route {at} is not acceptable: {e}"))?;
+        let route = convert(route, by, priority, clock_ms, &mut size)
+            .map_err(|e| format!("its route {at} is not acceptable: {e}"))?;
         if !route.to.is_empty() {
             plan.routes.push(route);
         }
@@ -207,8 +299,22 @@ pub(super) fn plan(
     Ok((Answer::Routes(plan), size.bytes))
 }
 
-fn convert(route: router::Route, by: &Name, of_event: Priority, clock_ms: u64, size: &mut Size<'_>) -> Result<Route, String> {
-    let router::Route { targets, when, priority, ttl_ms, collapse_key, event_name, body } = route;
+fn convert(
+    route: router::Route,
+    by: &Name,
+    of_event: Priority,
+    clock_ms: u64,
+    size: &mut Size<'_>,
+) -> Result<Route, String> {
+    let router::Route {
+        targets,
+        when,
+        priority,
+        ttl_ms,
+        collapse_key,
+        event_name,
+        body,
+    } = route;
     let mut name = |what: &str, text: String| {
         size.count(&text)?;
         Name::parse(&text).map_err(|e| e.of(what).to_string())
@@ -219,10 +325,20 @@ fn convert(route: router::Route, by: &Name, of_event: Priority, clock_ms: u64, s
         types::Target::Everyone => Ok(Target::Everyone),
     });
     let to = to.collect::<Result<Vec<_>, _>>()?;
-    let collapse = collapse_key.map(|key| name("the collapse key", key)).transpose()?;
-    let event_name = event_name.map(|text| name("the event name", text)).transpose()?;
-    if let Some(reserved) = event_name.as_ref().filter(|name| RESERVED_EVENT_NAMES.contains(&name.as_str())) {
-        return Err(format!("the event name '{reserved}' is reserved; reserved are {}", RESERVED_EVENT_NAMES.join(", ")));
+    let collapse = collapse_key
+        .map(|key| name("the collapse key", key))
+        .transpose()?;
+    let event_name = event_name
+        .map(|text| name("the event name", text))
+        .transpose()?;
+    if let Some(reserved) = event_name
+        .as_ref()
+        .filter(|name| RESERVED_EVENT_NAMES.contains(&name.as_str()))
+    {
+        return Err(format!(
+            "the event name '{reserved}' is reserved; reserved are {}",
+            RESERVED_EVENT_NAMES.join(", ")
+        ));
     }
     let body = match body {
         None => None,
@@ -232,12 +348,16 @@ fn convert(route: router::Route, by: &Name, of_event: Priority, clock_ms: u64, s
         }
     };
     if ttl_ms == Some(0) {
-        return Err("the ttl is 0, so nobody would ever get it; leave the route out, or the ttl".to_owned());
+        return Err(
+            "the ttl is 0, so nobody would ever get it; leave the route out, or the ttl".to_owned(),
+        );
     }
     Ok(Route {
         by: by.clone(),
         to,
-        when: when.map(|criteria| convert_criteria(criteria, size)).transpose()?,
+        when: when
+            .map(|criteria| convert_criteria(criteria, size))
+            .transpose()?,
         priority: priority.map_or(of_event, Priority::from),
         expires_ms: ttl_ms.map(|ttl| clock_ms.saturating_add(ttl).min(LATEST_MS)),
         collapse,
@@ -249,22 +369,39 @@ fn convert(route: router::Route, by: &Name, of_event: Priority, clock_ms: u64, s
 fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Criteria, String> {
     let mut any_of = Vec::with_capacity(criteria.any_of.len().min(Criteria::MAX_TESTS));
     if criteria.any_of.len() > Criteria::MAX_TESTS {
-        return Err(format!("the criteria have {} clauses; {} is the most", criteria.any_of.len(), Criteria::MAX_TESTS));
+        return Err(format!(
+            "the criteria have {} clauses; {} is the most",
+            criteria.any_of.len(),
+            Criteria::MAX_TESTS
+        ));
     }
     for clause in criteria.any_of {
         let mut all_of = Vec::new();
-        for types::Test { attribute, operator, values } in clause {
+        for types::Test {
+            attribute,
+            operator,
+            values,
+        } in clause
+        {
             size.count(&attribute)?;
             for value in &values {
                 match value {
                     types::Value::Text(text) => size.count(text)?,
                     types::Value::Decimal(d) if !d.is_finite() => {
-                        return Err(format!("the criteria have the number {d}, which is none in JSON"));
+                        return Err(format!(
+                            "the criteria have the number {d}, which is none in JSON"
+                        ));
                     }
-                    types::Value::Integer(_) | types::Value::Decimal(_) | types::Value::Flag(_) => size.count("")?,
+                    types::Value::Integer(_) | types::Value::Decimal(_) | types::Value::Flag(_) => {
+                        size.count("")?
+                    }
                 }
             }
-            all_of.push(Test { attribute, operator: operator.into(), values: values.into_iter().map(Value::from).collect() });
+            all_of.push(Test {
+                attribute,
+                operator: operator.into(),
+                values: values.into_iter().map(Value::from).collect(),
+            });
         }
         any_of.push(all_of);
     }
@@ -294,7 +431,10 @@ impl<'a> Size<'a> {
         // Each string costs more than its bytes: without that, a million empty ones would be for nothing.
         self.bytes = self.bytes.saturating_add(text.len()).saturating_add(8);
         if self.bytes > self.limits.result_bytes {
-            return Err(format!("its answer is larger than {} KiB, which is the most (result_kib)", self.limits.result_bytes / 1024));
+            return Err(format!(
+                "its answer is larger than {} KiB, which is the most (result_kib)",
+                self.limits.result_bytes / 1024
+            ));
         }
         Ok(())
     }

@@ -104,28 +104,46 @@ impl Cache {
     /// Why it cannot be used, with the fix, as the end of a sentence that begins with its name.
     pub fn open(path: &Path, metrics: Metrics) -> Result<Self, String> {
         let elsewhere = "set plugins.cache to another folder, or to false";
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            std::fs::create_dir_all(parent).map_err(|e| format!("cannot be made: {e}; {elsewhere}"))?;
+        if let Some(parent) = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+        {
+            std::fs::create_dir_all(parent)
+                .map_err(|e| format!("cannot be made: {e}; {elsewhere}"))?;
         }
         match DirBuilder::new().mode(0o700).create(path) {
-            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(format!("cannot be made: {e}; {elsewhere}")),
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => {
+                return Err(format!("cannot be made: {e}; {elsewhere}"));
+            }
             _ => {}
         }
         // Not through a link, which another user could have put there; and from now on by what was opened, not by its name.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(path, flags, Mode::empty())
-            .map_err(|e| format!("cannot be opened as a folder, and not a link to one: {e}; {elsewhere}"))?;
+        let folder = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
+            format!("cannot be opened as a folder, and not a link to one: {e}; {elsewhere}")
+        })?;
         let folder = File::from(folder);
-        let metadata = folder.metadata().map_err(|e| format!("cannot be looked at: {e}; {elsewhere}"))?;
+        let metadata = folder
+            .metadata()
+            .map_err(|e| format!("cannot be looked at: {e}; {elsewhere}"))?;
         let user = geteuid().as_raw();
         if metadata.uid() != user {
-            return Err(format!("belongs to user {} and not to user {user}, who runs this; {elsewhere}", metadata.uid()));
+            return Err(format!(
+                "belongs to user {} and not to user {user}, who runs this; {elsewhere}",
+                metadata.uid()
+            ));
         }
         let mode = metadata.mode() & 0o777;
         if mode != 0o700 {
-            return Err(format!("has the mode {mode:03o} and not 700, so others may put code there; remove it, or {elsewhere}"));
+            return Err(format!(
+                "has the mode {mode:03o} and not 700, so others may put code there; remove it, or {elsewhere}"
+            ));
         }
-        Ok(Self(Arc::new(Shared { path: path.to_owned(), folder: folder.into(), metrics })))
+        Ok(Self(Arc::new(Shared {
+            path: path.to_owned(),
+            folder: folder.into(),
+            metrics,
+        })))
     }
 
     /// The code under this key, if it is there and whole.
@@ -160,10 +178,16 @@ impl Cache {
 
     /// Keeps code under this key. If that cannot be, the log says why, and the plugin is compiled at the next start as well.
     pub(super) fn put(&self, key: &Key, component: &Component) {
-        let written = component.serialize().map_err(|e| e.to_string()).and_then(|code| self.write(key, &code).map_err(|e| e.to_string()));
+        let written = component
+            .serialize()
+            .map_err(|e| e.to_string())
+            .and_then(|code| self.write(key, &code).map_err(|e| e.to_string()));
         if let Err(reason) = written {
             self.count("unwritten");
-            tracing::warn!("a compiled plugin cannot be kept in {}: {reason}", self.0.path.display());
+            tracing::warn!(
+                "a compiled plugin cannot be kept in {}: {reason}",
+                self.0.path.display()
+            );
         }
         if let Err(error) = self.make_room(&key.file(), MAX_FILES, MAX_BYTES) {
             tracing::warn!(%error, "old compiled plugins in {} cannot be removed", self.0.path.display());
@@ -186,7 +210,10 @@ impl Cache {
         }
         // Into memory, and only then checked: what is run is what was checked.
         let mut bytes = Vec::with_capacity(metadata.len() as usize);
-        (&file).take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+        (&file)
+            .take(MAX_FILE_BYTES)
+            .read_to_end(&mut bytes)
+            .map_err(|e| e.to_string())?;
         let head = head(key, bytes.get(MAGIC.len() + 64..).unwrap_or_default());
         if !bytes.starts_with(&head) {
             return Err("it is torn or has rotted".to_owned());
@@ -202,7 +229,12 @@ impl Cache {
         let draft = format!(".{:032x}{SUFFIX}", rand::random::<u128>());
         let written = self.write_draft(&draft, key, code).and_then(|()| {
             // In one step, and over what another process has put there meanwhile: it is the same.
-            Ok(renameat(&self.0.folder, draft.as_str(), &self.0.folder, key.file().as_str())?)
+            Ok(renameat(
+                &self.0.folder,
+                draft.as_str(),
+                &self.0.folder,
+                key.file().as_str(),
+            )?)
         });
         if written.is_err() {
             unlinkat(&self.0.folder, draft.as_str(), AtFlags::empty()).ok();
@@ -211,8 +243,14 @@ impl Cache {
     }
 
     fn write_draft(&self, draft: &str, key: &Key, code: &[u8]) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = File::from(openat(&self.0.folder, draft, flags, Mode::RUSR | Mode::WUSR)?);
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = File::from(openat(
+            &self.0.folder,
+            draft,
+            flags,
+            Mode::RUSR | Mode::WUSR,
+        )?);
         file.write_all(&head(key, code))?;
         // Not waited for until it is on the disk: what a crash tears, the checksum finds.
         file.write_all(code)
@@ -227,21 +265,31 @@ impl Cache {
                 continue;
             }
             // What is gone by now was removed by another process.
-            let Ok(file) = statat(&self.0.folder, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
-            let used =
-                UNIX_EPOCH + Duration::from_secs(u64::try_from(file.st_mtime).unwrap_or(0)) + Duration::from_nanos(file.st_mtime_nsec);
+            let Ok(file) = statat(&self.0.folder, &name, AtFlags::SYMLINK_NOFOLLOW) else {
+                continue;
+            };
+            let used = UNIX_EPOCH
+                + Duration::from_secs(u64::try_from(file.st_mtime).unwrap_or(0))
+                + Duration::from_nanos(file.st_mtime_nsec);
             if name.to_bytes().starts_with(b".") {
                 if used.elapsed().is_ok_and(|age| age > DRAFT_AGE) {
                     unlinkat(&self.0.folder, &name, AtFlags::empty()).ok();
                 }
             } else {
                 // Files may have been used in the same tick of the clock; the one just written has to stay.
-                let used = if name.to_bytes() == newest.as_bytes() { SystemTime::now() + DRAFT_AGE } else { used };
+                let used = if name.to_bytes() == newest.as_bytes() {
+                    SystemTime::now() + DRAFT_AGE
+                } else {
+                    used
+                };
                 files.push((used, file.st_size as u64, name));
             }
         }
         files.sort();
-        let (mut n_files, mut n_bytes) = (files.len(), files.iter().map(|(_, bytes, _)| bytes).sum::<u64>());
+        let (mut n_files, mut n_bytes) = (
+            files.len(),
+            files.iter().map(|(_, bytes, _)| bytes).sum::<u64>(),
+        );
         for (_, bytes, name) in files {
             if n_files <= max_files && n_bytes <= max_bytes {
                 break;
@@ -253,7 +301,11 @@ impl Cache {
     }
 
     fn count(&self, outcome: &'static str) {
-        self.0.metrics.plugin_cache.get_or_create(&PluginCacheLabel { outcome }).inc();
+        self.0
+            .metrics
+            .plugin_cache
+            .get_or_create(&PluginCacheLabel { outcome })
+            .inc();
     }
 }
 
@@ -267,13 +319,20 @@ fn head(key: &Key, code: &[u8]) -> Vec<u8> {
 
 fn check_owner(metadata: &Metadata) -> Result<(), String> {
     if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
-        return Err(format!("others may have written it (user {}, mode {:03o})", metadata.uid(), metadata.mode() & 0o777));
+        return Err(format!(
+            "others may have written it (user {}, mode {:03o})",
+            metadata.uid(),
+            metadata.mode() & 0o777
+        ));
     }
     Ok(())
 }
 
 /// Makes compiled code a component again.
-#[expect(unsafe_code, reason = "code that was compiled cannot be checked again, so it is run on trust: see the head of this file")]
+#[expect(
+    unsafe_code,
+    reason = "code that was compiled cannot be checked again, so it is run on trust: see the head of this file"
+)]
 fn revive(engine: &wasmtime::Engine, code: &[u8]) -> wasmtime::Result<Component> {
     // SAFETY: these are bytes that `Component::serialize` answered. They come from a file that only this user can have written, in a folder where
     // only this user can put any, and only `Cache::put` puts them there. Their checksum says that they are as they were written, and the key in
@@ -294,7 +353,11 @@ mod tests {
     }
 
     fn component(engine: &wasmtime::Engine) -> Component {
-        Component::from_binary(engine, &wat::parse_str(r#"(component (core module $m (func (export "f"))))"#).unwrap()).unwrap()
+        Component::from_binary(
+            engine,
+            &wat::parse_str(r#"(component (core module $m (func (export "f"))))"#).unwrap(),
+        )
+        .unwrap()
     }
 
     fn private(scratch: &Scratch) -> PathBuf {
@@ -302,14 +365,22 @@ mod tests {
     }
 
     fn n_outcomes(cache: &Cache, outcome: &'static str) -> u64 {
-        cache.0.metrics.plugin_cache.get_or_create(&PluginCacheLabel { outcome }).get()
+        cache
+            .0
+            .metrics
+            .plugin_cache
+            .get_or_create(&PluginCacheLabel { outcome })
+            .get()
     }
 
     #[test]
     fn what_was_put_is_taken_by_the_same_bytes_under_the_same_settings_only() {
         let scratch = Scratch::new("cache-keys");
         let cache = Cache::open(&private(&scratch), Metrics::default()).unwrap();
-        assert_eq!(fs::metadata(private(&scratch)).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(
+            fs::metadata(private(&scratch)).unwrap().mode() & 0o777,
+            0o700
+        );
         let (one, other) = (engine(true), engine(false));
         assert!(cache.take(&one, &Key::new(&one, "a")).is_none());
         cache.put(&Key::new(&one, "a"), &component(&one));
@@ -319,7 +390,14 @@ mod tests {
         // Another process, or the next start.
         let again = Cache::open(&private(&scratch), Metrics::default()).unwrap();
         assert!(again.take(&one, &Key::new(&one, "a")).is_some());
-        assert_eq!((n_outcomes(&cache, "hit"), n_outcomes(&cache, "miss"), n_outcomes(&again, "hit")), (1, 3, 1));
+        assert_eq!(
+            (
+                n_outcomes(&cache, "hit"),
+                n_outcomes(&cache, "miss"),
+                n_outcomes(&again, "hit")
+            ),
+            (1, 3, 1)
+        );
     }
 
     #[test]
@@ -336,7 +414,9 @@ mod tests {
         let damages: [(&str, &dyn Fn()); 7] = [
             ("torn", &|| fs::write(&file, &whole()[..200]).unwrap()),
             ("empty", &|| fs::write(&file, []).unwrap()),
-            ("longer", &|| fs::write(&file, [whole(), vec![0]].concat()).unwrap()),
+            ("longer", &|| {
+                fs::write(&file, [whole(), vec![0]].concat()).unwrap()
+            }),
             ("rotten", &|| {
                 let mut bytes = whole();
                 *bytes.last_mut().unwrap() ^= 1;
@@ -359,7 +439,10 @@ mod tests {
         for (n, (what, damage)) in (1..).zip(damages) {
             damage();
             assert!(cache.take(&engine, &key).is_none(), "{what}");
-            assert!(fs::symlink_metadata(&file).is_err(), "{what} is still there");
+            assert!(
+                fs::symlink_metadata(&file).is_err(),
+                "{what} is still there"
+            );
             assert_eq!(n_outcomes(&cache, "damaged"), n, "{what}");
         }
         whole();
@@ -371,7 +454,11 @@ mod tests {
         let scratch = Scratch::new("cache-folders");
         let refused = |path: &Path, expect: &str| {
             let error = Cache::open(path, Metrics::default()).unwrap_err();
-            assert!(error.contains(expect) && error.contains("plugins.cache"), "{}: {error}", path.display());
+            assert!(
+                error.contains(expect) && error.contains("plugins.cache"),
+                "{}: {error}",
+                path.display()
+            );
         };
         for mode in [0o755, 0o770, 0o777, 0o500] {
             let path = scratch.0.join(format!("{mode:o}"));
@@ -382,7 +469,10 @@ mod tests {
         let own = scratch.0.join("own");
         Cache::open(&own, Metrics::default()).unwrap();
         symlink(&own, scratch.0.join("link")).unwrap();
-        refused(&scratch.0.join("link"), "cannot be opened as a folder, and not a link");
+        refused(
+            &scratch.0.join("link"),
+            "cannot be opened as a folder, and not a link",
+        );
         fs::write(scratch.0.join("file"), "").unwrap();
         refused(&scratch.0.join("file"), "cannot be opened as a folder");
         refused(&scratch.0.join("file/below"), "cannot be made");
@@ -404,17 +494,30 @@ mod tests {
         let engine = engine(true);
         let names = ["a", "b", "c", "d"].map(|name| Key::new(&engine, name));
         let path = |key: &Key| private(&scratch).join(key.file());
-        let is_there = || names.iter().map(|key| path(key).exists()).collect::<Vec<_>>();
+        let is_there = || {
+            names
+                .iter()
+                .map(|key| path(key).exists())
+                .collect::<Vec<_>>()
+        };
         for (age, key) in names.iter().enumerate() {
             cache.put(key, &component(&engine));
             let used = SystemTime::now() - Duration::from_secs(1_000 * (age as u64 + 1));
-            File::options().write(true).open(path(key)).unwrap().set_modified(used).unwrap();
+            File::options()
+                .write(true)
+                .open(path(key))
+                .unwrap()
+                .set_modified(used)
+                .unwrap();
         }
         // The last one was used longest ago, and is used now.
         assert!(cache.take(&engine, &names[3]).is_some());
         let drafts = [(".1-0.code", Duration::ZERO), (".2-0.code", DRAFT_AGE * 2)];
         for (name, age) in drafts {
-            File::create(private(&scratch).join(name)).unwrap().set_modified(SystemTime::now() - age).unwrap();
+            File::create(private(&scratch).join(name))
+                .unwrap()
+                .set_modified(SystemTime::now() - age)
+                .unwrap();
         }
         fs::write(private(&scratch).join("of-somebody"), "").unwrap();
         cache.make_room("", 3, MAX_BYTES).unwrap();
@@ -424,7 +527,10 @@ mod tests {
         assert_eq!(is_there(), [true, false, false, true]);
         cache.make_room(&names[0].file(), 1, MAX_BYTES).unwrap();
         assert_eq!(is_there(), [true, false, false, false]);
-        assert_eq!(drafts.map(|(name, _)| private(&scratch).join(name).exists()), [true, false]);
+        assert_eq!(
+            drafts.map(|(name, _)| private(&scratch).join(name).exists()),
+            [true, false]
+        );
         assert!(private(&scratch).join("of-somebody").exists());
     }
 }

@@ -42,7 +42,9 @@ impl Deadline {
         let used = now.saturating_sub(*self.began.get_or_insert(now));
         match self.limit.checked_sub(used) {
             None | Some(Duration::ZERO) => UpdateDeadline::Interrupt,
-            Some(left) => UpdateDeadline::Continue(left.as_millis().div_ceil(TICK.as_millis()).max(1) as u64),
+            Some(left) => {
+                UpdateDeadline::Continue(left.as_millis().div_ceil(TICK.as_millis()).max(1) as u64)
+            }
         }
     }
 }
@@ -51,7 +53,10 @@ impl Deadline {
 pub fn used_by_this_thread() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     // Neither is negative.
-    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
+    Duration::new(
+        time.tv_sec.unsigned_abs(),
+        time.tv_nsec.unsigned_abs() as u32,
+    )
 }
 
 /// Advances the epoch while somebody is in a call, and sleeps otherwise. An OS thread: a blocked executor does not tick.
@@ -80,9 +85,15 @@ impl Ticker {
     /// # Errors
     /// The system gives no thread.
     pub(super) fn start(engine: wasmtime::EngineWeak) -> std::io::Result<Arc<Self>> {
-        let ticker = Arc::new(Self { n_callers: AtomicUsize::new(0), is_over: AtomicBool::new(false), thread: OnceLock::new() });
+        let ticker = Arc::new(Self {
+            n_callers: AtomicUsize::new(0),
+            is_over: AtomicBool::new(false),
+            thread: OnceLock::new(),
+        });
         let run = Arc::clone(&ticker);
-        let thread = thread::Builder::new().name("plugin-deadlines".into()).spawn(move || run.tick(&engine))?;
+        let thread = thread::Builder::new()
+            .name("plugin-deadlines".into())
+            .spawn(move || run.tick(&engine))?;
         ticker.thread.get_or_init(|| thread.thread().clone());
         Ok(ticker)
     }
@@ -115,7 +126,9 @@ impl Ticker {
             }
             thread::sleep(TICK);
             // Weak, so that this thread does not keep alive what it serves.
-            let Some(engine) = engine.upgrade() else { return };
+            let Some(engine) = engine.upgrade() else {
+                return;
+            };
             engine.increment_epoch();
         }
     }
@@ -137,9 +150,12 @@ mod tests {
         let log = Arc::new(GuestLog::new(Name::parse("loop").unwrap()));
         let mut store = engine::store(&engine, 1024 * 1024, 1024, &log);
         let wat = r#"(module (import "" "is-done" (func $is_done (result i32))) (func (export "run") (loop (br_if 0 (i32.eqz (call $is_done))))))"#;
-        let is_done = Func::wrap(&mut store, move |caller: Caller<'_, State>| i32::from(is_done(&caller.data().deadline)));
+        let is_done = Func::wrap(&mut store, move |caller: Caller<'_, State>| {
+            i32::from(is_done(&caller.data().deadline))
+        });
         let module = Module::new(engine.wasmtime(), wat::parse_str(wat)?)?;
-        let run = Instance::new(&mut store, &module, &[is_done.into()])?.get_typed_func::<(), ()>(&mut store, "run")?;
+        let run = Instance::new(&mut store, &module, &[is_done.into()])?
+            .get_typed_func::<(), ()>(&mut store, "run")?;
         let ticking = engine.ticking();
         set(&mut store, &ticking, LIMIT);
         run.call(&mut store, ())

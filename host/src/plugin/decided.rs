@@ -56,19 +56,37 @@ impl Decided {
     pub fn of_answer(answer: &Answer, call: &Call<'_>) -> Self {
         match answer {
             Answer::Keep => Self::Keep,
-            Answer::Drop(reason) => Self::Drop { reason: reason.clone() },
+            Answer::Drop(reason) => Self::Drop {
+                reason: reason.clone(),
+            },
             Answer::Amend(amended) => {
-                let is_new = |(name, value): &(&String, &Value)| call.event.attributes.get(*name) != Some(*value);
-                let attributes = amended.event.attributes.iter().filter(is_new).map(|(name, value)| (name.clone(), value.clone()));
-                Self::Amend { priority: amended.priority.filter(|priority| *priority != call.priority), attributes: attributes.collect() }
+                let is_new = |(name, value): &(&String, &Value)| {
+                    call.event.attributes.get(*name) != Some(*value)
+                };
+                let attributes = amended
+                    .event
+                    .attributes
+                    .iter()
+                    .filter(is_new)
+                    .map(|(name, value)| (name.clone(), value.clone()));
+                Self::Amend {
+                    priority: amended
+                        .priority
+                        .filter(|priority| *priority != call.priority),
+                    attributes: attributes.collect(),
+                }
             }
             Answer::Routes(plan) if plan.routes.is_empty() => Self::None,
-            Answer::Routes(plan) => Self::Routes { plan: Some(plan.clone()) },
+            Answer::Routes(plan) => Self::Routes {
+                plan: Some(plan.clone()),
+            },
         }
     }
 
     pub fn of_failure(error: &CallError) -> Self {
-        Self::Failed { reason: error.to_string() }
+        Self::Failed {
+            reason: error.to_string(),
+        }
     }
 
     pub fn has_failed(&self) -> bool {
@@ -79,10 +97,19 @@ impl Decided {
     pub fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Keep, Self::Keep) | (Self::None, Self::None) => true,
-            (Self::Drop { .. }, Self::Drop { .. }) | (Self::Failed { .. }, Self::Failed { .. }) => true,
-            (Self::Amend { priority, attributes }, Self::Amend { priority: other_priority, attributes: other_attributes }) => {
-                (priority, attributes) == (other_priority, other_attributes)
+            (Self::Drop { .. }, Self::Drop { .. }) | (Self::Failed { .. }, Self::Failed { .. }) => {
+                true
             }
+            (
+                Self::Amend {
+                    priority,
+                    attributes,
+                },
+                Self::Amend {
+                    priority: other_priority,
+                    attributes: other_attributes,
+                },
+            ) => (priority, attributes) == (other_priority, other_attributes),
             // As it is stored and sent: bodies have no other equality.
             (Self::Routes { plan: Some(plan) }, Self::Routes { plan: Some(other) }) => {
                 serde_json::to_vec(plan).ok() == serde_json::to_vec(other).ok()
@@ -123,9 +150,21 @@ struct TooLarge {
 
 impl Difference {
     pub fn new(event: &Event, role: Role, clock_ms: u64, old: &Decided, new: &Decided) -> Self {
-        let Event { id, source, kind, .. } = event;
-        let event = Told { id: id.clone(), source: source.clone(), kind: kind.clone() };
-        Self { event, role, clock_ms, old: side(old), new: side(new) }
+        let Event {
+            id, source, kind, ..
+        } = event;
+        let event = Told {
+            id: id.clone(),
+            source: source.clone(),
+            kind: kind.clone(),
+        };
+        Self {
+            event,
+            role,
+            clock_ms,
+            old: side(old),
+            new: side(new),
+        }
     }
 }
 
@@ -185,52 +224,94 @@ mod tests {
     }
 
     fn event() -> Event {
-        Event::from_json(EntryId::default(), "-", br#"{"type":"t","id":"e","a":1,"b":"x"}"#).unwrap()
+        Event::from_json(
+            EntryId::default(),
+            "-",
+            br#"{"type":"t","id":"e","a":1,"b":"x"}"#,
+        )
+        .unwrap()
     }
 
     #[test]
     fn decisions_are_the_same_by_their_effect_and_not_by_their_reasons() {
         let text = |text: &str| text.to_owned();
-        let amend = |value: i64| Decided::Amend { priority: None, attributes: [(text("a"), Value::Integer(value))].into() };
+        let amend = |value: i64| Decided::Amend {
+            priority: None,
+            attributes: [(text("a"), Value::Integer(value))].into(),
+        };
         let all = [
             Decided::Keep,
             Decided::None,
-            Decided::Drop { reason: text("old") },
-            Decided::Failed { reason: text("it trapped") },
+            Decided::Drop {
+                reason: text("old"),
+            },
+            Decided::Failed {
+                reason: text("it trapped"),
+            },
             amend(1),
             amend(2),
-            Decided::Amend { priority: Some(Priority::High), attributes: BTreeMap::new() },
-            Decided::Routes { plan: plan(&["u:1"]) },
-            Decided::Routes { plan: plan(&["u:1", "u:2"]) },
+            Decided::Amend {
+                priority: Some(Priority::High),
+                attributes: BTreeMap::new(),
+            },
+            Decided::Routes {
+                plan: plan(&["u:1"]),
+            },
+            Decided::Routes {
+                plan: plan(&["u:1", "u:2"]),
+            },
         ];
         for (n, one) in all.iter().enumerate() {
             for (m, other) in all.iter().enumerate() {
                 assert_eq!(one.is_same(other), n == m, "{one:?} {other:?}");
             }
         }
-        assert!(all[2].is_same(&Decided::Drop { reason: text("old age") }));
-        assert!(all[3].is_same(&Decided::Failed { reason: text("it ran longer than 50 ms") }));
+        assert!(all[2].is_same(&Decided::Drop {
+            reason: text("old age")
+        }));
+        assert!(all[3].is_same(&Decided::Failed {
+            reason: text("it ran longer than 50 ms")
+        }));
     }
 
     #[test]
     fn an_amendment_is_what_it_changes() {
         let (event, payload) = (event(), ParsedPayload::default());
-        let call = Call { event: &event, priority: Priority::High, clock_ms: 1, payload: &payload };
+        let call = Call {
+            event: &event,
+            priority: Priority::High,
+            clock_ms: 1,
+            payload: &payload,
+        };
         let mut amended = event.clone();
         amended.set_attribute("a", Value::Integer(1)).unwrap();
         amended.set_attribute("b", Value::Text("y".into())).unwrap();
-        let answer = Answer::Amend(Box::new(Amended { event: amended, priority: Some(Priority::High) }));
+        let answer = Answer::Amend(Box::new(Amended {
+            event: amended,
+            priority: Some(Priority::High),
+        }));
         let shown = serde_json::to_value(Decided::of_answer(&answer, &call)).unwrap();
-        assert_eq!(shown, json!({ "verdict": "amend", "attributes": { "b": "y" } }));
+        assert_eq!(
+            shown,
+            json!({ "verdict": "amend", "attributes": { "b": "y" } })
+        );
     }
 
     #[test]
     fn a_sample_has_a_bound_and_so_has_each_side() {
         let many: Vec<String> = (0..5_000).map(|n| format!("u:{n}")).collect();
-        let large = Decided::Routes { plan: plan(&many.iter().map(String::as_str).collect::<Vec<_>>()) };
+        let large = Decided::Routes {
+            plan: plan(&many.iter().map(String::as_str).collect::<Vec<_>>()),
+        };
         let mut sample = Differences::default();
         for _ in 0..=MAX_DIFFERENCES {
-            sample.push(Difference::new(&event(), Role::Router, 7, &large, &Decided::None));
+            sample.push(Difference::new(
+                &event(),
+                Role::Router,
+                7,
+                &large,
+                &Decided::None,
+            ));
         }
         let shown = serde_json::to_value(&sample).unwrap();
         assert_eq!(shown.as_array().unwrap().len(), MAX_DIFFERENCES);

@@ -12,7 +12,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
-use wasmtime::{Config, InstanceAllocationStrategy, PoolingAllocationConfig, ResourceLimiter, Store};
+use wasmtime::{
+    Config, InstanceAllocationStrategy, PoolingAllocationConfig, ResourceLimiter, Store,
+};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::clocks::{HostMonotonicClock, HostWallClock};
 use wasmtime_wasi::p2::bindings::sync::io::poll;
@@ -49,7 +51,9 @@ struct Shared {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("is_pooling", &self.is_pooling()).finish_non_exhaustive()
+        f.debug_struct("Engine")
+            .field("is_pooling", &self.is_pooling())
+            .finish_non_exhaustive()
     }
 }
 
@@ -77,12 +81,19 @@ impl Engine {
         };
         let linker = linker(&engine)?;
         let ticker = Ticker::start(engine.weak())?;
-        Ok(Self(Arc::new(Shared { engine, linker, ticker, cache })))
+        Ok(Self(Arc::new(Shared {
+            engine,
+            linker,
+            ticker,
+            cache,
+        })))
     }
 
     /// The number of threads that plugins should run on: one for each processor, within bounds.
     pub fn n_workers() -> usize {
-        thread::available_parallelism().map_or(2, usize::from).min(MAX_WORKERS)
+        thread::available_parallelism()
+            .map_or(2, usize::from)
+            .min(MAX_WORKERS)
     }
 
     fn is_pooling(&self) -> bool {
@@ -172,7 +183,12 @@ impl State {
 }
 
 /// A store with every fence in place. `handed_back`: the most bytes that one call of the guest, or of the host, may copy out of the guest.
-pub(super) fn store(engine: &Engine, memory_bytes: usize, handed_back: usize, log: &Arc<GuestLog>) -> Store<State> {
+pub(super) fn store(
+    engine: &Engine,
+    memory_bytes: usize,
+    handed_back: usize,
+    log: &Arc<GuestLog>,
+) -> Store<State> {
     let clock_ms = Arc::new(AtomicU64::new(0));
     let mut table = ResourceTable::new();
     table.set_max_capacity(1_000);
@@ -182,11 +198,30 @@ pub(super) fn store(engine: &Engine, memory_bytes: usize, handed_back: usize, lo
         .max_random_size(64 * 1024)
         .wall_clock(FrozenClock(Arc::clone(&clock_ms)))
         .monotonic_clock(FrozenClock(Arc::clone(&clock_ms)))
-        .stdout(GuestOutput { log: Arc::clone(log), level: Level::Info })
-        .stderr(GuestOutput { log: Arc::clone(log), level: Level::Warn })
+        .stdout(GuestOutput {
+            log: Arc::clone(log),
+            level: Level::Info,
+        })
+        .stderr(GuestOutput {
+            log: Arc::clone(log),
+            level: Level::Warn,
+        })
         .build();
-    let memory = MemoryLimit { max: memory_bytes, used: 0, refused: None };
-    let state = State { wasi, table, memory, log: Arc::clone(log), deadline: Deadline::default(), clock_ms, event: None, last_error: None };
+    let memory = MemoryLimit {
+        max: memory_bytes,
+        used: 0,
+        refused: None,
+    };
+    let state = State {
+        wasi,
+        table,
+        memory,
+        log: Arc::clone(log),
+        deadline: Deadline::default(),
+        clock_ms,
+        event: None,
+        last_error: None,
+    };
     let mut store = Store::new(engine.wasmtime(), state);
     store.limiter(|state| &mut state.memory);
     store.epoch_deadline_callback(|mut store| Ok(store.data_mut().deadline.look()));
@@ -203,7 +238,12 @@ pub(super) struct MemoryLimit {
 }
 
 impl ResourceLimiter for MemoryLimit {
-    fn memory_growing(&mut self, current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         // All memories of the instance together.
         let total = self.used.saturating_sub(current).saturating_add(desired);
         if total > self.max {
@@ -215,9 +255,16 @@ impl ResourceLimiter for MemoryLimit {
         Ok(true)
     }
 
-    fn table_growing(&mut self, _current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+    fn table_growing(
+        &mut self,
+        _current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         if desired > MAX_TABLE_ELEMENTS {
-            return Err(wasmtime::format_err!("a table of {desired} elements; {MAX_TABLE_ELEMENTS} is the most"));
+            return Err(wasmtime::format_err!(
+                "a table of {desired} elements; {MAX_TABLE_ELEMENTS} is the most"
+            ));
         }
         Ok(true)
     }
@@ -237,7 +284,10 @@ impl ResourceLimiter for MemoryLimit {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
-        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+        WasiCtxView {
+            ctx: &mut self.wasi,
+            table: &mut self.table,
+        }
     }
 }
 
@@ -317,7 +367,10 @@ impl StdoutStream for GuestOutput {
     }
 
     fn p2_stream(&self) -> Box<dyn OutputStream> {
-        Box::new(Lines { output: self.clone(), begun: Vec::new() })
+        Box::new(Lines {
+            output: self.clone(),
+            begun: Vec::new(),
+        })
     }
 }
 
@@ -332,7 +385,11 @@ impl OutputStream for Lines {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
         for &byte in &bytes {
             if byte == b'\n' {
-                self.output.log.line(self.output.level, None, &String::from_utf8_lossy(&self.begun));
+                self.output.log.line(
+                    self.output.level,
+                    None,
+                    &String::from_utf8_lossy(&self.begun),
+                );
                 self.begun.clear();
             } else if self.begun.len() <= MAX_LINE {
                 self.begun.push(byte);

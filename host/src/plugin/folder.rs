@@ -42,15 +42,28 @@ struct Stamp {
 
 impl Stamp {
     fn of(file: &Metadata) -> Self {
-        let (written, changed) = ((file.mtime(), file.mtime_nsec()), (file.ctime(), file.ctime_nsec()));
-        Self { device: file.dev(), inode: file.ino(), bytes: file.len(), written, changed }
+        let (written, changed) = (
+            (file.mtime(), file.mtime_nsec()),
+            (file.ctime(), file.ctime_nsec()),
+        );
+        Self {
+            device: file.dev(),
+            inode: file.ino(),
+            bytes: file.len(),
+            written,
+            changed,
+        }
     }
 }
 
 impl Sighting {
     /// The name of the file, for people.
     pub(super) fn file(&self) -> String {
-        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 }
 
@@ -59,7 +72,12 @@ impl Sighting {
 /// # Errors
 /// If the folder cannot be read, with the fix.
 pub(super) fn look(dir: &Path) -> Result<Look, String> {
-    let unreadable = |error| format!("the folder of plugins {} cannot be read: {error}; make it, or set plugins.dir", dir.display());
+    let unreadable = |error| {
+        format!(
+            "the folder of plugins {} cannot be read: {error}; make it, or set plugins.dir",
+            dir.display()
+        )
+    };
     let mut look = Look::new();
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
@@ -82,8 +100,13 @@ fn sweep(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        let age = entry.metadata().and_then(|file| file.modified()).ok().and_then(|written| written.elapsed().ok());
-        if name.starts_with('.') && name.ends_with(DRAFT) && age.is_some_and(|age| age > ABANDONED) {
+        let age = entry
+            .metadata()
+            .and_then(|file| file.modified())
+            .ok()
+            .and_then(|written| written.elapsed().ok());
+        if name.starts_with('.') && name.ends_with(DRAFT) && age.is_some_and(|age| age > ABANDONED)
+        {
             // Whoever cannot remove it cannot write here either, and is told so.
             drop(fs::remove_file(entry.path()));
         }
@@ -96,7 +119,10 @@ fn sweep(dir: &Path) {
 /// It cannot be written; the text names it.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
     let unwritable = |error: std::io::Error| {
-        format!("{} cannot be written: {error}; let this node write there, or copy the file there yourself", path.display())
+        format!(
+            "{} cannot be written: {error}; let this node write there, or copy the file there yourself",
+            path.display()
+        )
     };
     sweep(path.parent().unwrap_or(Path::new(".")));
     // A name of its own: other nodes may share the folder, and be given the same file at this moment.
@@ -113,7 +139,10 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
         Ok(file)
     };
     match written() {
-        Ok(file) => Ok(Sighting { path: path.to_owned(), stamp: Some(Stamp::of(&file)) }),
+        Ok(file) => Ok(Sighting {
+            path: path.to_owned(),
+            stamp: Some(Stamp::of(&file)),
+        }),
         Err(error) => {
             // Nothing may be left of it; that it cannot be removed either, the error says.
             drop(fs::remove_file(&draft));
@@ -126,16 +155,18 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
 /// It cannot be removed; the text names it.
 pub(super) fn remove(path: &Path) -> Result<(), String> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(format!("{} cannot be removed: {error}; remove it yourself", path.display()))
-        }
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(format!(
+            "{} cannot be removed: {error}; remove it yourself",
+            path.display()
+        )),
         _ => Ok(()),
     }
 }
 
 /// Whether a file may be made for a plugin of this name, and is then this plugin's.
 pub(super) fn is_name(name: &str) -> bool {
-    let is_plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !name.starts_with('-');
+    let is_plain =
+        name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !name.starts_with('-');
     is_plain && (1..=64).contains(&name.len()) && called(&format!("{name}.wasm")) == name
 }
 
@@ -156,8 +187,13 @@ pub(super) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
         return Err(format!("has {} bytes; {max} is the most", before.bytes));
     }
     let mut bytes = Vec::new();
-    (&file).take(before.bytes + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if bytes.len() as u64 != before.bytes || Stamp::of(&file.metadata().map_err(unreadable)?) != before {
+    (&file)
+        .take(before.bytes + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if bytes.len() as u64 != before.bytes
+        || Stamp::of(&file.metadata().map_err(unreadable)?) != before
+    {
         return Err("is still being written: it changed while it was read".to_owned());
     }
     Ok(bytes)
@@ -167,7 +203,13 @@ pub(super) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
 pub fn called(file: &str) -> String {
     let stem = file.strip_suffix(".wasm").unwrap_or(file);
     let unnumbered = match stem.split_once('-') {
-        Some((number, rest)) if !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()) && !rest.is_empty() => rest,
+        Some((number, rest))
+            if !number.is_empty()
+                && number.bytes().all(|b| b.is_ascii_digit())
+                && !rest.is_empty() =>
+        {
+            rest
+        }
         _ => stem,
     };
     unnumbered.replace('_', "-")
@@ -186,7 +228,8 @@ pub(super) mod tests {
 
     impl Scratch {
         pub(in crate::plugin) fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("pointsman-{name}-{}", std::process::id()));
+            let path =
+                std::env::temp_dir().join(format!("pointsman-{name}-{}", std::process::id()));
             fs::create_dir_all(&path).unwrap();
             Self(path)
         }
@@ -213,9 +256,15 @@ pub(super) mod tests {
         make(".a.wasm.fedcba9876543210.upload", ABANDONED / 2);
         make(".somebodys", 2 * ABANDONED);
         write(&folder.0.join("a.wasm"), b"").unwrap();
-        let mut left: Vec<_> = fs::read_dir(&folder.0).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        let mut left: Vec<_> = fs::read_dir(&folder.0)
+            .unwrap()
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .collect();
         left.sort();
-        assert_eq!(left, [".a.wasm.fedcba9876543210.upload", ".somebodys", "a.wasm"]);
+        assert_eq!(
+            left,
+            [".a.wasm.fedcba9876543210.upload", ".somebodys", "a.wasm"]
+        );
     }
 
     #[test]
@@ -231,7 +280,12 @@ pub(super) mod tests {
         while folder.look() == first {
             assert!(Instant::now() < deadline, "{first:?} is all that was seen");
             fs::write(&file, "two").unwrap();
-            File::options().write(true).open(&file).unwrap().set_modified(written).unwrap();
+            File::options()
+                .write(true)
+                .open(&file)
+                .unwrap()
+                .set_modified(written)
+                .unwrap();
         }
 
         // Two folders of which a link names one, as orchestrators mount them.
@@ -245,7 +299,10 @@ pub(super) mod tests {
         symlink("v2", folder.0.join("next")).unwrap();
         fs::rename(folder.0.join("next"), folder.0.join("now")).unwrap();
         let after = folder.look();
-        assert!(before["a"] == after["a"] && before["b"] != after["b"], "{before:?} {after:?}");
+        assert!(
+            before["a"] == after["a"] && before["b"] != after["b"],
+            "{before:?} {after:?}"
+        );
         assert_eq!(read(&folder.0.join("b.wasm"), 10).unwrap(), b"v2");
     }
 
@@ -254,9 +311,18 @@ pub(super) mod tests {
         let folder = Scratch::new("reading");
         fs::write(folder.0.join("large.wasm"), [0; 11]).unwrap();
         fs::create_dir(folder.0.join("folder.wasm")).unwrap();
-        assert!(Command::new("mkfifo").arg(folder.0.join("pipe.wasm")).status().unwrap().success());
+        assert!(
+            Command::new("mkfifo")
+                .arg(folder.0.join("pipe.wasm"))
+                .status()
+                .unwrap()
+                .success()
+        );
         symlink("nowhere", folder.0.join("link.wasm")).unwrap();
-        assert_eq!(folder.look().into_keys().collect::<Vec<_>>(), ["folder", "large", "link", "pipe"]);
+        assert_eq!(
+            folder.look().into_keys().collect::<Vec<_>>(),
+            ["folder", "large", "link", "pipe"]
+        );
         for (file, expect) in [
             ("large.wasm", "has 11 bytes; 10 is the most"),
             ("folder.wasm", "is no file"),
@@ -284,7 +350,21 @@ pub(super) mod tests {
         for name in ["a", "my-router", "x1", "10"] {
             assert!(is_name(name), "{name}");
         }
-        for name in ["", ".", "..", "../a", "a/b", ".a", "-a", "1-a", "my_router", "a.b", "\u{e4}", "a\n", &"a".repeat(65)] {
+        for name in [
+            "",
+            ".",
+            "..",
+            "../a",
+            "a/b",
+            ".a",
+            "-a",
+            "1-a",
+            "my_router",
+            "a.b",
+            "\u{e4}",
+            "a\n",
+            &"a".repeat(65),
+        ] {
             assert!(!is_name(name), "{name}");
         }
     }

@@ -22,9 +22,25 @@ pub struct Generation {
 
 impl Generation {
     /// `is_on_probation`: another generation could take its place.
-    pub(super) fn new(plugin: Plugin, number: u64, settings: Settings, is_on_probation: bool, now: Instant) -> Self {
-        let of = |role| plugin.has_role(role).then(|| Health::new(settings.tolerance(), is_on_probation, now));
-        Self { filter: of(Role::Filter), router: of(Role::Router), plugin, number, settings }
+    pub(super) fn new(
+        plugin: Plugin,
+        number: u64,
+        settings: Settings,
+        is_on_probation: bool,
+        now: Instant,
+    ) -> Self {
+        let of = |role| {
+            plugin
+                .has_role(role)
+                .then(|| Health::new(settings.tolerance(), is_on_probation, now))
+        };
+        Self {
+            filter: of(Role::Filter),
+            router: of(Role::Router),
+            plugin,
+            number,
+            settings,
+        }
     }
 
     /// # Panics
@@ -34,7 +50,9 @@ impl Generation {
             Role::Filter => &self.filter,
             Role::Router => &self.router,
         };
-        health.as_ref().expect("a plugin is asked in roles that it has")
+        health
+            .as_ref()
+            .expect("a plugin is asked in roles that it has")
     }
 
     fn healths(&self) -> impl Iterator<Item = &Health> {
@@ -53,7 +71,10 @@ impl Generation {
 
     /// How it fares in the role in which it fares worse.
     pub(super) fn report(&self, now: Instant) -> Report {
-        self.healths().map(|health| health.report(now)).max_by_key(Report::trouble).unwrap_or_default()
+        self.healths()
+            .map(|health| health.report(now))
+            .max_by_key(Report::trouble)
+            .unwrap_or_default()
     }
 }
 
@@ -68,8 +89,17 @@ pub struct Chain {
 impl Chain {
     /// Of these, in their order.
     pub(super) fn new<'a>(generations: impl Iterator<Item = &'a Arc<Generation>> + Clone) -> Self {
-        let of_role = |role| generations.clone().filter(|generation| generation.plugin.has_role(role)).cloned().collect();
-        Self { filters: of_role(Role::Filter), routers: of_role(Role::Router) }
+        let of_role = |role| {
+            generations
+                .clone()
+                .filter(|generation| generation.plugin.has_role(role))
+                .cloned()
+                .collect()
+        };
+        Self {
+            filters: of_role(Role::Filter),
+            routers: of_role(Role::Router),
+        }
     }
 
     /// With this generation in the place of that of its name.
@@ -78,7 +108,10 @@ impl Chain {
             let is_its = generation.plugin.name() == other.plugin.name();
             Arc::clone(if is_its { other } else { generation })
         };
-        Self { filters: self.filters.iter().map(in_place).collect(), routers: self.routers.iter().map(in_place).collect() }
+        Self {
+            filters: self.filters.iter().map(in_place).collect(),
+            routers: self.routers.iter().map(in_place).collect(),
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -87,11 +120,16 @@ impl Chain {
 
     /// Each plugin once.
     pub(super) fn generations(&self) -> impl Iterator<Item = &Arc<Generation>> {
-        self.filters.iter().chain(self.routers.iter().filter(|generation| !generation.plugin.has_role(Role::Filter)))
+        self.filters.iter().chain(
+            self.routers
+                .iter()
+                .filter(|generation| !generation.plugin.has_role(Role::Filter)),
+        )
     }
 
     /// Whether this generation is of this chain.
     pub(crate) fn has(&self, name: &Name, number: u64) -> bool {
-        self.generations().any(|generation| generation.plugin.name() == name && generation.number == number)
+        self.generations()
+            .any(|generation| generation.plugin.name() == name && generation.number == number)
     }
 }

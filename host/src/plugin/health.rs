@@ -86,8 +86,15 @@ pub(crate) struct Spared {
 
 impl fmt::Display for Spared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { n_failed_in_row, again_in } = self;
-        write!(f, "it was not asked: it failed on {n_failed_in_row} events in a row, and is tried again in {} ms", again_in.as_millis())
+        let Self {
+            n_failed_in_row,
+            again_in,
+        } = self;
+        write!(
+            f,
+            "it was not asked: it failed on {n_failed_in_row} events in a row, and is tried again in {} ms",
+            again_in.as_millis()
+        )
     }
 }
 
@@ -117,7 +124,11 @@ pub struct Report {
 impl Report {
     /// The more, the worse.
     pub(super) fn trouble(&self) -> (bool, u64, u32) {
-        (self.breaker != BreakerState::Closed, self.probation.map_or(0, |probation| probation.failed), self.failed_in_row)
+        (
+            self.breaker != BreakerState::Closed,
+            self.probation.map_or(0, |probation| probation.failed),
+            self.failed_in_row,
+        )
     }
 }
 
@@ -141,7 +152,12 @@ pub enum BreakerState {
 impl Health {
     /// `is_on_probation`: another generation could take its place.
     pub(super) fn new(tolerance: Tolerance, is_on_probation: bool, now: Instant) -> Self {
-        let ailments = Ailments { probation_ends: now + tolerance.probation, n_failed: 0, n_failed_in_row: 0, breaker: Breaker::Closed };
+        let ailments = Ailments {
+            probation_ends: now + tolerance.probation,
+            n_failed: 0,
+            n_failed_in_row: 0,
+            breaker: Breaker::Closed,
+        };
         Self {
             tolerance,
             n_asked: AtomicU64::new(0),
@@ -161,11 +177,17 @@ impl Health {
         match ailments.breaker {
             Breaker::Closed => Admission::Asked,
             Breaker::Open { until, pause } | Breaker::HalfOpen { until, pause } if now >= until => {
-                ailments.breaker = Breaker::HalfOpen { until: now + pause, pause };
+                ailments.breaker = Breaker::HalfOpen {
+                    until: now + pause,
+                    pause,
+                };
                 Admission::Asked
             }
             Breaker::Open { until, .. } | Breaker::HalfOpen { until, .. } => {
-                Admission::Spared(Spared { n_failed_in_row, again_in: until - now })
+                Admission::Spared(Spared {
+                    n_failed_in_row,
+                    again_in: until - now,
+                })
             }
         }
     }
@@ -197,7 +219,9 @@ impl Health {
                 let n_asked = self.n_asked.fetch_add(1, Relaxed) + 1;
                 ailments.n_failed += 1;
                 let n_failed = ailments.n_failed;
-                if n_failed >= MIN_FAILED && n_failed * 100 > n_asked * self.tolerance.probation_failure_percent {
+                if n_failed >= MIN_FAILED
+                    && n_failed * 100 > n_asked * self.tolerance.probation_failure_percent
+                {
                     self.is_on_probation.store(false, Relaxed);
                     let most = self.tolerance.probation_failure_percent;
                     return Consequence::RollBack(format!(
@@ -212,11 +236,17 @@ impl Health {
         match ailments.breaker {
             Breaker::HalfOpen { pause, .. } => {
                 let pause = (pause * 2).min(MAX_PAUSE);
-                ailments.breaker = Breaker::Open { until: now + pause, pause };
+                ailments.breaker = Breaker::Open {
+                    until: now + pause,
+                    pause,
+                };
                 Consequence::None
             }
             Breaker::Closed if opens > 0 && ailments.n_failed_in_row >= opens => {
-                ailments.breaker = Breaker::Open { until: now + PAUSE, pause: PAUSE };
+                ailments.breaker = Breaker::Open {
+                    until: now + PAUSE,
+                    pause: PAUSE,
+                };
                 Consequence::Breaker
             }
             // Calls that were under way as it opened, on other threads.
@@ -231,7 +261,11 @@ impl Health {
 
     /// Whether nothing is held against it: its probation, if it had one, is over.
     pub(super) fn is_proven(&self, now: Instant) -> bool {
-        !self.is_on_probation.load(Relaxed) || self.is_over(&self.ailments.lock().expect("no panic under this lock"), now)
+        !self.is_on_probation.load(Relaxed)
+            || self.is_over(
+                &self.ailments.lock().expect("no panic under this lock"),
+                now,
+            )
     }
 
     /// Whether a probation has lasted for long enough.
@@ -246,11 +280,21 @@ impl Health {
         let (asked, failed) = (self.n_asked.load(Relaxed), ailments.n_failed);
         let (breaker, retry_in) = match ailments.breaker {
             Breaker::Closed => (BreakerState::Closed, None),
-            Breaker::Open { until, .. } => (BreakerState::Open, Some(until.saturating_duration_since(now))),
-            Breaker::HalfOpen { until, .. } => (BreakerState::HalfOpen, Some(until.saturating_duration_since(now))),
+            Breaker::Open { until, .. } => (
+                BreakerState::Open,
+                Some(until.saturating_duration_since(now)),
+            ),
+            Breaker::HalfOpen { until, .. } => (
+                BreakerState::HalfOpen,
+                Some(until.saturating_duration_since(now)),
+            ),
         };
         Report {
-            probation: is_on_probation.then_some(Probation { ends_in_ms: left.as_millis() as u64, asked, failed }),
+            probation: is_on_probation.then_some(Probation {
+                ends_in_ms: left.as_millis() as u64,
+                asked,
+                failed,
+            }),
             breaker,
             failed_in_row: ailments.n_failed_in_row,
             retry_in_ms: retry_in.map(|wait| wait.as_millis() as u64),
@@ -262,7 +306,11 @@ impl Health {
 mod tests {
     use super::*;
 
-    const TOLERANCE: Tolerance = Tolerance { probation: Duration::from_secs(60), probation_failure_percent: 10, breaker_failures: 10 };
+    const TOLERANCE: Tolerance = Tolerance {
+        probation: Duration::from_secs(60),
+        probation_failure_percent: 10,
+        breaker_failures: 10,
+    };
 
     fn seconds(n: u64) -> Duration {
         Duration::from_secs(n)
@@ -274,13 +322,31 @@ mod tests {
         // Of ten events, three fail.
         let fares = |is_on_probation, at| {
             let health = Health::new(TOLERANCE, is_on_probation, began);
-            let consequences = (0..100).map(|n| if n % 10 < 3 { health.note_failure(at) } else { health.note_answer() });
-            consequences.enumerate().filter(|(_, consequence)| *consequence != Consequence::None).collect::<Vec<_>>()
+            let consequences = (0..100).map(|n| {
+                if n % 10 < 3 {
+                    health.note_failure(at)
+                } else {
+                    health.note_answer()
+                }
+            });
+            consequences
+                .enumerate()
+                .filter(|(_, consequence)| *consequence != Consequence::None)
+                .collect::<Vec<_>>()
         };
         let rolled_back = fares(true, began + seconds(59));
-        let [(11, Consequence::RollBack(reason))] = rolled_back.as_slice() else { panic!("{rolled_back:?}") };
-        assert!(reason.starts_with("failed on 5 of 12 events within its probation; 10 % is the most"), "{reason}");
-        assert_eq!(fares(true, began + seconds(60)).len(), 1, "time alone says nothing");
+        let [(11, Consequence::RollBack(reason))] = rolled_back.as_slice() else {
+            panic!("{rolled_back:?}")
+        };
+        assert!(
+            reason.starts_with("failed on 5 of 12 events within its probation; 10 % is the most"),
+            "{reason}"
+        );
+        assert_eq!(
+            fares(true, began + seconds(60)).len(),
+            1,
+            "time alone says nothing"
+        );
         assert_eq!(fares(false, began), [], "it has none");
     }
 
@@ -289,32 +355,57 @@ mod tests {
         let began = Instant::now();
         let health = Health::new(TOLERANCE, true, began);
         for n in 1..=1_000 {
-            let consequence = if n % 10 == 0 { health.note_failure(began) } else { health.note_answer() };
+            let consequence = if n % 10 == 0 {
+                health.note_failure(began)
+            } else {
+                health.note_answer()
+            };
             assert_eq!(consequence, Consequence::None, "{n}");
         }
-        assert_eq!(health.report(began).probation, Some(Probation { ends_in_ms: 60_000, asked: 1_000, failed: 100 }));
+        assert_eq!(
+            health.report(began).probation,
+            Some(Probation {
+                ends_in_ms: 60_000,
+                asked: 1_000,
+                failed: 100
+            })
+        );
         assert!(!health.is_proven(began) && health.is_proven(began + seconds(60)));
         assert_eq!(health.report(began + seconds(60)).probation, None);
     }
 
     #[test]
-    fn the_breaker_opens_after_failures_in_a_row_tries_one_event_and_waits_twice_as_long_if_that_fails() {
+    fn the_breaker_opens_after_failures_in_a_row_tries_one_event_and_waits_twice_as_long_if_that_fails()
+     {
         let mut now = Instant::now();
         let health = Health::new(TOLERANCE, false, now);
         let fail = |n: u32, at| (0..n).map(|_| health.note_failure(at)).collect::<Vec<_>>();
-        assert!(fail(9, now).iter().all(|consequence| *consequence == Consequence::None));
+        assert!(
+            fail(9, now)
+                .iter()
+                .all(|consequence| *consequence == Consequence::None)
+        );
         // One that does not fail makes the count begin anew.
         assert_eq!(health.note_answer(), Consequence::None);
-        assert!(fail(9, now).iter().all(|consequence| *consequence == Consequence::None));
+        assert!(
+            fail(9, now)
+                .iter()
+                .all(|consequence| *consequence == Consequence::None)
+        );
         assert_eq!(health.admit(now), Admission::Asked);
         assert_eq!(health.note_failure(now), Consequence::Breaker);
         for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
-            let Admission::Spared(spared) = health.admit(now) else { panic!("it was asked within its pause of {pause} s") };
+            let Admission::Spared(spared) = health.admit(now) else {
+                panic!("it was asked within its pause of {pause} s")
+            };
             assert_eq!(spared.again_in, seconds(pause));
             assert_eq!(health.report(now).breaker, BreakerState::Open);
             now += seconds(pause);
             assert_eq!(health.admit(now), Admission::Asked);
-            assert!(matches!(health.admit(now), Admission::Spared(_)), "one event is enough to try");
+            assert!(
+                matches!(health.admit(now), Admission::Spared(_)),
+                "one event is enough to try"
+            );
             assert_eq!(health.report(now).breaker, BreakerState::HalfOpen);
             // Nothing is heard of it, as where the host itself panicked.
             now += seconds(pause);
@@ -324,13 +415,23 @@ mod tests {
         now += seconds(60);
         assert_eq!(health.admit(now), Admission::Asked);
         assert_eq!(health.note_answer(), Consequence::Breaker);
-        assert_eq!((health.admit(now), health.report(now).failed_in_row), (Admission::Asked, 0));
+        assert_eq!(
+            (health.admit(now), health.report(now).failed_in_row),
+            (Admission::Asked, 0)
+        );
     }
 
     #[test]
     fn a_breaker_that_was_put_out_of_force_never_opens() {
         let now = Instant::now();
-        let health = Health::new(Tolerance { breaker_failures: 0, ..TOLERANCE }, false, now);
+        let health = Health::new(
+            Tolerance {
+                breaker_failures: 0,
+                ..TOLERANCE
+            },
+            false,
+            now,
+        );
         for _ in 0..1_000 {
             assert_eq!(health.note_failure(now), Consequence::None);
             assert_eq!(health.admit(now), Admission::Asked);

@@ -57,7 +57,13 @@ pub struct Import {
 }
 
 /// Looks at the bytes of a file, and at an instance with this configuration, as far as it comes to one. Compiles.
-pub fn inspect(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Inspection {
+pub fn inspect(
+    engine: &Engine,
+    name: Name,
+    bytes: &[u8],
+    config: &str,
+    limits: Limits,
+) -> Inspection {
     let mut inspection = look(bytes);
     inspection.failure = inspection.run(engine, name, bytes, config, limits).err();
     inspection
@@ -66,10 +72,20 @@ pub fn inspect(engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: 
 /// Looks at the bytes of a file and no further: nothing is compiled, and `failure` is `None` whatever they are.
 pub fn look(bytes: &[u8]) -> Inspection {
     let surface = Surface::of(bytes);
-    let imports = surface.imports.iter().map(|name| Import { name: printable(name), is_granted: is_granted(name) });
+    let imports = surface.imports.iter().map(|name| Import {
+        name: printable(name),
+        is_granted: is_granted(name),
+    });
     let named = surface.imports.iter().chain(&surface.exports);
-    let contracts = named.filter_map(|name| name.strip_prefix("pointsman:plugin/")?.split_once('@')).map(|(_, version)| printable(version));
-    let exports = |interface: &str| surface.exports.iter().any(|name| name.starts_with(&format!("pointsman:plugin/{interface}@")));
+    let contracts = named
+        .filter_map(|name| name.strip_prefix("pointsman:plugin/")?.split_once('@'))
+        .map(|(_, version)| printable(version));
+    let exports = |interface: &str| {
+        surface
+            .exports
+            .iter()
+            .any(|name| name.starts_with(&format!("pointsman:plugin/{interface}@")))
+    };
     Inspection {
         form: surface.form,
         bytes: bytes.len(),
@@ -86,17 +102,31 @@ pub fn look(bytes: &[u8]) -> Inspection {
 }
 
 impl Inspection {
-    fn run(&mut self, engine: &Engine, name: Name, bytes: &[u8], config: &str, limits: Limits) -> Result<(), LoadError> {
+    fn run(
+        &mut self,
+        engine: &Engine,
+        name: Name,
+        bytes: &[u8],
+        config: &str,
+        limits: Limits,
+    ) -> Result<(), LoadError> {
         let plugin = Plugin::prepare(engine, name, bytes, config, limits)?;
-        (self.is_filter, self.is_router) = (plugin.has_role(Role::Filter), plugin.has_role(Role::Router));
+        (self.is_filter, self.is_router) =
+            (plugin.has_role(Role::Filter), plugin.has_role(Role::Router));
         let tried = plugin.trial();
         if tried.is_err() {
             // Before it is configured, it may well say who it is.
             self.manifest = plugin.first_words();
         }
-        let Description { manifest, selection } = tried.map_err(LoadError)?;
+        let Description {
+            manifest,
+            selection,
+        } = tried.map_err(LoadError)?;
         (self.manifest, self.selection) = (Some(manifest), Some(selection));
-        self.memory_bytes = plugin.instantiate(&engine.ticking()).ok().map(|instance| instance.memory_bytes());
+        self.memory_bytes = plugin
+            .instantiate(&engine.ticking())
+            .ok()
+            .map(|instance| instance.memory_bytes());
         Ok(())
     }
 }
@@ -107,7 +137,10 @@ impl Plugin {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).ok()?;
         deadline::set(&mut store, &ticking, self.limits.setup_deadline);
-        exports.describe(&mut store).ok().map(|description| description.manifest)
+        exports
+            .describe(&mut store)
+            .ok()
+            .map(|description| description.manifest)
     }
 }
 
@@ -138,19 +171,40 @@ impl Surface {
                 Payload::End(_) if depth > 0 => depth -= 1,
                 _ if depth > 0 => {}
                 Payload::ImportSection(section) => {
-                    let names = section.into_imports().map_while(Result::ok).map(|import| import.module.to_owned());
+                    let names = section
+                        .into_imports()
+                        .map_while(Result::ok)
+                        .map(|import| import.module.to_owned());
                     add(&mut surface.imports, names);
                 }
                 Payload::ComponentImportSection(section) => {
-                    add(&mut surface.imports, section.into_iter().map_while(Result::ok).map(|import| import.name.name.to_owned()));
+                    add(
+                        &mut surface.imports,
+                        section
+                            .into_iter()
+                            .map_while(Result::ok)
+                            .map(|import| import.name.name.to_owned()),
+                    );
                 }
                 // A core module exports `interface#function`.
                 Payload::ExportSection(section) => {
-                    let names = section.into_iter().map_while(Result::ok).filter_map(|export| export.name.split_once('#'));
-                    add(&mut surface.exports, names.map(|(interface, _)| interface.to_owned()));
+                    let names = section
+                        .into_iter()
+                        .map_while(Result::ok)
+                        .filter_map(|export| export.name.split_once('#'));
+                    add(
+                        &mut surface.exports,
+                        names.map(|(interface, _)| interface.to_owned()),
+                    );
                 }
                 Payload::ComponentExportSection(section) => {
-                    add(&mut surface.exports, section.into_iter().map_while(Result::ok).map(|export| export.name.name.to_owned()));
+                    add(
+                        &mut surface.exports,
+                        section
+                            .into_iter()
+                            .map_while(Result::ok)
+                            .map(|export| export.name.name.to_owned()),
+                    );
                 }
                 _ => {}
             }

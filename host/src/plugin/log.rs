@@ -48,7 +48,13 @@ struct Second {
 
 impl GuestLog {
     pub(super) fn new(plugin: Name) -> Self {
-        Self { plugin, second: Mutex::new(Second { began: Instant::now(), lines: 0 }) }
+        Self {
+            plugin,
+            second: Mutex::new(Second {
+                began: Instant::now(),
+                lines: 0,
+            }),
+        }
     }
 
     /// Writes a line, unless nobody wants lines of its level, or this second has had its share.
@@ -68,11 +74,21 @@ impl GuestLog {
         let text = printable(text);
         let event = event.map(Name::as_str);
         match level {
-            Level::Trace => tracing::trace!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
-            Level::Debug => tracing::debug!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
-            Level::Info => tracing::info!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
-            Level::Warn => tracing::warn!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
-            Level::Error => tracing::error!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}"),
+            Level::Trace => {
+                tracing::trace!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}")
+            }
+            Level::Debug => {
+                tracing::debug!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}")
+            }
+            Level::Info => {
+                tracing::info!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}")
+            }
+            Level::Warn => {
+                tracing::warn!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}")
+            }
+            Level::Error => {
+                tracing::error!(target: "plugin", { plugin.name = plugin, event.id = event }, "{text}")
+            }
         }
     }
 
@@ -82,7 +98,10 @@ impl GuestLog {
         let mut dropped = 0;
         if now.duration_since(second.began) >= Duration::from_secs(1) {
             dropped = second.lines.saturating_sub(MAX_LINES_PER_SECOND);
-            *second = Second { began: now, lines: 0 };
+            *second = Second {
+                began: now,
+                lines: 0,
+            };
         }
         second.lines = second.lines.saturating_add(1);
         (second.lines <= MAX_LINES_PER_SECOND, dropped)
@@ -95,7 +114,9 @@ pub(super) fn printable(text: &str) -> String {
     let mut line = String::with_capacity(cut);
     for c in text[..cut].chars() {
         // Beyond the control characters, those that turn the direction of writing: they make a line look like another.
-        if c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
+        if c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        {
             line.extend(c.escape_default());
         } else {
             line.push(c);
@@ -113,7 +134,10 @@ mod tests {
 
     #[test]
     fn a_line_cannot_forge_another_or_move_the_cursor() {
-        assert_eq!(printable("a\nERROR b\u{1b}[2J\u{202e}c\t"), "a\\nERROR b\\u{1b}[2J\\u{202e}c\\t");
+        assert_eq!(
+            printable("a\nERROR b\u{1b}[2J\u{202e}c\t"),
+            "a\\nERROR b\\u{1b}[2J\\u{202e}c\\t"
+        );
         assert_eq!(printable("Grüße 日本"), "Grüße 日本");
     }
 
@@ -127,9 +151,17 @@ mod tests {
     #[test]
     fn lines_that_nobody_wants_do_not_count() {
         let log = GuestLog::new(Name::parse("chatty").unwrap());
-        let warnings_only = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_writer(std::io::sink).finish();
-        tracing::subscriber::with_default(warnings_only, || (0..250).for_each(|_| log.line(Level::Debug, None, "nobody is named")));
-        assert_eq!(log.admit(Instant::now() + Duration::from_millis(1_100)), (true, 0));
+        let warnings_only = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::WARN)
+            .with_writer(std::io::sink)
+            .finish();
+        tracing::subscriber::with_default(warnings_only, || {
+            (0..250).for_each(|_| log.line(Level::Debug, None, "nobody is named"))
+        });
+        assert_eq!(
+            log.admit(Instant::now() + Duration::from_millis(1_100)),
+            (true, 0)
+        );
     }
 
     #[test]

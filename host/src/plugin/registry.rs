@@ -106,9 +106,19 @@ impl Registry {
             Some(dir) => folder::look(dir).map_err(anyhow::Error::msg)?,
             None => Look::new(),
         };
-        let slots = Mutex::new(Slots { config, by_name: BTreeMap::new() });
-        let registry =
-            Self { engine, dir, metrics, loading: Mutex::default(), slots, current: watch::Sender::default(), shadows: Shadows::default() };
+        let slots = Mutex::new(Slots {
+            config,
+            by_name: BTreeMap::new(),
+        });
+        let registry = Self {
+            engine,
+            dir,
+            metrics,
+            loading: Mutex::default(),
+            slots,
+            current: watch::Sender::default(),
+            shadows: Shadows::default(),
+        };
         registry.take_up(look);
         Ok(registry)
     }
@@ -141,8 +151,13 @@ impl Registry {
     /// The files as they were taken up.
     pub(super) fn taken_up(&self) -> Look {
         let slots = self.slots();
-        let files = slots.by_name.iter().filter(|(_, slot)| !slot.files.is_empty());
-        files.map(|(name, slot)| (name.clone(), slot.files.clone())).collect()
+        let files = slots
+            .by_name
+            .iter()
+            .filter(|(_, slot)| !slot.files.is_empty());
+        files
+            .map(|(name, slot)| (name.clone(), slot.files.clone()))
+            .collect()
     }
 
     /// Loads these plugins from their files, or removes those that have none any more, and swaps the chain once for all of them.
@@ -151,8 +166,14 @@ impl Registry {
     pub(super) fn take_up(&self, look: Look) {
         let loading = self.begin_loading();
         // It may have waited for somebody who loads, or who wrote just these files: what is not so any more is seen again, by the next look.
-        let now = self.dir.as_deref().and_then(|dir| folder::look(dir).ok()).unwrap_or_default();
-        let still = look.into_iter().filter(|(name, files)| now.get(name).map_or(&[][..], Vec::as_slice) == files.as_slice());
+        let now = self
+            .dir
+            .as_deref()
+            .and_then(|dir| folder::look(dir).ok())
+            .unwrap_or_default();
+        let still = look.into_iter().filter(|(name, files)| {
+            now.get(name).map_or(&[][..], Vec::as_slice) == files.as_slice()
+        });
         self.take_up_in(&loading, still.collect());
     }
 
@@ -167,7 +188,10 @@ impl Registry {
             let before = std::mem::replace(&mut slots.config, config);
             let Slots { config, by_name } = &mut *slots;
             let mut changed = Look::new();
-            for (name, slot) in by_name.iter_mut().filter(|(name, _)| config.settings(name) != before.settings(name)) {
+            for (name, slot) in by_name
+                .iter_mut()
+                .filter(|(name, _)| config.settings(name) != before.settings(name))
+            {
                 if config.settings(name).enabled != before.settings(name).enabled {
                     slot.enabled = None;
                 }
@@ -187,29 +211,49 @@ impl Registry {
     pub fn upload(&self, name: &str, bytes: &[u8]) -> Result<PluginState, OrderError> {
         let loading = self.begin_loading();
         let Some(dir) = &self.dir else {
-            return Err(OrderError::Impossible("this node has no folder of plugins; start it with --plugins DIR".to_owned()));
+            return Err(OrderError::Impossible(
+                "this node has no folder of plugins; start it with --plugins DIR".to_owned(),
+            ));
         };
-        let has_file = self.slots().by_name.get(name).is_some_and(|slot| !slot.files.is_empty());
+        let has_file = self
+            .slots()
+            .by_name
+            .get(name)
+            .is_some_and(|slot| !slot.files.is_empty());
         if !has_file && !folder::is_name(name) {
             let rule = "letters, digits and hyphens, not beginning with a hyphen or with a number and a hyphen, at most 64 of them";
-            return Err(OrderError::Impossible(format!("'{}' is no name for a file: {rule}", name.escape_debug())));
+            return Err(OrderError::Impossible(format!(
+                "'{}' is no name for a file: {rule}",
+                name.escape_debug()
+            )));
         }
         let (settings, path) = {
             let slots = self.slots();
             let slot = slots.by_name.get(name);
             if slot.is_none_or(|slot| slot.running.is_none()) && slots.n_running() >= MAX_PLUGINS {
-                return Err(OrderError::Impossible(format!("{MAX_PLUGINS} plugins run on this node, which is the most; remove one")));
+                return Err(OrderError::Impossible(format!(
+                    "{MAX_PLUGINS} plugins run on this node, which is the most; remove one"
+                )));
             }
-            let path = slot.and_then(|slot| slot.files.first()).map_or_else(|| dir.join(format!("{name}.wasm")), |file| file.path.clone());
+            let path = slot.and_then(|slot| slot.files.first()).map_or_else(
+                || dir.join(format!("{name}.wasm")),
+                |file| file.path.clone(),
+            );
             (slots.config.settings(name), path)
         };
         let loaded = self.load_bytes(name, bytes, &settings);
         let running = self.slots().running_as(name, &settings);
         let done = match loaded {
-            Ok(plugin) if running.as_deref() == Some(plugin.hash()) => Done::Same(plugin.hash().to_owned()),
+            Ok(plugin) if running.as_deref() == Some(plugin.hash()) => {
+                Done::Same(plugin.hash().to_owned())
+            }
             Ok(plugin) => Done::Loaded(Box::new(plugin), settings),
             Err(Failure { reason, hash }) => {
-                tracing::error!(plugin.name = name, plugin.failed_hash = hash, "plugin not taken: it {reason}");
+                tracing::error!(
+                    plugin.name = name,
+                    plugin.failed_hash = hash,
+                    "plugin not taken: it {reason}"
+                );
                 self.refuse(name, &format!("what was uploaded {reason}"), hash);
                 return Err(OrderError::Refused(reason));
             }
@@ -220,7 +264,9 @@ impl Registry {
         let state = self.state(name)?;
         // What runs may have been rolled back in the meantime, after it was found to be what is uploaded.
         if state.generation > 0 && state.hash != hash(bytes) {
-            return Err(OrderError::Impossible("it was rolled back while it was being uploaded; upload it again".to_owned()));
+            return Err(OrderError::Impossible(
+                "it was rolled back while it was being uploaded; upload it again".to_owned(),
+            ));
         }
         Ok(state)
     }
@@ -231,7 +277,12 @@ impl Registry {
     /// There is none, or its file cannot be removed.
     pub fn remove(&self, name: &str) -> Result<(), OrderError> {
         let loading = self.begin_loading();
-        let files = self.slots().by_name.get(name).map(|slot| slot.files.clone()).unwrap_or_default();
+        let files = self
+            .slots()
+            .by_name
+            .get(name)
+            .map(|slot| slot.files.clone())
+            .unwrap_or_default();
         if files.is_empty() {
             return Err(OrderError::Unknown(name.to_owned()));
         }
@@ -270,7 +321,11 @@ impl Registry {
         let files = self.slots().set_enabled(name, true)?;
         self.take_up_in(&loading, Look::from([(name.to_owned(), files)]));
         match self.state(name)? {
-            PluginState { generation: 0, failure: Some(reason), .. } => Err(OrderError::Impossible(reason)),
+            PluginState {
+                generation: 0,
+                failure: Some(reason),
+                ..
+            } => Err(OrderError::Impossible(reason)),
             state => Ok(state),
         }
     }
@@ -282,10 +337,21 @@ impl Registry {
     pub fn roll_back(&self, name: &str) -> Result<PluginState, OrderError> {
         {
             let mut slots = self.slots();
-            let slot = slots.by_name.get(name).filter(|slot| !slot.files.is_empty()).ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
-            let Some(number) = slot.running.as_ref().filter(|_| slot.previous.is_some()).map(|running| running.number) else {
+            let slot = slots
+                .by_name
+                .get(name)
+                .filter(|slot| !slot.files.is_empty())
+                .ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+            let Some(number) = slot
+                .running
+                .as_ref()
+                .filter(|_| slot.previous.is_some())
+                .map(|running| running.number)
+            else {
                 let fix = "upload the file that you want";
-                return Err(OrderError::Impossible(format!("'{name}' has no earlier generation to go back to; {fix}")));
+                return Err(OrderError::Impossible(format!(
+                    "'{name}' has no earlier generation to go back to; {fix}"
+                )));
             };
             self.roll_back_in(&mut slots, name, number, "was taken back by an operator");
         }
@@ -304,7 +370,11 @@ impl Registry {
                 let report = generation.report(Instant::now());
                 match report.breaker {
                     BreakerState::Closed => {
-                        tracing::info!(plugin.name = name, plugin.generation = generation.number, "the plugin's breaker is closed again");
+                        tracing::info!(
+                            plugin.name = name,
+                            plugin.generation = generation.number,
+                            "the plugin's breaker is closed again"
+                        );
                     }
                     BreakerState::Open | BreakerState::HalfOpen => tracing::error!(
                         plugin.name = name,
@@ -339,7 +409,10 @@ impl Registry {
 
     /// One plugin as it is now.
     fn state(&self, name: &str) -> Result<PluginState, OrderError> {
-        self.states().into_iter().find(|state| state.name == name).ok_or_else(|| OrderError::Unknown(name.to_owned()))
+        self.states()
+            .into_iter()
+            .find(|state| state.name == name)
+            .ok_or_else(|| OrderError::Unknown(name.to_owned()))
     }
 
     fn take_up_in(&self, loading: &MutexGuard<'_, ()>, look: Look) {
@@ -370,15 +443,22 @@ impl Registry {
             let job = match files.first() {
                 None => Job::Remove,
                 Some(_) if !slots.is_enabled(&name) => Job::Rest,
-                Some(_) if slot.is_none_or(|slot| slot.running.is_none()) && n_running >= MAX_PLUGINS => {
-                    let reason = format!("is beyond the {MAX_PLUGINS} plugins that one node runs; remove one and write this one again");
+                Some(_)
+                    if slot.is_none_or(|slot| slot.running.is_none())
+                        && n_running >= MAX_PLUGINS =>
+                {
+                    let reason = format!(
+                        "is beyond the {MAX_PLUGINS} plugins that one node runs; remove one and write this one again"
+                    );
                     Job::Refuse(Failure { reason, hash: None })
                 }
                 Some(first) => {
                     n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
                     // Only where what it was rolled back to is at work: it is better than nothing.
                     let at_work = slot.filter(|slot| slot.running.is_some());
-                    let rolled_back = at_work.and_then(|slot| slot.rolled_back.as_ref()).filter(|(_, then)| *then == settings);
+                    let rolled_back = at_work
+                        .and_then(|slot| slot.rolled_back.as_ref())
+                        .filter(|(_, then)| *then == settings);
                     Job::Load(Wanted {
                         path: first.path.clone(),
                         running: slots.running_as(&name, &settings),
@@ -393,33 +473,54 @@ impl Registry {
     }
 
     fn load_file(&self, name: &str, wanted: &Wanted) -> Result<Done, Failure> {
-        let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes).map_err(|reason| Failure { reason, hash: None })?;
+        let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes)
+            .map_err(|reason| Failure { reason, hash: None })?;
         let hash = hash(&bytes);
         if wanted.running.as_ref() == Some(&hash) {
             return Ok(Done::Same(hash));
         }
         if wanted.rolled_back.as_ref() == Some(&hash) {
             let reason = "was rolled back before and is not tried again; replace it, or upload it to have it tried".to_owned();
-            return Err(Failure { reason, hash: Some(hash) });
+            return Err(Failure {
+                reason,
+                hash: Some(hash),
+            });
         }
-        self.load_bytes(name, &bytes, &wanted.settings).map(|plugin| Done::Loaded(Box::new(plugin), wanted.settings.clone()))
+        self.load_bytes(name, &bytes, &wanted.settings)
+            .map(|plugin| Done::Loaded(Box::new(plugin), wanted.settings.clone()))
     }
 
     fn load_bytes(&self, name: &str, bytes: &[u8], settings: &Settings) -> Result<Plugin, Failure> {
         let hash = hash(bytes);
-        let failed = |reason| Failure { reason, hash: Some(hash.clone()) };
-        let name = Name::parse(name).map_err(|e| failed(format!("gives no name to a plugin: it {e}")))?;
+        let failed = |reason| Failure {
+            reason,
+            hash: Some(hash.clone()),
+        };
+        let name =
+            Name::parse(name).map_err(|e| failed(format!("gives no name to a plugin: it {e}")))?;
         if let Some(pinned) = &settings.sha256
             && !pinned.eq_ignore_ascii_case(&hash)
         {
-            return Err(failed(format!("has the SHA-256 {hash}, and not the configured one")));
+            return Err(failed(format!(
+                "has the SHA-256 {hash}, and not the configured one"
+            )));
         }
-        let config = serde_json::to_string(&settings.config).map_err(|e| failed(format!("has a configuration that is not JSON: {e}")))?;
+        let config = serde_json::to_string(&settings.config)
+            .map_err(|e| failed(format!("has a configuration that is not JSON: {e}")))?;
         // On a thread of its own: WASI's functions may not run on one of an async executor, whoever calls this.
         let load = || Plugin::load(&self.engine, name, bytes, &config, settings.limits());
-        let plugin = std::thread::scope(|scope| Ok(std::thread::Builder::new().spawn_scoped(scope, load)?.join()));
-        let plugin = plugin.map_err(|e: std::io::Error| failed(format!("was not looked at, as the system gives no thread: {e}")))?;
-        let plugin = plugin.map_err(|_| failed("made the host panic as it was loaded".to_owned()))?;
+        let plugin = std::thread::scope(|scope| {
+            Ok(std::thread::Builder::new()
+                .spawn_scoped(scope, load)?
+                .join())
+        });
+        let plugin = plugin.map_err(|e: std::io::Error| {
+            failed(format!(
+                "was not looked at, as the system gives no thread: {e}"
+            ))
+        })?;
+        let plugin =
+            plugin.map_err(|_| failed("made the host panic as it was loaded".to_owned()))?;
         plugin.map_err(|e| failed(e.to_string()))
     }
 
@@ -440,8 +541,15 @@ impl Registry {
                     _ if !slots.is_enabled(&name) => Done::Rests,
                     done => done,
                 };
-                let outcome = slots.by_name.entry(name.clone()).or_default().apply(&name, files, done);
-                outcomes.extend(outcome.map(|outcome| PluginLoadLabel { plugin: name, outcome }));
+                let outcome = slots
+                    .by_name
+                    .entry(name.clone())
+                    .or_default()
+                    .apply(&name, files, done);
+                outcomes.extend(outcome.map(|outcome| PluginLoadLabel {
+                    plugin: name,
+                    outcome,
+                }));
             }
             self.publish(&slots);
         }
@@ -454,18 +562,42 @@ impl Registry {
     fn refuse(&self, name: &str, reason: &str, hash: Option<String>) {
         let mut slots = self.slots();
         // What is no plugin here gets no label of its own: names come from outside.
-        let Some(slot) = slots.by_name.get_mut(name).filter(|slot| !slot.files.is_empty()) else { return };
-        slot.refusal = Some(Refusal { at_ms: now_ms(), hash, reason: reason.to_owned() });
-        self.metrics.plugin_loads.get_or_create(&PluginLoadLabel { plugin: name.to_owned(), outcome: "failed" }).inc();
+        let Some(slot) = slots
+            .by_name
+            .get_mut(name)
+            .filter(|slot| !slot.files.is_empty())
+        else {
+            return;
+        };
+        slot.refusal = Some(Refusal {
+            at_ms: now_ms(),
+            hash,
+            reason: reason.to_owned(),
+        });
+        self.metrics
+            .plugin_loads
+            .get_or_create(&PluginLoadLabel {
+                plugin: name.to_owned(),
+                outcome: "failed",
+            })
+            .inc();
     }
 
     /// If this generation still runs and there is one to go back to.
     fn roll_back_in(&self, slots: &mut Slots, name: &str, number: u64, reason: &str) {
-        let Some(slot) = slots.by_name.get_mut(name) else { return };
-        if slot.running.as_ref().is_none_or(|running| running.number != number) {
+        let Some(slot) = slots.by_name.get_mut(name) else {
+            return;
+        };
+        if slot
+            .running
+            .as_ref()
+            .is_none_or(|running| running.number != number)
+        {
             return;
         }
-        let (Some(previous), Some(running)) = (slot.previous.take(), slot.running.take()) else { return };
+        let (Some(previous), Some(running)) = (slot.previous.take(), slot.running.take()) else {
+            return;
+        };
         let file = slot.files.first().map(Sighting::file).unwrap_or_default();
         let hash = running.plugin.hash();
         tracing::error!(
@@ -477,45 +609,92 @@ impl Registry {
             "plugin rolled back: generation {number} {reason}"
         );
         slot.rolled_back = Some((hash.to_owned(), running.settings.clone()));
-        slot.refusal = Some(Refusal { at_ms: now_ms(), hash: Some(hash.to_owned()), reason: reason.to_owned() });
+        slot.refusal = Some(Refusal {
+            at_ms: now_ms(),
+            hash: Some(hash.to_owned()),
+            reason: reason.to_owned(),
+        });
         slot.failure = Some(Failure {
-            reason: format!("{file} was rolled back: it {reason}; the folder still holds it, so replace it before the node starts again"),
+            reason: format!(
+                "{file} was rolled back: it {reason}; the folder still holds it, so replace it before the node starts again"
+            ),
             hash: Some(hash.to_owned()),
         });
         slot.end(&running, Word::RolledBack, reason);
         previous.end_probation();
         (slot.running, slot.since_ms) = (Some(previous), now_ms());
         self.publish(slots);
-        self.metrics.plugin_rollbacks.get_or_create(&PluginLabel { plugin: name.to_owned() }).inc();
+        self.metrics
+            .plugin_rollbacks
+            .get_or_create(&PluginLabel {
+                plugin: name.to_owned(),
+            })
+            .inc();
     }
 
     /// Makes what the slots hold what everybody sees.
     fn publish(&self, slots: &Slots) {
-        let place = |name: &str| slots.config.order.iter().position(|ordered| ordered == name).unwrap_or(usize::MAX);
-        let mut running: Vec<_> = slots.by_name.iter().filter_map(|(name, slot)| Some((name, slot, slot.running.as_ref()?))).collect();
-        running.sort_by_key(|(name, slot, _)| (place(name), slot.files.first().map(|file| &file.path)));
-        let chain = Arc::new(Chain::new(running.iter().map(|(.., generation)| *generation)));
+        let place = |name: &str| {
+            slots
+                .config
+                .order
+                .iter()
+                .position(|ordered| ordered == name)
+                .unwrap_or(usize::MAX)
+        };
+        let mut running: Vec<_> = slots
+            .by_name
+            .iter()
+            .filter_map(|(name, slot)| Some((name, slot, slot.running.as_ref()?)))
+            .collect();
+        running.sort_by_key(|(name, slot, _)| {
+            (place(name), slot.files.first().map(|file| &file.path))
+        });
+        let chain = Arc::new(Chain::new(
+            running.iter().map(|(.., generation)| *generation),
+        ));
         let plugins = self.states_of(slots, &chain);
         for (name, slot) in &slots.by_name {
-            let is_open = slot.running.as_ref().is_some_and(|running| running.report(Instant::now()).breaker != BreakerState::Closed);
-            self.metrics.plugin_breaker_open.get_or_create(&PluginLabel { plugin: name.clone() }).set(is_open.into());
+            let is_open = slot.running.as_ref().is_some_and(|running| {
+                running.report(Instant::now()).breaker != BreakerState::Closed
+            });
+            self.metrics
+                .plugin_breaker_open
+                .get_or_create(&PluginLabel {
+                    plugin: name.clone(),
+                })
+                .set(is_open.into());
         }
         // The old snapshot, and with it perhaps the last of a generation, is dropped after the lock was given back.
         let folder_failure = self.current.borrow().folder_failure.clone();
-        drop(self.current.send_replace(Snapshot { chain, plugins, folder_failure }));
+        drop(self.current.send_replace(Snapshot {
+            chain,
+            plugins,
+            folder_failure,
+        }));
     }
 
     fn states_of(&self, slots: &Slots, chain: &Chain) -> Vec<PluginState> {
         let now = Instant::now();
-        let at_work = chain.generations().map(|generation| generation.plugin.name().as_str());
+        let at_work = chain
+            .generations()
+            .map(|generation| generation.plugin.name().as_str());
         let at_work: Vec<&str> = at_work.collect();
         let idle = slots.by_name.iter().filter(|(name, slot)| {
-            !at_work.contains(&name.as_str()) && !slot.files.is_empty() && (slot.failure.is_some() || !slots.is_enabled(name))
+            !at_work.contains(&name.as_str())
+                && !slot.files.is_empty()
+                && (slot.failure.is_some() || !slots.is_enabled(name))
         });
-        let names = at_work.iter().copied().chain(idle.map(|(name, _)| name.as_str()));
+        let names = at_work
+            .iter()
+            .copied()
+            .chain(idle.map(|(name, _)| name.as_str()));
         let state = |name: &str| {
             let shadow = self.find_shadow(name).ok().map(|shadow| shadow.summary());
-            Some(PluginState { shadow, ..slots.by_name.get(name)?.state(name, slots, now) })
+            Some(PluginState {
+                shadow,
+                ..slots.by_name.get(name)?.state(name, slots, now)
+            })
         };
         let mut states: Vec<PluginState> = names.filter_map(state).collect();
         states.extend(self.missing(slots));
@@ -524,9 +703,22 @@ impl Registry {
 
     /// What is configured and has no file.
     fn missing(&self, slots: &Slots) -> Vec<PluginState> {
-        let known: Vec<&str> = slots.by_name.iter().filter(|(_, slot)| !slot.files.is_empty()).map(|(name, _)| name.as_str()).collect();
-        let configured = slots.config.plugins.iter().filter(|(_, settings)| settings.enabled).map(|(name, _)| name);
-        let missing = configured.chain(&slots.config.order).filter(|name| !known.contains(&name.as_str())).collect::<BTreeSet<_>>();
+        let known: Vec<&str> = slots
+            .by_name
+            .iter()
+            .filter(|(_, slot)| !slot.files.is_empty())
+            .map(|(name, _)| name.as_str())
+            .collect();
+        let configured = slots
+            .config
+            .plugins
+            .iter()
+            .filter(|(_, settings)| settings.enabled)
+            .map(|(name, _)| name);
+        let missing = configured
+            .chain(&slots.config.order)
+            .filter(|name| !known.contains(&name.as_str()))
+            .collect::<BTreeSet<_>>();
         let missing = missing.into_iter().map(|name| {
             let reason = match self.dir() {
                 Some(dir) => format!(

@@ -28,18 +28,33 @@ impl Selection {
     /// # Errors
     /// What of it is not as it should be.
     pub(super) fn check(&self) -> Result<(), String> {
-        for (what, entries) in [("types", &self.types), ("attributes", &self.attributes), ("fields", &self.fields)] {
+        for (what, entries) in [
+            ("types", &self.types),
+            ("attributes", &self.attributes),
+            ("fields", &self.fields),
+        ] {
             if entries.len() > MAX_ENTRIES {
-                return Err(format!("its manifest names {} {what}; {MAX_ENTRIES} is the most", entries.len()));
+                return Err(format!(
+                    "its manifest names {} {what}; {MAX_ENTRIES} is the most",
+                    entries.len()
+                ));
             }
             if let Some(long) = entries.iter().find(|entry| entry.len() > MAX_ENTRY) {
-                return Err(format!("its manifest has {} bytes in one of its {what}; {MAX_ENTRY} is the most", long.len()));
+                return Err(format!(
+                    "its manifest has {} bytes in one of its {what}; {MAX_ENTRY} is the most",
+                    long.len()
+                ));
             }
         }
-        match self.fields.iter().find(|pointer| !pointer.is_empty() && !pointer.starts_with('/')) {
-            Some(field) => {
-                Err(format!("its manifest reads the field '{}', which is no JSON pointer: it must begin with '/'", field.escape_debug()))
-            }
+        match self
+            .fields
+            .iter()
+            .find(|pointer| !pointer.is_empty() && !pointer.starts_with('/'))
+        {
+            Some(field) => Err(format!(
+                "its manifest reads the field '{}', which is no JSON pointer: it must begin with '/'",
+                field.escape_debug()
+            )),
             None => Ok(()),
         }
     }
@@ -50,13 +65,30 @@ impl Selection {
     }
 
     /// The attributes and fields that cross.
-    pub(super) fn pick<'a>(&'a self, event: &'a Event, document: &'a Document) -> impl Iterator<Item = (&'a str, Value)> {
+    pub(super) fn pick<'a>(
+        &'a self,
+        event: &'a Event,
+        document: &'a Document,
+    ) -> impl Iterator<Item = (&'a str, Value)> {
         let is_all = self.attributes.iter().any(|name| name == "*");
         let every = event.attributes.iter().filter(move |_| is_all);
-        let named = self.attributes.iter().filter(move |_| !is_all).filter_map(|name| event.attributes.get_key_value(name));
-        let attributes = every.chain(named).map(|(name, value)| (name.as_str(), value.clone()));
-        let json = if self.fields.is_empty() { None } else { document.json(event) };
-        let fields = self.fields.iter().filter_map(move |pointer| Some((pointer.as_str(), field(find(json?, pointer)?)?)));
+        let named = self
+            .attributes
+            .iter()
+            .filter(move |_| !is_all)
+            .filter_map(|name| event.attributes.get_key_value(name));
+        let attributes = every
+            .chain(named)
+            .map(|(name, value)| (name.as_str(), value.clone()));
+        let json = if self.fields.is_empty() {
+            None
+        } else {
+            document.json(event)
+        };
+        let fields = self
+            .fields
+            .iter()
+            .filter_map(move |pointer| Some((pointer.as_str(), field(find(json?, pointer)?)?)));
         attributes.chain(fields)
     }
 }
@@ -84,8 +116,15 @@ fn spell_large_integers(json: &str) -> Cow<'_, str> {
     let bytes = json.as_bytes();
     // So many digits in a row do not fit between two of the places that are looked at.
     let is_large = |at: usize| {
-        let n_before = bytes[..at].iter().rev().take_while(|b| b.is_ascii_digit()).count();
-        let n_from = bytes[at..].iter().take_while(|b| b.is_ascii_digit()).count();
+        let n_before = bytes[..at]
+            .iter()
+            .rev()
+            .take_while(|b| b.is_ascii_digit())
+            .count();
+        let n_from = bytes[at..]
+            .iter()
+            .take_while(|b| b.is_ascii_digit())
+            .count();
         n_from > 0 && n_before + n_from >= LARGE
     };
     if !(LARGE - 1..bytes.len()).step_by(LARGE).any(is_large) {
@@ -96,7 +135,9 @@ fn spell_large_integers(json: &str) -> Cow<'_, str> {
         match byte {
             b'"' => at = end_of_text(bytes, at),
             b'-' | b'0'..=b'9' => {
-                let end = bytes[at..].iter().position(|b| !matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E'));
+                let end = bytes[at..]
+                    .iter()
+                    .position(|b| !matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E'));
                 let end = end.map_or(bytes.len(), |n| at + n);
                 let number = &json[at..end];
                 if !number.contains(['.', 'e', 'E']) && number.parse::<i64>().is_err() {
@@ -130,13 +171,20 @@ fn find<'a>(json: &'a serde_json::Value, pointer: &str) -> Option<&'a serde_json
     if pointer.is_empty() {
         return Some(json);
     }
-    pointer.strip_prefix('/')?.split('/').try_fold(json, |value, word| match value {
-        serde_json::Value::Object(members) if word.contains('~') => members.get(&word.replace("~1", "/").replace("~0", "~")),
-        serde_json::Value::Object(members) => members.get(word),
-        // No other way to write a number.
-        serde_json::Value::Array(elements) if word == "0" || !word.starts_with(['0', '+']) => elements.get(word.parse::<usize>().ok()?),
-        _ => None,
-    })
+    pointer
+        .strip_prefix('/')?
+        .split('/')
+        .try_fold(json, |value, word| match value {
+            serde_json::Value::Object(members) if word.contains('~') => {
+                members.get(&word.replace("~1", "/").replace("~0", "~"))
+            }
+            serde_json::Value::Object(members) => members.get(word),
+            // No other way to write a number.
+            serde_json::Value::Array(elements) if word == "0" || !word.starts_with(['0', '+']) => {
+                elements.get(word.parse::<usize>().ok()?)
+            }
+            _ => None,
+        })
 }
 
 /// A field of the payload as an attribute; `null` is "not set".
@@ -144,7 +192,10 @@ fn field(value: &serde_json::Value) -> Option<Value> {
     Some(match value {
         serde_json::Value::Null => return None,
         serde_json::Value::Bool(b) => Value::Flag(*b),
-        serde_json::Value::Number(n) => n.as_i64().map(Value::Integer).or_else(|| n.as_f64().map(Value::Decimal))?,
+        serde_json::Value::Number(n) => n
+            .as_i64()
+            .map(Value::Integer)
+            .or_else(|| n.as_f64().map(Value::Decimal))?,
         serde_json::Value::String(text) => Value::Text(text.clone()),
         list_or_object => Value::Text(list_or_object.to_string()),
     })
@@ -197,25 +248,42 @@ mod tests {
             assert_eq!(matches(pattern, text), expect, "{pattern} {text}");
         }
         // Exponential in a matcher that tries every star again.
-        assert!(!matches(&"*a".repeat(100), &format!("{}b", "a".repeat(200))));
+        assert!(!matches(
+            &"*a".repeat(100),
+            &format!("{}b", "a".repeat(200))
+        ));
     }
 
     #[test]
     fn only_what_the_manifest_reads_crosses() {
-        let document =
-            r#"{"type":"t","a":1,"b":"x","c":true,"data":{"n":{"m":2.5},"s":"t","l":[1,2],"z":null,"big":18446744073709551615}}"#;
+        let document = r#"{"type":"t","a":1,"b":"x","c":true,"data":{"n":{"m":2.5},"s":"t","l":[1,2],"z":null,"big":18446744073709551615}}"#;
         let event = Event::from_json(EntryId::default(), "-", document.as_bytes()).unwrap();
         let picked = |attributes: &[&str], fields: &[&str]| {
             let owned = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
-            let selection = Selection { types: Vec::new(), attributes: owned(attributes), fields: owned(fields), payload: false };
+            let selection = Selection {
+                types: Vec::new(),
+                attributes: owned(attributes),
+                fields: owned(fields),
+                payload: false,
+            };
             let document = Document::default();
-            let picked: Vec<_> = selection.pick(&event, &document).map(|(name, value)| (name.to_owned(), value)).collect();
+            let picked: Vec<_> = selection
+                .pick(&event, &document)
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect();
             picked
         };
         let text = |s: &str| Value::Text(s.into());
         assert_eq!(picked(&[], &[]), []);
         assert_eq!(picked(&["b", "gone"], &[]), [("b".into(), text("x"))]);
-        assert_eq!(picked(&["*", "b"], &[]), [("a".into(), Value::Integer(1)), ("b".into(), text("x")), ("c".into(), Value::Flag(true))]);
+        assert_eq!(
+            picked(&["*", "b"], &[]),
+            [
+                ("a".into(), Value::Integer(1)),
+                ("b".into(), text("x")),
+                ("c".into(), Value::Flag(true))
+            ]
+        );
         let fields = picked(&[], &["/n/m", "/s", "/l", "/z", "/gone", "/n", "/big"]);
         let expect = [
             ("/n/m", Value::Decimal(2.5)),
@@ -265,10 +333,14 @@ mod tests {
 
     #[test]
     fn an_integer_that_no_value_holds_is_a_text_with_its_digits() {
-        let check = |json: &str, expect: &str| assert_eq!(spell_large_integers(json), expect, "{json}");
+        let check =
+            |json: &str, expect: &str| assert_eq!(spell_large_integers(json), expect, "{json}");
         check("9223372036854775808", r#""9223372036854775808""#);
         check("-9223372036854775809", r#""-9223372036854775809""#);
-        check(r#"{"a":[ 123456789012345678901234567890 ,1]}"#, r#"{"a":[ "123456789012345678901234567890" ,1]}"#);
+        check(
+            r#"{"a":[ 123456789012345678901234567890 ,1]}"#,
+            r#"{"a":[ "123456789012345678901234567890" ,1]}"#,
+        );
         for as_it_is in [
             "",
             "9223372036854775807",
@@ -285,16 +357,46 @@ mod tests {
         // Wherever it stands.
         for n in 0..50 {
             let (blank, large) = (" ".repeat(n), "98765432109876543210");
-            check(&format!("{blank}[{large}]"), &format!("{blank}[\"{large}\"]"));
+            check(
+                &format!("{blank}[{large}]"),
+                &format!("{blank}[\"{large}\"]"),
+            );
         }
     }
 
     #[test]
     fn a_selection_out_of_bounds_is_refused() {
-        let check = |selection: Selection, expect: &str| assert!(selection.check().unwrap_err().contains(expect));
-        check(Selection { types: vec!["x".into(); 257], ..Selection::default() }, "names 257 types");
-        check(Selection { attributes: vec!["x".repeat(257)], ..Selection::default() }, "257 bytes in one of its attributes");
-        check(Selection { fields: vec!["order".into()], ..Selection::default() }, "'order', which is no JSON pointer");
-        assert_eq!(Selection { fields: vec!["/a".into(), "".into()], ..Selection::default() }.check(), Ok(()));
+        let check = |selection: Selection, expect: &str| {
+            assert!(selection.check().unwrap_err().contains(expect))
+        };
+        check(
+            Selection {
+                types: vec!["x".into(); 257],
+                ..Selection::default()
+            },
+            "names 257 types",
+        );
+        check(
+            Selection {
+                attributes: vec!["x".repeat(257)],
+                ..Selection::default()
+            },
+            "257 bytes in one of its attributes",
+        );
+        check(
+            Selection {
+                fields: vec!["order".into()],
+                ..Selection::default()
+            },
+            "'order', which is no JSON pointer",
+        );
+        assert_eq!(
+            Selection {
+                fields: vec!["/a".into(), "".into()],
+                ..Selection::default()
+            }
+            .check(),
+            Ok(())
+        );
     }
 }

@@ -41,8 +41,14 @@ impl Config {
             return Some(folder.clone()).filter(|folder| !folder.as_os_str().is_empty());
         }
         let of_user = || {
-            let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-            variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))).map(|caches| caches.join("pointsman"))
+            let variable = |name: &str| {
+                std::env::var_os(name)
+                    .map(PathBuf::from)
+                    .filter(|path| path.is_absolute())
+            };
+            variable("XDG_CACHE_HOME")
+                .or_else(|| Some(variable("HOME")?.join(".cache")))
+                .map(|caches| caches.join("pointsman"))
         };
         data.map(|data| data.join("plugins")).or_else(of_user)
     }
@@ -50,7 +56,11 @@ impl Config {
 
 /// `[plugins.<name>]`: one plugin.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table, as for a plugin: the keys of this section itself are dir, order and cache")]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "a table, as for a plugin: the keys of this section itself are dir, order and cache"
+)]
 pub struct Settings {
     /// Whether the plugin is loaded at all (true).
     pub enabled: bool,
@@ -119,9 +129,19 @@ impl Settings {
             ("memory_mib", self.memory_mib.into(), 1, 4_096),
             ("result_kib", self.result_kib.into(), 1, 65_536),
             ("max_targets", self.max_targets.into(), 1, 1_000_000),
-            ("calls_per_instance", self.calls_per_instance.into(), 1, u32::MAX.into()),
+            (
+                "calls_per_instance",
+                self.calls_per_instance.into(),
+                1,
+                u32::MAX.into(),
+            ),
             ("probation_s", self.probation_s, 0, 86_400),
-            ("probation_failure_percent", self.probation_failure_percent.into(), 1, 100),
+            (
+                "probation_failure_percent",
+                self.probation_failure_percent.into(),
+                1,
+                100,
+            ),
         ];
         for (key, value, least, most) in bounds {
             if !(least..=most).contains(&value) {
@@ -129,9 +149,10 @@ impl Settings {
             }
         }
         match &self.sha256 {
-            Some(hash) if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) => {
-                Err("sha256 is no hash: 64 hexadecimal digits, as `sha256sum FILE` prints them".to_owned())
-            }
+            Some(hash) if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) => Err(
+                "sha256 is no hash: 64 hexadecimal digits, as `sha256sum FILE` prints them"
+                    .to_owned(),
+            ),
             _ => Ok(()),
         }
     }
@@ -158,7 +179,10 @@ impl Settings {
 
     /// Without the plugin's own configuration.
     pub(super) fn shown(&self) -> Self {
-        Self { config: serde_json::Map::new(), ..self.clone() }
+        Self {
+            config: serde_json::Map::new(),
+            ..self.clone()
+        }
     }
 }
 
@@ -223,7 +247,9 @@ impl<'de> Deserialize<'de> for FolderOrNone {
             serde_json::Value::String(text) if text == "false" => Ok(Self(PathBuf::new())),
             serde_json::Value::String(text) => Ok(Self(PathBuf::from(text))),
             serde_json::Value::Bool(false) => Ok(Self(PathBuf::new())),
-            other => Err(D::Error::custom(format!("plugins.cache is {other}; give a folder as a text, or false for none"))),
+            other => Err(D::Error::custom(format!(
+                "plugins.cache is {other}; give a folder as a text, or false for none"
+            ))),
         }
     }
 }
@@ -240,8 +266,14 @@ mod tests {
         .unwrap();
         assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
         let discard = &config.plugins["discard"];
-        assert_eq!((discard.on_failure, discard.deadline_ms, discard.memory_mib), (OnFailure::Skip, 5, 32));
-        assert_eq!(serde_json::Value::Object(discard.config.clone()), serde_json::json!({"rules": [{"match": {"type": "order.*"}}]}));
+        assert_eq!(
+            (discard.on_failure, discard.deadline_ms, discard.memory_mib),
+            (OnFailure::Skip, 5, 32)
+        );
+        assert_eq!(
+            serde_json::Value::Object(discard.config.clone()),
+            serde_json::json!({"rules": [{"match": {"type": "order.*"}}]})
+        );
         let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
         assert_eq!(config, again);
     }
@@ -249,13 +281,33 @@ mod tests {
     #[test]
     fn a_mistake_in_the_section_is_named_with_its_place() {
         for (text, expect, place) in [
-            ("[address]\ndeadline = 5\n", "unknown field `deadline`", 10..18),
-            ("[address]\non_failure = 'ignore'\n", "unknown variant `ignore`", 23..31),
-            ("[first]\n[address]\ndeadline_ms = 0\n", "deadline_ms is 0; give it 1 to 10000", 8..17),
+            (
+                "[address]\ndeadline = 5\n",
+                "unknown field `deadline`",
+                10..18,
+            ),
+            (
+                "[address]\non_failure = 'ignore'\n",
+                "unknown variant `ignore`",
+                23..31,
+            ),
+            (
+                "[first]\n[address]\ndeadline_ms = 0\n",
+                "deadline_ms is 0; give it 1 to 10000",
+                8..17,
+            ),
             ("[address]\nsha256 = 'abc'\n", "sha256 is no hash", 0..9),
-            ("folder = 'x'\n", "a table, as for a plugin: the keys of this section itself are dir, order and cache", 9..12),
+            (
+                "folder = 'x'\n",
+                "a table, as for a plugin: the keys of this section itself are dir, order and cache",
+                9..12,
+            ),
             ("dir = 5\n", "string", 6..7),
-            ("cache = true\n", "plugins.cache is true; give a folder as a text, or false", 8..12),
+            (
+                "cache = true\n",
+                "plugins.cache is true; give a folder as a text, or false",
+                8..12,
+            ),
         ] {
             let error = toml::from_str::<Config>(text).unwrap_err();
             assert!(error.message().contains(expect), "{text} gave: {error}");
@@ -265,11 +317,18 @@ mod tests {
 
     #[test]
     fn compiled_plugins_are_kept_where_the_configuration_says_or_beside_the_data() {
-        let folder_of = |text: &str| toml::from_str::<Config>(text).unwrap().cache_folder(Some(Path::new("/data")));
+        let folder_of = |text: &str| {
+            toml::from_str::<Config>(text)
+                .unwrap()
+                .cache_folder(Some(Path::new("/data")))
+        };
         assert_eq!(folder_of(""), None, "without plugins");
         let folder = |text: &str| folder_of(&format!("dir = 'plugins'\n{text}"));
         assert_eq!(folder(""), Some("/data/plugins".into()));
-        assert_eq!(folder("cache = '/var/cache/p'"), Some("/var/cache/p".into()));
+        assert_eq!(
+            folder("cache = '/var/cache/p'"),
+            Some("/var/cache/p".into())
+        );
         for none in ["cache = ''", "cache = false", "cache = 'false'"] {
             assert_eq!(folder(none), None, "{none}");
         }

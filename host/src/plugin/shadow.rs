@@ -41,7 +41,10 @@ struct Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        let by_name = self.by_name.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let by_name = self
+            .by_name
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         by_name.values().for_each(|shadow| shadow.end());
     }
 }
@@ -129,19 +132,37 @@ impl Shadows {
         if self.0.n.load(Ordering::Relaxed) == 0 {
             return None;
         }
-        self.0.by_name.read().unwrap_or_else(PoisonError::into_inner).get(plugin).cloned()
+        self.0
+            .by_name
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(plugin)
+            .cloned()
     }
 
     /// Puts a candidate beside the plugin of its name, in place of another. `bytes`: its file.
     ///
     /// # Errors
     /// There are as many as may be, or the system gives no thread; the text says so.
-    pub(super) fn begin(&self, engine: &Engine, candidate: Plugin, bytes: Bytes, metrics: Metrics) -> Result<Report, String> {
-        let mut by_name = self.0.by_name.write().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn begin(
+        &self,
+        engine: &Engine,
+        candidate: Plugin,
+        bytes: Bytes,
+        metrics: Metrics,
+    ) -> Result<Report, String> {
+        let mut by_name = self
+            .0
+            .by_name
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let (name, candidate) = (candidate.name().clone(), candidate.logging_as("candidate"));
         if by_name.len() >= MAX_SHADOWS && !by_name.contains_key(&name) {
             let others: Vec<&str> = by_name.keys().map(Name::as_str).collect();
-            return Err(format!("{MAX_SHADOWS} candidates are the most beside the plugins of a node; end one of {}", others.join(", ")));
+            return Err(format!(
+                "{MAX_SHADOWS} candidates are the most beside the plugins of a node; end one of {}",
+                others.join(", ")
+            ));
         }
         let shadow = Arc::new(Shadow {
             plugin: name.clone(),
@@ -154,7 +175,9 @@ impl Shadows {
             is_ready: Condvar::new(),
         });
         let (engine, run) = (engine.clone(), Arc::clone(&shadow));
-        let thread = thread::Builder::new().name("plugin-shadow".into()).spawn(move || run.work(&engine, &candidate));
+        let thread = thread::Builder::new()
+            .name("plugin-shadow".into())
+            .spawn(move || run.work(&engine, &candidate));
         thread.map_err(|error| format!("the system gives no thread for it: {error}"))?;
         let report = shadow.report();
         if let Some(former) = by_name.insert(name, shadow) {
@@ -166,9 +189,16 @@ impl Shadows {
 
     /// Ends this candidate.
     pub(super) fn end(&self, shadow: &Arc<Shadow>) {
-        let mut by_name = self.0.by_name.write().unwrap_or_else(PoisonError::into_inner);
+        let mut by_name = self
+            .0
+            .by_name
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         // Another may have its place by now.
-        if by_name.get(&shadow.plugin).is_some_and(|found| Arc::ptr_eq(found, shadow)) {
+        if by_name
+            .get(&shadow.plugin)
+            .is_some_and(|found| Arc::ptr_eq(found, shadow))
+        {
             by_name.remove(&shadow.plugin);
         }
         self.0.n.store(by_name.len(), Ordering::Relaxed);
@@ -183,7 +213,10 @@ impl Shadow {
 
     pub(super) fn report(&self) -> Report {
         let state = self.state();
-        Report { summary: self.summarize(&state), differences: state.tally.differences.clone() }
+        Report {
+            summary: self.summarize(&state),
+            differences: state.tally.differences.clone(),
+        }
     }
 
     pub(super) fn summary(&self) -> Summary {
@@ -205,7 +238,13 @@ impl Shadow {
     }
 
     /// Has the candidate asked about a call that a generation of its plugin has decided so; or not, if too many wait. Waits for nothing.
-    pub(crate) fn offer(&self, generation: u64, role: Role, call: &Call<'_>, decided: impl FnOnce() -> Decided) {
+    pub(crate) fn offer(
+        &self,
+        generation: u64,
+        role: Role,
+        call: &Call<'_>,
+        decided: impl FnOnce() -> Decided,
+    ) {
         {
             let state = self.state();
             if state.is_over {
@@ -219,7 +258,15 @@ impl Shadow {
         }
         let (event, decided) = (call.event.clone(), decided());
         let bytes = json_bytes(&event).saturating_add(json_bytes(&decided));
-        let job = Job { event, priority: call.priority, clock_ms: call.clock_ms, role, generation, decided, bytes };
+        let job = Job {
+            event,
+            priority: call.priority,
+            clock_ms: call.clock_ms,
+            role,
+            generation,
+            decided,
+            bytes,
+        };
         let mut state = self.state();
         if state.is_over {
             return;
@@ -252,8 +299,12 @@ impl Shadow {
         make_unimportant();
         let mut slot = None;
         while let Some(job) = self.next() {
-            let new = catch_unwind(AssertUnwindSafe(|| decide(candidate, &mut slot, engine, &job)));
-            let new = new.unwrap_or_else(|_| Decided::Failed { reason: "it made the host panic".to_owned() });
+            let new = catch_unwind(AssertUnwindSafe(|| {
+                decide(candidate, &mut slot, engine, &job)
+            }));
+            let new = new.unwrap_or_else(|_| Decided::Failed {
+                reason: "it made the host panic".to_owned(),
+            });
             self.note(&job, &new);
         }
     }
@@ -269,14 +320,18 @@ impl Shadow {
                 state.waiting_bytes -= job.bytes;
                 return Some(job);
             }
-            state = self.is_ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .is_ready
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     fn note(&self, job: &Job, new: &Decided) {
         let is_same = job.decided.is_same(new);
         let has_failed = !is_same && new.has_failed();
-        let difference = (!is_same).then(|| Difference::new(&job.event, job.role, job.clock_ms, &job.decided, new));
+        let difference = (!is_same)
+            .then(|| Difference::new(&job.event, job.role, job.clock_ms, &job.decided, new));
         {
             let mut state = self.state();
             let tally = state.tally.of(job.generation);
@@ -295,8 +350,14 @@ impl Shadow {
     }
 
     fn count(&self, outcome: &'static str) {
-        let label = PluginShadowLabel { plugin: self.plugin.to_string(), outcome };
-        self.metrics.plugin_shadow_comparisons.get_or_create(&label).inc();
+        let label = PluginShadowLabel {
+            plugin: self.plugin.to_string(),
+            outcome,
+        };
+        self.metrics
+            .plugin_shadow_comparisons
+            .get_or_create(&label)
+            .inc();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -307,7 +368,8 @@ impl Shadow {
 impl State {
     /// Whether there is no room for so many bytes more.
     fn is_full(&self, bytes: usize) -> bool {
-        self.waiting.len() >= MAX_WAITING || self.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES
+        self.waiting.len() >= MAX_WAITING
+            || self.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES
     }
 }
 
@@ -315,7 +377,10 @@ impl Tally {
     /// Begins anew with another generation: what was found of one says nothing of the next.
     fn of(&mut self, generation: u64) -> &mut Self {
         if self.generation != Some(generation) {
-            *self = Self { generation: Some(generation), ..Self::default() };
+            *self = Self {
+                generation: Some(generation),
+                ..Self::default()
+            };
         }
         self
     }
@@ -327,13 +392,20 @@ fn decide(candidate: &Plugin, slot: &mut Option<Instance>, engine: &Engine, job:
         return Decided::nothing(job.role);
     }
     let (ticking, payload) = (engine.ticking(), ParsedPayload::default());
-    let call = Call { event: &job.event, priority: job.priority, clock_ms: job.clock_ms, payload: &payload };
+    let call = Call {
+        event: &job.event,
+        priority: job.priority,
+        clock_ms: job.clock_ms,
+        payload: &payload,
+    };
     let mut attempts = 0;
     loop {
         attempts += 1;
         match candidate.call(slot, &ticking, job.role, &call) {
             Ok(answer) => return Decided::of_answer(&answer, &call),
-            Err(error) if error.is_verdict() || attempts == ATTEMPTS => return Decided::of_failure(&error),
+            Err(error) if error.is_verdict() || attempts == ATTEMPTS => {
+                return Decided::of_failure(&error);
+            }
             Err(_) => {}
         }
     }
@@ -361,7 +433,12 @@ mod tests {
     fn offer(shadow: &Shadow, generation: u64, data: &str) {
         let document = format!(r#"{{"type":"t","data":"{data}"}}"#);
         let event = Event::from_json(EntryId::default(), "-", document.as_bytes()).unwrap();
-        let call = Call { event: &event, priority: Priority::Normal, clock_ms: 1, payload: &ParsedPayload::default() };
+        let call = Call {
+            event: &event,
+            priority: Priority::Normal,
+            clock_ms: 1,
+            payload: &ParsedPayload::default(),
+        };
         shadow.offer(generation, Role::Router, &call, || Decided::None);
     }
 
@@ -369,13 +446,28 @@ mod tests {
     fn what_finds_too_many_or_too_much_waiting_is_not_compared_but_counted() {
         let many = shadow();
         (0..MAX_WAITING + 10).for_each(|_| offer(&many, 1, "x"));
-        assert_eq!((many.summary().waiting, many.summary().skipped), (MAX_WAITING, 10));
-        let label = PluginShadowLabel { plugin: "p".into(), outcome: "skipped" };
-        assert_eq!(many.metrics.plugin_shadow_comparisons.get_or_create(&label).get(), 10);
+        assert_eq!(
+            (many.summary().waiting, many.summary().skipped),
+            (MAX_WAITING, 10)
+        );
+        let label = PluginShadowLabel {
+            plugin: "p".into(),
+            outcome: "skipped",
+        };
+        assert_eq!(
+            many.metrics
+                .plugin_shadow_comparisons
+                .get_or_create(&label)
+                .get(),
+            10
+        );
         // One that is taken makes room for one.
         assert!(many.next().is_some());
         offer(&many, 1, "x");
-        assert_eq!((many.summary().waiting, many.summary().skipped), (MAX_WAITING, 10));
+        assert_eq!(
+            (many.summary().waiting, many.summary().skipped),
+            (MAX_WAITING, 10)
+        );
 
         let large = shadow();
         let data = "x".repeat(MAX_WAITING_BYTES / 10);
@@ -387,7 +479,10 @@ mod tests {
         assert_eq!(large.state().waiting_bytes, 0);
         large.end();
         offer(&large, 1, "x");
-        assert!(large.summary().waiting == 0 && large.next().is_none(), "nothing waits for one that is over");
+        assert!(
+            large.summary().waiting == 0 && large.next().is_none(),
+            "nothing waits for one that is over"
+        );
     }
 
     #[test]
@@ -398,13 +493,24 @@ mod tests {
             shadow.note(&shadow.next().unwrap(), new);
         };
         let counts = || {
-            let Summary { generation, compared, different, failed, .. } = shadow.summary();
+            let Summary {
+                generation,
+                compared,
+                different,
+                failed,
+                ..
+            } = shadow.summary();
             (generation, compared, different, failed)
         };
         assert_eq!(counts(), (None, 0, 0, 0));
         note(1, &Decided::None);
         note(1, &Decided::Keep);
-        note(1, &Decided::Failed { reason: "it trapped".into() });
+        note(
+            1,
+            &Decided::Failed {
+                reason: "it trapped".into(),
+            },
+        );
         assert_eq!(counts(), (Some(1), 3, 2, 1));
         note(2, &Decided::None);
         assert_eq!(counts(), (Some(2), 1, 0, 0));

@@ -42,15 +42,26 @@ impl Watcher {
     /// # Errors
     /// If the system gives no thread.
     pub fn start(registry: Arc<Registry>, alarm: Alarm) -> std::io::Result<Option<Self>> {
-        let Some(dir) = registry.dir().map(Path::to_owned) else { return Ok(None) };
+        let Some(dir) = registry.dir().map(Path::to_owned) else {
+            return Ok(None);
+        };
         // One is as good as many: it says that something changed since the last look.
         let (wake, woken) = sync_channel(1);
         let is_over = Arc::new(AtomicBool::new(false));
-        let thread = Thread { registry, dir, watched: None, wake: wake.clone(), woken, is_over: Arc::clone(&is_over) };
-        thread::Builder::new().name("plugin-folder".into()).spawn(move || {
-            let _alarm = alarm;
-            thread.run();
-        })?;
+        let thread = Thread {
+            registry,
+            dir,
+            watched: None,
+            wake: wake.clone(),
+            woken,
+            is_over: Arc::clone(&is_over),
+        };
+        thread::Builder::new()
+            .name("plugin-folder".into())
+            .spawn(move || {
+                let _alarm = alarm;
+                thread.run();
+            })?;
         Ok(Some(Self { is_over, wake }))
     }
 }
@@ -105,7 +116,9 @@ impl Thread {
 
     /// Listens to the folder that has the name now.
     fn listen(&mut self) {
-        let identity = fs::metadata(&self.dir).ok().map(|dir| (dir.dev(), dir.ino(), dir.created().ok()));
+        let identity = fs::metadata(&self.dir)
+            .ok()
+            .map(|dir| (dir.dev(), dir.ino(), dir.created().ok()));
         if self.watched.as_ref().map(|(identity, _)| *identity) == identity {
             return;
         }
@@ -132,8 +145,7 @@ impl Thread {
 
 /// Whether something may have changed. Reading is an access, too, and whoever looks reads.
 pub fn is_change(heard: &notify::Result<notify::Event>) -> bool {
-    let is_reading =
-        |event: &notify::Event| matches!(event.kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write));
+    let is_reading = |event: &notify::Event| matches!(event.kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write));
     !heard.as_ref().is_ok_and(is_reading)
 }
 
@@ -151,7 +163,10 @@ impl Settling {
             if files == taken_up.get(name).map_or(&[][..], Vec::as_slice) {
                 continue;
             }
-            let since = before.remove(name).filter(|(files_before, _)| *files_before == files).map_or(now, |(_, since)| since);
+            let since = before
+                .remove(name)
+                .filter(|(files_before, _)| *files_before == files)
+                .map_or(now, |(_, since)| since);
             if now.duration_since(since) >= SETTLED {
                 due.insert(name.clone(), files);
             } else {
@@ -174,7 +189,11 @@ mod tests {
     #[test]
     fn what_changes_is_due_once_it_was_left_alone_for_long_enough() {
         let folder = Scratch::new("settling");
-        let (file, mut settling, began) = (folder.0.join("1-a.wasm"), Settling::default(), Instant::now());
+        let (file, mut settling, began) = (
+            folder.0.join("1-a.wasm"),
+            Settling::default(),
+            Instant::now(),
+        );
         let (mut taken_up, mut at) = (Look::new(), Duration::ZERO);
         let mut due_after = |taken_up: &Look, wait: Duration| {
             at += wait;
@@ -183,11 +202,18 @@ mod tests {
         // In pieces, each a little before it would be settled.
         for n_bytes in 0..10 {
             fs::write(&file, vec![0; n_bytes]).unwrap();
-            assert_eq!(due_after(&taken_up, SETTLED - PACE), Look::new(), "{n_bytes} bytes");
+            assert_eq!(
+                due_after(&taken_up, SETTLED - PACE),
+                Look::new(),
+                "{n_bytes} bytes"
+            );
         }
         assert_eq!(due_after(&taken_up, SETTLED - PACE), Look::new());
         let due = due_after(&taken_up, PACE);
-        assert_eq!((due.len(), due["a"].as_slice()), (1, folder.look()["a"].as_slice()));
+        assert_eq!(
+            (due.len(), due["a"].as_slice()),
+            (1, folder.look()["a"].as_slice())
+        );
         taken_up.extend(due);
         assert_eq!(due_after(&taken_up, SETTLED), Look::new());
 
@@ -203,10 +229,16 @@ mod tests {
         fs::rename(&file, folder.0.join("2-a.wasm")).unwrap();
         assert_eq!(due_after(&taken_up, PACE), Look::new());
         let due = due_after(&taken_up, SETTLED);
-        assert!(due["a"].len() == 1 && due["a"][0].path.ends_with("2-a.wasm"), "{due:?}");
+        assert!(
+            due["a"].len() == 1 && due["a"][0].path.ends_with("2-a.wasm"),
+            "{due:?}"
+        );
         taken_up.extend(due);
         fs::remove_file(folder.0.join("2-a.wasm")).unwrap();
         assert_eq!(due_after(&taken_up, PACE), Look::new());
-        assert_eq!(due_after(&taken_up, SETTLED), Look::from([("a".to_owned(), Vec::new())]));
+        assert_eq!(
+            due_after(&taken_up, SETTLED),
+            Look::from([("a".to_owned(), Vec::new())])
+        );
     }
 }

@@ -32,8 +32,19 @@ pub struct Connection {
 
 impl Connection {
     pub(super) fn new(peer: SocketAddr, is_surplus: bool, kill: CancellationToken) -> Self {
-        let (has_request, n_taken, writer) = (AtomicBool::new(false), AtomicU64::new(0), AtomicWaker::new());
-        Self { peer, is_surplus, has_request, kill, n_taken, writer }
+        let (has_request, n_taken, writer) = (
+            AtomicBool::new(false),
+            AtomicU64::new(0),
+            AtomicWaker::new(),
+        );
+        Self {
+            peer,
+            is_surplus,
+            has_request,
+            kill,
+            n_taken,
+            writer,
+        }
     }
 
     pub fn peer(&self) -> SocketAddr {
@@ -61,7 +72,10 @@ impl Connection {
     /// What carries the response to the request that is being served in this task.
     pub(super) fn carrier(self: &Arc<Self>) -> Arc<dyn sse::Socket> {
         match CUT.try_with(CancellationToken::clone) {
-            Ok(cut) => Arc::new(Share { n_asked: AtomicU64::new(0), cut }),
+            Ok(cut) => Arc::new(Share {
+                n_asked: AtomicU64::new(0),
+                cut,
+            }),
             Err(_) => Arc::clone(self) as Arc<dyn sse::Socket>,
         }
     }
@@ -85,7 +99,11 @@ impl sse::Socket for Connection {
         }
         // Registered before looking again, or what is taken in between would wake nobody.
         self.writer.register(cx.waker());
-        if self.taken() >= n { Poll::Ready(()) } else { Poll::Pending }
+        if self.taken() >= n {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     /// Whatever is under way, with a reset: bytes waiting for a socket that does not move would wait on.
@@ -158,19 +176,31 @@ impl Drop for Socket {
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.connection.note_write(&outcome);
         outcome
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
         self.connection.note_write(&outcome);
         outcome

@@ -50,14 +50,18 @@ pub(super) fn around_target(notification: &Notification, route: usize) -> (Strin
         (Some(body), _) => Body::Data(body),
         (None, Payload::None) => Body::Data(RawValue::NULL),
         (None, Payload::Json(json)) => {
-            text = RawValue::from_string(json.to_string()).unwrap_or_else(|_| RawValue::NULL.to_owned());
+            text = RawValue::from_string(json.to_string())
+                .unwrap_or_else(|_| RawValue::NULL.to_owned());
             Body::Data(&text)
         }
         (None, Payload::Text(plain)) => {
-            text = serde_json::value::to_raw_value(&**plain).unwrap_or_else(|_| RawValue::NULL.to_owned());
+            text = serde_json::value::to_raw_value(&**plain)
+                .unwrap_or_else(|_| RawValue::NULL.to_owned());
             Body::Data(&text)
         }
-        (None, Payload::Binary(bytes)) => Body::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes)),
+        (None, Payload::Binary(bytes)) => {
+            Body::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes))
+        }
     };
     let mut before = json(&Head {
         id: event.id.as_str(),

@@ -29,7 +29,9 @@ struct Shared {
 
 /// The place of one open stream among as many as there may be.
 #[derive(Debug)]
-pub struct Seat(#[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit);
+pub struct Seat(
+    #[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit,
+);
 
 struct Wheel {
     now: usize,
@@ -52,7 +54,9 @@ struct Entry {
 
 impl std::fmt::Debug for Pulse {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pulse").field("config", &self.0.config).finish_non_exhaustive()
+        f.debug_struct("Pulse")
+            .field("config", &self.0.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -60,9 +64,18 @@ impl Pulse {
     /// Starts the timer. It ends with the runtime; without it no stream would end with its token, so that a panic of it ends the node.
     pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
-        let wheel = Mutex::new(Wheel { now: 0, slots, drained_by_ms: None });
+        let wheel = Mutex::new(Wheel {
+            now: 0,
+            slots,
+            drained_by_ms: None,
+        });
         let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
-        let pulse = Self(Arc::new(Shared { config, metrics, wheel, seats }));
+        let pulse = Self(Arc::new(Shared {
+            config,
+            metrics,
+            wheel,
+            seats,
+        }));
         let weak = Arc::downgrade(&pulse.0);
         shutdown.spawn_lasting("the timer of streams", async move {
             let mut seconds = tokio::time::interval(Duration::from_secs(1));
@@ -93,7 +106,8 @@ impl Pulse {
     pub(super) fn watch(&self, signals: &Arc<Signals>, expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = now_ms();
-        let age = (config.max_age_s > 0).then(|| (now + spread(config.max_age_s * 1000, 0.8, 1.0), End::Age));
+        let age = (config.max_age_s > 0)
+            .then(|| (now + spread(config.max_age_s * 1000, 0.8, 1.0), End::Age));
         let expiry = expires_ms.map(|at| (at, End::TokenExpired));
         let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
         let entry = Entry {
@@ -116,7 +130,13 @@ impl Pulse {
 
 impl Entry {
     /// Whether the socket has taken nothing for so long, although something waits for it: the last heartbeat that was asked for, at least.
-    fn is_stalled(&mut self, socket: &dyn Socket, has_waiting: bool, now_ms: u64, stall_ms: u64) -> bool {
+    fn is_stalled(
+        &mut self,
+        socket: &dyn Socket,
+        has_waiting: bool,
+        now_ms: u64,
+        stall_ms: u64,
+    ) -> bool {
         let taken = socket.taken();
         if !has_waiting || taken != self.taken {
             (self.taken, self.moved_ms) = (taken, now_ms);
@@ -144,7 +164,9 @@ impl Wheel {
             let at = now_ms + spread(by.saturating_sub(now_ms), 0.0, 1.0);
             entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
         }
-        let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| end.min(entry.next_heartbeat_ms));
+        let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| {
+            end.min(entry.next_heartbeat_ms)
+        });
         let seconds = (due.saturating_sub(now_ms).div_ceil(1000) as usize).clamp(1, SLOTS - 1);
         let slot = (self.now + seconds) % SLOTS;
         self.slots[slot].push(entry);
@@ -168,7 +190,10 @@ impl Shared {
             let at = wheel.now;
             std::mem::take(&mut wheel.slots[at])
         };
-        let kept: Vec<Entry> = due.into_iter().filter_map(|entry| self.look(entry, now)).collect();
+        let kept: Vec<Entry> = due
+            .into_iter()
+            .filter_map(|entry| self.look(entry, now))
+            .collect();
         let mut wheel = self.lock();
         for entry in kept {
             wheel.put(entry, now);
@@ -179,7 +204,12 @@ impl Shared {
     fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
         let signals = entry.signals.upgrade()?;
         if let Some(socket) = &signals.socket
-            && entry.is_stalled(socket.as_ref(), signals.heartbeat.load(Ordering::Acquire), now, self.config.stall_s * 1000)
+            && entry.is_stalled(
+                socket.as_ref(),
+                signals.heartbeat.load(Ordering::Acquire),
+                now,
+                self.config.stall_s * 1000,
+            )
         {
             self.closed("stalled");
             let user = signals.guard.stream().lock().user().clone();
@@ -210,7 +240,10 @@ impl Shared {
     }
 
     fn closed(&self, reason: &'static str) {
-        self.metrics.streams_closed.get_or_create(&ReasonLabel { reason }).inc();
+        self.metrics
+            .streams_closed
+            .get_or_create(&ReasonLabel { reason })
+            .inc();
     }
 }
 
@@ -228,16 +261,33 @@ mod tests {
 
     fn entry(end: Option<(u64, End)>) -> Entry {
         let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
-        Entry { signals: Weak::new(), end, is_ended: false, next_heartbeat_ms, next_cursor_ms, taken: 0, moved_ms: NOW }
+        Entry {
+            signals: Weak::new(),
+            end,
+            is_ended: false,
+            next_heartbeat_ms,
+            next_cursor_ms,
+            taken: 0,
+            moved_ms: NOW,
+        }
     }
 
     fn ends(wheel: &Wheel) -> Vec<Option<(u64, End)>> {
-        wheel.slots.iter().flatten().map(|entry| entry.end).collect()
+        wheel
+            .slots
+            .iter()
+            .flatten()
+            .map(|entry| entry.end)
+            .collect()
     }
 
     #[test]
     fn a_stream_that_is_opened_or_looked_at_while_the_node_ends_ends_with_it() {
-        let mut wheel = Wheel { now: 0, slots: (0..SLOTS).map(|_| Vec::new()).collect(), drained_by_ms: None };
+        let mut wheel = Wheel {
+            now: 0,
+            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
+            drained_by_ms: None,
+        };
         let soon = Some((NOW + 1, End::TokenExpired));
         for end in [None, Some((NOW + 3_600_000, End::Age)), soon] {
             wheel.put(entry(end), NOW);
@@ -246,13 +296,35 @@ mod tests {
         wheel.put(entry(None), NOW + GRACE - 1);
         let drained = ends(&wheel);
         assert_eq!(drained.len(), 4);
-        assert!(drained.iter().all(|end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == End::Drain)), "{drained:?}");
-        assert!(drained.iter().any(|end| end.is_some_and(|(at, _)| at <= NOW + 1)), "none ends later than it would have: {drained:?}");
+        assert!(
+            drained
+                .iter()
+                .all(|end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == End::Drain)),
+            "{drained:?}"
+        );
+        assert!(
+            drained
+                .iter()
+                .any(|end| end.is_some_and(|(at, _)| at <= NOW + 1)),
+            "none ends later than it would have: {drained:?}"
+        );
         // Each keeps its moment while the timer looks at it, and is told once.
         wheel.drain(NOW + 1, GRACE);
-        assert_eq!(ends(&wheel).iter().flatten().map(|(at, _)| *at).max(), drained.iter().flatten().map(|(at, _)| *at).max());
-        let mut told = Wheel { slots: (0..SLOTS).map(|_| Vec::new()).collect(), ..wheel };
-        told.put(Entry { is_ended: true, ..entry(None) }, NOW);
+        assert_eq!(
+            ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),
+            drained.iter().flatten().map(|(at, _)| *at).max()
+        );
+        let mut told = Wheel {
+            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
+            ..wheel
+        };
+        told.put(
+            Entry {
+                is_ended: true,
+                ..entry(None)
+            },
+            NOW,
+        );
         assert_eq!(ends(&told), [None]);
     }
 }

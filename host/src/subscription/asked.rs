@@ -71,8 +71,13 @@ impl Filter {
 
     pub(super) fn passes(&self, notification: &Notification, route: &Route) -> bool {
         let kind = notification.event.kind.as_str();
-        let is_type = |pattern: &String| pattern.strip_suffix('*').map_or(pattern == kind, |prefix| kind.starts_with(prefix));
-        (self.types.is_empty() || self.types.iter().any(is_type)) && self.min_priority.is_none_or(|min| route.priority >= min)
+        let is_type = |pattern: &String| {
+            pattern
+                .strip_suffix('*')
+                .map_or(pattern == kind, |prefix| kind.starts_with(prefix))
+        };
+        (self.types.is_empty() || self.types.iter().any(is_type))
+            && self.min_priority.is_none_or(|min| route.priority >= min)
     }
 }
 
@@ -88,10 +93,17 @@ mod tests {
         assert_eq!(Start::read("latest", &user), Some(Start::Latest));
         assert_eq!(Start::read("earliest", &user), Some(Start::Earliest));
         assert!(matches!(Start::read("10m", &user), Some(Start::Since(_))));
-        assert_eq!(Start::read(&cursor, &user), Some(Start::Cursor(Cursor::default())));
+        assert_eq!(
+            Start::read(&cursor, &user),
+            Some(Start::Cursor(Cursor::default()))
+        );
         assert_eq!(Start::read(&cursor, &Name::parse("bob").unwrap()), None);
         for garbled in ["", "1", "m", "-1m", "99999999999m", "<script>", "\u{0}"] {
-            assert_eq!(Start::read(garbled, &user), Some(Start::Unknown), "{garbled:?}");
+            assert_eq!(
+                Start::read(garbled, &user),
+                Some(Start::Unknown),
+                "{garbled:?}"
+            );
         }
     }
 }

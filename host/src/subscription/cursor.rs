@@ -54,7 +54,10 @@ impl Cursor {
     pub fn encode(&self, user: &Name, out: &mut String) {
         out.push(char::from(VERSION));
         put(out, user_hash(user), 2);
-        let bits = self.positions.iter().fold(0, |bits, position| bits | 1 << position.partition.0);
+        let bits = self
+            .positions
+            .iter()
+            .fold(0, |bits, position| bits | 1 << position.partition.0);
         put(out, bits, 2);
         for position in &self.positions {
             put(out, u64::from(position.life.bits()), 2);
@@ -71,25 +74,42 @@ impl Cursor {
     /// # Errors
     /// [`Unreadable`] for anything that [`Cursor::encode`] did not write for this user.
     pub fn decode(text: &str, user: &Name) -> Result<Self, Unreadable> {
-        let mut rest = text.as_bytes().strip_prefix(&[VERSION]).ok_or(Unreadable::Garbled)?;
+        let mut rest = text
+            .as_bytes()
+            .strip_prefix(&[VERSION])
+            .ok_or(Unreadable::Garbled)?;
         let whose = take(&mut rest, 2)?;
         let bits = take(&mut rest, 2)?;
         let mut cursor = Self::default();
         for number in (0..PartitionNumber::MAX).filter(|number| bits >> number & 1 == 1) {
             let life = Life::from_bits(take(&mut rest, 2)? as u16);
-            cursor.positions.push(Position { partition: PartitionNumber(number), life, low_water: id(&mut rest)? });
+            cursor.positions.push(Position {
+                partition: PartitionNumber(number),
+                life,
+                low_water: id(&mut rest)?,
+            });
         }
         while !rest.is_empty() {
             let partition = PartitionNumber(take(&mut rest, 1)? as u8);
             let had = (partition, id(&mut rest)?);
-            let position = cursor.positions.iter().find(|position| position.partition == partition);
-            if cursor.had.len() == MAX_HAD || position.is_none_or(|position| had.1 <= position.low_water) || cursor.had.contains(&had) {
+            let position = cursor
+                .positions
+                .iter()
+                .find(|position| position.partition == partition);
+            if cursor.had.len() == MAX_HAD
+                || position.is_none_or(|position| had.1 <= position.low_water)
+                || cursor.had.contains(&had)
+            {
                 return Err(Unreadable::Garbled);
             }
             cursor.had.push(had);
         }
         // Last: a text that is no cursor at all, such as `10min`, is nobody's.
-        if whose == user_hash(user) { Ok(cursor) } else { Err(Unreadable::AnotherUsers) }
+        if whose == user_hash(user) {
+            Ok(cursor)
+        } else {
+            Err(Unreadable::AnotherUsers)
+        }
     }
 }
 
@@ -109,14 +129,21 @@ fn take(rest: &mut &[u8], n: usize) -> Result<u64, Unreadable> {
     let (head, tail) = rest.split_at_checked(n).ok_or(Unreadable::Garbled)?;
     *rest = tail;
     head.iter().try_fold(0, |value, byte| {
-        let six = BASE64URL.iter().position(|c| c == byte).ok_or(Unreadable::Garbled)?;
+        let six = BASE64URL
+            .iter()
+            .position(|c| c == byte)
+            .ok_or(Unreadable::Garbled)?;
         Ok(value << 6 | six as u64)
     })
 }
 
 fn id(rest: &mut &[u8]) -> Result<NotificationId, Unreadable> {
     let id = NotificationId(take(rest, 9)?);
-    if id > NotificationId::MAX { Err(Unreadable::Garbled) } else { Ok(id) }
+    if id > NotificationId::MAX {
+        Err(Unreadable::Garbled)
+    } else {
+        Ok(id)
+    }
 }
 
 #[cfg(test)]
@@ -170,13 +197,20 @@ mod tests {
     fn another_users_cursor_is_no_cursor() {
         let mut text = String::new();
         Cursor::default().encode(&name("alice"), &mut text);
-        assert_eq!(Cursor::decode(&text, &name("bob")), Err(Unreadable::AnotherUsers));
+        assert_eq!(
+            Cursor::decode(&text, &name("bob")),
+            Err(Unreadable::AnotherUsers)
+        );
     }
 
     #[test]
     fn what_is_no_cursor_is_nobodys() {
         for text in ["10min", "1h30m", "1hour", "10M", "15", "1", ""] {
-            assert_eq!(Cursor::decode(text, &name("bob")), Err(Unreadable::Garbled), "{text}");
+            assert_eq!(
+                Cursor::decode(text, &name("bob")),
+                Err(Unreadable::Garbled),
+                "{text}"
+            );
         }
     }
 }

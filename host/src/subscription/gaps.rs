@@ -45,7 +45,11 @@ pub(super) struct Gaps(VecDeque<Gap>);
 impl Gaps {
     pub(super) fn push(&mut self, gap: Gap) {
         let is_full = self.0.len() >= MAX_GAPS;
-        match self.0.iter_mut().find(|known| known.partition == gap.partition && known.reason == gap.reason) {
+        match self
+            .0
+            .iter_mut()
+            .find(|known| known.partition == gap.partition && known.reason == gap.reason)
+        {
             Some(known) if is_full => {
                 known.from = known.from.min(gap.from);
                 known.to = known.to.max(gap.to);

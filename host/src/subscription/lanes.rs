@@ -31,7 +31,10 @@ impl Waiting {
     }
 
     pub(super) fn is_expired(&self, now_ms: u64) -> bool {
-        self.record.route(self.way.route).expires_ms.is_some_and(|expires| expires <= now_ms)
+        self.record
+            .route(self.way.route)
+            .expires_ms
+            .is_some_and(|expires| expires <= now_ms)
     }
 }
 
@@ -47,7 +50,9 @@ impl Lanes {
     pub(super) fn push(&mut self, waiting: Waiting) {
         self.n_bytes += waiting.record.n_bytes();
         let lane = &mut self.lanes[waiting.priority() as usize];
-        let at = lane.iter().position(|other| other.partition == waiting.partition && other.id > waiting.id);
+        let at = lane
+            .iter()
+            .position(|other| other.partition == waiting.partition && other.id > waiting.id);
         lane.insert(at.unwrap_or(lane.len()), waiting);
     }
 
@@ -65,22 +70,34 @@ impl Lanes {
     }
 
     pub(super) fn n_of(&self, partition: PartitionNumber) -> usize {
-        self.iter().filter(|waiting| waiting.partition == partition).count()
+        self.iter()
+            .filter(|waiting| waiting.partition == partition)
+            .count()
     }
 
     /// The urgent ones of a partition, in order.
     pub(super) fn urgent(&self, partition: PartitionNumber) -> Vec<Waiting> {
-        self.lanes[Priority::Urgent as usize].iter().filter(|waiting| waiting.partition == partition).cloned().collect()
+        self.lanes[Priority::Urgent as usize]
+            .iter()
+            .filter(|waiting| waiting.partition == partition)
+            .cloned()
+            .collect()
     }
 
     pub(super) fn has_urgent(&self, partition: PartitionNumber) -> bool {
-        self.lanes[Priority::Urgent as usize].iter().any(|waiting| waiting.partition == partition)
+        self.lanes[Priority::Urgent as usize]
+            .iter()
+            .any(|waiting| waiting.partition == partition)
     }
 
     /// The lowest id of a partition that waits.
     pub(super) fn lowest(&self, partition: PartitionNumber) -> Option<NotificationId> {
         // Ids of a partition ascend within a lane, so that its first entry in each lane is enough.
-        self.lanes.iter().filter_map(|lane| lane.iter().find(|waiting| waiting.partition == partition)).map(|waiting| waiting.id).min()
+        self.lanes
+            .iter()
+            .filter_map(|lane| lane.iter().find(|waiting| waiting.partition == partition))
+            .map(|waiting| waiting.id)
+            .min()
     }
 
     pub(super) fn retain(&mut self, keep: impl Fn(&Waiting) -> bool) {
@@ -97,7 +114,11 @@ impl Lanes {
 
     /// Takes out what has expired.
     pub(super) fn take_expired(&mut self, now_ms: u64) -> Vec<Waiting> {
-        let expired: Vec<Waiting> = self.iter().filter(|waiting| waiting.is_expired(now_ms)).cloned().collect();
+        let expired: Vec<Waiting> = self
+            .iter()
+            .filter(|waiting| waiting.is_expired(now_ms))
+            .cloned()
+            .collect();
         if !expired.is_empty() {
             self.retain(|waiting| !waiting.is_expired(now_ms));
         }

@@ -26,13 +26,21 @@ pub struct OpenStream {
 impl OpenStream {
     pub fn new(id: u64, subscription: Subscription) -> Self {
         let (writer, room) = (AtomicWaker::new(), Notify::new());
-        Self { id, subscription: Mutex::new(subscription), writer, room, is_closed: AtomicBool::new(false) }
+        Self {
+            id,
+            subscription: Mutex::new(subscription),
+            writer,
+            room,
+            is_closed: AtomicBool::new(false),
+        }
     }
 
     /// A std mutex: held for some hundred nanoseconds, never across an `.await`. A panic under it leaves marks that only ever lag behind,
     /// so that going on repeats at worst, and the panic has been logged.
     pub fn lock(&self) -> MutexGuard<'_, Subscription> {
-        self.subscription.lock().unwrap_or_else(PoisonError::into_inner)
+        self.subscription
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks for `waker` to be woken when there is something to write.
@@ -51,7 +59,10 @@ impl OpenStream {
     }
 
     /// Waits until `is_enough` answers `Some`, asking again whenever something left the lanes. `None`: the stream is closed.
-    pub async fn when<T>(&self, mut is_enough: impl FnMut(&mut Subscription) -> Option<T>) -> Option<T> {
+    pub async fn when<T>(
+        &self,
+        mut is_enough: impl FnMut(&mut Subscription) -> Option<T>,
+    ) -> Option<T> {
         loop {
             let mut changed = std::pin::pin!(self.room.notified());
             // Registered before looking, or what happens in between would be missed.

@@ -32,9 +32,24 @@ impl Record {
     /// If it is none: written by a newer version, or by somebody else.
     pub fn parse(stored: &[u8]) -> serde_json::Result<Self> {
         let notification: Notification = serde_json::from_slice(stored)?;
-        let frames = notification.plan.routes.iter().map(|_| OnceLock::new()).collect();
-        let answers = notification.plan.routes.iter().map(|_| Answers::default()).collect();
-        Ok(Self { notification, frames, answers, n_bytes: stored.len() })
+        let frames = notification
+            .plan
+            .routes
+            .iter()
+            .map(|_| OnceLock::new())
+            .collect();
+        let answers = notification
+            .plan
+            .routes
+            .iter()
+            .map(|_| Answers::default())
+            .collect();
+        Ok(Self {
+            notification,
+            frames,
+            answers,
+            n_bytes: stored.len(),
+        })
     }
 
     pub fn notification(&self) -> &Notification {

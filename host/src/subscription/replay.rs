@@ -31,7 +31,12 @@ const READS: usize = 64;
 #[async_trait]
 pub trait Follows: Send + Sync {
     /// Returns when appends to all of these logs, and to no others of this partition, are heard for this stream. May be cancelled.
-    async fn follow(&self, stream: &Arc<OpenStream>, partition: PartitionNumber, targets: Vec<Target>);
+    async fn follow(
+        &self,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        targets: Vec<Target>,
+    );
 }
 
 /// What replays read from.
@@ -71,7 +76,13 @@ struct Log {
 
 impl History {
     pub fn new(broker: Arc<dyn Broker>, metrics: Metrics) -> Self {
-        Self { broker, records: Records::default(), attributes: Pool::default(), reads: Semaphore::new(READS), metrics }
+        Self {
+            broker,
+            records: Records::default(),
+            attributes: Pool::default(),
+            reads: Semaphore::new(READS),
+            metrics,
+        }
     }
 
     pub fn records(&self) -> &Records {
@@ -79,7 +90,13 @@ impl History {
     }
 
     /// Brings one partition of a stream from replay to live. Ends when that is done, or when `round` is over.
-    pub async fn replay(&self, stream: Arc<OpenStream>, partition: PartitionNumber, mut round: u64, follows: &dyn Follows) {
+    pub async fn replay(
+        &self,
+        stream: Arc<OpenStream>,
+        partition: PartitionNumber,
+        mut round: u64,
+        follows: &dyn Follows,
+    ) {
         let mut delay = Duration::from_millis(50);
         loop {
             let stop = match self.attempt(&stream, partition, round, follows).await {
@@ -112,14 +129,25 @@ impl History {
         follows: &dyn Follows,
     ) -> Result<Option<u64>, Stop> {
         self.read_recipient(stream, partition, round).await?;
-        let logs = in_round(stream, partition, round, |subscription| subscription.logs(partition))?;
-        follows.follow(stream, partition, logs.into_iter().map(|(target, _)| target).collect()).await;
+        let logs = in_round(stream, partition, round, |subscription| {
+            subscription.logs(partition)
+        })?;
+        follows
+            .follow(
+                stream,
+                partition,
+                logs.into_iter().map(|(target, _)| target).collect(),
+            )
+            .await;
 
         let head = self.head(partition).await?;
         let begun_ms = now_ms();
         let (had, logs) = in_round(stream, partition, round, |subscription| {
             subscription.begin(partition, &head, begun_ms);
-            (subscription.had_unknown(partition), subscription.logs(partition))
+            (
+                subscription.had_unknown(partition),
+                subscription.logs(partition),
+            )
         })?;
         // A new stream's cursor may be known by now.
         stream.wake();
@@ -130,10 +158,19 @@ impl History {
             }
         })?;
 
-        let mut logs: Vec<Log> = logs.into_iter().map(|(target, at)| Log { target, at, ids: VecDeque::new(), is_done: false }).collect();
+        let mut logs: Vec<Log> = logs
+            .into_iter()
+            .map(|(target, at)| Log {
+                target,
+                at,
+                ids: VecDeque::new(),
+                is_done: false,
+            })
+            .collect();
         let mut is_first = true;
         loop {
-            self.fill(stream, partition, round, &head, &mut logs, is_first).await?;
+            self.fill(stream, partition, round, &head, &mut logs, is_first)
+                .await?;
             is_first = false;
             let ids = merge(&mut logs);
             if ids.is_empty() {
@@ -149,7 +186,9 @@ impl History {
             }
             stream.wake();
         }
-        let again = in_round(stream, partition, round, |subscription| subscription.go_live(partition, head.last, now_ms()))?;
+        let again = in_round(stream, partition, round, |subscription| {
+            subscription.go_live(partition, head.last, now_ms())
+        })?;
         stream.wake();
         if again.is_some() {
             self.metrics.stream_overflows.inc();
@@ -157,12 +196,20 @@ impl History {
         Ok(again)
     }
 
-    async fn read_recipient(&self, stream: &OpenStream, partition: PartitionNumber, round: u64) -> Result<(), Stop> {
-        let (ticket, user) =
-            in_round(stream, partition, round, |subscription| (subscription.read_recipient(), subscription.user().clone()))?;
+    async fn read_recipient(
+        &self,
+        stream: &OpenStream,
+        partition: PartitionNumber,
+        round: u64,
+    ) -> Result<(), Stop> {
+        let (ticket, user) = in_round(stream, partition, round, |subscription| {
+            (subscription.read_recipient(), subscription.user().clone())
+        })?;
         let _permit = self.reads.acquire().await;
         let recipient = self.broker.recipient(&user).await?;
-        in_round(stream, partition, round, |subscription| subscription.set_recipient(ticket, recipient, &self.attributes))
+        in_round(stream, partition, round, |subscription| {
+            subscription.set_recipient(ticket, recipient, &self.attributes)
+        })
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head, Stop> {
@@ -170,12 +217,20 @@ impl History {
         Ok(self.broker.head(partition).await?)
     }
 
-    async fn read_records(&self, partition: PartitionNumber, life: Life, ids: &[NotificationId]) -> Result<Vec<Option<Arc<Record>>>, Stop> {
+    async fn read_records(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Arc<Record>>>, Stop> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
         let _permit = self.reads.acquire().await;
-        Ok(self.records.read(&*self.broker, partition, life, ids).await?)
+        Ok(self
+            .records
+            .read(&*self.broker, partition, life, ids)
+            .await?)
     }
 
     /// Reads the next page of every log that has nothing left to merge.
@@ -189,11 +244,16 @@ impl History {
         is_first: bool,
     ) -> Result<(), Stop> {
         let mut missing: Option<Gap> = None;
-        for log in logs.iter_mut().filter(|log| log.ids.is_empty() && !log.is_done) {
+        for log in logs
+            .iter_mut()
+            .filter(|log| log.ids.is_empty() && !log.is_done)
+        {
             let before = log.at;
             let page = {
                 let _permit = self.reads.acquire().await;
-                self.broker.page(partition, &log.target, before, PAGE).await?
+                self.broker
+                    .page(partition, &log.target, before, PAGE)
+                    .await?
             };
             let missing_to = match page.entries.first() {
                 // Also the first id above the top counts, with its predecessor: the log may have been cut, or have gone and come
@@ -205,19 +265,36 @@ impl History {
                 None => None,
             };
             if let Some(to) = missing_to.filter(|&to| to > before) {
-                let gap = missing.get_or_insert(Gap { partition, reason: GapReason::Trimmed, from: before, to });
+                let gap = missing.get_or_insert(Gap {
+                    partition,
+                    reason: GapReason::Trimmed,
+                    from: before,
+                    to,
+                });
                 gap.from = gap.from.min(before);
                 gap.to = gap.to.max(to);
             }
-            log.is_done = page.is_last || page.entries.last().is_some_and(|&(id, _)| id > head.top());
-            log.ids.extend(page.entries.iter().map(|&(id, _)| id).filter(|&id| id <= head.top()));
+            log.is_done =
+                page.is_last || page.entries.last().is_some_and(|&(id, _)| id > head.top());
+            log.ids.extend(
+                page.entries
+                    .iter()
+                    .map(|&(id, _)| id)
+                    .filter(|&id| id <= head.top()),
+            );
             log.at = log.ids.back().copied().unwrap_or(before);
         }
-        let Some(mut gap) = missing else { return Ok(()) };
+        let Some(mut gap) = missing else {
+            return Ok(());
+        };
         self.same_life(partition, head).await?;
         in_round(stream, partition, round, |subscription| {
             let (low_water, seen) = subscription.marks(partition);
-            gap.from = if is_first { low_water } else { gap.from.min(seen) };
+            gap.from = if is_first {
+                low_water
+            } else {
+                gap.from.min(seen)
+            };
             if gap.to > gap.from {
                 subscription.announce(gap);
             }
@@ -236,7 +313,12 @@ impl History {
         let Some(record) = record else {
             return in_round(stream, partition, round, |subscription| {
                 if subscription.pass_over(partition, id) {
-                    subscription.announce(Gap { partition, reason: GapReason::Trimmed, from: NotificationId(id.0 - 1), to: id });
+                    subscription.announce(Gap {
+                        partition,
+                        reason: GapReason::Trimmed,
+                        from: NotificationId(id.0 - 1),
+                        to: id,
+                    });
                 }
             });
         };
@@ -256,12 +338,21 @@ impl History {
 
     /// Before a gap is announced: after a fail-over nothing that was read tells anything, and the replay begins again.
     async fn same_life(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
-        if self.head(partition).await?.life == head.life { Ok(()) } else { Err(Stop::Again) }
+        if self.head(partition).await?.life == head.life {
+            Ok(())
+        } else {
+            Err(Stop::Again)
+        }
     }
 }
 
 /// Does something under the lock, if the round still is `round`.
-fn in_round<T>(stream: &OpenStream, partition: PartitionNumber, round: u64, act: impl FnOnce(&mut Subscription) -> T) -> Result<T, Stop> {
+fn in_round<T>(
+    stream: &OpenStream,
+    partition: PartitionNumber,
+    round: u64,
+    act: impl FnOnce(&mut Subscription) -> T,
+) -> Result<T, Stop> {
     let mut subscription = stream.lock();
     if subscription.round(partition) != round || stream.is_closed() {
         return Err(Stop::Overtaken);
@@ -274,7 +365,9 @@ fn in_round<T>(stream: &OpenStream, partition: PartitionNumber, round: u64, act:
 fn merge(logs: &mut [Log]) -> Vec<NotificationId> {
     let mut merged = Vec::new();
     while merged.len() < WINDOW && logs.iter().all(|log| log.is_done || !log.ids.is_empty()) {
-        let Some(lowest) = logs.iter().filter_map(|log| log.ids.front().copied()).min() else { break };
+        let Some(lowest) = logs.iter().filter_map(|log| log.ids.front().copied()).min() else {
+            break;
+        };
         for log in logs.iter_mut() {
             if log.ids.front() == Some(&lowest) {
                 log.ids.pop_front();

@@ -13,7 +13,10 @@
 //! has no routes. A value that is none of the above is rejected, with the attribute's name and what it should be: a notification that
 //! silently goes to fewer people is worse than a dead letter.
 
-use pointsman_plugin::{Event, Failure, Interest, Issue, NoConfig, Plugin, Priority, Route, Router, Target, Ttl, Value, export};
+use pointsman_plugin::{
+    Event, Failure, Interest, Issue, NoConfig, Plugin, Priority, Route, Router, Target, Ttl, Value,
+    export,
+};
 
 struct Address;
 
@@ -27,16 +30,32 @@ impl Plugin for Address {
     }
 
     fn interest(&self) -> Interest {
-        Interest::in_every_type().attributes(["user", "users", "group", "groups", "everyone", "priority", "ttl", "collapse"])
+        Interest::in_every_type().attributes([
+            "user", "users", "group", "groups", "everyone", "priority", "ttl", "collapse",
+        ])
     }
 }
 
 impl Router for Address {
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
         let mut targets = Vec::new();
-        for (one, several, target) in [("user", "users", Target::User as fn(String) -> Target), ("group", "groups", Target::Group)] {
-            targets.extend(event.attribute(one).map(|value| name(one, value)).transpose()?.map(target));
-            for name in event.attribute(several).map(|value| names(several, value)).transpose()?.unwrap_or_default() {
+        for (one, several, target) in [
+            ("user", "users", Target::User as fn(String) -> Target),
+            ("group", "groups", Target::Group),
+        ] {
+            targets.extend(
+                event
+                    .attribute(one)
+                    .map(|value| name(one, value))
+                    .transpose()?
+                    .map(target),
+            );
+            for name in event
+                .attribute(several)
+                .map(|value| names(several, value))
+                .transpose()?
+                .unwrap_or_default()
+            {
                 targets.push(target(name));
             }
         }
@@ -44,13 +63,23 @@ impl Router for Address {
             targets.push(Target::Everyone);
         }
         // The event's priority, which a filter may have changed, is the route's anyway; here it is only checked.
-        event.attribute("priority").map(check_priority).transpose()?;
+        event
+            .attribute("priority")
+            .map(check_priority)
+            .transpose()?;
         let ttl_ms = event.attribute("ttl").map(ttl_ms).transpose()?;
-        let collapse_key = event.attribute("collapse").map(|value| name("collapse", value)).transpose()?;
+        let collapse_key = event
+            .attribute("collapse")
+            .map(|value| name("collapse", value))
+            .transpose()?;
         if targets.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(vec![Route { ttl_ms, collapse_key, ..Route::to(targets) }])
+        Ok(vec![Route {
+            ttl_ms,
+            collapse_key,
+            ..Route::to(targets)
+        }])
     }
 }
 
@@ -64,21 +93,37 @@ fn name(attribute: &str, value: &Value) -> Result<String, Failure> {
     match value {
         Value::Text(text) if !text.trim().is_empty() => Ok(text.clone()),
         Value::Integer(number) => Ok(number.to_string()),
-        _ => Err(rejected(attribute, value, "give it a text that is not empty, or leave it out")),
+        _ => Err(rejected(
+            attribute,
+            value,
+            "give it a text that is not empty, or leave it out",
+        )),
     }
 }
 
 fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
-    let refused = || rejected(attribute, value, r#"give it names with commas between them (a,b), or a JSON array of strings (["a","b"])"#);
+    let refused = || {
+        rejected(
+            attribute,
+            value,
+            r#"give it names with commas between them (a,b), or a JSON array of strings (["a","b"])"#,
+        )
+    };
     let list: Vec<String> = match value {
         Value::Integer(number) => vec![number.to_string()],
-        Value::Text(text) if text.trim_start().starts_with('[') => serde_json::from_str(text).map_err(|_| refused())?,
+        Value::Text(text) if text.trim_start().starts_with('[') => {
+            serde_json::from_str(text).map_err(|_| refused())?
+        }
         // An application that joins a list which happens to be empty means nobody.
         Value::Text(text) if text.trim().is_empty() => Vec::new(),
         Value::Text(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
         Value::Decimal(_) | Value::Flag(_) => return Err(refused()),
     };
-    if list.iter().any(|name| name.trim().is_empty()) { Err(refused()) } else { Ok(list) }
+    if list.iter().any(|name| name.trim().is_empty()) {
+        Err(refused())
+    } else {
+        Ok(list)
+    }
 }
 
 fn flag(value: &Value) -> Result<bool, Failure> {
@@ -93,12 +138,18 @@ fn flag(value: &Value) -> Result<bool, Failure> {
 fn check_priority(value: &Value) -> Result<(), Failure> {
     match value {
         Value::Text(text) if Priority::named(text).is_some() => Ok(()),
-        _ => Err(rejected("priority", value, "it is low, normal, high or urgent")),
+        _ => Err(rejected(
+            "priority",
+            value,
+            "it is low, normal, high or urgent",
+        )),
     }
 }
 
 fn ttl_ms(value: &Value) -> Result<u64, Failure> {
-    Ttl::of(value).map(|ttl| ttl.ms).ok_or_else(|| rejected("ttl", value, Ttl::FIX))
+    Ttl::of(value)
+        .map(|ttl| ttl.ms)
+        .ok_or_else(|| rejected("ttl", value, Ttl::FIX))
 }
 
 #[cfg(test)]
@@ -109,7 +160,11 @@ mod tests {
 
     fn resolve(attributes: &[(&str, Value)]) -> Result<Vec<Route>, Failure> {
         let plugin: Address = testing::configure(serde_json::json!({})).unwrap();
-        let event = attributes.iter().fold(testing::event("t"), |event, (name, value)| event.attribute(name, value.clone()));
+        let event = attributes
+            .iter()
+            .fold(testing::event("t"), |event, (name, value)| {
+                event.attribute(name, value.clone())
+            });
         plugin.resolve(&event.seen_by(&plugin).unwrap())
     }
 
@@ -121,7 +176,11 @@ mod tests {
             Target::Group(group) => format!("@{group}"),
             Target::Everyone => "*".into(),
         };
-        routes.iter().flat_map(|route| &route.targets).map(written).collect()
+        routes
+            .iter()
+            .flat_map(|route| &route.targets)
+            .map(written)
+            .collect()
     }
 
     #[test]
@@ -130,10 +189,20 @@ mod tests {
         assert_eq!(targets(&[("user", 42.into())]), ["42"]);
         assert_eq!(targets(&[("users", "a, b ,c".into())]), ["a", "b", "c"]);
         assert_eq!(targets(&[("users", r#"["a","b,c"]"#.into())]), ["a", "b,c"]);
-        assert_eq!(targets(&[("group", "ops".into()), ("groups", "x,y".into())]), ["@ops", "@x", "@y"]);
+        assert_eq!(
+            targets(&[("group", "ops".into()), ("groups", "x,y".into())]),
+            ["@ops", "@x", "@y"]
+        );
         assert_eq!(targets(&[("everyone", true.into())]), ["*"]);
         assert_eq!(targets(&[("everyone", "true".into())]), ["*"]);
-        assert_eq!(targets(&[("user", "a".into()), ("groups", "g".into()), ("everyone", true.into())]), ["a", "@g", "*"]);
+        assert_eq!(
+            targets(&[
+                ("user", "a".into()),
+                ("groups", "g".into()),
+                ("everyone", true.into())
+            ]),
+            ["a", "@g", "*"]
+        );
     }
 
     #[test]
@@ -161,14 +230,25 @@ mod tests {
             ("2h".into(), 7_200_000),
         ] {
             let value: Value = value;
-            let routes = resolve(&[("user", "a".into()), ("ttl", value), ("collapse", "k".into())]).unwrap();
-            assert_eq!(routes, [Route::to_user("a").ttl_ms(expect).collapse_key("k")]);
+            let routes = resolve(&[
+                ("user", "a".into()),
+                ("ttl", value),
+                ("collapse", "k".into()),
+            ])
+            .unwrap();
+            assert_eq!(
+                routes,
+                [Route::to_user("a").ttl_ms(expect).collapse_key("k")]
+            );
         }
     }
 
     #[test]
     fn the_priority_is_left_to_the_event_so_that_a_filter_can_change_it() {
-        assert_eq!(resolve(&[("user", "a".into()), ("priority", "urgent".into())]), Ok(vec![Route::to_user("a")]));
+        assert_eq!(
+            resolve(&[("user", "a".into()), ("priority", "urgent".into())]),
+            Ok(vec![Route::to_user("a")])
+        );
     }
 
     #[test]
@@ -193,10 +273,15 @@ mod tests {
         ] {
             let value: Value = value;
             // Also where somebody else is named well.
-            let Err(Failure::Reject(reason)) = resolve(&[("group", "ops".into()), (name, value.clone())]) else {
+            let Err(Failure::Reject(reason)) =
+                resolve(&[("group", "ops".into()), (name, value.clone())])
+            else {
                 panic!("{name} {value:?} was taken")
             };
-            assert!(reason.contains(&format!("the attribute {name} is")) && reason.contains(fix), "{reason}");
+            assert!(
+                reason.contains(&format!("the attribute {name} is")) && reason.contains(fix),
+                "{reason}"
+            );
         }
     }
 }

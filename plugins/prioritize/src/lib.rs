@@ -18,8 +18,8 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use pointsman_plugin::{
-    Amendment, Attribute, AttributeName, Condition, Event, Failure, Filter, Interest, Issue, Plugin, Priority, Selector, Value, Verdict,
-    Wanted, export,
+    Amendment, Attribute, AttributeName, Condition, Event, Failure, Filter, Interest, Issue,
+    Plugin, Priority, Selector, Value, Verdict, Wanted, export,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -74,15 +74,23 @@ impl Plugin for Prioritize {
 
     fn new(config: Config) -> Result<Self, Issue> {
         for (at, table) in config.tables.iter().enumerate() {
-            let issue = |key: &str, message: String| Issue::new(format!("tables[{at}]{key}"), message);
+            let issue =
+                |key: &str, message: String| Issue::new(format!("tables[{at}]{key}"), message);
             if table.rows.is_empty() && table.default.is_none() {
-                return Err(issue("", "changes nothing; give it rows or a default".into()));
+                return Err(issue(
+                    "",
+                    "changes nothing; give it rows or a default".into(),
+                ));
             }
             for (row, Row { attributes, .. }) in table.rows.iter().enumerate() {
-                check(attributes).map_err(|(name, message)| issue(&format!(".rows[{row}].attributes.{name}"), message))?;
+                check(attributes).map_err(|(name, message)| {
+                    issue(&format!(".rows[{row}].attributes.{name}"), message)
+                })?;
             }
             if let Some(Change { attributes, .. }) = &table.default {
-                check(attributes).map_err(|(name, message)| issue(&format!(".default.attributes.{name}"), message))?;
+                check(attributes).map_err(|(name, message)| {
+                    issue(&format!(".default.attributes.{name}"), message)
+                })?;
             }
         }
         Ok(Self(config.tables))
@@ -100,12 +108,18 @@ fn check(attributes: &BTreeMap<AttributeName, Value>) -> Result<(), (&str, Strin
     for (name, value) in attributes {
         let name = name.as_str();
         if name == "priority" {
-            return Err((name, "changes no priority: that is a key of its own, beside attributes".into()));
+            return Err((
+                name,
+                "changes no priority: that is a key of its own, beside attributes".into(),
+            ));
         }
         if let Value::Text(text) = value
             && (text.chars().any(char::is_control) || text.len() > 65_536)
         {
-            return Err((name, "is no attribute: it has a control character or more than 65536 bytes".into()));
+            return Err((
+                name,
+                "is no attribute: it has a control character or more than 65536 bytes".into(),
+            ));
         }
     }
     Ok(())
@@ -117,7 +131,9 @@ impl Filter for Prioritize {
         let mut changes = BTreeMap::new();
         let mut priority = None;
         for table in &self.0 {
-            let Some((to, attributes)) = table.change(&amended) else { continue };
+            let Some((to, attributes)) = table.change(&amended) else {
+                continue;
+            };
             if let Some(to) = to {
                 priority = Some(to);
                 amended.to_mut().priority = to;
@@ -132,19 +148,40 @@ impl Filter for Prioritize {
         if priority.is_none() && changes.is_empty() {
             return Ok(Verdict::Keep);
         }
-        let attributes = changes.into_iter().map(|(name, value)| Attribute { name: name.to_owned(), value }).collect();
-        Ok(Verdict::Amend(Amendment { priority, attributes }))
+        let attributes = changes
+            .into_iter()
+            .map(|(name, value)| Attribute {
+                name: name.to_owned(),
+                value,
+            })
+            .collect();
+        Ok(Verdict::Amend(Amendment {
+            priority,
+            attributes,
+        }))
     }
 }
 
 impl Table {
     /// What it changes about an event.
     fn change(&self, event: &Event) -> Option<(Option<Priority>, &BTreeMap<AttributeName, Value>)> {
-        if self.r#match.as_ref().is_some_and(|condition| !condition.holds(event)) {
+        if self
+            .r#match
+            .as_ref()
+            .is_some_and(|condition| !condition.holds(event))
+        {
             return None;
         }
-        let row = self.rows.iter().find(|row| row.value.holds(event, &self.by)).map(|row| (row.priority, &row.attributes));
-        row.or_else(|| self.default.as_ref().map(|default| (default.priority, &default.attributes)))
+        let row = self
+            .rows
+            .iter()
+            .find(|row| row.value.holds(event, &self.by))
+            .map(|row| (row.priority, &row.attributes));
+        row.or_else(|| {
+            self.default
+                .as_ref()
+                .map(|default| (default.priority, &default.attributes))
+        })
     }
 }
 
@@ -158,17 +195,31 @@ mod tests {
     /// The verdict on the event as the host would show it; `Keep` where the host would not even ask.
     fn verdict(tables: &Json, event: EventBuilder) -> Verdict {
         let plugin: Prioritize = configure(json!({ "tables": tables })).unwrap();
-        event.seen_by(&plugin).map_or(Verdict::Keep, |event| plugin.evaluate(&event).unwrap())
+        event
+            .seen_by(&plugin)
+            .map_or(Verdict::Keep, |event| plugin.evaluate(&event).unwrap())
     }
 
     fn amended(priority: Option<Priority>, attributes: &[(&str, Value)]) -> Verdict {
-        let attributes = attributes.iter().map(|(name, value)| Attribute { name: (*name).into(), value: value.clone() }).collect();
-        Verdict::Amend(Amendment { priority, attributes })
+        let attributes = attributes
+            .iter()
+            .map(|(name, value)| Attribute {
+                name: (*name).into(),
+                value: value.clone(),
+            })
+            .collect();
+        Verdict::Amend(Amendment {
+            priority,
+            attributes,
+        })
     }
 
     #[test]
     fn without_configuration_nothing_changes() {
-        assert_eq!(verdict(&json!([]), event("t").attribute("a", 1)), Verdict::Keep);
+        assert_eq!(
+            verdict(&json!([]), event("t").attribute("a", 1)),
+            Verdict::Keep
+        );
     }
 
     #[test]
@@ -185,13 +236,35 @@ mod tests {
             "default": {"priority": "low"}
         }]);
         let order = |total: Json| event("order.paid").json(&json!({"total": total}));
-        assert_eq!(verdict(&tables, order(json!(0))), amended(None, &[("free", true.into())]));
-        assert_eq!(verdict(&tables, order(json!(17))), amended(Some(Priority::Urgent), &[]));
-        assert_eq!(verdict(&tables, order(json!(1000))), amended(Some(Priority::High), &[("desk", "large".into()), ("n", 1.5.into())]));
-        assert_eq!(verdict(&tables, order(json!(999.5))), amended(Some(Priority::Normal), &[]));
-        assert_eq!(verdict(&tables, order(json!(9))), Verdict::Keep, "a row that changes nothing keeps the default away");
+        assert_eq!(
+            verdict(&tables, order(json!(0))),
+            amended(None, &[("free", true.into())])
+        );
+        assert_eq!(
+            verdict(&tables, order(json!(17))),
+            amended(Some(Priority::Urgent), &[])
+        );
+        assert_eq!(
+            verdict(&tables, order(json!(1000))),
+            amended(
+                Some(Priority::High),
+                &[("desk", "large".into()), ("n", 1.5.into())]
+            )
+        );
+        assert_eq!(
+            verdict(&tables, order(json!(999.5))),
+            amended(Some(Priority::Normal), &[])
+        );
+        assert_eq!(
+            verdict(&tables, order(json!(9))),
+            Verdict::Keep,
+            "a row that changes nothing keeps the default away"
+        );
         for other in [json!(100), json!("1000"), json!(null), json!([1000])] {
-            assert_eq!(verdict(&tables, order(other)), amended(Some(Priority::Low), &[]));
+            assert_eq!(
+                verdict(&tables, order(other)),
+                amended(Some(Priority::Low), &[])
+            );
         }
         assert_eq!(verdict(&tables, event("bill.paid")), Verdict::Keep);
     }
@@ -204,10 +277,23 @@ mod tests {
             {"match": {"priority": "high", "attributes": {"desk": "a"}}, "by": "subject", "rows": [{"value": {"present": false}, "priority": "urgent"}]}
         ]);
         let gold = event("t").attribute("tier", "gold");
-        let all = [("desk", Value::from("a")), ("seen", 2.into()), ("tier", "vip".into())];
-        assert_eq!(verdict(&tables, gold.clone()), amended(Some(Priority::Urgent), &all));
-        assert_eq!(verdict(&tables, gold.subject("s")), amended(Some(Priority::High), &all));
-        assert_eq!(verdict(&tables, event("t")), amended(None, &[("desk", "b".into())]));
+        let all = [
+            ("desk", Value::from("a")),
+            ("seen", 2.into()),
+            ("tier", "vip".into()),
+        ];
+        assert_eq!(
+            verdict(&tables, gold.clone()),
+            amended(Some(Priority::Urgent), &all)
+        );
+        assert_eq!(
+            verdict(&tables, gold.subject("s")),
+            amended(Some(Priority::High), &all)
+        );
+        assert_eq!(
+            verdict(&tables, event("t")),
+            amended(None, &[("desk", "b".into())])
+        );
     }
 
     #[test]
@@ -218,7 +304,12 @@ mod tests {
             {"match": {"type": "b"}, "by": "source", "default": {}}
         ]);
         let plugin: Prioritize = configure(json!({ "tables": tables })).unwrap();
-        assert_eq!(plugin.interest(), Interest::in_types(["a", "b"]).attributes(["x", "y"]).fields(["/p"]));
+        assert_eq!(
+            plugin.interest(),
+            Interest::in_types(["a", "b"])
+                .attributes(["x", "y"])
+                .fields(["/p"])
+        );
     }
 
     #[test]
@@ -227,21 +318,54 @@ mod tests {
             (json!({}), "", "missing field `by`"),
             (json!({"by": "a"}), "", "give it rows or a default"),
             (json!({"by": "A"}), ".by", "write 1 to 64 of a-z"),
-            (json!({"by": "a", "rows": [{"priority": "high"}]}), ".rows[0]", "missing field `value`"),
-            (json!({"by": "a", "rows": [{"value": {}}]}), ".rows[0].value", "says nothing"),
-            (json!({"by": "a", "rows": [{"value": 1, "priority": "top"}]}), ".rows[0].priority", "write low, normal, high or urgent"),
-            (json!({"by": "a", "rows": [{"value": 1, "attributes": {"id": 1}}]}), ".rows[0].attributes.id", "is no extension attribute"),
-            (json!({"by": "a", "rows": [{"value": 1, "attributes": {"x": []}}]}), ".rows[0].attributes.x", "expected a text, a number"),
+            (
+                json!({"by": "a", "rows": [{"priority": "high"}]}),
+                ".rows[0]",
+                "missing field `value`",
+            ),
+            (
+                json!({"by": "a", "rows": [{"value": {}}]}),
+                ".rows[0].value",
+                "says nothing",
+            ),
+            (
+                json!({"by": "a", "rows": [{"value": 1, "priority": "top"}]}),
+                ".rows[0].priority",
+                "write low, normal, high or urgent",
+            ),
+            (
+                json!({"by": "a", "rows": [{"value": 1, "attributes": {"id": 1}}]}),
+                ".rows[0].attributes.id",
+                "is no extension attribute",
+            ),
+            (
+                json!({"by": "a", "rows": [{"value": 1, "attributes": {"x": []}}]}),
+                ".rows[0].attributes.x",
+                "expected a text, a number",
+            ),
             (
                 json!({"by": "a", "rows": [{"value": 1}, {"value": 1, "attributes": {"priority": "high"}}]}),
                 ".rows[1].attributes.priority",
                 "a key of its own",
             ),
-            (json!({"by": "a", "default": {"attributes": {"x": "a\nb"}}}), ".default.attributes.x", "control character"),
-            (json!({"by": "a", "default": {"prio": 1}}), ".default.prio", "unknown field `prio`"),
+            (
+                json!({"by": "a", "default": {"attributes": {"x": "a\nb"}}}),
+                ".default.attributes.x",
+                "control character",
+            ),
+            (
+                json!({"by": "a", "default": {"prio": 1}}),
+                ".default.prio",
+                "unknown field `prio`",
+            ),
         ] {
-            let Err(issues) = configure::<Prioritize>(json!({ "tables": [table] })) else { panic!("{table} was taken") };
-            assert!(issues[0].path == format!("tables[0]{path}") && issues[0].message.contains(fix), "{table} gave {issues:?}");
+            let Err(issues) = configure::<Prioritize>(json!({ "tables": [table] })) else {
+                panic!("{table} was taken")
+            };
+            assert!(
+                issues[0].path == format!("tables[0]{path}") && issues[0].message.contains(fix),
+                "{table} gave {issues:?}"
+            );
         }
     }
 }

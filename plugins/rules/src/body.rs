@@ -52,8 +52,12 @@ impl<'a> Level<'a> {
     /// What stands under one step of a pointer (RFC 6901).
     fn at(&self, step: &str) -> Option<&'a RawValue> {
         match self {
-            Self::Object(members) => members.get(&step.replace("~1", "/").replace("~0", "~")).copied(),
-            Self::List(list) if step == "0" || !step.starts_with(['0', '+']) => list.get(step.parse::<usize>().ok()?).copied(),
+            Self::Object(members) => members
+                .get(&step.replace("~1", "/").replace("~0", "~"))
+                .copied(),
+            Self::List(list) if step == "0" || !step.starts_with(['0', '+']) => {
+                list.get(step.parse::<usize>().ok()?).copied()
+            }
             Self::List(_) | Self::Neither => None,
         }
     }
@@ -61,15 +65,22 @@ impl<'a> Level<'a> {
 
 impl<'a> Document<'a> {
     pub(crate) fn of(event: &'a Event) -> Self {
-        Self { event, levels: RefCell::default() }
+        Self {
+            event,
+            levels: RefCell::default(),
+        }
     }
 
     fn pointer(&self, pointer: &str) -> Option<&'a str> {
-        let Payload::Json(text) = &self.event.data else { return None };
+        let Payload::Json(text) = &self.event.data else {
+            return None;
+        };
         let mut levels = self.levels.borrow_mut();
         let (mut json, mut walked) = (text.trim_start(), 0);
         for step in pointer.split('/').skip(1) {
-            let level = levels.entry(pointer[..walked].to_owned()).or_insert_with(|| Level::read(json));
+            let level = levels
+                .entry(pointer[..walked].to_owned())
+                .or_insert_with(|| Level::read(json));
             json = level.at(step)?.get();
             walked += 1 + step.len();
         }
@@ -110,8 +121,15 @@ impl Body {
         match self {
             Self::Literal(json) => out.push_str(&json.to_string()),
             Self::Text(template) => match template.single() {
-                Some(Selector::Field(pointer)) => out.push_str(document.pointer(pointer.as_str()).unwrap_or("null")),
-                Some(selector) => out.push_str(&selector.of(event).map_or(Json::Null, |value| json(&value)).to_string()),
+                Some(Selector::Field(pointer)) => {
+                    out.push_str(document.pointer(pointer.as_str()).unwrap_or("null"))
+                }
+                Some(selector) => out.push_str(
+                    &selector
+                        .of(event)
+                        .map_or(Json::Null, |value| json(&value))
+                        .to_string(),
+                ),
                 None => out.push_str(&Json::String(template.fill_with_gaps(event)).to_string()),
             },
             Self::List(list) => {

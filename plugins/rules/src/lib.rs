@@ -26,7 +26,8 @@
 use std::fmt;
 
 use pointsman_plugin::{
-    Condition, Event, Failure, Interest, Issue, OneOrMore, Plugin, Priority, Route, Router, Selector, Ttl, export, log,
+    Condition, Event, Failure, Interest, Issue, OneOrMore, Plugin, Priority, Route, Router,
+    Selector, Ttl, export, log,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -84,7 +85,8 @@ impl Plugin for Rules {
 
     fn new(config: Config) -> Result<Self, Issue> {
         for (at, rule) in config.rules.iter().enumerate() {
-            rule.check().map_err(|(key, message)| Issue::new(format!("rules[{at}]{key}"), message))?;
+            rule.check()
+                .map_err(|(key, message)| Issue::new(format!("rules[{at}]{key}"), message))?;
         }
         Ok(Self(config.rules))
     }
@@ -93,8 +95,16 @@ impl Plugin for Rules {
     fn interest(&self) -> Interest {
         let interest = Interest::in_conditions(self.0.iter().map(|rule| rule.r#match.as_ref()));
         let interest = interest.selectors(self.0.iter().flat_map(Rule::selectors));
-        let reads_payload = self.0.iter().filter_map(|rule| rule.body.as_ref()).any(Body::reads_payload);
-        if reads_payload { interest.payload() } else { interest }
+        let reads_payload = self
+            .0
+            .iter()
+            .filter_map(|rule| rule.body.as_ref())
+            .any(Body::reads_payload);
+        if reads_payload {
+            interest.payload()
+        } else {
+            interest
+        }
     }
 }
 
@@ -103,7 +113,11 @@ impl Router for Rules {
         let document = Document::of(event);
         let mut routes = Vec::new();
         for (at, rule) in self.0.iter().enumerate() {
-            if rule.r#match.as_ref().is_some_and(|condition| !condition.holds(event)) {
+            if rule
+                .r#match
+                .as_ref()
+                .is_some_and(|condition| !condition.holds(event))
+            {
                 continue;
             }
             routes.extend(rule.route(event, &document, at));
@@ -120,7 +134,10 @@ impl Rule {
     /// The key, what is wrong, and the fix.
     fn check(&self) -> Result<(), (&'static str, String)> {
         if self.to.as_ref().is_some_and(To::is_nobody) {
-            return Err((".to", "names nobody; give it user, users, group, groups or everyone = true".into()));
+            return Err((
+                ".to",
+                "names nobody; give it user, users, group, groups or everyone = true".into(),
+            ));
         }
         let has_more = self.when.is_some()
             || self.priority.is_some()
@@ -132,23 +149,54 @@ impl Rule {
             let fix = r#"say whom, as in to = { user = "{/customer/id}" }, or only stop = true"#;
             return Err(("", format!("names nobody; {fix}")));
         }
-        let n_tests: usize = self.when.iter().flat_map(|clauses| clauses.iter()).map(Clause::n_tests).sum();
+        let n_tests: usize = self
+            .when
+            .iter()
+            .flat_map(|clauses| clauses.iter())
+            .map(Clause::n_tests)
+            .sum();
         if n_tests > Clause::MAX_TESTS {
             let fix = "write a list of values for several tests of one attribute";
-            return Err((".when", format!("has {n_tests} tests; {} is the most; {fix}", Clause::MAX_TESTS)));
+            return Err((
+                ".when",
+                format!(
+                    "has {n_tests} tests; {} is the most; {fix}",
+                    Clause::MAX_TESTS
+                ),
+            ));
         }
         Ok(())
     }
 
     fn selectors(&self) -> impl Iterator<Item = &Selector> {
-        let of_names = self.to.iter().flat_map(To::templates).chain(&self.collapse).flat_map(NameTemplate::selectors);
-        let of_when = self.when.iter().flat_map(|clauses| clauses.iter()).flat_map(Clause::selectors);
-        of_names.chain(of_when).chain(self.body.iter().flat_map(Body::selectors))
+        let of_names = self
+            .to
+            .iter()
+            .flat_map(To::templates)
+            .chain(&self.collapse)
+            .flat_map(NameTemplate::selectors);
+        let of_when = self
+            .when
+            .iter()
+            .flat_map(|clauses| clauses.iter())
+            .flat_map(Clause::selectors);
+        of_names
+            .chain(of_when)
+            .chain(self.body.iter().flat_map(Body::selectors))
     }
 
     /// Its answer about an event for which it holds.
     fn route(&self, event: &Event, document: &Document<'_>, at: usize) -> Option<Route> {
-        let Self { to, when, priority, ttl, collapse, event_name, body, .. } = self;
+        let Self {
+            to,
+            when,
+            priority,
+            ttl,
+            collapse,
+            event_name,
+            body,
+            ..
+        } = self;
         let note = |what: fmt::Arguments<'_>| match &self.name {
             Some(name) => log::debug(format_args!("rules[{at}] ({name}): {what}")),
             None => log::debug(format_args!("rules[{at}]: {what}")),
@@ -161,7 +209,9 @@ impl Rule {
         for clause in when.iter().flat_map(|clauses| clauses.iter()) {
             match clause.tests(event) {
                 Ok(tests) => route = route.when(tests),
-                Err(why) => note(format_args!("its condition on recipients holds for nobody: {why}")),
+                Err(why) => note(format_args!(
+                    "its condition on recipients holds for nobody: {why}"
+                )),
             }
         }
         // A condition of which nothing is left never holds, where none at all would always.
@@ -170,13 +220,15 @@ impl Rule {
         }
         route.priority = *priority;
         route.ttl_ms = ttl.map(|ttl| ttl.ms);
-        route.collapse_key = collapse.as_ref().and_then(|template| match template.name(event) {
-            Ok(key) => Some(key),
-            Err(why) => {
-                note(format_args!("its notification collapses with none: {why}"));
-                None
-            }
-        });
+        route.collapse_key = collapse
+            .as_ref()
+            .and_then(|template| match template.name(event) {
+                Ok(key) => Some(key),
+                Err(why) => {
+                    note(format_args!("its notification collapses with none: {why}"));
+                    None
+                }
+            });
         route.event_name = event_name.as_ref().map(|name| name.as_str().to_owned());
         route.body = body.as_ref().map(|body| body.fill(event, document));
         Some(route)

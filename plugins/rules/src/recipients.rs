@@ -27,7 +27,12 @@ impl Clause {
     }
 
     pub(crate) fn selectors(&self) -> impl Iterator<Item = &Selector> {
-        self.0.values().flat_map(|wanted| &wanted.0).flat_map(|(_, terms)| terms).filter_map(Term::template).flat_map(Template::selectors)
+        self.0
+            .values()
+            .flat_map(|wanted| &wanted.0)
+            .flat_map(|(_, terms)| terms)
+            .filter_map(Term::template)
+            .flat_map(Template::selectors)
     }
 
     /// The tests with their values.
@@ -38,7 +43,10 @@ impl Clause {
         let mut tests = Vec::with_capacity(self.n_tests());
         for (attribute, Wanted(wanted)) in &self.0 {
             for (operator, terms) in wanted {
-                let values = terms.iter().map(|term| term.value(event, *operator)).collect::<Result<Vec<_>, _>>()?;
+                let values = terms
+                    .iter()
+                    .map(|term| term.value(event, *operator))
+                    .collect::<Result<Vec<_>, _>>()?;
                 tests.push(Test::new(attribute, *operator, values));
             }
         }
@@ -97,14 +105,21 @@ impl Term {
         };
         match (operator, value, selector) {
             (Operator::Contains | Operator::Prefix, value, _) => Ok(Value::Text(value.to_string())),
-            (Operator::Less | Operator::Greater, value @ (Value::Integer(_) | Value::Decimal(_)), _) => Ok(value),
+            (
+                Operator::Less | Operator::Greater,
+                value @ (Value::Integer(_) | Value::Decimal(_)),
+                _,
+            ) => Ok(value),
             // Attributes may come as text only.
-            (Operator::Less | Operator::Greater, Value::Text(text), Some(Selector::Attribute(name))) => {
-                Value::of_numeral(&text).ok_or_else(|| format!("{} is no number", name.as_str()))
-            }
-            (Operator::Less | Operator::Greater, _, selector) => {
-                Err(format!("{} is no number", selector.map_or("the text", Selector::as_str)))
-            }
+            (
+                Operator::Less | Operator::Greater,
+                Value::Text(text),
+                Some(Selector::Attribute(name)),
+            ) => Value::of_numeral(&text).ok_or_else(|| format!("{} is no number", name.as_str())),
+            (Operator::Less | Operator::Greater, _, selector) => Err(format!(
+                "{} is no number",
+                selector.map_or("the text", Selector::as_str)
+            )),
             (_, value, _) => Ok(value),
         }
     }
@@ -114,7 +129,9 @@ impl<'de> Deserialize<'de> for Clause {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let tests = BTreeMap::deserialize(d)?;
         if tests.is_empty() {
-            return Err(D::Error::custom("says nothing; name an attribute of the recipients, or leave out when for all of them"));
+            return Err(D::Error::custom(
+                "says nothing; name an attribute of the recipients, or leave out when for all of them",
+            ));
         }
         Ok(Self(tests))
     }
@@ -144,7 +161,8 @@ impl<'de> Deserialize<'de> for Wanted {
                 equals(text)
             }
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Wanted, A::Error> {
-                let one_of: OneOrMore<Term> = OneOrMore::deserialize(SeqAccessDeserializer::new(seq))?;
+                let one_of: OneOrMore<Term> =
+                    OneOrMore::deserialize(SeqAccessDeserializer::new(seq))?;
                 Ok(Wanted(vec![(Operator::OneOf, one_of.to_vec())]))
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Wanted, A::Error> {
@@ -152,11 +170,16 @@ impl<'de> Deserialize<'de> for Wanted {
             }
         }
         fn equals<'de, E: Error>(value: impl IntoDeserializer<'de, E>) -> Result<Wanted, E> {
-            Ok(Wanted(vec![(Operator::Equals, vec![Term::deserialize(value.into_deserializer())?])]))
+            Ok(Wanted(vec![(
+                Operator::Equals,
+                vec![Term::deserialize(value.into_deserializer())?],
+            )]))
         }
         let wanted = d.deserialize_any(AnyForm)?;
         if wanted.0.is_empty() {
-            return Err(D::Error::custom("says nothing; give it equals, not_equals, one_of, contains, prefix, less, greater or present"));
+            return Err(D::Error::custom(
+                "says nothing; give it equals, not_equals, one_of, contains, prefix, less, greater or present",
+            ));
         }
         Ok(wanted)
     }
@@ -164,7 +187,16 @@ impl<'de> Deserialize<'de> for Wanted {
 
 impl From<Operators> for Wanted {
     fn from(operators: Operators) -> Self {
-        let Operators { equals, not_equals, one_of, contains, prefix, less, greater, present } = operators;
+        let Operators {
+            equals,
+            not_equals,
+            one_of,
+            contains,
+            prefix,
+            less,
+            greater,
+            present,
+        } = operators;
         let tests = [
             equals.map(|term| (Operator::Equals, vec![term])),
             not_equals.map(|term| (Operator::NotEquals, vec![term])),
@@ -185,7 +217,10 @@ impl JsonSchema for Wanted {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let (value, values) = (generator.subschema_for::<Term>(), generator.subschema_for::<OneOrMore<Term>>());
+        let (value, values) = (
+            generator.subschema_for::<Term>(),
+            generator.subschema_for::<OneOrMore<Term>>(),
+        );
         json_schema!({
             "description": "A value, a list of which one must be it, or a table of operators that must all hold.",
             "anyOf": [value, values, generator.subschema_for::<Operators>()]
@@ -196,7 +231,9 @@ impl JsonSchema for Wanted {
 impl<'de> Deserialize<'de> for Term {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let value = Value::deserialize(d)?;
-        let Value::Text(text) = &value else { return Ok(Self::Value(value)) };
+        let Value::Text(text) = &value else {
+            return Ok(Self::Value(value));
+        };
         let template = Template::parse(text).map_err(D::Error::custom)?;
         Ok(match template.literal() {
             Some(text) => Self::Value(text.into()),
@@ -247,7 +284,10 @@ impl Kind for Numbers {
 impl<'de, K: Kind> Deserialize<'de> for Of<K> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match Term::deserialize(d)? {
-            Term::Value(value) if !K::has(&value) => Err(D::Error::custom(format!("is '{value}'; it takes {}", K::NAME))),
+            Term::Value(value) if !K::has(&value) => Err(D::Error::custom(format!(
+                "is '{value}'; it takes {}",
+                K::NAME
+            ))),
             term => Ok(Self(term, std::marker::PhantomData)),
         }
     }
@@ -275,7 +315,9 @@ impl<'de> Deserialize<'de> for Present {
         if bool::deserialize(d)? {
             Ok(Self)
         } else {
-            Err(D::Error::custom("is false; that recipients lack an attribute cannot be asked, only present = true"))
+            Err(D::Error::custom(
+                "is false; that recipients lack an attribute cannot be asked, only present = true",
+            ))
         }
     }
 }

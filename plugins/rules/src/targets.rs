@@ -17,7 +17,16 @@ use crate::template::{Part, Template, found};
 const MAX_NAME: usize = 256;
 
 /// Event names that the host or `EventSource` itself gives a meaning; the host refuses them.
-const RESERVED_EVENT_NAMES: [&str; 8] = ["cursor", "gap", "reauth", "close", "open", "error", "message", "heartbeat"];
+const RESERVED_EVENT_NAMES: [&str; 8] = [
+    "cursor",
+    "gap",
+    "reauth",
+    "close",
+    "open",
+    "error",
+    "message",
+    "heartbeat",
+];
 
 /// All of them may stand together.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -40,11 +49,15 @@ impl To {
     }
 
     fn users(&self) -> impl Iterator<Item = &NameTemplate> {
-        self.user.iter().chain(self.users.iter().flat_map(|list| list.iter()))
+        self.user
+            .iter()
+            .chain(self.users.iter().flat_map(|list| list.iter()))
     }
 
     fn groups(&self) -> impl Iterator<Item = &NameTemplate> {
-        self.group.iter().chain(self.groups.iter().flat_map(|list| list.iter()))
+        self.group
+            .iter()
+            .chain(self.groups.iter().flat_map(|list| list.iter()))
     }
 
     /// `note`: hears of each template that names nobody, or fewer than it has values, and why.
@@ -114,7 +127,11 @@ impl NameTemplate {
         let mut list = None;
         let mut after = String::new();
         for part in self.0.parts() {
-            let text = if list.is_some() { &mut after } else { &mut before };
+            let text = if list.is_some() {
+                &mut after
+            } else {
+                &mut before
+            };
             match part {
                 Part::Literal(literal) => text.push_str(literal),
                 Part::Value(selector) => {
@@ -122,7 +139,9 @@ impl NameTemplate {
                     match (elements(&value), &list) {
                         (Some(elements), None) => list = Some((selector, elements)),
                         // Two would name all pairs, which nobody has asked for yet, and which multiply.
-                        (Some(_), Some(_)) => return Err(format!("{} is a second list in it", selector.as_str())),
+                        (Some(_), Some(_)) => {
+                            return Err(format!("{} is a second list in it", selector.as_str()));
+                        }
                         (None, _) => text.push_str(&as_name(selector, &value)?),
                     }
                 }
@@ -134,9 +153,18 @@ impl NameTemplate {
         };
         let name = |element: &serde_json::Value| {
             let name = match element {
-                serde_json::Value::String(text) if !text.is_empty() => format!("{before}{text}{after}"),
-                serde_json::Value::Number(number) if number.is_i64() => format!("{before}{number}{after}"),
-                _ => return Err(format!("{} has an element that is neither a text nor an integer", selector.as_str())),
+                serde_json::Value::String(text) if !text.is_empty() => {
+                    format!("{before}{text}{after}")
+                }
+                serde_json::Value::Number(number) if number.is_i64() => {
+                    format!("{before}{number}{after}")
+                }
+                _ => {
+                    return Err(format!(
+                        "{} has an element that is neither a text nor an integer",
+                        selector.as_str()
+                    ));
+                }
             };
             check(&name)?;
             Ok(name)
@@ -159,7 +187,10 @@ fn as_name<'a>(selector: &Selector, value: &'a Value) -> Result<Cow<'a, str>, St
         Value::Text(text) if text.is_empty() => Err(format!("{} is empty", selector.as_str())),
         Value::Text(text) => Ok(Cow::Borrowed(text)),
         Value::Integer(number) => Ok(Cow::Owned(number.to_string())),
-        Value::Decimal(_) | Value::Flag(_) => Err(format!("{} is {value}, neither a text nor an integer", selector.as_str())),
+        Value::Decimal(_) | Value::Flag(_) => Err(format!(
+            "{} is {value}, neither a text nor an integer",
+            selector.as_str()
+        )),
     }
 }
 
@@ -167,7 +198,10 @@ fn as_name<'a>(selector: &Selector, value: &'a Value) -> Result<Cow<'a, str>, St
 fn check(name: &str) -> Result<(), String> {
     match name {
         "" => Err("the name is empty".into()),
-        _ if name.len() > MAX_NAME => Err(format!("the name has {} bytes; {MAX_NAME} is the most", name.len())),
+        _ if name.len() > MAX_NAME => Err(format!(
+            "the name has {} bytes; {MAX_NAME} is the most",
+            name.len()
+        )),
         _ if name.chars().any(char::is_control) => Err("the name has a control character".into()),
         _ => Ok(()),
     }
@@ -177,7 +211,11 @@ impl<'de> Deserialize<'de> for NameTemplate {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let template = Template::parse(&String::deserialize(d)?).map_err(D::Error::custom)?;
         if let Some(name) = template.literal() {
-            check(name).map_err(|e| D::Error::custom(format!("{e}; a name has 1 to {MAX_NAME} bytes and no control character")))?;
+            check(name).map_err(|e| {
+                D::Error::custom(format!(
+                    "{e}; a name has 1 to {MAX_NAME} bytes and no control character"
+                ))
+            })?;
         }
         Ok(Self(template))
     }
@@ -206,9 +244,16 @@ impl EventName {
 impl<'de> Deserialize<'de> for EventName {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let name = String::deserialize(d)?;
-        check(&name).map_err(|e| D::Error::custom(format!("{e}; a name has 1 to {MAX_NAME} bytes and no control character")))?;
+        check(&name).map_err(|e| {
+            D::Error::custom(format!(
+                "{e}; a name has 1 to {MAX_NAME} bytes and no control character"
+            ))
+        })?;
         if RESERVED_EVENT_NAMES.contains(&name.as_str()) {
-            return Err(D::Error::custom(format!("'{name}' is reserved; call it otherwise than {}", RESERVED_EVENT_NAMES.join(", "))));
+            return Err(D::Error::custom(format!(
+                "'{name}' is reserved; call it otherwise than {}",
+                RESERVED_EVENT_NAMES.join(", ")
+            )));
         }
         Ok(Self(name))
     }

@@ -33,21 +33,32 @@ impl Template {
                 rest = after;
                 continue;
             }
-            let inner = if brace == "{" { rest.split_once('}') } else { None };
+            let inner = if brace == "{" {
+                rest.split_once('}')
+            } else {
+                None
+            };
             let Some((name, after)) = inner else {
-                return Err(format!("'{text}' has a {brace} without its pair; write {brace}{brace} for the character itself"));
+                return Err(format!(
+                    "'{text}' has a {brace} without its pair; write {brace}{brace} for the character itself"
+                ));
             };
             rest = after;
             if !literal.is_empty() {
                 parts.push(Part::Literal(std::mem::take(&mut literal)));
             }
-            parts.push(Part::Value(Selector::parse(name).map_err(|e| format!("in '{text}', {e}"))?));
+            parts.push(Part::Value(
+                Selector::parse(name).map_err(|e| format!("in '{text}', {e}"))?,
+            ));
         }
         literal.push_str(rest);
         if !literal.is_empty() {
             parts.push(Part::Literal(literal));
         }
-        Ok(Self { text: text.to_owned(), parts })
+        Ok(Self {
+            text: text.to_owned(),
+            parts,
+        })
     }
 
     /// As it was written.
@@ -102,7 +113,9 @@ impl Template {
     pub(crate) fn fill_with_gaps(&self, event: &Event) -> String {
         let filled = self.parts.iter().map(|part| match part {
             Part::Literal(literal) => Cow::Borrowed(literal.as_str()),
-            Part::Value(selector) => selector.of(event).map_or_else(Cow::default, |value| Cow::Owned(value.to_string())),
+            Part::Value(selector) => selector
+                .of(event)
+                .map_or_else(Cow::default, |value| Cow::Owned(value.to_string())),
         });
         filled.collect()
     }
@@ -113,7 +126,9 @@ impl Template {
 /// # Errors
 /// That it is missing, as a sentence.
 pub(crate) fn found<'a>(selector: &Selector, event: &'a Event) -> Result<Cow<'a, Value>, String> {
-    selector.of(event).ok_or_else(|| format!("the event has no {}", selector.as_str()))
+    selector
+        .of(event)
+        .ok_or_else(|| format!("the event has no {}", selector.as_str()))
 }
 
 #[cfg(test)]
@@ -123,7 +138,12 @@ mod tests {
 
     #[test]
     fn values_take_the_places_of_their_names() {
-        let event = event("t").subject("s").attribute("region", "eu").attribute("/n", 7).attribute("/list", "[1]").build();
+        let event = event("t")
+            .subject("s")
+            .attribute("region", "eu")
+            .attribute("/n", 7)
+            .attribute("/list", "[1]")
+            .build();
         for (template, expect) in [
             ("", Ok("")),
             ("plain", Ok("plain")),
@@ -136,9 +156,18 @@ mod tests {
             ("x{/gone}", Err("the event has no /gone")),
         ] {
             let filled = Template::parse(template).unwrap().fill(&event);
-            assert_eq!(filled.as_deref().map_err(String::as_str), expect, "{template}");
+            assert_eq!(
+                filled.as_deref().map_err(String::as_str),
+                expect,
+                "{template}"
+            );
         }
-        assert_eq!(Template::parse("a{/gone}b{/n}").unwrap().fill_with_gaps(&event), "ab7");
+        assert_eq!(
+            Template::parse("a{/gone}b{/n}")
+                .unwrap()
+                .fill_with_gaps(&event),
+            "ab7"
+        );
     }
 
     #[test]

@@ -9,7 +9,9 @@ use super::*;
 /// The routes for an event as the host would show it; none where the host would not even ask.
 fn resolve(rules: &Json, event: EventBuilder) -> Vec<Route> {
     let plugin: Rules = configure(json!({ "rules": rules })).unwrap();
-    event.seen_by(&plugin).map_or(Vec::new(), |event| plugin.resolve(&event).unwrap())
+    event
+        .seen_by(&plugin)
+        .map_or(Vec::new(), |event| plugin.resolve(&event).unwrap())
 }
 
 /// Users as they are, groups with `@` before them, everyone as `*`; and what the plugin logged.
@@ -20,8 +22,18 @@ fn targets(to: Json, event: EventBuilder) -> (Vec<String>, String) {
         Target::Group(group) => format!("@{group}"),
         Target::Everyone => "*".into(),
     };
-    let told = logged().into_iter().map(|(level, line)| format!("{level:?} {line}")).collect::<Vec<_>>().join("\n");
-    (routes.iter().flat_map(|route| route.targets.iter().map(written)).collect(), told)
+    let told = logged()
+        .into_iter()
+        .map(|(level, line)| format!("{level:?} {line}"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    (
+        routes
+            .iter()
+            .flat_map(|route| route.targets.iter().map(written))
+            .collect(),
+        told,
+    )
 }
 
 #[test]
@@ -38,10 +50,18 @@ fn a_rule_says_everything_that_a_route_can() {
         "to": {"user": "{/owner}", "users": ["a", "b"], "group": "ops", "groups": "sales-{region}", "everyone": true},
         "when": {"plan": "pro"}, "priority": "urgent", "ttl": "2m", "collapse": "order-{/id}", "event_name": "order", "body": {"n": "{/id}"}
     }]);
-    let order = |total: i64| event("order.paid").attribute("region", "eu").json(&json!({"total": total, "owner": 42, "id": "7"}));
+    let order = |total: i64| {
+        event("order.paid")
+            .attribute("region", "eu")
+            .json(&json!({"total": total, "owner": 42, "id": "7"}))
+    };
     assert_eq!(resolve(&rules, order(99)), []);
-    let targets = ["42", "a", "b"].map(|user| Target::User(user.into())).into_iter();
-    let targets = targets.chain(["ops", "sales-eu"].map(|group| Target::Group(group.into()))).chain([Target::Everyone]);
+    let targets = ["42", "a", "b"]
+        .map(|user| Target::User(user.into()))
+        .into_iter();
+    let targets = targets
+        .chain(["ops", "sales-eu"].map(|group| Target::Group(group.into())))
+        .chain([Target::Everyone]);
     let route = Route::to(targets.collect::<Vec<_>>())
         .when([Test::new("plan", Operator::Equals, [Value::from("pro")])])
         .priority(Priority::Urgent)
@@ -61,19 +81,39 @@ fn every_rule_that_holds_answers_until_one_stops() {
         {"match": {"type": "c"}, "to": {"user": "{/gone}"}, "stop": true},
         {"to": {"user": "3"}}
     ]);
-    let to = |users: &[&str]| users.iter().map(|user| Route::to_user(*user)).collect::<Vec<_>>();
+    let to = |users: &[&str]| {
+        users
+            .iter()
+            .map(|user| Route::to_user(*user))
+            .collect::<Vec<_>>()
+    };
     assert_eq!(resolve(&rules, event("a")), to(&["1", "3"]));
     assert_eq!(resolve(&rules, event("b")), to(&["2"]));
-    assert_eq!(resolve(&rules, event("a").attribute("test", "true")), to(&["1"]));
-    assert_eq!(resolve(&rules, event("c")), [], "it held, so it stops, though it names nobody");
+    assert_eq!(
+        resolve(&rules, event("a").attribute("test", "true")),
+        to(&["1"])
+    );
+    assert_eq!(
+        resolve(&rules, event("c")),
+        [],
+        "it held, so it stops, though it names nobody"
+    );
 }
 
 #[test]
 fn a_list_names_each_of_its_elements() {
     let with = |value: Json| event("t").json(&json!({"l": value, "m": ["x"]}));
     for (to, value, expect) in [
-        (json!({"user": "{/l}"}), json!(["a", "b", 7]), vec!["a", "b", "7"]),
-        (json!({"groups": ["team-{/l}-x"]}), json!(["a", "b"]), vec!["@team-a-x", "@team-b-x"]),
+        (
+            json!({"user": "{/l}"}),
+            json!(["a", "b", 7]),
+            vec!["a", "b", "7"],
+        ),
+        (
+            json!({"groups": ["team-{/l}-x"]}),
+            json!(["a", "b"]),
+            vec!["@team-a-x", "@team-b-x"],
+        ),
         (json!({"user": "{/l}"}), json!([]), vec![]),
         (json!({"user": "{/l}"}), json!("a"), vec!["a"]),
         (json!({"user": "{/l}"}), json!(7), vec!["7"]),
@@ -81,7 +121,10 @@ fn a_list_names_each_of_its_elements() {
     ] {
         assert_eq!(
             targets(to.clone(), with(value.clone())),
-            (expect.into_iter().map(str::to_owned).collect(), String::new()),
+            (
+                expect.into_iter().map(str::to_owned).collect(),
+                String::new()
+            ),
             "{to} {value}"
         );
     }
@@ -91,22 +134,69 @@ fn a_list_names_each_of_its_elements() {
 fn what_is_missing_or_no_name_makes_no_target_and_is_told_at_debug() {
     let long = "x".repeat(257);
     for (template, value, expect, told) in [
-        ("{/gone}", json!(1), vec![], "'{/gone}' names nobody: the event has no /gone"),
-        ("u-{/l}", json!(null), vec![], "'u-{/l}' names nobody: the event has no /l"),
+        (
+            "{/gone}",
+            json!(1),
+            vec![],
+            "'{/gone}' names nobody: the event has no /gone",
+        ),
+        (
+            "u-{/l}",
+            json!(null),
+            vec![],
+            "'u-{/l}' names nobody: the event has no /l",
+        ),
         ("u-{/l}", json!(""), vec![], "/l is empty"),
-        ("{/l}", json!(1.5), vec![], "/l is 1.5, neither a text nor an integer"),
+        (
+            "{/l}",
+            json!(1.5),
+            vec![],
+            "/l is 1.5, neither a text nor an integer",
+        ),
         ("{/l}", json!(true), vec![], "/l is true, neither"),
-        ("{/l}", json!("a\nb"), vec![], "the name has a control character"),
-        ("{/l}", json!(long), vec![], "the name has 257 bytes; 256 is the most"),
-        ("{/l}", json!(["a", null, "b", "", {"c": 1}]), vec!["a", "b"], "'{/l}' names fewer: /l has an element that is neither"),
-        ("{/l}", json!(["a", "b\u{85}"]), vec!["a"], "the name has a control character"),
-        ("{/l}{/l}", json!(["a"]), vec![], "/l is a second list in it"),
+        (
+            "{/l}",
+            json!("a\nb"),
+            vec![],
+            "the name has a control character",
+        ),
+        (
+            "{/l}",
+            json!(long),
+            vec![],
+            "the name has 257 bytes; 256 is the most",
+        ),
+        (
+            "{/l}",
+            json!(["a", null, "b", "", {"c": 1}]),
+            vec!["a", "b"],
+            "'{/l}' names fewer: /l has an element that is neither",
+        ),
+        (
+            "{/l}",
+            json!(["a", "b\u{85}"]),
+            vec!["a"],
+            "the name has a control character",
+        ),
+        (
+            "{/l}{/l}",
+            json!(["a"]),
+            vec![],
+            "/l is a second list in it",
+        ),
     ] {
-        let (names, log) = targets(json!({"user": template}), event("t").json(&json!({"l": value})));
+        let (names, log) = targets(
+            json!({"user": template}),
+            event("t").json(&json!({"l": value})),
+        );
         assert_eq!(names, expect, "{template} {value}");
-        assert!(log.contains("Debug rules[0]: ") && log.contains(told), "{template} {value} logged: {log}");
+        assert!(
+            log.contains("Debug rules[0]: ") && log.contains(told),
+            "{template} {value} logged: {log}"
+        );
     }
-    let rules = json!([{"name": "mine", "to": {"user": "{/gone}", "group": "ops"}, "collapse": "{/gone}"}]);
+    let rules =
+        json!([{"name": "mine", "to": {"user": "{/gone}", "group": "ops"}, "collapse": "{/gone}"}]);
     assert_eq!(resolve(&rules, event("t")), [Route::to_group("ops")]);
     let told: Vec<String> = logged().into_iter().map(|(_, line)| line).collect();
     assert_eq!(
@@ -121,7 +211,9 @@ fn what_is_missing_or_no_name_makes_no_target_and_is_told_at_debug() {
 #[test]
 fn conditions_on_recipients_take_values_of_the_event() {
     let when = |when: Json, event: EventBuilder| {
-        resolve(&json!([{"to": {"everyone": true}, "when": when}]), event).pop().and_then(|route| route.when)
+        resolve(&json!([{"to": {"everyone": true}, "when": when}]), event)
+            .pop()
+            .and_then(|route| route.when)
     };
     let test = |name: &str, operator, values: Vec<Value>| Test::new(name, operator, values);
     let all = json!({
@@ -129,7 +221,11 @@ fn conditions_on_recipients_take_values_of_the_event() {
     });
     let expect = vec![
         test("a", Operator::Equals, vec!["x".into()]),
-        test("b", Operator::OneOf, vec!["y".into(), 1.into(), true.into()]),
+        test(
+            "b",
+            Operator::OneOf,
+            vec!["y".into(), 1.into(), true.into()],
+        ),
         test("c", Operator::NotEquals, vec![1.5.into()]),
         test("c", Operator::Present, vec![]),
         test("d", Operator::Contains, vec!["t".into()]),
@@ -137,21 +233,55 @@ fn conditions_on_recipients_take_values_of_the_event() {
         test("f", Operator::Less, vec![5.into()]),
         test("f", Operator::Greater, vec![1.into()]),
     ];
-    assert_eq!(when(all, event("t")), Some(Criteria { any_of: vec![expect] }));
+    assert_eq!(
+        when(all, event("t")),
+        Some(Criteria {
+            any_of: vec![expect]
+        })
+    );
 
     let either = json!([{"region": "{/r}"}, {"team": "{/t}-{type}"}]);
     let data = |data: Json| event("x").json(&data);
     let region = vec![test("region", Operator::Equals, vec![7.into()])];
     let team = vec![test("team", Operator::Equals, vec!["a-x".into()])];
-    assert_eq!(when(either.clone(), data(json!({"r": 7, "t": "a"}))), Some(Criteria { any_of: vec![region, team.clone()] }));
-    assert_eq!(when(either.clone(), data(json!({"t": "a"}))), Some(Criteria { any_of: vec![team] }));
-    assert_eq!(resolve(&json!([{"to": {"everyone": true}, "when": either}]), data(json!({}))), [], "it would hold for nobody");
+    assert_eq!(
+        when(either.clone(), data(json!({"r": 7, "t": "a"}))),
+        Some(Criteria {
+            any_of: vec![region, team.clone()]
+        })
+    );
+    assert_eq!(
+        when(either.clone(), data(json!({"t": "a"}))),
+        Some(Criteria { any_of: vec![team] })
+    );
+    assert_eq!(
+        resolve(
+            &json!([{"to": {"everyone": true}, "when": either}]),
+            data(json!({}))
+        ),
+        [],
+        "it would hold for nobody"
+    );
 
-    let above = |event| when(json!({"age": {"greater": "{age}"}}), event).map(|criteria| criteria.any_of[0][0].values[0].clone());
+    let above = |event| {
+        when(json!({"age": {"greater": "{age}"}}), event)
+            .map(|criteria| criteria.any_of[0][0].values[0].clone())
+    };
     assert_eq!(above(event("t").attribute("age", 30)), Some(30.into()));
-    assert_eq!(above(event("t").attribute("age", "30")), Some(30.into()), "an attribute may come as text");
+    assert_eq!(
+        above(event("t").attribute("age", "30")),
+        Some(30.into()),
+        "an attribute may come as text"
+    );
     assert_eq!(above(event("t").attribute("age", "old")), None);
-    assert_eq!(when(json!({"age": {"greater": "{/age}"}}), data(json!({"age": "30"}))), None, "a field has its type");
+    assert_eq!(
+        when(
+            json!({"age": {"greater": "{/age}"}}),
+            data(json!({"age": "30"}))
+        ),
+        None,
+        "a field has its type"
+    );
     let prefixed = when(json!({"team": {"prefix": "{/n}"}}), data(json!({"n": 4}))).unwrap();
     assert_eq!(prefixed.any_of[0][0].values, ["4".into()]);
 }
@@ -167,12 +297,17 @@ fn a_body_keeps_the_types_of_its_values() {
         .attribute("d", 0.5)
         .attribute("f", true)
         .json(&json!({"who": "Ann", "n": 12.5, "list": ["a", 1], "text": "[1]", "o": {"x": null}}));
-    let route = resolve(&json!([{"to": {"user": "a"}, "body": body}]), event).pop().unwrap();
+    let route = resolve(&json!([{"to": {"user": "a"}, "body": body}]), event)
+        .pop()
+        .unwrap();
     let expect = json!({
         "text": "Ann has 12.5 of 7", "n": 12.5, "list": [["a", 1], "[1]", 1, null, true, 2.5], "object": {"o": {"x": null}},
         "attributes": [7, 0.5, true, null, "t", null], "gone": null, "brace": "{}"
     });
-    assert_eq!(serde_json::from_str::<Json>(&route.body.unwrap()).unwrap(), expect);
+    assert_eq!(
+        serde_json::from_str::<Json>(&route.body.unwrap()).unwrap(),
+        expect
+    );
 }
 
 /// As decimals they would be other numbers.
@@ -195,7 +330,8 @@ fn a_body_keeps_the_digits_of_numbers_as_they_were_written() {
         "{/a}",
         "{/id/x}"
     ]);
-    let rules: Rules = configure(json!({ "rules": [{"to": {"user": "a"}, "body": body}] })).unwrap();
+    let rules: Rules =
+        configure(json!({ "rules": [{"to": {"user": "a"}, "body": body}] })).unwrap();
     let route = rules.resolve(&event).unwrap().pop().unwrap();
     let expect = r#"[123456789012345678901234567890,1.10,[{"n": 18446744073709551616 }, 1e400],18446744073709551616,1e400,null,null,null,-0,2,null]"#;
     assert_eq!(route.body.unwrap(), expect);
@@ -203,17 +339,37 @@ fn a_body_keeps_the_digits_of_numbers_as_they_were_written() {
 
 #[test]
 fn only_what_the_rules_name_crosses() {
-    let interest = |rules: Json| configure::<Rules>(json!({ "rules": rules })).unwrap().interest();
+    let interest = |rules: Json| {
+        configure::<Rules>(json!({ "rules": rules }))
+            .unwrap()
+            .interest()
+    };
     let rules = json!([
         {"match": {"type": "a", "attributes": {"x": 1}}, "to": {"user": "{/u}", "group": "{g}"}, "when": {"r": "{/r}"}, "collapse": "{subject}-{/c}",
          "body": "of {/b} and {x}"},
         {"match": {"type": "b", "payload": {"/p": 1}}, "stop": true}
     ]);
-    assert_eq!(interest(rules), Interest::in_types(["a", "b"]).attributes(["x", "g"]).fields(["/p", "/u", "/c", "/r", "/b"]));
+    assert_eq!(
+        interest(rules),
+        Interest::in_types(["a", "b"])
+            .attributes(["x", "g"])
+            .fields(["/p", "/u", "/c", "/r", "/b"])
+    );
     let whole = interest(json!([{"to": {"user": "a"}, "body": {"deep": ["{/b}"]}}]));
-    assert_eq!(whole, Interest::in_every_type().payload(), "a body that takes a value as it is needs the payload");
+    assert_eq!(
+        whole,
+        Interest::in_every_type().payload(),
+        "a body that takes a value as it is needs the payload"
+    );
     let plugin: Rules = configure(json!({"rules": [{"to": {"user": "{/u}"}}]})).unwrap();
-    assert_eq!(event("t").json(&json!({"u": "a", "secret": 1})).seen_by(&plugin).unwrap().data, Payload::None);
+    assert_eq!(
+        event("t")
+            .json(&json!({"u": "a", "secret": 1}))
+            .seen_by(&plugin)
+            .unwrap()
+            .data,
+        Payload::None
+    );
 }
 
 #[test]
@@ -222,37 +378,145 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
     let many: Vec<Json> = (0..257).map(|n| json!({format!("a{n}"): 1})).collect();
     for (rule, path, fix) in [
         (json!({}), "", "names nobody; say whom, as in to = { user"),
-        (json!({"stop": true, "priority": "high"}), "", "or only stop = true"),
-        (json!({"to": {}}), ".to", "give it user, users, group, groups or everyone = true"),
+        (
+            json!({"stop": true, "priority": "high"}),
+            "",
+            "or only stop = true",
+        ),
+        (
+            json!({"to": {}}),
+            ".to",
+            "give it user, users, group, groups or everyone = true",
+        ),
         (json!({"to": {"everyone": false}}), ".to", "names nobody"),
-        (json!({"to": {"usr": "a"}}), ".to.usr", "unknown field `usr`, expected one of `user`"),
-        (json!({"to": {"user": ""}}), ".to.user", "the name is empty; a name has 1 to 256 bytes"),
-        (json!({"to": {"users": ["a", "{/b"]}}), ".to.users[1]", "write {{ for the character itself"),
-        (json!({"to": {"users": []}}), ".to.users", "the list is empty"),
-        (json!({"to": {"user": "{customer.id}"}}), ".to.user", "'customer.id' is no name of an attribute"),
-        (json!({"to": to, "match": {"all": [{"type": "a"}, {"payload": {"x": 1}}]}}), ".match.all[1].payload.x", "write '/x'"),
-        (json!({"to": to, "when": {}}), ".when", "says nothing; name an attribute"),
-        (json!({"to": to, "when": [{"a": 1}, {"b": {}}]}), ".when[1].b", "give it equals, not_equals"),
-        (json!({"to": to, "when": {"a": {"at_least": 1}}}), ".when.a.at_least", "unknown field `at_least`, expected one of `equals`"),
-        (json!({"to": to, "when": {"a": {"less": "x"}}}), ".when.a.less", "is 'x'; it takes a number"),
-        (json!({"to": to, "when": {"a": {"prefix": 1}}}), ".when.a.prefix", "is '1'; it takes a text"),
-        (json!({"to": to, "when": {"a": {"present": false}}}), ".when.a.present", "only present = true"),
-        (json!({"to": to, "when": {"a": "{/b"}}), ".when.a", "without its pair"),
-        (json!({"to": to, "when": many}), ".when", "has 257 tests; 256 is the most"),
-        (json!({"to": to, "priority": "asap"}), ".priority", "write low, normal, high or urgent"),
-        (json!({"to": to, "ttl": "soon"}), ".ttl", "'soon' is no time to live; give it a number of seconds"),
-        (json!({"to": to, "ttl": 0}), ".ttl", "'0' is no time to live"),
-        (json!({"to": to, "collapse": ""}), ".collapse", "the name is empty"),
-        (json!({"to": to, "event_name": "gap"}), ".event_name", "'gap' is reserved"),
-        (json!({"to": to, "event_name": "a\nb"}), ".event_name", "control character"),
-        (json!({"to": to, "body": {"a": ["x", "{"]}}), ".body.a[1]", "write {{"),
-        (json!({"to": to, "prio": 1}), ".prio", "unknown field `prio`"),
+        (
+            json!({"to": {"usr": "a"}}),
+            ".to.usr",
+            "unknown field `usr`, expected one of `user`",
+        ),
+        (
+            json!({"to": {"user": ""}}),
+            ".to.user",
+            "the name is empty; a name has 1 to 256 bytes",
+        ),
+        (
+            json!({"to": {"users": ["a", "{/b"]}}),
+            ".to.users[1]",
+            "write {{ for the character itself",
+        ),
+        (
+            json!({"to": {"users": []}}),
+            ".to.users",
+            "the list is empty",
+        ),
+        (
+            json!({"to": {"user": "{customer.id}"}}),
+            ".to.user",
+            "'customer.id' is no name of an attribute",
+        ),
+        (
+            json!({"to": to, "match": {"all": [{"type": "a"}, {"payload": {"x": 1}}]}}),
+            ".match.all[1].payload.x",
+            "write '/x'",
+        ),
+        (
+            json!({"to": to, "when": {}}),
+            ".when",
+            "says nothing; name an attribute",
+        ),
+        (
+            json!({"to": to, "when": [{"a": 1}, {"b": {}}]}),
+            ".when[1].b",
+            "give it equals, not_equals",
+        ),
+        (
+            json!({"to": to, "when": {"a": {"at_least": 1}}}),
+            ".when.a.at_least",
+            "unknown field `at_least`, expected one of `equals`",
+        ),
+        (
+            json!({"to": to, "when": {"a": {"less": "x"}}}),
+            ".when.a.less",
+            "is 'x'; it takes a number",
+        ),
+        (
+            json!({"to": to, "when": {"a": {"prefix": 1}}}),
+            ".when.a.prefix",
+            "is '1'; it takes a text",
+        ),
+        (
+            json!({"to": to, "when": {"a": {"present": false}}}),
+            ".when.a.present",
+            "only present = true",
+        ),
+        (
+            json!({"to": to, "when": {"a": "{/b"}}),
+            ".when.a",
+            "without its pair",
+        ),
+        (
+            json!({"to": to, "when": many}),
+            ".when",
+            "has 257 tests; 256 is the most",
+        ),
+        (
+            json!({"to": to, "priority": "asap"}),
+            ".priority",
+            "write low, normal, high or urgent",
+        ),
+        (
+            json!({"to": to, "ttl": "soon"}),
+            ".ttl",
+            "'soon' is no time to live; give it a number of seconds",
+        ),
+        (
+            json!({"to": to, "ttl": 0}),
+            ".ttl",
+            "'0' is no time to live",
+        ),
+        (
+            json!({"to": to, "collapse": ""}),
+            ".collapse",
+            "the name is empty",
+        ),
+        (
+            json!({"to": to, "event_name": "gap"}),
+            ".event_name",
+            "'gap' is reserved",
+        ),
+        (
+            json!({"to": to, "event_name": "a\nb"}),
+            ".event_name",
+            "control character",
+        ),
+        (
+            json!({"to": to, "body": {"a": ["x", "{"]}}),
+            ".body.a[1]",
+            "write {{",
+        ),
+        (
+            json!({"to": to, "prio": 1}),
+            ".prio",
+            "unknown field `prio`",
+        ),
     ] {
-        let Err(issues) = configure::<Rules>(json!({"rules": [{"stop": true}, rule]})) else { panic!("{rule} was taken") };
-        assert!(issues[0].path == format!("rules[1]{path}") && issues[0].message.contains(fix), "{rule} gave {issues:?}");
+        let Err(issues) = configure::<Rules>(json!({"rules": [{"stop": true}, rule]})) else {
+            panic!("{rule} was taken")
+        };
+        assert!(
+            issues[0].path == format!("rules[1]{path}") && issues[0].message.contains(fix),
+            "{rule} gave {issues:?}"
+        );
     }
-    let Err(issues) = configure::<Rules>(json!({"rule": []})) else { panic!("an unknown name was taken") };
-    assert!(issues[0].message.contains("unknown field `rule`, expected `rules`"), "{issues:?}");
+    let Err(issues) = configure::<Rules>(json!({"rule": []})) else {
+        panic!("an unknown name was taken")
+    };
+    assert!(
+        issues[0]
+            .message
+            .contains("unknown field `rule`, expected `rules`"),
+        "{issues:?}"
+    );
 }
 
 #[test]
@@ -260,11 +524,27 @@ fn the_schema_knows_what_the_configuration_takes() {
     let schema = serde_json::to_value(schemars::schema_for!(Config)).unwrap();
     let of_rule = &schema["$defs"]["Rule"];
     assert_eq!(of_rule["additionalProperties"], json!(false));
-    for key in ["name", "match", "to", "when", "priority", "ttl", "collapse", "event_name", "body", "stop"] {
-        assert!(of_rule["properties"][key].is_object() || of_rule["properties"][key].is_boolean(), "{key} is not in {of_rule}");
+    for key in [
+        "name",
+        "match",
+        "to",
+        "when",
+        "priority",
+        "ttl",
+        "collapse",
+        "event_name",
+        "body",
+        "stop",
+    ] {
+        assert!(
+            of_rule["properties"][key].is_object() || of_rule["properties"][key].is_boolean(),
+            "{key} is not in {of_rule}"
+        );
     }
     let operators = &schema["$defs"]["Operators"]["properties"];
-    for key in ["equals", "one_of", "matches", "at_least", "includes", "present"] {
+    for key in [
+        "equals", "one_of", "matches", "at_least", "includes", "present",
+    ] {
         assert!(!operators[key].is_null(), "{key} is not in {schema:#}");
     }
 }

@@ -61,7 +61,9 @@ impl<'de> Deserialize<'de> for Condition {
         let condition = Self(written);
         if condition.parts().is_empty() {
             let fix = "give it a type, source, subject, priority, attributes, payload, older_than_s, all, any or not";
-            return Err(D::Error::custom(format!("says nothing, so it would hold for every event; {fix}")));
+            return Err(D::Error::custom(format!(
+                "says nothing, so it would hold for every event; {fix}"
+            )));
         }
         Ok(condition)
     }
@@ -70,38 +72,87 @@ impl<'de> Deserialize<'de> for Condition {
 impl Condition {
     /// Whether it holds for an event, as far as the plugin's [`Interest`] shows it: see [`Interest::in_conditions`].
     pub fn holds(&self, event: &Event) -> bool {
-        let Written { r#type, source, subject, priority, attributes, payload, older_than_s, all, any, not } = &self.0;
-        let is = |wanted: &Option<Wanted>, selector| wanted.as_ref().is_none_or(|wanted| wanted.holds(event, &selector));
-        r#type.as_ref().is_none_or(|patterns| patterns.iter().any(|pattern| matches(pattern, &event.kind)))
+        let Written {
+            r#type,
+            source,
+            subject,
+            priority,
+            attributes,
+            payload,
+            older_than_s,
+            all,
+            any,
+            not,
+        } = &self.0;
+        let is = |wanted: &Option<Wanted>, selector| {
+            wanted
+                .as_ref()
+                .is_none_or(|wanted| wanted.holds(event, &selector))
+        };
+        r#type
+            .as_ref()
+            .is_none_or(|patterns| patterns.iter().any(|pattern| matches(pattern, &event.kind)))
             && is(source, Selector::Source)
             && is(subject, Selector::Subject)
-            && priority.as_ref().is_none_or(|priorities| priorities.contains(&event.priority))
-            && older_than_s.is_none_or(|limit| clock::now_ms().saturating_sub(event.time_ms) > limit.saturating_mul(1_000))
-            && attributes.iter().all(|(name, wanted)| wanted.holds_for(event.attribute(name.as_str()), wanted::Reading::AsAsked))
-            && payload.iter().all(|(pointer, wanted)| wanted.holds_for(event.attribute(pointer.as_str()), wanted::Reading::AsIs))
-            && all.as_ref().is_none_or(|all| all.iter().all(|condition| condition.holds(event)))
-            && any.as_ref().is_none_or(|any| any.iter().any(|condition| condition.holds(event)))
+            && priority
+                .as_ref()
+                .is_none_or(|priorities| priorities.contains(&event.priority))
+            && older_than_s.is_none_or(|limit| {
+                clock::now_ms().saturating_sub(event.time_ms) > limit.saturating_mul(1_000)
+            })
+            && attributes.iter().all(|(name, wanted)| {
+                wanted.holds_for(event.attribute(name.as_str()), wanted::Reading::AsAsked)
+            })
+            && payload.iter().all(|(pointer, wanted)| {
+                wanted.holds_for(event.attribute(pointer.as_str()), wanted::Reading::AsIs)
+            })
+            && all
+                .as_ref()
+                .is_none_or(|all| all.iter().all(|condition| condition.holds(event)))
+            && any
+                .as_ref()
+                .is_none_or(|any| any.iter().any(|condition| condition.holds(event)))
             && not.as_ref().is_none_or(|not| !not.holds(event))
     }
 
     /// Patterns of types outside which it never holds; `None` if it may hold for an event of any type.
     fn types(&self) -> Option<Vec<&str>> {
-        let Written { r#type, all, any, .. } = &self.0;
+        let Written {
+            r#type, all, any, ..
+        } = &self.0;
         let own = || Some(r#type.as_ref()?.iter().map(String::as_str).collect());
         let of_all = || all.as_ref()?.iter().find_map(Self::types);
-        let of_any = || Some(any.as_ref()?.iter().map(Self::types).collect::<Option<Vec<_>>>()?.concat());
+        let of_any = || {
+            Some(
+                any.as_ref()?
+                    .iter()
+                    .map(Self::types)
+                    .collect::<Option<Vec<_>>>()?
+                    .concat(),
+            )
+        };
         own().or_else(of_all).or_else(of_any)
     }
 
     fn add_what_it_reads(&self, interest: &mut Interest) {
-        let Written { attributes, payload, all, any, not, .. } = &self.0;
+        let Written {
+            attributes,
+            payload,
+            all,
+            any,
+            not,
+            ..
+        } = &self.0;
         for name in attributes.keys() {
             add(&mut interest.attributes, name.as_str());
         }
         for pointer in payload.keys() {
             add(&mut interest.fields, pointer.as_str());
         }
-        let of_lists = [all, any].into_iter().flatten().flat_map(|list| list.iter());
+        let of_lists = [all, any]
+            .into_iter()
+            .flatten()
+            .flat_map(|list| list.iter());
         for condition in of_lists.chain(not.as_deref()) {
             condition.add_what_it_reads(interest);
         }
@@ -109,19 +160,60 @@ impl Condition {
 
     /// What it says, in words, one after the other.
     fn parts(&self) -> Vec<String> {
-        let Written { r#type, source, subject, priority, attributes, payload, older_than_s, all, any, not } = &self.0;
+        let Written {
+            r#type,
+            source,
+            subject,
+            priority,
+            attributes,
+            payload,
+            older_than_s,
+            all,
+            any,
+            not,
+        } = &self.0;
         let mut parts = Vec::new();
-        parts.extend(r#type.as_ref().map(|patterns| format!("type is {}", patterns.join(" or "))));
+        parts.extend(
+            r#type
+                .as_ref()
+                .map(|patterns| format!("type is {}", patterns.join(" or "))),
+        );
         parts.extend(source.as_ref().map(|wanted| wanted.describe("source")));
         parts.extend(subject.as_ref().map(|wanted| wanted.describe("subject")));
-        let words = |priorities: &OneOrMore<Priority>| priorities.iter().map(|priority| priority.name()).collect::<Vec<_>>().join(" or ");
-        parts.extend(priority.as_ref().map(|priorities| format!("priority is {}", words(priorities))));
-        parts.extend(attributes.iter().map(|(name, wanted)| wanted.describe(name.as_str())));
-        parts.extend(payload.iter().map(|(pointer, wanted)| wanted.describe(pointer.as_str())));
+        let words = |priorities: &OneOrMore<Priority>| {
+            priorities
+                .iter()
+                .map(|priority| priority.name())
+                .collect::<Vec<_>>()
+                .join(" or ")
+        };
+        parts.extend(
+            priority
+                .as_ref()
+                .map(|priorities| format!("priority is {}", words(priorities))),
+        );
+        parts.extend(
+            attributes
+                .iter()
+                .map(|(name, wanted)| wanted.describe(name.as_str())),
+        );
+        parts.extend(
+            payload
+                .iter()
+                .map(|(pointer, wanted)| wanted.describe(pointer.as_str())),
+        );
         parts.extend(older_than_s.map(|seconds| format!("older than {seconds} s")));
         let list = |conditions: &OneOrMore<Self>, word| {
-            let told = conditions.iter().map(Self::to_string).collect::<Vec<_>>().join(word);
-            if conditions.len() > 1 { format!("({told})") } else { told }
+            let told = conditions
+                .iter()
+                .map(Self::to_string)
+                .collect::<Vec<_>>()
+                .join(word);
+            if conditions.len() > 1 {
+                format!("({told})")
+            } else {
+                told
+            }
         };
         parts.extend(all.as_ref().map(|all| list(all, " and ")));
         parts.extend(any.as_ref().map(|any| list(any, " or ")));
@@ -141,7 +233,10 @@ impl Interest {
     /// Events for which one of these conditions may hold, with what the conditions look at. `None` is a condition that holds for every event.
     pub fn in_conditions<'a>(conditions: impl IntoIterator<Item = Option<&'a Condition>>) -> Self {
         let conditions: Vec<Option<&Condition>> = conditions.into_iter().collect();
-        let types = conditions.iter().map(|condition| (*condition)?.types()).collect::<Option<Vec<_>>>();
+        let types = conditions
+            .iter()
+            .map(|condition| (*condition)?.types())
+            .collect::<Option<Vec<_>>>();
         let mut interest = Self::in_every_type();
         // One condition without a type looks at every event.
         for pattern in types.unwrap_or_default().concat() {
@@ -176,7 +271,11 @@ fn add(names: &mut Vec<String>, name: &str) {
 
 /// Values joined by `or`.
 fn alternatives(values: &[Value]) -> String {
-    values.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ")
+    values
+        .iter()
+        .map(Value::to_string)
+        .collect::<Vec<_>>()
+        .join(" or ")
 }
 
 #[cfg(test)]
@@ -207,7 +306,10 @@ mod tests {
     fn all_any_and_not_nest() {
         let nested = json!({"all": [{"any": [{"type": "a"}, {"type": "b"}]}, {"not": {"attributes": {"x": {"less": 5}}}}]});
         assert!(holds(nested.clone(), event("a").attribute("x", 5)));
-        assert!(holds(nested.clone(), event("b")), "not holds where its condition cannot be decided");
+        assert!(
+            holds(nested.clone(), event("b")),
+            "not holds where its condition cannot be decided"
+        );
         assert!(!holds(nested.clone(), event("a").attribute("x", 4)));
         assert!(!holds(nested, event("c").attribute("x", 5)));
     }
@@ -215,9 +317,15 @@ mod tests {
     #[test]
     fn what_an_event_always_has_can_be_asked_as_well() {
         assert!(holds(json!({"source": {"prefix": "/te"}}), event("t")));
-        assert!(holds(json!({"subject": {"suffix": "7"}}), event("t").subject("order-7")));
+        assert!(holds(
+            json!({"subject": {"suffix": "7"}}),
+            event("t").subject("order-7")
+        ));
         assert!(!holds(json!({"subject": {"suffix": "7"}}), event("t")));
-        assert!(holds(json!({"priority": ["high", "urgent"]}), event("t").priority(Priority::Urgent)));
+        assert!(holds(
+            json!({"priority": ["high", "urgent"]}),
+            event("t").priority(Priority::Urgent)
+        ));
         assert!(!holds(json!({"priority": "high"}), event("t")));
     }
 
@@ -225,7 +333,11 @@ mod tests {
     fn age_is_by_the_events_own_time() {
         freeze_clock(1_000_000);
         for (time_ms, expect) in [(939_999, true), (940_000, false), (2_000_000, false)] {
-            assert_eq!(holds(json!({"older_than_s": 60}), event("t").time_ms(time_ms)), expect, "{time_ms}");
+            assert_eq!(
+                holds(json!({"older_than_s": 60}), event("t").time_ms(time_ms)),
+                expect,
+                "{time_ms}"
+            );
         }
     }
 
@@ -238,14 +350,31 @@ mod tests {
         ]
         .map(condition);
         let interest = Interest::in_conditions(conditions.iter().map(Some));
-        assert_eq!((interest.types, interest.attributes), (["a.*", "b", "d", "e"].map(str::to_owned).to_vec(), vec!["x".to_owned()]));
+        assert_eq!(
+            (interest.types, interest.attributes),
+            (
+                ["a.*", "b", "d", "e"].map(str::to_owned).to_vec(),
+                vec!["x".to_owned()]
+            )
+        );
         assert_eq!(interest.fields, ["/p"]);
         let untyped = condition(json!({"any": [{"type": "d"}, {"source": "s"}]}));
-        assert!(Interest::in_conditions(conditions.iter().chain([&untyped]).map(Some)).types.is_empty());
-        assert!(Interest::in_conditions(conditions.iter().map(Some).chain([None])).types.is_empty());
+        assert!(
+            Interest::in_conditions(conditions.iter().chain([&untyped]).map(Some))
+                .types
+                .is_empty()
+        );
+        assert!(
+            Interest::in_conditions(conditions.iter().map(Some).chain([None]))
+                .types
+                .is_empty()
+        );
         let selectors = ["x", "/p", "type", "y"].map(|text| Selector::parse(text).unwrap());
         let more = Interest::in_conditions(conditions.iter().map(Some)).selectors(&selectors);
-        assert_eq!((more.attributes, more.fields), (vec!["x".to_owned(), "y".to_owned()], vec!["/p".to_owned()]));
+        assert_eq!(
+            (more.attributes, more.fields),
+            (vec!["x".to_owned(), "y".to_owned()], vec!["/p".to_owned()])
+        );
     }
 
     #[test]
@@ -262,28 +391,82 @@ mod tests {
     #[test]
     fn a_mistake_is_told_with_its_place_and_the_fix() {
         for (json, place, fix) in [
-            (json!({}), ".", "says nothing, so it would hold for every event; give it a type,"),
-            (json!({"all": [{"type": "a"}, {}]}), "all[1]", "says nothing"),
+            (
+                json!({}),
+                ".",
+                "says nothing, so it would hold for every event; give it a type,",
+            ),
+            (
+                json!({"all": [{"type": "a"}, {}]}),
+                "all[1]",
+                "says nothing",
+            ),
             (json!({"any": []}), "any", "the list is empty"),
-            (json!({"typ": "a"}), "typ", "unknown field `typ`, expected one of `type`"),
+            (
+                json!({"typ": "a"}),
+                "typ",
+                "unknown field `typ`, expected one of `type`",
+            ),
             (json!({"type": 5}), "type", "expected a string"),
-            (json!({"priority": "highest"}), "priority", "write low, normal, high or urgent"),
-            (json!({"attributes": {"/order": 1}}), "attributes./order", "it belongs under payload"),
-            (json!({"attributes": {"source": 1}}), "attributes.source", "'source' is no extension attribute"),
-            (json!({"payload": {"order.total": 1}}), "payload.order.total", "write '/order/total'"),
-            (json!({"all": [{"payload": {"/a": {"atleast": 1}}}]}), "all[0].payload./a.atleast", "unknown field `atleast`"),
-            (json!({"not": {"subject": {"matches": "("}}}), "not.subject.matches", "is no regular expression"),
-            (json!({"subject": {}}), "subject", "says nothing; give it equals"),
+            (
+                json!({"priority": "highest"}),
+                "priority",
+                "write low, normal, high or urgent",
+            ),
+            (
+                json!({"attributes": {"/order": 1}}),
+                "attributes./order",
+                "it belongs under payload",
+            ),
+            (
+                json!({"attributes": {"source": 1}}),
+                "attributes.source",
+                "'source' is no extension attribute",
+            ),
+            (
+                json!({"payload": {"order.total": 1}}),
+                "payload.order.total",
+                "write '/order/total'",
+            ),
+            (
+                json!({"all": [{"payload": {"/a": {"atleast": 1}}}]}),
+                "all[0].payload./a.atleast",
+                "unknown field `atleast`",
+            ),
+            (
+                json!({"not": {"subject": {"matches": "("}}}),
+                "not.subject.matches",
+                "is no regular expression",
+            ),
+            (
+                json!({"subject": {}}),
+                "subject",
+                "says nothing; give it equals",
+            ),
             (json!({"subject": []}), "subject", "the list is empty"),
-            (json!({"subject": {"less": true}}), "subject.less", "takes a number or a text"),
-            (json!({"subject": {"present": false, "prefix": "a"}}), "subject", "can never hold"),
+            (
+                json!({"subject": {"less": true}}),
+                "subject.less",
+                "takes a number or a text",
+            ),
+            (
+                json!({"subject": {"present": false, "prefix": "a"}}),
+                "subject",
+                "can never hold",
+            ),
             (json!({"older_than_s": -1}), "older_than_s", "invalid value"),
         ] {
             // From text, as configurations come.
             let text = json.to_string();
-            let error = serde_path_to_error::deserialize::<_, Condition>(&mut serde_json::Deserializer::from_str(&text)).unwrap_err();
+            let error = serde_path_to_error::deserialize::<_, Condition>(
+                &mut serde_json::Deserializer::from_str(&text),
+            )
+            .unwrap_err();
             assert_eq!(error.path().to_string(), place, "{json}: {error}");
-            assert!(error.inner().to_string().contains(fix), "{json} gave: {error}");
+            assert!(
+                error.inner().to_string().contains(fix),
+                "{json} gave: {error}"
+            );
         }
     }
 }

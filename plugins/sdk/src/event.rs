@@ -26,7 +26,9 @@ pub struct Event {
 impl Event {
     /// An attribute by its name, or a field of the payload by its JSON pointer.
     pub fn attribute(&self, name: &str) -> Option<&Value> {
-        self.attributes.iter().find_map(|(n, value)| (n == name).then_some(value))
+        self.attributes
+            .iter()
+            .find_map(|(n, value)| (n == name).then_some(value))
     }
 
     /// The attribute if it is there and a text.
@@ -45,15 +47,43 @@ impl Event {
         let Payload::Json(text) = &self.data else {
             return Err(Failure::Reject("the event has no JSON payload".into()));
         };
-        serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text))
-            .map_err(|e| Failure::Reject(format!("the payload does not fit: {}: {}", e.path(), e.inner())))
+        serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text)).map_err(
+            |e| {
+                Failure::Reject(format!(
+                    "the payload does not fit: {}: {}",
+                    e.path(),
+                    e.inner()
+                ))
+            },
+        )
     }
 }
 
 impl From<types::Event> for Event {
     fn from(event: types::Event) -> Self {
-        let types::Event { id, source, type_, subject, time_ms, priority, attributes, data } = event;
-        let attributes = attributes.into_iter().map(|attribute| (attribute.name, attribute.value)).collect();
-        Self { id, source, kind: type_, subject, time_ms, priority, attributes, data }
+        let types::Event {
+            id,
+            source,
+            type_,
+            subject,
+            time_ms,
+            priority,
+            attributes,
+            data,
+        } = event;
+        let attributes = attributes
+            .into_iter()
+            .map(|attribute| (attribute.name, attribute.value))
+            .collect();
+        Self {
+            id,
+            source,
+            kind: type_,
+            subject,
+            time_ms,
+            priority,
+            attributes,
+            data,
+        }
     }
 }

@@ -67,13 +67,22 @@ pub struct Component<P>(PhantomData<P>);
 impl<P: Exported> lifecycle::exports::pointsman::plugin::lifecycle::Guest for Component<P> {
     fn describe() -> Manifest {
         report_panics();
-        let Interest { types, attributes, fields, payload } = P::with_slot(|slot| slot.as_ref().map(P::interest)).unwrap_or_default();
+        let Interest {
+            types,
+            attributes,
+            fields,
+            payload,
+        } = P::with_slot(|slot| slot.as_ref().map(P::interest)).unwrap_or_default();
         Manifest {
             name: P::NAME.into(),
             version: P::VERSION.into(),
             description: P::DESCRIPTION.into(),
             types,
-            reads: Selection { attributes, fields, payload },
+            reads: Selection {
+                attributes,
+                fields,
+                payload,
+            },
             config_schema: serde_json::to_string(&schemars::schema_for!(P::Config)).ok(),
         }
     }
@@ -99,21 +108,31 @@ impl<P: Exported + Router> router::exports::pointsman::plugin::router::Guest for
 }
 
 fn with_plugin<P: Exported, R>(f: impl FnOnce(&P) -> R) -> R {
-    P::with_slot(|slot| f(slot.as_ref().expect("the host configures an instance before its first event")))
+    P::with_slot(|slot| {
+        f(slot
+            .as_ref()
+            .expect("the host configures an instance before its first event"))
+    })
 }
 
 /// Parses the operator's configuration and makes the plugin.
 pub(crate) fn configured<P: Plugin>(config: &str) -> Result<P, Vec<Issue>> {
-    let config = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(config)).map_err(|e| {
-        let path = e.path().to_string();
-        vec![Issue::new(if path == "." { "" } else { &path }, without_place(&e.inner().to_string()))]
-    })?;
+    let config = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(config))
+        .map_err(|e| {
+            let path = e.path().to_string();
+            vec![Issue::new(
+                if path == "." { "" } else { &path },
+                without_place(&e.inner().to_string()),
+            )]
+        })?;
     P::new(config).map_err(|issue| vec![issue])
 }
 
 /// The host writes the JSON from its own file: line and column of it would mislead.
 fn without_place(message: &str) -> &str {
-    message.rsplit_once(" at line ").map_or(message, |(message, _)| message)
+    message
+        .rsplit_once(" at line ")
+        .map_or(message, |(message, _)| message)
 }
 
 /// On `wasm32-unknown-unknown` the text of a panic goes nowhere by itself: it is sent through the log before the trap.
@@ -123,7 +142,11 @@ fn report_panics() {
         panic::set_hook(Box::new(|info| {
             let message = info.payload_as_str().unwrap_or("(no text)");
             match info.location() {
-                Some(place) => log::error(format_args!("panicked at {}:{}: {message}", place.file(), place.line())),
+                Some(place) => log::error(format_args!(
+                    "panicked at {}:{}: {message}",
+                    place.file(),
+                    place.line()
+                )),
                 None => log::error(format_args!("panicked: {message}")),
             }
         }));

@@ -35,13 +35,20 @@ static HEAP: Heap<std::alloc::System> = Heap::above(std::alloc::System);
 
 impl<A> Heap<A> {
     pub(crate) const fn above(beneath: A) -> Self {
-        Self { free: UnsafeCell::new([ptr::null_mut(); MAX_SMALL / STEP + 1]), beneath }
+        Self {
+            free: UnsafeCell::new([ptr::null_mut(); MAX_SMALL / STEP + 1]),
+            beneath,
+        }
     }
 
     /// Which list a block is of; none if it is not kept.
     #[inline]
     const fn class(layout: Layout) -> Option<usize> {
-        if layout.size() <= MAX_SMALL && layout.align() <= ALIGN { Some(layout.size().div_ceil(STEP)) } else { None }
+        if layout.size() <= MAX_SMALL && layout.align() <= ALIGN {
+            Some(layout.size().div_ceil(STEP))
+        } else {
+            None
+        }
     }
 }
 
@@ -61,7 +68,9 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Heap<A> {
             let first = &mut (*self.free.get())[class];
             let block = *first;
             if block.is_null() {
-                return self.beneath.alloc(Layout::from_size_align_unchecked(class * STEP, ALIGN));
+                return self
+                    .beneath
+                    .alloc(Layout::from_size_align_unchecked(class * STEP, ALIGN));
             }
             *first = block.cast::<*mut u8>().read();
             block
@@ -143,14 +152,21 @@ mod tests {
     impl Block {
         fn new(heap: &Heap<Counting>, layout: Layout, number: u8) -> Self {
             let at = unsafe { heap.alloc(layout) };
-            assert!(!at.is_null() && (at as usize).is_multiple_of(layout.align()), "{layout:?}");
+            assert!(
+                !at.is_null() && (at as usize).is_multiple_of(layout.align()),
+                "{layout:?}"
+            );
             unsafe { at.write_bytes(number, layout.size()) };
             Self { at, layout, number }
         }
 
         fn check(&self, bytes: usize) {
             let bytes = unsafe { std::slice::from_raw_parts(self.at, bytes) };
-            assert!(bytes.iter().all(|&byte| byte == self.number), "{:?} holds what is another's", self.layout);
+            assert!(
+                bytes.iter().all(|&byte| byte == self.number),
+                "{:?} holds what is another's",
+                self.layout
+            );
         }
 
         fn resize(&mut self, heap: &Heap<Counting>, size: usize) {
@@ -171,13 +187,20 @@ mod tests {
 
     impl Chance {
         fn below(&mut self, n: usize) -> usize {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            self.0 = self
+                .0
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (self.0 >> 33) as usize % n
         }
 
         fn layout(&mut self) -> Layout {
             let align = [1, 2, 4, 8, 16, 64][self.below(6)];
-            let size = [1 + self.below(64), 1 + self.below(2 * MAX_SMALL), MAX_SMALL - 1 + self.below(3)][self.below(3)];
+            let size = [
+                1 + self.below(64),
+                1 + self.below(2 * MAX_SMALL),
+                MAX_SMALL - 1 + self.below(3),
+            ][self.below(3)];
             Layout::from_size_align(size, align).unwrap()
         }
     }
@@ -205,7 +228,8 @@ mod tests {
         let heap = Heap::above(Counting::default());
         let event = |seed| {
             let mut chance = Chance(seed);
-            let sizes = (0..200).map(|_| Layout::from_size_align(1 + chance.below(MAX_SMALL), 4).unwrap());
+            let sizes =
+                (0..200).map(|_| Layout::from_size_align(1 + chance.below(MAX_SMALL), 4).unwrap());
             let held: Vec<_> = sizes.map(|layout| Block::new(&heap, layout, 1)).collect();
             held.into_iter().for_each(|block| block.free(&heap));
             heap.beneath.calls.get()
@@ -216,14 +240,22 @@ mod tests {
         for seed in 2..1_000 {
             event(seed);
         }
-        assert!(heap.beneath.bytes.get() < 4 * 200 * MAX_SMALL, "{} bytes", heap.beneath.bytes.get());
+        assert!(
+            heap.beneath.bytes.get() < 4 * 200 * MAX_SMALL,
+            "{} bytes",
+            heap.beneath.bytes.get()
+        );
     }
 
     #[test]
     fn large_blocks_are_given_back() {
         let heap = Heap::above(Counting::default());
         for align in [1, 8, 64] {
-            let mut block = Block::new(&heap, Layout::from_size_align(MAX_SMALL + 1, align).unwrap(), 7);
+            let mut block = Block::new(
+                &heap,
+                Layout::from_size_align(MAX_SMALL + 1, align).unwrap(),
+                7,
+            );
             block.resize(&heap, 100_000);
             block.free(&heap);
         }

@@ -45,7 +45,14 @@ pub mod clock;
 mod condition;
 mod event;
 mod export;
-#[cfg(any(test, all(target_arch = "wasm32", not(target_feature = "atomics"), feature = "allocator")))]
+#[cfg(any(
+    test,
+    all(
+        target_arch = "wasm32",
+        not(target_feature = "atomics"),
+        feature = "allocator"
+    )
+))]
 mod heap;
 pub mod log;
 mod one_or_more;
@@ -58,7 +65,9 @@ mod value;
 #[doc(inline)]
 pub use bindings::lifecycle::exports::pointsman::plugin::lifecycle::Issue;
 #[doc(inline)]
-pub use bindings::lifecycle::pointsman::plugin::types::{Attribute, Criteria, Failure, Operator, Payload, Priority, Target, Test, Value};
+pub use bindings::lifecycle::pointsman::plugin::types::{
+    Attribute, Criteria, Failure, Operator, Payload, Priority, Target, Test, Value,
+};
 pub use condition::{Condition, Regex, Wanted};
 pub use event::Event;
 pub use one_or_more::OneOrMore;

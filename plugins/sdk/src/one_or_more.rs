@@ -54,7 +54,9 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMore<T> {
         }
         let list = d.deserialize_any(Either(PhantomData))?;
         if list.is_empty() {
-            Err(D::Error::custom("the list is empty; write what belongs into it, or leave it out"))
+            Err(D::Error::custom(
+                "the list is empty; write what belongs into it, or leave it out",
+            ))
         } else {
             Ok(Self(list))
         }
@@ -85,7 +87,17 @@ mod tests {
         let parse = |json: &str| serde_json::from_str::<OneOrMore<u32>>(json);
         assert_eq!(*parse("1").unwrap(), [1]);
         assert_eq!(*parse("[1,2]").unwrap(), [1, 2]);
-        assert!(parse("[]").unwrap_err().to_string().contains("the list is empty"));
-        assert!(parse("\"a\"").unwrap_err().to_string().contains("expected u32"));
+        assert!(
+            parse("[]")
+                .unwrap_err()
+                .to_string()
+                .contains("the list is empty")
+        );
+        assert!(
+            parse("\"a\"")
+                .unwrap_err()
+                .to_string()
+                .contains("expected u32")
+        );
     }
 }

@@ -13,7 +13,9 @@ pub(crate) fn matches(pattern: &str, text: &str) -> bool {
             }
             Some(byte) if *byte == text[t] => (p, t) = (p + 1, t + 1),
             _ => {
-                let Some((star, from)) = last_star else { return false };
+                let Some((star, from)) = last_star else {
+                    return false;
+                };
                 last_star = Some((star, from + 1));
                 (p, t) = (star + 1, from + 1);
             }
@@ -43,6 +45,9 @@ mod tests {
             assert_eq!(matches(pattern, text), expect, "{pattern} {text}");
         }
         // Exponential in a matcher that tries every star again.
-        assert!(!matches(&"*a".repeat(100), &format!("{}b", "a".repeat(200))));
+        assert!(!matches(
+            &"*a".repeat(100),
+            &format!("{}b", "a".repeat(200))
+        ));
     }
 }

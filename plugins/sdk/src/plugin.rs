@@ -64,14 +64,24 @@ pub struct Interest {
 impl Default for Interest {
     /// Every event, all attributes, nothing of the payload.
     fn default() -> Self {
-        Self { types: Vec::new(), attributes: vec!["*".into()], fields: Vec::new(), payload: false }
+        Self {
+            types: Vec::new(),
+            attributes: vec!["*".into()],
+            fields: Vec::new(),
+            payload: false,
+        }
     }
 }
 
 impl Interest {
     /// Events whose type matches one of the patterns; of them no attribute and nothing of the payload.
     pub fn in_types<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Self {
-        Self { types: patterns.into_iter().map(str::to_owned).collect(), attributes: Vec::new(), fields: Vec::new(), payload: false }
+        Self {
+            types: patterns.into_iter().map(str::to_owned).collect(),
+            attributes: Vec::new(),
+            fields: Vec::new(),
+            payload: false,
+        }
     }
 
     /// Every event; of them no attribute and nothing of the payload.
@@ -104,7 +114,15 @@ impl Interest {
 impl Route {
     /// To these targets, with the event's own priority, name and data, without a condition or an end.
     pub fn to(targets: impl Into<Vec<Target>>) -> Self {
-        Self { targets: targets.into(), when: None, priority: None, ttl_ms: None, collapse_key: None, event_name: None, body: None }
+        Self {
+            targets: targets.into(),
+            when: None,
+            priority: None,
+            ttl_ms: None,
+            collapse_key: None,
+            event_name: None,
+            body: None,
+        }
     }
 
     pub fn to_user(user: impl Into<String>) -> Self {
@@ -122,7 +140,10 @@ impl Route {
     /// Only to those whose attributes pass all of these tests.
     #[must_use]
     pub fn when(mut self, tests: impl Into<Vec<Test>>) -> Self {
-        self.when.get_or_insert_with(|| Criteria { any_of: Vec::new() }).any_of.push(tests.into());
+        self.when
+            .get_or_insert_with(|| Criteria { any_of: Vec::new() })
+            .any_of
+            .push(tests.into());
         self
     }
 
@@ -162,21 +183,35 @@ impl Route {
 
 impl Test {
     /// A test of one attribute of a recipient; how many values it takes is the operator's.
-    pub fn new(attribute: impl Into<String>, operator: Operator, values: impl Into<Vec<Value>>) -> Self {
-        Self { attribute: attribute.into(), operator, values: values.into() }
+    pub fn new(
+        attribute: impl Into<String>,
+        operator: Operator,
+        values: impl Into<Vec<Value>>,
+    ) -> Self {
+        Self {
+            attribute: attribute.into(),
+            operator,
+            values: values.into(),
+        }
     }
 }
 
 impl Verdict {
     /// Keeps the event under another priority.
     pub fn with_priority(priority: Priority) -> Self {
-        Self::Amend(Amendment { priority: Some(priority), attributes: Vec::new() })
+        Self::Amend(Amendment {
+            priority: Some(priority),
+            attributes: Vec::new(),
+        })
     }
 }
 
 impl Issue {
     /// `path`: where in the configuration, such as `rules[0].type`; empty for the whole.
     pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { path: path.into(), message: message.into() }
+        Self {
+            path: path.into(),
+            message: message.into(),
+        }
     }
 }

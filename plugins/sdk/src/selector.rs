@@ -10,8 +10,18 @@ use serde::{Deserialize, Deserializer};
 use crate::{Event, Value};
 
 /// The attributes of CloudEvents 1.0 that are no extensions, and the names of its payload.
-const RESERVED: [&str; 10] =
-    ["id", "source", "type", "subject", "time", "specversion", "datacontenttype", "dataschema", "data", "data_base64"];
+const RESERVED: [&str; 10] = [
+    "id",
+    "source",
+    "type",
+    "subject",
+    "time",
+    "specversion",
+    "datacontenttype",
+    "dataschema",
+    "data",
+    "data_base64",
+];
 
 /// The name of an extension attribute: 1 to 64 of a-z, 0-9 and _.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,16 +32,25 @@ impl AttributeName {
     /// What is wrong with it, and the fix.
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.starts_with('/') {
-            return Err(format!("'{text}' is a field of the payload and no attribute; it belongs under payload"));
+            return Err(format!(
+                "'{text}' is a field of the payload and no attribute; it belongs under payload"
+            ));
         }
         if RESERVED.contains(&text) {
-            return Err(format!("'{text}' is no extension attribute; those are the publisher's own names, such as user or region"));
+            return Err(format!(
+                "'{text}' is no extension attribute; those are the publisher's own names, such as user or region"
+            ));
         }
-        let is_legal = (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+        let is_legal = (1..=64).contains(&text.len())
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
         if is_legal {
             Ok(Self(text.to_owned()))
         } else {
-            Err(format!("'{text}' is no name of an attribute; write 1 to 64 of a-z, 0-9 and _"))
+            Err(format!(
+                "'{text}' is no name of an attribute; write 1 to 64 of a-z, 0-9 and _"
+            ))
         }
     }
 
@@ -52,12 +71,21 @@ impl Pointer {
             return Err("'' is the payload whole, which cannot be looked at; name a field of it, such as '/order/id'".to_owned());
         }
         if !text.starts_with('/') {
-            return Err(format!("'{text}' is no JSON pointer; write '/{}'", text.replace('.', "/")));
+            return Err(format!(
+                "'{text}' is no JSON pointer; write '/{}'",
+                text.replace('.', "/")
+            ));
         }
         // The only escapes are ~0 for ~ and ~1 for /.
-        match text.split('~').skip(1).all(|after| after.starts_with(['0', '1'])) {
+        match text
+            .split('~')
+            .skip(1)
+            .all(|after| after.starts_with(['0', '1']))
+        {
             true => Ok(Self(text.to_owned())),
-            false => Err(format!("'{text}' is no JSON pointer; write ~0 for ~, and ~1 for a / in a name")),
+            false => Err(format!(
+                "'{text}' is no JSON pointer; write ~0 for ~, and ~1 for a / in a name"
+            )),
         }
     }
 
@@ -109,7 +137,9 @@ impl Selector {
             Self::Source => &event.source,
             Self::Type => &event.kind,
             Self::Subject => event.subject.as_ref()?,
-            Self::Attribute(AttributeName(name)) | Self::Field(Pointer(name)) => return event.attribute(name).map(Cow::Borrowed),
+            Self::Attribute(AttributeName(name)) | Self::Field(Pointer(name)) => {
+                return event.attribute(name).map(Cow::Borrowed);
+            }
         };
         Some(Cow::Owned(Value::Text(text.clone())))
     }
@@ -149,11 +179,28 @@ mod tests {
 
     #[test]
     fn a_selector_finds_what_it_names() {
-        let event = event("t").id("a").source("/s").attribute("user", "42").attribute("/user", "7").build();
-        let found = |text: &str| Selector::parse(text).unwrap().of(&event).map(|value| value.to_string());
-        for (text, expect) in
-            [("id", "a"), ("source", "/s"), ("type", "t"), ("user", "42"), ("/user", "7"), ("subject", ""), ("gone", ""), ("/gone", "")]
-        {
+        let event = event("t")
+            .id("a")
+            .source("/s")
+            .attribute("user", "42")
+            .attribute("/user", "7")
+            .build();
+        let found = |text: &str| {
+            Selector::parse(text)
+                .unwrap()
+                .of(&event)
+                .map(|value| value.to_string())
+        };
+        for (text, expect) in [
+            ("id", "a"),
+            ("source", "/s"),
+            ("type", "t"),
+            ("user", "42"),
+            ("/user", "7"),
+            ("subject", ""),
+            ("gone", ""),
+            ("/gone", ""),
+        ] {
             assert_eq!(found(text).unwrap_or_default(), expect, "{text}");
             assert_eq!(Selector::parse(text).unwrap().as_str(), text);
         }
@@ -172,7 +219,15 @@ mod tests {
             let error = Selector::parse(text).unwrap_err();
             assert!(error.contains(fix), "{text} gave: {error}");
         }
-        assert!(Pointer::parse("order.total").unwrap_err().contains("write '/order/total'"));
-        assert!(AttributeName::parse("/order").unwrap_err().contains("belongs under payload"));
+        assert!(
+            Pointer::parse("order.total")
+                .unwrap_err()
+                .contains("write '/order/total'")
+        );
+        assert!(
+            AttributeName::parse("/order")
+                .unwrap_err()
+                .contains("belongs under payload")
+        );
     }
 }

@@ -136,11 +136,18 @@ impl EventBuilder {
     pub fn seen_by(self, plugin: &impl Plugin) -> Option<Event> {
         let interest = plugin.interest();
         let mut event = self.0;
-        if !interest.types.is_empty() && !interest.types.iter().any(|pattern| matches(pattern, &event.kind)) {
+        if !interest.types.is_empty()
+            && !interest
+                .types
+                .iter()
+                .any(|pattern| matches(pattern, &event.kind))
+        {
             return None;
         }
         if !interest.attributes.iter().any(|name| name == "*") {
-            event.attributes.retain(|(name, _)| interest.attributes.contains(name));
+            event
+                .attributes
+                .retain(|(name, _)| interest.attributes.contains(name));
         }
         if let Payload::Json(text) = &event.data
             && !interest.fields.is_empty()
@@ -162,7 +169,9 @@ impl EventBuilder {
 /// A field of the payload as the host hands it over.
 fn field(json: &serde_json::Value) -> Option<Value> {
     match json {
-        serde_json::Value::Array(_) | serde_json::Value::Object(_) => Some(Value::Text(json.to_string())),
+        serde_json::Value::Array(_) | serde_json::Value::Object(_) => {
+            Some(Value::Text(json.to_string()))
+        }
         scalar => Value::of_json(scalar),
     }
 }
@@ -180,7 +189,9 @@ mod tests {
             Ok(Self)
         }
         fn interest(&self) -> Interest {
-            Interest::in_types(["order.*", "*.paid"]).attributes(["user"]).fields(["/a/b", "/none", "/list"])
+            Interest::in_types(["order.*", "*.paid"])
+                .attributes(["user"])
+                .fields(["/a/b", "/none", "/list"])
         }
     }
 
@@ -193,8 +204,12 @@ mod tests {
             .json(&serde_json::json!({"a": {"b": 7}, "none": null, "list": [1, "x"]}))
             .seen_by(&reader)
             .unwrap();
-        let expect = [("user", "42".into()), ("/a/b", 7.into()), ("/list", r#"[1,"x"]"#.into())]
-            .map(|(name, value): (_, Value)| (name.to_owned(), value));
+        let expect = [
+            ("user", "42".into()),
+            ("/a/b", 7.into()),
+            ("/list", r#"[1,"x"]"#.into()),
+        ]
+        .map(|(name, value): (_, Value)| (name.to_owned(), value));
         assert_eq!(seen.attributes, expect);
         assert_eq!(seen.data, Payload::None);
         assert!(event("bill.paid").seen_by(&reader).is_some());
@@ -203,8 +218,13 @@ mod tests {
 
     #[test]
     fn the_operator_is_told_where_the_configuration_is_wrong() {
-        let Err(issues) = configure::<Reader>(serde_json::json!({"colour": 1})) else { panic!("an unknown name was taken") };
-        assert!(issues[0].message.contains("unknown field `colour`"), "{issues:?}");
+        let Err(issues) = configure::<Reader>(serde_json::json!({"colour": 1})) else {
+            panic!("an unknown name was taken")
+        };
+        assert!(
+            issues[0].message.contains("unknown field `colour`"),
+            "{issues:?}"
+        );
         assert!(!issues[0].message.contains("line"), "{issues:?}");
     }
 

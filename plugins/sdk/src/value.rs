@@ -20,7 +20,9 @@ impl Value {
             (Self::Integer(a), Self::Integer(b)) => Some(a.cmp(b)),
             (Self::Decimal(a), Self::Decimal(b)) => a.partial_cmp(b),
             (Self::Integer(a), Self::Decimal(b)) => integer_to_decimal(*a, *b),
-            (Self::Decimal(a), Self::Integer(b)) => integer_to_decimal(*b, *a).map(Ordering::reverse),
+            (Self::Decimal(a), Self::Integer(b)) => {
+                integer_to_decimal(*b, *a).map(Ordering::reverse)
+            }
             _ => None,
         }
     }
@@ -30,22 +32,34 @@ impl Value {
         match json {
             serde_json::Value::Bool(flag) => Some(Self::Flag(*flag)),
             // What the host would hand over as a text, since a decimal would be another number.
-            serde_json::Value::Number(number) if number.is_u64() && !number.is_i64() => Some(Self::Text(number.to_string())),
+            serde_json::Value::Number(number) if number.is_u64() && !number.is_i64() => {
+                Some(Self::Text(number.to_string()))
+            }
             serde_json::Value::Number(number) => Self::of_number(number),
             serde_json::Value::String(text) => Some(Self::Text(text.clone())),
-            serde_json::Value::Null | serde_json::Value::Array(_) | serde_json::Value::Object(_) => None,
+            serde_json::Value::Null
+            | serde_json::Value::Array(_)
+            | serde_json::Value::Object(_) => None,
         }
     }
 
     fn of_number(number: &serde_json::Number) -> Option<Self> {
-        number.as_i64().map(Self::Integer).or_else(|| number.as_f64().map(Self::Decimal))
+        number
+            .as_i64()
+            .map(Self::Integer)
+            .or_else(|| number.as_f64().map(Self::Decimal))
     }
 
     /// The number that a text is if it is written as JSON writes numbers.
     pub fn of_numeral(text: &str) -> Option<Self> {
         // JSON in itself would allow for white space around.
-        let is_bare = text.starts_with(|c: char| c == '-' || c.is_ascii_digit()) && text.ends_with(|c: char| c.is_ascii_digit());
-        let number = if is_bare { serde_json::from_str(text).ok()? } else { None };
+        let is_bare = text.starts_with(|c: char| c == '-' || c.is_ascii_digit())
+            && text.ends_with(|c: char| c.is_ascii_digit());
+        let number = if is_bare {
+            serde_json::from_str(text).ok()?
+        } else {
+            None
+        };
         number.as_ref().and_then(Self::of_number)
     }
 }
@@ -63,7 +77,11 @@ fn integer_to_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
         return Some(Ordering::Greater);
     }
     // Within these bounds the part before the point is an i64, exactly.
-    Some(integer.cmp(&(decimal.trunc() as i64)).then_with(|| 0.0_f64.total_cmp(&(decimal.fract() + 0.0))))
+    Some(
+        integer
+            .cmp(&(decimal.trunc() as i64))
+            .then_with(|| 0.0_f64.total_cmp(&(decimal.fract() + 0.0))),
+    )
 }
 
 impl fmt::Display for Value {
@@ -147,11 +165,18 @@ impl JsonSchema for Value {
 }
 
 impl Priority {
-    const WORDS: [(&'static str, Self); 4] = [("low", Self::Low), ("normal", Self::Normal), ("high", Self::High), ("urgent", Self::Urgent)];
+    const WORDS: [(&'static str, Self); 4] = [
+        ("low", Self::Low),
+        ("normal", Self::Normal),
+        ("high", Self::High),
+        ("urgent", Self::Urgent),
+    ];
 
     /// The priority of this name: `low`, `normal`, `high` or `urgent`.
     pub fn named(word: &str) -> Option<Self> {
-        Self::WORDS.into_iter().find_map(|(name, priority)| (name == word).then_some(priority))
+        Self::WORDS
+            .into_iter()
+            .find_map(|(name, priority)| (name == word).then_some(priority))
     }
 
     pub fn name(self) -> &'static str {
@@ -162,7 +187,11 @@ impl Priority {
 impl<'de> Deserialize<'de> for Priority {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let word = String::deserialize(d)?;
-        Self::named(&word).ok_or_else(|| D::Error::custom(format!("'{word}' is no priority; write low, normal, high or urgent")))
+        Self::named(&word).ok_or_else(|| {
+            D::Error::custom(format!(
+                "'{word}' is no priority; write low, normal, high or urgent"
+            ))
+        })
     }
 }
 
@@ -185,7 +214,8 @@ pub struct Ttl {
 
 impl Ttl {
     /// What to write instead, for where there is none.
-    pub const FIX: &'static str = "give it a number of seconds above 0, or one with a unit: 500ms, 30s, 5m, 2h";
+    pub const FIX: &'static str =
+        "give it a number of seconds above 0, or one with a unit: 500ms, 30s, 5m, 2h";
 
     /// The time to live that a value is. `None`: see [`Ttl::FIX`].
     pub fn of(value: &Value) -> Option<Self> {
@@ -212,7 +242,8 @@ impl Ttl {
 impl<'de> Deserialize<'de> for Ttl {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let value = Value::deserialize(d)?;
-        Self::of(&value).ok_or_else(|| D::Error::custom(format!("'{value}' is no time to live; {}", Self::FIX)))
+        Self::of(&value)
+            .ok_or_else(|| D::Error::custom(format!("'{value}' is no time to live; {}", Self::FIX)))
     }
 }
 
@@ -244,8 +275,16 @@ mod tests {
             ((-0.0).into(), 0.0.into(), Some(Equal)),
             (large.into(), 9_007_199_254_740_992.0.into(), Some(Greater)),
             (large.into(), (large + 1).into(), Some(Less)),
-            (i64::MAX.into(), 9_223_372_036_854_775_808.0.into(), Some(Less)),
-            (i64::MIN.into(), (-9_223_372_036_854_775_808.0).into(), Some(Equal)),
+            (
+                i64::MAX.into(),
+                9_223_372_036_854_775_808.0.into(),
+                Some(Less),
+            ),
+            (
+                i64::MIN.into(),
+                (-9_223_372_036_854_775_808.0).into(),
+                Some(Equal),
+            ),
             (i64::MIN.into(), (-1e300).into(), Some(Greater)),
             (1.into(), f64::NAN.into(), None),
             ("b".into(), "a".into(), Some(Greater)),
@@ -267,11 +306,17 @@ mod tests {
             ("-5", Some((-5).into())),
             ("1.50", Some(1.5.into())),
             ("1e3", Some(1000.0.into())),
-            ("9223372036854775808", Some(9_223_372_036_854_775_808.0.into())),
+            (
+                "9223372036854775808",
+                Some(9_223_372_036_854_775_808.0.into()),
+            ),
         ] {
             assert_eq!(Value::of_numeral(text), expect, "{text}");
         }
-        for text in ["", "-", " 5", "5 ", "+5", "05", ".5", "5.", "1e999", "inf", "NaN", "0x1", "1_000", "5,5", "5\n5", "٥"] {
+        for text in [
+            "", "-", " 5", "5 ", "+5", "05", ".5", "5.", "1e999", "inf", "NaN", "0x1", "1_000",
+            "5,5", "5\n5", "٥",
+        ] {
             assert_eq!(Value::of_numeral(text), None, "{text}");
         }
     }
@@ -279,7 +324,10 @@ mod tests {
     #[test]
     fn a_priority_is_named_and_read_alike() {
         for (word, priority) in Priority::WORDS {
-            assert_eq!((Priority::named(word), priority.name()), (Some(priority), word));
+            assert_eq!(
+                (Priority::named(word), priority.name()),
+                (Some(priority), word)
+            );
         }
         assert_eq!(Priority::named("High"), None);
     }

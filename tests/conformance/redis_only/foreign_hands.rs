@@ -7,13 +7,30 @@ fn fill(server: &RedisServer, n: usize, bytes: usize) {
     let payload = "x".repeat(bytes);
     let mut commands = redis::pipe();
     for _ in 0..n {
-        commands.cmd("XADD").arg(SOURCE).arg("*").arg("v").arg(&payload);
+        commands
+            .cmd("XADD")
+            .arg(SOURCE)
+            .arg("*")
+            .arg("v")
+            .arg(&payload);
     }
-    let _: redis::Value = commands.query(&mut server.connection()).expect("there is room yet");
+    let _: redis::Value = commands
+        .query(&mut server.connection())
+        .expect("there is room yet");
     let memory: String = server.command("INFO memory");
-    let used: u64 = memory.lines().find_map(|line| line.strip_prefix("used_memory:")).and_then(|used| used.parse().ok()).expect("a number");
+    let used: u64 = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("used_memory:"))
+        .and_then(|used| used.parse().ok())
+        .expect("a number");
     let () = server.command(&format!("CONFIG SET maxmemory {}", used - 500_000));
-    let refused = redis::cmd("XADD").arg(SOURCE).arg("*").arg("v").arg("f").exec(&mut server.connection()).expect_err("it is full");
+    let refused = redis::cmd("XADD")
+        .arg(SOURCE)
+        .arg("*")
+        .arg("v")
+        .arg("f")
+        .exec(&mut server.connection())
+        .expect_err("it is full");
     assert_eq!(refused.code(), Some("OOM"));
 }
 
@@ -29,18 +46,61 @@ async fn f06_a_log_of_a_foreign_type_costs_one_event_and_no_half_batch() {
     items[1] = commit(ids[1], "R", &["u:1", "u:2", "u:3"]);
     let done = node.commit(items).await;
     let outcomes: Vec<Outcome> = done.iter().map(|(outcome, _)| *outcome).collect();
-    assert_eq!(outcomes, [Outcome::Committed, Outcome::DeadLettered, Outcome::Committed, Outcome::Committed]);
+    assert_eq!(
+        outcomes,
+        [
+            Outcome::Committed,
+            Outcome::DeadLettered,
+            Outcome::Committed,
+            Outcome::Committed
+        ]
+    );
     assert_eq!(node.ids("u:1", BEGIN).await.len(), 3);
     assert!(node.ids("u:3", BEGIN).await.is_empty());
-    let letters = node.broker.dead_letters(node.p, EntryId::default(), 10).await.unwrap();
-    assert!(letters[0].why.reason.contains("l:u:2 holds something foreign"), "{}", letters[0].why.reason);
-    assert_eq!(letters[0].why.fields, [field("v", "b")], "the fields come from the source, as nobody sent them along");
+    let letters = node
+        .broker
+        .dead_letters(node.p, EntryId::default(), 10)
+        .await
+        .unwrap();
+    assert!(
+        letters[0]
+            .why
+            .reason
+            .contains("l:u:2 holds something foreign"),
+        "{}",
+        letters[0].why.reason
+    );
+    assert_eq!(
+        letters[0].why.fields,
+        [field("v", "b")],
+        "the fields come from the source, as nobody sent them along"
+    );
     // A reader takes the key for an absent log, and is not stopped by it.
-    assert!(!node.broker.page(node.p, &target("u:2"), BEGIN, 10).await.unwrap().is_present);
+    assert!(
+        !node
+            .broker
+            .page(node.p, &target("u:2"), BEGIN, 10)
+            .await
+            .unwrap()
+            .is_present
+    );
     // The key that remembers publishers' ids: bucket 5,666,666 holds the moment 1,700,000,000,000 at 300 s.
-    let marked = with_id(commit(EntryId { ms: 1_700_000_000_000 + 60_000, seq: 9 }, "R", &["u:1"]), 1);
+    let marked = with_id(
+        commit(
+            EntryId {
+                ms: 1_700_000_000_000 + 60_000,
+                seq: 9,
+            },
+            "R",
+            &["u:1"],
+        ),
+        1,
+    );
     let head = node.head().await;
-    assert_eq!(node.commit_from(&head, vec![marked]).await[0].0, Outcome::DeadLettered);
+    assert_eq!(
+        node.commit_from(&head, vec![marked]).await[0].0,
+        Outcome::DeadLettered
+    );
 }
 
 /// Met in a later slice, when the plan cannot be taken back any more: that log is left out, and counted.
@@ -51,10 +111,15 @@ async fn f06_a_foreign_type_in_a_later_slice_leaves_that_log_out() {
     let entry = after(EntryId::default());
     node.slice(commit(entry, "R", &["u:1"]), 0, false).await;
     let () = server.command(&format!("SET {TAG}l:u:2 foreign"));
-    let last = node.slice(commit(entry, "R", &["u:2", "u:3"]), 1, true).await;
+    let last = node
+        .slice(commit(entry, "R", &["u:2", "u:3"]), 1, true)
+        .await;
     assert!(matches!(last, Committed::Done(outcomes) if outcomes[0].0 == Outcome::Committed));
     assert_eq!(node.ids("u:3", BEGIN).await.len(), 1);
-    assert_eq!(server.command::<u64>(&format!("HGET {TAG}meta foreign_logs")), 1);
+    assert_eq!(
+        server.command::<u64>(&format!("HGET {TAG}meta foreign_logs")),
+        1
+    );
 }
 
 /// A key that the commit of any event writes to: none can be dead-lettered there, so nothing is written, and the operator is told what to do.
@@ -64,9 +129,16 @@ async fn f06_a_foreign_type_where_every_commit_writes_is_refused_by_name() {
     let node = node_on(&server).await;
     let () = server.command(&format!("SET {TAG}dead foreign"));
     let head = node.head().await;
-    let batch = Batch { life: head.life, prev: head.position, items: vec![commit(after(EntryId::default()), "R", &["u:1"])] };
+    let batch = Batch {
+        life: head.life,
+        prev: head.position,
+        items: vec![commit(after(EntryId::default()), "R", &["u:1"])],
+    };
     match node.broker.commit(node.p, batch).await {
-        Err(Error::Refused(why)) => assert!(why.contains(&format!("{TAG}dead")) && why.contains("rename or delete"), "{why}"),
+        Err(Error::Refused(why)) => assert!(
+            why.contains(&format!("{TAG}dead")) && why.contains("rename or delete"),
+            "{why}"
+        ),
         other => panic!("{other:?}"),
     }
     assert!(node.ids("u:1", BEGIN).await.is_empty());
@@ -127,7 +199,13 @@ async fn h16_a_full_redis_ticks() {
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(node.broker.lease(node.p, "a", Duration::from_secs(9)).await.unwrap(), pointsman::broker::Lease::Mine);
+    assert_eq!(
+        node.broker
+            .lease(node.p, "a", Duration::from_secs(9))
+            .await
+            .unwrap(),
+        pointsman::broker::Lease::Mine
+    );
 }
 
 /// Entries are kept for operators who look back, but not by a Redis that has no room.
@@ -194,19 +272,39 @@ async fn f25_a_source_made_again_with_lower_ids_is_read_once() {
     for k in 5..8 {
         let _: String = server.command(&format!("XADD {SOURCE} {k}-1 v new{k}"));
     }
-    let waiting = async || node.broker.read(node.p, position.entry, 10, Duration::ZERO).await.unwrap();
+    let waiting = async || {
+        node.broker
+            .read(node.p, position.entry, 10, Duration::ZERO)
+            .await
+            .unwrap()
+    };
     assert!(waiting().await.is_empty());
     for _ in 0..2 {
         node.broker.tick(node.p).await.unwrap();
-        let values: Vec<_> = waiting().await.into_iter().map(|entry| entry.fields).collect();
-        assert_eq!(values, [[field("v", "new5")], [field("v", "new6")], [field("v", "new7")]]);
+        let values: Vec<_> = waiting()
+            .await
+            .into_iter()
+            .map(|entry| entry.fields)
+            .collect();
+        assert_eq!(
+            values,
+            [
+                [field("v", "new5")],
+                [field("v", "new6")],
+                [field("v", "new7")]
+            ]
+        );
     }
     assert_eq!(node.broker.state(node.p).await.unwrap().lag, 3);
     assert_eq!(drain(&node).await, 3);
     node.broker.tick(node.p).await.unwrap();
     let state = node.broker.state(node.p).await.unwrap();
     assert_eq!((state.lag, state.lost_upstream), (0, 0));
-    assert_eq!(server.command::<u64>(&format!("XLEN {SOURCE}")), 3, "the strays themselves are gone");
+    assert_eq!(
+        server.command::<u64>(&format!("XLEN {SOURCE}")),
+        3,
+        "the strays themselves are gone"
+    );
 }
 
 /// The group's position cannot be set on a source that is gone; by then the commit has written everything.
@@ -216,7 +314,10 @@ async fn h17_a_deleted_source_does_not_fail_a_commit() {
     let node = node_on(&server).await;
     let ids = node.append(&["a"]).await;
     let () = server.command(&format!("DEL {SOURCE}"));
-    assert_eq!(node.commit(vec![commit(ids[0], "R", &["u:1"])]).await[0].0, Outcome::Committed);
+    assert_eq!(
+        node.commit(vec![commit(ids[0], "R", &["u:1"])]).await[0].0,
+        Outcome::Committed
+    );
     assert_eq!(node.head().await.position, ids[0].into());
 }
 
@@ -228,9 +329,13 @@ async fn f30_the_lag_is_readable_in_a_group_with_nothing_pending() {
     let ids = node.append(&["a", "b", "c"]).await;
     node.commit(vec![commit(ids[0], "R", &["u:1"])]).await;
     node.commit(vec![item(ids[1], Proposal::Discard)]).await;
-    let groups: Vec<std::collections::BTreeMap<String, redis::Value>> = server.command(&format!("XINFO GROUPS {SOURCE}"));
+    let groups: Vec<std::collections::BTreeMap<String, redis::Value>> =
+        server.command(&format!("XINFO GROUPS {SOURCE}"));
     let text = |name: &str| redis::from_redis_value::<String>(groups[0][name].clone()).unwrap();
-    assert_eq!((text("name"), text("lag"), text("pending")), ("pointsman".into(), "1".into(), "0".into()));
+    assert_eq!(
+        (text("name"), text("lag"), text("pending")),
+        ("pointsman".into(), "1".into(), "0".into())
+    );
     assert_eq!(text("last-delivered-id"), ids[1].to_string());
 }
 
@@ -238,10 +343,21 @@ async fn f30_the_lag_is_readable_in_a_group_with_nothing_pending() {
 #[tokio::test]
 async fn f12_what_another_group_has_not_read_is_not_trimmed() {
     let server = RedisServer::start();
-    let node = connect_to(&server.url(), &[SOURCE], Retention { keep_s: 0, ..Retention::default() }).await.unwrap();
+    let node = connect_to(
+        &server.url(),
+        &[SOURCE],
+        Retention {
+            keep_s: 0,
+            ..Retention::default()
+        },
+    )
+    .await
+    .unwrap();
     let ids = node.append(&["v"; 1_000]).await;
     let () = server.command(&format!("XGROUP CREATE {SOURCE} audit {}", ids[499]));
-    let _: redis::Value = server.command(&format!("XREADGROUP GROUP audit me COUNT 150 STREAMS {SOURCE} >"));
+    let _: redis::Value = server.command(&format!(
+        "XREADGROUP GROUP audit me COUNT 150 STREAMS {SOURCE} >"
+    ));
     drain(&node).await;
     let left = async || {
         let () = server.command(&format!("HDEL {TAG}meta trim_at"));
@@ -250,12 +366,18 @@ async fn f12_what_another_group_has_not_read_is_not_trimmed() {
     };
     // Whole nodes of 100 entries are trimmed, so up to 100 more are left.
     let n_left = left().await;
-    assert!((500..=600).contains(&n_left), "{n_left}: delivered up to 650, but 501 to 650 are pending");
+    assert!(
+        (500..=600).contains(&n_left),
+        "{n_left}: delivered up to 650, but 501 to 650 are pending"
+    );
     for id in &ids[500..650] {
         let () = server.command(&format!("XACK {SOURCE} audit {id}"));
     }
     let n_left = left().await;
-    assert!((350..=450).contains(&n_left), "{n_left}: 651 and on are not delivered");
+    assert!(
+        (350..=450).contains(&n_left),
+        "{n_left}: 651 and on are not delivered"
+    );
     let () = server.command(&format!("XGROUP DESTROY {SOURCE} audit"));
     let n_left = left().await;
     assert!(n_left <= 100, "{n_left}");
@@ -265,33 +387,74 @@ async fn f12_what_another_group_has_not_read_is_not_trimmed() {
 #[tokio::test]
 async fn h13_at_most_two_buckets_stand() {
     let server = RedisServer::start();
-    let node = connect_to(&server.url(), &[SOURCE], Retention { dedupe_window_s: 1, ..Retention::default() }).await.unwrap();
+    let node = connect_to(
+        &server.url(),
+        &[SOURCE],
+        Retention {
+            dedupe_window_s: 1,
+            ..Retention::default()
+        },
+    )
+    .await
+    .unwrap();
     for (publisher_id, second) in [0, 1, 2, 50, 51, 90, 91, 93].into_iter().enumerate() {
-        let entry = EntryId { ms: 1_700_000_000_000 + second * 1_000, seq: 1 };
-        node.commit(vec![with_id(commit(entry, "R", &["u:1"]), publisher_id as u8)]).await;
+        let entry = EntryId {
+            ms: 1_700_000_000_000 + second * 1_000,
+            seq: 1,
+        };
+        node.commit(vec![with_id(
+            commit(entry, "R", &["u:1"]),
+            publisher_id as u8,
+        )])
+        .await;
         let buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
         assert!(buckets.len() <= 2, "after {second} s: {buckets:?}");
     }
     // One batch that spans them all, as after a stall.
-    let at = |second: u64| EntryId { ms: 1_700_000_100_000 + second * 1_000, seq: 1 };
-    let items = [0, 1, 5, 9, 10].into_iter().map(|second| with_id(commit(at(second), "R", &["u:1"]), 100 + second as u8)).collect();
+    let at = |second: u64| EntryId {
+        ms: 1_700_000_100_000 + second * 1_000,
+        seq: 1,
+    };
+    let items = [0, 1, 5, 9, 10]
+        .into_iter()
+        .map(|second| with_id(commit(at(second), "R", &["u:1"]), 100 + second as u8))
+        .collect();
     node.commit(items).await;
     let mut buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
     buckets.sort_unstable();
-    assert_eq!(buckets, [format!("{TAG}seen:1700000109"), format!("{TAG}seen:1700000110")]);
+    assert_eq!(
+        buckets,
+        [
+            format!("{TAG}seen:1700000109"),
+            format!("{TAG}seen:1700000110")
+        ]
+    );
 }
 
 /// Who reads a source without a group cannot be known; only what is named as ours is ours to trim.
 #[tokio::test]
 async fn f12_a_source_that_is_not_ours_by_name_is_not_touched() {
     let server = RedisServer::start();
-    let node = connect_to(&server.url(), &["shop:orders"], Retention { keep_s: 0, ..Retention::default() }).await.unwrap();
+    let node = connect_to(
+        &server.url(),
+        &["shop:orders"],
+        Retention {
+            keep_s: 0,
+            ..Retention::default()
+        },
+    )
+    .await
+    .unwrap();
     node.append(&["v"; 500]).await;
     drain(&node).await;
     let () = server.command("HDEL {shop:orders}:meta trim_at");
     node.publish("R", &["u:1"]).await;
     assert_eq!(server.command::<u64>("XLEN shop:orders"), 500);
-    assert!(server.command::<Vec<redis::Value>>("XINFO GROUPS shop:orders").is_empty());
+    assert!(
+        server
+            .command::<Vec<redis::Value>>("XINFO GROUPS shop:orders")
+            .is_empty()
+    );
 }
 
 /// Lua gives a command no more than some 8,000 arguments, and the limit must not strike after the first write.
@@ -300,11 +463,28 @@ async fn a_dead_letter_with_more_fields_than_a_script_can_write_keeps_the_first_
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let fields: Vec<_> = (0..20_000).map(|k| field(&format!("f{k}"), "")).collect();
-    let why = DeadReason { reason: "too many fields".into(), plugin: None, attempts: 1, fields: fields.clone() };
-    node.commit(vec![item(after(EntryId::default()), Proposal::DeadLetter(why))]).await;
-    let letter = &node.broker.dead_letters(node.p, EntryId::default(), 1).await.unwrap()[0];
+    let why = DeadReason {
+        reason: "too many fields".into(),
+        plugin: None,
+        attempts: 1,
+        fields: fields.clone(),
+    };
+    node.commit(vec![item(
+        after(EntryId::default()),
+        Proposal::DeadLetter(why),
+    )])
+    .await;
+    let letter = &node
+        .broker
+        .dead_letters(node.p, EntryId::default(), 1)
+        .await
+        .unwrap()[0];
     assert_eq!(letter.why.fields, fields[..3_900]);
-    assert!(letter.why.reason.contains("of 20000 fields the first 3900"), "{}", letter.why.reason);
+    assert!(
+        letter.why.reason.contains("of 20000 fields the first 3900"),
+        "{}",
+        letter.why.reason
+    );
     assert!(node.broker.redrive(node.p, letter.id).await.unwrap());
 }
 
@@ -317,10 +497,22 @@ async fn what_strangers_publish_on_our_channels_is_no_notice() {
     ear.hear("u:1", 1).await;
     let mut connection = server.connection();
     let mut publish = |channel: &str, message: &[u8]| {
-        let heard: i64 = redis::cmd("PUBLISH").arg(format!("{TAG}{channel}")).arg(message).query(&mut connection).unwrap();
+        let heard: i64 = redis::cmd("PUBLISH")
+            .arg(format!("{TAG}{channel}"))
+            .arg(message)
+            .query(&mut connection)
+            .unwrap();
         assert_eq!(heard, 1);
     };
-    for message in [&b""[..], b"\xff\0", b"AA", b"AA x", b"AAA 1", b"AA -1", &vec![b'x'; 3_000_000]] {
+    for message in [
+        &b""[..],
+        b"\xff\0",
+        b"AA",
+        b"AA x",
+        b"AAA 1",
+        b"AA -1",
+        &vec![b'x'; 3_000_000],
+    ] {
         publish("l:u:1", message);
         publish("tick", message);
     }

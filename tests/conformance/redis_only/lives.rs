@@ -10,12 +10,35 @@ async fn h01_a_commit_of_an_older_life_is_refused() {
     let ids = node.append(&["a", "b"]).await;
     let old = node.head().await;
     server.change_replid();
-    let batch = Batch { life: old.life, prev: old.position, items: vec![commit(ids[0], "R", &["u:1"])] };
-    assert_eq!(node.broker.commit(node.p, batch.clone()).await.unwrap(), Committed::Refused);
+    let batch = Batch {
+        life: old.life,
+        prev: old.position,
+        items: vec![commit(ids[0], "R", &["u:1"])],
+    };
+    assert_eq!(
+        node.broker.commit(node.p, batch.clone()).await.unwrap(),
+        Committed::Refused
+    );
     let new = node.head().await;
     assert_ne!(new.life, old.life);
-    assert_eq!(node.broker.commit(node.p, batch.clone()).await.unwrap(), Committed::Refused, "a late one, too");
-    assert!(matches!(node.broker.commit(node.p, Batch { life: new.life, ..batch }).await.unwrap(), Committed::Done(_)));
+    assert_eq!(
+        node.broker.commit(node.p, batch.clone()).await.unwrap(),
+        Committed::Refused,
+        "a late one, too"
+    );
+    assert!(matches!(
+        node.broker
+            .commit(
+                node.p,
+                Batch {
+                    life: new.life,
+                    ..batch
+                }
+            )
+            .await
+            .unwrap(),
+        Committed::Done(_)
+    ));
 }
 
 /// A slice of a plan that another life had begun: `entry/1` names another plan there.
@@ -27,11 +50,39 @@ async fn h01_a_slice_of_an_older_life_is_refused() {
     node.slice(commit(entry, "R", &["u:1"]), 0, false).await;
     let old = node.head().await;
     server.change_replid();
-    let slice = Slice { life: old.life, prev: old.position, item: commit(entry, "R", &["u:2"]), index: 1, is_last: true };
-    assert_eq!(node.broker.commit_slice(node.p, slice.clone()).await.unwrap(), Committed::Refused);
+    let slice = Slice {
+        life: old.life,
+        prev: old.position,
+        item: commit(entry, "R", &["u:2"]),
+        index: 1,
+        is_last: true,
+    };
+    assert_eq!(
+        node.broker
+            .commit_slice(node.p, slice.clone())
+            .await
+            .unwrap(),
+        Committed::Refused
+    );
     let new = node.head().await;
-    assert_eq!((new.position, new.pending), (old.position, old.pending), "position and plan are this data's truth, whatever the life");
-    assert!(matches!(node.broker.commit_slice(node.p, Slice { life: new.life, ..slice }).await.unwrap(), Committed::Done(_)));
+    assert_eq!(
+        (new.position, new.pending),
+        (old.position, old.pending),
+        "position and plan are this data's truth, whatever the life"
+    );
+    assert!(matches!(
+        node.broker
+            .commit_slice(
+                node.p,
+                Slice {
+                    life: new.life,
+                    ..slice
+                }
+            )
+            .await
+            .unwrap(),
+        Committed::Done(_)
+    ));
 }
 
 /// A reader of any older life finds the last id that survived it, not only a reader of the one before.
@@ -47,10 +98,20 @@ async fn h03_each_life_is_listed_with_the_last_id_that_survived() {
         expect.push((head.life, last));
         assert_eq!(head.lives, expect[expect.len().saturating_sub(16)..]);
     }
-    let mut names: Vec<_> = node.head().await.lives.iter().map(|(life, _)| life.bits()).collect();
+    let mut names: Vec<_> = node
+        .head()
+        .await
+        .lives
+        .iter()
+        .map(|(life, _)| life.bits())
+        .collect();
     names.sort_unstable();
     names.dedup();
-    assert_eq!(names.len(), 16, "no name twice among those that are remembered");
+    assert_eq!(
+        names.len(),
+        16,
+        "no name twice among those that are remembered"
+    );
 }
 
 #[tokio::test]
@@ -81,7 +142,11 @@ async fn flushall_begins_a_life_with_a_new_name() {
     let old = node.head().await;
     let () = server.command("FLUSHALL");
     let new = node.head().await;
-    assert!(new.lives.iter().all(|(life, _)| *life != old.life), "{:?}", new.lives);
+    assert!(
+        new.lives.iter().all(|(life, _)| *life != old.life),
+        "{:?}",
+        new.lives
+    );
     assert_eq!((new.last, new.position), (BEGIN, Position::default()));
     assert!(new.origin >= old.origin);
     let id = node.publish("R", &["u:1"]).await;
@@ -98,7 +163,10 @@ async fn a_restart_begins_a_life_at_what_survived() {
     let last = node.publish("R", &["u:1"]).await;
     let old = node.head().await;
     server.kill();
-    assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
+    assert!(matches!(
+        node.broker.head(node.p).await,
+        Err(Error::Away(_))
+    ));
     server.restart();
     until(async || node.broker.head(node.p).await.is_ok()).await;
     let new = node.head().await;
@@ -118,8 +186,20 @@ async fn a_replica_answers_nothing() {
     let node = node_on(&server).await;
     node.publish("R", &["u:1"]).await;
     let () = server.command(&format!("REPLICAOF 127.0.0.1 {}", primary.port()));
-    assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
-    assert!(matches!(node.broker.page(node.p, &target("u:1"), BEGIN, 10).await, Err(Error::Away(_))));
-    assert!(matches!(node.broker.tick(node.p).await, Err(Error::Away(_))));
-    assert!(matches!(connect_to(&server.url(), &[SOURCE], Retention::default()).await, Err(Error::Away(_))));
+    assert!(matches!(
+        node.broker.head(node.p).await,
+        Err(Error::Away(_))
+    ));
+    assert!(matches!(
+        node.broker.page(node.p, &target("u:1"), BEGIN, 10).await,
+        Err(Error::Away(_))
+    ));
+    assert!(matches!(
+        node.broker.tick(node.p).await,
+        Err(Error::Away(_))
+    ));
+    assert!(matches!(
+        connect_to(&server.url(), &[SOURCE], Retention::default()).await,
+        Err(Error::Away(_))
+    ));
 }

@@ -9,9 +9,14 @@ async fn a_redis_that_is_not_there_is_away() {
     let mut server = RedisServer::start();
     let url = server.url();
     server.stop();
-    assert!(matches!(connect_to(&url, &[SOURCE], Retention::default()).await, Err(Error::Away(_))));
+    assert!(matches!(
+        connect_to(&url, &[SOURCE], Retention::default()).await,
+        Err(Error::Away(_))
+    ));
     server.restart();
-    connect_to(&url, &[SOURCE], Retention::default()).await.expect("it is there");
+    connect_to(&url, &[SOURCE], Retention::default())
+        .await
+        .expect("it is there");
 }
 
 #[tokio::test]
@@ -21,9 +26,21 @@ async fn a_redis_that_does_not_answer_in_time_is_away_and_then_works_again() {
     node.append(&["a"]).await;
     server.pause();
     let began = Instant::now();
-    assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
-    assert!(matches!(node.broker.read(node.p, EntryId::default(), 1, Duration::from_millis(50)).await, Err(Error::Away(_))));
-    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    assert!(matches!(
+        node.broker.head(node.p).await,
+        Err(Error::Away(_))
+    ));
+    assert!(matches!(
+        node.broker
+            .read(node.p, EntryId::default(), 1, Duration::from_millis(50))
+            .await,
+        Err(Error::Away(_))
+    ));
+    assert!(
+        began.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        began.elapsed()
+    );
     server.resume();
     until(async || node.broker.head(node.p).await.is_ok()).await;
     assert_eq!(drain(&node).await, 1);
@@ -37,9 +54,16 @@ async fn commands_fail_at_once_while_redis_is_known_to_be_away() {
     server.kill();
     let began = Instant::now();
     for _ in 0..200 {
-        assert!(matches!(node.broker.head(node.p).await, Err(Error::Away(_))));
+        assert!(matches!(
+            node.broker.head(node.p).await,
+            Err(Error::Away(_))
+        ));
     }
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
 }
 
 /// The reply is lost, the commit is not: sent again it is refused, and the head says what became of it.
@@ -49,14 +73,25 @@ async fn f26_a_commit_whose_answer_was_lost_is_refused_the_second_time() {
     let node = node_on(&server).await;
     let ids = node.append(&["a"]).await;
     let head = node.head().await;
-    let batch = Batch { life: head.life, prev: head.position, items: vec![commit(ids[0], "R", &["u:1"])] };
+    let batch = Batch {
+        life: head.life,
+        prev: head.position,
+        items: vec![commit(ids[0], "R", &["u:1"])],
+    };
     server.pause();
-    assert!(matches!(node.broker.commit(node.p, batch.clone()).await, Err(Error::Away(_))));
+    assert!(matches!(
+        node.broker.commit(node.p, batch.clone()).await,
+        Err(Error::Away(_))
+    ));
     server.resume();
     // What was sent may be executed before or after what comes now, on another connection: in either order it happens once.
     until(async || match node.broker.head(node.p).await {
         Ok(head) if head.position == ids[0].into() => true,
-        Ok(_) => node.broker.commit(node.p, batch.clone()).await.is_err_and(|error| panic!("{error}")),
+        Ok(_) => node
+            .broker
+            .commit(node.p, batch.clone())
+            .await
+            .is_err_and(|error| panic!("{error}")),
         Err(_) => false,
     })
     .await;
@@ -72,11 +107,25 @@ async fn h16_a_redis_that_cannot_write_says_that_it_lives() {
     let mut ear = node.ear().await;
     let id = node.publish("R", &["u:1"]).await;
     let () = server.command("CONFIG SET min-replicas-to-write 1");
-    let head = node.broker.head(node.p).await.expect("the head is readable");
+    let head = node
+        .broker
+        .head(node.p)
+        .await
+        .expect("the head is readable");
     assert_eq!(node.ids("u:1", BEGIN).await, [id]);
-    let batch = Batch { life: head.life, prev: head.position, items: vec![commit(after(head.position.entry), "R", &["u:1"])] };
-    assert!(matches!(node.broker.commit(node.p, batch).await, Err(Error::Away(_))));
-    assert!(matches!(node.broker.tick(node.p).await, Err(Error::Away(_))));
+    let batch = Batch {
+        life: head.life,
+        prev: head.position,
+        items: vec![commit(after(head.position.entry), "R", &["u:1"])],
+    };
+    assert!(matches!(
+        node.broker.commit(node.p, batch).await,
+        Err(Error::Away(_))
+    ));
+    assert!(matches!(
+        node.broker.tick(node.p).await,
+        Err(Error::Away(_))
+    ));
     assert!(matches!(ear.next().await, Notice::Alive { partition } if partition == node.p));
 }
 
@@ -100,15 +149,40 @@ async fn a_cut_ear_says_reset_and_hears_again() {
 #[tokio::test]
 async fn a_slow_receiver_misses_nothing() {
     let server = RedisServer::start();
-    let node = connect_to(&server.url(), &[SOURCE], Retention { log_entries: 100_000, ..Retention::default() }).await.unwrap();
+    let node = connect_to(
+        &server.url(),
+        &[SOURCE],
+        Retention {
+            log_entries: 100_000,
+            ..Retention::default()
+        },
+    )
+    .await
+    .unwrap();
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
     let record = "x".repeat(1_000);
     let mut published = Vec::new();
     for _ in 0..100 {
         let entry = after(node.head().await.position.entry);
-        let items = (0..64).map(|k| commit(EntryId { seq: entry.seq + k, ..entry }, &record, &["u:1"])).collect();
-        published.extend(node.commit(items).await.into_iter().map(|(_, id)| id.unwrap()));
+        let items = (0..64)
+            .map(|k| {
+                commit(
+                    EntryId {
+                        seq: entry.seq + k,
+                        ..entry
+                    },
+                    &record,
+                    &["u:1"],
+                )
+            })
+            .collect();
+        published.extend(
+            node.commit(items)
+                .await
+                .into_iter()
+                .map(|(_, id)| id.unwrap()),
+        );
     }
     let mut heard = Vec::new();
     while heard.len() < published.len() {
@@ -122,7 +196,12 @@ async fn a_slow_receiver_misses_nothing() {
 async fn a_receiver_that_is_too_slow_for_redis_is_told_that_it_missed_something() {
     let server = RedisServer::start();
     // No grace: over 64 KiB behind, the connection goes.
-    redis::cmd("CONFIG").arg("SET").arg("client-output-buffer-limit").arg("pubsub 65536 0 0").exec(&mut server.connection()).unwrap();
+    redis::cmd("CONFIG")
+        .arg("SET")
+        .arg("client-output-buffer-limit")
+        .arg("pubsub 65536 0 0")
+        .exec(&mut server.connection())
+        .unwrap();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -130,8 +209,24 @@ async fn a_receiver_that_is_too_slow_for_redis_is_told_that_it_missed_something(
     // Until Redis has cut it, nobody reads.
     until(async || {
         let entry = after(node.head().await.position.entry);
-        node.commit((0..64).map(|k| commit(EntryId { seq: entry.seq + k, ..entry }, &record, &["u:1"])).collect()).await;
-        server.command::<String>("CLIENT LIST TYPE pubsub").is_empty()
+        node.commit(
+            (0..64)
+                .map(|k| {
+                    commit(
+                        EntryId {
+                            seq: entry.seq + k,
+                            ..entry
+                        },
+                        &record,
+                        &["u:1"],
+                    )
+                })
+                .collect(),
+        )
+        .await;
+        server
+            .command::<String>("CLIENT LIST TYPE pubsub")
+            .is_empty()
     })
     .await;
     let mut n_heard = 0;
@@ -152,7 +247,12 @@ async fn a_dropped_ear_leaves_no_connection() {
         let mut ear = node.ear().await;
         ear.hear("u:1", 1).await;
     }
-    until(async || server.command::<String>("CLIENT LIST TYPE pubsub").is_empty()).await;
+    until(async || {
+        server
+            .command::<String>("CLIENT LIST TYPE pubsub")
+            .is_empty()
+    })
+    .await;
 }
 
 /// The wait at Redis ends with the read: a read given up must not keep the next one waiting, nor leave connections.
@@ -162,12 +262,23 @@ async fn a_read_that_is_given_up_ends() {
     let node = node_on(&server).await;
     let before = server.command::<String>("CLIENT LIST").lines().count();
     for _ in 0..20 {
-        let read = node.broker.read(node.p, EntryId::default(), 1, Duration::from_secs(600));
-        tokio::time::timeout(Duration::from_millis(5), read).await.expect_err("nothing to read");
+        let read = node
+            .broker
+            .read(node.p, EntryId::default(), 1, Duration::from_secs(600));
+        tokio::time::timeout(Duration::from_millis(5), read)
+            .await
+            .expect_err("nothing to read");
     }
     until(async || server.command::<String>("CLIENT LIST").lines().count() <= before + 1).await;
     node.append(&["a"]).await;
-    assert_eq!(node.broker.read(node.p, EntryId::default(), 1, Duration::from_secs(600)).await.unwrap().len(), 1);
+    assert_eq!(
+        node.broker
+            .read(node.p, EntryId::default(), 1, Duration::from_secs(600))
+            .await
+            .unwrap()
+            .len(),
+        1
+    );
 }
 
 /// After a restart or a `SCRIPT FLUSH` Redis does not know the scripts any more.
@@ -185,11 +296,25 @@ async fn forgotten_scripts_are_sent_again() {
 async fn h01_reads_do_not_stay_behind_on_an_older_connection_than_commits() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let read = async || node.broker.read(node.p, EntryId::default(), 1, Duration::ZERO).await.unwrap();
+    let read = async || {
+        node.broker
+            .read(node.p, EntryId::default(), 1, Duration::ZERO)
+            .await
+            .unwrap()
+    };
     let with = |command: &str| -> Vec<String> {
         let list: String = server.command("CLIENT LIST TYPE normal");
-        let found = list.lines().filter(|line| line.contains(&format!("cmd={command} ")));
-        found.filter_map(|line| line.strip_prefix("id=")?.split(' ').next().map(str::to_owned)).collect()
+        let found = list
+            .lines()
+            .filter(|line| line.contains(&format!("cmd={command} ")));
+        found
+            .filter_map(|line| {
+                line.strip_prefix("id=")?
+                    .split(' ')
+                    .next()
+                    .map(str::to_owned)
+            })
+            .collect()
     };
     read().await;
     read().await;

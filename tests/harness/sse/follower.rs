@@ -52,7 +52,10 @@ impl Follower {
         let shared = Arc::new(Shared::default());
         let (query, worker) = (query.to_owned(), shared.clone());
         let thread = std::thread::spawn(move || worker.follow(addr, &query));
-        Self { shared, thread: Some(thread) }
+        Self {
+            shared,
+            thread: Some(thread),
+        }
     }
 
     /// Waits until it has an id to come back with: from here on it misses nothing.
@@ -60,7 +63,9 @@ impl Follower {
     /// # Panics
     /// If that takes longer.
     pub(crate) fn connected(self, within: Duration) -> Self {
-        self.wait(within, "a first event id", |record| !record.last_event_id.is_empty());
+        self.wait(within, "a first event id", |record| {
+            !record.last_event_id.is_empty()
+        });
         self
     }
 
@@ -68,7 +73,12 @@ impl Follower {
     ///
     /// # Panics
     /// If that takes longer, or the follower gave up or died.
-    pub(crate) fn wait(&self, within: Duration, what: &str, wish: impl FnMut(&Record) -> bool) -> Record {
+    pub(crate) fn wait(
+        &self,
+        within: Duration,
+        what: &str,
+        wish: impl FnMut(&Record) -> bool,
+    ) -> Record {
         self.wait_until(within, what, wish).record.clone()
     }
 
@@ -80,11 +90,20 @@ impl Follower {
         drop(self.wait_until(within, what, wish));
     }
 
-    fn wait_until(&self, within: Duration, what: &str, mut wish: impl FnMut(&Record) -> bool) -> MutexGuard<'_, State> {
+    fn wait_until(
+        &self,
+        within: Duration,
+        what: &str,
+        mut wish: impl FnMut(&Record) -> bool,
+    ) -> MutexGuard<'_, State> {
         let deadline = Instant::now() + within;
         let mut state = self.shared.lock();
         while !wish(&state.record) {
-            assert!(state.record.gave_up.is_none(), "waiting for {what}, but it gave up: {:?}", state.record);
+            assert!(
+                state.record.gave_up.is_none(),
+                "waiting for {what}, but it gave up: {:?}",
+                state.record
+            );
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(
                 !left.is_zero(),
@@ -92,8 +111,16 @@ impl Follower {
                 state.record.notifications.len(),
                 state.record.notifications.last()
             );
-            assert!(!self.thread.as_ref().is_some_and(JoinHandle::is_finished), "waiting for {what}, but the follower panicked");
-            state = self.shared.changed.wait_timeout(state, left.min(Duration::from_secs(1))).expect("the follower panicked").0;
+            assert!(
+                !self.thread.as_ref().is_some_and(JoinHandle::is_finished),
+                "waiting for {what}, but the follower panicked"
+            );
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left.min(Duration::from_secs(1)))
+                .expect("the follower panicked")
+                .0;
         }
         state
     }
@@ -116,13 +143,18 @@ impl Follower {
     /// # Panics
     /// With the follower's own panic, if it had one.
     pub(crate) fn stop(mut self) -> Record {
-        self.end().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        self.end()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         self.shared.lock().record.clone()
     }
 
     fn end(&mut self) -> std::thread::Result<()> {
         {
-            let mut state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut state = self
+                .shared
+                .state
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
             state.stopping = true;
             state.cut();
         }
@@ -159,26 +191,38 @@ impl Shared {
                 if state.stopping {
                     return;
                 }
-                let Some(left) =
-                    state.away_until.map(|until| until.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
+                let Some(left) = state
+                    .away_until
+                    .map(|until| until.saturating_duration_since(Instant::now()))
+                    .filter(|left| !left.is_zero())
                 else {
                     break;
                 };
-                state = self.changed.wait_timeout(state, left).expect("nobody panics with it").0;
+                state = self
+                    .changed
+                    .wait_timeout(state, left)
+                    .expect("nobody panics with it")
+                    .0;
             }
             let request = Request::new(addr, query).last_event_id(&state.record.last_event_id);
             drop(state);
             match request.open(Duration::from_secs(5)) {
                 Ok(stream) => self.read(stream),
                 Err(Refused { status: None, .. }) => {}
-                Err(Refused { status: Some(_), text }) => {
+                Err(Refused {
+                    status: Some(_),
+                    text,
+                }) => {
                     self.lock().record.gave_up = Some(text);
                     self.changed.notify_all();
                     return;
                 }
             }
             let state = self.lock();
-            drop(self.changed.wait_timeout_while(state, Duration::from_millis(20), |state| !state.stopping));
+            drop(
+                self.changed
+                    .wait_timeout_while(state, Duration::from_millis(20), |state| !state.stopping),
+            );
         }
     }
 
@@ -199,7 +243,9 @@ impl Shared {
                     if frame.state() == Some("gap") {
                         state.record.gaps.push(frame.data.unwrap_or_default());
                     }
-                    stream.last_event_id().clone_into(&mut state.record.last_event_id);
+                    stream
+                        .last_event_id()
+                        .clone_into(&mut state.record.last_event_id);
                     self.changed.notify_all();
                     drop(state);
                     stream.forget();

@@ -25,41 +25,84 @@ impl Play {
     /// in the logs of all its targets.
     async fn check_ingest(&self, partition: PartitionNumber) -> Vec<(NotificationId, Record)> {
         let broker = &self.stage.puppet.broker;
-        let entries = answered("read", async || broker.read(partition, EntryId::default(), 1_000_000, Duration::ZERO).await).await;
-        let mut decisions = answered("decisions", async || broker.decisions(partition, 1_000_000).await).await;
+        let entries = answered("read", async || {
+            broker
+                .read(partition, EntryId::default(), 1_000_000, Duration::ZERO)
+                .await
+        })
+        .await;
+        let mut decisions = answered("decisions", async || {
+            broker.decisions(partition, 1_000_000).await
+        })
+        .await;
         decisions.reverse();
         let decided: Vec<EntryId> = decisions.iter().map(|decision| decision.0).collect();
-        assert_eq!(decided, entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), "one outcome an entry, in order");
+        assert_eq!(
+            decided,
+            entries.iter().map(|entry| entry.id).collect::<Vec<_>>(),
+            "one outcome an entry, in order"
+        );
         let state = answered("state", async || broker.state(partition).await).await;
         assert_eq!((state.lag, state.lost_upstream), (0, 0));
         for outcome in Outcome::ALL {
-            let n_decided = decisions.iter().filter(|decision| decision.1 == outcome).count() as u64;
-            assert_eq!(state.outcomes.get(outcome.as_str()).copied().unwrap_or(0), n_decided, "{outcome:?}");
+            let n_decided = decisions
+                .iter()
+                .filter(|decision| decision.1 == outcome)
+                .count() as u64;
+            assert_eq!(
+                state.outcomes.get(outcome.as_str()).copied().unwrap_or(0),
+                n_decided,
+                "{outcome:?}"
+            );
         }
         let ids: Vec<NotificationId> = decisions.iter().filter_map(|decision| decision.2).collect();
         assert!(ids.is_sorted_by(|a, b| a < b), "{ids:?}");
         let records = answered("records", async || broker.records(partition, &ids).await).await;
-        let history: Vec<_> =
-            ids.into_iter().zip(records).map(|(id, record)| (id, Record::parse(&record.expect("a record")).expect("JSON"))).collect();
+        let history: Vec<_> = ids
+            .into_iter()
+            .zip(records)
+            .map(|(id, record)| (id, Record::parse(&record.expect("a record")).expect("JSON")))
+            .collect();
         let mut uids = HashSet::new();
         let mut logs: HashMap<Target, Vec<NotificationId>> = HashMap::new();
         for (id, record) in &history {
-            assert!(uids.insert(event_id(record)), "{id} is a second {}", event_id(record));
+            assert!(
+                uids.insert(event_id(record)),
+                "{id} is a second {}",
+                event_id(record)
+            );
             for target in record.notification().plan.targets() {
                 logs.entry(target).or_default().push(*id);
             }
         }
         for (target, ids) in logs {
-            let page = answered("page", async || broker.page(partition, &target, NotificationId(0), 1_000_000).await).await;
+            let page = answered("page", async || {
+                broker
+                    .page(partition, &target, NotificationId(0), 1_000_000)
+                    .await
+            })
+            .await;
             let kept: Vec<NotificationId> = page.entries.iter().map(|entry| entry.0).collect();
-            assert!(!kept.is_empty() && ids.ends_with(&kept), "the log of {target} has {kept:?} of {ids:?}");
-            assert!(kept.len() == ids.len() || matches!(self.kind, Kind::ShortLogs), "the log of {target} has only {kept:?} of {ids:?}");
+            assert!(
+                !kept.is_empty() && ids.ends_with(&kept),
+                "the log of {target} has {kept:?} of {ids:?}"
+            );
+            assert!(
+                kept.len() == ids.len() || matches!(self.kind, Kind::ShortLogs),
+                "the log of {target} has only {kept:?} of {ids:?}"
+            );
         }
         history
     }
 
     /// Whether the event must, or must not, have reached this user; `None` where it depends on who was quicker.
-    fn reaches(&self, user: &str, partition: PartitionNumber, id: NotificationId, record: &Record) -> Option<bool> {
+    fn reaches(
+        &self,
+        user: &str,
+        partition: PartitionNumber,
+        id: NotificationId,
+        record: &Record,
+    ) -> Option<bool> {
         let route = record.route(0);
         let mut is_crew = false;
         let mut is_named = false;
@@ -79,14 +122,22 @@ impl Play {
             Some(false)
         };
         // It may have expired on the way.
-        if route.expires_ms.is_some() && reaches == Some(true) { None } else { reaches }
+        if route.expires_ms.is_some() && reaches == Some(true) {
+            None
+        } else {
+            reaches
+        }
     }
 
     /// A user has one membership of a group, the newest: what an earlier one let in may have been seen meanwhile.
     fn was_crew(&self, partition: PartitionNumber, id: NotificationId) -> Option<bool> {
         let mut answer = Some(false);
         for (at, stays) in self.stays.iter().enumerate() {
-            let Stay { span, joined_by, left_by } = stays[&partition];
+            let Stay {
+                span,
+                joined_by,
+                left_by,
+            } = stays[&partition];
             let is_newest = at + 1 == self.stays.len();
             if is_newest && joined_by < id && span.left.is_none_or(|left| id <= left) {
                 return Some(true);
@@ -98,7 +149,12 @@ impl Play {
         answer
     }
 
-    fn check_delivery(&self, client: &Client, partition: PartitionNumber, history: &[(NotificationId, Record)]) {
+    fn check_delivery(
+        &self,
+        client: &Client,
+        partition: PartitionNumber,
+        history: &[(NotificationId, Record)],
+    ) {
         let nothing = Vec::new();
         let received = client.received.get(&partition).unwrap_or(&nothing);
         let who = format!("{} in {}", client.user, partition.0);
@@ -113,10 +169,16 @@ impl Play {
                     // A later one of the same key took its place; in a fail-over that one may have been lost as well.
                     let later = &history[at + 1..];
                     let takes_its_place = |(id, record): &(NotificationId, Record)| {
-                        record.route(0).collapse == *key && self.reaches(client.user, partition, *id, record) != Some(false)
+                        record.route(0).collapse == *key
+                            && self.reaches(client.user, partition, *id, record) != Some(false)
                     };
-                    let is_superseded = key.is_some() && (matches!(self.kind, Kind::FailOvers) || later.iter().any(takes_its_place));
-                    assert!(is_covered || is_superseded, "{who}: {uid} ({id}) is missing after {begin}: {received:?}");
+                    let is_superseded = key.is_some()
+                        && (matches!(self.kind, Kind::FailOvers)
+                            || later.iter().any(takes_its_place));
+                    assert!(
+                        is_covered || is_superseded,
+                        "{who}: {uid} ({id}) is missing after {begin}: {received:?}"
+                    );
                 }
                 Some(false) => assert!(!has, "{who}: {uid} ({id}) is not theirs: {:?}", self.stays),
                 _ => {}
@@ -139,24 +201,44 @@ impl Play {
         for one in received {
             match one {
                 Received::Gap(gap) if gap.reason == GapReason::Rewound => {
-                    assert!(matches!(self.kind, Kind::FailOvers), "{who}: {gap:?} without a fail-over");
+                    assert!(
+                        matches!(self.kind, Kind::FailOvers),
+                        "{who}: {gap:?} without a fail-over"
+                    );
                     had.retain(|_, id| *id <= gap.from);
                     before.clear();
                     begin = begin.min(gap.from);
                 }
                 Received::Gap(gap) => {
                     // After a rewind to a life that nobody knows, the whole of history is read, and there was something before it.
-                    let is_possible = matches!(self.kind, Kind::ShortLogs) || begin == NotificationId(0);
+                    let is_possible =
+                        matches!(self.kind, Kind::ShortLogs) || begin == NotificationId(0);
                     assert!(is_possible, "{who}: {gap:?}, but nothing was cut");
                     trimmed.push(*gap);
                 }
-                Received::Event { uid, id, priority, key } => {
-                    assert!(had.insert(uid, *id).is_none(), "{who}: {uid} ({id}) came twice: {received:?}");
+                Received::Event {
+                    uid,
+                    id,
+                    priority,
+                    key,
+                } => {
+                    assert!(
+                        had.insert(uid, *id).is_none(),
+                        "{who}: {uid} ({id}) came twice: {received:?}"
+                    );
                     ever.insert(uid.as_str());
-                    for (earlier, early, early_key) in before.iter().filter(|(earlier, ..)| earlier > id) {
+                    for (earlier, early, early_key) in
+                        before.iter().filter(|(earlier, ..)| earlier > id)
+                    {
                         // Only what is more urgent may have come first. An id with a key may come back late, but never after its successor.
-                        assert!(early > priority || key.is_some(), "{who}: {earlier} came before {id}: {received:?}");
-                        assert!(key.is_none() || key != *early_key, "{who}: the older state {id} came after {earlier}: {received:?}");
+                        assert!(
+                            early > priority || key.is_some(),
+                            "{who}: {earlier} came before {id}: {received:?}"
+                        );
+                        assert!(
+                            key.is_none() || key != *early_key,
+                            "{who}: the older state {id} came after {earlier}: {received:?}"
+                        );
                     }
                     before.push((*id, *priority, key));
                 }

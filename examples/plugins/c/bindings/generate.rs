@@ -12,7 +12,10 @@ use wit_bindgen_core::wit_parser::Resolve;
 const WIT: &str = "../../../../wit";
 
 fn main() -> Result<()> {
-    #[expect(clippy::print_stdout, reason = "it is how a build script speaks to Cargo")]
+    #[expect(
+        clippy::print_stdout,
+        reason = "it is how a build script speaks to Cargo"
+    )]
     {
         println!("cargo::rerun-if-changed={WIT}");
     }
@@ -20,7 +23,9 @@ fn main() -> Result<()> {
     let (package, _) = resolve.push_path(WIT)?;
     let world = resolve.select_world(&[package], Some("full-plugin"))?;
     let mut files = Files::default();
-    Opts::default().build().generate(&mut resolve, world, &mut files)?;
+    Opts::default()
+        .build()
+        .generate(&mut resolve, world, &mut files)?;
     let folder = PathBuf::from(env::var("OUT_DIR")?);
     for (name, content) in files.iter() {
         fs::write(folder.join(Path::new(name)), content)?;

@@ -9,13 +9,20 @@ macro_rules! generated {
     ($($name:literal),+) => { [$(($name, include_bytes!(concat!(env!("OUT_DIR"), "/", $name)).as_slice())),+] };
 }
 
-const FILES: [(&str, &[u8]); 3] = generated!["full_plugin.h", "full_plugin.c", "full_plugin_component_type.o"];
+const FILES: [(&str, &[u8]); 3] = generated![
+    "full_plugin.h",
+    "full_plugin.c",
+    "full_plugin_component_type.o"
+];
 
 fn main() -> Result<()> {
-    let folder = env::args_os().nth(1).context("give the folder to write to")?;
+    let folder = env::args_os()
+        .nth(1)
+        .context("give the folder to write to")?;
     fs::create_dir_all(&folder)?;
     for (name, content) in FILES {
-        fs::write(Path::new(&folder).join(name), content).with_context(|| format!("write {name}"))?;
+        fs::write(Path::new(&folder).join(name), content)
+            .with_context(|| format!("write {name}"))?;
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! Tells customers of their parcels: a filter and a router. What it decides is in `../README.md`.
 
 use pointsman_plugin::{
-    Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority, Route, Router, Target, Test, Value, Verdict,
-    clock, export, log,
+    Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority,
+    Route, Router, Target, Test, Value, Verdict, clock, export, log,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -48,7 +48,9 @@ impl Plugin for Parcels {
 
 impl Filter for Parcels {
     fn evaluate(&self, event: &Event) -> Result<Verdict, Failure> {
-        if matches!(event.attribute("test"), Some(Value::Flag(true))) || event.text("test") == Some("true") {
+        if matches!(event.attribute("test"), Some(Value::Flag(true)))
+            || event.text("test") == Some("true")
+        {
             return Ok(Verdict::Drop("a test".into()));
         }
         if clock::now_ms() > event.time_ms + 7 * 24 * HOUR_MS {
@@ -56,8 +58,14 @@ impl Filter for Parcels {
         }
         if number(event, "/hours_late").is_some_and(|hours| hours >= 24.0) {
             let is_urgent_enough = matches!(event.priority, Priority::High | Priority::Urgent);
-            let late = Attribute { name: "late".into(), value: Value::Flag(true) };
-            return Ok(Verdict::Amend(Amendment { priority: (!is_urgent_enough).then_some(Priority::High), attributes: vec![late] }));
+            let late = Attribute {
+                name: "late".into(),
+                value: Value::Flag(true),
+            };
+            return Ok(Verdict::Amend(Amendment {
+                priority: (!is_urgent_enough).then_some(Priority::High),
+                attributes: vec![late],
+            }));
         }
         Ok(Verdict::Keep)
     }
@@ -84,27 +92,48 @@ fn moved(event: &Event) -> Result<Route, Failure> {
         .event_name("parcel")
         .body(&json!({ "number": parcel, "place": place, "stops": stops }));
     let is_late = matches!(event.attribute("late"), Some(Value::Flag(true)));
-    Ok(if is_late { route } else { route.priority(Priority::Low) })
+    Ok(if is_late {
+        route
+    } else {
+        route.priority(Priority::Low)
+    })
 }
 
 fn delivered(event: &Event) -> Result<Route, Failure> {
     let (customer, parcel) = (customer(event)?, parcel(event)?);
-    let depot = event.text("depot").filter(|depot| !depot.is_empty()).map(|depot| Target::Group(format!("depot-{depot}")));
+    let depot = event
+        .text("depot")
+        .filter(|depot| !depot.is_empty())
+        .map(|depot| Target::Group(format!("depot-{depot}")));
     let targets: Vec<Target> = [customer].into_iter().chain(depot).collect();
-    Ok(Route::to(targets).collapse_key(format!("parcel-{parcel}")).event_name("parcel"))
+    Ok(Route::to(targets)
+        .collapse_key(format!("parcel-{parcel}"))
+        .event_name("parcel"))
 }
 
 impl Parcels {
     fn held(&self, event: &Event) -> Result<Vec<Route>, Failure> {
         let customer = customer(event)?;
-        let fee = number(event, "/fee").ok_or_else(|| Failure::Retry("the fee is not known yet".into()))?;
-        let priority = if fee >= self.0.urgent_fee { Priority::Urgent } else { Priority::High };
+        let fee = number(event, "/fee")
+            .ok_or_else(|| Failure::Retry("the fee is not known yet".into()))?;
+        let priority = if fee >= self.0.urgent_fee {
+            Priority::Urgent
+        } else {
+            Priority::High
+        };
         let by_day = [Test::new("shift", Operator::Equals, ["day".into()])];
-        let in_charge =
-            [Test::new("role", Operator::OneOf, ["lead".into(), "stand-in".into()]), Test::new("open", Operator::Less, [50.into()])];
+        let in_charge = [
+            Test::new("role", Operator::OneOf, ["lead".into(), "stand-in".into()]),
+            Test::new("open", Operator::Less, [50.into()]),
+        ];
         Ok(vec![
-            Route::to([customer]).priority(priority).event_name("parcel"),
-            Route::to_group("customs").when(by_day).when(in_charge).ttl_ms(12 * HOUR_MS),
+            Route::to([customer])
+                .priority(priority)
+                .event_name("parcel"),
+            Route::to_group("customs")
+                .when(by_day)
+                .when(in_charge)
+                .ttl_ms(12 * HOUR_MS),
         ])
     }
 }
@@ -113,7 +142,9 @@ fn recalled(event: &Event) -> Result<Route, Failure> {
     let parcel = parcel(event)?;
     log::warn("a recall goes to everyone");
     let concerned = match event.attribute("/heavier_than") {
-        Some(weight @ (Value::Integer(_) | Value::Decimal(_))) => Test::new("weight", Operator::Greater, [weight.clone()]),
+        Some(weight @ (Value::Integer(_) | Value::Decimal(_))) => {
+            Test::new("weight", Operator::Greater, [weight.clone()])
+        }
         _ => Test::new("parcels", Operator::Greater, [0.into()]),
     };
     Ok(Route::to_everyone()
@@ -126,12 +157,17 @@ fn recalled(event: &Event) -> Result<Route, Failure> {
 }
 
 fn customer(event: &Event) -> Result<Target, Failure> {
-    let refused = "the event names no customer: give the attribute customer a text or a whole number";
-    name(event, "customer").map(Target::User).ok_or_else(|| Failure::Reject(refused.into()))
+    let refused =
+        "the event names no customer: give the attribute customer a text or a whole number";
+    name(event, "customer")
+        .map(Target::User)
+        .ok_or_else(|| Failure::Reject(refused.into()))
 }
 
 fn parcel(event: &Event) -> Result<String, Failure> {
-    name(event, "/number").ok_or_else(|| Failure::Reject("the payload names no parcel: give /number a text or a whole number".into()))
+    name(event, "/number").ok_or_else(|| {
+        Failure::Reject("the payload names no parcel: give /number a text or a whole number".into())
+    })
 }
 
 /// Where the parcel is, and how many stops it has made. No JSON pointer says "the last one", so the payload is parsed here.
@@ -139,10 +175,14 @@ fn last_place(event: &Event) -> Result<(String, usize), Failure> {
     let payload: Option<serde_json::Value> = event.json().ok();
     let place = payload.as_ref().and_then(|payload| {
         let steps = payload["steps"].as_array()?;
-        let place = steps.last()?["place"].as_str().filter(|place| !place.is_empty())?;
+        let place = steps.last()?["place"]
+            .as_str()
+            .filter(|place| !place.is_empty())?;
         Some((place.to_owned(), steps.len()))
     });
-    place.ok_or_else(|| Failure::Reject("the payload has no place: give the last of /steps a place".into()))
+    place.ok_or_else(|| {
+        Failure::Reject("the payload has no place: give the last of /steps a place".into())
+    })
 }
 
 /// A text that is not empty, or a whole number as one.
@@ -172,7 +212,9 @@ mod tests {
     fn a_parcel_that_moved_tells_where_it_is_in_place_of_what_it_told_before() {
         let plugin: Parcels = testing::configure(json!({})).unwrap();
         let payload = json!({"number": 9_007_199_254_740_993_i64, "steps": [{"place": "Graz"}, {"place": "Łódź"}]});
-        let event = testing::event("parcel.moved").attribute("customer", "42").json(&payload);
+        let event = testing::event("parcel.moved")
+            .attribute("customer", "42")
+            .json(&payload);
         let routes = plugin.resolve(&event.seen_by(&plugin).unwrap()).unwrap();
         let expected = Route::to_user("42")
             .priority(Priority::Low)

@@ -27,9 +27,19 @@ struct Kept {
 }
 
 impl Stored {
-    fn find(user: &Name, table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Self, Failure> {
-        let Some(row) = table.get(user.as_str())? else { return Ok(Self::default()) };
-        Self::read(row.value()).map_err(|error| Failure::unreadable(&format!("the row of the bookmarks of user '{user}'"), &error))
+    fn find(
+        user: &Name,
+        table: &impl ReadableTable<&'static str, &'static [u8]>,
+    ) -> Result<Self, Failure> {
+        let Some(row) = table.get(user.as_str())? else {
+            return Ok(Self::default());
+        };
+        Self::read(row.value()).map_err(|error| {
+            Failure::unreadable(
+                &format!("the row of the bookmarks of user '{user}'"),
+                &error,
+            )
+        })
     }
 
     pub(super) fn read(row: &[u8]) -> serde_json::Result<Self> {
@@ -38,9 +48,13 @@ impl Stored {
 
     /// Forgets what was left alone for too long. `false`: nothing is left.
     pub(super) fn retain(&mut self, retention: &Retention, now_ms: u64) -> bool {
-        let is_kept = |which: &BookmarkOf, kept: &Kept| kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which));
-        self.devices.retain(|device, kept| is_kept(&BookmarkOf::Device(device.clone()), kept));
-        self.read_mark.take_if(|kept| !is_kept(&BookmarkOf::ReadMark, kept));
+        let is_kept = |which: &BookmarkOf, kept: &Kept| {
+            kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which))
+        };
+        self.devices
+            .retain(|device, kept| is_kept(&BookmarkOf::Device(device.clone()), kept));
+        self.read_mark
+            .take_if(|kept| !is_kept(&BookmarkOf::ReadMark, kept));
         !self.devices.is_empty() || self.read_mark.is_some()
     }
 
@@ -78,7 +92,10 @@ impl Work<'_> {
         if have.map(|kept| &kept.bookmark) != seen {
             return Ok(false);
         }
-        let kept = Kept { bookmark: to, moved_ms: self.now_ms };
+        let kept = Kept {
+            bookmark: to,
+            moved_ms: self.now_ms,
+        };
         match which {
             BookmarkOf::Device(device) => {
                 stored.devices.remove(device);
@@ -88,7 +105,9 @@ impl Work<'_> {
             BookmarkOf::ReadMark => stored.read_mark = Some(kept),
         }
         let row = serde_json::to_vec(&stored).expect("names, texts and numbers are JSON");
-        self.tables.bookmarks.insert(user.as_str(), row.as_slice())?;
+        self.tables
+            .bookmarks
+            .insert(user.as_str(), row.as_slice())?;
         Ok(true)
     }
 }
@@ -101,6 +120,15 @@ pub(super) fn bookmarks(
 ) -> Result<BTreeMap<BookmarkOf, Bookmark>, Failure> {
     let mut stored = Stored::find(user, &transaction.open_table(layout::BOOKMARKS)?)?;
     stored.retain(retention, now_ms);
-    let devices = stored.devices.into_iter().map(|(device, kept)| (BookmarkOf::Device(device), kept.bookmark));
-    Ok(devices.chain(stored.read_mark.map(|kept| (BookmarkOf::ReadMark, kept.bookmark))).collect())
+    let devices = stored
+        .devices
+        .into_iter()
+        .map(|(device, kept)| (BookmarkOf::Device(device), kept.bookmark));
+    Ok(devices
+        .chain(
+            stored
+                .read_mark
+                .map(|kept| (BookmarkOf::ReadMark, kept.bookmark)),
+        )
+        .collect())
 }

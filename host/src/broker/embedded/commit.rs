@@ -41,10 +41,15 @@ impl Work<'_> {
         if batch.life != meta.life() || batch.prev != meta.position() || batch.prev.slices > 0 {
             return Ok(Committed::Refused);
         }
-        let ascends =
-            batch.items.first().is_none_or(|first| first.entry > batch.prev.entry) && batch.items.is_sorted_by(|a, b| a.entry < b.entry);
+        let ascends = batch
+            .items
+            .first()
+            .is_none_or(|first| first.entry > batch.prev.entry)
+            && batch.items.is_sorted_by(|a, b| a.entry < b.entry);
         if !ascends {
-            return Err(refuse("the entries of a batch follow its position, in ascending order"));
+            return Err(refuse(
+                "the entries of a batch follow its position, in ascending order",
+            ));
         }
         let mut outcomes = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
@@ -57,14 +62,30 @@ impl Work<'_> {
     }
 
     /// See [`crate::broker::Broker::commit_slice`].
-    pub(super) fn commit_slice(&mut self, place: usize, slice: &Slice) -> Result<Committed, Failure> {
-        let Slice { life, prev, item, index, is_last } = slice;
+    pub(super) fn commit_slice(
+        &mut self,
+        place: usize,
+        slice: &Slice,
+    ) -> Result<Committed, Failure> {
+        let Slice {
+            life,
+            prev,
+            item,
+            index,
+            is_last,
+        } = slice;
         let meta = &self.metas[place];
-        let follows = if *index == 0 { item.entry > prev.entry } else { item.entry == prev.entry };
+        let follows = if *index == 0 {
+            item.entry > prev.entry
+        } else {
+            item.entry == prev.entry
+        };
         if *life != meta.life() || *prev != meta.position() || *index != prev.slices || !follows {
             return Ok(Committed::Refused);
         }
-        let Proposal::Commit { record, targets } = &item.proposal else { return Err(refuse("only a plan that is committed has slices")) };
+        let Proposal::Commit { record, targets } = &item.proposal else {
+            return Err(refuse("only a plan that is committed has slices"));
+        };
         let id = match (index, meta.pending) {
             (0, _) if *is_last || self.is_duplicate(place, item)? => {
                 let outcome = self.settle(place, item)?;
@@ -74,11 +95,18 @@ impl Work<'_> {
             (0, _) => {
                 let id = self.next_id(place);
                 self.remember(place, item)?;
-                self.tables.records.insert((self.partitions[place].number.0, id.0), record.as_ref())?;
+                self.tables
+                    .records
+                    .insert((self.partitions[place].number.0, id.0), record.as_ref())?;
                 id
             }
             (_, Some(pending)) => pending,
-            (_, None) => return Err(Failure::damaged(format!("partition {} is amid a plan that it does not name", self.number(place)))),
+            (_, None) => {
+                return Err(Failure::damaged(format!(
+                    "partition {} is amid a plan that it does not name",
+                    self.number(place)
+                )));
+            }
         };
         self.index(place, id, targets, record)?;
         let meta = &mut self.metas[place];
@@ -89,13 +117,20 @@ impl Work<'_> {
             self.arrive(place, item.entry);
         } else {
             meta.pending = Some(id);
-            meta.set_position(Position { entry: item.entry, slices: index + 1 });
+            meta.set_position(Position {
+                entry: item.entry,
+                slices: index + 1,
+            });
         }
         Ok(Committed::Done(vec![(Outcome::Committed, Some(id))]))
     }
 
     /// Gives one item its outcome.
-    fn settle(&mut self, place: usize, item: &Item) -> Result<(Outcome, Option<NotificationId>), Failure> {
+    fn settle(
+        &mut self,
+        place: usize,
+        item: &Item,
+    ) -> Result<(Outcome, Option<NotificationId>), Failure> {
         let is_dead = matches!(item.proposal, Proposal::DeadLetter(_));
         // Not for dead letters, neither way: what is redriven after its cause was mended is no retry of the publisher's.
         if !is_dead {
@@ -114,7 +149,9 @@ impl Work<'_> {
             }
             Proposal::Commit { record, targets } => {
                 let id = self.next_id(place);
-                self.tables.records.insert((self.partitions[place].number.0, id.0), record.as_ref())?;
+                self.tables
+                    .records
+                    .insert((self.partitions[place].number.0, id.0), record.as_ref())?;
                 self.index(place, id, targets, record)?;
                 self.metas[place].last = id;
                 (Outcome::Committed, Some(id))
@@ -131,8 +168,16 @@ impl Work<'_> {
         let meta = &mut self.metas[place];
         meta.set_position(entry.into());
         // A few marks a period are enough: an entry is then kept at most an eighth longer than asked.
-        if meta.marks.back().is_none_or(|&(ms, _)| now_ms.saturating_sub(ms) >= keep_ms / 8) {
-            while meta.marks.get(1).is_some_and(|&(ms, _)| ms.saturating_add(keep_ms) <= now_ms) {
+        if meta
+            .marks
+            .back()
+            .is_none_or(|&(ms, _)| now_ms.saturating_sub(ms) >= keep_ms / 8)
+        {
+            while meta
+                .marks
+                .get(1)
+                .is_some_and(|&(ms, _)| ms.saturating_add(keep_ms) <= now_ms)
+            {
                 meta.marks.pop_front();
             }
             meta.marks.push_back((now_ms, entry));
@@ -147,28 +192,58 @@ impl Work<'_> {
     }
 
     /// Writes the notification into the logs, and says so.
-    fn index(&mut self, place: usize, id: NotificationId, targets: &[Target], record: &Bytes) -> Result<(), Failure> {
+    fn index(
+        &mut self,
+        place: usize,
+        id: NotificationId,
+        targets: &[Target],
+        record: &Bytes,
+    ) -> Result<(), Failure> {
         let number = self.number(place);
         let meta = &self.metas[place];
         // What was before the first entry of a log that is absent is not known below the floor; above it, there was nothing.
         let absent = meta.floor(self.now_ms).min(meta.last);
         for target in targets {
             let log = target.to_string();
-            let cap = if *target == Target::Everyone { self.retention.everyone_entries } else { self.retention.log_entries };
-            let found = self.tables.logs.get((number, log.as_str()))?.map(|row| row.value());
+            let cap = if *target == Target::Everyone {
+                self.retention.everyone_entries
+            } else {
+                self.retention.log_entries
+            };
+            let found = self
+                .tables
+                .logs
+                .get((number, log.as_str()))?
+                .map(|row| row.value());
             let (mut length, top) = found.unwrap_or((0, absent.0));
-            self.tables.index.insert((number, log.as_str(), id.0), top)?;
+            self.tables
+                .index
+                .insert((number, log.as_str(), id.0), top)?;
             length += 1;
             while length > cap.max(1) {
-                let first = self.tables.index.range((number, log.as_str(), 0)..=(number, log.as_str(), u64::MAX))?.next();
-                let Some(first) = first.transpose()?.map(|(key, _)| key.value().2) else { break };
+                let first = self
+                    .tables
+                    .index
+                    .range((number, log.as_str(), 0)..=(number, log.as_str(), u64::MAX))?
+                    .next();
+                let Some(first) = first.transpose()?.map(|(key, _)| key.value().2) else {
+                    break;
+                };
                 self.tables.index.remove((number, log.as_str(), first))?;
                 length -= 1;
             }
-            self.tables.logs.insert((number, log.as_str()), (length, id.0))?;
+            self.tables
+                .logs
+                .insert((number, log.as_str()), (length, id.0))?;
             let record = (record.len() <= INLINE_RECORD).then(|| record.clone());
             let partition = self.partitions[place].number;
-            self.notices.push(Notice::Append { partition, target: target.clone(), life: self.metas[place].life(), id, record });
+            self.notices.push(Notice::Append {
+                partition,
+                target: target.clone(),
+                life: self.metas[place].life(),
+                id,
+                record,
+            });
         }
         Ok(())
     }
@@ -180,14 +255,24 @@ impl Work<'_> {
     }
 
     fn is_duplicate(&self, place: usize, item: &Item) -> Result<bool, Failure> {
-        let Some(hash) = &item.dedupe else { return Ok(false) };
+        let Some(hash) = &item.dedupe else {
+            return Ok(false);
+        };
         let (bucket, window_ms) = self.bucket(item.entry);
-        let is_in = |bucket: u64| -> Result<bool, Failure> { Ok(self.tables.seen.get((self.number(place), bucket, hash))?.is_some()) };
+        let is_in = |bucket: u64| -> Result<bool, Failure> {
+            Ok(self
+                .tables
+                .seen
+                .get((self.number(place), bucket, hash))?
+                .is_some())
+        };
         Ok(is_in(bucket)? || (bucket > 0 && is_in(bucket.saturating_sub(window_ms))?))
     }
 
     fn remember(&mut self, place: usize, item: &Item) -> Result<(), Failure> {
-        let Some(hash) = &item.dedupe else { return Ok(()) };
+        let Some(hash) = &item.dedupe else {
+            return Ok(());
+        };
         let (bucket, _) = self.bucket(item.entry);
         let number = self.number(place);
         let meta = &mut self.metas[place];
@@ -205,15 +290,34 @@ impl Work<'_> {
     fn bury(&mut self, place: usize, entry: EntryId, why: &DeadReason) -> Result<(), Failure> {
         let number = self.number(place);
         let meta = &mut self.metas[place];
-        let id = successor(meta.last_dead_letter).max(EntryId { ms: self.now_ms, seq: 0 });
+        let id = successor(meta.last_dead_letter).max(EntryId {
+            ms: self.now_ms,
+            seq: 0,
+        });
         meta.last_dead_letter = id;
         meta.dead_letters += 1;
-        let row = serde_json::to_vec(&StoredReason { entry, why: why.clone() }).expect("strings and numbers are JSON");
-        let fields = why.fields.iter().map(|(name, value)| (name.as_ref(), value.as_ref())).collect::<Vec<_>>();
-        self.tables.dead.insert(entry_key(number, id), (row.as_slice(), fields))?;
+        let row = serde_json::to_vec(&StoredReason {
+            entry,
+            why: why.clone(),
+        })
+        .expect("strings and numbers are JSON");
+        let fields = why
+            .fields
+            .iter()
+            .map(|(name, value)| (name.as_ref(), value.as_ref()))
+            .collect::<Vec<_>>();
+        self.tables
+            .dead
+            .insert(entry_key(number, id), (row.as_slice(), fields))?;
         while meta.dead_letters > u64::from(self.retention.dead_entries) {
-            let oldest = self.tables.dead.range((number, 0, 0)..=(number, u64::MAX, u64::MAX))?.next();
-            let Some(oldest) = oldest.transpose()?.map(|(key, _)| key.value()) else { break };
+            let oldest = self
+                .tables
+                .dead
+                .range((number, 0, 0)..=(number, u64::MAX, u64::MAX))?
+                .next();
+            let Some(oldest) = oldest.transpose()?.map(|(key, _)| key.value()) else {
+                break;
+            };
             self.tables.dead.remove(oldest)?;
             meta.dead_letters -= 1;
             meta.dead_trimmed += 1;
@@ -222,19 +326,43 @@ impl Work<'_> {
     }
 
     /// Counts the outcome and writes the decision record.
-    fn record(&mut self, place: usize, item: &Item, outcome: Outcome, id: Option<NotificationId>) -> Result<(), Failure> {
+    fn record(
+        &mut self,
+        place: usize,
+        item: &Item,
+        outcome: Outcome,
+        id: Option<NotificationId>,
+    ) -> Result<(), Failure> {
         let number = self.number(place);
         let meta = &mut self.metas[place];
         meta.settled += 1;
-        *meta.outcomes.entry(outcome.as_str().to_owned()).or_default() += 1;
-        let stored = StoredDecision { outcome, id, decision: item.decision.clone() };
+        *meta
+            .outcomes
+            .entry(outcome.as_str().to_owned())
+            .or_default() += 1;
+        let stored = StoredDecision {
+            outcome,
+            id,
+            decision: item.decision.clone(),
+        };
         let row = serde_json::to_vec(&stored).expect("strings and numbers are JSON");
-        if self.tables.decisions.insert(entry_key(number, item.entry), row.as_slice())?.is_none() {
+        if self
+            .tables
+            .decisions
+            .insert(entry_key(number, item.entry), row.as_slice())?
+            .is_none()
+        {
             meta.decisions += 1;
         }
         while meta.decisions > u64::from(self.retention.decision_entries) {
-            let oldest = self.tables.decisions.range((number, 0, 0)..=(number, u64::MAX, u64::MAX))?.next();
-            let Some(oldest) = oldest.transpose()?.map(|(key, _)| key.value()) else { break };
+            let oldest = self
+                .tables
+                .decisions
+                .range((number, 0, 0)..=(number, u64::MAX, u64::MAX))?
+                .next();
+            let Some(oldest) = oldest.transpose()?.map(|(key, _)| key.value()) else {
+                break;
+            };
             self.tables.decisions.remove(oldest)?;
             meta.decisions -= 1;
         }
@@ -246,7 +374,11 @@ impl Meta {
     /// The newest entry whose outcome is at least `keep_ms` old, as far as the marks tell.
     pub(super) fn trimmable(&self, now_ms: u64, keep_ms: u64) -> Option<EntryId> {
         let is_old = |&&(ms, _): &&(u64, EntryId)| ms.saturating_add(keep_ms) <= now_ms;
-        self.marks.iter().take_while(is_old).last().map(|&(_, entry)| entry)
+        self.marks
+            .iter()
+            .take_while(is_old)
+            .last()
+            .map(|&(_, entry)| entry)
     }
 
     /// How far ids run ahead of the clock.

@@ -43,14 +43,21 @@ struct State {
 
 impl Feeds {
     pub(super) fn new(partitions: Vec<PartitionNumber>) -> Self {
-        Self { ears: Mutex::default(), partitions }
+        Self {
+            ears: Mutex::default(),
+            partitions,
+        }
     }
 
     /// Opens a feed, served by a task that ends with it. Must be called within a runtime.
     pub(super) fn open(self: &Arc<Self>) -> Feed {
         let (follow, requests) = mpsc::unbounded_channel();
         let (sender, notices) = mpsc::channel(CAPACITY);
-        let ear = Arc::new(Ear { notices: sender, state: Mutex::default(), deafened: Notify::new() });
+        let ear = Arc::new(Ear {
+            notices: sender,
+            state: Mutex::default(),
+            deafened: Notify::new(),
+        });
         self.ears().push(Arc::clone(&ear));
         let feeds = Arc::clone(self);
         tokio::spawn(async move {
@@ -92,7 +99,12 @@ impl Ear {
             return;
         }
         let is_for_me = |notice: &&Notice| match notice {
-            Notice::Append { partition, target, .. } => state.followed.get(partition).is_some_and(|logs| logs.contains(target)),
+            Notice::Append {
+                partition, target, ..
+            } => state
+                .followed
+                .get(partition)
+                .is_some_and(|logs| logs.contains(target)),
             _ => true,
         };
         let batch: Vec<Notice> = notices.iter().filter(is_for_me).cloned().collect();
@@ -106,12 +118,19 @@ impl Ear {
     }
 
     fn deafen(&self, state: &mut State) {
-        *state = State { is_deaf: true, ..State::default() };
+        *state = State {
+            is_deaf: true,
+            ..State::default()
+        };
         self.deafened.notify_one();
     }
 
     /// Takes follow requests and sends resets, until either end of the feed is dropped.
-    async fn serve(&self, mut requests: mpsc::UnboundedReceiver<Follow>, partitions: &[PartitionNumber]) {
+    async fn serve(
+        &self,
+        mut requests: mpsc::UnboundedReceiver<Follow>,
+        partitions: &[PartitionNumber],
+    ) {
         let mut some = Vec::new();
         loop {
             tokio::select! {
@@ -139,7 +158,11 @@ impl Ear {
         let mut answers = Vec::new();
         for request in requests {
             match request {
-                Follow::Start { partition, target, token } => {
+                Follow::Start {
+                    partition,
+                    target,
+                    token,
+                } => {
                     state.followed.entry(partition).or_default().insert(target);
                     answers.push(Notice::Following { token });
                 }
@@ -150,7 +173,9 @@ impl Ear {
                 }
                 Follow::Reconnect { partition } => {
                     state.followed.remove(&partition);
-                    answers.push(Notice::Reset { partitions: vec![partition] });
+                    answers.push(Notice::Reset {
+                        partitions: vec![partition],
+                    });
                 }
             }
         }
@@ -166,11 +191,21 @@ mod tests {
     const P: PartitionNumber = PartitionNumber(0);
 
     fn appended(log: &str, id: u64) -> Notice {
-        Notice::Append { partition: P, target: log.parse().unwrap(), life: Life::from_bits(1), id: NotificationId(id), record: None }
+        Notice::Append {
+            partition: P,
+            target: log.parse().unwrap(),
+            life: Life::from_bits(1),
+            id: NotificationId(id),
+            record: None,
+        }
     }
 
     fn start(log: &str, token: u64) -> Follow {
-        Follow::Start { partition: P, target: log.parse().unwrap(), token }
+        Follow::Start {
+            partition: P,
+            target: log.parse().unwrap(),
+            token,
+        }
     }
 
     async fn hear(feed: &mut Feed) -> Vec<Notice> {
@@ -182,13 +217,38 @@ mod tests {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 7)).unwrap();
-        assert!(matches!(*hear(&mut feed).await, [Notice::Following { token: 7 }]));
-        let tick = Notice::Tick { partition: P, life: Life::from_bits(1), last: NotificationId(2) };
+        assert!(matches!(
+            *hear(&mut feed).await,
+            [Notice::Following { token: 7 }]
+        ));
+        let tick = Notice::Tick {
+            partition: P,
+            life: Life::from_bits(1),
+            last: NotificationId(2),
+        };
         feeds.publish(&[appended("u:2", 1), appended("u:1", 2), tick]);
-        assert!(matches!(*hear(&mut feed).await, [Notice::Append { id: NotificationId(2), .. }, Notice::Tick { .. }]));
+        assert!(matches!(
+            *hear(&mut feed).await,
+            [
+                Notice::Append {
+                    id: NotificationId(2),
+                    ..
+                },
+                Notice::Tick { .. }
+            ]
+        ));
         feeds.publish(&[appended("u:2", 3)]);
         feeds.publish(&[appended("u:1", 4)]);
-        assert!(matches!(*hear(&mut feed).await, [Notice::Append { id: NotificationId(4), .. }]), "no empty batch for what is not for it");
+        assert!(
+            matches!(
+                *hear(&mut feed).await,
+                [Notice::Append {
+                    id: NotificationId(4),
+                    ..
+                }]
+            ),
+            "no empty batch for what is not for it"
+        );
     }
 
     /// The hub sleeps while more is published than the feed holds, and follows a log in that time: it must do so again, and knows.
@@ -197,21 +257,38 @@ mod tests {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 1)).unwrap();
-        assert!(matches!(*hear(&mut feed).await, [Notice::Following { token: 1 }]));
+        assert!(matches!(
+            *hear(&mut feed).await,
+            [Notice::Following { token: 1 }]
+        ));
         for id in 0..CAPACITY as u64 + 5 {
             feeds.publish(&[appended("u:1", id)]);
         }
         feed.follow.send(start("u:2", 2)).unwrap();
         for expect in 0..CAPACITY as u64 {
             let heard = hear(&mut feed).await;
-            assert!(matches!(&*heard, [Notice::Append { id: NotificationId(id), .. }] if *id == expect), "{heard:?}");
+            assert!(
+                matches!(&*heard, [Notice::Append { id: NotificationId(id), .. }] if *id == expect),
+                "{heard:?}"
+            );
         }
-        assert!(matches!(&*hear(&mut feed).await, [Notice::Reset { partitions }] if *partitions == [P]));
+        assert!(
+            matches!(&*hear(&mut feed).await, [Notice::Reset { partitions }] if *partitions == [P])
+        );
         // The request lay before the reset or behind it; in either case one after the reset is in force once it is answered.
         feed.follow.send(start("u:1", 3)).unwrap();
-        while !matches!(hear(&mut feed).await.last(), Some(Notice::Following { token: 3 })) {}
+        while !matches!(
+            hear(&mut feed).await.last(),
+            Some(Notice::Following { token: 3 })
+        ) {}
         feeds.publish(&[appended("u:1", 1_000)]);
-        assert!(matches!(*hear(&mut feed).await, [Notice::Append { id: NotificationId(1_000), .. }]));
+        assert!(matches!(
+            *hear(&mut feed).await,
+            [Notice::Append {
+                id: NotificationId(1_000),
+                ..
+            }]
+        ));
     }
 
     #[tokio::test]
@@ -227,7 +304,10 @@ mod tests {
         hear(&mut feed).await;
         feeds.publish(&[appended("u:1", 2), appended("u:2", 2)]);
         let heard = hear(&mut feed).await;
-        assert!(matches!(&*heard, [Notice::Append { target, .. }] if target.to_string() == "u:2"), "{heard:?}");
+        assert!(
+            matches!(&*heard, [Notice::Append { target, .. }] if target.to_string() == "u:2"),
+            "{heard:?}"
+        );
     }
 
     #[tokio::test]

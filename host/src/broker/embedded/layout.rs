@@ -6,7 +6,10 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use anyhow::{Context as _, bail, ensure};
-use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata as _, Table, TableDefinition, WriteTransaction};
+use redb::{
+    ReadTransaction, ReadableTable, ReadableTableMetadata as _, Table, TableDefinition,
+    WriteTransaction,
+};
 use serde::{Deserialize, Serialize};
 
 use super::store::Failure;
@@ -29,8 +32,10 @@ pub(super) const RECORDS: TableDefinition<'_, (u8, u64), &[u8]> = TableDefinitio
 pub(super) const LOGS: TableDefinition<'_, (u8, &str), (u32, u64)> = TableDefinition::new("logs");
 pub(super) const INDEX: TableDefinition<'_, (u8, &str, u64), u64> = TableDefinition::new("index");
 pub(super) const SEEN: TableDefinition<'_, (u8, u64, &[u8; 16]), ()> = TableDefinition::new("seen");
-pub(super) const DEAD: TableDefinition<'_, EntryKey, (&[u8], Fields)> = TableDefinition::new("dead");
-pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> = TableDefinition::new("decisions");
+pub(super) const DEAD: TableDefinition<'_, EntryKey, (&[u8], Fields)> =
+    TableDefinition::new("dead");
+pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> =
+    TableDefinition::new("decisions");
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
 pub(super) const BOOKMARKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("bookmarks");
 
@@ -74,7 +79,10 @@ pub(super) fn entry_key(partition: u8, id: EntryId) -> EntryKey {
 pub(super) fn successor(id: EntryId) -> EntryId {
     match id.seq.checked_add(1) {
         Some(seq) => EntryId { ms: id.ms, seq },
-        None => EntryId { ms: id.ms + 1, seq: 0 },
+        None => EntryId {
+            ms: id.ms + 1,
+            seq: 0,
+        },
     }
 }
 
@@ -157,7 +165,10 @@ impl Meta {
     }
 
     pub(super) fn position(&self) -> Position {
-        Position { entry: self.entry, slices: self.slices }
+        Position {
+            entry: self.entry,
+            slices: self.slices,
+        }
     }
 
     pub(super) fn set_position(&mut self, position: Position) {
@@ -174,7 +185,9 @@ impl Meta {
     /// The sweep removes strictly below what it writes to `self.floor` in the same step, at the age that is configured then. So one
     /// stored floor is enough here: unlike keys with an expiry of their own, nothing written under an earlier `max_age` goes by itself.
     pub(super) fn floor(&self, now_ms: u64) -> NotificationId {
-        self.floor.max(NotificationId::at_ms(now_ms.saturating_sub(self.max_age_ms)))
+        self.floor.max(NotificationId::at_ms(
+            now_ms.saturating_sub(self.max_age_ms),
+        ))
     }
 
     pub(super) fn origin(&self) -> NotificationId {
@@ -189,7 +202,11 @@ impl Meta {
     pub(super) fn head(&self, now_ms: u64) -> Head {
         Head {
             life: self.life(),
-            lives: self.lives.iter().map(|&(life, survived)| (Life::from_bits(life), survived)).collect(),
+            lives: self
+                .lives
+                .iter()
+                .map(|&(life, survived)| (Life::from_bits(life), survived))
+                .collect(),
             last: self.last,
             pending: self.pending,
             position: self.position(),
@@ -204,7 +221,11 @@ impl Meta {
         self.max_age_ms = max_age_s.saturating_mul(1000);
     }
 
-    pub(super) fn write(&self, number: u8, table: &mut Table<'_, u8, &'static [u8]>) -> Result<(), Failure> {
+    pub(super) fn write(
+        &self,
+        number: u8,
+        table: &mut Table<'_, u8, &'static [u8]>,
+    ) -> Result<(), Failure> {
         let row = serde_json::to_vec(self).expect("numbers, strings and lists of them are JSON");
         table.insert(number, row.as_slice())?;
         Ok(())
@@ -213,14 +234,23 @@ impl Meta {
     /// The row as a read transaction sees it.
     pub(super) fn read(number: u8, transaction: &ReadTransaction) -> Result<Self, Failure> {
         let table = transaction.open_table(META)?;
-        Self::find(number, &table)?.ok_or_else(|| Failure::damaged(format!("partition {number} has no row in the table 'meta'")))
+        Self::find(number, &table)?.ok_or_else(|| {
+            Failure::damaged(format!("partition {number} has no row in the table 'meta'"))
+        })
     }
 
-    fn find(number: u8, table: &impl ReadableTable<u8, &'static [u8]>) -> Result<Option<Self>, Failure> {
-        let Some(row) = table.get(number)? else { return Ok(None) };
+    fn find(
+        number: u8,
+        table: &impl ReadableTable<u8, &'static [u8]>,
+    ) -> Result<Option<Self>, Failure> {
+        let Some(row) = table.get(number)? else {
+            return Ok(None);
+        };
         match serde_json::from_slice(row.value()) {
             Ok(meta) => Ok(Some(meta)),
-            Err(error) => Err(Failure::damaged(format!("the row of partition {number} in the table 'meta' cannot be read: {error}"))),
+            Err(error) => Err(Failure::damaged(format!(
+                "the row of partition {number} in the table 'meta' cannot be read: {error}"
+            ))),
         }
     }
 }
@@ -238,21 +268,32 @@ pub(super) fn prepare(
         None => drop(layout.insert("version", VERSION)?),
         Some(VERSION) => {}
         Some(newer) if newer > VERSION => {
-            bail!("it was made by a newer pointsman (layout {newer}, this one knows {VERSION}): start that one, or give another folder")
+            bail!(
+                "it was made by a newer pointsman (layout {newer}, this one knows {VERSION}): start that one, or give another folder"
+            )
         }
-        Some(older) => bail!("its layout {older} is not known to this pointsman (layout {VERSION}): give another folder"),
+        Some(older) => bail!(
+            "its layout {older} is not known to this pointsman (layout {VERSION}): give another folder"
+        ),
     }
     let mut numbers = transaction.open_table(PARTITIONS)?;
     let mut tables = Tables::open(transaction).map_err(Failure::into_text)?;
     let mut prepared: Vec<(Partition, Meta)> = Vec::new();
     for source in sources {
-        ensure!(prepared.iter().all(|(partition, _)| partition.source != *source), "the source '{source}' is named twice");
+        ensure!(
+            prepared
+                .iter()
+                .all(|(partition, _)| partition.source != *source),
+            "the source '{source}' is named twice"
+        );
         let given = numbers.get(source.as_str())?.map(|number| number.value());
         let number = match given {
             Some(number) => number,
             None => {
                 // Rows are never removed, so their count is the next number, and no number is given twice.
-                let next = u8::try_from(numbers.len()?).ok().filter(|&next| next < PartitionNumber::MAX);
+                let next = u8::try_from(numbers.len()?)
+                    .ok()
+                    .filter(|&next| next < PartitionNumber::MAX);
                 let next = next.with_context(|| {
                     format!(
                         "'{source}' would be its 13th source; {} is the most that a store can ever have: give another folder",
@@ -270,8 +311,15 @@ pub(super) fn prepare(
         if meta.max_age_ms != retention.max_age_s.saturating_mul(1000) {
             meta.set_max_age(now_ms, retention.max_age_s);
         }
-        meta.write(number, &mut tables.meta).map_err(Failure::into_text)?;
-        prepared.push((Partition { number: PartitionNumber(number), source: source.clone() }, meta));
+        meta.write(number, &mut tables.meta)
+            .map_err(Failure::into_text)?;
+        prepared.push((
+            Partition {
+                number: PartitionNumber(number),
+                source: source.clone(),
+            },
+            meta,
+        ));
     }
     prepared.sort_unstable_by_key(|(partition, _)| partition.number);
     Ok(prepared)

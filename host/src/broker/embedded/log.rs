@@ -20,7 +20,10 @@ pub(super) fn page(
     now_ms: u64,
 ) -> Result<Page, Failure> {
     let index = transaction.open_table(layout::INDEX)?;
-    let mut rows = index.range((Bound::Excluded((partition, log, after.0)), Bound::Included((partition, log, u64::MAX))))?;
+    let mut rows = index.range((
+        Bound::Excluded((partition, log, after.0)),
+        Bound::Included((partition, log, u64::MAX)),
+    ))?;
     let mut entries = Vec::new();
     let mut is_last = true;
     for row in &mut rows {
@@ -31,14 +34,31 @@ pub(super) fn page(
         let (key, pred) = row?;
         entries.push((NotificationId(key.value().2), NotificationId(pred.value())));
     }
-    let is_present = !entries.is_empty() || transaction.open_table(layout::LOGS)?.get((partition, log))?.is_some();
+    let is_present = !entries.is_empty()
+        || transaction
+            .open_table(layout::LOGS)?
+            .get((partition, log))?
+            .is_some();
     let floor = Meta::read(partition, transaction)?.floor(now_ms);
-    Ok(Page { entries, is_present, is_last, floor })
+    Ok(Page {
+        entries,
+        is_present,
+        is_last,
+        floor,
+    })
 }
 
 /// The records of these ids, `None` where one is gone.
-pub(super) fn records(transaction: &ReadTransaction, partition: u8, ids: &[NotificationId]) -> Result<Vec<Option<Bytes>>, Failure> {
+pub(super) fn records(
+    transaction: &ReadTransaction,
+    partition: u8,
+    ids: &[NotificationId],
+) -> Result<Vec<Option<Bytes>>, Failure> {
     let table = transaction.open_table(layout::RECORDS)?;
-    let find = |id: &NotificationId| Ok(table.get((partition, id.0))?.map(|record| Bytes::copy_from_slice(record.value())));
+    let find = |id: &NotificationId| {
+        Ok(table
+            .get((partition, id.0))?
+            .map(|record| Bytes::copy_from_slice(record.value())))
+    };
     ids.iter().map(find).collect()
 }

@@ -20,11 +20,19 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    fn find(user: &Name, table: &impl ReadableTable<&'static str, &'static [u8]>) -> Result<Option<Self>, Failure> {
-        let Some(row) = table.get(user.as_str())? else { return Ok(None) };
+    fn find(
+        user: &Name,
+        table: &impl ReadableTable<&'static str, &'static [u8]>,
+    ) -> Result<Option<Self>, Failure> {
+        let Some(row) = table.get(user.as_str())? else {
+            return Ok(None);
+        };
         match Self::read(row.value()) {
             Ok(stored) => Ok(Some(stored)),
-            Err(error) => Err(Failure::unreadable(&format!("the row of user '{user}'"), &error)),
+            Err(error) => Err(Failure::unreadable(
+                &format!("the row of user '{user}'"),
+                &error,
+            )),
         }
     }
 
@@ -34,8 +42,10 @@ impl Stored {
 
     /// Forgets what was left so long ago that nothing of it can still be replayed. `false`: nothing is left.
     pub(super) fn retain(&mut self, floors: &BTreeMap<PartitionNumber, NotificationId>) -> bool {
-        let is_of_use =
-            |(number, span): (&PartitionNumber, &Span)| span.left.is_none_or(|left| floors.get(number).is_some_and(|&floor| left >= floor));
+        let is_of_use = |(number, span): (&PartitionNumber, &Span)| {
+            span.left
+                .is_none_or(|left| floors.get(number).is_some_and(|&floor| left >= floor))
+        };
         self.groups.retain(|_, spans| spans.iter().any(is_of_use));
         !self.attributes.is_empty() || !self.groups.is_empty()
     }
@@ -47,21 +57,44 @@ fn is_member(spans: &BTreeMap<PartitionNumber, Span>) -> bool {
 
 impl Work<'_> {
     /// See [`crate::broker::Broker::change_recipient`]. Joining and leaving again change nothing.
-    pub(super) fn change_recipient(&mut self, user: &Name, change: &RecipientChange) -> Result<(), Failure> {
+    pub(super) fn change_recipient(
+        &mut self,
+        user: &Name,
+        change: &RecipientChange,
+    ) -> Result<(), Failure> {
         let mut stored = Stored::find(user, &self.tables.users)?.unwrap_or_default();
-        let tops = || self.partitions.iter().zip(&self.metas).map(|(partition, meta)| (partition.number, meta.top()));
+        let tops = || {
+            self.partitions
+                .iter()
+                .zip(&self.metas)
+                .map(|(partition, meta)| (partition.number, meta.top()))
+        };
         match change {
             RecipientChange::Join { group } => {
                 let spans = stored.groups.entry(group.clone()).or_default();
                 if !is_member(spans) {
-                    *spans = tops().map(|(number, top)| (number, Span { joined: top, left: None })).collect();
+                    *spans = tops()
+                        .map(|(number, top)| {
+                            (
+                                number,
+                                Span {
+                                    joined: top,
+                                    left: None,
+                                },
+                            )
+                        })
+                        .collect();
                 }
             }
             RecipientChange::Leave { group } => {
                 if let Some(spans) = stored.groups.get_mut(group) {
                     complete(spans, self.partitions, &self.metas);
                     // One of a partition that was taken out of the configuration would stay open, and make a member of who joins again.
-                    spans.retain(|number, _| self.partitions.iter().any(|partition| partition.number == *number));
+                    spans.retain(|number, _| {
+                        self.partitions
+                            .iter()
+                            .any(|partition| partition.number == *number)
+                    });
                     for (number, top) in tops() {
                         if let Some(span) = spans.get_mut(&number) {
                             span.left.get_or_insert(top);
@@ -78,13 +111,23 @@ impl Work<'_> {
         } else {
             self.tables.users.remove(user.as_str())?;
         }
-        let changed = self.partitions.iter().map(|partition| Notice::RecipientChanged { partition: partition.number, user: user.clone() });
+        let changed = self
+            .partitions
+            .iter()
+            .map(|partition| Notice::RecipientChanged {
+                partition: partition.number,
+                user: user.clone(),
+            });
         self.notices.extend(changed);
         Ok(())
     }
 
     pub(super) fn floors(&self) -> BTreeMap<PartitionNumber, NotificationId> {
-        self.partitions.iter().zip(&self.metas).map(|(partition, meta)| (partition.number, meta.floor(self.now_ms))).collect()
+        self.partitions
+            .iter()
+            .zip(&self.metas)
+            .map(|(partition, meta)| (partition.number, meta.floor(self.now_ms)))
+            .collect()
     }
 }
 
@@ -92,7 +135,10 @@ impl Work<'_> {
 fn complete(spans: &mut BTreeMap<PartitionNumber, Span>, partitions: &[Partition], metas: &[Meta]) {
     if is_member(spans) {
         for (partition, meta) in partitions.iter().zip(metas) {
-            spans.entry(partition.number).or_insert(Span { joined: meta.origin(), left: None });
+            spans.entry(partition.number).or_insert(Span {
+                joined: meta.origin(),
+                left: None,
+            });
         }
     }
 }
@@ -104,7 +150,10 @@ pub(super) fn recipient(
     metas: &[Meta],
 ) -> Result<Recipient, Failure> {
     let table = transaction.open_table(layout::USERS)?;
-    let Stored { attributes, mut groups } = Stored::find(user, &table)?.unwrap_or_default();
+    let Stored {
+        attributes,
+        mut groups,
+    } = Stored::find(user, &table)?.unwrap_or_default();
     for spans in groups.values_mut() {
         complete(spans, partitions, metas);
     }

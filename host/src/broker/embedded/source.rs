@@ -16,7 +16,11 @@ type Field = (Bytes, Bytes);
 
 impl Work<'_> {
     /// See [`crate::broker::Broker::append`].
-    pub(super) fn append(&mut self, place: usize, entries: &[Vec<Field>]) -> Result<Vec<EntryId>, Failure> {
+    pub(super) fn append(
+        &mut self,
+        place: usize,
+        entries: &[Vec<Field>],
+    ) -> Result<Vec<EntryId>, Failure> {
         self.check_room(place)?;
         let number = self.number(place);
         let mut ids = Vec::with_capacity(entries.len());
@@ -24,8 +28,14 @@ impl Work<'_> {
             let meta = &mut self.metas[place];
             // Above the position as well: a partition may have been told of entries that it never held.
             let before = meta.last_entry.max(meta.position().entry);
-            let id = successor(before).max(EntryId { ms: self.now_ms, seq: 0 });
-            let fields: Vec<(&[u8], &[u8])> = fields.iter().map(|(name, value)| (name.as_ref(), value.as_ref())).collect();
+            let id = successor(before).max(EntryId {
+                ms: self.now_ms,
+                seq: 0,
+            });
+            let fields: Vec<(&[u8], &[u8])> = fields
+                .iter()
+                .map(|(name, value)| (name.as_ref(), value.as_ref()))
+                .collect();
             self.tables.source.insert(entry_key(number, id), fields)?;
             meta.last_entry = id;
             meta.appended += 1;
@@ -54,7 +64,11 @@ impl Work<'_> {
         let meta = &mut self.metas[place];
         let position = meta.position();
         let at = (position.entry, position.slices);
-        meta.takeovers = if meta.taken_over_at == at { meta.takeovers.saturating_add(1) } else { 1 };
+        meta.takeovers = if meta.taken_over_at == at {
+            meta.takeovers.saturating_add(1)
+        } else {
+            1
+        };
         meta.taken_over_at = at;
         meta.takeovers
     }
@@ -63,7 +77,10 @@ impl Work<'_> {
     pub(super) fn note_attempt(&mut self, place: usize, entry: EntryId) -> u32 {
         let meta = &mut self.metas[place];
         // One entry at a time is tried with notes, so one is remembered.
-        let noted = meta.attempts.filter(|&(noted, _)| noted == entry).map_or(0, |(_, n)| n);
+        let noted = meta
+            .attempts
+            .filter(|&(noted, _)| noted == entry)
+            .map_or(0, |(_, n)| n);
         meta.attempts = Some((entry, noted.saturating_add(1)));
         noted.saturating_add(1)
     }
@@ -72,7 +89,9 @@ impl Work<'_> {
     pub(super) fn redrive(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(place), id);
         let found = self.tables.dead.get(key)?.map(|row| owned(&row.value().1));
-        let Some(fields) = found else { return Ok(false) };
+        let Some(fields) = found else {
+            return Ok(false);
+        };
         self.append(place, &[fields])?;
         self.drop_dead_letter(place, id)
     }
@@ -89,46 +108,79 @@ impl Work<'_> {
 }
 
 fn owned(fields: &[(&[u8], &[u8])]) -> Vec<Field> {
-    fields.iter().map(|(name, value)| (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value))).collect()
+    fields
+        .iter()
+        .map(|(name, value)| (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value)))
+        .collect()
 }
 
 /// All keys of a partition above `after`.
 fn above(partition: u8, after: EntryId) -> (Bound<layout::EntryKey>, Bound<layout::EntryKey>) {
-    (Bound::Excluded(entry_key(partition, after)), Bound::Included((partition, u64::MAX, u64::MAX)))
+    (
+        Bound::Excluded(entry_key(partition, after)),
+        Bound::Included((partition, u64::MAX, u64::MAX)),
+    )
 }
 
-pub(super) fn entries(transaction: &ReadTransaction, partition: u8, after: EntryId, count: usize) -> Result<Vec<Entry>, Failure> {
+pub(super) fn entries(
+    transaction: &ReadTransaction,
+    partition: u8,
+    after: EntryId,
+    count: usize,
+) -> Result<Vec<Entry>, Failure> {
     let table = transaction.open_table(layout::SOURCE)?;
     let rows = table.range(above(partition, after))?.take(count);
     let read = rows.map(|row| {
         let (key, fields) = row?;
         let (_, ms, seq) = key.value();
-        Ok(Entry { id: EntryId { ms, seq }, fields: owned(&fields.value()) })
+        Ok(Entry {
+            id: EntryId { ms, seq },
+            fields: owned(&fields.value()),
+        })
     });
     read.collect()
 }
 
-pub(super) fn dead_letters(transaction: &ReadTransaction, partition: u8, after: EntryId, limit: usize) -> Result<Vec<DeadLetter>, Failure> {
+pub(super) fn dead_letters(
+    transaction: &ReadTransaction,
+    partition: u8,
+    after: EntryId,
+    limit: usize,
+) -> Result<Vec<DeadLetter>, Failure> {
     let table = transaction.open_table(layout::DEAD)?;
     let rows = table.range(above(partition, after))?.take(limit);
     let read = rows.map(|row| {
         let (key, value) = row?;
         let ((_, ms, seq), (stored, fields)) = (key.value(), value.value());
-        let StoredReason { entry, mut why } = parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
+        let StoredReason { entry, mut why } =
+            parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
         why.fields = owned(&fields);
-        Ok(DeadLetter { id: EntryId { ms, seq }, entry, why })
+        Ok(DeadLetter {
+            id: EntryId { ms, seq },
+            entry,
+            why,
+        })
     });
     read.collect()
 }
 
 pub(super) type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
 
-pub(super) fn decisions(transaction: &ReadTransaction, partition: u8, limit: usize) -> Result<Vec<Decided>, Failure> {
+pub(super) fn decisions(
+    transaction: &ReadTransaction,
+    partition: u8,
+    limit: usize,
+) -> Result<Vec<Decided>, Failure> {
     let table = transaction.open_table(layout::DECISIONS)?;
     newest_first(&table, partition)?.take(limit).collect()
 }
 
-pub(super) fn find_decisions(transaction: &ReadTransaction, partition: u8, event_id: &str, limit: usize) -> Result<Found, Failure> {
+pub(super) fn find_decisions(
+    transaction: &ReadTransaction,
+    partition: u8,
+    event_id: &str,
+    limit: usize,
+) -> Result<Found, Failure> {
     let table = transaction.open_table(layout::DECISIONS)?;
     let mut found = Found::default();
     for decided in newest_first(&table, partition)? {
@@ -149,16 +201,27 @@ fn newest_first(
     table: &ReadOnlyTable<layout::EntryKey, &'static [u8]>,
     partition: u8,
 ) -> Result<impl Iterator<Item = Result<Decided, Failure>>, Failure> {
-    let rows = table.range((partition, 0, 0)..=(partition, u64::MAX, u64::MAX))?.rev();
+    let rows = table
+        .range((partition, 0, 0)..=(partition, u64::MAX, u64::MAX))?
+        .rev();
     Ok(rows.map(|row| {
         let (key, value) = row?;
         let (_, ms, seq) = key.value();
-        let StoredDecision { outcome, id, decision } = parse(value.value(), || format!("the decision record of entry {ms}-{seq}"))?;
+        let StoredDecision {
+            outcome,
+            id,
+            decision,
+        } = parse(value.value(), || {
+            format!("the decision record of entry {ms}-{seq}")
+        })?;
         Ok((EntryId { ms, seq }, outcome, id, decision))
     }))
 }
 
-fn parse<T: serde::de::DeserializeOwned>(row: &[u8], what: impl FnOnce() -> String) -> Result<T, Failure> {
+fn parse<T: serde::de::DeserializeOwned>(
+    row: &[u8],
+    what: impl FnOnce() -> String,
+) -> Result<T, Failure> {
     serde_json::from_slice(row).map_err(|error| Failure::unreadable(&what(), &error))
 }
 

@@ -15,7 +15,10 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use anyhow::{Context as _, anyhow, bail};
 use redb::backends::InMemoryBackend;
-use redb::{Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase as _, StorageError, WriteTransaction};
+use redb::{
+    Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase as _, StorageError,
+    WriteTransaction,
+};
 
 use crate::broker::{Error, Finding, Severity};
 
@@ -137,7 +140,10 @@ impl Store {
     ///
     /// # Errors
     /// The text names the folder and the fix: another process has it, it holds something else, it is damaged, it cannot be written.
-    pub(super) fn open<T>(medium: Medium, prepare: impl FnOnce(&WriteTransaction) -> anyhow::Result<T>) -> anyhow::Result<(Self, T)> {
+    pub(super) fn open<T>(
+        medium: Medium,
+        prepare: impl FnOnce(&WriteTransaction) -> anyhow::Result<T>,
+    ) -> anyhow::Result<(Self, T)> {
         let run = |database: &Database| -> anyhow::Result<T> {
             let mut transaction = database.begin_write()?;
             transaction.set_quick_repair(true);
@@ -146,11 +152,14 @@ impl Store {
             Ok(prepared)
         };
         let Some(dir) = medium.dir() else {
-            let database = Builder::new().set_cache_size(EPHEMERAL_CACHE_BYTES).create_with_backend(InMemoryBackend::new())?;
+            let database = Builder::new()
+                .set_cache_size(EPHEMERAL_CACHE_BYTES)
+                .create_with_backend(InMemoryBackend::new())?;
             let prepared = run(&database)?;
             return Ok((Self::with(medium, database, None), prepared));
         };
-        fs::create_dir_all(dir).with_context(|| format!("the data folder {} cannot be made", dir.display()))?;
+        fs::create_dir_all(dir)
+            .with_context(|| format!("the data folder {} cannot be made", dir.display()))?;
         let lock = lock(dir)?;
         let about = || format!("the data folder {}", dir.display());
         let (database, prepared) = if dir.join(FILE).try_exists().with_context(about)? {
@@ -161,30 +170,47 @@ impl Store {
             // A new store gets its name only when it is whole: so a file of that name that is empty or cut short is a damaged one.
             let path = dir.join(NEW_FILE);
             match fs::remove_file(&path) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).with_context(about),
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error).with_context(about);
+                }
                 _ => {}
             }
             let database = Builder::new().create(&path).with_context(about)?;
             let prepared = run(&database).with_context(about)?;
             database.close().with_context(about)?;
             fs::rename(&path, dir.join(FILE)).with_context(about)?;
-            File::open(dir).and_then(|dir| dir.sync_all()).with_context(about)?;
+            File::open(dir)
+                .and_then(|dir| dir.sync_all())
+                .with_context(about)?;
             (medium.database().with_context(about)?, prepared)
         };
         Ok((Self::with(medium, database, Some(lock)), prepared))
     }
 
     fn with(medium: Medium, database: Database, lock: Option<File>) -> Self {
-        Self { medium, database: RwLock::new(Some(database)), lock: Mutex::new(lock), trouble: Mutex::new(None), room: Mutex::default() }
+        Self {
+            medium,
+            database: RwLock::new(Some(database)),
+            lock: Mutex::new(lock),
+            trouble: Mutex::new(None),
+            room: Mutex::default(),
+        }
     }
 
     /// Closes the file and lets another process have it. Reads still under way end with an error.
     pub(super) fn close(&self) {
-        let database = self.database.write().unwrap_or_else(PoisonError::into_inner).take();
+        let database = self
+            .database
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(Err(error)) = database.map(Database::close) {
             tracing::warn!(%error, "the store was not closed in order; it is repaired when it is opened");
         }
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
     }
 
     /// Begins to read: what was committed until now.
@@ -217,11 +243,21 @@ impl Store {
         // The first error says what happened; those after it only say that something did.
         if trouble.is_none() || !matches!(error, redb::Error::PreviousIo) {
             let text = match is_full {
-                true => format!("no space is left for {}: make room there; it goes on by itself", self.name()),
-                false => format!("{} failed: {error}; it is opened again every second", self.name()),
+                true => format!(
+                    "no space is left for {}: make room there; it goes on by itself",
+                    self.name()
+                ),
+                false => format!(
+                    "{} failed: {error}; it is opened again every second",
+                    self.name()
+                ),
             };
             tracing::error!(%error, "{text}");
-            *trouble = Some(Trouble { text, is_full, tried_ms: now_ms });
+            *trouble = Some(Trouble {
+                text,
+                is_full,
+                tried_ms: now_ms,
+            });
         }
         drop(trouble);
         self.away()
@@ -230,12 +266,19 @@ impl Store {
     /// # Errors
     /// What is wrong with the store, while it is out of work.
     pub(super) fn check(&self) -> Result<(), Error> {
-        if self.is_failed() { Err(self.away()) } else { Ok(()) }
+        if self.is_failed() {
+            Err(self.away())
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether the store has failed since it was opened.
     pub(super) fn is_failed(&self) -> bool {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.trouble
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
     }
 
     /// Opens a failed store again, if it is time to try. redb refuses everything after an I/O error until then.
@@ -247,7 +290,10 @@ impl Store {
             let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
             match &mut *trouble {
                 None => return Ok(()),
-                Some(trouble) if trouble.tried_ms.abs_diff(now_ms) >= REOPEN_EVERY_MS && self.medium.dir().is_some() => {
+                Some(trouble)
+                    if trouble.tried_ms.abs_diff(now_ms) >= REOPEN_EVERY_MS
+                        && self.medium.dir().is_some() =>
+                {
                     trouble.tried_ms = now_ms
                 }
                 Some(_) => {
@@ -256,7 +302,10 @@ impl Store {
                 }
             }
         }
-        let mut slot = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self
+            .database
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         // It is closed first: its lock on the file would keep the new one out.
         drop(slot.take());
         match self.medium.database() {
@@ -268,7 +317,11 @@ impl Store {
             }
             Err(error) => {
                 drop(slot);
-                tracing::error!(error = format!("{error:#}"), "{} cannot be opened again", self.name());
+                tracing::error!(
+                    error = format!("{error:#}"),
+                    "{} cannot be opened again",
+                    self.name()
+                );
                 Err(self.away())
             }
         }
@@ -280,7 +333,10 @@ impl Store {
         if room.measured_ms.abs_diff(now_ms) >= MEASURE_EVERY_MS {
             let free = self.medium.free();
             // A file system that does not tell is taken to have room; when it is full, it will say so.
-            *room = Room { is_short: free.is_some_and(|free| free < RESERVE_BYTES), measured_ms: now_ms };
+            *room = Room {
+                is_short: free.is_some_and(|free| free < RESERVE_BYTES),
+                measured_ms: now_ms,
+            };
         }
         let mib = RESERVE_BYTES / 1024 / 1024;
         room.is_short.then(|| format!("less than {mib} MiB are free for {}: new events are refused until there is room again", self.name()))
@@ -288,15 +344,32 @@ impl Store {
 
     /// What stands against the store, for a start-up check.
     pub(super) fn findings(&self, now_ms: u64) -> Vec<Finding> {
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|trouble| trouble.text.clone());
-        let refusal = trouble.map(|text| Finding { name: "disk", severity: Severity::Refusal, text });
-        let warning = self.shortage(now_ms).map(|text| Finding { name: "room", severity: Severity::Warning, text });
+        let trouble = self
+            .trouble
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(|trouble| trouble.text.clone());
+        let refusal = trouble.map(|text| Finding {
+            name: "disk",
+            severity: Severity::Refusal,
+            text,
+        });
+        let warning = self.shortage(now_ms).map(|text| Finding {
+            name: "room",
+            severity: Severity::Warning,
+            text,
+        });
         refusal.into_iter().chain(warning).collect()
     }
 
     fn away(&self) -> Error {
         match &*self.trouble.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(Trouble { text, is_full: true, .. }) => Error::Full(text.clone()),
+            Some(Trouble {
+                text,
+                is_full: true,
+                ..
+            }) => Error::Full(text.clone()),
             Some(Trouble { text, .. }) => Error::Away(text.clone()),
             None => Error::Away(format!("{} is closed", self.name())),
         }
@@ -332,10 +405,15 @@ impl Medium {
 
     /// Opens the existing file of a folder.
     fn database(&self) -> anyhow::Result<Database> {
-        let dir = self.dir().context("a store in memory is never opened again")?;
+        let dir = self
+            .dir()
+            .context("a store in memory is never opened again")?;
         let path = dir.join(FILE);
-        let damaged =
-            |what: &str| anyhow!("its {FILE} is no store, or a damaged one ({what}): put back a copy of the folder, or give another one");
+        let damaged = |what: &str| {
+            anyhow!(
+                "its {FILE} is no store, or a damaged one ({what}): put back a copy of the folder, or give another one"
+            )
+        };
         let length = fs::metadata(&path)?.len();
         if length == 0 {
             return Err(damaged("it is empty"));
@@ -345,12 +423,18 @@ impl Medium {
         // redb trusts a file that was closed in order, and panics on one that was cut short or overwritten since.
         let opened = catch_unwind(AssertUnwindSafe(|| match self {
             #[cfg(test)]
-            Self::Failing(_, switch) => builder.create_with_backend(super::tests::disk::Disk::open(&path, switch)?),
+            Self::Failing(_, switch) => {
+                builder.create_with_backend(super::tests::disk::Disk::open(&path, switch)?)
+            }
             _ => builder.open(&path),
         }));
         match opened {
             Ok(Ok(database)) => Ok(database),
-            Ok(Err(DatabaseError::Storage(StorageError::Io(error)))) if error.kind() != ErrorKind::InvalidData => Err(error.into()),
+            Ok(Err(DatabaseError::Storage(StorageError::Io(error))))
+                if error.kind() != ErrorKind::InvalidData =>
+            {
+                Err(error.into())
+            }
             Ok(Err(error)) => Err(damaged(&error.to_string())),
             Err(_) => Err(damaged("its pages contradict each other")),
         }
@@ -360,8 +444,19 @@ impl Medium {
 /// Takes the folder for this process.
 fn lock(dir: &Path) -> anyhow::Result<File> {
     let path = dir.join(LOCK);
-    let open = File::options().read(true).write(true).create(true).truncate(false).open(&path);
-    let mut file = open.with_context(|| format!("the data folder {} cannot be written: {} is refused", dir.display(), path.display()))?;
+    let open = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path);
+    let mut file = open.with_context(|| {
+        format!(
+            "the data folder {} cannot be written: {} is refused",
+            dir.display(),
+            path.display()
+        )
+    })?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -371,10 +466,14 @@ fn lock(dir: &Path) -> anyhow::Result<File> {
                 Ok(_) if !holder.trim().is_empty() => format!("the process {}", holder.trim()),
                 _ => "another process".to_owned(),
             };
-            bail!("the data folder {} is in use by {holder}: stop it, or give another folder", dir.display());
+            bail!(
+                "the data folder {} is in use by {holder}: stop it, or give another folder",
+                dir.display()
+            );
         }
         Err(TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("the data folder {} cannot be locked", dir.display()));
+            return Err(error)
+                .with_context(|| format!("the data folder {} cannot be locked", dir.display()));
         }
     }
     file.set_len(0)

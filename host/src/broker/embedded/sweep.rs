@@ -50,7 +50,11 @@ impl Due {
         // still being sliced: its owner may have been away for longer.
         let cutoff = NotificationId::at_ms(now_ms.saturating_sub(max_age_ms + max_age_ms / 50));
         // Keeping them serves operators only; room for outcomes serves everyone.
-        let keep_ms = if shared.store.shortage(now_ms).is_some() { 0 } else { shared.retention.keep_s.saturating_mul(1000) };
+        let keep_ms = if shared.store.shortage(now_ms).is_some() {
+            0
+        } else {
+            shared.retention.keep_s.saturating_mul(1000)
+        };
         let window_ms = shared.retention.dedupe_window_s.saturating_mul(1000);
         Self {
             records: meta.pending.map_or(cutoff, |pending| cutoff.min(pending)),
@@ -61,15 +65,27 @@ impl Due {
 
     fn is_any(&self, shared: &Shared, number: u8) -> Result<bool, Failure> {
         let transaction = shared.store.begin_read()?;
-        let (records, source, seen) =
-            (transaction.open_table(layout::RECORDS)?, transaction.open_table(layout::SOURCE)?, transaction.open_table(layout::SEEN)?);
+        let (records, source, seen) = (
+            transaction.open_table(layout::RECORDS)?,
+            transaction.open_table(layout::SOURCE)?,
+            transaction.open_table(layout::SEEN)?,
+        );
         let has_entries = match self.entries {
-            Some(EntryId { ms, seq }) => source.range((number, 0, 0)..=(number, ms, seq))?.next().is_some(),
+            Some(EntryId { ms, seq }) => source
+                .range((number, 0, 0)..=(number, ms, seq))?
+                .next()
+                .is_some(),
             None => false,
         };
         Ok(has_entries
-            || records.range((number, 0)..(number, self.records.0))?.next().is_some()
-            || seen.range((number, 0, &[0; 16])..(number, self.seen_ms, &[0; 16]))?.next().is_some())
+            || records
+                .range((number, 0)..(number, self.records.0))?
+                .next()
+                .is_some()
+            || seen
+                .range((number, 0, &[0; 16])..(number, self.seen_ms, &[0; 16]))?
+                .next()
+                .is_some())
     }
 }
 
@@ -77,7 +93,11 @@ impl Sweep {
     pub(super) fn run_if_due(&mut self, shared: &Shared) {
         let now_ms = (shared.clock)();
         // By the difference: a clock that was set back must not stop it.
-        if shared.store.is_failed() || self.done_ms.is_some_and(|done_ms| now_ms.abs_diff(done_ms) < EVERY_MS) {
+        if shared.store.is_failed()
+            || self
+                .done_ms
+                .is_some_and(|done_ms| now_ms.abs_diff(done_ms) < EVERY_MS)
+        {
             return;
         }
         match self.run(shared, now_ms) {
@@ -89,16 +109,29 @@ impl Sweep {
     /// One step. `true`: there may be more to do.
     fn run(&mut self, shared: &Shared, now_ms: u64) -> Result<bool, Failure> {
         self.walks.resize(shared.partitions.len(), None);
-        let metas = shared.metas.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let due: Vec<Due> = metas.iter().map(|meta| Due::new(meta, shared, now_ms)).collect();
+        let metas = shared
+            .metas
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let due: Vec<Due> = metas
+            .iter()
+            .map(|meta| Due::new(meta, shared, now_ms))
+            .collect();
         let mut has_work = self.walks.iter().any(Option::is_some);
         for (due, partition) in due.iter().zip(&shared.partitions) {
             has_work = has_work || due.is_any(shared, partition.number.0)?;
         }
-        if self.users_ms.is_none_or(|looked_ms| now_ms.abs_diff(looked_ms) >= USERS_EVERY_MS) {
+        if self
+            .users_ms
+            .is_none_or(|looked_ms| now_ms.abs_diff(looked_ms) >= USERS_EVERY_MS)
+        {
             self.users_ms = Some(now_ms);
             let transaction = shared.store.begin_read()?;
-            let has_bookmarks = transaction.open_table(layout::BOOKMARKS)?.first()?.is_some();
+            let has_bookmarks = transaction
+                .open_table(layout::BOOKMARKS)?
+                .first()?
+                .is_some();
             self.bookmarks_walk = has_bookmarks.then(String::new);
             let has_recipients = transaction.open_table(layout::USERS)?.first()?.is_some();
             self.recipients_walk = has_recipients.then(String::new);
@@ -127,12 +160,22 @@ impl Sweep {
 }
 
 impl Work<'_> {
-    fn sweep(&mut self, place: usize, due: &Due, walk: &mut Option<String>) -> Result<bool, Failure> {
+    fn sweep(
+        &mut self,
+        place: usize,
+        due: &Due,
+        walk: &mut Option<String>,
+    ) -> Result<bool, Failure> {
         let number = self.number(place);
         let mut is_unfinished = false;
 
         let mut n_records = 0;
-        for row in self.tables.records.extract_from_if((number, 0)..(number, due.records.0), |_, _| true)?.take(BUDGET) {
+        for row in self
+            .tables
+            .records
+            .extract_from_if((number, 0)..(number, due.records.0), |_, _| true)?
+            .take(BUDGET)
+        {
             row?;
             n_records += 1;
         }
@@ -146,7 +189,12 @@ impl Work<'_> {
 
         if let Some(EntryId { ms, seq }) = due.entries {
             let mut n_entries = 0;
-            for row in self.tables.source.extract_from_if((number, 0, 0)..=(number, ms, seq), |_, _| true)?.take(BUDGET) {
+            for row in self
+                .tables
+                .source
+                .extract_from_if((number, 0, 0)..=(number, ms, seq), |_, _| true)?
+                .take(BUDGET)
+            {
                 row?;
                 n_entries += 1;
             }
@@ -154,12 +202,22 @@ impl Work<'_> {
         }
 
         let mut n_seen = 0;
-        for row in self.tables.seen.extract_from_if((number, 0, &[0; 16])..(number, due.seen_ms, &[0; 16]), |_, _| true)?.take(BUDGET) {
+        for row in self
+            .tables
+            .seen
+            .extract_from_if(
+                (number, 0, &[0; 16])..(number, due.seen_ms, &[0; 16]),
+                |_, _| true,
+            )?
+            .take(BUDGET)
+        {
             row?;
             n_seen += 1;
         }
         is_unfinished |= n_seen == BUDGET;
-        self.metas[place].bucket_sizes.retain(|&bucket, _| bucket >= due.seen_ms);
+        self.metas[place]
+            .bucket_sizes
+            .retain(|&bucket, _| bucket >= due.seen_ms);
 
         if let Some(from) = walk.take() {
             *walk = self.walk(number, &from, due.records)?;
@@ -168,7 +226,12 @@ impl Work<'_> {
     }
 
     /// Looks through some logs for index entries below `cutoff`; answers where to go on.
-    fn walk(&mut self, number: u8, from: &str, cutoff: NotificationId) -> Result<Option<String>, Failure> {
+    fn walk(
+        &mut self,
+        number: u8,
+        from: &str,
+        cutoff: NotificationId,
+    ) -> Result<Option<String>, Failure> {
         let mut logs = Vec::new();
         for row in self.tables.logs.range((number, from)..)?.take(BUDGET) {
             let (key, value) = row?;
@@ -182,7 +245,12 @@ impl Work<'_> {
         for (i, (log, (length, top))) in logs.iter().enumerate() {
             let range = (number, log.as_str(), 0)..(number, log.as_str(), cutoff.0);
             let mut n_removed = 0;
-            for row in self.tables.index.extract_from_if(range, |_, _| true)?.take(budget) {
+            for row in self
+                .tables
+                .index
+                .extract_from_if(range, |_, _| true)?
+                .take(budget)
+            {
                 row?;
                 n_removed += 1;
             }
@@ -190,7 +258,9 @@ impl Work<'_> {
             if left == 0 {
                 self.tables.logs.remove((number, log.as_str()))?;
             } else if n_removed > 0 {
-                self.tables.logs.insert((number, log.as_str()), (left, *top))?;
+                self.tables
+                    .logs
+                    .insert((number, log.as_str()), (left, *top))?;
             }
             budget -= n_removed;
             if budget == 0 {
@@ -204,14 +274,18 @@ impl Work<'_> {
     /// Looks through the bookmarks of some users for those that nobody moved for so long; answers where to go on.
     fn walk_bookmarks(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let (retention, now_ms) = (self.retention, self.now_ms);
-        let is_over = |row: &[u8]| bookmarks::Stored::read(row).is_ok_and(|mut stored| !stored.retain(retention, now_ms));
+        let is_over = |row: &[u8]| {
+            bookmarks::Stored::read(row).is_ok_and(|mut stored| !stored.retain(retention, now_ms))
+        };
         walk_users(&mut self.tables.bookmarks, from, is_over)
     }
 
     /// Looks through some users for those of whom only groups are known that they left long ago; answers where to go on.
     fn walk_recipients(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let floors = self.floors();
-        let is_over = |row: &[u8]| recipients::Stored::read(row).is_ok_and(|mut stored| !stored.retain(&floors));
+        let is_over = |row: &[u8]| {
+            recipients::Stored::read(row).is_ok_and(|mut stored| !stored.retain(&floors))
+        };
         walk_users(&mut self.tables.users, from, is_over)
     }
 }

@@ -42,7 +42,11 @@ struct Folder(PathBuf);
 impl Folder {
     fn new() -> Self {
         static N: AtomicU32 = AtomicU32::new(0);
-        let name = format!("pointsman-embedded-{}-{}", std::process::id(), N.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "pointsman-embedded-{}-{}",
+            std::process::id(),
+            N.fetch_add(1, Ordering::Relaxed)
+        );
         let dir = std::env::temp_dir().join(name);
         std::fs::create_dir(&dir).unwrap();
         Self(dir)
@@ -75,16 +79,33 @@ fn in_memory(retention: Retention, time: &Time) -> Embedded {
 }
 
 fn in_folder(folder: &Folder, retention: Retention, time: &Time) -> Embedded {
-    Embedded::start(Medium::Folder(folder.0.clone()), &sources(), retention, time.clock(), alarm()).unwrap()
+    Embedded::start(
+        Medium::Folder(folder.0.clone()),
+        &sources(),
+        retention,
+        time.clock(),
+        alarm(),
+    )
+    .unwrap()
 }
 
 /// A store on a disk that obeys the switch.
 fn on_disk(folder: &Folder, switch: &Arc<disk::Switch>, time: &Time) -> Embedded {
-    Embedded::start(Medium::Failing(folder.0.clone(), Arc::clone(switch)), &sources(), Retention::default(), time.clock(), alarm()).unwrap()
+    Embedded::start(
+        Medium::Failing(folder.0.clone(), Arc::clone(switch)),
+        &sources(),
+        Retention::default(),
+        time.clock(),
+        alarm(),
+    )
+    .unwrap()
 }
 
 fn entry(value: &str) -> Vec<(Bytes, Bytes)> {
-    vec![(Bytes::from_static(b"v"), Bytes::copy_from_slice(value.as_bytes()))]
+    vec![(
+        Bytes::from_static(b"v"),
+        Bytes::copy_from_slice(value.as_bytes()),
+    )]
 }
 
 fn target(log: &str) -> Target {
@@ -92,25 +113,47 @@ fn target(log: &str) -> Target {
 }
 
 fn item(entry: EntryId, proposal: Proposal) -> Item {
-    Item { entry, dedupe: None, proposal, decision: Decision::default() }
+    Item {
+        entry,
+        dedupe: None,
+        proposal,
+        decision: Decision::default(),
+    }
 }
 
 fn committing(entry: EntryId, record: &str, logs: &[&str]) -> Item {
     item(
         entry,
-        Proposal::Commit { record: Bytes::copy_from_slice(record.as_bytes()), targets: logs.iter().map(|log| target(log)).collect() },
+        Proposal::Commit {
+            record: Bytes::copy_from_slice(record.as_bytes()),
+            targets: logs.iter().map(|log| target(log)).collect(),
+        },
     )
 }
 
 /// The id of an entry that was made now.
 fn entry_now(broker: &Embedded) -> EntryId {
-    let (now_ms, at) = ((broker.shared.clock)(), broker.shared.metas.read().unwrap()[0].position().entry);
+    let (now_ms, at) = (
+        (broker.shared.clock)(),
+        broker.shared.metas.read().unwrap()[0].position().entry,
+    );
     layout::successor(at).max(EntryId { ms: now_ms, seq: 0 })
 }
 
 async fn commit(broker: &Embedded, items: Vec<Item>) -> Vec<(Outcome, Option<NotificationId>)> {
     let head = broker.head(P).await.unwrap();
-    match broker.commit(P, Batch { life: head.life, prev: head.position, items }).await.unwrap() {
+    match broker
+        .commit(
+            P,
+            Batch {
+                life: head.life,
+                prev: head.position,
+                items,
+            },
+        )
+        .await
+        .unwrap()
+    {
         Committed::Done(outcomes) => outcomes,
         Committed::Refused => panic!("nobody else commits"),
     }

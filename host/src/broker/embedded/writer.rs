@@ -16,7 +16,9 @@ use super::Shared;
 use super::layout::{Meta, Tables};
 use super::store::Failure;
 use super::sweep::Sweep;
-use crate::broker::{Error, Finding, Notice, Partition, PartitionNumber, Result, Retention, Severity};
+use crate::broker::{
+    Error, Finding, Notice, Partition, PartitionNumber, Result, Retention, Severity,
+};
 use crate::shutdown::Alarm;
 
 /// Requests that may wait; whoever brings one more waits at the door.
@@ -69,7 +71,9 @@ where
     T: Send,
 {
     fn apply(&mut self, work: &mut Work<'_>) -> Result<(), redb::Error> {
-        let Some(run) = self.run.take() else { return Ok(()) };
+        let Some(run) = self.run.take() else {
+            return Ok(());
+        };
         self.result = Some(match run(work) {
             Ok(value) => Ok(value),
             Err(Failure::Answer(error)) => Err(error),
@@ -113,11 +117,16 @@ impl Writer {
     /// `alarm`: for when it can no longer write.
     pub(super) fn start(shared: Arc<Shared>, alarm: Alarm) -> std::io::Result<Self> {
         let (queue, requests) = mpsc::channel(QUEUE);
-        let thread = thread::Builder::new().name("embedded-writer".to_owned()).spawn(move || {
-            let _alarm = alarm;
-            run(&shared, requests);
-        })?;
-        Ok(Self { queue: Mutex::new(Some(queue)), thread: Mutex::new(Some(thread)) })
+        let thread = thread::Builder::new()
+            .name("embedded-writer".to_owned())
+            .spawn(move || {
+                let _alarm = alarm;
+                run(&shared, requests);
+            })?;
+        Ok(Self {
+            queue: Mutex::new(Some(queue)),
+            thread: Mutex::new(Some(thread)),
+        })
     }
 
     /// Has `run` done within a group and answers once it is durable and its notices are published. `bytes`: roughly what it brings.
@@ -127,7 +136,11 @@ impl Writer {
         T: Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
-        let job = Box::new(Task { run: Some(run), result: None, reply });
+        let job = Box::new(Task {
+            run: Some(run),
+            result: None,
+            reply,
+        });
         self.ask(Request::Write { job, bytes }, answer).await
     }
 
@@ -137,7 +150,11 @@ impl Writer {
     }
 
     async fn ask<T>(&self, request: Request, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let queue = self
+            .queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let queue = queue.ok_or_else(|| Error::Away("the store is closed".to_owned()))?;
         let dead = || Error::Away(DEAD.to_owned());
         queue.send(request).await.map_err(|_| dead())?;
@@ -148,21 +165,40 @@ impl Writer {
     #[cfg(test)]
     pub(super) fn n_waiting(&self) -> usize {
         let queue = self.queue.lock().unwrap();
-        queue.as_ref().map_or(0, |queue| queue.max_capacity() - queue.capacity())
+        queue
+            .as_ref()
+            .map_or(0, |queue| queue.max_capacity() - queue.capacity())
     }
 
     /// Lets the thread do what was asked until now and close the store, and waits for that.
     pub(super) fn close(&self) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        self.queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             // If the thread panicked, the panic hook has said so.
             drop(thread.join());
         }
     }
 
     pub(super) fn findings(&self) -> Option<Finding> {
-        let is_dead = self.thread.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(JoinHandle::is_finished);
-        is_dead.then(|| Finding { name: "writer", severity: Severity::Refusal, text: DEAD.to_owned() })
+        let is_dead = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .is_some_and(JoinHandle::is_finished);
+        is_dead.then(|| Finding {
+            name: "writer",
+            severity: Severity::Refusal,
+            text: DEAD.to_owned(),
+        })
     }
 }
 
@@ -193,17 +229,23 @@ fn run(shared: &Shared, mut requests: mpsc::Receiver<Request>) {
 }
 
 fn serve(shared: &Shared, mut group: Vec<Request>) {
-    let error = match recover(shared).and_then(|()| write(shared, &mut group).map_err(|failure| shared.failed(failure))) {
+    let error = match recover(shared)
+        .and_then(|()| write(shared, &mut group).map_err(|failure| shared.failed(failure)))
+    {
         Ok(notices) => {
             shared.feeds.publish(&notices);
             None
         }
         Err(error) => {
             let alive = |request: &Request| match request {
-                Request::Tick { place, .. } => Some(Notice::Alive { partition: shared.partitions[*place].number }),
+                Request::Tick { place, .. } => Some(Notice::Alive {
+                    partition: shared.partitions[*place].number,
+                }),
                 Request::Write { .. } => None,
             };
-            shared.feeds.publish(&group.iter().filter_map(alive).collect::<Vec<_>>());
+            shared
+                .feeds
+                .publish(&group.iter().filter_map(alive).collect::<Vec<_>>());
             Some(error)
         }
     };
@@ -224,7 +266,11 @@ fn recover(shared: &Shared) -> Result<()> {
     shared.store.reopen((shared.clock)())?;
     let read = || -> Result<Vec<Meta>, Failure> {
         let transaction = shared.store.begin_read()?;
-        shared.partitions.iter().map(|partition| Meta::read(partition.number.0, &transaction)).collect()
+        shared
+            .partitions
+            .iter()
+            .map(|partition| Meta::read(partition.number.0, &transaction))
+            .collect()
     };
     let metas = read().map_err(|failure| shared.failed(failure))?;
     *shared.metas.write().unwrap_or_else(PoisonError::into_inner) = metas;
@@ -237,10 +283,19 @@ fn recover(shared: &Shared) -> Result<()> {
 
 /// Does the group in one transaction, and answers its notices once it is durable.
 fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure> {
-    let before = shared.metas.read().unwrap_or_else(PoisonError::into_inner).clone();
-    if group.iter().all(|request| matches!(request, Request::Tick { .. })) {
+    let before = shared
+        .metas
+        .read()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    if group
+        .iter()
+        .all(|request| matches!(request, Request::Tick { .. }))
+    {
         let ticks = group.iter().filter_map(|request| match request {
-            Request::Tick { place, .. } => Some(tick(shared.partitions[*place].number, &before[*place])),
+            Request::Tick { place, .. } => {
+                Some(tick(shared.partitions[*place].number, &before[*place]))
+            }
             Request::Write { .. } => None,
         });
         return Ok(ticks.collect());
@@ -249,13 +304,19 @@ fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure>
         for request in group.iter_mut() {
             match request {
                 Request::Write { job, .. } => job.apply(work).map_err(Failure::Store)?,
-                Request::Tick { place, .. } => work.notices.push(tick(work.partitions[*place].number, &work.metas[*place])),
+                Request::Tick { place, .. } => work
+                    .notices
+                    .push(tick(work.partitions[*place].number, &work.metas[*place])),
             }
         }
         Ok(())
     })?;
     let mut current = shared.metas.write().unwrap_or_else(PoisonError::into_inner);
-    for ((meta, current), arrivals) in metas.into_iter().zip(current.iter_mut()).zip(&shared.arrivals) {
+    for ((meta, current), arrivals) in metas
+        .into_iter()
+        .zip(current.iter_mut())
+        .zip(&shared.arrivals)
+    {
         let has_arrivals = meta.appended != current.appended;
         *current = meta;
         if has_arrivals {
@@ -297,7 +358,11 @@ pub(super) fn transact(
 }
 
 fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
-    Notice::Tick { partition, life: meta.life(), last: meta.last }
+    Notice::Tick {
+        partition,
+        life: meta.life(),
+        last: meta.last,
+    }
 }
 
 /// The same error, for each request of a group.

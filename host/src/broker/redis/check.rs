@@ -17,21 +17,39 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
     let info: String = match redis.link.query(&redis::cmd("INFO")).await {
         Ok(info) => info,
         Err(Error::Refused(why)) => {
-            return Ok(vec![refusal("info", format!("INFO is refused ({why}): grant +info, as every commit reads the replication id"))]);
+            return Ok(vec![refusal(
+                "info",
+                format!(
+                    "INFO is refused ({why}): grant +info, as every commit reads the replication id"
+                ),
+            )]);
         }
         Err(error) => return Err(error),
     };
-    let mut findings: Vec<Finding> = too_old(&info).map(|text| refusal("version", text)).into_iter().collect();
+    let mut findings: Vec<Finding> = too_old(&info)
+        .map(|text| refusal("version", text))
+        .into_iter()
+        .collect();
     if let Some(role) = value(&info, "role").filter(|role| *role != "master") {
-        findings.push(refusal("role", format!("it is a {role}: the URL must name the primary")));
+        findings.push(refusal(
+            "role",
+            format!("it is a {role}: the URL must name the primary"),
+        ));
     }
-    if let Some(policy) = value(&info, "maxmemory_policy").filter(|policy| *policy != "noeviction") {
-        let text = format!("maxmemory-policy is {policy}, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction");
+    if let Some(policy) = value(&info, "maxmemory_policy").filter(|policy| *policy != "noeviction")
+    {
+        let text = format!(
+            "maxmemory-policy is {policy}, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction"
+        );
         findings.push(refusal("eviction", text));
     }
     if value(&info, "aof_enabled") == Some("0") {
         let text = "the append-only file is off, so a crash of Redis may lose what it accepted: CONFIG SET appendonly yes";
-        findings.push(Finding { name: "append-only-file", severity: Severity::Warning, text: text.into() });
+        findings.push(Finding {
+            name: "append-only-file",
+            severity: Severity::Warning,
+            text: text.into(),
+        });
     }
     findings.extend(rights(redis).await?);
     Ok(findings)
@@ -39,7 +57,13 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
 
 /// Asks which of the commands that we run would be refused.
 async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
-    let user = redis.client.get_connection_info().redis_settings().username().unwrap_or("default").to_owned();
+    let user = redis
+        .client
+        .get_connection_info()
+        .redis_settings()
+        .username()
+        .unwrap_or("default")
+        .to_owned();
     for place in &redis.places {
         let (s, t, c) = (&place.partition.source, &place.prefix, &place.channels);
         let needed = [
@@ -102,15 +126,23 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         {
             Ok(refused) => refused,
             Err(Error::Refused(why)) => {
-                let text = format!("user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha");
+                let text = format!(
+                    "user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha"
+                );
                 return Ok(vec![refusal("rights", text)]);
             }
             Err(error) => return Err(error),
         };
         if !refused.is_empty() {
-            let commands: Vec<String> = refused.iter().map(|words| words.replace('\n', " ")).collect();
-            let grant: Vec<String> =
-                refused.iter().filter_map(|words| words.lines().next()).map(|word| format!("+{}", word.to_lowercase())).collect();
+            let commands: Vec<String> = refused
+                .iter()
+                .map(|words| words.replace('\n', " "))
+                .collect();
+            let grant: Vec<String> = refused
+                .iter()
+                .filter_map(|words| words.lines().next())
+                .map(|word| format!("+{}", word.to_lowercase()))
+                .collect();
             let text = format!(
                 "user '{user}' may not run {}: ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
                 commands.join(", "),
@@ -123,7 +155,11 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
 }
 
 fn refusal(name: &'static str, text: String) -> Finding {
-    Finding { name, severity: Severity::Refusal, text }
+    Finding {
+        name,
+        severity: Severity::Refusal,
+        text,
+    }
 }
 
 fn too_old(info: &str) -> Option<String> {
@@ -134,7 +170,8 @@ fn too_old(info: &str) -> Option<String> {
 
 /// The value of a line of `INFO`.
 fn value<'a>(info: &'a str, name: &str) -> Option<&'a str> {
-    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+    info.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
 }
 
 #[cfg(test)]
@@ -143,7 +180,10 @@ mod tests {
 
     #[test]
     fn an_old_redis_is_told_from_a_new_one() {
-        assert!(too_old("# Server\r\nredis_version:6.2.14\r\n").is_some_and(|text| text.contains("6.2.14")));
+        assert!(
+            too_old("# Server\r\nredis_version:6.2.14\r\n")
+                .is_some_and(|text| text.contains("6.2.14"))
+        );
         assert_eq!(too_old("# Server\r\nredis_version:7.0.15\r\n"), None);
         assert_eq!(too_old("# Server\r\nredis_version:10.1.0\r\n"), None);
     }

@@ -17,15 +17,26 @@ type Raw = (String, BTreeMap<String, String>);
 
 /// See [`crate::broker::Broker::decisions`].
 pub(super) async fn newest(redis: &Redis, place: &Place, limit: usize) -> Result<Vec<Decided>> {
-    read(redis, place, "+", limit).await?.iter().map(decided).collect()
+    read(redis, place, "+", limit)
+        .await?
+        .iter()
+        .map(decided)
+        .collect()
 }
 
 /// See [`crate::broker::Broker::find_decisions`].
-pub(super) async fn find(redis: &Redis, place: &Place, event_id: &str, limit: usize) -> Result<Found> {
+pub(super) async fn find(
+    redis: &Redis,
+    place: &Place,
+    event_id: &str,
+    limit: usize,
+) -> Result<Found> {
     let (mut found, mut from) = (Found::default(), "+".to_owned());
     loop {
         let page = read(redis, place, &from, PAGE).await?;
-        let Some((last, _)) = page.last() else { return Ok(found) };
+        let Some((last, _)) = page.last() else {
+            return Ok(found);
+        };
         from = format!("({last}");
         for raw in &page {
             let decided = decided(raw)?;
@@ -42,11 +53,26 @@ pub(super) async fn find(redis: &Redis, place: &Place, event_id: &str, limit: us
 }
 
 async fn read(redis: &Redis, place: &Place, from: &str, count: usize) -> Result<Vec<Raw>> {
-    redis.link.query(client::cmd("XREVRANGE").arg(format!("{}what", place.prefix)).arg(from).arg("-").arg("COUNT").arg(count)).await
+    redis
+        .link
+        .query(
+            client::cmd("XREVRANGE")
+                .arg(format!("{}what", place.prefix))
+                .arg(from)
+                .arg("-")
+                .arg("COUNT")
+                .arg(count),
+        )
+        .await
 }
 
 fn decided((_, fields): &Raw) -> Result<Decided> {
     let text = |name: &str| fields.get(name).map(String::as_str).unwrap_or_default();
     let decision = serde_json::from_str(text("decision")).map_err(|error| unexpected(&error))?;
-    Ok((understand(text("entry"))?, understand(text("outcome"))?, optional_id(text("id"))?, decision))
+    Ok((
+        understand(text("entry"))?,
+        understand(text("outcome"))?,
+        optional_id(text("id"))?,
+        decision,
+    ))
 }

@@ -26,7 +26,10 @@ const READ_BYTES: usize = 64 * 1024;
 const REQUESTS: usize = 256;
 
 /// Connects, subscribes to the ticks and recipient changes of all partitions, and begins to hand over.
-pub(super) async fn open(info: &ConnectionInfo, partitions: Vec<(String, PartitionNumber)>) -> Result<Feed> {
+pub(super) async fn open(
+    info: &ConnectionInfo,
+    partitions: Vec<(String, PartitionNumber)>,
+) -> Result<Feed> {
     let session = Session::connect(info, &partitions).await?;
     let (follow, requests) = mpsc::unbounded_channel();
     let (notices_in, notices) = mpsc::channel(BATCHES);
@@ -68,10 +71,14 @@ async fn run(
                 () = notices.closed() => return,
             }
         };
-        let Ok(permit) = notices.reserve().await else { return };
+        let Ok(permit) = notices.reserve().await else {
+            return;
+        };
         // Requests made until now are void, and those behind them ask again once they heard of it.
         while requests.try_recv().is_ok() {}
-        permit.send(vec![Notice::Reset { partitions: numbers.clone() }]);
+        permit.send(vec![Notice::Reset {
+            partitions: numbers.clone(),
+        }]);
         tracing::info!("the connection for notices was made again");
     }
 }
@@ -103,7 +110,10 @@ struct Session {
 
 impl Session {
     /// Makes a connection on which the ticks and recipient changes of all partitions are heard.
-    async fn connect(info: &ConnectionInfo, partitions: &[(String, PartitionNumber)]) -> Result<Self> {
+    async fn connect(
+        info: &ConnectionInfo,
+        partitions: &[(String, PartitionNumber)],
+    ) -> Result<Self> {
         let connected = timeout(DEADLINE, async {
             let mut session = Self {
                 socket: dial(info.addr()).await?,
@@ -111,13 +121,20 @@ impl Session {
                 input: BytesMut::with_capacity(READ_BYTES),
                 output: BytesMut::new(),
                 channels: HashMap::new(),
-                prefixes: partitions.iter().map(|(prefix, number)| (*number, prefix.clone())).collect(),
+                prefixes: partitions
+                    .iter()
+                    .map(|(prefix, number)| (*number, prefix.clone()))
+                    .collect(),
                 unanswered: VecDeque::new(),
             };
             session.authenticate(info).await?;
             for (prefix, number) in partitions {
                 session.subscribe(format!("{prefix}tick"), Channel::Tick(*number), None);
-                session.subscribe(format!("{prefix}recipients"), Channel::Recipients(*number), None);
+                session.subscribe(
+                    format!("{prefix}recipients"),
+                    Channel::Recipients(*number),
+                    None,
+                );
             }
             session.flush().await?;
             let mut early = Vec::new();
@@ -127,18 +144,35 @@ impl Session {
             }
             Ok(session)
         });
-        connected.await.unwrap_or_else(|_| Err(Error::Away(format!("no answer within {} s", DEADLINE.as_secs()))))
+        connected.await.unwrap_or_else(|_| {
+            Err(Error::Away(format!(
+                "no answer within {} s",
+                DEADLINE.as_secs()
+            )))
+        })
     }
 
     async fn authenticate(&mut self, info: &ConnectionInfo) -> Result<()> {
         let settings = info.redis_settings();
-        let Some(password) = settings.password() else { return Ok(()) };
+        let Some(password) = settings.password() else {
+            return Ok(());
+        };
         let words = [Some("AUTH"), settings.username(), Some(password)];
-        encode(&mut self.output, &words.into_iter().flatten().map(str::as_bytes).collect::<Vec<_>>());
+        encode(
+            &mut self.output,
+            &words
+                .into_iter()
+                .flatten()
+                .map(str::as_bytes)
+                .collect::<Vec<_>>(),
+        );
         self.flush().await?;
         match self.frame().await? {
             Frame::Simple(_) => Ok(()),
-            Frame::Error(why) => Err(Error::Refused(format!("{}; correct user and password in the URL", String::from_utf8_lossy(&why)))),
+            Frame::Error(why) => Err(Error::Refused(format!(
+                "{}; correct user and password in the URL",
+                String::from_utf8_lossy(&why)
+            ))),
             Frame::Array(_) => Err(Error::Away("AUTH was answered by something else".into())),
         }
     }
@@ -150,7 +184,11 @@ impl Session {
 
     async fn frame(&mut self) -> Result<Frame> {
         loop {
-            if let Some(frame) = self.decoder.next(&mut self.input).map_err(|error| Error::Away(error.to_string()))? {
+            if let Some(frame) = self
+                .decoder
+                .next(&mut self.input)
+                .map_err(|error| Error::Away(error.to_string()))?
+            {
                 return Ok(frame);
             }
             match self.socket.read_buf(&mut self.input).await {
@@ -162,7 +200,11 @@ impl Session {
     }
 
     /// Reads, writes and hands over until the connection or the feed ends.
-    async fn serve(&mut self, requests: &mut mpsc::UnboundedReceiver<Follow>, notices: &mpsc::Sender<Vec<Notice>>) -> End {
+    async fn serve(
+        &mut self,
+        requests: &mut mpsc::UnboundedReceiver<Follow>,
+        notices: &mpsc::Sender<Vec<Notice>>,
+    ) -> End {
         let mut batch = Vec::new();
         let mut asked = Vec::new();
         loop {
@@ -218,7 +260,11 @@ impl Session {
     /// Takes up a request. `false`: the connection is to be dropped.
     fn ask(&mut self, request: Follow) -> bool {
         match request {
-            Follow::Start { partition, target, token } => {
+            Follow::Start {
+                partition,
+                target,
+                token,
+            } => {
                 if let Some(name) = self.log_channel(partition, &target) {
                     self.subscribe(name, Channel::Log(partition, target), Some(token));
                 }
@@ -236,7 +282,9 @@ impl Session {
     }
 
     fn log_channel(&self, partition: PartitionNumber, target: &Target) -> Option<String> {
-        self.prefixes.get(&partition).map(|prefix| format!("{prefix}l:{target}"))
+        self.prefixes
+            .get(&partition)
+            .map(|prefix| format!("{prefix}l:{target}"))
     }
 
     fn subscribe(&mut self, name: String, channel: Channel, token: Option<u64>) {
@@ -250,17 +298,34 @@ impl Session {
         let elements = match frame {
             Frame::Array(elements) => elements,
             Frame::Simple(_) => return Ok(()),
-            Frame::Error(why) => return Err(Error::Refused(format!("{}; grant it with ACL SETUSER", String::from_utf8_lossy(&why)))),
+            Frame::Error(why) => {
+                return Err(Error::Refused(format!(
+                    "{}; grant it with ACL SETUSER",
+                    String::from_utf8_lossy(&why)
+                )));
+            }
         };
         match elements.as_slice() {
-            [Element::Text(kind), Element::Text(channel), Element::Text(message)] if &kind[..] == b"message" => {
-                match self.channels.get(channel).and_then(|channel| notice(channel, message)) {
+            [
+                Element::Text(kind),
+                Element::Text(channel),
+                Element::Text(message),
+            ] if &kind[..] == b"message" => {
+                match self
+                    .channels
+                    .get(channel)
+                    .and_then(|channel| notice(channel, message))
+                {
                     Some(notice) => batch.push(notice),
                     // Of a log that was followed until just now, or not written by us.
-                    None => tracing::trace!(channel = %String::from_utf8_lossy(channel), "a message is no notice"),
+                    None => {
+                        tracing::trace!(channel = %String::from_utf8_lossy(channel), "a message is no notice")
+                    }
                 }
             }
-            [Element::Text(kind), _, Element::Number(_)] if matches!(&kind[..], b"subscribe" | b"unsubscribe") => {
+            [Element::Text(kind), _, Element::Number(_)]
+                if matches!(&kind[..], b"subscribe" | b"unsubscribe") =>
+            {
                 match self.unanswered.pop_front() {
                     Some(Some(token)) => batch.push(Notice::Following { token }),
                     Some(None) => {}
@@ -283,18 +348,33 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
             let id = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
             // A copy, because a part of what was read would hold all of it.
             let record = parts.next().map(Bytes::copy_from_slice);
-            Some(Notice::Append { partition: *partition, target: target.clone(), life, id: NotificationId(id), record })
+            Some(Notice::Append {
+                partition: *partition,
+                target: target.clone(),
+                life,
+                id: NotificationId(id),
+                record,
+            })
         }
         Channel::Tick(partition) => {
             if &message[..] == b"alive" {
-                return Some(Notice::Alive { partition: *partition });
+                return Some(Notice::Alive {
+                    partition: *partition,
+                });
             }
             let (life, last) = std::str::from_utf8(message).ok()?.split_once(' ')?;
-            Some(Notice::Tick { partition: *partition, life: life.parse().ok()?, last: NotificationId(last.parse().ok()?) })
+            Some(Notice::Tick {
+                partition: *partition,
+                life: life.parse().ok()?,
+                last: NotificationId(last.parse().ok()?),
+            })
         }
         Channel::Recipients(partition) => {
             let user = Name::parse(std::str::from_utf8(message).ok()?).ok()?;
-            Some(Notice::RecipientChanged { partition: *partition, user })
+            Some(Notice::RecipientChanged {
+                partition: *partition,
+                user,
+            })
         }
     }
 }
@@ -303,11 +383,15 @@ async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
     let away = |error: std::io::Error| Error::Away(error.to_string());
     match address {
         ConnectionAddr::Tcp(host, port) => {
-            let socket = TcpStream::connect((host.as_str(), *port)).await.map_err(away)?;
+            let socket = TcpStream::connect((host.as_str(), *port))
+                .await
+                .map_err(away)?;
             socket.set_nodelay(true).map_err(away)?;
             Ok(Box::new(socket))
         }
         ConnectionAddr::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(away)?)),
-        _ => Err(Error::Refused("TLS is not built in: write redis:// in place of rediss://".into())),
+        _ => Err(Error::Refused(
+            "TLS is not built in: write redis:// in place of rediss://".into(),
+        )),
     }
 }

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError, Value};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError, Value,
+};
 
 use super::scripts::Script;
 use crate::broker::{Error, Result};
@@ -25,7 +27,9 @@ const IDLE_READERS: usize = 2;
 
 /// The pause before the attempt after `failures` failed ones, up to half of it by chance so that nodes do not come back in step.
 pub(super) fn pause(failures: u32) -> Duration {
-    let full = SHORTEST_PAUSE.saturating_mul(1 << failures.min(10)).min(LONGEST_PAUSE);
+    let full = SHORTEST_PAUSE
+        .saturating_mul(1 << failures.min(10))
+        .min(LONGEST_PAUSE);
     full.mul_f64(rand::random_range(0.5..=1.0))
 }
 
@@ -50,21 +54,37 @@ struct State {
 
 impl Link {
     pub(super) fn new(client: Client) -> Self {
-        Self { client, state: tokio::sync::Mutex::default(), generation: AtomicU64::new(0) }
+        Self {
+            client,
+            state: tokio::sync::Mutex::default(),
+            generation: AtomicU64::new(0),
+        }
     }
 
     /// Runs a command.
     pub(super) async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
-        self.within_deadline(async |mut connection| command.query_async::<Value>(&mut connection).await).await.and_then(parse)
+        self.within_deadline(async |mut connection| {
+            command.query_async::<Value>(&mut connection).await
+        })
+        .await
+        .and_then(parse)
     }
 
     /// Runs commands in one round trip, not in one step.
     pub(super) async fn pipeline<T: FromRedisValue>(&self, commands: &Pipeline) -> Result<T> {
-        self.within_deadline(async |mut connection| commands.query_async::<Value>(&mut connection).await).await.and_then(parse)
+        self.within_deadline(async |mut connection| {
+            commands.query_async::<Value>(&mut connection).await
+        })
+        .await
+        .and_then(parse)
     }
 
     /// Runs a script. `arguments` adds the number of keys, the keys and the arguments.
-    pub(super) async fn eval<T: FromRedisValue>(&self, script: &Script, arguments: impl Fn(&mut Cmd)) -> Result<T> {
+    pub(super) async fn eval<T: FromRedisValue>(
+        &self,
+        script: &Script,
+        arguments: impl Fn(&mut Cmd),
+    ) -> Result<T> {
         let call = |by: &str, script: &str| {
             let mut command = redis::cmd(by);
             command.arg(script);
@@ -72,14 +92,23 @@ impl Link {
             command
         };
         let by_hash = call("EVALSHA", &script.hash);
-        let answer = self.within_deadline(async |mut connection| match by_hash.query_async::<Value>(&mut connection).await {
-            Err(error) if error.code() == Some("NOSCRIPT") => call("EVAL", &script.code).query_async(&mut connection).await,
-            answer => answer,
+        let answer = self.within_deadline(async |mut connection| {
+            match by_hash.query_async::<Value>(&mut connection).await {
+                Err(error) if error.code() == Some("NOSCRIPT") => {
+                    call("EVAL", &script.code)
+                        .query_async(&mut connection)
+                        .await
+                }
+                answer => answer,
+            }
         });
         answer.await.and_then(parse)
     }
 
-    async fn within_deadline(&self, run: impl AsyncFnOnce(MultiplexedConnection) -> Result<Value, RedisError>) -> Result<Value> {
+    async fn within_deadline(
+        &self,
+        run: impl AsyncFnOnce(MultiplexedConnection) -> Result<Value, RedisError>,
+    ) -> Result<Value> {
         let mut used = None;
         let answer = tokio::time::timeout(DEADLINE, async {
             let (connection, generation) = self.connection().await?;
@@ -89,7 +118,9 @@ impl Link {
         let failure = match answer.await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(Failure::Known(error))) => return Err(error),
-            Ok(Err(Failure::Redis(error))) if !breaks_connection(&error) => return Err(explain(&error)),
+            Ok(Err(Failure::Redis(error))) if !breaks_connection(&error) => {
+                return Err(explain(&error));
+            }
             Ok(Err(Failure::Redis(error))) => explain(&error),
             Err(_) => Error::Away(format!("no answer within {} s", DEADLINE.as_secs())),
         };
@@ -114,7 +145,11 @@ impl Link {
             Ok(connection) => {
                 let generation = state.generation + 1;
                 self.generation.store(generation, Ordering::Relaxed);
-                *state = State { connection: Some(connection.clone()), generation, ..State::default() };
+                *state = State {
+                    connection: Some(connection.clone()),
+                    generation,
+                    ..State::default()
+                };
                 Ok((connection, generation))
             }
             Err(error) => {
@@ -138,8 +173,12 @@ enum Failure {
 
 async fn connect(client: &Client) -> Result<MultiplexedConnection, RedisError> {
     // The deadline of an answer is ours, above; the library's own would cut a read that waits.
-    let config = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_DEADLINE)).set_response_timeout(None);
-    client.get_multiplexed_async_connection_with_config(&config).await
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(CONNECT_DEADLINE))
+        .set_response_timeout(None);
+    client
+        .get_multiplexed_async_connection_with_config(&config)
+        .await
 }
 
 /// Connections for reads of one partition that wait. Each read has one for itself: on a shared one, everything behind it would wait too.
@@ -155,7 +194,12 @@ pub(super) struct Readers {
 impl Readers {
     /// Runs a command that may wait for `wait`. A connection is given back only after its answer came: dropping the read closes it, and with
     /// it the wait at Redis.
-    pub(super) async fn query<T: FromRedisValue>(&self, link: &Link, command: &Cmd, wait: Duration) -> Result<T> {
+    pub(super) async fn query<T: FromRedisValue>(
+        &self,
+        link: &Link,
+        command: &Cmd,
+        wait: Duration,
+    ) -> Result<T> {
         let generation = link.generation.load(Ordering::Relaxed);
         let idle = {
             let mut idle = self.idle();
@@ -178,13 +222,18 @@ impl Readers {
         };
         match tokio::time::timeout(wait + DEADLINE, read).await {
             Ok(answer) => answer.map_err(|error| explain(&error)).and_then(parse),
-            Err(_) => Err(Error::Away(format!("no answer within {} s", (wait + DEADLINE).as_secs()))),
+            Err(_) => Err(Error::Away(format!(
+                "no answer within {} s",
+                (wait + DEADLINE).as_secs()
+            ))),
         }
     }
 
     fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(u64, MultiplexedConnection)>> {
         // A panic while it was held leaves a Vec that is still one.
-        self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.idle
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -195,7 +244,9 @@ pub(super) fn parse<T: FromRedisValue>(value: Value) -> Result<T> {
 
 /// What Redis answered is nothing that our scripts answer.
 pub(super) fn unexpected(what: &dyn std::fmt::Display) -> Error {
-    Error::Refused(format!("its answer is not understood ({what}): look whether somebody else writes to our keys"))
+    Error::Refused(format!(
+        "its answer is not understood ({what}): look whether somebody else writes to our keys"
+    ))
 }
 
 /// Whether nothing more can be expected of the connection on which this happened. One to a replica is dropped, too: the next one looks
@@ -211,16 +262,22 @@ fn breaks_connection(error: &RedisError) -> bool {
 pub(super) fn explain(error: &RedisError) -> Error {
     match error.code() {
         Some(
-            "LOADING" | "READONLY" | "NOREPLICAS" | "MISCONF" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" | "ASK" | "MOVED" | "BUSY"
-            | "UNBLOCKED",
+            "LOADING" | "READONLY" | "NOREPLICAS" | "MISCONF" | "MASTERDOWN" | "CLUSTERDOWN"
+            | "TRYAGAIN" | "ASK" | "MOVED" | "BUSY" | "UNBLOCKED",
         ) => Error::Away(error.to_string()),
         Some("OOM") => Error::Full(format!("{error}; raise maxmemory or let the backlog drain")),
         Some("NOPERM") => Error::Refused(format!("{error}; grant it with ACL SETUSER")),
-        Some("WRONGPASS" | "NOAUTH") => Error::Refused(format!("{error}; correct user and password in the URL")),
-        Some("WRONGTYPE") => Error::Refused(format!("{error}; a key of ours holds something foreign: rename or delete it")),
+        Some("WRONGPASS" | "NOAUTH") => {
+            Error::Refused(format!("{error}; correct user and password in the URL"))
+        }
+        Some("WRONGTYPE") => Error::Refused(format!(
+            "{error}; a key of ours holds something foreign: rename or delete it"
+        )),
         Some(_) => Error::Refused(error.to_string()),
         None => match error.kind() {
-            ErrorKind::AuthenticationFailed => Error::Refused(format!("{error}; correct user and password in the URL")),
+            ErrorKind::AuthenticationFailed => {
+                Error::Refused(format!("{error}; correct user and password in the URL"))
+            }
             ErrorKind::InvalidClientConfig | ErrorKind::Client => Error::Refused(error.to_string()),
             _ => Error::Away(error.to_string()),
         },

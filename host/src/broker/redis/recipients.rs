@@ -13,15 +13,21 @@ use crate::event::Name;
 pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {
     let mut commands = redis::pipe();
     commands.cmd("HGETALL").arg(user_key(user)).cmd("TIME");
-    let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) = redis.link.pipeline(&commands).await?;
+    let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
+        redis.link.pipeline(&commands).await?;
     let mut recipient = Recipient::default();
     for (field, text) in fields {
         if field == "attributes" {
-            recipient.attributes = serde_json::from_str(&text).map_err(|error| unexpected(&error))?;
+            recipient.attributes =
+                serde_json::from_str(&text).map_err(|error| unexpected(&error))?;
         } else if let Some(group) = field.strip_prefix("g:")
-            && let Some(spans) = spans(&text, &redis.partitions, seconds * 1000, redis.max_age_ms())?
+            && let Some(spans) =
+                spans(&text, &redis.partitions, seconds * 1000, redis.max_age_ms())?
         {
-            recipient.groups.insert(Name::parse(group).map_err(|error| unexpected(&error))?, spans);
+            recipient.groups.insert(
+                Name::parse(group).map_err(|error| unexpected(&error))?,
+                spans,
+            );
         }
     }
     Ok(recipient)
@@ -34,12 +40,20 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
     let (what, argument) = match change {
         RecipientChange::Join { group } => ("join", group.to_string()),
         RecipientChange::Leave { group } => ("leave", group.to_string()),
-        RecipientChange::Attributes(attributes) => ("attributes", serde_json::to_string(&attributes).map_err(|error| unexpected(&error))?),
+        RecipientChange::Attributes(attributes) => (
+            "attributes",
+            serde_json::to_string(&attributes).map_err(|error| unexpected(&error))?,
+        ),
     };
     let () = redis
         .link
         .eval(&scripts::RECIPIENT, |command| {
-            command.arg(1).arg(user_key(user)).arg(redis.max_age_ms()).arg(what).arg(&argument);
+            command
+                .arg(1)
+                .arg(user_key(user))
+                .arg(redis.max_age_ms())
+                .arg(what)
+                .arg(&argument);
             for (number, top) in &tops {
                 command.arg(number.0).arg(top);
             }
@@ -48,7 +62,10 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
     // Even where nothing changed: this may be the second attempt, after the first was written and not published.
     let mut commands = redis::pipe();
     for place in &redis.places {
-        commands.cmd("PUBLISH").arg(format!("{}recipients", place.channels)).arg(user.as_str());
+        commands
+            .cmd("PUBLISH")
+            .arg(format!("{}recipients", place.channels))
+            .arg(user.as_str());
     }
     let _heard: Vec<i64> = redis.link.pipeline(&commands).await?;
     Ok(())
@@ -58,14 +75,28 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
 async fn tops(redis: &Redis) -> Result<Vec<(PartitionNumber, u64)>> {
     let mut commands = redis::pipe();
     for place in &redis.places {
-        commands.cmd("HMGET").arg(&place.meta).arg("last").arg("pending");
+        commands
+            .cmd("HMGET")
+            .arg(&place.meta)
+            .arg("last")
+            .arg("pending");
     }
     let tops: Vec<(Option<u64>, Option<u64>)> = redis.link.pipeline(&commands).await?;
-    Ok(redis.places.iter().zip(tops).map(|(place, (last, pending))| (place.partition.number, last.max(pending).unwrap_or(0))).collect())
+    Ok(redis
+        .places
+        .iter()
+        .zip(tops)
+        .map(|(place, (last, pending))| (place.partition.number, last.max(pending).unwrap_or(0)))
+        .collect())
 }
 
 /// Reads a membership: the spans by partition. `None`: the member left longer ago than `max_age_ms`, so that nothing is left to see.
-fn spans(text: &str, partitions: &[Partition], now_ms: u64, max_age_ms: u64) -> Result<Option<BTreeMap<PartitionNumber, Span>>> {
+fn spans(
+    text: &str,
+    partitions: &[Partition],
+    now_ms: u64,
+    max_age_ms: u64,
+) -> Result<Option<BTreeMap<PartitionNumber, Span>>> {
     let mut spans = BTreeMap::new();
     let mut is_member = true;
     for word in text.split(' ') {
@@ -76,16 +107,30 @@ fn spans(text: &str, partitions: &[Partition], now_ms: u64, max_age_ms: u64) -> 
             }
             continue;
         }
-        let (number, ids) = word.split_once(':').ok_or_else(|| unexpected(&"a membership"))?;
-        let (joined, left) = ids.split_once('-').map_or((ids, None), |(joined, left)| (joined, Some(left)));
-        spans.insert(PartitionNumber(understand(number)?), Span { joined: id(joined)?, left: left.map(id).transpose()? });
+        let (number, ids) = word
+            .split_once(':')
+            .ok_or_else(|| unexpected(&"a membership"))?;
+        let (joined, left) = ids
+            .split_once('-')
+            .map_or((ids, None), |(joined, left)| (joined, Some(left)));
+        spans.insert(
+            PartitionNumber(understand(number)?),
+            Span {
+                joined: id(joined)?,
+                left: left.map(id).transpose()?,
+            },
+        );
     }
     if is_member {
         for partition in partitions {
             spans.entry(partition.number).or_default();
         }
     }
-    spans.retain(|number, _| partitions.iter().any(|partition| partition.number == *number));
+    spans.retain(|number, _| {
+        partitions
+            .iter()
+            .any(|partition| partition.number == *number)
+    });
     Ok(Some(spans))
 }
 

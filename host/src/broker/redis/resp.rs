@@ -58,8 +58,13 @@ impl Decoder {
                 self.elements.push(Element::TooLong);
                 self.missing -= 1;
             } else {
-                let Some(line_end) = input.iter().take(LONGEST_LINE).position(|&b| b == b'\n') else {
-                    return if input.len() >= LONGEST_LINE { Err(Garbled("a line is too long")) } else { Ok(None) };
+                let Some(line_end) = input.iter().take(LONGEST_LINE).position(|&b| b == b'\n')
+                else {
+                    return if input.len() >= LONGEST_LINE {
+                        Err(Garbled("a line is too long"))
+                    } else {
+                        Ok(None)
+                    };
                 };
                 if line_end < 2 || input[line_end - 1] != b'\r' {
                     return Err(Garbled("a line does not begin or end as it must"));
@@ -69,10 +74,16 @@ impl Decoder {
                     b'+' | b'-' if self.missing == 0 => {
                         let line = Bytes::copy_from_slice(line);
                         input.advance(line_end + 1);
-                        return Ok(Some(if sign == b'+' { Frame::Simple(line) } else { Frame::Error(line) }));
+                        return Ok(Some(if sign == b'+' {
+                            Frame::Simple(line)
+                        } else {
+                            Frame::Error(line)
+                        }));
                     }
                     b'*' if self.missing == 0 => {
-                        let elements = usize::try_from(number(line)?).ok().filter(|n| (1..=MOST_ELEMENTS).contains(n));
+                        let elements = usize::try_from(number(line)?)
+                            .ok()
+                            .filter(|n| (1..=MOST_ELEMENTS).contains(n));
                         self.missing = elements.ok_or(Garbled("an array has a wrong length"))?;
                         input.advance(line_end + 1);
                         continue;
@@ -91,7 +102,9 @@ impl Decoder {
                         }
                         Ok(length) if length > LONGEST_TEXT => {
                             input.advance(line_end + 1);
-                            self.skipping = length.checked_add(2).ok_or(Garbled("a text has a wrong length"))?;
+                            self.skipping = length
+                                .checked_add(2)
+                                .ok_or(Garbled("a text has a wrong length"))?;
                             continue;
                         }
                         Ok(length) => {
@@ -116,7 +129,10 @@ impl Decoder {
 }
 
 fn number(line: &[u8]) -> Result<i64, Garbled> {
-    std::str::from_utf8(line).ok().and_then(|text| text.parse().ok()).ok_or(Garbled("a number is none"))
+    std::str::from_utf8(line)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .ok_or(Garbled("a number is none"))
 }
 
 /// Writes a command.
@@ -138,13 +154,18 @@ mod tests {
     }
 
     fn decode(input: &[u8], piece: usize) -> Result<Vec<Frame>, Garbled> {
-        let (mut decoder, mut buffer, mut frames) = (Decoder::default(), BytesMut::new(), Vec::new());
+        let (mut decoder, mut buffer, mut frames) =
+            (Decoder::default(), BytesMut::new(), Vec::new());
         for piece in input.chunks(piece) {
             buffer.extend_from_slice(piece);
             while let Some(frame) = decoder.next(&mut buffer)? {
                 frames.push(frame);
             }
-            assert!(buffer.len() <= LONGEST_TEXT + LONGEST_LINE, "it holds {} bytes", buffer.len());
+            assert!(
+                buffer.len() <= LONGEST_TEXT + LONGEST_LINE,
+                "it holds {} bytes",
+                buffer.len()
+            );
         }
         Ok(frames)
     }
@@ -160,7 +181,11 @@ mod tests {
             Frame::Error(Bytes::from_static(b"ERR no")),
         ];
         for piece in 1..=input.len() {
-            assert_eq!(decode(input, piece).unwrap(), expect, "in pieces of {piece}");
+            assert_eq!(
+                decode(input, piece).unwrap(),
+                expect,
+                "in pieces of {piece}"
+            );
         }
     }
 
@@ -170,7 +195,10 @@ mod tests {
         let mut input = format!("*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n${length}\r\n").into_bytes();
         input.extend(std::iter::repeat_n(b'x', length));
         input.extend_from_slice(b"\r\n+OK\r\n");
-        let expect = [Frame::Array(vec![text("message"), text("c"), Element::TooLong]), Frame::Simple(Bytes::from_static(b"OK"))];
+        let expect = [
+            Frame::Array(vec![text("message"), text("c"), Element::TooLong]),
+            Frame::Simple(Bytes::from_static(b"OK")),
+        ];
         for piece in [1_000, 4_096, input.len()] {
             assert_eq!(decode(&input, piece).unwrap(), expect);
         }
@@ -178,11 +206,23 @@ mod tests {
 
     #[test]
     fn what_is_no_resp_is_refused() {
-        for bad in ["HTTP/1.1 400 Bad Request\r\n", "*2000000000\r\n", "*1\r\n*1\r\n", "*-1\r\n", "\r\n", "+OK\n", "*1\r\n$x\r\n"] {
+        for bad in [
+            "HTTP/1.1 400 Bad Request\r\n",
+            "*2000000000\r\n",
+            "*1\r\n*1\r\n",
+            "*-1\r\n",
+            "\r\n",
+            "+OK\n",
+            "*1\r\n$x\r\n",
+        ] {
             assert!(decode(bad.as_bytes(), 3).is_err(), "{bad:?}");
         }
         // A length that nothing will ever fill is waited for, and nothing reserved for it.
-        assert!(decode(b"*1\r\n$9223372036854775807\r\n", 3).unwrap().is_empty());
+        assert!(
+            decode(b"*1\r\n$9223372036854775807\r\n", 3)
+                .unwrap()
+                .is_empty()
+        );
         assert!(decode(&[b'x'; 5_000], 100).is_err());
     }
 

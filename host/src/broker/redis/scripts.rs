@@ -13,13 +13,19 @@ pub(super) struct Script {
 
 impl Script {
     fn new(code: &str) -> Self {
-        Self { hash: redis::Script::new(code).get_hash().to_owned(), code: code.to_owned() }
+        Self {
+            hash: redis::Script::new(code).get_hash().to_owned(),
+            code: code.to_owned(),
+        }
     }
 
     /// The prelude stands between the script's first line, which holds its flags and must be the first, and its body.
     fn of_partition(source: &str) -> Self {
         let (flags, body) = source.split_once('\n').unwrap_or((source, ""));
-        Self::new(&format!("{flags}\n{}\n{body}", include_str!("scripts/prelude.lua")))
+        Self::new(&format!(
+            "{flags}\n{}\n{body}",
+            include_str!("scripts/prelude.lua")
+        ))
     }
 }
 

@@ -42,7 +42,10 @@ impl News {
             warnings: BTreeSet::new(),
             last: EntryId::default(),
         };
-        thread::Builder::new().name("news".to_owned()).spawn(move || teller.tell(&told)).context("cannot start a thread")?;
+        thread::Builder::new()
+            .name("news".to_owned())
+            .spawn(move || teller.tell(&told))
+            .context("cannot start a thread")?;
         Ok(Self(is_over))
     }
 }
@@ -128,16 +131,32 @@ impl Teller {
     }
 
     fn ask<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
-        let (status, text) = read(self.agent.get(format!("{}{path}", self.url)).call().ok()?).ok()?;
-        serde_json::from_str(&text).ok().filter(|_| status.is_success())
+        let (status, text) =
+            read(self.agent.get(format!("{}{path}", self.url)).call().ok()?).ok()?;
+        serde_json::from_str(&text)
+            .ok()
+            .filter(|_| status.is_success())
     }
 
     fn tell_plugins(&mut self, plugins: Vec<Plugin>) {
         // Until it is built, a crate that is configured has no file; that it is being built is said elsewhere.
-        let is_awaited = |plugin: &Plugin| plugin.state == "missing" && self.crates.contains(&plugin.name);
-        let plugins: BTreeMap<_, _> = plugins.into_iter().filter(|p| !is_awaited(p)).map(|p| (p.name.clone(), p)).collect();
-        for (name, plugin) in plugins.iter().filter(|(name, plugin)| self.plugins.get(*name) != Some(*plugin)) {
-            let Plugin { generation, failure, state, .. } = plugin;
+        let is_awaited =
+            |plugin: &Plugin| plugin.state == "missing" && self.crates.contains(&plugin.name);
+        let plugins: BTreeMap<_, _> = plugins
+            .into_iter()
+            .filter(|p| !is_awaited(p))
+            .map(|p| (p.name.clone(), p))
+            .collect();
+        for (name, plugin) in plugins
+            .iter()
+            .filter(|(name, plugin)| self.plugins.get(*name) != Some(*plugin))
+        {
+            let Plugin {
+                generation,
+                failure,
+                state,
+                ..
+            } = plugin;
             let known = self.plugins.get(name);
             let before = known.map_or((0, ""), |before| (before.generation, before.state.as_str()));
             let was_refused = known.is_some_and(|before| before.failure.is_some());
@@ -145,19 +164,28 @@ impl Teller {
             match (generation, failure) {
                 (0, Some(failure)) => println!("{name}: not at work: {}", printable(failure)),
                 (0, None) => println!("{name}: not at work: {}", printable(state)),
-                (_, Some(failure)) => println!("{name}: not swapped in: {}; generation {generation} stays at work", printable(failure)),
+                (_, Some(failure)) => println!(
+                    "{name}: not swapped in: {}; generation {generation} stays at work",
+                    printable(failure)
+                ),
                 (_, None) if state == "breaker-open" => println!(
                     "{name}: generation {generation} failed on so many events in a row that it is asked only now and then (breaker_failures)"
                 ),
                 (_, None) if before.0 == *generation && was_refused => {
-                    println!("{name}: generation {generation} is at work, and nothing is refused any more");
+                    println!(
+                        "{name}: generation {generation} is at work, and nothing is refused any more"
+                    );
                 }
                 // That a probation is over is no news.
                 (_, None) if before.0 == *generation && before.1 != "breaker-open" => {}
                 (_, None) => println!("{name}: generation {generation} is at work"),
             }
         }
-        for gone in self.plugins.keys().filter(|name| !plugins.contains_key(*name)) {
+        for gone in self
+            .plugins
+            .keys()
+            .filter(|name| !plugins.contains_key(*name))
+        {
             println!("{}: removed", printable(gone));
         }
         self.plugins = plugins;
@@ -165,12 +193,25 @@ impl Teller {
 
     /// What readiness says beside of plugins, such as that something in the configuration waits for the next start.
     fn tell_warnings(&mut self) {
-        let Some((_, page)) = self.agent.get(format!("{}/readyz", self.url)).call().ok().and_then(|response| read(response).ok()) else {
+        let Some((_, page)) = self
+            .agent
+            .get(format!("{}/readyz", self.url))
+            .call()
+            .ok()
+            .and_then(|response| read(response).ok())
+        else {
             return;
         };
         // The broker is in this process, and is there in a moment.
-        let is_told = |line: &&str| !["plugins", "broker", "ready"].iter().any(|known| line.starts_with(known));
-        let lines = page.lines().map(|line| line.strip_prefix("warning: ").unwrap_or(line)).filter(is_told);
+        let is_told = |line: &&str| {
+            !["plugins", "broker", "ready"]
+                .iter()
+                .any(|known| line.starts_with(known))
+        };
+        let lines = page
+            .lines()
+            .map(|line| line.strip_prefix("warning: ").unwrap_or(line))
+            .filter(is_told);
         let warnings: BTreeSet<String> = lines.map(printable).collect();
         for new in warnings.difference(&self.warnings) {
             println!("{new}");
@@ -179,7 +220,10 @@ impl Teller {
     }
 
     fn tell_decisions(&mut self, decided: Vec<Decided>) {
-        let mut new: Vec<Decided> = decided.into_iter().filter(|decided| decided.entry > self.last).collect();
+        let mut new: Vec<Decided> = decided
+            .into_iter()
+            .filter(|decided| decided.entry > self.last)
+            .collect();
         new.sort_by_key(|decided| decided.entry);
         let n_left_out = new.len().saturating_sub(MAX_TOLD);
         if n_left_out > 0 {
@@ -188,8 +232,17 @@ impl Teller {
         for decided in &new[n_left_out..] {
             // Whom it names is in its plan alone.
             let is_planned = decided.outcome == "committed";
-            let explained = is_planned.then(|| self.ask::<Explained>(&format!("/v1/explain?event_id={}", decided.entry)));
-            println!("{}", decided.told(explained.flatten().map(|explained| explained.plan).as_deref()));
+            let explained = is_planned
+                .then(|| self.ask::<Explained>(&format!("/v1/explain?event_id={}", decided.entry)));
+            println!(
+                "{}",
+                decided.told(
+                    explained
+                        .flatten()
+                        .map(|explained| explained.plan)
+                        .as_deref()
+                )
+            );
         }
         self.last = new.last().map_or(self.last, |decided| decided.entry);
     }
@@ -206,22 +259,36 @@ impl Decided {
         // Who was not asked is of interest only where nobody was.
         let was_asked = |verdict: &&Verdict| verdict.verdict != "skipped";
         let is_anybodys = self.verdicts.iter().any(|verdict| was_asked(&verdict));
-        let said = self.verdicts.iter().filter(|verdict| !is_anybodys || was_asked(verdict));
+        let said = self
+            .verdicts
+            .iter()
+            .filter(|verdict| !is_anybodys || was_asked(verdict));
         let whose: Vec<String> = said.map(|verdict| verdict.told(plan)).collect();
         let by = match (whose.is_empty(), self.reason.is_empty()) {
             (false, _) => format!(": {}", whose.join("; ")),
             (true, false) => format!(": {}", self.reason),
             (true, true) => String::new(),
         };
-        printable(&format!("{} {}: {outcome}{by}", self.event_type, self.event_id))
+        printable(&format!(
+            "{} {}: {outcome}{by}",
+            self.event_type, self.event_id
+        ))
     }
 }
 
 impl Verdict {
     fn told(&self, plan: Option<&[Route]>) -> String {
-        let Self { plugin, generation, verdict, reason } = self;
+        let Self {
+            plugin,
+            generation,
+            verdict,
+            reason,
+        } = self;
         let says = match verdict.as_str() {
-            "routes" => plan.map_or_else(|| "routes it".to_owned(), |plan| format!("routes it to {}", targets(plan, plugin))),
+            "routes" => plan.map_or_else(
+                || "routes it".to_owned(),
+                |plan| format!("routes it to {}", targets(plan, plugin)),
+            ),
             "none" => "names nobody".to_owned(),
             "keep" => "keeps it".to_owned(),
             "amend" => "amends it".to_owned(),
@@ -231,16 +298,29 @@ impl Verdict {
             "retry" => "wants it again later".to_owned(),
             other => other.to_owned(),
         };
-        let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+        let reason = if reason.is_empty() {
+            String::new()
+        } else {
+            format!(" ({reason})")
+        };
         format!("{plugin}, generation {generation}, {says}{reason}")
     }
 }
 
 /// Whom the routes of this plugin name.
 fn targets(plan: &[Route], plugin: &str) -> String {
-    let all: Vec<&str> = plan.iter().filter(|route| route.by == plugin).flat_map(|route| &route.to).map(String::as_str).collect();
+    let all: Vec<&str> = plan
+        .iter()
+        .filter(|route| route.by == plugin)
+        .flat_map(|route| &route.to)
+        .map(String::as_str)
+        .collect();
     let shown = all[..all.len().min(MAX_TARGETS)].join(", ");
-    if all.len() > MAX_TARGETS { format!("{shown} and {} more", all.len() - MAX_TARGETS) } else { shown }
+    if all.len() > MAX_TARGETS {
+        format!("{shown} and {} more", all.len() - MAX_TARGETS)
+    } else {
+        shown
+    }
 }
 
 #[cfg(test)]
@@ -251,24 +331,41 @@ mod tests {
 
     #[test]
     fn a_line_says_what_was_decided_by_which_generation_of_whom_and_for_whom() {
-        let verdict =
-            |plugin: &str, verdict: &str, reason: &str| json!({ "plugin": plugin, "generation": 3, "verdict": verdict, "reason": reason });
-        let plan: Vec<Route> =
-            serde_json::from_value(json!([{ "by": "r", "to": ["u:1", "g:ops"] }, { "by": "other", "to": ["all"] }])).unwrap();
+        let verdict = |plugin: &str, verdict: &str, reason: &str| json!({ "plugin": plugin, "generation": 3, "verdict": verdict, "reason": reason });
+        let plan: Vec<Route> = serde_json::from_value(
+            json!([{ "by": "r", "to": ["u:1", "g:ops"] }, { "by": "other", "to": ["all"] }]),
+        )
+        .unwrap();
         for (outcome, verdicts, expect) in [
             (
                 "committed",
-                vec![verdict("f", "keep", ""), verdict("s", "skipped", ""), verdict("r", "routes", "")],
+                vec![
+                    verdict("f", "keep", ""),
+                    verdict("s", "skipped", ""),
+                    verdict("r", "routes", ""),
+                ],
                 "t e: committed: f, generation 3, keeps it; r, generation 3, routes it to u:1, g:ops",
             ),
-            ("unrouted", vec![verdict("r", "none", "")], "t e: unrouted, nobody hears of it: r, generation 3, names nobody"),
+            (
+                "unrouted",
+                vec![verdict("r", "none", "")],
+                "t e: unrouted, nobody hears of it: r, generation 3, names nobody",
+            ),
             (
                 "unrouted",
                 vec![verdict("r", "skipped", "")],
                 "t e: unrouted, nobody hears of it: r, generation 3, does not ask for such events",
             ),
-            ("discarded", vec![verdict("f", "drop", "a test")], "t e: discarded: f, generation 3, drops it (a test)"),
-            ("dead-lettered", vec![verdict("r", "failed", "it ran\nlong")], "t e: dead-lettered: r, generation 3, failed (it ran long)"),
+            (
+                "discarded",
+                vec![verdict("f", "drop", "a test")],
+                "t e: discarded: f, generation 3, drops it (a test)",
+            ),
+            (
+                "dead-lettered",
+                vec![verdict("r", "failed", "it ran\nlong")],
+                "t e: dead-lettered: r, generation 3, failed (it ran long)",
+            ),
         ] {
             let decided: Decided = serde_json::from_value(
                 json!({ "entry": "1-0", "outcome": outcome, "event_id": "e", "event_type": "t", "verdicts": verdicts }),
@@ -276,7 +373,10 @@ mod tests {
             .unwrap();
             assert_eq!(decided.told(Some(&plan)), expect);
         }
-        let many = Route { by: "r".to_owned(), to: (0..20).map(|n| format!("u:{n}")).collect() };
+        let many = Route {
+            by: "r".to_owned(),
+            to: (0..20).map(|n| format!("u:{n}")).collect(),
+        };
         assert!(targets(&[many], "r").ends_with("u:7 and 12 more"));
     }
 }

@@ -42,7 +42,12 @@ struct Shared {
 
 impl Workshop {
     /// Begins with a first build. `folder`: where what is built is put.
-    pub(super) fn open(known: &Crate, profile: &Profile, folder: &Path, settings: &Arc<Settings>) -> anyhow::Result<Self> {
+    pub(super) fn open(
+        known: &Crate,
+        profile: &Profile,
+        folder: &Path,
+        settings: &Arc<Settings>,
+    ) -> anyhow::Result<Self> {
         let (wake, woken) = sync_channel(1);
         let shared = Arc::new(Shared::default());
         let bench = Bench {
@@ -54,15 +59,27 @@ impl Workshop {
             wake: wake.clone(),
             ears: None,
         };
-        let thread = thread::Builder::new().name(format!("build-{}", known.name)).spawn(move || bench.work(&woken));
-        Ok(Self { shared, wake, thread: Some(thread.context("cannot start a thread")?) })
+        let thread = thread::Builder::new()
+            .name(format!("build-{}", known.name))
+            .spawn(move || bench.work(&woken));
+        Ok(Self {
+            shared,
+            wake,
+            thread: Some(thread.context("cannot start a thread")?),
+        })
     }
 }
 
 impl Drop for Workshop {
     fn drop(&mut self) {
         self.shared.is_over.store(true, Ordering::SeqCst);
-        if let Some(build) = self.shared.under_way.lock().expect("no panic under this lock").take() {
+        if let Some(build) = self
+            .shared
+            .under_way
+            .lock()
+            .expect("no panic under this lock")
+            .take()
+        {
             build.end();
         }
         // A full channel wakes it as well.
@@ -85,7 +102,15 @@ struct Bench {
 }
 
 /// What a crate is built from.
-const SOURCES: [&str; 7] = ["src", "vendor", "wit", "Cargo.toml", "Cargo.lock", "build.rs", ".cargo"];
+const SOURCES: [&str; 7] = [
+    "src",
+    "vendor",
+    "wit",
+    "Cargo.toml",
+    "Cargo.lock",
+    "build.rs",
+    ".cargo",
+];
 
 /// What of a file changes as it is saved.
 type Seen = (u64, Option<SystemTime>);
@@ -106,7 +131,9 @@ impl Bench {
             let seen = Sources::of(&self.known.folder);
             self.listen(&seen.folders);
             let is_to_be_built = built.as_ref().is_none_or(|built| built.files != seen.files);
-            let is_to_be_configured = built.as_ref().is_none_or(|built| built.config != seen.config);
+            let is_to_be_configured = built
+                .as_ref()
+                .is_none_or(|built| built.config != seen.config);
             if is_to_be_configured && let Err(error) = self.settings.write() {
                 println!("{}: not configured anew: {error:#}", self.known.name);
             }
@@ -135,19 +162,32 @@ impl Bench {
         println!("{name}: building");
         let began = Instant::now();
         let outcome = Build::start(&self.known.folder, &self.profile, true).and_then(|build| {
-            *self.shared.under_way.lock().expect("no panic under this lock") = Some(build.clone());
+            *self
+                .shared
+                .under_way
+                .lock()
+                .expect("no panic under this lock") = Some(build.clone());
             if self.is_over() {
                 build.end();
             }
             let made = build.finish();
-            self.shared.under_way.lock().expect("no panic under this lock").take();
-            made?.iter().map(|file| self.put(file)).collect::<anyhow::Result<Vec<_>>>()
+            self.shared
+                .under_way
+                .lock()
+                .expect("no panic under this lock")
+                .take();
+            made?
+                .iter()
+                .map(|file| self.put(file))
+                .collect::<anyhow::Result<Vec<_>>>()
         });
         if self.is_over() {
             return;
         }
         match outcome {
-            Ok(changed) if changed.contains(&true) => println!("{name}: built in {:.1} s", began.elapsed().as_secs_f64()),
+            Ok(changed) if changed.contains(&true) => {
+                println!("{name}: built in {:.1} s", began.elapsed().as_secs_f64())
+            }
             Ok(_) => println!("{name}: built, and nothing has changed"),
             Err(error) => println!("{name}: not built: {error:#}; what is at work stays at work"),
         }
@@ -163,13 +203,19 @@ impl Bench {
         }
         // A name with a dot first is one that nobody looks at.
         let draft = self.folder.join(format!(".{}", name.to_string_lossy()));
-        fs::write(&draft, bytes).and_then(|()| fs::rename(&draft, &place)).with_context(|| format!("cannot write {}", place.display()))?;
+        fs::write(&draft, bytes)
+            .and_then(|()| fs::rename(&draft, &place))
+            .with_context(|| format!("cannot write {}", place.display()))?;
         Ok(true)
     }
 
     /// Listens to these folders and no others: Cargo's own would never be quiet.
     fn listen(&mut self, folders: &BTreeSet<PathBuf>) {
-        if self.ears.as_ref().is_some_and(|(heard, _)| heard == folders) {
+        if self
+            .ears
+            .as_ref()
+            .is_some_and(|(heard, _)| heard == folders)
+        {
             return;
         }
         let wake = self.wake.clone();
@@ -179,12 +225,16 @@ impl Bench {
             }
         };
         let ears = notify::recommended_watcher(heard).and_then(|mut ears| {
-            folders.iter().try_for_each(|folder| ears.watch(folder, RecursiveMode::NonRecursive))?;
+            folders
+                .iter()
+                .try_for_each(|folder| ears.watch(folder, RecursiveMode::NonRecursive))?;
             Ok(ears)
         });
         match ears {
             Ok(ears) => self.ears = Some((folders.clone(), ears)),
-            Err(error) => tracing::debug!(%error, "the crate cannot be listened to; it is looked at every {} s", LOOK_EVERY.as_secs()),
+            Err(error) => {
+                tracing::debug!(%error, "the crate cannot be listened to; it is looked at every {} s", LOOK_EVERY.as_secs())
+            }
         }
     }
 }
@@ -192,7 +242,11 @@ impl Bench {
 impl Sources {
     fn of(folder: &Path) -> Self {
         // The folder itself, for the files in it that are one of these.
-        let mut sources = Self { config: look(&folder.join(CONFIG)), folders: BTreeSet::from([folder.to_owned()]), ..Self::default() };
+        let mut sources = Self {
+            config: look(&folder.join(CONFIG)),
+            folders: BTreeSet::from([folder.to_owned()]),
+            ..Self::default()
+        };
         let mut open: Vec<PathBuf> = SOURCES.iter().map(|name| folder.join(name)).collect();
         while let Some(path) = open.pop() {
             if sources.files.len() == MAX_FILES {
@@ -202,9 +256,13 @@ impl Sources {
                 sources.files.insert(path, seen);
                 continue;
             }
-            let Ok(entries) = fs::read_dir(&path) else { continue };
+            let Ok(entries) = fs::read_dir(&path) else {
+                continue;
+            };
             // What is hidden is an editor's.
-            let entries = entries.map_while(Result::ok).filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'));
+            let entries = entries
+                .map_while(Result::ok)
+                .filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'));
             open.extend(entries.map(|entry| entry.path()));
             sources.folders.insert(path);
         }
@@ -224,7 +282,8 @@ mod tests {
 
     #[test]
     fn what_a_crate_is_built_from_is_looked_at_and_nothing_else_in_its_folder() {
-        let folder = std::env::temp_dir().join(format!("pointsman-workshop-{}", std::process::id()));
+        let folder =
+            std::env::temp_dir().join(format!("pointsman-workshop-{}", std::process::id()));
         let write = |path: &str, text: &str| {
             let path = folder.join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -234,7 +293,12 @@ mod tests {
             write(path, "");
         }
         let mut before = Sources::of(&folder);
-        assert_eq!(before.folders, [&folder, &folder.join("src"), &folder.join("src/deep")].map(PathBuf::clone).into());
+        assert_eq!(
+            before.folders,
+            [&folder, &folder.join("src"), &folder.join("src/deep")]
+                .map(PathBuf::clone)
+                .into()
+        );
         for (path, is_source, is_config) in [
             ("src/lib.rs", true, false),
             ("src/deep/er.rs", true, false),
@@ -255,7 +319,11 @@ mod tests {
         ] {
             write(path, path);
             let now = Sources::of(&folder);
-            assert_eq!((now.files != before.files, now.config != before.config), (is_source, is_config), "{path}");
+            assert_eq!(
+                (now.files != before.files, now.config != before.config),
+                (is_source, is_config),
+                "{path}"
+            );
             before = now;
         }
         fs::remove_dir_all(&folder).unwrap();

@@ -26,7 +26,10 @@ pub(super) struct Options {
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|seconds| (0.01..=600.0).contains(seconds)).ok_or_else(|| "give 0.01 to 600".to_owned())
+    text.parse()
+        .ok()
+        .filter(|seconds| (0.01..=600.0).contains(seconds))
+        .ok_or_else(|| "give 0.01 to 600".to_owned())
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -34,16 +37,36 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let events = sample::events(&sample::file(options.events.as_ref(), &loaded)?, None)?;
     let engine = Engine::new()?;
     let plugin = loaded.plugin(&engine)?;
-    let wanted: Vec<(Event, u64)> = events.into_iter().filter(|(event, _)| plugin.wants(&event.kind)).collect();
-    ensure!(!wanted.is_empty(), "the plugin wants no event of these types, so that a node would not call it");
-    let roles: Vec<Role> = [Role::Filter, Role::Router].into_iter().filter(|role| plugin.has_role(*role)).collect();
-    let nothing = Plugin::load(&engine, Name::parse("nothing")?, &noop()?, "{}", Limits::default())?;
+    let wanted: Vec<(Event, u64)> = events
+        .into_iter()
+        .filter(|(event, _)| plugin.wants(&event.kind))
+        .collect();
+    ensure!(
+        !wanted.is_empty(),
+        "the plugin wants no event of these types, so that a node would not call it"
+    );
+    let roles: Vec<Role> = [Role::Filter, Role::Router]
+        .into_iter()
+        .filter(|role| plugin.has_role(*role))
+        .collect();
+    let nothing = Plugin::load(
+        &engine,
+        Name::parse("nothing")?,
+        &noop()?,
+        "{}",
+        Limits::default(),
+    )?;
 
-    let (mut plugin, mut nothing) = (Audition::new(&engine, plugin), Audition::new(&engine, nothing));
+    let (mut plugin, mut nothing) = (
+        Audition::new(&engine, plugin),
+        Audition::new(&engine, nothing),
+    );
     let time = |audition: &mut Audition, n: usize| {
         let mut took = Duration::ZERO;
         for _ in 0..n {
-            took += audition.time(&roles, &wanted).context("the plugin failed; see: pointsman plugin test")?;
+            took += audition
+                .time(&roles, &wanted)
+                .context("the plugin failed; see: pointsman plugin test")?;
         }
         anyhow::Ok(took)
     };
@@ -59,10 +82,25 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         of_nothing.push(time(&mut nothing, n)?.as_nanos() as f64 / n_calls);
     }
     let (of_plugin, of_nothing) = (median(of_plugin), median(of_nothing));
-    println!("{}: {} events of {}, one thread", loaded.file.display(), wanted.len(), loaded.name);
-    println!("  {:<24}  {:>12}  {:>16}  {:>8}", "", "ns an event", "events a second", "ratio");
-    for (what, ns) in [("a plugin that does nothing", of_nothing), (loaded.name.as_str(), of_plugin)] {
-        println!("  {what:<26}{ns:>12.0}  {:>16.0}  {:>8.1}", 1e9 / ns, ns / of_nothing);
+    println!(
+        "{}: {} events of {}, one thread",
+        loaded.file.display(),
+        wanted.len(),
+        loaded.name
+    );
+    println!(
+        "  {:<24}  {:>12}  {:>16}  {:>8}",
+        "", "ns an event", "events a second", "ratio"
+    );
+    for (what, ns) in [
+        ("a plugin that does nothing", of_nothing),
+        (loaded.name.as_str(), of_plugin),
+    ] {
+        println!(
+            "  {what:<26}{ns:>12.0}  {:>16.0}  {:>8.1}",
+            1e9 / ns,
+            ns / of_nothing
+        );
     }
     if cfg!(debug_assertions) {
         println!(

@@ -29,7 +29,10 @@ fn show(file: &Path) -> anyhow::Result<()> {
     let inspection = inspection::look(&bytes);
     println!("{}", file.display());
     println!("  size      {}", words::size(bytes.len()));
-    println!("  imports   {}", words::imports(&inspection.imports).join("\n            "));
+    println!(
+        "  imports   {}",
+        words::imports(&inspection.imports).join("\n            ")
+    );
     println!("  sha256    {}", inspection.hash);
     Ok(())
 }

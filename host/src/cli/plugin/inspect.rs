@@ -14,7 +14,13 @@ pub(super) struct Options {
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let loaded = options.subject.load()?;
-    let inspection = inspect(&Engine::new()?, loaded.name.clone(), &loaded.bytes, &loaded.config, loaded.limits.clone());
+    let inspection = inspect(
+        &Engine::new()?,
+        loaded.name.clone(),
+        &loaded.bytes,
+        &loaded.config,
+        loaded.limits.clone(),
+    );
     println!("{}", loaded.file.display());
     for (what, text) in lines(&inspection) {
         println!("  {what:<10}  {}", text.replace('\n', "\n              "));
@@ -34,37 +40,75 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
         Some(Form::Component) => "a component",
         None => "no WebAssembly",
     };
-    lines.push(("file", format!("{form} of {}", words::size(inspection.bytes))));
+    lines.push((
+        "file",
+        format!("{form} of {}", words::size(inspection.bytes)),
+    ));
     lines.push(("sha256", inspection.hash.clone()));
     let kind = match (inspection.is_filter, inspection.is_router) {
         (true, true) => "filter and router",
         (true, false) => "filter",
         (false, true) => "router",
-        (false, false) => "none: it exports neither pointsman:plugin/filter nor pointsman:plugin/router",
+        (false, false) => {
+            "none: it exports neither pointsman:plugin/filter nor pointsman:plugin/router"
+        }
     };
     lines.push(("kind", kind.to_owned()));
     if !inspection.contracts.is_empty() {
         let contracts: Vec<&str> = inspection.contracts.iter().map(String::as_str).collect();
-        lines.push(("contract", format!("pointsman:plugin {}", contracts.join(", "))));
+        lines.push((
+            "contract",
+            format!("pointsman:plugin {}", contracts.join(", ")),
+        ));
     }
     lines.push(("imports", words::imports(&inspection.imports).join("\n")));
     if let Some(manifest) = &inspection.manifest {
-        lines.push(("says it is", format!("{} {}: {}", manifest.name, manifest.version, manifest.description)));
+        lines.push((
+            "says it is",
+            format!(
+                "{} {}: {}",
+                manifest.name, manifest.version, manifest.description
+            ),
+        ));
     }
     if let Some(selection) = &inspection.selection {
-        let or =
-            |names: &[String], none: &str| if names.is_empty() { none.to_owned() } else { names.join(", ").escape_debug().to_string() };
+        let or = |names: &[String], none: &str| {
+            if names.is_empty() {
+                none.to_owned()
+            } else {
+                names.join(", ").escape_debug().to_string()
+            }
+        };
         lines.push(("types", or(&selection.types, "all")));
-        let payload = if selection.payload { "the payload whole" } else { "not the payload" };
-        let reads = format!("attributes {}; fields {}; {payload}", or(&selection.attributes, "none"), or(&selection.fields, "none"));
+        let payload = if selection.payload {
+            "the payload whole"
+        } else {
+            "not the payload"
+        };
+        let reads = format!(
+            "attributes {}; fields {}; {payload}",
+            or(&selection.attributes, "none"),
+            or(&selection.fields, "none")
+        );
         lines.push(("reads", reads));
     }
     if let Some(bytes) = inspection.memory_bytes {
-        lines.push(("memory", format!("an instance begins with {}", words::size(bytes))));
+        lines.push((
+            "memory",
+            format!("an instance begins with {}", words::size(bytes)),
+        ));
     }
-    if let Some(schema) = inspection.manifest.as_ref().and_then(|manifest| manifest.config_schema.as_ref()) {
-        let pretty = serde_json::from_str::<serde_json::Value>(schema).map(|schema| format!("{schema:#}"));
-        lines.push(("schema", pretty.unwrap_or_else(|_| "is not JSON".to_owned())));
+    if let Some(schema) = inspection
+        .manifest
+        .as_ref()
+        .and_then(|manifest| manifest.config_schema.as_ref())
+    {
+        let pretty =
+            serde_json::from_str::<serde_json::Value>(schema).map(|schema| format!("{schema:#}"));
+        lines.push((
+            "schema",
+            pretty.unwrap_or_else(|_| "is not JSON".to_owned()),
+        ));
     }
     lines
 }

@@ -44,7 +44,8 @@ const SDK: [(&str, &str); 16] = files!("plugins/sdk":
     "Cargo.toml",
 );
 
-const SHARED: [(&str, &str); 3] = files!("host/templates/plugin": "Cargo.toml", "README.md", "gitignore");
+const SHARED: [(&str, &str); 3] =
+    files!("host/templates/plugin": "Cargo.toml", "README.md", "gitignore");
 const ROUTER: [(&str, &str); 4] = files!("host/templates/plugin/router": "src/lib.rs", "config.json", "events.jsonl", "golden.json");
 const FILTER: [(&str, &str); 4] = files!("host/templates/plugin/filter": "src/lib.rs", "config.json", "events.jsonl", "golden.json");
 
@@ -78,21 +79,32 @@ enum Language {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let Language::Rust = options.lang;
     let folder = &options.name;
-    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let name = folder
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
     check_name(name)?;
     if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) || folder.is_file() {
-        bail!("{} is there already; name another folder, or remove it", folder.display());
+        bail!(
+            "{} is there already; name another folder, or remove it",
+            folder.display()
+        );
     }
     for (path, text) in project(name, options.kind)? {
         let path = folder.join(path);
         let parent = path.parent().unwrap_or(folder);
-        fs::create_dir_all(parent).and_then(|()| fs::write(&path, text)).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::create_dir_all(parent)
+            .and_then(|()| fs::write(&path, text))
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     let kind = match options.kind {
         Kind::Filter => "filter",
         Kind::Router => "router",
     };
-    println!("{} holds a {kind} that compiles as it is: begin in src/lib.rs\n", folder.display());
+    println!(
+        "{} holds a {kind} that compiles as it is: begin in src/lib.rs\n",
+        folder.display()
+    );
     match toolchain::add_wasm_target(folder) {
         Ok(true) => println!("  added the target {} through rustup\n", toolchain::WASM),
         Ok(false) => {}
@@ -100,8 +112,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     }
     println!("  cd {}", folder.display());
     println!("  cargo test              # natively; a minute the first time, then a second");
-    println!("  pointsman plugin test   # builds it, and asks the file about events.jsonl as a node would");
-    println!("  pointsman dev           # a node with a page, and the plugin rebuilt and swapped in as you save");
+    println!(
+        "  pointsman plugin test   # builds it, and asks the file about events.jsonl as a node would"
+    );
+    println!(
+        "  pointsman dev           # a node with a page, and the plugin rebuilt and swapped in as you save"
+    );
     Ok(())
 }
 
@@ -109,23 +125,42 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 fn check_name(name: &str) -> anyhow::Result<()> {
     let has_form = name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.len() <= 64
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_');
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_');
     ensure!(
         has_form,
         "'{}' is no name for a plugin; give it 1 to 64 of a-z, 0-9 and -, a letter first, such as my-router",
         name.escape_debug()
     );
     // `dir` and `order` are keys of [plugins]; the others are names that Cargo or Rust has for something else.
-    let taken = ["dir", "order", "test", "core", "std", "alloc", "proc-macro", "build", "deps", "examples", "incremental"];
+    let taken = [
+        "dir",
+        "order",
+        "test",
+        "core",
+        "std",
+        "alloc",
+        "proc-macro",
+        "build",
+        "deps",
+        "examples",
+        "incremental",
+    ];
     let of_the_project = ["pointsman-plugin", "schemars", "serde", "serde-json"];
     let keywords = [
-        "as", "async", "await", "break", "const", "continue", "crate", "dyn", "else", "enum", "extern", "false", "fn", "for", "if", "impl",
-        "in", "let", "loop", "match", "mod", "move", "mut", "pub", "ref", "return", "self", "static", "struct", "super", "trait", "true",
-        "type", "unsafe", "use", "where", "while", "abstract", "become", "box", "do", "final", "gen", "macro", "override", "priv", "try",
-        "typeof", "unsized", "virtual", "yield",
+        "as", "async", "await", "break", "const", "continue", "crate", "dyn", "else", "enum",
+        "extern", "false", "fn", "for", "if", "impl", "in", "let", "loop", "match", "mod", "move",
+        "mut", "pub", "ref", "return", "self", "static", "struct", "super", "trait", "true",
+        "type", "unsafe", "use", "where", "while", "abstract", "become", "box", "do", "final",
+        "gen", "macro", "override", "priv", "try", "typeof", "unsized", "virtual", "yield",
     ];
     let hyphenated = name.replace('_', "-");
-    let is_taken = taken.iter().chain(&of_the_project).chain(&keywords).any(|taken| *taken == hyphenated);
+    let is_taken = taken
+        .iter()
+        .chain(&of_the_project)
+        .chain(&keywords)
+        .any(|taken| *taken == hyphenated);
     ensure!(
         !is_taken,
         "'{name}' is taken: it means something else to Cargo, Rust or the configuration; choose another, such as {name}-router"
@@ -140,21 +175,37 @@ fn project(name: &str, kind: Kind) -> anyhow::Result<Vec<(String, String)>> {
         Kind::Router => (ROUTER, "router"),
     };
     let named = |text: &str| {
-        let text = text.replace("MyPlugin", &type_name(name)).replace("my_plugin", &name.replace('-', "_"));
-        text.replace(PLACEHOLDER, name).replace("KIND", kind).replace("VERSION", env!("CARGO_PKG_VERSION"))
+        let text = text
+            .replace("MyPlugin", &type_name(name))
+            .replace("my_plugin", &name.replace('-', "_"));
+        text.replace(PLACEHOLDER, name)
+            .replace("KIND", kind)
+            .replace("VERSION", env!("CARGO_PKG_VERSION"))
     };
     let mut files: Vec<(String, String)> = Vec::new();
     for (path, text) in SHARED.iter().chain(&own) {
         // With its own name it would hide files of this repository.
-        let path = if *path == "gitignore" { ".gitignore" } else { path };
+        let path = if *path == "gitignore" {
+            ".gitignore"
+        } else {
+            path
+        };
         files.push((path.to_owned(), named(text)));
     }
     for (path, text) in SDK {
-        let text = if path == "Cargo.toml" { standalone(text, WORKSPACE)? } else { text.to_owned() };
+        let text = if path == "Cargo.toml" {
+            standalone(text, WORKSPACE)?
+        } else {
+            text.to_owned()
+        };
         files.push((format!("{SDK_FOLDER}/{path}"), text));
     }
     files.extend(WIT.map(|(path, text)| (format!("wit/{path}"), text.to_owned())));
-    let manifest = files.iter().find(|(path, _)| path == "Cargo.toml").map(|(_, text)| text.as_str()).unwrap_or_default();
+    let manifest = files
+        .iter()
+        .find(|(path, _)| path == "Cargo.toml")
+        .map(|(_, text)| text.as_str())
+        .unwrap_or_default();
     files.push(("Cargo.lock".to_owned(), lock(manifest)?));
     Ok(files)
 }
@@ -174,33 +225,65 @@ fn standalone(manifest: &str, workspace: &str) -> anyhow::Result<String> {
     let mut manifest: Table = manifest.parse()?;
     let workspace: Table = workspace.parse()?;
     manifest.remove("lints");
-    for (section, from) in [("package", "package"), ("dependencies", "dependencies"), ("dev-dependencies", "dependencies")] {
-        let Some(section) = manifest.get_mut(section).and_then(Value::as_table_mut) else { continue };
+    for (section, from) in [
+        ("package", "package"),
+        ("dependencies", "dependencies"),
+        ("dev-dependencies", "dependencies"),
+    ] {
+        let Some(section) = manifest.get_mut(section).and_then(Value::as_table_mut) else {
+            continue;
+        };
         for (key, value) in section.iter_mut() {
             if value.get("workspace").and_then(Value::as_bool) == Some(true) {
-                let shared = workspace.get("workspace").and_then(|workspace| workspace.get(from)?.get(key));
-                *value = shared.with_context(|| format!("the workspace has no {key}"))?.clone();
+                let shared = workspace
+                    .get("workspace")
+                    .and_then(|workspace| workspace.get(from)?.get(key));
+                *value = shared
+                    .with_context(|| format!("the workspace has no {key}"))?
+                    .clone();
             }
         }
     }
-    Ok(format!("# As it came with pointsman {}.\n\n{}", env!("CARGO_PKG_VERSION"), toml::to_string(&manifest)?))
+    Ok(format!(
+        "# As it came with pointsman {}.\n\n{}",
+        env!("CARGO_PKG_VERSION"),
+        toml::to_string(&manifest)?
+    ))
 }
 
 /// A lock file for the project: of this program's, what the plugin needs. Cargo takes out what it does not.
 fn lock(manifest: &str) -> anyhow::Result<String> {
     let manifest: Table = manifest.parse()?;
-    let own = |key: &str| manifest["package"].get(key).and_then(Value::as_str).map(str::to_owned).context("a package has a name");
-    let sections = ["dependencies", "dev-dependencies"].iter().filter_map(|section| manifest.get(*section)?.as_table());
-    let needs: BTreeSet<String> = sections.flat_map(|section| section.keys().cloned()).collect();
+    let own = |key: &str| {
+        manifest["package"]
+            .get(key)
+            .and_then(Value::as_str)
+            .map(str::to_owned)
+            .context("a package has a name")
+    };
+    let sections = ["dependencies", "dev-dependencies"]
+        .iter()
+        .filter_map(|section| manifest.get(*section)?.as_table());
+    let needs: BTreeSet<String> = sections
+        .flat_map(|section| section.keys().cloned())
+        .collect();
 
-    let (head, packages) = LOCK.split_once("[[package]]\n").context("a lock file has packages")?;
+    let (head, packages) = LOCK
+        .split_once("[[package]]\n")
+        .context("a lock file has packages")?;
     let packages: Vec<&str> = packages.split("[[package]]\n").collect();
     // By the words that dependencies are named with: the name alone where there is one version of it.
     let mut by_name: BTreeMap<String, usize> = BTreeMap::new();
     let mut tables = Vec::with_capacity(packages.len());
     for (at, package) in packages.iter().enumerate() {
         let table: Table = package.parse()?;
-        let text = |key: &str| table.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let text = |key: &str| {
+            table
+                .get(key)
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned()
+        };
         by_name.insert(text("name"), at);
         by_name.insert(format!("{} {}", text("name"), text("version")), at);
         tables.push(table);
@@ -208,16 +291,33 @@ fn lock(manifest: &str) -> anyhow::Result<String> {
     let mut needed = BTreeSet::new();
     let mut open: Vec<String> = needs.iter().cloned().collect();
     while let Some(name) = open.pop() {
-        let at = *by_name.get(&name).with_context(|| format!("the lock file has no {name}"))?;
+        let at = *by_name
+            .get(&name)
+            .with_context(|| format!("the lock file has no {name}"))?;
         if needed.insert(at) {
             let dependencies = tables[at].get("dependencies").and_then(Value::as_array);
-            open.extend(dependencies.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned));
+            open.extend(
+                dependencies
+                    .into_iter()
+                    .flatten()
+                    .filter_map(Value::as_str)
+                    .map(str::to_owned),
+            );
         }
     }
     let listed: String = needs.iter().map(|name| format!(" \"{name}\",\n")).collect();
-    let own = format!("name = \"{}\"\nversion = \"{}\"\ndependencies = [\n{listed}]\n", own("name")?, own("version")?);
-    let blocks = needed.into_iter().map(|at| packages[at].trim_end()).chain([own.trim_end()]);
-    let mut blocks: Vec<String> = blocks.map(|block| format!("[[package]]\n{block}\n")).collect();
+    let own = format!(
+        "name = \"{}\"\nversion = \"{}\"\ndependencies = [\n{listed}]\n",
+        own("name")?,
+        own("version")?
+    );
+    let blocks = needed
+        .into_iter()
+        .map(|at| packages[at].trim_end())
+        .chain([own.trim_end()]);
+    let mut blocks: Vec<String> = blocks
+        .map(|block| format!("[[package]]\n{block}\n"))
+        .collect();
     blocks.sort();
     Ok(format!("{head}{}", blocks.join("\n")))
 }
@@ -229,18 +329,39 @@ mod tests {
     use super::*;
 
     fn files_below(folder: &Path) -> Vec<PathBuf> {
-        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-        entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+        let entries = fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        entries
+            .flat_map(|path| {
+                if path.is_dir() {
+                    files_below(&path)
+                } else {
+                    vec![path]
+                }
+            })
+            .collect()
     }
 
     #[test]
     fn the_whole_sdk_and_the_whole_contract_travel_in_the_program() {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        for (folder, known) in [("plugins/sdk", SDK.map(|(path, _)| path).to_vec()), ("wit", WIT.map(|(path, _)| path).to_vec())] {
+        for (folder, known) in [
+            ("plugins/sdk", SDK.map(|(path, _)| path).to_vec()),
+            ("wit", WIT.map(|(path, _)| path).to_vec()),
+        ] {
             let folder = repository.join(folder);
-            let there: BTreeSet<PathBuf> = files_below(&folder).iter().map(|path| path.strip_prefix(&folder).unwrap().into()).collect();
+            let there: BTreeSet<PathBuf> = files_below(&folder)
+                .iter()
+                .map(|path| path.strip_prefix(&folder).unwrap().into())
+                .collect();
             let known: BTreeSet<PathBuf> = known.into_iter().map(PathBuf::from).collect();
-            assert_eq!(there, known, "make the list in this file what {} is", folder.display());
+            assert_eq!(
+                there,
+                known,
+                "make the list in this file what {} is",
+                folder.display()
+            );
         }
     }
 
@@ -248,10 +369,17 @@ mod tests {
     fn nothing_in_a_project_points_to_where_this_program_was_built() {
         for kind in [Kind::Filter, Kind::Router] {
             for (path, text) in project("parcel-router", kind).unwrap() {
-                assert!(!text.contains("workspace = true") || path.ends_with(".rs"), "{path}");
-                let is_ours = path.starts_with("vendor") || path.starts_with("wit") || path == "Cargo.lock";
                 assert!(
-                    is_ours || !["my-plugin", "MyPlugin", "my_plugin", "KIND", "VERSION"].iter().any(|word| text.contains(word)),
+                    !text.contains("workspace = true") || path.ends_with(".rs"),
+                    "{path}"
+                );
+                let is_ours =
+                    path.starts_with("vendor") || path.starts_with("wit") || path == "Cargo.lock";
+                assert!(
+                    is_ours
+                        || !["my-plugin", "MyPlugin", "my_plugin", "KIND", "VERSION"]
+                            .iter()
+                            .any(|word| text.contains(word)),
                     "{path}"
                 );
             }
@@ -270,7 +398,11 @@ mod tests {
             ("wasmtime", false),
             ("tokio", false),
         ] {
-            assert_eq!(lock.contains(&format!("name = \"{package}\"\n")), is_needed, "{package} in\n{lock}");
+            assert_eq!(
+                lock.contains(&format!("name = \"{package}\"\n")),
+                is_needed,
+                "{package} in\n{lock}"
+            );
         }
         assert_eq!(lock.parse::<Table>().unwrap()["version"], Value::Integer(4));
     }
@@ -280,7 +412,20 @@ mod tests {
         for good in ["my-router", "a", "parcels2", "with_underscore"] {
             check_name(good).unwrap();
         }
-        for bad in ["", "2fast", "My-Router", "a b", "../x", "dir", "order", "fn", "test", "serde_json", "é", &"x".repeat(65)] {
+        for bad in [
+            "",
+            "2fast",
+            "My-Router",
+            "a b",
+            "../x",
+            "dir",
+            "order",
+            "fn",
+            "test",
+            "serde_json",
+            "é",
+            &"x".repeat(65),
+        ] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
         assert_eq!(type_name("my-parcel_router2"), "MyParcelRouter2");

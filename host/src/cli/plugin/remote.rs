@@ -101,8 +101,17 @@ pub(super) fn list(List { node }: &List) -> anyhow::Result<()> {
     node.say(&text, |plugins: Plugins| Ok(plugins.listed()))
 }
 
-pub(super) fn upload(Upload { file, name, new, node }: &Upload) -> anyhow::Result<()> {
-    let name = name.clone().unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
+pub(super) fn upload(
+    Upload {
+        file,
+        name,
+        new,
+        node,
+    }: &Upload,
+) -> anyhow::Result<()> {
+    let name = name
+        .clone()
+        .unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
     let path = path(&name, "")?;
     let before = node.plugins()?;
     let former = before.find(&name);
@@ -112,7 +121,10 @@ pub(super) fn upload(Upload { file, name, new, node }: &Upload) -> anyhow::Resul
             before.names()
         ),
         Some(former) if *new && !former.is_missing() => {
-            bail!("there is a plugin '{}' already; leave out --new for a new version of it", former.who())
+            bail!(
+                "there is a plugin '{}' already; leave out --new for a new version of it",
+                former.who()
+            )
         }
         _ => {}
     }
@@ -121,9 +133,14 @@ pub(super) fn upload(Upload { file, name, new, node }: &Upload) -> anyhow::Resul
         let (who, stands) = (plugin.who(), plugin.stands());
         Ok(match former {
             None => format!("new plugin {who}: {stands}; {}", node.plugins()?.deciders()),
-            Some(former) if plugin.is_as(former) => format!("{who} is what was at work already: {stands}"),
+            Some(former) if plugin.is_as(former) => {
+                format!("{who} is what was at work already: {stands}")
+            }
             Some(former) if former.generation > 0 && plugin.generation > 0 => {
-                format!("uploaded {who}: {stands}, in place of generation {}", former.generation)
+                format!(
+                    "uploaded {who}: {stands}, in place of generation {}",
+                    former.generation
+                )
             }
             Some(_) => format!("uploaded {who}: {stands}"),
         })
@@ -147,7 +164,11 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
     let text = node.send(method, &path, None)?;
     if matches!(order, Order::Remove) {
         if !node.json {
-            println!("removed {}, and its file; {}", former.who(), node.plugins()?.deciders());
+            println!(
+                "removed {}, and its file; {}",
+                former.who(),
+                node.plugins()?.deciders()
+            );
         }
         return Ok(());
     }
@@ -175,23 +196,43 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
     })
 }
 
-pub(super) fn shadow(Shadow { name, file, end, node }: &Shadow) -> anyhow::Result<()> {
+pub(super) fn shadow(
+    Shadow {
+        name,
+        file,
+        end,
+        node,
+    }: &Shadow,
+) -> anyhow::Result<()> {
     let path = path(name, "/shadow")?;
     let before = node.plugins()?;
     let former = known(&before, name)?;
     if let Some(file) = file {
         let text = node.send("PUT", &path, Some(file))?;
         return node.say(&text, |shadow: Shadowed| {
-            let instead = former.shadow.as_ref().map(|candidate| format!(", in place of {}", candidate.name())).unwrap_or_default();
+            let instead = former
+                .shadow
+                .as_ref()
+                .map(|candidate| format!(", in place of {}", candidate.name()))
+                .unwrap_or_default();
             let see = format!("how it differs: pointsman plugin shadow {name}");
-            Ok(format!("candidate {} is asked beside {}{instead}, without effect; {see}", shadow.name(), former.who()))
+            Ok(format!(
+                "candidate {} is asked beside {}{instead}, without effect; {see}",
+                shadow.name(),
+                former.who()
+            ))
         });
     }
     let candidate = has_candidate(former)?;
     if *end {
         node.send("DELETE", &path, None)?;
         if !node.json {
-            println!("candidate {} beside {} has ended: {}", candidate.name(), former.who(), candidate.share());
+            println!(
+                "candidate {} beside {} has ended: {}",
+                candidate.name(),
+                former.who(),
+                candidate.share()
+            );
         }
         return Ok(());
     }
@@ -199,7 +240,14 @@ pub(super) fn shadow(Shadow { name, file, end, node }: &Shadow) -> anyhow::Resul
     node.say(&text, |shadow: Shadowed| Ok(shadow.told(name)))
 }
 
-pub(super) fn replay(Replay { name, file, last, node }: &Replay) -> anyhow::Result<()> {
+pub(super) fn replay(
+    Replay {
+        name,
+        file,
+        last,
+        node,
+    }: &Replay,
+) -> anyhow::Result<()> {
     let path = path(name, &format!("/replay?last={last}"))?;
     known(&node.plugins()?, name)?;
     let text = node.send("POST", &path, Some(file))?;
@@ -208,17 +256,35 @@ pub(super) fn replay(Replay { name, file, last, node }: &Replay) -> anyhow::Resu
 
 /// The plugin of this name, of which a command has to say something.
 fn known<'a>(plugins: &'a Plugins, name: &str) -> anyhow::Result<&'a Plugin> {
-    plugins.find(name).with_context(|| format!("there is no plugin '{name}' there (there: {})", plugins.names()))
+    plugins.find(name).with_context(|| {
+        format!(
+            "there is no plugin '{name}' there (there: {})",
+            plugins.names()
+        )
+    })
 }
 
 fn has_candidate(plugin: &Plugin) -> anyhow::Result<&Candidate> {
-    let begin = format!("begin with one: pointsman plugin shadow {} FILE.wasm", plugin.name);
-    plugin.shadow.as_ref().with_context(|| format!("there is no candidate beside '{}'; {begin}", plugin.name))
+    let begin = format!(
+        "begin with one: pointsman plugin shadow {} FILE.wasm",
+        plugin.name
+    );
+    plugin
+        .shadow
+        .as_ref()
+        .with_context(|| format!("there is no candidate beside '{}'; {begin}", plugin.name))
 }
 
 fn path(name: &str, rest: &str) -> anyhow::Result<String> {
-    let is_plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-    ensure!(is_plain, "'{}' cannot be named here; rename its file to letters, digits and hyphens", name.escape_debug());
+    let is_plain = !name.is_empty()
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+    ensure!(
+        is_plain,
+        "'{}' cannot be named here; rename its file to letters, digits and hyphens",
+        name.escape_debug()
+    );
     Ok(format!("/v1/plugins/{name}{rest}"))
 }
 
@@ -230,18 +296,28 @@ impl Remote {
     /// An order, with the bytes of a file if there is one.
     fn send(&self, method: &str, path: &str, file: Option<&Path>) -> anyhow::Result<String> {
         let bytes = file.map(|file| read(file, MAX_FILE_BYTES)).transpose()?;
-        self.ask(method, path, bytes.as_deref()).map_err(|error| match file {
-            Some(file) => error.context(format!("{} was not taken", file.display())),
-            None => error,
-        })
+        self.ask(method, path, bytes.as_deref())
+            .map_err(|error| match file {
+                Some(file) => error.context(format!("{} was not taken", file.display())),
+                None => error,
+            })
     }
 
     fn ask(&self, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<String> {
-        accept(answer(self.admin.request(&agent(PATIENCE), method, path, body)?)?)
+        accept(answer(self.admin.request(
+            &agent(PATIENCE),
+            method,
+            path,
+            body,
+        )?)?)
     }
 
     /// An answer as it is, or in words.
-    fn say<T: DeserializeOwned>(&self, text: &str, tell: impl FnOnce(T) -> anyhow::Result<String>) -> anyhow::Result<()> {
+    fn say<T: DeserializeOwned>(
+        &self,
+        text: &str,
+        tell: impl FnOnce(T) -> anyhow::Result<String>,
+    ) -> anyhow::Result<()> {
         if self.json {
             println!("{}", pretty_json(&read_as(text)?));
         } else {
@@ -252,5 +328,7 @@ impl Remote {
 }
 
 fn read_as<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
-    serde_json::from_str(text).context("the node's answer is not one that this version of pointsman knows; --json shows it")
+    serde_json::from_str(text).context(
+        "the node's answer is not one that this version of pointsman knows; --json shows it",
+    )
 }

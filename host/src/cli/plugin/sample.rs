@@ -16,18 +16,30 @@ const NOW_MS: u64 = 1_767_225_600_000;
 /// # Errors
 /// It cannot be read, or one of them is no event; which, and why.
 pub(super) fn events(path: &Path, clock_ms: Option<u64>) -> anyhow::Result<Vec<(Event, u64)>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut events = Vec::new();
-    for (n, document) in serde_json::Deserializer::from_str(&text).into_iter::<Box<RawValue>>().enumerate() {
+    for (n, document) in serde_json::Deserializer::from_str(&text)
+        .into_iter::<Box<RawValue>>()
+        .enumerate()
+    {
         let place = || format!("{}: document {}", path.display(), n + 1);
         let document = document.with_context(|| format!("{} is not JSON", place()))?;
         // What the publisher left out is the entry's.
-        let entry = EntryId { ms: NOW_MS, seq: n as u64 };
-        let event = Event::from_json(entry, "pointsman:events", document.get().as_bytes()).with_context(place)?;
+        let entry = EntryId {
+            ms: NOW_MS,
+            seq: n as u64,
+        };
+        let event = Event::from_json(entry, "pointsman:events", document.get().as_bytes())
+            .with_context(place)?;
         let clock_ms = clock_ms.unwrap_or(event.time_ms);
         events.push((event, clock_ms));
     }
-    ensure!(!events.is_empty(), "{} holds no event; write CloudEvents as JSON, a line each", path.display());
+    ensure!(
+        !events.is_empty(),
+        "{} holds no event; write CloudEvents as JSON, a line each",
+        path.display()
+    );
     Ok(events)
 }
 

@@ -47,12 +47,19 @@ fn parse_time(text: &str) -> Result<u64, String> {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let said = Said::listen();
     let loaded = options.subject.load()?;
-    let events = sample::events(&sample::file(options.events.as_ref(), &loaded)?, options.clock)?;
+    let events = sample::events(
+        &sample::file(options.events.as_ref(), &loaded)?,
+        options.clock,
+    )?;
     let golden = match &options.expect {
         Some(path) => Some(path.clone()),
-        None => loaded
-            .beside("golden.json")
-            .or_else(|| loaded.folder.as_ref().map(|dir| dir.join("golden.json")).filter(|_| options.write_golden)),
+        None => loaded.beside("golden.json").or_else(|| {
+            loaded
+                .folder
+                .as_ref()
+                .map(|dir| dir.join("golden.json"))
+                .filter(|_| options.write_golden)
+        }),
     };
     let expected = match &golden {
         Some(path) if !options.write_golden => Some(Golden::read(path)?),
@@ -83,19 +90,34 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         decided.push(found);
     }
     let n = events.len();
-    ensure!(n_failures == 0, "the plugin failed on {n_failures} of {n} events");
+    ensure!(
+        n_failures == 0,
+        "the plugin failed on {n_failures} of {n} events"
+    );
     if let (Some(path), true) = (&golden, options.write_golden) {
         Golden(decided).write(path)?;
-        println!("{n} decisions written to {}; read them before you commit them", path.display());
+        println!(
+            "{n} decisions written to {}; read them before you commit them",
+            path.display()
+        );
         return Ok(());
     }
     if let (Some(golden), Some(path)) = (expected, golden) {
         let file = path.display();
-        ensure!(n_differences == 0, "{n_differences} of {n} decisions differ from {file}; if they are right: --write-golden");
-        ensure!(golden.0.len() == n, "{file} has {} decisions, and there are {n} events; if that is right: --write-golden", golden.0.len());
+        ensure!(
+            n_differences == 0,
+            "{n_differences} of {n} decisions differ from {file}; if they are right: --write-golden"
+        );
+        ensure!(
+            golden.0.len() == n,
+            "{file} has {} decisions, and there are {n} events; if that is right: --write-golden",
+            golden.0.len()
+        );
         println!("{n} events, all as in {file}");
     } else {
-        println!("{n} events, compared with nothing; keep what it decides by: --expect golden.json --write-golden");
+        println!(
+            "{n} events, compared with nothing; keep what it decides by: --expect golden.json --write-golden"
+        );
     }
     Ok(())
 }
@@ -113,18 +135,34 @@ fn show(event: &Event, performance: &Performance, limits: &Limits) {
     println!("  {}  {}  {words}", event.id, event.kind);
     let cost = |used: String, limit: String, is_over: bool| {
         let cost = format!("{used} of {limit}");
-        if is_over { words::red(&format!("{cost}: over")) } else { cost }
+        if is_over {
+            words::red(&format!("{cost}: over"))
+        } else {
+            cost
+        }
     };
-    let mut costs = vec![cost(words::time(performance.time), words::time(limits.deadline), performance.time > limits.deadline)];
+    let mut costs = vec![cost(
+        words::time(performance.time),
+        words::time(limits.deadline),
+        performance.time > limits.deadline,
+    )];
     // Of an instance that is gone nobody knows; the reason above says it.
     if let Some(bytes) = performance.memory_bytes {
-        costs.push(cost(words::size(bytes), words::size(limits.memory_bytes), bytes > limits.memory_bytes));
+        costs.push(cost(
+            words::size(bytes),
+            words::size(limits.memory_bytes),
+            bytes > limits.memory_bytes,
+        ));
         costs.push(cost(
             words::size(performance.answer_bytes),
             words::size(limits.result_bytes),
             performance.answer_bytes > limits.result_bytes,
         ));
-        costs.push(cost(performance.n_targets.to_string(), format!("{} targets", limits.targets), performance.n_targets > limits.targets));
+        costs.push(cost(
+            performance.n_targets.to_string(),
+            format!("{} targets", limits.targets),
+            performance.n_targets > limits.targets,
+        ));
     }
     if !performance.decided.is_empty() {
         println!("    {}", costs.join(", "));
@@ -135,17 +173,31 @@ fn word(decided: &Decided) -> String {
     match decided {
         Decided::Keep => "keep".to_owned(),
         Decided::Drop { reason } => format!("drop: {reason}"),
-        Decided::Amend { priority, attributes } => {
-            let priority = priority.map(|priority| format!(" priority {priority}")).unwrap_or_default();
-            let attributes = attributes.iter().map(|(name, value)| format!(" {name}={}", serde_json::json!(value)));
+        Decided::Amend {
+            priority,
+            attributes,
+        } => {
+            let priority = priority
+                .map(|priority| format!(" priority {priority}"))
+                .unwrap_or_default();
+            let attributes = attributes
+                .iter()
+                .map(|(name, value)| format!(" {name}={}", serde_json::json!(value)));
             format!("amend{priority}{}", attributes.collect::<String>())
         }
         Decided::None => "none".to_owned(),
         Decided::Routes { plan } => {
             let targets = plan.as_ref().map(Plan::targets).unwrap_or_default();
             let rest = targets.len().saturating_sub(MAX_SHOWN);
-            let shown = targets.iter().take(MAX_SHOWN).map(|target| format!(" {target}"));
-            let rest = if rest > 0 { format!(" and {rest} more") } else { String::new() };
+            let shown = targets
+                .iter()
+                .take(MAX_SHOWN)
+                .map(|target| format!(" {target}"));
+            let rest = if rest > 0 {
+                format!(" and {rest} more")
+            } else {
+                String::new()
+            };
             format!("routes{}{rest}", shown.collect::<String>())
         }
         Decided::Failed { reason } => format!("failed: {reason}"),
@@ -157,15 +209,23 @@ struct Golden(Vec<Value>);
 
 impl Golden {
     fn read(path: &Path) -> anyhow::Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}; make it by --write-golden", path.display()))?;
-        let decisions = serde_json::from_str(&text).with_context(|| format!("{} is no list of decisions", path.display()))?;
+        let text = fs::read_to_string(path).with_context(|| {
+            format!("cannot read {}; make it by --write-golden", path.display())
+        })?;
+        let decisions = serde_json::from_str(&text)
+            .with_context(|| format!("{} is no list of decisions", path.display()))?;
         Ok(Self(decisions))
     }
 
     /// A line for each event, so that a difference is read as one.
     fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let lines: Vec<String> = self.0.iter().map(|decision| format!("  {decision}")).collect();
-        fs::write(path, format!("[\n{}\n]\n", lines.join(",\n"))).with_context(|| format!("cannot write {}", path.display()))
+        let lines: Vec<String> = self
+            .0
+            .iter()
+            .map(|decision| format!("  {decision}"))
+            .collect();
+        fs::write(path, format!("[\n{}\n]\n", lines.join(",\n")))
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 }
 
@@ -178,7 +238,12 @@ impl Said {
         let said = Self::default();
         let writer = said.clone();
         let builder = tracing_subscriber::fmt().with_env_filter(EnvFilter::new("off,plugin=debug"));
-        builder.without_time().with_target(false).with_ansi(false).with_writer(move || writer.clone()).init();
+        builder
+            .without_time()
+            .with_target(false)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .init();
         said
     }
 
@@ -193,7 +258,10 @@ impl Said {
 
 impl Write for Said {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().expect("no panic under this lock").extend_from_slice(bytes);
+        self.0
+            .lock()
+            .expect("no panic under this lock")
+            .extend_from_slice(bytes);
         Ok(bytes.len())
     }
 

@@ -133,7 +133,12 @@ impl Plugins {
 
     /// Who has a say in events from now on, in the order in which they are asked.
     pub(super) fn deciders(&self) -> String {
-        let at_work: Vec<&str> = self.plugins.iter().filter(|plugin| plugin.generation > 0).map(|plugin| plugin.name.as_str()).collect();
+        let at_work: Vec<&str> = self
+            .plugins
+            .iter()
+            .filter(|plugin| plugin.generation > 0)
+            .map(|plugin| plugin.name.as_str())
+            .collect();
         match at_work.len() {
             0 => "no plugin decides now, so events wait, unless the node was started with --allow-no-plugins".to_owned(),
             1 => format!("1 plugin decides now: {}", list(at_work)),
@@ -143,11 +148,34 @@ impl Plugins {
 
     /// A table of all, and below it what was refused last, and why.
     pub(super) fn listed(&self) -> String {
-        let mut rows = vec![["NAME", "KIND", "STATE", "GENERATION", "VERSION", "HASH", "SINCE", "SHADOW"].map(str::to_owned)];
+        let mut rows = vec![
+            [
+                "NAME",
+                "KIND",
+                "STATE",
+                "GENERATION",
+                "VERSION",
+                "HASH",
+                "SINCE",
+                "SHADOW",
+            ]
+            .map(str::to_owned),
+        ];
         rows.extend(self.plugins.iter().map(|plugin| {
-            let since = if plugin.since_ms > 0 { rfc3339(plugin.since_ms) } else { String::new() };
-            let generation = if plugin.generation > 0 { plugin.generation.to_string() } else { String::new() };
-            let shadow = plugin.shadow.as_ref().map(|candidate| format!("{}: {}", candidate.name(), candidate.share()));
+            let since = if plugin.since_ms > 0 {
+                rfc3339(plugin.since_ms)
+            } else {
+                String::new()
+            };
+            let generation = if plugin.generation > 0 {
+                plugin.generation.to_string()
+            } else {
+                String::new()
+            };
+            let shadow = plugin
+                .shadow
+                .as_ref()
+                .map(|candidate| format!("{}: {}", candidate.name(), candidate.share()));
             let cells = [
                 printable(&plugin.name),
                 printable(&plugin.kind),
@@ -158,21 +186,33 @@ impl Plugins {
                 since,
                 shadow.unwrap_or_default(),
             ];
-            cells.map(|cell| if cell.is_empty() { "-".to_owned() } else { cell })
+            cells.map(|cell| {
+                if cell.is_empty() {
+                    "-".to_owned()
+                } else {
+                    cell
+                }
+            })
         }));
         let mut text = table(&rows);
         for plugin in &self.plugins {
             let failure = plugin.failure.as_deref();
             let refused = plugin.refusal.as_ref().map(|refusal| {
                 // Where the file was refused, the failure says the same with the fix.
-                let reason = failure.filter(|failure| failure.contains(&refusal.reason)).unwrap_or(&refusal.reason);
+                let reason = failure
+                    .filter(|failure| failure.contains(&refusal.reason))
+                    .unwrap_or(&refusal.reason);
                 format!("refused at {}: {reason}", rfc3339(refusal.at_ms))
             });
             if let Some(reason) = refused.as_deref().or(failure) {
                 text += &format!("{}: {}\n", printable(&plugin.name), printable(reason));
             }
         }
-        text + &self.folder_failure.iter().map(|failure| printable(failure) + "\n").collect::<String>()
+        text + &self
+            .folder_failure
+            .iter()
+            .map(|failure| printable(failure) + "\n")
+            .collect::<String>()
     }
 }
 
@@ -184,8 +224,16 @@ impl Plugin {
 
     /// What it is, as far as that is known: `my-router 0.1.0 (router)`.
     pub(super) fn who(&self) -> String {
-        let version = if self.version.is_empty() { String::new() } else { format!(" {}", self.version) };
-        let kind = if self.kind.is_empty() { String::new() } else { format!(" ({})", self.kind) };
+        let version = if self.version.is_empty() {
+            String::new()
+        } else {
+            format!(" {}", self.version)
+        };
+        let kind = if self.kind.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", self.kind)
+        };
         printable(&format!("{}{version}{kind}", self.name))
     }
 
@@ -195,7 +243,11 @@ impl Plugin {
             "on-probation" => format!("on probation for {} s", self.settings.probation_s),
             state => printable(state),
         };
-        if self.generation == 0 { state } else { format!("generation {}, {state}", self.generation) }
+        if self.generation == 0 {
+            state
+        } else {
+            format!("generation {}, {state}", self.generation)
+        }
     }
 
     /// The generation as which what is at work was rolled back before, if it was.
@@ -229,32 +281,80 @@ impl Shadow {
     }
 
     pub(super) fn told(&self, plugin: &str) -> String {
-        let Self { candidate, differences } = self;
-        let Candidate { since_ms, compared, different, failed, skipped, waiting, .. } = candidate;
+        let Self {
+            candidate,
+            differences,
+        } = self;
+        let Candidate {
+            since_ms,
+            compared,
+            different,
+            failed,
+            skipped,
+            waiting,
+            ..
+        } = candidate;
         let beside = candidate.generation.map_or_else(
-            || "it has met no event yet (of several nodes, one decides about a source: --url)".to_owned(),
+            || {
+                "it has met no event yet (of several nodes, one decides about a source: --url)"
+                    .to_owned()
+            },
             |number| format!("beside generation {number}"),
         );
-        let head = format!("{plugin}: candidate {}, {beside}, since {}\n", candidate.name(), rfc3339(*since_ms));
-        let counts = format!("compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}\n");
+        let head = format!(
+            "{plugin}: candidate {}, {beside}, since {}\n",
+            candidate.name(),
+            rfc3339(*since_ms)
+        );
+        let counts = format!(
+            "compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}\n"
+        );
         head + &counts + &told(differences, *different)
     }
 }
 
 impl Replay {
     pub(super) fn told(&self) -> String {
-        let Self { plugin, found, compared, different, failed, .. } = self;
+        let Self {
+            plugin,
+            found,
+            compared,
+            different,
+            failed,
+            ..
+        } = self;
         let version = printable(&self.version);
-        let mut text = format!("{plugin}: candidate {version} ({}), asked about {found} events that were decided\n", short(&self.hash));
+        let mut text = format!(
+            "{plugin}: candidate {version} ({}), asked about {found} events that were decided\n",
+            short(&self.hash)
+        );
         text += &format!("compared {compared}, different {different}, failed {failed}\n");
         for (reason, n) in &self.not_compared {
             text += &format!("not compared {n}: {}\n", printable(reason));
         }
-        for Reach { source, oldest_entry, oldest_decision, is_every_decision } in &self.reach {
-            let since = |entry: &Option<EntryId>| entry.map_or_else(|| "none".to_owned(), |entry| format!("since {}", rfc3339(entry.ms)));
-            let whole = if *is_every_decision { ", and none before" } else { "" };
+        for Reach {
+            source,
+            oldest_entry,
+            oldest_decision,
+            is_every_decision,
+        } in &self.reach
+        {
+            let since = |entry: &Option<EntryId>| {
+                entry.map_or_else(
+                    || "none".to_owned(),
+                    |entry| format!("since {}", rfc3339(entry.ms)),
+                )
+            };
+            let whole = if *is_every_decision {
+                ", and none before"
+            } else {
+                ""
+            };
             let (decisions, entries) = (since(oldest_decision), since(oldest_entry));
-            text += &format!("{}: decisions {decisions}{whole}; entries {entries} (retention.keep_s)\n", printable(source));
+            text += &format!(
+                "{}: decisions {decisions}{whole}; entries {entries} (retention.keep_s)\n",
+                printable(source)
+            );
         }
         text + &told(&self.differences, *different)
     }
@@ -263,13 +363,27 @@ impl Replay {
 /// Each difference, with what is decided and what the candidate decides below each other.
 fn told(differences: &[Difference], all: u64) -> String {
     let mut text = String::new();
-    for Difference { event, role, old, new } in differences {
-        text += &format!("\n{} {} ({})\n", printable(&event.kind), printable(&event.id), printable(role));
+    for Difference {
+        event,
+        role,
+        old,
+        new,
+    } in differences
+    {
+        text += &format!(
+            "\n{} {} ({})\n",
+            printable(&event.kind),
+            printable(&event.id),
+            printable(role)
+        );
         text += &format!("  old  {}\n  new  {}\n", side(old), side(new));
     }
     match all.saturating_sub(differences.len() as u64) {
         0 => text,
-        more => format!("{text}\n... and {more} more; the first {} are kept\n", differences.len()),
+        more => format!(
+            "{text}\n... and {more} more; the first {} are kept\n",
+            differences.len()
+        ),
     }
 }
 
@@ -278,7 +392,10 @@ fn side(side: &Value) -> String {
     let reason = side["reason"].as_str().unwrap_or_default();
     let text = match side["verdict"].as_str() {
         Some("routes") => match side["plan"].as_array() {
-            Some(routes) => format!("routes {}", routes.iter().map(route).collect::<Vec<_>>().join("; ")),
+            Some(routes) => format!(
+                "routes {}",
+                routes.iter().map(route).collect::<Vec<_>>().join("; ")
+            ),
             None => "routes, to whom is not known any more".to_owned(),
         },
         Some("none") => "none: it names nobody".to_owned(),
@@ -297,24 +414,40 @@ fn side(side: &Value) -> String {
 
 /// To whom a route goes, and what else it says.
 fn route(route: &Value) -> String {
-    let to = list(route["to"].as_array().into_iter().flatten().filter_map(Value::as_str));
+    let to = list(
+        route["to"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str),
+    );
     format!("to {to}{}", facts(route, &["by", "to"]))
 }
 
 /// What an object says beside these keys.
 fn facts(object: &Value, without: &[&str]) -> String {
-    let facts = object.as_object().into_iter().flatten().filter(|(key, _)| !without.contains(&key.as_str()));
-    let facts = facts.map(|(key, value)| match (key.as_str(), value.as_str(), value.as_u64()) {
-        ("expires_ms", _, Some(ms)) => format!(", until {}", rfc3339(ms)),
-        (_, Some(text), _) => format!(", {key} {text}"),
-        _ => format!(", {key} {value}"),
-    });
+    let facts = object
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| !without.contains(&key.as_str()));
+    let facts = facts.map(
+        |(key, value)| match (key.as_str(), value.as_str(), value.as_u64()) {
+            ("expires_ms", _, Some(ms)) => format!(", until {}", rfc3339(ms)),
+            (_, Some(text), _) => format!(", {key} {text}"),
+            _ => format!(", {key} {value}"),
+        },
+    );
     facts.collect()
 }
 
 fn list<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
     let words: Vec<&str> = words.into_iter().collect();
-    if words.is_empty() { "none".to_owned() } else { printable(&words.join(", ")) }
+    if words.is_empty() {
+        "none".to_owned()
+    } else {
+        printable(&words.join(", "))
+    }
 }
 
 /// As much of a hash as a person compares.
@@ -330,25 +463,42 @@ mod tests {
 
     #[test]
     fn a_side_of_a_difference_is_a_line_of_bounded_length() {
-        let route =
-            json!({ "by": "r", "to": ["u:1", "g:ops"], "priority": "high", "expires_ms": 1_800_000_000_000_u64, "collapse": "c\u{1b}[2J" });
+        let route = json!({ "by": "r", "to": ["u:1", "g:ops"], "priority": "high", "expires_ms": 1_800_000_000_000_u64, "collapse": "c\u{1b}[2J" });
         for (decided, expect) in [
             (json!({ "verdict": "keep" }), "keep"),
-            (json!({ "verdict": "drop", "reason": "a test" }), "drop: a test"),
-            (json!({ "verdict": "amend", "priority": "low", "attributes": { "a": 1 } }), r#"amend, attributes {"a":1}, priority low"#),
+            (
+                json!({ "verdict": "drop", "reason": "a test" }),
+                "drop: a test",
+            ),
+            (
+                json!({ "verdict": "amend", "priority": "low", "attributes": { "a": 1 } }),
+                r#"amend, attributes {"a":1}, priority low"#,
+            ),
             (json!({ "verdict": "none" }), "none: it names nobody"),
-            (json!({ "verdict": "routes" }), "routes, to whom is not known any more"),
+            (
+                json!({ "verdict": "routes" }),
+                "routes, to whom is not known any more",
+            ),
             (
                 json!({ "verdict": "routes", "plan": [route] }),
                 "routes to u:1, g:ops, collapse c [2J, until 2027-01-15T08:00:00.000Z, priority high",
             ),
-            (json!({ "verdict": "failed", "reason": "it trapped" }), "failed: it trapped"),
-            (json!({ "too_large_bytes": 70_000 }), "too large to be shown: 70000 bytes"),
+            (
+                json!({ "verdict": "failed", "reason": "it trapped" }),
+                "failed: it trapped",
+            ),
+            (
+                json!({ "too_large_bytes": 70_000 }),
+                "too large to be shown: 70000 bytes",
+            ),
         ] {
             assert_eq!(side(&decided), expect);
         }
         let many: Vec<String> = (0..1_000).map(|n| format!("u:{n}")).collect();
         let long = side(&json!({ "verdict": "routes", "plan": [{ "to": many }] }));
-        assert!(long.len() < 500 && long.ends_with("(--json shows all of it)"), "{long}");
+        assert!(
+            long.len() < 500 && long.ends_with("(--json shows all of it)"),
+            "{long}"
+        );
     }
 }

@@ -26,7 +26,11 @@ fn line() -> String {
 /// There is no compiler.
 fn has_wasm_target(folder: &Path) -> anyhow::Result<bool> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let output = Command::new(rustc).args(["--print", "target-libdir", "--target", WASM]).current_dir(folder).stdin(Stdio::null()).output();
+    let output = Command::new(rustc)
+        .args(["--print", "target-libdir", "--target", WASM])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output();
     let output = output.with_context(|| format!("cannot run rustc; {NO_RUST}"))?;
     let libraries = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
     Ok(output.status.success() && libraries.is_dir())
@@ -42,7 +46,11 @@ pub(super) fn add_wasm_target(folder: &Path) -> Result<bool, String> {
         Ok(true) => return Ok(false),
         Ok(false) => {}
     }
-    let added = Command::new("rustup").args(["target", "add", WASM]).current_dir(folder).stdin(Stdio::null()).status();
+    let added = Command::new("rustup")
+        .args(["target", "add", WASM])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .status();
     if added.is_ok_and(|status| status.success()) && has_wasm_target(folder).unwrap_or(false) {
         Ok(true)
     } else {
@@ -78,24 +86,48 @@ impl Build {
     ///
     /// # Errors
     /// There is no crate, no Cargo, or no target; with the fix.
-    pub(in crate::cli) fn start(folder: &Path, profile: &Profile, is_apart: bool) -> anyhow::Result<Self> {
+    pub(in crate::cli) fn start(
+        folder: &Path,
+        profile: &Profile,
+        is_apart: bool,
+    ) -> anyhow::Result<Self> {
         let manifest = folder.join("Cargo.toml");
         if !manifest.is_file() {
-            bail!("there is no Cargo.toml in {}; make a project by: pointsman plugin new my-router --kind router", folder.display());
+            bail!(
+                "there is no Cargo.toml in {}; make a project by: pointsman plugin new my-router --kind router",
+                folder.display()
+            );
         }
         if !has_wasm_target(folder)? {
             bail!("the target {WASM} is missing; add it by: {}", line());
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
-        command.args(["build", "--profile", &profile.profile, "--target", WASM, "--message-format", "json-render-diagnostics"]);
-        command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.args([
+            "build",
+            "--profile",
+            &profile.profile,
+            "--target",
+            WASM,
+            "--message-format",
+            "json-render-diagnostics",
+        ]);
+        command
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         if is_apart {
             command.process_group(0);
         }
         let manifest = manifest.canonicalize()?;
-        let cargo = command.spawn().with_context(|| format!("cannot run cargo; {NO_RUST}"))?;
-        Ok(Self(Arc::new(Running { cargo: Mutex::new(Some(cargo)), manifest, is_apart })))
+        let cargo = command
+            .spawn()
+            .with_context(|| format!("cannot run cargo; {NO_RUST}"))?;
+        Ok(Self(Arc::new(Running {
+            cargo: Mutex::new(Some(cargo)),
+            manifest,
+            is_apart,
+        })))
     }
 
     /// Waits for its end, and answers the plugins that it made: one, as a rule.
@@ -103,25 +135,49 @@ impl Build {
     /// # Errors
     /// It failed, and has said why; or what it built is no plugin.
     pub(in crate::cli) fn finish(&self) -> anyhow::Result<Vec<PathBuf>> {
-        let Running { cargo, manifest, .. } = &*self.0;
-        let out = lock(cargo).as_mut().and_then(|cargo| cargo.stdout.take()).context("the build was ended")?;
+        let Running {
+            cargo, manifest, ..
+        } = &*self.0;
+        let out = lock(cargo)
+            .as_mut()
+            .and_then(|cargo| cargo.stdout.take())
+            .context("the build was ended")?;
         let (mut own, mut all) = (Vec::new(), Vec::new());
         for line in BufReader::new(out).lines() {
             let message: Value = serde_json::from_str(&line?).unwrap_or_default();
-            let has_library = message["target"]["crate_types"].as_array().is_some_and(|types| types.iter().any(|kind| kind == "cdylib"));
+            let has_library = message["target"]["crate_types"]
+                .as_array()
+                .is_some_and(|types| types.iter().any(|kind| kind == "cdylib"));
             if message["reason"] != "compiler-artifact" || !has_library {
                 continue;
             }
-            let files = message["filenames"].as_array().into_iter().flatten().filter_map(Value::as_str).map(PathBuf::from);
-            let files: Vec<PathBuf> = files.filter(|file| file.extension().is_some_and(|extension| extension == "wasm")).collect();
+            let files = message["filenames"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .map(PathBuf::from);
+            let files: Vec<PathBuf> = files
+                .filter(|file| {
+                    file.extension()
+                        .is_some_and(|extension| extension == "wasm")
+                })
+                .collect();
             if message["manifest_path"].as_str().map(Path::new) == Some(manifest) {
                 own.extend(files.iter().cloned());
             }
             all.extend(files);
         }
         // It has closed its output, and is about to end.
-        let has_succeeded = lock(cargo).take().context("the build was ended")?.wait()?.success();
-        ensure!(has_succeeded, "it does not compile; what cargo says stands above");
+        let has_succeeded = lock(cargo)
+            .take()
+            .context("the build was ended")?
+            .wait()?
+            .success();
+        ensure!(
+            has_succeeded,
+            "it does not compile; what cargo says stands above"
+        );
         // In the folder of a workspace there may be several.
         let made = if own.is_empty() { all } else { own };
         let lacks = "is no plugin: it builds no cdylib; write into it:\n[lib]\ncrate-type = [\"cdylib\", \"rlib\"]";
@@ -137,8 +193,13 @@ impl Build {
 
 impl Running {
     fn end(&self) {
-        let Some(mut cargo) = lock(&self.cargo).take() else { return };
-        let group = i32::try_from(cargo.id()).ok().and_then(Pid::from_raw).filter(|_| self.is_apart);
+        let Some(mut cargo) = lock(&self.cargo).take() else {
+            return;
+        };
+        let group = i32::try_from(cargo.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .filter(|_| self.is_apart);
         // The compilers that Cargo started are of its group; whatever is gone already is well.
         match group {
             Some(group) => drop(kill_process_group(group, Signal::TERM)),

@@ -21,7 +21,11 @@ pub(super) fn size(bytes: usize) -> String {
 /// A time in milliseconds, to the microsecond where it is short.
 pub(super) fn time(time: Duration) -> String {
     let ms = time.as_secs_f64() * 1_000.0;
-    if ms < 10.0 { format!("{ms:.3} ms") } else { format!("{ms:.1} ms") }
+    if ms < 10.0 {
+        format!("{ms:.3} ms")
+    } else {
+        format!("{ms:.1} ms")
+    }
 }
 
 /// What is wanted of the host, a line each.
@@ -29,7 +33,13 @@ pub(super) fn imports(imports: &[Import]) -> Vec<String> {
     if imports.is_empty() {
         return vec!["none".to_owned()];
     }
-    let line = |import: &Import| if import.is_granted { import.name.clone() } else { red(&format!("{}: not granted", import.name)) };
+    let line = |import: &Import| {
+        if import.is_granted {
+            import.name.clone()
+        } else {
+            red(&format!("{}: not granted", import.name))
+        }
+    };
     imports.iter().map(line).collect()
 }
 
@@ -47,5 +57,9 @@ pub(super) fn limits(limits: &Limits) -> String {
 
 /// For what is wrong, where it is read by a person.
 pub(super) fn red(text: &str) -> String {
-    if std::io::stdout().is_terminal() { format!("\u{1b}[31m{text}\u{1b}[0m") } else { text.to_owned() }
+    if std::io::stdout().is_terminal() {
+        format!("\u{1b}[31m{text}\u{1b}[0m")
+    } else {
+        text.to_owned()
+    }
 }

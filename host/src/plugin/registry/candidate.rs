@@ -44,8 +44,14 @@ impl Registry {
         // Until it is beside its plugin, or the plugin could be taken out before it, and leave it behind.
         let loading = self.begin_loading();
         let (candidate, _) = self.candidate(&loading, name, &bytes)?;
-        tracing::info!(plugin.name = name, plugin.candidate_hash = candidate.hash(), "a candidate begins beside the plugin");
-        self.shadows.begin(&self.engine, candidate, bytes, self.metrics.clone()).map_err(OrderError::Impossible)
+        tracing::info!(
+            plugin.name = name,
+            plugin.candidate_hash = candidate.hash(),
+            "a candidate begins beside the plugin"
+        );
+        self.shadows
+            .begin(&self.engine, candidate, bytes, self.metrics.clone())
+            .map_err(OrderError::Impossible)
     }
 
     /// How the candidate beside a plugin fares.
@@ -85,20 +91,41 @@ impl Registry {
     /// No such plugin is at work, or the candidate is no good.
     pub fn understudy(&self, name: &str, bytes: &[u8]) -> Result<Understudy, OrderError> {
         let (plugin, settings) = self.candidate(&self.begin_loading(), name, bytes)?;
-        let (name, hash, version) = (plugin.name().clone(), plugin.hash().to_owned(), plugin.manifest().version.clone());
+        let (name, hash, version) = (
+            plugin.name().clone(),
+            plugin.hash().to_owned(),
+            plugin.manifest().version.clone(),
+        );
         let candidate = Arc::new(Generation::new(plugin, 0, settings, false, Instant::now()));
         let chain = Arc::new(self.chain().with(&candidate));
-        Ok(Understudy { name, hash, version, chain })
+        Ok(Understudy {
+            name,
+            hash,
+            version,
+            chain,
+        })
     }
 
     /// Loads a candidate as the plugin of this name would be loaded.
-    fn candidate(&self, _loading: &MutexGuard<'_, ()>, name: &str, bytes: &[u8]) -> Result<(Plugin, Settings), OrderError> {
+    fn candidate(
+        &self,
+        _loading: &MutexGuard<'_, ()>,
+        name: &str,
+        bytes: &[u8],
+    ) -> Result<(Plugin, Settings), OrderError> {
         let chain = self.chain();
-        let at_work = chain.generations().find(|generation| generation.plugin.name().as_str() == name);
+        let at_work = chain
+            .generations()
+            .find(|generation| generation.plugin.name().as_str() == name);
         let at_work = at_work.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
         // The file that may be at work is pinned, and not what is compared with it.
-        let settings = Settings { sha256: None, ..at_work.settings.clone() };
-        let candidate = self.load_bytes(name, bytes, &settings).map_err(|failure| OrderError::Refused(failure.reason))?;
+        let settings = Settings {
+            sha256: None,
+            ..at_work.settings.clone()
+        };
+        let candidate = self
+            .load_bytes(name, bytes, &settings)
+            .map_err(|failure| OrderError::Refused(failure.reason))?;
         let kind = |plugin: &Plugin| [Role::Filter, Role::Router].map(|role| plugin.has_role(role));
         if kind(&candidate) != kind(&at_work.plugin) {
             let reason = "is of another kind (filter, router or both) than the plugin at work, so there is nothing to compare; upload it";
@@ -108,7 +135,9 @@ impl Registry {
     }
 
     pub(super) fn find_shadow(&self, name: &str) -> Result<Arc<shadow::Shadow>, OrderError> {
-        let shadow = Name::parse(name).ok().and_then(|name| self.shadows.of(&name));
+        let shadow = Name::parse(name)
+            .ok()
+            .and_then(|name| self.shadows.of(&name));
         shadow.ok_or_else(|| OrderError::NoCandidate(name.to_owned()))
     }
 }

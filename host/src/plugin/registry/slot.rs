@@ -68,20 +68,33 @@ pub(super) enum Done {
 
 impl Slots {
     pub(super) fn n_running(&self) -> usize {
-        self.by_name.values().filter(|slot| slot.running.is_some()).count()
+        self.by_name
+            .values()
+            .filter(|slot| slot.running.is_some())
+            .count()
     }
 
     pub(super) fn is_enabled(&self, name: &str) -> bool {
-        self.by_name.get(name).and_then(|slot| slot.enabled).unwrap_or_else(|| self.config.settings(name).enabled)
+        self.by_name
+            .get(name)
+            .and_then(|slot| slot.enabled)
+            .unwrap_or_else(|| self.config.settings(name).enabled)
     }
 
     /// Notes what an operator says, and answers the plugin's files.
     ///
     /// # Errors
     /// There is no such plugin.
-    pub(super) fn set_enabled(&mut self, name: &str, is_enabled: bool) -> Result<Vec<Sighting>, OrderError> {
+    pub(super) fn set_enabled(
+        &mut self,
+        name: &str,
+        is_enabled: bool,
+    ) -> Result<Vec<Sighting>, OrderError> {
         let is_as_configured = self.config.settings(name).enabled == is_enabled;
-        let slot = self.by_name.get_mut(name).filter(|slot| !slot.files.is_empty());
+        let slot = self
+            .by_name
+            .get_mut(name)
+            .filter(|slot| !slot.files.is_empty());
         let slot = slot.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
         slot.enabled = (!is_as_configured).then_some(is_enabled);
         Ok(slot.files.clone())
@@ -96,7 +109,12 @@ impl Slots {
 
 impl Slot {
     /// `None`: nothing was loaded or refused. Else the outcome, as the metric has it.
-    pub(super) fn apply(&mut self, name: &str, files: Vec<Sighting>, done: Done) -> Option<&'static str> {
+    pub(super) fn apply(
+        &mut self,
+        name: &str,
+        files: Vec<Sighting>,
+        done: Done,
+    ) -> Option<&'static str> {
         self.files = files;
         let file = self.files.first().map(Sighting::file).unwrap_or_default();
         // What ran may have been rolled back while its file was looked at.
@@ -106,8 +124,11 @@ impl Slot {
         }
         let outcome = match done {
             Done::Removed | Done::Rests => {
-                let (word, why) =
-                    if matches!(done, Done::Rests) { (Word::Disabled, "it is not enabled") } else { (Word::Removed, "its file is gone") };
+                let (word, why) = if matches!(done, Done::Rests) {
+                    (Word::Disabled, "it is not enabled")
+                } else {
+                    (Word::Removed, "its file is gone")
+                };
                 match self.running.take() {
                     Some(gone) => {
                         tracing::warn!(
@@ -118,7 +139,9 @@ impl Slot {
                         );
                         self.end(&gone, word, why);
                     }
-                    None if word == Word::Disabled => tracing::info!(plugin.name = name, "plugin is not enabled"),
+                    None if word == Word::Disabled => {
+                        tracing::info!(plugin.name = name, "plugin is not enabled")
+                    }
                     None => {}
                 }
                 self.previous = None;
@@ -130,7 +153,11 @@ impl Slot {
                 None
             }
             Done::Same(_) => {
-                tracing::info!(plugin.name = name, plugin.file = file, "the plugin's file is what runs already");
+                tracing::info!(
+                    plugin.name = name,
+                    plugin.file = file,
+                    "the plugin's file is what runs already"
+                );
                 None
             }
             Done::Loaded(plugin, settings) => {
@@ -149,18 +176,33 @@ impl Slot {
                         running.number
                     ),
                     None => {
-                        tracing::error!(plugin.name = name, plugin.file = file, plugin.failed_hash = hash, "plugin not loaded: {reason}");
+                        tracing::error!(
+                            plugin.name = name,
+                            plugin.file = file,
+                            plugin.failed_hash = hash,
+                            "plugin not loaded: {reason}"
+                        );
                     }
                 }
-                self.refusal = Some(Refusal { at_ms: now_ms(), hash: hash.clone(), reason: reason.clone() });
+                self.refusal = Some(Refusal {
+                    at_ms: now_ms(),
+                    hash: hash.clone(),
+                    reason: reason.clone(),
+                });
                 self.failure = Some(Failure { reason, hash });
                 Some("failed")
             }
         };
         if let (Some(second), None) = (self.files.get(1), &self.failure) {
             let file = second.file();
-            let reason = format!("{file} is the second file of a plugin called '{name}'; rename or remove one");
-            tracing::error!(plugin.name = name, plugin.file = file, "plugin not loaded: {reason}");
+            let reason = format!(
+                "{file} is the second file of a plugin called '{name}'; rename or remove one"
+            );
+            tracing::error!(
+                plugin.name = name,
+                plugin.file = file,
+                "plugin not loaded: {reason}"
+            );
             self.failure = Some(Failure { reason, hash: None });
         }
         outcome
@@ -181,7 +223,11 @@ impl Slot {
             "plugin loaded"
         );
         if plugin.manifest().name != name {
-            tracing::info!(plugin.name = name, "the plugin calls itself '{}'", plugin.manifest().name);
+            tracing::info!(
+                plugin.name = name,
+                "the plugin calls itself '{}'",
+                plugin.manifest().name
+            );
         }
         let now = Instant::now();
         if let Some(former) = former {
@@ -193,7 +239,13 @@ impl Slot {
             }
         }
         (self.rolled_back, self.refusal) = (None, None);
-        let generation = Generation::new(plugin, self.n_generations, settings, self.previous.is_some(), now);
+        let generation = Generation::new(
+            plugin,
+            self.n_generations,
+            settings,
+            self.previous.is_some(),
+            now,
+        );
         self.running = Some(Arc::new(generation));
         self.since_ms = now_ms();
     }
@@ -214,7 +266,10 @@ impl Slot {
 
     pub(super) fn state(&self, name: &str, slots: &Slots, now: Instant) -> PluginState {
         let report = self.running.as_ref().map(|running| running.report(now));
-        let settings = self.running.as_ref().map_or_else(|| slots.config.settings(name), |running| running.settings.clone());
+        let settings = self.running.as_ref().map_or_else(
+            || slots.config.settings(name),
+            |running| running.settings.clone(),
+        );
         let word = match &report {
             Some(report) if report.breaker != BreakerState::Closed => Word::BreakerOpen,
             Some(report) if report.probation.is_some() => Word::OnProbation,
@@ -231,7 +286,10 @@ impl Slot {
             settings: settings.shown(),
             previous: self.previous.as_ref().map(|previous| previous.number),
             failure: self.failure.as_ref().map(|failure| failure.reason.clone()),
-            failed_hash: self.failure.as_ref().and_then(|failure| failure.hash.clone()),
+            failed_hash: self
+                .failure
+                .as_ref()
+                .and_then(|failure| failure.hash.clone()),
             refusal: self.refusal.clone(),
             health: report,
             ended: self.ended.iter().cloned().collect(),

@@ -31,13 +31,21 @@ struct Held {
 
 impl Default for Records {
     fn default() -> Self {
-        Self(Mutex::new(Held { by_key: LruCache::new(MAX_RECORDS), n_bytes: 0 }))
+        Self(Mutex::new(Held {
+            by_key: LruCache::new(MAX_RECORDS),
+            n_bytes: 0,
+        }))
     }
 }
 
 impl Records {
     pub fn get(&self, key: Key) -> Option<Arc<Record>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).by_key.get(&key).cloned()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .by_key
+            .get(&key)
+            .cloned()
     }
 
     /// Parses a stored record and holds it, unless it is held already. `None`: it is none, which is logged.
@@ -76,13 +84,17 @@ impl Records {
         life: Life,
         ids: &[NotificationId],
     ) -> Result<Vec<Option<Arc<Record>>>> {
-        let mut found: Vec<_> = ids.iter().map(|&id| self.get((partition, life, id))).collect();
+        let mut found: Vec<_> = ids
+            .iter()
+            .map(|&id| self.get((partition, life, id)))
+            .collect();
         let absent: Vec<usize> = (0..ids.len()).filter(|&at| found[at].is_none()).collect();
         if !absent.is_empty() {
             let wanted: Vec<_> = absent.iter().map(|&at| ids[at]).collect();
             let stored = broker.records(partition, &wanted).await?;
             for (at, stored) in absent.into_iter().zip(stored) {
-                found[at] = stored.and_then(|stored| self.insert((partition, life, ids[at]), &stored));
+                found[at] =
+                    stored.and_then(|stored| self.insert((partition, life, ids[at]), &stored));
             }
         }
         Ok(found)

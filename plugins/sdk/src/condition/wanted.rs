@@ -58,28 +58,70 @@ pub(super) enum Reading {
 impl Wanted {
     /// Whether a value of an event is so.
     pub fn holds(&self, event: &Event, selector: &Selector) -> bool {
-        let reading = if matches!(selector, Selector::Field(_)) { Reading::AsIs } else { Reading::AsAsked };
+        let reading = if matches!(selector, Selector::Field(_)) {
+            Reading::AsIs
+        } else {
+            Reading::AsAsked
+        };
         self.holds_for(selector.of(event).as_deref(), reading)
     }
 
     pub(super) fn holds_for(&self, value: Option<&Value>, reading: Reading) -> bool {
-        let Some(value) = value else { return self.0.present == Some(false) };
-        let Operators { equals, not_equals, one_of, prefix, suffix, contains, matches, .. } = &self.0;
-        let Operators { less, at_most, greater, at_least, includes, present, .. } = &self.0;
-        let compared = |with: &Value| read(value, with, reading).and_then(|value| value.compare(with));
+        let Some(value) = value else {
+            return self.0.present == Some(false);
+        };
+        let Operators {
+            equals,
+            not_equals,
+            one_of,
+            prefix,
+            suffix,
+            contains,
+            matches,
+            ..
+        } = &self.0;
+        let Operators {
+            less,
+            at_most,
+            greater,
+            at_least,
+            includes,
+            present,
+            ..
+        } = &self.0;
+        let compared =
+            |with: &Value| read(value, with, reading).and_then(|value| value.compare(with));
         let ranges = |bound: &Option<Bound>, is_so: fn(Ordering) -> bool| {
-            bound.as_ref().is_none_or(|Bound(bound)| compared(bound).is_some_and(is_so))
+            bound
+                .as_ref()
+                .is_none_or(|Bound(bound)| compared(bound).is_some_and(is_so))
         };
         // Made a text only for an operator that looks at one.
-        let text = |is_so: &dyn Fn(&str) -> bool| text(value, reading).is_some_and(|text| is_so(&text));
+        let text =
+            |is_so: &dyn Fn(&str) -> bool| text(value, reading).is_some_and(|text| is_so(&text));
         *present != Some(false)
-            && equals.as_ref().is_none_or(|wanted| compared(wanted) == Some(Ordering::Equal))
-            && not_equals.as_ref().is_none_or(|wanted| compared(wanted).is_some_and(Ordering::is_ne))
-            && one_of.as_ref().is_none_or(|list| list.iter().any(|wanted| compared(wanted) == Some(Ordering::Equal)))
-            && prefix.as_ref().is_none_or(|prefix| text(&|text| text.starts_with(prefix)))
-            && suffix.as_ref().is_none_or(|suffix| text(&|text| text.ends_with(suffix)))
-            && contains.as_ref().is_none_or(|part| text(&|text| text.contains(part)))
-            && matches.as_ref().is_none_or(|regex| text(&|text| regex.is_match(text)))
+            && equals
+                .as_ref()
+                .is_none_or(|wanted| compared(wanted) == Some(Ordering::Equal))
+            && not_equals
+                .as_ref()
+                .is_none_or(|wanted| compared(wanted).is_some_and(Ordering::is_ne))
+            && one_of.as_ref().is_none_or(|list| {
+                list.iter()
+                    .any(|wanted| compared(wanted) == Some(Ordering::Equal))
+            })
+            && prefix
+                .as_ref()
+                .is_none_or(|prefix| text(&|text| text.starts_with(prefix)))
+            && suffix
+                .as_ref()
+                .is_none_or(|suffix| text(&|text| text.ends_with(suffix)))
+            && contains
+                .as_ref()
+                .is_none_or(|part| text(&|text| text.contains(part)))
+            && matches
+                .as_ref()
+                .is_none_or(|regex| text(&|text| regex.is_match(text)))
             && ranges(less, Ordering::is_lt)
             && ranges(at_most, Ordering::is_le)
             && ranges(greater, Ordering::is_gt)
@@ -89,20 +131,62 @@ impl Wanted {
 
     /// `name is this` in words.
     pub(super) fn describe(&self, name: &str) -> String {
-        let Operators { equals, not_equals, one_of, prefix, suffix, contains, matches, .. } = &self.0;
-        let Operators { less, at_most, greater, at_least, includes, present, .. } = &self.0;
+        let Operators {
+            equals,
+            not_equals,
+            one_of,
+            prefix,
+            suffix,
+            contains,
+            matches,
+            ..
+        } = &self.0;
+        let Operators {
+            less,
+            at_most,
+            greater,
+            at_least,
+            includes,
+            present,
+            ..
+        } = &self.0;
         let mut parts = Vec::new();
         parts.extend(equals.as_ref().map(|value| format!("is {value}")));
         parts.extend(not_equals.as_ref().map(|value| format!("is not {value}")));
-        parts.extend(one_of.as_ref().map(|values| format!("is {}", alternatives(values))));
-        parts.extend(prefix.as_ref().map(|prefix| format!("begins with {prefix}")));
+        parts.extend(
+            one_of
+                .as_ref()
+                .map(|values| format!("is {}", alternatives(values))),
+        );
+        parts.extend(
+            prefix
+                .as_ref()
+                .map(|prefix| format!("begins with {prefix}")),
+        );
         parts.extend(suffix.as_ref().map(|suffix| format!("ends with {suffix}")));
         parts.extend(contains.as_ref().map(|part| format!("contains {part}")));
-        parts.extend(matches.as_ref().map(|regex| format!("matches {}", regex.as_str())));
-        let bounds = [(at_least, "is at least"), (greater, "is above"), (at_most, "is at most"), (less, "is below")];
-        parts.extend(bounds.into_iter().filter_map(|(bound, word)| bound.as_ref().map(|Bound(bound)| format!("{word} {bound}"))));
-        parts.extend(includes.as_ref().map(|values| format!("includes {}", alternatives(values))));
-        parts.extend(present.map(|present| (if present { "is there" } else { "is not there" }).to_owned()));
+        parts.extend(
+            matches
+                .as_ref()
+                .map(|regex| format!("matches {}", regex.as_str())),
+        );
+        let bounds = [
+            (at_least, "is at least"),
+            (greater, "is above"),
+            (at_most, "is at most"),
+            (less, "is below"),
+        ];
+        parts.extend(bounds.into_iter().filter_map(|(bound, word)| {
+            bound.as_ref().map(|Bound(bound)| format!("{word} {bound}"))
+        }));
+        parts.extend(
+            includes
+                .as_ref()
+                .map(|values| format!("includes {}", alternatives(values))),
+        );
+        parts.extend(
+            present.map(|present| (if present { "is there" } else { "is not there" }).to_owned()),
+        );
         format!("{name} {}", parts.join(" and "))
     }
 
@@ -118,9 +202,15 @@ fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, 
     }
     match (like, value) {
         (Value::Text(_), Value::Text(_)) => Some(Cow::Borrowed(value)),
-        (Value::Text(_), _) => text(value, reading).map(|text| Cow::Owned(Value::Text(text.into_owned()))),
-        (Value::Integer(_) | Value::Decimal(_), Value::Text(text)) => Value::of_numeral(text).map(Cow::Owned),
-        (Value::Flag(_), Value::Text(text)) => text.parse().ok().map(|flag| Cow::Owned(Value::Flag(flag))),
+        (Value::Text(_), _) => {
+            text(value, reading).map(|text| Cow::Owned(Value::Text(text.into_owned())))
+        }
+        (Value::Integer(_) | Value::Decimal(_), Value::Text(text)) => {
+            Value::of_numeral(text).map(Cow::Owned)
+        }
+        (Value::Flag(_), Value::Text(text)) => {
+            text.parse().ok().map(|flag| Cow::Owned(Value::Flag(flag)))
+        }
         _ => Some(Cow::Borrowed(value)),
     }
 }
@@ -129,20 +219,32 @@ fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, 
 fn text(value: &Value, reading: Reading) -> Option<Cow<'_, str>> {
     match value {
         Value::Text(text) => Some(Cow::Borrowed(text)),
-        Value::Integer(_) | Value::Flag(_) if reading == Reading::AsAsked => Some(Cow::Owned(value.to_string())),
+        Value::Integer(_) | Value::Flag(_) if reading == Reading::AsAsked => {
+            Some(Cow::Owned(value.to_string()))
+        }
         Value::Integer(_) | Value::Flag(_) | Value::Decimal(_) => None,
     }
 }
 
 /// Whether a value is a list with one of these among its elements.
 fn has_one_of(value: &Value, wanted: &[Value]) -> bool {
-    let Value::Text(text) = value else { return false };
+    let Value::Text(text) = value else {
+        return false;
+    };
     if !text.starts_with('[') {
         return false;
     }
-    let Ok(list) = serde_json::from_str::<Vec<serde_json::Value>>(text) else { return false };
-    let is_wanted = |element: &Value| wanted.iter().any(|wanted| element.compare(wanted) == Some(Ordering::Equal));
-    list.iter().filter_map(Value::of_json).any(|element| is_wanted(&element))
+    let Ok(list) = serde_json::from_str::<Vec<serde_json::Value>>(text) else {
+        return false;
+    };
+    let is_wanted = |element: &Value| {
+        wanted
+            .iter()
+            .any(|wanted| element.compare(wanted) == Some(Ordering::Equal))
+    };
+    list.iter()
+        .filter_map(Value::of_json)
+        .any(|element| is_wanted(&element))
 }
 
 impl<'de> Deserialize<'de> for Wanted {
@@ -160,7 +262,9 @@ impl<'de> Deserialize<'de> for Wanted {
                 Ok(equals(integer.into()))
             }
             fn visit_u64<E: Error>(self, integer: u64) -> Result<Operators, E> {
-                Ok(equals(i64::try_from(integer).map_or(Value::Decimal(integer as f64), Value::Integer)))
+                Ok(equals(
+                    i64::try_from(integer).map_or(Value::Decimal(integer as f64), Value::Integer),
+                ))
             }
             fn visit_f64<E: Error>(self, decimal: f64) -> Result<Operators, E> {
                 Ok(equals(decimal.into()))
@@ -170,22 +274,35 @@ impl<'de> Deserialize<'de> for Wanted {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Operators, A::Error> {
                 let one_of = OneOrMore::deserialize(SeqAccessDeserializer::new(seq))?;
-                Ok(Operators { one_of: Some(one_of), ..Operators::default() })
+                Ok(Operators {
+                    one_of: Some(one_of),
+                    ..Operators::default()
+                })
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Operators, A::Error> {
                 Operators::deserialize(MapAccessDeserializer::new(map))
             }
         }
         fn equals(value: Value) -> Operators {
-            Operators { equals: Some(value), ..Operators::default() }
+            Operators {
+                equals: Some(value),
+                ..Operators::default()
+            }
         }
         let wanted = Self(d.deserialize_any(AnyForm)?);
         if wanted.is_empty() {
-            return Err(D::Error::custom("says nothing; give it equals, one_of, at_least, prefix, matches, present or another operator"));
+            return Err(D::Error::custom(
+                "says nothing; give it equals, one_of, at_least, prefix, matches, present or another operator",
+            ));
         }
-        let without_present = Self(Operators { present: None, ..wanted.0.clone() });
+        let without_present = Self(Operators {
+            present: None,
+            ..wanted.0.clone()
+        });
         if wanted.0.present == Some(false) && !without_present.is_empty() {
-            return Err(D::Error::custom("can never hold: what is absent is nothing else; leave out present, or the others"));
+            return Err(D::Error::custom(
+                "can never hold: what is absent is nothing else; leave out present, or the others",
+            ));
         }
         Ok(wanted)
     }
@@ -197,7 +314,10 @@ impl JsonSchema for Wanted {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let (value, values) = (generator.subschema_for::<Value>(), generator.subschema_for::<OneOrMore<Value>>());
+        let (value, values) = (
+            generator.subschema_for::<Value>(),
+            generator.subschema_for::<OneOrMore<Value>>(),
+        );
         json_schema!({
             "description": "A value, a list of which one must be it, or a table of operators that must all hold.",
             "anyOf": [value, values, generator.subschema_for::<Operators>()]
@@ -212,7 +332,9 @@ struct Bound(Value);
 impl<'de> Deserialize<'de> for Bound {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match Value::deserialize(d)? {
-            Value::Flag(flag) => Err(D::Error::custom(format!("is {flag}; a range takes a number or a text"))),
+            Value::Flag(flag) => Err(D::Error::custom(format!(
+                "is {flag}; a range takes a number or a text"
+            ))),
             value => Ok(Self(value)),
         }
     }
@@ -281,14 +403,24 @@ mod tests {
     use super::*;
 
     fn holds(wanted: &Json, value: Option<&Value>, reading: Reading) -> bool {
-        serde_json::from_value::<Wanted>(wanted.clone()).unwrap().holds_for(value, reading)
+        serde_json::from_value::<Wanted>(wanted.clone())
+            .unwrap()
+            .holds_for(value, reading)
     }
 
     /// `None`: the value is absent.
     #[track_caller]
-    fn check(wanted: Json, cases: impl IntoIterator<Item = (Option<Value>, bool)>, reading: Reading) {
+    fn check(
+        wanted: Json,
+        cases: impl IntoIterator<Item = (Option<Value>, bool)>,
+        reading: Reading,
+    ) {
         for (value, expect) in cases {
-            assert_eq!(holds(&wanted, value.as_ref(), reading), expect, "{wanted} {value:?} {reading:?}");
+            assert_eq!(
+                holds(&wanted, value.as_ref(), reading),
+                expect,
+                "{wanted} {value:?} {reading:?}"
+            );
         }
     }
 
@@ -299,39 +431,187 @@ mod tests {
     #[test]
     fn every_operator_decides_both_ways_and_another_type_is_nothing() {
         let typed = |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsIs);
-        typed(json!("a"), vec![(some("a"), true), (some("b"), false), (some(1), false), (None, false)]);
-        typed(json!(1), vec![(some(1), true), (some(1.0), true), (some("1"), false), (some(true), false)]);
-        typed(json!(true), vec![(some(true), true), (some(false), false), (some("true"), false)]);
-        typed(json!({"not_equals": "a"}), vec![(some("b"), true), (some("a"), false), (some(1), false), (None, false)]);
-        typed(json!(["a", 1]), vec![(some("a"), true), (some(1), true), (some("1"), false), (None, false)]);
-        typed(json!({"one_of": "a"}), vec![(some("a"), true), (some("b"), false)]);
-        typed(json!({"prefix": "gr"}), vec![(some("grün"), true), (some("agr"), false), (some(1), false)]);
-        typed(json!({"suffix": "ün"}), vec![(some("grün"), true), (some("n"), false), (None, false)]);
-        typed(json!({"contains": "r"}), vec![(some("grün"), true), (some("blau"), false), (some(true), false)]);
-        typed(json!({"matches": "^g.ü"}), vec![(some("grün"), true), (some("agrü"), false), (some(1), false)]);
-        typed(json!({"less": 5}), vec![(some(4), true), (some(5), false), (some(4.9), true), (some("4"), false), (None, false)]);
-        typed(json!({"at_most": 5}), vec![(some(5), true), (some(5.1), false)]);
-        typed(json!({"greater": "b"}), vec![(some("c"), true), (some("b"), false), (some(9), false)]);
-        typed(json!({"at_least": "b", "less": "d"}), vec![(some("b"), true), (some("cz"), true), (some("d"), false)]);
-        typed(json!({"includes": "a"}), vec![(some(r#"["b","a"]"#), true), (some(r#"["ab"]"#), false), (some("a"), false)]);
-        typed(json!({"includes": [1, true]}), vec![(some("[1.0]"), true), (some("[[1],null,true]"), true), (some("[\"1\"]"), false)]);
-        typed(json!({"includes": 1}), vec![(some("[1"), false), (some("{\"1\":1}"), false), (some(1), false), (None, false)]);
-        typed(json!({"present": true}), vec![(some(""), true), (None, false)]);
-        typed(json!({"present": false}), vec![(some(""), false), (None, true)]);
+        typed(
+            json!("a"),
+            vec![
+                (some("a"), true),
+                (some("b"), false),
+                (some(1), false),
+                (None, false),
+            ],
+        );
+        typed(
+            json!(1),
+            vec![
+                (some(1), true),
+                (some(1.0), true),
+                (some("1"), false),
+                (some(true), false),
+            ],
+        );
+        typed(
+            json!(true),
+            vec![
+                (some(true), true),
+                (some(false), false),
+                (some("true"), false),
+            ],
+        );
+        typed(
+            json!({"not_equals": "a"}),
+            vec![
+                (some("b"), true),
+                (some("a"), false),
+                (some(1), false),
+                (None, false),
+            ],
+        );
+        typed(
+            json!(["a", 1]),
+            vec![
+                (some("a"), true),
+                (some(1), true),
+                (some("1"), false),
+                (None, false),
+            ],
+        );
+        typed(
+            json!({"one_of": "a"}),
+            vec![(some("a"), true), (some("b"), false)],
+        );
+        typed(
+            json!({"prefix": "gr"}),
+            vec![(some("grün"), true), (some("agr"), false), (some(1), false)],
+        );
+        typed(
+            json!({"suffix": "ün"}),
+            vec![(some("grün"), true), (some("n"), false), (None, false)],
+        );
+        typed(
+            json!({"contains": "r"}),
+            vec![
+                (some("grün"), true),
+                (some("blau"), false),
+                (some(true), false),
+            ],
+        );
+        typed(
+            json!({"matches": "^g.ü"}),
+            vec![
+                (some("grün"), true),
+                (some("agrü"), false),
+                (some(1), false),
+            ],
+        );
+        typed(
+            json!({"less": 5}),
+            vec![
+                (some(4), true),
+                (some(5), false),
+                (some(4.9), true),
+                (some("4"), false),
+                (None, false),
+            ],
+        );
+        typed(
+            json!({"at_most": 5}),
+            vec![(some(5), true), (some(5.1), false)],
+        );
+        typed(
+            json!({"greater": "b"}),
+            vec![(some("c"), true), (some("b"), false), (some(9), false)],
+        );
+        typed(
+            json!({"at_least": "b", "less": "d"}),
+            vec![(some("b"), true), (some("cz"), true), (some("d"), false)],
+        );
+        typed(
+            json!({"includes": "a"}),
+            vec![
+                (some(r#"["b","a"]"#), true),
+                (some(r#"["ab"]"#), false),
+                (some("a"), false),
+            ],
+        );
+        typed(
+            json!({"includes": [1, true]}),
+            vec![
+                (some("[1.0]"), true),
+                (some("[[1],null,true]"), true),
+                (some("[\"1\"]"), false),
+            ],
+        );
+        typed(
+            json!({"includes": 1}),
+            vec![
+                (some("[1"), false),
+                (some("{\"1\":1}"), false),
+                (some(1), false),
+                (None, false),
+            ],
+        );
+        typed(
+            json!({"present": true}),
+            vec![(some(""), true), (None, false)],
+        );
+        typed(
+            json!({"present": false}),
+            vec![(some(""), false), (None, true)],
+        );
     }
 
     #[test]
     fn an_attribute_is_read_as_what_it_is_compared_with() {
-        let asked = |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsAsked);
-        asked(json!(5), vec![(some("5"), true), (some("5.0"), true), (some("05"), false), (some("five"), false), (some(true), false)]);
-        asked(json!("5"), vec![(some(5), true), (some("5.0"), false), (some(5.0), false)]);
-        asked(json!(true), vec![(some("true"), true), (some("True"), false), (some(1), false)]);
+        let asked =
+            |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsAsked);
+        asked(
+            json!(5),
+            vec![
+                (some("5"), true),
+                (some("5.0"), true),
+                (some("05"), false),
+                (some("five"), false),
+                (some(true), false),
+            ],
+        );
+        asked(
+            json!("5"),
+            vec![(some(5), true), (some("5.0"), false), (some(5.0), false)],
+        );
+        asked(
+            json!(true),
+            vec![
+                (some("true"), true),
+                (some("True"), false),
+                (some(1), false),
+            ],
+        );
         asked(json!("true"), vec![(some(true), true)]);
-        asked(json!({"not_equals": 5}), vec![(some("6"), true), (some("x"), false), (some(6), true)]);
-        asked(json!({"at_least": 100}), vec![(some("1e2"), true), (some("99"), false), (some(100), true), (some("many"), false)]);
-        asked(json!({"prefix": "42"}), vec![(some(4217), true), (some("4"), false), (some(42.5), false)]);
-        asked(json!({"matches": "^[0-9]+$"}), vec![(some(7), true), (some("7"), true), (some(true), false)]);
-        asked(json!({"less": "b"}), vec![(some(5), true), (some("c"), false)]);
+        asked(
+            json!({"not_equals": 5}),
+            vec![(some("6"), true), (some("x"), false), (some(6), true)],
+        );
+        asked(
+            json!({"at_least": 100}),
+            vec![
+                (some("1e2"), true),
+                (some("99"), false),
+                (some(100), true),
+                (some("many"), false),
+            ],
+        );
+        asked(
+            json!({"prefix": "42"}),
+            vec![(some(4217), true), (some("4"), false), (some(42.5), false)],
+        );
+        asked(
+            json!({"matches": "^[0-9]+$"}),
+            vec![(some(7), true), (some("7"), true), (some(true), false)],
+        );
+        asked(
+            json!({"less": "b"}),
+            vec![(some(5), true), (some("c"), false)],
+        );
     }
 
     #[test]

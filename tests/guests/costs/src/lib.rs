@@ -1,7 +1,9 @@
 //! A plugin for benchmarks: one small decision, from nothing, from declared attributes and fields, or from the whole payload. As a library it
 //! is the same decision natively.
 
-use pointsman_plugin::{Event, Failure, Interest, Issue, Payload, Plugin, Priority, Route, Router, Value, export};
+use pointsman_plugin::{
+    Event, Failure, Interest, Issue, Payload, Plugin, Priority, Route, Router, Value, export,
+};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -30,7 +32,14 @@ export!(Costs as router);
 
 /// What the decision looks at.
 pub const ATTRIBUTES: [&str; 6] = ["customer", "region", "tier", "total", "express", "seller"];
-pub const FIELDS: [&str; 6] = ["/customer/id", "/order/region", "/customer/tier", "/order/total", "/order/express", "/seller"];
+pub const FIELDS: [&str; 6] = [
+    "/customer/id",
+    "/order/region",
+    "/customer/tier",
+    "/order/total",
+    "/order/express",
+    "/seller",
+];
 
 impl Plugin for Costs {
     type Config = Config;
@@ -63,9 +72,21 @@ impl Router for Costs {
 }
 
 /// A customer's order, more urgent if it is large or express, unless a seller buys from itself.
-fn decide(customer: &str, region: &str, tier: &str, total: f64, is_express: bool, seller: &str) -> Option<Route> {
-    let priority = if is_express || total > 500.0 { Priority::High } else { Priority::Normal };
-    (customer != seller && region != "none" && tier != "closed").then(|| Route::to_user(customer).priority(priority))
+fn decide(
+    customer: &str,
+    region: &str,
+    tier: &str,
+    total: f64,
+    is_express: bool,
+    seller: &str,
+) -> Option<Route> {
+    let priority = if is_express || total > 500.0 {
+        Priority::High
+    } else {
+        Priority::Normal
+    };
+    (customer != seller && region != "none" && tier != "closed")
+        .then(|| Route::to_user(customer).priority(priority))
 }
 
 fn declared(event: &Event, names: [&str; 6]) -> Option<Route> {
@@ -77,12 +98,29 @@ fn declared(event: &Event, names: [&str; 6]) -> Option<Route> {
         Value::Text(_) | Value::Flag(_) => return None,
     };
     let is_express = matches!(event.attribute(express)?, Value::Flag(true));
-    decide(text(customer)?, text(region)?, text(tier)?, total, is_express, text(seller)?)
+    decide(
+        text(customer)?,
+        text(region)?,
+        text(tier)?,
+        total,
+        is_express,
+        text(seller)?,
+    )
 }
 
 fn whole(event: &Event) -> Option<Route> {
-    let Payload::Json(text) = &event.data else { return None };
+    let Payload::Json(text) = &event.data else {
+        return None;
+    };
     let data: serde_json::Value = serde_json::from_str(text).ok()?;
-    let [customer, region, tier, total, express, seller] = FIELDS.map(|pointer| data.pointer(pointer));
-    decide(customer?.as_str()?, region?.as_str()?, tier?.as_str()?, total?.as_f64()?, express?.as_bool()?, seller?.as_str()?)
+    let [customer, region, tier, total, express, seller] =
+        FIELDS.map(|pointer| data.pointer(pointer));
+    decide(
+        customer?.as_str()?,
+        region?.as_str()?,
+        tier?.as_str()?,
+        total?.as_f64()?,
+        express?.as_bool()?,
+        seller?.as_str()?,
+    )
 }

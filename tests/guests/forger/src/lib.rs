@@ -1,13 +1,18 @@
 //! A plugin for tests, without the SDK: it says in every string what would forge a line of a log, a key or a frame, and hands over bytes that
 //! are no text. What it does, its configuration says (`describe` and `configure` come before any event), or the type of the event.
 
-#![expect(unsafe_code, reason = "to make a string that is none, and in what the bindings generate")]
+#![expect(
+    unsafe_code,
+    reason = "to make a string that is none, and in what the bindings generate"
+)]
 
 use std::cell::Cell;
 
 use exports::pointsman::plugin::{filter, lifecycle, router};
 use pointsman::plugin::log;
-use pointsman::plugin::types::{Attribute, Criteria, Event, Failure, Operator, Target, Test, Value};
+use pointsman::plugin::types::{
+    Attribute, Criteria, Event, Failure, Operator, Target, Test, Value,
+};
 
 wit_bindgen::generate!({ path: "../../../wit", world: "full-plugin" });
 
@@ -37,7 +42,11 @@ impl lifecycle::Guest for Forger {
             version: FORGED.to_owned(),
             description: FORGED.to_owned(),
             types: vec!["forge.*".to_owned()],
-            reads: lifecycle::Selection { attributes: Vec::new(), fields: Vec::new(), payload: false },
+            reads: lifecycle::Selection {
+                attributes: Vec::new(),
+                fields: Vec::new(),
+                payload: false,
+            },
             config_schema: None,
         }
     }
@@ -51,10 +60,16 @@ impl lifecycle::Guest for Forger {
             TRAPS_IN_DESCRIBE.set(true);
         }
         if config.contains("refuse") {
-            return Err(vec![lifecycle::Issue { path: FORGED.to_owned(), message: FORGED.to_owned() }]);
+            return Err(vec![lifecycle::Issue {
+                path: FORGED.to_owned(),
+                message: FORGED.to_owned(),
+            }]);
         }
         if config.contains("no-text") {
-            return Err(vec![lifecycle::Issue { path: String::new(), message: no_text() }]);
+            return Err(vec![lifecycle::Issue {
+                path: String::new(),
+                message: no_text(),
+            }]);
         }
         IS_CONFIGURED.set(true);
         Ok(())
@@ -64,8 +79,14 @@ impl lifecycle::Guest for Forger {
 impl filter::Guest for Forger {
     fn evaluate(event: Event) -> Result<filter::Verdict, Failure> {
         let amended = |name: &str, value: &str| {
-            let attribute = Attribute { name: name.to_owned(), value: Value::Text(value.to_owned()) };
-            Ok(filter::Verdict::Amend(filter::Amendment { priority: None, attributes: vec![attribute] }))
+            let attribute = Attribute {
+                name: name.to_owned(),
+                value: Value::Text(value.to_owned()),
+            };
+            Ok(filter::Verdict::Amend(filter::Amendment {
+                priority: None,
+                attributes: vec![attribute],
+            }))
         };
         match event.type_.as_str() {
             "forge.drop" => Ok(filter::Verdict::Drop(FORGED.to_owned())),
@@ -89,25 +110,57 @@ impl router::Guest for Forger {
         };
         let good = || route(Target::User("nobody".to_owned()));
         let forged = || FORGED.to_owned();
-        let when = |test: Test| Some(Criteria { any_of: vec![vec![test]] });
-        let test = |attribute: String, value: String| Test { attribute, operator: Operator::Equals, values: vec![Value::Text(value)] };
-        let named = |name: &str| router::Route { event_name: Some(name.to_owned()), ..good() };
+        let when = |test: Test| {
+            Some(Criteria {
+                any_of: vec![vec![test]],
+            })
+        };
+        let test = |attribute: String, value: String| Test {
+            attribute,
+            operator: Operator::Equals,
+            values: vec![Value::Text(value)],
+        };
+        let named = |name: &str| router::Route {
+            event_name: Some(name.to_owned()),
+            ..good()
+        };
         Ok(vec![match event.type_.as_str() {
             "forge.user" => route(Target::User(forged())),
             "forge.group" => route(Target::Group(forged())),
-            "forge.collapse-key" => router::Route { collapse_key: Some(forged()), ..good() },
+            "forge.collapse-key" => router::Route {
+                collapse_key: Some(forged()),
+                ..good()
+            },
             "forge.event-name" => named(FORGED),
-            "forge.body" => router::Route { body: Some(forged()), ..good() },
-            "forge.criteria-attribute" => router::Route { when: when(test(forged(), "x".to_owned())), ..good() },
-            "forge.criteria-value" => router::Route { when: when(test("plan".to_owned(), forged())), ..good() },
+            "forge.body" => router::Route {
+                body: Some(forged()),
+                ..good()
+            },
+            "forge.criteria-attribute" => router::Route {
+                when: when(test(forged(), "x".to_owned())),
+                ..good()
+            },
+            "forge.criteria-value" => router::Route {
+                when: when(test("plan".to_owned(), forged())),
+                ..good()
+            },
             "forge.reject" => return Err(Failure::Reject(forged())),
             "forge.log" => {
                 log::log(log::Level::Error, FORGED);
                 panic!("{FORGED}");
             }
-            "forge.no-text" => router::Route { body: Some(no_text()), ..good() },
-            "forge.100-mb" => router::Route { body: Some("x".repeat(100_000_000)), ..good() },
-            "forge.a-million-targets" => router::Route { targets: vec![Target::Everyone; 1_000_000], ..good() },
+            "forge.no-text" => router::Route {
+                body: Some(no_text()),
+                ..good()
+            },
+            "forge.100-mb" => router::Route {
+                body: Some("x".repeat(100_000_000)),
+                ..good()
+            },
+            "forge.a-million-targets" => router::Route {
+                targets: vec![Target::Everyone; 1_000_000],
+                ..good()
+            },
             reserved => match reserved.strip_prefix("forge.reserved.") {
                 Some(name) => named(name),
                 None => good(),

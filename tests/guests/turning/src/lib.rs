@@ -27,8 +27,12 @@ impl Plugin for Turning {
 impl Router for Turning {
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
         // Read when it runs, or the compiler would make an instruction of it.
-        let version = std::str::from_utf8(&black_box(VERSION)[8..]).ok().and_then(|digits| digits.parse::<i64>().ok()).unwrap_or_default();
-        let has_turned = matches!(event.attribute("turns"), Some(Value::Integer(turns)) if version >= *turns);
+        let version = std::str::from_utf8(&black_box(VERSION)[8..])
+            .ok()
+            .and_then(|digits| digits.parse::<i64>().ok())
+            .unwrap_or_default();
+        let has_turned =
+            matches!(event.attribute("turns"), Some(Value::Integer(turns)) if version >= *turns);
         let user = event.text("user");
         let routes = match event.text("then").filter(|_| has_turned) {
             Some("nobody") => None,
@@ -40,6 +44,9 @@ impl Router for Turning {
             None => user.map(Route::to_user),
         };
         // An end, which is counted from the clock that the call is shown.
-        Ok(routes.into_iter().map(|route| route.ttl_ms(3_600_000)).collect())
+        Ok(routes
+            .into_iter()
+            .map(|route| route.ttl_ms(3_600_000))
+            .collect())
     }
 }

@@ -5,8 +5,8 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use pointsman_plugin::{
-    Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority, Route, Router, Target, Test, Verdict, clock,
-    export, log,
+    Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority,
+    Route, Router, Target, Test, Verdict, clock, export, log,
 };
 use serde_json::json;
 
@@ -41,16 +41,28 @@ impl Plugin for Unruly {
 
     fn interest(&self) -> Interest {
         let types = self.0.types.iter().map(String::as_str);
-        let interest = Interest::in_types(types).attributes(["*"]).fields(self.0.fields.iter().map(String::as_str));
-        if self.0.payload { interest.payload() } else { interest }
+        let interest = Interest::in_types(types)
+            .attributes(["*"])
+            .fields(self.0.fields.iter().map(String::as_str));
+        if self.0.payload {
+            interest.payload()
+        } else {
+            interest
+        }
     }
 }
 
 impl Filter for Unruly {
     fn evaluate(&self, event: &Event) -> Result<Verdict, Failure> {
         let amended = |name: &str, value: &str| {
-            let attribute = Attribute { name: name.into(), value: value.into() };
-            Ok(Verdict::Amend(Amendment { priority: Some(Priority::Urgent), attributes: vec![attribute] }))
+            let attribute = Attribute {
+                name: name.into(),
+                value: value.into(),
+            };
+            Ok(Verdict::Amend(Amendment {
+                priority: Some(Priority::Urgent),
+                attributes: vec![attribute],
+            }))
         };
         match event.kind.as_str() {
             "drop" => Ok(Verdict::Drop("two\nlines\u{1b}[2J".into())),
@@ -86,20 +98,36 @@ impl Router for Unruly {
             "retry" => return Err(Failure::Retry("not now".into())),
             "many-targets" => Route::to(vec![Target::Everyone; 10_001]),
             "many-routes" => return Ok(vec![Route::to([]); 10_001]),
-            "large-answer" => Route { body: Some(format!("\"{}\"", "x".repeat(300 * 1024))), ..route },
-            "huge-answer" => Route { body: Some("x".repeat(4 * 1024 * 1024)), ..route },
+            "large-answer" => Route {
+                body: Some(format!("\"{}\"", "x".repeat(300 * 1024))),
+                ..route
+            },
+            "huge-answer" => Route {
+                body: Some("x".repeat(4 * 1024 * 1024)),
+                ..route
+            },
             "user-with-a-line-feed" => Route::to_user("4\n2"),
             "empty-group" => Route::to_group(""),
             "reserved-name" => route.event_name("cursor"),
             "name-with-a-line-feed" => route.event_name("x\ndata: forged"),
-            "body-of-no-json" => Route { body: Some("{\"a\":".into()), ..route },
-            "body-of-two-lines" => Route { body: Some("{\n\"a\": \"b c\"}".into()), ..route },
+            "body-of-no-json" => Route {
+                body: Some("{\"a\":".into()),
+                ..route
+            },
+            "body-of-two-lines" => Route {
+                body: Some("{\n\"a\": \"b c\"}".into()),
+                ..route
+            },
             "ttl-of-nothing" => route.ttl_ms(0),
             "ttl-for-ever" => route.ttl_ms(u64::MAX),
             "test-without-a-value" => route.when([Test::new("plan", Operator::Equals, [])]),
             "test-of-a-plan" => route.when([Test::new("plan", Operator::Equals, ["pro".into()])]),
             "nobody" => return Ok(vec![Route::to([])]),
-            "loud" => route.priority(Priority::High).ttl_ms(5_000).collapse_key("k").event_name("ping"),
+            "loud" => route
+                .priority(Priority::High)
+                .ttl_ms(5_000)
+                .collapse_key("k")
+                .event_name("ping"),
             "chatty" => {
                 for n in 0..5_000 {
                     log::info(format_args!("line {n}\r\u{1b}[31m{}", "x".repeat(2_000)));
@@ -116,8 +144,11 @@ impl Router for Unruly {
             }
             // What it sees.
             _ => {
-                let attributes: serde_json::Map<_, _> =
-                    event.attributes.iter().map(|(name, value)| (name.clone(), value.to_string().into())).collect();
+                let attributes: serde_json::Map<_, _> = event
+                    .attributes
+                    .iter()
+                    .map(|(name, value)| (name.clone(), value.to_string().into()))
+                    .collect();
                 let seen = json!({
                     "call": calls, "clock": clock::now_ms(), "priority": format!("{:?}", event.priority), "data": format!("{:?}", event.data),
                     "attributes": attributes,

@@ -30,7 +30,9 @@ impl Plugin for Versioned {
 impl Router for Versioned {
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
         // Read when it runs, or the compiler would make an instruction of it.
-        let number = std::str::from_utf8(&black_box(VERSION)[8..]).ok().and_then(|digits| digits.parse::<u32>().ok());
+        let number = std::str::from_utf8(&black_box(VERSION)[8..])
+            .ok()
+            .and_then(|digits| digits.parse::<u32>().ok());
         if number.is_some_and(|number| number >= FAULTY) && event.id.ends_with(['0', '1', '2']) {
             panic!("as this version does");
         }

@@ -51,7 +51,10 @@ const SECTOR: usize = 512;
 impl Switch {
     /// Syncs wait for as long as the answer lives.
     pub(super) fn shut(&self) -> Shut<'_> {
-        *self.gate.lock().unwrap() = Gate { is_shut: true, is_knocked: false };
+        *self.gate.lock().unwrap() = Gate {
+            is_shut: true,
+            is_knocked: false,
+        };
         Shut(self)
     }
 
@@ -59,7 +62,13 @@ impl Switch {
     pub(super) fn keep_images(&self, path: &Path, seed: u64, acknowledged: Arc<AtomicU64>) {
         let durable = std::fs::read(path).unwrap();
         let random = StdRng::seed_from_u64(seed);
-        *self.journal.lock().unwrap() = Some(Journal { random, durable, pending: Vec::new(), images: Vec::new(), acknowledged });
+        *self.journal.lock().unwrap() = Some(Journal {
+            random,
+            durable,
+            pending: Vec::new(),
+            images: Vec::new(),
+            acknowledged,
+        });
     }
 
     pub(super) fn take_images(&self) -> Vec<(u64, Vec<u8>)> {
@@ -67,7 +76,11 @@ impl Switch {
     }
 
     pub(in super::super) fn free(&self) -> u64 {
-        if self.is_short.load(Ordering::SeqCst) { 1024 * 1024 } else { u64::MAX }
+        if self.is_short.load(Ordering::SeqCst) {
+            1024 * 1024
+        } else {
+            u64::MAX
+        }
     }
 
     fn check(&self) -> io::Result<()> {
@@ -88,7 +101,11 @@ impl Shut<'_> {
     /// Blocks until a sync waits.
     pub(super) fn wait_for_knock(&self) {
         let gate = self.0.gate.lock().unwrap();
-        let (_gate, waited) = self.0.moved.wait_timeout_while(gate, Duration::from_secs(20), |gate| !gate.is_knocked).unwrap();
+        let (_gate, waited) = self
+            .0
+            .moved
+            .wait_timeout_while(gate, Duration::from_secs(20), |gate| !gate.is_knocked)
+            .unwrap();
         assert!(!waited.timed_out(), "nothing was synced");
     }
 }
@@ -118,7 +135,8 @@ impl Journal {
                 put(&mut image, *offset, data);
             }
         }
-        self.images.push((self.acknowledged.load(Ordering::SeqCst), image));
+        self.images
+            .push((self.acknowledged.load(Ordering::SeqCst), image));
     }
 
     fn sync(&mut self) {
@@ -146,7 +164,10 @@ pub(in super::super) struct Disk {
 impl Disk {
     pub(in super::super) fn open(path: &Path, switch: &Arc<Switch>) -> Result<Self, DatabaseError> {
         let file = FileBackend::new(File::options().read(true).write(true).open(path)?)?;
-        Ok(Self { file, switch: Arc::clone(switch) })
+        Ok(Self {
+            file,
+            switch: Arc::clone(switch),
+        })
     }
 }
 
@@ -172,7 +193,12 @@ impl StorageBackend for Disk {
         if gate.is_shut {
             gate.is_knocked = true;
             self.switch.moved.notify_all();
-            drop(self.switch.moved.wait_while(gate, |gate| gate.is_shut).unwrap());
+            drop(
+                self.switch
+                    .moved
+                    .wait_while(gate, |gate| gate.is_shut)
+                    .unwrap(),
+            );
         } else {
             drop(gate);
         }

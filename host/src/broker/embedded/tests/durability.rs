@@ -9,13 +9,25 @@ use super::*;
 
 /// Waits for the next notices of a feed.
 async fn hear(feed: &mut Feed) -> Vec<Notice> {
-    tokio::time::timeout(Duration::from_secs(20), feed.notices.recv()).await.expect("a notice comes").expect("the feed is open")
+    tokio::time::timeout(Duration::from_secs(20), feed.notices.recv())
+        .await
+        .expect("a notice comes")
+        .expect("the feed is open")
 }
 
 async fn follow(broker: &Embedded, log: &str) -> Feed {
     let mut feed = broker.feed().await.unwrap();
-    feed.follow.send(Follow::Start { partition: P, target: target(log), token: 1 }).unwrap();
-    assert!(matches!(*hear(&mut feed).await, [Notice::Following { token: 1 }]));
+    feed.follow
+        .send(Follow::Start {
+            partition: P,
+            target: target(log),
+            token: 1,
+        })
+        .unwrap();
+    assert!(matches!(
+        *hear(&mut feed).await,
+        [Notice::Following { token: 1 }]
+    ));
     feed
 }
 
@@ -35,12 +47,20 @@ async fn f34_nothing_is_published_or_answered_before_it_is_durable() {
     assert!(!committing.is_finished());
     assert!(matches!(feed.notices.try_recv(), Err(TryRecvError::Empty)));
     assert_eq!(broker.head(P).await.unwrap().last, NotificationId(0));
-    assert!(page(&broker, "u:1", NotificationId(0)).await.entries.is_empty());
+    assert!(
+        page(&broker, "u:1", NotificationId(0))
+            .await
+            .entries
+            .is_empty()
+    );
 
     drop(shut);
     let id = committing.await.unwrap();
     let heard = hear(&mut feed).await;
-    assert!(matches!(&*heard, [Notice::Append { id: heard, .. }] if *heard == id), "{heard:?}");
+    assert!(
+        matches!(&*heard, [Notice::Append { id: heard, .. }] if *heard == id),
+        "{heard:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -49,7 +69,12 @@ async fn requests_that_wait_for_the_disk_share_the_next_fsync() {
     let broker = Arc::new(on_disk(&folder, &switch, &time));
     let append = |value: u32| {
         let broker = Arc::clone(&broker);
-        tokio::spawn(async move { broker.append(P, vec![entry(&value.to_string())]).await.unwrap() })
+        tokio::spawn(async move {
+            broker
+                .append(P, vec![entry(&value.to_string())])
+                .await
+                .unwrap()
+        })
     };
     let shut = switch.shut();
     let mut tasks = vec![append(0)];
@@ -64,7 +89,10 @@ async fn requests_that_wait_for_the_disk_share_the_next_fsync() {
         task.await.unwrap();
     }
     let n_syncs = switch.syncs.load(Ordering::SeqCst) - before;
-    assert!(n_syncs <= 6, "two for the group that stood at the disk, and some for one more group: {n_syncs}");
+    assert!(
+        n_syncs <= 6,
+        "two for the group that stood at the disk, and some for one more group: {n_syncs}"
+    );
     assert_eq!(broker.state(P).await.unwrap().lag, 100);
 }
 
@@ -83,16 +111,34 @@ async fn a_full_disk_refuses_says_so_and_loses_nothing() {
     );
     assert!(matches!(broker.head(P).await, Err(Error::Full(_))));
     broker.tick(P).await.unwrap();
-    assert!(matches!(*hear(&mut feed).await, [Notice::Alive { partition: P }]));
+    assert!(matches!(
+        *hear(&mut feed).await,
+        [Notice::Alive { partition: P }]
+    ));
     let findings = broker.check().await.unwrap();
-    assert!(matches!(&*findings, [Finding { severity: crate::broker::Severity::Refusal, .. }]), "{findings:?}");
+    assert!(
+        matches!(
+            &*findings,
+            [Finding {
+                severity: crate::broker::Severity::Refusal,
+                ..
+            }]
+        ),
+        "{findings:?}"
+    );
 
     switch.is_full.store(false, Ordering::SeqCst);
     time.pass(2);
     let after = broker.append(P, vec![entry("after")]).await.unwrap();
     assert_eq!(broker.check().await.unwrap(), []);
-    let entries = broker.read(P, EntryId::default(), 10, Duration::ZERO).await.unwrap();
-    assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), [kept, after].concat());
+    let entries = broker
+        .read(P, EntryId::default(), 10, Duration::ZERO)
+        .await
+        .unwrap();
+    assert_eq!(
+        entries.iter().map(|entry| entry.id).collect::<Vec<_>>(),
+        [kept, after].concat()
+    );
 }
 
 /// F7: publishers fill the disk, and then nothing has room to be done, so nothing is ever removed.
@@ -100,17 +146,44 @@ async fn a_full_disk_refuses_says_so_and_loses_nothing() {
 async fn f07_a_disk_with_little_room_takes_outcomes_but_no_new_entries() {
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
     let broker = on_disk(&folder, &switch, &time);
-    let ids = broker.append(P, vec![entry("a"), entry("b")]).await.unwrap();
+    let ids = broker
+        .append(P, vec![entry("a"), entry("b")])
+        .await
+        .unwrap();
 
     switch.is_short.store(true, Ordering::SeqCst);
     time.pass(2);
     let refused = broker.append(P, vec![entry("c")]).await;
-    assert!(matches!(&refused, Err(Error::Full(text)) if text.contains("less than 64 MiB are free")), "{refused:?}");
+    assert!(
+        matches!(&refused, Err(Error::Full(text)) if text.contains("less than 64 MiB are free")),
+        "{refused:?}"
+    );
     let findings = broker.check().await.unwrap();
-    assert!(matches!(&*findings, [Finding { severity: crate::broker::Severity::Warning, .. }]), "{findings:?}");
-    commit(&broker, ids.iter().map(|&id| committing(id, "{}", &["u:1"])).collect()).await;
+    assert!(
+        matches!(
+            &*findings,
+            [Finding {
+                severity: crate::broker::Severity::Warning,
+                ..
+            }]
+        ),
+        "{findings:?}"
+    );
+    commit(
+        &broker,
+        ids.iter()
+            .map(|&id| committing(id, "{}", &["u:1"]))
+            .collect(),
+    )
+    .await;
     sweep(&broker, &time).await;
-    let n_entries = rows(&broker, |transaction| transaction.open_table(layout::SOURCE).unwrap().len().unwrap());
+    let n_entries = rows(&broker, |transaction| {
+        transaction
+            .open_table(layout::SOURCE)
+            .unwrap()
+            .len()
+            .unwrap()
+    });
     assert_eq!(n_entries, 0, "what has its outcome makes room at once");
 
     switch.is_short.store(false, Ordering::SeqCst);
@@ -130,11 +203,21 @@ async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
 
     switch.is_broken.store(true, Ordering::SeqCst);
     let item = committing(entry_now(&broker), "{}", &["u:1"]);
-    let batch = Batch { life, prev: broker.head(P).await.unwrap().position, items: vec![item] };
+    let batch = Batch {
+        life,
+        prev: broker.head(P).await.unwrap().position,
+        items: vec![item],
+    };
     let lost = broker.commit(P, batch.clone()).await;
-    assert!(matches!(&lost, Err(Error::Away(text)) if text.contains("the disk is broken, says the test")), "{lost:?}");
+    assert!(
+        matches!(&lost, Err(Error::Away(text)) if text.contains("the disk is broken, says the test")),
+        "{lost:?}"
+    );
     // It is not tried again at once, and not while the disk is broken.
-    assert!(matches!(broker.commit(P, batch.clone()).await, Err(Error::Away(_))));
+    assert!(matches!(
+        broker.commit(P, batch.clone()).await,
+        Err(Error::Away(_))
+    ));
     time.pass(2);
     assert!(matches!(broker.commit(P, batch).await, Err(Error::Away(_))));
 
@@ -142,14 +225,29 @@ async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
     time.pass(2);
     broker.tick(P).await.unwrap();
     let mut heard = Vec::new();
-    while !heard.iter().any(|notice| matches!(notice, Notice::Reset { .. })) {
+    while !heard
+        .iter()
+        .any(|notice| matches!(notice, Notice::Reset { .. }))
+    {
         heard.extend(hear(&mut feed).await);
     }
-    assert!(!heard.iter().any(|notice| matches!(notice, Notice::Append { .. })), "{heard:?}");
+    assert!(
+        !heard
+            .iter()
+            .any(|notice| matches!(notice, Notice::Append { .. })),
+        "{heard:?}"
+    );
     let head = broker.head(P).await.unwrap();
-    assert_eq!((head.life, head.last), (life, first), "what failed did not happen, and no life began");
+    assert_eq!(
+        (head.life, head.last),
+        (life, first),
+        "what failed did not happen, and no life began"
+    );
     assert!(publish(&broker, "{}", &["u:1"]).await > first);
-    assert_eq!(page(&broker, "u:1", NotificationId(0)).await.entries.len(), 2);
+    assert_eq!(
+        page(&broker, "u:1", NotificationId(0)).await.entries.len(),
+        2
+    );
 }
 
 /// Power fails at any moment: of what was written since the last sync, any sectors in any order have reached the disk.
@@ -169,17 +267,37 @@ async fn no_power_failure_loses_or_tears_what_was_acknowledged() {
     }
     let images = switch.take_images();
     broker.close();
-    assert!(images.len() as u64 >= 4 * N, "two syncs a commit, two images a sync");
+    assert!(
+        images.len() as u64 >= 4 * N,
+        "two syncs a commit, two images a sync"
+    );
     for (n_acknowledged, image) in images {
         let left = Folder::new();
         fs::write(left.file(), image).unwrap();
         let broker = in_folder(&left, Retention::default(), &time);
-        let n_settled = broker.state(P).await.unwrap().outcomes.get("committed").copied().unwrap_or(0);
-        assert!((n_acknowledged..=n_acknowledged + 1).contains(&n_settled), "{n_settled} of {n_acknowledged} acknowledged");
+        let n_settled = broker
+            .state(P)
+            .await
+            .unwrap()
+            .outcomes
+            .get("committed")
+            .copied()
+            .unwrap_or(0);
+        assert!(
+            (n_acknowledged..=n_acknowledged + 1).contains(&n_settled),
+            "{n_settled} of {n_acknowledged} acknowledged"
+        );
         for log in ["u:1", "all"] {
-            let ids: Vec<NotificationId> = page(&broker, log, NotificationId(0)).await.entries.into_iter().map(|(id, _)| id).collect();
+            let ids: Vec<NotificationId> = page(&broker, log, NotificationId(0))
+                .await
+                .entries
+                .into_iter()
+                .map(|(id, _)| id)
+                .collect();
             let records = broker.records(P, &ids).await.unwrap();
-            let expect: Vec<_> = (0..n_settled).map(|n| Some(Bytes::from(format!("record {n}")))).collect();
+            let expect: Vec<_> = (0..n_settled)
+                .map(|n| Some(Bytes::from(format!("record {n}"))))
+                .collect();
             assert_eq!(records, expect);
         }
     }
@@ -199,14 +317,27 @@ async fn a_damaged_store_is_refused_by_name() {
         fs::read(folder.file()).unwrap()
     };
     let garbage: Vec<u8> = (0..whole.len()).map(|i| (i * 7919) as u8).collect();
-    for (what, bytes) in [("empty", &whole[..0]), ("one page", &whole[..4096]), ("half", &whole[..whole.len() / 2]), ("garbage", &garbage)]
-    {
+    for (what, bytes) in [
+        ("empty", &whole[..0]),
+        ("one page", &whole[..4096]),
+        ("half", &whole[..whole.len() / 2]),
+        ("garbage", &garbage),
+    ] {
         let folder = Folder::new();
         fs::write(folder.file(), bytes).unwrap();
-        let refused = Embedded::open(&folder.0, &sources(), Retention::default(), alarm()).map(drop);
+        let refused =
+            Embedded::open(&folder.0, &sources(), Retention::default(), alarm()).map(drop);
         let text = format!("{:#}", refused.expect_err(what));
-        assert!(text.contains(folder.0.to_str().unwrap()) && text.contains("store.redb is no store, or a damaged one"), "{what}: {text}");
-        assert_eq!(fs::read(folder.file()).unwrap(), bytes, "{what}: it is left as it was");
+        assert!(
+            text.contains(folder.0.to_str().unwrap())
+                && text.contains("store.redb is no store, or a damaged one"),
+            "{what}: {text}"
+        );
+        assert_eq!(
+            fs::read(folder.file()).unwrap(),
+            bytes,
+            "{what}: it is left as it was"
+        );
     }
 }
 
@@ -216,12 +347,22 @@ fn a_store_of_a_newer_pointsman_is_refused() {
     in_folder(&folder, Retention::default(), &time).close();
     let database = redb::Database::open(folder.file()).unwrap();
     let transaction = database.begin_write().unwrap();
-    transaction.open_table(layout::LAYOUT).unwrap().insert("version", layout::VERSION + 1).unwrap();
+    transaction
+        .open_table(layout::LAYOUT)
+        .unwrap()
+        .insert("version", layout::VERSION + 1)
+        .unwrap();
     transaction.commit().unwrap();
     drop(database);
-    let refused = Embedded::open(&folder.0, &sources(), Retention::default(), alarm()).map(drop).unwrap_err();
+    let refused = Embedded::open(&folder.0, &sources(), Retention::default(), alarm())
+        .map(drop)
+        .unwrap_err();
     let text = format!("{refused:#}");
-    assert!(text.contains("made by a newer pointsman (layout 2, this one knows 1)") && text.contains(folder.0.to_str().unwrap()), "{text}");
+    assert!(
+        text.contains("made by a newer pointsman (layout 2, this one knows 1)")
+            && text.contains(folder.0.to_str().unwrap()),
+        "{text}"
+    );
 }
 
 /// A store that a crash left half made is not there yet: it is made again.
@@ -238,15 +379,39 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
     let (folder, time) = (Folder::new(), Time::new());
     let numbers = |sources: &[&str]| -> anyhow::Result<Vec<(u8, String)>> {
         let sources: Vec<String> = sources.iter().map(|source| (*source).to_owned()).collect();
-        let broker = Embedded::start(Medium::Folder(folder.0.clone()), &sources, Retention::default(), time.clock(), alarm())?;
-        Ok(broker.partitions().iter().map(|partition| (partition.number.0, partition.source.clone())).collect())
+        let broker = Embedded::start(
+            Medium::Folder(folder.0.clone()),
+            &sources,
+            Retention::default(),
+            time.clock(),
+            alarm(),
+        )?;
+        Ok(broker
+            .partitions()
+            .iter()
+            .map(|partition| (partition.number.0, partition.source.clone()))
+            .collect())
     };
-    assert_eq!(numbers(&["b", "a"]).unwrap(), [(0, "b".into()), (1, "a".into())]);
-    assert_eq!(numbers(&["c", "a"]).unwrap(), [(1, "a".into()), (2, "c".into())]);
+    assert_eq!(
+        numbers(&["b", "a"]).unwrap(),
+        [(0, "b".into()), (1, "a".into())]
+    );
+    assert_eq!(
+        numbers(&["c", "a"]).unwrap(),
+        [(1, "a".into()), (2, "c".into())]
+    );
     assert_eq!(numbers(&["b"]).unwrap(), [(0, "b".into())]);
-    assert!(numbers(&["b", "b"]).unwrap_err().to_string().contains("'b' is named twice"));
+    assert!(
+        numbers(&["b", "b"])
+            .unwrap_err()
+            .to_string()
+            .contains("'b' is named twice")
+    );
     for n in 3..12 {
-        assert_eq!(numbers(&[&format!("s{n}")]).unwrap(), [(n, format!("s{n}"))]);
+        assert_eq!(
+            numbers(&[&format!("s{n}")]).unwrap(),
+            [(n, format!("s{n}"))]
+        );
     }
     assert!(format!("{:#}", numbers(&["one more"]).unwrap_err()).contains("12 is the most"));
 }
@@ -256,10 +421,22 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
 async fn a_writer_that_panics_ends_the_node() {
     let shutdown = Shutdown::new();
     let alarm = shutdown.alarm("the writer");
-    let broker = Embedded::start(Medium::Memory, &sources(), Retention::default(), Time::new().clock(), alarm).unwrap();
-    let answer = broker.writer.write::<(), _>(0, |_| panic!("so that the test has something to see")).await;
+    let broker = Embedded::start(
+        Medium::Memory,
+        &sources(),
+        Retention::default(),
+        Time::new().clock(),
+        alarm,
+    )
+    .unwrap();
+    let answer = broker
+        .writer
+        .write::<(), _>(0, |_| panic!("so that the test has something to see"))
+        .await;
     assert!(matches!(answer, Err(Error::Away(_))), "{answer:?}");
-    tokio::time::timeout(Duration::from_secs(60), shutdown.begun()).await.expect("it begins");
+    tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
+        .await
+        .expect("it begins");
     assert_eq!(shutdown.broken(), Some("the writer"));
 }
 
@@ -275,24 +452,59 @@ async fn a_row_that_cannot_be_read_is_refused_by_itself() {
         let mut tables = layout::Tables::open(&transaction).unwrap();
         tables.users.insert("ann", &b"{"[..]).unwrap();
         tables.bookmarks.insert("ann", &b"{"[..]).unwrap();
-        tables.dead.insert(layout::entry_key(0, at), (&b"{"[..], Vec::new())).unwrap();
-        tables.decisions.insert(layout::entry_key(0, at), &b"{"[..]).unwrap();
+        tables
+            .dead
+            .insert(layout::entry_key(0, at), (&b"{"[..], Vec::new()))
+            .unwrap();
+        tables
+            .decisions
+            .insert(layout::entry_key(0, at), &b"{"[..])
+            .unwrap();
     }
     transaction.commit().unwrap();
 
-    let join = RecipientChange::Join { group: Name::parse("ops").unwrap() };
-    let place = Bookmark { cursor: "A".to_owned(), is_acknowledged: true };
+    let join = RecipientChange::Join {
+        group: Name::parse("ops").unwrap(),
+    };
+    let place = Bookmark {
+        cursor: "A".to_owned(),
+        is_acknowledged: true,
+    };
     let refusals = [
         ("user 'ann'", broker.recipient(&ann).await.map(drop)),
-        ("user 'ann'", broker.change_recipient(&ann, join.clone()).await),
-        ("bookmarks of user 'ann'", broker.bookmarks(&ann).await.map(drop)),
-        ("bookmarks of user 'ann'", broker.move_bookmark(&ann, &BookmarkOf::ReadMark, None, &place).await.map(drop)),
-        ("dead letter 7-1", broker.dead_letters(P, EntryId::default(), 10).await.map(drop)),
+        (
+            "user 'ann'",
+            broker.change_recipient(&ann, join.clone()).await,
+        ),
+        (
+            "bookmarks of user 'ann'",
+            broker.bookmarks(&ann).await.map(drop),
+        ),
+        (
+            "bookmarks of user 'ann'",
+            broker
+                .move_bookmark(&ann, &BookmarkOf::ReadMark, None, &place)
+                .await
+                .map(drop),
+        ),
+        (
+            "dead letter 7-1",
+            broker
+                .dead_letters(P, EntryId::default(), 10)
+                .await
+                .map(drop),
+        ),
         ("entry 7-1", broker.decisions(P, 10).await.map(drop)),
-        ("entry 7-1", broker.find_decisions(P, "e", 10).await.map(drop)),
+        (
+            "entry 7-1",
+            broker.find_decisions(P, "e", 10).await.map(drop),
+        ),
     ];
     for (what, refused) in refusals {
-        assert!(matches!(&refused, Err(Error::Refused(text)) if text.contains(what)), "{what}: {refused:?}");
+        assert!(
+            matches!(&refused, Err(Error::Refused(text)) if text.contains(what)),
+            "{what}: {refused:?}"
+        );
         broker.head(P).await.expect("the store is well");
     }
     broker.change_recipient(&bob, join).await.unwrap();

@@ -5,7 +5,12 @@ use redb::ReadableTableMetadata as _;
 use super::*;
 
 fn short() -> Retention {
-    Retention { max_age_s: 1_000, keep_s: 60, dedupe_window_s: 100, ..Retention::default() }
+    Retention {
+        max_age_s: 1_000,
+        keep_s: 60,
+        dedupe_window_s: 100,
+        ..Retention::default()
+    }
 }
 
 /// F11: a log that went as a whole looks like one that never was; only the floor tells, and the id before its next entry.
@@ -19,15 +24,28 @@ async fn f11_what_is_older_than_max_age_goes_and_the_floor_says_so() {
     time.pass(600);
     sweep(&broker, &time).await;
 
-    assert_eq!(broker.records(P, &[old, young]).await.unwrap(), [None, Some(Bytes::from_static(b"young"))]);
+    assert_eq!(
+        broker.records(P, &[old, young]).await.unwrap(),
+        [None, Some(Bytes::from_static(b"young"))]
+    );
     let gone = page(&broker, "u:1", NotificationId(0)).await;
-    assert!(!gone.is_present && gone.entries.is_empty() && gone.floor > old, "{gone:?}");
+    assert!(
+        !gone.is_present && gone.entries.is_empty() && gone.floor > old,
+        "{gone:?}"
+    );
     let cut = page(&broker, "u:2", NotificationId(0)).await;
-    assert_eq!(cut.entries, [(young, old)], "the id before the first one tells of the one that is gone");
+    assert_eq!(
+        cut.entries,
+        [(young, old)],
+        "the id before the first one tells of the one that is gone"
+    );
 
     let floor = broker.head(P).await.unwrap().floor;
     let new = publish(&broker, "new", &["u:1"]).await;
-    assert_eq!(page(&broker, "u:1", NotificationId(0)).await.entries, [(new, floor.min(young))]);
+    assert_eq!(
+        page(&broker, "u:1", NotificationId(0)).await.entries,
+        [(new, floor.min(young))]
+    );
 }
 
 /// F33: the clock jumps ahead, what seemed old is removed, and the clock comes back.
@@ -57,13 +75,29 @@ async fn h07_raising_max_age_brings_nothing_back_and_keeps_the_floor() {
     let floor = broker.head(P).await.unwrap().floor;
     broker.close();
 
-    let broker = in_folder(&folder, Retention { max_age_s: 100_000, ..short() }, &time);
+    let broker = in_folder(
+        &folder,
+        Retention {
+            max_age_s: 100_000,
+            ..short()
+        },
+        &time,
+    );
     assert!(broker.head(P).await.unwrap().floor >= floor && floor > gone);
     time.pass(5_000);
     sweep(&broker, &time).await;
-    assert_eq!(page(&broker, "u:1", NotificationId(0)).await.entries, [(kept, gone)]);
-    assert_eq!(broker.records(P, &[kept]).await.unwrap(), [Some(Bytes::from_static(b"kept"))]);
-    assert!(broker.head(P).await.unwrap().floor < kept, "what is there is not below the floor");
+    assert_eq!(
+        page(&broker, "u:1", NotificationId(0)).await.entries,
+        [(kept, gone)]
+    );
+    assert_eq!(
+        broker.records(P, &[kept]).await.unwrap(),
+        [Some(Bytes::from_static(b"kept"))]
+    );
+    assert!(
+        broker.head(P).await.unwrap().floor < kept,
+        "what is there is not below the floor"
+    );
     broker.close();
 
     let broker = in_folder(&folder, short(), &time);
@@ -78,19 +112,50 @@ async fn h08_a_plan_that_is_being_sliced_never_expires() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let slice = |head: Head, index, log: &str, is_last| {
-        let entry = if index == 0 { EntryId { ms: time.now_ms(), seq: 0 } } else { head.position.entry };
-        Slice { life: head.life, prev: head.position, item: committing(entry, "plan", &[log]), index, is_last }
+        let entry = if index == 0 {
+            EntryId {
+                ms: time.now_ms(),
+                seq: 0,
+            }
+        } else {
+            head.position.entry
+        };
+        Slice {
+            life: head.life,
+            prev: head.position,
+            item: committing(entry, "plan", &[log]),
+            index,
+            is_last,
+        }
     };
     let head = broker.head(P).await.unwrap();
-    let Committed::Done(done) = broker.commit_slice(P, slice(head, 0, "u:1", false)).await.unwrap() else { panic!("nobody else commits") };
+    let Committed::Done(done) = broker
+        .commit_slice(P, slice(head, 0, "u:1", false))
+        .await
+        .unwrap()
+    else {
+        panic!("nobody else commits")
+    };
     let id = done[0].1.unwrap();
     time.pass(5_000);
     sweep(&broker, &time).await;
-    assert_eq!(broker.records(P, &[id]).await.unwrap(), [Some(Bytes::from_static(b"plan"))]);
-    assert_eq!(page(&broker, "u:1", NotificationId(0)).await.entries.len(), 1);
+    assert_eq!(
+        broker.records(P, &[id]).await.unwrap(),
+        [Some(Bytes::from_static(b"plan"))]
+    );
+    assert_eq!(
+        page(&broker, "u:1", NotificationId(0)).await.entries.len(),
+        1
+    );
     let head = broker.head(P).await.unwrap();
     assert_eq!((head.pending, head.position.slices), (Some(id), 1));
-    assert_eq!(broker.commit_slice(P, slice(head, 1, "u:2", true)).await.unwrap(), Committed::Done(vec![(Outcome::Committed, Some(id))]));
+    assert_eq!(
+        broker
+            .commit_slice(P, slice(head, 1, "u:2", true))
+            .await
+            .unwrap(),
+        Committed::Done(vec![(Outcome::Committed, Some(id))])
+    );
     sweep(&broker, &time).await;
     assert_eq!(broker.records(P, &[id]).await.unwrap(), [None]);
 }
@@ -100,8 +165,15 @@ async fn h08_a_plan_that_is_being_sliced_never_expires() {
 async fn h13_no_dedupe_bucket_is_left_behind() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
-    let named = |hash: u8, entry| Item { dedupe: Some([hash; 16]), ..item(entry, Proposal::Discard) };
-    let n_seen = || rows(&broker, |transaction| transaction.open_table(layout::SEEN).unwrap().len().unwrap());
+    let named = |hash: u8, entry| Item {
+        dedupe: Some([hash; 16]),
+        ..item(entry, Proposal::Discard)
+    };
+    let n_seen = || {
+        rows(&broker, |transaction| {
+            transaction.open_table(layout::SEEN).unwrap().len().unwrap()
+        })
+    };
     for hash in 0..20 {
         commit(&broker, vec![named(hash, entry_now(&broker))]).await;
         // Sometimes a bucket later, sometimes ten.
@@ -117,15 +189,32 @@ async fn h13_no_dedupe_bucket_is_left_behind() {
 async fn f14_a_stalled_consumer_recognises_a_retry_and_a_late_repeat_is_none() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
-    let named = |ms: u64| Item { dedupe: Some([7; 16]), ..item(EntryId { ms, seq: 0 }, Proposal::Discard) };
+    let named = |ms: u64| Item {
+        dedupe: Some([7; 16]),
+        ..item(EntryId { ms, seq: 0 }, Proposal::Discard)
+    };
     let start = time.now_ms() / 100_000 * 100_000;
-    assert_eq!(commit(&broker, vec![named(start)]).await[0].0, Outcome::Discarded);
+    assert_eq!(
+        commit(&broker, vec![named(start)]).await[0].0,
+        Outcome::Discarded
+    );
     time.pass(900);
     sweep(&broker, &time).await;
     // In one batch after a stall: ten seconds later it is a retry, three windows later another event.
-    let outcomes = commit(&broker, vec![named(start + 10_000), named(start + 310_000), named(start + 320_000)]).await;
+    let outcomes = commit(
+        &broker,
+        vec![
+            named(start + 10_000),
+            named(start + 310_000),
+            named(start + 320_000),
+        ],
+    )
+    .await;
     assert_eq!(
-        outcomes.iter().map(|(outcome, _)| *outcome).collect::<Vec<_>>(),
+        outcomes
+            .iter()
+            .map(|(outcome, _)| *outcome)
+            .collect::<Vec<_>>(),
         [Outcome::Duplicate, Outcome::Discarded, Outcome::Duplicate]
     );
 }
@@ -134,11 +223,48 @@ async fn f14_a_stalled_consumer_recognises_a_retry_and_a_late_repeat_is_none() {
 #[tokio::test]
 async fn f14_a_full_dedupe_window_is_counted() {
     let time = Time::new();
-    let broker = in_memory(Retention { dedupe_entries: 2, ..short() }, &time);
-    let named = |hash: u8, seq| Item { dedupe: Some([hash; 16]), ..item(EntryId { ms: time.now_ms(), seq }, Proposal::Discard) };
-    let outcomes = commit(&broker, vec![named(1, 1), named(2, 2), named(3, 3), named(1, 4), named(3, 5)]).await;
-    let expect = [Outcome::Discarded, Outcome::Discarded, Outcome::Discarded, Outcome::Duplicate, Outcome::Discarded];
-    assert_eq!(outcomes.iter().map(|(outcome, _)| *outcome).collect::<Vec<_>>(), expect);
+    let broker = in_memory(
+        Retention {
+            dedupe_entries: 2,
+            ..short()
+        },
+        &time,
+    );
+    let named = |hash: u8, seq| Item {
+        dedupe: Some([hash; 16]),
+        ..item(
+            EntryId {
+                ms: time.now_ms(),
+                seq,
+            },
+            Proposal::Discard,
+        )
+    };
+    let outcomes = commit(
+        &broker,
+        vec![
+            named(1, 1),
+            named(2, 2),
+            named(3, 3),
+            named(1, 4),
+            named(3, 5),
+        ],
+    )
+    .await;
+    let expect = [
+        Outcome::Discarded,
+        Outcome::Discarded,
+        Outcome::Discarded,
+        Outcome::Duplicate,
+        Outcome::Discarded,
+    ];
+    assert_eq!(
+        outcomes
+            .iter()
+            .map(|(outcome, _)| *outcome)
+            .collect::<Vec<_>>(),
+        expect
+    );
     assert_eq!(broker.state(P).await.unwrap().dedupe_overflows, 2);
 }
 
@@ -146,19 +272,44 @@ async fn f14_a_full_dedupe_window_is_counted() {
 async fn entries_are_kept_for_a_while_after_their_outcome_and_never_without_one() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
-    let n_entries = || rows(&broker, |transaction| transaction.open_table(layout::SOURCE).unwrap().len().unwrap());
-    let ids = broker.append(P, (0..5).map(|n| entry(&n.to_string())).collect()).await.unwrap();
+    let n_entries = || {
+        rows(&broker, |transaction| {
+            transaction
+                .open_table(layout::SOURCE)
+                .unwrap()
+                .len()
+                .unwrap()
+        })
+    };
+    let ids = broker
+        .append(P, (0..5).map(|n| entry(&n.to_string())).collect())
+        .await
+        .unwrap();
     time.pass(10_000);
     sweep(&broker, &time).await;
     assert_eq!(n_entries(), 5, "they have no outcome");
-    commit(&broker, ids[..3].iter().map(|&id| item(id, Proposal::Discard)).collect()).await;
+    commit(
+        &broker,
+        ids[..3]
+            .iter()
+            .map(|&id| item(id, Proposal::Discard))
+            .collect(),
+    )
+    .await;
     time.pass(30);
     sweep(&broker, &time).await;
     assert_eq!(n_entries(), 5, "their outcome is young");
     time.pass(60);
     sweep(&broker, &time).await;
     assert_eq!(n_entries(), 2);
-    assert_eq!(broker.read(P, EntryId::default(), 10, Duration::ZERO).await.unwrap()[0].id, ids[3]);
+    assert_eq!(
+        broker
+            .read(P, EntryId::default(), 10, Duration::ZERO)
+            .await
+            .unwrap()[0]
+            .id,
+        ids[3]
+    );
 }
 
 /// More than one step can hold: the sweep goes on where it was.
@@ -178,8 +329,17 @@ async fn a_long_sweep_is_done_in_bounded_steps() {
     let n_rows = || {
         rows(&broker, |transaction| {
             let logs = transaction.open_table(layout::LOGS).unwrap().len().unwrap();
-            let index = transaction.open_table(layout::INDEX).unwrap().len().unwrap();
-            logs + index + transaction.open_table(layout::RECORDS).unwrap().len().unwrap()
+            let index = transaction
+                .open_table(layout::INDEX)
+                .unwrap()
+                .len()
+                .unwrap();
+            logs + index
+                + transaction
+                    .open_table(layout::RECORDS)
+                    .unwrap()
+                    .len()
+                    .unwrap()
         })
     };
     assert_eq!(n_rows(), 3 * 6_400);
@@ -195,15 +355,56 @@ async fn a_long_sweep_is_done_in_bounded_steps() {
 #[tokio::test]
 async fn f13_dead_letters_and_decisions_are_bounded_and_what_goes_is_counted() {
     let time = Time::new();
-    let broker = in_memory(Retention { dead_entries: 3, decision_entries: 4, ..short() }, &time);
-    let why = |n: u64| DeadReason { reason: format!("reason {n}"), plugin: None, attempts: 1, fields: entry(&n.to_string()) };
-    commit(&broker, (1..=5).map(|seq| item(EntryId { ms: time.now_ms(), seq }, Proposal::DeadLetter(why(seq)))).collect()).await;
-    let letters = broker.dead_letters(P, EntryId::default(), 10).await.unwrap();
-    assert_eq!(letters.iter().map(|letter| &*letter.why.reason).collect::<Vec<_>>(), ["reason 3", "reason 4", "reason 5"]);
+    let broker = in_memory(
+        Retention {
+            dead_entries: 3,
+            decision_entries: 4,
+            ..short()
+        },
+        &time,
+    );
+    let why = |n: u64| DeadReason {
+        reason: format!("reason {n}"),
+        plugin: None,
+        attempts: 1,
+        fields: entry(&n.to_string()),
+    };
+    commit(
+        &broker,
+        (1..=5)
+            .map(|seq| {
+                item(
+                    EntryId {
+                        ms: time.now_ms(),
+                        seq,
+                    },
+                    Proposal::DeadLetter(why(seq)),
+                )
+            })
+            .collect(),
+    )
+    .await;
+    let letters = broker
+        .dead_letters(P, EntryId::default(), 10)
+        .await
+        .unwrap();
+    assert_eq!(
+        letters
+            .iter()
+            .map(|letter| &*letter.why.reason)
+            .collect::<Vec<_>>(),
+        ["reason 3", "reason 4", "reason 5"]
+    );
     let state = broker.state(P).await.unwrap();
     assert_eq!((state.dead_letters, state.dead_trimmed), (3, 2));
     let decisions = broker.decisions(P, 10).await.unwrap();
-    assert_eq!(decisions.iter().map(|(entry, ..)| entry.seq).collect::<Vec<_>>(), [5, 4, 3, 2]);
+    assert_eq!(
+        decisions
+            .iter()
+            .map(|(entry, ..)| entry.seq)
+            .collect::<Vec<_>>(),
+        [5, 4, 3, 2]
+    );
 }
 
 /// A row of a user does not grow with every group that was ever left.
@@ -213,16 +414,37 @@ async fn a_membership_is_forgotten_once_nothing_of_it_can_be_replayed() {
     let broker = in_memory(short(), &time);
     let (user, change) = (Name::parse("1").unwrap(), |group: &str, joins: bool| {
         let group = Name::parse(group).unwrap();
-        if joins { RecipientChange::Join { group } } else { RecipientChange::Leave { group } }
+        if joins {
+            RecipientChange::Join { group }
+        } else {
+            RecipientChange::Leave { group }
+        }
     });
     publish(&broker, "x", &["g:a"]).await;
-    broker.change_recipient(&user, change("a", true)).await.unwrap();
+    broker
+        .change_recipient(&user, change("a", true))
+        .await
+        .unwrap();
     publish(&broker, "x", &["g:a"]).await;
-    broker.change_recipient(&user, change("a", false)).await.unwrap();
-    assert!(broker.recipient(&user).await.unwrap().groups.values().all(|spans| spans[&P].left.is_some()));
+    broker
+        .change_recipient(&user, change("a", false))
+        .await
+        .unwrap();
+    assert!(
+        broker
+            .recipient(&user)
+            .await
+            .unwrap()
+            .groups
+            .values()
+            .all(|spans| spans[&P].left.is_some())
+    );
     assert_eq!(broker.recipient(&user).await.unwrap().groups.len(), 1);
     time.pass(2_000);
-    broker.change_recipient(&user, change("b", true)).await.unwrap();
+    broker
+        .change_recipient(&user, change("b", true))
+        .await
+        .unwrap();
     let groups = broker.recipient(&user).await.unwrap().groups;
     assert_eq!(groups.keys().map(Name::as_str).collect::<Vec<_>>(), ["b"]);
 }
@@ -234,7 +456,13 @@ async fn what_stops_a_poisonous_event_survives_the_process_that_it_kills() {
     let at = EntryId { ms: 5, seq: 0 };
     for n in 1..=3 {
         let broker = in_folder(&folder, short(), &time);
-        assert_eq!((broker.take_over(P).await.unwrap(), broker.note_attempt(P, at).await.unwrap()), (n, n));
+        assert_eq!(
+            (
+                broker.take_over(P).await.unwrap(),
+                broker.note_attempt(P, at).await.unwrap()
+            ),
+            (n, n)
+        );
     }
     let broker = in_folder(&folder, short(), &time);
     commit(&broker, vec![item(at, Proposal::Unrouted)]).await;
@@ -246,21 +474,57 @@ async fn what_stops_a_poisonous_event_survives_the_process_that_it_kills() {
 #[tokio::test]
 async fn bookmarks_that_were_left_alone_for_too_long_go() {
     let time = Time::new();
-    let broker = in_memory(Retention { bookmark_age_s: 50_000, ..short() }, &time);
-    let (ann, phone) = (Name::parse("ann").unwrap(), BookmarkOf::Device(Name::parse("phone").unwrap()));
-    let place = Bookmark { cursor: "A".to_owned(), is_acknowledged: true };
-    for user in (0..3_000).map(|n| Name::parse(&n.to_string()).unwrap()).chain([ann.clone()]) {
-        assert!(broker.move_bookmark(&user, &phone, None, &place).await.unwrap());
+    let broker = in_memory(
+        Retention {
+            bookmark_age_s: 50_000,
+            ..short()
+        },
+        &time,
+    );
+    let (ann, phone) = (
+        Name::parse("ann").unwrap(),
+        BookmarkOf::Device(Name::parse("phone").unwrap()),
+    );
+    let place = Bookmark {
+        cursor: "A".to_owned(),
+        is_acknowledged: true,
+    };
+    for user in (0..3_000)
+        .map(|n| Name::parse(&n.to_string()).unwrap())
+        .chain([ann.clone()])
+    {
+        assert!(
+            broker
+                .move_bookmark(&user, &phone, None, &place)
+                .await
+                .unwrap()
+        );
     }
     time.pass(40_000);
-    assert!(broker.move_bookmark(&ann, &phone, Some(&place), &place).await.unwrap());
-    let n_users = || rows(&broker, |transaction| transaction.open_table(layout::BOOKMARKS).unwrap().len().unwrap());
+    assert!(
+        broker
+            .move_bookmark(&ann, &phone, Some(&place), &place)
+            .await
+            .unwrap()
+    );
+    let n_users = || {
+        rows(&broker, |transaction| {
+            transaction
+                .open_table(layout::BOOKMARKS)
+                .unwrap()
+                .len()
+                .unwrap()
+        })
+    };
     sweep(&broker, &time).await;
     assert_eq!(n_users(), 3_001);
     time.pass(20_000);
     sweep(&broker, &time).await;
     assert_eq!(n_users(), 1);
-    assert_eq!(broker.bookmarks(&ann).await.unwrap().get(&phone), Some(&place));
+    assert_eq!(
+        broker.bookmarks(&ann).await.unwrap().get(&phone),
+        Some(&place)
+    );
 }
 
 /// Also of a user who never comes back, whose row nobody would look at.
@@ -268,23 +532,60 @@ async fn bookmarks_that_were_left_alone_for_too_long_go() {
 async fn who_left_all_groups_long_ago_is_forgotten() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
-    let change = async |user: &str, change| broker.change_recipient(&Name::parse(user).unwrap(), change).await.unwrap();
+    let change = async |user: &str, change| {
+        broker
+            .change_recipient(&Name::parse(user).unwrap(), change)
+            .await
+            .unwrap()
+    };
     let group = Name::parse("a").unwrap();
     publish(&broker, "x", &["g:a"]).await;
     for user in ["left", "member", "known"] {
-        change(user, RecipientChange::Join { group: group.clone() }).await;
+        change(
+            user,
+            RecipientChange::Join {
+                group: group.clone(),
+            },
+        )
+        .await;
     }
-    change("known", RecipientChange::Attributes([("plan".into(), Value::Flag(true))].into())).await;
-    change("left", RecipientChange::Leave { group: group.clone() }).await;
+    change(
+        "known",
+        RecipientChange::Attributes([("plan".into(), Value::Flag(true))].into()),
+    )
+    .await;
+    change(
+        "left",
+        RecipientChange::Leave {
+            group: group.clone(),
+        },
+    )
+    .await;
     change("known", RecipientChange::Leave { group }).await;
-    let n_users = || rows(&broker, |transaction| transaction.open_table(layout::USERS).unwrap().len().unwrap());
+    let n_users = || {
+        rows(&broker, |transaction| {
+            transaction
+                .open_table(layout::USERS)
+                .unwrap()
+                .len()
+                .unwrap()
+        })
+    };
     time.pass(900);
     sweep(&broker, &time).await;
-    assert_eq!(n_users(), 3, "what was committed before the leaving is still kept");
+    assert_eq!(
+        n_users(),
+        3,
+        "what was committed before the leaving is still kept"
+    );
     time.pass(4_000);
     sweep(&broker, &time).await;
     assert_eq!(n_users(), 2);
     for user in ["member", "known"] {
-        assert_ne!(broker.recipient(&Name::parse(user).unwrap()).await.unwrap(), Recipient::default(), "{user}");
+        assert_ne!(
+            broker.recipient(&Name::parse(user).unwrap()).await.unwrap(),
+            Recipient::default(),
+            "{user}"
+        );
     }
 }
