@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use pointsman::metrics::Metrics;
 use pointsman::plugin::Engine;
-use pointsman::plugin::cache::Cache;
+use pointsman::plugin::runtime::cache::Cache;
+use pointsman::telemetry::metrics::Metrics;
 
 pub(crate) mod command;
 pub(crate) mod guests;

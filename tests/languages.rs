@@ -11,10 +11,10 @@ use std::thread;
 
 use pointsman::broker::Verdict;
 use pointsman::event::{EntryId, Event};
-use pointsman::metrics::Metrics;
-use pointsman::pipeline::{Evaluation, Pipeline, Resolution};
+use pointsman::ingest::pipeline::{Evaluation, Pipeline, Resolution};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
+use pointsman::telemetry::metrics::Metrics;
 use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::{Value as Json, json};

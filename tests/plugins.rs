@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use pointsman::broker::Verdict;
 use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value};
-use pointsman::metrics::Metrics;
-use pointsman::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
+use pointsman::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
-use pointsman::plugin::settings::Config;
+use pointsman::plugin::registry::settings::Config;
+use pointsman::telemetry::metrics::Metrics;
 use serde_json::{Value as Json, json};
 
 use crate::harness::guests::{core_module, wasi_component};

@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pointsman::event::{EntryId, Event};
-use pointsman::metrics::Metrics;
-use pointsman::pipeline::{Pipeline, Resolution};
+use pointsman::ingest::pipeline::{Pipeline, Resolution};
 use pointsman::plugin::registry::Registry;
-use pointsman::plugin::settings::Config;
-use pointsman::plugin::watcher::Watcher;
+use pointsman::plugin::registry::settings::Config;
+use pointsman::plugin::registry::watcher::Watcher;
 use pointsman::shutdown::Shutdown;
+use pointsman::telemetry::metrics::Metrics;
 use serde_json::json;
 
 use crate::harness::guests::versioned;

@@ -5,9 +5,9 @@ use std::fs;
 use std::process::Command;
 use std::sync::OnceLock;
 
-use pointsman::metrics::Metrics;
 use pointsman::plugin::registry::Registry;
-use pointsman::plugin::settings::Config;
+use pointsman::plugin::registry::settings::Config;
+use pointsman::telemetry::metrics::Metrics;
 use serde_json::Value;
 
 use crate::decisions::{CONDITIONS, OPERATORS};

@@ -4,8 +4,8 @@
 //! anything that is written for attributes that are known only at run time has to.
 
 use divan::{AllocProfiler, Bencher, black_box};
-use pointsman::criteria::{Attributes, Criteria, Operator, Test};
 use pointsman::event::Value;
+use pointsman::event::criteria::{Attributes, Criteria, Operator, Test};
 
 #[global_allocator]
 static ALLOCATIONS: AllocProfiler = AllocProfiler::system();

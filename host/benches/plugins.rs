@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use costs::{ATTRIBUTES, Config as Costs, FIELDS, From};
 use pointsman::event::{EntryId, Event, Name, Priority};
-use pointsman::metrics::Metrics;
 use pointsman::plugin::registry::Registry;
-use pointsman::plugin::settings::Config;
-use pointsman::plugin::watcher::Watcher;
+use pointsman::plugin::registry::settings::Config;
+use pointsman::plugin::registry::watcher::Watcher;
 use pointsman::plugin::{Call, Engine, Instance, Limits, ParsedPayload, Plugin, Role};
 use pointsman::shutdown::Shutdown;
+use pointsman::telemetry::metrics::Metrics;
 use pointsman_plugin::{Plugin as _, Router as _, testing};
 use serde_json::{Value, json};
 

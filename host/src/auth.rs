@@ -16,9 +16,9 @@ use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::criteria::parse_attributes;
+use crate::delivery::recipients::{Claims, Reader};
 use crate::event::Name;
-use crate::recipients::{Claims, Reader};
+use crate::event::criteria::parse_attributes;
 
 /// The most groups of a token: its streams follow the log of each.
 const MAX_GROUPS: usize = 256;
@@ -466,7 +466,7 @@ fn query(parts: &Parts, name: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::criteria::Attributes;
+    use crate::event::criteria::Attributes;
 
     const SECRET: &str = "0123456789abcdef0123456789abcdef";
     /// 2100-01-01.

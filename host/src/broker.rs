@@ -18,10 +18,12 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use crate::criteria::Attributes;
+use crate::event::criteria::Attributes;
 use crate::event::{EntryId, Life, Name, NotificationId, Outcome, Position, Target};
 
 pub mod embedded;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod redis;
 
 /// The number of a partition: 0 to 11, its own, never reused. A cursor names partitions by it.

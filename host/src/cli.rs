@@ -20,15 +20,14 @@ use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
 mod config;
-mod dead;
-mod decided;
+mod dead_letters;
 mod dev;
 mod events;
 mod explain;
 mod plugin;
 mod publish;
+mod render;
 mod serve;
-mod table;
 mod tail;
 
 /// EX_USAGE of sysexits.h.
@@ -51,7 +50,7 @@ enum Command {
     /// Print a user's notifications as they arrive
     Tail(tail::Options),
     /// List, show, redrive and drop dead letters
-    Dead(dead::Options),
+    Dead(dead_letters::Options),
     /// Say why an event reached a user, or not
     Explain(explain::Options),
     /// Take events out of a node
@@ -98,7 +97,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve(options) => serve::run(&options),
         Command::Publish(options) => publish::run(&options),
         Command::Tail(options) => tail::run(&options),
-        Command::Dead(options) => dead::run(&options),
+        Command::Dead(options) => dead_letters::run(&options),
         Command::Explain(options) => explain::run(&options),
         Command::Events(options) => events::run(&options),
         Command::Dev(options) => dev::run(&options),

@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::auth::{self, Auth};
 use crate::broker::Retention;
+use crate::delivery::sse;
 use crate::event::Name;
 use crate::http::{self, Origins};
-use crate::{ingest, plugin, server, sse};
+use crate::plugin::registry::settings;
+use crate::{ingest, server};
 
 mod layers;
 pub(crate) mod reload;
@@ -55,7 +57,7 @@ pub struct Written {
     pub listen: server::Config,
     pub broker: Broker,
     pub retention: Retention,
-    pub plugins: plugin::settings::Config,
+    pub plugins: settings::Config,
     pub auth: auth::Config,
     pub stream: sse::Config,
     pub ingest: ingest::Config,
@@ -134,7 +136,7 @@ pub struct Config {
     pub broker: BrokerChoice,
     pub sources: Vec<String>,
     pub retention: Retention,
-    pub plugins: plugin::settings::Config,
+    pub plugins: settings::Config,
     pub auth: Auth,
     pub stream: sse::Config,
     pub ingest: ingest::Config,

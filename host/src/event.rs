@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+mod attributes;
 mod cloudevents;
+pub mod criteria;
 mod plan;
 
 pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};

@@ -12,12 +12,12 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use crate::bookmarks::{Beside, Bookmarks};
 use crate::broker::{self, BookmarkOf, Broker, Decision, PartitionNumber, Recipient};
-use crate::criteria::Criteria;
+use crate::delivery::device_cursors::{Beside, Bookmarks};
+use crate::delivery::hub::Hub;
+use crate::delivery::recipients::{Miss, Moment, Way, reaches, winning_route};
+use crate::event::criteria::Criteria;
 use crate::event::{EntryId, Name, Notification, NotificationId, Outcome, Plan, Target};
-use crate::hub::Hub;
-use crate::recipients::{Miss, Moment, Way, reaches, winning_route};
 
 mod conclusion;
 mod reasons;

@@ -21,41 +21,31 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
-use crate::bookmarks::Bookmarks;
 use crate::broker::{Broker, Retention};
-use crate::hub::Hub;
-use crate::metrics::{Metrics, ReasonLabel};
-use crate::pipeline::Pipeline;
-use crate::readiness::Readiness;
+use crate::delivery::device_cursors::Bookmarks;
+use crate::delivery::hub::Hub;
+use crate::delivery::sse::Pulse;
+use crate::ingest::pipeline::Pipeline;
 use crate::server::Connection;
-use crate::sse::Pulse;
+use crate::telemetry::metrics::{Metrics, ReasonLabel};
+use crate::telemetry::readiness::Readiness;
 
-mod acks;
-mod candidates;
 mod cors;
-mod dead;
-mod decisions;
-mod dry_run;
 mod error;
-mod events;
-mod explain;
-mod export;
-#[cfg(test)]
-pub(crate) mod fake;
-mod health;
-mod members;
-mod notifications;
+mod extract;
+mod handlers;
 mod openapi;
-mod page;
-mod plugins;
-mod query;
-mod stream;
-mod users;
+#[cfg(test)]
+mod site;
 
 pub use cors::Origins;
 pub use error::ApiError;
 
-use query::{Parameters, Path, Query};
+use extract::{Parameters, Path, Query};
+use handlers::{
+    acks, candidates, dead_letters, decisions, events, explain, export, health, members,
+    notifications, page, plugins, stream, users,
+};
 
 /// The routes of the listener for applications.
 pub fn routes(state: Arc<State>) -> Router {
@@ -73,12 +63,15 @@ pub fn routes(state: Arc<State>) -> Router {
             "/v1/users/{user}/attributes",
             get(users::show).put(users::replace).delete(users::clear),
         )
-        .route("/v1/dead", get(dead::list))
+        .route("/v1/dead", get(dead_letters::list))
         .route(
             "/v1/dead/{partition}/{id}",
-            get(dead::show).delete(dead::drop),
+            get(dead_letters::show).delete(dead_letters::drop),
         )
-        .route("/v1/dead/{partition}/{id}/redrive", post(dead::redrive));
+        .route(
+            "/v1/dead/{partition}/{id}/redrive",
+            post(dead_letters::redrive),
+        );
     if state.auth.is_dev() {
         routes = routes.merge(page::routes());
     }
@@ -422,8 +415,9 @@ async fn count_refusals(
 mod tests {
     use axum::http::StatusCode;
 
-    use super::fake::{FakeBroker, Site};
     use crate::auth;
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
 
     #[tokio::test]
     async fn every_error_is_json_with_a_text() {

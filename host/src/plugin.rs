@@ -14,37 +14,23 @@ use sha2::{Digest, Sha256};
 use wasmtime::component::InstancePre;
 use wasmtime::{Store, Trap};
 
-mod bindings;
-pub mod cache;
-mod compile;
-pub mod contract;
-mod deadline;
-pub mod decided;
-mod engine;
-mod folder;
-pub mod generation;
-pub mod health;
-pub mod inspection;
-mod log;
-mod noop;
+pub mod inspect;
 pub mod registry;
-mod selection;
-pub mod settings;
+pub mod runtime;
 pub mod shadow;
-pub mod state;
-pub mod watcher;
 
-pub use deadline::{Ticking, used_by_this_thread};
-pub use engine::Engine;
-pub use folder::called;
-pub use noop::noop;
-pub use selection::Selection;
+pub use self::inspect::noop::noop;
+pub use self::registry::folder::called;
+pub use self::runtime::deadline::{Ticking, used_by_this_thread};
+pub use self::runtime::engine::Engine;
+pub use self::runtime::selection::Selection;
 
-use self::bindings::{Description, ExportIndices, Exports};
-use self::compile::{Compiled, compile};
-use self::engine::State;
-use self::log::GuestLog;
-use self::selection::Document;
+use self::runtime::bindings::{Description, ExportIndices, Exports};
+use self::runtime::compile::{Compiled, compile};
+use self::runtime::engine::State;
+use self::runtime::log::GuestLog;
+use self::runtime::selection::Document;
+use self::runtime::{bindings, deadline, engine, log};
 use crate::event::{Event, Name, Plan, Priority};
 
 /// The largest file of a plugin, in bytes: components made of JavaScript have 13 MB, of Python up to 35.
@@ -106,7 +92,7 @@ pub struct LoadError(String);
 /// # Errors
 /// One line that names it, with the fix.
 pub fn check_folder(dir: &Path) -> Result<(), String> {
-    folder::look(dir).map(drop)
+    registry::folder::look(dir).map(drop)
 }
 
 /// Why a call has no answer.

@@ -2,8 +2,8 @@
 
 use super::*;
 use pointsman::broker::{RecipientChange, Span};
-use pointsman::criteria::Attributes;
 use pointsman::event::Value;
+use pointsman::event::criteria::Attributes;
 
 impl Node {
     async fn change(&self, user: &str, change: RecipientChange) {

@@ -1,11 +1,11 @@
 //! What a client comes back with: small, its own, and good for partitions that it has never heard of.
 
 use pointsman::broker::{Broker as _, PartitionNumber, Retention};
-use pointsman::hub::Hub;
-use pointsman::metrics::Metrics;
+use pointsman::delivery::hub::Hub;
+use pointsman::delivery::subscription::Start;
+use pointsman::delivery::subscription::cursor::{Cursor, Unreadable};
 use pointsman::shutdown::Shutdown;
-use pointsman::subscription::Start;
-use pointsman::subscription::cursor::{Cursor, Unreadable};
+use pointsman::telemetry::metrics::Metrics;
 
 use super::stage::{Client, Frame, SOURCE, Stage, TAG, name, next_entry, to, urgent};
 use crate::harness::node::{Node, SOON};

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use pointsman::bookmarks::{Bookmarks, Refusal};
 use pointsman::broker::{BookmarkOf, Broker, Retention};
-use pointsman::subscription::cursor::Cursor;
-use pointsman::subscription::{GapReason, Start};
+use pointsman::delivery::device_cursors::{Bookmarks, Refusal};
+use pointsman::delivery::subscription::cursor::Cursor;
+use pointsman::delivery::subscription::{GapReason, Start};
 
 use super::on_each_broker;
 use super::puppet::{At, Op, Puppet};

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pointsman::broker::Retention;
+use pointsman::delivery::subscription::{Gap, GapReason, Start};
 use pointsman::event::NotificationId;
-use pointsman::subscription::{Gap, GapReason, Start};
 
 use super::on_each_broker;
 use super::puppet::{At, Op};

@@ -8,12 +8,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use pointsman::broker::{Broker, Lease, Notice, PartitionNumber};
 use pointsman::event::{EntryId, NotificationId, Outcome};
-use pointsman::ingest::{Config, Ingest};
-use pointsman::metrics::{Metrics, OutcomeLabel, PluginCallLabel, SourceLabel};
-use pointsman::pipeline::Pipeline;
+use pointsman::ingest::pipeline::Pipeline;
+use pointsman::ingest::worker::{Config, Ingest};
 use pointsman::plugin::registry::Registry;
-use pointsman::plugin::settings::Config as Plugins;
-use pointsman::readiness::Readiness;
+use pointsman::plugin::registry::settings::Config as Plugins;
+use pointsman::telemetry::metrics::{Metrics, OutcomeLabel, PluginCallLabel, SourceLabel};
+use pointsman::telemetry::readiness::Readiness;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 

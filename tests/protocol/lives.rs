@@ -4,8 +4,8 @@
 //! ahead of the clock, so that they are issued again number by number.
 
 use pointsman::broker::Notice;
+use pointsman::delivery::subscription::{Gap, GapReason, Start};
 use pointsman::event::NotificationId;
-use pointsman::subscription::{Gap, GapReason, Start};
 
 use super::puppet::Fate;
 use super::stage::{Client, Frame, Stage, target, to, until, urgent};

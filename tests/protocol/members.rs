@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::{Broker, Notice, RecipientChange, Retention};
-use pointsman::criteria::{Attributes, Criteria, Operator, Test};
+use pointsman::event::criteria::{Attributes, Criteria, Operator, Test};
 use pointsman::event::{Route, Value};
 use pointsman::shutdown::Shutdown;
 

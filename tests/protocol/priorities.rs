@@ -1,7 +1,7 @@
 //! What overtakes, and what a later state makes superfluous, over cuts and replays.
 
+use pointsman::delivery::subscription::WINDOW;
 use pointsman::event::{Priority, Route};
-use pointsman::subscription::WINDOW;
 
 use super::on_each_broker;
 use super::stage::{Client, Frame, Stage, keyed, to, until, urgent};

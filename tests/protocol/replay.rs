@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pointsman::broker::Notice;
-use pointsman::subscription::{Rendered, Start, WINDOW};
+use pointsman::delivery::subscription::{Rendered, Start, WINDOW};
 
 use super::on_each_broker;
 use super::puppet::{At, Fate, Op};
@@ -134,9 +134,9 @@ async fn f10_a_silent_feed_is_made_again_and_what_it_lost_is_sent(stage: Stage) 
 /// A node that follows a log from now on has seen nothing of it: what the stream has had is what counts, and not what this node saw last.
 async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(stage: Stage) {
     let (here, there) = (stage.hub(), stage.another().await);
-    let there = pointsman::hub::Hub::start(
+    let there = pointsman::delivery::hub::Hub::start(
         there,
-        pointsman::metrics::Metrics::default(),
+        pointsman::telemetry::metrics::Metrics::default(),
         &pointsman::shutdown::Shutdown::new(),
     );
     let mut client = Client::live(&here, "ann").await;
@@ -310,8 +310,9 @@ async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage:
     let before = (client.low_water(stage.p), client.round(stage.p));
     stage.event("a", &[to("u:ann")]).await;
     // Longer than the silence that makes the feed be connected again.
-    let quiet =
-        tokio::time::Instant::now() + pointsman::hub::SILENCE + std::time::Duration::from_secs(2);
+    let quiet = tokio::time::Instant::now()
+        + pointsman::delivery::hub::SILENCE
+        + std::time::Duration::from_secs(2);
     while tokio::time::Instant::now() < quiet {
         stage.puppet.say(Notice::Alive { partition: stage.p }).await;
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pointsman::broker::{Broker, PartitionNumber, RecipientChange, Retention, Span};
+use pointsman::delivery::hub::{Hub, StreamGuard};
+use pointsman::delivery::subscription::cursor::Cursor;
+use pointsman::delivery::subscription::{Filter, Gap, Next, Start};
 use pointsman::event::{Name, NotificationId, Priority};
-use pointsman::hub::{Hub, StreamGuard};
-use pointsman::metrics::Metrics;
 use pointsman::shutdown::Shutdown;
-use pointsman::subscription::cursor::Cursor;
-use pointsman::subscription::{Filter, Gap, Next, Start};
+use pointsman::telemetry::metrics::Metrics;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};

@@ -14,14 +14,14 @@ use pointsman::broker::{
     RecipientChange, Retention, Slice,
 };
 pub(super) use pointsman::clock::now_ms;
+use pointsman::delivery::hub::{Hub, StreamGuard};
+use pointsman::delivery::subscription::cursor::Cursor;
+use pointsman::delivery::subscription::{Filter, Gap, Next, Record, Start};
 use pointsman::event::{
     EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target,
 };
-use pointsman::hub::{Hub, StreamGuard};
-use pointsman::metrics::Metrics;
 use pointsman::shutdown::Shutdown;
-use pointsman::subscription::cursor::Cursor;
-use pointsman::subscription::{Filter, Gap, Next, Record, Start};
+use pointsman::telemetry::metrics::Metrics;
 
 use super::puppet::Puppet;
 use crate::harness::redis::RedisServer;

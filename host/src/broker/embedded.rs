@@ -51,8 +51,8 @@ use crate::clock::now_ms;
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 use crate::shutdown::Alarm;
 
-mod bookmarks;
 mod commit;
+mod device_cursors;
 mod feeds;
 mod layout;
 mod log;
@@ -436,7 +436,7 @@ impl Broker for Embedded {
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
         let user = user.clone();
         self.look(move |transaction, shared| {
-            bookmarks::bookmarks(transaction, &user, &shared.retention, (shared.clock)())
+            device_cursors::bookmarks(transaction, &user, &shared.retention, (shared.clock)())
         })
         .await
     }

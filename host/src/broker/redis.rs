@@ -52,18 +52,18 @@ use super::{
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
-mod bookmarks;
 mod check;
+mod command_connection;
 mod decisions;
+mod device_cursors;
 mod feed;
-mod link;
-mod place;
+mod partition_keys;
 mod recipients;
 mod resp;
 mod scripts;
 
-use link::{Link, unexpected};
-use place::Place;
+use command_connection::{Link, unexpected};
+use partition_keys::Place;
 use scripts::Script;
 
 /// Records up to this many bytes go along with their notice, which saves the node a read.
@@ -117,7 +117,7 @@ impl Redis {
         retention: Retention,
     ) -> Result<Self> {
         let link = Link::new(client.clone());
-        let prefixes = place::prefixes(sources)?;
+        let prefixes = partition_keys::prefixes(sources)?;
         check::version(&link).await?;
         let database = client.get_connection_info().redis_settings().db();
         let mut places = Vec::with_capacity(sources.len());
@@ -578,7 +578,7 @@ impl Broker for Redis {
     }
 
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
-        bookmarks::read(self, user).await
+        device_cursors::read(self, user).await
     }
 
     async fn move_bookmark(
@@ -588,7 +588,7 @@ impl Broker for Redis {
         seen: Option<&Bookmark>,
         to: &Bookmark,
     ) -> Result<bool> {
-        bookmarks::change(self, user, which, seen, to).await
+        device_cursors::change(self, user, which, seen, to).await
     }
 
     async fn dead_letters(

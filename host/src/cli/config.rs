@@ -2,10 +2,10 @@
 
 use anyhow::ensure;
 use pointsman::config::{BrokerChoice, Config, DEFAULTS};
-use pointsman::metrics::Metrics;
 use pointsman::plugin::Engine;
-use pointsman::plugin::cache::Cache;
 use pointsman::plugin::registry::Registry;
+use pointsman::plugin::runtime::cache::Cache;
+use pointsman::telemetry::metrics::Metrics;
 
 use super::serve;
 

@@ -16,15 +16,16 @@ use pointsman::plugin::called;
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
-use self::news::News;
-use self::workshop::Workshop;
+use self::activity::News;
+use self::crate_builder::Workshop;
 use super::plugin::toolchain::Profile;
 
-mod news;
-mod workshop;
+mod activity;
+mod crate_builder;
 
 /// What is to be read beside the commands' own lines: what goes wrong, and what plugins say. Which plugins are at work, the news say.
-const LOG: &str = "warn,pointsman::plugin::registry=off,pointsman::readiness=off,plugin=debug";
+const LOG: &str =
+    "warn,pointsman::plugin::registry=off,pointsman::telemetry::readiness=off,plugin=debug";
 
 /// Where a crate has the configuration of its plugin.
 const CONFIG: &str = "config.json";

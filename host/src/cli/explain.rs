@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use pointsman::event::rfc3339;
 use serde_json::Value;
 
-use super::decided::{line, list, route, text, verdict};
+use super::render::decision::{line, list, route, text, verdict};
 use super::{Admin, accept, agent, pretty_json, printable, read};
 
 #[derive(Debug, clap::Args)]

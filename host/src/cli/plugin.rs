@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use pointsman::event::Name;
-use pointsman::plugin::settings::{Config, Settings};
+use pointsman::plugin::registry::settings::{Config, Settings};
 use pointsman::plugin::{Engine, Limits, Plugin, called};
 use serde::Deserialize;
 
@@ -21,9 +21,7 @@ mod new;
 mod remote;
 mod sample;
 mod test;
-mod told;
 pub(super) mod toolchain;
-mod words;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {

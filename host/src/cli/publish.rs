@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use ureq::Agent;
 use ureq::http::StatusCode;
 
-use super::decided::{line, list, route, text, verdict};
+use super::render::decision::{line, list, route, text, verdict};
 use super::{NODE_URL, Node, agent, no_node, pretty_json, printable, read, refusal};
 
 /// Of whom a dry run judges nobody.

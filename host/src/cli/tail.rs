@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{bail, ensure};
+use pointsman::delivery::subscription::Start;
 use pointsman::event::Name;
-use pointsman::subscription::Start;
 use tokio::signal::unix::{SignalKind, signal};
 use ureq::http::StatusCode;
 use ureq::http::header::CONTENT_TYPE;

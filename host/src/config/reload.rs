@@ -16,8 +16,8 @@ use toml::Table;
 
 use super::{Config, DEFAULT_FILE, Error, Layers, Written};
 use crate::plugin::registry::Registry;
-use crate::readiness::Readiness;
 use crate::shutdown::Shutdown;
+use crate::telemetry::readiness::Readiness;
 
 /// Between two looks. A file is read once it was the same in two of them: an editor may still be writing.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::{EntryId, Event, Malformed, Name};
-use crate::criteria::Criteria;
+use crate::event::criteria::Criteria;
 
 /// Event names that Pointsman, or `EventSource` itself, gives a meaning; plugins and publishers may not use them.
 pub const RESERVED_EVENT_NAMES: [&str; 8] = [

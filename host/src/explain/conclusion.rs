@@ -2,8 +2,8 @@
 
 use super::{At, Decided, Explanation, Standing};
 use crate::broker::Verdict;
+use crate::delivery::recipients::{Miss, Way};
 use crate::event::{Outcome, Plan, rfc3339};
-use crate::recipients::{Miss, Way};
 
 /// Targets of a plan that are named one by one.
 const MAX_TARGETS: usize = 3;

@@ -1,9 +1,9 @@
 //! Why a route reaches a user, or not, in words; the route is their subject. Whether it does is `recipients`' to say.
 
 use crate::broker::{Recipient, Span};
-use crate::criteria::{Attributes, Operator, Test};
+use crate::delivery::recipients::{Miss, Moment};
+use crate::event::criteria::{Attributes, Operator, Test};
 use crate::event::{Name, Route, Target, Value, rfc3339};
-use crate::recipients::{Miss, Moment};
 
 /// Of the clauses of a condition, so many are told.
 const MAX_CLAUSES: usize = 3;
@@ -266,8 +266,8 @@ fn shown(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::criteria::Criteria;
     use crate::event::Priority;
+    use crate::event::criteria::Criteria;
 
     fn test(attribute: &str, operator: Operator, values: &[Value]) -> Test {
         Test {

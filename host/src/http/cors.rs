@@ -186,8 +186,9 @@ fn preflight(request: &Request) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::{FakeBroker, Site};
     use super::*;
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
 
     #[tokio::test]
     async fn preflights_are_answered_for_known_origins_only() {

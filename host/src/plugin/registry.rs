@@ -14,21 +14,27 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 mod candidate;
+pub(super) mod folder;
+pub mod generation;
+pub mod health;
+pub mod settings;
 mod slot;
+pub mod state;
+pub mod watcher;
 
 pub use self::candidate::Understudy;
+use self::folder::{Look, Sighting};
 use self::slot::{Done, Failure, Slots};
-use super::engine::MAX_PLUGINS;
-use super::folder::{self, Look, Sighting};
-use super::generation::{Chain, Generation};
-use super::health::{BreakerState, Consequence};
-use super::settings::{Config, Settings};
+use super::registry::generation::{Chain, Generation};
+use super::registry::health::{BreakerState, Consequence};
+use super::registry::settings::{Config, Settings};
+use super::registry::state::{PluginState, Refusal, Word};
+use super::runtime::engine::MAX_PLUGINS;
 use super::shadow::Shadows;
-use super::state::{PluginState, Refusal, Word};
 use super::{Engine, Plugin, hash};
 use crate::clock::now_ms;
 use crate::event::Name;
-use crate::metrics::{Metrics, PluginLabel, PluginLoadLabel};
+use crate::telemetry::metrics::{Metrics, PluginLabel, PluginLoadLabel};
 
 /// What everybody sees, at one moment.
 #[derive(Clone, Debug, Default)]

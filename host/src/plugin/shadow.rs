@@ -15,11 +15,13 @@ use std::thread;
 use bytes::Bytes;
 use serde::Serialize;
 
-use super::decided::{Decided, Difference, Differences, json_bytes};
+pub mod outcome;
+
+use self::outcome::{Decided, Difference, Differences, json_bytes};
 use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, make_unimportant};
 use crate::clock::now_ms;
 use crate::event::{Event, Name, Priority};
-use crate::metrics::{Metrics, PluginShadowLabel};
+use crate::telemetry::metrics::{Metrics, PluginShadowLabel};
 
 /// The most candidates beside the plugins of a node.
 pub(super) const MAX_SHADOWS: usize = 4;

@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::sse;
+use crate::delivery::sse;
 
 /// A connection, as the handlers of its requests know it: in the extensions of each request, as `Arc<Connection>`.
 #[derive(Debug)]

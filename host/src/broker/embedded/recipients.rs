@@ -9,7 +9,7 @@ use super::layout::{self, Meta};
 use super::store::Failure;
 use super::writer::Work;
 use crate::broker::{Notice, Partition, PartitionNumber, Recipient, RecipientChange, Span};
-use crate::criteria::Attributes;
+use crate::event::criteria::Attributes;
 use crate::event::{Name, NotificationId};
 
 /// A user's row: JSON.

@@ -11,7 +11,7 @@ use super::Shared;
 use super::layout::{self, Meta};
 use super::store::Failure;
 use super::writer::{Work, transact};
-use super::{bookmarks, recipients};
+use super::{device_cursors, recipients};
 use crate::event::{EntryId, NotificationId};
 
 /// Rows looked at or removed in one step, for each partition and kind: some 10 ms of the writer's time.
@@ -275,7 +275,8 @@ impl Work<'_> {
     fn walk_bookmarks(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let (retention, now_ms) = (self.retention, self.now_ms);
         let is_over = |row: &[u8]| {
-            bookmarks::Stored::read(row).is_ok_and(|mut stored| !stored.retain(retention, now_ms))
+            device_cursors::Stored::read(row)
+                .is_ok_and(|mut stored| !stored.retain(retention, now_ms))
         };
         walk_users(&mut self.tables.bookmarks, from, is_over)
     }

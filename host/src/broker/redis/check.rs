@@ -1,6 +1,6 @@
 //! What a Redis must be like: version, role, eviction, rights, durability. One line each, with its fix.
 
-use super::link::Link;
+use super::command_connection::Link;
 use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
 
@@ -110,8 +110,8 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
             &["HGETALL", "pointsman:user:x"],
             &["PERSIST", "pointsman:user:x"],
-            &["HGETALL", &super::bookmarks::key("x")],
-            &["HSET", super::place::PARTITIONS_KEY, "f", "v"],
+            &["HGETALL", &super::device_cursors::key("x")],
+            &["HSET", super::partition_keys::PARTITIONS_KEY, "f", "v"],
             &["PUBLISH", &format!("{c}tick"), "v"],
             &["SUBSCRIBE", &format!("{c}tick")],
             &["UNSUBSCRIBE", &format!("{c}tick")],

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::link::unexpected;
-use super::place::Place;
+use super::command_connection::unexpected;
+use super::partition_keys::Place;
 use super::{Redis, client, optional_id, understand};
 use crate::broker::{Decision, Found, Result};
 use crate::event::{EntryId, NotificationId, Outcome};

@@ -13,7 +13,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::link::{DEADLINE, pause};
+use super::command_connection::{DEADLINE, pause};
 use super::resp::{Decoder, Element, Frame, encode};
 use crate::broker::{Error, Feed, Follow, Notice, PartitionNumber, Result};
 use crate::event::{Name, NotificationId, Target};

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use super::link::unexpected;
+use super::command_connection::unexpected;
 use super::{Redis, id, scripts, understand};
 use crate::broker::{Partition, PartitionNumber, Recipient, RecipientChange, Result, Span};
 use crate::event::Name;

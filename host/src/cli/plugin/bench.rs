@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use pointsman::event::{Event, Name};
-use pointsman::pipeline::audition::Audition;
 use pointsman::plugin::{Engine, Limits, Plugin, Role, noop};
+use pointsman::preview::runner::Audition;
 
 use super::{Subject, sample};
 

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use pointsman::plugin::inspection;
+use pointsman::plugin::inspect;
 
 use super::toolchain::{Build, Profile};
-use super::words;
+use crate::cli::render::format;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -26,12 +26,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 
 fn show(file: &Path) -> anyhow::Result<()> {
     let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let inspection = inspection::look(&bytes);
+    let inspection = inspect::look(&bytes);
     println!("{}", file.display());
-    println!("  size      {}", words::size(bytes.len()));
+    println!("  size      {}", format::size(bytes.len()));
     println!(
         "  imports   {}",
-        words::imports(&inspection.imports).join("\n            ")
+        format::imports(&inspection.imports).join("\n            ")
     );
     println!("  sha256    {}", inspection.hash);
     Ok(())

@@ -2,9 +2,10 @@
 
 use anyhow::bail;
 use pointsman::plugin::Engine;
-use pointsman::plugin::inspection::{Form, Inspection, inspect};
+use pointsman::plugin::inspect::{Form, Inspection, inspect};
 
-use super::{Subject, words};
+use super::Subject;
+use crate::cli::render::format;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -25,7 +26,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     for (what, text) in lines(&inspection) {
         println!("  {what:<10}  {}", text.replace('\n', "\n              "));
     }
-    println!("  limits      {}", words::limits(&loaded.limits));
+    println!("  limits      {}", format::limits(&loaded.limits));
     println!("  called      {}, by the name of its file", loaded.name);
     match inspection.failure {
         Some(failure) => bail!("{} {failure}", loaded.file.display()),
@@ -42,7 +43,7 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
     };
     lines.push((
         "file",
-        format!("{form} of {}", words::size(inspection.bytes)),
+        format!("{form} of {}", format::size(inspection.bytes)),
     ));
     lines.push(("sha256", inspection.hash.clone()));
     let kind = match (inspection.is_filter, inspection.is_router) {
@@ -61,7 +62,7 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
             format!("pointsman:plugin {}", contracts.join(", ")),
         ));
     }
-    lines.push(("imports", words::imports(&inspection.imports).join("\n")));
+    lines.push(("imports", format::imports(&inspection.imports).join("\n")));
     if let Some(manifest) = &inspection.manifest {
         lines.push((
             "says it is",
@@ -95,7 +96,7 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
     if let Some(bytes) = inspection.memory_bytes {
         lines.push((
             "memory",
-            format!("an instance begins with {}", words::size(bytes)),
+            format!("an instance begins with {}", format::size(bytes)),
         ));
     }
     if let Some(schema) = inspection

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail, ensure};
-use pointsman::plugin::contract::WIT;
+use pointsman::plugin::inspect::contract::WIT;
 use toml::{Table, Value};
 
 use super::toolchain;

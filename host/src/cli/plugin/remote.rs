@@ -13,7 +13,9 @@ use serde::de::DeserializeOwned;
 
 use super::super::{Admin, accept, agent, pretty_json, read as answer};
 use super::read;
-use super::told::{Candidate, Plugin, Plugins, Replay as Rehearsed, Shadow as Shadowed};
+use crate::cli::render::plugins::{
+    Candidate, Plugin, Plugins, Replay as Rehearsed, Shadow as Shadowed,
+};
 
 /// An interpreter compiled to WebAssembly takes seconds to load, and a replay asks about thousands of events.
 const PATIENCE: Duration = Duration::from_secs(300);

@@ -7,15 +7,16 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, bail, ensure};
 use pointsman::event::{Event, Plan};
-use pointsman::pipeline::audition::{Audition, Performance};
-use pointsman::plugin::decided::Decided;
+use pointsman::plugin::shadow::outcome::Decided;
 use pointsman::plugin::{Engine, Limits};
+use pointsman::preview::runner::{Audition, Performance};
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tracing_subscriber::EnvFilter;
 
-use super::{Subject, sample, words};
+use super::{Subject, sample};
+use crate::cli::render::format;
 
 /// The most targets that are shown of an answer.
 const MAX_SHOWN: usize = 4;
@@ -69,7 +70,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let engine = Engine::new()?;
     let plugin = loaded.plugin(&engine)?;
     let (limits, mut audition) = (plugin.limits().clone(), Audition::new(&engine, plugin));
-    println!("{}: {}", loaded.file.display(), words::limits(&limits));
+    println!("{}: {}", loaded.file.display(), format::limits(&limits));
     said.print();
 
     let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
@@ -83,7 +84,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             let wanted = golden.0.get(at).unwrap_or(&Value::Null);
             if *wanted != found {
                 n_differences += 1;
-                println!("    {}", words::red("differs"));
+                println!("    {}", format::red("differs"));
                 println!("      expected {wanted}\n      found    {found}");
             }
         }
@@ -130,32 +131,32 @@ fn show(event: &Event, performance: &Performance, limits: &Limits) {
     }
     let mut words = words.join(", ");
     if performance.is_failure() {
-        words = words::red(&words);
+        words = format::red(&words);
     }
     println!("  {}  {}  {words}", event.id, event.kind);
     let cost = |used: String, limit: String, is_over: bool| {
         let cost = format!("{used} of {limit}");
         if is_over {
-            words::red(&format!("{cost}: over"))
+            format::red(&format!("{cost}: over"))
         } else {
             cost
         }
     };
     let mut costs = vec![cost(
-        words::time(performance.time),
-        words::time(limits.deadline),
+        format::time(performance.time),
+        format::time(limits.deadline),
         performance.time > limits.deadline,
     )];
     // Of an instance that is gone nobody knows; the reason above says it.
     if let Some(bytes) = performance.memory_bytes {
         costs.push(cost(
-            words::size(bytes),
-            words::size(limits.memory_bytes),
+            format::size(bytes),
+            format::size(limits.memory_bytes),
             bytes > limits.memory_bytes,
         ));
         costs.push(cost(
-            words::size(performance.answer_bytes),
-            words::size(limits.result_bytes),
+            format::size(performance.answer_bytes),
+            format::size(limits.result_bytes),
             performance.answer_bytes > limits.result_bytes,
         ));
         costs.push(cost(

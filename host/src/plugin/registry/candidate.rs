@@ -10,10 +10,10 @@ use bytes::Bytes;
 
 use super::{OrderError, Registry};
 use crate::event::Name;
-use crate::plugin::generation::{Chain, Generation};
-use crate::plugin::settings::Settings;
+use crate::plugin::registry::generation::{Chain, Generation};
+use crate::plugin::registry::settings::Settings;
+use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow::{self, Shadows};
-use crate::plugin::state::PluginState;
 use crate::plugin::{Plugin, Role};
 
 /// A candidate in its plugin's place.

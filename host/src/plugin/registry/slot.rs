@@ -9,11 +9,11 @@ use std::time::Instant;
 use super::OrderError;
 use crate::clock::now_ms;
 use crate::plugin::Plugin;
-use crate::plugin::folder::Sighting;
-use crate::plugin::generation::Generation;
-use crate::plugin::health::BreakerState;
-use crate::plugin::settings::{Config, Settings};
-use crate::plugin::state::{Ended, PluginState, Refusal, Word};
+use crate::plugin::registry::folder::Sighting;
+use crate::plugin::registry::generation::Generation;
+use crate::plugin::registry::health::BreakerState;
+use crate::plugin::registry::settings::{Config, Settings};
+use crate::plugin::registry::state::{Ended, PluginState, Refusal, Word};
 
 /// What is remembered of the generations of a plugin that are no longer at work.
 const MAX_ENDED: usize = 20;

@@ -9,7 +9,7 @@
 use std::cell::Cell;
 
 use exports::pointsman::plugin::{filter, lifecycle, router};
-use pointsman::plugin::log;
+use pointsman::plugin::runtime::log;
 use pointsman::plugin::types::{
     Attribute, Criteria, Event, Failure, Operator, Target, Test, Value,
 };

@@ -1,0 +1,95 @@
+//! Bookmarks: one hash a user, outside the partitions, moved by compare-and-set.
+//!
+//! See the head of [`super`] for their written form. Which of two places is further is not Redis's to say, so a move that somebody else
+//! was quicker with is refused, and whoever asked for it looks again.
+
+use std::collections::BTreeMap;
+
+use super::command_connection::unexpected;
+use super::{Redis, scripts, understand};
+use crate::broker::{Bookmark, BookmarkOf, Result};
+use crate::event::Name;
+
+pub(super) async fn read(redis: &Redis, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+    let mut commands = redis::pipe();
+    commands.cmd("HGETALL").arg(key(user.as_str())).cmd("TIME");
+    let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
+        redis.link.pipeline(&commands).await?;
+    let mut bookmarks = BTreeMap::new();
+    for (field, text) in fields {
+        let which = which(&field)?;
+        let (moved_ms, bookmark) = text
+            .split_once(' ')
+            .ok_or_else(|| unexpected(&"a bookmark"))?;
+        // Removed by the next move; a script on every read would be a write on every read.
+        if understand::<u64>(moved_ms)?
+            >= (seconds * 1000).saturating_sub(redis.retention.bookmark_age_ms(&which))
+        {
+            bookmarks.insert(which, read_bookmark(bookmark)?);
+        }
+    }
+    Ok(bookmarks)
+}
+
+pub(super) async fn change(
+    redis: &Redis,
+    user: &Name,
+    which: &BookmarkOf,
+    seen: Option<&Bookmark>,
+    to: &Bookmark,
+) -> Result<bool> {
+    redis
+        .link
+        .eval(&scripts::BOOKMARK, |command| {
+            command.arg(1).arg(key(user.as_str()));
+            command
+                .arg(redis.retention.bookmark_age_s.saturating_mul(1000))
+                .arg(redis.retention.bookmark_age_ms(&BookmarkOf::ReadMark));
+            command
+                .arg(redis.retention.devices)
+                .arg(field(which))
+                .arg(seen.map(written).unwrap_or_default())
+                .arg(written(to));
+        })
+        .await
+}
+
+/// The tag makes it the slot of `pointsman:user:<user>`; the prefix is one that operators grant.
+pub(super) fn key(user: &str) -> String {
+    format!("pointsman:bookmarks:{{pointsman:user:{user}}}")
+}
+
+fn field(which: &BookmarkOf) -> String {
+    match which {
+        BookmarkOf::Device(device) => format!("d:{device}"),
+        BookmarkOf::ReadMark => "read".to_owned(),
+    }
+}
+
+fn which(field: &str) -> Result<BookmarkOf> {
+    match field.strip_prefix("d:") {
+        Some(device) => Ok(BookmarkOf::Device(
+            Name::parse(device).map_err(|error| unexpected(&error))?,
+        )),
+        None if field == "read" => Ok(BookmarkOf::ReadMark),
+        None => Err(unexpected(&"whose bookmark that is")),
+    }
+}
+
+fn written(bookmark: &Bookmark) -> String {
+    format!(
+        "{} {}",
+        if bookmark.is_acknowledged { 'a' } else { 'b' },
+        bookmark.cursor
+    )
+}
+
+fn read_bookmark(text: &str) -> Result<Bookmark> {
+    let (kind, cursor) = text
+        .split_once(' ')
+        .ok_or_else(|| unexpected(&"a bookmark"))?;
+    Ok(Bookmark {
+        cursor: cursor.to_owned(),
+        is_acknowledged: kind == "a",
+    })
+}

@@ -1,0 +1,148 @@
+//! `pointsman dead`: what was set aside, and what to do with it.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::Deserialize;
+use ureq::Agent;
+
+use super::render::table::table;
+use super::{Node, accept, agent, pretty_json, printable};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Options {
+    #[command(flatten)]
+    node: Node,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// A table: id, source, entry, attempts, plugin, reason
+    List,
+    /// One with its original fields, as JSON
+    Show {
+        /// As listed, such as 0/1700000000000-0
+        id: String,
+    },
+    /// Send them through again, as new entries of their source; what fails again is a new dead letter
+    Redrive(Chosen),
+    /// Forget them for good: nobody is notified of them any more
+    Drop(Chosen),
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Chosen {
+    /// As listed, such as 0/1700000000000-0; several with spaces between them
+    #[arg(value_name = "ID")]
+    ids: Vec<String>,
+    /// All that are there now, of every source
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct Listed {
+    dead: Vec<Letter>,
+    next: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Letter {
+    id: String,
+    source: String,
+    entry: String,
+    reason: String,
+    #[serde(default)]
+    plugin: Option<String>,
+    attempts: u32,
+}
+
+pub(super) fn run(options: &Options) -> anyhow::Result<()> {
+    let (node, agent) = (&options.node, agent(Duration::from_secs(60)));
+    match &options.action {
+        Action::List => {
+            let letters = all(node, &agent)?;
+            if letters.is_empty() {
+                eprintln!("pointsman: there is none");
+                return Ok(());
+            }
+            let mut rows =
+                vec![["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"].map(str::to_owned)];
+            // Reasons quote what came from outside.
+            rows.extend(letters.iter().map(
+                |Letter {
+                     id,
+                     source,
+                     entry,
+                     reason,
+                     plugin,
+                     attempts,
+                 }| {
+                    let plugin = plugin.as_deref().unwrap_or("-");
+                    [
+                        printable(id),
+                        printable(source),
+                        printable(entry),
+                        attempts.to_string(),
+                        printable(plugin),
+                        printable(reason),
+                    ]
+                },
+            ));
+            print!("{}", table(&rows));
+        }
+        Action::Show { id } => {
+            let text = accept(node.ask(&agent, "GET", &format!("/v1/dead/{id}"))?)?;
+            let letter: serde_json::Value =
+                serde_json::from_str(&text).context("the node's answer is not JSON")?;
+            println!("{}", pretty_json(&letter));
+        }
+        Action::Redrive(chosen) => act(node, &agent, chosen, "POST", "/redrive", "redriven")?,
+        Action::Drop(chosen) => act(node, &agent, chosen, "DELETE", "", "dropped")?,
+    }
+    Ok(())
+}
+
+/// Does one thing to each; the first that fails ends it.
+fn act(
+    node: &Node,
+    agent: &Agent,
+    chosen: &Chosen,
+    method: &str,
+    suffix: &str,
+    done: &str,
+) -> anyhow::Result<()> {
+    // Read to the end first: what fails again after a redrive would otherwise be met again, for ever.
+    let ids = if chosen.all {
+        all(node, agent)?
+            .into_iter()
+            .map(|letter| letter.id)
+            .collect()
+    } else {
+        chosen.ids.clone()
+    };
+    for id in ids {
+        accept(node.ask(agent, method, &format!("/v1/dead/{id}{suffix}"))?)
+            .with_context(|| id.clone())?;
+        println!("{id}\t{done}");
+    }
+    Ok(())
+}
+
+/// Every dead letter, by pages.
+fn all(node: &Node, agent: &Agent) -> anyhow::Result<Vec<Letter>> {
+    let (mut letters, mut after) = (Vec::new(), String::new());
+    loop {
+        let text = accept(node.ask(agent, "GET", &format!("/v1/dead?limit=1000{after}"))?)?;
+        let page: Listed =
+            serde_json::from_str(&text).context("the node's answer is no list of dead letters")?;
+        letters.extend(page.dead);
+        match page.next {
+            Some(next) => after = format!("&after={next}"),
+            None => return Ok(letters),
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What was decided about an event, or would be, in lines for people: a plugin's verdict, a route of its plan.
+//!
+//! It takes what a node answers as JSON, and shows less rather than failing where that is not as this version knows it.
+
+use pointsman::event::rfc3339;
+use serde_json::Value;
+
+/// Targets of a route that are named one by one.
+const MAX_TARGETS: usize = 5;
+
+/// A line that begins with what it is about, in a column of its own.
+pub(in crate::cli) fn line(label: &str, what: &str) -> String {
+    format!("{label:<11}{what}")
+}
+
+/// Who said what, and why.
+pub(in crate::cli) fn verdict(said: &Value) -> String {
+    let (generation, hash) = (
+        &said["generation"],
+        said["hash"]
+            .as_str()
+            .map(|hash| format!(", {hash}"))
+            .unwrap_or_default(),
+    );
+    let verdict = text(&said["verdict"]);
+    let reason = said["reason"]
+        .as_str()
+        .or((verdict == "skipped").then_some("its types do not match"));
+    let reason = reason
+        .map(|reason| format!(": {reason}"))
+        .unwrap_or_default();
+    format!(
+        "{} (generation {generation}{hash}) {verdict}{reason}",
+        text(&said["plugin"])
+    )
+}
+
+pub(in crate::cli) fn route(route: &Value) -> String {
+    let to: Vec<String> = list(&route["to"])
+        .iter()
+        .take(MAX_TARGETS)
+        .map(text)
+        .collect();
+    let more = list(&route["to"]).len().saturating_sub(MAX_TARGETS);
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    let mut told = format!(
+        "by {} to {}{more}, {}",
+        text(&route["by"]),
+        to.join(" "),
+        text(&route["priority"])
+    );
+    if let Some(any_of) = route["when"].as_array() {
+        let clauses: Vec<String> = any_of
+            .iter()
+            .map(|clause| {
+                list(clause)
+                    .iter()
+                    .map(test)
+                    .collect::<Vec<_>>()
+                    .join(" and ")
+            })
+            .collect();
+        told += &format!(", if {}", clauses.join(" or "));
+    }
+    if let Some(ms) = route["expires_ms"].as_u64() {
+        told += &format!(", until {}", rfc3339(ms));
+    }
+    for (key, words) in [
+        ("collapse", "with the collapse key"),
+        ("event_name", "as the event"),
+    ] {
+        if let Some(name) = route[key].as_str() {
+            told += &format!(", {words} {name}");
+        }
+    }
+    told
+}
+
+fn test(test: &Value) -> String {
+    let values: Vec<String> = list(&test["values"])
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    [
+        text(&test["attribute"]),
+        text(&test["operator"]),
+        values.join(", "),
+    ]
+    .join(" ")
+    .trim_end()
+    .to_owned()
+}
+
+pub(in crate::cli) fn list(value: &Value) -> &[Value] {
+    value.as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+pub(in crate::cli) fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_route_is_told_in_one_line() {
+        let planned = json!({
+            "by": "rules", "to": ["g:ops", "all"], "priority": "high", "expires_ms": 1_795_335_532_612_u64, "collapse": "k", "event_name": "n",
+            "when": [[{ "attribute": "plan", "operator": "equals", "values": ["pro"] }, { "attribute": "beta", "operator": "present" }],
+                     [{ "attribute": "age", "operator": "one-of", "values": [1, 2] }]],
+        });
+        assert_eq!(
+            route(&planned),
+            "by rules to g:ops all, high, if plan equals \"pro\" and beta present or age one-of 1, 2, until 2026-11-22T08:18:52.612Z, \
+             with the collapse key k, as the event n"
+        );
+    }
+}

@@ -1,0 +1,504 @@
+//! A node's answers about its plugins, in words: a line for an order, a table for all of them, a short report of a candidate.
+//!
+//! It takes what it knows of an answer and leaves the rest: a node may be newer than this program. `--json` shows the whole of it.
+
+use std::collections::BTreeMap;
+
+use pointsman::event::{EntryId, rfc3339};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::super::printable;
+use super::super::render::table::table;
+
+/// The most characters of one side of a difference.
+const MAX_SIDE: usize = 400;
+
+/// `GET /v1/plugins`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct Plugins {
+    pub(in crate::cli) plugins: Vec<Plugin>,
+    folder_failure: Option<String>,
+}
+
+/// A plugin, or a file that should be one, or one that is configured and has no file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(in crate::cli) struct Plugin {
+    pub(in crate::cli) name: String,
+    state: String,
+    kind: String,
+    version: String,
+    /// 0: none is at work.
+    pub(in crate::cli) generation: u64,
+    hash: String,
+    since_ms: u64,
+    settings: Settings,
+    failure: Option<String>,
+    refusal: Option<Refusal>,
+    /// Newest first.
+    ended: Vec<Ended>,
+    pub(in crate::cli) shadow: Option<Candidate>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Settings {
+    probation_s: u64,
+}
+
+/// A generation that is no longer at work.
+#[derive(Debug, Deserialize)]
+struct Ended {
+    generation: u64,
+    hash: String,
+    state: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Refusal {
+    at_ms: u64,
+    reason: String,
+}
+
+/// A candidate beside a plugin, in numbers.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct Candidate {
+    hash: String,
+    version: String,
+    since_ms: u64,
+    generation: Option<u64>,
+    compared: u64,
+    different: u64,
+    failed: u64,
+    skipped: u64,
+    waiting: u64,
+}
+
+/// `GET /v1/plugins/NAME/shadow`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct Shadow {
+    #[serde(flatten)]
+    candidate: Candidate,
+    differences: Vec<Difference>,
+}
+
+/// `POST /v1/plugins/NAME/replay`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct Replay {
+    plugin: String,
+    hash: String,
+    version: String,
+    found: u64,
+    compared: u64,
+    different: u64,
+    failed: u64,
+    not_compared: BTreeMap<String, u64>,
+    differences: Vec<Difference>,
+    reach: Vec<Reach>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Reach {
+    source: String,
+    oldest_entry: Option<EntryId>,
+    oldest_decision: Option<EntryId>,
+    is_every_decision: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct Difference {
+    event: Event,
+    role: String,
+    old: Value,
+    new: Value,
+}
+
+#[derive(Debug, Deserialize)]
+struct Event {
+    id: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+impl Plugins {
+    pub(in crate::cli) fn find(&self, name: &str) -> Option<&Plugin> {
+        self.plugins.iter().find(|plugin| plugin.name == name)
+    }
+
+    /// Those that are there, or `none`.
+    pub(in crate::cli) fn names(&self) -> String {
+        list(self.plugins.iter().map(|plugin| plugin.name.as_str()))
+    }
+
+    /// Who has a say in events from now on, in the order in which they are asked.
+    pub(in crate::cli) fn deciders(&self) -> String {
+        let at_work: Vec<&str> = self
+            .plugins
+            .iter()
+            .filter(|plugin| plugin.generation > 0)
+            .map(|plugin| plugin.name.as_str())
+            .collect();
+        match at_work.len() {
+            0 => "no plugin decides now, so events wait, unless the node was started with --allow-no-plugins".to_owned(),
+            1 => format!("1 plugin decides now: {}", list(at_work)),
+            n => format!("{n} plugins decide now: {}", list(at_work)),
+        }
+    }
+
+    /// A table of all, and below it what was refused last, and why.
+    pub(in crate::cli) fn listed(&self) -> String {
+        let mut rows = vec![
+            [
+                "NAME",
+                "KIND",
+                "STATE",
+                "GENERATION",
+                "VERSION",
+                "HASH",
+                "SINCE",
+                "SHADOW",
+            ]
+            .map(str::to_owned),
+        ];
+        rows.extend(self.plugins.iter().map(|plugin| {
+            let since = if plugin.since_ms > 0 {
+                rfc3339(plugin.since_ms)
+            } else {
+                String::new()
+            };
+            let generation = if plugin.generation > 0 {
+                plugin.generation.to_string()
+            } else {
+                String::new()
+            };
+            let shadow = plugin
+                .shadow
+                .as_ref()
+                .map(|candidate| format!("{}: {}", candidate.name(), candidate.share()));
+            let cells = [
+                printable(&plugin.name),
+                printable(&plugin.kind),
+                printable(&plugin.state),
+                generation,
+                printable(&plugin.version),
+                short(&plugin.hash),
+                since,
+                shadow.unwrap_or_default(),
+            ];
+            cells.map(|cell| {
+                if cell.is_empty() {
+                    "-".to_owned()
+                } else {
+                    cell
+                }
+            })
+        }));
+        let mut text = table(&rows);
+        for plugin in &self.plugins {
+            let failure = plugin.failure.as_deref();
+            let refused = plugin.refusal.as_ref().map(|refusal| {
+                // Where the file was refused, the failure says the same with the fix.
+                let reason = failure
+                    .filter(|failure| failure.contains(&refusal.reason))
+                    .unwrap_or(&refusal.reason);
+                format!("refused at {}: {reason}", rfc3339(refusal.at_ms))
+            });
+            if let Some(reason) = refused.as_deref().or(failure) {
+                text += &format!("{}: {}\n", printable(&plugin.name), printable(reason));
+            }
+        }
+        text + &self
+            .folder_failure
+            .iter()
+            .map(|failure| printable(failure) + "\n")
+            .collect::<String>()
+    }
+}
+
+impl Plugin {
+    /// Whether it is configured and has no file.
+    pub(in crate::cli) fn is_missing(&self) -> bool {
+        self.state == "missing"
+    }
+
+    /// What it is, as far as that is known: `my-router 0.1.0 (router)`.
+    pub(in crate::cli) fn who(&self) -> String {
+        let version = if self.version.is_empty() {
+            String::new()
+        } else {
+            format!(" {}", self.version)
+        };
+        let kind = if self.kind.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", self.kind)
+        };
+        printable(&format!("{}{version}{kind}", self.name))
+    }
+
+    /// Which generation of it is at work, and how it stands.
+    pub(in crate::cli) fn stands(&self) -> String {
+        let state = match self.state.as_str() {
+            "on-probation" => format!("on probation for {} s", self.settings.probation_s),
+            state => printable(state),
+        };
+        if self.generation == 0 {
+            state
+        } else {
+            format!("generation {}, {state}", self.generation)
+        }
+    }
+
+    /// The generation as which what is at work was rolled back before, if it was.
+    pub(in crate::cli) fn rolled_back(&self) -> Option<u64> {
+        let same = |ended: &&Ended| ended.state == "rolled-back" && ended.hash == self.hash;
+        self.ended.iter().find(same).map(|ended| ended.generation)
+    }
+
+    /// Whether this is what was at work before: the same file under the same configuration makes no new generation.
+    pub(in crate::cli) fn is_as(&self, before: &Self) -> bool {
+        self.generation > 0 && self.generation == before.generation
+    }
+}
+
+impl Candidate {
+    /// `0.2.0 (3f2a91c04b7d)`.
+    pub(in crate::cli) fn name(&self) -> String {
+        format!("{} ({})", printable(&self.version), short(&self.hash))
+    }
+
+    /// What part of what was compared it decides otherwise.
+    pub(in crate::cli) fn share(&self) -> String {
+        format!("{} of {} differ", self.different, self.compared)
+    }
+}
+
+impl Shadow {
+    /// The candidate's.
+    pub(in crate::cli) fn name(&self) -> String {
+        self.candidate.name()
+    }
+
+    pub(in crate::cli) fn told(&self, plugin: &str) -> String {
+        let Self {
+            candidate,
+            differences,
+        } = self;
+        let Candidate {
+            since_ms,
+            compared,
+            different,
+            failed,
+            skipped,
+            waiting,
+            ..
+        } = candidate;
+        let beside = candidate.generation.map_or_else(
+            || {
+                "it has met no event yet (of several nodes, one decides about a source: --url)"
+                    .to_owned()
+            },
+            |number| format!("beside generation {number}"),
+        );
+        let head = format!(
+            "{plugin}: candidate {}, {beside}, since {}\n",
+            candidate.name(),
+            rfc3339(*since_ms)
+        );
+        let counts = format!(
+            "compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}\n"
+        );
+        head + &counts + &told(differences, *different)
+    }
+}
+
+impl Replay {
+    pub(in crate::cli) fn told(&self) -> String {
+        let Self {
+            plugin,
+            found,
+            compared,
+            different,
+            failed,
+            ..
+        } = self;
+        let version = printable(&self.version);
+        let mut text = format!(
+            "{plugin}: candidate {version} ({}), asked about {found} events that were decided\n",
+            short(&self.hash)
+        );
+        text += &format!("compared {compared}, different {different}, failed {failed}\n");
+        for (reason, n) in &self.not_compared {
+            text += &format!("not compared {n}: {}\n", printable(reason));
+        }
+        for Reach {
+            source,
+            oldest_entry,
+            oldest_decision,
+            is_every_decision,
+        } in &self.reach
+        {
+            let since = |entry: &Option<EntryId>| {
+                entry.map_or_else(
+                    || "none".to_owned(),
+                    |entry| format!("since {}", rfc3339(entry.ms)),
+                )
+            };
+            let whole = if *is_every_decision {
+                ", and none before"
+            } else {
+                ""
+            };
+            let (decisions, entries) = (since(oldest_decision), since(oldest_entry));
+            text += &format!(
+                "{}: decisions {decisions}{whole}; entries {entries} (retention.keep_s)\n",
+                printable(source)
+            );
+        }
+        text + &told(&self.differences, *different)
+    }
+}
+
+/// Each difference, with what is decided and what the candidate decides below each other.
+fn told(differences: &[Difference], all: u64) -> String {
+    let mut text = String::new();
+    for Difference {
+        event,
+        role,
+        old,
+        new,
+    } in differences
+    {
+        text += &format!(
+            "\n{} {} ({})\n",
+            printable(&event.kind),
+            printable(&event.id),
+            printable(role)
+        );
+        text += &format!("  old  {}\n  new  {}\n", side(old), side(new));
+    }
+    match all.saturating_sub(differences.len() as u64) {
+        0 => text,
+        more => format!(
+            "{text}\n... and {more} more; the first {} are kept\n",
+            differences.len()
+        ),
+    }
+}
+
+/// What a version decides. The words are those of decision records.
+fn side(side: &Value) -> String {
+    let reason = side["reason"].as_str().unwrap_or_default();
+    let text = match side["verdict"].as_str() {
+        Some("routes") => match side["plan"].as_array() {
+            Some(routes) => format!(
+                "routes {}",
+                routes.iter().map(route).collect::<Vec<_>>().join("; ")
+            ),
+            None => "routes, to whom is not known any more".to_owned(),
+        },
+        Some("none") => "none: it names nobody".to_owned(),
+        Some("amend") => format!("amend{}", facts(side, &["verdict"])),
+        Some(verdict) if reason.is_empty() => verdict.to_owned(),
+        Some(verdict) => format!("{verdict}: {reason}"),
+        None => format!("too large to be shown: {} bytes", side["too_large_bytes"]),
+    };
+    let text = printable(&text);
+    if text.chars().count() <= MAX_SIDE {
+        return text;
+    }
+    let begins: String = text.chars().take(MAX_SIDE).collect();
+    format!("{begins}... (--json shows all of it)")
+}
+
+/// To whom a route goes, and what else it says.
+fn route(route: &Value) -> String {
+    let to = list(
+        route["to"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str),
+    );
+    format!("to {to}{}", facts(route, &["by", "to"]))
+}
+
+/// What an object says beside these keys.
+fn facts(object: &Value, without: &[&str]) -> String {
+    let facts = object
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| !without.contains(&key.as_str()));
+    let facts = facts.map(
+        |(key, value)| match (key.as_str(), value.as_str(), value.as_u64()) {
+            ("expires_ms", _, Some(ms)) => format!(", until {}", rfc3339(ms)),
+            (_, Some(text), _) => format!(", {key} {text}"),
+            _ => format!(", {key} {value}"),
+        },
+    );
+    facts.collect()
+}
+
+fn list<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
+    let words: Vec<&str> = words.into_iter().collect();
+    if words.is_empty() {
+        "none".to_owned()
+    } else {
+        printable(&words.join(", "))
+    }
+}
+
+/// As much of a hash as a person compares.
+fn short(hash: &str) -> String {
+    printable(&hash.chars().take(12).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_side_of_a_difference_is_a_line_of_bounded_length() {
+        let route = json!({ "by": "r", "to": ["u:1", "g:ops"], "priority": "high", "expires_ms": 1_800_000_000_000_u64, "collapse": "c\u{1b}[2J" });
+        for (decided, expect) in [
+            (json!({ "verdict": "keep" }), "keep"),
+            (
+                json!({ "verdict": "drop", "reason": "a test" }),
+                "drop: a test",
+            ),
+            (
+                json!({ "verdict": "amend", "priority": "low", "attributes": { "a": 1 } }),
+                r#"amend, attributes {"a":1}, priority low"#,
+            ),
+            (json!({ "verdict": "none" }), "none: it names nobody"),
+            (
+                json!({ "verdict": "routes" }),
+                "routes, to whom is not known any more",
+            ),
+            (
+                json!({ "verdict": "routes", "plan": [route] }),
+                "routes to u:1, g:ops, collapse c [2J, until 2027-01-15T08:00:00.000Z, priority high",
+            ),
+            (
+                json!({ "verdict": "failed", "reason": "it trapped" }),
+                "failed: it trapped",
+            ),
+            (
+                json!({ "too_large_bytes": 70_000 }),
+                "too large to be shown: 70000 bytes",
+            ),
+        ] {
+            assert_eq!(side(&decided), expect);
+        }
+        let many: Vec<String> = (0..1_000).map(|n| format!("u:{n}")).collect();
+        let long = side(&json!({ "verdict": "routes", "plan": [{ "to": many }] }));
+        assert!(
+            long.len() < 500 && long.ends_with("(--json shows all of it)"),
+            "{long}"
+        );
+    }
+}

@@ -1,0 +1,837 @@
+//! Which streams on this node follow which log, and the feed that tells them of appends.
+//!
+//! The feed is never trusted: a tick a second and partition is probe, loss detector and low-water mark in one. A reset, or [`SILENCE`]
+//! without a tick, sends every stream of the partition back to replay. The hub never waits for a stream: one whose buffer is full goes
+//! back to replay by itself. Delivery needs no table of sessions: the broker knows which node follows which log, and forgets a dead one.
+//!
+//! Knows neither what reaches whom (`recipients`), nor what a stream has had (`subscription`), nor how it is written (`sse`).
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::broker::{Broker, Feed, Follow, Notice, PartitionNumber};
+use crate::clock::now_ms;
+use crate::delivery::recipients::Reader;
+use crate::delivery::subscription::replay::{Follows, History};
+use crate::delivery::subscription::{Filter, OpenStream, Record, Start, Subscription};
+use crate::event::{Life, Name, NotificationId, Target};
+use crate::shutdown::Shutdown;
+use crate::telemetry::metrics::{Metrics, ReasonLabel};
+
+/// So long without a tick, and the feed of a partition counts as dead, whatever the connection says.
+pub const SILENCE: Duration = Duration::from_secs(3);
+/// How often each node ticks each partition.
+const TICK: Duration = Duration::from_secs(1);
+
+/// A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Hub(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    broker: Arc<dyn Broker>,
+    history: History,
+    metrics: Metrics,
+    partitions: Vec<PartitionNumber>,
+    next_stream: AtomicU64,
+    /// A std mutex: held to look up and hand out, never across an `.await`. Locked before a stream's own, never after.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    streams: HashMap<u64, Arc<OpenStream>>,
+    by_user: HashMap<Name, HashSet<u64>>,
+    logs: HashMap<(PartitionNumber, Target), Log>,
+    followed: HashMap<(u64, PartitionNumber), Vec<Target>>,
+    /// `None` while there is no feed.
+    follow: Option<mpsc::UnboundedSender<Follow>>,
+    next_token: u64,
+    /// Requests without an answer yet.
+    asked: HashMap<u64, (PartitionNumber, Target)>,
+    last_tick: HashMap<PartitionNumber, Instant>,
+    /// When the feed of a silent partition was last told to connect again.
+    reconnected: HashMap<PartitionNumber, Instant>,
+}
+
+#[derive(Debug)]
+struct Log {
+    followers: HashMap<u64, Arc<OpenStream>>,
+    /// Of the latest request; an answer to an earlier one does not count.
+    token: u64,
+    is_confirmed: bool,
+    waiting: Vec<oneshot::Sender<()>>,
+}
+
+/// A stream that is open as long as this lives.
+#[derive(Debug)]
+pub struct StreamGuard {
+    hub: Hub,
+    stream: Arc<OpenStream>,
+}
+
+impl StreamGuard {
+    pub fn stream(&self) -> &Arc<OpenStream> {
+        &self.stream
+    }
+}
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        self.stream.close();
+        let user = self.stream.lock().user().clone();
+        self.hub.0.forget(self.stream.id, &user);
+    }
+}
+
+impl Hub {
+    /// Starts the feed and the ticks. They end with the runtime; without them streams would stay open and hear nothing, so that one that panics
+    /// ends the node.
+    pub fn start(broker: Arc<dyn Broker>, metrics: Metrics, shutdown: &Shutdown) -> Self {
+        let partitions = broker
+            .partitions()
+            .iter()
+            .map(|partition| partition.number)
+            .collect();
+        let history = History::new(Arc::clone(&broker), metrics.clone());
+        let (next_stream, state) = (AtomicU64::new(1), Mutex::default());
+        let hub = Self(Arc::new(Shared {
+            broker,
+            history,
+            metrics,
+            partitions,
+            next_stream,
+            state,
+        }));
+        shutdown.spawn_lasting("the reader of notices", Arc::clone(&hub.0).listen());
+        for &partition in &hub.0.partitions {
+            shutdown.spawn_lasting("what ticks", tick(Arc::downgrade(&hub.0), partition));
+        }
+        hub
+    }
+
+    /// Opens a stream; history is read for it and the feed is followed until the guard is dropped.
+    pub fn open(&self, reader: impl Into<Reader>, start: Start, filter: Filter) -> StreamGuard {
+        let shared = &self.0;
+        let reader = reader.into();
+        let user = reader.user.clone();
+        let subscription =
+            Subscription::new(reader, start, filter, shared.partitions.iter().copied());
+        let stream = Arc::new(OpenStream::new(
+            shared.next_stream.fetch_add(1, Ordering::Relaxed),
+            subscription,
+        ));
+        let mut state = shared.lock();
+        state.streams.insert(stream.id, Arc::clone(&stream));
+        state.by_user.entry(user).or_default().insert(stream.id);
+        shared.metrics.streams_open.set(state.streams.len() as i64);
+        drop(state);
+        for &partition in &shared.partitions {
+            shared.replay(&stream, partition, "connect", Subscription::enter_replay);
+        }
+        StreamGuard {
+            hub: self.clone(),
+            stream,
+        }
+    }
+
+    /// Reads what is kept for a reader, from `start` up to now, and at most `limit` notifications of it, without following anything.
+    /// `take` is called after each step that may have something to say; it answers how many notifications it took in all.
+    pub async fn read(
+        &self,
+        reader: Reader,
+        start: Start,
+        filter: Filter,
+        limit: usize,
+        mut take: impl FnMut(&mut Subscription) -> usize,
+    ) {
+        let shared = &self.0;
+        let subscription =
+            Subscription::new(reader, start, filter, shared.partitions.iter().copied());
+        let stream = Arc::new(OpenStream::new(
+            shared.next_stream.fetch_add(1, Ordering::Relaxed),
+            subscription,
+        ));
+        let replays = shared.partitions.iter().map(|&partition| {
+            let round = stream.lock().enter_replay(partition);
+            shared
+                .history
+                .replay(Arc::clone(&stream), partition, round, &FollowsNothing)
+        });
+        let mut replays = std::pin::pin!(futures_util::future::join_all(replays));
+        // The replays wake this task whenever they have something for it, as they would wake a socket's.
+        std::future::poll_fn(|cx| {
+            stream.register(cx.waker());
+            loop {
+                let is_done = replays.as_mut().poll(cx).is_ready();
+                let n_taken = take(&mut stream.lock());
+                stream.made_room();
+                if is_done || n_taken >= limit {
+                    return std::task::Poll::Ready(());
+                }
+                if !stream.lock().is_ready() {
+                    return std::task::Poll::Pending;
+                }
+            }
+        })
+        .await;
+        stream.close();
+    }
+
+    /// How many streams of a user are open on this node, and how many of them have nothing more to do with this notification: it was
+    /// written, was not for them, or lies before their beginning.
+    pub fn streams_beside(
+        &self,
+        user: &Name,
+        partition: PartitionNumber,
+        id: NotificationId,
+    ) -> (usize, usize) {
+        let state = self.0.lock();
+        let open: Vec<_> = state
+            .by_user
+            .get(user)
+            .into_iter()
+            .flatten()
+            .filter_map(|stream| state.streams.get(stream))
+            .collect();
+        let is_past = |stream: &&&Arc<OpenStream>| stream.lock().is_past(partition, id);
+        (open.len(), open.iter().filter(is_past).count())
+    }
+
+    /// Partitions of which nothing was heard for [`SILENCE`] or ever.
+    pub fn silent(&self) -> Vec<PartitionNumber> {
+        let state = self.0.lock();
+        let is_silent = |partition: &&PartitionNumber| {
+            state
+                .last_tick
+                .get(partition)
+                .is_none_or(|tick| tick.elapsed() > SILENCE)
+        };
+        self.0
+            .partitions
+            .iter()
+            .filter(is_silent)
+            .copied()
+            .collect()
+    }
+}
+
+struct FollowsNothing;
+
+#[async_trait]
+impl Follows for FollowsNothing {
+    async fn follow(&self, _: &Arc<OpenStream>, _: PartitionNumber, _: Vec<Target>) {}
+}
+
+/// Ticks for as long as the hub lives; any node may, and all do.
+async fn tick(hub: std::sync::Weak<Shared>, partition: PartitionNumber) {
+    let mut interval = tokio::time::interval(TICK);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let Some(shared) = hub.upgrade() else { return };
+        if let Err(error) = shared.broker.tick(partition).await {
+            tracing::debug!(partition = partition.0, %error, "no tick");
+        }
+    }
+}
+
+#[async_trait]
+impl Follows for Shared {
+    async fn follow(
+        &self,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        targets: Vec<Target>,
+    ) {
+        let mut confirmations = Vec::new();
+        {
+            let mut state = self.lock();
+            // Closed meanwhile: nothing would ever unfollow what is followed now.
+            if !state.streams.contains_key(&stream.id) {
+                return;
+            }
+            let before = state
+                .followed
+                .insert((stream.id, partition), targets.clone())
+                .unwrap_or_default();
+            for target in before
+                .into_iter()
+                .filter(|target| !targets.contains(target))
+            {
+                state.unfollow(stream.id, partition, target);
+            }
+            for target in targets {
+                let log = state.log(partition, target);
+                log.followers.insert(stream.id, Arc::clone(stream));
+                if !log.is_confirmed {
+                    let (tell, confirmation) = oneshot::channel();
+                    log.waiting.push(tell);
+                    confirmations.push(confirmation);
+                }
+            }
+            self.metrics.logs_followed.set(state.logs.len() as i64);
+        }
+        for confirmation in confirmations {
+            // An error is a log that nobody follows any more; then the round is over, too.
+            if confirmation.await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl State {
+    fn log(&mut self, partition: PartitionNumber, target: Target) -> &mut Log {
+        let Self {
+            logs,
+            follow,
+            next_token,
+            asked,
+            ..
+        } = self;
+        logs.entry((partition, target))
+            .or_insert_with_key(|(_, target)| {
+                *next_token += 1;
+                if let Some(follow) = follow {
+                    ask(follow, asked, *next_token, partition, target);
+                }
+                Log {
+                    followers: HashMap::new(),
+                    token: *next_token,
+                    is_confirmed: false,
+                    waiting: Vec::new(),
+                }
+            })
+    }
+
+    fn unfollow(&mut self, stream: u64, partition: PartitionNumber, target: Target) {
+        let key = (partition, target);
+        let Some(log) = self.logs.get_mut(&key) else {
+            return;
+        };
+        log.followers.remove(&stream);
+        if log.followers.is_empty() {
+            self.logs.remove(&key);
+            if let Some(follow) = &self.follow {
+                follow
+                    .send(Follow::Stop {
+                        partition,
+                        target: key.1,
+                    })
+                    .ok();
+            }
+        }
+    }
+
+    /// Asks anew for every log of these partitions.
+    fn follow_again(&mut self, partitions: &[PartitionNumber]) {
+        let Self {
+            logs,
+            follow,
+            next_token,
+            asked,
+            ..
+        } = self;
+        let Some(follow) = follow else { return };
+        asked.retain(|_, (partition, _)| !partitions.contains(partition));
+        for ((partition, target), log) in logs
+            .iter_mut()
+            .filter(|((partition, _), _)| partitions.contains(partition))
+        {
+            *next_token += 1;
+            log.token = *next_token;
+            log.is_confirmed = false;
+            ask(follow, asked, log.token, *partition, target);
+        }
+    }
+}
+
+fn ask(
+    follow: &mpsc::UnboundedSender<Follow>,
+    asked: &mut HashMap<u64, (PartitionNumber, Target)>,
+    token: u64,
+    partition: PartitionNumber,
+    target: &Target,
+) {
+    asked.insert(token, (partition, target.clone()));
+    // A feed that has ended answers nothing; the next one is asked for everything anew.
+    follow
+        .send(Follow::Start {
+            partition,
+            target: target.clone(),
+            token,
+        })
+        .ok();
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget(&self, stream: u64, user: &Name) {
+        let mut state = self.lock();
+        state.streams.remove(&stream);
+        if let Some(streams) = state.by_user.get_mut(user) {
+            streams.remove(&stream);
+            if streams.is_empty() {
+                state.by_user.remove(user);
+            }
+        }
+        for &partition in &self.partitions {
+            for target in state
+                .followed
+                .remove(&(stream, partition))
+                .unwrap_or_default()
+            {
+                state.unfollow(stream, partition, target);
+            }
+        }
+        self.metrics.streams_open.set(state.streams.len() as i64);
+        self.metrics.logs_followed.set(state.logs.len() as i64);
+    }
+
+    /// Sends one partition of a stream to replay, by the transition that fits the cause.
+    fn replay(
+        self: &Arc<Self>,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        cause: &'static str,
+        enter: impl FnOnce(&mut Subscription, PartitionNumber) -> u64,
+    ) {
+        let round = enter(&mut stream.lock(), partition);
+        self.metrics
+            .replays
+            .get_or_create(&ReasonLabel { reason: cause })
+            .inc();
+        let (shared, stream) = (Arc::clone(self), Arc::clone(stream));
+        tokio::spawn(async move {
+            shared
+                .history
+                .replay(stream, partition, round, &*shared)
+                .await
+        });
+    }
+
+    fn replay_all(self: &Arc<Self>, partitions: &[PartitionNumber], cause: &'static str) {
+        let streams: Vec<_> = self.lock().streams.values().cloned().collect();
+        for stream in streams {
+            for &partition in partitions {
+                self.replay(&stream, partition, cause, Subscription::enter_replay);
+            }
+        }
+    }
+
+    /// Opens feeds for ever, one after another.
+    async fn listen(self: Arc<Self>) {
+        let mut delay = Duration::from_millis(100);
+        loop {
+            match self.broker.feed().await {
+                Ok(feed) => {
+                    delay = Duration::from_millis(100);
+                    Listener {
+                        hub: &self,
+                        lives: HashMap::new(),
+                        unread: HashSet::new(),
+                    }
+                    .listen(feed)
+                    .await;
+                    self.lock().follow = None;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, retry_ms = delay.as_millis() as u64, "no feed; streams stay open and wait");
+                    delay = (delay * 2).min(Duration::from_secs(5));
+                }
+            }
+            self.metrics.feed_resets.inc();
+            tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))).await;
+        }
+    }
+}
+
+/// The one reader of a feed.
+struct Listener<'a> {
+    hub: &'a Arc<Shared>,
+    /// The present life of each partition, as far as this node knows.
+    lives: HashMap<PartitionNumber, Life>,
+    /// Whose head could not be read for the batch at hand.
+    unread: HashSet<PartitionNumber>,
+}
+
+impl Listener<'_> {
+    async fn listen(mut self, feed: Feed) {
+        let Feed {
+            follow,
+            mut notices,
+        } = feed;
+        let begin = Instant::now();
+        {
+            let mut state = self.hub.lock();
+            state.follow = Some(follow.clone());
+            state.last_tick = self
+                .hub
+                .partitions
+                .iter()
+                .map(|&partition| (partition, begin))
+                .collect();
+            state.follow_again(&self.hub.partitions);
+        }
+        self.hub.replay_all(&self.hub.partitions, "feed");
+        let mut watch = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                batch = notices.recv() => match batch {
+                    Some(batch) => self.hear(batch).await,
+                    None => return,
+                },
+                _ = watch.tick() => self.reconnect_silent(&follow),
+            }
+        }
+    }
+
+    fn reconnect_silent(&self, follow: &mpsc::UnboundedSender<Follow>) {
+        let mut state = self.hub.lock();
+        let State {
+            last_tick,
+            reconnected,
+            ..
+        } = &mut *state;
+        for (&partition, last) in last_tick {
+            if last.elapsed() <= SILENCE {
+                reconnected.remove(&partition);
+                continue;
+            }
+            let before = reconnected.get(&partition);
+            if before.is_some_and(|before| before.elapsed() <= SILENCE) {
+                continue;
+            }
+            if before.is_none() {
+                tracing::warn!(
+                    partition = partition.0,
+                    silence_s = SILENCE.as_secs(),
+                    "no tick; connecting the feed until one is heard"
+                );
+            }
+            reconnected.insert(partition, Instant::now());
+            follow.send(Follow::Reconnect { partition }).ok();
+        }
+    }
+
+    async fn hear(&mut self, batch: Vec<Notice>) {
+        let records = self.records(&batch).await;
+        self.unread.clear();
+        for notice in batch {
+            match notice {
+                Notice::Append {
+                    partition,
+                    target,
+                    life,
+                    id,
+                    ..
+                } => {
+                    if !self.is_present_life(partition, life).await {
+                        continue;
+                    }
+                    let is_known = match records.get(&(partition, life, id)) {
+                        Some(Some(record)) => self.append(partition, &target, life, id, record),
+                        // It could not be read: history will have it, or say that it is gone.
+                        Some(None) => {
+                            self.replay_followers(partition, &target);
+                            true
+                        }
+                        None => true,
+                    };
+                    if !is_known {
+                        self.look(partition).await;
+                    }
+                }
+                Notice::Tick {
+                    partition,
+                    life,
+                    last,
+                } => {
+                    if self.is_present_life(partition, life).await
+                        && !self.tick(partition, life, last)
+                    {
+                        self.look(partition).await;
+                    }
+                }
+                Notice::Alive { partition } => {
+                    self.hub.lock().last_tick.insert(partition, Instant::now());
+                }
+                Notice::RecipientChanged { partition, user } => {
+                    let state = self.hub.lock();
+                    let streams: Vec<_> = state
+                        .by_user
+                        .get(&user)
+                        .into_iter()
+                        .flatten()
+                        .filter_map(|id| state.streams.get(id).cloned())
+                        .collect();
+                    drop(state);
+                    // At once and in order: the low-water mark must not pass an event that the user has become a recipient of.
+                    for stream in streams {
+                        self.hub.replay(
+                            &stream,
+                            partition,
+                            "recipient",
+                            Subscription::recipient_changed,
+                        );
+                    }
+                }
+                Notice::Following { token } => self.confirm(token),
+                Notice::Reset { partitions } => {
+                    self.hub.metrics.feed_resets.inc();
+                    self.hub.lock().follow_again(&partitions);
+                    self.hub.replay_all(&partitions, "feed");
+                }
+            }
+        }
+    }
+
+    /// The records that a batch's appends speak of, read at once; `None` where the broker could not say.
+    async fn records(
+        &self,
+        batch: &[Notice],
+    ) -> HashMap<(PartitionNumber, Life, NotificationId), Option<Arc<Record>>> {
+        let mut records = HashMap::new();
+        let mut absent: HashMap<(PartitionNumber, Life), Vec<NotificationId>> = HashMap::new();
+        {
+            let state = self.hub.lock();
+            for notice in batch {
+                let Notice::Append {
+                    partition,
+                    target,
+                    life,
+                    id,
+                    record,
+                } = notice
+                else {
+                    continue;
+                };
+                let key = (*partition, *life, *id);
+                // Unfollowed meanwhile: nobody waits for it.
+                if records.contains_key(&key)
+                    || !state.logs.contains_key(&(*partition, target.clone()))
+                {
+                    continue;
+                }
+                let held = self.hub.history.records();
+                let record = record
+                    .as_ref()
+                    .and_then(|stored| held.insert(key, stored))
+                    .or_else(|| held.get(key));
+                if record.is_none() {
+                    absent.entry((*partition, *life)).or_default().push(*id);
+                }
+                records.insert(key, record);
+            }
+        }
+        for ((partition, life), ids) in absent {
+            match self
+                .hub
+                .history
+                .records()
+                .read(&*self.hub.broker, partition, life, &ids)
+                .await
+            {
+                Ok(read) => records.extend(
+                    ids.iter()
+                        .zip(read)
+                        .map(|(&id, record)| ((partition, life, id), record)),
+                ),
+                Err(error) => {
+                    tracing::warn!(partition = partition.0, %error, "records of live notifications could not be read; their streams go back to replay")
+                }
+            }
+        }
+        records
+    }
+
+    /// `false`: a stream lives in another life.
+    fn tick(&self, partition: PartitionNumber, life: Life, last: NotificationId) -> bool {
+        let mut state = self.hub.lock();
+        state.last_tick.insert(partition, Instant::now());
+        let mut is_known = true;
+        for stream in state.streams.values() {
+            let mut subscription = stream.lock();
+            is_known &= !subscription.lives_elsewhere(partition, life);
+            subscription.on_tick(partition, life, last);
+        }
+        is_known
+    }
+
+    /// `false`: a stream lives in another life.
+    fn append(
+        &self,
+        partition: PartitionNumber,
+        target: &Target,
+        life: Life,
+        id: NotificationId,
+        record: &Arc<Record>,
+    ) -> bool {
+        let now_ms = now_ms();
+        let mut overflowed = Vec::new();
+        let mut is_known = true;
+        let state = self.hub.lock();
+        let Some(log) = state.logs.get(&(partition, target.clone())) else {
+            return true;
+        };
+        for stream in log.followers.values() {
+            let mut subscription = stream.lock();
+            is_known &= !subscription.lives_elsewhere(partition, life);
+            if let Some(round) = subscription.on_append(partition, life, id, record, now_ms) {
+                overflowed.push((Arc::clone(stream), round));
+            }
+            let is_ready = subscription.is_ready();
+            drop(subscription);
+            if is_ready {
+                stream.wake();
+            }
+        }
+        drop(state);
+        for (stream, round) in overflowed {
+            self.hub.metrics.stream_overflows.inc();
+            self.hub
+                .replay(&stream, partition, "overflow", |_, _| round);
+        }
+        is_known
+    }
+
+    fn replay_followers(&self, partition: PartitionNumber, target: &Target) {
+        let state = self.hub.lock();
+        let followers: Vec<_> = state
+            .logs
+            .get(&(partition, target.clone()))
+            .into_iter()
+            .flat_map(|log| log.followers.values().cloned())
+            .collect();
+        drop(state);
+        for stream in followers {
+            self.hub
+                .replay(&stream, partition, "record", Subscription::enter_replay);
+        }
+    }
+
+    fn confirm(&self, token: u64) {
+        let mut state = self.hub.lock();
+        let Some(key) = state.asked.remove(&token) else {
+            return;
+        };
+        if let Some(log) = state.logs.get_mut(&key).filter(|log| log.token == token) {
+            log.is_confirmed = true;
+            for waiting in log.waiting.drain(..) {
+                // Whoever waited may be gone.
+                waiting.send(()).ok();
+            }
+        }
+    }
+
+    /// Whether a notice is of the present life. One of another life may be older or newer than what this node knows: the head tells.
+    async fn is_present_life(&mut self, partition: PartitionNumber, life: Life) -> bool {
+        self.lives.get(&partition) == Some(&life) || self.look(partition).await == Some(life)
+    }
+
+    /// Asks which life is the present one, and sends the streams that live in another to replay, where they learn what became of theirs.
+    /// Asked where feed, node and streams disagree: each of them may have been told last by a primary that is none any more.
+    async fn look(&mut self, partition: PartitionNumber) -> Option<Life> {
+        // Asked once for a batch: the replays that began with the first answer find what the rest of it speaks of.
+        if self.unread.contains(&partition) {
+            return None;
+        }
+        let present = match self.hub.broker.head(partition).await {
+            Ok(head) => head.life,
+            Err(error) => {
+                // The notice cannot be judged, and the next one must not move a mark past what it spoke of.
+                tracing::warn!(partition = partition.0, %error, "the head could not be read; the streams of the partition go back to replay");
+                self.hub.replay_all(&[partition], "life");
+                self.unread.insert(partition);
+                return None;
+            }
+        };
+        let before = self.lives.insert(partition, present);
+        if before.is_some_and(|before| before != present) {
+            tracing::warn!(partition = partition.0, life = %present, "a new life: the broker was restarted or failed over");
+        }
+        // A stream that has not begun may be about to, with a head from before the change.
+        let is_new = before != Some(present);
+        let is_elsewhere = |stream: &Arc<OpenStream>| {
+            stream
+                .lock()
+                .life(partition)
+                .map_or(is_new, |life| life != present)
+        };
+        let streams: Vec<_> = self
+            .hub
+            .lock()
+            .streams
+            .values()
+            .filter(|stream| is_elsewhere(stream))
+            .cloned()
+            .collect();
+        for stream in streams {
+            self.hub
+                .replay(&stream, partition, "life", Subscription::enter_replay);
+        }
+        Some(present)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::fake::FakeBroker;
+
+    /// Each replay is a task, and each question may take as long as a broker that is away.
+    #[tokio::test]
+    async fn however_many_notices_cannot_be_judged_at_once_the_streams_replay_once() {
+        let broker = FakeBroker::failing(|| {
+            crate::broker::Error::Away("so that no notice can be judged".to_owned())
+        });
+        let hub = Hub::start(Arc::new(broker), Metrics::default(), &Shutdown::new());
+        let _stream = hub.open(
+            Name::parse("ann").unwrap(),
+            Start::Latest,
+            Filter::default(),
+        );
+        let partition = hub.0.partitions[0];
+        let mut listener = Listener {
+            hub: &hub.0,
+            lives: HashMap::new(),
+            unread: HashSet::new(),
+        };
+        let replays = || {
+            hub.0
+                .metrics
+                .replays
+                .get_or_create(&ReasonLabel { reason: "life" })
+                .get()
+        };
+        for n_batches in 1..=2 {
+            let tick = |n| Notice::Tick {
+                partition,
+                life: Life::from_bits(7),
+                last: NotificationId(n),
+            };
+            listener.hear((0..50).map(tick).collect()).await;
+            assert_eq!(replays(), n_batches);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hub_that_panics_ends_the_node() {
+        let shutdown = Shutdown::new();
+        let broker = FakeBroker::failing(|| panic!("so that the test has something to see"));
+        let _hub = Hub::start(Arc::new(broker), Metrics::default(), &shutdown);
+        tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
+            .await
+            .expect("it begins");
+        assert_eq!(shutdown.broken(), Some("what ticks"));
+    }
+}

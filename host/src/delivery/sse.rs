@@ -1,0 +1,356 @@
+//! A subscription as bytes: framing, heartbeats, lifetime. The only place that knows the SSE format (WHATWG HTML, "Server-sent events").
+//!
+//! `event:` and `data:` are rendered once for each notification and winning route and shared by all streams. A stream's own are `id:`,
+//! which says how far it is, and in the data `to`, because nobody is told whom else the route names. Whatever waits leaves in one write.
+//! One timer serves the heartbeats and deadlines of all streams.
+//!
+//! How bytes reach a socket is the server's business: a [`Body`] is a body like any other. Who may read is `auth`'s.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http_body::Frame;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::now_ms;
+use crate::delivery::hub::StreamGuard;
+use crate::delivery::subscription::{Gap, Next, Record, Rendered};
+use crate::event::Target;
+use crate::telemetry::metrics::{Metrics, ReasonLabel};
+
+mod data;
+mod timer;
+
+pub use data::data_of;
+pub use timer::{Pulse, Seat};
+
+/// What a stream asks of what carries it: a connection, or a share of one.
+pub trait Socket: std::fmt::Debug + Send + Sync {
+    /// How much it has taken so far, of this stream and whatever came before it. It grows for as long as the peer reads.
+    fn taken(&self) -> u64;
+    /// Ready when it has taken `n` in all, or bounds by itself what waits for it; else it wakes the task when it takes more.
+    fn poll_taken(&self, cx: &mut Context<'_>, n: u64) -> Poll<()>;
+    /// Cuts it.
+    fn kill(&self);
+}
+
+/// At most about so many bytes leave in one write, and no more before they have left: what waits here can still be overtaken.
+const WRITE: usize = 16 * 1024;
+
+/// `[stream]`: how streams are kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Seconds between heartbeats, +-20 % (20; proxies cut at 50 or 60).
+    pub heartbeat_s: u64,
+    /// Seconds after which a stream ends and its client comes back, -20 % at random (3,600; 0 for never).
+    pub max_age_s: u64,
+    /// Milliseconds that clients are told to wait before they come back, +-50 % for each (2,000).
+    pub retry_ms: u64,
+    /// Seconds without progress after which a stream with something to write is cut (30). The system tells of progress in steps of some
+    /// kilobytes, so that a client which takes less than about 500 bytes a second counts as one that takes nothing.
+    pub stall_s: u64,
+    /// Seconds between cursors without a notification (180).
+    pub cursor_s: u64,
+    /// Open streams (10,000); one more is told to come back. A connection of HTTP/2 carries many.
+    pub max_open: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            heartbeat_s: 20,
+            max_age_s: 3_600,
+            retry_ms: 2_000,
+            stall_s: 30,
+            cursor_s: 180,
+            max_open: 10_000,
+        }
+    }
+}
+
+/// Why this node ends a stream; clients are told by `event: close`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It has its age; come back.
+    Age,
+    /// The token has expired; come back with another.
+    TokenExpired,
+    /// The node stops; come back, to another node.
+    Drain,
+}
+
+impl End {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Age => "age",
+            Self::TokenExpired => "token-expired",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+/// What the shared timer and a stream's socket tell each other.
+#[derive(Debug)]
+struct Signals {
+    guard: StreamGuard,
+    heartbeat: AtomicBool,
+    cursor: AtomicBool,
+    end: Mutex<Option<End>>,
+    /// `None` where nothing is known of the connection, as in tests.
+    socket: Option<Arc<dyn Socket>>,
+}
+
+impl Signals {
+    fn wake(&self) {
+        self.guard.stream().wake();
+    }
+}
+
+/// The body of a stream's response.
+#[derive(Debug)]
+pub struct Body {
+    signals: Arc<Signals>,
+    metrics: Metrics,
+    retry_ms: u64,
+    is_opened: bool,
+    is_ended: bool,
+    buffer: BytesMut,
+    cursor: String,
+    sent_cursor: String,
+    /// What the socket will have taken when all is written that it was given.
+    n_given: u64,
+    _seat: Seat,
+}
+
+impl Body {
+    /// The body of an open stream, kept alive by `pulse`. `expires_ms`: when its token expires, in milliseconds since the Unix epoch.
+    pub fn new(
+        guard: StreamGuard,
+        seat: Seat,
+        pulse: &Pulse,
+        metrics: Metrics,
+        expires_ms: Option<u64>,
+        socket: Option<Arc<dyn Socket>>,
+    ) -> Self {
+        let signals = Arc::new(Signals {
+            guard,
+            heartbeat: AtomicBool::new(false),
+            cursor: AtomicBool::new(false),
+            end: Mutex::new(None),
+            socket,
+        });
+        pulse.watch(&signals, expires_ms);
+        let retry_ms = pulse.retry_ms();
+        let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
+        Self {
+            signals,
+            metrics,
+            retry_ms,
+            is_opened: false,
+            is_ended: false,
+            buffer,
+            cursor,
+            sent_cursor,
+            n_given: 0,
+            _seat: seat,
+        }
+    }
+
+    /// Everything that can be written now, up to about [`WRITE`] bytes.
+    fn collect(&mut self) {
+        let stream = Arc::clone(self.signals.guard.stream());
+        if !self.is_opened {
+            self.is_opened = true;
+            // A proxy passes the head on with the first byte of the body. No blank line: some clients call `onmessage` on every one.
+            self.buffer.put_slice(b": pointsman\n");
+        }
+        let now_ms = now_ms();
+        let mut n_sent = 0;
+        // First, as a token that has expired has nobody to tell any more; what waits is in the log.
+        let end = *self
+            .signals
+            .end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if end.is_none() {
+            let mut subscription = stream.lock();
+            if self.signals.cursor.swap(false, Ordering::AcqRel) {
+                self.cursor.clear();
+                subscription.encode_cursor(&mut self.cursor);
+                if self.cursor != self.sent_cursor {
+                    subscription.request_cursor();
+                }
+            }
+            while self.buffer.len() < WRITE
+                && let Some(next) = subscription.next(now_ms)
+            {
+                self.cursor.clear();
+                subscription.encode_cursor(&mut self.cursor);
+                match next {
+                    Next::Notification { record, way, .. } => {
+                        n_sent += 1;
+                        put_id(&mut self.buffer, &self.cursor);
+                        let rendered =
+                            record.rendered(way.route, |record| render(record, way.route));
+                        self.buffer.put_slice(&rendered.before_target);
+                        put_target(&mut self.buffer, &record.route(way.route).to[way.target]);
+                        self.buffer.put_slice(&rendered.after_target);
+                        self.sent_cursor.clone_from(&self.cursor);
+                    }
+                    Next::Gap(gap) => {
+                        put_gap(&mut self.buffer, gap);
+                        self.metrics
+                            .gaps
+                            .get_or_create(&ReasonLabel {
+                                reason: gap.reason.as_str(),
+                            })
+                            .inc();
+                    }
+                    Next::Cursor => {
+                        let first = self.sent_cursor.is_empty();
+                        put_id(&mut self.buffer, &self.cursor);
+                        if first {
+                            self.buffer
+                                .put_slice(format!("retry: {}\n", self.retry_ms).as_bytes());
+                        }
+                        self.buffer.put_slice(b"event: cursor\ndata:\n\n");
+                        self.sent_cursor.clone_from(&self.cursor);
+                    }
+                }
+            }
+        }
+        if n_sent > 0 {
+            self.metrics.notifications_sent.inc_by(n_sent);
+        }
+        // Whether or not something is written: what has expired left the lanes, too, and a replay may wait for that.
+        stream.made_room();
+        if self.signals.heartbeat.swap(false, Ordering::AcqRel) && self.buffer.is_empty() {
+            self.buffer.put_slice(b":\n");
+        }
+        if let Some(end) = end {
+            self.is_ended = true;
+            self.cursor.clear();
+            stream.lock().encode_cursor(&mut self.cursor);
+            if !self.cursor.is_empty() {
+                put_id(&mut self.buffer, &self.cursor);
+            }
+            self.buffer.put_slice(
+                format!(
+                    "retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n",
+                    self.retry_ms,
+                    end.as_str()
+                )
+                .as_bytes(),
+            );
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = self.get_mut();
+        if this.is_ended {
+            return Poll::Ready(None);
+        }
+        // Registered before looking, or what comes in between would wait for the next heartbeat.
+        this.signals.guard.stream().register(cx.waker());
+        if let Some(socket) = &this.signals.socket
+            && socket.poll_taken(cx, this.n_given).is_pending()
+        {
+            return Poll::Pending;
+        }
+        this.collect();
+        if this.buffer.is_empty() {
+            // An idle stream keeps no buffer.
+            this.buffer = BytesMut::new();
+            return Poll::Pending;
+        }
+        this.n_given = this
+            .signals
+            .socket
+            .as_ref()
+            .map_or(0, |socket| socket.taken())
+            + this.buffer.len() as u64;
+        Poll::Ready(Some(Ok(Frame::data(this.buffer.split().freeze()))))
+    }
+}
+
+/// All that a stream says which this node cannot serve now. With status 200, because an `EventSource` never comes back after any other.
+pub fn refusal(reason: &str, retry_ms: u64) -> String {
+    format!(
+        "retry: {}\nevent: close\ndata: {{\"reason\":\"{reason}\"}}\n\n",
+        spread_retry(retry_ms)
+    )
+}
+
+fn put_id(out: &mut BytesMut, cursor: &str) {
+    out.put_slice(b"id: ");
+    out.put_slice(cursor.as_bytes());
+    out.put_slice(b"\n");
+}
+
+fn put_gap(out: &mut BytesMut, gap: Gap) {
+    let Gap {
+        partition,
+        reason,
+        from,
+        to,
+    } = gap;
+    let data = format!(
+        r#"{{"reason":"{}","partition":{},"from":{from},"to":{to}}}"#,
+        reason.as_str(),
+        partition.0
+    );
+    out.put_slice(format!("event: gap\ndata: {data}\n\n").as_bytes());
+}
+
+fn put_target(out: &mut BytesMut, target: &Target) {
+    serde_json::to_writer(out.writer(), target).expect("a text, written to memory");
+}
+
+/// Part of a `data:` field. JSON written by us has no line ends; a payload passed on as it came could only have them if a check failed
+/// before.
+fn put_data(out: &mut BytesMut, part: &str) {
+    for (n, line) in part.split(['\n', '\r']).enumerate() {
+        if n > 0 {
+            out.put_slice(b"\ndata: ");
+        }
+        out.put_slice(line.as_bytes());
+    }
+}
+
+/// `event:` and `data:` of a notification, with the blank line that ends it.
+fn render(record: &Record, route: usize) -> Rendered {
+    let (before, after) = data::around_target(record.notification(), route);
+    let mut out = BytesMut::with_capacity(before.len() + after.len() + 64);
+    if let Some(name) = &record.route(route).event_name {
+        out.put_slice(format!("event: {name}\n").as_bytes());
+    }
+    out.put_slice(b"data: ");
+    put_data(&mut out, &before);
+    let before_target = out.split().freeze();
+    put_data(&mut out, &after);
+    out.put_slice(b"\n\n");
+    Rendered {
+        before_target,
+        after_target: out.freeze(),
+    }
+}
+
+/// How long a client is told to wait before it comes back: spread out, so that a node's clients do not come back in one moment.
+fn spread_retry(retry_ms: u64) -> u64 {
+    Duration::from_millis(retry_ms)
+        .mul_f64(rand::random_range(0.5..1.5))
+        .as_millis() as u64
+}

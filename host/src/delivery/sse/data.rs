@@ -1,0 +1,84 @@
+//! The `data` object of a notification, as clients see it in SSE and in `GET /v1/notifications`. Its JSON Schema is `host/schema/notification.json`.
+
+use base64::Engine as _;
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::delivery::recipients::Way;
+use crate::event::{Name, Notification, Payload, Priority, rfc3339};
+
+/// All but `to` and the payload.
+#[derive(Serialize)]
+struct Head<'a> {
+    id: &'a str,
+    source: &'a str,
+    r#type: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    subject: Option<&'a str>,
+    time: String,
+    priority: Priority,
+    by: &'a Name,
+}
+
+/// Always exactly one of the two members.
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Body<'a> {
+    Data(&'a RawValue),
+    DataBase64(String),
+}
+
+/// The `data` object of a notification on its way to one recipient.
+///
+/// # Panics
+/// If the plan has no such way.
+pub fn data_of(notification: &Notification, way: Way) -> String {
+    let (before, after) = around_target(notification, way.route);
+    let target = &notification.plan.routes[way.route].to[way.target];
+    before + &json(target) + &after
+}
+
+/// What comes before and after the value of `to`, the same for all whom the route with this index reaches. The payload is the event's own
+/// data, or the body that the route puts in its place.
+///
+/// # Panics
+/// If the plan has no such route.
+pub(super) fn around_target(notification: &Notification, route: usize) -> (String, String) {
+    let (event, route) = (&notification.event, &notification.plan.routes[route]);
+    let text;
+    let payload = match (&route.body, &event.data) {
+        (Some(body), _) => Body::Data(body),
+        (None, Payload::None) => Body::Data(RawValue::NULL),
+        (None, Payload::Json(json)) => {
+            text = RawValue::from_string(json.to_string())
+                .unwrap_or_else(|_| RawValue::NULL.to_owned());
+            Body::Data(&text)
+        }
+        (None, Payload::Text(plain)) => {
+            text = serde_json::value::to_raw_value(&**plain)
+                .unwrap_or_else(|_| RawValue::NULL.to_owned());
+            Body::Data(&text)
+        }
+        (None, Payload::Binary(bytes)) => {
+            Body::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes))
+        }
+    };
+    let mut before = json(&Head {
+        id: event.id.as_str(),
+        source: event.source.as_str(),
+        r#type: event.kind.as_str(),
+        subject: event.subject.as_ref().map(Name::as_str),
+        time: rfc3339(event.time_ms),
+        priority: route.priority,
+        by: &route.by,
+    });
+    // Both are objects, and become one: `to` goes between the last member of the one and the first of the other.
+    before.truncate(before.len() - 1);
+    before += r#","to":"#;
+    let after = json(&payload).replacen('{', ",", 1);
+    (before, after)
+}
+
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("made of texts and valid JSON")
+}

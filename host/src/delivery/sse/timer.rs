@@ -1,0 +1,330 @@
+//! One timer for all streams: heartbeats, ends, cursors without a notification, sockets that do not move. A wheel of seconds; a stream
+//! costs one entry and no timer of its own.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::clock::now_ms;
+use crate::shutdown::Shutdown;
+use crate::telemetry::metrics::{Metrics, ReasonLabel};
+
+use super::{Config, End, Signals, Socket, spread_retry};
+
+/// Seconds around the wheel; a stream is looked at no later than this.
+const SLOTS: usize = 64;
+
+/// A cheap handle.
+#[derive(Clone)]
+pub struct Pulse(Arc<Shared>);
+
+struct Shared {
+    config: Config,
+    metrics: Metrics,
+    wheel: Mutex<Wheel>,
+    seats: Arc<Semaphore>,
+}
+
+/// The place of one open stream among as many as there may be.
+#[derive(Debug)]
+pub struct Seat(
+    #[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit,
+);
+
+struct Wheel {
+    now: usize,
+    slots: Vec<Vec<Entry>>,
+    /// Once the node ends: the moment by which every stream has ended.
+    drained_by_ms: Option<u64>,
+}
+
+struct Entry {
+    signals: Weak<Signals>,
+    end: Option<(u64, End)>,
+    /// Whether it was told to end.
+    is_ended: bool,
+    next_heartbeat_ms: u64,
+    next_cursor_ms: u64,
+    /// What the socket had taken when it was last seen to move, or to have nothing to take, and when that was.
+    taken: u64,
+    moved_ms: u64,
+}
+
+impl std::fmt::Debug for Pulse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pulse")
+            .field("config", &self.0.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pulse {
+    /// Starts the timer. It ends with the runtime; without it no stream would end with its token, so that a panic of it ends the node.
+    pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
+        let slots = (0..SLOTS).map(|_| Vec::new()).collect();
+        let wheel = Mutex::new(Wheel {
+            now: 0,
+            slots,
+            drained_by_ms: None,
+        });
+        let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
+        let pulse = Self(Arc::new(Shared {
+            config,
+            metrics,
+            wheel,
+            seats,
+        }));
+        let weak = Arc::downgrade(&pulse.0);
+        shutdown.spawn_lasting("the timer of streams", async move {
+            let mut seconds = tokio::time::interval(Duration::from_secs(1));
+            seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                seconds.tick().await;
+                let Some(shared) = weak.upgrade() else { return };
+                shared.turn();
+            }
+        });
+        pulse
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    /// A place for one more stream. `None`: as many are open as may be.
+    pub fn seat(&self) -> Option<Seat> {
+        Arc::clone(&self.0.seats).try_acquire_owned().ok().map(Seat)
+    }
+
+    /// What a client is told to wait before it comes back, in milliseconds; another number for each.
+    pub(super) fn retry_ms(&self) -> u64 {
+        spread_retry(self.0.config.retry_ms)
+    }
+
+    pub(super) fn watch(&self, signals: &Arc<Signals>, expires_ms: Option<u64>) {
+        let config = &self.0.config;
+        let now = now_ms();
+        let age = (config.max_age_s > 0)
+            .then(|| (now + spread(config.max_age_s * 1000, 0.8, 1.0), End::Age));
+        let expiry = expires_ms.map(|at| (at, End::TokenExpired));
+        let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
+        let entry = Entry {
+            signals: Arc::downgrade(signals),
+            end,
+            is_ended: false,
+            next_heartbeat_ms: now + self.0.heartbeat_ms(),
+            next_cursor_ms: now + config.cursor_s * 1000,
+            taken: 0,
+            moved_ms: now,
+        };
+        self.0.lock().put(entry, now);
+    }
+
+    /// Ends every stream at a random moment within `grace`, also those that are opened from now on.
+    pub fn drain(&self, grace: Duration) {
+        self.0.lock().drain(now_ms(), grace.as_millis() as u64);
+    }
+}
+
+impl Entry {
+    /// Whether the socket has taken nothing for so long, although something waits for it: the last heartbeat that was asked for, at least.
+    fn is_stalled(
+        &mut self,
+        socket: &dyn Socket,
+        has_waiting: bool,
+        now_ms: u64,
+        stall_ms: u64,
+    ) -> bool {
+        let taken = socket.taken();
+        if !has_waiting || taken != self.taken {
+            (self.taken, self.moved_ms) = (taken, now_ms);
+        }
+        now_ms.saturating_sub(self.moved_ms) >= stall_ms
+    }
+}
+
+impl Wheel {
+    fn drain(&mut self, now_ms: u64, grace_ms: u64) {
+        self.drained_by_ms = Some(now_ms + grace_ms);
+        let all: Vec<Entry> = self.slots.iter_mut().flat_map(std::mem::take).collect();
+        for entry in all {
+            self.put(entry, now_ms);
+        }
+    }
+
+    /// Into the slot of the next thing that is due. Whoever passes by while the node ends, ends with it: a stream may have been on its way here,
+    /// or in the hands of the timer, as that began.
+    fn put(&mut self, mut entry: Entry, now_ms: u64) {
+        if let Some(by) = self.drained_by_ms
+            && !entry.is_ended
+            && !matches!(entry.end, Some((_, End::Drain)))
+        {
+            let at = now_ms + spread(by.saturating_sub(now_ms), 0.0, 1.0);
+            entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
+        }
+        let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| {
+            end.min(entry.next_heartbeat_ms)
+        });
+        let seconds = (due.saturating_sub(now_ms).div_ceil(1000) as usize).clamp(1, SLOTS - 1);
+        let slot = (self.now + seconds) % SLOTS;
+        self.slots[slot].push(entry);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Wheel> {
+        self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn heartbeat_ms(&self) -> u64 {
+        spread(self.config.heartbeat_s * 1000, 0.8, 1.2)
+    }
+
+    fn turn(&self) {
+        let now = now_ms();
+        let due = {
+            let mut wheel = self.lock();
+            wheel.now = (wheel.now + 1) % SLOTS;
+            let at = wheel.now;
+            std::mem::take(&mut wheel.slots[at])
+        };
+        let kept: Vec<Entry> = due
+            .into_iter()
+            .filter_map(|entry| self.look(entry, now))
+            .collect();
+        let mut wheel = self.lock();
+        for entry in kept {
+            wheel.put(entry, now);
+        }
+    }
+
+    /// Does what is due; `None` when the stream is gone.
+    fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
+        let signals = entry.signals.upgrade()?;
+        if let Some(socket) = &signals.socket
+            && entry.is_stalled(
+                socket.as_ref(),
+                signals.heartbeat.load(Ordering::Acquire),
+                now,
+                self.config.stall_s * 1000,
+            )
+        {
+            self.closed("stalled");
+            let user = signals.guard.stream().lock().user().clone();
+            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "cutting a stream that does not move");
+            socket.kill();
+            return None;
+        }
+        if let Some((at, end)) = entry.end
+            && at <= now
+        {
+            *signals.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+            self.closed(end.as_str());
+            signals.wake();
+            // Looked at on, in case that the socket does not take the end either.
+            (entry.end, entry.is_ended) = (None, true);
+        }
+        if entry.next_heartbeat_ms <= now {
+            signals.heartbeat.store(true, Ordering::Release);
+            entry.next_heartbeat_ms = now + self.heartbeat_ms();
+            signals.wake();
+        }
+        if entry.next_cursor_ms <= now {
+            signals.cursor.store(true, Ordering::Release);
+            entry.next_cursor_ms = now + self.config.cursor_s * 1000;
+            signals.wake();
+        }
+        Some(entry)
+    }
+
+    fn closed(&self, reason: &'static str) {
+        self.metrics
+            .streams_closed
+            .get_or_create(&ReasonLabel { reason })
+            .inc();
+    }
+}
+
+/// A random number between `low` and `high` times `of`.
+fn spread(of: u64, low: f64, high: f64) -> u64 {
+    (of as f64 * rand::random_range(low..=high)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_000_000;
+    const GRACE: u64 = 10_000;
+
+    fn entry(end: Option<(u64, End)>) -> Entry {
+        let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
+        Entry {
+            signals: Weak::new(),
+            end,
+            is_ended: false,
+            next_heartbeat_ms,
+            next_cursor_ms,
+            taken: 0,
+            moved_ms: NOW,
+        }
+    }
+
+    fn ends(wheel: &Wheel) -> Vec<Option<(u64, End)>> {
+        wheel
+            .slots
+            .iter()
+            .flatten()
+            .map(|entry| entry.end)
+            .collect()
+    }
+
+    #[test]
+    fn a_stream_that_is_opened_or_looked_at_while_the_node_ends_ends_with_it() {
+        let mut wheel = Wheel {
+            now: 0,
+            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
+            drained_by_ms: None,
+        };
+        let soon = Some((NOW + 1, End::TokenExpired));
+        for end in [None, Some((NOW + 3_600_000, End::Age)), soon] {
+            wheel.put(entry(end), NOW);
+        }
+        wheel.drain(NOW, GRACE);
+        wheel.put(entry(None), NOW + GRACE - 1);
+        let drained = ends(&wheel);
+        assert_eq!(drained.len(), 4);
+        assert!(
+            drained
+                .iter()
+                .all(|end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == End::Drain)),
+            "{drained:?}"
+        );
+        assert!(
+            drained
+                .iter()
+                .any(|end| end.is_some_and(|(at, _)| at <= NOW + 1)),
+            "none ends later than it would have: {drained:?}"
+        );
+        // Each keeps its moment while the timer looks at it, and is told once.
+        wheel.drain(NOW + 1, GRACE);
+        assert_eq!(
+            ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),
+            drained.iter().flatten().map(|(at, _)| *at).max()
+        );
+        let mut told = Wheel {
+            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
+            ..wheel
+        };
+        told.put(
+            Entry {
+                is_ended: true,
+                ..entry(None)
+            },
+            NOW,
+        );
+        assert_eq!(ends(&told), [None]);
+    }
+}

@@ -1,0 +1,149 @@
+//! What waits for one stream: a lane for each priority, emptied from the urgent end. Bounded by whoever fills it (see `subscription`).
+//!
+//! Order is kept within a lane. What may leave first although lower ids of its partition still wait (an *overtaker*) is limited, because
+//! the cursor must name each of them: see [`Lanes::pop`].
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::broker::PartitionNumber;
+use crate::delivery::recipients::Way;
+use crate::event::{Name, NotificationId, Priority};
+
+use super::Record;
+
+/// A notification that waits for its stream, with the way on which it reached the user.
+#[derive(Clone, Debug)]
+pub(super) struct Waiting {
+    pub(super) partition: PartitionNumber,
+    pub(super) id: NotificationId,
+    pub(super) record: Arc<Record>,
+    pub(super) way: Way,
+}
+
+impl Waiting {
+    pub(super) fn priority(&self) -> Priority {
+        self.record.route(self.way.route).priority
+    }
+
+    pub(super) fn collapse(&self) -> Option<&Name> {
+        self.record.route(self.way.route).collapse.as_ref()
+    }
+
+    pub(super) fn is_expired(&self, now_ms: u64) -> bool {
+        self.record
+            .route(self.way.route)
+            .expires_ms
+            .is_some_and(|expires| expires <= now_ms)
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Lanes {
+    /// By priority, lowest first.
+    lanes: [VecDeque<Waiting>; 4],
+    n_bytes: usize,
+}
+
+impl Lanes {
+    /// Ids of a partition ascend within a lane: mostly it goes to the end.
+    pub(super) fn push(&mut self, waiting: Waiting) {
+        self.n_bytes += waiting.record.n_bytes();
+        let lane = &mut self.lanes[waiting.priority() as usize];
+        let at = lane
+            .iter()
+            .position(|other| other.partition == waiting.partition && other.id > waiting.id);
+        lane.insert(at.unwrap_or(lane.len()), waiting);
+    }
+
+    pub(super) fn any(&self, is_meant: impl FnMut(&Waiting) -> bool) -> bool {
+        self.iter().any(is_meant)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lanes.iter().all(VecDeque::is_empty)
+    }
+
+    /// Bytes of the records that wait; a record that other streams share counts fully for each.
+    pub(super) fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    pub(super) fn n_of(&self, partition: PartitionNumber) -> usize {
+        self.iter()
+            .filter(|waiting| waiting.partition == partition)
+            .count()
+    }
+
+    /// The urgent ones of a partition, in order.
+    pub(super) fn urgent(&self, partition: PartitionNumber) -> Vec<Waiting> {
+        self.lanes[Priority::Urgent as usize]
+            .iter()
+            .filter(|waiting| waiting.partition == partition)
+            .cloned()
+            .collect()
+    }
+
+    pub(super) fn has_urgent(&self, partition: PartitionNumber) -> bool {
+        self.lanes[Priority::Urgent as usize]
+            .iter()
+            .any(|waiting| waiting.partition == partition)
+    }
+
+    /// The lowest id of a partition that waits.
+    pub(super) fn lowest(&self, partition: PartitionNumber) -> Option<NotificationId> {
+        // Ids of a partition ascend within a lane, so that its first entry in each lane is enough.
+        self.lanes
+            .iter()
+            .filter_map(|lane| lane.iter().find(|waiting| waiting.partition == partition))
+            .map(|waiting| waiting.id)
+            .min()
+    }
+
+    pub(super) fn retain(&mut self, keep: impl Fn(&Waiting) -> bool) {
+        for lane in &mut self.lanes {
+            lane.retain(|waiting| {
+                let stays = keep(waiting);
+                if !stays {
+                    self.n_bytes -= waiting.record.n_bytes();
+                }
+                stays
+            });
+        }
+    }
+
+    /// Takes out what has expired.
+    pub(super) fn take_expired(&mut self, now_ms: u64) -> Vec<Waiting> {
+        let expired: Vec<Waiting> = self
+            .iter()
+            .filter(|waiting| waiting.is_expired(now_ms))
+            .cloned()
+            .collect();
+        if !expired.is_empty() {
+            self.retain(|waiting| !waiting.is_expired(now_ms));
+        }
+        expired
+    }
+
+    /// Takes the next one, and whether it overtakes: the head of the highest lane, or, where nobody may overtake any more, the highest
+    /// that is the lowest of its partition. Such a one always exists while anything waits.
+    pub(super) fn pop(&mut self, may_overtake: bool) -> Option<(Waiting, bool)> {
+        for at in (0..self.lanes.len()).rev() {
+            for place in 0..self.lanes[at].len() {
+                let waiting = &self.lanes[at][place];
+                let overtakes = self.lowest(waiting.partition) != Some(waiting.id);
+                if overtakes && !may_overtake {
+                    continue;
+                }
+                let taken = self.lanes[at].remove(place)?;
+                self.n_bytes -= taken.record.n_bytes();
+                return Some((taken, overtakes));
+            }
+        }
+        None
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Waiting> {
+        self.lanes.iter().flatten()
+    }
+}

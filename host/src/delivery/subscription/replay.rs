@@ -1,0 +1,379 @@
+//! From history to live: the hand-over that the delivery side stands on.
+//!
+//! Subscribe first, wait until the broker has confirmed it, read the head, then history up to the head's top, then go live with the
+//! notices that arrived meanwhile. Whatever raises the subscription's round on the way (a lost feed, a change of memberships) has begun
+//! another replay, and this one stops at its next step. Whatever the broker cannot answer now is asked again; the marks do not move.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::Semaphore;
+
+use crate::broker::{self, Broker, Head, PartitionNumber};
+use crate::clock::now_ms;
+use crate::event::criteria::Pool;
+use crate::event::{Life, NotificationId, Target};
+use crate::telemetry::metrics::Metrics;
+
+use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};
+use records::Records;
+
+pub mod records;
+
+/// Ids read from a log at a time.
+const PAGE: usize = 256;
+/// Reads of history under way at once on a node: a fail-over must not turn every stream into a request at the same moment.
+const READS: usize = 64;
+
+/// Follows logs for a stream.
+#[async_trait]
+pub trait Follows: Send + Sync {
+    /// Returns when appends to all of these logs, and to no others of this partition, are heard for this stream. May be cancelled.
+    async fn follow(
+        &self,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        targets: Vec<Target>,
+    );
+}
+
+/// What replays read from.
+#[derive(Debug)]
+pub struct History {
+    broker: Arc<dyn Broker>,
+    records: Records,
+    /// Those of the node's streams.
+    attributes: Pool,
+    reads: Semaphore,
+    metrics: Metrics,
+}
+
+/// Why an attempt ended before the partition was live.
+enum Stop {
+    /// The round is over, or the stream is closed.
+    Overtaken,
+    /// Something changed under it: begin again, at once.
+    Again,
+    Broker(broker::Error),
+}
+
+impl From<broker::Error> for Stop {
+    fn from(error: broker::Error) -> Self {
+        Self::Broker(error)
+    }
+}
+
+/// One log of a replay.
+struct Log {
+    target: Target,
+    /// The last id read, or where reading begins.
+    at: NotificationId,
+    ids: VecDeque<NotificationId>,
+    is_done: bool,
+}
+
+impl History {
+    pub fn new(broker: Arc<dyn Broker>, metrics: Metrics) -> Self {
+        Self {
+            broker,
+            records: Records::default(),
+            attributes: Pool::default(),
+            reads: Semaphore::new(READS),
+            metrics,
+        }
+    }
+
+    pub fn records(&self) -> &Records {
+        &self.records
+    }
+
+    /// Brings one partition of a stream from replay to live. Ends when that is done, or when `round` is over.
+    pub async fn replay(
+        &self,
+        stream: Arc<OpenStream>,
+        partition: PartitionNumber,
+        mut round: u64,
+        follows: &dyn Follows,
+    ) {
+        let mut delay = Duration::from_millis(50);
+        loop {
+            let stop = match self.attempt(&stream, partition, round, follows).await {
+                Ok(None) | Err(Stop::Overtaken) => return,
+                Ok(Some(next)) => {
+                    round = next;
+                    continue;
+                }
+                Err(stop) => stop,
+            };
+            if let Stop::Broker(error) = stop {
+                tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay waits for the broker");
+                tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))).await;
+                delay = (delay * 2).min(Duration::from_secs(2));
+            }
+            let mut subscription = stream.lock();
+            if subscription.round(partition) != round || stream.is_closed() {
+                return;
+            }
+            round = subscription.enter_replay(partition);
+        }
+    }
+
+    /// `Some`: it went live, and back at once to this round, for want of room.
+    async fn attempt(
+        &self,
+        stream: &Arc<OpenStream>,
+        partition: PartitionNumber,
+        round: u64,
+        follows: &dyn Follows,
+    ) -> Result<Option<u64>, Stop> {
+        self.read_recipient(stream, partition, round).await?;
+        let logs = in_round(stream, partition, round, |subscription| {
+            subscription.logs(partition)
+        })?;
+        follows
+            .follow(
+                stream,
+                partition,
+                logs.into_iter().map(|(target, _)| target).collect(),
+            )
+            .await;
+
+        let head = self.head(partition).await?;
+        let begun_ms = now_ms();
+        let (had, logs) = in_round(stream, partition, round, |subscription| {
+            subscription.begin(partition, &head, begun_ms);
+            (
+                subscription.had_unknown(partition),
+                subscription.logs(partition),
+            )
+        })?;
+        // A new stream's cursor may be known by now.
+        stream.wake();
+        let had_records = self.read_records(partition, head.life, &had).await?;
+        in_round(stream, partition, round, |subscription| {
+            for (id, record) in had.iter().zip(&had_records) {
+                subscription.had_is(partition, *id, record.as_deref(), now_ms());
+            }
+        })?;
+
+        let mut logs: Vec<Log> = logs
+            .into_iter()
+            .map(|(target, at)| Log {
+                target,
+                at,
+                ids: VecDeque::new(),
+                is_done: false,
+            })
+            .collect();
+        let mut is_first = true;
+        loop {
+            self.fill(stream, partition, round, &head, &mut logs, is_first)
+                .await?;
+            is_first = false;
+            let ids = merge(&mut logs);
+            if ids.is_empty() {
+                break;
+            }
+            let records = self.read_records(partition, head.life, &ids).await?;
+            // Once for all that are gone: they were read before it.
+            if records.iter().any(Option::is_none) {
+                self.same_life(partition, &head).await?;
+            }
+            for (id, record) in ids.into_iter().zip(records) {
+                self.hand_over(stream, partition, round, id, record).await?;
+            }
+            stream.wake();
+        }
+        let again = in_round(stream, partition, round, |subscription| {
+            subscription.go_live(partition, head.last, now_ms())
+        })?;
+        stream.wake();
+        if again.is_some() {
+            self.metrics.stream_overflows.inc();
+        }
+        Ok(again)
+    }
+
+    async fn read_recipient(
+        &self,
+        stream: &OpenStream,
+        partition: PartitionNumber,
+        round: u64,
+    ) -> Result<(), Stop> {
+        let (ticket, user) = in_round(stream, partition, round, |subscription| {
+            (subscription.read_recipient(), subscription.user().clone())
+        })?;
+        let _permit = self.reads.acquire().await;
+        let recipient = self.broker.recipient(&user).await?;
+        in_round(stream, partition, round, |subscription| {
+            subscription.set_recipient(ticket, recipient, &self.attributes)
+        })
+    }
+
+    async fn head(&self, partition: PartitionNumber) -> Result<Head, Stop> {
+        let _permit = self.reads.acquire().await;
+        Ok(self.broker.head(partition).await?)
+    }
+
+    async fn read_records(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Arc<Record>>>, Stop> {
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let _permit = self.reads.acquire().await;
+        Ok(self
+            .records
+            .read(&*self.broker, partition, life, ids)
+            .await?)
+    }
+
+    /// Reads the next page of every log that has nothing left to merge.
+    async fn fill(
+        &self,
+        stream: &OpenStream,
+        partition: PartitionNumber,
+        round: u64,
+        head: &Head,
+        logs: &mut [Log],
+        is_first: bool,
+    ) -> Result<(), Stop> {
+        let mut missing: Option<Gap> = None;
+        for log in logs
+            .iter_mut()
+            .filter(|log| log.ids.is_empty() && !log.is_done)
+        {
+            let before = log.at;
+            let page = {
+                let _permit = self.reads.acquire().await;
+                self.broker
+                    .page(partition, &log.target, before, PAGE)
+                    .await?
+            };
+            let missing_to = match page.entries.first() {
+                // Also the first id above the top counts, with its predecessor: the log may have been cut, or have gone and come
+                // again, since the top was read.
+                Some(&(_, pred)) if pred > before => Some(pred.min(head.top())),
+                Some(_) => None,
+                // Nothing at all: it may have expired, unless nothing that old was ever written.
+                None if !page.is_present => Some(page.floor.min(head.top())),
+                None => None,
+            };
+            if let Some(to) = missing_to.filter(|&to| to > before) {
+                let gap = missing.get_or_insert(Gap {
+                    partition,
+                    reason: GapReason::Trimmed,
+                    from: before,
+                    to,
+                });
+                gap.from = gap.from.min(before);
+                gap.to = gap.to.max(to);
+            }
+            log.is_done =
+                page.is_last || page.entries.last().is_some_and(|&(id, _)| id > head.top());
+            log.ids.extend(
+                page.entries
+                    .iter()
+                    .map(|&(id, _)| id)
+                    .filter(|&id| id <= head.top()),
+            );
+            log.at = log.ids.back().copied().unwrap_or(before);
+        }
+        let Some(mut gap) = missing else {
+            return Ok(());
+        };
+        self.same_life(partition, head).await?;
+        in_round(stream, partition, round, |subscription| {
+            let (low_water, seen) = subscription.marks(partition);
+            gap.from = if is_first {
+                low_water
+            } else {
+                gap.from.min(seen)
+            };
+            if gap.to > gap.from {
+                subscription.announce(gap);
+            }
+        })
+    }
+
+    /// Waits for room in the lanes, then hands one id over.
+    async fn hand_over(
+        &self,
+        stream: &OpenStream,
+        partition: PartitionNumber,
+        round: u64,
+        id: NotificationId,
+        record: Option<Arc<Record>>,
+    ) -> Result<(), Stop> {
+        let Some(record) = record else {
+            return in_round(stream, partition, round, |subscription| {
+                if subscription.pass_over(partition, id) {
+                    subscription.announce(Gap {
+                        partition,
+                        reason: GapReason::Trimmed,
+                        from: NotificationId(id.0 - 1),
+                        to: id,
+                    });
+                }
+            });
+        };
+        let handled = stream.when(|subscription| {
+            if subscription.round(partition) != round {
+                return Some(Err(Stop::Overtaken));
+            }
+            subscription.has_room(partition).then(|| {
+                subscription.handle(partition, id, &record, now_ms());
+                Ok(())
+            })
+        });
+        // Whoever waits for room must first see what fills it.
+        stream.wake();
+        handled.await.unwrap_or(Err(Stop::Overtaken))
+    }
+
+    /// Before a gap is announced: after a fail-over nothing that was read tells anything, and the replay begins again.
+    async fn same_life(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
+        if self.head(partition).await?.life == head.life {
+            Ok(())
+        } else {
+            Err(Stop::Again)
+        }
+    }
+}
+
+/// Does something under the lock, if the round still is `round`.
+fn in_round<T>(
+    stream: &OpenStream,
+    partition: PartitionNumber,
+    round: u64,
+    act: impl FnOnce(&mut Subscription) -> T,
+) -> Result<T, Stop> {
+    let mut subscription = stream.lock();
+    if subscription.round(partition) != round || stream.is_closed() {
+        return Err(Stop::Overtaken);
+    }
+    Ok(act(&mut subscription))
+}
+
+/// Takes up to a window of ids in ascending order, equal ones once; ends early where a log would have to be read on first, because only
+/// while the next id of every log is known is the lowest of them the lowest of all.
+fn merge(logs: &mut [Log]) -> Vec<NotificationId> {
+    let mut merged = Vec::new();
+    while merged.len() < WINDOW && logs.iter().all(|log| log.is_done || !log.ids.is_empty()) {
+        let Some(lowest) = logs.iter().filter_map(|log| log.ids.front().copied()).min() else {
+            break;
+        };
+        for log in logs.iter_mut() {
+            if log.ids.front() == Some(&lowest) {
+                log.ids.pop_front();
+            }
+        }
+        merged.push(lowest);
+    }
+    merged
+}

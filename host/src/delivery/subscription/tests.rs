@@ -1,0 +1,961 @@
+//! Random histories against a simple model: whatever is appended, ticked, lost, overflowed, rewound, cut and resumed, each notification comes
+//! once (again only after a gap that says so), in order but for higher priorities, by the route that wins as it is sent, never after it has
+//! expired, and none is missing but those that have expired by every route or that a later one with the same key made superfluous.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::event::criteria::Pool;
+use crate::event::{EntryId, Event, Notification, Plan, Position as EntryPosition, Route};
+
+/// What may happen next; the numbers choose among what is possible at the time.
+#[derive(Clone, Debug)]
+enum Step {
+    /// Commits to a partition, with one route or two to the same user. Its notice waits in the feed, or is lost with it.
+    Commit {
+        partition: u8,
+        way: Choice,
+        other: Option<Choice>,
+        is_lost: bool,
+    },
+    /// Time passes.
+    Wait {
+        ms: u8,
+    },
+    Tick {
+        partition: u8,
+    },
+    /// The node hears so many of the notices that wait.
+    Hear {
+        partition: u8,
+        n: u8,
+    },
+    /// The socket takes so many.
+    Send(u8),
+    /// A replay that runs handles so many.
+    Replay {
+        partition: u8,
+        n: u8,
+    },
+    /// The connection breaks; the client comes back with its last cursor.
+    Cut,
+    /// The feed of a partition is reset.
+    Reset {
+        partition: u8,
+    },
+    /// The log of a partition is cut: it keeps so many.
+    Trim {
+        partition: u8,
+        n_kept: u8,
+    },
+    /// The newest notifications of a partition are gone, a life begins, and their ids are given out again. The feed is cut, or goes on.
+    FailOver {
+        partition: u8,
+        n_lost: u8,
+        cuts: bool,
+    },
+}
+
+/// A route: priority, a collapse key of two or none, and for how long it holds, if not for ever.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    priority: usize,
+    key: u8,
+    ttl_ms: Option<u64>,
+}
+
+fn choice() -> impl Strategy<Value = Choice> {
+    (0..4_usize, 0..6_u8, prop::option::weighted(0.3, 1..40_u64)).prop_map(
+        |(priority, key, ttl_ms)| Choice {
+            priority,
+            key,
+            ttl_ms,
+        },
+    )
+}
+
+/// With a socket that is often broken, or with one that takes little: buffers overflow where a stream stays live for long.
+fn steps(has_fail_overs: bool, is_slow: bool) -> impl Strategy<Value = Vec<Step>> {
+    let (sends, breaks) = if is_slow { (6, 1) } else { (40, 10) };
+    let fail_overs = if has_fail_overs { 6 } else { 0 };
+    let step = prop_oneof![
+        80 => (0..2_u8, choice(), prop::option::weighted(0.2, choice()), prop::bool::weighted(0.05))
+            .prop_map(|(partition, way, other, is_lost)| Step::Commit { partition, way, other, is_lost }),
+        20 => (1..20_u8).prop_map(|ms| Step::Wait { ms }),
+        20 => (0..2_u8).prop_map(|partition| Step::Tick { partition }),
+        80 => (0..2_u8, 1..5_u8).prop_map(|(partition, n)| Step::Hear { partition, n }),
+        sends => (0..4_u8).prop_map(Step::Send),
+        40 => (0..2_u8, 1..9_u8).prop_map(|(partition, n)| Step::Replay { partition, n }),
+        breaks => Just(Step::Cut),
+        breaks => (0..2_u8).prop_map(|partition| Step::Reset { partition }),
+        breaks => (0..2_u8, 1..12_u8).prop_map(|(partition, n_kept)| Step::Trim { partition, n_kept }),
+        fail_overs => (0..2_u8, 0..4_u8, any::<bool>()).prop_map(|(partition, n_lost, cuts)| Step::FailOver { partition, n_lost, cuts }),
+    ];
+    vec(step, 0..300)
+}
+
+fn record(event: u64, priority: usize, key: u8) -> Arc<Record> {
+    record_of(event, [route(priority, key, None)])
+}
+
+fn route(priority: usize, key: u8, expires_ms: Option<u64>) -> Route {
+    Route {
+        by: Name::parse("test").unwrap(),
+        to: vec![Target::User(Name::parse("ann").unwrap())],
+        when: None,
+        priority: Priority::ALL[priority],
+        expires_ms,
+        collapse: (key < 2).then(|| Name::parse(&format!("k{key}")).unwrap()),
+        event_name: None,
+        body: None,
+    }
+}
+
+fn record_of(event: u64, routes: impl IntoIterator<Item = Route>) -> Arc<Record> {
+    let document = format!(r#"{{"type":"t","id":"{event}"}}"#);
+    let event = Event::from_json(EntryId::default(), "test", document.as_bytes()).unwrap();
+    let notification = Notification {
+        entry: EntryId::default(),
+        event,
+        plan: Plan {
+            routes: routes.into_iter().collect(),
+        },
+    };
+    Arc::new(Record::parse(&serde_json::to_vec(&notification).unwrap()).unwrap())
+}
+
+fn routes(record: &Record) -> &[Route] {
+    &record.notification().plan.routes
+}
+
+/// Which event a record is of: ids of notifications are given out again, those of events never.
+fn event_of(record: &Record) -> u64 {
+    record.notification().event.id.as_str().parse().unwrap()
+}
+
+/// A replay under way: what the head said, and the next id to hand over.
+struct Running {
+    round: u64,
+    last: u64,
+    next: u64,
+}
+
+enum Notice {
+    Append(u64, Arc<Record>),
+    Tick(u64),
+}
+
+/// What the client was sent, of one partition.
+#[derive(Clone, Debug)]
+enum Received {
+    Event {
+        id: u64,
+        event: u64,
+        priority: Priority,
+        key: Option<Name>,
+        /// By one of its routes it has a key.
+        is_state: bool,
+    },
+    /// What lies above this id may come again.
+    Rewound { from: u64 },
+}
+
+/// A partition, and what the node knows of it.
+struct Place {
+    history: BTreeMap<u64, Arc<Record>>,
+    lives: Vec<(Life, NotificationId)>,
+    n_lives: u16,
+    running: Option<Running>,
+    /// The feed says nothing more until it is reset.
+    is_deaf: bool,
+    feed: VecDeque<(Life, Notice)>,
+    /// The life that the node believes in.
+    believed: Option<Life>,
+    received: Vec<Received>,
+    /// All routes with a key that were ever committed, also those that were lost: id, key.
+    keyed: Vec<(u64, Name)>,
+    n_rewinds: usize,
+}
+
+impl Place {
+    fn life(&self) -> Life {
+        self.lives.last().unwrap().0
+    }
+
+    fn last(&self) -> u64 {
+        self.history.keys().next_back().copied().unwrap_or(50)
+    }
+}
+
+/// A broker of two partitions, a node and a client.
+struct World {
+    places: [Place; 2],
+    subscription: Subscription,
+    cursor: Option<String>,
+    n_events: u64,
+    /// The broker's clock and the node's.
+    now_ms: u64,
+}
+
+fn number(partition: u8) -> PartitionNumber {
+    PartitionNumber(partition)
+}
+
+impl World {
+    fn new() -> Self {
+        let place = || Place {
+            history: BTreeMap::new(),
+            lives: vec![(Life::from_bits(0), NotificationId(0))],
+            n_lives: 0,
+            running: None,
+            is_deaf: false,
+            feed: VecDeque::new(),
+            believed: None,
+            received: Vec::new(),
+            keyed: Vec::new(),
+            n_rewinds: 0,
+        };
+        let mut world = Self {
+            places: [place(), place()],
+            subscription: Subscription::new(
+                Name::parse("ann").unwrap(),
+                Start::Latest,
+                Filter::default(),
+                [],
+            ),
+            cursor: None,
+            n_events: 0,
+            now_ms: 1_000,
+        };
+        world.connect(Start::Latest);
+        // A client that never received anything has its cursor.
+        world.replay(0, 0);
+        world.replay(1, 0);
+        world.send(1);
+        assert!(world.cursor.is_some());
+        world
+    }
+
+    fn place(&mut self, partition: u8) -> &mut Place {
+        &mut self.places[usize::from(partition)]
+    }
+
+    fn connect(&mut self, start: Start) {
+        self.subscription = Subscription::new(
+            Name::parse("ann").unwrap(),
+            start,
+            Filter::default(),
+            [number(0), number(1)],
+        );
+        let ticket = self.subscription.read_recipient();
+        self.subscription
+            .set_recipient(ticket, Recipient::default(), &Pool::default());
+        for partition in 0..2 {
+            self.reset(partition);
+        }
+    }
+
+    /// The connection for notices is made again: what waited in it is gone.
+    fn reset(&mut self, partition: u8) {
+        let place = self.place(partition);
+        place.is_deaf = false;
+        place.feed.clear();
+        self.enter_replay(partition);
+    }
+
+    fn enter_replay(&mut self, partition: u8) {
+        let round = self.subscription.enter_replay(number(partition));
+        self.run(partition, round);
+    }
+
+    fn run(&mut self, partition: u8, round: u64) {
+        self.place(partition).running = Some(Running {
+            round,
+            last: 0,
+            next: 0,
+        });
+    }
+
+    fn replay(&mut self, partition: u8, n: u8) {
+        let now_ms = self.now_ms;
+        let place = &mut self.places[usize::from(partition)];
+        let (last, life) = (place.last(), place.life());
+        let Some(running) = &mut place.running else {
+            return;
+        };
+        assert_eq!(running.round, self.subscription.round(number(partition)));
+        if running.next == 0 {
+            let head = Head {
+                life,
+                lives: place.lives.clone(),
+                last: NotificationId(last),
+                pending: None,
+                position: EntryPosition::default(),
+                floor: NotificationId(0),
+                origin: NotificationId(0),
+                now_ms,
+            };
+            self.subscription.begin(number(partition), &head, now_ms);
+            for id in self.subscription.had_unknown(number(partition)) {
+                let record = place.history.get(&id.0).cloned();
+                self.subscription
+                    .had_is(number(partition), id, record.as_deref(), now_ms);
+            }
+            running.last = last;
+            running.next = self.subscription.marks(number(partition)).0.0 + 1;
+        }
+        for _ in 0..n {
+            if !self.subscription.has_room(number(partition)) {
+                return;
+            }
+            let Some((&id, record)) = place
+                .history
+                .range(running.next..)
+                .next()
+                .filter(|(id, _)| **id <= running.last)
+            else {
+                let again = self.subscription.go_live(
+                    number(partition),
+                    NotificationId(running.last),
+                    now_ms,
+                );
+                place.running = again.map(|round| Running {
+                    round,
+                    last: 0,
+                    next: 0,
+                });
+                return;
+            };
+            self.subscription
+                .handle(number(partition), NotificationId(id), record, now_ms);
+            running.next = id + 1;
+        }
+    }
+
+    /// The node asks which life is the present one, and sends its stream to replay if that lives in another.
+    fn look(&mut self, partition: u8) -> Life {
+        let place = self.place(partition);
+        let present = place.life();
+        let is_new = place.believed != Some(present);
+        place.believed = Some(present);
+        if self
+            .subscription
+            .life(number(partition))
+            .map_or(is_new, |life| life != present)
+        {
+            self.enter_replay(partition);
+        }
+        present
+    }
+
+    fn hear(&mut self, partition: u8) {
+        let Some((life, notice)) = self.place(partition).feed.pop_front() else {
+            return;
+        };
+        if self.place(partition).believed != Some(life) && self.look(partition) != life {
+            return;
+        }
+        let is_elsewhere = self.subscription.lives_elsewhere(number(partition), life);
+        match notice {
+            Notice::Append(id, record) => {
+                if let Some(round) = self.subscription.on_append(
+                    number(partition),
+                    life,
+                    NotificationId(id),
+                    &record,
+                    self.now_ms,
+                ) {
+                    self.run(partition, round);
+                }
+            }
+            Notice::Tick(last) => {
+                self.subscription
+                    .on_tick(number(partition), life, NotificationId(last))
+            }
+        }
+        if is_elsewhere {
+            self.look(partition);
+        }
+    }
+
+    fn send(&mut self, n: u8) {
+        for _ in 0..n {
+            let Some(next) = self.subscription.next(self.now_ms) else {
+                return;
+            };
+            let mut cursor = String::new();
+            self.subscription.encode_cursor(&mut cursor);
+            let read = Cursor::decode(&cursor, &Name::parse("ann").unwrap());
+            assert!(read.is_ok(), "{cursor} {read:?}: {:?}", self.subscription);
+            assert!(self.subscription.had.len() <= MAX_HAD);
+            match next {
+                Next::Notification {
+                    partition,
+                    id,
+                    record,
+                    way,
+                } => {
+                    let Route {
+                        priority, collapse, ..
+                    } = record.route(way.route);
+                    let holding = routes(&record)
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, route)| holds(route, self.now_ms))
+                        .rev();
+                    let winner = holding
+                        .max_by_key(|(_, route)| route.priority)
+                        .map(|(n, _)| n);
+                    assert_eq!(
+                        Some(way.route),
+                        winner,
+                        "{id:?} of {record:?} at {}",
+                        self.now_ms
+                    );
+                    let (priority, key) = (*priority, collapse.clone());
+                    let is_state = routes(&record).iter().any(|route| route.collapse.is_some());
+                    self.place(partition.0).received.push(Received::Event {
+                        id: id.0,
+                        event: event_of(&record),
+                        priority,
+                        key,
+                        is_state,
+                    });
+                }
+                Next::Gap(gap) => {
+                    assert_eq!(gap.reason, GapReason::Rewound, "nothing was trimmed");
+                    assert!(gap.from < gap.to, "{gap:?}");
+                    self.place(gap.partition.0)
+                        .received
+                        .push(Received::Rewound { from: gap.from.0 });
+                    continue;
+                }
+                Next::Cursor => {}
+            }
+            self.cursor = Some(cursor);
+        }
+    }
+
+    fn take(&mut self, step: &Step) {
+        match *step {
+            Step::Commit {
+                partition,
+                way,
+                other,
+                is_lost,
+            } => {
+                self.n_events += 1;
+                let made = |way: Choice| {
+                    route(
+                        way.priority,
+                        way.key,
+                        way.ttl_ms.map(|ttl_ms| self.now_ms + ttl_ms),
+                    )
+                };
+                let record = record_of(
+                    self.n_events,
+                    [Some(way), other].into_iter().flatten().map(made),
+                );
+                let place = self.place(partition);
+                let id = place.last() + 1 + u64::from(way.key) % 3;
+                place.history.insert(id, Arc::clone(&record));
+                place.keyed.extend(
+                    routes(&record)
+                        .iter()
+                        .filter_map(|route| Some((id, route.collapse.clone()?))),
+                );
+                // A feed loses a tail, never something in between: FIFO.
+                place.is_deaf |= is_lost;
+                if !place.is_deaf {
+                    place
+                        .feed
+                        .push_back((place.life(), Notice::Append(id, record)));
+                }
+            }
+            Step::Wait { ms } => self.now_ms += u64::from(ms),
+            Step::Tick { partition } => {
+                let place = self.place(partition);
+                if !place.is_deaf {
+                    place
+                        .feed
+                        .push_back((place.life(), Notice::Tick(place.last())));
+                }
+            }
+            Step::Hear { partition, n } => (0..n).for_each(|_| self.hear(partition)),
+            Step::Send(n) => self.send(n),
+            Step::Replay { partition, n } => self.replay(partition, n),
+            Step::Cut => {
+                let start = self
+                    .cursor
+                    .as_ref()
+                    .map(|cursor| Cursor::decode(cursor, &Name::parse("ann").unwrap()).unwrap());
+                self.connect(start.map_or(Start::Latest, Start::Cursor));
+            }
+            Step::Reset { partition } => self.reset(partition),
+            Step::Trim { partition, n_kept } => {
+                let history = &mut self.place(partition).history;
+                if let Some(&first) = history.keys().rev().nth(usize::from(n_kept)) {
+                    *history = history.split_off(&(first + 1));
+                }
+            }
+            Step::FailOver {
+                partition,
+                n_lost,
+                cuts,
+            } => {
+                let place = self.place(partition);
+                // Of a log that was cut, something survives.
+                let lost: Vec<u64> = place
+                    .history
+                    .keys()
+                    .skip(1)
+                    .rev()
+                    .take(n_lost.into())
+                    .copied()
+                    .collect();
+                place.history.retain(|id, _| !lost.contains(id));
+                place.n_rewinds += usize::from(!lost.is_empty());
+                // The replica that is promoted had not heard of lives that began after what it has.
+                let last = NotificationId(place.last());
+                place.lives.retain(|(_, survived)| *survived <= last);
+                place.n_lives += 1;
+                place.lives.push((Life::from_bits(place.n_lives), last));
+                if cuts {
+                    self.reset(partition);
+                }
+            }
+        }
+    }
+
+    /// Everything settles: lost feeds and new lives are noticed, replays end, the socket takes all.
+    fn settle(&mut self) {
+        for partition in 0..2 {
+            if self.place(partition).is_deaf {
+                self.reset(partition);
+            }
+            self.take(&Step::Tick { partition });
+        }
+        for _ in 0..200 {
+            for partition in 0..2 {
+                self.take(&Step::Hear { partition, n: 255 });
+                self.replay(partition, 255);
+            }
+            self.send(255);
+        }
+        assert!(self.subscription.is_idle(), "{:?}", self.subscription);
+    }
+
+    fn check(&self) {
+        for place in &self.places {
+            place.check(self.now_ms);
+        }
+    }
+}
+
+fn holds(route: &Route, now_ms: u64) -> bool {
+    route
+        .expires_ms
+        .is_none_or(|expires_ms| expires_ms > now_ms)
+}
+
+impl Place {
+    fn check(&self, now_ms: u64) {
+        let Self {
+            history,
+            received,
+            keyed,
+            ..
+        } = self;
+        // Since the last rewind, as far as it did not say that they may come again.
+        let mut had: HashMap<u64, u64> = HashMap::new();
+        let mut ever: HashSet<u64> = HashSet::new();
+        let mut before: Vec<(u64, Priority, &Option<Name>)> = Vec::new();
+        let mut n_rewound = 0;
+        for one in received {
+            match one {
+                Received::Rewound { from } => {
+                    n_rewound += 1;
+                    had.retain(|_, id| *id <= *from);
+                    before.clear();
+                }
+                Received::Event {
+                    id,
+                    event,
+                    priority,
+                    key,
+                    is_state,
+                } => {
+                    assert!(
+                        had.insert(*event, *id).is_none(),
+                        "{id} came twice: {received:?}"
+                    );
+                    ever.insert(*event);
+                    for (earlier, early, early_key) in
+                        before.iter().filter(|(earlier, ..)| earlier > id)
+                    {
+                        // Only what is more urgent may have come first. An id with a key may come back late, also by a route without one,
+                        // but never after its successor.
+                        assert!(
+                            early > priority || *is_state,
+                            "{earlier} came before {id}: {received:?}"
+                        );
+                        assert!(
+                            key.is_none() || key != *early_key,
+                            "the older state {id} came after {earlier}: {received:?}"
+                        );
+                    }
+                    before.push((*id, *priority, key));
+                }
+            }
+        }
+        assert!(
+            n_rewound == 0 || self.n_rewinds > 0,
+            "a gap without a reason: {received:?}"
+        );
+        for (&id, record) in history {
+            let is_state = |key: &Name| {
+                routes(record)
+                    .iter()
+                    .any(|route| route.collapse.as_ref() == Some(key))
+            };
+            let is_superseded = keyed
+                .iter()
+                .any(|(later, key)| *later > id && is_state(key));
+            let is_expired = routes(record).iter().all(|route| !holds(route, now_ms));
+            assert!(
+                ever.contains(&event_of(record)) || is_superseded || is_expired,
+                "{id} is missing of {received:?}"
+            );
+        }
+    }
+}
+
+const P: PartitionNumber = PartitionNumber(0);
+
+/// A subscription that overflowed in its first life, with this urgent notification about to go ahead of the replay.
+fn overflowed(urgent_id: u64) -> Subscription {
+    let mut subscription = Subscription::new(
+        Name::parse("ann").unwrap(),
+        Start::Latest,
+        Filter::default(),
+        [P],
+    );
+    let ticket = subscription.read_recipient();
+    subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
+    let round = subscription.enter_replay(P);
+    subscription.begin(P, &head(&[(1, 0)], 50), 0);
+    assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
+    assert!(matches!(subscription.next(0), Some(Next::Cursor)));
+    let mut id = 50;
+    let normal = Priority::Normal as usize;
+    while subscription.round(P) == round {
+        id += 1;
+        assert!(id < urgent_id);
+        subscription.on_append(
+            P,
+            Life::from_bits(1),
+            NotificationId(id),
+            &record(id, normal, 9),
+            0,
+        );
+    }
+    subscription.on_append(
+        P,
+        Life::from_bits(1),
+        NotificationId(urgent_id),
+        &record(urgent_id, Priority::Urgent as usize, 9),
+        0,
+    );
+    assert_eq!(subscription.ahead.len(), 1);
+    subscription
+}
+
+fn head(lives: &[(u16, u64)], last: u64) -> Head {
+    let lives: Vec<_> = lives
+        .iter()
+        .map(|&(life, survived)| (Life::from_bits(life), NotificationId(survived)))
+        .collect();
+    let (life, last) = (lives.last().unwrap().0, NotificationId(last));
+    let (floor, origin) = (NotificationId(0), NotificationId(0));
+    Head {
+        life,
+        lives,
+        last,
+        pending: None,
+        position: EntryPosition::default(),
+        floor,
+        origin,
+        now_ms: 0,
+    }
+}
+
+/// It is of the life that is over: sent, it would be remembered as had, and what comes under its id in the new life would be skipped.
+#[test]
+fn what_was_about_to_go_ahead_does_not_outlive_its_life() {
+    let mut subscription = overflowed(100);
+    subscription.begin(P, &head(&[(1, 0), (2, 50)], 50), 0);
+    // A socket that has room again takes what there is.
+    while subscription.next(0).is_some() {}
+    assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
+    let life = Life::from_bits(2);
+    subscription.on_append(
+        P,
+        life,
+        NotificationId(100),
+        &record(7, Priority::Normal as usize, 9),
+        0,
+    );
+    match subscription.next(0) {
+        Some(Next::Notification { record, .. }) => assert_eq!(event_of(&record), 7),
+        other => panic!("{other:?}"),
+    }
+    assert!(subscription.next(0).is_none());
+}
+
+/// Its log is cut before the replay comes to it: it waits in its lane then, below later ones of its kind; and no id below the low-water mark is
+/// left in the cursor, which could not be read back.
+#[test]
+fn what_was_about_to_go_ahead_keeps_its_place_where_its_log_is_cut() {
+    let mut subscription = overflowed(100);
+    subscription.begin(P, &head(&[(1, 0)], 200), 0);
+    subscription.handle(
+        P,
+        NotificationId(150),
+        &record(150, Priority::Urgent as usize, 9),
+        0,
+    );
+    assert_eq!(subscription.go_live(P, NotificationId(200), 0), None);
+    for expect in [100, 150] {
+        assert!(
+            matches!(subscription.next(0), Some(Next::Notification { id, .. }) if id.0 == expect)
+        );
+    }
+    let mut cursor = String::new();
+    subscription.encode_cursor(&mut cursor);
+    let cursor = Cursor::decode(&cursor, &Name::parse("ann").unwrap()).expect("its own");
+    assert_eq!(
+        (cursor.positions[0].low_water, cursor.had.len()),
+        (NotificationId(200), 0)
+    );
+    // The same where the index has it, and the record is gone; it is at hand, and so nothing is missing.
+    let mut subscription = overflowed(100);
+    subscription.begin(P, &head(&[(1, 0)], 200), 0);
+    assert!(!subscription.pass_over(P, NotificationId(100)));
+    assert!(matches!(
+        subscription.next(0),
+        Some(Next::Notification {
+            id: NotificationId(100),
+            ..
+        })
+    ));
+}
+
+/// The newer state was sent, went ahead, and has expired when the client comes back. The older one that it made superfluous stays so.
+#[test]
+fn h15_a_state_that_was_had_supersedes_older_ones_also_when_it_has_expired() {
+    let position = Position {
+        partition: P,
+        life: Life::from_bits(1),
+        low_water: NotificationId(50),
+    };
+    let cursor = Cursor {
+        positions: vec![position],
+        had: vec![(P, NotificationId(60))],
+    };
+    let mut subscription = Subscription::new(
+        Name::parse("ann").unwrap(),
+        Start::Cursor(cursor),
+        Filter::default(),
+        [P],
+    );
+    subscription.begin(P, &head(&[(1, 0)], 60), 0);
+    let newer = record_of(60, [route(Priority::Urgent as usize, 0, Some(1_000))]);
+    let now_ms = 2_000;
+    subscription.had_is(P, NotificationId(60), Some(&newer), now_ms);
+    subscription.handle(
+        P,
+        NotificationId(55),
+        &record(55, Priority::Low as usize, 0),
+        now_ms,
+    );
+    subscription.handle(P, NotificationId(60), &newer, now_ms);
+    assert_eq!(subscription.go_live(P, NotificationId(60), now_ms), None);
+    assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
+    assert!(subscription.next(now_ms).is_none());
+}
+
+/// Nobody knows which of the two had it sent: the older states of both are superfluous.
+#[test]
+fn what_was_had_by_one_of_two_routes_supersedes_older_ones_of_both() {
+    let position = Position {
+        partition: P,
+        life: Life::from_bits(1),
+        low_water: NotificationId(50),
+    };
+    let cursor = Cursor {
+        positions: vec![position],
+        had: vec![(P, NotificationId(60))],
+    };
+    let mut subscription = Subscription::new(
+        Name::parse("ann").unwrap(),
+        Start::Cursor(cursor),
+        Filter::default(),
+        [P],
+    );
+    subscription.begin(P, &head(&[(1, 0)], 60), 0);
+    let newer = record_of(
+        60,
+        [
+            route(Priority::Urgent as usize, 0, Some(1_000)),
+            route(Priority::High as usize, 1, None),
+        ],
+    );
+    let now_ms = 2_000;
+    subscription.had_is(P, NotificationId(60), Some(&newer), now_ms);
+    for (id, key) in [(54, 0), (55, 1), (56, 9)] {
+        subscription.handle(
+            P,
+            NotificationId(id),
+            &record(id, Priority::Low as usize, key),
+            now_ms,
+        );
+    }
+    assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
+    assert!(matches!(
+        subscription.next(now_ms),
+        Some(Next::Notification {
+            id: NotificationId(56),
+            ..
+        })
+    ));
+    assert!(subscription.next(now_ms).is_none());
+}
+
+/// It waits for a slow socket, and the route by which it would have come expires: it comes by the other one, in its place.
+#[test]
+fn what_expires_by_one_route_still_comes_by_another() {
+    let mut subscription = Subscription::new(
+        Name::parse("ann").unwrap(),
+        Start::Latest,
+        Filter::default(),
+        [P],
+    );
+    let ticket = subscription.read_recipient();
+    subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
+    subscription.enter_replay(P);
+    subscription.begin(P, &head(&[(1, 0)], 50), 0);
+    assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
+    let (normal, low) = (Priority::Normal as usize, Priority::Low as usize);
+    let both = record_of(
+        60,
+        [
+            route(Priority::Urgent as usize, 9, Some(1_000)),
+            route(normal, 9, None),
+        ],
+    );
+    for (id, record) in [
+        (55, record(55, normal, 9)),
+        (60, both),
+        (65, record(65, normal, 9)),
+        (66, record(66, low, 9)),
+    ] {
+        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+    }
+    assert!(matches!(subscription.next(2_000), Some(Next::Cursor)));
+    for expect in [55, 60, 65, 66] {
+        assert!(
+            matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect),
+            "{expect}"
+        );
+    }
+    assert_eq!(subscription.marks(P).0, NotificationId(66));
+}
+
+/// The first one waits to go ahead by a route that expires; by the other one it is as urgent as what follows.
+#[test]
+fn what_was_about_to_go_ahead_by_a_route_that_expires_goes_ahead_by_another() {
+    let mut subscription = overflowed(100);
+    let urgent = Priority::Urgent as usize;
+    let both = record_of(110, [route(urgent, 9, Some(1_000)), route(urgent, 9, None)]);
+    let passing = record_of(
+        115,
+        [
+            route(urgent, 9, Some(1_000)),
+            route(Priority::Low as usize, 9, None),
+        ],
+    );
+    for (id, record) in [(110, both), (115, passing)] {
+        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+    }
+    assert_eq!(subscription.ahead.len(), 3);
+    subscription.begin(P, &head(&[(1, 0)], 115), 0);
+    for expect in [100, 110] {
+        assert!(
+            matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect),
+            "{expect}"
+        );
+    }
+    assert!(
+        subscription.next(2_000).is_none(),
+        "the third is left to the replay"
+    );
+}
+
+/// A stream that ends before it began has no place to come back to in some partition, and with a cursor that does not name it would begin there anew.
+#[test]
+fn without_a_place_in_every_partition_there_is_no_cursor() {
+    let mut subscription = Subscription::new(
+        Name::parse("ann").unwrap(),
+        Start::Latest,
+        Filter::default(),
+        [number(0), number(1)],
+    );
+    subscription.begin(number(0), &head(&[(1, 0)], 50), 0);
+    let mut cursor = String::new();
+    subscription.encode_cursor(&mut cursor);
+    assert_eq!(cursor, "");
+    subscription.begin(number(1), &head(&[(1, 0)], 50), 0);
+    subscription.encode_cursor(&mut cursor);
+    assert_eq!(
+        Cursor::decode(&cursor, &Name::parse("ann").unwrap())
+            .unwrap()
+            .positions
+            .len(),
+        2
+    );
+}
+
+/// `LONG=1` runs twenty times as many.
+fn cases() -> u32 {
+    if std::env::var_os("LONG").is_some_and(|long| long != "0") {
+        100_000
+    } else {
+        5_000
+    }
+}
+
+fn play(steps: &[Step]) {
+    let mut world = World::new();
+    for step in steps {
+        world.take(step);
+    }
+    world.settle();
+    world.check();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn each_notification_comes_once_and_in_order_whatever_happens(steps in prop_oneof![steps(false, false), steps(false, true)]) {
+        play(&steps);
+    }
+
+    #[test]
+    fn a_fail_over_repeats_nothing_without_a_gap_and_loses_nothing_that_survived(steps in prop_oneof![steps(true, false), steps(true, true)]) {
+        play(&steps);
+    }
+}

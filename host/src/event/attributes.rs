@@ -1,0 +1,322 @@
+//! What is known of a recipient, whoever says it: texts, numbers and booleans by name, so many and no larger.
+//!
+//! Equal attributes of many recipients are one piece of memory, and have one number, if a [`Pool`] saw them.
+
+use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{Hash as _, Hasher as _};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::{Malformed, Value};
+
+/// The most attributes of a user.
+const MAX_ATTRIBUTES: usize = 64;
+/// The longest name of one, in bytes.
+const MAX_NAME: usize = 64;
+/// The longest text of one, in bytes.
+const MAX_TEXT: usize = 1024;
+
+/// A recipient's attributes, by name; clones are cheap. They are few and looked up often: in one piece and in order of their names, so that finding
+/// one is a walk over integers, and no hashing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(from = "BTreeMap<String, Value>", into = "BTreeMap<String, Value>")]
+pub struct Attributes(Arc<Set>);
+
+#[derive(Debug)]
+struct Set {
+    /// No other set ever has it, so that it stands for the set where that must not be kept alive.
+    number: u64,
+    entries: Box<[(Key, Value)]>,
+}
+
+/// The name of an attribute, with its first bytes as a number that tells most names apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::event) struct Key {
+    begin: u64,
+    name: Box<str>,
+}
+
+impl Key {
+    pub(in crate::event) fn new(name: &str) -> Self {
+        Self {
+            begin: begin(name),
+            name: name.into(),
+        }
+    }
+
+    pub(in crate::event) fn into_name(self) -> String {
+        self.name.into()
+    }
+
+    pub(in crate::event) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+fn begin(name: &str) -> u64 {
+    let mut bytes = [0; 8];
+    let n = name.len().min(8);
+    bytes[..n].copy_from_slice(&name.as_bytes()[..n]);
+    u64::from_be_bytes(bytes)
+}
+
+impl Attributes {
+    fn new(entries: Box<[(Key, Value)]>) -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(Arc::new(Set {
+            number: LAST.fetch_add(1, Relaxed) + 1,
+            entries,
+        }))
+    }
+
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.find_by(begin(name), name)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.entries.is_empty()
+    }
+
+    pub(in crate::event) fn find(&self, key: &Key) -> Option<&Value> {
+        self.find_by(key.begin, &key.name)
+    }
+
+    fn find_by(&self, begin: u64, name: &str) -> Option<&Value> {
+        self.0
+            .entries
+            .iter()
+            .find(|(key, _)| key.begin == begin && *key.name == *name)
+            .map(|(_, value)| value)
+    }
+
+    /// Attributes with the same number are equal.
+    pub(in crate::event) fn number(&self) -> u64 {
+        self.0.number
+    }
+
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (key, value) in &self.0.entries {
+            key.name.hash(&mut hasher);
+            match value {
+                Value::Flag(flag) => flag.hash(&mut hasher),
+                Value::Integer(integer) => integer.hash(&mut hasher),
+                Value::Decimal(decimal) => decimal.to_bits().hash(&mut hasher),
+                Value::Text(text) => text.hash(&mut hasher),
+            }
+        }
+        hasher.finish()
+    }
+}
+
+impl Default for Attributes {
+    fn default() -> Self {
+        static NONE: LazyLock<Attributes> = LazyLock::new(|| Attributes::new(Box::default()));
+        NONE.clone()
+    }
+}
+
+impl PartialEq for Attributes {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.number == other.0.number || self.0.entries == other.0.entries
+    }
+}
+
+impl From<BTreeMap<String, Value>> for Attributes {
+    fn from(by_name: BTreeMap<String, Value>) -> Self {
+        if by_name.is_empty() {
+            return Self::default();
+        }
+        Self::new(
+            by_name
+                .into_iter()
+                .map(|(name, value)| (Key::new(&name), value))
+                .collect(),
+        )
+    }
+}
+
+impl From<Attributes> for BTreeMap<String, Value> {
+    fn from(attributes: Attributes) -> Self {
+        attributes
+            .0
+            .entries
+            .iter()
+            .map(|(key, value)| (key.name().to_owned(), value.clone()))
+            .collect()
+    }
+}
+
+impl<const N: usize> From<[(String, Value); N]> for Attributes {
+    fn from(by_name: [(String, Value); N]) -> Self {
+        BTreeMap::from(by_name).into()
+    }
+}
+
+/// Makes equal attributes one, for as long as somebody has them.
+#[derive(Debug, Default)]
+pub struct Pool(Mutex<Sets>);
+
+#[derive(Debug, Default)]
+struct Sets {
+    /// By fingerprint. Two sets with the same one are rare, and then only the later is shared.
+    known: HashMap<u64, Weak<Set>>,
+    /// At so many it is looked for those that nobody has any more.
+    full: usize,
+}
+
+impl Pool {
+    /// The attributes that were seen first among those that are equal to these.
+    pub fn share(&self, attributes: Attributes) -> Attributes {
+        let mut sets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fingerprint = attributes.fingerprint();
+        let known = sets
+            .known
+            .get(&fingerprint)
+            .and_then(Weak::upgrade)
+            .map(Attributes)
+            .filter(|known| *known == attributes);
+        if let Some(known) = known {
+            return known;
+        }
+        if sets.known.len() >= sets.full {
+            sets.known.retain(|_, set| set.strong_count() > 0);
+            sets.full = 2 * sets.known.len() + 64;
+        }
+        sets.known
+            .insert(fingerprint, Arc::downgrade(&attributes.0));
+        attributes
+    }
+}
+
+/// Reads attributes.
+///
+/// # Errors
+/// [`Malformed`] names the attribute that no condition could read.
+pub fn parse_attributes(
+    members: serde_json::Map<String, serde_json::Value>,
+) -> Result<Attributes, Malformed> {
+    if members.len() > MAX_ATTRIBUTES {
+        return Err(Malformed::new(format!(
+            "has {} attributes; {MAX_ATTRIBUTES} is the most",
+            members.len()
+        ))
+        .of("the user"));
+    }
+    let mut attributes = BTreeMap::new();
+    for (name, value) in members {
+        if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+            return Err(Malformed::new(format!(
+                "is no attribute name: 1 to {MAX_NAME} bytes without control characters"
+            ))
+            .of(format!("'{}'", name.escape_debug())));
+        }
+        let value = match value {
+            serde_json::Value::Bool(flag) => Value::Flag(flag),
+            serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+                (Some(integer), _) => Value::Integer(integer),
+                // Rounded, two different ones would be equal, and a condition by one would reach the other.
+                (None, Some(decimal))
+                    if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 =>
+                {
+                    return Err(Malformed::new(
+                        "is a number with more digits than are kept; give it as a text",
+                    )
+                    .of(name));
+                }
+                (None, Some(decimal)) => Value::Decimal(decimal),
+                (None, None) => return Err(Malformed::new("is a number out of range").of(name)),
+            },
+            serde_json::Value::String(text) if text.len() > MAX_TEXT => {
+                return Err(Malformed::new(format!(
+                    "has {} bytes; {MAX_TEXT} is the most",
+                    text.len()
+                ))
+                .of(name));
+            }
+            serde_json::Value::String(text) => Value::Text(text),
+            _ => {
+                return Err(Malformed::new(
+                    "is neither a text, a number nor a boolean; leave out what is not known",
+                )
+                .of(name));
+            }
+        };
+        attributes.insert(name, value);
+    }
+    Ok(attributes.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn names_that_begin_alike_are_told_apart() {
+        let names = [
+            "",
+            "a",
+            "a\0",
+            "abcdefgh",
+            "abcdefgh\0",
+            "abcdefghi",
+            "abcdefghj",
+        ];
+        let have: Attributes = names
+            .iter()
+            .enumerate()
+            .map(|(n, name)| ((*name).to_owned(), Value::Integer(n as i64)))
+            .collect::<BTreeMap<_, _>>()
+            .into();
+        for (n, name) in names.iter().enumerate() {
+            assert_eq!(have.get(name), Some(&Value::Integer(n as i64)));
+        }
+        assert_eq!(have.get("abcdefg"), None);
+    }
+
+    #[test]
+    fn a_pool_keeps_nothing_that_nobody_has() {
+        let pool = Pool::default();
+        let of = |n: i64| pool.share(Attributes::from([("n".into(), Value::Integer(n))]));
+        let first = of(0);
+        for n in 1..10_000 {
+            of(n);
+        }
+        assert_eq!(of(0).number(), first.number());
+        assert_ne!(of(1).number(), first.number());
+        let n_known = pool.0.lock().unwrap().known.len();
+        assert!(n_known < 200, "{n_known} sets are kept");
+    }
+
+    #[test]
+    fn what_no_condition_could_read_is_refused_by_name() {
+        let check = |body: &str, expect: &str| {
+            let error = parse_attributes(serde_json::from_str(body).unwrap())
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(expect), "{body} gave: {error}");
+        };
+        check(r#"{"plan":null}"#, "plan is neither");
+        check(r#"{"plan":["a"]}"#, "plan is neither");
+        check(
+            r#"{"tenant":12345678901234567890}"#,
+            "tenant is a number with more digits",
+        );
+        check(r#"{"":1}"#, "'' is no attribute name");
+        check(r#"{"a\nb":1}"#, "is no attribute name");
+        check(
+            &json!({ "a": "x".repeat(1025) }).to_string(),
+            "a has 1025 bytes",
+        );
+        let many: serde_json::Map<_, _> = (0..65).map(|n| (n.to_string(), json!(n))).collect();
+        check(
+            &serde_json::Value::Object(many).to_string(),
+            "has 65 attributes",
+        );
+    }
+}

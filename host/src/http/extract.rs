@@ -1,0 +1,181 @@
+//! Paths and queries as handlers take them: axum's, with errors in our words.
+
+use axum::extract::FromRequestParts;
+use axum::extract::path::ErrorKind;
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::http::request::Parts;
+use serde::de::DeserializeOwned;
+
+use super::ApiError;
+
+/// What stands in the path.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = axum::extract::Path::<T>::from_request_parts(parts, state).await;
+        path.map(|path| Self(path.0))
+            .map_err(|rejection| ApiError::bad_request(in_path(rejection)))
+    }
+}
+
+fn in_path(rejection: PathRejection) -> String {
+    let PathRejection::FailedToDeserializePathParams(failed) = rejection else {
+        return rejection.body_text();
+    };
+    match failed.into_kind() {
+        ErrorKind::DeserializeError {
+            key,
+            value,
+            message,
+        } => format!(
+            "'{}' in the path is no {key}: it {message}",
+            value.escape_debug()
+        ),
+        ErrorKind::ParseErrorAtKey { key, value, .. } => {
+            format!("'{}' in the path is no {key}", value.escape_debug())
+        }
+        ErrorKind::InvalidUtf8InPathParam { key } => format!("the {key} in the path is not UTF-8"),
+        ErrorKind::ParseErrorAtIndex { value, .. } | ErrorKind::ParseError { value, .. } => {
+            format!(
+                "'{}' in the path is not what stands there",
+                value.escape_debug()
+            )
+        }
+        ErrorKind::Message(message) => format!("what stands in the path {message}"),
+        other => format!("the path cannot be read: {other}"),
+    }
+}
+
+/// What stands behind the question mark.
+pub(super) struct Query<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let query = axum::extract::Query::<T>::from_request_parts(parts, state).await;
+        query
+            .map(|query| Self(query.0))
+            .map_err(|rejection| ApiError::bad_request(in_query(&rejection)))
+    }
+}
+
+fn in_query(rejection: &QueryRejection) -> String {
+    // The framework's own words are only the outermost.
+    let cause = std::error::Error::source(rejection);
+    format!(
+        "the query cannot be read: {}",
+        cause.map_or_else(|| rejection.body_text(), ToString::to_string)
+    )
+}
+
+/// Every parameter of a query, in order, for a route that ignores none.
+#[derive(Debug)]
+pub(super) struct Parameters(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Parameters {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        Query::from_request_parts(parts, state)
+            .await
+            .map(|query| Self(query.0))
+    }
+}
+
+impl Parameters {
+    /// # Errors
+    /// 400 for a parameter that is not known: a misspelt one would be missed, and nobody would say so. Names that begin with `_` are free:
+    /// clients add them so that nothing between them and us keeps an answer.
+    pub(super) fn are_all(
+        &self,
+        known: &[&str],
+        is_known_too: impl Fn(&str) -> bool,
+    ) -> Result<(), ApiError> {
+        let is_known =
+            |name: &str| known.contains(&name) || name.starts_with('_') || is_known_too(name);
+        match self.0.iter().find(|(name, _)| !is_known(name)) {
+            None => Ok(()),
+            Some((unknown, _)) => {
+                let shown: String = unknown.chars().take(64).collect();
+                let fix = format!("leave it out; known are {}", known.join(", "));
+                Err(ApiError::bad_request(format!(
+                    "there is no parameter '{}'",
+                    shown.escape_debug()
+                ))
+                .fix(fix))
+            }
+        }
+    }
+
+    /// The last value of a parameter that is meant.
+    pub(super) fn last(&self, is_meant: impl Fn(&str) -> bool) -> Option<&str> {
+        self.0
+            .iter()
+            .rev()
+            .find(|(name, value)| is_meant(name) && !value.is_empty())
+            .map(|(_, value)| value.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_told_in_our_words() {
+        let site = Site::dev(FakeBroker::default());
+        for (method, path, expect) in [
+            (
+                "GET",
+                "/v1/groups/a%0Ab/members/u",
+                "what stands in the path has the control character U+000A",
+            ),
+            (
+                "GET",
+                "/v1/groups/%FF/members/u",
+                "the group in the path is not UTF-8",
+            ),
+            (
+                "GET",
+                "/v1/dead?limit=x",
+                "the query cannot be read: limit: invalid digit found in string",
+            ),
+            (
+                "GET",
+                "/v1/dead?limits=5",
+                "the query cannot be read: limits: unknown field `limits`, expected `after` or `limit`",
+            ),
+            (
+                "POST",
+                "/v1/events?dryrun=true",
+                "the query cannot be read: dryrun: unknown field `dryrun`, expected `dry_run`",
+            ),
+            (
+                "GET",
+                "/v1/stream?user=ann&prioriti=high",
+                "there is no parameter 'prioriti'",
+            ),
+            (
+                "GET",
+                "/v1/notifications?user=ann&last=5",
+                "there is no parameter 'last'",
+            ),
+        ] {
+            let (status, _, body) = site
+                .request(method, path, &[("content-type", "application/json")], "{}")
+                .await;
+            assert_eq!(
+                (status, body["error"].as_str()),
+                (StatusCode::BAD_REQUEST, Some(expect)),
+                "{path}"
+            );
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! `POST /v1/acks`: a device says how far it is, or a user up to where everything is read. Either is kept as a bookmark, for weeks.
+//!
+//! The body is JSON: `id`, the id of a frame; and whose bookmark moves there: `device`, a name, or `"read": true`, or both. An answer of 204
+//! means that it is kept; a bookmark that was further already stays. Which of two places is further is `bookmarks`'s.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Request, State as Shared};
+use axum::http::{StatusCode, header};
+use serde::Deserialize;
+
+use crate::broker::BookmarkOf;
+use crate::delivery::device_cursors::Refusal;
+use crate::delivery::subscription::cursor::{Cursor, Unreadable};
+use crate::event::Name;
+use crate::http::{ApiError, State, read_body};
+
+/// Room for an id and the longest name with its JSON escapes.
+const MAX_BODY: usize = 4 * 1024;
+const SHAPE: &str = "send {\"id\": \"<the id of a frame>\", \"device\": \"<its name>\"}, or \"read\": true in place of the device";
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Acknowledgement {
+    id: String,
+    device: Option<Name>,
+    #[serde(default)]
+    read: bool,
+}
+
+/// Moves bookmarks.
+///
+/// # Errors
+/// 400 and 415 for what cannot be read, 401 or 403 for a token that does not hold, 403 for another user's id, 413 for a body that nobody
+/// would send, 503 while the broker is away.
+pub(in crate::http) async fn acknowledge(
+    Shared(state): Shared<Arc<State>>,
+    request: Request,
+) -> Result<StatusCode, ApiError> {
+    let (parts, body) = request.into_parts();
+    let user = state.auth().stream_identity(&parts)?.reader.user;
+    // A page of another origin can send every other type with a user's cookie, unasked.
+    let kind = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|kind| kind.to_str().ok())
+        .unwrap_or_default();
+    if !kind
+        .split(';')
+        .next()
+        .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+    {
+        return Err(
+            ApiError::unsupported_media_type("an acknowledgement is JSON")
+                .fix("say Content-Type: application/json"),
+        );
+    }
+    let body = read_body(
+        body,
+        MAX_BODY,
+        Duration::from_secs(state.limits.body_timeout_s),
+    )
+    .await?;
+    let told: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
+        ApiError::bad_request(format!("the body is no acknowledgement: {error}")).fix(SHAPE)
+    })?;
+    let which: Vec<BookmarkOf> = told
+        .device
+        .map(BookmarkOf::Device)
+        .into_iter()
+        .chain(told.read.then_some(BookmarkOf::ReadMark))
+        .collect();
+    if which.is_empty() {
+        return Err(ApiError::bad_request(
+            "the body says neither which device is there nor that it was read",
+        )
+        .fix(SHAPE));
+    }
+    let cursor = Cursor::decode(&told.id, &user).map_err(|error| match error {
+        Unreadable::Garbled => {
+            ApiError::bad_request("id is no id of a frame").fix("send the id of the last frame that you have, as it came")
+        }
+        Unreadable::AnotherUsers => ApiError::forbidden("this id is another user's")
+            .fix("acknowledge as the user whose stream sent it, and forget the ids that you keep when another user logs in"),
+    })?;
+    let taken = state.bookmarks()?.acknowledge(&user, &cursor, &which);
+    // Several reads and writes of the broker: what nobody waits for any more must not go on.
+    let taken = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), taken).await;
+    match taken.map_err(|_| ApiError::away("the broker did not answer in time"))? {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Err(refusal @ Refusal::Ahead) => Err(ApiError::bad_request(refusal.to_string())
+            .fix("send the id of the last frame that you have, as it came")),
+        Err(refusal @ Refusal::Crowded) => Err(ApiError::overloaded(refusal.to_string())
+            .fix("acknowledge the newest frame, not every one")),
+        Err(Refusal::Broker(error)) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+    use serde_json::json;
+
+    use super::*;
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
+
+    const JSON: (&str, &str) = ("content-type", "application/json; charset=utf-8");
+
+    fn id(user: &str) -> String {
+        let mut text = String::new();
+        Cursor::default().encode(&Name::parse(user).unwrap(), &mut text);
+        text
+    }
+
+    #[tokio::test]
+    async fn what_is_no_acknowledgement_is_refused_with_the_fix() {
+        let site = Site::dev(FakeBroker::default());
+        let long = "x".repeat(257);
+        for (body, expect) in [
+            (String::new(), "EOF"),
+            ("[1]".to_owned(), "no acknowledgement"),
+            ("null".to_owned(), "no acknowledgement"),
+            ("{}".to_owned(), "missing field `id`"),
+            (
+                json!({ "id": 7, "device": "phone" }).to_string(),
+                "invalid type",
+            ),
+            (
+                json!({ "id": id("ann") }).to_string(),
+                "neither which device",
+            ),
+            (
+                json!({ "id": id("ann"), "read": false }).to_string(),
+                "neither which device",
+            ),
+            (
+                json!({ "id": id("ann"), "read": 1 }).to_string(),
+                "invalid type",
+            ),
+            (
+                json!({ "id": id("ann"), "device": "" }).to_string(),
+                "is empty",
+            ),
+            (
+                json!({ "id": id("ann"), "device": "a\nb" }).to_string(),
+                "control character",
+            ),
+            (
+                json!({ "id": id("ann"), "device": long }).to_string(),
+                "257 bytes",
+            ),
+            (
+                json!({ "id": id("ann"), "device": "phone", "user": "bob" }).to_string(),
+                "unknown field `user`",
+            ),
+            (
+                json!({ "id": "latest", "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+            (
+                json!({ "id": "", "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+            (
+                json!({ "id": "1\u{0}", "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+            (
+                json!({ "id": format!("{}A", id("ann")), "device": "phone" }).to_string(),
+                "no id of a frame",
+            ),
+        ] {
+            let (status, _, answer) = site
+                .request("POST", "/v1/acks?user=ann", &[JSON], &body)
+                .await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{body}: {answer}");
+            let (error, fix) = (
+                answer["error"].as_str().unwrap(),
+                answer["fix"].as_str().unwrap(),
+            );
+            assert!(
+                error.contains(expect) && fix.starts_with("send "),
+                "{body}: {answer}"
+            );
+        }
+        let good = json!({ "id": id("ann"), "device": "phone" }).to_string();
+        for headers in [
+            &[][..],
+            &[("content-type", "text/plain")],
+            &[("content-type", "application/json+x")],
+        ] {
+            assert_eq!(
+                site.request("POST", "/v1/acks?user=ann", headers, &good)
+                    .await
+                    .0,
+                StatusCode::UNSUPPORTED_MEDIA_TYPE
+            );
+        }
+        let (status, _, answer) = site
+            .request("POST", "/v1/acks?user=bob", &[JSON], &good)
+            .await;
+        assert_eq!(
+            (status, answer["error"].as_str()),
+            (StatusCode::FORBIDDEN, Some("this id is another user's"))
+        );
+        let large = json!({ "id": "1".repeat(5_000), "read": true }).to_string();
+        assert_eq!(
+            site.request("POST", "/v1/acks?user=ann", &[JSON], &large)
+                .await
+                .0,
+            StatusCode::PAYLOAD_TOO_LARGE
+        );
+        assert_eq!(
+            site.request("POST", "/v1/acks", &[JSON], &good).await.0,
+            StatusCode::UNAUTHORIZED
+        );
+        assert_eq!(
+            site.request("POST", "/v1/acks?user=ann", &[JSON], &good)
+                .await
+                .0,
+            StatusCode::NO_CONTENT
+        );
+    }
+}

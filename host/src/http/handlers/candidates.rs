@@ -1,0 +1,107 @@
+//! A candidate for a plugin, on the admin listener: beside it on live events (`/v1/plugins/{name}/shadow`), in its place for good
+//! (`/v1/plugins/{name}/promote`), or in its place on past events (`/v1/plugins/{name}/replay`).
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract;
+use axum::http::StatusCode;
+use serde::Deserialize;
+
+use super::plugins::{order, receive};
+use crate::http::{ApiError, Keyed, Path, Query, State};
+use crate::plugin::registry::Registry;
+use crate::plugin::registry::state::PluginState;
+use crate::plugin::shadow;
+use crate::preview::backtest::{self, MAX_EVENTS, rehearse};
+
+/// `PUT /v1/plugins/{name}/shadow` with the bytes of a file.
+pub(in crate::http) async fn begin(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+    body: Body,
+) -> Result<Json<shadow::Report>, ApiError> {
+    let (file, permit) = receive(&state, body).await?;
+    let begin = move |registry: &Registry| {
+        let _permit = permit;
+        registry.begin_shadow(&name, file)
+    };
+    order(&state, begin).await.map(Json)
+}
+
+/// `GET /v1/plugins/{name}/shadow`.
+pub(in crate::http) async fn report(
+    extract::State(state): extract::State<Arc<State>>,
+    // What differs is shown with recipients and bodies.
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<shadow::Report>, ApiError> {
+    Ok(Json(state.pipeline()?.registry().shadow(&name)?))
+}
+
+/// `DELETE /v1/plugins/{name}/shadow`.
+pub(in crate::http) async fn end(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.pipeline()?.registry().end_shadow(&name)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/plugins/{name}/promote`.
+pub(in crate::http) async fn promote(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.promote(&name))
+        .await
+        .map(Json)
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct Options {
+    /// So many of the newest decisions, of all sources together (1,000).
+    #[serde(default = "default_last")]
+    last: usize,
+}
+
+fn default_last() -> usize {
+    1_000
+}
+
+/// `POST /v1/plugins/{name}/replay?last=N` with the bytes of a file.
+pub(in crate::http) async fn replay(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+    Query(options): Query<Options>,
+    body: Body,
+) -> Result<Json<backtest::Report>, ApiError> {
+    if !(1..=MAX_EVENTS).contains(&options.last) {
+        return Err(ApiError::bad_request(format!(
+            "last is {}; give 1 to {MAX_EVENTS}",
+            options.last
+        )));
+    }
+    let busy =
+        |_| ApiError::overloaded("another candidate is being asked about past events on this node");
+    let _one = state.rehearsing.try_acquire().map_err(busy)?;
+    let broker = state.broker()?;
+    let understudy = {
+        let (file, permit) = receive(&state, body).await?;
+        let load = move |registry: &Registry| {
+            let _permit = permit;
+            registry.understudy(&name, &file)
+        };
+        order(&state, load).await?
+    };
+    let registry = Arc::clone(state.pipeline()?.registry());
+    Ok(Json(
+        rehearse(broker.as_ref(), registry, understudy, options.last).await?,
+    ))
+}

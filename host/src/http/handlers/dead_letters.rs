@@ -1,0 +1,329 @@
+//! `/v1/dead`: events that were set aside with a reason, over all partitions. Listed, shown with their original fields, sent through
+//! again, or dropped. A dead letter is named `partition/id`, as it stands in the path.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract;
+use axum::http::StatusCode;
+use base64::Engine as _;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::broker::{Broker, DeadLetter, PartitionNumber};
+use crate::event::{EntryId, Malformed};
+use crate::http::{ApiError, Keyed, Path, Query, State};
+
+/// The most dead letters in one answer.
+const MAX_LIMIT: usize = 1_000;
+
+/// Dead letters read from the broker at once: each may hold megabytes, which a list does not show.
+const READ: usize = 16;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct Page {
+    /// The `id` of the last one had.
+    after: Option<String>,
+    #[serde(default = "default_limit")]
+    limit: usize,
+}
+
+fn default_limit() -> usize {
+    100
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::http) struct Listed {
+    dead: Vec<Shown>,
+    /// Give it as `after` for the following ones; absent at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::http) struct Shown {
+    /// `partition/id`.
+    id: String,
+    /// The key of the source.
+    source: String,
+    /// The entry that it was.
+    entry: EntryId,
+    reason: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plugin: Option<String>,
+    attempts: u32,
+    /// The entry's fields as they were; only where one is shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fields: Option<Vec<Field>>,
+}
+
+/// A field of bytes from outside: text where it is text.
+#[derive(Debug, Serialize)]
+struct Field {
+    #[serde(flatten)]
+    name: FieldName,
+    #[serde(flatten)]
+    value: FieldValue,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum FieldName {
+    Name(String),
+    NameBase64(String),
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum FieldValue {
+    Value(String),
+    ValueBase64(String),
+}
+
+impl Field {
+    fn new((name, value): (Bytes, Bytes)) -> Self {
+        let text = |bytes: &Bytes| {
+            std::str::from_utf8(bytes)
+                .map(str::to_owned)
+                .map_err(|_| base64::engine::general_purpose::STANDARD.encode(bytes))
+        };
+        Self {
+            name: text(&name).map_or_else(FieldName::NameBase64, FieldName::Name),
+            value: text(&value).map_or_else(FieldValue::ValueBase64, FieldValue::Value),
+        }
+    }
+}
+
+fn shown(
+    broker: &dyn Broker,
+    number: PartitionNumber,
+    letter: DeadLetter,
+    with_fields: bool,
+) -> Shown {
+    let partition = broker
+        .partitions()
+        .iter()
+        .find(|partition| partition.number == number);
+    Shown {
+        id: format!("{}/{}", number.0, letter.id),
+        source: partition
+            .map(|partition| partition.source.clone())
+            .unwrap_or_default(),
+        entry: letter.entry,
+        reason: letter.why.reason,
+        plugin: letter.why.plugin,
+        attempts: letter.why.attempts,
+        fields: with_fields.then(|| letter.why.fields.into_iter().map(Field::new).collect()),
+    }
+}
+
+pub(in crate::http) async fn list(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Query(page): Query<Page>,
+) -> Result<Json<Listed>, ApiError> {
+    let limit = page.limit.clamp(1, MAX_LIMIT);
+    let (first, mut after) = match &page.after {
+        None => (PartitionNumber(0), EntryId::default()),
+        Some(id) => parse_id(id)?,
+    };
+    let broker = state.broker()?;
+    let mut dead = Vec::new();
+    for partition in broker
+        .partitions()
+        .iter()
+        .filter(|partition| partition.number >= first)
+    {
+        if partition.number > first {
+            after = EntryId::default();
+        }
+        while dead.len() < limit {
+            let letters = broker
+                .dead_letters(partition.number, after, READ.min(limit - dead.len()))
+                .await?;
+            let Some(last) = letters.last() else { break };
+            after = last.id;
+            dead.extend(
+                letters
+                    .into_iter()
+                    .map(|letter| shown(broker.as_ref(), partition.number, letter, false)),
+            );
+        }
+    }
+    let next = if dead.len() >= limit {
+        dead.last().map(|last| last.id.clone())
+    } else {
+        None
+    };
+    Ok(Json(Listed { dead, next }))
+}
+
+pub(in crate::http) async fn show(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path((partition, id)): Path<(u8, EntryId)>,
+) -> Result<Json<Shown>, ApiError> {
+    let (broker, partition) = known(&state, partition)?;
+    let before = id.before().ok_or_else(gone)?;
+    let letter = broker
+        .dead_letters(partition, before, 1)
+        .await?
+        .pop()
+        .filter(|letter| letter.id == id)
+        .ok_or_else(gone)?;
+    Ok(Json(shown(broker.as_ref(), partition, letter, true)))
+}
+
+pub(in crate::http) async fn redrive(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path((partition, id)): Path<(u8, EntryId)>,
+) -> Result<StatusCode, ApiError> {
+    let (broker, partition) = known(&state, partition)?;
+    if broker.redrive(partition, id).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(gone())
+    }
+}
+
+pub(in crate::http) async fn drop(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path((partition, id)): Path<(u8, EntryId)>,
+) -> Result<StatusCode, ApiError> {
+    let (broker, partition) = known(&state, partition)?;
+    if broker.drop_dead_letter(partition, id).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(gone())
+    }
+}
+
+fn gone() -> ApiError {
+    ApiError::not_found("there is no such dead letter")
+}
+
+fn known(state: &State, number: u8) -> Result<(&Arc<dyn Broker>, PartitionNumber), ApiError> {
+    let broker = state.broker()?;
+    let number = PartitionNumber(number);
+    if broker
+        .partitions()
+        .iter()
+        .any(|partition| partition.number == number)
+    {
+        Ok((broker, number))
+    } else {
+        Err(gone())
+    }
+}
+
+fn parse_id(text: &str) -> Result<(PartitionNumber, EntryId), Malformed> {
+    let malformed = || {
+        Malformed::new(format!(
+            "'{}' is no id of a dead letter such as 0/1700000000000-0",
+            text.escape_debug()
+        ))
+    };
+    let (partition, id) = text.split_once('/').ok_or_else(malformed)?;
+    Ok((
+        PartitionNumber(partition.parse().map_err(|_| malformed())?),
+        id.parse().map_err(|_| malformed())?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
+
+    fn site() -> Site {
+        let broker = FakeBroker::with_partitions(2);
+        for (partition, ms) in [(0, 1), (0, 2), (1, 1), (1, 3)] {
+            broker.bury(
+                PartitionNumber(partition),
+                EntryId { ms, seq: 0 },
+                vec![(Bytes::from_static(b"type"), Bytes::from_static(&[0xff]))],
+            );
+        }
+        Site::dev(broker)
+    }
+
+    #[tokio::test]
+    async fn a_list_goes_through_all_partitions_page_by_page() {
+        let site = site();
+        let (mut path, mut found) = ("/v1/dead?limit=3".to_owned(), Vec::new());
+        for _ in 0..3 {
+            let (_, _, body) = site.request("GET", &path, &[], "").await;
+            found.extend(
+                body["dead"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|dead| dead["id"].as_str().unwrap().to_owned()),
+            );
+            assert!(
+                body["dead"][0]["reason"]
+                    .as_str()
+                    .is_some_and(|reason| !reason.is_empty())
+            );
+            let Some(next) = body["next"].as_str() else {
+                break;
+            };
+            path = format!("/v1/dead?limit=3&after={next}");
+        }
+        assert_eq!(found, ["0/1-0", "0/2-0", "1/1-0", "1/3-0"]);
+    }
+
+    #[tokio::test]
+    async fn a_long_list_is_read_a_few_at_a_time() {
+        let broker = FakeBroker::default();
+        for ms in 1..=100 {
+            broker.bury(PartitionNumber(0), EntryId { ms, seq: 0 }, Vec::new());
+        }
+        let site = Site::dev(broker);
+        let (_, _, body) = site.request("GET", "/v1/dead?limit=99", &[], "").await;
+        assert_eq!(
+            (body["dead"].as_array().unwrap().len(), &body["next"]),
+            (99, &json!("0/99-0"))
+        );
+        assert!(site.broker.most_dead_read() <= READ);
+    }
+
+    #[tokio::test]
+    async fn one_is_shown_whole_redriven_or_dropped_once() {
+        let site = site();
+        let (_, _, body) = site.request("GET", "/v1/dead/1/3-0", &[], "").await;
+        assert_eq!(
+            body["fields"],
+            json!([{ "name": "type", "value_base64": "/w==" }])
+        );
+        assert_eq!(
+            site.request("POST", "/v1/dead/1/3-0/redrive", &[], "")
+                .await
+                .0,
+            StatusCode::NO_CONTENT
+        );
+        assert_eq!(
+            site.request("DELETE", "/v1/dead/0/1-0", &[], "").await.0,
+            StatusCode::NO_CONTENT
+        );
+        for (method, path) in [
+            ("GET", "/v1/dead/1/3-0"),
+            ("GET", "/v1/dead/0/0-0"),
+            ("GET", "/v1/dead/7/1-0"),
+            ("POST", "/v1/dead/1/3-0/redrive"),
+            ("DELETE", "/v1/dead/0/1-0"),
+        ] {
+            assert_eq!(
+                site.request(method, path, &[], "").await.0,
+                StatusCode::NOT_FOUND,
+                "{method} {path}"
+            );
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! `GET /v1/explain?event_id=ID&user=USER` on the admin listener: why somebody was told of an event, or not. What it says is `explain`'s.
+//!
+//! What is known of users is in it, and what routers made of payloads, so it asks for the key.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract;
+use serde::Deserialize;
+use tokio::sync::Semaphore;
+
+use crate::event::Name;
+use crate::explain::{Explanation, Sources, Unexplained};
+use crate::http::{ApiError, Keyed, Query, State};
+
+/// Each may look through all decisions that are kept: so many at once.
+static ANSWERS: Semaphore = Semaphore::const_new(MAX_ANSWERS);
+const MAX_ANSWERS: usize = 2;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct Options {
+    /// The CloudEvents `id`, or the id of the entry.
+    event_id: Name,
+    /// Without one, only the decision and the plan.
+    user: Option<Name>,
+}
+
+pub(in crate::http) async fn explain(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Query(options): Query<Options>,
+) -> Result<Json<Explanation>, ApiError> {
+    let hub = state
+        .hub()
+        .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
+    let sources = Sources {
+        broker: state.broker()?.as_ref(),
+        bookmarks: state.bookmarks()?,
+        hub,
+    };
+    let Ok(_permit) = ANSWERS.try_acquire() else {
+        return Err(ApiError::overloaded(
+            "this node is already explaining as many events as it does at once",
+        ));
+    };
+    sources
+        .explain(&options.event_id, options.user.as_ref())
+        .await
+        .map(Json)
+        .map_err(|unexplained| match unexplained {
+            Unexplained::Broker(error) => error.into(),
+            unexplained => ApiError::not_found(unexplained.to_string()).fix(unexplained.fix()),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+
+    use super::*;
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
+
+    #[tokio::test]
+    async fn one_more_than_are_explained_at_once_is_asked_to_come_again() {
+        let site = Site::dev(FakeBroker::default());
+        let _all = ANSWERS.acquire_many(MAX_ANSWERS as u32).await.unwrap();
+        let (status, body) = site.admin("/v1/explain?event_id=a").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
+        assert!(body.contains("already explaining"), "{body}");
+    }
+}

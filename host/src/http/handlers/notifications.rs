@@ -1,0 +1,226 @@
+//! `GET /v1/notifications?after=CURSOR`: the same logs as JSON, for who cannot hold a stream open; with what of it the user has read.
+//!
+//! What is read moves by `POST /v1/acks`: see `acks`, and for what it means `bookmarks`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Request, State as Shared};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::broker::{self, PartitionNumber};
+use crate::clock::now_ms;
+use crate::delivery::device_cursors::Bookmarks;
+use crate::delivery::hub::Hub;
+use crate::delivery::recipients::Reader;
+use crate::delivery::sse;
+use crate::delivery::subscription::cursor::Cursor;
+use crate::delivery::subscription::{Filter, Next, Start};
+use crate::event::{Name, NotificationId};
+
+use super::stream::Selection;
+use crate::http::{ApiError, Parameters, Query, State};
+
+#[derive(Debug, Deserialize)]
+pub(in crate::http) struct Asked {
+    /// A cursor, as in `id:`; or as `/v1/stream` takes it. Without one, from the earliest.
+    after: Option<String>,
+    limit: Option<usize>,
+}
+
+const DEFAULT_LIMIT: usize = 100;
+const MAX_LIMIT: usize = 1_000;
+/// The most unread ones that are counted: beyond it an application shows "99+", and a count would cost as much as reading them.
+const MAX_UNREAD: usize = 100;
+
+#[derive(Debug, Serialize)]
+pub(in crate::http) struct Page {
+    notifications: Vec<Item>,
+    /// Stretches of history of which something may be missing.
+    gaps: Vec<Missing>,
+    /// What to ask for next, and what a stream may begin with.
+    cursor: String,
+    /// Whether asking on would answer more now.
+    more: bool,
+    unread: Unread,
+}
+
+#[derive(Debug, Serialize)]
+struct Item {
+    /// The cursor after this one.
+    id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event: Option<Name>,
+    data: Box<RawValue>,
+    read: bool,
+    #[serde(skip)]
+    at: (PartitionNumber, NotificationId),
+}
+
+/// Of all that is kept for the user and asked for (`types`, `min_priority`), on this page or not.
+#[derive(Debug, Serialize)]
+struct Unread {
+    count: usize,
+    /// `false`: there are more.
+    exact: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Missing {
+    reason: &'static str,
+    partition: u8,
+    from: NotificationId,
+    to: NotificationId,
+}
+
+/// A page of what is kept for the user.
+///
+/// # Errors
+/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold, 503 while the broker is away.
+pub(in crate::http) async fn page(
+    Shared(state): Shared<Arc<State>>,
+    Query(selection): Query<Selection>,
+    Query(asked): Query<Asked>,
+    parameters: Parameters,
+    request: Request,
+) -> Result<Json<Page>, ApiError> {
+    let (parts, _) = request.into_parts();
+    let reader = state.auth().stream_identity(&parts)?.reader;
+    parameters.are_all(&["user", "after", "limit", "types", "min_priority"], |_| {
+        false
+    })?;
+    let limit = asked.limit.unwrap_or(DEFAULT_LIMIT);
+    if !(1..=MAX_LIMIT).contains(&limit) {
+        return Err(ApiError::bad_request(format!(
+            "limit is {limit}; it may be 1 to {MAX_LIMIT}"
+        )));
+    }
+    let start = asked.after.map_or(Start::Earliest, |after| {
+        Start::read(&after, &reader.user).unwrap_or(Start::Latest)
+    });
+    let filter = selection.filter()?;
+    let hub = state
+        .hub()
+        .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
+    let bookmarks = state.bookmarks()?;
+    let read = async {
+        let mark = bookmarks.read_mark(&reader.user).await?;
+        let (mut page, unread) = tokio::join!(
+            read_page(hub, &reader, start, filter.clone(), limit),
+            count_unread(hub, &reader, mark.as_ref(), filter.clone())
+        );
+        page.unread = unread;
+        page.mark_read(bookmarks, mark.as_ref()).await?;
+        Ok::<_, broker::Error>(page)
+    };
+    // A broker that does not come back is waited for by streams; who asks for a page wants to know.
+    let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
+    Ok(Json(read.map_err(|_| {
+        ApiError::away("the broker did not answer in time")
+    })??))
+}
+
+async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, limit: usize) -> Page {
+    let unread = Unread {
+        count: 0,
+        exact: true,
+    };
+    let mut page = Page {
+        notifications: Vec::new(),
+        gaps: Vec::new(),
+        cursor: String::new(),
+        more: false,
+        unread,
+    };
+    hub.read(reader.clone(), start, filter, limit, |subscription| {
+        while page.notifications.len() < limit
+            && let Some(next) = subscription.next(now_ms())
+        {
+            let mut id = String::new();
+            subscription.encode_cursor(&mut id);
+            page.cursor.clone_from(&id);
+            match next {
+                Next::Notification {
+                    partition,
+                    id: at,
+                    record,
+                    way,
+                } => {
+                    let event = record.route(way.route).event_name.clone();
+                    let data = sse::data_of(record.notification(), way);
+                    // Made by serde_json a moment ago.
+                    let data =
+                        RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
+                    page.notifications.push(Item {
+                        id,
+                        event,
+                        data,
+                        read: false,
+                        at: (partition, at),
+                    });
+                }
+                Next::Gap(gap) => {
+                    page.gaps.push(Missing {
+                        reason: gap.reason.as_str(),
+                        partition: gap.partition.0,
+                        from: gap.from,
+                        to: gap.to,
+                    });
+                }
+                Next::Cursor => {}
+            }
+        }
+        page.cursor.clear();
+        subscription.encode_cursor(&mut page.cursor);
+        page.more = !subscription.is_idle();
+        page.notifications.len()
+    })
+    .await;
+    page
+}
+
+impl Page {
+    /// Says of each item whether the mark has passed it. What stands of the mark is asked after the page was read: the other way round, an
+    /// id that a fail-over took back and gave to another notification could pass for read.
+    async fn mark_read(
+        &mut self,
+        bookmarks: &Bookmarks,
+        mark: Option<&Cursor>,
+    ) -> broker::Result<()> {
+        if let Some(mark) = mark
+            && !self.notifications.is_empty()
+        {
+            let standing = bookmarks.standing(mark).await?;
+            for item in &mut self.notifications {
+                item.read = standing.covers(item.at.0, item.at.1);
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn count_unread(hub: &Hub, reader: &Reader, mark: Option<&Cursor>, filter: Filter) -> Unread {
+    let start = mark.map_or(Start::Earliest, |mark| Start::Cursor(mark.clone()));
+    let mut count = 0;
+    hub.read(
+        reader.clone(),
+        start,
+        filter,
+        MAX_UNREAD + 1,
+        |subscription| {
+            while count <= MAX_UNREAD
+                && let Some(next) = subscription.next(now_ms())
+            {
+                count += usize::from(matches!(next, Next::Notification { .. }));
+            }
+            count
+        },
+    )
+    .await;
+    Unread {
+        count: count.min(MAX_UNREAD),
+        exact: count <= MAX_UNREAD,
+    }
+}

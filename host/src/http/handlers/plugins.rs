@@ -1,0 +1,162 @@
+//! `/v1/plugins` on the admin listener: which plugins there are and how they fare, and the orders of operators.
+//!
+//! Orders are carried out on threads that may block, as compiling takes seconds, and answered when they are in force.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract;
+use axum::http::StatusCode;
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::http::{ApiError, Keyed, Path, State, read_body};
+use crate::plugin::MAX_FILE_BYTES;
+use crate::plugin::registry::state::PluginState;
+use crate::plugin::registry::{OrderError, Registry};
+
+/// Seconds that a file may take to arrive: it is larger than an event.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
+
+#[derive(Debug, Serialize)]
+pub(in crate::http) struct Listed {
+    plugins: Vec<PluginState>,
+    /// Why the folder cannot be looked at. What is at work stays so.
+    folder_failure: Option<String>,
+}
+
+/// `GET /v1/plugins`.
+pub(in crate::http) async fn list(
+    extract::State(state): extract::State<Arc<State>>,
+) -> Result<Json<Listed>, ApiError> {
+    let registry = state.pipeline()?.registry();
+    let folder_failure = registry.changes().borrow().folder_failure.clone();
+    Ok(Json(Listed {
+        plugins: registry.states(),
+        folder_failure,
+    }))
+}
+
+/// `GET /v1/plugins/{name}`.
+pub(in crate::http) async fn show(
+    extract::State(state): extract::State<Arc<State>>,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    let states = state.pipeline()?.registry().states();
+    let found = states.into_iter().find(|plugin| plugin.name == name);
+    found
+        .map(Json)
+        .ok_or_else(|| OrderError::Unknown(name).into())
+}
+
+/// `PUT /v1/plugins/{name}` with the bytes of a file.
+pub(in crate::http) async fn upload(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+    body: Body,
+) -> Result<Json<PluginState>, ApiError> {
+    let (file, permit) = receive(&state, body).await?;
+    let upload = move |registry: &Registry| {
+        // Until it is done: whoever hangs up must not make room for the next.
+        let _permit = permit;
+        registry.upload(&name, &file)
+    };
+    order(&state, upload).await.map(Json)
+}
+
+/// `DELETE /v1/plugins/{name}`.
+pub(in crate::http) async fn remove(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    order(&state, move |registry| registry.remove(&name)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/plugins/{name}/enable`.
+pub(in crate::http) async fn enable(
+    state: extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.enable(&name))
+        .await
+        .map(Json)
+}
+
+/// `POST /v1/plugins/{name}/disable`.
+pub(in crate::http) async fn disable(
+    state: extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.disable(&name))
+        .await
+        .map(Json)
+}
+
+/// `POST /v1/plugins/{name}/rollback`.
+pub(in crate::http) async fn roll_back(
+    state: extract::State<Arc<State>>,
+    _: Keyed,
+    Path(name): Path<String>,
+) -> Result<Json<PluginState>, ApiError> {
+    order(&state, move |registry| registry.roll_back(&name))
+        .await
+        .map(Json)
+}
+
+/// The bytes of a file, with the permit to have them here: one at a time.
+pub(in crate::http) async fn receive(
+    state: &State,
+    body: Body,
+) -> Result<(Bytes, OwnedSemaphorePermit), ApiError> {
+    let busy = |_| ApiError::overloaded("another plugin is being uploaded to this node");
+    let permit = Arc::clone(&state.uploading)
+        .try_acquire_owned()
+        .map_err(busy)?;
+    Ok((
+        read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?,
+        permit,
+    ))
+}
+
+/// Has an order carried out. It is, even if the client does not wait for it.
+pub(in crate::http) async fn order<T: Send + 'static>(
+    state: &State,
+    carry_out: impl FnOnce(&Registry) -> Result<T, OrderError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let registry = Arc::clone(state.pipeline()?.registry());
+    // The threads that may block are also those on which an embedded broker reads.
+    let busy = |_| ApiError::overloaded("this node has as many orders to carry out as it takes");
+    let permit = Arc::clone(&state.ordering)
+        .try_acquire_owned()
+        .map_err(busy)?;
+    let carry_out = move || {
+        let _permit = permit;
+        carry_out(&registry)
+    };
+    let done = tokio::task::spawn_blocking(carry_out).await;
+    done.map_err(|panic| ApiError::incapable("the order made this node panic").cause(panic))?
+        .map_err(ApiError::from)
+}
+
+impl From<OrderError> for ApiError {
+    fn from(error: OrderError) -> Self {
+        let text = error.to_string();
+        match error {
+            OrderError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
+            OrderError::NoCandidate(_) => {
+                Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
+            }
+            OrderError::Impossible(_) => Self::conflict(text),
+            OrderError::Refused(_) => Self::unprocessable(text).fix("what ran before still runs"),
+            OrderError::Folder(_) => Self::incapable(text),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! `GET /v1/stream`: a user's notifications as Server-Sent Events.
+//!
+//! Where it begins is asked of the header `Last-Event-ID`, or else of the query as `last_event_id`, `lastEventId` or `evs_last_event_id`
+//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. The last of several counts, which is the one
+//! that a polyfill appends. Without any, a stream that names its `device` begins where that device is, or with `devices=all` where the
+//! furthest of the user's devices is; and any other at the latest.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State as Shared};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use crate::delivery::sse;
+use crate::delivery::subscription::{Filter, Start};
+use crate::event::{Name, Priority};
+use crate::server::Connection;
+
+use crate::http::{ApiError, Parameters, Query, State, cors};
+
+/// What both ways of reading notifications take.
+#[derive(Debug, Default, Deserialize)]
+pub(in crate::http) struct Selection {
+    /// Event types, comma-separated, exact or ending in `*`.
+    types: Option<String>,
+    min_priority: Option<String>,
+}
+
+/// The most patterns of a stream: each notification is held against all of them.
+const MAX_TYPES: usize = 64;
+
+impl Selection {
+    pub(in crate::http) fn filter(&self) -> Result<Filter, ApiError> {
+        let types = self
+            .types
+            .iter()
+            .flat_map(|types| types.split(','))
+            .map(str::trim)
+            .filter(|one| !one.is_empty());
+        let types: BTreeSet<&str> = types.collect();
+        if types.len() > MAX_TYPES {
+            return Err(ApiError::bad_request(format!(
+                "types names {} patterns; {MAX_TYPES} is the most",
+                types.len()
+            )));
+        }
+        if let Some(wrong) = types
+            .iter()
+            .find(|one| one.trim_end_matches('*').contains('*'))
+        {
+            let message = format!(
+                "types has '{}', and only the end of one may be a *",
+                wrong.escape_debug()
+            );
+            return Err(ApiError::bad_request(message)
+                .fix("name each type, or what they begin with, such as order.*"));
+        }
+        let min_priority = self
+            .min_priority
+            .as_deref()
+            .map(str::parse::<Priority>)
+            .transpose();
+        let min_priority =
+            min_priority.map_err(|e| ApiError::bad_request(e.of("min_priority").to_string()))?;
+        Ok(Filter {
+            types: types.into_iter().map(str::to_owned).collect(),
+            min_priority,
+        })
+    }
+}
+
+/// What may be asked of a stream.
+const KNOWN: [&str; 6] = [
+    "user",
+    "device",
+    "devices",
+    "last_event_id",
+    "types",
+    "min_priority",
+];
+
+/// Whether a parameter says where to begin, however a polyfill calls it.
+fn is_place(name: &str) -> bool {
+    let bare: String = name
+        .chars()
+        .filter(|c| !matches!(c, '-' | '_'))
+        .map(|c| c.to_ascii_lowercase())
+        .collect();
+    matches!(bare.as_str(), "lasteventid" | "evslasteventid")
+}
+
+/// For whom a stream is opened, beside the user.
+#[derive(Debug, Default, Deserialize)]
+pub(in crate::http) struct Device {
+    device: Option<Name>,
+    devices: Option<String>,
+}
+
+impl Device {
+    /// Whether the user's devices are in sync.
+    fn is_in_sync(&self) -> Result<bool, ApiError> {
+        match (&self.device, self.devices.as_deref()) {
+            (_, None) => Ok(false),
+            (Some(_), Some("all")) => Ok(true),
+            (None, Some("all")) => Err(ApiError::bad_request(
+                "devices=all does not say which of them this is",
+            )
+            .fix("say device=NAME, too")),
+            (_, Some(other)) => Err(ApiError::bad_request(format!(
+                "devices is '{}'",
+                other.escape_debug()
+            ))
+            .fix("say devices=all, or leave it out")),
+        }
+    }
+}
+
+/// Opens a stream.
+///
+/// # Errors
+/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold, 403 for a page that may not; everything else that stands in the way is told in
+/// band with 200, because an `EventSource` never comes back after another status.
+pub(in crate::http) async fn open(
+    Shared(state): Shared<Arc<State>>,
+    Query(selection): Query<Selection>,
+    Query(device): Query<Device>,
+    parameters: Parameters,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (parts, _) = request.into_parts();
+    let identity = state.auth().stream_identity(&parts)?;
+    parameters.are_all(&KNOWN, |name| is_place(name) || name == "evs_preamble")?;
+    let filter = selection.filter()?;
+    let is_in_sync = device.is_in_sync()?;
+    // Where a device begins is kept; a stream without one changes nothing.
+    if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
+        return Err(cors::foreign());
+    }
+    let retry_ms = state.pulse().config().retry_ms;
+    if parts
+        .extensions
+        .get::<Arc<Connection>>()
+        .is_some_and(|connection| connection.is_surplus())
+    {
+        return Ok(event_stream(Body::from(sse::refusal(
+            "overloaded",
+            retry_ms,
+        ))));
+    }
+    let Some(seat) = state.pulse().seat() else {
+        return Ok(event_stream(Body::from(sse::refusal(
+            "overloaded",
+            retry_ms,
+        ))));
+    };
+    let Some(hub) = state.hub() else {
+        return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
+    };
+    if is_in_sync && !filter.is_all() {
+        let message = "devices=all and types or min_priority exclude each other: what one device leaves out would count as seen by all";
+        return Err(ApiError::bad_request(message).fix("leave out one of them"));
+    }
+    let start = match (
+        start(&parts, &parameters, &identity.reader.user),
+        device.device,
+    ) {
+        (asked, None) => asked.unwrap_or(Start::Latest),
+        (asked, Some(device)) => {
+            // Where the device is says more than an id that nobody can read.
+            let asked = asked.filter(|asked| *asked != Start::Unknown);
+            let start = state
+                .bookmarks()?
+                .start(&identity.reader.user, device, is_in_sync, asked);
+            match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
+                Ok(Ok(start)) => start,
+                failed => {
+                    // Begun anywhere else, it would miss what came since, without a word.
+                    tracing::debug!(user.id = %identity.reader.user, ?failed, "where a device is could not be read; its stream is to come back");
+                    return Ok(event_stream(Body::from(sse::refusal("away", retry_ms))));
+                }
+            }
+        }
+    };
+    tracing::debug!(user.id = %identity.reader.user, ?start, "stream opened");
+    let guard = hub.open(identity.reader, start, filter);
+    let socket = parts.extensions.get::<Arc<dyn sse::Socket>>().cloned();
+    let body = sse::Body::new(
+        guard,
+        seat,
+        state.pulse(),
+        state.metrics().clone(),
+        identity.expires_at_ms,
+        socket,
+    );
+    Ok(event_stream(Body::new(body)))
+}
+
+fn event_stream(body: Body) -> Response {
+    let mut headers = HeaderMap::new();
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
+    headers.insert(
+        header::CACHE_CONTROL,
+        HeaderValue::from_static("no-cache, no-transform"),
+    );
+    // nginx buffers a response otherwise, and the stream stands still.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    (headers, body).into_response()
+}
+
+/// Where the client asks to begin, if it does.
+fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
+    // Lossy: an id that is no text is one that nobody knows, and not none at all.
+    let header = parts
+        .headers
+        .get("last-event-id")
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_owned());
+    // A client that has no id yet may send an empty one, which says nothing.
+    let asked = header
+        .filter(|asked| !asked.is_empty())
+        .or_else(|| parameters.last(is_place).map(str::to_owned));
+    asked
+        .filter(|asked| !asked.is_empty())
+        .and_then(|asked| Start::read(&asked, user))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn however_a_polyfill_calls_the_place_it_is_understood() {
+        for name in [
+            "last_event_id",
+            "lastEventId",
+            "lastEventID",
+            "Last-Event-ID",
+            "evs_last_event_id",
+        ] {
+            assert!(is_place(name), "{name}");
+        }
+        assert!(!is_place("last_event") && !is_place("id"));
+    }
+}

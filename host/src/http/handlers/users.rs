@@ -1,0 +1,110 @@
+//! `/v1/users/{user}/attributes`: what conditions know of a recipient. A JSON object, replaced as a whole; what
+//! may be in it is `criteria`'s.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract;
+use axum::http::StatusCode;
+
+use crate::broker::RecipientChange;
+use crate::event::criteria::{Attributes, parse_attributes};
+use crate::event::{Malformed, Name};
+use crate::http::{ApiError, Keyed, Path, State, read_body};
+
+/// Room for all of them with their JSON escapes.
+const MAX_BODY: usize = 512 * 1024;
+
+pub(in crate::http) async fn show(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(user): Path<Name>,
+) -> Result<Json<Attributes>, ApiError> {
+    Ok(Json(state.broker()?.recipient(&user).await?.attributes))
+}
+
+pub(in crate::http) async fn replace(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(user): Path<Name>,
+    body: Body,
+) -> Result<StatusCode, ApiError> {
+    let body = read_body(
+        body,
+        MAX_BODY,
+        Duration::from_secs(state.limits.body_timeout_s),
+    )
+    .await?;
+    let attributes = parse(&body)?;
+    state
+        .broker()?
+        .change_recipient(&user, RecipientChange::Attributes(attributes))
+        .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(in crate::http) async fn clear(
+    extract::State(state): extract::State<Arc<State>>,
+    _: Keyed,
+    Path(user): Path<Name>,
+) -> Result<StatusCode, ApiError> {
+    state
+        .broker()?
+        .change_recipient(&user, RecipientChange::Attributes(Attributes::default()))
+        .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn parse(body: &[u8]) -> Result<Attributes, Malformed> {
+    let members = serde_json::from_slice(body)
+        .map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the body"))?;
+    parse_attributes(members)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+    use serde_json::json;
+
+    use super::*;
+    use crate::broker::fake::FakeBroker;
+    use crate::http::site::Site;
+
+    #[tokio::test]
+    async fn attributes_are_replaced_as_a_whole() {
+        let site = Site::dev(FakeBroker::default());
+        let path = "/v1/users/ann/attributes";
+        assert_eq!(site.request("GET", path, &[], "").await.2, json!({}));
+        let (status, ..) = site
+            .request(
+                "PUT",
+                path,
+                &[],
+                r#"{"plan":"pro","age":30,"score":0.5,"beta":true}"#,
+            )
+            .await;
+        assert_eq!(status, StatusCode::NO_CONTENT);
+        assert_eq!(
+            site.request("GET", path, &[], "").await.2,
+            json!({ "plan": "pro", "age": 30, "score": 0.5, "beta": true })
+        );
+        site.request("PUT", path, &[], r#"{"plan":"free"}"#).await;
+        assert_eq!(
+            site.request("GET", path, &[], "").await.2,
+            json!({ "plan": "free" })
+        );
+        assert_eq!(
+            site.request("DELETE", path, &[], "").await.0,
+            StatusCode::NO_CONTENT
+        );
+        assert_eq!(site.request("GET", path, &[], "").await.2, json!({}));
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused() {
+        let error = parse(b"[]").unwrap_err().to_string();
+        assert!(error.contains("not a JSON object"), "{error}");
+    }
+}

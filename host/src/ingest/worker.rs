@@ -1,0 +1,839 @@
+//! The loop that gives each entry of a source its one outcome: read after the position, run the pipeline, commit, go on.
+//!
+//! The position is the truth, moved only by the commit and only from where this loop believed it to be. Whatever goes wrong (a refusal,
+//! a timeout, a killed node, two owners) ends with reading the head and continuing from what it says: entries beyond the position are
+//! simply read again. A lease spares wasted work and guards nothing.
+//!
+//! Knows nothing of streams. What plugins are and how they fail is `pipeline`'s business; how a commit is one step, the broker's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use prometheus_client::metrics::counter::Counter;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::broker::{
+    Batch, Broker, Committed, DeadReason, Decision, Entry, Error, Head, Item, Lease,
+    MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Partition, PartitionNumber, Proposal, Result,
+    Slice, Verdict,
+};
+use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
+use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
+use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
+use crate::telemetry::readiness::Readiness;
+
+/// `[ingest]`: how sources are worked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The largest event, in bytes of all its fields (262,144; at most 524,288). A larger one is dead-lettered.
+    pub max_event_bytes: usize,
+    /// Milliseconds that a lease lasts without renewal (3,000): so long does nobody work a source whose node was killed.
+    pub lease_ms: u64,
+    /// How often an event that a plugin asked to retry is tried again (5) ...
+    pub retries: u32,
+    /// ... and for how many milliseconds in all (30,000); its source waits meanwhile.
+    pub retry_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_event_bytes: 256 * 1024,
+            lease_ms: 3_000,
+            retries: 5,
+            retry_ms: 30_000,
+        }
+    }
+}
+
+/// After so many owners in a row that did not move the position, entries are worked one at a time, each attempt noted beforehand.
+const CAREFUL_AFTER: u32 = 3;
+/// After so many noted attempts, the entry is what kills the nodes.
+const POISON_AFTER: u32 = 5;
+/// So long a refusal of the broker counts unless it is said again: longer than the longest pause between two tries.
+const REFUSED_FOR: Duration = Duration::from_secs(15);
+/// Batches evaluated ahead of the commit.
+const AHEAD: usize = 2;
+
+/// What ingest works with.
+#[derive(Clone, Debug)]
+pub struct Ingest {
+    pub broker: Arc<dyn Broker>,
+    pub pipeline: Pipeline,
+    pub metrics: Metrics,
+    pub config: Config,
+    pub readiness: Readiness,
+    /// The name under which leases are taken.
+    pub node: String,
+}
+
+/// Why work on a partition stopped.
+#[derive(Debug)]
+enum Stop {
+    /// The partition is not where it was believed to be.
+    Refused,
+    Broker(Error),
+    LeaseLost,
+    /// Without a plugin every event would be unrouted, for good: they wait in the source.
+    NoPlugins,
+    Shutdown,
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Broker(error)
+    }
+}
+
+/// What one stretch of work has read and not yet brought to an outcome: when it stops, however it stops, that is read again.
+struct Progress {
+    n_in_flight: AtomicU64,
+    read: Counter,
+    reread: Counter,
+}
+
+impl Progress {
+    fn begin(metrics: &Metrics, partition: &Partition) -> Self {
+        let label = SourceLabel {
+            source: partition.source.clone(),
+        };
+        let (read, reread) = (
+            metrics.events_read.get_or_create_owned(&label),
+            metrics.events_reread.get_or_create_owned(&label),
+        );
+        Self {
+            n_in_flight: AtomicU64::new(0),
+            read,
+            reread,
+        }
+    }
+
+    fn read(&self, n_entries: u64) {
+        self.read.inc_by(n_entries);
+        self.n_in_flight.fetch_add(n_entries, Relaxed);
+    }
+
+    fn done(&self, n_entries: u64) {
+        self.n_in_flight.fetch_sub(n_entries, Relaxed);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.reread.inc_by(self.n_in_flight.load(Relaxed));
+    }
+}
+
+/// What is remembered of a source from one try to work it to the next.
+struct Standing {
+    /// Only what ends a node counts as a take-over; an outage of the broker does not.
+    is_new_owner: bool,
+    /// A take-over after others that did not move the position: see [`CAREFUL_AFTER`].
+    is_careful: bool,
+    /// Entries to read at once.
+    bite: usize,
+}
+
+/// One evaluated batch on its way to the commit.
+struct Evaluated {
+    items: Vec<Item>,
+}
+
+impl Ingest {
+    /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
+    pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
+        let mut delay = Duration::from_millis(50);
+        let mut standing = Standing {
+            is_new_owner: true,
+            is_careful: false,
+            bite: MAX_ITEMS,
+        };
+        while !shutdown.is_cancelled() {
+            // Before the lease is taken: another node may have a plugin.
+            tokio::select! {
+                () = self.pipeline.can_work() => {}
+                () = shutdown.cancelled() => break,
+            }
+            let began = Instant::now();
+            let stop = self.own(&partition, &mut standing, &shutdown).await;
+            if began.elapsed() > Duration::from_secs(5) {
+                delay = Duration::from_millis(50);
+            }
+            match stop {
+                Stop::Shutdown => break,
+                Stop::Refused => {
+                    tracing::debug!(source.key = %partition.source, "the position moved; reading it again");
+                    continue;
+                }
+                Stop::LeaseLost => {
+                    tracing::info!(source.key = %partition.source, "another node works the source");
+                    standing.is_new_owner = true;
+                    delay = Duration::from_millis(50);
+                }
+                Stop::NoPlugins => {
+                    tracing::warn!(source.key = %partition.source, "no plugin is left; events wait in the source");
+                    self.release(&partition).await;
+                    standing.is_new_owner = true;
+                    continue;
+                }
+                Stop::Broker(error) => {
+                    self.metrics.broker_away.inc();
+                    if matches!(error, Error::Refused(_)) {
+                        // No outage that passes, and `watch` need not see it: the source may be overwritten, a plan's record gone.
+                        self.readiness.set_for(
+                            &format!("sources.{}", partition.source),
+                            error.to_string(),
+                            REFUSED_FOR,
+                        );
+                    }
+                    tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
+                    delay = (delay * 2).min(Duration::from_secs(5));
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))) => {}
+                () = shutdown.cancelled() => {}
+            }
+        }
+        self.release(&partition).await;
+    }
+
+    async fn release(&self, partition: &Partition) {
+        if let Err(error) = self.broker.release(partition.number, &self.node).await {
+            tracing::debug!(source.key = %partition.source, %error, "the lease ends by itself");
+        }
+    }
+
+    /// Takes the lease, works the partition until something stops it, and keeps the lease meanwhile.
+    async fn own(
+        &self,
+        partition: &Partition,
+        standing: &mut Standing,
+        shutdown: &CancellationToken,
+    ) -> Stop {
+        let ttl = Duration::from_millis(self.config.lease_ms);
+        loop {
+            match self.broker.lease(partition.number, &self.node, ttl).await {
+                Ok(Lease::Mine) => break,
+                Ok(Lease::Others(left)) => {
+                    let wait = left.clamp(Duration::from_millis(20), Duration::from_secs(1));
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        () = shutdown.cancelled() => return Stop::Shutdown,
+                    }
+                }
+                Err(error) => return error.into(),
+            }
+        }
+        standing.is_careful = false;
+        if standing.is_new_owner {
+            match self.broker.take_over(partition.number).await {
+                Ok(n_owners) => standing.is_careful = n_owners >= CAREFUL_AFTER,
+                Err(error) => return error.into(),
+            }
+            standing.is_new_owner = false;
+        }
+        let keep_lease = async {
+            loop {
+                tokio::time::sleep(ttl / 3).await;
+                match self.broker.lease(partition.number, &self.node, ttl).await {
+                    Ok(Lease::Mine) => {}
+                    Ok(Lease::Others(_)) => return Stop::LeaseLost,
+                    // The next read or commit says it as well; a lease that could not be renewed is no reason to stop.
+                    Err(error) => {
+                        tracing::debug!(source.key = %partition.source, %error, "lease not renewed")
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            stop = self.work(partition, standing, shutdown) => stop,
+            stop = keep_lease => stop,
+        }
+    }
+
+    async fn work(
+        &self,
+        partition: &Partition,
+        standing: &mut Standing,
+        shutdown: &CancellationToken,
+    ) -> Stop {
+        let progress = Progress::begin(&self.metrics, partition);
+        // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
+        let head = match self.settled_head(partition.number, &progress).await {
+            Ok(head) => head,
+            Err(stop) => return stop,
+        };
+        let (evaluated, batches) = mpsc::channel(AHEAD);
+        let read = self.read(
+            partition,
+            head.position.entry,
+            standing,
+            evaluated,
+            &progress,
+            shutdown,
+        );
+        let commit = self.commit(partition, head.life, head.position, batches, &progress);
+        // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
+        tokio::pin!(read, commit);
+        tokio::select! {
+            stop = &mut commit => stop,
+            stop = &mut read => match stop {
+                // Everything evaluated is on its way: let the last commit return.
+                Stop::Shutdown | Stop::NoPlugins => match commit.await {
+                    Stop::Shutdown => stop,
+                    stop => stop,
+                },
+                stop => stop,
+            },
+        }
+    }
+
+    /// The head, with a plan that an earlier owner left half-written brought to its end: that plan, and never another for that event.
+    async fn settled_head(
+        &self,
+        partition: PartitionNumber,
+        progress: &Progress,
+    ) -> Result<Head, Stop> {
+        let head = self.broker.head(partition).await?;
+        let Some(pending) = head.pending.filter(|_| head.position.slices > 0) else {
+            return Ok(head);
+        };
+        let record = self
+            .broker
+            .records(partition, &[pending])
+            .await?
+            .pop()
+            .flatten();
+        let record = record.ok_or_else(|| {
+            Error::Refused(format!(
+                "the record of the half-written plan {pending} is gone; restore it or the partition"
+            ))
+        })?;
+        let unreadable = |e| {
+            Error::Refused(format!(
+                "the record of the half-written plan {pending} cannot be read: {e}"
+            ))
+        };
+        let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
+        let Made { decision } = serde_json::from_slice(&record).map_err(unreadable)?;
+        tracing::info!(
+            notification.id = pending.0,
+            slices = head.position.slices,
+            "continuing a half-written plan"
+        );
+        let targets = notification.plan.targets();
+        // An earlier version kept no decision with the plan.
+        let decision =
+            decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
+        let item = Item {
+            entry: notification.entry,
+            dedupe: None,
+            proposal: Proposal::Commit { record, targets },
+            decision,
+        };
+        // By this owner it was not read before; the one that began the plan has left it to be read again.
+        progress.read(1);
+        self.commit_sliced(partition, head.life, item, head.position.slices)
+            .await?;
+        progress.done(1);
+        Ok(self.broker.head(partition).await?)
+    }
+
+    /// Reads and evaluates ahead of the commit.
+    async fn read(
+        &self,
+        partition: &Partition,
+        mut after: EntryId,
+        standing: &mut Standing,
+        evaluated: mpsc::Sender<Evaluated>,
+        progress: &Progress,
+        shutdown: &CancellationToken,
+    ) -> Stop {
+        // Carefully only until it is clear that the position moves again.
+        let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
+        loop {
+            let count = if n_careful > 0 { 1 } else { standing.bite };
+            let entries = tokio::select! {
+                entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
+                () = shutdown.cancelled() => return Stop::Shutdown,
+                () = self.pipeline.cannot_work() => return Stop::NoPlugins,
+            };
+            let entries = match entries {
+                Ok(entries) => entries,
+                Err(error) => {
+                    // So many large entries may take longer than an answer may, and would for ever.
+                    standing.bite = (standing.bite / 4).max(1);
+                    return error.into();
+                }
+            };
+            if entries.len() == standing.bite {
+                standing.bite = (standing.bite + 1).min(MAX_ITEMS);
+            }
+            let Some(last) = entries.last() else {
+                if evaluated.is_closed() {
+                    return Stop::Refused;
+                }
+                continue;
+            };
+            after = last.id;
+            progress.read(entries.len() as u64);
+            let poison = if n_careful > 0 {
+                self.poison(partition, &entries).await
+            } else {
+                Ok(None)
+            };
+            let is_noted = n_careful > 0;
+            n_careful = n_careful.saturating_sub(1);
+            let items = match poison {
+                Ok(Some(item)) => vec![item],
+                Ok(None) => {
+                    let evaluated = tokio::select! {
+                        evaluated = self.evaluate(partition, entries) => evaluated,
+                        // Plugins may ask to retry for longer than a node may take to end. Nothing of these was committed: they are read again.
+                        // (The one whose attempt was noted is waited for: without an outcome it would count as the death of a node.)
+                        () = shutdown.cancelled(), if !is_noted => return Stop::Shutdown,
+                    };
+                    match evaluated {
+                        Ok(items) => items,
+                        // The last plugin went since they were read.
+                        Err(NoPlugins) => return Stop::NoPlugins,
+                    }
+                }
+                Err(stop) => return stop,
+            };
+            if evaluated.send(Evaluated { items }).await.is_err() {
+                return Stop::Refused;
+            }
+        }
+    }
+
+    /// Notes the attempt at the one entry; dead-letters it when nodes died of it.
+    async fn poison(&self, partition: &Partition, entries: &[Entry]) -> Result<Option<Item>, Stop> {
+        let [entry] = entries else { return Ok(None) };
+        let attempts = self.broker.note_attempt(partition.number, entry.id).await?;
+        if attempts <= POISON_AFTER {
+            return Ok(None);
+        }
+        let reason = format!("the node died with it {POISON_AFTER} times");
+        Ok(Some(dead(
+            entry,
+            reason,
+            None,
+            attempts - 1,
+            unevaluated(partition, entry, 0),
+        )))
+    }
+
+    /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
+    async fn evaluate(
+        &self,
+        partition: &Partition,
+        entries: Vec<Entry>,
+    ) -> Result<Vec<Item>, NoPlugins> {
+        let clock_ms = crate::clock::now_ms();
+        let mut events = Vec::with_capacity(entries.len());
+        let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            refused.push(match self.event(partition, entry) {
+                Ok(event) => {
+                    events.push(event);
+                    None
+                }
+                Err(reason) => Some(dead(
+                    entry,
+                    reason,
+                    None,
+                    1,
+                    unevaluated(partition, entry, clock_ms),
+                )),
+            });
+        }
+        let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
+        let mut items = Vec::with_capacity(entries.len());
+        for (entry, refused) in entries.iter().zip(refused) {
+            items.push(match refused {
+                Some(item) => item,
+                None => match evaluations.next() {
+                    Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
+                    // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
+                    None => dead(
+                        entry,
+                        "the pipeline gave no answer".into(),
+                        None,
+                        1,
+                        unevaluated(partition, entry, clock_ms),
+                    ),
+                },
+            });
+        }
+        Ok(items)
+    }
+
+    /// The event of an entry, or why it is none.
+    fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
+        let n_bytes: usize = entry
+            .fields
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
+        let most = self.config.max_event_bytes;
+        if n_bytes > most {
+            return Err(format!(
+                "the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"
+            ));
+        }
+        Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
+    }
+
+    async fn item(
+        &self,
+        entry: &Entry,
+        mut evaluation: Evaluation,
+        clock_ms: u64,
+    ) -> Result<Item, NoPlugins> {
+        let began = Instant::now();
+        let mut n_before = 0;
+        for attempt in 1..=self.config.retries {
+            let Resolution::Failed {
+                retry: true,
+                reason,
+                plugin,
+                attempts,
+            } = &evaluation.resolution
+            else {
+                break;
+            };
+            let wait = Duration::from_millis(100) * 2_u32.saturating_pow(attempt - 1);
+            if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
+                break;
+            }
+            tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
+            tokio::time::sleep(wait).await;
+            let Some(again) = self
+                .pipeline
+                .evaluate(vec![evaluation.event.clone()], clock_ms)
+                .await?
+                .pop()
+            else {
+                break;
+            };
+            n_before += attempts;
+            evaluation = again;
+        }
+        let Evaluation {
+            event,
+            resolution,
+            verdicts,
+            ..
+        } = evaluation;
+        let decision = decision_about(&event, verdicts, clock_ms);
+        let dedupe = event.id_given.then(|| dedupe_key(&event));
+        let proposal = match resolution {
+            Resolution::Planned(plan) => {
+                let targets = plan.targets();
+                let notification = Notification {
+                    entry: entry.id,
+                    event,
+                    plan,
+                };
+                let record = match targets.len() > MAX_INDEX_ENTRIES {
+                    true => serde_json::to_vec(&Begun {
+                        notification: &notification,
+                        decision: &decision,
+                    }),
+                    false => serde_json::to_vec(&notification),
+                };
+                match record {
+                    Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit {
+                        record: Bytes::from(record),
+                        targets,
+                    },
+                    Ok(record) => {
+                        let reason = format!(
+                            "the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most",
+                            record.len()
+                        );
+                        return Ok(dead(entry, reason, None, 1, decision));
+                    }
+                    Err(error) => {
+                        return Ok(dead(
+                            entry,
+                            format!("the record could not be written: {error}"),
+                            None,
+                            1,
+                            decision,
+                        ));
+                    }
+                }
+            }
+            Resolution::Discarded { .. } => Proposal::Discard,
+            Resolution::Unrouted => Proposal::Unrouted,
+            Resolution::Failed {
+                plugin,
+                reason,
+                attempts,
+                ..
+            } => {
+                return Ok(dead(
+                    entry,
+                    reason,
+                    Some(plugin),
+                    n_before + attempts,
+                    decision,
+                ));
+            }
+        };
+        Ok(Item {
+            entry: entry.id,
+            dedupe,
+            proposal,
+            decision,
+        })
+    }
+
+    /// Commits what was evaluated, in order, in steps that fit one commit.
+    async fn commit(
+        &self,
+        partition: &Partition,
+        life: Life,
+        mut prev: Position,
+        mut batches: mpsc::Receiver<Evaluated>,
+        progress: &Progress,
+    ) -> Stop {
+        while let Some(Evaluated { items }) = batches.recv().await {
+            let mut items = items.into_iter().peekable();
+            while let Some(first) = items.next() {
+                let mut n_items = 1;
+                let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
+                    let entry = first.entry;
+                    self.commit_sliced_from(partition.number, life, prev, first, 0)
+                        .await
+                        .map(|()| entry)
+                } else {
+                    let mut step = vec![first];
+                    let (mut n_entries, mut n_bytes) = (n_targets(&step[0]), n_bytes(&step[0]));
+                    while let Some(item) = items.next_if(|item| {
+                        n_entries + n_targets(item) <= MAX_INDEX_ENTRIES
+                            && n_bytes + self::n_bytes(item) <= MAX_COMMIT_BYTES
+                    }) {
+                        n_entries += n_targets(&item);
+                        n_bytes += self::n_bytes(&item);
+                        step.push(item);
+                        n_items += 1;
+                    }
+                    self.commit_step(partition.number, life, prev, step).await
+                };
+                match next {
+                    Ok(entry) => prev = entry.into(),
+                    Err(stop) => return stop,
+                }
+                progress.done(n_items);
+            }
+        }
+        Stop::Shutdown
+    }
+
+    async fn commit_step(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        prev: Position,
+        items: Vec<Item>,
+    ) -> Result<EntryId, Stop> {
+        let last = items.last().map_or(prev.entry, |item| item.entry);
+        match self
+            .broker
+            .commit(partition, Batch { life, prev, items })
+            .await?
+        {
+            Committed::Done(outcomes) => {
+                for (outcome, _) in outcomes {
+                    self.count(outcome);
+                }
+                Ok(last)
+            }
+            Committed::Refused => Err(Stop::Refused),
+        }
+    }
+
+    async fn commit_sliced(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        item: Item,
+        slices: u32,
+    ) -> Result<(), Stop> {
+        let prev = Position {
+            entry: item.entry,
+            slices,
+        };
+        self.commit_sliced_from(partition, life, prev, item, slices)
+            .await
+    }
+
+    /// Commits a large plan slice by slice, from slice `from` on.
+    async fn commit_sliced_from(
+        &self,
+        partition: PartitionNumber,
+        life: Life,
+        mut prev: Position,
+        item: Item,
+        from: u32,
+    ) -> Result<(), Stop> {
+        let Proposal::Commit { record, targets } = &item.proposal else {
+            return Ok(());
+        };
+        let n_slices = targets.len().div_ceil(MAX_INDEX_ENTRIES) as u32;
+        for (index, targets) in targets
+            .chunks(MAX_INDEX_ENTRIES)
+            .enumerate()
+            .skip(from as usize)
+        {
+            let index = index as u32;
+            let proposal = Proposal::Commit {
+                record: record.clone(),
+                targets: targets.to_vec(),
+            };
+            let is_last = index + 1 == n_slices;
+            let slice = Slice {
+                life,
+                prev,
+                item: Item {
+                    proposal,
+                    ..item.clone()
+                },
+                index,
+                is_last,
+            };
+            match self.broker.commit_slice(partition, slice).await? {
+                Committed::Refused => return Err(Stop::Refused),
+                Committed::Done(outcomes) => match outcomes.first() {
+                    // Found by the first slice: the plan ends here.
+                    Some(&(outcome, _)) if outcome != Outcome::Committed => {
+                        self.count(outcome);
+                        return Ok(());
+                    }
+                    _ if is_last => self.count(Outcome::Committed),
+                    _ => {}
+                },
+            }
+            prev = Position {
+                entry: item.entry,
+                slices: index + 1,
+            };
+        }
+        Ok(())
+    }
+
+    fn count(&self, outcome: Outcome) {
+        self.metrics
+            .events
+            .get_or_create(&OutcomeLabel {
+                outcome: outcome.as_str(),
+            })
+            .inc();
+    }
+}
+
+/// The record of a plan that is written in slices. The decision is written with the last of them, maybe by another owner, who takes it from here.
+#[derive(Serialize)]
+struct Begun<'a> {
+    #[serde(flatten)]
+    notification: &'a Notification,
+    decision: &'a Decision,
+}
+
+/// What such a record holds beside the notification.
+#[derive(Deserialize)]
+struct Made {
+    decision: Option<Decision>,
+}
+
+fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decision {
+    Decision {
+        event_id: event.id.to_string(),
+        event_source: event.source.to_string(),
+        event_type: event.kind.to_string(),
+        verdicts,
+        reason: String::new(),
+        clock_ms,
+    }
+}
+
+/// An entry that is kept aside, with everything needed to try it again.
+fn dead(
+    entry: &Entry,
+    reason: String,
+    plugin: Option<String>,
+    attempts: u32,
+    decision: Decision,
+) -> Item {
+    let decision = Decision {
+        reason: reason.clone(),
+        ..decision
+    };
+    let why = DeadReason {
+        reason,
+        plugin,
+        attempts,
+        fields: entry.fields.clone(),
+    };
+    Item {
+        entry: entry.id,
+        dedupe: None,
+        proposal: Proposal::DeadLetter(why),
+        decision,
+    }
+}
+
+/// The decision about an entry that no plugin was asked about, under whatever it names, by which its publisher looks for it.
+fn unevaluated(partition: &Partition, entry: &Entry, clock_ms: u64) -> Decision {
+    let names = Event::names_in(&partition.source, &entry.fields);
+    let [event_id, event_source, event_type] =
+        names.map(|name| name.map(|name| name.to_string()).unwrap_or_default());
+    Decision {
+        event_id,
+        event_source,
+        event_type,
+        clock_ms,
+        ..Decision::default()
+    }
+}
+
+/// By which a publisher's retry is recognised: 16 bytes of SHA-256 over the event's `source` and `id`.
+fn dedupe_key(event: &Event) -> [u8; 16] {
+    let mut hash = Sha256::new();
+    hash.update(event.source.as_str());
+    // No name holds a NUL, so that no two pairs read the same.
+    hash.update([0]);
+    hash.update(event.id.as_str());
+    let digest = hash.finalize();
+    std::array::from_fn(|at| digest[at])
+}
+
+fn n_targets(item: &Item) -> usize {
+    if let Proposal::Commit { targets, .. } = &item.proposal {
+        targets.len()
+    } else {
+        0
+    }
+}
+
+fn n_bytes(item: &Item) -> usize {
+    match &item.proposal {
+        Proposal::Commit { record, .. } => record.len(),
+        Proposal::DeadLetter(why) => why
+            .fields
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum(),
+        Proposal::Discard | Proposal::Unrouted => 0,
+    }
+}

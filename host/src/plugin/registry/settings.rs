@@ -1,0 +1,342 @@
+//! The `[plugins]` section of the configuration: the folder, the order, and a table for each plugin that needs one.
+//!
+//! It promises that whatever was parsed is within its bounds, and that a mistake is named with its key. What is done with it is `registry`'s
+//! business; where the text comes from, `config`'s.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::health::Tolerance;
+use crate::plugin::Limits;
+
+/// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
+///
+/// A plugin called `dir`, `order` or `cache` cannot be configured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Config {
+    /// The folder whose `.wasm` files are the plugins; it is watched (none).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dir: Option<PathBuf>,
+    /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).
+    pub order: Vec<String>,
+    /// Where compiled plugins are kept for the next start, in a folder of this user alone; `false` or `""`: nowhere (`plugins` in the folder of
+    /// `broker.data`; without one, `pointsman` in `$XDG_CACHE_HOME` or `~/.cache`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// `[plugins.<name>]`.
+    #[serde(flatten)]
+    pub plugins: BTreeMap<String, Settings>,
+}
+
+impl Config {
+    /// The folder of compiled plugins; `None`: there is no use for one, or no place. `data`: the folder of the embedded broker.
+    pub fn cache_folder(&self, data: Option<&Path>) -> Option<PathBuf> {
+        self.dir.as_ref()?;
+        if let Some(folder) = &self.cache {
+            return Some(folder.clone()).filter(|folder| !folder.as_os_str().is_empty());
+        }
+        let of_user = || {
+            let variable = |name: &str| {
+                std::env::var_os(name)
+                    .map(PathBuf::from)
+                    .filter(|path| path.is_absolute())
+            };
+            variable("XDG_CACHE_HOME")
+                .or_else(|| Some(variable("HOME")?.join(".cache")))
+                .map(|caches| caches.join("pointsman"))
+        };
+        data.map(|data| data.join("plugins")).or_else(of_user)
+    }
+}
+
+/// `[plugins.<name>]`: one plugin.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "a table, as for a plugin: the keys of this section itself are dir, order and cache"
+)]
+pub struct Settings {
+    /// Whether the plugin is loaded at all (true).
+    pub enabled: bool,
+    /// What becomes of an event when the plugin fails on it, twice: `dead-letter`, `skip` (as if the plugin were not there) or `drop` (`dead-letter`).
+    pub on_failure: OnFailure,
+    /// Milliseconds of a processor that a call may use, 1 to 10,000 (50).
+    pub deadline_ms: u64,
+    /// MiB of memory that an instance may have, 1 to 4,096 (32).
+    pub memory_mib: u32,
+    /// KiB of text that an answer may have, 1 to 65,536 (256).
+    pub result_kib: u32,
+    /// Targets that an answer may have, 1 to 1,000,000 (10,000).
+    pub max_targets: u32,
+    /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
+    pub calls_per_instance: u32,
+    /// Seconds that a new version is on probation, and for its first 20 events, 0 to 86,400 (60; 0: none): if it fails too often, the one before takes over again.
+    pub probation_s: u64,
+    /// Of the events of its probation, the most that it may fail on, in percent, 1 to 100 (10); fewer than 5 failures never count.
+    pub probation_failure_percent: u32,
+    /// Failures in a row after which it is asked about an event only now and then, at first after a second, at last every minute (10; 0: never).
+    pub breaker_failures: u32,
+    /// If set, only the file with this SHA-256, in hexadecimal, is loaded (none).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// The plugin's own configuration, handed to it as JSON (none).
+    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
+    pub config: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            on_failure: OnFailure::DeadLetter,
+            deadline_ms: 50,
+            memory_mib: 32,
+            result_kib: 256,
+            max_targets: 10_000,
+            calls_per_instance: 10_000,
+            probation_s: 60,
+            probation_failure_percent: 10,
+            breaker_failures: 10,
+            sha256: None,
+            config: serde_json::Map::new(),
+        }
+    }
+}
+
+/// What becomes of an event when a plugin fails on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFailure {
+    #[default]
+    DeadLetter,
+    /// As if the plugin were not there.
+    Skip,
+    Drop,
+}
+
+impl Settings {
+    /// # Errors
+    /// The key, what is wrong with it, and the fix.
+    fn check(&self) -> Result<(), String> {
+        let bounds = [
+            ("deadline_ms", self.deadline_ms, 1, 10_000),
+            ("memory_mib", self.memory_mib.into(), 1, 4_096),
+            ("result_kib", self.result_kib.into(), 1, 65_536),
+            ("max_targets", self.max_targets.into(), 1, 1_000_000),
+            (
+                "calls_per_instance",
+                self.calls_per_instance.into(),
+                1,
+                u32::MAX.into(),
+            ),
+            ("probation_s", self.probation_s, 0, 86_400),
+            (
+                "probation_failure_percent",
+                self.probation_failure_percent.into(),
+                1,
+                100,
+            ),
+        ];
+        for (key, value, least, most) in bounds {
+            if !(least..=most).contains(&value) {
+                return Err(format!("{key} is {value}; give it {least} to {most}"));
+            }
+        }
+        match &self.sha256 {
+            Some(hash) if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) => Err(
+                "sha256 is no hash: 64 hexadecimal digits, as `sha256sum FILE` prints them"
+                    .to_owned(),
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a call of the plugin may cost.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            deadline: Duration::from_millis(self.deadline_ms),
+            memory_bytes: self.memory_mib as usize * 1024 * 1024,
+            result_bytes: self.result_kib as usize * 1024,
+            targets: self.max_targets as usize,
+            calls_per_instance: self.calls_per_instance,
+            ..Limits::default()
+        }
+    }
+
+    pub(in crate::plugin) fn tolerance(&self) -> Tolerance {
+        Tolerance {
+            probation: Duration::from_secs(self.probation_s),
+            probation_failure_percent: self.probation_failure_percent.into(),
+            breaker_failures: self.breaker_failures,
+        }
+    }
+
+    /// Without the plugin's own configuration.
+    pub(in crate::plugin) fn shown(&self) -> Self {
+        Self {
+            config: serde_json::Map::new(),
+            ..self.clone()
+        }
+    }
+}
+
+impl Config {
+    /// Of the plugin of this name.
+    pub(in crate::plugin) fn settings(&self, name: &str) -> Settings {
+        self.plugins.get(name).cloned().unwrap_or_default()
+    }
+}
+
+/// Settings within their bounds.
+struct Checked(Settings);
+
+impl<'de> Deserialize<'de> for Checked {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let settings = Settings::deserialize(d)?;
+        // In here, where whoever reads the file knows the place of the table.
+        settings.check().map_err(D::Error::custom)?;
+        Ok(Self(settings))
+    }
+}
+
+/// By hand, for the keys that are no plugins. Errors of a plugin's table go through as they are, or their place in the file would be lost.
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Sections;
+        impl<'de> Visitor<'de> for Sections {
+            type Value = Config;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the keys dir, order and cache, and a table for each plugin")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
+                let mut config = Config::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    match key.as_str() {
+                        "dir" => config.dir = Some(map.next_value()?),
+                        "order" => config.order = map.next_value()?,
+                        "cache" => {
+                            let FolderOrNone(folder) = map.next_value()?;
+                            config.cache = Some(folder);
+                        }
+                        _ => {
+                            let Checked(settings) = map.next_value()?;
+                            config.plugins.insert(key, settings);
+                        }
+                    }
+                }
+                Ok(config)
+            }
+        }
+        d.deserialize_map(Sections)
+    }
+}
+
+/// The key `cache`; an empty path stands for none.
+struct FolderOrNone(PathBuf);
+
+impl<'de> Deserialize<'de> for FolderOrNone {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        match serde_json::Value::deserialize(d)? {
+            // As a text where it comes from the environment; a folder of that name is written ./false.
+            serde_json::Value::String(text) if text == "false" => Ok(Self(PathBuf::new())),
+            serde_json::Value::String(text) => Ok(Self(PathBuf::from(text))),
+            serde_json::Value::Bool(false) => Ok(Self(PathBuf::new())),
+            other => Err(D::Error::custom(format!(
+                "plugins.cache is {other}; give a folder as a text, or false for none"
+            ))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_section_holds_keys_and_a_table_for_each_plugin() {
+        let config: Config = toml::from_str(
+            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
+        )
+        .unwrap();
+        assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
+        let discard = &config.plugins["discard"];
+        assert_eq!(
+            (discard.on_failure, discard.deadline_ms, discard.memory_mib),
+            (OnFailure::Skip, 5, 32)
+        );
+        assert_eq!(
+            serde_json::Value::Object(discard.config.clone()),
+            serde_json::json!({"rules": [{"match": {"type": "order.*"}}]})
+        );
+        let again: Config = toml::from_str(&toml::to_string(&config).unwrap()).unwrap();
+        assert_eq!(config, again);
+    }
+
+    #[test]
+    fn a_mistake_in_the_section_is_named_with_its_place() {
+        for (text, expect, place) in [
+            (
+                "[address]\ndeadline = 5\n",
+                "unknown field `deadline`",
+                10..18,
+            ),
+            (
+                "[address]\non_failure = 'ignore'\n",
+                "unknown variant `ignore`",
+                23..31,
+            ),
+            (
+                "[first]\n[address]\ndeadline_ms = 0\n",
+                "deadline_ms is 0; give it 1 to 10000",
+                8..17,
+            ),
+            ("[address]\nsha256 = 'abc'\n", "sha256 is no hash", 0..9),
+            (
+                "folder = 'x'\n",
+                "a table, as for a plugin: the keys of this section itself are dir, order and cache",
+                9..12,
+            ),
+            ("dir = 5\n", "string", 6..7),
+            (
+                "cache = true\n",
+                "plugins.cache is true; give a folder as a text, or false",
+                8..12,
+            ),
+        ] {
+            let error = toml::from_str::<Config>(text).unwrap_err();
+            assert!(error.message().contains(expect), "{text} gave: {error}");
+            assert_eq!(error.span(), Some(place), "{text} gave: {error}");
+        }
+    }
+
+    #[test]
+    fn compiled_plugins_are_kept_where_the_configuration_says_or_beside_the_data() {
+        let folder_of = |text: &str| {
+            toml::from_str::<Config>(text)
+                .unwrap()
+                .cache_folder(Some(Path::new("/data")))
+        };
+        assert_eq!(folder_of(""), None, "without plugins");
+        let folder = |text: &str| folder_of(&format!("dir = 'plugins'\n{text}"));
+        assert_eq!(folder(""), Some("/data/plugins".into()));
+        assert_eq!(
+            folder("cache = '/var/cache/p'"),
+            Some("/var/cache/p".into())
+        );
+        for none in ["cache = ''", "cache = false", "cache = 'false'"] {
+            assert_eq!(folder(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_of_a_plugin_are_the_limits_of_the_engine() {
+        assert_eq!(Settings::default().limits(), Limits::default());
+        assert_eq!(Settings::default().check(), Ok(()));
+    }
+}

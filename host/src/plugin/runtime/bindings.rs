@@ -1,0 +1,503 @@
+//! The contract in `wit/` and the vocabulary of `event`, one made into the other: the only place that knows both.
+//!
+//! Whatever comes from a guest is hostile until it is one of ours: names are parsed, counts and sizes bounded, control characters refused
+//! where they would forge a key or a frame, and escaped where an operator reads them.
+
+use wasmtime::Store;
+use wasmtime::component::{HasSelf, Instance, InstancePre, Linker};
+
+use self::exports::pointsman::plugin::{filter, lifecycle, router};
+use self::pointsman::plugin::types;
+use super::engine::State;
+use super::log::{Level, printable};
+use super::selection::{Document, Selection};
+use crate::event::criteria::{Criteria, Operator, Test};
+use crate::event::{
+    Event, Name, Payload, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target, Value, json_line,
+};
+use crate::plugin::{Amended, Answer, Limits, Manifest};
+
+wasmtime::component::bindgen!({
+    path: "../wit",
+    world: "full-plugin",
+});
+
+/// The version of the contract that this host speaks.
+pub(in crate::plugin) const VERSION: &str = "0.1";
+
+/// The latest moment that a route may end at: the end of the year 9999.
+const LATEST_MS: u64 = 253_402_300_799_999;
+
+pub(in crate::plugin) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
+    FullPlugin::add_to_linker::<State, HasSelf<State>>(linker, |state| state)
+}
+
+impl pointsman::plugin::log::Host for State {
+    fn log(&mut self, level: pointsman::plugin::log::Level, message: String) {
+        use self::pointsman::plugin::log::Level as Wit;
+        let level = match level {
+            Wit::Trace => Level::Trace,
+            Wit::Debug => Level::Debug,
+            Wit::Info => Level::Info,
+            Wit::Warn => Level::Warn,
+            Wit::Error => Level::Error,
+        };
+        self.log.line(level, self.event.as_ref(), &message);
+        if level == Level::Error {
+            self.last_error = Some(printable(&message));
+        }
+    }
+}
+
+impl pointsman::plugin::clock::Host for State {
+    fn now_ms(&mut self) -> u64 {
+        self.clock_ms()
+    }
+}
+
+impl types::Host for State {}
+
+/// Where a component's exports are; which of them it has says what kind of plugin it is.
+pub(in crate::plugin) struct ExportIndices {
+    lifecycle: lifecycle::GuestIndices,
+    pub(in crate::plugin) filter: Option<filter::GuestIndices>,
+    pub(in crate::plugin) router: Option<router::GuestIndices>,
+}
+
+impl ExportIndices {
+    pub(in crate::plugin) fn find(
+        component: &InstancePre<State>,
+        has_filter: bool,
+        has_router: bool,
+    ) -> wasmtime::Result<Self> {
+        Ok(Self {
+            lifecycle: lifecycle::GuestIndices::new(component)?,
+            filter: has_filter
+                .then(|| filter::GuestIndices::new(component))
+                .transpose()?,
+            router: has_router
+                .then(|| router::GuestIndices::new(component))
+                .transpose()?,
+        })
+    }
+
+    /// Checks the types of all exports, which `instantiate_pre` does not.
+    pub(in crate::plugin) fn load(
+        &self,
+        store: &mut Store<State>,
+        instance: &Instance,
+    ) -> wasmtime::Result<Exports> {
+        Ok(Exports {
+            lifecycle: self.lifecycle.load(&mut *store, instance)?,
+            filter: self
+                .filter
+                .as_ref()
+                .map(|indices| indices.load(&mut *store, instance))
+                .transpose()?,
+            router: self
+                .router
+                .as_ref()
+                .map(|indices| indices.load(&mut *store, instance))
+                .transpose()?,
+        })
+    }
+}
+
+/// The exports of one instance.
+pub(in crate::plugin) struct Exports {
+    lifecycle: lifecycle::Guest,
+    filter: Option<filter::Guest>,
+    router: Option<router::Guest>,
+}
+
+/// What a guest says of itself, before anybody has looked at it.
+pub(in crate::plugin) struct Description {
+    pub(in crate::plugin) manifest: Manifest,
+    pub(in crate::plugin) selection: Selection,
+}
+
+impl Exports {
+    pub(in crate::plugin) fn describe(
+        &self,
+        store: &mut Store<State>,
+    ) -> wasmtime::Result<Description> {
+        let lifecycle::Manifest {
+            name,
+            version,
+            description,
+            types,
+            reads,
+            config_schema,
+        } = self.lifecycle.call_describe(store)?;
+        let lifecycle::Selection {
+            attributes,
+            fields,
+            payload,
+        } = reads;
+        let manifest = Manifest {
+            name: printable(&name),
+            version: printable(&version),
+            description: printable(&description),
+            config_schema,
+        };
+        Ok(Description {
+            manifest,
+            selection: Selection {
+                types,
+                attributes,
+                fields,
+                payload,
+            },
+        })
+    }
+
+    /// # Errors
+    /// Outside: of the call. Inside: what the guest finds wrong, one issue after the other.
+    pub(in crate::plugin) fn configure(
+        &self,
+        store: &mut Store<State>,
+        config: &str,
+    ) -> wasmtime::Result<Result<(), String>> {
+        let issues = match self.lifecycle.call_configure(store, config)? {
+            Ok(()) => return Ok(Ok(())),
+            Err(issues) => issues,
+        };
+        let told = issues
+            .iter()
+            .take(8)
+            .map(|lifecycle::Issue { path, message }| {
+                if path.is_empty() {
+                    message.clone()
+                } else {
+                    format!("{path}: {message}")
+                }
+            });
+        Ok(Err(printable(&told.collect::<Vec<_>>().join("; "))))
+    }
+
+    /// `None` if it is no filter.
+    pub(in crate::plugin) fn evaluate(
+        &self,
+        store: &mut Store<State>,
+        event: &types::Event,
+    ) -> Option<wasmtime::Result<Result<filter::Verdict, types::Failure>>> {
+        self.filter
+            .as_ref()
+            .map(|filter| filter.call_evaluate(store, event))
+    }
+
+    /// `None` if it is no router.
+    pub(in crate::plugin) fn resolve(
+        &self,
+        store: &mut Store<State>,
+        event: &types::Event,
+    ) -> Option<wasmtime::Result<Result<Vec<router::Route>, types::Failure>>> {
+        self.router
+            .as_ref()
+            .map(|router| router.call_resolve(store, event))
+    }
+}
+
+/// The event as a plugin with this selection sees it.
+pub(in crate::plugin) fn present(
+    event: &Event,
+    priority: Priority,
+    selection: &Selection,
+    document: &Document,
+) -> types::Event {
+    let attributes = selection
+        .pick(event, document)
+        .map(|(name, value)| types::Attribute {
+            name: name.to_owned(),
+            value: value.into(),
+        });
+    types::Event {
+        id: event.id.as_str().to_owned(),
+        source: event.source.as_str().to_owned(),
+        type_: event.kind.as_str().to_owned(),
+        subject: event
+            .subject
+            .as_ref()
+            .map(|subject| subject.as_str().to_owned()),
+        time_ms: event.time_ms,
+        priority: priority.into(),
+        attributes: attributes.collect(),
+        data: match &event.data {
+            _ if !selection.payload => types::Payload::None,
+            Payload::None => types::Payload::None,
+            Payload::Json(text) => types::Payload::Json(text.to_string()),
+            Payload::Text(text) => types::Payload::Text(text.to_string()),
+            Payload::Binary(bytes) => types::Payload::Binary(bytes.to_vec()),
+        },
+    }
+}
+
+/// What a filter answered about this event, and the bytes of its text.
+///
+/// # Errors
+/// What of the answer is not acceptable.
+pub(in crate::plugin) fn verdict(
+    verdict: filter::Verdict,
+    event: &Event,
+    limits: &Limits,
+) -> Result<(Answer, usize), String> {
+    match verdict {
+        filter::Verdict::Keep => Ok((Answer::Keep, 0)),
+        filter::Verdict::Drop(reason) => Ok((Answer::Drop(printable(&reason)), reason.len())),
+        filter::Verdict::Amend(filter::Amendment {
+            priority,
+            attributes,
+        }) => {
+            let mut size = Size::new(limits);
+            let mut amended = event.clone();
+            for types::Attribute { name, value } in attributes {
+                size.count(&name)?;
+                if let types::Value::Text(text) = &value {
+                    size.count(text)?;
+                }
+                amended
+                    .set_attribute(&name, value.into())
+                    .map_err(|e| format!("it amends the event wrongly: {e}"))?;
+            }
+            let answer = Answer::Amend(Box::new(Amended {
+                event: amended,
+                priority: priority.map(Priority::from),
+            }));
+            Ok((answer, size.bytes))
+        }
+    }
+}
+
+/// What a router answered, and the bytes of its text: routes without a target are left out, those without a priority have the event's.
+///
+/// # Errors
+/// What of the answer is not acceptable.
+pub(in crate::plugin) fn plan(
+    routes: Vec<router::Route>,
+    by: &Name,
+    priority: Priority,
+    clock_ms: u64,
+    limits: &Limits,
+) -> Result<(Answer, usize), String> {
+    let n_targets = routes
+        .iter()
+        .map(|route| route.targets.len())
+        .sum::<usize>()
+        .max(routes.len());
+    if n_targets > limits.targets {
+        return Err(format!(
+            "its answer has {n_targets} targets or routes; {} is the most (max_targets)",
+            limits.targets
+        ));
+    }
+    let mut size = Size::new(limits);
+    let mut plan = Plan::default();
+    for (at, route) in routes.into_iter().enumerate() {
+        let route = convert(route, by, priority, clock_ms, &mut size)
+            .map_err(|e| format!("its route {at} is not acceptable: {e}"))?;
+        if !route.to.is_empty() {
+            plan.routes.push(route);
+        }
+    }
+    Ok((Answer::Routes(plan), size.bytes))
+}
+
+fn convert(
+    route: router::Route,
+    by: &Name,
+    of_event: Priority,
+    clock_ms: u64,
+    size: &mut Size<'_>,
+) -> Result<Route, String> {
+    let router::Route {
+        targets,
+        when,
+        priority,
+        ttl_ms,
+        collapse_key,
+        event_name,
+        body,
+    } = route;
+    let mut name = |what: &str, text: String| {
+        size.count(&text)?;
+        Name::parse(&text).map_err(|e| e.of(what).to_string())
+    };
+    let to = targets.into_iter().map(|target| match target {
+        types::Target::User(user) => name("the user", user).map(Target::User),
+        types::Target::Group(group) => name("the group", group).map(Target::Group),
+        types::Target::Everyone => Ok(Target::Everyone),
+    });
+    let to = to.collect::<Result<Vec<_>, _>>()?;
+    let collapse = collapse_key
+        .map(|key| name("the collapse key", key))
+        .transpose()?;
+    let event_name = event_name
+        .map(|text| name("the event name", text))
+        .transpose()?;
+    if let Some(reserved) = event_name
+        .as_ref()
+        .filter(|name| RESERVED_EVENT_NAMES.contains(&name.as_str()))
+    {
+        return Err(format!(
+            "the event name '{reserved}' is reserved; reserved are {}",
+            RESERVED_EVENT_NAMES.join(", ")
+        ));
+    }
+    let body = match body {
+        None => None,
+        Some(body) => {
+            size.count(&body)?;
+            Some(json_line(&body).map_err(|e| e.of("the body").to_string())?)
+        }
+    };
+    if ttl_ms == Some(0) {
+        return Err(
+            "the ttl is 0, so nobody would ever get it; leave the route out, or the ttl".to_owned(),
+        );
+    }
+    Ok(Route {
+        by: by.clone(),
+        to,
+        when: when
+            .map(|criteria| convert_criteria(criteria, size))
+            .transpose()?,
+        priority: priority.map_or(of_event, Priority::from),
+        expires_ms: ttl_ms.map(|ttl| clock_ms.saturating_add(ttl).min(LATEST_MS)),
+        collapse,
+        event_name,
+        body,
+    })
+}
+
+fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Criteria, String> {
+    let mut any_of = Vec::with_capacity(criteria.any_of.len().min(Criteria::MAX_TESTS));
+    if criteria.any_of.len() > Criteria::MAX_TESTS {
+        return Err(format!(
+            "the criteria have {} clauses; {} is the most",
+            criteria.any_of.len(),
+            Criteria::MAX_TESTS
+        ));
+    }
+    for clause in criteria.any_of {
+        let mut all_of = Vec::new();
+        for types::Test {
+            attribute,
+            operator,
+            values,
+        } in clause
+        {
+            size.count(&attribute)?;
+            for value in &values {
+                match value {
+                    types::Value::Text(text) => size.count(text)?,
+                    types::Value::Decimal(d) if !d.is_finite() => {
+                        return Err(format!(
+                            "the criteria have the number {d}, which is none in JSON"
+                        ));
+                    }
+                    types::Value::Integer(_) | types::Value::Decimal(_) | types::Value::Flag(_) => {
+                        size.count("")?
+                    }
+                }
+            }
+            all_of.push(Test {
+                attribute,
+                operator: operator.into(),
+                values: values.into_iter().map(Value::from).collect(),
+            });
+        }
+        any_of.push(all_of);
+    }
+    Criteria::new(any_of).map_err(|e| e.to_string())
+}
+
+/// The reason in a failure, and whether the event may be presented again.
+pub(in crate::plugin) fn failure(failure: types::Failure) -> (String, bool) {
+    match failure {
+        types::Failure::Reject(reason) => (printable(&reason), false),
+        types::Failure::Retry(reason) => (printable(&reason), true),
+    }
+}
+
+/// Counts what a guest hands back.
+struct Size<'a> {
+    bytes: usize,
+    limits: &'a Limits,
+}
+
+impl<'a> Size<'a> {
+    fn new(limits: &'a Limits) -> Self {
+        Self { bytes: 0, limits }
+    }
+
+    fn count(&mut self, text: &str) -> Result<(), String> {
+        // Each string costs more than its bytes: without that, a million empty ones would be for nothing.
+        self.bytes = self.bytes.saturating_add(text.len()).saturating_add(8);
+        if self.bytes > self.limits.result_bytes {
+            return Err(format!(
+                "its answer is larger than {} KiB, which is the most (result_kib)",
+                self.limits.result_bytes / 1024
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl From<Value> for types::Value {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::Text(text) => Self::Text(text),
+            Value::Integer(i) => Self::Integer(i),
+            Value::Decimal(d) => Self::Decimal(d),
+            Value::Flag(b) => Self::Flag(b),
+        }
+    }
+}
+
+impl From<types::Value> for Value {
+    fn from(value: types::Value) -> Self {
+        match value {
+            types::Value::Text(text) => Self::Text(text),
+            types::Value::Integer(i) => Self::Integer(i),
+            types::Value::Decimal(d) => Self::Decimal(d),
+            types::Value::Flag(b) => Self::Flag(b),
+        }
+    }
+}
+
+impl From<Priority> for types::Priority {
+    fn from(priority: Priority) -> Self {
+        match priority {
+            Priority::Low => Self::Low,
+            Priority::Normal => Self::Normal,
+            Priority::High => Self::High,
+            Priority::Urgent => Self::Urgent,
+        }
+    }
+}
+
+impl From<types::Priority> for Priority {
+    fn from(priority: types::Priority) -> Self {
+        match priority {
+            types::Priority::Low => Self::Low,
+            types::Priority::Normal => Self::Normal,
+            types::Priority::High => Self::High,
+            types::Priority::Urgent => Self::Urgent,
+        }
+    }
+}
+
+impl From<types::Operator> for Operator {
+    fn from(operator: types::Operator) -> Self {
+        match operator {
+            types::Operator::Equals => Self::Equals,
+            types::Operator::NotEquals => Self::NotEquals,
+            types::Operator::OneOf => Self::OneOf,
+            types::Operator::Contains => Self::Contains,
+            types::Operator::Prefix => Self::Prefix,
+            types::Operator::Less => Self::Less,
+            types::Operator::Greater => Self::Greater,
+            types::Operator::Present => Self::Present,
+        }
+    }
+}

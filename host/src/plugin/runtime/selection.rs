@@ -1,0 +1,402 @@
+//! Which events a plugin is called for, and what of them crosses to it. The host matches types and reads payloads itself: a call that is
+//! not made costs nothing, and a payload is parsed once for all plugins, if at all.
+
+use std::borrow::Cow;
+use std::cell::OnceCell;
+
+use crate::event::{Event, Payload, Value};
+
+/// The most patterns, attributes or fields that a manifest may name.
+const MAX_ENTRIES: usize = 256;
+/// The most bytes of one of them.
+const MAX_ENTRY: usize = 256;
+
+/// What a plugin's manifest asks for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Selection {
+    /// Patterns of types. Empty: every event.
+    pub types: Vec<String>,
+    /// `*` is all of them.
+    pub attributes: Vec<String>,
+    /// JSON pointers.
+    pub fields: Vec<String>,
+    /// Whether the payload crosses whole.
+    pub payload: bool,
+}
+
+impl Selection {
+    /// # Errors
+    /// What of it is not as it should be.
+    pub(in crate::plugin) fn check(&self) -> Result<(), String> {
+        for (what, entries) in [
+            ("types", &self.types),
+            ("attributes", &self.attributes),
+            ("fields", &self.fields),
+        ] {
+            if entries.len() > MAX_ENTRIES {
+                return Err(format!(
+                    "its manifest names {} {what}; {MAX_ENTRIES} is the most",
+                    entries.len()
+                ));
+            }
+            if let Some(long) = entries.iter().find(|entry| entry.len() > MAX_ENTRY) {
+                return Err(format!(
+                    "its manifest has {} bytes in one of its {what}; {MAX_ENTRY} is the most",
+                    long.len()
+                ));
+            }
+        }
+        match self
+            .fields
+            .iter()
+            .find(|pointer| !pointer.is_empty() && !pointer.starts_with('/'))
+        {
+            Some(field) => Err(format!(
+                "its manifest reads the field '{}', which is no JSON pointer: it must begin with '/'",
+                field.escape_debug()
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the plugin is to be called for events of this type.
+    pub(in crate::plugin) fn has_type(&self, kind: &str) -> bool {
+        self.types.is_empty() || self.types.iter().any(|pattern| matches(pattern, kind))
+    }
+
+    /// The attributes and fields that cross.
+    pub(in crate::plugin) fn pick<'a>(
+        &'a self,
+        event: &'a Event,
+        document: &'a Document,
+    ) -> impl Iterator<Item = (&'a str, Value)> {
+        let is_all = self.attributes.iter().any(|name| name == "*");
+        let every = event.attributes.iter().filter(move |_| is_all);
+        let named = self
+            .attributes
+            .iter()
+            .filter(move |_| !is_all)
+            .filter_map(|name| event.attributes.get_key_value(name));
+        let attributes = every
+            .chain(named)
+            .map(|(name, value)| (name.as_str(), value.clone()));
+        let json = if self.fields.is_empty() {
+            None
+        } else {
+            document.json(event)
+        };
+        let fields = self
+            .fields
+            .iter()
+            .filter_map(move |pointer| Some((pointer.as_str(), field(find(json?, pointer)?)?)));
+        attributes.chain(fields)
+    }
+}
+
+/// The payload of one event, parsed when the first plugin asks for a field of it.
+#[derive(Debug, Default)]
+pub(in crate::plugin) struct Document(OnceCell<Option<serde_json::Value>>);
+
+impl Document {
+    fn json(&self, event: &Event) -> Option<&serde_json::Value> {
+        let parse = || match &event.data {
+            Payload::Json(text) => serde_json::from_str(&spell_large_integers(text)).ok(),
+            Payload::None | Payload::Text(_) | Payload::Binary(_) => None,
+        };
+        self.0.get_or_init(parse).as_ref()
+    }
+}
+
+/// The digits of the shortest integer that no [`Value`] holds.
+const LARGE: usize = 19;
+
+/// JSON in which integers that no [`Value`] holds are texts with their digits: read as decimals, they would be other numbers, and an
+/// identity made of one would be somebody else's.
+fn spell_large_integers(json: &str) -> Cow<'_, str> {
+    let bytes = json.as_bytes();
+    // So many digits in a row do not fit between two of the places that are looked at.
+    let is_large = |at: usize| {
+        let n_before = bytes[..at]
+            .iter()
+            .rev()
+            .take_while(|b| b.is_ascii_digit())
+            .count();
+        let n_from = bytes[at..]
+            .iter()
+            .take_while(|b| b.is_ascii_digit())
+            .count();
+        n_from > 0 && n_before + n_from >= LARGE
+    };
+    if !(LARGE - 1..bytes.len()).step_by(LARGE).any(is_large) {
+        return Cow::Borrowed(json);
+    }
+    let (mut spelt, mut n_copied, mut at) = (String::new(), 0, 0);
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => at = end_of_text(bytes, at),
+            b'-' | b'0'..=b'9' => {
+                let end = bytes[at..]
+                    .iter()
+                    .position(|b| !matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E'));
+                let end = end.map_or(bytes.len(), |n| at + n);
+                let number = &json[at..end];
+                if !number.contains(['.', 'e', 'E']) && number.parse::<i64>().is_err() {
+                    spelt.extend([&json[n_copied..at], "\"", number, "\""]);
+                    n_copied = end;
+                }
+                at = end;
+            }
+            _ => at += 1,
+        }
+    }
+    spelt.push_str(&json[n_copied..]);
+    Cow::Owned(spelt)
+}
+
+/// Where the text that begins here ends, in JSON.
+fn end_of_text(json: &[u8], begin: usize) -> usize {
+    let mut at = begin + 1;
+    while let Some(byte) = json.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    json.len()
+}
+
+/// What a JSON pointer (RFC 6901) names. As [`serde_json::Value::pointer`], which copies every word of the pointer twice for each event.
+fn find<'a>(json: &'a serde_json::Value, pointer: &str) -> Option<&'a serde_json::Value> {
+    if pointer.is_empty() {
+        return Some(json);
+    }
+    pointer
+        .strip_prefix('/')?
+        .split('/')
+        .try_fold(json, |value, word| match value {
+            serde_json::Value::Object(members) if word.contains('~') => {
+                members.get(&word.replace("~1", "/").replace("~0", "~"))
+            }
+            serde_json::Value::Object(members) => members.get(word),
+            // No other way to write a number.
+            serde_json::Value::Array(elements) if word == "0" || !word.starts_with(['0', '+']) => {
+                elements.get(word.parse::<usize>().ok()?)
+            }
+            _ => None,
+        })
+}
+
+/// A field of the payload as an attribute; `null` is "not set".
+fn field(value: &serde_json::Value) -> Option<Value> {
+    Some(match value {
+        serde_json::Value::Null => return None,
+        serde_json::Value::Bool(b) => Value::Flag(*b),
+        serde_json::Value::Number(n) => n
+            .as_i64()
+            .map(Value::Integer)
+            .or_else(|| n.as_f64().map(Value::Decimal))?,
+        serde_json::Value::String(text) => Value::Text(text.clone()),
+        list_or_object => Value::Text(list_or_object.to_string()),
+    })
+}
+
+/// Whether a text matches a pattern in which `*` stands for any characters. Takes at most pattern times text steps, whatever they are: only
+/// the last `*` is ever tried again.
+fn matches(pattern: &str, text: &str) -> bool {
+    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
+    let (mut p, mut t) = (0, 0);
+    let mut last_star = None;
+    while t < text.len() {
+        if pattern.get(p) == Some(&b'*') {
+            last_star = Some((p, t));
+            p += 1;
+        } else if pattern.get(p) == Some(&text[t]) {
+            (p, t) = (p + 1, t + 1);
+        } else if let Some((star, from)) = last_star {
+            last_star = Some((star, from + 1));
+            (p, t) = (star + 1, from + 1);
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|&b| b == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::EntryId;
+
+    #[test]
+    fn patterns_match_as_documented() {
+        for (pattern, text, expect) in [
+            ("order.shipped", "order.shipped", true),
+            ("order.shipped", "order.shipped.late", false),
+            ("order.*", "order.shipped", true),
+            ("order.*", "order.", true),
+            ("order.*", "order", false),
+            ("*", "", true),
+            ("", "", true),
+            ("", "x", false),
+            ("*.paid", "a.b.paid", true),
+            ("*.paid", "a.paid.b", false),
+            ("a*b*c", "a-b-b-c", true),
+            ("a*b*c", "a-c-b", false),
+            ("*ü", "Grü", true),
+        ] {
+            assert_eq!(matches(pattern, text), expect, "{pattern} {text}");
+        }
+        // Exponential in a matcher that tries every star again.
+        assert!(!matches(
+            &"*a".repeat(100),
+            &format!("{}b", "a".repeat(200))
+        ));
+    }
+
+    #[test]
+    fn only_what_the_manifest_reads_crosses() {
+        let document = r#"{"type":"t","a":1,"b":"x","c":true,"data":{"n":{"m":2.5},"s":"t","l":[1,2],"z":null,"big":18446744073709551615}}"#;
+        let event = Event::from_json(EntryId::default(), "-", document.as_bytes()).unwrap();
+        let picked = |attributes: &[&str], fields: &[&str]| {
+            let owned = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
+            let selection = Selection {
+                types: Vec::new(),
+                attributes: owned(attributes),
+                fields: owned(fields),
+                payload: false,
+            };
+            let document = Document::default();
+            let picked: Vec<_> = selection
+                .pick(&event, &document)
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect();
+            picked
+        };
+        let text = |s: &str| Value::Text(s.into());
+        assert_eq!(picked(&[], &[]), []);
+        assert_eq!(picked(&["b", "gone"], &[]), [("b".into(), text("x"))]);
+        assert_eq!(
+            picked(&["*", "b"], &[]),
+            [
+                ("a".into(), Value::Integer(1)),
+                ("b".into(), text("x")),
+                ("c".into(), Value::Flag(true))
+            ]
+        );
+        let fields = picked(&[], &["/n/m", "/s", "/l", "/z", "/gone", "/n", "/big"]);
+        let expect = [
+            ("/n/m", Value::Decimal(2.5)),
+            ("/s", text("t")),
+            ("/l", text("[1,2]")),
+            ("/n", text(r#"{"m":2.5}"#)),
+            ("/big", text("18446744073709551615")),
+        ];
+        assert_eq!(fields, expect.map(|(name, value)| (name.to_owned(), value)));
+    }
+
+    #[test]
+    fn a_pointer_names_what_it_names_elsewhere() {
+        let json = serde_json::json!({"a": {"b": [1, {"c": 2}]}, "": 3, "x/y": 4, "m~n": {"~1": 5}, "0": 6, "l": [[7], 8]});
+        let mut n_found = 0;
+        for pointer in [
+            "",
+            "/",
+            "/a",
+            "/a/b",
+            "/a/b/0",
+            "/a/b/1/c",
+            "/a/b/00",
+            "/a/b/+1",
+            "/a/b/-",
+            "/a/b/2",
+            "/a/b/99999999999999999999",
+            "/a/b/",
+            "a",
+            "/x~1y",
+            "/x/y",
+            "/m~0n/~01",
+            "/m~n",
+            "/m~0n",
+            "/0",
+            "/l/0/0",
+            "/l/0/01",
+            "/l/1/0",
+            "//",
+        ] {
+            let found = find(&json, pointer);
+            assert_eq!(found, json.pointer(pointer), "{pointer}");
+            n_found += usize::from(found.is_some());
+        }
+        assert_eq!(n_found, 12);
+    }
+
+    #[test]
+    fn an_integer_that_no_value_holds_is_a_text_with_its_digits() {
+        let check =
+            |json: &str, expect: &str| assert_eq!(spell_large_integers(json), expect, "{json}");
+        check("9223372036854775808", r#""9223372036854775808""#);
+        check("-9223372036854775809", r#""-9223372036854775809""#);
+        check(
+            r#"{"a":[ 123456789012345678901234567890 ,1]}"#,
+            r#"{"a":[ "123456789012345678901234567890" ,1]}"#,
+        );
+        for as_it_is in [
+            "",
+            "9223372036854775807",
+            "-9223372036854775808",
+            "-0",
+            "1e30",
+            "1234567890123456789012.0",
+            "12345678901234567890E-2",
+            r#"{"12345678901234567890":"12345678901234567890"}"#,
+            r#""a\\\"12345678901234567890""#,
+        ] {
+            check(as_it_is, as_it_is);
+        }
+        // Wherever it stands.
+        for n in 0..50 {
+            let (blank, large) = (" ".repeat(n), "98765432109876543210");
+            check(
+                &format!("{blank}[{large}]"),
+                &format!("{blank}[\"{large}\"]"),
+            );
+        }
+    }
+
+    #[test]
+    fn a_selection_out_of_bounds_is_refused() {
+        let check = |selection: Selection, expect: &str| {
+            assert!(selection.check().unwrap_err().contains(expect))
+        };
+        check(
+            Selection {
+                types: vec!["x".into(); 257],
+                ..Selection::default()
+            },
+            "names 257 types",
+        );
+        check(
+            Selection {
+                attributes: vec!["x".repeat(257)],
+                ..Selection::default()
+            },
+            "257 bytes in one of its attributes",
+        );
+        check(
+            Selection {
+                fields: vec!["order".into()],
+                ..Selection::default()
+            },
+            "'order', which is no JSON pointer",
+        );
+        assert_eq!(
+            Selection {
+                fields: vec!["/a".into(), "".into()],
+                ..Selection::default()
+            }
+            .check(),
+            Ok(())
+        );
+    }
+}

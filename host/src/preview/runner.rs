@@ -1,0 +1,180 @@
+//! One plugin alone, before its author: asked about events as the pipeline asks it, with what each answer cost.
+//!
+//! It promises that what it shows is what a node would get of this plugin: the same presentation of an event, the same limits, and for a
+//! plugin that is both filter and router the same event between the two. A plugin that fails is asked no second time, and no policy hides it.
+//! Whether a decision is the right one, the author's golden file says; what other plugins make of it, only a node.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value as Json, json};
+
+use crate::event::Event;
+use crate::ingest::pipeline::published_priority;
+use crate::plugin::shadow::outcome::Decided;
+use crate::plugin::{
+    Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking,
+    used_by_this_thread,
+};
+
+/// See the head of this file.
+#[derive(Debug)]
+pub struct Audition {
+    plugin: Plugin,
+    ticking: Ticking,
+    slot: Option<Instance>,
+}
+
+/// What a plugin made of one event, and at which cost.
+#[derive(Clone, Debug, Default)]
+pub struct Performance {
+    /// As a filter, as a router; nothing if its types do not match.
+    pub decided: Vec<Decided>,
+    /// Why there is no answer, or not both.
+    pub error: Option<CallError>,
+    /// Of a processor, as deadlines count it: of all calls about the event, without the making of an instance.
+    pub time: Duration,
+    /// Of the instance, after the event; `None` if it was thrown away.
+    pub memory_bytes: Option<usize>,
+    /// Of the largest answer about the event.
+    pub answer_bytes: usize,
+    pub n_targets: usize,
+}
+
+impl Performance {
+    /// Whether the plugin is broken. To reject an event, or to ask for it again, is a verdict.
+    pub fn is_failure(&self) -> bool {
+        self.error
+            .as_ref()
+            .is_some_and(|error| !matches!(error, CallError::Rejected(_) | CallError::Retry(_)))
+    }
+
+    /// What was decided about this event, as golden files have it: nothing in it is of chance, of the machine, or of the name of the plugin's file.
+    pub fn to_golden(&self, event: &Event) -> Json {
+        let mut decided = json!({ "event": event.id, "decided": self.decided });
+        for decided in decided["decided"].as_array_mut().into_iter().flatten() {
+            for route in decided
+                .get_mut("plan")
+                .and_then(Json::as_array_mut)
+                .into_iter()
+                .flatten()
+                .filter_map(Json::as_object_mut)
+            {
+                route.remove("by");
+            }
+        }
+        decided
+    }
+}
+
+impl Audition {
+    pub fn new(engine: &Engine, plugin: Plugin) -> Self {
+        Self {
+            plugin,
+            ticking: engine.ticking(),
+            slot: None,
+        }
+    }
+
+    /// Asks about one event. `clock_ms`: the clock that the plugin is shown, in milliseconds since the Unix epoch.
+    pub fn perform(&mut self, event: &Event, clock_ms: u64) -> Performance {
+        let mut performance = Performance::default();
+        if let Err(error) = self.fold(event, clock_ms, &mut performance) {
+            performance.decided.push(Decided::of_failure(&error));
+            performance.error = Some(error);
+        }
+        performance.memory_bytes = self.slot.as_ref().map(Instance::memory_bytes);
+        performance
+    }
+
+    fn fold(
+        &mut self,
+        event: &Event,
+        clock_ms: u64,
+        performance: &mut Performance,
+    ) -> Result<(), CallError> {
+        if !self.plugin.wants(&event.kind) {
+            return Ok(());
+        }
+        let payload = ParsedPayload::default();
+        let mut priority = published_priority(event);
+        let mut amended = None;
+        for role in [Role::Filter, Role::Router]
+            .into_iter()
+            .filter(|role| self.plugin.has_role(*role))
+            .collect::<Vec<_>>()
+        {
+            let call = Call {
+                event: amended.as_ref().unwrap_or(event),
+                priority,
+                clock_ms,
+                payload: &payload,
+            };
+            let answer = self.ask(role, &call, performance)?;
+            performance.decided.push(Decided::of_answer(&answer, &call));
+            match answer {
+                Answer::Keep => {}
+                Answer::Drop(_) => return Ok(()),
+                Answer::Amend(answer) => {
+                    priority = answer.priority.unwrap_or(priority);
+                    amended = Some(answer.event);
+                }
+                Answer::Routes(plan) => {
+                    performance.n_targets = plan.routes.iter().map(|route| route.to.len()).sum()
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ask(
+        &mut self,
+        role: Role,
+        call: &Call<'_>,
+        costs: &mut Performance,
+    ) -> Result<Answer, CallError> {
+        if self.slot.is_none() {
+            self.slot = Some(self.plugin.instantiate(&self.ticking)?);
+        }
+        let began = used_by_this_thread();
+        let answer = self.plugin.call(&mut self.slot, &self.ticking, role, call);
+        costs.time += used_by_this_thread().saturating_sub(began);
+        costs.answer_bytes = costs
+            .answer_bytes
+            .max(self.slot.as_ref().map_or(0, Instance::answer_bytes));
+        answer
+    }
+
+    /// Asks about all of these events, each with its clock, in these roles, and answers how long that took; what is decided is thrown away. The
+    /// first time is slower, as it makes an instance.
+    ///
+    /// # Errors
+    /// The first failure; a verdict is none.
+    pub fn time(&mut self, roles: &[Role], events: &[(Event, u64)]) -> Result<Duration, CallError> {
+        let began = Instant::now();
+        for (event, clock_ms) in events
+            .iter()
+            .filter(|(event, _)| self.plugin.wants(&event.kind))
+        {
+            let payload = ParsedPayload::default();
+            let call = Call {
+                event,
+                priority: published_priority(event),
+                clock_ms: *clock_ms,
+                payload: &payload,
+            };
+            for role in roles {
+                match self
+                    .plugin
+                    .call(&mut self.slot, &self.ticking, *role, &call)
+                {
+                    Ok(Answer::Drop(_)) | Err(CallError::Rejected(_) | CallError::Retry(_)) => {
+                        break;
+                    }
+                    Ok(_) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(began.elapsed())
+    }
+}
