@@ -15,10 +15,10 @@ use pointsman::broker::{
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
-mod bookmarks;
 mod commits;
 mod dead_letters;
 mod dedupe;
+mod device_cursors;
 mod feeds;
 mod logs;
 mod nodes;
@@ -40,7 +40,7 @@ macro_rules! suite {
                 attempts_are_counted_for_each_entry,
                 what_was_committed_is_there_for_the_next_process,
             ];
-            bookmarks: [bookmarks_are_there_for_the_next_process];
+            device_cursors: [bookmarks_are_there_for_the_next_process];
         );
     };
     ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
@@ -120,7 +120,7 @@ macro_rules! suite {
                     a_change_is_heard_in_every_partition_before_later_events,
                     nothing_is_known_of_a_stranger,
                 ];
-                bookmarks: [
+                device_cursors: [
                     a_bookmark_moves_only_from_where_it_was_seen,
                     bookmarks_of_users_devices_and_the_read_mark_stand_apart,
                     of_racing_moves_of_a_bookmark_none_is_lost,

@@ -12,15 +12,15 @@
 
 mod cursors;
 mod devices;
+mod epochs;
+mod faulty_broker;
+mod fixture;
 mod gaps;
 mod ingest;
-mod lives;
 mod members;
 mod priorities;
-mod puppet;
 mod replay;
 mod simulation;
-mod stage;
 
 /// Makes a test of each interleaving on each broker, named as `protocol::<file>::<broker>::<interleaving>`.
 macro_rules! on_each_broker {
@@ -33,7 +33,7 @@ macro_rules! on_each_broker {
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $interleaving() {
-                    super::$interleaving($crate::protocol::stage::Stage::$broker().await).await;
+                    super::$interleaving($crate::protocol::fixture::Stage::$broker().await).await;
                 }
             )+
         }

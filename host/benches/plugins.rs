@@ -1,6 +1,6 @@
 //! What a call of a plugin costs beside the same decision natively, and what a new version costs beside compiling it: ratios within one run.
 //!
-//! The guest is `tests/guests/costs`, compiled as plugins are; natively it is called as a library. Everything is taken in turns, and what is
+//! The guest is `tests/harness/guests/costs`, compiled as plugins are; natively it is called as a library. Everything is taken in turns, and what is
 //! shown is the median of the turns, so that whatever else the machine does falls on all alike.
 
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]

@@ -7,8 +7,8 @@ use crate::harness::redis::RedisServer;
 use pointsman::broker::redis::Redis;
 use pointsman::broker::{Error, Severity};
 
-mod foreign_hands;
-mod lives;
+mod epochs;
+mod external_writes;
 mod outages;
 mod set_up;
 

@@ -7,7 +7,7 @@ use pointsman::delivery::subscription::cursor::{Cursor, Unreadable};
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;
 
-use super::stage::{Client, Frame, SOURCE, Stage, TAG, name, next_entry, to, urgent};
+use super::fixture::{Client, Frame, SOURCE, Stage, TAG, name, next_entry, to, urgent};
 use crate::harness::node::{Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::sse::Request;

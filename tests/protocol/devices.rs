@@ -7,9 +7,9 @@ use pointsman::delivery::device_cursors::{Bookmarks, Refusal};
 use pointsman::delivery::subscription::cursor::Cursor;
 use pointsman::delivery::subscription::{GapReason, Start};
 
+use super::faulty_broker::{At, Op, Puppet};
+use super::fixture::{Client, SOURCE, Stage, name, to};
 use super::on_each_broker;
-use super::puppet::{At, Op, Puppet};
-use super::stage::{Client, SOURCE, Stage, name, to};
 
 on_each_broker! {
     a_device_that_never_acknowledged_begins_where_it_first_began,
@@ -279,7 +279,7 @@ async fn an_urgent_one_that_went_ahead_is_remembered(stage: Stage) {
     let ids = stage
         .commit(&[
             ("slow", &[to("u:ann")]),
-            ("urgent", &[super::stage::urgent("u:ann")]),
+            ("urgent", &[super::fixture::urgent("u:ann")]),
         ])
         .await;
     place.had.push((stage.p, ids[1]));

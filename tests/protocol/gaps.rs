@@ -7,9 +7,9 @@ use pointsman::broker::Retention;
 use pointsman::delivery::subscription::{Gap, GapReason, Start};
 use pointsman::event::NotificationId;
 
+use super::faulty_broker::{At, Op};
+use super::fixture::{Client, Frame, SOURCE, Stage, TAG, an_hour_ahead, now_ms, to, until};
 use super::on_each_broker;
-use super::puppet::{At, Op};
-use super::stage::{Client, Frame, SOURCE, Stage, TAG, an_hour_ahead, now_ms, to, until};
 
 on_each_broker! {
     h10_joining_a_group_with_a_past_is_no_gap,

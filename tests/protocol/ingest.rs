@@ -17,9 +17,9 @@ use pointsman::telemetry::readiness::Readiness;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::faulty_broker::{At, Op, Puppet};
+use super::fixture::{Client, SOURCE, Stage, now_ms, target, until};
 use super::on_each_broker;
-use super::puppet::{At, Op, Puppet};
-use super::stage::{Client, SOURCE, Stage, now_ms, target, until};
 use crate::harness::engine;
 use crate::harness::guests::core_module;
 use crate::harness::node::Folder;
@@ -526,7 +526,7 @@ async fn f26_a_slice_whose_answer_was_lost_is_written_once(stage: Stage) {
                 usize::from(matches!(notice, Notice::Append { .. })),
                 Ordering::Relaxed,
             );
-            super::puppet::Fate::Pass
+            super::faulty_broker::Fate::Pass
         })
         .await;
     let a = stage.another().await;

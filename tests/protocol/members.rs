@@ -9,9 +9,9 @@ use pointsman::event::criteria::{Attributes, Criteria, Operator, Test};
 use pointsman::event::{Route, Value};
 use pointsman::shutdown::Shutdown;
 
+use super::faulty_broker::{At, Fate, Op};
+use super::fixture::{Client, Stage, name, to, until};
 use super::on_each_broker;
-use super::puppet::{At, Fate, Op};
-use super::stage::{Client, Stage, name, to, until};
 use crate::harness::node::Folder;
 
 on_each_broker! {

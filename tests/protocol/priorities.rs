@@ -3,8 +3,8 @@
 use pointsman::delivery::subscription::WINDOW;
 use pointsman::event::{Priority, Route};
 
+use super::fixture::{Client, Frame, Stage, keyed, to, until, urgent};
 use super::on_each_broker;
-use super::stage::{Client, Frame, Stage, keyed, to, until, urgent};
 
 on_each_broker! {
     f23_an_older_state_does_not_come_after_the_newer_one_that_overtook_it,

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pointsman::broker::Notice;
 use pointsman::delivery::subscription::{Rendered, Start, WINDOW};
 
+use super::faulty_broker::{At, Fate, Op};
+use super::fixture::{Client, Frame, SOON, Stage, to, until, urgent};
 use super::on_each_broker;
-use super::puppet::{At, Fate, Op};
-use super::stage::{Client, Frame, SOON, Stage, to, until, urgent};
 use pointsman::event::{Priority, Route};
 
 on_each_broker! {
@@ -76,7 +76,7 @@ async fn f10_a_late_subscription_holds_the_cursor_back(stage: Stage) {
     stage.event("before", &[to("u:ann")]).await;
     client.expect(&["before"]).await;
     // From here on the own log is not heard, and the answer that says it is stays away.
-    let own = super::stage::target("u:ann");
+    let own = super::fixture::target("u:ann");
     stage
         .puppet
         .sift(move |notice, log| match notice {
@@ -252,7 +252,7 @@ async fn h06_a_tick_that_waited_does_not_make_old_notices_new(stage: Stage) {
     let mut keeper = Client::live(&hub, "ann").await;
     stage.event("a", &[to("u:ann")]).await;
     keeper.expect(&["a"]).await;
-    let own = super::stage::target("u:ann");
+    let own = super::fixture::target("u:ann");
     stage
         .puppet
         .sift(move |notice, _| match notice {

@@ -20,9 +20,9 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
+use super::faulty_broker::{At, Op, Puppet, Stop};
+use super::fixture::{SOON, SOURCE, Stage, answered, event_id, name, now_ms, until};
 use super::ingest::{Owner, address};
-use super::puppet::{At, Op, Puppet, Stop};
-use super::stage::{SOON, SOURCE, Stage, answered, event_id, name, now_ms, until};
 use crate::harness::seed;
 
 mod oracle;

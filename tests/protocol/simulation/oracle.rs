@@ -9,7 +9,7 @@ use pointsman::delivery::subscription::{Gap, GapReason, Record};
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Priority, Target};
 
 use super::{Client, Kind, MEMBERS, Play, Received, Stay};
-use crate::protocol::stage::{answered, event_id, name};
+use crate::protocol::fixture::{answered, event_id, name};
 
 impl Play {
     pub(super) async fn check(&self) {

@@ -7,8 +7,8 @@ use pointsman::broker::Notice;
 use pointsman::delivery::subscription::{Gap, GapReason, Start};
 use pointsman::event::NotificationId;
 
-use super::puppet::Fate;
-use super::stage::{Client, Frame, Stage, target, to, until, urgent};
+use super::faulty_broker::Fate;
+use super::fixture::{Client, Frame, Stage, target, to, until, urgent};
 
 async fn stage() -> Stage {
     let stage = Stage::redis().await;

@@ -10,7 +10,7 @@ use pointsman::plugin::registry::settings::Config;
 use pointsman::telemetry::metrics::Metrics;
 use serde_json::Value;
 
-use crate::decisions::{CONDITIONS, OPERATORS};
+use super::decisions::{CONDITIONS, OPERATORS};
 use crate::harness::{engine, every_bundled_plugin, repository};
 
 /// The bundled plugins as the `[plugins]` section of this text configures them.

@@ -23,7 +23,7 @@ pub(super) fn recorded() -> Vec<String> {
     let pinned = ["package.json", "package-lock.json"].map(|file| {
         (
             folder.join(file),
-            repository().join("tests/decisions").join(file),
+            repository().join("tests/plugins/decisions").join(file),
         )
     });
     let same = |(there, here): &(_, _)| {

@@ -167,7 +167,7 @@ const ANSWERS: [(&str, &str); 25] = [
     ("grow", "MiB of memory; 32 is the most (memory_mib)"),
     (
         "panic",
-        "it trapped: panicked at tests/guests/unruly/src/lib.rs",
+        "it trapped: panicked at tests/harness/guests/unruly/src/lib.rs",
     ),
     (
         "forge.100-mb",

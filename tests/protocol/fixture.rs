@@ -23,7 +23,7 @@ use pointsman::event::{
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;
 
-use super::puppet::Puppet;
+use super::faulty_broker::Puppet;
 use crate::harness::redis::RedisServer;
 
 pub(super) const SOURCE: &str = "pointsman:events";

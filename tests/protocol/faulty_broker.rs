@@ -16,7 +16,7 @@ use pointsman::broker::{
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
-use super::stage::SOON;
+use super::fixture::SOON;
 
 /// What a node asks of its broker, as far as a test may stop it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -123,7 +123,7 @@ fn decided_again(plugins: &Value, events: &[String]) -> Vec<Value> {
         .expect("write the events");
     let mut command = Command::new(node_interpreter());
     command
-        .arg(repository().join("tests/decisions/second.js"))
+        .arg(repository().join("tests/plugins/decisions/second.js"))
         .args([&plugins_file, &events_file]);
     let output = command
         .output()
@@ -142,7 +142,7 @@ fn decided_again(plugins: &Value, events: &[String]) -> Vec<Value> {
 
 /// The settings of each plugin: as they stand in the node's file, and what of them is the plugin's own, as JSON.
 fn settings() -> (String, Value) {
-    let text = fs::read_to_string(repository().join("tests/decisions/pointsman.toml"))
+    let text = fs::read_to_string(repository().join("tests/plugins/decisions/pointsman.toml"))
         .expect("pointsman.toml");
     let parsed: Value = toml::from_str(&text).expect("TOML");
     let own = ["discard", "prioritize", "rules"]

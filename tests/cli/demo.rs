@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tally::{Count, Tally};
 
 // As the demo includes it.
-#[path = "../examples/demo/tally.rs"]
+#[path = "../../examples/demo/tally.rs"]
 mod tally;
 
 const NOW: Duration = Duration::ZERO;

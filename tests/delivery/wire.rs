@@ -89,7 +89,7 @@ fn a_stream_forbids_caches_and_buffers_and_its_data_is_one_object_on_one_line() 
             "by", "data", "id", "priority", "source", "time", "to", "type"
         ]
     );
-    let schema: Value = serde_json::from_str(include_str!("../host/schema/notification.json"))
+    let schema: Value = serde_json::from_str(include_str!("../../host/schema/notification.json"))
         .expect("the schema is JSON");
     assert!(
         names

@@ -9,12 +9,12 @@
 use std::cell::Cell;
 
 use exports::pointsman::plugin::{filter, lifecycle, router};
-use pointsman::plugin::runtime::log;
+use pointsman::plugin::log;
 use pointsman::plugin::types::{
     Attribute, Criteria, Event, Failure, Operator, Target, Test, Value,
 };
 
-wit_bindgen::generate!({ path: "../../../wit", world: "full-plugin" });
+wit_bindgen::generate!({ path: "../../../../wit", world: "full-plugin" });
 
 /// What no string may do: end a line, begin another, move the cursor of a terminal, end a C string.
 const FORGED: &str = "x\r\ndata: forged\u{1b}[2J\0";

@@ -1,0 +1,5 @@
+//! The command line: commands for operators, commands for plugin authors, and the demo.
+
+mod commands;
+mod demo;
+mod plugin_cli;

@@ -1,0 +1,14 @@
+//! Delivery: from an event that a node accepted to the bytes on a stream, also under faults and load.
+
+mod authorization;
+mod devices;
+mod durability;
+mod embedded;
+mod groups;
+mod malformed_input;
+mod outage;
+mod priority;
+mod resource_limits;
+mod resume;
+mod stability;
+mod wire;
