@@ -31,6 +31,7 @@ lint:
 	cargo fmt --check
 	cargo clippy $(LOCKED) --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc $(LOCKED) --workspace --no-deps --document-private-items
+	if cargo deny --version >/dev/null 2>&1; then cargo deny check; fi
 
 bench:
 	cargo bench $(LOCKED) --workspace --bench criteria --bench plugins
