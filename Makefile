@@ -1,11 +1,12 @@
-# make build   target/release/pointsman and build/plugins/                      (20 min cold)
-# make demo    a node, a page and a stream of events; DEMO_SECONDS=30 ends it   (12 min cold)
-# make test    everything that is tested; LONG=1 plays more by chance           (20 min cold, 14 of them compiling)
-# make lint    format, clippy, documentation                                    (5 min cold)
-# make bench   what things cost, as ratios within one run                       (25 min cold, 4 of them measuring)
+# make build   builds target/release/pointsman and build/plugins/       (20 min cold)
+# make demo    runs a node, a page and events; DEMO_SECONDS limits it   (12 min cold)
+# make test    runs all tests; LONG=1 adds random cases                 (20 min cold, 14 compiling)
+# make lint    checks format, clippy and documentation                  (5 min cold)
+# make bench   measures costs, as ratios within one run                 (25 min cold, 4 measuring)
 #
-# Cold: an empty target/ on 2 cores, measured. Dependencies are compiled with optimisation in development builds, too, so the demo and the tests run
-# the same development build of the host, and only `make build` and `make bench` compile everything a second time.
+# Cold: measured with an empty target/ on 2 cores. Development builds compile dependencies with
+# optimisation, so the demo and the tests use the same development build of the host. Only `make
+# build` and `make bench` compile everything again.
 
 PLUGINS := address discard prioritize rules
 
@@ -17,7 +18,8 @@ LOCKED := $(if $(CI),--locked)
 build: plugins
 	cargo build $(LOCKED) --release -p pointsman
 
-# Selecting the workspace, here as in the tests, selects the same features, or all dependencies would be compiled twice.
+# Selecting the workspace, as the tests do, selects the same features; otherwise all dependencies
+# would be compiled twice.
 demo: plugins
 	cargo build $(LOCKED) --workspace --bin pointsman --example demo
 	$(TARGET)/debug/examples/demo

@@ -1,14 +1,17 @@
 //! The demo: `make demo`.
 //!
-//! Starts a node on the embedded broker with the bundled plugins as `demo/pointsman.toml` configures them, publishes what happens at a
-//! small company, and follows the stream of each of its four people as a browser would, cutting it now and then and coming back with the
-//! last event id. Prints the address of the demo page, every notification, and in the end what became of all events that it published:
-//! exit code 0 if nothing was lost or doubled, else 1.
+//! Starts a node on the embedded broker with the bundled plugins, configured by
+//! `demo/pointsman.toml`. It publishes events of a small company and follows the stream of each of
+//! its four people as a browser would. From time to time it cuts a stream, which then resumes with
+//! its last event id. The demo prints the address of the demo page, every notification and, at the
+//! end, the fate of all published events. The exit code is 0 if nothing was lost or doubled,
+//! otherwise 1.
 //!
-//! Runs until Ctrl-C; with `DEMO_SECONDS=30`, or without a terminal (then 30), it ends by itself. It expects the node's binary beside the
-//! `examples` folder in which it lies itself, and the plugins in `build/plugins`: `make demo` sees to both.
+//! Runs until Ctrl-C. It ends on its own after `DEMO_SECONDS` if that is set, and after 30 s
+//! without a terminal. It expects the binary of the node in the parent of its own `examples`
+//! folder, and the plugins in `build/plugins`; `make demo` provides both.
 
-#![expect(clippy::print_stdout, reason = "what the demo shows is its output")]
+#![expect(clippy::print_stdout, reason = "the demo reports on standard output")]
 
 use std::fs::{self, File};
 use std::io::IsTerminal as _;
@@ -26,7 +29,7 @@ use serde_json::json;
 
 #[expect(
     dead_code,
-    reason = "the demo needs less of the tests' client than the tests do"
+    reason = "the demo uses only part of the client that it shares with the tests"
 )]
 #[path = "../tests/harness/sse.rs"]
 mod sse;
@@ -39,11 +42,11 @@ use sse::{Follower, Notification};
 use story::{PEOPLE, Scene, Story};
 use tally::{Count, Tally};
 
-/// Between two events, and between two of the score.
+/// The time between two events, and between two updates of the score.
 const PACE: Duration = Duration::from_millis(400);
 const SCORE_PACE: Duration = Duration::from_millis(900);
 
-/// Events that come and go too fast to be printed; they are counted as all others.
+/// Events too frequent to print; they are counted like all others.
 const NOT_PRINTED: [&str; 3] = ["match.score", "chat.typing", "report.row"];
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -69,8 +72,8 @@ fn main() -> anyhow::Result<ExitCode> {
     let followers = followers.map(|follower| follower.connected(Duration::from_secs(10)));
     let end = seconds()?.map(|seconds| Instant::now() + Duration::from_secs(seconds));
     let until = seconds()?.map_or_else(
-        || "Ctrl-C ends it".to_owned(),
-        |seconds| format!("it ends in {seconds} s"),
+        || "press Ctrl-C to stop".to_owned(),
+        |seconds| format!("stops in {seconds} s"),
     );
     println!("\nThe demo page: {url}/  ({until})\n");
 
@@ -90,7 +93,7 @@ fn main() -> anyhow::Result<ExitCode> {
             let who = rand::rng().random_range(0..PEOPLE.len());
             let away = Duration::from_millis(rand::rng().random_range(500..6_000));
             println!(
-                "{:8}  {:5} (cut; comes back in {:.1} s with its last event id)",
+                "{:8}  {:5} (cut; resumes in {:.1} s with its last event id)",
                 "",
                 PEOPLE[who].name,
                 away.as_secs_f32()
@@ -103,7 +106,8 @@ fn main() -> anyhow::Result<ExitCode> {
         std::thread::sleep(Duration::from_millis(20));
     }
 
-    // Who is away comes back within 6 s; what is not there well after that is lost.
+    // A stream that was cut resumes within 6 s; a notification that is missing well after that is
+    // lost.
     let patience = Instant::now() + Duration::from_secs(15);
     while tally.count().lost > 0 && Instant::now() < patience {
         collect(&followers, &mut tally);
@@ -122,7 +126,7 @@ fn main() -> anyhow::Result<ExitCode> {
         tally.n_published()
     );
     println!(
-        "(and {superseded} superseded by a newer state, {expired} expired while their recipient was away)"
+        "({superseded} superseded by a newer state, {expired} expired while the recipient was disconnected)"
     );
     if lost + doubled > 0 {
         println!("The node's log:\n{}", node.log());
@@ -131,19 +135,20 @@ fn main() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How long to run; `None`: until Ctrl-C.
+/// How long to run, in seconds; `None`: until Ctrl-C.
 fn seconds() -> anyhow::Result<Option<u64>> {
     match std::env::var("DEMO_SECONDS") {
         Ok(text) => Ok(Some(
             text.parse()
-                .context("DEMO_SECONDS must be a number of seconds")?,
+                .context("DEMO_SECONDS must be a whole number of seconds")?,
         )),
         Err(_) if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() => Ok(None),
         Err(_) => Ok(Some(30)),
     }
 }
 
-/// Turns true at the first Ctrl-C or SIGTERM, so that the demo still counts up and takes its node with it.
+/// Becomes true at the first Ctrl-C or SIGTERM, so that the demo can still print its counts and
+/// stop its node.
 fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
     use tokio::signal::unix::{SignalKind, signal};
 
@@ -168,7 +173,7 @@ fn stop_on_signal() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// Publishes an event; after a failure the same one again under the same id, until the node has it.
+/// Publishes an event. After a failure it retries with the same id, for up to 10 s.
 fn publish(url: &str, tally: &mut Tally<4>, scene: Scene) -> anyhow::Result<()> {
     let Scene {
         mut event,
@@ -195,12 +200,12 @@ fn publish(url: &str, tally: &mut Tally<4>, scene: Scene) -> anyhow::Result<()> 
     }
 }
 
-/// Prints and counts what arrived.
+/// Prints and counts the notifications that arrived.
 fn collect(followers: &[Follower; 4], tally: &mut Tally<4>) {
     for (who, follower) in followers.iter().enumerate() {
         for notification in follower.take_notifications() {
             print(PEOPLE[who].name, &notification);
-            // What somebody publishes on the page is shown, but not ours to count.
+            // Events published on the demo page are printed but not counted.
             if let Some(number) = notification
                 .id
                 .strip_prefix("demo-")
@@ -212,7 +217,7 @@ fn collect(followers: &[Follower; 4], tally: &mut Tally<4>) {
     }
 }
 
-/// One line a notification: when, who, how urgent, what, and by which router to which target.
+/// Prints a notification on one line: time, user, priority, type, router and target, data.
 fn print(user: &str, notification: &Notification) {
     let Notification {
         time,
@@ -245,7 +250,7 @@ fn print(user: &str, notification: &Notification) {
     );
 }
 
-/// The node, which ends with the demo.
+/// The node process, which ends with the demo.
 struct Node {
     process: Child,
     folder: PathBuf,
@@ -253,7 +258,7 @@ struct Node {
 }
 
 impl Node {
-    /// Starts it on port 8080, or on the next one that is free, and waits until it is ready.
+    /// Starts the node on the first free port from 8080 and waits until it is ready.
     fn start(stop: &AtomicBool) -> anyhow::Result<Self> {
         let listen = (8080..8180)
             .map(|port| SocketAddr::from(([127, 0, 0, 1], port)))
@@ -266,7 +271,7 @@ impl Node {
         let binary = examples
             .parent()
             .and_then(|folder| folder.parent())
-            .context("the demo lies in no folder")?
+            .context("the demo is not in an examples folder")?
             .join("pointsman");
         let log = File::create(folder.join("node.log"))?;
         let mut command = Command::new(&binary);
@@ -287,7 +292,8 @@ impl Node {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        // A group of its own: Ctrl-C is for the demo, which ends the node when it has counted up.
+        // A separate process group: Ctrl-C reaches only the demo, which stops the node after
+        // printing its counts.
         let process = command
             .process_group(0)
             .spawn()
@@ -300,10 +306,10 @@ impl Node {
         let patience = Instant::now() + Duration::from_secs(120);
         while ureq::get(format!("http://{admin}/readyz")).call().is_err() {
             if let Some(status) = node.process.try_wait()? {
-                bail!("the node ended ({status}):\n{}", node.log());
+                bail!("the node exited ({status}):\n{}", node.log());
             }
             if stop.load(Ordering::Relaxed) || Instant::now() > patience {
-                bail!("the node was not ready yet:\n{}", node.log());
+                bail!("the node did not become ready:\n{}", node.log());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -317,7 +323,8 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // In good order if it can; by force if it cannot. There is nobody to report a failure to.
+        // Stops the node with SIGTERM, or kills it if that fails. Errors are ignored, because
+        // nothing can handle them here.
         let asked = Command::new("kill")
             .args(["-s", "TERM", &self.process.id().to_string()])
             .status();

@@ -1,8 +1,9 @@
-#!/bin/sh
-# Makes sure that tools are there: need.sh TOOL...   TOOL: redis-server, chromium, node, python (3, with venv)
+# Ensures that tools are installed: need.sh TOOL...
+# TOOL is redis-server, chromium, node or python (3, with venv).
 #
-# What is missing is installed through apt. Where Debian's node is too old for the client libraries that are tested (they ask for 20), a
-# newer one comes from npm into build/tools, where tests/clients.rs looks first. What cannot be had ends the run with one sentence.
+# Installs missing tools with apt. If Debian's node is too old for the client libraries under test
+# (they require 20), it installs a newer one with npm into build/tools, where tests/clients.rs looks
+# first. If a tool cannot be installed, it exits with an error message.
 set -eu
 
 node_at_least=20
@@ -17,14 +18,15 @@ has() {
 }
 
 apt_install() {
-    has apt-get || fail "$1 is missing and there is no apt-get to install it with; install it by hand and run this again."
+    has apt-get || fail "$1 is missing and apt-get is not available; install it manually and retry"
     as_root=
     if [ "$(id -u)" -ne 0 ]; then
         has sudo || fail "$1 is missing; install it as root: apt-get install $*"
         as_root="sudo -n"
     fi
     log=$(mktemp)
-    # The lists of a fresh machine are empty; of another one they may be stale, which only shows when the package is asked for.
+    # The package lists may be missing or stale, which only shows when a package is requested:
+    # update them after a first failure.
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >"$log" 2>&1 ||
         { $as_root apt-get update >>"$log" 2>&1 && $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >>"$log" 2>&1; } ||
         fail "apt-get install $* failed: $(tail -n 1 "$log")"
@@ -33,7 +35,7 @@ apt_install() {
 
 need_python() {
     if ! has python3; then apt_install python3 python3-venv; fi
-    # Debian's python3 comes without what makes virtual environments.
+    # Debian's python3 does not include the modules that create virtual environments.
     if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then apt_install python3-venv; fi
 }
 
@@ -47,7 +49,7 @@ need_node() {
     if is_new_node node || is_new_node build/tools/node_modules/.bin/node; then return; fi
     mkdir -p build/tools
     npm install --silent --no-save --prefix build/tools node@22 >/dev/null 2>&1 && is_new_node build/tools/node_modules/.bin/node ||
-        fail "node $node_at_least or newer is needed, this machine has $(node --version), and npm has no newer one to give; install one from nodejs.org."
+        fail "node is $(node --version), but $node_at_least or newer is required and npm cannot install it; install it from nodejs.org"
 }
 
 cd "$(dirname "$0")/.."
@@ -57,6 +59,6 @@ for tool in "$@"; do
     chromium) has chromium || apt_install chromium ;;
     node) need_node ;;
     python) need_python ;;
-    *) fail "it does not know how to get '$tool'." ;;
+    *) fail "unknown tool '$tool'; use redis-server, chromium, node or python" ;;
     esac
 done

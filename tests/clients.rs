@@ -1,6 +1,7 @@
-//! Clients that are not ours: npm libraries and a browser, each cut and back again. The tests themselves are in `clients/*.test.js`.
+//! Third-party clients: npm libraries and a browser, each disconnected and reconnected. The tests
+//! themselves are in `clients/*.test.js`.
 //!
-//! Node 20 or newer, npm and Chromium must be there; `make test` sees to it (`scripts/need.sh`).
+//! They need Node 20 or newer, npm and Chromium; `make test` installs them (`scripts/need.sh`).
 
 use std::process::Command;
 use std::sync::Once;
@@ -8,7 +9,7 @@ use std::sync::Once;
 use crate::harness::node::Node;
 use crate::harness::{demo_plugins, node_interpreter, repository};
 
-/// Runs one file of `node:test` against a node with the demo's plugins.
+/// Runs one `node:test` file against a node with the plugins of the demo.
 fn run(file: &str) {
     let node = Node::builder()
         .plugins(demo_plugins())
@@ -17,10 +18,10 @@ fn run(file: &str) {
     run_with(file, &[("POINTSMAN_ADDRESS", &node.addr().to_string())]);
 }
 
-/// Runs one file of `node:test` in `clients/`, with these variables.
+/// Runs one `node:test` file in `clients/` with these environment variables.
 ///
 /// # Panics
-/// With what it said, if it fails.
+/// With its output, if it fails.
 pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
     static INSTALLED: Once = Once::new();
     let folder = repository().join("tests/clients");
@@ -53,17 +54,16 @@ pub(crate) fn run_with(file: &str, variables: &[(&str, &str)]) {
 }
 
 #[test]
-fn npm_clients_that_never_received_anything_miss_nothing_when_cut() {
+fn npm_clients_cut_before_their_first_notification_miss_nothing() {
     run("libraries.test.js");
 }
 
 #[test]
-fn the_demo_page_in_a_browser_shows_two_devices_each_notification_once_through_cuts_and_an_alert_that_overtakes()
- {
+fn the_demo_page_shows_each_notification_once_through_cuts_and_an_overtaking_alert() {
     run("browser.test.js");
 }
 
 #[test]
-fn a_page_closed_at_night_and_opened_in_the_morning_shows_what_came_in_between_once_each() {
+fn a_reopened_page_shows_each_notification_it_missed_once() {
     run("device.test.js");
 }

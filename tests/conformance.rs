@@ -1,7 +1,9 @@
-//! One suite for every broker: each promise of `host/src/broker.rs` is a function of a [`Bench`], and a test of its own on each broker.
+//! One suite for every broker: each guarantee of `host/src/broker.rs` is a function of a [`Bench`],
+//! which becomes a separate test for each broker.
 //!
-//! A promise never names a broker. Entries that a promise commits need not have been appended, except where it reads them back: a
-//! broker takes the position from the item, not from its source. What only one broker can be asked stands in [`redis_only`].
+//! A guarantee never names a broker. The entries it commits need not have been appended, unless it
+//! reads them back: a broker takes the position from the item and not from its source. Tests that
+//! only one broker allows are in [`redis_only`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,17 +32,17 @@ mod sources;
 
 use redis_only::RedisStore;
 
-/// Makes a test of each promise on one broker, named as `conformance::<broker>::<promise>`. A broker `in memory` promises nothing beyond
-/// its process.
+/// Creates a test of each guarantee for one broker, named `conformance::<broker>::<guarantee>`. A
+/// broker `in memory` guarantees nothing beyond its process.
 macro_rules! suite {
     ($broker:ident, $store:expr) => {
         suite!($broker, in memory, $store, also:
             slices: [a_new_owner_continues_the_plan_from_the_stored_record];
             nodes: [
                 attempts_are_counted_for_each_entry,
-                what_was_committed_is_there_for_the_next_process,
+                committed_data_survives_the_process,
             ];
-            device_cursors: [bookmarks_are_there_for_the_next_process];
+            device_cursors: [device_cursors_survive_the_process];
         );
     };
     ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
@@ -50,100 +52,100 @@ macro_rules! suite {
             $(suite!(@tests $store; $($lasting)*);)?
             suite!(@tests $store;
                 sources: [
-                    entries_are_read_in_the_order_of_their_append,
+                    entries_are_read_in_append_order,
                     a_read_waits_for_the_first_entry,
                     a_read_without_entries_ends_after_its_wait,
-                    fields_are_bytes_and_stay_so,
-                    a_source_at_its_backlog_bound_takes_none,
+                    fields_are_kept_as_raw_bytes,
+                    a_source_at_its_backlog_limit_accepts_no_entries,
                 ];
                 commits: [
-                    a_new_partition_begins_at_nothing,
+                    a_new_partition_is_empty,
                     a_commit_moves_the_position_and_the_last_id_together,
-                    commit_is_refused_from_another_position,
-                    commit_is_refused_from_another_life,
-                    each_outcome_is_counted_and_recorded_under_its_word,
-                    ids_ascend_and_tell_the_time,
-                    f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once,
+                    a_commit_from_another_position_is_rejected,
+                    a_commit_of_another_epoch_is_rejected,
+                    each_outcome_is_counted_and_recorded_under_its_name,
+                    ids_ascend_and_contain_the_time,
+                    four_racing_owners_without_a_lease_commit_in_order_exactly_once,
                 ];
                 dedupe: [
-                    f14a_a_retry_within_the_window_is_a_duplicate,
+                    a_retry_within_the_window_is_a_duplicate,
                     a_retry_within_the_same_batch_is_a_duplicate,
-                    f14a_a_repeat_after_the_window_is_no_duplicate,
-                    h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate,
+                    a_repeat_after_the_window_is_not_a_duplicate,
+                    a_repeat_in_the_same_batch_but_after_the_window_is_not_a_duplicate,
                     discarded_and_unrouted_events_are_remembered,
-                    f14b_a_dead_letter_is_not_remembered,
-                    h13_a_quiet_time_leaves_no_bucket_behind,
-                    f14d_a_full_window_stops_remembering_and_counts,
-                    f14e_the_same_id_in_another_partition_is_another_event,
+                    a_dead_letter_is_not_remembered,
+                    a_quiet_period_leaves_no_bucket_behind,
+                    a_full_window_stops_remembering_and_counts,
+                    the_same_id_in_another_partition_is_a_different_event,
                 ];
                 logs: [
                     an_event_has_one_id_and_one_record_in_all_logs,
                     the_first_entry_of_a_log_points_to_the_floor_or_the_last_id,
                     each_entry_points_to_the_one_before_it_in_its_log,
                     a_page_continues_where_the_one_before_ended,
-                    an_absent_log_is_told_apart_from_an_empty_stretch,
-                    the_oldest_entries_leave_a_log_at_its_cap,
-                    what_is_too_old_leaves_a_log_that_lives_on,
-                    everyone_has_a_cap_of_its_own,
-                    absent_records_are_none_in_their_place,
-                    f11_the_floor_rises_with_time_and_never_falls,
-                    h07_raising_the_age_does_not_pretend_that_the_old_is_still_there,
+                    an_absent_log_differs_from_an_empty_range,
+                    a_log_at_its_limit_drops_its_oldest_entries,
+                    expired_entries_leave_a_log_that_is_still_in_use,
+                    the_log_of_everyone_has_its_own_limit,
+                    absent_records_are_none_at_their_index,
+                    the_floor_rises_with_time_and_never_falls,
+                    raising_max_age_does_not_hide_that_old_entries_are_gone,
                 ];
                 slices: [
                     a_plan_in_slices_ends_with_one_id_in_all_logs,
                     last_moves_with_the_final_slice_only,
-                    a_slice_is_refused_from_another_position,
+                    a_slice_from_another_position_is_rejected,
                     slice_0_finds_a_duplicate_and_ends_the_plan,
-                    the_slices_of_a_plan_count_once,
+                    a_plan_in_slices_is_counted_once,
                     a_plan_of_one_slice_is_a_commit,
-                    a_plan_that_was_begun_cannot_become_a_dead_letter,
+                    a_started_plan_cannot_become_a_dead_letter,
                 ];
                 feeds: [
-                    notices_come_in_the_order_of_commits,
-                    only_followed_logs_are_heard,
-                    a_small_record_comes_along_and_a_large_one_does_not,
+                    notices_arrive_in_commit_order,
+                    only_followed_logs_are_delivered,
+                    a_notice_includes_a_small_record_but_not_a_large_one,
                     following_the_same_log_again_is_acknowledged_again,
-                    a_log_that_is_no_longer_followed_is_silent,
-                    an_append_after_the_acknowledgement_is_heard,
-                    a_tick_names_the_last_id_after_all_its_notices,
-                    a_tick_during_a_plan_in_slices_names_the_id_before_it,
-                    reconnecting_resets_and_a_new_follow_is_heard,
-                    two_feeds_hear_the_same,
+                    a_log_that_is_no_longer_followed_sends_no_notices,
+                    an_append_after_the_acknowledgement_is_delivered,
+                    a_tick_carries_the_last_id_and_follows_its_notices,
+                    a_tick_during_a_plan_in_slices_carries_the_id_before_it,
+                    reconnecting_sends_a_reset_and_a_new_follow_request_works,
+                    two_feeds_receive_the_same_notices,
                 ];
                 recipients: [
                     attributes_are_replaced_as_a_whole,
-                    joining_and_leaving_are_ids_in_each_partition,
-                    h12_joining_during_a_plan_in_slices_begins_after_it,
+                    joining_and_leaving_are_recorded_as_ids_in_each_partition,
+                    joining_during_a_plan_in_slices_begins_after_it,
                     joining_again_begins_a_new_span,
                     joining_twice_keeps_the_span,
-                    leaving_what_was_not_joined_changes_nothing,
-                    a_change_is_heard_in_every_partition_before_later_events,
-                    nothing_is_known_of_a_stranger,
+                    leaving_a_group_without_membership_changes_nothing,
+                    a_change_is_announced_in_every_partition_before_later_events,
+                    an_unknown_user_has_no_attributes_and_no_groups,
                 ];
                 device_cursors: [
-                    a_bookmark_moves_only_from_where_it_was_seen,
-                    bookmarks_of_users_devices_and_the_read_mark_stand_apart,
-                    of_racing_moves_of_a_bookmark_none_is_lost,
-                    one_device_more_takes_the_place_of_the_one_left_alone_for_longest,
-                    devices_that_only_begin_push_out_none_that_acknowledged,
-                    a_bookmark_that_is_left_alone_goes,
+                    a_device_cursor_moves_only_from_its_expected_value,
+                    cursors_of_users_devices_and_read_markers_are_independent,
+                    no_concurrent_move_of_a_device_cursor_is_lost,
+                    a_new_device_evicts_the_least_recently_moved_one,
+                    unacknowledged_devices_evict_no_acknowledged_ones,
+                    an_unused_device_cursor_expires,
                 ];
                 dead_letters: [
                     a_dead_letter_keeps_reason_plugin_attempts_and_raw_fields,
                     dead_letters_are_listed_in_pages_oldest_first,
                     a_redriven_dead_letter_is_an_entry_again,
                     a_dropped_dead_letter_is_gone,
-                    the_oldest_dead_letters_leave_at_the_bound_and_are_counted,
-                    decisions_tell_each_verdict_newest_first,
-                    decisions_of_one_event_are_found_however_long_ago,
+                    dead_letters_over_the_limit_are_trimmed_oldest_first_and_counted,
+                    decisions_list_each_verdict_newest_first,
+                    decisions_of_one_event_are_found_among_all_kept,
                 ];
                 nodes: [
-                    a_lease_is_for_one_node_until_it_gives_it_back,
-                    a_lease_ends_by_itself,
-                    a_node_of_the_same_name_has_the_lease_at_once,
+                    a_lease_belongs_to_one_node_until_it_releases_it,
+                    a_lease_expires,
+                    a_node_of_the_same_name_gets_the_lease_at_once,
                     take_overs_are_counted_until_the_position_moves,
-                    lag_is_what_lies_beyond_the_position,
-                    partitions_have_numbers_of_their_own,
+                    lag_counts_the_entries_after_the_position,
+                    partitions_have_distinct_numbers,
                 ];
             );
         }
@@ -153,7 +155,7 @@ macro_rules! suite {
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $promise() {
                 let test = super::$area::$promise(Bench { store: Box::new($store) });
-                tokio::time::timeout(Duration::from_secs(60), test).await.expect("the promise is kept within a minute");
+                tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test ends within a minute");
             }
         )+)+
     };
@@ -164,18 +166,19 @@ suite!(ephemeral, in memory, on_embedded::Place::ephemeral());
 suite!(redis_1, RedisStore::new(1));
 suite!(redis_4, RedisStore::new(4));
 
-/// A place that holds the data of one installation, and brokers on it.
+/// The data of one installation, and a way to open brokers on it.
 #[async_trait]
 trait Store: Send + Sync {
-    /// A broker as one more node opens it. Where only one process can have the data, the same broker again, unless `retention` is
-    /// another than before: then as if the process had ended and begun again.
+    /// Opens a broker as an additional node would. If only one process can have the data, returns
+    /// the same broker again; if `retention` differs from before, acts as if the process had
+    /// restarted.
     async fn open(&self, retention: &Retention) -> Arc<dyn Broker>;
 
-    /// As if every process had ended and one begins again.
+    /// Opens a broker as if every process had ended and one starts again.
     async fn reopen(&self, retention: &Retention) -> Arc<dyn Broker>;
 }
 
-/// Where a promise is put to the test.
+/// The fixture of one test.
 struct Bench {
     store: Box<dyn Store>,
 }
@@ -194,7 +197,7 @@ impl Bench {
     }
 }
 
-/// A broker as a test speaks to it: about its last partition, unless it says otherwise.
+/// A broker with the operations that tests need. Uses its last partition unless stated otherwise.
 #[derive(Clone)]
 struct Node {
     broker: Arc<dyn Broker>,
@@ -215,7 +218,7 @@ impl Node {
         self.broker.head(self.p).await.expect("head")
     }
 
-    /// Appends entries of one field.
+    /// Appends entries with one field each.
     async fn append(&self, values: &[&str]) -> Vec<EntryId> {
         self.broker
             .append(self.p, values.iter().map(|v| vec![field("v", v)]).collect())
@@ -223,7 +226,7 @@ impl Node {
             .expect("append")
     }
 
-    /// Commits from where the partition is, and answers the outcomes.
+    /// Commits from the current position and returns the outcomes.
     async fn commit(&self, items: Vec<Item>) -> Vec<(Outcome, Option<NotificationId>)> {
         let head = self.head().await;
         self.commit_from(&head, items).await
@@ -248,11 +251,11 @@ impl Node {
             .expect("commit")
         {
             Committed::Done(outcomes) => outcomes,
-            Committed::Refused => panic!("the commit from {} was refused", head.position),
+            Committed::Refused => panic!("the commit from {} was rejected", head.position),
         }
     }
 
-    /// Commits one event to these logs under the next entry id, and answers its id.
+    /// Commits one event to these logs under the next entry id and returns its id.
     async fn publish(&self, record: &str, targets: &[&str]) -> NotificationId {
         let head = self.head().await;
         let outcomes = self
@@ -262,10 +265,10 @@ impl Node {
             )
             .await;
         assert_eq!(outcomes[0].0, Outcome::Committed);
-        outcomes[0].1.expect("what is committed has an id")
+        outcomes[0].1.expect("a committed event has an id")
     }
 
-    /// Writes one slice from where the partition is.
+    /// Writes one slice from the current position.
     async fn slice(&self, item: Item, index: u32, is_last: bool) -> Committed {
         let head = self.head().await;
         self.broker
@@ -283,7 +286,7 @@ impl Node {
             .expect("commit_slice")
     }
 
-    /// The ids of a log above `after`.
+    /// Returns the ids of a log above `after`.
     async fn ids(&self, log: &str, after: NotificationId) -> Vec<NotificationId> {
         let page = self
             .broker
@@ -314,7 +317,7 @@ impl Node {
     }
 }
 
-/// A feed as a test hears it, notice by notice.
+/// A feed that a test reads one notice at a time.
 struct Ear {
     feed: Feed,
     heard: VecDeque<Notice>,
@@ -322,12 +325,12 @@ struct Ear {
 }
 
 impl Ear {
-    /// The next notice, ticks and signs of life included.
+    /// The next notice, including ticks and signs of life.
     async fn next(&mut self) -> Notice {
         while self.heard.is_empty() {
             let batch = tokio::time::timeout(Duration::from_secs(20), self.feed.notices.recv())
                 .await
-                .expect("a notice comes");
+                .expect("a notice arrives");
             self.heard.extend(batch.expect("the feed is open"));
         }
         self.heard.pop_front().expect("it is not empty")
@@ -344,24 +347,25 @@ impl Ear {
             .expect("the feed is open");
     }
 
-    /// Follows a log and waits until that is in force; what is heard before is dropped.
+    /// Follows a log and waits until the request is in effect. Discards the notices received
+    /// before.
     async fn hear(&mut self, log: &str, token: u64) {
         self.follow(log, token);
         while !matches!(self.next().await, Notice::Following { token: t } if t == token) {}
     }
 
-    /// The next notice of an append: its log and id.
+    /// The next append: its log and id.
     async fn append(&mut self) -> (String, NotificationId) {
         loop {
             match self.next().await {
                 Notice::Append { target, id, .. } => return (target.to_string(), id),
                 Notice::Tick { .. } | Notice::Alive { .. } | Notice::Following { .. } => {}
-                other => panic!("expected an append, heard {other:?}"),
+                other => panic!("expected an append, received {other:?}"),
             }
         }
     }
 
-    /// The `last` of the next tick, with the appends heard before it.
+    /// The `last` of the next tick, with the appends received before it.
     async fn tick(&mut self) -> (NotificationId, Vec<NotificationId>) {
         let mut appended = Vec::new();
         loop {
@@ -444,10 +448,10 @@ fn with_id(mut item: Item, publisher_id: u8) -> Item {
     item
 }
 
-/// Asks until the answer is the wanted one.
+/// Polls until the condition holds.
 ///
 /// # Panics
-/// If it is not within a minute.
+/// If it does not hold within a minute.
 async fn until(mut is_so: impl AsyncFnMut() -> bool) {
     let asking = async {
         while !is_so().await {
@@ -456,5 +460,5 @@ async fn until(mut is_so: impl AsyncFnMut() -> bool) {
     };
     tokio::time::timeout(Duration::from_secs(60), asking)
         .await
-        .expect("it comes to be so");
+        .expect("the condition holds within a minute");
 }

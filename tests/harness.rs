@@ -1,4 +1,5 @@
-//! What tests start and talk to, from outside as users do: nodes, streams, publishers, servers of Redis.
+//! The processes that tests start and talk to from outside, as users do: nodes, streams, publishers
+//! and Redis servers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,29 +22,33 @@ pub(crate) mod redis;
 pub(crate) mod seed;
 pub(crate) mod sse;
 
-/// Asks again and again until there is an answer, and returns it.
+/// Polls `ask` every 10 ms until it returns a value, and returns that value.
 ///
 /// # Panics
-/// If there is none in time.
+/// If it returns none in time.
 pub(crate) fn eventually<T>(within: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + within;
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {within:?}");
+        assert!(
+            Instant::now() < deadline,
+            "{what}: timed out after {within:?}"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// The folder of the repository.
+/// The root folder of the repository.
 pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("host/ lies in the repository")
 }
 
-/// A folder with two of the bundled plugins and nothing else, which is all that most tests need, built from what the sources are now.
+/// A folder with only two of the bundled plugins, which most tests need, built from the present
+/// sources.
 pub(crate) fn bundled_plugins() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER
@@ -51,7 +56,7 @@ pub(crate) fn bundled_plugins() -> PathBuf {
         .clone()
 }
 
-/// As [`bundled_plugins`], with those that the demo configures.
+/// Like [`bundled_plugins`], with the plugins that the demo configures.
 pub(crate) fn demo_plugins() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER
@@ -59,7 +64,7 @@ pub(crate) fn demo_plugins() -> PathBuf {
         .clone()
 }
 
-/// All of the bundled plugins.
+/// A folder with all bundled plugins.
 pub(crate) fn every_bundled_plugin() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER
@@ -69,13 +74,13 @@ pub(crate) fn every_bundled_plugin() -> PathBuf {
 
 fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
-    fs::create_dir_all(&folder).expect("make a folder for plugins");
+    fs::create_dir_all(&folder).expect("create a folder for plugins");
     for name in plugins {
         let (file, wasm) = (
             folder.join(format!("{name}.wasm")),
             guests::core_module(name),
         );
-        // Another run of the tests may be reading it: it changes in one step, or not at all.
+        // Another test run may be reading the file, so it is replaced in one step.
         if fs::read(&file).ok().as_ref() != Some(&wasm) {
             let draft = folder.join(format!("{name}.{}", std::process::id()));
             fs::write(&draft, wasm)
@@ -86,24 +91,25 @@ fn gather(folder: &str, plugins: &[&str]) -> PathBuf {
     folder
 }
 
-/// Where nodes keep compiled plugins, over all runs of the tests: they would compile the same ones hundreds of times.
+/// The folder in which nodes cache compiled plugins across test runs; otherwise they would compile
+/// the same plugins hundreds of times.
 pub(crate) fn compiled_plugins() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("compiled-plugins")
 }
 
-/// An engine as nodes have it, for tests that ask plugins without one.
+/// An engine configured like that of a node, for tests that call plugins without one.
 ///
 /// # Panics
-/// If this machine runs none.
+/// If the engine cannot be created on this machine.
 pub(crate) fn engine() -> Engine {
     let cache = Cache::open(&compiled_plugins(), Metrics::default())
         .unwrap_or_else(|reason| panic!("the folder of compiled plugins {reason}"));
     Engine::with_cache(Some(cache)).expect("an engine")
 }
 
-/// The interpreter of JavaScript, 20 or newer.
+/// The Node.js interpreter, version 20 or newer.
 pub(crate) fn node_interpreter() -> PathBuf {
-    // Where scripts/need.sh puts one if this machine's is too old.
+    // scripts/need.sh installs one here if that of the machine is too old.
     let newer = repository().join("build/tools/node_modules/.bin/node");
     if newer.exists() {
         newer

@@ -1,14 +1,16 @@
-//! The interleavings that shaped the delivery protocol, each carried over to the protocol as it is: a test that plays it and holds only
-//! while the rule that mends it is kept.
+//! Regression tests for the interleavings that shaped the delivery protocol.
 //!
-//! They are named after the lists in which they were found: `f..` were found by attacking the first drafts (a consumer group with
-//! acknowledgements, a watermark for each shard of recipients), `h..` by simulating what came of that. A letter behind the number tells the
-//! parts of one apart. What a broker must do by itself is asked in `conformance` and in its own unit tests, under the same names; here ingest
-//! and delivery play along, over a broker on strings (`puppet`), and at last everything at once (`simulation`).
+//! `docs/protocol.md` describes the protocol and lists the interleavings by number: F1 to F27 broke
+//! the first drafts (a consumer group with acknowledgements, a watermark per recipient shard), and
+//! H1 to H18 were found by simulating the protocol that replaced them. Each test here carries one
+//! interleaving over to the present protocol and fails if the rule that resolves it is removed.
 //!
-//! Each of `f01` to `f26` and `h01` to `h18` has a test. Two of the lists can be met by nobody yet: `f15`, that a bridge from Pub/Sub delivers
-//! a message twice while two nodes own it, or never in between (there is no bridge), and `f27`, the slots of a cluster (there is one Redis).
-//! From `f28` on they are about words and bounds; where code keeps them, they have tests as well.
+//! Ingest and delivery run together, on a broker whose operations and notices a test can stop, fail
+//! and hold back ([`puppet`]). [`simulation`] combines all faults at random. Interleavings that
+//! concern the broker alone are tested in `conformance` and in the unit tests of each broker.
+//!
+//! Two interleavings have no test because their subject does not exist: F15 concerns a bridge from
+//! Pub/Sub, F27 the slots of a Redis Cluster.
 
 mod cursors;
 mod devices;
@@ -22,7 +24,8 @@ mod priorities;
 mod replay;
 mod simulation;
 
-/// Makes a test of each interleaving on each broker, named as `protocol::<file>::<broker>::<interleaving>`.
+/// Generates one test per interleaving and broker, named
+/// `protocol::<file>::<broker>::<interleaving>`.
 macro_rules! on_each_broker {
     ($($interleaving:ident,)+) => {
         on_each_broker!(@on redis, $($interleaving,)+);

@@ -1,39 +1,41 @@
-// One device of the page: a user's stream, what it brought, and what became of it in numbers. Two of one user are two devices.
+// One device on the page: the stream of a user, the notifications that arrived, and counts of their
+// fate. Two devices of the same user are independent.
 //
-// All numbers are this page's own, computed from what arrives, but for `lost`: that compares with what GET /v1/notifications has.
+// The page computes all counts from the notifications that arrive. The exception is `lost`, which
+// compares them with GET /v1/notifications.
 
 import { Stream } from "./stream.js";
 import { clock, element, words } from "./words.js";
 
-const MOST_SHOWN = 250;         // entries of the list; older ones leave it
-const MOST_REMEMBERED = 20_000; // notifications known to have come, to find what comes twice
-const MOST_AHEAD = 8;           // urgent ones of which it is counted what they overtook
-const LOOK_EVERY = 5_000;       // milliseconds between two looks into the log
-const LOOK_AGAIN = 3_000;       // what the log has and has not come after so long is lost, until it comes
-const TYPING = 4_000;           // milliseconds that somebody is said to be typing
+const MOST_SHOWN = 250;         // entries in the list; older ones are removed
+const MOST_REMEMBERED = 20_000; // notifications remembered in order to detect duplicates
+const MOST_AHEAD = 8;           // urgent notifications whose overtaken ones are counted
+const LOOK_EVERY = 5_000;       // milliseconds between two comparisons with the log
+const LOOK_AGAIN = 3_000;       // milliseconds until a logged but missing notification is lost
+const TYPING = 4_000;           // milliseconds for which "is typing" is shown
 
 const RANK = { low: 0, normal: 1, high: 2, urgent: 3 };
-/** States of something: a newer one takes the place of an older one, or they expire, and that is no loss. */
+/** Transient states: a newer one replaces an older one, or they expire. Neither is a loss. */
 const PASSING = new Set(["match.score", "chat.typing"]);
 
 export class Device {
   #name;
-  #at;     // elements, by name
+  #at;     // elements by name
   #announce;
   #stream = null;
   #user = null;
   #seen = new Set();
   #lost = new Set();
   #counts = {};
-  #score = {};         // the newest update of a match
-  #ahead = [];         // { time, rank, n, badge } of urgent ones
-  #away = null;        // { from, until, late, replaced, mark } of the last time that nothing came
-  #row = null;         // the entry that rows of a report are folded into
-  #aside = "";         // what stands beside the score while nobody is typing
-  #typing = 0;         // the timer that ends it
-  #looked = "";        // the cursor up to which the log was compared
+  #score = {};         // the latest update of a match
+  #ahead = [];         // { time, rank, n, badge } of urgent notifications
+  #away = null;        // { from, until, late, replaced, mark } of the last interruption
+  #row = null;         // the entry that collects the rows of a report
+  #aside = "";         // the text next to the score while no one is typing
+  #typing = 0;         // the timer that clears the typing text
+  #looked = "";        // the cursor up to which the log has been compared
 
-  /** Takes the place of the section's content. `announce(text)` says something to those who cannot see the list. */
+  /** Fills in the section. `announce(text)` announces a text to users of screen readers. */
   constructor(name, section, people, announce) {
     this.#name = name;
     this.#announce = announce;
@@ -49,7 +51,7 @@ export class Device {
     section.setAttribute("aria-labelledby", title.id);
     this.#at.notes.setAttribute("aria-label", `Notifications on device ${name}, newest first`);
     this.#at.user.setAttribute("aria-label", `User of device ${name}`);
-    this.#at.user.append(...people.map((person) => new Option(person)), new Option("somebody else …", ""));
+    this.#at.user.append(...people.map((person) => new Option(person)), new Option("another user …", ""));
     this.#at.user.onchange = () => (this.#at.user.value ? this.listen(this.#at.user.value) : this.#askWho());
     this.#at.other.onsubmit = (event) => {
       event.preventDefault();
@@ -59,12 +61,12 @@ export class Device {
     setInterval(() => this.#look(), LOOK_EVERY);
   }
 
-  /** Whose stream it follows; `null` before the first. */
+  /** The user whose stream the device follows; `null` before the first. */
   get user() {
     return this.#user;
   }
 
-  /** Opens the stream of a user, from where this device left it if it has had one. */
+  /** Opens the stream of a user. A device that has read it before continues where it stopped. */
   listen(user) {
     this.#stream?.close();
     this.#user = user;
@@ -91,8 +93,8 @@ export class Device {
       state: (name) => this.#becomes(name),
       notification: (note, id) => this.#take(note, id),
       cursor: (id) => { this.#looked ||= id; },
-      gap: ({ reason }) => this.#mark(`history is not whole: ${reason}`, "gap"),
-      close: ({ reason }) => this.#mark(`the node ends this connection: ${reason}`),
+      gap: ({ reason }) => this.#mark(`history may be incomplete: ${reason}`, "gap"),
+      close: ({ reason }) => this.#mark(`the node closed the connection: ${reason}`),
     });
   }
 
@@ -117,24 +119,24 @@ export class Device {
     cut.textContent = isOpen ? "Cut" : "Resume";
     cut.setAttribute("aria-label", `${cut.textContent} device ${this.#name}`);
     if (before === "live" && state !== "live") this.#away = wentAway(Date.now());
-    if (before === "live" && state === "connecting") this.#mark("the connection is lost");
-    if (state === "cut") this.#mark("cut; what comes now waits in the log");
+    if (before === "live" && state === "connecting") this.#mark("connection lost");
+    if (state === "cut") this.#mark("cut; new notifications wait in the log");
     if (state === "live" && this.#away?.until === Infinity) this.#returns();
   }
 
   #returns() {
     const away = this.#away;
     away.until = Date.now();
-    // A page that was just opened has been away only if something waited for it.
+    // A page that was just opened shows a return only if notifications were waiting for it.
     if (away.from > 0) this.#showReturn();
-    // By then the backlog is there, and can be told in one sentence.
+    // Waits for the backlog to arrive, so that one announcement covers it.
     setTimeout(() => { if (away.mark) this.#announce(`Device ${this.#name}: ${away.mark.textContent}`); }, 1_500);
   }
 
   #showReturn() {
     this.#away.mark ??= this.#mark("");
     const { from, until, late, replaced, mark } = this.#away;
-    const parts = [from > 0 ? `back after ${((until - from) / 1_000).toFixed(1)} s` : "back", `${late} came late`];
+    const parts = [from > 0 ? `back after ${((until - from) / 1_000).toFixed(1)} s` : "back", `${late} arrived late`];
     if (replaced) parts.push(`${replaced} replaced by newer`);
     mark.textContent = parts.join(" · ");
   }
@@ -195,7 +197,7 @@ export class Device {
     if (note.priority === "urgent") this.#announce(`Device ${this.#name}, urgent: ${title}`);
   }
 
-  /** What was published before something more urgent that is here already was overtaken by it. */
+  /** Counts the notification for each urgent one that was published later but arrived first. */
   #overtaken(note, time) {
     for (const ahead of this.#ahead) {
       if (time >= ahead.time || RANK[note.priority] >= ahead.rank) continue;
@@ -205,7 +207,7 @@ export class Device {
     }
   }
 
-  /** A score is a state: it is shown in one place, and those that a newer one replaced before they came are counted. */
+  /** Shows only the latest score and counts those that were replaced before they arrived. */
   #showScore({ data, priority, by, to }, isLate) {
     const { match, home, away, goals, minute, update } = data;
     const n = match === this.#score.match ? Math.max(0, update - this.#score.update - 1) : 0;
@@ -223,7 +225,7 @@ export class Device {
     this.#at.score.hidden = false;
   }
 
-  /** It has a time to live: nobody who was away is told of it afterwards. */
+  /** Typing events have a time to live: a device that reconnects does not receive them late. */
   #showTyping({ from }) {
     const aside = this.#at.score.lastElementChild;
     aside.textContent = `${from} is typing …`;
@@ -256,7 +258,10 @@ export class Device {
     }
   }
 
-  /** Compares with the log: what is in it and has not come, even a while later on a stream that was open all the time, is lost. */
+  /**
+   * Compares with the log. A logged notification counts as lost if it has not arrived after
+   * `LOOK_AGAIN`, provided that the stream was open all the time.
+   */
   async #look() {
     const [stream, user, away] = [this.#stream, this.#user, this.#away];
     const isUndisturbed = () => this.#stream === stream && this.#away === away && this.#at.state.dataset.state === "live";
@@ -272,12 +277,12 @@ export class Device {
       for (const key of keys) if (!this.#seen.has(key)) this.#lost.add(key);
       this.#showCounts();
     } catch {
-      // The node is away; the next look begins at the same place.
+      // The node is unavailable; the next comparison starts from the same cursor.
     }
   }
 }
 
-/** What is known of a time in which nothing comes. */
+/** A period without a connection, which starts at `from`. */
 const wentAway = (from) => ({ from, until: Infinity, late: 0, replaced: 0, mark: null });
 
 function remember(seen, key) {

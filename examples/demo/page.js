@@ -1,21 +1,23 @@
-// The demo page: two devices, and a few events to publish with one click. What the devices show is theirs: device.js. Who hears of an
-// event, and how urgently, is decided by the node's plugins: pointsman.toml beside this file.
+// The demo page: two devices, and buttons that publish example events. device.js implements the
+// devices. The plugins of the node decide who is notified of an event and how urgently: see
+// pointsman.toml in this folder.
 
 import { Device } from "./device.js";
 import { element } from "./words.js";
 
 const PEOPLE = ["ada", "bo", "chen", "dee"];
-const PILE = 50; // fewer than the node looks ahead in what a device missed, so that the alert overtakes all of it
+// Within the look-ahead of the node in a backlog, so that the alert overtakes the whole batch.
+const PILE = 50;
 const $ = (id) => document.getElementById(id);
 
 const any = (...choices) => choices[Math.floor(Math.random() * choices.length)];
 const order = () => 4_000 + Math.floor(Math.random() * 5_000);
 const newId = () => `page-${Date.now().toString(36)}-${Math.random().toString(36).slice(2, 8)}`;
 
-/** What one click publishes. `target` is only for the eye; who is reached is decided by the plugins. */
+/** The events that one click publishes. `target` is only displayed; plugins decide. */
 const SCENES = [
   {
-    title: "Ship an order", target: () => `u:${first()}`, hint: "to whom the payload names",
+    title: "Ship an order", target: () => `u:${first()}`, hint: "to the customer in the payload",
     events: () => [{ type: "order.shipped", source: "/shop", data: { order: order(), customer: first(), parcels: 2, carrier: "Kite" } }],
   },
   {
@@ -23,11 +25,11 @@ const SCENES = [
     events: () => [{ type: "chat.message", source: "/chat", group: "lobby", data: { room: "lobby", from: "you", text: any("Lunch at one?", "Who has the keys?", "It works on my machine.") } }],
   },
   {
-    title: "Fail a deployment", target: () => "g:ops", hint: "to a group; a filter makes it high",
+    title: "Fail a deployment", target: () => "g:ops", hint: "to a group; a filter raises the priority",
     events: () => [{ type: "deployment.failed", source: "/ci", data: { service: "checkout", version: "2.14.0", reason: "the health check timed out" } }],
   },
   {
-    title: "Raise an alert", target: () => "all", hint: "urgent; overtakes whatever waits",
+    title: "Raise an alert", target: () => "all", hint: "urgent; overtakes waiting notifications",
     events: () => [{ type: "system.alert", source: "/monitor", data: { severity: "critical", system: "Payments", text: "the card provider is down" } }],
   },
   {
@@ -35,7 +37,7 @@ const SCENES = [
     events: () => [{ type: "shop.promotion", source: "/shop", data: { percent: any(10, 15, 20), collection: any("Tide", "Meadow") } }],
   },
   {
-    title: "A pile, then an alert", target: () => `u:${first()}`, hint: `${PILE} low ones, then an urgent one`,
+    title: "A batch, then an alert", target: () => `u:${first()}`, hint: `${PILE} low, then one urgent`,
     events: pile,
   },
 ];
@@ -48,7 +50,7 @@ const devices = ["A", "B"].map((name) => {
 
 const first = () => devices[0].user ?? PEOPLE[0];
 
-/** Their times end with now, in order, so that it shows what came before what was published earlier. */
+/** The event times increase and end now, so that the device can count overtaken notifications. */
 function pile() {
   const [user, now] = [first(), Date.now()];
   const at = (n) => ({ source: "/reports", user, time: new Date(now - PILE + n).toISOString() });
@@ -56,7 +58,7 @@ function pile() {
   return [...rows, { ...at(PILE), type: "report.alert", priority: "urgent", data: { system: "Reports", text: "the disk is full" } }];
 }
 
-/** Publishes events, or tries them out, and says what became of it. */
+/** Publishes events, or only performs a dry run, and shows the result. */
 async function publish(events, isDry = false) {
   const whole = events.map((event) => ({ specversion: "1.0", id: newId(), ...event }));
   try {
@@ -64,7 +66,7 @@ async function publish(events, isDry = false) {
     if (trial.status === "refused") throw new Error(trial.error);
     const routes = trial.plan.map(({ by, to, priority }) => `${by} → ${to.join(", ")}, ${priority}`).join("; ");
     const plan = routes || [trial.outcome, trial.reason].filter(Boolean).join(": ");
-    if (isDry) return say(`It would be: ${plan}`);
+    if (isDry) return say(`Dry run: ${plan}`);
     const refused = (await post(whole, false)).events.find(({ status }) => status === "refused");
     if (refused) throw new Error(refused.error);
     say(`${whole.length === 1 ? "Stored" : `${whole.length} stored, the last`}: ${plan}`);
@@ -76,7 +78,7 @@ async function publish(events, isDry = false) {
 async function post(events, isDry) {
   const headers = { "Content-Type": "application/cloudevents-batch+json" };
   const answer = await fetch(`/v1/events${isDry ? "?dry_run=true" : ""}`, { method: "POST", headers, body: JSON.stringify(events) });
-  if (!answer.ok) throw new Error(`Refused with ${answer.status}: ${(await answer.text()).slice(0, 300)}`);
+  if (!answer.ok) throw new Error(`Refused with status ${answer.status}: ${(await answer.text()).slice(0, 300)}`);
   return answer.json();
 }
 

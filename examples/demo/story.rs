@@ -1,5 +1,6 @@
-//! What happens at the company of the demo: its people, and one event after the other with who should hear of it, worked out here from
-//! the people alone. How a node decides the same is in `pointsman.toml` beside this file.
+//! The story of the demo: the people of a small company, and a sequence of events with the expected
+//! recipients, which are computed here from the people alone. `pointsman.toml` in this folder makes
+//! a node reach the same decisions.
 
 use std::time::Duration;
 
@@ -42,17 +43,17 @@ pub(crate) const PEOPLE: [Person; 4] = [
     },
 ];
 
-/// For so long somebody is typing.
+/// How long a typing indicator is valid.
 const TYPING: Duration = Duration::from_secs(4);
 
-/// An event, and what may be expected of it.
+/// An event and its expected deliveries.
 pub(crate) struct Scene {
     pub(crate) event: Value,
-    /// Who should hear of it, in the order of [`PEOPLE`].
+    /// Whether each person should be notified, in the order of [`PEOPLE`].
     pub(crate) recipients: [bool; 4],
-    /// A later one with the same key makes this one superfluous.
+    /// The collapse key: a later event with the same key supersedes this one.
     pub(crate) collapse: Option<&'static str>,
-    /// Not delivered after that.
+    /// The time to live, after which the event is not delivered.
     pub(crate) ttl: Option<Duration>,
 }
 
@@ -67,7 +68,7 @@ impl Scene {
     }
 }
 
-/// What goes on over several events.
+/// State that spans several events.
 pub(crate) struct Story {
     random: ThreadRng,
     goals: [u32; 2],
@@ -87,7 +88,7 @@ impl Default for Story {
 }
 
 impl Story {
-    /// Whatever comes next.
+    /// Returns the next event.
     pub(crate) fn next(&mut self) -> Scene {
         match self.random.random_range(0..20) {
             0..6 => self.order(),
@@ -100,7 +101,7 @@ impl Story {
         }
     }
 
-    /// How the match stands. Every update is for everyone, and makes those before it superfluous.
+    /// The score of the match. Every update is for everyone and supersedes the earlier ones.
     pub(crate) fn score(&mut self) -> Scene {
         self.n_updates += 1;
         if self.random.random_ratio(1, 12) {
@@ -158,7 +159,7 @@ impl Story {
         )
     }
 
-    /// A message in a room, or that somebody is about to write one.
+    /// A message in a chat room, or a typing indicator.
     fn chat(&mut self) -> Scene {
         let room = self.pick(&["lobby", "lobby", "kitchen"]);
         let from = self.member(room);
@@ -187,7 +188,8 @@ impl Story {
         )
     }
 
-    /// Named directly by one router and through the room by another: one notification all the same.
+    /// A mention. One router addresses the user directly and another through the chat room, but
+    /// only one notification is delivered.
     fn mention(&mut self) -> Scene {
         let text = self.pick(&["could you look at this?", "your turn.", "there is cake."]);
         let data = json!({ "room": "lobby", "from": "bo", "mentioned": "ada", "text": text });

@@ -1,15 +1,20 @@
-// One user's stream on one device, as a page wants it: it comes back by itself, can be cut, and survives that the page is closed, because
-// the node is told what this device has had. Knows no document.
+// The stream of one user on one device. It reconnects on its own, can be cut, and survives closing
+// the page, because it acknowledges to the node what this device has received. It does not touch
+// the document.
 //
-// The standard `EventSource` does most of that. It only forgets its last event id when it is closed, so this keeps it; and a page that is
-// opened anew has none, so this names its device and acknowledges what came: the node remembers where it was.
+// The standard `EventSource` does most of this. But it forgets its last event id when it is closed,
+// so this class keeps it. And a newly opened page has no last event id, so this class names its
+// device and acknowledges notifications: the node stores the device cursor.
 
-const ACKNOWLEDGE_AFTER = 1_000; // milliseconds: the newest id is enough, so not each is acknowledged
+const ACKNOWLEDGE_AFTER = 1_000; // milliseconds; acknowledging only the newest id is enough
 
 /**
- * Tells `heard` what happens:
- * `state(name)` connecting, live, cut or refused · `notification(data, id)` · `cursor(id)` whenever there is a new last event id ·
- * `gap(data)` history is not whole · `close(data)` the node ends this connection and says why.
+ * Calls these methods of `heard`:
+ * - `state(name)`: connecting, live, cut or refused
+ * - `notification(data, id)`
+ * - `cursor(id)`: there is a new last event id
+ * - `gap(data)`: history may be incomplete
+ * - `close(data)`: the node closes this connection; `data` has the reason
  */
 export class Stream {
   #user;
@@ -17,7 +22,7 @@ export class Stream {
   #heard;
   #cursor = "";
   #source = null;
-  #owed = "";  // the newest id that was not acknowledged yet
+  #owed = "";  // the newest id that is not acknowledged yet
   #timer = 0;
   #isOver = false;
   #leave = () => this.#acknowledge();
@@ -34,13 +39,13 @@ export class Stream {
     return this.#source !== null;
   }
 
-  /** Closes the connection. What is published meanwhile waits in the log. */
+  /** Closes the connection. Notifications published in the meantime wait in the log. */
   cut() {
     this.#disconnect();
     this.#heard.state("cut");
   }
 
-  /** Ends it for good, without a word. */
+  /** Closes the stream permanently, without reporting a state. */
   close() {
     this.#isOver = true;
     this.#disconnect();
@@ -48,7 +53,7 @@ export class Stream {
     removeEventListener("pagehide", this.#leave);
   }
 
-  /** Comes back with the last event id; without one, where the node says that this device was. */
+  /** Resumes from the last event id or, without one, from the stored device cursor. */
   resume() {
     if (this.#source) return;
     const query = new URLSearchParams({ user: this.#user, device: this.#device });
@@ -56,11 +61,11 @@ export class Stream {
     const source = new EventSource(`/v1/stream?${query}`);
     this.#source = source;
     this.#heard.state("connecting");
-    // A late event of a source that was closed must not count for the next one.
+    // Ignores late events of a source that has already been replaced.
     const on = (name, act) => source.addEventListener(name, (event) => { if (this.#source === source) act(event); });
     on("open", () => this.#heard.state("live"));
     on("error", () => {
-      // A browser comes back by itself, unless the answer was no stream at all.
+      // The browser reconnects on its own, unless the response was not an event stream.
       const isOver = source.readyState === EventSource.CLOSED;
       if (isOver) this.#disconnect();
       this.#heard.state(isOver ? "refused" : "connecting");
@@ -91,7 +96,7 @@ export class Stream {
     this.#heard.cursor(lastEventId);
   }
 
-  /** Says how far this device is. If that is not heard, it is said again, unless there is a newer id by then. */
+  /** Acknowledges the newest id. If that fails, retries with the newest id at that time. */
   async #acknowledge() {
     clearTimeout(this.#timer);
     this.#timer = 0;
@@ -100,7 +105,7 @@ export class Stream {
     const body = JSON.stringify({ id, device: this.#device });
     this.#owed = "";
     const headers = { "Content-Type": "application/json" };
-    // `keepalive`: also while the page goes away.
+    // `keepalive` completes the request even if the page is closed.
     const sent = fetch(`/v1/acks?${new URLSearchParams({ user: this.#user })}`, { method: "POST", headers, body, keepalive: true });
     const isHeard = await sent.then((answer) => answer.status < 500, () => false);
     if (isHeard || this.#isOver) return;

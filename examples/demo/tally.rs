@@ -1,13 +1,15 @@
-//! What was published, to whom, and what became of it: delivered, superseded, expired, lost or doubled. Exact, and suspicious: what did
-//! not arrive is lost unless there is a reason why it need not have.
+//! Counts the fate of every published event for each recipient: delivered, superseded, expired,
+//! lost or doubled. The count is exact and pessimistic: a missing delivery is lost unless there is
+//! a valid reason for it.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-/// A delivery takes its time: what was published so shortly before a cut, or expired so shortly after the return, may be missing, too.
+/// Tolerance for delivery latency: an event published this shortly before a cut, or expired this
+/// shortly after the reconnect, may also be missing.
 const SLACK: Duration = Duration::from_secs(2);
 
-/// What was expected of an event, and what arrived, for each of `N` people.
+/// The expected and actual deliveries of an event, for each of `N` people.
 struct Fate<const N: usize> {
     recipients: [bool; N],
     arrivals: [u32; N],
@@ -18,20 +20,20 @@ struct Fate<const N: usize> {
 
 pub(crate) struct Tally<const N: usize> {
     events: Vec<Fate<N>>,
-    /// When each was away, from and until.
+    /// The periods in which each person was disconnected, as (from, until).
     away: [Vec<(Instant, Instant)>; N],
 }
 
-/// Deliveries: an event counts once for each of its recipients.
+/// Counts of deliveries: an event counts once for each of its recipients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     pub(crate) delivered: u32,
-    /// Not delivered, but a later one with the same key was.
+    /// Not delivered, but a later event with the same key was.
     pub(crate) superseded: u32,
-    /// Not delivered, and expired while its recipient was away.
+    /// Not delivered, and expired while its recipient was disconnected.
     pub(crate) expired: u32,
     pub(crate) lost: u32,
-    /// Delivered once too often, or to somebody who was not named.
+    /// Delivered more than once, or delivered to a person who is not a recipient.
     pub(crate) doubled: u32,
 }
 
@@ -49,7 +51,7 @@ impl<const N: usize> Tally<N> {
         self.events.len()
     }
 
-    /// Says that an event is about to be published, and answers its number.
+    /// Registers an event that is about to be published and returns its number.
     pub(crate) fn publishes(
         &mut self,
         recipients: [bool; N],
@@ -71,7 +73,8 @@ impl<const N: usize> Tally<N> {
         self.away[who].push((Instant::now(), Instant::now() + away));
     }
 
-    /// Says that somebody was delivered the event with this number; one that was never published is not counted.
+    /// Registers a delivery of the event with this number. Numbers that were never published are
+    /// ignored.
     pub(crate) fn arrives(&mut self, who: usize, number: usize) {
         if let Some(fate) = self.events.get_mut(number) {
             fate.arrivals[who] += 1;
@@ -81,7 +84,7 @@ impl<const N: usize> Tally<N> {
     pub(crate) fn count(&self) -> Count {
         let mut count = Count::default();
         for who in 0..N {
-            // Backwards, so that what came later is known.
+            // Iterates backwards, so that later deliveries with the same key are known.
             let mut newer = HashSet::new();
             for fate in self.events.iter().rev() {
                 let (expected, arrived) = (u32::from(fate.recipients[who]), fate.arrivals[who]);
@@ -104,7 +107,7 @@ impl<const N: usize> Tally<N> {
         count
     }
 
-    /// Whether its recipient was away from the publication until it expired.
+    /// Whether the recipient was disconnected from the publication of the event until it expired.
     fn may_have_expired(&self, who: usize, fate: &Fate<N>) -> bool {
         let is_over = |expires: Instant| {
             self.away[who]

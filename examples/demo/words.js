@@ -1,6 +1,10 @@
-// What a notification says in words, and how its parts become elements. Whatever comes over the wire is text here, never markup.
+// Turns notifications into text and their parts into elements. Everything received from the node is
+// inserted as text, never as markup.
 
-/** Title and text by event type. `{name}` is a member of the payload; where one is missing, the payload is shown as it is. */
+/**
+ * Title and text by event type. `{name}` is a member of the payload; if one is missing, the raw
+ * payload is shown instead.
+ */
 const SAYS = {
   "order.placed": ["Order {order} is placed", "{items} items, {total} €"],
   "order.shipped": ["Order {order} is on its way", "{parcels} parcels with {carrier}"],
@@ -32,7 +36,7 @@ function written(data) {
   return isFlat ? Object.entries(data).map(([name, value]) => `${name}: ${value}`).join("\n") : JSON.stringify(data);
 }
 
-/** `{ title, text }` of a notification. */
+/** Returns `{ title, text }` of a notification. */
 export function words({ type, data }) {
   const [title, text] = SAYS[type] ?? ["{title}", "{text}"];
   const members = data && typeof data === "object" ? data : {};
@@ -41,12 +45,12 @@ export function words({ type, data }) {
   return { title: type, text: Object.keys(members).join() === "text" ? members.text : written(data) };
 }
 
-/** When something was, on this clock. */
+/** Formats a time in the local time zone. */
 export function clock(time) {
   return new Date(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 }
 
-/** `element("span.meta", "text", child)` */
+/** Creates an element, as in `element("span.meta", "text", child)`. */
 export function element(selector, ...content) {
   const [tag, ...classes] = selector.split(".");
   const made = document.createElement(tag);

@@ -1,7 +1,8 @@
-//! What a condition costs for one recipient, beside the same condition as a closure: the unit that a fan-out multiplies.
+//! Measures a condition on one recipient against the same condition as a closure. A fan-out
+//! multiplies this cost by the number of recipients.
 //!
-//! `max` and `mean` are of nanoseconds a recipient; the allocation columns must be empty. The closures look into the same attributes, as
-//! anything that is written for attributes that are known only at run time has to.
+//! `max` and `mean` are in nanoseconds per recipient; the allocation columns must be empty. The
+//! closures look up the same attributes, as any code for attributes known only at run time has to.
 
 use divan::{AllocProfiler, Bencher, black_box};
 use pointsman::event::Value;
@@ -26,7 +27,7 @@ fn test(attribute: &str, operator: Operator, values: &[Value]) -> Test {
     }
 }
 
-/// Recipients as an application has them; the conditions hold for some.
+/// Typical recipients; the conditions hold for some of them.
 fn recipients() -> Vec<Attributes> {
     let recipient = |n: usize| {
         Attributes::from([
@@ -41,7 +42,7 @@ fn recipients() -> Vec<Attributes> {
     (0..16).map(recipient).collect()
 }
 
-/// One test of one text.
+/// One test of one string.
 mod simple {
     use super::*;
 
@@ -65,7 +66,7 @@ mod simple {
     }
 }
 
-/// Seven tests in two clauses, of which the first mostly fails late.
+/// Seven tests in two clauses; the first clause mostly fails late.
 mod complex {
     use super::*;
 
@@ -110,7 +111,7 @@ mod complex {
     }
 }
 
-/// Goes round the recipients, so that no branch is learnt by heart; counts them, so that the table says items a second, too.
+/// Cycles through the recipients, so that branches are not predicted perfectly.
 fn each(bencher: Bencher<'_, '_>, mut holds: impl FnMut(&Attributes) -> bool) {
     let recipients = recipients();
     let mut next = 0;

@@ -1,9 +1,14 @@
-//! What a call of a plugin costs beside the same decision natively, and what a new version costs beside compiling it: ratios within one run.
+//! Measures a plugin call against the same decision in native code, and loading a new version
+//! against compiling it. All bounds are ratios within one run.
 //!
-//! The guest is `tests/harness/guests/costs`, compiled as plugins are; natively it is called as a library. Everything is taken in turns, and what is
-//! shown is the median of the turns, so that whatever else the machine does falls on all alike.
+//! The guest is `tests/harness/guests/costs`, compiled like a plugin; the native version calls it as a
+//! library. The contenders take turns and the median of the turns is shown, so that other load on
+//! the machine affects all of them alike.
 
-#![expect(clippy::print_stdout, reason = "its output is what it is for")]
+#![expect(
+    clippy::print_stdout,
+    reason = "the output is the purpose of this program"
+)]
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -32,14 +37,14 @@ fn main() {
     loads(&file);
 }
 
-/// Builds the guests as plugins are built, and answers where they are.
+/// Builds the guests like plugins and returns the folder of the files.
 fn build() -> PathBuf {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
-        .expect("host/ lies in the repository");
+        .expect("host/ is in the repository");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
-        .expect("the folder for temporary files lies in that of the target");
+        .expect("the folder for temporary files is in the target folder");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository).args([
         "build",
@@ -54,15 +59,15 @@ fn build() -> PathBuf {
         .arg(target)
         .args(["-p", "costs", "-p", "address", "-p", "rules"])
         .status()
-        .expect("cargo, which built this, runs");
+        .expect("run cargo");
     assert!(
         status.success(),
-        "the guests do not build; if the target is missing: rustup target add wasm32-unknown-unknown"
+        "the guests do not build; if the target is missing, run: rustup target add wasm32-unknown-unknown"
     );
     target.join("wasm32-unknown-unknown/plugin")
 }
 
-/// About 300 bytes, as an order is.
+/// A typical order of about 300 bytes.
 fn payload() -> Value {
     json!({
         "customer": { "id": "c-4711", "name": "Ada Lovelace", "tier": "gold" },
@@ -72,7 +77,7 @@ fn payload() -> Value {
     })
 }
 
-/// The same order, as attributes where those are what is looked at.
+/// The same order, with its fields as attributes if the contender reads those.
 fn event(from: From) -> Event {
     let mut document = json!({ "id": "e", "source": "/shop", "type": "order.placed" });
     let data = payload();
@@ -81,7 +86,7 @@ fn event(from: From) -> Event {
         .zip(FIELDS)
         .filter(|_| from == From::Attributes)
     {
-        // CloudEvents has no numbers with a fraction among its attributes.
+        // CloudEvents attributes cannot hold fractional numbers.
         let value = data.pointer(field).expect("a field");
         document[attribute] = if value.is_f64() {
             json!(129)
@@ -97,10 +102,10 @@ fn event(from: From) -> Event {
         "/shop",
         document.to_string().as_bytes(),
     )
-    .expect("a good event")
+    .expect("a valid event")
 }
 
-/// One way to make the decision: how long so many of them take.
+/// One implementation of the decision; `run` returns the time of the given number of calls.
 struct Contender {
     name: &'static str,
     run: Box<dyn FnMut(u32) -> Duration>,
@@ -123,7 +128,7 @@ impl Contender {
             &config,
             Limits::default(),
         )
-        .expect("a good plugin");
+        .expect("a valid plugin");
         let (engine, event) = (engine.clone(), event(from));
         let mut slot: Option<Instance> = None;
         let run = move |n: u32| {
@@ -153,7 +158,7 @@ impl Contender {
     }
 
     fn native(name: &'static str, from: From) -> Self {
-        let plugin = costs::Costs::new(Costs { from }).expect("no configuration is wrong");
+        let plugin = costs::Costs::new(Costs { from }).expect("a valid configuration");
         let data = payload();
         let mut event = testing::event("order.placed");
         for (n, field) in FIELDS.iter().enumerate() {
@@ -174,7 +179,7 @@ impl Contender {
         let event = event
             .json(&data)
             .seen_by(&plugin)
-            .expect("it wants every event");
+            .expect("it selects every event");
         let run = move |n: u32| {
             let began = Instant::now();
             for _ in 0..n {
@@ -257,17 +262,17 @@ fn calls(bytes: &[u8]) {
     }
     let bounds = [
         (
-            "declared attributes, to a no-op",
+            "declared attributes, relative to a no-op",
             attributes.nanoseconds() / no_op.nanoseconds(),
             10.0,
         ),
         (
-            "declared fields, to a no-op",
+            "declared fields, relative to a no-op",
             fields.nanoseconds() / no_op.nanoseconds(),
             10.0,
         ),
         (
-            "a parsed payload, to native",
+            "a parsed payload, relative to native",
             parses.nanoseconds() / native_parses.nanoseconds(),
             2.5,
         ),
@@ -279,17 +284,18 @@ fn judge(bounds: &[(&str, f64, f64)]) {
     println!();
     for (what, ratio, most) in bounds {
         println!(
-            "{} {what}: {ratio:.2}, at most {most} is wished",
+            "{} {what}: {ratio:.2}, bound {most}",
             if ratio <= most {
-                "well:    "
+                "ok:      "
             } else {
-                "TOO MUCH:"
+                "EXCEEDED:"
             }
         );
     }
 }
 
-/// How long a new version takes from its last byte to its first decision, beside compiling it and nothing else.
+/// Measures the time from the last byte of a new version to its first decision, against compiling
+/// alone.
 fn loads(file: &Path) {
     let dir = std::env::temp_dir().join(format!("pointsman-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a folder");
@@ -317,7 +323,7 @@ fn loads(file: &Path) {
         )
         .expect("an empty folder");
         for n in 0..TURNS / 4 {
-            // Another custom section makes it another file, which nobody has compiled before.
+            // An extra custom section makes it a different file that has not been compiled before.
             let version = with_section(&bytes, n as u32);
             let component = component(&version);
             let engine = wasmtime::Engine::new(wasmtime::Config::new().epoch_interruption(true))
@@ -329,7 +335,7 @@ fn loads(file: &Path) {
             );
             alone.push(began.elapsed());
             let began = Instant::now();
-            registry.upload(name, &version).expect("a good plugin");
+            registry.upload(name, &version).expect("a valid plugin");
             uploaded.push(began.elapsed());
         }
         let (alone, uploaded) = (median(alone), median(uploaded));
@@ -339,7 +345,7 @@ fn loads(file: &Path) {
             bytes.len() / 1000
         );
         if name == "costs" {
-            bounds.push(("a new version, to compiling it alone", ratio, 1.5));
+            bounds.push(("a new version, relative to compiling alone", ratio, 1.5));
         }
     }
     bounds.push((
@@ -348,11 +354,12 @@ fn loads(file: &Path) {
         0.25,
     ));
     judge(&bounds);
-    // What stays behind in the folder for temporary files harms nobody.
+    // Best effort: leftovers in the folder for temporary files are harmless.
     drop(std::fs::remove_dir_all(dir));
 }
 
-/// From a file in its place to its first decision, less what its upload takes: how long the watcher waits.
+/// The time from a file in place to its first decision, minus the time of its upload: the delay of
+/// the watcher.
 fn settling(file: &Path, dir: &Path) -> Duration {
     let bytes = std::fs::read(file.join("costs.wasm")).expect("the guest was just built");
     let dir = dir.join("watched");
@@ -391,13 +398,13 @@ fn settling(file: &Path, dir: &Path) -> Duration {
         let began = Instant::now();
         registry
             .upload("costs", &with_section(&bytes, 1001 + 2 * n))
-            .expect("a good plugin");
+            .expect("a valid plugin");
         waits.push(watched.saturating_sub(began.elapsed()));
     }
     median(waits)
 }
 
-/// Nothing is taken from a cache: what is measured is a version that is new.
+/// Without a cache, because a new version is measured.
 fn uncached() -> Config {
     Config::default()
 }

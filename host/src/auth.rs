@@ -1,8 +1,10 @@
-//! Who is asking: the user of a stream, and whether a request may publish, change recipients or look at dead letters.
+//! Authentication: the user of a stream, and whether a request may publish, change recipients or
+//! read dead letters.
 //!
-//! The user comes from a verified token, never from the URL, but in `dev` mode, which is for one machine only: it asks nobody for a token
-//! and therefore refuses to listen anywhere but on loopback. Knows request heads and nothing of status codes: `http` turns an [`Error`]
-//! into an answer. What a user may *see* is `subscription`'s question.
+//! The user comes from a verified token, never from the URL. The exception is `dev` mode, which
+//! requires no token and therefore listens on loopback only. This module reads request heads and
+//! knows no status codes: `http` turns an [`Error`] into a response. `subscription` decides what a
+//! user may *see*.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -20,38 +22,42 @@ use crate::delivery::recipients::{Claims, Reader};
 use crate::event::Name;
 use crate::event::criteria::parse_attributes;
 
-/// The most groups of a token: its streams follow the log of each.
+/// The maximum number of groups in a token: its streams follow the log of each.
 const MAX_GROUPS: usize = 256;
 
 /// The `[auth]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Take `?user=` for the user and ask no key of publishers; listens on loopback only (false).
+    /// Trust `?user=` and require no key; listens on loopback only (false).
     pub dev: bool,
     /// The secret of HS256 tokens, at least 32 bytes (none).
     pub jwt_secret: Option<Secret>,
-    /// A file that holds it instead; a line break at its end is not part of it (none).
+    /// A file that holds the token secret instead; line breaks at its end are ignored (none).
     pub jwt_secret_file: Option<PathBuf>,
     /// The claim that names the user (`sub`).
     pub user_claim: String,
-    /// The claim that may list groups of the user, for what is read by the token (`groups`; empty: not looked at).
+    /// The claim that may list further groups of the user for requests with this token (`groups`;
+    /// empty: ignored).
     pub groups_claim: String,
-    /// The claim that may hold attributes of the user, in the same way (`attributes`; empty: not looked at).
+    /// The claim that may hold further attributes of the user for requests with this token
+    /// (`attributes`; empty: ignored).
     pub attributes_claim: String,
-    /// Refuse tokens without `exp`, which would never end (true).
+    /// Refuse tokens without `exp`, which would never expire (true).
     pub require_expiry: bool,
-    /// Clocks may differ by so many seconds when `exp` and `nbf` are judged (30).
+    /// Seconds of clock difference that the checks of `exp` and `nbf` tolerate (30).
     pub leeway_s: u64,
-    /// The value that `aud` must have (none: not looked at).
+    /// The value that `aud` must have (none: not checked).
     pub audience: Option<String>,
-    /// The value that `iss` must have (none: not looked at).
+    /// The value that `iss` must have (none: not checked).
     pub issuer: Option<String>,
-    /// A cookie that may carry the token, as `EventSource` in a browser cannot send a header (none).
+    /// A cookie that may carry the token, because `EventSource` in a browser cannot send a header
+    /// (none).
     pub cookie: Option<String>,
-    /// The key of publishers and operators, at least 16 bytes (none: publishing over HTTP is refused).
+    /// The API key of publishers and operators, at least 16 bytes (none: publishing over HTTP is
+    /// refused).
     pub key: Option<Secret>,
-    /// A file that holds it instead (none).
+    /// A file that holds the API key instead; line breaks at its end are ignored (none).
     pub key_file: Option<PathBuf>,
 }
 
@@ -75,7 +81,7 @@ impl Default for Config {
     }
 }
 
-/// A text that is not printed.
+/// A text that `Debug` does not print.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
@@ -92,16 +98,17 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Why a request is not let in. The text is for the one who asks; [`Error::Unavailable`] holds the operator's fix beside it.
+/// Why a request is refused. The message is for the client; [`Error::Unavailable`] also holds the
+/// fix for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Nothing was shown: a token, key or user is missing.
+    /// A token, key or user is missing.
     #[error("{0}")]
     Missing(&'static str),
-    /// What was shown does not hold.
+    /// The token, key or user is invalid.
     #[error("{0}")]
     Invalid(String),
-    /// This node was not given what it takes to answer.
+    /// This node has no secret or key configured to check the request with.
     #[error("{what}")]
     Unavailable {
         what: &'static str,
@@ -109,19 +116,20 @@ pub enum Error {
     },
 }
 
-/// Who reads a stream, and until when that is sure.
+/// The reader of a stream, and when the identity expires.
 #[derive(Clone, Debug)]
 pub struct StreamIdentity {
     pub reader: Reader,
-    /// When the token ends, in milliseconds since the Unix epoch: the stream ends with it.
+    /// When the token expires, in milliseconds since the Unix epoch, with the leeway added; the
+    /// stream ends at that time.
     pub expires_at_ms: Option<u64>,
 }
 
-/// What it takes to answer, checked and ready.
+/// The checked `[auth]` section with its loaded secrets.
 pub struct Auth {
     config: Config,
     tokens: Option<(DecodingKey, Validation)>,
-    /// Hash of the key, so that comparing takes the same time whatever the guess.
+    /// The hash of the API key, so that a comparison takes the same time for every guess.
     key: Option<[u8; 32]>,
 }
 
@@ -134,19 +142,20 @@ impl fmt::Debug for Auth {
 }
 
 impl Auth {
-    /// Checks the section and reads the files that it names. `listen`: every address that the node listens on.
+    /// Checks the section and reads the files that it names. `listen`: every address that the node
+    /// listens on.
     ///
-    /// A node that could let nobody open a stream is refused here, and not found out by the first reader's 401; a node without a key is
-    /// fine, as events may come from Redis alone.
+    /// A node that could open no stream is refused at start, instead of showing up as a 401 to the
+    /// first reader. A node without an API key is valid, because events may come from Redis alone.
     ///
     /// # Errors
-    /// The key of the section at fault, such as `jwt_secret`, and what to do.
+    /// The configuration key at fault, such as `jwt_secret`, and a message with the fix.
     pub fn new(config: &Config, listen: &[SocketAddr]) -> Result<Self, (&'static str, String)> {
         if config.dev
             && let Some(address) = listen.iter().find(|address| !address.ip().is_loopback())
         {
             let text = format!(
-                "asks nobody for a token and so may listen on loopback only, not on {address}; listen on 127.0.0.1, or leave dev out and set auth.jwt_secret"
+                "requires no token and therefore may listen on loopback only, not on {address}; listen on 127.0.0.1, or remove dev and set auth.jwt_secret"
             );
             return Err(("dev", text));
         }
@@ -167,7 +176,7 @@ impl Auth {
         if jwt_secret.is_none() && !config.dev {
             return Err((
                 "jwt_secret",
-                "is missing, and without it nobody could open a stream; set it or jwt_secret_file, or try things out with --dev".to_owned(),
+                "is missing, so no stream could be opened; set it or jwt_secret_file, or use --dev for local testing".to_owned(),
             ));
         }
         let tokens = jwt_secret.map(|secret| {
@@ -183,10 +192,11 @@ impl Auth {
         })
     }
 
-    /// The secrets of which anybody can know the text, as they stand in the annotated configuration: the key to blame, such as
-    /// `auth.jwt_secret`, and what to do. It looks at texts given in place, and not into files.
+    /// The secrets that still have the placeholder text of the annotated configuration: the
+    /// configuration key, such as `auth.jwt_secret`, and a message with the fix. Only secrets given
+    /// in place are checked, not files.
     pub fn placeholders(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        let fix = "is still the text of the example, which anybody can read; set one of your own, as from: openssl rand -hex 32";
+        let fix = "is still the example value, which is public; set your own, for example from: openssl rand -hex 32";
         let secrets = [
             ("auth.jwt_secret", &self.config.jwt_secret),
             ("auth.key", &self.config.key),
@@ -206,7 +216,7 @@ impl Auth {
         self.config.dev
     }
 
-    /// The user of a stream: from the bearer token, or the configured cookie, or in dev mode `?user=`.
+    /// The user of a stream: from the bearer token, the configured cookie, or in dev mode `?user=`.
     ///
     /// # Errors
     /// See [`Error`].
@@ -216,7 +226,7 @@ impl Auth {
             (Some(tokens), Some(token)) => self.verify(tokens, token),
             _ if self.config.dev => {
                 let user = query(parts, "user").ok_or(Error::Missing(
-                    "for which user is this? In dev mode say ?user=NAME",
+                    "the user is missing; in dev mode add ?user=NAME",
                 ))?;
                 let user =
                     Name::parse(&user).map_err(|e| Error::Invalid(e.of("the user").to_string()))?;
@@ -226,16 +236,16 @@ impl Auth {
                 })
             }
             (Some(_), None) => Err(Error::Missing(
-                "this needs a user's token, as Authorization: Bearer <token>",
+                "a user token is required; send Authorization: Bearer <token>",
             )),
             (None, _) => Err(Error::Unavailable {
-                what: "this node takes no tokens",
+                what: "this node accepts no tokens",
                 fix: "set auth.jwt_secret or auth.jwt_secret_file",
             }),
         }
     }
 
-    /// Whether the request may publish, change recipients, and see and mend dead letters.
+    /// Checks that the request may publish, change recipients, and read and redrive dead letters.
     ///
     /// # Errors
     /// See [`Error`].
@@ -245,22 +255,20 @@ impl Auth {
         }
         let Some(key) = &self.key else {
             return Err(Error::Unavailable {
-                what: "this node takes no keys",
-                fix: "set auth.key or auth.key_file",
+                what: "this node accepts no API keys",
+                fix: "set auth.api_key or auth.api_key_file",
             });
         };
         let shown: [u8; 32] = Sha256::digest(bearer(parts).ok_or(Error::Missing(
-            "this needs the key, as Authorization: Bearer <key>",
+            "the API key is required; send Authorization: Bearer <key>",
         ))?)
         .into();
-        // All bytes are looked at, so that the time tells nothing about where they differ.
+        // Compare all bytes, so that the time does not reveal where they differ.
         let difference = key.iter().zip(shown).fold(0, |all, (a, b)| all | (a ^ b));
         if difference == 0 {
             Ok(())
         } else {
-            Err(Error::Invalid(
-                "the key is not the one configured".to_owned(),
-            ))
+            Err(Error::Invalid("the API key does not match".to_owned()))
         }
     }
 
@@ -276,16 +284,16 @@ impl Auth {
             Error::Invalid(match e.kind() {
                 ErrorKind::ExpiredSignature => "the token has expired".to_owned(),
                 ErrorKind::ImmatureSignature => "the token is not valid yet".to_owned(),
-                ErrorKind::InvalidSignature => "the token's signature does not hold".to_owned(),
+                ErrorKind::InvalidSignature => "the token's signature is invalid".to_owned(),
                 ErrorKind::InvalidAlgorithm | ErrorKind::InvalidAlgorithmName => {
-                    "the token is not signed by HS256".to_owned()
+                    "the token is not signed with HS256".to_owned()
                 }
                 ErrorKind::InvalidAudience => "the token is for another audience".to_owned(),
                 ErrorKind::InvalidIssuer => "the token is from another issuer".to_owned(),
                 ErrorKind::MissingRequiredClaim(claim) => {
-                    format!("the token has no claim '{claim}' that can be read")
+                    format!("the token has no readable claim '{claim}'")
                 }
-                _ => "this is no valid token".to_owned(),
+                _ => "this is not a valid token".to_owned(),
             })
         })?;
         let claim = &self.config.user_claim;
@@ -295,13 +303,14 @@ impl Auth {
             .and_then(serde_json::Value::as_str)
             .ok_or_else(|| {
                 Error::Invalid(format!(
-                    "the token has no text claim '{claim}', which names the user"
+                    "the token has no string claim '{claim}', which names the user"
                 ))
             })?;
         let user = Name::parse(user).map_err(|e| {
             Error::Invalid(e.of(format!("the token's claim '{claim}'")).to_string())
         })?;
-        // With the leeway: a token that is let in just after its end would otherwise open a stream that ends at once, again and again.
+        // Includes the leeway: otherwise a token accepted just after its `exp` would open a stream
+        // that ends at once, again and again.
         let expires_at_ms = claims
             .claims
             .get("exp")
@@ -318,8 +327,8 @@ impl Auth {
         })
     }
 
-    /// What the token says of its user. A claim that cannot be read is refused, and not read as none: who is left out of a group for it would
-    /// never know.
+    /// The groups and attributes in the token. A malformed claim is refused instead of ignored: a
+    /// user left out of a group because of it would never notice.
     fn claims(&self, claims: &serde_json::Map<String, serde_json::Value>) -> Result<Claims, Error> {
         let find = |claim: &String| {
             claims
@@ -334,17 +343,17 @@ impl Auth {
         if let Some(value) = find(claim) {
             let groups = value
                 .as_array()
-                .ok_or_else(|| refused(claim, "is no list of groups".to_owned()))?;
+                .ok_or_else(|| refused(claim, "is not a list of groups".to_owned()))?;
             if groups.len() > MAX_GROUPS {
                 return Err(refused(
                     claim,
-                    format!("has {} groups; {MAX_GROUPS} is the most", groups.len()),
+                    format!("has {} groups; the limit is {MAX_GROUPS}", groups.len()),
                 ));
             }
             for group in groups {
                 let group = group
                     .as_str()
-                    .ok_or_else(|| refused(claim, "has a group that is no text".to_owned()))?;
+                    .ok_or_else(|| refused(claim, "has a group that is not a string".to_owned()))?;
                 read.groups.insert(
                     Name::parse(group)
                         .map_err(|e| refused(claim, e.of("has a group that").to_string()))?,
@@ -355,7 +364,7 @@ impl Auth {
         if let Some(value) = find(claim) {
             let members = value
                 .as_object()
-                .ok_or_else(|| refused(claim, "is no object of attributes".to_owned()))?;
+                .ok_or_else(|| refused(claim, "is not an object of attributes".to_owned()))?;
             read.attributes = parse_attributes(members.clone())
                 .map_err(|e| refused(claim, format!("cannot be read: {e}")))?;
         }
@@ -371,7 +380,8 @@ fn validation(config: &Config) -> Validation {
     if config.require_expiry {
         required.insert("exp".to_owned());
     }
-    // `aud` is judged only where the operator named one; the library would refuse every token that has one otherwise.
+    // `aud` is checked only if the operator configured one; otherwise the library would refuse
+    // every token that has one.
     validation.validate_aud = config.audience.is_some();
     if let Some(audience) = &config.audience {
         validation.set_audience(&[audience]);
@@ -385,7 +395,8 @@ fn validation(config: &Config) -> Validation {
     validation
 }
 
-/// A secret given in place or by a file. `name` and `file_name` are the keys to blame.
+/// Reads a secret given in place or in a file. `name` and `file_name` are the configuration keys
+/// for errors.
 fn secret(
     name: &'static str,
     text: Option<&Secret>,
@@ -398,7 +409,7 @@ fn secret(
         (Some(_), Some(_)) => {
             return Err((
                 file_name,
-                format!("and {name} exclude each other; keep one"),
+                format!("and {name} are mutually exclusive; keep one"),
             ));
         }
         (Some(text), None) => (name, text.0.clone()),
@@ -407,7 +418,7 @@ fn secret(
                 (
                     file_name,
                     format!(
-                        "{} cannot be read: {e}; give a file that this process may read",
+                        "{} cannot be read: {e}; use a file that this process can read",
                         path.display()
                     ),
                 )
@@ -419,7 +430,7 @@ fn secret(
         return Err((
             blame,
             format!(
-                "has {} bytes, which can be guessed; use at least {min_bytes}, as from: openssl rand -hex {min_bytes}",
+                "has {} bytes, which can be guessed; use at least {min_bytes}, for example from: openssl rand -hex {min_bytes}",
                 secret.len()
             ),
         ));
@@ -495,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_comes_from_the_token_and_not_from_the_url() {
+    fn the_user_comes_from_the_token_not_from_the_url() {
         let auth = Auth::new(&config(), &[]).unwrap();
         let bearer = format!(
             "Bearer {}",
@@ -531,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_and_attributes_are_what_the_token_says() {
+    fn groups_and_attributes_come_from_the_token() {
         let read = |config: &Config, claims: serde_json::Value| {
             let mut all = serde_json::json!({ "sub": "ann", "exp": LATER });
             all.as_object_mut()
@@ -580,11 +591,11 @@ mod tests {
         for (claims, expect) in [
             (
                 serde_json::json!({ "groups": "ops" }),
-                "claim 'groups' is no list",
+                "claim 'groups' is not a list",
             ),
             (
                 serde_json::json!({ "groups": [7] }),
-                "a group that is no text",
+                "a group that is not a string",
             ),
             (
                 serde_json::json!({ "groups": ["a\nb"] }),
@@ -597,11 +608,11 @@ mod tests {
             (serde_json::json!({ "groups": many }), "has 257 groups"),
             (
                 serde_json::json!({ "attributes": ["plan"] }),
-                "claim 'attributes' is no object",
+                "claim 'attributes' is not an object",
             ),
             (
                 serde_json::json!({ "attributes": { "plan": ["pro"] } }),
-                "plan is neither",
+                "plan is not a string, number or boolean",
             ),
         ] {
             let error = read(&config(), claims.clone()).unwrap_err();
@@ -610,7 +621,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_token_is_refused_with_its_reason() {
+    fn an_invalid_token_is_refused_with_the_reason() {
         let auth = Auth::new(
             &Config {
                 audience: Some("shop".into()),
@@ -636,7 +647,7 @@ mod tests {
                 .extend(changed.as_object().unwrap().clone());
             token(&all)
         };
-        check("x.y.z", "no valid token");
+        check("x.y.z", "not a valid token");
         check(&claims(serde_json::json!({ "exp": 1000 })), "expired");
         check(
             &claims(serde_json::json!({ "nbf": LATER })),
@@ -648,7 +659,7 @@ mod tests {
         );
         check(
             &claims(serde_json::json!({ "sub": 42 })),
-            "no text claim 'sub'",
+            "no string claim 'sub'",
         );
         check(
             &claims(serde_json::json!({ "sub": "a\nb" })),
@@ -656,7 +667,7 @@ mod tests {
         );
         check(
             &token(&serde_json::json!({ "sub": "ann", "aud": "shop" })),
-            "no claim 'exp' that can be read",
+            "no readable claim 'exp'",
         );
         let (honest, other) = (
             claims(serde_json::json!({})),
@@ -687,7 +698,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_configured_key_publishes() {
+    fn only_the_configured_api_key_is_accepted() {
         let auth = Auth::new(&config(), &[]).unwrap();
         assert_eq!(
             auth.authorize_key(&request(
@@ -722,7 +733,7 @@ mod tests {
     }
 
     #[test]
-    fn dev_mode_believes_the_url_but_listens_on_loopback_only() {
+    fn dev_mode_trusts_the_url_but_listens_on_loopback_only() {
         let dev = Config {
             dev: true,
             ..Config::default()
@@ -757,7 +768,7 @@ mod tests {
     }
 
     #[test]
-    fn weak_missing_and_doubled_secrets_are_configuration_errors() {
+    fn weak_missing_and_duplicate_secrets_are_configuration_errors() {
         let check =
             |config: Config, key: &str| assert_eq!(Auth::new(&config, &[]).unwrap_err().0, key);
         check(Config::default(), "jwt_secret");
@@ -794,7 +805,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_of_the_example_are_taken_and_told_of() {
+    fn example_secrets_are_accepted_and_reported() {
         let told = |config: Config| {
             Auth::new(&config, &[])
                 .unwrap()

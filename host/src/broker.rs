@@ -1,14 +1,20 @@
-//! What ingest and delivery need from a broker, in the fewest operations. Two brokers keep these promises and pass one conformance
-//! suite (`tests/conformance.rs`): [`redis`] for many nodes, [`embedded`] for one process.
+//! The broker interface: everything ingest and delivery need from a broker, in as few operations as
+//! possible. Two brokers implement it and pass one conformance suite (`tests/conformance.rs`):
+//! [`redis`] for many nodes, [`embedded`] for a single process.
 //!
-//! A broker holds, for each **partition**: its *source* (a stream of entries), its *position* (the last entry with an outcome), one *log*
-//! for each [`Target`] (an index of notification ids), one *record* for each id, the dead letters and the decision records. It promises:
+//! For each **partition**, a broker holds its *source* (a stream of entries), its *position* (the
+//! last entry with an outcome), one *log* per [`Target`] (an index of notification ids), one
+//! *record* per id, the dead letters and the decision records. It guarantees:
 //!
-//! - [`Broker::commit`] is one step: either all of it happened, at exactly the position and life that it names, or nothing.
-//! - What it publishes on its [`Feed`] is published in the order of commits, after they are durable as far as the broker can make them.
-//! - Reads ([`Broker::head`], [`Broker::page`], [`Broker::records`]) see every commit whose notice was published before the read began.
+//! - [`Broker::commit`] is atomic: the whole batch is written at exactly the position and epoch
+//!   that it names, or nothing is.
+//! - Notices on a [`Feed`] arrive in commit order, each after its commit is as durable as the
+//!   broker can make it.
+//! - Reads ([`Broker::head`], [`Broker::page`], [`Broker::records`]) see every commit whose notice
+//!   was published before the read began.
 //!
-//! It never decides who receives what (`recipients`, `subscription`) and never runs a plugin (`pipeline`).
+//! A broker does not decide who receives an event (`recipients`, `subscription`) and does not run
+//! plugins (`pipeline`).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -26,13 +32,15 @@ pub mod embedded;
 pub(crate) mod fake;
 pub mod redis;
 
-/// The number of a partition: 0 to 11, its own, never reused. A cursor names partitions by it.
+/// The number of a partition, 0 to 11: unique within an installation and never reused. Cursors name
+/// partitions by this number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PartitionNumber(pub u8);
 
 impl PartitionNumber {
-    /// The most numbers that can ever be given out; a cursor keeps a bit for each.
+    /// The number of partition numbers an installation can ever assign; a cursor keeps one bit per
+    /// number.
     pub const MAX: u8 = 12;
 }
 
@@ -44,32 +52,36 @@ pub struct Partition {
     pub source: String,
 }
 
-/// Bounds and windows that every node of an installation must share.
+/// Limits and windows that every node of an installation must share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Retention {
-    /// Notifications kept in the log of a user or group (1,000).
+    /// Notifications kept in the log of one user or group (1,000).
     pub log_entries: u32,
-    /// Notifications kept in the log of everyone (10,000).
+    /// Notifications kept in the log of all users (10,000).
     pub everyone_entries: u32,
-    /// Seconds that a notification is kept (7 days, at least 10 minutes).
+    /// How long a notification is kept, in seconds (7 days; at least 10 minutes).
     pub max_age_s: u64,
-    /// Seconds that a source entry is kept after its outcome, for operators (10 minutes); given up under memory pressure.
+    /// How long a source entry is kept after its outcome, in seconds (10 minutes), for operators to
+    /// inspect. Ignored under memory pressure.
     pub keep_s: u64,
-    /// Seconds within which a publisher's retry is recognised (5 minutes).
+    /// The window in which a publisher's retry is recognised as a duplicate, in seconds (5
+    /// minutes).
     pub dedupe_window_s: u64,
-    /// Ids remembered in a window of that length (1,000,000); beyond it retries are no longer recognised, and counted.
+    /// Ids remembered per dedupe window (1,000,000). Beyond that, retries are no longer recognised;
+    /// the ids that were not remembered are counted.
     pub dedupe_entries: u32,
-    /// Dead letters kept (10,000); what is trimmed is counted.
+    /// Dead letters kept (10,000). Trimmed dead letters are counted.
     pub dead_entries: u32,
     /// Decision records kept (100,000).
     pub decision_entries: u32,
-    /// Entries waiting in a source above which `POST /v1/events` is refused with 429 (1,000,000).
+    /// Unprocessed entries in a source at which `POST /v1/events` is rejected with 429 (1,000,000).
     pub backlog_entries: u64,
-    /// Seconds that a bookmark is kept after it was last moved (30 days); a read mark for `max_age_s` if that is longer.
+    /// How long a device cursor is kept after it last moved, in seconds (30 days). A read marker is
+    /// kept for the age of notifications (`max_age_s`) plus 2 % if that is longer.
     pub bookmark_age_s: u64,
-    /// Devices of a user whose acknowledged bookmarks are kept (32), and as many that only began; one more takes the place of the one of its
-    /// kind that was left alone for longest.
+    /// Acknowledged device cursors kept per user (32), and as many unacknowledged ones. Beyond
+    /// that, the least recently moved cursor of the same kind is evicted.
     pub devices: u32,
 }
 
@@ -92,7 +104,8 @@ impl Default for Retention {
 }
 
 impl Retention {
-    /// How long a bookmark is kept after it was last moved, in milliseconds. A read mark lasts as long as anything that it could speak of.
+    /// How long a device cursor or read marker is kept after it last moved, in milliseconds. A read
+    /// marker is kept at least as long as any notification it can refer to.
     pub(crate) fn bookmark_age_ms(&self, which: &BookmarkOf) -> u64 {
         let age_s = match which {
             BookmarkOf::Device(_) => self.bookmark_age_s,
@@ -104,66 +117,73 @@ impl Retention {
     }
 }
 
-/// Why a broker did not do what it was asked.
+/// Why a broker request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It cannot be reached, does not answer in time, is loading or read-only. A wait: nobody's event has failed. What was asked may or
-    /// may not have happened; whoever asked for a commit reads the head again.
-    #[error("the broker is away: {0}")]
+    /// The broker is unreachable, does not answer in time, is loading or is read-only. Callers
+    /// wait: no event has failed. The request may or may not have taken effect, so a caller of
+    /// `commit` reads the head again.
+    #[error("the broker is unavailable: {0}")]
     Away(String),
-    /// It refuses more entries for want of memory or disk, or because the backlog is at its bound.
+    /// The broker accepts no more entries: it is out of memory or disk space, or the backlog is at
+    /// its limit.
     #[error("the broker is full: {0}")]
     Full(String),
-    /// It says no and will say so again: missing rights, a key of a foreign type. The text names the fix.
-    #[error("the broker refuses: {0}")]
+    /// The broker rejected the request and will reject it again: missing permissions, or a key of
+    /// the wrong type. The text names the fix.
+    #[error("the broker refused the request: {0}")]
     Refused(String),
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An entry of a source, as it was written: fields are bytes from outside.
+/// An entry of a source as it was written. Its fields are untrusted bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     pub id: EntryId,
     pub fields: Vec<(Bytes, Bytes)>,
 }
 
-/// The state of a partition, read in one step from the broker that decides (never from a replica).
+/// The state of a partition, read atomically from the broker's primary, never from a replica.
 #[derive(Clone, Debug)]
 pub struct Head {
     pub life: Life,
-    /// The lives of this partition with the last id that survived when each began, oldest first, 16 newest.
+    /// The newest 16 epochs of this partition, oldest first, each with the last id that was still
+    /// valid when the epoch began.
     pub lives: Vec<(Life, NotificationId)>,
     /// The id of the last complete notification.
     pub last: NotificationId,
-    /// The id of a plan that is being written in slices.
+    /// The id of a plan that is being committed in slices.
     pub pending: Option<NotificationId>,
     pub position: Position,
-    /// Below this id, logs may have lost entries to age.
+    /// Logs may have lost entries below this id because of their age.
     pub floor: NotificationId,
-    /// The `floor` when the partition was made: a cursor from before the partition starts here.
+    /// The `floor` when the partition was created. A cursor without a position in this partition
+    /// starts here.
     pub origin: NotificationId,
     /// The broker's clock, in milliseconds since the Unix epoch.
     pub now_ms: u64,
 }
 
 impl Head {
-    /// The newest id that a reader may meet.
+    /// The newest id that a reader may encounter.
     pub fn top(&self) -> NotificationId {
         self.pending.unwrap_or(self.last)
     }
 
-    /// Where a reader begins who wants what is committed from now on: at the floor if nothing newer is there, so that a quiet partition does
-    /// not look trimmed.
+    /// The start of a reader that wants only events committed from now on. Never below the floor,
+    /// so that a quiet partition does not look trimmed.
     pub fn latest(&self) -> NotificationId {
         self.last.max(self.floor)
     }
 
-    /// The highest id that still stands of those that somebody can have had who was last told in this life: nothing above the last id
-    /// that survived into the life that followed it can be trusted, because ids are issued again after a rewind.
+    /// The highest id that is still valid for a client whose last cursor was issued in epoch `life`.
+    /// Ids above the last one that was valid when the following epoch began cannot be trusted,
+    /// because they are issued again after a rewind. Returns 0 for an unknown epoch.
     pub fn survived(&self, life: Life) -> NotificationId {
         let bound = if life == self.life {
-            // In the present life nobody can have had what is not there; a client that says so made it up.
+            // In the current epoch no client can have received an id above the top: a cursor that
+            // claims one is forged.
             self.top()
         } else {
             match self.lives.iter().position(|(known, _)| *known == life) {
@@ -174,12 +194,13 @@ impl Head {
                 None => return NotificationId(0),
             }
         };
-        // Where readers of a quiet partition stand; nothing is issued there again.
+        // Readers of a quiet partition stand at the floor or the origin, and no id at or below them
+        // is issued again.
         bound.max(self.floor).max(self.origin)
     }
 }
 
-/// What is to become of one entry, with everything that a commit writes about it.
+/// One entry with its proposed outcome and everything that a commit writes about it.
 #[derive(Clone, Debug)]
 pub struct Item {
     pub entry: EntryId,
@@ -189,10 +210,11 @@ pub struct Item {
     pub decision: Decision,
 }
 
-/// The outcome that the pipeline proposes; only the broker can say `duplicate`.
+/// The outcome that the pipeline proposes. Only the broker can turn it into `duplicate`.
 #[derive(Clone, Debug)]
 pub enum Proposal {
-    /// The record ([`crate::event::Notification`] as JSON) and the logs to index it in, sorted and without repeats.
+    /// The record ([`crate::event::Notification`] as JSON) and the logs to index it in, sorted and
+    /// without duplicates.
     Commit {
         record: Bytes,
         targets: Vec<Target>,
@@ -206,75 +228,79 @@ pub enum Proposal {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeadReason {
     pub reason: String,
-    /// The plugin at fault, if one was.
+    /// The plugin that caused it, if any.
     pub plugin: Option<String>,
     /// How often the entry was tried.
     pub attempts: u32,
-    /// The entry's fields as they were.
+    /// The original fields of the entry.
     #[serde(skip)]
     pub fields: Vec<(Bytes, Bytes)>,
 }
 
-/// The record of a decision: why the event became what it became.
+/// A decision record: why an event got its outcome.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Decision {
-    /// CloudEvents `id`, `source` and `type`; each empty where it could not be read.
+    /// CloudEvents `id`, `source` and `type`; each is empty if it could not be read.
     pub event_id: String,
     pub event_source: String,
     pub event_type: String,
     /// In the order in which the plugins ran.
     pub verdicts: Vec<Verdict>,
-    /// Why it was dead-lettered, whoever said so: also where no plugin was asked. Empty for every other outcome.
+    /// Why the event was dead-lettered, including cases in which no plugin was called. Empty for
+    /// every other outcome.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
-    /// The clock that plugins were shown, in milliseconds since the Unix epoch.
+    /// The clock that the plugins were given, in milliseconds since the Unix epoch.
     pub clock_ms: u64,
 }
 
-/// What one plugin answered.
+/// The result of one plugin call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
     pub plugin: String,
-    /// Each node numbers its own, from 1 at its start.
+    /// The plugin's generation. Each node counts its own, from 1 at its start.
     pub generation: u64,
-    /// The first 12 digits of the SHA-256 of the generation's file, which are the same on every node; empty where an earlier version wrote the record.
+    /// The first 12 hex digits of the SHA-256 of the generation's file, which are the same on every
+    /// node. Empty in records written by an earlier version.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hash: String,
-    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (its types do not match), `rejected` and `retry` (it says so itself), or `failed`.
+    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (the plugin does not handle this event
+    /// type), `rejected` or `retry` (returned by the plugin itself), or `failed`.
     pub verdict: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
 }
 
 impl Decision {
-    /// Whether it is about the event with this id, or the entry with it: what cannot be read as an event has no other.
+    /// Whether this is the decision about the event with this id. An entry that could not be read
+    /// as an event has no event id, so its entry id matches as well.
     pub fn is_about(&self, entry: EntryId, event_id: &str) -> bool {
         self.event_id == event_id || event_id.parse().is_ok_and(|id: EntryId| id == entry)
     }
 }
 
-/// What is known of an event by its id.
+/// The result of a search for decisions by event id.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Found {
-    /// Newest first, up to as many as were asked for: entry, outcome, notification id and decision.
+    /// Newest first, up to the requested limit: entry, outcome, notification id and decision.
     pub decisions: Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>,
-    /// The entry of the oldest decision that was looked at, whatever event it is about.
+    /// The entry of the oldest decision that the search examined, for any event.
     pub reaches_to: Option<EntryId>,
 }
 
-/// At most this many items in one commit.
+/// Maximum number of items in one commit.
 pub const MAX_ITEMS: usize = 64;
-/// At most this many index entries in one commit; a plan with more targets is committed in slices.
+/// Maximum number of index entries in one commit. A plan with more targets is committed in slices.
 pub const MAX_INDEX_ENTRIES: usize = 1_000;
-/// At most this many bytes of records in one commit.
+/// Maximum size of all records in one commit, in bytes.
 pub const MAX_COMMIT_BYTES: usize = 1024 * 1024;
 
-/// A batch of outcomes, to be written in one step if the partition is still at `prev` in `life`.
+/// A batch of outcomes, written atomically if the partition is still at `prev` in epoch `life`.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub life: Life,
     pub prev: Position,
-    /// In the order of the source, none missing; the last one's entry is the next position.
+    /// In source order and without gaps. The entry of the last item becomes the new position.
     pub items: Vec<Item>,
 }
 
@@ -283,39 +309,42 @@ pub struct Batch {
 pub struct Slice {
     pub life: Life,
     pub prev: Position,
-    /// With a [`Proposal::Commit`] that names the targets of this slice only; the record holds the whole plan.
+    /// A [`Proposal::Commit`] that names only the targets of this slice. The record holds the whole
+    /// plan.
     pub item: Item,
     /// 0 for the first.
     pub index: u32,
     pub is_last: bool,
 }
 
-/// What a commit did.
+/// The result of a commit.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Committed {
-    /// The outcome of each item, in order, with the id of what was committed.
+    /// The outcome of each item in order, with the notification id if the item was committed.
     Done(Vec<(Outcome, Option<NotificationId>)>),
-    /// The partition was elsewhere: continue from what [`Broker::head`] says.
+    /// The partition is at another position or in another epoch; continue from [`Broker::head`].
     Refused,
 }
 
-/// A stretch of a log.
+/// A range of a log.
 #[derive(Clone, Debug, Default)]
 pub struct Page {
-    /// Ids above the one asked for, ascending, each with the id before it in this log when it was written (or the floor then).
+    /// Ids above the requested one, ascending. Each comes with its predecessor in this log when it
+    /// was written, or the floor at that time.
     pub entries: Vec<(NotificationId, NotificationId)>,
-    /// Whether the log exists at all. `false`, too, where all that lies above the id asked for is too old to be kept.
+    /// Whether the log exists. Also `false` if everything above the requested id is older than the
+    /// retention.
     pub is_present: bool,
-    /// Nothing follows.
+    /// Whether no further entries follow.
     pub is_last: bool,
-    /// The floor, read in the same step.
+    /// The floor, read atomically with the entries.
     pub floor: NotificationId,
 }
 
-/// What the feed says, in the order in which the broker published it.
+/// A message of the feed. The broker publishes them in commit order.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// `id` was appended to the log of `target`. Small records come along.
+    /// `id` was appended to the log of `target`. Small records are included.
     Append {
         partition: PartitionNumber,
         target: Target,
@@ -323,30 +352,31 @@ pub enum Notice {
         id: NotificationId,
         record: Option<Bytes>,
     },
-    /// All notices of this partition up to `last` came before this one.
+    /// All notices of this partition up to `last` precede this one.
     Tick {
         partition: PartitionNumber,
         life: Life,
         last: NotificationId,
     },
-    /// The broker lives but cannot write: counts as a sign of life, moves nothing.
+    /// The broker is up but cannot write. Counts as a sign of life and advances nothing.
     Alive { partition: PartitionNumber },
-    /// Memberships or attributes of the user changed. Published in every partition before the change is acknowledged, so that in each
-    /// it comes before the notices of later events.
+    /// Memberships or attributes of the user changed. Published in every partition before the
+    /// change is acknowledged, so that in each partition it precedes the notices of later events.
     RecipientChanged {
         partition: PartitionNumber,
         user: Name,
     },
-    /// The follow request with this token is in force: later appends will be heard.
+    /// The follow request with this token is in effect: all later appends are delivered.
     Following { token: u64 },
-    /// The connection to the broker was lost and made again, or notices were dropped. Every follow request before it is void and must be made again.
+    /// The connection to the broker was lost and re-established, or notices were dropped. All
+    /// earlier follow requests are void and must be repeated.
     Reset { partitions: Vec<PartitionNumber> },
 }
 
 /// A request to the feed.
 #[derive(Clone, Debug)]
 pub enum Follow {
-    /// Hear the appends to this log; answered by [`Notice::Following`].
+    /// Deliver the appends to this log. Answered by [`Notice::Following`].
     Start {
         partition: PartitionNumber,
         target: Target,
@@ -356,30 +386,35 @@ pub enum Follow {
         partition: PartitionNumber,
         target: Target,
     },
-    /// Notices stayed away too long: drop the connection of this partition and make another; answered by [`Notice::Reset`].
+    /// No notice arrived for too long: drop the connection of this partition and open another one.
+    /// Answered by [`Notice::Reset`].
     Reconnect { partition: PartitionNumber },
 }
 
-/// A node's ear at the broker. Dropping it ends it. Ticks and recipient changes of all partitions come unasked.
+/// The notice connection of a node to the broker. Dropping it closes it. Ticks and recipient
+/// changes of all partitions arrive without a follow request.
 #[derive(Debug)]
 pub struct Feed {
-    /// Unbounded, as its length is bounded by the streams on the node; never blocks the hub.
+    /// Never blocks the hub. Unbounded, because the number of streams on the node bounds its
+    /// length.
     pub follow: mpsc::UnboundedSender<Follow>,
-    /// In batches, to spare hand-overs. Bounded: when full, the feed stops reading its socket, or drops and sends a [`Notice::Reset`].
+    /// In batches, to save channel operations. Bounded: while it is full, the feed stops reading
+    /// its socket, or drops notices and sends a [`Notice::Reset`].
     pub notices: mpsc::Receiver<Vec<Notice>>,
 }
 
-/// A user's membership of a group, in one partition: ids, not times, because ids are what logs are ordered by.
+/// A user's membership of a group in one partition. Expressed in ids rather than times, because
+/// logs are ordered by id.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Span {
     /// The member sees ids above this one ...
     pub joined: NotificationId,
-    /// ... up to and with this one.
+    /// ... up to and including this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left: Option<NotificationId>,
 }
 
-/// What is known of a user.
+/// The stored attributes and memberships of a user.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Recipient {
     pub attributes: Attributes,
@@ -387,7 +422,7 @@ pub struct Recipient {
     pub groups: BTreeMap<Name, BTreeMap<PartitionNumber, Span>>,
 }
 
-/// A change to what is known of a user.
+/// A change to a user's attributes or memberships.
 #[derive(Clone, Debug)]
 pub enum RecipientChange {
     Join {
@@ -400,96 +435,100 @@ pub enum RecipientChange {
     Attributes(Attributes),
 }
 
-/// Which of a user's bookmarks.
+/// Identifies one of a user's stored cursors.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum BookmarkOf {
-    /// How far one of the user's devices is.
+    /// The device cursor: the position of one of the user's devices.
     Device(Name),
-    /// Up to where the user has read, on whatever device.
+    /// The read marker: the position up to which the user has read, on any device.
     ReadMark,
 }
 
-/// A place in a user's notifications that outlives streams.
+/// A position in a user's notifications that outlives streams.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bookmark {
-    /// As clients have it. A broker does not read it: which of two is further, only who knows the lives of partitions can say.
+    /// The cursor in its client-visible form. A broker does not parse it: comparing two cursors
+    /// requires the epochs of the partitions.
     pub cursor: String,
-    /// `false`: nobody has said so; it is where the device's first stream began.
+    /// `false` if the device never acknowledged this position; it is where the device's first
+    /// stream began.
     pub is_acknowledged: bool,
 }
 
-/// A lease on the work of a partition: it spares wasted work and guards no write.
+/// A lease on processing a partition. It avoids duplicate work; it does not guard writes, which
+/// compare the position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lease {
     Mine,
-    /// Held by another node for at most so long.
+    /// Another node holds the lease for at most this long.
     Others(Duration),
 }
 
-/// A dead letter, as it is listed.
+/// A dead letter as it is listed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeadLetter {
-    /// Its own id, by which it is shown, redriven and dropped.
+    /// The id of the dead letter itself, by which it is shown, redriven and dropped.
     pub id: EntryId,
     pub entry: EntryId,
     pub why: DeadReason,
 }
 
-/// Numbers of a partition for operators.
+/// Statistics of a partition for operators.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PartitionState {
-    /// Events by outcome word, since the partition was made.
+    /// Number of events by outcome since the partition was created.
     pub outcomes: BTreeMap<String, u64>,
-    /// Entries beyond the position.
+    /// Entries after the position.
     pub lag: u64,
-    /// Entries that somebody else removed before they were read.
+    /// Entries that another client of the broker removed before they were read.
     pub lost_upstream: u64,
     pub dead_letters: u64,
-    /// Dead letters trimmed by their bound.
+    /// Dead letters trimmed because of their limit.
     pub dead_trimmed: u64,
-    /// Ids not remembered because the window was full.
+    /// Ids not remembered because the dedupe window was full.
     pub dedupe_overflows: u64,
-    /// Milliseconds by which ids run ahead of the broker's clock.
+    /// How far notification ids run ahead of the broker's clock, in milliseconds.
     pub ids_ahead_ms: u64,
 }
 
-/// One line of a start-up check.
+/// One result of a start-up check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was checked, in a word: no two of one check have the same.
+    /// The name of the check, one word, unique within a check.
     pub name: &'static str,
     pub severity: Severity,
-    /// What is wrong and how to mend it, in one line.
+    /// The problem and its fix, in one line.
     pub text: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// The node starts; readiness stays green.
+    /// The node starts and stays ready.
     Warning,
-    /// The node does not start, or turns unready.
+    /// The node does not start, or becomes unready.
     Refusal,
 }
 
-/// See the head of this file. All methods are cancel-safe; a cancelled [`Broker::append`] or [`Broker::commit`] may still happen.
+/// See the head of this file. All methods are cancel-safe; a cancelled [`Broker::append`] or
+/// [`Broker::commit`] may still take effect.
 #[async_trait]
 pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     /// The partitions, by ascending number.
     fn partitions(&self) -> &[Partition];
 
-    /// Looks at version, settings and rights; empty is well.
+    /// Checks version, settings and permissions. An empty result means that everything is in order.
     async fn check(&self) -> Result<Vec<Finding>>;
 
-    /// Appends entries to the source, in order, and answers when the broker has them as durably as it can. A source at its backlog
-    /// bound answers [`Error::Full`] and takes none.
+    /// Appends entries to the source in order and returns once they are as durable as the broker
+    /// can make them. If the backlog is at its limit, returns [`Error::Full`] and appends none.
     async fn append(
         &self,
         partition: PartitionNumber,
         entries: Vec<Vec<(Bytes, Bytes)>>,
     ) -> Result<Vec<EntryId>>;
 
-    /// Reads up to `count` entries after `after`, waiting up to `wait` for the first.
+    /// Reads up to `count` entries after `after`, waiting up to `wait` for the first one.
     async fn read(
         &self,
         partition: PartitionNumber,
@@ -500,28 +539,32 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head>;
 
-    /// Writes a batch in one step. Any doubt about what became of it ends with reading the head again.
+    /// Writes a batch atomically. If the result is in doubt, the caller reads the head again.
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed>;
 
-    /// Writes one slice of a large plan in one step. Slice 0 may find a duplicate, or a foreign type, and then ends the plan with that outcome.
+    /// Writes one slice of a large plan atomically. Slice 0 may find a duplicate or a key of the
+    /// wrong type, which ends the plan with that outcome.
     async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed>;
 
     /// Publishes a [`Notice::Tick`].
     async fn tick(&self, partition: PartitionNumber) -> Result<()>;
 
-    /// Takes or renews the lease. A node that holds it under its own name from an earlier process has it at once.
+    /// Takes or renews the lease. A node whose earlier process held the lease under the same name
+    /// gets it at once.
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease>;
 
-    /// Gives the lease back, if it is this node's.
+    /// Releases the lease if this node holds it.
     async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()>;
 
-    /// Says that a new owner begins, and answers how many began in a row without moving the position, this one included.
+    /// Records that a new owner starts, and returns how many owners in a row started without moving
+    /// the position, including this one.
     async fn take_over(&self, partition: PartitionNumber) -> Result<u32>;
 
-    /// Notes that an entry is about to be tried, and answers how often it was noted, this time included.
+    /// Records that an entry is about to be tried, and returns how many attempts were recorded,
+    /// including this one.
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32>;
 
-    /// Up to `limit` ids of a log above `after`.
+    /// Reads up to `limit` ids of a log above `after`.
     async fn page(
         &self,
         partition: PartitionNumber,
@@ -530,7 +573,7 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<Page>;
 
-    /// The records of these ids, `None` where one is gone.
+    /// Reads the records of these ids; `None` for a record that no longer exists.
     async fn records(
         &self,
         partition: PartitionNumber,
@@ -542,15 +585,18 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
 
     async fn recipient(&self, user: &Name) -> Result<Recipient>;
 
-    /// Changes what is known of a user and tells every node; events appended after it returned are judged by it.
+    /// Changes a user's attributes or memberships and notifies every node. The change applies to
+    /// all events appended after it returns.
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()>;
 
-    /// A user's bookmarks, without those that were left alone for longer than they are kept.
+    /// Reads a user's device cursors and read marker, without expired ones.
     async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>>;
 
-    /// Puts a bookmark elsewhere and keeps it anew, if it still is what was seen of it (`None`: nothing), in one step. `false`: it is not.
-    /// One device more than [`Retention::devices`] takes the place of the one of its kind, acknowledged or only begun, whose bookmark was left
-    /// alone for longest: who merely opens streams pushes out no device that acknowledged anything.
+    /// Atomically moves a device cursor or read marker and restarts its expiry, if it still equals
+    /// `seen` (`None`: it does not exist). Returns `false` if it does not. A device beyond
+    /// [`Retention::devices`] evicts the least recently moved cursor of the same kind. Acknowledged
+    /// and unacknowledged cursors are limited separately, so that merely opening streams cannot
+    /// evict a device that acknowledged something.
     async fn move_bookmark(
         &self,
         user: &Name,
@@ -559,7 +605,7 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         to: &Bookmark,
     ) -> Result<bool>;
 
-    /// Up to `limit` dead letters after `after`, oldest first.
+    /// Reads up to `limit` dead letters after `after`, oldest first.
     async fn dead_letters(
         &self,
         partition: PartitionNumber,
@@ -567,20 +613,23 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<Vec<DeadLetter>>;
 
-    /// Appends the original fields to the source again and removes the dead letter, in one step. `false`: it is not there.
+    /// Atomically appends the original fields to the source again and removes the dead letter.
+    /// Returns `false` if it does not exist.
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
 
-    /// Removes a dead letter. `false`: it is not there.
+    /// Removes a dead letter. Returns `false` if it does not exist.
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
 
-    /// Up to `limit` decision records, newest first: entry, outcome, notification id and decision.
+    /// Reads up to `limit` decision records, newest first: entry, outcome, notification id and
+    /// decision.
     async fn decisions(
         &self,
         partition: PartitionNumber,
         limit: usize,
     ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>>;
 
-    /// The decision records of the event with this id, or of the entry with it, in all that are kept.
+    /// Searches all decision records that are kept for those of the event with this id, or of the
+    /// entry with this id.
     async fn find_decisions(
         &self,
         partition: PartitionNumber,

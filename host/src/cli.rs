@@ -1,12 +1,15 @@
-//! The command line. `serve` and `dev` run a node, two commands look at its configuration, and those for authors of plugins need none; all
-//! others talk to a running node by HTTP, because an embedded store has one process.
+//! The command line interface.
 //!
-//! Exit codes: 0, 1 when it failed, 64 when the arguments or the configuration are wrong.
+//! `serve` and `dev` run a node. `check-config` and `config` only read a configuration, and the
+//! commands for plugin authors need no node. Every other command talks HTTP to a running node,
+//! because only one process can open an embedded store.
+//!
+//! Exit codes: 0 on success, 1 on failure, 64 if the arguments or the configuration are invalid.
 
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "what a command answers goes to its terminal; the library logs"
+    reason = "commands print their results to the terminal; only the library logs"
 )]
 
 use std::io::Read as _;
@@ -45,28 +48,28 @@ struct Cli {
 enum Command {
     /// Run a node
     Serve(serve::Options),
-    /// Send an event, from options or from standard input
+    /// Publish events from options or standard input
     Publish(publish::Options),
-    /// Print a user's notifications as they arrive
+    /// Follow a user's notification stream
     Tail(tail::Options),
-    /// List, show, redrive and drop dead letters
+    /// List, show, redrive or drop dead letters
     Dead(dead_letters::Options),
-    /// Say why an event reached a user, or not
+    /// Explain why an event did or did not reach a user
     Explain(explain::Options),
-    /// Take events out of a node
+    /// Export events from a running node
     Events(events::Options),
-    /// Run a node for one's own plugins, which are rebuilt as they are saved
+    /// Run an in-memory node for plugin development, rebuilding plugins on save
     Dev(dev::Options),
-    /// Write, build, test and measure plugins, and look after those of a running node
+    /// Develop plugins and manage those of a running node
     Plugin(plugin::Options),
-    /// Say whether a node would start with this configuration
+    /// Check a configuration and its plugins without starting a node
     CheckConfig(serve::Options),
-    /// Print the configuration with every default
+    /// Print the default configuration
     Config(config::Options),
 }
 
-/// Whoever reads what a command prints may have read enough, as `head` does: then the command ends, and that is nothing to report. Printing has
-/// no other way to say so than to panic.
+/// Makes the process exit quietly with status 1 if standard output is a closed pipe (for example
+/// `| head`). `println!` panics in that case, so only a panic hook can intercept it.
 fn end_when_nobody_reads() {
     let report = panic::take_hook();
     panic::set_hook(Box::new(move |panic| {
@@ -85,7 +88,7 @@ pub(crate) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Also the way of --help and --version.
+            // clap also returns `--help` and `--version` as errors, but prints them to stdout.
             return match (error.print(), error.use_stderr()) {
                 (Ok(()), false) => ExitCode::SUCCESS,
                 (Err(_), false) => ExitCode::FAILURE,
@@ -118,17 +121,17 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-/// The variables that name the listeners of a running node, where `--url` does not.
+/// Environment variables that set the listener addresses if `--url` is not given.
 const NODE_URL: &str = "POINTSMAN_URL";
 const ADMIN_URL: &str = "POINTSMAN_ADMIN_URL";
 
-/// How to reach a running node, for commands that publish or operate.
+/// The application listener of a running node and the API key for it.
 #[derive(Debug, clap::Args)]
 struct Node {
-    /// The node's address; http only
+    /// Address of the node's application listener (http only)
     #[arg(long, global = true, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
-    /// The key of publishers and operators; a node in dev mode asks for none
+    /// API key of the node; not needed in dev mode
     #[arg(long, global = true, env = "POINTSMAN_KEY", hide_env_values = true)]
     key: Option<String>,
 }
@@ -142,7 +145,7 @@ impl Node {
         self.key.as_ref().map(|key| format!("Bearer {key}"))
     }
 
-    /// Sends a request without a body, and reads the answer.
+    /// Sends a request without a body and reads the whole response.
     fn ask(&self, agent: &Agent, method: &str, path: &str) -> anyhow::Result<(StatusCode, String)> {
         let url = self.at(path);
         let mut request = ureq::http::Request::builder().method(method).uri(&url);
@@ -157,19 +160,19 @@ impl Node {
     }
 }
 
-/// How to reach the listener for operators of a running node.
+/// The admin listener of a running node and the API key for it.
 #[derive(Debug, clap::Args)]
 struct Admin {
-    /// The address of the node's admin listener; http only
+    /// Address of the node's admin listener (http only)
     #[arg(long, env = ADMIN_URL, default_value = "http://127.0.0.1:8081")]
     url: String,
-    /// The key of publishers and operators; a node in dev mode asks for none
+    /// API key of the node; not needed in dev mode
     #[arg(long, env = "POINTSMAN_KEY", hide_env_values = true)]
     key: Option<String>,
 }
 
 impl Admin {
-    /// Sends a request, with this body if there is one.
+    /// Sends a request. A body is sent as `application/wasm`.
     fn request(
         &self,
         agent: &Agent,
@@ -183,7 +186,8 @@ impl Admin {
             request = request.header("authorization", format!("Bearer {key}"));
         }
         let answered = match body {
-            // Whoever has no key is told so before megabytes are on their way, and not by a pipe that breaks.
+            // Lets the node reject a missing API key before the upload starts. Without it, a node
+            // that closes the connection early would show up here as a broken pipe.
             Some(body) => agent.run(
                 request
                     .header("content-type", "application/wasm")
@@ -196,17 +200,18 @@ impl Admin {
     }
 }
 
-/// A client whose answers of any status are answers. `idle`: how long to wait for the next bytes.
+/// An HTTP client that does not treat error statuses as errors. `idle` limits the wait for each
+/// read.
 fn agent(idle: Duration) -> Agent {
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .timeout_connect(Some(Duration::from_secs(10)))
         .timeout_per_read(Some(idle));
-    // Loopback is never behind a proxy, whatever the environment says; and a node elsewhere is reached as it is named.
+    // Ignores the proxy variables of the environment: a node is always addressed directly.
     config.proxy(None).build().new_agent()
 }
 
-/// The answer's text, at most 16 MiB.
+/// Reads the status and at most 16 MiB of the body.
 fn read(response: Response<Body>) -> anyhow::Result<(StatusCode, String)> {
     let status = response.status();
     let mut text = String::new();
@@ -215,11 +220,14 @@ fn read(response: Response<Body>) -> anyhow::Result<(StatusCode, String)> {
         .into_reader()
         .take(16 * 1024 * 1024)
         .read_to_string(&mut text)
-        .context("the answer broke off")?;
+        .context("the response ended early")?;
     Ok((status, text))
 }
 
-/// Turns a refusal into an error with what the node said.
+/// Returns the body of a successful response.
+///
+/// # Errors
+/// Any other status, with the node's own error message.
 fn accept((status, text): (StatusCode, String)) -> anyhow::Result<String> {
     if status.is_success() {
         return Ok(text);
@@ -227,25 +235,26 @@ fn accept((status, text): (StatusCode, String)) -> anyhow::Result<String> {
     bail!("{}", refusal(status, &text))
 }
 
-/// What a node has against it, in one line: its own sentence. The status is said only where it is none that a command reckons with.
+/// Formats an error response as one line, using the node's own message. The status is included
+/// only if it is not one that the commands expect.
 fn refusal(status: StatusCode, text: &str) -> String {
     let body: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
     let Some(error) = body["error"].as_str().map(printable) else {
         return format!(
-            "what answers there says {status}, which no Pointsman node would; is --url its address?"
+            "unexpected response ({status}) that is not from a Pointsman node; check the address in --url"
         );
     };
     if status == StatusCode::NOT_FOUND && error.starts_with("there is nothing at") {
-        return "the node has nothing of that at this address; it has one for applications and one for operators: give the other with --url"
+        return "this listener does not serve this command; a node has an application listener and an admin listener: set the address of the other one with --url"
             .to_owned();
     }
     let fix = match status {
-        StatusCode::UNAUTHORIZED if error.contains("the key") => {
-            Some("give --key or POINTSMAN_KEY".to_owned())
+        StatusCode::UNAUTHORIZED if error.contains("API key") => {
+            Some("pass --api-key or set POINTSMAN_API_KEY".to_owned())
         }
-        StatusCode::UNAUTHORIZED => {
-            Some("give --token or POINTSMAN_TOKEN; --user is for a node in dev mode".to_owned())
-        }
+        StatusCode::UNAUTHORIZED => Some(
+            "pass --token or set POINTSMAN_TOKEN; --user alone works only in dev mode".to_owned(),
+        ),
         _ => body["fix"].as_str().map(printable),
     };
     let said = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));
@@ -256,25 +265,27 @@ fn refusal(status: StatusCode, text: &str) -> String {
     if is_reckoned_with {
         said
     } else {
-        format!("the node answered {status}: {said}")
+        format!("the node returned {status}: {said}")
     }
 }
 
-/// Nobody answers: which address was tried, and what names another.
+/// The error for an unreachable node: the address tried and the settings that change it.
 fn no_node(url: &str, variable: &str, error: &ureq::Error) -> anyhow::Error {
     anyhow!(
-        "no node answers at {url} ({error}); start one, or give its address with --url or {variable}"
+        "cannot reach a node at {url} ({error}); start one, or set its address with --url or {variable}"
     )
 }
 
-/// A text from elsewhere in one line that a terminal does not obey.
+/// Replaces control characters with spaces: untrusted text stays on one line and cannot control
+/// the terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
 }
 
-/// JSON as people read it, and as they may paste it: JSON itself lets through characters that a terminal obeys (U+0080 to U+009F).
+/// Formats JSON for people, still valid JSON. Escapes the control characters that JSON allows
+/// unescaped (U+007F to U+009F), because terminals interpret them.
 fn pretty_json(value: &serde_json::Value) -> String {
     let escaped = |c: char| {
         if c.is_control() && c != '\n' {
@@ -293,7 +304,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_printed_as_json_is_that_and_no_terminal_obeys_it() {
+    fn printed_json_stays_valid_and_has_no_terminal_control_characters() {
         let odd = serde_json::json!({ "a\u{9b}2J": ["\u{7f}", "ü", "\u{1b}", "\u{85}\n"] });
         let printed = pretty_json(&odd);
         assert!(
@@ -307,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_of_serve_is_a_key_and_a_variable() {
+    fn every_serve_option_is_a_configuration_key_and_a_variable() {
         let command = Cli::command();
         command.clone().debug_assert();
         let serve = command.find_subcommand("serve").unwrap();

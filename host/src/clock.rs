@@ -1,4 +1,5 @@
-//! This node's clock. The broker's may differ: what is judged by time takes it from [`crate::broker::Head`].
+//! This node's clock. The broker's clock may differ: decisions that depend on time use the one in
+//! [`crate::broker::Head`].
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -1,8 +1,10 @@
-//! The vocabulary: what goes in (an [`Event`]), what is decided (a [`Plan`] of [`Route`]s), and the ids of it all.
+//! The vocabulary: the input (an [`Event`]), the decision (a [`Plan`] of [`Route`]s), and their
+//! ids.
 //!
-//! Everything here is parsed once, at the border, and valid ever after: a [`Name`] holds no control character, an [`EntryId`]
-//! is a Redis stream id, a [`NotificationId`] fits 53 bits. No I/O, no clock. Where an event is read from is `broker`'s business,
-//! who may publish it `http`'s, and what it becomes `pipeline`'s.
+//! Everything here is parsed once, at the boundary, and valid from then on: a [`Name`] contains no
+//! control character, an [`EntryId`] is a Redis stream id, a [`NotificationId`] fits 53 bits. No
+//! I/O, no clock. `broker` reads events, `http` checks who may publish them, and `pipeline` decides
+//! about them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,9 +20,11 @@ mod plan;
 pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};
 pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
 
-/// A name that came from outside: of a user, a group, an event, a type. 1 to 256 bytes of UTF-8 without control characters.
+/// A name from outside: of a user, a group, an event or a type. 1 to 256 bytes of UTF-8 without
+/// control characters.
 ///
-/// Names end in Redis keys, in SSE fields and in logs of a terminal; one with a line feed in it would forge any of the three.
+/// Names end up in Redis keys, SSE fields and terminal logs; a line feed in one would forge any of
+/// the three.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Name(Arc<str>);
 
@@ -31,21 +35,22 @@ impl Name {
     /// Parses a name.
     ///
     /// # Errors
-    /// [`Malformed`] if it is empty, longer than [`Name::MAX`] bytes, or has a control character.
+    /// [`Malformed`] if it is empty, longer than [`Name::MAX`] bytes, or contains a control
+    /// character.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         if text.is_empty() {
             return Err(Malformed::new("is empty"));
         }
         if text.len() > Self::MAX {
             return Err(Malformed::new(format!(
-                "has {} bytes; {} is the most",
+                "has {} bytes; the limit is {}",
                 text.len(),
                 Self::MAX
             )));
         }
         if let Some(c) = text.chars().find(|c| c.is_control()) {
             return Err(Malformed::new(format!(
-                "has the control character U+{:04X}",
+                "contains the control character U+{:04X}",
                 u32::from(c)
             )));
         }
@@ -82,7 +87,8 @@ impl<'de> Deserialize<'de> for Name {
     }
 }
 
-/// The id of an entry of a source: milliseconds and a sequence number, as Redis streams have it. Written `1700000000000-0`.
+/// The id of an entry of a source: milliseconds and a sequence number, as in Redis streams. Written
+/// `1700000000000-0`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EntryId {
     pub ms: u64,
@@ -90,7 +96,8 @@ pub struct EntryId {
 }
 
 impl EntryId {
-    /// The id right before this one: who reads after it, reads this one. `None` for the first of all.
+    /// Returns the id directly before this one: a read after it returns this entry first. `None`
+    /// for the lowest id.
     pub fn before(self) -> Option<Self> {
         match (self.ms, self.seq) {
             (ms, seq @ 1..) => Some(Self { ms, seq: seq - 1 }),
@@ -120,7 +127,7 @@ impl FromStr for EntryId {
         });
         parsed.ok_or_else(|| {
             Malformed::new(format!(
-                "'{}' is no entry id such as 1700000000000-0",
+                "'{}' is not a valid entry id; use the form 1700000000000-0",
                 text.escape_debug()
             ))
         })
@@ -141,12 +148,13 @@ impl<'de> Deserialize<'de> for EntryId {
     }
 }
 
-/// How far a partition is: the last entry with an outcome, and, while a large plan is being written in slices, how many slices of
-/// the entry after it stand. Written `entry` or `entry/k`, where with `/k` the entry named is the one being sliced.
+/// The progress of a partition: the last entry with an outcome, and, while a large plan is written
+/// in slices, the number of slices written for the next entry. Written `entry` or `entry/k`; with
+/// `/k`, `entry` is the one being sliced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {
     pub entry: EntryId,
-    /// Slices of `entry` already written; 0 means that `entry` has its outcome.
+    /// Slices of `entry` written so far; 0 means that `entry` has its outcome.
     pub slices: u32,
 }
 
@@ -174,9 +182,9 @@ impl FromStr for Position {
                 slices: 0,
             }),
             Some((entry, k)) => {
-                let slices = k
-                    .parse()
-                    .map_err(|_| Malformed::new(format!("'{k}' is no number of slices")))?;
+                let slices = k.parse().map_err(|_| {
+                    Malformed::new(format!("'{k}' is not a valid number of slices"))
+                })?;
                 Ok(Self {
                     entry: entry.parse()?,
                     slices,
@@ -186,8 +194,9 @@ impl FromStr for Position {
     }
 }
 
-/// The id of a notification in its partition: `max(last + 1, floor + 1, ms since 2024-01-01 * 4096)`, so that ids ascend whatever the clock
-/// does, tell the time, and stay below 2^53: exact as a Lua number, a sorted-set score and a JavaScript number.
+/// The id of a notification in its partition: `max(last + 1, floor + 1, ms since 2024-01-01 *
+/// 4096)`. Ids ascend even if the clock does not, encode the time, and stay below 2^53: exact as a
+/// Lua number, a sorted-set score and a JavaScript number.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
 )]
@@ -200,12 +209,14 @@ impl NotificationId {
     /// The largest id: 2^53 - 1.
     pub const MAX: Self = Self((1 << 53) - 1);
 
-    /// The smallest id of a moment. `ms`: milliseconds since the Unix epoch; before 2024 it is 0.
+    /// Returns the smallest id of a moment. `ms`: milliseconds since the Unix epoch; 0 for moments
+    /// before 2024.
     pub const fn at_ms(ms: u64) -> Self {
         Self(ms.saturating_sub(Self::EPOCH_MS) * 4096)
     }
 
-    /// The moment of this id, in milliseconds since the Unix epoch; ids run ahead of it under more than 4,096 events a millisecond.
+    /// The moment of this id, in milliseconds since the Unix epoch. Ids run ahead of the clock
+    /// under more than 4,096 events a millisecond.
     pub const fn ms(self) -> u64 {
         self.0 / 4096 + Self::EPOCH_MS
     }
@@ -217,17 +228,18 @@ impl fmt::Display for NotificationId {
     }
 }
 
-/// The name of a *life*: a stretch of a partition's history without a fail-over. 12 random bits, written as two characters of
-/// base64url. A name and not a number: numbers are issued again after a double fail-over.
+/// The name of an *epoch*: a period of a partition's history without a fail-over. 12 random bits,
+/// written as two base64url characters. Random rather than numbered: numbers would be issued again
+/// after a double fail-over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Life(u16);
 
-/// The alphabet of base64url, in order of value (RFC 4648, section 5).
+/// The base64url alphabet, in order of value (RFC 4648, section 5).
 pub(crate) const BASE64URL: &[u8; 64] =
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
 impl Life {
-    /// From any number, of which the lowest 12 bits count.
+    /// Uses the lowest 12 bits.
     pub const fn from_bits(bits: u16) -> Self {
         Self(bits & 0xfff)
     }
@@ -255,8 +267,9 @@ impl FromStr for Life {
                 .map(|(high, low)| high << 6 | low),
             _ => None,
         };
-        bits.map(Self)
-            .ok_or_else(|| Malformed::new("is no name of a life: two characters of base64url"))
+        bits.map(Self).ok_or_else(|| {
+            Malformed::new("is not a valid epoch name; use two base64url characters")
+        })
     }
 }
 
@@ -265,7 +278,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_refuse_what_would_forge_a_key_a_frame_or_a_log_line() {
+    fn names_that_would_forge_a_key_a_frame_or_a_log_line_are_rejected() {
         for bad in [
             "",
             "a\nb",
@@ -283,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_and_positions_read_back_what_they_print() {
+    fn ids_and_positions_round_trip_through_text() {
         for text in [
             "0-0",
             "1700000000000-3",
@@ -305,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn the_entry_before_another_is_the_last_below_it() {
+    fn before_returns_the_greatest_lower_entry_id() {
         let id = |ms, seq| EntryId { ms, seq };
         assert_eq!(
             [id(7, 3), id(7, 0), id(0, 0)].map(EntryId::before),

@@ -1,12 +1,15 @@
-//! Why somebody was told of an event, or not: what was decided, whom the plan names, why each of its routes does or does not reach one user,
-//! and how far that user is. For operators, who are asked so at night.
+//! Explains to operators why an event did or did not reach a user: the decision, the targets of the
+//! plan, why each route does or does not match the user, and how far the user has read.
 //!
-//! It promises to say what the rest of the node would: a route wins here by the function that delivers (`recipients`), and a bookmark stands
-//! where a stream would begin (`bookmarks`). It reads and changes nothing. It is bounded: decisions are looked through as far back as they are
-//! kept, waiting entries, dead letters and later notifications up to a number each. What nobody can know, it lists as such.
+//! An explanation agrees with delivery, because it uses the same code: `recipients` selects the
+//! winning route, and `bookmarks` determines where a device would resume. It reads only and changes
+//! nothing. The work is bounded: decisions are searched as far back as they are kept; waiting
+//! entries, dead letters and later notifications up to a fixed number each. Facts that cannot be
+//! known are listed as such.
 //!
-//! `search` finds the decision, `reasons` says why a route misses a user, `conclusion` puts the whole into one sentence. Whom an event would reach
-//! if it came now, a dry run says (`http/dry_run.rs`).
+//! `search` finds the decision, `reasons` explains why a route does not match a user, `conclusion`
+//! summarises all of it. A dry run (`http/dry_run.rs`) answers a different question: whom an event
+//! would reach if it were published now.
 
 use std::collections::BTreeSet;
 
@@ -27,24 +30,26 @@ pub use search::Unexplained;
 
 use reasons::{Proviso, Why};
 
-/// Other decisions of the same event that are told.
+/// Maximum number of other decisions reported for the same event id.
 const MAX_OTHERS: usize = 10;
-/// The most later notifications that are looked through for one that took the place of this one.
+/// Maximum number of later notifications searched for one that supersedes this one.
 const MAX_LATER: usize = 1_000;
-/// Records read at once: each may be large.
+/// Number of records or dead letters read at once; each may be large.
 const READ: usize = 16;
-/// Dead letters that are looked through, and how many of them at once: each holds the entry's fields.
+/// Maximum number of dead letters searched.
 const MAX_DEAD_LETTERS: usize = 1_000;
-/// How far the clock of a node may be off that of the broker, by which dead letters are numbered.
+/// Assumed maximum difference, in milliseconds, between the clock of a node and that of the broker,
+/// which numbers the dead letters.
 const CLOCKS_DIFFER_MS: u64 = 60_000;
 
-const AS_THEY_ARE_NOW: &str = "Attributes are judged as they are now, and of a membership that ended and began again only the newest stretch is known.";
-const CLAIMS: &str = "Groups and attributes that a token claims are known only while a stream shows it; here they are not.";
-const FRAMES: &str = "Streams on other nodes are not seen here, nor what a stream leaves out by types or min_priority; and a frame that was written is not one that arrived.";
-const ACKNOWLEDGED: &str = "A device that acknowledged what came later may have begun after this one, have left it out, or have come by before it was for the user.";
-const LATER: &str = "Of the notifications after it only the next 1,000 were looked through for one with its collapse key.";
+const AS_THEY_ARE_NOW: &str = "Attributes are evaluated as they are now. If a membership ended and began again, only the latest period is known.";
+const CLAIMS: &str = "Groups and attributes claimed by a token are known only to an open stream with that token; they are not considered here.";
+const FRAMES: &str = "Streams on other nodes and the filters of a stream (types, min_priority) are not visible here. A frame that was written may not have arrived.";
+const ACKNOWLEDGED: &str = "A device that acknowledged a later notification may have started after this one, filtered it out, or passed it before it was addressed to the user.";
+const LATER: &str =
+    "Only the next 1,000 notifications were searched for one with the same collapse key.";
 
-/// A decision, as operators see it.
+/// A decision in the form that operators see.
 #[derive(Debug, Serialize)]
 pub struct Decided {
     pub partition: PartitionNumber,
@@ -56,78 +61,78 @@ pub struct Decided {
     pub decision: Decision,
 }
 
-/// See the head of this file.
+/// The explanation of one event, optionally for one user.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
-    /// A sentence or two.
+    /// A summary in one to three sentences.
     pub conclusion: String,
     pub decision: Decided,
-    /// Of other events with the same id, and of what was tried or published more than once; newest first.
+    /// Decisions about other events with the same id, retries and redriven entries; newest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub other_decisions: Vec<Decided>,
-    /// By which `pointsman dead` knows it, if it is still there.
+    /// Id of the dead letter for `pointsman dead-letters`, if it still exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<String>,
-    /// Whether all dead letters that it can be were looked at.
+    /// Whether every dead letter that could belong to this decision was checked.
     #[serde(skip)]
     is_sought_to_the_end: bool,
-    /// As it is in the record; absent where nothing was committed, or the record is gone.
+    /// The plan in the record; absent if nothing was committed or the record is no longer kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
-    /// What it is to the user who was asked about.
+    /// How the plan applies to the requested user.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipient: Option<Standing>,
 }
 
-/// How one user stands to a plan.
+/// How a plan applies to one user.
 #[derive(Debug, Serialize)]
 pub struct Standing {
     pub user: Name,
-    /// For each route of the plan, in its order.
+    /// One entry per route of the plan, in plan order.
     pub routes: Vec<RouteToUser>,
-    /// The route that won as it was committed.
+    /// Index of the route that won at the time of the commit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub won: Option<usize>,
-    /// The route that wins for a stream that comes by now.
+    /// Index of the route that wins for a stream that reaches the event now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wins: Option<usize>,
-    /// Whether a stream still finds it in a log; absent where no target names the user.
+    /// Whether the event is still in one of the user's logs; absent if no target names the user.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub in_log: Option<bool>,
-    /// The next one that takes its place for whoever does not have it yet.
+    /// The next notification that replaces this one for clients that have not received it yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub superseded_by: Option<Successor>,
     pub devices: Vec<Device>,
-    /// Whether the read mark is past it.
+    /// Whether the read marker is past the event.
     pub read: bool,
-    /// On this node.
+    /// The user's streams on this node.
     pub streams: Streams,
     pub not_known: Vec<&'static str>,
     #[serde(skip)]
     ways: Ways,
 }
 
-/// How the plan reached, and reaches.
+/// The winning routes then and now, or why there are none.
 #[derive(Debug, Default)]
 struct Ways {
     then: Option<Way>,
     now: Option<Way>,
-    /// The route that lacks least of those that do not reach.
+    /// The route that came closest to matching, of those that do not match.
     nearest: Option<(usize, Why)>,
-    /// What must have been so for that to be true of all of them.
+    /// Assumptions under which none of the routes matched.
     provided: BTreeSet<Proviso>,
 }
 
-/// A route of the plan, for one user, as things are now.
+/// How a route of the plan applies to one user now.
 #[derive(Debug, Serialize)]
 pub struct RouteToUser {
-    /// The first of its targets that names the user, if it reaches.
+    /// The first target that names the user, if the route matches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<Target>,
-    /// Why it does not.
+    /// Why the route does not match.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub miss: Option<Miss>,
-    /// In words, of which the route is the subject.
+    /// The reason as a predicate; its subject is the route.
     pub reason: String,
 }
 
@@ -136,12 +141,12 @@ pub struct RouteToUser {
 pub struct Successor {
     pub event_id: Name,
     pub notification: NotificationId,
-    /// It has expired: whoever did not have it before gets this one after all.
+    /// The later notification has expired: clients that never received it get this one after all.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub expired: bool,
 }
 
-/// Where the bookmark of a device stands.
+/// Position of a device cursor relative to the event.
 #[derive(Debug, Serialize)]
 pub struct Device {
     pub device: Name,
@@ -151,22 +156,23 @@ pub struct Device {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum At {
-    /// The device acknowledged it, or what came after it.
+    /// The device acknowledged the event or a later one.
     Acknowledged,
-    /// It is still to come for the device.
+    /// The device has not reached the event yet.
     Before,
-    /// The device's first stream began after it, and it acknowledged nothing.
+    /// The device's first stream started after the event, and it has acknowledged nothing.
     BeganAfter,
 }
 
 #[derive(Debug, Serialize)]
 pub struct Streams {
     pub open: usize,
-    /// Those that are past it: it was written, was not for them, or lies before their beginning.
+    /// Streams that are past the event: it was written, not addressed to them, or before their
+    /// start.
     pub past: usize,
 }
 
-/// What an explanation is made from.
+/// The data sources of an explanation.
 #[derive(Clone, Copy, Debug)]
 pub struct Sources<'a> {
     pub broker: &'a dyn Broker,
@@ -175,11 +181,13 @@ pub struct Sources<'a> {
 }
 
 impl Sources<'_> {
-    /// Explains the event with this id, or the entry with it: of several decisions the newest that is no retry, unless the same event was
-    /// committed before. Then somebody was reached, whatever became of a retry; dead letters are no duplicates to the broker.
+    /// Explains the event with this event id or entry id. If there are several decisions, the
+    /// newest that is not a duplicate is explained, unless the same event was committed at some
+    /// time: then it was delivered, whatever happened to its retries. (The broker does not count a
+    /// retry that became a dead letter as a duplicate.)
     ///
     /// # Errors
-    /// [`Unexplained`]: there is no decision of it, or the broker says no.
+    /// [`Unexplained`]: no decision was found, or the broker failed.
     pub async fn explain(
         &self,
         event_id: &Name,
@@ -224,7 +232,8 @@ impl Sources<'_> {
         Ok(explanation)
     }
 
-    /// The record of a decision, if it is still there and still its own: after a fail-over ids are issued again.
+    /// The record of a decision, if it still exists. The entry is compared as well, because ids may
+    /// be reissued after a fail-over.
     async fn record(
         &self,
         decided: &Decided,
@@ -240,16 +249,19 @@ impl Sources<'_> {
         Ok(record.filter(|record| record.entry == decided.entry))
     }
 
-    /// The dead letter that it is, if it is found, and whether all that it can be were looked at.
+    /// The id of the decision's dead letter if it was found, and whether every candidate was
+    /// checked.
     async fn dead_letter(&self, decided: &Decided) -> broker::Result<(Option<String>, bool)> {
         if decided.outcome != Outcome::DeadLettered {
             return Ok((None, true));
         }
-        // It was set aside after it was decided about, and after it came; of when it came, a publisher that numbers its entries may say anything.
+        // The dead letter was created after the entry arrived and after the decision, so the search
+        // starts at the later of the two times. An entry time after the decision is ignored: a
+        // publisher that chooses entry ids may use any time.
         let (came_ms, clock_ms) = (decided.entry.ms, decided.decision.clock_ms);
         let decided_ms = clock_ms.saturating_sub(CLOCKS_DIFFER_MS);
         let from_ms = match clock_ms {
-            // No plugin was asked.
+            // No plugin was called, so there is no decision time.
             0 => came_ms.saturating_sub(CLOCKS_DIFFER_MS),
             _ if came_ms <= clock_ms => came_ms.max(decided_ms),
             _ => decided_ms,
@@ -290,7 +302,7 @@ impl Sources<'_> {
             id,
             now_ms: self.broker.head(partition).await?.now_ms,
         };
-        // An id runs ahead of the clock after that was set back.
+        // After the clock was set back, ids run ahead of it; the earlier of the two times counts.
         let then = Moment {
             now_ms: id.ms().min(decided.decision.clock_ms),
             ..now
@@ -386,7 +398,7 @@ impl Sources<'_> {
         })
     }
 
-    /// Whether one of the user's logs still has it. `None`: it was never in one.
+    /// Whether one of the user's logs still has the event; `None` if it was never in one.
     async fn is_in_log(
         &self,
         user: &Name,
@@ -410,8 +422,9 @@ impl Sources<'_> {
         Ok(is_named.then_some(false))
     }
 
-    /// The next notification that reached the user with this collapse key, one that is still there before one that has expired; and whether
-    /// all were looked through.
+    /// The next notification to the user with this collapse key, and whether all later
+    /// notifications were searched. One that has not expired is preferred to an earlier one that
+    /// has.
     async fn successor(
         &self,
         user: &Name,
@@ -459,7 +472,8 @@ impl Sources<'_> {
                         is_all,
                     ));
                 }
-                // As it was committed: whoever had it then does not get what it took the place of.
+                // Expired now, but it applied when it was committed: a client that received it then
+                // does not get the notification that it replaced.
                 if gone.is_none() && is_state_at(id.ms().min(at.now_ms)) {
                     gone = Some(Successor {
                         event_id: record.event.id,

@@ -1,7 +1,9 @@
-//! Every route in one list, what their handlers share, and the one shape of an error.
+//! Every route in one list, the state that the handlers share, and the extractors and middleware
+//! around them.
 //!
-//! Handlers take a request apart, ask the part whose concept it is, and put the answer together: they decide nothing. This and the files
-//! under `http/` are the only ones that know status codes. Sockets are `server`'s, identities `auth`'s, the bytes of a stream `sse`'s.
+//! Handlers parse a request, call the module that owns the concept, and build the response; they
+//! make no decisions. Only this file and the files under `http/` know status codes. Sockets are
+//! handled in `server`, identities in `auth`, and the bytes of a stream in `sse`.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -47,7 +49,7 @@ use handlers::{
     notifications, page, plugins, stream, users,
 };
 
-/// The routes of the listener for applications.
+/// The routes of the public listener.
 pub fn routes(state: Arc<State>) -> Router {
     let mut routes = Router::new()
         .route("/v1/openapi.json", get(openapi::document))
@@ -78,8 +80,9 @@ pub fn routes(state: Arc<State>) -> Router {
     finish(routes, state)
 }
 
-/// The routes of the listener for operators: who reads is asked for no key, who changes something, or sees payloads or what is
-/// known of a user, is. They answer no other origin.
+/// The routes of the admin listener. Reads need no key, except those that show payloads or user
+/// data; every change needs one. Responses have no CORS headers, so that pages of other origins
+/// cannot read them.
 pub fn admin_routes(state: Arc<State>) -> Router {
     let routes = Router::new()
         .route("/v1/openapi.json", get(openapi::document))
@@ -123,7 +126,8 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .with_state(state)
 }
 
-/// What stands around every route: origins outermost, so that a page may read errors, too.
+/// The layers around every public route. CORS is outermost, so that pages can also read error
+/// responses.
 fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
     routes
         .fallback(nothing_here)
@@ -148,18 +152,20 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Bytes of one event with all its fields: `[ingest] max_event_bytes`, and not a key of this section.
+    /// The maximum size of one event with all its fields, in bytes. Set by
+    /// `ingest.max_event_bytes`; not a key of this section.
     #[serde(skip)]
     pub event_bytes: usize,
-    /// Bytes of a batch (4 MiB).
+    /// The maximum size of a batch in bytes (4 MiB).
     pub batch_bytes: usize,
-    /// Events of a batch (10,000).
+    /// The maximum number of events in a batch (10,000).
     pub batch_events: usize,
-    /// Requests to publish that are worked on at once (64); another waits for its turn, and after `publish_wait_s` is refused with 503.
+    /// The maximum number of concurrent publish requests (64). Further requests wait up to
+    /// `publish_wait_s` and are then refused with 503.
     pub publish_requests: usize,
-    /// Seconds that a request to publish waits for its turn (5).
+    /// Seconds that a publish request waits for its turn (5).
     pub publish_wait_s: u64,
-    /// Seconds that a client has to send a body (30).
+    /// Seconds that a client has to send a request body (30).
     pub body_timeout_s: u64,
     /// Seconds that a request to read notifications waits for the broker (5).
     pub read_wait_s: u64,
@@ -179,16 +185,16 @@ impl Default for Limits {
     }
 }
 
-/// What the handlers of a node share.
+/// The state that the handlers of a node share.
 #[derive(Debug)]
 pub struct State {
-    /// Empty until the broker answered for the first time: the listeners are up before it is.
+    /// Empty until the broker has answered once: the listeners start before that.
     broker: OnceLock<Arc<dyn Broker>>,
-    /// Empty as long as there is no broker.
+    /// Set together with the broker.
     hub: OnceLock<Hub>,
-    /// As the hub.
+    /// Set together with the broker.
     bookmarks: OnceLock<Bookmarks>,
-    /// For trying events out; empty until the plugins are loaded.
+    /// For dry runs and for the plugin routes; empty until the plugins are loaded.
     pipeline: OnceLock<Pipeline>,
     pulse: Pulse,
     auth: Auth,
@@ -197,13 +203,14 @@ pub struct State {
     limits: Limits,
     retention: Retention,
     origins: Origins,
-    /// Bounds the bodies held in memory.
+    /// Bounds the bodies that publish requests hold in memory.
     publishing: Semaphore,
-    /// One file of a plugin at a time: it may be large, and takes a processor for seconds.
+    /// One plugin upload at a time: a file may be large, and compiling it takes a processor for
+    /// seconds.
     uploading: Arc<Semaphore>,
-    /// Orders of operators that are being carried out, or wait for one another.
+    /// Bounds the admin commands that run or wait for one another.
     ordering: Arc<Semaphore>,
-    /// One candidate at a time is asked about past events.
+    /// One backtest at a time.
     rehearsing: Semaphore,
 }
 
@@ -237,47 +244,48 @@ impl State {
         }
     }
 
-    /// Gives the handlers their broker and the hub that listens to it; a second one is ignored.
+    /// Sets the broker and the hub that follows it. Later calls are ignored.
     pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
+        // The hub is set last: a handler that sees it finds the other two as well.
         let bookmarks = Bookmarks::new(Arc::clone(&broker));
         if self.broker.set(broker).is_err()
             || self.bookmarks.set(bookmarks).is_err()
             || self.hub.set(hub).is_err()
         {
-            tracing::debug!("the broker was there already");
+            tracing::debug!("the broker is already set; a second one is ignored");
         }
     }
 
-    /// Gives the handlers the plugins, to try events out; a second one is ignored.
+    /// Sets the pipeline. Later calls are ignored.
     pub fn set_pipeline(&self, pipeline: Pipeline) {
         if self.pipeline.set(pipeline).is_err() {
-            tracing::debug!("the pipeline was there already");
+            tracing::debug!("the pipeline is already set; a second one is ignored");
         }
     }
 
-    /// The hub; `None` as long as the broker never answered.
+    /// The hub, or `None` until the broker has answered once.
     pub fn hub(&self) -> Option<&Hub> {
         self.hub.get()
     }
 
-    /// The users' bookmarks.
+    /// The device cursors and read markers of users.
     ///
     /// # Errors
-    /// 503 as long as the broker never answered.
+    /// 503 until the broker has answered once.
     pub fn bookmarks(&self) -> Result<&Bookmarks, ApiError> {
         self.bookmarks
             .get()
             .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
     }
 
-    /// The plugins.
+    /// The pipeline of loaded plugins.
     ///
     /// # Errors
-    /// 503 as long as they are being loaded.
+    /// 503 until the plugins are loaded.
     pub fn pipeline(&self) -> Result<&Pipeline, ApiError> {
         self.pipeline
             .get()
-            .ok_or_else(|| ApiError::away("the plugins of this node are still being loaded"))
+            .ok_or_else(|| ApiError::away("this node is still loading its plugins"))
     }
 
     pub fn pulse(&self) -> &Pulse {
@@ -287,7 +295,7 @@ impl State {
     /// The broker.
     ///
     /// # Errors
-    /// 503 as long as it never answered.
+    /// 503 until the broker has answered once.
     pub fn broker(&self) -> Result<&Arc<dyn Broker>, ApiError> {
         self.broker
             .get()
@@ -307,7 +315,8 @@ impl State {
     }
 }
 
-/// Proof that the request showed the key (or that the node is in dev mode): a handler that takes one cannot forget to ask.
+/// Proof that the request carried the API key, or that the node is in dev mode. A handler that
+/// takes it as an argument cannot forget the check.
 struct Keyed;
 
 impl FromRequestParts<Arc<State>> for Keyed {
@@ -319,16 +328,16 @@ impl FromRequestParts<Arc<State>> for Keyed {
     }
 }
 
-/// The most orders of operators at once.
+/// The maximum number of concurrent admin commands.
 const MAX_ORDERS: usize = 8;
 
-/// Of a body that is too large, so much is received and thrown away before it is refused.
+/// How many bytes of an oversized body are read and discarded before it is refused.
 const MAX_THROWN_AWAY: usize = 16 * 1024 * 1024;
 
 /// Reads a whole body.
 ///
 /// # Errors
-/// 413 above `max` bytes, 408 when it takes longer than `wait`, 400 when it breaks off.
+/// 413 above `max` bytes, 408 if it takes longer than `wait`, 400 if it ends early.
 async fn read_body(mut body: Body, max: usize, wait: Duration) -> Result<Bytes, ApiError> {
     let too_large = || ApiError::too_large(format!("the body is larger than {max} bytes"));
     let is_too_large = body.size_hint().lower() > max as u64;
@@ -339,7 +348,8 @@ async fn read_body(mut body: Body, max: usize, wait: Duration) -> Result<Bytes, 
                 read => return read.map(|body| Some(body.to_bytes())),
             }
         }
-        // A client that is still sending when the connection is closed sees a broken pipe in place of the answer.
+        // Drain the rest first: a client that is still sending when the connection closes sees a
+        // broken pipe instead of the response.
         let mut rest = Limited::new(body, MAX_THROWN_AWAY);
         while rest.frame().await.is_some_and(|frame| frame.is_ok()) {}
         Ok(None)
@@ -352,44 +362,47 @@ async fn read_body(mut body: Body, max: usize, wait: Duration) -> Result<Bytes, 
         ))),
         Ok(Ok(None)) => Err(too_large()),
         Ok(Err(e)) => {
-            Err(ApiError::bad_request("the body broke off").cause(anyhow::Error::from_boxed(e)))
+            Err(ApiError::bad_request("the body ended early").cause(anyhow::Error::from_boxed(e)))
         }
         Ok(Ok(Some(body))) => Ok(body),
     }
 }
 
 async fn nothing_here(request: Request) -> ApiError {
-    ApiError::not_found(format!("there is nothing at {}", request.uri().path().escape_debug()))
-        .fix("GET /v1/openapi.json lists the paths of both listeners: applications have one, operators the other")
+    ApiError::not_found(format!(
+        "there is nothing at {}",
+        request.uri().path().escape_debug()
+    ))
+    .fix("GET /v1/openapi.json lists the paths of the public and the admin listener")
 }
 
 async fn other_method(request: Request) -> ApiError {
     ApiError::method_not_allowed(format!(
-        "{} takes no {}",
+        "{} does not support {}",
         request.uri().path().escape_debug(),
         request.method()
     ))
 }
 
-/// Tells a connection above the bound that it is too many. A stream is let through to say it in its own words, with 200 and a `retry`,
-/// because an `EventSource` stops for ever on any other status.
+/// Refuses a connection above the limit. A stream request passes, because it reports the limit in
+/// band, with 200 and a `retry`: an `EventSource` never reconnects after any other status.
 async fn refuse_surplus(request: Request, next: Next) -> Response {
     let is_surplus = request
         .extensions()
         .get::<Arc<Connection>>()
         .is_some_and(|connection| connection.is_surplus());
     if is_surplus && request.uri().path() != "/v1/stream" {
-        return ApiError::overloaded("this node has as many connections as it takes")
-            .into_response();
+        return ApiError::overloaded("this node has reached its connection limit").into_response();
     }
     next.run(request).await
 }
 
-/// Nothing is changed for a page in somebody's browser: a node in dev mode asks for no key, and whoever visits a page would be its operator.
+/// Refuses changes requested by a browser page. A node in dev mode requires no key, so that any
+/// page open in the browser could otherwise act as its operator.
 async fn refuse_pages(request: Request, next: Next) -> Response {
     if !request.method().is_safe() && request.headers().contains_key(ORIGIN) {
-        return ApiError::forbidden("pages in a browser change nothing here")
-            .fix("send it without the header Origin")
+        return ApiError::forbidden("the admin listener accepts no changes from browser pages")
+            .fix("send the request without the Origin header")
             .into_response();
     }
     next.run(request).await
@@ -420,7 +433,7 @@ mod tests {
     use crate::http::site::Site;
 
     #[tokio::test]
-    async fn every_error_is_json_with_a_text() {
+    async fn every_error_is_json_with_a_message() {
         let site = Site::dev(FakeBroker::default());
         for (method, path, status) in [
             ("GET", "/nothing", StatusCode::NOT_FOUND),
@@ -445,7 +458,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn without_the_key_nothing_is_written_or_shown() {
+    async fn without_the_api_key_nothing_is_written_or_shown() {
         let config = auth::Config {
             jwt_secret: Some("0123456789abcdef0123456789abcdef".into()),
             key: Some("publisher-key-0001".into()),
@@ -486,7 +499,7 @@ mod tests {
             )
             .await;
         assert_eq!(status, StatusCode::NO_CONTENT);
-        // The page is for dev mode.
+        // The demo page exists in dev mode only.
         assert_eq!(
             site.request("GET", "/", &[], "").await.0,
             StatusCode::NOT_FOUND
@@ -494,7 +507,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn before_the_broker_answered_requests_are_asked_to_come_again() {
+    async fn requests_before_the_first_broker_answer_get_503_with_retry_after() {
         let site = Site::without_broker();
         let (status, headers, _) = site
             .request("PUT", "/v1/groups/ops/members/ann", &[], "")

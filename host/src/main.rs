@@ -1,4 +1,5 @@
-//! The command `pointsman`: arguments, and the exit code. What a command does is under `cli/`, what a node does in the library.
+//! The `pointsman` command: arguments and exit code. `cli/` implements the commands, the library
+//! the node.
 
 mod cli;
 

@@ -27,7 +27,7 @@ use crate::telemetry::readiness::Readiness;
 
 mod monitor;
 
-/// Connections to the admin listener: probes and scrapers are few.
+/// Maximum connections to the admin listener: probes and scrapers are few.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
 
 /// The two listeners of a node, bound.
@@ -38,10 +38,10 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Binds both addresses; with port 0, to a free one.
+    /// Binds both addresses. Port 0 binds a free port.
     ///
     /// # Errors
-    /// An address cannot be bound; the text says which key to change.
+    /// An address cannot be bound; the text names the key to change.
     pub fn bind(listen: &crate::server::Config) -> anyhow::Result<Self> {
         let bind = |key, address| {
             crate::server::bind(address)
@@ -54,10 +54,11 @@ impl Listeners {
     }
 }
 
-/// What can be told of a node's folders before it listens; what takes longer, and who else is at work in them, it finds out as it starts.
+/// Validates a node's folders as far as possible before it listens. Slower checks, and conflicts
+/// with other processes, are detected during startup.
 ///
 /// # Errors
-/// A folder cannot be read, or written to where it must be; one line with the fix.
+/// A folder cannot be read, or cannot be written where required; one line with the fix.
 pub fn check_folders(config: &Config) -> anyhow::Result<()> {
     if let Some(dir) = &config.plugins.dir {
         crate::plugin::check_folder(dir).map_err(anyhow::Error::msg)?;
@@ -68,23 +69,25 @@ pub fn check_folders(config: &Config) -> anyhow::Result<()> {
     }
 }
 
-/// Runs a node until `shutdown` begins, and stops it: ingest stops reading, its last commit returns and its leases go; streams end spread
-/// over the grace period; requests under way end; what is left is cut.
+/// Runs a node until `shutdown` begins, then stops it: ingest stops reading, waits for its last
+/// commit and releases its leases; streams end spread over the grace period; requests in progress
+/// complete; the rest is cut.
 ///
 /// # Errors
-/// An address cannot be bound, the folder of plugins not be read, or the embedded broker's folder not be opened; or a part of the node
-/// panicked, after which the rest was stopped as ever. A Redis that cannot be reached is no error: the listeners are up, readiness says why,
-/// and it is tried again.
+/// An address cannot be bound, the plugin folder cannot be read, or the embedded broker's folder
+/// cannot be opened; or a part of the node panicked, after which the rest was shut down regularly.
+/// An unreachable Redis is not an error: the listeners are up, readiness reports the reason, and
+/// the connection is retried.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     check_folders(&config)?;
     let listeners = Listeners::bind(&config.listen)?;
     run_on(listeners, config, shutdown).await
 }
 
-/// [`run`], on listeners bound before.
+/// Like [`run`], on listeners that are already bound.
 ///
 /// # Errors
-/// As [`run`].
+/// The same as [`run`].
 pub async fn run_on(
     listeners: Listeners,
     config: Config,
@@ -110,7 +113,8 @@ pub async fn run_on(
         listeners.applications.local_addr()?,
         listeners.admin.local_addr()?,
     );
-    // With the port that was bound: two nodes that both asked for any port must not share a name, and with it their leases.
+    // Uses the bound port: two nodes that both requested any free port must not share a name, and
+    // with it their leases.
     let name = node.name.map_or_else(
         || format!("{}/{address}", host_name()),
         |name| name.to_string(),
@@ -122,10 +126,10 @@ pub async fn run_on(
             .unwrap_or_default()
             .as_secs_f64(),
     );
-    readiness.expect("broker", "not reached yet");
-    readiness.expect("plugins", "being loaded");
+    readiness.expect("broker", "not connected yet");
+    readiness.expect("plugins", "still loading");
     if auth.is_dev() {
-        tracing::warn!("dev mode: everybody on this machine may read every stream and publish");
+        tracing::warn!("dev mode: every local process may publish and read every stream");
     }
     for (key, fix) in auth.placeholders() {
         readiness.warn(key, fix);
@@ -147,7 +151,8 @@ pub async fn run_on(
         max_connections,
         header_timeout,
     };
-    // Up before the broker is: a probe sees the reason, and a publisher 503 instead of a refused connection.
+    // Listening before the broker is connected: a probe sees the reason, and a publisher receives
+    // 503 instead of a refused connection.
     let routes = [(
         listeners.admin,
         crate::http::admin_routes(Arc::clone(&state)),
@@ -166,13 +171,14 @@ pub async fn run_on(
     }
     tracing::info!(node.name = name, %address, %admin, "listening");
 
-    // Side by side: streams are served from what is kept while plugins are still being compiled, or while Redis is still away.
+    // Concurrently: streams are served from history while plugins still compile, or plugins load
+    // while Redis is unavailable.
     let reached = async {
         let broker = open(&broker, &sources, &retention, &readiness, &shutdown).await?;
         let hub = Hub::start(Arc::clone(&broker), metrics.clone(), &shutdown);
         state.set_broker(Arc::clone(&broker), hub.clone());
         shutdown.spawn(
-            "the watch over the broker",
+            "the broker monitor",
             monitor::watch(
                 Arc::clone(&broker),
                 hub,
@@ -195,13 +201,13 @@ pub async fn run_on(
         .await?;
         state.set_pipeline(pipeline.clone());
         shutdown.spawn(
-            "the watch over plugins",
+            "the plugin monitor",
             monitor::watch_plugins(pipeline.clone(), readiness.clone(), shutdown.clone()),
         );
         if let Some(origin) = origin {
             let registry = Arc::clone(pipeline.registry());
             shutdown.spawn(
-                "the watch over the configuration",
+                "the configuration monitor",
                 crate::config::reload::follow(
                     origin,
                     registry,
@@ -232,31 +238,31 @@ pub async fn run_on(
             shutdown.spawn("ingest", ingest.run(partition.clone(), shutdown.token()));
         }
         shutdown.begun().await;
-        // Who is leaving compiles nothing any more.
+        // A node that shuts down compiles nothing more.
         drop(watcher);
     }
     let grace = Duration::from_secs(listen.grace_s);
-    // The last stream leaves time for its last bytes.
+    // Streams end within 80 % of the grace period, which leaves time for their last bytes.
     pulse.drain(grace.mul_f64(0.8));
     if !shutdown.finish(grace).await {
         tracing::warn!(
             grace_s = listen.grace_s,
-            "not everything ended by itself; the rest is cut"
+            "the grace period ended with unfinished tasks; they are cut"
         );
         shutdown.skip();
-        // What is cut ends at its next step; only a blocked thread could take longer.
+        // A cut task ends at its next step; only a blocked thread could take longer.
         shutdown.finish_cut(Duration::from_secs(1)).await;
     }
     tracing::info!("stopped");
     match shutdown.broken() {
         Some(part) => Err(anyhow::anyhow!(
-            "{part} panicked (the log says where), so the node stopped; start it again, and report it"
+            "{part} panicked (see the log), so the node stopped; start it again and report the bug"
         )),
         None => Ok(()),
     }
 }
 
-/// Loads the plugins, starts their threads, and watches their folder.
+/// Loads the plugins, starts their threads and the plugin watcher.
 async fn start_plugins(
     plugins: crate::plugin::registry::settings::Config,
     cache_folder: Option<PathBuf>,
@@ -270,15 +276,16 @@ async fn start_plugins(
         Registry::load(Engine::with_cache(cache)?, plugins, counting)
     };
     let registry = tokio::task::spawn_blocking(load).await;
-    let registry = Arc::new(registry.context("loading the plugins panicked")??);
+    let registry = Arc::new(registry.context("panic while loading the plugins")??);
     let pipeline = Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone())
-        .context("cannot start the threads of the plugins")?;
-    let watcher = Watcher::start(registry, shutdown.alarm("the watcher of plugins"))
-        .context("cannot start the thread that watches the plugins")?;
+        .context("cannot start the plugin threads")?;
+    let watcher = Watcher::start(registry, shutdown.alarm("the plugin watcher"))
+        .context("cannot start the thread of the plugin watcher")?;
     Ok((pipeline, watcher))
 }
 
-/// Opens the broker. A Redis that is away is tried again, with a growing and jittered pause, until it is there.
+/// Opens the broker. The connection to an unavailable Redis is retried, with a growing and jittered
+/// pause, until it succeeds.
 async fn open(
     choice: &BrokerChoice,
     sources: &[String],
@@ -287,7 +294,7 @@ async fn open(
     shutdown: &Shutdown,
 ) -> anyhow::Result<Arc<dyn Broker>> {
     let (own_sources, retention) = (sources.to_vec(), retention.clone());
-    let alarm = shutdown.alarm("the writer of the store");
+    let alarm = shutdown.alarm("the store writer");
     match choice.clone() {
         BrokerChoice::Redis { url } => {
             let connect = || async {
@@ -299,12 +306,12 @@ async fn open(
             Ok(monitor::reach(connect, readiness).await)
         }
         BrokerChoice::Data(folder) => {
-            // Recovers what a killed process left: not for an async thread.
+            // Recovers the store after a crash: blocks too long for an async thread.
             let opened = tokio::task::spawn_blocking(move || {
                 Embedded::open(&folder, &own_sources, retention, alarm)
             })
             .await;
-            Ok(Arc::new(opened.context("opening the store panicked")??))
+            Ok(Arc::new(opened.context("panic while opening the store")??))
         }
         BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(
             &own_sources,
@@ -314,7 +321,7 @@ async fn open(
     }
 }
 
-/// What this machine calls itself.
+/// The host name of this machine.
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .ok()

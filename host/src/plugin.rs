@@ -1,9 +1,13 @@
-//! A loaded plugin: [`Plugin::load`] takes the bytes of a file through every check, [`Plugin::call`] asks it about one event.
+//! A loaded plugin: [`Plugin::load`] checks and compiles a plugin file, [`Plugin::call`] evaluates
+//! one event.
 //!
-//! It promises that a plugin that traps, loops, grows, floods its output or lies costs one call its answer, and nothing else: the instance
-//! is thrown away, and the next call has a fresh one. Calls are synchronous and belong on threads of their own, never on an async executor.
-//! How bytes become code is `compile`'s business, and where code is kept, [`cache`]'s; which plugins there are, and in which version,
-//! [`registry`]'s, and when that changes, [`watcher`]'s; what becomes of an event when one fails, `pipeline`'s.
+//! A plugin that traps, loops, exhausts its memory, floods its output or returns invalid data costs
+//! only that call: its instance is discarded and the next call gets a fresh one. Calls are
+//! synchronous and must run on a dedicated thread, never on an async executor.
+//!
+//! Compiling is in `compile`, the code cache in [`cache`], the set of plugins and their versions in
+//! [`registry`], reloading in [`watcher`], and the handling of an event whose plugin failed in
+//! `pipeline`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -33,28 +37,29 @@ use self::runtime::selection::Document;
 use self::runtime::{bindings, deadline, engine, log};
 use crate::event::{Event, Name, Plan, Priority};
 
-/// The largest file of a plugin, in bytes: components made of JavaScript have 13 MB, of Python up to 35.
+/// The maximum size of a plugin file, in bytes. Components built from JavaScript take 13 MB, from
+/// Python up to 35 MB.
 pub const MAX_FILE_BYTES: usize = 64 * 1024 * 1024;
 
-/// An event is tried this often by a plugin that fails, the last time on a fresh instance.
+/// Attempts per event for a plugin that fails; the last one uses a fresh instance.
 pub(crate) const ATTEMPTS: u32 = 2;
 
-/// What one call of a plugin may cost.
+/// The resource limits of one plugin.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
-    /// How long a call about an event may run.
+    /// CPU time of a call for an event.
     pub deadline: Duration,
-    /// How long making an instance, `describe` and `configure` may each run.
+    /// CPU time of each of instantiation, `describe` and `configure`.
     pub setup_deadline: Duration,
-    /// The most memory of an instance, in bytes.
+    /// The maximum memory of an instance, in bytes.
     pub memory_bytes: usize,
-    /// The most text in an answer, in bytes.
+    /// The maximum size of the text in an answer, in bytes.
     pub result_bytes: usize,
-    /// The most targets in an answer.
+    /// The maximum number of targets in an answer.
     pub targets: usize,
     /// Calls after which an instance is replaced by a fresh one.
     pub calls_per_instance: u32,
-    /// The largest file, in bytes.
+    /// The maximum file size, in bytes.
     pub file_bytes: usize,
 }
 
@@ -72,54 +77,55 @@ impl Default for Limits {
     }
 }
 
-/// What a plugin says of itself: printable, and otherwise not to be believed.
+/// A plugin's description of itself: made printable, but otherwise untrusted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Manifest {
     pub name: String,
     pub version: String,
     pub description: String,
-    /// A JSON Schema of the configuration, for tools. The plugin itself checks its configuration as it parses it.
+    /// A JSON Schema of the configuration, for tools. The host does not validate against it; the
+    /// plugin checks its configuration when it parses it.
     pub config_schema: Option<String>,
 }
 
-/// Why a file is not a plugin that can run here. Reads as the end of a sentence that begins with the file's name.
+/// Why a file cannot run as a plugin. The text continues a sentence that begins with the file name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct LoadError(String);
 
-/// Whether the folder of plugins can be read.
+/// Checks that the plugin folder can be read.
 ///
 /// # Errors
-/// One line that names it, with the fix.
+/// One line that names the folder and the fix.
 pub fn check_folder(dir: &Path) -> Result<(), String> {
     registry::folder::look(dir).map(drop)
 }
 
-/// Why a call has no answer.
+/// Why a call returned no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// It ran longer than it may.
+    /// The call exceeded its CPU time.
     #[error("{0}")]
     Deadline(String),
-    /// It asked for more memory than it may have.
+    /// The instance requested more memory than its limit.
     #[error("{0}")]
     Memory(String),
-    /// It trapped: a panic, mostly.
+    /// The guest trapped, mostly because of a panic.
     #[error("{0}")]
     Trap(String),
-    /// Its answer, or what it did, is not acceptable.
+    /// The answer, or something that the guest did, is invalid.
     #[error("{0}")]
     Refused(String),
-    /// It says itself that it cannot decide, and never will.
+    /// The plugin rejected the event and would do so again.
     #[error("{0}")]
     Rejected(String),
-    /// It says itself that it cannot decide now.
+    /// The plugin cannot decide now and requests a retry.
     #[error("{0}")]
     Retry(String),
 }
 
 impl CallError {
-    /// The word for it in metrics; of a verdict, in decision records, too.
+    /// The label in metrics; for a verdict, also the word in decision records.
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Deadline(_) => "deadline",
@@ -131,13 +137,14 @@ impl CallError {
         }
     }
 
-    /// Whether the plugin works, and this is what it says of the event: it would say so again.
+    /// Whether this is the plugin's verdict on the event and not a failure of the plugin. Calling
+    /// again immediately would return the same verdict.
     pub const fn is_verdict(&self) -> bool {
         matches!(self, Self::Rejected(_) | Self::Retry(_))
     }
 }
 
-/// Which of its two exports a plugin is called by. One may have both.
+/// The export that a call uses. A plugin may have both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -145,21 +152,21 @@ pub enum Role {
     Router,
 }
 
-/// What a plugin answered.
+/// The answer of a plugin.
 #[derive(Clone, Debug)]
 pub enum Answer {
     Keep,
-    /// With the reason.
+    /// Holds the reason.
     Drop(String),
     Amend(Box<Amended>),
     Routes(Plan),
 }
 
-/// An event as a filter wants it.
+/// An event as amended by a filter.
 #[derive(Clone, Debug)]
 pub struct Amended {
     pub event: Event,
-    /// `None`: as it was.
+    /// `None`: unchanged.
     pub priority: Option<Priority>,
 }
 
@@ -168,12 +175,12 @@ pub struct Amended {
 pub struct Call<'a> {
     pub event: &'a Event,
     pub priority: Priority,
-    /// The clock that the plugin is shown, in milliseconds since the Unix epoch.
+    /// The clock shown to the plugin, in milliseconds since the Unix epoch.
     pub clock_ms: u64,
     pub payload: &'a ParsedPayload,
 }
 
-/// The payload of an event, parsed once for all plugins, if one asks for a field of it.
+/// The payload of an event, parsed at most once for all plugins, when one of them reads a field.
 #[derive(Debug, Default)]
 pub struct ParsedPayload(Document);
 
@@ -201,7 +208,7 @@ impl std::fmt::Debug for Plugin {
     }
 }
 
-/// An instance of a plugin, for one thread: it is called about many events, one after the other.
+/// An instance of a plugin, owned by one thread and reused for many events in sequence.
 pub struct Instance {
     store: Store<State>,
     exports: Exports,
@@ -210,12 +217,12 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// The memory that it has, in bytes; it never has less again.
+    /// The memory of the instance, in bytes; it never shrinks.
     pub fn memory_bytes(&self) -> usize {
         self.store.data().memory.used
     }
 
-    /// The text in its last answer, in bytes, as [`Limits::result_bytes`] counts it.
+    /// The size of the text in the last answer, in bytes, counted like [`Limits::result_bytes`].
     pub fn answer_bytes(&self) -> usize {
         self.answer_bytes
     }
@@ -230,13 +237,14 @@ impl std::fmt::Debug for Instance {
 }
 
 impl Plugin {
-    /// Compiles a core module or a component, looks at what it wants and has, makes a trial instance and configures it.
-    /// Takes from some milliseconds (a small plugin in Rust) to some seconds (an interpreter).
+    /// Compiles a core module or a component, checks its imports and exports, creates a first
+    /// instance and configures it. Takes a few milliseconds (a small plugin in Rust) to a few
+    /// seconds (an interpreter).
     ///
     /// `config`: the operator's configuration, a JSON object.
     ///
     /// # Errors
-    /// Why not, and where there is one, the fix.
+    /// Why the file was refused and, where there is one, the fix.
     pub fn load(
         engine: &Engine,
         name: Name,
@@ -254,7 +262,7 @@ impl Plugin {
         Ok(plugin)
     }
 
-    /// The first half of [`Plugin::load`]: everything but a trial.
+    /// The first half of [`Plugin::load`]: everything except the first instance.
     fn prepare(
         engine: &Engine,
         name: Name,
@@ -272,7 +280,7 @@ impl Plugin {
         let component = engine
             .linker()
             .instantiate_pre(&component)
-            .map_err(|e| LoadError(format!("does not fit this host: {}", causes(&e))))?;
+            .map_err(|e| LoadError(format!("cannot be linked to this host: {}", causes(&e))))?;
         let exports = ExportIndices::find(&component, has_filter, has_router)
             .map_err(|e| LoadError(unfit(&e)))?;
         Ok(Self {
@@ -308,7 +316,7 @@ impl Plugin {
         &self.hash
     }
 
-    /// Has its lines in the log told apart from those of the version at work.
+    /// Makes its log lines distinguishable from those of the active version.
     fn logging_as(self, what: &str) -> Self {
         let name =
             Name::parse(&format!("{} ({what})", self.name)).unwrap_or_else(|_| self.name.clone());
@@ -318,7 +326,7 @@ impl Plugin {
         }
     }
 
-    /// Whether its code came from the cache, and was not compiled now.
+    /// Whether its code came from the cache instead of being compiled now.
     pub fn is_cached(&self) -> bool {
         self.is_cached
     }
@@ -334,16 +342,16 @@ impl Plugin {
         }
     }
 
-    /// Whether the plugin wants to be asked about events of this type.
+    /// Whether the plugin is called for events of this type.
     pub fn wants(&self, kind: &Name) -> bool {
         self.selection.has_type(kind.as_str())
     }
 
-    /// Asks the plugin about one event, on the instance in the slot, or on a fresh one if it is empty. The slot is empty afterwards if the
-    /// instance is not to be used again.
+    /// Calls the plugin for one event, on the instance in the slot or on a fresh one if the slot is
+    /// empty. Leaves the slot empty if the instance must not be reused.
     ///
     /// # Errors
-    /// [`CallError`]; nothing has happened then but the time that it took.
+    /// [`CallError`]; the call then had no effect other than the time that it took.
     pub fn call(
         &self,
         slot: &mut Option<Instance>,
@@ -357,7 +365,8 @@ impl Plugin {
         };
         let answer = self.ask(&mut instance, ticking, role, call);
         instance.calls_left -= 1;
-        // After a trap, an instance answers nothing any more; after a strange answer, who knows.
+        // A trapped instance cannot be called again, and one that returned invalid data is not
+        // trusted with the next event.
         let is_sound = answer.as_ref().err().is_none_or(CallError::is_verdict);
         if is_sound && instance.calls_left > 0 {
             *slot = Some(instance);
@@ -392,7 +401,7 @@ impl Plugin {
                 Some(Err(error)) => {
                     return Err(self.call_error(&error, store, self.limits.deadline));
                 }
-                None => return Err(CallError::Refused("it is no filter".into())),
+                None => return Err(CallError::Refused("it is not a filter".into())),
             },
             Role::Router => match exports.resolve(store, &presented) {
                 Some(Ok(routes)) => routes.map(|routes| {
@@ -407,7 +416,7 @@ impl Plugin {
                 Some(Err(error)) => {
                     return Err(self.call_error(&error, store, self.limits.deadline));
                 }
-                None => return Err(CallError::Refused("it is no router".into())),
+                None => return Err(CallError::Refused("it is not a router".into())),
             },
         };
         match answer {
@@ -423,10 +432,10 @@ impl Plugin {
         }
     }
 
-    /// A configured instance, as [`Plugin::call`] makes one where the slot is empty.
+    /// Creates a configured instance, as [`Plugin::call`] does when the slot is empty.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Plugin::call`].
     pub fn instantiate(&self, ticking: &Ticking) -> Result<Instance, CallError> {
         let (mut store, exports) = self.raw_instance(ticking)?;
         deadline::set(&mut store, ticking, self.limits.setup_deadline);
@@ -438,7 +447,7 @@ impl Plugin {
                 answer_bytes: 0,
             }),
             Ok(Err(issues)) => Err(CallError::Refused(format!(
-                "a new instance refuses the configuration that its first one took: {issues}"
+                "a new instance rejected the configuration that the first one accepted: {issues}"
             ))),
             Err(error) => Err(self.call_error(&error, &mut store, self.limits.setup_deadline)),
         }
@@ -460,7 +469,8 @@ impl Plugin {
             .map(|exports| (store, exports))
     }
 
-    /// The first instance, which shows whether the plugin can work: what does not fit in its records fails here and not before.
+    /// Creates the first instance, which shows whether the plugin works at all: records whose
+    /// fields do not match the contract fail here and not earlier.
     fn trial(&self) -> Result<Description, String> {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).map_err(|e| match e {
@@ -487,9 +497,9 @@ impl Plugin {
                 .map(|c| configured = Some(c))
         })?;
         if let Some(Err(issues)) = configured {
-            return Err(format!("refuses its configuration: {issues}"));
+            return Err(format!("rejects its configuration: {issues}"));
         }
-        // What it reads may depend on the configuration.
+        // Described again: the selection may depend on the configuration.
         step("describe", &mut |store| {
             exports.describe(store).map(|d| after = Some(d))
         })?;
@@ -500,7 +510,9 @@ impl Plugin {
         if let Some(schema) = &before.manifest.config_schema
             && let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(schema)
         {
-            return Err(format!("has a config-schema that is not JSON: {error}"));
+            return Err(format!(
+                "has a config-schema that is not valid JSON: {error}"
+            ));
         }
         Ok(Description {
             manifest: before.manifest,
@@ -519,14 +531,14 @@ impl Plugin {
         if let Some(bytes) = state.memory.refused.take() {
             let most = self.limits.memory_bytes / MIB;
             return CallError::Memory(format!(
-                "it asked for {} MiB of memory; {most} is the most (memory_mib)",
+                "it requested {} MiB of memory; the limit is {most} (memory_mib)",
                 bytes.div_ceil(MIB)
             ));
         }
         let said = state.last_error.take();
         match error.downcast_ref::<Trap>() {
             Some(Trap::Interrupt) => CallError::Deadline(format!(
-                "it ran longer than {} ms (deadline_ms)",
+                "it ran longer than {} ms (deadline)",
                 deadline.as_millis()
             )),
             Some(trap) => CallError::Trap(match said {
@@ -541,11 +553,11 @@ impl Plugin {
     }
 }
 
-/// Lets every other thread go before this one, which asks plugins about what is not urgent.
+/// Gives this thread, which calls plugins for work that is not urgent, the lowest CPU priority.
 pub(crate) fn make_unimportant() {
-    // On Linux, of this thread only.
+    // On Linux, `nice` applies to the calling thread only.
     if let Err(error) = rustix::process::nice(19) {
-        tracing::debug!(%error, "a thread that asks candidates is as important as others");
+        tracing::debug!(%error, "cannot lower the priority of a candidate thread");
     }
 }
 
@@ -554,8 +566,9 @@ fn hash(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
-/// The most bytes that one call may copy out of a guest, in memory as the guest has it: enough for every target in a route of its own, whose
-/// record is some 150 bytes. What is within is then counted exactly.
+/// The maximum number of bytes that one call may copy out of a guest, measured in the guest's
+/// memory layout: enough for every target in a route of its own, whose record takes about 150
+/// bytes. The exact limits are checked afterwards.
 fn handed_back(limits: &Limits) -> usize {
     limits.result_bytes * 2 + limits.targets * 256 + 64 * 1024
 }
@@ -563,9 +576,9 @@ fn handed_back(limits: &Limits) -> usize {
 fn unfit(error: &wasmtime::Error) -> String {
     let causes = causes(error);
     if causes.contains("fuel allocated for hostcalls") {
-        return "its answer is larger than it may be (result_kib, max_targets)".to_owned();
+        return "its answer exceeds its limits (result_kib, max_targets)".to_owned();
     }
-    format!("does not keep the contract: {causes}")
+    format!("violates the plugin contract: {causes}")
 }
 
 /// The causes of an error without the backtrace, outermost first, on one line.

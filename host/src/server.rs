@@ -1,8 +1,10 @@
-//! The accept loop: sockets in, requests to the routes, and a handle on each connection.
+//! The accept loop: accepts sockets, passes requests to the routes, and keeps a handle on each
+//! connection.
 //!
-//! Hyper directly (HTTP/1.0, 1.1, and 2 with prior knowledge), not `axum::serve`, so that a stream can leave hyper once its head is parsed
-//! and a connection whose socket does not move can be cut. It promises that connections are bounded, that a client who says nothing is
-//! dropped, and that a shutdown lets running requests end. What a request means is `http`'s; when a stream ends is `sse`'s.
+//! Uses hyper directly (HTTP/1.0, 1.1, and 2 with prior knowledge) instead of `axum::serve`, so
+//! that a connection whose socket makes no progress can be cut. Connections are bounded, silent
+//! clients are dropped, and a shutdown lets running requests finish. `http` interprets requests;
+//! `sse` decides when a stream ends.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -30,29 +32,35 @@ pub use connection::Connection;
 
 use connection::{Socket, Spawner};
 
-/// The most bytes that wait with the system beyond what is on its way to the client: they are overtaken by nothing any more, however urgent.
-/// What waits with us is bounded by `sse`, or in HTTP/2 by this as well.
+/// The maximum number of unsent bytes in the kernel's send buffer. No frame can overtake them,
+/// however urgent. Bytes queued in this process are bounded by `sse`, and in HTTP/2 by this
+/// constant as well.
 const MAX_UNSENT: usize = 16 * 1024;
-/// The longest request head: proxies pass on 32 KiB, and cookies may make use of it.
+/// The maximum size of a request head: proxies pass on up to 32 KiB, and cookies can use all of it.
 const MAX_HEAD: usize = 40 * 1024;
-/// The most requests at once on a connection of HTTP/2. How many streams are open on all of them is `sse`'s to bound.
+/// The maximum number of concurrent requests on an HTTP/2 connection. `sse` bounds the streams over
+/// all connections.
 const MAX_MULTIPLEXED: u32 = 128;
 
 /// The `[listen]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// For `/v1/*` (127.0.0.1:8080).
+    /// The public listener, for `/v1/*` (127.0.0.1:8080).
     pub address: SocketAddr,
-    /// For `/healthz`, `/readyz`, `/metrics` and `/v1/decisions`, which ask nobody who they are, and `/v1/events` and `/v1/explain`, which ask for the key (127.0.0.1:8081).
+    /// The admin listener, for `/healthz`, `/readyz`, `/metrics`, `/v1/decisions` and the plugin
+    /// states, which require no key, and for `/v1/events`, `/v1/explain` and the admin commands,
+    /// which require the API key (127.0.0.1:8081).
     pub admin: SocketAddr,
-    /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none; in dev mode every loopback origin).
+    /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none;
+    /// in dev mode every loopback origin).
     pub origins: Vec<String>,
-    /// Open connections to `address` (10,000). A few more are answered that it is too many, the rest are closed.
+    /// The maximum number of open connections to `address` (10,000). A few more are answered with a
+    /// refusal; the rest are closed.
     pub max_connections: usize,
-    /// Seconds that a client has to send a request's head (10).
+    /// Seconds that a client has to send a request head (10).
     pub header_timeout_s: u64,
-    /// Seconds that a shutdown may take; streams end spread over them (10).
+    /// Seconds that a shutdown may take; the ends of streams are spread over them (10).
     pub grace_s: u64,
 }
 
@@ -69,17 +77,17 @@ impl Default for Config {
     }
 }
 
-/// The bounds of one listener.
+/// The limits of one listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     pub max_connections: usize,
     pub header_timeout: Duration,
 }
 
-/// Binds an address, also right after a process that held it was killed.
+/// Binds an address, even immediately after a process that held it was killed.
 ///
 /// # Errors
-/// The address is taken or not this machine's.
+/// The address is in use or does not belong to this machine.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
@@ -88,12 +96,14 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
-    // A storm of reconnecting streams waits here and not in SYN retries of a second each.
+    // A burst of reconnecting streams waits in this queue instead of in SYN retries of one second
+    // each.
     socket.listen(4096)
 }
 
-/// Serves `routes` until the shutdown begins, then lets running requests end. It returns when the last connection is gone: bounding that
-/// is `lib.rs`'s grace period, after which `Shutdown::skip` cuts the rest.
+/// Serves `routes` until the shutdown begins, then lets running requests finish. Returns when the
+/// last connection is closed. The shutdown grace period in `lib.rs` bounds that wait: after it,
+/// `Shutdown::skip` cuts the remaining connections.
 pub async fn serve(
     listener: TcpListener,
     routes: axum::Router,
@@ -103,7 +113,8 @@ pub async fn serve(
     let permits = Arc::new(Semaphore::new(
         bounds.max_connections.clamp(1, Semaphore::MAX_PERMITS),
     ));
-    // Room to answer "too many" in HTTP, for an `EventSource` to read when to come back; bounded as well.
+    // Extra permits to refuse a connection in HTTP, so that an `EventSource` can read when to
+    // reconnect; bounded as well.
     let surplus_permits = Arc::new(Semaphore::new(bounds.max_connections / 16 + 16));
     let connections = tokio_util::task::TaskTracker::new();
     let kill_all = CancellationToken::new();
@@ -116,8 +127,9 @@ pub async fn serve(
             Ok(accepted) => accepted,
             Err(error) if is_of_one_connection(&error) => continue,
             Err(error) => {
-                // Out of file descriptors, most likely: accepting at once would fail again and burn a core.
-                tracing::error!(%error, "cannot accept connections; raise the limit of open files (ulimit -n) above listen.max_connections");
+                // Most likely out of file descriptors: accepting again at once would fail again and
+                // burn a core.
+                tracing::error!(%error, "cannot accept connections; raise the open file limit (ulimit -n) above listen.max_connections");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -126,13 +138,14 @@ pub async fn serve(
             Ok(permit) => (permit, false),
             Err(_) => match Arc::clone(&surplus_permits).try_acquire_owned() {
                 Ok(permit) => (permit, true),
-                // Closed without a word; for an `EventSource` that is a network error, after which it comes again.
+                // Closed without a response. An `EventSource` sees a network error and reconnects.
                 Err(_) => continue,
             },
         };
         let connection = Arc::new(Connection::new(peer, is_surplus, kill_all.child_token()));
-        // Here a stream will leave hyper: read the head of the first request ourselves; a GET of /v1/stream in HTTP/1 goes to a writer of our
-        // own that keeps the bare socket, every other one to hyper with the bytes read put back in front of it.
+        // Extension point: to let a stream bypass hyper, read the head of the first request here,
+        // hand a GET of /v1/stream in HTTP/1 to a writer that owns the bare socket, and hand every
+        // other request to hyper with the bytes already read put back in front.
         connections.spawn(drive(
             stream,
             connection,
@@ -142,6 +155,7 @@ pub async fn serve(
             permit,
         ));
     }
+    // Closed before the wait, so that new connections are refused instead of queued.
     drop(listener);
     connections.close();
     tokio::select! {
@@ -151,7 +165,7 @@ pub async fn serve(
     connections.wait().await;
 }
 
-/// One connection, from its first byte to its end.
+/// Serves one connection from its first byte to its end.
 async fn drive(
     stream: TcpStream,
     connection: Arc<Connection>,
@@ -160,13 +174,13 @@ async fn drive(
     shutdown: Shutdown,
     permit: OwnedSemaphorePermit,
 ) {
-    // A frame must leave when it is written, not when the peer has acknowledged the one before.
+    // A frame must leave when it is written, not when the peer has acknowledged the previous one.
     if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(peer = %connection.peer(), %error, "no TCP_NODELAY; frames are late");
+        tracing::debug!(peer = %connection.peer(), %error, "cannot set TCP_NODELAY; frames may be delayed");
     }
-    // The system would take megabytes for a client that does not read.
+    // Without it, the kernel would buffer megabytes for a client that does not read.
     if let Err(error) = SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT as u32) {
-        tracing::debug!(peer = %connection.peer(), %error, "no TCP_NOTSENT_LOWAT; what is urgent waits behind what the system has taken");
+        tracing::debug!(peer = %connection.peer(), %error, "cannot set TCP_NOTSENT_LOWAT; urgent frames wait behind bytes already in the send buffer");
     }
     let handle = Arc::clone(&connection);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
@@ -186,7 +200,8 @@ async fn drive(
         .header_read_timeout(header_timeout)
         .keep_alive(!connection.is_surplus())
         .max_headers(100)
-        // Also the most that is taken of a response, but a stream gives no more than is written.
+        // Also bounds the buffered part of a response, but a stream produces no more than is
+        // written.
         .max_buf_size(MAX_HEAD);
     builder
         .http2()
@@ -194,7 +209,7 @@ async fn drive(
         .max_send_buf_size(MAX_UNSENT)
         .max_concurrent_streams(MAX_MULTIPLEXED)
         .max_header_list_size(MAX_HEAD as u32)
-        // A peer that vanished without a word is found out by a ping; HTTP/1 streams by their heartbeat.
+        // Pings detect a peer that vanished silently; HTTP/1 streams detect it by their heartbeat.
         .keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20));
     let mut serving = pin!(builder.serve_connection(
@@ -204,8 +219,9 @@ async fn drive(
         }),
         service
     ));
-    // Hyper's own timer starts with the first bytes of a head it takes for HTTP/1; a client that says nothing, or half of HTTP/2's preface,
-    // is only noticed here. A surplus connection has this long in all.
+    // Hyper's own timer starts with the first bytes of a head that it takes for HTTP/1. Only this
+    // deadline catches a silent client, or one that sends half of the HTTP/2 preface. A surplus
+    // connection gets no more than this time in total.
     let mut deadline = pin!(tokio::time::sleep(header_timeout));
     let (mut is_ending, mut is_timed) = (false, true);
     loop {
@@ -233,7 +249,7 @@ async fn drive(
     drop(permit);
 }
 
-/// Whether an error of `accept` says something of one connection only.
+/// Whether an error of `accept` concerns a single connection only.
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -271,10 +287,10 @@ mod tests {
         }
     }
 
-    /// Everything that the server sends until it closes.
+    /// Reads everything that the server sends until it closes.
     async fn transcript(stream: &mut TcpStream) -> String {
         let (mut bytes, mut chunk) = (Vec::new(), [0; 4096]);
-        // A reset also ends it.
+        // A reset also ends the loop.
         while let Ok(n @ 1..) = stream.read(&mut chunk).await {
             bytes.extend_from_slice(&chunk[..n]);
         }
@@ -282,19 +298,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_says_nothing_is_dropped() {
+    async fn a_silent_client_is_dropped() {
         for first_bytes in ["", "PRI * HT", "GET / HTTP/1.1\r\nHo"] {
             let (address, ..) = start(bounds(10, Duration::from_millis(50)), axum::Router::new());
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(first_bytes.as_bytes()).await.unwrap();
             let ended =
                 tokio::time::timeout(Duration::from_secs(10), transcript(&mut stream)).await;
-            assert!(ended.is_ok(), "{first_bytes:?} held the connection");
+            assert!(
+                ended.is_ok(),
+                "a client that sent {first_bytes:?} kept the connection"
+            );
         }
     }
 
     #[tokio::test]
-    async fn one_connection_too_many_is_marked_and_closed_after_its_answer() {
+    async fn a_connection_above_the_limit_is_marked_and_closed_after_its_response() {
         let routes = axum::Router::new().route(
             "/",
             get(|Extension(c): Extension<Arc<Connection>>| async move {
@@ -320,7 +339,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_says_what_its_socket_has_taken_and_can_be_cut_whatever_is_under_way() {
+    async fn a_connection_reports_the_bytes_written_and_can_be_cut_at_any_time() {
         let (found, mut handles) = tokio::sync::mpsc::unbounded_channel();
         let endless = move |Extension(socket): Extension<Arc<dyn sse::Socket>>| async move {
             found.send(socket).unwrap();
@@ -342,18 +361,18 @@ mod tests {
         let taken = std::future::poll_fn(|cx| socket.poll_taken(cx, 64 * 1024));
         tokio::time::timeout(Duration::from_secs(30), taken)
             .await
-            .expect("the system takes what nobody reads, up to a point");
+            .expect("the kernel must buffer some bytes that the client does not read");
         assert!(socket.taken() >= 64 * 1024);
         socket.kill();
         shutdown.begin();
         tokio::time::timeout(Duration::from_secs(10), task)
             .await
-            .expect("the killed connection must end")
+            .expect("the server must stop after its connection was killed")
             .unwrap();
     }
 
     #[tokio::test]
-    async fn a_head_of_32_kib_is_read_and_one_without_an_end_is_not() {
+    async fn a_head_of_32_kib_is_accepted_and_one_of_64_kib_is_refused() {
         let routes =
             axum::Router::new().route(
                 "/",
@@ -371,7 +390,7 @@ mod tests {
                 "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: {}\r\n\r\n",
                 "c".repeat(n_bytes)
             );
-            // It may be refused before all of it is sent.
+            // The server may refuse before all bytes are sent.
             drop(stream.write_all(head.as_bytes()).await);
             let answer = transcript(&mut stream).await;
             assert!(
@@ -382,7 +401,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_shutdown_lets_a_running_request_end_and_a_skip_does_not() {
+    async fn a_shutdown_lets_a_running_request_finish_and_a_skip_does_not() {
         let (gate, waiting) = (
             Arc::new(tokio::sync::Notify::new()),
             Arc::new(tokio::sync::Notify::new()),
@@ -418,7 +437,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_can_be_bound_again_at_once() {
+    async fn a_port_can_be_rebound_immediately() {
         let (address, shutdown, task) = start(
             bounds(10, Duration::from_secs(60)),
             axum::Router::new().route("/", get(|| async { "x" })),

@@ -1,8 +1,11 @@
-//! How a node stops: one handle, cloned into every part. It says *begin* (finish what you have, take nothing new) and *skip* (leave now).
+//! Shutdown of a node: one handle, cloned into every part, with two levels. *Begin*: finish current
+//! work and accept none. *Skip*: stop now.
 //!
-//! It promises that a first signal begins, a second skips, and that [`Shutdown::finish`] waits for every part spawned here, but no longer
-//! than it is told. A part that panics begins it, too: a node of which a part is missing would say that it is ready and do half of its work,
-//! and whoever supervises it cannot see that; a node that ends is started again. The order in which parts stop is `lib.rs`'s; how a stream says good-bye is `sse`'s.
+//! A first signal begins the shutdown and a second one skips. [`Shutdown::finish`] waits for every
+//! part spawned here, but no longer than the given time. A part that panics begins the shutdown,
+//! too: without it the node would report ready and do half of its work, which a supervisor cannot
+//! detect, whereas a node that exits is restarted. `lib.rs` defines the order in which parts stop;
+//! `sse` ends streams.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -14,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// A cheap handle: clones are the same shutdown.
+/// A cheap handle: clones share one shutdown.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
     begin: CancellationToken,
@@ -29,17 +32,17 @@ impl Shutdown {
         Self::default()
     }
 
-    /// Begins on SIGTERM or SIGINT, and skips on the next of either.
+    /// Begins the shutdown on SIGTERM or SIGINT, and skips on the next of either.
     ///
     /// # Errors
-    /// The signals cannot be listened to.
+    /// The signal handlers cannot be installed.
     pub fn on_signals(&self) -> std::io::Result<()> {
         let (mut terminate, mut interrupt) = (
             signal(SignalKind::terminate())?,
             signal(SignalKind::interrupt())?,
         );
         let shutdown = self.clone();
-        // Not one of the tracked tasks: it waits for as long as the process lives.
+        // Not a tracked task: it waits as long as the process runs.
         tokio::spawn(async move {
             for step in [Self::begin, Self::skip] {
                 tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
@@ -49,15 +52,15 @@ impl Shutdown {
         Ok(())
     }
 
-    /// Asks every part to finish.
+    /// Requests every part to finish.
     pub fn begin(&self) {
         if !self.begin.is_cancelled() {
-            tracing::info!("shutting down; a second signal leaves at once");
+            tracing::info!("shutting down; a second signal stops at once");
         }
         self.begin.cancel();
     }
 
-    /// Asks every part to leave at once.
+    /// Requests every part to stop at once.
     pub fn skip(&self) {
         self.begin.cancel();
         self.skip.cancel();
@@ -77,17 +80,20 @@ impl Shutdown {
         self.skip.cancelled().await;
     }
 
-    /// A token that is cancelled as the shutdown begins, for parts that want no more of it than that.
+    /// Returns a token that is cancelled when the shutdown begins, for parts that need nothing
+    /// else.
     pub fn token(&self) -> CancellationToken {
         self.begin.child_token()
     }
 
-    /// Starts a part of the node, which [`Shutdown::finish`] waits for. `part`: what it is called where it breaks.
+    /// Starts a part of the node, which [`Shutdown::finish`] waits for. `part` is its name in
+    /// messages about a panic.
     pub fn spawn(&self, part: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn(self.clone().run(part, task));
     }
 
-    /// The same for a part that goes on while the others stop, for as long as the runtime: nobody waits for it.
+    /// Like [`Shutdown::spawn`], for a part that continues while the others stop, until the runtime
+    /// ends: `finish` does not wait for it.
     pub fn spawn_lasting(
         &self,
         part: &'static str,
@@ -97,13 +103,13 @@ impl Shutdown {
     }
 
     async fn run(self, part: &'static str, task: impl Future<Output = ()> + Send) {
-        // Nothing of the part is used again.
+        // Unwind safety: nothing of the part is used after a panic.
         if AssertUnwindSafe(task).catch_unwind().await.is_err() {
             self.begin_broken(part);
         }
     }
 
-    /// The same for a thread of its own: it holds the alarm for as long as it runs.
+    /// Like [`Shutdown::spawn`], for a separate thread, which holds the alarm as long as it runs.
     pub fn alarm(&self, part: &'static str) -> Alarm {
         Alarm {
             shutdown: self.clone(),
@@ -112,19 +118,20 @@ impl Shutdown {
     }
 
     fn begin_broken(&self, part: &'static str) {
-        tracing::error!("{part} panicked; this node cannot go on without, and stops");
+        tracing::error!("{part} panicked; the node cannot continue and shuts down");
         if self.broken.set(part).is_err() {
-            tracing::debug!("it was stopping for that reason already");
+            tracing::debug!("already shutting down because another part panicked");
         }
         self.begin();
     }
 
-    /// The part that panicked and so began the shutdown, if it was that.
+    /// Returns the part whose panic began the shutdown, if any.
     pub fn broken(&self) -> Option<&'static str> {
         self.broken.get().copied()
     }
 
-    /// Waits until every task has ended, for at most `grace`, or until skipped. `true`: all ended by themselves.
+    /// Waits until every task has ended, for at most `grace` or until skipped. Returns `true` if
+    /// all ended.
     pub async fn finish(&self, grace: Duration) -> bool {
         self.tasks.close();
         tokio::select! {
@@ -134,13 +141,13 @@ impl Shutdown {
         }
     }
 
-    /// After a skip: waits until every task has seen it, for at most `limit`.
+    /// Waits after a skip until every task has seen it, for at most `limit`.
     pub async fn finish_cut(&self, limit: Duration) {
         if tokio::time::timeout(limit, self.tasks.wait())
             .await
             .is_err()
         {
-            tracing::warn!(tasks = self.tasks.len(), "left with tasks that did not end");
+            tracing::warn!(tasks = self.tasks.len(), "stopping with unfinished tasks");
         }
     }
 }
@@ -165,53 +172,51 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn it_waits_for_tasks_and_not_for_longer_than_told() {
+    async fn finish_waits_for_tasks_but_not_beyond_the_grace_period() {
         let shutdown = Shutdown::new();
         let begun = shutdown.clone();
-        shutdown.spawn("one that waits", async move { begun.begun().await });
+        shutdown.spawn("a waiting part", async move { begun.begun().await });
         shutdown.begin();
         assert!(shutdown.finish(Duration::from_secs(10)).await);
 
-        shutdown.spawn("one that stays", std::future::pending());
+        shutdown.spawn("a hanging part", std::future::pending());
         assert!(!shutdown.finish(Duration::from_millis(1)).await);
     }
 
     #[tokio::test]
     async fn a_skip_does_not_wait_for_the_grace_period() {
         let shutdown = Shutdown::new();
-        shutdown.spawn("one that stays", std::future::pending());
+        shutdown.spawn("a hanging part", std::future::pending());
         shutdown.skip();
         assert!(shutdown.has_begun());
         assert!(!shutdown.finish(Duration::from_secs(3600)).await);
     }
 
     #[tokio::test]
-    async fn a_part_that_panics_ends_the_node_and_is_named() {
+    async fn a_part_that_panics_shuts_the_node_down_and_is_named() {
         let shutdown = Shutdown::new();
         let other = shutdown.clone();
         shutdown.spawn("another", async move { other.begun().await });
         assert_eq!(shutdown.broken(), None);
-        shutdown.spawn("ingest", async {
-            panic!("so that the test has something to see")
-        });
+        shutdown.spawn("ingest", async { panic!("simulated panic") });
         tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
             .await
-            .expect("it begins");
+            .expect("the shutdown begins");
         assert!(shutdown.finish(Duration::from_secs(60)).await);
         assert_eq!(shutdown.broken(), Some("ingest"));
     }
 
     #[tokio::test]
-    async fn a_thread_that_panics_ends_the_node_and_one_that_ends_does_not() {
+    async fn a_thread_that_panics_shuts_the_node_down_and_one_that_returns_does_not() {
         let shutdown = Shutdown::new();
         let run = |alarm: Alarm, panics: bool| {
             let thread = std::thread::spawn(move || {
                 let _alarm = alarm;
-                assert!(!panics, "so that the test has something to see");
+                assert!(!panics, "simulated panic");
             });
             thread.join().is_err()
         };
-        assert!(!run(shutdown.alarm("one that ends"), false));
+        assert!(!run(shutdown.alarm("a thread that returns"), false));
         assert!(!shutdown.has_begun());
         assert!(run(shutdown.alarm("the watcher"), true));
         assert!(shutdown.has_begun());

@@ -1,4 +1,5 @@
-//! Why somebody was told of an event, or not: `GET /v1/explain` and `pointsman explain`, asked about events that went through a real node.
+//! `GET /v1/explain` and `pointsman explain`: why an event did or did not reach a user, for events
+//! that went through a real node.
 
 use std::fs;
 
@@ -15,7 +16,7 @@ use crate::harness::{eventually, every_bundled_plugin};
 
 const KEY: &str = "the key of these tests";
 
-/// A rule by attributes, one by two ways, and a filter.
+/// A filter, and rules with two routes for one event type: one with a condition, one to a group.
 const CONFIG: &str = r#"
 [plugins.prioritize]
 enabled = false
@@ -47,9 +48,9 @@ fn encoded(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
-/// Explained for a user, once it is decided.
+/// The explanation for a user, once the event is decided.
 fn explained(node: &Node, event_id: &str, user: &str) -> Value {
-    eventually(SOON, "it is decided", || {
+    eventually(SOON, "the event is decided", || {
         let answer = ask(
             node,
             &format!("event_id={}&user={}", encoded(event_id), encoded(user)),
@@ -87,7 +88,7 @@ fn leave(node: &Node, group: &str, user: &str) {
 }
 
 #[test]
-fn each_route_says_why_it_reaches_a_user_or_not() {
+fn each_route_reports_why_it_does_or_does_not_match_the_user() {
     let node = builder().start();
     publish(
         &node,
@@ -99,7 +100,7 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
         &node,
         "direct",
         "ann",
-        "The event is for `ann`, by the route of `address` to `u:ann`: it is in the log, and whether a client has had it is not known, as no device has said so.",
+        "The event is for `ann` (route of `address` to `u:ann`): it is in the log; whether a client received it is unknown, because the user has no devices.",
     );
     assert_eq!(explanation["decision"]["outcome"], "committed");
     assert_eq!(
@@ -134,7 +135,7 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
         "{recipient}"
     );
 
-    // By another target.
+    // No target names the user.
     publish(&node, "others", "t", json!({ "user": "bob" }));
     let explanation = concludes(
         &node,
@@ -160,27 +161,26 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
         &node,
         "many",
         "ann",
-        "`ann` was not reached: the only route names groups `ops`, `dev`, of none of which `ann` is a member. That holds if no token claimed the group.",
+        "`ann` was not reached: the only route names groups `ops`, `dev`, but `ann` is not a member of any. This assumes that no token claimed the group.",
     );
 
-    // By a condition; of two routes the one that lacks least is told.
+    // A condition is false; of two routes, the one closest to matching is reported.
     publish(&node, "for pros", "promotion", json!({}));
-    let holds =
-        "That holds if the attributes were then what they are now and no token claimed the group.";
-    let nearest = "`ann` was not reached: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `ann`: attribute";
+    let holds = "This assumes that the attributes have not changed since and that no token claimed the group.";
+    let nearest = "`ann` was not reached: none of the 2 routes matches; the closest, of `rules`, has a condition that is false for `ann`: attribute";
     let id = "for pros";
     concludes(
         &node,
         id,
         "ann",
-        &format!("{nearest} `plan` is absent and must be \"pro\". {holds}"),
+        &format!("{nearest} `plan` is absent but must be \"pro\". {holds}"),
     );
     set_attributes(&node, "ann", &json!({ "plan": "free" }));
     let explanation = concludes(
         &node,
         id,
         "ann",
-        &format!("{nearest} `plan` is \"free\" and must be \"pro\". {holds}"),
+        &format!("{nearest} `plan` is \"free\" but must be \"pro\". {holds}"),
     );
     assert_eq!(explanation["recipient"]["routes"][0]["miss"], "condition");
     assert_eq!(
@@ -196,7 +196,7 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
         &node,
         id,
         "ann",
-        &format!("{nearest} `plan` is the number 3 and must be \"pro\", a text. {holds}"),
+        &format!("{nearest} `plan` is 3 (number) but must be \"pro\" (text). {holds}"),
     );
     set_attributes(&node, "ann", &json!({ "plan": "pro" }));
     let explanation = explained(&node, id, "ann");
@@ -208,11 +208,11 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
         (&json!(0), &json!("all"))
     );
 
-    // Without a user: the decision and the plan.
+    // Without a user, the response has only the decision and the plan.
     let answer = ask(&node, "event_id=direct").json();
     assert_eq!(
         answer["conclusion"],
-        "The event was committed, and its plan names `u:ann`, `u:bob`; whom of them it reached, say which user."
+        "The event was committed; its plan names `u:ann`, `u:bob`. Specify a user to see whether it reached them."
     );
     assert!(
         answer["plan"].is_array() && answer["recipient"].is_null(),
@@ -221,7 +221,7 @@ fn each_route_says_why_it_reaches_a_user_or_not() {
 }
 
 #[test]
-fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it() {
+fn a_membership_outside_the_time_of_the_event_is_reported() {
     let server = RedisServer::start();
     for node in [builder().start(), builder().redis(server.url()).start()] {
         let tell = |id: &str| {
@@ -233,7 +233,7 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "stranger",
             "bob",
-            "`bob` was not reached: the only route names group `ops`, of which `bob` is not a member. That holds if no token claimed the group.",
+            "`bob` was not reached: the only route names group `ops`, of which `bob` is not a member. This assumes that no token claimed the group.",
         );
         node.join("ops", "bob");
         tell("member");
@@ -243,51 +243,52 @@ fn a_member_learns_that_the_membership_began_after_the_event_or_ended_before_it(
             &node,
             "stranger",
             "bob",
-            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event. That holds if no token claimed the group and this membership was the first.",
+            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event. This assumes that no token claimed the group and that this membership was the first.",
         );
-        // With the ids by which it is judged.
+        // The reason includes the ids behind it.
         let reason = explanation["recipient"]["routes"][0]["reason"]
             .as_str()
             .unwrap();
         let id = &explanation["decision"]["notification"];
         assert!(
             reason.contains(&format!(
-                "it was committed as {id}, and the membership begins above "
+                "the event was committed as {id}, the membership begins after "
             )),
             "{reason}"
         );
         let explanation = explained(&node, "member", "bob");
         assert_eq!(
             explanation["recipient"]["routes"][0]["reason"],
-            "names group `ops`, of which `bob` was a member at the event"
+            "names group `ops`, of which `bob` was a member at that time"
         );
         let member = explanation["decision"]["notification"].to_string();
         let explanation = concludes(
             &node,
             "too late",
             "bob",
-            "`bob` was not reached: the only route names group `ops`, which `bob` left before the event. That holds if no token claimed the group.",
+            "`bob` was not reached: the only route names group `ops`, which `bob` left before the event. This assumes that no token claimed the group.",
         );
         let reason = explanation["recipient"]["routes"][0]["reason"]
             .as_str()
             .unwrap();
         assert!(
-            reason.contains(&format!("and the membership ended with {member}")),
+            reason.contains(&format!("the membership ended at {member}")),
             "{reason}"
         );
-        // Of two stretches only the newer is known: it was told of this one in the older.
+        // Only the latest period of membership is known, although the event was delivered in the
+        // earlier one.
         node.join("ops", "bob");
         concludes(
             &node,
             "member",
             "bob",
-            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event. That holds if no token claimed the group and this membership was the first.",
+            "`bob` was not reached: the only route names group `ops`, which `bob` joined after the event. This assumes that no token claimed the group and that this membership was the first.",
         );
     }
 }
 
 #[test]
-fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
+fn expired_and_superseded_events_are_reported_as_such() {
     let server = RedisServer::start();
     for node in [builder().start(), builder().redis(server.url()).start()] {
         publish(
@@ -296,7 +297,7 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
             "t",
             json!({ "user": "ann", "ttl": "700ms" }),
         );
-        let explanation = eventually(SOON, "it expires", || {
+        let explanation = eventually(SOON, "the event expires", || {
             let explanation = explained(&node, "short", "ann");
             explanation["recipient"]["wins"]
                 .is_null()
@@ -305,8 +306,8 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
         let conclusion = explanation["conclusion"].as_str().unwrap();
         assert!(
             conclusion.starts_with(
-                "The event was for `ann`, by the route of `address` to `u:ann`, but expired at 20"
-            ) && conclusion.ends_with("Z: who had not had it by then does not get it."),
+                "The event was for `ann` (route of `address` to `u:ann`), but expired at 20"
+            ) && conclusion.ends_with("Z: clients that had not received it by then do not get it."),
             "{conclusion}"
         );
         assert_eq!(
@@ -354,14 +355,15 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
             &node,
             "state 1",
             "ann",
-            "The event was for `ann`, by the route of `address` to `u:ann`, but the later event `state 2` has the same collapse key `cart`: who had not had this one by then gets only that.",
+            "The event was for `ann` (route of `address` to `u:ann`), but the later event `state 2` replaced it (collapse key `cart`): clients that had not received it by then get only the later one.",
         );
         assert_eq!(
             explanation["recipient"]["superseded_by"]["event_id"],
             "state 2"
         );
 
-        // A later state that has expired keeps nobody from getting the earlier one who had neither, as the streams show.
+        // After the later event has expired, clients that received neither get the earlier one, as
+        // `/v1/notifications` shows.
         publish(
             &node,
             "long",
@@ -374,7 +376,7 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
             "t",
             json!({ "user": "ann", "collapse": "door", "ttl": "700ms" }),
         );
-        eventually(SOON, "it expires", || {
+        eventually(SOON, "the event expires", || {
             explained(&node, "brief", "ann")["recipient"]["wins"]
                 .is_null()
                 .then_some(())
@@ -390,10 +392,10 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
             &node,
             "long",
             "ann",
-            "The event is for `ann`, by the route of `address` to `u:ann`, but the later event `brief` had the same collapse key `door` until it expired: who had that one does not get this one any more, and who had neither does.",
+            "The event is for `ann` (route of `address` to `u:ann`), but the later event `brief` replaced it until that expired (collapse key `door`): clients that received the later one do not get this one, clients that received neither do.",
         );
         assert_eq!(explanation["recipient"]["superseded_by"]["expired"], true);
-        // The next that is still there takes its place all the same.
+        // The next event with the key that has not expired does supersede it.
         publish(
             &node,
             "newest",
@@ -411,12 +413,12 @@ fn what_expired_and_what_a_later_one_took_the_place_of_is_told() {
 fn concludes_so(explanation: &Value) -> String {
     explanation["conclusion"]
         .as_str()
-        .expect("a sentence")
+        .expect("a conclusion")
         .to_owned()
 }
 
 #[test]
-fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
+fn an_undelivered_event_reports_the_responsible_plugin_and_the_next_step() {
     let node = builder().start();
     let user = json!({ "user": "ann" });
     publish(&node, "dropped", "noise", user.clone());
@@ -424,18 +426,18 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
         &node,
         "dropped",
         "ann",
-        "Nobody was reached: the filter `discard` dropped the event, because: nobody wants noise.",
+        "Not delivered: the filter `discard` dropped the event: nobody wants noise.",
     );
     assert!(
         explanation["plan"].is_null() && explanation["recipient"].is_null(),
         "{explanation}"
     );
-    publish(&node, "nobody's", "t", json!({}));
+    publish(&node, "unaddressed", "t", json!({}));
     concludes(
         &node,
-        "nobody's",
+        "unaddressed",
         "ann",
-        "Nobody was reached: the only router that answered, `address`, named nobody.",
+        "Not delivered: the only router that answered, `address`, returned no recipients.",
     );
 
     publish(
@@ -455,17 +457,17 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     assert_eq!(
         explanation["conclusion"],
         format!(
-            "Nobody was reached: the event is a dead letter, as `address` rejected it, because: {}; mend that, and `pointsman dead redrive {id}` sends it through again.",
+            "Not delivered: `address` rejected the event: {}. It is a dead letter: fix the cause, then run `pointsman dead-letters redrive {id}`.",
             reason.trim_end_matches('.')
         )
     );
-    // Sent through again, it is the same event.
+    // The redriven entry is the same event.
     assert_eq!(
         node.request("POST", &format!("/v1/dead/{id}/redrive"))
             .status,
         204
     );
-    let again = eventually(SOON, "it is tried again", || {
+    let again = eventually(SOON, "the event is processed again", || {
         let again = explained(&node, "broken", "ann");
         (again["other_decisions"]
             .as_array()
@@ -479,17 +481,15 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     );
     let gone = concludes_so(&explained(&node, "broken", "ann"));
     assert!(
-        gone.ends_with(
-            "; it is no longer among the dead letters: it was redriven, dropped or trimmed."
-        ),
+        gone.ends_with(". It is no longer a dead letter: it was redriven, dropped or trimmed."),
         "{gone}"
     );
 
-    // However often a publisher retries, what it retried is explained.
+    // The original decision is explained even if the publisher has retried many times.
     publish(&node, "again and again", "t", user.clone());
     let retry = event("again and again", "t", user);
     node.publisher().publish(&vec![retry; 20]);
-    let explanation = eventually(SOON, "all are decided", || {
+    let explanation = eventually(SOON, "all events are decided", || {
         let explanation = explained(&node, "again and again", "ann");
         (explanation["other_decisions"]
             .as_array()
@@ -505,9 +505,9 @@ fn what_reached_nobody_says_who_decided_so_and_what_to_do() {
     );
 }
 
-/// Streams judge a plan as they come by, and so does what is said of them.
+/// A stream evaluates a plan when it reaches it; the explanation has to do the same.
 #[test]
-fn what_another_route_brings_once_the_first_has_expired_is_told_as_that_route_has_it() {
+fn after_the_winning_route_expires_the_next_matching_route_is_explained() {
     let rules = r#"
 [[plugins.rules.config.rules]]
 match.type = "twice"
@@ -547,24 +547,24 @@ to.group = "ops"
         ),
         (&json!(0), &Value::Null)
     );
-    let conclusion = explanation["conclusion"].as_str().expect("a sentence");
+    let conclusion = explanation["conclusion"].as_str().expect("a conclusion");
     assert!(
-        conclusion.starts_with(
-            "The event is for `ann`, by the route of `rules` to `g:ops`: it is in the log"
-        ),
+        conclusion
+            .starts_with("The event is for `ann` (route of `rules` to `g:ops`): it is in the log"),
         "{conclusion}"
     );
 }
 
-/// Whoever is asked at night need not know which node decided, nor whether that one still is.
+/// An operator need not know which node decided an event, or whether that node is still running.
 #[test]
-fn every_node_explains_what_another_decided_also_when_that_one_is_dead() {
+fn every_node_explains_events_that_another_node_decided_even_one_that_is_dead() {
     let server = RedisServer::start();
     let mut first = builder().redis(server.url()).start();
     let second = builder().redis(server.url()).start();
     let mut elsewhere = second.stream("ann");
     let mut ids = Vec::new();
-    // Either node may decide an event; the later ones are decided by the second, as the first is killed.
+    // Either node may decide the first ten events; after the first node is killed, the second
+    // decides.
     for n in 0..20 {
         if n == 10 {
             first.kill();
@@ -583,30 +583,31 @@ fn every_node_explains_what_another_decided_also_when_that_one_is_dead() {
         assert_eq!(
             streams(&mut one),
             json!({ "open": 0, "past": 0 }),
-            "a stream is seen by the node that has it"
+            "a stream is visible only on its own node"
         );
         assert_eq!(streams(&mut other), json!({ "open": 1, "past": 1 }));
         assert_eq!(one, other);
     }
 }
 
-/// Dead letters are no duplicates, so that a publisher's retry can become one after its event has reached somebody.
+/// The broker does not count dead letters as duplicates, so a publisher's retry can become a dead
+/// letter after the event was delivered.
 #[test]
-fn a_retry_that_became_a_dead_letter_does_not_hide_that_somebody_was_reached() {
+fn a_dead_lettered_retry_does_not_hide_an_earlier_delivery() {
     let server = RedisServer::start();
     for node in [builder().start(), builder().redis(server.url()).start()] {
         publish(&node, "a", "t", json!({ "user": "ann" }));
         explained(&node, "a", "ann");
         publish(&node, "a", "t", json!({ "user": "ann", "ttl": "soon" }));
-        let explanation = eventually(SOON, "both are decided", || {
+        let explanation = eventually(SOON, "both entries are decided", || {
             let explanation = explained(&node, "a", "ann");
             explanation["other_decisions"]
                 .is_array()
                 .then_some(explanation)
         });
-        let conclusion = explanation["conclusion"].as_str().expect("a sentence");
+        let conclusion = explanation["conclusion"].as_str().expect("a conclusion");
         assert!(
-            conclusion.starts_with("The event is for `ann`, by the route"),
+            conclusion.starts_with("The event is for `ann` (route of"),
             "{conclusion}"
         );
         assert_eq!(
@@ -617,7 +618,7 @@ fn a_retry_that_became_a_dead_letter_does_not_hide_that_somebody_was_reached() {
 }
 
 #[test]
-fn a_dead_letter_is_found_behind_many_others_or_said_to_be_among_them() {
+fn a_dead_letter_behind_many_others_is_found_or_reported_as_one_of_many() {
     let server = RedisServer::start();
     for node in [builder().start(), builder().redis(server.url()).start()] {
         let broken = |id: &str| event(id, "t", json!({ "user": "ann", "ttl": "soon" }));
@@ -625,7 +626,7 @@ fn a_dead_letter_is_found_behind_many_others_or_said_to_be_among_them() {
         node.publisher().publish(&many);
         let conclusion = concludes_so(&explained(&node, "1099", "ann"));
         assert!(
-            conclusion.ends_with("find it by its entry in `pointsman dead list`, as too many others became dead letters with it."),
+            conclusion.ends_with("then find it by its entry in `pointsman dead-letters list`."),
             "{conclusion}"
         );
         node.publisher().publish(&[broken("another")]);
@@ -634,9 +635,9 @@ fn a_dead_letter_is_found_behind_many_others_or_said_to_be_among_them() {
     }
 }
 
-/// Looking through all that came later would take as long as there is of it.
+/// Bounds the time of an explanation.
 #[test]
-fn a_later_state_is_looked_for_among_the_next_thousand() {
+fn a_superseding_event_is_searched_among_the_next_thousand_notifications() {
     let node = builder().start();
     let state = |id: &str| publish(&node, id, "t", json!({ "user": "ann", "collapse": "cart" }));
     let many = |n: usize| {
@@ -652,7 +653,7 @@ fn a_later_state_is_looked_for_among_the_next_thousand() {
     let is_told = |recipient: &Value| {
         recipient["not_known"]
             .to_string()
-            .contains("Of the notifications after it only the next 1,000")
+            .contains("Only the next 1,000 notifications were searched")
     };
     let first = recipient("first");
     assert!(
@@ -670,14 +671,14 @@ fn a_later_state_is_looked_for_among_the_next_thousand() {
 }
 
 #[test]
-fn an_entry_that_is_no_event_is_explained_by_its_entry_and_by_the_id_that_it_names() {
+fn an_invalid_event_is_explained_by_its_entry_id_and_by_its_event_id() {
     let server = RedisServer::start();
     let node = builder().redis(server.url()).start();
     let entry: String = server.command("XADD pointsman:events * user ann");
     let explanation = explained(&node, &entry, "ann");
     assert_eq!(explanation["decision"]["entry"], entry.as_str());
     let conclusion = concludes_so(&explanation);
-    let expect = "Nobody was reached: the event is a dead letter, because: type is missing";
+    let expect = "Not delivered: the event became a dead letter: type is missing";
     assert!(conclusion.starts_with(expect), "{conclusion}");
     for (id, fields) in [
         ("flat", "id flat user ann"),
@@ -693,7 +694,7 @@ fn an_entry_that_is_no_event_is_explained_by_its_entry_and_by_the_id_that_it_nam
             (&json!(id), &json!("dead-lettered"))
         );
     }
-    // It does not hide what an event with the same id came to before.
+    // It does not hide the decision about an earlier event with the same id.
     publish(
         &node,
         "sound",
@@ -702,7 +703,7 @@ fn an_entry_that_is_no_event_is_explained_by_its_entry_and_by_the_id_that_it_nam
     );
     explained(&node, "sound", "ann");
     let _: String = server.command("XADD pointsman:events * id sound source /s user ann");
-    let explanation = eventually(SOON, "both are decided", || {
+    let explanation = eventually(SOON, "both entries are decided", || {
         let explanation = explained(&node, "sound", "ann");
         explanation["other_decisions"]
             .is_array()
@@ -712,7 +713,7 @@ fn an_entry_that_is_no_event_is_explained_by_its_entry_and_by_the_id_that_it_nam
 }
 
 #[test]
-fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
+fn device_positions_read_marker_and_a_trimmed_log_are_reported() {
     let server = RedisServer::start();
     let config = format!("[retention]\nlog_entries = 2\n{CONFIG}");
     for node in [
@@ -731,19 +732,19 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
         publish(&node, "a", "t", json!({ "user": "ann" }));
         assert_eq!(phone.next_notification(SOON).id, "a");
         drop(open("watch"));
-        let by = "by the route of `address` to `u:ann`";
+        let by = "(route of `address` to `u:ann`)";
         let explanation = concludes(
             &node,
             "a",
             "ann",
             &format!(
-                "The event is for `ann`, {by}: it is in the log, and no device has acknowledged it."
+                "The event is for `ann` {by}: it is in the log; no device has acknowledged it."
             ),
         );
         let devices = |explanation: &Value| explanation["recipient"]["devices"].clone();
         let at = |phone: &str| json!([{ "device": "phone", "at": phone }, { "device": "tablet", "at": "before" }, { "device": "watch", "at": "began-after" }]);
         assert_eq!(devices(&explanation), at("before"));
-        let streams = eventually(SOON, "other streams are closed", || {
+        let streams = eventually(SOON, "the other streams are closed", || {
             let streams = explained(&node, "a", "ann")["recipient"]["streams"].clone();
             (streams["open"] == 1).then_some(streams)
         });
@@ -763,9 +764,7 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
             &node,
             "a",
             "ann",
-            &format!(
-                "The event is for `ann`, {by}: it, or what came after it, was marked as read."
-            ),
+            &format!("The event is for `ann` {by}: it or a later one was marked as read."),
         );
         assert_eq!(explanation["recipient"]["read"], true);
         acknowledge(json!({ "id": phone.last_event_id(), "device": "phone" }));
@@ -774,12 +773,13 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
             "a",
             "ann",
             &format!(
-                "The event is for `ann`, {by}: the device `phone` has acknowledged it, or what came after it."
+                "The event is for `ann` {by}: device `phone` has acknowledged it or a later one."
             ),
         );
         assert_eq!(devices(&explanation), at("acknowledged"));
 
-        // A device that began after it, and acknowledged what came then, never had it.
+        // A device that started after the event and acknowledged a later one never received it, but
+        // cannot be told apart.
         let mut late = open("late");
         publish(&node, "0", "t", json!({ "user": "ann" }));
         assert_eq!(late.next_notification(SOON).id, "0");
@@ -789,7 +789,7 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
             "a",
             "ann",
             &format!(
-                "The event is for `ann`, {by}: the devices `late`, `phone` have acknowledged it, or what came after it."
+                "The event is for `ann` {by}: devices `late`, `phone` have acknowledged it or a later one."
             ),
         );
 
@@ -803,7 +803,7 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
             "b",
             "ann",
             &format!(
-                "The event was for `ann`, {by}, but has left the log, which keeps so many and no longer: who had not had it by then is told of a gap."
+                "The event was for `ann` {by}, but retention has removed it from the log: clients that had not received it by then get a gap."
             ),
         );
         assert_eq!(explanation["recipient"]["in_log"], false);
@@ -811,7 +811,7 @@ fn devices_say_where_they_are_and_a_trimmed_log_says_so() {
 }
 
 #[test]
-fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
+fn undecided_and_unknown_events_are_errors_with_a_fix() {
     let node = builder().start();
     publish(&node, "a", "t", json!({ "user": "ann" }));
     explained(&node, "a", "ann");
@@ -819,22 +819,21 @@ fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
     let body = answer.json();
     assert_eq!(
         (answer.status, &body["error"]),
-        (404, &json!("there is no decision about an event 'b'"))
+        (404, &json!("no decision found for event 'b'"))
     );
     let fix = body["fix"].as_str().expect("a fix");
     assert!(
-        fix.contains("of pointsman:events back to 20")
-            && fix.contains("retention.decision_entries"),
+        fix.contains("pointsman:events back to 20") && fix.contains("retention.decision_entries"),
         "{fix}"
     );
 
-    // Without plugins nothing is decided.
+    // Without plugins, no event is decided.
     let empty = Folder::new();
     let mut waiting = Node::builder()
         .plugins(empty.path())
         .may_be_unready()
         .start();
-    eventually(SOON, "it takes events", || {
+    eventually(SOON, "the node accepts events", || {
         waiting
             .publisher()
             .try_publish(&[event("first", "t", json!({}))])
@@ -847,8 +846,8 @@ fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
     let error = body["error"].as_str().unwrap_or_default();
     assert!(
         answer.status == 404
-            && error.starts_with("the event 'second' is not decided yet: its entry 1")
-            && error.ends_with(" waits in pointsman:events, behind 1 other"),
+            && error.starts_with("event 'second' is not decided yet: its entry 1")
+            && error.ends_with(" is waiting in pointsman:events, behind 1 other"),
         "{answer:?}"
     );
     assert!(
@@ -857,7 +856,7 @@ fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
             .is_some_and(|fix| fix.contains("/readyz")),
         "{body}"
     );
-    // Where more wait than are looked through, it may be one of them.
+    // If more entries are waiting than are searched, the event may be one of them.
     let many: Vec<Value> = (0..10_100)
         .map(|n| event(&n.to_string(), "t", json!({})))
         .collect();
@@ -867,15 +866,15 @@ fn what_is_not_decided_and_what_never_came_is_told_with_the_fix() {
     let body = ask(&waiting, "event_id=last").json();
     let fix = body["fix"].as_str().unwrap_or_default();
     assert!(
-        fix.contains("of pointsman:events none (and it may wait there behind 1")
-            && fix.contains("were looked through"),
+        fix.contains("pointsman:events: none (the event may still be waiting there, behind 1")
+            && fix.contains("that were searched"),
         "{body}"
     );
     waiting.kill();
 }
 
 #[test]
-fn whatever_is_asked_is_answered_or_refused_with_the_reason() {
+fn every_query_is_explained_or_rejected_with_the_reason() {
     let node = builder().start();
     let odd = "\u{1F4E6} \"it's\" <b>&amp;\\ %41+?#{}[]|";
     publish(&node, odd, "t", json!({ "user": odd }));
@@ -893,11 +892,11 @@ fn whatever_is_asked_is_answered_or_refused_with_the_reason() {
         ("event_id=".to_owned(), "event_id: is empty"),
         (
             format!("event_id={long}"),
-            "event_id: has 10000 bytes; 256 is the most",
+            "event_id: has 10000 bytes; the limit is 256",
         ),
         (
             "event_id=a%0Ab".to_owned(),
-            "event_id: has the control character U+000A",
+            "event_id: contains the control character U+000A",
         ),
         (format!("event_id=a&user={long}"), "user: has 10000 bytes"),
         ("event_id=a&user=".to_owned(), "user: is empty"),
@@ -909,7 +908,7 @@ fn whatever_is_asked_is_answered_or_refused_with_the_reason() {
             "event_id=a&event_id=b".to_owned(),
             "duplicate field `event_id`",
         ),
-        ("event_id=%FF".to_owned(), "there is no decision"),
+        ("event_id=%FF".to_owned(), "no decision found"),
     ] {
         let answer = ask(&node, &query);
         let error = answer.json()["error"]
@@ -925,7 +924,7 @@ fn whatever_is_asked_is_answered_or_refused_with_the_reason() {
 }
 
 #[test]
-fn what_is_known_of_a_user_is_told_to_who_has_the_key() {
+fn an_explanation_requires_the_api_key() {
     let config = format!(
         "[auth]\njwt_secret = \"the secret of these tests, longer than 32 bytes\"\nkey = \"{KEY}\"\n{CONFIG}"
     );
@@ -948,9 +947,9 @@ fn what_is_known_of_a_user_is_told_to_who_has_the_key() {
             headers,
             None,
         )
-        .expect("an answer")
+        .expect("a response")
     };
-    eventually(SOON, "it is decided", || {
+    eventually(SOON, "the event is decided", || {
         (asked(&[("Authorization", &bearer)]).status == 200).then_some(())
     });
     for headers in [&[][..], &[("Authorization", "Bearer wrong")]] {
@@ -965,7 +964,7 @@ fn what_is_known_of_a_user_is_told_to_who_has_the_key() {
         "explain", "a", "--user", "ann", "--url", &url,
     ]));
     assert!(
-        !is_well && refusal.contains("give --key or POINTSMAN_KEY"),
+        !is_well && refusal.contains("pass --api-key or set POINTSMAN_API_KEY"),
         "{refusal}"
     );
     told(&mut pointsman(&[
@@ -974,7 +973,7 @@ fn what_is_known_of_a_user_is_told_to_who_has_the_key() {
 }
 
 #[test]
-fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
+fn the_command_prints_the_conclusion_and_then_one_fact_per_line() {
     let node = builder().start();
     let url = format!("http://{}", node.admin_addr());
     publish(&node, "for pros", "promotion", json!({}));
@@ -987,7 +986,7 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     let lines: Vec<&str> = steps.lines().collect();
     assert_eq!(
         lines[0],
-        "`bob` was not reached: none of the 2 routes does; the nearest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" and must be \"pro\". That holds if the attributes were then what they are now and no token claimed the group and this membership was the first."
+        "`bob` was not reached: none of the 2 routes matches; the closest, of `rules`, has a condition that is false for `bob`: attribute `plan` is \"\\u{1b}[2J free\" but must be \"pro\". This assumes that the attributes have not changed since and that no token claimed the group and that this membership was the first."
     );
     assert_eq!(lines[1], "");
     let hash_of = |plugin: &str| {
@@ -1017,18 +1016,18 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
         ),
         (
             "route 2",
-            "by rules to g:ops, normal: names group `ops`, which `bob` joined after the event (it was committed as ",
+            "by rules to g:ops, normal: names group `ops`, which `bob` joined after the event (the event was committed as ",
         ),
-        ("log", "it is in a log of the user"),
+        ("log", "it is in one of the user's logs"),
         ("read", "it is not marked as read"),
-        ("streams", "0 open on this node, 0 of them past it"),
-        ("not known", "Attributes are judged as they are now"),
+        ("streams", "0 open on this node, 0 of them past this event"),
+        ("unknown", "Attributes are evaluated as they are now"),
     ] {
         let found = lines.iter().any(|line| {
             line.strip_prefix(label)
                 .is_some_and(|rest| rest.trim_start().starts_with(expect))
         });
-        assert!(found, "no line '{label}: {expect}' in\n{steps}");
+        assert!(found, "no line '{label} {expect}' in\n{steps}");
     }
     assert!(
         steps.chars().all(|c| c == '\n' || !c.is_control()),
@@ -1042,14 +1041,13 @@ fn the_command_says_the_conclusion_first_and_then_its_steps_a_line_each() {
     assert_eq!(whole["conclusion"], lines[0]);
     let without = told(&mut explain(&["for pros"]));
     assert!(
-        without.starts_with("The event was committed, and its plan names `g:ops`, `all`;")
-            && !without.contains("not known"),
+        without.starts_with("The event was committed; its plan names `g:ops`, `all`.")
+            && !without.contains("unknown"),
         "{without}"
     );
     let (is_well, unknown) = said(&mut explain(&["never came"]));
     assert!(
-        !is_well
-            && unknown.contains("there is no decision about an event 'never came'; compare the id"),
+        !is_well && unknown.contains("no decision found for event 'never came'; compare the id"),
         "{unknown}"
     );
 }

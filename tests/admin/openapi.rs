@@ -1,5 +1,6 @@
-//! The OpenAPI document says what nodes answer. That it names every route is shown where the routes are (`host/src/http/openapi.rs`); here
-//! a validator reads it, and real answers are held against it (`clients/openapi.test.js`).
+//! The OpenAPI document describes the real responses of nodes. `host/src/http/openapi.rs` checks
+//! that it covers every route; here a validator checks the document, and real responses are checked
+//! against it (`clients/openapi.test.js`).
 
 use crate::clients;
 use crate::harness::guests::core_module;
@@ -10,7 +11,7 @@ use crate::harness::ports;
 const SECRET: &str = "the secret of these tests, longer than 32 bytes";
 const KEY: &str = "the key of these tests";
 
-/// With a rule that says all that a route can say.
+/// Includes a rule that uses every field of a route.
 const DEV: &str = r#"
 [limits]
 body_timeout_s = 1
@@ -31,7 +32,7 @@ body = { text = "Half the price" }
 "#;
 
 #[test]
-fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
+fn the_document_is_valid_and_nodes_respond_as_documented() {
     let files =
         ["address", "discard", "rules"].map(|name| (format!("{name}.wasm"), core_module(name)));
     let plugins = Plugins::new(
@@ -40,7 +41,7 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
             .map(|(file, bytes)| (file.as_str(), bytes.clone())),
     );
     let node = Node::builder().plugins(plugins.dir()).config(DEV).start();
-    // It asks for tokens and keys, and has no broker to reach, nor a plugin to compile.
+    // Requires tokens and keys; its broker is unreachable and it has no plugin to compile.
     let no_plugins = Folder::new();
     let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"");
     let away = Node::builder()
@@ -65,10 +66,7 @@ fn a_validator_takes_the_document_and_nodes_answer_as_it_says() {
         ("POINTSMAN_AWAY_ADMIN", away_admin),
         ("POINTSMAN_KEY", KEY),
         ("POINTSMAN_SECRET", SECRET),
-        (
-            "POINTSMAN_PLUGINS",
-            folder.to_str().expect("a path of ours"),
-        ),
+        ("POINTSMAN_PLUGINS", folder.to_str().expect("a UTF-8 path")),
     ];
     clients::run_with("openapi.test.js", &variables);
     away.kill();

@@ -1,5 +1,6 @@
-//! Operators swap plugins while events flow, and cannot be hurt by a bad one: what fails is taken back or spared by itself, what they order is
-//! in force when it is answered, and what they configure takes effect without a restart.
+//! Operators replace plugins while events flow. A faulty version is rolled back or its breaker
+//! opens automatically, an admin command is in effect when its response arrives, and a
+//! configuration change takes effect without a restart.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +16,7 @@ use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::plugins::{Plugins, Site, by, hash};
 use crate::harness::publish::event;
 
-/// What the admin API says of `versioned`.
+/// The plugin `versioned` as the admin API reports it.
 fn shown(node: &Node) -> Value {
     let answer = node.admin("/v1/plugins/versioned");
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -30,8 +31,7 @@ fn dead_letters(node: &Node) -> Vec<Value> {
 }
 
 #[test]
-fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_those_events_are_redriven_through_the_good_one()
- {
+fn a_failing_version_is_rolled_back_automatically_and_its_dead_letters_can_be_redriven() {
     const EVENTS: usize = 200;
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let site = Site::new(&plugins);
@@ -55,7 +55,7 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
                 .collect::<Vec<_>>(),
         );
     }
-    eventually(SOON, "it is rolled back", || {
+    eventually(SOON, "the version is rolled back", || {
         (node.metric("pointsman_plugin_rollbacks_total{plugin=\"versioned\"}") == 1.0).then_some(())
     });
     node.await_outcomes(EVENTS, SOON);
@@ -71,7 +71,7 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
     );
     let reason = plugin["refusal"]["reason"].as_str().unwrap();
     assert!(
-        reason.contains("events within its probation; 10 % is the most"),
+        reason.contains("events during its probation; the limit is 10 %"),
         "{reason}"
     );
     assert_eq!(
@@ -89,7 +89,8 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
         "{page}"
     );
 
-    // Every event is told or dead-lettered, none both; and those that failed come through the good one.
+    // Every event is either delivered or a dead letter, never both. Redriven, the dead letters are
+    // delivered by the good version.
     let dead = dead_letters(node);
     assert!((5..EVENTS / 3).contains(&dead.len()), "{}", dead.len());
     for letter in &dead {
@@ -97,11 +98,11 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
             letter["reason"]
                 .as_str()
                 .unwrap()
-                .contains("as this version does"),
+                .contains("this version is faulty"),
             "{letter}"
         );
     }
-    let told = follower.wait(SOON, "all others", |record| {
+    let told = follower.wait(SOON, "all other events", |record| {
         record.notifications.len() >= EVENTS - dead.len()
     });
     let told: BTreeSet<String> = told.notifications.into_iter().map(|told| told.id).collect();
@@ -132,11 +133,11 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
         .collect();
     assert_eq!(all, ids.into_iter().collect());
 
-    // The same file, touched or copied again, is not tried again; another is.
+    // The same file is not loaded again when it is touched or copied; a different file is.
     plugins.replace("versioned.wasm", &faulty);
     site.await_loads("versioned", "failed", 1);
     site.await_ready(200, |page| {
-        page.contains("was rolled back before and is not tried again")
+        page.contains("was rolled back before and is not loaded again")
     });
     plugins.replace("versioned.wasm", &versioned(3));
     site.await_loads("versioned", "loaded", 3);
@@ -144,7 +145,7 @@ fn a_version_that_fails_on_a_third_of_the_events_is_rolled_back_by_itself_and_th
 }
 
 #[test]
-fn a_plugin_that_fails_on_everything_is_asked_only_now_and_then_and_recovers_by_itself() {
+fn an_open_breaker_limits_calls_to_a_failing_plugin_and_closes_after_a_success() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
     let node = Node::builder().plugins(plugins.dir()).start();
     let publish = |kind: &str, n: usize| {
@@ -156,20 +157,21 @@ fn a_plugin_that_fails_on_everything_is_asked_only_now_and_then_and_recovers_by_
     };
     let mut stream = node.stream("42");
     publish("loop", 100);
-    eventually(SOON, "its breaker opens", || {
+    eventually(SOON, "the breaker opens", || {
         (node.metric("pointsman_plugin_breaker_open{plugin=\"unruly\"}") == 1.0).then_some(())
     });
-    eventually(SOON, "all are settled", || {
+    eventually(SOON, "all events are decided", || {
         (node.metric("pointsman_events_total{outcome=\"dead-lettered\"}") == 100.0).then_some(())
     });
-    let page = eventually(SOON, "readiness tells it", || {
+    let page = eventually(SOON, "readiness reports the open breaker", || {
         Some(node.admin("/readyz").body).filter(|page| page.contains("plugins.unruly"))
     });
     assert!(
         page.starts_with("ready\nwarning: plugins.unruly: generation 1 failed on "),
         "{page}"
     );
-    // Two workers may be in a call as it opens, each event is tried twice, and one or two events are tried while it is open.
+    // Two workers may be in a call when the breaker opens, each event is attempted twice, and one
+    // or two events probe the plugin while the breaker is open.
     let calls = node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"deadline\"}");
     assert!((20.0..=30.0).contains(&calls), "{calls}");
     let dead = dead_letters(&node);
@@ -179,7 +181,7 @@ fn a_plugin_that_fails_on_everything_is_asked_only_now_and_then_and_recovers_by_
         .collect();
     let n_spared = reasons
         .iter()
-        .filter(|reason| reason.contains("it was not asked: it failed on "))
+        .filter(|reason| reason.contains("it was not called: it failed on "))
         .count();
     assert!(
         reasons.len() == 100 && n_spared >= 85,
@@ -187,9 +189,9 @@ fn a_plugin_that_fails_on_everything_is_asked_only_now_and_then_and_recovers_by_
         reasons.len()
     );
 
-    // An event that it does not fail on closes it.
+    // A successful event closes the breaker.
     let mut n = 0;
-    eventually(SOON, "its breaker closes", || {
+    eventually(SOON, "the breaker closes", || {
         n += 1;
         node.publisher()
             .publish(&[event(&format!("good-{n}"), "good", json!({"user": "42"}))]);
@@ -201,12 +203,12 @@ fn a_plugin_that_fails_on_everything_is_asked_only_now_and_then_and_recovers_by_
     });
 }
 
-/// "Not now" is no failure: the source waits, so that order holds, and nobody waits for ever.
+/// A `retry` verdict is not a failure. The source waits, which preserves order, but only for a
+/// limited time.
 #[test]
-fn an_event_that_a_plugin_asks_to_retry_holds_its_source_until_its_tries_are_used_up_and_is_a_dead_letter_then()
- {
+fn a_retry_verdict_blocks_the_source_until_its_retries_end_in_a_dead_letter() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
-    // Two more tries come after 100 and 200 ms; the second of them would be over 250 ms.
+    // Retries come after 100 and 200 ms; the second one would exceed a timeout of 250 ms.
     for (config, n_tries, waited_ms) in [("retries = 2", 3, 300), ("retry_ms = 250", 2, 100)] {
         let node = Node::builder()
             .config(&format!("[ingest]\n{config}\n"))
@@ -222,7 +224,7 @@ fn an_event_that_a_plugin_asks_to_retry_holds_its_source_until_its_tries_are_use
         let waited = began.elapsed();
         assert!(
             waited >= Duration::from_millis(waited_ms),
-            "{config}: the next one came after {waited:?}"
+            "{config}: the next event arrived after {waited:?}"
         );
         assert_eq!(
             node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"retry\"}"),
@@ -245,7 +247,7 @@ fn an_event_that_a_plugin_asks_to_retry_holds_its_source_until_its_tries_are_use
 }
 
 #[test]
-fn an_upload_decides_when_it_is_answered_and_after_a_restart() {
+fn an_upload_is_active_when_its_response_arrives_and_after_a_restart() {
     let plugins = Plugins::new(&[("20-versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
@@ -261,7 +263,7 @@ fn an_upload_decides_when_it_is_answered_and_after_a_restart() {
         )
     );
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
-    // It lies where the file before it lay, and the watcher sees nothing new in it.
+    // The upload replaces the previous file, and the folder watcher does not load it a second time.
     assert_eq!(
         fs::read(plugins.path("20-versioned.wasm")).unwrap(),
         versioned(2)
@@ -301,14 +303,14 @@ fn an_upload_decides_when_it_is_answered_and_after_a_restart() {
 }
 
 #[test]
-fn an_upload_that_is_no_good_is_refused_with_the_reason_and_changes_nothing() {
+fn an_invalid_upload_is_rejected_with_the_reason_and_changes_nothing() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     let good = versioned(2);
     for (bytes, expect) in [
         (&good[..good.len() / 2], "is truncated or damaged"),
         (b"", "is empty"),
-        (b"<html>404</html>", "is no WebAssembly"),
+        (b"<html>404</html>", "is not WebAssembly"),
     ] {
         let answer = site.order("PUT", "", bytes);
         assert!(
@@ -337,7 +339,7 @@ fn an_upload_that_is_no_good_is_refused_with_the_reason_and_changes_nothing() {
             .order("PUT", &format!("/v1/plugins/{name}"), &[], &good);
         assert!([404, 409].contains(&answer.status), "{name}: {answer:?}");
     }
-    // Nobody who merely has a page open in this machine's browser is its operator.
+    // A page in a browser on this machine must not be able to send admin commands.
     let answer = site.node.order(
         "PUT",
         "/v1/plugins/versioned",
@@ -369,7 +371,7 @@ fn an_upload_that_is_no_good_is_refused_with_the_reason_and_changes_nothing() {
 }
 
 #[test]
-fn an_order_takes_the_key() {
+fn admin_commands_require_the_api_key() {
     const KEY: &str = "a key of at least thirty-two bytes";
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let config = format!("[auth]\njwt_secret = '{KEY}'\nkey = '{KEY}'\n");
@@ -410,7 +412,7 @@ fn an_order_takes_the_key() {
         );
     }
     assert_eq!(shown(&node)["generation"], 1);
-    // By command as well, however large the file is that is not taken.
+    // The same over the command line, even if the rejected file is large.
     let large = plugins.dir().join(".large");
     fs::write(&large, vec![0; 20_000_000]).unwrap();
     let refused = refusal(
@@ -418,7 +420,8 @@ fn an_order_takes_the_key() {
         &["upload", large.to_str().unwrap(), "--name", "versioned"],
     );
     assert!(
-        refused.contains("this needs the key") && refused.contains("give --key or POINTSMAN_KEY"),
+        refused.contains("the API key is required")
+            && refused.contains("pass --api-key or set POINTSMAN_API_KEY"),
         "{refused}"
     );
     let bearer = format!("Bearer {KEY}");
@@ -435,7 +438,7 @@ fn an_order_takes_the_key() {
 }
 
 #[test]
-fn a_plugin_is_disabled_enabled_and_rolled_back_by_hand() {
+fn a_plugin_can_be_disabled_enabled_and_rolled_back_by_admin_command() {
     let plugins = Plugins::new(&[
         ("other.wasm", versioned(9)),
         ("versioned.wasm", versioned(1)),
@@ -449,9 +452,9 @@ fn a_plugin_is_disabled_enabled_and_rolled_back_by_hand() {
     );
     assert_eq!(site.next_decision().1, [by("other", 1)]);
     site.await_ready(200, |page| {
-        page.contains("warning: plugins.versioned: it is disabled by hand")
+        page.contains("warning: plugins.versioned: disabled by an admin command")
     });
-    // What comes meanwhile waits for that, too.
+    // Files that arrive meanwhile are not loaded either.
     plugins.replace("versioned.wasm", &versioned(2));
     assert_eq!(
         site.order("PUT", "", &versioned(3)).json()["state"],
@@ -477,10 +480,10 @@ fn a_plugin_is_disabled_enabled_and_rolled_back_by_hand() {
     assert_eq!(site.next_decision().1, [by("other", 1), by("versioned", 2)]);
     site.await_ready(200, |page| {
         page.contains(
-            "was rolled back: it was taken back by an operator; the folder still holds it",
+            "was rolled back: it was withdrawn by an operator; the folder still contains it",
         )
     });
-    // Asked for by name, it is tried again.
+    // An explicit upload loads the rolled-back version again.
     assert_eq!(site.order("PUT", "", &versioned(4)).json()["generation"], 4);
     assert_eq!(
         site.node
@@ -498,7 +501,7 @@ fn a_plugin_is_disabled_enabled_and_rolled_back_by_hand() {
 }
 
 #[test]
-fn a_plugin_that_was_rolled_back_and_disabled_is_at_work_again_when_it_is_enabled() {
+fn enabling_a_plugin_that_was_rolled_back_and_disabled_loads_its_file_again() {
     let plugins = Plugins::new(&[
         ("other.wasm", versioned(9)),
         ("versioned.wasm", versioned(1)),
@@ -511,27 +514,27 @@ fn a_plugin_that_was_rolled_back_and_disabled_is_at_work_again_when_it_is_enable
     assert_eq!(
         (answer.status, &answer.json()["generation"]),
         (200, &json!(3)),
-        "the file that is there is better than nothing"
+        "the rolled-back file is better than no plugin"
     );
     assert_eq!(site.next_decision().1, [by("other", 1), by("versioned", 3)]);
     site.await_ready(200, |page| !page.contains("plugins"));
 }
 
-/// `pointsman plugin ...` at this node.
+/// `pointsman plugin ...` against this node.
 fn plugin(node: &Node, arguments: &[&str]) -> Command {
     let mut command = command::pointsman(&["plugin"]);
     command.args(arguments).args(["--url", &node.admin_url("")]);
     command
 }
 
-/// The one line that an order is answered with.
+/// The output of an admin command, which must be one line.
 fn line(node: &Node, arguments: &[&str]) -> String {
     let said = told(&mut plugin(node, arguments));
     assert_eq!(said.lines().count(), 1, "{said}");
     said.trim_end().to_owned()
 }
 
-/// Why an order is refused, in one line without a word of HTTP.
+/// The error of a rejected admin command, which must be one line without HTTP details.
 fn refusal(node: &Node, arguments: &[&str]) -> String {
     let (is_well, said) = said(&mut plugin(node, arguments));
     assert!(!is_well && said.lines().count() == 1, "{said}");
@@ -545,7 +548,7 @@ fn refusal(node: &Node, arguments: &[&str]) -> String {
 }
 
 #[test]
-fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
+fn plugin_commands_print_one_line_and_list_prints_a_table() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     let uploads = Folder::new();
@@ -558,28 +561,28 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
 
     assert_eq!(
         line(&site.node, &["upload", &second]),
-        "uploaded versioned 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1"
+        "uploaded versioned 0.1.0 (router): generation 2, on probation for 60 s, replacing generation 1"
     );
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
     assert_eq!(
         line(&site.node, &["upload", &second]),
-        "versioned 0.1.0 (router) is what was at work already: generation 2, on probation for 60 s"
+        "versioned 0.1.0 (router) is already active: generation 2, on probation for 60 s"
     );
     let rolled_back = line(&site.node, &["rollback", "versioned"]);
     assert!(
         rolled_back.starts_with(
-            "rolled back versioned 0.1.0 (router): generation 1, active, in place of generation 2; "
+            "rolled back versioned 0.1.0 (router): generation 1, active, replacing generation 2; "
         ),
         "{rolled_back}"
     );
     assert!(
-        rolled_back.contains("; on this node only: the file is still the newer one"),
+        rolled_back.contains("; on this node only: the plugin file is unchanged"),
         "{rolled_back}"
     );
     assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
     assert_eq!(
         line(&site.node, &["disable", "versioned"]),
-        "disabled versioned 0.1.0 (router): generation 1 is not at work any more; no plugin decides now, so events wait, unless the node was started with --allow-no-plugins"
+        "disabled versioned 0.1.0 (router): generation 1 is no longer active; no plugin is active; events wait unless the node runs with --allow-no-plugins"
     );
     let row = |table: &str| {
         table
@@ -596,13 +599,13 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
     );
     assert_eq!(
         line(&site.node, &["disable", "versioned"]),
-        "disabled versioned: it was not at work"
+        "disabled versioned; it was not active"
     );
     let enabled = line(&site.node, &["enable", "versioned"]);
-    assert!(enabled.starts_with("enabled versioned 0.1.0 (router): generation 3, active, from the file that was rolled back as generation 2; 1 plugin decides now: versioned"), "{enabled}");
+    assert!(enabled.starts_with("enabled versioned 0.1.0 (router): generation 3, active, from the file that was rolled back as generation 2; 1 active plugin: versioned"), "{enabled}");
     assert!(
         line(&site.node, &["enable", "versioned"])
-            .starts_with("versioned 0.1.0 (router) is enabled already: generation 3")
+            .starts_with("versioned 0.1.0 (router) is already enabled: generation 3")
     );
 
     assert!(line(&site.node, &["shadow", "versioned", &second]).starts_with("candidate 0.1.0 ("));
@@ -611,8 +614,8 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
         &["upload", &file("versioned.wasm", b"no plugin")],
     );
     assert!(
-        broken.contains("versioned.wasm was not taken: it is no WebAssembly")
-            && broken.contains("what ran before still runs"),
+        broken.contains("versioned.wasm was not accepted: it is not WebAssembly")
+            && broken.contains("the previous version keeps running"),
         "{broken}"
     );
     let listed = told(&mut plugin(&site.node, &["list"]));
@@ -627,12 +630,12 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
             .lines()
             .nth(2)
             .unwrap()
-            .starts_with("versioned: refused at ")
-            && listed.contains(": what was uploaded is no WebAssembly"),
+            .starts_with("versioned: rejected at ")
+            && listed.contains(": the uploaded file is not WebAssembly"),
         "{listed}"
     );
 
-    // What a program reads is the node's own answer.
+    // With --json, the output is the node's response.
     let shown: Value = serde_json::from_str(&told(&mut plugin(
         &site.node,
         &["disable", "versioned", "--json"],
@@ -646,7 +649,7 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
         ),
         (&json!("versioned"), &json!("disabled"), &json!(60))
     );
-    // In its file's place, and at work only once it is enabled.
+    // The candidate replaces the file but stays inactive until the plugin is enabled.
     assert_eq!(
         line(&site.node, &["promote", "versioned"]),
         "promoted versioned: disabled"
@@ -657,24 +660,24 @@ fn orders_by_command_are_said_in_a_line_and_listed_in_a_table() {
 
     let nobody = refusal(&site.node, &["rollback", "nobody"]);
     assert!(
-        nobody.contains("there is no plugin 'nobody' there (there: versioned)"),
+        nobody.contains("the node has no plugin 'nobody' (its plugins: versioned)"),
         "{nobody}"
     );
-    assert!(refusal(&site.node, &["rollback", "no/such"]).contains("cannot be named"));
+    assert!(refusal(&site.node, &["rollback", "no/such"]).contains("is not a valid plugin name"));
     let alone = refusal(&site.node, &["rollback", "versioned"]);
     assert!(
-        alone.contains("no earlier generation to go back to; upload the file that you want"),
+        alone.contains("no earlier generation to roll back to; upload the wanted version"),
         "{alone}"
     );
     assert!(
         line(&site.node, &["remove", "versioned"])
-            .starts_with("removed versioned, and its file; no plugin decides now")
+            .starts_with("removed versioned and its file; no plugin is active")
     );
     assert_eq!(fs::read_dir(plugins.dir()).unwrap().count(), 0);
 }
 
 #[test]
-fn an_upload_under_a_name_that_no_plugin_has_is_one_more_plugin_only_if_that_is_said() {
+fn an_upload_under_an_unknown_name_adds_a_plugin_only_with_the_create_option() {
     let plugins = Plugins::new(&[("my_versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     let uploads = Folder::new();
@@ -683,42 +686,42 @@ fn an_upload_under_a_name_that_no_plugin_has_is_one_more_plugin_only_if_that_is_
     let slip = slip.to_str().unwrap();
     let refused = refusal(&site.node, &["upload", slip]);
     for word in [
-        "no plugin is called 'my-verisoned'",
-        "there: my-versioned",
+        "the node has no plugin 'my-verisoned'",
+        "its plugins: my-versioned",
         "--name",
-        "--new",
+        "--create",
     ] {
         assert!(refused.contains(word), "{word} is not in {refused}");
     }
     assert_eq!(site.next_decision(), (1, vec![by("my-versioned", 1)]));
     assert_eq!(
         line(&site.node, &["upload", slip, "--name", "my-versioned"]),
-        "uploaded my-versioned 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1"
+        "uploaded my-versioned 0.1.0 (router): generation 2, on probation for 60 s, replacing generation 1"
     );
     let told = line(&site.node, &["upload", slip, "--new"]);
     assert_eq!(
         told,
-        "new plugin my-verisoned 0.1.0 (router): generation 1, active; 2 plugins decide now: my-verisoned, my-versioned"
+        "new plugin my-verisoned 0.1.0 (router): generation 1, active; 2 active plugins: my-verisoned, my-versioned"
     );
     assert_eq!(
         site.next_decision(),
         (2, vec![by("my-verisoned", 1), by("my-versioned", 2)])
     );
-    // Whoever means a new one does not replace another.
+    // With the option, an existing plugin is not replaced.
     let refused = refusal(&site.node, &["upload", slip, "--new"]);
     assert!(
-        refused
-            .contains("there is a plugin 'my-verisoned 0.1.0 (router)' already; leave out --new"),
+        refused.contains("plugin 'my-verisoned 0.1.0 (router)' already exists; omit --create"),
         "{refused}"
     );
-    // Where there is none yet, nothing can be meant but a new one; and what is configured is expected.
+    // The option is not needed on a node without plugins, and a configured plugin without a file
+    // counts as new.
     let empty = Plugins::new(&[]);
     let node = Node::builder()
         .plugins(empty.dir())
         .may_be_unready()
         .config("[plugins.late]\ndeadline_ms = 100\n")
         .start();
-    eventually(SOON, "the node has looked for plugins", || {
+    eventually(SOON, "the node has scanned its plugin folder", || {
         (node.admin("/v1/plugins").status == 200).then_some(())
     });
     assert!(
@@ -733,7 +736,7 @@ fn an_upload_under_a_name_that_no_plugin_has_is_one_more_plugin_only_if_that_is_
 }
 
 #[test]
-fn a_command_that_finds_no_node_names_the_address_and_the_option_that_changes_it() {
+fn an_unreachable_node_is_reported_with_its_address_and_the_option_that_sets_it() {
     for (arguments, variable) in [
         (&["plugin", "list"][..], "POINTSMAN_ADMIN_URL"),
         (&["events", "export"], "POINTSMAN_ADMIN_URL"),
@@ -743,25 +746,29 @@ fn a_command_that_finds_no_node_names_the_address_and_the_option_that_changes_it
         let (is_well, said) =
             said(command::pointsman(arguments).args(["--url", "http://127.0.0.1:1"]));
         assert!(!is_well && said.lines().count() == 1, "{said}");
-        for word in ["no node answers at http://127.0.0.1:1 (", "--url", variable] {
+        for word in [
+            "cannot reach a node at http://127.0.0.1:1 (",
+            "--url",
+            variable,
+        ] {
             assert!(said.contains(word), "{word} is not in {said}");
         }
     }
-    // Nor is the other listener of a node the one that is asked.
+    // The same for the wrong listener of a node.
     let node = Node::builder().start();
     let (is_well, said) =
         said(command::pointsman(&["plugin", "list"]).args(["--url", &node.url("")]));
     assert!(
         !is_well
             && said
-                .contains("one for applications and one for operators: give the other with --url"),
+                .contains("an application listener and an admin listener: set the address of the other one with --url"),
         "{said}"
     );
 }
 
-/// As where the disk of the log is full, or nobody reads the pipe any more.
+/// For example if the disk is full or the pipe is closed.
 #[test]
-fn a_log_that_cannot_be_written_costs_its_lines_and_nothing_else() {
+fn an_unwritable_log_loses_lines_but_does_not_disturb_the_node() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
     let node = Node::builder()
         .plugins(plugins.dir())
@@ -790,7 +797,7 @@ fn a_log_that_cannot_be_written_costs_its_lines_and_nothing_else() {
 }
 
 #[test]
-fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
+fn plugin_configuration_changes_take_effect_while_events_flow() {
     let plugins = Plugins::new(&[
         ("rules.wasm", core_module("rules")),
         ("versioned.wasm", versioned(1)),
@@ -815,7 +822,7 @@ fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
     let id = tell();
     assert_eq!(ann.next_notification(SOON).id, id);
     let generation = |n: u64| {
-        eventually(SOON, "its generation", || {
+        eventually(SOON, "the generation changes", || {
             (node.admin("/v1/plugins/rules").json()["generation"] == n).then_some(())
         })
     };
@@ -827,7 +834,7 @@ fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
     assert_eq!(
         shown(&node)["generation"],
         1,
-        "nothing is configured for it"
+        "its configuration has not changed"
     );
 
     let ready = |wish: &str| {
@@ -837,11 +844,11 @@ fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
         })
         .body
     };
-    // Neither a file that is none, nor settings that a plugin does not take, change anything.
+    // Neither an invalid file nor settings that a plugin rejects change anything.
     node.reconfigure("[plugins.rules\n");
     ready("what was configured before is in force");
     node.reconfigure(&config("ann").replace("told", "told', nonsense = '"));
-    ready("rules.wasm refuses its configuration: ");
+    ready("rules.wasm rejects its configuration: ");
     let id = tell();
     assert_eq!(bob.next_notification(SOON).id, id);
 
@@ -861,7 +868,7 @@ fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
         .map(|p| p["name"].clone())
         .collect();
     assert_eq!(names, ["versioned", "rules"]);
-    // A file that is gone is no wish to have everything as by default.
+    // Deleting the file does not reset the configuration to the defaults.
     node.unconfigure();
     ready("what it said is in force");
     let id = tell();
@@ -870,7 +877,7 @@ fn what_is_configured_for_a_plugin_takes_effect_while_events_flow() {
         "[plugins.versioned]\nenabled = false\n{}",
         config("ann")
     ));
-    eventually(SOON, "it is disabled", || {
+    eventually(SOON, "the plugin is disabled", || {
         (shown(&node)["state"] == "disabled").then_some(())
     });
     let id = tell();

@@ -1,4 +1,5 @@
-//! The commands of an operator and of a developer, run as processes against a running node.
+//! `publish`, `tail`, `dead-letters`, `check-config` and `config`, run as processes, where needed
+//! against a running node.
 
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -26,7 +27,7 @@ fn stdout(output: &Output) -> String {
 }
 
 #[test]
-fn what_publish_sends_tail_prints_once_also_after_a_cut() {
+fn tail_prints_each_published_event_once_even_across_a_reconnect() {
     let mut node = Node::builder().data().start();
     let url = node.url("");
     let tail = ["tail", "--user", "42", "--url", &url];
@@ -43,12 +44,13 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
             .map_while(Result::ok)
             .try_for_each(|line| send.send(line))
     });
-    // Its stream is open.
+    // Waits until the stream is open.
     eventually(SOON, "tail opens its stream", || {
         (node.metric("pointsman_streams_open") >= 1.0).then_some(())
     });
-    // `latest` begins where the stream found the log, so that what is published before its cursor may be passed over.
-    eventually(SOON, "tail hears of the first event", || {
+    // Publishes repeatedly, because the stream starts at the latest event: an event published
+    // before its first cursor may be skipped.
+    eventually(SOON, "tail receives the first event", || {
         stdout(&pointsman(&[
             "publish",
             "--url",
@@ -77,7 +79,7 @@ fn what_publish_sends_tail_prints_once_also_after_a_cut() {
         "--data",
         "{\"n\":2}",
     ]));
-    let second = eventually(SOON, "tail comes back", || {
+    let second = eventually(SOON, "tail reconnects", || {
         lines
             .recv_timeout(SOON)
             .ok()
@@ -117,7 +119,7 @@ fn a_dry_run_prints_plan_and_recipients_and_publishes_nothing() {
         "plugin     address (generation 1, ",
         "route 1    by address to u:42 g:ops, high",
         "reaches    user 42, by address, high",
-        "reaches    the members of group ops, as far as a route's condition holds",
+        "reaches    the members of group ops, subject to the route's condition",
     ] {
         assert!(
             lines.iter().any(|printed| printed.starts_with(line)),
@@ -184,10 +186,13 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
         );
     }
     let shown = stdout(&pointsman(&["dead", "--url", &url, "show", &id]));
-    assert!(shown.contains("soon"), "the original fields: {shown}");
+    assert!(
+        shown.contains("soon"),
+        "the original fields are not in {shown}"
+    );
     stdout(&pointsman(&["dead", "--url", &url, "redrive", &id]));
-    // It goes through the plugins again, and fails again: another letter.
-    let again = eventually(SOON, "the redriven one", || {
+    // The event fails again and becomes a new dead letter.
+    let again = eventually(SOON, "the redriven dead letter", || {
         Some(listed()).filter(|table| !table.is_empty() && !table.contains(&id))
     });
     let id = listed_id(&again);
@@ -196,7 +201,7 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
 }
 
 #[test]
-fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exit_64() {
+fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exits_with_64() {
     let file = std::env::temp_dir().join(format!("pointsman-bad-{}.toml", std::process::id()));
     let check = |text: &str, words: &[&str]| {
         std::fs::write(&file, text).expect("write a configuration");
@@ -225,7 +230,7 @@ fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exit_64() {
 }
 
 #[test]
-fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
+fn check_config_validates_plugins_and_folders() {
     let folder = Folder::new();
     let file = |text: &str| {
         let file = folder.path().join("pointsman.toml");
@@ -238,7 +243,7 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
         pointsman(&[&["check-config", "--dev", "--config", &file(config)], more].concat())
     };
     let well = stdout(&check("", &["--ephemeral", "--plugins", plugins]));
-    for line in ["plugin address: router", "plugin discard: filter", "well: "] {
+    for line in ["plugin address: router", "plugin discard: filter", "ok: "] {
         assert!(well.contains(line), "{well}");
     }
     let not_a_folder = format!("{}/data", file(""));
@@ -247,21 +252,21 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
         (
             bad_rules,
             &["--ephemeral", "--plugins", plugins][..],
-            "plugin discard: discard.wasm refuses its configuration",
+            "plugin discard: discard.wasm rejects its configuration",
         ),
         (
             "",
             &["--ephemeral", "--plugins", "/nowhere"],
-            "the folder of plugins /nowhere cannot be read",
+            "the plugin folder /nowhere cannot be read",
         ),
-        ("", &["--data", &not_a_folder], "cannot be written to"),
+        ("", &["--data", &not_a_folder], "is not writable"),
     ] {
         let checked = check(config, more);
         let said = String::from_utf8_lossy(&checked.stderr).into_owned();
         assert_eq!(checked.status.code(), Some(1), "{checked:?}");
         assert!(said.contains(expect), "{expect} is not in {said}");
         if config.is_empty() {
-            // A node says it as well, before it listens.
+            // `serve` reports the same error before it listens.
             let serve = [
                 &[
                     "serve",
@@ -289,12 +294,12 @@ fn a_configuration_is_checked_with_its_plugins_and_its_folders() {
             .expect("the folder")
             .count(),
         1,
-        "checking leaves nothing behind"
+        "check-config must not leave files behind"
     );
 }
 
 #[test]
-fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_makes_none() {
+fn check_config_uses_an_existing_compile_cache_but_does_not_create_one() {
     let folder = Folder::new();
     let (cache, plugins) = (folder.path().join("cache"), bundled_plugins());
     let n_compiled = || std::fs::read_dir(&cache).map_or(0, |files| files.count());
@@ -314,14 +319,18 @@ fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_
         )
     };
     assert!(check().contains("plugin address: router"));
-    assert!(!cache.exists(), "it is a node that makes it");
+    assert!(!cache.exists(), "only a node creates the cache");
     std::fs::DirBuilder::new()
         .mode(0o700)
         .create(&cache)
         .expect("make it");
     check();
-    assert_eq!(n_compiled(), 2, "what was compiled is there for the start");
-    // Taken from there: what is damaged is noticed, and made anew.
+    assert_eq!(
+        n_compiled(),
+        2,
+        "the compiled plugins must be in the cache for the next start"
+    );
+    // The cache is read: a corrupt file is detected and replaced.
     let code = std::fs::read_dir(&cache)
         .expect("the cache")
         .next()
@@ -331,8 +340,8 @@ fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_
     let whole = std::fs::read(&code).expect("read it");
     std::fs::write(&code, &whole[..whole.len() / 2]).expect("write it");
     check();
-    assert_eq!(std::fs::read(&code).expect("made anew").len(), whole.len());
-    // Where others may write, no node would.
+    assert_eq!(std::fs::read(&code).expect("read it").len(), whole.len());
+    // A cache with the wrong mode is not used.
     std::fs::set_permissions(&cache, std::fs::Permissions::from_mode(0o755))
         .expect("open it to others");
     let said = check();
@@ -344,8 +353,8 @@ fn checking_a_configuration_takes_compiled_plugins_from_the_cache_of_a_node_and_
 }
 
 #[test]
-fn what_no_node_would_take_is_not_sent() {
-    // Nobody listens there.
+fn publish_rejects_invalid_options_without_sending_a_request() {
+    // No node listens here, so a request would fail with another error.
     let url = "http://127.0.0.1:1";
     for wrong in [&["--priority", "hi"][..], &["--user", ""], &["--group", ""]] {
         let refused = pointsman(&[&["publish", "--url", url, "--type", "t"], wrong].concat());
@@ -358,7 +367,7 @@ fn what_no_node_would_take_is_not_sent() {
 }
 
 #[test]
-fn tail_says_at_its_end_how_to_continue() {
+fn tail_prints_on_exit_how_to_continue() {
     let node = Node::builder().start();
     let url = node.url("");
     let mut witness = node.stream("42");
@@ -384,7 +393,7 @@ fn tail_says_at_its_end_how_to_continue() {
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(
             refused.status.code() == Some(64)
-                && said.contains("earliest, latest, how long ago, such as 90s"),
+                && said.contains("earliest, latest, a duration such as 90s"),
             "{said}"
         );
     }
@@ -395,7 +404,7 @@ fn tail_says_at_its_end_how_to_continue() {
 }
 
 #[test]
-fn whoever_has_read_enough_is_shown_no_panic() {
+fn a_closed_output_pipe_ends_a_command_without_a_panic_message() {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);
     let output = command::pointsman(&["config", "--defaults"])
@@ -412,11 +421,11 @@ fn whoever_has_read_enough_is_shown_no_panic() {
 }
 
 #[test]
-fn the_printed_defaults_are_a_configuration() {
+fn the_printed_defaults_are_a_valid_configuration() {
     let defaults = stdout(&pointsman(&["config", "--defaults"]));
     let file = std::env::temp_dir().join(format!("pointsman-defaults-{}.toml", std::process::id()));
     std::fs::write(&file, format!("{defaults}\n")).expect("write it");
-    // As it stands it lets nobody in: it needs a secret or dev mode, and a broker.
+    // The defaults alone have no broker and neither a secret nor dev mode.
     let output = pointsman(&[
         "check-config",
         "--config",

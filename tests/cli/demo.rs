@@ -1,17 +1,19 @@
-//! What the demo says of itself: its own counting is exact, and it ends as it should. The page is driven in `clients`.
+//! Tests of the demo: its tally is exact, and the program ends with the correct result. The tests
+//! in `clients` drive the page.
 
 use std::time::{Duration, Instant};
 
 use tally::{Count, Tally};
 
-// As the demo includes it.
+// Included by path, as in the demo.
 #[path = "../../examples/demo/tally.rs"]
 mod tally;
 
 const NOW: Duration = Duration::ZERO;
 const HOUR: Duration = Duration::from_secs(3_600);
 
-/// An event for two people: its recipients, key, time to live, and at whom it arrived.
+/// An event for two people: its recipients, collapse key and time to live, and the people at whom
+/// it arrives.
 type Told<'a> = (
     [bool; 2],
     Option<&'static str>,
@@ -37,7 +39,7 @@ fn count(events: &[Told<'_>], away: Option<Duration>) -> Count {
 }
 
 #[test]
-fn the_demo_counts_what_does_not_arrive_as_lost_and_what_should_not_as_doubled() {
+fn the_demo_counts_missing_deliveries_as_lost_and_extra_ones_as_doubled() {
     let both = [true, true];
     assert_eq!(
         count(&[(both, None, None, &[0, 1])], None),
@@ -74,7 +76,7 @@ fn the_demo_counts_what_does_not_arrive_as_lost_and_what_should_not_as_doubled()
 }
 
 #[test]
-fn the_demo_counts_as_superseded_only_what_a_newer_one_with_its_key_made_superfluous() {
+fn the_demo_counts_as_superseded_only_events_replaced_by_a_delivered_one_with_the_same_key() {
     let keyed =
         |key: &'static str, arrivals: &'static [usize]| ([true, false], Some(key), None, arrivals);
     assert_eq!(
@@ -114,7 +116,7 @@ fn the_demo_counts_as_superseded_only_what_a_newer_one_with_its_key_made_superfl
 }
 
 #[test]
-fn the_demo_counts_as_expired_only_what_its_recipient_was_away_for() {
+fn the_demo_counts_as_expired_only_events_that_expired_while_the_recipient_was_disconnected() {
     let short = |ttl| [([true, false], None, Some(ttl), &[][..])];
     let expired = Count {
         expired: 1,
@@ -129,17 +131,21 @@ fn the_demo_counts_as_expired_only_what_its_recipient_was_away_for() {
     assert_eq!(
         count(&short(HOUR), Some(NOW)),
         lost,
-        "it was still good when its recipient came back"
+        "it had not expired when the recipient reconnected"
     );
-    assert_eq!(count(&short(NOW), None), lost, "its recipient was there");
+    assert_eq!(
+        count(&short(NOW), None),
+        lost,
+        "the recipient was connected"
+    );
 }
 
 #[test]
-fn the_demo_ends_by_itself_and_says_that_nothing_was_lost_or_doubled() {
+fn the_demo_ends_on_its_own_and_reports_no_lost_or_doubled_deliveries() {
     use std::process::Command;
 
     let folder = crate::harness::node::Folder::new();
-    // As from the root of the repository, where `make demo` runs it.
+    // Reproduces the layout of the repository root, where `make demo` runs the demo.
     let repository = crate::harness::repository();
     std::fs::create_dir(folder.path().join("build")).expect("make a folder");
     std::os::unix::fs::symlink(
@@ -174,6 +180,6 @@ fn the_demo_ends_by_itself_and_says_that_nothing_was_lost_or_doubled() {
     assert!(said.contains(" 0 lost, 0 doubled\n"), "{said}");
     assert!(
         said.contains("rules -> "),
-        "who is told by which router: {said}"
+        "the output names the router of a notification: {said}"
     );
 }

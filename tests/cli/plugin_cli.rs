@@ -1,5 +1,5 @@
-//! What an author does with the command line, from an empty folder to a plugin at work: `pointsman plugin`, `pointsman events export` and
-//! `pointsman dev`, run as processes.
+//! The command line for plugin authors, from an empty folder to an active plugin: `pointsman
+//! plugin`, `pointsman events export` and `pointsman dev`, run as processes.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -17,18 +17,19 @@ use crate::harness::node::{Node, SOON};
 use crate::harness::publish::{Publisher, event};
 use crate::harness::{eventually, http, ports, repository};
 
-/// Compiling the SDK and what it needs takes so long on a machine that has other work.
+/// Time limit for building a plugin with the SDK and its dependencies on a busy machine.
 const BUILT: Duration = Duration::from_secs(600);
 
-/// `pointsman`, building where [`among_the_guests`] says.
+/// `pointsman`, with the build settings of [`among_the_guests`].
 fn pointsman(arguments: &[&str]) -> Command {
     let mut command = command::pointsman(arguments);
     among_the_guests(&mut command);
     command
 }
 
-/// Has Cargo build projects where the plugins of this repository are built for the tests, in the profile `plugin`, which is `release` but by name: what
-/// they need in common is there already, and would take minutes again. Without a network, as the lock file of a project names no other versions.
+/// Makes Cargo build in the target folder of the test plugins, with the profile `plugin`, an alias
+/// of `release`: shared dependencies are already built there and would otherwise take minutes.
+/// Offline, which works because a project's lock file pins the versions already present.
 fn among_the_guests(command: &mut Command) {
     command
         .env("CARGO_TARGET_DIR", target_dir())
@@ -38,21 +39,21 @@ fn among_the_guests(command: &mut Command) {
 
 const PROFILE: [&str; 2] = ["--profile", "plugin"];
 
-/// Where this very test was built, whatever `CARGO_TARGET_DIR` says.
+/// The target folder of this test binary, regardless of `CARGO_TARGET_DIR`.
 fn target_dir() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
-        .expect("the folder for temporary files lies in that of the target")
+        .expect("CARGO_TARGET_TMPDIR is inside the target folder")
 }
 
-/// A folder outside this repository, that goes away with its owner.
+/// A folder outside this repository, deleted on drop.
 struct Elsewhere(PathBuf);
 
 impl Elsewhere {
     fn new(name: &str) -> Self {
         let path =
             std::env::temp_dir().join(format!("pointsman-authors-{name}-{}", std::process::id()));
-        fs::create_dir(&path).expect("make a folder");
+        fs::create_dir(&path).expect("create a folder");
         Self(path)
     }
 
@@ -71,14 +72,15 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// What is made of a project.
+/// The plugin file built from a project.
 fn built(project: &str) -> PathBuf {
     target_dir()
         .join("wasm32-unknown-unknown/plugin")
         .join(format!("{}.wasm", project.replace('-', "_")))
 }
 
-/// Two builds at once of one folder would wait for each other anyway, and their times would mean nothing.
+/// Serialises the tests that build: concurrent builds would wait for Cargo's lock on the target
+/// folder and exceed their time limits.
 fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock()
@@ -86,10 +88,10 @@ fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
 }
 
 #[test]
-fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_file_says() {
+fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_tests() {
     let _alone = one_at_a_time();
     let place = Elsewhere::new("new");
-    // This machine may be busy with other tests; it is not about deadlines.
+    // A long deadline: other tests may keep the machine busy, and this one does not test deadlines.
     let settings = place.join("pointsman.toml");
     fs::write(
         &settings,
@@ -102,7 +104,7 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
         let made = told(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
         assert!(
             made.contains("pointsman plugin test") && made.contains("pointsman dev"),
-            "the next commands: {made}"
+            "the next commands are not in {made}"
         );
         let project = place.join(&name);
 
@@ -114,7 +116,7 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
                 .current_dir(&project)
                 .stdin(Stdio::null()),
         );
-        // Natively, nobody waits for an optimised program.
+        // The native tests need no optimised build.
         cargo
             .env("CARGO_PROFILE_PLUGIN_LTO", "false")
             .env("CARGO_PROFILE_PLUGIN_OPT_LEVEL", "0");
@@ -134,14 +136,17 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
             assert!(build.contains(word), "{word} is not in {build}");
         }
 
-        // The crate, and then its file alone; the lock file was as Cargo wants it.
+        // First the crate, then its file alone. Offline, this fails if the lock file is incomplete.
         let test = told(
             pointsman(&["plugin", "test"])
                 .args(PROFILE)
                 .args(patiently)
                 .current_dir(&project),
         );
-        assert!(test.contains("4 events, all as in ./golden.json"), "{test}");
+        assert!(
+            test.contains("4 events, all decisions match ./golden.json"),
+            "{test}"
+        );
         let files = [
             "--events",
             "events.jsonl",
@@ -157,7 +162,7 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
                 .current_dir(&project),
         );
         for word in [
-            "deadline_ms 5000",
+            "deadline 5000ms",
             "of 5000.0 ms",
             "of 32.0 MiB",
             "of 256.0 KiB",
@@ -167,13 +172,13 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
             assert!(test.contains(word), "{word} is not in {test}");
         }
 
-        // There already: nothing is written over.
+        // An existing project is not overwritten.
         let (is_well, again) =
             said(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
-        assert!(!is_well && again.contains("is there already"), "{again}");
+        assert!(!is_well && again.contains("already exists"), "{again}");
     }
 
-    // A golden file that says something else is red, with both.
+    // A difference from the golden file fails the test and shows both decisions.
     let project = place.join("first-router");
     let golden = fs::read_to_string(project.join("golden.json")).expect("a golden file");
     let other = place.join("other.json");
@@ -207,7 +212,7 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
         differing[0].contains("u:43") && differing[1].contains("u:42"),
         "{differing:?}"
     );
-    // Taken for right, it is what the generated one says.
+    // `--write-golden` writes the same decisions as in the generated file.
     told(
         pointsman(&["plugin", "test", text(&file)])
             .args(files)
@@ -223,7 +228,7 @@ fn a_new_project_compiles_elsewhere_passes_its_tests_and_decides_as_its_golden_f
 }
 
 #[test]
-fn the_guide_shows_what_a_new_router_is() {
+fn the_plugin_guide_shows_the_generated_router() {
     let guide = fs::read_to_string(repository().join("plugins/README.md")).expect("the guide");
     let shown = guide
         .split("```rust\n")
@@ -240,9 +245,9 @@ fn the_guide_shows_what_a_new_router_is() {
 }
 
 #[test]
-fn without_the_wasm_target_the_line_that_adds_it_is_said() {
+fn without_the_wasm_target_the_command_that_adds_it_is_printed() {
     let place = Elsewhere::new("targetless");
-    // A compiler that has no such target, and no rustup.
+    // A compiler without the target, and no rustup.
     let rustc = place.join("rustc");
     fs::write(&rustc, "#!/bin/sh\necho /nowhere/at/all\n").expect("write it");
     assert!(
@@ -271,7 +276,7 @@ fn without_the_wasm_target_the_line_that_adds_it_is_said() {
 }
 
 #[test]
-fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
+fn a_failing_plugin_is_reported_with_the_limit_that_it_exceeded() {
     let place = Elsewhere::new("wrong");
     let (file, events) = (place.join("unruly.wasm"), place.join("events.jsonl"));
     fs::write(&file, core_module("unruly")).expect("write it");
@@ -295,11 +300,11 @@ fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
             7,
             &[
                 "failed",
-                "it ran longer than 7 ms (deadline_ms)",
+                "it ran longer than 7 ms (deadline)",
                 "of 7.000 ms: over",
             ],
         ),
-        ("grow", 5_000, &["failed", "32 is the most (memory_mib)"]),
+        ("grow", 5_000, &["failed", "the limit is 32 (memory_mib)"]),
         ("huge-answer", 5_000, &["failed", "(result_kib"]),
     ] {
         let (is_well, said) = run(kind, &limited(deadline_ms));
@@ -311,10 +316,10 @@ fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
             assert!(said.contains(word), "{kind}: {word} is not in {said}");
         }
     }
-    // To reject is a verdict.
+    // Rejecting an event is a verdict, not a failure.
     let (is_well, said) = run("filter-rejects", &limited(5_000));
     assert!(is_well && said.contains("failed: never"), "{said}");
-    // Without more words, the limits are those of a node without more words.
+    // Without settings, the limits are a node's defaults.
     let (is_well, said) = run("loop", &[]);
     assert!(
         !is_well && said.contains("it ran longer than 50 ms"),
@@ -323,7 +328,7 @@ fn what_a_plugin_does_wrong_is_told_beside_the_limit_that_it_broke() {
 }
 
 #[test]
-fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
+fn inspect_reports_everything_known_before_the_first_failed_check() {
     let place = Elsewhere::new("inspect");
     let inspect = |bytes: &[u8], arguments: &[&str]| {
         let file = place.join("2-my_plugin.wasm");
@@ -339,12 +344,12 @@ fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
     };
     let core = core_module("discard");
     let facts = [
-        "a core module of",
+        "a core module, ",
         "filter\n",
         "discard 0.1.0: ",
         "pointsman:plugin 0.1.0",
         "pointsman:plugin/log@0.1.0",
-        "deadline_ms 50",
+        "deadline 50ms",
         "\"rules\"",
     ];
     check(&core, &[], true, &facts);
@@ -352,24 +357,21 @@ fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
         &core,
         &[],
         true,
-        &[
-            "my-plugin, by the name of its file",
-            "an instance begins with",
-        ],
+        &["name        my-plugin", "per instance at start"],
     );
     check(
         &wasi_component("address"),
         &[],
         true,
         &[
-            "a component of",
+            "a component, ",
             "router\n",
             "wasi:cli/",
             "attributes user, users",
         ],
     );
 
-    // It does not take its configuration, and still says who it is and what it would take.
+    // Manifest and schema are shown even if the plugin rejects its configuration.
     let config = place.join("bad.json");
     fs::write(&config, r#"{"rulez":[]}"#).expect("write it");
     check(
@@ -379,19 +381,19 @@ fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
         &[
             "discard 0.1.0: ",
             "\"rules\"",
-            "refuses its configuration",
+            "rejects its configuration",
             "rulez",
         ],
     );
 
     let wat = |text: &str| wat::parse_str(text).expect("a module");
     let truncated = &core[..core.len() / 2];
-    check(b"", &[], false, &["no WebAssembly", "is empty"]);
+    check(b"", &[], false, &["not WebAssembly", "is empty"]);
     check(
         b"#!/bin/sh",
         &[],
         false,
-        &["no WebAssembly", "does not begin with"],
+        &["not WebAssembly", "does not begin with"],
     );
     check(
         truncated,
@@ -399,7 +401,7 @@ fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
         false,
         &["is truncated or damaged", "pointsman:plugin/log@0.1.0"],
     );
-    check(b"\x7fELF", &[], false, &["no WebAssembly"]);
+    check(b"\x7fELF", &[], false, &["not WebAssembly"]);
     check(
         &wat("(module)"),
         &[],
@@ -429,16 +431,16 @@ fn inspect_tells_of_a_file_whatever_stands_before_the_first_check_that_fails() {
         false,
         &[
             "pointsman:plugin 0.2.0",
-            "built for pointsman:plugin 0.2; this host speaks 0.1",
+            "built for pointsman:plugin 0.2; this host supports 0.1",
         ],
     );
-    // What a file says is no instruction to a terminal.
+    // Text from a file cannot control the terminal.
     let (_, said) = inspect(&wat("(module (import \"a\\u{1b}[2J\" \"f\" (func)))"), &[]);
     assert!(!said.contains('\u{1b}'), "{said:?}");
 }
 
 #[test]
-fn bench_says_what_a_call_costs_beside_a_plugin_that_does_nothing() {
+fn bench_reports_the_cost_of_a_call_next_to_a_no_op_plugin() {
     let place = Elsewhere::new("bench");
     let (file, events) = (place.join("address.wasm"), place.join("events.jsonl"));
     fs::write(&file, core_module("address")).expect("write it");
@@ -466,7 +468,7 @@ fn bench_says_what_a_call_costs_beside_a_plugin_that_does_nothing() {
             .and_then(|ns| ns.parse::<f64>().ok())
             .unwrap_or_else(|| panic!("no number in {line}"))
     };
-    assert!(ns("address") > ns("a plugin that does nothing"), "{said}");
+    assert!(ns("address") > ns("no-op plugin"), "{said}");
     assert_eq!(
         said.contains("debug build"),
         cfg!(debug_assertions),
@@ -475,7 +477,7 @@ fn bench_says_what_a_call_costs_beside_a_plugin_that_does_nothing() {
 }
 
 #[test]
-fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
+fn exported_events_are_as_plugins_saw_them_and_can_be_republished() {
     let node = Node::builder().start();
     let publisher = node.publisher();
     publisher.publish(&[
@@ -486,7 +488,7 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
             json!({ "user": "1", "datacontenttype": "text/plain", "data": "two\nlines", "time": "2026-01-02T03:04:05.678Z" }),
         ),
         event("binary", "note", json!({ "user": "1", "datacontenttype": "application/octet-stream", "data_base64": "/wD+" })),
-        // Without an id, without a time, and routed to nobody.
+        // Without id, time and recipients.
         json!({ "specversion": "1.0", "source": "/tests", "type": "bare" }),
     ]);
     node.await_outcomes(4, SOON);
@@ -511,7 +513,8 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
     let ids: Vec<&str> = read.iter().map(|event| event.id.as_str()).collect();
     assert_eq!(ids[..3], ["json", "text", "binary"]);
     assert!(
-        reach.contains("4 events, the oldest 'json'") && reach.contains("retention.keep_s"),
+        reach.contains("4 events, the oldest 'json'")
+            && reach.contains("retention.processed_entries_ttl"),
         "{reach}"
     );
     let documents: Vec<Value> = lines
@@ -531,14 +534,14 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
         (&json!("two\nlines"), &json!("2026-01-02T03:04:05.678Z"))
     );
     assert_eq!(documents[2]["data_base64"], "/wD+");
-    // The entry's, as the decision has it.
+    // The id is that of the entry, as in the decision.
     let decisions = node.admin("/v1/decisions").json();
     let bare = decisions
         .as_array()
         .expect("a list")
         .iter()
         .find(|decided| decided["event_type"] == "bare")
-        .expect("it was decided");
+        .expect("the event was decided");
     assert_eq!(
         (ids[3], bare["event_id"].as_str()),
         (bare["entry"].as_str().expect("an id"), Some(ids[3]))
@@ -557,20 +560,20 @@ fn exported_events_are_what_plugins_saw_and_can_be_published_again() {
             .map(|line| format!("{line}\n"))
             .collect::<String>()
     );
-    assert!(reach.contains("as many as were asked for"), "{reach}");
+    assert!(reach.contains("limit reached (--limit)"), "{reach}");
 
-    // Another node takes them as they are, and holds the same.
+    // Another node accepts the exported events unchanged and exports the same.
     let other = Node::builder().start();
     Publisher::new(other.addr()).publish(&documents);
     other.await_outcomes(4, SOON);
     let again =
-        http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("an answer");
+        http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("a response");
     assert_eq!(again.body, lines);
     assert_eq!(again.header("pointsman-bound"), Some("source"));
 }
 
 #[test]
-fn events_are_shown_to_nobody_without_the_key() {
+fn exporting_events_requires_the_api_key() {
     let config =
         "[auth]\njwt_secret = \"0123456789abcdef0123456789abcdef\"\nkey = \"operators-key-0001\"\n";
     let node = Node::builder().production().config(config).start();
@@ -578,8 +581,8 @@ fn events_are_shown_to_nobody_without_the_key() {
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
     assert!(
         !is_well
-            && refused.contains("this needs the key")
-            && refused.contains("--key")
+            && refused.contains("the API key is required")
+            && refused.contains("--api-key")
             && !refused.contains("401"),
         "{refused}"
     );
@@ -592,7 +595,7 @@ fn events_are_shown_to_nobody_without_the_key() {
         "--key",
         "operators-key-0001",
     ]));
-    // Whoever lacks another credential is told of that one.
+    // If a user's token is missing, the error names that option instead.
     let (is_well, refused) = said(&mut pointsman(&[
         "tail",
         "--user",
@@ -602,14 +605,14 @@ fn events_are_shown_to_nobody_without_the_key() {
     ]));
     assert!(
         !is_well
-            && refused.contains("a user's token")
+            && refused.contains("a user token")
             && refused.contains("--token")
-            && !refused.contains("--key"),
+            && !refused.contains("--api-key"),
         "{refused}"
     );
 }
 
-/// `pointsman dev`, and everything that it says.
+/// `pointsman dev` and its output.
 struct Dev {
     process: Child,
     said: Arc<Mutex<String>>,
@@ -642,7 +645,7 @@ impl Dev {
         self.said.lock().expect("no panic").clone()
     }
 
-    /// Waits for words that were not said before byte `from`, and answers how much was said by then.
+    /// Waits for words in the output after byte `from`. Returns the length of the output by then.
     fn hear(&self, from: usize, words: &str) -> usize {
         let deadline = Instant::now() + BUILT;
         loop {
@@ -652,7 +655,7 @@ impl Dev {
             }
             assert!(
                 Instant::now() < deadline,
-                "'{words}' is not said within {BUILT:?}:\n{said}"
+                "'{words}' is not in the output within {BUILT:?}:\n{said}"
             );
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -666,9 +669,9 @@ impl Drop for Dev {
     }
 }
 
-/// Whether a process works in this folder.
+/// Whether a process has this folder as its working directory.
 fn is_worked_in(folder: &Path) -> bool {
-    let folder = folder.canonicalize().expect("it is there");
+    let folder = folder.canonicalize().expect("the folder exists");
     fs::read_dir("/proc")
         .expect("/proc")
         .filter_map(|entry| fs::read_link(entry.ok()?.path().join("cwd")).ok())
@@ -676,7 +679,7 @@ fn is_worked_in(folder: &Path) -> bool {
 }
 
 #[test]
-fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_compile() {
+fn dev_reloads_on_save_and_keeps_the_last_good_version_if_the_build_fails() {
     let _alone = one_at_a_time();
     let place = Elsewhere::new("dev");
     told(pointsman(&["plugin", "new", "saved", "--kind", "router"]).current_dir(&place.0));
@@ -694,15 +697,15 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
         text(&settings),
     ];
     let mut dev = Dev::start(pointsman(&arguments).args(PROFILE).current_dir(&project));
-    let heard = dev.hear(0, "saved: generation 1 is at work");
+    let heard = dev.hear(0, "saved: generation 1 is active");
     assert!(
         dev.said().contains(&format!("http://{listen}/")),
         "{}",
         dev.said()
     );
-    // That there is nothing yet while it is built for the first time is no error.
+    // The missing plugin file before the first build is not reported as an error.
     assert!(
-        !dev.said().contains("ERROR") && !dev.said().contains("not at work"),
+        !dev.said().contains("ERROR") && !dev.said().contains("not active"),
         "{}",
         dev.said()
     );
@@ -718,7 +721,7 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
         let id = format!("e{}", n.get());
         publisher.publish(&[event(&id, "order.shipped", json!({ "customer": "42" }))]);
         let url = format!("http://{admin}/v1/decisions?event_id={id}");
-        let verdict = eventually(SOON, "it is decided", || {
+        let verdict = eventually(SOON, "the event is decided", || {
             http::send("GET", &url, &[], None)
                 .ok()?
                 .json()
@@ -727,7 +730,7 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
         });
         verdict["verdicts"][0].clone()
     };
-    // By the crate's own config.json.
+    // The crate's config.json is in effect.
     assert_eq!(
         (
             decided()["verdict"].as_str(),
@@ -747,10 +750,10 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
         good.replace("let owner = event.text", "let owner = 42; event.text"),
     )
     .expect("write it");
-    let heard = dev.hear(heard, "saved: not built");
+    let heard = dev.hear(heard, "saved: build failed");
     assert!(
         dev.said().contains("error[E0"),
-        "what the compiler says: {}",
+        "the compiler's output is missing: {}",
         dev.said()
     );
     assert_eq!(
@@ -767,7 +770,7 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
     );
     assert_ne!(silent, good);
     fs::write(&file, silent).expect("write it");
-    let heard = dev.hear(heard, "saved: generation 2 is at work");
+    let heard = dev.hear(heard, "saved: generation 2 is active");
     assert_eq!(
         (
             decided()["verdict"].as_str(),
@@ -776,32 +779,32 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
         (Some("none"), Some(2))
     );
 
-    // What it is configured with is saved, too: another attribute names the owner.
+    // Saving config.json takes effect as well: another attribute names the owner.
     fs::write(&file, &good).expect("write it");
-    let heard = dev.hear(heard, "saved: generation 3 is at work");
+    let heard = dev.hear(heard, "saved: generation 3 is active");
     let n_built = dev.said().matches("saved: building").count();
     fs::write(project.join("events.jsonl"), "{}").expect("write it");
     fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
-    let heard = dev.hear(heard, "saved: generation 4 is at work");
+    let heard = dev.hear(heard, "saved: generation 4 is active");
     assert_eq!(decided()["verdict"], "none");
     let heard = dev.hear(
         heard,
-        "unrouted, nobody hears of it: saved, generation 4, names nobody",
+        "unrouted, no recipients: saved, generation 4, names no recipients",
     );
     fs::write(project.join("config.json"), r#"{"ownr":"payer"}"#).expect("write it");
-    let heard = dev.hear(heard, "saved: not swapped in: ");
+    let heard = dev.hear(heard, "saved: not loaded: ");
     fs::write(project.join("config.json"), r#"{"owner":"payer"}"#).expect("write it");
     let heard = dev.hear(
         heard,
-        "saved: generation 4 is at work, and nothing is refused any more",
+        "saved: generation 4 is active; the earlier load error is resolved",
     );
     assert_eq!(
         dev.said().matches("saved: building").count(),
         n_built,
-        "nothing is to be built for these"
+        "changes to config.json and events.jsonl must not start a build"
     );
 
-    // In the middle of a build: nothing is left behind.
+    // Interrupted during a build, it leaves nothing behind.
     fs::write(&file, format!("{good}\n// again")).expect("write it");
     dev.hear(heard, "saved: building");
     let folder = format!("pointsman-dev-{}", dev.process.id());
@@ -812,13 +815,15 @@ fn dev_swaps_in_what_is_saved_and_keeps_the_last_good_version_while_it_does_not_
             .expect("kill")
             .success()
     );
-    let ended = eventually(SOON, "it ends", || dev.process.try_wait().expect("wait"));
+    let ended = eventually(SOON, "`pointsman dev` exits", || {
+        dev.process.try_wait().expect("wait")
+    });
     assert!(ended.success(), "{ended:?}: {}", dev.said());
-    eventually(SOON, "cargo and the compilers end", || {
+    eventually(SOON, "cargo and the compilers exit", || {
         (!is_worked_in(&project)).then_some(())
     });
     assert!(
         !std::env::temp_dir().join(folder).exists(),
-        "its folder stays behind"
+        "the temporary folder is left behind"
     );
 }

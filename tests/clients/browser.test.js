@@ -1,5 +1,6 @@
-// The demo page in a real browser, on a node with the demo's plugins: two people on two devices, each notification once and in words, through
-// a cut by hand, one of the network and a page that is closed; an alert overtakes what waits, and a state takes the place of older ones.
+// The demo page in a real browser, on a node with the plugins of the demo: two users on two devices
+// see each notification once and in words, through a manual cut, a network cut and a closed page;
+// an alert overtakes waiting notifications, and a newer state replaces older ones.
 import assert from "node:assert/strict";
 import { mkdir } from "node:fs/promises";
 import test from "node:test";
@@ -14,7 +15,8 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
   await settle("chen", ["shop", "lobby"], { plan: "pro", locale: "de" });
   const line = await proxy(address);
   t.after(() => line.close());
-  // Without a sandbox of its own: tests often run as root, where Chromium refuses to make one, and the page is ours.
+  // Without a sandbox: tests often run as root, where Chromium refuses to create one, and the page
+  // is trusted.
   const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-dev-shm-usage"], timeout: 60_000 });
   t.after(() => browser.close());
   const page = await browser.newPage({ viewport: { width: 1280, height: 800 }, colorScheme: "light" });
@@ -27,7 +29,7 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
   page.on("request", (request) => {
     const { origin, pathname } = new URL(request.url());
     if (request.url().startsWith("data:") || (origin === line.url && /^\/($|demo\/|v1\/)/.test(pathname))) return;
-    complaints.push(`the page asked for ${request.url()}`);
+    complaints.push(`the page requested ${request.url()}`);
   });
 
   const device = (name) => {
@@ -48,7 +50,7 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
   const scene = (title) => page.getByRole("button", { name: title }).click();
   const said = () => page.locator("#said").textContent();
 
-  await t.test("who hears of an event, by which router and to which target", async () => {
+  await t.test("a notification shows its router and its target", async () => {
     await page.goto(`${line.url}/?a=ada&b=chen`);
     await both((one) => one.state("live"));
     await page.getByText("Write your own").click();
@@ -56,12 +58,12 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     await page.getByRole("textbox", { name: "Name", exact: true }).fill("lobby");
     await page.getByRole("textbox", { name: "Text", exact: true }).fill("hello from the page");
     await page.getByRole("button", { name: "Dry run" }).click();
-    await page.getByText("It would be: address → g:lobby, normal").waitFor();
+    await page.getByText("Dry run: address → g:lobby, normal").waitFor();
     await page.getByRole("button", { name: "Publish" }).click();
     await both(({ region }) => region.getByText("hello from the page").waitFor());
     assert.equal(await b.region.locator(".route").textContent(), "address → g:lobby");
 
-    // In the language of each, and whom the payload names.
+    // Texts are in each user's language, and the payload can name the recipient.
     await publish(null, "promotion", { type: "shop.promotion", data: { percent: 15, collection: "Tide" } });
     await both((one) => one.arrives("promotion"));
     assert.match(await a.note("promotion").textContent(), /15 % off for Pro.*rules → all/);
@@ -73,10 +75,10 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     await both((one) => one.arrives("mention"));
     assert.match(await a.note("mention").textContent(), /high.*rules → u:ada/);
     assert.match(await b.note("mention").textContent(), /normal.*address → g:lobby/);
-    assert.equal((await b.shown()).includes("order"), false, "what is ada's is not chen's");
+    assert.equal((await b.shown()).includes("order"), false, "ada's notification must not reach chen");
   });
 
-  await t.test("what a device missed comes after it resumed, the alert first and of the score only the newest", async () => {
+  await t.test("a resumed device receives what it missed, the alert first and only the newest score", async () => {
     const score = (update) => publish(null, `score-${update}`, {
       type: "match.score", data: { match: "m", home: "Harbour", away: "Hill", goals: [update, 0], minute: update, update },
     });
@@ -86,10 +88,10 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     await a.state("cut");
     const before = (await a.shown()).length;
     for (const update of [2, 3, 4, 5]) await score(update);
-    await scene("A pile, then an alert");
+    await scene("A batch, then an alert");
     await page.getByText("51 stored").waitFor();
     await b.region.getByText("Harbour 5 : 0 Hill").waitFor();
-    assert.equal((await a.shown()).length, before, "nothing comes while it is cut");
+    assert.equal((await a.shown()).length, before, "a cut device must receive nothing");
     await a.press("Resume");
     await a.region.getByText("50 rows of a report").waitFor();
     await a.region.getByText("Harbour 5 : 0 Hill").waitFor();
@@ -98,16 +100,16 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     await a.region.getByText("overtook 50").waitFor();
     assert.equal(await a.count("late"), 52);
     assert.equal(await a.count("replaced"), 3);
-    await a.region.getByText(/back after .* 52 came late · 3 replaced by newer/).waitFor();
-    await eventually("the alert and the return are told to who cannot see", async () => (await said()).includes("52 came late"));
-    assert.equal((await b.shown()).length, 3, "the pile was ada's");
+    await a.region.getByText(/back after .* 52 arrived late · 3 replaced by newer/).waitFor();
+    await eventually("the alert and the return are announced to screen readers", async () => (await said()).includes("52 arrived late"));
+    assert.equal((await b.shown()).length, 3, "the batch was for ada only");
   });
 
-  await t.test("a browser comes back by itself when the network is cut", async () => {
+  await t.test("a browser reconnects by itself after a network cut", async () => {
     line.cut();
     await both((one) => one.state("connecting"));
     await publish(null, "missed-by-network", { users: "ada,chen" });
-    // What was acknowledged while the network is bad is not heard, and is said again.
+    // Acknowledgements lost to a bad network are sent again.
     let n_lost = 0;
     await page.route("**/v1/acks?*", (route) => (n_lost++ < 4 ? route.abort() : route.fallback()));
     line.mend();
@@ -117,21 +119,21 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     await page.unroute("**/v1/acks?*");
   });
 
-  await t.test("it fits a desktop and a phone, light and dark", async () => {
+  await t.test("the page fits a desktop and a phone, light and dark", async () => {
     await mkdir(BUILD, { recursive: true });
     for (const [name, width, height] of [["", 1280, 800], ["-phone", 390, 844]]) {
       for (const colorScheme of ["light", "dark"]) {
         await page.setViewportSize({ width, height });
         await page.emulateMedia({ colorScheme });
-        assert.equal(await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth), 0, `${width} pixels are too few`);
+        assert.equal(await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth), 0, `the page is wider than ${width} pixels`);
         await page.screenshot({ path: new URL(`demo-page${name}-${colorScheme}.png`, BUILD).pathname, fullPage: width < 1000 });
       }
     }
   });
 
-  await t.test("the page compares with the log, and says what is lost", async () => {
+  await t.test("the page compares with the log and reports lost notifications", async () => {
     assert.deepEqual(await both(async (one) => [await one.count("lost"), await one.count("twice")]), [[0, 0], [0, 0]]);
-    // A notification that is in the log and never came.
+    // A notification that is in the log but was never sent.
     await page.route("**/v1/notifications?*user=ada*", async (route) => {
       const answer = await route.fetch();
       const log = await answer.json();
@@ -143,16 +145,16 @@ test("the demo page", { timeout: 300_000 }, async (t) => {
     await page.unroute("**/v1/notifications?*user=ada*");
   });
 
-  await t.test("a page that is opened again comes back where it was", async () => {
+  await t.test("a reopened page resumes where it was", async () => {
     const last = await a.note("missed-by-network").getAttribute("data-cursor");
-    await eventually("the node knows where device A is", () => acknowledged.includes(last));
+    await eventually("the cursor of device A is acknowledged", () => acknowledged.includes(last));
     await page.goto("about:blank");
     await publish("ada", "while-closed");
     await page.goto(`${line.url}/?a=ada&b=chen`);
     await a.arrives("while-closed");
     assert.deepEqual(await a.shown(), ["while-closed"]);
     assert.equal(await a.count("late"), 1);
-    await a.region.getByText("back · 1 came late").waitFor();
+    await a.region.getByText("back · 1 arrived late").waitFor();
   });
 
   assert.deepEqual(complaints, []);

@@ -1,11 +1,12 @@
-// A page that was closed at night and is opened in the morning, by a browser that remembers nothing, shows what came in between.
+// A page that was closed in the evening and is reopened in the morning, in a browser with an empty
+// profile, shows the notifications in between.
 import { readFile } from "node:fs/promises";
 import http from "node:http";
 import test from "node:test";
 import { chromium } from "playwright-core";
 import { address, eventually, publish } from "./node-under-test.js";
 
-/** Serves the page, from another origin than the node's. */
+/** Serves the page from an origin other than the node's. */
 async function serve() {
   const page = await readFile(new URL("device-page.html", import.meta.url));
   const server = http.createServer((_, answer) => answer.writeHead(200, { "Content-Type": "text/html" }).end(page));
@@ -27,7 +28,7 @@ test("a closed page misses nothing and shows nothing twice", { timeout: 240_000 
     await eventually(`${device} is live`, async () => (await page.locator("#notes").getAttribute("data-state")) === "live");
     return {
       close: () => browser.close(),
-      /** Waits until exactly these are shown and acknowledged; in whatever order, as what is urgent may go ahead. */
+      /** Waits until exactly these are shown and acknowledged, in any order: urgent ones overtake. */
       shows: async (...ids) => {
         const wanted = JSON.stringify(ids.map((id) => [id, "204"]).sort());
         let shown;
@@ -43,7 +44,7 @@ test("a closed page misses nothing and shows nothing twice", { timeout: 240_000 
   await laptop.shows("evening-1", "evening-2");
   await laptop.close();
 
-  // Another device is there for the first time and receives nothing before it is closed.
+  // Another device connects for the first time and receives nothing before it is closed.
   await (await open("phone")).close();
 
   await publish("ada", "night-1");

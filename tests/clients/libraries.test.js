@@ -1,5 +1,6 @@
-// A client that never received anything, is cut and comes back, misses nothing: the `cursor` frame gave it an id. With the client
-// libraries that are used where there is no EventSource, or where it cannot send headers.
+// A client that is cut before its first notification and reconnects misses nothing, because the
+// `cursor` frame gave it an id. Tests the client libraries used where `EventSource` is missing or
+// cannot send headers.
 import assert from "node:assert/strict";
 import test from "node:test";
 import polyfill from "event-source-polyfill";
@@ -9,14 +10,14 @@ import { proxy } from "./proxy.js";
 
 const libraries = {
   "eventsource": (url) => new EventSource(url),
-  // Its heartbeat timeout (45 s) is longer than this test is meant to take.
+  // Its heartbeat timeout (45 s) is longer than this test should take.
   "event-source-polyfill": (url) => new polyfill.EventSourcePolyfill(url),
 };
 
 for (const [name, open] of Object.entries(libraries)) {
-  test(`a client of ${name} that never received anything is cut, comes back and misses nothing`, { timeout: 120_000 }, async (t) => {
+  test(`a client of ${name} that is cut before its first notification misses nothing`, { timeout: 120_000 }, async (t) => {
     const user = `reader-of-${name}`;
-    // One id names one event, whoever it is for: the libraries' events must differ in it.
+    // An id identifies one event for all users, so the libraries' events need different ids.
     const say = (what) => publish(user, `${name}/${what}`, { data: what });
     const line = await proxy(address);
     t.after(() => line.close());
@@ -39,7 +40,7 @@ for (const [name, open] of Object.entries(libraries)) {
       await say(`missed-${round}b`);
       line.mend();
       await eventually("the client is back", () => cursors > before.cursors);
-      // Everything before this one was there to be had twice.
+      // By now, every earlier event could have been delivered twice.
       await say(`live-${round}`);
       await eventually(`live-${round} arrives`, () => had.includes(`live-${round}`));
     }

@@ -1,10 +1,13 @@
-// The node that tests/clients.rs started, and how the tests publish to it.
+// The node that tests/clients.rs started, and helpers to publish to it.
 
-/** Its address, such as "127.0.0.1:8080". */
+/** The address of the node, such as "127.0.0.1:8080". */
 export const address = process.env.POINTSMAN_ADDRESS;
-if (!address) throw new Error("POINTSMAN_ADDRESS is not set; these tests are run by `cargo test clients`");
+if (!address) throw new Error("POINTSMAN_ADDRESS is not set; run these tests with `cargo test clients`");
 
-/** Publishes one event to a user, or to whom the plugins say if that is null, past any proxy. */
+/**
+ * Publishes one event to a user, or if that is null, to the recipients that the plugins choose.
+ * Bypasses proxies.
+ */
 export async function publish(user, id, more = {}) {
   const event = { specversion: "1.0", id, source: "/clients", type: "client.test", data: { id }, ...(user && { user }), ...more };
   const answer = await fetch(`http://${address}/v1/events`, {
@@ -25,11 +28,11 @@ export async function settle(user, groups, attributes) {
   await put(`users/${user}/attributes`, JSON.stringify(attributes));
 }
 
-/** Resolves when `ask()` is true, and rejects with `what` when it is not within the time. */
+/** Resolves when `ask()` is true, and rejects with `what` if that takes longer than `ms`. */
 export async function eventually(what, ask, ms = 60_000) {
   const deadline = Date.now() + ms;
   while (!(await ask())) {
-    if (Date.now() > deadline) throw new Error(`not within ${ms} ms: ${what}`);
+    if (Date.now() > deadline) throw new Error(`timed out after ${ms} ms: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
 }

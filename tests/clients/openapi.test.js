@@ -1,5 +1,7 @@
-// The OpenAPI document is one, and nodes answer as it says: in the routes that there are, in every answer's status, headers and body, and in
-// its examples. Run by tests/openapi.rs against a node in dev mode and one that asks for tokens and keys and cannot reach its broker.
+// Checks that the OpenAPI document is valid and that nodes respond as it documents: in their
+// routes, in the status, headers and body of every response, and in its examples. Run by
+// tests/openapi.rs against a node in dev mode and a node that requires tokens and keys and cannot
+// reach its broker.
 import assert from "node:assert/strict";
 import { createHmac } from "node:crypto";
 import { readFile } from "node:fs/promises";
@@ -11,15 +13,15 @@ import addFormats from "ajv-formats";
 import { eventually } from "./node-under-test.js";
 
 const { POINTSMAN_KEY: key, POINTSMAN_SECRET: secret } = process.env;
-/** Addresses of the listeners, in the order of the document's servers. */
+/** The addresses of the listeners, in the order of the document's servers. */
 const dev = [process.env.POINTSMAN_ADDRESS, process.env.POINTSMAN_ADMIN];
 const away = [process.env.POINTSMAN_AWAY, process.env.POINTSMAN_AWAY_ADMIN];
 const METHODS = ["get", "put", "post", "delete", "patch", "options"];
 
 const document = await (await fetch(`http://${dev[0]}/v1/openapi.json`)).json();
-/** What references stand for, each resolved once, so that its schema is compiled once. */
+/** The resolved targets of references, each resolved once so that its schema is compiled once. */
 const named = new Map();
-/** The document without references. */
+/** The document with all references resolved. */
 const whole = resolve(document);
 const ajv = addFormats(new Ajv({ allErrors: true, strictTypes: false }));
 
@@ -33,7 +35,7 @@ function resolve(part) {
   return Object.keys(own).length > 0 ? { ...own, ...named.get($ref) } : named.get($ref);
 }
 
-/** Every object in the document, with its place. */
+/** Every object in the document, with its path. */
 function* parts(part, place = "#") {
   if (part === null || typeof part !== "object") return;
   yield [part, place];
@@ -48,12 +50,12 @@ function holds(schema, value, what) {
   assert.ok(validate(value), `${what}: ${ajv.errorsText(validate.errors)} in ${JSON.stringify(value)}`);
 }
 
-/** What a listener has at a path: all of it but what names the other as its server. */
+/** The operations of a listener at a path: all except those whose server is the other listener. */
 const operationsOf = (item, listener) => METHODS.filter((method) => item[method] && isOn(item[method], listener)).map((method) => [method, item[method]]);
 const isOn = ({ servers }, listener) => !servers || servers[0].description === document.servers[listener].description;
 const LISTENERS = [0, 1];
 
-/** What the document says of a request. */
+/** The documented operation for a request. */
 function operation(listener, method, path) {
   const asked = path.split("?")[0].split("/");
   for (const [template, item] of Object.entries(whole.paths)) {
@@ -64,17 +66,17 @@ function operation(listener, method, path) {
   }
 }
 
-/** `operationId status` of each answer, and the errors that were said, their numbers left out. */
+/** `operationId status` of each response, and the errors in responses, with numbers masked. */
 const seen = new Set();
 const said = new Set();
 const gist = (error) => JSON.stringify(error).replaceAll(/\d+/g, "#");
 
-/** Headers of every answer, which are HTTP's and not ours. */
+/** Headers that HTTP itself adds to responses. */
 const TRANSPORT = ["connection", "content-length", "content-type", "date", "keep-alive", "transfer-encoding", "vary"];
 
-/** Asks a node, holds its answer against the document, and returns the body. */
+/** Sends a request, checks the response against the document, and returns the body. */
 async function ask(status, method, path, { node = dev, listener = 0, headers = {}, body } = {}) {
-  // Asked for by mistake, a stream would not end.
+  // The timeout ends a stream that was requested by mistake.
   const answer = await fetch(`http://${node[listener]}${path}`, { method, headers, body, signal: AbortSignal.timeout(60_000) });
   const text = await answer.text();
   const what = `${method} ${path} (${answer.status})`;
@@ -85,16 +87,16 @@ async function ask(status, method, path, { node = dev, listener = 0, headers = {
 function documented(what, operation, answer, text) {
   assert.ok(operation, `${what} is not documented`);
   const response = operation.responses[answer.status];
-  assert.ok(response, `${what}: this status is not documented; ${text}`);
+  assert.ok(response, `${what}: the status is not documented; ${text}`);
   seen.add(`${operation.operationId} ${answer.status}`);
   for (const [name, { schema, required }] of Object.entries(response.headers ?? {})) {
     const value = answer.headers.get(name);
     if (value !== null) holds(schema, schema.type === "integer" ? Number(value) : value, `${what}: ${name}`);
-    else assert.ok(!required, `${what} has no ${name}`);
+    else assert.ok(!required, `${what} lacks the header ${name}`);
   }
   const names = Object.keys(response.headers ?? {}).map((name) => name.toLowerCase());
-  assert.deepEqual([...answer.headers.keys()].filter((name) => !TRANSPORT.includes(name) && !names.includes(name)), [], `${what} has headers that are not documented`);
-  if (!response.content) return assert.equal(text, "", `${what} has a body, and none is documented`);
+  assert.deepEqual([...answer.headers.keys()].filter((name) => !TRANSPORT.includes(name) && !names.includes(name)), [], `${what} has undocumented headers`);
+  if (!response.content) return assert.equal(text, "", `${what} has an undocumented body`);
   const type = answer.headers.get("content-type").split(";")[0];
   assert.ok(response.content[type], `${what}: ${type} is not documented`);
   const body = type === "application/json" ? JSON.parse(text) : text;
@@ -110,7 +112,7 @@ const JSON_TYPE = { "Content-Type": "application/json" };
 const structured = (event) => ({ headers: STRUCTURED, body: JSON.stringify(event) });
 const acknowledgement = (body) => ({ headers: JSON_TYPE, body: JSON.stringify(body) });
 
-/** Opens a stream, and returns its first frames, at least so many, each held against the document. */
+/** Opens a stream, returns at least `count` frames, and checks each against the document. */
 async function frames(count, query, { node = dev, headers } = {}) {
   const end = new AbortController();
   const answer = await fetch(`http://${node[0]}/v1/stream?${query}`, { headers, signal: end.signal });
@@ -143,13 +145,13 @@ test("the document is OpenAPI 3.1, the same on both listeners", async () => {
   assert.deepEqual(await ask(200, "GET", "/v1/openapi.json", { listener: 1 }), document);
 });
 
-test("no object of ours may have a member that is not documented", () => {
+test("every object schema forbids undocumented members", () => {
   const isOpen = ({ type, properties, additionalProperties }) => properties && [type].flat().includes("object") && (additionalProperties ?? true) === true;
   const open = [...parts(document)].filter(([part]) => isOpen(part));
   assert.deepEqual(open.map(([, place]) => place), []);
 });
 
-test("every example is one", () => {
+test("every example matches its schema", () => {
   for (const [part, place] of parts(whole)) {
     if (!part.schema) continue;
     if ("example" in part) holds(part.schema, part.example, place);
@@ -157,13 +159,14 @@ test("every example is one", () => {
   }
 });
 
-test("every operation is there, and no method that is not documented", async () => {
+test("every documented operation exists, and no other method does", async () => {
   for (const [template, item] of Object.entries(whole.paths)) {
     const path = template.replace("{partition}", "0").replace("{id}", "1-0").replaceAll(/\{\w+\}/g, "nobody");
     for (const listener of LISTENERS) {
       const documented = operationsOf(item, listener).map(([method]) => method);
       for (const method of METHODS) {
-        // A stream is asked for so that it is refused, as it would not end; and so is whatever would change something on the way.
+        // The empty user makes a stream request fail, as the stream would not end, and also every
+        // request that would change something.
         const answer = await fetch(`http://${dev[listener]}${path}?user=`, { method: method.toUpperCase() });
         const text = await answer.text();
         const what = `${method} ${path} on ${document.servers[listener].description}: ${answer.status} ${text}`;
@@ -179,7 +182,7 @@ test("every operation is there, and no method that is not documented", async () 
   }
 });
 
-test("events are published, refused and tried out as documented", async () => {
+test("events are published, refused and dry-run as documented", async () => {
   for (const [type, { examples, example }] of Object.entries(operation(0, "post", "/v1/events").requestBody.content)) {
     for (const value of Object.values(examples ?? { example: { value: example } }).map(({ value }) => value).filter(Boolean)) {
       const request = { headers: { "Content-Type": type }, body: JSON.stringify(value) };
@@ -192,7 +195,7 @@ test("events are published, refused and tried out as documented", async () => {
   const binary = Object.fromEntries(parameters.filter((one) => one.in === "header").map(({ name, example }) => [name, example]));
   await ask(202, "POST", "/v1/events", { headers: { ...binary, "Content-Type": "image/png" }, body: new Uint8Array([0, 255]) });
 
-  // All that a plan can have, a plugin that says no, and one that fails.
+  // A plan with every field, a plugin that drops an event, and one that fails.
   const promoted = await ask(200, "POST", "/v1/events?dry_run=true", structured({ type: "promotion", users: ["ann", "bob"], list: [1], n: 1.5, flag: true }));
   assert.ok(["when", "expires_ms", "collapse", "event_name", "body"].every((member) => promoted.plan.some((route) => member in route)), JSON.stringify(promoted));
   const outcomes = [structured({ type: "noise" }), structured({ type: "t", user: "ann", ttl: "soon" }), structured({ type: "t" })];
@@ -221,7 +224,7 @@ test("events are published, refused and tried out as documented", async () => {
   assert.equal(answer.status, 408);
 });
 
-test("who is in which group, and what is known of a user", async () => {
+test("group members and user attributes are changed and shown as documented", async () => {
   const member = "/v1/groups/ops%20team/members/ann";
   await ask(404, "GET", member);
   await ask(204, "PUT", member);
@@ -322,7 +325,7 @@ test("events are explained as documented", async () => {
   await explain(400, "event=a");
 });
 
-test("probes and scrapers are answered as documented", async () => {
+test("probes and scrapers receive documented responses", async () => {
   for (const path of ["/healthz", "/readyz", "/metrics"]) await ask(200, "GET", path, { listener: 1 });
   await ask(503, "GET", "/readyz", { node: away, listener: 1 });
 });
@@ -330,11 +333,12 @@ test("probes and scrapers are answered as documented", async () => {
 const wasm = (name) => readFile(`${process.env.POINTSMAN_PLUGINS}/${name}.wasm`);
 const order = (status, method, path, more) => ask(status, method, `/v1/plugins${path}`, { listener: 1, ...more });
 
-test("plugins are shown, swapped and refused as documented", async () => {
+test("plugins are shown, replaced and refused as documented", async () => {
   assert.ok((await order(200, "GET", "")).plugins.length >= 3);
   const first = await order(200, "GET", "/address");
   await order(409, "POST", "/address/rollback");
-  // Another file that does the same: with an empty custom section, called "again".
+  // A different file with the same behaviour: it has an additional empty custom section named
+  // "again".
   const another = Buffer.concat([await wasm("address"), Buffer.from("\0\x06\x05again")]);
   const second = await order(200, "PUT", "/address", { body: another });
   assert.deepEqual([second.state, second.previous, second.ended[0].hash], ["on-probation", first.generation, first.hash]);
@@ -357,7 +361,7 @@ test("plugins are shown, swapped and refused as documented", async () => {
 });
 
 test("candidates are compared as documented", async () => {
-  // Of the same kind, and it names nobody.
+  // A plugin of the same kind that names no recipients.
   const candidate = { body: await wasm("rules") };
   assert.equal((await order(200, "PUT", "/address/shadow", candidate)).generation, null);
   await ask(202, "POST", "/v1/events", structured({ type: "t", user: "ann", priority: "low" }));
@@ -378,11 +382,11 @@ test("candidates are compared as documented", async () => {
   }
 });
 
-test("without a token or key, and without a broker", async () => {
+test("requests without a token or key, or without a broker, fail as documented", async () => {
   const part = (value) => Buffer.from(typeof value === "string" ? value : JSON.stringify(value)).toString("base64url");
   const head = `${part({ alg: "HS256", typ: "JWT" })}.${part({ sub: "ann", exp: Math.floor(Date.now() / 1_000) + 600 })}`;
   const token = `${head}.${createHmac("sha256", secret).update(head).digest("base64url")}`;
-  // An id of ann's, which no node that is away can give.
+  // An id of ann's stream; the node without a broker cannot issue one.
   const [{ id }] = await frames(1, "user=ann");
   const bodies = { "/v1/events": structured({ type: "t" }), "/v1/acks": acknowledgement({ id, read: true }), "/v1/users/{user}/attributes": { body: "{}" } };
   for (const [template, item] of Object.entries(whole.paths)) {
@@ -408,15 +412,16 @@ test("without a token or key, and without a broker", async () => {
   }
 });
 
-test("whatever succeeds was seen, and the errors in the examples were said", () => {
+test("every documented success was seen, and every example error was returned", () => {
   const operations = Object.values(whole.paths).flatMap((item) => METHODS.flatMap((method) => item[method] ?? []));
   const successes = operations.flatMap(({ operationId, responses }) => Object.keys(responses).filter((status) => status < 300).map((status) => `${operationId} ${status}`));
   assert.deepEqual(successes.filter((one) => !seen.has(one)), []);
-  // These take a broker that refuses, a backlog of a million, a node that was given no key, or one that has only just begun.
-  const unheard = /the broker refuses; |events wait in this source|this node takes no keys|still being loaded/;
+  // These need a broker that refuses requests, a backlog of a million events, a node without an API
+  // key, or a node that has just started.
+  const unheard = /the broker refused the request; |events are waiting in this source|this node accepts no API keys|still loading its plugins/;
   const errors = [...parts(whole)].filter(([part]) => part.schema?.required?.[0] === "error");
   const examples = errors.flatMap(([{ example, examples }]) => [...Object.values(examples ?? {}).map(({ value }) => value), ...(example ? [example] : [])]);
   assert.ok(examples.length > 20);
   const made = examples.filter((value) => !unheard.test(value.error) && !said.has(gist(value)));
-  assert.deepEqual([...new Set(made.map(gist))], [], "no node said these");
+  assert.deepEqual([...new Set(made.map(gist))], [], "no node returned these example errors");
 });

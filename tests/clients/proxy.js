@@ -1,7 +1,10 @@
-// A TCP proxy that can be cut: what a lost network, a restarted node or a train in a tunnel looks like to a client.
+// A TCP proxy that can be cut, to simulate a lost network or a restarted node.
 import net from "node:net";
 
-/** Forwards to `target` ("127.0.0.1:8080") until `cut()`, refuses until `mend()`. `close()` ends it. */
+/**
+ * Forwards to `target` ("127.0.0.1:8080"). `cut()` closes and refuses connections until `mend()`;
+ * `close()` stops the proxy.
+ */
 export async function proxy(target) {
   const [host, port] = target.split(":");
   const sockets = new Set();

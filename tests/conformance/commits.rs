@@ -1,4 +1,5 @@
-//! What a commit promises: one step, from one position in one life, each entry once.
+//! Guarantees of a commit: it is atomic, applies to one position in one epoch, and handles each
+//! entry once.
 
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -6,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::*;
 use pointsman::event::Life;
 
-pub(super) async fn a_new_partition_begins_at_nothing(bench: Bench) {
+pub(super) async fn a_new_partition_is_empty(bench: Bench) {
     let node = bench.open().await;
     let head = node.head().await;
     assert_eq!(
@@ -42,7 +43,7 @@ pub(super) async fn a_commit_moves_the_position_and_the_last_id_together(bench: 
     );
 }
 
-pub(super) async fn commit_is_refused_from_another_position(bench: Bench) {
+pub(super) async fn a_commit_from_another_position_is_rejected(bench: Bench) {
     let node = bench.open().await;
     let ids = node.append(&["a", "b"]).await;
     let head = node.head().await;
@@ -70,7 +71,7 @@ pub(super) async fn commit_is_refused_from_another_position(bench: Bench) {
     assert_eq!(node.count(Outcome::Committed).await, 1);
 }
 
-pub(super) async fn commit_is_refused_from_another_life(bench: Bench) {
+pub(super) async fn a_commit_of_another_epoch_is_rejected(bench: Bench) {
     let node = bench.open().await;
     let head = node.head().await;
     let other = Life::from_bits(head.life.bits() ^ 1);
@@ -92,7 +93,7 @@ pub(super) async fn commit_is_refused_from_another_life(bench: Bench) {
     assert_eq!(node.head().await.position, head.position);
 }
 
-pub(super) async fn each_outcome_is_counted_and_recorded_under_its_word(bench: Bench) {
+pub(super) async fn each_outcome_is_counted_and_recorded_under_its_name(bench: Bench) {
     let node = bench.open().await;
     let ids = node.append(&["a", "b", "c", "d", "e"]).await;
     let items = vec![
@@ -131,7 +132,7 @@ pub(super) async fn each_outcome_is_counted_and_recorded_under_its_word(bench: B
     assert_eq!(decisions[0].2, done[0].1);
 }
 
-pub(super) async fn ids_ascend_and_tell_the_time(bench: Bench) {
+pub(super) async fn ids_ascend_and_contain_the_time(bench: Bench) {
     let node = bench.open().await;
     let mut last = NotificationId(0);
     for _ in 0..3 {
@@ -166,10 +167,9 @@ pub(super) async fn ids_ascend_and_tell_the_time(bench: Bench) {
     );
 }
 
-/// Held by the compare-and-set alone: nobody holds a lease, each reads, plans and commits when it likes, in batches of its own size.
-pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exactly_once(
-    bench: Bench,
-) {
+/// Only the compare-and-set guarantees this: without a lease, every owner reads, plans and commits
+/// at its own pace and in batches of its own size.
+pub(super) async fn four_racing_owners_without_a_lease_commit_in_order_exactly_once(bench: Bench) {
     const ENTRIES: usize = 2_000;
     let node = bench
         .open_with(&Retention {
@@ -196,7 +196,8 @@ pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exact
         owners.push(tokio::spawn(async move {
             let (mut committed, mut refused) = (0, 0);
             loop {
-                // First the head, then the entries: the other way round a batch could be older than the life it names.
+                // Read the head before the entries: in the other order, a batch could be older than
+                // the epoch it names.
                 let head = node.head().await;
                 let count = 7 + owner * 13;
                 let entries = node
@@ -237,7 +238,7 @@ pub(super) async fn f05_four_racing_owners_without_a_lease_commit_in_order_exact
         refused += r;
     }
     assert_eq!(committed, ENTRIES);
-    assert!(refused > 0, "nobody raced");
+    assert!(refused > 0, "no commit was rejected");
     let ids = node.ids("all", NotificationId(0)).await;
     let records = node.broker.records(node.p, &ids).await.unwrap();
     let stored: Vec<String> = records

@@ -1,4 +1,4 @@
-//! What is kept of events that came to no good end, and why the others became what they became.
+//! Guarantees of dead letters and of decision records, which explain the outcome of every event.
 
 use super::*;
 use pointsman::broker::{DeadLetter, Found, Verdict};
@@ -105,7 +105,7 @@ pub(super) async fn a_redriven_dead_letter_is_an_entry_again(bench: Bench) {
     assert!(node.broker.redrive(node.p, id).await.unwrap());
     assert!(
         !node.broker.redrive(node.p, id).await.unwrap(),
-        "it is not there any more"
+        "the dead letter no longer exists"
     );
     assert!(node.dead().await.is_empty());
     let entries = node
@@ -146,7 +146,7 @@ pub(super) async fn a_dropped_dead_letter_is_gone(bench: Bench) {
     assert_eq!(node.dead().await, letters[1..]);
 }
 
-pub(super) async fn the_oldest_dead_letters_leave_at_the_bound_and_are_counted(bench: Bench) {
+pub(super) async fn dead_letters_over_the_limit_are_trimmed_oldest_first_and_counted(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             dead_entries: 2,
@@ -179,7 +179,7 @@ pub(super) async fn the_oldest_dead_letters_leave_at_the_bound_and_are_counted(b
     assert_eq!((state.dead_letters, state.dead_trimmed), (2, 3));
 }
 
-pub(super) async fn decisions_tell_each_verdict_newest_first(bench: Bench) {
+pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {
     let node = bench.open().await;
     let verdict = |plugin: &str, verdict: &str| Verdict {
         plugin: plugin.into(),
@@ -216,7 +216,7 @@ pub(super) async fn decisions_tell_each_verdict_newest_first(bench: Bench) {
     assert_eq!(node.broker.decisions(node.p, 1).await.unwrap().len(), 1);
 }
 
-pub(super) async fn decisions_of_one_event_are_found_however_long_ago(bench: Bench) {
+pub(super) async fn decisions_of_one_event_are_found_among_all_kept(bench: Bench) {
     let node = bench.open().await;
     let of = |event_id: &str, entry: EntryId| {
         let decision = Decision {
@@ -228,7 +228,7 @@ pub(super) async fn decisions_of_one_event_are_found_however_long_ago(bench: Ben
             ..item(entry, Proposal::Unrouted)
         }
     };
-    // More than are read in one go.
+    // More records than a broker reads at once.
     let mut entry = BEGIN;
     for batch in 0..20 {
         let mut next = |n: usize| {
@@ -259,7 +259,7 @@ pub(super) async fn decisions_of_one_event_are_found_however_long_ago(bench: Ben
         [entry, first]
     );
     assert_eq!(found.reaches_to, Some(first));
-    // What cannot be read as an event has only its entry's id.
+    // An entry that cannot be read as an event has only its entry id.
     let found = node
         .broker
         .find_decisions(node.p, &first.to_string(), 5)
@@ -284,7 +284,7 @@ pub(super) async fn decisions_of_one_event_are_found_however_long_ago(bench: Ben
     );
     assert_eq!(
         node.broker
-            .find_decisions(node.p, "nobody's", 5)
+            .find_decisions(node.p, "absent", 5)
             .await
             .unwrap(),
         Found {

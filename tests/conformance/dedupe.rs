@@ -1,4 +1,5 @@
-//! What a broker remembers of publishers' ids: within the window of stream time, and nothing that did not come to a good end.
+//! Guarantees of deduplication: publishers' ids are remembered within a window of the entries'
+//! time, and not for dead letters.
 
 use super::*;
 
@@ -11,7 +12,7 @@ fn window() -> Retention {
     }
 }
 
-/// An entry of stream time: `ms` after a moment that is a multiple of the window.
+/// An entry `ms` after a time that is a multiple of the window.
 fn at(ms: u64) -> EntryId {
     EntryId {
         ms: 1_700_000_000_000 + ms,
@@ -31,8 +32,9 @@ async fn outcomes(node: &Node, items: Vec<Item>) -> Vec<Outcome> {
         .collect()
 }
 
-/// The times are the entries': measured by the clock of the commit, a retry that a stalled consumer comes to late would pass.
-pub(super) async fn f14a_a_retry_within_the_window_is_a_duplicate(bench: Bench) {
+/// The window uses the times of the entries. With the clock of the commit, a stalled consumer would
+/// not recognise a late retry.
+pub(super) async fn a_retry_within_the_window_is_a_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
     assert_eq!(
         outcomes(&node, vec![event(10, 1), event(20, 2)]).await,
@@ -42,7 +44,7 @@ pub(super) async fn f14a_a_retry_within_the_window_is_a_duplicate(bench: Bench) 
         outcomes(&node, vec![event(30, 1)]).await,
         [Outcome::Duplicate]
     );
-    // In the next bucket the one before it still counts.
+    // The previous bucket still counts in the next one.
     assert_eq!(
         outcomes(&node, vec![event(WINDOW_MS + 5, 2)]).await,
         [Outcome::Duplicate]
@@ -73,8 +75,9 @@ pub(super) async fn a_retry_within_the_same_batch_is_a_duplicate(bench: Bench) {
     );
 }
 
-/// The window is one of stream time: a consumer that stalled does not widen it, and one that hurries does not narrow it.
-pub(super) async fn f14a_a_repeat_after_the_window_is_no_duplicate(bench: Bench) {
+/// The window uses the times of the entries: a stalled consumer does not widen it, and a fast one
+/// does not narrow it.
+pub(super) async fn a_repeat_after_the_window_is_not_a_duplicate(bench: Bench) {
     let node = bench.open_with(&window()).await;
     assert_eq!(
         outcomes(&node, vec![event(10, 1)]).await,
@@ -86,8 +89,9 @@ pub(super) async fn f14a_a_repeat_after_the_window_is_no_duplicate(bench: Bench)
     );
 }
 
-/// After a stall one batch spans hours; a repeat in it that the window has left behind is an event of its own.
-pub(super) async fn h14_a_repeat_in_the_same_batch_but_after_the_window_is_no_duplicate(
+/// After a stall, one batch can span hours. A repeat in it that lies beyond the window is a new
+/// event.
+pub(super) async fn a_repeat_in_the_same_batch_but_after_the_window_is_not_a_duplicate(
     bench: Bench,
 ) {
     let node = bench.open_with(&window()).await;
@@ -113,8 +117,9 @@ pub(super) async fn discarded_and_unrouted_events_are_remembered(bench: Bench) {
     );
 }
 
-/// Marked before its outcome, an event that is redriven within the window would be "a duplicate" and lost.
-pub(super) async fn f14b_a_dead_letter_is_not_remembered(bench: Bench) {
+/// If the id of a dead-lettered event were remembered, redriving it within the window would make it
+/// a duplicate and lose it.
+pub(super) async fn a_dead_letter_is_not_remembered(bench: Bench) {
     let node = bench.open_with(&window()).await;
     let got = outcomes(
         &node,
@@ -131,9 +136,10 @@ pub(super) async fn f14b_a_dead_letter_is_not_remembered(bench: Bench) {
     );
 }
 
-/// A quiet time skips buckets; those before it must go, too, and what comes back after it is remembered afresh.
-pub(super) async fn h13_a_quiet_time_leaves_no_bucket_behind(bench: Bench) {
-    // Room for one id in a bucket: one that was left behind would show as an overflow.
+/// A quiet period skips buckets. The buckets before it must be removed, and ids after it are
+/// remembered again.
+pub(super) async fn a_quiet_period_leaves_no_bucket_behind(bench: Bench) {
+    // With room for one id per bucket, a bucket left behind shows as an overflow.
     let node = bench
         .open_with(&Retention {
             dedupe_entries: 1,
@@ -153,8 +159,8 @@ pub(super) async fn h13_a_quiet_time_leaves_no_bucket_behind(bench: Bench) {
     );
 }
 
-/// Without a bound, a fast source fills the broker with the ids of its publishers.
-pub(super) async fn f14d_a_full_window_stops_remembering_and_counts(bench: Bench) {
+/// Without a limit, a fast source would fill the broker with the ids of its publishers.
+pub(super) async fn a_full_window_stops_remembering_and_counts(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             dedupe_entries: 2,
@@ -172,8 +178,9 @@ pub(super) async fn f14d_a_full_window_stops_remembering_and_counts(bench: Bench
     assert_eq!(node.broker.state(node.p).await.unwrap().dedupe_overflows, 2);
 }
 
-/// Memory of ids is the partition's, as everything made from a source is: nothing is asked of another one, which may be elsewhere.
-pub(super) async fn f14e_the_same_id_in_another_partition_is_another_event(bench: Bench) {
+/// Ids are remembered per partition, like everything derived from a source: another partition may
+/// be on another server.
+pub(super) async fn the_same_id_in_another_partition_is_a_different_event(bench: Bench) {
     let node = bench.open_with(&window()).await;
     for partition in node.broker.partitions() {
         let one = Node {

@@ -1,4 +1,4 @@
-//! Places that a broker keeps for users: of each device, and of what was read.
+//! Guarantees of the cursors stored for users: device cursors and read markers.
 
 use std::collections::BTreeMap;
 
@@ -41,14 +41,14 @@ impl Node {
             .expect("move_bookmark")
     }
 
-    /// Puts a bookmark there, wherever it was.
+    /// Moves a cursor, wherever it was.
     async fn put(&self, user: &str, which: &BookmarkOf, to: &Bookmark) {
         let seen = self.bookmarks(user).await.remove(which);
         assert!(self.move_bookmark(user, which, seen.as_ref(), to).await);
     }
 }
 
-pub(super) async fn a_bookmark_moves_only_from_where_it_was_seen(bench: Bench) {
+pub(super) async fn a_device_cursor_moves_only_from_its_expected_value(bench: Bench) {
     let node = bench.open().await;
     let phone = device("phone");
     assert_eq!(node.bookmarks("1").await, BTreeMap::new());
@@ -56,24 +56,24 @@ pub(super) async fn a_bookmark_moves_only_from_where_it_was_seen(bench: Bench) {
         !node
             .move_bookmark("1", &phone, Some(&begun("A")), &acknowledged("B"))
             .await,
-        "there is none yet"
+        "there is no cursor yet"
     );
     assert!(node.move_bookmark("1", &phone, None, &begun("A")).await);
     assert!(
         !node.move_bookmark("1", &phone, None, &begun("B")).await,
-        "there is one already"
+        "there is already a cursor"
     );
     assert!(
         !node
             .move_bookmark("1", &phone, Some(&acknowledged("A")), &acknowledged("B"))
             .await,
-        "nobody acknowledged it"
+        "the cursor was not acknowledged"
     );
     assert!(
         !node
             .move_bookmark("1", &phone, Some(&begun("B")), &acknowledged("B"))
             .await,
-        "it is elsewhere"
+        "the cursor has another value"
     );
     assert!(
         node.move_bookmark("1", &phone, Some(&begun("A")), &acknowledged("B"))
@@ -82,7 +82,7 @@ pub(super) async fn a_bookmark_moves_only_from_where_it_was_seen(bench: Bench) {
     assert!(
         node.move_bookmark("1", &phone, Some(&acknowledged("B")), &acknowledged("B"))
             .await,
-        "kept anew where it is"
+        "moving it to the same value succeeds"
     );
     assert_eq!(
         node.bookmarks("1").await,
@@ -90,8 +90,8 @@ pub(super) async fn a_bookmark_moves_only_from_where_it_was_seen(bench: Bench) {
     );
 }
 
-/// Whatever the users and devices are called.
-pub(super) async fn bookmarks_of_users_devices_and_the_read_mark_stand_apart(bench: Bench) {
+/// For unusual names of users and devices.
+pub(super) async fn cursors_of_users_devices_and_read_markers_are_independent(bench: Bench) {
     let node = bench.open().await;
     let long = "x".repeat(256);
     let names = [
@@ -118,8 +118,8 @@ pub(super) async fn bookmarks_of_users_devices_and_the_read_mark_stand_apart(ben
     }
 }
 
-/// Each adds one to what it saw, as often as it takes.
-pub(super) async fn of_racing_moves_of_a_bookmark_none_is_lost(bench: Bench) {
+/// Each node increments the value it read, and retries until it succeeds.
+pub(super) async fn no_concurrent_move_of_a_device_cursor_is_lost(bench: Bench) {
     const EACH: usize = 25;
     let nodes = [
         bench.open().await,
@@ -154,7 +154,11 @@ pub(super) async fn of_racing_moves_of_a_bookmark_none_is_lost(bench: Bench) {
     });
     let mut end = BTreeMap::new();
     for racer in racing {
-        end = racer.await.expect("it does not panic").bookmarks("1").await;
+        end = racer
+            .await
+            .expect("the task does not panic")
+            .bookmarks("1")
+            .await;
     }
     assert_eq!(
         end,
@@ -162,9 +166,7 @@ pub(super) async fn of_racing_moves_of_a_bookmark_none_is_lost(bench: Bench) {
     );
 }
 
-pub(super) async fn one_device_more_takes_the_place_of_the_one_left_alone_for_longest(
-    bench: Bench,
-) {
+pub(super) async fn a_new_device_evicts_the_least_recently_moved_one(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             devices: 2,
@@ -175,7 +177,7 @@ pub(super) async fn one_device_more_takes_the_place_of_the_one_left_alone_for_lo
         .await;
     for (of, place) in [("a", "A"), ("b", "B"), ("a", "A2"), ("c", "C")] {
         node.put("1", &device(of), &acknowledged(place)).await;
-        // The broker's clock tells milliseconds.
+        // The broker's clock has a resolution of one millisecond.
         let moved_ms = node.head().await.now_ms;
         until(async || node.head().await.now_ms > moved_ms).await;
     }
@@ -187,8 +189,8 @@ pub(super) async fn one_device_more_takes_the_place_of_the_one_left_alone_for_lo
     assert_eq!(node.bookmarks("1").await, BTreeMap::from(expect));
 }
 
-/// A beginning costs no more than opening a stream under a made-up name.
-pub(super) async fn devices_that_only_begin_push_out_none_that_acknowledged(bench: Bench) {
+/// An unacknowledged cursor only requires opening a stream under an invented device name.
+pub(super) async fn unacknowledged_devices_evict_no_acknowledged_ones(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             devices: 2,
@@ -215,7 +217,7 @@ pub(super) async fn devices_that_only_begin_push_out_none_that_acknowledged(benc
             ("z", begun("B"))
         ])
     );
-    // The first acknowledgement makes one of the other kind of it.
+    // The first acknowledgement turns an unacknowledged device into an acknowledged one.
     node.put("1", &device("z"), &acknowledged("C")).await;
     node.put("1", &device("x"), &begun("B")).await;
     let expect = [
@@ -227,8 +229,8 @@ pub(super) async fn devices_that_only_begin_push_out_none_that_acknowledged(benc
     assert_eq!(node.bookmarks("1").await, left(&expect));
 }
 
-/// A read mark as long as the notifications that it speaks of.
-pub(super) async fn a_bookmark_that_is_left_alone_goes(bench: Bench) {
+/// A read marker is kept as long as the notifications it refers to.
+pub(super) async fn an_unused_device_cursor_expires(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             bookmark_age_s: 1,
@@ -244,14 +246,15 @@ pub(super) async fn a_bookmark_that_is_left_alone_goes(bench: Bench) {
         (BookmarkOf::ReadMark, acknowledged("A")),
     ]);
     until(async || {
-        // Kept anew all the while; on a machine that stood still for a second, it is a new one.
+        // The phone's cursor is refreshed all the time. If the machine stalls for a second, it is
+        // created again.
         let seen = node.bookmarks("1").await.remove(&phone);
         node.move_bookmark("1", &phone, seen.as_ref(), &acknowledged("A"))
             .await;
         node.bookmarks("1").await == left
     })
     .await;
-    // What is gone was never there.
+    // An expired cursor counts as absent.
     assert!(
         !node
             .move_bookmark(
@@ -268,7 +271,7 @@ pub(super) async fn a_bookmark_that_is_left_alone_goes(bench: Bench) {
     );
 }
 
-pub(super) async fn bookmarks_are_there_for_the_next_process(bench: Bench) {
+pub(super) async fn device_cursors_survive_the_process(bench: Bench) {
     let node = bench.open().await;
     node.put("1", &device("phone"), &begun("A")).await;
     node.put("1", &BookmarkOf::ReadMark, &acknowledged("B"))

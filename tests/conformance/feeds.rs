@@ -1,8 +1,8 @@
-//! What a feed promises: the order of commits, only what is followed, and a word when it was deaf.
+//! Guarantees of a feed: commit order, only the followed logs, and a reset after a loss.
 
 use super::*;
 
-pub(super) async fn notices_come_in_the_order_of_commits(bench: Bench) {
+pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -47,7 +47,7 @@ pub(super) async fn notices_come_in_the_order_of_commits(bench: Bench) {
                 heard.push((target.to_string(), id));
             }
             Notice::Tick { .. } | Notice::Alive { .. } => {}
-            other => panic!("heard {other:?}"),
+            other => panic!("unexpected notice {other:?}"),
         }
     }
     assert!(heard.is_sorted_by_key(|(_, id)| *id), "{heard:?}");
@@ -62,7 +62,7 @@ pub(super) async fn notices_come_in_the_order_of_commits(bench: Bench) {
     assert_eq!(of("g:ops").len(), 26);
 }
 
-pub(super) async fn only_followed_logs_are_heard(bench: Bench) {
+pub(super) async fn only_followed_logs_are_delivered(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -72,7 +72,7 @@ pub(super) async fn only_followed_logs_are_heard(bench: Bench) {
     assert_eq!(ear.append().await, ("u:1".into(), id));
 }
 
-pub(super) async fn a_small_record_comes_along_and_a_large_one_does_not(bench: Bench) {
+pub(super) async fn a_notice_includes_a_small_record_but_not_a_large_one(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -91,7 +91,8 @@ pub(super) async fn a_small_record_comes_along_and_a_large_one_does_not(bench: B
     );
 }
 
-/// An acknowledgement of the earlier request must not pass for one of the later: in between, the log was not followed.
+/// The answer to an earlier request must not be mistaken for the answer to a later one: in between,
+/// the log was not followed.
 pub(super) async fn following_the_same_log_again_is_acknowledged_again(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
@@ -116,13 +117,13 @@ pub(super) async fn following_the_same_log_again_is_acknowledged_again(bench: Be
     assert_eq!(
         ear.append().await,
         ("u:1".into(), id),
-        "once, although it was asked for twice"
+        "delivered once, although the log was followed twice"
     );
     let next = node.publish("R", &["u:1"]).await;
     assert_eq!(ear.append().await, ("u:1".into(), next));
 }
 
-pub(super) async fn a_log_that_is_no_longer_followed_is_silent(bench: Bench) {
+pub(super) async fn a_log_that_is_no_longer_followed_sends_no_notices(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -133,14 +134,14 @@ pub(super) async fn a_log_that_is_no_longer_followed_is_silent(bench: Bench) {
             target: target("u:1"),
         })
         .unwrap();
-    // Requests are taken in order: when the second is in force, so is the first.
+    // Requests are handled in order: when the second is in effect, so is the first.
     ear.hear("u:2", 2).await;
     node.publish("R", &["u:1"]).await;
     let id = node.publish("R", &["u:2"]).await;
     assert_eq!(ear.append().await, ("u:2".into(), id));
 }
 
-pub(super) async fn an_append_after_the_acknowledgement_is_heard(bench: Bench) {
+pub(super) async fn an_append_after_the_acknowledgement_is_delivered(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     for round in 0..50 {
@@ -151,7 +152,7 @@ pub(super) async fn an_append_after_the_acknowledgement_is_heard(bench: Bench) {
     }
 }
 
-pub(super) async fn a_tick_names_the_last_id_after_all_its_notices(bench: Bench) {
+pub(super) async fn a_tick_carries_the_last_id_and_follows_its_notices(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -164,7 +165,8 @@ pub(super) async fn a_tick_names_the_last_id_after_all_its_notices(bench: Bench)
     loop {
         let (last, appended) = ear.tick().await;
         heard.extend(appended);
-        // A broker may tick by itself, too: every tick must hold, and the last one names the last id.
+        // A broker may also tick on its own: every tick must be correct, and the last one carries
+        // the last id.
         assert_eq!(heard.last().copied().unwrap_or_default(), last);
         if last == ids[19] {
             break;
@@ -173,7 +175,7 @@ pub(super) async fn a_tick_names_the_last_id_after_all_its_notices(bench: Bench)
     assert_eq!(heard, ids);
 }
 
-pub(super) async fn a_tick_during_a_plan_in_slices_names_the_id_before_it(bench: Bench) {
+pub(super) async fn a_tick_during_a_plan_in_slices_carries_the_id_before_it(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     let before = node.publish("R", &["u:1"]).await;
@@ -187,7 +189,7 @@ pub(super) async fn a_tick_during_a_plan_in_slices_names_the_id_before_it(bench:
     while ear.tick().await.0 != last {}
 }
 
-pub(super) async fn reconnecting_resets_and_a_new_follow_is_heard(bench: Bench) {
+pub(super) async fn reconnecting_sends_a_reset_and_a_new_follow_request_works(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
@@ -207,11 +209,11 @@ pub(super) async fn reconnecting_resets_and_a_new_follow_is_heard(bench: Bench) 
     assert_eq!(
         ear.append().await,
         ("u:1".into(), id),
-        "what was published while nothing was followed is for the reader of history"
+        "events published before the new request are only in the history"
     );
 }
 
-pub(super) async fn two_feeds_hear_the_same(bench: Bench) {
+pub(super) async fn two_feeds_receive_the_same_notices(bench: Bench) {
     let node = bench.open().await;
     let (mut one, mut two) = (node.ear().await, node.ear().await);
     one.hear("all", 1).await;

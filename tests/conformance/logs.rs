@@ -1,4 +1,5 @@
-//! What logs and records promise: one id for an event, a page that tells a hole from an end, caps.
+//! Guarantees of logs and records: one id per event, pages that distinguish a gap from an end, and
+//! limits.
 
 use super::*;
 
@@ -21,7 +22,8 @@ pub(super) async fn an_event_has_one_id_and_one_record_in_all_logs(bench: Bench)
 pub(super) async fn the_first_entry_of_a_log_points_to_the_floor_or_the_last_id(bench: Bench) {
     let node = bench.open().await;
     let floor = node.head().await.floor;
-    // Nothing was ever committed: the floor tells more than the truth, and who starts from nothing has missed nothing.
+    // Before the first commit, the predecessor is 0: a reader that starts from nothing has missed
+    // nothing, although the floor is higher.
     let first = node.publish("1", &["u:1"]).await;
     let page = node
         .broker
@@ -93,7 +95,7 @@ pub(super) async fn a_page_continues_where_the_one_before_ended(bench: Bench) {
     );
 }
 
-pub(super) async fn an_absent_log_is_told_apart_from_an_empty_stretch(bench: Bench) {
+pub(super) async fn an_absent_log_differs_from_an_empty_range(bench: Bench) {
     let node = bench.open().await;
     let id = node.publish("r", &["u:1"]).await;
     let absent = node
@@ -110,7 +112,7 @@ pub(super) async fn an_absent_log_is_told_apart_from_an_empty_stretch(bench: Ben
     assert!(empty.is_present && empty.is_last && empty.entries.is_empty());
 }
 
-pub(super) async fn the_oldest_entries_leave_a_log_at_its_cap(bench: Bench) {
+pub(super) async fn a_log_at_its_limit_drops_its_oldest_entries(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             log_entries: 3,
@@ -122,7 +124,8 @@ pub(super) async fn the_oldest_entries_leave_a_log_at_its_cap(bench: Bench) {
         all.push(node.publish("r", &["u:1"]).await);
     }
     assert_eq!(node.ids("u:1", BEGIN).await, all[2..]);
-    // What is left points to what went, so that a reader from before it sees the hole.
+    // The first remaining entry has the last removed one as its predecessor, so that a reader from
+    // before it detects the gap.
     let page = node
         .broker
         .page(node.p, &target("u:1"), BEGIN, 10)
@@ -131,8 +134,9 @@ pub(super) async fn the_oldest_entries_leave_a_log_at_its_cap(bench: Bench) {
     assert_eq!(page.entries[0], (all[2], all[1]));
 }
 
-/// A log that lives on does not keep what is too old: what is left points to the last that went, so that a reader from before it sees one hole.
-pub(super) async fn what_is_too_old_leaves_a_log_that_lives_on(bench: Bench) {
+/// A log that is still written to does not keep expired entries. The first remaining entry has the
+/// last removed one as its predecessor, so that a reader from before it sees exactly one gap.
+pub(super) async fn expired_entries_leave_a_log_that_is_still_in_use(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             max_age_s: 3,
@@ -172,7 +176,7 @@ pub(super) async fn what_is_too_old_leaves_a_log_that_lives_on(bench: Bench) {
     assert_eq!(page.entries, [(young, b), (new, young)]);
 }
 
-pub(super) async fn everyone_has_a_cap_of_its_own(bench: Bench) {
+pub(super) async fn the_log_of_everyone_has_its_own_limit(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             log_entries: 2,
@@ -188,7 +192,7 @@ pub(super) async fn everyone_has_a_cap_of_its_own(bench: Bench) {
     assert_eq!(node.ids("all", BEGIN).await, all[2..]);
 }
 
-pub(super) async fn absent_records_are_none_in_their_place(bench: Bench) {
+pub(super) async fn absent_records_are_none_at_their_index(bench: Bench) {
     let node = bench.open().await;
     let a = node.publish("a", &["u:1"]).await;
     let b = node.publish("b", &["u:1"]).await;
@@ -208,8 +212,9 @@ pub(super) async fn absent_records_are_none_in_their_place(bench: Bench) {
     assert!(node.broker.records(node.p, &[]).await.unwrap().is_empty());
 }
 
-/// By the floor a reader knows that a log may have been and gone; one that fell would take back what it said.
-pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) {
+/// A reader uses the floor to detect that a log may have existed and expired. A falling floor would
+/// hide that again.
+pub(super) async fn the_floor_rises_with_time_and_never_falls(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             max_age_s: 1,
@@ -219,7 +224,7 @@ pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) 
     let head = node.head().await;
     assert_eq!(
         head.floor, head.origin,
-        "nothing can be older than the partition"
+        "no entry can be older than the partition"
     );
     node.publish("r", &["u:1"]).await;
     let mut floor = head.floor;
@@ -232,7 +237,8 @@ pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) 
     })
     .await;
     assert_eq!(node.head().await.origin, head.origin);
-    // The log of a stranger begins at what is now the floor, or at the last id if that is older: nothing exists between the two.
+    // The first entry of a new log has the current floor as its predecessor, or the last id if that
+    // is older: no id exists between the two.
     let last = node.head().await.last;
     let second = node.publish("r", &["u:2"]).await;
     let page = node
@@ -244,8 +250,9 @@ pub(super) async fn f11_the_floor_rises_with_time_and_never_falls(bench: Bench) 
     assert!(page.entries[0].1 <= page.floor && page.entries[0].1 <= last);
 }
 
-/// What was written under a short age has expired or will; a longer one from now on must not let a reader believe that it is all there.
-pub(super) async fn h07_raising_the_age_does_not_pretend_that_the_old_is_still_there(bench: Bench) {
+/// Entries written under a short age have expired or are about to. Raising the age must not make a
+/// reader believe that all of them are still there.
+pub(super) async fn raising_max_age_does_not_hide_that_old_entries_are_gone(bench: Bench) {
     let short = Retention {
         max_age_s: 1,
         ..Retention::default()
@@ -265,7 +272,8 @@ pub(super) async fn h07_raising_the_age_does_not_pretend_that_the_old_is_still_t
         "{} fell below {before}",
         raised.floor
     );
-    // Whether a broker lets go of it now or keeps it for as long as the new age says: what is gone lies below the floor ...
+    // A broker may remove the record now or keep it for the new age: in both cases, removed records
+    // lie below the floor ...
     until(async || {
         let is_gone = node.broker.records(node.p, &[id]).await.unwrap()[0].is_none();
         let head = node.head().await;
@@ -273,7 +281,7 @@ pub(super) async fn h07_raising_the_age_does_not_pretend_that_the_old_is_still_t
         head.now_ms > raised.now_ms + 2_000
     })
     .await;
-    // ... and the floor rises no further than to the moment of the change.
+    // ... and the floor rises no further than the time of the change.
     let changed_by = NotificationId::at_ms(raised.now_ms);
     assert!(node.head().await.floor <= changed_by.max(raised.last));
 }

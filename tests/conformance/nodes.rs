@@ -1,29 +1,30 @@
-//! What nodes share besides events: leases, take-overs, attempts, numbers, and what survives them.
+//! Guarantees of the state that nodes share besides events: leases, take-overs, attempts and
+//! partition numbers, across restarts.
 
 use super::*;
 use pointsman::broker::Lease;
 
 const LONG: Duration = Duration::from_secs(60);
 
-pub(super) async fn a_lease_is_for_one_node_until_it_gives_it_back(bench: Bench) {
+pub(super) async fn a_lease_belongs_to_one_node_until_it_releases_it(bench: Bench) {
     let node = bench.open().await;
     let lease = |who| node.broker.lease(node.p, who, LONG);
     assert_eq!(lease("a").await.unwrap(), Lease::Mine);
     assert_eq!(lease("a").await.unwrap(), Lease::Mine);
     match lease("b").await.unwrap() {
         Lease::Others(rest) => assert!(rest <= LONG && rest > LONG / 2, "{rest:?}"),
-        Lease::Mine => panic!("two nodes have it"),
+        Lease::Mine => panic!("two nodes hold the lease"),
     }
     node.broker.release(node.p, "b").await.unwrap();
     assert!(
         matches!(lease("b").await.unwrap(), Lease::Others(_)),
-        "only its owner gives it back"
+        "only its holder can release it"
     );
     node.broker.release(node.p, "a").await.unwrap();
     assert_eq!(lease("b").await.unwrap(), Lease::Mine);
 }
 
-pub(super) async fn a_lease_ends_by_itself(bench: Bench) {
+pub(super) async fn a_lease_expires(bench: Bench) {
     let node = bench.open().await;
     assert_eq!(
         node.broker
@@ -39,7 +40,7 @@ pub(super) async fn a_lease_ends_by_itself(bench: Bench) {
     ));
 }
 
-pub(super) async fn a_node_of_the_same_name_has_the_lease_at_once(bench: Bench) {
+pub(super) async fn a_node_of_the_same_name_gets_the_lease_at_once(bench: Bench) {
     let node = bench.open().await;
     assert_eq!(
         node.broker.lease(node.p, "a", LONG).await.unwrap(),
@@ -69,7 +70,7 @@ pub(super) async fn take_overs_are_counted_until_the_position_moves(bench: Bench
         [take_over().await.unwrap(), take_over().await.unwrap()],
         [1, 2]
     );
-    // A slice moves it, too.
+    // A slice moves the position as well.
     node.slice(
         commit(after(node.head().await.position.entry), "R", &["u:1"]),
         0,
@@ -87,13 +88,13 @@ pub(super) async fn attempts_are_counted_for_each_entry(bench: Bench) {
         counts.push(node.broker.note_attempt(node.p, entry).await.unwrap());
     }
     assert_eq!(counts, [1, 2, 3, 1, 2]);
-    // They outlive the node: that is what they are for.
+    // The counts must outlive the node, because they detect events that crash it.
     drop(node);
     let node = bench.reopen().await;
     assert_eq!(node.broker.note_attempt(node.p, two).await.unwrap(), 3);
 }
 
-pub(super) async fn lag_is_what_lies_beyond_the_position(bench: Bench) {
+pub(super) async fn lag_counts_the_entries_after_the_position(bench: Bench) {
     let node = bench.open().await;
     let lag = async || node.broker.state(node.p).await.unwrap().lag;
     assert_eq!(lag().await, 0);
@@ -111,7 +112,7 @@ pub(super) async fn lag_is_what_lies_beyond_the_position(bench: Bench) {
     assert_eq!(node.broker.state(node.p).await.unwrap().lost_upstream, 0);
 }
 
-pub(super) async fn partitions_have_numbers_of_their_own(bench: Bench) {
+pub(super) async fn partitions_have_distinct_numbers(bench: Bench) {
     let node = bench.open().await;
     let numbers: Vec<_> = node
         .broker
@@ -144,7 +145,7 @@ pub(super) async fn partitions_have_numbers_of_their_own(bench: Bench) {
             .collect::<Vec<_>>(),
         sources
     );
-    // What happens in one is not seen in the others.
+    // Events of one partition are not visible in the others.
     node.publish("R", &["all"]).await;
     for other in numbers.into_iter().filter(|number| *number != node.p) {
         assert!(
@@ -159,7 +160,7 @@ pub(super) async fn partitions_have_numbers_of_their_own(bench: Bench) {
     }
 }
 
-pub(super) async fn what_was_committed_is_there_for_the_next_process(bench: Bench) {
+pub(super) async fn committed_data_survives_the_process(bench: Bench) {
     let node = bench.open().await;
     let ids = node.append(&["a", "b"]).await;
     let done = node

@@ -1,4 +1,4 @@
-//! Where the suite finds the embedded broker: in a folder of its own, and in memory.
+//! Opens the embedded broker for the suite: in a folder of its own, and in memory.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +11,8 @@ use pointsman::shutdown::Shutdown;
 
 use super::Store;
 
-/// The data of one installation: a folder that is removed with it, or nothing that outlives the process.
+/// The data of one installation: a folder that is removed with it, or nothing that outlives the
+/// process.
 pub(super) struct Place {
     dir: Option<PathBuf>,
     sources: Vec<String>,
@@ -88,6 +89,6 @@ impl Drop for Place {
 }
 
 fn remove(dir: &Path) {
-    // The folder is in the temporary one; if it cannot be removed, the system does it some day.
+    // Best effort: the folder is in the system's temporary folder, which the system cleans up.
     drop(std::fs::remove_dir_all(dir));
 }

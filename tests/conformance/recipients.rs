@@ -1,4 +1,4 @@
-//! What a broker knows of users: attributes, and memberships as stretches of ids.
+//! Guarantees of a user's data: attributes, and memberships as ranges of ids.
 
 use super::*;
 use pointsman::broker::{RecipientChange, Span};
@@ -52,7 +52,7 @@ pub(super) async fn attributes_are_replaced_as_a_whole(bench: Bench) {
         .await;
     let recipient = node.broker.recipient(&name("1")).await.unwrap();
     assert_eq!(recipient.attributes, second);
-    assert_eq!(recipient.groups.len(), 1, "memberships stay");
+    assert_eq!(recipient.groups.len(), 1, "memberships are unchanged");
     node.change("1", RecipientChange::Attributes(Attributes::default()))
         .await;
     assert_eq!(
@@ -61,7 +61,7 @@ pub(super) async fn attributes_are_replaced_as_a_whole(bench: Bench) {
     );
 }
 
-pub(super) async fn joining_and_leaving_are_ids_in_each_partition(bench: Bench) {
+pub(super) async fn joining_and_leaving_are_recorded_as_ids_in_each_partition(bench: Bench) {
     let node = bench.open().await;
     let before = node.publish("R", &["g:ops"]).await;
     node.join("1", "ops").await;
@@ -95,8 +95,8 @@ pub(super) async fn joining_and_leaving_are_ids_in_each_partition(bench: Bench) 
     }
 }
 
-/// The plan was made before the member was one; its id must not lie above the span's begin.
-pub(super) async fn h12_joining_during_a_plan_in_slices_begins_after_it(bench: Bench) {
+/// The plan was made before the user joined, so its id must not lie above the start of the span.
+pub(super) async fn joining_during_a_plan_in_slices_begins_after_it(bench: Bench) {
     let node = bench.open().await;
     let entry = after(node.head().await.position.entry);
     node.slice(commit(entry, "R", &["g:ops"]), 0, false).await;
@@ -112,7 +112,7 @@ pub(super) async fn h12_joining_during_a_plan_in_slices_begins_after_it(bench: B
     );
 }
 
-/// A user has one span in a group, the newest: what an earlier one had let in is not shown any more.
+/// A user has one span per group, the newest: the events of an earlier span are no longer visible.
 pub(super) async fn joining_again_begins_a_new_span(bench: Bench) {
     let node = bench.open().await;
     node.join("1", "ops").await;
@@ -137,7 +137,7 @@ pub(super) async fn joining_twice_keeps_the_span(bench: Bench) {
     assert_eq!(node.span("1", "ops").await, span);
 }
 
-pub(super) async fn leaving_what_was_not_joined_changes_nothing(bench: Bench) {
+pub(super) async fn leaving_a_group_without_membership_changes_nothing(bench: Bench) {
     let node = bench.open().await;
     node.leave("1", "ops").await;
     assert_eq!(node.span("1", "ops").await, None);
@@ -149,7 +149,7 @@ pub(super) async fn leaving_what_was_not_joined_changes_nothing(bench: Bench) {
     assert_eq!(node.span("1", "ops").await, span);
 }
 
-pub(super) async fn a_change_is_heard_in_every_partition_before_later_events(bench: Bench) {
+pub(super) async fn a_change_is_announced_in_every_partition_before_later_events(bench: Bench) {
     let node = bench.open().await;
     let mut ear = node.ear().await;
     let all: Vec<Node> = node
@@ -195,7 +195,7 @@ pub(super) async fn a_change_is_heard_in_every_partition_before_later_events(ben
     }
 }
 
-pub(super) async fn nothing_is_known_of_a_stranger(bench: Bench) {
+pub(super) async fn an_unknown_user_has_no_attributes_and_no_groups(bench: Bench) {
     let node = bench.open().await;
     assert_eq!(
         node.broker.recipient(&name("stranger")).await.unwrap(),

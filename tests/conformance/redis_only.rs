@@ -1,4 +1,5 @@
-//! What only Redis can be asked: what others do to its keys, full memory, another life, an outage. And how the suite opens it.
+//! Tests that only Redis allows: external writes to its keys, full memory, a new epoch and outages.
+//! Also opens Redis for the suite.
 
 use std::sync::Mutex;
 
@@ -12,7 +13,7 @@ mod external_writes;
 mod outages;
 mod set_up;
 
-/// A Redis of its own with some partitions.
+/// A Redis server of its own, with some partitions.
 pub(super) struct RedisStore {
     server: Mutex<RedisServer>,
     sources: Vec<String>,
@@ -20,7 +21,7 @@ pub(super) struct RedisStore {
 
 impl RedisStore {
     pub(super) fn new(n_partitions: usize) -> Self {
-        // One of the keys has a tag of its own.
+        // One of the keys has a hash tag of its own.
         let names = [
             "pointsman:events",
             "pointsman:b",
@@ -71,7 +72,7 @@ async fn node_on(server: &RedisServer) -> Node {
         .expect("connect")
 }
 
-/// Commits all that waits, as an owner does, and answers how many entries that was.
+/// Commits all waiting entries, as an owner does, and returns their number.
 async fn drain(node: &Node) -> usize {
     let mut n_drained = 0;
     loop {

@@ -1,4 +1,5 @@
-//! What a large plan promises that is written in slices: one id, one record, one outcome, whoever writes the rest.
+//! Guarantees of a large plan that is written in slices: one id, one record and one outcome, even
+//! if several owners write it.
 
 use super::*;
 
@@ -27,7 +28,7 @@ fn part(range: std::ops::Range<u32>) -> Item {
 fn done(committed: &Committed) -> (Outcome, Option<NotificationId>) {
     match committed {
         Committed::Done(outcomes) => outcomes[0],
-        Committed::Refused => panic!("the slice was refused"),
+        Committed::Refused => panic!("the slice was rejected"),
     }
 }
 
@@ -61,7 +62,7 @@ pub(super) async fn last_moves_with_the_final_slice_only(bench: Bench) {
         (Position { entry, slices: 1 }, before, Some(id))
     );
     assert_eq!(head.top(), id);
-    // What stands is to be read, and so is its record.
+    // The written part is already readable, and so is its record.
     assert_eq!(node.ids("u:1", before).await, [id]);
     assert!(node.broker.records(node.p, &[id]).await.unwrap()[0].is_some());
     node.slice(slice("u:2"), 1, true).await;
@@ -72,7 +73,7 @@ pub(super) async fn last_moves_with_the_final_slice_only(bench: Bench) {
     );
 }
 
-pub(super) async fn a_slice_is_refused_from_another_position(bench: Bench) {
+pub(super) async fn a_slice_from_another_position_is_rejected(bench: Bench) {
     let node = bench.open().await;
     let head = node.head().await;
     node.slice(part(0..1), 0, false).await;
@@ -93,18 +94,18 @@ pub(super) async fn a_slice_is_refused_from_another_position(bench: Bench) {
     assert_eq!(
         attempt(head.position, part(0..1), 0).await,
         Committed::Refused,
-        "the first slice again"
+        "the first slice, repeated"
     );
     assert_eq!(
         attempt(at, part(1..2), 2).await,
         Committed::Refused,
-        "another slice than the next"
+        "a slice other than the next one"
     );
     let other = commit(after(entry()), "R", &["u:1"]);
     assert_eq!(
         attempt(at, other, 1).await,
         Committed::Refused,
-        "the slice of another plan"
+        "a slice of another plan"
     );
     let batch = Batch {
         life: head.life,
@@ -114,7 +115,7 @@ pub(super) async fn a_slice_is_refused_from_another_position(bench: Bench) {
     assert_eq!(
         node.broker.commit(node.p, batch).await.unwrap(),
         Committed::Refused,
-        "a batch in the midst of a plan"
+        "a batch in the middle of a plan"
     );
     assert_eq!(node.head().await.position, at);
     assert_eq!(
@@ -127,7 +128,7 @@ pub(super) async fn a_new_owner_continues_the_plan_from_the_stored_record(bench:
     let node = bench.open().await;
     let id = done(&node.slice(part(0..2), 0, false).await).1.unwrap();
     drop(node);
-    // The next owner has never seen the event: position, id and record are all it needs.
+    // The next owner has never seen the event: position, id and record must be enough.
     let node = bench.reopen().await;
     let head = node.head().await;
     assert_eq!(
@@ -171,7 +172,7 @@ pub(super) async fn slice_0_finds_a_duplicate_and_ends_the_plan(bench: Bench) {
     assert!(node.ids("u:2", BEGIN).await.is_empty());
 }
 
-pub(super) async fn the_slices_of_a_plan_count_once(bench: Bench) {
+pub(super) async fn a_plan_in_slices_is_counted_once(bench: Bench) {
     let node = bench.open().await;
     for (index, is_last) in [(0, false), (1, false), (2, true)] {
         assert_eq!(node.count(Outcome::Committed).await, 0);
@@ -180,7 +181,8 @@ pub(super) async fn the_slices_of_a_plan_count_once(bench: Bench) {
     }
     assert_eq!(node.count(Outcome::Committed).await, 1);
     assert_eq!(node.broker.decisions(node.p, 10).await.unwrap().len(), 1);
-    // Slice 0 marked the publisher's id, and the later slices did not find themselves.
+    // Slice 0 remembered the publisher's id, and the later slices were not taken for its
+    // duplicates.
     assert_eq!(
         node.commit(vec![with_id(commit(after(entry()), "R", &["u:1"]), 1)])
             .await[0]
@@ -199,8 +201,9 @@ pub(super) async fn a_plan_of_one_slice_is_a_commit(bench: Bench) {
     );
 }
 
-/// Some logs have it: whatever becomes of the rest, it is no dead letter.
-pub(super) async fn a_plan_that_was_begun_cannot_become_a_dead_letter(bench: Bench) {
+/// Some logs already contain the event, so it cannot become a dead letter, even if the rest
+/// fails.
+pub(super) async fn a_started_plan_cannot_become_a_dead_letter(bench: Bench) {
     let node = bench.open().await;
     node.slice(part(0..1), 0, false).await;
     let head = node.head().await;

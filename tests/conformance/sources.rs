@@ -1,11 +1,11 @@
-//! What a source promises: order, waiting, bytes as they were, a bound.
+//! Guarantees of a source: order, blocking reads, unchanged bytes and a limit.
 
 use std::time::Instant;
 
 use super::*;
 use pointsman::broker::Error;
 
-pub(super) async fn entries_are_read_in_the_order_of_their_append(bench: Bench) {
+pub(super) async fn entries_are_read_in_append_order(bench: Bench) {
     let node = bench.open().await;
     let ids = node.append(&["a", "b", "c", "d"]).await;
     assert!(ids.is_sorted_by(|a, b| a < b), "{ids:?}");
@@ -30,7 +30,8 @@ pub(super) async fn a_read_waits_for_the_first_entry(bench: Bench) {
             .read(reader.p, EntryId::default(), 10, Duration::from_secs(30))
             .await
     });
-    // Two cases in one, as the scheduler likes it: the append comes before the read or while it waits. Both end with the entry.
+    // Depending on the scheduler, the append comes before the read or while it waits. Both must
+    // return the entry.
     tokio::task::yield_now().await;
     let ids = node.append(&["a"]).await;
     let entries = reading.await.unwrap().unwrap();
@@ -48,12 +49,12 @@ pub(super) async fn a_read_without_entries_ends_after_its_wait(bench: Bench) {
     assert!(entries.is_empty());
     assert!(
         began.elapsed() >= Duration::from_millis(90),
-        "it waited {:?}",
+        "the read waited {:?}",
         began.elapsed()
     );
 }
 
-pub(super) async fn fields_are_bytes_and_stay_so(bench: Bench) {
+pub(super) async fn fields_are_kept_as_raw_bytes(bench: Bench) {
     let node = bench.open().await;
     let raw = (
         Bytes::from_static(b"\xff\x00\r\n name"),
@@ -72,7 +73,7 @@ pub(super) async fn fields_are_bytes_and_stay_so(bench: Bench) {
     assert_eq!(read[0].fields, fields);
 }
 
-pub(super) async fn a_source_at_its_backlog_bound_takes_none(bench: Bench) {
+pub(super) async fn a_source_at_its_backlog_limit_accepts_no_entries(bench: Bench) {
     let node = bench
         .open_with(&Retention {
             backlog_entries: 3,
@@ -87,11 +88,11 @@ pub(super) async fn a_source_at_its_backlog_bound_takes_none(bench: Bench) {
         item(ids[1], Proposal::Discard),
     ])
     .await;
-    more().await.expect("there is room again");
+    more().await.expect("the backlog is below its limit again");
     let left = node
         .broker
         .read(node.p, ids[1], 10, Duration::ZERO)
         .await
         .unwrap();
-    assert_eq!(left.len(), 2, "the refused entry is not there");
+    assert_eq!(left.len(), 2, "the rejected entry was not appended");
 }

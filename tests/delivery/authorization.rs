@@ -1,4 +1,5 @@
-//! Who may see what: a stream is its token's user's and nobody else's, for as long as the token holds, and membership ends with leaving.
+//! Access control: a stream belongs to the user of its token only, lasts as long as the token is
+//! valid, and leaving a group ends access to its later events.
 
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,11 +16,11 @@ use crate::harness::publish::event;
 use crate::harness::sse::{Request, Stop, Stream};
 
 const SECRET: &str = "the secret of these tests, longer than 32 bytes";
-/// As little to compile at the start as there can be.
+/// Disables a plugin, to keep compilation at the start short.
 const LEAN: &str = "[plugins.discard]\nenabled = false";
 const KEY: &str = "the key of these tests";
 
-/// A node that asks for tokens and keys. Clocks need no leeway on one machine.
+/// A node that requires tokens and keys, without leeway: one machine has one clock.
 fn node() -> Node {
     let config = format!(
         "[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\nleeway_s = 0\ncookie = \"pointsman\"\n{LEAN}"
@@ -27,7 +28,7 @@ fn node() -> Node {
     Node::builder().production().config(&config).start()
 }
 
-/// A moment so many seconds from now, as tokens tell time.
+/// The time `seconds` from now, in seconds since the Unix epoch.
 fn in_s(seconds: i64) -> i64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -53,7 +54,7 @@ fn token(user: &str, expires: i64) -> String {
     )
 }
 
-/// A stream with this token, past its first cursor.
+/// Opens a stream with this token and reads its first cursor.
 fn stream(node: &Node, token: &str, query: &str, last_event_id: &str) -> Stream {
     let request = Request::new(node.addr(), query)
         .header("Authorization", &format!("Bearer {token}"))
@@ -91,7 +92,7 @@ fn member(node: &Node, method: &str, group: &str, user: &str) {
 }
 
 #[test]
-fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
+fn reading_and_publishing_require_a_valid_token_or_key() {
     let node = node();
     let later = in_s(3_600);
     let honest = token("ann", later);
@@ -122,11 +123,11 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
         ),
         ("token", unsigned),
         (
-            "no claim 'exp'",
+            "no readable claim 'exp'",
             signed(Algorithm::HS256, SECRET, &json!({ "sub": "ann" })),
         ),
         (
-            "no text claim 'sub'",
+            "no string claim 'sub'",
             signed(Algorithm::HS256, SECRET, &json!({ "exp": later })),
         ),
         ("control character", token("ann\nbob", later)),
@@ -155,7 +156,7 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
             .expect("an answer");
             assert_eq!(
                 answer.status, 401,
-                "{path} with a token of which {expected:?} is to be said: {answer:?}"
+                "{path} with a token to be refused for {expected:?}: {answer:?}"
             );
             assert!(
                 answer
@@ -170,7 +171,7 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
             assert!(error.contains(expected), "{expected:?} is not in {error:?}");
             assert!(
                 token.is_empty() || !error.contains(token.as_str()),
-                "a token is nobody else's to read: {error}"
+                "an error must not contain the token: {error}"
             );
         }
     }
@@ -185,7 +186,7 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
         .status,
         401
     );
-    // A user's token is no key, and the key no user.
+    // A user token is not a key, and the key is not a user.
     for (method, path) in [
         ("POST", "/v1/events"),
         ("PUT", "/v1/groups/ops/members/ann"),
@@ -214,7 +215,7 @@ fn nobody_reads_or_publishes_without_a_token_or_key_that_holds() {
 }
 
 #[test]
-fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say() {
+fn a_stream_has_only_the_events_of_the_user_in_its_token() {
     let node = node();
     let (later, mut others_cursor) = (in_s(3_600), String::new());
     let mut bob = stream(&node, &token("bob", later), "", "");
@@ -222,7 +223,8 @@ fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say
         publish(&node, id, json!({ "user": "bob" }));
         others_cursor = bob.next_notification(SOON).cursor;
     }
-    // Ann says that she is Bob: in the URL, and by his cursor, as a browser does after another one logged in.
+    // Ann claims to be Bob in the URL and sends his cursor, as a browser does after another user
+    // has logged in.
     let mut ann = stream(&node, &token("ann", later), "user=bob", "");
     let mut with_his_cursor = stream(
         &node,
@@ -259,7 +261,7 @@ fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say
         .map(|item| &item["data"]["id"])
         .collect();
     assert_eq!(ids, ["a1"]);
-    // A browser's `EventSource` has only a cookie to show.
+    // A browser's `EventSource` can send only a cookie.
     let cookie = format!("a=b; pointsman={}", token("bob", later));
     let mut by_cookie = Request::new(node.addr(), "user=ann&last_event_id=earliest")
         .header("Cookie", &cookie)
@@ -269,7 +271,7 @@ fn a_stream_has_its_tokens_users_events_only_whatever_the_url_and_the_cursor_say
 }
 
 #[test]
-fn a_stream_ends_with_its_token_and_says_why() {
+fn a_stream_ends_with_its_token_and_reports_the_reason() {
     let node = node();
     let expires = in_s(3);
     let mut brief = stream(&node, &token("ann", expires), "", "");
@@ -290,9 +292,9 @@ fn a_stream_ends_with_its_token_and_says_why() {
     );
     assert!(
         close.retry.is_some() && close.id.is_some(),
-        "with the cursor to come back with: {close:?}"
+        "the close must have the cursor to resume from: {close:?}"
     );
-    // With the old token there is no way back, and with a new one nothing is missing.
+    // The old token no longer opens a stream; with a new one, nothing is missing.
     let back = Request::new(node.addr(), "").header(
         "Authorization",
         &format!("Bearer {}", token("ann", expires)),
@@ -313,12 +315,12 @@ fn a_stream_ends_with_its_token_and_says_why() {
 }
 
 #[test]
-fn who_left_a_group_sees_nothing_of_it_that_came_later_live_or_in_history() {
+fn a_former_member_sees_no_later_events_of_the_group_live_or_in_history() {
     let node = node();
     let ann = token("ann", in_s(3_600));
     let mut live = stream(&node, &ann, "", "");
     publish(&node, "too early", json!({ "group": "ops" }));
-    // Whoever joins before an event is decided is among those whom it is for: so it is decided first.
+    // A user who joins before an event is decided receives it, so wait until it is decided.
     publish(&node, "witness", json!({ "user": "ann" }));
     assert_eq!(live.next_notification(SOON).id, "witness");
     member(&node, "PUT", "ops", "ann");
@@ -334,7 +336,7 @@ fn who_left_a_group_sees_nothing_of_it_that_came_later_live_or_in_history() {
     assert_eq!(history.next_notification(SOON).id, "hers");
 }
 
-/// A token of ann with these claims beside.
+/// A token of ann with these additional claims.
 fn claiming(claims: Value) -> String {
     let mut all = json!({ "sub": "ann", "exp": in_s(3_600) });
     all.as_object_mut()
@@ -363,7 +365,7 @@ fn page(node: &Node, token: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams() {
+fn groups_in_a_token_apply_to_its_streams_live_and_in_replay_only() {
     let node = node();
     let (plain, member_of_ops) = (claiming(json!({})), claiming(json!({ "groups": ["ops"] })));
     let mut by_claim = stream(&node, &member_of_ops, "", "");
@@ -379,7 +381,7 @@ fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams
         both
     );
     assert_eq!(by_name.next_notification(SOON).id, "hers");
-    // Nobody knows since when the claim holds: what is kept is the member's.
+    // The start of a claimed membership is unknown, so everything that is kept counts.
     let mut back = stream(&node, &member_of_ops, "", &begin);
     assert_eq!(
         [(); 2].map(|()| back.next_notification(SOON).id).to_vec(),
@@ -387,7 +389,7 @@ fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams
     );
     assert_eq!(page(&node, &member_of_ops), both);
     assert_eq!(page(&node, &plain), ["hers"]);
-    // With what the application says; leaving there leaves the claim alone.
+    // The claim adds to stored memberships; leaving a stored one does not affect the claim.
     member(&node, "PUT", "dev", "ann");
     member(&node, "PUT", "ops", "ann");
     publish(&node, "for dev", json!({ "group": "dev" }));
@@ -411,13 +413,13 @@ fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams
     assert_eq!(by_name.next_notification(SOON).id, "hers again");
     both.extend(["for dev", "for ops again", "hers again"].map(str::to_owned));
     assert_eq!(page(&node, &member_of_ops), both);
-    // A token without the claim never was a member by it, whatever the cursor has seen.
+    // Without the claim, a token has no membership, whatever the cursor has passed.
     let mut without = stream(&node, &plain, "", &begin);
     assert_eq!(
         [(); 3].map(|()| without.next_notification(SOON).id),
         ["hers", "for dev", "hers again"]
     );
-    // A claim that cannot be read is no claim of nothing.
+    // A malformed claim is refused, not treated as empty.
     for (claims, expect) in [
         (json!({ "groups": "ops" }), "claim 'groups'"),
         (json!({ "attributes": { "a": [] } }), "claim 'attributes'"),
@@ -441,7 +443,7 @@ fn the_groups_of_a_token_are_its_streams_live_and_in_replay_and_no_other_streams
 }
 
 #[test]
-fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
+fn attributes_in_a_token_override_stored_attributes_for_its_streams() {
     let plugins = Folder::new();
     for name in ["address", "unruly"] {
         std::fs::write(
@@ -450,7 +452,7 @@ fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
         )
         .expect("write a plugin");
     }
-    // Of an event of this type it says: to user 42, if the plan is `pro`.
+    // The plugin routes events of this type to user 42 if the plan is `pro`.
     let config = format!(
         "[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\n[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n"
     );
@@ -495,7 +497,7 @@ fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
     );
     promote("1");
     assert_eq!(pro.next_notification(SOON).id, "1");
-    // A change by the application is read again, and the claim still holds beside it.
+    // A change by the application takes effect, and the claim still overrides it.
     set(r#"{"plan":"pro","locale":"ko"}"#);
     promote("2");
     set(r#"{"plan":"free"}"#);
@@ -506,7 +508,7 @@ fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
         ["2", "3", "end"]
     );
     assert_eq!(free.next_notification(SOON).id, "end");
-    // Whether it was written before the plan changed back is a race.
+    // Whether "2" was written before the plan changed back is a race.
     let next = plain.next_notification(SOON).id;
     assert!(
         next == "end" || (next == "2" && plain.next_notification(SOON).id == "end"),
@@ -515,7 +517,7 @@ fn the_attributes_of_a_token_hold_for_its_streams_before_those_of_the_user() {
 }
 
 #[test]
-fn dev_mode_refuses_to_listen_off_loopback_with_one_line_and_exit_code_64() {
+fn dev_mode_refuses_addresses_other_than_loopback_with_exit_code_64() {
     let (one, other) = (ports::free(), ports::free());
     let everywhere = |port: u16| format!("0.0.0.0:{port}");
     for (listen, admin) in [

@@ -1,5 +1,5 @@
-//! Devices: a page that was closed at night and comes back in the morning with nothing but its device's name shows what came in between, once
-//! each; what is said by `POST /v1/acks`; and what is read.
+//! Devices: a page closed at night that returns in the morning with only its device name receives
+//! the notifications in between, once each. Also `POST /v1/acks` and the read marker.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Request, Stream};
 
-/// As little to compile at the start as there can be.
+/// A configuration with as few plugins to compile at startup as possible.
 fn builder() -> Builder {
     Node::builder().config("[plugins.discard]\nenabled = false")
 }
@@ -29,7 +29,7 @@ fn acknowledged(node: &Node, user: &str, told: &Value) {
     assert_eq!(answer.status, 204, "{answer:?}");
 }
 
-/// A stream past its first cursor.
+/// Opens a stream and reads past its first cursor.
 fn open(node: &Node, query: &str) -> Stream {
     let mut stream = Request::new(node.addr(), query)
         .open(SOON)
@@ -55,7 +55,7 @@ fn expect(stream: &mut Stream, ids: &[&str]) {
 }
 
 #[test]
-fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each_on_any_node() {
+fn a_device_without_a_cursor_resumes_at_its_device_cursor_on_any_node() {
     let server = RedisServer::start();
     for (evening, morning) in [
         (builder().start(), None),
@@ -68,7 +68,7 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         let mut witness = open(&evening, "user=ann");
         publish(&evening, "ann", &["before"]);
         expect(&mut witness, &["before"]);
-        // The first stream of a device begins now, as any does, and this beginning is kept.
+        // The first stream of a device starts now, as any stream does, and its start is stored.
         let stream = open(&evening, "user=ann&device=phone");
         drop(stream);
         publish(&evening, "ann", &["a", "b", "c"]);
@@ -82,7 +82,7 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         expect(&mut stream, &["c"]);
         drop(stream);
         publish(&evening, "ann", &["d"]);
-        // The last one was not acknowledged, and nobody knows that it was seen.
+        // The last one was not acknowledged, so it may not have been seen.
         let mut stream = open(morning, "user=ann&device=phone");
         expect(&mut stream, &["c", "d"]);
         acknowledged(
@@ -94,7 +94,8 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         drop(stream);
         publish(&evening, "ann", &["e"]);
         expect(&mut open(&evening, "user=ann&device=phone"), &["e"]);
-        // Another device, and another user's of the same name, know nothing of it. In sync, one does.
+        // Another device, and another user's device of the same name, are unaffected. A device in
+        // sync follows the others.
         let mut tablet = open(&evening, "user=ann&device=tablet");
         let mut bobs = open(&evening, "user=bob&device=phone");
         expect(
@@ -105,7 +106,7 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
         publish(&evening, "bob", &["f of bob"]);
         expect(&mut tablet, &["f"]);
         expect(&mut bobs, &["f of bob"]);
-        // A client that says where it is knows better.
+        // A position sent by the client takes precedence.
         let mut stream = Request::new(
             evening.addr(),
             "user=ann&device=phone&last_event_id=earliest",
@@ -122,7 +123,7 @@ fn a_device_that_comes_back_without_a_cursor_gets_what_came_in_between_once_each
 }
 
 #[test]
-fn acknowledgements_outlive_the_node() {
+fn acknowledgements_survive_a_killed_node() {
     let mut node = builder().data().start();
     let stream = open(&node, "user=ann&device=phone");
     publish(&node, "ann", &["a"]);
@@ -141,23 +142,24 @@ fn acknowledgements_outlive_the_node() {
 }
 
 #[test]
-fn a_device_whose_first_stream_said_where_to_begin_misses_nothing_after_it() {
+fn a_device_whose_first_stream_named_a_start_misses_nothing_after_it() {
     let node = builder().start();
     drop(open(&node, "user=ann&device=phone&last_event_id=latest"));
     let mut witness = open(&node, "user=ann");
     publish(&node, "ann", &["a"]);
     expect(&mut witness, &["a"]);
     expect(&mut open(&node, "user=ann&device=phone"), &["a"]);
-    // What nobody can read says less than where the device is.
+    // An unreadable position is ignored in favour of the device cursor.
     expect(
         &mut open(&node, "user=ann&device=phone&last_event_id=garbage!"),
         &["a"],
     );
 }
 
-/// What one device leaves out would count as seen by all; and each notification is held against each pattern.
+/// Notifications that one device filters out would count as seen by all devices. The number of
+/// patterns is bounded because every notification is matched against each of them.
 #[test]
-fn a_filter_goes_with_one_device_only_and_is_bounded() {
+fn a_filter_is_limited_to_one_device_and_bounded() {
     let node = builder().start();
     let many = (0..65)
         .map(|n| format!("t{n}"))
@@ -166,13 +168,13 @@ fn a_filter_goes_with_one_device_only_and_is_bounded() {
     for (query, expect) in [
         (
             "device=phone&devices=all&types=a".to_owned(),
-            "exclude each other",
+            "cannot be combined",
         ),
         (
             "device=phone&devices=all&min_priority=high".to_owned(),
-            "exclude each other",
+            "cannot be combined",
         ),
-        (format!("types={many}"), "64 is the most"),
+        (format!("types={many}"), "the limit is 64"),
     ] {
         let refused = Request::new(node.addr(), &format!("user=ann&{query}"))
             .open(SOON)
@@ -190,14 +192,14 @@ fn a_filter_goes_with_one_device_only_and_is_bounded() {
 }
 
 #[test]
-fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing() {
+fn an_invalid_acknowledgement_is_rejected_with_the_reason_and_moves_nothing() {
     let node = builder().start();
     let mut bob = open(&node, "user=bob&device=phone");
     let stream = open(&node, "user=ann&device=phone");
     publish(&node, "bob", &["of bob"]);
     publish(&node, "ann", &["a"]);
     expect(&mut bob, &["of bob"]);
-    // As a page does that another user left his id in.
+    // As from a page in which another user left an id.
     let answer = acknowledge(
         &node,
         "ann",
@@ -205,25 +207,22 @@ fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing()
     );
     assert_eq!(
         (answer.status, answer.json()["error"].as_str()),
-        (403, Some("this id is another user's"))
+        (403, Some("this id belongs to another user"))
     );
-    // An hour ahead: it has 9 characters in base64url.
+    // Adds an hour: the id has 9 characters in base64url.
     let mut ahead = stream.last_event_id().to_owned();
     let (at, one) = ahead.char_indices().rev().nth(4).expect("an id is longer");
     ahead.replace_range(at..=at, if one == '_' { "-" } else { "_" });
     for (told, expect) in [
         (
             json!({ "id": ahead, "device": "phone" }),
-            "ahead of everything",
+            "ahead of every notification",
         ),
         (
             json!({ "id": "earliest", "device": "phone" }),
-            "no id of a frame",
+            "not the id of a frame",
         ),
-        (
-            json!({ "id": stream.last_event_id() }),
-            "neither which device",
-        ),
+        (json!({ "id": stream.last_event_id() }), "neither a device"),
     ] {
         let answer = acknowledge(&node, "ann", &told);
         let body = answer.json();
@@ -236,7 +235,7 @@ fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing()
             "{told}: {body}"
         );
     }
-    // Streams say it in time, too.
+    // Streams also reject invalid devices before they open.
     let long = "x".repeat(257);
     for query in [
         "device=",
@@ -247,15 +246,15 @@ fn what_cannot_be_acknowledged_is_refused_with_a_clear_error_and_moves_nothing()
     ] {
         let refused = Request::new(node.addr(), &format!("user=ann&{query}"))
             .open(SOON)
-            .expect_err("it is refused");
+            .expect_err("a rejection");
         assert_eq!(refused.status, Some(400), "{query}");
     }
     expect(&mut open(&node, "user=ann&device=phone"), &["a"]);
 }
 
-/// Begun anywhere else, the device would miss what came since, without a word.
+/// At any other start the device would silently miss notifications.
 #[test]
-fn while_redis_is_away_the_stream_of_a_device_is_told_to_come_back_and_misses_nothing() {
+fn a_device_reconnects_after_an_outage_of_redis_and_misses_nothing() {
     let server = RedisServer::start();
     let node = builder().redis(server.url()).start();
     drop(open(&node, "user=ann&device=phone"));
@@ -271,10 +270,10 @@ fn while_redis_is_away_the_stream_of_a_device_is_told_to_come_back_and_misses_no
     let answer = acknowledge(&node, "ann", &json!({ "id": "1", "device": "phone" }));
     assert_eq!(
         answer.status, 400,
-        "what cannot be read needs no broker: {answer:?}"
+        "an unreadable id is rejected without the broker: {answer:?}"
     );
     server.resume();
-    crate::harness::eventually(SOON, "the broker is there again", || {
+    crate::harness::eventually(SOON, "the broker is available again", || {
         let mut stream = Request::new(node.addr(), "user=ann&device=phone")
             .open(SOON)
             .ok()?;
@@ -289,7 +288,7 @@ fn page(node: &Node, query: &str) -> Value {
     answer.json()
 }
 
-/// The ids of a page's events, those that are read in brackets, and the number of unread ones.
+/// Returns the ids of a page's events, read ones in parentheses, and the unread count.
 fn shown(page: &Value) -> (Vec<String>, Value) {
     let items = page["notifications"]
         .as_array()
@@ -307,7 +306,7 @@ fn shown(page: &Value) -> (Vec<String>, Value) {
 }
 
 #[test]
-fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
+fn the_read_marker_applies_to_every_device_and_not_to_later_notifications() {
     let server = RedisServer::start();
     for node in [builder().start(), builder().redis(server.url()).start()] {
         let unread = |count: usize| json!({ "count": count, "exact": true });
@@ -320,7 +319,7 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
             shown(&all),
             (vec!["a".into(), "b".into(), "c".into()], unread(3))
         );
-        // By the id of an item of the list, or of a frame.
+        // With the id of an item in the list or of a frame.
         acknowledged(
             &node,
             "ann",
@@ -341,7 +340,7 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
             shown(&page(&node, &format!("user=ann&after={after}&limit=1"))),
             (vec!["(b)".into()], unread(1))
         );
-        // To have it on a device is not to have read it; both can be said at once.
+        // Acknowledging on a device does not mark as read; one request can do both.
         acknowledged(
             &node,
             "ann",
@@ -361,7 +360,7 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
         expect(&mut stream, &["d"]);
         let (items, count) = shown(&page(&node, "user=ann"));
         assert_eq!((items[3].as_str(), count), ("d", unread(1)));
-        // It is ann's alone.
+        // It applies to ann only.
         let mut bobs = open(&node, "user=bob");
         publish(&node, "bob", &["of bob"]);
         expect(&mut bobs, &["of bob"]);
@@ -372,9 +371,9 @@ fn what_a_user_has_read_is_read_on_every_device_and_what_comes_later_is_not() {
     }
 }
 
-/// What is asked for is counted, up to a hundred, wherever the page stands.
+/// Counts the notifications that pass the filter, up to a hundred, wherever the page starts.
 #[test]
-fn a_count_of_unread_ones_that_is_no_more_than_a_lower_bound_says_so() {
+fn an_unread_count_that_is_a_lower_bound_is_marked_inexact() {
     let node = builder().start();
     let mut stream = open(&node, "user=ann&types=device");
     let many: Vec<_> = (1..=101)

@@ -1,8 +1,10 @@
-//! What a `kill -9` may cost: nothing. Events flow from a publisher that retries, through a node that is killed again and again, to
-//! clients that come back with their last event id; each has each of its notifications exactly once and in order.
+//! `kill -9` loses nothing. Events flow from a publisher that retries, through a node that is
+//! killed repeatedly, to clients that resume with their last event id. Each client receives each of
+//! its notifications exactly once and in order.
 //!
-//! The expectation is made by the publisher, from what it published; the node's own records are asked only whether a kill fell while
-//! commits were in flight. `POINTSMAN_TEST_SEED` repeats a run; `LONG=10` makes it ten times as long.
+//! The expectation comes from the published events; the node's own counters only show whether a
+//! kill fell while commits were in flight. `POINTSMAN_TEST_SEED` repeats a run; `LONG=10` makes it
+//! ten times as long.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -24,19 +26,20 @@ const N_GROUPS: usize = 5;
 const N_EVENTS: usize = 20_000;
 const N_KILLS: usize = 50;
 
-/// A node is killed at a random moment up to this long after it began to commit again.
+/// A node is killed at a random moment within this time after it began to commit again, in
+/// milliseconds.
 const LIFE_MS: u64 = 900;
-/// No more than this between a move of the position and a kill that counts as one in flight.
+/// A kill counts as in flight if the position moved within this time before it.
 const IN_FLIGHT: Duration = Duration::from_secs(1);
-/// For everything that must happen at last.
+/// Time limit for everything that must happen eventually.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
-fn kill_9_of_a_node_with_a_data_folder_loses_doubles_and_misorders_nothing() {
+fn kill_9_with_a_data_folder_loses_repeats_and_reorders_nothing() {
     let (random, _) = seed::generator("kill -9 with --data");
     let node = Node::builder().data().start();
     let publisher = Publishing::Post(node.publisher());
-    // Only the node can say how far it is: its count of outcomes moves with the position.
+    // Only the node knows its position: its count of outcomes moves with it.
     run(node, random, publisher, |node| {
         node.metric_if_up("pointsman_events_total")
             .filter(|n| *n > 0.0)
@@ -45,14 +48,14 @@ fn kill_9_of_a_node_with_a_data_folder_loses_doubles_and_misorders_nothing() {
 }
 
 #[test]
-fn kill_9_of_a_node_on_redis_loses_doubles_and_misorders_nothing() {
+fn kill_9_on_redis_loses_repeats_and_reorders_nothing() {
     let (random, _) = seed::generator("kill -9 with --redis");
     let server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "everysec"]);
     let node = Node::builder().redis(server.url()).start();
     let publisher = Publishing::Add(Mutex::new(server.connection()));
     let position = Mutex::new(server.connection());
     run(node, random, publisher, move |_| {
-        let mut connection = position.lock().expect("nobody panics with it");
+        let mut connection = position.lock().expect("no panic under the lock");
         redis::cmd("HGET")
             .arg("{pointsman:events}:meta")
             .arg("pos")
@@ -61,14 +64,15 @@ fn kill_9_of_a_node_on_redis_loses_doubles_and_misorders_nothing() {
     });
 }
 
-/// How the events get in.
+/// The way events are published.
 enum Publishing {
     Post(Publisher),
     Add(Mutex<redis::Connection>),
 }
 
 impl Publishing {
-    /// Returns when the batch is stored; how often that takes, and what of an earlier attempt was stored, must not show.
+    /// Returns when the batch is stored. Repeated attempts, and parts stored by an earlier one,
+    /// must have no visible effect.
     fn publish(&self, batch: &[Value]) {
         match self {
             Self::Post(publisher) => publisher.publish_surely(batch, PATIENCE),
@@ -78,7 +82,7 @@ impl Publishing {
                     .map(|event| vec![("event", event.to_string())])
                     .collect();
                 publish::xadd(
-                    &mut connection.lock().expect("nobody panics with it"),
+                    &mut connection.lock().expect("no panic under the lock"),
                     "pointsman:events",
                     &entries,
                 );
@@ -87,7 +91,7 @@ impl Publishing {
     }
 }
 
-/// Whom an event is for.
+/// The recipients of an event.
 #[derive(Clone, Copy)]
 enum To {
     User(usize),
@@ -100,7 +104,8 @@ struct Published {
     priority: &'static str,
 }
 
-/// `low` and `high` are there to be overtaken and to overtake; most are `normal`, as in life.
+/// Most events are `normal`, as in production; `low` ones are there to be overtaken and `high` ones
+/// to overtake.
 fn invent(random: &mut StdRng) -> Published {
     let to = match random.random_range(0..100) {
         0 => To::Everyone,
@@ -138,12 +143,12 @@ impl Published {
     }
 }
 
-/// What the publisher and the killer tell each other.
+/// State shared by the publisher and the killer.
 #[derive(Default)]
 struct Progress {
     published: AtomicUsize,
     kills: AtomicUsize,
-    /// Milliseconds to wait between two batches, so that the events last as long as the kills.
+    /// Milliseconds to wait between two batches, so that the events last until the last kill.
     pace_ms: AtomicU64,
     is_over: AtomicBool,
 }
@@ -164,7 +169,8 @@ fn run(
         .map(|user| node.follower(&user.to_string()))
         .collect();
     let mut plan: Vec<Published> = (0..n_events).map(|_| invent(&mut random)).collect();
-    // Nothing comes after the last event, as it is the least urgent: whoever has it has had all there is to have.
+    // The last event has the lowest priority, so a client that has received it has received
+    // everything.
     plan.push(Published {
         to: To::Everyone,
         priority: "low",
@@ -197,13 +203,14 @@ fn publish_all(plan: &[Published], n_kills: usize, publishing: &Publishing, prog
             .collect();
         publishing.publish(&events);
         if batch.is_multiple_of(16) {
-            // As a publisher does that did not get the answer: rarely does a kill fall between the storing and the answering.
+            // Like a publisher that did not get the response; kills rarely fall between storing and
+            // responding.
             publishing.publish(&events);
         }
         progress
             .published
             .store(first + events.len(), Ordering::Relaxed);
-        // Something is kept back for every kill to come.
+        // Some events are reserved for every kill to come.
         loop {
             let reserve = 2 * BATCH * (n_kills - progress.kills.load(Ordering::Relaxed));
             let pace = Duration::from_millis(progress.pace_ms.load(Ordering::Relaxed));
@@ -218,7 +225,8 @@ fn publish_all(plan: &[Published], n_kills: usize, publishing: &Publishing, prog
     }
 }
 
-/// Kills and restarts the node; answers how many kills fell within a second of a move of the position.
+/// Kills and restarts the node. Returns how many kills fell within a second of a move of the
+/// position.
 fn kill_again_and_again(
     node: &mut Node,
     n_kills: usize,
@@ -229,7 +237,7 @@ fn kill_again_and_again(
 ) -> usize {
     let mut n_in_flight = 0;
     for n_killed in 0..n_kills {
-        // The events that are left, spread over the kills that are left at 10 a batch.
+        // Spreads the remaining events, 10 per batch, over the remaining kills.
         let left = n_events.saturating_sub(progress.published.load(Ordering::Relaxed));
         let n_batches = (left / (n_kills - n_killed) / 10).max(1) as u64;
         progress
@@ -238,12 +246,13 @@ fn kill_again_and_again(
         let born = Instant::now();
         let (mut last, mut moved) = (position(node), None);
         let mut moment = None;
-        // A node that does not begin to commit at all is killed all the same, and does not count.
+        // A node that does not begin to commit is killed anyway, and does not count.
         while moment.unwrap_or(born + Duration::from_secs(10)) > Instant::now() {
             let now = position(node);
             if now.is_some() && now != last {
                 let seen = Instant::now();
-                // From the first move on: what precedes it is the start, not the flow of commits.
+                // Measured from the first move, because the time before it is start-up and not the
+                // flow of commits.
                 moment.get_or_insert_with(|| {
                     seen + Duration::from_millis(random.random_range(0..LIFE_MS))
                 });
@@ -259,7 +268,8 @@ fn kill_again_and_again(
     n_in_flight
 }
 
-/// Each client has exactly what was published to it, once; only a higher priority came before its turn.
+/// Each client has received exactly the events published to it, once; only events of higher
+/// priority came early.
 fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
     for (user, follower) in followers.into_iter().enumerate() {
         let expected: Vec<usize> = (0..plan.len())
@@ -281,7 +291,7 @@ fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
         assert_eq!(
             sorted,
             expected,
-            "user {user} has not exactly what was published to it; it had {}",
+            "user {user} did not receive exactly the events published to it: {}",
             story(&record.notifications, &expected)
         );
         let rank = |priority: &str| {
@@ -290,7 +300,7 @@ fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
                 .position(|p| *p == priority)
                 .expect("a priority")
         };
-        // By rank: the latest event published that has arrived so far.
+        // By rank: the latest published event that has arrived so far.
         let mut latest = [None; 4];
         for (notification, &number) in record.notifications.iter().zip(&arrived) {
             let own = rank(plan[number].priority);
@@ -301,7 +311,7 @@ fn check_deliveries(plan: &[Published], followers: Vec<Follower>) {
             for other in &latest[..=own] {
                 assert!(
                     other.is_none_or(|other| other < number),
-                    "user {user} had event {number} after event {other:?}, which is no more urgent"
+                    "user {user} received event {number} after event {other:?}, which has no higher priority"
                 );
             }
             latest[own] = latest[own].max(Some(number));
@@ -318,7 +328,7 @@ fn number(notification: &Notification) -> usize {
     notification.id.parse().expect("ids are numbers")
 }
 
-/// What is missing and what is there more than once, for a failing test.
+/// The missing and the repeated events, for the message of a failing test.
 fn story(notifications: &[Notification], expected: &[usize]) -> String {
     let mut counts: HashMap<usize, usize> = expected.iter().map(|number| (*number, 0)).collect();
     for notification in notifications {

@@ -1,4 +1,4 @@
-//! The embedded broker as a process meets it: killed, started twice.
+//! The embedded broker across processes: killed, and started twice on one folder.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use pointsman::event::EntryId;
 use pointsman::shutdown::Shutdown;
 
 const P: PartitionNumber = PartitionNumber(0);
-/// Where [`appends_until_it_is_killed`] finds its folder.
+/// The variable that names the folder for [`appends_until_it_is_killed`].
 const FOLDER: &str = "POINTSMAN_TEST_APPEND_TO";
 
-/// A folder that is removed in the end.
+/// A folder that is removed when dropped.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -43,7 +43,8 @@ impl Drop for Folder {
     }
 }
 
-/// The process that the next test kills: says what was acknowledged. Without a folder it is no such process, and does nothing.
+/// The process that the next test kills: prints each acknowledged entry. Without the variable it
+/// returns at once, as in an ordinary test run.
 #[tokio::test]
 async fn appends_until_it_is_killed() {
     let Some(dir) = std::env::var_os(FOLDER) else {
@@ -62,9 +63,10 @@ async fn appends_until_it_is_killed() {
     }
 }
 
-/// Again and again: SIGKILL while it writes, and the next process has the folder at once, with all that was acknowledged.
+/// Repeatedly kills the process while it writes. The next process opens the folder at once and
+/// finds every acknowledged entry.
 #[tokio::test]
-async fn a_killed_process_leaves_everything_that_was_acknowledged() {
+async fn a_killed_process_leaves_every_acknowledged_entry() {
     let folder = Folder::new("killed");
     let mut acknowledged: Vec<EntryId> = Vec::new();
     for kill in 1..=5 {
@@ -85,17 +87,19 @@ async fn a_killed_process_leaves_everything_that_was_acknowledged() {
                     .map(|(_, id)| id.parse::<EntryId>().unwrap())
             })
         };
-        acknowledged.extend((0..kill * 10).map(|_| next().expect("it goes on until it is killed")));
+        acknowledged.extend(
+            (0..kill * 10).map(|_| next().expect("the process appends until it is killed")),
+        );
         process.kill().unwrap();
         process.wait().unwrap();
-        // What it said before it died counts as well.
+        // Lines printed before the kill count as well.
         acknowledged.extend(std::iter::from_fn(next));
 
         let started = Instant::now();
         let broker = folder.open().unwrap();
         assert!(
             started.elapsed() < Duration::from_secs(5),
-            "it took {:?}",
+            "opening took {:?}",
             started.elapsed()
         );
         let entries = broker
@@ -105,19 +109,19 @@ async fn a_killed_process_leaves_everything_that_was_acknowledged() {
         let ids: Vec<EntryId> = entries.into_iter().map(|entry| entry.id).collect();
         assert!(
             acknowledged.iter().all(|id| ids.binary_search(id).is_ok()),
-            "of {} acknowledged {} are there",
+            "{} entries were acknowledged, {} are stored",
             acknowledged.len(),
             ids.len()
         );
         assert!(
             ids.len() - acknowledged.len() <= kill,
-            "at most the one in flight at each kill was not acknowledged"
+            "more than one unacknowledged entry per kill"
         );
     }
 }
 
 #[tokio::test]
-async fn a_second_process_is_refused_by_name_until_the_first_has_ended() {
+async fn a_second_process_gets_the_id_of_the_first_until_that_has_ended() {
     let folder = Folder::new("twice");
     let first = folder.open().unwrap();
     let text = folder.open().map(drop).unwrap_err().to_string();
@@ -125,7 +129,7 @@ async fn a_second_process_is_refused_by_name_until_the_first_has_ended() {
     assert_eq!(
         text,
         format!(
-            "the data folder {dir} is in use by the process {process}: stop it, or give another folder"
+            "the data folder {dir} is in use by process {process}; stop it or use another folder"
         )
     );
     drop(first);
@@ -133,7 +137,7 @@ async fn a_second_process_is_refused_by_name_until_the_first_has_ended() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_made_is_named() {
+fn the_error_names_a_folder_that_cannot_be_created() {
     let file = Folder::new("file");
     std::fs::write(&file.0, "no folder").unwrap();
     let refused = open(&file.0.join("data"))
@@ -143,7 +147,7 @@ fn a_folder_that_cannot_be_made_is_named() {
     std::fs::remove_file(&file.0).unwrap();
     assert!(
         refused.contains(file.0.join("data").to_str().unwrap())
-            && refused.contains("cannot be made"),
+            && refused.contains("cannot be created"),
         "{refused}"
     );
 }

@@ -1,4 +1,5 @@
-//! Groups and attributes as applications change them: what a 2xx promises of the events that are published around it.
+//! Groups and attributes changed by applications: the guarantee that a 2xx response gives for
+//! events published before and after it.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,7 +12,8 @@ use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Request, Stream};
 use crate::harness::{eventually, guests};
 
-/// Room for all that a test publishes, as what is trimmed is not the matter here; and as little to compile at the start as there can be.
+/// Retains everything that a test publishes, because trimming is not tested here, and compiles as
+/// few plugins at startup as possible.
 const CONFIG: &str = "[retention]\nlog_entries = 100000\n[plugins.discard]\nenabled = false";
 
 fn open_after(node: &Node, user: &str, cursor: &str) -> Stream {
@@ -26,7 +28,7 @@ fn leave(node: &Node, group: &str, user: &str) {
     assert_eq!(answer.status, 204, "{answer:?}");
 }
 
-/// The ids up to and with `last`, without it.
+/// The ids received before `last`.
 fn up_to(stream: &mut Stream, last: &str) -> Vec<String> {
     let mut ids = Vec::new();
     loop {
@@ -39,7 +41,7 @@ fn up_to(stream: &mut Stream, last: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_it() {
+fn an_attribute_change_applies_to_an_open_stream_before_later_events() {
     let plugins = Folder::new();
     for name in ["address", "unruly"] {
         fs::write(
@@ -48,7 +50,7 @@ fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_
         )
         .expect("write a plugin");
     }
-    // Of an event of this type it says: to user 42, if the plan is `pro`.
+    // For an event of this type the plugin routes to user 42 on condition that the plan is `pro`.
     let config = "[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n";
     let server = RedisServer::start();
     for node in [Node::builder(), Node::builder().redis(server.url())]
@@ -83,7 +85,8 @@ fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_
         promote("free");
         witness("w3");
         assert_eq!(up_to(&mut stream, "w3"), Vec::<String>::new());
-        // Conditions are judged on the way to the socket, as things are then: in history, too.
+        // Conditions are evaluated just before sending, with the current attributes, in history
+        // too.
         let mut history = Request::new(node.addr(), "user=42&last_event_id=earliest")
             .open(SOON)
             .expect("open a stream");
@@ -91,12 +94,12 @@ fn a_change_of_attributes_reaches_an_open_stream_before_what_is_published_after_
     }
 }
 
-/// Events are published all the while. What was decided before the request is not a new member's, what is published after its answer is; and the
-/// reverse for who leaves. What is decided while the request is under way may fall on either side; but all of history sees it on the same, and so
-/// does the stream that was open, where the broker changes a membership and commits events one after the other.
+/// Events are published continuously. Those decided before the request do not reach a new member,
+/// and those published after the response do; the reverse holds for a member that leaves. Events
+/// decided during the request may fall on either side, but every replay agrees on it, and so does
+/// the open stream if the broker serialises membership changes and commits.
 #[test]
-fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_live_and_in_replay()
-{
+fn a_member_joining_and_leaving_during_commits_receives_one_contiguous_range_live_and_in_replay() {
     const ROUNDS: usize = 3;
     const EACH: u64 = 20;
     let server = RedisServer::start();
@@ -136,7 +139,7 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
                     }
                 }
             });
-            // Ends the threads also if something below fails.
+            // Also stops the threads if an assertion below fails.
             let _over = SetOnDrop(&is_over);
             let more = |since: u64| {
                 eventually(SOON, "events are decided", || {
@@ -169,7 +172,7 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
                     );
                     assert!(
                         numbers.iter().copied().eq(first..=last),
-                        "{who}, with holes: {numbers:?}"
+                        "{who}, not contiguous: {numbers:?}"
                     );
                     assert!(
                         (not_before + 1..=from_here).contains(&first),
@@ -181,18 +184,15 @@ fn who_joins_and_who_leaves_while_events_are_committed_sees_one_stretch_of_them_
                     );
                 };
                 let seen = up_to(&mut live, &end);
-                check(&seen, "the stream that was open");
+                check(&seen, "the open stream");
                 let back = up_to(&mut open_after(&node, "ann", &cursor), &end);
-                check(&back, "a stream that comes back");
-                // Of several memberships the newest counts.
+                check(&back, "a resumed stream");
+                // Of several memberships the latest counts.
                 let mut all = up_to(&mut open_after(&node, "ann", "earliest"), &end);
                 all.retain(|id| !id.starts_with("end of "));
-                assert_eq!(all, back, "all that is kept, and a stream that comes back");
+                assert_eq!(all, back, "full history and a resumed stream differ");
                 if is_one_after_the_other {
-                    assert_eq!(
-                        seen, back,
-                        "the stream that was open, and one that comes back"
-                    );
+                    assert_eq!(seen, back, "the open stream and a resumed stream differ");
                 }
             }
         });

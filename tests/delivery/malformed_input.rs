@@ -1,5 +1,5 @@
-//! Whatever is thrown at a node, by `XADD`, by `POST`, by a client of a stream or into the folder of plugins: each thing ends in exactly one
-//! outcome that names the fix, and the next event is right.
+//! Malformed input through `XADD`, `POST`, stream clients and the plugin folder: every item ends in
+//! exactly one outcome that names the fix, and the next event is processed correctly.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -17,7 +17,7 @@ use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Refused, Request, Stream};
 use crate::harness::{eventually, guests};
 
-/// As little to compile at the start as there can be.
+/// A configuration with as few plugins to compile at startup as possible.
 const LEAN: &str = "[plugins.discard]\nenabled = false";
 
 type Fields = Vec<(Vec<u8>, Vec<u8>)>;
@@ -30,14 +30,14 @@ fn fields(pairs: &[(&str, &str)]) -> Fields {
         .collect()
 }
 
-/// Fields of an entry, after those of an event that would be fine.
+/// The fields of an entry: those of a valid event, followed by this one.
 fn and(name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) -> Fields {
     let mut all = fields(&[("type", "t"), ("user", "42")]);
     all.push((name.as_ref().to_vec(), value.as_ref().to_vec()));
     all
 }
 
-/// The one field of an entry that is a CloudEvents document.
+/// An entry whose only field is a CloudEvents document.
 fn document(bytes: impl AsRef<[u8]>) -> Fields {
     vec![(b"event".to_vec(), bytes.as_ref().to_vec())]
 }
@@ -51,7 +51,7 @@ fn add(connection: &mut redis::Connection, fields: &Fields) -> String {
         .expect("XADD")
 }
 
-/// What one must be able to read in a terminal and a log without harm.
+/// Asserts that a text is safe to print in a terminal and a log.
 fn assert_harmless(text: &str) {
     assert!(
         !text.is_empty() && text.chars().all(|c| !c.is_control()),
@@ -59,7 +59,7 @@ fn assert_harmless(text: &str) {
     );
 }
 
-/// The node went through it all without a panic.
+/// Asserts that the node did not panic.
 fn assert_calm(node: &Node) {
     let log = node.log();
     assert!(!log.contains("panicked"), "{log}");
@@ -69,7 +69,7 @@ fn outcomes(node: &Node, outcome: &str) -> f64 {
     node.metric(&format!("pointsman_events_total{{outcome=\"{outcome}\"}}"))
 }
 
-/// The dead letters of a node, with their fields, by the entry that each was.
+/// The dead letters of a node with their fields, keyed by the id of the source entry.
 fn dead_letters(node: &Node) -> BTreeMap<String, (String, Value, Fields)> {
     let list = node.request("GET", "/v1/dead?limit=1000").json();
     assert_eq!(list.get("next"), None);
@@ -104,14 +104,14 @@ fn bytes(field: &Value, what: &str) -> Vec<u8> {
     }
 }
 
-/// Entries that are none, and what must be said of each.
+/// Invalid entries, each with a part of the expected reason.
 fn bad_entries() -> Vec<(Fields, &'static str)> {
     let thousands = |n: usize| {
         let mut many = fields(&[("type", "t"), ("user", "42")]);
         many.extend((0..n).map(|n| (format!("f{n}").into_bytes(), b"v".to_vec())));
         many
     };
-    // Short ones: the attribute itself must not be too long.
+    // Short names, so that the attribute does not exceed its own limit.
     let users = |n: u32| {
         (0..n)
             .map(|n| format!("{n:x}"))
@@ -123,11 +123,11 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
             fields(&[("source", "/shop"), ("user", "42")]),
             "type is missing; every event needs one, such as order.shipped",
         ),
-        (and("type", "u"), "type stands twice"),
+        (and("type", "u"), "type appears twice"),
         (fields(&[("type", ""), ("user", "42")]), "type is empty"),
         (
             fields(&[("", "")]),
-            "'' is no attribute name: 1 to 64 of a-z, 0-9 and _",
+            "'' is not a valid attribute name; use 1 to 64 of a-z, 0-9 and _",
         ),
         (and("data", "{\"a\":"), "data is not valid JSON"),
         (
@@ -155,18 +155,18 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
             document(b"\xff\xfe{\0}\0"),
             "the CloudEvents document is not UTF-8",
         ),
-        (document(r#"{"type":"t","type":"t"}"#), "type stands twice"),
+        (document(r#"{"type":"t","type":"t"}"#), "type appears twice"),
         (document(r#"{"type":{"a":1}}"#), "type is an object"),
         (
             document(r#"{"type":"t","data":1,"data_base64":"AA=="}"#),
-            "data and data_base64 exclude each other",
+            "data and data_base64 are mutually exclusive",
         ),
         (
             document(r#"{"type":"t","data_base64":"?"}"#),
             "data_base64 is not base64",
         ),
         (and("event", "{}"), "event must be the only field"),
-        // JSON by its grammar, in which nobody could find a field.
+        // Valid by the grammar of JSON, but no plugin could find a field in it.
         (
             and("data", r#"{"user":"42","cut":"\ud83d"}"#),
             "data is not valid JSON (",
@@ -185,86 +185,87 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
         ),
         (
             and("data", format!("\"{}\"", "x".repeat(2 * 1024 * 1024))),
-            "262144 is the most ([ingest] max_event_bytes)",
+            "the limit is 262144 ([ingest] max_event_bytes)",
         ),
-        (and("x".repeat(2 * 1024 * 1024), ""), "262144 is the most"),
-        (and("x".repeat(100_000), ""), "is no attribute name"),
+        (and("x".repeat(2 * 1024 * 1024), ""), "the limit is 262144"),
+        (
+            and("x".repeat(100_000), ""),
+            "is not a valid attribute name",
+        ),
         (
             and("data\nid", "forged"),
-            "'data\\nid' is no attribute name",
+            "'data\\nid' is not a valid attribute name",
         ),
-        (and("a\0b", "v"), "'a\\0b' is no attribute name"),
-        (and("\u{1b}[2J", "v"), "is no attribute name"),
-        (and("User", "43"), "'User' is no attribute name"),
-        (and("__proto__.x", "v"), "is no attribute name"),
+        (and("a\0b", "v"), "'a\\0b' is not a valid attribute name"),
+        (and("\u{1b}[2J", "v"), "is not a valid attribute name"),
+        (and("User", "43"), "'User' is not a valid attribute name"),
+        (and("__proto__.x", "v"), "is not a valid attribute name"),
         (and(b"\xff\xff", "v"), "a field name is not UTF-8"),
         (and("colour", b"\xff"), "colour is not UTF-8"),
         (
             and("id", "a\nid: forged"),
-            "id has the control character U+000A",
+            "id contains the control character U+000A",
         ),
         (
             and("id", "x".repeat(257)),
-            "id has 257 bytes; 256 is the most",
+            "id has 257 bytes; the limit is 256",
         ),
         (
             and("source", "/shop\0"),
-            "source has the control character U+0000",
+            "source contains the control character U+0000",
         ),
         (
             and("subject", "\u{85}"),
-            "subject has the control character U+0085",
+            "subject contains the control character U+0085",
         ),
         (
             fields(&[("type", "t\r\ndata: forged"), ("user", "42")]),
-            "type has the control character U+000D",
+            "type contains the control character U+000D",
         ),
         (
             fields(&[("type", "t"), ("user", "4\n2")]),
-            "user has the control character U+000A",
+            "user contains the control character U+000A",
         ),
         (
             fields(&[("type", "t"), ("user", "")]),
-            "the attribute user is ''; give it a text that is not empty",
+            "the attribute user is ''; use a non-empty text",
         ),
-        // Escaped, so that only the plugin, and then whoever reads its answer, gets to see the line feed itself.
+        // The line feed is escaped, so that it appears only when the plugin, and then the reader of
+        // its result, decodes it.
         (
             document(r#"{"type":"t","users":["42","4\n2"]}"#),
-            "the user has the control character U+000A",
+            "the user contains the control character U+000A",
         ),
         (
             document(r#"{"type":"t","users":["42",43]}"#),
-            "give it names with commas between them",
+            "use comma-separated names",
         ),
         (
             fields(&[("type", "t"), ("user", &"x".repeat(300))]),
-            "the user has 300 bytes; 256 is the most",
+            "the user has 300 bytes; the limit is 256",
         ),
         (
             fields(&[("type", "t"), ("users", &users(10_001))]),
-            "10000 is the most (max_targets)",
+            "the limit is 10000 (max_targets)",
         ),
         (
             fields(&[("type", "t"), ("users", &"u,".repeat(40_000))]),
-            "users has 80000 bytes; 65536 is the most",
+            "users has 80000 bytes; the limit is 65536",
         ),
         (
             and("priority", "highest"),
-            "it is low, normal, high or urgent",
+            "use low, normal, high or urgent",
         ),
-        (and("ttl", "-1"), "give it a number of seconds above 0"),
+        (and("ttl", "-1"), "use a number of seconds above 0"),
         (
             and("time", "yesterday"),
-            "time 'yesterday' is no RFC 3339 time",
+            "time 'yesterday' is not a valid RFC 3339 time",
         ),
         (
             and("specversion", "0.3"),
-            "specversion is '0.3'; only 1.0 is spoken",
+            "specversion is '0.3'; only 1.0 is supported",
         ),
-        (
-            and("data_base64", "AAE="),
-            "give the bytes as they are in 'data'",
-        ),
+        (and("data_base64", "AAE="), "put the raw bytes into 'data'"),
         (
             thousands(65),
             "the event has more than 64 extension attributes",
@@ -277,8 +278,7 @@ fn bad_entries() -> Vec<(Fields, &'static str)> {
 }
 
 #[test]
-fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_the_next_event_is_right()
- {
+fn an_invalid_entry_becomes_one_dead_letter_with_the_reason_and_its_exact_fields() {
     let server = RedisServer::start();
     let node = Node::builder().redis(server.url()).config(LEAN).start();
     let mut stream = node.stream("42");
@@ -301,7 +301,7 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
         assert_eq!(
             stream.next_notification(SOON).id,
             n.to_string(),
-            "what comes after {expected:?}"
+            "the event after {expected:?}"
         );
     }
     let mut dead = dead_letters(&node);
@@ -313,12 +313,12 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
         let reason = letter["reason"].as_str().expect("a reason");
         assert!(
             reason.contains(expected),
-            "{expected:?} is not in {reason:?}"
+            "{expected:?} is missing from {reason:?}"
         );
         assert_harmless(reason);
         assert!(
             kept == *bad,
-            "the fields are not as they were: {reason}, {} of {}",
+            "the fields changed: {reason}, {} of {}",
             kept.len(),
             bad.len()
         );
@@ -326,7 +326,7 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
             (letter["source"].as_str(), id.starts_with("0/")),
             (Some("pointsman:events"), true)
         );
-        // A plugin whose answer is none is asked once more, on a fresh instance.
+        // A plugin that returns an invalid result is called a second time, on a fresh instance.
         let most = if letter.get("plugin").is_some() { 2 } else { 1 };
         assert!(
             letter["attempts"]
@@ -335,7 +335,7 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
             "{letter}"
         );
     }
-    // Exactly one outcome each, in the counters as in the records.
+    // Exactly one outcome each, in the counters and in the records.
     assert_eq!(
         (
             outcomes(&node, "dead-lettered"),
@@ -348,7 +348,7 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
     let dead = decisions
         .iter()
         .filter(|decision| decision["outcome"] == "dead-lettered");
-    // Also where no plugin was asked.
+    // Also where no plugin was called.
     dead.clone().for_each(|decision| {
         assert!(
             decision["reason"]
@@ -371,7 +371,7 @@ fn a_bad_entry_is_one_dead_letter_with_the_fix_and_its_fields_byte_for_byte_and_
     the_command_line_shows_what_is_dead(&node, &entries[0]);
 }
 
-/// `pointsman dead`, as an operator has it.
+/// Exercises `pointsman dead-letters` as an operator uses it.
 fn the_command_line_shows_what_is_dead(node: &Node, entry: &str) {
     let dead = |arguments: &[&str]| {
         let output = pointsman(&[&["dead"], arguments].concat())
@@ -407,13 +407,13 @@ fn the_command_line_shows_what_is_dead(node: &Node, entry: &str) {
 }
 
 #[test]
-fn odd_but_legal_entries_arrive_as_they_were_published() {
+fn unusual_but_valid_entries_arrive_unchanged() {
     let server = RedisServer::start();
     let node = Node::builder().redis(server.url()).config(LEAN).start();
     let mut stream = node.stream("42");
     let mut last_of_many = node.stream("u8999");
     let mut connection = server.connection();
-    // Beyond 127 levels it is refused: nobody could find a field in it.
+    // More than 127 levels are rejected: no plugin could find a field in it.
     let deep = format!("{}{}", "[".repeat(127), "]".repeat(127));
     let large = format!("\"{}\"", "x".repeat(250 * 1024));
     let separators = "\"\u{2028}\u{2029}\u{feff}\u{85}\\u0000\\r\\n\"";
@@ -436,10 +436,11 @@ fn odd_but_legal_entries_arrive_as_they_were_published() {
         entry.extend(fields(&more));
         add(&mut connection, &entry);
     }
-    // Also as a page.
+    // Also through `GET /v1/notifications`.
     assert_eq!(last_of_many.next_notification(SOON).data, 1);
     assert_eq!(node.request("GET", "/v1/notifications?user=42").status, 200);
-    // The frames as they are: one of them, around its payload, is nested more deeply than this test's own parser goes.
+    // Compares raw frames: one of them, with its payload, is nested more deeply than this test's
+    // parser supports.
     let mut data = || {
         stream
             .next_frame(SOON)
@@ -475,7 +476,7 @@ fn odd_but_legal_entries_arrive_as_they_were_published() {
 }
 
 #[test]
-fn what_a_plugin_answers_wrongly_is_a_dead_letter_that_names_it_and_forges_no_frame() {
+fn an_invalid_plugin_result_becomes_a_dead_letter_that_names_the_plugin_and_forges_no_frame() {
     let folder = Folder::new();
     fs::write(
         folder.path().join("unruly.wasm"),
@@ -487,18 +488,18 @@ fn what_a_plugin_answers_wrongly_is_a_dead_letter_that_names_it_and_forges_no_fr
     let cases = [
         (
             "name-with-a-line-feed",
-            "the event name has the control character U+000A",
+            "the event name contains the control character U+000A",
         ),
         ("reserved-name", "the event name 'cursor' is reserved"),
         (
             "user-with-a-line-feed",
-            "the user has the control character U+000A",
+            "the user contains the control character U+000A",
         ),
         ("empty-group", "the group is empty"),
         ("body-of-no-json", "the body is not valid JSON"),
-        ("many-targets", "10000 is the most (max_targets)"),
+        ("many-targets", "the limit is 10000 (max_targets)"),
         ("huge-answer", "result_kib"),
-        ("panic", "as the type said"),
+        ("panic", "requested by the event type"),
     ];
     for (kind, _) in cases {
         node.publisher().publish(&[
@@ -515,10 +516,10 @@ fn what_a_plugin_answers_wrongly_is_a_dead_letter_that_names_it_and_forges_no_fr
         )
     });
     for (kind, expected) in cases {
-        let (reason, plugin) = reasons.next().expect("a dead letter each");
+        let (reason, plugin) = reasons.next().expect("one dead letter per case");
         assert!(
             reason.contains(expected) && plugin == Some("unruly"),
-            "{kind}: {expected:?} is not in {reason:?}"
+            "{kind}: {expected:?} is missing from {reason:?}"
         );
         assert_harmless(reason);
     }
@@ -531,7 +532,7 @@ const OCTETS: (&str, &str) = ("content-type", "application/octet-stream");
 const BATCH: (&str, &str) = ("content-type", "application/cloudevents-batch+json");
 
 #[test]
-fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
+fn an_invalid_post_returns_4xx_with_the_reason_and_stores_nothing() {
     let node = Node::builder().config(LEAN).start();
     let mut stream = node.stream("42");
     let large = |bytes: usize| {
@@ -574,31 +575,31 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
             &[STRUCTURED],
             text(r#"{"type":"t","a\nb":"v"}"#),
             400,
-            "'a\\nb' is no attribute name",
+            "'a\\nb' is not a valid attribute name",
         ),
         (
             &[STRUCTURED],
             text(r#"{"type":"t","id":"\u0000"}"#),
             400,
-            "id has the control character U+0000",
+            "id contains the control character U+0000",
         ),
         (
             &[STRUCTURED],
             text(r#"{"type":"t\r\ndata: x"}"#),
             400,
-            "type has the control character U+000D",
+            "type contains the control character U+000D",
         ),
         (
             &[STRUCTURED],
             text(r#"{"type":"t","user":"4\n2"}"#),
             400,
-            "user has the control character U+000A",
+            "user contains the control character U+000A",
         ),
         (
             &[STRUCTURED],
             text(r#"{"type":"t","ttl":1e999}"#),
             400,
-            "ttl is no attribute value",
+            "ttl is not a valid attribute value",
         ),
         (
             &[STRUCTURED],
@@ -628,40 +629,45 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
             &[("ce-type", "a%0Ab")],
             text(""),
             400,
-            "type has the control character U+000A",
+            "type contains the control character U+000A",
         ),
         (&[("ce-type", "a%FF")], text(""), 400, "type is not UTF-8"),
         (
             &[("ce-type", "t"), ("ce-user", "4%0A2")],
             text(""),
             400,
-            "user has the control character U+000A",
+            "user contains the control character U+000A",
         ),
         (
             &[("ce-type", "t"), ("ce-a-b", "v")],
             text(""),
             400,
-            "'a-b' is no attribute name",
+            "'a-b' is not a valid attribute name",
         ),
-        (&[("ce-", "t")], text(""), 400, "'' is no attribute name"),
+        (
+            &[("ce-", "t")],
+            text(""),
+            400,
+            "'' is not a valid attribute name",
+        ),
         (
             &[("content-type", "image/png")],
             vec![0x89],
             415,
-            "no event can be read from 'image/png'",
+            "cannot read an event from content type 'image/png'",
         ),
         (
             &[BATCH],
             text("{}"),
             400,
-            "the batch is not a JSON list of events",
+            "the batch is not a JSON array of events",
         ),
         (&[BATCH], vec![b'[', 0xff], 400, "the batch is not UTF-8"),
         (
             &[BATCH],
             list(10_001),
             413,
-            "the batch has 10001 events; 10000 is the most",
+            "the batch has 10001 events; the limit is 10000",
         ),
         (
             &[BATCH],
@@ -677,7 +683,10 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
             .as_str()
             .expect("an error")
             .to_owned();
-        assert!(error.contains(expected), "{expected:?} is not in {error:?}");
+        assert!(
+            error.contains(expected),
+            "{expected:?} is missing from {error:?}"
+        );
         assert_harmless(&error);
         node.publisher()
             .publish(&[event(&n.to_string(), "good", json!({ "user": "42" }))]);
@@ -685,7 +694,8 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
     }
     let answer = node.send("POST", "/v1/events?dry_run=perhaps", &[STRUCTURED], b"{}");
     assert_eq!(answer.status, 400, "{answer:?}");
-    // In a batch, what does not hold is refused for good, by name, and the others are stored.
+    // In a batch, invalid events are rejected permanently, each with its reason, and the others are
+    // stored.
     let large = String::from_utf8(large(262_144)).expect("text");
     let batch = format!(
         r#"[1, {{"user":"42"}}, {large}, {{"type":"t","id":"\n"}}, {{"type":"t","id":"last","user":"42"}}]"#
@@ -701,7 +711,7 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
     for (receipt, expected) in receipts.iter().zip([
         "not a JSON object",
         "type is missing",
-        "262144 is the most",
+        "the limit is 262144",
         "U+000A",
     ]) {
         assert_eq!(receipt["status"], "refused", "{receipt}");
@@ -709,7 +719,7 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
             receipt["error"]
                 .as_str()
                 .is_some_and(|error| error.contains(expected)),
-            "{expected:?} is not in {receipt}"
+            "{expected:?} is missing from {receipt}"
         );
     }
     assert_eq!(
@@ -731,11 +741,12 @@ fn a_bad_post_is_400_or_413_with_a_clear_error_and_stores_nothing() {
     assert_calm(&node);
 }
 
-/// Sends bytes and answers what comes back: one whole answer, the first words of a stream, or all until the node closes.
+/// Sends bytes and returns the response: one complete response, the beginning of a stream, or
+/// everything until the node closes.
 fn say(addr: SocketAddr, bytes: &[u8]) -> String {
     let mut socket = TcpStream::connect(addr).expect("connect");
     socket.set_read_timeout(Some(SOON)).expect("set a timeout");
-    // The node may answer and close before it has read everything.
+    // The node may respond and close before it has read everything.
     drop(socket.write_all(bytes));
     let (mut answer, mut buffer) = (String::new(), [0; 4096]);
     while let Ok(n @ 1..) = socket.read(&mut buffer) {
@@ -757,7 +768,7 @@ fn say(addr: SocketAddr, bytes: &[u8]) -> String {
 }
 
 #[test]
-fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
+fn no_request_bytes_make_a_node_panic_or_respond_5xx() {
     let node = Node::builder()
         .config(&format!("[listen]\nheader_timeout_s = 1\n{LEAN}"))
         .start();
@@ -815,7 +826,8 @@ fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
         b"1____________________________________________________________________________________________________________________________",
         &b"A".repeat(4_000),
     ] {
-        // The HTTP layer refuses a header with a control character; everything else is a place that nobody knows.
+        // The HTTP layer rejects a header with a control character; everything else is an unknown
+        // position.
         requests.push((id(given), if given == b"\x01" { &[400] } else { &[200] }));
     }
     for (request, expected) in requests {
@@ -827,10 +839,10 @@ fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
             .and_then(|code| code.parse::<u16>().ok());
         assert!(
             status.is_some_and(|status| expected.contains(&status)),
-            "not one of {expected:?} to {shown:?}: {answer:?}"
+            "expected one of {expected:?} for {shown:?}: {answer:?}"
         );
     }
-    // What is no request at all is worth no answer, or a short one.
+    // Bytes that are not an HTTP request get no response, or a short one.
     for noise in [
         &b"\0\0\0\0"[..],
         b"\x16\x03\x01\x02\x00\x01\x00",
@@ -848,7 +860,7 @@ fn no_bytes_of_a_request_bring_a_node_to_panic_or_to_answer_5xx() {
 }
 
 #[test]
-fn a_last_event_id_that_nobody_can_read_is_told_as_a_gap_and_what_follows_arrives() {
+fn an_unreadable_last_event_id_yields_a_gap_and_later_notifications_arrive() {
     let node = Node::builder().config(LEAN).start();
     let mut stream = node.stream("42");
     node.publisher()
@@ -861,7 +873,7 @@ fn a_last_event_id_that_nobody_can_read_is_told_as_a_gap_and_what_follows_arrive
             .unwrap_or_else(|refused| panic!("{refused:?}"))
     };
     let mut own = stream.last_event_id().to_owned();
-    // A mark in the future, as if made up.
+    // Moves a mark into the future, as a forged cursor would.
     own.replace_range(own.len() - 9..own.len() - 6, "f--");
     let gap = |stream: &mut Stream| stream.next_state("gap", SOON).data.expect("data");
     for (id, reason) in [
@@ -873,14 +885,14 @@ fn a_last_event_id_that_nobody_can_read_is_told_as_a_gap_and_what_follows_arrive
         let mut hostile = open(id);
         let told: Value = serde_json::from_str(&gap(&mut hostile)).expect("JSON");
         assert_eq!(told["reason"], reason, "for {id:?}: {hostile:?}");
-        // With the cursor that follows the gap the client is in good order again.
+        // The cursor that follows the gap makes the client's position valid again.
         hostile.next_state("cursor", SOON);
         node.publisher()
             .publish(&[event(id, "t", json!({ "user": "42" }))]);
         assert_eq!(hostile.next_notification(SOON).id, id);
         assert_eq!(stream.next_notification(SOON).id, id);
     }
-    // Somebody else's says nothing of this user, so nothing is missing.
+    // A cursor of another user does not apply to this user, so nothing is missing.
     let others = node.stream("43").last_event_id().to_owned();
     let mut stream = open(&others);
     stream.next_state("cursor", SOON);
@@ -889,15 +901,16 @@ fn a_last_event_id_that_nobody_can_read_is_told_as_a_gap_and_what_follows_arrive
     assert_eq!(stream.next_notification(SOON).id, "last");
     let Refused { status, text } = Request::new(node.addr(), "user=42&min_priority=most")
         .open(SOON)
-        .expect_err("refused");
+        .expect_err("a rejection");
     assert!(
-        status == Some(400) && text.contains("no priority: low, normal, high or urgent"),
+        status == Some(400)
+            && text.contains("not a valid priority; use low, normal, high or urgent"),
         "{text}"
     );
 }
 
 #[test]
-fn a_file_that_is_no_plugin_is_named_in_the_log_and_by_readiness_and_the_good_ones_work() {
+fn an_invalid_plugin_file_is_named_in_log_and_readiness_and_valid_plugins_run() {
     let folder = Folder::new();
     let address = guests::core_module("address");
     let wrong = wat::parse_str("(module (func (export \"run\")))").expect("a module");
@@ -907,7 +920,7 @@ fn a_file_that_is_no_plugin_is_named_in_the_log_and_by_readiness_and_the_good_on
         ("empty.wasm", b""),
         ("text.wasm", b"#!/bin/sh\n"),
         ("wrong.wasm", &wrong),
-        ("notes.txt", b"no plugin, and not meant to be one"),
+        ("notes.txt", b"not a plugin"),
     ] {
         fs::write(folder.path().join(name), bytes).expect("write a file");
     }
@@ -916,7 +929,7 @@ fn a_file_that_is_no_plugin_is_named_in_the_log_and_by_readiness_and_the_good_on
         .plugins(folder.path())
         .may_be_unready()
         .start();
-    // It comes back while the node is still starting.
+    // The follower reconnects while the node is still starting.
     let follower = node.follower("42");
     node.publisher()
         .publish(&[event("a", "t", json!({ "user": "42" }))]);
@@ -934,18 +947,21 @@ fn a_file_that_is_no_plugin_is_named_in_the_log_and_by_readiness_and_the_good_on
             .unwrap_or_else(|| panic!("{name}: {ready:?}"));
         assert!(
             line.contains(&format!("{name}.wasm")),
-            "the file is not named: {line}"
+            "the file name is missing: {line}"
         );
         assert_harmless(line);
         let (_, reason) = line.split_once(": ").expect("a name before it");
-        assert!(log.contains(reason), "{reason:?} is not in the log: {log}");
+        assert!(
+            log.contains(reason),
+            "{reason:?} is missing from the log: {log}"
+        );
     }
     assert_eq!(ready.body.lines().count(), 5, "{}", ready.body);
     assert_calm(&node);
 }
 
 #[test]
-fn dead_letters_are_counted_told_before_there_are_too_many_and_counted_when_they_are_gone() {
+fn dead_letters_are_counted_warned_of_below_the_limit_and_counted_when_trimmed() {
     let server = RedisServer::start();
     let config = format!("{LEAN}\n[retention]\ndead_entries = 10");
     for builder in [Node::builder(), Node::builder().redis(server.url())] {
@@ -965,24 +981,24 @@ fn dead_letters_are_counted_told_before_there_are_too_many_and_counted_when_they
                 .map(str::to_owned)
         };
         die(7);
-        eventually(SOON, "they are counted", || {
+        eventually(SOON, "the dead letters are counted", || {
             (of_source("dead_letters") == 7.0).then_some(())
         });
         assert_eq!(warning(), None);
         die(1);
-        let line = eventually(SOON, "there is a warning", warning);
+        let line = eventually(SOON, "the warning appears", warning);
         assert!(
-            line.starts_with("warning: dead-letters: 8 of pointsman:events, and of more than 10 the oldest are lost: redrive"),
+            line.starts_with("warning: dead-letters: 8 in pointsman:events; the oldest beyond 10 per source are deleted; redrive"),
             "{line}"
         );
         assert_eq!(node.admin("/readyz").status, 200);
         die(5);
-        eventually(SOON, "what is gone is counted", || {
+        eventually(SOON, "trimmed dead letters are counted", || {
             (of_source("dead_letters_trimmed_total") == 3.0).then_some(())
         });
         assert_eq!(of_source("dead_letters"), 10.0);
         told(pointsman(&["dead", "drop", "--all"]).env("POINTSMAN_URL", node.url("")));
-        eventually(SOON, "the warning goes", || {
+        eventually(SOON, "the warning disappears", || {
             warning().is_none().then_some(())
         });
     }

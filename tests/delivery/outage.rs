@@ -1,5 +1,6 @@
-//! Redis missing, lost, full, slow, forgetful or wrongly set: a node says so, refuses what it cannot take, keeps its streams, and goes on
-//! exactly where it was. The expectation is made by the publisher.
+//! Redis outages: missing, lost, full, slow, flushed or misconfigured. A node reports the fault,
+//! refuses requests that it cannot serve, keeps its streams open, and resumes exactly where it
+//! stopped. The publisher determines the expected notifications.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -14,13 +15,13 @@ use crate::harness::publish::{event, xadd};
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Follower, Request, Stop, Stream};
 
-/// What is right sooner or later is right within this time, on a busy machine.
+/// How long eventual conditions may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 const N_USERS: usize = 4;
-/// Lines that a node may log about one outage of some seconds, whatever happens meanwhile.
+/// The maximum number of log lines about one outage of a few seconds.
 const MOST_LINES: usize = 30;
 
-/// A node on this Redis, with as little to compile at its start as there can be.
+/// A node on this Redis with few plugins, to keep compilation at the start short.
 fn node_on(url: &str) -> Builder {
     Node::builder()
         .redis(url)
@@ -31,21 +32,21 @@ fn n_lines(node: &Node) -> usize {
     node.log().lines().count()
 }
 
-/// Waits until readiness is red and says this.
+/// Waits until the node is unready with this reason.
 fn red(node: &Node, reason: &str) {
-    eventually(SOON, &format!("readiness says {reason:?}"), || {
+    eventually(SOON, &format!("readiness reports {reason:?}"), || {
         let ready = node.admin("/readyz");
         (ready.status == 503 && ready.body.contains(reason)).then_some(())
     });
 }
 
 fn green(node: &Node) {
-    eventually(PATIENCE, "readiness is green", || {
+    eventually(PATIENCE, "the node is ready", || {
         (node.admin("/readyz").status == 200).then_some(())
     });
 }
 
-/// Publishing is refused for now, and says when to come again.
+/// Asserts a 503 with an error text and a `Retry-After`.
 fn assert_refused(answer: &Answer) {
     assert_eq!(answer.status, 503, "{answer:?}");
     let seconds: u64 = answer
@@ -78,7 +79,8 @@ fn streams(node: &Node) -> Vec<Stream> {
         .collect()
 }
 
-/// Publishes numbered events as long as `during` lasts, surely, and answers how many.
+/// Publishes numbered events while `during` runs, retrying until each is accepted, and returns
+/// their number.
 fn flow(node: &Node, during: impl FnOnce(&AtomicUsize)) -> usize {
     let (n_published, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let publisher = node.publisher();
@@ -89,11 +91,11 @@ fn flow(node: &Node, during: impl FnOnce(&AtomicUsize)) -> usize {
                 let batch: Vec<Value> = (first..first + 5).map(number).collect();
                 publisher.publish_surely(&batch, PATIENCE);
                 n_published.store(first + batch.len(), Relaxed);
-                // At this pace; in an outage it lasts as long as it lasts.
+                // Limits the rate; during an outage, publishing takes longer.
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        // Also when it panics, or the publisher would go on for ever.
+        // Stop the publisher even on a panic: otherwise it would run forever.
         let _over = OnDrop(&is_over);
         during(&n_published);
     });
@@ -116,7 +118,8 @@ fn some_more(n_published: &AtomicUsize) {
     });
 }
 
-/// Each stream, never closed and without a gap, has exactly what was published to its user, once and in order.
+/// Asserts that each stream, still open and without a gap, has exactly the events published to its
+/// user, once and in order.
 fn assert_exact(node: &Node, streams: &mut [Stream], n_published: usize) {
     node.publisher().publish_surely(
         &[event("last", "outage", json!({ "everyone": true }))],
@@ -137,18 +140,21 @@ fn assert_exact(node: &Node, streams: &mut [Stream], n_published: usize) {
 }
 
 #[test]
-fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes() {
+fn a_node_started_without_redis_reports_it_and_recovers_once_redis_starts() {
     let mut server = RedisServer::start();
     server.kill();
     let node = node_on(&server.url()).may_be_unready().start();
     red(
         &node,
-        &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()),
+        &format!(
+            "broker: the broker is unavailable: 127.0.0.1:{}: ",
+            server.port()
+        ),
     );
     assert_eq!(
         node.admin("/healthz").status,
         200,
-        "a restart would not help"
+        "an unavailable broker must not fail the liveness probe"
     );
     let follower = Follower::start(node.addr(), "user=42");
     for (method, path) in [
@@ -164,14 +170,15 @@ fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes()
             .try_publish(&[number(0)])
             .expect("an answer"),
     );
-    // An `EventSource` gives up for ever on any status but 200, and comes back after the end of a stream.
+    // An `EventSource` never reconnects after any status but 200, but does so after the end of a
+    // stream.
     let (frames, stop) = Request::new(node.addr(), "user=42")
         .open(SOON)
         .expect("200")
         .read_to_end(SOON);
     assert!(matches!(stop, Stop::Ended), "{stop:?}");
     let [close] = frames.as_slice() else {
-        panic!("one frame: {frames:?}")
+        panic!("expected one frame: {frames:?}")
     };
     assert_eq!(
         (close.state(), close.data.as_deref(), close.retry.is_some()),
@@ -194,7 +201,7 @@ fn without_redis_at_the_start_a_node_says_so_refuses_and_is_well_once_it_comes()
 }
 
 #[test]
-fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_streams_stay_open() {
+fn a_restart_of_redis_loses_and_duplicates_nothing_and_streams_stay_open() {
     let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let node = node_on(&server.url()).start();
     let mut streams = streams(&node);
@@ -204,9 +211,12 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
         server.kill();
         red(
             &node,
-            &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()),
+            &format!(
+                "broker: the broker is unavailable: 127.0.0.1:{}: ",
+                server.port()
+            ),
         );
-        // Publishers that hammer a node in an outage are answered, and not written down one by one.
+        // Publish attempts during an outage are answered, but not logged one by one.
         for _ in 0..100 {
             assert_refused(
                 &node
@@ -215,7 +225,7 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
                     .expect("an answer"),
             );
         }
-        // A stream that is opened now waits.
+        // A stream opened during the outage waits.
         let mut late = Request::new(node.addr(), "user=late")
             .open(SOON)
             .expect("200");
@@ -223,7 +233,7 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
         late.next_state("cursor", SOON);
         green(&node);
         some_more(n_published);
-        // And once more, so quickly that hardly anybody notices.
+        // A second restart, too short for the readiness check to notice.
         server.kill();
         server.restart();
         some_more(n_published);
@@ -242,7 +252,7 @@ fn a_redis_that_is_killed_and_started_again_loses_and_doubles_nothing_and_stream
 }
 
 #[test]
-fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
+fn a_frozen_redis_makes_the_node_unready_and_loses_nothing() {
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();
     let mut streams = streams(&node);
@@ -252,7 +262,10 @@ fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
         server.pause();
         red(
             &node,
-            &format!("broker: the broker is away: 127.0.0.1:{}: ", server.port()),
+            &format!(
+                "broker: the broker is unavailable: 127.0.0.1:{}: ",
+                server.port()
+            ),
         );
         assert_refused(
             &node
@@ -260,7 +273,7 @@ fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
                 .try_publish(&[number(0)])
                 .expect("an answer"),
         );
-        // Until the feed counts as dead, too.
+        // Wait until the feed counts as dead as well.
         red(&node, "feed: 1 of 1 partitions are silent");
         server.resume();
         green(&node);
@@ -273,7 +286,7 @@ fn a_redis_that_stands_still_turns_readiness_red_and_costs_nothing_but_time() {
 }
 
 #[test]
-fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
+fn a_command_whose_answer_was_late_is_not_executed_twice() {
     let server = RedisServer::start();
     let proxy = Proxy::to(server.port());
     let node = node_on(&proxy.url()).start();
@@ -286,11 +299,12 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
             .query(&mut connection)
             .expect("HGET")
     };
-    // From now on Redis knows the scripts: a hash that it does not know is answered at once, and nothing done.
+    // The first event loads the scripts: Redis answers an unknown script hash at once without
+    // executing anything, so no answer could be held back.
     node.publisher()
         .publish(&[event("first", "t", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "first");
-    // A commit: this is how its decision names the event.
+    // A commit: its decision names the event in this form.
     proxy.hold_answers_from("\"event_id\":\"committed\"");
     let fields = |id: &str| {
         vec![
@@ -308,13 +322,16 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
     eventually(SOON, "the commit is done", || {
         (position().as_ref() == Some(&entry)).then_some(())
     });
-    assert!(proxy.is_holding(), "nobody has heard of it");
+    assert!(
+        proxy.is_holding(),
+        "the answer to the commit must be held back"
+    );
     red(&node, ": no answer within 2 s");
     proxy.release();
     green(&node);
     assert_eq!(stream.next_notification(SOON).id, "committed");
 
-    // An append: the publisher, who had no answer, sends it again.
+    // An append: the publisher receives no answer and sends the event again.
     let posted = [event("posted", "t", json!({ "user": "42" }))];
     proxy.hold_answers_from("\"id\":\"posted\"");
     assert_refused(&node.publisher().try_publish(&posted).expect("an answer"));
@@ -324,13 +341,13 @@ fn what_redis_has_done_but_could_not_answer_in_time_is_not_done_twice() {
         .publish_surely(&[event("last", "t", json!({ "user": "42" }))], PATIENCE);
     assert_eq!(stream.next_notification(SOON).id, "posted");
     assert_eq!(stream.next_notification(SOON).id, "last");
-    eventually(SOON, "the second one is a duplicate", || {
+    eventually(SOON, "the retry is a duplicate", || {
         (node.metric("pointsman_events_total{outcome=\"duplicate\"}") == 1.0).then_some(())
     });
 }
 
 #[test]
-fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
+fn a_full_redis_refuses_publishers_keeps_streams_and_drains() {
     const MEMORY: usize = 24 * 1024 * 1024;
     let server = RedisServer::with(&[
         "--maxmemory",
@@ -340,7 +357,7 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
     ]);
     let node = node_on(&server.url()).start();
     let mut stream = node.stream("42");
-    // While the node stands still, a neighbour of Redis fills it to the brim with events that nobody has decided.
+    // While the node is stopped, another Redis client fills Redis with undecided events.
     node.signal("STOP");
     let mut connection = server.connection();
     let mut n_added = 0;
@@ -361,11 +378,11 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
             Ok(_) => n_added += 1,
             Err(error) => break error,
         }
-        assert!(n_added * 100_000 < MEMORY, "it should be full by now");
+        assert!(n_added * 100_000 < MEMORY, "Redis should be full by now");
     };
     assert_eq!(refusal.code(), Some("OOM"), "{refusal}");
     node.signal("CONT");
-    // Decided, they are no longer needed, and make room by themselves.
+    // Once decided, the entries are no longer needed and free their memory.
     let expected = n_added as f64;
     eventually(PATIENCE, "every event is decided", || {
         (node.metric("pointsman_events_total{outcome=\"unrouted\"}") == expected).then_some(())
@@ -374,7 +391,8 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
         .publish_surely(&[event("drained", "t", json!({ "user": "42" }))], SOON);
     assert_eq!(stream.next_notification(SOON).id, "drained");
 
-    // Full of what cannot be given up: it is refused, said, and the rest goes on.
+    // Full of data that cannot be trimmed: publishing is refused, the reason is reported, and
+    // everything else continues.
     let () = server.command("CONFIG SET maxmemory 1mb");
     let before = n_lines(&node);
     for _ in 0..100 {
@@ -386,7 +404,7 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
         assert!(
             answer.json()["error"]
                 .as_str()
-                .is_some_and(|error| error.contains("no room")),
+                .is_some_and(|error| error.contains("is full")),
             "{answer:?}"
         );
     }
@@ -401,12 +419,12 @@ fn a_full_redis_refuses_publishers_keeps_streams_and_drains_by_itself() {
 }
 
 #[test]
-fn a_redis_that_may_evict_is_not_ready_and_the_fix_is_named_until_it_is_done() {
+fn an_evicting_redis_makes_the_node_unready_until_the_named_fix_is_applied() {
     let server = RedisServer::with(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
     let node = node_on(&server.url()).may_be_unready().start();
     red(
         &node,
-        "maxmemory-policy is allkeys-lru, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction",
+        "maxmemory-policy is allkeys-lru, which may evict positions and logs; run CONFIG SET maxmemory-policy noeviction",
     );
     assert!(
         node.log()
@@ -419,7 +437,7 @@ fn a_redis_that_may_evict_is_not_ready_and_the_fix_is_named_until_it_is_done() {
 }
 
 #[test]
-fn a_lost_feed_and_forgotten_scripts_go_unnoticed_by_clients() {
+fn clients_do_not_notice_a_lost_feed_or_flushed_scripts() {
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();
     let mut streams = streams(&node);
@@ -427,7 +445,7 @@ fn a_lost_feed_and_forgotten_scripts_go_unnoticed_by_clients() {
         for _ in 0..5 {
             some_more(n_published);
             let n_killed: u64 = server.command("CLIENT KILL TYPE pubsub");
-            assert_eq!(n_killed, 1, "the one connection for notices");
+            assert_eq!(n_killed, 1, "the one notice connection");
             let () = server.command("SCRIPT FLUSH");
             eventually(SOON, "the feed is back", || {
                 let channels: Vec<String> = server.command("PUBSUB CHANNELS *l:u:*");
@@ -439,14 +457,13 @@ fn a_lost_feed_and_forgotten_scripts_go_unnoticed_by_clients() {
     let log = node.log();
     let n_lost = log
         .lines()
-        .filter(|line| line.contains("the connection for notices was lost"))
+        .filter(|line| line.contains("the notice connection was lost"))
         .count();
     assert_eq!(n_lost, 5, "{log}");
 }
 
 #[test]
-fn a_source_that_somebody_overwrote_turns_readiness_red_with_the_fix_and_goes_on_once_it_is_mended()
-{
+fn an_overwritten_source_makes_the_node_unready_until_the_named_fix_is_applied() {
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();
     let mut stream = node.stream("42");
@@ -454,7 +471,7 @@ fn a_source_that_somebody_overwrote_turns_readiness_red_with_the_fix_and_goes_on
     let () = server.command("SET pointsman:events oops");
     red(
         &node,
-        "a key of ours holds something foreign: rename or delete it",
+        "a key of Pointsman has the wrong type; rename or delete it",
     );
     let () = server.command("RENAME pointsman:events oops");
     let fields = vec![
@@ -467,7 +484,7 @@ fn a_source_that_somebody_overwrote_turns_readiness_red_with_the_fix_and_goes_on
 }
 
 #[test]
-fn flushall_is_told_as_a_gap_and_never_silence_and_later_events_arrive() {
+fn flushall_is_reported_as_a_gap_and_later_events_arrive() {
     let server = RedisServer::start();
     let node = node_on(&server.url()).start();
     let (mut stream, mut quiet) = (node.stream("42"), node.stream("43"));
@@ -492,17 +509,17 @@ fn flushall_is_told_as_a_gap_and_never_silence_and_later_events_arrive() {
         assert_eq!(stream.next_notification(SOON).id, "added");
         assert_eq!(stream.next_notification(SOON).id, "posted");
     }
-    // Who comes back with a cursor from before is told, too.
+    // The loss leaves no fault behind.
     assert_eq!(node.admin("/readyz").status, 200);
 }
 
 #[test]
-fn a_line_that_is_too_slow_for_a_full_read_is_read_in_smaller_bites() {
+fn a_connection_too_slow_for_a_full_read_uses_smaller_reads() {
     let server = RedisServer::start();
     let proxy = Proxy::to(server.port());
     let node = node_on(&proxy.url()).start();
     let mut stream = node.stream("42");
-    // 64 entries would take more than 6 s, and a read has 3.
+    // 64 entries would take more than 6 s, and a read has a timeout of 3 s.
     proxy.slow_answers_to(1024 * 1024);
     let fields = |n: usize| {
         let data = format!("\"{}\"", "x".repeat(100_000));

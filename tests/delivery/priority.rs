@@ -1,4 +1,5 @@
-//! Priority at a socket that nobody reads: what is urgent goes ahead of everything that has not left the node.
+//! Priority at a socket that is not read: an urgent notification goes ahead of everything that has
+//! not left the node.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,14 +13,15 @@ use crate::harness::publish::event;
 use crate::harness::sse::{Notification, Request, Stream};
 
 const N_LOW: usize = 500;
-/// All of them are a multiple of what a node has to write ahead for a connection to be fast.
+/// Bytes of one notification. All of them together are several times what a node has to write ahead
+/// for a connection to be fast.
 const BYTES: usize = 8 * 1024;
-/// What a node has taken out of its lanes and not yet given to the kernel: a write of 16 KiB, and what its last notification has beyond.
+/// Bytes taken from the queues and not yet passed to the kernel: one write of 16 KiB and the excess
+/// of its last notification.
 const UNDER_WAY: usize = 16 * 1024 + BYTES + 1024;
 
 #[test]
-fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_point_loses_and_repeats_nothing()
- {
+fn an_urgent_notification_overtakes_all_not_yet_in_the_socket_and_a_cut_loses_nothing() {
     let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
     // One stream for each point at which it is cut.
     let cuts = [
@@ -39,7 +41,7 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
         N_LOW + 1,
     ];
     let streams: Vec<_> = cuts.map(|_| node.stream("42")).into();
-    // What has reached one that reads is there for all of them.
+    // Notifications that a reading stream has received are available to all streams.
     let mut witness = node.stream("42");
     let low = |n: usize| {
         event(
@@ -64,7 +66,7 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
         let in_socket = bytes_in_the_kernel(&stream, node.addr());
         assert!(
             in_socket < N_LOW * BYTES / 2,
-            "{in_socket} bytes were written for a client that does not read"
+            "the node wrote {in_socket} bytes to a client that does not read"
         );
         let mut received: Vec<Notification> = Vec::new();
         while received.len() < cut {
@@ -73,14 +75,14 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
                 let n_before = received.len() - 1;
                 assert!(
                     (n_before * BYTES) < in_socket + UNDER_WAY,
-                    "{n_before} low ones came first, and {in_socket} bytes were in the socket"
+                    "{n_before} low-priority notifications arrived first with {in_socket} bytes in the socket"
                 );
             }
         }
         let mut again = Request::new(node.addr(), "user=42")
             .last_event_id(stream.last_event_id())
             .open(SOON)
-            .expect("open it again");
+            .expect("reopen the stream");
         drop(stream);
         while received.len() < N_LOW + 1 {
             received.push(again.next_notification(SOON));
@@ -92,7 +94,7 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
         assert_eq!(
             ids.len(),
             N_LOW + 1,
-            "each came once, although the stream was cut after {cut}"
+            "each arrives once when the stream is cut after {cut}"
         );
         let order: Vec<&str> = received
             .iter()
@@ -106,7 +108,7 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
         );
         resumed.push(again);
     }
-    // Nothing is left over.
+    // Nothing else is pending.
     node.publisher()
         .publish(&[event("last", "t", json!({ "user": "42" }))]);
     for mut stream in resumed {
@@ -114,9 +116,9 @@ fn an_urgent_one_overtakes_whatever_is_not_in_the_socket_yet_and_a_cut_at_any_po
     }
 }
 
-/// More of them than a replay queues at once: it waits for room, which nothing but the expiry makes.
+/// More notifications than a replay queues at once: it waits for room, which only the expiry makes.
 #[test]
-fn a_stream_whose_waiting_notifications_all_expire_while_nobody_reads_goes_on_when_somebody_does() {
+fn an_unread_stream_whose_queued_notifications_all_expire_continues_when_it_is_read() {
     let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
     let mut stream = node.stream("42");
     let mut witness = node.stream("42");
@@ -132,7 +134,7 @@ fn a_stream_whose_waiting_notifications_all_expire_while_nobody_reads_goes_on_wh
     while witness.next_notification(SOON).id != format!("brief{}", N_LOW - 1) {}
     assert!(
         bytes_in_the_kernel(&stream, node.addr()) < N_LOW * BYTES / 2,
-        "most of them wait"
+        "most of them are queued"
     );
     eventually(SOON, "they have expired", || {
         let page = node.request("GET", "/v1/notifications?user=42").json();
@@ -144,7 +146,7 @@ fn a_stream_whose_waiting_notifications_all_expire_while_nobody_reads_goes_on_wh
     while stream.next_notification(SOON).id != "lasting" {}
 }
 
-/// What the node has written and the client has not read.
+/// Bytes written by the node and not read by the client.
 fn bytes_in_the_kernel(stream: &Stream, node: SocketAddr) -> usize {
     let client = stream
         .scissors()

@@ -1,5 +1,5 @@
-//! What one client can take from the others: a place, for as long as it reads, and a turn of a thread that asks plugins. Streams are bounded
-//! however they come in, and one that takes nothing is cut, alone; a dry run waits behind whoever publishes.
+//! Resource limits between clients: stream permits and plugin threads. Streams are bounded on every
+//! transport, a stream that accepts no data is cut alone, and a dry run waits behind publishers.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -23,7 +23,7 @@ const ACK: u8 = 1;
 /// END_STREAM and END_HEADERS: a request without a body.
 const WHOLE: u8 = 5;
 
-/// A client of HTTP/2 that opens streams whose window is closed until it says otherwise.
+/// An HTTP/2 client that opens streams with a closed window until it opens the window explicitly.
 struct Multiplexed {
     socket: TcpStream,
 }
@@ -48,10 +48,10 @@ impl Multiplexed {
         self.socket.write_all(&frame).expect("write");
     }
 
-    /// `GET /v1/stream?user=USER` on this stream.
+    /// Sends `GET /v1/stream?user=USER` on this stream.
     fn open(&mut self, stream: u32, user: &str) {
         let path = format!("/v1/stream?user={user}");
-        // HPACK: `GET` and `http` by their indexes, path and authority as they are.
+        // HPACK: `GET` and `http` by index, path and authority as literals.
         let mut head = vec![0x82, 0x86];
         for (index, text) in [(4, path.as_str()), (1, "localhost")] {
             head.extend([index, u8::try_from(text.len()).expect("short")]);
@@ -64,7 +64,7 @@ impl Multiplexed {
         self.send(WINDOW_UPDATE, 0, stream, &n_bytes.to_be_bytes());
     }
 
-    /// The next frame of a stream: kind, stream, payload. `None`: none came in time.
+    /// The next frame of a stream: kind, stream, payload. `None` if none arrives in time.
     fn next(&mut self, within: Duration) -> Option<(u8, u32, Vec<u8>)> {
         let deadline = Instant::now() + within;
         loop {
@@ -96,17 +96,20 @@ impl Multiplexed {
         }
     }
 
-    /// Reads until a stream has said this.
+    /// Reads until a stream has sent this text.
     fn await_text(&mut self, stream: u32, text: &str) {
         let (mut said, deadline) = (String::new(), Instant::now() + SOON);
         while !said.contains(text) {
-            assert!(Instant::now() < deadline, "{text} is not in {said}");
+            assert!(
+                Instant::now() < deadline,
+                "the stream did not send {text}, only {said}"
+            );
             match self.next(SOON) {
                 Some((DATA, from, bytes)) if from == stream => {
                     said += &String::from_utf8_lossy(&bytes)
                 }
                 Some(_) => {}
-                None => panic!("{text} is not in {said}"),
+                None => panic!("the stream did not send {text}, only {said}"),
             }
         }
     }
@@ -117,7 +120,7 @@ fn n_stalled(node: &Node) -> f64 {
 }
 
 #[test]
-fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_connection_are_not() {
+fn a_stalled_http_2_stream_is_cut_without_the_others_of_its_connection() {
     let node = Node::builder()
         .config("[stream]\nheartbeat_s = 1\nstall_s = 2\n")
         .start();
@@ -126,22 +129,22 @@ fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_co
     client.open(3, "42");
     client.open_window(3, 1 << 20);
     client.await_text(3, "event: cursor");
-    // Nothing but its heartbeats waits for it.
+    // Only heartbeats are pending for the stalled stream.
     let deadline = Instant::now() + SOON;
     loop {
-        assert!(
-            Instant::now() < deadline,
-            "the stream that takes nothing is not cut"
-        );
+        assert!(Instant::now() < deadline, "the stalled stream must be cut");
         match client.next(SOON) {
             Some((RST_STREAM, 1, _)) => break,
-            Some((kind, 1, _)) => assert_eq!(kind, HEADERS, "its window is closed"),
-            Some((kind, _, _)) => assert_eq!(kind, DATA, "the other one goes on"),
-            None => panic!("the connection is gone"),
+            Some((kind, 1, _)) => assert_eq!(
+                kind, HEADERS,
+                "a stream with a closed window must receive no data"
+            ),
+            Some((kind, _, _)) => assert_eq!(kind, DATA, "the other stream must continue"),
+            None => panic!("the connection must stay open"),
         }
     }
     assert_eq!(n_stalled(&node), 1.0);
-    eventually(SOON, "it is no stream any more", || {
+    eventually(SOON, "the cut stream is no longer counted", || {
         (node.metric("pointsman_streams_open") == 1.0).then_some(())
     });
     node.publisher()
@@ -150,15 +153,18 @@ fn a_stream_of_http_2_whose_window_does_not_move_is_cut_and_the_others_of_its_co
 }
 
 #[test]
-fn a_stream_of_a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
+fn a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
     let node = Node::builder()
         .config("[stream]\nheartbeat_s = 1\nstall_s = 5\n")
         .start();
     let (mut reading, mut stopped) = (node.stream("42"), node.stream("42"));
     let (mut n, deadline) = (0, Instant::now() + 3 * SOON);
-    // Until more waits for it than sockets take ahead, and then for as long as it takes.
+    // Publish until more is pending than socket buffers hold, and then until the stall timeout.
     while n_stalled(&node) < 1.0 {
-        assert!(Instant::now() < deadline, "the one that stopped is not cut");
+        assert!(
+            Instant::now() < deadline,
+            "the client that stopped reading must be cut"
+        );
         let id = format!("e{n}");
         node.publisher().publish(&[event(
             &id,
@@ -181,8 +187,7 @@ fn a_stream_of_a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
 }
 
 #[test]
-fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_that_carries_others()
-{
+fn a_stream_above_the_limit_is_asked_to_reconnect_also_on_a_shared_connection() {
     let node = Node::builder().config("[stream]\nmax_open = 2\n").start();
     let first = node.stream("1");
     let mut client = Multiplexed::connect(&node);
@@ -204,17 +209,17 @@ fn one_stream_more_than_there_may_be_is_told_to_come_back_also_on_a_connection_t
         .next_state("close", SOON);
     assert!(refused.retry.is_some(), "{refused:?}");
     drop(first);
-    eventually(SOON, "there is a place again", || {
+    eventually(SOON, "a stream permit is free again", || {
         let mut stream = Request::new(node.addr(), "user=42").open(SOON).ok()?;
         (stream.next_frame(SOON).ok()?.state() == Some("cursor")).then_some(())
     });
 }
 
-/// Whoever only wants to know what would be decided takes no thread from those whose events wait, however many events and slow plugins.
+/// A dry run of many events with a slow plugin takes no thread from live events.
 #[test]
-fn a_large_dry_run_holds_up_no_live_event_and_ends_when_its_client_hangs_up() {
+fn a_large_dry_run_delays_no_live_event_and_ends_when_its_client_disconnects() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
-    // Two tries of half a second each: all of them together would take half an hour.
+    // Each event takes two attempts of half a second: all of them would take half an hour.
     let node = Node::builder()
         .config("[plugins.unruly]\ndeadline_ms = 500\n")
         .plugins(plugins.dir())
@@ -234,7 +239,7 @@ fn a_large_dry_run_holds_up_no_live_event_and_ends_when_its_client_hangs_up() {
         body.len()
     )
     .expect("write");
-    eventually(SOON, "the dry run is under way", || {
+    eventually(SOON, "the dry run is running", || {
         (calls() >= 1.0).then_some(())
     });
     for n in 0..3 {
@@ -243,11 +248,11 @@ fn a_large_dry_run_holds_up_no_live_event_and_ends_when_its_client_hangs_up() {
         assert_eq!(stream.next_notification(SOON).id, id);
     }
     let n_before = calls();
-    eventually(SOON, "the dry run goes on", || {
+    eventually(SOON, "the dry run continues", || {
         (calls() > n_before).then_some(())
     });
     drop(client);
-    // The event that it was at is two calls, which end within a second or so; then there are no more of them.
+    // The current event takes two calls of about a second in total; after them, no more follow.
     let mut last = (calls(), Instant::now());
     eventually(SOON, "the dry run has ended", || {
         let now = calls();

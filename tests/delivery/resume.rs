@@ -1,4 +1,5 @@
-//! A client that comes back gets what it has not had: once, in order, from the id that it kept, whatever way it says it.
+//! A resuming client receives each notification it has not received yet, once and in order, from
+//! the id that it kept, in whichever form it sends the id.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use crate::harness::seed;
 use crate::harness::sse::{Request, Stop};
 
 #[test]
-fn clients_cut_again_and_again_have_each_notification_once_and_in_order() {
+fn clients_cut_repeatedly_receive_each_notification_once_and_in_order() {
     const N_EVENTS: usize = 2_000;
     const N_CLIENTS: usize = 5;
     let (mut random, _) = seed::generator("clients cut again and again");
@@ -32,7 +33,7 @@ fn clients_cut_again_and_again_have_each_notification_once_and_in_order() {
                 .map(|id| event(id, "resume", json!({ "everyone": true })))
                 .collect();
             publisher.publish(&events);
-            // Cut in the middle of what was just published, as often as not.
+            // Often cuts a connection in the middle of the batch just published.
             followers[random.random_range(0..N_CLIENTS)]
                 .cut(Duration::from_millis(random.random_range(0..50)));
         }
@@ -45,19 +46,19 @@ fn clients_cut_again_and_again_have_each_notification_once_and_in_order() {
                     .is_some_and(|n| n.id == expected[N_EVENTS - 1])
             });
             let had: Vec<&String> = record.notifications.iter().map(|n| &n.id).collect();
-            assert!(had.iter().copied().eq(&expected), "had {had:?}");
+            assert!(had.iter().copied().eq(&expected), "received {had:?}");
             assert_eq!(record.gaps, Vec::<String>::new());
             n_connections += record.connections;
         }
         assert!(
             n_connections > 5 * N_CLIENTS,
-            "only {n_connections} connections: they were hardly cut"
+            "only {n_connections} connections: the clients were hardly cut"
         );
     }
 }
 
 #[test]
-fn a_client_that_never_received_anything_comes_back_with_its_cursor_and_misses_nothing() {
+fn a_client_that_received_no_notification_resumes_from_its_cursor_and_misses_nothing() {
     let node = Node::builder().start();
     let stream = node.stream("42");
     let kept = stream.last_event_id().to_owned();
@@ -65,12 +66,12 @@ fn a_client_that_never_received_anything_comes_back_with_its_cursor_and_misses_n
     let ids = ["a", "b", "c"];
     node.publisher()
         .publish(&ids.map(|id| event(id, "resume", json!({ "user": "42" }))));
-    // As a browser says it, and as polyfills do that cannot send headers.
+    // As browsers send it, and as polyfills do that cannot set headers.
     let by_header = Request::new(node.addr(), "user=42").last_event_id(&kept);
     let by_query = ["last_event_id", "lastEventId", "evs_last_event_id"]
         .map(|name| Request::new(node.addr(), &format!("user=42&{name}={kept}")));
     let earliest = Request::new(node.addr(), "user=42&last_event_id=earliest");
-    // Some send the header always, also while they have no id.
+    // Some clients always send the header, even without an id.
     let without_one = earliest.clone().header("Last-Event-ID", " ");
     for request in [by_header, earliest, without_one]
         .into_iter()
@@ -80,7 +81,8 @@ fn a_client_that_never_received_anything_comes_back_with_its_cursor_and_misses_n
         let had = ids.map(|_| stream.next_notification(SOON).id);
         assert_eq!(had, ids, "{request:?}");
     }
-    // The id that a browser adds when it comes back by itself is newer than the one in the address that the page once made.
+    // The id that a browser sends on a reconnect is newer than the one in the URL that the page
+    // built.
     let newest = node.stream("42").last_event_id().to_owned();
     let mut stream = Request::new(node.addr(), &format!("user=42&last_event_id={kept}"))
         .last_event_id(&newest)
@@ -92,7 +94,7 @@ fn a_client_that_never_received_anything_comes_back_with_its_cursor_and_misses_n
 }
 
 #[test]
-fn a_stream_survives_the_restart_of_its_node_and_ends_in_good_order_before_it() {
+fn a_stream_ends_cleanly_before_a_restart_of_its_node_and_resumes_after_it() {
     let mut node = Node::builder().data().start();
     let mut stream = node.stream("42");
     node.publisher()

@@ -1,4 +1,5 @@
-//! What a node holds after a great many streams came and went, and what a large group costs: as much as before, and as much as a small one.
+//! Resource use: after thousands of streams a node holds as much as before, and an event to a large
+//! group costs as much as one to a small group.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -13,14 +14,15 @@ use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::Request;
 
-/// Streams that are open at once while thousands come and go.
+/// Streams that are open concurrently while thousands are opened and dropped.
 const AT_ONCE: usize = 20;
 
 #[test]
-fn after_5000_connects_and_drops_streams_subscriptions_and_memory_are_back() {
+fn streams_subscriptions_and_memory_return_to_their_level_after_5000_connections() {
     let server = RedisServer::start();
     let node = Node::builder().redis(server.url()).start();
-    // What the first streams make for good (threads' stacks, pools, caches) is there before it counts.
+    // The first streams create lasting structures (threads' stacks, pools, caches); warm up before
+    // measuring.
     come_and_go(&node, "early", 1_000);
     let before = Held::by(&node, &server, "early");
     come_and_go(&node, "late", 5_000);
@@ -34,7 +36,8 @@ fn after_5000_connects_and_drops_streams_subscriptions_and_memory_are_back() {
         before.memory_kib, after.memory_kib
     );
     let grown = after.memory_kib.saturating_sub(before.memory_kib);
-    // The allocator keeps some of what was freed; a stream that is never freed costs more than 2 KiB, and there were 5,000.
+    // The allocator keeps some freed memory; a leaked stream would cost more than 2 KiB, times
+    // 5,000.
     assert!(
         grown < 10 * 1024,
         "the node grew from {} KiB to {} KiB",
@@ -43,7 +46,7 @@ fn after_5000_connects_and_drops_streams_subscriptions_and_memory_are_back() {
     );
 }
 
-/// What a node without streams holds.
+/// The resources of a node without open streams.
 struct Held {
     n_channels: usize,
     n_patterns: usize,
@@ -53,7 +56,8 @@ struct Held {
 }
 
 impl Held {
-    /// Waits until no stream is left open: the node hears of a lost client when it writes to it or reads its end.
+    /// Waits until no stream is open, then measures. The node notices a lost client when it writes
+    /// to it or reads its end.
     fn by(node: &Node, server: &RedisServer, prefix: &str) -> Self {
         eventually(SOON, "all streams are closed", || {
             (node.metric("pointsman_streams_open") == 0.0).then_some(())
@@ -68,14 +72,15 @@ impl Held {
         Self {
             n_channels: channels.len(),
             n_patterns: server.command("PUBSUB NUMPAT"),
-            // One of them is ours, which asks.
+            // One of them is this test's connection.
             n_connections: clients.lines().count() - 1,
             memory_kib: node.memory_kib(),
         }
     }
 }
 
-/// Opens this many streams of as many users and drops them: some before the answer came, some after the first frame, some in mid-request.
+/// Opens this many streams, each of another user, and drops them: some before the response, some
+/// after the first frame, some in the middle of the request.
 fn come_and_go(node: &Node, prefix: &str, n_streams: usize) {
     let addr = node.addr();
     std::thread::scope(|scope| {
@@ -130,8 +135,9 @@ fn an_event_to_a_group_of_100_000_costs_the_same_redis_commands_as_to_a_group_of
     assert_eq!(small, large);
 }
 
-/// The commands that one event to a group with one open stream costs, by name. The least of several tries: whatever else the node does
-/// meanwhile, a tick or a lease, only ever adds to it. The first try does not count: it finds an empty source, which is cheaper.
+/// The Redis commands, by name, that one event to a group with one open stream costs. Takes the
+/// minimum over several attempts, because concurrent work of the node (a tick, a lease) can only
+/// add commands. The first attempt is ignored: it finds an empty source, which is cheaper.
 fn commands_of_an_event(
     node: &Node,
     server: &RedisServer,
@@ -160,7 +166,7 @@ fn commands_of_an_event(
                 .collect(),
         });
     }
-    least.expect("there were tries")
+    least.expect("at least one attempt")
 }
 
 fn command_counts(server: &RedisServer) -> BTreeMap<String, u64> {
@@ -169,7 +175,7 @@ fn command_counts(server: &RedisServer) -> BTreeMap<String, u64> {
         let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
         Some((name.to_owned(), rest.split_once(',')?.0.parse().ok()?))
     });
-    // Ours, which ask.
+    // Leave out the commands of this test.
     lines
         .filter(|(name, _)| {
             !name.starts_with("config") && !name.starts_with("info") && !name.starts_with("client")
@@ -177,7 +183,7 @@ fn command_counts(server: &RedisServer) -> BTreeMap<String, u64> {
         .collect()
 }
 
-/// Joins `member-0` and so on, a few hundred requests in flight on each of a few connections.
+/// Joins `member-0` and so on, with a few hundred requests in flight on each of a few connections.
 fn join_many(addr: SocketAddr, group: &str, n_members: usize) {
     const CONNECTIONS: usize = 4;
     const IN_FLIGHT: usize = 250;

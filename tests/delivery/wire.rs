@@ -1,4 +1,4 @@
-//! What a client sees byte by byte: the head of a response, frames, and who gets none.
+//! The bytes that clients receive: response heads and frames, and which clients receive none.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Request, Stop};
 
 #[test]
-fn an_entry_added_to_redis_reaches_the_stream_of_its_user_as_one_event_and_nobody_else() {
+fn an_entry_added_to_redis_reaches_only_the_stream_of_its_user_as_one_event() {
     let server = RedisServer::start();
     let node = Node::builder().redis(server.url()).start();
     let (mut stream, mut other) = (node.stream("42"), node.stream("43"));
@@ -33,7 +33,7 @@ fn an_entry_added_to_redis_reaches_the_stream_of_its_user_as_one_event_and_nobod
     assert_eq!(notification.name, None, "onmessage must fire");
     assert_eq!(
         &notification.id, entry,
-        "without an id of the publisher's, the entry's"
+        "without an id from the publisher, the entry's id"
     );
     let said = (
         notification.source.as_str(),
@@ -45,7 +45,7 @@ fn an_entry_added_to_redis_reaches_the_stream_of_its_user_as_one_event_and_nobod
         said,
         ("/shop", "order.shipped", "normal", &json!({ "order": 7 }))
     );
-    // What comes to both afterwards is the first thing that the other sees, and the second that this one does.
+    // The next event for both is the first one the other stream receives, and the second one here.
     node.publisher()
         .publish(&[event("after", "t", json!({ "everyone": true }))]);
     assert_eq!(stream.next_notification(SOON).id, "after");
@@ -62,7 +62,7 @@ fn a_stream_forbids_caches_and_buffers_and_its_data_is_one_object_on_one_line() 
         "x-accel-buffering: no\r\n",
         "content-type: text/event-stream",
     ] {
-        assert!(head.contains(line), "{line:?} is not in {head:?}");
+        assert!(head.contains(line), "{line:?} is missing from {head:?}");
     }
     node.publisher().publish(&[event(
         "a",
@@ -110,10 +110,11 @@ fn a_stream_forbids_caches_and_buffers_and_its_data_is_one_object_on_one_line() 
 }
 
 #[test]
-fn a_notification_says_which_router_and_target_reached_its_user_and_not_whom_else() {
+fn a_notification_names_its_router_and_the_users_own_target_but_no_other_target() {
     let node = Node::builder().start();
     node.join("ops", "cy");
-    // As in the URL, and the target by which the user is reached, which may have to be escaped in JSON.
+    // The user as written in the URL, and the target that reaches the user, which may need escaping
+    // in JSON.
     let users = [
         ("ann", "u:ann"),
         ("b%22ob", "u:b\"ob"),
@@ -140,8 +141,8 @@ fn a_notification_says_which_router_and_target_reached_its_user_and_not_whom_els
         let told = ["u:ann", "ob", "g:ops", "all"]
             .into_iter()
             .filter(|part| data.contains(part));
-        assert_eq!(told.count(), 1, "{user} is told of others: {data}");
-        // The same object for who reads it as a page.
+        assert_eq!(told.count(), 1, "{user} sees other targets: {data}");
+        // `GET /v1/notifications` returns the same object.
         let page = node
             .request("GET", &format!("/v1/notifications?user={user}"))
             .json();
@@ -153,7 +154,7 @@ fn a_notification_says_which_router_and_target_reached_its_user_and_not_whom_els
 }
 
 #[test]
-fn http_1_0_gets_the_stream_without_chunks_and_its_end_with_the_connection() {
+fn an_http_1_0_stream_is_not_chunked_and_ends_with_the_connection() {
     let mut node = Node::builder().start();
     let mut stream = Request::new(node.addr(), "user=42")
         .http_1_0()

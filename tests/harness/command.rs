@@ -1,8 +1,9 @@
-//! `pointsman` as a person calls it, and what it says.
+//! The `pointsman` command line and its output.
 
 use std::process::{Command, Output, Stdio};
 
-/// `pointsman`, away from any `pointsman.toml` and from what is configured for whoever runs the tests.
+/// A `pointsman` command that reads no `pointsman.toml` and no `POINTSMAN_` variable of the person
+/// who runs the tests.
 pub(crate) fn pointsman(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
     command
@@ -17,7 +18,8 @@ pub(crate) fn pointsman(arguments: &[&str]) -> Command {
     command
 }
 
-/// What a command says, on both outputs, and whether it ended well.
+/// Runs a command. Returns whether it succeeded, and its standard output followed by its standard
+/// error.
 pub(crate) fn said(command: &mut Command) -> (bool, String) {
     let Output {
         status,
@@ -34,7 +36,10 @@ pub(crate) fn said(command: &mut Command) -> (bool, String) {
     )
 }
 
-/// As [`said`], of a command that must end well.
+/// Like [`said`], for a command that must succeed.
+///
+/// # Panics
+/// If it fails.
 pub(crate) fn told(command: &mut Command) -> String {
     let (is_well, said) = said(command);
     assert!(is_well, "{command:?}:\n{said}");

@@ -1,6 +1,7 @@
-//! Plugins for tests, built once a run: the bundled ones, `unruly`, which misbehaves on command, `forger`, which lies in every string,
-//! `versioned`, which says which version of it decides, `turning`, whose versions decide otherwise where an event says so, and components
-//! that are made of an interface and do nothing.
+//! Guest plugins for tests, built once per run: the bundled plugins; `unruly`, which misbehaves on
+//! request; `forger`, which puts false text into every string; `versioned`, which reports the
+//! version that decides; `turning`, whose versions decide differently if an event requests it; and
+//! components generated from an interface, which do nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,12 +22,12 @@ pub(crate) fn wasi_component(name: &str) -> Vec<u8> {
 /// A version of `versioned` that panics on events whose ids end in 0, 1 or 2.
 pub(crate) const FAULTY: u32 = 9_000_000;
 
-/// The bytes of `versioned` that say that they are this version.
+/// The bytes of `versioned` with this version number.
 pub(crate) fn versioned(number: u32) -> Vec<u8> {
     of_version("versioned", number)
 }
 
-/// The bytes of `turning` that are this version of it.
+/// The bytes of `turning` with this version number.
 pub(crate) fn turning(number: u32) -> Vec<u8> {
     of_version("turning", number)
 }
@@ -42,7 +43,7 @@ fn of_version(guest: &str, number: u32) -> Vec<u8> {
         .collect();
     let [at] = places[..] else {
         panic!(
-            "the number of the version stands {} times in the file",
+            "the version number occurs {} times in the file",
             places.len()
         )
     };
@@ -50,7 +51,8 @@ fn of_version(guest: &str, number: u32) -> Vec<u8> {
     bytes
 }
 
-/// A component of the full world of this contract, made of its text as somebody else might have it. Its functions only trap.
+/// A component that implements a world of `contract`, a WIT text that another author might have.
+/// Its functions only trap.
 pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {
     use wit_component::{ComponentEncoder, StringEncoding, dummy_module, embed_component_metadata};
     use wit_parser::{LiftLowerAbi, ManglingAndAbi, Resolve};
@@ -61,7 +63,7 @@ pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {
         .expect("a contract");
     let world = resolve
         .select_world(&[package], Some(world))
-        .expect("a world of it");
+        .expect("a world of the contract");
     let mut module = dummy_module(&resolve, world, ManglingAndAbi::Legacy(LiftLowerAbi::Sync));
     embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("metadata");
     ComponentEncoder::default()
@@ -70,7 +72,7 @@ pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {
         .expect("a component")
 }
 
-/// The text of the contract that this host speaks, as one file.
+/// The WIT text of the contract that this host implements, as one file.
 pub(crate) fn contract() -> String {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -88,15 +90,16 @@ fn read(dir: &Path, name: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Builds all guests for a target, and answers where they are. Cargo knows what is up to date, and keeps two test processes apart.
+/// Builds all guests for a target and returns their folder. Cargo rebuilds only the outdated ones,
+/// and its lock keeps two test processes apart.
 fn build(target: &str) -> PathBuf {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("host/ lies in the repository");
-    // Where this very test was built, whatever CARGO_TARGET_DIR says.
+    // The target folder in which this test was built, regardless of CARGO_TARGET_DIR.
     let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
-        .expect("the folder for temporary files lies in that of the target");
+        .expect("the folder for temporary files lies in the target folder");
     let mut cargo = Command::new(env!("CARGO"));
     cargo
         .current_dir(repository)
@@ -135,7 +138,7 @@ fn build(target: &str) -> PathBuf {
         .expect("cargo, which built this, runs");
     assert!(
         status.success(),
-        "the guests do not build for {target}; if the target is missing: rustup target add {target}"
+        "cannot build the guests for {target}; if the target is missing: rustup target add {target}"
     );
     target_dir.join(target).join("plugin")
 }

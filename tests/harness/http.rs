@@ -1,11 +1,12 @@
-//! One HTTP request, one answer, a connection each: a node that was killed leaves no pooled connection behind to stumble over.
+//! One HTTP request and its response, each on a connection of its own: a killed node leaves no
+//! pooled connection behind that a later request could fail on.
 
 use std::time::Duration;
 
 use serde_json::Value;
 use ureq::http::Request;
 
-/// An answer with any status.
+/// A response with any status.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -22,6 +23,8 @@ impl Answer {
             .map(|(_, value)| value.as_str())
     }
 
+    /// The body as JSON.
+    ///
     /// # Panics
     /// If the body is not JSON.
     pub(crate) fn json(&self) -> Value {
@@ -29,8 +32,10 @@ impl Answer {
     }
 }
 
+/// Sends a request and reads the whole response.
+///
 /// # Errors
-/// If there is no connection, or no whole answer within 30 seconds.
+/// If there is no connection, or no complete response within 30 seconds.
 pub(crate) fn send(
     method: &str,
     url: &str,
@@ -49,7 +54,9 @@ pub(crate) fn send(
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    // What is refused is answered before all of it is read, and closed; whoever still writes then may not come to read the answer.
+    // The node may reject a request before it has read the whole body, and close the connection. A
+    // client still writing then may not get to read the response, so large bodies wait for `100
+    // Continue`.
     if body.is_some_and(|body| body.len() > 16 * 1024) {
         request = request.header("expect", "100-continue");
     }

@@ -1,8 +1,10 @@
-//! A real node for one test: the `pointsman` binary of this build in a process of its own, on ports and in a folder of its own.
+//! A real node for one test: the `pointsman` binary of this build in a process of its own, with its
+//! own ports and folder.
 //!
-//! It can be killed, stopped, paused and started again under the same name, ports and data. What it logs is kept and shown when the test
-//! fails. When a [`Node`] that is still alive goes out of scope, the test fails if entries are left beyond the position, unless the
-//! builder was told that they may be: a test that forgets its events hides a loss.
+//! A test can kill, stop, pause and restart it with the same name, ports and data. Its log is kept
+//! and printed if the test fails. Dropping a running [`Node`] fails the test if entries are left
+//! beyond the position, unless the builder allows them: a test that ignores its events would hide a
+//! loss.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -16,15 +18,16 @@ use super::publish::Publisher;
 use super::sse::{Follower, Request, Stream};
 use super::{eventually, ports};
 
-/// A debug build compiles the bundled plugins within this time even while other tests hold both cores.
+/// Time limit for readiness: a debug build compiles the bundled plugins within it even while other
+/// tests use both cores.
 const READY: Duration = Duration::from_secs(60);
-/// What should come at once comes within this time, unless something is broken.
+/// Time limit for everything that should happen at once.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-/// Entries beyond the position.
+/// The metric that counts entries beyond the position.
 const LAG: &str = "pointsman_source_lag_entries";
 
-/// A folder that goes away with its owner.
+/// A folder that is removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Folder(PathBuf);
 
@@ -37,7 +40,7 @@ impl Folder {
             MADE.fetch_add(1, Ordering::Relaxed)
         );
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        fs::create_dir_all(&path).expect("make a folder for a test");
+        fs::create_dir_all(&path).expect("create a folder for a test");
         Self(path)
     }
 
@@ -49,7 +52,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("{} stays behind: {error}", self.0.display());
+            eprintln!("cannot remove the folder {}: {error}", self.0.display());
         }
     }
 }
@@ -61,7 +64,7 @@ enum Store {
     Redis(String),
 }
 
-/// What to start, and how. Without further words: `--dev`, `--ephemeral`, the bundled plugins.
+/// The options of a node to start. The default is `--dev --ephemeral` with the bundled plugins.
 #[derive(Clone, Debug)]
 pub(crate) struct Builder {
     store: Store,
@@ -77,7 +80,7 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// `--data`, in the test's folder.
+    /// `--data`, inside the test's folder.
     pub(crate) fn data(mut self) -> Self {
         self.store = Store::Data;
         self
@@ -89,13 +92,13 @@ impl Builder {
         self
     }
 
-    /// Without `--dev`: tokens and keys are asked for.
+    /// Without `--dev`, so that tokens and API keys are required.
     pub(crate) fn production(mut self) -> Self {
         self.dev = false;
         self
     }
 
-    /// `--plugins DIR`, in place of the bundled ones.
+    /// `--plugins DIR` instead of the bundled plugins.
     pub(crate) fn plugins(mut self, folder: impl Into<PathBuf>) -> Self {
         self.plugins = Some(folder.into());
         self
@@ -107,28 +110,28 @@ impl Builder {
         self
     }
 
-    /// A variable of its environment.
+    /// Sets an environment variable.
     pub(crate) fn environment(mut self, name: &str, value: impl Into<String>) -> Self {
         self.environment.push((name.to_owned(), value.into()));
         self
     }
 
-    /// Where it logs, in place of the file that [`Node::log`] reads.
+    /// Sets the log file, instead of the one that [`Node::log`] reads.
     pub(crate) fn log_to(mut self, path: impl Into<PathBuf>) -> Self {
         self.log = Some(path.into());
         self
     }
 
-    /// [`Builder::start`] returns as soon as the admin listener answers, ready or not.
+    /// Lets [`Builder::start`] return as soon as the admin listener answers, ready or not.
     pub(crate) fn may_be_unready(mut self) -> Self {
         self.ready = false;
         self
     }
 
-    /// Starts it, and waits until it is ready.
+    /// Starts the node and waits until it is ready.
     ///
     /// # Panics
-    /// With its log, if it ends or is not ready in time.
+    /// If it exits or is not ready in time; the log is printed.
     pub(crate) fn start(self) -> Node {
         let (listen, admin) = (ports::free(), ports::free());
         let name = self
@@ -179,7 +182,7 @@ impl Builder {
             fs::write(&file, &self.config).expect("write pointsman.toml");
             command.arg("--config").arg(file);
         }
-        // The environment of whoever runs the tests must not configure the node.
+        // The environment of the person who runs the tests must not configure the node.
         for (variable, _) in
             std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("POINTSMAN_"))
         {
@@ -194,7 +197,7 @@ impl Builder {
     }
 }
 
-/// See the head of this file.
+/// A node process; see the head of this file.
 #[derive(Debug)]
 pub(crate) struct Node {
     builder: Builder,
@@ -221,12 +224,12 @@ impl Node {
         }
     }
 
-    /// Where users and publishers connect.
+    /// The public address, for users and publishers.
     pub(crate) fn addr(&self) -> SocketAddr {
         self.listen
     }
 
-    /// Where operators and probes connect.
+    /// The admin address, for operators and probes.
     pub(crate) fn admin_addr(&self) -> SocketAddr {
         self.admin
     }
@@ -239,24 +242,24 @@ impl Node {
         self.process.as_ref().expect("the node runs").id()
     }
 
-    /// Everything that it has said, over all of its processes.
+    /// The whole log, over all of its processes.
     pub(crate) fn log(&self) -> String {
         fs::read(self.folder.path().join("node.log"))
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// Kills it as a crash does: SIGKILL.
+    /// Kills the process with SIGKILL, as a crash would.
     pub(crate) fn kill(&mut self) {
         let mut process = self.process.take().expect("the node runs");
         process.kill().expect("kill the node");
         process.wait().expect("wait for the node");
     }
 
-    /// Asks it to end in good order (SIGTERM), and waits.
+    /// Sends SIGTERM and waits for the process to exit.
     ///
     /// # Panics
-    /// If it takes longer.
+    /// If that takes longer than `within`.
     pub(crate) fn terminate(&mut self, within: Duration) -> ExitStatus {
         self.signal("TERM");
         let mut process = self.process.take().expect("the node runs");
@@ -267,7 +270,7 @@ impl Node {
             }
             if Instant::now() > deadline {
                 self.process = Some(process);
-                panic!("it does not end within {within:?} of SIGTERM");
+                panic!("the node does not exit within {within:?} of SIGTERM");
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -282,10 +285,11 @@ impl Node {
         assert!(sent.success(), "kill -s {name} failed");
     }
 
-    /// Starts it again after [`Node::kill`] or [`Node::terminate`], with the same name, ports and data, and waits until it is ready.
+    /// Starts the node again after [`Node::kill`] or [`Node::terminate`], with the same name, ports
+    /// and data, and waits until it is ready.
     ///
     /// # Panics
-    /// As [`Builder::start`].
+    /// Like [`Builder::start`].
     pub(crate) fn restart(&mut self) {
         assert!(self.process.is_none(), "kill or terminate it first");
         self.launch();
@@ -322,7 +326,7 @@ impl Node {
                 .expect("it was just started")
                 .try_wait()
                 .expect("wait for the node");
-            assert!(ended.is_none(), "the node ended with {ended:?}");
+            assert!(ended.is_none(), "the node exited with {ended:?}");
             assert!(
                 Instant::now() < deadline,
                 "the node is not ready within {READY:?}: {reply:?}"
@@ -335,16 +339,16 @@ impl Node {
         format!("http://{}{path}", self.admin)
     }
 
-    /// Sends a request without a body to the listener of users and publishers.
+    /// Sends a request without a body to the public listener.
     ///
     /// # Panics
-    /// If there is no answer.
+    /// If there is no response.
     pub(crate) fn request(&self, method: &str, path: &str) -> Answer {
         http::send(method, &self.url(path), &[], None)
             .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
-    /// As [`Node::request`], with headers and a body.
+    /// Like [`Node::request`], with headers and a body.
     pub(crate) fn send(
         &self,
         method: &str,
@@ -356,21 +360,21 @@ impl Node {
             .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
-    /// `GET` from the admin listener: `/healthz`, `/readyz`, `/metrics`.
+    /// Sends `GET` to the admin listener: `/healthz`, `/readyz`, `/metrics`.
     pub(crate) fn admin(&self, path: &str) -> Answer {
         http::send("GET", &self.admin_url(path), &[], None)
             .unwrap_or_else(|error| panic!("GET {path}: {error}"))
     }
 
-    /// Its own folder, below which is what it keeps.
+    /// The folder of the node, which holds all of its files.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Sends a request that changes something to the admin listener.
+    /// Sends an admin command to the admin listener.
     ///
     /// # Panics
-    /// If there is no answer.
+    /// If there is no response.
     pub(crate) fn order(
         &self,
         method: &str,
@@ -382,7 +386,8 @@ impl Node {
             .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
     }
 
-    /// Writes its `pointsman.toml` anew, in one step, while it runs. It must have had one.
+    /// Replaces its `pointsman.toml` in one step while it runs. The node must have been started
+    /// with one.
     pub(crate) fn reconfigure(&self, toml: &str) {
         let draft = self.folder.path().join(".pointsman.toml");
         fs::write(&draft, toml).expect("write a draft");
@@ -391,21 +396,23 @@ impl Node {
 
     /// Removes its `pointsman.toml` while it runs.
     pub(crate) fn unconfigure(&self) {
-        fs::remove_file(self.folder.path().join("pointsman.toml")).expect("it had one");
+        fs::remove_file(self.folder.path().join("pointsman.toml"))
+            .expect("the node has a pointsman.toml");
     }
 
-    /// The sum of all series of a metric whose line begins so, such as `pointsman_events_total{outcome="committed"}`; 0 if there is none.
+    /// The sum of all series of a metric whose lines begin with `name`, such as
+    /// `pointsman_events_total{outcome="committed"}`; 0 if there is none.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         sum_of_metric(&self.admin("/metrics").body, name).unwrap_or_default()
     }
 
-    /// As [`Node::metric`], or `None` if the node does not answer or has no such series.
+    /// Like [`Node::metric`], but `None` if the node does not answer or has no such series.
     pub(crate) fn metric_if_up(&self, name: &str) -> Option<f64> {
         let page = http::send("GET", &self.admin_url("/metrics"), &[], None).ok()?;
         sum_of_metric(&page.body, name)
     }
 
-    /// The memory that the process holds (resident), in KiB.
+    /// The resident memory of the process in KiB.
     pub(crate) fn memory_kib(&self) -> u64 {
         let status =
             fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("read /proc");
@@ -419,12 +426,12 @@ impl Node {
             .expect("a number of KiB")
     }
 
-    /// Makes a user a member of a group; events published afterwards reach it.
+    /// Adds a user to a group; events published afterwards reach the user.
     pub(crate) fn join(&self, group: &str, user: &str) {
         let answer = self.request("PUT", &format!("/v1/groups/{group}/members/{user}"));
         assert!(
             (200..300).contains(&answer.status),
-            "PUT of a membership: {answer:?}"
+            "cannot add a member: {answer:?}"
         );
     }
 
@@ -432,7 +439,8 @@ impl Node {
         Publisher::new(self.listen)
     }
 
-    /// A user's stream, open and past its first `cursor`: whatever is published from now on arrives on it.
+    /// An open stream of a user, past its first `cursor`: every event published from now on arrives
+    /// on it.
     pub(crate) fn stream(&self, user: &str) -> Stream {
         let mut stream = Request::new(self.listen, &format!("user={user}"))
             .open(SOON)
@@ -441,15 +449,15 @@ impl Node {
         stream
     }
 
-    /// A client of this user that comes back whenever it is cut; it has its first id already.
+    /// A client of this user that reconnects whenever it is cut and has received its first id.
     pub(crate) fn follower(&self, user: &str) -> Follower {
         Follower::start(self.listen, &format!("user={user}")).connected(SOON)
     }
 
-    /// Waits until this process has brought so many events to their outcome.
+    /// Waits until this process has counted `n` outcomes.
     ///
     /// # Panics
-    /// If that takes longer.
+    /// If that takes longer than `within`.
     pub(crate) fn await_outcomes(&self, n: usize, within: Duration) {
         eventually(within, "every event has its outcome", || {
             (self.metric("pointsman_events_total") >= n as f64).then_some(())
@@ -457,7 +465,8 @@ impl Node {
     }
 }
 
-/// Adds up the values of all lines of a metrics page that begin with `name` and then end or go on with labels; `None` if there is none.
+/// Adds up the values of all lines of a metrics page that begin with `name`, followed by labels or
+/// a value; `None` if there is none.
 fn sum_of_metric(page: &str, name: &str) -> Option<f64> {
     let values = page.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
@@ -476,11 +485,11 @@ impl Drop for Node {
             .process
             .as_mut()
             .is_some_and(|process| matches!(process.try_wait(), Ok(None)));
-        // While a test is failing anyway, its own words count.
+        // If the test is failing already, its own message counts.
         let lag = (alive && !self.builder.leftovers && !std::thread::panicking())
             .then(|| lag_in_the_end(self));
         if let Some(mut process) = self.process.take() {
-            // It may have ended by itself.
+            // The process may have exited by itself.
             drop(process.kill());
             drop(process.wait());
         }
@@ -488,7 +497,7 @@ impl Drop for Node {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
             eprintln!(
-                "--- the last of {} lines that {} logged:\n{}",
+                "--- the last of {} log lines of {}:\n{}",
                 lines.len(),
                 self.name,
                 lines[lines.len().saturating_sub(60)..].join("\n")
@@ -504,7 +513,7 @@ impl Drop for Node {
     }
 }
 
-/// The lag once it is 0, or after a while; `None` if the node does not answer.
+/// Waits for the lag to become 0 and returns the last one read; `None` if the node does not answer.
 fn lag_in_the_end(node: &Node) -> Option<f64> {
     let deadline = Instant::now() + SOON;
     loop {

@@ -1,4 +1,5 @@
-//! A folder of plugins that a test changes under a running node, and what is seen of that from outside: who decided, in which generation.
+//! A plugin folder that a test changes under a running node, and the effects visible from outside:
+//! which plugins decided, in which generation.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use super::node::{Builder, Folder, Node, SOON};
 use super::publish::event;
 use super::sse::Stream;
 
-/// A folder of plugins that a test changes.
+/// A plugin folder that a test changes.
 pub(crate) struct Plugins(Folder);
 
 impl Plugins {
@@ -33,7 +34,7 @@ impl Plugins {
         self.dir().join(file)
     }
 
-    /// In one step, as a careful deployment does.
+    /// Replaces a file in one step, as a careful deployment does.
     pub(crate) fn replace(&self, file: &str, bytes: &[u8]) {
         let draft = self.path(&format!(".{file}"));
         fs::write(&draft, bytes).unwrap();
@@ -45,7 +46,8 @@ impl Plugins {
     }
 }
 
-/// A node with a stream of user 7, to whom `versioned` says who decided.
+/// A node with a stream of user 7, whose notifications carry the version of `versioned` that
+/// decided.
 pub(crate) struct Site {
     pub(crate) node: Node,
     pub(crate) stream: Stream,
@@ -66,20 +68,20 @@ impl Site {
         }
     }
 
-    /// Ends the node in good order and starts it again, with the same files.
+    /// Shuts the node down cleanly and starts it again with the same files.
     pub(crate) fn restart(&mut self) {
         self.node.terminate(SOON);
         self.node.restart();
         self.stream = self.node.stream("7");
     }
 
-    /// An order to the admin listener about the plugin `versioned`.
+    /// Sends an admin command about the plugin `versioned`.
     pub(crate) fn order(&self, method: &str, order: &str, body: &[u8]) -> Answer {
         self.node
             .order(method, &format!("/v1/plugins/versioned{order}"), &[], body)
     }
 
-    /// Publishes an event, and answers its id.
+    /// Publishes an event and returns its id.
     pub(crate) fn publish(&mut self) -> String {
         self.n_events += 1;
         let id = format!("e{}", self.n_events);
@@ -89,13 +91,14 @@ impl Site {
         id
     }
 
-    /// Which version tells user 7 of the next event, and which plugins had a say in which generation.
+    /// Publishes an event. Returns the version that decided on it, and each plugin that decided
+    /// with its generation.
     pub(crate) fn next_decision(&mut self) -> (u64, Vec<(String, u64)>) {
         let id = self.publish();
         self.decision(&id)
     }
 
-    /// As [`Site::next_decision`], of an event that was published before.
+    /// Like [`Site::next_decision`], for an event published before.
     pub(crate) fn decision(&mut self, id: &str) -> (u64, Vec<(String, u64)>) {
         let notification = self.stream.next_notification(SOON);
         assert_eq!(notification.id, id);
@@ -109,9 +112,9 @@ impl Site {
         await_loads(&self.node, plugin, outcome, n);
     }
 
-    /// Waits until the page on readiness is as wished, and answers it.
+    /// Waits until `/readyz` has this status and a body that `wish` accepts, and returns the body.
     pub(crate) fn await_ready(&self, status: u16, wish: impl Fn(&str) -> bool) -> String {
-        eventually(SOON, "readiness as wished", || {
+        eventually(SOON, "the expected readiness", || {
             let answer = self.node.admin("/readyz");
             (answer.status == status && wish(&answer.body)).then_some(answer.body)
         })
@@ -125,19 +128,21 @@ pub(crate) fn n_loads(node: &Node, plugin: &str, outcome: &str) -> f64 {
 }
 
 pub(crate) fn await_loads(node: &Node, plugin: &str, outcome: &str, n: u32) {
-    eventually(SOON, &format!("{plugin} {outcome} {n} times"), || {
-        (n_loads(node, plugin, outcome) >= f64::from(n)).then_some(())
-    });
+    eventually(
+        SOON,
+        &format!("{n} loads of {plugin} with the outcome {outcome}"),
+        || (n_loads(node, plugin, outcome) >= f64::from(n)).then_some(()),
+    );
     assert_eq!(n_loads(node, plugin, outcome), f64::from(n));
 }
 
-/// Which plugins had a say in an event that was decided, in their order and generation.
+/// The plugins that decided on an event, in order, each with its generation.
 pub(crate) fn deciders(node: &Node, event_id: &str) -> Vec<(String, u64)> {
     let decisions = node
         .admin(&format!("/v1/decisions?event_id={event_id}"))
         .json();
     let [decision] = decisions.as_array().unwrap().as_slice() else {
-        panic!("{event_id} has {decisions}")
+        panic!("expected one decision on {event_id}, got {decisions}")
     };
     generations(decision)
 }

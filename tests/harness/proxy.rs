@@ -1,14 +1,16 @@
-//! A line between a node and its Redis that a test can spoil: answers can be held from a chosen request on, and be slow.
+//! A TCP proxy between a node and its Redis whose responses a test can hold back, from a chosen
+//! request on, or slow down.
 //!
-//! Requests always pass at once. So a test can have what is otherwise a matter of luck: a command that Redis has run and whose answer
-//! does not come in time. It knows nothing of either side's protocol.
+//! Requests always pass at once. A test can thus force a state that is otherwise a matter of luck:
+//! a command that Redis has run and whose reply does not arrive in time. The proxy does not
+//! interpret the protocol.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// See the head of this file. It ends, with all its connections, when dropped.
+/// A proxy; see the head of this file. Dropping it closes all of its connections.
 pub(crate) struct Proxy {
     addr: SocketAddr,
     shared: Arc<Shared>,
@@ -21,7 +23,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// A request with these bytes is the last that is answered in time.
+    /// After the request that contains these bytes, replies are held back.
     trigger: Option<Vec<u8>>,
     is_holding: bool,
     bytes_per_s: Option<u64>,
@@ -30,7 +32,7 @@ struct State {
 }
 
 impl Proxy {
-    /// A line to the server on this port of this machine.
+    /// A proxy to the server on this port of this machine.
     pub(crate) fn to(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
         let addr = listener.local_addr().expect("an address");
@@ -45,7 +47,7 @@ impl Proxy {
                 if state.is_over {
                     return;
                 }
-                // A server that is not there is a connection that breaks.
+                // If the server does not accept, the client's connection breaks.
                 let (Ok(client), Ok(server)) = (client, TcpStream::connect(("127.0.0.1", port)))
                 else {
                     continue;
@@ -68,17 +70,18 @@ impl Proxy {
         format!("redis://{}/", self.addr)
     }
 
-    /// Holds all answers from the next request on that has these bytes in it; that request still passes.
+    /// Holds back all replies from the next request on that contains these bytes; the request
+    /// itself still passes.
     pub(crate) fn hold_answers_from(&self, request: &str) {
         self.shared.lock().trigger = Some(request.as_bytes().to_vec());
     }
 
-    /// Whether answers are held.
+    /// Whether replies are being held back.
     pub(crate) fn is_holding(&self) -> bool {
         self.shared.lock().is_holding
     }
 
-    /// Lets the answers that were held pass, to whoever is still there to hear them.
+    /// Sends the held replies to the clients still connected, and lets later ones pass.
     pub(crate) fn release(&self) {
         let mut state = self.shared.lock();
         (state.trigger, state.is_holding) = (None, false);
@@ -86,7 +89,7 @@ impl Proxy {
         self.shared.changed.notify_all();
     }
 
-    /// Lets answers pass at this rate, over each connection.
+    /// Limits the rate of replies on each connection, in bytes per second.
     pub(crate) fn slow_answers_to(&self, bytes_per_s: u64) {
         self.shared.lock().bytes_per_s = Some(bytes_per_s);
     }
@@ -94,7 +97,7 @@ impl Proxy {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("nobody panics with it")
+        self.state.lock().expect("no panic under the lock")
     }
 
     fn pass_requests(&self, mut from: TcpStream, mut to: TcpStream) {
@@ -102,7 +105,7 @@ impl Shared {
         while let Ok(n @ 1..) = from.read(&mut buffer) {
             let mut state = self.lock();
             if let Some(trigger) = &state.trigger {
-                // What was sought may have come in two pieces.
+                // The bytes may have arrived in two pieces.
                 seen.extend_from_slice(&buffer[..n]);
                 if seen.windows(trigger.len()).any(|window| window == trigger) {
                     (state.trigger, state.is_holding) = (None, true);
@@ -124,7 +127,7 @@ impl Shared {
             let state = self
                 .changed
                 .wait_while(state, |state| state.is_holding && !state.is_over)
-                .expect("nobody panics with it");
+                .expect("no panic under the lock");
             let pause = state
                 .bytes_per_s
                 .map(|rate| Duration::from_secs_f64(n as f64 / rate as f64));
@@ -139,7 +142,7 @@ impl Shared {
 }
 
 fn close(a: &TcpStream, b: &TcpStream) {
-    // Either may be closed already, which is what is wanted.
+    // Either may be closed already, which is fine.
     drop((a.shutdown(Shutdown::Both), b.shutdown(Shutdown::Both)));
 }
 
@@ -156,7 +159,7 @@ impl Drop for Proxy {
         }
         drop(state);
         self.shared.changed.notify_all();
-        // The thread that accepts looks up.
+        // Wakes the accepting thread, which then sees `is_over`.
         drop(TcpStream::connect(self.addr));
     }
 }

@@ -1,4 +1,5 @@
-//! Publishers: `POST /v1/events`, as an application does it, and `XADD`, as a neighbour of Redis does it.
+//! Publishers: `POST /v1/events`, as an application uses it, and `XADD`, as a service with access
+//! to Redis uses it.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -7,18 +8,15 @@ use serde_json::{Value, json};
 
 use super::http::{self, Answer};
 
-/// A CloudEvent of `/tests` with an id and a type, and more attributes (or `data`) from a JSON object.
+/// A CloudEvent with the source `/tests`, an id and a type, plus the attributes (or `data`) in the
+/// JSON object `more`.
 ///
 /// # Panics
-/// If `more` is no object.
+/// If `more` is not an object.
 pub(crate) fn event(id: &str, kind: &str, more: Value) -> Value {
     let mut event = json!({ "specversion": "1.0", "id": id, "source": "/tests", "type": kind });
-    let members = event.as_object_mut().expect("it is an object");
-    members.extend(
-        more.as_object()
-            .expect("more attributes as an object")
-            .clone(),
-    );
+    let members = event.as_object_mut().expect("the event is an object");
+    members.extend(more.as_object().expect("`more` is an object").clone());
     event
 }
 
@@ -38,7 +36,7 @@ impl Publisher {
     /// Posts a batch once.
     ///
     /// # Errors
-    /// If there is no answer; what became of the batch is then unknown.
+    /// If there is no response; the batch may or may not be stored then.
     pub(crate) fn try_publish(&self, events: &[Value]) -> Result<Answer, ureq::Error> {
         let body = serde_json::to_vec(events).expect("JSON");
         http::send(
@@ -60,11 +58,11 @@ impl Publisher {
         assert_stored(&answer, events.len());
     }
 
-    /// Posts a batch until it is stored, as a publisher does that must not lose anything: after a lost answer, and after one that says
-    /// so (429, 5xx), the same events are sent again under the same ids.
+    /// Posts a batch until it is stored, as a publisher must that may lose nothing: after a lost or
+    /// retryable response (429, 5xx) it sends the same events again with the same ids.
     ///
     /// # Panics
-    /// If it is refused for good, or not stored in time.
+    /// If the batch is rejected permanently or not stored in time.
     pub(crate) fn publish_surely(&self, events: &[Value], within: Duration) {
         let deadline = Instant::now() + within;
         loop {
@@ -77,7 +75,7 @@ impl Publisher {
                 }
                 failure => assert!(
                     Instant::now() < deadline,
-                    "POST /v1/events fails for {within:?}: {failure:?}"
+                    "POST /v1/events keeps failing for {within:?}: {failure:?}"
                 ),
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -85,7 +83,8 @@ impl Publisher {
     }
 }
 
-/// A 2xx is not enough: an event of the batch may have been refused for good.
+/// Checks each receipt, because a batch with status 2xx may contain an event that was rejected
+/// permanently.
 fn assert_stored(answer: &Answer, n_events: usize) {
     assert!(
         (200..300).contains(&answer.status),
@@ -100,10 +99,10 @@ fn assert_stored(answer: &Answer, n_events: usize) {
     assert_eq!(stored, Some(n_events), "POST /v1/events: {answer:?}");
 }
 
-/// Appends entries to a source by `XADD`, in one round trip, in order.
+/// Appends entries to a source with `XADD`, in order and in one round trip, and returns their ids.
 ///
 /// # Panics
-/// If Redis refuses one.
+/// If Redis rejects one.
 pub(crate) fn xadd(
     connection: &mut redis::Connection,
     source: &str,

@@ -1,7 +1,8 @@
-//! A real `redis-server` for one test: on a free port of its own, in a folder of its own, ended by its process id when dropped.
+//! A real `redis-server` for one test, on a free port and in a folder of its own. It is ended by
+//! its process id when dropped.
 //!
-//! It can be paused, killed, stopped, started again on the same port and given a new replication id, which is what a fail-over looks
-//! like to a script. It knows nothing of Pointsman.
+//! A test can pause, kill and stop it, start it again on the same port, and change its replication
+//! id, which is how a script notices a fail-over. This module knows nothing about Pointsman.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::ports;
 
-/// Makes the database `ARGV[2]` what `ARGV[1]` is, but for the key `ARGV[3]`.
+/// Makes the database `ARGV[2]` a copy of `ARGV[1]`, except for the key `ARGV[3]`.
 const COPY_DATABASE: &str = "local from, to, but = ARGV[1], ARGV[2], ARGV[3]
     redis.call('SELECT', to)
     for _, key in ipairs(redis.call('KEYS', '*')) do if key ~= but then redis.call('DEL', key) end end
@@ -33,7 +34,8 @@ impl RedisServer {
         Self::with(&[])
     }
 
-    /// Starts a server with more options, such as `["--maxmemory", "20mb"]` or `["--appendonly", "yes"]`.
+    /// Starts a server with more options, such as `["--maxmemory", "20mb"]` or `["--appendonly",
+    /// "yes"]`.
     pub(crate) fn with(options: &[&str]) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let folder = std::env::temp_dir().join(format!(
@@ -41,16 +43,18 @@ impl RedisServer {
             std::process::id(),
             STARTED.fetch_add(1, Ordering::Relaxed)
         ));
-        fs::create_dir_all(&folder).expect("make a folder for redis-server");
+        fs::create_dir_all(&folder).expect("create a folder for redis-server");
         let mut server = Self {
             port: 0,
             folder,
             options: options.iter().map(ToString::to_string).collect(),
             child: None,
         };
-        // Somebody outside the tests may take it before it is bound; then the next one is tried.
+        // A process outside the tests may take the port before it is bound; then the next one is
+        // tried.
         for _ in 0..10 {
-            // One that is still free when a killed server comes back to it.
+            // `ports::free` never hands the same port out twice, so it is still free when a killed
+            // server restarts.
             server.port = ports::free().port();
             if server.launch().is_ok() {
                 return server;
@@ -58,7 +62,7 @@ impl RedisServer {
         }
         panic!(
             "redis-server does not start: {}",
-            server.launch().expect_err("it just did")
+            server.launch().expect_err("it just failed")
         );
     }
 
@@ -70,7 +74,7 @@ impl RedisServer {
         format!("redis://127.0.0.1:{}/", self.port)
     }
 
-    /// A plain connection, for what a publisher or an operator would do.
+    /// A plain connection for the commands of a publisher or an operator.
     pub(crate) fn connection(&self) -> redis::Connection {
         redis::Client::open(self.url())
             .and_then(|client| client.get_connection())
@@ -80,7 +84,7 @@ impl RedisServer {
     /// Runs one command, written as for `redis-cli` but without quotes.
     ///
     /// # Panics
-    /// If Redis refuses it.
+    /// If Redis returns an error.
     pub(crate) fn command<T: redis::FromRedisValue>(&self, words: &str) -> T {
         let mut command = redis::Cmd::new();
         for word in words.split_whitespace() {
@@ -91,12 +95,13 @@ impl RedisServer {
             .unwrap_or_else(|error| panic!("{words}: {error}"))
     }
 
-    /// Changes the replication id, as a promotion or a restart does: for every script, a new life begins.
+    /// Changes the replication id, as a promotion or a restart does: every script then begins a new
+    /// epoch.
     pub(crate) fn change_replid(&self) {
         let () = self.command("DEBUG CHANGE-REPL-ID");
     }
 
-    /// Copies everything, as a replica has it at this moment.
+    /// Copies the data, as the state that a replica has reached.
     pub(crate) fn snapshot(&self) {
         redis::cmd("EVAL")
             .arg(COPY_DATABASE)
@@ -108,16 +113,17 @@ impl RedisServer {
             .expect("copy a database");
     }
 
-    /// What a promoted replica shows that had got no further than the last [`RedisServer::snapshot`]: the data of then, and another
-    /// replication id. Connections stay, as they do where a proxy stands between; [`RedisServer::cut`] cuts them.
+    /// Simulates the promotion of a replica that had replicated up to the last
+    /// [`RedisServer::snapshot`]: restores that data and changes the replication id. Connections
+    /// stay open, as behind a proxy; [`RedisServer::cut`] closes them.
     pub(crate) fn fail_over(&self) {
         self.fail_over_but("");
     }
 
-    /// The same, but one key does not go back.
+    /// Like [`RedisServer::fail_over`], except that one key keeps its present value.
     pub(crate) fn fail_over_but(&self, key: &str) {
         let mut commands = redis::pipe();
-        // In one step, or somebody would write to the old life on top of what the new one has.
+        // In one transaction: otherwise a node could write in the old epoch on top of the new data.
         commands
             .atomic()
             .cmd("EVAL")
@@ -133,12 +139,12 @@ impl RedisServer {
             .expect("copy a database");
     }
 
-    /// Cuts all connections of a type, `normal` or `pubsub`.
+    /// Closes all connections of a type, `normal` or `pubsub`.
     pub(crate) fn cut(&self, kind: &str) {
         let _killed: i64 = self.command(&format!("CLIENT KILL TYPE {kind} SKIPME yes"));
     }
 
-    /// Stops the process in its tracks: connections stay open, nothing answers.
+    /// Suspends the process: connections stay open and get no replies.
     pub(crate) fn pause(&self) {
         self.signal("STOP");
     }
@@ -147,7 +153,7 @@ impl RedisServer {
         self.signal("CONT");
     }
 
-    /// Kills it as a crash does.
+    /// Kills the process as a crash would.
     pub(crate) fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().expect("kill redis-server");
@@ -155,7 +161,7 @@ impl RedisServer {
         }
     }
 
-    /// Ends it in an orderly way, which saves what its options say is saved.
+    /// Shuts it down cleanly, which saves the data if its options request it.
     pub(crate) fn stop(&mut self) {
         if self.child.is_some() {
             self.signal("TERM");
@@ -165,7 +171,7 @@ impl RedisServer {
         }
     }
 
-    /// Starts it again on the same port and folder.
+    /// Starts it again with the same port and folder.
     pub(crate) fn restart(&mut self) {
         assert!(self.child.is_none(), "stop or kill it first");
         self.launch().expect("start redis-server again");
@@ -191,15 +197,13 @@ impl RedisServer {
             .stderr(Stdio::null())
             .spawn();
         let mut child = started.map_err(|error| {
-            format!(
-                "redis-server cannot be run ({error}); install it: apt-get install redis-server"
-            )
+            format!("cannot run redis-server ({error}); install it: apt-get install redis-server")
         })?;
         let mut log = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let mut said = String::new();
         for line in log.by_ref().map_while(Result::ok) {
             if line.contains("Ready to accept connections") {
-                // Somebody has to go on reading, or the server blocks on a full pipe.
+                // The log must be read further, or the server blocks on a full pipe.
                 std::thread::spawn(move || log.for_each(drop));
                 self.child = Some(child);
                 return Ok(());
@@ -223,9 +227,9 @@ impl RedisServer {
 
 impl Drop for RedisServer {
     fn drop(&mut self) {
-        // SIGKILL ends a paused process, too.
+        // SIGKILL also ends a suspended process.
         self.kill();
-        // A folder that stays behind harms nobody, and a panic in a drop would hide why the test failed.
+        // A leftover folder does no harm, and a panic in `drop` would hide the failure of the test.
         drop(fs::remove_dir_all(&self.folder));
     }
 }

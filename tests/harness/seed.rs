@@ -1,21 +1,22 @@
-//! Where a test's random choices come from: printed, so that a failure can be had again with `POINTSMAN_TEST_SEED`.
+//! The seeds of randomised tests. Each is printed, so that `POINTSMAN_TEST_SEED` can repeat a
+//! failing run.
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
-/// The generator of one test, and its seed.
+/// The random generator of one test, and its seed.
 ///
 /// # Panics
-/// If `POINTSMAN_TEST_SEED` is set and no number.
+/// If `POINTSMAN_TEST_SEED` is set and not a number.
 pub(crate) fn generator(test: &str) -> (StdRng, u64) {
     let seed = seed(test);
     (StdRng::seed_from_u64(seed), seed)
 }
 
-/// The seed of one test.
+/// The seed of one test: `POINTSMAN_TEST_SEED`, or a random number.
 ///
 /// # Panics
-/// As [`generator`].
+/// Like [`generator`].
 pub(crate) fn seed(test: &str) -> u64 {
     let seed = match std::env::var("POINTSMAN_TEST_SEED") {
         Ok(text) => text.parse().expect("POINTSMAN_TEST_SEED is a number"),

@@ -1,9 +1,11 @@
-//! A client of Server-Sent Events that forgives nothing: one connection as bytes ([`Stream`]). The one that comes back whenever it is cut,
-//! as a browser does, is [`Follower`].
+//! A strict client for Server-Sent Events: one connection, down to its bytes ([`Stream`]).
+//! [`Follower`] is the client that reconnects like a browser.
 //!
-//! The wire is parsed byte by byte: response head, chunks of HTTP/1.1, frames, fields. Whatever a lenient client would swallow (a carriage
-//! return, an unknown field, an id with a NUL) is a panic with the bytes. The last event id moves as in a browser: with a frame that is
-//! complete, never with a half one. Standard library and `serde_json` only, for the demo uses this file, too.
+//! The wire is parsed byte by byte: response head, HTTP/1.1 chunks, frames, fields. Anything that a
+//! lenient client would accept (a carriage return, an unknown field, an id with a NUL) panics and
+//! shows the bytes. The last event id moves as in a browser: with a complete frame, never with a
+//! partial one. This file uses only the standard library and `serde_json`, because the demo
+//! includes it, too.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
@@ -12,16 +14,17 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-// With its path, because the demo includes this file by its own.
+// With an explicit path, because the demo includes this file by path.
 #[path = "sse/follower.rs"]
 mod follower;
 
 pub(crate) use follower::Follower;
 
-/// The event names by which a node speaks of the stream itself; every other frame with data is a notification.
+/// The event names for the state of the stream itself; every other frame with data is a
+/// notification.
 const STATE_EVENTS: [&str; 4] = ["cursor", "gap", "reauth", "close"];
 
-/// How a stream is asked for.
+/// A request for a stream.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     addr: SocketAddr,
@@ -31,7 +34,7 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// `query`: what follows the question mark of `/v1/stream`, percent-encoded, such as `user=42`.
+    /// `query` is the percent-encoded query of `/v1/stream`, such as `user=42`.
     pub(crate) fn new(addr: SocketAddr, query: &str) -> Self {
         let headers = vec![("Accept".to_owned(), "text/event-stream".to_owned())];
         Self {
@@ -47,7 +50,7 @@ impl Request {
         self
     }
 
-    /// Sends `Last-Event-ID`; an empty id is none, as in a browser.
+    /// Sends `Last-Event-ID`; like a browser, omits an empty id.
     pub(crate) fn last_event_id(self, id: &str) -> Self {
         if id.is_empty() {
             self
@@ -56,7 +59,7 @@ impl Request {
         }
     }
 
-    /// Speaks HTTP/1.0: no chunks, and the end of the connection is the end of the stream.
+    /// Uses HTTP/1.0: no chunks, and the stream ends with the connection.
     pub(crate) fn http_1_0(mut self) -> Self {
         self.version = "HTTP/1.0";
         self
@@ -65,7 +68,7 @@ impl Request {
     /// Connects and reads the response head.
     ///
     /// # Errors
-    /// [`Refused`] if there is no connection, no complete head within the time, or another status than 200.
+    /// [`Refused`] if there is no connection, no complete head in time, or a status other than 200.
     pub(crate) fn open(self, within: Duration) -> Result<Stream, Refused> {
         let unreachable = |error: io::Error| Refused {
             status: None,
@@ -102,26 +105,27 @@ impl Request {
     }
 }
 
-/// No stream: what the node answered instead, or why it did not answer (no `status`).
+/// The failure to open a stream: the response of the node, or the reason that there is none (no
+/// `status`).
 #[derive(Debug)]
 pub(crate) struct Refused {
     pub(crate) status: Option<u16>,
-    /// The whole response as it came, or the error.
+    /// The whole response as received, or the error.
     pub(crate) text: String,
 }
 
-/// Why there is no further frame.
+/// The reason that no further frame arrives.
 #[derive(Debug)]
 pub(crate) enum Stop {
-    /// The time given is over; the stream goes on.
+    /// The time limit expired; the stream is still open.
     Deadline,
-    /// The node ended the stream in good order.
+    /// The node ended the stream properly.
     Ended,
     /// The connection broke.
     Cut(io::Error),
 }
 
-/// One frame: everything up to an empty line.
+/// One frame: everything up to and including an empty line.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Frame {
     pub(crate) id: Option<String>,
@@ -129,15 +133,17 @@ pub(crate) struct Frame {
     /// The lines of `data:`, joined by line feeds.
     pub(crate) data: Option<String>,
     pub(crate) retry: Option<u64>,
-    /// Comments that stood in the frame or before it: heartbeats.
+    /// Comments in or before the frame: heartbeats.
     pub(crate) comments: Vec<String>,
-    /// As it came, the empty line included.
+    /// The text as received, including the empty line.
     pub(crate) text: String,
 }
 
 impl Frame {
+    /// Parses a frame.
+    ///
     /// # Panics
-    /// If it is not what a strict reader of the format and of Pointsman's protocol expects.
+    /// If the frame does not conform to the format and to Pointsman's protocol.
     fn parse(text: &str) -> Self {
         let mut frame = Self {
             text: text.to_owned(),
@@ -150,7 +156,7 @@ impl Frame {
                 continue;
             }
             let Some((field, value)) = line.split_once(':') else {
-                wrong("a line that is no field")
+                wrong("a line that is not a field")
             };
             let value = value.strip_prefix(' ').unwrap_or(value);
             let twice = match field {
@@ -158,7 +164,7 @@ impl Frame {
                 "event" => frame.event.replace(value.to_owned()).is_some(),
                 "retry" => match value.parse() {
                     Ok(ms) => frame.retry.replace(ms).is_some(),
-                    Err(_) => wrong("a retry that is no number"),
+                    Err(_) => wrong("a retry that is not a number"),
                 },
                 "data" => {
                     match &mut frame.data {
@@ -170,7 +176,7 @@ impl Frame {
                 _ => wrong("an unknown field"),
             };
             if twice {
-                wrong("a field twice");
+                wrong("a repeated field");
             }
         }
         if let Some(id) = &frame.id
@@ -185,7 +191,7 @@ impl Frame {
         frame
     }
 
-    /// The name, if this frame speaks of the stream itself.
+    /// The event name, if this frame carries the state of the stream itself.
     pub(crate) fn state(&self) -> Option<&str> {
         self.event
             .as_deref()
@@ -223,10 +229,10 @@ impl Frame {
     }
 }
 
-/// One notification as a client has it.
+/// A notification as a client receives it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Notification {
-    /// The last event id that it leaves behind.
+    /// The last event id after it.
     pub(crate) cursor: String,
     /// The SSE event name, if it has one.
     pub(crate) name: Option<String>,
@@ -236,13 +242,13 @@ pub(crate) struct Notification {
     pub(crate) kind: String,
     pub(crate) time: String,
     pub(crate) priority: String,
-    /// The router that sent it, and the target by which it reached this user.
+    /// The router that decided on it, and the target that reached this user.
     pub(crate) by: String,
     pub(crate) to: String,
     pub(crate) data: Value,
 }
 
-/// How the body of the response is delimited.
+/// The framing of the response body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Body {
     Chunked,
@@ -254,15 +260,15 @@ pub(crate) struct Stream {
     socket: TcpStream,
     head: String,
     body: Body,
-    /// Every byte after the head, as it came.
+    /// Every byte after the head, as received.
     wire: Vec<u8>,
-    /// How much of `wire` has become `text`.
+    /// The number of bytes of `wire` decoded into `text`.
     decoded: usize,
-    /// The last chunk was read.
+    /// Whether the last chunk was read.
     is_over: bool,
     /// The body without chunk heads.
     text: Vec<u8>,
-    /// How much of `text` has become frames.
+    /// The number of bytes of `text` parsed into frames.
     parsed: usize,
     last_event_id: String,
 }
@@ -278,12 +284,12 @@ impl Stream {
         std::str::from_utf8(&self.text).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
-    /// What a browser would send as `Last-Event-ID` if it were cut now.
+    /// The `Last-Event-ID` that a browser would send if it were cut now.
     pub(crate) fn last_event_id(&self) -> &str {
         &self.last_event_id
     }
 
-    /// A second handle to the connection, by which another thread can cut it.
+    /// A second handle to the connection, with which another thread can cut it.
     pub(crate) fn scissors(&self) -> io::Result<TcpStream> {
         self.socket.try_clone()
     }
@@ -291,7 +297,7 @@ impl Stream {
     /// The next frame.
     ///
     /// # Errors
-    /// [`Stop`] says why there is none.
+    /// [`Stop`] with the reason that there is none.
     pub(crate) fn next_frame(&mut self, within: Duration) -> Result<Frame, Stop> {
         let deadline = Instant::now() + within;
         loop {
@@ -315,10 +321,10 @@ impl Stream {
         }
     }
 
-    /// The next notification; cursors and comments on the way are taken note of and passed over.
+    /// The next notification; skips cursors and comments.
     ///
     /// # Panics
-    /// If none comes in time, or the stream says something else of itself, or ends.
+    /// If none arrives in time, another state frame arrives, or the stream ends.
     pub(crate) fn next_notification(&mut self, within: Duration) -> Notification {
         let deadline = Instant::now() + within;
         loop {
@@ -337,10 +343,10 @@ impl Stream {
         }
     }
 
-    /// The next frame by which the node speaks of the stream itself under this name.
+    /// The next state frame with this name.
     ///
     /// # Panics
-    /// If none comes in time, or a notification comes first.
+    /// If none arrives in time, or a notification arrives first.
     pub(crate) fn next_state(&mut self, name: &str, within: Duration) -> Frame {
         let deadline = Instant::now() + within;
         loop {
@@ -358,7 +364,8 @@ impl Stream {
         }
     }
 
-    /// Reads until the stream is over, and answers how: [`Stop::Ended`], [`Stop::Cut`], or [`Stop::Deadline`] if it is not.
+    /// Reads until the stream is over. Returns its frames and how it ended: [`Stop::Ended`],
+    /// [`Stop::Cut`], or [`Stop::Deadline`] if it did not.
     pub(crate) fn read_to_end(&mut self, within: Duration) -> (Vec<Frame>, Stop) {
         let deadline = Instant::now() + within;
         let mut frames = Vec::new();
@@ -370,7 +377,7 @@ impl Stream {
         }
     }
 
-    /// Gives up the transcript of what was read already; a follower may live for hours.
+    /// Drops the parsed part of the transcript, because a follower may run for hours.
     fn forget(&mut self) {
         if self.parsed > 64 * 1024 {
             self.text.drain(..self.parsed);
@@ -401,7 +408,7 @@ impl Stream {
             .and_then(|code| code.parse().ok())
             .expect("a response head begins with a status line");
         if status != 200 {
-            // What is worth reading of a refusal comes with its head or right after it.
+            // The useful part of an error response arrives with its head or right after it.
             while self
                 .receive(deadline.min(Instant::now() + Duration::from_millis(200)))
                 .is_ok()
@@ -415,7 +422,7 @@ impl Stream {
         let fields = self.head.to_ascii_lowercase();
         assert!(
             fields.contains("\r\ncontent-type: text/event-stream"),
-            "no event stream: {}",
+            "not an event stream: {}",
             self.head
         );
         self.body = if fields.contains("\r\ntransfer-encoding: chunked\r\n") {
@@ -426,7 +433,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Makes `text` longer.
+    /// Reads until `text` grows.
     fn read_some(&mut self, deadline: Instant) -> Result<(), Stop> {
         let before = self.text.len();
         loop {
@@ -445,7 +452,7 @@ impl Stream {
         }
     }
 
-    /// Turns what is complete of `wire` into `text`.
+    /// Decodes the complete part of `wire` into `text`.
     fn decode(&mut self) {
         if self.body == Body::UntilClosed {
             self.text.extend_from_slice(&self.wire[self.decoded..]);
@@ -472,7 +479,7 @@ impl Stream {
             };
             assert!(
                 chunk.ends_with(b"\r\n"),
-                "a chunk that does not end where it says, at byte {} of {:?}",
+                "a chunk that does not match its length, at byte {} of {:?}",
                 self.decoded,
                 String::from_utf8_lossy(&self.wire)
             );
@@ -508,7 +515,7 @@ impl Stream {
 }
 
 impl fmt::Debug for Stream {
-    /// The transcript: what a failing test wants to show.
+    /// Writes the transcript, for the message of a failing test.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "the stream of {:?}:", self.socket.peer_addr().ok())?;
         f.write_str(&self.head)?;
@@ -532,7 +539,8 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(10);
 
-    /// A server that gives each of these bodies to one connection after the other and closes it; it answers the request heads.
+    /// A server that sends each body on one connection after another and closes it; returns the
+    /// request heads.
     fn serve(bodies: &[&'static str]) -> (SocketAddr, JoinHandle<Vec<String>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (addr, bodies) = (listener.local_addr().unwrap(), bodies.to_vec());
@@ -561,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_reads_frames_across_chunks_and_knows_a_good_end_from_a_cut() {
+    fn a_stream_reads_frames_across_chunks_and_distinguishes_an_end_from_a_cut() {
         let (addr, _) = serve(&[
             "Transfer-Encoding: chunked\r\n\r\n3\r\n:\nd\r\nc\r\nata: {}\nid: \r\n3\r\na1\n\r\n1\r\n\n\r\n0\r\n\r\n",
         ]);
@@ -590,7 +598,7 @@ mod tests {
     }
 
     #[test]
-    fn a_half_frame_does_not_move_the_last_event_id() {
+    fn a_partial_frame_does_not_move_the_last_event_id() {
         let (addr, _) = serve(&["\r\nid: a1\ndata: x\n\nid: a2\ndata: y\n"]);
         let mut stream = open(addr);
         let (frames, _) = stream.read_to_end(SOON);
@@ -598,7 +606,7 @@ mod tests {
     }
 
     #[test]
-    fn a_follower_comes_back_with_its_last_event_id() {
+    fn a_follower_reconnects_with_its_last_event_id() {
         let (addr, served) = serve(&[
             "\r\nevent: cursor\nid: a0\ndata:\n\n",
             "\r\n:\n\n",
@@ -619,7 +627,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_lenient_client_would_swallow_is_refused() {
+    fn malformed_frames_panic() {
         for bad in [
             "id: a\nid: b\n\n",
             "id: a b\n\n",

@@ -1,4 +1,5 @@
-//! A plugin is compiled once: the next start takes what it was compiled to, and nothing that anybody else may have written.
+//! The compile cache: a plugin is compiled once, the next start loads the compiled code, and code
+//! that another user may have written is never loaded.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -11,7 +12,7 @@ use crate::harness::guests::versioned;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 
-/// Keeps compiled plugins where a node does of which nothing is configured: beside its data.
+/// Uses the default location of the cache, next to the data.
 fn node(plugins: &Path) -> Node {
     Node::builder()
         .data()
@@ -37,7 +38,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// How often each of these happened since it started.
+/// The number of cache hits, misses, corrupt files and failed writes since the start.
 fn counts(node: &Node) -> [f64; 4] {
     ["hit", "miss", "damaged", "unwritten"].map(|outcome| {
         node.metric(&format!(
@@ -46,7 +47,7 @@ fn counts(node: &Node) -> [f64; 4] {
     })
 }
 
-/// The plugin of the node decides as it should.
+/// Asserts that the node's plugin decides correctly.
 fn decides(node: &Node) {
     let mut stream = node.stream("7");
     node.publisher().publish(&[event(
@@ -63,7 +64,7 @@ fn start_again(node: &mut Node) {
 }
 
 #[test]
-fn a_plugin_is_compiled_at_the_first_start_and_taken_from_the_cache_at_the_next() {
+fn a_plugin_is_compiled_at_the_first_start_and_loaded_from_the_cache_at_the_next() {
     let plugins = plugins();
     let mut node = node(plugins.path());
     assert_eq!(counts(&node), [0.0, 1.0, 0.0, 0.0]);
@@ -83,7 +84,7 @@ fn a_plugin_is_compiled_at_the_first_start_and_taken_from_the_cache_at_the_next(
     );
     decides(&node);
 
-    // Other bytes are another plugin.
+    // A file with other bytes is compiled.
     fs::write(plugins.path().join("versioned.wasm"), versioned(2)).expect("write a plugin");
     eventually(SOON, "the second version is compiled", || {
         (counts(&node) == [1.0, 1.0, 0.0, 0.0]).then_some(())
@@ -91,21 +92,21 @@ fn a_plugin_is_compiled_at_the_first_start_and_taken_from_the_cache_at_the_next(
 }
 
 #[test]
-fn a_damaged_file_is_compiled_anew() {
+fn a_corrupt_cache_file_is_removed_and_its_plugin_compiled_again() {
     let plugins = plugins();
     let mut node = node(plugins.path());
     let [file] = files(&compiled(&node)).try_into().expect("one file");
     let whole = fs::read(&file).expect("compiled code");
-    // Torn, and rotten in the midst of its code.
+    // One truncated file, and one with a flipped bit in its code.
     let mut rotten = whole.clone();
     rotten[whole.len() / 2] ^= 0x10;
     for damaged in [whole[..whole.len() / 2].to_vec(), rotten] {
         node.terminate(SOON);
-        fs::write(&file, damaged).expect("damage it");
+        fs::write(&file, damaged).expect("corrupt the file");
         node.restart();
         assert_eq!(counts(&node), [0.0, 0.0, 1.0, 0.0]);
         assert!(
-            node.log().contains("it is torn or has rotted"),
+            node.log().contains("it is truncated or corrupt"),
             "{}",
             node.log()
         );
@@ -117,18 +118,19 @@ fn a_damaged_file_is_compiled_anew() {
 }
 
 #[test]
-fn nothing_is_taken_from_a_folder_where_others_may_write() {
+fn no_code_is_loaded_from_a_cache_folder_that_others_may_write_to() {
     let plugins = plugins();
     let mut node = node(plugins.path());
     let folder = compiled(&node);
     node.terminate(SOON);
-    fs::set_permissions(&folder, fs::Permissions::from_mode(0o770)).expect("open it to others");
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o770))
+        .expect("make it writable for others");
     node.restart();
     assert_eq!(counts(&node), [0.0; 4]);
     let log = node.log();
     let warning = log
         .lines()
-        .find(|line| line.contains("has the mode 770 and not 700"));
+        .find(|line| line.contains("has mode 770 instead of 700"));
     assert!(
         warning.is_some_and(|line| line.contains("WARN") && line.contains("plugins.cache")),
         "{log}"
@@ -137,7 +139,7 @@ fn nothing_is_taken_from_a_folder_where_others_may_write() {
 }
 
 #[test]
-fn a_compiled_file_is_no_plugin() {
+fn a_compiled_file_is_not_accepted_as_a_plugin() {
     let plugins = plugins();
     let node = node(plugins.path());
     let [file] = files(&compiled(&node)).try_into().expect("one file");
@@ -145,10 +147,10 @@ fn a_compiled_file_is_no_plugin() {
     let elf = bytes
         .windows(4)
         .position(|four| four == b"\x7fELF")
-        .expect("code in it");
+        .expect("machine code in the file");
     for (name, bytes) in [("kept", &bytes[..]), ("code", &bytes[elf..])] {
         fs::write(plugins.path().join(format!("{name}.wasm")), bytes).expect("write a file");
-        let refusal = format!("plugins.{name}: {name}.wasm is no WebAssembly");
+        let refusal = format!("plugins.{name}: {name}.wasm is not WebAssembly");
         eventually(SOON, "it is refused", || {
             node.admin("/readyz").body.contains(&refusal).then_some(())
         });
@@ -157,7 +159,7 @@ fn a_compiled_file_is_no_plugin() {
 }
 
 #[test]
-fn nodes_that_start_at_once_share_one_folder() {
+fn nodes_that_start_at_the_same_time_share_one_cache_folder() {
     let (plugins, shared) = (plugins(), Folder::new());
     let cache = shared.path().join("compiled");
     let start = || {
@@ -172,12 +174,12 @@ fn nodes_that_start_at_once_share_one_folder() {
         let nodes: Vec<_> = (0..4).map(|_| scope.spawn(start)).collect();
         nodes
             .into_iter()
-            .map(|node| node.join().expect("a node that serves"))
+            .map(|node| node.join().expect("a working node"))
             .collect()
     });
     for [hits, misses, damaged, unwritten] in first {
         assert_eq!((hits + misses, damaged, unwritten), (1.0, 0.0, 0.0));
     }
-    assert_eq!(files(&cache).len(), 1, "no draft is left");
+    assert_eq!(files(&cache).len(), 1, "a draft was left behind");
     assert_eq!(start(), [1.0, 0.0, 0.0, 0.0]);
 }

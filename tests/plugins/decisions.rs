@@ -1,8 +1,10 @@
-//! What the bundled plugins decide is what their documentation says: a second implementation of all four in another language, which shares no
-//! code with them (`decisions/second.js`), decides the same about every event, in every detail.
+//! The decisions of the bundled plugins match their documentation: a second implementation of all
+//! four in another language (`decisions/second.js`), which shares no code with them, makes the same
+//! decision about every event, in every detail.
 //!
-//! The events are payloads that others recorded and made ones that try the edges; they enter a node by `POST /v1/events?dry_run=true`, which
-//! answers the plan. Node 20 or newer and npm must be there; `make test` sees to it (`scripts/need.sh`).
+//! The events are recorded payloads of other services and generated ones that cover the edge cases.
+//! They enter a node through `POST /v1/events?dry_run=true`, which returns the plan. Requires Node
+//! 20 or newer and npm; `make test` installs them (`scripts/need.sh`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,9 +19,9 @@ use crate::harness::{eventually, every_bundled_plugin, node_interpreter, reposit
 
 mod events;
 
-/// So often must each operator decide each way.
+/// The minimum number of times that each operator must decide each way.
 const ENOUGH: usize = 10;
-/// Of values.
+/// The operators on values.
 pub(crate) const OPERATORS: [&str; 13] = [
     "equals",
     "not_equals",
@@ -35,7 +37,7 @@ pub(crate) const OPERATORS: [&str; 13] = [
     "includes",
     "present",
 ];
-/// Of events.
+/// The keys of conditions on events.
 pub(crate) const CONDITIONS: [&str; 8] = [
     "type",
     "source",
@@ -47,11 +49,12 @@ pub(crate) const CONDITIONS: [&str; 8] = [
     "not",
 ];
 
-/// What the node decides, in the words of the second implementation.
+/// Returns the decisions of the node, in the format of the second implementation.
 fn decided_by_node(node: &Node, events: &[String]) -> Vec<Value> {
     let mut decisions = Vec::with_capacity(events.len());
     for batch in events.chunks(200) {
-        // An event without an id is given one of the moment at which the batch was tried: times to live count from it.
+        // The id of an event without an id starts with the time of the dry run, from which times to
+        // live are measured.
         let body = format!(
             r#"[{{"type":"clock","source":"/clock"}},{}]"#,
             batch.join(",")
@@ -75,7 +78,7 @@ fn decided_by_node(node: &Node, events: &[String]) -> Vec<Value> {
             .as_str()
             .and_then(|id| id.strip_suffix("-0"))
             .and_then(|ms| ms.parse().ok())
-            .expect("a moment");
+            .expect("an id that starts with a time");
         assert_eq!(tried.len(), batch.len());
         decisions.extend(tried.iter().map(|tried| in_plain_words(tried, clock_ms)));
     }
@@ -90,7 +93,7 @@ fn in_plain_words(tried: &Value, clock_ms: u64) -> Value {
         if let Some(at) = members.remove("expires_ms") {
             members.insert(
                 "ttl_ms".into(),
-                (at.as_u64().expect("a moment") - clock_ms).into(),
+                (at.as_u64().expect("a time") - clock_ms).into(),
             );
         }
         if let Some(body) = members.remove("body") {
@@ -127,31 +130,32 @@ fn decided_again(plugins: &Value, events: &[String]) -> Vec<Value> {
         .args([&plugins_file, &events_file]);
     let output = command
         .output()
-        .unwrap_or_else(|error| panic!("node cannot be run ({error}); `make test` installs it"));
+        .unwrap_or_else(|error| panic!("cannot run node ({error}); `make test` installs it"));
     assert!(
         output.status.success(),
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let lines = String::from_utf8(output.stdout).expect("UTF-8");
+    let lines = String::from_utf8(output.stdout).expect("UTF-8 output");
     lines
         .lines()
         .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
         .collect()
 }
 
-/// The settings of each plugin: as they stand in the node's file, and what of them is the plugin's own, as JSON.
+/// Returns the settings of the plugins: the text of the configuration file, and the configuration
+/// of each plugin as JSON.
 fn settings() -> (String, Value) {
     let text = fs::read_to_string(repository().join("tests/plugins/decisions/pointsman.toml"))
-        .expect("pointsman.toml");
-    let parsed: Value = toml::from_str(&text).expect("TOML");
+        .expect("read pointsman.toml");
+    let parsed: Value = toml::from_str(&text).expect("valid TOML");
     let own = ["discard", "prioritize", "rules"]
         .map(|name| (name.to_owned(), parsed["plugins"][name]["config"].clone()));
     (text, own.into_iter().collect())
 }
 
 #[test]
-fn a_second_implementation_decides_the_same_about_every_event() {
+fn a_second_implementation_makes_the_same_decision_about_every_event() {
     let (mut generator, _) = seed::generator("decisions");
     let (toml, own) = settings();
     let recorded = events::recorded();
@@ -166,7 +170,7 @@ fn a_second_implementation_decides_the_same_about_every_event() {
         .config(&toml)
         .may_be_unready()
         .start();
-    // A development build compiles four plugins for as many seconds as others leave it.
+    // A development build compiles four plugins, which takes longer on a busy machine.
     eventually(Duration::from_secs(300), "the plugins are loaded", || {
         (node.admin("/readyz").status == 200).then_some(())
     });
@@ -174,12 +178,12 @@ fn a_second_implementation_decides_the_same_about_every_event() {
     let expected = decided_again(&own, &events);
     assert_eq!(expected.len(), events.len());
     for ((event, decided), expect) in events.iter().zip(&decisions).zip(&expected) {
-        assert_eq!(decided, expect, "about {event}");
+        assert_eq!(decided, expect, "decision about {event}");
     }
     let outcomes = tally(
         decisions
             .iter()
-            .map(|decision| decision["outcome"].as_str().expect("a word").to_owned()),
+            .map(|decision| decision["outcome"].as_str().expect("an outcome").to_owned()),
     );
     for outcome in ["committed", "discarded", "unrouted", "dead-lettered"] {
         assert!(
@@ -190,7 +194,8 @@ fn a_second_implementation_decides_the_same_about_every_event() {
     every_operator_decided_both_ways(&own, &decisions);
 }
 
-/// A rule `op/...` was asked about each event that came as far as the routers and was not muted, and its group says how it decided.
+/// Each rule `op/...` is evaluated for every event that reaches the routers and is not muted. Its
+/// group among the targets shows the decision.
 fn every_operator_decided_both_ways(own: &Value, decisions: &[Value]) {
     let rules = own["rules"]["rules"].as_array().expect("a list of rules");
     let groups: Vec<&str> = rules
@@ -198,7 +203,7 @@ fn every_operator_decided_both_ways(own: &Value, decisions: &[Value]) {
         .filter_map(|rule| rule["to"]["group"].as_str())
         .filter(|group| group.starts_with("op/"))
         .collect();
-    let has = |group: String| assert!(groups.contains(&group.as_str()), "no rule tries {group}");
+    let has = |group: String| assert!(groups.contains(&group.as_str()), "no rule tests {group}");
     OPERATORS.iter().for_each(|operator| {
         ["a", "v"]
             .iter()
@@ -210,7 +215,7 @@ fn every_operator_decided_both_ways(own: &Value, decisions: &[Value]) {
     let asked: Vec<Vec<&str>> = decisions
         .iter()
         .filter(|decision| {
-            ["committed", "unrouted"].contains(&decision["outcome"].as_str().expect("a word"))
+            ["committed", "unrouted"].contains(&decision["outcome"].as_str().expect("an outcome"))
         })
         .filter(|decision| decision["attributes"]["mute"] != true)
         .map(|decision| {
@@ -234,7 +239,7 @@ fn every_operator_decided_both_ways(own: &Value, decisions: &[Value]) {
         .collect();
     assert!(
         rare.is_empty(),
-        "decided too seldom (group, yes, no): {rare:?}"
+        "too few decisions each way (group, yes, no): {rare:?}"
     );
 }
 

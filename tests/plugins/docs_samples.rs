@@ -1,4 +1,5 @@
-//! What the documentation shows is what the programs take: its samples are loaded, and what can be configured is told.
+//! The documentation matches the programs: its samples load, and it describes every configuration
+//! key.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,10 +14,10 @@ use serde_json::Value;
 use super::decisions::{CONDITIONS, OPERATORS};
 use crate::harness::{engine, every_bundled_plugin, repository};
 
-/// The bundled plugins as the `[plugins]` section of this text configures them.
+/// Loads the bundled plugins with the `[plugins]` section of this text.
 ///
 /// # Panics
-/// If one of them does not take it, or the section is none.
+/// If a plugin rejects its configuration, or the section is missing or invalid.
 fn load(toml: &str) -> Registry {
     let text: toml::Table = toml.parse().unwrap_or_else(|e| panic!("{e}\n{toml}"));
     let section = text
@@ -28,7 +29,7 @@ fn load(toml: &str) -> Registry {
         .unwrap_or_else(|e| panic!("{e}\n{toml}"));
     config.dir = Some(every_bundled_plugin());
     let registry =
-        Registry::load(engine(), config, Metrics::default()).expect("a folder of plugins");
+        Registry::load(engine(), config, Metrics::default()).expect("load the plugin folder");
     let failures: Vec<_> = registry
         .states()
         .into_iter()
@@ -38,18 +39,19 @@ fn load(toml: &str) -> Registry {
     registry
 }
 
-/// The section of plugins/README.md under this heading.
+/// Returns the section of plugins/README.md with this heading.
 fn chapter(heading: &str) -> String {
     let page =
-        fs::read_to_string(repository().join("plugins/README.md")).expect("plugins/README.md");
+        fs::read_to_string(repository().join("plugins/README.md")).expect("read plugins/README.md");
     let chapter = page
         .split(&format!("\n## {heading}\n"))
         .nth(1)
-        .unwrap_or_else(|| panic!("no chapter '{heading}'"));
+        .unwrap_or_else(|| panic!("no section '{heading}'"));
     chapter.split("\n## ").next().unwrap_or_default().to_owned()
 }
 
-/// All plugins, by all samples of their chapter as one configuration. Compiling plugins takes seconds in a development build: once for all tests.
+/// Loads all plugins with all samples of their section as one configuration. Loaded once for all
+/// tests, because compiling plugins takes seconds in a development build.
 fn by_the_samples() -> &'static Registry {
     static LOADED: OnceLock<Registry> = OnceLock::new();
     LOADED.get_or_init(|| {
@@ -64,7 +66,7 @@ fn by_the_samples() -> &'static Registry {
                 samples
                     .iter()
                     .any(|sample| sample.contains(&format!("[plugins.{name}"))),
-                "no sample of {name}"
+                "no sample for {name}"
             );
         }
         load(&samples.concat())
@@ -72,13 +74,13 @@ fn by_the_samples() -> &'static Registry {
 }
 
 #[test]
-fn the_samples_of_the_bundled_plugins_are_taken() {
+fn the_samples_of_the_bundled_plugins_load() {
     let chain = by_the_samples().chain();
     assert_eq!((chain.filters.len(), chain.routers.len()), (2, 2));
 }
 
 #[test]
-fn the_annotated_configuration_is_well_and_so_are_its_plugins() {
+fn the_annotated_configuration_and_its_plugins_pass_check_config() {
     let file = repository().join("examples/pointsman.toml");
     let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
     let output = command
@@ -91,25 +93,23 @@ fn the_annotated_configuration_is_well_and_so_are_its_plugins() {
     assert!(output.status.success(), "{output:?}");
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(said.matches("plugin ").count(), 4, "{output:?}");
-    // Who copies it is told what nobody must keep.
+    // The check warns about secrets that were copied from the example.
     for secret in ["auth.jwt_secret", "auth.key"] {
         assert!(
-            said.contains(&format!(
-                "warning: {secret} is still the text of the example"
-            )),
+            said.contains(&format!("warning: {secret} is still the example value")),
             "{said}"
         );
     }
 }
 
 #[test]
-fn everything_that_can_be_configured_is_told_and_decided_twice() {
+fn every_configuration_key_is_documented_and_in_the_second_implementation() {
     let chain = by_the_samples().chain();
     let rules = chain
         .routers
         .iter()
         .find(|router| router.plugin.name().as_str() == "rules")
-        .expect("rules is at work");
+        .expect("rules is active");
     let schema: Value = serde_json::from_str(
         rules
             .plugin
@@ -118,7 +118,7 @@ fn everything_that_can_be_configured_is_told_and_decided_twice() {
             .as_deref()
             .expect("a schema"),
     )
-    .expect("JSON");
+    .expect("a JSON schema");
     let keys = |name: &str| -> BTreeSet<String> {
         let properties = schema["$defs"][name]["properties"]
             .as_object()
@@ -132,11 +132,12 @@ fn everything_that_can_be_configured_is_told_and_decided_twice() {
     {
         assert!(
             chapter.contains(&format!("`{key}`")) || chapter.contains(&format!("`{key} = true`")),
-            "plugins/README.md says nothing of `{key}`"
+            "plugins/README.md does not document `{key}`"
         );
     }
     assert_eq!(keys("Operators"), OPERATORS.map(str::to_owned).into());
-    // Attributes and fields are where operators are tried.
+    // The second implementation tests the operators on attributes and fields, so these two keys
+    // have no entry of their own.
     let conditions = keys("Condition")
         .into_iter()
         .filter(|key| !["attributes", "payload"].contains(&key.as_str()));

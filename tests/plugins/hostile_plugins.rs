@@ -1,5 +1,5 @@
-//! A gallery of hostile plugins: whatever a file is and whatever a plugin does, the error is the documented one, the node serves on, the next
-//! event is decided right, and memory is bounded.
+//! Hostile plugins: for every invalid file and every misbehaviour, the error is the documented one,
+//! the node keeps serving, the next event is decided correctly, and memory stays bounded.
 
 use serde_json::{Value, json};
 
@@ -9,10 +9,11 @@ use crate::harness::node::{Node, SOON};
 use crate::harness::plugins::{Plugins, Site};
 use crate::harness::publish::event;
 
-/// What a node may hold more of at the end, in KiB: the pool keeps some memory of instances for the next ones.
+/// The permitted growth of a node's memory, in KiB: the pool keeps some memory of instances for
+/// reuse.
 const MORE_KIB: u64 = 160 * 1024;
 
-/// What is refused as it is loaded: the name, the file, and what is said of it.
+/// Files that are refused when they are loaded: the name, the file, and part of the reason.
 fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let contract = contract();
     let changed = |from: &str, to: &str| {
@@ -31,9 +32,9 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
             "is truncated or damaged",
         ),
         ("empty", Vec::new(), "is empty"),
-        ("page", b"<html>404</html>".to_vec(), "is no WebAssembly"),
-        // What runs was compiled by this node, or by nobody.
-        ("compiled", compiled, "is no WebAssembly"),
+        ("page", b"<html>404</html>".to_vec(), "is not WebAssembly"),
+        // A node only runs code that it compiled itself.
+        ("compiled", compiled, "is not WebAssembly"),
         (
             "hang",
             core_module("unruly"),
@@ -42,9 +43,9 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "hungry",
             core_module("unruly"),
-            "1 is the most (memory_mib)",
+            "the limit is 1 (memory_mib)",
         ),
-        // As every function of it does.
+        // Every function of this component traps.
         (
             "traps-in-describe",
             component_of(&contract, "full-plugin"),
@@ -63,12 +64,12 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "refuses",
             forger(),
-            "refuses its configuration: x\\r\\ndata: forged\\u{1b}[2J\\u{0}: x\\r\\n",
+            "rejects its configuration: x\\r\\ndata: forged\\u{1b}[2J\\u{0}: x\\r\\n",
         ),
         (
             "no-text",
             forger(),
-            "fails in configure: does not keep the contract: ",
+            "fails in configure: violates the plugin contract: ",
         ),
         (
             "other-world",
@@ -81,17 +82,17 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "more-fields",
             changed("version: string,", "version: string, licence: string,"),
-            "does not keep the contract: ",
+            "violates the plugin contract: ",
         ),
         (
             "more-cases",
             changed("drop(string),", "drop(string), delay(u64),"),
-            "does not keep the contract: ",
+            "violates the plugin contract: ",
         ),
         (
             "next-version",
             changed("plugin@0.1.0", "plugin@0.2.0"),
-            "was built for pointsman:plugin 0.2; this host speaks 0.1",
+            "was built for pointsman:plugin 0.2; this host supports 0.1",
         ),
         (
             "greedy",
@@ -118,11 +119,12 @@ no-text = true
 ";
 
 #[test]
-fn whatever_a_file_is_it_is_refused_with_the_reason_and_the_next_event_is_right() {
+fn every_invalid_file_is_refused_with_the_reason_and_the_next_event_is_decided() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::of(Node::builder().config("[plugins]\n"), &plugins);
     assert_eq!(site.next_decision().0, 1);
-    // Not before it is ready: what is configured and has no file keeps it from being so.
+    // Reconfigured only after the node was ready, because configured plugins without a file make it
+    // unready.
     site.node.reconfigure(CONFIG);
     site.await_ready(503, |page| page.contains("the plugin 'hang' is configured"));
     let before = site.node.memory_kib();
@@ -160,42 +162,48 @@ fn whatever_a_file_is_it_is_refused_with_the_reason_and_the_next_event_is_right(
     nothing_forged(&site.node);
 }
 
-/// What is refused as it answers: the type of the event, and what is said of it.
+/// Answers that are refused: the type of the event, and part of the reason.
 const ANSWERS: [(&str, &str); 25] = [
-    ("loop", "it ran longer than 1000 ms (deadline_ms)"),
+    ("loop", "it ran longer than 1000 ms (deadline)"),
     ("recurse", "it trapped: "),
-    ("grow", "MiB of memory; 32 is the most (memory_mib)"),
+    ("grow", "MiB of memory; the limit is 32 (memory_mib)"),
     (
         "panic",
         "it trapped: panicked at tests/harness/guests/unruly/src/lib.rs",
     ),
     (
         "forge.100-mb",
-        "its answer is larger than it may be (result_kib, max_targets)",
+        "its answer exceeds its limits (result_kib, max_targets)",
     ),
     (
         "forge.a-million-targets",
-        "its answer is larger than it may be (result_kib, max_targets)",
+        "its answer exceeds its limits (result_kib, max_targets)",
     ),
     (
         "many-targets",
-        "10001 targets or routes; 10000 is the most (max_targets)",
+        "10001 targets or routes; the limit is 10000 (max_targets)",
     ),
-    ("forge.no-text", "does not keep the contract: "),
-    ("forge.attribute-name", "it amends the event wrongly: "),
+    ("forge.no-text", "violates the plugin contract: "),
+    ("forge.attribute-name", "its amendment is invalid: "),
     (
         "forge.attribute-value",
-        "it amends the event wrongly: seen has the control character U+000D",
+        "its amendment is invalid: seen contains the control character U+000D",
     ),
-    ("forge.user", "the user has the control character U+000D"),
-    ("forge.group", "the group has the control character U+000D"),
+    (
+        "forge.user",
+        "the user contains the control character U+000D",
+    ),
+    (
+        "forge.group",
+        "the group contains the control character U+000D",
+    ),
     (
         "forge.collapse-key",
-        "the collapse key has the control character U+000D",
+        "the collapse key contains the control character U+000D",
     ),
     (
         "forge.event-name",
-        "the event name has the control character U+000D",
+        "the event name contains the control character U+000D",
     ),
     ("forge.body", "the body is not valid JSON"),
     ("forge.reject", "x\\r\\ndata: forged\\u{1b}[2J\\u{0}"),
@@ -226,14 +234,14 @@ const ANSWERS: [(&str, &str); 25] = [
 ];
 
 #[test]
-fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_next_event_is_right()
- {
+fn every_invalid_answer_dead_letters_its_event_and_the_next_event_is_decided() {
     let plugins = Plugins::new(&[
         ("forger.wasm", core_module("forger")),
         ("unruly.wasm", core_module("unruly")),
         ("versioned.wasm", versioned(1)),
     ]);
-    // What `versioned` says wins. So much memory that the answer, and not the making of it, is what is refused.
+    // The route of `versioned` comes first. The memory limit is high enough that the size of the
+    // answer is refused and not the allocation.
     let node = Node::builder()
         .config("[plugins]\norder = ['versioned']\n[plugins.unruly]\ndeadline_ms = 1000\n[plugins.forger]\nmemory_mib = 512\ndeadline_ms = 5000\n")
         .plugins(plugins.dir())
@@ -266,7 +274,8 @@ fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_
         );
         next_is_right(&format!("after {kind}"));
     }
-    // These are decided: what people read is made printable, and what is only compared harms nobody.
+    // These are accepted: text for people is made printable, and text that is only compared is
+    // harmless.
     for kind in [
         "forge.drop",
         "forge.criteria-attribute",
@@ -297,10 +306,10 @@ fn whatever_a_plugin_answers_its_event_is_a_dead_letter_with_the_reason_and_the_
     nothing_forged(&node);
 }
 
-/// No plugin wrote a line of its own into the log, or moved the cursor of whoever reads it.
+/// No plugin forged a log line or injected a terminal escape sequence.
 fn nothing_forged(node: &Node) {
     let log = node.log();
-    assert!(log.contains("forged"), "it was tried");
+    assert!(log.contains("forged"), "no forgery was attempted");
     assert!(
         !log.contains(['\u{1b}', '\0', '\r'])
             && !log.lines().any(|line| line.starts_with("data: forged")),

@@ -1,5 +1,6 @@
-//! A plugin that traps, loops, grows, floods its output or lies costs one event its route, and nothing else; a file that is no plugin is
-//! refused with the reason; and the bundled plugins decide through the real engine as they do natively.
+//! A plugin that traps, loops, exhausts memory, floods its output or returns invalid data costs one
+//! event its route and nothing else. An invalid file is refused with the reason. The bundled
+//! plugins decide through the real engine as they do natively.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,7 +18,7 @@ use serde_json::{Value as Json, json};
 
 use crate::harness::guests::{core_module, wasi_component};
 
-/// The clock that plugins are shown.
+/// The clock shown to plugins, in milliseconds since the Unix epoch.
 const NOW_MS: u64 = 1_767_225_600_000;
 
 /// One engine for all tests, as in a node.
@@ -26,7 +27,7 @@ fn engine() -> Engine {
     ENGINE.get_or_init(crate::harness::engine).clone()
 }
 
-/// A folder with these files.
+/// Creates a folder with these files.
 fn folder(files: &[(&str, &[u8])]) -> PathBuf {
     static N: AtomicUsize = AtomicUsize::new(0);
     let n = N.fetch_add(1, Ordering::Relaxed);
@@ -39,8 +40,9 @@ fn folder(files: &[(&str, &[u8])]) -> PathBuf {
     dir
 }
 
-/// A registry of these files, with the rest of the `[plugins]` section. Where a test sets no deadline it is not about one: it has seconds,
-/// so that a busy machine fails nothing.
+/// Creates a registry of these files, with the rest of the `[plugins]` section. Tests that do not
+/// set a deadline are not about one and get several seconds, so that a busy machine fails none of
+/// them.
 fn registry(files: &[(&str, &[u8])], mut section: Json) -> Registry {
     for (file, _) in files.iter().filter(|(file, bytes)| {
         file.ends_with(".wasm") && !file.starts_with('.') && !bytes.is_empty()
@@ -79,7 +81,7 @@ impl Bench {
         }
     }
 
-    /// `unruly` alone, with these settings.
+    /// Only `unruly`, with these settings.
     fn unruly(settings: Json) -> Self {
         Self::new(
             &[("unruly.wasm", &core_module("unruly"))],
@@ -124,7 +126,7 @@ fn targets(evaluation: &Evaluation) -> Vec<String> {
         .collect()
 }
 
-/// Reason, attempts, and whether the plugin asks to retry.
+/// The reason, the attempts, and whether the plugin requested a retry.
 fn failure(evaluation: &Evaluation) -> (&str, u32, bool) {
     match &evaluation.resolution {
         Resolution::Failed {
@@ -147,7 +149,7 @@ fn words(verdicts: &[Verdict]) -> Vec<(&str, &str)> {
         .collect()
 }
 
-/// What `unruly` saw of an event, in the body of the first route.
+/// The event as `unruly` saw it, from the body of the first route.
 fn seen(evaluation: &Evaluation) -> Json {
     serde_json::from_str(plan(evaluation).routes[0].body.as_ref().unwrap().get()).unwrap()
 }
@@ -240,55 +242,55 @@ async fn the_bundled_plugins_route_and_discard() {
 }
 
 #[tokio::test]
-async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
+async fn every_misbehaviour_is_reported_and_the_next_event_is_decided() {
     let bench = Bench::unruly(json!({"deadline_ms": 1_000, "memory_mib": 8}));
     for (kind, expect, attempts) in [
-        ("loop", "it ran longer than 1000 ms (deadline_ms)", 2),
-        ("grow", "MiB of memory; 8 is the most (memory_mib)", 2),
+        ("loop", "it ran longer than 1000 ms (deadline)", 2),
+        ("grow", "MiB of memory; the limit is 8 (memory_mib)", 2),
         (
             "panic",
             "it trapped: panicked at tests/harness/guests/unruly/src/lib.rs:",
             2,
         ),
-        ("panic", ": as the type said", 2),
+        ("panic", ": requested by the event type", 2),
         ("recurse", "it trapped: ", 2),
         ("reject", "no such order\\u{7}", 1),
         ("filter-rejects", "never", 1),
         (
             "many-targets",
-            "10001 targets or routes; 10000 is the most (max_targets)",
+            "10001 targets or routes; the limit is 10000 (max_targets)",
             2,
         ),
         (
             "many-routes",
-            "10001 targets or routes; 10000 is the most (max_targets)",
+            "10001 targets or routes; the limit is 10000 (max_targets)",
             2,
         ),
         (
             "large-answer",
-            "larger than 256 KiB, which is the most (result_kib)",
+            "larger than the limit of 256 KiB (result_kib)",
             2,
         ),
-        ("huge-answer", "larger than it may be", 2),
+        ("huge-answer", "exceeds its limits", 2),
         (
             "user-with-a-line-feed",
-            "the user has the control character U+000A",
+            "the user contains the control character U+000A",
             2,
         ),
         ("empty-group", "the group is empty", 2),
         ("reserved-name", "the event name 'cursor' is reserved", 2),
         (
             "name-with-a-line-feed",
-            "the event name has the control character U+000A",
+            "the event name contains the control character U+000A",
             2,
         ),
         ("body-of-no-json", "the body is not valid JSON", 2),
         ("ttl-of-nothing", "the ttl is 0", 2),
         ("test-without-a-value", "'plan' takes one value", 2),
-        ("amend-the-id", "id is no extension attribute", 2),
+        ("amend-the-id", "id is not an extension attribute", 2),
         (
             "amend-with-a-line-feed",
-            "seen has the control character U+000A",
+            "seen contains the control character U+000A",
             2,
         ),
         ("sleep", "it trapped: ", 2),
@@ -307,7 +309,7 @@ async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
             "{kind} took {:?}",
             began.elapsed()
         );
-        // What a plugin says of an event is no fault of the plugin.
+        // A plugin's verdict on an event does not count as a failure of the plugin.
         let word = if tried == 1 { "rejected" } else { "failed" };
         assert_eq!(bad.verdicts.last().unwrap().verdict, word, "{kind}");
         let next = bench.one(event(json!({"type": "next", "user": "7"}))).await;
@@ -329,7 +331,7 @@ async fn whatever_a_plugin_does_is_named_and_the_next_event_is_right() {
 }
 
 #[tokio::test]
-async fn one_bad_event_costs_its_batch_nothing() {
+async fn one_failing_event_does_not_affect_the_rest_of_its_batch() {
     let bench = Bench::unruly(json!({}));
     let kind = |n: usize| match n {
         50 => "panic",
@@ -356,16 +358,16 @@ async fn one_bad_event_costs_its_batch_nothing() {
 }
 
 #[tokio::test]
-async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
+async fn cancelled_and_concurrent_callers_do_not_affect_each_other() {
     let bench = Bench::unruly(json!({}));
     let mut given_up = Box::pin(bench.pipeline.evaluate(
         (0..8).map(|_| event(json!({"type": "panic"}))).collect(),
         NOW_MS,
     ));
-    // The events are handed over by then, and at work or waiting.
+    // The first poll hands the events over, so they are queued or being evaluated.
     assert!(
         futures_util::poll!(given_up.as_mut()).is_pending(),
-        "two calls that panic take longer than to ask for them"
+        "two panicking calls take longer than the first poll"
     );
     drop(given_up);
     let batch = |from: usize| {
@@ -386,9 +388,9 @@ async fn callers_that_give_up_and_callers_side_by_side_disturb_nobody() {
 }
 
 #[tokio::test]
-async fn a_plugin_that_fails_is_asked_once_more_on_a_fresh_instance() {
+async fn a_plugin_that_fails_is_called_once_more_on_a_fresh_instance() {
     let bench = Bench::unruly(json!({}));
-    // Few events are one share, so that both meet the same thread.
+    // So few events are one share, so both are evaluated by the same thread.
     let batch = ["t", "fresh-instances-only"].map(|kind| event(json!({ "type": kind })));
     let mut evaluations = bench.pipeline.evaluate(batch.into(), NOW_MS).await.unwrap();
     let evaluation = evaluations.remove(1);
@@ -408,11 +410,11 @@ async fn a_plugin_that_fails_is_asked_once_more_on_a_fresh_instance() {
 }
 
 #[tokio::test]
-async fn an_instance_is_used_again_and_retired_after_its_calls() {
-    // Filter and router are a call each.
+async fn an_instance_is_reused_and_replaced_after_its_number_of_calls() {
+    // The filter and the router each take one call.
     let bench = Bench::unruly(json!({"calls_per_instance": 6}));
     let mut calls = Vec::new();
-    // One at a time: who is free takes the next, so it may be either thread; each counts by itself.
+    // One at a time: any free thread may take it, and each counts by itself.
     for _ in 0..24 {
         calls.push(seen(&bench.of_type("t").await)["call"].as_u64().unwrap());
     }
@@ -427,7 +429,7 @@ async fn an_instance_is_used_again_and_retired_after_its_calls() {
 }
 
 #[tokio::test]
-async fn only_what_a_plugin_reads_crosses() {
+async fn only_data_that_a_plugin_selects_is_passed_to_it() {
     let document = json!({"type": "t", "a": 1, "flag": true, "data": {"order": {"region": "eu", "total": 2.5}}});
     let narrow = Bench::unruly(json!({"config": {"fields": ["/order/region", "/order", "/gone"]}}));
     let seen_narrow = seen(&narrow.one(event(document.clone())).await);
@@ -460,7 +462,7 @@ async fn only_what_a_plugin_reads_crosses() {
 }
 
 #[tokio::test]
-async fn an_amendment_is_seen_by_later_plugins_and_its_priority_beats_the_publishers() {
+async fn an_amendment_is_seen_by_later_plugins_and_its_priority_overrides_the_publishers() {
     let bench = Bench::new(
         &[
             ("unruly.wasm", &core_module("unruly")),
@@ -491,7 +493,7 @@ async fn an_amendment_is_seen_by_later_plugins_and_its_priority_beats_the_publis
         priorities,
         [("unruly", Priority::Urgent), ("z", Priority::Urgent)]
     );
-    // A route's own priority beats the event's.
+    // A route's own priority overrides the event's.
     let loud = bench
         .one(event(json!({"type": "loud", "priority": "low"})))
         .await;
@@ -510,7 +512,7 @@ async fn an_amendment_is_seen_by_later_plugins_and_its_priority_beats_the_publis
 }
 
 #[tokio::test]
-async fn an_event_that_fails_is_as_it_was_published() {
+async fn a_failed_event_is_returned_as_published() {
     let bench = Bench::new(
         &[
             ("unruly.wasm", &core_module("unruly")),
@@ -528,7 +530,7 @@ async fn an_event_that_fails_is_as_it_was_published() {
 }
 
 #[tokio::test]
-async fn acceptable_oddities_are_made_regular() {
+async fn unusual_but_valid_answers_are_normalised() {
     let bench = Bench::unruly(json!({}));
     let body = bench.of_type("body-of-two-lines").await;
     assert_eq!(
@@ -558,7 +560,7 @@ async fn acceptable_oddities_are_made_regular() {
 }
 
 #[tokio::test]
-async fn the_policy_decides_about_the_event_of_a_broken_plugin_but_not_about_its_verdict() {
+async fn the_failure_policy_applies_to_failures_and_not_to_verdicts() {
     let files: [(&str, &[u8]); 2] = [
         ("unruly.wasm", &core_module("unruly")),
         ("z.wasm", &core_module("address")),
@@ -575,14 +577,14 @@ async fn the_policy_decides_about_the_event_of_a_broken_plugin_but_not_about_its
     let drop = Bench::new(&files, json!({"unruly": {"on_failure": "drop"}}));
     let evaluation = drop.one(event(json!({"type": "panic", "user": "7"}))).await;
     assert!(
-        matches!(&evaluation.resolution, Resolution::Discarded { plugin, reason } if plugin == "unruly" && reason.contains("as the type said")),
+        matches!(&evaluation.resolution, Resolution::Discarded { plugin, reason } if plugin == "unruly" && reason.contains("requested by the event type")),
         "{evaluation:?}"
     );
     assert!(failure(&drop.of_type("retry").await).2);
 }
 
 #[tokio::test]
-async fn plugins_are_asked_in_the_configured_order_else_in_that_of_their_files() {
+async fn plugins_are_called_in_the_configured_order_then_by_file_name() {
     let files: [(&str, &[u8]); 2] = [
         ("20-unruly.wasm", &core_module("unruly")),
         ("10-address.wasm", &core_module("address")),
@@ -613,10 +615,11 @@ async fn plugins_are_asked_in_the_configured_order_else_in_that_of_their_files()
     );
 }
 
-/// WASI is there, for guests whose standard library wants it, and leads nowhere: no environment, no waiting, no clock but the call's.
+/// WASI is available for guests whose standard library requires it, but gives access to nothing: no
+/// environment, no blocking, no clock except the call's.
 #[tokio::test]
 async fn a_wasi_component_decides_as_the_core_module_does() {
-    // An instance for each call, for `unruly` tells how many it has had.
+    // One instance per call, because `unruly` reports the number of its calls.
     let section = || json!({"unruly": {"calls_per_instance": 1}});
     let wasi = Bench::new(
         &[
@@ -660,7 +663,7 @@ async fn a_wasi_component_decides_as_the_core_module_does() {
     assert!(
         failure(&slept)
             .0
-            .contains("it waits (wasi:io/poll); plugins cannot"),
+            .contains("it waits (wasi:io/poll); plugins must not block"),
         "{slept:?}"
     );
     assert!(began.elapsed() < Duration::from_secs(30));
@@ -668,12 +671,12 @@ async fn a_wasi_component_decides_as_the_core_module_does() {
 }
 
 #[test]
-fn a_file_that_is_no_plugin_is_refused_with_the_reason_and_keeps_nobody_from_loading() {
+fn an_invalid_file_is_refused_with_the_reason_and_does_not_block_other_plugins() {
     let address = core_module("address");
     let wat = |text: &str| wat::parse_str(text).unwrap();
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
         ("empty", Vec::new(), "is empty"),
-        ("text", b"hello".to_vec(), "is no WebAssembly"),
+        ("text", b"hello".to_vec(), "is not WebAssembly"),
         (
             "cut",
             address[..address.len() / 2].to_vec(),
@@ -706,7 +709,7 @@ fn a_file_that_is_no_plugin_is_refused_with_the_reason_and_keeps_nobody_from_loa
         (
             "core-import",
             wat(r#"(module (import "env" "system" (func)))"#),
-            "is a core module that cannot be made a component",
+            "is a core module that cannot be converted to a component",
         ),
         (
             "import",
@@ -721,14 +724,14 @@ fn a_file_that_is_no_plugin_is_refused_with_the_reason_and_keeps_nobody_from_loa
         (
             "next",
             wat(r#"(component (import "pointsman:plugin/log@0.2.0" (instance)))"#),
-            "was built for pointsman:plugin 0.2; this host speaks 0.1",
+            "was built for pointsman:plugin 0.2; this host supports 0.1",
         ),
         (
             "wide",
             wat(
                 r#"(component (instance $i) (export "pointsman:plugin/router@0.1.0" (instance $i)) (export "pointsman:plugin/lifecycle@0.1.0" (instance $i)))"#,
             ),
-            "does not keep the contract",
+            "violates the plugin contract",
         ),
         (
             "memory64",
@@ -778,7 +781,7 @@ fn a_file_that_is_no_plugin_is_refused_with_the_reason_and_keeps_nobody_from_loa
 }
 
 #[test]
-fn a_configuration_that_a_plugin_cannot_take_is_refused_with_the_place() {
+fn a_rejected_configuration_is_reported_with_its_location() {
     let discard = core_module("discard");
     let unruly = core_module("unruly");
     for (file, bytes, settings, expect) in [
@@ -786,7 +789,7 @@ fn a_configuration_that_a_plugin_cannot_take_is_refused_with_the_place() {
             "discard",
             &discard,
             json!({"config": {"rules": [{"match": {"typ": "x"}}]}}),
-            "discard.wasm refuses its configuration: rules[0].match.typ: unknown field `typ`",
+            "discard.wasm rejects its configuration: rules[0].match.typ: unknown field `typ`",
         ),
         (
             "discard",
@@ -804,19 +807,19 @@ fn a_configuration_that_a_plugin_cannot_take_is_refused_with_the_place() {
             "unruly",
             &unruly,
             json!({"config": {"fields": ["order"]}}),
-            "'order', which is no JSON pointer",
+            "'order', which is not a JSON pointer",
         ),
         (
             "unruly",
             &unruly,
             json!({"memory_mib": 1}),
-            "1 is the most (memory_mib)",
+            "the limit is 1 (memory_mib)",
         ),
         (
             "unruly",
             &unruly,
             json!({"sha256": "0".repeat(64)}),
-            "and not the configured one",
+            "which is not the configured one",
         ),
     ] {
         let registry = registry(
@@ -833,7 +836,7 @@ fn a_configuration_that_a_plugin_cannot_take_is_refused_with_the_place() {
 }
 
 #[test]
-fn two_files_of_one_name_and_a_missing_file_are_told() {
+fn duplicate_and_missing_plugin_files_are_reported() {
     let address = core_module("address");
     let registry = registry(
         &[("1-address.wasm", &address), ("2-address.wasm", &address)],
@@ -846,15 +849,15 @@ fn two_files_of_one_name_and_a_missing_file_are_told() {
         .collect();
     assert_eq!(failures.len(), 3);
     assert!(
-        failures[0].contains("2-address.wasm is the second file of a plugin called 'address'"),
+        failures[0].contains("2-address.wasm is a second file for the plugin 'address'"),
         "{failures:?}"
     );
     assert!(
-        failures[1].contains("'adress' is configured, and no file"),
+        failures[1].contains("'adress' is configured, but no file"),
         "{failures:?}"
     );
     assert!(
-        failures[2].contains("'gone' is configured, and no file"),
+        failures[2].contains("'gone' is configured, but no file"),
         "{failures:?}"
     );
     let no_folder = Config {
@@ -870,7 +873,7 @@ fn two_files_of_one_name_and_a_missing_file_are_told() {
 }
 
 #[tokio::test]
-async fn without_a_plugin_nothing_is_evaluated_unless_that_was_allowed() {
+async fn without_plugins_nothing_is_evaluated_unless_allowed() {
     let pipeline = |allow_none| {
         let registry = Registry::load(engine(), Config::default(), Metrics::default()).unwrap();
         Pipeline::start(Arc::new(registry), allow_none, Metrics::default()).unwrap()

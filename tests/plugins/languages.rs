@@ -1,6 +1,7 @@
-//! One plugin written in four languages (`examples/plugins`): built as its READMEs say, configured as they say, and of one mind.
+//! One plugin in four languages (`examples/plugins`): built and configured as the READMEs describe,
+//! and required to make identical decisions.
 //!
-//! npm and Python with venv must be there; `make test` sees to it (`scripts/need.sh`).
+//! Requires npm and Python with venv; `make test` installs them (`scripts/need.sh`).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,11 +24,11 @@ use wasmparser::Payload;
 use crate::harness::node::Folder;
 use crate::harness::{repository, seed};
 
-/// The clock that plugins are shown.
+/// The time that the plugins see, in milliseconds since the Unix epoch.
 const NOW_MS: u64 = 1_767_225_600_000;
 const N_EVENTS: usize = 200;
 
-/// Each folder, and what its `build.sh` makes.
+/// Each folder, and the files that its `build.sh` produces.
 const LANGUAGES: [(&str, &[&str]); 4] = [
     ("rust", &["build/parcels.wasm", "build/wasi/parcels.wasm"]),
     ("c", &["build/parcels.wasm"]),
@@ -35,16 +36,17 @@ const LANGUAGES: [(&str, &[&str]); 4] = [
     ("python", &["build/parcels.wasm"]),
 ];
 
-/// The plugin as one language has it.
+/// The plugin built from one language.
 struct Build {
-    /// Such as `c/build/parcels.wasm`.
+    /// The name, such as `c/build/parcels.wasm`.
     name: String,
     wasm: Vec<u8>,
-    /// `[plugins.parcels]` of the folder's README.
+    /// The section `[plugins.parcels]` of the folder's README.
     settings: Json,
 }
 
-/// Builds the plugin in each language with the real toolchain, which is installed first where it is not yet.
+/// Builds the plugin in each language with the real toolchain, which `build.sh` installs if
+/// necessary.
 fn builds() -> &'static [Build] {
     static BUILDS: OnceLock<Vec<Build>> = OnceLock::new();
     BUILDS.get_or_init(build_all)
@@ -75,16 +77,16 @@ fn build_all() -> Vec<Build> {
 }
 
 fn run_build(folder: &Path) {
-    // Where scripts/need.sh puts a newer Node if this machine's is too old.
+    // The folder in which scripts/need.sh installs a newer Node if that of the machine is too old.
     let path = std::env::join_paths(
         [repository().join("build/tools/node_modules/.bin")]
             .into_iter()
             .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
     );
-    // Where this very test was built, whatever CARGO_TARGET_DIR says.
+    // The target folder in which this test was built, regardless of CARGO_TARGET_DIR.
     let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
-        .expect("the folder for temporary files lies in that of the target");
+        .expect("the temporary folder is inside the target folder");
     let output = Command::new("./build.sh")
         .current_dir(folder)
         .env("PATH", path.unwrap())
@@ -98,13 +100,13 @@ fn run_build(folder: &Path) {
     );
     assert!(
         output.status.success(),
-        "{}/build.sh: {}; `make test` installs what it needs\n{said}",
+        "{}/build.sh: {}; `make test` installs its dependencies\n{said}",
         folder.display(),
         output.status
     );
 }
 
-/// What a README tells operators to write.
+/// Returns the settings that a README shows to operators.
 fn settings(readme: &Path) -> Json {
     let text = fs::read_to_string(readme).unwrap();
     let block = text
@@ -112,7 +114,7 @@ fn settings(readme: &Path) -> Json {
         .and_then(|(_, rest)| rest.split_once("```"))
         .map(|(block, _)| block);
     let block =
-        block.unwrap_or_else(|| panic!("{} does not say what to configure", readme.display()));
+        block.unwrap_or_else(|| panic!("{} does not show the configuration", readme.display()));
     let parsed: toml::Table = toml::from_str(block).unwrap();
     let settings = serde_json::to_value(&parsed["plugins"]["parcels"]).unwrap();
     assert_eq!(
@@ -124,7 +126,7 @@ fn settings(readme: &Path) -> Json {
     settings
 }
 
-/// A registry of the one plugin, and its folder.
+/// Returns a registry that holds only this plugin, and its folder.
 fn registry(engine: &Engine, build: &Build, settings: Json) -> (Registry, Folder) {
     let folder = Folder::new();
     fs::write(folder.path().join("parcels.wasm"), &build.wasm).unwrap();
@@ -136,7 +138,7 @@ fn registry(engine: &Engine, build: &Build, settings: Json) -> (Registry, Folder
     )
 }
 
-/// What a core module, or a component, wants of its host.
+/// Returns the imports of a core module or a component.
 fn imports(wasm: &[u8]) -> BTreeSet<String> {
     let mut imports = BTreeSet::new();
     let mut depth = 0;
@@ -169,7 +171,8 @@ fn event(document: &str) -> Event {
         .unwrap_or_else(|error| panic!("{error}: {document}"))
 }
 
-/// All that was decided, in a form in which equal decisions are equal: of a body, what it says and not how it is written, and not by which file.
+/// Returns the whole decision in a form in which equal decisions compare equal: a body by its
+/// parsed value, and without the hash of the plugin file.
 fn decision(evaluation: &Evaluation) -> Json {
     let resolution = match &evaluation.resolution {
         Resolution::Planned(plan) => json!({ "routes": plan }),
@@ -193,26 +196,27 @@ fn decision(evaluation: &Evaluation) -> Json {
     json!({ "event": evaluation.event.to_json(), "verdicts": verdicts, "resolution": resolution })
 }
 
-/// Events of which every implementation is tempted to think differently, and what the rules say of some of them.
+/// Events that implementations tend to treat differently, with the expected resolution of some of
+/// them.
 fn odd_events() -> Vec<(&'static str, Option<Json>)> {
     let user = |to: &str| json!([format!("u:{to}")]);
     let failed =
         |reason: &str, retry: bool| Some(json!({"failed": reason, "attempts": 1, "retry": retry}));
     let no_customer = || {
         failed(
-            "the event names no customer: give the attribute customer a text or a whole number",
+            "the event has no customer; set the attribute customer to a text or an integer",
             false,
         )
     };
     let no_number = || {
         failed(
-            "the payload names no parcel: give /number a text or a whole number",
+            "the payload has no parcel number; set /number to a text or an integer",
             false,
         )
     };
     let no_place = || {
         failed(
-            "the payload has no place: give the last of /steps a place",
+            "the payload has no place; set place in the last element of /steps",
             false,
         )
     };
@@ -223,7 +227,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
         )
     };
     vec![
-        // Numbers beyond what a double holds exactly, and beyond 64 bits.
+        // Integers that a double cannot represent exactly, and integers beyond 64 bits.
         (
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":9007199254740993,"steps":[{"place":"Graz"}]}}"#,
             moved("9007199254740993", "Graz", 1),
@@ -240,7 +244,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":1.0,"steps":[{"place":"Graz"}]}}"#,
             no_number(),
         ),
-        // Escapes, in values and in names; of names that stand twice, the last counts.
+        // Escapes in values and names. Of duplicate names, the last counts.
         (
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","\u0073teps":[{"pl\u0061ce":"a\"\\\/\b\f\n\r\t\u0000\u001f\u007f\u20ac\ud83d\ude00</script>"}]}}"#,
             moved("7", "a\"\\/\u{8}\u{c}\n\r\t\0\u{1f}\u{7f}€😀</script>", 1),
@@ -253,7 +257,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.moved","customer":"ann","data":{"x":{"steps":[],"}":"{[\"]"},"number":"7","steps":[[{"place":"x"}],{"place":" "}]}}"#,
             moved("7", " ", 2),
         ),
-        // Steps that are none.
+        // Invalid steps.
         (
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7"}}"#,
             no_place(),
@@ -286,7 +290,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.moved","customer":"ann","data":{"number":"7","steps":[{"place":["Graz"]}]}}"#,
             no_place(),
         ),
-        // Payloads that are no JSON object.
+        // Payloads other than a JSON object.
         (r#"{"type":"parcel.moved","customer":"ann"}"#, no_number()),
         (
             r#"{"type":"parcel.moved","customer":"ann","data":"Graz"}"#,
@@ -304,7 +308,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.moved","customer":"ann","datacontenttype":"application/x","data_base64":"/wD+"}"#,
             no_number(),
         ),
-        // Customers that are none, and the order of complaints.
+        // Invalid customers, and the order of the checks.
         (r#"{"type":"parcel.moved"}"#, no_customer()),
         (
             r#"{"type":"parcel.moved","customer":"","data":{"number":"7","steps":[{"place":"Graz"}]}}"#,
@@ -323,7 +327,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             r#"{"type":"parcel.held","customer":"ann","data":{"fee":null}}"#,
             failed("the fee is not known yet", true),
         ),
-        // What the host does not take of an answer.
+        // Decisions that the host does not accept.
         (
             r#"{"type":"parcel.delivered","customer":"ann","data":{"number":"a\nb"}}"#,
             None,
@@ -335,11 +339,11 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
         // Filters.
         (
             r#"{"type":"parcel.moved","test":true}"#,
-            Some(json!({"discarded": "a test"})),
+            Some(json!({"discarded": "test event"})),
         ),
         (
             r#"{"type":"parcel.moved","test":"true"}"#,
-            Some(json!({"discarded": "a test"})),
+            Some(json!({"discarded": "test event"})),
         ),
         (
             r#"{"type":"parcel.lost","test":1,"time":"2025-12-25T00:00:00Z"}"#,
@@ -392,7 +396,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
             None,
         ),
         (r#"{"type":"parcel.recalled"}"#, no_number()),
-        // Not called, and called for nothing.
+        // Types for which the plugin is not called or returns no route.
         (
             r#"{"type":"letter.moved","customer":"ann"}"#,
             Some(json!("unrouted")),
@@ -404,7 +408,7 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
     ]
 }
 
-/// An event with anything anywhere, as JSON text.
+/// Returns a random event, as JSON text.
 fn any_event(random: &mut StdRng) -> String {
     const ATTRIBUTES: [(&str, &[&str]); 6] = [
         (
@@ -534,7 +538,7 @@ fn any_event(random: &mut StdRng) -> String {
 }
 
 #[tokio::test]
-async fn the_plugin_decides_the_same_in_every_language() {
+async fn the_plugin_makes_the_same_decisions_in_every_language() {
     let builds = builds();
     let (mut random, _) = seed::generator("languages");
     let odd = odd_events();
@@ -546,7 +550,8 @@ async fn the_plugin_decides_the_same_in_every_language() {
     let engine = crate::harness::engine();
     let mut first: Option<Vec<Json>> = None;
     for build in builds {
-        // The limits of a production node, but for the time: this machine may be busy with other tests.
+        // The limits of a production node, except for the deadline: this machine may be busy with
+        // other tests.
         let mut settings = build.settings.clone();
         settings["deadline_ms"] = json!(5_000);
         let (registry, _folder) = registry(&engine, build, settings);
@@ -585,7 +590,7 @@ async fn the_plugin_decides_the_same_in_every_language() {
         }
         first.get_or_insert(decisions);
     }
-    // Nobody agrees by failing at everything: of what chance makes, some fifth is routed.
+    // Rules out agreement by failing on every event: about a fifth of the random events are routed.
     let decisions = first.expect("there are builds");
     assert_eq!(decisions.len(), N_EVENTS);
     let words: BTreeSet<_> = decisions
@@ -627,7 +632,7 @@ async fn the_plugin_decides_the_same_in_every_language() {
 }
 
 #[test]
-fn it_wants_nothing_but_the_contract_unless_it_was_built_for_wasi() {
+fn the_plugin_imports_only_the_contract_unless_built_for_wasi() {
     for build in builds() {
         let others: Vec<_> = imports(&build.wasm)
             .into_iter()
@@ -643,7 +648,7 @@ fn it_wants_nothing_but_the_contract_unless_it_was_built_for_wasi() {
 }
 
 #[test]
-fn a_configuration_that_it_cannot_take_is_refused_alike_in_every_language() {
+fn an_invalid_configuration_is_rejected_with_the_same_text_in_every_language() {
     let engine = crate::harness::engine();
     for build in builds() {
         let mut settings = build.settings.clone();
@@ -651,7 +656,7 @@ fn a_configuration_that_it_cannot_take_is_refused_alike_in_every_language() {
         let (registry, _folder) = registry(&engine, build, settings);
         let reason = registry.states()[0].failure.clone();
         let expected =
-            "parcels.wasm refuses its configuration: urgent_fee: give a number, 0 or more";
+            "parcels.wasm rejects its configuration: urgent_fee: use a number of 0 or more";
         assert_eq!(reason.as_deref(), Some(expected), "{}", build.name);
     }
 }

@@ -1,4 +1,5 @@
-//! The files of plugins change under a running node: each event is decided by one version, and that is the newest one that is any good.
+//! Plugin files change under a running node: each event is decided by exactly one version, the
+//! newest valid one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -36,13 +37,14 @@ fn a_new_version_takes_over_between_two_events() {
 
     plugins.replace("20-versioned.wasm", &versioned(2));
     site.await_loads("versioned", "loaded", 2);
-    // No event comes by: threads give back what they keep of the old version all the same.
+    // Without any event, threads still release their instances of the old version.
     eventually(SOON, "no instance is kept", || {
         (n_instances(&site.node) == 0.0).then_some(())
     });
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
 
-    // The same bytes again are no new version; and what comes anew has its place in the order.
+    // Writing the same bytes again does not make a new version; new plugins take their place in the
+    // order.
     plugins.replace("20-versioned.wasm", &versioned(2));
     plugins.replace("10-first.wasm", &versioned(3));
     plugins.replace("30-last.wasm", &versioned(4));
@@ -58,7 +60,7 @@ fn a_new_version_takes_over_between_two_events() {
 }
 
 #[test]
-fn a_bad_file_never_replaces_a_good_plugin() {
+fn an_invalid_file_never_replaces_an_active_plugin() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     let next = versioned(2);
@@ -66,7 +68,7 @@ fn a_bad_file_never_replaces_a_good_plugin() {
     let cases: [(&[u8], &str); 4] = [
         (&next[..next.len() / 2], "is truncated or damaged"),
         (b"", "is empty"),
-        (b"<html>404</html>", "is no WebAssembly"),
+        (b"<html>404</html>", "is not WebAssembly"),
         (
             &no_plugin,
             "exports neither pointsman:plugin/filter nor pointsman:plugin/router",
@@ -81,7 +83,7 @@ fn a_bad_file_never_replaces_a_good_plugin() {
         site.await_loads("versioned", "failed", n);
         let told = format!("warning: plugins.versioned: versioned.wasm {expect}");
         let page = site.await_ready(200, |page| page.contains(&told));
-        assert!(page.contains("; generation 1 stays at work"), "{page}");
+        assert!(page.contains("; generation 1 stays active"), "{page}");
         assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
         let log = site.node.log();
         let line = log
@@ -92,7 +94,8 @@ fn a_bad_file_never_replaces_a_good_plugin() {
             "{n}: {log}"
         );
     }
-    // The good one comes back, and is what runs already; then the next.
+    // Restoring the good file changes nothing, because it is already active; then comes the next
+    // version.
     plugins.replace("versioned.wasm", &versioned(1));
     site.await_ready(200, |page| !page.contains("plugins"));
     assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
@@ -102,10 +105,10 @@ fn a_bad_file_never_replaces_a_good_plugin() {
 }
 
 #[test]
-fn a_file_written_in_pieces_is_loaded_once_it_is_whole() {
+fn a_file_written_in_pieces_is_loaded_when_it_is_complete() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
-    // In place, and slower than any pause that a file is waited for.
+    // Written in place, over a longer time than any settling delay.
     let whole = versioned(2);
     let mut file = File::create(plugins.path("versioned.wasm")).unwrap();
     for piece in whole.chunks(whole.len() / 60) {
@@ -117,7 +120,7 @@ fn a_file_written_in_pieces_is_loaded_once_it_is_whole() {
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
     site.await_ready(200, |page| !page.contains("plugins"));
 
-    // A new file that stops half-way is told, and loaded when the rest has come.
+    // A new file that stays incomplete is reported, and loaded when the rest arrives.
     let whole = versioned(3);
     let (begin, end) = whole.split_at(whole.len() / 2);
     let mut file = File::create(plugins.path("slow.wasm")).unwrap();
@@ -142,7 +145,7 @@ fn deleting_the_file_removes_the_plugin() {
     let mut site = Site::new(&plugins);
     assert_eq!(site.next_decision().1, [by("first", 1), by("second", 1)]);
     plugins.remove("10-first.wasm");
-    eventually(SOON, "the log tells of the removal", || {
+    eventually(SOON, "the log reports the removal", || {
         let log = site.node.log();
         let line = log
             .lines()
@@ -158,10 +161,11 @@ fn deleting_the_file_removes_the_plugin() {
     });
     site.await_ready(200, |page| !page.contains("plugins"));
 
-    // Without any plugin, events wait instead of being unrouted for good; nor is one tried out.
+    // Without any plugin, events wait instead of being unrouted permanently, and dry runs are
+    // refused.
     plugins.remove("20-second.wasm");
     site.await_ready(503, |page| {
-        page.contains("plugins: none is loaded, so events wait")
+        page.contains("plugins: no plugins loaded, so events wait")
     });
     let waiting = site.publish();
     let trial = serde_json::to_vec(&event("trial", "t", json!({"user": "7"}))).unwrap();
@@ -172,26 +176,27 @@ fn deleting_the_file_removes_the_plugin() {
         &trial,
     );
     assert_eq!(trial.status, 503, "{trial:?}");
-    eventually(SOON, "the event is seen to wait", || {
+    eventually(SOON, "the event is reported as waiting", || {
         (site.node.metric("pointsman_source_lag_entries") == 1.0).then_some(())
     });
 
-    // No generation has the number of another, though it is a plugin anew.
+    // Generation numbers are never reused, even if the plugin was removed in between.
     plugins.replace("20-second.wasm", &versioned(3));
     assert_eq!(site.decision(&waiting), (3, vec![by("second", 2)]));
     site.await_ready(200, |page| !page.contains("plugins"));
 }
 
-/// A folder that is away (unmounted, or between two builds) is no wish to be without plugins.
+/// A missing folder (unmounted, or between two builds) does not mean that its plugins are to be
+/// removed.
 #[test]
-fn a_folder_that_is_gone_removes_nothing_and_its_successor_is_watched() {
+fn a_missing_folder_removes_no_plugins_and_its_replacement_is_watched() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let mut site = Site::new(&plugins);
     fs::rename(plugins.dir(), plugins.dir().with_extension("old")).unwrap();
     site.await_ready(200, |page| {
-        page.contains("warning: plugin-folder: the folder of plugins")
+        page.contains("warning: plugin-folder: the plugin folder")
     });
-    // For longer than it takes to remove a plugin whose file is gone.
+    // Longer than it takes to remove a plugin whose file is gone.
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(1) {
         assert_eq!(site.next_decision(), (1, vec![by("versioned", 1)]));
@@ -209,7 +214,7 @@ fn a_folder_that_is_gone_removes_nothing_and_its_successor_is_watched() {
 }
 
 #[test]
-fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
+fn a_node_without_plugins_leaves_the_source_to_a_node_with_plugins() {
     let server = RedisServer::start();
     let (empty, full) = (
         Plugins::new(&[]),
@@ -222,11 +227,11 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
             .may_be_unready()
             .start()
     };
-    // The first to come: it could have taken the lease.
+    // Started first, so it could have taken the lease.
     let without = start(&empty.dir());
-    eventually(SOON, "it says that it has none, and nothing else", || {
+    eventually(SOON, "it reports only that it has no plugins", || {
         let page = without.admin("/readyz").body;
-        (page.contains("plugins: none is loaded") && !page.contains("broker: ")).then_some(())
+        (page.contains("plugins: no plugins loaded") && !page.contains("broker: ")).then_some(())
     });
     let mut stream = without.stream("7");
     let mut publish = |id: &str| {
@@ -238,22 +243,24 @@ fn a_node_without_plugins_leaves_the_source_to_one_that_has_some() {
     let with = start(&full.dir());
     assert_eq!(publish("e1"), 1);
 
-    // They change places. None is left for a moment, so that the one cannot decide while the other gives way.
+    // They swap roles. For a moment neither has a plugin, so that one cannot decide while the other
+    // releases the lease.
     full.remove("versioned.wasm");
-    eventually(SOON, "it says that it has none", || {
+    eventually(SOON, "it reports that it has no plugins", || {
         with.admin("/readyz")
             .body
-            .contains("plugins: none is loaded")
+            .contains("plugins: no plugins loaded")
             .then_some(())
     });
     empty.replace("versioned.wasm", &versioned(2));
     assert_eq!(publish("e2"), 2);
 }
 
-/// In this process, as no other can see it: no thread, and no snapshot, keeps the code of a version that no longer decides; the one before
-/// the present one is kept by the registry, to go back to.
+/// Runs in this process, because the memory of another cannot be observed: neither a thread nor a
+/// snapshot keeps the code of a version that no longer decides. The registry keeps only the
+/// previous version, for a rollback.
 #[tokio::test]
-async fn nothing_keeps_a_version_that_was_replaced() {
+async fn a_replaced_version_is_released() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let config = Config {
         dir: Some(plugins.dir()),
@@ -292,14 +299,15 @@ async fn nothing_keeps_a_version_that_was_replaced() {
 }
 
 #[test]
-fn many_reloads_under_load_lose_and_double_nothing() {
+fn reloads_under_load_neither_lose_nor_duplicate_events() {
     const RELOADS: u32 = 30;
     const BATCH: usize = 10;
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let node = Node::builder().plugins(plugins.dir()).start();
     let follower = node.follower("7");
     let is_over = AtomicBool::new(false);
-    // The n-th file is the n-th generation: what an event's decision says is compared with what its user was told.
+    // The n-th file is the n-th generation: the generation in a decision is compared with the
+    // version delivered to the user.
     let mut decided: BTreeMap<String, u64> = BTreeMap::new();
     let mut note_decisions = || {
         for decision in node
@@ -347,13 +355,13 @@ fn many_reloads_under_load_lose_and_double_nothing() {
                 fastest = fastest.min(began.elapsed());
                 note_decisions();
             }
-            // Changes are heard, and not only found by the look every two seconds.
+            // Changes arrive as notifications and are not only found by the scan every two seconds.
             assert!(
                 fastest < Duration::from_millis(1_500),
-                "the fastest of all took {fastest:?}"
+                "the fastest reload took {fastest:?}"
             );
         };
-        // The publisher ends even if this fails.
+        // Caught, so that the publisher stops even if this fails.
         let reloaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
         is_over.store(true, Ordering::SeqCst);
         let n_events = publishing.join().unwrap();
@@ -411,16 +419,17 @@ fn many_reloads_under_load_lose_and_double_nothing() {
     );
 }
 
-/// Two versions take turns, uploaded one after the other as fast as they are taken, under all the load that one user's stream can be given.
+/// Two versions alternate, uploaded as fast as they are accepted, under the maximum load for one
+/// user's stream.
 #[test]
-fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_and_memory_stays() {
+fn a_thousand_reloads_neither_lose_nor_duplicate_events_nor_leak_memory() {
     const RELOADS: u64 = 1_000;
     const EVENTS: usize = 50_000;
-    /// So many for each reload: events and reloads keep pace with each other.
+    /// Events per reload: events and reloads keep pace with each other.
     const BATCH: usize = EVENTS / RELOADS as usize;
     const RECORDS: usize = 17_000;
 
-    // What the broker keeps of the events is not this process's.
+    // Redis holds the events, so that they do not count towards the memory of the node.
     let server = RedisServer::start();
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let node = Node::builder()
@@ -428,18 +437,19 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
         .plugins(plugins.dir())
         .start();
     let follower = node.follower("7");
-    // A node keeps some thousand records for streams that replay. They are bounded, and not what is measured: there are as many before.
+    // A node caches a few thousand records for streams that replay. This cache is bounded and not
+    // what is measured, so it is filled first.
     for first in (0..RECORDS).step_by(500) {
         let batch: Vec<_> = (first..first + 500)
             .map(|n| event(&format!("before{n}"), "t", json!({"user": "7"})))
             .collect();
         node.publisher().publish(&batch);
-        follower.look(SOON, "they are told", |record| {
+        follower.look(SOON, "they are delivered", |record| {
             record.notifications.len() >= first + 500
         });
     }
     drop(follower.take_notifications());
-    // Generation n is of version 1 if n is odd, else of version 2.
+    // Odd generations are of version 1, even ones of version 2.
     let files = [versioned(2), versioned(1)];
     let n_told = || {
         let mut n = 0;
@@ -458,7 +468,7 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
             .unwrap()
         {
             let [(ref plugin, generation)] = generations(decision)[..] else {
-                panic!("it does not name one generation: {decision}")
+                panic!("not exactly one generation decided: {decision}")
             };
             assert!(
                 plugin == "versioned" && decision["outcome"] == "committed",
@@ -487,7 +497,8 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
                     .map(|n| event(&format!("e{n}"), "t", json!({"user": "7"})))
                     .collect();
                 publisher.publish(&batch);
-                // A few batches ahead of the reloads, so that each meets some on their way.
+                // A few batches ahead of the reloads, so that each reload happens while events are
+                // in flight.
                 eventually(Duration::from_secs(60), "reloads keep pace", || {
                     (n_reloads.load(Ordering::SeqCst) + 3 >= (first / BATCH) as u64).then_some(())
                 });
@@ -516,12 +527,12 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
             }
             (after_50, node.memory_kib())
         };
-        // The publisher ends even if this fails.
+        // Caught, so that the publisher stops even if this fails.
         let reloaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reload));
         n_reloads.store(RELOADS, Ordering::SeqCst);
         reloaded.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    eventually(Duration::from_secs(60), "all events are told", || {
+    eventually(Duration::from_secs(60), "all events are delivered", || {
         (n_told() >= EVENTS).then_some(())
     });
     note_decisions(&node);
@@ -530,7 +541,7 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
         told.iter()
             .map(|told| told.id.clone())
             .eq((0..EVENTS).map(|n| format!("e{n}"))),
-        "none lost, none doubled, in order"
+        "events were lost, duplicated or reordered"
     );
     let mut before = 0;
     for told in &told {
@@ -566,6 +577,6 @@ fn a_thousand_reloads_while_fifty_thousand_events_flow_lose_and_double_nothing_a
     );
     assert!(
         at_the_end * 10 <= after_50 * 11,
-        "{after_50} KiB after 50 reloads, {at_the_end} after all"
+        "{after_50} KiB after 50 reloads, {at_the_end} KiB at the end"
     );
 }

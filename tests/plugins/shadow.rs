@@ -1,4 +1,5 @@
-//! A candidate for a plugin is tried without effect: beside it on live events, or in its place on past ones; and then takes its place, for good.
+//! Candidates: run without effect in the shadow of their plugin or in a backtest, then promoted
+//! permanently.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,7 +28,7 @@ impl Site {
     fn new(builder: Builder) -> Self {
         let plugins = Folder::new();
         fs::write(plugins.path().join("turning.wasm"), turning(1)).expect("write a plugin");
-        // A busy machine is no reason to fail.
+        // A long deadline, so that a busy machine does not fail the test.
         let builder = builder
             .config("[plugins.turning]\ndeadline_ms = 1000\n")
             .plugins(plugins.path());
@@ -41,7 +42,7 @@ impl Site {
         ok(self.node.admin(SHADOW))
     }
 
-    /// Waits until the candidate was asked about so many events, or it was given up.
+    /// Waits until `n` events were compared or skipped.
     fn compared(&self, n: u64) -> Value {
         eventually(SOON, "all are compared", || {
             let report = self.report();
@@ -65,7 +66,7 @@ fn hash(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
-/// 1,000 events to user 1, of which version 2 sends seven to others.
+/// 1,000 events to user 1; version 2 sends seven of them to other users.
 fn thousand(prefix: &str) -> (Vec<Value>, BTreeMap<String, String>) {
     let mut turned = BTreeMap::new();
     let events = (0..1_000).map(|n| {
@@ -80,13 +81,13 @@ fn thousand(prefix: &str) -> (Vec<Value>, BTreeMap<String, String>) {
                     json!({ "user": "1", "turns": 2, "then": to }),
                 )
             }
-            // Turns as well, and to whom it went before: the same decision.
+            // Changes as well, but to the same user: the same decision.
             78 => event(
                 &id,
                 "order.paid",
                 json!({ "user": "1", "turns": 2, "then": "1" }),
             ),
-            // Turns later.
+            // Changes only with version 3.
             79 => event(
                 &id,
                 "order.paid",
@@ -105,7 +106,7 @@ fn plan(side: &Value) -> Value {
     routes.iter().map(|route| route["to"].clone()).collect()
 }
 
-/// Exactly these events are reported, with both plans.
+/// Asserts that exactly these events are reported, with both plans.
 fn assert_turned(report: &Value, turned: &BTreeMap<String, String>) {
     assert_eq!(number(report, "different"), turned.len() as u64, "{report}");
     assert_eq!(number(report, "failed"), 0);
@@ -134,8 +135,7 @@ fn assert_turned(report: &Value, turned: &BTreeMap<String, String>) {
 }
 
 #[test]
-fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported_with_both_plans_and_no_effect()
- {
+fn a_shadow_candidate_reports_exactly_the_events_that_differ_and_has_no_effect() {
     let site = Site::new(Node::builder());
     let begun = ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
     assert_eq!(
@@ -159,10 +159,10 @@ fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported
     assert_eq!(
         ids,
         (0..1_000).map(|n| format!("e{n}")).collect::<Vec<_>>(),
-        "what is live is as if there were no candidate"
+        "live events are not affected by the candidate"
     );
     let report = site.compared(1_000);
-    // The queue holds more than this: all are compared.
+    // The queue is larger than this, so all are compared.
     assert_eq!(
         (
             number(&report, "compared"),
@@ -188,7 +188,7 @@ fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported
         (993.0, 7.0)
     );
 
-    // What is only tried out is no live event.
+    // A dry run is not a live event.
     let trial = serde_json::to_vec(&event("trial", "t", json!({ "user": "1" }))).expect("JSON");
     let trial = site.node.send(
         "POST",
@@ -208,7 +208,7 @@ fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported
     });
     assert_eq!(number(&report, "compared"), 1_001);
 
-    // Nor is any of it for a page in a browser.
+    // A page in a browser may not send admin commands.
     assert_eq!(
         site.node
             .order(
@@ -226,7 +226,7 @@ fn a_candidate_that_routes_7_of_1000_events_otherwise_has_exactly_these_reported
 }
 
 #[test]
-fn a_candidate_that_loops_or_traps_costs_live_events_nothing_and_is_reported() {
+fn a_candidate_that_loops_or_traps_does_not_affect_live_events_and_is_reported() {
     const N: usize = 400;
     let site = Site::new(Node::builder());
     let follower = site.node.follower("1");
@@ -248,7 +248,8 @@ fn a_candidate_that_loops_or_traps_costs_live_events_nothing_and_is_reported() {
         follower.wait(SOON, "all events", |record| {
             record.notifications.len() >= (round + 1) * N
         });
-        // A loop runs for twice the deadline: who had waited for the candidate would wait for minutes.
+        // A loop runs for twice the deadline: if live events waited for the candidate, it would
+        // take minutes.
         let compared = number(&site.report(), "compared");
         assert!(
             what != "loop" || compared < N as u64 / 10,
@@ -271,12 +272,12 @@ fn a_candidate_that_loops_or_traps_costs_live_events_nothing_and_is_reported() {
             reason.contains(if what == "loop" {
                 "it ran longer than 1000 ms"
             } else {
-                "as the event said"
+                "requested by the event"
             }),
             "{reason}"
         );
     }
-    // Nothing of it is a failure of the plugin at work.
+    // None of this counts as a failure of the active plugin.
     assert_eq!(
         site.node
             .metric("pointsman_plugin_calls_total{plugin=\"turning\",outcome=\"ok\"}"),
@@ -289,7 +290,7 @@ fn a_candidate_that_loops_or_traps_costs_live_events_nothing_and_is_reported() {
 }
 
 #[test]
-fn a_candidate_is_checked_as_any_plugin_is_and_is_of_its_plugins_kind() {
+fn a_candidate_must_be_a_valid_plugin_of_the_same_kind() {
     let site = Site::new(Node::builder());
     let whole = turning(2);
     for (path, bytes, status, expect) in [
@@ -299,8 +300,13 @@ fn a_candidate_is_checked_as_any_plugin_is_and_is_of_its_plugins_kind() {
             422,
             "is truncated or damaged",
         ),
-        (SHADOW, b"<html>", 422, "is no WebAssembly"),
-        (SHADOW, &core_module("unruly"), 422, "is of another kind"),
+        (SHADOW, b"<html>", 422, "is not WebAssembly"),
+        (
+            SHADOW,
+            &core_module("unruly"),
+            422,
+            "is of a different kind",
+        ),
         ("/v1/plugins/nobody/shadow", &whole, 404, "nobody"),
     ] {
         let answer = site.node.order("PUT", path, &[], bytes);
@@ -319,7 +325,7 @@ fn a_candidate_is_checked_as_any_plugin_is_and_is_of_its_plugins_kind() {
 }
 
 #[test]
-fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
+fn a_promoted_candidate_decides_immediately_and_after_a_restart() {
     let mut site = Site::new(Node::builder().data());
     ok(site.node.order("PUT", SHADOW, &[], &turning(2)));
     let promoted = ok(site
@@ -332,7 +338,7 @@ fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
     assert_eq!(
         site.node.admin(SHADOW).status,
         404,
-        "it is no candidate any more"
+        "the candidate still exists after its promotion"
     );
     assert_eq!(
         fs::read(site.plugins.path().join("turning.wasm")).expect("the plugin's file"),
@@ -354,7 +360,7 @@ fn a_candidate_that_is_promoted_decides_from_then_on_and_after_a_restart() {
 }
 
 #[test]
-fn what_is_only_tried_out_counts_for_no_plugins_health() {
+fn dry_runs_do_not_affect_the_health_of_plugins() {
     let site = Site::new(Node::builder());
     let failing: Vec<_> = (0..30)
         .map(|n| {
@@ -371,11 +377,11 @@ fn what_is_only_tried_out_counts_for_no_plugins_health() {
         .node
         .send("POST", "/v1/events?dry_run=true", &batch, &failing));
     for event in tried["events"].as_array().expect("a list") {
-        // The breaker would spare it the last ones.
+        // An open breaker would have skipped the last events.
         assert!(
             event["reason"]
                 .as_str()
-                .is_some_and(|reason| reason.contains("as the event said")),
+                .is_some_and(|reason| reason.contains("requested by the event")),
             "{event}"
         );
     }
@@ -384,7 +390,7 @@ fn what_is_only_tried_out_counts_for_no_plugins_health() {
 }
 
 #[test]
-fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
+fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
     let site = Site::new(Node::builder());
     let files = Folder::new();
     let file = files.path().join("turning-2.wasm");
@@ -410,7 +416,7 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
     ] {
         let (is_well, said) = run(wish);
         assert!(
-            !is_well && said.contains("no candidate beside 'turning'; begin with one: pointsman plugin shadow turning FILE.wasm"),
+            !is_well && said.contains("plugin 'turning' has no candidate; start one with: pointsman plugin shadow turning FILE.wasm"),
             "{said}"
         );
     }
@@ -418,14 +424,12 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
     assert_eq!(
         begun,
         format!(
-            "candidate 0.1.0 ({short}) is asked beside turning 0.1.0 (router), without effect; how it differs: pointsman plugin shadow turning\n"
+            "candidate 0.1.0 ({short}) now shadows turning 0.1.0 (router), without effect; show differences: pointsman plugin shadow turning\n"
         )
     );
-    assert!(
-        told(&["shadow", "turning"]).contains(
-            "it has met no event yet (of several nodes, one decides about a source: --url)"
-        )
-    );
+    assert!(told(&["shadow", "turning"]).contains(
+        "no event compared yet (only the node that owns a source compares its events: --url)"
+    ));
     let turns = |id: &str, to: &str| {
         event(
             id,
@@ -457,7 +461,7 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
             "order.paid other (router)"
         ]
     );
-    // What it says beside of a route, such as until when it holds, is the same on both sides.
+    // The rest of a route, such as its expiry, is the same on both sides.
     let sides: Vec<_> = lines[4..]
         .iter()
         .map(|line| line.split_once(", ").expect("targets, and more"))
@@ -495,7 +499,7 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
 
     let replayed = told(&["replay", "turning", file, "--last", "2"]);
     for line in [
-        &format!("turning: candidate 0.1.0 ({short}), asked about 2 events that were decided"),
+        &format!("turning: candidate 0.1.0 ({short}), backtested on 2 decided events"),
         "compared 2, different 1, failed 0",
         "order.paid other (router)\n  old  routes to u:1, ",
         "\n  new  routes to u:2, ",
@@ -505,30 +509,28 @@ fn a_candidate_is_begun_reported_replayed_and_promoted_by_command() {
     }
     let (is_well, refused) = run(&["replay", "turning", file, "--last", "0"]);
     assert!(
-        !is_well && refused.contains("last is 0; give 1 to 10000"),
+        !is_well && refused.contains("limit is 0; use 1 to 10000"),
         "{refused}"
     );
 
     assert_eq!(
         told(&["shadow", "turning", "--end"]),
-        format!(
-            "candidate 0.1.0 ({short}) beside turning 0.1.0 (router) has ended: 1 of 3 differ\n"
-        )
+        format!("candidate 0.1.0 ({short}) of turning 0.1.0 (router) stopped: 1 of 3 differ\n")
     );
     told(&["shadow", "turning", file]);
     let promoted = told(&["promote", "turning"]);
     assert_eq!(
         promoted,
-        "promoted turning 0.1.0 (router): generation 2, on probation for 60 s, in place of generation 1\n"
+        "promoted turning 0.1.0 (router): generation 2, on probation for 60 s, replacing generation 1\n"
     );
     assert_eq!(
         site.node.admin(SHADOW).status,
         404,
-        "it is no candidate any more"
+        "the candidate still exists after its promotion"
     );
 }
 
-fn past_events_are_asked_about_again(builder: Builder) {
+fn backtest_of_past_events(builder: Builder) {
     let site = Site::new(builder);
     let replay = |last: usize, bytes: &[u8]| {
         site.node.order(
@@ -546,7 +548,7 @@ fn past_events_are_asked_about_again(builder: Builder) {
     follower.wait(SOON, "all events", |record| {
         record.notifications.len() >= events.len()
     });
-    // Those that are no events, of no interest or doubled are told apart: none of them was decided by the plugin, or its plan is not kept.
+    // Neither can be compared fully: one is a duplicate, the other has no route.
     site.node.publisher().publish(&[
         event("p1", "order.paid", json!({ "user": "1" })),
         event("nobody", "t", json!({})),
@@ -561,7 +563,7 @@ fn past_events_are_asked_about_again(builder: Builder) {
     );
     assert_eq!(
         report["not_compared"],
-        json!({ "its plan is not known: it was not committed, or its record is gone": 1 })
+        json!({ "its plan is unknown: it was not committed, or its record was trimmed": 1 })
     );
     assert_turned(&report, &turned);
     let [reach] = report["reach"].as_array().expect("a list").as_slice() else {
@@ -575,7 +577,7 @@ fn past_events_are_asked_about_again(builder: Builder) {
     );
     assert_eq!(reach["source"], "pointsman:events");
 
-    // The version that decided them decides them again.
+    // The version that decided them makes the same decisions again.
     let report = ok(replay(10_000, &turning(1)));
     assert_eq!(
         (number(&report, "compared"), number(&report, "different")),
@@ -583,7 +585,7 @@ fn past_events_are_asked_about_again(builder: Builder) {
         "{report}"
     );
     assert_eq!(report["reach"][0]["is_every_decision"], true);
-    // Only the newest: none of the first hundred is among them.
+    // Only the newest 900: the first hundred are not among them.
     let report = ok(replay(900, &turning(2)));
     assert_eq!(
         (number(&report, "found"), number(&report, "different")),
@@ -592,23 +594,22 @@ fn past_events_are_asked_about_again(builder: Builder) {
             turned.keys().filter(|id| id.as_str() != "p77").count() as u64
         )
     );
-    // Refused before it is read.
+    // Refused before the body is read.
     assert_eq!(replay(0, b"").status, 400);
     assert_eq!(replay(10_001, b"").status, 400);
     assert_eq!(replay(10, b"<html>").status, 422);
-    // Nothing came of any of it.
+    // The backtests had no effect.
     assert_eq!(site.node.metric("pointsman_plugin_calls_total"), 1_002.0);
     assert_eq!(site.node.metric("pointsman_events_total"), 1_002.0);
 }
 
 #[test]
-fn a_candidate_is_asked_about_past_events_of_the_embedded_broker_and_compared_with_what_was_decided()
- {
-    past_events_are_asked_about_again(Node::builder());
+fn a_backtest_on_the_embedded_broker_compares_with_the_recorded_decisions() {
+    backtest_of_past_events(Node::builder());
 }
 
 #[test]
-fn a_candidate_is_asked_about_past_events_of_redis_and_compared_with_what_was_decided() {
+fn a_backtest_on_redis_compares_with_the_recorded_decisions() {
     let server = RedisServer::start();
-    past_events_are_asked_about_again(Node::builder().redis(server.url()));
+    backtest_of_past_events(Node::builder().redis(server.url()));
 }

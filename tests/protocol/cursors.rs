@@ -1,4 +1,4 @@
-//! What a client comes back with: small, its own, and good for partitions that it has never heard of.
+//! Cursors: they are small, belong to one user, and also resume on partitions added since.
 
 use pointsman::broker::{Broker as _, PartitionNumber, Retention};
 use pointsman::delivery::hub::Hub;
@@ -12,10 +12,10 @@ use crate::harness::node::{Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::sse::Request;
 
-/// A position for each log or shard would not fit an id that browsers send without asking first. It is one a partition, and hundreds of groups cost
-/// nothing.
+/// One position per log or shard would not fit the id that browsers send back. A cursor has one
+/// position per partition, and groups add nothing to it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_overtakers() {
+async fn a_cursor_over_eight_partitions_with_three_ids_sent_ahead_has_123_characters() {
     let sources: Vec<String> = (0..8).map(|k| format!("pointsman:{k}")).collect();
     let stage = Stage::embedded_with(
         &sources.iter().map(String::as_str).collect::<Vec<_>>(),
@@ -36,7 +36,8 @@ async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_
                 &[("normal", &normal), ("urgent", &urgent)],
             )
             .await;
-        // Heard here, heard there: it is the same feed.
+        // Both clients share one feed, so `bob` receiving the fence shows that `ann`'s stream saw
+        // the events before it.
         stage
             .commit_in(PartitionNumber(number), &[("fence", &[to("u:bob")])])
             .await;
@@ -65,9 +66,10 @@ async fn f16_the_cursor_fits_with_eight_partitions_hundreds_of_groups_and_three_
     );
 }
 
-/// A stream for each recipient costs 4 KB before anything is in it; a log is an index.
+/// A Redis stream per recipient would take 4 KB before it holds anything; a log is an index in a
+/// sorted set.
 #[tokio::test]
-async fn f19_a_log_of_one_entry_costs_a_few_hundred_bytes() {
+async fn a_log_with_one_entry_takes_less_than_300_bytes() {
     let stage = Stage::redis().await;
     stage.event("a", &[to("u:ann")]).await;
     let n_bytes: u64 = stage
@@ -81,10 +83,11 @@ async fn f19_a_log_of_one_entry_costs_a_few_hundred_bytes() {
     assert!(n_bytes < 1_500, "{n_bytes}");
 }
 
-/// Hashed over a number of shards, every user would move when that changes. Partitions are the sources, and one that was added since the cursor
-/// was written is read from its beginning.
+/// If users were hashed over shards, every user would move when the number of shards changes.
+/// Partitions are the sources, and a partition added after the cursor was written is read from its
+/// beginning.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
+async fn an_added_partition_is_read_from_its_beginning() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
@@ -113,7 +116,7 @@ async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
     let mut received = [client.event().await, client.event().await];
     received.sort_unstable();
     assert_eq!(received, ["in the new one", "in the old one"]);
-    // And a partition that was taken away again stands in nobody's way.
+    // A cursor that names a partition removed since is still valid.
     let start = client.cut();
     let hub = stage.hub();
     stage.event("b", &[to("u:ann")]).await;
@@ -121,9 +124,10 @@ async fn f22_a_partition_that_was_added_is_read_from_its_beginning() {
     client.expect(&["b"]).await;
 }
 
-/// One browser, two users: the cursor that the first left behind says nothing about the second, and would skip what that one has not had.
+/// Two users share a browser. The cursor that the first left behind does not describe the second,
+/// and would skip that user's backlog.
 #[test]
-fn f24_the_cursor_of_another_user_is_none() {
+fn the_cursor_of_another_user_is_ignored() {
     let node = Node::builder().start();
     let mut alice = node.stream("alice");
     let publish = |id: &str| {
@@ -148,13 +152,13 @@ fn f24_the_cursor_of_another_user_is_none() {
     assert_eq!(
         bob.next_notification(SOON).id,
         "c",
-        "it begins at the latest"
+        "the stream starts at the latest event"
     );
 }
 
-/// A client that names a place that nobody knows is told, and gets what comes from now on.
+/// A client that names an unknown start gets a gap, and then the events from now on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unknown_place_is_a_gap_and_then_the_latest() {
+async fn an_unknown_start_is_a_gap_and_then_the_latest() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     stage.event("before", &[to("u:ann")]).await;

@@ -1,4 +1,5 @@
-//! Devices: acknowledgements that race each other, the stream that begins there, the trimming of what they speak of, and a fail-over.
+//! Device cursors and the read marker: acknowledgements that race each other and the start of a
+//! stream, the trimming of acknowledged events, and fail-overs.
 
 use std::sync::Arc;
 
@@ -12,15 +13,15 @@ use super::fixture::{Client, SOURCE, Stage, name, to};
 use super::on_each_broker;
 
 on_each_broker! {
-    a_device_that_never_acknowledged_begins_where_it_first_began,
-    a_device_begins_after_what_it_acknowledged,
-    an_acknowledgement_that_is_overtaken_by_a_further_one_does_not_take_it_back,
-    an_acknowledgement_whose_answer_was_lost_is_given_again,
-    a_stream_that_begins_while_its_device_acknowledges_misses_nothing,
-    two_streams_of_a_new_device_that_begin_at_once_begin_at_one_place,
-    in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginning_for_none,
-    what_is_yet_to_come_cannot_be_acknowledged,
-    an_urgent_one_that_went_ahead_is_remembered,
+    a_device_without_acknowledgements_starts_where_it_first_started,
+    a_device_starts_after_its_furthest_acknowledgement,
+    an_overtaken_acknowledgement_does_not_move_the_device_cursor_back,
+    an_acknowledgement_whose_reply_was_lost_can_be_repeated,
+    a_stream_that_starts_while_its_device_acknowledges_misses_nothing,
+    two_first_streams_of_a_device_that_race_start_at_the_same_position,
+    in_sync_an_acknowledgement_counts_for_all_devices_and_a_first_start_for_none,
+    ids_that_are_not_issued_yet_cannot_be_acknowledged,
+    an_acknowledged_id_that_was_sent_ahead_is_remembered,
 }
 
 fn bookmarks(puppet: &Arc<Puppet>) -> Bookmarks {
@@ -34,7 +35,7 @@ fn device(text: &str) -> BookmarkOf {
 fn cursor(start: &Start) -> Cursor {
     match start {
         Start::Cursor(cursor) => cursor.clone(),
-        other => panic!("a cursor was expected: {other:?}"),
+        other => panic!("expected a cursor, got {other:?}"),
     }
 }
 
@@ -48,31 +49,32 @@ async fn acknowledge(bookmarks: &Bookmarks, of: &str, place: &Start) {
     bookmarks
         .acknowledge(&name("ann"), &cursor(place), &[device(of)])
         .await
-        .expect("it is taken");
+        .expect("the acknowledgement is accepted");
 }
 
 async fn start(bookmarks: &Bookmarks, of: &str) -> Start {
     bookmarks
         .start(&name("ann"), name(of), false, None)
         .await
-        .expect("a place")
+        .expect("a start")
 }
 
 async fn start_in_sync(bookmarks: &Bookmarks, of: &str) -> Start {
     bookmarks
         .start(&name("ann"), name(of), true, None)
         .await
-        .expect("a place")
+        .expect("a start")
 }
 
-/// What a client of ann has that took these events.
+/// The cursor of one of ann's clients that starts at `start` and then receives exactly these
+/// events.
 async fn having(stage: &Stage, start: Start, events: &[&str]) -> Start {
     let mut client = Client::open(&stage.hub(), "ann", start);
     client.expect(events).await;
     client.cut()
 }
 
-async fn a_device_that_never_acknowledged_begins_where_it_first_began(stage: Stage) {
+async fn a_device_without_acknowledgements_starts_where_it_first_started(stage: Stage) {
     let bookmarks = stage.bookmarks();
     stage.event("before", &[to("u:ann")]).await;
     let first = start(&bookmarks, "phone").await;
@@ -80,28 +82,29 @@ async fn a_device_that_never_acknowledged_begins_where_it_first_began(stage: Sta
     let another = self::bookmarks(&stage.another().await);
     assert_eq!(start(&another, "phone").await, first);
     having(&stage, start(&another, "phone").await, &["at night"]).await;
-    // Another device begins now.
+    // Another device starts now.
     stage.event("later", &[to("u:ann")]).await;
     let other = start(&bookmarks, "tablet").await;
     stage.event("last", &[to("u:ann")]).await;
     having(&stage, other, &["last"]).await;
 }
 
-async fn a_device_begins_after_what_it_acknowledged(stage: Stage) {
+async fn a_device_starts_after_its_furthest_acknowledgement(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     stage.events("e", 4, &[to("u:ann")]).await;
     let second = having(&stage, first.clone(), &["e1", "e2"]).await;
     let third = having(&stage, second.clone(), &["e3"]).await;
-    // In whatever order they come.
+    // The order of the acknowledgements does not matter.
     for place in [&third, &second, &first] {
         acknowledge(&bookmarks, "phone", place).await;
     }
     having(&stage, start(&bookmarks, "phone").await, &["e4"]).await;
 }
 
-/// The slower one has seen where the bookmark was, and comes to move it when it is further.
-async fn an_acknowledgement_that_is_overtaken_by_a_further_one_does_not_take_it_back(stage: Stage) {
+/// The slower acknowledgement has read the device cursor and writes only after another one has
+/// moved it further.
+async fn an_overtaken_acknowledgement_does_not_move_the_device_cursor_back(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     stage.events("e", 3, &[to("u:ann")]).await;
@@ -115,12 +118,12 @@ async fn an_acknowledgement_that_is_overtaken_by_a_further_one_does_not_take_it_
     stop.reached().await;
     acknowledge(&self::bookmarks(&stage.another().await), "phone", &far).await;
     stop.go();
-    slow.await.expect("it is taken");
+    slow.await.expect("the acknowledgement is accepted");
     assert_eq!(start(&bookmarks, "phone").await, far);
     having(&stage, far, &["e3"]).await;
 }
 
-async fn an_acknowledgement_whose_answer_was_lost_is_given_again(stage: Stage) {
+async fn an_acknowledgement_whose_reply_was_lost_can_be_repeated(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     stage.events("e", 2, &[to("u:ann")]).await;
@@ -144,8 +147,9 @@ async fn an_acknowledgement_whose_answer_was_lost_is_given_again(stage: Stage) {
     having(&stage, start(&bookmarks, "phone").await, &["e2"]).await;
 }
 
-/// Which of the two is first nobody can say; what was acknowledged meanwhile may come again, and nothing is missing.
-async fn a_stream_that_begins_while_its_device_acknowledges_misses_nothing(stage: Stage) {
+/// The order of the two is undefined: events acknowledged meanwhile may be repeated, and none is
+/// missing.
+async fn a_stream_that_starts_while_its_device_acknowledges_misses_nothing(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     stage.events("e", 2, &[to("u:ann")]).await;
@@ -158,12 +162,13 @@ async fn a_stream_that_begins_while_its_device_acknowledges_misses_nothing(stage
     stop.reached().await;
     acknowledge(&self::bookmarks(&stage.another().await), "phone", &place).await;
     stop.go();
-    having(&stage, beginning.await.expect("a place"), &["e1", "e2"]).await;
+    having(&stage, beginning.await.expect("a start"), &["e1", "e2"]).await;
     having(&stage, start(&bookmarks, "phone").await, &["e2"]).await;
 }
 
-/// One has read the head and is slow to keep it; meanwhile the other began, and something came.
-async fn two_streams_of_a_new_device_that_begin_at_once_begin_at_one_place(stage: Stage) {
+/// One stream has read the head and is slow to store it; meanwhile the other stream starts and an
+/// event is committed.
+async fn two_first_streams_of_a_device_that_race_start_at_the_same_position(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let mut stop = stage.puppet.stop(At::Before(Op::MoveBookmark));
     let slow = tokio::spawn({
@@ -175,17 +180,17 @@ async fn two_streams_of_a_new_device_that_begin_at_once_begin_at_one_place(stage
     let quick = start(&self::bookmarks(&stage.another().await), "phone").await;
     stage.event("after", &[to("u:ann")]).await;
     stop.go();
-    assert_eq!(slow.await.expect("a place"), quick);
+    assert_eq!(slow.await.expect("a start"), quick);
     having(&stage, quick, &["after"]).await;
 }
 
-async fn in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginning_for_none(
+async fn in_sync_an_acknowledgement_counts_for_all_devices_and_a_first_start_for_none(
     stage: Stage,
 ) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     stage.events("e", 4, &[to("u:ann")]).await;
-    // Where the tablet begins, nobody has seen what came before.
+    // The start of the tablet is not an acknowledgement of the events before it.
     let tablet = start(&bookmarks, "tablet").await;
     assert_eq!(start_in_sync(&bookmarks, "phone").await, first);
     let second = having(&stage, first.clone(), &["e1", "e2"]).await;
@@ -194,29 +199,30 @@ async fn in_sync_the_acknowledgement_of_one_device_counts_for_all_and_a_beginnin
     assert_eq!(
         start(&bookmarks, "phone").await,
         first,
-        "who does not ask for it is not in sync"
+        "a stream that does not request sync is not in sync"
     );
     assert_eq!(
         start_in_sync(&bookmarks, "tablet").await,
         tablet,
-        "it is further itself"
+        "its own device cursor is further"
     );
-    // One that nobody has seen yet begins where the others are, and that is its first bookmark.
+    // A device unknown so far starts where the others are, and stores that as its first device
+    // cursor.
     assert_eq!(start_in_sync(&bookmarks, "car").await, second);
     let third = having(&stage, second.clone(), &["e3"]).await;
     acknowledge(&bookmarks, "watch", &third).await;
     assert_eq!(start(&bookmarks, "car").await, second);
-    // What was read is no device.
+    // The read marker is not a device.
     let fourth = having(&stage, third.clone(), &["e4"]).await;
     bookmarks
         .acknowledge(&name("ann"), &cursor(&fourth), &[BookmarkOf::ReadMark])
         .await
-        .expect("it is taken");
+        .expect("the acknowledgement is accepted");
     assert_eq!(start_in_sync(&bookmarks, "phone").await, third);
 }
 
-/// It would never move backwards to where things are.
-async fn what_is_yet_to_come_cannot_be_acknowledged(stage: Stage) {
+/// Such a device cursor would never move back to the events that exist.
+async fn ids_that_are_not_issued_yet_cannot_be_acknowledged(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
     let mut ahead = cursor(&first);
@@ -232,17 +238,17 @@ async fn what_is_yet_to_come_cannot_be_acknowledged(stage: Stage) {
         .await;
     assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
     assert_eq!(start(&bookmarks, "phone").await, first);
-    // Nor does a device begin there for good.
+    // A new device does not store such a start either.
     let asked = Some(Start::Cursor(ahead));
     bookmarks
         .start(&name("ann"), name("tablet"), false, asked)
         .await
-        .expect("a place");
+        .expect("a start");
     assert_eq!(start(&bookmarks, "tablet").await, first);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_gap() {
+async fn a_device_that_was_offline_beyond_the_log_limit_gets_a_gap() {
     for stage in [
         Stage::redis_with(
             &[SOURCE],
@@ -264,7 +270,7 @@ async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_g
         let bookmarks = stage.bookmarks();
         let first = start(&bookmarks, "phone").await;
         stage.events("e", 5, &[to("u:ann")]).await;
-        // An acknowledgement of what is trimmed meanwhile is one like any other.
+        // Acknowledging events trimmed meanwhile is valid.
         acknowledge(&bookmarks, "phone", &first).await;
         let mut client = Client::open(&stage.hub(), "ann", start(&bookmarks, "phone").await);
         assert_eq!(client.gap().await.reason, GapReason::Trimmed);
@@ -272,8 +278,8 @@ async fn a_device_that_was_away_for_longer_than_the_log_reaches_is_told_of_the_g
     }
 }
 
-/// Once each, also for a device that acknowledges in the middle of an overtaking.
-async fn an_urgent_one_that_went_ahead_is_remembered(stage: Stage) {
+/// Each event arrives once, even if the device acknowledges in the middle of an overtaking.
+async fn an_acknowledged_id_that_was_sent_ahead_is_remembered(stage: Stage) {
     let bookmarks = stage.bookmarks();
     let mut place = cursor(&start(&bookmarks, "phone").await);
     let ids = stage
@@ -289,9 +295,10 @@ async fn an_urgent_one_that_went_ahead_is_remembered(stage: Stage) {
     having(&stage, start(&bookmarks, "phone").await, &["slow", "end"]).await;
 }
 
-/// Redis was restarted without the tail: what the phone acknowledged is of a life that is over, and its ids are given out again.
+/// Redis lost its tail: the phone has acknowledged events of a past epoch, and their ids are issued
+/// again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_what_came_instead() {
+async fn a_device_that_acknowledged_lost_events_gets_a_gap_and_their_replacements() {
     let stage = Stage::redis().await;
     stage.number_ids();
     let bookmarks = stage.bookmarks();
@@ -303,7 +310,8 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     let lost = having(&stage, survived.clone(), &["lost"]).await;
     acknowledge(&bookmarks, "phone", &lost).await;
     acknowledge(&bookmarks, "tablet", &survived).await;
-    // What users acknowledged may lie on another primary than the partition, as here, and be whole.
+    // The device cursors of a user may lie on another primary than the partition and survive, as
+    // here.
     stage
         .server()
         .fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
@@ -313,16 +321,16 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     assert_eq!(client.gap().await.reason, GapReason::Rewound);
     client.expect(&["instead"]).await;
     let after = client.cut();
-    // The tablet never had what was lost.
+    // The tablet never received the lost event.
     having(&stage, start(&bookmarks, "tablet").await, &["instead"]).await;
-    // In sync it is told what the phone is told.
+    // In sync, it gets the same gap as the phone.
     let mut client = Client::open(
         &stage.hub(),
         "ann",
         start_in_sync(&bookmarks, "tablet").await,
     );
     assert_eq!(client.gap().await.reason, GapReason::Rewound);
-    // A late acknowledgement from before does not undo one from after.
+    // A late acknowledgement from before the fail-over does not undo one from after it.
     acknowledge(&bookmarks, "phone", &after).await;
     acknowledge(&bookmarks, "phone", &lost).await;
     assert_eq!(start(&bookmarks, "phone").await, after);
@@ -330,9 +338,10 @@ async fn a_device_that_acknowledged_what_a_fail_over_lost_is_told_so_and_sees_wh
     having(&stage, start(&bookmarks, "phone").await, &["next"]).await;
 }
 
-/// Nothing was lost, as nothing was there: before the first event of all a reader stands at the floor, above every id that was ever given.
+/// Nothing was lost because nothing had been committed: before the first event a cursor stands at
+/// the floor, above every id issued so far.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restart_of_redis_before_the_first_event_is_no_gap_for_a_device() {
+async fn a_redis_restart_before_the_first_event_is_not_a_gap_for_a_device() {
     let stage = Stage::redis().await;
     let bookmarks = stage.bookmarks();
     let first = start(&bookmarks, "phone").await;
@@ -350,9 +359,9 @@ async fn a_restart_of_redis_before_the_first_event_is_no_gap_for_a_device() {
     .await;
 }
 
-/// What comes under an id that was issued again is another notification, which nobody has read.
+/// An event under a reissued id is another notification, which the user has not read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_read_and_lost_in_a_fail_over_does_not_make_read_what_comes_under_its_ids() {
+async fn a_read_marker_does_not_cover_events_under_ids_issued_again() {
     let stage = Stage::redis().await;
     stage.number_ids();
     let bookmarks = stage.bookmarks();
@@ -363,7 +372,7 @@ async fn what_was_read_and_lost_in_a_fail_over_does_not_make_read_what_comes_und
     bookmarks
         .acknowledge(&name("ann"), &mark, &[BookmarkOf::ReadMark])
         .await
-        .expect("it is taken");
+        .expect("the acknowledgement is accepted");
     let standing = bookmarks.standing(&mark).await.expect("heads");
     assert!(standing.covers(stage.p, kept) && standing.covers(stage.p, lost));
     stage
@@ -377,8 +386,8 @@ async fn what_was_read_and_lost_in_a_fail_over_does_not_make_read_what_comes_und
     let mark = bookmarks
         .read_mark(&name("ann"))
         .await
-        .expect("it is there")
-        .expect("it was kept");
+        .expect("the broker answers")
+        .expect("the read marker is kept");
     let standing = bookmarks.standing(&mark).await.expect("heads");
     assert!(standing.covers(stage.p, kept) && !standing.covers(stage.p, lost));
 }

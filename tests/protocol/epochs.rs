@@ -1,7 +1,9 @@
-//! Fail-overs that lose a tail: the ids of the lost are issued again, and who had them must be told before anything else comes under them.
+//! Fail-overs that lose the tail of the logs. The new primary issues the lost ids again, so a
+//! client that received them must get a `gap` before anything arrives under the same ids.
 //!
-//! A fail-over is played on one Redis: its data becomes what a replica had, and its replication id another one. Ids are made to run
-//! ahead of the clock, so that they are issued again number by number.
+//! The tests simulate a fail-over on one Redis server: its data goes back to the state of a
+//! replica, and its replication id changes. Ids run ahead of the clock so that exactly the same ids
+//! are issued again.
 
 use pointsman::broker::Notice;
 use pointsman::delivery::subscription::{Gap, GapReason, Start};
@@ -25,9 +27,10 @@ fn rewound(stage: &Stage, from: NotificationId, to: NotificationId) -> Gap {
     }
 }
 
-/// Ids up to 103 were sent, the new primary has ..101 and issues 102 again: every open stream would skip it, silently.
+/// Ids up to 103 were sent; the new primary has ids up to 101 and issues 102 again. Without the
+/// epoch, every open stream would skip it silently.
 #[tokio::test]
-async fn f08_an_open_stream_is_told_of_a_lost_tail_and_gets_what_comes_under_the_same_ids() {
+async fn an_open_stream_gets_a_gap_for_a_lost_tail_and_then_the_events_under_the_same_ids() {
     for cuts in [false, true] {
         let stage = stage().await;
         let hub = stage.hub();
@@ -40,7 +43,7 @@ async fn f08_an_open_stream_is_told_of_a_lost_tail_and_gets_what_comes_under_the
         if cuts {
             stage.server().cut("normal");
             stage.server().cut("pubsub");
-            until("Redis is there again", async || {
+            until("Redis answers again", async || {
                 stage.puppet.broker.head(stage.p).await.is_ok()
             })
             .await;
@@ -57,9 +60,10 @@ async fn f08_an_open_stream_is_told_of_a_lost_tail_and_gets_what_comes_under_the
     }
 }
 
-/// The same for a cursor that comes back afterwards, if it stands above what survived; below it, nothing happened.
+/// A cursor that returns after the fail-over gets the gap if it stands above the last surviving id.
+/// A cursor at or below that id resumes without one.
 #[tokio::test]
-async fn f08_a_cursor_above_what_survived_is_told_and_one_below_it_resumes_exactly() {
+async fn a_cursor_above_the_last_surviving_id_gets_a_gap_and_one_below_resumes_exactly() {
     let stage = stage().await;
     let hub = stage.hub();
     let mut far = Client::live(&hub, "ann").await;
@@ -80,9 +84,10 @@ async fn f08_a_cursor_above_what_survived_is_told_and_one_below_it_resumes_exact
     far.expect(&["new1", "new2"]).await;
 }
 
-/// B is promoted, and dies; C, which never heard of B, is promoted: counted, both lives would be the second one. So lives have names.
+/// B is promoted and dies; then C is promoted, which never saw B's epoch. Numbered epochs would
+/// give both the second number, so epochs have names.
 #[tokio::test]
-async fn h02_a_life_that_the_present_one_never_heard_of_is_no_history() {
+async fn a_cursor_of_an_epoch_unknown_to_the_new_primary_gets_a_gap_from_the_origin() {
     let stage = stage().await;
     let hub = stage.hub();
     let before = stage.event("kept", &[to("u:ann")]).await;
@@ -97,21 +102,21 @@ async fn h02_a_life_that_the_present_one_never_heard_of_is_no_history() {
     let head = stage.head().await;
     assert!(
         head.lives.iter().all(|(life, _)| *life != of_b),
-        "{of_b} again: {:?}",
+        "the epoch {of_b} is listed: {:?}",
         head.lives
     );
     assert_eq!(head.last, before);
     assert_eq!(
         stage.events("c", 2, &[to("u:ann")]).await,
         ids,
-        "the very same ids"
+        "the same ids are issued again"
     );
     let mut client = Client::open(&hub, "ann", start);
     assert_eq!(
         client.gap().await,
         rewound(&stage, NotificationId(0), ids[1])
     );
-    // All that there is comes after it: nobody knows what of it was had.
+    // Everything that is kept follows, because the part that the client received is unknown.
     let mut received = Vec::new();
     while received.len() < 3 {
         match client.frame().await {
@@ -119,7 +124,7 @@ async fn h02_a_life_that_the_present_one_never_heard_of_is_no_history() {
             Frame::Gap(gap) => assert_eq!(
                 gap.reason,
                 GapReason::Trimmed,
-                "before the first of all is the floor"
+                "only the range below the first event is trimmed"
             ),
             Frame::Cursor => {}
         }
@@ -127,9 +132,10 @@ async fn h02_a_life_that_the_present_one_never_heard_of_is_no_history() {
     assert_eq!(received, ["kept", "c1", "c2"]);
 }
 
-/// Two fail-overs since: what survived the second is more than what survived the first, and says nothing about it.
+/// Two fail-overs happened since. The last id that survived the second one is higher than the last
+/// id that survived the first, and does not bound the loss of the first.
 #[tokio::test]
-async fn h03_the_life_after_ones_own_says_what_survived_and_not_the_newest() {
+async fn the_gap_starts_where_the_next_epoch_began_and_not_where_the_newest_did() {
     let stage = stage().await;
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
@@ -148,9 +154,10 @@ async fn h03_the_life_after_ones_own_says_what_survived_and_not_the_newest() {
         .await;
 }
 
-/// Low-water mark 99, 105 went ahead. 100 survives, 105 does not: the mark is no reason for a gap, and the new 105 would be skipped as had.
+/// The low-water mark is 99, and 105 was sent ahead. 100 survives and 105 does not: the low-water
+/// mark alone requires no gap, and the reissued 105 would be skipped as already sent.
 #[tokio::test]
-async fn h04_an_id_that_went_ahead_does_not_outlive_its_life() {
+async fn an_id_sent_ahead_does_not_outlive_its_epoch() {
     let stage = stage().await;
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
@@ -172,9 +179,10 @@ async fn h04_an_id_that_went_ahead_does_not_outlive_its_life() {
         .await;
 }
 
-/// The replay read the new life; the feed still holds notices of the old one. Sent, they would come again.
+/// The replay has read the new epoch while the feed still holds notices of the old one. If the
+/// stream acted on them, it would send their ids twice.
 #[tokio::test]
-async fn h05_notices_of_the_old_life_that_are_still_in_the_feed_are_ignored() {
+async fn notices_of_an_older_epoch_still_in_the_feed_are_ignored() {
     for tick_comes_first in [false, true] {
         let stage = stage().await;
         let hub = stage.hub();
@@ -187,20 +195,21 @@ async fn h05_notices_of_the_old_life_that_are_still_in_the_feed_are_ignored() {
             .puppet
             .sift(move |notice, _| match notice {
                 Notice::Append { target, .. } if *target == own => Fate::Keep,
-                // The node knows of the new life only by what its streams read, or by a tick that it hears.
+                // The node learns of the new epoch only from a head that its streams read or from a
+                // tick.
                 Notice::Tick { .. } if !tick_comes_first => Fate::Keep,
                 _ => Fate::Pass,
             })
             .await;
         let lost = stage.event("lost", &[to("u:ann")]).await;
-        until("the notice is kept", async || {
+        until("the notice is held back", async || {
             stage.puppet.n_kept().await > 0
         })
         .await;
         let round = client.round(stage.p);
         stage.server().fail_over();
         if tick_comes_first {
-            until("the node knows of the new life", async || {
+            until("the node notices the new epoch", async || {
                 client.round(stage.p) > round
             })
             .await;
@@ -215,9 +224,10 @@ async fn h05_notices_of_the_old_life_that_are_still_in_the_feed_are_ignored() {
     }
 }
 
-/// The first notice that a node hears at all is of a life that began after its streams had read theirs.
+/// The first notice that a node receives carries an epoch that began after its streams had read the
+/// previous one.
 #[tokio::test]
-async fn a_life_that_begins_before_the_node_hears_anything_is_noticed() {
+async fn an_epoch_that_begins_before_the_first_notice_is_noticed() {
     let stage = stage().await;
     stage
         .puppet
@@ -237,9 +247,9 @@ async fn a_life_that_begins_before_the_node_hears_anything_is_noticed() {
     client.expect(&["new"]).await;
 }
 
-/// A stream reads the head of a primary that is none any more, after its node has heard of the new life.
+/// A stream reads its head from a former primary after its node has noticed the new epoch.
 #[tokio::test]
-async fn a_stream_that_begins_in_a_life_that_is_over_does_not_stay_there() {
+async fn a_stream_that_starts_in_a_past_epoch_moves_to_the_present_one() {
     let stage = stage().await;
     let hub = stage.hub();
     let mut other = Client::live(&hub, "bob").await;
@@ -253,10 +263,11 @@ async fn a_stream_that_begins_in_a_life_that_is_over_does_not_stay_there() {
     client.expect(&["new"]).await;
 }
 
-/// The feed is left on a primary that is none any more, and somebody ticks there; the commands reach the new one. A tick of an older life is no
-/// tick, so that the feed is made again after the usual silence.
+/// The feed is still connected to a former primary on which another node ticks, while commands
+/// reach the new primary. A tick of an older epoch does not count as a tick, so the feed is
+/// reconnected after the usual silence.
 #[tokio::test]
-async fn h05_ticks_of_an_older_life_do_not_keep_a_feed() {
+async fn ticks_of_an_older_epoch_do_not_keep_a_feed_connected() {
     let stage = stage().await;
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
@@ -272,10 +283,10 @@ async fn h05_ticks_of_an_older_life_do_not_keep_a_feed() {
         })
         .await;
     stage.server().change_replid();
-    // Somebody comes, and reads the new life.
+    // A second stream reads the new epoch.
     let _late = Client::live(&hub, "bob").await;
     stage.event("new", &[to("u:ann")]).await;
-    until("the feed is made again", async || {
+    until("the feed is reconnected", async || {
         stage
             .puppet
             .say(Notice::Tick {

@@ -1,5 +1,6 @@
-//! A broker on strings: a real one whose every operation can be stopped before or after it was done, made to lose its question or its
-//! answer, and whose notices can be dropped or kept back. So a test says which of two steps comes first, and waits for nothing but that.
+//! A broker under the control of a test. It wraps a real broker: a test can stop every operation
+//! before or after it runs, lose its request or its reply, and drop or hold back notices. A test
+//! thus fixes the order of two steps and never waits for time to pass.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +19,7 @@ use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use super::fixture::SOON;
 
-/// What a node asks of its broker, as far as a test may stop it.
+/// The broker operations that a test can stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     Read,
@@ -35,22 +36,23 @@ pub(super) enum Op {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum At {
-    /// Asked, and not done yet.
+    /// Requested, but not run yet.
     Before(Op),
-    /// Done, and not answered yet.
+    /// Run, but not answered yet.
     After(Op),
 }
 
-/// What becomes of a notice.
+/// The treatment of a notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Pass,
     Drop,
-    /// Until [`Puppet::release`]. Of a tick, it is heard meanwhile that the broker is alive.
+    /// Hold it back until [`Puppet::release`]. For a tick, the node gets an "alive" notice
+    /// meanwhile.
     Keep,
 }
 
-/// Somebody will stop here, or has.
+/// A point at which the next operation of a kind stops.
 #[derive(Debug)]
 pub(super) struct Stop {
     reached: oneshot::Receiver<()>,
@@ -58,25 +60,26 @@ pub(super) struct Stop {
 }
 
 impl Stop {
-    /// Waits until somebody stands here.
+    /// Waits until an operation has stopped here.
     pub(super) async fn reached(&mut self) {
         tokio::time::timeout(SOON, &mut self.reached)
             .await
-            .expect("somebody comes here")
-            .expect("the puppet is alive");
+            .expect("an operation reaches this point")
+            .expect("the broker is not dropped");
     }
 
     pub(super) fn go(self) {
         self.end(true);
     }
 
-    /// Who stands here gets no answer: before the operation it is as if the question was lost, after it, as if the answer was.
+    /// Fails the stopped operation: before it runs, as if the request was lost; after it ran, as if
+    /// the reply was.
     pub(super) fn fail(self) {
         self.end(false);
     }
 
     fn end(self, goes: bool) {
-        // Who stood here may have been killed.
+        // The stopped task may have been killed.
         self.verdict.send(goes).ok();
     }
 }
@@ -90,24 +93,24 @@ struct Stopper {
     verdict: oneshot::Receiver<bool>,
 }
 
-/// What stands between the broker's feed and the node's.
+/// The state between the feed of the broker and the feed of the node.
 #[derive(Default)]
 struct Ear {
     sieve: Option<Sieve>,
     kept: Vec<Notice>,
     out: Option<mpsc::Sender<Vec<Notice>>>,
-    /// What each request for a log was about, by its token.
+    /// The log of each subscription request, by its token.
     asked: HashMap<u64, Target>,
 }
 
-/// See the head of this file.
+/// A broker under the control of a test; see the head of this file.
 pub(super) struct Puppet {
     pub(super) broker: Arc<dyn Broker>,
     stops: Mutex<Vec<Stopper>>,
     rule: Mutex<Option<Rule>>,
     ear: Arc<AsyncMutex<Ear>>,
     old_head: Mutex<Option<Head>>,
-    /// Says to whoever asks that the lease is theirs.
+    /// Answers every lease request with [`Lease::Mine`].
     everyone_owns: AtomicBool,
 }
 
@@ -129,24 +132,28 @@ impl Puppet {
         })
     }
 
-    /// The next to come here stops.
+    /// Stops the next operation that reaches this point.
     pub(super) fn stop(&self, at: At) -> Stop {
         let (reached_in, reached) = oneshot::channel();
         let (verdict, verdict_out) = oneshot::channel();
-        self.stops.lock().expect("no panic under it").push(Stopper {
-            at,
-            reached: reached_in,
-            verdict: verdict_out,
-        });
+        self.stops
+            .lock()
+            .expect("no panic under the lock")
+            .push(Stopper {
+                at,
+                reached: reached_in,
+                verdict: verdict_out,
+            });
         Stop { reached, verdict }
     }
 
-    /// From now on, what is asked or answered is lost where `rule` answers `true`.
+    /// From now on, loses each request or reply for which `rule` returns `true`.
     pub(super) fn lose(&self, rule: impl FnMut(At) -> bool + Send + 'static) {
-        *self.rule.lock().expect("no panic under it") = Some(Box::new(rule));
+        *self.rule.lock().expect("no panic under the lock") = Some(Box::new(rule));
     }
 
-    /// From now on, `sieve` decides about each notice; with one that answers a request for a log comes that log.
+    /// From now on, `sieve` decides about each notice. For the acknowledgement of a subscription it
+    /// also gets the log.
     pub(super) async fn sift(
         &self,
         sieve: impl FnMut(&Notice, Option<&Target>) -> Fate + Send + 'static,
@@ -154,7 +161,7 @@ impl Puppet {
         self.ear.lock().await.sieve = Some(Box::new(sieve));
     }
 
-    /// Hands over what was kept, in its order, and lets all pass from now on.
+    /// Delivers the notices held back, in their order, and lets all later ones pass.
     pub(super) async fn release(&self) {
         let mut ear = self.ear.lock().await;
         ear.sieve = None;
@@ -162,12 +169,12 @@ impl Puppet {
         self.hand_over(&ear, kept).await;
     }
 
-    /// How many notices are kept back.
+    /// The number of notices held back.
     pub(super) async fn n_kept(&self) -> usize {
         self.ear.lock().await.kept.len()
     }
 
-    /// Says something that the broker did not say.
+    /// Delivers a notice that the broker did not send.
     pub(super) async fn say(&self, notice: Notice) {
         let ear = self.ear.lock().await;
         self.hand_over(&ear, vec![notice]).await;
@@ -175,7 +182,7 @@ impl Puppet {
 
     async fn hand_over(&self, ear: &Ear, notices: Vec<Notice>) {
         if let Some(out) = ear.out.as_ref().filter(|_| !notices.is_empty()) {
-            out.send(notices).await.expect("the node listens");
+            out.send(notices).await.expect("the node reads its feed");
         }
     }
 
@@ -183,14 +190,15 @@ impl Puppet {
         self.everyone_owns.store(true, Ordering::Relaxed);
     }
 
-    /// Who asks for the head next is told this one, as by a primary that has been one and does not know that it is none any more.
+    /// Answers the next head request with this head, like a former primary that has not noticed its
+    /// demotion.
     pub(super) fn answer_once(&self, head: Head) {
-        *self.old_head.lock().expect("no panic under it") = Some(head);
+        *self.old_head.lock().expect("no panic under the lock") = Some(head);
     }
 
     async fn pass(&self, at: At) -> Result<()> {
         let stopper = {
-            let mut stops = self.stops.lock().expect("no panic under it");
+            let mut stops = self.stops.lock().expect("no panic under the lock");
             stops
                 .iter()
                 .position(|stop| stop.at == at)
@@ -198,7 +206,7 @@ impl Puppet {
         };
         if let Some(stopper) = stopper {
             stopper.reached.send(()).ok();
-            // A stop that was dropped holds nobody.
+            // A dropped stop lets the operation go on.
             if !stopper.verdict.await.unwrap_or(true) {
                 return Err(Error::Away(format!("lost {at:?}")));
             }
@@ -206,7 +214,7 @@ impl Puppet {
         let is_lost = self
             .rule
             .lock()
-            .expect("no panic under it")
+            .expect("no panic under the lock")
             .as_mut()
             .is_some_and(|rule| rule(at));
         if is_lost {
@@ -254,7 +262,11 @@ impl Broker for Puppet {
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
-        let old = self.old_head.lock().expect("no panic under it").take();
+        let old = self
+            .old_head
+            .lock()
+            .expect("no panic under the lock")
+            .take();
         self.around(Op::Head, async {
             if let Some(old) = old {
                 Ok(old)
@@ -354,7 +366,8 @@ impl Broker for Puppet {
                                 Fate::Pass => passed.push(notice),
                                 Fate::Drop => {}
                                 Fate::Keep => {
-                                    // However long it is kept on a busy machine, the connection is not taken for dead.
+                                    // However long the tick is held back on a busy machine, the
+                                    // node must not take the connection for dead.
                                     if let Notice::Tick { partition, .. } = notice {
                                         passed.push(Notice::Alive { partition });
                                     }
@@ -362,7 +375,8 @@ impl Broker for Puppet {
                                 }
                             }
                         }
-                        // Under the lock, so that what is released comes before what arrives after it.
+                        // Sent under the lock, so that notices released earlier arrive before later
+                        // ones.
                         if !passed.is_empty() && out.send(passed).await.is_err() {
                             return;
                         }

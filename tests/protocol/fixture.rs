@@ -1,4 +1,5 @@
-//! Where an interleaving is played: a broker, what is committed to it, and clients that receive, are cut and come back.
+//! The fixture of the protocol tests: a broker, the events committed to it, and clients that
+//! receive, disconnect and resume.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -27,12 +28,12 @@ use super::faulty_broker::Puppet;
 use crate::harness::redis::RedisServer;
 
 pub(super) const SOURCE: &str = "pointsman:events";
-/// What the keys of its partition begin with.
+/// The prefix of the keys of its partition.
 pub(super) const TAG: &str = "{pointsman:events}:";
-/// What comes at all comes within this time, also on a machine that is busy with other things.
+/// The time limit for everything that must happen, also on a busy machine.
 pub(super) const SOON: Duration = Duration::from_secs(60);
 
-/// Asks until the answer is the wanted one.
+/// Polls until `is_so` returns `true`.
 pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let asking = async {
         while !is_so().await {
@@ -41,10 +42,11 @@ pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     };
     tokio::time::timeout(SOON, asking)
         .await
-        .unwrap_or_else(|_| panic!("not in time: {what}"));
+        .unwrap_or_else(|_| panic!("timed out: {what}"));
 }
 
-/// Asks a broker until it answers, as whoever needs the answer does. That it is away is no answer.
+/// Repeats a request until the broker answers it. [`Error::Away`] is retried; every other error
+/// panics.
 pub(super) async fn answered<T>(
     what: &str,
     mut ask: impl AsyncFnMut() -> pointsman::broker::Result<T>,
@@ -59,7 +61,7 @@ pub(super) async fn answered<T>(
         Err(error) => panic!("{what}: {error}"),
     })
     .await;
-    answer.expect("it was answered")
+    answer.expect("the loop ends with an answer")
 }
 
 pub(super) fn name(text: &str) -> Name {
@@ -70,7 +72,7 @@ pub(super) fn target(log: &str) -> Target {
     log.parse().expect("a target")
 }
 
-/// A route to these targets, separated by spaces.
+/// A route to these targets, which are separated by spaces.
 pub(super) fn to(targets: &str) -> Route {
     let to = targets.split(' ').map(target).collect();
     Route {
@@ -99,7 +101,7 @@ pub(super) fn keyed(key: &str, route: Route) -> Route {
     }
 }
 
-/// An installation.
+/// An installation: one broker, and the state that its nodes share.
 pub(super) struct Stage {
     server: Option<RedisServer>,
     sources: Vec<String>,
@@ -107,7 +109,7 @@ pub(super) struct Stage {
     pub(super) puppet: Arc<Puppet>,
     pub(super) metrics: Metrics,
     n_fences: AtomicU64,
-    /// The partition under test, the first.
+    /// The partition under test: the first one.
     pub(super) p: PartitionNumber,
 }
 
@@ -163,27 +165,27 @@ impl Stage {
     }
 
     pub(super) fn server(&self) -> &RedisServer {
-        self.server.as_ref().expect("this is played on Redis")
+        self.server.as_ref().expect("this test runs on Redis")
     }
 
     pub(super) fn is_redis(&self) -> bool {
         self.server.is_some()
     }
 
-    /// The broker of one more node.
+    /// The broker of another node.
     pub(super) async fn another(&self) -> Arc<Puppet> {
         self.another_with(&self.sources).await
     }
 
-    /// The broker of one more node, which is configured with other sources.
+    /// The broker of another node that is configured with other sources.
     pub(super) async fn another_with(&self, sources: &[String]) -> Arc<Puppet> {
         match &self.server {
             Some(server) => {
                 let connect =
                     async || Redis::connect(&server.url(), sources, self.retention.clone()).await;
-                Puppet::over(Arc::new(answered("one more node connects", connect).await))
+                Puppet::over(Arc::new(answered("another node connects", connect).await))
             }
-            // One process has the data; what is another node there is another user of the same broker.
+            // One process owns the data; here, another node is another user of the same broker.
             None => Puppet::over(Arc::clone(&self.puppet.broker)),
         }
     }
@@ -218,7 +220,8 @@ impl Stage {
         }
     }
 
-    /// Commits events under the next entry ids, as an owner would, and answers their ids.
+    /// Commits events under the next entry ids, as an owner would, and returns their notification
+    /// ids.
     pub(super) async fn commit(&self, events: &[(&str, &[Route])]) -> Vec<NotificationId> {
         self.commit_in(self.p, events).await
     }
@@ -261,7 +264,7 @@ impl Stage {
                 Committed::Done(outcomes) => {
                     ids.extend(outcomes.into_iter().map(|(outcome, id)| {
                         assert_eq!(outcome, Outcome::Committed);
-                        id.expect("what is committed has an id")
+                        id.expect("a committed event has an id")
                     }))
                 }
                 Committed::Refused => panic!("the commit from {} was refused", head.position),
@@ -274,7 +277,7 @@ impl Stage {
         self.commit(&[(id, routes)]).await[0]
     }
 
-    /// Events `prefix1` to `prefixN`, all by the same routes.
+    /// Commits events `prefix1` to `prefixN`, all with the same routes.
     pub(super) async fn events(
         &self,
         prefix: &str,
@@ -286,7 +289,7 @@ impl Stage {
         self.commit(&events).await
     }
 
-    /// Writes one slice of a plan: of an event with all of `routes`, those logs.
+    /// Writes one slice of a plan: the event has all of `routes`, the slice covers `logs`.
     pub(super) async fn slice(
         &self,
         id: &str,
@@ -303,7 +306,7 @@ impl Stage {
         };
         let mut item = self.item(entry, id, routes);
         let Proposal::Commit { targets, .. } = &mut item.proposal else {
-            unreachable!("it is one")
+            unreachable!("`item` proposes a commit")
         };
         *targets = logs.iter().map(|log| target(log)).collect();
         let slice = Slice {
@@ -325,7 +328,7 @@ impl Stage {
         }
     }
 
-    /// The events in a log, by the ids that their publishers gave them.
+    /// The events in a log, as the ids that their publishers gave them.
     pub(super) async fn log(&self, log: &str) -> Vec<String> {
         let page = self
             .puppet
@@ -364,15 +367,16 @@ impl Stage {
             .await;
     }
 
-    /// Waits until a client, by a notice of its own, has heard all that was published until now; so has every stream on the same node.
+    /// Waits, by an event of its own, until the client's node has received every notice published
+    /// so far. This holds for every stream on that node.
     pub(super) async fn fence(&self, client: &mut Client) {
         let id = format!("fence {}", self.n_fences.fetch_add(1, Ordering::Relaxed));
         self.event(&id, &[to(&format!("u:{}", client.user))]).await;
         while client.event().await != id {}
     }
 
-    /// Makes ids run an hour ahead of the clock, as they do after the clock ran ahead: they are then numbered without gaps, so that a life
-    /// that lost a tail issues the very same ids again.
+    /// Moves ids an hour ahead of the clock, as after a clock that ran ahead. Ids are then
+    /// consecutive numbers, so that an epoch that lost its tail issues exactly the same ids again.
     pub(super) fn number_ids(&self) {
         self.number_ids_of(SOURCE);
     }
@@ -388,7 +392,7 @@ pub(super) fn an_hour_ahead() -> NotificationId {
     NotificationId::at_ms(now_ms() + 3_600_000)
 }
 
-/// The id of the next entry in the same millisecond.
+/// The next entry id in the same millisecond.
 pub(super) fn next_entry(entry: EntryId) -> EntryId {
     EntryId {
         ms: entry.ms.max(1_700_000_000_000),
@@ -400,7 +404,7 @@ pub(super) fn event_id(record: &Record) -> String {
     record.notification().event.id.to_string()
 }
 
-/// What a client receives.
+/// A frame that a client receives.
 #[derive(Debug)]
 pub(super) enum Frame {
     Event {
@@ -412,7 +416,7 @@ pub(super) enum Frame {
     Cursor,
 }
 
-/// A client with its open stream. Its cursor is that of the last frame that it took.
+/// A client with an open stream. Its cursor is that of the last frame it took.
 pub(super) struct Client {
     user: Name,
     guard: StreamGuard,
@@ -428,7 +432,7 @@ impl Client {
         }
     }
 
-    /// A new client whose stream is live and whose first frame, the cursor, was taken.
+    /// A new client whose stream is live and that has taken its first frame, the cursor.
     pub(super) async fn live(hub: &Hub, user: &str) -> Self {
         let mut client = Self::open(hub, user, Start::Latest);
         assert!(matches!(client.frame().await, Frame::Cursor));
@@ -456,7 +460,7 @@ impl Client {
         self.guard.stream().lock().round(partition)
     }
 
-    /// The next frame, as a socket takes it.
+    /// Takes the next frame, as a socket does.
     pub(super) async fn frame(&mut self) -> Frame {
         let stream = self.guard.stream();
         let taking = std::future::poll_fn(|cx| {
@@ -471,7 +475,7 @@ impl Client {
         });
         let (next, cursor) = tokio::time::timeout(SOON, taking)
             .await
-            .expect("a frame comes");
+            .expect("a frame arrives");
         stream.made_room();
         assert!(cursor.len() <= 123, "{cursor}");
         let read = Cursor::decode(&cursor, &self.user);
@@ -479,7 +483,8 @@ impl Client {
             read.is_ok(),
             "the cursor {cursor} cannot be read back: {read:?}"
         );
-        // A gap has no cursor of its own: with that of now, a client that is cut before the next gap would never be told of it.
+        // A gap has no cursor of its own: with the present cursor, a client that is cut before the
+        // next gap would never get that one.
         if !matches!(next, Next::Gap(_)) {
             self.cursor = Some(cursor);
         }
@@ -494,7 +499,7 @@ impl Client {
         }
     }
 
-    /// The next event; that nothing is missing before it is asked, too.
+    /// Takes the next event; panics if a gap comes first.
     pub(super) async fn event(&mut self) -> String {
         loop {
             match self.frame().await {
@@ -505,7 +510,7 @@ impl Client {
         }
     }
 
-    /// Takes as many events as are expected, and compares them.
+    /// Takes as many events as `events` names and compares them.
     pub(super) async fn expect(&mut self, events: &[&str]) {
         let mut received = VecDeque::new();
         for _ in events {
@@ -514,7 +519,7 @@ impl Client {
         assert_eq!(received, events);
     }
 
-    /// The next gap; nothing else but cursors comes before it.
+    /// Takes the next gap; panics if an event comes first.
     pub(super) async fn gap(&mut self) -> Gap {
         loop {
             match self.frame().await {
@@ -525,13 +530,16 @@ impl Client {
         }
     }
 
-    /// The cursor with which the client comes back.
+    /// The start with which the client would resume.
     pub(super) fn resume(&self) -> Start {
-        let cursor = self.cursor.as_ref().expect("it received something");
+        let cursor = self
+            .cursor
+            .as_ref()
+            .expect("the client took a frame with a cursor");
         Start::Cursor(Cursor::decode(cursor, &self.user).expect("its own cursor"))
     }
 
-    /// The connection breaks, and the client comes back to this hub with its cursor.
+    /// Disconnects, and resumes on this hub with the client's cursor.
     pub(super) fn back(self, hub: &Hub) -> Self {
         let (start, cursor) = (self.resume(), self.cursor);
         let user = self.user;
@@ -543,7 +551,7 @@ impl Client {
         }
     }
 
-    /// The connection breaks; the client has this to come back with.
+    /// Disconnects, and returns the start with which the client would resume.
     pub(super) fn cut(self) -> Start {
         self.resume()
     }

@@ -1,4 +1,5 @@
-//! What history no longer holds is said, and nothing else is: logs that expire, are cut or come again while somebody reads them.
+//! Gaps. A stream announces history that is no longer kept, and announces nothing else: logs
+//! expire, are trimmed, or are created again while streams read them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,12 +13,12 @@ use super::fixture::{Client, Frame, SOURCE, Stage, TAG, an_hour_ahead, now_ms, t
 use super::on_each_broker;
 
 on_each_broker! {
-    h10_joining_a_group_with_a_past_is_no_gap,
-    h11_a_new_log_is_no_gap,
-    h11_a_quiet_partition_is_no_gap,
-    h11_a_first_connect_is_no_gap,
-    from_the_earliest_nothing_is_missing,
-    since_before_the_beginning_is_no_gap,
+    joining_a_group_with_earlier_events_is_not_a_gap,
+    a_new_log_is_not_a_gap,
+    a_quiet_partition_is_not_a_gap,
+    a_first_connect_is_not_a_gap,
+    a_stream_from_the_earliest_event_has_no_gap,
+    a_stream_since_before_the_partition_began_has_no_gap,
 }
 
 fn trimmed(stage: &Stage, from: NotificationId, to: NotificationId) -> Gap {
@@ -29,7 +30,7 @@ fn trimmed(stage: &Stage, from: NotificationId, to: NotificationId) -> Gap {
     }
 }
 
-/// A log expires, as by its age: it is gone, and the floor is above what it held.
+/// Expires a log as its age would: the key is gone, and the floor lies above its last entry.
 fn expire(stage: &Stage, log: &str, floor: NotificationId) {
     let () = stage.server().command(&format!("DEL {TAG}l:{log}"));
     let () = stage
@@ -37,9 +38,10 @@ fn expire(stage: &Stage, log: &str, floor: NotificationId) {
         .command(&format!("HSET {TAG}meta floor0 {floor}"));
 }
 
-/// 101 to 105 are in the log, the client was at 100; the log expires. Reading it finds nothing, and that looks as if nothing had been there.
+/// Entries 101 to 105 are in the log and the client is at 100 when the log expires. Reading it then
+/// finds nothing, as if nothing had been there.
 #[tokio::test]
-async fn f11_a_log_that_expired_is_a_gap() {
+async fn an_expired_log_is_announced_as_a_gap() {
     let stage = Stage::redis_with(
         &[SOURCE],
         Retention {
@@ -70,15 +72,16 @@ async fn f11_a_log_that_expired_is_a_gap() {
     );
     stage.event("new", &[to("u:ann")]).await;
     client.expect(&["new"]).await;
-    // Told once, and the cursor is past it.
+    // The gap is announced once; the cursor is past it.
     let mut client = client.back(&hub);
     stage.event("newer", &[to("u:ann")]).await;
     client.expect(&["newer"]).await;
 }
 
-/// The same, and a new entry has made the log again: that it has no predecessor must not read as if there had been none.
+/// The same after a new entry created the log again. A missing predecessor must not read as if
+/// there had been no earlier entry.
 #[tokio::test]
-async fn f11_a_log_that_expired_and_came_again_is_a_gap() {
+async fn a_log_that_expired_and_was_created_again_is_announced_as_a_gap() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
@@ -93,14 +96,15 @@ async fn f11_a_log_that_expired_and_came_again_is_a_gap() {
     stage.event("new", &[to("u:ann")]).await;
     let mut client = Client::open(&hub, "ann", start);
     let gap = client.gap().await;
-    // The log of everyone is absent, too, and says nothing of what is below the floor.
+    // The log of everyone is absent, too, and shows nothing below the floor.
     assert_eq!(gap, trimmed(&stage, begin, NotificationId(last.0 + 1)));
     client.expect(&["new"]).await;
 }
 
-/// The floor is read, and the log expires before its page is: the floor of before says that nothing is missing.
+/// The log expires after the floor was read and before its page is. Compared with the earlier
+/// floor, nothing would seem to be missing.
 #[tokio::test]
-async fn h09_a_log_that_expires_while_it_is_about_to_be_read_is_a_gap() {
+async fn a_log_that_expires_just_before_it_is_read_is_announced_as_a_gap() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
@@ -116,10 +120,11 @@ async fn h09_a_log_that_expires_while_it_is_about_to_be_read_is_a_gap() {
     client.until_live().await;
 }
 
-/// The top is read, the log expires and gets a new entry above the top: the key is there, nothing lies between cursor and top, no gap. So the
-/// entry above the top counts, too, with what it says of its predecessor.
+/// After the top was read, the log expires and gets a new entry above the top: the key exists and
+/// the range between cursor and top is empty, so no gap would be announced. The predecessor of the
+/// first entry above the top therefore counts, too.
 #[tokio::test]
-async fn h09_a_log_that_comes_again_above_what_is_being_read_is_a_gap() {
+async fn a_log_created_again_above_the_top_of_the_replay_is_announced_as_a_gap() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
@@ -137,17 +142,19 @@ async fn h09_a_log_that_comes_again_above_what_is_being_read_is_a_gap() {
     client.expect(&["b"]).await;
 }
 
-/// The log is cut between two of its pages: the first page's predecessor was right, the second's is not where the first ended.
+/// The log is trimmed between two of its pages: the predecessor of the first page was right, that
+/// of the second is not the last entry of the first.
 #[tokio::test]
-async fn h09_a_log_that_is_cut_between_two_pages_is_a_gap() {
-    // A page has 256.
+async fn a_log_trimmed_between_two_pages_is_announced_as_a_gap() {
+    // A page has 256 entries.
     const N: usize = 400;
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
     let ids = stage.events("n", N, &[to("u:ann")]).await;
     let mut client = Client::open(&hub, "ann", start);
-    // Until the first window is full nothing more is read; by then both logs had their first page.
+    // The replay pauses while a window waits in the queue; by then it has read the first page of
+    // both logs.
     client.expect(&["n1"]).await;
     let mut stop = stage.puppet.stop(At::Before(Op::Page));
     let mut received = Vec::new();
@@ -168,7 +175,8 @@ async fn h09_a_log_that_is_cut_between_two_pages_is_a_gap() {
     };
     assert_eq!(gap.to, ids[299]);
     assert!(gap.from <= ids[255], "{gap:?}");
-    // What was read stays readable, what was cut is covered, and the rest comes.
+    // Entries read before are still sent, the trimmed ones are covered by the gap, and the rest
+    // follows.
     while received.last().is_none_or(|id| id != "n400") {
         received.push(client.event().await);
     }
@@ -179,10 +187,10 @@ async fn h09_a_log_that_is_cut_between_two_pages_is_a_gap() {
     assert_eq!(received, expect);
 }
 
-/// The ids are read, then a fail-over takes the newest of them: its record is gone, and so is the id. It never was, as far as anybody will know,
-/// and to say that something is missing would be false.
+/// A fail-over takes the newest id after its page was read: the record and the id are gone. In the
+/// new history the event never existed, so announcing a gap would be false.
 #[tokio::test]
-async fn h09_what_a_fail_over_takes_while_it_is_read_is_no_gap() {
+async fn an_event_lost_in_a_fail_over_during_its_replay_is_not_a_gap() {
     let stage = Stage::redis().await;
     stage.number_ids();
     let hub = stage.hub();
@@ -200,9 +208,9 @@ async fn h09_what_a_fail_over_takes_while_it_is_read_is_no_gap() {
     client.expect(&["new"]).await;
 }
 
-/// The index has the id, and the record is gone, as where somebody deleted it.
+/// The log has the id but its record is gone, for example deleted by hand.
 #[tokio::test]
-async fn a_record_that_is_gone_is_a_gap() {
+async fn a_missing_record_is_announced_as_a_gap() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
@@ -220,14 +228,16 @@ async fn a_record_that_is_gone_is_a_gap() {
             Frame::Cursor => {}
         }
     }
-    // A gap goes before whatever waits.
+    // A gap is sent before queued events.
     received.sort_unstable();
     assert_eq!(received, ["gap", "n1", "n3"]);
 }
 
-/// Whether a fail-over took them is asked once for all that are read at a time: thousands may be gone at once, and each question is a script.
+/// A missing record may be due to a fail-over, so the head is read again before a gap is announced:
+/// once per window and not per record, because thousands may be missing at once and each head is a
+/// script call.
 #[tokio::test]
-async fn records_that_are_gone_cost_a_question_a_window() {
+async fn missing_records_cost_one_head_per_window() {
     let stage = Stage::redis().await;
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
@@ -243,11 +253,15 @@ async fn records_that_are_gone_cost_a_question_a_window() {
     let mut client = Client::open(&hub, "ann", start);
     while !matches!(client.frame().await, Frame::Event { id, .. } if id == "n100") {}
     let n_heads = n_heads.load(Ordering::Relaxed);
-    assert!(n_heads < 10, "{n_heads} questions for 99 records");
+    assert!(
+        n_heads < 10,
+        "{n_heads} heads were read for 99 missing records"
+    );
 }
 
-/// Reading begins where the member joined, and the entry before the first one that is read lies above the cursor: nothing is missing.
-async fn h10_joining_a_group_with_a_past_is_no_gap(stage: Stage) {
+/// A group's log is read from the id of joining, and its first entry's predecessor lies above the
+/// cursor. Nothing is missing.
+async fn joining_a_group_with_earlier_events_is_not_a_gap(stage: Stage) {
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
     stage.events("past", 3, &[to("g:ops")]).await;
@@ -259,8 +273,9 @@ async fn h10_joining_a_group_with_a_past_is_no_gap(stage: Stage) {
     client.expect(&["second"]).await;
 }
 
-/// The first entry of a log has none before it, and points to the floor or, lower, to the last id: whoever had that has missed nothing.
-async fn h11_a_new_log_is_no_gap(stage: Stage) {
+/// The predecessor of the first entry of a log is the floor or the last id, whichever is lower: a
+/// client that had received everything until then has missed nothing.
+async fn a_new_log_is_not_a_gap(stage: Stage) {
     let hub = stage.hub();
     stage.event("for others", &[to("u:bob")]).await;
     let start = Client::live(&hub, "ann").await.cut();
@@ -269,13 +284,15 @@ async fn h11_a_new_log_is_no_gap(stage: Stage) {
     client.expect(&["first"]).await;
 }
 
-/// Nothing was committed for longer than anything is kept: the cursor is below the floor, and above it there is nothing.
-async fn h11_a_quiet_partition_is_no_gap(stage: Stage) {
+/// Nothing was committed for longer than the retention: the cursor is below the floor, and there is
+/// nothing above it.
+async fn a_quiet_partition_is_not_a_gap(stage: Stage) {
     stage.event("old", &[to("u:bob")]).await;
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
     let last = stage.head().await.last;
-    // On a broker of this process time cannot be made to pass; there the same is asked of a floor that is where the partition began.
+    // The embedded broker has no way to let time pass; there the floor stays where the partition
+    // began.
     if stage.is_redis() {
         let () = stage
             .server()
@@ -288,8 +305,8 @@ async fn h11_a_quiet_partition_is_no_gap(stage: Stage) {
     client.expect(&["new"]).await;
 }
 
-/// The first to come begins at the floor where nothing newer is there, and not at the last id below it.
-async fn h11_a_first_connect_is_no_gap(stage: Stage) {
+/// The first stream of a new partition starts at the floor if the last id lies below it.
+async fn a_first_connect_is_not_a_gap(stage: Stage) {
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
     let head = stage.head().await;
@@ -299,16 +316,16 @@ async fn h11_a_first_connect_is_no_gap(stage: Stage) {
     client.expect(&["first"]).await;
 }
 
-/// Whoever asks for all that is kept is not told that there was more before it.
-async fn from_the_earliest_nothing_is_missing(stage: Stage) {
+/// A client that starts at the earliest event gets no gap for events trimmed before it.
+async fn a_stream_from_the_earliest_event_has_no_gap(stage: Stage) {
     stage.events("n", 3, &[to("u:ann")]).await;
     let hub = stage.hub();
     let mut client = Client::open(&hub, "ann", Start::Earliest);
     client.expect(&["n1", "n2", "n3"]).await;
 }
 
-/// A partition that is younger than what is asked for has nothing before its beginning.
-async fn since_before_the_beginning_is_no_gap(stage: Stage) {
+/// A partition younger than the requested time has nothing before its beginning.
+async fn a_stream_since_before_the_partition_began_has_no_gap(stage: Stage) {
     stage.events("n", 3, &[to("u:bob")]).await;
     let hub = stage.hub();
     let mut client = Client::open(&hub, "ann", Start::Since(now_ms() - 3_600_000));
@@ -318,10 +335,11 @@ async fn since_before_the_beginning_is_no_gap(stage: Stage) {
     client.expect(&["first"]).await;
 }
 
-/// The clock runs ahead by days and is set back: the floor stays above all that the clock now says. What is committed then must lie above it, or
-/// every stream that began at the floor would pass it over.
+/// The clock ran days ahead and was set back, so the floor lies above every id that the clock now
+/// gives. New ids must lie above the floor; otherwise every stream that started at the floor would
+/// skip them.
 #[tokio::test]
-async fn an_id_lies_above_the_floor_whatever_the_clock_does() {
+async fn new_ids_lie_above_the_floor_after_the_clock_is_set_back() {
     let stage = Stage::redis().await;
     let floor = an_hour_ahead();
     let () = stage

@@ -1,5 +1,6 @@
-//! Owners that stall, are killed, race, and do not know what became of what they asked. Whoever works a source, its log is the source's order,
-//! and each entry has one outcome.
+//! Ingest with owners that stall, are killed, race, and lose the replies to their commits. The log
+//! keeps the order of the source and each entry has exactly one outcome, whichever owner processes
+//! it.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -25,19 +26,20 @@ use crate::harness::guests::core_module;
 use crate::harness::node::Folder;
 
 on_each_broker! {
-    f01_what_a_stalled_owner_has_read_is_read_again_by_the_next,
-    f02_a_later_batch_never_overtakes_an_earlier_one,
-    f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_plan,
-    f05_four_owners_that_all_believe_to_be_the_one_commit_in_order_exactly_once,
-    f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost,
-    f14c_an_entry_without_an_id_is_nobodys_duplicate,
-    f18_ten_thousand_named_users_cost_no_feed_its_connection,
-    f26_a_slice_whose_answer_was_lost_is_written_once,
-    each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight,
-    an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leaves_its_events_to_the_next,
+    entries_read_by_a_stalled_owner_are_read_again_by_the_next,
+    a_later_batch_never_overtakes_an_earlier_one,
+    the_next_owner_continues_a_half_written_plan_and_does_not_plan_again,
+    four_owners_that_believe_they_hold_the_lease_commit_in_order_exactly_once,
+    each_outcome_is_counted_once_when_requests_or_replies_are_lost,
+    an_entry_without_an_id_is_never_a_duplicate,
+    ten_thousand_named_users_do_not_disconnect_the_feed,
+    a_slice_whose_reply_was_lost_is_written_once,
+    each_entry_read_has_one_outcome_is_left_to_be_read_again_or_is_in_flight,
+    an_owner_that_shuts_down_skips_retries_and_leaves_its_events_to_the_next,
 }
 
-/// The bundled router for events that say themselves whom they are for.
+/// A pipeline with the bundled plugin `address`, which routes events to the recipients that they
+/// name.
 pub(super) fn address() -> Pipeline {
     static PIPELINE: OnceLock<(Pipeline, Folder)> = OnceLock::new();
     let (pipeline, _) = PIPELINE.get_or_init(|| {
@@ -58,14 +60,14 @@ fn pipeline(folder: Option<&Folder>) -> Pipeline {
     Pipeline::start(Arc::new(registry), true, Metrics::default()).expect("threads")
 }
 
-/// An owner at work.
+/// A running owner of one partition.
 pub(super) struct Owner {
     task: JoinHandle<()>,
     shutdown: CancellationToken,
     counts: Counts,
 }
 
-/// What an owner counts, as `/metrics` shows it.
+/// The counters of one owner, as `/metrics` shows them.
 #[derive(Clone)]
 struct Counts {
     metrics: Metrics,
@@ -95,11 +97,11 @@ impl Counts {
             .sum()
     }
 
-    /// What was read and has neither come to an outcome nor been left to be read again.
+    /// Entries read that have no outcome yet and were not left to be read again.
     fn in_flight(&self) -> u64 {
         self.read()
             .checked_sub(self.outcomes() + self.reread())
-            .expect("nothing has two ends")
+            .expect("no entry is counted twice")
     }
 }
 
@@ -120,7 +122,7 @@ impl Owner {
             .partitions()
             .iter()
             .find(|partition| partition.number == number)
-            .expect("there is one")
+            .expect("the partition exists")
             .clone();
         let counts = Counts {
             metrics: metrics.clone(),
@@ -148,7 +150,7 @@ impl Owner {
         }
     }
 
-    /// As `kill -9`: wherever it stands, and its lease stays.
+    /// Ends the owner like `kill -9`: at any point, without releasing its lease.
     pub(super) async fn kill(self) {
         self.task.abort();
         assert!(self.task.await.is_err_and(|error| error.is_cancelled()));
@@ -157,7 +159,7 @@ impl Owner {
 
     pub(super) async fn stop(self) {
         self.shutdown.cancel();
-        self.task.await.expect("it stops");
+        self.task.await.expect("the owner stops");
         assert_eq!(self.counts.in_flight(), 0);
     }
 }
@@ -169,7 +171,7 @@ fn field(name: &str, value: &str) -> (Bytes, Bytes) {
     )
 }
 
-/// Appends events for everyone, by these ids.
+/// Appends events for everyone with these ids.
 async fn append(stage: &Stage, ids: &[String]) {
     for some in ids.chunks(256) {
         let entries = some
@@ -195,8 +197,8 @@ fn ids(range: std::ops::Range<usize>) -> Vec<String> {
     range.map(|k| format!("e{k}")).collect()
 }
 
-/// Waits until nothing is left beyond the position, and compares the log of everyone. No entry may have had a second outcome either: a second commit
-/// would be found to be a duplicate.
+/// Waits until nothing is left beyond the position, then compares the log of everyone. It also
+/// checks that no entry had a second outcome: a second commit would be counted as a duplicate.
 async fn committed_once(stage: &Stage, expect: &[String]) {
     let count = drained(stage).await;
     assert_eq!(stage.log("all").await, expect);
@@ -206,9 +208,9 @@ async fn committed_once(stage: &Stage, expect: &[String]) {
     );
 }
 
-/// Waits until nothing is left beyond the position, and answers how often each outcome was counted.
+/// Waits until nothing is left beyond the position, and returns the count of each outcome.
 async fn drained(stage: &Stage) -> impl Fn(Outcome) -> u64 {
-    until("all is worked off", async || {
+    until("every entry is processed", async || {
         stage
             .puppet
             .broker
@@ -227,15 +229,16 @@ async fn drained(stage: &Stage) -> impl Fn(Outcome) -> u64 {
     move |outcome: Outcome| outcomes.get(outcome.as_str()).copied().unwrap_or(0)
 }
 
-/// A has read 1 to 10, and 11 to 20 behind it, and stalls; its lease ends. B takes over. When A wakes, nothing of what it holds may be
-/// committed, and nothing that it alone has read may be lost.
-async fn f01_what_a_stalled_owner_has_read_is_read_again_by_the_next(stage: Stage) {
+/// A has read 1 to 10, then reads 11 to 20 ahead and stalls; its lease expires and B takes over.
+/// When A resumes, nothing that it holds may be committed, and no entry that only A has read may be
+/// lost.
+async fn entries_read_by_a_stalled_owner_are_read_again_by_the_next(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
     let mut stop = a.stop(At::Before(Op::Commit));
     append(&stage, &ids(0..10)).await;
     let stalled = Owner::start(&a, "a", address());
     stop.reached().await;
-    // It reads ahead, and does nothing more: not even for its lease.
+    // A reads ahead and then stalls completely; it does not renew its lease either.
     let mut lease = a.stop(At::Before(Op::Lease));
     append(&stage, &ids(10..20)).await;
     lease.reached().await;
@@ -245,7 +248,7 @@ async fn f01_what_a_stalled_owner_has_read_is_read_again_by_the_next(stage: Stag
     lease.go();
     append(&stage, &ids(20..30)).await;
     committed_once(&stage, &ids(0..30)).await;
-    until("what it held is refused", async || {
+    until("the commits of the stalled owner are refused", async || {
         stalled.counts.reread() >= 10
     })
     .await;
@@ -253,9 +256,9 @@ async fn f01_what_a_stalled_owner_has_read_is_read_again_by_the_next(stage: Stag
     next.stop().await;
 }
 
-/// 1 to 10 are asked to be committed and the question is lost; 11 to 20 were read meanwhile and wait behind. "Newer than the position" would
-/// let them in.
-async fn f02_a_later_batch_never_overtakes_an_earlier_one(stage: Stage) {
+/// The commit of 1 to 10 is lost while 11 to 20 have been read and wait behind it. A check for
+/// "newer than the position" would accept the second batch.
+async fn a_later_batch_never_overtakes_an_earlier_one(stage: Stage) {
     let a = stage.another().await;
     let mut stop = a.stop(At::Before(Op::Commit));
     append(&stage, &ids(0..10)).await;
@@ -270,10 +273,10 @@ async fn f02_a_later_batch_never_overtakes_an_earlier_one(stage: Stage) {
     owner.stop().await;
 }
 
-/// The logs are rolled back to 5, the source is not, as where it lay on another primary; the owner has 9 and 10 in its hands. Accepted over
-/// the hole, 6 to 8 would be lost for good.
+/// The logs are rolled back to 5 and the source is not, as if it lay on another primary, while the
+/// owner holds 9 and 10. If their commit were accepted over the hole, 6 to 8 would be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f03_after_a_fail_over_that_took_logs_back_no_hole_is_left() {
+async fn a_fail_over_that_rolls_back_the_logs_leaves_no_hole() {
     let stage = Stage::redis().await;
     let a = stage.another().await;
     let owner = Owner::start(&a, "a", address());
@@ -291,9 +294,9 @@ async fn f03_after_a_fail_over_that_took_logs_back_no_hole_is_left() {
     owner.stop().await;
 }
 
-/// Slice 0 of a plan is written, then the owner dies. The next one has other plugins, which would plan the event otherwise, or not at all: half the
-/// recipients of one plan and half of another.
-async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_plan(stage: Stage) {
+/// The owner dies after slice 0 of a plan. The next owner has other plugins, which would plan the
+/// event differently or not at all; planning again would deliver half of each plan.
+async fn the_next_owner_continues_a_half_written_plan_and_does_not_plan_again(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
     let began_ms = now_ms();
     let mut stop = a.stop(At::After(Op::Slice));
@@ -313,7 +316,7 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
     stop.reached().await;
     owner.kill().await;
     let pending = stage.head().await.pending.expect("a plan is half-written");
-    // This one routes nothing.
+    // This owner has no plugins and routes nothing.
     let next = Owner::start(&b, "b", pipeline(None));
     append(&stage, &ids(0..1)).await;
     let count = drained(&stage).await;
@@ -343,7 +346,8 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
         (stage.head().await.pending, stage.head().await.last),
         (None, pending)
     );
-    // Who finished the plan did not make it: the decision names those who did, and when.
+    // The owner that finished the plan did not make it: the decision names the plugins that did,
+    // and their time.
     let decisions = stage
         .puppet
         .broker
@@ -365,8 +369,9 @@ async fn f04_a_plan_that_was_begun_is_continued_whatever_the_next_owner_would_pl
     next.stop().await;
 }
 
-/// Whole owners, each with plugins and batches of its own, none of whom is ever told that the lease is another's. The compare-and-set holds.
-async fn f05_four_owners_that_all_believe_to_be_the_one_commit_in_order_exactly_once(stage: Stage) {
+/// Four complete owners, each with its own plugins and batches, all believe that they hold the
+/// lease. The compare-and-set of the position keeps them correct.
+async fn four_owners_that_believe_they_hold_the_lease_commit_in_order_exactly_once(stage: Stage) {
     const ENTRIES: usize = 600;
     let mut owners = Vec::new();
     for name in ["a", "b", "c", "d"] {
@@ -381,21 +386,22 @@ async fn f05_four_owners_that_all_believe_to_be_the_one_commit_in_order_exactly_
     committed_once(&stage, &ids(0..ENTRIES)).await;
     assert!(
         owners.iter().any(|owner| owner.counts.reread() > 0),
-        "nobody raced"
+        "no owner lost a race"
     );
     for owner in owners {
         owner.stop().await;
     }
 }
 
-/// Dead letters, counters and decision records are written with the position or not at all; beside it, a second attempt after a lost answer
-/// would write them twice, and a killed node never.
-async fn f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost(stage: Stage) {
+/// Dead letters, counters and decision records are written together with the position or not at
+/// all. Written separately, a retry after a lost reply would write them twice, and a killed node
+/// never.
+async fn each_outcome_is_counted_once_when_requests_or_replies_are_lost(stage: Stage) {
     const ROUNDS: u64 = 5;
     let a = stage.another().await;
     let n_asked = Arc::new(AtomicUsize::new(0));
     let asked = Arc::clone(&n_asked);
-    // Lost in turn: no word, the question, the answer.
+    // In turn: nothing is lost, the request is lost, the reply is lost.
     a.lose(move |at| match at {
         At::Before(Op::Commit) => asked.fetch_add(1, Ordering::Relaxed) % 3 == 1,
         At::After(Op::Commit) => asked.load(Ordering::Relaxed).is_multiple_of(3),
@@ -407,7 +413,7 @@ async fn f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost(sta
         let entries = vec![
             vec![field("type", "t"), field("id", &id), field("user", "ann")],
             vec![field("type", "t"), field("id", &id), field("user", "ann")],
-            vec![field("type", "t"), field("id", &format!("{id} for nobody"))],
+            vec![field("type", "t"), field("id", &format!("{id} unrouted"))],
             vec![field("user", "a type is missing")],
         ];
         stage
@@ -451,8 +457,8 @@ async fn f13_no_outcome_is_counted_twice_or_not_at_all_when_answers_are_lost(sta
     owner.stop().await;
 }
 
-/// A publisher that gives no id has no retry that could be known: two alike are two.
-async fn f14c_an_entry_without_an_id_is_nobodys_duplicate(stage: Stage) {
+/// Without an id, a retry cannot be recognised: equal entries are separate events.
+async fn an_entry_without_an_id_is_never_a_duplicate(stage: Stage) {
     let a = stage.another().await;
     let owner = Owner::start(&a, "a", address());
     let same = vec![field("type", "t"), field("user", "ann"), field("data", "1")];
@@ -470,9 +476,10 @@ async fn f14c_an_entry_without_an_id_is_nobodys_duplicate(stage: Stage) {
     owner.stop().await;
 }
 
-/// By value, 10,000 notices of a large body overflow the connection of every node, which then has received nothing at all. By reference and in
-/// slices, they are small, and no commit is long.
-async fn f18_ten_thousand_named_users_cost_no_feed_its_connection(stage: Stage) {
+/// 10,000 notices with a large body would overflow the notice connection of every node, which would
+/// then receive none of them. Notices are therefore small references, and the plan is written in
+/// slices so that no commit takes long.
+async fn ten_thousand_named_users_do_not_disconnect_the_feed(stage: Stage) {
     let hub = stage.hub();
     let mut first = Client::live(&hub, "0").await;
     let mut last = Client::live(&hub, "9999").await;
@@ -513,8 +520,9 @@ async fn f18_ten_thousand_named_users_cost_no_feed_its_connection(stage: Stage) 
     owner.stop().await;
 }
 
-/// The third slice is written, its answer is lost. Written again, every log of it would have the event twice.
-async fn f26_a_slice_whose_answer_was_lost_is_written_once(stage: Stage) {
+/// The third slice is written and its reply is lost. Writing it again would add the event twice to
+/// each of its logs.
+async fn a_slice_whose_reply_was_lost_is_written_once(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "user2400").await;
     let n_heard = Arc::new(AtomicUsize::new(0));
@@ -561,14 +569,14 @@ async fn f26_a_slice_whose_answer_was_lost_is_written_once(stage: Stage) {
     let count = drained(&stage).await;
     assert_eq!(count(Outcome::Committed), 2);
     client.expect(&["large", "next"]).await;
-    assert_eq!(n_heard.load(Ordering::Relaxed), 2, "one notice an event");
+    assert_eq!(n_heard.load(Ordering::Relaxed), 2, "one notice per event");
     owner.stop().await;
 }
 
-/// Redis takes no writes for a while, because replicas are missing or because it has become one. That is a wait, and never the failure of the
-/// event that happened to be in the owner's hands.
+/// Redis refuses writes for a while, because replicas are missing or because it became a replica
+/// itself. The owner waits; the event in progress does not fail.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f26_a_redis_that_takes_no_writes_delays_events_and_fails_none() {
+async fn a_redis_that_refuses_writes_delays_events_and_fails_none() {
     let stage = Stage::redis().await;
     let a = stage.another().await;
     let owner = Owner::start(&a, "a", address());
@@ -586,7 +594,7 @@ async fn f26_a_redis_that_takes_no_writes_delays_events_and_fails_none() {
         let () = stage.server().command(begin);
         let n_before = owner.counts.metrics.broker_away.get();
         stop.go();
-        until("it is refused again and again", async || {
+        until("the commit is refused repeatedly", async || {
             owner.counts.metrics.broker_away.get() >= n_before + 2
         })
         .await;
@@ -605,9 +613,9 @@ async fn f26_a_redis_that_takes_no_writes_delays_events_and_fails_none() {
     owner.stop().await;
 }
 
-/// What operators add up: entries read are those that came to one of the five outcomes, those in flight, and those left to be read again,
-/// whatever stops an owner, and wherever it stands then.
-async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stage: Stage) {
+/// The sum that operators check: entries read equal the five outcomes plus those in flight plus
+/// those left to be read again, wherever an owner stops.
+async fn each_entry_read_has_one_outcome_is_left_to_be_read_again_or_is_in_flight(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
     let counts = |owner: &Owner| {
         (
@@ -641,19 +649,23 @@ async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stag
     let first = Owner::start(&a, "a", address());
     stop.reached().await;
     assert_eq!(counts(&first), (10, 0, 0, 10));
-    // The question is lost, and then it is asked again.
+    // The commit request is lost, then sent again.
     let mut again = a.stop(At::Before(Op::Commit));
     stop.fail();
     again.reached().await;
     assert_eq!(counts(&first), (20, 0, 10, 10));
-    // It is done, and the answer is lost: what became of it this owner does not know.
+    // The commit is written and its reply is lost: this owner does not know the outcomes.
     let mut answer = a.stop(At::After(Op::Commit));
     again.go();
     answer.reached().await;
     answer.fail();
-    until("it gives them up", async || first.counts.in_flight() == 0).await;
+    until(
+        "the owner leaves the entries to be read again",
+        async || first.counts.in_flight() == 0,
+    )
+    .await;
     assert_eq!(counts(&first), (20, 0, 20, 0));
-    // Killed in the midst of a plan.
+    // Killed in the middle of a plan.
     let mut slice = a.stop(At::After(Op::Slice));
     let users: Vec<String> = (0..2_500).map(|k| format!("user{k}")).collect();
     let large = vec![
@@ -672,7 +684,7 @@ async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stag
     let of_the_first = first.counts.clone();
     first.kill().await;
     assert_eq!((of_the_first.reread(), of_the_first.in_flight()), (21, 0));
-    // The one that continues it has read it as well, and the outcome is its.
+    // The owner that continues the plan has read the entry as well and counts its outcome.
     let second = Owner::start(&b, "b", address());
     append(&stage, &ids(20..30)).await;
     let count = drained(&stage).await;
@@ -685,10 +697,11 @@ async fn each_entry_read_comes_to_one_outcome_is_read_again_or_is_in_flight(stag
     second.stop().await;
 }
 
-/// The owner reads up to 50, Redis fails over to 40 with the source at 45, and 46 to 50 are issued anew. A commit of 41 to 50 from position 40 is
-/// right by its position, and puts it ahead of the source: what comes there is never read.
+/// The owner has read up to 50 when Redis fails over to position 40 with the source at 45; 46 to 50
+/// are then issued again. A commit of 41 to 50 matches position 40 and would put the position ahead
+/// of the source, so that new entries there would never be read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn h01_a_batch_read_before_a_fail_over_is_not_committed_after_it() {
+async fn a_batch_read_before_a_fail_over_is_not_committed_after_it() {
     let stage = Stage::redis().await;
     let a = stage.another().await;
     append(&stage, &ids(0..5)).await;
@@ -715,11 +728,9 @@ async fn h01_a_batch_read_before_a_fail_over_is_not_committed_after_it() {
     owner.stop().await;
 }
 
-/// Each event would be tried for seconds, one after the other; who ends a node waits ten in all. What is neither decided nor committed is the
-/// next owner's, at once.
-async fn an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leaves_its_events_to_the_next(
-    stage: Stage,
-) {
+/// Each event would be retried for seconds, one after the other, while a node has ten seconds in
+/// all to shut down. Events without a committed outcome go to the next owner at once.
+async fn an_owner_that_shuts_down_skips_retries_and_leaves_its_events_to_the_next(stage: Stage) {
     let (a, b) = (stage.another().await, stage.another().await);
     let folder = Folder::new();
     std::fs::write(folder.path().join("unruly.wasm"), core_module("unruly"))
@@ -752,19 +763,19 @@ async fn an_owner_that_is_to_end_waits_for_no_plugin_that_asks_to_retry_and_leav
         plugin: "unruly".to_owned(),
         outcome: "retry",
     };
-    until("a plugin asks to retry", async || {
+    until("a plugin requests a retry", async || {
         metrics.plugin_calls.get_or_create(&asked).get() > 0
     })
     .await;
     tokio::time::timeout(Duration::from_secs(20), owner.stop())
         .await
-        .expect("it ends before the last of them was tried for the last time");
+        .expect("the owner stops before all retries are used up");
     assert!(
         matches!(
             b.lease(stage.p, "b", Duration::from_secs(1)).await,
             Ok(Lease::Mine)
         ),
-        "its lease is given back"
+        "the lease is released"
     );
     let next = Owner::start(&b, "b", address());
     committed_once(&stage, &ids(0..20)).await;

@@ -1,5 +1,5 @@
-//! Joining, leaving and changing attributes, while events are committed. Nobody sees what was committed outside of the time that they were a
-//! member, and nothing within it is missed.
+//! Joining and leaving groups and changing attributes while events are committed. A user receives
+//! every group event committed during the membership, and none committed outside it.
 
 use std::sync::Arc;
 
@@ -15,12 +15,12 @@ use super::on_each_broker;
 use crate::harness::node::Folder;
 
 on_each_broker! {
-    h12_a_member_sees_from_joining_to_leaving_live_and_in_replay,
-    h12_a_plan_half_written_when_somebody_joins_is_not_theirs_and_when_somebody_leaves_it_is,
-    joining_while_a_replay_runs_is_noticed,
-    an_event_right_after_joining_is_not_passed_over,
-    leaving_and_joining_again_hides_what_came_between,
-    attributes_are_judged_on_the_way_to_the_socket,
+    a_member_receives_events_from_joining_to_leaving_live_and_in_replay,
+    a_half_written_plan_reaches_a_member_who_leaves_and_not_one_who_joins,
+    joining_during_a_replay_takes_effect,
+    an_event_right_after_joining_is_not_skipped,
+    leaving_and_joining_again_hides_the_events_in_between,
+    attributes_are_evaluated_when_an_event_is_sent,
     a_change_reaches_a_stream_whose_feed_was_lost,
 }
 
@@ -43,10 +43,11 @@ fn for_pro(route: Route) -> Route {
     }
 }
 
-/// By times, what was committed under a clock that ran ahead would lie after joining, and what came then before it. So joined and left are ids.
-async fn h12_a_member_sees_from_joining_to_leaving_live_and_in_replay(stage: Stage) {
+/// Joined and left are ids. If they were times, a clock that had run ahead would place earlier
+/// events after joining, and a clock set back would place later events before it.
+async fn a_member_receives_events_from_joining_to_leaving_live_and_in_replay(stage: Stage) {
     if stage.is_redis() {
-        // An hour ahead of every clock.
+        // Ids run an hour ahead of every clock.
         stage.number_ids();
     }
     let hub = stage.hub();
@@ -67,10 +68,9 @@ async fn h12_a_member_sees_from_joining_to_leaving_live_and_in_replay(stage: Sta
     away.expect(&["during1", "during2", "during3", "end"]).await;
 }
 
-/// The plan was made before the one joined, and before the other left; which of its slices is written meanwhile tells nothing.
-async fn h12_a_plan_half_written_when_somebody_joins_is_not_theirs_and_when_somebody_leaves_it_is(
-    stage: Stage,
-) {
+/// The plan was made before one user joined and before the other left. It does not matter which of
+/// its slices are still to be written then.
+async fn a_half_written_plan_reaches_a_member_who_leaves_and_not_one_who_joins(stage: Stage) {
     let hub = stage.hub();
     stage.join("bob", "ops").await;
     let mut ann = Client::live(&hub, "ann").await;
@@ -86,8 +86,9 @@ async fn h12_a_plan_half_written_when_somebody_joins_is_not_theirs_and_when_some
     bob.expect(&["large", "end"]).await;
 }
 
-/// The replay has read who the user is; then the user joins. The change makes another replay of it, at once and not when this one is through.
-async fn joining_while_a_replay_runs_is_noticed(stage: Stage) {
+/// The user joins after the replay has read the memberships. The change starts another replay
+/// immediately instead of after the current one.
+async fn joining_during_a_replay_takes_effect(stage: Stage) {
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
     let mut stop = stage.puppet.stop(At::After(Op::Recipient));
@@ -99,9 +100,9 @@ async fn joining_while_a_replay_runs_is_noticed(stage: Stage) {
     client.expect(&["first"]).await;
 }
 
-/// The event follows the change so closely that both are in one batch of notices; and a tick behind them. The mark must not pass it before the group's log
-/// is read.
-async fn an_event_right_after_joining_is_not_passed_over(stage: Stage) {
+/// The event follows the change so closely that one batch of notices holds both and a tick behind
+/// them. The low-water mark must not pass the event before the group's log is read.
+async fn an_event_right_after_joining_is_not_skipped(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     stage.puppet.sift(|_, _| Fate::Keep).await;
@@ -109,15 +110,18 @@ async fn an_event_right_after_joining_is_not_passed_over(stage: Stage) {
     stage.event("for the group", &[to("g:ops")]).await;
     stage.event("for ann", &[to("u:ann")]).await;
     stage.puppet.broker.tick(stage.p).await.expect("tick");
-    until("all of it waits", async || stage.puppet.n_kept().await >= 3).await;
+    until("all notices are held back", async || {
+        stage.puppet.n_kept().await >= 3
+    })
+    .await;
     stage.puppet.release().await;
     client.expect(&["for the group", "for ann"]).await;
     stage.event("last", &[to("g:ops")]).await;
     client.expect(&["last"]).await;
 }
 
-/// A user has one membership of a group, the newest.
-async fn leaving_and_joining_again_hides_what_came_between(stage: Stage) {
+/// Only the newest membership of a user in a group counts.
+async fn leaving_and_joining_again_hides_the_events_in_between(stage: Stage) {
     let hub = stage.hub();
     let mut live = Client::live(&hub, "ann").await;
     let away = Client::live(&hub, "ann").await.cut();
@@ -135,15 +139,17 @@ async fn leaving_and_joining_again_hides_what_came_between(stage: Stage) {
     away.expect(&["both"]).await;
 }
 
-/// "Free" at the commit and "pro" on the way to the socket gets it; the reverse does not.
-async fn attributes_are_judged_on_the_way_to_the_socket(stage: Stage) {
+/// A user with the plan "free" at commit and "pro" when the event is sent receives it; the reverse
+/// does not hold.
+async fn attributes_are_evaluated_when_an_event_is_sent(stage: Stage) {
     let hub = stage.hub();
     let away = Client::live(&hub, "ann").await.cut();
     let mut live = Client::live(&hub, "ann").await;
     stage.event("while free", &[for_pro(to("all"))]).await;
     stage.change("ann", attributes("pro")).await;
     stage.event("while pro", &[for_pro(to("all"))]).await;
-    // What the cursor has passed is not revisited; whether it had is a race that only an event between the two can end.
+    // Either event may come first: the live stream may already have passed `while free` when the
+    // change arrives, and a cursor does not go back.
     assert!(["while free", "while pro"].contains(&live.event().await.as_str()));
     let mut away = Client::open(&hub, "ann", away);
     away.expect(&["while free", "while pro"]).await;
@@ -155,7 +161,8 @@ async fn attributes_are_judged_on_the_way_to_the_socket(stage: Stage) {
     away.expect(&["end"]).await;
 }
 
-/// The notice of the change goes down with the connection; who connects again reads everything again.
+/// The notice of the change is lost with the connection. After reconnecting, the node reads all
+/// memberships again.
 async fn a_change_reaches_a_stream_whose_feed_was_lost(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
@@ -180,9 +187,10 @@ async fn a_change_reaches_a_stream_whose_feed_was_lost(stage: Stage) {
     client.expect(&["first"]).await;
 }
 
-/// A change is said in every partition before it is acknowledged, each with its own ids: a commit in one must not be judged by what is known of another.
+/// A change is announced in every partition, with the ids of that partition, before it is
+/// acknowledged: a commit in one partition must not be judged by the state of another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn h12_a_change_races_with_commits_in_no_partition() {
+async fn a_membership_change_is_ordered_with_commits_in_every_partition() {
     for on_redis in [true, false] {
         let sources = ["pointsman:events", "pointsman:b", "pointsman:c"];
         let stage = if on_redis {
@@ -199,7 +207,8 @@ async fn h12_a_change_races_with_commits_in_no_partition() {
             .collect();
         let mut client = Client::live(&hub, "ann").await;
         for round in 0..10 {
-            // In one partition the notice of the change waits; in the others events follow it at once.
+            // The notices of one partition are held back; in the others, events follow the change
+            // immediately.
             let slow = numbers[round % numbers.len()];
             stage
                 .puppet
@@ -245,9 +254,10 @@ async fn h12_a_change_races_with_commits_in_no_partition() {
     }
 }
 
-/// A partition was taken out of the configuration while somebody was a member; leaving and joining again must not stumble over what is left of it.
+/// A partition is removed from the configuration while a user is a member. Its leftover membership
+/// must not disturb leaving and joining again.
 #[tokio::test]
-async fn a_partition_that_is_gone_holds_nobody_in_a_group() {
+async fn a_removed_partition_keeps_no_user_in_a_group() {
     let folder = Folder::new();
     let open = |sources: &[&str]| {
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();

@@ -1,4 +1,5 @@
-//! What overtakes, and what a later state makes superfluous, over cuts and replays.
+//! Overtaking by priority, and states superseded by a later event with the same collapse key,
+//! across disconnects and replays.
 
 use pointsman::delivery::subscription::WINDOW;
 use pointsman::event::{Priority, Route};
@@ -7,33 +8,35 @@ use super::fixture::{Client, Frame, Stage, keyed, to, until, urgent};
 use super::on_each_broker;
 
 on_each_broker! {
-    f23_an_older_state_does_not_come_after_the_newer_one_that_overtook_it,
-    h15_a_state_that_was_had_supersedes_older_ones_pages_before_it,
-    at_most_three_overtake_and_the_cursor_is_exact_when_they_do,
-    an_urgent_event_goes_ahead_of_a_replay_that_waits_for_its_socket,
-    what_has_expired_is_not_sent_and_the_cursor_passes_it,
+    an_older_state_is_not_sent_after_the_newer_one_that_overtook_it,
+    a_state_sent_ahead_supersedes_older_states_on_earlier_pages,
+    at_most_three_events_overtake_and_the_cursor_stays_exact,
+    an_urgent_event_overtakes_a_replay_that_waits_for_its_socket,
+    an_expired_event_is_not_sent_and_the_cursor_passes_it,
 }
 
-/// Fills the stream until it goes back to replay, which then waits for the socket: nobody takes anything.
+/// Fills the stream until it returns to replay. The replay then waits for the socket, because the
+/// client takes no frames.
 async fn overflow(stage: &Stage, other: &mut Client) {
     stage.events("filler", 5 * WINDOW, &[to("u:ann")]).await;
-    until("it overflows", async || {
+    until("the stream overflows", async || {
         stage.metrics.stream_overflows.get() > 0
     })
     .await;
     stage.fence(other).await;
 }
 
-/// 100 has a key, urgent 105 has the same and goes ahead: the mark is 99, and 105 was had. Cut and resumed, 105 is skipped as had, and 100 would be
-/// the last word.
-async fn f23_an_older_state_does_not_come_after_the_newer_one_that_overtook_it(stage: Stage) {
+/// Event 100 has a collapse key; urgent event 105 has the same key and overtakes it. The low-water
+/// mark is then 99 with 105 sent ahead. If a resumed stream skipped 105 as already sent and
+/// replayed 100, the client would end with the older state.
+async fn an_older_state_is_not_sent_after_the_newer_one_that_overtook_it(stage: Stage) {
     for is_cut in [false, true] {
         let hub = stage.hub();
         let mut other = Client::live(&hub, "bob").await;
         let mut client = Client::live(&hub, "ann").await;
         let n_before = stage.metrics.stream_overflows.get();
         stage.events("filler", 5 * WINDOW, &[to("u:ann")]).await;
-        until("it overflows", async || {
+        until("the stream overflows", async || {
             stage.metrics.stream_overflows.get() > n_before
         })
         .await;
@@ -54,8 +57,9 @@ async fn f23_an_older_state_does_not_come_after_the_newer_one_that_overtook_it(s
     }
 }
 
-/// The same where 105 lies pages behind 100, so that the replay reaches 100 long before 105. Its record is read first.
-async fn h15_a_state_that_was_had_supersedes_older_ones_pages_before_it(stage: Stage) {
+/// The same with 105 several pages behind 100, so that the replay reaches 100 long before 105. The
+/// replay therefore reads the records of ids sent ahead first.
+async fn a_state_sent_ahead_supersedes_older_states_on_earlier_pages(stage: Stage) {
     let hub = stage.hub();
     let mut other = Client::live(&hub, "bob").await;
     let mut client = Client::live(&hub, "ann").await;
@@ -85,9 +89,10 @@ async fn h15_a_state_that_was_had_supersedes_older_ones_pages_before_it(stage: S
     client.expect(&["last"]).await;
 }
 
-/// Five urgent ones behind three normal: three of them go ahead, then the mark has to move before another may. Cut after each frame, the client
-/// has everything once.
-async fn at_most_three_overtake_and_the_cursor_is_exact_when_they_do(stage: Stage) {
+/// Five urgent events follow three normal ones. Three of them overtake; then the low-water mark has
+/// to move before another may. A client that is cut after any frame receives everything exactly
+/// once.
+async fn at_most_three_events_overtake_and_the_cursor_stays_exact(stage: Stage) {
     let hub = stage.hub();
     let mut other = Client::live(&hub, "bob").await;
     for n_taken in 0..8 {
@@ -118,13 +123,14 @@ async fn at_most_three_overtake_and_the_cursor_is_exact_when_they_do(stage: Stag
                 "normal1", "normal2", "normal3", "urgent1", "urgent2", "urgent3", "urgent4",
                 "urgent5"
             ],
-            "cut after {n_taken}"
+            "cut after {n_taken} frames"
         );
     }
 }
 
-/// A client that reads slowly is in replay nearly always; what is urgent for it would wait for all the rest.
-async fn an_urgent_event_goes_ahead_of_a_replay_that_waits_for_its_socket(stage: Stage) {
+/// A slow client is in replay most of the time; without this rule, an urgent event would wait for
+/// everything before it.
+async fn an_urgent_event_overtakes_a_replay_that_waits_for_its_socket(stage: Stage) {
     let hub = stage.hub();
     let mut other = Client::live(&hub, "bob").await;
     let mut client = Client::live(&hub, "ann").await;
@@ -140,8 +146,9 @@ async fn an_urgent_event_goes_ahead_of_a_replay_that_waits_for_its_socket(stage:
     client.expect(&["last"]).await;
 }
 
-/// Judged when it is handled and again when it is sent: what expires in the lane leaves it.
-async fn what_has_expired_is_not_sent_and_the_cursor_passes_it(stage: Stage) {
+/// Expiry is checked when an event is handled and again when it is sent: an event that expires in
+/// the queue leaves it.
+async fn an_expired_event_is_not_sent_and_the_cursor_passes_it(stage: Stage) {
     let hub = stage.hub();
     let mut other = Client::live(&hub, "bob").await;
     let client = Client::live(&hub, "ann").await;
@@ -156,7 +163,10 @@ async fn what_has_expired_is_not_sent_and_the_cursor_passes_it(stage: Stage) {
         )
         .await;
     stage.fence(&mut other).await;
-    until("it is past", async || stage.head().await.now_ms > soon).await;
+    until("the event expires", async || {
+        stage.head().await.now_ms > soon
+    })
+    .await;
     stage.event("last", &[to("u:ann")]).await;
     let mut client = client;
     client.expect(&["last"]).await;

@@ -1,4 +1,4 @@
-//! From history to live, while notices are lost, late or old.
+//! The hand-over from replay to live while notices are lost, late or outdated.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,24 +12,25 @@ use super::on_each_broker;
 use pointsman::event::{Priority, Route};
 
 on_each_broker! {
-    f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on_joining,
-    f10_a_late_subscription_holds_the_cursor_back,
-    f10_a_silent_feed_is_made_again_and_what_it_lost_is_sent,
-    f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark,
-    f17_a_stream_that_reads_slowly_gets_everything_with_at_most_three_overtakers,
-    f20_a_client_that_received_nothing_resumes,
-    f20_a_client_that_was_quiet_for_long_has_a_young_cursor,
-    f21_a_record_is_parsed_and_rendered_once_for_all_streams,
-    h06_a_tick_that_waited_does_not_make_old_notices_new,
-    h06_a_tick_between_two_slices_does_not_bring_the_event_again,
-    h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing,
-    a_broker_that_fails_in_the_midst_of_a_replay_costs_nothing_and_doubles_nothing,
-    a_live_record_that_cannot_be_read_is_read_again,
-    a_reset_while_a_subscription_is_under_way_voids_it,
+    an_event_for_two_groups_and_a_user_is_sent_once_live_in_replay_and_on_joining,
+    a_late_subscription_holds_the_cursor_back,
+    a_silent_feed_is_reconnected_and_the_lost_events_are_sent,
+    a_log_newly_followed_on_a_node_is_read_from_the_streams_low_water_mark,
+    a_slow_stream_gets_everything_with_at_most_three_overtakers,
+    a_client_that_received_no_event_resumes,
+    the_cursor_of_a_quiet_client_moves_with_ticks,
+    a_record_is_parsed_and_rendered_once_for_all_streams,
+    a_delayed_tick_does_not_make_old_notices_new,
+    a_tick_between_two_slices_does_not_repeat_the_event,
+    an_alive_notice_keeps_the_feed_connected_and_moves_nothing,
+    a_broker_failure_during_a_replay_loses_and_repeats_nothing,
+    a_live_record_that_cannot_be_read_is_read_again_later,
+    a_reset_voids_a_subscription_that_is_not_acknowledged_yet,
 }
 
-/// E is for g1 and g2, a copy in each log with an id of its own: who resumes at the first gets the second as well. Or joins g2 in between.
-async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on_joining(
+/// An event for g1 and g2 has one id in both logs. If each log had a copy with an id of its own, a
+/// client that resumed after the first, or joined g2 in between, would get the second copy as well.
+async fn an_event_for_two_groups_and_a_user_is_sent_once_live_in_replay_and_on_joining(
     stage: Stage,
 ) {
     let hub = stage.hub();
@@ -49,7 +50,7 @@ async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on
         Frame::Event { id, priority, .. } => assert_eq!(
             (id.as_str(), priority),
             ("a", Priority::High),
-            "the highest priority wins"
+            "the route with the highest priority wins"
         ),
         other => panic!("{other:?}"),
     }
@@ -57,7 +58,8 @@ async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on
     client.expect(&["b"]).await;
     let client = client.back(&hub);
     client.until_live().await;
-    // While away: one more, and a group by which it comes, too.
+    // While the client is disconnected, another event is committed and the user joins a third group
+    // that it reaches.
     let start = client.cut();
     stage.event("c", &plan).await;
     stage.join("ann", "g3").await;
@@ -68,14 +70,15 @@ async fn f09_an_event_by_two_groups_and_by_name_comes_once_live_in_replay_and_on
     client.expect(&["d"]).await;
 }
 
-/// A stream follows two logs. The connection was made again, and one of the two is not subscribed yet: its 105 is lost, 110 of the other
-/// comes. A cursor of 110 would say that 105 was had.
-async fn f10_a_late_subscription_holds_the_cursor_back(stage: Stage) {
+/// A stream follows two logs. After a reconnect, one of them is not subscribed yet: its 105 is lost
+/// while 110 of the other log arrives. A cursor of 110 would mark 105 as received.
+async fn a_late_subscription_holds_the_cursor_back(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     stage.event("before", &[to("u:ann")]).await;
     client.expect(&["before"]).await;
-    // From here on the own log is not heard, and the answer that says it is stays away.
+    // From here on, no notice of the user's own log arrives, and the acknowledgement of its
+    // subscription is held back.
     let own = super::fixture::target("u:ann");
     stage
         .puppet
@@ -91,30 +94,31 @@ async fn f10_a_late_subscription_holds_the_cursor_back(stage: Stage) {
             partitions: vec![stage.p],
         })
         .await;
-    until("the answer is kept", async || {
+    until("the acknowledgement is held back", async || {
         stage.puppet.n_kept().await > 0
     })
     .await;
     stage.event("lost", &[to("u:ann")]).await;
-    let passed = stage.event("heard", &[to("all")]).await;
+    let passed = stage.event("arrived", &[to("all")]).await;
     stage.puppet.broker.tick(stage.p).await.expect("tick");
-    // The other client says when all of that has been heard.
+    // The other client's events show when the node has received all of this.
     let mut other = Client::open(&hub, "bob", Start::Earliest);
-    other.expect(&["heard"]).await;
+    other.expect(&["arrived"]).await;
     stage.event("for bob", &[to("u:bob")]).await;
     other.expect(&["for bob"]).await;
     assert!(
         client.low_water(stage.p) < passed,
-        "the mark passed what the other log has"
+        "the low-water mark passed the event in the other log"
     );
     let start = client.cut();
     stage.puppet.release().await;
     let mut client = Client::open(&hub, "ann", start);
-    client.expect(&["lost", "heard"]).await;
+    client.expect(&["lost", "arrived"]).await;
 }
 
-/// The connection is there and says nothing, ticks included. Nobody would ever know.
-async fn f10_a_silent_feed_is_made_again_and_what_it_lost_is_sent(stage: Stage) {
+/// The connection stays open but delivers nothing, ticks included. Only the missing ticks reveal
+/// it.
+async fn a_silent_feed_is_reconnected_and_the_lost_events_are_sent(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     stage
@@ -127,12 +131,13 @@ async fn f10_a_silent_feed_is_made_again_and_what_it_lost_is_sent(stage: Stage) 
     stage.event("lost", &[to("u:ann")]).await;
     client.expect(&["lost"]).await;
     stage.puppet.release().await;
-    stage.event("heard", &[to("u:ann")]).await;
-    client.expect(&["heard"]).await;
+    stage.event("arrived", &[to("u:ann")]).await;
+    client.expect(&["arrived"]).await;
 }
 
-/// A node that follows a log from now on has seen nothing of it: what the stream has had is what counts, and not what this node saw last.
-async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(stage: Stage) {
+/// A node that starts to follow a log has seen none of its entries: predecessors are compared with
+/// the low-water mark of the stream and not with the last id that this node saw.
+async fn a_log_newly_followed_on_a_node_is_read_from_the_streams_low_water_mark(stage: Stage) {
     let (here, there) = (stage.hub(), stage.another().await);
     let there = pointsman::delivery::hub::Hub::start(
         there,
@@ -143,7 +148,7 @@ async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(sta
     stage.event("a", &[to("u:ann")]).await;
     client.expect(&["a"]).await;
     let start = client.cut();
-    // The other node hears of everyone's log, up to 110; the own log of the client nobody follows.
+    // The other node has notices of everyone's log up to 110, but follows no log of this user.
     let mut other = Client::live(&there, "bob").await;
     stage.event("b", &[to("u:ann")]).await;
     stage.event("c", &[to("all")]).await;
@@ -152,11 +157,10 @@ async fn f10_a_log_followed_late_on_a_node_is_read_from_the_streams_own_mark(sta
     client.expect(&["b", "c"]).await;
 }
 
-/// A slow stream sheds a low entry, and the three after it become the overtakers: nothing may pass until it is read again. So nothing is
-/// shed: the stream goes back to replay, and lanes reorder only within its window.
-async fn f17_a_stream_that_reads_slowly_gets_everything_with_at_most_three_overtakers(
-    stage: Stage,
-) {
+/// If a slow stream dropped a low-priority entry, the next three entries would overtake it and
+/// nothing could pass until it was read again. Streams therefore drop nothing: they return to
+/// replay, and the priority queues reorder only within its window.
+async fn a_slow_stream_gets_everything_with_at_most_three_overtakers(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     stage
@@ -170,7 +174,7 @@ async fn f17_a_stream_that_reads_slowly_gets_everything_with_at_most_three_overt
         .await;
     let n_normal = 6 * WINDOW;
     stage.events("n", n_normal, &[to("u:ann")]).await;
-    until("it overflowed", async || {
+    until("the stream overflows", async || {
         stage.metrics.stream_overflows.get() > 0
     })
     .await;
@@ -178,16 +182,20 @@ async fn f17_a_stream_that_reads_slowly_gets_everything_with_at_most_three_overt
     while received.len() <= n_normal {
         received.push(client.event().await);
     }
-    let at = received.iter().position(|id| id == "low").expect("it came");
-    assert!(at <= 3, "{at} overtook it");
+    let at = received
+        .iter()
+        .position(|id| id == "low")
+        .expect("the low-priority event arrives");
+    assert!(at <= 3, "{at} events overtook it");
     received.remove(at);
     let expect: Vec<String> = (1..=n_normal).map(|k| format!("n{k}")).collect();
     assert_eq!(received, expect);
     client.until_live().await;
 }
 
-/// Connected, nothing received, cut: without an id the client would begin at the latest again, and lose what came between.
-async fn f20_a_client_that_received_nothing_resumes(stage: Stage) {
+/// The client is cut before it receives an event. Without an id from the first frame it would start
+/// at the latest event again and lose the events in between.
+async fn a_client_that_received_no_event_resumes(stage: Stage) {
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
     stage.event("a", &[to("u:ann")]).await;
@@ -195,20 +203,21 @@ async fn f20_a_client_that_received_nothing_resumes(stage: Stage) {
     client.expect(&["a"]).await;
 }
 
-/// Nothing for this client for days: its mark moves with the ticks all the same, or its cursor would be older than what is kept.
-async fn f20_a_client_that_was_quiet_for_long_has_a_young_cursor(stage: Stage) {
+/// The low-water mark moves with ticks even if no event reaches this client; otherwise its cursor
+/// would fall behind the retention.
+async fn the_cursor_of_a_quiet_client_moves_with_ticks(stage: Stage) {
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
     let last = stage.event("for others", &[to("u:bob")]).await;
-    until("the mark moves", async || {
+    until("the low-water mark moves", async || {
         stage.puppet.broker.tick(stage.p).await.expect("tick");
         client.low_water(stage.p) >= last
     })
     .await;
 }
 
-/// What differs between streams is the id line. The rest is one piece of memory.
-async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) {
+/// Only the id line differs between streams; they share the rest of the frame in memory.
+async fn a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) {
     let hub = stage.hub();
     let mut clients = [
         Client::live(&hub, "ann").await,
@@ -218,7 +227,7 @@ async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) 
     let mut records = Vec::new();
     for client in &mut clients {
         let Frame::Event { record, .. } = client.frame().await else {
-            panic!("an event comes")
+            panic!("expected an event")
         };
         records.push(record);
     }
@@ -234,7 +243,7 @@ async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) 
         });
     }
     assert_eq!(n_rendered.into_inner(), 1);
-    // From history it is the same one as well.
+    // A replay gets the same record as well.
     let mut late = Client::open(&hub, "cid", Start::Earliest);
     late.until_live().await;
     loop {
@@ -246,8 +255,9 @@ async fn f21_a_record_is_parsed_and_rendered_once_for_all_streams(stage: Stage) 
     }
 }
 
-/// A tick (last = 100) waits in the feed while the replay reads up to 105; taken for the truth, it would make the notice of 105 behind it a new one.
-async fn h06_a_tick_that_waited_does_not_make_old_notices_new(stage: Stage) {
+/// A tick with last = 100 waits in the feed while the replay reads up to 105. Taken at face value,
+/// it would make the notice of 105 behind it look new.
+async fn a_delayed_tick_does_not_make_old_notices_new(stage: Stage) {
     let hub = stage.hub();
     let mut keeper = Client::live(&hub, "ann").await;
     stage.event("a", &[to("u:ann")]).await;
@@ -262,9 +272,12 @@ async fn h06_a_tick_that_waited_does_not_make_old_notices_new(stage: Stage) {
         })
         .await;
     stage.puppet.broker.tick(stage.p).await.expect("tick");
-    until("a tick is kept", async || stage.puppet.n_kept().await > 0).await;
+    until("a tick is held back", async || {
+        stage.puppet.n_kept().await > 0
+    })
+    .await;
     stage.event("b", &[to("u:ann")]).await;
-    until("the notice is kept", async || {
+    until("the notice is held back", async || {
         stage.puppet.n_kept().await > 1
     })
     .await;
@@ -277,9 +290,10 @@ async fn h06_a_tick_that_waited_does_not_make_old_notices_new(stage: Stage) {
     client.expect(&["c"]).await;
 }
 
-/// A slice of a plan reaches ann by her own log, then a tick names the id before it, then another slice reaches her by her group's log. If a tick
-/// could lower the mark, the event would be a new one.
-async fn h06_a_tick_between_two_slices_does_not_bring_the_event_again(stage: Stage) {
+/// A slice of a plan reaches ann by her own log, then a tick carries the id before it, then another
+/// slice reaches her by her group's log. If a tick could lower the highest handled id, the event
+/// would be sent twice.
+async fn a_tick_between_two_slices_does_not_repeat_the_event(stage: Stage) {
     stage.join("ann", "ops").await;
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
@@ -292,9 +306,9 @@ async fn h06_a_tick_between_two_slices_does_not_bring_the_event_again(stage: Sta
     client.expect(&["next"]).await;
 }
 
-/// A broker that refuses writes cannot tick, and a node that hears no tick connects again and replays every stream. "Alive" counts as a tick for
-/// the 3 s, and knows nothing of ids.
-async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage: Stage) {
+/// A broker that refuses writes cannot tick, and a node without ticks reconnects and replays every
+/// stream. An "alive" notice counts as a tick for the silence limit, and moves no id.
+async fn an_alive_notice_keeps_the_feed_connected_and_moves_nothing(stage: Stage) {
     let hub = stage.hub();
     let client = Client::live(&hub, "ann").await;
     stage
@@ -309,7 +323,7 @@ async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage:
         .await;
     let before = (client.low_water(stage.p), client.round(stage.p));
     stage.event("a", &[to("u:ann")]).await;
-    // Longer than the silence that makes the feed be connected again.
+    // Longer than the silence after which the feed is reconnected.
     let quiet = tokio::time::Instant::now()
         + pointsman::delivery::hub::SILENCE
         + std::time::Duration::from_secs(2);
@@ -321,15 +335,13 @@ async fn h16_a_sign_of_life_from_a_broker_that_cannot_write_moves_nothing(stage:
     assert!(hub.silent().is_empty());
 }
 
-/// Some ids of a replay wait in the lanes, some were sent, then the broker does not answer for a while.
-async fn a_broker_that_fails_in_the_midst_of_a_replay_costs_nothing_and_doubles_nothing(
-    stage: Stage,
-) {
+/// Part of a replay is queued and part is sent when the broker stops answering for a while.
+async fn a_broker_failure_during_a_replay_loses_and_repeats_nothing(stage: Stage) {
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
     let n_events = 3 * WINDOW;
     stage.events("n", n_events, &[to("u:ann")]).await;
-    // Each second window of records is lost, so that the lanes hold the one before it.
+    // Every second window of records fails, so that the queues hold the one before it.
     let mut n_windows = 0;
     stage.puppet.lose(move |at| {
         n_windows += usize::from(at == At::Before(Op::Records));
@@ -345,12 +357,13 @@ async fn a_broker_that_fails_in_the_midst_of_a_replay_costs_nothing_and_doubles_
     client.expect(&["last"]).await;
 }
 
-/// The notice came without its record, and the record cannot be had just now: the mark must not pass it.
-async fn a_live_record_that_cannot_be_read_is_read_again(stage: Stage) {
+/// The notice arrives without its record, and reading the record fails at first: the low-water mark
+/// must not pass it.
+async fn a_live_record_that_cannot_be_read_is_read_again_later(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::live(&hub, "ann").await;
     let stop = stage.puppet.stop(At::Before(Op::Records));
-    // Too large to come along with its notice.
+    // Too large to be inlined in its notice.
     let body = serde_json::value::RawValue::from_string(format!("\"{}\"", "x".repeat(20_000)))
         .expect("JSON");
     stage
@@ -367,11 +380,12 @@ async fn a_live_record_that_cannot_be_read_is_read_again(stage: Stage) {
     client.expect(&["large", "small"]).await;
 }
 
-/// Asked to follow, and before it is in force the connection is lost: the answer to the old request must not count for the new one.
-async fn a_reset_while_a_subscription_is_under_way_voids_it(stage: Stage) {
+/// The connection is lost between a subscription and its acknowledgement: the acknowledgement of
+/// the old request must not count for the new one.
+async fn a_reset_voids_a_subscription_that_is_not_acknowledged_yet(stage: Stage) {
     let hub = stage.hub();
     let start = Client::live(&hub, "ann").await.cut();
-    // Somebody keeps the feed busy.
+    // Another stream keeps the feed open.
     let _keeper = Client::live(&hub, "bob").await;
     stage
         .puppet
@@ -384,9 +398,13 @@ async fn a_reset_while_a_subscription_is_under_way_voids_it(stage: Stage) {
         })
         .await;
     let mut client = Client::open(&hub, "ann", start);
-    until("it asked", async || stage.puppet.n_kept().await > 0).await;
+    until("the stream subscribes", async || {
+        stage.puppet.n_kept().await > 0
+    })
+    .await;
     let round = client.round(stage.p);
-    // Before the reset: the answers to what is asked because of it may come at any time after.
+    // Counted before the reset, because acknowledgements of the requests that it causes may arrive
+    // at any time afterwards.
     let n_old = stage.puppet.n_kept().await;
     stage
         .puppet
@@ -394,17 +412,20 @@ async fn a_reset_while_a_subscription_is_under_way_voids_it(stage: Stage) {
             partitions: vec![stage.p],
         })
         .await;
-    until("the reset is heard", async || client.round(stage.p) > round).await;
+    until("the stream handles the reset", async || {
+        client.round(stage.p) > round
+    })
+    .await;
     stage.event("a", &[to("u:ann")]).await;
     assert!(!client.is_live());
-    until("it asked again", async || {
+    until("the stream subscribes again", async || {
         stage.puppet.n_kept().await > n_old
     })
     .await;
     stage.puppet.release().await;
     tokio::time::timeout(SOON, client.expect(&["a"]))
         .await
-        .expect("it comes");
+        .expect("the event arrives");
     stage.event("b", &[urgent("u:ann")]).await;
     client.expect(&["b"]).await;
 }

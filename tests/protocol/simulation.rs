@@ -1,8 +1,10 @@
-//! Everything at once, by chance: owners that race, stall and are killed, answers that are lost, plans in slices, clients that read slowly,
-//! are cut and come back to another node, logs that are cut, members that come and go, and fail-overs that lose a tail. The code is the
-//! real one, and so is Redis. What must have been received is computed from what the source holds in the end: see [`oracle`].
+//! A randomised simulation that combines all faults: owners that race, stall and are killed, lost
+//! replies, plans in slices, clients that read slowly, are cut and resume on another node, logs
+//! that are trimmed, members that come and go, and fail-overs that lose a tail. The code under test
+//! and Redis are real. [`oracle`] computes the expected deliveries from the final content of the
+//! source.
 //!
-//! A seed makes the same choices again, though not the same timing. `LONG=1` plays for minutes.
+//! A seed repeats the same choices, though not the same timing. `LONG=1` runs for minutes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,26 +30,27 @@ use crate::harness::seed;
 mod oracle;
 
 const USERS: [&str; 3] = ["ann", "bob", "cid"];
-/// Who is in which group from the beginning to the end. Of "crew" ann comes and goes.
+/// Members for the whole run. Only ann joins and leaves "crew".
 const MEMBERS: [(&str, &str); 3] = [("ann", "ops"), ("bob", "ops"), ("cid", "dev")];
 const STEPS: usize = 250;
-/// So many answers are lost to an owner: after each it waits longer.
+/// Requests or replies that one owner loses at most, because it waits longer after each.
 const LOST_ANSWERS: usize = 3;
-/// Targets of a large plan besides those who listen: it is written in three slices, with some of these three users in each.
+/// Users without a client in a large plan, which is written in three slices with some of the
+/// [`USERS`] in each.
 const STRANGERS: usize = 2_100;
 
-/// What a play has of the many things that can happen; some exclude each other, as far as anybody could say what is right then.
+/// The faults of a run. Some exclude each other because the expected result would be undefined.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    /// Tails are lost, and with them memberships; so nobody joins or leaves.
+    /// Fail-overs lose tails, and memberships with them, so no user joins or leaves.
     FailOvers,
-    /// Somebody comes and goes, on Redis or in one process.
+    /// A user joins and leaves, on Redis or on the embedded broker.
     Members { is_redis: bool },
-    /// Logs hold less than clients miss.
+    /// Logs keep fewer entries than clients miss while disconnected.
     ShortLogs,
 }
 
-/// What a client received of one partition.
+/// A frame that a client received from one partition.
 #[derive(Clone, Debug)]
 enum Received {
     Event {
@@ -63,7 +66,7 @@ struct Client {
     user: &'static str,
     stream: Option<StreamGuard>,
     cursor: Option<String>,
-    /// Where it began, from its first cursor.
+    /// The start in each partition, from the first cursor.
     begin: HashMap<PartitionNumber, NotificationId>,
     received: HashMap<PartitionNumber, Vec<Received>>,
 }
@@ -87,7 +90,7 @@ impl Client {
         self.stream = Some(hub.open(user, start, Filter::default()));
     }
 
-    /// Takes up to `n` frames of those that are ready.
+    /// Takes up to `n` frames that are ready.
     fn take(&mut self, n: usize) {
         let Some(guard) = &self.stream else { return };
         let stream = guard.stream();
@@ -132,7 +135,7 @@ impl Client {
                         .entry(gap.partition)
                         .or_default()
                         .push(Received::Gap(gap));
-                    // Without a cursor of its own.
+                    // A gap has no cursor of its own.
                     continue;
                 }
                 Next::Cursor => {
@@ -155,15 +158,15 @@ impl Client {
     }
 }
 
-/// An event as it is published.
+/// A published event.
 #[derive(Clone)]
 struct Published {
     partition: PartitionNumber,
     fields: Vec<(Bytes, Bytes)>,
 }
 
-/// A membership, and what had been committed when joining was acknowledged, and leaving. What is committed during a change may be judged either
-/// way.
+/// A membership, and the top id when joining and leaving were acknowledged. Events committed during
+/// a change may be judged either way.
 #[derive(Clone, Copy, Debug)]
 struct Stay {
     span: Span,
@@ -178,11 +181,11 @@ struct Play {
     partitions: Vec<PartitionNumber>,
     hubs: Vec<(Hub, Arc<Puppet>)>,
     owners: Vec<(Owner, PartitionNumber, Arc<Puppet>)>,
-    /// Owners stand here, or will.
+    /// Points at which owners are stopped or will be.
     stalled: Vec<Stop>,
     clients: Vec<Client>,
     published: Vec<Published>,
-    /// Each time that ann was in "crew", by partition.
+    /// The memberships of ann in "crew" so far, by partition.
     stays: Vec<HashMap<PartitionNumber, Stay>>,
     has_snapshot: bool,
     n_started: usize,
@@ -276,7 +279,7 @@ impl Play {
         for at in 0..play.clients.len() {
             play.clients[at].connect(&play.hubs[at % 2].0);
         }
-        // Each has its first cursor before anything happens.
+        // Every client needs its first cursor before the run starts.
         until("every client has a cursor", async || {
             play.clients.iter_mut().for_each(|client| client.take(1));
             play.clients.iter().all(|client| client.cursor.is_some())
@@ -285,7 +288,7 @@ impl Play {
         play
     }
 
-    /// None of them is told that the lease is another's.
+    /// Starts an owner that always believes it holds the lease.
     async fn start_owner(&mut self, partition: PartitionNumber) {
         let broker = self.stage.another().await;
         broker.everyone_owns();
@@ -308,7 +311,7 @@ impl Play {
         self.owners.push((owner, partition, broker));
     }
 
-    /// `at`: behind so many others that are about to be published.
+    /// Invents an event. `at` is the number of others to be published before it in the same batch.
     fn event(&mut self, at: usize) -> Published {
         let uid = format!("e{}", self.published.len() + at);
         let random = &mut self.random;
@@ -326,14 +329,14 @@ impl Play {
             50..60 => fields.extend([field("groups", "ops,crew"), field("users", "ann,bob")]),
             60..79 => fields.push(field("group", "crew")),
             79 => {
-                // Sorted, these lie before, between and behind the users.
+                // Sorted, these names lie before, between and after those of the users.
                 let strangers =
                     (0..STRANGERS).map(|k| format!("{}{k}", ["a", "b", "c", "d"][k % 4]));
                 let users: Vec<String> = strangers.chain(USERS.map(Into::into)).collect();
                 fields.push(field("users", &users.join(",")));
             }
             80..90 => fields.push(field("everyone", "true")),
-            // For nobody, or no event at all.
+            // An event without recipients, or an invalid entry.
             _ if random.random() => {}
             _ => fields[0] = field("no-type", "t"),
         }
@@ -358,18 +361,19 @@ impl Play {
         }
     }
 
-    /// As a publisher does: until it is told that they are there.
+    /// Publishes like a real publisher: retries until the events are acknowledged.
     async fn publish(&mut self, partition: PartitionNumber, events: Vec<Published>) {
         let entries: Vec<_> = events.iter().map(|event| event.fields.clone()).collect();
         let broker = &self.stage.puppet.broker;
-        answered("the publisher gets through", async || {
+        answered("the events are published", async || {
             broker.append(partition, entries.clone()).await
         })
         .await;
         self.published.extend(events);
     }
 
-    /// Ann joins "crew" or leaves it: asked until it is answered, as by any caller whose connection broke.
+    /// Ann joins "crew" or leaves it. The request is repeated until it is answered, as by any
+    /// caller whose connection broke.
     async fn change_crew(&mut self) {
         let (ann, crew) = (name("ann"), name("crew"));
         let broker = &self.stage.puppet.broker;
@@ -382,7 +386,7 @@ impl Play {
         } else {
             RecipientChange::Join { group }
         };
-        answered("the change gets through", async || {
+        answered("the membership is changed", async || {
             broker.change_recipient(&ann, change.clone()).await
         })
         .await;
@@ -401,13 +405,13 @@ impl Play {
                 .get(&crew)
                 .and_then(|spans| spans.get(&partition))
                 .copied();
-            // A membership that has ended and within which nothing is kept any more, or ever was, may be forgotten.
+            // The broker may forget an ended membership within which no event is kept.
             let forgotten = before.map(|Stay { span, .. }| Span {
                 left: Some(span.joined),
                 ..span
             });
             let stay = Stay {
-                span: span.or(forgotten).expect("who joined is a member"),
+                span: span.or(forgotten).expect("a user who joined is a member"),
                 joined_by: before.map_or(top, |before| before.joined_by),
                 left_by: before.map(|_| top),
             };
@@ -423,7 +427,8 @@ impl Play {
         }
     }
 
-    /// Every owner holds what it has read, some of it before the replica got so far and some after it, while another primary takes over.
+    /// Every owner holds a batch, read partly before the replica's state and partly after it, while
+    /// another primary takes over.
     async fn fail_over_in_the_midst(&mut self) {
         let stops: Vec<Stop> = self
             .owners
@@ -438,7 +443,7 @@ impl Play {
         stops.into_iter().for_each(Stop::go);
     }
 
-    /// Some events, and a moment for the owners to read them.
+    /// Publishes some events and gives the owners a moment to read them.
     async fn publish_some(&mut self) {
         for _ in 0..self.random.random_range(1..5) {
             let event = self.event(0);
@@ -454,13 +459,13 @@ impl Play {
                 self.publish(event.partition, vec![event]).await;
             }
             500..520 => {
-                // The publisher does not know whether it got through.
+                // The publisher does not know whether its request got through and retries.
                 if let Some(again) = self.published.choose(&mut self.random).cloned() {
                     self.publish(again.partition, vec![again]).await;
                 }
             }
             520..526 => {
-                // More than a stream holds that nobody reads.
+                // More than an unread stream can queue.
                 let burst: Vec<_> = (0..300)
                     .map(|at| Published {
                         partition: self.partitions[0],
@@ -529,14 +534,15 @@ impl Play {
         }
     }
 
-    /// Nothing is lost any more, nobody stalls or dies; everybody comes back and takes what there is, until a last word has reached them all.
+    /// Ends all faults, reconnects every client and takes frames until a final event has reached
+    /// each of them.
     async fn settle(&mut self) {
         for (_, puppet) in &self.hubs {
             puppet.lose(|_| false);
         }
         self.stalled.clear();
         for partition in self.partitions.clone() {
-            // Of low priority: everything else goes before it.
+            // Low priority, so that everything else is sent before it.
             let fields = vec![
                 field("type", "t"),
                 field("id", "end"),
@@ -570,7 +576,7 @@ impl Play {
             }
             assert!(
                 Instant::now() < deadline,
-                "somebody waits for the last word"
+                "a client did not receive the final event"
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -589,7 +595,7 @@ async fn play(kind: Kind, seed: u64) {
     play.check().await;
 }
 
-/// How many plays of a kind there are.
+/// The number of runs of each kind.
 fn n_plays() -> u64 {
     if std::env::var_os("LONG").is_some_and(|long| long != "0") {
         200
@@ -608,21 +614,21 @@ async fn plays(kind: Kind) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fail_overs_lose_no_more_than_is_said() {
+async fn fail_overs_lose_only_events_that_a_gap_announces() {
     plays(Kind::FailOvers).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn members_see_what_is_theirs_on_redis() {
+async fn members_receive_exactly_their_events_on_redis() {
     plays(Kind::Members { is_redis: true }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn members_see_what_is_theirs_in_one_process() {
+async fn members_receive_exactly_their_events_on_the_embedded_broker() {
     plays(Kind::Members { is_redis: false }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_short_logs_have_lost_is_said() {
+async fn events_trimmed_from_short_logs_are_announced() {
     plays(Kind::ShortLogs).await;
 }

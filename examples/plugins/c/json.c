@@ -17,7 +17,7 @@ static json skip_string(json at) {
   return at + 1;
 }
 
-/* Without recursion, so that no depth is too deep. */
+/* Iterative, so that deep nesting cannot overflow the stack. */
 static json skip_value(json at) {
   size_t depth = 0;
   do {
@@ -41,7 +41,8 @@ static json skip_value(json at) {
 
 json json_value(const uint8_t *text) { return skip_space(text); }
 
-/* From the value itself, or from behind an element, to the next one. NULL: that was the last. */
+/* Moves from the value itself, or from the end of an element, to the next element. Returns NULL
+ * after the last one. */
 static json next_element(json at, uint8_t open, uint8_t close) {
   if (at == NULL) return NULL;
   at = skip_space(at);
@@ -122,14 +123,14 @@ static const uint8_t *read_escape(json at, uint8_t **to) {
       return at + 6;
     }
   }
-  /* Half a surrogate pair is no character. */
+  /* A lone surrogate becomes the replacement character. */
   *to = write_utf8(*to, code >= 0xd800 && code < 0xe000 ? 0xfffd : code);
   return at;
 }
 
 bool json_text(json value, json_string *text) {
   if (value == NULL || *value != '"') return false;
-  /* No escape is shorter than what it stands for. */
+  /* An escape is never shorter than its character, so the source length is sufficient. */
   text->bytes = allocate((size_t)(skip_string(value) - value));
   uint8_t *to = text->bytes;
   for (json at = value + 1; *at != '"';) {

@@ -1,5 +1,6 @@
-/* Reads JSON that is known to be valid, as the host promises of a payload and of a configuration; it checks nothing, and would read on
- * beyond the end of anything else. No more of it than parcels.c needs. */
+/* Reads JSON that is known to be valid, as the host guarantees for payloads and configurations. It
+ * checks nothing and reads past the end of invalid JSON. It has only the functions that parcels.c
+ * needs. */
 
 #ifndef JSON_H
 #define JSON_H
@@ -8,29 +9,32 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Where a value begins. Whoever made it keeps the text alive. NULL: there is none. */
+/* The start of a value; NULL if there is none. The caller keeps the text alive. */
 typedef const uint8_t *json;
 
-/* Text in UTF-8 without a NUL at its end; it may have some within. */
+/* UTF-8 text without a terminating NUL. It may contain NULs. */
 typedef struct {
   uint8_t *bytes;
   size_t len;
 } json_string;
 
-/* The value behind leading white space. */
+/* Returns the value after leading white space. */
 json json_value(const uint8_t *text);
 
-/* Walks through an object or a list: before the first call, `*at` is the value itself. false: there is no further one, or it is neither. */
+/* Iterates over an object or a list. Before the first call, `*at` is the value itself. Returns
+ * false after the last element, or if the value has another type. */
 bool json_next_member(json *at, json *name, json *value);
 bool json_next_item(json *at, json *item);
 
-/* The member of this name, of several the last. NULL if there is none, or if it is no object. */
+/* Returns the member with this name, or the last one if there are several. Returns NULL if there is
+ * none or if the value is not an object. */
 json json_member(json object, const char *name);
 
-/* What a string says, without its escapes, in memory from malloc; false, and nothing to free, if it is no string. */
+/* Decodes a string into memory from malloc. Returns false, with nothing to free, if the value is
+ * not a string. */
 bool json_text(json value, json_string *text);
 
-/* false if it is no number. */
+/* Returns false if the value is not a number. */
 bool json_number(json value, double *number);
 
 #endif

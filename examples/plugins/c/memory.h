@@ -1,11 +1,12 @@
-/* Memory that is there: writing to NULL is no trap in WebAssembly, it writes to the address 0. */
+/* Allocation that traps on failure: in WebAssembly a write through NULL does not trap but writes to
+ * address 0. */
 
 #ifndef MEMORY_H
 #define MEMORY_H
 
 #include <stdlib.h>
 
-/* NULL for nothing: the generated code frees no empty list. */
+/* Returns NULL for 0 bytes, because the generated code does not free empty lists. */
 static inline void *allocate(size_t bytes) {
   if (bytes == 0) return NULL;
   void *memory = malloc(bytes);

@@ -1,7 +1,8 @@
-/* Tells customers of their parcels: a filter and a router. What it decides is in ../README.md.
+/* Notifies customers about their parcels: a filter and a router. ../README.md describes its
+ * decisions.
  *
- * Who frees what: an event belongs to whom it is handed to, so each call ends by freeing it; an answer belongs to the generated code, which
- * frees everything in it, so all of it is from malloc and nothing of the event's. */
+ * Ownership: a call owns its event and frees it before it returns. The generated code owns the
+ * result and frees every part of it, so every part comes from malloc and none from the event. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +11,7 @@
 #include "json.h"
 #include "memory.h"
 
-/* The generated names say where in the contract they are from; these say it in the words of this file. */
+/* Short aliases for the generated names, which contain the full path in the contract. */
 typedef full_plugin_string_t string;
 typedef pointsman_plugin_types_attribute_t attribute;
 typedef pointsman_plugin_types_event_t event;
@@ -50,7 +51,7 @@ static string text(const char *literal) {
   return made;
 }
 
-/* Before a text, something else. */
+/* Returns the text with a prefix. */
 static string prefixed(const char *prefix, string of) {
   size_t len = strlen(prefix);
   string made = {allocate(len + of.len), len + of.len};
@@ -81,7 +82,7 @@ static bool is_number(const value *v) { return v != NULL && (v->tag == INTEGER |
 
 static double number_in(const value *v) { return v->tag == INTEGER ? (double)v->val.integer : v->val.decimal; }
 
-/* An attribute, or a field under its pointer; NULL if the event has it not. */
+/* Returns an attribute, or a field by its pointer; NULL if the event does not have it. */
 static const value *find(const event *e, const char *name) {
   for (size_t i = 0; i < e->attributes.len; i++) {
     const attribute *a = &e->attributes.ptr[i];
@@ -90,7 +91,7 @@ static const value *find(const event *e, const char *name) {
   return NULL;
 }
 
-/* A text that is not empty, or a whole number as one. */
+/* Finds a non-empty text, or an integer as text. */
 static bool find_name(const event *e, const char *name, string *found) {
   const value *v = find(e, name);
   if (v == NULL || (v->tag == TEXT ? v->val.text.len == 0 : v->tag != INTEGER)) return false;
@@ -98,7 +99,7 @@ static bool find_name(const event *e, const char *name, string *found) {
   return true;
 }
 
-/* ---- Growing a text: the body. ---- */
+/* ---- Building the JSON text of the body. ---- */
 
 static void append(string *to, const void *bytes, size_t len) {
   to->ptr = realloc(to->ptr, to->len + len);
@@ -139,7 +140,7 @@ void exports_pointsman_plugin_lifecycle_describe(manifest *ret) {
   *ret = (manifest){
       .name = text("parcels"),
       .version = text("0.1.0"),
-      .description = text("Tells customers of their parcels"),
+      .description = text("Notifies customers about their parcels"),
       .types = texts(TYPES, LENGTH(TYPES)),
       .reads = {.attributes = texts(ATTRIBUTES, LENGTH(ATTRIBUTES)), .fields = texts(FIELDS, LENGTH(FIELDS)), .payload = true},
       .config_schema = {true, text("{\"type\":\"object\",\"additionalProperties\":false,"
@@ -153,10 +154,10 @@ static void complain(issues *of, string path, const char *message) {
   of->ptr[of->len++] = (issue){path, text(message)};
 }
 
-/* As all functions of the contract that may fail: true if it did not. */
+/* Returns true on success, like every function of the contract that can fail. */
 bool exports_pointsman_plugin_lifecycle_configure(string *config, issues *err) {
   *err = (issues){NULL, 0};
-  /* The text ends where it ends; strtod would look one byte further. */
+  /* Appends a NUL, because strtod reads one byte past the end of a number. */
   append(config, "", 1);
   json at = json_value(config->ptr), name, member;
   double fee = 100;
@@ -165,10 +166,10 @@ bool exports_pointsman_plugin_lifecycle_configure(string *config, issues *err) {
     json_text(name, &path);
     bool is_known = path.len == strlen("urgent_fee") && memcmp(path.bytes, "urgent_fee", path.len) == 0;
     if (!is_known) {
-      complain(err, (string){path.bytes, path.len}, "is unknown; known is urgent_fee");
+      complain(err, (string){path.bytes, path.len}, "is unknown; the only key is urgent_fee");
     } else {
       free(path.bytes);
-      if (!json_number(member, &fee) || fee < 0) complain(err, text("urgent_fee"), "give a number, 0 or more");
+      if (!json_number(member, &fee) || fee < 0) complain(err, text("urgent_fee"), "use a number of 0 or more");
     }
   }
   full_plugin_string_free(config);
@@ -182,7 +183,7 @@ bool exports_pointsman_plugin_lifecycle_configure(string *config, issues *err) {
 static verdict evaluate(const event *e) {
   const value *late = find(e, "/hours_late"), *test = find(e, "test");
   if (is_true(test) || is_text(test, "true")) {
-    return (verdict){.tag = EXPORTS_POINTSMAN_PLUGIN_FILTER_VERDICT_DROP, .val.drop = text("a test")};
+    return (verdict){.tag = EXPORTS_POINTSMAN_PLUGIN_FILTER_VERDICT_DROP, .val.drop = text("test event")};
   }
   if (pointsman_plugin_clock_now_ms() > e->time_ms + 7 * 24 * HOUR_MS) {
     return (verdict){.tag = EXPORTS_POINTSMAN_PLUGIN_FILTER_VERDICT_DROP, .val.drop = text("older than 7 days")};
@@ -216,14 +217,15 @@ static bool reject(failure *err, const char *why) {
 
 static bool find_customer(const event *e, string *customer, failure *err) {
   return find_name(e, "customer", customer) ||
-         reject(err, "the event names no customer: give the attribute customer a text or a whole number");
+         reject(err, "the event has no customer; set the attribute customer to a text or an integer");
 }
 
 static bool find_number(const event *e, string *number, failure *err) {
-  return find_name(e, "/number", number) || reject(err, "the payload names no parcel: give /number a text or a whole number");
+  return find_name(e, "/number", number) || reject(err, "the payload has no parcel number; set /number to a text or an integer");
 }
 
-/* Where the parcel is, and how many stops it has made. No JSON pointer says "the last one", so the payload is parsed here. */
+/* Finds the location of the parcel and its number of stops. A JSON pointer cannot select the last
+ * element of a list, so the payload is parsed here. */
 static bool find_last_place(const event *e, json_string *place, size_t *stops, failure *err) {
   bool is_json = e->data.tag == POINTSMAN_PLUGIN_TYPES_PAYLOAD_JSON;
   json steps = is_json ? json_member(json_value(e->data.val.json.ptr), "steps") : NULL, step, last = NULL;
@@ -232,10 +234,9 @@ static bool find_last_place(const event *e, json_string *place, size_t *stops, f
     if (place->len > 0) return true;
     free(place->bytes);
   }
-  return reject(err, "the payload has no place: give the last of /steps a place");
+  return reject(err, "the payload has no place; set place in the last element of /steps");
 }
 
-/* A list of one or two targets: with a user, a group, or everyone where it is NULL. */
 static target to_user(string user) { return (target){.tag = POINTSMAN_PLUGIN_TYPES_TARGET_USER, .val.user = user}; }
 static target to_group(string group) { return (target){.tag = POINTSMAN_PLUGIN_TYPES_TARGET_GROUP, .val.group = group}; }
 
@@ -256,7 +257,7 @@ static test test_of(const char *name, pointsman_plugin_types_operator_t operator
   return made;
 }
 
-/* Or of two ands. */
+/* A condition that holds if all tests of either clause hold. */
 static exports_pointsman_plugin_router_option_criteria_t either(const test *one, size_t one_len, const test *other, size_t other_len) {
   clause *clauses = allocate(2 * sizeof *clauses);
   clauses[0] = (clause){allocate(one_len * sizeof *one), one_len};

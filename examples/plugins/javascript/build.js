@@ -1,4 +1,5 @@
-// Makes build/parcels.wasm of parcels.js. Without these features of the engine it imports nothing but the plugin contract.
+// Builds build/parcels.wasm from parcels.js. With these engine features disabled it imports only
+// the plugin contract.
 
 import { mkdir, writeFile } from 'node:fs/promises';
 import { componentize } from '@bytecodealliance/componentize-js';

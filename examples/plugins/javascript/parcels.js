@@ -1,6 +1,7 @@
-// Tells customers of their parcels: a filter and a router. What it decides is in ../README.md.
+// Notifies customers about their parcels: a filter and a router. ../README.md describes its
+// decisions.
 //
-// Integers of 64 bits are BigInt here. An `err` of the contract is thrown, as the plain value that it is.
+// 64-bit integers are BigInt here. An `err` of the contract is thrown as a plain value.
 
 import { nowMs } from 'pointsman:plugin/clock@0.1.0';
 import { log } from 'pointsman:plugin/log@0.1.0';
@@ -14,7 +15,7 @@ export const lifecycle = {
   describe: () => ({
     name: 'parcels',
     version: '0.1.0',
-    description: 'Tells customers of their parcels',
+    description: 'Notifies customers about their parcels',
     types: ['parcel.*'],
     reads: {
       attributes: ['customer', 'depot', 'late', 'test'],
@@ -30,9 +31,9 @@ export const lifecycle = {
 
   configure(config) {
     const { urgent_fee = 100, ...unknown } = JSON.parse(config);
-    const issues = Object.keys(unknown).map((path) => ({ path, message: 'is unknown; known is urgent_fee' }));
+    const issues = Object.keys(unknown).map((path) => ({ path, message: 'is unknown; the only key is urgent_fee' }));
     if (typeof urgent_fee !== 'number' || urgent_fee < 0) {
-      issues.push({ path: 'urgent_fee', message: 'give a number, 0 or more' });
+      issues.push({ path: 'urgent_fee', message: 'use a number of 0 or more' });
     }
     if (issues.length > 0) throw issues;
     urgentFee = urgent_fee;
@@ -43,7 +44,7 @@ export const filter = {
   evaluate: reporting((event) => {
     const attributes = attributesOf(event);
     const { test } = attributes;
-    if (test?.val === true || test?.val === 'true') return { tag: 'drop', val: 'a test' };
+    if (test?.val === true || test?.val === 'true') return { tag: 'drop', val: 'test event' };
     if (nowMs() > event.timeMs + 7n * 24n * HOUR_MS) return { tag: 'drop', val: 'older than 7 days' };
     if (number(attributes['/hours_late']) >= 24) {
       const isUrgentEnough = PRIORITIES.indexOf(event.priority) >= PRIORITIES.indexOf('high');
@@ -127,32 +128,35 @@ function recalled(attributes) {
   };
 }
 
-/** Attributes and fields by their names. */
+/** Returns the attributes and fields by name. */
 function attributesOf(event) {
   return Object.fromEntries(event.attributes.map(({ name, value }) => [name, value]));
 }
 
 function customerOf({ customer }) {
   const name = nameIn(customer);
-  if (!name) throw reject('the event names no customer: give the attribute customer a text or a whole number');
+  if (!name) throw reject('the event has no customer; set the attribute customer to a text or an integer');
   return { tag: 'user', val: name };
 }
 
 function numberOf(attributes) {
   const number = nameIn(attributes['/number']);
-  if (!number) throw reject('the payload names no parcel: give /number a text or a whole number');
+  if (!number) throw reject('the payload has no parcel number; set /number to a text or an integer');
   return number;
 }
 
-/** Where the parcel is, and how many stops it has made. No JSON pointer says "the last one", so the payload is parsed here. */
+/**
+ * Returns the location of the parcel and its number of stops. A JSON pointer cannot select the last
+ * element of a list, so the payload is parsed here.
+ */
 function lastPlace(data) {
   const steps = data.tag === 'json' ? JSON.parse(data.val)?.steps : undefined;
   const place = Array.isArray(steps) ? steps.at(-1)?.place : undefined;
-  if (typeof place !== 'string' || place === '') throw reject('the payload has no place: give the last of /steps a place');
+  if (typeof place !== 'string' || place === '') throw reject('the payload has no place; set place in the last element of /steps');
   return [place, steps.length];
 }
 
-/** A text, or a whole number as one. Never by way of JSON.parse, which rounds what is beyond 2^53. */
+/** Returns a text, or an integer as text. JSON.parse would round integers beyond 2^53. */
 function nameIn(value) {
   return value?.tag === 'integer' ? value.val.toString() : text(value);
 }
@@ -169,7 +173,7 @@ function reject(why) {
   return { tag: 'reject', val: why };
 }
 
-/** What a bug throws goes to the operator's log; nothing else would say it, since the plugin has no standard error. */
+/** Logs unexpected exceptions, which would otherwise be lost: a plugin has no standard error. */
 function reporting(decide) {
   return (event) => {
     try {

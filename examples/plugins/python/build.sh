@@ -1,5 +1,5 @@
-#!/bin/sh
-# Builds build/parcels.wasm from parcels.py. Needs Python 3.10 or newer with venv; installs the rest into build/venv/.
+# Builds build/parcels.wasm from parcels.py. Requires Python 3.10 or newer with venv; installs the
+# rest into build/venv/.
 set -eu
 cd "$(dirname "$0")"
 
@@ -8,5 +8,5 @@ if ! cmp -s requirements.txt build/venv/.installed; then
     build/venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
     cp requirements.txt build/venv/.installed
 fi
-# Without --stub-wasi it would import WASI.
+# Without --stub-wasi the component would import WASI.
 build/venv/bin/componentize-py --quiet --wit-path ../../../wit --world full-plugin componentize --stub-wasi parcels --output build/parcels.wasm

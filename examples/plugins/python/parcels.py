@@ -1,6 +1,7 @@
-"""Tells customers of their parcels: a filter and a router. What it decides is in ../README.md.
+"""Notifies customers about their parcels: a filter and a router.
 
-Integers of 64 bits are int, as any. An `err` of the contract is raised, in an `Err`.
+../README.md describes its decisions. 64-bit integers are plain ints. An `err` of the contract is
+raised, wrapped in an `Err`.
 """
 
 import functools
@@ -33,7 +34,7 @@ class Lifecycle(exports.Lifecycle):
         return Manifest(
             name="parcels",
             version="0.1.0",
-            description="Tells customers of their parcels",
+            description="Notifies customers about their parcels",
             types=["parcel.*"],
             reads=Selection(
                 attributes=["customer", "depot", "late", "test"],
@@ -47,17 +48,17 @@ class Lifecycle(exports.Lifecycle):
         global urgent_fee
         config = json.loads(config)
         fee = config.pop("urgent_fee", 100)
-        issues = [Issue(path, "is unknown; known is urgent_fee") for path in config]
-        # In Python, True is a number.
+        issues = [Issue(path, "is unknown; the only key is urgent_fee") for path in config]
+        # In Python, True is an instance of int.
         if type(fee) not in (int, float) or fee < 0:
-            issues.append(Issue("urgent_fee", "give a number, 0 or more"))
+            issues.append(Issue("urgent_fee", "use a number of 0 or more"))
         if issues:
             raise Err(issues)
         urgent_fee = fee
 
 
 def reporting(decide):
-    """What a bug raises goes to the operator's log; nothing else would say it, since the plugin has no standard error."""
+    """Log unexpected exceptions, which would otherwise be lost: a plugin has no standard error."""
 
     @functools.wraps(decide)
     def decide_and_report(self, event):
@@ -77,7 +78,7 @@ class Filter(exports.Filter):
     def evaluate(self, event):
         attributes = attributes_of(event)
         if attributes.get("test") in (Value_Flag(True), Value_Text("true")):
-            return Verdict_Drop("a test")
+            return Verdict_Drop("test event")
         if clock.now_ms() > event.time_ms + 7 * 24 * HOUR_MS:
             return Verdict_Drop("older than 7 days")
         late = number(attributes.get("/hours_late"))
@@ -161,42 +162,45 @@ def recalled(attributes):
 
 
 def route(targets, when=None, priority=None, ttl_ms=None, collapse_key=None, event_name=None, body=None):
-    """The generated class has no defaults."""
+    """Create a route with defaults, which the generated class lacks."""
     return Route(targets, when, priority, ttl_ms, collapse_key, event_name, body)
 
 
 def attributes_of(event):
-    """Attributes and fields by their names."""
+    """Return the attributes and fields by name."""
     return {attribute.name: attribute.value for attribute in event.attributes}
 
 
 def customer_of(attributes):
     name = name_in(attributes.get("customer"))
     if not name:
-        raise reject("the event names no customer: give the attribute customer a text or a whole number")
+        raise reject("the event has no customer; set the attribute customer to a text or an integer")
     return Target_User(name)
 
 
 def number_of(attributes):
     number = name_in(attributes.get("/number"))
     if not number:
-        raise reject("the payload names no parcel: give /number a text or a whole number")
+        raise reject("the payload has no parcel number; set /number to a text or an integer")
     return number
 
 
 def last_place(data):
-    """Where the parcel is, and how many stops it has made. No JSON pointer says "the last one", so the payload is parsed here."""
+    """Return the location of the parcel and its number of stops.
+
+    A JSON pointer cannot select the last element of a list, so the payload is parsed here.
+    """
     payload = json.loads(data.value) if isinstance(data, Payload_Json) else None
     steps = payload.get("steps") if isinstance(payload, dict) else None
     last = steps[-1] if isinstance(steps, list) and steps else None
     place = last.get("place") if isinstance(last, dict) else None
     if not isinstance(place, str) or not place:
-        raise reject("the payload has no place: give the last of /steps a place")
+        raise reject("the payload has no place; set place in the last element of /steps")
     return place, len(steps)
 
 
 def name_in(value):
-    """A text, or a whole number as one."""
+    """Return a text, or an integer as text."""
     return str(value.value) if isinstance(value, Value_Integer) else text(value)
 
 

@@ -1,6 +1,5 @@
-#!/bin/sh
-# Builds build/parcels.wasm, a core module, and build/wasi/parcels.wasm, a component that imports WASI. Needs Cargo, and both targets:
-# rustup target add wasm32-unknown-unknown wasm32-wasip2
+# Builds build/parcels.wasm, a core module, and build/wasi/parcels.wasm, a component that imports
+# WASI. Requires Cargo and both targets: rustup target add wasm32-unknown-unknown wasm32-wasip2
 set -eu
 cd "$(dirname "$0")"
 

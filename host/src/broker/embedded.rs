@@ -1,30 +1,35 @@
-//! The broker in this process: durable in a data folder, or in memory. One process has a folder at a time; after kill -9 the next one has
-//! it at once, with everything that was acknowledged.
+//! The embedded broker: runs inside the node's process and stores its data in a data folder or in
+//! memory. One process uses a folder at a time. After kill -9, the next process can open the folder
+//! at once and finds everything that was acknowledged.
 //!
-//! It keeps the promises of [`super::Broker`], and one more: what it published is durable, so there is never a rewind, and a durable
-//! partition has one life for ever. In memory, each start begins a life. Sources are fed by [`Broker::append`] alone.
+//! It keeps the guarantees of [`super::Broker`] and one more: everything it published is durable. A
+//! durable partition therefore never rewinds and stays in one epoch forever. In memory, each start
+//! begins a new epoch. Sources are written only through [`Broker::append`].
 //!
-//! The layout of `store.redb`, version 1 (integers as redb has them, *JSON* as UTF-8; an id is a [`NotificationId`]'s number):
+//! The layout of `store.redb`, version 1 (integers in redb's format, *JSON* as UTF-8; an id is the
+//! number of a [`NotificationId`]):
 //!
-//! | table        | key                                  | value                                                                     |
-//! |--------------|--------------------------------------|---------------------------------------------------------------------------|
-//! | `layout`     | `version`                            | the version of this table; a higher one is refused                        |
-//! | `partitions` | key of a source                      | partition number: 0 to 11, given once, never again                        |
-//! | `meta`       | partition                            | JSON: life and lives, position, last and pending id, floor, counters      |
-//! | `source`     | (partition, entry ms, entry seq)     | the entry's fields: name and value, as they came                          |
-//! | `records`    | (partition, id)                      | the record, as it was committed                                           |
-//! | `logs`       | (partition, target)                  | (entries in the log, newest id); no row: the log is absent                |
-//! | `index`      | (partition, target, id)              | the id before it in this log when it was written, or the floor then       |
-//! | `seen`       | (partition, bucket start ms, hash)   | nothing; a publisher's event, remembered for the dedupe window            |
-//! | `dead`       | (partition, ms, seq of the letter)   | (JSON: entry, reason, plugin, attempts; the entry's fields)               |
-//! | `decisions`  | (partition, entry ms, entry seq)     | JSON: outcome, id, decision record                                        |
-//! | `users`      | user                                 | JSON: attributes, and memberships with a span of ids for each partition   |
-//! | `bookmarks`  | user                                 | JSON: bookmarks of devices and the read mark, with the times (ms) of their last moves |
+//! | table        | key                                | value                                                                       |
+//! |--------------|------------------------------------|-----------------------------------------------------------------------------|
+//! | `layout`     | `version`                          | the version of this layout; a higher one is rejected                        |
+//! | `partitions` | source key                         | partition number, 0 to 11, assigned once and never reused                   |
+//! | `meta`       | partition                          | JSON: epochs, position, last and pending id, floor, counters                |
+//! | `source`     | (partition, entry ms, entry seq)   | the entry's fields: names and values as received                            |
+//! | `records`    | (partition, id)                    | the record as committed                                                     |
+//! | `logs`       | (partition, target)                | (number of entries, newest id); no row if the log is absent                 |
+//! | `index`      | (partition, target, id)            | the predecessor of the id in this log when it was written, or the floor then |
+//! | `seen`       | (partition, bucket start ms, hash) | empty; a publisher's event id, remembered for the dedupe window             |
+//! | `dead`       | (partition, letter ms, letter seq) | (JSON: entry, reason, plugin, attempts; the entry's fields)                 |
+//! | `decisions`  | (partition, entry ms, entry seq)   | JSON: outcome, id, decision record                                          |
+//! | `users`      | user                               | JSON: attributes, and memberships with a span of ids per partition          |
+//! | `bookmarks`  | user                               | JSON: device cursors and the read marker, each with the time (ms) of its last move |
 //!
-//! A target is written `u:<user>`, `g:<group>` or `all`. Leases need no disk: they end with the process. Beside `store.redb` lies `lock`.
+//! A target is written `u:<user>`, `g:<group>` or `all`. Leases are not stored, because they end
+//! with the process. The folder also contains a file `lock`.
 //!
-//! In order of the way of a write: `writer` (queue, groups) -> `source`, `commit`, `recipients`, `bookmarks` (what requests do) -> `layout` -> `store`
-//! (the file) -> `feeds` (who hears of it). `sweep` removes what is too old.
+//! A write passes through these modules in order: `writer` (queue, groups), then `source`,
+//! `commit`, `recipients` or `bookmarks` (the requests), `layout`, `store` (the file) and `feeds`
+//! (the subscribers). `sweep` removes expired data.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -65,7 +70,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-/// Milliseconds since the Unix epoch. Passed in, so that a test can let a week pass.
+/// Returns milliseconds since the Unix epoch. A parameter, so that a test can advance it by a week.
 type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 
 /// See the head of this file. Dropping it closes it.
@@ -73,17 +78,18 @@ type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 pub struct Embedded {
     shared: Arc<Shared>,
     writer: Writer,
-    /// Who works a partition, and until when.
+    /// The node that processes each partition, and the end of its lease.
     leases: Mutex<HashMap<PartitionNumber, (String, Instant)>>,
 }
 
-/// What the writer, the readers and the feeds have in common.
+/// State shared by the writer, the readers and the feeds.
 struct Shared {
     store: Store,
     partitions: Vec<Partition>,
-    /// By place, as `partitions`: the state as of the last durable group, set before its notices go out. A std lock: held for a copy.
+    /// In the order of `partitions`: the state as of the last durable group, set before its notices
+    /// are published. A std lock, held only for a copy.
     metas: RwLock<Vec<Meta>>,
-    /// By place: entries were appended.
+    /// In the order of `partitions`: notified when entries were appended.
     arrivals: Vec<Notify>,
     feeds: Arc<Feeds>,
     retention: Retention,
@@ -91,7 +97,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// Notes that the store failed, and answers what to tell whoever asked.
+    /// Records a failure of the store and returns the error for the caller.
     fn failed(&self, failure: Failure) -> Error {
         self.store.failed(failure, (self.clock)())
     }
@@ -106,7 +112,8 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// Whether a data folder can be written to, or made where it is not there yet. Makes nothing.
+/// Checks whether a data folder is writable, or can be created if it does not exist. Does not
+/// create it.
 ///
 /// # Errors
 /// One line that names the folder and the fix.
@@ -118,16 +125,18 @@ pub fn check_folder(dir: &Path) -> anyhow::Result<()> {
     let probe = there.join(format!(".pointsman-{}", std::process::id()));
     let written = std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe));
     written.with_context(|| {
-        format!("the data folder {} cannot be written to; make it so for this user, or give another --data", dir.display())
+        format!("the data folder {} is not writable; make it writable for this user or use another --data", dir.display())
     })
 }
 
 impl Embedded {
-    /// Opens the data folder, and makes it if it is not there. `sources`: the keys of the sources, whose numbers the folder remembers.
-    /// `alarm`: for when it can no longer write.
+    /// Opens the data folder and creates it if it does not exist. `sources` are the keys of the
+    /// sources; the folder remembers their partition numbers. `alarm` is raised when the broker can
+    /// no longer write.
     ///
     /// # Errors
-    /// One line that names the folder and the fix: another process has it, a newer pointsman made it, it is damaged, it cannot be written.
+    /// One line that names the folder and the fix: another process uses it, a newer pointsman
+    /// created it, it is damaged, or it is not writable.
     pub fn open(
         dir: &Path,
         sources: &[String],
@@ -143,10 +152,10 @@ impl Embedded {
         )
     }
 
-    /// Opens a broker that keeps all in memory.
+    /// Opens a broker that keeps all data in memory.
     ///
     /// # Errors
-    /// If a source is named twice, or there are too many.
+    /// A source is listed twice, or there are too many sources.
     pub fn ephemeral(
         sources: &[String],
         retention: Retention,
@@ -165,7 +174,7 @@ impl Embedded {
         let opened = Store::open(medium, |transaction| {
             layout::prepare(transaction, sources, &retention, clock())
         });
-        // One line with all causes, however it is printed.
+        // One line with all causes, regardless of how the caller formats it.
         let (store, prepared) = opened.map_err(|error| anyhow::anyhow!("{error:#}"))?;
         let (partitions, metas): (Vec<Partition>, Vec<Meta>) = prepared.into_iter().unzip();
         let feeds = Arc::new(Feeds::new(
@@ -192,8 +201,9 @@ impl Embedded {
         })
     }
 
-    /// Does what was asked until now, closes the store and lets go of the folder; what is asked later finds the broker away. Blocks for a
-    /// group or two. A process may as well just end: nothing that was acknowledged depends on an orderly close.
+    /// Completes the requests made so far, closes the store and releases the folder; later requests
+    /// fail with [`Error::Away`]. Blocks for one or two groups. A process may also simply exit: no
+    /// acknowledged write depends on an orderly close.
     pub fn close(&self) {
         self.writer.close();
     }
@@ -206,7 +216,7 @@ impl Embedded {
             .position(|known| known.number == partition);
         found.ok_or_else(|| {
             Error::Refused(format!(
-                "there is no partition {}: its source is not configured",
+                "partition {} does not exist; its source is not configured",
                 partition.0
             ))
         })
@@ -225,8 +235,9 @@ impl Embedded {
 
     /// Reads from one snapshot of the store.
     ///
-    /// On a thread that may block: a page that is not in memory, or a disk that is busy with an fsync, would else hold up every stream that
-    /// shares the executor's thread. The hop costs some 10 us, once for a batch or a page.
+    /// Runs on the blocking pool: a page that is not in memory, or a disk that is busy with an
+    /// fsync, would otherwise block every stream on the same executor thread. The switch costs
+    /// about 10 us per batch or page.
     async fn look<T, F>(&self, read: F) -> Result<T>
     where
         F: FnOnce(&ReadTransaction, &Shared) -> Result<T, Failure> + Send + 'static,
@@ -240,13 +251,12 @@ impl Embedded {
                 .and_then(|transaction| read(&transaction, &shared));
             found.map_err(|failure| shared.failed(failure))
         });
-        task.await.map_err(|_| {
-            Error::Away("a read of the store was broken off; the log says why".to_owned())
-        })?
+        task.await
+            .map_err(|_| Error::Away("a read of the store was aborted; see the log".to_owned()))?
     }
 }
 
-/// Roughly what an entry weighs.
+/// The approximate size of an entry in bytes.
 fn weight(fields: &[(Bytes, Bytes)]) -> usize {
     fields
         .iter()
@@ -289,7 +299,7 @@ impl Broker for Embedded {
         let waited = tokio::time::sleep(wait);
         tokio::pin!(waited);
         loop {
-            // Listening begins before looking, so that no arrival falls between.
+            // Register for arrivals before looking, so that an arrival in between is not missed.
             let arrival = self.shared.arrivals[place].notified();
             tokio::pin!(arrival);
             arrival.as_mut().enable();

@@ -1,5 +1,5 @@
-//! For tests of the routes: a broker of a few vectors that fails on command, and a node's routes without a socket. What a real broker does
-//! is shown by `tests/conformance.rs`.
+//! A broker of a few vectors that fails on demand, for tests of its callers. `tests/conformance.rs`
+//! tests the behaviour of real brokers.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -91,7 +91,7 @@ impl FakeBroker {
             .push((partition, DeadLetter { id, entry: id, why }));
     }
 
-    /// The most dead letters that were asked for at once.
+    /// The largest number of dead letters requested at once.
     pub(crate) fn most_dead_read(&self) -> usize {
         self.shared.lock().unwrap().most_dead_read
     }
@@ -105,7 +105,7 @@ impl FakeBroker {
 }
 
 fn unused<T>() -> Result<T> {
-    Err(Error::Refused("no route asks this of a broker".into()))
+    Err(Error::Refused("no route calls this method".into()))
 }
 
 #[async_trait]

@@ -1,42 +1,50 @@
-//! The Redis broker: many nodes, one Redis 7 or newer, everything that must happen in one step in a Lua script.
+//! The Redis broker: many nodes share one Redis 7 or newer. Every operation that must be atomic is
+//! a Lua script.
 //!
 //! # Keys, channels and records
 //!
-//! An API boundary: operators' tools read them. `T` is the tag prefix of a partition, `{<key of the source>}:`, or `<key of the source>:` where that key
-//! carries a tag of its own; so everything of a partition lies in the slot of its source. Ids are written in decimal.
+//! The key layout is an API boundary, because operators' tools read it. `T` is the prefix of a
+//! partition with its hash tag: `{<source key>}:`, or `<source key>:` if the source key has a hash
+//! tag of its own. All keys of a partition therefore share the slot of its source. Ids are written
+//! in decimal.
 //!
-//! | Key | Type | What |
+//! | Key | Type | Contents |
 //! |---|---|---|
-//! | the source | stream | Events. Trimmed by us only if the key begins with `pointsman:`. A group `pointsman` shows the lag, and nothing depends on it. |
-//! | `T` `meta` | hash | `pos` `entry` or `entry/k`; `pending`, id of a plan being written in slices; `last`; `n`, entries counted; `life`, `life_no`, `replid`; `number`, the partition's own; `max_age` ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, newest dedupe bucket; `takeovers` and `attempts`, `what count`; `trim_at` ms; counters: the five outcome words, `lost_upstream`, `strays`, `dead_trimmed`, `dedupe_overflows`, `foreign_logs` |
-//! | `T` `lives` | list | `life last`: each life with the last id that survived when it began; 16 newest |
-//! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age, a pending plan's never |
-//! | `T` `l:<log>` | zset | score id, member `id pred`; log `u:<user>`, `g:<group>` or `all`. What is older than max_age goes as the log is written to, and the rest of it 2 % after the age of the newest |
-//! | `T` `seen:<b>` | set | 16-byte hashes of publishers' ids, `b` = entry's ms / window |
-//! | `T` `dead` | stream | `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name behind `f:` |
-//! | `T` `what` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if it was committed |
-//! | `T` `owner` | string | The lease: the node's name |
-//! | `pointsman:partitions` | hash | source -> number of its partition; only ever added to |
-//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. Expires max_age after the last leaving if nothing else is in it |
-//! | `pointsman:bookmarks:{pointsman:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there, with the time of its last move. In the slot of the user's other key, but for a name with braces. Expires with its newest |
+//! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `pointsman:`. A consumer group `pointsman` shows the lag; nothing depends on it. |
+//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at` in ms; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
+//! | `T` `epochs` | list | `epoch last`: each epoch with the last id that was valid when it began; the newest 16 |
+//! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
+//! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
+//! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window |
+//! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name prefixed with `f:` |
+//! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if the event was committed |
+//! | `T` `owner` | string | The lease: the name of the node |
+//! | `pointsman:partitions` | hash | source -> partition number; entries are only ever added |
+//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. If it holds nothing else, expires max_age after the user left the last group |
+//! | `pointsman:device-cursors:{pointsman:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
 //!
 //! | Channel | Message |
 //! |---|---|
-//! | `C` `l:<log>` | `life id`, then a space and the record if that has at most 1,024 bytes |
-//! | `C` `tick` | `life last`, or `alive` from a Redis that cannot write |
-//! | `C` `recipients` | the user whose memberships or attributes changed |
+//! | `C` `l:<log>` | `epoch id`, followed by a space and the record if it has at most 1,024 bytes |
+//! | `C` `tick` | `epoch last`, or `alive` if Redis cannot write |
+//! | `C` `recipients` | The user whose memberships or attributes changed |
 //!
-//! `C` is `T`; in a database other than 0 it is `<number of the database>:T`, because Pub/Sub does not know databases.
+//! `C` is `T`, or `<database number>:T` for a database other than 0, because Pub/Sub channels are
+//! shared by all databases.
 //!
 //! # Memberships
 //!
-//! A user has one span a group and partition, the newest: joining again after leaving begins a new one, and what the earlier one had let in is no longer
-//! shown to who comes back from before it (README.md says so). A partition that was added after joining is the member's from its beginning.
+//! A user has one span per group and partition, the newest: joining again after leaving begins a
+//! new span, and notifications from the earlier span are no longer delivered to a client that
+//! resumes from before it (documented in README.md). A partition that was added after the user
+//! joined counts from its beginning.
 //!
 //! # Connections
 //!
-//! One for commands (`redis/link.rs`), two a partition kept for reads that wait (more while more read at once), one for notices (`redis/feed.rs`). A command is answered within 2 s or the
-//! broker is away; a read that waits has these 2 s on top.
+//! One connection for commands (`redis/link.rs`), up to two idle connections per partition for
+//! blocking reads (more are opened while more reads run concurrently) and one for notices
+//! (`redis/feed.rs`). A command that is not answered within 2 s counts as the broker being
+//! unavailable; a blocking read has these 2 s in addition to its wait.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -66,13 +74,15 @@ use command_connection::{Link, unexpected};
 use partition_keys::Place;
 use scripts::Script;
 
-/// Records up to this many bytes go along with their notice, which saves the node a read.
+/// Records up to this size, in bytes, are sent with their notice, which saves the node a read.
 const INLINE_BYTES: usize = 1024;
-/// Entries in one call of the append script: about half a millisecond of Redis.
+/// Maximum number of entries in one call of the append script, which occupies Redis for about half
+/// a millisecond.
 const APPEND_ENTRIES: usize = 256;
-/// Fields of an entry that a script can hand to a command: what Lua's `unpack` takes.
+/// Maximum number of fields of an entry that a script can pass to a command, limited by Lua's
+/// `unpack`.
 const MOST_FIELDS: usize = 3_900;
-/// Keys in one MGET.
+/// Maximum number of keys in one MGET.
 const RECORDS: usize = 64;
 
 /// See the head of this file.
@@ -80,7 +90,7 @@ pub struct Redis {
     client: client::Client,
     link: Link,
     partitions: Vec<Partition>,
-    /// Beside `partitions`.
+    /// In the order of `partitions`.
     places: Vec<Place>,
     retention: Retention,
 }
@@ -95,15 +105,14 @@ impl std::fmt::Debug for Redis {
 }
 
 impl Redis {
-    /// Opens the sources, which are made where they are new, and gives each the number of its partition.
+    /// Connects, creates the partitions of new sources and assigns each its number.
     ///
     /// # Errors
-    /// [`Error::Away`] if Redis is not there; try again later. [`Error::Refused`] for a URL, a version or a source that will never do.
+    /// [`Error::Away`] if Redis is unreachable; retry later. [`Error::Refused`] if the URL, the
+    /// version or a source is not usable; retrying does not help.
     pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
         let client = client::Client::open(url).map_err(|error| {
-            Error::Refused(format!(
-                "its URL is wrong: {error}; write redis://host:port"
-            ))
+            Error::Refused(format!("invalid URL: {error}; write redis://host:port"))
         })?;
         let address = address(&client);
         Self::connect_to(client, sources, retention)
@@ -144,14 +153,14 @@ impl Redis {
             .places
             .iter()
             .find(|place| place.partition.number == partition);
-        found.ok_or_else(|| Error::Refused(format!("there is no partition {}", partition.0)))
+        found.ok_or_else(|| Error::Refused(format!("partition {} does not exist", partition.0)))
     }
 
     fn max_age_ms(&self) -> u64 {
         self.retention.max_age_s * 1000
     }
 
-    /// Runs a script about a partition.
+    /// Runs a script on a partition.
     async fn run<T: client::FromRedisValue>(
         &self,
         place: &Place,
@@ -211,7 +220,7 @@ impl Redis {
                     .map(|pair| Ok((understand(&pair[0])?, optional_id(&pair[1])?)));
                 Ok(Committed::Done(outcomes.collect::<Result<_>>()?))
             }
-            _ => Err(unexpected(&"a commit's outcomes")),
+            _ => Err(unexpected(&"malformed commit outcomes")),
         }
     }
 }
@@ -252,7 +261,7 @@ fn add_fields(command: &mut client::Cmd, fields: &[(Bytes, Bytes)]) {
     }
 }
 
-/// Reads what one of our own scripts or keys says.
+/// Parses a text that one of our own scripts or keys returned.
 fn understand<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T> {
     text.parse().map_err(|error| unexpected(&error))
 }
@@ -269,7 +278,7 @@ fn optional_id(text: &str) -> Result<Option<NotificationId>> {
     }
 }
 
-/// A stream entry as Redis answers it.
+/// A stream entry as Redis returns it.
 type RawEntry = (String, Vec<(Vec<u8>, Vec<u8>)>);
 
 fn entry((id, fields): RawEntry) -> Result<Entry> {
@@ -340,7 +349,8 @@ impl Broker for Redis {
         for chunk in chunks(&entries) {
             let answer: Vec<String> = self
                 .run(place, &scripts::APPEND, |command| {
-                    // Only the first call looks at the backlog: all are taken, or none.
+                    // Only the first call checks the backlog, so that either all entries are
+                    // accepted or none.
                     command.arg(u8::from(ids.is_empty())).arg(chunk.len());
                     for fields in chunk {
                         add_fields(command.arg(2 * fields.len()), fields);
@@ -351,7 +361,7 @@ impl Broker for Redis {
                 && word == "full"
             {
                 return Err(Error::Full(format!(
-                    "{waiting} entries wait in '{}'; try again later",
+                    "{waiting} entries are waiting in '{}'; try again later",
                     place.partition.source
                 )));
             }
@@ -373,7 +383,7 @@ impl Broker for Redis {
         let mut command = client::cmd("XREAD");
         command.arg("COUNT").arg(count);
         if !wait.is_zero() {
-            // 0 would wait for ever.
+            // `BLOCK 0` would wait forever.
             command.arg("BLOCK").arg(wait.as_millis().max(1) as u64);
         }
         command
@@ -392,7 +402,7 @@ impl Broker for Redis {
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
         let place = self.place(partition)?;
-        // A second time if a life has to begin first; a third time if it ends just then.
+        // A second attempt if an epoch has to begin first, a third if it ends in between.
         for _ in 0..3 {
             let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
             if let [
@@ -422,9 +432,7 @@ impl Broker for Redis {
             }
             self.begin(place).await?;
         }
-        Err(Error::Away(
-            "its replication id changes again and again".into(),
-        ))
+        Err(Error::Away("its replication id keeps changing".into()))
     }
 
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
@@ -457,7 +465,8 @@ impl Broker for Redis {
         let place = self.place(partition)?;
         match self.run(place, &scripts::TICK, |_| {}).await {
             Ok(healed) => place.alarm(healed),
-            // Too few replicas, or a disk that does not take its snapshot: scripts that write are refused, a plain PUBLISH is not.
+            // With too few replicas, or a disk that cannot take a snapshot, Redis rejects scripts
+            // that write but accepts a plain PUBLISH.
             Err(Error::Away(why)) if why.contains("NOREPLICAS") || why.contains("MISCONF") => {
                 let _heard: i64 = self
                     .link
@@ -531,7 +540,7 @@ impl Broker for Redis {
         let entries = members.iter().map(|member| {
             let (own, before) = member
                 .split_once(' ')
-                .ok_or_else(|| unexpected(&"a log's entry"))?;
+                .ok_or_else(|| unexpected(&"a malformed log entry"))?;
             Ok((id(own)?, id(before)?))
         });
         Ok(Page {
@@ -664,12 +673,12 @@ impl Broker for Redis {
     }
 }
 
-/// Where Redis is; the URL may hold a password.
+/// The address of Redis without the rest of its URL, which may contain a password.
 fn address(client: &client::Client) -> String {
     client.get_connection_info().addr().to_string()
 }
 
-/// For operators, who see it in readiness: clients need not know where Redis is.
+/// Adds the address for operators, who see it in readiness. Responses to clients do not contain it.
 fn located(error: Error, address: &str) -> Error {
     match error {
         Error::Away(why) => Error::Away(format!("{address}: {why}")),
@@ -677,7 +686,8 @@ fn located(error: Error, address: &str) -> Error {
     }
 }
 
-/// Splits a batch so that no call has more than [`APPEND_ENTRIES`] entries or, but for a single one, a MiB.
+/// Splits the entries into calls of at most [`APPEND_ENTRIES`] entries and one MiB each. A single
+/// larger entry gets its own call.
 fn chunks(entries: &[Vec<(Bytes, Bytes)>]) -> Vec<&[Vec<(Bytes, Bytes)>]> {
     let mut chunks = Vec::new();
     let (mut begin, mut bytes) = (0, 0);

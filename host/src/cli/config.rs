@@ -11,7 +11,7 @@ use super::serve;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// Every key with its default, as a pointsman.toml
+    /// Print every key with its default, in the format of pointsman.toml
     #[arg(long, required = true)]
     defaults: bool,
 }
@@ -23,7 +23,7 @@ pub(super) fn print(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// All that a node would find at its start, but for what only Redis could tell.
+/// Runs the checks that a node makes at start, except those that need a connection to Redis.
 pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     let config = options.load()?;
     pointsman::check_folders(&config)?;
@@ -48,7 +48,7 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     ensure!(failures.is_empty(), "{}", failures.join("\n"));
     if plugins.is_empty() && !config.node.allow_no_plugins {
         println!(
-            "warning: no plugin is there, so events would wait; put one into the folder of --plugins, or give --allow-no-plugins"
+            "warning: no plugins found, so events would wait; add one to the plugin folder (--plugins), or pass --allow-no-plugins"
         );
     }
     for (key, fix) in config.auth.placeholders() {
@@ -56,12 +56,12 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     }
     let broker = match &config.broker {
         // The URL may hold a password.
-        BrokerChoice::Redis { .. } => "a Redis".to_owned(),
-        BrokerChoice::Data(folder) => format!("the embedded one in {}", folder.display()),
-        BrokerChoice::Ephemeral => "the embedded one in memory".to_owned(),
+        BrokerChoice::Redis { .. } => "Redis".to_owned(),
+        BrokerChoice::Data(folder) => format!("embedded in {}", folder.display()),
+        BrokerChoice::Ephemeral => "embedded in memory".to_owned(),
     };
     println!(
-        "well: listens on {} and {}, broker is {broker}, sources are {}",
+        "ok: listens on {} and {}; broker: {broker}; sources: {}",
         config.listen.address,
         config.listen.admin,
         config.sources.join(", ")
@@ -69,15 +69,15 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The compiled plugins that a node would take, and add to, if there are any yet. The folder itself is made by a node that runs: who only asks
-/// leaves nothing behind.
+/// Opens the node's cache of compiled plugins, if its folder exists. The folder is not created
+/// here: checking a configuration leaves no files behind.
 fn cache(config: &Config) -> Option<Cache> {
     let folder = config.plugin_cache().filter(|folder| folder.exists())?;
     let opened = Cache::open(&folder, Metrics::default());
     opened
         .inspect_err(|reason| {
             println!(
-                "warning: a node would compile its plugins at each start: the folder for compiled ones, {}, {reason}",
+                "warning: a node would compile its plugins at every start: the plugin cache {} {reason}",
                 folder.display()
             )
         })

@@ -1,4 +1,4 @@
-//! `pointsman dead`: what was set aside, and what to do with it.
+//! `pointsman dead-letters`: lists, shows, redrives and drops dead letters.
 
 use std::time::Duration;
 
@@ -19,26 +19,27 @@ pub(super) struct Options {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// A table: id, source, entry, attempts, plugin, reason
+    /// List all dead letters in a table
     List,
-    /// One with its original fields, as JSON
+    /// Print a dead letter with its original fields as JSON
     Show {
-        /// As listed, such as 0/1700000000000-0
+        /// Id of the dead letter, such as 0/1700000000000-0
         id: String,
     },
-    /// Send them through again, as new entries of their source; what fails again is a new dead letter
+    /// Process dead letters again as new entries of their source; an event that fails again becomes
+    /// a new dead letter
     Redrive(Chosen),
-    /// Forget them for good: nobody is notified of them any more
+    /// Delete dead letters; their events are never delivered
     Drop(Chosen),
 }
 
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct Chosen {
-    /// As listed, such as 0/1700000000000-0; several with spaces between them
+    /// Ids of the dead letters, such as 0/1700000000000-0
     #[arg(value_name = "ID")]
     ids: Vec<String>,
-    /// All that are there now, of every source
+    /// All current dead letters of every source
     #[arg(long)]
     all: bool,
 }
@@ -66,12 +67,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Action::List => {
             let letters = all(node, &agent)?;
             if letters.is_empty() {
-                eprintln!("pointsman: there is none");
+                eprintln!("pointsman: no dead letters");
                 return Ok(());
             }
             let mut rows =
                 vec![["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"].map(str::to_owned)];
-            // Reasons quote what came from outside.
+            // Reasons quote untrusted text.
             rows.extend(letters.iter().map(
                 |Letter {
                      id,
@@ -97,7 +98,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Action::Show { id } => {
             let text = accept(node.ask(&agent, "GET", &format!("/v1/dead/{id}"))?)?;
             let letter: serde_json::Value =
-                serde_json::from_str(&text).context("the node's answer is not JSON")?;
+                serde_json::from_str(&text).context("the node's response is not JSON")?;
             println!("{}", pretty_json(&letter));
         }
         Action::Redrive(chosen) => act(node, &agent, chosen, "POST", "/redrive", "redriven")?,
@@ -106,7 +107,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Does one thing to each; the first that fails ends it.
+/// Sends one request per dead letter. Stops at the first error.
 fn act(
     node: &Node,
     agent: &Agent,
@@ -115,7 +116,8 @@ fn act(
     suffix: &str,
     done: &str,
 ) -> anyhow::Result<()> {
-    // Read to the end first: what fails again after a redrive would otherwise be met again, for ever.
+    // Lists all before the first redrive: an event that fails again becomes a new dead letter,
+    // which paging would otherwise find again without end.
     let ids = if chosen.all {
         all(node, agent)?
             .into_iter()
@@ -132,13 +134,13 @@ fn act(
     Ok(())
 }
 
-/// Every dead letter, by pages.
+/// Fetches all dead letters, page by page.
 fn all(node: &Node, agent: &Agent) -> anyhow::Result<Vec<Letter>> {
     let (mut letters, mut after) = (Vec::new(), String::new());
     loop {
         let text = accept(node.ask(agent, "GET", &format!("/v1/dead?limit=1000{after}"))?)?;
-        let page: Listed =
-            serde_json::from_str(&text).context("the node's answer is no list of dead letters")?;
+        let page: Listed = serde_json::from_str(&text)
+            .context("the node's response is not a list of dead letters")?;
         letters.extend(page.dead);
         match page.next {
             Some(next) => after = format!("&after={next}"),

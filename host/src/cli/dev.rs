@@ -1,7 +1,9 @@
-//! `pointsman dev`: a node in memory for those who write plugins, with its page, a watched folder, and their crates rebuilt as they are saved.
+//! `pointsman dev`: an in-memory node for plugin authors, with the web page, a watched plugin
+//! folder and plugin crates that are rebuilt on save.
 //!
-//! It promises that a crate that does not compile, or a file that is no plugin, replaces nothing; and to leave no process and no folder of its
-//! own behind. A built file is put into the folder, and what becomes of it there is the node's business, as with anybody's file.
+//! A crate that does not compile and a file that is not a valid plugin replace nothing. No process
+//! and no temporary folder is left behind. A built file is only copied into the plugin folder; the
+//! node loads it from there like any other file.
 
 use std::fs;
 use std::io::IsTerminal as _;
@@ -23,41 +25,41 @@ use super::plugin::toolchain::Profile;
 mod activity;
 mod crate_builder;
 
-/// What is to be read beside the commands' own lines: what goes wrong, and what plugins say. Which plugins are at work, the news say.
+/// Default log filter: problems and plugin logs. Plugin activity is printed by [`News`] instead.
 const LOG: &str =
     "warn,pointsman::plugin::registry=off,pointsman::telemetry::readiness=off,plugin=debug";
 
-/// Where a crate has the configuration of its plugin.
+/// File in a crate that holds the configuration of its plugin.
 const CONFIG: &str = "config.json";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// The folders of the plugins' crates (this one, if it is a crate)
+    /// Folders of the plugin crates to build [default: the current folder, if it is a crate]
     dirs: Vec<PathBuf>,
-    /// Load the plugins of this folder as well; what is built is put into it, too
+    /// Plugin folder to load as well; built plugins are copied into it
     #[arg(long, value_name = "DIR")]
     plugins: Option<PathBuf>,
-    /// Read this file (pointsman.toml, where it is there)
+    /// Configuration file [default: pointsman.toml, if it exists]
     #[arg(long, value_name = "FILE", env = "POINTSMAN_CONFIG")]
     config: Option<PathBuf>,
-    /// Listen here for applications (127.0.0.1:8080)
+    /// Address of the application listener [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// Listen here for operators (127.0.0.1:8081)
+    /// Address of the admin listener [default: 127.0.0.1:8081]
     #[arg(long, value_name = "ADDR")]
     admin: Option<String>,
-    /// What to log, such as info,plugin=trace
+    /// Log filter, such as info,plugin=trace
     #[arg(long, value_name = "FILTER", default_value = LOG)]
     log: String,
     #[command(flatten)]
     profile: Profile,
 }
 
-/// The crate of a plugin.
+/// A plugin crate.
 #[derive(Clone, Debug)]
 struct Crate {
     folder: PathBuf,
-    /// What the plugin will be called.
+    /// The name of the plugin that the crate builds.
     name: String,
 }
 
@@ -66,7 +68,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     if let Some(named) = &options.plugins {
         ensure!(
             named.is_dir(),
-            "{} is no folder; make it, or leave out --plugins",
+            "{} is not a folder; create it, or omit --plugins",
             named.display()
         );
     }
@@ -93,29 +95,29 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     let ended = runtime.block_on(async {
         let shutdown = Shutdown::new();
-        shutdown.on_signals().context("cannot listen to signals")?;
+        shutdown.on_signals().context("cannot install signal handlers")?;
         let listeners = Listeners::bind(&config.listen)?;
         let (address, admin) = (listeners.applications.local_addr()?, listeners.admin.local_addr()?);
         println!("page       http://{address}/");
         println!(
             "publish    pointsman publish --url http://{address} --type order.shipped --user 42 --attribute customer=42 --data '{{\"order\":{{\"region\":\"eu\"}}}}'"
         );
-        println!("listen     pointsman tail --url http://{address} --user 42");
-        println!("plugins    {} is watched: put a .wasm file there", plugins.display());
-        println!("operators  http://{admin}/v1/decisions, pointsman plugin list --url http://{admin}");
+        println!("tail       pointsman tail --url http://{address} --user 42");
+        println!("plugins    {} (watched; copy .wasm files there)", plugins.display());
+        println!("admin      http://{admin}/v1/decisions, pointsman plugin list --url http://{admin}");
         for Crate { folder, name } in &crates {
-            println!("crate      {name}, in {}: rebuilt as it is saved", folder.display());
+            println!("crate      {name} in {} (rebuilt on save)", folder.display());
         }
-        println!("Ctrl-C ends it.\n");
+        println!("Press Ctrl-C to stop.\n");
         let open = |known| Workshop::open(known, &options.profile, &plugins, &settings);
         let workshops = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
         let news = News::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
-        // Before the runtime, so that nothing is built for a node that is gone.
+        // Stopped before the runtime, so that no build continues for a node that has ended.
         drop((workshops, news));
         ended
     });
-    // A thread that still compiles a plugin has nothing to finish.
+    // Does not wait for a thread that is still compiling a plugin: its result is unused.
     runtime.shutdown_background();
     ended
 }
@@ -139,7 +141,7 @@ impl Options {
                 .and_then(|package| package.get("name")?.as_str());
             let name = name.with_context(|| {
                 format!(
-                    "{} holds no package; name the folders of the plugins",
+                    "{} does not contain a package; pass the folders of the plugin crates",
                     folder.display()
                 )
             })?;
@@ -151,11 +153,11 @@ impl Options {
         folders.iter().map(known).collect()
     }
 
-    /// A node in memory, in dev mode, with these settings and these plugins.
+    /// The configuration of an in-memory node in dev mode with these settings and plugins.
     fn node(&self, settings: &Settings, plugins: &Path) -> anyhow::Result<Config> {
         let plugins = plugins
             .to_str()
-            .with_context(|| format!("{} is no UTF-8", plugins.display()))?;
+            .with_context(|| format!("{} is not valid UTF-8", plugins.display()))?;
         let fixed = [
             ("ephemeral", "true".to_owned()),
             ("dev", "true".to_owned()),
@@ -179,7 +181,8 @@ impl Options {
     }
 }
 
-/// What the user configured, and for each crate that this does not speak of, its [`CONFIG`]: as one file, which the node follows.
+/// The user's configuration merged with the [`CONFIG`] file of each crate, written to one file
+/// that the node watches. The user's configuration of a plugin takes precedence.
 #[derive(Debug)]
 struct Settings {
     written: toml::Table,
@@ -189,9 +192,9 @@ struct Settings {
 
 impl Settings {
     /// # Errors
-    /// What was configured is none, or a `config.json` is none.
+    /// The configuration file or a `config.json` is invalid.
     fn new(named: Option<&Path>, crates: Vec<Crate>, file: PathBuf) -> anyhow::Result<Self> {
-        // For an error that names the user's file, and not this one.
+        // Validated first, so that an error names the user's file and not the merged one.
         Layers::file(named)?;
         let path = named.unwrap_or(Path::new(DEFAULT_FILE));
         let text = if named.is_some() || path.is_file() {
@@ -208,10 +211,10 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Writes the file anew, in one step.
+    /// Replaces the merged file atomically.
     ///
     /// # Errors
-    /// A `config.json` is none; the file is as it was.
+    /// A `config.json` is invalid or the file cannot be written; the file is unchanged.
     fn write(&self) -> anyhow::Result<()> {
         let mut all = self.written.clone();
         for Crate { folder, name } in &self.crates {
@@ -220,9 +223,10 @@ impl Settings {
                 continue;
             };
             let own: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
-                .with_context(|| format!("{} is no JSON object", path.display()))?;
-            let own = toml::Table::try_from(own)
-                .with_context(|| format!("{} is no configuration", path.display()))?;
+                .with_context(|| format!("{} is not a JSON object", path.display()))?;
+            let own = toml::Table::try_from(own).with_context(|| {
+                format!("{} is not a valid plugin configuration", path.display())
+            })?;
             let plugins = all
                 .entry("plugins")
                 .or_insert_with(|| toml::Table::new().into());
@@ -241,18 +245,18 @@ impl Settings {
     }
 }
 
-/// A folder that goes away with this command.
+/// A temporary folder that is deleted on drop.
 #[derive(Debug)]
 struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> anyhow::Result<Self> {
         let path = std::env::temp_dir().join(format!("pointsman-dev-{}", std::process::id()));
-        // New, and this user's alone: plugins are loaded from it.
+        // Must not exist yet and is private to this user, because plugins are loaded from it.
         fs::DirBuilder::new()
             .mode(0o700)
             .create(&path)
-            .with_context(|| format!("cannot make {}", path.display()))?;
+            .with_context(|| format!("cannot create {}", path.display()))?;
         let scratch = Self(path);
         fs::create_dir(scratch.plugins())?;
         Ok(scratch)
@@ -266,7 +270,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("pointsman: {} stays behind: {error}", self.0.display());
+            eprintln!("pointsman: cannot remove {}: {error}", self.0.display());
         }
     }
 }

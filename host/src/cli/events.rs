@@ -1,4 +1,5 @@
-//! `pointsman events export`: what a node's sources still hold, as lines that `plugin test` and `POST /v1/events` read back.
+//! `pointsman events export`: prints the decided events that a node's sources still hold, in a
+//! format that `plugin test` and `POST /v1/events` accept.
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -16,7 +17,7 @@ pub(super) struct Options {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Print the newest events that were decided, as CloudEvents in JSON, a line each, oldest first
+    /// Print the newest decided events as JSON CloudEvents, one per line, oldest first
     Export(Export),
 }
 
@@ -24,7 +25,7 @@ enum Action {
 struct Export {
     #[command(flatten)]
     admin: Admin,
-    /// At most so many, up to 10,000
+    /// Maximum number of events, up to 10,000
     #[arg(long, value_name = "N", default_value = "1000")]
     last: usize,
 }
@@ -52,9 +53,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .write_all(text.as_bytes())
         .context("cannot write the events")?;
     let why = match bound.as_str() {
-        "last" => "as many as were asked for",
-        "bytes" => "more do not fit into one answer of 16 MiB",
-        _ => "the sources hold no more that were decided (retention.keep_s)",
+        "last" => "limit reached (--limit)",
+        "bytes" => "more do not fit into one response of 16 MiB",
+        _ => "the sources hold no more decided events (retention.processed_entries_ttl)",
     };
     let since = text
         .lines()
@@ -76,7 +77,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     );
     if !["", "0"].contains(&unreadable.as_str()) {
         eprintln!(
-            "pointsman: {unreadable} entries cannot be read as events and were left out; see: pointsman dead list"
+            "pointsman: {unreadable} entries are not valid events and were omitted; see: pointsman dead-letters list"
         );
     }
     Ok(())

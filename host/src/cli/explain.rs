@@ -1,5 +1,7 @@
-//! `pointsman explain`: why somebody was told of an event, or not, as a node explains it, in lines: first the sentence that says it all, then
-//! what it is made from.
+//! `pointsman explain`: prints a node's explanation of why an event did or did not reach a user.
+//!
+//! The conclusion comes first, then the facts behind it, one a line. The explanation itself is made
+//! by the node (`explain` in the library).
 
 use std::time::Duration;
 
@@ -12,12 +14,12 @@ use super::{Admin, accept, agent, pretty_json, printable, read};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// The event's id; of one that was published without, its entry's
+    /// Id of the event, or its entry id if it was published without an id
     event_id: String,
-    /// Whom to explain it for; without one, only what was decided
+    /// Explain delivery to this user; without it, only the decision is shown
     #[arg(long)]
     user: Option<String>,
-    /// Print the node's answer as it is, in JSON
+    /// Print the node's response as JSON
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -44,19 +46,19 @@ pub(super) fn run(
         None,
     )?)?)?;
     let explanation: Value =
-        serde_json::from_str(&text).context("the node's answer is not JSON")?;
+        serde_json::from_str(&text).context("the node's response is not JSON")?;
     if *json {
         println!("{}", pretty_json(&explanation));
     } else {
         for line in lines(&explanation) {
-            // Reasons and values quote what came from outside; a terminal must not obey it.
+            // Reasons and values quote untrusted text, which must not control the terminal.
             println!("{}", printable(&line).trim_end());
         }
     }
     Ok(())
 }
 
-/// As it stands in a query.
+/// Percent-encodes a value for a query string.
 fn encoded(text: &str) -> String {
     let byte = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
@@ -83,10 +85,10 @@ fn lines(explanation: &Value) -> Vec<String> {
         say("plugin", verdict(said));
     }
     for other in list(&explanation["other_decisions"]) {
-        say("beside it", decided(other));
+        say("also", decided(other));
     }
     if let Some(reason) = decision["reason"].as_str() {
-        say("dead", reason.to_owned());
+        say("reason", reason.to_owned());
     }
     let recipient = &explanation["recipient"];
     for (at, planned) in list(&explanation["plan"]).iter().enumerate() {
@@ -110,45 +112,45 @@ fn lines(explanation: &Value) -> Vec<String> {
     lines
 }
 
-/// What is known of the user who was asked about.
+/// The lines about the user: log, later notification, devices, read marker and streams.
 fn standing(recipient: &Value, say: &mut impl FnMut(&str, String)) {
     if let Some(is_in_log) = recipient["in_log"].as_bool() {
         say(
             "log",
             if is_in_log {
-                "it is in a log of the user"
+                "it is in one of the user's logs"
             } else {
-                "it has left the user's logs"
+                "it is no longer in any of the user's logs"
             }
             .to_owned(),
         );
     }
     if let Some(later) = recipient["superseded_by"].as_object() {
         let is_over = if recipient["superseded_by"]["expired"] == true {
-            ", and has expired"
+            ", but has expired"
         } else {
             ""
         };
         say(
-            "later",
+            "superseded",
             format!(
-                "{} (notification {}) has the same collapse key{is_over}",
+                "by {} (notification {}), which has the same collapse key{is_over}",
                 later["event_id"], later["notification"]
             ),
         );
     }
     for device in list(&recipient["devices"]) {
         let at = match device["at"].as_str() {
-            Some("acknowledged") => "has acknowledged it, or what came after it",
-            Some("began-after") => "began after it, and acknowledged nothing",
-            _ => "has yet to come to it",
+            Some("acknowledged") => "has acknowledged it or a later one",
+            Some("began-after") => "started after it and has acknowledged nothing",
+            _ => "has not reached it yet",
         };
         say("device", format!("{} {at}", text(&device["device"])));
     }
     say(
         "read",
         if recipient["read"] == true {
-            "the read mark is past it"
+            "the read marker is past it"
         } else {
             "it is not marked as read"
         }
@@ -160,12 +162,12 @@ fn standing(recipient: &Value, say: &mut impl FnMut(&str, String)) {
     say(
         "streams",
         format!(
-            "{} open on this node, {} of them past it",
+            "{} open on this node, {} of them past this event",
             streams["open"], streams["past"]
         ),
     );
     for unknown in list(&recipient["not_known"]) {
-        say("not known", text(unknown));
+        say("unknown", text(unknown));
     }
 }
 
@@ -192,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_asked_for_arrives_as_it_is() {
+    fn query_values_are_percent_encoded() {
         assert_eq!(encoded("a-1_.~ &ü%"), "a-1_.~%20%26%C3%BC%25");
     }
 }

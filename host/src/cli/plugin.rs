@@ -1,6 +1,7 @@
-//! `pointsman plugin`: for those who write plugins, from an empty folder to a file that a node takes.
+//! `pointsman plugin`: commands for plugin authors, from an empty folder to a file that a node
+//! loads, and for operators, who manage the plugins of a running node.
 //!
-//! What these commands say of a plugin, the library knows: they run it by the engine of a node, within the limits of a node.
+//! The local commands load and run a plugin with the library's engine and limits, as a node does.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -31,33 +32,33 @@ pub(super) struct Options {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Make a project that compiles as it is
+    /// Create a plugin project
     New(new::Options),
-    /// Build a plugin in Rust, and say what came of it
+    /// Build a plugin crate
     Build(build::Options),
-    /// Ask a plugin about events as a node would, and compare with what it should decide
+    /// Run a plugin on sample events and compare its decisions with the expected ones
     Test(test::Options),
-    /// Say what a file is, what it wants, what it says of itself, and why it would not run
+    /// Show a plugin file's kind, imports, manifest and limits, and why it would not load
     Inspect(inspect::Options),
-    /// Measure what a plugin costs, beside one that does nothing
+    /// Measure the cost of a plugin call, compared with a no-op plugin
     Bench(bench::Options),
     /// List the plugins of a running node
     List(remote::List),
-    /// Give a running node a plugin, or a new version of one
+    /// Upload a plugin, or a new version of one, to a running node
     Upload(remote::Upload),
-    /// Put a plugin back to work
+    /// Enable a disabled plugin
     Enable(remote::Named),
-    /// Take a plugin from work
+    /// Disable a plugin without removing it
     Disable(remote::Named),
     /// Remove a plugin and its file
     Remove(remote::Named),
-    /// Go back to the version before
+    /// Roll a plugin back to its previous version on this node
     Rollback(remote::Named),
-    /// Run a candidate beside a plugin, without effect, and say what it would decide otherwise
+    /// Run a candidate in shadow of a plugin on live events, or report how its decisions differ
     Shadow(remote::Shadow),
-    /// Make the candidate the plugin
+    /// Replace a plugin with its candidate
     Promote(remote::Named),
-    /// Ask a candidate about past events, and say what it would have decided otherwise
+    /// Run a candidate on past events and report how its decisions differ
     Replay(remote::Replay),
 }
 
@@ -80,29 +81,30 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     }
 }
 
-/// A plugin, and what it is run with.
+/// A plugin and the settings to run it with.
 #[derive(Debug, clap::Args)]
 struct Subject {
-    /// The plugin's file, or the folder of its crate, which is built first
+    /// Plugin file, or folder of a plugin crate, which is built first
     #[arg(value_name = "FILE.wasm or DIR", default_value = ".")]
     plugin: PathBuf,
-    /// Its configuration, as JSON; of a crate, its config.json
+    /// Plugin configuration, a JSON file [default: the crate's config.json]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Take its limits, and without --config its configuration, from [plugins.NAME] of this pointsman.toml
+    /// Read limits, and the configuration unless --config is given, from [plugins.NAME] in this
+    /// pointsman.toml
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
-    /// What it is called there; otherwise as its file
+    /// Plugin name in --settings [default: derived from the file name]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     #[command(flatten)]
     profile: toolchain::Profile,
 }
 
-/// A plugin's file with what it is run with, read.
+/// A plugin file with its configuration and limits, read from disk.
 struct Loaded {
     file: PathBuf,
-    /// Of the crate, if one was named.
+    /// The folder of the crate, if one was given.
     folder: Option<PathBuf>,
     name: Name,
     bytes: Vec<u8>,
@@ -117,7 +119,7 @@ impl Subject {
             let made = toolchain::Build::start(&self.plugin, &self.profile, false)?.finish()?;
             let [file] = made.as_slice() else {
                 bail!(
-                    "{} makes {} plugins; name the file of one",
+                    "{} builds {} plugins; pass the file of one of them",
                     self.plugin.display(),
                     made.len()
                 )
@@ -155,7 +157,7 @@ impl Subject {
 }
 
 impl Loaded {
-    /// The plugin after every check of a node.
+    /// Loads the plugin, with every check that a node makes.
     fn plugin(&self, engine: &Engine) -> anyhow::Result<Plugin> {
         let loaded = Plugin::load(
             engine,
@@ -167,7 +169,7 @@ impl Loaded {
         loaded.with_context(|| self.file.display().to_string())
     }
 
-    /// A file of the crate, if there is one of that name.
+    /// The path of this file in the crate, if it exists.
     fn beside(&self, name: &str) -> Option<PathBuf> {
         beside(self.folder.as_deref(), name)
     }
@@ -179,7 +181,7 @@ fn beside(folder: Option<&Path>, name: &str) -> Option<PathBuf> {
         .filter(|path| path.is_file())
 }
 
-/// The bytes of a file, and of one that is too large as many as show it.
+/// Reads a file, but at most `max` + 1 bytes: enough to show that it is too large.
 fn read(file: &Path, max: usize) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
@@ -190,9 +192,9 @@ fn read(file: &Path, max: usize) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// `[plugins.NAME]` of a pointsman.toml; the defaults if it has none.
+/// The section `[plugins.NAME]` of a pointsman.toml; the defaults if there is none.
 fn settings(path: &Path, name: &str) -> anyhow::Result<Settings> {
-    /// The rest is for a node.
+    /// Other sections are ignored; they concern a node.
     #[derive(Deserialize)]
     struct Written {
         #[serde(default)]
@@ -205,11 +207,11 @@ fn settings(path: &Path, name: &str) -> anyhow::Result<Settings> {
     Ok(plugins.plugins.remove(name).unwrap_or_default())
 }
 
-/// A configuration, as the host hands it over.
+/// Reads a plugin configuration, in the form that the host passes to the plugin.
 fn config(path: &Path) -> anyhow::Result<String> {
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text)
-        .with_context(|| format!("{} is no JSON object", path.display()))?;
+        .with_context(|| format!("{} is not a JSON object", path.display()))?;
     Ok(serde_json::to_string(&config)?)
 }

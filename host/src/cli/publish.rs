@@ -1,6 +1,7 @@
-//! `pointsman publish`: events from options or standard input to a node.
+//! `pointsman publish`: sends events from options or standard input to a node.
 //!
-//! Each event is given an id where it has none, so that the retries made here, after a refusal for now or a cut, are recognised.
+//! An event without an id is assigned one, so that the node recognises retries made here after a
+//! temporary error or a lost connection as duplicates.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -16,11 +17,11 @@ use ureq::http::StatusCode;
 use super::render::decision::{line, list, route, text, verdict};
 use super::{NODE_URL, Node, agent, no_node, pretty_json, printable, read, refusal};
 
-/// Of whom a dry run judges nobody.
-const AS_FAR: &str = ", as far as a route's condition holds";
-/// Attempts at a request before it is given up.
+/// Appended to groups and everyone, whose members a dry run does not check against conditions.
+const AS_FAR: &str = ", subject to the route's condition";
+/// Maximum number of attempts per request.
 const MAX_ATTEMPTS: u32 = 6;
-/// Bounds of one request, well within a node's default ones.
+/// Limits of one request, well below a node's default limits.
 const MAX_EVENTS: usize = 1_000;
 const MAX_BYTES: usize = 1024 * 1024;
 
@@ -28,45 +29,45 @@ const MAX_BYTES: usize = 1024 * 1024;
 pub(super) struct Options {
     #[command(flatten)]
     node: Node,
-    /// What happened, such as order.shipped; without it, events are read from standard input as JSON, one or many
+    /// Event type, such as order.shipped; without it, events are read from standard input as JSON
     #[arg(long = "type", value_name = "TYPE")]
     kind: Option<String>,
-    /// Where it happened
+    /// Event source
     #[arg(long, default_value = "/cli", requires = "kind")]
     source: String,
-    /// The event's id; a retry with the same source and id is one event
+    /// Event id; events with the same source and id are duplicates [default: random]
     #[arg(long, requires = "kind")]
     id: Option<String>,
-    /// What it is about
+    /// Event subject
     #[arg(long, requires = "kind")]
     subject: Option<String>,
-    /// For this user; may be repeated
+    /// Address the event to this user; may be repeated
     #[arg(long, requires = "kind", value_parser = NonEmptyStringValueParser::new())]
     user: Vec<String>,
-    /// For the members of this group; may be repeated
+    /// Address the event to the members of this group; may be repeated
     #[arg(long, requires = "kind", value_parser = NonEmptyStringValueParser::new())]
     group: Vec<String>,
-    /// For everyone
+    /// Address the event to everyone
     #[arg(long, requires = "kind")]
     everyone: bool,
-    /// How urgent it is
+    /// Priority of the event
     #[arg(long, requires = "kind", value_parser = ["low", "normal", "high", "urgent"])]
     priority: Option<String>,
-    /// What it carries, as JSON
+    /// Event data, as JSON
     #[arg(long, value_name = "JSON", requires = "kind")]
     data: Option<String>,
-    /// A further attribute; may be repeated
+    /// Additional attribute; may be repeated
     #[arg(long, value_name = "NAME=VALUE", requires = "kind")]
     attribute: Vec<String>,
-    /// Print what would become of it and whom it would reach, and store nothing
+    /// Print the decision and the recipients without storing the event
     #[arg(long)]
     dry_run: bool,
-    /// Print the node's answer to a dry run as it is, in JSON
+    /// Print the response to a dry run as JSON
     #[arg(long, requires = "dry_run")]
     json: bool,
 }
 
-/// The members of a CloudEvents document, as they were written: numbers keep their digits.
+/// The members of a CloudEvents document as raw JSON, so that numbers keep their digits.
 type Document = BTreeMap<String, Box<RawValue>>;
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -102,22 +103,22 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
                 );
             } else {
                 n_refused += 1;
-                println!("refused\t{}", printable(&text(&event["error"])));
+                println!("rejected\t{}", printable(&text(&event["error"])));
             }
         }
     }
     ensure!(
         n_refused == 0,
-        "{n_refused} of {} events were refused",
+        "{n_refused} of {} events were rejected",
         events.len()
     );
     Ok(())
 }
 
-/// What a dry run says of an event, in lines.
+/// Formats the dry run of one event, one fact a line.
 fn tried(event: &Value) -> String {
     if event["status"] != "tried" {
-        return format!("refused    {}", printable(&text(&event["error"])));
+        return format!("rejected   {}", printable(&text(&event["error"])));
     }
     let reason = event["reason"]
         .as_str()
@@ -164,12 +165,12 @@ fn tried(event: &Value) -> String {
     lines.extend(list(&of["left_out"]).iter().map(|user| {
         line(
             "left out",
-            &format!("user {}: no condition holds", text(user)),
+            &format!("user {}: no route condition holds", text(user)),
         )
     }));
     if of["n_not_judged"].as_u64().is_some_and(|n| n > 0) {
         lines.push(line(
-            "not judged",
+            "unchecked",
             &format!("{} more users", of["n_not_judged"]),
         ));
     }
@@ -189,7 +190,7 @@ fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
     for pair in &options.attribute {
         let (name, value) = pair
             .split_once('=')
-            .with_context(|| format!("--attribute {pair} has no value; write NAME=VALUE"))?;
+            .with_context(|| format!("--attribute {pair} has no value; use NAME=VALUE"))?;
         set(name, json!(value))?;
     }
     set("type", json!(kind))?;
@@ -217,9 +218,8 @@ fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
         set("everyone", json!(true))?;
     }
     if let Some(data) = &options.data {
-        let data: Box<RawValue> = serde_json::from_str(data).with_context(|| {
-            format!("--data is not JSON; a text is written in quotes: --data '\"{data}\"'")
-        })?;
+        let data: Box<RawValue> = serde_json::from_str(data)
+            .with_context(|| format!("--data is not JSON; quote a string: --data '\"{data}\"'"))?;
         event.insert("data".to_owned(), data);
     }
     event.insert(
@@ -229,30 +229,31 @@ fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
     Ok(event)
 }
 
-/// JSON documents one after the other, with or without line breaks; a list counts as its events.
+/// Reads a sequence of JSON documents, with or without line breaks between them. An array counts as
+/// the events in it.
 fn from_input(input: impl Read) -> anyhow::Result<Vec<Document>> {
     let mut events = Vec::new();
     for (n, document) in serde_json::Deserializer::from_reader(input)
         .into_iter::<Box<RawValue>>()
         .enumerate()
     {
-        let document =
-            document.with_context(|| format!("document {} of the input is not JSON", n + 1))?;
+        let document = document
+            .with_context(|| format!("document {} of the input is not valid JSON", n + 1))?;
         if document.get().trim_start().starts_with('[') {
             events.extend(
                 serde_json::from_str::<Vec<Document>>(document.get())
-                    .context("a list of the input holds something else than events")?,
+                    .context("an array in the input contains something other than events")?,
             );
         } else {
             events.push(
                 serde_json::from_str(document.get())
-                    .with_context(|| format!("document {} of the input is no event", n + 1))?,
+                    .with_context(|| format!("document {} of the input is not an event", n + 1))?,
             );
         }
     }
     ensure!(
         !events.is_empty(),
-        "no event was given; say --type, or write events to standard input"
+        "no event given; pass --type, or write events to standard input"
     );
     for event in &mut events {
         if !event.contains_key("id") {
@@ -266,7 +267,7 @@ fn new_id() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 
-/// The bodies of the requests, as JSON lists.
+/// Splits the events into request bodies, each a JSON array.
 fn batches(events: &[Document]) -> anyhow::Result<Vec<String>> {
     let mut batches: Vec<(usize, String)> = Vec::new();
     for event in events {
@@ -283,7 +284,11 @@ fn batches(events: &[Document]) -> anyhow::Result<Vec<String>> {
     Ok(batches.into_iter().map(|(_, batch)| batch + "]").collect())
 }
 
-/// Sends a batch until it is taken or refused for good, or the attempts are used up.
+/// Sends a batch, retrying after temporary errors. The wait is that of `Retry-After`, limited to
+/// between 1 and 30 s.
+///
+/// # Errors
+/// A permanent error, or [`MAX_ATTEMPTS`] temporary ones.
 fn send(node: &Node, agent: &Agent, path: &str, batch: String) -> anyhow::Result<Value> {
     let url = node.at(path);
     let mut attempt = 1;
@@ -302,7 +307,7 @@ fn send(node: &Node, agent: &Agent, path: &str, batch: String) -> anyhow::Result
                     .and_then(|value| value.to_str().ok()?.parse().ok());
                 let (status, text) = read(response)?;
                 if status.is_success() {
-                    return serde_json::from_str(&text).context("the node's answer is not JSON");
+                    return serde_json::from_str(&text).context("the node's response is not JSON");
                 }
                 if !matches!(
                     status,
@@ -317,10 +322,10 @@ fn send(node: &Node, agent: &Agent, path: &str, batch: String) -> anyhow::Result
             Err(error) => (no_node(&node.url, NODE_URL, &error).to_string(), None),
         };
         if attempt == MAX_ATTEMPTS {
-            bail!("{why}; given up after {attempt} attempts");
+            bail!("{why}; gave up after {attempt} attempts");
         }
         let wait_s = wait_s.unwrap_or(1_u64).clamp(1, 30);
-        eprintln!("pointsman: {why}; again in {wait_s} s");
+        eprintln!("pointsman: {why}; retrying in {wait_s} s");
         std::thread::sleep(Duration::from_secs(wait_s));
         attempt += 1;
     }
@@ -379,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn input_is_one_event_lines_or_a_list_and_each_has_an_id() {
+    fn input_may_be_one_event_lines_or_an_array_and_every_event_gets_an_id() {
         let events =
             from_input("{\"type\":\"a\"}\n{\"type\":\"b\",\"id\":\"x\"} [{\"type\":\"c\"},\n{\"type\":\"d\",\"data\":1.10}]".as_bytes())
                 .unwrap();
@@ -394,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_bounded() {
+    fn large_inputs_are_split_into_bounded_requests() {
         let events: Vec<Document> =
             from_input("{\"type\":\"t\"}".repeat(2_500).as_bytes()).unwrap();
         let sizes: Vec<usize> = batches(&events)

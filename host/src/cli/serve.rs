@@ -1,4 +1,4 @@
-//! `pointsman serve`: a node, until it is told to stop.
+//! `pointsman serve`: runs a node until it receives SIGINT or SIGTERM.
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -8,52 +8,53 @@ use pointsman::config::{Config, Error, Log, LogFormat, Recipe};
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
-/// Each option is also a key of pointsman.toml and an environment variable, POINTSMAN_<OPTION>.
+/// Every option except --config is also a key of pointsman.toml and an environment variable,
+/// POINTSMAN_<OPTION>.
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// Read this file (pointsman.toml, where it is there)
+    /// Configuration file [default: pointsman.toml, if it exists]
     #[arg(long, value_name = "FILE", env = "POINTSMAN_CONFIG")]
     config: Option<PathBuf>,
-    /// Use the Redis at this URL
+    /// Use Redis at this URL as the broker
     #[arg(long, value_name = "URL")]
     redis: Option<String>,
-    /// Use the embedded broker, with its data in this folder
+    /// Use the embedded broker with its data in this folder
     #[arg(long, value_name = "DIR")]
     data: Option<String>,
-    /// Use the embedded broker, in memory only
+    /// Use the embedded broker in memory; data is lost on exit
     #[arg(long)]
     ephemeral: bool,
-    /// Listen here for applications (127.0.0.1:8080)
+    /// Address of the application listener [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// Listen here for operators (127.0.0.1:8081)
+    /// Address of the admin listener [default: 127.0.0.1:8081]
     #[arg(long, value_name = "ADDR")]
     admin: Option<String>,
-    /// Load the plugins of this folder, and load them again as they change
+    /// Plugin folder; changed files are reloaded
     #[arg(long, value_name = "DIR")]
     plugins: Option<String>,
-    /// Be ready without a plugin
+    /// Become ready without any plugin; events are then unrouted
     #[arg(long)]
     allow_no_plugins: bool,
-    /// Take ?user= for the user and ask nobody for a token; on loopback only
+    /// Trust ?user= and require no token or API key; loopback only
     #[arg(long)]
     dev: bool,
-    /// What this node is called (host and listen address)
+    /// Name of this node [default: host name and listen address]
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
-    /// What to log, such as info,pointsman=debug (info)
+    /// Log filter, such as info,pointsman=debug [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
-    /// How to log: text or json (text)
+    /// Log format: text or json [default: text]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
 }
 
 impl Options {
-    /// What a node would run with.
+    /// Combines file, environment and options into the configuration of a node.
     ///
     /// # Errors
-    /// One line with its fix.
+    /// The first invalid setting, as one line with its fix.
     pub(super) fn load(&self) -> Result<Config, Error> {
         let texts = [
             ("redis", &self.redis),
@@ -77,7 +78,7 @@ impl Options {
             .into_iter()
             .filter(|(_, is_given)| *is_given)
             .map(|(option, _)| (option, "true".to_owned()));
-        // A variable that is no UTF-8 cannot be one of ours.
+        // A variable that is not valid UTF-8 cannot be one of ours.
         let environment = std::env::vars_os()
             .filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
         Recipe {
@@ -98,24 +99,27 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     let ended = runtime.block_on(async {
         let shutdown = Shutdown::new();
-        shutdown.on_signals().context("cannot listen to signals")?;
+        shutdown
+            .on_signals()
+            .context("cannot install signal handlers")?;
         pointsman::run(config, shutdown).await
     });
-    // A thread that still compiles a plugin has nothing to finish.
+    // Does not wait for a thread that is still compiling a plugin: its result is unused.
     runtime.shutdown_background();
     ended
 }
 
-/// To standard error, as the only output of a node.
+/// Logs to standard error, the only output of a node.
 fn start_log(log: &Log) {
-    // Checked as the configuration was.
+    // Valid: the filter was checked with the configuration.
     let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    // A line that cannot be written (a full disk, a pipe that nobody reads) is lost. By default it would be complained of on standard error,
-    // which cannot be written either: a panic, wherever something was logged.
+    // A line that cannot be written (full disk, closed pipe) is dropped. By default the subscriber
+    // would report the failure on standard error, which cannot be written either, and panic in the
+    // code that logged the line.
     let builder = builder.log_internal_errors(false);
     match log.format {
         LogFormat::Text => builder.init(),

@@ -1,6 +1,8 @@
-//! `pointsman tail`: a user's stream, a line for each notification, resumed after each cut with the last id.
+//! `pointsman tail`: prints a user's stream, one notification per line. After a disconnect it
+//! resumes from the last id.
 //!
-//! Reads the stream as any client does (HTML Living Standard, "Server-sent events"); how one is written is the library's `sse`.
+//! The stream is parsed as any client does (HTML Living Standard, "Server-sent events"); the
+//! library module `sse` writes it.
 
 use std::io::{BufRead, BufReader, Read as _};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,38 +17,40 @@ use ureq::http::header::CONTENT_TYPE;
 
 use super::{NODE_URL, agent, no_node, read, refusal};
 
-/// Three of the node's heartbeats: a connection that is silent for longer is cut.
+/// Three default heartbeat intervals of a node; a connection silent for longer is dropped.
 const SILENCE: Duration = Duration::from_secs(65);
-/// The longest line that is read; a node's are far shorter.
+/// Maximum line length in bytes, far above that of a node's lines.
 const MAX_LINE: u64 = 4 * 1024 * 1024;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// The node's address; http only
+    /// Address of the node's application listener (http only)
     #[arg(long, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
-    /// The user, of a node in dev mode; any other takes a token
+    /// User whose stream to follow; without a token, only in dev mode
     #[arg(long, required_unless_present = "token")]
     user: Option<String>,
-    /// The user's token, of a node that is not in dev mode
+    /// The user's token; not needed in dev mode
     #[arg(long, env = "POINTSMAN_TOKEN", hide_env_values = true)]
     token: Option<String>,
-    /// Begin after this id, or at earliest, latest or a duration such as 10m; the id to continue from is said at the end
+    /// Start after this id, at earliest or latest, or a duration ago such as 10m. On exit, tail
+    /// prints the id to continue from
     #[arg(long, value_name = "ID", value_parser = place)]
     after: Option<String>,
-    /// End after so many notifications
+    /// Exit after this many notifications
     #[arg(long, value_name = "N")]
     count: Option<u64>,
 }
 
-/// A node takes any text, and begins at the latest where it cannot read it: a browser that keeps an id of old must not be stopped. A person
-/// who mistypes a word must.
+/// Validates `--after`. A node accepts any text and starts at the latest event if it cannot parse
+/// it, so that a browser with an outdated id still gets a stream; a typo on the command line is an
+/// error.
 fn place(text: &str) -> Result<String, String> {
-    // An id that is this node's and another user's is one all the same.
+    // The user does not matter here: an id issued for another user is still a valid id.
     let nobody = Name::parse("-").map_err(|error| error.to_string())?;
     match Start::read(text, &nobody) {
         Some(Start::Unknown) => {
-            Err("give earliest, latest, how long ago, such as 90s, 10m, 2h or 7d, or the id that tail said at its end".to_owned())
+            Err("use earliest, latest, a duration such as 90s, 10m, 2h or 7d, or the id that tail printed on exit".to_owned())
         }
         _ => Ok(text.to_owned()),
     }
@@ -74,13 +78,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             request = request.header("last-event-id", &parser.last_id);
         }
         let why = match request.call() {
-            // Most likely the address is wrong, and will be.
+            // No connection so far: the address is probably wrong, and a retry would not help.
             Err(error) if !was_open => return Err(no_node(&options.url, NODE_URL, &error)),
             Err(error) => error.to_string(),
             Ok(response) if response.status() == StatusCode::NO_CONTENT => return Ok(()),
             Ok(response) if response.status() != StatusCode::OK => {
                 let (status, text) = read(response)?;
-                // Only these pass; a browser's `EventSource` would stop for any.
+                // Only these are temporary. (A browser's `EventSource` gives up on any error.)
                 if !matches!(
                     status,
                     StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
@@ -97,7 +101,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
                     .unwrap_or_default();
                 ensure!(
                     content_type.starts_with("text/event-stream"),
-                    "{url} answers '{content_type}', which is no stream; is this a Pointsman node?"
+                    "{url} returned '{content_type}' instead of a stream; check that this is a Pointsman node"
                 );
                 was_open = true;
                 parser.reset();
@@ -110,7 +114,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             }
         };
         if left > 0 {
-            eprintln!("pointsman: {why}; back in {} ms", parser.retry_ms);
+            eprintln!("pointsman: {why}; reconnecting in {} ms", parser.retry_ms);
             std::thread::sleep(Duration::from_millis(parser.retry_ms));
         }
     }
@@ -118,7 +122,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The id of what was last printed, for whoever ends this.
+/// The id of the last message, printed on exit.
 type LastId = Mutex<String>;
 
 fn say_where(last_id: &LastId) {
@@ -128,9 +132,9 @@ fn say_where(last_id: &LastId) {
     }
 }
 
-/// Ends the process at Ctrl-C or SIGTERM, with a word about where it was.
+/// On SIGINT or SIGTERM, prints the id to continue from and exits.
 fn say_on_interrupt(last_id: Arc<LastId>) {
-    // Without a thread for it, either ends the process all the same.
+    // Without the thread, the signals still end the process, only without the message.
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -147,13 +151,13 @@ fn say_on_interrupt(last_id: Arc<LastId>) {
         });
         if let Some(signal) = signal {
             say_where(&last_id);
-            // As a shell says of a process that a signal ended.
+            // The exit status that shells use for a process killed by a signal.
             std::process::exit(128 + signal);
         }
     });
 }
 
-/// Prints notifications until the stream ends, and says why it did.
+/// Prints notifications until the stream ends. Returns why it ended.
 fn follow(
     stream: &mut impl BufRead,
     parser: &mut Parser,
@@ -165,15 +169,17 @@ fn follow(
         line.clear();
         match stream.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
             Ok(0) => return "the stream ended".to_owned(),
-            Ok(_) if line.last() != Some(&b'\n') => return "the stream broke off".to_owned(),
+            Ok(_) if line.last() != Some(&b'\n') => {
+                return "the stream ended in the middle of a line".to_owned();
+            }
             Ok(_) => {}
-            Err(error) => return format!("the stream was cut: {error}"),
+            Err(error) => return format!("the stream was interrupted: {error}"),
         }
         let Some(message) = parser.line(&String::from_utf8_lossy(&line)) else {
             continue;
         };
         match message.event.as_str() {
-            // Only its id counts, and that is remembered already.
+            // Carries only an id, which the parser has stored.
             "cursor" => {}
             "gap" | "reauth" | "close" => {
                 eprintln!("pointsman: {}: {}", message.event, message.data)
@@ -197,7 +203,7 @@ struct Message {
     data: String,
 }
 
-/// What is kept between lines, and between connections.
+/// Parser state, kept between lines and between connections.
 #[derive(Debug)]
 struct Parser {
     last_id: String,
@@ -218,7 +224,7 @@ impl Default for Parser {
 }
 
 impl Parser {
-    /// Forgets a block that a cut left unfinished.
+    /// Discards a block that a disconnect left incomplete.
     fn reset(&mut self) {
         self.event.clear();
         self.data = None;
@@ -242,7 +248,7 @@ impl Parser {
                 None => self.data = Some(value.to_owned()),
             },
             "id" if !value.contains('\0') => value.clone_into(&mut self.last_id),
-            // Bounded, or a typo at the other end would end this for good.
+            // Bounded, so that a wrong value from the server cannot stop reconnecting.
             "retry" => {
                 self.retry_ms = value
                     .parse()
@@ -259,7 +265,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_is_read_as_browsers_read_it() {
+    fn a_stream_is_parsed_as_browsers_parse_it() {
         let mut parser = Parser::default();
         let stream = "retry: 150\n: hello\n\nevent: cursor\nid: c0\ndata:\n\nid: c1\ndata: {\"a\":1}\n\n:\nevent: gap\r\ndata: x\r\ndata: y\r\n\r\nid: c2\ndata: cut";
         let messages: Vec<Message> = stream

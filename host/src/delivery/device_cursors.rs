@@ -1,12 +1,17 @@
-//! How far each of a user's devices is, and up to where the user has read: bookmarks, which are cursors that the broker keeps.
+//! Device cursors: how far each of a user's devices has acknowledged, and the read marker, up to
+//! which the user has read. Both are cursors stored by the broker.
 //!
-//! - A bookmark is moved by acknowledgement, never backwards: in each partition it stands at the further of where it was and what was
-//!   acknowledged. Two that acknowledge at once do so in some order, on whatever nodes: a move is a compare-and-set at the broker.
-//! - A device that has none begins as every stream does, with what comes from then on; this beginning is its first bookmark. So a device
-//!   that never acknowledged anything and comes back misses nothing.
-//! - Of a life that is over, a bookmark is what any cursor is: the stream that begins there is told of the gap.
+//! - An acknowledgement moves a device cursor, never backwards: in each partition it keeps the
+//!   further of the stored and the acknowledged position. Concurrent acknowledgements on any nodes
+//!   are serialised: a move is a compare-and-set at the broker.
+//! - A device without a cursor starts as every stream does, with notifications from then on. That
+//!   start becomes its first cursor, so a device that never acknowledged anything misses nothing
+//!   when it returns.
+//! - A device cursor of an ended epoch behaves like any other cursor: a stream that starts there
+//!   receives the gap.
 //!
-//! The broker bounds how many there are and how long they are kept. What a stream does from its start on is `subscription`'s.
+//! The broker bounds the number and the retention of device cursors. `subscription` handles the
+//! stream after its start.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,31 +21,32 @@ use crate::delivery::subscription::Start;
 use crate::delivery::subscription::cursor::{Cursor, MAX_HAD, Position};
 use crate::event::{Life, Name, NotificationId};
 
-/// Looks at a bookmark that others are quicker to move. Each time one of them has moved it, so that only a crowd can use them up.
+/// The most compare-and-set attempts for one device cursor. An attempt fails only if another one
+/// succeeded, so that only a large number of concurrent moves exhausts them.
 const ATTEMPTS: usize = 32;
 
-/// Why an acknowledgement was not taken.
+/// Why an acknowledgement was rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// It names what is yet to come.
-    #[error("the id lies ahead of everything that was ever sent")]
+    /// It names ids that do not exist yet.
+    #[error("the id is ahead of every notification ever sent")]
     Ahead,
-    /// Others moved the same bookmark all the while.
-    #[error("too many acknowledgements of the same at once")]
+    /// Concurrent acknowledgements won every attempt.
+    #[error("too many concurrent acknowledgements of the same device cursor")]
     Crowded,
     #[error(transparent)]
     Broker(#[from] broker::Error),
 }
 
-/// A cheap handle.
+/// A cheap handle: clones share the heads.
 #[derive(Clone, Debug)]
 pub struct Bookmarks(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     broker: Arc<dyn Broker>,
-    /// As they were when something had last to be explained by them. What a head says of lives that it knows stays true, so that an
-    /// acknowledgement need not read it again. A std mutex: held for a copy.
+    /// Heads as last read. A head's information about the epochs it knows stays valid, so an
+    /// acknowledgement need not read the head again. A std mutex: held for a copy only.
     heads: Mutex<Heads>,
 }
 
@@ -54,10 +60,11 @@ impl Bookmarks {
         }))
     }
 
-    /// Moves these bookmarks to where the user says to be, but none of them backwards, and keeps them for another while.
+    /// Moves these device cursors to the acknowledged position, none of them backwards, and renews
+    /// their retention.
     ///
     /// # Errors
-    /// See [`Refusal`]. Those of `which` that come first may have been moved all the same.
+    /// See [`Refusal`]. Earlier entries of `which` may have been moved nevertheless.
     pub async fn acknowledge(
         &self,
         user: &Name,
@@ -73,7 +80,8 @@ impl Bookmarks {
         Ok(())
     }
 
-    /// Whether the cursor names what was not committed yet. A bookmark there could never be moved back.
+    /// Whether the cursor names ids not committed yet. A device cursor there could never be moved
+    /// back.
     async fn is_ahead(&self, cursor: &Cursor) -> broker::Result<bool> {
         let heads = self.heads_for(&[cursor]).await?;
         Ok(cursor.positions.iter().any(|position| {
@@ -92,7 +100,7 @@ impl Bookmarks {
                 None => told.clone(),
             };
             let to = bookmark(user, &cursor, true);
-            // Also where it stands already: it is kept anew.
+            // Stored even if the position is unchanged: this renews its retention.
             if self
                 .0
                 .broker
@@ -105,11 +113,13 @@ impl Bookmarks {
         Err(Refusal::Crowded)
     }
 
-    /// Where a device's stream begins: where it `asked` to, or at the device's bookmark, or, in sync with the user's other devices, at the
-    /// furthest place that any of them acknowledged. A device without a bookmark has one from now on: where it begins, or, if it asked for history
-    /// by time or for what is not there yet, where that ends.
+    /// Returns the start of a device's stream: the `asked` start, else the device's own cursor, or,
+    /// with `is_in_sync`, the furthest cursor acknowledged by any of the user's devices. A device
+    /// without a cursor gets one now: at its start, or, if it requested history by time or ids that
+    /// do not exist yet, at the end of the history.
     ///
     /// # Errors
+    /// The broker's: the device cursor cannot be read or stored.
     /// The broker's: where the device is cannot be known, or not be kept.
     pub async fn start(
         &self,
@@ -142,11 +152,11 @@ impl Bookmarks {
             }
         }
         Err(broker::Error::Away(
-            "too many streams of the same device begin at once".to_owned(),
+            "too many streams of the same device start concurrently; try again".to_owned(),
         ))
     }
 
-    /// Where a device is by its user's bookmarks.
+    /// Returns the start of a device according to its user's device cursors.
     async fn place(
         &self,
         user: &Name,
@@ -155,7 +165,7 @@ impl Bookmarks {
         all: &BTreeMap<BookmarkOf, Bookmark>,
     ) -> broker::Result<Start> {
         let counts = |which: &BookmarkOf, kept: &Bookmark| {
-            // Where another device began, nobody has seen what came before.
+            // Another device's start is not evidence that the user has seen what precedes it.
             which == own
                 || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))
         };
@@ -182,7 +192,7 @@ impl Bookmarks {
             .map_or(Start::Unknown, Start::Cursor))
     }
 
-    /// Up to where the user has read. `None`: nothing.
+    /// Returns the cursor up to which the user has read. `None`: nothing.
     ///
     /// # Errors
     /// The broker's.
@@ -196,7 +206,7 @@ impl Bookmarks {
         Ok(mark.and_then(|mark| readable(user, &mark)))
     }
 
-    /// What still stands of what a cursor says to have been had: ids that were lost with a life are issued again.
+    /// Returns the part of a cursor that is still valid: ids lost with an epoch are issued again.
     ///
     /// # Errors
     /// The broker's.
@@ -211,7 +221,8 @@ impl Bookmarks {
         Ok(standing)
     }
 
-    /// Where each of a user's bookmarks stands beside a notification; without those that cannot be read, which is logged.
+    /// Compares each of a user's device cursors with a notification. Unreadable cursors are skipped
+    /// and logged.
     ///
     /// # Errors
     /// The broker's.
@@ -241,7 +252,7 @@ impl Bookmarks {
         Ok(all.into_iter().filter_map(beside).collect())
     }
 
-    /// The place of who has had everything.
+    /// Returns the cursor of a reader that has received everything.
     async fn latest(&self) -> broker::Result<Cursor> {
         let mut cursor = Cursor::default();
         for partition in self.0.broker.partitions() {
@@ -255,7 +266,8 @@ impl Bookmarks {
         Ok(cursor)
     }
 
-    /// Heads that know what these cursors speak of, if anybody does.
+    /// Returns heads that know the epochs and ids these cursors name, as far as the broker knows
+    /// them. Reads only the partitions for which the cached head is insufficient.
     async fn heads_for(&self, cursors: &[&Cursor]) -> broker::Result<Heads> {
         let mut heads = self
             .0
@@ -313,7 +325,7 @@ impl Bookmarks {
     }
 }
 
-/// What is known to have been had, of what is still there.
+/// The part of a cursor that is still valid.
 #[derive(Debug, Default)]
 pub struct Standing {
     low_water: BTreeMap<PartitionNumber, NotificationId>,
@@ -340,13 +352,13 @@ impl Standing {
     }
 }
 
-/// Where a bookmark stands beside a notification.
+/// A device cursor in relation to a notification.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Beside {
     pub which: BookmarkOf,
-    /// `false`: it is where the device began.
+    /// `false`: it is the start of the device.
     pub is_acknowledged: bool,
-    /// Whether the notification lies before it, in what still stands of it.
+    /// Whether the part of the cursor that is still valid covers the notification.
     pub is_past: bool,
 }
 
@@ -361,7 +373,7 @@ fn bookmark(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> Bookmark {
 
 fn readable(user: &Name, bookmark: &Bookmark) -> Option<Cursor> {
     let read = Cursor::decode(&bookmark.cursor, user);
-    read.inspect_err(|error| tracing::error!(user.id = %user, %error, "a bookmark cannot be read; was it written by a newer version?")).ok()
+    read.inspect_err(|error| tracing::error!(user.id = %user, %error, "cannot parse a device cursor; check whether a newer version wrote it")).ok()
 }
 
 fn had_of(cursor: &Cursor, partition: PartitionNumber) -> impl Iterator<Item = NotificationId> {
@@ -379,7 +391,7 @@ fn highest(cursor: &Cursor, position: &Position) -> NotificationId {
         .max(position.low_water)
 }
 
-/// The place of who has had what both say: in each partition, the further of the two.
+/// Merges two cursors: in each partition, the further of the two.
 fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
     let numbers: BTreeSet<_> = kept
         .positions
@@ -408,8 +420,9 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
                 )
             }
             (Some(one), Some(other)) => {
-                // Who was told last in a life that is over has had what survived it. That of a partition that is not configured here
-                // nobody can judge: the last word counts.
+                // A position in an ended epoch counts up to the id that survived the epoch.
+                // Positions of a partition not configured on this node cannot be compared: the
+                // newer acknowledgement wins.
                 let is_kept = heads
                     .get(&number)
                     .is_some_and(|head| rank(head, &one) > rank(head, &other));
@@ -428,12 +441,12 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
         joined.positions.push(position);
         joined.had.extend(had.into_iter().map(|id| (number, id)));
     }
-    // One that is left out may come twice; a cursor has no room for it.
+    // A dropped id may be delivered twice; the cursor has no room for it.
     joined.had.truncate(MAX_HAD);
     joined
 }
 
-/// How far a place is: by what still stands of it, then by how late its life was.
+/// Orders positions: by the id that is still valid, then by how recent their epoch is.
 fn rank(head: &Head, position: &Position) -> (NotificationId, Option<usize>) {
     let age = |life: Life| head.lives.iter().position(|(known, _)| *known == life);
     (
@@ -455,7 +468,7 @@ mod tests {
         Life::from_bits(n)
     }
 
-    /// The lives 1, 2 and 3: 2 began when 100 had survived of 1, 3 when 200 had of 2.
+    /// Epochs 1, 2 and 3: epoch 2 began after id 100 of epoch 1, epoch 3 after id 200 of epoch 2.
     fn heads() -> Heads {
         let lives = vec![
             (life(1), NotificationId(0)),
@@ -488,11 +501,11 @@ mod tests {
     }
 
     #[test]
-    fn a_place_never_moves_backwards() {
+    fn a_device_cursor_never_moves_backwards() {
         let check = |kept: &Cursor, told: &Cursor, expect: &Cursor| {
             assert_eq!(further(kept, told, &heads()), *expect, "{kept:?} {told:?}")
         };
-        // In one life.
+        // Within one epoch.
         check(&at(3, 250, &[]), &at(3, 260, &[]), &at(3, 260, &[]));
         check(&at(3, 250, &[]), &at(3, 240, &[]), &at(3, 250, &[]));
         check(
@@ -505,21 +518,21 @@ mod tests {
             &at(3, 250, &[254]),
             &at(3, 250, &[251, 252, 253]),
         );
-        // Acknowledged in the life that followed, beyond what survived.
+        // Acknowledged in the next epoch, beyond the surviving id.
         check(&at(1, 150, &[]), &at(2, 120, &[]), &at(2, 120, &[]));
         check(&at(1, 150, &[]), &at(2, 100, &[]), &at(2, 100, &[]));
-        // A stream that never was as far: who comes back must be told what was lost.
+        // A stream that did not reach that far: the device must receive the gap when it returns.
         check(&at(1, 150, &[]), &at(2, 90, &[]), &at(1, 150, &[]));
-        // Late, from a life that is over.
+        // Late, from an ended epoch.
         check(&at(3, 210, &[]), &at(2, 290, &[]), &at(3, 210, &[]));
         check(&at(3, 150, &[]), &at(2, 160, &[]), &at(2, 160, &[]));
-        // Of a life that nobody knows there is nothing left.
+        // Nothing of an unknown epoch is still valid.
         check(&at(9, 900, &[]), &at(1, 10, &[]), &at(1, 10, &[]));
         check(&at(1, 10, &[]), &at(9, 900, &[]), &at(1, 10, &[]));
     }
 
     #[test]
-    fn partitions_that_one_of_them_does_not_name_stay_as_the_other_says() {
+    fn a_partition_named_by_only_one_cursor_is_taken_from_it() {
         let other = PartitionNumber(1);
         let elsewhere = Cursor {
             positions: vec![Position {
@@ -546,7 +559,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn in_whatever_order_places_are_acknowledged_the_furthest_is_kept(
+        fn the_furthest_acknowledged_cursor_is_kept_in_any_order(
             places in prop::collection::vec((1..4_u16, 0..300_u64), 1..6),
             order in any::<prop::sample::Index>(),
         ) {
@@ -563,7 +576,7 @@ mod tests {
         }
 
         #[test]
-        fn a_joined_place_reads_back(
+        fn a_merged_cursor_round_trips(
             kept in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
             told in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
         ) {

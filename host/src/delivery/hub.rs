@@ -1,10 +1,14 @@
-//! Which streams on this node follow which log, and the feed that tells them of appends.
+//! The streams of this node, the logs that each follows, and the feed that delivers notices of
+//! appends to them.
 //!
-//! The feed is never trusted: a tick a second and partition is probe, loss detector and low-water mark in one. A reset, or [`SILENCE`]
-//! without a tick, sends every stream of the partition back to replay. The hub never waits for a stream: one whose buffer is full goes
-//! back to replay by itself. Delivery needs no table of sessions: the broker knows which node follows which log, and forgets a dead one.
+//! The feed is never trusted. A tick per second and partition serves as probe, loss detector and
+//! low-water mark in one. A reset, or [`SILENCE`] without a tick, sends every stream of the
+//! partition back to replay. The hub never waits for a stream: one whose buffer is full returns to
+//! replay. Delivery needs no session table: the broker knows which node follows which log, and
+//! drops a dead node's follows.
 //!
-//! Knows neither what reaches whom (`recipients`), nor what a stream has had (`subscription`), nor how it is written (`sse`).
+//! The hub does not decide which notifications reach a user (`recipients`), how far a stream has
+//! read (`subscription`) or how it is written (`sse`).
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,12 +27,12 @@ use crate::event::{Life, Name, NotificationId, Target};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
-/// So long without a tick, and the feed of a partition counts as dead, whatever the connection says.
+/// A partition without a tick for this long counts as silent, whatever the state of the connection.
 pub const SILENCE: Duration = Duration::from_secs(3);
 /// How often each node ticks each partition.
 const TICK: Duration = Duration::from_secs(1);
 
-/// A cheap handle.
+/// A cheap handle: clones share one hub.
 #[derive(Clone, Debug)]
 pub struct Hub(Arc<Shared>);
 
@@ -39,7 +43,8 @@ struct Shared {
     metrics: Metrics,
     partitions: Vec<PartitionNumber>,
     next_stream: AtomicU64,
-    /// A std mutex: held to look up and hand out, never across an `.await`. Locked before a stream's own, never after.
+    /// A std mutex: held for look-ups and hand-overs, never across an `.await`. Lock order: this
+    /// one before a stream's, never after.
     state: Mutex<State>,
 }
 
@@ -49,26 +54,26 @@ struct State {
     by_user: HashMap<Name, HashSet<u64>>,
     logs: HashMap<(PartitionNumber, Target), Log>,
     followed: HashMap<(u64, PartitionNumber), Vec<Target>>,
-    /// `None` while there is no feed.
+    /// `None` while no feed is open.
     follow: Option<mpsc::UnboundedSender<Follow>>,
     next_token: u64,
-    /// Requests without an answer yet.
+    /// Follow requests not yet confirmed, by token.
     asked: HashMap<u64, (PartitionNumber, Target)>,
     last_tick: HashMap<PartitionNumber, Instant>,
-    /// When the feed of a silent partition was last told to connect again.
+    /// When the feed of a silent partition was last requested to reconnect.
     reconnected: HashMap<PartitionNumber, Instant>,
 }
 
 #[derive(Debug)]
 struct Log {
     followers: HashMap<u64, Arc<OpenStream>>,
-    /// Of the latest request; an answer to an earlier one does not count.
+    /// Token of the latest request; confirmations of earlier ones are ignored.
     token: u64,
     is_confirmed: bool,
     waiting: Vec<oneshot::Sender<()>>,
 }
 
-/// A stream that is open as long as this lives.
+/// Keeps a stream open until it is dropped.
 #[derive(Debug)]
 pub struct StreamGuard {
     hub: Hub,
@@ -90,8 +95,8 @@ impl Drop for StreamGuard {
 }
 
 impl Hub {
-    /// Starts the feed and the ticks. They end with the runtime; without them streams would stay open and hear nothing, so that one that panics
-    /// ends the node.
+    /// Starts the feed and the ticks. Both end with the runtime. Without them streams would stay
+    /// open and receive nothing, so a panic in either ends the node.
     pub fn start(broker: Arc<dyn Broker>, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let partitions = broker
             .partitions()
@@ -108,14 +113,17 @@ impl Hub {
             next_stream,
             state,
         }));
-        shutdown.spawn_lasting("the reader of notices", Arc::clone(&hub.0).listen());
+        shutdown.spawn_lasting("the notice reader", Arc::clone(&hub.0).listen());
         for &partition in &hub.0.partitions {
-            shutdown.spawn_lasting("what ticks", tick(Arc::downgrade(&hub.0), partition));
+            shutdown.spawn_lasting(
+                "the partition ticker",
+                tick(Arc::downgrade(&hub.0), partition),
+            );
         }
         hub
     }
 
-    /// Opens a stream; history is read for it and the feed is followed until the guard is dropped.
+    /// Opens a stream. Until the guard is dropped, history is read for it and it follows the feed.
     pub fn open(&self, reader: impl Into<Reader>, start: Start, filter: Filter) -> StreamGuard {
         let shared = &self.0;
         let reader = reader.into();
@@ -140,8 +148,9 @@ impl Hub {
         }
     }
 
-    /// Reads what is kept for a reader, from `start` up to now, and at most `limit` notifications of it, without following anything.
-    /// `take` is called after each step that may have something to say; it answers how many notifications it took in all.
+    /// Reads the history kept for a reader, from `start` until now and up to `limit` notifications,
+    /// without following the feed. `take` is called after each step that may have produced items;
+    /// it returns the total number of notifications taken.
     pub async fn read(
         &self,
         reader: Reader,
@@ -164,7 +173,7 @@ impl Hub {
                 .replay(Arc::clone(&stream), partition, round, &FollowsNothing)
         });
         let mut replays = std::pin::pin!(futures_util::future::join_all(replays));
-        // The replays wake this task whenever they have something for it, as they would wake a socket's.
+        // Replays wake this task for new items, as they would wake a socket's task.
         std::future::poll_fn(|cx| {
             stream.register(cx.waker());
             loop {
@@ -183,8 +192,8 @@ impl Hub {
         stream.close();
     }
 
-    /// How many streams of a user are open on this node, and how many of them have nothing more to do with this notification: it was
-    /// written, was not for them, or lies before their beginning.
+    /// Returns the number of a user's open streams on this node, and how many of them are past this
+    /// notification: they have sent it, have rejected it, or began after it.
     pub fn streams_beside(
         &self,
         user: &Name,
@@ -203,7 +212,7 @@ impl Hub {
         (open.len(), open.iter().filter(is_past).count())
     }
 
-    /// Partitions of which nothing was heard for [`SILENCE`] or ever.
+    /// Partitions without a tick for [`SILENCE`], or without any tick yet.
     pub fn silent(&self) -> Vec<PartitionNumber> {
         let state = self.0.lock();
         let is_silent = |partition: &&PartitionNumber| {
@@ -228,7 +237,7 @@ impl Follows for FollowsNothing {
     async fn follow(&self, _: &Arc<OpenStream>, _: PartitionNumber, _: Vec<Target>) {}
 }
 
-/// Ticks for as long as the hub lives; any node may, and all do.
+/// Ticks as long as the hub exists. Any node may tick a partition, and all do.
 async fn tick(hub: std::sync::Weak<Shared>, partition: PartitionNumber) {
     let mut interval = tokio::time::interval(TICK);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -236,7 +245,7 @@ async fn tick(hub: std::sync::Weak<Shared>, partition: PartitionNumber) {
         interval.tick().await;
         let Some(shared) = hub.upgrade() else { return };
         if let Err(error) = shared.broker.tick(partition).await {
-            tracing::debug!(partition = partition.0, %error, "no tick");
+            tracing::debug!(partition = partition.0, %error, "cannot send a tick");
         }
     }
 }
@@ -252,7 +261,7 @@ impl Follows for Shared {
         let mut confirmations = Vec::new();
         {
             let mut state = self.lock();
-            // Closed meanwhile: nothing would ever unfollow what is followed now.
+            // The stream closed meanwhile: nothing would unfollow the logs followed now.
             if !state.streams.contains_key(&stream.id) {
                 return;
             }
@@ -278,7 +287,7 @@ impl Follows for Shared {
             self.metrics.logs_followed.set(state.logs.len() as i64);
         }
         for confirmation in confirmations {
-            // An error is a log that nobody follows any more; then the round is over, too.
+            // An error means that the log has no followers left; the round is then over, too.
             if confirmation.await.is_err() {
                 return;
             }
@@ -329,7 +338,7 @@ impl State {
         }
     }
 
-    /// Asks anew for every log of these partitions.
+    /// Sends new follow requests for every log of these partitions.
     fn follow_again(&mut self, partitions: &[PartitionNumber]) {
         let Self {
             logs,
@@ -360,7 +369,7 @@ fn ask(
     target: &Target,
 ) {
     asked.insert(token, (partition, target.clone()));
-    // A feed that has ended answers nothing; the next one is asked for everything anew.
+    // A feed that has ended answers nothing; all requests are repeated on the next feed.
     follow
         .send(Follow::Start {
             partition,
@@ -397,7 +406,7 @@ impl Shared {
         self.metrics.logs_followed.set(state.logs.len() as i64);
     }
 
-    /// Sends one partition of a stream to replay, by the transition that fits the cause.
+    /// Sends one partition of a stream to replay, with the transition `enter` that fits the cause.
     fn replay(
         self: &Arc<Self>,
         stream: &Arc<OpenStream>,
@@ -428,7 +437,7 @@ impl Shared {
         }
     }
 
-    /// Opens feeds for ever, one after another.
+    /// Opens one feed after another, forever.
     async fn listen(self: Arc<Self>) {
         let mut delay = Duration::from_millis(100);
         loop {
@@ -445,7 +454,7 @@ impl Shared {
                     self.lock().follow = None;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, retry_ms = delay.as_millis() as u64, "no feed; streams stay open and wait");
+                    tracing::warn!(%error, retry_ms = delay.as_millis() as u64, "cannot open the feed; streams stay open without live notifications");
                     delay = (delay * 2).min(Duration::from_secs(5));
                 }
             }
@@ -455,12 +464,12 @@ impl Shared {
     }
 }
 
-/// The one reader of a feed.
+/// The only reader of a feed.
 struct Listener<'a> {
     hub: &'a Arc<Shared>,
-    /// The present life of each partition, as far as this node knows.
+    /// The current epoch of each partition, as known to this node.
     lives: HashMap<PartitionNumber, Life>,
-    /// Whose head could not be read for the batch at hand.
+    /// Partitions whose head could not be read for the current batch.
     unread: HashSet<PartitionNumber>,
 }
 
@@ -515,7 +524,7 @@ impl Listener<'_> {
                 tracing::warn!(
                     partition = partition.0,
                     silence_s = SILENCE.as_secs(),
-                    "no tick; connecting the feed until one is heard"
+                    "no tick received; reconnecting the feed until one arrives"
                 );
             }
             reconnected.insert(partition, Instant::now());
@@ -540,7 +549,8 @@ impl Listener<'_> {
                     }
                     let is_known = match records.get(&(partition, life, id)) {
                         Some(Some(record)) => self.append(partition, &target, life, id, record),
-                        // It could not be read: history will have it, or say that it is gone.
+                        // The record could not be read: replay will find it or announce that it is
+                        // gone.
                         Some(None) => {
                             self.replay_followers(partition, &target);
                             true
@@ -575,7 +585,8 @@ impl Listener<'_> {
                         .filter_map(|id| state.streams.get(id).cloned())
                         .collect();
                     drop(state);
-                    // At once and in order: the low-water mark must not pass an event that the user has become a recipient of.
+                    // Immediately and in order: the low-water mark must not pass a notification
+                    // that the user has just become a recipient of.
                     for stream in streams {
                         self.hub.replay(
                             &stream,
@@ -595,7 +606,8 @@ impl Listener<'_> {
         }
     }
 
-    /// The records that a batch's appends speak of, read at once; `None` where the broker could not say.
+    /// Reads the records of a batch's appends in one request per partition and epoch. `None` where
+    /// the broker could not be read.
     async fn records(
         &self,
         batch: &[Notice],
@@ -616,7 +628,7 @@ impl Listener<'_> {
                     continue;
                 };
                 let key = (*partition, *life, *id);
-                // Unfollowed meanwhile: nobody waits for it.
+                // Unfollowed meanwhile: no stream needs it.
                 if records.contains_key(&key)
                     || !state.logs.contains_key(&(*partition, target.clone()))
                 {
@@ -647,14 +659,14 @@ impl Listener<'_> {
                         .map(|(&id, record)| ((partition, life, id), record)),
                 ),
                 Err(error) => {
-                    tracing::warn!(partition = partition.0, %error, "records of live notifications could not be read; their streams go back to replay")
+                    tracing::warn!(partition = partition.0, %error, "cannot read records of live notifications; their streams return to replay")
                 }
             }
         }
         records
     }
 
-    /// `false`: a stream lives in another life.
+    /// Returns `false` if a live stream is in another epoch.
     fn tick(&self, partition: PartitionNumber, life: Life, last: NotificationId) -> bool {
         let mut state = self.hub.lock();
         state.last_tick.insert(partition, Instant::now());
@@ -667,7 +679,7 @@ impl Listener<'_> {
         is_known
     }
 
-    /// `false`: a stream lives in another life.
+    /// Returns `false` if a live stream is in another epoch.
     fn append(
         &self,
         partition: PartitionNumber,
@@ -727,29 +739,32 @@ impl Listener<'_> {
         if let Some(log) = state.logs.get_mut(&key).filter(|log| log.token == token) {
             log.is_confirmed = true;
             for waiting in log.waiting.drain(..) {
-                // Whoever waited may be gone.
+                // The waiting replay may have been cancelled.
                 waiting.send(()).ok();
             }
         }
     }
 
-    /// Whether a notice is of the present life. One of another life may be older or newer than what this node knows: the head tells.
+    /// Whether a notice is of the current epoch. A notice of another epoch may be older or newer
+    /// than this node's knowledge; only the head decides.
     async fn is_present_life(&mut self, partition: PartitionNumber, life: Life) -> bool {
         self.lives.get(&partition) == Some(&life) || self.look(partition).await == Some(life)
     }
 
-    /// Asks which life is the present one, and sends the streams that live in another to replay, where they learn what became of theirs.
-    /// Asked where feed, node and streams disagree: each of them may have been told last by a primary that is none any more.
+    /// Reads the current epoch of a partition and sends the streams that are in another one to
+    /// replay, which handles the change. Called when feed, node and streams disagree: each may have
+    /// its information from a former primary.
     async fn look(&mut self, partition: PartitionNumber) -> Option<Life> {
-        // Asked once for a batch: the replays that began with the first answer find what the rest of it speaks of.
+        // One read per batch: the replays started by a failed read also cover the rest of the
+        // batch.
         if self.unread.contains(&partition) {
             return None;
         }
         let present = match self.hub.broker.head(partition).await {
             Ok(head) => head.life,
             Err(error) => {
-                // The notice cannot be judged, and the next one must not move a mark past what it spoke of.
-                tracing::warn!(partition = partition.0, %error, "the head could not be read; the streams of the partition go back to replay");
+                // The notice cannot be evaluated, and the next one must not move a mark past it.
+                tracing::warn!(partition = partition.0, %error, "cannot read the head; the partition's streams return to replay");
                 self.hub.replay_all(&[partition], "life");
                 self.unread.insert(partition);
                 return None;
@@ -757,9 +772,9 @@ impl Listener<'_> {
         };
         let before = self.lives.insert(partition, present);
         if before.is_some_and(|before| before != present) {
-            tracing::warn!(partition = partition.0, life = %present, "a new life: the broker was restarted or failed over");
+            tracing::warn!(partition = partition.0, life = %present, "new epoch: the broker was restarted or failed over");
         }
-        // A stream that has not begun may be about to, with a head from before the change.
+        // A stream that has not begun may be about to begin with a head from before the change.
         let is_new = before != Some(present);
         let is_elsewhere = |stream: &Arc<OpenStream>| {
             stream
@@ -788,12 +803,12 @@ mod tests {
     use super::*;
     use crate::broker::fake::FakeBroker;
 
-    /// Each replay is a task, and each question may take as long as a broker that is away.
+    /// Each replay is a task, and each read of a head may take as long as an unavailable broker
+    /// takes to time out.
     #[tokio::test]
-    async fn however_many_notices_cannot_be_judged_at_once_the_streams_replay_once() {
-        let broker = FakeBroker::failing(|| {
-            crate::broker::Error::Away("so that no notice can be judged".to_owned())
-        });
+    async fn streams_replay_once_per_batch_of_notices_whose_epoch_cannot_be_read() {
+        let broker =
+            FakeBroker::failing(|| crate::broker::Error::Away("simulated outage".to_owned()));
         let hub = Hub::start(Arc::new(broker), Metrics::default(), &Shutdown::new());
         let _stream = hub.open(
             Name::parse("ann").unwrap(),
@@ -827,11 +842,11 @@ mod tests {
     #[tokio::test]
     async fn a_hub_that_panics_ends_the_node() {
         let shutdown = Shutdown::new();
-        let broker = FakeBroker::failing(|| panic!("so that the test has something to see"));
+        let broker = FakeBroker::failing(|| panic!("simulated panic"));
         let _hub = Hub::start(Arc::new(broker), Metrics::default(), &shutdown);
         tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
             .await
-            .expect("it begins");
-        assert_eq!(shutdown.broken(), Some("what ticks"));
+            .expect("the shutdown begins");
+        assert_eq!(shutdown.broken(), Some("the partition ticker"));
     }
 }

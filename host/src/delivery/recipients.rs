@@ -1,8 +1,10 @@
-//! Who a plan reaches: which of its routes, if any, wins for one recipient.
+//! The recipients of a plan: which of its routes, if any, wins for one recipient.
 //!
-//! Judged on the way to the socket, as memberships and attributes are then; what the cursor has passed is not revisited. A member of a
-//! group sees what was committed from joining to leaving, and both are ids, so that a commit cannot race with a change. Knows nothing
-//! of streams: see `subscription`. Where memberships are kept is the broker's business; in words, `explain` says why a route misses somebody.
+//! Evaluated just before sending, with the memberships and attributes of that moment. Notifications
+//! that the cursor has passed are not evaluated again. A member of a group receives the
+//! notifications committed from joining to leaving; both are ids, so that a commit cannot race with
+//! a change. Knows nothing of streams: see `subscription`. The broker stores memberships; `explain`
+//! describes why a route misses a user.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,17 +14,19 @@ use crate::broker::{PartitionNumber, Recipient, Span};
 use crate::event::criteria::{Attributes, Criteria};
 use crate::event::{Name, NotificationId, Plan, Priority, Route, Target};
 
-/// What a token says of its user, beside who that is; it holds for what is read by this token, as long as the token does.
+/// The claims that a token makes about its user, beyond identity. They apply to everything read
+/// with this token, as long as the token is valid.
 ///
-/// A claim says nothing of when it began. So its groups are the reader's wherever the reader stands: from the cursor, and what is still kept
-/// where that is asked for. A token without it is a reader who never was a member by claim.
+/// A claim carries no start time. Its groups therefore apply to the reader at any position: from
+/// the cursor on, and to all kept history if that is requested. A reader whose token lacks the
+/// claim was never a member by claim.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Claims {
     pub groups: BTreeSet<Name>,
     pub attributes: Attributes,
 }
 
-/// Who reads: a user, by what was shown of it.
+/// A user with the claims of its token.
 #[derive(Clone, Debug)]
 pub struct Reader {
     pub user: Name,
@@ -30,8 +34,10 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Who this is to a plan: what the broker knows of the user, and what was claimed. A member of either's groups; where both name an
-    /// attribute, the claim wins, which was made for this reader and not for the user wherever it reads.
+    /// Returns the recipient that plans are evaluated for: the broker's data about the user
+    /// combined with the claims. It is a member of the groups of both. If both name an attribute,
+    /// the claim wins: it was issued for this reader, while stored attributes apply to the user
+    /// everywhere.
     pub fn as_recipient(
         &self,
         mut known: Recipient,
@@ -64,16 +70,17 @@ impl From<Name> for Reader {
     }
 }
 
-/// Where in the history a plan stands, and when it is judged.
+/// The position of a plan in the history, and the time at which it is evaluated.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
     pub partition: PartitionNumber,
     pub id: NotificationId,
-    /// Now, by the broker's clock, in milliseconds since the Unix epoch.
+    /// The broker's current time, in milliseconds since the Unix epoch.
     pub now_ms: u64,
 }
 
-/// How a plan reaches one recipient: the route that wins, and the first of its targets that names them. Both are indices.
+/// How a plan reaches one recipient: the winning route and the first of its targets that names the
+/// recipient, both as indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Way {
     pub route: usize,
@@ -81,7 +88,8 @@ pub struct Way {
 }
 
 impl Recipient {
-    /// Whether what was committed to the group under `id` is this recipient's: above the id of joining, not above that of leaving.
+    /// Whether a notification committed to the group under `id` is for this recipient: the id is
+    /// above that of joining and not above that of leaving.
     pub fn is_member(&self, group: &Name, partition: PartitionNumber, id: NotificationId) -> bool {
         let span = self
             .groups
@@ -90,7 +98,7 @@ impl Recipient {
         span.is_some_and(|span| span.joined < id && span.left.is_none_or(|left| id <= left))
     }
 
-    /// Whether a target of what was committed under `id` names this recipient, who is `user`.
+    /// Whether a target of a notification committed under `id` names this recipient, who is `user`.
     pub fn is_named_by(
         &self,
         target: &Target,
@@ -105,7 +113,8 @@ impl Recipient {
         }
     }
 
-    /// The logs that hold something for this recipient above `after`, each with the id from which it counts.
+    /// The logs that hold notifications for this recipient above `after`, each with the id after
+    /// which to read.
     pub fn logs(
         &self,
         user: &Name,
@@ -125,24 +134,24 @@ impl Recipient {
     }
 }
 
-/// Why a route does not reach a recipient, by the first of these that holds.
+/// Why a route does not reach a recipient. The first that applies is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Miss {
-    /// None of its targets is this recipient.
+    /// None of its targets names the recipient.
     Target,
     /// Its condition does not hold.
     Condition,
-    /// Its time is over.
+    /// It has expired.
     Expired,
 }
 
-/// Whether a route reaches this recipient: by the first of its targets that names them, as an index.
+/// Returns the index of the first target by which a route reaches this recipient.
 ///
-/// `holds` answers for the condition of the route.
+/// `holds` evaluates the condition of the route.
 ///
 /// # Errors
-/// Why it does not.
+/// The [`Miss`] that applies.
 pub fn reaches(
     route: &Route,
     user: &Name,
@@ -164,9 +173,10 @@ pub fn reaches(
     Ok(target)
 }
 
-/// The route that wins for this recipient: of those that reach it, the one with the highest priority, then the first.
+/// Returns the route that wins for this recipient: among those that reach it, the one with the
+/// highest priority, then the first.
 ///
-/// `holds` answers for the condition of the route with this index.
+/// `holds` evaluates the condition of the route with this index.
 pub fn winning_route(
     plan: &Plan,
     user: &Name,
@@ -276,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn the_target_is_the_first_of_the_route_that_names_the_recipient() {
+    fn the_first_target_of_the_route_that_names_the_recipient_is_reported() {
         let plan = Plan {
             routes: vec![route("u:b g:ops u:a all", Priority::Normal)],
         };
@@ -289,7 +299,7 @@ mod tests {
         assert_eq!(
             target("c", &member(20, None)),
             Some(3),
-            "a member later is not one at that moment"
+            "the user joins only later"
         );
     }
 
@@ -309,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_makes_a_member_wherever_the_reader_stands_and_wins_over_what_is_known() {
+    fn a_claim_grants_membership_at_any_position_and_overrides_stored_attributes() {
         let claims = Claims {
             groups: BTreeSet::from([name("ops"), name("dev")]),
             attributes: Attributes::from([("plan".into(), Value::Text("pro".into()))]),
@@ -353,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn conditions_and_expiry_are_judged_now() {
+    fn conditions_and_expiry_are_evaluated_at_the_given_moment() {
         let test = Test {
             attribute: "plan".into(),
             operator: Operator::Equals,

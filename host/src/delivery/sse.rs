@@ -1,10 +1,13 @@
-//! A subscription as bytes: framing, heartbeats, lifetime. The only place that knows the SSE format (WHATWG HTML, "Server-sent events").
+//! Writes a subscription as SSE: framing, heartbeats, stream end. The only module that knows the
+//! SSE format (WHATWG HTML, "Server-sent events").
 //!
-//! `event:` and `data:` are rendered once for each notification and winning route and shared by all streams. A stream's own are `id:`,
-//! which says how far it is, and in the data `to`, because nobody is told whom else the route names. Whatever waits leaves in one write.
-//! One timer serves the heartbeats and deadlines of all streams.
+//! `event:` and `data:` are rendered once for each notification and winning route and shared by all
+//! streams. Two parts are specific to a stream: `id:`, its cursor, and `to` in the data, because a
+//! recipient must not learn the other targets of a route. All queued items leave in one write. One
+//! timer serves the heartbeats and deadlines of all streams.
 //!
-//! How bytes reach a socket is the server's business: a [`Body`] is a body like any other. Who may read is `auth`'s.
+//! The server writes the bytes to the socket: a [`Body`] is an ordinary HTTP body. `auth` decides
+//! who may read.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,35 +31,41 @@ mod timer;
 pub use data::data_of;
 pub use timer::{Pulse, Seat};
 
-/// What a stream asks of what carries it: a connection, or a share of one.
+/// The transport of a stream: a connection or a share of one.
 pub trait Socket: std::fmt::Debug + Send + Sync {
-    /// How much it has taken so far, of this stream and whatever came before it. It grows for as long as the peer reads.
+    /// Bytes taken so far, of this stream and of earlier data. Increases while the peer reads.
     fn taken(&self) -> u64;
-    /// Ready when it has taken `n` in all, or bounds by itself what waits for it; else it wakes the task when it takes more.
+    /// Ready when `n` bytes in total have been taken, or when the transport bounds its own buffer.
+    /// Otherwise wakes the task as more are taken.
     fn poll_taken(&self, cx: &mut Context<'_>, n: u64) -> Poll<()>;
-    /// Cuts it.
+    /// Closes the connection.
     fn kill(&self);
 }
 
-/// At most about so many bytes leave in one write, and no more before they have left: what waits here can still be overtaken.
+/// Approximate bound, in bytes, of one write. No further write starts before these bytes have left:
+/// items still queued can be overtaken by more urgent ones.
 const WRITE: usize = 16 * 1024;
 
-/// `[stream]`: how streams are kept.
+/// `[stream]`: heartbeats, limits and lifetimes of streams.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Seconds between heartbeats, +-20 % (20; proxies cut at 50 or 60).
+    /// Interval between heartbeats, ±20 % (20s). Proxies cut idle connections after 50 or 60
+    /// seconds.
     pub heartbeat_s: u64,
-    /// Seconds after which a stream ends and its client comes back, -20 % at random (3,600; 0 for never).
+    /// Age at which a stream ends and its client reconnects, reduced by up to 20 % at random (1h;
+    /// 0s for never).
     pub max_age_s: u64,
-    /// Milliseconds that clients are told to wait before they come back, +-50 % for each (2,000).
+    /// Delay before clients reconnect, ±50 % at random for each (2s).
     pub retry_ms: u64,
-    /// Seconds without progress after which a stream with something to write is cut (30). The system tells of progress in steps of some
-    /// kilobytes, so that a client which takes less than about 500 bytes a second counts as one that takes nothing.
+    /// Time without progress after which a stream with pending data is cut (30s). The system
+    /// reports progress in steps of a few kilobytes, so a client that takes less than about 500
+    /// bytes a second counts as stalled.
     pub stall_s: u64,
-    /// Seconds between cursors without a notification (180).
+    /// Interval between cursors sent without a notification (180s).
     pub cursor_s: u64,
-    /// Open streams (10,000); one more is told to come back. A connection of HTTP/2 carries many.
+    /// Maximum open streams (10,000). Further clients receive a reconnect delay. One HTTP/2
+    /// connection carries many streams.
     pub max_open: usize,
 }
 
@@ -73,14 +82,14 @@ impl Default for Config {
     }
 }
 
-/// Why this node ends a stream; clients are told by `event: close`.
+/// Why this node ends a stream. Clients receive it as `event: close`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It has its age; come back.
+    /// The stream reached its maximum age; the client reconnects.
     Age,
-    /// The token has expired; come back with another.
+    /// The token has expired; the client reconnects with a new one.
     TokenExpired,
-    /// The node stops; come back, to another node.
+    /// The node is shutting down; the client reconnects to another node.
     Drain,
 }
 
@@ -94,14 +103,14 @@ impl End {
     }
 }
 
-/// What the shared timer and a stream's socket tell each other.
+/// Stream control: state shared by the stream timer and a stream's socket.
 #[derive(Debug)]
 struct Signals {
     guard: StreamGuard,
     heartbeat: AtomicBool,
     cursor: AtomicBool,
     end: Mutex<Option<End>>,
-    /// `None` where nothing is known of the connection, as in tests.
+    /// `None` where the connection is unknown, as in tests.
     socket: Option<Arc<dyn Socket>>,
 }
 
@@ -122,13 +131,14 @@ pub struct Body {
     buffer: BytesMut,
     cursor: String,
     sent_cursor: String,
-    /// What the socket will have taken when all is written that it was given.
+    /// Total bytes the socket will have taken once it has taken everything written so far.
     n_given: u64,
     _seat: Seat,
 }
 
 impl Body {
-    /// The body of an open stream, kept alive by `pulse`. `expires_ms`: when its token expires, in milliseconds since the Unix epoch.
+    /// Returns the body of an open stream; `pulse` drives its heartbeats and end. `expires_ms`:
+    /// expiry of its token, in milliseconds since the Unix epoch.
     pub fn new(
         guard: StreamGuard,
         seat: Seat,
@@ -161,17 +171,19 @@ impl Body {
         }
     }
 
-    /// Everything that can be written now, up to about [`WRITE`] bytes.
+    /// Fills the buffer with everything that can be written now, up to about [`WRITE`] bytes.
     fn collect(&mut self) {
         let stream = Arc::clone(self.signals.guard.stream());
         if !self.is_opened {
             self.is_opened = true;
-            // A proxy passes the head on with the first byte of the body. No blank line: some clients call `onmessage` on every one.
+            // Proxies forward the response head with the first byte of the body. No blank line:
+            // some clients call `onmessage` for each one.
             self.buffer.put_slice(b": pointsman\n");
         }
         let now_ms = now_ms();
         let mut n_sent = 0;
-        // First, as a token that has expired has nobody to tell any more; what waits is in the log.
+        // Read before any notification: after a token has expired none may be sent. Queued
+        // notifications stay in the log.
         let end = *self
             .signals
             .end
@@ -227,7 +239,8 @@ impl Body {
         if n_sent > 0 {
             self.metrics.notifications_sent.inc_by(n_sent);
         }
-        // Whether or not something is written: what has expired left the lanes, too, and a replay may wait for that.
+        // Also when nothing is written: expired items have left the queues, too, and a replay may
+        // wait for the room.
         stream.made_room();
         if self.signals.heartbeat.swap(false, Ordering::AcqRel) && self.buffer.is_empty() {
             self.buffer.put_slice(b":\n");
@@ -263,7 +276,8 @@ impl http_body::Body for Body {
         if this.is_ended {
             return Poll::Ready(None);
         }
-        // Registered before looking, or what comes in between would wait for the next heartbeat.
+        // Registered before the check, or an item that arrives in between would wait for the next
+        // heartbeat.
         this.signals.guard.stream().register(cx.waker());
         if let Some(socket) = &this.signals.socket
             && socket.poll_taken(cx, this.n_given).is_pending()
@@ -272,7 +286,7 @@ impl http_body::Body for Body {
         }
         this.collect();
         if this.buffer.is_empty() {
-            // An idle stream keeps no buffer.
+            // An idle stream holds no buffer.
             this.buffer = BytesMut::new();
             return Poll::Pending;
         }
@@ -286,7 +300,8 @@ impl http_body::Body for Body {
     }
 }
 
-/// All that a stream says which this node cannot serve now. With status 200, because an `EventSource` never comes back after any other.
+/// The whole response of a stream that this node cannot serve now. Sent with status 200, because an
+/// `EventSource` does not reconnect after any other.
 pub fn refusal(reason: &str, retry_ms: u64) -> String {
     format!(
         "retry: {}\nevent: close\ndata: {{\"reason\":\"{reason}\"}}\n\n",
@@ -316,11 +331,12 @@ fn put_gap(out: &mut BytesMut, gap: Gap) {
 }
 
 fn put_target(out: &mut BytesMut, target: &Target) {
-    serde_json::to_writer(out.writer(), target).expect("a text, written to memory");
+    serde_json::to_writer(out.writer(), target)
+        .expect("serialising a string to memory cannot fail");
 }
 
-/// Part of a `data:` field. JSON written by us has no line ends; a payload passed on as it came could only have them if a check failed
-/// before.
+/// Appends part of a `data:` field. JSON written by the node has no line ends; a payload passed
+/// through unchanged could contain one only if an earlier check failed.
 fn put_data(out: &mut BytesMut, part: &str) {
     for (n, line) in part.split(['\n', '\r']).enumerate() {
         if n > 0 {
@@ -330,7 +346,7 @@ fn put_data(out: &mut BytesMut, part: &str) {
     }
 }
 
-/// `event:` and `data:` of a notification, with the blank line that ends it.
+/// Renders `event:` and `data:` of a notification, with the blank line that ends it.
 fn render(record: &Record, route: usize) -> Rendered {
     let (before, after) = data::around_target(record.notification(), route);
     let mut out = BytesMut::with_capacity(before.len() + after.len() + 64);
@@ -348,7 +364,8 @@ fn render(record: &Record, route: usize) -> Rendered {
     }
 }
 
-/// How long a client is told to wait before it comes back: spread out, so that a node's clients do not come back in one moment.
+/// The reconnect delay for one client in milliseconds, randomised so that a node's clients do not
+/// reconnect at the same moment.
 fn spread_retry(retry_ms: u64) -> u64 {
     Duration::from_millis(retry_ms)
         .mul_f64(rand::random_range(0.5..1.5))

@@ -1,14 +1,20 @@
-//! One open stream: history, then live, each notification once and in order. Bounded. No I/O: [`replay`] reads the broker for it, the
-//! hub feeds it, `sse` empties it. Knows neither HTTP nor who may read it: see `auth`.
+//! The state of one open stream: history first, then live, each notification once and in order.
+//! Bounded.
 //!
-//! In each partition a subscription is in one of two states, *replay* and *live*, with one transition: whatever happens (connecting, a
-//! lost feed, a missing tick, a full buffer, a fail-over, a group joined or left, attributes changed) sends it back to replay from its
-//! low-water mark, by [`Subscription::enter_replay`].
+//! It does no I/O: [`replay`] reads the broker for it, the hub feeds it and `sse` drains it. It
+//! knows neither HTTP nor access rights (see `auth`).
 //!
-//! The marks of a partition, all of them ids:
-//! - `low_water`: everything up to it was sent or judged away. It is what the cursor says.
-//! - `seen`: the highest id handled, at or above `low_water`; what lies between the two waits in the lanes.
-//! - `had`: at most three ids above `low_water` that were sent before lower ones.
+//! In each partition a subscription is in one of two states, *replay* and *live*, with one
+//! transition: any disturbance (connect, lost feed, missing tick, full buffer, fail-over, joining
+//! or leaving a group, changed attributes) sends it back to replay from its low-water mark through
+//! [`Subscription::enter_replay`].
+//!
+//! Each partition has these marks, all of them notification ids:
+//! - `low_water`: everything up to this id was sent or rejected by evaluation. The cursor carries
+//!   it.
+//! - `seen`: the highest id handled, at or above `low_water`. Notifications between the two wait in
+//!   the queues.
+//! - `had` (sent ahead): at most three ids above `low_water` that were sent before lower ones.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -35,14 +41,15 @@ use cursor::{Cursor, MAX_HAD, Position};
 use gaps::Gaps;
 use queue::{Lanes, Waiting};
 
-/// Replay takes no more of a partition while so many wait; live notices beyond four times that send the partition back to replay.
-/// Random histories in unit tests are too short to fill more.
+/// Replay takes no more notifications of a partition while this many wait. Four times as many live
+/// notices send the partition back to replay. Small in unit tests, whose random histories are too
+/// short to fill more.
 pub const WINDOW: usize = if cfg!(test) { 4 } else { 64 };
 const MAX_LIVE: usize = 4 * WINDOW;
-/// The same bound in bytes of records, over all partitions.
+/// The same bound in bytes of records, summed over all partitions.
 const MAX_BYTES: usize = 1024 * 1024;
 
-/// What is to be written next.
+/// The next item to write.
 #[derive(Debug)]
 pub enum Next {
     Notification {
@@ -52,14 +59,14 @@ pub enum Next {
         way: Way,
     },
     Gap(Gap),
-    /// The cursor, without a notification, so that a client that received nothing can resume.
+    /// The cursor without a notification, so that a client that received nothing can resume.
     Cursor,
 }
 
 #[derive(Debug)]
 enum State {
-    /// `knows_urgent`: every urgent notification above the low-water mark was sent or is in `ahead`, so that the next one may go ahead
-    /// without overtaking another.
+    /// `knows_urgent`: every urgent notification above the low-water mark was sent or is in
+    /// `ahead`, so that the next one may be sent ahead without overtaking another urgent one.
     Replay {
         buffer: VecDeque<(Life, NotificationId, Arc<Record>)>,
         is_overflowed: bool,
@@ -81,14 +88,15 @@ impl State {
 #[derive(Debug)]
 struct Partition {
     number: PartitionNumber,
-    /// `None` until the first head is read, and then again never.
+    /// `None` until the first head is read; never `None` again after that.
     life: Option<Life>,
     low_water: NotificationId,
     seen: NotificationId,
     state: State,
-    /// Raised by each [`Subscription::enter_replay`]; a replay that began under another one has been overtaken by events and stops.
+    /// Incremented by each [`Subscription::enter_replay`]. A replay that holds an older round is
+    /// obsolete and stops.
     round: u64,
-    /// Announce no gap: the client asked for whatever there is.
+    /// Announce no trimmed history: the client requested the earliest that is kept.
     is_lenient: bool,
     has_gap: bool,
 }
@@ -97,13 +105,13 @@ struct Partition {
 struct Had {
     partition: PartitionNumber,
     id: NotificationId,
-    /// The key under which it was sent, if it has one; all under which it may have been sent, where only the cursor knows that it was. `None`:
-    /// the record has not been read since.
+    /// The collapse key under which it was sent, if any. If only the cursor records the sending,
+    /// all keys under which it may have been sent. `None`: the record has not been read since.
     collapse: Option<Vec<Name>>,
 }
 
 impl Had {
-    /// Whether an older notification with this key is superfluous.
+    /// Whether an older notification with this key is obsolete.
     fn supersedes(&self, older: NotificationId, key: &Name) -> bool {
         self.id > older
             && self
@@ -113,30 +121,32 @@ impl Had {
     }
 }
 
-/// See the head of this file.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct Subscription {
     reader: Reader,
     filter: Filter,
     start: Start,
     recipient: Recipient,
-    /// Reads of the recipient begun so far; the one that `recipient` came from; the first that is new enough.
+    /// Counters of reads of the recipient: those begun so far, the one that `recipient` came from,
+    /// and the first that is recent enough.
     n_reads: u64,
     recipient_read: u64,
     needed_read: u64,
     partitions: Vec<Partition>,
     had: Vec<Had>,
     lanes: Lanes,
-    /// Urgent ones that go ahead of a replay; their ids lie above `seen`.
+    /// Urgent notifications to be sent ahead of a replay. Their ids lie above `seen`.
     ahead: VecDeque<Waiting>,
     gaps: Gaps,
     is_cursor_due: bool,
-    /// The broker's clock less this node's, in milliseconds.
+    /// The broker's clock minus this node's, in milliseconds.
     clock_offset_ms: i64,
 }
 
 impl Subscription {
-    /// A subscription that is in replay everywhere and waits for its first [`Subscription::begin`].
+    /// Returns a subscription that is in replay in every partition and waits for its first
+    /// [`Subscription::begin`].
     pub fn new(
         reader: impl Into<Reader>,
         start: Start,
@@ -166,7 +176,7 @@ impl Subscription {
         } else {
             &[]
         };
-        // A partition that was taken out of the configuration has nothing to say any more.
+        // Ids of partitions that were removed from the configuration are dropped.
         let had = had
             .iter()
             .filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
@@ -199,7 +209,7 @@ impl Subscription {
         &self.reader.user
     }
 
-    /// Whether every partition is live and nothing waits.
+    /// Whether every partition is live and nothing is queued.
     pub fn is_idle(&self) -> bool {
         self.partitions
             .iter()
@@ -216,7 +226,7 @@ impl Subscription {
             .all(|p| matches!(p.state, State::Live))
     }
 
-    /// Whether [`Subscription::next`] has something now.
+    /// Whether [`Subscription::next`] would return an item now.
     pub fn is_ready(&self) -> bool {
         let waits = self.is_cursor_due
             || !self.gaps.is_empty()
@@ -225,18 +235,20 @@ impl Subscription {
         waits && self.has_begun()
     }
 
-    /// Asks for a cursor to be sent.
+    /// Requests that a cursor be sent.
     pub fn request_cursor(&mut self) {
         self.is_cursor_due = true;
     }
 
-    /// Says that the recipient is about to be read, and answers the ticket to hand in with what was read.
+    /// Records that a read of the recipient is about to start. Returns the ticket to pass with the
+    /// result.
     pub fn read_recipient(&mut self) -> u64 {
         self.n_reads += 1;
         self.n_reads
     }
 
-    /// Replaces what is known of the user, unless a later read came first: partitions replay side by side.
+    /// Replaces the known recipient unless a later read was stored first: partitions replay
+    /// concurrently.
     pub fn set_recipient(&mut self, ticket: u64, known: Recipient, pool: &Pool) {
         if ticket > self.recipient_read {
             self.recipient_read = ticket;
@@ -248,19 +260,20 @@ impl Subscription {
         }
     }
 
-    /// The logs that count in a partition, each with the id above which.
+    /// The logs to read in a partition, each with the id after which to start.
     pub fn logs(&self, partition: PartitionNumber) -> Vec<(Target, NotificationId)> {
         self.recipient
             .logs(self.user(), partition, self.at(partition).low_water)
     }
 
-    /// Goes back to replay from the low-water mark, and answers the round that the replay must name.
+    /// Returns to replay from the low-water mark. Returns the round that the replay must present.
     pub fn enter_replay(&mut self, partition: PartitionNumber) -> u64 {
         self.ahead.retain(|waiting| waiting.partition != partition);
         self.enter(partition, false)
     }
 
-    /// The same for want of room: what was heard is whole, so that urgent notifications need not wait for the replay to come by.
+    /// Like `enter_replay`, but for lack of room. The notices received so far are complete, so
+    /// urgent notifications need not wait for the replay to reach them.
     fn overflow(&mut self, partition: PartitionNumber, knew_urgent: bool) -> u64 {
         let mut urgent = self.lanes.urgent(partition);
         urgent.extend(
@@ -286,7 +299,8 @@ impl Subscription {
         at.round
     }
 
-    /// What a user's memberships or attributes were is no longer true in this partition: nothing is judged until they are read again.
+    /// The user's memberships or attributes in this partition are out of date: nothing is evaluated
+    /// until they are read again.
     pub fn recipient_changed(&mut self, partition: PartitionNumber) -> u64 {
         self.needed_read = self.n_reads + 1;
         self.enter_replay(partition)
@@ -296,18 +310,19 @@ impl Subscription {
         self.at(partition).round
     }
 
-    /// The life of the partition that the subscription knows. `None`: it has not begun.
+    /// The epoch of the partition that the subscription is in. `None`: it has not begun.
     pub fn life(&self, partition: PartitionNumber) -> Option<Life> {
         self.at(partition).life
     }
 
-    /// Whether it is live, and in another life than this one: it would hear nothing of what comes in it.
+    /// Whether the partition is live in another epoch than this one and would therefore ignore
+    /// notices of this one.
     pub fn lives_elsewhere(&self, partition: PartitionNumber, life: Life) -> bool {
         let at = self.at(partition);
         matches!(at.state, State::Live) && at.life != Some(life)
     }
 
-    /// Begins a replay at what the head says: places a new subscription, and notices lives that came and went.
+    /// Begins a replay from `head`: positions a new subscription and detects epoch changes.
     pub fn begin(&mut self, partition: PartitionNumber, head: &Head, node_now_ms: u64) {
         self.clock_offset_ms = head.now_ms as i64 - node_now_ms as i64;
         let at = self.index(partition);
@@ -319,15 +334,15 @@ impl Subscription {
         at.seen = at.low_water;
     }
 
-    /// Where a new subscription starts in a partition.
+    /// Sets the start of a new subscription in a partition.
     fn place(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let (life, low_water) = match &self.start {
-            // Added since the cursor was written: from its beginning.
+            // Added since the cursor was written: start at its beginning.
             Start::Cursor(_) => (head.life, head.origin),
             Start::Latest | Start::Unknown => (head.life, head.latest()),
             Start::Earliest => (head.life, NotificationId(0)),
-            // Before the partition's beginning there is nothing, so that asking for it misses nothing.
+            // Nothing precedes the partition's origin, so starting there misses nothing.
             Start::Since(ms) => (
                 head.life,
                 NotificationId::at_ms(*ms).min(head.top()).max(head.origin),
@@ -345,7 +360,8 @@ impl Subscription {
         }
     }
 
-    /// If the own life is over: what did not survive it was not had, see [`Head::survived`].
+    /// Handles the end of the subscription's epoch: ids that did not survive it count as not sent.
+    /// See [`Head::survived`].
     fn survive(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let is_mine = |had: &Had| had.partition == number;
@@ -370,7 +386,8 @@ impl Subscription {
             self.had.retain(|had| !is_mine(had) || had.id <= bound);
         }
         if own != Some(head.life) {
-            // What was about to go ahead is of the life that is over; the replay comes by what survived.
+            // Queued urgent notifications belong to the ended epoch. The replay reaches those that
+            // survived.
             self.ahead.retain(|waiting| waiting.partition != number);
             if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
                 *knows_urgent = false;
@@ -381,7 +398,8 @@ impl Subscription {
         at.life = Some(head.life);
     }
 
-    /// Announces a gap, before whatever waits. It moves no mark: what still exists of the stretch is sent after it.
+    /// Announces a gap ahead of everything queued. It moves no mark: records of the stretch that
+    /// still exist are sent after it.
     pub fn announce(&mut self, gap: Gap) {
         let at = self.at_mut(gap.partition);
         if at.is_lenient && gap.reason == GapReason::Trimmed {
@@ -391,7 +409,7 @@ impl Subscription {
         self.gaps.push(gap);
     }
 
-    /// The ids that a cursor says were had and whose records have not been read since.
+    /// The ids that the cursor lists as sent ahead and whose records have not been read since.
     pub fn had_unknown(&self, partition: PartitionNumber) -> Vec<NotificationId> {
         self.had
             .iter()
@@ -400,7 +418,7 @@ impl Subscription {
             .collect()
     }
 
-    /// Says what the record of an id that was had is, so that its collapse key is known. `None`: it is gone.
+    /// Records the collapse keys of an id that was sent ahead. `record` is `None` if it is gone.
     pub fn had_is(
         &mut self,
         partition: PartitionNumber,
@@ -420,8 +438,8 @@ impl Subscription {
         }
     }
 
-    /// The collapse keys of the routes that have won for this reader at some time up to now, one after another as they expired. That one has
-    /// expired since does not bring back the states that it made superfluous.
+    /// The collapse keys of the routes that have won for this reader up to now, one after another
+    /// as they expired. A route that has expired since still keeps the older states superseded.
     fn keys_until_now(
         &self,
         partition: PartitionNumber,
@@ -477,7 +495,8 @@ impl Subscription {
             .then_some(way)
     }
 
-    /// Decides about one notification: skipped, judged away, or queued. Ids of a partition must come in ascending order.
+    /// Handles one notification: skips, rejects or queues it. Ids of a partition must arrive in
+    /// ascending order.
     pub fn handle(
         &mut self,
         partition: PartitionNumber,
@@ -504,7 +523,7 @@ impl Subscription {
         self.advance(partition);
     }
 
-    /// Puts a notification in its lane, unless a later one has made it superfluous, or it was had.
+    /// Queues a notification unless a later one superseded it or it was already sent ahead.
     fn queue(&mut self, waiting: Waiting) {
         let (partition, id) = (waiting.partition, waiting.id);
         let mine = self.had.iter().filter(|had| had.partition == partition);
@@ -519,7 +538,8 @@ impl Subscription {
             {
                 return;
             }
-            // The later state makes the earlier one superfluous, also when the later one has been sent already.
+            // The later state supersedes the earlier one even if the later one has been sent
+            // already.
             self.lanes.retain(|older| !is_this_state(older));
         }
         if !is_had {
@@ -527,8 +547,9 @@ impl Subscription {
         }
     }
 
-    /// History up to `id` was read. What was to go ahead of it and was not met there, because its log was cut meanwhile, takes its place
-    /// in the lanes: later ones would overtake it.
+    /// History up to `id` has been read. Notifications in `ahead` that were not met there, because
+    /// their log was trimmed meanwhile, move to the queues; otherwise later ones would overtake
+    /// them.
     fn come_by(&mut self, partition: PartitionNumber, id: NotificationId) {
         while let Some(at) = self
             .ahead
@@ -540,7 +561,8 @@ impl Subscription {
         }
     }
 
-    /// A notification appended while the stream was open. `Some`: there was no room, and this is the round of the replay to begin.
+    /// Handles a notification appended while the stream is open. Returns the round of the replay to
+    /// begin if there was no room.
     pub fn on_append(
         &mut self,
         partition: PartitionNumber,
@@ -566,8 +588,9 @@ impl Subscription {
         Some(round)
     }
 
-    /// Into the buffer of a replay, to be handled at its end. An urgent notification does not wait for that; `seen` is not touched, so
-    /// that the replay goes on below it. It waits where another urgent one may still have to come first.
+    /// Buffers a notification until the end of the replay. An urgent one may be sent ahead instead,
+    /// unless another urgent one may still have to precede it. `seen` is not moved, so that the
+    /// replay continues below it.
     fn wait(
         &mut self,
         partition: PartitionNumber,
@@ -588,7 +611,7 @@ impl Subscription {
         };
         let n_bytes: usize = buffer.iter().map(|(_, _, record)| record.n_bytes()).sum();
         if buffer.len() >= MAX_LIVE || n_bytes > MAX_BYTES {
-            // Replaying again at the end, not at once, is what makes progress certain.
+            // Replaying again at the end, not at once, guarantees progress.
             *is_overflowed = true;
             buffer.clear();
         }
@@ -624,17 +647,20 @@ impl Subscription {
         }
     }
 
-    /// All notices of this partition up to `last` came before this one. A tick of another life is no tick.
+    /// Confirms that all notices of this partition up to `last` have arrived. A tick of another
+    /// epoch is ignored.
     pub fn on_tick(&mut self, partition: PartitionNumber, life: Life, last: NotificationId) {
         let at = self.at_mut(partition);
         if matches!(at.state, State::Live) && at.life == Some(life) {
-            // Never backwards: a tick that waited, or one during a sliced plan, is older than what was handled since.
+            // Never backwards: a delayed tick, or one during a sliced plan, is older than notices
+            // handled since.
             at.seen = at.seen.max(last);
             self.advance(partition);
         }
     }
 
-    /// Passes over an id whose record is gone. `true`: nobody has had it or holds it, so that it is a gap.
+    /// Skips an id whose record is gone. Returns `true` if it was neither sent nor queued, so that
+    /// the caller must announce a gap.
     pub fn pass_over(&mut self, partition: PartitionNumber, id: NotificationId) -> bool {
         let is_here = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
         let is_had = self.had.iter().any(|had| is_here(had.partition, had.id))
@@ -650,13 +676,14 @@ impl Subscription {
         is_new && !is_had
     }
 
-    /// The low-water mark and the highest id handled.
+    /// Returns the low-water mark and the highest id handled.
     pub fn marks(&self, partition: PartitionNumber) -> (NotificationId, NotificationId) {
         let at = self.at(partition);
         (at.low_water, at.seen)
     }
 
-    /// Whether nothing of this id is still to come: it was handed out or judged away, or lies before the beginning.
+    /// Whether nothing of this id is still to come: it was sent, was rejected, or precedes the
+    /// start of the stream.
     pub fn is_past(&self, partition: PartitionNumber, id: NotificationId) -> bool {
         let at = self.at(partition);
         let is_had = self
@@ -666,13 +693,13 @@ impl Subscription {
         at.life.is_some() && (id <= at.low_water || is_had)
     }
 
-    /// Whether replay may take more of this partition.
+    /// Whether replay may queue more of this partition.
     pub fn has_room(&self, partition: PartitionNumber) -> bool {
         self.lanes.n_of(partition) < WINDOW && self.lanes.n_bytes() <= MAX_BYTES
     }
 
-    /// History up to `last` was handled: goes live with what arrived meanwhile. `Some`: too much arrived, and this is the round of the
-    /// next replay.
+    /// Goes live after history up to `last` was handled, and handles the notices buffered
+    /// meanwhile. Returns the round of the next replay if too many arrived.
     pub fn go_live(
         &mut self,
         partition: PartitionNumber,
@@ -712,10 +739,12 @@ impl Subscription {
         None
     }
 
-    /// What is to be written next. The cursor ([`Subscription::encode_cursor`]) after this call is the one to write with it, but for a gap:
-    /// that has none, because a client that is cut before the next one would never be told of it. A cursor follows the last gap.
+    /// Returns the next item to write.
+    /// The cursor ([`Subscription::encode_cursor`]) after this call is the one to write with it,
+    /// except with a gap, which carries none: a client disconnected right after would resume past
+    /// the gap and never learn of it. A cursor follows the last gap.
     pub fn next(&mut self, node_now_ms: u64) -> Option<Next> {
-        // There is no cursor to write with it yet.
+        // No cursor exists yet that could be written with an item.
         if !self.has_begun() {
             return None;
         }
@@ -729,7 +758,7 @@ impl Subscription {
         }
         let now_ms = self.broker_now(node_now_ms);
         self.expire(now_ms);
-        // What a replay has come by goes first: its ids are lower.
+        // Urgent notifications that the replay has already queued go first: their ids are lower.
         if let Some(first) = self.ahead.front()
             && self.had.len() < MAX_HAD
             && !self.lanes.has_urgent(first.partition)
@@ -737,7 +766,7 @@ impl Subscription {
         {
             self.remember(&waiting);
             if let Some(key) = waiting.collapse() {
-                // What the replay has queued of the same key is an older state.
+                // Entries of the same key that the replay has queued are older states.
                 self.lanes.retain(|older| {
                     older.partition != waiting.partition || older.collapse() != Some(key)
                 });
@@ -753,10 +782,11 @@ impl Subscription {
         Some(waiting.into_next())
     }
 
-    /// Takes out what has expired. Where another route still reaches the reader, it waits on by that one, in its place.
+    /// Removes expired notifications. One that another route still delivers to the reader stays
+    /// queued by that route, in the same position.
     fn expire(&mut self, now_ms: u64) {
         if self.ahead.iter().any(|waiting| waiting.is_expired(now_ms)) {
-            // What is urgent no longer, the replay will come by.
+            // The replay reaches the ones that are no longer urgent.
             let again = |this: &Self, waiting: Waiting| {
                 let way = this.judge_at(waiting.partition, waiting.id, &waiting.record, now_ms)?;
                 (waiting.record.route(way.route).priority == Priority::Urgent)
@@ -800,8 +830,8 @@ impl Subscription {
         });
     }
 
-    /// The cursor as it stands, in the form that goes over the wire. Nothing, until every partition has its place: a client that comes back
-    /// with a cursor that names only some would begin the others anew.
+    /// Appends the current cursor in its wire form. Appends nothing until every partition has a
+    /// position: a client resuming with a cursor that names only some would restart the others.
     pub fn encode_cursor(&self, out: &mut String) {
         if !self.has_begun() {
             return;
@@ -821,7 +851,8 @@ impl Subscription {
         .encode(self.user(), out);
     }
 
-    /// Moves the low-water mark to just below the lowest that waits, or to `seen`.
+    /// Moves the low-water mark to just below the lowest queued id, or to `seen` if nothing is
+    /// queued.
     fn advance(&mut self, partition: PartitionNumber) {
         let lowest = self.lanes.lowest(partition);
         let at = self.at_mut(partition);
@@ -850,7 +881,7 @@ impl Subscription {
         self.partitions
             .iter()
             .position(|p| p.number == partition)
-            .expect("streams have every partition of the node, and a node has no others")
+            .expect("a subscription covers every partition of the node")
     }
 
     fn at(&self, partition: PartitionNumber) -> &Partition {

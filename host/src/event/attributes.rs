@@ -1,6 +1,8 @@
-//! What is known of a recipient, whoever says it: texts, numbers and booleans by name, so many and no larger.
+//! The attributes of a recipient, stored or claimed: strings, numbers and booleans by name, bounded
+//! in number and size.
 //!
-//! Equal attributes of many recipients are one piece of memory, and have one number, if a [`Pool`] saw them.
+//! Equal attributes of many recipients share one allocation and one number, if they passed through
+//! a [`Pool`].
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, HashMap};
@@ -14,25 +16,25 @@ use crate::event::{Malformed, Value};
 
 /// The most attributes of a user.
 const MAX_ATTRIBUTES: usize = 64;
-/// The longest name of one, in bytes.
+/// The longest attribute name, in bytes.
 const MAX_NAME: usize = 64;
-/// The longest text of one, in bytes.
+/// The longest string value, in bytes.
 const MAX_TEXT: usize = 1024;
 
-/// A recipient's attributes, by name; clones are cheap. They are few and looked up often: in one piece and in order of their names, so that finding
-/// one is a walk over integers, and no hashing.
+/// A recipient's attributes by name; cheap to clone. They are few and looked up often, so they are
+/// stored contiguously, sorted by name: a look-up scans integers and needs no hashing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(from = "BTreeMap<String, Value>", into = "BTreeMap<String, Value>")]
 pub struct Attributes(Arc<Set>);
 
 #[derive(Debug)]
 struct Set {
-    /// No other set ever has it, so that it stands for the set where that must not be kept alive.
+    /// Never reused, so that it can identify the set without keeping it alive.
     number: u64,
     entries: Box<[(Key, Value)]>,
 }
 
-/// The name of an attribute, with its first bytes as a number that tells most names apart.
+/// The name of an attribute, with its first bytes as a number that distinguishes most names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::event) struct Key {
     begin: u64,
@@ -156,20 +158,21 @@ impl<const N: usize> From<[(String, Value); N]> for Attributes {
     }
 }
 
-/// Makes equal attributes one, for as long as somebody has them.
+/// Deduplicates equal attributes for as long as they are in use.
 #[derive(Debug, Default)]
 pub struct Pool(Mutex<Sets>);
 
 #[derive(Debug, Default)]
 struct Sets {
-    /// By fingerprint. Two sets with the same one are rare, and then only the later is shared.
+    /// By fingerprint. If two sets share a fingerprint, which is rare, only the later one is
+    /// shared.
     known: HashMap<u64, Weak<Set>>,
-    /// At so many it is looked for those that nobody has any more.
+    /// The size at which unused sets are removed.
     full: usize,
 }
 
 impl Pool {
-    /// The attributes that were seen first among those that are equal to these.
+    /// Returns the first known attributes equal to these, or these.
     pub fn share(&self, attributes: Attributes) -> Attributes {
         let mut sets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fingerprint = attributes.fingerprint();
@@ -192,7 +195,7 @@ impl Pool {
     }
 }
 
-/// Reads attributes.
+/// Parses attributes.
 ///
 /// # Errors
 /// [`Malformed`] names the attribute that no condition could read.
@@ -201,7 +204,7 @@ pub fn parse_attributes(
 ) -> Result<Attributes, Malformed> {
     if members.len() > MAX_ATTRIBUTES {
         return Err(Malformed::new(format!(
-            "has {} attributes; {MAX_ATTRIBUTES} is the most",
+            "has {} attributes; the limit is {MAX_ATTRIBUTES}",
             members.len()
         ))
         .of("the user"));
@@ -210,7 +213,7 @@ pub fn parse_attributes(
     for (name, value) in members {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
             return Err(Malformed::new(format!(
-                "is no attribute name: 1 to {MAX_NAME} bytes without control characters"
+                "is not a valid attribute name; use 1 to {MAX_NAME} bytes without control characters"
             ))
             .of(format!("'{}'", name.escape_debug())));
         }
@@ -218,12 +221,13 @@ pub fn parse_attributes(
             serde_json::Value::Bool(flag) => Value::Flag(flag),
             serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
                 (Some(integer), _) => Value::Integer(integer),
-                // Rounded, two different ones would be equal, and a condition by one would reach the other.
+                // Rounding would make two different numbers equal, and a condition on one would
+                // match the other.
                 (None, Some(decimal))
                     if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 =>
                 {
                     return Err(Malformed::new(
-                        "is a number with more digits than are kept; give it as a text",
+                        "is a number with too many digits to be stored exactly; send it as a string",
                     )
                     .of(name));
                 }
@@ -232,7 +236,7 @@ pub fn parse_attributes(
             },
             serde_json::Value::String(text) if text.len() > MAX_TEXT => {
                 return Err(Malformed::new(format!(
-                    "has {} bytes; {MAX_TEXT} is the most",
+                    "has {} bytes; the limit is {MAX_TEXT}",
                     text.len()
                 ))
                 .of(name));
@@ -240,7 +244,7 @@ pub fn parse_attributes(
             serde_json::Value::String(text) => Value::Text(text),
             _ => {
                 return Err(Malformed::new(
-                    "is neither a text, a number nor a boolean; leave out what is not known",
+                    "is not a string, number or boolean; omit unknown attributes",
                 )
                 .of(name));
             }
@@ -257,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_begin_alike_are_told_apart() {
+    fn names_with_a_common_prefix_are_distinguished() {
         let names = [
             "",
             "a",
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_keeps_nothing_that_nobody_has() {
+    fn a_pool_drops_unused_attributes() {
         let pool = Pool::default();
         let of = |n: i64| pool.share(Attributes::from([("n".into(), Value::Integer(n))]));
         let first = of(0);
@@ -294,21 +298,27 @@ mod tests {
     }
 
     #[test]
-    fn what_no_condition_could_read_is_refused_by_name() {
+    fn invalid_attributes_are_rejected_and_named() {
         let check = |body: &str, expect: &str| {
             let error = parse_attributes(serde_json::from_str(body).unwrap())
                 .unwrap_err()
                 .to_string();
-            assert!(error.contains(expect), "{body} gave: {error}");
+            assert!(error.contains(expect), "{body} returned: {error}");
         };
-        check(r#"{"plan":null}"#, "plan is neither");
-        check(r#"{"plan":["a"]}"#, "plan is neither");
+        check(
+            r#"{"plan":null}"#,
+            "plan is not a string, number or boolean",
+        );
+        check(
+            r#"{"plan":["a"]}"#,
+            "plan is not a string, number or boolean",
+        );
         check(
             r#"{"tenant":12345678901234567890}"#,
-            "tenant is a number with more digits",
+            "tenant is a number with too many digits",
         );
-        check(r#"{"":1}"#, "'' is no attribute name");
-        check(r#"{"a\nb":1}"#, "is no attribute name");
+        check(r#"{"":1}"#, "'' is not a valid attribute name");
+        check(r#"{"a\nb":1}"#, "is not a valid attribute name");
         check(
             &json!({ "a": "x".repeat(1025) }).to_string(),
             "a has 1025 bytes",

@@ -1,7 +1,8 @@
-//! A CloudEvents 1.0 event: parsed from the fields of a source entry or from its JSON format, written back as JSON.
+//! A CloudEvents 1.0 event: parsed from the fields of a source entry or from its JSON format,
+//! written as JSON.
 //!
-//! This is the only place that knows the CloudEvents formats (CloudEvents 1.0.2, "JSON Event Format"). HTTP's binary mode is headers
-//! turned into the same fields by `http::events`.
+//! The only module that knows the CloudEvents formats (CloudEvents 1.0.2, "JSON Event Format").
+//! `http::events` converts the headers of HTTP's binary mode to the same fields.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +18,8 @@ use time::format_description::well_known::Rfc3339;
 
 use super::{EntryId, Name};
 
-/// Why something from outside is not what it should be. Reads as the end of a sentence that begins with the thing's name.
+/// Why external input is invalid. Reads as the end of a sentence that starts with the name of the
+/// input.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Malformed(String);
@@ -27,7 +29,7 @@ impl Malformed {
         Self(what.into())
     }
 
-    /// The same, with the name of the thing before it.
+    /// Returns the same error with the name of the input prepended.
     #[must_use]
     pub fn of(self, thing: impl fmt::Display) -> Self {
         Self(format!("{thing} {}", self.0))
@@ -44,12 +46,12 @@ pub enum Value {
     Text(String),
 }
 
-/// CloudEvents `data`, by its `datacontenttype`.
+/// CloudEvents `data`, interpreted by its `datacontenttype`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Payload {
     #[default]
     None,
-    /// Valid JSON on one line: no white space outside strings.
+    /// Valid JSON on one line, without white space outside strings.
     Json(Arc<str>),
     Text(Arc<str>),
     Binary(Bytes),
@@ -67,25 +69,27 @@ pub struct Event {
     pub time_ms: u64,
     pub datacontenttype: Option<Name>,
     pub dataschema: Option<Name>,
-    /// Extension attributes: 1 to 64 of `a-z 0-9 _` each, none of them one of the names above.
+    /// Extension attributes. Names are 1 to 64 characters of `a-z 0-9 _`, none of them a core name.
     pub attributes: BTreeMap<String, Value>,
     pub data: Payload,
-    /// Whether the publisher gave the id; only then can a retry be recognised.
+    /// Whether the publisher set the id; only then can a retry be detected.
     pub id_given: bool,
 }
 
 impl Event {
-    /// The longest text of an extension attribute, in bytes: room for a list of some thousand users.
+    /// The longest string value of an extension attribute, in bytes: room for a list of a few
+    /// thousand users.
     pub const MAX_ATTRIBUTE: usize = 64 * 1024;
     /// The most extension attributes.
     pub const MAX_ATTRIBUTES: usize = 64;
 
-    /// Reads an event from the fields of a source entry: either flat fields named as the CloudEvents attributes, or one field `event`
-    /// that holds a CloudEvents JSON document. A missing `id` becomes the entry's id, a missing `time` its time, a missing `source`
-    /// the name of the source.
+    /// Parses an event from the fields of a source entry: either flat fields named as the
+    /// CloudEvents attributes, or one field `event` with a CloudEvents JSON document. A missing
+    /// `id` defaults to the entry's id, a missing `time` to its time, a missing `source` to the
+    /// name of the source.
     ///
     /// # Errors
-    /// [`Malformed`] names the field and what is wrong with it; such an entry is dead-lettered.
+    /// [`Malformed`] names the field and its fault; such an entry is dead-lettered.
     pub fn from_fields(
         entry: EntryId,
         source: &str,
@@ -103,15 +107,15 @@ impl Event {
                 .map_err(|_| Malformed::new("a field name is not UTF-8"))?;
             if name == "data" {
                 if data.replace(value).is_some() {
-                    return Err(Malformed::new("stands twice").of("data"));
+                    return Err(Malformed::new("appears twice").of("data"));
                 }
                 continue;
             }
             if name == "event" {
-                return Err(Malformed::new("must be the only field, or be left out").of("event"));
+                return Err(Malformed::new("must be the only field, or be omitted").of("event"));
             }
             if name == "data_base64" {
-                let fix = "is a member of JSON documents; give the bytes as they are in 'data', with a datacontenttype such as application/octet-stream";
+                let fix = "is valid in JSON documents only; put the raw bytes into 'data' with a datacontenttype such as application/octet-stream";
                 return Err(Malformed::new(fix).of("data_base64"));
             }
             let text = std::str::from_utf8(value)
@@ -124,8 +128,9 @@ impl Event {
         })
     }
 
-    /// What the fields of a source entry name as `id`, `source` and `type`, each as far as it can be read, also where they are no event. A missing
-    /// `source` is the name of the source.
+    /// Returns the `id`, `source` and `type` that the fields of a source entry name, each if it is
+    /// readable, even if they do not form a valid event. A missing `source` defaults to the name of
+    /// the source.
     pub fn names_in(source: &str, fields: &[(Bytes, Bytes)]) -> [Option<Name>; 3] {
         #[derive(Deserialize)]
         struct Document<'a> {
@@ -164,10 +169,10 @@ impl Event {
         ]
     }
 
-    /// Reads an event from a CloudEvents JSON document.
+    /// Parses an event from a CloudEvents JSON document.
     ///
     /// # Errors
-    /// As [`Event::from_fields`].
+    /// The same as [`Event::from_fields`].
     pub fn from_json(entry: EntryId, source: &str, document: &[u8]) -> Result<Self, Malformed> {
         let text = std::str::from_utf8(document)
             .map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
@@ -188,13 +193,13 @@ impl Event {
                 }
             };
             if slot.replace(raw).is_some() {
-                return Err(Malformed::new("stands twice").of(name));
+                return Err(Malformed::new("appears twice").of(name));
             }
         }
         draft.finish(entry, source, |content_type| match (data, data_base64) {
             (None, None) => Ok(Payload::None),
             (Some(_), Some(_)) => {
-                Err(Malformed::new("and data_base64 exclude each other").of("data"))
+                Err(Malformed::new("and data_base64 are mutually exclusive").of("data"))
             }
             (None, Some(raw)) => {
                 let text: String = serde_json::from_str(raw.get())
@@ -213,16 +218,18 @@ impl Event {
         })
     }
 
-    /// The event as a CloudEvents JSON document, from which [`Event::from_json`] reads the same event.
+    /// Returns the event as a CloudEvents JSON document, from which [`Event::from_json`] parses the
+    /// same event.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("an event is made of strings, numbers and valid JSON")
     }
 
-    /// Sets an extension attribute, in place of one of that name.
+    /// Sets an extension attribute, replacing one of that name.
     ///
     /// # Errors
-    /// [`Malformed`] names the attribute if its name is not one, or belongs to CloudEvents itself, if its value has a control character or is too
-    /// long, or if the event would have too many. The event is then as it was.
+    /// [`Malformed`] names the attribute if its name is invalid or reserved by CloudEvents, if its
+    /// value contains a control character or is too long, or if the event would have too many
+    /// attributes. The event is unchanged then.
     pub fn set_attribute(&mut self, name: &str, value: Value) -> Result<(), Malformed> {
         const CORE: [&str; 10] = [
             "id",
@@ -238,19 +245,19 @@ impl Event {
         ];
         if CORE.contains(&name) {
             return Err(
-                Malformed::new("is no extension attribute and stays as it was published").of(name),
+                Malformed::new("is not an extension attribute and cannot be changed").of(name),
             );
         }
         set_attribute(&mut self.attributes, name, value).map(|_was_there| ())
     }
 
-    /// A text attribute, or the printed form of any other.
+    /// Returns the value of an extension attribute.
     pub fn attribute(&self, name: &str) -> Option<&Value> {
         self.attributes.get(name)
     }
 }
 
-/// Attributes gathered in any order, checked at the end.
+/// Attributes collected in any order and validated at the end.
 #[derive(Default)]
 struct Draft {
     id: Option<Name>,
@@ -285,7 +292,7 @@ impl Draft {
                     .and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok())
                     .ok_or_else(|| {
                         Malformed::new(format!(
-                            "'{}' is no RFC 3339 time since 1970",
+                            "'{}' is not a valid RFC 3339 time since 1970",
                             printable(&text)
                         ))
                         .of("time")
@@ -296,7 +303,7 @@ impl Draft {
                 let text = text(value)?;
                 if text != "1.0" {
                     return Err(Malformed::new(format!(
-                        "is '{}'; only 1.0 is spoken",
+                        "is '{}'; only 1.0 is supported",
                         printable(&text)
                     ))
                     .of("specversion"));
@@ -306,7 +313,7 @@ impl Draft {
             _ => set_attribute(&mut self.attributes, name, value)?,
         };
         if twice {
-            Err(Malformed::new("stands twice").of(name))
+            Err(Malformed::new("appears twice").of(name))
         } else {
             Ok(())
         }
@@ -346,7 +353,7 @@ impl Draft {
     }
 }
 
-/// Sets an extension attribute, and tells whether it was there before.
+/// Sets an extension attribute and returns whether it was set before.
 fn set_attribute(
     attributes: &mut BTreeMap<String, Value>,
     name: &str,
@@ -358,7 +365,7 @@ fn set_attribute(
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
     if !legal {
         return Err(
-            Malformed::new("is no attribute name: 1 to 64 of a-z, 0-9 and _")
+            Malformed::new("is not a valid attribute name; use 1 to 64 of a-z, 0-9 and _")
                 .of(format!("'{}'", printable(name))),
         );
     }
@@ -366,7 +373,7 @@ fn set_attribute(
         Value::Text(text) => {
             if text.len() > Event::MAX_ATTRIBUTE {
                 return Err(Malformed::new(format!(
-                    "has {} bytes; {} is the most",
+                    "has {} bytes; the limit is {}",
                     text.len(),
                     Event::MAX_ATTRIBUTE
                 ))
@@ -374,15 +381,17 @@ fn set_attribute(
             }
             if let Some(c) = text.chars().find(|c| c.is_control()) {
                 return Err(Malformed::new(format!(
-                    "has the control character U+{:04X}",
+                    "contains the control character U+{:04X}",
                     u32::from(c)
                 ))
                 .of(name));
             }
         }
-        // JSON has no word for them: they would read back as `null`.
+        // JSON cannot represent them: they would be parsed as `null`.
         Value::Decimal(d) if !d.is_finite() => {
-            return Err(Malformed::new(format!("is {d}, which is no number in JSON")).of(name));
+            return Err(
+                Malformed::new(format!("is {d}, which is not a valid JSON number")).of(name),
+            );
         }
         Value::Decimal(_) | Value::Integer(_) | Value::Flag(_) => {}
     }
@@ -396,7 +405,8 @@ fn set_attribute(
     Ok(attributes.insert(name.to_owned(), value).is_some())
 }
 
-/// The members of a JSON object in their order, repeated names and all: a map would keep the last one silently.
+/// The members of a JSON object in order, including repeated names: a map would silently keep the
+/// last one.
 struct Members(Vec<(String, Box<RawValue>)>);
 
 impl<'de> Deserialize<'de> for Members {
@@ -422,7 +432,8 @@ impl<'de> Deserialize<'de> for Members {
     }
 }
 
-/// A JSON member as an attribute's value; `null` is "not set" (JSON format, section 2.3). Lists are kept as their JSON text.
+/// Converts a JSON member to an attribute value. `null` means "not set" (JSON format, section 2.3).
+/// Lists are kept as their JSON text.
 fn attribute_value(name: &str, raw: &RawValue) -> Result<Option<Value>, Malformed> {
     let text = raw.get();
     Ok(match text.as_bytes().first() {
@@ -434,14 +445,14 @@ fn attribute_value(name: &str, raw: &RawValue) -> Result<Option<Value>, Malforme
             )
             .of(printable(name)));
         }
-        // As a decimal it would be another number.
+        // A conversion to a decimal would change the number.
         Some(b'-' | b'0'..=b'9')
             if !text.contains(['.', 'e', 'E']) && text.parse::<i64>().is_err() =>
         {
             Some(Value::Text(text.to_owned()))
         }
         _ => Some(serde_json::from_str(text).map_err(|e| {
-            Malformed::new(format!("is no attribute value: {e}")).of(printable(name))
+            Malformed::new(format!("is not a valid attribute value: {e}")).of(printable(name))
         })?),
     })
 }
@@ -459,7 +470,8 @@ fn is_json(content_type: Option<&str>) -> bool {
     essence.ends_with("/json") || essence.ends_with("+json")
 }
 
-/// Removes the white space outside strings, so that a payload is one line of an SSE frame. Numbers keep their digits.
+/// Removes the white space outside strings, so that a payload is one line of an SSE frame. Numbers
+/// keep their digits.
 fn one_line(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     let (mut in_string, mut escaped) = (false, false);
@@ -477,24 +489,26 @@ fn one_line(json: &str) -> String {
     out
 }
 
-/// Valid JSON from outside, made one line.
+/// Returns valid JSON from outside, reduced to one line.
 ///
 /// # Errors
 /// [`Malformed`] if it is not JSON.
 pub fn json_line(json: &str) -> Result<Box<RawValue>, Malformed> {
     RawValue::from_string(json.to_owned())
         .map_err(|e| Malformed::new(format!("is not valid JSON: {e}")))?;
-    Ok(RawValue::from_string(one_line(json)).expect("white space between tokens means nothing"))
+    Ok(RawValue::from_string(one_line(json)).expect("white space between tokens is insignificant"))
 }
 
-/// At most 64 characters of hostile text, fit for a log line.
+/// Returns at most 64 characters of untrusted text, escaped for a log line.
 fn printable(text: &str) -> String {
     text.chars().take(64).flat_map(char::escape_debug).collect()
 }
 
 impl Payload {
-    /// Read as a whole, and not only skimmed: what is JSON by its grammar and cannot be held (half of a surrogate pair, 1e999, a thousand levels) would
-    /// be a payload in which plugins find no field, and whoever writes a part of it could hide it from all rules.
+    /// Parses the whole document instead of only scanning it. Text that conforms to the JSON
+    /// grammar but cannot be represented (half of a surrogate pair, 1e999, a thousand levels) would
+    /// be a payload in which plugins find no field, and a publisher who controls a part of it could
+    /// hide the rest from all rules.
     fn json(text: &str) -> Result<Self, Malformed> {
         serde_json::from_str::<serde_json::Value>(text).map_err(|e| {
             Malformed::new(format!(
@@ -528,7 +542,7 @@ impl Serialize for Event {
     fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         let mut map = s.serialize_map(None)?;
         map.serialize_entry("specversion", "1.0")?;
-        // Without the id, reading it back would take it for one that the publisher gave; with it, records name the event.
+        // Written although a parsed id counts as set by the publisher: records must name the event.
         map.serialize_entry("id", &self.id)?;
         map.serialize_entry("source", &self.source)?;
         map.serialize_entry("type", &self.kind)?;
@@ -570,8 +584,8 @@ impl<'de> Deserialize<'de> for Event {
     }
 }
 
-/// Milliseconds since the Unix epoch as an RFC 3339 time in UTC, always with three digits after the point: so they stand in columns, and
-/// sort as text.
+/// Formats milliseconds since the Unix epoch as an RFC 3339 time in UTC, always with three
+/// fractional digits, so that times align and sort as text.
 pub fn rfc3339(ms: u64) -> String {
     let seconds = i64::try_from(ms / 1_000)
         .ok()
@@ -626,7 +640,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_reads_back_the_same() {
+    fn an_event_round_trips_through_json() {
         let document = r#"{"specversion":"1.0","id":"a","source":"/s","type":"t","time":"2026-01-02T03:04:05.678Z","n":3,"big":1.5,"ok":true,
             "large":18446744073709551616,"users":["a","b"],"subject":"s","data":{"x":123456789012345678901234567890}}"#;
         let event = Event::from_json(ENTRY, "-", document.as_bytes()).unwrap();
@@ -647,26 +661,29 @@ mod tests {
     }
 
     #[test]
-    fn each_bad_field_is_named() {
+    fn an_error_names_the_invalid_field() {
         let check = |pairs: &[(&str, &str)], expect: &str| {
             let error = fields(pairs).unwrap_err().to_string();
-            assert!(error.contains(expect), "{pairs:?} gave: {error}");
+            assert!(error.contains(expect), "{pairs:?} returned: {error}");
         };
         check(&[("user", "42")], "type is missing");
         check(&[("type", "")], "type is empty");
-        check(&[("type", "a\nb")], "type has the control character U+000A");
+        check(
+            &[("type", "a\nb")],
+            "type contains the control character U+000A",
+        );
         check(
             &[("type", "t"), ("id", "x\r")],
-            "id has the control character",
+            "id contains the control character",
         );
         check(
             &[("type", "t"), ("id", &"x".repeat(300))],
             "id has 300 bytes",
         );
-        check(&[("type", "t"), ("type", "u")], "type stands twice");
+        check(&[("type", "t"), ("type", "u")], "type appears twice");
         check(
             &[("type", "t"), ("time", "yesterday")],
-            "time 'yesterday' is no RFC 3339",
+            "time 'yesterday' is not a valid RFC 3339",
         );
         check(
             &[("type", "t"), ("data", "{\"a\":")],
@@ -674,15 +691,15 @@ mod tests {
         );
         check(
             &[("type", "t"), ("Bad-Name", "1")],
-            "'Bad-Name' is no attribute name",
+            "'Bad-Name' is not a valid attribute name",
         );
         check(
             &[("type", "t"), ("a\u{1b}[31m", "1")],
-            "is no attribute name",
+            "is not a valid attribute name",
         );
         check(
             &[("type", "t"), ("user", "4\u{0}2")],
-            "user has the control character U+0000",
+            "user contains the control character U+0000",
         );
         check(&[("type", "t"), ("specversion", "0.3")], "only 1.0");
         check(&[("event", "[]")], "is not a JSON object");
@@ -692,26 +709,26 @@ mod tests {
         );
         check(
             &[("type", "t"), ("data_base64", "AAE=")],
-            "give the bytes as they are in 'data'",
+            "put the raw bytes into 'data'",
         );
         check(
             &[("event", r#"{"type":"t","data":1,"data_base64":"AA=="}"#)],
-            "exclude each other",
+            "are mutually exclusive",
         );
         check(&[("event", r#"{"type":"t","x":{}}"#)], "x is an object");
     }
 
     #[test]
-    fn an_attribute_that_a_plugin_sets_is_checked_as_a_publishers() {
+    fn attributes_set_by_a_plugin_are_validated_like_published_ones() {
         let mut event = fields(&[("type", "t"), ("a", "1")]).unwrap();
         let before = event.clone();
         for (name, value, expect) in [
-            ("id", Value::Flag(true), "id is no extension attribute"),
-            ("A", Value::Flag(true), "'A' is no attribute name"),
+            ("id", Value::Flag(true), "id is not an extension attribute"),
+            ("A", Value::Flag(true), "'A' is not a valid attribute name"),
             (
                 "a",
                 Value::Text("x\ny".into()),
-                "a has the control character U+000A",
+                "a contains the control character U+000A",
             ),
             ("a", Value::Decimal(f64::NAN), "a is NaN"),
             ("a", Value::Text("x".repeat(70_000)), "a has 70000 bytes"),
@@ -752,7 +769,7 @@ mod tests {
     }
 
     #[test]
-    fn binary_data_survives() {
+    fn binary_data_round_trips() {
         let bytes = Bytes::from_static(&[0, 159, 146, 150]);
         let pairs = [
             ("type", "t"),

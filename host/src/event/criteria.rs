@@ -1,7 +1,9 @@
-//! Conditions over a recipient's attributes: an *or* of *ands*, validated at the border, evaluated natively for each recipient without
-//! allocating. Plugins answer them; they are never called for a recipient.
+//! Conditions over a recipient's attributes: a disjunction of conjunctions, validated when parsed
+//! and evaluated natively for each recipient without allocating. Plugins return conditions; they
+//! are never called for a recipient.
 //!
-//! An absent attribute and a value of another type make a test false, `not-equals` included: what is not known is not decided.
+//! A test of an absent attribute or of one with another type is false, including `not-equals`:
+//! unknown values decide nothing.
 
 use std::cmp::Ordering;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -17,21 +19,21 @@ use super::attributes::Key;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Operator {
-    /// The attribute is the one value.
+    /// The attribute equals the one value.
     Equals,
-    /// The attribute is there, of the value's type, and another value.
+    /// The attribute is present, has the value's type and differs from the value.
     NotEquals,
-    /// The attribute is one of the values.
+    /// The attribute equals one of the values.
     OneOf,
-    /// The attribute is a text that contains the one text.
+    /// The attribute is a string that contains the one string.
     Contains,
-    /// The attribute is a text that begins with the one text.
+    /// The attribute is a string that starts with the one string.
     Prefix,
-    /// The attribute is a number below the one number.
+    /// The attribute is a number less than the one number.
     Less,
-    /// The attribute is a number above the one number.
+    /// The attribute is a number greater than the one number.
     Greater,
-    /// The attribute is there; takes no value.
+    /// The attribute is present. Takes no value.
     Present,
 }
 
@@ -44,12 +46,13 @@ pub struct Test {
     pub values: Vec<Value>,
 }
 
-/// Holds if every test of at least one clause holds. Without a clause it never holds; a clause without a test always does.
+/// Holds if every test of at least one clause holds. Without clauses it never holds; an empty
+/// clause always holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Vec<Test>>", into = "Vec<Vec<Test>>")]
 pub struct Criteria(Box<[Box<[Compiled]>]>);
 
-/// A test whose values are known to be what its operator takes.
+/// A test whose values are valid for its operator.
 #[derive(Clone, Debug, PartialEq)]
 struct Compiled {
     key: Key,
@@ -72,15 +75,15 @@ impl Criteria {
     /// The most tests in all clauses together.
     pub const MAX_TESTS: usize = 256;
 
-    /// Checks that every test has the values that its operator takes.
+    /// Validates that every test has the values that its operator takes.
     ///
     /// # Errors
-    /// [`Malformed`] names the attribute and what its test should have.
+    /// [`Malformed`] names the attribute and the values that its test takes.
     pub fn new(any_of: Vec<Vec<Test>>) -> Result<Self, Malformed> {
         let n_tests: usize = any_of.iter().map(Vec::len).sum();
         if n_tests > Self::MAX_TESTS {
             return Err(Malformed::new(format!(
-                "have {n_tests} tests; {} is the most",
+                "have {n_tests} tests; the limit is {}",
                 Self::MAX_TESTS
             ))
             .of("the criteria"));
@@ -93,14 +96,14 @@ impl Criteria {
             .map(Self)
     }
 
-    /// Whether they hold for a recipient with these attributes.
+    /// Whether the criteria hold for a recipient with these attributes.
     pub fn hold(&self, attributes: &Attributes) -> bool {
         self.0
             .iter()
             .any(|clause| clause.iter().all(|test| test.holds(attributes)))
     }
 
-    /// Of each clause, the first test that does not hold: why none of them does. A clause that holds has none.
+    /// Returns the first failing test of each clause that does not hold.
     pub fn unmet(&self, attributes: &Attributes) -> Vec<Test> {
         let first = |clause: &[Compiled]| {
             clause
@@ -178,7 +181,7 @@ impl From<Compiled> for Test {
 }
 
 impl Check {
-    /// The error says what the operator takes.
+    /// The error names the values that the operator takes.
     fn new(operator: Operator, values: Vec<Value>) -> Result<Self, &'static str> {
         let [value] = match (operator, <[Value; 1]>::try_from(values)) {
             (Operator::Present, Err(values)) if values.is_empty() => return Ok(Self::Present),
@@ -189,7 +192,7 @@ impl Check {
             }
             (Operator::OneOf, Err(_)) => return Err("at least one value"),
             (Operator::Equals | Operator::NotEquals, Err(_)) => return Err("one value"),
-            (Operator::Contains | Operator::Prefix, Err(_)) => return Err("one text"),
+            (Operator::Contains | Operator::Prefix, Err(_)) => return Err("one string"),
             (Operator::Less | Operator::Greater, Err(_)) => return Err("one number"),
             (_, Ok(one)) => one,
         };
@@ -200,7 +203,7 @@ impl Check {
             (Operator::NotEquals, value) => Self::NotEquals(value),
             (Operator::Contains, Value::Text(text)) => Self::Contains(text.into()),
             (Operator::Prefix, Value::Text(text)) => Self::Prefix(text.into()),
-            (Operator::Contains | Operator::Prefix, _) => return Err("one text"),
+            (Operator::Contains | Operator::Prefix, _) => return Err("one string"),
             (Operator::Less, value) if is_number => Self::Less(value),
             (Operator::Greater, value) if is_number => Self::Greater(value),
             _ => return Err("one number"),
@@ -222,16 +225,18 @@ impl Check {
     }
 }
 
-/// What a condition said of the last few sets of attributes that it was asked about: streams with equal ones share the answer.
+/// Cached results of a condition for the last few sets of attributes, shared by streams with equal
+/// attributes.
 #[derive(Debug, Default)]
 pub struct Answers([AtomicU64; Self::SLOTS]);
 
 impl Answers {
     const SLOTS: usize = 4;
 
-    /// What was said of these attributes, or what `decide` says now.
+    /// Returns the cached result for these attributes, or calls `decide` and caches its result.
     pub fn of(&self, attributes: &Attributes, decide: impl FnOnce() -> bool) -> bool {
-        // One word for both, so that no lock is needed. Sets are numbered from 1, so that an empty slot is nobody's.
+        // The number and the result share one word, so no lock is needed. Sets are numbered from 1,
+        // so an empty slot matches none.
         let slot = &self.0[attributes.number() as usize % Self::SLOTS];
         let known = slot.load(Relaxed);
         if known >> 1 == attributes.number() {
@@ -243,7 +248,7 @@ impl Answers {
     }
 }
 
-/// `None`: values of different types, of which nothing can be said.
+/// Returns `None` for values of different types, which cannot be compared.
 fn equal(a: &Value, b: &Value) -> Option<bool> {
     match (a, b) {
         (Value::Text(a), Value::Text(b)) => Some(a == b),
@@ -252,9 +257,9 @@ fn equal(a: &Value, b: &Value) -> Option<bool> {
     }
 }
 
-/// As if both had all digits: an integer as a decimal would lose some beyond 2^53.
+/// Compares exactly: converting an integer to a decimal loses digits beyond 2^53.
 fn compare_with_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
-    // 2^63, the first that no integer reaches.
+    // 2^63, the smallest power that no i64 reaches.
     const BEYOND: f64 = 9_223_372_036_854_775_808.0;
     match decimal {
         _ if decimal.is_nan() => None,
@@ -267,7 +272,7 @@ fn compare_with_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
     }
 }
 
-/// Of two numbers; whole ones exactly, also beyond what a decimal can hold.
+/// Compares two numbers; integers exactly, including those that a decimal cannot represent.
 fn compare(a: &Value, b: &Value) -> Option<Ordering> {
     match (a, b) {
         (Value::Integer(a), Value::Integer(b)) => Some(a.cmp(b)),
@@ -289,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn every_operator_decides_both_ways_and_the_unknown_is_false() {
+    fn every_operator_holds_and_fails_and_unknown_attributes_are_false() {
         let have = Attributes::from([
             ("plan".into(), text("pro")),
             ("age".into(), Value::Integer(30)),
@@ -329,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn an_or_of_ands() {
+    fn criteria_hold_if_every_test_of_any_clause_holds() {
         let pro = Test {
             attribute: "plan".into(),
             operator: Operator::Equals,
@@ -349,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unmet_is_the_first_test_of_each_clause_that_does_not_hold() {
+    fn unmet_returns_the_first_failing_test_of_each_clause() {
         let test = |attribute: &str, value: &str| Test {
             attribute: attribute.into(),
             operator: Operator::Equals,
@@ -385,7 +390,7 @@ mod tests {
         assert!(!holds(Operator::Less, Value::Integer(i64::MAX)));
         assert!(
             !holds(Operator::Equals, Value::Decimal(i64::MAX as f64)),
-            "that is one more"
+            "the decimal is one greater"
         );
         assert!(holds(Operator::Less, Value::Decimal(i64::MAX as f64)));
         assert!(
@@ -395,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn deciding_allocates_nothing() {
+    fn evaluating_criteria_allocates_nothing() {
         let every = |values: &[(Operator, &[Value])]| {
             let test = |(operator, values): &(Operator, &[Value])| Test {
                 attribute: "plan".into(),
@@ -427,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_attributes_share_an_answer_and_others_never_do() {
+    fn equal_attributes_share_a_result_and_different_ones_never_do() {
         let (pool, answers) = (Pool::default(), Answers::default());
         let of = |plan: &str| pool.share(Attributes::from([("plan".into(), text(plan))]));
         let n_decided = std::cell::Cell::new(0);
@@ -444,14 +449,14 @@ mod tests {
             let other = of(&format!("plan {n}"));
             assert!(
                 !ask(&other),
-                "a set of attributes takes the answer of one that came before it"
+                "a set of attributes received the result of an earlier one"
             );
         }
         assert!(ask(&pro));
     }
 
     #[test]
-    fn a_test_with_the_wrong_values_is_refused_by_name() {
+    fn a_test_with_the_wrong_values_is_rejected_and_named() {
         for (operator, values) in [
             (Operator::Equals, vec![]),
             (Operator::Less, vec![text("x")]),

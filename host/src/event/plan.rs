@@ -1,4 +1,4 @@
-//! What plugins decided about an event, who that names, and how it ended.
+//! The decision about an event: its plan, the targets it names and the outcome.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::{EntryId, Event, Malformed, Name};
 use crate::event::criteria::Criteria;
 
-/// Event names that Pointsman, or `EventSource` itself, gives a meaning; plugins and publishers may not use them.
+/// Event names with a meaning in Pointsman or `EventSource`; plugins and publishers may not use
+/// them.
 pub const RESERVED_EVENT_NAMES: [&str; 8] = [
     "cursor",
     "gap",
@@ -20,7 +21,7 @@ pub const RESERVED_EVENT_NAMES: [&str; 8] = [
     "heartbeat",
 ];
 
-/// How urgent a notification is. A higher one may overtake on its way to the socket.
+/// The urgency of a notification. One of a higher priority may be sent ahead of lower ones.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -58,14 +59,15 @@ impl FromStr for Priority {
         let found = Self::ALL.into_iter().find(|p| p.as_str() == text);
         found.ok_or_else(|| {
             Malformed::new(format!(
-                "'{}' is no priority: low, normal, high or urgent",
+                "'{}' is not a valid priority; use low, normal, high or urgent",
                 text.escape_debug()
             ))
         })
     }
 }
 
-/// Whom a route names. Each target has one log in each partition, under the target's written form: `u:42`, `g:ops`, `all`.
+/// A target of a route. Each target has one log in each partition, under its written form: `u:42`,
+/// `g:ops`, `all`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
     User(Name),
@@ -97,7 +99,7 @@ impl FromStr for Target {
             Some(("g", name)) => Name::parse(name).map(Self::Group),
             None if text == "all" => Ok(Self::Everyone),
             _ => Err(Malformed::new(format!(
-                "'{}' is no target: u:<user>, g:<group> or all",
+                "'{}' is not a valid target; use u:<user>, g:<group> or all",
                 text.escape_debug()
             ))),
         }
@@ -118,31 +120,34 @@ impl<'de> Deserialize<'de> for Target {
     }
 }
 
-/// One decision of a router: who, how urgent, under which condition, until when, under which collapse key.
+/// One decision of a router: targets, condition, priority, expiry and collapse key.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Route {
-    /// The router that answered it.
+    /// The router that returned it.
     pub by: Name,
     pub to: Vec<Target>,
-    /// Which of the recipients, by their attributes, judged on the way to the socket. `None`: all.
+    /// Condition on the recipients' attributes, evaluated just before sending. `None`: all
+    /// recipients.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub when: Option<Criteria>,
     pub priority: Priority,
     /// Not delivered from this moment on, in milliseconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_ms: Option<u64>,
-    /// A later notification with the same key makes this one superfluous to a recipient who does not have it yet.
+    /// A later notification with the same key supersedes this one for a recipient that has not
+    /// received it yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collapse: Option<Name>,
-    /// The SSE `event:` name; without one, `onmessage` fires. Never one of [`RESERVED_EVENT_NAMES`].
+    /// The SSE `event:` name; without one, `onmessage` is called. Never one of
+    /// [`RESERVED_EVENT_NAMES`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub event_name: Option<Name>,
-    /// JSON, delivered as `data` in place of the event's own.
+    /// JSON delivered as `data` in place of the event's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub body: Option<Box<serde_json::value::RawValue>>,
 }
 
-/// All routes of an event, in the order of the routers and of their answers.
+/// All routes of an event, in the order of the routers and of their results.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Plan {
@@ -150,7 +155,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Every target that a route names, each once, in a fixed order: the logs that the event is indexed in.
+    /// Every target named by a route, each once, in a fixed order: the logs that index the event.
     pub fn targets(&self) -> Vec<Target> {
         let mut all: Vec<Target> = self
             .routes
@@ -163,29 +168,31 @@ impl Plan {
     }
 }
 
-/// What a record holds: an event with its whole plan, stored once, as JSON, under one id that all logs share. That of a plan that is
-/// written in slices also holds the decision, for the `ingest` that ends it.
+/// The content of a record: an event with its whole plan, stored once as JSON under one id that all
+/// logs share. The record of a plan written in slices also holds the decision, for the `ingest`
+/// that completes it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Notification {
-    /// The source entry that it came from.
+    /// The source entry of the event.
     pub entry: EntryId,
     pub event: Event,
     pub plan: Plan,
 }
 
-/// How an event ended; each ends in exactly one. The words are the same in code, counters, records and documents.
+/// The outcome of an event; each event has exactly one. Code, counters, records and documents use
+/// the same words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// Indexed in every log that its plan names.
     Committed,
-    /// A filter dropped it and said why.
+    /// Dropped by a filter, which gave a reason.
     Discarded,
-    /// No router named anyone.
+    /// No router named a target.
     Unrouted,
-    /// The publisher's retry of an event within the window.
+    /// A publisher's retry of an event within the dedupe window.
     Duplicate,
-    /// Kept aside with the reason.
+    /// Stored as a dead letter with the reason.
     DeadLettered,
 }
 
@@ -221,6 +228,8 @@ impl FromStr for Outcome {
         let found = Self::ALL
             .into_iter()
             .find(|outcome| outcome.as_str() == text);
-        found.ok_or_else(|| Malformed::new(format!("'{}' is no outcome", text.escape_debug())))
+        found.ok_or_else(|| {
+            Malformed::new(format!("'{}' is not a valid outcome", text.escape_debug()))
+        })
     }
 }

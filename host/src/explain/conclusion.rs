@@ -1,11 +1,12 @@
-//! An explanation in a sentence, with what it holds under in a second one, for whoever has no time for its steps.
+//! Summarises an explanation in a sentence or two: the result, then the assumptions or the next
+//! step.
 
 use super::{At, Decided, Explanation, Standing};
 use crate::broker::Verdict;
 use crate::delivery::recipients::{Miss, Way};
 use crate::event::{Outcome, Plan, rfc3339};
 
-/// Targets of a plan that are named one by one.
+/// Maximum number of targets named.
 const MAX_TARGETS: usize = 3;
 
 pub(super) fn of(explanation: &Explanation) -> String {
@@ -20,31 +21,31 @@ pub(super) fn of(explanation: &Explanation) -> String {
     match (decision.outcome, plan, recipient) {
         (Outcome::Committed, Some(plan), Some(standing)) => for_user(decision, plan, standing),
         (Outcome::Committed, Some(plan), None) => {
-            format!("The event was committed, {}; whom of them it reached, say which user.", names(plan))
+            format!("The event was committed; {}. Specify a user to see whether it reached them.", names(plan))
         }
         (Outcome::Committed, None, _) => {
-            "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.".to_owned()
+            "The event was committed, but its record is no longer kept, so its recipients are unknown.".to_owned()
         }
-        (Outcome::Discarded, ..) => format!("Nobody was reached: {}.", discarded(decision)),
-        (Outcome::Unrouted, ..) => format!("Nobody was reached: {}{}.", unrouted(decision), left_out(decision)),
+        (Outcome::Discarded, ..) => format!("Not delivered: {}.", discarded(decision)),
+        (Outcome::Unrouted, ..) => format!("Not delivered: {}{}.", unrouted(decision), left_out(decision)),
         (Outcome::Duplicate, ..) => {
-            "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more, unless it lies behind 1,000 retries.".to_owned()
+            "Not delivered again: this is a retry of an earlier event with the same source and id. The decision about that event is no longer kept, or lies more than 1,000 retries back.".to_owned()
         }
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
-                Some(id) => format!("mend that, and `pointsman dead redrive {id}` sends it through again"),
-                None if *is_sought_to_the_end => "it is no longer among the dead letters: it was redriven, dropped or trimmed".to_owned(),
-                None => "mend that, and find it by its entry in `pointsman dead list`, as too many others became dead letters with it"
+                Some(id) => format!("It is a dead letter: fix the cause, then run `pointsman dead-letters redrive {id}`"),
+                None if *is_sought_to_the_end => "It is no longer a dead letter: it was redriven, dropped or trimmed".to_owned(),
+                None => "It is one of very many dead letters: fix the cause, then find it by its entry in `pointsman dead-letters list`"
                     .to_owned(),
             };
-            format!("Nobody was reached: {}{}; {next}.", dead_lettered(decision), because(&decision.decision.reason))
+            format!("Not delivered: {}{}. {next}.", dead_lettered(decision), because(&decision.decision.reason))
         }
     }
 }
 
 fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
-    // As a stream has it that comes by now; what nobody gets any more, as it was committed.
+    // The route that a stream would use now; if there is none any more, the one at the commit.
     let Some(way) = standing.ways.now.or(standing.ways.then) else {
         return format!(
             "{}{}.{}",
@@ -61,15 +62,15 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
             .map(ToString::to_string)
             .unwrap_or_default();
         let later_state = format!("the later event `{}`", later.event_id);
-        // Without its own expiry, which is told below.
+        // If this event's own route has expired as well, that is reported further below.
         if !later.expired {
             return format!(
-                "The event was for `{user}`, {by}, but {later_state} has the same collapse key `{key}`: who had not had this one by then gets only that."
+                "The event was for `{user}` {by}, but {later_state} replaced it (collapse key `{key}`): clients that had not received it by then get only the later one."
             );
         }
         if standing.ways.now.is_some() && standing.in_log != Some(false) {
             return format!(
-                "The event is for `{user}`, {by}, but {later_state} had the same collapse key `{key}` until it expired: who had that one does not get this one any more, and who had neither does."
+                "The event is for `{user}` {by}, but {later_state} replaced it until that expired (collapse key `{key}`): clients that received the later one do not get this one, clients that received neither do."
             );
         }
     }
@@ -81,7 +82,7 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
             .max()
             .unwrap_or_default();
         return format!(
-            "The event was for `{user}`, {by}, but expired at {}: who had not had it by then does not get it.",
+            "The event was for `{user}` {by}, but expired at {}: clients that had not received it by then do not get it.",
             rfc3339(end)
         );
     }
@@ -92,44 +93,44 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
         .map(|device| format!("`{}`", device.device))
         .collect();
     match acknowledged.as_slice() {
-        [] if standing.read => format!(
-            "The event is for `{user}`, {by}: it, or what came after it, was marked as read."
-        ),
+        [] if standing.read => {
+            format!("The event is for `{user}` {by}: it or a later one was marked as read.")
+        }
         [] if standing.in_log == Some(false) => {
             format!(
-                "The event was for `{user}`, {by}, but has left the log, which keeps so many and no longer: who had not had it by then is told of a gap."
+                "The event was for `{user}` {by}, but retention has removed it from the log: clients that had not received it by then get a gap."
             )
         }
         [] if standing.devices.is_empty() => {
             format!(
-                "The event is for `{user}`, {by}: it is in the log, and whether a client has had it is not known, as no device has said so."
+                "The event is for `{user}` {by}: it is in the log; whether a client received it is unknown, because the user has no devices."
             )
         }
         [] => format!(
-            "The event is for `{user}`, {by}: it is in the log, and no device has acknowledged it."
+            "The event is for `{user}` {by}: it is in the log; no device has acknowledged it."
         ),
         [device] => format!(
-            "The event is for `{user}`, {by}: the device {device} has acknowledged it, or what came after it."
+            "The event is for `{user}` {by}: device {device} has acknowledged it or a later one."
         ),
         devices => {
             format!(
-                "The event is for `{user}`, {by}: the devices {} have acknowledged it, or what came after it.",
+                "The event is for `{user}` {by}: devices {} have acknowledged it or a later one.",
                 devices.join(", ")
             )
         }
     }
 }
 
-/// Why no route reached.
+/// Why no route matched.
 fn missed(plan: &Plan, standing: &Standing) -> String {
     let user = &standing.user;
     let Some((index, why)) = &standing.ways.nearest else {
-        return format!("`{user}` was not reached: its plan has no route");
+        return format!("`{user}` was not reached: the plan has no routes");
     };
     let reason = match plan.routes.as_slice() {
         [_] => format!("the only route {}", why.text),
         routes => format!(
-            "none of the {} routes does; the nearest, of `{}`, {}",
+            "none of the {} routes matches; the closest, of `{}`, {}",
             routes.len(),
             routes[*index].by,
             why.text
@@ -138,7 +139,7 @@ fn missed(plan: &Plan, standing: &Standing) -> String {
     format!("`{user}` was not reached: {reason}")
 }
 
-/// What must have been so for that to be true: nobody kept it.
+/// The assumptions behind a miss, about facts that were not recorded.
 fn provided(standing: &Standing) -> String {
     let provided: Vec<&str> = standing
         .ways
@@ -149,16 +150,13 @@ fn provided(standing: &Standing) -> String {
     if provided.is_empty() {
         String::new()
     } else {
-        format!(" That holds if {}.", provided.join(" and "))
+        format!(" This assumes that {}.", provided.join(" and that "))
     }
 }
 
 fn by(plan: &Plan, way: Way) -> String {
     let route = &plan.routes[way.route];
-    format!(
-        "by the route of `{}` to `{}`",
-        route.by, route.to[way.target]
-    )
+    format!("(route of `{}` to `{}`)", route.by, route.to[way.target])
 }
 
 fn names(plan: &Plan) -> String {
@@ -173,7 +171,7 @@ fn names(plan: &Plan) -> String {
     } else {
         String::new()
     };
-    format!("and its plan names {}{more}", told.join(", "))
+    format!("its plan names {}{more}", told.join(", "))
 }
 
 fn discarded(decided: &Decided) -> String {
@@ -186,12 +184,13 @@ fn discarded(decided: &Decided) -> String {
     });
     let failed = |by: &Verdict| {
         format!(
-            "`{}` failed on the event, which its on_failure drops then{}",
+            "`{}` failed on the event, and its on_failure policy drops it{}",
             by.plugin,
             because(&by.reason)
         )
     };
-    // Others that failed before it were only left out: nobody is asked any more after a drop.
+    // The last failure dropped the event, because no plugin is called after a drop. Earlier
+    // failures were skipped.
     dropped
         .chain(of_kind(decided, "failed").last().map(failed))
         .next()
@@ -199,7 +198,9 @@ fn discarded(decided: &Decided) -> String {
 }
 
 fn dead_lettered(decided: &Decided) -> String {
-    // Whoever made it one was asked last and said why. Of what is no event nobody was asked, and a failure may have been left out.
+    // The plugin that caused the dead letter was called last and gave its reason. If the reasons
+    // differ, the last failure was skipped by policy; if there is no verdict, the entry was not a
+    // valid event and no plugin was called.
     match decided
         .decision
         .verdicts
@@ -207,13 +208,10 @@ fn dead_lettered(decided: &Decided) -> String {
         .filter(|by| by.reason == decided.decision.reason)
     {
         Some(by) if by.verdict == "rejected" => {
-            format!("the event is a dead letter, as `{}` rejected it", by.plugin)
+            format!("`{}` rejected the event", by.plugin)
         }
-        Some(by) if by.verdict == "failed" => format!(
-            "the event is a dead letter, as `{}` failed on it",
-            by.plugin
-        ),
-        _ => "the event is a dead letter".to_owned(),
+        Some(by) if by.verdict == "failed" => format!("`{}` failed on the event", by.plugin),
+        _ => "the event became a dead letter".to_owned(),
     }
 }
 
@@ -222,18 +220,23 @@ fn unrouted(decided: &Decided) -> String {
         .map(|by| format!("`{}`", by.plugin))
         .collect();
     match asked.as_slice() {
-        [] if of_kind(decided, "failed").next().is_some() => "no router named anybody".to_owned(),
-        [] => "no router was asked, as none was at work that wants events of its type".to_owned(),
-        [router] => format!("the only router that answered, {router}, named nobody"),
-        routers => format!("none of the routers {} named anybody", routers.join(", ")),
+        [] if of_kind(decided, "failed").next().is_some() => {
+            "no router returned a recipient".to_owned()
+        }
+        [] => "no active router handles this event type".to_owned(),
+        [router] => format!("the only router that answered, {router}, returned no recipients"),
+        routers => format!(
+            "none of the routers {} returned a recipient",
+            routers.join(", ")
+        ),
     }
 }
 
-/// Who could have decided otherwise, had it not failed.
+/// Plugins that failed and were skipped, and might have decided otherwise.
 fn left_out(decided: &Decided) -> String {
     let failed = |by: &Verdict| {
         format!(
-            "; `{}` failed on the event and was left out, as its on_failure says{}",
+            "; `{}` failed on the event and was skipped by its on_failure policy{}",
             by.plugin,
             because(&by.reason)
         )
@@ -241,7 +244,7 @@ fn left_out(decided: &Decided) -> String {
     of_kind(decided, "failed").map(failed).collect()
 }
 
-/// Those who answered so.
+/// The verdicts of this kind.
 fn of_kind<'a>(decided: &'a Decided, word: &'a str) -> impl Iterator<Item = &'a Verdict> {
     decided
         .decision
@@ -251,7 +254,8 @@ fn of_kind<'a>(decided: &'a Decided, word: &'a str) -> impl Iterator<Item = &'a 
 }
 
 fn because(reason: &str) -> String {
-    // What comes after it goes on with the sentence; a trap has its stack in the lines below.
+    // Only the first line, because a trap has its stack in the lines below; without a full stop,
+    // because the sentence goes on.
     let reason = reason
         .lines()
         .next()
@@ -260,7 +264,7 @@ fn because(reason: &str) -> String {
     if reason.is_empty() {
         String::new()
     } else {
-        format!(", because: {reason}")
+        format!(": {reason}")
     }
 }
 
@@ -308,70 +312,67 @@ mod tests {
     }
 
     #[test]
-    fn what_reached_nobody_is_said_of_whoever_had_a_say() {
+    fn an_undelivered_event_names_the_plugin_responsible() {
         let check = |outcome, verdicts: &[(&str, &str)], expect: &str| {
             assert_eq!(of(&explanation(outcome, verdicts)), expect)
         };
         check(
             Outcome::Unrouted,
             &[("f", "keep"), ("r", "skipped")],
-            "Nobody was reached: no router was asked, as none was at work that wants events of its type.",
+            "Not delivered: no active router handles this event type.",
         );
         check(
             Outcome::Unrouted,
             &[("a", "none"), ("b", "none")],
-            "Nobody was reached: none of the routers `a`, `b` named anybody.",
+            "Not delivered: none of the routers `a`, `b` returned a recipient.",
         );
-        let why =
-            "`r` failed on the event and was left out, as its on_failure says, because: it trapped";
+        let why = "`r` failed on the event and was skipped by its on_failure policy: it trapped";
         check(
             Outcome::Unrouted,
             &[("r", "failed")],
-            &format!("Nobody was reached: no router named anybody; {why}."),
+            &format!("Not delivered: no router returned a recipient; {why}."),
         );
-        let other = "the only router that answered, `s`, named nobody";
+        let other = "the only router that answered, `s`, returned no recipients";
         check(
             Outcome::Unrouted,
             &[("r", "failed"), ("s", "none")],
-            &format!("Nobody was reached: {other}; {why}."),
+            &format!("Not delivered: {other}; {why}."),
         );
         check(
             Outcome::Discarded,
             &[("a", "keep"), ("b", "drop")],
-            "Nobody was reached: the filter `b` dropped the event.",
+            "Not delivered: the filter `b` dropped the event.",
         );
-        let why = "`b` failed on the event, which its on_failure drops then, because: it trapped";
+        let why = "`b` failed on the event, and its on_failure policy drops it: it trapped";
         check(
             Outcome::Discarded,
             &[("a", "keep"), ("b", "failed")],
-            &format!("Nobody was reached: {why}."),
+            &format!("Not delivered: {why}."),
         );
-        // By the policy of the first, the event went on without it.
+        // The first plugin's policy is to skip it.
         check(
             Outcome::Discarded,
             &[("a", "failed"), ("b", "failed")],
-            &format!("Nobody was reached: {why}."),
+            &format!("Not delivered: {why}."),
         );
-        let gone = "it is no longer among the dead letters: it was redriven, dropped or trimmed";
-        let nobody = format!("Nobody was reached: the event is a dead letter; {gone}.");
+        let gone = "It is no longer a dead letter: it was redriven, dropped or trimmed";
+        let nobody = format!("Not delivered: the event became a dead letter. {gone}.");
         check(Outcome::DeadLettered, &[], &nobody);
         check(Outcome::DeadLettered, &[("a", "failed")], &nobody);
         let mut failed = explanation(Outcome::DeadLettered, &[("a", "keep"), ("b", "failed")]);
         failed.decision.decision.reason = failed.decision.decision.verdicts[1].reason.clone();
         assert_eq!(
             of(&failed),
-            format!(
-                "Nobody was reached: the event is a dead letter, as `b` failed on it, because: it trapped; {gone}."
-            )
+            format!("Not delivered: `b` failed on the event: it trapped. {gone}.")
         );
-        let retry = "This was a retry of an event that was there already, and of that one, which alone counts, nothing is kept any more, unless it lies behind 1,000 retries.";
+        let retry = "Not delivered again: this is a retry of an earlier event with the same source and id. The decision about that event is no longer kept, or lies more than 1,000 retries back.";
         check(Outcome::Duplicate, &[], retry);
-        let gone = "The event was committed, but its record is no longer kept, so that nobody can say any more whom it named.";
+        let gone = "The event was committed, but its record is no longer kept, so its recipients are unknown.";
         check(Outcome::Committed, &[], gone);
     }
 
     #[test]
-    fn devices_that_acknowledged_are_named_and_targets_up_to_a_number() {
+    fn all_acknowledging_devices_but_only_the_first_targets_are_named() {
         let mut told = explanation(Outcome::Committed, &[]);
         let to = ["u:a", "u:b", "u:c", "u:d", "u:e"];
         told.plan = Some(
@@ -379,7 +380,7 @@ mod tests {
         );
         assert_eq!(
             of(&told),
-            "The event was committed, and its plan names `u:a`, `u:b`, `u:c` and 2 more; whom of them it reached, say which user."
+            "The event was committed; its plan names `u:a`, `u:b`, `u:c` and 2 more. Specify a user to see whether it reached them."
         );
         let later = Successor {
             event_id: Name::parse("later").unwrap(),
@@ -417,16 +418,16 @@ mod tests {
         });
         assert_eq!(
             of(&told),
-            "The event is for `b`, by the route of `r` to `u:b`: the devices `phone`, `watch` have acknowledged it, or what came after it."
+            "The event is for `b` (route of `r` to `u:b`): devices `phone`, `watch` have acknowledged it or a later one."
         );
-        // A later state that has expired brings back no earlier one that is gone.
+        // An expired later notification does not bring back an earlier one that has left the log.
         let standing = told.recipient.as_mut().unwrap();
         standing.devices.clear();
         standing.superseded_by = Some(later);
         let conclusion = of(&told);
         assert!(
             conclusion.starts_with(
-                "The event was for `b`, by the route of `r` to `u:b`, but has left the log"
+                "The event was for `b` (route of `r` to `u:b`), but retention has removed it from the log"
             ),
             "{conclusion}"
         );

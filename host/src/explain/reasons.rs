@@ -1,26 +1,27 @@
-//! Why a route reaches a user, or not, in words; the route is their subject. Whether it does is `recipients`' to say.
+//! Describes why a route does or does not match a user, as a predicate whose subject is the route.
+//! `recipients` decides whether it matches.
 
 use crate::broker::{Recipient, Span};
 use crate::delivery::recipients::{Miss, Moment};
 use crate::event::criteria::{Attributes, Operator, Test};
 use crate::event::{Name, Route, Target, Value, rfc3339};
 
-/// Of the clauses of a condition, so many are told.
+/// Maximum number of clauses of a condition described.
 const MAX_CLAUSES: usize = 3;
-/// The longest value that is told whole, in characters.
+/// Maximum length of a value shown, in characters; longer values are cut.
 const MAX_VALUE: usize = 64;
 
-/// Why a route misses a user.
+/// Why a route does not match a user.
 #[derive(Debug)]
 pub(super) struct Why {
     pub(super) text: String,
-    /// Ids, for whoever wants to look them up.
+    /// The notification ids behind the reason.
     detail: Option<String>,
     pub(super) nearness: Nearness,
     pub(super) provided: &'static [Proviso],
 }
 
-/// What nobody kept of then, and a miss is judged without.
+/// An assumption about the time of the event, which was not recorded, behind a miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Proviso {
     Attributes,
@@ -31,19 +32,19 @@ pub(super) enum Proviso {
 impl Proviso {
     pub(super) const fn words(self) -> &'static str {
         match self {
-            Self::Attributes => "the attributes were then what they are now",
+            Self::Attributes => "the attributes have not changed since",
             Self::Claims => "no token claimed the group",
             Self::FirstMembership => "this membership was the first",
         }
     }
 }
 
-/// How little is missing: of several routes, the nearest explains most.
+/// How close a route came to matching. Of several routes, the closest explains the most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Nearness {
     ForOthers,
     NoMember,
-    /// A member, at another time.
+    /// The user is or was a member, but not at the time of the event.
     Member,
     Condition,
     Expired,
@@ -62,7 +63,7 @@ pub(super) fn reaching(target: &Target, user: &Name) -> String {
     match target {
         Target::User(_) => format!("names `{user}`"),
         Target::Group(group) => {
-            format!("names group `{group}`, of which `{user}` was a member at the event")
+            format!("names group `{group}`, of which `{user}` was a member at that time")
         }
         Target::Everyone => "names everyone".to_owned(),
     }
@@ -118,11 +119,11 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
         let (when, detail) = match left {
             Some(left) if *left < id => (
                 "left before",
-                format!("it was committed as {id}, and the membership ended with {left}"),
+                format!("the event was committed as {id}, the membership ended at {left}"),
             ),
             _ => (
                 "joined after",
-                format!("it was committed as {id}, and the membership begins above {joined}"),
+                format!("the event was committed as {id}, the membership begins after {joined}"),
             ),
         };
         let may_be_second = spans().any(|(_, span)| span.joined >= id);
@@ -165,7 +166,7 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
             };
             (
                 format!(
-                    "names groups {}{more}, of none of which `{user}` is a member",
+                    "names groups {}{more}, but `{user}` is not a member of any",
                     named.join(", ")
                 ),
                 Nearness::NoMember,
@@ -192,7 +193,7 @@ fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
         .map(|criteria| criteria.unmet(attributes))
         .unwrap_or_default();
     if unmet.is_empty() {
-        return "has a condition that never holds".to_owned();
+        return "has a condition that is never true".to_owned();
     }
     let told: Vec<String> = unmet
         .iter()
@@ -210,7 +211,7 @@ fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
     )
 }
 
-/// Why one test does not hold.
+/// Why one test fails.
 fn shortfall(test: &Test, attributes: &Attributes) -> String {
     let Test {
         attribute,
@@ -226,19 +227,19 @@ fn shortfall(test: &Test, attributes: &Attributes) -> String {
         Operator::Prefix => format!("must begin with {wanted}"),
         Operator::Less => format!("must be below {wanted}"),
         Operator::Greater => format!("must be above {wanted}"),
-        Operator::Present => "must be there".to_owned(),
+        Operator::Present => "must be present".to_owned(),
     };
     match attributes.get(attribute) {
-        None => format!("attribute `{attribute}` is absent and {must}"),
+        None => format!("attribute `{attribute}` is absent but {must}"),
         Some(have) if values.iter().all(|value| kind(value) != kind(have)) => {
             format!(
-                "attribute `{attribute}` is the {} {} and {must}, a {}",
-                kind(have),
+                "attribute `{attribute}` is {} ({}) but {must} ({})",
                 shown(have),
+                kind(have),
                 values.first().map_or("value", kind)
             )
         }
-        Some(have) => format!("attribute `{attribute}` is {} and {must}", shown(have)),
+        Some(have) => format!("attribute `{attribute}` is {} but {must}", shown(have)),
     }
 }
 
@@ -282,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_test_lacks_is_told_by_its_operator() {
+    fn a_failed_test_is_described_by_operator_and_values() {
         let have = Attributes::from([
             ("plan".into(), text("free")),
             ("age".into(), Value::Integer(17)),
@@ -300,79 +301,79 @@ mod tests {
             "plan",
             Equals,
             &[text("pro")],
-            "is \"free\" and must be \"pro\"",
+            "is \"free\" but must be \"pro\"",
         );
         check(
             "plan",
             NotEquals,
             &[text("free")],
-            "is \"free\" and must not be \"free\"",
+            "is \"free\" but must not be \"free\"",
         );
         check(
             "plan",
             OneOf,
             &[text("pro"), text("team")],
-            "is \"free\" and must be \"pro\" or \"team\"",
+            "is \"free\" but must be \"pro\" or \"team\"",
         );
         check(
             "plan",
             Contains,
             &[text("x")],
-            "is \"free\" and must contain \"x\"",
+            "is \"free\" but must contain \"x\"",
         );
         check(
             "plan",
             Prefix,
             &[text("x")],
-            "is \"free\" and must begin with \"x\"",
+            "is \"free\" but must begin with \"x\"",
         );
         check(
             "age",
             Less,
             &[Value::Integer(10)],
-            "is 17 and must be below 10",
+            "is 17 but must be below 10",
         );
         check(
             "age",
             Greater,
             &[Value::Decimal(17.5)],
-            "is 17 and must be above 17.5",
+            "is 17 but must be above 17.5",
         );
         check(
             "beta",
             Equals,
             &[Value::Flag(true)],
-            "is false and must be true",
+            "is false but must be true",
         );
-        check("city", Present, &[], "is absent and must be there");
+        check("city", Present, &[], "is absent but must be present");
         check(
             "city",
             Less,
             &[Value::Integer(1)],
-            "is absent and must be below 1",
+            "is absent but must be below 1",
         );
         check(
             "age",
             Prefix,
             &[text("1")],
-            "is the number 17 and must begin with \"1\", a text",
+            "is 17 (number) but must begin with \"1\" (text)",
         );
         check(
             "beta",
             Greater,
             &[Value::Integer(0)],
-            "is the boolean false and must be above 0, a number",
+            "is false (boolean) but must be above 0 (number)",
         );
         check(
             "bio",
             Equals,
             &[text("")],
-            &format!("is \"a\\nb{}...\" and must be \"\"", "x".repeat(61)),
+            &format!("is \"a\\nb{}...\" but must be \"\"", "x".repeat(61)),
         );
     }
 
     #[test]
-    fn of_a_condition_each_alternative_is_told_up_to_a_number() {
+    fn a_failed_condition_describes_its_first_alternatives_and_counts_the_rest() {
         let told = |any_of: Vec<Vec<Test>>| {
             let when = Some(Criteria::new(any_of).unwrap());
             let route = Route {
@@ -393,18 +394,18 @@ mod tests {
                 .collect()
         };
         let begin =
-            "has a condition that is false for `ann`: attribute `a0` is absent and must be there";
+            "has a condition that is false for `ann`: attribute `a0` is absent but must be present";
         assert_eq!(told(clauses(1)), begin);
         assert_eq!(
             told(clauses(2)),
-            format!("{begin}, and attribute `a1` is absent and must be there")
+            format!("{begin}, and attribute `a1` is absent but must be present")
         );
         assert!(
             told(clauses(5))
-                .ends_with("`a2` is absent and must be there, and 2 more alternatives fail"),
+                .ends_with("`a2` is absent but must be present, and 2 more alternatives fail"),
             "{}",
             told(clauses(5))
         );
-        assert_eq!(told(vec![]), "has a condition that never holds");
+        assert_eq!(told(vec![]), "has a condition that is never true");
     }
 }

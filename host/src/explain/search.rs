@@ -1,4 +1,5 @@
-//! The decisions of an event, by its id; and where there is none, what that can mean.
+//! Finds the decisions about an event by its id. If there are none, determines whether the event is
+//! still waiting in a source.
 
 use std::time::Duration;
 
@@ -6,39 +7,40 @@ use super::Decided;
 use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Name, rfc3339};
 
-/// Decisions of one event that are looked at in a partition. A publisher may have retried often: what it retried must be among them.
+/// Maximum number of decisions per event id and partition. High, because the original decision must
+/// be found behind those about a publisher's retries.
 const MAX_DECISIONS: usize = 1_000;
-/// Of the entries that wait in a source, so many are looked through, and so many bytes of them ...
+/// Limits of the search through the entries waiting in a source: number of entries and bytes.
 const MAX_WAITING: u64 = 10_000;
 const MAX_WAITING_BYTES: usize = 16 * 1024 * 1024;
-/// ... read so many at once.
+/// Number of waiting entries read at once.
 const READ: usize = 64;
 
-/// Why there is nothing to explain.
+/// Why an event cannot be explained.
 #[derive(Debug, thiserror::Error)]
 pub enum Unexplained {
-    #[error("the event '{event_id}' is not decided yet: its entry {entry} waits in {source_key}, {}", behind(*n_before))]
+    #[error("event '{event_id}' is not decided yet: its entry {entry} is waiting in {source_key}, {}", behind(*n_before))]
     Waiting {
         event_id: Name,
         source_key: String,
         entry: EntryId,
         n_before: u64,
     },
-    #[error("there is no decision about an event '{event_id}'")]
+    #[error("no decision found for event '{event_id}'")]
     Unknown { event_id: Name, reach: Vec<String> },
     #[error(transparent)]
     Broker(#[from] broker::Error),
 }
 
 impl Unexplained {
-    /// What an operator can do about it.
+    /// What the operator can do.
     pub fn fix(&self) -> String {
         match self {
-            Self::Waiting { .. } => "GET /readyz on this listener says what holds the node up; ask again once it is decided".to_owned(),
+            Self::Waiting { .. } => "check GET /readyz on this listener for what blocks the node; retry once the event is decided".to_owned(),
             Self::Unknown { reach, .. } => format!(
-                "compare the id with what the publisher was answered (an event that was published without one has its entry's); decisions \
-                 are kept {} (retention.decision_entries), and what is older than that cannot be explained; what never came to a \
-                 source of this node was never decided",
+                "compare the id with the one returned to the publisher (an event published without an id has its entry id); \
+                 decisions are kept for {} (retention.decision_entries), older events cannot be explained; an event that never \
+                 reached a source of this node has no decision",
                 reach.join(", ")
             ),
             Self::Broker(_) => String::new(),
@@ -48,22 +50,27 @@ impl Unexplained {
 
 fn behind(n_before: u64) -> String {
     match n_before {
-        0 => "the next in line".to_owned(),
+        0 => "next in line".to_owned(),
         1 => "behind 1 other".to_owned(),
         n => format!("behind {n} others"),
     }
 }
 
-/// All of them, newest first; at least one.
+/// All decisions about the event, newest first; at least one.
+///
+/// # Errors
+/// There are none, or the broker failed.
 pub(super) async fn decisions(
     broker: &dyn Broker,
     event_id: &Name,
 ) -> Result<Vec<Decided>, Unexplained> {
-    // Read before the decisions are: what is decided between the two is found to wait, and not to be nowhere.
+    // Positions are read before decisions. An event decided in between is then reported as waiting;
+    // in the other order it would not be found at all.
     let mut begins = Vec::new();
     for partition in broker.partitions() {
         let position = broker.head(partition.number).await?.position;
-        // An entry whose plan is being written in slices has no outcome yet.
+        // An entry whose plan is still being written in slices has no outcome yet, so it counts as
+        // waiting.
         begins.push(if position.slices > 0 {
             position.entry.before().unwrap_or_default()
         } else {
@@ -84,8 +91,8 @@ pub(super) async fn decisions(
         };
         all.extend(found.decisions.into_iter().map(decided));
         reach.push(match found.reaches_to {
-            Some(entry) => format!("of {} back to {}", partition.source, rfc3339(entry.ms)),
-            None => format!("of {} none", partition.source),
+            Some(entry) => format!("{} back to {}", partition.source, rfc3339(entry.ms)),
+            None => format!("{}: none", partition.source),
         });
     }
     if !all.is_empty() {
@@ -105,7 +112,7 @@ pub(super) async fn decisions(
             }
             Waiting::Nowhere => {}
             Waiting::Perhaps { n_before } => reach.push_str(&format!(
-                " (and it may wait there behind {n_before} others, which were looked through)"
+                " (the event may still be waiting there, behind {n_before} other entries that were searched)"
             )),
         }
     }
@@ -115,14 +122,14 @@ pub(super) async fn decisions(
     })
 }
 
-/// Where an event waits that has no outcome yet.
+/// Whether an undecided event is waiting in a source.
 enum Waiting {
     At {
         entry: EntryId,
         n_before: u64,
     },
     Nowhere,
-    /// More wait than are looked through.
+    /// Not found, but more entries are waiting than are searched.
     Perhaps {
         n_before: u64,
     },

@@ -1,7 +1,9 @@
-//! Which pages may call us from a browser: the configured origins, and in dev mode every loopback one. Answers preflights. In dev mode, where
-//! nobody is asked for a key, it also keeps out pages that call us by a name of their own.
+//! Which browser pages may call this node: pages of the configured origins and, in dev mode, of
+//! every loopback origin. Answers preflights. In dev mode, which requires no key, it also rejects
+//! requests to host names that are not loopback names.
 //!
-//! This guards readers' browsers, not the node: who may do what is `auth`'s, and a client that is no browser sends no origin.
+//! This protects users' browsers, not the node: `auth` decides who may do what, and clients other
+//! than browsers send no origin.
 
 use std::sync::Arc;
 
@@ -17,7 +19,7 @@ use axum::response::{IntoResponse as _, Response};
 
 use super::{ApiError, State};
 
-/// Origins that may call.
+/// The origins that may call this node.
 #[derive(Clone, Debug, Default)]
 pub struct Origins {
     listed: Vec<String>,
@@ -25,10 +27,11 @@ pub struct Origins {
 }
 
 impl Origins {
-    /// `listed`: as a browser writes them; `loopback`: every one of this machine, too.
+    /// `listed`: origins as a browser writes them; `loopback`: whether every loopback origin is
+    /// allowed too.
     ///
     /// # Errors
-    /// The one that no browser would write.
+    /// A message about the first origin that no browser would write.
     pub fn new(listed: &[String], loopback: bool) -> Result<Self, String> {
         for origin in listed {
             let host = origin
@@ -42,7 +45,7 @@ impl Origins {
                         .any(|c| c.is_ascii_uppercase() || c.is_whitespace())
             }) {
                 return Err(format!(
-                    "'{}' is no origin; write scheme and host in lower case and nothing after them, as in https://shop.example",
+                    "'{}' is not a valid origin; use scheme and host in lower case and nothing after them, such as https://shop.example",
                     origin.escape_debug()
                 ));
             }
@@ -53,7 +56,8 @@ impl Origins {
         })
     }
 
-    /// Whether a page sent this that a browser keeps from reading the answer, with its user's cookie perhaps: it should change nothing, either.
+    /// Whether the request comes from a page that may not read the response. It may carry the
+    /// user's cookie, so it must not change anything either.
     pub(super) fn are_foreign_to(&self, headers: &HeaderMap) -> bool {
         let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
         match headers.get(ORIGIN) {
@@ -61,7 +65,7 @@ impl Origins {
                 site != Some(b"same-origin")
                     && !origin.to_str().is_ok_and(|origin| self.allow(origin))
             }
-            // What a page asks for as an image or a script, say, has no origin.
+            // Requests for images or scripts, for example, carry no `Origin`.
             None => matches!(site, Some(b"cross-site" | b"same-site")),
         }
     }
@@ -78,7 +82,7 @@ fn is_loopback(origin: &str) -> bool {
         .is_some_and(names_loopback)
 }
 
-/// Of a host, with a port or without.
+/// Whether the host, with or without a port, is a loopback name or address.
 fn names_loopback(authority: &str) -> bool {
     let (host, port) = match authority.strip_prefix('[') {
         Some(v6) => v6.split_once(']').unwrap_or_default(),
@@ -96,14 +100,15 @@ fn names_loopback(authority: &str) -> bool {
                 .is_ok_and(|ip| ip.is_loopback()))
 }
 
-/// Refuses what is asked of us by a name that is not this machine's own, in dev mode. To a browser, a page whose name was made to point to
-/// 127.0.0.1 after it was loaded (DNS rebinding) is of our own origin: it may read every answer, and sends no foreign `Origin`.
+/// In dev mode, refuses requests to a host name that is not a loopback name. This prevents DNS
+/// rebinding: to a browser, a page whose name points to 127.0.0.1 after it was loaded has this
+/// node's origin, can read every response, and sends no foreign `Origin`.
 pub(super) async fn refuse_other_names(
     extract::State(state): extract::State<Arc<State>>,
     request: Request,
     next: Next,
 ) -> Response {
-    // HTTP/2 has it in the address; a client that says neither is no browser.
+    // HTTP/2 carries the name in the URI. A client that sends neither is not a browser.
     let said = request.headers().get(HOST).map(HeaderValue::to_str);
     let name = request
         .uri()
@@ -111,8 +116,8 @@ pub(super) async fn refuse_other_names(
         .map(|authority| Ok(authority.as_str()))
         .or(said);
     if state.auth.is_dev() && !name.is_none_or(|name| name.is_ok_and(names_loopback)) {
-        return ApiError::forbidden("a node in dev mode answers by names of this machine only")
-            .fix("ask for localhost or 127.0.0.1; for another name, give the node a key and a way to check tokens instead of --dev")
+        return ApiError::forbidden("a node in dev mode accepts requests to loopback host names only")
+            .fix("use localhost or 127.0.0.1; for another host name, configure an API key and a token secret instead of --dev")
             .into_response();
     }
     next.run(request).await
@@ -136,14 +141,14 @@ pub(super) async fn apply(
     let mut response = match (is_preflight, is_allowed) {
         (true, false) => foreign().into_response(),
         (true, true) => preflight(&request),
-        // Without the headers below, the browser keeps the answer from the page.
+        // Without the headers below, the browser hides the response from the page.
         (false, _) => next.run(request).await,
     };
     let headers = response.headers_mut();
     headers.append(VARY, HeaderValue::from_static("Origin"));
     if is_allowed {
         headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-        // For the cookie that may carry a token.
+        // The token may be in a cookie.
         headers.insert(
             ACCESS_CONTROL_ALLOW_CREDENTIALS,
             HeaderValue::from_static("true"),
@@ -156,13 +161,14 @@ pub(super) async fn apply(
     response
 }
 
-/// What a page is told that may not call.
+/// The error for a page whose origin may not call this node.
 pub(super) fn foreign() -> ApiError {
     ApiError::forbidden("pages of this origin may not call this node")
-        .fix("its operator adds the origin to listen.origins")
+        .fix("ask the operator to add the origin to listen.origins")
 }
 
-/// Whatever headers the page wants to send, `Last-Event-ID` and `ce-*` among them: with credentials, a browser takes no `*` for an answer.
+/// Allows every requested header, including `Last-Event-ID` and `ce-*`. With credentials, browsers
+/// do not accept `*`, so the request's list is echoed.
 fn preflight(request: &Request) -> Response {
     let wanted = request
         .headers()
@@ -191,7 +197,7 @@ mod tests {
     use crate::http::site::Site;
 
     #[tokio::test]
-    async fn preflights_are_answered_for_known_origins_only() {
+    async fn preflights_succeed_for_known_origins_only() {
         let site = Site::dev(FakeBroker::default());
         let ask = async |origin: &str| {
             let headers = [
@@ -234,7 +240,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_page_that_made_its_name_point_to_this_machine_is_told_nothing_in_dev_mode() {
+    async fn dev_mode_refuses_requests_to_other_host_names() {
         let site = Site::dev(FakeBroker::default());
         for path in [
             "/v1/stream?user=ann&device=made-up",
@@ -278,7 +284,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_page_may_read_errors_too() {
+    async fn a_page_can_read_error_responses() {
         let site = Site::dev(FakeBroker::default());
         let (status, headers, _) = site
             .request("GET", "/nothing", &[("origin", "https://shop.example")], "")
@@ -293,9 +299,9 @@ mod tests {
         );
     }
 
-    /// A browser sends the cookie of its user along with whatever any page asks for.
+    /// A browser attaches the user's cookie to any page's requests.
     #[tokio::test]
-    async fn a_page_that_may_not_read_the_answer_begins_no_device() {
+    async fn a_page_that_may_not_read_the_response_cannot_start_a_device_cursor() {
         let site = Site::dev(FakeBroker::default());
         let ask = async |headers: &[(&str, &str)], query: &str| {
             site.request(
@@ -328,13 +334,14 @@ mod tests {
                 "{foreign:?}"
             );
         }
-        // Those, a client that is no browser, and an address that somebody typed. (The fake knows no place to begin, which is told in band.)
+        // Allowed pages, clients other than browsers, and a URL typed by the user. (The fake broker
+        // has no start position, which is reported in band.)
         for own in [
             &[page][..],
             &[],
             &[("sec-fetch-site", "none")],
             &[("sec-fetch-site", "same-origin")],
-            // Behind a proxy, the page's own origin is none that this node knows.
+            // Behind a proxy, this node does not know the page's own origin.
             &[
                 ("origin", "https://www.example"),
                 ("sec-fetch-site", "same-origin"),
@@ -345,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_browser_would_write_is_a_configuration_error() {
+    fn an_invalid_origin_is_a_configuration_error() {
         for bad in [
             "*",
             "shop.example",

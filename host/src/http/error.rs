@@ -1,4 +1,5 @@
-//! The one error that a handler answers with: a short public text and its fix as JSON, the full cause in the log.
+//! The error type of all handlers: a short public message with its fix as JSON, and the full cause
+//! in the log.
 
 use axum::Json;
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
@@ -9,11 +10,11 @@ use serde::Serialize;
 use crate::event::Malformed;
 use crate::{auth, broker};
 
-/// See the head of this file.
+/// An error response; see the head of this file.
 #[derive(Debug)]
 pub struct ApiError {
     status: StatusCode,
-    /// For the metric.
+    /// The label of the refusal metric.
     reason: &'static str,
     body: Body,
     retry_after_s: Option<u64>,
@@ -28,7 +29,7 @@ struct Body {
     fix: Option<String>,
 }
 
-/// In the extensions of a response: why it was refused, in one of the fixed words that label the metric.
+/// A response extension with the reason of a refusal, one of the fixed labels of the metric.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refused(pub(super) &'static str);
 
@@ -47,7 +48,7 @@ impl ApiError {
         }
     }
 
-    /// 400: sent again, it is refused again.
+    /// 400: a retry of the same request fails the same way.
     pub fn bad_request(error: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "malformed", error)
     }
@@ -77,56 +78,56 @@ impl ApiError {
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media-type", error)
     }
 
-    /// 403: asking otherwise does not help.
+    /// 403: other credentials do not help.
     pub fn forbidden(error: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "forbidden", error)
     }
 
-    /// 409: not as things stand.
+    /// 409: the current state does not allow it.
     pub fn conflict(error: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "conflict", error)
     }
 
-    /// 422: understood, and no good.
+    /// 422: the request is well-formed but its content is invalid.
     pub fn unprocessable(error: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "no-good", error)
     }
 
-    /// 500: this node cannot; the text is for its operator.
+    /// 500: this node cannot carry out the request; the message is for its operator.
     pub fn incapable(error: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "incapable", error)
     }
 
-    /// 429 with `Retry-After`: the broker takes no more for now, because what it has is not worked off.
+    /// 429 with `Retry-After`: the broker accepts no more events until its backlog shrinks.
     pub fn backlog(error: impl Into<String>) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "backlog", error).retry_soon()
     }
 
-    /// 503 with `Retry-After`: the broker cannot be reached.
+    /// 503 with `Retry-After`: the broker is unavailable.
     pub fn away(error: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "away", error).retry_soon()
     }
 
-    /// 503 with `Retry-After`: this node has its hands full.
+    /// 503 with `Retry-After`: this node is at a limit.
     pub fn overloaded(error: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", error).retry_soon()
     }
 
-    /// Says what to do about it.
+    /// Adds the action that fixes the error.
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
         self.body.fix = Some(fix.into());
         self
     }
 
-    /// For the log only.
+    /// Adds the cause, which appears in the log only.
     #[must_use]
     pub fn cause(mut self, cause: impl Into<anyhow::Error>) -> Self {
         self.cause = Some(cause.into());
         self
     }
 
-    /// Jittered, or everybody would come again at once.
+    /// Jittered, so that clients do not all retry at the same moment.
     fn retry_soon(mut self) -> Self {
         self.retry_after_s = Some(rand::random_range(1..=5));
         self
@@ -152,9 +153,7 @@ impl From<auth::Error> for ApiError {
                 ..Self::new(StatusCode::UNAUTHORIZED, "unidentified", text)
             },
             auth::Error::Unavailable { fix, .. } => {
-                tracing::warn!(
-                    "a request was refused because {text}; to let such requests in, {fix}"
-                );
+                tracing::warn!("request refused: {text}; to accept such requests, {fix}");
                 Self::forbidden(text)
             }
         }
@@ -165,17 +164,17 @@ impl From<broker::Error> for ApiError {
     fn from(error: broker::Error) -> Self {
         match error {
             broker::Error::Away(_) => {
-                Self::away("the broker cannot be reached right now").cause(error)
+                Self::away("the broker is unavailable right now").cause(error)
             }
             broker::Error::Full(_) => Self {
                 reason: "full",
-                ..Self::away("the broker has no room right now")
+                ..Self::away("the broker is full right now")
             }
             .cause(error),
             broker::Error::Refused(_) => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "broker",
-                "the broker refuses; its operator finds the reason in this node's log",
+                "the broker refused the request; the reason is in this node's log",
             )
             .cause(error),
         }
@@ -186,7 +185,8 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         if let Some(cause) = &self.cause {
             let (status, error) = (self.status.as_u16(), &self.body.error);
-            // That the broker is away or full is said once, by readiness: publishers who try again must not fill the log.
+            // Readiness reports an unavailable or full broker once; retries by publishers must not
+            // fill the log.
             match self.status {
                 StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => {
                     tracing::debug!(status, "{error}: {cause:#}")

@@ -1,4 +1,4 @@
-//! Paths and queries as handlers take them: axum's, with errors in our words.
+//! Path and query extractors: axum's, with error messages in this API's form.
 
 use axum::extract::FromRequestParts;
 use axum::extract::path::ErrorKind;
@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::ApiError;
 
-/// What stands in the path.
+/// The parameters of the path.
 pub(super) struct Path<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
@@ -31,25 +31,25 @@ fn in_path(rejection: PathRejection) -> String {
             value,
             message,
         } => format!(
-            "'{}' in the path is no {key}: it {message}",
+            "'{}' in the path is not a valid {key}: it {message}",
             value.escape_debug()
         ),
         ErrorKind::ParseErrorAtKey { key, value, .. } => {
-            format!("'{}' in the path is no {key}", value.escape_debug())
-        }
-        ErrorKind::InvalidUtf8InPathParam { key } => format!("the {key} in the path is not UTF-8"),
-        ErrorKind::ParseErrorAtIndex { value, .. } | ErrorKind::ParseError { value, .. } => {
             format!(
-                "'{}' in the path is not what stands there",
+                "'{}' in the path is not a valid {key}",
                 value.escape_debug()
             )
         }
-        ErrorKind::Message(message) => format!("what stands in the path {message}"),
+        ErrorKind::InvalidUtf8InPathParam { key } => format!("the {key} in the path is not UTF-8"),
+        ErrorKind::ParseErrorAtIndex { value, .. } | ErrorKind::ParseError { value, .. } => {
+            format!("invalid path segment '{}'", value.escape_debug())
+        }
+        ErrorKind::Message(message) => format!("invalid path segment: {message}"),
         other => format!("the path cannot be read: {other}"),
     }
 }
 
-/// What stands behind the question mark.
+/// The parameters of the query string.
 pub(super) struct Query<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
@@ -64,7 +64,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
 }
 
 fn in_query(rejection: &QueryRejection) -> String {
-    // The framework's own words are only the outermost.
+    // The framework's message is only the outermost error; its source has the detail.
     let cause = std::error::Error::source(rejection);
     format!(
         "the query cannot be read: {}",
@@ -72,7 +72,7 @@ fn in_query(rejection: &QueryRejection) -> String {
     )
 }
 
-/// Every parameter of a query, in order, for a route that ignores none.
+/// Every parameter of a query in order, for routes that reject unknown ones.
 #[derive(Debug)]
 pub(super) struct Parameters(Vec<(String, String)>);
 
@@ -88,8 +88,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Parameters {
 
 impl Parameters {
     /// # Errors
-    /// 400 for a parameter that is not known: a misspelt one would be missed, and nobody would say so. Names that begin with `_` are free:
-    /// clients add them so that nothing between them and us keeps an answer.
+    /// 400 for an unknown parameter: a misspelt one would otherwise be ignored silently. Names that
+    /// begin with `_` are free, so that clients can add a cache buster.
     pub(super) fn are_all(
         &self,
         known: &[&str],
@@ -101,17 +101,16 @@ impl Parameters {
             None => Ok(()),
             Some((unknown, _)) => {
                 let shown: String = unknown.chars().take(64).collect();
-                let fix = format!("leave it out; known are {}", known.join(", "));
-                Err(ApiError::bad_request(format!(
-                    "there is no parameter '{}'",
-                    shown.escape_debug()
-                ))
-                .fix(fix))
+                let fix = format!("remove it; the known parameters are {}", known.join(", "));
+                Err(
+                    ApiError::bad_request(format!("unknown parameter '{}'", shown.escape_debug()))
+                        .fix(fix),
+                )
             }
         }
     }
 
-    /// The last value of a parameter that is meant.
+    /// The last non-empty value among the parameters whose name matches.
     pub(super) fn last(&self, is_meant: impl Fn(&str) -> bool) -> Option<&str> {
         self.0
             .iter()
@@ -129,13 +128,13 @@ mod tests {
     use crate::http::site::Site;
 
     #[tokio::test]
-    async fn what_cannot_be_read_is_told_in_our_words() {
+    async fn path_and_query_errors_name_the_invalid_part() {
         let site = Site::dev(FakeBroker::default());
         for (method, path, expect) in [
             (
                 "GET",
                 "/v1/groups/a%0Ab/members/u",
-                "what stands in the path has the control character U+000A",
+                "invalid path segment: contains the control character U+000A",
             ),
             (
                 "GET",
@@ -160,12 +159,12 @@ mod tests {
             (
                 "GET",
                 "/v1/stream?user=ann&prioriti=high",
-                "there is no parameter 'prioriti'",
+                "unknown parameter 'prioriti'",
             ),
             (
                 "GET",
                 "/v1/notifications?user=ann&last=5",
-                "there is no parameter 'last'",
+                "unknown parameter 'last'",
             ),
         ] {
             let (status, _, body) = site

@@ -1,8 +1,10 @@
-//! `GET /v1/openapi.json` on both listeners: everything that they answer, as an OpenAPI 3.1 document for people who write clients.
+//! `GET /v1/openapi.json` on both listeners: the whole HTTP API as an OpenAPI 3.1 document, for
+//! authors of clients.
 //!
-//! It is written by hand, in `host/openapi`: `about.md` is read before the routes, `pointsman.json` holds what all share, and the pieces
-//! under `public` and `admin` the paths of one listener each, with the components that they name. Here they are only put together; that they
-//! say what is true is shown by `tests/openapi.rs`.
+//! The document is written by hand in `host/openapi`: `about.md` is the introduction,
+//! `pointsman.json` holds the shared parts, and the files under `public` and `admin` hold the paths
+//! of one listener each with the components that they use. This module only assembles them;
+//! `tests/openapi.rs` checks the document against real responses.
 
 use std::sync::LazyLock;
 
@@ -27,7 +29,7 @@ const ADMIN: [&str; 6] = [
     include_str!("../../openapi/admin/plugins.json"),
     include_str!("../../openapi/admin/candidates.json"),
 ];
-/// A schema that clients also take by itself.
+/// A schema that is also published on its own.
 const NOTIFICATION: &str = include_str!("../../schema/notification.json");
 
 pub(super) async fn document() -> impl IntoResponse {
@@ -44,7 +46,8 @@ fn compose() -> Map<String, Value> {
     document["info"]["description"] = ABOUT.into();
     document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
     let mut notification = parse(NOTIFICATION);
-    // Here it is part of a document that says both, and by an id of its own no reference would find it.
+    // The surrounding document sets both, and with an `$id` of its own references would not
+    // resolve.
     notification.retain(|key, _| !["$schema", "$id"].contains(&key.as_str()));
     put(
         &mut document["components"]["schemas"],
@@ -69,7 +72,7 @@ fn compose() -> Map<String, Value> {
     document
 }
 
-/// Each operation says on which listener it is: a path may be on both, with other methods.
+/// Each operation names its listener, because a path may exist on both with different methods.
 fn put_path(into: &mut Value, server: &Value, item: Map<String, Value>) {
     if into.is_null() {
         *into = Value::Object(Map::new());
@@ -87,7 +90,7 @@ fn put(into: &mut Value, name: String, member: Value) {
         .as_object_mut()
         .expect("pointsman.json has this kind")
         .insert(name.clone(), member);
-    assert!(was.is_none(), "{name} stands twice in host/openapi");
+    assert!(was.is_none(), "{name} is defined twice in host/openapi");
 }
 
 fn parse(piece: &str) -> Map<String, Value> {
@@ -107,16 +110,13 @@ mod tests {
 
     use super::*;
 
-    /// `GET /v1/dead` and so on: the routes that a function of `http.rs` lists.
+    /// Parses the routes that a function of `http.rs` lists, such as `GET /v1/dead`.
     fn listed(function: &str) -> BTreeSet<String> {
         let code = include_str!("../http.rs")
             .split(&format!("pub fn {function}("))
             .nth(1)
             .and_then(|rest| rest.split("\n}\n").next());
-        let routes = code
-            .expect("the function is there")
-            .split(".route(")
-            .skip(1);
+        let routes = code.expect("the function exists").split(".route(").skip(1);
         let methods = |route: &str| {
             let path = route
                 .split('"')
@@ -124,7 +124,7 @@ mod tests {
                 .expect("a path in quotes")
                 .to_owned();
             let named = ["get", "put", "post", "delete", "patch"];
-            // `get(..)` or `.get(..)`, and nothing that only ends so.
+            // Matches `get(..)` and `.get(..)`, but not names that merely end in `get`.
             let words = route
                 .split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '(')
                 .filter_map(|word| word.split_once('('));
@@ -138,7 +138,7 @@ mod tests {
         routes.flat_map(methods).collect()
     }
 
-    /// The operations that the document has on a listener: 0 for the public one, 1 for that of operators.
+    /// The documented operations of a listener: 0 is public, 1 is admin.
     fn documented(document: &Map<String, Value>, listener: usize) -> BTreeSet<String> {
         let is_here = |operation: &Value| {
             operation
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn every_route_is_documented_and_every_documented_one_is_a_route() {
+    fn routes_and_documented_operations_are_the_same() {
         let document = compose();
         for (listener, function) in ["routes", "admin_routes"].into_iter().enumerate() {
             let routes = listed(function);
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn every_component_is_named_by_something() {
+    fn every_component_is_referenced() {
         let document = compose();
         let text = Value::from(document.clone()).to_string();
         for (kind, members) in document["components"]
@@ -181,7 +181,7 @@ mod tests {
             for name in members.as_object().unwrap().keys() {
                 assert!(
                     text.contains(&format!("\"#/components/{kind}/{name}\"")),
-                    "nothing names {kind}/{name}"
+                    "nothing references {kind}/{name}"
                 );
             }
         }

@@ -69,7 +69,8 @@ impl Site {
         ))
     }
 
-    /// One request to the routes for applications; the body of the answer as JSON, `null` where it is none.
+    /// Sends one request to the application routes. Returns the body as JSON, or `null` if it is
+    /// not JSON.
     pub(in crate::http) async fn request(
         &self,
         method: &str,
@@ -95,7 +96,7 @@ impl Site {
         )
     }
 
-    /// A GET to the routes for operators.
+    /// Sends a GET request to the admin routes.
     pub(in crate::http) async fn admin(&self, path: &str) -> (StatusCode, String) {
         let request = Request::get(path).body(Body::empty()).unwrap();
         let (parts, body) = admin_routes(Arc::clone(&self.state))

@@ -1,9 +1,14 @@
-//! The ordered chain of plugins, folded to one resolution for each event: filters until one drops, then all routers, their routes united.
+//! The pipeline: folds the ordered chain of plugins into one resolution per event. Filters run
+//! until one drops the event, then all routers run and their routes are combined.
 //!
-//! Plugins run on a few OS threads of their own, and no async task ever runs one: a batch is split among the threads and answered in its
-//! order. It promises an evaluation for every event, whatever plugins do: one that fails is asked once more, on a fresh instance, and then
-//! its policy decides. A batch is evaluated by one generation of each plugin, whatever is swapped meanwhile, and what was swapped out is given
-//! back by every thread, busy or not. What happens to an evaluation is `ingest`'s business; what a plugin is, `plugin`'s.
+//! Plugins run on a few dedicated OS threads, never on an async executor; a batch is split among
+//! the threads and returned in its order. Every event gets an evaluation, whatever the plugins do:
+//! a plugin that fails is called once more on a fresh instance, and then its failure policy
+//! applies. A batch is evaluated by one generation of each plugin, even if plugins are swapped
+//! meanwhile, and every thread, busy or idle, releases its instances of generations that were
+//! swapped out.
+//!
+//! Committing an evaluation is in `ingest`; plugins are in `plugin`.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -26,20 +31,20 @@ use crate::plugin::{
 };
 use crate::telemetry::metrics::{Metrics, PluginCallLabel, PluginLabel};
 
-/// The most shares of batches that wait for a thread; callers beyond it wait their turn.
+/// The maximum number of batch shares that wait for a thread; further callers wait their turn.
 const MAX_WAITING: usize = 256;
-/// Fewer events than this are not worth another thread: a hand-over costs as much as calling a plugin some times.
+/// The minimum number of events per share: handing a share over costs as much as a few calls.
 const MIN_SHARE: usize = 4;
 
-/// What became of one event.
+/// The outcome of one event.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// As filters amended it; if it failed, as it was published, so that it can be tried again.
+    /// As amended by filters. If the event failed, as published, so that it can be retried.
     pub event: Event,
-    /// What filters made it, or as it was published.
+    /// As set by filters, or as published.
     pub priority: Priority,
     pub resolution: Resolution,
-    /// Of the plugins that were asked, and of those that were not for want of interest, in order.
+    /// In order, including those of plugins that were skipped because their types did not match.
     pub verdicts: Vec<Verdict>,
 }
 
@@ -51,23 +56,24 @@ pub enum Resolution {
         plugin: String,
         reason: String,
     },
-    /// No router named anyone.
+    /// No router returned a route.
     Unrouted,
     Failed {
         plugin: String,
         reason: String,
         attempts: u32,
-        /// The plugin itself asks to see the event again later. Otherwise it is to be dead-lettered.
+        /// The plugin requested a retry. Otherwise the event is to be dead-lettered.
         retry: bool,
     },
 }
 
-/// No plugin is at work, and the operator did not allow that: every event would be unrouted, for good.
+/// No plugin is active and the operator did not allow that: every event would be unrouted
+/// permanently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no plugin is loaded, so events wait")]
+#[error("no plugins loaded, so events wait")]
 pub struct NoPlugins;
 
-/// A handle: clones share the threads, which end with the last of them.
+/// A handle: clones share the threads, which end when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct Pipeline(Arc<Shared>);
 
@@ -76,9 +82,9 @@ struct Shared {
     registry: Arc<Registry>,
     allow_none: bool,
     queue: Arc<Queue>,
-    /// Keeps [`Queue`] at its bound.
+    /// Bounds [`Queue`].
     waiting: Arc<Semaphore>,
-    /// Has one permit: the turn to try an event out.
+    /// Holds one permit: the turn of a dry run.
     trying: Arc<Semaphore>,
     n_workers: usize,
 }
@@ -95,10 +101,11 @@ impl Drop for Shared {
 }
 
 impl Pipeline {
-    /// Starts the threads. `allow_none`: without a plugin every event is unrouted, instead of none being evaluated.
+    /// Starts the threads. `allow_none`: without a plugin, every event is unrouted instead of none
+    /// being evaluated.
     ///
     /// # Errors
-    /// If the system gives none.
+    /// The system cannot start a thread.
     pub fn start(
         registry: Arc<Registry>,
         allow_none: bool,
@@ -126,12 +133,14 @@ impl Pipeline {
         Ok(Self(Arc::new(shared)))
     }
 
-    /// Evaluates a batch, all of it with the same generations of plugins; answers in its order, one for each event. Something comes of it: it
-    /// counts for the health of plugins, and candidates beside them hear of it.
+    /// Evaluates a batch with the same generation of each plugin, and returns one evaluation per
+    /// event, in order. These evaluations have an effect: they count towards the health of plugins
+    /// and are offered to shadow candidates.
     ///
-    /// `clock_ms`: the clock that plugins are shown, in milliseconds since the Unix epoch; times to live count from it.
+    /// `clock_ms`: the clock shown to plugins, in milliseconds since the Unix epoch; a time to live
+    /// counts from it.
     ///
-    /// Cancel-safe: events that were handed over are evaluated, and their evaluations dropped.
+    /// Cancel-safe: events already handed over are evaluated and their evaluations discarded.
     ///
     /// # Errors
     /// [`NoPlugins`]: nothing was evaluated.
@@ -169,13 +178,13 @@ impl Pipeline {
         Ok(evaluations)
     }
 
-    /// As [`Pipeline::evaluate`], for whoever only wants to know what would be decided. Of all who do, one event at a time is evaluated, so that
-    /// those of which something comes find a thread, however many and slow these are.
+    /// Dry-run variant of [`Pipeline::evaluate`]. Dry runs are serialised across callers, one event
+    /// at a time, so that they cannot starve live events, however many and slow they are.
     ///
     /// Cancel-safe: at most one event is still evaluated.
     ///
     /// # Errors
-    /// See there.
+    /// As for [`Pipeline::evaluate`].
     pub async fn try_out(
         &self,
         events: Vec<Event>,
@@ -212,7 +221,7 @@ impl Pipeline {
         }
     }
 
-    /// `trial`: nothing comes of these events, and this is the turn of whoever tries them out.
+    /// `trial`: the turn of a dry run, held until the share is evaluated; `None` for live events.
     async fn hand_over(
         &self,
         chain: &Arc<Chain>,
@@ -240,19 +249,19 @@ impl Pipeline {
         self.0.allow_none || !chain.is_empty()
     }
 
-    /// Returns when events can be evaluated. Cancel-safe.
+    /// Waits until events can be evaluated. Cancel-safe.
     pub async fn can_work(&self) {
         self.becomes(true).await;
     }
 
-    /// Returns when no event can be evaluated for want of a plugin. Cancel-safe.
+    /// Waits until no event can be evaluated because there is no plugin. Cancel-safe.
     pub async fn cannot_work(&self) {
         self.becomes(false).await;
     }
 
     async fn becomes(&self, able: bool) {
         let mut changes = self.changes();
-        // It does not fail: the registry lives as long as this handle.
+        // Cannot fail: the sender is in the registry, which lives as long as this handle.
         drop(
             changes
                 .wait_for(|now| self.can_work_on(&now.chain) == able)
@@ -264,17 +273,18 @@ impl Pipeline {
         &self.0.registry
     }
 
-    /// The plugins, as they change.
+    /// The published plugins, as they change.
     pub fn changes(&self) -> watch::Receiver<Snapshot> {
         self.0.registry.changes()
     }
 
-    /// Whether the operator allowed that there is no plugin.
+    /// Whether the operator allowed running without plugins.
     pub fn allows_none(&self) -> bool {
         self.0.allow_none
     }
 
-    /// Has threads without work give back what they keep of plugins that are no longer at work; those with work do so by themselves.
+    /// Makes idle threads release their instances of plugins that are no longer active; busy
+    /// threads do so after each job.
     pub fn give_back_retired(&self) {
         self.0
             .queue
@@ -292,13 +302,15 @@ struct Job {
     chain: Arc<Chain>,
     events: Vec<Event>,
     clock_ms: u64,
-    /// Something comes of it, unless it is a trial; the next one of these waits until this one is done.
+    /// `None` for live events. A dry run holds its turn until it is done, so that the next one
+    /// waits.
     trial: Option<OwnedSemaphorePermit>,
     answer: oneshot::Sender<Vec<Evaluation>>,
     _permit: OwnedSemaphorePermit,
 }
 
-/// Where the threads take their jobs: whoever is free takes the next, so that nobody waits behind a plugin that loops.
+/// The shared queue of jobs: any free thread takes the next one, so no job waits behind a plugin
+/// that loops.
 #[derive(Debug, Default)]
 struct Queue {
     jobs: Mutex<Jobs>,
@@ -309,11 +321,11 @@ struct Queue {
 struct Jobs {
     waiting: VecDeque<Job>,
     is_closed: bool,
-    /// A count, as every thread is to hear each call.
+    /// A counter and not a flag, because every thread must see each request.
     n_calls_to_give_back: u64,
 }
 
-/// What a thread is to do next.
+/// The next task of a thread.
 enum Task {
     Evaluate(Job),
     GiveBack,
@@ -329,7 +341,8 @@ impl Queue {
         self.is_ready.notify_one();
     }
 
-    /// `n_heard`: how many calls to give back this thread has heard. `None`: there will be no more tasks.
+    /// `n_heard`: the requests to release instances that this thread has seen. `None`: the queue is
+    /// closed and empty.
     fn pop(&self, n_heard: &mut u64) -> Option<Task> {
         let mut jobs = self.jobs.lock().expect("no panic under this lock");
         loop {
@@ -348,18 +361,18 @@ impl Queue {
     }
 }
 
-/// One thread with its instances.
+/// One thread with its plugin instances.
 #[derive(Debug)]
 struct Worker {
     registry: Arc<Registry>,
     metrics: Metrics,
-    /// The chain that the instances are of.
+    /// The chain that the instances belong to.
     chain: Arc<Chain>,
-    /// By name and generation. An instance that is in a call is not here.
+    /// By plugin name and generation. An instance that is in a call is not in the map.
     instances: HashMap<(Name, u64), Instance>,
-    /// How many of them the metric has heard of.
+    /// The number of instances included in the metric.
     n_counted: i64,
-    /// Whether something comes of what is being evaluated.
+    /// Whether the current evaluation has an effect, that is, is not a dry run.
     is_live: bool,
 }
 
@@ -394,10 +407,10 @@ impl Worker {
                     .into_iter()
                     .map(|event| self.evaluate(&chain, event, clock_ms, &ticking))
                     .collect();
-                // Nobody listens if the caller was cancelled.
+                // The receiver is gone if the caller was cancelled.
                 drop(answer.send(evaluations));
             }
-            // The chain may have been swapped while it was at work, and there may be no work for a long time.
+            // The chain may have been swapped during the job, and the next job may be far off.
             self.keep_only(&self.registry.chain());
             let n_instances = self.instances.len() as i64;
             self.metrics
@@ -407,7 +420,7 @@ impl Worker {
         }
     }
 
-    /// Drops the instances of every other chain.
+    /// Drops instances that do not belong to this chain.
     fn keep_only(&mut self, chain: &Arc<Chain>) {
         if !Arc::ptr_eq(&self.chain, chain) {
             self.instances
@@ -416,7 +429,8 @@ impl Worker {
         }
     }
 
-    /// Survives a panic of the host in whatever a plugin provoked: the event fails, and the instances start afresh.
+    /// Survives a panic of the host that a plugin provoked: the event fails and all instances are
+    /// discarded.
     fn evaluate(
         &mut self,
         chain: &Chain,
@@ -437,7 +451,7 @@ impl Worker {
             let said = said(panic.as_ref());
             tracing::error!(
                 event.id = event.id.as_str(),
-                "the host panicked as it evaluated an event: {said}"
+                "the host panicked while evaluating an event: {said}"
             );
             let reason = format!("the host panicked: {said}");
             Folded::as_published(
@@ -512,7 +526,8 @@ impl Worker {
         folded
     }
 
-    /// Asks one plugin, unless it has no interest or has failed too often, and has a candidate beside it asked the same.
+    /// Calls one plugin, unless its types do not match or its breaker is open, and offers the call
+    /// to its shadow candidate.
     fn ask(
         &mut self,
         generation: &Generation,
@@ -530,7 +545,7 @@ impl Worker {
             {
                 let reason = why.to_string();
                 verdicts.push(verdict(generation, "failed", &reason));
-                // It decides nothing that could be compared.
+                // Not offered to a candidate: there is no decision to compare.
                 return settle(generation, reason, 0);
             }
             self.have_decided(generation, role, call, verdicts, ticking)
@@ -545,7 +560,7 @@ impl Worker {
         asked
     }
 
-    /// Asks one plugin, and once more if it fails, and applies its policy if it fails again.
+    /// Calls one plugin, once more if it fails, and applies its policy if it fails again.
     fn have_decided(
         &mut self,
         generation: &Generation,
@@ -599,7 +614,7 @@ impl Worker {
         let reason = error.to_string();
         let plugin = plugin.name().to_string();
         match error {
-            // What a plugin says of an event is its verdict; the policy is for plugins that do not work.
+            // A verdict on the event; the policy is only for plugins that do not work.
             CallError::Rejected(_) | CallError::Retry(_) => {
                 self.follow(generation, role, Health::note_answer);
                 Asked::Over(Resolution::Failed {
@@ -621,7 +636,7 @@ impl Worker {
         }
     }
 
-    /// Notes how a plugin fared, and sees to what follows from it.
+    /// Records a result in the plugin's health and applies the consequence.
     fn follow(
         &self,
         generation: &Generation,
@@ -643,7 +658,8 @@ impl Worker {
     ) -> Result<Answer, CallError> {
         let plugin = &generation.plugin;
         let key = (plugin.name().clone(), generation.number);
-        // Taken out for the call: should the host panic in it, the instance is gone with its stack.
+        // Removed for the duration of the call: if the host panics, the instance is dropped by
+        // unwinding and not reused.
         let mut slot = self.instances.remove(&key);
         let began = Instant::now();
         let answer = plugin.call(&mut slot, ticking, role, call);
@@ -669,7 +685,7 @@ impl Worker {
     }
 }
 
-/// An event on its way through the chain.
+/// The state of an event on its way through the chain.
 struct Folded {
     /// `None`: no filter changed it.
     amended: Option<Event>,
@@ -686,7 +702,7 @@ impl Folded {
         }
     }
 
-    /// What the next plugin is asked about.
+    /// The call for the next plugin.
     fn call<'a>(
         &'a self,
         published: &'a Event,
@@ -713,7 +729,7 @@ fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &
     }
 }
 
-/// What becomes of an event that a plugin fails on.
+/// Applies the failure policy to an event that a plugin failed on.
 fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
     let plugin = generation.plugin.name().to_string();
     match generation.settings.on_failure {
@@ -731,17 +747,17 @@ fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
     }
 }
 
-/// What asking one plugin led to.
+/// The outcome of calling one plugin.
 enum Asked {
     Answered(Answer),
-    /// It has no say in this event.
+    /// The plugin does not affect this event.
     Passed,
-    /// No other plugin is asked.
+    /// The event is resolved; no other plugin is called.
     Over(Resolution),
 }
 
 impl Asked {
-    /// What the plugin decided about this call, on which this is its verdict.
+    /// The plugin's decision about this call. `verdict`: the one recorded for it.
     fn decided(&self, role: Role, call: &Call<'_>, verdict: Option<&Verdict>) -> Decided {
         match (self, verdict) {
             (Self::Answered(answer), _) => Decided::of_answer(answer, call),
@@ -757,7 +773,8 @@ impl Asked {
     }
 }
 
-/// A thread of the caller's own that asks plugins about events of which nothing comes: apart from those at work, and counted nowhere.
+/// Evaluates events on the caller's thread without any effect: with instances of its own, not
+/// counted in metrics or health.
 #[derive(Debug)]
 pub struct Aside(Worker);
 
@@ -766,7 +783,8 @@ impl Aside {
         Self(Worker::new(registry, Metrics::default()))
     }
 
-    /// Evaluates one event by a chain that need not be the one at work. Takes as long as plugins may: not for an async thread.
+    /// Evaluates one event by any chain. Takes as long as the plugins may run: not for an async
+    /// thread.
     pub fn evaluate(&mut self, chain: &Arc<Chain>, event: Event, clock_ms: u64) -> Evaluation {
         let ticking = self.0.registry.engine().ticking();
         self.0.keep_only(chain);
@@ -774,7 +792,7 @@ impl Aside {
     }
 }
 
-/// Without plugins.
+/// The evaluation of an event when there are no plugins.
 fn unrouted(event: Event) -> Evaluation {
     let priority = published_priority(&event);
     Evaluation {
@@ -785,7 +803,8 @@ fn unrouted(event: Event) -> Evaluation {
     }
 }
 
-/// The attribute `priority`, if it is one; a router that minds a bad one rejects the event.
+/// The attribute `priority` if valid, else the default. A router that requires a valid one can
+/// reject the event.
 pub(crate) fn published_priority(event: &Event) -> Priority {
     match event.attribute("priority") {
         Some(Value::Text(text)) => text.parse().unwrap_or_default(),
@@ -796,5 +815,5 @@ pub(crate) fn published_priority(event: &Event) -> Priority {
 fn said(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("(no text)")
+        .unwrap_or("(no message)")
 }

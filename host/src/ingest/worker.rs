@@ -1,10 +1,13 @@
-//! The loop that gives each entry of a source its one outcome: read after the position, run the pipeline, commit, go on.
+//! The ingest loop gives each entry of a source exactly one outcome: it reads after the position,
+//! runs the pipeline, commits and continues.
 //!
-//! The position is the truth, moved only by the commit and only from where this loop believed it to be. Whatever goes wrong (a refusal,
-//! a timeout, a killed node, two owners) ends with reading the head and continuing from what it says: entries beyond the position are
-//! simply read again. A lease spares wasted work and guards nothing.
+//! The position is the only truth. Only a commit moves it, and only from where this loop expects
+//! it. After any failure (a conflict, a timeout, a killed node, two owners) the loop reads the head
+//! again and continues from its position: later entries are simply read again. A lease saves
+//! duplicate work; correctness does not depend on it.
 //!
-//! Knows nothing of streams. What plugins are and how they fail is `pipeline`'s business; how a commit is one step, the broker's.
+//! Knows nothing of streams. `pipeline` runs plugins and handles their failures; the broker makes a
+//! commit atomic.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -27,17 +30,19 @@ use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
 
-/// `[ingest]`: how sources are worked.
+/// `[ingest]`: how sources are processed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The largest event, in bytes of all its fields (262,144; at most 524,288). A larger one is dead-lettered.
+    /// The largest event, in bytes of all its fields (262,144; at most 524,288). A larger one is
+    /// dead-lettered.
     pub max_event_bytes: usize,
-    /// Milliseconds that a lease lasts without renewal (3,000): so long does nobody work a source whose node was killed.
+    /// Time to live of a lease without renewal (3s). After a node is killed, its sources are idle
+    /// for up to this time.
     pub lease_ms: u64,
-    /// How often an event that a plugin asked to retry is tried again (5) ...
+    /// The most retries of an event for which a plugin requested one (5).
     pub retries: u32,
-    /// ... and for how many milliseconds in all (30,000); its source waits meanwhile.
+    /// Time limit for all retries of one event (30s). Its source waits meanwhile.
     pub retry_ms: u64,
 }
 
@@ -52,16 +57,18 @@ impl Default for Config {
     }
 }
 
-/// After so many owners in a row that did not move the position, entries are worked one at a time, each attempt noted beforehand.
+/// After this many consecutive owners that did not move the position, entries are processed one at
+/// a time and each attempt is noted in advance.
 const CAREFUL_AFTER: u32 = 3;
-/// After so many noted attempts, the entry is what kills the nodes.
+/// After this many noted attempts, the entry is considered the cause of the crashes.
 const POISON_AFTER: u32 = 5;
-/// So long a refusal of the broker counts unless it is said again: longer than the longest pause between two tries.
+/// How long an error reported by the broker stays in readiness without a repetition; longer than
+/// the longest pause between two attempts.
 const REFUSED_FOR: Duration = Duration::from_secs(15);
-/// Batches evaluated ahead of the commit.
+/// The most batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
-/// What ingest works with.
+/// The dependencies of ingest.
 #[derive(Clone, Debug)]
 pub struct Ingest {
     pub broker: Arc<dyn Broker>,
@@ -69,18 +76,18 @@ pub struct Ingest {
     pub metrics: Metrics,
     pub config: Config,
     pub readiness: Readiness,
-    /// The name under which leases are taken.
+    /// The name of this node, under which leases are taken.
     pub node: String,
 }
 
 /// Why work on a partition stopped.
 #[derive(Debug)]
 enum Stop {
-    /// The partition is not where it was believed to be.
+    /// The position of the partition is not the expected one.
     Refused,
     Broker(Error),
     LeaseLost,
-    /// Without a plugin every event would be unrouted, for good: they wait in the source.
+    /// Without a plugin every event would be permanently unrouted: events wait in the source.
     NoPlugins,
     Shutdown,
 }
@@ -91,7 +98,8 @@ impl From<Error> for Stop {
     }
 }
 
-/// What one stretch of work has read and not yet brought to an outcome: when it stops, however it stops, that is read again.
+/// Counts the entries that one run of the loop has read and not yet given an outcome. When the run
+/// ends, for any reason, these count as read again.
 struct Progress {
     n_in_flight: AtomicU64,
     read: Counter,
@@ -130,23 +138,24 @@ impl Drop for Progress {
     }
 }
 
-/// What is remembered of a source from one try to work it to the next.
+/// State of a source kept between attempts to process it.
 struct Standing {
-    /// Only what ends a node counts as a take-over; an outage of the broker does not.
+    /// Only the end of a node counts as a take-over; an outage of the broker does not.
     is_new_owner: bool,
-    /// A take-over after others that did not move the position: see [`CAREFUL_AFTER`].
+    /// Set after a take-over from owners that did not move the position: see [`CAREFUL_AFTER`].
     is_careful: bool,
-    /// Entries to read at once.
+    /// The most entries to read at once.
     bite: usize,
 }
 
-/// One evaluated batch on its way to the commit.
+/// An evaluated batch, ready to commit.
 struct Evaluated {
     items: Vec<Item>,
 }
 
 impl Ingest {
-    /// Works one partition until `shutdown`: then it stops reading, lets the last commit return, and gives the lease back.
+    /// Processes one partition until `shutdown`; then it stops reading, waits for the last commit
+    /// and releases the lease.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut delay = Duration::from_millis(50);
         let mut standing = Standing {
@@ -155,7 +164,7 @@ impl Ingest {
             bite: MAX_ITEMS,
         };
         while !shutdown.is_cancelled() {
-            // Before the lease is taken: another node may have a plugin.
+            // Checked before the lease is taken: another node may have a plugin.
             tokio::select! {
                 () = self.pipeline.can_work() => {}
                 () = shutdown.cancelled() => break,
@@ -168,16 +177,16 @@ impl Ingest {
             match stop {
                 Stop::Shutdown => break,
                 Stop::Refused => {
-                    tracing::debug!(source.key = %partition.source, "the position moved; reading it again");
+                    tracing::debug!(source.key = %partition.source, "the position moved; reading the head again");
                     continue;
                 }
                 Stop::LeaseLost => {
-                    tracing::info!(source.key = %partition.source, "another node works the source");
+                    tracing::info!(source.key = %partition.source, "lost the lease; another node processes the source");
                     standing.is_new_owner = true;
                     delay = Duration::from_millis(50);
                 }
                 Stop::NoPlugins => {
-                    tracing::warn!(source.key = %partition.source, "no plugin is left; events wait in the source");
+                    tracing::warn!(source.key = %partition.source, "no plugins loaded; events wait in the source");
                     self.release(&partition).await;
                     standing.is_new_owner = true;
                     continue;
@@ -185,14 +194,15 @@ impl Ingest {
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
                     if matches!(error, Error::Refused(_)) {
-                        // No outage that passes, and `watch` need not see it: the source may be overwritten, a plan's record gone.
+                        // Not a passing outage, and the broker monitor need not detect it: the
+                        // source may be overwritten, or the record of a plan lost.
                         self.readiness.set_for(
                             &format!("sources.{}", partition.source),
                             error.to_string(),
                             REFUSED_FOR,
                         );
                     }
-                    tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the source waits");
+                    tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the broker failed; the source waits");
                     delay = (delay * 2).min(Duration::from_secs(5));
                 }
             }
@@ -206,11 +216,11 @@ impl Ingest {
 
     async fn release(&self, partition: &Partition) {
         if let Err(error) = self.broker.release(partition.number, &self.node).await {
-            tracing::debug!(source.key = %partition.source, %error, "the lease ends by itself");
+            tracing::debug!(source.key = %partition.source, %error, "cannot release the lease; it will expire");
         }
     }
 
-    /// Takes the lease, works the partition until something stops it, and keeps the lease meanwhile.
+    /// Takes the lease, then processes the partition and renews the lease until something stops it.
     async fn own(
         &self,
         partition: &Partition,
@@ -245,9 +255,10 @@ impl Ingest {
                 match self.broker.lease(partition.number, &self.node, ttl).await {
                     Ok(Lease::Mine) => {}
                     Ok(Lease::Others(_)) => return Stop::LeaseLost,
-                    // The next read or commit says it as well; a lease that could not be renewed is no reason to stop.
+                    // The next read or commit returns the error as well; a lease that was not
+                    // renewed is not a reason to stop.
                     Err(error) => {
-                        tracing::debug!(source.key = %partition.source, %error, "lease not renewed")
+                        tracing::debug!(source.key = %partition.source, %error, "cannot renew the lease")
                     }
                 }
             }
@@ -265,7 +276,8 @@ impl Ingest {
         shutdown: &CancellationToken,
     ) -> Stop {
         let progress = Progress::begin(&self.metrics, partition);
-        // First (life, position), then the entries after it: in the other order a fail-over in between would be missed.
+        // First (epoch, position), then the entries after it: in the reverse order a fail-over in
+        // between would go unnoticed.
         let head = match self.settled_head(partition.number, &progress).await {
             Ok(head) => head,
             Err(stop) => return stop,
@@ -280,12 +292,13 @@ impl Ingest {
             shutdown,
         );
         let commit = self.commit(partition, head.life, head.position, batches, &progress);
-        // Both run in this task; when the committer stops, the reader is dropped with what it read ahead.
+        // Both run in this task: when the committer stops, the reader is dropped together with its
+        // entries read ahead.
         tokio::pin!(read, commit);
         tokio::select! {
             stop = &mut commit => stop,
             stop = &mut read => match stop {
-                // Everything evaluated is on its way: let the last commit return.
+                // Every evaluated batch is in the channel: let the last commit return.
                 Stop::Shutdown | Stop::NoPlugins => match commit.await {
                     Stop::Shutdown => stop,
                     stop => stop,
@@ -295,7 +308,8 @@ impl Ingest {
         }
     }
 
-    /// The head, with a plan that an earlier owner left half-written brought to its end: that plan, and never another for that event.
+    /// Returns the head after completing a plan that an earlier owner left partly written: that
+    /// plan, never another one for that event.
     async fn settled_head(
         &self,
         partition: PartitionNumber,
@@ -313,12 +327,12 @@ impl Ingest {
             .flatten();
         let record = record.ok_or_else(|| {
             Error::Refused(format!(
-                "the record of the half-written plan {pending} is gone; restore it or the partition"
+                "the record of the partly written plan {pending} is gone; restore it or the partition"
             ))
         })?;
         let unreadable = |e| {
             Error::Refused(format!(
-                "the record of the half-written plan {pending} cannot be read: {e}"
+                "cannot parse the record of the partly written plan {pending}: {e}"
             ))
         };
         let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
@@ -326,10 +340,10 @@ impl Ingest {
         tracing::info!(
             notification.id = pending.0,
             slices = head.position.slices,
-            "continuing a half-written plan"
+            "continuing a partly written plan"
         );
         let targets = notification.plan.targets();
-        // An earlier version kept no decision with the plan.
+        // Records of earlier versions hold no decision.
         let decision =
             decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
         let item = Item {
@@ -338,7 +352,7 @@ impl Ingest {
             proposal: Proposal::Commit { record, targets },
             decision,
         };
-        // By this owner it was not read before; the one that began the plan has left it to be read again.
+        // New to this owner; the owner that began the plan counted the entry as read again.
         progress.read(1);
         self.commit_sliced(partition, head.life, item, head.position.slices)
             .await?;
@@ -346,7 +360,7 @@ impl Ingest {
         Ok(self.broker.head(partition).await?)
     }
 
-    /// Reads and evaluates ahead of the commit.
+    /// Reads and evaluates batches ahead of the commit.
     async fn read(
         &self,
         partition: &Partition,
@@ -356,7 +370,7 @@ impl Ingest {
         progress: &Progress,
         shutdown: &CancellationToken,
     ) -> Stop {
-        // Carefully only until it is clear that the position moves again.
+        // Careful only until the position is known to move again.
         let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
         loop {
             let count = if n_careful > 0 { 1 } else { standing.bite };
@@ -368,7 +382,8 @@ impl Ingest {
             let entries = match entries {
                 Ok(entries) => entries,
                 Err(error) => {
-                    // So many large entries may take longer than an answer may, and would for ever.
+                    // Reading this many large entries may exceed the response timeout, and would do
+                    // so on every attempt.
                     standing.bite = (standing.bite / 4).max(1);
                     return error.into();
                 }
@@ -396,13 +411,15 @@ impl Ingest {
                 Ok(None) => {
                     let evaluated = tokio::select! {
                         evaluated = self.evaluate(partition, entries) => evaluated,
-                        // Plugins may ask to retry for longer than a node may take to end. Nothing of these was committed: they are read again.
-                        // (The one whose attempt was noted is waited for: without an outcome it would count as the death of a node.)
+                        // Plugins may request retries for longer than a shutdown may take. None of
+                        // these entries is committed, so they are read again. An entry with a noted
+                        // attempt is awaited: without an outcome the attempt would count as a crash
+                        // of the node.
                         () = shutdown.cancelled(), if !is_noted => return Stop::Shutdown,
                     };
                     match evaluated {
                         Ok(items) => items,
-                        // The last plugin went since they were read.
+                        // The last plugin was removed after they were read.
                         Err(NoPlugins) => return Stop::NoPlugins,
                     }
                 }
@@ -414,14 +431,15 @@ impl Ingest {
         }
     }
 
-    /// Notes the attempt at the one entry; dead-letters it when nodes died of it.
+    /// Notes an attempt at the single entry. Returns a dead letter if nodes crashed on it too
+    /// often.
     async fn poison(&self, partition: &Partition, entries: &[Entry]) -> Result<Option<Item>, Stop> {
         let [entry] = entries else { return Ok(None) };
         let attempts = self.broker.note_attempt(partition.number, entry.id).await?;
         if attempts <= POISON_AFTER {
             return Ok(None);
         }
-        let reason = format!("the node died with it {POISON_AFTER} times");
+        let reason = format!("the node crashed {POISON_AFTER} times while processing this entry");
         Ok(Some(dead(
             entry,
             reason,
@@ -431,7 +449,8 @@ impl Ingest {
         )))
     }
 
-    /// Turns entries into items, in order: what is malformed or too large is dead-lettered with the reason, the rest goes through the plugins.
+    /// Turns entries into items, in order. Malformed and oversized entries are dead-lettered with
+    /// the reason; the others go through the plugins.
     async fn evaluate(
         &self,
         partition: &Partition,
@@ -462,10 +481,11 @@ impl Ingest {
                 Some(item) => item,
                 None => match evaluations.next() {
                     Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
-                    // The pipeline answers one for one; if it ever does not, the event is kept, not lost.
+                    // The pipeline returns one evaluation for each event; should one be missing,
+                    // the event is kept as a dead letter, not lost.
                     None => dead(
                         entry,
-                        "the pipeline gave no answer".into(),
+                        "the pipeline returned no result".into(),
                         None,
                         1,
                         unevaluated(partition, entry, clock_ms),
@@ -476,7 +496,7 @@ impl Ingest {
         Ok(items)
     }
 
-    /// The event of an entry, or why it is none.
+    /// Parses the event of an entry. The error is the reason for the dead letter.
     fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
         let n_bytes: usize = entry
             .fields
@@ -486,7 +506,7 @@ impl Ingest {
         let most = self.config.max_event_bytes;
         if n_bytes > most {
             return Err(format!(
-                "the event has {n_bytes} bytes; {most} is the most ([ingest] max_event_bytes)"
+                "the event has {n_bytes} bytes; the limit is {most} ([ingest] max_event_bytes)"
             ));
         }
         Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
@@ -514,7 +534,7 @@ impl Ingest {
             if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
                 break;
             }
-            tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin asks to retry; its source waits");
+            tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin requested a retry; its source waits");
             tokio::time::sleep(wait).await;
             let Some(again) = self
                 .pipeline
@@ -557,7 +577,7 @@ impl Ingest {
                     },
                     Ok(record) => {
                         let reason = format!(
-                            "the event with its plan has {} bytes; {MAX_COMMIT_BYTES} is the most",
+                            "the event with its plan has {} bytes; the limit is {MAX_COMMIT_BYTES}",
                             record.len()
                         );
                         return Ok(dead(entry, reason, None, 1, decision));
@@ -565,7 +585,7 @@ impl Ingest {
                     Err(error) => {
                         return Ok(dead(
                             entry,
-                            format!("the record could not be written: {error}"),
+                            format!("cannot serialise the record: {error}"),
                             None,
                             1,
                             decision,
@@ -598,7 +618,7 @@ impl Ingest {
         })
     }
 
-    /// Commits what was evaluated, in order, in steps that fit one commit.
+    /// Commits evaluated batches in order, in steps that fit one commit.
     async fn commit(
         &self,
         partition: &Partition,
@@ -678,7 +698,7 @@ impl Ingest {
             .await
     }
 
-    /// Commits a large plan slice by slice, from slice `from` on.
+    /// Commits a large plan slice by slice, starting at slice `from`.
     async fn commit_sliced_from(
         &self,
         partition: PartitionNumber,
@@ -715,7 +735,7 @@ impl Ingest {
             match self.broker.commit_slice(partition, slice).await? {
                 Committed::Refused => return Err(Stop::Refused),
                 Committed::Done(outcomes) => match outcomes.first() {
-                    // Found by the first slice: the plan ends here.
+                    // Only the first slice can detect this: the plan ends here.
                     Some(&(outcome, _)) if outcome != Outcome::Committed => {
                         self.count(outcome);
                         return Ok(());
@@ -742,7 +762,8 @@ impl Ingest {
     }
 }
 
-/// The record of a plan that is written in slices. The decision is written with the last of them, maybe by another owner, who takes it from here.
+/// The record of a plan that is written in slices. The decision is written with the last slice,
+/// possibly by another owner, which takes it from here.
 #[derive(Serialize)]
 struct Begun<'a> {
     #[serde(flatten)]
@@ -750,7 +771,7 @@ struct Begun<'a> {
     decision: &'a Decision,
 }
 
-/// What such a record holds beside the notification.
+/// The part of such a record beyond the notification.
 #[derive(Deserialize)]
 struct Made {
     decision: Option<Decision>,
@@ -767,7 +788,7 @@ fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decis
     }
 }
 
-/// An entry that is kept aside, with everything needed to try it again.
+/// Returns a dead letter with everything needed to process the entry again.
 fn dead(
     entry: &Entry,
     reason: String,
@@ -793,7 +814,8 @@ fn dead(
     }
 }
 
-/// The decision about an entry that no plugin was asked about, under whatever it names, by which its publisher looks for it.
+/// Returns the decision about an entry for which no plugin was called, with the names it carries,
+/// so that its publisher can find it.
 fn unevaluated(partition: &Partition, entry: &Entry, clock_ms: u64) -> Decision {
     let names = Event::names_in(&partition.source, &entry.fields);
     let [event_id, event_source, event_type] =
@@ -807,11 +829,12 @@ fn unevaluated(partition: &Partition, entry: &Entry, clock_ms: u64) -> Decision 
     }
 }
 
-/// By which a publisher's retry is recognised: 16 bytes of SHA-256 over the event's `source` and `id`.
+/// Returns the key that identifies a publisher's retry: 16 bytes of SHA-256 over the event's
+/// `source` and `id`.
 fn dedupe_key(event: &Event) -> [u8; 16] {
     let mut hash = Sha256::new();
     hash.update(event.source.as_str());
-    // No name holds a NUL, so that no two pairs read the same.
+    // Names contain no NUL, so two different pairs never yield the same input.
     hash.update([0]);
     hash.update(event.id.as_str());
     let digest = hash.finalize();

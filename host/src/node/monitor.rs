@@ -1,8 +1,8 @@
-//! How a node reaches its broker, and what it says of it and of its plugins afterwards: readiness is kept true to both, whatever becomes of
-//! them.
+//! The monitors: connecting to the broker, and keeping readiness true to the broker and the plugins
+//! afterwards.
 //!
-//! Nothing here stops anything. Ingest and streams go through an outage by themselves, and ingest waits for plugins by itself; this is for
-//! whoever asks how the node is.
+//! Nothing here stops anything. Ingest and streams handle an outage themselves, and ingest waits
+//! for plugins itself; this module only reports.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,16 +18,16 @@ use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, SourceLabel};
 use crate::telemetry::readiness::Readiness;
 
-/// How long between two looks at the broker's health.
+/// Interval between checks of the broker's health.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
 
-/// How full of dead letters a source is when operators are warned, in percent.
+/// Percentage of the dead-letter limit at which a warning is set for a source.
 const DEAD_WARNING_PERCENT: u64 = 80;
 
 /// The longest pause between two attempts to reach the broker.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
-/// Tries `connect` until it succeeds. Cancel-safe.
+/// Calls `connect` until it succeeds. Cancel-safe.
 pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
     mut connect: impl FnMut() -> F,
     readiness: &Readiness,
@@ -43,9 +43,10 @@ pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
     }
 }
 
-/// Keeps readiness and the gauges of the sources true to the broker: red while it is away, silent or refuses, a line for each finding.
+/// The broker monitor. Keeps readiness and the source gauges up to date: the node is unready while
+/// the broker is unavailable, silent or refusing, and each finding has a line.
 ///
-/// `max_dead`: dead letters that a source may have before the oldest go.
+/// `max_dead`: dead letters that a source may have before the oldest are deleted.
 pub(crate) async fn watch(
     broker: Arc<dyn Broker>,
     hub: Hub,
@@ -61,13 +62,13 @@ pub(crate) async fn watch(
             () = tokio::time::sleep(CHECK_EVERY) => {}
             () = shutdown.begun() => return,
         }
-        // Only now: at the first look, the first tick may be on its way.
+        // Checked after the pause: during the first check, the first tick may still be on its way.
         match hub.silent().as_slice() {
             [] => readiness.clear("feed"),
             silent => readiness.set(
                 "feed",
                 format!(
-                    "{} of {} partitions are silent; streams replay when they are heard again",
+                    "{} of {} partitions are silent; streams replay when notices arrive again",
                     silent.len(),
                     broker.partitions().len()
                 ),
@@ -76,7 +77,7 @@ pub(crate) async fn watch(
     }
 }
 
-/// One look at the broker.
+/// Checks the broker once.
 async fn look(broker: &dyn Broker, readiness: &Readiness) {
     let findings = match broker.check().await {
         Ok(findings) => findings,
@@ -101,7 +102,7 @@ async fn look(broker: &dyn Broker, readiness: &Readiness) {
     });
 }
 
-/// One look at the numbers of each source.
+/// Reads the numbers of each source once.
 async fn look_at_sources(
     broker: &dyn Broker,
     max_dead: u32,
@@ -110,7 +111,7 @@ async fn look_at_sources(
 ) {
     let mut crowded = Vec::new();
     for partition in broker.partitions() {
-        // That the broker is away, readiness says.
+        // The check of the broker reports an unavailable broker.
         let Ok(state) = broker.state(partition.number).await else {
             return;
         };
@@ -126,7 +127,7 @@ async fn look_at_sources(
             .dead_letters
             .get_or_create(&source)
             .set(gauge(state.dead_letters));
-        // The broker counts for all nodes.
+        // The broker counts for all nodes, so its totals replace the local ones.
         for (counter, n) in [
             (&metrics.source_entries_lost, state.lost_upstream),
             (&metrics.source_ids_forgotten, state.dedupe_overflows),
@@ -140,26 +141,27 @@ async fn look_at_sources(
         if state.dead_letters >= u64::from(max_dead).saturating_mul(DEAD_WARNING_PERCENT) / 100
             && state.dead_letters > 0
         {
-            crowded.push(format!("{} of {}", state.dead_letters, partition.source));
+            crowded.push(format!("{} in {}", state.dead_letters, partition.source));
         }
     }
     if crowded.is_empty() {
         readiness.clear("dead-letters");
     } else {
-        let fix = "redrive or drop them (pointsman dead list), or raise retention.dead_entries";
+        let fix = "redrive or drop them (pointsman dead-letters list), or raise retention.dead_letter_entries";
         let sources = crowded.join(", ");
         readiness.warn(
             "dead-letters",
-            format!("{sources}, and of more than {max_dead} the oldest are lost: {fix}"),
+            format!("{sources}; the oldest beyond {max_dead} per source are deleted; {fix}"),
         );
     }
 }
 
-/// Keeps readiness true to the plugins as they change, and has what was swapped out given back.
+/// The plugin monitor. Keeps readiness true to the plugins as they change, and releases retired
+/// generations.
 pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shutdown: Shutdown) {
     let mut changes = pipeline.changes();
     loop {
-        // Not kept while it waits, or it would keep the plugins of then.
+        // Cloned and dropped before waiting; holding the snapshot would keep its plugins in memory.
         tell(
             &changes.borrow_and_update().clone(),
             pipeline.allows_none(),
@@ -173,8 +175,9 @@ pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shut
     }
 }
 
-/// Red where a plugin that should be at work is not; a warning where another generation of it is, where it fails, or where it was put out of
-/// work by hand.
+/// Makes the node unready where an enabled plugin has no active generation. Warns where a load
+/// failed but an earlier generation is active, where a plugin keeps failing, or where it was
+/// disabled by an admin command.
 fn tell(
     Snapshot {
         chain,
@@ -198,22 +201,27 @@ fn tell(
     }
     match (chain.is_empty(), allow_none) {
         (false, _) => readiness.clear("plugins"),
-        (true, true) => readiness.warn("plugins", "none is loaded, so every event is unrouted"),
+        (true, true) => {
+            readiness.warn("plugins", "no plugins loaded; every event will be unrouted")
+        }
         (true, false) => {
-            let fix = "put one into the folder of --plugins, or start with --allow-no-plugins";
-            readiness.set("plugins", format!("none is loaded, so events wait; {fix}"));
+            let fix = "add one to the plugin folder (--plugins) or start with --allow-no-plugins";
+            readiness.set(
+                "plugins",
+                format!("no plugins loaded, so events wait; {fix}"),
+            );
         }
     }
     match folder_failure {
         Some(reason) => readiness.warn(
             "plugin-folder",
-            format!("{reason}; what is loaded stays at work"),
+            format!("{reason}; loaded plugins stay active"),
         ),
         None => readiness.clear("plugin-folder"),
     }
 }
 
-/// What there is to say of a plugin, and whether it makes the node unready.
+/// Returns the line for a plugin with a problem, and whether the problem makes the node unready.
 fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
     let generation = plugin.generation;
     match (&plugin.failure, plugin.state) {
@@ -221,19 +229,19 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
         (Some(failure), Word::BreakerOpen) => Some((
             false,
             format!(
-                "{failure}; generation {generation} stays at work, and fails on one event after the other"
+                "{failure}; generation {generation} stays active but fails on consecutive events"
             ),
         )),
         (Some(failure), _) => Some((
             false,
-            format!("{failure}; generation {generation} stays at work"),
+            format!("{failure}; generation {generation} stays active"),
         )),
         (None, Word::BreakerOpen) => {
             let n = plugin
                 .health
                 .as_ref()
                 .map_or(0, |health| health.failed_in_row);
-            let settled = "until it is tried again its on_failure settles them";
+            let settled = "its on_failure applies to events until the next attempt";
             Some((
                 false,
                 format!(
@@ -244,7 +252,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
         }
         (None, Word::Disabled) if plugin.is_enabled_by_hand == Some(false) => Some((
             false,
-            "it is disabled by hand, until it is enabled again or the node ends".to_owned(),
+            "disabled by an admin command until it is enabled again or the node stops".to_owned(),
         )),
         (None, _) => None,
     }
@@ -257,7 +265,7 @@ mod tests {
     use crate::broker::fake::FakeBroker;
 
     #[test]
-    fn a_plugin_that_fails_is_a_reason_unless_a_generation_of_it_is_at_work() {
+    fn a_failed_plugin_makes_the_node_unready_unless_a_generation_of_it_is_active() {
         let readiness = Readiness::default();
         let plugin = |name: &str, generation: u64, failure: Option<&str>| PluginState {
             name: name.into(),
@@ -283,13 +291,13 @@ mod tests {
             true,
             &readiness,
         );
-        let none = "warning: plugins: none is loaded, so every event is unrouted";
+        let none = "warning: plugins: no plugins loaded; every event will be unrouted";
         assert_eq!(
             readiness.report().lines,
             [
                 "plugins.b: b.wasm is empty",
                 none,
-                "warning: plugins.a: a.wasm is empty; generation 3 stays at work"
+                "warning: plugins.a: a.wasm is empty; generation 3 stays active"
             ]
         );
         tell(&now(vec![plugin("a", 4, None)]), true, &readiness);
@@ -304,17 +312,17 @@ mod tests {
         );
         let lines = readiness.report().lines;
         assert!(
-            lines[0].starts_with("plugins: none is loaded, so events wait; "),
+            lines[0].starts_with("plugins: no plugins loaded, so events wait; "),
             "{lines:?}"
         );
         assert_eq!(
             lines[1..],
-            ["warning: plugin-folder: it is gone; what is loaded stays at work"]
+            ["warning: plugin-folder: it is gone; loaded plugins stay active"]
         );
     }
 
     #[tokio::test]
-    async fn a_broker_that_is_away_at_the_start_is_tried_again_and_told_of() {
+    async fn an_unavailable_broker_at_startup_is_retried_and_reported() {
         let readiness = Readiness::default();
         let mut answers = vec![
             Ok(Arc::new(FakeBroker::default()) as Arc<dyn Broker>),
@@ -323,12 +331,12 @@ mod tests {
         reach(|| std::future::ready(answers.pop().unwrap()), &readiness).await;
         assert_eq!(
             readiness.report().lines,
-            ["broker: the broker is away: connection refused"]
+            ["broker: the broker is unavailable: connection refused"]
         );
     }
 
     #[tokio::test]
-    async fn readiness_follows_what_the_broker_finds() {
+    async fn readiness_follows_the_findings_of_the_broker() {
         let readiness = Readiness::default();
         let finding = |name, severity, text: &str| Finding {
             name,
@@ -338,12 +346,12 @@ mod tests {
         let eviction = finding(
             "eviction",
             Severity::Refusal,
-            "maxmemory-policy is allkeys-lru: CONFIG SET maxmemory-policy noeviction",
+            "maxmemory-policy is allkeys-lru; run CONFIG SET maxmemory-policy noeviction",
         );
         let volatile = finding(
             "append-only-file",
             Severity::Warning,
-            "the append-only file is off: CONFIG SET appendonly yes",
+            "the append-only file is off; run CONFIG SET appendonly yes",
         );
         look(
             &FakeBroker::default().with_findings(vec![eviction.clone(), volatile.clone()]),
@@ -382,7 +390,7 @@ mod tests {
         .await;
         assert_eq!(
             readiness.report().lines[0],
-            "broker: the broker is away: no answer in 2 s"
+            "broker: the broker is unavailable: no answer in 2 s"
         );
         look(&FakeBroker::default(), &readiness).await;
         assert!(readiness.report().lines.is_empty());

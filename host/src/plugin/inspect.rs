@@ -1,8 +1,8 @@
-//! What can be known of a file that is a plugin, or should be one, for the person who wrote it: what it is, what it wants, what it says of
-//! itself, and why it would not run.
+//! Inspects a plugin file for its author: its form, imports and exports, its manifest, and why it
+//! would not run.
 //!
-//! It goes through the checks of [`Plugin::load`] and adds none; it promises to show whatever stands before the first that fails. Whatever
-//! comes out of the file is hostile text, and printable here.
+//! Runs the checks of [`Plugin::load`] and adds none; everything learned before the first failing
+//! check is reported. All text from the file is hostile and is made printable here.
 
 use std::collections::BTreeSet;
 
@@ -18,49 +18,49 @@ use super::runtime::log::printable;
 use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection, hash};
 use crate::event::Name;
 
-/// The most imports, and exports, that are looked at.
+/// The maximum number of imports, and of exports, that are examined.
 const MAX_NAMES: usize = 1_000;
 
-/// See the head of this file.
+/// The report on one file.
 #[derive(Clone, Debug)]
 pub struct Inspection {
-    /// `None`: it is no WebAssembly.
+    /// `None`: the file is not WebAssembly.
     pub form: Option<Form>,
     pub bytes: usize,
     /// SHA-256 of the file, in hexadecimal.
     pub hash: String,
-    /// In the order of their names.
+    /// Sorted by name.
     pub imports: Vec<Import>,
     /// The versions of `pointsman:plugin` that its imports and exports name.
     pub contracts: BTreeSet<String>,
     pub is_filter: bool,
     pub is_router: bool,
-    /// What it says of itself, with or without its configuration.
+    /// The manifest, with or without the configuration.
     pub manifest: Option<Manifest>,
-    /// What it wants to be asked about and to see, as it is configured; `None` if it does not take its configuration.
+    /// The events and data that it selects when configured; `None` if it rejects its configuration.
     pub selection: Option<Selection>,
-    /// The memory with which an instance of it begins.
+    /// The initial memory of an instance.
     pub memory_bytes: Option<usize>,
     /// Why it would not run.
     pub failure: Option<LoadError>,
 }
 
-/// The two kinds of files that WebAssembly knows.
+/// The two kinds of WebAssembly files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     CoreModule,
     Component,
 }
 
-/// Something that a plugin wants of its host.
+/// An import of the plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Import {
     pub name: String,
-    /// Otherwise it is not loaded.
+    /// A plugin with an import that is not granted is not loaded.
     pub is_granted: bool,
 }
 
-/// Looks at the bytes of a file, and at an instance with this configuration, as far as it comes to one. Compiles.
+/// Inspects the bytes of a file and, if it loads, an instance with this configuration. Compiles.
 pub fn inspect(
     engine: &Engine,
     name: Name,
@@ -73,7 +73,7 @@ pub fn inspect(
     inspection
 }
 
-/// Looks at the bytes of a file and no further: nothing is compiled, and `failure` is `None` whatever they are.
+/// Inspects the bytes of a file without compiling; `failure` is always `None`.
 pub fn look(bytes: &[u8]) -> Inspection {
     let surface = Surface::of(bytes);
     let imports = surface.imports.iter().map(|name| Import {
@@ -119,7 +119,7 @@ impl Inspection {
             (plugin.has_role(Role::Filter), plugin.has_role(Role::Router));
         let tried = plugin.trial();
         if tried.is_err() {
-            // Before it is configured, it may well say who it is.
+            // The manifest may still be available without a configuration.
             self.manifest = plugin.first_words();
         }
         let Description {
@@ -136,7 +136,7 @@ impl Inspection {
 }
 
 impl Plugin {
-    /// What it says of itself, unconfigured.
+    /// The manifest of an unconfigured instance.
     fn first_words(&self) -> Option<Manifest> {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).ok()?;
@@ -148,7 +148,7 @@ impl Plugin {
     }
 }
 
-/// What stands in a file without anything of it being run.
+/// The imports and exports of a file, found without running it.
 #[derive(Default)]
 struct Surface {
     form: Option<Form>,
@@ -157,7 +157,7 @@ struct Surface {
 }
 
 impl Surface {
-    /// As far as the bytes are what they should be.
+    /// Parses as far as the bytes are valid.
     fn of(bytes: &[u8]) -> Self {
         let mut surface = Self::default();
         if Parser::is_core_wasm(bytes) {
@@ -167,7 +167,7 @@ impl Surface {
         } else {
             return surface;
         }
-        // Within a component stand others, whose imports are not of the host.
+        // Nested components and modules have imports of their own, which do not concern the host.
         let mut depth = 0;
         for payload in Parser::new(0).parse_all(bytes).map_while(Result::ok) {
             match payload {

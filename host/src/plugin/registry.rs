@@ -1,10 +1,14 @@
-//! Which plugins there are, in which order and generation: the files of a folder, loaded, and loaded again when they, or what is configured
-//! for them, change; and what operators and the plugins' own failures make of them: uploaded, disabled, rolled back.
+//! The registry of plugins: their order and generations. It loads the files of a folder, reloads
+//! them when they or their settings change, and applies uploads, admin commands and the
+//! consequences of failures (disabling, rollback).
 //!
-//! It promises that a file that is no good replaces nothing, keeps nobody else from loading, and is there with the reason
-//! ([`Registry::states`]); that what changed together takes over together; that a plugin whose bytes and configuration are those that run is
-//! left alone; and that rolling back waits for no compiler. When files are taken up is `watcher`'s business; which file is which plugin's,
-//! `folder`'s; when a plugin is no longer trusted, `health`'s.
+//! Guarantees: an invalid file replaces nothing, does not prevent other plugins from loading, and
+//! is listed with the reason ([`Registry::states`]). Changes that are found together become active
+//! together. A plugin whose bytes and settings are already active is left alone. A rollback never
+//! waits for a compilation.
+//!
+//! When files are loaded is decided in `watcher`, which file belongs to which plugin in `folder`,
+//! and when a plugin is no longer trusted in `health`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -36,13 +40,13 @@ use crate::clock::now_ms;
 use crate::event::Name;
 use crate::telemetry::metrics::{Metrics, PluginLabel, PluginLoadLabel};
 
-/// What everybody sees, at one moment.
+/// The published state at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     pub chain: Arc<Chain>,
-    /// Every plugin, those at work first, in order, then the others that there is something to say of.
+    /// Every plugin: the active ones first, in order, then inactive ones with something to report.
     pub plugins: Vec<PluginState>,
-    /// Why the folder cannot be looked at. What is at work stays so.
+    /// Why the folder cannot be read. Active plugins stay active.
     pub folder_failure: Option<String>,
 }
 
@@ -50,49 +54,50 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct Registry {
     engine: Engine,
-    /// The folder; it stays the same as long as the node runs.
+    /// The plugin folder; fixed as long as the node runs.
     dir: Option<PathBuf>,
     metrics: Metrics,
-    /// Held by whoever loads files, or takes plugins out: one after the other, for seconds. Taken before `slots`, never after.
+    /// Held while files are loaded or plugins are removed, one operation at a time, for up to
+    /// seconds. Lock order: taken before `slots`, never after.
     loading: Mutex<()>,
-    /// Held for moments only.
+    /// Held only briefly.
     slots: Mutex<Slots>,
-    /// Replaced whole; never borrowed over anything that waits.
+    /// Replaced as a whole; never borrowed across a blocking call.
     current: watch::Sender<Snapshot>,
     shadows: Shadows,
 }
 
-/// What is to be done about one plugin whose files changed.
+/// The action for one plugin whose files changed.
 enum Job {
     /// Its files are gone.
     Remove,
-    /// It is not enabled.
+    /// It is disabled.
     Rest,
     Load(Wanted),
     Refuse(Failure),
 }
 
-/// What is to be loaded.
+/// A file to load.
 struct Wanted {
     path: PathBuf,
     settings: Settings,
-    /// Hash of what runs, if what is configured for it is still the same.
+    /// Hash of the active file, if its settings are unchanged.
     running: Option<String>,
-    /// Hash of what was rolled back under the same configuration.
+    /// Hash of the file that was rolled back with the same settings.
     rolled_back: Option<String>,
 }
 
-/// Why an operator's order was not carried out.
+/// Why an admin command failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OrderError {
     #[error("there is no plugin '{0}'")]
     Unknown(String),
-    #[error("there is no candidate beside the plugin '{0}'")]
+    #[error("the plugin '{0}' has no candidate")]
     NoCandidate(String),
-    /// The text names the fix.
+    /// The text includes the fix.
     #[error("{0}")]
     Impossible(String),
-    /// The file is no good. Reads as the end of a sentence that begins with "it".
+    /// The file is invalid. The text continues a sentence that begins with "it".
     #[error("it {0}")]
     Refused(String),
     #[error("{0}")]
@@ -100,12 +105,13 @@ pub enum OrderError {
 }
 
 impl Registry {
-    /// Loads every `.wasm` file of the configured folder. Without a folder there is no plugin.
+    /// Loads every `.wasm` file of the configured folder. Without a folder there are no plugins.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// If the folder cannot be read. A bad file, or one that is configured and missing, is no error: see [`Registry::states`].
+    /// The folder cannot be read. An invalid file, or a configured plugin without a file, is not an
+    /// error: see [`Registry::states`].
     pub fn load(engine: Engine, config: Config, metrics: Metrics) -> anyhow::Result<Self> {
         let dir = config.dir.clone();
         let look = match &dir {
@@ -133,28 +139,28 @@ impl Registry {
         &self.engine
     }
 
-    /// The configured folder.
+    /// The plugin folder, if one is configured.
     pub fn dir(&self) -> Option<&Path> {
         self.dir.as_deref()
     }
 
-    /// The plugins at work now.
+    /// The active plugins.
     pub fn chain(&self) -> Arc<Chain> {
         Arc::clone(&self.current.borrow().chain)
     }
 
-    /// Every plugin as it is now, those at work first, in order, then the others that there is something to say of.
+    /// Every plugin: the active ones first, in order, then inactive ones with something to report.
     pub fn states(&self) -> Vec<PluginState> {
         let slots = self.slots();
         self.states_of(&slots, &self.chain())
     }
 
-    /// What everybody sees, as it changes.
+    /// The published state, as it changes.
     pub fn changes(&self) -> watch::Receiver<Snapshot> {
         self.current.subscribe()
     }
 
-    /// The files as they were taken up.
+    /// The files as they were last loaded.
     pub(super) fn taken_up(&self) -> Look {
         let slots = self.slots();
         let files = slots
@@ -166,12 +172,14 @@ impl Registry {
             .collect()
     }
 
-    /// Loads these plugins from their files, or removes those that have none any more, and swaps the chain once for all of them.
+    /// Loads these plugins from their files, removes those without files, and swaps the chain once
+    /// for all of them.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     pub(super) fn take_up(&self, look: Look) {
         let loading = self.begin_loading();
-        // It may have waited for somebody who loads, or who wrote just these files: what is not so any more is seen again, by the next look.
+        // The lock may have been held by another load, or by an upload that wrote these files.
+        // Entries that are outdated by now are dropped; the next scan finds them again.
         let now = self
             .dir
             .as_deref()
@@ -183,8 +191,9 @@ impl Registry {
         self.take_up_in(&loading, still.collect());
     }
 
-    /// Takes over another `[plugins]` section: a plugin whose own settings changed is loaded again, and stays what it was if it does not
-    /// take them; the order is that of the section. The folder stays the same.
+    /// Applies a changed `[plugins]` section. A plugin whose settings changed is reloaded and stays
+    /// as it was if it rejects them. The order is that of the new section. The folder stays the
+    /// same.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     pub fn configure(&self, config: Config) {
@@ -208,17 +217,17 @@ impl Registry {
         self.take_up_in(&loading, changed);
     }
 
-    /// Checks a file, puts it into the folder under this name and lets it take over.
+    /// Checks a file, writes it into the folder under this name and makes it active.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// Nothing has changed then, but that the refusal is remembered.
+    /// On an error nothing has changed, except that the refusal is recorded.
     pub fn upload(&self, name: &str, bytes: &[u8]) -> Result<PluginState, OrderError> {
         let loading = self.begin_loading();
         let Some(dir) = &self.dir else {
             return Err(OrderError::Impossible(
-                "this node has no folder of plugins; start it with --plugins DIR".to_owned(),
+                "this node has no plugin folder; start it with --plugins DIR".to_owned(),
             ));
         };
         let has_file = self
@@ -227,9 +236,9 @@ impl Registry {
             .get(name)
             .is_some_and(|slot| !slot.files.is_empty());
         if !has_file && !folder::is_name(name) {
-            let rule = "letters, digits and hyphens, not beginning with a hyphen or with a number and a hyphen, at most 64 of them";
+            let rule = "use at most 64 letters, digits and hyphens, not starting with a hyphen or with a number and a hyphen";
             return Err(OrderError::Impossible(format!(
-                "'{}' is no name for a file: {rule}",
+                "'{}' is not a valid plugin name; {rule}",
                 name.escape_debug()
             )));
         }
@@ -238,7 +247,7 @@ impl Registry {
             let slot = slots.by_name.get(name);
             if slot.is_none_or(|slot| slot.running.is_none()) && slots.n_running() >= MAX_PLUGINS {
                 return Err(OrderError::Impossible(format!(
-                    "{MAX_PLUGINS} plugins run on this node, which is the most; remove one"
+                    "the limit of {MAX_PLUGINS} plugins per node is reached; remove one"
                 )));
             }
             let path = slot.and_then(|slot| slot.files.first()).map_or_else(
@@ -258,29 +267,29 @@ impl Registry {
                 tracing::error!(
                     plugin.name = name,
                     plugin.failed_hash = hash,
-                    "plugin not taken: it {reason}"
+                    "plugin upload refused: it {reason}"
                 );
-                self.refuse(name, &format!("what was uploaded {reason}"), hash);
+                self.refuse(name, &format!("the uploaded file {reason}"), hash);
                 return Err(OrderError::Refused(reason));
             }
         };
-        // In its place before it takes over: what decides is what is there after a restart.
+        // Written before it becomes active, so that a restart loads the version that decides now.
         let sighting = folder::write(&path, bytes).map_err(OrderError::Folder)?;
         self.apply(&loading, vec![(name.to_owned(), vec![sighting], done)]);
         let state = self.state(name)?;
-        // What runs may have been rolled back in the meantime, after it was found to be what is uploaded.
+        // The active version may have been rolled back after it was found to equal the upload.
         if state.generation > 0 && state.hash != hash(bytes) {
             return Err(OrderError::Impossible(
-                "it was rolled back while it was being uploaded; upload it again".to_owned(),
+                "it was rolled back during the upload; upload it again".to_owned(),
             ));
         }
         Ok(state)
     }
 
-    /// Takes a plugin's file out of the folder, and the plugin with it.
+    /// Removes a plugin together with its file.
     ///
     /// # Errors
-    /// There is none, or its file cannot be removed.
+    /// There is no such plugin, or its file cannot be removed.
     pub fn remove(&self, name: &str) -> Result<(), OrderError> {
         let loading = self.begin_loading();
         let files = self
@@ -292,6 +301,7 @@ impl Registry {
         if files.is_empty() {
             return Err(OrderError::Unknown(name.to_owned()));
         }
+        // The file goes first: a scan in between would otherwise load the plugin again.
         for file in &files {
             folder::remove(&file.path).map_err(OrderError::Folder)?;
         }
@@ -299,8 +309,9 @@ impl Registry {
         Ok(())
     }
 
-    /// Takes a plugin from work, whatever is configured, until it is enabled, the node ends or `enabled` is configured otherwise. At once,
-    /// whoever is loading files meanwhile.
+    /// Deactivates a plugin, overriding the configuration, until it is enabled, the node ends or
+    /// the configured `enabled` changes. Takes effect immediately, even while files are being
+    /// loaded.
     ///
     /// # Errors
     /// There is no such plugin.
@@ -316,12 +327,13 @@ impl Registry {
         self.state(name)
     }
 
-    /// Has a plugin take part again, whatever is configured, until the node ends or `enabled` is configured otherwise.
+    /// Activates a plugin, overriding the configuration, until the node ends or the configured
+    /// `enabled` changes.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// There is no such plugin, or its file is no good.
+    /// There is no such plugin, or its file is invalid.
     pub fn enable(&self, name: &str) -> Result<PluginState, OrderError> {
         let loading = self.begin_loading();
         let files = self.slots().set_enabled(name, true)?;
@@ -336,10 +348,11 @@ impl Registry {
         }
     }
 
-    /// Has the generation before this one take over again. The file stays what it is, and is not taken up again until it changes.
+    /// Reactivates the previous generation. The file stays in place and is not loaded again until
+    /// it changes.
     ///
     /// # Errors
-    /// There is no such plugin, or no generation to go back to.
+    /// There is no such plugin, or no generation to roll back to.
     pub fn roll_back(&self, name: &str) -> Result<PluginState, OrderError> {
         {
             let mut slots = self.slots();
@@ -354,17 +367,18 @@ impl Registry {
                 .filter(|_| slot.previous.is_some())
                 .map(|running| running.number)
             else {
-                let fix = "upload the file that you want";
+                let fix = "upload the wanted version";
                 return Err(OrderError::Impossible(format!(
-                    "'{name}' has no earlier generation to go back to; {fix}"
+                    "'{name}' has no earlier generation to roll back to; {fix}"
                 )));
             };
-            self.roll_back_in(&mut slots, name, number, "was taken back by an operator");
+            self.roll_back_in(&mut slots, name, number, "was withdrawn by an operator");
         }
         self.state(name)
     }
 
-    /// Does what follows from how a generation fares. Compiles nothing and waits for nobody who does.
+    /// Applies the consequence of a generation's health. Neither compiles nor waits for a
+    /// compilation.
     pub(crate) fn follow(&self, generation: &Generation, consequence: Consequence) {
         let name = generation.plugin.name().as_str();
         match consequence {
@@ -379,13 +393,13 @@ impl Registry {
                         tracing::info!(
                             plugin.name = name,
                             plugin.generation = generation.number,
-                            "the plugin's breaker is closed again"
+                            "plugin breaker closed"
                         );
                     }
                     BreakerState::Open | BreakerState::HalfOpen => tracing::error!(
                         plugin.name = name,
                         plugin.generation = generation.number,
-                        "the plugin's breaker is open: it failed on {} events in a row, and until it is tried again its on_failure settles them",
+                        "plugin breaker opened: the plugin failed on {} events in a row; until the next attempt succeeds, on_failure settles its events",
                         report.failed_in_row
                     ),
                 }
@@ -394,7 +408,7 @@ impl Registry {
         }
     }
 
-    /// Notes why the folder cannot be looked at, or that it can be.
+    /// Records why the folder cannot be read, or that it can be.
     pub(super) fn set_folder_failure(&self, reason: Option<String>) {
         self.current.send_if_modified(|current| {
             let is_new = current.folder_failure != reason;
@@ -404,16 +418,18 @@ impl Registry {
     }
 
     fn begin_loading(&self) -> MutexGuard<'_, ()> {
-        // It guards no data: whoever panicked under it left nothing half-done that is not under the other lock.
+        // The lock guards no data, so a panic under it leaves nothing inconsistent: all state is
+        // behind the other lock.
         self.loading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
-        // Each change is one assignment, and the chain is published as a whole; a node that could not be operated any more would be worse.
+        // Poisoning is ignored: each change is one assignment and the chain is published as a
+        // whole, and a node that can no longer be operated would be worse.
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One plugin as it is now.
+    /// The state of one plugin.
     fn state(&self, name: &str) -> Result<PluginState, OrderError> {
         self.states()
             .into_iter()
@@ -439,7 +455,7 @@ impl Registry {
         self.apply(loading, done);
     }
 
-    /// What is to be done about these files.
+    /// Determines the action for each of these files.
     fn jobs(&self, look: Look) -> Vec<(String, Vec<Sighting>, Job)> {
         let slots = self.slots();
         let mut n_running = slots.n_running();
@@ -454,13 +470,14 @@ impl Registry {
                         && n_running >= MAX_PLUGINS =>
                 {
                     let reason = format!(
-                        "is beyond the {MAX_PLUGINS} plugins that one node runs; remove one and write this one again"
+                        "exceeds the limit of {MAX_PLUGINS} plugins per node; remove one and write this file again"
                     );
                     Job::Refuse(Failure { reason, hash: None })
                 }
                 Some(first) => {
                     n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
-                    // Only where what it was rolled back to is at work: it is better than nothing.
+                    // Refused only while the earlier generation is active: a rolled-back version is
+                    // better than none.
                     let at_work = slot.filter(|slot| slot.running.is_some());
                     let rolled_back = at_work
                         .and_then(|slot| slot.rolled_back.as_ref())
@@ -486,7 +503,7 @@ impl Registry {
             return Ok(Done::Same(hash));
         }
         if wanted.rolled_back.as_ref() == Some(&hash) {
-            let reason = "was rolled back before and is not tried again; replace it, or upload it to have it tried".to_owned();
+            let reason = "was rolled back before and is not loaded again; replace it, or upload it to try it again".to_owned();
             return Err(Failure {
                 reason,
                 hash: Some(hash),
@@ -502,18 +519,19 @@ impl Registry {
             reason,
             hash: Some(hash.clone()),
         };
-        let name =
-            Name::parse(name).map_err(|e| failed(format!("gives no name to a plugin: it {e}")))?;
+        let name = Name::parse(name)
+            .map_err(|e| failed(format!("does not give a valid plugin name: it {e}")))?;
         if let Some(pinned) = &settings.sha256
             && !pinned.eq_ignore_ascii_case(&hash)
         {
             return Err(failed(format!(
-                "has the SHA-256 {hash}, and not the configured one"
+                "has the SHA-256 {hash}, which is not the configured one"
             )));
         }
         let config = serde_json::to_string(&settings.config)
-            .map_err(|e| failed(format!("has a configuration that is not JSON: {e}")))?;
-        // On a thread of its own: WASI's functions may not run on one of an async executor, whoever calls this.
+            .map_err(|e| failed(format!("has a configuration that is not valid JSON: {e}")))?;
+        // On a separate thread: WASI's synchronous functions must not run on an executor's thread,
+        // and the caller may be on one.
         let load = || Plugin::load(&self.engine, name, bytes, &config, settings.limits());
         let plugin = std::thread::scope(|scope| {
             Ok(std::thread::Builder::new()
@@ -522,15 +540,15 @@ impl Registry {
         });
         let plugin = plugin.map_err(|e: std::io::Error| {
             failed(format!(
-                "was not looked at, as the system gives no thread: {e}"
+                "was not checked, because no thread can be started: {e}"
             ))
         })?;
         let plugin =
-            plugin.map_err(|_| failed("made the host panic as it was loaded".to_owned()))?;
+            plugin.map_err(|_| failed("made the host panic while it was loaded".to_owned()))?;
         plugin.map_err(|e| failed(e.to_string()))
     }
 
-    /// Makes what was done what is so, for all of it at once.
+    /// Applies the outcomes of all jobs and publishes them together.
     fn apply(&self, _: &MutexGuard<'_, ()>, done: Vec<(String, Vec<Sighting>, Done)>) {
         let mut outcomes = Vec::with_capacity(done.len());
         {
@@ -543,7 +561,8 @@ impl Registry {
                         }
                         Done::Removed
                     }
-                    // Disabled while it was being loaded, or before: whatever came of it, nothing is to be at work.
+                    // Disabled before or while it was loaded: it must not become active, whatever
+                    // the outcome.
                     _ if !slots.is_enabled(&name) => Done::Rests,
                     done => done,
                 };
@@ -559,7 +578,7 @@ impl Registry {
             }
             self.publish(&slots);
         }
-        // Not before it is true: who waits for the number may rely on what it says.
+        // Counted after publishing, so that a reader of the metric can rely on the new state.
         for label in outcomes {
             self.metrics.plugin_loads.get_or_create(&label).inc();
         }
@@ -567,7 +586,7 @@ impl Registry {
 
     fn refuse(&self, name: &str, reason: &str, hash: Option<String>) {
         let mut slots = self.slots();
-        // What is no plugin here gets no label of its own: names come from outside.
+        // Unknown names get no metric label, because they come from outside and are unbounded.
         let Some(slot) = slots
             .by_name
             .get_mut(name)
@@ -589,7 +608,7 @@ impl Registry {
             .inc();
     }
 
-    /// If this generation still runs and there is one to go back to.
+    /// Rolls back, if this generation is still active and there is one to roll back to.
     fn roll_back_in(&self, slots: &mut Slots, name: &str, number: u64, reason: &str) {
         let Some(slot) = slots.by_name.get_mut(name) else {
             return;
@@ -622,11 +641,12 @@ impl Registry {
         });
         slot.failure = Some(Failure {
             reason: format!(
-                "{file} was rolled back: it {reason}; the folder still holds it, so replace it before the node starts again"
+                "{file} was rolled back: it {reason}; the folder still contains it, so replace it before the node restarts"
             ),
             hash: Some(hash.to_owned()),
         });
         slot.end(&running, Word::RolledBack, reason);
+        // Nothing is left to roll back to.
         previous.end_probation();
         (slot.running, slot.since_ms) = (Some(previous), now_ms());
         self.publish(slots);
@@ -638,7 +658,7 @@ impl Registry {
             .inc();
     }
 
-    /// Makes what the slots hold what everybody sees.
+    /// Publishes the contents of the slots.
     fn publish(&self, slots: &Slots) {
         let place = |name: &str| {
             slots
@@ -671,7 +691,8 @@ impl Registry {
                 })
                 .set(is_open.into());
         }
-        // The old snapshot, and with it perhaps the last of a generation, is dropped after the lock was given back.
+        // The old snapshot may hold the last reference to a generation. It is only dropped after
+        // the lock of the channel has been released.
         let folder_failure = self.current.borrow().folder_failure.clone();
         drop(self.current.send_replace(Snapshot {
             chain,
@@ -707,7 +728,7 @@ impl Registry {
         states
     }
 
-    /// What is configured and has no file.
+    /// Configured plugins that have no file.
     fn missing(&self, slots: &Slots) -> Vec<PluginState> {
         let known: Vec<&str> = slots
             .by_name
@@ -728,11 +749,11 @@ impl Registry {
         let missing = missing.into_iter().map(|name| {
             let reason = match self.dir() {
                 Some(dir) => format!(
-                    "the plugin '{name}' is configured, and no file in {} is called so (there: {}); put {name}.wasm there, or remove it from the configuration",
+                    "the plugin '{name}' is configured, but no file in {} has this name (found: {}); add {name}.wasm, or remove it from the configuration",
                     dir.display(),
                     known.join(", ")
                 ),
-                None => format!("the plugin '{name}' is configured, and there is no folder of plugins; give --plugins DIR, or set plugins.dir"),
+                None => format!("the plugin '{name}' is configured, but there is no plugin folder; start the node with --plugins DIR, or set plugins.dir"),
             };
             if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.generation == 0) {
                 tracing::error!(plugin.name = name, "plugin not loaded: {reason}");

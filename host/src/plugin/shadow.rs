@@ -1,10 +1,13 @@
-//! Candidates beside plugins at work: each is asked about the live events that its plugin is asked about, and what it would have decided is
-//! compared and counted. Nothing that it answers has an effect.
+//! Shadow candidates: each is called for the same live events as its plugin, and its decisions are
+//! compared and counted. Its answers have no effect.
 //!
-//! It promises that live events neither wait for a candidate nor fail by one. Calls are handed to a queue, bounded in events and in bytes, and
-//! what finds it full is not compared but counted; one thread of low importance, `plugin-shadow`, works it off with an instance of its own under
-//! the plugin's limits. What counts as the same decision is `plugin::decided`'s business; which candidates there are, and how one is promoted,
-//! `plugin::registry`'s.
+//! Live events never wait for a candidate and never fail because of one. Calls go to a queue,
+//! bounded in events and in bytes; a call that finds it full is counted as skipped and not
+//! compared. One low-priority thread per candidate, `plugin-shadow`, works through the queue with
+//! an instance of its own under the plugin's limits.
+//!
+//! `plugin::decided` defines which decisions are the same; `plugin::registry` starts, stops and
+//! promotes candidates.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,20 +26,20 @@ use crate::clock::now_ms;
 use crate::event::{Event, Name, Priority};
 use crate::telemetry::metrics::{Metrics, PluginShadowLabel};
 
-/// The most candidates beside the plugins of a node.
+/// The maximum number of shadow candidates per node.
 pub(super) const MAX_SHADOWS: usize = 4;
-/// The most calls that wait for one candidate ...
+/// The maximum number of queued calls per candidate.
 const MAX_WAITING: usize = 1_024;
-/// ... and the most bytes of them, counted as JSON.
+/// The maximum size of the queued calls per candidate, in bytes of JSON.
 const MAX_WAITING_BYTES: usize = 8 * 1024 * 1024;
 
-/// The candidates of a node, by the names of their plugins. A cheap handle.
+/// The shadow candidates of a node, by plugin name. A handle that is cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Shadows(Arc<Open>);
 
 #[derive(Debug, Default)]
 struct Open {
-    /// How many there are: looked at for each call of each plugin.
+    /// The number of candidates; read without a lock on every call of every plugin.
     n: AtomicUsize,
     by_name: RwLock<BTreeMap<Name, Arc<Shadow>>>,
 }
@@ -51,35 +54,36 @@ impl Drop for Open {
     }
 }
 
-/// How a candidate fares.
+/// The report on a candidate.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     #[serde(flatten)]
     pub summary: Summary,
-    /// The first ones.
+    /// The first differences.
     pub differences: Differences,
 }
 
-/// How a candidate fares, in numbers.
+/// The counts of a candidate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Summary {
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
-    /// What it says its version is.
+    /// The version in its manifest.
     pub version: String,
-    /// When it began, in milliseconds since the Unix epoch.
+    /// When it started, in milliseconds since the Unix epoch.
     pub since_ms: u64,
-    /// The generation that it is compared with; `None` as long as no event came by. With another one, all counts begin anew.
+    /// The generation that it is compared with; `None` until the first event. All counts start
+    /// again when the generation changes.
     pub generation: Option<u64>,
-    /// Calls that both decided.
+    /// Calls that both versions decided.
     pub compared: u64,
-    /// Of these, decided otherwise.
+    /// Compared calls with different decisions.
     pub different: u64,
-    /// Of these, those on which only the candidate failed.
+    /// Different calls on which only the candidate failed.
     pub failed: u64,
-    /// Calls that were not compared, because too many waited.
+    /// Calls that were not compared because the queue was full.
     pub skipped: u64,
-    /// Calls that wait.
+    /// Calls in the queue.
     pub waiting: usize,
 }
 
@@ -89,7 +93,7 @@ pub(crate) struct Shadow {
     plugin: Name,
     hash: String,
     version: String,
-    /// The file, for the day that it is promoted.
+    /// The file, kept for a promotion.
     bytes: Bytes,
     since_ms: u64,
     metrics: Metrics,
@@ -105,7 +109,7 @@ struct State {
     tally: Tally,
 }
 
-/// What was counted against one generation.
+/// The counts against one generation.
 #[derive(Debug, Default)]
 struct Tally {
     generation: Option<u64>,
@@ -116,7 +120,7 @@ struct Tally {
     differences: Differences,
 }
 
-/// A call as it was made, and what was decided.
+/// A live call and its decision.
 #[derive(Debug)]
 struct Job {
     event: Event,
@@ -142,10 +146,10 @@ impl Shadows {
             .cloned()
     }
 
-    /// Puts a candidate beside the plugin of its name, in place of another. `bytes`: its file.
+    /// Starts a candidate for the plugin of its name, replacing an earlier one. `bytes`: its file.
     ///
     /// # Errors
-    /// There are as many as may be, or the system gives no thread; the text says so.
+    /// The limit is reached, or the system cannot start a thread; the text gives the cause.
     pub(super) fn begin(
         &self,
         engine: &Engine,
@@ -162,7 +166,7 @@ impl Shadows {
         if by_name.len() >= MAX_SHADOWS && !by_name.contains_key(&name) {
             let others: Vec<&str> = by_name.keys().map(Name::as_str).collect();
             return Err(format!(
-                "{MAX_SHADOWS} candidates are the most beside the plugins of a node; end one of {}",
+                "the limit of {MAX_SHADOWS} shadow candidates per node is reached; stop one of {}",
                 others.join(", ")
             ));
         }
@@ -180,7 +184,7 @@ impl Shadows {
         let thread = thread::Builder::new()
             .name("plugin-shadow".into())
             .spawn(move || run.work(&engine, &candidate));
-        thread.map_err(|error| format!("the system gives no thread for it: {error}"))?;
+        thread.map_err(|error| format!("cannot start a thread for it: {error}"))?;
         let report = shadow.report();
         if let Some(former) = by_name.insert(name, shadow) {
             former.end();
@@ -189,14 +193,14 @@ impl Shadows {
         Ok(report)
     }
 
-    /// Ends this candidate.
+    /// Stops this candidate.
     pub(super) fn end(&self, shadow: &Arc<Shadow>) {
         let mut by_name = self
             .0
             .by_name
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        // Another may have its place by now.
+        // By now another candidate may have replaced this one and must stay.
         if by_name
             .get(&shadow.plugin)
             .is_some_and(|found| Arc::ptr_eq(found, shadow))
@@ -239,7 +243,8 @@ impl Shadow {
         }
     }
 
-    /// Has the candidate asked about a call that a generation of its plugin has decided so; or not, if too many wait. Waits for nothing.
+    /// Queues a call that a generation of the plugin has decided, or counts it as skipped if the
+    /// queue is full. Never blocks.
     pub(crate) fn offer(
         &self,
         generation: u64,
@@ -254,7 +259,7 @@ impl Shadow {
             }
             if state.is_full(0) {
                 drop(state);
-                // Nothing is copied for what has no room.
+                // Checked before the event is copied, so that a full queue costs no copy.
                 return self.skip(generation);
             }
         }
@@ -296,7 +301,7 @@ impl Shadow {
         self.is_ready.notify_one();
     }
 
-    /// The thread of the candidate.
+    /// The candidate's thread.
     fn work(&self, engine: &Engine, candidate: &Plugin) {
         make_unimportant();
         let mut slot = None;
@@ -311,7 +316,7 @@ impl Shadow {
         }
     }
 
-    /// `None`: it is over.
+    /// Waits for the next call. `None`: the candidate was stopped.
     fn next(&self) -> Option<Job> {
         let mut state = self.state();
         loop {
@@ -368,7 +373,7 @@ impl Shadow {
 }
 
 impl State {
-    /// Whether there is no room for so many bytes more.
+    /// Whether the queue has no room for this many more bytes.
     fn is_full(&self, bytes: usize) -> bool {
         self.waiting.len() >= MAX_WAITING
             || self.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES
@@ -376,7 +381,7 @@ impl State {
 }
 
 impl Tally {
-    /// Begins anew with another generation: what was found of one says nothing of the next.
+    /// Starts again for another generation: differences from one do not apply to the next.
     fn of(&mut self, generation: u64) -> &mut Self {
         if self.generation != Some(generation) {
             *self = Self {
@@ -388,7 +393,8 @@ impl Tally {
     }
 }
 
-/// Asks the candidate as the pipeline asks a plugin: not for what it has no interest in, and once more, on a fresh instance, where it fails.
+/// Calls the candidate as the pipeline calls a plugin: only for matching types, and once more on a
+/// fresh instance if it fails.
 fn decide(candidate: &Plugin, slot: &mut Option<Instance>, engine: &Engine, job: &Job) -> Decided {
     if !candidate.wants(&job.event.kind) {
         return Decided::nothing(job.role);
@@ -418,7 +424,7 @@ mod tests {
     use super::*;
     use crate::event::EntryId;
 
-    /// Without a thread: whatever is offered waits.
+    /// Without a thread: every offered call stays queued.
     fn shadow() -> Shadow {
         Shadow {
             plugin: Name::parse("p").unwrap(),
@@ -445,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_too_many_or_too_much_waiting_is_not_compared_but_counted() {
+    fn calls_beyond_the_queue_limits_are_counted_as_skipped() {
         let many = shadow();
         (0..MAX_WAITING + 10).for_each(|_| offer(&many, 1, "x"));
         assert_eq!(
@@ -463,7 +469,7 @@ mod tests {
                 .get(),
             10
         );
-        // One that is taken makes room for one.
+        // Taking one call makes room for one.
         assert!(many.next().is_some());
         offer(&many, 1, "x");
         assert_eq!(
@@ -483,12 +489,12 @@ mod tests {
         offer(&large, 1, "x");
         assert!(
             large.summary().waiting == 0 && large.next().is_none(),
-            "nothing waits for one that is over"
+            "a stopped candidate queues nothing"
         );
     }
 
     #[test]
-    fn counts_are_against_one_generation() {
+    fn counts_start_again_with_each_generation() {
         let shadow = shadow();
         let note = |generation: u64, new: &Decided| {
             offer(&shadow, generation, "x");

@@ -1,11 +1,14 @@
-//! What a candidate for a plugin would have decided about past events: the entries that sources still hold, asked about again by the chain at
-//! work with the candidate in its plugin's place, under the clock that each decision recorded, and compared with what was recorded.
+//! The backtest: compares a candidate for a plugin with past decisions. The entries that the
+//! sources still hold are evaluated again by the active chain with the candidate in its plugin's
+//! place and with the clock that each decision recorded.
 //!
-//! It promises that nothing comes of it: no event is decided anew, no count or breaker of a plugin at work moves. It is bounded in events, in
-//! time and in what it shows, and runs on a thread of its own, of low importance. What was not compared is counted by the reason, and the report
-//! says how far back it could look: an entry is kept for `retention.keep_s`, a decision among the newest `retention.decision_entries`.
+//! A backtest has no effect: nothing is committed, and no metric or breaker of an active plugin
+//! changes. It is bounded in events, in time and in output, and runs on a low-priority thread of
+//! its own. Events that were not compared are counted by reason. The report states how far back the
+//! data reaches: an entry is kept for `retention.processed_entries_ttl`, and a decision while it is
+//! among the newest `retention.decision_entries`.
 //!
-//! (Not to be confused with `subscription::replay`, by which a stream catches up with its logs.)
+//! Not to be confused with `subscription::replay`, by which a stream catches up with its logs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -23,65 +26,65 @@ use crate::plugin::registry::generation::Chain;
 use crate::plugin::registry::{Registry, Understudy};
 use crate::plugin::shadow::outcome::{Decided, Difference, Differences};
 
-/// The most events that may be asked for.
+/// The maximum number of events in one backtest.
 pub const MAX_EVENTS: usize = 10_000;
-/// The longest that one may take; what was not compared by then is counted as such.
+/// The maximum duration of a backtest; events not compared by then are counted as such.
 const MAX_DURATION: Duration = Duration::from_secs(60);
-/// Entries read at once: each may hold half a megabyte.
+/// Entries per read; each may take half a megabyte.
 const READ: usize = 16;
 
-/// Why an event was not compared.
-const ENTRY_GONE: &str = "its entry has left the source";
-const NO_EVENT: &str = "its entry is no event";
-const NOT_ASKED: &str = "the plugin was not asked about it";
-const NOT_REACHED: &str = "the other plugins, as they are now, do not let it come to this one";
-const OTHER_KIND: &str = "the plugin was of another kind";
-const PLAN_GONE: &str = "its plan is not known: it was not committed, or its record is gone";
-const TIME_OVER: &str = "there was no time left for it";
+/// Reasons why an event was not compared.
+const ENTRY_GONE: &str = "the source no longer holds its entry";
+const NO_EVENT: &str = "its entry is not a valid event";
+const NOT_ASKED: &str = "the plugin was not called for it";
+const NOT_REACHED: &str = "the other active plugins no longer pass it on to this one";
+const OTHER_KIND: &str = "the plugin was of a different kind";
+const PLAN_GONE: &str = "its plan is unknown: it was not committed, or its record was trimmed";
+const TIME_OVER: &str = "the time limit was reached";
 
-/// What came of it.
+/// The result of a backtest.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     pub plugin: Name,
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
-    /// What it says its version is.
+    /// The version in its manifest.
     pub version: String,
-    /// Decisions that were found, of those asked for.
+    /// Decisions found, at most the number requested.
     pub found: u64,
     pub compared: u64,
-    /// Of these, decided otherwise.
+    /// Compared events with different decisions.
     pub different: u64,
-    /// Of these, those on which only the candidate failed.
+    /// Different events on which only the candidate failed.
     pub failed: u64,
-    /// By the reason.
+    /// Counts by reason.
     pub not_compared: BTreeMap<&'static str, u64>,
-    /// The first ones.
+    /// The first differences.
     pub differences: Differences,
     pub reach: Vec<Reach>,
 }
 
-/// How far back one could look in a partition.
+/// How far back the data of a partition reaches.
 #[derive(Clone, Debug, Serialize)]
 pub struct Reach {
     pub source: String,
-    /// The oldest entry that the source holds.
+    /// The oldest entry in the source.
     pub oldest_entry: Option<EntryId>,
-    /// Of the decisions that were read, the entry of the oldest.
+    /// The entry of the oldest decision that was read.
     pub oldest_decision: Option<EntryId>,
-    /// Whether there is no older decision than that.
+    /// Whether the decisions read are all that are kept.
     pub is_every_decision: bool,
 }
 
-/// A decision as it was recorded.
+/// A recorded decision.
 type Recorded = (Outcome, Option<NotificationId>, Decision);
 
-/// Asks a candidate about the newest events that were decided, at most `last` of them and [`MAX_EVENTS`].
+/// Runs a candidate on the newest decided events, at most `last` and at most [`MAX_EVENTS`].
 ///
-/// Cancel-safe: dropped, the thread ends with the event that it is at.
+/// Cancel-safe: when dropped, the thread ends after its current event.
 ///
 /// # Errors
-/// The broker's.
+/// Errors of the broker.
 pub async fn rehearse(
     broker: &dyn Broker,
     registry: Arc<Registry>,
@@ -117,7 +120,7 @@ pub async fn rehearse(
     Ok(report)
 }
 
-/// The newest decisions of all partitions together, by the entries that they are about.
+/// Finds the newest decisions across all partitions, ordered by the ids of their entries.
 async fn newest(
     broker: &dyn Broker,
     last: usize,
@@ -160,7 +163,7 @@ async fn newest(
     Ok(wanted)
 }
 
-/// Goes through the entries of one source.
+/// Reads and compares the entries of one source.
 async fn replay(
     broker: &dyn Broker,
     partition: &Partition,
@@ -240,7 +243,7 @@ impl Report {
         *self.not_compared.entry(reason).or_default() += 1;
     }
 
-    /// `sides`: role, what was recorded, and what the candidate decides.
+    /// `sides`: the role, the recorded decision, and the candidate's decision.
     fn note(&mut self, event: &Event, clock_ms: u64, sides: &[(Role, Decided, Decided)]) {
         self.compared += 1;
         let Some((role, old, new)) = sides.iter().find(|(_, old, new)| !old.is_same(new)) else {
@@ -253,7 +256,7 @@ impl Report {
     }
 }
 
-/// What was decided then and what is decided now, for each role that the plugin has.
+/// The recorded and the new decision for each role of the plugin.
 ///
 /// # Errors
 /// Why they cannot be compared.
@@ -286,7 +289,7 @@ fn judge(
         let role = match (role(&then.verdict), role(&now_verdict.verdict)) {
             (Some(then), Some(now)) if then != now => return Err(OTHER_KIND),
             (Some(role), _) | (None, Some(role)) => role,
-            // Neither was of interest, or on both it fails: the same in either role.
+            // Both skipped or both failed: the same in either role.
             (None, None) => Role::Router,
         };
         let old = decided(
@@ -320,7 +323,7 @@ fn judge(
             return Ok(sides);
         }
     }
-    // The same as far as it was asked then; whether it is asked again in its other role is up to others.
+    // Equal in the recorded roles. Whether the other role is reached now depends on other plugins.
     if then.len() != now_verdicts.len() {
         Err(NOT_REACHED)
     } else {
@@ -328,7 +331,7 @@ fn judge(
     }
 }
 
-/// In which role a plugin says this word.
+/// The role that a verdict's word belongs to.
 fn role(verdict: &str) -> Option<Role> {
     match verdict {
         "keep" | "drop" | "amend" => Some(Role::Filter),
@@ -337,7 +340,8 @@ fn role(verdict: &str) -> Option<Role> {
     }
 }
 
-/// What a verdict says, with what is known of the plan that it was a part of, and of the event as filters left it.
+/// Reconstructs a decision from a verdict and what is known of its plan, and of the event as
+/// amended by filters.
 fn decided(
     plugin: &Name,
     verdict: &Verdict,
@@ -349,7 +353,8 @@ fn decided(
         "drop" => Decided::Drop {
             reason: verdict.reason.clone(),
         },
-        // All filters together have left these attributes; with the same other ones, a difference is this plugin's.
+        // These are the attributes after all filters. The other filters are the same on both
+        // sides, so a difference is this plugin's.
         "amend" => Decided::Amend {
             priority: None,
             attributes: known
@@ -377,7 +382,7 @@ fn decided(
     }
 }
 
-/// The thread on which the candidate is asked; it ends with this.
+/// The thread that runs the candidate; it ends when this value is dropped.
 #[derive(Debug)]
 struct Stage {
     calls: mpsc::Sender<Calls>,
@@ -400,20 +405,19 @@ impl Stage {
                     }
                     evaluations.push(aside.evaluate(&chain, event, clock_ms));
                 }
-                // Nobody listens if the caller was cancelled.
+                // The receiver is gone if the caller was cancelled.
                 drop(answer.send(evaluations));
             }
         };
         let thread = thread::Builder::new()
             .name("plugin-rehearsal".into())
             .spawn(run);
-        thread.map_err(|error| {
-            broker::Error::Refused(format!("the system gives no thread: {error}"))
-        })?;
+        thread
+            .map_err(|error| broker::Error::Refused(format!("cannot start a thread: {error}")))?;
         Ok(Self { calls })
     }
 
-    /// In the order of the calls; fewer than these if there is no time left.
+    /// Evaluates in order; returns fewer evaluations if the time limit is reached.
     async fn evaluate(&self, calls: Vec<(Event, u64)>) -> Vec<Evaluation> {
         let (answer, answered) = oneshot::channel();
         if self.calls.send((calls, answer)).await.is_err() {
@@ -483,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_of_a_decision_is_compared_and_nothing_else() {
+    fn only_the_known_parts_of_a_decision_are_compared() {
         let kept = record("", "u:1");
         let amended = record(r#","a":1"#, "u:1");
         let (same, other) = (Ok(true), Ok(false));
@@ -516,7 +520,7 @@ mod tests {
                 other,
             ),
             ("p:amend", Some(&amended), "p:keep", "", Some("u:1"), other),
-            // In both of its roles.
+            // A plugin in both roles.
             (
                 "p:keep q:routes p:routes",
                 Some(&kept),
@@ -534,7 +538,7 @@ mod tests {
                 other,
             ),
             ("p:keep q:drop", None, "p:drop", "", None, other),
-            // Not without both plans; but where the words differ, they are not needed.
+            // The plans are needed only if the verdicts agree.
             (
                 "p:routes",
                 None,
@@ -553,7 +557,7 @@ mod tests {
             ),
             ("p:amend", None, "p:amend", "", Some("u:1"), Err(PLAN_GONE)),
             ("p:routes", None, "p:none", "", None, other),
-            // What others decide is not this plugin's.
+            // Decisions of other plugins do not count.
             ("q:drop", None, "p:routes", "", Some("u:1"), Err(NOT_ASKED)),
             (
                 "p:routes",

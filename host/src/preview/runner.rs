@@ -1,8 +1,12 @@
-//! One plugin alone, before its author: asked about events as the pipeline asks it, with what each answer cost.
+//! The plugin runner: runs one plugin in isolation for its author, called as in the pipeline, and
+//! measures the cost of each answer.
 //!
-//! It promises that what it shows is what a node would get of this plugin: the same presentation of an event, the same limits, and for a
-//! plugin that is both filter and router the same event between the two. A plugin that fails is asked no second time, and no policy hides it.
-//! Whether a decision is the right one, the author's golden file says; what other plugins make of it, only a node.
+//! The result is what a node would get from this plugin: the same presentation of an event, the
+//! same limits, and, for a plugin that is both filter and router, the same event for both. A
+//! failing plugin is not called again, and no policy hides the failure.
+//!
+//! Whether a decision is correct is defined by the author's golden file. Interaction with other
+//! plugins only shows on a node.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +20,7 @@ use crate::plugin::{
     used_by_this_thread,
 };
 
-/// See the head of this file.
+/// Runs one plugin on one event after another, on the same instance where possible.
 #[derive(Debug)]
 pub struct Audition {
     plugin: Plugin,
@@ -24,31 +28,32 @@ pub struct Audition {
     slot: Option<Instance>,
 }
 
-/// What a plugin made of one event, and at which cost.
+/// The decisions of a plugin about one event, and their cost.
 #[derive(Clone, Debug, Default)]
 pub struct Performance {
-    /// As a filter, as a router; nothing if its types do not match.
+    /// The decision as a filter, then as a router; empty if the event's type does not match.
     pub decided: Vec<Decided>,
-    /// Why there is no answer, or not both.
+    /// Why a decision is missing.
     pub error: Option<CallError>,
-    /// Of a processor, as deadlines count it: of all calls about the event, without the making of an instance.
+    /// CPU time, as counted by deadlines, of all calls for the event, without creating an instance.
     pub time: Duration,
-    /// Of the instance, after the event; `None` if it was thrown away.
+    /// The memory of the instance after the event, in bytes; `None` if it was discarded.
     pub memory_bytes: Option<usize>,
-    /// Of the largest answer about the event.
+    /// The size of the largest answer for the event, in bytes.
     pub answer_bytes: usize,
     pub n_targets: usize,
 }
 
 impl Performance {
-    /// Whether the plugin is broken. To reject an event, or to ask for it again, is a verdict.
+    /// Whether the plugin is broken. Rejecting an event, or requesting a retry, is a verdict.
     pub fn is_failure(&self) -> bool {
         self.error
             .as_ref()
             .is_some_and(|error| !matches!(error, CallError::Rejected(_) | CallError::Retry(_)))
     }
 
-    /// What was decided about this event, as golden files have it: nothing in it is of chance, of the machine, or of the name of the plugin's file.
+    /// The decisions in the format of golden files: reproducible, independent of the machine and of
+    /// the name of the plugin's file.
     pub fn to_golden(&self, event: &Event) -> Json {
         let mut decided = json!({ "event": event.id, "decided": self.decided });
         for decided in decided["decided"].as_array_mut().into_iter().flatten() {
@@ -75,7 +80,8 @@ impl Audition {
         }
     }
 
-    /// Asks about one event. `clock_ms`: the clock that the plugin is shown, in milliseconds since the Unix epoch.
+    /// Calls the plugin for one event. `clock_ms`: the clock shown to the plugin, in milliseconds
+    /// since the Unix epoch.
     pub fn perform(&mut self, event: &Event, clock_ms: u64) -> Performance {
         let mut performance = Performance::default();
         if let Err(error) = self.fold(event, clock_ms, &mut performance) {
@@ -144,11 +150,12 @@ impl Audition {
         answer
     }
 
-    /// Asks about all of these events, each with its clock, in these roles, and answers how long that took; what is decided is thrown away. The
-    /// first time is slower, as it makes an instance.
+    /// Calls the plugin for all of these events, each with its clock, in these roles, and returns
+    /// the time taken; decisions are discarded. The first call is slower, because it creates an
+    /// instance.
     ///
     /// # Errors
-    /// The first failure; a verdict is none.
+    /// The first failure; a verdict is not a failure.
     pub fn time(&mut self, roles: &[Role], events: &[(Event, u64)]) -> Result<Duration, CallError> {
         let began = Instant::now();
         for (event, clock_ms) in events

@@ -1,7 +1,9 @@
-//! One connection as others know it: the handlers of its requests, the streams that it carries, and who may cut it.
+//! One connection, as seen by the handlers of its requests, the streams that it carries, and the
+//! code that may cut it.
 //!
-//! In HTTP/1 a stream has the connection for itself. In HTTP/2 it has a share of it, which moves by the peer's window and not by the socket,
-//! and which is cut alone: behind a proxy, the other streams of the connection are other people's.
+//! In HTTP/1, a stream owns the connection. In HTTP/2, it is one of several: its progress is
+//! limited by the peer's window and not by the socket, and it is cut alone, because behind a proxy
+//! the other streams of the connection belong to other clients.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,16 +19,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::delivery::sse;
 
-/// A connection, as the handlers of its requests know it: in the extensions of each request, as `Arc<Connection>`.
+/// A connection. Each request has it in its extensions, as `Arc<Connection>`.
 #[derive(Debug)]
 pub struct Connection {
     peer: SocketAddr,
     is_surplus: bool,
     has_request: AtomicBool,
     kill: CancellationToken,
-    /// Bytes that the system has taken.
+    /// Bytes that the kernel has accepted.
     n_taken: AtomicU64,
-    /// A stream that waits for the system to take more.
+    /// The waker of a stream that waits for the kernel to accept more bytes.
     writer: AtomicWaker,
 }
 
@@ -51,7 +53,7 @@ impl Connection {
         self.peer
     }
 
-    /// Whether it came above the bound on connections, and should be told so and nothing else.
+    /// Whether the connection is above the limit; its requests are then refused.
     pub fn is_surplus(&self) -> bool {
         self.is_surplus
     }
@@ -64,12 +66,12 @@ impl Connection {
         self.has_request.store(true, Relaxed);
     }
 
-    /// Returns when somebody cut it. Cancel-safe.
+    /// Returns when the connection is cut. Cancel-safe.
     pub(super) async fn killed(&self) {
         self.kill.cancelled().await;
     }
 
-    /// What carries the response to the request that is being served in this task.
+    /// The socket that carries the response to the request served by the current task.
     pub(super) fn carrier(self: &Arc<Self>) -> Arc<dyn sse::Socket> {
         match CUT.try_with(CancellationToken::clone) {
             Ok(cut) => Arc::new(Share {
@@ -97,7 +99,7 @@ impl sse::Socket for Connection {
         if self.taken() >= n {
             return Poll::Ready(());
         }
-        // Registered before looking again, or what is taken in between would wake nobody.
+        // Register before checking again: bytes accepted in between would otherwise wake no task.
         self.writer.register(cx.waker());
         if self.taken() >= n {
             Poll::Ready(())
@@ -106,18 +108,19 @@ impl sse::Socket for Connection {
         }
     }
 
-    /// Whatever is under way, with a reset: bytes waiting for a socket that does not move would wait on.
+    /// Cuts the connection with a reset, even in the middle of a response: bytes queued for a
+    /// stalled socket would otherwise wait on.
     fn kill(&self) {
         self.kill.cancel();
     }
 }
 
 tokio::task_local! {
-    /// Cuts the stream of HTTP/2 that this task serves.
+    /// Cuts the HTTP/2 stream that this task serves.
     static CUT: CancellationToken;
 }
 
-/// A stream of HTTP/2.
+/// An HTTP/2 stream.
 #[derive(Debug)]
 struct Share {
     n_asked: AtomicU64,
@@ -125,12 +128,13 @@ struct Share {
 }
 
 impl sse::Socket for Share {
-    /// It asks for more when the peer's window had room for all but one piece of what came before. So each time it asks is progress.
+    /// Hyper polls for more when the peer's window had room for all but one chunk of the previous
+    /// data, so each poll is progress.
     fn taken(&self) -> u64 {
         self.n_asked.load(Relaxed)
     }
 
-    /// The protocol bounds by itself what waits of one stream.
+    /// HTTP/2 flow control already bounds the unsent bytes of a stream.
     fn poll_taken(&self, _: &mut Context<'_>, _: u64) -> Poll<()> {
         self.n_asked.fetch_add(1, Relaxed);
         Poll::Ready(())
@@ -141,7 +145,7 @@ impl sse::Socket for Share {
     }
 }
 
-/// Spawns a task for each stream of HTTP/2, which can be cut: dropping it resets the stream.
+/// Spawns a task for each HTTP/2 stream. The task can be cut; dropping it resets the stream.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Spawner;
 
@@ -158,7 +162,7 @@ impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Spawne
     }
 }
 
-/// A socket that says how much it has taken.
+/// A socket that reports how many bytes it has accepted.
 pub(super) struct Socket {
     pub(super) stream: TcpStream,
     pub(super) connection: Arc<Connection>,
@@ -166,11 +170,11 @@ pub(super) struct Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Without it the kernel would keep what the peer does not take for minutes.
+        // Otherwise the kernel would keep undelivered bytes for minutes.
         if self.connection.kill.is_cancelled()
             && let Err(error) = self.stream.set_zero_linger()
         {
-            tracing::debug!(peer = %self.connection.peer, %error, "no reset; the kernel keeps what was not taken");
+            tracing::debug!(peer = %self.connection.peer, %error, "cannot reset the connection; the kernel keeps undelivered bytes");
         }
     }
 }

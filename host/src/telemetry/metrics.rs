@@ -1,6 +1,8 @@
-//! Every metric in one table, under `pointsman_`. Names and labels are an API boundary; labels are bounded, never a user or an event id.
+//! Every metric, in one table, with the prefix `pointsman_`. Names and labels are public API.
+//! Labels are bounded; none is a user or an event id.
 //!
-//! A [`Metrics`] handle is passed in; there is no global. Served by `http` on the admin listener in the OpenMetrics text format.
+//! A [`Metrics`] handle is passed in; there is no global registry. `http` serves them on the admin
+//! listener in the OpenMetrics text format.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -21,7 +23,7 @@ pub struct SourceLabel {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
-    /// One of the five outcome words.
+    /// One of the five outcomes.
     pub outcome: &'static str,
 }
 
@@ -33,33 +35,34 @@ pub struct PluginLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginCallLabel {
     pub plugin: String,
-    /// `ok`, or the kind of failure: `deadline`, `memory`, `trap`, `refused`, `failed`.
+    /// `ok` or the kind of failure: `deadline`, `memory`, `trap`, `refused`, `failed`.
     pub outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginLoadLabel {
     pub plugin: String,
-    /// `loaded`, or `failed`: what ran before, if anything did, goes on.
+    /// `loaded` or `failed`; after a failure the previous version, if any, stays active.
     pub outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginCacheLabel {
-    /// `hit`, `miss`, `damaged` (there, of no use, and removed), or `unwritten` (compiled, and could not be kept).
+    /// `hit`, `miss`, `corrupt` (found but unusable, and removed) or `write_failed` (compiled but
+    /// not stored).
     pub outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginShadowLabel {
     pub plugin: String,
-    /// `same`, `different`, `failed` (the candidate only), or `skipped` (too many waited).
+    /// `same`, `different`, `failed` (the candidate only) or `skipped` (too many were waiting).
     pub outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
-    /// A fixed word of the code.
+    /// A fixed word from the code.
     pub reason: &'static str,
 }
 
@@ -67,7 +70,7 @@ type DurationFamily<L> = Family<L, Histogram, fn() -> Histogram>;
 
 macro_rules! metrics {
     ($( $(#[doc = $help:literal])+ $field:ident: $kind:ty = $name:literal $(, unit $unit:expr)? $(, new $new:expr)? ;)+) => {
-        /// A cheap handle: clones share the numbers.
+        /// A cheap handle: clones share the metrics.
         #[derive(Clone, Debug)]
         pub struct Metrics {
             $( $(#[doc = $help])+ pub $field: $kind, )+
@@ -99,39 +102,39 @@ fn call_durations() -> Histogram {
 }
 
 metrics! {
-    /// Entries read from the sources: the five outcomes, those in flight, and those read again after a refusal.
+    /// Entries read from the sources: those with an outcome, those in flight and those read again.
     events_read: Family<SourceLabel, Counter> = "events_read";
-    /// Entries read again because a commit was refused or its outcome unknown.
+    /// Entries read again because a commit was rejected or its outcome is unknown.
     events_reread: Family<SourceLabel, Counter> = "events_reread";
     /// Events by outcome, as committed by this node.
     events: Family<OutcomeLabel, Counter> = "events";
-    /// Entries beyond the position.
+    /// Entries after the position, not yet processed.
     source_lag: Family<SourceLabel, Gauge> = "source_lag_entries";
-    /// Entries that somebody else removed from a source before any node read them, as the broker counts them.
+    /// Entries trimmed from a source before any node read them, as counted by the broker.
     source_entries_lost: Family<SourceLabel, Counter> = "source_entries_lost";
-    /// Events whose ids the window of a source had no room to remember, so that a retry of them is not known as one.
+    /// Event ids that did not fit the dedupe window of a source; a retry of one is not detected.
     source_ids_forgotten: Family<SourceLabel, Counter> = "source_ids_forgotten";
-    /// Dead letters that wait for a redrive.
+    /// Dead letters stored, waiting to be redriven or dropped.
     dead_letters: Family<SourceLabel, Gauge> = "dead_letters";
-    /// Dead letters that were the oldest when there were too many, and are gone.
+    /// Dead letters deleted as the oldest because their number exceeded the limit.
     dead_letters_trimmed: Family<SourceLabel, Counter> = "dead_letters_trimmed";
-    /// Times that this node found the broker away.
+    /// Errors of the broker that stopped the processing of a source on this node.
     broker_away: Counter = "broker_away";
-    /// Calls of plugins by how they ended.
+    /// Plugin calls, by outcome.
     plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
-    /// How long calls of plugins took.
+    /// Duration of plugin calls.
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
-    /// Files of plugins that were loaded or were not, at the start and whenever they changed.
+    /// Plugin files loaded or failed to load, at startup and after changes, by outcome.
     plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
-    /// Compiled plugins that were looked for in the cache, or could not be put there.
+    /// Look-ups of compiled plugins in the cache and failures to store them, by outcome.
     plugin_cache: Family<PluginCacheLabel, Counter> = "plugin_cache";
-    /// Times that a plugin's generation failed too often, or an operator had enough of it, and the one before took over again.
+    /// Rollbacks of a plugin to its previous generation, automatic or by an admin command.
     plugin_rollbacks: Family<PluginLabel, Counter> = "plugin_rollbacks";
-    /// 1 while a plugin failed on so many events in a row that it is asked only now and then.
+    /// 1 while a plugin is called only occasionally after failing on many events in a row.
     plugin_breaker_open: Family<PluginLabel, Gauge> = "plugin_breaker_open";
-    /// Calls of plugins that a candidate beside them was asked about as well, by what it would have decided.
+    /// Plugin calls repeated on a candidate, by comparison of the results.
     plugin_shadow_comparisons: Family<PluginShadowLabel, Counter> = "plugin_shadow_comparisons";
-    /// Instances of plugins that are kept for the next event.
+    /// Plugin instances kept for the next event.
     plugin_instances: Gauge = "plugin_instances";
     /// Open streams on this node.
     streams_open: Gauge = "streams_open";
@@ -139,19 +142,19 @@ metrics! {
     streams_closed: Family<ReasonLabel, Counter> = "streams_closed";
     /// Notifications written to streams.
     notifications_sent: Counter = "notifications_sent";
-    /// Times that a stream's buffer was full and it went back to replay.
+    /// Times that a stream returned to replay because its buffer was full.
     stream_overflows: Counter = "stream_overflows";
-    /// Replays begun, by cause.
+    /// Replays started, by cause.
     replays: Family<ReasonLabel, Counter> = "replays";
     /// Gaps announced, by reason.
     gaps: Family<ReasonLabel, Counter> = "gaps";
     /// Logs that this node follows.
     logs_followed: Gauge = "logs_followed";
-    /// Times that the feed was lost and made again.
+    /// Times that the feed was lost and opened again.
     feed_resets: Counter = "feed_resets";
-    /// Requests to the HTTP interface refused, by reason.
+    /// Requests to the HTTP interface rejected, by reason.
     requests_refused: Family<ReasonLabel, Counter> = "requests_refused";
-    /// Process start, in seconds since the Unix epoch.
+    /// Start time of the process since the Unix epoch.
     start_time: Gauge<f64, AtomicU64> = "start_time", unit Unit::Seconds;
 }
 
@@ -161,7 +164,8 @@ impl Metrics {
         let mut text = String::new();
         match encode(&mut text, &self.registry) {
             Ok(()) => text,
-            // Writing to a String does not fail; if the library refuses a metric, the reader of the page must see it.
+            // Writing to a String cannot fail. If the library rejects a metric, the scraper must
+            // see the error.
             Err(error) => format!("{text}# error {error}\n"),
         }
     }
@@ -172,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rendered_names_are_the_documented_ones() {
+    fn rendered_names_match_the_documentation() {
         let metrics = Metrics::default();
         metrics
             .events
@@ -192,7 +196,7 @@ mod tests {
             "pointsman_plugin_call_duration_seconds_bucket",
             "pointsman_streams_open 0",
         ] {
-            assert!(page.contains(line), "{line} is not in:\n{page}");
+            assert!(page.contains(line), "{line} is missing from:\n{page}");
         }
     }
 }

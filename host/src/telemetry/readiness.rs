@@ -1,7 +1,8 @@
-//! Whether this node is fit for traffic, as a list of named reasons that any part may set and clear.
+//! Readiness of this node for traffic: a list of named reasons that any part may set and clear.
 //!
-//! A *reason* turns the node unready; a *warning* is only shown. Both are one line with the fix in it. Served by `http::health`; nothing here
-//! decides what an unready node does, and nothing stops because of it: open streams are kept.
+//! A *reason* makes the node unready; a *warning* is only displayed. Both are one line that
+//! includes the fix. `http::health` serves them. Nothing here reacts to an unready node, and
+//! nothing stops because of it: open streams stay open.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 /// A cheap handle: clones share the reasons.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
-    /// By name. A std lock, held for a map operation and never across an await: set on failures, read by a probe.
+    /// By name. A std mutex, held for a map operation and never across an `.await`: written on
+    /// failures, read by probes.
     reasons: Arc<Mutex<BTreeMap<String, Reason>>>,
 }
 
@@ -18,9 +20,9 @@ pub struct Readiness {
 struct Reason {
     text: String,
     is_warning: bool,
-    /// Of what is still to come at the start, and was not logged.
+    /// Set for a step of the startup that is still pending; not logged.
     is_expected: bool,
-    /// When it is no longer true unless it is said again.
+    /// When the reason expires unless it is set again.
     until: Option<Instant>,
 }
 
@@ -30,16 +32,17 @@ impl Reason {
     }
 }
 
-/// The state at one moment.
+/// A snapshot of the readiness.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     pub is_ready: bool,
-    /// One line a reason or warning, `name: text`, reasons first.
+    /// One line for each reason or warning, as `name: text`; reasons first.
     pub lines: Vec<String>,
 }
 
 impl Readiness {
-    /// As [`Readiness::set`], of what is still to come at the start: nothing to log, as nothing went wrong.
+    /// Like [`Readiness::set`], for a pending step of the startup. Not logged, because nothing
+    /// failed.
     pub fn expect(&self, name: &str, text: &str) {
         self.lock().insert(
             name.to_owned(),
@@ -52,23 +55,25 @@ impl Readiness {
         );
     }
 
-    /// Turns the node unready for the reason `name`, until [`Readiness::clear`]. Logged when it is new or reads differently.
+    /// Makes the node unready for the reason `name` until [`Readiness::clear`]. Logged if the
+    /// reason is new or its text changed.
     pub fn set(&self, name: &str, text: impl Into<String>) {
         self.put(name, text.into(), false, None);
     }
 
-    /// As [`Readiness::set`], of what is only seen when it happens: it holds for so long, and on while it is said again.
+    /// Like [`Readiness::set`], for a condition that is visible only when it occurs: expires after
+    /// `long` unless it is set again.
     pub fn set_for(&self, name: &str, text: impl Into<String>, long: Duration) {
         self.put(name, text.into(), false, Some(Instant::now() + long));
     }
 
-    /// Shows a line; the node stays ready.
+    /// Displays a warning; the node stays ready.
     pub fn warn(&self, name: &str, text: impl Into<String>) {
         self.put(name, text.into(), true, None);
     }
 
     fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
-        // A line break would forge a second reason on the page.
+        // A line break would forge a second reason in the report.
         let reason = Reason {
             text: text.replace(['\n', '\r'], " "),
             is_warning,
@@ -87,20 +92,21 @@ impl Readiness {
         }
     }
 
-    /// Takes a reason or warning back; nothing if it is not set.
+    /// Removes a reason or warning, if it is set.
     pub fn clear(&self, name: &str) {
         let Some(reason) = self.lock().remove(name) else {
             return;
         };
         if !reason.is_expected {
-            tracing::info!(reason = name, "no longer: {}", reason.text);
+            tracing::info!(reason = name, "resolved: {}", reason.text);
         }
         if !reason.is_warning && self.is_ready() {
             tracing::info!("ready");
         }
     }
 
-    /// Takes back every reason and warning whose name begins with `prefix`, unless `is_kept`.
+    /// Removes every reason and warning whose name begins with `prefix`, unless `is_kept` returns
+    /// true for it.
     pub fn retain(&self, prefix: &str, is_kept: impl Fn(&str) -> bool) {
         let names: Vec<String> = self
             .lock()
@@ -137,7 +143,7 @@ impl Readiness {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Reason>> {
-        // A map operation does not panic half-way, so a poisoned lock still holds a whole map.
+        // A map operation does not panic half-way, so the map behind a poisoned lock is intact.
         self.reasons.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -147,18 +153,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_turn_it_red_and_warnings_do_not() {
+    fn reasons_make_the_node_unready_and_warnings_do_not() {
         let readiness = Readiness::default();
-        readiness.warn("redis.aof", "no append-only file; set appendonly yes");
+        readiness.warn(
+            "redis.aof",
+            "the append-only file is off; run CONFIG SET appendonly yes",
+        );
         assert!(readiness.is_ready());
-        readiness.set("broker", "away:\nconnection refused");
+        readiness.set("broker", "unavailable:\nconnection refused");
         let report = readiness.report();
         assert!(!report.is_ready);
         assert_eq!(
             report.lines,
             [
-                "broker: away: connection refused",
-                "warning: redis.aof: no append-only file; set appendonly yes"
+                "broker: unavailable: connection refused",
+                "warning: redis.aof: the append-only file is off; run CONFIG SET appendonly yes"
             ]
         );
         readiness.retain("broker", |_| false);

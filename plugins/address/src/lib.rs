@@ -1,17 +1,18 @@
-//! A router for events that say themselves whom they are for, by these extension attributes:
+//! A router for events that name their recipients in these extension attributes:
 //!
 //! | attribute | value | meaning |
 //! |---|---|---|
 //! | `user`, `group` | text or integer | one recipient |
-//! | `users`, `groups` | `a,b,c`, or a JSON array of strings: `["a","b"]` | several; spaces around a comma do not count |
+//! | `users`, `groups` | `a,b,c`, or a JSON array of strings: `["a","b"]` | several recipients |
 //! | `everyone` | `true` or `false`, as a boolean or as text | all recipients |
-//! | `priority` | `low`, `normal`, `high`, `urgent` | how urgent; a filter may have changed it |
-//! | `ttl` | `30` (seconds, as an integer or as text), `500ms`, `30s`, `5m`, `2h` | not delivered after that |
-//! | `collapse` | text | a later event with the same key makes this one superfluous |
+//! | `priority` | `low`, `normal`, `high`, `urgent` | the urgency; a filter may have changed it |
+//! | `ttl` | `30` (seconds, as an integer or as text), `500ms`, `30s`, `5m`, `2h` | the time to live |
+//! | `collapse` | text | a later event with the same key supersedes this one |
 //!
-//! All of them may stand together, and name one recipient more than once: everybody gets one notification. An event that names nobody
-//! has no routes. A value that is none of the above is rejected, with the attribute's name and what it should be: a notification that
-//! silently goes to fewer people is worse than a dead letter.
+//! Spaces around commas are ignored. The attributes may be combined and may name a recipient more
+//! than once: each recipient gets one notification. An event that names no recipient has no routes.
+//! Any other value is rejected, with the name of the attribute and the fix: a dead letter is better
+//! than a notification that silently reaches fewer people.
 
 use pointsman_plugin::{
     Event, Failure, Interest, Issue, NoConfig, Plugin, Priority, Route, Router, Target, Ttl, Value,
@@ -62,7 +63,7 @@ impl Router for Address {
         if event.attribute("everyone").map(flag).transpose()? == Some(true) {
             targets.push(Target::Everyone);
         }
-        // The event's priority, which a filter may have changed, is the route's anyway; here it is only checked.
+        // Only validated: the route takes the event's priority, which a filter may have changed.
         event
             .attribute("priority")
             .map(check_priority)
@@ -88,7 +89,7 @@ fn rejected(attribute: &str, value: &Value, fix: &str) -> Failure {
     Failure::Reject(format!("the attribute {attribute} is '{value}'; {fix}"))
 }
 
-/// User ids are often numbers, and JSON keeps them so.
+/// User ids are often numbers, and JSON keeps them as numbers.
 fn name(attribute: &str, value: &Value) -> Result<String, Failure> {
     match value {
         Value::Text(text) if !text.trim().is_empty() => Ok(text.clone()),
@@ -96,7 +97,7 @@ fn name(attribute: &str, value: &Value) -> Result<String, Failure> {
         _ => Err(rejected(
             attribute,
             value,
-            "give it a text that is not empty, or leave it out",
+            "use a non-empty text or remove the attribute",
         )),
     }
 }
@@ -106,7 +107,7 @@ fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
         rejected(
             attribute,
             value,
-            r#"give it names with commas between them (a,b), or a JSON array of strings (["a","b"])"#,
+            r#"use comma-separated names (a,b) or a JSON array of strings (["a","b"])"#,
         )
     };
     let list: Vec<String> = match value {
@@ -114,7 +115,7 @@ fn names(attribute: &str, value: &Value) -> Result<Vec<String>, Failure> {
         Value::Text(text) if text.trim_start().starts_with('[') => {
             serde_json::from_str(text).map_err(|_| refused())?
         }
-        // An application that joins a list which happens to be empty means nobody.
+        // An application that joins an empty list means no recipients.
         Value::Text(text) if text.trim().is_empty() => Vec::new(),
         Value::Text(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
         Value::Decimal(_) | Value::Flag(_) => return Err(refused()),
@@ -131,7 +132,7 @@ fn flag(value: &Value) -> Result<bool, Failure> {
         Value::Flag(flag) => Ok(*flag),
         Value::Text(text) if text == "true" => Ok(true),
         Value::Text(text) if text == "false" => Ok(false),
-        _ => Err(rejected("everyone", value, "it is true or false")),
+        _ => Err(rejected("everyone", value, "use true or false")),
     }
 }
 
@@ -141,7 +142,7 @@ fn check_priority(value: &Value) -> Result<(), Failure> {
         _ => Err(rejected(
             "priority",
             value,
-            "it is low, normal, high or urgent",
+            "use low, normal, high or urgent",
         )),
     }
 }
@@ -168,7 +169,7 @@ mod tests {
         plugin.resolve(&event.seen_by(&plugin).unwrap())
     }
 
-    /// Users as they are, groups with `@` before them, everyone as `*`.
+    /// Formats users as they are, groups with a leading `@` and everyone as `*`.
     fn targets(attributes: &[(&str, Value)]) -> Vec<String> {
         let routes = resolve(attributes).unwrap();
         let written = |target: &Target| match target {
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn each_attribute_names_whom_it_says() {
+    fn each_attribute_names_its_recipients() {
         assert_eq!(targets(&[("user", "42".into())]), ["42"]);
         assert_eq!(targets(&[("user", 42.into())]), ["42"]);
         assert_eq!(targets(&[("users", "a, b ,c".into())]), ["a", "b", "c"]);
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_named_gets_nothing() {
+    fn an_event_that_names_no_recipient_has_no_routes() {
         for attributes in [
             &[][..],
             &[("colour", "red".into())],
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ttl_is_seconds_or_has_a_unit() {
+    fn a_ttl_is_in_seconds_or_has_a_unit() {
         for (value, expect) in [
             (30.into(), 30_000),
             ("30".into(), 30_000),
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_priority_is_left_to_the_event_so_that_a_filter_can_change_it() {
+    fn the_route_sets_no_priority_so_that_a_filter_can_change_it() {
         assert_eq!(
             resolve(&[("user", "a".into()), ("priority", "urgent".into())]),
             Ok(vec![Route::to_user("a")])
@@ -252,11 +253,11 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_is_rejected_with_its_name_and_the_fix() {
+    fn an_invalid_value_is_rejected_with_its_name_and_the_fix() {
         for (name, value, fix) in [
-            ("user", "".into(), "not empty"),
-            ("user", true.into(), "not empty"),
-            ("users", "a,,b".into(), "commas between"),
+            ("user", "".into(), "non-empty"),
+            ("user", true.into(), "non-empty"),
+            ("users", "a,,b".into(), "comma-separated"),
             ("users", r#"["a",1]"#.into(), "JSON array of strings"),
             ("users", r#"["a""#.into(), "JSON array of strings"),
             ("groups", 1.5.into(), "JSON array of strings"),
@@ -269,14 +270,14 @@ mod tests {
             ("ttl", "5 m".into(), "500ms, 30s, 5m, 2h"),
             ("ttl", "ms".into(), "500ms, 30s, 5m, 2h"),
             ("ttl", "99999999999999999h".into(), "500ms, 30s, 5m, 2h"),
-            ("collapse", "".into(), "not empty"),
+            ("collapse", "".into(), "non-empty"),
         ] {
             let value: Value = value;
-            // Also where somebody else is named well.
+            // Rejected even if another attribute names a valid recipient.
             let Err(Failure::Reject(reason)) =
                 resolve(&[("group", "ops".into()), (name, value.clone())])
             else {
-                panic!("{name} {value:?} was taken")
+                panic!("{name} {value:?} was accepted")
             };
             assert!(
                 reason.contains(&format!("the attribute {name} is")) && reason.contains(fix),

@@ -1,15 +1,16 @@
-//! A filter that drops what its rules describe, and says which rule it was. Without a rule it keeps everything.
+//! A filter that drops the events that match one of its rules and records the rule as the reason.
+//! Without rules it keeps every event.
 //!
 //! ```toml
 //! [[plugins.discard.config.rules]]
-//! reason = "test traffic of the shop"         # optional; without one the rule describes itself
-//! match.type = "order.*"                      # all that a condition says must hold; one rule is enough
+//! reason = "test traffic of the shop"  # optional; the default is a description of the rule
+//! match.type = "order.*"               # all parts must hold; the first rule that holds decides
 //! match.attributes = { env = ["test", "dev"] }
 //! match.payload = { "/order/total" = 0 }
 //! match.older_than_s = 3600
 //! ```
 //!
-//! What a condition can say is [`pointsman_plugin::Condition`]'s.
+//! [`pointsman_plugin::Condition`] documents the conditions.
 
 use pointsman_plugin::{
     Condition, Event, Failure, Filter, Interest, Issue, Plugin, Verdict, export,
@@ -28,9 +29,9 @@ struct Config {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Rule {
-    /// What is recorded with each event that the rule drops.
+    /// The reason recorded with each event that the rule drops.
     reason: Option<String>,
-    /// Which events it drops.
+    /// The events to drop.
     r#match: Option<Condition>,
 }
 
@@ -48,7 +49,7 @@ impl Plugin for Discard {
             let would_drop_all = || {
                 Issue::new(
                     format!("rules[{at}]"),
-                    "would drop every event; say which: match = { type = \"debug.*\" }",
+                    "would drop every event; add a condition, such as match = { type = \"debug.*\" }",
                 )
             };
             let condition = rule.r#match.ok_or_else(would_drop_all)?;
@@ -60,7 +61,7 @@ impl Plugin for Discard {
         })
     }
 
-    /// What the rules look at, and no more.
+    /// Exactly the values that the rules read.
     fn interest(&self) -> Interest {
         Interest::in_conditions(self.rules.iter().map(|(condition, _)| Some(condition)))
     }
@@ -83,7 +84,8 @@ mod tests {
 
     use super::*;
 
-    /// The verdict on the event as the host would show it; `Keep` where the host would not even ask.
+    /// The verdict on the event as the host would pass it; `Keep` if the host would not call the
+    /// plugin.
     fn verdict(rules: serde_json::Value, event: EventBuilder) -> Verdict {
         let plugin: Discard = configure(json!({ "rules": rules })).unwrap();
         event
@@ -102,12 +104,15 @@ mod tests {
             .attribute("a", 1)
             .seen_by(&plugin)
             .unwrap();
-        assert!(seen.attributes.is_empty(), "nothing is read for no rule");
+        assert!(
+            seen.attributes.is_empty(),
+            "without rules no attribute is read"
+        );
         assert_eq!(plugin.evaluate(&seen), Ok(Verdict::Keep));
     }
 
     #[test]
-    fn the_first_rule_whose_condition_holds_drops_and_says_why() {
+    fn the_first_rule_that_holds_drops_the_event_and_gives_the_reason() {
         let rules = json!([
             {"match": {"type": "order.*", "attributes": {"env": "test"}}},
             {"match": {"payload": {"/order/total": 0}}, "reason": "free orders"},
@@ -144,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn only_types_that_a_rule_names_are_asked_for() {
+    fn the_interest_covers_only_the_types_that_a_rule_names() {
         let plugin: Discard =
             configure(json!({"rules": [{"match": {"type": "a.*", "payload": {"/x": 1}}}, {"match": {"type": "b"}}]})).unwrap();
         assert_eq!(
@@ -154,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_cannot_be_meant_is_refused_with_its_place() {
+    fn a_rule_that_matches_everything_or_is_invalid_is_rejected_with_its_location() {
         for (rule, path, message) in [
             (json!({}), "rules[0]", "would drop every event"),
             (
@@ -165,7 +170,7 @@ mod tests {
             (
                 json!({"match": {}}),
                 "rules[0].match",
-                "says nothing, so it would hold for every event",
+                "is empty and would hold for every event",
             ),
             (
                 json!({"match": {"payload": {"order": 1}}}),
@@ -184,7 +189,7 @@ mod tests {
             ),
         ] {
             let Err(issues) = configure::<Discard>(json!({ "rules": [rule] })) else {
-                panic!("{rule} was taken")
+                panic!("{rule} was accepted")
             };
             assert!(
                 issues[0].path == path && issues[0].message.contains(message),

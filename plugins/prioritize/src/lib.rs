@@ -1,9 +1,10 @@
-//! A filter that sets the priority and attributes of events by tables over one of their values. It drops nothing.
+//! A filter that sets the priority and attributes of events from tables keyed by one of their
+//! values. It drops nothing.
 //!
 //! ```toml
 //! [[plugins.prioritize.config.tables]]
-//! match.type = "order.*"                                 # optional: which events the table is for
-//! by = "/order/total"                                    # an attribute, a JSON pointer into the payload, or type, source, subject, id
+//! match.type = "order.*"  # optional: the events to which the table applies
+//! by = "/order/total"     # attribute, JSON pointer, type, source, subject or id
 //! rows = [
 //!     { value = { at_least = 1000 }, priority = "high", attributes = { desk = "large" } },
 //!     { value = { less = 10 }, priority = "low" },
@@ -11,8 +12,9 @@
 //! default = { attributes = { desk = "general" } }
 //! ```
 //!
-//! The first row whose value it is counts; without one, also for want of the value, the default. All tables that match apply, in order,
-//! and each sees what those before it set. What a row can ask of a value is [`pointsman_plugin::Wanted`]'s.
+//! The first row that the value matches applies. If there is none, or the event does not have the
+//! value, the default applies. All tables whose condition holds apply in order, and each sees the
+//! changes of those before it. [`pointsman_plugin::Wanted`] documents the tests of a row.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -28,7 +30,7 @@ use serde::Deserialize;
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Config {
-    /// All that match apply, in this order.
+    /// The tables. All whose condition holds apply, in this order.
     #[serde(default)]
     tables: Vec<Table>,
 }
@@ -36,14 +38,15 @@ struct Config {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Table {
-    /// Which events it is for; without it, every event.
+    /// The events to which the table applies; if absent, every event.
     r#match: Option<Condition>,
-    /// The value that decides: an attribute, a JSON pointer into the payload, or type, source, subject, id.
+    /// The value that selects the row: an attribute, a JSON pointer into the payload, or type,
+    /// source, subject or id.
     by: Selector,
-    /// The first whose value it is counts.
+    /// The rows; the first that the value matches applies.
     #[serde(default)]
     rows: Vec<Row>,
-    /// Without such a row.
+    /// Applies if no row does.
     default: Option<Change>,
 }
 
@@ -56,7 +59,7 @@ struct Row {
     attributes: BTreeMap<AttributeName, Value>,
 }
 
-/// What becomes of the event.
+/// The change to an event.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Change {
@@ -77,10 +80,7 @@ impl Plugin for Prioritize {
             let issue =
                 |key: &str, message: String| Issue::new(format!("tables[{at}]{key}"), message);
             if table.rows.is_empty() && table.default.is_none() {
-                return Err(issue(
-                    "",
-                    "changes nothing; give it rows or a default".into(),
-                ));
+                return Err(issue("", "changes nothing; add rows or a default".into()));
             }
             for (row, Row { attributes, .. }) in table.rows.iter().enumerate() {
                 check(attributes).map_err(|(name, message)| {
@@ -96,21 +96,21 @@ impl Plugin for Prioritize {
         Ok(Self(config.tables))
     }
 
-    /// What the tables look at, and no more.
+    /// Exactly the values that the tables read.
     fn interest(&self) -> Interest {
         let conditions = self.0.iter().map(|table| table.r#match.as_ref());
         Interest::in_conditions(conditions).selectors(self.0.iter().map(|table| &table.by))
     }
 }
 
-/// What the host would refuse at every event.
+/// Rejects attributes that the host would refuse on every event.
 fn check(attributes: &BTreeMap<AttributeName, Value>) -> Result<(), (&str, String)> {
     for (name, value) in attributes {
         let name = name.as_str();
         if name == "priority" {
             return Err((
                 name,
-                "changes no priority: that is a key of its own, beside attributes".into(),
+                "cannot change the priority; use the key priority, next to attributes".into(),
             ));
         }
         if let Value::Text(text) = value
@@ -118,7 +118,7 @@ fn check(attributes: &BTreeMap<AttributeName, Value>) -> Result<(), (&str, Strin
         {
             return Err((
                 name,
-                "is no attribute: it has a control character or more than 65536 bytes".into(),
+                "contains a control character or exceeds 65536 bytes; remove the character or shorten it".into(),
             ));
         }
     }
@@ -163,7 +163,7 @@ impl Filter for Prioritize {
 }
 
 impl Table {
-    /// What it changes about an event.
+    /// Returns the change that the table makes to an event.
     fn change(&self, event: &Event) -> Option<(Option<Priority>, &BTreeMap<AttributeName, Value>)> {
         if self
             .r#match
@@ -192,7 +192,8 @@ mod tests {
 
     use super::*;
 
-    /// The verdict on the event as the host would show it; `Keep` where the host would not even ask.
+    /// The verdict on the event as the host would pass it; `Keep` if the host would not call the
+    /// plugin.
     fn verdict(tables: &Json, event: EventBuilder) -> Verdict {
         let plugin: Prioritize = configure(json!({ "tables": tables })).unwrap();
         event
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_row_whose_value_it_is_counts_else_the_default() {
+    fn the_first_row_that_matches_applies_otherwise_the_default() {
         let tables = json!([{
             "match": {"type": "order.*"}, "by": "/total",
             "rows": [
@@ -258,7 +259,7 @@ mod tests {
         assert_eq!(
             verdict(&tables, order(json!(9))),
             Verdict::Keep,
-            "a row that changes nothing keeps the default away"
+            "the default does not apply if a row without changes matches"
         );
         for other in [json!(100), json!("1000"), json!(null), json!([1000])] {
             assert_eq!(
@@ -270,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_apply_in_order_and_see_what_was_set_before() {
+    fn tables_apply_in_order_and_see_earlier_changes() {
         let tables = json!([
             {"by": "tier", "rows": [{"value": {"prefix": "g"}, "priority": "high", "attributes": {"tier": "vip", "seen": 1}}]},
             {"by": "tier", "rows": [{"value": "vip", "attributes": {"desk": "a", "seen": 2}}], "default": {"attributes": {"desk": "b"}}},
@@ -297,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_the_tables_look_at_crosses() {
+    fn the_interest_covers_exactly_the_values_that_the_tables_read() {
         let tables = json!([
             {"match": {"type": "a", "attributes": {"x": 1}}, "by": "/p", "default": {}},
             {"match": {"type": "b"}, "by": "y", "default": {}},
@@ -313,11 +314,11 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_is_told_with_its_place_and_the_fix() {
+    fn a_mistake_is_reported_with_its_location_and_the_fix() {
         for (table, path, fix) in [
             (json!({}), "", "missing field `by`"),
-            (json!({"by": "a"}), "", "give it rows or a default"),
-            (json!({"by": "A"}), ".by", "write 1 to 64 of a-z"),
+            (json!({"by": "a"}), "", "add rows or a default"),
+            (json!({"by": "A"}), ".by", "use 1 to 64 characters"),
             (
                 json!({"by": "a", "rows": [{"priority": "high"}]}),
                 ".rows[0]",
@@ -326,17 +327,17 @@ mod tests {
             (
                 json!({"by": "a", "rows": [{"value": {}}]}),
                 ".rows[0].value",
-                "says nothing",
+                "has no operator",
             ),
             (
                 json!({"by": "a", "rows": [{"value": 1, "priority": "top"}]}),
                 ".rows[0].priority",
-                "write low, normal, high or urgent",
+                "use low, normal, high or urgent",
             ),
             (
                 json!({"by": "a", "rows": [{"value": 1, "attributes": {"id": 1}}]}),
                 ".rows[0].attributes.id",
-                "is no extension attribute",
+                "is not an extension attribute",
             ),
             (
                 json!({"by": "a", "rows": [{"value": 1, "attributes": {"x": []}}]}),
@@ -346,7 +347,7 @@ mod tests {
             (
                 json!({"by": "a", "rows": [{"value": 1}, {"value": 1, "attributes": {"priority": "high"}}]}),
                 ".rows[1].attributes.priority",
-                "a key of its own",
+                "use the key priority",
             ),
             (
                 json!({"by": "a", "default": {"attributes": {"x": "a\nb"}}}),
@@ -360,7 +361,7 @@ mod tests {
             ),
         ] {
             let Err(issues) = configure::<Prioritize>(json!({ "tables": [table] })) else {
-                panic!("{table} was taken")
+                panic!("{table} was accepted")
             };
             assert!(
                 issues[0].path == format!("tables[0]{path}") && issues[0].message.contains(fix),

@@ -1,5 +1,6 @@
-//! The body of a notification: any JSON, whose texts are templates. A text that is nothing but one value becomes that value as it was
-//! written, lists and objects as well; one that is missing becomes `null` there, and nothing within a longer text.
+//! The body of a notification: any JSON in which all texts are templates. A text that consists of a
+//! single value becomes that value as it was written, including lists and objects. A missing value
+//! becomes `null` there, and an empty string within a longer text.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -24,11 +25,12 @@ pub(crate) enum Body {
     Object(BTreeMap<String, Body>),
 }
 
-/// The payload of an event as it was written, so that a number keeps its digits, whatever it has of them. (As a field of the payload, a list
-/// could not be told from a text that looks like one.)
+/// The payload of an event as it was written, so that every number keeps its exact digits. (A field
+/// of the payload that arrives as an attribute does not distinguish a list from a text that looks
+/// like one.)
 pub(crate) struct Document<'a> {
     event: &'a Event,
-    /// The lists and objects on the way to what was asked for, by their pointers; each is read once.
+    /// The lists and objects along the requested pointers, by pointer. Each is parsed once.
     levels: RefCell<BTreeMap<String, Level<'a>>>,
 }
 
@@ -45,11 +47,11 @@ impl<'a> Level<'a> {
             Some(b'[') => serde_json::from_str(json).map(Self::List),
             _ => Ok(Self::Neither),
         };
-        // The host has read the payload as a whole before.
+        // Parsing cannot fail, because the host has already parsed the whole payload.
         read.unwrap_or(Self::Neither)
     }
 
-    /// What stands under one step of a pointer (RFC 6901).
+    /// Resolves one step of a pointer (RFC 6901).
     fn at(&self, step: &str) -> Option<&'a RawValue> {
         match self {
             Self::Object(members) => members
@@ -89,7 +91,7 @@ impl<'a> Document<'a> {
 }
 
 impl Body {
-    /// Whether it needs the payload whole.
+    /// Whether the body needs the whole payload.
     pub(crate) fn reads_payload(&self) -> bool {
         match self {
             Self::Literal(_) => false,
@@ -99,7 +101,7 @@ impl Body {
         }
     }
 
-    /// What it reads beside the payload whole.
+    /// The values that the body reads in addition to the whole payload.
     pub(crate) fn selectors(&self) -> Box<dyn Iterator<Item = &Selector> + '_> {
         match self {
             Self::Literal(_) => Box::new(std::iter::empty()),
@@ -110,7 +112,7 @@ impl Body {
         }
     }
 
-    /// The body about this event, as JSON.
+    /// Fills in the body for this event, as JSON.
     pub(crate) fn fill(&self, event: &Event, document: &Document<'_>) -> String {
         let mut json = String::new();
         self.write(&mut json, event, document);
@@ -206,6 +208,6 @@ impl JsonSchema for Body {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"description": "Any JSON, whose texts are templates."})
+        json_schema!({"description": "Any JSON, in which all texts are templates."})
     }
 }

@@ -1,12 +1,14 @@
-//! A router that answers by a list of rules, for what is said in a table sooner than in a program.
+//! A router driven by a list of rules, for routing that is easier to express in a table than in a
+//! program.
 //!
 //! ```toml
 //! [[plugins.rules.config.rules]]
-//! name = "large orders"                                          # optional, for the log
-//! match.type = "order.*"                                         # without match: every event
+//! name = "large orders"              # optional, for the log
+//! match.type = "order.*"             # without match: every event
 //! match.payload = { "/order/total" = { at_least = 1000 } }
-//! to = { user = "{/order/owner}", groups = ["sales-{region}"] }  # user, users, group, groups, everyone
-//! when = { plan = ["pro", "team"] }                              # which of them, by their attributes
+//! # Targets: user, users, group, groups and everyone.
+//! to = { user = "{/order/owner}", groups = ["sales-{region}"] }
+//! when = { plan = ["pro", "team"] }  # restricts the targets by their attributes
 //! priority = "high"
 //! ttl = "2h"
 //! collapse = "order-{/order/id}"
@@ -14,14 +16,18 @@
 //! body = { text = "{/order/owner} ordered", total = "{/order/total}" }
 //! ```
 //!
-//! **Every rule whose condition holds answers**, in order, and a recipient whom several name gets one notification, with the highest
-//! priority. `stop = true` ends the list after a rule that holds, whether or not it names anybody: first-match is `stop` in every rule.
+//! **Every rule whose condition holds adds a route**, in order. A recipient addressed by several
+//! routes gets one notification, with the highest priority. `stop = true` ends the list after a
+//! rule that holds, even if the rule addresses no one; set it in every rule for first-match
+//! behaviour.
 //!
-//! A rule is never an error at an event. A condition that cannot be decided is false; a template whose value is missing, or is no name,
-//! makes no target, and says so in the log at debug. Mistakes in the configuration are told with their place as it is loaded.
+//! A rule never fails at an event. A condition that cannot be decided is false. A template whose
+//! value is missing, or is not a valid name, yields no target, which is logged at debug. Mistakes
+//! in the configuration are reported with their location when it is loaded.
 //!
-//! What a condition can say is [`pointsman_plugin::Condition`]'s; templates are `template.rs`, who is named `targets.rs`, conditions over
-//! recipients `recipients.rs`, and bodies `body.rs`.
+//! [`pointsman_plugin::Condition`] documents the conditions on events. `template.rs` implements
+//! templates, `targets.rs` the targets, `recipients.rs` the conditions on recipients and `body.rs`
+//! the bodies.
 
 use std::fmt;
 
@@ -45,7 +51,7 @@ use targets::{EventName, NameTemplate, To};
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Config {
-    /// Every rule whose condition holds answers, in this order.
+    /// The rules. Every rule whose condition holds adds a route, in this order.
     #[serde(default)]
     rules: Vec<Rule>,
 }
@@ -53,25 +59,27 @@ struct Config {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Rule {
-    /// What the log calls it.
+    /// The name of the rule in the log.
     name: Option<String>,
-    /// Which events it answers; without it, every event.
+    /// The events to which the rule applies; if absent, every event.
     r#match: Option<Condition>,
-    /// Whom it names.
+    /// The targets.
     to: Option<To>,
-    /// Which of them, by their attributes: a table whose tests must all hold, or a list of such tables of which one must.
+    /// Restricts the targets by the attributes of the recipients: a table whose tests must all
+    /// hold, or a list of alternative tables.
     when: Option<OneOrMore<Clause>>,
-    /// In place of the event's.
+    /// The priority, instead of the event's own.
     priority: Option<Priority>,
-    /// Not delivered after that.
+    /// The time to live, after which the notification is not delivered.
     ttl: Option<Ttl>,
-    /// A template; a later notification with the same key makes this one superfluous.
+    /// A template for the collapse key; a later notification with the same key supersedes this one.
     collapse: Option<NameTemplate>,
     /// The SSE `event:` name.
     event_name: Option<EventName>,
-    /// Delivered as `data` in place of the event's own: any JSON, whose texts are templates.
+    /// The JSON to deliver as `data` instead of the event's own data. All texts in it are
+    /// templates.
     body: Option<Body>,
-    /// No rule after this one is looked at where this one holds.
+    /// Whether to skip the remaining rules if this one holds.
     #[serde(default)]
     stop: bool,
 }
@@ -91,7 +99,8 @@ impl Plugin for Rules {
         Ok(Self(config.rules))
     }
 
-    /// What the rules look at, and no more: the payload whole only for a body that takes a value from it as it is.
+    /// Exactly the values that the rules read. The whole payload is requested only for a body that
+    /// copies a value from it verbatim.
     fn interest(&self) -> Interest {
         let interest = Interest::in_conditions(self.0.iter().map(|rule| rule.r#match.as_ref()));
         let interest = interest.selectors(self.0.iter().flat_map(Rule::selectors));
@@ -131,12 +140,12 @@ impl Router for Rules {
 
 impl Rule {
     /// # Errors
-    /// The key, what is wrong, and the fix.
+    /// The key, and a message that names the problem and the fix.
     fn check(&self) -> Result<(), (&'static str, String)> {
         if self.to.as_ref().is_some_and(To::is_nobody) {
             return Err((
                 ".to",
-                "names nobody; give it user, users, group, groups or everyone = true".into(),
+                "addresses no one; set user, users, group, groups or everyone = true".into(),
             ));
         }
         let has_more = self.when.is_some()
@@ -146,8 +155,9 @@ impl Rule {
             || self.event_name.is_some()
             || self.body.is_some();
         if self.to.is_none() && (has_more || !self.stop) {
-            let fix = r#"say whom, as in to = { user = "{/customer/id}" }, or only stop = true"#;
-            return Err(("", format!("names nobody; {fix}")));
+            let fix =
+                r#"add targets, such as to = { user = "{/customer/id}" }, or set only stop = true"#;
+            return Err(("", format!("addresses no one; {fix}")));
         }
         let n_tests: usize = self
             .when
@@ -156,11 +166,11 @@ impl Rule {
             .map(Clause::n_tests)
             .sum();
         if n_tests > Clause::MAX_TESTS {
-            let fix = "write a list of values for several tests of one attribute";
+            let fix = "replace several tests of one attribute with a list of values";
             return Err((
                 ".when",
                 format!(
-                    "has {n_tests} tests; {} is the most; {fix}",
+                    "has {n_tests} tests, but the limit is {}; {fix}",
                     Clause::MAX_TESTS
                 ),
             ));
@@ -185,7 +195,7 @@ impl Rule {
             .chain(self.body.iter().flat_map(Body::selectors))
     }
 
-    /// Its answer about an event for which it holds.
+    /// Returns the route for an event for which the rule holds; `None` if it yields no target.
     fn route(&self, event: &Event, document: &Document<'_>, at: usize) -> Option<Route> {
         let Self {
             to,
@@ -210,11 +220,12 @@ impl Rule {
             match clause.tests(event) {
                 Ok(tests) => route = route.when(tests),
                 Err(why) => note(format_args!(
-                    "its condition on recipients holds for nobody: {why}"
+                    "the condition on recipients holds for no one: {why}"
                 )),
             }
         }
-        // A condition of which nothing is left never holds, where none at all would always.
+        // All clauses were dropped, so the condition never holds. The host would treat a route
+        // without a condition as one that always holds.
         if when.is_some() && route.when.is_none() {
             return None;
         }
@@ -225,7 +236,7 @@ impl Rule {
             .and_then(|template| match template.name(event) {
                 Ok(key) => Some(key),
                 Err(why) => {
-                    note(format_args!("its notification collapses with none: {why}"));
+                    note(format_args!("the notification has no collapse key: {why}"));
                     None
                 }
             });

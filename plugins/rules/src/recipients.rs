@@ -1,5 +1,6 @@
-//! Conditions on recipients: which of those whom a rule names, by their attributes. The plugin only writes them down; the host judges them
-//! for each recipient (`wit/types`). Texts are templates, so that `{ region = "{/order/region}" }` are those of the order's region.
+//! Conditions on recipients, which restrict the targets of a rule by their attributes. The plugin
+//! only builds them; the host evaluates them for each recipient (`wit/types.wit`). Texts are
+//! templates: `{ region = "{/order/region}" }` selects the recipients in the region of the order.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -13,13 +14,13 @@ use serde::{Deserialize, Deserializer};
 
 use crate::template::{Template, found};
 
-/// Tests that must all hold, by the name of the recipient's attribute.
+/// Tests that must all hold, by the name of the attribute of the recipient.
 #[derive(Clone, Debug, JsonSchema)]
 #[schemars(with = "BTreeMap<String, Wanted>")]
 pub(crate) struct Clause(BTreeMap<String, Wanted>);
 
 impl Clause {
-    /// The most tests that the host takes in all clauses of a route.
+    /// The maximum number of tests that the host accepts in all clauses of a route.
     pub(crate) const MAX_TESTS: usize = 256;
 
     pub(crate) fn n_tests(&self) -> usize {
@@ -35,10 +36,10 @@ impl Clause {
             .flat_map(Template::selectors)
     }
 
-    /// The tests with their values.
+    /// Returns the tests with their values filled in.
     ///
     /// # Errors
-    /// Why one cannot hold for anybody.
+    /// The reason why one of the tests cannot hold for any recipient.
     pub(crate) fn tests(&self, event: &Event) -> Result<Vec<Test>, String> {
         let mut tests = Vec::with_capacity(self.n_tests());
         for (attribute, Wanted(wanted)) in &self.0 {
@@ -54,28 +55,29 @@ impl Clause {
     }
 }
 
-/// What an attribute of a recipient must be: a value, a list of which one must be it, or a table of operators.
+/// The tests that an attribute of a recipient must pass: a value, a list of alternative values, or
+/// a table of operators.
 #[derive(Clone, Debug)]
 struct Wanted(Vec<(Operator, Vec<Term>)>);
 
-/// As it stands in a configuration. These are the operators of the host.
+/// The tests as written in a configuration. The host defines these operators.
 #[derive(Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "RecipientOperators")]
 struct Operators {
     equals: Option<Term>,
-    /// There, of the same type, and another value.
+    /// Present, of the same type, and different.
     not_equals: Option<Term>,
     one_of: Option<OneOrMore<Term>>,
     contains: Option<Of<Texts>>,
     prefix: Option<Of<Texts>>,
     less: Option<Of<Numbers>>,
     greater: Option<Of<Numbers>>,
-    /// Only `true`.
+    /// Only `true` is allowed.
     present: Option<Present>,
 }
 
-/// A value, or a text with values of the event in it.
+/// A value, or a template.
 #[derive(Clone, Debug)]
 enum Term {
     Value(Value),
@@ -90,15 +92,15 @@ impl Term {
         }
     }
 
-    /// A value that this operator takes.
+    /// Returns a value that this operator accepts.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason why there is no such value.
     fn value(&self, event: &Event, operator: Operator) -> Result<Value, String> {
         let (value, selector) = match self {
             Self::Value(value) => return Ok(value.clone()),
             Self::Template(template) => match template.single() {
-                // Alone, a value keeps its type.
+                // A template that consists of a single value keeps its type.
                 Some(selector) => (found(selector, event)?.into_owned(), Some(selector)),
                 None => (Value::Text(template.fill(event)?), None),
             },
@@ -110,14 +112,16 @@ impl Term {
                 value @ (Value::Integer(_) | Value::Decimal(_)),
                 _,
             ) => Ok(value),
-            // Attributes may come as text only.
+            // Attributes may arrive as text only.
             (
                 Operator::Less | Operator::Greater,
                 Value::Text(text),
                 Some(Selector::Attribute(name)),
-            ) => Value::of_numeral(&text).ok_or_else(|| format!("{} is no number", name.as_str())),
+            ) => {
+                Value::of_numeral(&text).ok_or_else(|| format!("{} is not a number", name.as_str()))
+            }
             (Operator::Less | Operator::Greater, _, selector) => Err(format!(
-                "{} is no number",
+                "{} is not a number",
                 selector.map_or("the text", Selector::as_str)
             )),
             (_, value, _) => Ok(value),
@@ -130,7 +134,7 @@ impl<'de> Deserialize<'de> for Clause {
         let tests = BTreeMap::deserialize(d)?;
         if tests.is_empty() {
             return Err(D::Error::custom(
-                "says nothing; name an attribute of the recipients, or leave out when for all of them",
+                "is empty; add a test of a recipient attribute or remove when",
             ));
         }
         Ok(Self(tests))
@@ -143,7 +147,7 @@ impl<'de> Deserialize<'de> for Wanted {
         impl<'de> Visitor<'de> for AnyForm {
             type Value = Wanted;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a value, a list of values, or a table of operators")
+                f.write_str("a value, a list of values or a table of operators")
             }
             fn visit_bool<E: Error>(self, flag: bool) -> Result<Wanted, E> {
                 equals(flag)
@@ -178,7 +182,7 @@ impl<'de> Deserialize<'de> for Wanted {
         let wanted = d.deserialize_any(AnyForm)?;
         if wanted.0.is_empty() {
             return Err(D::Error::custom(
-                "says nothing; give it equals, not_equals, one_of, contains, prefix, less, greater or present",
+                "has no operator; set equals, not_equals, one_of, contains, prefix, less, greater or present",
             ));
         }
         Ok(wanted)
@@ -222,7 +226,7 @@ impl JsonSchema for Wanted {
             generator.subschema_for::<OneOrMore<Term>>(),
         );
         json_schema!({
-            "description": "A value, a list of which one must be it, or a table of operators that must all hold.",
+            "description": "A value, a list of alternative values, or a table of operators that must all hold.",
             "anyOf": [value, values, generator.subschema_for::<Operators>()]
         })
     }
@@ -252,7 +256,7 @@ impl JsonSchema for Term {
     }
 }
 
-/// A term of one kind.
+/// A term whose value must be of one kind.
 struct Of<K>(Term, std::marker::PhantomData<K>);
 
 trait Kind {
@@ -274,7 +278,7 @@ impl Kind for Texts {
 
 impl Kind for Numbers {
     const NAME: &'static str = "a number";
-    // A text only as a template.
+    // A string is valid only as a template.
     const TYPE: &'static [&'static str] = &["number", "string"];
     fn has(value: &Value) -> bool {
         matches!(value, Value::Integer(_) | Value::Decimal(_))
@@ -285,7 +289,7 @@ impl<'de, K: Kind> Deserialize<'de> for Of<K> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match Term::deserialize(d)? {
             Term::Value(value) if !K::has(&value) => Err(D::Error::custom(format!(
-                "is '{value}'; it takes {}",
+                "'{value}' is not valid here; use {}",
                 K::NAME
             ))),
             term => Ok(Self(term, std::marker::PhantomData)),
@@ -307,7 +311,7 @@ impl<K: Kind> JsonSchema for Of<K> {
     }
 }
 
-/// `true`.
+/// The value `true`.
 struct Present;
 
 impl<'de> Deserialize<'de> for Present {
@@ -316,7 +320,7 @@ impl<'de> Deserialize<'de> for Present {
             Ok(Self)
         } else {
             Err(D::Error::custom(
-                "is false; that recipients lack an attribute cannot be asked, only present = true",
+                "cannot test for an absent attribute; use present = true or remove it",
             ))
         }
     }

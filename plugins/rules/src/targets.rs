@@ -1,7 +1,8 @@
-//! Whom a rule names: users, groups, everyone, as templates. A value that is a list names each of its elements.
+//! The targets of a rule: users, groups and everyone, as templates. A value that is a list yields a
+//! target for each of its elements.
 //!
-//! What comes from a payload is hostile: a name that the host would refuse makes no target, so that no payload costs an event its
-//! other routes.
+//! A payload is untrusted: a name that the host would refuse yields no target, so that no payload
+//! can cost an event its other routes.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,10 +14,10 @@ use serde::{Deserialize, Deserializer};
 
 use crate::template::{Part, Template, found};
 
-/// The longest name that the host takes, in bytes.
+/// The longest name that the host accepts, in bytes.
 const MAX_NAME: usize = 256;
 
-/// Event names that the host or `EventSource` itself gives a meaning; the host refuses them.
+/// Event names that have a meaning for the host or for `EventSource` itself; the host refuses them.
 const RESERVED_EVENT_NAMES: [&str; 8] = [
     "cursor",
     "gap",
@@ -28,7 +29,7 @@ const RESERVED_EVENT_NAMES: [&str; 8] = [
     "heartbeat",
 ];
 
-/// All of them may stand together.
+/// The targets; all keys may be combined.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct To {
@@ -60,7 +61,8 @@ impl To {
             .chain(self.groups.iter().flat_map(|list| list.iter()))
     }
 
-    /// `note`: hears of each template that names nobody, or fewer than it has values, and why.
+    /// Returns the targets for an event. Calls `note` with the reason for each template that yields
+    /// no target, or fewer targets than it has values.
     pub(crate) fn targets(&self, event: &Event, note: &dyn Fn(fmt::Arguments<'_>)) -> Vec<Target> {
         let mut targets = Vec::new();
         for template in self.users() {
@@ -76,7 +78,7 @@ impl To {
     }
 }
 
-/// A template whose text is a name: of a user, of a group, of what collapses.
+/// A template whose text is a name: of a user, of a group, or a collapse key.
 #[derive(Clone, Debug)]
 pub(crate) struct NameTemplate(Template);
 
@@ -85,10 +87,10 @@ impl NameTemplate {
         self.0.selectors()
     }
 
-    /// The one name that it makes.
+    /// Returns the single name that the template yields.
     ///
     /// # Errors
-    /// Why it makes none.
+    /// The reason why it yields none.
     pub(crate) fn name(&self, event: &Event) -> Result<String, String> {
         let mut name = String::new();
         for part in self.0.parts() {
@@ -104,16 +106,22 @@ impl NameTemplate {
         Ok(name)
     }
 
-    /// The names that it makes: one, or as many as a list in it has elements.
+    /// Returns the names that the template yields: one, or one for each element of a list in it.
     fn names(&self, event: &Event, note: &dyn Fn(fmt::Arguments<'_>)) -> Vec<String> {
         let expanded = self.expand(event).unwrap_or_else(|why| {
-            note(format_args!("'{}' names nobody: {why}", self.0.as_str()));
+            note(format_args!(
+                "'{}' yields no target: {why}",
+                self.0.as_str()
+            ));
             Vec::new()
         });
         let is_usable = |name: &Result<String, String>| match name {
             Ok(_) => true,
             Err(why) => {
-                note(format_args!("'{}' names fewer: {why}", self.0.as_str()));
+                note(format_args!(
+                    "'{}' yields fewer targets: {why}",
+                    self.0.as_str()
+                ));
                 false
             }
         };
@@ -121,7 +129,8 @@ impl NameTemplate {
     }
 
     /// # Errors
-    /// Outside: why it makes no name at all. Inside: why one element does not.
+    /// Outer: the reason why the template yields no name at all. Inner: the reason why one element
+    /// does not.
     fn expand(&self, event: &Event) -> Result<Vec<Result<String, String>>, String> {
         let mut before = String::new();
         let mut list = None;
@@ -138,9 +147,13 @@ impl NameTemplate {
                     let value = found(selector, event)?;
                     match (elements(&value), &list) {
                         (Some(elements), None) => list = Some((selector, elements)),
-                        // Two would name all pairs, which nobody has asked for yet, and which multiply.
+                        // Two lists would yield all pairs, whose number is the product of both
+                        // lengths.
                         (Some(_), Some(_)) => {
-                            return Err(format!("{} is a second list in it", selector.as_str()));
+                            return Err(format!(
+                                "{} is a second list in the template",
+                                selector.as_str()
+                            ));
                         }
                         (None, _) => text.push_str(&as_name(selector, &value)?),
                     }
@@ -173,7 +186,7 @@ impl NameTemplate {
     }
 }
 
-/// The elements of a list, which arrives as its JSON text.
+/// Returns the elements of a list, which arrives as its JSON text.
 fn elements(value: &Value) -> Option<Vec<serde_json::Value>> {
     match value {
         Value::Text(text) if text.starts_with('[') => serde_json::from_str(text).ok(),
@@ -181,7 +194,7 @@ fn elements(value: &Value) -> Option<Vec<serde_json::Value>> {
     }
 }
 
-/// Ids are often numbers, and JSON keeps them so.
+/// Ids are often numbers, and JSON keeps them as numbers.
 fn as_name<'a>(selector: &Selector, value: &'a Value) -> Result<Cow<'a, str>, String> {
     match value {
         Value::Text(text) if text.is_empty() => Err(format!("{} is empty", selector.as_str())),
@@ -194,15 +207,17 @@ fn as_name<'a>(selector: &Selector, value: &'a Value) -> Result<Cow<'a, str>, St
     }
 }
 
-/// Whether the host would take it for a name.
+/// Checks that the host would accept the name.
 fn check(name: &str) -> Result<(), String> {
     match name {
         "" => Err("the name is empty".into()),
         _ if name.len() > MAX_NAME => Err(format!(
-            "the name has {} bytes; {MAX_NAME} is the most",
+            "the name has {} bytes, but the limit is {MAX_NAME}",
             name.len()
         )),
-        _ if name.chars().any(char::is_control) => Err("the name has a control character".into()),
+        _ if name.chars().any(char::is_control) => {
+            Err("the name contains a control character".into())
+        }
         _ => Ok(()),
     }
 }
@@ -213,7 +228,7 @@ impl<'de> Deserialize<'de> for NameTemplate {
         if let Some(name) = template.literal() {
             check(name).map_err(|e| {
                 D::Error::custom(format!(
-                    "{e}; a name has 1 to {MAX_NAME} bytes and no control character"
+                    "{e}; use 1 to {MAX_NAME} bytes without control characters"
                 ))
             })?;
         }
@@ -227,7 +242,7 @@ impl JsonSchema for NameTemplate {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"description": "A text with values of the event in it: {/pointer}, {attribute}, {subject}", "type": "string", "minLength": 1})
+        json_schema!({"description": "A text that may contain values of the event: {/pointer}, {attribute}, {subject}", "type": "string", "minLength": 1})
     }
 }
 
@@ -246,12 +261,12 @@ impl<'de> Deserialize<'de> for EventName {
         let name = String::deserialize(d)?;
         check(&name).map_err(|e| {
             D::Error::custom(format!(
-                "{e}; a name has 1 to {MAX_NAME} bytes and no control character"
+                "{e}; use 1 to {MAX_NAME} bytes without control characters"
             ))
         })?;
         if RESERVED_EVENT_NAMES.contains(&name.as_str()) {
             return Err(D::Error::custom(format!(
-                "'{name}' is reserved; call it otherwise than {}",
+                "'{name}' is reserved; use a name other than {}",
                 RESERVED_EVENT_NAMES.join(", ")
             )));
         }

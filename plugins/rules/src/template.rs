@@ -1,4 +1,5 @@
-//! Texts with values of the event in them: `order-{/order/id}`, `{subject}`, `{region}`. A brace itself is written twice.
+//! Templates: texts that contain values of the event, such as `order-{/order/id}`, `{subject}` and
+//! `{region}`. Write a literal brace twice.
 
 use std::borrow::Cow;
 
@@ -6,7 +7,7 @@ use pointsman_plugin::{Event, Selector, Value};
 
 #[derive(Clone, Debug)]
 pub(crate) struct Template {
-    /// As it was written.
+    /// The text as it was written.
     text: String,
     parts: Vec<Part>,
 }
@@ -19,7 +20,7 @@ pub(crate) enum Part {
 
 impl Template {
     /// # Errors
-    /// What is wrong with it, and the fix.
+    /// A message that names the problem and the fix.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let mut parts = Vec::new();
         let mut literal = String::new();
@@ -40,7 +41,7 @@ impl Template {
             };
             let Some((name, after)) = inner else {
                 return Err(format!(
-                    "'{text}' has a {brace} without its pair; write {brace}{brace} for the character itself"
+                    "'{text}' has an unmatched {brace}; write {brace}{brace} for a literal {brace}"
                 ));
             };
             rest = after;
@@ -61,7 +62,7 @@ impl Template {
         })
     }
 
-    /// As it was written.
+    /// Returns the text as it was written.
     pub(crate) fn as_str(&self) -> &str {
         &self.text
     }
@@ -70,7 +71,7 @@ impl Template {
         &self.parts
     }
 
-    /// The text, if no value of the event is in it.
+    /// Returns the text if it contains no value of the event.
     pub(crate) fn literal(&self) -> Option<&str> {
         match self.parts.as_slice() {
             [] => Some(""),
@@ -79,7 +80,7 @@ impl Template {
         }
     }
 
-    /// The value that it is, if it is nothing else.
+    /// Returns the selector if the template consists of a single value.
     pub(crate) fn single(&self) -> Option<&Selector> {
         match self.parts.as_slice() {
             [Part::Value(selector)] => Some(selector),
@@ -94,10 +95,10 @@ impl Template {
         })
     }
 
-    /// The text with its values.
+    /// Returns the text with its values filled in.
     ///
     /// # Errors
-    /// The first value that is missing, as a sentence.
+    /// A message that names the first missing value.
     pub(crate) fn fill(&self, event: &Event) -> Result<String, String> {
         let mut text = String::new();
         for part in &self.parts {
@@ -109,7 +110,8 @@ impl Template {
         Ok(text)
     }
 
-    /// The text with its values; nothing in the place of one that is missing.
+    /// Returns the text with its values filled in; a missing value is replaced with an empty
+    /// string.
     pub(crate) fn fill_with_gaps(&self, event: &Event) -> String {
         let filled = self.parts.iter().map(|part| match part {
             Part::Literal(literal) => Cow::Borrowed(literal.as_str()),
@@ -121,10 +123,10 @@ impl Template {
     }
 }
 
-/// The value of the event.
+/// Returns the value of the event.
 ///
 /// # Errors
-/// That it is missing, as a sentence.
+/// A message that names the missing value.
 pub(crate) fn found<'a>(selector: &Selector, event: &'a Event) -> Result<Cow<'a, Value>, String> {
     selector
         .of(event)
@@ -137,7 +139,7 @@ mod tests {
     use pointsman_plugin::testing::event;
 
     #[test]
-    fn values_take_the_places_of_their_names() {
+    fn values_replace_their_selectors() {
         let event = event("t")
             .subject("s")
             .attribute("region", "eu")
@@ -171,12 +173,12 @@ mod tests {
     }
 
     #[test]
-    fn a_template_that_cannot_be_is_refused_with_the_fix() {
+    fn an_invalid_template_is_rejected_with_the_fix() {
         for (template, fix) in [
-            ("{/a", "has a { without its pair; write {{"),
-            ("a}", "has a } without its pair; write }}"),
-            ("{}", "in '{}', '' is no name of an attribute"),
-            ("{Order}", "write 1 to 64 of a-z"),
+            ("{/a", "has an unmatched {; write {{"),
+            ("a}", "has an unmatched }; write }}"),
+            ("{}", "in '{}', '' is not a valid attribute name"),
+            ("{Order}", "use 1 to 64 characters"),
             ("{/a~2}", "write ~0 for ~"),
         ] {
             let error = Template::parse(template).unwrap_err();

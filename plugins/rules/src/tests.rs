@@ -1,4 +1,5 @@
-//! The plugin as the host calls it: configured from JSON, shown what its interest asks for.
+//! Tests of the plugin as the host calls it: configured from JSON, and passed only what its
+//! interest includes.
 
 use pointsman_plugin::testing::{EventBuilder, configure, event, logged};
 use pointsman_plugin::{Criteria, Operator, Payload, Target, Test, Value};
@@ -6,7 +7,7 @@ use serde_json::{Value as Json, json};
 
 use super::*;
 
-/// The routes for an event as the host would show it; none where the host would not even ask.
+/// The routes for an event as the host would pass it; none if the host would not call the plugin.
 fn resolve(rules: &Json, event: EventBuilder) -> Vec<Route> {
     let plugin: Rules = configure(json!({ "rules": rules })).unwrap();
     event
@@ -14,7 +15,8 @@ fn resolve(rules: &Json, event: EventBuilder) -> Vec<Route> {
         .map_or(Vec::new(), |event| plugin.resolve(&event).unwrap())
 }
 
-/// Users as they are, groups with `@` before them, everyone as `*`; and what the plugin logged.
+/// Formats users as they are, groups with a leading `@` and everyone as `*`; also returns the lines
+/// that the plugin logged.
 fn targets(to: Json, event: EventBuilder) -> (Vec<String>, String) {
     let routes = resolve(&json!([{ "to": to }]), event);
     let written = |target: &Target| match target {
@@ -37,14 +39,14 @@ fn targets(to: Json, event: EventBuilder) -> (Vec<String>, String) {
 }
 
 #[test]
-fn without_a_rule_nobody_is_named() {
+fn without_rules_no_one_is_addressed() {
     assert_eq!(resolve(&json!([]), event("t").attribute("user", "42")), []);
     let plugin: Rules = configure(json!({})).unwrap();
     assert_eq!(plugin.interest(), Interest::in_every_type());
 }
 
 #[test]
-fn a_rule_says_everything_that_a_route_can() {
+fn a_rule_can_set_every_part_of_a_route() {
     let rules = json!([{
         "name": "large", "match": {"type": "order.*", "payload": {"/total": {"at_least": 100}}},
         "to": {"user": "{/owner}", "users": ["a", "b"], "group": "ops", "groups": "sales-{region}", "everyone": true},
@@ -73,7 +75,7 @@ fn a_rule_says_everything_that_a_route_can() {
 }
 
 #[test]
-fn every_rule_that_holds_answers_until_one_stops() {
+fn every_rule_that_holds_adds_a_route_until_one_stops() {
     let rules = json!([
         {"match": {"type": "a"}, "to": {"user": "1"}},
         {"match": {"type": "b"}, "to": {"user": "2"}, "stop": true},
@@ -96,12 +98,12 @@ fn every_rule_that_holds_answers_until_one_stops() {
     assert_eq!(
         resolve(&rules, event("c")),
         [],
-        "it held, so it stops, though it names nobody"
+        "a rule that holds stops the list even if it addresses no one"
     );
 }
 
 #[test]
-fn a_list_names_each_of_its_elements() {
+fn a_list_yields_a_target_for_each_element() {
     let with = |value: Json| event("t").json(&json!({"l": value, "m": ["x"]}));
     for (to, value, expect) in [
         (
@@ -131,20 +133,20 @@ fn a_list_names_each_of_its_elements() {
 }
 
 #[test]
-fn what_is_missing_or_no_name_makes_no_target_and_is_told_at_debug() {
+fn a_missing_value_or_invalid_name_yields_no_target_and_is_logged_at_debug() {
     let long = "x".repeat(257);
     for (template, value, expect, told) in [
         (
             "{/gone}",
             json!(1),
             vec![],
-            "'{/gone}' names nobody: the event has no /gone",
+            "'{/gone}' yields no target: the event has no /gone",
         ),
         (
             "u-{/l}",
             json!(null),
             vec![],
-            "'u-{/l}' names nobody: the event has no /l",
+            "'u-{/l}' yields no target: the event has no /l",
         ),
         ("u-{/l}", json!(""), vec![], "/l is empty"),
         (
@@ -158,31 +160,31 @@ fn what_is_missing_or_no_name_makes_no_target_and_is_told_at_debug() {
             "{/l}",
             json!("a\nb"),
             vec![],
-            "the name has a control character",
+            "the name contains a control character",
         ),
         (
             "{/l}",
             json!(long),
             vec![],
-            "the name has 257 bytes; 256 is the most",
+            "the name has 257 bytes, but the limit is 256",
         ),
         (
             "{/l}",
             json!(["a", null, "b", "", {"c": 1}]),
             vec!["a", "b"],
-            "'{/l}' names fewer: /l has an element that is neither",
+            "'{/l}' yields fewer targets: /l has an element that is neither",
         ),
         (
             "{/l}",
             json!(["a", "b\u{85}"]),
             vec!["a"],
-            "the name has a control character",
+            "the name contains a control character",
         ),
         (
             "{/l}{/l}",
             json!(["a"]),
             vec![],
-            "/l is a second list in it",
+            "/l is a second list in the template",
         ),
     ] {
         let (names, log) = targets(
@@ -202,14 +204,14 @@ fn what_is_missing_or_no_name_makes_no_target_and_is_told_at_debug() {
     assert_eq!(
         told,
         [
-            "rules[0] (mine): '{/gone}' names nobody: the event has no /gone",
-            "rules[0] (mine): its notification collapses with none: the event has no /gone"
+            "rules[0] (mine): '{/gone}' yields no target: the event has no /gone",
+            "rules[0] (mine): the notification has no collapse key: the event has no /gone"
         ]
     );
 }
 
 #[test]
-fn conditions_on_recipients_take_values_of_the_event() {
+fn conditions_on_recipients_use_values_of_the_event() {
     let when = |when: Json, event: EventBuilder| {
         resolve(&json!([{"to": {"everyone": true}, "when": when}]), event)
             .pop()
@@ -260,7 +262,7 @@ fn conditions_on_recipients_take_values_of_the_event() {
             data(json!({}))
         ),
         [],
-        "it would hold for nobody"
+        "the condition would hold for no one"
     );
 
     let above = |event| {
@@ -271,7 +273,7 @@ fn conditions_on_recipients_take_values_of_the_event() {
     assert_eq!(
         above(event("t").attribute("age", "30")),
         Some(30.into()),
-        "an attribute may come as text"
+        "an attribute may arrive as text"
     );
     assert_eq!(above(event("t").attribute("age", "old")), None);
     assert_eq!(
@@ -280,7 +282,7 @@ fn conditions_on_recipients_take_values_of_the_event() {
             data(json!({"age": "30"}))
         ),
         None,
-        "a field has its type"
+        "a field keeps its JSON type"
     );
     let prefixed = when(json!({"team": {"prefix": "{/n}"}}), data(json!({"n": 4}))).unwrap();
     assert_eq!(prefixed.any_of[0][0].values, ["4".into()]);
@@ -310,7 +312,7 @@ fn a_body_keeps_the_types_of_its_values() {
     );
 }
 
-/// As decimals they would be other numbers.
+/// Converted to decimals they would be different numbers.
 #[test]
 fn a_body_keeps_the_digits_of_numbers_as_they_were_written() {
     let payload = r#" { "id": 123456789012345678901234567890, "price": 1.10, "lines": [{"n": 18446744073709551616 }, 1e400],
@@ -338,7 +340,7 @@ fn a_body_keeps_the_digits_of_numbers_as_they_were_written() {
 }
 
 #[test]
-fn only_what_the_rules_name_crosses() {
+fn the_interest_covers_exactly_the_values_that_the_rules_read() {
     let interest = |rules: Json| {
         configure::<Rules>(json!({ "rules": rules }))
             .unwrap()
@@ -359,7 +361,7 @@ fn only_what_the_rules_name_crosses() {
     assert_eq!(
         whole,
         Interest::in_every_type().payload(),
-        "a body that takes a value as it is needs the payload"
+        "a body that copies a value verbatim needs the payload"
     );
     let plugin: Rules = configure(json!({"rules": [{"to": {"user": "{/u}"}}]})).unwrap();
     assert_eq!(
@@ -373,22 +375,30 @@ fn only_what_the_rules_name_crosses() {
 }
 
 #[test]
-fn a_mistake_is_told_with_its_place_and_the_fix() {
+fn a_mistake_is_reported_with_its_location_and_the_fix() {
     let to = json!({"user": "a"});
     let many: Vec<Json> = (0..257).map(|n| json!({format!("a{n}"): 1})).collect();
     for (rule, path, fix) in [
-        (json!({}), "", "names nobody; say whom, as in to = { user"),
+        (
+            json!({}),
+            "",
+            "addresses no one; add targets, such as to = { user",
+        ),
         (
             json!({"stop": true, "priority": "high"}),
             "",
-            "or only stop = true",
+            "or set only stop = true",
         ),
         (
             json!({"to": {}}),
             ".to",
-            "give it user, users, group, groups or everyone = true",
+            "set user, users, group, groups or everyone = true",
         ),
-        (json!({"to": {"everyone": false}}), ".to", "names nobody"),
+        (
+            json!({"to": {"everyone": false}}),
+            ".to",
+            "addresses no one",
+        ),
         (
             json!({"to": {"usr": "a"}}),
             ".to.usr",
@@ -397,12 +407,12 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
         (
             json!({"to": {"user": ""}}),
             ".to.user",
-            "the name is empty; a name has 1 to 256 bytes",
+            "the name is empty; use 1 to 256 bytes",
         ),
         (
             json!({"to": {"users": ["a", "{/b"]}}),
             ".to.users[1]",
-            "write {{ for the character itself",
+            "write {{ for a literal {",
         ),
         (
             json!({"to": {"users": []}}),
@@ -412,7 +422,7 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
         (
             json!({"to": {"user": "{customer.id}"}}),
             ".to.user",
-            "'customer.id' is no name of an attribute",
+            "'customer.id' is not a valid attribute name",
         ),
         (
             json!({"to": to, "match": {"all": [{"type": "a"}, {"payload": {"x": 1}}]}}),
@@ -422,12 +432,12 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
         (
             json!({"to": to, "when": {}}),
             ".when",
-            "says nothing; name an attribute",
+            "is empty; add a test of a recipient attribute",
         ),
         (
             json!({"to": to, "when": [{"a": 1}, {"b": {}}]}),
             ".when[1].b",
-            "give it equals, not_equals",
+            "set equals, not_equals",
         ),
         (
             json!({"to": to, "when": {"a": {"at_least": 1}}}),
@@ -437,42 +447,42 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
         (
             json!({"to": to, "when": {"a": {"less": "x"}}}),
             ".when.a.less",
-            "is 'x'; it takes a number",
+            "'x' is not valid here; use a number",
         ),
         (
             json!({"to": to, "when": {"a": {"prefix": 1}}}),
             ".when.a.prefix",
-            "is '1'; it takes a text",
+            "'1' is not valid here; use a text",
         ),
         (
             json!({"to": to, "when": {"a": {"present": false}}}),
             ".when.a.present",
-            "only present = true",
+            "use present = true",
         ),
         (
             json!({"to": to, "when": {"a": "{/b"}}),
             ".when.a",
-            "without its pair",
+            "has an unmatched {",
         ),
         (
             json!({"to": to, "when": many}),
             ".when",
-            "has 257 tests; 256 is the most",
+            "has 257 tests, but the limit is 256",
         ),
         (
             json!({"to": to, "priority": "asap"}),
             ".priority",
-            "write low, normal, high or urgent",
+            "use low, normal, high or urgent",
         ),
         (
             json!({"to": to, "ttl": "soon"}),
             ".ttl",
-            "'soon' is no time to live; give it a number of seconds",
+            "'soon' is not a valid time to live; use a number of seconds",
         ),
         (
             json!({"to": to, "ttl": 0}),
             ".ttl",
-            "'0' is no time to live",
+            "'0' is not a valid time to live",
         ),
         (
             json!({"to": to, "collapse": ""}),
@@ -501,7 +511,7 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
         ),
     ] {
         let Err(issues) = configure::<Rules>(json!({"rules": [{"stop": true}, rule]})) else {
-            panic!("{rule} was taken")
+            panic!("{rule} was accepted")
         };
         assert!(
             issues[0].path == format!("rules[1]{path}") && issues[0].message.contains(fix),
@@ -509,7 +519,7 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
         );
     }
     let Err(issues) = configure::<Rules>(json!({"rule": []})) else {
-        panic!("an unknown name was taken")
+        panic!("an unknown name was accepted")
     };
     assert!(
         issues[0]
@@ -520,7 +530,7 @@ fn a_mistake_is_told_with_its_place_and_the_fix() {
 }
 
 #[test]
-fn the_schema_knows_what_the_configuration_takes() {
+fn the_schema_lists_every_configuration_key() {
     let schema = serde_json::to_value(schemars::schema_for!(Config)).unwrap();
     let of_rule = &schema["$defs"]["Rule"];
     assert_eq!(of_rule["additionalProperties"], json!(false));

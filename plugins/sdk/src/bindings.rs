@@ -1,7 +1,8 @@
-//! The code that wit-bindgen makes of `wit/`: the only place with its name.
+//! The code that wit-bindgen generates from `wit/`. No other module names wit-bindgen.
 //!
-//! One world for each export, not the three of `wit/`: their export macros would have the same names for what they share. A plugin that
-//! calls two of these macros has the union of the two worlds, which is a world of `wit/`.
+//! There is one world per export rather than the three worlds of `wit/`, because their export
+//! macros would define the same names for the parts they share. A plugin that calls two of these
+//! macros implements the union of the two worlds, which is itself a world of `wit/`.
 
 pub mod lifecycle {
     wit_bindgen::generate!({

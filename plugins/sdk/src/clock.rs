@@ -1,6 +1,7 @@
-//! The time, as the host wants it seen: constant during one call, and frozen in tests (see [`testing::freeze_clock`](crate::testing::freeze_clock)).
+//! The time as the host presents it: constant during one call, and frozen in tests (see
+//! [`testing::freeze_clock`](crate::testing::freeze_clock)).
 
-/// Milliseconds since the Unix epoch.
+/// Returns the current time in milliseconds since the Unix epoch.
 pub fn now_ms() -> u64 {
     #[cfg(target_arch = "wasm32")]
     return crate::bindings::lifecycle::pointsman::plugin::clock::now_ms();

@@ -1,14 +1,16 @@
 //! Conditions on events, as an operator writes them in the configuration of a plugin:
 //!
 //! ```toml
-//! match.type = ["order.*", "bill.*"]                            # patterns, in which `*` stands for any characters
+//! match.type = ["order.*", "bill.*"]  # patterns, in which `*` matches any characters
 //! match.attributes = { env = ["prod", "stage"], user = { present = true } }
 //! match.payload = { "/order/total" = { at_least = 100 }, "/order/state" = "paid" }
 //! match.not = { subject = { prefix = "test-" } }
 //! ```
 //!
-//! Everything that a condition says must hold; [`Wanted`] is what a value must be. A condition that cannot be decided is false and never
-//! an error: what is absent is nothing, and nothing of another type is anything. So `not` holds where its condition cannot be decided.
+//! Every part of a condition must hold; [`Wanted`] describes the tests of a single value. A
+//! condition that cannot be decided is false and never an error: an absent value and a value of
+//! another type pass no comparison. Consequently `not` holds if its inner condition cannot be
+//! decided.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,45 +26,46 @@ mod wanted;
 
 pub use wanted::{Regex, Wanted};
 
-/// A condition on an event. All that it says must hold; it says at least one thing.
+/// A condition on an event. All its parts must hold, and it has at least one part.
 #[derive(Clone, Debug, JsonSchema)]
 #[schemars(with = "Written")]
 pub struct Condition(Written);
 
-/// As it stands in a configuration.
+/// The condition as written in a configuration.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Condition")]
 struct Written {
-    /// Patterns of event types, in which `*` stands for any characters; one must match.
+    /// Patterns of event types, in which `*` matches any characters; at least one pattern must
+    /// match.
     r#type: Option<OneOrMore<String>>,
     source: Option<Wanted>,
     subject: Option<Wanted>,
-    /// What the event's priority is by now: an earlier filter may have set it.
+    /// The event's current priority, which an earlier filter may have set.
     priority: Option<OneOrMore<Priority>>,
     /// Extension attributes, by name.
     attributes: BTreeMap<AttributeName, Wanted>,
     /// Fields of a JSON payload, by JSON pointer.
     payload: BTreeMap<Pointer, Wanted>,
-    /// Seconds since the event's own time.
+    /// The event's minimum age in seconds, exclusive, measured from its own time.
     older_than_s: Option<u64>,
-    /// Conditions that must all hold.
+    /// Conditions; all must hold.
     all: Option<OneOrMore<Condition>>,
-    /// Conditions of which at least one must hold.
+    /// Conditions; at least one must hold.
     any: Option<OneOrMore<Condition>>,
     /// A condition that must not hold.
     not: Option<Box<Condition>>,
 }
 
-/// One that says nothing is a mistake: it would hold for every event.
+/// An empty condition is rejected, because it would hold for every event.
 impl<'de> Deserialize<'de> for Condition {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let written = Written::deserialize(d)?;
         let condition = Self(written);
         if condition.parts().is_empty() {
-            let fix = "give it a type, source, subject, priority, attributes, payload, older_than_s, all, any or not";
+            let fix = "set type, source, subject, priority, attributes, payload, older_than_s, all, any or not";
             return Err(D::Error::custom(format!(
-                "says nothing, so it would hold for every event; {fix}"
+                "is empty and would hold for every event; {fix}"
             )));
         }
         Ok(condition)
@@ -70,7 +73,8 @@ impl<'de> Deserialize<'de> for Condition {
 }
 
 impl Condition {
-    /// Whether it holds for an event, as far as the plugin's [`Interest`] shows it: see [`Interest::in_conditions`].
+    /// Whether the condition holds for an event, as far as the plugin's [`Interest`] shows it: see
+    /// [`Interest::in_conditions`].
     pub fn holds(&self, event: &Event) -> bool {
         let Written {
             r#type,
@@ -115,7 +119,8 @@ impl Condition {
             && not.as_ref().is_none_or(|not| !not.holds(event))
     }
 
-    /// Patterns of types outside which it never holds; `None` if it may hold for an event of any type.
+    /// The patterns of event types outside which the condition never holds; `None` if it may hold
+    /// for an event of any type.
     fn types(&self) -> Option<Vec<&str>> {
         let Written {
             r#type, all, any, ..
@@ -158,7 +163,7 @@ impl Condition {
         }
     }
 
-    /// What it says, in words, one after the other.
+    /// Describes each part in words.
     fn parts(&self) -> Vec<String> {
         let Written {
             r#type,
@@ -222,7 +227,8 @@ impl Condition {
     }
 }
 
-/// In words, as for a reason: `type is order.* and /order/total is at least 100`.
+/// Describes the condition in words, for use as a reason: `type is order.* and /order/total is at
+/// least 100`.
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.parts().join(" and "))
@@ -230,7 +236,8 @@ impl fmt::Display for Condition {
 }
 
 impl Interest {
-    /// Events for which one of these conditions may hold, with what the conditions look at. `None` is a condition that holds for every event.
+    /// The events for which one of these conditions may hold, with the values that the conditions
+    /// read. `None` stands for a condition that holds for every event.
     pub fn in_conditions<'a>(conditions: impl IntoIterator<Item = Option<&'a Condition>>) -> Self {
         let conditions: Vec<Option<&Condition>> = conditions.into_iter().collect();
         let types = conditions
@@ -238,7 +245,7 @@ impl Interest {
             .map(|condition| (*condition)?.types())
             .collect::<Option<Vec<_>>>();
         let mut interest = Self::in_every_type();
-        // One condition without a type looks at every event.
+        // If a single condition has no type, the plugin must be called for every event.
         for pattern in types.unwrap_or_default().concat() {
             add(&mut interest.types, pattern);
         }
@@ -248,7 +255,7 @@ impl Interest {
         interest
     }
 
-    /// And these.
+    /// Adds the values that these selectors read.
     #[must_use]
     pub fn selectors<'a>(mut self, selectors: impl IntoIterator<Item = &'a Selector>) -> Self {
         for selector in selectors {
@@ -262,14 +269,14 @@ impl Interest {
     }
 }
 
-/// Adds a name that is not there yet.
+/// Adds a name unless it is already in the list.
 fn add(names: &mut Vec<String>, name: &str) {
     if !names.iter().any(|known| known == name) {
         names.push(name.to_owned());
     }
 }
 
-/// Values joined by `or`.
+/// Joins values with `or`.
 fn alternatives(values: &[Value]) -> String {
     values
         .iter()
@@ -294,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_a_condition_says_must_hold() {
+    fn every_part_of_a_condition_must_hold() {
         let both = json!({"type": ["order.*", "bill.*"], "attributes": {"x": 1}});
         assert!(holds(both.clone(), event("order.paid").attribute("x", 1)));
         assert!(holds(both.clone(), event("bill.paid").attribute("x", 1)));
@@ -308,14 +315,14 @@ mod tests {
         assert!(holds(nested.clone(), event("a").attribute("x", 5)));
         assert!(
             holds(nested.clone(), event("b")),
-            "not holds where its condition cannot be decided"
+            "not holds if its inner condition cannot be decided"
         );
         assert!(!holds(nested.clone(), event("a").attribute("x", 4)));
         assert!(!holds(nested, event("c").attribute("x", 5)));
     }
 
     #[test]
-    fn what_an_event_always_has_can_be_asked_as_well() {
+    fn source_subject_and_priority_can_be_tested() {
         assert!(holds(json!({"source": {"prefix": "/te"}}), event("t")));
         assert!(holds(
             json!({"subject": {"suffix": "7"}}),
@@ -330,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn age_is_by_the_events_own_time() {
+    fn age_is_measured_from_the_events_own_time() {
         freeze_clock(1_000_000);
         for (time_ms, expect) in [(939_999, true), (940_000, false), (2_000_000, false)] {
             assert_eq!(
@@ -342,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interest_is_in_what_conditions_look_at_and_no_more() {
+    fn the_interest_covers_exactly_the_values_that_the_conditions_read() {
         let conditions = [
             json!({"type": "a.*", "attributes": {"x": 1}, "not": {"payload": {"/p": 1}}}),
             json!({"all": [{"type": "b"}, {"type": "c"}, {"attributes": {"x": 2}}]}),
@@ -378,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_condition_tells_itself_in_words() {
+    fn a_condition_describes_itself_in_words() {
         let told = condition(json!({
             "type": ["a", "b"], "subject": {"prefix": "x"}, "priority": "high", "attributes": {"env": ["test", 1]},
             "payload": {"/n": {"at_least": 1, "less": 5.5}}, "older_than_s": 60, "any": [{"type": "c"}, {"type": "d"}], "not": {"source": "s"}
@@ -389,18 +396,14 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_is_told_with_its_place_and_the_fix() {
+    fn a_mistake_is_reported_with_its_location_and_the_fix() {
         for (json, place, fix) in [
             (
                 json!({}),
                 ".",
-                "says nothing, so it would hold for every event; give it a type,",
+                "is empty and would hold for every event; set type,",
             ),
-            (
-                json!({"all": [{"type": "a"}, {}]}),
-                "all[1]",
-                "says nothing",
-            ),
+            (json!({"all": [{"type": "a"}, {}]}), "all[1]", "is empty"),
             (json!({"any": []}), "any", "the list is empty"),
             (
                 json!({"typ": "a"}),
@@ -411,17 +414,17 @@ mod tests {
             (
                 json!({"priority": "highest"}),
                 "priority",
-                "write low, normal, high or urgent",
+                "use low, normal, high or urgent",
             ),
             (
                 json!({"attributes": {"/order": 1}}),
                 "attributes./order",
-                "it belongs under payload",
+                "move it under payload",
             ),
             (
                 json!({"attributes": {"source": 1}}),
                 "attributes.source",
-                "'source' is no extension attribute",
+                "'source' is not an extension attribute",
             ),
             (
                 json!({"payload": {"order.total": 1}}),
@@ -436,18 +439,18 @@ mod tests {
             (
                 json!({"not": {"subject": {"matches": "("}}}),
                 "not.subject.matches",
-                "is no regular expression",
+                "is not a valid regular expression",
             ),
             (
                 json!({"subject": {}}),
                 "subject",
-                "says nothing; give it equals",
+                "has no operator; set equals",
             ),
             (json!({"subject": []}), "subject", "the list is empty"),
             (
                 json!({"subject": {"less": true}}),
                 "subject.less",
-                "takes a number or a text",
+                "use a number or a text",
             ),
             (
                 json!({"subject": {"present": false, "prefix": "a"}}),
@@ -456,7 +459,7 @@ mod tests {
             ),
             (json!({"older_than_s": -1}), "older_than_s", "invalid value"),
         ] {
-            // From text, as configurations come.
+            // Parsed from text, as a real configuration is.
             let text = json.to_string();
             let error = serde_path_to_error::deserialize::<_, Condition>(
                 &mut serde_json::Deserializer::from_str(&text),

@@ -1,11 +1,12 @@
-//! The event that a plugin decides about.
+//! The event about which a plugin decides.
 
 use serde::de::DeserializeOwned;
 
 use crate::bindings::lifecycle::pointsman::plugin::types;
 use crate::{Failure, Payload, Priority, Value};
 
-/// A CloudEvents 1.0 event, with what the plugin's [`Interest`](crate::Interest) asks for.
+/// A CloudEvents 1.0 event, with the attributes and fields that the plugin's
+/// [`Interest`](crate::Interest) requests.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
     pub id: String,
@@ -15,23 +16,24 @@ pub struct Event {
     pub subject: Option<String>,
     /// CloudEvents `time`, in milliseconds since the Unix epoch.
     pub time_ms: u64,
-    /// What an earlier filter made it, else the attribute `priority`, else normal.
+    /// The priority set by an earlier filter, otherwise the attribute `priority`, otherwise normal.
     pub priority: Priority,
-    /// Extension attributes, and fields of the payload under their JSON pointers, in no order.
+    /// Extension attributes, and fields of the payload under their JSON pointers, in no particular
+    /// order.
     pub attributes: Vec<(String, Value)>,
-    /// [`Payload::None`] unless the plugin's interest is in the payload whole.
+    /// [`Payload::None`] unless the plugin's interest includes the whole payload.
     pub data: Payload,
 }
 
 impl Event {
-    /// An attribute by its name, or a field of the payload by its JSON pointer.
+    /// Returns an attribute by its name, or a field of the payload by its JSON pointer.
     pub fn attribute(&self, name: &str) -> Option<&Value> {
         self.attributes
             .iter()
             .find_map(|(n, value)| (n == name).then_some(value))
     }
 
-    /// The attribute if it is there and a text.
+    /// Returns the attribute if it is present and a text.
     pub fn text(&self, name: &str) -> Option<&str> {
         match self.attribute(name) {
             Some(Value::Text(text)) => Some(text),
@@ -39,10 +41,11 @@ impl Event {
         }
     }
 
-    /// The payload, parsed.
+    /// Parses the payload.
     ///
     /// # Errors
-    /// [`Failure::Reject`] if the payload is not JSON, or not of this shape, with where and why.
+    /// [`Failure::Reject`] if the payload is not JSON or does not deserialize into `T`; the text
+    /// gives the path and the cause.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Failure> {
         let Payload::Json(text) = &self.data else {
             return Err(Failure::Reject("the event has no JSON payload".into()));
@@ -50,7 +53,7 @@ impl Event {
         serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(text)).map_err(
             |e| {
                 Failure::Reject(format!(
-                    "the payload does not fit: {}: {}",
+                    "the payload has an unexpected shape at {}: {}",
                     e.path(),
                     e.inner()
                 ))

@@ -1,4 +1,5 @@
-//! From traits to exports: what [`export!`](macro@crate::export) expands to, and the answers to the host that every plugin gives alike.
+//! Maps the traits to WebAssembly exports: the expansion of [`export!`](macro@crate::export), and
+//! the lifecycle functions that are the same for every plugin.
 
 use std::marker::PhantomData;
 use std::panic;
@@ -10,7 +11,8 @@ use lifecycle::exports::pointsman::plugin::lifecycle::{Manifest, Selection};
 use lifecycle::pointsman::plugin::types;
 
 /// Exports a plugin to the host: `export!(MyFilter as filter);`, `export!(MyRouter as router);` or
-/// `export!(MyPlugin as filter and router);`, once in a crate. Name, version and description are those of the crate.
+/// `export!(MyPlugin as filter and router);`. Call it once per crate. The plugin takes its name,
+/// version and description from the crate.
 #[macro_export]
 macro_rules! export {
     ($plugin:ty as filter) => {
@@ -36,7 +38,7 @@ macro_rules! export {
             }
         }
 
-        // So that `cargo check` says what is missing without the wasm target.
+        // Makes `cargo check` report a missing trait implementation without the wasm target.
         const _: fn() = || {
             fn is_exportable<T: $crate::rt::Exported $(+ $kind)+>() {}
             is_exportable::<$plugin>();
@@ -51,7 +53,8 @@ macro_rules! export {
     };
 }
 
-/// A plugin with the place where its one instance lives. Implemented by [`export!`](macro@crate::export).
+/// A plugin together with the storage of its single instance. Implemented by
+/// [`export!`](macro@crate::export).
 pub trait Exported: Plugin {
     const NAME: &'static str;
     const VERSION: &'static str;
@@ -60,7 +63,7 @@ pub trait Exported: Plugin {
     fn with_slot<R>(f: impl FnOnce(&mut Option<Self>) -> R) -> R;
 }
 
-/// What implements the interfaces of `wit/` for a plugin.
+/// Implements the interfaces of `wit/` for a plugin.
 #[derive(Debug)]
 pub struct Component<P>(PhantomData<P>);
 
@@ -115,7 +118,7 @@ fn with_plugin<P: Exported, R>(f: impl FnOnce(&P) -> R) -> R {
     })
 }
 
-/// Parses the operator's configuration and makes the plugin.
+/// Parses the operator's configuration and creates the plugin.
 pub(crate) fn configured<P: Plugin>(config: &str) -> Result<P, Vec<Issue>> {
     let config = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(config))
         .map_err(|e| {
@@ -128,19 +131,21 @@ pub(crate) fn configured<P: Plugin>(config: &str) -> Result<P, Vec<Issue>> {
     P::new(config).map_err(|issue| vec![issue])
 }
 
-/// The host writes the JSON from its own file: line and column of it would mislead.
+/// Cuts off the line and column: the host generates the JSON from its own configuration file, so
+/// they would not match the text that the operator wrote.
 fn without_place(message: &str) -> &str {
     message
         .rsplit_once(" at line ")
         .map_or(message, |(message, _)| message)
 }
 
-/// On `wasm32-unknown-unknown` the text of a panic goes nowhere by itself: it is sent through the log before the trap.
+/// Logs the text of a panic before the trap: on `wasm32-unknown-unknown` it would otherwise be
+/// lost.
 fn report_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         panic::set_hook(Box::new(|info| {
-            let message = info.payload_as_str().unwrap_or("(no text)");
+            let message = info.payload_as_str().unwrap_or("(no message)");
             match info.location() {
                 Some(place) => log::error(format_args!(
                     "panicked at {}:{}: {message}",

@@ -1,32 +1,40 @@
-//! The heap of a plugin: small blocks that are given back are kept by size, and handed out again before the standard allocator is asked.
+//! The heap of a plugin. Freed small blocks are kept in lists by size and reused before the
+//! underlying allocator is called.
 //!
-//! A plugin that reads a payload asks for some hundred small blocks an event and gives all of them back. Natively the C library answers that
-//! from such lists; what Rust brings to WebAssembly instead searches, splits and merges each time, a fifth of the time that parsing takes
-//! (`make bench`). What the host hands in comes from here as well: `cabi_realloc`, of wit-bindgen or on WASI of the standard library, asks the global
-//! allocator. What this costs: a small block is never merged with its neighbours, so that a plugin holds, for each size, the most that
-//! it ever needed of it at once; until its instance is replaced, which the host does anyway.
+//! A plugin that reads a payload allocates and frees some hundred small blocks per event. Natively
+//! the C library serves them from such lists. Rust's default allocator for WebAssembly searches,
+//! splits and merges on every call instead, which takes a fifth of the parsing time (`make bench`).
+//! Data that the host passes in is allocated here as well: `cabi_realloc` (from wit-bindgen or, on
+//! WASI, from the standard library) calls the global allocator.
+//!
+//! The cost: small blocks are never merged with their neighbours, so for each size a plugin holds
+//! on to its peak usage until its instance is replaced, which the host does from time to time
+//! anyway.
 
-#![expect(unsafe_code, reason = "an allocator hands out memory")]
+#![expect(unsafe_code, reason = "an allocator handles raw memory")]
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::UnsafeCell;
 use std::ptr;
 
-/// Blocks of up to so many bytes are kept by size: the nodes of the maps in `serde_json::Value` have some 400.
+/// The largest block that is kept by size, in bytes. The nodes of the maps in `serde_json::Value`
+/// take about 400.
 const MAX_SMALL: usize = 512;
-/// Sizes are rounded up to a multiple of so many bytes.
+/// Sizes are rounded up to a multiple of this many bytes.
 const STEP: usize = 16;
-/// What a small block is aligned to; what asks for more is not kept.
+/// The alignment of a small block. Blocks that need a larger alignment are not kept.
 const ALIGN: usize = align_of::<u64>();
 
-/// Lists of free blocks, one for each size, in front of another allocator.
+/// Lists of free blocks, one per size, in front of another allocator.
 pub(crate) struct Heap<A> {
-    /// The first free block of each size; in its first bytes is where the next one is.
+    /// The first free block of each size. The first bytes of a free block hold the pointer to the
+    /// next one.
     free: UnsafeCell<[*mut u8; MAX_SMALL / STEP + 1]>,
     beneath: A,
 }
 
-// SAFETY: the static one below is in a program without threads, and the tests share none.
+// SAFETY: the static instance is used only in programs without threads, and the tests do not share
+// an instance between threads.
 unsafe impl<A> Sync for Heap<A> {}
 
 #[cfg(target_arch = "wasm32")]
@@ -41,7 +49,7 @@ impl<A> Heap<A> {
         }
     }
 
-    /// Which list a block is of; none if it is not kept.
+    /// The index of the list for blocks of this layout; `None` if they are not kept.
     #[inline]
     const fn class(layout: Layout) -> Option<usize> {
         if layout.size() <= MAX_SMALL && layout.align() <= ALIGN {
@@ -52,18 +60,21 @@ impl<A> Heap<A> {
     }
 }
 
-// SAFETY: a block of a class is as large and as aligned as any layout of that class asks for, comes from `beneath` once and is in at most one
-// place: with the caller, or in the list of its class. A layout always has the same class, so that other blocks go back to where they came
-// from.
+// SAFETY: a block of a class is as large and as aligned as any layout of that class requires, comes
+// from `beneath` exactly once and is in exactly one place: with the caller or in the list of its
+// class. A layout always maps to the same class, so every other block is returned to the allocator
+// from which it came.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for Heap<A> {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let Some(class) = Self::class(layout) else {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             return unsafe { self.beneath.alloc(layout) };
         };
-        // SAFETY: nobody else looks at the lists meanwhile, as there are no threads and nothing here calls back. A block in a list is free,
-        // so that its first bytes are ours. The layout is not empty, and the step times the class cannot overflow.
+        // SAFETY: access to the lists is exclusive, because no threads exist and nothing here
+        // calls back. A block in a list is free, so its first bytes belong to this allocator. The
+        // layout is not empty, because the caller guarantees a size above 0, and the product of
+        // step and class cannot overflow.
         unsafe {
             let first = &mut (*self.free.get())[class];
             let block = *first;
@@ -80,10 +91,10 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Heap<A> {
     #[inline]
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         let Some(class) = Self::class(layout) else {
-            // SAFETY: a block that is in no class came from there.
+            // SAFETY: a block without a class came from `beneath`.
             return unsafe { self.beneath.dealloc(block, layout) };
         };
-        // SAFETY: as in `alloc`; a block has room for a pointer, and is aligned for one.
+        // SAFETY: as in `alloc`; a block has room for a pointer and is aligned for one.
         unsafe {
             let first = &mut (*self.free.get())[class];
             block.cast::<*mut u8>().write(*first);
@@ -93,14 +104,15 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Heap<A> {
 
     #[inline]
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the caller promises that the new layout is one.
+        // SAFETY: the caller guarantees that the new layout is valid.
         let wanted = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
         match (Self::class(layout), Self::class(wanted)) {
-            // SAFETY: a block that is in no class came from there.
+            // SAFETY: a block without a class came from `beneath`.
             (None, None) => unsafe { self.beneath.realloc(block, layout, size) },
             (Some(had), Some(class)) if had == class => block,
             _ => {
-                // SAFETY: both blocks have as many bytes as are copied, and are two.
+                // SAFETY: both blocks hold at least as many bytes as are copied, and they do not
+                // overlap.
                 unsafe {
                     let other = self.alloc(wanted);
                     if !other.is_null() {
@@ -121,14 +133,14 @@ mod tests {
 
     use super::*;
 
-    /// Counts what it is asked for and has not got back.
+    /// Counts the allocations, and the bytes that have not been freed.
     #[derive(Default)]
     struct Counting {
         calls: Cell<usize>,
         bytes: Cell<usize>,
     }
 
-    // SAFETY: that of the system's allocator.
+    // SAFETY: forwards to the system allocator.
     unsafe impl GlobalAlloc for Counting {
         unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
             self.calls.update(|n| n + 1);
@@ -142,7 +154,7 @@ mod tests {
         }
     }
 
-    /// A block that is filled with its number.
+    /// A block filled with its number.
     struct Block {
         at: *mut u8,
         layout: Layout,
@@ -164,7 +176,7 @@ mod tests {
             let bytes = unsafe { std::slice::from_raw_parts(self.at, bytes) };
             assert!(
                 bytes.iter().all(|&byte| byte == self.number),
-                "{:?} holds what is another's",
+                "{:?} holds bytes of another block",
                 self.layout
             );
         }
@@ -182,7 +194,7 @@ mod tests {
         }
     }
 
-    /// A linear congruential generator (Knuth): the crate has no other need of chance.
+    /// A linear congruential generator (Knuth), which avoids a dependency on a random number crate.
     struct Chance(u64);
 
     impl Chance {
@@ -206,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn each_block_is_one_owners_until_it_is_given_back() {
+    fn a_block_has_one_owner_until_it_is_freed() {
         for seed in 0..50 {
             let heap = Heap::above(Counting::default());
             let mut chance = Chance(seed);
@@ -224,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_again_and_again_is_taken_from_beneath_once() {
+    fn repeated_allocations_reach_the_underlying_allocator_once() {
         let heap = Heap::above(Counting::default());
         let event = |seed| {
             let mut chance = Chance(seed);
@@ -236,7 +248,7 @@ mod tests {
         };
         let once = event(1);
         assert!((0..1_000).all(|_| event(1) == once));
-        // Of events that differ, each size is held as often as it was ever needed at once, and not more.
+        // With varying events the heap holds, for each size, no more than the peak usage.
         for seed in 2..1_000 {
             event(seed);
         }
@@ -248,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn large_blocks_are_given_back() {
+    fn large_blocks_are_returned_to_the_underlying_allocator() {
         let heap = Heap::above(Counting::default());
         for align in [1, 8, 64] {
             let mut block = Block::new(

@@ -1,9 +1,10 @@
 //! Write Pointsman plugins in Rust.
 //!
-//! A plugin decides once per event: a [`Filter`] keeps, amends or drops it, a [`Router`] answers who hears of it. The crate is
-//! plain values and traits, so `cargo test` runs a plugin natively ([`testing`]); [`export!`] turns it into a WebAssembly plugin with
-//! `cargo build --target wasm32-unknown-unknown`, and supplies the manifest, the schema and the parsing of the configuration, and a
-//! panic hook that tells the operator where.
+//! A plugin decides once per event: a [`Filter`] keeps, amends or drops it; a [`Router`] returns
+//! the routes that address its recipients. The crate consists of plain values and traits, so a
+//! plugin runs natively in tests ([`testing`]). [`export!`] turns it into a WebAssembly plugin with
+//! `cargo build --target wasm32-unknown-unknown`: the macro supplies the manifest, the JSON Schema
+//! and the parsing of the configuration, and a panic hook that logs the location of a panic.
 //!
 //! ```
 //! use pointsman_plugin::{Event, Failure, Issue, Plugin, Route, Router, export};
@@ -31,14 +32,17 @@
 //! export!(Owner as router);
 //! ```
 //!
-//! On WebAssembly the crate also brings an allocator that suits such calls (the feature `allocator`, on by default). A plugin with a
-//! `#[global_allocator]` of its own takes the crate with `default-features = false`.
+//! On WebAssembly the crate also provides an allocator suited to short calls (the feature
+//! `allocator`, on by default). A plugin that defines its own `#[global_allocator]` depends on the
+//! crate with `default-features = false`.
 //!
-//! A configuration may use what the bundled plugins use: [`Condition`]s on events, [`Selector`]s of their values, [`OneOrMore`], [`Ttl`].
-//! Their mistakes are found as the configuration is parsed, and told with their place.
+//! A configuration may use the same building blocks as the bundled plugins: [`Condition`]s on
+//! events, [`Selector`]s of their values, [`OneOrMore`] and [`Ttl`]. Mistakes in them are found
+//! while the configuration is parsed and are reported with their location.
 //!
-//! What crosses to the host, and how, is `wit/`; what the host allows a plugin is the host's business. There is no state between
-//! events: an instance sees some of them and may be replaced after any, which is why [`Filter`] and [`Router`] take `&self`.
+//! `wit/` defines the interface to the host; the host sets and enforces the limits. There is no
+//! state between events: an instance sees only some of the events and may be replaced after any of
+//! them, which is why [`Filter`] and [`Router`] take `&self`.
 
 mod bindings;
 pub mod clock;
@@ -75,7 +79,7 @@ pub use plugin::{Amendment, Filter, Interest, NoConfig, Plugin, Route, Router, V
 pub use selector::{AttributeName, Pointer, Selector};
 pub use value::Ttl;
 
-/// For the expansion of [`export!`] alone.
+/// Used only by the expansion of [`export!`].
 #[doc(hidden)]
 pub mod rt {
     pub use crate::bindings::{filter, lifecycle, router};

@@ -1,5 +1,5 @@
-//! Lines for the operator. The host bounds them (1 KiB a line, 100 lines a second by default); in tests they are captured (see
-//! [`testing::logged`](crate::testing::logged)).
+//! Log lines for the operator. The host bounds them (by default 1 KiB per line and 100 lines per
+//! second); tests capture them (see [`testing::logged`](crate::testing::logged)).
 
 use std::fmt::Display;
 

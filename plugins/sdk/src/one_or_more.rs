@@ -1,4 +1,4 @@
-//! One of something or a list of it: `"a"` or `["a", "b"]` in a configuration.
+//! A single value or a list of values: `"a"` or `["a", "b"]` in a configuration.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,7 +10,7 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// At least one.
+/// A list with at least one element.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OneOrMore<T>(Vec<T>);
 
@@ -21,14 +21,14 @@ impl<T> Deref for OneOrMore<T> {
     }
 }
 
-/// By hand: an untagged enum would say of a mistake only that it fits nothing.
+/// Implemented by hand because the error of an untagged enum states only that no variant matched.
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMore<T> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct Either<T>(PhantomData<T>);
         impl<'de, T: Deserialize<'de>> Visitor<'de> for Either<T> {
             type Value = Vec<T>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("one, or a list")
+                f.write_str("a single value or a list")
             }
             fn visit_bool<E: Error>(self, value: bool) -> Result<Vec<T>, E> {
                 Ok(vec![T::deserialize(value.into_deserializer())?])
@@ -55,7 +55,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMore<T> {
         let list = d.deserialize_any(Either(PhantomData))?;
         if list.is_empty() {
             Err(D::Error::custom(
-                "the list is empty; write what belongs into it, or leave it out",
+                "the list is empty; add an element or remove the key",
             ))
         } else {
             Ok(Self(list))
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_stands_for_a_list_of_one_and_none_is_refused() {
+    fn a_single_value_is_a_list_of_one_and_an_empty_list_is_rejected() {
         let parse = |json: &str| serde_json::from_str::<OneOrMore<u32>>(json);
         assert_eq!(*parse("1").unwrap(), [1]);
         assert_eq!(*parse("[1,2]").unwrap(), [1, 2]);

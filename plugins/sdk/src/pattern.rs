@@ -1,6 +1,8 @@
-//! Patterns of names, such as `order.*`, where `*` stands for any characters, none included; everything else for itself.
+//! Patterns of names, such as `order.*`: `*` matches any sequence of characters, including none,
+//! and every other character matches itself.
 
-/// Whether a text matches a pattern. Takes at most pattern times text steps, whatever they are: only the last `*` is ever tried again.
+/// Whether a text matches a pattern. Takes at most (pattern length × text length) steps, because
+/// only the last `*` is ever retried.
 pub(crate) fn matches(pattern: &str, text: &str) -> bool {
     let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
     let (mut p, mut t) = (0, 0);
@@ -44,7 +46,7 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, text), expect, "{pattern} {text}");
         }
-        // Exponential in a matcher that tries every star again.
+        // A matcher that retries every `*` takes exponential time here.
         assert!(!matches(
             &"*a".repeat(100),
             &format!("{}b", "a".repeat(200))

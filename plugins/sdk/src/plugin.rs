@@ -1,4 +1,5 @@
-//! What an author writes: a [`Plugin`] that is a [`Filter`], a [`Router`] or both.
+//! The traits that a plugin author implements: a [`Plugin`] that is a [`Filter`], a [`Router`] or
+//! both.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -10,59 +11,66 @@ pub use crate::bindings::filter::exports::pointsman::plugin::filter::{Amendment,
 pub use crate::bindings::router::exports::pointsman::plugin::router::Route;
 use crate::{Criteria, Event, Failure, Issue, Operator, Priority, Target, Test, Value};
 
-/// A plugin with its configuration. It is made anew for every instance; there is no state between events.
+/// A plugin with its configuration. The host creates one for every instance; there is no state
+/// between events.
 pub trait Plugin: Sized + 'static {
-    /// The operator's configuration. Unknown names are refused if it says `#[serde(deny_unknown_fields)]`, which it should. Its
-    /// schema is in the plugin's manifest. [`NoConfig`] takes none.
+    /// The operator's configuration. Add `#[serde(deny_unknown_fields)]` so that unknown names are
+    /// rejected. Its JSON Schema becomes part of the plugin's manifest. Use [`NoConfig`] for a
+    /// plugin without configuration.
     type Config: DeserializeOwned + JsonSchema;
 
     /// # Errors
-    /// What of a well-formed configuration is wrong, and the fix. The host then refuses the plugin and says so.
+    /// The problem in a well-formed configuration, and the fix. The host then refuses to load the
+    /// plugin and reports the issue.
     fn new(config: Self::Config) -> Result<Self, Issue>;
 
-    /// Which events the plugin is called for and what of them it sees. By default every event with all its attributes, and nothing of
-    /// its payload. What is not asked for is not copied.
+    /// The events for which the plugin is called, and the parts of them that it sees. The default
+    /// is every event with all its attributes and nothing of its payload. Parts that are not
+    /// requested are not copied.
     fn interest(&self) -> Interest {
         Interest::default()
     }
 }
 
-/// Keeps, amends or drops events, before any router sees them.
+/// Keeps, amends or drops events before they reach any router.
 pub trait Filter: Plugin {
     /// # Errors
     /// [`Failure::Reject`] dead-letters the event at once, with the text as the reason.
     fn evaluate(&self, event: &Event) -> Result<Verdict, Failure>;
 }
 
-/// Decides who hears of an event.
+/// Decides who is notified of an event.
 pub trait Router: Plugin {
-    /// No route is an answer too: this router names nobody.
+    /// Returns the routes for the event. An empty list is valid: this router then addresses no one.
     ///
     /// # Errors
     /// [`Failure::Reject`] dead-letters the event at once, with the text as the reason.
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure>;
 }
 
-/// The configuration of a plugin that takes none.
+/// The configuration of a plugin that has no settings.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NoConfig {}
 
-/// Which events a plugin is called for, and what of them it sees. See [`Plugin::interest`].
+/// The events for which a plugin is called, and the parts of them that it sees. See
+/// [`Plugin::interest`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Interest {
-    /// Patterns of event types, such as `order.*`, where `*` stands for any characters. Empty: every event.
+    /// Patterns of event types, such as `order.*`, in which `*` matches any sequence of characters,
+    /// including none. Empty: every event.
     pub types: Vec<String>,
-    /// Names of extension attributes; `*` is all of them.
+    /// Names of extension attributes; `*` selects all of them.
     pub attributes: Vec<String>,
-    /// JSON pointers into a JSON payload, such as `/order/region`; each arrives as an attribute of that name.
+    /// JSON pointers into a JSON payload, such as `/order/region`; each field arrives as an
+    /// attribute named after its pointer.
     pub fields: Vec<String>,
-    /// Whether the payload arrives whole.
+    /// Whether the whole payload is passed.
     pub payload: bool,
 }
 
 impl Default for Interest {
-    /// Every event, all attributes, nothing of the payload.
+    /// Every event with all its attributes and nothing of its payload.
     fn default() -> Self {
         Self {
             types: Vec::new(),
@@ -74,7 +82,7 @@ impl Default for Interest {
 }
 
 impl Interest {
-    /// Events whose type matches one of the patterns; of them no attribute and nothing of the payload.
+    /// Events whose type matches one of the patterns, without attributes or payload.
     pub fn in_types<'a>(patterns: impl IntoIterator<Item = &'a str>) -> Self {
         Self {
             types: patterns.into_iter().map(str::to_owned).collect(),
@@ -84,26 +92,26 @@ impl Interest {
         }
     }
 
-    /// Every event; of them no attribute and nothing of the payload.
+    /// Every event, without attributes or payload.
     pub fn in_every_type() -> Self {
         Self::in_types([])
     }
 
-    /// And these attributes.
+    /// Adds these attributes.
     #[must_use]
     pub fn attributes<'a>(mut self, names: impl IntoIterator<Item = &'a str>) -> Self {
         self.attributes.extend(names.into_iter().map(str::to_owned));
         self
     }
 
-    /// And these fields of the payload, by their JSON pointers.
+    /// Adds these fields of the payload, by their JSON pointers.
     #[must_use]
     pub fn fields<'a>(mut self, pointers: impl IntoIterator<Item = &'a str>) -> Self {
         self.fields.extend(pointers.into_iter().map(str::to_owned));
         self
     }
 
-    /// And the payload whole.
+    /// Adds the whole payload.
     #[must_use]
     pub fn payload(mut self) -> Self {
         self.payload = true;
@@ -112,7 +120,8 @@ impl Interest {
 }
 
 impl Route {
-    /// To these targets, with the event's own priority, name and data, without a condition or an end.
+    /// A route to these targets with the event's own priority and data, and without an event name,
+    /// a condition or a time to live.
     pub fn to(targets: impl Into<Vec<Target>>) -> Self {
         Self {
             targets: targets.into(),
@@ -137,7 +146,8 @@ impl Route {
         Self::to([Target::Everyone])
     }
 
-    /// Only to those whose attributes pass all of these tests.
+    /// Restricts the targets to recipients whose attributes pass all of these tests. Each call adds
+    /// an alternative.
     #[must_use]
     pub fn when(mut self, tests: impl Into<Vec<Test>>) -> Self {
         self.when
@@ -153,7 +163,7 @@ impl Route {
         self
     }
 
-    /// Not delivered from so many milliseconds on.
+    /// Sets the time to live: the notification is not delivered once `ms` milliseconds have passed.
     #[must_use]
     pub fn ttl_ms(mut self, ms: u64) -> Self {
         self.ttl_ms = Some(ms);
@@ -166,14 +176,14 @@ impl Route {
         self
     }
 
-    /// The SSE `event:` name.
+    /// Sets the SSE `event:` name.
     #[must_use]
     pub fn event_name(mut self, name: impl Into<String>) -> Self {
         self.event_name = Some(name.into());
         self
     }
 
-    /// Delivered as `data` in place of the event's own.
+    /// Sets the JSON to deliver as `data` instead of the event's own data.
     #[must_use]
     pub fn body(mut self, json: &serde_json::Value) -> Self {
         self.body = Some(json.to_string());
@@ -182,7 +192,7 @@ impl Route {
 }
 
 impl Test {
-    /// A test of one attribute of a recipient; how many values it takes is the operator's.
+    /// A test of one attribute of a recipient. The operator determines how many values it takes.
     pub fn new(
         attribute: impl Into<String>,
         operator: Operator,
@@ -197,7 +207,7 @@ impl Test {
 }
 
 impl Verdict {
-    /// Keeps the event under another priority.
+    /// Keeps the event and changes its priority.
     pub fn with_priority(priority: Priority) -> Self {
         Self::Amend(Amendment {
             priority: Some(priority),
@@ -207,7 +217,8 @@ impl Verdict {
 }
 
 impl Issue {
-    /// `path`: where in the configuration, such as `rules[0].type`; empty for the whole.
+    /// `path` is the location in the configuration, such as `rules[0].type`; empty for the
+    /// configuration as a whole.
     pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             path: path.into(),

@@ -1,5 +1,6 @@
-//! What of an event is meant: an attribute by its name, a field of the payload by its JSON pointer, or one of the attributes that every
-//! event has. Parsed from the configuration, so that a name that cannot be is refused there.
+//! Selects a value of an event: an attribute by its name, a field of the payload by its JSON
+//! pointer, or one of the attributes that every event has. Selectors are parsed from the
+//! configuration, so that an invalid name is rejected there.
 
 use std::borrow::Cow;
 
@@ -9,7 +10,8 @@ use serde::{Deserialize, Deserializer};
 
 use crate::{Event, Value};
 
-/// The attributes of CloudEvents 1.0 that are no extensions, and the names of its payload.
+/// The context attributes of CloudEvents 1.0, which are not extensions, and the names of its
+/// payload.
 const RESERVED: [&str; 10] = [
     "id",
     "source",
@@ -23,22 +25,22 @@ const RESERVED: [&str; 10] = [
     "data_base64",
 ];
 
-/// The name of an extension attribute: 1 to 64 of a-z, 0-9 and _.
+/// The name of an extension attribute: 1 to 64 characters from a-z, 0-9 and _.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AttributeName(String);
 
 impl AttributeName {
     /// # Errors
-    /// What is wrong with it, and the fix.
+    /// A message that names the problem and the fix.
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.starts_with('/') {
             return Err(format!(
-                "'{text}' is a field of the payload and no attribute; it belongs under payload"
+                "'{text}' is a field of the payload, not an attribute; move it under payload"
             ));
         }
         if RESERVED.contains(&text) {
             return Err(format!(
-                "'{text}' is no extension attribute; those are the publisher's own names, such as user or region"
+                "'{text}' is not an extension attribute; use a name that the publisher defines, such as user or region"
             ));
         }
         let is_legal = (1..=64).contains(&text.len())
@@ -49,7 +51,7 @@ impl AttributeName {
             Ok(Self(text.to_owned()))
         } else {
             Err(format!(
-                "'{text}' is no name of an attribute; write 1 to 64 of a-z, 0-9 and _"
+                "'{text}' is not a valid attribute name; use 1 to 64 characters from a-z, 0-9 and _"
             ))
         }
     }
@@ -59,20 +61,21 @@ impl AttributeName {
     }
 }
 
-/// A JSON pointer (RFC 6901) into the payload, such as `/order/region`; not the empty one, which is the payload whole.
+/// A JSON pointer (RFC 6901) into the payload, such as `/order/region`. The empty pointer, which
+/// selects the whole payload, is not allowed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Pointer(String);
 
 impl Pointer {
     /// # Errors
-    /// What is wrong with it, and the fix.
+    /// A message that names the problem and the fix.
     pub fn parse(text: &str) -> Result<Self, String> {
         if text.is_empty() {
-            return Err("'' is the payload whole, which cannot be looked at; name a field of it, such as '/order/id'".to_owned());
+            return Err("'' selects the whole payload, which cannot be tested; name a field, such as '/order/id'".to_owned());
         }
         if !text.starts_with('/') {
             return Err(format!(
-                "'{text}' is no JSON pointer; write '/{}'",
+                "'{text}' is not a valid JSON pointer; write '/{}'",
                 text.replace('.', "/")
             ));
         }
@@ -84,7 +87,7 @@ impl Pointer {
         {
             true => Ok(Self(text.to_owned())),
             false => Err(format!(
-                "'{text}' is no JSON pointer; write ~0 for ~, and ~1 for a / in a name"
+                "'{text}' is not a valid JSON pointer; write ~0 for ~ and ~1 for a / in a name"
             )),
         }
     }
@@ -94,7 +97,8 @@ impl Pointer {
     }
 }
 
-/// A value of an event: `region` is an attribute, `/order/region` a field of the payload, and `id`, `source`, `type` and `subject` are those.
+/// Selects a value of an event: `region` is an attribute, `/order/region` a field of the payload;
+/// `id`, `source`, `type` and `subject` are the context attributes of the same name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selector {
     Id,
@@ -107,7 +111,7 @@ pub enum Selector {
 
 impl Selector {
     /// # Errors
-    /// What is wrong with it, and the fix.
+    /// A message that names the problem and the fix.
     pub fn parse(text: &str) -> Result<Self, String> {
         Ok(match text {
             "id" => Self::Id,
@@ -130,7 +134,7 @@ impl Selector {
         }
     }
 
-    /// The value, if the event has it and the plugin's interest is in it.
+    /// Returns the value if the event has it and the plugin's interest includes it.
     pub fn of<'a>(&self, event: &'a Event) -> Option<Cow<'a, Value>> {
         let text = match self {
             Self::Id => &event.id,
@@ -145,7 +149,7 @@ impl Selector {
     }
 }
 
-/// Each is one string in a configuration.
+/// Implements the traits of a type that is a single string in a configuration.
 macro_rules! is_a_string {
     ($($name:ident, $pattern:literal;)+) => {$(
         impl<'de> Deserialize<'de> for $name {
@@ -207,12 +211,12 @@ mod tests {
     }
 
     #[test]
-    fn what_names_nothing_is_refused_with_the_fix() {
+    fn an_invalid_selector_is_rejected_with_the_fix() {
         for (text, fix) in [
-            ("", "write 1 to 64 of"),
-            ("Region", "write 1 to 64 of"),
-            ("order.region", "write 1 to 64 of"),
-            ("time", "is no extension attribute"),
+            ("", "use 1 to 64 characters"),
+            ("Region", "use 1 to 64 characters"),
+            ("order.region", "use 1 to 64 characters"),
+            ("time", "is not an extension attribute"),
             ("/a~b", "write ~0 for ~"),
             ("/a~", "write ~0 for ~"),
         ] {
@@ -227,7 +231,7 @@ mod tests {
         assert!(
             AttributeName::parse("/order")
                 .unwrap_err()
-                .contains("belongs under payload")
+                .contains("move it under payload")
         );
     }
 }

@@ -1,4 +1,5 @@
-//! For `cargo test`, natively: events, the configuration as the host hands it over, a frozen clock, captured log lines.
+//! Support for native `cargo test`: events, the configuration as the host passes it, a frozen clock
+//! and captured log lines.
 //!
 //! ```
 //! # use pointsman_plugin::{Event, Failure, Issue, NoConfig, Plugin, Route, Router, testing};
@@ -17,7 +18,8 @@
 //! assert_eq!(plugin.resolve(&event), Ok(vec![Route::to_user("42")]));
 //! ```
 //!
-//! Limits, and what the host makes of an answer, are not tested here: the host does that with the built plugin.
+//! These tests cover neither the limits nor how the host processes a decision; the host does that
+//! with the built plugin.
 
 use std::cell::{Cell, RefCell};
 
@@ -31,20 +33,21 @@ thread_local! {
     static LINES: RefCell<Vec<(Level, String)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Makes the plugin from a configuration, as the host does.
+/// Creates the plugin from a configuration, as the host does.
 ///
 /// # Errors
-/// What the operator would be told.
+/// The issues that the operator would see.
 pub fn configure<P: Plugin>(config: serde_json::Value) -> Result<P, Vec<Issue>> {
     configured(&config.to_string())
 }
 
-/// Sets the clock of this thread; it stands at 2026-01-01T00:00:00Z until then. `ms`: milliseconds since the Unix epoch.
+/// Sets the clock of this thread to `ms` milliseconds since the Unix epoch. The initial value is
+/// 2026-01-01T00:00:00Z.
 pub fn freeze_clock(ms: u64) {
     CLOCK_MS.set(ms);
 }
 
-/// Takes the lines that this thread has logged.
+/// Returns and clears the lines that this thread has logged.
 pub fn logged() -> Vec<(Level, String)> {
     LINES.take()
 }
@@ -59,7 +62,8 @@ pub(crate) fn capture(level: Level, message: String) {
     LINES.with_borrow_mut(|lines| lines.push((level, message)));
 }
 
-/// Begins an event of this type, with an id, a source, the time of the frozen clock, and nothing else.
+/// Starts building an event of this type with an id, a source and the time of the frozen clock, and
+/// nothing else.
 pub fn event(kind: &str) -> EventBuilder {
     EventBuilder(Event {
         id: "test-1".into(),
@@ -73,7 +77,7 @@ pub fn event(kind: &str) -> EventBuilder {
     })
 }
 
-/// An event in the making.
+/// Builds an event.
 #[derive(Clone, Debug)]
 pub struct EventBuilder(Event);
 
@@ -126,13 +130,13 @@ impl EventBuilder {
         self
     }
 
-    /// The event with everything that it has.
+    /// Returns the event with everything that was set.
     pub fn build(self) -> Event {
         self.0
     }
 
-    /// The event as the host would show it to this plugin: with what its [`Interest`](crate::Interest) asks for and no more; `None` if the
-    /// host would not call the plugin for it.
+    /// Returns the event as the host would pass it to this plugin, reduced to its
+    /// [`Interest`](crate::Interest); `None` if the host would not call the plugin for it.
     pub fn seen_by(self, plugin: &impl Plugin) -> Option<Event> {
         let interest = plugin.interest();
         let mut event = self.0;
@@ -166,7 +170,7 @@ impl EventBuilder {
     }
 }
 
-/// A field of the payload as the host hands it over.
+/// Converts a field of the payload as the host does.
 fn field(json: &serde_json::Value) -> Option<Value> {
     match json {
         serde_json::Value::Array(_) | serde_json::Value::Object(_) => {
@@ -196,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plugin_sees_what_it_asks_for_and_no_more() {
+    fn a_plugin_sees_exactly_what_its_interest_includes() {
         let reader: Reader = configure(serde_json::json!({})).unwrap();
         let seen = event("order.shipped")
             .attribute("user", "42")
@@ -217,9 +221,9 @@ mod tests {
     }
 
     #[test]
-    fn the_operator_is_told_where_the_configuration_is_wrong() {
+    fn an_unknown_configuration_name_is_reported_without_a_line_number() {
         let Err(issues) = configure::<Reader>(serde_json::json!({"colour": 1})) else {
-            panic!("an unknown name was taken")
+            panic!("an unknown name was accepted")
         };
         assert!(
             issues[0].message.contains("unknown field `colour`"),
@@ -229,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn clock_and_log_are_the_tests_own() {
+    fn each_test_has_its_own_clock_and_log() {
         freeze_clock(5);
         log::warn(format_args!("at {}", clock::now_ms()));
         assert_eq!(logged(), [(Level::Warn, "at 5".to_owned())]);

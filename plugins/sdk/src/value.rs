@@ -1,4 +1,5 @@
-//! Values, priorities and times to live: as an operator writes them in a configuration, and how values compare.
+//! Values, priorities and times to live as an operator writes them in a configuration, and the
+//! comparison of values.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -11,8 +12,9 @@ use serde::{Deserialize, Deserializer};
 use crate::{Priority, Value};
 
 impl Value {
-    /// How two values of one kind stand to each other: numbers by what they are worth, exactly, whether they are integers or decimals;
-    /// texts by their code points; `false` before `true`. `None` for values of two kinds.
+    /// Compares two values of the same kind: numbers by their exact numeric value, whether integer
+    /// or decimal; texts by code point; `false` before `true`. Returns `None` for values of
+    /// different kinds.
     pub fn compare(&self, other: &Self) -> Option<Ordering> {
         match (self, other) {
             (Self::Text(a), Self::Text(b)) => Some(a.cmp(b)),
@@ -27,11 +29,12 @@ impl Value {
         }
     }
 
-    /// A value of JSON that is neither list nor object nor `null`.
+    /// Converts a JSON scalar; `None` for a list, an object or `null`.
     pub(crate) fn of_json(json: &serde_json::Value) -> Option<Self> {
         match json {
             serde_json::Value::Bool(flag) => Some(Self::Flag(*flag)),
-            // What the host would hand over as a text, since a decimal would be another number.
+            // The host passes such an integer as a text, because the nearest decimal is a different
+            // number.
             serde_json::Value::Number(number) if number.is_u64() && !number.is_i64() => {
                 Some(Self::Text(number.to_string()))
             }
@@ -50,9 +53,9 @@ impl Value {
             .or_else(|| number.as_f64().map(Self::Decimal))
     }
 
-    /// The number that a text is if it is written as JSON writes numbers.
+    /// Parses a text written as JSON writes numbers; `None` for any other text.
     pub fn of_numeral(text: &str) -> Option<Self> {
-        // JSON in itself would allow for white space around.
+        // `serde_json` accepts surrounding white space; a numeral must not have any.
         let is_bare = text.starts_with(|c: char| c == '-' || c.is_ascii_digit())
             && text.ends_with(|c: char| c.is_ascii_digit());
         let number = if is_bare {
@@ -64,7 +67,7 @@ impl Value {
     }
 }
 
-/// Not by way of `f64`, which does not tell large integers apart.
+/// Compares exactly. Converting the integer to `f64` would make distinct large integers equal.
 fn integer_to_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
     const BEYOND: f64 = 9_223_372_036_854_775_808.0;
     if decimal.is_nan() {
@@ -76,7 +79,7 @@ fn integer_to_decimal(integer: i64, decimal: f64) -> Option<Ordering> {
     if decimal < -BEYOND {
         return Some(Ordering::Greater);
     }
-    // Within these bounds the part before the point is an i64, exactly.
+    // Within these bounds the integral part is exactly an i64.
     Some(
         integer
             .cmp(&(decimal.trunc() as i64))
@@ -125,7 +128,7 @@ impl From<bool> for Value {
     }
 }
 
-/// In a configuration: a text, a number, `true` or `false`.
+/// A text, a number, `true` or `false` in a configuration.
 impl<'de> Deserialize<'de> for Value {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct Scalar;
@@ -172,7 +175,7 @@ impl Priority {
         ("urgent", Self::Urgent),
     ];
 
-    /// The priority of this name: `low`, `normal`, `high` or `urgent`.
+    /// Returns the priority of this name: `low`, `normal`, `high` or `urgent`.
     pub fn named(word: &str) -> Option<Self> {
         Self::WORDS
             .into_iter()
@@ -189,7 +192,7 @@ impl<'de> Deserialize<'de> for Priority {
         let word = String::deserialize(d)?;
         Self::named(&word).ok_or_else(|| {
             D::Error::custom(format!(
-                "'{word}' is no priority; write low, normal, high or urgent"
+                "'{word}' is not a valid priority; use low, normal, high or urgent"
             ))
         })
     }
@@ -205,7 +208,8 @@ impl JsonSchema for Priority {
     }
 }
 
-/// A time to live: a number of seconds above 0, or one with a unit, as `500ms`, `30s`, `5m` and `2h` are.
+/// A time to live: a number of seconds above 0, or a number with a unit, such as `500ms`, `30s`,
+/// `5m` or `2h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ttl {
     /// Milliseconds, at least 1.
@@ -213,11 +217,11 @@ pub struct Ttl {
 }
 
 impl Ttl {
-    /// What to write instead, for where there is none.
+    /// The fix for an invalid time to live, for error messages.
     pub const FIX: &'static str =
-        "give it a number of seconds above 0, or one with a unit: 500ms, 30s, 5m, 2h";
+        "use a number of seconds above 0 or a number with a unit: 500ms, 30s, 5m, 2h";
 
-    /// The time to live that a value is. `None`: see [`Ttl::FIX`].
+    /// Converts a value to a time to live; `None` if it is not valid: see [`Ttl::FIX`].
     pub fn of(value: &Value) -> Option<Self> {
         let ms = match value {
             Value::Integer(seconds) => u64::try_from(*seconds).ok()?.checked_mul(1_000)?,
@@ -242,8 +246,12 @@ impl Ttl {
 impl<'de> Deserialize<'de> for Ttl {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let value = Value::deserialize(d)?;
-        Self::of(&value)
-            .ok_or_else(|| D::Error::custom(format!("'{value}' is no time to live; {}", Self::FIX)))
+        Self::of(&value).ok_or_else(|| {
+            D::Error::custom(format!(
+                "'{value}' is not a valid time to live; {}",
+                Self::FIX
+            ))
+        })
     }
 }
 
@@ -264,9 +272,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_compare_by_what_they_are_worth_and_kinds_do_not_mix() {
+    fn numbers_compare_by_exact_value_and_different_kinds_do_not_compare() {
         use Ordering::{Equal, Greater, Less};
-        let large = 9_007_199_254_740_993; // 2^53 + 1, which is no f64.
+        let large = 9_007_199_254_740_993; // 2^53 + 1, which an f64 cannot represent.
         for (a, b, expect) in [
             (Value::from(1), Value::from(1.0), Some(Equal)),
             (1.into(), 1.5.into(), Some(Less)),
@@ -288,7 +296,7 @@ mod tests {
             (i64::MIN.into(), (-1e300).into(), Some(Greater)),
             (1.into(), f64::NAN.into(), None),
             ("b".into(), "a".into(), Some(Greater)),
-            // In UTF-16, as other languages have it, the order is the other way round.
+            // By UTF-16 code unit, as some languages compare, the order would be reversed.
             ("\u{ffee}".into(), "😀".into(), Some(Less)),
             (true.into(), true.into(), Some(Equal)),
             ("1".into(), 1.into(), None),
@@ -322,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_priority_is_named_and_read_alike() {
+    fn a_priority_has_the_same_name_in_both_directions() {
         for (word, priority) in Priority::WORDS {
             assert_eq!(
                 (Priority::named(word), priority.name()),

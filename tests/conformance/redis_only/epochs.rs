@@ -1,10 +1,11 @@
-//! Fail-overs and restarts as the scripts see them: another replication id, another life.
+//! Failovers and restarts as the scripts see them: another replication id starts another epoch.
 
 use super::*;
 
-/// The owner reads, Redis fails over, the data rolls back and moves on to the same position: only the life tells the two apart.
+/// The owner reads, then Redis fails over, and the data rolls back and advances to the same
+/// position: only the epoch distinguishes the two.
 #[tokio::test]
-async fn h01_a_commit_of_an_older_life_is_refused() {
+async fn a_commit_of_an_older_epoch_is_rejected() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let ids = node.append(&["a", "b"]).await;
@@ -24,7 +25,7 @@ async fn h01_a_commit_of_an_older_life_is_refused() {
     assert_eq!(
         node.broker.commit(node.p, batch.clone()).await.unwrap(),
         Committed::Refused,
-        "a late one, too"
+        "also after the new epoch has begun"
     );
     assert!(matches!(
         node.broker
@@ -41,9 +42,9 @@ async fn h01_a_commit_of_an_older_life_is_refused() {
     ));
 }
 
-/// A slice of a plan that another life had begun: `entry/1` names another plan there.
+/// A slice of a plan that was started in another epoch: `entry/1` refers to another plan there.
 #[tokio::test]
-async fn h01_a_slice_of_an_older_life_is_refused() {
+async fn a_slice_of_an_older_epoch_is_rejected() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let entry = after(EntryId::default());
@@ -68,7 +69,7 @@ async fn h01_a_slice_of_an_older_life_is_refused() {
     assert_eq!(
         (new.position, new.pending),
         (old.position, old.pending),
-        "position and plan are this data's truth, whatever the life"
+        "position and plan do not depend on the epoch"
     );
     assert!(matches!(
         node.broker
@@ -85,9 +86,10 @@ async fn h01_a_slice_of_an_older_life_is_refused() {
     ));
 }
 
-/// A reader of any older life finds the last id that survived it, not only a reader of the one before.
+/// A reader from any older epoch, not only from the previous one, finds the last id that is still
+/// valid for it.
 #[tokio::test]
-async fn h03_each_life_is_listed_with_the_last_id_that_survived() {
+async fn each_epoch_is_listed_with_its_last_valid_id() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut expect = node.head().await.lives;
@@ -110,12 +112,12 @@ async fn h03_each_life_is_listed_with_the_last_id_that_survived() {
     assert_eq!(
         names.len(),
         16,
-        "no name twice among those that are remembered"
+        "the names of the listed epochs are distinct"
     );
 }
 
 #[tokio::test]
-async fn every_notice_carries_the_life_it_was_made_in() {
+async fn every_notice_carries_the_epoch_it_was_published_in() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
@@ -133,9 +135,10 @@ async fn every_notice_carries_the_life_it_was_made_in() {
     }
 }
 
-/// Everything is gone, and who had something must be told: a name that no longer stands in the list says so.
+/// All data is gone, and clients that had received something must learn that: the name of their
+/// epoch is no longer in the list.
 #[tokio::test]
-async fn flushall_begins_a_life_with_a_new_name() {
+async fn flushall_begins_an_epoch_with_a_new_name() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     node.publish("R", &["u:1"]).await;
@@ -150,12 +153,12 @@ async fn flushall_begins_a_life_with_a_new_name() {
     assert_eq!((new.last, new.position), (BEGIN, Position::default()));
     assert!(new.origin >= old.origin);
     let id = node.publish("R", &["u:1"]).await;
-    assert!(id > old.last, "the clock goes on");
+    assert!(id > old.last, "ids follow the clock");
 }
 
-/// After a crash the append-only file brings the data back, and the restart begins a life.
+/// After a crash, the append-only file restores the data, and the restart begins an epoch.
 #[tokio::test]
-async fn a_restart_begins_a_life_at_what_survived() {
+async fn a_restart_begins_an_epoch_at_the_surviving_data() {
     let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
@@ -172,16 +175,18 @@ async fn a_restart_begins_a_life_at_what_survived() {
     let new = node.head().await;
     assert_eq!(new.lives, [(old.life, BEGIN), (new.life, last)]);
     assert_eq!((new.last, new.position), (last, old.position));
-    // The ear is connected again, says so, and hears again once asked.
+    // The notice connection is re-established, sends a reset, and delivers again after a new follow
+    // request.
     while !matches!(ear.next().await, Notice::Reset { .. }) {}
     ear.hear("u:1", 2).await;
     let id = node.publish("R", &["u:1"]).await;
     assert_eq!(ear.append().await, ("u:1".into(), id));
 }
 
-/// The node's connections outlive the demotion of their server; what a replica says is old.
+/// The node's connections outlive the demotion of their server, but the data of a replica may be
+/// stale.
 #[tokio::test]
-async fn a_replica_answers_nothing() {
+async fn a_replica_counts_as_unavailable() {
     let (server, primary) = (RedisServer::start(), RedisServer::start());
     let node = node_on(&server).await;
     node.publish("R", &["u:1"]).await;

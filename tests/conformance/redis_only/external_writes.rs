@@ -1,8 +1,10 @@
-//! What others do to our keys: foreign types, trimming, deleting, filling the memory, reading along.
+//! External writes to Pointsman's keys: wrong types, trimming, deletion, full memory and other
+//! readers.
 
 use super::*;
 
-/// Publishes until Redis has no more room: `n` entries of `bytes`, and a bound a little below what is used then.
+/// Fills the memory of Redis: appends `n` entries of `bytes` bytes each, then sets the limit
+/// slightly below the memory in use.
 fn fill(server: &RedisServer, n: usize, bytes: usize) {
     let payload = "x".repeat(bytes);
     let mut commands = redis::pipe();
@@ -16,7 +18,7 @@ fn fill(server: &RedisServer, n: usize, bytes: usize) {
     }
     let _: redis::Value = commands
         .query(&mut server.connection())
-        .expect("there is room yet");
+        .expect("Redis is not full yet");
     let memory: String = server.command("INFO memory");
     let used: u64 = memory
         .lines()
@@ -30,13 +32,14 @@ fn fill(server: &RedisServer, n: usize, bytes: usize) {
         .arg("v")
         .arg("f")
         .exec(&mut server.connection())
-        .expect_err("it is full");
+        .expect_err("Redis is full");
     assert_eq!(refused.code(), Some("OOM"));
 }
 
-/// The third write of a batch fails on a key of another type: what the first two wrote would stay and be written again.
+/// The third write of a batch would fail on a key of the wrong type, and the first two would remain
+/// and be repeated.
 #[tokio::test]
-async fn f06_a_log_of_a_foreign_type_costs_one_event_and_no_half_batch() {
+async fn a_log_of_the_wrong_type_costs_one_event_and_leaves_no_partial_batch() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let () = server.command(&format!("SET {TAG}l:u:2 foreign"));
@@ -63,19 +66,16 @@ async fn f06_a_log_of_a_foreign_type_costs_one_event_and_no_half_batch() {
         .await
         .unwrap();
     assert!(
-        letters[0]
-            .why
-            .reason
-            .contains("l:u:2 holds something foreign"),
+        letters[0].why.reason.contains("l:u:2 has the wrong type"),
         "{}",
         letters[0].why.reason
     );
     assert_eq!(
         letters[0].why.fields,
         [field("v", "b")],
-        "the fields come from the source, as nobody sent them along"
+        "the fields come from the source because the proposal had none"
     );
-    // A reader takes the key for an absent log, and is not stopped by it.
+    // A reader treats the key as an absent log and is not blocked by it.
     assert!(
         !node
             .broker
@@ -84,7 +84,8 @@ async fn f06_a_log_of_a_foreign_type_costs_one_event_and_no_half_batch() {
             .unwrap()
             .is_present
     );
-    // The key that remembers publishers' ids: bucket 5,666,666 holds the moment 1,700,000,000,000 at 300 s.
+    // The key that remembers publishers' ids: with a window of 300 s, bucket 5,666,666 contains the
+    // time 1,700,000,000,000.
     let marked = with_id(
         commit(
             EntryId {
@@ -103,9 +104,9 @@ async fn f06_a_log_of_a_foreign_type_costs_one_event_and_no_half_batch() {
     );
 }
 
-/// Met in a later slice, when the plan cannot be taken back any more: that log is left out, and counted.
+/// Found in a later slice, when the plan can no longer be undone: that log is skipped and counted.
 #[tokio::test]
-async fn f06_a_foreign_type_in_a_later_slice_leaves_that_log_out() {
+async fn a_wrong_type_in_a_later_slice_skips_that_log() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let entry = after(EntryId::default());
@@ -122,9 +123,10 @@ async fn f06_a_foreign_type_in_a_later_slice_leaves_that_log_out() {
     );
 }
 
-/// A key that the commit of any event writes to: none can be dead-lettered there, so nothing is written, and the operator is told what to do.
+/// Every commit writes to this key, so not even a dead letter can be written. Nothing is written,
+/// and the error names the fix.
 #[tokio::test]
-async fn f06_a_foreign_type_where_every_commit_writes_is_refused_by_name() {
+async fn a_wrong_type_where_every_commit_writes_is_an_error_that_names_the_key() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let () = server.command(&format!("SET {TAG}dead foreign"));
@@ -144,9 +146,9 @@ async fn f06_a_foreign_type_where_every_commit_writes_is_refused_by_name() {
     assert!(node.ids("u:1", BEGIN).await.is_empty());
 }
 
-/// Publishers fill the memory; were commits refused, too, nothing would be trimmed, for ever.
+/// Publishers fill the memory. If commits were rejected as well, nothing would ever be trimmed.
 #[tokio::test]
-async fn f07_a_full_redis_drains() {
+async fn a_full_redis_drains() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     fill(&server, 4_000, 1_000);
@@ -164,9 +166,9 @@ async fn f07_a_full_redis_drains() {
     assert_eq!(node.count(Outcome::Committed).await, 4_000);
 }
 
-/// What the last commit handled is trimmed by none after it: nobody can publish, so no commit would ever come.
+/// No commit follows that could trim the entries of the last one, because publishers are rejected.
 #[tokio::test]
-async fn f07_a_tick_makes_room_after_the_last_commit() {
+async fn a_tick_frees_memory_after_the_last_commit() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     fill(&server, 60, 50_000);
@@ -180,9 +182,10 @@ async fn f07_a_tick_makes_room_after_the_last_commit() {
     .await;
 }
 
-/// A tick writes as well: refused, every node would lose its ear every 3 s. Even a new life begins in a full Redis.
+/// A tick writes as well. If it were rejected, every node would reconnect its feed every 3 s. Even
+/// a new epoch begins in a full Redis.
 #[tokio::test]
-async fn h16_a_full_redis_ticks() {
+async fn a_full_redis_ticks() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
@@ -208,9 +211,9 @@ async fn h16_a_full_redis_ticks() {
     );
 }
 
-/// Entries are kept for operators who look back, but not by a Redis that has no room.
+/// Processed entries are kept for operators, but not in a full Redis.
 #[tokio::test]
-async fn h18_what_was_read_is_kept_for_a_while_but_not_in_a_full_redis() {
+async fn processed_entries_are_kept_for_a_while_but_not_in_a_full_redis() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     node.append(&["v"; 500]).await;
@@ -227,9 +230,9 @@ async fn h18_what_was_read_is_kept_for_a_while_but_not_in_a_full_redis() {
     .await;
 }
 
-/// A publisher's own `XADD MAXLEN` removes what nobody has read.
+/// A publisher's own `XADD MAXLEN` removes entries that were not read yet.
 #[tokio::test]
-async fn f12_what_others_trim_is_counted_as_lost() {
+async fn entries_trimmed_by_others_are_counted() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let ids = node.append(&["a", "b", "c", "d", "e"]).await;
@@ -237,7 +240,11 @@ async fn f12_what_others_trim_is_counted_as_lost() {
     let _: String = server.command(&format!("XADD {SOURCE} MAXLEN = 2 * v f"));
     let lost = async || node.broker.state(node.p).await.unwrap().lost_upstream;
     node.broker.tick(node.p).await.unwrap();
-    assert_eq!(lost().await, 0, "it cannot be told while entries wait");
+    assert_eq!(
+        lost().await,
+        0,
+        "the loss is not detectable while entries are waiting"
+    );
     assert_eq!(node.broker.state(node.p).await.unwrap().lag, 2);
     assert_eq!(drain(&node).await, 2);
     for _ in 0..2 {
@@ -246,9 +253,9 @@ async fn f12_what_others_trim_is_counted_as_lost() {
     }
 }
 
-/// What had left the source before Pointsman came was never ours to lose.
+/// Entries that left the source before Pointsman used it do not count.
 #[tokio::test]
-async fn f12_an_old_source_is_no_loss() {
+async fn entries_trimmed_before_the_first_start_are_not_counted() {
     let server = RedisServer::start();
     for k in 0..10 {
         let _: String = server.command(&format!("XADD {SOURCE} MAXLEN = 3 * v {k}"));
@@ -260,9 +267,10 @@ async fn f12_an_old_source_is_no_loss() {
     assert_eq!(node.broker.state(node.p).await.unwrap().lost_upstream, 0);
 }
 
-/// Deleted and made again with lower ids: below the position, nothing of it would ever be read.
+/// The source is deleted and recreated with lower ids: its entries are below the position and would
+/// never be read.
 #[tokio::test]
-async fn f25_a_source_made_again_with_lower_ids_is_read_once() {
+async fn a_source_recreated_with_lower_ids_is_read_once() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     node.append(&["old", "old"]).await;
@@ -303,13 +311,14 @@ async fn f25_a_source_made_again_with_lower_ids_is_read_once() {
     assert_eq!(
         server.command::<u64>(&format!("XLEN {SOURCE}")),
         3,
-        "the strays themselves are gone"
+        "the entries with the lower ids are removed"
     );
 }
 
-/// The group's position cannot be set on a source that is gone; by then the commit has written everything.
+/// The position of the consumer group cannot be set on a deleted source. By then, the commit has
+/// written everything else.
 #[tokio::test]
-async fn h17_a_deleted_source_does_not_fail_a_commit() {
+async fn a_deleted_source_does_not_fail_a_commit() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let ids = node.append(&["a"]).await;
@@ -321,9 +330,9 @@ async fn h17_a_deleted_source_does_not_fail_a_commit() {
     assert_eq!(node.head().await.position, ids[0].into());
 }
 
-/// Nothing is ever pending or acknowledged, and operators' tools show the lag all the same.
+/// No entry is ever pending or acknowledged, and operators' tools still show the lag.
 #[tokio::test]
-async fn f30_the_lag_is_readable_in_a_group_with_nothing_pending() {
+async fn the_lag_is_readable_in_a_group_with_nothing_pending() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let ids = node.append(&["a", "b", "c"]).await;
@@ -339,9 +348,9 @@ async fn f30_the_lag_is_readable_in_a_group_with_nothing_pending() {
     assert_eq!(text("last-delivered-id"), ids[1].to_string());
 }
 
-/// Who else reads the source loses nothing to our trimming.
+/// Trimming removes no entries that another consumer group has not read.
 #[tokio::test]
-async fn f12_what_another_group_has_not_read_is_not_trimmed() {
+async fn entries_unread_by_another_group_are_not_trimmed() {
     let server = RedisServer::start();
     let node = connect_to(
         &server.url(),
@@ -364,7 +373,7 @@ async fn f12_what_another_group_has_not_read_is_not_trimmed() {
         node.publish("R", &["u:1"]).await;
         server.command::<u64>(&format!("XLEN {SOURCE}"))
     };
-    // Whole nodes of 100 entries are trimmed, so up to 100 more are left.
+    // Redis trims whole nodes of 100 entries, so up to 100 more remain.
     let n_left = left().await;
     assert!(
         (500..=600).contains(&n_left),
@@ -383,9 +392,10 @@ async fn f12_what_another_group_has_not_read_is_not_trimmed() {
     assert!(n_left <= 100, "{n_left}");
 }
 
-/// Buckets of publishers' ids that a quiet time skipped would stay for ever: they have no expiry, as their time is the stream's.
+/// Dedupe buckets that a quiet period skipped would stay forever: they have no expiry, because they
+/// follow the time of the entries.
 #[tokio::test]
-async fn h13_at_most_two_buckets_stand() {
+async fn at_most_two_dedupe_buckets_exist() {
     let server = RedisServer::start();
     let node = connect_to(
         &server.url(),
@@ -410,7 +420,7 @@ async fn h13_at_most_two_buckets_stand() {
         let buckets: Vec<String> = server.command(&format!("KEYS {TAG}seen:*"));
         assert!(buckets.len() <= 2, "after {second} s: {buckets:?}");
     }
-    // One batch that spans them all, as after a stall.
+    // One batch that spans all of them, as after a stall.
     let at = |second: u64| EntryId {
         ms: 1_700_000_100_000 + second * 1_000,
         seq: 1,
@@ -431,9 +441,9 @@ async fn h13_at_most_two_buckets_stand() {
     );
 }
 
-/// Who reads a source without a group cannot be known; only what is named as ours is ours to trim.
+/// Readers without a consumer group are unknown, so only sources with our prefix are trimmed.
 #[tokio::test]
-async fn f12_a_source_that_is_not_ours_by_name_is_not_touched() {
+async fn a_source_without_our_prefix_is_not_modified() {
     let server = RedisServer::start();
     let node = connect_to(
         &server.url(),
@@ -457,9 +467,10 @@ async fn f12_a_source_that_is_not_ours_by_name_is_not_touched() {
     );
 }
 
-/// Lua gives a command no more than some 8,000 arguments, and the limit must not strike after the first write.
+/// Lua passes at most about 8,000 arguments to a command, and exceeding the limit must not fail
+/// after the first write.
 #[tokio::test]
-async fn a_dead_letter_with_more_fields_than_a_script_can_write_keeps_the_first_and_says_so() {
+async fn a_dead_letter_with_too_many_fields_keeps_the_first_ones_and_notes_it() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let fields: Vec<_> = (0..20_000).map(|k| field(&format!("f{k}"), "")).collect();
@@ -481,16 +492,19 @@ async fn a_dead_letter_with_more_fields_than_a_script_can_write_keeps_the_first_
         .unwrap()[0];
     assert_eq!(letter.why.fields, fields[..3_900]);
     assert!(
-        letter.why.reason.contains("of 20000 fields the first 3900"),
+        letter
+            .why
+            .reason
+            .contains("only the first 3900 of 20000 fields"),
         "{}",
         letter.why.reason
     );
     assert!(node.broker.redrive(node.p, letter.id).await.unwrap());
 }
 
-/// Whoever may publish in Redis may publish on our channels.
+/// Any client that may publish in Redis may publish on our channels.
 #[tokio::test]
-async fn what_strangers_publish_on_our_channels_is_no_notice() {
+async fn messages_from_other_publishers_on_our_channels_are_ignored() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;

@@ -1,11 +1,12 @@
-//! Redis away, slow, half there, or cutting connections: waits, never anybody's failure, and never silence.
+//! Redis is unavailable, slow, read-only or closes connections: callers wait, no event fails, and
+//! no loss is silent.
 
 use std::time::Instant;
 
 use super::*;
 
 #[tokio::test]
-async fn a_redis_that_is_not_there_is_away() {
+async fn an_unreachable_redis_is_unavailable() {
     let mut server = RedisServer::start();
     let url = server.url();
     server.stop();
@@ -16,11 +17,11 @@ async fn a_redis_that_is_not_there_is_away() {
     server.restart();
     connect_to(&url, &[SOURCE], Retention::default())
         .await
-        .expect("it is there");
+        .expect("Redis is available again");
 }
 
 #[tokio::test]
-async fn a_redis_that_does_not_answer_in_time_is_away_and_then_works_again() {
+async fn a_redis_that_does_not_answer_in_time_is_unavailable_and_recovers() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     node.append(&["a"]).await;
@@ -46,9 +47,10 @@ async fn a_redis_that_does_not_answer_in_time_is_away_and_then_works_again() {
     assert_eq!(drain(&node).await, 1);
 }
 
-/// While Redis is away, commands fail at once between attempts to connect: nobody waits a deadline for what is known.
+/// While Redis is unavailable, commands fail at once between attempts to connect, without waiting
+/// for the deadline.
 #[tokio::test]
-async fn commands_fail_at_once_while_redis_is_known_to_be_away() {
+async fn commands_fail_at_once_while_redis_is_known_to_be_unavailable() {
     let mut server = RedisServer::start();
     let node = node_on(&server).await;
     server.kill();
@@ -66,9 +68,9 @@ async fn commands_fail_at_once_while_redis_is_known_to_be_away() {
     );
 }
 
-/// The reply is lost, the commit is not: sent again it is refused, and the head says what became of it.
+/// The answer is lost but the commit is not: the retry is rejected, and the head shows the result.
 #[tokio::test]
-async fn f26_a_commit_whose_answer_was_lost_is_refused_the_second_time() {
+async fn a_commit_whose_answer_was_lost_is_rejected_the_second_time() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let ids = node.append(&["a"]).await;
@@ -84,7 +86,8 @@ async fn f26_a_commit_whose_answer_was_lost_is_refused_the_second_time() {
         Err(Error::Away(_))
     ));
     server.resume();
-    // What was sent may be executed before or after what comes now, on another connection: in either order it happens once.
+    // The paused commit may be executed before or after the commands that follow on another
+    // connection. In both orders it takes effect once.
     until(async || match node.broker.head(node.p).await {
         Ok(head) if head.position == ids[0].into() => true,
         Ok(_) => node
@@ -99,9 +102,10 @@ async fn f26_a_commit_whose_answer_was_lost_is_refused_the_second_time() {
     assert_eq!(node.count(Outcome::Committed).await, 1);
 }
 
-/// Too few replicas: scripts that write are refused, but a plain PUBLISH is not, and history stays readable.
+/// With too few replicas, scripts that write are rejected, but a plain PUBLISH works and history
+/// stays readable.
 #[tokio::test]
-async fn h16_a_redis_that_cannot_write_says_that_it_lives() {
+async fn a_redis_that_cannot_write_still_signals_that_it_is_alive() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
@@ -130,7 +134,7 @@ async fn h16_a_redis_that_cannot_write_says_that_it_lives() {
 }
 
 #[tokio::test]
-async fn a_cut_ear_says_reset_and_hears_again() {
+async fn a_closed_notice_connection_sends_a_reset_and_recovers() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
@@ -145,7 +149,8 @@ async fn a_cut_ear_says_reset_and_hears_again() {
     assert_eq!(ear.append().await.0, "u:1");
 }
 
-/// While nobody takes the notices, the socket is not read; what waits in it comes in order, nothing missing.
+/// While the receiver accepts no notices, the socket is not read. The waiting notices arrive later
+/// in order, and none is missing.
 #[tokio::test]
 async fn a_slow_receiver_misses_nothing() {
     let server = RedisServer::start();
@@ -191,11 +196,12 @@ async fn a_slow_receiver_misses_nothing() {
     assert_eq!(heard, published);
 }
 
-/// Redis cuts a subscriber that holds up too much: its notices are gone, and it is told.
+/// Redis closes the connection of a subscriber that falls too far behind: its notices are lost, and
+/// it is sent a reset.
 #[tokio::test]
-async fn a_receiver_that_is_too_slow_for_redis_is_told_that_it_missed_something() {
+async fn a_receiver_too_slow_for_redis_gets_a_reset() {
     let server = RedisServer::start();
-    // No grace: over 64 KiB behind, the connection goes.
+    // No grace period: the connection is closed once it is 64 KiB behind.
     redis::cmd("CONFIG")
         .arg("SET")
         .arg("client-output-buffer-limit")
@@ -206,7 +212,7 @@ async fn a_receiver_that_is_too_slow_for_redis_is_told_that_it_missed_something(
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
     let record = "x".repeat(1_000);
-    // Until Redis has cut it, nobody reads.
+    // The test reads nothing until Redis has closed the connection.
     until(async || {
         let entry = after(node.head().await.position.entry);
         node.commit(
@@ -233,14 +239,17 @@ async fn a_receiver_that_is_too_slow_for_redis_is_told_that_it_missed_something(
     while !matches!(ear.next().await, Notice::Reset { .. }) {
         n_heard += 1;
     }
-    assert!(n_heard > 0, "what had arrived before is handed over first");
+    assert!(
+        n_heard > 0,
+        "notices received before the close are delivered first"
+    );
     ear.hear("u:1", 2).await;
     let id = node.publish("R", &["u:1"]).await;
     assert_eq!(ear.append().await.1, id);
 }
 
 #[tokio::test]
-async fn a_dropped_ear_leaves_no_connection() {
+async fn a_dropped_feed_leaves_no_connection() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     for _ in 0..10 {
@@ -255,9 +264,10 @@ async fn a_dropped_ear_leaves_no_connection() {
     .await;
 }
 
-/// The wait at Redis ends with the read: a read given up must not keep the next one waiting, nor leave connections.
+/// The wait in Redis ends with the read: a cancelled read must not delay the next one, nor leave
+/// connections behind.
 #[tokio::test]
-async fn a_read_that_is_given_up_ends() {
+async fn a_cancelled_read_ends() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let before = server.command::<String>("CLIENT LIST").lines().count();
@@ -281,7 +291,7 @@ async fn a_read_that_is_given_up_ends() {
     );
 }
 
-/// After a restart or a `SCRIPT FLUSH` Redis does not know the scripts any more.
+/// After a restart or a `SCRIPT FLUSH`, Redis no longer knows the scripts.
 #[tokio::test]
 async fn forgotten_scripts_are_sent_again() {
     let server = RedisServer::start();
@@ -291,9 +301,10 @@ async fn forgotten_scripts_are_sent_again() {
     assert_eq!(node.ids("u:1", BEGIN).await, [id]);
 }
 
-/// After a fail-over, a connection to the former primary may stand for a long time: what is read there must not be committed here.
+/// After a failover, a connection to the former primary may stay open for a long time. Entries read
+/// there must not be committed to the new primary.
 #[tokio::test]
-async fn h01_reads_do_not_stay_behind_on_an_older_connection_than_commits() {
+async fn reads_do_not_use_an_older_connection_than_commits() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let read = async || {
@@ -319,8 +330,8 @@ async fn h01_reads_do_not_stay_behind_on_an_older_connection_than_commits() {
     read().await;
     read().await;
     let readers = with("xread");
-    assert_eq!(readers.len(), 1, "it is used again");
-    // The first call of a script sends it whole; the connection is known by the second.
+    assert_eq!(readers.len(), 1, "the connection is reused");
+    // The first call sends the whole script; the second one identifies the connection by EVALSHA.
     node.head().await;
     node.head().await;
     let commands = with("evalsha");

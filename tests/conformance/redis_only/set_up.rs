@@ -1,4 +1,4 @@
-//! What a Redis must be like, what sources may be called, how partitions get their numbers, and when things expire.
+//! Requirements for Redis, valid source names, the assignment of partition numbers, and expiry.
 
 use super::*;
 use pointsman::broker::{RecipientChange, Span};
@@ -15,7 +15,7 @@ async fn findings(node: &Node) -> Vec<(Severity, String)> {
 }
 
 #[tokio::test]
-async fn a_redis_as_it_should_be_gives_no_finding() {
+async fn a_well_configured_redis_has_no_findings() {
     let server = RedisServer::with(&["--appendonly", "yes"]);
     assert_eq!(findings(&node_on(&server).await).await, []);
 }
@@ -32,9 +32,10 @@ async fn each_finding_names_its_fix() {
     );
 }
 
-/// When memory is short, such a Redis removes the keys that say what was done: the position, publishers' ids, logs.
+/// When memory is short, such a Redis evicts the keys that record progress: the position,
+/// publishers' ids and logs.
 #[tokio::test]
-async fn f07_a_redis_that_may_evict_is_refused_with_the_fix() {
+async fn a_redis_that_may_evict_is_rejected_with_the_fix() {
     let server = RedisServer::with(&["--appendonly", "yes"]);
     let node = node_on(&server).await;
     let () = server.command("CONFIG SET maxmemory-policy allkeys-lru");
@@ -48,9 +49,9 @@ async fn f07_a_redis_that_may_evict_is_refused_with_the_fix() {
     );
 }
 
-/// Each right is asked for by itself, without running the command.
+/// Each permission is checked separately, without running the command.
 #[tokio::test]
-async fn missing_rights_are_named_with_the_grant() {
+async fn missing_permissions_are_reported_with_the_grant() {
     let server = RedisServer::with(&["--appendonly", "yes"]);
     let () = server.command("ACL SETUSER app on >secret ~* &* +@all");
     let node = connect_to(
@@ -86,9 +87,9 @@ async fn missing_rights_are_named_with_the_grant() {
     );
 }
 
-/// The feed gives user and password, too.
+/// Includes the notice connection.
 #[tokio::test]
-async fn a_password_is_given_on_every_connection() {
+async fn every_connection_authenticates() {
     let server = RedisServer::start();
     let () = server.command("ACL SETUSER app on >secret ~* &* +@all");
     let () = server.command("ACL SETUSER default off");
@@ -114,7 +115,7 @@ async fn a_password_is_given_on_every_connection() {
 }
 
 #[tokio::test]
-async fn sources_that_cannot_have_keys_of_their_own_are_refused() {
+async fn sources_whose_keys_would_collide_are_rejected() {
     let server = RedisServer::start();
     for sources in [
         &["a}b"][..],
@@ -140,12 +141,13 @@ async fn sources_that_cannot_have_keys_of_their_own_are_refused() {
         Retention::default(),
     )
     .await
-    .expect("these will do");
+    .expect("the sources are valid");
 }
 
-/// A cursor names partitions by number: one that was removed from the configuration keeps its own, and a new one gets another.
+/// A cursor identifies partitions by number: a source removed from the configuration keeps its
+/// number, and a new source gets another one.
 #[tokio::test]
-async fn numbers_are_given_once_and_never_again() {
+async fn partition_numbers_are_never_reused() {
     let server = RedisServer::start();
     let numbers = async |sources: &[&str]| {
         let node = connect_to(&server.url(), sources, Retention::default()).await?;
@@ -171,7 +173,7 @@ async fn numbers_are_given_once_and_never_again() {
         numbers(&["c", "a"]).await.unwrap(),
         of(&[("a", 1), ("c", 2)])
     );
-    // The list of numbers is lost; the partitions remember their own.
+    // The list of numbers is lost, but the partitions store their own.
     let () = server.command("DEL pointsman:partitions");
     assert_eq!(
         numbers(&["c", "b"]).await.unwrap(),
@@ -185,9 +187,10 @@ async fn numbers_are_given_once_and_never_again() {
     );
 }
 
-/// Pub/Sub knows no databases: without a name of its own for each, one installation would hear the other's notices.
+/// Pub/Sub is shared by all databases: without channel names per database, one installation would
+/// receive the notices of another.
 #[tokio::test]
-async fn another_database_is_another_installation() {
+async fn another_database_is_a_separate_installation() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let other = connect_to(
@@ -206,9 +209,10 @@ async fn another_database_is_another_installation() {
     assert_eq!(other_ear.append().await.1, theirs);
 }
 
-/// 2 % after the age, so that the floor has passed an entry before it goes; a plan that is not complete does not expire under its owner.
+/// Expiry is 2 % after the age, so that the floor passes an entry before it disappears. An
+/// incomplete plan does not expire before its owner finishes it.
 #[tokio::test]
-async fn h08_records_and_logs_expire_after_the_age_and_a_pending_plan_never() {
+async fn records_and_logs_expire_but_a_pending_plan_does_not() {
     let server = RedisServer::start();
     let node = connect_to(
         &server.url(),
@@ -237,9 +241,10 @@ async fn h08_records_and_logs_expire_after_the_age_and_a_pending_plan_never() {
     assert!(ttl(&format!("e:{pending}")) > 0);
 }
 
-/// Who left longer ago than anything is kept has nothing left to see, and leaves nothing behind.
+/// A user who left before the oldest kept notification has nothing left to see, and no data
+/// remains.
 #[tokio::test]
-async fn a_membership_goes_when_what_it_let_in_has_gone() {
+async fn a_membership_is_removed_once_its_events_have_expired() {
     let server = RedisServer::start();
     let node = connect_to(
         &server.url(),
@@ -276,9 +281,10 @@ async fn a_membership_goes_when_what_it_let_in_has_gone() {
     assert_eq!(fields, ["g:new"]);
 }
 
-/// A new partition has nothing from before it; its members are members from its beginning, and who had left is none there.
+/// A new partition has no earlier events. Membership there starts at its beginning for members, and
+/// not at all for users who had left.
 #[tokio::test]
-async fn a_partition_added_later_is_the_members_from_its_beginning() {
+async fn a_partition_added_later_counts_from_its_beginning_for_members() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let change = async |change| {
@@ -330,9 +336,10 @@ async fn a_partition_added_later_is_the_members_from_its_beginning() {
     );
 }
 
-/// The expiry of the key never comes for a log that is written to, and its cap may be years away.
+/// The expiry of a key never takes effect for a log that is written to, and reaching its limit may
+/// take years.
 #[tokio::test]
-async fn writing_to_a_log_removes_what_is_too_old() {
+async fn writing_to_a_log_removes_its_expired_entries() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     node.publish("young", &["u:1", "all"]).await;
@@ -345,17 +352,18 @@ async fn writing_to_a_log_removes_what_is_too_old() {
     assert_eq!(
         logs.map(|log| server.command::<u32>(&format!("ZCARD {log}"))),
         [2, 2],
-        "the old one went from the log that was written to"
+        "the expired entry left the log that was written to"
     );
 }
 
-/// A log of which nothing that is asked for is young enough ends like one that is gone, and not in silence.
+/// If all requested entries of a log have expired, the log counts as absent instead of ending
+/// silently.
 #[tokio::test]
-async fn a_log_of_which_all_is_too_old_is_as_good_as_gone() {
+async fn a_log_with_only_expired_entries_counts_as_absent() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let id = node.publish("a", &["u:1"]).await;
-    // The key lives for as long as the age was when it was written.
+    // The key lives for the age that was configured when it was written.
     let () = server.command(&format!("HSET {TAG}meta max_age 1"));
     until(async || node.ids("u:1", BEGIN).await.is_empty()).await;
     let page = async |before| {
@@ -369,12 +377,16 @@ async fn a_log_of_which_all_is_too_old_is_as_good_as_gone() {
         !missed.is_present && missed.is_last && missed.floor > id,
         "{missed:?}"
     );
-    assert!(page(id).await.is_present, "who had it has missed nothing");
+    assert!(
+        page(id).await.is_present,
+        "a reader that has the entry has missed nothing"
+    );
 }
 
-/// Or there would be a key for everybody who ever was in a group; and whoever comes back in time must not be forgotten all the same.
+/// Otherwise a key would remain for every user who was ever in a group. A user who rejoins in time
+/// must not be forgotten.
 #[tokio::test]
-async fn who_left_all_groups_is_forgotten_after_the_age() {
+async fn a_user_who_left_all_groups_is_forgotten_after_max_age() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let pttl = || server.command::<i64>("PTTL pointsman:user:ann");

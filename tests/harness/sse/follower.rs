@@ -1,5 +1,6 @@
-//! A client that lives as long as a browser's does: it reads its stream in a thread of its own and comes back with its last event id
-//! whenever it is cut, until it is stopped or the answer is no stream. What the bytes may be is [`Stream`]'s.
+//! A client that reconnects like a browser: it reads its stream in its own thread and reconnects
+//! with its last event id whenever it is cut, until it is stopped or gets another response than a
+//! stream. [`Stream`] checks the bytes.
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -8,23 +9,24 @@ use std::time::{Duration, Instant};
 
 use super::{Notification, Refused, Request, Stream};
 
-/// What a [`Follower`] has had so far.
+/// Everything that a [`Follower`] has received so far.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Record {
     /// In the order of arrival.
     pub(crate) notifications: Vec<Notification>,
     /// The data of every `gap`.
     pub(crate) gaps: Vec<String>,
-    /// Times that a stream was open.
+    /// The number of streams opened.
     pub(crate) connections: usize,
     pub(crate) last_event_id: String,
-    /// What ended it for good, as a browser gives up for ever on any answer but 200.
+    /// The response that made it give up: like a browser, it stops at any status but 200.
     pub(crate) gave_up: Option<String>,
 }
 
-/// A client in a thread of its own that reads its stream, and comes back with its last event id whenever it is cut.
+/// A client in its own thread that reads its stream, and reconnects with its last event id whenever
+/// it is cut.
 ///
-/// It reconnects after 20 ms, whatever `retry:` says: tests want many reconnects, not polite ones.
+/// It reconnects after 20 ms regardless of `retry:`, because tests need many reconnects.
 pub(crate) struct Follower {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -39,15 +41,16 @@ struct Shared {
 #[derive(Default)]
 struct State {
     record: Record,
-    /// Of the open connection.
+    /// A handle to the open connection.
     scissors: Option<TcpStream>,
     stopping: bool,
-    /// Kept from coming back until this moment.
+    /// Does not reconnect before this moment.
     away_until: Option<Instant>,
 }
 
 impl Follower {
-    /// Follows `/v1/stream?query`; it does not wait for the first connection, see [`Follower::connected`].
+    /// Follows `/v1/stream?query` without waiting for the first connection; see
+    /// [`Follower::connected`].
     pub(crate) fn start(addr: SocketAddr, query: &str) -> Self {
         let shared = Arc::new(Shared::default());
         let (query, worker) = (query.to_owned(), shared.clone());
@@ -58,10 +61,10 @@ impl Follower {
         }
     }
 
-    /// Waits until it has an id to come back with: from here on it misses nothing.
+    /// Waits until it has a first event id: from then on it misses nothing.
     ///
     /// # Panics
-    /// If that takes longer.
+    /// If that takes longer than `within`.
     pub(crate) fn connected(self, within: Duration) -> Self {
         self.wait(within, "a first event id", |record| {
             !record.last_event_id.is_empty()
@@ -69,10 +72,10 @@ impl Follower {
         self
     }
 
-    /// Waits until what it has had is as wished, and answers it.
+    /// Waits until `wish` accepts the record, and returns the record.
     ///
     /// # Panics
-    /// If that takes longer, or the follower gave up or died.
+    /// If that takes longer than `within`, or the follower gave up or panicked.
     pub(crate) fn wait(
         &self,
         within: Duration,
@@ -82,10 +85,10 @@ impl Follower {
         self.wait_until(within, what, wish).record.clone()
     }
 
-    /// As [`Follower::wait`], for records that are long.
+    /// Like [`Follower::wait`], without copying a long record.
     ///
     /// # Panics
-    /// As [`Follower::wait`].
+    /// Like [`Follower::wait`].
     pub(crate) fn look(&self, within: Duration, what: &str, wish: impl FnMut(&Record) -> bool) {
         drop(self.wait_until(within, what, wish));
     }
@@ -107,7 +110,7 @@ impl Follower {
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(
                 !left.is_zero(),
-                "no {what} within {within:?}; it had {} notifications, the last {:?}",
+                "no {what} within {within:?}; {} notifications received, the last {:?}",
                 state.record.notifications.len(),
                 state.record.notifications.last()
             );
@@ -125,23 +128,24 @@ impl Follower {
         state
     }
 
-    /// Takes the notifications that arrived since they were last taken out of its record.
+    /// Removes the notifications from the record and returns them.
     #[allow(dead_code, reason = "for the demo, which includes this file")]
     pub(crate) fn take_notifications(&self) -> Vec<Notification> {
         std::mem::take(&mut self.shared.lock().record.notifications)
     }
 
-    /// Cuts the connection, if one is open, as a lost network would; it stays away for the time given.
+    /// Cuts the connection, if one is open, like a lost network, and reconnects after the given
+    /// time at the earliest.
     pub(crate) fn cut(&self, away: Duration) {
         let mut state = self.shared.lock();
         state.away_until = Some(Instant::now() + away);
         state.cut();
     }
 
-    /// Ends it and answers everything that it has had.
+    /// Stops the follower and returns its record.
     ///
     /// # Panics
-    /// With the follower's own panic, if it had one.
+    /// With the panic of the follower, if it panicked.
     pub(crate) fn stop(mut self) -> Record {
         self.end()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -165,7 +169,7 @@ impl Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        // A panic of its own was reported by its thread; a second one here would hide what the test says.
+        // The thread reported its own panic; a second one here would hide the failure of the test.
         drop(self.end());
     }
 }
@@ -173,7 +177,7 @@ impl Drop for Follower {
 impl State {
     fn cut(&mut self) {
         if let Some(socket) = self.scissors.take() {
-            // It may be closed already, which is what is wanted.
+            // It may be closed already, which is fine.
             drop(socket.shutdown(Shutdown::Both));
         }
     }
@@ -201,7 +205,7 @@ impl Shared {
                 state = self
                     .changed
                     .wait_timeout(state, left)
-                    .expect("nobody panics with it")
+                    .expect("no panic under the lock")
                     .0;
             }
             let request = Request::new(addr, query).last_event_id(&state.record.last_event_id);

@@ -1,6 +1,8 @@
-//! Events to decide about: payloads that others recorded, and made ones that try the edges of types.
+//! The events of the decision test: recorded payloads of other services, and generated ones that
+//! cover the edge cases of types.
 //!
-//! They are JSON as text, for `5`, `5.0` and `"5"`, large integers and members that stand twice are what this is about.
+//! They are JSON texts, because the test distinguishes `5`, `5.0` and `"5"`, and covers large
+//! integers and duplicate members.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +15,8 @@ use serde_json::{Value, json};
 
 use crate::harness::repository;
 
-/// The examples of webhooks that GitHub's users contributed (npm `@octokit/webhooks-examples`, MIT), fetched below `target/`.
+/// Returns the webhook examples contributed by GitHub users (npm `@octokit/webhooks-examples`,
+/// MIT), which are downloaded below `target/`.
 ///
 /// # Panics
 /// If npm cannot fetch them.
@@ -27,12 +30,12 @@ pub(super) fn recorded() -> Vec<String> {
         )
     });
     let same = |(there, here): &(_, _)| {
-        fs::read(there).ok() == Some(fs::read(here).expect("read what is pinned"))
+        fs::read(there).ok() == Some(fs::read(here).expect("read the pinned file"))
     };
     if !(examples.exists() && pinned.iter().all(same)) {
         fs::create_dir_all(&folder).expect("make a folder for npm");
         for (there, here) in &pinned {
-            fs::copy(here, there).expect("copy what is pinned");
+            fs::copy(here, there).expect("copy the pinned file");
         }
         let npm = [
             "ci",
@@ -69,7 +72,7 @@ pub(super) fn recorded() -> Vec<String> {
         .collect()
 }
 
-/// A webhook as a publisher would hand it on.
+/// Wraps a webhook as a publisher would forward it.
 fn wrapped(n: usize, name: &str, payload: &Value) -> String {
     let action = payload["action"]
         .as_str()
@@ -79,7 +82,7 @@ fn wrapped(n: usize, name: &str, payload: &Value) -> String {
         "specversion": "1.0", "id": format!("webhook-{n}"), "source": "https://github.example/webhooks",
         "type": format!("github.{name}{action}"), "data": payload
     });
-    // Some publishers say more.
+    // Some publishers set more attributes.
     if let Some(repository) = payload["repository"]["full_name"].as_str() {
         event["subject"] = repository.into();
     }
@@ -94,7 +97,7 @@ fn wrapped(n: usize, name: &str, payload: &Value) -> String {
     event.to_string()
 }
 
-/// Values that an operator is likely to be asked for, so that each decides both ways often enough.
+/// Values that the operators compare with, so that each decides both ways often enough.
 const LIKELY: [&str; 10] = [
     "5",
     r#""😀""#,
@@ -108,7 +111,8 @@ const LIKELY: [&str; 10] = [
     r#""b""#,
 ];
 
-/// The edges: numbers as text and what only looks so, integers beyond what a decimal can hold, texts beyond ASCII, lists, and nothing.
+/// Edge cases: numbers as text and texts that only resemble them, integers that a decimal cannot
+/// represent, non-ASCII texts, lists, and null.
 const EDGES: [&str; 56] = [
     r#""5.0""#,
     r#""05""#,
@@ -168,7 +172,7 @@ const EDGES: [&str; 56] = [
     "[9223372036854775808]",
 ];
 
-/// What only a payload can have.
+/// Values that only a payload can contain.
 const DEEPER: [&str; 6] = [
     r#"{"b":1,"a":[1,2.5,{"x":null}]}"#,
     "{}",
@@ -178,7 +182,7 @@ const DEEPER: [&str; 6] = [
     r#""\u0041\ud83d\ude00\u007f\u0001""#,
 ];
 
-/// `n` made events.
+/// Returns `n` generated events.
 pub(super) fn made(n: usize, seed: u64) -> Vec<String> {
     let mut maker = Maker(StdRng::seed_from_u64(seed));
     (0..n).map(|n| maker.event(n)).collect()
@@ -267,7 +271,7 @@ impl Maker {
         format!("{{{}}}", members.join(","))
     }
 
-    /// What `address` reads: mostly as it should be.
+    /// Adds the attributes that `address` reads, most of them valid.
     fn address(&mut self, members: &mut Vec<String>) {
         let all: [(&str, f64, &[&str], &[&str]); 8] = [
             (
@@ -316,7 +320,8 @@ impl Maker {
                 } else {
                     self.one_of(good)
                 };
-                // A text that looks like a list but is none has lost its closing bracket and must still be a text in JSON.
+                // This text lacks its closing bracket, so it only resembles a list. It must still
+                // be a valid JSON string.
                 let value = if value == r#"["a""# {
                     r#""[\"a\"""#
                 } else {
@@ -327,7 +332,7 @@ impl Maker {
         }
     }
 
-    /// The payload: mostly an object, sometimes no JSON, or none.
+    /// Returns the payload: usually an object, sometimes not JSON, or none.
     fn data(&mut self) -> String {
         match self.0.random_range(0..20) {
             0 => return r#""datacontenttype":"text/plain","data":"{\"v\":5}""#.to_owned(),

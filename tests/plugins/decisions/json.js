@@ -1,5 +1,5 @@
-// JSON as this test needs it, and as JSON.parse does not read it: integers are BigInt and exact, decimals are numbers, so that 5 and 5.0 can be
-// told apart. Objects are Maps. A list keeps the text that it was read from, as `raw`.
+// A JSON parser for this test. Unlike JSON.parse, it reads integers as exact BigInt and decimals as
+// numbers, so that 5 and 5.0 differ. Objects are Maps. A list keeps its source text as `raw`.
 
 const I64 = [-(2n ** 63n), 2n ** 63n - 1n];
 
@@ -91,12 +91,13 @@ function numeral(text) {
   return /[.eE]/.test(text) || text === '-0' ? Number(text) : BigInt(text);
 }
 
-// Without the white space outside strings.
+// Removes white space outside strings.
 function oneLine(text) {
   return text.replace(/("(?:[^"\\]|\\.)*")|[ \t\r\n]+/g, '$1');
 }
 
-// As a value of an event, an integer is one of 64 bits with a sign; a larger one is a text with its digits, within lists and objects as well.
+// Converts to the values of an event, where an integer is a signed 64-bit number. A larger integer
+// becomes a text with its digits, also within lists and objects.
 export function narrow(value) {
   if (isLarge(value)) return String(value);
   if (Array.isArray(value)) return value.map(narrow);
@@ -108,7 +109,8 @@ export function isLarge(value) {
   return typeof value === 'bigint' && (value < I64[0] || value > I64[1]);
 }
 
-// On one line, members in the order of their code points; decimals are written so that they read back as decimals.
+// Writes JSON on one line, with members sorted by code point. Decimals are written so that they
+// read back as decimals.
 export function write(value) {
   if (value === null || value === undefined) return 'null';
   if (typeof value === 'bigint' || typeof value === 'boolean') return String(value);
@@ -127,7 +129,7 @@ function decimal(number) {
   return Number.isInteger(number) ? `${number}.0` : plain(number);
 }
 
-// Without an exponent: the shortest digits that read back, and zeros.
+// Formats without an exponent: the shortest digits that read back, padded with zeros.
 export function plain(number) {
   const sign = number < 0 || Object.is(number, -0) ? '-' : '';
   const [digits, exponent] = Math.abs(number).toExponential().split('e');
@@ -139,7 +141,8 @@ export function plain(number) {
   return `${sign}${bare.slice(0, point)}.${bare.slice(point)}`;
 }
 
-// JavaScript would compare UTF-16, where what lies beyond U+FFFF comes before U+E000.
+// Compares by code point. JavaScript compares UTF-16 code units, where characters beyond U+FFFF
+// sort before U+E000.
 export function byCodePoint(a, b) {
   const [x, y] = [Array.from(a), Array.from(b)];
   for (let n = 0; n < Math.min(x.length, y.length); n++) {

@@ -1,7 +1,8 @@
-// What the four bundled plugins decide, a second time, from their documentation and in another language: discard, prioritize, address and
-// rules, with the little of the host that stands between them. It shares no code with them; tests/decisions.rs compares the two.
+// A second implementation of the four bundled plugins (discard, prioritize, address and rules),
+// written from their documentation in another language, with the part of the host that connects
+// them. It shares no code with them; tests/decisions.rs compares both.
 //
-// node second.js PLUGINS.json EVENTS.jsonl: prints one decision a line.
+// node second.js PLUGINS.json EVENTS.jsonl prints one decision per line.
 
 import { readFileSync } from 'node:fs';
 
@@ -10,7 +11,8 @@ import { byCodePoint, isLarge, narrow, parse, plain, write } from './json.js';
 const CONTEXT = ['specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema', 'data', 'data_base64'];
 const PRIORITIES = ['low', 'normal', 'high', 'urgent'];
 
-// --- Events, as a plugin sees them: integers are BigInt, decimals numbers, lists and objects their JSON text, null is nothing.
+// --- Events as a plugin sees them: integers are BigInt, decimals are numbers, lists and objects
+// are their JSON text, and null is absent.
 
 function readEvent(text, nowMs) {
   const document = parse(text);
@@ -57,17 +59,17 @@ function select(event, selector) {
   return event.attributes.get(selector);
 }
 
-// In a longer text.
+// Formats a value within a longer text.
 function spell(value) {
   return typeof value === 'number' ? plain(value) : String(value);
 }
 
-// --- Values that are wanted.
+// --- Tests of values.
 
 const isNumber = (value) => typeof value === 'number' || typeof value === 'bigint';
 const kind = (value) => (isNumber(value) ? 'number' : typeof value);
 
-// An attribute is read as what it is compared with; a field is what it is.
+// An attribute is converted to the type of the operand; a field keeps its own type.
 function readAs(value, wantedKind, isField) {
   if (isField || kind(value) === wantedKind) return value;
   if (wantedKind === 'string' && typeof value !== 'number') return String(value);
@@ -83,7 +85,8 @@ function numeral(text) {
   return isLarge(number) ? Number(number) : number;
 }
 
-// Below 0, 0, above 0; undefined for two kinds. JavaScript compares BigInt and number by what they are worth, exactly.
+// Returns a number below 0, 0 or above 0; undefined for values of different kinds. JavaScript
+// compares BigInt and number exactly.
 function compare(value, wanted, isField) {
   const read = readAs(value, kind(wanted), isField);
   if (kind(read) !== kind(wanted)) return undefined;
@@ -134,7 +137,7 @@ function isWanted(value, wanted, isField) {
   return [...wanted].every(([operator, argument]) => OPERATORS[operator](value, argument, isField));
 }
 
-// --- Conditions, and how they tell themselves.
+// --- Conditions and their descriptions.
 
 function glob(pattern, text) {
   const quoted = pattern.replace(/[.+?^${}()|[\]\\/]/g, '\\$&').replaceAll('*', '.*');
@@ -174,7 +177,7 @@ function tellWanted(name, wanted) {
     at_most: (bound) => `is at most ${spell(bound)}`,
     less: (bound) => `is below ${spell(bound)}`,
     includes: (values) => `includes ${or(values)}`,
-    present: (isThere) => (isThere ? 'is there' : 'is not there'),
+    present: (isThere) => (isThere ? 'is present' : 'is absent'),
   };
   const said = Object.keys(words).filter((operator) => wanted.has(operator));
   return `${name} ${said.map((operator) => words[operator](wanted.get(operator))).join(' and ')}`;
@@ -235,11 +238,11 @@ function address(event) {
     const value = get(attribute);
     if (typeof value === 'bigint') return String(value);
     if (typeof value === 'string' && value.trim() !== '') return value;
-    return reject(attribute, 'give it a text that is not empty, or leave it out');
+    return reject(attribute, 'use a non-empty text or remove the attribute');
   };
   const names = (attribute) => {
     const value = get(attribute);
-    const refuse = () => reject(attribute, 'give it names with commas between them (a,b), or a JSON array of strings (["a","b"])');
+    const refuse = () => reject(attribute, 'use comma-separated names (a,b) or a JSON array of strings (["a","b"])');
     let found;
     if (typeof value === 'bigint') found = [String(value)];
     else if (typeof value !== 'string') refuse();
@@ -259,14 +262,14 @@ function address(event) {
     if (get(several) !== undefined) targets.push(...names(several).map((each) => `${letter}:${each}`));
   }
   const everyone = get('everyone');
-  if (![undefined, true, false, 'true', 'false'].includes(everyone)) reject('everyone', 'it is true or false');
+  if (![undefined, true, false, 'true', 'false'].includes(everyone)) reject('everyone', 'use true or false');
   if (everyone === true || everyone === 'true') targets.push('all');
   const priority = get('priority');
-  if (priority !== undefined && !PRIORITIES.includes(priority)) reject('priority', 'it is low, normal, high or urgent');
+  if (priority !== undefined && !PRIORITIES.includes(priority)) reject('priority', 'use low, normal, high or urgent');
   let ttl;
   if (get('ttl') !== undefined) {
     ttl = ttlMs(get('ttl'));
-    if (!ttl) reject('ttl', 'give it a number of seconds above 0, or one with a unit: 500ms, 30s, 5m, 2h');
+    if (!ttl) reject('ttl', 'use a number of seconds above 0 or a number with a unit: 500ms, 30s, 5m, 2h');
   }
   const collapse = get('collapse') === undefined ? undefined : name('collapse');
   return targets.length === 0 ? [] : [{ by: 'address', to: targets, priority: event.priority, ttl_ms: ttl, collapse }];
@@ -284,7 +287,7 @@ function ttlMs(value) {
 
 // --- rules.
 
-// Literal texts and, as objects, selectors.
+// Returns literal texts as strings and selectors as objects.
 function templateParts(text) {
   const parts = [];
   let literal = '';
@@ -302,7 +305,7 @@ function templateParts(text) {
 
 const isUsable = (name) => name !== '' && Buffer.byteLength(name) <= 256 && !/\p{Cc}/u.test(name);
 
-// Names of which the plugin would say that they cannot be are left out.
+// Leaves out the names that the plugin considers invalid.
 function templateNames(text, event, mayBeList) {
   let names = [''];
   let lists = 0;
@@ -328,7 +331,8 @@ function templateNames(text, event, mayBeList) {
 
 const WORDS = ['equals', 'not_equals', 'one_of', 'contains', 'prefix', 'less', 'greater', 'present'];
 
-// A test of a recipient's attribute takes values of the event; undefined if one of them is missing.
+// Returns the tests of a clause, filled in with values of the event; undefined if a value is
+// missing.
 function recipientTests(clause, event) {
   const tests = [];
   for (const [attribute, said] of [...clause].sort(([a], [b]) => byCodePoint(a, b))) {
@@ -407,7 +411,7 @@ function ruleRoute(rule, event) {
   };
 }
 
-// --- All four in the order in which the node asks them.
+// --- All four plugins, in the order in which the node calls them.
 
 function decide(text, plugins, nowMs) {
   const event = readEvent(text, nowMs);
@@ -422,7 +426,7 @@ function decide(text, plugins, nowMs) {
     return { ...now(), outcome: routes.length > 0 ? 'committed' : 'unrouted', routes };
   } catch (error) {
     if (!(error instanceof Rejected)) throw error;
-    // Kept as it was published, so that it can be tried again.
+    // A dead letter keeps the event as published, so that it can be retried.
     return { ...now(), ...published, outcome: 'dead-lettered', plugin: 'address', reason: error.message, routes: [] };
   }
 }

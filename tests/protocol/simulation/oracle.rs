@@ -1,5 +1,6 @@
-//! What must have come of a play, by what the source, the decisions and the memberships say in the end: each entry has one outcome, and each
-//! client each of its events once, in order, or a gap that says why not.
+//! The expected result of a run, computed from the final source, decisions and memberships: each
+//! entry has one outcome, and each client received each of its events once and in order, or a gap
+//! that covers it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -21,8 +22,8 @@ impl Play {
         }
     }
 
-    /// Each entry that the source holds has one outcome, and each event of them that was committed has one id, in the order of the source,
-    /// in the logs of all its targets.
+    /// Each entry in the source has one outcome. Each committed event has one id, ids follow the
+    /// order of the source, and every log of its targets holds it.
     async fn check_ingest(&self, partition: PartitionNumber) -> Vec<(NotificationId, Record)> {
         let broker = &self.stage.puppet.broker;
         let entries = answered("read", async || {
@@ -40,7 +41,7 @@ impl Play {
         assert_eq!(
             decided,
             entries.iter().map(|entry| entry.id).collect::<Vec<_>>(),
-            "one outcome an entry, in order"
+            "one outcome per entry, in order"
         );
         let state = answered("state", async || broker.state(partition).await).await;
         assert_eq!((state.lag, state.lost_upstream), (0, 0));
@@ -68,7 +69,7 @@ impl Play {
         for (id, record) in &history {
             assert!(
                 uids.insert(event_id(record)),
-                "{id} is a second {}",
+                "{id} is a second commit of {}",
                 event_id(record)
             );
             for target in record.notification().plan.targets() {
@@ -95,7 +96,7 @@ impl Play {
         history
     }
 
-    /// Whether the event must, or must not, have reached this user; `None` where it depends on who was quicker.
+    /// Whether the event must or must not have reached this user; `None` if that depends on timing.
     fn reaches(
         &self,
         user: &str,
@@ -121,7 +122,7 @@ impl Play {
         } else {
             Some(false)
         };
-        // It may have expired on the way.
+        // It may have expired before it was sent.
         if route.expires_ms.is_some() && reaches == Some(true) {
             None
         } else {
@@ -129,7 +130,8 @@ impl Play {
         }
     }
 
-    /// A user has one membership of a group, the newest: what an earlier one let in may have been seen meanwhile.
+    /// Only the newest membership counts, but events that an earlier one allowed may have been sent
+    /// while it lasted.
     fn was_crew(&self, partition: PartitionNumber, id: NotificationId) -> Option<bool> {
         let mut answer = Some(false);
         for (at, stays) in self.stays.iter().enumerate() {
@@ -166,7 +168,8 @@ impl Play {
                 Some(true) if *id > begin && !has => {
                     let is_covered = trimmed.iter().any(|gap| gap.from < *id && *id <= gap.to);
                     let key = &record.route(0).collapse;
-                    // A later one of the same key took its place; in a fail-over that one may have been lost as well.
+                    // A later event with the same key superseded it; a fail-over may have lost that
+                    // one as well.
                     let later = &history[at + 1..];
                     let takes_its_place = |(id, record): &(NotificationId, Record)| {
                         record.route(0).collapse == *key
@@ -180,14 +183,18 @@ impl Play {
                         "{who}: {uid} ({id}) is missing after {begin}: {received:?}"
                     );
                 }
-                Some(false) => assert!(!has, "{who}: {uid} ({id}) is not theirs: {:?}", self.stays),
+                Some(false) => assert!(
+                    !has,
+                    "{who}: received {uid} ({id}) of other recipients: {:?}",
+                    self.stays
+                ),
                 _ => {}
             }
         }
     }
 
-    /// Nothing came twice, or behind what it should have come before. Answers all that came, the trimmed gaps, and the place from which on
-    /// everything must have come.
+    /// Checks that no event was received twice or out of order. Returns all events received, the
+    /// trimmed gaps, and the id after which every event must have been received.
     fn check_order<'a>(
         &self,
         who: &str,
@@ -210,10 +217,11 @@ impl Play {
                     begin = begin.min(gap.from);
                 }
                 Received::Gap(gap) => {
-                    // After a rewind to a life that nobody knows, the whole of history is read, and there was something before it.
+                    // After a rewind to an unknown epoch the whole history is read, and something
+                    // was trimmed before it.
                     let is_possible =
                         matches!(self.kind, Kind::ShortLogs) || begin == NotificationId(0);
-                    assert!(is_possible, "{who}: {gap:?}, but nothing was cut");
+                    assert!(is_possible, "{who}: {gap:?}, but nothing was trimmed");
                     trimmed.push(*gap);
                 }
                 Received::Event {
@@ -224,13 +232,14 @@ impl Play {
                 } => {
                     assert!(
                         had.insert(uid, *id).is_none(),
-                        "{who}: {uid} ({id}) came twice: {received:?}"
+                        "{who}: received {uid} ({id}) twice: {received:?}"
                     );
                     ever.insert(uid.as_str());
                     for (earlier, early, early_key) in
                         before.iter().filter(|(earlier, ..)| earlier > id)
                     {
-                        // Only what is more urgent may have come first. An id with a key may come back late, but never after its successor.
+                        // Only an event of higher priority may come first. A keyed event may be
+                        // repeated late, but never after its successor.
                         assert!(
                             early > priority || key.is_some(),
                             "{who}: {earlier} came before {id}: {received:?}"

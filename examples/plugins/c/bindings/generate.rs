@@ -1,5 +1,6 @@
-//! Generates the bindings of the world `full-plugin` for C: a header, a source, and an object file that tells the host, from within the
-//! finished module, what its functions mean. Does what `wit-bindgen c --world full-plugin wit` does, and needs nothing installed.
+//! Generates the C bindings of the world `full-plugin`: a header, a source file and an object file.
+//! The object file carries the component type into the finished module, where the host reads it.
+//! Equivalent to `wit-bindgen c --world full-plugin wit`, but without an installation of that tool.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -14,7 +15,7 @@ const WIT: &str = "../../../../wit";
 fn main() -> Result<()> {
     #[expect(
         clippy::print_stdout,
-        reason = "it is how a build script speaks to Cargo"
+        reason = "a build script passes instructions to Cargo on standard output"
     )]
     {
         println!("cargo::rerun-if-changed={WIT}");

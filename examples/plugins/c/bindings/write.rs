@@ -1,4 +1,4 @@
-//! `c-bindings FOLDER` writes what `generate.rs` generated into a folder.
+//! `c-bindings FOLDER` writes the files that `generate.rs` generated into a folder.
 
 use std::path::Path;
 use std::{env, fs};
@@ -18,7 +18,7 @@ const FILES: [(&str, &[u8]); 3] = generated![
 fn main() -> Result<()> {
     let folder = env::args_os()
         .nth(1)
-        .context("give the folder to write to")?;
+        .context("missing argument; pass the output folder")?;
     fs::create_dir_all(&folder)?;
     for (name, content) in FILES {
         fs::write(Path::new(&folder).join(name), content)

@@ -1,4 +1,5 @@
-//! Tells customers of their parcels: a filter and a router. What it decides is in `../README.md`.
+//! Notifies customers about their parcels: a filter and a router. `../README.md` describes its
+//! decisions.
 
 use pointsman_plugin::{
     Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority,
@@ -14,7 +15,7 @@ const HOUR_MS: u64 = 3_600_000;
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Config {
-    /// A fee from which on a parcel that is held is urgent.
+    /// The fee from which on a held parcel is urgent.
     urgent_fee: f64,
 }
 
@@ -33,7 +34,7 @@ impl Plugin for Parcels {
 
     fn new(config: Config) -> Result<Self, Issue> {
         if config.urgent_fee < 0.0 {
-            return Err(Issue::new("urgent_fee", "give a number, 0 or more"));
+            return Err(Issue::new("urgent_fee", "use a number of 0 or more"));
         }
         Ok(Self(config))
     }
@@ -51,7 +52,7 @@ impl Filter for Parcels {
         if matches!(event.attribute("test"), Some(Value::Flag(true)))
             || event.text("test") == Some("true")
         {
-            return Ok(Verdict::Drop("a test".into()));
+            return Ok(Verdict::Drop("test event".into()));
         }
         if clock::now_ms() > event.time_ms + 7 * 24 * HOUR_MS {
             return Ok(Verdict::Drop("older than 7 days".into()));
@@ -157,8 +158,7 @@ fn recalled(event: &Event) -> Result<Route, Failure> {
 }
 
 fn customer(event: &Event) -> Result<Target, Failure> {
-    let refused =
-        "the event names no customer: give the attribute customer a text or a whole number";
+    let refused = "the event has no customer; set the attribute customer to a text or an integer";
     name(event, "customer")
         .map(Target::User)
         .ok_or_else(|| Failure::Reject(refused.into()))
@@ -166,11 +166,14 @@ fn customer(event: &Event) -> Result<Target, Failure> {
 
 fn parcel(event: &Event) -> Result<String, Failure> {
     name(event, "/number").ok_or_else(|| {
-        Failure::Reject("the payload names no parcel: give /number a text or a whole number".into())
+        Failure::Reject(
+            "the payload has no parcel number; set /number to a text or an integer".into(),
+        )
     })
 }
 
-/// Where the parcel is, and how many stops it has made. No JSON pointer says "the last one", so the payload is parsed here.
+/// Returns the location of the parcel and its number of stops. A JSON pointer cannot select the
+/// last element of a list, so the payload is parsed here.
 fn last_place(event: &Event) -> Result<(String, usize), Failure> {
     let payload: Option<serde_json::Value> = event.json().ok();
     let place = payload.as_ref().and_then(|payload| {
@@ -181,11 +184,11 @@ fn last_place(event: &Event) -> Result<(String, usize), Failure> {
         Some((place.to_owned(), steps.len()))
     });
     place.ok_or_else(|| {
-        Failure::Reject("the payload has no place: give the last of /steps a place".into())
+        Failure::Reject("the payload has no place; set place in the last element of /steps".into())
     })
 }
 
-/// A text that is not empty, or a whole number as one.
+/// Returns a non-empty text, or an integer as text.
 fn name(event: &Event, attribute: &str) -> Option<String> {
     match event.attribute(attribute)? {
         Value::Text(text) => (!text.is_empty()).then(|| text.clone()),
@@ -209,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_parcel_that_moved_tells_where_it_is_in_place_of_what_it_told_before() {
+    fn a_moved_parcel_reports_its_location_and_supersedes_earlier_reports() {
         let plugin: Parcels = testing::configure(json!({})).unwrap();
         let payload = json!({"number": 9_007_199_254_740_993_i64, "steps": [{"place": "Graz"}, {"place": "Łódź"}]});
         let event = testing::event("parcel.moved")

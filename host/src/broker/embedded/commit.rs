@@ -1,7 +1,8 @@
-//! Outcomes, written: the position compared and moved, duplicates found, records and logs, dead letters, decision records, counters.
+//! Writes outcomes: compares and moves the position, detects duplicates, and writes records, logs,
+//! dead letters, decision records and counters.
 //!
-//! All of it happens within one group of `writer`, so either all of it is durable or nothing. A batch that is not refused is written to
-//! its end: nothing here says no after its first write.
+//! Everything happens within one group of `writer`, so it becomes durable completely or not at all.
+//! A batch is rejected, if at all, before its first write.
 
 use std::time::Duration;
 
@@ -15,10 +16,11 @@ use super::writer::Work;
 use crate::broker::{Batch, Committed, DeadReason, Decision, Error, Item, Notice, Proposal, Slice};
 use crate::event::{EntryId, NotificationId, Outcome, Position, Target};
 
-/// Records up to this size travel with the notice of their append. In this process that costs no copy, but a full feed holds them.
+/// Records up to this size, in bytes, are sent with their notice. Within the process this copies
+/// nothing, but a full feed keeps them in memory.
 const INLINE_RECORD: usize = 16 * 1024;
 
-/// A decision record as it is stored: JSON.
+/// A decision record as stored: JSON.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredDecision {
     pub(super) outcome: Outcome,
@@ -26,7 +28,7 @@ pub(super) struct StoredDecision {
     pub(super) decision: Decision,
 }
 
-/// A dead letter as it is stored: JSON, beside its fields.
+/// A dead letter as stored: JSON, next to its fields.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredReason {
     pub(super) entry: EntryId,
@@ -37,7 +39,7 @@ impl Work<'_> {
     /// See [`crate::broker::Broker::commit`].
     pub(super) fn commit(&mut self, place: usize, batch: &Batch) -> Result<Committed, Failure> {
         let meta = &self.metas[place];
-        // Amid a plan that is being sliced only its next slice is taken.
+        // While a plan is being written in slices, only its next slice is accepted.
         if batch.life != meta.life() || batch.prev != meta.position() || batch.prev.slices > 0 {
             return Ok(Committed::Refused);
         }
@@ -48,7 +50,7 @@ impl Work<'_> {
             && batch.items.is_sorted_by(|a, b| a.entry < b.entry);
         if !ascends {
             return Err(refuse(
-                "the entries of a batch follow its position, in ascending order",
+                "the entries of a batch must follow its position in ascending order",
             ));
         }
         let mut outcomes = Vec::with_capacity(batch.items.len());
@@ -84,7 +86,7 @@ impl Work<'_> {
             return Ok(Committed::Refused);
         }
         let Proposal::Commit { record, targets } = &item.proposal else {
-            return Err(refuse("only a plan that is committed has slices"));
+            return Err(refuse("only a committed plan can have slices"));
         };
         let id = match (index, meta.pending) {
             (0, _) if *is_last || self.is_duplicate(place, item)? => {
@@ -103,7 +105,7 @@ impl Work<'_> {
             (_, Some(pending)) => pending,
             (_, None) => {
                 return Err(Failure::damaged(format!(
-                    "partition {} is amid a plan that it does not name",
+                    "partition {} is in the middle of a plan but has no pending id",
                     self.number(place)
                 )));
             }
@@ -125,14 +127,15 @@ impl Work<'_> {
         Ok(Committed::Done(vec![(Outcome::Committed, Some(id))]))
     }
 
-    /// Gives one item its outcome.
+    /// Writes the outcome of one item.
     fn settle(
         &mut self,
         place: usize,
         item: &Item,
     ) -> Result<(Outcome, Option<NotificationId>), Failure> {
         let is_dead = matches!(item.proposal, Proposal::DeadLetter(_));
-        // Not for dead letters, neither way: what is redriven after its cause was mended is no retry of the publisher's.
+        // Dead letters are neither checked nor remembered: a redriven entry is not a retry by the
+        // publisher.
         if !is_dead {
             if self.is_duplicate(place, item)? {
                 self.record(place, item, Outcome::Duplicate, None)?;
@@ -167,7 +170,8 @@ impl Work<'_> {
         let now_ms = self.now_ms;
         let meta = &mut self.metas[place];
         meta.set_position(entry.into());
-        // A few marks a period are enough: an entry is then kept at most an eighth longer than asked.
+        // A few marks per period are enough: an entry is kept at most an eighth longer than
+        // configured.
         if meta
             .marks
             .back()
@@ -184,14 +188,15 @@ impl Work<'_> {
         }
     }
 
-    /// Above the floor, too: after the clock was set back it may lie above all that the clock says, and streams begin there.
+    /// Above the floor as well: after the clock was set back, the floor may be ahead of the clock,
+    /// and streams start there.
     fn next_id(&self, place: usize) -> NotificationId {
         let meta = &self.metas[place];
         let after = meta.last.max(meta.floor(self.now_ms));
         NotificationId(after.0 + 1).max(NotificationId::at_ms(self.now_ms))
     }
 
-    /// Writes the notification into the logs, and says so.
+    /// Adds the notification to the logs and queues the notices.
     fn index(
         &mut self,
         place: usize,
@@ -201,7 +206,8 @@ impl Work<'_> {
     ) -> Result<(), Failure> {
         let number = self.number(place);
         let meta = &self.metas[place];
-        // What was before the first entry of a log that is absent is not known below the floor; above it, there was nothing.
+        // The predecessor of the first entry of an absent log: unknown below the floor, and none
+        // above it.
         let absent = meta.floor(self.now_ms).min(meta.last);
         for target in targets {
             let log = target.to_string();
@@ -248,7 +254,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// The start of the dedupe bucket of an entry, by the time of the source: a stalled consumer does not stretch the window.
+    /// The start of the dedupe bucket of an entry. Uses the time of the entry, so that a stalled
+    /// consumer does not stretch the window.
     fn bucket(&self, entry: EntryId) -> (u64, u64) {
         let window_ms = self.retention.dedupe_window_s.saturating_mul(1000).max(1);
         (entry.ms - entry.ms % window_ms, window_ms)
@@ -371,7 +378,7 @@ impl Work<'_> {
 }
 
 impl Meta {
-    /// The newest entry whose outcome is at least `keep_ms` old, as far as the marks tell.
+    /// The newest entry whose outcome is at least `keep_ms` old, according to the marks.
     pub(super) fn trimmable(&self, now_ms: u64, keep_ms: u64) -> Option<EntryId> {
         let is_old = |&&(ms, _): &&(u64, EntryId)| ms.saturating_add(keep_ms) <= now_ms;
         self.marks
@@ -387,7 +394,7 @@ impl Meta {
     }
 }
 
-/// Roughly what an item brings to a group, in bytes.
+/// The approximate size of an item in bytes.
 pub(super) fn weight(item: &Item) -> usize {
     match &item.proposal {
         Proposal::Commit { record, targets } => record.len() + targets.len() * 64,

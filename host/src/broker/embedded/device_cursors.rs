@@ -1,4 +1,5 @@
-//! Bookmarks: one row a user, moved by compare-and-set, gone when they were left alone for as long as they are kept.
+//! Device cursors and read markers: one row per user, moved by compare-and-set, removed when they
+//! expire.
 
 use std::collections::BTreeMap;
 
@@ -36,7 +37,7 @@ impl Stored {
         };
         Self::read(row.value()).map_err(|error| {
             Failure::unreadable(
-                &format!("the row of the bookmarks of user '{user}'"),
+                &format!("the row of the device cursors of user '{user}'"),
                 &error,
             )
         })
@@ -46,7 +47,7 @@ impl Stored {
         serde_json::from_slice(row)
     }
 
-    /// Forgets what was left alone for too long. `false`: nothing is left.
+    /// Removes expired cursors. Returns `false` if nothing remains.
     pub(super) fn retain(&mut self, retention: &Retention, now_ms: u64) -> bool {
         let is_kept = |which: &BookmarkOf, kept: &Kept| {
             kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which))
@@ -58,7 +59,8 @@ impl Stored {
         !self.devices.is_empty() || self.read_mark.is_some()
     }
 
-    /// Forgets devices of one kind, acknowledged or only begun, until there is room for one more of it: those left alone for longest.
+    /// Evicts the least recently moved devices of one kind, acknowledged or not, until there is
+    /// room for one more.
     fn make_room(&mut self, is_acknowledged: bool, most: u32) {
         let mut of_the_kind: Vec<(u64, Name)> = self
             .devices

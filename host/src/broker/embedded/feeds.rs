@@ -1,8 +1,10 @@
-//! The feeds of this process: who follows which log, and what the writer published, handed over in order.
+//! The feeds of this process: tracks the logs each feed follows and delivers the notices that the
+//! writer published, in order.
 //!
-//! The writer never waits for a feed. One that is full loses what it follows, hears nothing more, and is sent a reset once it has room: its
-//! streams then read what they missed. A follow request is answered through the same channel and under the same lock as notices, so
-//! whoever hears that it is in force hears every later append.
+//! The writer never waits for a feed. A feed that is full loses its follow requests, receives
+//! nothing more, and is sent a reset once it has room; its streams then read the missed entries.
+//! Follow requests are answered through the same channel and under the same lock as notices, so a
+//! feed that receives the answer receives every later append.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,15 +14,15 @@ use tokio::sync::{Notify, mpsc};
 use crate::broker::{Feed, Follow, Notice, PartitionNumber};
 use crate::event::Target;
 
-/// Batches that may wait in a feed; each is what one group published to it.
+/// Batches that may wait in a feed. Each holds the notices of one group.
 const CAPACITY: usize = 256;
-/// Follow requests answered at once.
+/// Maximum number of follow requests handled at once.
 const REQUESTS: usize = 256;
 
 /// See the head of this file.
 #[derive(Debug)]
 pub(super) struct Feeds {
-    /// A std lock: held for a hand-over, never across an await.
+    /// A std lock, held while delivering notices and never across an await.
     ears: Mutex<Vec<Arc<Ear>>>,
     partitions: Vec<PartitionNumber>,
 }
@@ -28,16 +30,18 @@ pub(super) struct Feeds {
 #[derive(Debug)]
 struct Ear {
     notices: mpsc::Sender<Vec<Notice>>,
-    /// A std lock, as above. Whoever publishes or changes what is followed holds it until the hand-over, which makes the order.
+    /// A std lock, as above. Held from a publication or a change of the followed logs until its
+    /// delivery, which guarantees the order.
     state: Mutex<State>,
-    /// Somebody wants a reset to be sent.
+    /// Notified when a reset has to be sent.
     deafened: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     followed: HashMap<PartitionNumber, HashSet<Target>>,
-    /// Notices were dropped, and the reset that says so is not sent yet. Follow requests are void until then.
+    /// Notices were dropped and the reset has not been sent yet. Until then, follow requests are
+    /// void.
     is_deaf: bool,
 }
 
@@ -49,7 +53,7 @@ impl Feeds {
         }
     }
 
-    /// Opens a feed, served by a task that ends with it. Must be called within a runtime.
+    /// Opens a feed, served by a task that ends with it. Must be called within a Tokio runtime.
     pub(super) fn open(self: &Arc<Self>) -> Feed {
         let (follow, requests) = mpsc::unbounded_channel();
         let (sender, notices) = mpsc::channel(CAPACITY);
@@ -76,7 +80,7 @@ impl Feeds {
         }
     }
 
-    /// Notices may have been lost: everyone starts over.
+    /// Resets all feeds after notices may have been lost.
     pub(super) fn reset_all(&self) {
         for ear in self.ears().iter() {
             ear.deafen(&mut ear.state());
@@ -125,7 +129,7 @@ impl Ear {
         self.deafened.notify_one();
     }
 
-    /// Takes follow requests and sends resets, until either end of the feed is dropped.
+    /// Handles follow requests and sends resets until either end of the feed is dropped.
     async fn serve(
         &self,
         mut requests: mpsc::UnboundedReceiver<Follow>,
@@ -140,6 +144,7 @@ impl Ear {
                 },
                 () = self.deafened.notified() => {
                     let Ok(room) = self.notices.reserve().await else { return };
+                    // Under one lock: notices published from now on queue up behind the reset.
                     let mut state = self.state();
                     state.is_deaf = false;
                     room.send(vec![Notice::Reset { partitions: partitions.to_vec() }]);
@@ -152,7 +157,7 @@ impl Ear {
     fn follow(&self, requests: impl Iterator<Item = Follow>) {
         let mut state = self.state();
         if state.is_deaf {
-            // The reset to come voids them.
+            // The pending reset voids these requests.
             return;
         }
         let mut answers = Vec::new();
@@ -213,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_is_followed_is_heard_and_ticks_by_everyone() {
+    async fn a_feed_receives_followed_logs_and_all_ticks() {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 7)).unwrap();
@@ -247,13 +252,14 @@ mod tests {
                     ..
                 }]
             ),
-            "no empty batch for what is not for it"
+            "notices of other logs do not cause an empty batch"
         );
     }
 
-    /// The hub sleeps while more is published than the feed holds, and follows a log in that time: it must do so again, and knows.
+    /// The hub stalls while more is published than the feed holds, and follows another log in that
+    /// time. The reset signals that it must repeat that request.
     #[tokio::test]
-    async fn a_full_feed_is_reset_once_it_has_room_and_then_hears_again() {
+    async fn a_full_feed_is_reset_once_it_has_room_and_then_receives_notices_again() {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 1)).unwrap();
@@ -275,7 +281,8 @@ mod tests {
         assert!(
             matches!(&*hear(&mut feed).await, [Notice::Reset { partitions }] if *partitions == [P])
         );
-        // The request lay before the reset or behind it; in either case one after the reset is in force once it is answered.
+        // The earlier request came either before or after the reset. In both cases, a request after
+        // the reset is in effect once it is answered.
         feed.follow.send(start("u:1", 3)).unwrap();
         while !matches!(
             hear(&mut feed).await.last(),
@@ -292,7 +299,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reset_voids_what_was_followed() {
+    async fn a_reset_voids_earlier_follow_requests() {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 1)).unwrap();
@@ -311,7 +318,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_dropped_feed_is_forgotten() {
+    async fn a_dropped_feed_is_removed() {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let (kept, dropped) = (feeds.open(), feeds.open());
         drop(dropped);

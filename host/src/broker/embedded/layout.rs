@@ -1,7 +1,9 @@
-//! The tables of the store, what a partition's row holds, and how both are made and checked when the store is opened.
+//! The tables of the store, the contents of a partition's row, and the creation and check of both
+//! when the store is opened.
 //!
-//! This is the layout, all of it: a change here that an older pointsman would misread raises [`VERSION`]. What is written into the
-//! tables, and when, is `commit`, `source`, `recipients`, `bookmarks` and `sweep`.
+//! This file defines the complete layout. A change that an older pointsman would misread must
+//! increment [`VERSION`]. The tables are written by `commit`, `source`, `recipients`, `bookmarks`
+//! and `sweep`.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -16,12 +18,12 @@ use super::store::Failure;
 use crate::broker::{Head, Partition, PartitionNumber, Retention};
 use crate::event::{EntryId, Life, NotificationId, Position};
 
-/// The version of this layout. A store with a higher one is refused.
+/// The version of this layout. A store with a higher version is rejected.
 pub(super) const VERSION: u64 = 1;
 
 /// The fields of an entry.
 pub(super) type Fields = Vec<(&'static [u8], &'static [u8])>;
-/// Partition number, and the two halves of an [`EntryId`].
+/// Partition number and the two halves of an [`EntryId`].
 pub(super) type EntryKey = (u8, u64, u64);
 
 pub(super) const LAYOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("layout");
@@ -39,7 +41,7 @@ pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> =
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
 pub(super) const BOOKMARKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("bookmarks");
 
-/// The tables that requests write, opened once for each group.
+/// The tables that requests write, opened once per group.
 pub(super) struct Tables<'t> {
     pub(super) meta: Table<'t, u8, &'static [u8]>,
     pub(super) source: Table<'t, EntryKey, Fields>,
@@ -70,12 +72,12 @@ impl<'t> Tables<'t> {
     }
 }
 
-/// The key of an entry, and of what else is ordered as entries are.
+/// The key of an entry, and of everything else that is ordered by entry id.
 pub(super) fn entry_key(partition: u8, id: EntryId) -> EntryKey {
     (partition, id.ms, id.seq)
 }
 
-/// The least id above `id`.
+/// The smallest id above `id`.
 pub(super) fn successor(id: EntryId) -> EntryId {
     match id.seq.checked_add(1) {
         Some(seq) => EntryId { ms: id.ms, seq },
@@ -86,34 +88,34 @@ pub(super) fn successor(id: EntryId) -> EntryId {
     }
 }
 
-/// What is known of a partition as a whole. One row, JSON, rewritten by every group that touches the partition.
+/// The state of a partition. One JSON row, rewritten by every group that touches the partition.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Meta {
-    /// The bits of the present life's name.
+    /// The bits of the name of the current epoch.
     life: u16,
-    /// Each life with the last id that survived when it began, oldest first.
+    /// Each epoch with the last id that was valid when it began, oldest first.
     lives: Vec<(u16, NotificationId)>,
     /// The last complete notification.
     pub(super) last: NotificationId,
-    /// A plan that is being sliced.
+    /// The id of a plan that is being committed in slices.
     pub(super) pending: Option<NotificationId>,
-    /// The position, in two fields.
+    /// The position, split into two fields.
     entry: EntryId,
     slices: u32,
-    /// Nothing at or above this id was ever removed for its age. Never falls.
+    /// Nothing at or above this id was ever removed because of its age. Never decreases.
     pub(super) floor: NotificationId,
-    /// The floor when the partition was made.
+    /// The floor when the partition was created.
     origin: NotificationId,
-    /// The age at which notifications are removed, so that a change of it is noticed.
+    /// The age at which notifications are removed; stored to detect a change.
     max_age_ms: u64,
-    /// Entries ever appended, and those of them that have an outcome.
+    /// The number of entries ever appended, and of those with an outcome.
     pub(super) appended: u64,
     pub(super) settled: u64,
     pub(super) last_entry: EntryId,
-    /// The start of the newest dedupe bucket, and how many ids each bucket holds.
+    /// The start of the newest dedupe bucket, and the number of ids in each bucket.
     pub(super) bucket_ms: u64,
     pub(super) bucket_sizes: BTreeMap<u64, u32>,
-    /// How many owners began at this position.
+    /// How many owners started at this position.
     pub(super) takeovers: u32,
     pub(super) taken_over_at: (EntryId, u32),
     /// The entry tried last, and how often.
@@ -124,7 +126,8 @@ pub(super) struct Meta {
     pub(super) dead_trimmed: u64,
     pub(super) dedupe_overflows: u64,
     pub(super) decisions: u64,
-    /// Where the position was at some moments (ms) of the last `keep_s`: entries up to the newest mark that old may go.
+    /// Samples of (time in ms, position) covering the last `keep_s`. Entries up to the newest
+    /// sample of that age may be removed.
     pub(super) marks: VecDeque<(u64, EntryId)>,
 }
 
@@ -175,15 +178,17 @@ impl Meta {
         (self.entry, self.slices) = (position.entry, position.slices);
     }
 
-    /// The newest id that a reader may meet.
+    /// The newest id that a reader may encounter.
     pub(super) fn top(&self) -> NotificationId {
         self.pending.unwrap_or(self.last)
     }
 
-    /// Below this id, logs may have lost entries to age.
+    /// Logs may have lost entries below this id because of their age.
     ///
-    /// The sweep removes strictly below what it writes to `self.floor` in the same step, at the age that is configured then. So one
-    /// stored floor is enough here: unlike keys with an expiry of their own, nothing written under an earlier `max_age` goes by itself.
+    /// The sweep removes entries strictly below the value it stores in `self.floor` in the same
+    /// step, using the age configured at that time. One stored floor is therefore enough: unlike
+    /// Redis keys with an expiry of their own, nothing written under an earlier `max_age`
+    /// disappears by itself.
     pub(super) fn floor(&self, now_ms: u64) -> NotificationId {
         self.floor.max(NotificationId::at_ms(
             now_ms.saturating_sub(self.max_age_ms),
@@ -194,7 +199,7 @@ impl Meta {
         self.origin
     }
 
-    /// Entries without an outcome.
+    /// The number of entries without an outcome.
     pub(super) fn lag(&self) -> u64 {
         self.appended.saturating_sub(self.settled)
     }
@@ -255,7 +260,8 @@ impl Meta {
     }
 }
 
-/// Makes or checks the layout, gives each source its partition number, and answers the partitions by ascending number.
+/// Creates or checks the layout, assigns each source its partition number, and returns the
+/// partitions by ascending number.
 pub(super) fn prepare(
     transaction: &WriteTransaction,
     sources: &[String],
@@ -269,11 +275,11 @@ pub(super) fn prepare(
         Some(VERSION) => {}
         Some(newer) if newer > VERSION => {
             bail!(
-                "it was made by a newer pointsman (layout {newer}, this one knows {VERSION}): start that one, or give another folder"
+                "it was created by a newer pointsman (layout {newer}, this version supports {VERSION}); run that version or use another folder"
             )
         }
         Some(older) => bail!(
-            "its layout {older} is not known to this pointsman (layout {VERSION}): give another folder"
+            "its layout {older} is not supported by this pointsman (layout {VERSION}); use another folder"
         ),
     }
     let mut numbers = transaction.open_table(PARTITIONS)?;
@@ -284,19 +290,20 @@ pub(super) fn prepare(
             prepared
                 .iter()
                 .all(|(partition, _)| partition.source != *source),
-            "the source '{source}' is named twice"
+            "the source '{source}' is listed twice; remove one of the two"
         );
         let given = numbers.get(source.as_str())?.map(|number| number.value());
         let number = match given {
             Some(number) => number,
             None => {
-                // Rows are never removed, so their count is the next number, and no number is given twice.
+                // Rows are never removed, so the number of rows is the next number and no number is
+                // assigned twice.
                 let next = u8::try_from(numbers.len()?)
                     .ok()
                     .filter(|&next| next < PartitionNumber::MAX);
                 let next = next.with_context(|| {
                     format!(
-                        "'{source}' would be its 13th source; {} is the most that a store can ever have: give another folder",
+                        "'{source}' would be its 13th source, but a store can have at most {} over its lifetime; use another folder",
                         PartitionNumber::MAX
                     )
                 })?;

@@ -1,4 +1,4 @@
-//! Logs and records, read.
+//! Reads logs and records. `commit` writes them.
 
 use std::ops::Bound;
 
@@ -10,7 +10,8 @@ use super::store::Failure;
 use crate::broker::Page;
 use crate::event::NotificationId;
 
-/// Up to `limit` ids of a log above `after`, with the floor of the same snapshot: an entry that is missing here is below it.
+/// Reads up to `limit` ids of a log above `after`, with the floor of the same snapshot: an entry
+/// missing from the page is below that floor.
 pub(super) fn page(
     transaction: &ReadTransaction,
     partition: u8,
@@ -48,7 +49,7 @@ pub(super) fn page(
     })
 }
 
-/// The records of these ids, `None` where one is gone.
+/// Reads the records of these ids; `None` for a record that no longer exists.
 pub(super) fn records(
     transaction: &ReadTransaction,
     partition: u8,

@@ -1,4 +1,4 @@
-//! What is known of users: attributes and memberships, and the change of either.
+//! Attributes and memberships of users: reads and changes them.
 
 use std::collections::BTreeMap;
 
@@ -40,7 +40,8 @@ impl Stored {
         serde_json::from_slice(row)
     }
 
-    /// Forgets what was left so long ago that nothing of it can still be replayed. `false`: nothing is left.
+    /// Removes memberships that ended so long ago that none of their notifications can be replayed.
+    /// Returns `false` if nothing remains.
     pub(super) fn retain(&mut self, floors: &BTreeMap<PartitionNumber, NotificationId>) -> bool {
         let is_of_use = |(number, span): (&PartitionNumber, &Span)| {
             span.left
@@ -56,7 +57,8 @@ fn is_member(spans: &BTreeMap<PartitionNumber, Span>) -> bool {
 }
 
 impl Work<'_> {
-    /// See [`crate::broker::Broker::change_recipient`]. Joining and leaving again change nothing.
+    /// See [`crate::broker::Broker::change_recipient`]. Joining or leaving a second time changes
+    /// nothing.
     pub(super) fn change_recipient(
         &mut self,
         user: &Name,
@@ -89,7 +91,8 @@ impl Work<'_> {
             RecipientChange::Leave { group } => {
                 if let Some(spans) = stored.groups.get_mut(group) {
                     complete(spans, self.partitions, &self.metas);
-                    // One of a partition that was taken out of the configuration would stay open, and make a member of who joins again.
+                    // A span of a partition that was removed from the configuration would stay
+                    // open, and joining again would find the user still a member.
                     spans.retain(|number, _| {
                         self.partitions
                             .iter()
@@ -104,7 +107,7 @@ impl Work<'_> {
             }
             RecipientChange::Attributes(attributes) => stored.attributes = attributes.clone(),
         }
-        // Or a row would grow for ever.
+        // Otherwise a row would grow forever.
         if stored.retain(&self.floors()) {
             let row = serde_json::to_vec(&stored).expect("names, numbers and attributes are JSON");
             self.tables.users.insert(user.as_str(), row.as_slice())?;
@@ -131,7 +134,8 @@ impl Work<'_> {
     }
 }
 
-/// A partition that was added after a member joined has no span yet: it is a member there from its origin on.
+/// Adds spans for partitions that were added after a member joined: membership there starts at the
+/// partition's origin.
 fn complete(spans: &mut BTreeMap<PartitionNumber, Span>, partitions: &[Partition], metas: &[Meta]) {
     if is_member(spans) {
         for (partition, meta) in partitions.iter().zip(metas) {

@@ -1,4 +1,5 @@
-//! The entries of a source, and those set aside as dead letters: appended, read, redriven, tried.
+//! The entries of a source and its dead letters: append, read, redrive, count attempts. Also reads
+//! decision records.
 
 use std::ops::Bound;
 
@@ -26,7 +27,8 @@ impl Work<'_> {
         let mut ids = Vec::with_capacity(entries.len());
         for fields in entries {
             let meta = &mut self.metas[place];
-            // Above the position as well: a partition may have been told of entries that it never held.
+            // Above the position as well: a commit may have moved it past entries that the
+            // partition never stored.
             let before = meta.last_entry.max(meta.position().entry);
             let id = successor(before).max(EntryId {
                 ms: self.now_ms,
@@ -54,7 +56,7 @@ impl Work<'_> {
         }
         let source = &self.partitions[place].source;
         Err(Error::Full(format!(
-            "{lag} entries wait in '{source}', and retention.backlog_entries is {bound}: try again when some are done"
+            "{lag} entries are waiting in '{source}' and limits.backlog_entries is {bound}; try again later"
         ))
         .into())
     }
@@ -76,7 +78,7 @@ impl Work<'_> {
     /// See [`crate::broker::Broker::note_attempt`].
     pub(super) fn note_attempt(&mut self, place: usize, entry: EntryId) -> u32 {
         let meta = &mut self.metas[place];
-        // One entry at a time is tried with notes, so one is remembered.
+        // Only one entry at a time is tried with recorded attempts, so only one is stored.
         let noted = meta
             .attempts
             .filter(|&(noted, _)| noted == entry)
@@ -85,7 +87,8 @@ impl Work<'_> {
         noted.saturating_add(1)
     }
 
-    /// See [`crate::broker::Broker::redrive`]. Refused like any append when the backlog is at its bound.
+    /// See [`crate::broker::Broker::redrive`]. Rejected like any append if the backlog is at its
+    /// limit.
     pub(super) fn redrive(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(place), id);
         let found = self.tables.dead.get(key)?.map(|row| owned(&row.value().1));
@@ -225,12 +228,12 @@ fn parse<T: serde::de::DeserializeOwned>(
     serde_json::from_slice(row).map_err(|error| Failure::unreadable(&what(), &error))
 }
 
-/// Numbers of a partition for operators.
+/// Statistics of a partition for operators.
 pub(super) fn state(meta: &Meta, now_ms: u64) -> crate::broker::PartitionState {
     crate::broker::PartitionState {
         outcomes: meta.outcomes.clone(),
         lag: meta.lag(),
-        // Nobody else writes here.
+        // No other process can write to the source.
         lost_upstream: 0,
         dead_letters: meta.dead_letters,
         dead_trimmed: meta.dead_trimmed,

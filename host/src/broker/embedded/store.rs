@@ -1,11 +1,14 @@
-//! The file under the broker: locked to one process, opened again after a failure, never mistaken for an empty one.
+//! The store file: locked to one process, reopened after a failure, and never mistaken for an empty
+//! store.
 //!
-//! Every commit is made with redb's two-phase commit and quick repair. It costs a second fsync, and buys three things. After kill -9 the
-//! store opens at once, where the default walks the whole file. A torn commit is never the one that is opened: the byte that makes
-//! it current is written after its data is on the disk, so nothing rests on a checksum over bytes that publishers choose. And when an
-//! fsync fails (after which the kernel may forget the pages it could not write), the commit before still stands.
+//! Every commit uses redb's two-phase commit and quick repair. This costs a second fsync and has
+//! three benefits. After kill -9 the store opens at once, whereas the default walks the whole file.
+//! A torn commit is never opened: the byte that makes a commit current is written only after its
+//! data is on disk, so correctness does not depend on a checksum over bytes that publishers choose.
+//! And when an fsync fails, after which the kernel may discard the pages it could not write, the
+//! previous commit is still intact.
 //!
-//! What is in the file is `layout`'s business, who writes it `writer`'s.
+//! The contents of the file are defined in `layout` and written by `writer`.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -26,36 +29,39 @@ const FILE: &str = "store.redb";
 const NEW_FILE: &str = "store.redb.new";
 const LOCK: &str = "lock";
 
-/// Memory for pages: the hot ends of the tables of a busy node are a few MiB; the kernel caches the rest of the file.
+/// Page cache. The frequently used pages of a busy node take a few MiB; the kernel caches the rest.
 const CACHE_BYTES: usize = 64 * 1024 * 1024;
-/// In memory, redb's pages are the data itself; a cache of them would hold it twice.
+/// In memory, redb's pages are the data itself; a larger cache would only duplicate it.
 const EPHEMERAL_CACHE_BYTES: usize = 4 * 1024 * 1024;
-/// With less room than this for the file to grow, new entries are refused, so that those that wait still find room for their outcomes:
-/// a disk that publishers fill to its end could not be emptied by doing the work.
+/// New entries are rejected when the file can grow by less than this, so that the outcomes of
+/// waiting entries still fit: if publishers could fill the disk completely, processing the backlog
+/// could no longer drain it.
 const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
-/// How often the room is measured.
+/// How often free space is measured.
 const MEASURE_EVERY_MS: u64 = 1_000;
-/// A failed store is opened again at most so often.
+/// The minimum interval between attempts to reopen a failed store.
 const REOPEN_EVERY_MS: u64 = 1_000;
 
-/// Why a request to the store came to nothing.
+/// Why a request to the store failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The store failed. What was asked has not happened, or, if it failed while committing, may have.
+    /// The store failed. The request has not taken effect, unless the failure occurred while
+    /// committing: then it may have.
     Store(redb::Error),
-    /// The store is well and the answer is no.
+    /// The store is intact; the request itself was rejected.
     Answer(Error),
 }
 
 impl Failure {
-    /// What all rests on cannot be right.
+    /// The store as a whole is corrupt.
     pub(super) fn damaged(what: String) -> Self {
         Self::Store(redb::Error::Corrupted(what))
     }
 
-    /// One row is not what this pointsman writes. Whoever needs it is told so; what else is in the store is as good as before.
+    /// One row has content that this version does not write. The caller gets an error; the rest of
+    /// the store is still usable.
     pub(super) fn unreadable(row: &str, error: &serde_json::Error) -> Self {
-        let text = format!("{row} cannot be read ({error}): put back a copy of the data folder");
+        let text = format!("{row} cannot be read ({error}); restore the data folder from a copy");
         tracing::error!("{text}");
         Self::Answer(Error::Refused(text))
     }
@@ -101,10 +107,10 @@ impl From<redb::CommitError> for Failure {
 /// Where the store is kept.
 #[derive(Debug)]
 pub(super) enum Medium {
-    /// In memory: gone with the process.
+    /// In memory: lost when the process ends.
     Memory,
     Folder(PathBuf),
-    /// A folder on a disk that fails on command.
+    /// A folder on a disk that fails on demand.
     #[cfg(test)]
     Failing(PathBuf, std::sync::Arc<super::tests::disk::Switch>),
 }
@@ -113,9 +119,10 @@ pub(super) enum Medium {
 #[derive(Debug)]
 pub(super) struct Store {
     medium: Medium,
-    /// `None` while it cannot be opened, and once it is closed. A std lock: held for the moment in which a transaction begins.
+    /// `None` while it cannot be opened, and after it was closed. A std lock, held only while a
+    /// transaction begins.
     database: RwLock<Option<Database>>,
-    /// Held, and thereby locked, as long as the store is open; the kernel lets go of it with the process.
+    /// Holds the file lock while the store is open; the kernel releases it when the process ends.
     lock: Mutex<Option<File>>,
     trouble: Mutex<Option<Trouble>>,
     room: Mutex<Room>,
@@ -131,15 +138,18 @@ struct Room {
 struct Trouble {
     text: String,
     is_full: bool,
-    /// When it failed, or was last tried to be opened again, in milliseconds since the Unix epoch.
+    /// When the store failed, or when reopening was last tried, in milliseconds since the Unix
+    /// epoch.
     tried_ms: u64,
 }
 
 impl Store {
-    /// Opens the store, or makes it. `prepare` runs in its first transaction, and only if that succeeds is a new store kept.
+    /// Opens the store or creates it. `prepare` runs in the first transaction; a new store is kept
+    /// only if it succeeds.
     ///
     /// # Errors
-    /// The text names the folder and the fix: another process has it, it holds something else, it is damaged, it cannot be written.
+    /// The text names the folder and the fix: another process uses it, it holds something else, it
+    /// is damaged, or it is not writable.
     pub(super) fn open<T>(
         medium: Medium,
         prepare: impl FnOnce(&WriteTransaction) -> anyhow::Result<T>,
@@ -159,7 +169,7 @@ impl Store {
             return Ok((Self::with(medium, database, None), prepared));
         };
         fs::create_dir_all(dir)
-            .with_context(|| format!("the data folder {} cannot be made", dir.display()))?;
+            .with_context(|| format!("the data folder {} cannot be created", dir.display()))?;
         let lock = lock(dir)?;
         let about = || format!("the data folder {}", dir.display());
         let (database, prepared) = if dir.join(FILE).try_exists().with_context(about)? {
@@ -167,7 +177,8 @@ impl Store {
             let prepared = run(&database).with_context(about)?;
             (database, prepared)
         } else {
-            // A new store gets its name only when it is whole: so a file of that name that is empty or cut short is a damaged one.
+            // A new store is renamed to its final name only when it is complete, so an empty or
+            // truncated file of that name is always a damaged store.
             let path = dir.join(NEW_FILE);
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -179,6 +190,7 @@ impl Store {
             let prepared = run(&database).with_context(about)?;
             database.close().with_context(about)?;
             fs::rename(&path, dir.join(FILE)).with_context(about)?;
+            // Sync the folder: without it, a crash could undo the rename.
             File::open(dir)
                 .and_then(|dir| dir.sync_all())
                 .with_context(about)?;
@@ -197,7 +209,7 @@ impl Store {
         }
     }
 
-    /// Closes the file and lets another process have it. Reads still under way end with an error.
+    /// Closes the file and lets another process open it. Reads in progress fail.
     pub(super) fn close(&self) {
         let database = self
             .database
@@ -205,7 +217,7 @@ impl Store {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         if let Some(Err(error)) = database.map(Database::close) {
-            tracing::warn!(%error, "the store was not closed in order; it is repaired when it is opened");
+            tracing::warn!(%error, "the store was not closed cleanly; it will be repaired when it is opened");
         }
         self.lock
             .lock()
@@ -213,7 +225,7 @@ impl Store {
             .take();
     }
 
-    /// Begins to read: what was committed until now.
+    /// Begins a read of everything committed so far.
     pub(super) fn begin_read(&self) -> Result<ReadTransaction, Failure> {
         match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
             Some(database) => Ok(database.begin_read()?),
@@ -221,7 +233,7 @@ impl Store {
         }
     }
 
-    /// Begins to write. Only one transaction at a time; a second waits.
+    /// Begins a write. Only one write transaction exists at a time; a second one waits.
     pub(super) fn begin_write(&self) -> Result<WriteTransaction, Failure> {
         let mut transaction = match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
             Some(database) => database.begin_write()?,
@@ -231,7 +243,7 @@ impl Store {
         Ok(transaction)
     }
 
-    /// Notes that the store failed, and answers what to tell whoever asked.
+    /// Records that the store failed and returns the error for the caller.
     pub(super) fn failed(&self, failure: Failure, now_ms: u64) -> Error {
         let error = match failure {
             Failure::Answer(error) => return error,
@@ -240,15 +252,16 @@ impl Store {
         };
         let is_full = matches!(&error, redb::Error::Io(io) if matches!(io.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded));
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        // The first error says what happened; those after it only say that something did.
+        // Keep the first error, which names the cause; errors after it only report that an earlier
+        // one occurred.
         if trouble.is_none() || !matches!(error, redb::Error::PreviousIo) {
             let text = match is_full {
                 true => format!(
-                    "no space is left for {}: make room there; it goes on by itself",
+                    "no space is left for {}; free disk space there and the node resumes by itself",
                     self.name()
                 ),
                 false => format!(
-                    "{} failed: {error}; it is opened again every second",
+                    "{} failed: {error}; the node tries to reopen it every second",
                     self.name()
                 ),
             };
@@ -264,7 +277,7 @@ impl Store {
     }
 
     /// # Errors
-    /// What is wrong with the store, while it is out of work.
+    /// The failure of the store, until it is reopened.
     pub(super) fn check(&self) -> Result<(), Error> {
         if self.is_failed() {
             Err(self.away())
@@ -273,7 +286,7 @@ impl Store {
         }
     }
 
-    /// Whether the store has failed since it was opened.
+    /// Whether the store has failed and has not been reopened since.
     pub(super) fn is_failed(&self) -> bool {
         self.trouble
             .lock()
@@ -281,10 +294,11 @@ impl Store {
             .is_some()
     }
 
-    /// Opens a failed store again, if it is time to try. redb refuses everything after an I/O error until then.
+    /// Reopens a failed store if an attempt is due. After an I/O error, redb rejects every request
+    /// until then.
     ///
     /// # Errors
-    /// Why it does not work yet.
+    /// The store cannot be reopened yet.
     pub(super) fn reopen(&self, now_ms: u64) -> Result<(), Error> {
         {
             let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
@@ -306,20 +320,20 @@ impl Store {
             .database
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        // It is closed first: its lock on the file would keep the new one out.
+        // Close it first: its file lock would prevent opening it again.
         drop(slot.take());
         match self.medium.database() {
             Ok(database) => {
                 *slot = Some(database);
                 *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                tracing::info!("{} is open again", self.name());
+                tracing::info!("{} was reopened", self.name());
                 Ok(())
             }
             Err(error) => {
                 drop(slot);
                 tracing::error!(
                     error = format!("{error:#}"),
-                    "{} cannot be opened again",
+                    "{} cannot be reopened",
                     self.name()
                 );
                 Err(self.away())
@@ -327,22 +341,28 @@ impl Store {
         }
     }
 
-    /// Why no new entries are taken, if the disk has too little room for them.
+    /// Why no new entries are accepted, if the disk has too little free space.
     pub(super) fn shortage(&self, now_ms: u64) -> Option<String> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
         if room.measured_ms.abs_diff(now_ms) >= MEASURE_EVERY_MS {
             let free = self.medium.free();
-            // A file system that does not tell is taken to have room; when it is full, it will say so.
+            // Assume enough space if the file system does not report it; when it is full, writes
+            // fail.
             *room = Room {
                 is_short: free.is_some_and(|free| free < RESERVE_BYTES),
                 measured_ms: now_ms,
             };
         }
         let mib = RESERVE_BYTES / 1024 / 1024;
-        room.is_short.then(|| format!("less than {mib} MiB are free for {}: new events are refused until there is room again", self.name()))
+        room.is_short.then(|| {
+            format!(
+                "less than {mib} MiB are free for {}; new events are rejected until space is freed",
+                self.name()
+            )
+        })
     }
 
-    /// What stands against the store, for a start-up check.
+    /// The problems of the store, for a start-up check.
     pub(super) fn findings(&self, now_ms: u64) -> Vec<Finding> {
         let trouble = self
             .trouble
@@ -393,7 +413,7 @@ impl Medium {
         }
     }
 
-    /// The bytes by which the file can grow, if that is known.
+    /// The number of bytes by which the file can grow, if known.
     fn free(&self) -> Option<u64> {
         #[cfg(test)]
         if let Self::Failing(_, switch) = self {
@@ -405,13 +425,11 @@ impl Medium {
 
     /// Opens the existing file of a folder.
     fn database(&self) -> anyhow::Result<Database> {
-        let dir = self
-            .dir()
-            .context("a store in memory is never opened again")?;
+        let dir = self.dir().context("a store in memory cannot be reopened")?;
         let path = dir.join(FILE);
         let damaged = |what: &str| {
             anyhow!(
-                "its {FILE} is no store, or a damaged one ({what}): put back a copy of the folder, or give another one"
+                "its {FILE} is not a valid store or is damaged ({what}); restore the folder from a copy or use another one"
             )
         };
         let length = fs::metadata(&path)?.len();
@@ -420,7 +438,8 @@ impl Medium {
         }
         let mut builder = Builder::new();
         builder.set_cache_size(CACHE_BYTES);
-        // redb trusts a file that was closed in order, and panics on one that was cut short or overwritten since.
+        // redb trusts a file that was closed cleanly, and panics if such a file was truncated or
+        // overwritten afterwards.
         let opened = catch_unwind(AssertUnwindSafe(|| match self {
             #[cfg(test)]
             Self::Failing(_, switch) => {
@@ -441,7 +460,7 @@ impl Medium {
     }
 }
 
-/// Takes the folder for this process.
+/// Locks the folder for this process.
 fn lock(dir: &Path) -> anyhow::Result<File> {
     let path = dir.join(LOCK);
     let open = File::options()
@@ -452,7 +471,7 @@ fn lock(dir: &Path) -> anyhow::Result<File> {
         .open(&path);
     let mut file = open.with_context(|| {
         format!(
-            "the data folder {} cannot be written: {} is refused",
+            "the data folder {} is not writable: {} cannot be opened",
             dir.display(),
             path.display()
         )
@@ -461,13 +480,14 @@ fn lock(dir: &Path) -> anyhow::Result<File> {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let mut holder = String::new();
-            // Only a courtesy: what stands there was written by the holder, and may not be there yet.
+            // Best effort: the holder writes its process id after taking the lock, so it may not be
+            // there yet.
             let holder = match (&file).take(20).read_to_string(&mut holder) {
-                Ok(_) if !holder.trim().is_empty() => format!("the process {}", holder.trim()),
+                Ok(_) if !holder.trim().is_empty() => format!("process {}", holder.trim()),
                 _ => "another process".to_owned(),
             };
             bail!(
-                "the data folder {} is in use by {holder}: stop it, or give another folder",
+                "the data folder {} is in use by {holder}; stop it or use another folder",
                 dir.display()
             );
         }

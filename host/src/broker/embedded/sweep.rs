@@ -1,7 +1,8 @@
-//! Upkeep: what is too old goes, a bounded number of rows at a time.
+//! Periodic cleanup: removes expired data, a bounded number of rows at a time.
 //!
-//! Paced by the writer, at most once a second after a group; a node ticks once a second, so an idle one sweeps too. A step that has
-//! nothing to do writes nothing, and one that used up its budget is continued after the next group.
+//! The writer runs it after a group, at most once a second. A node ticks once a second, so an idle
+//! node is swept too. A step without work writes nothing; a step that used up its budget continues
+//! after the next group.
 
 use std::sync::PoisonError;
 
@@ -14,42 +15,47 @@ use super::writer::{Work, transact};
 use super::{device_cursors, recipients};
 use crate::event::{EntryId, NotificationId};
 
-/// Rows looked at or removed in one step, for each partition and kind: some 10 ms of the writer's time.
+/// Rows examined or removed per step, for each partition and kind: about 10 ms of the writer's
+/// time.
 const BUDGET: usize = 2_000;
 const EVERY_MS: u64 = 1_000;
-/// How often the rows of all users are looked at: what is in them is kept for days, and that of who comes back is cleared up when it changes.
+/// How often the rows of all users are examined. Their contents are kept for days, and the row of
+/// an active user is cleaned up when it changes.
 const USERS_EVERY_MS: u64 = 3_600_000;
 
-/// How far upkeep is.
+/// The progress of the cleanup.
 #[derive(Debug, Default)]
 pub(super) struct Sweep {
     /// When it last had nothing left to do, in milliseconds since the Unix epoch.
     done_ms: Option<u64>,
-    /// By place: where the walk through the logs goes on, while one is under way.
+    /// In the order of `partitions`: the log at which an unfinished pass over the logs continues.
     walks: Vec<Option<String>>,
-    /// When the rows of all users were last looked at, and where that goes on in each table, while it is under way.
+    /// When the last pass over all users began, and the user at which it continues in each table
+    /// while it is unfinished.
     users_ms: Option<u64>,
     bookmarks_walk: Option<String>,
     recipients_walk: Option<String>,
 }
 
-/// What is due in a partition.
+/// The data of a partition that can be removed.
 struct Due {
     /// Notifications below this id.
     records: NotificationId,
-    /// Entries up to this one.
+    /// Entries up to and including this one.
     entries: Option<EntryId>,
-    /// Dedupe buckets that start before this moment.
+    /// Dedupe buckets that start before this time.
     seen_ms: u64,
 }
 
 impl Due {
     fn new(meta: &Meta, shared: &Shared, now_ms: u64) -> Self {
         let max_age_ms = shared.retention.max_age_s.saturating_mul(1000);
-        // A little later than the floor, so that a reader who has just read a page still finds its records. And never a plan that is
-        // still being sliced: its owner may have been away for longer.
+        // Slightly later than the floor, so that a reader that has just read a page still finds its
+        // records. Never a plan that is still being written in slices: its owner may be down for
+        // longer than that.
         let cutoff = NotificationId::at_ms(now_ms.saturating_sub(max_age_ms + max_age_ms / 50));
-        // Keeping them serves operators only; room for outcomes serves everyone.
+        // Processed entries are kept only for operators; when space is short, outcomes take
+        // precedence.
         let keep_ms = if shared.store.shortage(now_ms).is_some() {
             0
         } else {
@@ -92,7 +98,7 @@ impl Due {
 impl Sweep {
     pub(super) fn run_if_due(&mut self, shared: &Shared) {
         let now_ms = (shared.clock)();
-        // By the difference: a clock that was set back must not stop it.
+        // Compare the difference: a clock that was set back must not stop the cleanup.
         if shared.store.is_failed()
             || self
                 .done_ms
@@ -106,7 +112,7 @@ impl Sweep {
         }
     }
 
-    /// One step. `true`: there may be more to do.
+    /// Runs one step. Returns `true` if there may be more to do.
     fn run(&mut self, shared: &Shared, now_ms: u64) -> Result<bool, Failure> {
         self.walks.resize(shared.partitions.len(), None);
         let metas = shared
@@ -183,7 +189,8 @@ impl Work<'_> {
         if n_records > 0 {
             let meta = &mut self.metas[place];
             meta.floor = meta.floor.max(due.records);
-            // Every index entry has a record of the same id, so logs need to be looked through only when records went.
+            // Every index entry has a record with the same id, so the logs need a pass only when
+            // records were removed.
             walk.get_or_insert_default();
         }
 
@@ -225,7 +232,7 @@ impl Work<'_> {
         Ok(is_unfinished || walk.is_some())
     }
 
-    /// Looks through some logs for index entries below `cutoff`; answers where to go on.
+    /// Removes index entries below `cutoff` from some logs. Returns the log at which to continue.
     fn walk(
         &mut self,
         number: u8,
@@ -267,11 +274,11 @@ impl Work<'_> {
                 return Ok(Some(logs[i].0.clone()));
             }
         }
-        // The next name after the last one seen begins with it and goes on with the least character.
+        // The smallest name after the last one: that name followed by the smallest character.
         Ok((logs.len() == BUDGET).then(|| format!("{}\0", logs[BUDGET - 1].0)))
     }
 
-    /// Looks through the bookmarks of some users for those that nobody moved for so long; answers where to go on.
+    /// Removes expired cursors of some users. Returns the user at which to continue.
     fn walk_bookmarks(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let (retention, now_ms) = (self.retention, self.now_ms);
         let is_over = |row: &[u8]| {
@@ -281,7 +288,8 @@ impl Work<'_> {
         walk_users(&mut self.tables.bookmarks, from, is_over)
     }
 
-    /// Looks through some users for those of whom only groups are known that they left long ago; answers where to go on.
+    /// Removes the rows of some users that hold only ended memberships of long ago. Returns the
+    /// user at which to continue.
     fn walk_recipients(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let floors = self.floors();
         let is_over = |row: &[u8]| {
@@ -291,7 +299,8 @@ impl Work<'_> {
     }
 }
 
-/// Removes some users' rows that are over; answers where to go on. One that cannot be read stays, for whoever asks for it to be told.
+/// Removes expired rows of some users. Returns the user at which to continue. Unreadable rows are
+/// kept, so that a request for one reports the error.
 fn walk_users(
     table: &mut Table<'_, &'static str, &'static [u8]>,
     from: &str,

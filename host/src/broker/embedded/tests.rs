@@ -1,5 +1,5 @@
-//! What only this broker can be asked: about its disk, and about time, which these tests move by hand. What every broker promises is
-//! asked by `tests/conformance.rs`.
+//! Tests that only this broker allows: of its disk, and of time, which they advance by hand. The
+//! guarantees shared by all brokers are tested by `tests/conformance.rs`.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -13,7 +13,7 @@ pub(super) mod disk;
 mod durability;
 mod retention;
 
-/// A clock that a test moves. Starts in 2025.
+/// A clock that a test advances. Starts in 2025.
 #[derive(Clone)]
 struct Time(Arc<AtomicU64>);
 
@@ -36,7 +36,7 @@ impl Time {
     }
 }
 
-/// A folder that is removed in the end.
+/// A temporary folder that is removed when dropped.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -69,7 +69,7 @@ fn sources() -> Vec<String> {
     vec!["pointsman:events".to_owned()]
 }
 
-/// Of a node that nobody waits for.
+/// The alarm of a node that does not run.
 fn alarm() -> Alarm {
     Shutdown::new().alarm("the writer")
 }
@@ -89,7 +89,7 @@ fn in_folder(folder: &Folder, retention: Retention, time: &Time) -> Embedded {
     .unwrap()
 }
 
-/// A store on a disk that obeys the switch.
+/// A store on a disk controlled by the switch.
 fn on_disk(folder: &Folder, switch: &Arc<disk::Switch>, time: &Time) -> Embedded {
     Embedded::start(
         Medium::Failing(folder.0.clone(), Arc::clone(switch)),
@@ -131,7 +131,7 @@ fn committing(entry: EntryId, record: &str, logs: &[&str]) -> Item {
     )
 }
 
-/// The id of an entry that was made now.
+/// The id of an entry created now.
 fn entry_now(broker: &Embedded) -> EntryId {
     let (now_ms, at) = (
         (broker.shared.clock)(),
@@ -155,17 +155,18 @@ async fn commit(broker: &Embedded, items: Vec<Item>) -> Vec<(Outcome, Option<Not
         .unwrap()
     {
         Committed::Done(outcomes) => outcomes,
-        Committed::Refused => panic!("nobody else commits"),
+        Committed::Refused => panic!("the position is current"),
     }
 }
 
-/// Commits one event to these logs, and answers its id.
+/// Commits one event to these logs and returns its id.
 async fn publish(broker: &Embedded, record: &str, logs: &[&str]) -> NotificationId {
     let outcomes = commit(broker, vec![committing(entry_now(broker), record, logs)]).await;
     outcomes[0].1.unwrap()
 }
 
-/// Lets the sweep run until it has nothing left to do: it runs after the answer to a tick, and the next answer comes after it.
+/// Lets the sweep run until it has nothing left to do: it runs after the answer to a tick, and
+/// before the answer to the next one.
 async fn sweep(broker: &Embedded, time: &Time) {
     for _ in 0..10 {
         time.pass(1);

@@ -1,11 +1,14 @@
-//! The one thread that writes, with **group commit**: it takes what waits in a bounded queue, does all of it in one transaction, makes
-//! that durable, and only then publishes the notices and answers. So nobody hears of what a crash could take back, there is
-//! never a rewind, and a durable partition has one life. Under load, many requests share one fsync.
+//! The only thread that writes. It uses **group commit**: it takes the waiting requests from a
+//! bounded queue, executes them in one transaction, makes it durable, and only then publishes the
+//! notices and answers. Nothing that a crash could undo is ever published, so there is never a
+//! rewind and a durable partition has one epoch. Under load, many requests share one fsync.
 //!
-//! A group stands or falls as one, so a request must find its reasons to say no before it writes anything. After a failure of the disk
-//! nothing is known to have happened: the store is opened again, its state is read back, and every feed is reset.
+//! A group succeeds or fails as a whole, so a request must find its reasons to be rejected before
+//! it writes anything. After a disk failure the result of the group is unknown: the store is
+//! reopened, its state is read back, and every feed is reset.
 //!
-//! What requests do is in `commit`, `source`, `recipients` and `bookmarks`; upkeep is in `sweep`.
+//! The requests are implemented in `commit`, `source`, `recipients` and `bookmarks`; periodic
+//! cleanup is in `sweep`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -21,26 +24,28 @@ use crate::broker::{
 };
 use crate::shutdown::Alarm;
 
-/// Requests that may wait; whoever brings one more waits at the door.
+/// Capacity of the queue. When it is full, callers wait.
 const QUEUE: usize = 1024;
-/// The most requests in a group: what a crash makes all of them ask again, and what the first of them waits for.
+/// Maximum number of requests in a group. Limits how many requests a crash forces to be repeated,
+/// and how long the first one waits.
 const GROUP: usize = 256;
-/// A group is closed once its requests bring so many bytes, so that a transaction stays a matter of milliseconds.
+/// A group is closed once its requests exceed this size, so that a transaction takes milliseconds.
 const GROUP_BYTES: usize = 8 * 1024 * 1024;
 
-const DEAD: &str = "the thread that writes the store has died, and its last words are in the log: start the node again";
+const DEAD: &str =
+    "the thread that writes the store has stopped; see the log for the cause and restart the node";
 
-/// The group in hand: the open tables, and the state as it is to be once the group is durable.
+/// The current group: the open tables, and the state that takes effect once the group is durable.
 pub(super) struct Work<'t> {
     pub(super) tables: Tables<'t>,
-    /// By place, as `partitions`.
+    /// In the order of `partitions`.
     pub(super) metas: Vec<Meta>,
     pub(super) partitions: &'t [Partition],
     pub(super) retention: &'t Retention,
     pub(super) now_ms: u64,
-    /// Why no new entries are taken.
+    /// Why no new entries are accepted, if they are not.
     pub(super) shortage: Option<String>,
-    /// Published once the group is durable, in this order.
+    /// Published in this order once the group is durable.
     pub(super) notices: Vec<Notice>,
 }
 
@@ -50,12 +55,12 @@ impl Work<'_> {
     }
 }
 
-/// Something to do in a group, and whom to tell.
+/// A request of a group, with the channel for its answer.
 trait Job: Send {
     /// # Errors
-    /// Only if the store failed, and the group with it.
+    /// Only if the store failed, and the whole group with it.
     fn apply(&mut self, work: &mut Work<'_>) -> Result<(), redb::Error>;
-    /// `error`: why the group failed.
+    /// Sends the answer. `error`: why the group failed.
     fn answer(self: Box<Self>, error: Option<Error>);
 }
 
@@ -86,9 +91,10 @@ where
         let result = match (error, self.result) {
             (None, Some(result)) => result,
             (Some(error), _) => Err(error),
-            (None, None) => Err(Error::Away("the request was not reached".to_owned())),
+            (None, None) => Err(Error::Away("the request was not executed".to_owned())),
         };
-        // Whoever asked may have gone; what was asked has happened all the same, as the trait says.
+        // The caller may have been cancelled; the request takes effect anyway, as
+        // [`crate::broker::Broker`] documents.
         drop(self.reply.send(result));
     }
 }
@@ -98,7 +104,7 @@ enum Request {
         job: Box<dyn Job>,
         bytes: usize,
     },
-    /// Needs no disk, but its place among the notices.
+    /// Writes nothing, but needs its place in the order of notices.
     Tick {
         place: usize,
         reply: oneshot::Sender<Result<()>>,
@@ -108,13 +114,13 @@ enum Request {
 /// The queue and its thread. Dropping it closes it.
 #[derive(Debug)]
 pub(super) struct Writer {
-    /// `None` once it is closed. Std locks: held for a clone, and for the wait for the end.
+    /// `None` once it is closed. Std locks, held for a clone and for joining the thread.
     queue: Mutex<Option<mpsc::Sender<Request>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Writer {
-    /// `alarm`: for when it can no longer write.
+    /// `alarm` is raised when the thread can no longer write.
     pub(super) fn start(shared: Arc<Shared>, alarm: Alarm) -> std::io::Result<Self> {
         let (queue, requests) = mpsc::channel(QUEUE);
         let thread = thread::Builder::new()
@@ -129,7 +135,8 @@ impl Writer {
         })
     }
 
-    /// Has `run` done within a group and answers once it is durable and its notices are published. `bytes`: roughly what it brings.
+    /// Runs `run` within a group and returns once the group is durable and its notices are
+    /// published. `bytes`: the approximate size of the request.
     pub(super) async fn write<T, F>(&self, bytes: usize, run: F) -> Result<T>
     where
         F: FnOnce(&mut Work<'_>) -> Result<T, Failure> + Send + 'static,
@@ -161,7 +168,7 @@ impl Writer {
         answer.await.map_err(|_| dead())?
     }
 
-    /// Requests in the queue.
+    /// The number of requests in the queue.
     #[cfg(test)]
     pub(super) fn n_waiting(&self) -> usize {
         let queue = self.queue.lock().unwrap();
@@ -170,7 +177,7 @@ impl Writer {
             .map_or(0, |queue| queue.max_capacity() - queue.capacity())
     }
 
-    /// Lets the thread do what was asked until now and close the store, and waits for that.
+    /// Lets the thread complete the requests made so far and close the store, and waits for it.
     pub(super) fn close(&self) {
         self.queue
             .lock()
@@ -182,7 +189,7 @@ impl Writer {
             .unwrap_or_else(PoisonError::into_inner)
             .take()
         {
-            // If the thread panicked, the panic hook has said so.
+            // If the thread panicked, the panic hook has already logged it.
             drop(thread.join());
         }
     }
@@ -233,6 +240,7 @@ fn serve(shared: &Shared, mut group: Vec<Request>) {
         .and_then(|()| write(shared, &mut group).map_err(|failure| shared.failed(failure)))
     {
         Ok(notices) => {
+            // Publish before answering: an answer implies that the notices of its request are out.
             shared.feeds.publish(&notices);
             None
         }
@@ -252,13 +260,15 @@ fn serve(shared: &Shared, mut group: Vec<Request>) {
     for request in group {
         match request {
             Request::Write { job, .. } => job.answer(error.as_ref().map(again)),
-            // Refused or not, it was published as far as it can be.
+            // Answered with success even if the group failed: an `Alive` notice was published
+            // instead.
             Request::Tick { reply, .. } => drop(reply.send(Ok(()))),
         }
     }
 }
 
-/// Opens the store again if it has failed. What the last group left there is found out by reading, and by the feeds by starting over.
+/// Reopens the store if it has failed. The result of the last group is unknown, so the state is
+/// read back and every feed is reset.
 fn recover(shared: &Shared) -> Result<()> {
     if !shared.store.is_failed() {
         return Ok(());
@@ -281,7 +291,7 @@ fn recover(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-/// Does the group in one transaction, and answers its notices once it is durable.
+/// Executes the group in one transaction and returns its notices once it is durable.
 fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure> {
     let before = shared
         .metas
@@ -326,7 +336,7 @@ fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure>
     Ok(notices)
 }
 
-/// Runs `act` in one durable transaction, and answers the state and the notices that it left.
+/// Runs `act` in one durable transaction and returns the resulting state and notices.
 pub(super) fn transact(
     shared: &Shared,
     metas: Vec<Meta>,
@@ -365,7 +375,7 @@ fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
     }
 }
 
-/// The same error, for each request of a group.
+/// A copy of the error for each request of a group.
 fn again(error: &Error) -> Error {
     match error {
         Error::Away(text) => Error::Away(text.clone()),

@@ -1,10 +1,11 @@
-//! What a Redis must be like: version, role, eviction, rights, durability. One line each, with its fix.
+//! Checks what Pointsman requires of a Redis: version, role, eviction policy, permissions and
+//! durability. Each finding is one line with its fix.
 
 use super::command_connection::Link;
 use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
 
-/// Refuses a Redis that does not know the scripts' flags.
+/// Rejects a Redis that does not support flags in scripts.
 pub(super) async fn version(link: &Link) -> Result<()> {
     let info: String = link.query(redis::cmd("INFO").arg("server")).await?;
     match too_old(&info) {
@@ -20,7 +21,7 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
             return Ok(vec![refusal(
                 "info",
                 format!(
-                    "INFO is refused ({why}): grant +info, as every commit reads the replication id"
+                    "INFO is not permitted ({why}); grant +info, because every commit reads the replication id"
                 ),
             )]);
         }
@@ -33,18 +34,18 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
     if let Some(role) = value(&info, "role").filter(|role| *role != "master") {
         findings.push(refusal(
             "role",
-            format!("it is a {role}: the URL must name the primary"),
+            format!("this Redis is a {role}; the URL must name the primary"),
         ));
     }
     if let Some(policy) = value(&info, "maxmemory_policy").filter(|policy| *policy != "noeviction")
     {
         let text = format!(
-            "maxmemory-policy is {policy}, which may evict positions and logs: CONFIG SET maxmemory-policy noeviction"
+            "maxmemory-policy is {policy}, which may evict positions and logs; run CONFIG SET maxmemory-policy noeviction"
         );
         findings.push(refusal("eviction", text));
     }
     if value(&info, "aof_enabled") == Some("0") {
-        let text = "the append-only file is off, so a crash of Redis may lose what it accepted: CONFIG SET appendonly yes";
+        let text = "the append-only file is off, so a crash of Redis may lose accepted events; run CONFIG SET appendonly yes";
         findings.push(Finding {
             name: "append-only-file",
             severity: Severity::Warning,
@@ -55,7 +56,7 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// Asks which of the commands that we run would be refused.
+/// Checks which of the commands that Pointsman runs are not permitted.
 async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
     let user = redis
         .client
@@ -127,7 +128,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             Ok(refused) => refused,
             Err(Error::Refused(why)) => {
                 let text = format!(
-                    "user '{user}' may not run scripts ({why}): ACL SETUSER {user} +eval +evalsha"
+                    "user '{user}' may not run scripts ({why}); run ACL SETUSER {user} +eval +evalsha"
                 );
                 return Ok(vec![refusal("rights", text)]);
             }
@@ -144,7 +145,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
                 .map(|word| format!("+{}", word.to_lowercase()))
                 .collect();
             let text = format!(
-                "user '{user}' may not run {}: ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
+                "user '{user}' may not run {}; run ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
                 commands.join(", "),
                 grant.join(" ")
             );
@@ -165,10 +166,10 @@ fn refusal(name: &'static str, text: String) -> Finding {
 fn too_old(info: &str) -> Option<String> {
     let version = value(info, "redis_version")?;
     let major: u32 = version.split('.').next()?.parse().ok()?;
-    (major < 7).then(|| format!("Redis {version} is too old: Pointsman needs 7.0 or newer"))
+    (major < 7).then(|| format!("Redis {version} is too old; Pointsman needs 7.0 or newer"))
 }
 
-/// The value of a line of `INFO`.
+/// The value of a field of `INFO`.
 fn value<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     info.lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
@@ -179,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_old_redis_is_told_from_a_new_one() {
+    fn redis_before_version_7_is_too_old() {
         assert!(
             too_old("# Server\r\nredis_version:6.2.14\r\n")
                 .is_some_and(|text| text.contains("6.2.14"))

@@ -1,8 +1,9 @@
-//! The connections for commands: one that everything shares, and for each partition a few for reads that wait.
+//! Command connections: one that is shared, and a few per partition for blocking reads.
 //!
-//! Each answer has a deadline. A connection that fails or misses it is dropped, and the next command makes another, with a pause that
-//! grows while Redis stays away; in that pause commands fail at once with [`Error::Away`]. What was sent on a dropped connection may still
-//! happen. The connection for notices is [`super::feed`]'s.
+//! Every answer has a deadline. A connection that fails or misses the deadline is dropped, and a
+//! later command opens a new one. The pause between attempts grows while Redis is unavailable;
+//! during the pause, commands fail immediately with [`Error::Away`]. A command that was sent on a
+//! dropped connection may still take effect. The notice connection lives in [`super::feed`].
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,16 +17,19 @@ use redis::{
 use super::scripts::Script;
 use crate::broker::{Error, Result};
 
-/// How long a command may take, connecting included.
+/// The deadline of a command, including the time to connect.
 pub(super) const DEADLINE: Duration = Duration::from_secs(2);
-/// How long connecting may take: less than the deadline, so that its failure is known before it.
+/// The deadline for connecting. Shorter than [`DEADLINE`], so that a command reports the connection
+/// error and not a timeout.
 const CONNECT_DEADLINE: Duration = Duration::from_millis(1_500);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// Idle connections kept for waiting reads; a partition has one owner, and a second one now and then.
+/// Idle connections kept per partition for blocking reads. A partition has one owner, and
+/// occasionally a second one.
 const IDLE_READERS: usize = 2;
 
-/// The pause before the attempt after `failures` failed ones, up to half of it by chance so that nodes do not come back in step.
+/// The pause after `failures` failed attempts. Up to half of it is random, so that nodes do not
+/// reconnect in lockstep.
 pub(super) fn pause(failures: u32) -> Duration {
     let full = SHORTEST_PAUSE
         .saturating_mul(1 << failures.min(10))
@@ -33,19 +37,19 @@ pub(super) fn pause(failures: u32) -> Duration {
     full.mul_f64(rand::random_range(0.5..=1.0))
 }
 
-/// The shared connection.
+/// The shared command connection.
 pub(super) struct Link {
     client: Client,
-    // Held while connecting, so that many commands make one attempt.
+    // Held while connecting, so that concurrent commands share one attempt.
     state: tokio::sync::Mutex<State>,
-    /// `State::generation`, to be read at any time.
+    /// A copy of `State::generation` that can be read without the lock.
     generation: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
     connection: Option<MultiplexedConnection>,
-    /// Which connection that is, so that only the failed one is dropped.
+    /// Identifies the connection, so that a failed command drops only the connection it used.
     generation: u64,
     failures: u32,
     not_before: Option<Instant>,
@@ -70,7 +74,7 @@ impl Link {
         .and_then(parse)
     }
 
-    /// Runs commands in one round trip, not in one step.
+    /// Runs commands in one round trip, not atomically.
     pub(super) async fn pipeline<T: FromRedisValue>(&self, commands: &Pipeline) -> Result<T> {
         self.within_deadline(async |mut connection| {
             commands.query_async::<Value>(&mut connection).await
@@ -166,13 +170,14 @@ impl Link {
 }
 
 enum Failure {
-    /// Explained already, and no connection to drop.
+    /// Already explained; no connection to drop.
     Known(Error),
     Redis(RedisError),
 }
 
 async fn connect(client: &Client) -> Result<MultiplexedConnection, RedisError> {
-    // The deadline of an answer is ours, above; the library's own would cut a read that waits.
+    // `within_deadline` enforces the deadline of answers. The library's own timeout would cut off
+    // blocking reads.
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(CONNECT_DEADLINE))
         .set_response_timeout(None);
@@ -181,19 +186,20 @@ async fn connect(client: &Client) -> Result<MultiplexedConnection, RedisError> {
         .await
 }
 
-/// Connections for reads of one partition that wait. Each read has one for itself: on a shared one, everything behind it would wait too.
+/// Connections for the blocking reads of one partition. Each read uses its own connection, because
+/// a blocking command delays everything behind it on a shared one.
 ///
-/// One that is older than the shared connection is not used again: after a fail-over it may lead to the former primary, whose entries
-/// would be committed as the new one's.
+/// A connection older than the current shared connection is not reused: after a failover it may
+/// lead to the former primary, and its entries would be committed as entries of the new one.
 #[derive(Default)]
 pub(super) struct Readers {
-    /// With the generation of the shared connection when they were made.
+    /// Each with the generation of the shared connection at the time it was opened.
     idle: Mutex<Vec<(u64, MultiplexedConnection)>>,
 }
 
 impl Readers {
-    /// Runs a command that may wait for `wait`. A connection is given back only after its answer came: dropping the read closes it, and with
-    /// it the wait at Redis.
+    /// Runs a command that may block for `wait`. The connection is returned only after its answer
+    /// arrived. Dropping the future closes the connection, which also ends the wait in Redis.
     pub(super) async fn query<T: FromRedisValue>(
         &self,
         link: &Link,
@@ -230,27 +236,27 @@ impl Readers {
     }
 
     fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(u64, MultiplexedConnection)>> {
-        // A panic while it was held leaves a Vec that is still one.
+        // The list is valid even if a thread panicked while holding the lock.
         self.idle
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
-/// Reads an answer as what it should be.
+/// Converts an answer into the expected type.
 pub(super) fn parse<T: FromRedisValue>(value: Value) -> Result<T> {
     redis::from_redis_value(value).map_err(|error| unexpected(&error))
 }
 
-/// What Redis answered is nothing that our scripts answer.
+/// The error for an answer that none of our scripts and keys produces.
 pub(super) fn unexpected(what: &dyn std::fmt::Display) -> Error {
     Error::Refused(format!(
-        "its answer is not understood ({what}): look whether somebody else writes to our keys"
+        "unexpected answer ({what}); check whether another program writes to Pointsman's keys"
     ))
 }
 
-/// Whether nothing more can be expected of the connection on which this happened. One to a replica is dropped, too: the next one looks
-/// the name up again, and finds the new primary.
+/// Whether the connection on which this error occurred is unusable. A connection to a replica is
+/// dropped as well: the next one resolves the name again and reaches the new primary.
 fn breaks_connection(error: &RedisError) -> bool {
     if error.code() == Some("READONLY") {
         return true;
@@ -258,7 +264,7 @@ fn breaks_connection(error: &RedisError) -> bool {
     error.code().is_none() && !matches!(error.kind(), ErrorKind::UnexpectedReturnType)
 }
 
-/// Says whether an error is a wait, a want of memory, or a refusal, which names its fix.
+/// Classifies an error as temporary, out of memory or permanent. A permanent error names its fix.
 pub(super) fn explain(error: &RedisError) -> Error {
     match error.code() {
         Some(
@@ -271,7 +277,7 @@ pub(super) fn explain(error: &RedisError) -> Error {
             Error::Refused(format!("{error}; correct user and password in the URL"))
         }
         Some("WRONGTYPE") => Error::Refused(format!(
-            "{error}; a key of ours holds something foreign: rename or delete it"
+            "{error}; a key of Pointsman has the wrong type; rename or delete it"
         )),
         Some(_) => Error::Refused(error.to_string()),
         None => match error.kind() {

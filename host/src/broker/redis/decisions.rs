@@ -1,4 +1,4 @@
-//! Decision records, newest first: the stream `what` of a partition, read backwards.
+//! Decision records, newest first: reads the stream `decisions` of a partition backwards.
 
 use std::collections::BTreeMap;
 
@@ -8,11 +8,11 @@ use super::{Redis, client, optional_id, understand};
 use crate::broker::{Decision, Found, Result};
 use crate::event::{EntryId, NotificationId, Outcome};
 
-/// Records read at a time by a search: about a millisecond of Redis.
+/// Records per read of a search, which occupies Redis for about a millisecond.
 const PAGE: usize = 1_000;
 
 type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
-/// Its own id, which says where to read on, and its fields.
+/// The id in the stream, from which the next read continues, and the fields.
 type Raw = (String, BTreeMap<String, String>);
 
 /// See [`crate::broker::Broker::decisions`].

@@ -1,7 +1,8 @@
-//! Bookmarks: one hash a user, outside the partitions, moved by compare-and-set.
+//! Device cursors and read markers: one hash per user, independent of partitions, moved by
+//! compare-and-set.
 //!
-//! See the head of [`super`] for their written form. Which of two places is further is not Redis's to say, so a move that somebody else
-//! was quicker with is refused, and whoever asked for it looks again.
+//! See the head of [`super`] for the stored format. Redis cannot compare two cursors, so a move
+//! that lost a race is rejected and its caller reads again.
 
 use std::collections::BTreeMap;
 
@@ -20,8 +21,8 @@ pub(super) async fn read(redis: &Redis, user: &Name) -> Result<BTreeMap<Bookmark
         let which = which(&field)?;
         let (moved_ms, bookmark) = text
             .split_once(' ')
-            .ok_or_else(|| unexpected(&"a bookmark"))?;
-        // Removed by the next move; a script on every read would be a write on every read.
+            .ok_or_else(|| unexpected(&"a malformed device cursor"))?;
+        // The next move removes it. Running a script on every read would make every read a write.
         if understand::<u64>(moved_ms)?
             >= (seconds * 1000).saturating_sub(redis.retention.bookmark_age_ms(&which))
         {
@@ -54,7 +55,8 @@ pub(super) async fn change(
         .await
 }
 
-/// The tag makes it the slot of `pointsman:user:<user>`; the prefix is one that operators grant.
+/// The hash tag places it in the slot of `pointsman:user:<user>`; the prefix is one that operators
+/// already grant.
 pub(super) fn key(user: &str) -> String {
     format!("pointsman:bookmarks:{{pointsman:user:{user}}}")
 }
@@ -72,7 +74,7 @@ fn which(field: &str) -> Result<BookmarkOf> {
             Name::parse(device).map_err(|error| unexpected(&error))?,
         )),
         None if field == "read" => Ok(BookmarkOf::ReadMark),
-        None => Err(unexpected(&"whose bookmark that is")),
+        None => Err(unexpected(&"an unknown field of device cursors")),
     }
 }
 
@@ -87,7 +89,7 @@ fn written(bookmark: &Bookmark) -> String {
 fn read_bookmark(text: &str) -> Result<Bookmark> {
     let (kind, cursor) = text
         .split_once(' ')
-        .ok_or_else(|| unexpected(&"a bookmark"))?;
+        .ok_or_else(|| unexpected(&"a malformed device cursor"))?;
     Ok(Bookmark {
         cursor: cursor.to_owned(),
         is_acknowledged: kind == "a",

@@ -1,8 +1,10 @@
-//! A node's ear: one Pub/Sub connection over all partitions, on which Redis keeps the order of what it publishes.
+//! The notice connection of a node: one Pub/Sub connection for all partitions. Redis preserves the
+//! order in which messages are published.
 //!
-//! Notices are handed over in batches. While the receiver does not take them, the socket is not read; Redis then holds them up to its
-//! `client-output-buffer-limit pubsub` and cuts the connection, which ends in a [`Notice::Reset`] like every other loss. Whether it has been
-//! quiet for too long is the receiver's to judge, who asks with [`Follow::Reconnect`].
+//! Notices are delivered in batches. While the receiver does not accept them, the socket is not
+//! read; Redis then buffers up to its `client-output-buffer-limit pubsub` and closes the
+//! connection, which ends in a [`Notice::Reset`] like any other loss. The receiver decides whether
+//! the connection was quiet for too long and requests a new one with [`Follow::Reconnect`].
 
 use std::collections::{HashMap, VecDeque};
 
@@ -18,14 +20,15 @@ use super::resp::{Decoder, Element, Frame, encode};
 use crate::broker::{Error, Feed, Follow, Notice, PartitionNumber, Result};
 use crate::event::{Name, NotificationId, Target};
 
-/// Batches of notices that wait for the receiver.
+/// Maximum number of batches waiting for the receiver.
 const BATCHES: usize = 64;
-/// What one read of the socket may bring; a batch is made from it.
+/// Maximum number of bytes per read of the socket; each read becomes one batch.
 const READ_BYTES: usize = 64 * 1024;
-/// Requests taken at once.
+/// Maximum number of requests taken at once.
 const REQUESTS: usize = 256;
 
-/// Connects, subscribes to the ticks and recipient changes of all partitions, and begins to hand over.
+/// Connects, subscribes to the ticks and recipient changes of all partitions, and starts delivering
+/// notices.
 pub(super) async fn open(
     info: &ConnectionInfo,
     partitions: Vec<(String, PartitionNumber)>,
@@ -55,14 +58,14 @@ async fn run(
     loop {
         match session.serve(&mut requests, &notices).await {
             End::Dropped => return,
-            End::Lost(why) => tracing::warn!(error = %why, "the connection for notices was lost"),
+            End::Lost(why) => tracing::warn!(error = %why, "the notice connection was lost"),
         }
         let mut failures = 0;
         session = loop {
             tokio::select! {
                 connected = Session::connect(&info, &partitions) => match connected {
                     Ok(session) => break session,
-                    Err(error) => tracing::debug!(%error, "the connection for notices cannot be made"),
+                    Err(error) => tracing::debug!(%error, "the notice connection cannot be established"),
                 },
                 () = notices.closed() => return,
             }
@@ -74,19 +77,20 @@ async fn run(
         let Ok(permit) = notices.reserve().await else {
             return;
         };
-        // Requests made until now are void, and those behind them ask again once they heard of it.
+        // Void the requests made so far before the reset is sent: their senders repeat them when
+        // they receive it.
         while requests.try_recv().is_ok() {}
         permit.send(vec![Notice::Reset {
             partitions: numbers.clone(),
         }]);
-        tracing::info!("the connection for notices was made again");
+        tracing::info!("the notice connection was re-established");
     }
 }
 
 trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
 
-/// What a channel carries.
+/// The kind of messages on a channel.
 #[derive(Clone, Debug)]
 enum Channel {
     Log(PartitionNumber, Target),
@@ -101,15 +105,16 @@ struct Session {
     input: BytesMut,
     output: BytesMut,
     channels: HashMap<Bytes, Channel>,
-    /// By partition, what its channels begin with.
+    /// The channel prefix of each partition.
     prefixes: HashMap<PartitionNumber, String>,
-    /// Redis answers in the order of the requests: the answer that comes is that to the oldest one. So an answer to an earlier request about the same
-    /// log is never taken for this one's. `None`: nobody waits for it.
+    /// The requests without an answer, oldest first, with the token to confirm, if any. Redis
+    /// answers in the order of the requests, so an answer always belongs to the oldest one and is
+    /// never mistaken for that to a later request about the same log.
     unanswered: VecDeque<Option<u64>>,
 }
 
 impl Session {
-    /// Makes a connection on which the ticks and recipient changes of all partitions are heard.
+    /// Opens a connection that receives the ticks and recipient changes of all partitions.
     async fn connect(
         info: &ConnectionInfo,
         partitions: &[(String, PartitionNumber)],
@@ -173,7 +178,7 @@ impl Session {
                 "{}; correct user and password in the URL",
                 String::from_utf8_lossy(&why)
             ))),
-            Frame::Array(_) => Err(Error::Away("AUTH was answered by something else".into())),
+            Frame::Array(_) => Err(Error::Away("unexpected answer to AUTH".into())),
         }
     }
 
@@ -199,7 +204,7 @@ impl Session {
         }
     }
 
-    /// Reads, writes and hands over until the connection or the feed ends.
+    /// Reads, writes and delivers notices until the connection or the feed ends.
     async fn serve(
         &mut self,
         requests: &mut mpsc::UnboundedReceiver<Follow>,
@@ -209,7 +214,8 @@ impl Session {
         let mut asked = Vec::new();
         loop {
             let (mut reader, mut writer) = tokio::io::split(&mut self.socket);
-            // What a dropped branch had begun is lost with none of them: `read_buf`, `write_buf`, `reserve` and `recv_many` are cancel-safe.
+            // Dropping a branch loses nothing: `read_buf`, `write_buf`, `reserve` and `recv_many`
+            // are cancel-safe.
             let read = tokio::select! {
                 permit = notices.reserve(), if !batch.is_empty() => {
                     let Ok(permit) = permit else { return End::Dropped };
@@ -228,12 +234,12 @@ impl Session {
                     }
                     for request in asked.drain(..) {
                         if !self.ask(request) {
-                            return End::Lost("it was quiet for too long".into());
+                            return End::Lost("no message arrived for too long".into());
                         }
                     }
                     continue;
                 }
-                // With a batch in hand the socket waits, and with it Redis.
+                // Backpressure: while a batch waits for the receiver, the socket is not read.
                 read = reader.read_buf(&mut self.input), if batch.is_empty() => read,
                 () = notices.closed() => return End::Dropped,
             };
@@ -257,7 +263,7 @@ impl Session {
         }
     }
 
-    /// Takes up a request. `false`: the connection is to be dropped.
+    /// Handles a request. `false`: the connection has to be dropped.
     fn ask(&mut self, request: Follow) -> bool {
         match request {
             Follow::Start {
@@ -293,7 +299,7 @@ impl Session {
         self.channels.insert(name.into(), channel);
     }
 
-    /// Adds what a frame says to the batch.
+    /// Adds the notice in a frame to the batch.
     fn take(&mut self, frame: Frame, batch: &mut Vec<Notice>) -> Result<()> {
         let elements = match frame {
             Frame::Array(elements) => elements,
@@ -317,9 +323,10 @@ impl Session {
                     .and_then(|channel| notice(channel, message))
                 {
                     Some(notice) => batch.push(notice),
-                    // Of a log that was followed until just now, or not written by us.
+                    // A message for a log that was followed until just now, or one that Pointsman
+                    // did not write.
                     None => {
-                        tracing::trace!(channel = %String::from_utf8_lossy(channel), "a message is no notice")
+                        tracing::trace!(channel = %String::from_utf8_lossy(channel), "ignored a message that is not a valid notice")
                     }
                 }
             }
@@ -329,7 +336,7 @@ impl Session {
                 match self.unanswered.pop_front() {
                     Some(Some(token)) => batch.push(Notice::Following { token }),
                     Some(None) => {}
-                    None => return Err(Error::Away("it answered what was not asked".into())),
+                    None => return Err(Error::Away("an answer without a request".into())),
                 }
             }
             _ => {}
@@ -338,15 +345,15 @@ impl Session {
     }
 }
 
-/// What a message on a channel of ours says; `None` if it was not written by us.
+/// Parses a message on one of our channels; `None` if Pointsman did not write it.
 fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
     match channel {
         Channel::Log(partition, target) => {
-            // `life id` or `life id record`; the record is any JSON.
+            // `epoch id` or `epoch id record`; the record is arbitrary JSON.
             let mut parts = message.splitn(3, |&b| b == b' ');
             let life = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
             let id = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
-            // A copy, because a part of what was read would hold all of it.
+            // A copy, because a slice would keep the whole read buffer in memory.
             let record = parts.next().map(Bytes::copy_from_slice);
             Some(Notice::Append {
                 partition: *partition,
@@ -391,7 +398,7 @@ async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
         }
         ConnectionAddr::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(away)?)),
         _ => Err(Error::Refused(
-            "TLS is not built in: write redis:// in place of rediss://".into(),
+            "TLS is not supported; write redis:// instead of rediss://".into(),
         )),
     }
 }

@@ -1,4 +1,5 @@
-//! Where a partition lies in Redis: its keys, its channels, its number, and what all calls about it have in common.
+//! The representation of a partition in Redis: its keys, channels and number, and the arguments
+//! shared by all calls for it.
 
 use redis::Value;
 
@@ -8,21 +9,21 @@ use crate::broker::{Error, Partition, PartitionNumber, Result, Retention};
 
 pub(super) const PARTITIONS_KEY: &str = "pointsman:partitions";
 
-/// A partition as Redis has it.
+/// A partition as it is stored in Redis.
 pub(super) struct Place {
     pub(super) partition: Partition,
-    /// What its keys begin with.
+    /// The prefix of its keys.
     pub(super) prefix: String,
-    /// What its channels begin with.
+    /// The prefix of its channels.
     pub(super) channels: String,
     pub(super) meta: String,
-    /// The arguments that every script begins with; see `scripts/prelude.lua`.
+    /// The first arguments of every script; see `scripts/prelude.lua`.
     pub(super) arguments: [String; 12],
     pub(super) readers: Readers,
 }
 
 impl Place {
-    /// Finds the number of a source's partition, or gives it one.
+    /// Finds the partition number of a source, or assigns one.
     pub(super) async fn find(
         link: &Link,
         database: i64,
@@ -65,19 +66,20 @@ impl Place {
         })
     }
 
-    /// Says what a script mended in the source.
+    /// Logs the repairs that a script made to the source.
     pub(super) fn alarm(&self, (lost, strays): (u64, u64)) {
         let source = &self.partition.source;
         if lost > 0 {
-            tracing::error!(source.key = %source, lost, "somebody else removed entries from the source before they were read: do not trim it (XADD MAXLEN, XTRIM, XDEL)");
+            tracing::error!(source.key = %source, lost, "another client removed entries from the source before they were read; do not trim it (XADD MAXLEN, XTRIM, XDEL)");
         }
         if strays > 0 {
-            tracing::error!(source.key = %source, strays, "the source was deleted and made again with lower ids: its entries were appended again");
+            tracing::error!(source.key = %source, strays, "the source was deleted and recreated with lower ids; its entries were appended again");
         }
     }
 }
 
-/// Checks the keys of the sources and makes the prefix of each. A source whose keys would be another's is refused.
+/// Validates the source keys and returns the key prefix of each. Rejects sources whose keys would
+/// collide.
 pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
     let mut prefixes: Vec<String> = Vec::with_capacity(sources.len());
     for source in sources {
@@ -90,7 +92,8 @@ pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
         if source.is_empty() || source.chars().any(char::is_control) {
             return refuse("is empty or has a control character");
         }
-        // What Redis hashes: between the first `{` and the first `}` after it, if anything is there.
+        // The hash tag as Redis defines it: the text between the first `{` and the first `}` after
+        // it, unless empty.
         let tag = source
             .split_once('{')
             .and_then(|(_, rest)| rest.split_once('}'))
@@ -117,7 +120,8 @@ pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
     Ok(prefixes)
 }
 
-/// A number once given is the source's for good. The partition remembers it, too, so that the list of all can be made again.
+/// Assigns a number to a source permanently. The partition stores it as well, so that the list of
+/// all numbers can be rebuilt.
 async fn give_number(link: &Link, source: &str, meta: &str) -> Result<PartitionNumber> {
     let claimed: Option<String> = link
         .query(redis::cmd("HGET").arg(meta).arg("number"))
@@ -137,14 +141,14 @@ async fn give_number(link: &Link, source: &str, meta: &str) -> Result<PartitionN
             Ok(PartitionNumber(number as u8))
         }
         Value::Int(_) => Err(Error::Refused(format!(
-            "source '{source}' would be partition {}, and {} is the most that an installation can ever have: use fewer sources",
+            "source '{source}' would be partition {}, but an installation can have at most {} over its lifetime; use fewer sources",
             u32::from(PartitionNumber::MAX) + 1,
             PartitionNumber::MAX
         ))),
         other => {
             let other: String = parse(other)?;
             Err(Error::Refused(format!(
-                "sources '{source}' and '{other}' have the same number in {PARTITIONS_KEY}: remove the wrong one of the two there"
+                "sources '{source}' and '{other}' have the same number in {PARTITIONS_KEY}; remove the wrong one of the two there"
             )))
         }
     }

@@ -1,6 +1,8 @@
-//! What is known of users: one hash a user, outside the partitions, and a message in each partition when it changes.
+//! Attributes and memberships of users: one hash per user, independent of partitions. A change is
+//! published in every partition.
 //!
-//! A membership has a span of ids in each partition. See the head of [`super`] for its written form and for what joining again means.
+//! A membership has a span of ids in each partition. See the head of [`super`] for the stored
+//! format and the effect of joining again.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +11,7 @@ use super::{Redis, id, scripts, understand};
 use crate::broker::{Partition, PartitionNumber, Recipient, RecipientChange, Result, Span};
 use crate::event::Name;
 
-/// Reads what is known of a user.
+/// Reads a user's attributes and memberships.
 pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {
     let mut commands = redis::pipe();
     commands.cmd("HGETALL").arg(user_key(user)).cmd("TIME");
@@ -33,9 +35,9 @@ pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {
     Ok(recipient)
 }
 
-/// Changes it, and tells every node in every partition.
+/// Changes a user's attributes or memberships and notifies every node in every partition.
 pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) -> Result<()> {
-    // Read before the record is written: what is committed in between falls in the time that the change takes.
+    // Read the ids before writing: events committed in between count as concurrent with the change.
     let tops = tops(redis).await?;
     let (what, argument) = match change {
         RecipientChange::Join { group } => ("join", group.to_string()),
@@ -59,7 +61,8 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
             }
         })
         .await?;
-    // Even where nothing changed: this may be the second attempt, after the first was written and not published.
+    // Publish even if nothing changed: a first attempt may have written the change and failed to
+    // publish it.
     let mut commands = redis::pipe();
     for place in &redis.places {
         commands
@@ -71,7 +74,7 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
     Ok(())
 }
 
-/// The id that memberships are judged by, in each partition.
+/// The newest id of each partition, at which a membership starts or ends.
 async fn tops(redis: &Redis) -> Result<Vec<(PartitionNumber, u64)>> {
     let mut commands = redis::pipe();
     for place in &redis.places {
@@ -90,7 +93,8 @@ async fn tops(redis: &Redis) -> Result<Vec<(PartitionNumber, u64)>> {
         .collect())
 }
 
-/// Reads a membership: the spans by partition. `None`: the member left longer ago than `max_age_ms`, so that nothing is left to see.
+/// Parses a membership into its spans by partition. `None`: the user left more than `max_age_ms`
+/// ago, so nothing visible remains.
 fn spans(
     text: &str,
     partitions: &[Partition],
@@ -109,7 +113,7 @@ fn spans(
         }
         let (number, ids) = word
             .split_once(':')
-            .ok_or_else(|| unexpected(&"a membership"))?;
+            .ok_or_else(|| unexpected(&"a malformed membership"))?;
         let (joined, left) = ids
             .split_once('-')
             .map_or((ids, None), |(joined, left)| (joined, Some(left)));

@@ -1,15 +1,16 @@
-//! The Redis protocol (RESP2), as far as a Pub/Sub connection speaks it: commands out, flat arrays in.
+//! The part of the Redis protocol (RESP2) that a Pub/Sub connection uses: sends commands, receives
+//! flat arrays.
 //!
-//! What comes in is bounded: a text longer than [`LONGEST_TEXT`], which only a stranger can have published, is skipped as it arrives and
-//! never held.
+//! Input is bounded: a text longer than [`LONGEST_TEXT`], which Pointsman never publishes, is
+//! skipped as it arrives and never buffered.
 
 use bytes::{Buf, Bytes, BytesMut};
 
-/// Longer than every channel name and notice of ours.
+/// Longer than any channel name or notice that Pointsman publishes, in bytes.
 const LONGEST_TEXT: usize = 64 * 1024;
-/// A header line is a sign and a number, an error a sentence.
+/// Maximum length of a header or error line, in bytes.
 const LONGEST_LINE: usize = 1024;
-/// A notice has 3 elements.
+/// Maximum number of elements of an array; a notice has 3.
 const MOST_ELEMENTS: usize = 8;
 
 #[derive(Debug, PartialEq)]
@@ -17,7 +18,7 @@ pub(super) enum Element {
     Text(Bytes),
     Number(i64),
     Nil,
-    /// Skipped, because it was longer than [`LONGEST_TEXT`].
+    /// Skipped because it was longer than [`LONGEST_TEXT`].
     TooLong,
 }
 
@@ -28,24 +29,25 @@ pub(super) enum Frame {
     Array(Vec<Element>),
 }
 
-/// The other side does not speak RESP2, or not as Pub/Sub does.
+/// The peer does not speak RESP2, or sent something that is not valid on a Pub/Sub connection.
 #[derive(Debug, thiserror::Error)]
-#[error("what came is no RESP2 of a Pub/Sub connection: {0}")]
+#[error("invalid RESP2 on a Pub/Sub connection: {0}")]
 pub(super) struct Garbled(&'static str);
 
-/// Cuts frames out of what was read.
+/// Extracts frames from the received bytes.
 #[derive(Debug, Default)]
 pub(super) struct Decoder {
-    /// What stands of the present array.
+    /// The elements of the current array received so far.
     elements: Vec<Element>,
-    /// How many of its elements are missing; 0 between frames.
+    /// The number of elements still missing from it; 0 between frames.
     missing: usize,
-    /// Bytes of a text that is too long, still to come.
+    /// The remaining bytes of a text that is being skipped.
     skipping: usize,
 }
 
 impl Decoder {
-    /// The next frame. `None`: the rest of it has yet to arrive; what was used of `input` is gone from it.
+    /// Returns the next frame, or `None` if it is not complete yet. Removes consumed bytes from
+    /// `input`.
     pub(super) fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, Garbled> {
         loop {
             if self.skipping > 0 {
@@ -67,7 +69,7 @@ impl Decoder {
                     };
                 };
                 if line_end < 2 || input[line_end - 1] != b'\r' {
-                    return Err(Garbled("a line does not begin or end as it must"));
+                    return Err(Garbled("a line is malformed"));
                 }
                 let (sign, line) = (input[0], &input[1..line_end - 1]);
                 match sign {
@@ -84,7 +86,7 @@ impl Decoder {
                         let elements = usize::try_from(number(line)?)
                             .ok()
                             .filter(|n| (1..=MOST_ELEMENTS).contains(n));
-                        self.missing = elements.ok_or(Garbled("an array has a wrong length"))?;
+                        self.missing = elements.ok_or(Garbled("invalid length of an array"))?;
                         input.advance(line_end + 1);
                         continue;
                     }
@@ -104,7 +106,7 @@ impl Decoder {
                             input.advance(line_end + 1);
                             self.skipping = length
                                 .checked_add(2)
-                                .ok_or(Garbled("a text has a wrong length"))?;
+                                .ok_or(Garbled("invalid length of a text"))?;
                             continue;
                         }
                         Ok(length) => {
@@ -118,7 +120,7 @@ impl Decoder {
                             self.missing -= 1;
                         }
                     },
-                    _ => return Err(Garbled("a frame begins with an unknown sign")),
+                    _ => return Err(Garbled("unknown type of a frame")),
                 }
             }
             if self.missing == 0 {
@@ -132,10 +134,10 @@ fn number(line: &[u8]) -> Result<i64, Garbled> {
     std::str::from_utf8(line)
         .ok()
         .and_then(|text| text.parse().ok())
-        .ok_or(Garbled("a number is none"))
+        .ok_or(Garbled("invalid number"))
 }
 
-/// Writes a command.
+/// Appends a command to `output`.
 pub(super) fn encode(output: &mut BytesMut, words: &[&[u8]]) {
     output.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
     for word in words {
@@ -163,7 +165,7 @@ mod tests {
             }
             assert!(
                 buffer.len() <= LONGEST_TEXT + LONGEST_LINE,
-                "it holds {} bytes",
+                "the decoder buffers {} bytes",
                 buffer.len()
             );
         }
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_the_same_however_they_are_cut_into_pieces() {
+    fn frames_do_not_depend_on_how_the_input_is_split() {
         let input = b"+OK\r\n*3\r\n$9\r\nsubscribe\r\n$4\r\ntick\r\n:1\r\n*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$4\r\n\r\n\0x\r\n*3\r\n$11\r\nunsubscribe\r\n$-1\r\n:0\r\n-ERR no\r\n";
         let expect = [
             Frame::Simple(Bytes::from_static(b"OK")),
@@ -190,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_is_too_long_is_skipped_and_not_held() {
+    fn a_text_that_is_too_long_is_skipped_and_not_buffered() {
         let length = LONGEST_TEXT + 1;
         let mut input = format!("*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n${length}\r\n").into_bytes();
         input.extend(std::iter::repeat_n(b'x', length));
@@ -205,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_resp_is_refused() {
+    fn invalid_resp_is_rejected() {
         for bad in [
             "HTTP/1.1 400 Bad Request\r\n",
             "*2000000000\r\n",
@@ -217,7 +219,7 @@ mod tests {
         ] {
             assert!(decode(bad.as_bytes(), 3).is_err(), "{bad:?}");
         }
-        // A length that nothing will ever fill is waited for, and nothing reserved for it.
+        // A huge length reserves no memory; the decoder just waits for input.
         assert!(
             decode(b"*1\r\n$9223372036854775807\r\n", 3)
                 .unwrap()
@@ -227,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_is_an_array_of_texts() {
+    fn a_command_is_encoded_as_an_array_of_texts() {
         let mut output = BytesMut::new();
         encode(&mut output, &[b"SUBSCRIBE", b"a b\r\n"]);
         assert_eq!(&output[..], b"*2\r\n$9\r\nSUBSCRIBE\r\n$5\r\na b\r\n\r\n");

@@ -1,10 +1,11 @@
-//! The Lua scripts: one file each under `scripts/`, most behind a prelude that they share.
+//! The Lua scripts, one file each in `scripts/`; most are prefixed with a shared prelude.
 //!
-//! A script is called by its hash and sent whole only where Redis does not know it (after a restart, a fail-over, a `SCRIPT FLUSH`).
+//! A script is called by its hash and sent in full only if Redis does not know it (after a restart,
+//! a failover or a `SCRIPT FLUSH`).
 
 use std::sync::LazyLock;
 
-/// A script and the hash by which Redis knows it.
+/// A script and the hash that identifies it in Redis.
 #[derive(Debug)]
 pub(super) struct Script {
     pub(super) hash: String,
@@ -19,7 +20,8 @@ impl Script {
         }
     }
 
-    /// The prelude stands between the script's first line, which holds its flags and must be the first, and its body.
+    /// Inserts the prelude after the script's first line, which holds the flags and must stay
+    /// first.
     fn of_partition(source: &str) -> Self {
         let (flags, body) = source.split_once('\n').unwrap_or((source, ""));
         Self::new(&format!(
@@ -47,12 +49,12 @@ scripts! {
     RELEASE = of_partition "release.lua";
     STATE = of_partition "state.lua";
     TICK = of_partition "tick.lua";
-    /// Knows no partition.
+    /// Independent of partitions.
     NUMBER = new "number.lua";
-    /// Knows no partition, and needs no right but to run.
+    /// Independent of partitions and needs no permissions beyond running scripts.
     RIGHTS = new "rights.lua";
-    /// Knows no partition.
+    /// Independent of partitions.
     BOOKMARK = new "bookmark.lua";
-    /// Knows no partition.
+    /// Independent of partitions.
     RECIPIENT = new "recipient.lua";
 }

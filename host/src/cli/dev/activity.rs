@@ -1,7 +1,7 @@
-//! What happens in a node, in lines for the person who writes its plugins: which version of which plugin is at work or why not, and what was
-//! decided about each event, by which generation of whom, and for whom.
+//! Prints plugin activity for `pointsman dev`: which generation of each plugin is active or why
+//! none is, and for each event the outcome, the verdict of each plugin generation and the targets.
 //!
-//! It asks the listener for operators, as anybody could, and knows no more than that says.
+//! All of it is polled from the node's public admin listener.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -18,19 +18,19 @@ use ureq::Agent;
 
 use super::super::{agent, printable, read};
 
-/// How often the node is asked.
+/// Polling interval.
 const EVERY: Duration = Duration::from_millis(200);
-/// The most decisions that are told in one go.
+/// Maximum number of decisions printed per poll.
 const MAX_TOLD: usize = 20;
-/// The most targets of a route that are told.
+/// Maximum number of targets printed per plugin.
 const MAX_TARGETS: usize = 8;
 
-/// Tells until it is dropped.
+/// Prints activity until it is dropped.
 #[derive(Debug)]
 pub(super) struct News(Arc<AtomicBool>);
 
 impl News {
-    /// `crates`: the names of plugins that are being built, and so may not be there yet.
+    /// `crates`: names of the plugins being built, which may not have a file yet.
     pub(super) fn start(admin: SocketAddr, crates: BTreeSet<String>) -> anyhow::Result<Self> {
         let is_over = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&is_over);
@@ -60,11 +60,11 @@ struct Teller {
     agent: Agent,
     url: String,
     crates: BTreeSet<String>,
-    /// By name, as each was last told of.
+    /// By name, in the state last printed.
     plugins: BTreeMap<String, Plugin>,
-    /// Lines of readiness that were told and still stand.
+    /// Readiness lines that have been printed and still apply.
     warnings: BTreeSet<String>,
-    /// The newest entry whose decision was told.
+    /// The newest entry whose decision has been printed.
     last: EntryId,
 }
 
@@ -77,12 +77,12 @@ struct Plugins {
 struct Plugin {
     name: String,
     state: String,
-    /// 0: none is at work.
+    /// 0: no generation is active.
     generation: u64,
     failure: Option<String>,
 }
 
-/// What became of an event.
+/// The decision about an event.
 #[derive(Deserialize)]
 struct Decided {
     entry: EntryId,
@@ -103,7 +103,7 @@ struct Verdict {
     reason: String,
 }
 
-/// Of what explains a decision, the plan.
+/// The plan, from an explanation of the event.
 #[derive(Deserialize)]
 struct Explained {
     #[serde(default)]
@@ -139,7 +139,7 @@ impl Teller {
     }
 
     fn tell_plugins(&mut self, plugins: Vec<Plugin>) {
-        // Until it is built, a crate that is configured has no file; that it is being built is said elsewhere.
+        // A configured crate is `missing` until its first build, which is already announced.
         let is_awaited =
             |plugin: &Plugin| plugin.state == "missing" && self.crates.contains(&plugin.name);
         let plugins: BTreeMap<_, _> = plugins
@@ -162,23 +162,23 @@ impl Teller {
             let was_refused = known.is_some_and(|before| before.failure.is_some());
             let name = printable(name);
             match (generation, failure) {
-                (0, Some(failure)) => println!("{name}: not at work: {}", printable(failure)),
-                (0, None) => println!("{name}: not at work: {}", printable(state)),
+                (0, Some(failure)) => println!("{name}: not active: {}", printable(failure)),
+                (0, None) => println!("{name}: not active: {}", printable(state)),
                 (_, Some(failure)) => println!(
-                    "{name}: not swapped in: {}; generation {generation} stays at work",
+                    "{name}: not loaded: {}; generation {generation} stays active",
                     printable(failure)
                 ),
                 (_, None) if state == "breaker-open" => println!(
-                    "{name}: generation {generation} failed on so many events in a row that it is asked only now and then (breaker_failures)"
+                    "{name}: breaker open: generation {generation} failed on too many events in a row and is called only occasionally (breaker_failures)"
                 ),
                 (_, None) if before.0 == *generation && was_refused => {
                     println!(
-                        "{name}: generation {generation} is at work, and nothing is refused any more"
+                        "{name}: generation {generation} is active; the earlier load error is resolved"
                     );
                 }
-                // That a probation is over is no news.
+                // The end of a probation is not worth a line.
                 (_, None) if before.0 == *generation && before.1 != "breaker-open" => {}
-                (_, None) => println!("{name}: generation {generation} is at work"),
+                (_, None) => println!("{name}: generation {generation} is active"),
             }
         }
         for gone in self
@@ -191,7 +191,8 @@ impl Teller {
         self.plugins = plugins;
     }
 
-    /// What readiness says beside of plugins, such as that something in the configuration waits for the next start.
+    /// Prints readiness lines that do not concern plugins, such as a configuration change that
+    /// takes effect only after a restart.
     fn tell_warnings(&mut self) {
         let Some((_, page)) = self
             .agent
@@ -202,7 +203,7 @@ impl Teller {
         else {
             return;
         };
-        // The broker is in this process, and is there in a moment.
+        // Broker lines are skipped: the embedded broker of this process is ready within moments.
         let is_told = |line: &&str| {
             !["plugins", "broker", "ready"]
                 .iter()
@@ -227,10 +228,10 @@ impl Teller {
         new.sort_by_key(|decided| decided.entry);
         let n_left_out = new.len().saturating_sub(MAX_TOLD);
         if n_left_out > 0 {
-            println!("... {n_left_out} more events");
+            println!("... {n_left_out} earlier events not shown");
         }
         for decided in &new[n_left_out..] {
-            // Whom it names is in its plan alone.
+            // Only the plan has the targets.
             let is_planned = decided.outcome == "committed";
             let explained = is_planned
                 .then(|| self.ask::<Explained>(&format!("/v1/explain?event_id={}", decided.entry)));
@@ -249,14 +250,14 @@ impl Teller {
 }
 
 impl Decided {
-    /// In a line. `plan`: `None`: there is none, or it is not known.
+    /// One line. `plan` is `None` if there is no plan or it is unknown.
     fn told(&self, plan: Option<&[Route]>) -> String {
         let outcome = match self.outcome.as_str() {
-            "unrouted" => "unrouted, nobody hears of it",
-            "duplicate" => "duplicate, told of before",
+            "unrouted" => "unrouted, no recipients",
+            "duplicate" => "duplicate, already decided",
             outcome => outcome,
         };
-        // Who was not asked is of interest only where nobody was.
+        // Skipped plugins are shown only if every plugin was skipped.
         let was_asked = |verdict: &&Verdict| verdict.verdict != "skipped";
         let is_anybodys = self.verdicts.iter().any(|verdict| was_asked(&verdict));
         let said = self
@@ -289,13 +290,13 @@ impl Verdict {
                 || "routes it".to_owned(),
                 |plan| format!("routes it to {}", targets(plan, plugin)),
             ),
-            "none" => "names nobody".to_owned(),
+            "none" => "names no recipients".to_owned(),
             "keep" => "keeps it".to_owned(),
             "amend" => "amends it".to_owned(),
             "drop" => "drops it".to_owned(),
-            "skipped" => "does not ask for such events".to_owned(),
+            "skipped" => "is not called for this event type".to_owned(),
             "rejected" => "rejects it".to_owned(),
-            "retry" => "wants it again later".to_owned(),
+            "retry" => "requests a retry".to_owned(),
             other => other.to_owned(),
         };
         let reason = if reason.is_empty() {
@@ -307,7 +308,7 @@ impl Verdict {
     }
 }
 
-/// Whom the routes of this plugin name.
+/// The targets of this plugin's routes.
 fn targets(plan: &[Route], plugin: &str) -> String {
     let all: Vec<&str> = plan
         .iter()
@@ -330,7 +331,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_says_what_was_decided_by_which_generation_of_whom_and_for_whom() {
+    fn a_decision_line_has_outcome_plugin_generation_verdict_and_targets() {
         let verdict = |plugin: &str, verdict: &str, reason: &str| json!({ "plugin": plugin, "generation": 3, "verdict": verdict, "reason": reason });
         let plan: Vec<Route> = serde_json::from_value(
             json!([{ "by": "r", "to": ["u:1", "g:ops"] }, { "by": "other", "to": ["all"] }]),
@@ -349,12 +350,12 @@ mod tests {
             (
                 "unrouted",
                 vec![verdict("r", "none", "")],
-                "t e: unrouted, nobody hears of it: r, generation 3, names nobody",
+                "t e: unrouted, no recipients: r, generation 3, names no recipients",
             ),
             (
                 "unrouted",
                 vec![verdict("r", "skipped", "")],
-                "t e: unrouted, nobody hears of it: r, generation 3, does not ask for such events",
+                "t e: unrouted, no recipients: r, generation 3, is not called for this event type",
             ),
             (
                 "discarded",

@@ -1,7 +1,8 @@
-//! One crate under the eyes of its author: built at once, and again after each change, until nobody wants it any more.
+//! Builds one plugin crate at start and after every change, until it is dropped.
 //!
-//! What is looked at is what a crate is built from, and its configuration; anything else may come and go in its folder. As with the folder of
-//! plugins, what is heard only says when to look, and what is seen decides: whether anything is to be built, Cargo knows.
+//! Only the crate's build inputs ([`SOURCES`]) and its configuration are watched. As with the
+//! plugin folder, a file system notification only triggers a scan; the scan detects the changes,
+//! and Cargo determines what has to be rebuilt.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,14 +20,14 @@ use pointsman::plugin::registry::watcher::is_change;
 use super::super::plugin::toolchain::{Build, Profile};
 use super::{CONFIG, Crate, Settings};
 
-/// How long nothing changes before it is built: editors write in pieces.
+/// Quiet time before a build starts: editors save a file in several steps.
 const SETTLED: Duration = Duration::from_millis(80);
-/// The most time between two looks, for what is not heard.
+/// Maximum time between two scans, in case a notification is lost.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// The most files that are looked at; beyond it, changes are not seen.
+/// Maximum number of files scanned; changes to further files are not detected.
 const MAX_FILES: usize = 10_000;
 
-/// Ends its thread, and what it builds, as it is dropped.
+/// The build loop of one crate. Dropping it ends its thread and a build in progress.
 #[derive(Debug)]
 pub(super) struct Workshop {
     shared: Arc<Shared>,
@@ -41,7 +42,10 @@ struct Shared {
 }
 
 impl Workshop {
-    /// Begins with a first build. `folder`: where what is built is put.
+    /// Starts the loop with a first build. `folder` receives the built plugin files.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
     pub(super) fn open(
         known: &Crate,
         profile: &Profile,
@@ -82,7 +86,7 @@ impl Drop for Workshop {
         {
             build.end();
         }
-        // A full channel wakes it as well.
+        // If the channel is full, a wake-up is already pending.
         self.wake.try_send(()).ok();
         if let Some(thread) = self.thread.take() {
             thread.join().ok();
@@ -90,7 +94,7 @@ impl Drop for Workshop {
     }
 }
 
-/// What the thread has.
+/// State of the build thread.
 struct Bench {
     known: Crate,
     profile: Profile,
@@ -101,7 +105,7 @@ struct Bench {
     ears: Option<(BTreeSet<PathBuf>, RecommendedWatcher)>,
 }
 
-/// What a crate is built from.
+/// Build inputs of a crate: files and folders.
 const SOURCES: [&str; 7] = [
     "src",
     "vendor",
@@ -112,15 +116,15 @@ const SOURCES: [&str; 7] = [
     ".cargo",
 ];
 
-/// What of a file changes as it is saved.
+/// Size and modification time of a file, which reveal that it was saved.
 type Seen = (u64, Option<SystemTime>);
 
-/// The files of a crate, each as it was seen, and the folders that they are in.
+/// A scan of a crate: its source files, and the folders that contain them.
 #[derive(Debug, Default, PartialEq)]
 struct Sources {
     files: BTreeMap<PathBuf, Seen>,
     folders: BTreeSet<PathBuf>,
-    /// What the plugin is configured with; nothing is to be built for it.
+    /// The plugin's configuration file. A change to it requires no build.
     config: Option<Seen>,
 }
 
@@ -135,13 +139,14 @@ impl Bench {
                 .as_ref()
                 .is_none_or(|built| built.config != seen.config);
             if is_to_be_configured && let Err(error) = self.settings.write() {
-                println!("{}: not configured anew: {error:#}", self.known.name);
+                println!("{}: configuration not updated: {error:#}", self.known.name);
             }
             if is_to_be_built {
                 self.build();
             }
             if is_to_be_built || is_to_be_configured {
-                // As it was before: what is saved meanwhile is seen as a change.
+                // The scan from before the build, so that a file saved during the build counts as a
+                // change.
                 built = Some(seen);
                 continue;
             }
@@ -167,6 +172,8 @@ impl Bench {
                 .under_way
                 .lock()
                 .expect("no panic under this lock") = Some(build.clone());
+            // `drop` sets the flag before it takes `under_way`: a build that `drop` did not see
+            // there is ended here.
             if self.is_over() {
                 build.end();
             }
@@ -188,12 +195,15 @@ impl Bench {
             Ok(changed) if changed.contains(&true) => {
                 println!("{name}: built in {:.1} s", began.elapsed().as_secs_f64())
             }
-            Ok(_) => println!("{name}: built, and nothing has changed"),
-            Err(error) => println!("{name}: not built: {error:#}; what is at work stays at work"),
+            Ok(_) => println!("{name}: built; no changes"),
+            Err(error) => {
+                println!("{name}: build failed: {error:#}; the active version stays active")
+            }
         }
     }
 
-    /// Puts a file where the node finds it, in one step; `false`: it is what is there.
+    /// Atomically copies a file into the plugin folder. Returns `false` if the folder already has
+    /// an identical file.
     fn put(&self, file: &Path) -> anyhow::Result<bool> {
         let bytes = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         let name = file.file_name().context("a file has a name")?;
@@ -201,7 +211,7 @@ impl Bench {
         if fs::read(&place).is_ok_and(|there| there == bytes) {
             return Ok(false);
         }
-        // A name with a dot first is one that nobody looks at.
+        // The node ignores names that start with a dot, so it never sees a partial file.
         let draft = self.folder.join(format!(".{}", name.to_string_lossy()));
         fs::write(&draft, bytes)
             .and_then(|()| fs::rename(&draft, &place))
@@ -209,7 +219,7 @@ impl Bench {
         Ok(true)
     }
 
-    /// Listens to these folders and no others: Cargo's own would never be quiet.
+    /// Watches exactly these folders, not recursively: `target` changes all the time.
     fn listen(&mut self, folders: &BTreeSet<PathBuf>) {
         if self
             .ears
@@ -233,7 +243,7 @@ impl Bench {
         match ears {
             Ok(ears) => self.ears = Some((folders.clone(), ears)),
             Err(error) => {
-                tracing::debug!(%error, "the crate cannot be listened to; it is looked at every {} s", LOOK_EVERY.as_secs())
+                tracing::debug!(%error, "cannot watch the crate; it is scanned every {} s instead", LOOK_EVERY.as_secs())
             }
         }
     }
@@ -241,7 +251,7 @@ impl Bench {
 
 impl Sources {
     fn of(folder: &Path) -> Self {
-        // The folder itself, for the files in it that are one of these.
+        // The crate's folder itself is watched for the build inputs directly in it.
         let mut sources = Self {
             config: look(&folder.join(CONFIG)),
             folders: BTreeSet::from([folder.to_owned()]),
@@ -259,7 +269,7 @@ impl Sources {
             let Ok(entries) = fs::read_dir(&path) else {
                 continue;
             };
-            // What is hidden is an editor's.
+            // Hidden files are temporary files of editors.
             let entries = entries
                 .map_while(Result::ok)
                 .filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'));
@@ -270,7 +280,7 @@ impl Sources {
     }
 }
 
-/// `None`: it is no file.
+/// `None` if the path is not a file.
 fn look(path: &Path) -> Option<Seen> {
     let seen = fs::metadata(path).ok().filter(|seen| seen.is_file())?;
     Some((seen.len(), seen.modified().ok()))
@@ -281,7 +291,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_crate_is_built_from_is_looked_at_and_nothing_else_in_its_folder() {
+    fn only_build_inputs_and_the_configuration_of_a_crate_are_scanned() {
         let folder =
             std::env::temp_dir().join(format!("pointsman-workshop-{}", std::process::id()));
         let write = |path: &str, text: &str| {

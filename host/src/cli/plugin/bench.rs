@@ -1,4 +1,5 @@
-//! `pointsman plugin bench`: what a call costs on this machine, on one thread, beside a plugin that does nothing.
+//! `pointsman plugin bench`: measures the cost of a plugin call on this machine, on one thread, and
+//! compares it with a no-op plugin.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,17 +11,18 @@ use pointsman::preview::runner::Audition;
 
 use super::{Subject, sample};
 
-/// Rounds that take turns with the other plugin; the median counts, and not what else the machine did meanwhile.
+/// Number of rounds, alternating between the two plugins. The median is reported, which ignores
+/// rounds disturbed by other load.
 const ROUNDS: usize = 9;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     #[command(flatten)]
     subject: Subject,
-    /// The events: CloudEvents as JSON, a line each; of a crate, its events.jsonl
+    /// Events to run on: JSON CloudEvents, one per line [default: the crate's events.jsonl]
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
-    /// How long the plugin is asked, in all
+    /// Approximate total time to run the plugin
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = parse_seconds)]
     seconds: f64,
 }
@@ -29,7 +31,7 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
         .filter(|seconds| (0.01..=600.0).contains(seconds))
-        .ok_or_else(|| "give 0.01 to 600".to_owned())
+        .ok_or_else(|| "use a number from 0.01 to 600".to_owned())
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -43,7 +45,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .collect();
     ensure!(
         !wanted.is_empty(),
-        "the plugin wants no event of these types, so that a node would not call it"
+        "the plugin's types match none of the events, so a node would not call it; pass other events with --events"
     );
     let roles: Vec<Role> = [Role::Filter, Role::Router]
         .into_iter()
@@ -70,7 +72,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         }
         anyhow::Ok(took)
     };
-    // Once for the instance, and once to see how often is enough.
+    // The first run creates the instance; the timed one determines how many runs fill the time.
     time(&mut plugin, 1)?;
     time(&mut nothing, 1)?;
     let once = time(&mut plugin, 1)?.max(Duration::from_nanos(100));
@@ -90,10 +92,10 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     );
     println!(
         "  {:<24}  {:>12}  {:>16}  {:>8}",
-        "", "ns an event", "events a second", "ratio"
+        "", "ns/event", "events/s", "ratio"
     );
     for (what, ns) in [
-        ("a plugin that does nothing", of_nothing),
+        ("no-op plugin", of_nothing),
         (loaded.name.as_str(), of_plugin),
     ] {
         println!(
@@ -104,7 +106,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     }
     if cfg!(debug_assertions) {
         println!(
-            "This pointsman is a debug build: what the host does for a call takes many times longer than in a node. Build it by `make build` to measure."
+            "warning: this is a debug build of pointsman, in which calls take many times longer; build it with `make build` before you measure"
         );
     }
     Ok(())

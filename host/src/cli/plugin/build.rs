@@ -1,4 +1,5 @@
-//! `pointsman plugin build`: the file that a node loads, and what it is.
+//! `pointsman plugin build`: builds the file that a node loads and prints its size, imports and
+//! hash.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use crate::cli::render::format;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// The folder of the crate
+    /// Folder of the plugin crate
     #[arg(default_value = ".")]
     dir: PathBuf,
     #[command(flatten)]

@@ -1,4 +1,5 @@
-//! `pointsman plugin inspect`: everything that can be known of a file without a node, whatever language it was written in.
+//! `pointsman plugin inspect`: prints everything that can be found out about a plugin file without
+//! a node, whatever language it was written in.
 
 use anyhow::bail;
 use pointsman::plugin::Engine;
@@ -27,7 +28,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         println!("  {what:<10}  {}", text.replace('\n', "\n              "));
     }
     println!("  limits      {}", format::limits(&loaded.limits));
-    println!("  called      {}, by the name of its file", loaded.name);
+    println!("  name        {}", loaded.name);
     match inspection.failure {
         Some(failure) => bail!("{} {failure}", loaded.file.display()),
         None => Ok(()),
@@ -39,11 +40,11 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
     let form = match inspection.form {
         Some(Form::CoreModule) => "a core module",
         Some(Form::Component) => "a component",
-        None => "no WebAssembly",
+        None => "not WebAssembly",
     };
     lines.push((
         "file",
-        format!("{form} of {}", format::size(inspection.bytes)),
+        format!("{form}, {}", format::size(inspection.bytes)),
     ));
     lines.push(("sha256", inspection.hash.clone()));
     let kind = match (inspection.is_filter, inspection.is_router) {
@@ -65,7 +66,7 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
     lines.push(("imports", format::imports(&inspection.imports).join("\n")));
     if let Some(manifest) = &inspection.manifest {
         lines.push((
-            "says it is",
+            "manifest",
             format!(
                 "{} {}: {}",
                 manifest.name, manifest.version, manifest.description
@@ -82,7 +83,7 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
         };
         lines.push(("types", or(&selection.types, "all")));
         let payload = if selection.payload {
-            "the payload whole"
+            "the whole payload"
         } else {
             "not the payload"
         };
@@ -96,7 +97,7 @@ fn lines(inspection: &Inspection) -> Vec<(&'static str, String)> {
     if let Some(bytes) = inspection.memory_bytes {
         lines.push((
             "memory",
-            format!("an instance begins with {}", format::size(bytes)),
+            format!("{} per instance at start", format::size(bytes)),
         ));
     }
     if let Some(schema) = inspection

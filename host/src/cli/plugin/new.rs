@@ -1,7 +1,8 @@
-//! `pointsman plugin new`: a project that compiles as it is, anywhere.
+//! `pointsman plugin new`: creates a plugin project that compiles anywhere without changes.
 //!
-//! The SDK is on no registry, so it comes along: it travels in this program with the contract, and both are written into the project, with
-//! the versions of their dependencies that this program was built with. The text of the project itself is in `host/templates/plugin`.
+//! The SDK is not published to a registry. This program embeds the SDK and the WIT contract and
+//! writes both into the project, with a lock file that pins dependencies to the versions this
+//! program was built with. The project's own files are in `host/templates/plugin`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,9 +14,10 @@ use toml::{Table, Value};
 
 use super::toolchain;
 
-/// Where the SDK lies in a project: two folders down, as in the repository, for it finds the contract at `../../wit`.
+/// Folder of the SDK in a project. It is two levels deep, as in the repository, because the SDK
+/// reads the contract from `../../wit`.
 const SDK_FOLDER: &str = "vendor/pointsman-plugin";
-/// The name that the templates have for the plugin.
+/// Plugin name used in the templates.
 const PLACEHOLDER: &str = "my-plugin";
 
 macro_rules! files {
@@ -24,7 +26,7 @@ macro_rules! files {
     };
 }
 
-/// The SDK, but for its manifest. A test knows whether it is all of it.
+/// The SDK. A test checks that the list is complete.
 const SDK: [(&str, &str); 16] = files!("plugins/sdk":
     "src/bindings.rs",
     "src/clock.rs",
@@ -49,18 +51,19 @@ const SHARED: [(&str, &str); 3] =
 const ROUTER: [(&str, &str); 4] = files!("host/templates/plugin/router": "src/lib.rs", "config.json", "events.jsonl", "golden.json");
 const FILTER: [(&str, &str); 4] = files!("host/templates/plugin/filter": "src/lib.rs", "config.json", "events.jsonl", "golden.json");
 
-/// What the SDK takes from its workspace.
+/// The manifest from which the SDK inherits dependencies and package keys.
 const WORKSPACE: &str = include_str!("../../../../Cargo.toml");
 const LOCK: &str = include_str!("../../../../Cargo.lock");
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// What the plugin is called, or the path of the folder to make, whose name that is
+    /// Name of the plugin, or path of the folder to create; its last component is the name
     name: PathBuf,
-    /// What it decides: a filter keeps, amends or drops an event, a router says who hears of it
+    /// Kind of plugin: a filter keeps, amends or drops events; a router selects the recipients
     #[arg(long)]
     kind: Kind,
-    /// What it is written in; for C, JavaScript and Python see examples/plugins in the repository of Pointsman
+    /// Programming language; for C, JavaScript and Python see examples/plugins in the Pointsman
+    /// repository
     #[arg(long, default_value = "rust")]
     lang: Language,
 }
@@ -86,7 +89,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     check_name(name)?;
     if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) || folder.is_file() {
         bail!(
-            "{} is there already; name another folder, or remove it",
+            "{} already exists; choose another folder, or remove it",
             folder.display()
         );
     }
@@ -102,7 +105,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Kind::Router => "router",
     };
     println!(
-        "{} holds a {kind} that compiles as it is: begin in src/lib.rs\n",
+        "created a {kind} in {}: start with src/lib.rs\n",
         folder.display()
     );
     match toolchain::add_wasm_target(folder) {
@@ -111,17 +114,19 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Err(fix) => println!("  first {fix}\n"),
     }
     println!("  cd {}", folder.display());
-    println!("  cargo test              # natively; a minute the first time, then a second");
     println!(
-        "  pointsman plugin test   # builds it, and asks the file about events.jsonl as a node would"
+        "  cargo test              # native tests; about a minute the first time, then a second"
     );
     println!(
-        "  pointsman dev           # a node with a page, and the plugin rebuilt and swapped in as you save"
+        "  pointsman plugin test   # builds the plugin and runs it on events.jsonl as a node would"
+    );
+    println!(
+        "  pointsman dev           # runs a node with a web page; rebuilds and reloads the plugin on save"
     );
     Ok(())
 }
 
-/// A name that is one for a crate, a file and a section of the configuration alike.
+/// Checks that a name is valid as a crate, a file and a configuration section.
 fn check_name(name: &str) -> anyhow::Result<()> {
     let has_form = name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.len() <= 64
@@ -130,10 +135,10 @@ fn check_name(name: &str) -> anyhow::Result<()> {
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_');
     ensure!(
         has_form,
-        "'{}' is no name for a plugin; give it 1 to 64 of a-z, 0-9 and -, a letter first, such as my-router",
+        "'{}' is not a valid plugin name; use 1 to 64 of a-z, 0-9 and -, starting with a letter, such as my-router",
         name.escape_debug()
     );
-    // `dir` and `order` are keys of [plugins]; the others are names that Cargo or Rust has for something else.
+    // `dir` and `order` are keys of [plugins]; the others are reserved by Cargo or Rust.
     let taken = [
         "dir",
         "order",
@@ -163,12 +168,12 @@ fn check_name(name: &str) -> anyhow::Result<()> {
         .any(|taken| *taken == hyphenated);
     ensure!(
         !is_taken,
-        "'{name}' is taken: it means something else to Cargo, Rust or the configuration; choose another, such as {name}-router"
+        "'{name}' is reserved by Cargo, Rust or the configuration; choose another name, such as {name}-router"
     );
     Ok(())
 }
 
-/// Every file of the project, by its path in it.
+/// Path and text of every file of the project.
 fn project(name: &str, kind: Kind) -> anyhow::Result<Vec<(String, String)>> {
     let (own, kind) = match kind {
         Kind::Filter => (FILTER, "filter"),
@@ -184,7 +189,7 @@ fn project(name: &str, kind: Kind) -> anyhow::Result<Vec<(String, String)>> {
     };
     let mut files: Vec<(String, String)> = Vec::new();
     for (path, text) in SHARED.iter().chain(&own) {
-        // With its own name it would hide files of this repository.
+        // Not stored as `.gitignore`, which would apply to this repository.
         let path = if *path == "gitignore" {
             ".gitignore"
         } else {
@@ -220,7 +225,8 @@ fn type_name(name: &str) -> String {
     words.collect()
 }
 
-/// A manifest with what it takes from its workspace filled in, and without its lints, which are for those who write it.
+/// Resolves `workspace = true` in a manifest and removes its lints, which are meant for SDK
+/// developers only.
 fn standalone(manifest: &str, workspace: &str) -> anyhow::Result<String> {
     let mut manifest: Table = manifest.parse()?;
     let workspace: Table = workspace.parse()?;
@@ -245,13 +251,14 @@ fn standalone(manifest: &str, workspace: &str) -> anyhow::Result<String> {
         }
     }
     Ok(format!(
-        "# As it came with pointsman {}.\n\n{}",
+        "# Generated by pointsman {}.\n\n{}",
         env!("CARGO_PKG_VERSION"),
         toml::to_string(&manifest)?
     ))
 }
 
-/// A lock file for the project: of this program's, what the plugin needs. Cargo takes out what it does not.
+/// The project's lock file: the part of this program's lock file that the plugin depends on. Cargo
+/// removes entries that turn out unused.
 fn lock(manifest: &str) -> anyhow::Result<String> {
     let manifest: Table = manifest.parse()?;
     let own = |key: &str| {
@@ -272,7 +279,7 @@ fn lock(manifest: &str) -> anyhow::Result<String> {
         .split_once("[[package]]\n")
         .context("a lock file has packages")?;
     let packages: Vec<&str> = packages.split("[[package]]\n").collect();
-    // By the words that dependencies are named with: the name alone where there is one version of it.
+    // Dependencies are listed by name alone, or by name and version if there are several versions.
     let mut by_name: BTreeMap<String, usize> = BTreeMap::new();
     let mut tables = Vec::with_capacity(packages.len());
     for (at, package) in packages.iter().enumerate() {
@@ -344,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_sdk_and_the_whole_contract_travel_in_the_program() {
+    fn the_program_embeds_the_whole_sdk_and_contract() {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         for (folder, known) in [
             ("plugins/sdk", SDK.map(|(path, _)| path).to_vec()),
@@ -359,14 +366,14 @@ mod tests {
             assert_eq!(
                 there,
                 known,
-                "make the list in this file what {} is",
+                "update the list in this file to match {}",
                 folder.display()
             );
         }
     }
 
     #[test]
-    fn nothing_in_a_project_points_to_where_this_program_was_built() {
+    fn a_project_has_no_workspace_inheritance_and_no_placeholders() {
         for kind in [Kind::Filter, Kind::Router] {
             for (path, text) in project("parcel-router", kind).unwrap() {
                 assert!(
@@ -387,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lock_file_holds_what_the_project_needs_and_not_what_a_node_does() {
+    fn the_lock_file_has_the_dependencies_of_a_plugin_but_not_those_of_a_node() {
         let files = project("parcel-router", Kind::Router).unwrap();
         let (_, lock) = files.iter().find(|(path, _)| path == "Cargo.lock").unwrap();
         for (package, is_needed) in [
@@ -408,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_one_for_a_crate_a_file_and_a_section() {
+    fn plugin_names_must_suit_a_crate_a_file_and_a_configuration_section() {
         for good in ["my-router", "a", "parcels2", "with_underscore"] {
             check_name(good).unwrap();
         }

@@ -1,8 +1,10 @@
-//! `pointsman plugin list` and what else an operator does with the plugins of a running node, by its listener for operators.
+//! `pointsman plugin list`, `upload` and the other commands that manage the plugins of a running
+//! node over its admin listener.
 //!
-//! What each of these does there, and when it refuses, is the node's business; how its answers read is `told`'s. An upload alone has a rule of
-//! its own: under a name that no plugin there has, it makes one more that decides, beside all others, and so it is asked for by `--new`. A
-//! slip in the name would otherwise do that without a word, and the version that was to be replaced would go on.
+//! The node implements and validates these commands; `told` formats its responses. Only `upload`
+//! adds a check of its own: a name that the node does not know creates an additional plugin, so it
+//! requires `--create`. Otherwise a typo in the name would silently add a plugin and leave the
+//! version that was to be replaced active.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,15 +19,16 @@ use crate::cli::render::plugins::{
     Candidate, Plugin, Plugins, Replay as Rehearsed, Shadow as Shadowed,
 };
 
-/// An interpreter compiled to WebAssembly takes seconds to load, and a replay asks about thousands of events.
+/// Timeout of each read. An interpreter compiled to WebAssembly takes seconds to load, and a
+/// backtest runs on thousands of events.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A node whose plugins are looked at or changed.
+/// The node whose plugins are managed.
 #[derive(Debug, clap::Args)]
 struct Remote {
     #[command(flatten)]
     admin: Admin,
-    /// Print the node's answer as it is, in JSON
+    /// Print the node's response as JSON
     #[arg(long)]
     json: bool,
 }
@@ -39,7 +42,7 @@ pub(super) struct List {
 /// A plugin of a node.
 #[derive(Debug, clap::Args)]
 pub(super) struct Named {
-    /// What the plugin is called there
+    /// Name of the plugin
     name: String,
     #[command(flatten)]
     node: Remote,
@@ -47,13 +50,13 @@ pub(super) struct Named {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Upload {
-    /// The new version
+    /// Plugin file to upload
     #[arg(value_name = "FILE.wasm")]
     file: PathBuf,
-    /// What the plugin is called there; otherwise as its file
+    /// Name of the plugin [default: derived from the file name]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// It is one more plugin, which decides beside those that are there
+    /// Add a new plugin instead of replacing an existing one
     #[arg(long)]
     new: bool,
     #[command(flatten)]
@@ -62,12 +65,12 @@ pub(super) struct Upload {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Shadow {
-    /// What the plugin is called there
+    /// Name of the plugin
     name: String,
-    /// Begin with this candidate; without it, print how the one that runs differs
+    /// Start shadowing with this candidate; without it, print how the current candidate differs
     #[arg(value_name = "FILE.wasm")]
     file: Option<PathBuf>,
-    /// End it
+    /// Stop the candidate
     #[arg(long, conflicts_with = "file")]
     end: bool,
     #[command(flatten)]
@@ -76,19 +79,19 @@ pub(super) struct Shadow {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Replay {
-    /// What the plugin is called there
+    /// Name of the plugin
     name: String,
-    /// The candidate
+    /// Candidate to backtest
     #[arg(value_name = "FILE.wasm")]
     file: PathBuf,
-    /// Over so many of the newest events
+    /// Number of newest events to backtest on
     #[arg(long, value_name = "N", default_value = "1000")]
     last: usize,
     #[command(flatten)]
     node: Remote,
 }
 
-/// What takes nothing but a plugin's name.
+/// Admin commands whose only argument is the plugin's name.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Order {
     Enable,
@@ -119,12 +122,12 @@ pub(super) fn upload(
     let former = before.find(&name);
     match former {
         None if !new && !before.plugins.is_empty() => bail!(
-            "no plugin is called '{name}' there (there: {}); give --name NAME for a new version of one of these, or --new for one more, which decides beside them",
+            "the node has no plugin '{name}' (its plugins: {}); pass --name NAME to update one of these, or --create to add a new plugin",
             before.names()
         ),
         Some(former) if *new && !former.is_missing() => {
             bail!(
-                "there is a plugin '{}' already; leave out --new for a new version of it",
+                "plugin '{}' already exists; omit --create to update it",
                 former.who()
             )
         }
@@ -136,11 +139,11 @@ pub(super) fn upload(
         Ok(match former {
             None => format!("new plugin {who}: {stands}; {}", node.plugins()?.deciders()),
             Some(former) if plugin.is_as(former) => {
-                format!("{who} is what was at work already: {stands}")
+                format!("{who} is already active: {stands}")
             }
             Some(former) if former.generation > 0 && plugin.generation > 0 => {
                 format!(
-                    "uploaded {who}: {stands}, in place of generation {}",
+                    "uploaded {who}: {stands}, replacing generation {}",
                     former.generation
                 )
             }
@@ -167,7 +170,7 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
     if matches!(order, Order::Remove) {
         if !node.json {
             println!(
-                "removed {}, and its file; {}",
+                "removed {} and its file; {}",
                 former.who(),
                 node.plugins()?.deciders()
             );
@@ -176,20 +179,20 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
     }
     node.say(&text, |plugin: Plugin| {
         let (who, stands, number) = (plugin.who(), plugin.stands(), former.generation);
-        let instead = format!("in place of generation {number}");
+        let instead = format!("replacing generation {number}");
         Ok(match order {
-            Order::Enable if plugin.is_as(former) => format!("{who} is enabled already: {stands}"),
+            Order::Enable if plugin.is_as(former) => format!("{who} is already enabled: {stands}"),
             Order::Enable => {
                 let again = plugin.rolled_back().map(|number| format!(", from the file that was rolled back as generation {number}"));
                 format!("enabled {who}: {stands}{}; {}", again.unwrap_or_default(), node.plugins()?.deciders())
             }
-            Order::Disable if number == 0 => format!("disabled {who}: it was not at work"),
+            Order::Disable if number == 0 => format!("disabled {who}; it was not active"),
             Order::Disable => {
-                format!("disabled {}: generation {number} is not at work any more; {}", former.who(), node.plugins()?.deciders())
+                format!("disabled {}: generation {number} is no longer active; {}", former.who(), node.plugins()?.deciders())
             }
             Order::RollBack => {
                 let file =
-                    "on this node only: the file is still the newer one, which other nodes keep, and with which a node begins that starts";
+                    "on this node only: the plugin file is unchanged, so other nodes and restarted nodes use the newer version";
                 format!("rolled back {who}: {stands}, {instead}; {file}")
             }
             Order::Promote if number == 0 => format!("promoted {who}: {stands}"),
@@ -215,11 +218,11 @@ pub(super) fn shadow(
             let instead = former
                 .shadow
                 .as_ref()
-                .map(|candidate| format!(", in place of {}", candidate.name()))
+                .map(|candidate| format!(", replacing {}", candidate.name()))
                 .unwrap_or_default();
-            let see = format!("how it differs: pointsman plugin shadow {name}");
+            let see = format!("show differences: pointsman plugin shadow {name}");
             Ok(format!(
-                "candidate {} is asked beside {}{instead}, without effect; {see}",
+                "candidate {} now shadows {}{instead}, without effect; {see}",
                 shadow.name(),
                 former.who()
             ))
@@ -230,7 +233,7 @@ pub(super) fn shadow(
         node.send("DELETE", &path, None)?;
         if !node.json {
             println!(
-                "candidate {} beside {} has ended: {}",
+                "candidate {} of {} stopped: {}",
                 candidate.name(),
                 former.who(),
                 candidate.share()
@@ -256,11 +259,14 @@ pub(super) fn replay(
     node.say(&text, |report: Rehearsed| Ok(report.told()))
 }
 
-/// The plugin of this name, of which a command has to say something.
+/// The plugin with this name.
+///
+/// # Errors
+/// The node has no such plugin.
 fn known<'a>(plugins: &'a Plugins, name: &str) -> anyhow::Result<&'a Plugin> {
     plugins.find(name).with_context(|| {
         format!(
-            "there is no plugin '{name}' there (there: {})",
+            "the node has no plugin '{name}' (its plugins: {})",
             plugins.names()
         )
     })
@@ -268,13 +274,13 @@ fn known<'a>(plugins: &'a Plugins, name: &str) -> anyhow::Result<&'a Plugin> {
 
 fn has_candidate(plugin: &Plugin) -> anyhow::Result<&Candidate> {
     let begin = format!(
-        "begin with one: pointsman plugin shadow {} FILE.wasm",
+        "start one with: pointsman plugin shadow {} FILE.wasm",
         plugin.name
     );
     plugin
         .shadow
         .as_ref()
-        .with_context(|| format!("there is no candidate beside '{}'; {begin}", plugin.name))
+        .with_context(|| format!("plugin '{}' has no candidate; {begin}", plugin.name))
 }
 
 fn path(name: &str, rest: &str) -> anyhow::Result<String> {
@@ -284,7 +290,7 @@ fn path(name: &str, rest: &str) -> anyhow::Result<String> {
             .all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
     ensure!(
         is_plain,
-        "'{}' cannot be named here; rename its file to letters, digits and hyphens",
+        "'{}' is not a valid plugin name; rename the file to letters, digits and hyphens",
         name.escape_debug()
     );
     Ok(format!("/v1/plugins/{name}{rest}"))
@@ -295,12 +301,12 @@ impl Remote {
         read_as(&self.ask("GET", "/v1/plugins", None)?)
     }
 
-    /// An order, with the bytes of a file if there is one.
+    /// Sends an admin command, with the content of a file if one is given.
     fn send(&self, method: &str, path: &str, file: Option<&Path>) -> anyhow::Result<String> {
         let bytes = file.map(|file| read(file, MAX_FILE_BYTES)).transpose()?;
         self.ask(method, path, bytes.as_deref())
             .map_err(|error| match file {
-                Some(file) => error.context(format!("{} was not taken", file.display())),
+                Some(file) => error.context(format!("{} was not accepted", file.display())),
                 None => error,
             })
     }
@@ -314,7 +320,7 @@ impl Remote {
         )?)?)
     }
 
-    /// An answer as it is, or in words.
+    /// Prints a response: as JSON with `--json`, formatted by `tell` otherwise.
     fn say<T: DeserializeOwned>(
         &self,
         text: &str,
@@ -331,6 +337,6 @@ impl Remote {
 
 fn read_as<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
     serde_json::from_str(text).context(
-        "the node's answer is not one that this version of pointsman knows; --json shows it",
+        "this version of pointsman does not understand the node's response; --json prints it",
     )
 }

@@ -1,4 +1,5 @@
-//! The events that a plugin is tried on: CloudEvents in a file, a line each, as `pointsman events export` writes them.
+//! Reads the sample events for `plugin test` and `plugin bench`: a file of JSON CloudEvents, one
+//! per line, as `pointsman events export` writes it.
 
 use std::path::{Path, PathBuf};
 
@@ -8,13 +9,14 @@ use serde_json::value::RawValue;
 
 use super::Loaded;
 
-/// What an event without a time is given, and the clock then shows: 2026-01-01T00:00:00Z, as in the SDK's tests.
+/// Time of events without one, in Unix milliseconds: 2026-01-01T00:00:00Z, as in the SDK's tests.
 const NOW_MS: u64 = 1_767_225_600_000;
 
-/// The events of a file with the clock that the plugin is shown for each: the event's own time, as if it was decided at once, or `clock_ms`.
+/// Reads the events of a file, each with the time that the plugin's clock shows for it, in Unix
+/// milliseconds: `clock_ms` if given, the event's own time otherwise.
 ///
 /// # Errors
-/// It cannot be read, or one of them is no event; which, and why.
+/// The file cannot be read, or contains an invalid event or none; the error names the event.
 pub(super) fn events(path: &Path, clock_ms: Option<u64>) -> anyhow::Result<Vec<(Event, u64)>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -25,7 +27,7 @@ pub(super) fn events(path: &Path, clock_ms: Option<u64>) -> anyhow::Result<Vec<(
     {
         let place = || format!("{}: document {}", path.display(), n + 1);
         let document = document.with_context(|| format!("{} is not JSON", place()))?;
-        // What the publisher left out is the entry's.
+        // Supplies the id and time of an event without them, as the source entry does in a node.
         let entry = EntryId {
             ms: NOW_MS,
             seq: n as u64,
@@ -37,17 +39,17 @@ pub(super) fn events(path: &Path, clock_ms: Option<u64>) -> anyhow::Result<Vec<(
     }
     ensure!(
         !events.is_empty(),
-        "{} holds no event; write CloudEvents as JSON, a line each",
+        "{} has no events; add JSON CloudEvents, one per line",
         path.display()
     );
     Ok(events)
 }
 
-/// The file that was named, or the one of the crate.
+/// The given events file, or that of the crate.
 ///
 /// # Errors
 /// There is neither.
 pub(super) fn file(named: Option<&PathBuf>, loaded: &Loaded) -> anyhow::Result<PathBuf> {
     let file = named.cloned().or_else(|| loaded.beside("events.jsonl"));
-    file.context("no events are named; give --events FILE, with CloudEvents as JSON, a line each")
+    file.context("no events given; pass --events FILE with JSON CloudEvents, one per line")
 }

@@ -1,4 +1,5 @@
-//! `pointsman plugin test`: a plugin and events, what it decides, what that costs beside what it may cost, and whether it is as it should be.
+//! `pointsman plugin test`: runs a plugin on sample events, prints its decisions and resource use,
+//! and compares the decisions with a golden file.
 
 use std::fs;
 use std::io::{self, Write};
@@ -18,23 +19,23 @@ use tracing_subscriber::EnvFilter;
 use super::{Subject, sample};
 use crate::cli::render::format;
 
-/// The most targets that are shown of an answer.
+/// Maximum number of targets shown per decision.
 const MAX_SHOWN: usize = 4;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     #[command(flatten)]
     subject: Subject,
-    /// The events: CloudEvents as JSON, a line each; of a crate, its events.jsonl
+    /// Events to test with: JSON CloudEvents, one per line [default: the crate's events.jsonl]
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
-    /// What it should decide about each; of a crate, its golden.json
+    /// Expected decisions [default: the crate's golden.json]
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
-    /// Write what it decides into that file, in place of comparing
+    /// Write the decisions to that file instead of comparing
     #[arg(long)]
     write_golden: bool,
-    /// The time that the plugin is shown, such as 2026-01-01T00:00:00Z; otherwise that of each event
+    /// Time that the plugin sees, such as 2026-01-01T00:00:00Z [default: the time of each event]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     clock: Option<u64>,
 }
@@ -42,7 +43,7 @@ pub(super) struct Options {
 fn parse_time(text: &str) -> Result<u64, String> {
     let time = OffsetDateTime::parse(text, &Rfc3339).ok();
     let ms = time.and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok());
-    ms.ok_or_else(|| "write it as in 2026-01-01T00:00:00Z".to_owned())
+    ms.ok_or_else(|| "use the form 2026-01-01T00:00:00Z".to_owned())
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -64,7 +65,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let expected = match &golden {
         Some(path) if !options.write_golden => Some(Golden::read(path)?),
-        None if options.write_golden => bail!("name the file to write: --expect golden.json"),
+        None if options.write_golden => bail!("no file to write; pass --expect golden.json"),
         _ => None,
     };
     let engine = Engine::new()?;
@@ -98,7 +99,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     if let (Some(path), true) = (&golden, options.write_golden) {
         Golden(decided).write(path)?;
         println!(
-            "{n} decisions written to {}; read them before you commit them",
+            "{n} decisions written to {}; review them before you commit",
             path.display()
         );
         return Ok(());
@@ -107,23 +108,24 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         let file = path.display();
         ensure!(
             n_differences == 0,
-            "{n_differences} of {n} decisions differ from {file}; if they are right: --write-golden"
+            "{n_differences} of {n} decisions differ from {file}; if they are correct, run with --write-golden"
         );
         ensure!(
             golden.0.len() == n,
-            "{file} has {} decisions, and there are {n} events; if that is right: --write-golden",
+            "{file} has {} decisions for {n} events; if the events are correct, run with --write-golden",
             golden.0.len()
         );
-        println!("{n} events, all as in {file}");
+        println!("{n} events, all decisions match {file}");
     } else {
         println!(
-            "{n} events, compared with nothing; keep what it decides by: --expect golden.json --write-golden"
+            "{n} events, nothing to compare with; save the decisions with: --expect golden.json --write-golden"
         );
     }
     Ok(())
 }
 
-/// One line for an event: what was decided, and the costs beside the limits, red where one is above.
+/// Prints the decision about an event, and below it the resource use next to each limit; red if a
+/// limit is exceeded.
 fn show(event: &Event, performance: &Performance, limits: &Limits) {
     let mut words: Vec<String> = performance.decided.iter().map(word).collect();
     if words.is_empty() {
@@ -147,7 +149,7 @@ fn show(event: &Event, performance: &Performance, limits: &Limits) {
         format::time(limits.deadline),
         performance.time > limits.deadline,
     )];
-    // Of an instance that is gone nobody knows; the reason above says it.
+    // Unknown if the instance is gone; the reason is in the line above.
     if let Some(bytes) = performance.memory_bytes {
         costs.push(cost(
             format::size(bytes),
@@ -205,20 +207,23 @@ fn word(decided: &Decided) -> String {
     }
 }
 
-/// What should be decided, in the order of the events.
+/// The expected decisions, in the order of the events.
 struct Golden(Vec<Value>);
 
 impl Golden {
     fn read(path: &Path) -> anyhow::Result<Self> {
         let text = fs::read_to_string(path).with_context(|| {
-            format!("cannot read {}; make it by --write-golden", path.display())
+            format!(
+                "cannot read {}; create it with --write-golden",
+                path.display()
+            )
         })?;
         let decisions = serde_json::from_str(&text)
-            .with_context(|| format!("{} is no list of decisions", path.display()))?;
+            .with_context(|| format!("{} is not a list of decisions", path.display()))?;
         Ok(Self(decisions))
     }
 
-    /// A line for each event, so that a difference is read as one.
+    /// Writes one line per event, which keeps diffs readable.
     fn write(&self, path: &Path) -> anyhow::Result<()> {
         let lines: Vec<String> = self
             .0
@@ -230,7 +235,7 @@ impl Golden {
     }
 }
 
-/// What the plugin logs, kept until its place in the output comes.
+/// The plugin's log lines, buffered until they are printed below their event.
 #[derive(Clone, Debug, Default)]
 struct Said(Arc<Mutex<Vec<u8>>>);
 
@@ -248,7 +253,7 @@ impl Said {
         said
     }
 
-    /// Prints and forgets what was said since the last time.
+    /// Prints and clears the lines logged since the last call.
     fn print(&self) {
         let bytes = std::mem::take(&mut *self.0.lock().expect("no panic under this lock"));
         for line in String::from_utf8_lossy(&bytes).lines() {

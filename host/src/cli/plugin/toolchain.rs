@@ -1,4 +1,4 @@
-//! Cargo, rustc and rustup, as far as a plugin in Rust needs them.
+//! Runs Cargo, rustc and rustup to build plugins written in Rust.
 
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
@@ -10,20 +10,20 @@ use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
-/// The target that plugins are built for.
+/// The Rust target that plugins are built for.
 pub(in crate::cli) const WASM: &str = "wasm32-unknown-unknown";
 
-const NO_RUST: &str = "install Rust, as https://rustup.rs says";
+const NO_RUST: &str = "install Rust from https://rustup.rs";
 
-/// The exact line that adds the target.
+/// The command that adds the target.
 fn line() -> String {
     format!("rustup target add {WASM}")
 }
 
-/// Whether the compiler that works in this folder has the target.
+/// Whether the compiler that rustup selects in this folder has the target.
 ///
 /// # Errors
-/// There is no compiler.
+/// rustc cannot be run.
 fn has_wasm_target(folder: &Path) -> anyhow::Result<bool> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let output = Command::new(rustc)
@@ -36,10 +36,10 @@ fn has_wasm_target(folder: &Path) -> anyhow::Result<bool> {
     Ok(output.status.success() && libraries.is_dir())
 }
 
-/// Adds the target where it is missing; `false`: it was there.
+/// Adds the target if it is missing. Returns whether it was added.
 ///
 /// # Errors
-/// What is to be done by hand.
+/// The step that the user has to take by hand.
 pub(super) fn add_wasm_target(folder: &Path) -> Result<bool, String> {
     match has_wasm_target(folder) {
         Err(_) => return Err(NO_RUST.to_owned()),
@@ -58,34 +58,37 @@ pub(super) fn add_wasm_target(folder: &Path) -> Result<bool, String> {
     }
 }
 
-/// How plugins are built.
+/// Build options of plugins.
 #[derive(Clone, Debug, clap::Args)]
 pub(in crate::cli) struct Profile {
-    /// The profile of Cargo to build in
+    /// Cargo profile to build with
     #[arg(long, default_value = "release")]
     profile: String,
 }
 
-/// A build under way; clones are the same one. With the last of them it ends, and everything that it started.
+/// A running build. Clones share it; dropping the last one ends Cargo and every process it started.
 #[derive(Clone, Debug)]
 pub(in crate::cli) struct Build(Arc<Running>);
 
 #[derive(Debug)]
 struct Running {
-    /// `None`: it has ended, and its number may be another process's. Ended and taken under one lock, so that no other is ever signalled.
+    /// `None` once Cargo has ended, because another process may then have its id. Waiting and
+    /// signalling both take the value under this lock, so no other process is ever signalled.
     cargo: Mutex<Option<Child>>,
     manifest: PathBuf,
-    /// Whether Cargo is the head of a process group, which signals of the terminal do not reach.
+    /// Whether Cargo leads its own process group, which signals from the terminal do not reach.
     is_apart: bool,
 }
 
 impl Build {
-    /// Starts Cargo on the crate in this folder, in this profile. What Cargo says goes to standard error.
+    /// Starts Cargo on the crate in this folder with this profile. Cargo's diagnostics go to
+    /// standard error.
     ///
-    /// `is_apart`: signals of the terminal do not reach it; whoever drops this ends it.
+    /// `is_apart`: run Cargo in its own process group, out of reach of terminal signals; the build
+    /// then ends only when it finishes or is dropped.
     ///
     /// # Errors
-    /// There is no crate, no Cargo, or no target; with the fix.
+    /// The crate, Cargo or the target is missing; the message has the fix.
     pub(in crate::cli) fn start(
         folder: &Path,
         profile: &Profile,
@@ -94,12 +97,12 @@ impl Build {
         let manifest = folder.join("Cargo.toml");
         if !manifest.is_file() {
             bail!(
-                "there is no Cargo.toml in {}; make a project by: pointsman plugin new my-router --kind router",
+                "no Cargo.toml in {}; create a project with: pointsman plugin new my-router --kind router",
                 folder.display()
             );
         }
         if !has_wasm_target(folder)? {
-            bail!("the target {WASM} is missing; add it by: {}", line());
+            bail!("the target {WASM} is missing; add it with: {}", line());
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
@@ -130,10 +133,10 @@ impl Build {
         })))
     }
 
-    /// Waits for its end, and answers the plugins that it made: one, as a rule.
+    /// Waits for the build to end and returns the plugin files it made, usually one.
     ///
     /// # Errors
-    /// It failed, and has said why; or what it built is no plugin.
+    /// The build failed (Cargo has printed the reason), was cancelled, or made no plugin.
     pub(in crate::cli) fn finish(&self) -> anyhow::Result<Vec<PathBuf>> {
         let Running {
             cargo, manifest, ..
@@ -141,7 +144,7 @@ impl Build {
         let out = lock(cargo)
             .as_mut()
             .and_then(|cargo| cargo.stdout.take())
-            .context("the build was ended")?;
+            .context("the build was cancelled")?;
         let (mut own, mut all) = (Vec::new(), Vec::new());
         for line in BufReader::new(out).lines() {
             let message: Value = serde_json::from_str(&line?).unwrap_or_default();
@@ -168,24 +171,21 @@ impl Build {
             }
             all.extend(files);
         }
-        // It has closed its output, and is about to end.
+        // Cargo has closed its output and is about to exit.
         let has_succeeded = lock(cargo)
             .take()
-            .context("the build was ended")?
+            .context("the build was cancelled")?
             .wait()?
             .success();
-        ensure!(
-            has_succeeded,
-            "it does not compile; what cargo says stands above"
-        );
-        // In the folder of a workspace there may be several.
+        ensure!(has_succeeded, "cargo build failed; see its output above");
+        // The manifest of a workspace may build several plugins.
         let made = if own.is_empty() { all } else { own };
-        let lacks = "is no plugin: it builds no cdylib; write into it:\n[lib]\ncrate-type = [\"cdylib\", \"rlib\"]";
+        let lacks = "does not build a plugin, because it has no cdylib target; add:\n[lib]\ncrate-type = [\"cdylib\", \"rlib\"]";
         ensure!(!made.is_empty(), "{} {lacks}", manifest.display());
         Ok(made)
     }
 
-    /// Ends it; [`Build::finish`] then fails.
+    /// Cancels the build; [`Build::finish`] then fails.
     pub(in crate::cli) fn end(&self) {
         self.0.end();
     }
@@ -200,7 +200,8 @@ impl Running {
             .ok()
             .and_then(Pid::from_raw)
             .filter(|_| self.is_apart);
-        // The compilers that Cargo started are of its group; whatever is gone already is well.
+        // The group includes the compilers that Cargo started. An error means that the process has
+        // already ended.
         match group {
             Some(group) => drop(kill_process_group(group, Signal::TERM)),
             None => drop(cargo.kill()),

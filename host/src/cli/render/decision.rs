@@ -1,19 +1,20 @@
-//! What was decided about an event, or would be, in lines for people: a plugin's verdict, a route of its plan.
+//! Formats decisions for `explain` and `publish --dry-run`: a plugin's verdict, a route of a plan.
 //!
-//! It takes what a node answers as JSON, and shows less rather than failing where that is not as this version knows it.
+//! The input is the node's JSON response. Fields that this version does not know, or that are
+//! missing, are left out rather than causing an error.
 
 use pointsman::event::rfc3339;
 use serde_json::Value;
 
-/// Targets of a route that are named one by one.
+/// Maximum number of targets shown per route.
 const MAX_TARGETS: usize = 5;
 
-/// A line that begins with what it is about, in a column of its own.
+/// A line with a label in the first column.
 pub(in crate::cli) fn line(label: &str, what: &str) -> String {
     format!("{label:<11}{what}")
 }
 
-/// Who said what, and why.
+/// A plugin's verdict, with generation, hash and reason.
 pub(in crate::cli) fn verdict(said: &Value) -> String {
     let (generation, hash) = (
         &said["generation"],
@@ -110,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_route_is_told_in_one_line() {
+    fn a_route_is_formatted_as_one_line() {
         let planned = json!({
             "by": "rules", "to": ["g:ops", "all"], "priority": "high", "expires_ms": 1_795_335_532_612_u64, "collapse": "k", "event_name": "n",
             "when": [[{ "attribute": "plan", "operator": "equals", "values": ["pro"] }, { "attribute": "beta", "operator": "present" }],

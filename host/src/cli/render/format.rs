@@ -1,4 +1,4 @@
-//! How what is said of a plugin is put into words and figures.
+//! Formats sizes, times, imports and limits for the plugin commands.
 
 use std::io::IsTerminal as _;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use pointsman::plugin::inspect::Import;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
-/// A size in the unit that fits.
+/// A size in bytes, KiB or MiB.
 pub(in crate::cli) fn size(bytes: usize) -> String {
     match bytes {
         0..KIB => format!("{bytes} bytes"),
@@ -18,7 +18,7 @@ pub(in crate::cli) fn size(bytes: usize) -> String {
     }
 }
 
-/// A time in milliseconds, to the microsecond where it is short.
+/// A time in milliseconds; to the microsecond below 10 ms.
 pub(in crate::cli) fn time(time: Duration) -> String {
     let ms = time.as_secs_f64() * 1_000.0;
     if ms < 10.0 {
@@ -28,7 +28,7 @@ pub(in crate::cli) fn time(time: Duration) -> String {
     }
 }
 
-/// What is wanted of the host, a line each.
+/// The imports, one per line; those not granted in red.
 pub(in crate::cli) fn imports(imports: &[Import]) -> Vec<String> {
     if imports.is_empty() {
         return vec!["none".to_owned()];
@@ -43,10 +43,10 @@ pub(in crate::cli) fn imports(imports: &[Import]) -> Vec<String> {
     imports.iter().map(line).collect()
 }
 
-/// The limits with the names that the configuration has for them.
+/// The limits under their configuration keys.
 pub(in crate::cli) fn limits(limits: &Limits) -> String {
     format!(
-        "deadline_ms {}, memory_mib {}, result_kib {}, max_targets {}, calls_per_instance {}",
+        "deadline {}ms, memory_mib {}, result_kib {}, max_targets {}, calls_per_instance {}",
         limits.deadline.as_millis(),
         limits.memory_bytes / MIB,
         limits.result_bytes / KIB,
@@ -55,7 +55,7 @@ pub(in crate::cli) fn limits(limits: &Limits) -> String {
     )
 }
 
-/// For what is wrong, where it is read by a person.
+/// Red text if standard output is a terminal; unchanged otherwise.
 pub(in crate::cli) fn red(text: &str) -> String {
     if std::io::stdout().is_terminal() {
         format!("\u{1b}[31m{text}\u{1b}[0m")

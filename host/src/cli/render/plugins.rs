@@ -1,6 +1,8 @@
-//! A node's answers about its plugins, in words: a line for an order, a table for all of them, a short report of a candidate.
+//! Formats a node's responses about plugins: a line for an admin command, a table for the list, a
+//! short report for a candidate.
 //!
-//! It takes what it knows of an answer and leaves the rest: a node may be newer than this program. `--json` shows the whole of it.
+//! Unknown fields are ignored, because the node may be newer than this program; `--json` prints the
+//! whole response.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +13,7 @@ use serde_json::Value;
 use super::super::printable;
 use super::super::render::table::table;
 
-/// The most characters of one side of a difference.
+/// Maximum length of one side of a difference, in characters.
 const MAX_SIDE: usize = 400;
 
 /// `GET /v1/plugins`.
@@ -21,7 +23,7 @@ pub(in crate::cli) struct Plugins {
     folder_failure: Option<String>,
 }
 
-/// A plugin, or a file that should be one, or one that is configured and has no file.
+/// A plugin, an invalid plugin file, or a configured plugin without a file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(in crate::cli) struct Plugin {
@@ -29,7 +31,7 @@ pub(in crate::cli) struct Plugin {
     state: String,
     kind: String,
     version: String,
-    /// 0: none is at work.
+    /// 0: no generation is active.
     pub(in crate::cli) generation: u64,
     hash: String,
     since_ms: u64,
@@ -47,7 +49,7 @@ struct Settings {
     probation_s: u64,
 }
 
-/// A generation that is no longer at work.
+/// A generation that is no longer active.
 #[derive(Debug, Deserialize)]
 struct Ended {
     generation: u64,
@@ -61,7 +63,7 @@ struct Refusal {
     reason: String,
 }
 
-/// A candidate beside a plugin, in numbers.
+/// A candidate that shadows a plugin, with its counters.
 #[derive(Debug, Deserialize)]
 pub(in crate::cli) struct Candidate {
     hash: String,
@@ -126,12 +128,12 @@ impl Plugins {
         self.plugins.iter().find(|plugin| plugin.name == name)
     }
 
-    /// Those that are there, or `none`.
+    /// Comma-separated plugin names, or `none`.
     pub(in crate::cli) fn names(&self) -> String {
         list(self.plugins.iter().map(|plugin| plugin.name.as_str()))
     }
 
-    /// Who has a say in events from now on, in the order in which they are asked.
+    /// The active plugins, in the order in which they are called.
     pub(in crate::cli) fn deciders(&self) -> String {
         let at_work: Vec<&str> = self
             .plugins
@@ -140,13 +142,14 @@ impl Plugins {
             .map(|plugin| plugin.name.as_str())
             .collect();
         match at_work.len() {
-            0 => "no plugin decides now, so events wait, unless the node was started with --allow-no-plugins".to_owned(),
-            1 => format!("1 plugin decides now: {}", list(at_work)),
-            n => format!("{n} plugins decide now: {}", list(at_work)),
+            0 => "no plugin is active; events wait unless the node runs with --allow-no-plugins"
+                .to_owned(),
+            1 => format!("1 active plugin: {}", list(at_work)),
+            n => format!("{n} active plugins: {}", list(at_work)),
         }
     }
 
-    /// A table of all, and below it what was refused last, and why.
+    /// A table of all plugins, followed by the last load failure of each.
     pub(in crate::cli) fn listed(&self) -> String {
         let mut rows = vec![
             [
@@ -198,11 +201,11 @@ impl Plugins {
         for plugin in &self.plugins {
             let failure = plugin.failure.as_deref();
             let refused = plugin.refusal.as_ref().map(|refusal| {
-                // Where the file was refused, the failure says the same with the fix.
+                // For a rejected file, the failure is the same reason with the fix.
                 let reason = failure
                     .filter(|failure| failure.contains(&refusal.reason))
                     .unwrap_or(&refusal.reason);
-                format!("refused at {}: {reason}", rfc3339(refusal.at_ms))
+                format!("rejected at {}: {reason}", rfc3339(refusal.at_ms))
             });
             if let Some(reason) = refused.as_deref().or(failure) {
                 text += &format!("{}: {}\n", printable(&plugin.name), printable(reason));
@@ -217,12 +220,12 @@ impl Plugins {
 }
 
 impl Plugin {
-    /// Whether it is configured and has no file.
+    /// Whether the plugin is configured but has no file.
     pub(in crate::cli) fn is_missing(&self) -> bool {
         self.state == "missing"
     }
 
-    /// What it is, as far as that is known: `my-router 0.1.0 (router)`.
+    /// Name, version and kind as far as known: `my-router 0.1.0 (router)`.
     pub(in crate::cli) fn who(&self) -> String {
         let version = if self.version.is_empty() {
             String::new()
@@ -237,7 +240,7 @@ impl Plugin {
         printable(&format!("{}{version}{kind}", self.name))
     }
 
-    /// Which generation of it is at work, and how it stands.
+    /// The active generation and the state.
     pub(in crate::cli) fn stands(&self) -> String {
         let state = match self.state.as_str() {
             "on-probation" => format!("on probation for {} s", self.settings.probation_s),
@@ -250,13 +253,14 @@ impl Plugin {
         }
     }
 
-    /// The generation as which what is at work was rolled back before, if it was.
+    /// The generation under which the active file was rolled back earlier, if any.
     pub(in crate::cli) fn rolled_back(&self) -> Option<u64> {
         let same = |ended: &&Ended| ended.state == "rolled-back" && ended.hash == self.hash;
         self.ended.iter().find(same).map(|ended| ended.generation)
     }
 
-    /// Whether this is what was at work before: the same file under the same configuration makes no new generation.
+    /// Whether the active generation is the same as before: the same file with the same
+    /// configuration does not start a new generation.
     pub(in crate::cli) fn is_as(&self, before: &Self) -> bool {
         self.generation > 0 && self.generation == before.generation
     }
@@ -268,14 +272,14 @@ impl Candidate {
         format!("{} ({})", printable(&self.version), short(&self.hash))
     }
 
-    /// What part of what was compared it decides otherwise.
+    /// How many of the compared decisions differ.
     pub(in crate::cli) fn share(&self) -> String {
         format!("{} of {} differ", self.different, self.compared)
     }
 }
 
 impl Shadow {
-    /// The candidate's.
+    /// The candidate's version and hash.
     pub(in crate::cli) fn name(&self) -> String {
         self.candidate.name()
     }
@@ -296,7 +300,7 @@ impl Shadow {
         } = candidate;
         let beside = candidate.generation.map_or_else(
             || {
-                "it has met no event yet (of several nodes, one decides about a source: --url)"
+                "no event compared yet (only the node that owns a source compares its events: --url)"
                     .to_owned()
             },
             |number| format!("beside generation {number}"),
@@ -325,7 +329,7 @@ impl Replay {
         } = self;
         let version = printable(&self.version);
         let mut text = format!(
-            "{plugin}: candidate {version} ({}), asked about {found} events that were decided\n",
+            "{plugin}: candidate {version} ({}), backtested on {found} decided events\n",
             short(&self.hash)
         );
         text += &format!("compared {compared}, different {different}, failed {failed}\n");
@@ -346,13 +350,13 @@ impl Replay {
                 )
             };
             let whole = if *is_every_decision {
-                ", and none before"
+                " (complete)"
             } else {
                 ""
             };
             let (decisions, entries) = (since(oldest_decision), since(oldest_entry));
             text += &format!(
-                "{}: decisions {decisions}{whole}; entries {entries} (retention.keep_s)\n",
+                "{}: decisions {decisions}{whole}; entries {entries} (retention.processed_entries_ttl)\n",
                 printable(source)
             );
         }
@@ -360,7 +364,7 @@ impl Replay {
     }
 }
 
-/// Each difference, with what is decided and what the candidate decides below each other.
+/// Each difference: the plugin's decision, and the candidate's below it.
 fn told(differences: &[Difference], all: u64) -> String {
     let mut text = String::new();
     for Difference {
@@ -381,13 +385,13 @@ fn told(differences: &[Difference], all: u64) -> String {
     match all.saturating_sub(differences.len() as u64) {
         0 => text,
         more => format!(
-            "{text}\n... and {more} more; the first {} are kept\n",
+            "{text}\n... and {more} more; only the first {} are kept\n",
             differences.len()
         ),
     }
 }
 
-/// What a version decides. The words are those of decision records.
+/// One side of a difference. The wording is that of decision records.
 fn side(side: &Value) -> String {
     let reason = side["reason"].as_str().unwrap_or_default();
     let text = match side["verdict"].as_str() {
@@ -396,23 +400,23 @@ fn side(side: &Value) -> String {
                 "routes {}",
                 routes.iter().map(route).collect::<Vec<_>>().join("; ")
             ),
-            None => "routes, to whom is not known any more".to_owned(),
+            None => "routes, targets no longer known".to_owned(),
         },
-        Some("none") => "none: it names nobody".to_owned(),
+        Some("none") => "none: no recipients".to_owned(),
         Some("amend") => format!("amend{}", facts(side, &["verdict"])),
         Some(verdict) if reason.is_empty() => verdict.to_owned(),
         Some(verdict) => format!("{verdict}: {reason}"),
-        None => format!("too large to be shown: {} bytes", side["too_large_bytes"]),
+        None => format!("too large to show: {} bytes", side["too_large_bytes"]),
     };
     let text = printable(&text);
     if text.chars().count() <= MAX_SIDE {
         return text;
     }
     let begins: String = text.chars().take(MAX_SIDE).collect();
-    format!("{begins}... (--json shows all of it)")
+    format!("{begins}... (--json prints all of it)")
 }
 
-/// To whom a route goes, and what else it says.
+/// The targets of a route, and its other fields.
 fn route(route: &Value) -> String {
     let to = list(
         route["to"]
@@ -424,7 +428,7 @@ fn route(route: &Value) -> String {
     format!("to {to}{}", facts(route, &["by", "to"]))
 }
 
-/// What an object says beside these keys.
+/// The fields of an object except these keys.
 fn facts(object: &Value, without: &[&str]) -> String {
     let facts = object
         .as_object()
@@ -450,7 +454,7 @@ fn list<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
     }
 }
 
-/// As much of a hash as a person compares.
+/// The first 12 characters of a hash, enough for a person to compare.
 fn short(hash: &str) -> String {
     printable(&hash.chars().take(12).collect::<String>())
 }
@@ -462,7 +466,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_side_of_a_difference_is_a_line_of_bounded_length() {
+    fn a_side_of_a_difference_is_one_line_of_bounded_length() {
         let route = json!({ "by": "r", "to": ["u:1", "g:ops"], "priority": "high", "expires_ms": 1_800_000_000_000_u64, "collapse": "c\u{1b}[2J" });
         for (decided, expect) in [
             (json!({ "verdict": "keep" }), "keep"),
@@ -474,10 +478,10 @@ mod tests {
                 json!({ "verdict": "amend", "priority": "low", "attributes": { "a": 1 } }),
                 r#"amend, attributes {"a":1}, priority low"#,
             ),
-            (json!({ "verdict": "none" }), "none: it names nobody"),
+            (json!({ "verdict": "none" }), "none: no recipients"),
             (
                 json!({ "verdict": "routes" }),
-                "routes, to whom is not known any more",
+                "routes, targets no longer known",
             ),
             (
                 json!({ "verdict": "routes", "plan": [route] }),
@@ -489,7 +493,7 @@ mod tests {
             ),
             (
                 json!({ "too_large_bytes": 70_000 }),
-                "too large to be shown: 70000 bytes",
+                "too large to show: 70000 bytes",
             ),
         ] {
             assert_eq!(side(&decided), expect);
@@ -497,7 +501,7 @@ mod tests {
         let many: Vec<String> = (0..1_000).map(|n| format!("u:{n}")).collect();
         let long = side(&json!({ "verdict": "routes", "plan": [{ "to": many }] }));
         assert!(
-            long.len() < 500 && long.ends_with("(--json shows all of it)"),
+            long.len() < 500 && long.ends_with("(--json prints all of it)"),
             "{long}"
         );
     }

@@ -1,6 +1,7 @@
-//! Rows in columns, for people.
+//! Formats rows as aligned columns.
 
-/// Each column as wide as its widest cell, two spaces between them; the last one, which may be a sentence, as it is.
+/// Each column is as wide as its widest cell, with two spaces between columns. The last column,
+/// which may hold a sentence, is not padded.
 pub(in crate::cli) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: [usize; N] = std::array::from_fn(|at| match at {
         _ if at + 1 == N => 0,

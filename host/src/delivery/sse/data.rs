@@ -1,4 +1,5 @@
-//! The `data` object of a notification, as clients see it in SSE and in `GET /v1/notifications`. Its JSON Schema is `host/schema/notification.json`.
+//! The `data` object of a notification, as sent over SSE and returned by `GET /v1/notifications`.
+//! Its JSON Schema is `host/schema/notification.json`.
 
 use base64::Engine as _;
 use serde::Serialize;
@@ -7,7 +8,7 @@ use serde_json::value::RawValue;
 use crate::delivery::recipients::Way;
 use crate::event::{Name, Notification, Payload, Priority, rfc3339};
 
-/// All but `to` and the payload.
+/// All members except `to` and the payload.
 #[derive(Serialize)]
 struct Head<'a> {
     id: &'a str,
@@ -20,7 +21,7 @@ struct Head<'a> {
     by: &'a Name,
 }
 
-/// Always exactly one of the two members.
+/// Exactly one of the two members is always present.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Body<'a> {
@@ -28,18 +29,18 @@ enum Body<'a> {
     DataBase64(String),
 }
 
-/// The `data` object of a notification on its way to one recipient.
+/// Returns the `data` object of a notification for one recipient.
 ///
 /// # Panics
-/// If the plan has no such way.
+/// If the plan has no such route or target.
 pub fn data_of(notification: &Notification, way: Way) -> String {
     let (before, after) = around_target(notification, way.route);
     let target = &notification.plan.routes[way.route].to[way.target];
     before + &json(target) + &after
 }
 
-/// What comes before and after the value of `to`, the same for all whom the route with this index reaches. The payload is the event's own
-/// data, or the body that the route puts in its place.
+/// Returns the JSON before and after the value of `to`, which is the same for all recipients of the
+/// route. The payload is the event's own data, or the body that replaces it in the route.
 ///
 /// # Panics
 /// If the plan has no such route.
@@ -72,7 +73,8 @@ pub(super) fn around_target(notification: &Notification, route: usize) -> (Strin
         priority: route.priority,
         by: &route.by,
     });
-    // Both are objects, and become one: `to` goes between the last member of the one and the first of the other.
+    // Joins two objects into one: `to` goes after the last member of the first and before the first
+    // member of the second.
     before.truncate(before.len() - 1);
     before += r#","to":"#;
     let after = json(&payload).replacen('{', ",", 1);
@@ -80,5 +82,5 @@ pub(super) fn around_target(notification: &Notification, route: usize) -> (Strin
 }
 
 fn json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).expect("made of texts and valid JSON")
+    serde_json::to_string(value).expect("strings and valid JSON serialise")
 }

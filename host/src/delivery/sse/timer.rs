@@ -1,5 +1,6 @@
-//! One timer for all streams: heartbeats, ends, cursors without a notification, sockets that do not move. A wheel of seconds; a stream
-//! costs one entry and no timer of its own.
+//! The stream timer: heartbeats, stream ends, cursors without a notification, stalled sockets. One
+//! timer wheel with slots of one second serves all streams; a stream costs one entry and no timer
+//! of its own.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -13,10 +14,10 @@ use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
 use super::{Config, End, Signals, Socket, spread_retry};
 
-/// Seconds around the wheel; a stream is looked at no later than this.
+/// Slots of the wheel, one second each. A stream is checked at least this often.
 const SLOTS: usize = 64;
 
-/// A cheap handle.
+/// A cheap handle: clones share one timer.
 #[derive(Clone)]
 pub struct Pulse(Arc<Shared>);
 
@@ -27,7 +28,7 @@ struct Shared {
     seats: Arc<Semaphore>,
 }
 
-/// The place of one open stream among as many as there may be.
+/// A stream permit: one of the `max_open` streams a node may serve.
 #[derive(Debug)]
 pub struct Seat(
     #[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit,
@@ -36,18 +37,19 @@ pub struct Seat(
 struct Wheel {
     now: usize,
     slots: Vec<Vec<Entry>>,
-    /// Once the node ends: the moment by which every stream has ended.
+    /// Set when the node shuts down: the moment by which every stream has ended.
     drained_by_ms: Option<u64>,
 }
 
 struct Entry {
     signals: Weak<Signals>,
     end: Option<(u64, End)>,
-    /// Whether it was told to end.
+    /// Whether its end was signalled.
     is_ended: bool,
     next_heartbeat_ms: u64,
     next_cursor_ms: u64,
-    /// What the socket had taken when it was last seen to move, or to have nothing to take, and when that was.
+    /// Bytes the socket had taken when it last made progress or had nothing to take, and the time
+    /// of that.
     taken: u64,
     moved_ms: u64,
 }
@@ -61,7 +63,8 @@ impl std::fmt::Debug for Pulse {
 }
 
 impl Pulse {
-    /// Starts the timer. It ends with the runtime; without it no stream would end with its token, so that a panic of it ends the node.
+    /// Starts the timer. It ends with the runtime. Without it no stream would end with its token,
+    /// so a panic in it ends the node.
     pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
         let wheel = Mutex::new(Wheel {
@@ -77,7 +80,7 @@ impl Pulse {
             seats,
         }));
         let weak = Arc::downgrade(&pulse.0);
-        shutdown.spawn_lasting("the timer of streams", async move {
+        shutdown.spawn_lasting("the stream timer", async move {
             let mut seconds = tokio::time::interval(Duration::from_secs(1));
             seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
@@ -93,12 +96,12 @@ impl Pulse {
         &self.0.config
     }
 
-    /// A place for one more stream. `None`: as many are open as may be.
+    /// Returns a permit for one more stream. `None`: the maximum is open.
     pub fn seat(&self) -> Option<Seat> {
         Arc::clone(&self.0.seats).try_acquire_owned().ok().map(Seat)
     }
 
-    /// What a client is told to wait before it comes back, in milliseconds; another number for each.
+    /// The reconnect delay for one client, in milliseconds; randomised for each.
     pub(super) fn retry_ms(&self) -> u64 {
         spread_retry(self.0.config.retry_ms)
     }
@@ -122,14 +125,15 @@ impl Pulse {
         self.0.lock().put(entry, now);
     }
 
-    /// Ends every stream at a random moment within `grace`, also those that are opened from now on.
+    /// Ends every stream at a random moment within `grace`, including streams opened from now on.
     pub fn drain(&self, grace: Duration) {
         self.0.lock().drain(now_ms(), grace.as_millis() as u64);
     }
 }
 
 impl Entry {
-    /// Whether the socket has taken nothing for so long, although something waits for it: the last heartbeat that was asked for, at least.
+    /// Whether the socket has taken nothing for `stall_ms` although data is pending: at least the
+    /// last heartbeat that was requested.
     fn is_stalled(
         &mut self,
         socket: &dyn Socket,
@@ -154,8 +158,9 @@ impl Wheel {
         }
     }
 
-    /// Into the slot of the next thing that is due. Whoever passes by while the node ends, ends with it: a stream may have been on its way here,
-    /// or in the hands of the timer, as that began.
+    /// Inserts an entry into the slot of its next deadline. During a shutdown each entry inserted
+    /// is given an end: its stream may have been opening, or its entry may have been held by the
+    /// timer, when the shutdown began.
     fn put(&mut self, mut entry: Entry, now_ms: u64) {
         if let Some(by) = self.drained_by_ms
             && !entry.is_ended
@@ -200,7 +205,7 @@ impl Shared {
         }
     }
 
-    /// Does what is due; `None` when the stream is gone.
+    /// Handles everything due for an entry. Returns `None` when the stream is gone.
     fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
         let signals = entry.signals.upgrade()?;
         if let Some(socket) = &signals.socket
@@ -213,7 +218,7 @@ impl Shared {
         {
             self.closed("stalled");
             let user = signals.guard.stream().lock().user().clone();
-            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "cutting a stream that does not move");
+            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "cutting a stalled stream");
             socket.kill();
             return None;
         }
@@ -223,7 +228,7 @@ impl Shared {
             *signals.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
             self.closed(end.as_str());
             signals.wake();
-            // Looked at on, in case that the socket does not take the end either.
+            // Kept in the wheel in case the socket does not take the end either.
             (entry.end, entry.is_ended) = (None, true);
         }
         if entry.next_heartbeat_ms <= now {
@@ -247,7 +252,7 @@ impl Shared {
     }
 }
 
-/// A random number between `low` and `high` times `of`.
+/// Returns a random number between `low` and `high` times `of`.
 fn spread(of: u64, low: f64, high: f64) -> u64 {
     (of as f64 * rand::random_range(low..=high)) as u64
 }
@@ -282,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_is_opened_or_looked_at_while_the_node_ends_ends_with_it() {
+    fn a_stream_opened_or_checked_during_shutdown_ends_with_the_node() {
         let mut wheel = Wheel {
             now: 0,
             slots: (0..SLOTS).map(|_| Vec::new()).collect(),
@@ -306,9 +311,9 @@ mod tests {
             drained
                 .iter()
                 .any(|end| end.is_some_and(|(at, _)| at <= NOW + 1)),
-            "none ends later than it would have: {drained:?}"
+            "no stream may end later than its own deadline: {drained:?}"
         );
-        // Each keeps its moment while the timer looks at it, and is told once.
+        // Each keeps its end while the timer checks it, and is signalled once.
         wheel.drain(NOW + 1, GRACE);
         assert_eq!(
             ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),

@@ -1,17 +1,19 @@
-//! The cursor: what a client has had, in at most 123 bytes of `[A-Za-z0-9_-]`. It is the `id:` of every frame and comes back as `Last-Event-ID`.
+//! The cursor: how far a client has read, in at most 123 bytes of `[A-Za-z0-9_-]`. It is the `id:`
+//! of every frame and comes back as `Last-Event-ID`.
 //!
-//! Longer, or with other bytes, and a browser would ask permission (a preflight) before every reconnect to another origin. The grammar,
-//! in characters of base64url, each of them six bits:
+//! A longer cursor, or one with other bytes, would make browsers send a CORS preflight before every
+//! reconnect to another origin. The grammar, in base64url characters of six bits each:
 //!
 //! ```text
-//! cursor    = "1" user partitions *12position *3had
-//! user      = 2           ; 12 bits of SHA-256 of the user's name: another user's cursor is no cursor
-//! partitions= 2           ; a bit for each partition number, lowest first
-//! position  = life(2) id(9)   ; for each bit that is set, ascending
-//! had       = partition(1) id(9)  ; an id above its partition's position that was sent before lower ones
+//! cursor     = "1" user partitions *12position *3sent_ahead
+//! user       = 2                  ; 12 bits of SHA-256 of the user's name
+//! partitions = 2                  ; a bit for each partition number, lowest first
+//! position   = epoch(2) id(9)     ; for each bit that is set, ascending
+//! sent_ahead = partition(1) id(9) ; above its partition's position, sent before lower ids
 //! ```
 //!
-//! The first character is the version of the grammar. Whatever else arrives is [`Unreadable`], never a panic: clients store it and may send anything.
+//! The first character is the version of the grammar. Any other input returns [`Unreadable`] and
+//! never panics: clients store cursors and may send anything.
 
 use sha2::{Digest, Sha256};
 
@@ -20,10 +22,11 @@ use crate::event::{BASE64URL, Life, Name, NotificationId};
 
 const VERSION: u8 = b'1';
 
-/// The most ids that may have overtaken lower ones, over all partitions: more would not fit the cursor.
+/// The most ids sent ahead of lower ones, over all partitions: more would not fit the cursor.
 pub const MAX_HAD: usize = 3;
 
-/// How far a client is in one partition: everything up to `low_water` was sent or judged away, in this life.
+/// A client's position in one partition: everything up to `low_water` was sent or rejected, in this
+/// epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     pub partition: PartitionNumber,
@@ -31,26 +34,26 @@ pub struct Position {
     pub low_water: NotificationId,
 }
 
-/// What a client has had.
+/// How far a client has read in all partitions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
-    /// Ascending by partition; a partition that is missing was added later and is read from its beginning.
+    /// Ascending by partition. A missing partition was added later and is read from its beginning.
     pub positions: Vec<Position>,
-    /// At most [`MAX_HAD`].
+    /// Ids sent ahead; at most [`MAX_HAD`].
     pub had: Vec<(PartitionNumber, NotificationId)>,
 }
 
-/// Why a text is no cursor for this user.
+/// Why a text is not a valid cursor for this user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
-    #[error("it is no cursor of this version")]
+    #[error("not a cursor of this version")]
     Garbled,
-    #[error("it is another user's")]
+    #[error("the cursor belongs to another user")]
     AnotherUsers,
 }
 
 impl Cursor {
-    /// Writes the cursor for this user.
+    /// Appends the cursor of this user to `out`.
     pub fn encode(&self, user: &Name, out: &mut String) {
         out.push(char::from(VERSION));
         put(out, user_hash(user), 2);
@@ -69,7 +72,7 @@ impl Cursor {
         }
     }
 
-    /// Reads a cursor back.
+    /// Parses a cursor.
     ///
     /// # Errors
     /// [`Unreadable`] for anything that [`Cursor::encode`] did not write for this user.
@@ -104,7 +107,7 @@ impl Cursor {
             }
             cursor.had.push(had);
         }
-        // Last: a text that is no cursor at all, such as `10min`, is nobody's.
+        // Checked last: text that is not a cursor at all, such as `10min`, belongs to no user.
         if whose == user_hash(user) {
             Ok(cursor)
         } else {
@@ -118,7 +121,7 @@ fn user_hash(user: &Name) -> u64 {
     u64::from(digest[0]) << 4 | u64::from(digest[1] >> 4)
 }
 
-/// Writes the lowest `n * 6` bits, highest first.
+/// Appends the lowest `n * 6` bits, highest first.
 fn put(out: &mut String, value: u64, n: u32) {
     for at in (0..n).rev() {
         out.push(char::from(BASE64URL[(value >> (at * 6) & 63) as usize]));
@@ -176,7 +179,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_cursor_reads_back_and_needs_no_preflight(cursor in cursors(), user in "[a-z]{1,8}") {
+        fn a_cursor_round_trips_and_needs_no_preflight(cursor in cursors(), user in "[a-z]{1,8}") {
             let mut text = String::new();
             cursor.encode(&name(&user), &mut text);
             prop_assert!(text.len() <= 123);
@@ -185,7 +188,7 @@ mod tests {
         }
 
         #[test]
-        fn anything_else_is_refused_without_a_panic(text in "\\PC{0,130}", tail in "[A-Za-z0-9_-]{0,125}") {
+        fn any_other_text_is_rejected_without_a_panic(text in "\\PC{0,130}", tail in "[A-Za-z0-9_-]{0,125}") {
             for text in [text, format!("1{tail}")] {
                 let read = Cursor::decode(&text, &name("u"));
                 prop_assert!(read.is_err() || text.len() <= 123);
@@ -194,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn another_users_cursor_is_no_cursor() {
+    fn a_cursor_of_another_user_is_rejected() {
         let mut text = String::new();
         Cursor::default().encode(&name("alice"), &mut text);
         assert_eq!(
@@ -204,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_cursor_is_nobodys() {
+    fn a_text_that_is_not_a_cursor_is_garbled_rather_than_another_users() {
         for text in ["10min", "1h30m", "1hour", "10M", "15", "1", ""] {
             assert_eq!(
                 Cursor::decode(text, &name("bob")),

@@ -1,21 +1,22 @@
-//! Stretches of history of which something may be missing, until the client is told of them. Bounded: what does not fit is told as one.
+//! Gaps: stretches of history of which something may be missing, queued until the client is
+//! informed. Bounded: gaps that exceed the bound are merged.
 
 use std::collections::VecDeque;
 
 use crate::broker::PartitionNumber;
 use crate::event::NotificationId;
 
-/// The most that wait; more are joined.
+/// The most gaps queued; further ones are merged where partition and reason agree.
 const MAX_GAPS: usize = 8;
 
-/// Why history is not whole.
+/// Why history is incomplete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GapReason {
-    /// It no longer reaches back that far.
+    /// History no longer reaches back that far.
     Trimmed,
-    /// The broker lost a tail in a fail-over, or is another one; what follows may repeat.
+    /// The broker lost a tail in a fail-over or was replaced; later notifications may repeat.
     Rewound,
-    /// The client named a place that nobody knows; it gets what comes from now on.
+    /// The client named an unreadable position; it receives notifications from now on.
     Unknown,
 }
 
@@ -29,7 +30,7 @@ impl GapReason {
     }
 }
 
-/// A stretch of history, above `from` up to `to`, of which something may be missing.
+/// A stretch of history, above `from` up to and including `to`, of which something may be missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
     pub partition: PartitionNumber,
@@ -38,7 +39,7 @@ pub struct Gap {
     pub to: NotificationId,
 }
 
-/// Gaps in the order in which they were found.
+/// Gaps in the order in which they were detected.
 #[derive(Debug, Default)]
 pub(super) struct Gaps(VecDeque<Gap>);
 

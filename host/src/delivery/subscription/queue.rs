@@ -1,7 +1,9 @@
-//! What waits for one stream: a lane for each priority, emptied from the urgent end. Bounded by whoever fills it (see `subscription`).
+//! The queues of one stream, one for each priority, drained from the urgent end. The caller bounds
+//! them (see `subscription`).
 //!
-//! Order is kept within a lane. What may leave first although lower ids of its partition still wait (an *overtaker*) is limited, because
-//! the cursor must name each of them: see [`Lanes::pop`].
+//! Order is kept within a queue. Notifications sent while lower ids of their partition are still
+//! queued (*overtakers*) are limited, because the cursor must name each of them: see
+//! [`Lanes::pop`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use crate::event::{Name, NotificationId, Priority};
 
 use super::Record;
 
-/// A notification that waits for its stream, with the way on which it reached the user.
+/// A queued notification, with the route by which it reached the user.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
     pub(super) partition: PartitionNumber,
@@ -40,13 +42,14 @@ impl Waiting {
 
 #[derive(Debug, Default)]
 pub(super) struct Lanes {
-    /// By priority, lowest first.
+    /// Indexed by priority, lowest first.
     lanes: [VecDeque<Waiting>; 4],
     n_bytes: usize,
 }
 
 impl Lanes {
-    /// Ids of a partition ascend within a lane: mostly it goes to the end.
+    /// Inserts a notification. Ids of a partition ascend within a queue, so it usually goes to the
+    /// end.
     pub(super) fn push(&mut self, waiting: Waiting) {
         self.n_bytes += waiting.record.n_bytes();
         let lane = &mut self.lanes[waiting.priority() as usize];
@@ -64,7 +67,7 @@ impl Lanes {
         self.lanes.iter().all(VecDeque::is_empty)
     }
 
-    /// Bytes of the records that wait; a record that other streams share counts fully for each.
+    /// Bytes of all queued records. A record shared with other streams counts fully for each.
     pub(super) fn n_bytes(&self) -> usize {
         self.n_bytes
     }
@@ -75,7 +78,7 @@ impl Lanes {
             .count()
     }
 
-    /// The urgent ones of a partition, in order.
+    /// The urgent notifications of a partition, in order.
     pub(super) fn urgent(&self, partition: PartitionNumber) -> Vec<Waiting> {
         self.lanes[Priority::Urgent as usize]
             .iter()
@@ -90,9 +93,9 @@ impl Lanes {
             .any(|waiting| waiting.partition == partition)
     }
 
-    /// The lowest id of a partition that waits.
+    /// The lowest queued id of a partition.
     pub(super) fn lowest(&self, partition: PartitionNumber) -> Option<NotificationId> {
-        // Ids of a partition ascend within a lane, so that its first entry in each lane is enough.
+        // Ids of a partition ascend within a queue, so its first entry in each queue is enough.
         self.lanes
             .iter()
             .filter_map(|lane| lane.iter().find(|waiting| waiting.partition == partition))
@@ -112,7 +115,7 @@ impl Lanes {
         }
     }
 
-    /// Takes out what has expired.
+    /// Removes and returns the expired notifications.
     pub(super) fn take_expired(&mut self, now_ms: u64) -> Vec<Waiting> {
         let expired: Vec<Waiting> = self
             .iter()
@@ -125,8 +128,9 @@ impl Lanes {
         expired
     }
 
-    /// Takes the next one, and whether it overtakes: the head of the highest lane, or, where nobody may overtake any more, the highest
-    /// that is the lowest of its partition. Such a one always exists while anything waits.
+    /// Removes the next notification and returns it with whether it overtakes. Next is the head of
+    /// the highest non-empty queue, or, if `may_overtake` is false, the highest-priority one that
+    /// is the lowest of its partition. The latter always exists while anything is queued.
     pub(super) fn pop(&mut self, may_overtake: bool) -> Option<(Waiting, bool)> {
         for at in (0..self.lanes.len()).rev() {
             for place in 0..self.lanes[at].len() {

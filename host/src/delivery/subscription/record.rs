@@ -1,4 +1,4 @@
-//! A record as a node holds it: read once for all streams of the node that follow one of its logs.
+//! A record in a node's memory: read once for all streams of the node that follow one of its logs.
 
 use std::sync::OnceLock;
 
@@ -7,29 +7,30 @@ use bytes::Bytes;
 use crate::event::criteria::{Answers, Attributes, Criteria};
 use crate::event::{Notification, Route};
 
-/// What is written of a record by one route, but for the target that reached the recipient: it goes between the two.
+/// A record rendered for one route, in two parts: the target that reached the recipient goes
+/// between them.
 #[derive(Debug)]
 pub struct Rendered {
     pub before_target: Bytes,
     pub after_target: Bytes,
 }
 
-/// A record as a node holds it: parsed once, rendered once for each route that wins, its conditions decided once for streams with equal
-/// attributes; shared by all.
+/// A record in a node's memory, shared by all streams: parsed once, rendered once for each route
+/// that wins, with conditions evaluated once for streams with equal attributes.
 #[derive(Debug)]
 pub struct Record {
     notification: Notification,
     frames: Box<[OnceLock<Rendered>]>,
-    /// What each route's condition said.
+    /// The results of each route's condition.
     answers: Box<[Answers]>,
     n_bytes: usize,
 }
 
 impl Record {
-    /// Reads a stored record.
+    /// Parses a stored record.
     ///
     /// # Errors
-    /// If it is none: written by a newer version, or by somebody else.
+    /// If `stored` is not a valid record: it was written by a newer version or by another program.
     pub fn parse(stored: &[u8]) -> serde_json::Result<Self> {
         let notification: Notification = serde_json::from_slice(stored)?;
         let frames = notification
@@ -67,12 +68,13 @@ impl Record {
         &self.notification.plan.routes[index]
     }
 
-    /// Whether the condition of this route holds for these attributes, as it was decided for the first stream that has them.
+    /// Whether this route's condition holds for these attributes. Evaluated once for equal
+    /// attributes.
     pub(super) fn holds(&self, route: usize, criteria: &Criteria, attributes: &Attributes) -> bool {
         self.answers[route].of(attributes, || criteria.hold(attributes))
     }
 
-    /// What `render` made of this route the first time.
+    /// Returns the rendering of this route. `render` runs only the first time.
     pub fn rendered(&self, route: usize, render: impl FnOnce(&Self) -> Rendered) -> &Rendered {
         self.frames[route].get_or_init(|| render(self))
     }

@@ -1,8 +1,11 @@
-//! From history to live: the hand-over that the delivery side stands on.
+//! The transition from history to live, on which delivery rests.
 //!
-//! Subscribe first, wait until the broker has confirmed it, read the head, then history up to the head's top, then go live with the
-//! notices that arrived meanwhile. Whatever raises the subscription's round on the way (a lost feed, a change of memberships) has begun
-//! another replay, and this one stops at its next step. Whatever the broker cannot answer now is asked again; the marks do not move.
+//! A replay follows the logs, waits until the broker has confirmed this, reads the head, reads
+//! history up to the head's top, and then goes live with the notices that arrived meanwhile. The
+//! order matters: following before reading leaves no interval in which an append is missed.
+//! Anything that raises the subscription's round on the way (a lost feed, a membership change) has
+//! started another replay, and this one stops at its next step. Reads that fail are retried; the
+//! marks do not move.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,15 +25,17 @@ use records::Records;
 
 pub mod records;
 
-/// Ids read from a log at a time.
+/// The most ids read from a log at a time.
 const PAGE: usize = 256;
-/// Reads of history under way at once on a node: a fail-over must not turn every stream into a request at the same moment.
+/// The most concurrent reads of history on a node, so that a fail-over does not turn every stream
+/// into a simultaneous request.
 const READS: usize = 64;
 
 /// Follows logs for a stream.
 #[async_trait]
 pub trait Follows: Send + Sync {
-    /// Returns when appends to all of these logs, and to no others of this partition, are heard for this stream. May be cancelled.
+    /// Returns once appends to all of these logs, and to no others of this partition, are delivered
+    /// to this stream. May be cancelled.
     async fn follow(
         &self,
         stream: &Arc<OpenStream>,
@@ -39,12 +44,12 @@ pub trait Follows: Send + Sync {
     );
 }
 
-/// What replays read from.
+/// The source of replays: the broker and the node's shared records.
 #[derive(Debug)]
 pub struct History {
     broker: Arc<dyn Broker>,
     records: Records,
-    /// Those of the node's streams.
+    /// The attributes of the node's streams, shared where equal.
     attributes: Pool,
     reads: Semaphore,
     metrics: Metrics,
@@ -52,9 +57,9 @@ pub struct History {
 
 /// Why an attempt ended before the partition was live.
 enum Stop {
-    /// The round is over, or the stream is closed.
+    /// The round is over or the stream is closed.
     Overtaken,
-    /// Something changed under it: begin again, at once.
+    /// The epoch changed during the attempt: begin again at once.
     Again,
     Broker(broker::Error),
 }
@@ -68,7 +73,7 @@ impl From<broker::Error> for Stop {
 /// One log of a replay.
 struct Log {
     target: Target,
-    /// The last id read, or where reading begins.
+    /// The last id read, or the id after which reading begins.
     at: NotificationId,
     ids: VecDeque<NotificationId>,
     is_done: bool,
@@ -89,7 +94,8 @@ impl History {
         &self.records
     }
 
-    /// Brings one partition of a stream from replay to live. Ends when that is done, or when `round` is over.
+    /// Moves one partition of a stream from replay to live. Ends when that is done or when `round`
+    /// is over.
     pub async fn replay(
         &self,
         stream: Arc<OpenStream>,
@@ -108,7 +114,7 @@ impl History {
                 Err(stop) => stop,
             };
             if let Stop::Broker(error) = stop {
-                tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay waits for the broker");
+                tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay failed to read from the broker; it will be retried");
                 tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))).await;
                 delay = (delay * 2).min(Duration::from_secs(2));
             }
@@ -120,7 +126,8 @@ impl History {
         }
     }
 
-    /// `Some`: it went live, and back at once to this round, for want of room.
+    /// Returns `Some(round)` if the partition went live but had to return to replay at once for
+    /// lack of room.
     async fn attempt(
         &self,
         stream: &Arc<OpenStream>,
@@ -149,7 +156,7 @@ impl History {
                 subscription.logs(partition),
             )
         })?;
-        // A new stream's cursor may be known by now.
+        // The cursor of a new stream may be known now.
         stream.wake();
         let had_records = self.read_records(partition, head.life, &had).await?;
         in_round(stream, partition, round, |subscription| {
@@ -177,7 +184,7 @@ impl History {
                 break;
             }
             let records = self.read_records(partition, head.life, &ids).await?;
-            // Once for all that are gone: they were read before it.
+            // One check covers all missing records: they were read before it.
             if records.iter().any(Option::is_none) {
                 self.same_life(partition, &head).await?;
             }
@@ -233,7 +240,7 @@ impl History {
             .await?)
     }
 
-    /// Reads the next page of every log that has nothing left to merge.
+    /// Reads the next page of every log that has no ids left to merge.
     async fn fill(
         &self,
         stream: &OpenStream,
@@ -256,11 +263,11 @@ impl History {
                     .await?
             };
             let missing_to = match page.entries.first() {
-                // Also the first id above the top counts, with its predecessor: the log may have been cut, or have gone and come
-                // again, since the top was read.
+                // The first id above the top also counts, through its predecessor: the log may have
+                // been trimmed, or deleted and recreated, since the top was read.
                 Some(&(_, pred)) if pred > before => Some(pred.min(head.top())),
                 Some(_) => None,
-                // Nothing at all: it may have expired, unless nothing that old was ever written.
+                // The log is absent: it may have expired, unless nothing that old was ever written.
                 None if !page.is_present => Some(page.floor.min(head.top())),
                 None => None,
             };
@@ -301,7 +308,7 @@ impl History {
         })
     }
 
-    /// Waits for room in the lanes, then hands one id over.
+    /// Waits for room in the queues, then hands one id over.
     async fn hand_over(
         &self,
         stream: &OpenStream,
@@ -331,12 +338,13 @@ impl History {
                 Ok(())
             })
         });
-        // Whoever waits for room must first see what fills it.
+        // The socket must see the items that fill the queues before this waits for room.
         stream.wake();
         handled.await.unwrap_or(Err(Stop::Overtaken))
     }
 
-    /// Before a gap is announced: after a fail-over nothing that was read tells anything, and the replay begins again.
+    /// Checks the epoch before a gap is announced: after a fail-over the earlier reads prove
+    /// nothing, and the replay begins again.
     async fn same_life(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
         if self.head(partition).await?.life == head.life {
             Ok(())
@@ -346,7 +354,7 @@ impl History {
     }
 }
 
-/// Does something under the lock, if the round still is `round`.
+/// Runs `act` under the lock if the current round still is `round`.
 fn in_round<T>(
     stream: &OpenStream,
     partition: PartitionNumber,
@@ -360,8 +368,9 @@ fn in_round<T>(
     Ok(act(&mut subscription))
 }
 
-/// Takes up to a window of ids in ascending order, equal ones once; ends early where a log would have to be read on first, because only
-/// while the next id of every log is known is the lowest of them the lowest of all.
+/// Returns up to [`WINDOW`] ids in ascending order without duplicates. Ends early where a log needs
+/// its next page: the lowest known id is the lowest of all only while the next id of every log is
+/// known.
 fn merge(logs: &mut [Log]) -> Vec<NotificationId> {
     let mut merged = Vec::new();
     while merged.len() < WINDOW && logs.iter().all(|log| log.is_done || !log.ids.is_empty()) {

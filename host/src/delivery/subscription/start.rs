@@ -1,4 +1,5 @@
-//! What a client asks for: where its stream begins, and what of its own it wants to see.
+//! The parameters of a stream: where it begins and which of the user's notifications pass its
+//! filter.
 
 use crate::clock::now_ms;
 use crate::event::{Name, Notification, Priority, Route};
@@ -8,21 +9,23 @@ use super::cursor::{Cursor, Unreadable};
 /// Where a stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// Where this client left off.
+    /// Where this client stopped reading.
     Cursor(Cursor),
-    /// With what is committed from now on.
+    /// At the notifications committed from now on.
     Latest,
-    /// With everything that is still kept.
+    /// At the oldest notification still kept.
     Earliest,
-    /// With what was committed since this moment, in milliseconds since the Unix epoch.
+    /// At the notifications committed since this moment, in milliseconds since the Unix epoch.
     Since(u64),
-    /// As [`Start::Latest`], but the client named a place that nobody knows, and is told so.
+    /// As [`Start::Latest`], but the client sent an unreadable position and receives a gap.
     Unknown,
 }
 
 impl Start {
-    /// Reads where to begin: a cursor, `earliest`, `latest`, or how long ago, such as `10m`. What nobody can read begins at the latest, and the
-    /// client is told that there may be a gap: refusing it would stop an `EventSource` for ever. `None`: it says nothing about this user.
+    /// Parses the start of a stream: a cursor, `earliest`, `latest` or a duration ago, such as
+    /// `10m`.
+    /// Any other text starts at the latest, with a gap: rejecting it would stop an `EventSource`
+    /// permanently. Returns `None` for a cursor of another user, which has no meaning for this one.
     pub fn read(asked: &str, user: &Name) -> Option<Self> {
         if let Some(ago_ms) = duration_ms(asked) {
             return Some(Self::Since(now_ms().saturating_sub(ago_ms)));
@@ -31,14 +34,14 @@ impl Start {
             ("latest", _) => Some(Self::Latest),
             ("earliest", _) => Some(Self::Earliest),
             (_, Ok(cursor)) => Some(Self::Cursor(cursor)),
-            // Somebody else's, left in the browser by who was logged in before.
+            // Left in the browser by the user who was logged in before.
             (_, Err(Unreadable::AnotherUsers)) => None,
             (_, Err(Unreadable::Garbled)) => Some(Self::Unknown),
         }
     }
 }
 
-/// `90s`, `10m`, `2h` or `7d`, in milliseconds.
+/// Parses `90s`, `10m`, `2h` or `7d` to milliseconds.
 fn duration_ms(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let unit_ms: u64 = match unit {
@@ -55,7 +58,7 @@ fn duration_ms(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(unit_ms)
 }
 
-/// What a client wants to see of what is its.
+/// Selects among a user's notifications those that a stream shows.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     /// Event types, exact or ending in `*`; empty means all.
@@ -64,7 +67,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Whether it leaves out nothing.
+    /// Whether the filter passes everything.
     pub fn is_all(&self) -> bool {
         self.types.is_empty() && self.min_priority.is_none()
     }
@@ -86,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_a_stream_begins() {
+    fn start_is_parsed_from_keyword_duration_or_own_cursor() {
         let user = Name::parse("ann").unwrap();
         let mut cursor = String::new();
         Cursor::default().encode(&user, &mut cursor);

@@ -1,5 +1,6 @@
-//! An open stream as its three parties share it: the hub that feeds it, the replay that reads history for it, and the socket that
-//! empties it. Nobody waits for another under the lock.
+//! An open stream as its three parties share it: the hub that feeds it, the replay that reads
+//! history for it, and the socket that drains it. No party waits for another while holding the
+//! lock.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,7 +11,7 @@ use tokio::sync::Notify;
 
 use super::Subscription;
 
-/// See the head of this file.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct OpenStream {
     /// Unique in this process.
@@ -18,7 +19,7 @@ pub struct OpenStream {
     subscription: Mutex<Subscription>,
     /// Wakes the socket's task.
     writer: AtomicWaker,
-    /// Tells replays that something left the lanes, or that the stream is closed.
+    /// Wakes replays when the queues shrink or the stream closes.
     room: Notify,
     is_closed: AtomicBool,
 }
@@ -35,15 +36,16 @@ impl OpenStream {
         }
     }
 
-    /// A std mutex: held for some hundred nanoseconds, never across an `.await`. A panic under it leaves marks that only ever lag behind,
-    /// so that going on repeats at worst, and the panic has been logged.
+    /// Locks the subscription. The std mutex is held for a few hundred nanoseconds, never across an
+    /// `.await`. A panic under it leaves marks that can only lag behind, so continuing repeats
+    /// notifications at worst; the panic has been logged.
     pub fn lock(&self) -> MutexGuard<'_, Subscription> {
         self.subscription
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for `waker` to be woken when there is something to write.
+    /// Registers `waker` to be woken when there is something to write.
     pub fn register(&self, waker: &Waker) {
         self.writer.register(waker);
     }
@@ -53,19 +55,20 @@ impl OpenStream {
         self.writer.wake();
     }
 
-    /// Says that something left the lanes.
+    /// Signals that an item left the queues.
     pub fn made_room(&self) {
         self.room.notify_waiters();
     }
 
-    /// Waits until `is_enough` answers `Some`, asking again whenever something left the lanes. `None`: the stream is closed.
+    /// Waits until `is_enough` returns `Some`, calling it again each time an item leaves the
+    /// queues. Returns `None` if the stream is closed.
     pub async fn when<T>(
         &self,
         mut is_enough: impl FnMut(&mut Subscription) -> Option<T>,
     ) -> Option<T> {
         loop {
             let mut changed = std::pin::pin!(self.room.notified());
-            // Registered before looking, or what happens in between would be missed.
+            // Registered before the check, or a change in between would be missed.
             changed.as_mut().enable();
             if self.is_closed() {
                 return None;
@@ -77,7 +80,7 @@ impl OpenStream {
         }
     }
 
-    /// The socket is gone: whoever works for this stream stops.
+    /// Marks the stream closed after its socket is gone. Replays that work for it stop.
     pub fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         self.room.notify_waiters();

@@ -1,6 +1,8 @@
-//! Random histories against a simple model: whatever is appended, ticked, lost, overflowed, rewound, cut and resumed, each notification comes
-//! once (again only after a gap that says so), in order but for higher priorities, by the route that wins as it is sent, never after it has
-//! expired, and none is missing but those that have expired by every route or that a later one with the same key made superfluous.
+//! Tests random histories against a simple model. Across appends, ticks, losses, overflows,
+//! rewinds, trims and resumes, each notification arrives once (again only after a gap that
+//! announces it), in order except for higher priorities, by the route that wins at the time of
+//! sending, and never after it has expired. None is missing except those expired by every route and
+//! those superseded by a later one with the same key.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -11,10 +13,11 @@ use super::*;
 use crate::event::criteria::Pool;
 use crate::event::{EntryId, Event, Notification, Plan, Position as EntryPosition, Route};
 
-/// What may happen next; the numbers choose among what is possible at the time.
+/// A step of a history. The numbers choose among the possibilities at the time.
 #[derive(Clone, Debug)]
 enum Step {
-    /// Commits to a partition, with one route or two to the same user. Its notice waits in the feed, or is lost with it.
+    /// Commits to a partition, with one route or two to the same user. Its notice waits in the
+    /// feed, or is lost together with the feed.
     Commit {
         partition: u8,
         way: Choice,
@@ -28,30 +31,31 @@ enum Step {
     Tick {
         partition: u8,
     },
-    /// The node hears so many of the notices that wait.
+    /// The node receives this many of the notices that wait.
     Hear {
         partition: u8,
         n: u8,
     },
-    /// The socket takes so many.
+    /// The socket takes this many items.
     Send(u8),
-    /// A replay that runs handles so many.
+    /// The active replay handles this many ids.
     Replay {
         partition: u8,
         n: u8,
     },
-    /// The connection breaks; the client comes back with its last cursor.
+    /// The connection breaks; the client resumes with its last cursor.
     Cut,
     /// The feed of a partition is reset.
     Reset {
         partition: u8,
     },
-    /// The log of a partition is cut: it keeps so many.
+    /// The log of a partition is trimmed to this many entries.
     Trim {
         partition: u8,
         n_kept: u8,
     },
-    /// The newest notifications of a partition are gone, a life begins, and their ids are given out again. The feed is cut, or goes on.
+    /// The newest notifications of a partition are lost, an epoch begins, and their ids are issued
+    /// again. The feed is cut or continues.
     FailOver {
         partition: u8,
         n_lost: u8,
@@ -59,7 +63,7 @@ enum Step {
     },
 }
 
-/// A route: priority, a collapse key of two or none, and for how long it holds, if not for ever.
+/// A route: priority, one of two collapse keys or none, and a time to live, if limited.
 #[derive(Clone, Copy, Debug)]
 struct Choice {
     priority: usize,
@@ -77,7 +81,8 @@ fn choice() -> impl Strategy<Value = Choice> {
     )
 }
 
-/// With a socket that is often broken, or with one that takes little: buffers overflow where a stream stays live for long.
+/// Uses a socket that often breaks, or a slow one, so that buffers overflow while a stream stays
+/// live.
 fn steps(has_fail_overs: bool, is_slow: bool) -> impl Strategy<Value = Vec<Step>> {
     let (sends, breaks) = if is_slow { (6, 1) } else { (40, 10) };
     let fail_overs = if has_fail_overs { 6 } else { 0 };
@@ -131,12 +136,12 @@ fn routes(record: &Record) -> &[Route] {
     &record.notification().plan.routes
 }
 
-/// Which event a record is of: ids of notifications are given out again, those of events never.
+/// The event of a record: notification ids are issued again after a rewind, event ids never.
 fn event_of(record: &Record) -> u64 {
     record.notification().event.id.as_str().parse().unwrap()
 }
 
-/// A replay under way: what the head said, and the next id to hand over.
+/// A replay in progress: the last id of the head, and the next id to hand over.
 struct Running {
     round: u64,
     last: u64,
@@ -148,7 +153,7 @@ enum Notice {
     Tick(u64),
 }
 
-/// What the client was sent, of one partition.
+/// An item of one partition that the client received.
 #[derive(Clone, Debug)]
 enum Received {
     Event {
@@ -156,26 +161,26 @@ enum Received {
         event: u64,
         priority: Priority,
         key: Option<Name>,
-        /// By one of its routes it has a key.
+        /// One of its routes has a key.
         is_state: bool,
     },
-    /// What lies above this id may come again.
+    /// Notifications above this id may arrive again.
     Rewound { from: u64 },
 }
 
-/// A partition, and what the node knows of it.
+/// A partition in the broker, with the node's state for it.
 struct Place {
     history: BTreeMap<u64, Arc<Record>>,
     lives: Vec<(Life, NotificationId)>,
     n_lives: u16,
     running: Option<Running>,
-    /// The feed says nothing more until it is reset.
+    /// The feed delivers nothing more until it is reset.
     is_deaf: bool,
     feed: VecDeque<(Life, Notice)>,
-    /// The life that the node believes in.
+    /// The epoch that the node considers current.
     believed: Option<Life>,
     received: Vec<Received>,
-    /// All routes with a key that were ever committed, also those that were lost: id, key.
+    /// All routes with a key that were ever committed, including those that were lost: id, key.
     keyed: Vec<(u64, Name)>,
     n_rewinds: usize,
 }
@@ -196,7 +201,7 @@ struct World {
     subscription: Subscription,
     cursor: Option<String>,
     n_events: u64,
-    /// The broker's clock and the node's.
+    /// The clock of both broker and node.
     now_ms: u64,
 }
 
@@ -231,7 +236,7 @@ impl World {
             now_ms: 1_000,
         };
         world.connect(Start::Latest);
-        // A client that never received anything has its cursor.
+        // Even a client that received no notification has a cursor.
         world.replay(0, 0);
         world.replay(1, 0);
         world.send(1);
@@ -258,7 +263,7 @@ impl World {
         }
     }
 
-    /// The connection for notices is made again: what waited in it is gone.
+    /// Reconnects the feed: notices that waited in it are lost.
     fn reset(&mut self, partition: u8) {
         let place = self.place(partition);
         place.is_deaf = false;
@@ -335,7 +340,7 @@ impl World {
         }
     }
 
-    /// The node asks which life is the present one, and sends its stream to replay if that lives in another.
+    /// Reads the current epoch, and sends the stream to replay if it is in another.
     fn look(&mut self, partition: u8) -> Life {
         let place = self.place(partition);
         let present = place.life();
@@ -467,7 +472,7 @@ impl World {
                         .iter()
                         .filter_map(|route| Some((id, route.collapse.clone()?))),
                 );
-                // A feed loses a tail, never something in between: FIFO.
+                // FIFO: a feed loses a tail, never something in between.
                 place.is_deaf |= is_lost;
                 if !place.is_deaf {
                     place
@@ -507,7 +512,7 @@ impl World {
                 cuts,
             } => {
                 let place = self.place(partition);
-                // Of a log that was cut, something survives.
+                // At least one entry of a trimmed log survives.
                 let lost: Vec<u64> = place
                     .history
                     .keys()
@@ -518,7 +523,7 @@ impl World {
                     .collect();
                 place.history.retain(|id, _| !lost.contains(id));
                 place.n_rewinds += usize::from(!lost.is_empty());
-                // The replica that is promoted had not heard of lives that began after what it has.
+                // The promoted replica had not received epochs that began after its last entry.
                 let last = NotificationId(place.last());
                 place.lives.retain(|(_, survived)| *survived <= last);
                 place.n_lives += 1;
@@ -530,7 +535,8 @@ impl World {
         }
     }
 
-    /// Everything settles: lost feeds and new lives are noticed, replays end, the socket takes all.
+    /// Lets everything settle: lost feeds and new epochs are detected, replays end, the socket
+    /// drains all.
     fn settle(&mut self) {
         for partition in 0..2 {
             if self.place(partition).is_deaf {
@@ -569,7 +575,7 @@ impl Place {
             keyed,
             ..
         } = self;
-        // Since the last rewind, as far as it did not say that they may come again.
+        // Received since the last rewind, except those that the rewind allowed to repeat.
         let mut had: HashMap<u64, u64> = HashMap::new();
         let mut ever: HashSet<u64> = HashSet::new();
         let mut before: Vec<(u64, Priority, &Option<Name>)> = Vec::new();
@@ -590,21 +596,21 @@ impl Place {
                 } => {
                     assert!(
                         had.insert(*event, *id).is_none(),
-                        "{id} came twice: {received:?}"
+                        "{id} arrived twice: {received:?}"
                     );
                     ever.insert(*event);
                     for (earlier, early, early_key) in
                         before.iter().filter(|(earlier, ..)| earlier > id)
                     {
-                        // Only what is more urgent may have come first. An id with a key may come back late, also by a route without one,
-                        // but never after its successor.
+                        // Only a more urgent one may precede it. An id with a key may come back
+                        // late, even by a route without one, but never after its successor.
                         assert!(
                             early > priority || *is_state,
-                            "{earlier} came before {id}: {received:?}"
+                            "{earlier} arrived before {id}: {received:?}"
                         );
                         assert!(
                             key.is_none() || key != *early_key,
-                            "the older state {id} came after {earlier}: {received:?}"
+                            "the older state {id} arrived after {earlier}: {received:?}"
                         );
                     }
                     before.push((*id, *priority, key));
@@ -613,7 +619,7 @@ impl Place {
         }
         assert!(
             n_rewound == 0 || self.n_rewinds > 0,
-            "a gap without a reason: {received:?}"
+            "a gap without a rewind: {received:?}"
         );
         for (&id, record) in history {
             let is_state = |key: &Name| {
@@ -627,7 +633,7 @@ impl Place {
             let is_expired = routes(record).iter().all(|route| !holds(route, now_ms));
             assert!(
                 ever.contains(&event_of(record)) || is_superseded || is_expired,
-                "{id} is missing of {received:?}"
+                "{id} is missing from {received:?}"
             );
         }
     }
@@ -635,7 +641,8 @@ impl Place {
 
 const P: PartitionNumber = PartitionNumber(0);
 
-/// A subscription that overflowed in its first life, with this urgent notification about to go ahead of the replay.
+/// Returns a subscription that overflowed in its first epoch, with this urgent notification about
+/// to be sent ahead of the replay.
 fn overflowed(urgent_id: u64) -> Subscription {
     let mut subscription = Subscription::new(
         Name::parse("ann").unwrap(),
@@ -692,12 +699,13 @@ fn head(lives: &[(u16, u64)], last: u64) -> Head {
     }
 }
 
-/// It is of the life that is over: sent, it would be remembered as had, and what comes under its id in the new life would be skipped.
+/// It belongs to the ended epoch. If it were sent, the cursor would list its id as sent ahead, and
+/// the notification with the same id in the new epoch would be skipped.
 #[test]
-fn what_was_about_to_go_ahead_does_not_outlive_its_life() {
+fn an_urgent_notification_waiting_to_be_sent_ahead_is_dropped_with_its_epoch() {
     let mut subscription = overflowed(100);
     subscription.begin(P, &head(&[(1, 0), (2, 50)], 50), 0);
-    // A socket that has room again takes what there is.
+    // The socket has room again and drains everything.
     while subscription.next(0).is_some() {}
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
     let life = Life::from_bits(2);
@@ -715,10 +723,11 @@ fn what_was_about_to_go_ahead_does_not_outlive_its_life() {
     assert!(subscription.next(0).is_none());
 }
 
-/// Its log is cut before the replay comes to it: it waits in its lane then, below later ones of its kind; and no id below the low-water mark is
-/// left in the cursor, which could not be read back.
+/// The log is trimmed before the replay reaches the id: it then waits in its queue, before later
+/// ones of its priority. The cursor keeps no id below the low-water mark, with which it could not
+/// be parsed.
 #[test]
-fn what_was_about_to_go_ahead_keeps_its_place_where_its_log_is_cut() {
+fn an_urgent_notification_waiting_to_be_sent_ahead_keeps_its_order_when_its_log_is_trimmed() {
     let mut subscription = overflowed(100);
     subscription.begin(P, &head(&[(1, 0)], 200), 0);
     subscription.handle(
@@ -740,7 +749,8 @@ fn what_was_about_to_go_ahead_keeps_its_place_where_its_log_is_cut() {
         (cursor.positions[0].low_water, cursor.had.len()),
         (NotificationId(200), 0)
     );
-    // The same where the index has it, and the record is gone; it is at hand, and so nothing is missing.
+    // The same if the index lists the id but the record is gone: the subscription still holds the
+    // record, so nothing is missing.
     let mut subscription = overflowed(100);
     subscription.begin(P, &head(&[(1, 0)], 200), 0);
     assert!(!subscription.pass_over(P, NotificationId(100)));
@@ -753,9 +763,10 @@ fn what_was_about_to_go_ahead_keeps_its_place_where_its_log_is_cut() {
     ));
 }
 
-/// The newer state was sent, went ahead, and has expired when the client comes back. The older one that it made superfluous stays so.
+/// The newer state was sent ahead and has expired when the client resumes. The older state stays
+/// superseded.
 #[test]
-fn h15_a_state_that_was_had_supersedes_older_ones_also_when_it_has_expired() {
+fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
     let position = Position {
         partition: P,
         life: Life::from_bits(1),
@@ -787,9 +798,10 @@ fn h15_a_state_that_was_had_supersedes_older_ones_also_when_it_has_expired() {
     assert!(subscription.next(now_ms).is_none());
 }
 
-/// Nobody knows which of the two had it sent: the older states of both are superfluous.
+/// The cursor does not record which of the two routes sent it, so the older states of both are
+/// superseded.
 #[test]
-fn what_was_had_by_one_of_two_routes_supersedes_older_ones_of_both() {
+fn a_notification_sent_ahead_supersedes_older_states_of_each_of_its_routes() {
     let position = Position {
         partition: P,
         life: Life::from_bits(1),
@@ -834,9 +846,10 @@ fn what_was_had_by_one_of_two_routes_supersedes_older_ones_of_both() {
     assert!(subscription.next(now_ms).is_none());
 }
 
-/// It waits for a slow socket, and the route by which it would have come expires: it comes by the other one, in its place.
+/// It waits for a slow socket until its winning route expires: the other route delivers it, in its
+/// original position.
 #[test]
-fn what_expires_by_one_route_still_comes_by_another() {
+fn a_notification_that_expires_by_one_route_arrives_by_another() {
     let mut subscription = Subscription::new(
         Name::parse("ann").unwrap(),
         Start::Latest,
@@ -874,9 +887,10 @@ fn what_expires_by_one_route_still_comes_by_another() {
     assert_eq!(subscription.marks(P).0, NotificationId(66));
 }
 
-/// The first one waits to go ahead by a route that expires; by the other one it is as urgent as what follows.
+/// The first one waits to be sent ahead by a route that expires; by its other route it is still
+/// urgent.
 #[test]
-fn what_was_about_to_go_ahead_by_a_route_that_expires_goes_ahead_by_another() {
+fn a_notification_waiting_to_be_sent_ahead_switches_to_another_urgent_route() {
     let mut subscription = overflowed(100);
     let urgent = Priority::Urgent as usize;
     let both = record_of(110, [route(urgent, 9, Some(1_000)), route(urgent, 9, None)]);
@@ -904,9 +918,10 @@ fn what_was_about_to_go_ahead_by_a_route_that_expires_goes_ahead_by_another() {
     );
 }
 
-/// A stream that ends before it began has no place to come back to in some partition, and with a cursor that does not name it would begin there anew.
+/// A stream that ends before it began lacks a position in some partition; a cursor without that
+/// partition would restart it there.
 #[test]
-fn without_a_place_in_every_partition_there_is_no_cursor() {
+fn no_cursor_is_written_until_every_partition_has_a_position() {
     let mut subscription = Subscription::new(
         Name::parse("ann").unwrap(),
         Start::Latest,
@@ -928,7 +943,7 @@ fn without_a_place_in_every_partition_there_is_no_cursor() {
     );
 }
 
-/// `LONG=1` runs twenty times as many.
+/// `LONG=1` runs twenty times as many cases.
 fn cases() -> u32 {
     if std::env::var_os("LONG").is_some_and(|long| long != "0") {
         100_000
@@ -950,7 +965,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn each_notification_comes_once_and_in_order_whatever_happens(steps in prop_oneof![steps(false, false), steps(false, true)]) {
+    fn each_notification_arrives_once_and_in_order_under_any_history(steps in prop_oneof![steps(false, false), steps(false, true)]) {
         play(&steps);
     }
 

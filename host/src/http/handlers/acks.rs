@@ -1,7 +1,9 @@
-//! `POST /v1/acks`: a device says how far it is, or a user up to where everything is read. Either is kept as a bookmark, for weeks.
+//! `POST /v1/acks`: moves a device cursor, the user's read marker, or both. Either is kept for
+//! weeks.
 //!
-//! The body is JSON: `id`, the id of a frame; and whose bookmark moves there: `device`, a name, or `"read": true`, or both. An answer of 204
-//! means that it is kept; a bookmark that was further already stays. Which of two places is further is `bookmarks`'s.
+//! The body is JSON: `id`, the id of a frame, and `device` (a name), `"read": true`, or both. A 204
+//! means that the position is stored; a cursor or marker that is already further ahead stays where
+//! it is. `bookmarks` decides which of two positions is further ahead.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +18,9 @@ use crate::delivery::subscription::cursor::{Cursor, Unreadable};
 use crate::event::Name;
 use crate::http::{ApiError, State, read_body};
 
-/// Room for an id and the longest name with its JSON escapes.
+/// Fits an id and the longest name with its JSON escapes.
 const MAX_BODY: usize = 4 * 1024;
-const SHAPE: &str = "send {\"id\": \"<the id of a frame>\", \"device\": \"<its name>\"}, or \"read\": true in place of the device";
+const SHAPE: &str = "send {\"id\": \"<the id of a frame>\", \"device\": \"<its name>\"}, or \"read\": true instead of the device";
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -29,18 +31,20 @@ struct Acknowledgement {
     read: bool,
 }
 
-/// Moves bookmarks.
+/// Moves the device cursor, the read marker, or both.
 ///
 /// # Errors
-/// 400 and 415 for what cannot be read, 401 or 403 for a token that does not hold, 403 for another user's id, 413 for a body that nobody
-/// would send, 503 while the broker is away.
+/// 400 or 415 for a body that is not a valid acknowledgement, 401 or 403 for a missing or invalid
+/// token, 403 for another user's id, 413 for a body above 4 KiB, 503 while the broker is
+/// unavailable.
 pub(in crate::http) async fn acknowledge(
     Shared(state): Shared<Arc<State>>,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let (parts, body) = request.into_parts();
     let user = state.auth().stream_identity(&parts)?.reader.user;
-    // A page of another origin can send every other type with a user's cookie, unasked.
+    // Requires `application/json`: a page of another origin can send any simple content type with
+    // the user's cookie and without a preflight.
     let kind = parts
         .headers
         .get(header::CONTENT_TYPE)
@@ -52,8 +56,8 @@ pub(in crate::http) async fn acknowledge(
         .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
     {
         return Err(
-            ApiError::unsupported_media_type("an acknowledgement is JSON")
-                .fix("say Content-Type: application/json"),
+            ApiError::unsupported_media_type("an acknowledgement must be JSON")
+                .fix("send Content-Type: application/json"),
         );
     }
     let body = read_body(
@@ -63,7 +67,8 @@ pub(in crate::http) async fn acknowledge(
     )
     .await?;
     let told: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
-        ApiError::bad_request(format!("the body is no acknowledgement: {error}")).fix(SHAPE)
+        ApiError::bad_request(format!("the body is not a valid acknowledgement: {error}"))
+            .fix(SHAPE)
     })?;
     let which: Vec<BookmarkOf> = told
         .device
@@ -72,27 +77,27 @@ pub(in crate::http) async fn acknowledge(
         .chain(told.read.then_some(BookmarkOf::ReadMark))
         .collect();
     if which.is_empty() {
-        return Err(ApiError::bad_request(
-            "the body says neither which device is there nor that it was read",
-        )
-        .fix(SHAPE));
+        return Err(
+            ApiError::bad_request("the body has neither a device nor \"read\": true").fix(SHAPE),
+        );
     }
     let cursor = Cursor::decode(&told.id, &user).map_err(|error| match error {
         Unreadable::Garbled => {
-            ApiError::bad_request("id is no id of a frame").fix("send the id of the last frame that you have, as it came")
+            ApiError::bad_request("id is not the id of a frame").fix("send the id of the last frame received, unchanged")
         }
-        Unreadable::AnotherUsers => ApiError::forbidden("this id is another user's")
-            .fix("acknowledge as the user whose stream sent it, and forget the ids that you keep when another user logs in"),
+        Unreadable::AnotherUsers => ApiError::forbidden("this id belongs to another user")
+            .fix("acknowledge as the user whose stream sent it, and discard stored ids when another user logs in"),
     })?;
     let taken = state.bookmarks()?.acknowledge(&user, &cursor, &which);
-    // Several reads and writes of the broker: what nobody waits for any more must not go on.
+    // This takes several broker reads and writes: it must not go on after the client has stopped
+    // waiting.
     let taken = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), taken).await;
     match taken.map_err(|_| ApiError::away("the broker did not answer in time"))? {
         Ok(()) => Ok(StatusCode::NO_CONTENT),
         Err(refusal @ Refusal::Ahead) => Err(ApiError::bad_request(refusal.to_string())
-            .fix("send the id of the last frame that you have, as it came")),
+            .fix("send the id of the last frame received, unchanged")),
         Err(refusal @ Refusal::Crowded) => Err(ApiError::overloaded(refusal.to_string())
-            .fix("acknowledge the newest frame, not every one")),
+            .fix("acknowledge only the newest frame, not every frame")),
         Err(Refusal::Broker(error)) => Err(error.into()),
     }
 }
@@ -115,25 +120,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_acknowledgement_is_refused_with_the_fix() {
+    async fn an_invalid_acknowledgement_is_refused_with_a_fix() {
         let site = Site::dev(FakeBroker::default());
         let long = "x".repeat(257);
         for (body, expect) in [
             (String::new(), "EOF"),
-            ("[1]".to_owned(), "no acknowledgement"),
-            ("null".to_owned(), "no acknowledgement"),
+            ("[1]".to_owned(), "not a valid acknowledgement"),
+            ("null".to_owned(), "not a valid acknowledgement"),
             ("{}".to_owned(), "missing field `id`"),
             (
                 json!({ "id": 7, "device": "phone" }).to_string(),
                 "invalid type",
             ),
-            (
-                json!({ "id": id("ann") }).to_string(),
-                "neither which device",
-            ),
+            (json!({ "id": id("ann") }).to_string(), "neither a device"),
             (
                 json!({ "id": id("ann"), "read": false }).to_string(),
-                "neither which device",
+                "neither a device",
             ),
             (
                 json!({ "id": id("ann"), "read": 1 }).to_string(),
@@ -157,19 +159,19 @@ mod tests {
             ),
             (
                 json!({ "id": "latest", "device": "phone" }).to_string(),
-                "no id of a frame",
+                "not the id of a frame",
             ),
             (
                 json!({ "id": "", "device": "phone" }).to_string(),
-                "no id of a frame",
+                "not the id of a frame",
             ),
             (
                 json!({ "id": "1\u{0}", "device": "phone" }).to_string(),
-                "no id of a frame",
+                "not the id of a frame",
             ),
             (
                 json!({ "id": format!("{}A", id("ann")), "device": "phone" }).to_string(),
-                "no id of a frame",
+                "not the id of a frame",
             ),
         ] {
             let (status, _, answer) = site
@@ -203,7 +205,10 @@ mod tests {
             .await;
         assert_eq!(
             (status, answer["error"].as_str()),
-            (StatusCode::FORBIDDEN, Some("this id is another user's"))
+            (
+                StatusCode::FORBIDDEN,
+                Some("this id belongs to another user")
+            )
         );
         let large = json!({ "id": "1".repeat(5_000), "read": true }).to_string();
         assert_eq!(

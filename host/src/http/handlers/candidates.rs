@@ -1,5 +1,6 @@
-//! A candidate for a plugin, on the admin listener: beside it on live events (`/v1/plugins/{name}/shadow`), in its place for good
-//! (`/v1/plugins/{name}/promote`), or in its place on past events (`/v1/plugins/{name}/replay`).
+//! Candidate routes of the admin listener: run a candidate in shadow on live events
+//! (`/v1/plugins/{name}/shadow`), promote it to the active version (`/v1/plugins/{name}/promote`),
+//! or backtest it on past events (`/v1/plugins/{name}/replay`).
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow;
 use crate::preview::backtest::{self, MAX_EVENTS, rehearse};
 
-/// `PUT /v1/plugins/{name}/shadow` with the bytes of a file.
+/// `PUT /v1/plugins/{name}/shadow` with the bytes of a plugin file.
 pub(in crate::http) async fn begin(
     extract::State(state): extract::State<Arc<State>>,
     _: Keyed,
@@ -34,7 +35,7 @@ pub(in crate::http) async fn begin(
 /// `GET /v1/plugins/{name}/shadow`.
 pub(in crate::http) async fn report(
     extract::State(state): extract::State<Arc<State>>,
-    // What differs is shown with recipients and bodies.
+    // The report contains recipients and bodies.
     _: Keyed,
     Path(name): Path<String>,
 ) -> Result<Json<shadow::Report>, ApiError> {
@@ -65,7 +66,7 @@ pub(in crate::http) async fn promote(
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Options {
-    /// So many of the newest decisions, of all sources together (1,000).
+    /// How many of the newest decisions to use, over all sources together (1,000).
     #[serde(default = "default_last")]
     last: usize,
 }
@@ -74,7 +75,7 @@ fn default_last() -> usize {
     1_000
 }
 
-/// `POST /v1/plugins/{name}/replay?last=N` with the bytes of a file.
+/// `POST /v1/plugins/{name}/replay?last=N` with the bytes of a plugin file.
 pub(in crate::http) async fn replay(
     extract::State(state): extract::State<Arc<State>>,
     _: Keyed,
@@ -84,12 +85,12 @@ pub(in crate::http) async fn replay(
 ) -> Result<Json<backtest::Report>, ApiError> {
     if !(1..=MAX_EVENTS).contains(&options.last) {
         return Err(ApiError::bad_request(format!(
-            "last is {}; give 1 to {MAX_EVENTS}",
+            "limit is {}; use 1 to {MAX_EVENTS}",
             options.last
         )));
     }
-    let busy =
-        |_| ApiError::overloaded("another candidate is being asked about past events on this node");
+    let busy = |_| ApiError::overloaded("another backtest is running on this node");
+    // Taken before the body is read, so that a second request is refused without an upload.
     let _one = state.rehearsing.try_acquire().map_err(busy)?;
     let broker = state.broker()?;
     let understudy = {

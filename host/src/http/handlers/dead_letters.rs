@@ -1,5 +1,5 @@
-//! `/v1/dead`: events that were set aside with a reason, over all partitions. Listed, shown with their original fields, sent through
-//! again, or dropped. A dead letter is named `partition/id`, as it stands in the path.
+//! `/v1/dead`: dead letters of all partitions. They can be listed, shown with their original
+//! fields, redriven and dropped. A dead letter is identified by `partition/id`, as in the path.
 
 use std::sync::Arc;
 
@@ -14,16 +14,16 @@ use crate::broker::{Broker, DeadLetter, PartitionNumber};
 use crate::event::{EntryId, Malformed};
 use crate::http::{ApiError, Keyed, Path, Query, State};
 
-/// The most dead letters in one answer.
+/// The maximum number of dead letters in one response.
 const MAX_LIMIT: usize = 1_000;
 
-/// Dead letters read from the broker at once: each may hold megabytes, which a list does not show.
+/// Dead letters per broker read. Each may hold megabytes, which the list does not show.
 const READ: usize = 16;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Page {
-    /// The `id` of the last one had.
+    /// The `id` of the last dead letter of the previous page.
     after: Option<String>,
     #[serde(default = "default_limit")]
     limit: usize,
@@ -36,7 +36,7 @@ fn default_limit() -> usize {
 #[derive(Debug, Serialize)]
 pub(in crate::http) struct Listed {
     dead: Vec<Shown>,
-    /// Give it as `after` for the following ones; absent at the end.
+    /// The `after` of the next page; absent on the last page.
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<String>,
 }
@@ -47,18 +47,18 @@ pub(in crate::http) struct Shown {
     id: String,
     /// The key of the source.
     source: String,
-    /// The entry that it was.
+    /// The id of the original entry.
     entry: EntryId,
     reason: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     plugin: Option<String>,
     attempts: u32,
-    /// The entry's fields as they were; only where one is shown.
+    /// The entry's original fields; only when a single dead letter is shown.
     #[serde(skip_serializing_if = "Option::is_none")]
     fields: Option<Vec<Field>>,
 }
 
-/// A field of bytes from outside: text where it is text.
+/// A field of untrusted bytes: text if it is UTF-8, base64 otherwise.
 #[derive(Debug, Serialize)]
 struct Field {
     #[serde(flatten)]
@@ -222,7 +222,7 @@ fn known(state: &State, number: u8) -> Result<(&Arc<dyn Broker>, PartitionNumber
 fn parse_id(text: &str) -> Result<(PartitionNumber, EntryId), Malformed> {
     let malformed = || {
         Malformed::new(format!(
-            "'{}' is no id of a dead letter such as 0/1700000000000-0",
+            "'{}' is not a valid dead letter id; use one such as 0/1700000000000-0",
             text.escape_debug()
         ))
     };
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_list_goes_through_all_partitions_page_by_page() {
+    async fn a_list_pages_through_all_partitions() {
         let site = site();
         let (mut path, mut found) = ("/v1/dead?limit=3".to_owned(), Vec::new());
         for _ in 0..3 {
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_long_list_is_read_a_few_at_a_time() {
+    async fn a_long_list_is_read_in_small_batches() {
         let broker = FakeBroker::default();
         for ms in 1..=100 {
             broker.bury(PartitionNumber(0), EntryId { ms, seq: 0 }, Vec::new());
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_is_shown_whole_redriven_or_dropped_once() {
+    async fn a_dead_letter_is_shown_with_its_fields_and_redriven_or_dropped_once() {
         let site = site();
         let (_, _, body) = site.request("GET", "/v1/dead/1/3-0", &[], "").await;
         assert_eq!(

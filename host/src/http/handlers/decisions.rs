@@ -1,4 +1,5 @@
-//! `GET /v1/decisions` on the admin listener: what became of the newest events and why. Whom one of them reached, `explain` says.
+//! `GET /v1/decisions` on the admin listener: the outcomes of the newest events and the reasons.
+//! `explain` covers which users one of them reached.
 
 use std::sync::Arc;
 
@@ -9,15 +10,15 @@ use serde::Deserialize;
 use crate::explain::Decided;
 use crate::http::{ApiError, Query, State};
 
-/// The most decisions of a partition in one answer.
+/// The maximum number of decisions of a partition in one response.
 const MAX_LIMIT: usize = 1_000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Options {
-    /// Of each partition, newest first (100).
+    /// The maximum number of decisions of each partition, newest first (100).
     limit: Option<usize>,
-    /// Only those of events with this CloudEvents `id`, among the newest.
+    /// Only decisions about events with this CloudEvents `id`, among the newest.
     event_id: Option<String>,
 }
 
@@ -29,7 +30,7 @@ pub(in crate::http) async fn list(
     let broker = state.broker()?;
     let mut all = Vec::new();
     for partition in broker.partitions() {
-        // Where one event is asked for, it is looked for as far back as an answer may reach.
+        // A search for one event covers as many decisions as a response may hold.
         let reach = if options.event_id.is_some() {
             MAX_LIMIT
         } else {

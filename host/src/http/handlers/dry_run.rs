@@ -1,5 +1,6 @@
-//! `POST /v1/events?dry_run=true`: what would become of events, and whom they would reach, as plugins, members and attributes are now.
-//! Nothing is stored; a duplicate is not found out, as only a commit can.
+//! `POST /v1/events?dry_run=true`: the outcome and the reach that events would have, given the
+//! current plugins, memberships and attributes. Nothing is stored. Duplicates are not detected,
+//! because only a commit can detect them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,12 +17,12 @@ use crate::event::{
 use crate::http::{ApiError, State};
 use crate::ingest::pipeline::{Evaluation, NoPlugins, Resolution};
 
-/// The most named users of one event that are judged one by one.
+/// The maximum number of named users of one event whose conditions are evaluated.
 const MAX_USERS: usize = 100;
-/// The longest that a request may take: it holds the place of one that publishes.
+/// The maximum duration of a request: it holds a publish permit.
 const MAX_DURATION: Duration = Duration::from_secs(30);
 
-/// What would become of an event.
+/// The dry-run result of one event.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub(in crate::http) enum Trial {
@@ -38,7 +39,7 @@ pub(in crate::http) struct Tried {
     kind: Name,
     partition: PartitionNumber,
     outcome: Outcome,
-    /// Priority and extension attributes as filters left them.
+    /// Priority and extension attributes after the filters.
     priority: Priority,
     attributes: BTreeMap<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,14 +51,15 @@ pub(in crate::http) struct Tried {
     verdicts: Vec<Verdict>,
 }
 
-/// Whom a plan reaches. Members of a group are not listed: no broker can, without asking every user.
+/// The recipients that a plan reaches. Members of a group are not listed: no broker can list them
+/// without reading every user.
 #[derive(Debug, Default, Serialize)]
 struct Reach {
-    /// Named users for whom a route wins, with its priority.
+    /// Named users who are reached, with the priority of the winning route.
     users: Vec<Reached>,
-    /// Named users whom no route reaches: its condition does not hold for them.
+    /// Named users who are not reached, because no condition holds for them.
     left_out: Vec<Name>,
-    /// Named users beyond the first hundred, who were not judged.
+    /// The number of named users beyond the first hundred; these are not evaluated.
     n_not_judged: usize,
     groups: Vec<Name>,
     everyone: bool,
@@ -67,11 +69,12 @@ struct Reach {
 struct Reached {
     user: Name,
     priority: Priority,
-    /// The router whose route wins.
+    /// The router of the winning route.
     by: Name,
 }
 
-/// Tries events out, each with the partition that it would go to, in their order.
+/// Runs events through the pipeline without storing them, in order. Each comes with the partition
+/// that it would be appended to.
 pub(in crate::http) async fn try_out(
     state: &State,
     broker: &dyn Broker,
@@ -120,14 +123,14 @@ async fn within<T>(
         .await
         .unwrap_or_else(|_| {
             let error = ApiError::overloaded(format!(
-                "the dry run takes longer than {} seconds",
+                "the dry run took longer than {} seconds",
                 most.as_secs()
             ));
             Err(error.fix("send fewer events at once"))
         })
 }
 
-/// What is left to the entry is left to the moment here.
+/// Fills in an omitted id and time from the current time, as a commit would from the entry.
 fn as_of(event: Event, now_ms: u64) -> Event {
     let time_ms = if event.time_ms == 0 {
         now_ms
@@ -176,7 +179,7 @@ async fn judge(
         ),
     };
     let mut reaches = Reach::default();
-    // An id above all: who is a member now sees it.
+    // Above every id, so that everyone who is a member now is reached.
     let moment = Moment {
         partition,
         id: NotificationId::MAX,
@@ -246,10 +249,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_dry_run_that_takes_too_long_is_told_to_be_smaller() {
+    async fn a_dry_run_that_takes_too_long_is_refused_with_503() {
         let Err(error) = within::<()>(Duration::from_millis(1), std::future::pending()).await
         else {
-            panic!("it does not end")
+            panic!("a future that never completes must time out")
         };
         assert_eq!(
             error.into_response().status(),
@@ -258,7 +261,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn conditions_are_judged_for_each_named_user() {
+    async fn conditions_are_evaluated_for_each_named_user() {
         let broker = FakeBroker::default();
         let pro =
             RecipientChange::Attributes([("plan".to_owned(), Value::Text("pro".into()))].into());

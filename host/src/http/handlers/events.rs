@@ -1,8 +1,10 @@
-//! `POST /v1/events`: CloudEvents over HTTP in the structured, binary and batch content modes (CloudEvents 1.0.2, "HTTP Protocol Binding").
+//! `POST /v1/events`: CloudEvents over HTTP in the structured, binary and batch content modes
+//! (CloudEvents 1.0.2, "HTTP Protocol Binding").
 //!
-//! A 2xx means that each event is stored, or refused for good, and the answer says which; a retry of an event that is stored already
-//! becomes a duplicate as it is decided. Anything else means that all of it may be sent again: what was stored of it before the failure is
-//! then a duplicate if the publisher gave ids. What the fields of an event may be is `event`'s.
+//! After a 2xx, each event is either stored or permanently refused, as listed in the response. A
+//! retry of a stored event becomes a duplicate when it is decided. After any other status, the
+//! whole request may be sent again: events that were stored before the failure are then duplicates,
+//! provided that the publisher gave ids. `event` defines the valid fields of an event.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -25,33 +27,34 @@ use crate::broker::{self, Broker, Partition, PartitionNumber};
 use crate::event::{EntryId, Event, Malformed, Name, Value};
 use crate::http::{ApiError, Keyed, Query, State, read_body};
 
-/// For so long a node says that its broker is full: until somebody tries again, nobody knows otherwise.
+/// How long readiness reports a full broker. Only the next publish attempt can show whether it is
+/// still full.
 const FULL_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Options {
-    /// Answer what would become of it, and store nothing.
+    /// Return the outcome that the events would have, and store nothing.
     #[serde(default)]
     dry_run: bool,
 }
 
-/// What became of one event of a request.
+/// The result of publishing one event.
 #[derive(Debug, PartialEq, Serialize)]
 #[serde(tag = "status", rename_all = "kebab-case")]
 enum Receipt {
-    /// The broker has it. Without an `id` from the publisher, the entry's.
+    /// The broker has stored it. Without an `id` from the publisher, `id` is the entry's.
     Stored {
         id: String,
         source: Name,
         partition: PartitionNumber,
         entry: EntryId,
     },
-    /// It will be refused again: this is what is wrong with it.
+    /// It is permanently refused; `error` gives the reason.
     Refused { error: String },
 }
 
-/// Events in the order of the batch.
+/// One receipt per event, in the order of the batch.
 #[derive(Debug, Serialize)]
 struct Receipts {
     events: Vec<Receipt>,
@@ -66,8 +69,9 @@ pub(in crate::http) async fn publish(
 ) -> Result<Response, ApiError> {
     let mode = Mode::of(&headers)?;
     let wait = Duration::from_secs(state.limits.publish_wait_s);
+    // Taken before the body is read, because the permits bound the bodies held in memory.
     let Ok(Ok(_permit)) = tokio::time::timeout(wait, state.publishing.acquire()).await else {
-        return Err(ApiError::overloaded("too many requests to publish at once"));
+        return Err(ApiError::overloaded("too many concurrent publish requests"));
     };
     let max = if mode == Mode::Batch {
         state.limits.batch_bytes
@@ -138,28 +142,29 @@ impl Mode {
         match essence.as_str() {
             "application/cloudevents-batch+json" => Ok(Self::Batch),
             "application/cloudevents+json" => Ok(Self::Structured),
-            // Binary mode is known by its headers; its content type is that of the data.
+            // Binary mode is recognised by its headers; its content type is that of the data.
             _ if headers.keys().any(|name| name.as_str().starts_with("ce-")) => Ok(Self::Binary),
             "application/json" => Ok(Self::Structured),
             other => {
                 let error = ApiError::unsupported_media_type(format!(
-                    "no event can be read from '{}' without ce-* headers",
+                    "cannot read an event from content type '{}' without ce-* headers",
                     other.escape_debug()
                 ));
-                Err(error.fix("send a CloudEvent as application/cloudevents+json, many as application/cloudevents-batch+json, or its attributes as ce-* headers"))
+                Err(error.fix("send one CloudEvent as application/cloudevents+json, several as application/cloudevents-batch+json, or the attributes as ce-* headers"))
             }
         }
     }
 }
 
-/// An event that holds, with the fields of the entry that it will be.
+/// A valid event with the fields of its future entry.
 struct Draft {
     event: Event,
     fields: Vec<(Bytes, Bytes)>,
 }
 
 impl Draft {
-    /// Measured as ingest measures an entry: what is stored here must not be dead-lettered there for its size.
+    /// Checks the size in the same way as ingest does, so that no stored event is dead-lettered for
+    /// its size.
     fn within(self, max_bytes: usize) -> Result<Self, Malformed> {
         let n_bytes: usize = self
             .fields
@@ -168,14 +173,15 @@ impl Draft {
             .sum();
         if n_bytes > max_bytes {
             return Err(
-                Malformed::new(format!("has {n_bytes} bytes; {max_bytes} is the most"))
+                Malformed::new(format!("has {n_bytes} bytes; the limit is {max_bytes}"))
                     .of("the event"),
             );
         }
         Ok(self)
     }
 
-    /// The document is stored as it was sent, so that an id or time which the publisher left out stays left out and becomes the entry's.
+    /// Stores the document as it was sent, so that an omitted id or time stays omitted and is later
+    /// taken from the entry.
     fn structured(document: Bytes, source: &str) -> Result<Self, Malformed> {
         let event = Event::from_json(EntryId::default(), source, &document)?;
         Ok(Self {
@@ -184,7 +190,7 @@ impl Draft {
         })
     }
 
-    /// Stored as flat fields: that is what headers are.
+    /// Stores the headers as flat fields.
     fn binary(headers: &HeaderMap, data: Bytes, source: &str) -> Result<Self, Malformed> {
         let mut fields = Vec::new();
         for (name, value) in headers {
@@ -193,7 +199,7 @@ impl Draft {
             };
             if ["data", "data_base64", "datacontenttype", "event"].contains(&name) {
                 return Err(Malformed::new(
-                    "is no attribute; the data is the body, and its type the Content-Type",
+                    "is not a valid attribute; send the data as the body and its type as Content-Type",
                 )
                 .of(format!("ce-{name}")));
             }
@@ -218,7 +224,8 @@ impl Draft {
     }
 }
 
-/// A header's value as the binding writes it: perhaps in double quotes, with `%XX` for what is not printable ASCII (section 3.1.3.2).
+/// Decodes a header value as the binding encodes it: optionally in double quotes, with `%XX` for
+/// anything but printable ASCII (section 3.1.3.2).
 fn header_text(value: &[u8]) -> Cow<'_, [u8]> {
     let unquoted = match value {
         [b'"', inner @ .., b'"'] => {
@@ -250,7 +257,8 @@ fn header_text(value: &[u8]) -> Cow<'_, [u8]> {
                 text.push(high << 4 | low);
                 rest = &tail[2..];
             }
-            // A bare % is what it looks like: no publisher meant anything else by it.
+            // A % without two hex digits is taken literally; no publisher can have meant anything
+            // else.
             _ => {
                 text.push(*byte);
                 rest = tail;
@@ -260,7 +268,11 @@ fn header_text(value: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(text)
 }
 
-/// Takes a batch apart. An event that does not hold is one refusal; a batch that is no list, or too long, is an error.
+/// Splits a batch. An invalid event becomes a refusal of that event.
+///
+/// # Errors
+/// 400 for a batch that is not UTF-8 or not a JSON array, 413 for one with too many
+/// events.
 fn batch(
     body: &Bytes,
     limits: &crate::http::Limits,
@@ -269,15 +281,15 @@ fn batch(
     let text =
         std::str::from_utf8(body).map_err(|_| ApiError::bad_request("the batch is not UTF-8"))?;
     let documents: Vec<&RawValue> = serde_json::from_str(text).map_err(|e| {
-        ApiError::bad_request(format!("the batch is not a JSON list of events: {e}"))
+        ApiError::bad_request(format!("the batch is not a JSON array of events: {e}"))
     })?;
     if documents.len() > limits.batch_events {
         return Err(ApiError::too_large(format!(
-            "the batch has {} events; {} is the most",
+            "the batch has {} events; the limit is {}",
             documents.len(),
             limits.batch_events
         ))
-        .fix("send it in parts"));
+        .fix("split it into smaller batches"));
     }
     let drafts = documents
         .into_iter()
@@ -285,14 +297,15 @@ fn batch(
     Ok(drafts.collect())
 }
 
-/// The partition of an event: the same for all with one `partitionkey`, else one `subject`, else for an event and its retries. Changes
-/// when a source is added. An event with neither an id of its own goes where its `source` goes.
+/// Chooses the partition of an event by hashing its `partitionkey`, else its `subject`, else its
+/// `source` and `id`, so that retries meet the first attempt. For an event without an `id` of its
+/// own, only the `source` counts. The choice changes when a source is added.
 fn partition_of<'a>(event: &Event, partitions: &'a [Partition]) -> &'a Partition {
     let key = match (event.attribute("partitionkey"), &event.subject) {
         (Some(Value::Text(key)), _) => Cow::Borrowed(key.as_str()),
         (Some(key), _) => Cow::Owned(serde_json::to_string(key).unwrap_or_default()),
         (None, Some(subject)) => Cow::Borrowed(subject.as_str()),
-        // No name holds a line feed, so two pairs never read alike.
+        // No name contains a line feed, so two different pairs never give the same key.
         (None, None) => Cow::Owned(format!(
             "{}\n{}",
             event.source,
@@ -303,7 +316,7 @@ fn partition_of<'a>(event: &Event, partitions: &'a [Partition]) -> &'a Partition
             }
         )),
     };
-    // A hash that is the same in every version on every machine, as a publisher's retry must meet the first attempt.
+    // A hash that is stable across versions and machines: a retry must meet the first attempt.
     let digest = Sha256::digest(key.as_bytes());
     let number = digest
         .iter()
@@ -312,15 +325,15 @@ fn partition_of<'a>(event: &Event, partitions: &'a [Partition]) -> &'a Partition
     &partitions[usize::try_from(number % partitions.len() as u64).unwrap_or_default()]
 }
 
-/// What goes to one partition.
+/// The entries to append to one partition.
 #[derive(Default)]
 struct Append {
     entries: Vec<Vec<(Bytes, Bytes)>>,
-    /// For each entry, where in the request its event stood.
+    /// For each entry, the event and its index in the request.
     origins: Vec<(usize, Event)>,
 }
 
-/// Appends what holds, in order within each partition, and says what became of each.
+/// Appends the valid events, in order within each partition, and returns a receipt for each event.
 async fn store(
     state: &State,
     broker: &dyn Broker,
@@ -342,7 +355,8 @@ async fn store(
             }
         }
     }
-    // Side by side, and each to its end: one that fails does not leave the others half-told.
+    // Run the appends concurrently and all to completion, so that one failure does not leave the
+    // outcome of the others unknown.
     let stored = futures_util::future::join_all(appends.into_iter().map(
         |(partition, Append { entries, origins })| async move {
             (partition, broker.append(partition, entries).await, origins)
@@ -368,10 +382,11 @@ async fn store(
         }
     }
     let all: Option<Vec<Receipt>> = receipts.into_iter().collect();
-    all.ok_or_else(|| ApiError::away("the broker answered for fewer events than it was given"))
+    all.ok_or_else(|| ApiError::away("the broker confirmed fewer events than it was sent"))
 }
 
-/// A broker that is full is told apart from a source that nobody works off: the first is the operator's, the second passes.
+/// Distinguishes a full broker, which the operator must fix, from a source whose backlog has
+/// reached its limit, which resolves as events are decided.
 async fn refusal(
     state: &State,
     broker: &dyn Broker,
@@ -383,7 +398,7 @@ async fn refusal(
             && now.lag >= state.retention.backlog_entries
         {
             return ApiError::backlog(format!(
-                "{} events wait in this source; it takes no more until some are decided",
+                "{} events are waiting in this source; it accepts no more until some are decided",
                 now.lag
             ))
             .cause(error);
@@ -433,7 +448,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_structured_event_is_stored_as_it_was_sent() {
+    async fn a_structured_event_is_stored_as_sent() {
         let site = Site::dev(FakeBroker::default());
         let document = r#"{"specversion":"1.0","type":"order.shipped","source":"/shop","id":"a","user":"42","data":{"order": 7}}"#;
         for content_type in [
@@ -460,7 +475,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_id_left_out_is_the_entrys() {
+    async fn an_omitted_id_becomes_the_id_of_the_entry() {
         let site = Site::dev(FakeBroker::default());
         let (_, _, body) = site
             .request("POST", "/v1/events", &[STRUCTURED], r#"{"type":"t"}"#)
@@ -476,7 +491,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn binary_mode_is_headers_and_a_body() {
+    async fn binary_mode_reads_attributes_from_headers_and_data_from_the_body() {
         let site = Site::dev(FakeBroker::default());
         let headers = [
             ("ce-specversion", "1.0"),
@@ -505,7 +520,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bad_events_are_refused_for_good_and_named() {
+    async fn invalid_events_are_refused_with_the_reason() {
         let site = Site::dev(FakeBroker::default());
         let large = format!(r#"{{"type":"t","data":"{}"}}"#, "x".repeat(256 * 1024));
         let check =
@@ -533,7 +548,7 @@ mod tests {
             &[STRUCTURED],
             r#"{"type":"t","id":"a\nb"}"#,
             StatusCode::BAD_REQUEST,
-            "id has the control character U+000A",
+            "id contains the control character U+000A",
         )
         .await;
         check(
@@ -547,21 +562,21 @@ mod tests {
             &[("ce-type", "t"), ("ce-data", "1")],
             "",
             StatusCode::BAD_REQUEST,
-            "ce-data is no attribute",
+            "ce-data is not a valid attribute",
         )
         .await;
         check(
             &[("ce-event", "{\"type\":\"t\"}")],
             "",
             StatusCode::BAD_REQUEST,
-            "ce-event is no attribute",
+            "ce-event is not a valid attribute",
         )
         .await;
         check(
             &[("ce-type", "a%0Ab")],
             "",
             StatusCode::BAD_REQUEST,
-            "type has the control character U+000A",
+            "type contains the control character U+000A",
         )
         .await;
         check(
@@ -583,7 +598,7 @@ mod tests {
             &[BATCH],
             r#"{"type":"t"}"#,
             StatusCode::BAD_REQUEST,
-            "not a JSON list",
+            "not a JSON array",
         )
         .await;
         check(
@@ -604,7 +619,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_batch_says_for_each_event_what_became_of_it() {
+    async fn a_batch_response_has_a_receipt_for_each_event() {
         let site = Site::dev(FakeBroker::with_partitions(4));
         let large = format!(r#"{{"type":"t","data":"{}"}}"#, "x".repeat(256 * 1024));
         let batch = format!(
@@ -648,7 +663,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broker_that_is_away_or_full_is_a_reason_to_come_again() {
+    async fn an_unavailable_or_full_broker_asks_publishers_to_retry() {
         let check = async |broker: FakeBroker, status: StatusCode| {
             let site = Site::dev(broker);
             let (found, headers, body) = site
@@ -659,12 +674,13 @@ mod tests {
             assert!((1..=5).contains(&seconds));
             assert!(
                 !body["error"].as_str().unwrap().contains("secret detail"),
-                "causes are for the log: {body}"
+                "causes belong in the log only: {body}"
             );
             site.state.readiness().is_ready()
         };
         let full = || FakeBroker::failing(|| broker::Error::Full("secret detail".into()));
-        // Being away is seen without anybody publishing, by `watch`; a backlog is no fault of the node.
+        // An unavailable broker is detected by `watch`, without a publish attempt; a backlog is not
+        // a fault of the node.
         assert!(
             check(
                 FakeBroker::failing(|| broker::Error::Away("secret detail".into())),
@@ -674,14 +690,15 @@ mod tests {
         );
         assert!(
             !check(full(), StatusCode::SERVICE_UNAVAILABLE).await,
-            "a full broker turns the node unready"
+            "a full broker must make the node unready"
         );
         assert!(check(full().with_lag(1_000_000), StatusCode::TOO_MANY_REQUESTS).await);
     }
 
-    /// Each partition remembers publishers' ids for itself: chosen anew for a retry, it would be another one, and the event there twice.
+    /// Each partition deduplicates ids on its own: if a retry went to another partition, the event
+    /// would be committed twice.
     #[test]
-    fn f14e_a_retry_meets_the_first_attempt_and_keys_spread() {
+    fn a_retry_goes_to_the_same_partition_and_keys_are_spread() {
         let partitions: Vec<Partition> = (0..4)
             .map(|n| Partition {
                 number: PartitionNumber(n),
@@ -696,7 +713,8 @@ mod tests {
             )
             .number
         };
-        // An interface: with another hash, retries on both sides of an upgrade would miss each other.
+        // This value is a stable interface: with another hash, retries before and after an upgrade
+        // would not meet.
         assert_eq!(
             of(json!({ "type": "t", "partitionkey": "k" })),
             PartitionNumber(2)

@@ -1,6 +1,8 @@
-//! `GET /v1/explain?event_id=ID&user=USER` on the admin listener: why somebody was told of an event, or not. What it says is `explain`'s.
+//! `GET /v1/explain?event_id=ID&user=USER` on the admin listener: why an event reached a user or
+//! did not. The `explain` module builds the explanation.
 //!
-//! What is known of users is in it, and what routers made of payloads, so it asks for the key.
+//! The response contains user data and router output derived from payloads, so it requires the API
+//! key.
 
 use std::sync::Arc;
 
@@ -13,7 +15,7 @@ use crate::event::Name;
 use crate::explain::{Explanation, Sources, Unexplained};
 use crate::http::{ApiError, Keyed, Query, State};
 
-/// Each may look through all decisions that are kept: so many at once.
+/// Bounds concurrent requests, because each may scan all stored decisions.
 static ANSWERS: Semaphore = Semaphore::const_new(MAX_ANSWERS);
 const MAX_ANSWERS: usize = 2;
 
@@ -22,7 +24,7 @@ const MAX_ANSWERS: usize = 2;
 pub(in crate::http) struct Options {
     /// The CloudEvents `id`, or the id of the entry.
     event_id: Name,
-    /// Without one, only the decision and the plan.
+    /// If absent, the response has only the decision and the plan.
     user: Option<Name>,
 }
 
@@ -41,7 +43,7 @@ pub(in crate::http) async fn explain(
     };
     let Ok(_permit) = ANSWERS.try_acquire() else {
         return Err(ApiError::overloaded(
-            "this node is already explaining as many events as it does at once",
+            "this node is already running as many explain requests as it allows",
         ));
     };
     sources
@@ -63,11 +65,14 @@ mod tests {
     use crate::http::site::Site;
 
     #[tokio::test]
-    async fn one_more_than_are_explained_at_once_is_asked_to_come_again() {
+    async fn an_explain_request_above_the_limit_gets_503() {
         let site = Site::dev(FakeBroker::default());
         let _all = ANSWERS.acquire_many(MAX_ANSWERS as u32).await.unwrap();
         let (status, body) = site.admin("/v1/explain?event_id=a").await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");
-        assert!(body.contains("already explaining"), "{body}");
+        assert!(
+            body.contains("as many explain requests as it allows"),
+            "{body}"
+        );
     }
 }

@@ -1,8 +1,12 @@
-//! `GET /v1/events?last=N` on the admin listener: the newest events that were decided and that the sources still hold, for trying plugins on.
+//! `GET /v1/events?last=N` on the admin listener: the newest decided events that the sources still
+//! hold, as input for testing plugins.
 //!
-//! A line each, oldest first, as CloudEvents in JSON: what `POST /v1/events` takes back, with the id and the time that plugins saw, which are
-//! the entry's where the publisher gave none. Sources give an entry up some time after its outcome (`retention.keep_s`), so fewer may be
-//! left than were asked for; headers say why. Payloads are in it, so it asks for the key. What was decided, `/v1/decisions` says.
+//! The response has one CloudEvent in JSON per line, oldest first, in a form that `POST /v1/events`
+//! accepts. Each has the id and time that plugins were given, which are the entry's if the
+//! publisher gave none. Sources drop an entry some time after its outcome
+//! (`retention.processed_entries_ttl`), so the response may hold fewer events than requested; a
+//! header gives the reason. Payloads are included, so the request requires the API key.
+//! `/v1/decisions` lists the outcomes.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,25 +23,26 @@ use crate::broker::{Broker, Partition};
 use crate::event::{EntryId, Event};
 use crate::http::{ApiError, Keyed, Query, State};
 
-/// The most events in one answer.
+/// The maximum number of events in one response.
 const MAX_LAST: usize = 10_000;
-/// The most bytes of one answer: of more, the oldest are left out.
+/// The maximum size of one response in bytes; beyond it, the oldest events are left out.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
-/// Read at once: each may be as large as an entry can be.
+/// Entries per broker read; each may have the maximum size of an entry.
 const READ: usize = 64;
 
-/// Each answer is held in memory: so many at once.
+/// Bounds concurrent requests, because each response is built in memory.
 static ANSWERS: Semaphore = Semaphore::const_new(2);
 
-/// Why there are not more events: `last` (as many as were asked for), `source` (no more are held) or `bytes` (no more fit).
+/// Why the response has no more events: `last` (the requested number was reached), `source` (no
+/// more are held) or `bytes` (the size limit was reached).
 static BOUND: HeaderName = HeaderName::from_static("pointsman-bound");
-/// How many entries were left out because they cannot be read as events.
+/// The number of entries left out because they are not valid events.
 static UNREADABLE: HeaderName = HeaderName::from_static("pointsman-unreadable");
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Options {
-    /// At most so many, of all sources together (1,000).
+    /// The maximum number of events, over all sources together (1,000).
     last: Option<usize>,
 }
 
@@ -49,13 +54,13 @@ pub(in crate::http) async fn newest(
     let last = options.last.unwrap_or(1_000);
     if !(1..=MAX_LAST).contains(&last) {
         return Err(ApiError::bad_request(format!(
-            "last is {last}; give 1 to {MAX_LAST}"
+            "last is {last}; use 1 to {MAX_LAST}"
         )));
     }
     let broker = state.broker()?;
     let Ok(_permit) = ANSWERS.try_acquire() else {
         return Err(ApiError::overloaded(
-            "this node is already answering as many requests for events as it does at once",
+            "this node is already running as many event exports as it allows",
         ));
     };
     let mut held = Held {
@@ -81,7 +86,7 @@ pub(in crate::http) async fn newest(
     Ok((headers, body).into_response())
 }
 
-/// The newest events so far, oldest first, within the bounds.
+/// The newest events collected so far, oldest first, within the limits.
 struct Held {
     last: usize,
     events: VecDeque<(EntryId, String)>,
@@ -105,7 +110,7 @@ impl Held {
             let Some(last) = read.last().map(|entry| entry.id) else {
                 break;
             };
-            // What came since then is not decided, or is for the next answer.
+            // Entries after the newest decision are undecided or belong to the next request.
             for entry in read.into_iter().filter(|entry| entry.id <= newest) {
                 match Event::from_fields(entry.id, &partition.source, &entry.fields) {
                     Ok(event) => self.add(entry.id, event.to_json()),
@@ -118,7 +123,8 @@ impl Held {
     }
 
     fn add(&mut self, entry: EntryId, line: String) {
-        // Sources are read one after the other, and each in its order: of the first, all are before.
+        // Sources are read one after the other, each in order, so entries of the first source
+        // always append at the end.
         let at = self.events.partition_point(|(other, _)| *other <= entry);
         self.bytes += line.len() + 1;
         self.events.insert(at, (entry, line));
@@ -158,9 +164,9 @@ mod tests {
     }
 
     #[test]
-    fn of_all_sources_the_newest_are_kept_oldest_first() {
+    fn the_newest_events_of_all_sources_are_kept_oldest_first() {
         let mut held = held(3);
-        // One source after the other.
+        // The order of reading: one source after the other.
         for ms in [1, 4, 6, 2, 3] {
             held.add(EntryId { ms, seq: 0 }, String::new());
         }
@@ -168,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_one_answer_is_left_out_from_the_oldest() {
+    fn the_oldest_events_are_left_out_above_the_size_limit() {
         let mut held = held(1_000);
         for ms in 1..=5 {
             held.add(EntryId { ms, seq: 0 }, "x".repeat(MAX_BYTES / 4));

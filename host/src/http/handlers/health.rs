@@ -1,4 +1,4 @@
-//! What probes and scrapers ask the admin listener.
+//! Probe and metrics routes of the admin listener.
 
 use std::sync::Arc;
 
@@ -9,12 +9,13 @@ use axum::response::{IntoResponse, Response};
 
 use crate::http::State;
 
-/// `GET /healthz`: the process answers. Nothing else is in it: restarting a node does not mend its broker.
+/// `GET /healthz`: the process responds. Nothing else is checked, because restarting a node does
+/// not repair its broker.
 pub(in crate::http) async fn is_alive() -> &'static str {
     "ok\n"
 }
 
-/// `GET /readyz`: 200, or 503 with a line a reason. Warnings are shown in both.
+/// `GET /readyz`: 200, or 503 with one line per reason. Warnings are listed in both.
 pub(in crate::http) async fn is_ready(
     extract::State(state): extract::State<Arc<State>>,
 ) -> Response {
@@ -52,7 +53,7 @@ mod tests {
     use crate::http::site::Site;
 
     #[tokio::test]
-    async fn readiness_is_a_line_a_reason() {
+    async fn readiness_reports_one_line_per_reason() {
         let site = Site::dev(FakeBroker::default());
         site.state
             .readiness()
@@ -66,12 +67,12 @@ mod tests {
         );
         site.state
             .readiness()
-            .set("broker", "away: connection refused");
+            .set("broker", "unavailable: connection refused");
         let (status, text) = site.admin("/readyz").await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(
             text.lines().next(),
-            Some("broker: away: connection refused")
+            Some("broker: unavailable: connection refused")
         );
         assert_eq!(
             site.admin("/healthz").await,

@@ -1,7 +1,8 @@
-//! `/v1/groups/{group}/members/{user}`: who is in which group.
+//! `/v1/groups/{group}/members/{user}`: group membership.
 //!
-//! A 2xx to PUT means that events published from then on reach the member; to DELETE, that they do not. What was committed between joining
-//! and leaving still arrives. What a membership remembers is `broker`'s.
+//! After a 2xx to PUT, events published from then on reach the member; after a 2xx to DELETE, they
+//! do not. Events committed between joining and leaving are still delivered. `broker` defines the
+//! stored membership.
 
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ pub(in crate::http) async fn join(
     Path((group, user)): Path<(Name, Name)>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
-    // Kept free for what a membership may say one day; taking and ignoring it would be a promise.
+    // Reserved for future membership options; accepting and ignoring a body would be a promise.
     if body.size_hint().lower() > 0 {
         return Err(
             ApiError::bad_request("a membership has no body").fix("send PUT with an empty body")
@@ -59,7 +60,7 @@ pub(in crate::http) async fn show(
     Path((group, user)): Path<(Name, Name)>,
 ) -> Result<Json<Membership>, ApiError> {
     let recipient = state.broker()?.recipient(&user).await?;
-    // A former member's spans are kept for the replay of what was committed before leaving.
+    // The spans of a former member are kept to replay events that were committed before leaving.
     let is_member = recipient
         .groups
         .get(&group)
@@ -82,7 +83,7 @@ mod tests {
     use crate::http::site::Site;
 
     #[tokio::test]
-    async fn members_join_are_shown_and_leave() {
+    async fn members_can_join_be_shown_and_leave() {
         let site = Site::dev(FakeBroker::default());
         let path = "/v1/groups/ops%20team/members/ann";
         assert_eq!(
@@ -116,7 +117,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_membership_has_no_body() {
+    async fn joining_with_a_body_is_refused() {
         let site = Site::dev(FakeBroker::default());
         assert_eq!(
             site.request("PUT", "/v1/groups/ops/members/ann", &[], "{}")

@@ -1,6 +1,7 @@
-//! `GET /v1/notifications?after=CURSOR`: the same logs as JSON, for who cannot hold a stream open; with what of it the user has read.
+//! `GET /v1/notifications?after=CURSOR`: a user's notifications as JSON pages, for clients that
+//! cannot hold a stream open, with a flag for those already read.
 //!
-//! What is read moves by `POST /v1/acks`: see `acks`, and for what it means `bookmarks`.
+//! `POST /v1/acks` moves the read marker: see `acks`, and `bookmarks` for its meaning.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,31 +26,33 @@ use crate::http::{ApiError, Parameters, Query, State};
 
 #[derive(Debug, Deserialize)]
 pub(in crate::http) struct Asked {
-    /// A cursor, as in `id:`; or as `/v1/stream` takes it. Without one, from the earliest.
+    /// A cursor as in `id:`, or any other start that `/v1/stream` accepts; from the earliest if
+    /// absent.
     after: Option<String>,
     limit: Option<usize>,
 }
 
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1_000;
-/// The most unread ones that are counted: beyond it an application shows "99+", and a count would cost as much as reading them.
+/// The maximum unread count: applications show "99+" beyond it, and counting costs as much as
+/// reading.
 const MAX_UNREAD: usize = 100;
 
 #[derive(Debug, Serialize)]
 pub(in crate::http) struct Page {
     notifications: Vec<Item>,
-    /// Stretches of history of which something may be missing.
+    /// Ranges of history in which notifications may be missing.
     gaps: Vec<Missing>,
-    /// What to ask for next, and what a stream may begin with.
+    /// The `after` of the next page, also valid as the start of a stream.
     cursor: String,
-    /// Whether asking on would answer more now.
+    /// Whether the next page would have notifications now.
     more: bool,
     unread: Unread,
 }
 
 #[derive(Debug, Serialize)]
 struct Item {
-    /// The cursor after this one.
+    /// The cursor after this notification.
     id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     event: Option<Name>,
@@ -59,7 +62,7 @@ struct Item {
     at: (PartitionNumber, NotificationId),
 }
 
-/// Of all that is kept for the user and asked for (`types`, `min_priority`), on this page or not.
+/// Over all stored notifications that match `types` and `min_priority`, on this page or not.
 #[derive(Debug, Serialize)]
 struct Unread {
     count: usize,
@@ -75,10 +78,11 @@ struct Missing {
     to: NotificationId,
 }
 
-/// A page of what is kept for the user.
+/// Returns a page of the user's stored notifications.
 ///
 /// # Errors
-/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold, 503 while the broker is away.
+/// 400 for an invalid query, 401 or 403 for a missing or invalid token, 503 while the broker is
+/// unavailable.
 pub(in crate::http) async fn page(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
@@ -94,7 +98,7 @@ pub(in crate::http) async fn page(
     let limit = asked.limit.unwrap_or(DEFAULT_LIMIT);
     if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!(
-            "limit is {limit}; it may be 1 to {MAX_LIMIT}"
+            "limit is {limit}; use 1 to {MAX_LIMIT}"
         )));
     }
     let start = asked.after.map_or(Start::Earliest, |after| {
@@ -115,7 +119,7 @@ pub(in crate::http) async fn page(
         page.mark_read(bookmarks, mark.as_ref()).await?;
         Ok::<_, broker::Error>(page)
     };
-    // A broker that does not come back is waited for by streams; who asks for a page wants to know.
+    // Streams wait for an unavailable broker; a page request fails instead.
     let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
     Ok(Json(read.map_err(|_| {
         ApiError::away("the broker did not answer in time")
@@ -150,7 +154,7 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
                 } => {
                     let event = record.route(way.route).event_name.clone();
                     let data = sse::data_of(record.notification(), way);
-                    // Made by serde_json a moment ago.
+                    // Cannot fail: `serde_json` has just produced it.
                     let data =
                         RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
                     page.notifications.push(Item {
@@ -182,8 +186,9 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
 }
 
 impl Page {
-    /// Says of each item whether the mark has passed it. What stands of the mark is asked after the page was read: the other way round, an
-    /// id that a fail-over took back and gave to another notification could pass for read.
+    /// Sets on each item whether the read marker covers it. The marker is resolved after the page
+    /// was read: in the other order, an id that a fail-over rolled back and reassigned to another
+    /// notification could count as read.
     async fn mark_read(
         &mut self,
         bookmarks: &Bookmarks,

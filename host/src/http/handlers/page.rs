@@ -1,4 +1,5 @@
-//! The page at `/` in dev mode, and its files under `/demo/`: those of `examples/demo`, which ask for nothing but `/v1/*`.
+//! The demo page at `/` in dev mode and its files under `/demo/`, taken from `examples/demo`. The
+//! page uses nothing but `/v1/*`.
 
 use std::sync::Arc;
 

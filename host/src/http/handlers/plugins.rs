@@ -1,6 +1,8 @@
-//! `/v1/plugins` on the admin listener: which plugins there are and how they fare, and the orders of operators.
+//! `/v1/plugins` on the admin listener: the plugins with their state and health, and the admin
+//! commands that change them.
 //!
-//! Orders are carried out on threads that may block, as compiling takes seconds, and answered when they are in force.
+//! Commands run on the blocking pool, because compiling takes seconds. The response is sent when
+//! the command has taken effect.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,13 +20,13 @@ use crate::plugin::MAX_FILE_BYTES;
 use crate::plugin::registry::state::PluginState;
 use crate::plugin::registry::{OrderError, Registry};
 
-/// Seconds that a file may take to arrive: it is larger than an event.
+/// How long an upload may take; longer than for events, because files are larger.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Serialize)]
 pub(in crate::http) struct Listed {
     plugins: Vec<PluginState>,
-    /// Why the folder cannot be looked at. What is at work stays so.
+    /// Why the plugin folder cannot be read. Active plugins stay active.
     folder_failure: Option<String>,
 }
 
@@ -52,7 +54,7 @@ pub(in crate::http) async fn show(
         .ok_or_else(|| OrderError::Unknown(name).into())
 }
 
-/// `PUT /v1/plugins/{name}` with the bytes of a file.
+/// `PUT /v1/plugins/{name}` with the bytes of a plugin file.
 pub(in crate::http) async fn upload(
     extract::State(state): extract::State<Arc<State>>,
     _: Keyed,
@@ -61,7 +63,8 @@ pub(in crate::http) async fn upload(
 ) -> Result<Json<PluginState>, ApiError> {
     let (file, permit) = receive(&state, body).await?;
     let upload = move |registry: &Registry| {
-        // Until it is done: whoever hangs up must not make room for the next.
+        // Held until the upload is complete: a client that disconnects must not free the permit
+        // early.
         let _permit = permit;
         registry.upload(&name, &file)
     };
@@ -111,7 +114,10 @@ pub(in crate::http) async fn roll_back(
         .map(Json)
 }
 
-/// The bytes of a file, with the permit to have them here: one at a time.
+/// Reads an uploaded file. The returned permit bounds the files in memory to one.
+///
+/// # Errors
+/// 503 while another file is being uploaded; otherwise those of [`read_body`].
 pub(in crate::http) async fn receive(
     state: &State,
     body: Body,
@@ -126,14 +132,20 @@ pub(in crate::http) async fn receive(
     ))
 }
 
-/// Has an order carried out. It is, even if the client does not wait for it.
+/// Runs an admin command on the blocking pool. It completes even if the client disconnects.
+///
+/// # Errors
+/// 503 while too many commands run or the plugins are loading; otherwise the command's own
+/// error.
 pub(in crate::http) async fn order<T: Send + 'static>(
     state: &State,
     carry_out: impl FnOnce(&Registry) -> Result<T, OrderError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let registry = Arc::clone(state.pipeline()?.registry());
-    // The threads that may block are also those on which an embedded broker reads.
-    let busy = |_| ApiError::overloaded("this node has as many orders to carry out as it takes");
+    // The blocking pool is shared with the reads of an embedded broker.
+    let busy = |_| {
+        ApiError::overloaded("this node is already running as many admin commands as it allows")
+    };
     let permit = Arc::clone(&state.ordering)
         .try_acquire_owned()
         .map_err(busy)?;
@@ -142,7 +154,7 @@ pub(in crate::http) async fn order<T: Send + 'static>(
         carry_out(&registry)
     };
     let done = tokio::task::spawn_blocking(carry_out).await;
-    done.map_err(|panic| ApiError::incapable("the order made this node panic").cause(panic))?
+    done.map_err(|panic| ApiError::incapable("the admin command panicked").cause(panic))?
         .map_err(ApiError::from)
 }
 
@@ -155,7 +167,9 @@ impl From<OrderError> for ApiError {
                 Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
             }
             OrderError::Impossible(_) => Self::conflict(text),
-            OrderError::Refused(_) => Self::unprocessable(text).fix("what ran before still runs"),
+            OrderError::Refused(_) => {
+                Self::unprocessable(text).fix("the previous version keeps running")
+            }
             OrderError::Folder(_) => Self::incapable(text),
         }
     }

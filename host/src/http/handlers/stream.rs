@@ -1,9 +1,11 @@
 //! `GET /v1/stream`: a user's notifications as Server-Sent Events.
 //!
-//! Where it begins is asked of the header `Last-Event-ID`, or else of the query as `last_event_id`, `lastEventId` or `evs_last_event_id`
-//! (polyfills cannot send the header): a cursor, `earliest`, `latest`, or a duration such as `10m`. The last of several counts, which is the one
-//! that a polyfill appends. Without any, a stream that names its `device` begins where that device is, or with `devices=all` where the
-//! furthest of the user's devices is; and any other at the latest.
+//! The start comes from the header `Last-Event-ID`, or else from the query as `last_event_id`,
+//! `lastEventId` or `evs_last_event_id` (polyfills cannot send the header). It is a cursor,
+//! `earliest`, `latest`, or a duration such as `10m`. Of several query values the last one counts,
+//! because polyfills append theirs. Without any, a stream that names its `device` starts at that
+//! device's cursor, or with `devices=all` at the furthest cursor of the user's devices; any other
+//! stream starts at the latest notification.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,7 +25,7 @@ use crate::server::Connection;
 
 use crate::http::{ApiError, Parameters, Query, State, cors};
 
-/// What both ways of reading notifications take.
+/// The filter parameters shared by streams and pages.
 #[derive(Debug, Default, Deserialize)]
 pub(in crate::http) struct Selection {
     /// Event types, comma-separated, exact or ending in `*`.
@@ -31,7 +33,7 @@ pub(in crate::http) struct Selection {
     min_priority: Option<String>,
 }
 
-/// The most patterns of a stream: each notification is held against all of them.
+/// The maximum number of patterns of a stream: each notification is matched against all of them.
 const MAX_TYPES: usize = 64;
 
 impl Selection {
@@ -45,7 +47,7 @@ impl Selection {
         let types: BTreeSet<&str> = types.collect();
         if types.len() > MAX_TYPES {
             return Err(ApiError::bad_request(format!(
-                "types names {} patterns; {MAX_TYPES} is the most",
+                "types has {} patterns; the limit is {MAX_TYPES}",
                 types.len()
             )));
         }
@@ -54,11 +56,11 @@ impl Selection {
             .find(|one| one.trim_end_matches('*').contains('*'))
         {
             let message = format!(
-                "types has '{}', and only the end of one may be a *",
+                "types has '{}'; * is allowed at the end only",
                 wrong.escape_debug()
             );
             return Err(ApiError::bad_request(message)
-                .fix("name each type, or what they begin with, such as order.*"));
+                .fix("name each type, or a common prefix such as order.*"));
         }
         let min_priority = self
             .min_priority
@@ -74,7 +76,7 @@ impl Selection {
     }
 }
 
-/// What may be asked of a stream.
+/// The query parameters of a stream.
 const KNOWN: [&str; 6] = [
     "user",
     "device",
@@ -84,7 +86,7 @@ const KNOWN: [&str; 6] = [
     "min_priority",
 ];
 
-/// Whether a parameter says where to begin, however a polyfill calls it.
+/// Whether a parameter names the start position, in any spelling that polyfills use.
 fn is_place(name: &str) -> bool {
     let bare: String = name
         .chars()
@@ -94,7 +96,7 @@ fn is_place(name: &str) -> bool {
     matches!(bare.as_str(), "lasteventid" | "evslasteventid")
 }
 
-/// For whom a stream is opened, beside the user.
+/// The device that opens a stream.
 #[derive(Debug, Default, Deserialize)]
 pub(in crate::http) struct Device {
     device: Option<Name>,
@@ -102,20 +104,23 @@ pub(in crate::http) struct Device {
 }
 
 impl Device {
-    /// Whether the user's devices are in sync.
+    /// Whether the user's devices are in sync (`devices=all`).
+    ///
+    /// # Errors
+    /// 400 if `devices` has another value or comes without `device`.
     fn is_in_sync(&self) -> Result<bool, ApiError> {
         match (&self.device, self.devices.as_deref()) {
             (_, None) => Ok(false),
             (Some(_), Some("all")) => Ok(true),
             (None, Some("all")) => Err(ApiError::bad_request(
-                "devices=all does not say which of them this is",
+                "devices=all needs the name of this device",
             )
-            .fix("say device=NAME, too")),
+            .fix("add device=NAME")),
             (_, Some(other)) => Err(ApiError::bad_request(format!(
-                "devices is '{}'",
+                "devices is '{}', which is not a valid value",
                 other.escape_debug()
             ))
-            .fix("say devices=all, or leave it out")),
+            .fix("use devices=all, or leave it out")),
         }
     }
 }
@@ -123,8 +128,9 @@ impl Device {
 /// Opens a stream.
 ///
 /// # Errors
-/// 400 for a query that cannot be read, 401 or 403 for a token that does not hold, 403 for a page that may not; everything else that stands in the way is told in
-/// band with 200, because an `EventSource` never comes back after another status.
+/// 400 for an invalid query, 401 or 403 for a missing or invalid token, 403 for a page of a foreign
+/// origin. Every other refusal is reported in band with 200, because an `EventSource` never
+/// reconnects after any other status.
 pub(in crate::http) async fn open(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
@@ -137,7 +143,8 @@ pub(in crate::http) async fn open(
     parameters.are_all(&KNOWN, |name| is_place(name) || name == "evs_preamble")?;
     let filter = selection.filter()?;
     let is_in_sync = device.is_in_sync()?;
-    // Where a device begins is kept; a stream without one changes nothing.
+    // A device's start is stored, so this request changes state; a stream without a device changes
+    // nothing.
     if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
         return Err(cors::foreign());
     }
@@ -162,7 +169,7 @@ pub(in crate::http) async fn open(
         return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
     };
     if is_in_sync && !filter.is_all() {
-        let message = "devices=all and types or min_priority exclude each other: what one device leaves out would count as seen by all";
+        let message = "devices=all cannot be combined with types or min_priority, because notifications that one device filters out would count as seen by all";
         return Err(ApiError::bad_request(message).fix("leave out one of them"));
     }
     let start = match (
@@ -171,7 +178,7 @@ pub(in crate::http) async fn open(
     ) {
         (asked, None) => asked.unwrap_or(Start::Latest),
         (asked, Some(device)) => {
-            // Where the device is says more than an id that nobody can read.
+            // The device cursor is more useful than an unreadable id.
             let asked = asked.filter(|asked| *asked != Start::Unknown);
             let start = state
                 .bookmarks()?
@@ -179,8 +186,8 @@ pub(in crate::http) async fn open(
             match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
                 Ok(Ok(start)) => start,
                 failed => {
-                    // Begun anywhere else, it would miss what came since, without a word.
-                    tracing::debug!(user.id = %identity.reader.user, ?failed, "where a device is could not be read; its stream is to come back");
+                    // Starting anywhere else would silently skip the notifications in between.
+                    tracing::debug!(user.id = %identity.reader.user, ?failed, "cannot read the device cursor; the client is asked to reconnect");
                     return Ok(event_stream(Body::from(sse::refusal("away", retry_ms))));
                 }
             }
@@ -210,19 +217,19 @@ fn event_stream(body: Body) -> Response {
         header::CACHE_CONTROL,
         HeaderValue::from_static("no-cache, no-transform"),
     );
-    // nginx buffers a response otherwise, and the stream stands still.
+    // Without it, nginx buffers the response and the stream stalls.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     (headers, body).into_response()
 }
 
-/// Where the client asks to begin, if it does.
+/// The start that the client requests, if any.
 fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
-    // Lossy: an id that is no text is one that nobody knows, and not none at all.
+    // Lossy: an id that is not valid text must count as an unknown id, not as an absent one.
     let header = parts
         .headers
         .get("last-event-id")
         .map(|value| String::from_utf8_lossy(value.as_bytes()).trim().to_owned());
-    // A client that has no id yet may send an empty one, which says nothing.
+    // A client without an id may send an empty one, which counts as absent.
     let asked = header
         .filter(|asked| !asked.is_empty())
         .or_else(|| parameters.last(is_place).map(str::to_owned));
@@ -236,7 +243,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn however_a_polyfill_calls_the_place_it_is_understood() {
+    fn every_polyfill_spelling_of_the_start_parameter_is_accepted() {
         for name in [
             "last_event_id",
             "lastEventId",

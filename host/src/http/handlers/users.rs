@@ -1,5 +1,5 @@
-//! `/v1/users/{user}/attributes`: what conditions know of a recipient. A JSON object, replaced as a whole; what
-//! may be in it is `criteria`'s.
+//! `/v1/users/{user}/attributes`: the attributes of a recipient that route conditions test. A JSON
+//! object that is replaced as a whole; `criteria` defines its valid contents.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::event::criteria::{Attributes, parse_attributes};
 use crate::event::{Malformed, Name};
 use crate::http::{ApiError, Keyed, Path, State, read_body};
 
-/// Room for all of them with their JSON escapes.
+/// Fits the maximum attributes with their JSON escapes.
 const MAX_BODY: usize = 512 * 1024;
 
 pub(in crate::http) async fn show(
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_refused() {
+    fn attributes_that_are_not_an_object_are_refused() {
         let error = parse(b"[]").unwrap_err().to_string();
         assert!(error.contains("not a JSON object"), "{error}");
     }

@@ -1,8 +1,9 @@
-//! The contract as text, for those who build against it without this repository: its files travel in the program.
+//! The text of the contract, embedded in the binary for plugin authors who build without this
+//! repository.
 //!
-//! What the host makes of it is in `plugin::bindings`.
+//! The host's implementation is in `plugin::bindings`.
 
-/// The files of `wit/`, by their names.
+/// The files of `wit/`, by name.
 pub const WIT: [(&str, &str); 3] = [
     ("host.wit", include_str!("../../../../wit/host.wit")),
     ("plugin.wit", include_str!("../../../../wit/plugin.wit")),

@@ -1,4 +1,4 @@
-//! The least that is a plugin, to measure others by: what a call costs of which the plugin does nothing.
+//! The smallest possible plugin, a baseline for measurements: the cost of a call that does nothing.
 
 use anyhow::Context as _;
 use wit_component::{StringEncoding, embed_component_metadata};
@@ -6,10 +6,11 @@ use wit_parser::{Resolve, SourceMap};
 
 use super::contract::WIT;
 
-/// A core module that is filter and router, keeps every event and names nobody. Built as it is asked for, from its source.
+/// A core module that is a filter and a router, keeps every event and names no recipient. It is
+/// built from its source on each call.
 ///
 /// # Errors
-/// The source does not fit the contract: a mistake of this program.
+/// The source does not match the contract, which is a bug in this program.
 pub fn noop() -> anyhow::Result<Vec<u8>> {
     let mut files = SourceMap::default();
     for (name, text) in WIT {
@@ -19,10 +20,10 @@ pub fn noop() -> anyhow::Result<Vec<u8>> {
     let package = files
         .parse()
         .map_err(|(_, error)| error)
-        .context("the contract cannot be read")?;
+        .context("cannot parse the contract")?;
     let package = contract
         .push_group(package)
-        .context("the contract does not hold")?;
+        .context("the contract is inconsistent")?;
     let world = contract.select_world(&[package], Some("full-plugin"))?;
     let mut module = wat::parse_str(include_str!("noop.wat"))?;
     embed_component_metadata(&mut module, &contract, world, StringEncoding::UTF8)?;
@@ -38,7 +39,7 @@ mod tests {
     use crate::preview::runner::Audition;
 
     #[test]
-    fn it_keeps_every_event_and_names_nobody() {
+    fn the_noop_plugin_keeps_every_event_and_names_no_recipient() {
         let engine = Engine::new().unwrap();
         let plugin = Plugin::load(
             &engine,
@@ -56,7 +57,7 @@ mod tests {
             br#"{"type":"t","id":"a","user":"42","data":{"a":1}}"#,
         )
         .unwrap();
-        // Often enough that an event whose memory is not given back would be one too many.
+        // Enough calls to run out of memory if the texts of an event were not freed.
         for _ in 0..10_000 {
             let performance = audition.perform(&event, 0);
             assert!(

@@ -1,7 +1,9 @@
-//! Candidates for plugins at work: checked as any file is, and put beside their plugin, or in its place in a chain that nobody works by.
+//! Candidates for active plugins: loaded like any file, then run in a plugin's shadow or in its
+//! place in a separate chain that decides nothing.
 //!
-//! It promises that a candidate passed every check of a load under its plugin's own limits and configuration, and that it is of its plugin's kind.
-//! What a candidate beside a plugin does is `plugin::shadow`'s business; what one does with past events, `rehearsal`'s.
+//! A candidate has passed every check of a load with its plugin's own limits and configuration, and
+//! has the same roles as its plugin. Shadowing is in `plugin::shadow`; backtesting on past events
+//! is in `rehearsal`.
 
 use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
@@ -16,79 +18,84 @@ use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow::{self, Shadows};
 use crate::plugin::{Plugin, Role};
 
-/// A candidate in its plugin's place.
+/// A candidate in place of its plugin.
 #[derive(Clone, Debug)]
 pub struct Understudy {
     pub name: Name,
     /// SHA-256 of its file, in hexadecimal.
     pub hash: String,
-    /// What it says its version is.
+    /// The version in its manifest.
     pub version: String,
-    /// The plugins at work now, with the candidate in place of its plugin.
+    /// The active chain, with the candidate in place of its plugin.
     pub chain: Arc<Chain>,
 }
 
 impl Registry {
-    /// The candidates beside plugins.
+    /// The shadow candidates.
     pub(crate) fn shadows(&self) -> &Shadows {
         &self.shadows
     }
 
-    /// Puts a candidate beside a plugin at work, in place of another: it is asked about the same events, and nothing comes of what it answers.
+    /// Starts a candidate in the shadow of an active plugin, replacing an earlier candidate. It is
+    /// called for the same events, and its answers have no effect.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// No such plugin is at work, the candidate is no good, or there are too many.
+    /// No such plugin is active, the candidate is invalid, or there are too many candidates.
     pub fn begin_shadow(&self, name: &str, bytes: Bytes) -> Result<shadow::Report, OrderError> {
-        // Until it is beside its plugin, or the plugin could be taken out before it, and leave it behind.
+        // Held until the candidate is registered: otherwise its plugin could be removed first and
+        // leave the candidate behind.
         let loading = self.begin_loading();
         let (candidate, _) = self.candidate(&loading, name, &bytes)?;
         tracing::info!(
             plugin.name = name,
             plugin.candidate_hash = candidate.hash(),
-            "a candidate begins beside the plugin"
+            "shadow candidate started"
         );
         self.shadows
             .begin(&self.engine, candidate, bytes, self.metrics.clone())
             .map_err(OrderError::Impossible)
     }
 
-    /// How the candidate beside a plugin fares.
+    /// Reports on the candidate of a plugin.
     ///
     /// # Errors
-    /// There is none.
+    /// The plugin has no candidate.
     pub fn shadow(&self, name: &str) -> Result<shadow::Report, OrderError> {
         Ok(self.find_shadow(name)?.report())
     }
 
-    /// Ends the candidate beside a plugin.
+    /// Stops the candidate of a plugin.
     ///
     /// # Errors
-    /// There is none.
+    /// The plugin has no candidate.
     pub fn end_shadow(&self, name: &str) -> Result<(), OrderError> {
         let shadow = self.find_shadow(name)?;
         self.shadows.end(&shadow);
         Ok(())
     }
 
-    /// Has the candidate beside a plugin take its place, for good: its file becomes the plugin's. It is then no candidate any more.
+    /// Replaces a plugin by its candidate: the candidate's file becomes the plugin's file, and the
+    /// shadow ends.
     ///
     /// # Errors
-    /// There is none, or as [`Registry::upload`]; it is a candidate still.
+    /// The plugin has no candidate, or as for [`Registry::upload`]; the candidate then stays in
+    /// place.
     pub fn promote(&self, name: &str) -> Result<PluginState, OrderError> {
         let shadow = self.find_shadow(name)?;
         let state = self.upload(name, &shadow.bytes())?;
+        // Ended only after the upload succeeded: a failed promotion keeps the candidate.
         self.shadows.end(&shadow);
         Ok(state)
     }
 
-    /// The chain at work with a candidate in its plugin's place; the one at work stays what it is.
+    /// Builds a chain with a candidate in place of its plugin; the active chain is unchanged.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// No such plugin is at work, or the candidate is no good.
+    /// No such plugin is active, or the candidate is invalid.
     pub fn understudy(&self, name: &str, bytes: &[u8]) -> Result<Understudy, OrderError> {
         let (plugin, settings) = self.candidate(&self.begin_loading(), name, bytes)?;
         let (name, hash, version) = (
@@ -106,7 +113,7 @@ impl Registry {
         })
     }
 
-    /// Loads a candidate as the plugin of this name would be loaded.
+    /// Loads a candidate with the limits and configuration of the active plugin.
     fn candidate(
         &self,
         _loading: &MutexGuard<'_, ()>,
@@ -118,7 +125,7 @@ impl Registry {
             .generations()
             .find(|generation| generation.plugin.name().as_str() == name);
         let at_work = at_work.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
-        // The file that may be at work is pinned, and not what is compared with it.
+        // A pinned hash restricts the active file, not a candidate for comparison.
         let settings = Settings {
             sha256: None,
             ..at_work.settings.clone()
@@ -128,7 +135,7 @@ impl Registry {
             .map_err(|failure| OrderError::Refused(failure.reason))?;
         let kind = |plugin: &Plugin| [Role::Filter, Role::Router].map(|role| plugin.has_role(role));
         if kind(&candidate) != kind(&at_work.plugin) {
-            let reason = "is of another kind (filter, router or both) than the plugin at work, so there is nothing to compare; upload it";
+            let reason = "is of a different kind (filter, router or both) than the active plugin, so there is nothing to compare; upload it instead";
             return Err(OrderError::Refused(reason.to_owned()));
         }
         Ok((candidate, settings))

@@ -1,10 +1,13 @@
-//! The folder of plugins as it is at one moment: which files belong to which plugin, whether a file is still the one that was seen, and its
-//! bytes.
+//! The plugin folder at one moment: the files of each plugin, whether a file is still the one that
+//! was seen, and its bytes.
 //!
-//! A plugin is called by the name of its file, without `.wasm`, without a leading number and hyphen (`10-discard.wasm` is `discard`), and with
-//! hyphens for underscores (Cargo writes the crate `my-router` as `my_router.wasm`): the name that the operator gave and sees, and not what
-//! the guest says of itself. It promises to wait for nothing, and to answer no bytes that somebody was writing meanwhile. When to look is
-//! `watcher`'s business; what becomes of what was seen, `registry`'s.
+//! A plugin is named after its file: without `.wasm`, without a leading number and hyphen
+//! (`10-discard.wasm` is `discard`), and with hyphens for underscores (Cargo writes the crate
+//! `my-router` as `my_router.wasm`). The operator chose this name and sees it; the name in the
+//! guest's manifest does not count.
+//!
+//! Nothing here blocks, and a file that was written to while it was read is never returned. When to
+//! look is decided in `watcher`; loading is in `registry`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
@@ -13,24 +16,24 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How the names end of files that are being written here.
+/// The suffix of files that are being written by a node.
 const DRAFT: &str = ".upload";
-/// After so long without a change, nobody is writing them any more.
+/// The age after which an unchanged draft counts as abandoned.
 const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
-/// The files of each plugin, by its name. More than one is a mistake; they are in the order of their names.
+/// The files of each plugin, by plugin name, sorted by path. More than one file is a mistake.
 pub(in crate::plugin) type Look = BTreeMap<String, Vec<Sighting>>;
 
-/// A file as it was seen. Equal sightings are of the same bytes.
+/// A file as it was seen. Equal sightings imply equal bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::plugin) struct Sighting {
     pub(in crate::plugin) path: PathBuf,
-    /// `None`: it could not be asked for, as where a link leads nowhere.
+    /// `None`: the metadata could not be read, for example of a dangling link.
     stamp: Option<Stamp>,
 }
 
-/// Whatever of a file changes with its bytes. The time of the last change of its state is among it, since any program may set back the time
-/// at which the bytes were written, and copying often does.
+/// The metadata that changes with the bytes of a file. It includes the time of the last status
+/// change (`ctime`), because programs can set the modification time back, and copying often does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -57,7 +60,7 @@ impl Stamp {
 }
 
 impl Sighting {
-    /// The name of the file, for people.
+    /// The file name, for messages.
     pub(in crate::plugin) fn file(&self) -> String {
         self.path
             .file_name()
@@ -67,14 +70,14 @@ impl Sighting {
     }
 }
 
-/// Looks at the `.wasm` files. Those whose names begin with a dot are somebody's half-written ones.
+/// Lists the `.wasm` files. Names that begin with a dot are files that are still being written.
 ///
 /// # Errors
-/// If the folder cannot be read, with the fix.
+/// The folder cannot be read; the text includes the fix.
 pub(in crate::plugin) fn look(dir: &Path) -> Result<Look, String> {
     let unreadable = |error| {
         format!(
-            "the folder of plugins {} cannot be read: {error}; make it, or set plugins.dir",
+            "the plugin folder {} cannot be read: {error}; create it, or set plugins.dir",
             dir.display()
         )
     };
@@ -84,7 +87,8 @@ pub(in crate::plugin) fn look(dir: &Path) -> Result<Look, String> {
         let file = path.file_name().unwrap_or_default().to_string_lossy();
         if file.ends_with(".wasm") && !file.starts_with('.') {
             let name = called(&file);
-            // Of what a link leads to: the file that is read, and that changes where a folder is swapped by its link.
+            // Follows links: the target is the file that is read, and it changes when a folder is
+            // swapped through a link.
             let stamp = fs::metadata(&path).ok().map(|file| Stamp::of(&file));
             look.entry(name).or_default().push(Sighting { path, stamp });
         }
@@ -95,7 +99,7 @@ pub(in crate::plugin) fn look(dir: &Path) -> Result<Look, String> {
     Ok(look)
 }
 
-/// Removes drafts of nodes that were killed as they wrote.
+/// Removes drafts of nodes that were killed while they wrote.
 fn sweep(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -107,31 +111,32 @@ fn sweep(dir: &Path) {
             .and_then(|written| written.elapsed().ok());
         if name.starts_with('.') && name.ends_with(DRAFT) && age.is_some_and(|age| age > ABANDONED)
         {
-            // Whoever cannot remove it cannot write here either, and is told so.
+            // A failure is ignored: without permission the write that follows fails and reports it.
             drop(fs::remove_file(entry.path()));
         }
     }
 }
 
-/// A file that has just been written here.
+/// Writes a file atomically and returns it as it was seen.
 ///
 /// # Errors
-/// It cannot be written; the text names it.
+/// The file cannot be written; the text names it.
 pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
     let unwritable = |error: std::io::Error| {
         format!(
-            "{} cannot be written: {error}; let this node write there, or copy the file there yourself",
+            "{} cannot be written: {error}; make the folder writable for this node, or copy the file there yourself",
             path.display()
         )
     };
     sweep(path.parent().unwrap_or(Path::new(".")));
-    // A name of its own: other nodes may share the folder, and be given the same file at this moment.
+    // A random name: other nodes may share the folder and receive the same file at this moment.
     let file = path.file_name().unwrap_or_default().to_string_lossy();
     let draft = path.with_file_name(format!(".{file}.{:016x}{DRAFT}", rand::random::<u64>()));
     let written = || {
         let mut file = File::options().write(true).create_new(true).open(&draft)?;
         file.write_all(bytes)?;
-        // Whole on the disk before it has its name: a node that is killed meanwhile finds the old file or the new one.
+        // Synced before it is renamed: a node that is killed meanwhile finds either the old file or
+        // the new one, never a partial one.
         file.sync_all()?;
         let file = file.metadata()?;
         fs::rename(&draft, path)?;
@@ -144,15 +149,17 @@ pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, St
             stamp: Some(Stamp::of(&file)),
         }),
         Err(error) => {
-            // Nothing may be left of it; that it cannot be removed either, the error says.
+            // Best effort: the error already reports that the folder is not writable.
             drop(fs::remove_file(&draft));
             Err(unwritable(error))
         }
     }
 }
 
+/// Removes a file; a missing one is not an error.
+///
 /// # Errors
-/// It cannot be removed; the text names it.
+/// The file cannot be removed; the text names it.
 pub(in crate::plugin) fn remove(path: &Path) -> Result<(), String> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(format!(
@@ -163,28 +170,29 @@ pub(in crate::plugin) fn remove(path: &Path) -> Result<(), String> {
     }
 }
 
-/// Whether a file may be made for a plugin of this name, and is then this plugin's.
+/// Whether `NAME.wasm` is a valid file name that yields this plugin name.
 pub(in crate::plugin) fn is_name(name: &str) -> bool {
     let is_plain =
         name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !name.starts_with('-');
     is_plain && (1..=64).contains(&name.len()) && called(&format!("{name}.wasm")) == name
 }
 
-/// The bytes of a file.
+/// Reads a file.
 ///
 /// # Errors
-/// Why not, as the end of a sentence that begins with the file's name: it has more than `max` bytes, is none, or was being written.
+/// Why not, as the rest of a sentence that begins with the file name: it is larger than `max`
+/// bytes, is not a regular file, or was being written.
 pub(in crate::plugin) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
     let unreadable = |error| format!("cannot be read: {error}");
-    // To open a pipe is to wait for its other end.
+    // Checked before it is opened: opening a pipe would block until its other end is opened.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
-        return Err("is no file".to_owned());
+        return Err("is not a regular file".to_owned());
     }
     let file = File::open(path).map_err(unreadable)?;
     let before = Stamp::of(&file.metadata().map_err(unreadable)?);
-    // Not read beyond what can be used, whatever it is.
+    // Checked before it is read, so that memory stays bounded.
     if before.bytes > max as u64 {
-        return Err(format!("has {} bytes; {max} is the most", before.bytes));
+        return Err(format!("has {} bytes; the limit is {max}", before.bytes));
     }
     let mut bytes = Vec::new();
     (&file)
@@ -194,12 +202,13 @@ pub(in crate::plugin) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String
     if bytes.len() as u64 != before.bytes
         || Stamp::of(&file.metadata().map_err(unreadable)?) != before
     {
-        return Err("is still being written: it changed while it was read".to_owned());
+        return Err("is still being written: it changed while it was being read".to_owned());
     }
     Ok(bytes)
 }
 
-/// What the plugin in a file of this name is called: without `.wasm`, without a leading number and hyphen, with hyphens for underscores.
+/// The plugin name for a file name: without `.wasm`, without a leading number and hyphen, with
+/// hyphens for underscores.
 pub fn called(file: &str) -> String {
     let stem = file.strip_suffix(".wasm").unwrap_or(file);
     let unnumbered = match stem.split_once('-') {
@@ -223,7 +232,7 @@ pub(in crate::plugin) mod tests {
 
     use super::*;
 
-    /// A folder of a test that goes away with it.
+    /// A test folder that is removed when dropped.
     pub(in crate::plugin) struct Scratch(pub(in crate::plugin) PathBuf);
 
     impl Scratch {
@@ -246,7 +255,7 @@ pub(in crate::plugin) mod tests {
     }
 
     #[test]
-    fn what_a_killed_node_left_half_written_goes_with_a_later_upload() {
+    fn a_later_upload_removes_the_drafts_of_killed_nodes() {
         let folder = Scratch::new("drafts");
         let make = |name: &str, age: Duration| {
             let file = File::create(folder.0.join(name)).unwrap();
@@ -254,7 +263,7 @@ pub(in crate::plugin) mod tests {
         };
         make(".a.wasm.0123456789abcdef.upload", 2 * ABANDONED);
         make(".a.wasm.fedcba9876543210.upload", ABANDONED / 2);
-        make(".somebodys", 2 * ABANDONED);
+        make(".foreign", 2 * ABANDONED);
         write(&folder.0.join("a.wasm"), b"").unwrap();
         let mut left: Vec<_> = fs::read_dir(&folder.0)
             .unwrap()
@@ -263,22 +272,25 @@ pub(in crate::plugin) mod tests {
         left.sort();
         assert_eq!(
             left,
-            [".a.wasm.fedcba9876543210.upload", ".somebodys", "a.wasm"]
+            [".a.wasm.fedcba9876543210.upload", ".foreign", "a.wasm"]
         );
     }
 
     #[test]
-    fn a_file_that_was_written_is_seen_to_be_another_whatever_its_times_say() {
+    fn a_rewritten_file_is_detected_even_if_its_modification_time_is_set_back() {
         let folder = Scratch::new("sightings");
         let file = folder.0.join("a.wasm");
         fs::write(&file, "one").unwrap();
         let written = fs::metadata(&file).unwrap().modified().unwrap();
         let first = folder.look();
         assert_eq!(first, folder.look());
-        // The clock of a file system ticks every few milliseconds.
+        // The clock of a file system may tick only every few milliseconds.
         let deadline = Instant::now() + Duration::from_secs(5);
         while folder.look() == first {
-            assert!(Instant::now() < deadline, "{first:?} is all that was seen");
+            assert!(
+                Instant::now() < deadline,
+                "the change was never seen: {first:?}"
+            );
             fs::write(&file, "two").unwrap();
             File::options()
                 .write(true)
@@ -288,7 +300,7 @@ pub(in crate::plugin) mod tests {
                 .unwrap();
         }
 
-        // Two folders of which a link names one, as orchestrators mount them.
+        // Two folders behind one link, as orchestrators mount them.
         for version in ["v1", "v2"] {
             fs::create_dir(folder.0.join(version)).unwrap();
             fs::write(folder.0.join(version).join("b.wasm"), version).unwrap();
@@ -307,7 +319,7 @@ pub(in crate::plugin) mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_as_a_plugin_is_told_and_not_waited_for() {
+    fn unreadable_files_are_reported_without_blocking() {
         let folder = Scratch::new("reading");
         fs::write(folder.0.join("large.wasm"), [0; 11]).unwrap();
         fs::create_dir(folder.0.join("folder.wasm")).unwrap();
@@ -324,9 +336,9 @@ pub(in crate::plugin) mod tests {
             ["folder", "large", "link", "pipe"]
         );
         for (file, expect) in [
-            ("large.wasm", "has 11 bytes; 10 is the most"),
-            ("folder.wasm", "is no file"),
-            ("pipe.wasm", "is no file"),
+            ("large.wasm", "has 11 bytes; the limit is 10"),
+            ("folder.wasm", "is not a regular file"),
+            ("pipe.wasm", "is not a regular file"),
             ("link.wasm", "cannot be read: No such file"),
         ] {
             let error = read(&folder.0.join(file), 10).unwrap_err();
@@ -335,7 +347,7 @@ pub(in crate::plugin) mod tests {
     }
 
     #[test]
-    fn a_plugin_is_called_by_its_file() {
+    fn a_plugin_is_named_after_its_file() {
         for (file, name) in [
             ("address.wasm", "address"),
             ("10-discard.wasm", "discard"),

@@ -1,4 +1,5 @@
-//! One version of a plugin at work, and the chain of all that are, at one moment.
+//! A generation: one version of a plugin under one configuration. The chain: all active generations
+//! at one moment.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,16 +13,17 @@ use crate::plugin::{Plugin, Role};
 #[derive(Debug)]
 pub struct Generation {
     pub plugin: Plugin,
-    /// 1 for the first of this name in this process.
+    /// 1 for the first generation of this name in this process.
     pub number: u64,
     pub settings: Settings,
-    /// Of each role that it has: a filter that keeps everything must not hide a router that always fails.
+    /// The health of each role: a filter that keeps everything must not hide a router that always
+    /// fails.
     filter: Option<Health>,
     router: Option<Health>,
 }
 
 impl Generation {
-    /// `is_on_probation`: another generation could take its place.
+    /// `is_on_probation`: there is another generation to roll back to.
     pub(in crate::plugin) fn new(
         plugin: Plugin,
         number: u64,
@@ -44,7 +46,7 @@ impl Generation {
     }
 
     /// # Panics
-    /// If the plugin has no such role.
+    /// The plugin does not have this role.
     pub(crate) fn health(&self, role: Role) -> &Health {
         let health = match role {
             Role::Filter => &self.filter,
@@ -52,24 +54,24 @@ impl Generation {
         };
         health
             .as_ref()
-            .expect("a plugin is asked in roles that it has")
+            .expect("a plugin is called only in roles that it has")
     }
 
     fn healths(&self) -> impl Iterator<Item = &Health> {
         self.filter.iter().chain(&self.router)
     }
 
-    /// Ends the probation: what it could be rolled back to is no more.
+    /// Ends the probation; called when there is no longer a generation to roll back to.
     pub(in crate::plugin) fn end_probation(&self) {
         self.healths().for_each(Health::end_probation);
     }
 
-    /// Whether nothing is held against it: its probation, if it had one, is over.
+    /// Whether the generation has no probation, or has passed it in all roles.
     pub(in crate::plugin) fn is_proven(&self, now: Instant) -> bool {
         self.healths().all(|health| health.is_proven(now))
     }
 
-    /// How it fares in the role in which it fares worse.
+    /// The health of the role that fares worse.
     pub(in crate::plugin) fn report(&self, now: Instant) -> Report {
         self.healths()
             .map(|health| health.report(now))
@@ -78,16 +80,17 @@ impl Generation {
     }
 }
 
-/// All plugins at work, at one moment. Whoever holds one finishes on it.
+/// All active plugins at one moment. A holder of a chain finishes its work on it, even after a
+/// swap.
 #[derive(Debug, Default)]
 pub struct Chain {
-    /// In the order in which they are asked. A plugin that is filter and router is in both.
+    /// In calling order. A plugin that is both filter and router is in both lists.
     pub filters: Vec<Arc<Generation>>,
     pub routers: Vec<Arc<Generation>>,
 }
 
 impl Chain {
-    /// Of these, in their order.
+    /// Keeps the order of the generations.
     pub(in crate::plugin) fn new<'a>(
         generations: impl Iterator<Item = &'a Arc<Generation>> + Clone,
     ) -> Self {
@@ -104,7 +107,7 @@ impl Chain {
         }
     }
 
-    /// With this generation in the place of that of its name.
+    /// A copy with this generation in place of the one with the same plugin name.
     pub(in crate::plugin) fn with(&self, other: &Arc<Generation>) -> Self {
         let in_place = |generation: &Arc<Generation>| {
             let is_its = generation.plugin.name() == other.plugin.name();
@@ -120,7 +123,7 @@ impl Chain {
         self.filters.is_empty() && self.routers.is_empty()
     }
 
-    /// Each plugin once.
+    /// Iterates over each plugin once.
     pub(in crate::plugin) fn generations(&self) -> impl Iterator<Item = &Arc<Generation>> {
         self.filters.iter().chain(
             self.routers
@@ -129,7 +132,7 @@ impl Chain {
         )
     }
 
-    /// Whether this generation is of this chain.
+    /// Whether this generation belongs to this chain.
     pub(crate) fn has(&self, name: &Name, number: u64) -> bool {
         self.generations()
             .any(|generation| generation.plugin.name() == name && generation.number == number)

@@ -1,12 +1,14 @@
-//! How a generation of a plugin fares with the events it is asked about: its probation and its breaker.
+//! The health of one generation of a plugin: its probation and its circuit breaker.
 //!
-//! On **probation** is what has just taken another generation's place: if it fails on more events than it may, it is to be rolled back. The
-//! **breaker** opens when a plugin failed on so many events in a row that the next call is likely wasted: while it is open, events are
-//! settled by the plugin's failure policy without a call, at once instead of after two deadlines; then one event is tried (half open), and by
-//! that it closes or opens for longer. What a plugin says of an event (`reject`, `retry`) is its verdict, and no failure.
+//! A generation that has just replaced another is on **probation**: if it fails on more events than
+//! allowed, it is to be rolled back. The **breaker** opens when a plugin failed on so many events
+//! in a row that the next call is likely to be wasted. While it is open, events are settled by the
+//! plugin's failure policy without a call, immediately instead of after two deadlines. Then one
+//! event is tried (half-open), and its result closes the breaker or opens it for longer. A plugin's
+//! verdict on an event (`reject`, `retry`) is not a failure.
 //!
-//! Judges only. Who is asked, and what becomes of the event, is `pipeline`'s business; what takes the place of what is rolled back,
-//! `registry`'s. While all is well, it costs two relaxed reads an event.
+//! This file only judges. `pipeline` calls the plugins and settles the events; `registry` rolls
+//! back. While a plugin is healthy, the cost is two relaxed reads per event.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -15,33 +17,35 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-/// So many events must have failed before a share of them is a reason to roll back.
+/// Failed events before a failure rate is a reason to roll back.
 const MIN_FAILED: u64 = 5;
-/// So many events end a probation, beside its time: at night, time alone says nothing.
+/// Events before a probation can end: without traffic, as at night, elapsed time proves nothing.
 const MIN_ASKED: u64 = 20;
-/// For how long the breaker is open the first time, and at the most: twice as long each time that the event it tries fails.
+/// How long the breaker stays open the first time, and at most. The pause doubles each time that
+/// the trial event fails.
 const PAUSE: Duration = Duration::from_secs(1);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
-/// When a plugin is no longer trusted.
+/// When a plugin counts as unhealthy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::plugin) struct Tolerance {
-    /// How long a probation lasts; zero: there is none.
+    /// The duration of a probation; zero disables it.
     pub(in crate::plugin) probation: Duration,
-    /// Of the events of a probation, the most that may fail, in percent.
+    /// The maximum share of events in a probation that may fail, in percent.
     pub(in crate::plugin) probation_failure_percent: u64,
-    /// Failures in a row that open the breaker; zero: it never opens.
+    /// Consecutive failures that open the breaker; zero disables it.
     pub(in crate::plugin) breaker_failures: u32,
 }
 
-/// See the head of this file.
+/// The health of one role of one generation. Thread-safe.
 #[derive(Debug)]
 pub struct Health {
     tolerance: Tolerance,
-    /// Of the probation, as long as it lasts.
+    /// Events of the probation, counted while it lasts.
     n_asked: AtomicU64,
     is_on_probation: AtomicBool,
-    /// Whether the last event failed, or the breaker is not closed: else the lock need not be taken.
+    /// Whether the last event failed or the breaker is not closed. While false, the lock is not
+    /// taken.
     is_ailing: AtomicBool,
     ailments: Mutex<Ailments>,
 }
@@ -49,7 +53,7 @@ pub struct Health {
 #[derive(Debug)]
 struct Ailments {
     probation_ends: Instant,
-    /// Within the probation.
+    /// Events that failed during the probation.
     n_failed: u64,
     n_failed_in_row: u32,
     breaker: Breaker,
@@ -62,14 +66,14 @@ enum Breaker {
         until: Instant,
         pause: Duration,
     },
-    /// One event is being tried; if nothing was heard of it by then, another is.
+    /// One event is being tried; if its result is still unknown by `until`, another is tried.
     HalfOpen {
         until: Instant,
         pause: Duration,
     },
 }
 
-/// Whether a plugin may be asked about an event.
+/// Whether a plugin may be called for an event.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Admission {
     Asked,
@@ -92,37 +96,37 @@ impl fmt::Display for Spared {
         } = self;
         write!(
             f,
-            "it was not asked: it failed on {n_failed_in_row} events in a row, and is tried again in {} ms",
+            "it was not called: it failed on {n_failed_in_row} events in a row; the next attempt is in {} ms",
             again_in.as_millis()
         )
     }
 }
 
-/// What follows from an event that was settled.
+/// The effect of a settled event on its plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Consequence {
-    /// Nothing that anybody else need know.
+    /// No change that others need to know.
     None,
     /// The breaker opened or closed.
     Breaker,
-    /// It fails too often for its probation; with the reason.
+    /// It failed too often during its probation. Holds the reason.
     RollBack(String),
 }
 
-/// For operators.
+/// The health as shown to operators.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// `None`: it is over.
+    /// `None`: the probation is over.
     pub probation: Option<Probation>,
     pub breaker: BreakerState,
-    /// Events that failed since the last that did not.
+    /// Events that failed since the last success.
     pub failed_in_row: u32,
     /// Milliseconds until the breaker lets the next event through; `None` while it is closed.
     pub retry_in_ms: Option<u64>,
 }
 
 impl Report {
-    /// The more, the worse.
+    /// Sorts by severity; greater is worse.
     pub(in crate::plugin) fn trouble(&self) -> (bool, u64, u32) {
         (
             self.breaker != BreakerState::Closed,
@@ -132,7 +136,7 @@ impl Report {
     }
 }
 
-/// A probation under way.
+/// A probation in progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Probation {
     pub ends_in_ms: u64,
@@ -150,7 +154,7 @@ pub enum BreakerState {
 }
 
 impl Health {
-    /// `is_on_probation`: another generation could take its place.
+    /// `is_on_probation`: there is another generation to roll back to.
     pub(in crate::plugin) fn new(
         tolerance: Tolerance,
         is_on_probation: bool,
@@ -171,7 +175,7 @@ impl Health {
         }
     }
 
-    /// Before each event. An event that is admitted is to be noted afterwards.
+    /// Call before each event. The result of an admitted event must be noted afterwards.
     pub(crate) fn admit(&self, now: Instant) -> Admission {
         if !self.is_ailing.load(Relaxed) {
             return Admission::Asked;
@@ -196,7 +200,7 @@ impl Health {
         }
     }
 
-    /// After each event that it was asked about, whatever its answer: what it says of an event is no failure.
+    /// Call after each event that the plugin answered; verdicts such as `reject` count as answers.
     pub(crate) fn note_answer(&self) -> Consequence {
         if self.is_on_probation.load(Relaxed) {
             self.n_asked.fetch_add(1, Relaxed);
@@ -213,7 +217,7 @@ impl Health {
         }
     }
 
-    /// After each event that it failed on.
+    /// Call after each event that the plugin failed on.
     pub(crate) fn note_failure(&self, now: Instant) -> Consequence {
         let mut ailments = self.ailments.lock().expect("no panic under this lock");
         self.is_ailing.store(true, Relaxed);
@@ -229,7 +233,7 @@ impl Health {
                     self.is_on_probation.store(false, Relaxed);
                     let most = self.tolerance.probation_failure_percent;
                     return Consequence::RollBack(format!(
-                        "failed on {n_failed} of {n_asked} events within its probation; {most} % is the most (probation_failure_percent)"
+                        "failed on {n_failed} of {n_asked} events during its probation; the limit is {most} % (probation_failure_percent)"
                     ));
                 }
             } else {
@@ -253,17 +257,17 @@ impl Health {
                 };
                 Consequence::Breaker
             }
-            // Calls that were under way as it opened, on other threads.
+            // Calls on other threads that were already running when the breaker opened.
             Breaker::Closed | Breaker::Open { .. } => Consequence::None,
         }
     }
 
-    /// Ends the probation, whatever came of it.
+    /// Ends the probation without a judgement.
     pub(in crate::plugin) fn end_probation(&self) {
         self.is_on_probation.store(false, Relaxed);
     }
 
-    /// Whether nothing is held against it: its probation, if it had one, is over.
+    /// Whether the generation has no probation, or has passed it.
     pub(in crate::plugin) fn is_proven(&self, now: Instant) -> bool {
         !self.is_on_probation.load(Relaxed)
             || self.is_over(
@@ -272,7 +276,7 @@ impl Health {
             )
     }
 
-    /// Whether a probation has lasted for long enough.
+    /// Whether a probation has lasted long enough, in time and in events.
     fn is_over(&self, ailments: &Ailments, now: Instant) -> bool {
         now >= ailments.probation_ends && self.n_asked.load(Relaxed) >= MIN_ASKED
     }
@@ -321,9 +325,9 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_too_often_on_probation_is_to_be_rolled_back_once_it_is_more_than_bad_luck() {
+    fn a_plugin_that_fails_too_often_on_probation_is_rolled_back_after_a_minimum_of_failures() {
         let began = Instant::now();
-        // Of ten events, three fail.
+        // Three of ten events fail.
         let fares = |is_on_probation, at| {
             let health = Health::new(TOLERANCE, is_on_probation, began);
             let consequences = (0..100).map(|n| {
@@ -343,19 +347,19 @@ mod tests {
             panic!("{rolled_back:?}")
         };
         assert!(
-            reason.starts_with("failed on 5 of 12 events within its probation; 10 % is the most"),
+            reason.starts_with("failed on 5 of 12 events during its probation; the limit is 10 %"),
             "{reason}"
         );
         assert_eq!(
             fares(true, began + seconds(60)).len(),
             1,
-            "time alone says nothing"
+            "the probation does not end by time alone"
         );
-        assert_eq!(fares(false, began), [], "it has none");
+        assert_eq!(fares(false, began), [], "there is no probation");
     }
 
     #[test]
-    fn what_fails_as_seldom_as_it_may_passes_its_probation() {
+    fn a_plugin_at_the_failure_limit_passes_its_probation() {
         let began = Instant::now();
         let health = Health::new(TOLERANCE, true, began);
         for n in 1..=1_000 {
@@ -379,8 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn the_breaker_opens_after_failures_in_a_row_tries_one_event_and_waits_twice_as_long_if_that_fails()
-     {
+    fn the_breaker_opens_after_consecutive_failures_and_doubles_its_pause_if_the_trial_fails() {
         let mut now = Instant::now();
         let health = Health::new(TOLERANCE, false, now);
         let fail = |n: u32, at| (0..n).map(|_| health.note_failure(at)).collect::<Vec<_>>();
@@ -389,7 +392,7 @@ mod tests {
                 .iter()
                 .all(|consequence| *consequence == Consequence::None)
         );
-        // One that does not fail makes the count begin anew.
+        // A success resets the count.
         assert_eq!(health.note_answer(), Consequence::None);
         assert!(
             fail(9, now)
@@ -400,7 +403,7 @@ mod tests {
         assert_eq!(health.note_failure(now), Consequence::Breaker);
         for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
             let Admission::Spared(spared) = health.admit(now) else {
-                panic!("it was asked within its pause of {pause} s")
+                panic!("it was called within its pause of {pause} s")
             };
             assert_eq!(spared.again_in, seconds(pause));
             assert_eq!(health.report(now).breaker, BreakerState::Open);
@@ -408,10 +411,10 @@ mod tests {
             assert_eq!(health.admit(now), Admission::Asked);
             assert!(
                 matches!(health.admit(now), Admission::Spared(_)),
-                "one event is enough to try"
+                "only one event is tried"
             );
             assert_eq!(health.report(now).breaker, BreakerState::HalfOpen);
-            // Nothing is heard of it, as where the host itself panicked.
+            // The result never arrives, for example because the host panicked.
             now += seconds(pause);
             assert_eq!(health.admit(now), Admission::Asked);
             assert_eq!(health.note_failure(now), Consequence::None);
@@ -426,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_breaker_that_was_put_out_of_force_never_opens() {
+    fn a_disabled_breaker_never_opens() {
         let now = Instant::now();
         let health = Health::new(
             Tolerance {

@@ -1,7 +1,8 @@
-//! The `[plugins]` section of the configuration: the folder, the order, and a table for each plugin that needs one.
+//! The `[plugins]` section of the configuration: the folder, the order, and a table for each plugin
+//! that needs one.
 //!
-//! It promises that whatever was parsed is within its bounds, and that a mistake is named with its key. What is done with it is `registry`'s
-//! business; where the text comes from, `config`'s.
+//! Parsed values are within their bounds, and an error names its key. `config` reads the text,
+//! `registry` applies the settings.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,18 +15,21 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::health::Tolerance;
 use crate::plugin::Limits;
 
-/// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that needs one.
+/// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that
+/// needs one. Defaults are in parentheses.
 ///
-/// A plugin called `dir`, `order` or `cache` cannot be configured.
+/// A plugin named `dir`, `order` or `cache` cannot be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Config {
-    /// The folder whose `.wasm` files are the plugins; it is watched (none).
+    /// The plugin folder; its `.wasm` files are loaded, and it is watched for changes (none).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
-    /// Names of plugins, in the order in which they are called; the others follow in the order of their file names (none).
+    /// Plugin names in calling order; the other plugins follow in the order of their file names
+    /// (none).
     pub order: Vec<String>,
-    /// Where compiled plugins are kept for the next start, in a folder of this user alone; `false` or `""`: nowhere (`plugins` in the folder of
-    /// `broker.data`; without one, `pointsman` in `$XDG_CACHE_HOME` or `~/.cache`).
+    /// The folder of the compile cache, private to this user; `false` or `""` disables the cache
+    /// (`plugins` in the folder of `broker.data`; without one, `pointsman` in `$XDG_CACHE_HOME` or
+    /// `~/.cache`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
     /// `[plugins.<name>]`.
@@ -34,7 +38,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// The folder of compiled plugins; `None`: there is no use for one, or no place. `data`: the folder of the embedded broker.
+    /// The folder of the compile cache; `None`: it is disabled, there is no plugin folder, or no
+    /// location is known. `data`: the folder of the embedded broker.
     pub fn cache_folder(&self, data: Option<&Path>) -> Option<PathBuf> {
         self.dir.as_ref()?;
         if let Some(folder) = &self.cache {
@@ -54,38 +59,42 @@ impl Config {
     }
 }
 
-/// `[plugins.<name>]`: one plugin.
+/// `[plugins.<name>]`: the settings of one plugin. Defaults are in parentheses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(
     default,
     deny_unknown_fields,
-    expecting = "a table, as for a plugin: the keys of this section itself are dir, order and cache"
+    expecting = "a table for a plugin (the other keys of this section are dir, order and cache)"
 )]
 pub struct Settings {
-    /// Whether the plugin is loaded at all (true).
+    /// Whether the plugin is loaded (true).
     pub enabled: bool,
-    /// What becomes of an event when the plugin fails on it, twice: `dead-letter`, `skip` (as if the plugin were not there) or `drop` (`dead-letter`).
+    /// The policy for an event on which the plugin failed twice: `dead-letter`, `skip` (continue
+    /// without this plugin) or `drop` (`dead-letter`).
     pub on_failure: OnFailure,
-    /// Milliseconds of a processor that a call may use, 1 to 10,000 (50).
+    /// CPU time of a call, 1ms to 10s (50ms).
     pub deadline_ms: u64,
-    /// MiB of memory that an instance may have, 1 to 4,096 (32).
+    /// Maximum memory of an instance in MiB, 1 to 4,096 (32).
     pub memory_mib: u32,
-    /// KiB of text that an answer may have, 1 to 65,536 (256).
+    /// Maximum size of the text in an answer in KiB, 1 to 65,536 (256).
     pub result_kib: u32,
-    /// Targets that an answer may have, 1 to 1,000,000 (10,000).
+    /// Maximum number of targets in an answer, 1 to 1,000,000 (10,000).
     pub max_targets: u32,
     /// Calls after which an instance is replaced by a fresh one, at least 1 (10,000).
     pub calls_per_instance: u32,
-    /// Seconds that a new version is on probation, and for its first 20 events, 0 to 86,400 (60; 0: none): if it fails too often, the one before takes over again.
+    /// Probation of a new version, 0s to 24h, and at least its first 20 events (60s; 0s: none). If
+    /// it fails too often, the previous version takes over again.
     pub probation_s: u64,
-    /// Of the events of its probation, the most that it may fail on, in percent, 1 to 100 (10); fewer than 5 failures never count.
+    /// Maximum share of events in the probation that may fail, in percent, 1 to 100 (10). Fewer
+    /// than 5 failures never count.
     pub probation_failure_percent: u32,
-    /// Failures in a row after which it is asked about an event only now and then, at first after a second, at last every minute (10; 0: never).
+    /// Consecutive failures that open the breaker: only one event is then tried now and then, at
+    /// first after a second, later once a minute (10; 0: never).
     pub breaker_failures: u32,
-    /// If set, only the file with this SHA-256, in hexadecimal, is loaded (none).
+    /// If set, only the file with this SHA-256 in hexadecimal is loaded (none).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
-    /// The plugin's own configuration, handed to it as JSON (none).
+    /// The plugin's own configuration, passed to it as JSON (none).
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     pub config: serde_json::Map<String, serde_json::Value>,
 }
@@ -109,20 +118,20 @@ impl Default for Settings {
     }
 }
 
-/// What becomes of an event when a plugin fails on it.
+/// The policy for an event on which a plugin failed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnFailure {
     #[default]
     DeadLetter,
-    /// As if the plugin were not there.
+    /// Continue as if the plugin did not exist.
     Skip,
     Drop,
 }
 
 impl Settings {
     /// # Errors
-    /// The key, what is wrong with it, and the fix.
+    /// The key, the problem and the fix.
     fn check(&self) -> Result<(), String> {
         let bounds = [
             ("deadline_ms", self.deadline_ms, 1, 10_000),
@@ -150,14 +159,14 @@ impl Settings {
         }
         match &self.sha256 {
             Some(hash) if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) => Err(
-                "sha256 is no hash: 64 hexadecimal digits, as `sha256sum FILE` prints them"
+                "sha256 is not a valid hash; use 64 hexadecimal digits, as printed by `sha256sum FILE`"
                     .to_owned(),
             ),
             _ => Ok(()),
         }
     }
 
-    /// What a call of the plugin may cost.
+    /// The resource limits of the plugin.
     pub fn limits(&self) -> Limits {
         Limits {
             deadline: Duration::from_millis(self.deadline_ms),
@@ -177,7 +186,7 @@ impl Settings {
         }
     }
 
-    /// Without the plugin's own configuration.
+    /// A copy without the plugin's own configuration, which may hold secrets.
     pub(in crate::plugin) fn shown(&self) -> Self {
         Self {
             config: serde_json::Map::new(),
@@ -187,25 +196,26 @@ impl Settings {
 }
 
 impl Config {
-    /// Of the plugin of this name.
+    /// The settings of the plugin with this name, or the defaults.
     pub(in crate::plugin) fn settings(&self, name: &str) -> Settings {
         self.plugins.get(name).cloned().unwrap_or_default()
     }
 }
 
-/// Settings within their bounds.
+/// Settings that are within their bounds.
 struct Checked(Settings);
 
 impl<'de> Deserialize<'de> for Checked {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         let settings = Settings::deserialize(d)?;
-        // In here, where whoever reads the file knows the place of the table.
+        // Checked while parsing, so that the error gets the position of the table in the file.
         settings.check().map_err(D::Error::custom)?;
         Ok(Self(settings))
     }
 }
 
-/// By hand, for the keys that are no plugins. Errors of a plugin's table go through as they are, or their place in the file would be lost.
+/// Implemented by hand for the keys that are not plugins. Errors of a plugin's table are passed on
+/// unchanged, or their position in the file would be lost.
 impl<'de> Deserialize<'de> for Config {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct Sections;
@@ -237,18 +247,18 @@ impl<'de> Deserialize<'de> for Config {
     }
 }
 
-/// The key `cache`; an empty path stands for none.
+/// The key `cache`; an empty path means that the cache is disabled.
 struct FolderOrNone(PathBuf);
 
 impl<'de> Deserialize<'de> for FolderOrNone {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match serde_json::Value::deserialize(d)? {
-            // As a text where it comes from the environment; a folder of that name is written ./false.
+            // Environment variables arrive as text. A folder of this name is written `./false`.
             serde_json::Value::String(text) if text == "false" => Ok(Self(PathBuf::new())),
             serde_json::Value::String(text) => Ok(Self(PathBuf::from(text))),
             serde_json::Value::Bool(false) => Ok(Self(PathBuf::new())),
             other => Err(D::Error::custom(format!(
-                "plugins.cache is {other}; give a folder as a text, or false for none"
+                "plugins.cache is {other}; use a folder as a string, or false to disable it"
             ))),
         }
     }
@@ -259,7 +269,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_section_holds_keys_and_a_table_for_each_plugin() {
+    fn the_section_holds_its_own_keys_and_a_table_per_plugin() {
         let config: Config = toml::from_str(
             "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
         )
@@ -279,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_in_the_section_is_named_with_its_place() {
+    fn an_error_in_the_section_names_the_key_and_its_position() {
         for (text, expect, place) in [
             (
                 "[address]\ndeadline = 5\n",
@@ -296,16 +306,20 @@ mod tests {
                 "deadline_ms is 0; give it 1 to 10000",
                 8..17,
             ),
-            ("[address]\nsha256 = 'abc'\n", "sha256 is no hash", 0..9),
+            (
+                "[address]\nsha256 = 'abc'\n",
+                "sha256 is not a valid hash",
+                0..9,
+            ),
             (
                 "folder = 'x'\n",
-                "a table, as for a plugin: the keys of this section itself are dir, order and cache",
+                "a table for a plugin (the other keys of this section are dir, order and cache)",
                 9..12,
             ),
             ("dir = 5\n", "string", 6..7),
             (
                 "cache = true\n",
-                "plugins.cache is true; give a folder as a text, or false",
+                "plugins.cache is true; use a folder as a string, or false",
                 8..12,
             ),
         ] {
@@ -316,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn compiled_plugins_are_kept_where_the_configuration_says_or_beside_the_data() {
+    fn the_cache_folder_is_the_configured_one_or_next_to_the_data() {
         let folder_of = |text: &str| {
             toml::from_str::<Config>(text)
                 .unwrap()
@@ -335,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_of_a_plugin_are_the_limits_of_the_engine() {
+    fn the_default_settings_match_the_default_limits() {
         assert_eq!(Settings::default().limits(), Limits::default());
         assert_eq!(Settings::default().check(), Ok(()));
     }

@@ -1,6 +1,7 @@
-//! What a registry knows of each plugin: its files, what runs, what ran before, and why something does not.
+//! The registry's record of each plugin: its files, the active and the previous generation, and why
+//! a file is not active.
 //!
-//! Pure bookkeeping under the registry's lock: nothing here reads a file, compiles or waits.
+//! Pure bookkeeping under the registry's lock: nothing here reads a file, compiles or blocks.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use crate::plugin::registry::health::BreakerState;
 use crate::plugin::registry::settings::{Config, Settings};
 use crate::plugin::registry::state::{Ended, PluginState, Refusal, Word};
 
-/// What is remembered of the generations of a plugin that are no longer at work.
+/// The maximum number of former generations remembered per plugin.
 const MAX_ENDED: usize = 20;
 
 #[derive(Debug)]
@@ -24,43 +25,45 @@ pub(super) struct Slots {
     pub(super) by_name: BTreeMap<String, Slot>,
 }
 
-/// What is known of one plugin. It stays when the plugin is gone, so that no two generations ever have the same number.
+/// The record of one plugin. It is kept after the plugin is gone, so that generation numbers are
+/// never reused.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
-    /// As they were when they were taken up. The first is the plugin's; none is left of a plugin that is gone.
+    /// The files as they were last loaded. The first one is used; empty if the plugin is gone.
     pub(super) files: Vec<Sighting>,
     pub(super) running: Option<Arc<Generation>>,
-    /// Since when `running` is at work, in milliseconds since the Unix epoch.
+    /// Since when `running` is active, in milliseconds since the Unix epoch.
     pub(super) since_ms: u64,
-    /// What ran before and could take over again: the last that was proven, if one was.
+    /// The generation to roll back to: the last one that passed its probation, if any did.
     pub(super) previous: Option<Arc<Generation>>,
-    /// Why what runs, if anything, is not the file that is there.
+    /// Why the present file is not the active version.
     pub(super) failure: Option<Failure>,
-    /// Why the last attempt to replace what runs came to nothing, whoever made it.
+    /// The last failed attempt to replace the active version, from any source.
     pub(super) refusal: Option<Refusal>,
-    /// What was rolled back: its hash and what was configured for it then. The same again is not tried.
+    /// The hash and settings of the version that was rolled back. The same combination is not tried
+    /// again.
     pub(super) rolled_back: Option<(String, Settings)>,
-    /// What an operator said, over what is configured.
+    /// Set by an operator, overriding the configuration.
     pub(super) enabled: Option<bool>,
     pub(super) n_generations: u64,
     /// Newest first.
     pub(super) ended: VecDeque<Ended>,
 }
 
-/// Why a file is not at work.
+/// Why a file is not active.
 #[derive(Debug)]
 pub(super) struct Failure {
-    /// A sentence that begins with the file's name.
+    /// A sentence that begins with the file name.
     pub(super) reason: String,
-    /// Of the file, if it could be read.
+    /// SHA-256 of the file, if it could be read.
     pub(super) hash: Option<String>,
 }
 
-/// What came of a job.
+/// The outcome of a job.
 pub(super) enum Done {
     Removed,
     Rests,
-    /// It is what runs, with this hash.
+    /// The file is already active; holds its hash.
     Same(String),
     Loaded(Box<Plugin>, Settings),
     Failed(Failure),
@@ -81,7 +84,7 @@ impl Slots {
             .unwrap_or_else(|| self.config.settings(name).enabled)
     }
 
-    /// Notes what an operator says, and answers the plugin's files.
+    /// Records an operator's choice and returns the plugin's files.
     ///
     /// # Errors
     /// There is no such plugin.
@@ -100,7 +103,7 @@ impl Slots {
         Ok(slot.files.clone())
     }
 
-    /// The hash of what runs under these very settings.
+    /// The hash of the active file, if it is active with exactly these settings.
     pub(super) fn running_as(&self, name: &str, settings: &Settings) -> Option<String> {
         let running = self.by_name.get(name)?.running.as_ref()?;
         (running.settings == *settings).then(|| running.plugin.hash().to_owned())
@@ -108,7 +111,7 @@ impl Slots {
 }
 
 impl Slot {
-    /// `None`: nothing was loaded or refused. Else the outcome, as the metric has it.
+    /// Returns the outcome as labelled in the metric; `None`: nothing was loaded or refused.
     pub(super) fn apply(
         &mut self,
         name: &str,
@@ -117,7 +120,8 @@ impl Slot {
     ) -> Option<&'static str> {
         self.files = files;
         let file = self.files.first().map(Sighting::file).unwrap_or_default();
-        // What ran may have been rolled back while its file was looked at.
+        // The active version may have been rolled back while its file was examined; its failure
+        // must then be kept.
         let is_rolled_back = matches!(&done, Done::Same(hash) if self.running.as_ref().is_none_or(|running| running.plugin.hash() != hash));
         if !is_rolled_back {
             self.failure = None;
@@ -125,7 +129,7 @@ impl Slot {
         let outcome = match done {
             Done::Removed | Done::Rests => {
                 let (word, why) = if matches!(done, Done::Rests) {
-                    (Word::Disabled, "it is not enabled")
+                    (Word::Disabled, "it is disabled")
                 } else {
                     (Word::Removed, "its file is gone")
                 };
@@ -140,13 +144,14 @@ impl Slot {
                         self.end(&gone, word, why);
                     }
                     None if word == Word::Disabled => {
-                        tracing::info!(plugin.name = name, "plugin is not enabled")
+                        tracing::info!(plugin.name = name, "plugin is disabled")
                     }
                     None => {}
                 }
                 self.previous = None;
                 if word == Word::Removed {
-                    // Who puts it there again wants it.
+                    // Forgotten with the file: adding the plugin again expresses the wish to run
+                    // it.
                     (self.enabled, self.rolled_back) = (None, None);
                 }
                 self.since_ms = now_ms();
@@ -156,7 +161,7 @@ impl Slot {
                 tracing::info!(
                     plugin.name = name,
                     plugin.file = file,
-                    "the plugin's file is what runs already"
+                    "plugin unchanged: its file is already active"
                 );
                 None
             }
@@ -172,7 +177,7 @@ impl Slot {
                         plugin.file = file,
                         plugin.hash = running.plugin.hash(),
                         plugin.failed_hash = hash,
-                        "plugin not replaced: {reason}; generation {} stays at work",
+                        "plugin not replaced: {reason}; generation {} stays active",
                         running.number
                     ),
                     None => {
@@ -195,9 +200,8 @@ impl Slot {
         };
         if let (Some(second), None) = (self.files.get(1), &self.failure) {
             let file = second.file();
-            let reason = format!(
-                "{file} is the second file of a plugin called '{name}'; rename or remove one"
-            );
+            let reason =
+                format!("{file} is a second file for the plugin '{name}'; rename or remove one");
             tracing::error!(
                 plugin.name = name,
                 plugin.file = file,
@@ -208,7 +212,7 @@ impl Slot {
         outcome
     }
 
-    /// A new generation begins.
+    /// Starts a new generation.
     fn take_over(&mut self, name: &str, file: &str, plugin: Plugin, settings: Settings) {
         self.n_generations += 1;
         let former = self.running.take();
@@ -225,14 +229,15 @@ impl Slot {
         if plugin.manifest().name != name {
             tracing::info!(
                 plugin.name = name,
-                "the plugin calls itself '{}'",
+                "the manifest names this plugin '{}'",
                 plugin.manifest().name
             );
         }
         let now = Instant::now();
         if let Some(former) = former {
             self.end(&former, Word::Replaced, "");
-            // What is itself still on probation is no ground to fall back on while there is a better one, and what fails on everything never is.
+            // A generation that is itself on probation is not a safe fallback while there is a
+            // better one, and one with an open breaker never is.
             let is_well = former.report(now).breaker == BreakerState::Closed;
             if is_well && (former.is_proven(now) || self.previous.is_none()) {
                 self.previous = Some(former);
@@ -250,7 +255,7 @@ impl Slot {
         self.since_ms = now_ms();
     }
 
-    /// Remembers a generation that is no longer at work.
+    /// Remembers a former generation.
     pub(super) fn end(&mut self, generation: &Generation, how: Word, why: &str) {
         self.ended.push_front(Ended {
             generation: generation.number,

@@ -1,4 +1,4 @@
-//! A plugin as operators see it: in the admin API, in readiness and in tests.
+//! The state of a plugin as shown to operators: in the admin API, in readiness and in tests.
 
 use serde::Serialize;
 
@@ -8,41 +8,43 @@ use super::settings::Settings;
 use crate::plugin::Role;
 use crate::plugin::shadow::Summary;
 
-/// A plugin, or a file that should be one, or one that is configured and has no file.
+/// The state of a plugin, of a file that cannot be loaded, or of a configured plugin without a
+/// file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PluginState {
     pub name: String,
-    /// The name of its file.
+    /// The file name.
     pub file: String,
     pub state: Word,
-    /// What an operator said, over what is configured; `None`: nothing.
+    /// Set by an operator, overriding the configuration; `None`: not overridden.
     pub is_enabled_by_hand: Option<bool>,
-    /// `filter`, `router`, `filter and router`, or nothing if it is not at work.
+    /// `filter`, `router`, `filter and router`, or empty if the plugin is not active.
     pub kind: &'static str,
-    /// What it says of itself.
+    /// From the plugin's manifest.
     pub version: String,
     pub description: String,
-    /// The generation at work; 0 for none.
+    /// The active generation; 0 if there is none.
     pub generation: u64,
-    /// SHA-256 of what is at work, in hexadecimal.
+    /// SHA-256 of the active file, in hexadecimal.
     pub hash: String,
-    /// Since when, in milliseconds since the Unix epoch.
+    /// Since when this has been the state, in milliseconds since the Unix epoch.
     pub since_ms: u64,
-    /// What is configured for it, its own configuration left out: that may hold what is nobody's business.
+    /// Its settings, without the plugin's own configuration, which may hold secrets.
     pub settings: Settings,
-    /// The generation that a rollback goes back to.
+    /// The generation that a rollback would return to.
     pub previous: Option<u64>,
-    /// Why the file that is there now is not at work. `None`: it is.
+    /// Why the present file is not active. `None`: it is.
     pub failure: Option<String>,
-    /// SHA-256 of the file that is not at work, if it could be read.
+    /// SHA-256 of the file that is not active, if it could be read.
     pub failed_hash: Option<String>,
-    /// The last attempt to replace what is at work that came to nothing, by a file, an upload or a probation.
+    /// The last failed attempt to replace the active generation: by a file, an upload or a
+    /// probation.
     pub refusal: Option<Refusal>,
-    /// `None`: nothing is at work.
+    /// `None`: the plugin is not active.
     pub health: Option<Report>,
-    /// The candidate beside it, if there is one.
+    /// The candidate running in its shadow, if any.
     pub shadow: Option<Summary>,
-    /// Generations that are no longer at work, newest first.
+    /// Former generations, newest first.
     pub ended: Vec<Ended>,
 }
 
@@ -62,52 +64,52 @@ impl PluginState {
     }
 }
 
-/// How a plugin, or one of its generations, stands.
+/// The state of a plugin or of one of its generations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Word {
-    /// At work, and so are the next three.
+    /// Active; the next three states are active as well.
     Active,
-    /// It has just taken another generation's place, which takes over again if it fails too often.
+    /// It has just replaced another generation, which takes over again if this one fails too often.
     OnProbation,
-    /// It failed on so many events in a row that it is asked only now and then.
+    /// It failed on so many events in a row that only one is tried now and then.
     BreakerOpen,
-    /// Its file is no plugin that can run here.
+    /// Its file cannot run as a plugin.
     #[default]
     Failed,
-    /// By its configuration or by an operator.
+    /// Disabled by the configuration or by an operator.
     Disabled,
-    /// It is configured, and there is no file of this name.
+    /// Configured, but there is no file of this name.
     Missing,
-    /// Of a generation: another took its place.
+    /// Generations only: another generation replaced it.
     Replaced,
-    /// Of a generation: the one before it took over again.
+    /// Generations only: it was rolled back to the one before.
     RolledBack,
-    /// Of a generation: its file was removed.
+    /// Generations only: its file was removed.
     Removed,
 }
 
-/// An attempt that came to nothing.
+/// A failed attempt to replace a plugin.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Refusal {
     /// In milliseconds since the Unix epoch.
     pub at_ms: u64,
-    /// SHA-256, in hexadecimal, if there was something to read.
+    /// SHA-256, in hexadecimal, if the file could be read.
     pub hash: Option<String>,
     pub reason: String,
 }
 
-/// A generation that is no longer at work.
+/// A former generation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Ended {
     pub generation: u64,
     pub version: String,
     pub hash: String,
     pub state: Word,
-    /// From when to when it was at work, in milliseconds since the Unix epoch.
+    /// When it was active, in milliseconds since the Unix epoch.
     pub since_ms: u64,
     pub until_ms: u64,
-    /// Why it ended, where there is more to say than that another came.
+    /// Why it ended; empty if another generation simply replaced it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub reason: String,
 }

@@ -1,9 +1,14 @@
-//! Hears of changes in the folder of plugins and has the registry take them up, on an OS thread of its own: compiling takes seconds.
+//! Watches the plugin folder and has the registry load its changes. Runs on an OS thread of its
+//! own, because compiling takes seconds.
 //!
-//! What is heard only says when to look; what is seen decides. So nothing is missed where nothing can be heard (a network's file system, no
-//! watch left to be had), only seen a little later. It promises that a file is taken up once nobody has touched it for [`SETTLED`], since
-//! editors and `cp` write in pieces, and remove before they write; that a folder that is gone is an accident, and no removal of its plugins;
-//! and to end soon after the [`Watcher`] does. Whether a file is any good, and what runs if it is not, is `registry`'s business.
+//! A file system notification only triggers a scan; the scan decides. Changes are therefore never
+//! missed where notifications are unavailable (a network file system, no watch descriptor left),
+//! only found later. A file is loaded once it has been unchanged for [`SETTLED`], because editors
+//! and `cp` write in pieces, and some remove a file before they write it. A missing folder is
+//! treated as an accident and does not remove its plugins. The thread ends soon after the
+//! [`Watcher`] is dropped.
+//!
+//! Checking and loading the files is in `registry`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -22,14 +27,14 @@ use super::Registry;
 use super::folder::{self, Look, Sighting};
 use crate::shutdown::Alarm;
 
-/// How long the files of a plugin are as they are before they are taken up.
+/// How long the files of a plugin must be unchanged before they are loaded.
 const SETTLED: Duration = Duration::from_millis(150);
-/// The least time between two looks: somebody may be writing there all the time.
+/// The minimum time between two scans, because the folder may be written to all the time.
 const PACE: Duration = Duration::from_millis(25);
-/// The most time between two looks, for what is not heard.
+/// The maximum time between two scans, for changes without a notification.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Watches while it lives.
+/// Watches the folder until it is dropped.
 #[derive(Debug)]
 pub struct Watcher {
     is_over: Arc<AtomicBool>,
@@ -37,15 +42,17 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Watches the folder of the registry; `None` if it has none. `alarm`: for when it can no longer do so.
+    /// Watches the folder of the registry; `None` if it has none. `alarm` is raised when the thread
+    /// ends unexpectedly.
     ///
     /// # Errors
-    /// If the system gives no thread.
+    /// The system cannot start a thread.
     pub fn start(registry: Arc<Registry>, alarm: Alarm) -> std::io::Result<Option<Self>> {
         let Some(dir) = registry.dir().map(Path::to_owned) else {
             return Ok(None);
         };
-        // One is as good as many: it says that something changed since the last look.
+        // A capacity of one suffices: a message only means that something changed since the last
+        // scan.
         let (wake, woken) = sync_channel(1);
         let is_over = Arc::new(AtomicBool::new(false));
         let thread = Thread {
@@ -69,7 +76,7 @@ impl Watcher {
 impl Drop for Watcher {
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::SeqCst);
-        // A full channel wakes it as well.
+        // If the channel is full, the thread is woken anyway.
         self.wake.try_send(()).ok();
     }
 }
@@ -77,21 +84,22 @@ impl Drop for Watcher {
 struct Thread {
     registry: Arc<Registry>,
     dir: PathBuf,
-    /// The folder that is listened to, and by what, unless it cannot be had: a folder that is made anew has the same name and another watch.
+    /// The folder being watched and its watcher, if one could be created. A folder that is created
+    /// again has the same name but needs a new watcher.
     watched: Option<(Identity, Option<RecommendedWatcher>)>,
     wake: SyncSender<()>,
     woken: Receiver<()>,
     is_over: Arc<AtomicBool>,
 }
 
-/// Device, inode, and when it was made, as inodes are used again.
+/// Device, inode and creation time; inodes alone are reused.
 type Identity = (u64, u64, Option<SystemTime>);
 
 impl Thread {
     fn run(mut self) {
         let mut settling = Settling::default();
         while !self.is_over.load(Ordering::SeqCst) {
-            // Listened to before it is looked at, so that no change falls in between.
+            // Watch before scanning: a change between the two then triggers another scan.
             self.listen();
             match folder::look(&self.dir) {
                 Ok(seen) => {
@@ -107,14 +115,14 @@ impl Thread {
                 }
             }
             if settling.is_over() {
-                // Woken or not: it looks.
+                // Scan whether woken or timed out.
                 self.woken.recv_timeout(LOOK_EVERY).ok();
             }
             thread::sleep(PACE);
         }
     }
 
-    /// Listens to the folder that has the name now.
+    /// Watches the folder that has the name now.
     fn listen(&mut self) {
         let identity = fs::metadata(&self.dir)
             .ok()
@@ -127,7 +135,7 @@ impl Thread {
         let wake = self.wake.clone();
         let heard = move |event: notify::Result<notify::Event>| {
             if is_change(&event) {
-                // A full channel: it is already going to look.
+                // If the channel is full, a scan is already due.
                 wake.try_send(()).ok();
             }
         };
@@ -137,24 +145,24 @@ impl Thread {
         });
         if let Err(error) = &watcher {
             let dir = self.dir.display();
-            tracing::warn!(%error, "the folder of plugins {dir} cannot be listened to; it is looked at every {} s", LOOK_EVERY.as_secs());
+            tracing::warn!(%error, "cannot watch the plugin folder {dir}; it is scanned every {} s instead", LOOK_EVERY.as_secs());
         }
         self.watched = Some((identity, watcher.ok()));
     }
 }
 
-/// Whether something may have changed. Reading is an access, too, and whoever looks reads.
+/// Whether something may have changed. Read accesses are ignored: a scan causes some itself.
 pub fn is_change(heard: &notify::Result<notify::Event>) -> bool {
     let is_reading = |event: &notify::Event| matches!(event.kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write));
     !heard.as_ref().is_ok_and(is_reading)
 }
 
-/// Plugins whose files are not as they were taken up, and since when they are as they are.
+/// Plugins whose files differ from those last loaded, and since when they have been unchanged.
 #[derive(Debug, Default)]
 struct Settling(BTreeMap<String, (Vec<Sighting>, Instant)>);
 
 impl Settling {
-    /// What is to be taken up now: with no file, for what is gone.
+    /// Returns the files to load now; an empty list stands for a plugin whose files are gone.
     fn due(&mut self, taken_up: &Look, seen: &Look, now: Instant) -> Look {
         let mut due = Look::new();
         let mut before = std::mem::take(&mut self.0);
@@ -187,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_changes_is_due_once_it_was_left_alone_for_long_enough() {
+    fn changed_files_are_due_once_they_have_settled() {
         let folder = Scratch::new("settling");
         let (file, mut settling, began) = (
             folder.0.join("1-a.wasm"),
@@ -199,7 +207,7 @@ mod tests {
             at += wait;
             settling.due(taken_up, &folder.look(), began + at)
         };
-        // In pieces, each a little before it would be settled.
+        // Written in pieces, each just before the file would count as settled.
         for n_bytes in 0..10 {
             fs::write(&file, vec![0; n_bytes]).unwrap();
             assert_eq!(
@@ -217,7 +225,8 @@ mod tests {
         taken_up.extend(due);
         assert_eq!(due_after(&taken_up, SETTLED), Look::new());
 
-        // Away for a moment, as under an editor that removes before it writes: nothing but new bytes.
+        // Missing for a moment, as with an editor that removes before it writes: only the new bytes
+        // count.
         fs::remove_file(&file).unwrap();
         assert_eq!(due_after(&taken_up, PACE), Look::new());
         fs::write(&file, "other").unwrap();
@@ -225,7 +234,7 @@ mod tests {
         taken_up.extend(due_after(&taken_up, SETTLED));
         assert_eq!(taken_up, folder.look());
 
-        // Another name for the file of the same plugin is one change, and a file that is gone is one.
+        // Renaming the file of a plugin is one change, and so is removing it.
         fs::rename(&file, folder.0.join("2-a.wasm")).unwrap();
         assert_eq!(due_after(&taken_up, PACE), Look::new());
         let due = due_after(&taken_up, SETTLED);

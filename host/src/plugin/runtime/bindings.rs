@@ -1,7 +1,8 @@
-//! The contract in `wit/` and the vocabulary of `event`, one made into the other: the only place that knows both.
+//! Converts between the contract in `wit/` and the types of `event`; the only file that knows both.
 //!
-//! Whatever comes from a guest is hostile until it is one of ours: names are parsed, counts and sizes bounded, control characters refused
-//! where they would forge a key or a frame, and escaped where an operator reads them.
+//! Data from a guest is hostile until it is converted: names are parsed, counts and sizes are
+//! bounded, control characters are refused where they could forge a key or a frame, and escaped
+//! where an operator reads them.
 
 use wasmtime::Store;
 use wasmtime::component::{HasSelf, Instance, InstancePre, Linker};
@@ -22,10 +23,10 @@ wasmtime::component::bindgen!({
     world: "full-plugin",
 });
 
-/// The version of the contract that this host speaks.
+/// The contract version that this host implements.
 pub(in crate::plugin) const VERSION: &str = "0.1";
 
-/// The latest moment that a route may end at: the end of the year 9999.
+/// The latest expiry of a route: the end of the year 9999, in milliseconds since the Unix epoch.
 const LATEST_MS: u64 = 253_402_300_799_999;
 
 pub(in crate::plugin) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
@@ -57,7 +58,7 @@ impl pointsman::plugin::clock::Host for State {
 
 impl types::Host for State {}
 
-/// Where a component's exports are; which of them it has says what kind of plugin it is.
+/// The indices of a component's exports; the exports present determine the kind of plugin.
 pub(in crate::plugin) struct ExportIndices {
     lifecycle: lifecycle::GuestIndices,
     pub(in crate::plugin) filter: Option<filter::GuestIndices>,
@@ -81,7 +82,7 @@ impl ExportIndices {
         })
     }
 
-    /// Checks the types of all exports, which `instantiate_pre` does not.
+    /// Checks the types of all exports, which `instantiate_pre` does not do.
     pub(in crate::plugin) fn load(
         &self,
         store: &mut Store<State>,
@@ -110,7 +111,7 @@ pub(in crate::plugin) struct Exports {
     router: Option<router::Guest>,
 }
 
-/// What a guest says of itself, before anybody has looked at it.
+/// A guest's description of itself, not yet checked.
 pub(in crate::plugin) struct Description {
     pub(in crate::plugin) manifest: Manifest,
     pub(in crate::plugin) selection: Selection,
@@ -152,7 +153,7 @@ impl Exports {
     }
 
     /// # Errors
-    /// Outside: of the call. Inside: what the guest finds wrong, one issue after the other.
+    /// Outer: the call failed. Inner: the issues that the guest found, joined with semicolons.
     pub(in crate::plugin) fn configure(
         &self,
         store: &mut Store<State>,
@@ -175,7 +176,7 @@ impl Exports {
         Ok(Err(printable(&told.collect::<Vec<_>>().join("; "))))
     }
 
-    /// `None` if it is no filter.
+    /// `None` if the plugin is not a filter.
     pub(in crate::plugin) fn evaluate(
         &self,
         store: &mut Store<State>,
@@ -186,7 +187,7 @@ impl Exports {
             .map(|filter| filter.call_evaluate(store, event))
     }
 
-    /// `None` if it is no router.
+    /// `None` if the plugin is not a router.
     pub(in crate::plugin) fn resolve(
         &self,
         store: &mut Store<State>,
@@ -198,7 +199,7 @@ impl Exports {
     }
 }
 
-/// The event as a plugin with this selection sees it.
+/// The event as presented to a plugin with this selection.
 pub(in crate::plugin) fn present(
     event: &Event,
     priority: Priority,
@@ -232,10 +233,10 @@ pub(in crate::plugin) fn present(
     }
 }
 
-/// What a filter answered about this event, and the bytes of its text.
+/// Converts a filter's verdict on this event; also returns the size of its text in bytes.
 ///
 /// # Errors
-/// What of the answer is not acceptable.
+/// The part of the answer that is invalid.
 pub(in crate::plugin) fn verdict(
     verdict: filter::Verdict,
     event: &Event,
@@ -257,7 +258,7 @@ pub(in crate::plugin) fn verdict(
                 }
                 amended
                     .set_attribute(&name, value.into())
-                    .map_err(|e| format!("it amends the event wrongly: {e}"))?;
+                    .map_err(|e| format!("its amendment is invalid: {e}"))?;
             }
             let answer = Answer::Amend(Box::new(Amended {
                 event: amended,
@@ -268,10 +269,11 @@ pub(in crate::plugin) fn verdict(
     }
 }
 
-/// What a router answered, and the bytes of its text: routes without a target are left out, those without a priority have the event's.
+/// Converts a router's answer; also returns the size of its text in bytes. Routes without a target
+/// are omitted; routes without a priority get that of the event.
 ///
 /// # Errors
-/// What of the answer is not acceptable.
+/// The part of the answer that is invalid.
 pub(in crate::plugin) fn plan(
     routes: Vec<router::Route>,
     by: &Name,
@@ -286,7 +288,7 @@ pub(in crate::plugin) fn plan(
         .max(routes.len());
     if n_targets > limits.targets {
         return Err(format!(
-            "its answer has {n_targets} targets or routes; {} is the most (max_targets)",
+            "its answer has {n_targets} targets or routes; the limit is {} (max_targets)",
             limits.targets
         ));
     }
@@ -294,7 +296,7 @@ pub(in crate::plugin) fn plan(
     let mut plan = Plan::default();
     for (at, route) in routes.into_iter().enumerate() {
         let route = convert(route, by, priority, clock_ms, &mut size)
-            .map_err(|e| format!("its route {at} is not acceptable: {e}"))?;
+            .map_err(|e| format!("its route {at} is invalid: {e}"))?;
         if !route.to.is_empty() {
             plan.routes.push(route);
         }
@@ -339,7 +341,7 @@ fn convert(
         .filter(|name| RESERVED_EVENT_NAMES.contains(&name.as_str()))
     {
         return Err(format!(
-            "the event name '{reserved}' is reserved; reserved are {}",
+            "the event name '{reserved}' is reserved; reserved names are {}",
             RESERVED_EVENT_NAMES.join(", ")
         ));
     }
@@ -352,7 +354,8 @@ fn convert(
     };
     if ttl_ms == Some(0) {
         return Err(
-            "the ttl is 0, so nobody would ever get it; leave the route out, or the ttl".to_owned(),
+            "the ttl is 0, so it would never be delivered; leave out the route or the ttl"
+                .to_owned(),
         );
     }
     Ok(Route {
@@ -373,7 +376,7 @@ fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Cr
     let mut any_of = Vec::with_capacity(criteria.any_of.len().min(Criteria::MAX_TESTS));
     if criteria.any_of.len() > Criteria::MAX_TESTS {
         return Err(format!(
-            "the criteria have {} clauses; {} is the most",
+            "the criteria have {} clauses; the limit is {}",
             criteria.any_of.len(),
             Criteria::MAX_TESTS
         ));
@@ -392,7 +395,7 @@ fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Cr
                     types::Value::Text(text) => size.count(text)?,
                     types::Value::Decimal(d) if !d.is_finite() => {
                         return Err(format!(
-                            "the criteria have the number {d}, which is none in JSON"
+                            "the criteria contain the number {d}, which JSON cannot represent"
                         ));
                     }
                     types::Value::Integer(_) | types::Value::Decimal(_) | types::Value::Flag(_) => {
@@ -411,7 +414,7 @@ fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Cr
     Criteria::new(any_of).map_err(|e| e.to_string())
 }
 
-/// The reason in a failure, and whether the event may be presented again.
+/// The reason of a failure, and whether the event may be retried.
 pub(in crate::plugin) fn failure(failure: types::Failure) -> (String, bool) {
     match failure {
         types::Failure::Reject(reason) => (printable(&reason), false),
@@ -419,7 +422,7 @@ pub(in crate::plugin) fn failure(failure: types::Failure) -> (String, bool) {
     }
 }
 
-/// Counts what a guest hands back.
+/// Counts the size of the data that a guest returns.
 struct Size<'a> {
     bytes: usize,
     limits: &'a Limits,
@@ -431,11 +434,11 @@ impl<'a> Size<'a> {
     }
 
     fn count(&mut self, text: &str) -> Result<(), String> {
-        // Each string costs more than its bytes: without that, a million empty ones would be for nothing.
+        // Each string counts as more than its bytes: otherwise a million empty ones would be free.
         self.bytes = self.bytes.saturating_add(text.len()).saturating_add(8);
         if self.bytes > self.limits.result_bytes {
             return Err(format!(
-                "its answer is larger than {} KiB, which is the most (result_kib)",
+                "its answer is larger than the limit of {} KiB (result_kib)",
                 self.limits.result_bytes / 1024
             ));
         }

@@ -1,14 +1,18 @@
-//! Compiled plugins, kept for the next start: what a plugin's file was compiled to, in a file of its own, in a folder of this user alone.
+//! The cache of compiled plugins for the next start: one file of machine code per plugin file, in a
+//! folder that is private to this user.
 //!
-//! Compiled code is run as it is found, so nothing is taken that anybody but this user's own nodes may have written: the folder and each file in
-//! it belong to the user of this process, and nobody else may write there. A folder that is otherwise is refused with the reason, and the node
-//! works without a cache. A file is found by the hash of the plugin's bytes together with whatever of the engine shapes the code (its version,
-//! its settings, the processor), and guarded by a checksum: one that is torn or has rotted is removed, and its plugin compiled anew.
+//! Compiled code is executed as it is found, so code that another user may have written is never
+//! used: the folder and its files must belong to the user of this process, and no other user may
+//! have write access. Any other folder is refused with the reason, and the node runs without a
+//! cache. The key of a file is a hash of the plugin's bytes and everything in the engine that
+//! shapes the code (its version, its settings, the processor). A checksum protects the contents: a
+//! truncated or corrupt file is removed and its plugin is compiled again.
 //!
-//! Several processes may use one folder at once: files come by renaming, and are never changed. There are at most [`MAX_FILES`] of at most
-//! [`MAX_BYTES`] in all; those that were used longest ago leave first. What is compiled, and when, is `plugin::compile`'s business.
+//! Several processes may share a folder: files are created by renaming and never modified. The
+//! folder holds at most [`MAX_FILES`] files of at most [`MAX_BYTES`] in total; the least recently
+//! used are evicted first. Compiling is in `plugin::compile`.
 //!
-//! This is the one file of the host that may use `unsafe`, for one call: see [`revive`].
+//! This is the only file of the host that may use `unsafe`, for a single call: see [`revive`].
 
 use std::ffi::CString;
 use std::fs::{DirBuilder, File, Metadata};
@@ -27,41 +31,41 @@ use wasmtime::component::Component;
 
 use crate::telemetry::metrics::{Metrics, PluginCacheLabel};
 
-/// The most files in the folder.
+/// The maximum number of files in the folder.
 const MAX_FILES: usize = 256;
-/// The most bytes of all files together. Compiled Python is some 100 MiB.
+/// The maximum size of all files together, in bytes. Compiled Python takes about 100 MiB.
 const MAX_BYTES: u64 = 1024 * 1024 * 1024;
-/// The most bytes of one file.
+/// The maximum size of one file, in bytes.
 const MAX_FILE_BYTES: u64 = MAX_BYTES / 4;
-/// What a file begins with; the number grows when its layout changes.
+/// The first bytes of a file; the number is incremented when the layout changes.
 const MAGIC: &[u8; 24] = b"pointsman plugin code 1\n";
-/// How the names of files end.
+/// The suffix of file names.
 const SUFFIX: &str = ".code";
-/// A draft that is older was left behind by a process that died.
+/// An older draft was left behind by a process that died.
 const DRAFT_AGE: Duration = Duration::from_secs(3600);
 
-/// A cheap handle.
+/// A handle that is cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Cache(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     path: PathBuf,
-    /// The folder that was looked at, whatever has its name by now.
+    /// The folder that was checked, even if its name now refers to another one.
     folder: OwnedFd,
     metrics: Metrics,
 }
 
-/// By which compiled code is found.
+/// The key of compiled code.
 pub(in crate::plugin) struct Key([u8; 32]);
 
 impl Key {
-    /// `file_hash`: of the plugin's file, in hexadecimal.
+    /// `file_hash`: the SHA-256 of the plugin's file, in hexadecimal.
     pub(in crate::plugin) fn new(engine: &wasmtime::Engine, file_hash: &str) -> Self {
         let mut hasher = Hashing(Sha256::new());
         engine.precompile_compatibility_hash().hash(&mut hasher);
         let Hashing(mut sha) = hasher;
-        // What this host makes of the bytes before it compiles them may change with its version.
+        // The conversion of the bytes before they are compiled may change with the host's version.
         sha.update(concat!("pointsman ", env!("CARGO_PKG_VERSION"), " "));
         sha.update(file_hash);
         Self(sha.finalize().into())
@@ -73,7 +77,8 @@ impl Key {
     }
 }
 
-/// Whatever is hashed, as SHA-256: 64 bits would do for a table, and not for what decides which code runs.
+/// A [`Hasher`] that computes SHA-256: its result decides which code is executed, for which 64 bits
+/// are not enough.
 struct Hashing(Sha256);
 
 impl Hasher for Hashing {
@@ -81,27 +86,30 @@ impl Hasher for Hashing {
         self.0.update(bytes);
     }
 
-    /// Nobody asks: the digest is taken in its place.
+    /// Never called; the digest is taken instead.
     fn finish(&self) -> u64 {
         0
     }
 }
 
 impl Cache {
-    /// [`Cache::open`], or a warning and no cache.
+    /// As [`Cache::open`], but logs a warning and returns `None` on failure.
     pub fn open_if_safe(folder: &Path, metrics: Metrics) -> Option<Self> {
         let opened = Self::open(folder, metrics);
         opened
             .inspect_err(|reason| {
-                tracing::warn!("plugins are compiled at each start: the folder for compiled ones, {}, {reason}", folder.display());
+                tracing::warn!(
+                    "plugins are compiled at each start: the plugin cache {} {reason}",
+                    folder.display()
+                );
             })
             .ok()
     }
 
-    /// Opens the folder, and makes it where it is not there.
+    /// Opens the folder, creating it if it does not exist.
     ///
     /// # Errors
-    /// Why it cannot be used, with the fix, as the end of a sentence that begins with its name.
+    /// Why it cannot be used, with the fix, as the rest of a sentence that begins with its name.
     pub fn open(path: &Path, metrics: Metrics) -> Result<Self, String> {
         let elsewhere = "set plugins.cache to another folder, or to false";
         if let Some(parent) = path
@@ -109,34 +117,35 @@ impl Cache {
             .filter(|parent| !parent.as_os_str().is_empty())
         {
             std::fs::create_dir_all(parent)
-                .map_err(|e| format!("cannot be made: {e}; {elsewhere}"))?;
+                .map_err(|e| format!("cannot be created: {e}; {elsewhere}"))?;
         }
         match DirBuilder::new().mode(0o700).create(path) {
             Err(e) if e.kind() != ErrorKind::AlreadyExists => {
-                return Err(format!("cannot be made: {e}; {elsewhere}"));
+                return Err(format!("cannot be created: {e}; {elsewhere}"));
             }
             _ => {}
         }
-        // Not through a link, which another user could have put there; and from now on by what was opened, not by its name.
+        // Links are not followed, because another user could have created one. From here on the
+        // folder is accessed through its descriptor, so replacing its name has no effect.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let folder = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
-            format!("cannot be opened as a folder, and not a link to one: {e}; {elsewhere}")
+            format!("cannot be opened as a folder (links are not followed): {e}; {elsewhere}")
         })?;
         let folder = File::from(folder);
         let metadata = folder
             .metadata()
-            .map_err(|e| format!("cannot be looked at: {e}; {elsewhere}"))?;
+            .map_err(|e| format!("cannot be inspected: {e}; {elsewhere}"))?;
         let user = geteuid().as_raw();
         if metadata.uid() != user {
             return Err(format!(
-                "belongs to user {} and not to user {user}, who runs this; {elsewhere}",
+                "belongs to user {} and not to user {user} of this process; {elsewhere}",
                 metadata.uid()
             ));
         }
         let mode = metadata.mode() & 0o777;
         if mode != 0o700 {
             return Err(format!(
-                "has the mode {mode:03o} and not 700, so others may put code there; remove it, or {elsewhere}"
+                "has mode {mode:03o} instead of 700, so other users may write code into it; remove it, or {elsewhere}"
             ));
         }
         Ok(Self(Arc::new(Shared {
@@ -146,7 +155,7 @@ impl Cache {
         })))
     }
 
-    /// The code under this key, if it is there and whole.
+    /// Returns the code for this key, if it is present and intact.
     pub(in crate::plugin) fn take(
         &self,
         engine: &wasmtime::Engine,
@@ -170,17 +179,18 @@ impl Cache {
                 self.count("damaged");
                 tracing::warn!(
                     file,
-                    "compiled code in {} is of no use and removed, its plugin compiled anew: {reason}",
+                    "removed an invalid file of compiled code from {}; its plugin is compiled again: {reason}",
                     self.0.path.display()
                 );
-                // Another process may have done so.
+                // A failure is ignored: another process may have removed it first.
                 unlinkat(&self.0.folder, file.as_str(), AtFlags::empty()).ok();
                 None
             }
         }
     }
 
-    /// Keeps code under this key. If that cannot be, the log says why, and the plugin is compiled at the next start as well.
+    /// Stores code under this key. A failure is logged; the plugin is then compiled again at the
+    /// next start.
     pub(in crate::plugin) fn put(&self, key: &Key, component: &Component) {
         let written = component
             .serialize()
@@ -189,18 +199,18 @@ impl Cache {
         if let Err(reason) = written {
             self.count("unwritten");
             tracing::warn!(
-                "a compiled plugin cannot be kept in {}: {reason}",
+                "cannot store a compiled plugin in {}: {reason}",
                 self.0.path.display()
             );
         }
         if let Err(error) = self.make_room(&key.file(), MAX_FILES, MAX_BYTES) {
-            tracing::warn!(%error, "old compiled plugins in {} cannot be removed", self.0.path.display());
+            tracing::warn!(%error, "cannot remove old compiled plugins from {}", self.0.path.display());
         }
     }
 
-    /// `None`: there is no such file.
+    /// `None`: the file does not exist.
     fn read(&self, file: &str, key: &Key) -> Result<Option<Vec<u8>>, String> {
-        // Whatever was put there is not waited for, nor followed.
+        // Neither follows a link nor blocks on a pipe that was put there.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match openat(&self.0.folder, file, flags, Mode::empty()) {
             Ok(file) => File::from(file),
@@ -210,9 +220,9 @@ impl Cache {
         let metadata = file.metadata().map_err(|e| e.to_string())?;
         check_owner(&metadata)?;
         if !metadata.is_file() || metadata.len() > MAX_FILE_BYTES {
-            return Err("it is no file, or too large for one of ours".to_owned());
+            return Err("it is not a regular file, or it is too large".to_owned());
         }
-        // Into memory, and only then checked: what is run is what was checked.
+        // Read into memory before it is checked, so that the bytes that run are the bytes checked.
         let mut bytes = Vec::with_capacity(metadata.len() as usize);
         (&file)
             .take(MAX_FILE_BYTES)
@@ -220,19 +230,20 @@ impl Cache {
             .map_err(|e| e.to_string())?;
         let head = head(key, bytes.get(MAGIC.len() + 64..).unwrap_or_default());
         if !bytes.starts_with(&head) {
-            return Err("it is torn or has rotted".to_owned());
+            return Err("it is truncated or corrupt".to_owned());
         }
         bytes.drain(..head.len());
-        // What was used lately stays longest. If that cannot be noted, it leaves sooner.
+        // The modification time records the last use. If it cannot be set, the file is evicted
+        // sooner.
         file.set_modified(SystemTime::now()).ok();
         Ok(Some(bytes))
     }
 
     fn write(&self, key: &Key, code: &[u8]) -> io::Result<()> {
-        // By chance: nodes in containers have the same number as a process.
+        // A random name: nodes in containers may have the same process id.
         let draft = format!(".{:032x}{SUFFIX}", rand::random::<u128>());
         let written = self.write_draft(&draft, key, code).and_then(|()| {
-            // In one step, and over what another process has put there meanwhile: it is the same.
+            // Atomic; a file that another process has put there meanwhile has the same contents.
             Ok(renameat(
                 &self.0.folder,
                 draft.as_str(),
@@ -256,11 +267,11 @@ impl Cache {
             Mode::RUSR | Mode::WUSR,
         )?);
         file.write_all(&head(key, code))?;
-        // Not waited for until it is on the disk: what a crash tears, the checksum finds.
+        // Not synced: if a crash truncates the file, the checksum detects it.
         file.write_all(code)
     }
 
-    /// Removes files, those that were used longest ago first, until there are no more than so many; and drafts that nobody writes any more.
+    /// Evicts the least recently used files until the limits hold, and removes abandoned drafts.
     fn make_room(&self, newest: &str, max_files: usize, max_bytes: u64) -> io::Result<()> {
         let mut files: Vec<(SystemTime, u64, CString)> = Vec::new();
         for entry in Dir::read_from(&self.0.folder)? {
@@ -268,7 +279,7 @@ impl Cache {
             if !name.to_bytes().ends_with(SUFFIX.as_bytes()) {
                 continue;
             }
-            // What is gone by now was removed by another process.
+            // A file that is gone was removed by another process.
             let Ok(file) = statat(&self.0.folder, &name, AtFlags::SYMLINK_NOFOLLOW) else {
                 continue;
             };
@@ -280,7 +291,8 @@ impl Cache {
                     unlinkat(&self.0.folder, &name, AtFlags::empty()).ok();
                 }
             } else {
-                // Files may have been used in the same tick of the clock; the one just written has to stay.
+                // Several files may have been used within one clock tick; the one just written must
+                // stay.
                 let used = if name.to_bytes() == newest.as_bytes() {
                     SystemTime::now() + DRAFT_AGE
                 } else {
@@ -313,7 +325,7 @@ impl Cache {
     }
 }
 
-/// What a file with this code begins with: what it is, whose code it is, and the checksum of it all.
+/// The header of a file with this code: the magic, the key and the checksum of key and code.
 fn head(key: &Key, code: &[u8]) -> Vec<u8> {
     let mut sum = Sha256::new();
     sum.update(key.0);
@@ -324,7 +336,7 @@ fn head(key: &Key, code: &[u8]) -> Vec<u8> {
 fn check_owner(metadata: &Metadata) -> Result<(), String> {
     if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
         return Err(format!(
-            "others may have written it (user {}, mode {:03o})",
+            "other users may have written it (user {}, mode {:03o})",
             metadata.uid(),
             metadata.mode() & 0o777
         ));
@@ -332,15 +344,17 @@ fn check_owner(metadata: &Metadata) -> Result<(), String> {
     Ok(())
 }
 
-/// Makes compiled code a component again.
+/// Turns compiled code into a component.
 #[expect(
     unsafe_code,
-    reason = "code that was compiled cannot be checked again, so it is run on trust: see the head of this file"
+    reason = "compiled code cannot be verified, only trusted: see the head of this file"
 )]
 fn revive(engine: &wasmtime::Engine, code: &[u8]) -> wasmtime::Result<Component> {
-    // SAFETY: these are bytes that `Component::serialize` answered. They come from a file that only this user can have written, in a folder where
-    // only this user can put any, and only `Cache::put` puts them there. Their checksum says that they are as they were written, and the key in
-    // it that they were made by this version of wasmtime with these settings for this processor. They are in memory, where nobody changes them.
+    // SAFETY: the bytes are those that `Component::serialize` returned. They come from a file that
+    // only this user can have written, in a folder that only this user can write to, and only
+    // `Cache::put` writes there. The checksum proves that they are unchanged, and the key in it
+    // that they were made by this version of wasmtime with these settings for this processor. They
+    // are in memory, where no other process can change them.
     unsafe { Component::deserialize(engine, code) }
 }
 
@@ -378,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_put_is_taken_by_the_same_bytes_under_the_same_settings_only() {
+    fn cache_entry_matches_only_the_same_bytes_and_settings() {
         let scratch = Scratch::new("cache-keys");
         let cache = Cache::open(&private(&scratch), Metrics::default()).unwrap();
         assert_eq!(
@@ -405,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_as_it_was_written_is_removed() {
+    fn a_corrupt_or_foreign_cache_file_is_removed() {
         let scratch = Scratch::new("cache-damage");
         let cache = Cache::open(&private(&scratch), Metrics::default()).unwrap();
         let engine = engine(true);
@@ -416,12 +430,12 @@ mod tests {
             fs::read(&file).unwrap()
         };
         let damages: [(&str, &dyn Fn()); 7] = [
-            ("torn", &|| fs::write(&file, &whole()[..200]).unwrap()),
+            ("truncated", &|| fs::write(&file, &whole()[..200]).unwrap()),
             ("empty", &|| fs::write(&file, []).unwrap()),
             ("longer", &|| {
                 fs::write(&file, [whole(), vec![0]].concat()).unwrap()
             }),
-            ("rotten", &|| {
+            ("corrupt", &|| {
                 let mut bytes = whole();
                 *bytes.last_mut().unwrap() ^= 1;
                 fs::write(&file, bytes).unwrap();
@@ -454,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_where_others_may_write_is_refused() {
+    fn a_cache_folder_that_others_may_write_to_is_refused() {
         let scratch = Scratch::new("cache-folders");
         let refused = |path: &Path, expect: &str| {
             let error = Cache::open(path, Metrics::default()).unwrap_err();
@@ -468,19 +482,19 @@ mod tests {
             let path = scratch.0.join(format!("{mode:o}"));
             fs::create_dir(&path).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            refused(&path, &format!("has the mode {mode:03o} and not 700"));
+            refused(&path, &format!("has mode {mode:03o} instead of 700"));
         }
         let own = scratch.0.join("own");
         Cache::open(&own, Metrics::default()).unwrap();
         symlink(&own, scratch.0.join("link")).unwrap();
         refused(
             &scratch.0.join("link"),
-            "cannot be opened as a folder, and not a link",
+            "cannot be opened as a folder (links are not followed)",
         );
         fs::write(scratch.0.join("file"), "").unwrap();
         refused(&scratch.0.join("file"), "cannot be opened as a folder");
-        refused(&scratch.0.join("file/below"), "cannot be made");
-        // Root may give a folder away; anybody else finds one that is root's.
+        refused(&scratch.0.join("file/below"), "cannot be created");
+        // Only root can change the owner of a folder; other users test one that belongs to root.
         if geteuid().is_root() {
             let given = scratch.0.join("given");
             DirBuilder::new().mode(0o700).create(&given).unwrap();
@@ -492,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_used_longest_ago_leaves_first() {
+    fn the_least_recently_used_cache_files_are_evicted_first() {
         let scratch = Scratch::new("cache-room");
         let cache = Cache::open(&private(&scratch), Metrics::default()).unwrap();
         let engine = engine(true);
@@ -514,7 +528,7 @@ mod tests {
                 .set_modified(used)
                 .unwrap();
         }
-        // The last one was used longest ago, and is used now.
+        // The last one is the least recently used, until it is used here.
         assert!(cache.take(&engine, &names[3]).is_some());
         let drafts = [(".1-0.code", Duration::ZERO), (".2-0.code", DRAFT_AGE * 2)];
         for (name, age) in drafts {
@@ -523,7 +537,7 @@ mod tests {
                 .set_modified(SystemTime::now() - age)
                 .unwrap();
         }
-        fs::write(private(&scratch).join("of-somebody"), "").unwrap();
+        fs::write(private(&scratch).join("foreign"), "").unwrap();
         cache.make_room("", 3, MAX_BYTES).unwrap();
         assert_eq!(is_there(), [true, true, false, true]);
         let one = fs::metadata(path(&names[0])).unwrap().len();
@@ -535,6 +549,6 @@ mod tests {
             drafts.map(|(name, _)| private(&scratch).join(name).exists()),
             [true, false]
         );
-        assert!(private(&scratch).join("of-somebody").exists());
+        assert!(private(&scratch).join("foreign").exists());
     }
 }

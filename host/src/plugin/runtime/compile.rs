@@ -1,7 +1,9 @@
-//! From the bytes of a file to a component that may run here: whether the file is whole, what it is compiled to, what it imports and exports.
+//! Turns the bytes of a file into a component: checks that the file is intact, compiles it, and
+//! checks its imports and exports.
 //!
-//! It promises that nothing is compiled that is no WebAssembly, a compiled file least of all: what was compiled before comes from [`cache`],
-//! whose files nobody hands in. Whether a component keeps what it says of itself shows its first instance, in `plugin`.
+//! Only WebAssembly is compiled; a compiled file is never accepted as a plugin. Code that was
+//! compiled before comes from [`cache`], whose files cannot be supplied by users. Whether a
+//! component conforms to the contract shows when `plugin` creates its first instance.
 //!
 //! [`cache`]: super::cache
 
@@ -11,19 +13,20 @@ use super::cache::Key;
 use super::log::printable;
 use crate::plugin::{Engine, Limits, bindings, causes, engine};
 
-/// A component whose imports are granted.
+/// A component whose imports are all granted.
 pub(in crate::plugin) struct Compiled {
     pub(in crate::plugin) component: Component,
     pub(in crate::plugin) has_filter: bool,
     pub(in crate::plugin) has_router: bool,
-    /// Its code was not made now.
+    /// Whether its code came from the cache.
     pub(in crate::plugin) is_cached: bool,
 }
 
-/// Checks the bytes of a file, and compiles them unless the engine's cache has their code. `hash`: of the bytes, in hexadecimal.
+/// Checks the bytes of a file and compiles them, unless the engine's cache has their code. `hash`:
+/// the SHA-256 of the bytes, in hexadecimal.
 ///
 /// # Errors
-/// Why not, as the end of a sentence that begins with the file's name.
+/// Why not, as the rest of a sentence that begins with the file name.
 pub(in crate::plugin) fn compile(
     engine: &Engine,
     bytes: &[u8],
@@ -36,13 +39,13 @@ pub(in crate::plugin) fn compile(
     }
     if bytes.len() > limits.file_bytes {
         return Err(format!(
-            "has {} MiB; {} is the most",
+            "has {} MiB; the limit is {}",
             bytes.len().div_ceil(MIB),
             limits.file_bytes / MIB
         ));
     }
     if !bytes.starts_with(b"\0asm") {
-        return Err("is no WebAssembly: it does not begin with '\\0asm'".to_owned());
+        return Err("is not WebAssembly: it does not begin with '\\0asm'".to_owned());
     }
     let cache = engine
         .cache()
@@ -52,7 +55,7 @@ pub(in crate::plugin) fn compile(
         .and_then(|(cache, key)| cache.take(engine.wasmtime(), key));
     let is_cached = cached.is_some();
     let component = match cached {
-        // The same bytes were checked and compiled by this version of the host.
+        // These bytes were checked and compiled by this version of the host before.
         Some(component) => component,
         None => compile_anew(engine, bytes)?,
     };
@@ -69,7 +72,7 @@ pub(in crate::plugin) fn compile(
 }
 
 fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
-    // Looked through before anything is made of it, for a clear word about a file that is still being written.
+    // Validated first, for a clear message about a file that is still being written.
     wasmparser::Validator::new()
         .validate_all(bytes)
         .map_err(|error| format!("is truncated or damaged: {}", printable(&error.to_string())))?;
@@ -82,7 +85,7 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
             .and_then(|mut encoder| encoder.encode())
             .map_err(|e| {
                 format!(
-                    "is a core module that cannot be made a component: {}",
+                    "is a core module that cannot be converted to a component: {}",
                     printable(&format!("{e:#}"))
                 )
             })?;
@@ -92,7 +95,7 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
         .map_err(|e| format!("does not compile: {}", causes(&e)))
 }
 
-/// Whether plugins are granted what they import under this name.
+/// Whether plugins may import this name.
 pub(in crate::plugin) fn is_granted(import: &str) -> bool {
     const GRANTED: [&str; 9] = [
         "pointsman:plugin/types@",
@@ -108,7 +111,8 @@ pub(in crate::plugin) fn is_granted(import: &str) -> bool {
     GRANTED.iter().any(|granted| import.starts_with(granted))
 }
 
-/// Whether a component's imports are granted, and what it exports: a filter, a router or both.
+/// Checks a component's imports and exports. Returns whether it is a filter and whether it is a
+/// router.
 fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), String> {
     let ty = component.component_type();
     let imports: Vec<&str> = ty
@@ -130,7 +134,7 @@ fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), Strin
         }) {
             let built_for = version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
             return Err(format!(
-                "was built for pointsman:plugin {built_for}; this host speaks {}",
+                "was built for pointsman:plugin {built_for}; this host supports {}",
                 bindings::VERSION
             ));
         }
@@ -150,18 +154,18 @@ fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), Strin
     };
     let (is_filter, is_router) = (has("filter"), has("router"));
     if !is_filter && !is_router {
-        return Err("exports neither pointsman:plugin/filter nor pointsman:plugin/router; a plugin in Rust does so with `pointsman_plugin::export!`".to_owned());
+        return Err("exports neither pointsman:plugin/filter nor pointsman:plugin/router; in Rust, use `pointsman_plugin::export!`".to_owned());
     }
     if !has("lifecycle") {
         return Err(
-            "does not export pointsman:plugin/lifecycle, by which it is configured".to_owned(),
+            "does not export pointsman:plugin/lifecycle, which every plugin must export".to_owned(),
         );
     }
     if let Some(resources) = component.resources_required()
         && resources.num_memories as usize > engine::MAX_MEMORIES
     {
         return Err(format!(
-            "has {} memories; {} is the most",
+            "has {} memories; the limit is {}",
             resources.num_memories,
             engine::MAX_MEMORIES
         ));

@@ -1,10 +1,11 @@
-//! How long a call may run: time of the processor that its thread has used, and not time of the day.
+//! Deadlines of calls, measured in CPU time of the calling thread, not in wall-clock time.
 //!
-//! It promises that no call outlives its deadline by more than a few milliseconds, as long as the caller holds a [`Ticking`]; and that a
-//! machine with too much to do is not held against a plugin: while its thread waits for a processor, its time stands still. A guest cannot
-//! wait for anything else (`engine`), so there is no time in which it could hide.
+//! A call exceeds its deadline by at most a few milliseconds, as long as the caller holds a
+//! [`Ticking`]. An overloaded machine does not count against a plugin: while its thread waits for a
+//! processor, its time stands still. A guest cannot wait for anything else (see `engine`), so a
+//! plugin cannot evade its deadline by blocking.
 //!
-//! A call that ends within a tick or two costs no look at a clock.
+//! A call that ends within one or two ticks never reads a clock.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -16,27 +17,28 @@ use wasmtime::{Store, UpdateDeadline};
 
 use super::engine::State;
 
-/// How often a call that runs can be interrupted.
+/// How often a running call can be interrupted.
 const TICK: Duration = Duration::from_millis(1);
-/// Ticks until the first look at what a call has used: the one that is under way, and a whole one.
+/// Ticks until the CPU time of a call is first read: the current, partial one and a whole one.
 const FIRST_LOOK: u64 = 2;
 
-/// Sets how long the next call may run.
+/// Sets the limit of the next call. Requires a [`Ticking`], without which no deadline would pass.
 pub(in crate::plugin) fn set(store: &mut Store<State>, _: &Ticking, limit: Duration) {
     store.data_mut().deadline = Deadline { limit, began: None };
     store.set_epoch_deadline(FIRST_LOOK);
 }
 
-/// The deadline of one call, as its thread comes by.
+/// The deadline of one call, checked on its thread.
 #[derive(Debug, Default)]
 pub(in crate::plugin) struct Deadline {
     limit: Duration,
-    /// What the thread had used at the first look. `None`: not yet looked at.
+    /// The thread's CPU time at the first check. `None`: not yet checked.
     began: Option<Duration>,
 }
 
 impl Deadline {
-    /// Whether the call may go on, and until when. On the thread of the call.
+    /// Decides whether the call may continue, and for how many ticks. Must run on the call's
+    /// thread.
     pub(in crate::plugin) fn look(&mut self) -> UpdateDeadline {
         let now = used_by_this_thread();
         let used = now.saturating_sub(*self.began.get_or_insert(now));
@@ -49,24 +51,25 @@ impl Deadline {
     }
 }
 
-/// Time of processors that this thread has used since it began, by which deadlines count.
+/// The CPU time that this thread has used since it started; the measure of all deadlines.
 pub fn used_by_this_thread() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
-    // Neither is negative.
+    // Neither value is negative.
     Duration::new(
         time.tv_sec.unsigned_abs(),
         time.tv_nsec.unsigned_abs() as u32,
     )
 }
 
-/// Advances the epoch while somebody is in a call, and sleeps otherwise. An OS thread: a blocked executor does not tick.
+/// Increments the engine's epoch while there are callers, and sleeps otherwise. Runs on an OS
+/// thread, because a blocked executor would not tick.
 pub(in crate::plugin) struct Ticker {
     n_callers: AtomicUsize,
     is_over: AtomicBool,
     thread: OnceLock<Thread>,
 }
 
-/// Lets deadlines pass while it lives: see [`crate::plugin::Engine::ticking`].
+/// Makes time pass for deadlines until it is dropped: see [`crate::plugin::Engine::ticking`].
 pub struct Ticking(Arc<Ticker>);
 
 impl std::fmt::Debug for Ticking {
@@ -83,7 +86,7 @@ impl Drop for Ticking {
 
 impl Ticker {
     /// # Errors
-    /// The system gives no thread.
+    /// The system cannot start a thread.
     pub(in crate::plugin) fn start(engine: wasmtime::EngineWeak) -> std::io::Result<Arc<Self>> {
         let ticker = Arc::new(Self {
             n_callers: AtomicUsize::new(0),
@@ -98,7 +101,7 @@ impl Ticker {
         Ok(ticker)
     }
 
-    /// Ticks while the answer lives.
+    /// Ticks until the returned value is dropped.
     pub(in crate::plugin) fn tick_for_a_caller(self: &Arc<Self>) -> Ticking {
         if self.n_callers.fetch_add(1, Ordering::SeqCst) == 0 {
             self.wake();
@@ -120,12 +123,12 @@ impl Ticker {
     fn tick(&self, engine: &wasmtime::EngineWeak) {
         while !self.is_over.load(Ordering::SeqCst) {
             if self.n_callers.load(Ordering::SeqCst) == 0 {
-                // An `unpark` since the check above makes this return at once.
+                // No lost wake-up: an `unpark` since the check above makes this return immediately.
                 thread::park();
                 continue;
             }
             thread::sleep(TICK);
-            // Weak, so that this thread does not keep alive what it serves.
+            // A weak reference, so that this thread does not keep the engine alive.
             let Some(engine) = engine.upgrade() else {
                 return;
             };
@@ -144,7 +147,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(50);
 
-    /// Runs a guest that comes by in a loop until it is told that it is done.
+    /// Runs a guest that calls the host in a loop until `is_done`.
     fn run(is_done: impl Fn(&Deadline) -> bool + Send + Sync + 'static) -> wasmtime::Result<()> {
         let engine = Engine::new().unwrap();
         let log = Arc::new(GuestLog::new(Name::parse("loop").unwrap()));
@@ -162,26 +165,26 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_uses_more_than_its_time_is_interrupted() {
+    fn a_call_that_exceeds_its_cpu_time_is_interrupted() {
         let interrupted = run(|_| false).unwrap_err();
         assert_eq!(interrupted.downcast_ref::<Trap>(), Some(&Trap::Interrupt));
     }
 
     #[test]
-    fn time_in_which_its_thread_does_not_run_is_not_held_against_a_call() {
+    fn time_in_which_the_thread_does_not_run_does_not_count() {
         let has_waited = AtomicBool::new(false);
         let done = run(move |deadline| {
             if has_waited.load(Ordering::SeqCst) {
                 return true;
             }
-            // From the first look on, time counts.
+            // Time counts from the first check on.
             if deadline.began.is_some() {
-                // As if the machine had others to run.
+                // As if other threads had the processor.
                 thread::sleep(3 * LIMIT);
                 has_waited.store(true, Ordering::SeqCst);
             }
             false
         });
-        done.expect("it has used a few milliseconds");
+        done.expect("the guest used only a few milliseconds");
     }
 }

@@ -1,8 +1,9 @@
-//! The WebAssembly engine and its fences: what a guest may use, how long it may run, how much memory it may have.
+//! The WebAssembly engine and its sandbox, which limits the access, the CPU time and the memory of
+//! guests.
 //!
-//! There is one engine in a process. It promises that no guest reaches a file, the environment, a network or a real clock, and that no
-//! function of the host blocks. How long a call may run is kept by [`super::deadline`]; what calls mean is `plugin`'s business; what guests
-//! say is in `plugin::log`.
+//! There is one engine per process. No guest can reach a file, the environment, a network or a real
+//! clock, and no host function blocks. [`super::deadline`] enforces the time of a call, `plugin`
+//! implements the calls, `plugin::log` handles the output of guests.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,17 +29,18 @@ use super::log::{GuestLog, Level, MAX_LINE};
 use crate::event::Name;
 use crate::plugin::shadow::MAX_SHADOWS;
 
-/// The most plugins in a chain: the pool of instances is sized by it.
+/// The maximum number of plugins in a chain; determines the size of the instance pool.
 pub(in crate::plugin) const MAX_PLUGINS: usize = 32;
-/// The most threads that run plugins.
+/// The maximum number of threads that run plugins.
 pub(in crate::plugin) const MAX_WORKERS: usize = 16;
-/// The most memories of one plugin; most have one.
+/// The maximum number of memories per plugin; most have one.
 pub(in crate::plugin) const MAX_MEMORIES: usize = 2;
-/// The most tables of one plugin.
+/// The maximum number of tables per plugin.
 const MAX_TABLES: usize = 8;
-/// The most elements of one table: interpreters compiled to WebAssembly have some ten thousand.
+/// The maximum number of elements per table; interpreters compiled to WebAssembly have about ten
+/// thousand.
 const MAX_TABLE_ELEMENTS: usize = 100_000;
-/// A cheap handle.
+/// A handle that is cheap to clone.
 #[derive(Clone)]
 pub struct Engine(Arc<Shared>);
 
@@ -58,16 +60,16 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// Makes the engine, with a pool of instances if the address space for it can be had (some hundred GiB, reserved and not used), else
-    /// without: instances are then made more slowly.
+    /// Creates the engine with an instance pool if its address space can be reserved (some hundred
+    /// GiB, mostly unused), else without one; instances are then slower to create.
     ///
     /// # Errors
-    /// If the processor or the system lacks what compiled WebAssembly needs.
+    /// The processor or the system lacks a feature that compiled WebAssembly needs.
     pub fn new() -> anyhow::Result<Self> {
         Self::with_cache(None)
     }
 
-    /// [`Engine::new`], which takes from this cache what was compiled before.
+    /// As [`Engine::new`], but takes code that was compiled before from this cache.
     ///
     /// # Errors
     /// As [`Engine::new`].
@@ -75,7 +77,7 @@ impl Engine {
         let engine = match wasmtime::Engine::new(&config(true)) {
             Ok(engine) => engine,
             Err(error) => {
-                tracing::info!(%error, "no address space for a pool of plugin instances; they are made one by one");
+                tracing::info!(%error, "not enough address space for an instance pool; plugin instances are allocated one by one");
                 wasmtime::Engine::new(&config(false))?
             }
         };
@@ -89,7 +91,7 @@ impl Engine {
         })))
     }
 
-    /// The number of threads that plugins should run on: one for each processor, within bounds.
+    /// The number of threads to run plugins on: one per processor, at most `MAX_WORKERS`.
     pub fn n_workers() -> usize {
         thread::available_parallelism()
             .map_or(2, usize::from)
@@ -112,7 +114,8 @@ impl Engine {
         &self.0.linker
     }
 
-    /// Lets deadlines pass while the answer lives. Without one, no deadline ever does: calls ask for it.
+    /// Makes time pass for deadlines while the returned value is held. Without one, a call is never
+    /// interrupted, so every call requires one.
     pub fn ticking(&self) -> Ticking {
         self.0.ticker.tick_for_a_caller()
     }
@@ -130,10 +133,11 @@ fn config(is_pooling: bool) -> Config {
     config.epoch_interruption(true);
     config.wasm_memory64(false);
     config.wasm_multi_memory(false);
-    // Exceptions and shared memories are off with the crate's features `gc` and `threads`.
+    // Exceptions and shared memories are disabled by leaving out the crate features `gc` and
+    // `threads`.
     if is_pooling {
-        // One instance for each plugin on each thread, one more of each while a new version is tried, another while a candidate is asked about past
-        // events, and one of each candidate beside a plugin.
+        // Per plugin: one instance per thread, one while a new version is loaded and one for a
+        // backtest. Plus one per shadow candidate.
         let n = (MAX_PLUGINS * (Engine::n_workers() + 2) + MAX_SHADOWS) as u32;
         let mut pool = PoolingAllocationConfig::new();
         pool.total_component_instances(n)
@@ -150,7 +154,7 @@ fn config(is_pooling: bool) -> Config {
 fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
     let mut linker = Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_sync(&mut linker)?;
-    // Deadlines do not interrupt a function of the host: those that wait are replaced.
+    // Deadlines cannot interrupt a host function, so those that block are replaced.
     linker.allow_shadowing(true);
     poll::add_to_linker::<State, NoWaiting>(&mut linker, |state| Unwaiting(&mut state.table))?;
     linker.allow_shadowing(false);
@@ -158,7 +162,7 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<State>> {
     Ok(linker)
 }
 
-/// What the host keeps for one instance.
+/// The host's data for one instance.
 pub(in crate::plugin) struct State {
     wasi: WasiCtx,
     table: ResourceTable,
@@ -166,9 +170,10 @@ pub(in crate::plugin) struct State {
     pub(in crate::plugin) log: Arc<GuestLog>,
     pub(in crate::plugin) deadline: Deadline,
     clock_ms: Arc<AtomicU64>,
-    /// The event of the call.
+    /// The id of the event of the current call.
     pub(in crate::plugin) event: Option<Name>,
-    /// The last line that the guest logged as an error in this call: what a panic hook says before the trap.
+    /// The last line that the guest logged as an error in this call; a panic hook logs the message
+    /// before the trap.
     pub(in crate::plugin) last_error: Option<String>,
 }
 
@@ -182,7 +187,8 @@ impl State {
     }
 }
 
-/// A store with every fence in place. `handed_back`: the most bytes that one call of the guest, or of the host, may copy out of the guest.
+/// Creates a store with all limits in place. `handed_back`: the maximum number of bytes that one
+/// call of the guest, or of the host, may copy out of the guest.
 pub(in crate::plugin) fn store(
     engine: &Engine,
     memory_bytes: usize,
@@ -229,11 +235,12 @@ pub(in crate::plugin) fn store(
     store
 }
 
-/// Bounds the memory of an instance, and remembers a refusal: to the guest it looks like any other trap.
+/// Limits the memory of an instance and records a refusal, because to the guest it looks like any
+/// other trap.
 pub(in crate::plugin) struct MemoryLimit {
     max: usize,
     pub(in crate::plugin) used: usize,
-    /// The bytes that were asked for and refused.
+    /// The total size of the last refused request, in bytes.
     pub(in crate::plugin) refused: Option<usize>,
 }
 
@@ -244,11 +251,12 @@ impl ResourceLimiter for MemoryLimit {
         desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        // All memories of the instance together.
+        // The limit applies to the sum of all memories of the instance.
         let total = self.used.saturating_sub(current).saturating_add(desired);
         if total > self.max {
             self.refused = Some(total);
-            // A trap at once, with this as its cause: most guests could only abort, and say nothing of memory.
+            // Trap immediately with this cause: most guests would only abort without mentioning
+            // memory.
             return Err(wasmtime::format_err!("memory of {total} bytes refused"));
         }
         self.used = total;
@@ -263,7 +271,7 @@ impl ResourceLimiter for MemoryLimit {
     ) -> wasmtime::Result<bool> {
         if desired > MAX_TABLE_ELEMENTS {
             return Err(wasmtime::format_err!(
-                "a table of {desired} elements; {MAX_TABLE_ELEMENTS} is the most"
+                "a table of {desired} elements was requested; the limit is {MAX_TABLE_ELEMENTS}"
             ));
         }
         Ok(true)
@@ -291,7 +299,7 @@ impl WasiView for State {
     }
 }
 
-/// `wasi:clocks`, standing where the call's clock stands: what a plugin decides can be replayed.
+/// `wasi:clocks`, fixed at the clock of the call, so that a plugin's decision can be reproduced.
 struct FrozenClock(Arc<AtomicU64>);
 
 impl HostWallClock for FrozenClock {
@@ -314,7 +322,7 @@ impl HostMonotonicClock for FrozenClock {
     }
 }
 
-/// `wasi:io/poll` without the waiting.
+/// `wasi:io/poll` without blocking: every wait fails.
 struct NoWaiting;
 
 impl HasData for NoWaiting {
@@ -324,7 +332,7 @@ impl HasData for NoWaiting {
 struct Unwaiting<'a>(&'a mut ResourceTable);
 
 fn no_waiting() -> wasmtime::Error {
-    wasmtime::format_err!("it waits (wasi:io/poll); plugins cannot")
+    wasmtime::format_err!("it waits (wasi:io/poll); plugins must not block")
 }
 
 impl poll::Host for Unwaiting<'_> {
@@ -347,7 +355,7 @@ impl poll::HostPollable for Unwaiting<'_> {
     }
 }
 
-/// Standard output and error: lines of the plugin's log.
+/// Standard output and error, written to the plugin's log line by line.
 #[derive(Clone)]
 struct GuestOutput {
     log: Arc<GuestLog>,
@@ -362,7 +370,7 @@ impl IsTerminal for GuestOutput {
 
 impl StdoutStream for GuestOutput {
     fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
-        // Only for WASI's third preview, which is not linked.
+        // Only used by WASI preview 3, which is not linked.
         Box::new(tokio::io::sink())
     }
 
@@ -376,7 +384,7 @@ impl StdoutStream for GuestOutput {
 
 struct Lines {
     output: GuestOutput,
-    /// A line without its end, at most [`MAX_LINE`] bytes and one more, by which it is known to be too long.
+    /// A line without its end: at most [`MAX_LINE`] bytes, and one more that marks it as too long.
     begun: Vec<u8>,
 }
 

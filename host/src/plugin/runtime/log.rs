@@ -1,15 +1,16 @@
-//! What guests say: log lines, standard output, reasons. All of it is hostile text, made fit for a terminal, bounded in length and in rate.
+//! The log of guests: log lines, standard output and reasons. All of it is hostile text; it is
+//! escaped for terminals, truncated and rate-limited.
 //!
-//! It goes to `tracing` under the target `plugin`, with the plugin's name and the event's id.
+//! The lines go to `tracing` with the target `plugin`, the plugin's name and the event's id.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::event::Name;
 
-/// The most bytes of a line, or of a reason.
+/// The maximum size of a line or a reason, in bytes.
 pub(in crate::plugin) const MAX_LINE: usize = 1024;
-/// The most lines of one plugin in a second, all its instances together.
+/// The maximum number of lines per plugin and second, over all its instances.
 pub(in crate::plugin) const MAX_LINES_PER_SECOND: u32 = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,16 +58,16 @@ impl GuestLog {
         }
     }
 
-    /// Writes a line, unless nobody wants lines of its level, or this second has had its share.
+    /// Writes a line, unless its level is disabled or the limit of this second is reached.
     pub(in crate::plugin) fn line(&self, level: Level, event: Option<&Name>, text: &str) {
-        // A plugin that tells much at debug must not use up what it has for errors.
+        // Checked first: lines of a disabled level must not use up the limit for errors.
         if !level.is_wanted() {
             return;
         }
         let (may_speak, dropped) = self.admit(Instant::now());
         let plugin = self.plugin.as_str();
         if dropped > 0 {
-            tracing::warn!(target: "plugin", { plugin.name = plugin }, "{dropped} more lines of this plugin were dropped; {MAX_LINES_PER_SECOND} a second is the most");
+            tracing::warn!(target: "plugin", { plugin.name = plugin }, "dropped {dropped} log lines of this plugin; the limit is {MAX_LINES_PER_SECOND} per second");
         }
         if !may_speak {
             return;
@@ -92,7 +93,7 @@ impl GuestLog {
         }
     }
 
-    /// Whether a line may be written now, and how many were dropped in a second that is over.
+    /// Whether a line may be written now, and the number of lines dropped in the second that ended.
     fn admit(&self, now: Instant) -> (bool, u32) {
         let mut second = self.second.lock().expect("no panic under this lock");
         let mut dropped = 0;
@@ -108,12 +109,13 @@ impl GuestLog {
     }
 }
 
-/// Hostile text as at most [`MAX_LINE`] bytes of it, on one line, without a control character that a terminal would obey.
+/// Makes hostile text printable: one line of at most [`MAX_LINE`] bytes without control characters
+/// that a terminal would interpret.
 pub(in crate::plugin) fn printable(text: &str) -> String {
     let cut = text.floor_char_boundary(MAX_LINE);
     let mut line = String::with_capacity(cut);
     for c in text[..cut].chars() {
-        // Beyond the control characters, those that turn the direction of writing: they make a line look like another.
+        // Bidirectional controls are escaped as well: they can disguise a line as another one.
         if c.is_control()
             || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
         {
@@ -149,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_nobody_wants_do_not_count() {
+    fn lines_of_a_disabled_level_do_not_count_against_the_limit() {
         let log = GuestLog::new(Name::parse("chatty").unwrap());
         let warnings_only = tracing_subscriber::fmt()
             .with_max_level(tracing::Level::WARN)
             .with_writer(std::io::sink)
             .finish();
         tracing::subscriber::with_default(warnings_only, || {
-            (0..250).for_each(|_| log.line(Level::Debug, None, "nobody is named"))
+            (0..250).for_each(|_| log.line(Level::Debug, None, "not logged"))
         });
         assert_eq!(
             log.admit(Instant::now() + Duration::from_millis(1_100)),
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plugin_has_a_hundred_lines_a_second_and_the_rest_is_counted() {
+    fn a_plugin_may_log_100_lines_per_second_and_the_rest_are_counted() {
         let log = GuestLog::new(Name::parse("chatty").unwrap());
         let now = Instant::now();
         let spoken = (0..250).filter(|_| log.admit(now).0).count();

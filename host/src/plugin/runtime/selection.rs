@@ -1,32 +1,33 @@
-//! Which events a plugin is called for, and what of them crosses to it. The host matches types and reads payloads itself: a call that is
-//! not made costs nothing, and a payload is parsed once for all plugins, if at all.
+//! Selects the events that a plugin is called for and the data that is passed to it. The host
+//! matches types and reads payloads itself: a call that is not made costs nothing, and a payload is
+//! parsed at most once for all plugins.
 
 use std::borrow::Cow;
 use std::cell::OnceCell;
 
 use crate::event::{Event, Payload, Value};
 
-/// The most patterns, attributes or fields that a manifest may name.
+/// The maximum number of patterns, of attributes and of fields in a manifest.
 const MAX_ENTRIES: usize = 256;
-/// The most bytes of one of them.
+/// The maximum size of one of them, in bytes.
 const MAX_ENTRY: usize = 256;
 
-/// What a plugin's manifest asks for.
+/// The selection in a plugin's manifest.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Selection {
-    /// Patterns of types. Empty: every event.
+    /// Type patterns. Empty: every event.
     pub types: Vec<String>,
-    /// `*` is all of them.
+    /// Attribute names; `*` selects all.
     pub attributes: Vec<String>,
     /// JSON pointers.
     pub fields: Vec<String>,
-    /// Whether the payload crosses whole.
+    /// Whether the whole payload is passed.
     pub payload: bool,
 }
 
 impl Selection {
     /// # Errors
-    /// What of it is not as it should be.
+    /// The entry that is out of bounds or malformed.
     pub(in crate::plugin) fn check(&self) -> Result<(), String> {
         for (what, entries) in [
             ("types", &self.types),
@@ -35,13 +36,13 @@ impl Selection {
         ] {
             if entries.len() > MAX_ENTRIES {
                 return Err(format!(
-                    "its manifest names {} {what}; {MAX_ENTRIES} is the most",
+                    "its manifest lists {} {what}; the limit is {MAX_ENTRIES}",
                     entries.len()
                 ));
             }
             if let Some(long) = entries.iter().find(|entry| entry.len() > MAX_ENTRY) {
                 return Err(format!(
-                    "its manifest has {} bytes in one of its {what}; {MAX_ENTRY} is the most",
+                    "its manifest has an entry of {} bytes in its {what}; the limit is {MAX_ENTRY}",
                     long.len()
                 ));
             }
@@ -52,7 +53,7 @@ impl Selection {
             .find(|pointer| !pointer.is_empty() && !pointer.starts_with('/'))
         {
             Some(field) => Err(format!(
-                "its manifest reads the field '{}', which is no JSON pointer: it must begin with '/'",
+                "its manifest reads the field '{}', which is not a JSON pointer: it must begin with '/'",
                 field.escape_debug()
             )),
             None => Ok(()),
@@ -64,7 +65,7 @@ impl Selection {
         self.types.is_empty() || self.types.iter().any(|pattern| matches(pattern, kind))
     }
 
-    /// The attributes and fields that cross.
+    /// The attributes and fields to pass.
     pub(in crate::plugin) fn pick<'a>(
         &'a self,
         event: &'a Event,
@@ -93,7 +94,7 @@ impl Selection {
     }
 }
 
-/// The payload of one event, parsed when the first plugin asks for a field of it.
+/// The payload of one event, parsed when the first plugin reads a field of it.
 #[derive(Debug, Default)]
 pub(in crate::plugin) struct Document(OnceCell<Option<serde_json::Value>>);
 
@@ -107,14 +108,14 @@ impl Document {
     }
 }
 
-/// The digits of the shortest integer that no [`Value`] holds.
+/// The number of digits of the shortest integer that may not fit into a [`Value`].
 const LARGE: usize = 19;
 
-/// JSON in which integers that no [`Value`] holds are texts with their digits: read as decimals, they would be other numbers, and an
-/// identity made of one would be somebody else's.
+/// Turns integers that do not fit into a [`Value`] into strings of their digits. Parsed as decimals
+/// they would be rounded, and an identifier would become that of someone else.
 fn spell_large_integers(json: &str) -> Cow<'_, str> {
     let bytes = json.as_bytes();
-    // So many digits in a row do not fit between two of the places that are looked at.
+    // A run of so many digits always covers one of the positions that are checked.
     let is_large = |at: usize| {
         let n_before = bytes[..at]
             .iter()
@@ -153,7 +154,7 @@ fn spell_large_integers(json: &str) -> Cow<'_, str> {
     Cow::Owned(spelt)
 }
 
-/// Where the text that begins here ends, in JSON.
+/// The end of the JSON string that begins here.
 fn end_of_text(json: &[u8], begin: usize) -> usize {
     let mut at = begin + 1;
     while let Some(byte) = json.get(at) {
@@ -166,7 +167,8 @@ fn end_of_text(json: &[u8], begin: usize) -> usize {
     json.len()
 }
 
-/// What a JSON pointer (RFC 6901) names. As [`serde_json::Value::pointer`], which copies every word of the pointer twice for each event.
+/// Evaluates a JSON pointer (RFC 6901). Equivalent to [`serde_json::Value::pointer`], which
+/// allocates for every token of the pointer.
 fn find<'a>(json: &'a serde_json::Value, pointer: &str) -> Option<&'a serde_json::Value> {
     if pointer.is_empty() {
         return Some(json);
@@ -179,7 +181,7 @@ fn find<'a>(json: &'a serde_json::Value, pointer: &str) -> Option<&'a serde_json
                 members.get(&word.replace("~1", "/").replace("~0", "~"))
             }
             serde_json::Value::Object(members) => members.get(word),
-            // No other way to write a number.
+            // RFC 6901 allows no leading zeros and no sign.
             serde_json::Value::Array(elements) if word == "0" || !word.starts_with(['0', '+']) => {
                 elements.get(word.parse::<usize>().ok()?)
             }
@@ -201,8 +203,8 @@ fn field(value: &serde_json::Value) -> Option<Value> {
     })
 }
 
-/// Whether a text matches a pattern in which `*` stands for any characters. Takes at most pattern times text steps, whatever they are: only
-/// the last `*` is ever tried again.
+/// Whether a text matches a pattern in which `*` stands for any characters. Takes at most
+/// `pattern.len() * text.len()` steps, because only the last `*` is ever retried.
 fn matches(pattern: &str, text: &str) -> bool {
     let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
     let (mut p, mut t) = (0, 0);
@@ -247,7 +249,7 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, text), expect, "{pattern} {text}");
         }
-        // Exponential in a matcher that tries every star again.
+        // Would take exponential time in a matcher that retries every star.
         assert!(!matches(
             &"*a".repeat(100),
             &format!("{}b", "a".repeat(200))
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_the_manifest_reads_crosses() {
+    fn only_selected_attributes_and_fields_are_passed() {
         let document = r#"{"type":"t","a":1,"b":"x","c":true,"data":{"n":{"m":2.5},"s":"t","l":[1,2],"z":null,"big":18446744073709551615}}"#;
         let event = Event::from_json(EntryId::default(), "-", document.as_bytes()).unwrap();
         let picked = |attributes: &[&str], fields: &[&str]| {
@@ -296,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pointer_names_what_it_names_elsewhere() {
+    fn json_pointers_are_evaluated_as_by_serde_json() {
         let json = serde_json::json!({"a": {"b": [1, {"c": 2}]}, "": 3, "x/y": 4, "m~n": {"~1": 5}, "0": 6, "l": [[7], 8]});
         let mut n_found = 0;
         for pointer in [
@@ -332,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn an_integer_that_no_value_holds_is_a_text_with_its_digits() {
+    fn integers_out_of_range_become_strings_of_their_digits() {
         let check =
             |json: &str, expect: &str| assert_eq!(spell_large_integers(json), expect, "{json}");
         check("9223372036854775808", r#""9223372036854775808""#);
@@ -354,7 +356,7 @@ mod tests {
         ] {
             check(as_it_is, as_it_is);
         }
-        // Wherever it stands.
+        // At every offset.
         for n in 0..50 {
             let (blank, large) = (" ".repeat(n), "98765432109876543210");
             check(
@@ -374,21 +376,21 @@ mod tests {
                 types: vec!["x".into(); 257],
                 ..Selection::default()
             },
-            "names 257 types",
+            "lists 257 types",
         );
         check(
             Selection {
                 attributes: vec!["x".repeat(257)],
                 ..Selection::default()
             },
-            "257 bytes in one of its attributes",
+            "an entry of 257 bytes in its attributes",
         );
         check(
             Selection {
                 fields: vec!["order".into()],
                 ..Selection::default()
             },
-            "'order', which is no JSON pointer",
+            "'order', which is not a JSON pointer",
         );
         assert_eq!(
             Selection {

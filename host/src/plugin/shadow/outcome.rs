@@ -1,6 +1,8 @@
-//! What two versions of a plugin decide about the same event, side by side: when that is the same, and a bounded sample of where it is not.
+//! Compares the decisions of two versions of a plugin about the same event, and keeps a bounded
+//! sample of the differences.
 //!
-//! Who asks the two, and what for, is the business of `plugin::shadow` (beside live events) and of `rehearsal` (past ones).
+//! The versions are run by `plugin::shadow` (on live events) and by `rehearsal` (the backtest, on
+//! past events).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,12 +13,13 @@ use serde_json::value::{RawValue, to_raw_value};
 use crate::event::{Event, Name, Plan, Priority, Value};
 use crate::plugin::{Answer, Call, CallError, Role};
 
-/// The most differences that are shown; all are counted.
+/// The maximum number of differences that are kept; all are counted.
 const MAX_DIFFERENCES: usize = 100;
-/// The most bytes of JSON of one side of a difference.
+/// The maximum size of one side of a difference, in bytes of JSON.
 const MAX_SIDE: usize = 16 * 1024;
 
-/// What a version of a plugin decides about an event in one of its roles. The words are those of decision records.
+/// The decision of a version of a plugin about an event in one role. The words are those of
+/// decision records.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "verdict", rename_all = "lowercase")]
 pub enum Decided {
@@ -25,16 +28,16 @@ pub enum Decided {
         reason: String,
     },
     Amend {
-        /// `None`: as it was.
+        /// `None`: unchanged.
         #[serde(skip_serializing_if = "Option::is_none")]
         priority: Option<Priority>,
-        /// Those that are other than they were.
+        /// The attributes that changed.
         attributes: BTreeMap<String, Value>,
     },
-    /// A router's empty answer.
+    /// The empty answer of a router.
     None,
     Routes {
-        /// `None`: it is not known any more.
+        /// `None`: no longer known.
         #[serde(skip_serializing_if = "Option::is_none")]
         plan: Option<Plan>,
     },
@@ -44,7 +47,7 @@ pub enum Decided {
 }
 
 impl Decided {
-    /// What it is not to be asked about an event for want of interest.
+    /// The implied decision of a plugin that is not called because its types do not match.
     pub fn nothing(role: Role) -> Self {
         match role {
             Role::Filter => Self::Keep,
@@ -52,7 +55,7 @@ impl Decided {
         }
     }
 
-    /// What an answer to this call says.
+    /// The decision expressed by an answer to this call.
     pub fn of_answer(answer: &Answer, call: &Call<'_>) -> Self {
         match answer {
             Answer::Keep => Self::Keep,
@@ -93,7 +96,8 @@ impl Decided {
         matches!(self, Self::Failed { .. })
     }
 
-    /// Whether both decide the same. Reasons are for people, and may be other words for it; nor does it matter how one fails.
+    /// Whether both decisions have the same effect. Reasons are ignored because they are written
+    /// for people; the cause of a failure is ignored as well.
     pub fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Keep, Self::Keep) | (Self::None, Self::None) => true,
@@ -110,7 +114,7 @@ impl Decided {
                     attributes: other_attributes,
                 },
             ) => (priority, attributes) == (other_priority, other_attributes),
-            // As it is stored and sent: bodies have no other equality.
+            // Compared as stored and sent: raw JSON bodies have no other equality.
             (Self::Routes { plan: Some(plan) }, Self::Routes { plan: Some(other) }) => {
                 serde_json::to_vec(plan).ok() == serde_json::to_vec(other).ok()
             }
@@ -119,20 +123,20 @@ impl Decided {
     }
 }
 
-/// An event that is decided otherwise.
+/// An event about which the versions decide differently.
 #[derive(Clone, Debug, Serialize)]
 pub struct Difference {
     event: Told,
     role: Role,
-    /// The clock that both were shown, in milliseconds since the Unix epoch.
+    /// The clock shown to both versions, in milliseconds since the Unix epoch.
     clock_ms: u64,
-    /// What was decided.
+    /// The recorded or live decision.
     old: Box<RawValue>,
-    /// What the candidate decides.
+    /// The decision of the candidate.
     new: Box<RawValue>,
 }
 
-/// What names an event.
+/// The identity of an event.
 #[derive(Clone, Debug, Serialize)]
 struct Told {
     id: Name,
@@ -141,10 +145,10 @@ struct Told {
     kind: Name,
 }
 
-/// A side that is too large to be shown.
+/// Replaces a side that is too large to show.
 #[derive(Debug, Serialize)]
 struct TooLarge {
-    /// Its JSON.
+    /// The size of its JSON, in bytes.
     too_large_bytes: usize,
 }
 
@@ -176,7 +180,7 @@ fn side(decided: &Decided) -> Box<RawValue> {
     }
 }
 
-/// The first differences that were met, at most [`MAX_DIFFERENCES`].
+/// The first differences, at most [`MAX_DIFFERENCES`].
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(transparent)]
 pub struct Differences(Vec<Difference>);
@@ -186,7 +190,7 @@ impl Differences {
         self.0.is_empty()
     }
 
-    /// Keeps it, if there is room.
+    /// Keeps a difference if there is room.
     pub fn push(&mut self, difference: Difference) {
         if self.0.len() < MAX_DIFFERENCES {
             self.0.push(difference);
@@ -194,7 +198,7 @@ impl Differences {
     }
 }
 
-/// The bytes that something has as JSON, without making it.
+/// The size of a value as JSON, in bytes, computed without building the text.
 pub(in crate::plugin) fn json_bytes(value: &impl Serialize) -> usize {
     struct Counter(usize);
     impl io::Write for Counter {
@@ -233,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn decisions_are_the_same_by_their_effect_and_not_by_their_reasons() {
+    fn decisions_are_compared_by_effect_and_not_by_reason() {
         let text = |text: &str| text.to_owned();
         let amend = |value: i64| Decided::Amend {
             priority: None,
@@ -275,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn an_amendment_is_what_it_changes() {
+    fn an_amendment_contains_only_its_changes() {
         let (event, payload) = (event(), ParsedPayload::default());
         let call = Call {
             event: &event,
@@ -298,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_has_a_bound_and_so_has_each_side() {
+    fn the_sample_and_each_side_of_a_difference_are_bounded() {
         let many: Vec<String> = (0..5_000).map(|n| format!("u:{n}")).collect();
         let large = Decided::Routes {
             plan: plan(&many.iter().map(String::as_str).collect::<Vec<_>>()),

@@ -1,7 +1,9 @@
-//! What a value must be: the operators, each of them here and nowhere else.
+//! The tests of a single value. This module alone defines the operators.
 //!
-//! A field of the payload is what JSON says it is: `"5"` is a text and `5` a number. An attribute is read as what it is compared with, for
-//! flat entries and HTTP headers carry nothing but text: `5` and `"5"` are one there, and an event is decided alike however it was published.
+//! A field of the payload has its JSON type: `"5"` is a text and `5` a number. An attribute is
+//! converted to the type of the operand, because flat entries and HTTP headers carry only text: for
+//! an attribute, `5` and `"5"` are equal, so an event is decided in the same way however it was
+//! published.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -15,10 +17,11 @@ use serde::{Deserialize, Deserializer};
 use super::alternatives;
 use crate::{Event, OneOrMore, Selector, Value};
 
-/// What a value must be, as an operator writes it: a value, a list of which one must be it, or a table of operators that must all hold.
+/// The tests that a value must pass, as an operator writes them: a value, a list of alternative
+/// values, or a table of operators that must all hold.
 ///
-/// An absent value is nothing but not `present`, and a value of another type is nothing either, `not_equals` included. Lists and objects
-/// arrive as their JSON text.
+/// An absent value passes only `present = false`. A value of another type passes no comparison,
+/// including `not_equals`. Lists and objects arrive as their JSON text.
 #[derive(Clone, Debug)]
 pub struct Wanted(Operators);
 
@@ -27,36 +30,36 @@ pub struct Wanted(Operators);
 #[schemars(rename = "Operators")]
 struct Operators {
     equals: Option<Value>,
-    /// There, of the same type, and another value.
+    /// Present, of the same type, and different.
     not_equals: Option<Value>,
     one_of: Option<OneOrMore<Value>>,
     prefix: Option<String>,
     suffix: Option<String>,
-    /// The text has this one in it.
+    /// The text contains this text.
     contains: Option<String>,
-    /// The text has a match of this regular expression in it.
+    /// The text contains a match of this regular expression.
     matches: Option<Regex>,
     less: Option<Bound>,
     at_most: Option<Bound>,
     greater: Option<Bound>,
     at_least: Option<Bound>,
-    /// The list has one of these among its elements.
+    /// The list contains one of these values.
     includes: Option<OneOrMore<Value>>,
-    /// Whether the value is there at all.
+    /// Whether the value must be present (`true`) or absent (`false`).
     present: Option<bool>,
 }
 
-/// How a value is looked at.
+/// How the type of a value is determined.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Reading {
-    /// By the type that it has.
+    /// The value keeps its own type.
     AsIs,
-    /// As the type that it is compared with, if it can be read so.
+    /// The value is converted to the type of the operand, if possible.
     AsAsked,
 }
 
 impl Wanted {
-    /// Whether a value of an event is so.
+    /// Whether the selected value of an event passes all tests.
     pub fn holds(&self, event: &Event, selector: &Selector) -> bool {
         let reading = if matches!(selector, Selector::Field(_)) {
             Reading::AsIs
@@ -96,7 +99,7 @@ impl Wanted {
                 .as_ref()
                 .is_none_or(|Bound(bound)| compared(bound).is_some_and(is_so))
         };
-        // Made a text only for an operator that looks at one.
+        // Converts to text only when an operator needs a text.
         let text =
             |is_so: &dyn Fn(&str) -> bool| text(value, reading).is_some_and(|text| is_so(&text));
         *present != Some(false)
@@ -129,7 +132,7 @@ impl Wanted {
             && includes.as_ref().is_none_or(|list| has_one_of(value, list))
     }
 
-    /// `name is this` in words.
+    /// Describes the tests in words, as in `name is this`.
     pub(super) fn describe(&self, name: &str) -> String {
         let Operators {
             equals,
@@ -185,7 +188,7 @@ impl Wanted {
                 .map(|values| format!("includes {}", alternatives(values))),
         );
         parts.extend(
-            present.map(|present| (if present { "is there" } else { "is not there" }).to_owned()),
+            present.map(|present| (if present { "is present" } else { "is absent" }).to_owned()),
         );
         format!("{name} {}", parts.join(" and "))
     }
@@ -195,7 +198,7 @@ impl Wanted {
     }
 }
 
-/// A value as of the type of another one; `None` if it cannot be.
+/// Converts a value to the type of `like`; `None` if that is not possible.
 fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, Value>> {
     if reading == Reading::AsIs {
         return Some(Cow::Borrowed(value));
@@ -215,7 +218,7 @@ fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, 
     }
 }
 
-/// A value as a text. A decimal is none: it has more than one way to be written.
+/// Converts a value to text. Decimals are excluded, because they have more than one textual form.
 fn text(value: &Value, reading: Reading) -> Option<Cow<'_, str>> {
     match value {
         Value::Text(text) => Some(Cow::Borrowed(text)),
@@ -226,7 +229,7 @@ fn text(value: &Value, reading: Reading) -> Option<Cow<'_, str>> {
     }
 }
 
-/// Whether a value is a list with one of these among its elements.
+/// Whether a value is a list that contains one of these values.
 fn has_one_of(value: &Value, wanted: &[Value]) -> bool {
     let Value::Text(text) = value else {
         return false;
@@ -253,7 +256,7 @@ impl<'de> Deserialize<'de> for Wanted {
         impl<'de> Visitor<'de> for AnyForm {
             type Value = Operators;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a value, a list of values, or a table of operators")
+                f.write_str("a value, a list of values or a table of operators")
             }
             fn visit_bool<E: Error>(self, flag: bool) -> Result<Operators, E> {
                 Ok(equals(flag.into()))
@@ -292,7 +295,7 @@ impl<'de> Deserialize<'de> for Wanted {
         let wanted = Self(d.deserialize_any(AnyForm)?);
         if wanted.is_empty() {
             return Err(D::Error::custom(
-                "says nothing; give it equals, one_of, at_least, prefix, matches, present or another operator",
+                "has no operator; set equals, one_of, at_least, prefix, matches, present or another operator",
             ));
         }
         let without_present = Self(Operators {
@@ -301,7 +304,7 @@ impl<'de> Deserialize<'de> for Wanted {
         });
         if wanted.0.present == Some(false) && !without_present.is_empty() {
             return Err(D::Error::custom(
-                "can never hold: what is absent is nothing else; leave out present, or the others",
+                "can never hold, because an absent value passes no other test; remove present or the other operators",
             ));
         }
         Ok(wanted)
@@ -319,13 +322,13 @@ impl JsonSchema for Wanted {
             generator.subschema_for::<OneOrMore<Value>>(),
         );
         json_schema!({
-            "description": "A value, a list of which one must be it, or a table of operators that must all hold.",
+            "description": "A value, a list of alternative values, or a table of operators that must all hold.",
             "anyOf": [value, values, generator.subschema_for::<Operators>()]
         })
     }
 }
 
-/// The end of a range: a number or a text.
+/// A bound of a range: a number or a text.
 #[derive(Clone, Debug)]
 struct Bound(Value);
 
@@ -333,7 +336,7 @@ impl<'de> Deserialize<'de> for Bound {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match Value::deserialize(d)? {
             Value::Flag(flag) => Err(D::Error::custom(format!(
-                "is {flag}; a range takes a number or a text"
+                "'{flag}' is not a valid bound; use a number or a text"
             ))),
             value => Ok(Self(value)),
         }
@@ -350,31 +353,33 @@ impl JsonSchema for Bound {
     }
 }
 
-/// A regular expression that takes time in proportion to the text, whatever both are.
+/// A regular expression whose matching time is linear in the length of the text.
 ///
-/// The engine is `regex-lite`, which is made for small programs and costs a plugin some 40 KiB. It never backtracks, so no payload makes a
-/// call miss its deadline. In turn it knows no classes of Unicode (`\w` is ASCII, `.` is any character), and folds the case of ASCII only.
+/// The engine is `regex-lite`, which is designed for small binaries and adds about 40 KiB to a
+/// plugin. It never backtracks, so no payload can make a call miss its deadline. In return it has
+/// no Unicode classes (`\w` is ASCII only, while `.` matches any character) and folds case for
+/// ASCII only.
 #[derive(Clone, Debug)]
 pub struct Regex(regex_lite::Regex);
 
 impl Regex {
-    /// The most bytes of a text that are looked at: of a longer one no expression has a match. Bounds a call, as a payload is bounded only by
-    /// what an event may have.
+    /// The longest text that is searched, in bytes; a longer text never matches. This bounds the
+    /// duration of a call, because only the event size limit bounds a payload.
     pub const MAX_TEXT: usize = 16 * 1024;
 
     /// # Errors
-    /// What is wrong with it, and the fix.
+    /// A message that names the problem and the fix.
     pub fn parse(expression: &str) -> Result<Self, String> {
         regex_lite::Regex::new(expression)
             .map(Self)
-            .map_err(|e| format!("'{expression}' is no regular expression ({e}); write \\ before a character that stands for itself"))
+            .map_err(|e| format!("'{expression}' is not a valid regular expression ({e}); write \\ before a literal special character"))
     }
 
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
 
-    /// Whether the text has a match in it. `^` and `$` are its ends.
+    /// Whether the text contains a match. `^` and `$` are the ends of the text.
     pub fn is_match(&self, text: &str) -> bool {
         text.len() <= Self::MAX_TEXT && self.0.is_match(text)
     }
@@ -408,7 +413,7 @@ mod tests {
             .holds_for(value, reading)
     }
 
-    /// `None`: the value is absent.
+    /// Asserts the outcome for each value; `None` means that the value is absent.
     #[track_caller]
     fn check(
         wanted: Json,
@@ -429,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn every_operator_decides_both_ways_and_another_type_is_nothing() {
+    fn every_operator_decides_both_ways_and_another_type_never_passes() {
         let typed = |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsIs);
         typed(
             json!("a"),
@@ -561,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn an_attribute_is_read_as_what_it_is_compared_with() {
+    fn an_attribute_is_converted_to_the_type_of_the_operand() {
         let asked =
             |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsAsked);
         asked(
@@ -616,7 +621,7 @@ mod tests {
 
     #[test]
     fn a_regular_expression_takes_bounded_time() {
-        // Exponential for an engine that backtracks.
+        // A backtracking engine takes exponential time here.
         let regex = Regex::parse("^(a+)+$").unwrap();
         assert!(!regex.is_match(&format!("{}b", "a".repeat(200))));
         let any = Regex::parse("a").unwrap();

@@ -1,4 +1,4 @@
-//! A disk that fails, stalls and loses power on command.
+//! A disk that fails, stalls and loses power on demand.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use redb::{DatabaseError, StorageBackend};
 pub(in super::super) struct Switch {
     pub(super) is_full: AtomicBool,
     pub(super) is_broken: AtomicBool,
-    /// There is little room left, and it would be as well not to fill it.
+    /// Little free space is left.
     pub(super) is_short: AtomicBool,
     /// How often data was synced.
     pub(super) syncs: AtomicU64,
@@ -28,28 +28,28 @@ pub(in super::super) struct Switch {
 #[derive(Debug, Default)]
 struct Gate {
     is_shut: bool,
-    /// A sync stands before the shut gate.
+    /// A sync is waiting at the closed gate.
     is_knocked: bool,
 }
 
-/// What would be left if the power failed.
+/// Tracks the possible contents of the disk after a power failure.
 #[derive(Debug)]
 struct Journal {
     random: StdRng,
     /// The file as of the last sync.
     durable: Vec<u8>,
-    /// Since then.
+    /// Sectors written since then.
     pending: Vec<(usize, Vec<u8>)>,
-    /// Files that a power failure could have left, each with what `acknowledged` said at that moment.
+    /// Possible files after a power failure, each with the value of `acknowledged` at that moment.
     images: Vec<(u64, Vec<u8>)>,
     acknowledged: Arc<AtomicU64>,
 }
 
-/// What a disk writes as one.
+/// The unit that a disk writes atomically, in bytes.
 const SECTOR: usize = 512;
 
 impl Switch {
-    /// Syncs wait for as long as the answer lives.
+    /// Blocks syncs until the returned guard is dropped.
     pub(super) fn shut(&self) -> Shut<'_> {
         *self.gate.lock().unwrap() = Gate {
             is_shut: true,
@@ -58,7 +58,8 @@ impl Switch {
         Shut(self)
     }
 
-    /// From now on, notes at each sync what a power failure just before its end could leave.
+    /// From now on, records at each sync the possible contents after a power failure just before
+    /// its end.
     pub(super) fn keep_images(&self, path: &Path, seed: u64, acknowledged: Arc<AtomicU64>) {
         let durable = std::fs::read(path).unwrap();
         let random = StdRng::seed_from_u64(seed);
@@ -88,17 +89,18 @@ impl Switch {
             return Err(io::ErrorKind::StorageFull.into());
         }
         if self.is_broken.load(Ordering::SeqCst) {
-            return Err(io::Error::other("the disk is broken, says the test"));
+            return Err(io::Error::other("the test broke the disk"));
         }
         Ok(())
     }
 }
 
-/// A disk that takes its time. Opens even when a test fails, or the broker could not be dropped.
+/// Keeps the gate closed. Opens it when dropped, so also if a test fails or the broker could not be
+/// dropped.
 pub(super) struct Shut<'a>(&'a Switch);
 
 impl Shut<'_> {
-    /// Blocks until a sync waits.
+    /// Blocks until a sync is waiting.
     pub(super) fn wait_for_knock(&self) {
         let gate = self.0.gate.lock().unwrap();
         let (_gate, waited) = self
@@ -106,7 +108,7 @@ impl Shut<'_> {
             .moved
             .wait_timeout_while(gate, Duration::from_secs(20), |gate| !gate.is_knocked)
             .unwrap();
-        assert!(!waited.timed_out(), "nothing was synced");
+        assert!(!waited.timed_out(), "a sync starts");
     }
 }
 
@@ -125,7 +127,7 @@ impl Journal {
         }
     }
 
-    /// Any of the pending sectors may have reached the disk, in any order.
+    /// Any subset of the pending sectors may have reached the disk, in any order.
     fn image(&mut self) {
         let share = [0.1, 0.5, 0.9][self.random.random_range(0..3)];
         let mut image = self.durable.clone();

@@ -1,4 +1,4 @@
-//! What is acknowledged is durable, whatever becomes of the disk, the process or the power.
+//! Everything that is acknowledged survives failures of the disk, the process and the power.
 
 use std::fs;
 
@@ -7,11 +7,11 @@ use tokio::sync::mpsc::error::TryRecvError;
 
 use super::*;
 
-/// Waits for the next notices of a feed.
+/// Waits for the next batch of notices.
 async fn hear(feed: &mut Feed) -> Vec<Notice> {
     tokio::time::timeout(Duration::from_secs(20), feed.notices.recv())
         .await
-        .expect("a notice comes")
+        .expect("a notice arrives")
         .expect("the feed is open")
 }
 
@@ -31,9 +31,10 @@ async fn follow(broker: &Embedded, log: &str) -> Feed {
     feed
 }
 
-/// F34: a notice, or an answer, that comes before the data is on the disk is taken back by a crash, and clients have seen it.
+/// A crash undoes data that is not on disk yet. A notice or an answer sent before that would have
+/// shown it to clients.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f34_nothing_is_published_or_answered_before_it_is_durable() {
+async fn nothing_is_published_or_answered_before_it_is_durable() {
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
     let broker = Arc::new(on_disk(&folder, &switch, &time));
     let mut feed = follow(&broker, "u:1").await;
@@ -91,13 +92,13 @@ async fn requests_that_wait_for_the_disk_share_the_next_fsync() {
     let n_syncs = switch.syncs.load(Ordering::SeqCst) - before;
     assert!(
         n_syncs <= 6,
-        "two for the group that stood at the disk, and some for one more group: {n_syncs}"
+        "two for the blocked group, and some for one more group: {n_syncs}"
     );
     assert_eq!(broker.state(P).await.unwrap().lag, 100);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_refuses_says_so_and_loses_nothing() {
+async fn a_full_disk_rejects_entries_is_reported_and_loses_nothing() {
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
     let broker = on_disk(&folder, &switch, &time);
     let kept = broker.append(P, vec![entry("kept")]).await.unwrap();
@@ -106,7 +107,7 @@ async fn a_full_disk_refuses_says_so_and_loses_nothing() {
     switch.is_full.store(true, Ordering::SeqCst);
     let refused = broker.append(P, vec![entry("refused")]).await;
     assert!(
-        matches!(&refused, Err(Error::Full(text)) if text.contains(folder.0.to_str().unwrap()) && text.contains("make room")),
+        matches!(&refused, Err(Error::Full(text)) if text.contains(folder.0.to_str().unwrap()) && text.contains("free disk space")),
         "{refused:?}"
     );
     assert!(matches!(broker.head(P).await, Err(Error::Full(_))));
@@ -141,9 +142,10 @@ async fn a_full_disk_refuses_says_so_and_loses_nothing() {
     );
 }
 
-/// F7: publishers fill the disk, and then nothing has room to be done, so nothing is ever removed.
+/// If publishers could fill the disk, there would be no space to write outcomes, and nothing would
+/// ever be removed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn f07_a_disk_with_little_room_takes_outcomes_but_no_new_entries() {
+async fn a_nearly_full_disk_accepts_outcomes_but_no_new_entries() {
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
     let broker = on_disk(&folder, &switch, &time);
     let ids = broker
@@ -184,7 +186,7 @@ async fn f07_a_disk_with_little_room_takes_outcomes_but_no_new_entries() {
             .len()
             .unwrap()
     });
-    assert_eq!(n_entries, 0, "what has its outcome makes room at once");
+    assert_eq!(n_entries, 0, "entries with an outcome are removed at once");
 
     switch.is_short.store(false, Ordering::SeqCst);
     time.pass(2);
@@ -192,9 +194,10 @@ async fn f07_a_disk_with_little_room_takes_outcomes_but_no_new_entries() {
     assert_eq!(broker.check().await.unwrap(), []);
 }
 
-/// The last group before a failure may or may not be there afterwards, and nobody was told of it: every stream must look for itself.
+/// The last group before a failure may or may not be on disk afterwards, and its callers got no
+/// answer: every stream must read again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
+async fn a_failed_store_is_reopened_and_every_feed_is_reset() {
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
     let broker = on_disk(&folder, &switch, &time);
     let first = publish(&broker, "{}", &["u:1"]).await;
@@ -210,10 +213,10 @@ async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
     };
     let lost = broker.commit(P, batch.clone()).await;
     assert!(
-        matches!(&lost, Err(Error::Away(text)) if text.contains("the disk is broken, says the test")),
+        matches!(&lost, Err(Error::Away(text)) if text.contains("the test broke the disk")),
         "{lost:?}"
     );
-    // It is not tried again at once, and not while the disk is broken.
+    // Reopening is neither tried at once nor does it succeed while the disk is broken.
     assert!(matches!(
         broker.commit(P, batch.clone()).await,
         Err(Error::Away(_))
@@ -241,7 +244,7 @@ async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
     assert_eq!(
         (head.life, head.last),
         (life, first),
-        "what failed did not happen, and no life began"
+        "the failed commit had no effect, and no epoch began"
     );
     assert!(publish(&broker, "{}", &["u:1"]).await > first);
     assert_eq!(
@@ -250,10 +253,11 @@ async fn a_disk_that_failed_is_opened_again_and_every_feed_is_reset() {
     );
 }
 
-/// Power fails at any moment: of what was written since the last sync, any sectors in any order have reached the disk.
+/// Power fails at an arbitrary moment: of the sectors written since the last sync, any subset has
+/// reached the disk, in any order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[expect(clippy::print_stdout, reason = "a failing run is repeated by its seed")]
-async fn no_power_failure_loses_or_tears_what_was_acknowledged() {
+#[expect(clippy::print_stdout, reason = "the seed reproduces a failing run")]
+async fn no_power_failure_loses_or_tears_an_acknowledged_commit() {
     let seed = rand::random();
     println!("seed {seed}");
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
@@ -269,7 +273,7 @@ async fn no_power_failure_loses_or_tears_what_was_acknowledged() {
     broker.close();
     assert!(
         images.len() as u64 >= 4 * N,
-        "two syncs a commit, two images a sync"
+        "two syncs per commit, two images per sync"
     );
     for (n_acknowledged, image) in images {
         let left = Folder::new();
@@ -303,9 +307,9 @@ async fn no_power_failure_loses_or_tears_what_was_acknowledged() {
     }
 }
 
-/// A store that was cut short or overwritten is never taken for an empty one.
+/// A truncated or overwritten store is never mistaken for an empty one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_damaged_store_is_refused_by_name() {
+async fn a_damaged_store_is_rejected_and_left_unchanged() {
     let time = Time::new();
     let whole = {
         let folder = Folder::new();
@@ -330,19 +334,19 @@ async fn a_damaged_store_is_refused_by_name() {
         let text = format!("{:#}", refused.expect_err(what));
         assert!(
             text.contains(folder.0.to_str().unwrap())
-                && text.contains("store.redb is no store, or a damaged one"),
+                && text.contains("store.redb is not a valid store or is damaged"),
             "{what}: {text}"
         );
         assert_eq!(
             fs::read(folder.file()).unwrap(),
             bytes,
-            "{what}: it is left as it was"
+            "{what}: the file is unchanged"
         );
     }
 }
 
 #[test]
-fn a_store_of_a_newer_pointsman_is_refused() {
+fn a_store_of_a_newer_pointsman_is_rejected() {
     let (folder, time) = (Folder::new(), Time::new());
     in_folder(&folder, Retention::default(), &time).close();
     let database = redb::Database::open(folder.file()).unwrap();
@@ -359,15 +363,15 @@ fn a_store_of_a_newer_pointsman_is_refused() {
         .unwrap_err();
     let text = format!("{refused:#}");
     assert!(
-        text.contains("made by a newer pointsman (layout 2, this one knows 1)")
+        text.contains("created by a newer pointsman (layout 2, this version supports 1)")
             && text.contains(folder.0.to_str().unwrap()),
         "{text}"
     );
 }
 
-/// A store that a crash left half made is not there yet: it is made again.
+/// A crash while the store was being created leaves an incomplete file, which is discarded.
 #[test]
-fn a_store_that_was_never_finished_is_begun_again() {
+fn an_incomplete_new_store_is_created_again() {
     let (folder, time) = (Folder::new(), Time::new());
     fs::write(folder.0.join("store.redb.new"), b"half").unwrap();
     in_folder(&folder, Retention::default(), &time).close();
@@ -375,7 +379,7 @@ fn a_store_that_was_never_finished_is_begun_again() {
 }
 
 #[test]
-fn a_source_keeps_its_number_and_no_number_is_given_twice() {
+fn a_source_keeps_its_number_and_no_number_is_reused() {
     let (folder, time) = (Folder::new(), Time::new());
     let numbers = |sources: &[&str]| -> anyhow::Result<Vec<(u8, String)>> {
         let sources: Vec<String> = sources.iter().map(|source| (*source).to_owned()).collect();
@@ -405,7 +409,7 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
         numbers(&["b", "b"])
             .unwrap_err()
             .to_string()
-            .contains("'b' is named twice")
+            .contains("'b' is listed twice")
     );
     for n in 3..12 {
         assert_eq!(
@@ -413,10 +417,10 @@ fn a_source_keeps_its_number_and_no_number_is_given_twice() {
             [(n, format!("s{n}"))]
         );
     }
-    assert!(format!("{:#}", numbers(&["one more"]).unwrap_err()).contains("12 is the most"));
+    assert!(format!("{:#}", numbers(&["one more"]).unwrap_err()).contains("at most 12"));
 }
 
-/// Nobody can make it write again, and a node that does not end would say no for ever.
+/// A panicked writer cannot be restarted, and a node that kept running would reject every request.
 #[tokio::test]
 async fn a_writer_that_panics_ends_the_node() {
     let shutdown = Shutdown::new();
@@ -431,18 +435,19 @@ async fn a_writer_that_panics_ends_the_node() {
     .unwrap();
     let answer = broker
         .writer
-        .write::<(), _>(0, |_| panic!("so that the test has something to see"))
+        .write::<(), _>(0, |_| panic!("the test panics on purpose"))
         .await;
     assert!(matches!(answer, Err(Error::Away(_))), "{answer:?}");
     tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
         .await
-        .expect("it begins");
+        .expect("the shutdown begins");
     assert_eq!(shutdown.broken(), Some("the writer"));
 }
 
-/// One row that cannot be read is refused to whoever asks for it, and costs nobody else anything: no head, no write, no feed.
+/// An unreadable row is rejected only for requests that need it: it affects no head, no write and
+/// no feed.
 #[tokio::test]
-async fn a_row_that_cannot_be_read_is_refused_by_itself() {
+async fn an_unreadable_row_fails_only_the_requests_for_it() {
     let time = Time::new();
     let broker = in_memory(Retention::default(), &time);
     let (ann, bob) = (Name::parse("ann").unwrap(), Name::parse("bob").unwrap());
@@ -477,11 +482,11 @@ async fn a_row_that_cannot_be_read_is_refused_by_itself() {
             broker.change_recipient(&ann, join.clone()).await,
         ),
         (
-            "bookmarks of user 'ann'",
+            "device cursors of user 'ann'",
             broker.bookmarks(&ann).await.map(drop),
         ),
         (
-            "bookmarks of user 'ann'",
+            "device cursors of user 'ann'",
             broker
                 .move_bookmark(&ann, &BookmarkOf::ReadMark, None, &place)
                 .await
@@ -505,12 +510,12 @@ async fn a_row_that_cannot_be_read_is_refused_by_itself() {
             matches!(&refused, Err(Error::Refused(text)) if text.contains(what)),
             "{what}: {refused:?}"
         );
-        broker.head(P).await.expect("the store is well");
+        broker.head(P).await.expect("the store still works");
     }
     broker.change_recipient(&bob, join).await.unwrap();
     assert_eq!(broker.recipient(&bob).await.unwrap().groups.len(), 1);
     publish(&broker, "x", &["u:bob"]).await;
-    // Upkeep passes it by as well.
+    // The sweep skips it as well.
     sweep(&broker, &time).await;
-    broker.head(P).await.expect("the store is well");
+    broker.head(P).await.expect("the store still works");
 }

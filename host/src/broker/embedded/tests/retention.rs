@@ -1,4 +1,5 @@
-//! What is too old goes, and never without a word: the floor, and the ids before, say what is missing.
+//! Expired data is removed, and never silently: the floor and the stored predecessors show what is
+//! missing.
 
 use redb::ReadableTableMetadata as _;
 
@@ -13,9 +14,10 @@ fn short() -> Retention {
     }
 }
 
-/// F11: a log that went as a whole looks like one that never was; only the floor tells, and the id before its next entry.
+/// A log that was removed completely looks like one that never existed; only the floor and the
+/// predecessor of its next entry reveal it.
 #[tokio::test]
-async fn f11_what_is_older_than_max_age_goes_and_the_floor_says_so() {
+async fn entries_older_than_max_age_are_removed_and_the_floor_covers_them() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let old = publish(&broker, "old", &["u:1", "u:2"]).await;
@@ -37,7 +39,7 @@ async fn f11_what_is_older_than_max_age_goes_and_the_floor_says_so() {
     assert_eq!(
         cut.entries,
         [(young, old)],
-        "the id before the first one tells of the one that is gone"
+        "the predecessor of the first entry is the removed one"
     );
 
     let floor = broker.head(P).await.unwrap().floor;
@@ -48,9 +50,9 @@ async fn f11_what_is_older_than_max_age_goes_and_the_floor_says_so() {
     );
 }
 
-/// F33: the clock jumps ahead, what seemed old is removed, and the clock comes back.
+/// The clock jumps ahead, entries that seem old are removed, and the clock returns.
 #[tokio::test]
-async fn f33_the_floor_never_falls_below_what_was_removed() {
+async fn the_floor_never_falls_below_removed_entries() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let id = publish(&broker, "x", &["u:1"]).await;
@@ -62,9 +64,9 @@ async fn f33_the_floor_never_falls_below_what_was_removed() {
     assert!(broker.head(P).await.unwrap().floor > id);
 }
 
-/// H7: `max_age` is raised, and what was written under the lower one has gone or is about to.
+/// `max_age` is raised after entries written under the lower one were removed or are about to be.
 #[tokio::test]
-async fn h07_raising_max_age_brings_nothing_back_and_keeps_the_floor() {
+async fn raising_max_age_restores_nothing_and_keeps_the_floor() {
     let (time, folder) = (Time::new(), Folder::new());
     let broker = in_folder(&folder, short(), &time);
     let gone = publish(&broker, "gone", &["u:1"]).await;
@@ -96,7 +98,7 @@ async fn h07_raising_max_age_brings_nothing_back_and_keeps_the_floor() {
     );
     assert!(
         broker.head(P).await.unwrap().floor < kept,
-        "what is there is not below the floor"
+        "existing entries are not below the floor"
     );
     broker.close();
 
@@ -106,9 +108,9 @@ async fn h07_raising_max_age_brings_nothing_back_and_keeps_the_floor() {
     assert!(head.floor > kept && !page(&broker, "u:1", NotificationId(0)).await.is_present);
 }
 
-/// H8: the owner of a plan that is being sliced stays away for longer than `max_age`.
+/// The owner of a plan that is being written in slices is down for longer than `max_age`.
 #[tokio::test]
-async fn h08_a_plan_that_is_being_sliced_never_expires() {
+async fn a_plan_being_written_in_slices_never_expires() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let slice = |head: Head, index, log: &str, is_last| {
@@ -134,7 +136,7 @@ async fn h08_a_plan_that_is_being_sliced_never_expires() {
         .await
         .unwrap()
     else {
-        panic!("nobody else commits")
+        panic!("the position is current")
     };
     let id = done[0].1.unwrap();
     time.pass(5_000);
@@ -160,9 +162,10 @@ async fn h08_a_plan_that_is_being_sliced_never_expires() {
     assert_eq!(broker.records(P, &[id]).await.unwrap(), [None]);
 }
 
-/// F14a, H13: buckets follow the time of the source, and quiet times skip some; what is left behind by them goes all the same.
+/// Buckets follow the time of entries, and quiet periods skip some of them. The buckets left behind
+/// are removed all the same.
 #[tokio::test]
-async fn h13_no_dedupe_bucket_is_left_behind() {
+async fn no_dedupe_bucket_is_left_behind() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let named = |hash: u8, entry| Item {
@@ -176,7 +179,7 @@ async fn h13_no_dedupe_bucket_is_left_behind() {
     };
     for hash in 0..20 {
         commit(&broker, vec![named(hash, entry_now(&broker))]).await;
-        // Sometimes a bucket later, sometimes ten.
+        // Sometimes one bucket later, sometimes ten.
         time.pass(if hash % 3 == 0 { 1_000 } else { 100 });
         sweep(&broker, &time).await;
         assert!(n_seen() <= 2, "{}", n_seen());
@@ -184,9 +187,9 @@ async fn h13_no_dedupe_bucket_is_left_behind() {
     assert!(broker.meta(0).unwrap().bucket_sizes.len() <= 2);
 }
 
-/// F14a: the window is judged by the time of the entries, so that a consumer that stood still recognises the retry, too.
+/// The window uses the time of the entries, so that a stalled consumer still recognises a retry.
 #[tokio::test]
-async fn f14_a_stalled_consumer_recognises_a_retry_and_a_late_repeat_is_none() {
+async fn a_stalled_consumer_recognises_a_retry_but_not_a_repeat_after_the_window() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let named = |ms: u64| Item {
@@ -200,7 +203,8 @@ async fn f14_a_stalled_consumer_recognises_a_retry_and_a_late_repeat_is_none() {
     );
     time.pass(900);
     sweep(&broker, &time).await;
-    // In one batch after a stall: ten seconds later it is a retry, three windows later another event.
+    // One batch after a stall: an id repeated after ten seconds is a retry, and after three windows
+    // a new event.
     let outcomes = commit(
         &broker,
         vec![
@@ -219,9 +223,9 @@ async fn f14_a_stalled_consumer_recognises_a_retry_and_a_late_repeat_is_none() {
     );
 }
 
-/// F14d: the window is bounded; what no longer fits is let through and counted.
+/// The window is bounded; ids beyond it are let through and counted.
 #[tokio::test]
-async fn f14_a_full_dedupe_window_is_counted() {
+async fn ids_beyond_a_full_dedupe_window_are_counted() {
     let time = Time::new();
     let broker = in_memory(
         Retention {
@@ -269,7 +273,7 @@ async fn f14_a_full_dedupe_window_is_counted() {
 }
 
 #[tokio::test]
-async fn entries_are_kept_for_a_while_after_their_outcome_and_never_without_one() {
+async fn entries_are_removed_only_some_time_after_their_outcome() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let n_entries = || {
@@ -287,7 +291,7 @@ async fn entries_are_kept_for_a_while_after_their_outcome_and_never_without_one(
         .unwrap();
     time.pass(10_000);
     sweep(&broker, &time).await;
-    assert_eq!(n_entries(), 5, "they have no outcome");
+    assert_eq!(n_entries(), 5, "entries without an outcome are kept");
     commit(
         &broker,
         ids[..3]
@@ -298,7 +302,7 @@ async fn entries_are_kept_for_a_while_after_their_outcome_and_never_without_one(
     .await;
     time.pass(30);
     sweep(&broker, &time).await;
-    assert_eq!(n_entries(), 5, "their outcome is young");
+    assert_eq!(n_entries(), 5, "entries with a recent outcome are kept");
     time.pass(60);
     sweep(&broker, &time).await;
     assert_eq!(n_entries(), 2);
@@ -312,9 +316,9 @@ async fn entries_are_kept_for_a_while_after_their_outcome_and_never_without_one(
     );
 }
 
-/// More than one step can hold: the sweep goes on where it was.
+/// More rows than one step removes: the sweep continues where it stopped.
 #[tokio::test]
-async fn a_long_sweep_is_done_in_bounded_steps() {
+async fn a_long_sweep_runs_in_bounded_steps() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let mut entry = entry_now(&broker);
@@ -351,9 +355,9 @@ async fn a_long_sweep_is_done_in_bounded_steps() {
     assert_eq!(n_rows(), 0);
 }
 
-/// A dead letter is no promise about the future: bounded, and what goes is counted.
+/// Dead letters and decisions have a limit, and trimmed dead letters are counted.
 #[tokio::test]
-async fn f13_dead_letters_and_decisions_are_bounded_and_what_goes_is_counted() {
+async fn dead_letters_and_decisions_are_bounded_and_trimming_is_counted() {
     let time = Time::new();
     let broker = in_memory(
         Retention {
@@ -407,9 +411,9 @@ async fn f13_dead_letters_and_decisions_are_bounded_and_what_goes_is_counted() {
     );
 }
 
-/// A row of a user does not grow with every group that was ever left.
+/// A user's row does not grow with every group that the user ever left.
 #[tokio::test]
-async fn a_membership_is_forgotten_once_nothing_of_it_can_be_replayed() {
+async fn a_membership_is_removed_once_none_of_its_events_can_be_replayed() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let (user, change) = (Name::parse("1").unwrap(), |group: &str, joins: bool| {
@@ -449,9 +453,9 @@ async fn a_membership_is_forgotten_once_nothing_of_it_can_be_replayed() {
     assert_eq!(groups.keys().map(Name::as_str).collect::<Vec<_>>(), ["b"]);
 }
 
-/// The position survives, and so does what is known of owners that died at it.
+/// The position survives the process, and so do the numbers of take-overs and attempts at it.
 #[tokio::test]
-async fn what_stops_a_poisonous_event_survives_the_process_that_it_kills() {
+async fn take_over_and_attempt_counts_survive_the_process() {
     let (time, folder) = (Time::new(), Folder::new());
     let at = EntryId { ms: 5, seq: 0 };
     for n in 1..=3 {
@@ -470,9 +474,9 @@ async fn what_stops_a_poisonous_event_survives_the_process_that_it_kills() {
     assert_eq!(broker.head(P).await.unwrap().position, Position::from(at));
 }
 
-/// Also of a user who never comes back, whose row nobody would look at.
+/// Includes users who never return, whose rows no request would clean up.
 #[tokio::test]
-async fn bookmarks_that_were_left_alone_for_too_long_go() {
+async fn expired_device_cursors_are_removed() {
     let time = Time::new();
     let broker = in_memory(
         Retention {
@@ -527,9 +531,9 @@ async fn bookmarks_that_were_left_alone_for_too_long_go() {
     );
 }
 
-/// Also of a user who never comes back, whose row nobody would look at.
+/// Includes users who never return, whose rows no request would clean up.
 #[tokio::test]
-async fn who_left_all_groups_long_ago_is_forgotten() {
+async fn a_user_who_left_all_groups_long_ago_is_removed() {
     let time = Time::new();
     let broker = in_memory(short(), &time);
     let change = async |user: &str, change| {
@@ -576,7 +580,7 @@ async fn who_left_all_groups_long_ago_is_forgotten() {
     assert_eq!(
         n_users(),
         3,
-        "what was committed before the leaving is still kept"
+        "events committed before the user left are still kept"
     );
     time.pass(4_000);
     sweep(&broker, &time).await;

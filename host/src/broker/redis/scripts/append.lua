@@ -1,7 +1,8 @@
 #!lua
--- Appends entries to the source. Without allow-oom: a full Redis takes no more.
--- ARGV  '1' to look at the backlog first; number of entries; per entry: number of fields and values together, fields and values.
--- Answers {'full', backlog} or the ids.
+-- Appends entries to the source. Without allow-oom: a full Redis accepts no new entries.
+-- ARGV: '1' to check the backlog first; number of entries; per entry: number of field names and
+-- values together, field names and values.
+-- Returns {'full', backlog} or the ids.
 local at = OWN + 1
 if ARGV[OWN] == '1' then
   local waiting = backlog()

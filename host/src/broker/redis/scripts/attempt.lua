@@ -1,6 +1,8 @@
 #!lua flags=allow-oom
--- Counts how often the same thing was said in a row: that an owner begins at a position, or that an entry is about to be tried.
--- ARGV  field of `meta`; what is said, or '' for the position.   Answers the count, then what heal() did.
+-- Counts consecutive repetitions of the same event: an owner that starts at a position, or an
+-- attempt to process an entry.
+-- ARGV: field of `meta`; the subject to count, or '' for the position.
+-- Returns the count and the results of heal().
 life()
 local field, what = ARGV[OWN], ARGV[OWN + 1]
 local lost, strays = 0, 0

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
--- Makes the partition if it is new, begins a life if this primary is new to it, and applies a changed max_age: the floor must not fall
--- because the age was raised, as what has expired does not come back.   Answers what heal() did.
+-- Creates the partition if it is new, begins an epoch if this primary is new to it, and applies a
+-- changed max_age. Raising the age must not lower the floor, because expired entries do not return.
+-- Returns the results of heal().
 life()
 local old, new = number('max_age'), tonumber(ARGV[4])
 if old ~= new then

@@ -1,8 +1,12 @@
 #!lua flags=allow-oom
--- Moves a bookmark of a user, if it still is what the caller saw of it. Knows no partition.
--- KEYS  1 the user's bookmarks.   ARGV  how long those of devices are kept, and the read mark, both in ms; the most devices of a kind,
--- acknowledged or only begun; the field; what the caller saw ('' for nothing); what it is to be. Answers 1 if it was moved.
--- A bookmark is `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there, with the time of its last move.
+-- Moves a device cursor or the read marker of a user if it still equals the value that the caller
+-- read. Independent of partitions.
+-- KEYS: 1 the user's device cursors.
+-- ARGV: lifetime of a device cursor, ms; lifetime of the read marker, ms; maximum number of devices
+-- of one kind (acknowledged or not); field; expected value ('' for none); new value.
+-- Returns 1 if the cursor was moved.
+-- A value is `ms a cursor` if it was acknowledged, `ms b cursor` if a stream began there; `ms` is
+-- the time of its last move.
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local key, field = KEYS[1], ARGV[4]

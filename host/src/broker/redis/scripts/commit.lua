@@ -1,11 +1,17 @@
 #!lua flags=allow-oom
--- Writes the outcomes of a batch, or one slice of a plan, if the partition is at `prev` in `life`. First everything is read and judged,
--- then written with commands that cannot fail: Lua has no way back.
--- ARGV  largest record that goes along with a notice, bytes; life; prev; slice (-1: a batch of whole plans); whether it is the final slice;
---       number of items; per item: kind, entry, dedupe hash or '', decision, and
---         c (commit): record, number of targets, targets      x (dead letter): reason, plugin, attempts, number of fields, fields
---         d (discard), u (unrouted): nothing
--- Answers {'refused'} or {'done', outcome, id or '', outcome, id or '', ...}.
+-- Writes the outcomes of a batch, or one slice of a plan, if the partition is at position `prev` in
+-- the given epoch. Lua scripts have no rollback, so the script first reads and decides everything
+-- and then writes with commands that cannot fail.
+--
+-- ARGV:
+-- - size up to which a record is sent with its notice, in bytes
+-- - epoch; prev; slice (-1: a batch of whole plans); '1' for the final slice
+-- - number of items, then per item: kind, entry, dedupe hash or '', decision, and
+--     c (commit): record, number of targets, targets
+--     x (dead letter): reason, plugin, attempts, number of fields, fields
+--     d (discard), u (unrouted): nothing
+--
+-- Returns {'refused'} or {'done', outcome, id or '', outcome, id or '', ...}.
 local at = OWN - 1
 local function take()
   at = at + 1
@@ -18,7 +24,7 @@ local name = life()
 local pos = position()
 local slices = tonumber(string.match(pos, '/(%d+)$') or '0')
 if name ~= wanted or pos ~= prev or slices ~= math.max(slice, 0) then return {'refused'} end
--- Only a plan that is being written in slices is still pending.
+-- Only a plan that is being written in slices is already pending.
 local is_continued = slice > 0
 
 local items = {}
@@ -37,23 +43,24 @@ for i = 1, tonumber(take()) do
 end
 if is_continued then
   if items[1].entry ~= entry_of(pos) then return {'refused'} end
-  -- Some logs have it already: it can only be finished.
-  if items[1].kind ~= 'c' then return redis.error_reply('ERR a plan that was begun in slices can only be continued') end
+  -- Some logs already have the entry, so the plan can only be completed.
+  if items[1].kind ~= 'c' then return redis.error_reply('ERR a plan that was started in slices can only be continued') end
 end
 
--- Phase 1: judge.
+-- Phase 1: decide.
 
 for _, key in ipairs({T .. 'what', T .. 'dead'}) do
   local kind = call('TYPE', key).ok
   if kind ~= 'none' and kind ~= 'stream' then
-    return redis.error_reply('WRONGTYPE the key ' .. key .. ' holds a ' .. kind .. ' and must hold a stream: rename or delete it')
+    return redis.error_reply('WRONGTYPE the key ' .. key .. ' is a ' .. kind .. ' but must be a stream')
   end
 end
 
 local window = tonumber(ARGV[8])
 local function bucket(entry) return math.floor(tonumber(string.match(entry, '^%d+')) / window) end
 
--- The newest id in a log, as text; false if the log is absent; 'foreign' if its key holds something else.
+-- The newest id in a log, as text; false if the log is absent; 'foreign' if its key has the wrong
+-- type.
 local tops = {}
 local function top(log)
   local newest = tops[log]
@@ -67,9 +74,10 @@ local function top(log)
   return newest
 end
 
-local function foreign(key) return 'the key ' .. key .. ' holds something foreign: rename or delete it, then redrive' end
+local function foreign(key) return 'the key ' .. key .. ' has the wrong type; rename or delete it, then redrive' end
 
--- Who of the batch is in which bucket of publishers' ids: one call a bucket. By bucket, then by hash; false where the key is foreign.
+-- Which hashes of the batch are in which dedupe bucket, read with one call per bucket. Indexed by
+-- bucket, then by hash; false if the key has the wrong type.
 local seen = {}
 if window > 0 and not is_continued then
   local asked = {}
@@ -109,7 +117,7 @@ for _, item in ipairs(items) do
       end
     end
     if fate == 'x' then
-      -- It was no dead letter when it came, so its fields were not sent along.
+      -- The proposal was not a dead letter, so the caller did not send the fields.
       local found = pcall('XRANGE', S, item.entry, item.entry)
       item.plugin, item.attempts, item.fields = '', '1', not found.err and found[1] and found[1][2] or {}
     elseif fate ~= 'duplicate' and item.hash ~= '' and window > 0 then
@@ -119,7 +127,7 @@ for _, item in ipairs(items) do
   item.fate = fate
 end
 
--- Phase 2: write. Trimming comes first, so that a full Redis drains.
+-- Phase 2: write. Trim first, so that a full Redis can drain.
 
 trim()
 
@@ -133,7 +141,8 @@ local marks = {}
 local counts = {}
 local function count(what) counts[what] = (counts[what] or 0) + 1 end
 
--- Stream time moves with every entry; buckets that it left behind go, even where a quiet time skipped some.
+-- The newest bucket advances with the time of entries, not of the clock. Removes the buckets that
+-- left the window, even if a quiet period skipped some.
 local function roll(b)
   if b > newest_bucket then
     call('UNLINK', T .. 'seen:' .. text(newest_bucket - 1))
@@ -147,16 +156,18 @@ local function remember(item)
   if window == 0 then return end
   local b = bucket(item.entry)
   roll(b)
-  -- An entry from before the window (made under a slower clock) would make a bucket that nobody removes.
+  -- An entry older than the window (created under a slower clock) would create a bucket that is
+  -- never removed.
   if item.hash == '' or b < newest_bucket - 1 then return end
   marks[b] = marks[b] or {}
   table.insert(marks[b], item.hash)
 end
 
--- Writes what remember() noted: one call a bucket, up to its bound.
+-- Writes the hashes that remember() collected, with one call per bucket, up to the limit of a
+-- bucket.
 local function write_marks()
   for b, hashes in pairs(marks) do
-    -- A later item of the same batch may have left the bucket behind.
+    -- A later item of the same batch may have moved the window past this bucket.
     if b >= newest_bucket - 1 then
       local key = T .. 'seen:' .. text(b)
       local room = math.max(0, tonumber(ARGV[9]) - call('SCARD', key))
@@ -166,7 +177,7 @@ local function write_marks()
   end
 end
 
--- Adds an id to the log of each target and tells who listens.
+-- Adds an id to the log of each target and publishes the notices.
 local function index(item, id)
   local notice = name .. ' ' .. id
   if #item.record <= inline then notice = notice .. ' ' .. item.record end
@@ -175,13 +186,14 @@ local function index(item, id)
     local log = ARGV[j]
     local newest = top(log)
     if newest == 'foreign' then
-      -- Met in a later slice: the plan cannot be taken back any more.
+      -- Found in a later slice: the plan can no longer be undone.
       count('foreign_logs')
     else
       local key = T .. 'l:' .. log
       local cap = log == 'all' and caps[2] or caps[1]
       call('ZADD', key, id, id .. ' ' .. (newest or floor_or_last))
-      -- What remains points to what goes. The key's own expiry helps only a log that nobody writes to any more.
+      -- The remaining entries point to the removed ones as predecessors. The key's own expiry takes
+      -- effect only for a log that is no longer written to.
       if newest then
         call('ZREMRANGEBYSCORE', key, '-inf', too_old)
         call('ZREMRANGEBYRANK', key, 0, -(cap + 1))
@@ -197,7 +209,7 @@ local function dead_letter(item)
   local fields = item.fields
   local pairs_kept = math.min(#fields, MOST_ARGUMENTS)
   local reason = item.reason
-  if pairs_kept < #fields then reason = reason .. ' (of ' .. #fields / 2 .. ' fields the first ' .. pairs_kept / 2 .. ' are kept)' end
+  if pairs_kept < #fields then reason = reason .. ' (only the first ' .. pairs_kept / 2 .. ' of ' .. #fields / 2 .. ' fields are kept)' end
   local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', item.attempts}
   for j = 1, pairs_kept, 2 do
     values[#values + 1] = 'f:' .. fields[j]
@@ -218,9 +230,10 @@ for _, item in ipairs(items) do
     if is_continued then
       id = meta('pending')
     else
-      -- Above the floor, too: after the clock was set back it may lie above all that the clock says, and streams begin there.
+      -- Above the floor as well: after the clock was set back, the floor may be ahead of the clock,
+      -- and streams start there.
       id = text(math.max(last + 1, low + 1, id_of(now)))
-      -- The record of a plan that is not complete has no expiry: its owner may be away for longer than that.
+      -- The record of an incomplete plan has no expiry: its owner may be down for longer than that.
       if slice == 0 and not is_final then call('SET', T .. 'e:' .. id, item.record)
       else call('SET', T .. 'e:' .. id, item.record, 'PX', ttl) end
       remember(item)
@@ -260,7 +273,8 @@ end
 call('HSET', META, 'pos', next_pos, 'last', text(last))
 if not string.find(next_pos, '/', 1, true) then
   local n = call('HINCRBY', META, 'n', #items)
-  -- Keeps the lag of the group readable for operators. Last, and its failure is ignored: the source may be gone.
+  -- Keeps the lag of the consumer group readable for operators. Done last and errors are ignored,
+  -- because the source may have been deleted.
   if pcall('XGROUP', 'SETID', S, 'pointsman', next_pos, 'ENTRIESREAD', n).err and string.sub(S, 1, 10) == 'pointsman:' then
     pcall('XGROUP', 'CREATE', S, 'pointsman', next_pos, 'ENTRIESREAD', n)
   end

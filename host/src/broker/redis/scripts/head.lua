@@ -1,7 +1,9 @@
 #!lua flags=no-writes,allow-oom
--- Where the partition is. Answers {'begin'} if a life has to begin first, which begin.lua does: a script that may write is refused when
--- Redis cannot, and then clients must still be able to read history.
--- Answers {life, last, pending or '', position, floor, origin, now, life, last that survived, life, last that survived, ...}.
+-- Returns the state of the partition, or {'begin'} if an epoch has to begin first. begin.lua does
+-- that: scripts that may write are rejected while Redis cannot write, and clients must still be
+-- able to read history then.
+-- Returns {epoch, last, pending or '', position, floor, origin, now, epoch, its last valid id,
+-- epoch, its last valid id, ...}.
 local known, name, last, pending, origin = unpack(call('HMGET', META, 'replid', 'life', 'last', 'pending', 'origin'))
 if replid() ~= known then return {'begin'} end
 local answer = {name, last or '0', pending or '', position(), text(floor()), origin, text(now)}

@@ -1,5 +1,7 @@
 #!lua flags=allow-oom
--- Takes or renews the lease.   ARGV  node, time to live in ms.   Answers 0, or for how many ms another node has it.
+-- Takes or renews the lease.
+-- ARGV: node; time to live, ms.
+-- Returns 0, or the milliseconds for which another node still holds the lease.
 local node, ttl = ARGV[OWN], ARGV[OWN + 1]
 local key = T .. 'owner'
 local owner = call('GET', key)

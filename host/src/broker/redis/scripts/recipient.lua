@@ -1,7 +1,11 @@
 #!lua flags=allow-oom
--- Changes what is known of a user. Knows no partition: what they say (their last ids) comes along.
--- KEYS  1 the user's hash.   ARGV  max_age, ms; 'join', 'leave' or 'attributes'; group or JSON; then per partition: number, last id.
--- A membership is `number:joined ...`, and after leaving `number:joined-left ... @ms`, with the time of leaving.
+-- Changes a user's attributes or memberships. Independent of partitions: the caller passes the last
+-- id of each.
+-- KEYS: 1 the user's hash.
+-- ARGV: max_age, ms; 'join', 'leave' or 'attributes'; group or JSON; then per partition: number,
+-- last id.
+-- A membership is `number:joined ...`, and after leaving `number:joined-left ... @ms` with the time
+-- of leaving.
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local key, what = KEYS[1], ARGV[2]
@@ -21,7 +25,7 @@ else
     for number, id in string.gmatch(have, '(%d+):(%d+)') do joined[number] = id end
     local spans = {}
     for i = 4, #ARGV, 2 do
-      -- A partition that was added since joining was the member's from its beginning.
+      -- A partition that was added after the user joined counts from its beginning.
       spans[#spans + 1] = ARGV[i] .. ':' .. (joined[ARGV[i]] or '0') .. '-' .. ARGV[i + 1]
     end
     spans[#spans + 1] = '@' .. string.format('%.0f', now)
@@ -29,7 +33,8 @@ else
   end
 end
 
--- Who left longer ago than anything is kept has nothing left to see; and of whom no more is known than what was left, nothing is known then.
+-- A membership that ended before the oldest kept notification has no effect any more. If only ended
+-- memberships remain, the key expires.
 local is_known = false
 local all = redis.call('HGETALL', key)
 for i = 1, #all, 2 do

@@ -1,6 +1,8 @@
 #!lua
--- Appends the fields of a dead letter to the source again and removes it. Without allow-oom: a full Redis takes no more.
--- ARGV  id of the dead letter.   Answers 1, or 0 if it is not there.
+-- Appends the fields of a dead letter to the source again and removes the dead letter. Without
+-- allow-oom: a full Redis accepts no new entries.
+-- ARGV: id of the dead letter.
+-- Returns 1, or 0 if it does not exist.
 local found = call('XRANGE', T .. 'dead', ARGV[OWN], ARGV[OWN])
 if not found[1] then return 0 end
 local values = {}
@@ -11,7 +13,7 @@ for i = 1, #found[1][2], 2 do
     values[#values + 1] = found[1][2][i + 1]
   end
 end
-if #values == 0 then return redis.error_reply('ERR the entry was gone when it was dead-lettered, so it cannot be redriven: drop it') end
+if #values == 0 then return redis.error_reply('ERR the entry no longer existed when it was dead-lettered and cannot be redriven; drop it') end
 call('XADD', S, '*', unpack(values))
 call('XDEL', T .. 'dead', ARGV[OWN])
 return 1

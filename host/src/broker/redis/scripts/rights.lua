@@ -1,6 +1,7 @@
 #!lua flags=no-writes,allow-oom
--- Which of the commands that we need this user may not run.   ARGV  commands, a word a line.
--- Answers those that are refused.
+-- Checks which of the required commands the current user may not run.
+-- ARGV: commands, one word per line.
+-- Returns the commands that are not permitted.
 local refused = {}
 for i = 1, #ARGV do
   local words = {}

@@ -1,4 +1,5 @@
 #!lua flags=no-writes,allow-oom
--- Numbers for operators.   Answers {lag, dead letters, ms that ids run ahead, `meta` as {field, value, ...}}.
+-- Returns statistics for operators: {lag, dead letters, ms that ids run ahead, `meta` as {field,
+-- value, ...}}.
 local ahead = math.max(0, number('last') / 4096 + 1704067200000 - now)
 return {backlog(), call('XLEN', T .. 'dead'), text(math.floor(ahead)), call('HGETALL', META)}

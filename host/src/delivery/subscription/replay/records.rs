@@ -1,6 +1,8 @@
-//! The records that a node holds in memory: parsed and rendered once for all its streams. Bounded by bytes, least recently used first out.
+//! The node's record cache: records are parsed and rendered once for all streams. Bounded by bytes;
+//! the least recently used are evicted first.
 //!
-//! Kept under partition, *life* and id: after a fail-over ids are issued again, for other events.
+//! Keyed by partition, *epoch* and id: after a fail-over the same ids are issued again for other
+//! events.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,13 +15,14 @@ use crate::event::{Life, NotificationId};
 
 use super::Record;
 
-/// Stored bytes of all records held; their parsed form takes about three times as much.
+/// Bound on the stored bytes of all cached records. Their parsed form takes about three times as
+/// much.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 const MAX_RECORDS: NonZeroUsize = NonZeroUsize::new(16_384).unwrap();
 
 type Key = (PartitionNumber, Life, NotificationId);
 
-/// See the head of this file.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct Records(Mutex<Held>);
 
@@ -48,7 +51,8 @@ impl Records {
             .cloned()
     }
 
-    /// Parses a stored record and holds it, unless it is held already. `None`: it is none, which is logged.
+    /// Parses and caches a stored record unless it is cached already. Returns `None` and logs an
+    /// error if it is not a valid record.
     pub fn insert(&self, key: Key, stored: &Bytes) -> Option<Arc<Record>> {
         if let Some(held) = self.get(key) {
             return Some(held);
@@ -56,7 +60,7 @@ impl Records {
         let record = match Record::parse(stored) {
             Ok(record) => Arc::new(record),
             Err(error) => {
-                tracing::error!(partition = key.0.0, notification.id = key.2.0, %error, "a stored record cannot be read; was it written by a newer version?");
+                tracing::error!(partition = key.0.0, notification.id = key.2.0, %error, "cannot parse a stored record; check whether a newer version wrote it");
                 return None;
             }
         };
@@ -73,10 +77,10 @@ impl Records {
         Some(record)
     }
 
-    /// These records, from memory or from the broker, `None` where one is gone.
+    /// Returns these records from the cache or the broker, `None` for each that is gone.
     ///
     /// # Errors
-    /// The broker's.
+    /// Returns the broker's error.
     pub async fn read(
         &self,
         broker: &dyn Broker,

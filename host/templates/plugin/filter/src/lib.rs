@@ -1,4 +1,4 @@
-//! Drops orders of the test system, and gives large ones a higher priority.
+//! Drops orders from the test system and raises the priority of large orders.
 
 use pointsman_plugin::{
     Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Plugin, Priority, Value, Verdict, export,
@@ -6,11 +6,11 @@ use pointsman_plugin::{
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-/// What an operator may configure. The schema of it is part of the plugin.
+/// The plugin's configuration. Its schema is embedded in the plugin.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Config {
-    /// From this total on, an order is large.
+    /// Minimum total of a large order.
     large: f64,
 }
 
@@ -34,7 +34,7 @@ impl Plugin for MyPlugin {
         Ok(Self(config))
     }
 
-    // What is not asked for here is not there in `evaluate`.
+    // Only what is listed here is available in `evaluate`.
     fn interest(&self) -> Interest {
         Interest::in_types(["order.*"]).attributes(["test"]).fields(["/order/total"])
     }
@@ -42,14 +42,14 @@ impl Plugin for MyPlugin {
 
 impl Filter for MyPlugin {
     fn evaluate(&self, event: &Event) -> Result<Verdict, Failure> {
-        // By XADD, every attribute is text.
+        // Attributes of events added with XADD are always text.
         let is_test = match event.attribute("test") {
             Some(Value::Flag(is_test)) => *is_test,
             Some(Value::Text(text)) => text == "true",
             _ => false,
         };
         if is_test {
-            return Ok(Verdict::Drop("an order of the test system".into()));
+            return Ok(Verdict::Drop("order from the test system".into()));
         }
         let total = match event.attribute("/order/total") {
             Some(Value::Integer(total)) => *total as f64,
@@ -59,7 +59,7 @@ impl Filter for MyPlugin {
         if total < self.0.large {
             return Ok(Verdict::Keep);
         }
-        // Later plugins see the attribute.
+        // Plugins called after this one see the attribute.
         let desk = Attribute { name: "desk".into(), value: "large".into() };
         Ok(Verdict::Amend(Amendment { priority: Some(Priority::High), attributes: vec![desk] }))
     }
@@ -72,7 +72,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_large_order_is_of_high_priority() {
+    fn a_large_order_gets_high_priority() {
         let plugin: MyPlugin = testing::configure(json!({ "large": 500 })).unwrap();
         let verdict_on = |total: f64| {
             let event = testing::event("order.paid").json(&json!({ "order": { "total": total } }));
@@ -86,15 +86,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_order_is_not_its_business() {
+    fn other_event_types_are_not_passed_to_the_plugin() {
         let plugin: MyPlugin = testing::configure(json!({})).unwrap();
         assert_eq!(testing::event("invoice.sent").seen_by(&plugin), None);
     }
 
     #[test]
-    fn a_mistake_in_the_configuration_is_told_with_its_place() {
+    fn a_configuration_error_names_the_field() {
         let Err(issues) = testing::configure::<MyPlugin>(json!({ "large": -1 })) else {
-            panic!("a negative total was taken");
+            panic!("a negative total was accepted");
         };
         assert_eq!(issues[0].path, "large");
     }

@@ -1,14 +1,14 @@
-//! Tells the owner of an order what becomes of it, and the people of its region.
+//! Routes order events to the order's owner and to the group of its region.
 
 use pointsman_plugin::{Event, Failure, Interest, Issue, Plugin, Route, Router, export};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-/// What an operator may configure. The schema of it is part of the plugin.
+/// The plugin's configuration. Its schema is embedded in the plugin.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 struct Config {
-    /// The attribute of an event that names the owner of the order.
+    /// The event attribute that names the owner of the order.
     owner: String,
 }
 
@@ -32,7 +32,7 @@ impl Plugin for MyPlugin {
         Ok(Self(config))
     }
 
-    // What is not asked for here is not there in `resolve`.
+    // Only what is listed here is available in `resolve`.
     fn interest(&self) -> Interest {
         Interest::in_types(["order.*"])
             .attributes([self.0.owner.as_str()])
@@ -56,7 +56,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn the_owner_and_the_region_hear_of_an_order() {
+    fn an_order_is_routed_to_its_owner_and_its_region() {
         let plugin: MyPlugin = testing::configure(json!({ "owner": "customer" })).unwrap();
         let event = testing::event("order.shipped")
             .attribute("customer", "42")
@@ -66,15 +66,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_order_is_not_its_business() {
+    fn other_event_types_are_not_passed_to_the_plugin() {
         let plugin: MyPlugin = testing::configure(json!({})).unwrap();
         assert_eq!(testing::event("invoice.sent").seen_by(&plugin), None);
     }
 
     #[test]
-    fn a_mistake_in_the_configuration_is_told_with_its_place() {
+    fn a_configuration_error_names_the_field() {
         let Err(issues) = testing::configure::<MyPlugin>(json!({ "owner": "" })) else {
-            panic!("an empty name was taken");
+            panic!("an empty name was accepted");
         };
         assert_eq!(issues[0].path, "owner");
     }

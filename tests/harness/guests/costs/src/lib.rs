@@ -1,5 +1,5 @@
-//! A plugin for benchmarks: one small decision, from nothing, from declared attributes and fields, or from the whole payload. As a library it
-//! is the same decision natively.
+//! A benchmark plugin that makes one small decision: from nothing, from declared attributes or
+//! fields, or from the whole payload. Used as a library, it makes the same decision in native code.
 
 use pointsman_plugin::{
     Event, Failure, Interest, Issue, Payload, Plugin, Priority, Route, Router, Value, export,
@@ -8,14 +8,14 @@ use pointsman_plugin::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum From {
-    /// No answer, whatever the event.
+    /// Returns no route for any event.
     #[default]
     Nothing,
-    /// From six attributes.
+    /// Decides from six attributes.
     Attributes,
-    /// From six fields of the payload, which the host finds.
+    /// Decides from six fields of the payload, extracted by the host.
     Fields,
-    /// From the same fields, in the payload as it came.
+    /// Decides from the same fields, parsed from the payload by the plugin.
     Payload,
 }
 
@@ -30,7 +30,7 @@ pub struct Costs(From);
 
 export!(Costs as router);
 
-/// What the decision looks at.
+/// The inputs of the decision.
 pub const ATTRIBUTES: [&str; 6] = ["customer", "region", "tier", "total", "express", "seller"];
 pub const FIELDS: [&str; 6] = [
     "/customer/id",
@@ -71,7 +71,8 @@ impl Router for Costs {
     }
 }
 
-/// A customer's order, more urgent if it is large or express, unless a seller buys from itself.
+/// Notifies the customer of an order, with a higher priority if it is large or express, unless the
+/// customer is the seller.
 fn decide(
     customer: &str,
     region: &str,

@@ -1,9 +1,11 @@
-//! A plugin for tests, without the SDK: it says in every string what would forge a line of a log, a key or a frame, and hands over bytes that
-//! are no text. What it does, its configuration says (`describe` and `configure` come before any event), or the type of the event.
+//! A test plugin without the SDK. Every string it returns tries to forge a log line, a key or a
+//! frame, and some contain bytes that are not valid text. Its behaviour is selected by its
+//! configuration (`describe` and `configure` are called before any event) or by the type of the
+//! event.
 
 #![expect(
     unsafe_code,
-    reason = "to make a string that is none, and in what the bindings generate"
+    reason = "creates an invalid string; also needed by the generated bindings"
 )]
 
 use std::cell::Cell;
@@ -16,7 +18,7 @@ use pointsman::plugin::types::{
 
 wit_bindgen::generate!({ path: "../../../../wit", world: "full-plugin" });
 
-/// What no string may do: end a line, begin another, move the cursor of a terminal, end a C string.
+/// Tries to end a line, begin another, move a terminal's cursor and end a C string.
 const FORGED: &str = "x\r\ndata: forged\u{1b}[2J\0";
 
 struct Forger;
@@ -28,9 +30,9 @@ thread_local! {
     static TRAPS_IN_DESCRIBE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Bytes that are no UTF-8, as a string.
+/// A string of bytes that are not valid UTF-8.
 fn no_text() -> String {
-    // SAFETY: there is none: a host must not trust a guest to hand over text.
+    // SAFETY: deliberately unsound: a host must not trust a guest to return valid text.
     unsafe { String::from_utf8_unchecked(vec![b'x', 0xff, 0xfe]) }
 }
 

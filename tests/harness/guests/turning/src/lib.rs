@@ -1,11 +1,12 @@
-//! A plugin for tests: sends an event to its user, until the version that the event names in `turns`; from that one on it does what the event
-//! says in `then`. Tests make versions by writing over [`VERSION`].
+//! A test plugin that sends an event to its user until it reaches the version named by the event's
+//! `turns`; from that version on it acts as the event's `then` specifies. Tests create versions by
+//! overwriting [`VERSION`].
 
 use std::hint::black_box;
 
 use pointsman_plugin::{Event, Failure, Interest, Issue, Plugin, Route, Router, Value, export};
 
-/// Stands once in the file, with a number in place of the zeros.
+/// Occurs once in the file; tests replace the zeros by a number.
 static VERSION: &[u8; 15] = b"version:0000000";
 
 struct Turning;
@@ -26,7 +27,7 @@ impl Plugin for Turning {
 
 impl Router for Turning {
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
-        // Read when it runs, or the compiler would make an instruction of it.
+        // `black_box` makes it read at run time; otherwise the compiler would inline the value.
         let version = std::str::from_utf8(&black_box(VERSION)[8..])
             .ok()
             .and_then(|digits| digits.parse::<i64>().ok())
@@ -36,14 +37,14 @@ impl Router for Turning {
         let user = event.text("user");
         let routes = match event.text("then").filter(|_| has_turned) {
             Some("nobody") => None,
-            Some("panic") => panic!("as the event said"),
+            Some("panic") => panic!("requested by the event"),
             Some("loop") => loop {
                 black_box(());
             },
             Some(other) => Some(Route::to_user(other)),
             None => user.map(Route::to_user),
         };
-        // An end, which is counted from the clock that the call is shown.
+        // An expiry, which the host counts from the clock of the call.
         Ok(routes
             .into_iter()
             .map(|route| route.ttl_ms(3_600_000))

@@ -1,4 +1,4 @@
-//! A plugin for tests: does to each event what the event's type says, and little of it is good.
+//! A test plugin that treats each event as the event's type demands, mostly badly.
 
 use std::cell::Cell;
 use std::hint::black_box;
@@ -16,7 +16,7 @@ struct Config {
     types: Vec<String>,
     fields: Vec<String>,
     payload: bool,
-    /// Never comes back from `configure`.
+    /// Never returns from `configure`.
     hang: bool,
 }
 
@@ -25,7 +25,7 @@ struct Unruly(Config);
 export!(Unruly as filter and router);
 
 thread_local! {
-    /// Calls of this instance.
+    /// The number of calls of this instance.
     static CALLS: Cell<u32> = const { Cell::new(0) };
 }
 
@@ -88,7 +88,7 @@ impl Router for Unruly {
                     hoard.push(black_box(vec![1; 1024 * 1024]));
                 }
             }
-            "panic" => panic!("as the type said"),
+            "panic" => panic!("requested by the event type"),
             "recurse" => {
                 black_box(recurse(1));
                 route
@@ -132,7 +132,7 @@ impl Router for Unruly {
                 for n in 0..5_000 {
                     log::info(format_args!("line {n}\r\u{1b}[31m{}", "x".repeat(2_000)));
                 }
-                #[expect(clippy::print_stdout, reason = "that is the test")]
+                #[expect(clippy::print_stdout, reason = "this is what is tested")]
                 {
                     println!("and to standard output");
                 }
@@ -142,7 +142,7 @@ impl Router for Unruly {
                 std::thread::sleep(Duration::from_secs(3_600));
                 route
             }
-            // What it sees.
+            // Returns everything that it was shown.
             _ => {
                 let attributes: serde_json::Map<_, _> = event
                     .attributes
@@ -165,7 +165,7 @@ fn hang() -> ! {
     }
 }
 
-#[expect(unconditional_recursion, reason = "that is the test")]
+#[expect(unconditional_recursion, reason = "this is what is tested")]
 fn recurse(n: u64) -> u64 {
     black_box([n; 64]);
     recurse(black_box(n + 1)) + n

@@ -1,12 +1,13 @@
-//! A plugin for tests: tells the user of each event which version of it decided. Tests make versions by writing over [`VERSION`]. Those from
-//! [`FAULTY`] on panic on three of ten events, by the last digit of their ids.
+//! A test plugin that sends the number of its version to the user of each event. Tests create
+//! versions by overwriting [`VERSION`]. Versions from [`FAULTY`] on panic on three of ten events,
+//! selected by the last digit of the id.
 
 use std::hint::black_box;
 
 use pointsman_plugin::{Event, Failure, Interest, Issue, Plugin, Route, Router, export};
 use serde_json::json;
 
-/// Stands once in the file, with a number in place of the zeros.
+/// Occurs once in the file; tests replace the zeros by a number.
 static VERSION: &[u8; 15] = b"version:0000000";
 
 const FAULTY: u32 = 9_000_000;
@@ -29,12 +30,12 @@ impl Plugin for Versioned {
 
 impl Router for Versioned {
     fn resolve(&self, event: &Event) -> Result<Vec<Route>, Failure> {
-        // Read when it runs, or the compiler would make an instruction of it.
+        // `black_box` makes it read at run time; otherwise the compiler would inline the value.
         let number = std::str::from_utf8(&black_box(VERSION)[8..])
             .ok()
             .and_then(|digits| digits.parse::<u32>().ok());
         if number.is_some_and(|number| number >= FAULTY) && event.id.ends_with(['0', '1', '2']) {
-            panic!("as this version does");
+            panic!("this version is faulty");
         }
         let route = |user| Route::to_user(user).body(&json!({ "version": number }));
         Ok(event.text("user").map(route).into_iter().collect())
