@@ -242,7 +242,7 @@ impl Node {
             .commit(
                 self.p,
                 Batch {
-                    life: head.life,
+                    epoch: head.epoch,
                     prev: head.position,
                     items,
                 },
@@ -251,7 +251,7 @@ impl Node {
             .expect("commit")
         {
             Committed::Done(outcomes) => outcomes,
-            Committed::Refused => panic!("the commit from {} was rejected", head.position),
+            Committed::Conflict => panic!("the commit from {} was rejected", head.position),
         }
     }
 
@@ -275,7 +275,7 @@ impl Node {
             .commit_slice(
                 self.p,
                 Slice {
-                    life: head.life,
+                    epoch: head.epoch,
                     prev: head.position,
                     item,
                     index,
@@ -325,7 +325,7 @@ struct Ear {
 }
 
 impl Ear {
-    /// The next notice, including ticks and signs of life.
+    /// The next notice, including ticks and signs of epoch.
     async fn next(&mut self) -> Notice {
         while self.heard.is_empty() {
             let batch = tokio::time::timeout(Duration::from_secs(20), self.feed.notices.recv())

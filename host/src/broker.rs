@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::event::criteria::Attributes;
-use crate::event::{EntryId, Life, Name, NotificationId, Outcome, Position, Target};
+use crate::event::{EntryId, Epoch, Name, NotificationId, Outcome, Position, Target};
 
 pub mod embedded;
 #[cfg(test)]
@@ -79,7 +79,7 @@ pub struct Retention {
     pub backlog_entries: u64,
     /// How long a device cursor is kept after it last moved, in seconds (30 days). A read marker is
     /// kept for the age of notifications (`max_age_s`) plus 2 % if that is longer.
-    pub bookmark_age_s: u64,
+    pub device_cursor_ttl_s: u64,
     /// Acknowledged device cursors kept per user (32), and as many unacknowledged ones. Beyond
     /// that, the least recently moved cursor of the same kind is evicted.
     pub devices: u32,
@@ -97,7 +97,7 @@ impl Default for Retention {
             dead_entries: 10_000,
             decision_entries: 100_000,
             backlog_entries: 1_000_000,
-            bookmark_age_s: 30 * 24 * 3600,
+            device_cursor_ttl_s: 30 * 24 * 3600,
             devices: 32,
         }
     }
@@ -106,11 +106,11 @@ impl Default for Retention {
 impl Retention {
     /// How long a device cursor or read marker is kept after it last moved, in milliseconds. A read
     /// marker is kept at least as long as any notification it can refer to.
-    pub(crate) fn bookmark_age_ms(&self, which: &BookmarkOf) -> u64 {
+    pub(crate) fn bookmark_age_ms(&self, which: &CursorOwner) -> u64 {
         let age_s = match which {
-            BookmarkOf::Device(_) => self.bookmark_age_s,
-            BookmarkOf::ReadMark => self
-                .bookmark_age_s
+            CursorOwner::Device(_) => self.device_cursor_ttl_s,
+            CursorOwner::ReadMarker => self
+                .device_cursor_ttl_s
                 .max(self.max_age_s.saturating_add(self.max_age_s / 50)),
         };
         age_s.saturating_mul(1000)
@@ -124,7 +124,7 @@ pub enum Error {
     /// wait: no event has failed. The request may or may not have taken effect, so a caller of
     /// `commit` reads the head again.
     #[error("the broker is unavailable: {0}")]
-    Away(String),
+    Unavailable(String),
     /// The broker accepts no more entries: it is out of memory or disk space, or the backlog is at
     /// its limit.
     #[error("the broker is full: {0}")]
@@ -147,10 +147,10 @@ pub struct Entry {
 /// The state of a partition, read atomically from the broker's primary, never from a replica.
 #[derive(Clone, Debug)]
 pub struct Head {
-    pub life: Life,
+    pub epoch: Epoch,
     /// The newest 16 epochs of this partition, oldest first, each with the last id that was still
     /// valid when the epoch began.
-    pub lives: Vec<(Life, NotificationId)>,
+    pub epochs: Vec<(Epoch, NotificationId)>,
     /// The id of the last complete notification.
     pub last: NotificationId,
     /// The id of a plan that is being committed in slices.
@@ -177,18 +177,18 @@ impl Head {
         self.last.max(self.floor)
     }
 
-    /// The highest id that is still valid for a client whose last cursor was issued in epoch `life`.
+    /// The highest id that is still valid for a client whose last cursor was issued in epoch `epoch`.
     /// Ids above the last one that was valid when the following epoch began cannot be trusted,
     /// because they are issued again after a rewind. Returns 0 for an unknown epoch.
-    pub fn survived(&self, life: Life) -> NotificationId {
-        let bound = if life == self.life {
+    pub fn survived(&self, epoch: Epoch) -> NotificationId {
+        let bound = if epoch == self.epoch {
             // In the current epoch no client can have received an id above the top: a cursor that
             // claims one is forged.
             self.top()
         } else {
-            match self.lives.iter().position(|(known, _)| *known == life) {
+            match self.epochs.iter().position(|(known, _)| *known == epoch) {
                 Some(index) => self
-                    .lives
+                    .epochs
                     .get(index + 1)
                     .map_or(self.top(), |(_, survived)| *survived),
                 None => return NotificationId(0),
@@ -295,10 +295,10 @@ pub const MAX_INDEX_ENTRIES: usize = 1_000;
 /// Maximum size of all records in one commit, in bytes.
 pub const MAX_COMMIT_BYTES: usize = 1024 * 1024;
 
-/// A batch of outcomes, written atomically if the partition is still at `prev` in epoch `life`.
+/// A batch of outcomes, written atomically if the partition is still at `prev` in epoch `epoch`.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    pub life: Life,
+    pub epoch: Epoch,
     pub prev: Position,
     /// In source order and without gaps. The entry of the last item becomes the new position.
     pub items: Vec<Item>,
@@ -307,7 +307,7 @@ pub struct Batch {
 /// One slice of a plan with more than [`MAX_INDEX_ENTRIES`] targets.
 #[derive(Clone, Debug)]
 pub struct Slice {
-    pub life: Life,
+    pub epoch: Epoch,
     pub prev: Position,
     /// A [`Proposal::Commit`] that names only the targets of this slice. The record holds the whole
     /// plan.
@@ -323,7 +323,7 @@ pub enum Committed {
     /// The outcome of each item in order, with the notification id if the item was committed.
     Done(Vec<(Outcome, Option<NotificationId>)>),
     /// The partition is at another position or in another epoch; continue from [`Broker::head`].
-    Refused,
+    Conflict,
 }
 
 /// A range of a log.
@@ -348,17 +348,17 @@ pub enum Notice {
     Append {
         partition: PartitionNumber,
         target: Target,
-        life: Life,
+        epoch: Epoch,
         id: NotificationId,
         record: Option<Bytes>,
     },
     /// All notices of this partition up to `last` precede this one.
     Tick {
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         last: NotificationId,
     },
-    /// The broker is up but cannot write. Counts as a sign of life and advances nothing.
+    /// The broker is up but cannot write. Counts as a sign of epoch and advances nothing.
     Alive { partition: PartitionNumber },
     /// Memberships or attributes of the user changed. Published in every partition before the
     /// change is acknowledged, so that in each partition it precedes the notices of later events.
@@ -437,16 +437,16 @@ pub enum RecipientChange {
 
 /// Identifies one of a user's stored cursors.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum BookmarkOf {
+pub enum CursorOwner {
     /// The device cursor: the position of one of the user's devices.
     Device(Name),
     /// The read marker: the position up to which the user has read, on any device.
-    ReadMark,
+    ReadMarker,
 }
 
 /// A position in a user's notifications that outlives streams.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Bookmark {
+pub struct StoredCursor {
     /// The cursor in its client-visible form. A broker does not parse it: comparing two cursors
     /// requires the epochs of the partitions.
     pub cursor: String,
@@ -481,7 +481,7 @@ pub struct PartitionState {
     /// Entries after the position.
     pub lag: u64,
     /// Entries that another client of the broker removed before they were read.
-    pub lost_upstream: u64,
+    pub trimmed_unread: u64,
     pub dead_letters: u64,
     /// Dead letters trimmed because of their limit.
     pub dead_trimmed: u64,
@@ -590,19 +590,19 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()>;
 
     /// Reads a user's device cursors and read marker, without expired ones.
-    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>>;
+    async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>>;
 
     /// Atomically moves a device cursor or read marker and restarts its expiry, if it still equals
     /// `seen` (`None`: it does not exist). Returns `false` if it does not. A device beyond
     /// [`Retention::devices`] evicts the least recently moved cursor of the same kind. Acknowledged
     /// and unacknowledged cursors are limited separately, so that merely opening streams cannot
     /// evict a device that acknowledged something.
-    async fn move_bookmark(
+    async fn move_device_cursor(
         &self,
         user: &Name,
-        which: &BookmarkOf,
-        seen: Option<&Bookmark>,
-        to: &Bookmark,
+        which: &CursorOwner,
+        seen: Option<&StoredCursor>,
+        to: &StoredCursor,
     ) -> Result<bool>;
 
     /// Reads up to `limit` dead letters after `after`, oldest first.

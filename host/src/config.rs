@@ -1,4 +1,4 @@
-//! From what the user wrote to what the node needs, in two steps: [`Written`] is `pointsman.toml` with the environment and the command line
+//! From what the user wrote to what the node needs, in two steps: [`RawConfig`] is `pointsman.toml` with the environment and the command line
 //! laid over it; [`Config`] is checked and ready, made from it by one step that may fail.
 //!
 //! Each section's struct and defaults stand beside the code that it configures; this file composes them. The command line goes before the
@@ -22,7 +22,7 @@ mod layers;
 pub(crate) mod reload;
 
 pub use layers::Layers;
-pub use reload::{Origin, Recipe};
+pub use reload::{ConfigOrigin, ConfigSource};
 
 /// The most of any time that is added to a clock, in seconds.
 const TEN_YEARS_S: u64 = 315_360_000;
@@ -52,7 +52,7 @@ pub const OPTIONS: [(&str, &str); 11] = [
 /// What the user wrote, or would have.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Written {
+pub struct RawConfig {
     pub node: Node,
     pub listen: server::Config,
     pub broker: Broker,
@@ -143,7 +143,7 @@ pub struct Config {
     pub limits: http::Limits,
     pub log: Log,
     /// So that what changes in the file can be taken over while the node runs; `None`: nothing is.
-    pub origin: Option<Origin>,
+    pub origin: Option<ConfigOrigin>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,7 +159,7 @@ impl Config {
     /// # Errors
     /// Something is missing, excludes something else, or is out of its range.
     pub fn new(layers: &Layers) -> Result<Self, Error> {
-        let Written {
+        let RawConfig {
             node,
             listen,
             broker,
@@ -170,7 +170,7 @@ impl Config {
             ingest,
             mut limits,
             log,
-        } = layers.written()?;
+        } = layers.raw()?;
         let addresses: [SocketAddr; 2] = [listen.address, listen.admin];
         if listen.address == listen.admin && listen.address.port() != 0 {
             return Err(layers.fault(
@@ -227,7 +227,11 @@ impl Config {
         )?;
         at_least("retention.dedupe_window_s", retention.dedupe_window_s, 1)?;
         at_least("retention.backlog_entries", retention.backlog_entries, 1)?;
-        at_least("retention.bookmark_age_s", retention.bookmark_age_s, 60)?;
+        at_least(
+            "retention.device_cursor_ttl_s",
+            retention.device_cursor_ttl_s,
+            60,
+        )?;
         at_least("retention.devices", retention.devices.into(), 1)?;
         for (key, value) in [
             ("stream.heartbeat_s", stream.heartbeat_s),
@@ -237,7 +241,10 @@ impl Config {
             ("retention.max_age_s", retention.max_age_s),
             ("retention.keep_s", retention.keep_s),
             ("retention.dedupe_window_s", retention.dedupe_window_s),
-            ("retention.bookmark_age_s", retention.bookmark_age_s),
+            (
+                "retention.device_cursor_ttl_s",
+                retention.device_cursor_ttl_s,
+            ),
         ] {
             // What is added to a time must stay one.
             if value > TEN_YEARS_S {
@@ -387,8 +394,8 @@ mod tests {
     #[test]
     fn the_printed_defaults_are_the_defaults_and_name_every_key() {
         assert_eq!(
-            toml::from_str::<Written>(DEFAULTS).unwrap(),
-            Written::default()
+            toml::from_str::<RawConfig>(DEFAULTS).unwrap(),
+            RawConfig::default()
         );
         // Keys without a default stand commented out; so does nothing else that looks like a key.
         let bare = |line: &str| {
@@ -407,12 +414,12 @@ mod tests {
             .collect::<String>()
             .parse()
             .unwrap();
-        toml::from_str::<Written>(&all.to_string())
+        toml::from_str::<RawConfig>(&all.to_string())
             .expect("what is commented out must be a key, too");
         for section in layers::sections().keys() {
             // The deserializer lists the keys that it knows when it meets one that it does not. In [plugins], every other key is a plugin.
             let error =
-                toml::from_str::<Written>(&format!("[{section}]\nno_such_key = 1")).unwrap_err();
+                toml::from_str::<RawConfig>(&format!("[{section}]\nno_such_key = 1")).unwrap_err();
             let known = if section == "plugins" {
                 vec!["dir", "order"]
             } else {

@@ -232,13 +232,13 @@ impl fmt::Display for NotificationId {
 /// written as two base64url characters. Random rather than numbered: numbers would be issued again
 /// after a double fail-over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Life(u16);
+pub struct Epoch(u16);
 
 /// The base64url alphabet, in order of value (RFC 4648, section 5).
 pub(crate) const BASE64URL: &[u8; 64] =
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-impl Life {
+impl Epoch {
     /// Uses the lowest 12 bits.
     pub const fn from_bits(bits: u16) -> Self {
         Self(bits & 0xfff)
@@ -249,7 +249,7 @@ impl Life {
     }
 }
 
-impl fmt::Display for Life {
+impl fmt::Display for Epoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [high, low] =
             [self.0 >> 6, self.0 & 63].map(|six| char::from(BASE64URL[usize::from(six)]));
@@ -257,7 +257,7 @@ impl fmt::Display for Life {
     }
 }
 
-impl FromStr for Life {
+impl FromStr for Epoch {
     type Err = Malformed;
     fn from_str(text: &str) -> Result<Self, Malformed> {
         let value = |b: u8| BASE64URL.iter().position(|&c| c == b).map(|at| at as u16);
@@ -312,8 +312,8 @@ mod tests {
             assert!(bad.parse::<EntryId>().is_err(), "{bad}");
         }
         for bits in 0..4096 {
-            let life = Life::from_bits(bits);
-            assert_eq!(life.to_string().parse::<Life>().unwrap(), life);
+            let epoch = Epoch::from_bits(bits);
+            assert_eq!(epoch.to_string().parse::<Epoch>().unwrap(), epoch);
         }
     }
 

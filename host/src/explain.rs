@@ -2,7 +2,7 @@
 //! plan, why each route does or does not match the user, and how far the user has read.
 //!
 //! An explanation agrees with delivery, because it uses the same code: `recipients` selects the
-//! winning route, and `bookmarks` determines where a device would resume. It reads only and changes
+//! winning route, and `device_cursors` determines where a device would resume. It reads only and changes
 //! nothing. The work is bounded: decisions are searched as far back as they are kept; waiting
 //! entries, dead letters and later notifications up to a fixed number each. Facts that cannot be
 //! known are listed as such.
@@ -15,10 +15,10 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use crate::broker::{self, BookmarkOf, Broker, Decision, PartitionNumber, Recipient};
-use crate::delivery::device_cursors::{Beside, Bookmarks};
+use crate::broker::{self, Broker, CursorOwner, Decision, PartitionNumber, Recipient};
+use crate::delivery::device_cursors::{Beside, DeviceCursors};
 use crate::delivery::hub::Hub;
-use crate::delivery::recipients::{Miss, Moment, Way, reaches, winning_route};
+use crate::delivery::recipients::{MatchFailure, Moment, RouteMatch, reaches, winning_route};
 use crate::event::criteria::Criteria;
 use crate::event::{EntryId, Name, Notification, NotificationId, Outcome, Plan, Target};
 
@@ -115,8 +115,8 @@ pub struct Standing {
 /// The winning routes then and now, or why there are none.
 #[derive(Debug, Default)]
 struct Ways {
-    then: Option<Way>,
-    now: Option<Way>,
+    then: Option<RouteMatch>,
+    now: Option<RouteMatch>,
     /// The route that came closest to matching, of those that do not match.
     nearest: Option<(usize, Why)>,
     /// Assumptions under which none of the routes matched.
@@ -131,7 +131,7 @@ pub struct RouteToUser {
     pub target: Option<Target>,
     /// Why the route does not match.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub miss: Option<Miss>,
+    pub miss: Option<MatchFailure>,
     /// The reason as a predicate; its subject is the route.
     pub reason: String,
 }
@@ -176,7 +176,7 @@ pub struct Streams {
 #[derive(Clone, Copy, Debug)]
 pub struct Sources<'a> {
     pub broker: &'a dyn Broker,
-    pub bookmarks: &'a Bookmarks,
+    pub device_cursors: &'a DeviceCursors,
     pub hub: &'a Hub,
 }
 
@@ -364,7 +364,7 @@ impl Sources<'_> {
             which,
             is_acknowledged,
             is_past,
-        } in self.bookmarks.beside(user, partition, id).await?
+        } in self.device_cursors.beside(user, partition, id).await?
         {
             let at = match (is_past, is_acknowledged) {
                 (false, _) => At::Before,
@@ -372,8 +372,8 @@ impl Sources<'_> {
                 (true, false) => At::BeganAfter,
             };
             match which {
-                BookmarkOf::Device(device) => devices.push(Device { device, at }),
-                BookmarkOf::ReadMark => read = is_past,
+                CursorOwner::Device(device) => devices.push(Device { device, at }),
+                CursorOwner::ReadMarker => read = is_past,
             }
         }
         not_known.extend(

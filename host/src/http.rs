@@ -24,9 +24,9 @@ use tokio::sync::Semaphore;
 
 use crate::auth::Auth;
 use crate::broker::{Broker, Retention};
-use crate::delivery::device_cursors::Bookmarks;
+use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
-use crate::delivery::sse::Pulse;
+use crate::delivery::sse::StreamTimer;
 use crate::ingest::pipeline::Pipeline;
 use crate::server::Connection;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
@@ -193,10 +193,10 @@ pub struct State {
     /// Set together with the broker.
     hub: OnceLock<Hub>,
     /// Set together with the broker.
-    bookmarks: OnceLock<Bookmarks>,
+    device_cursors: OnceLock<DeviceCursors>,
     /// For dry runs and for the plugin routes; empty until the plugins are loaded.
     pipeline: OnceLock<Pipeline>,
-    pulse: Pulse,
+    stream_timer: StreamTimer,
     auth: Auth,
     readiness: Readiness,
     metrics: Metrics,
@@ -211,7 +211,7 @@ pub struct State {
     /// Bounds the admin commands that run or wait for one another.
     ordering: Arc<Semaphore>,
     /// One backtest at a time.
-    rehearsing: Semaphore,
+    backtesting: Semaphore,
 }
 
 impl State {
@@ -222,15 +222,15 @@ impl State {
         retention: Retention,
         readiness: Readiness,
         metrics: Metrics,
-        pulse: Pulse,
+        stream_timer: StreamTimer,
     ) -> Self {
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
         Self {
             broker: OnceLock::new(),
             hub: OnceLock::new(),
-            bookmarks: OnceLock::new(),
+            device_cursors: OnceLock::new(),
             pipeline: OnceLock::new(),
-            pulse,
+            stream_timer,
             auth,
             readiness,
             metrics,
@@ -240,16 +240,16 @@ impl State {
             publishing,
             uploading: Arc::new(Semaphore::new(1)),
             ordering: Arc::new(Semaphore::new(MAX_ORDERS)),
-            rehearsing: Semaphore::new(1),
+            backtesting: Semaphore::new(1),
         }
     }
 
     /// Sets the broker and the hub that follows it. Later calls are ignored.
     pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
         // The hub is set last: a handler that sees it finds the other two as well.
-        let bookmarks = Bookmarks::new(Arc::clone(&broker));
+        let device_cursors = DeviceCursors::new(Arc::clone(&broker));
         if self.broker.set(broker).is_err()
-            || self.bookmarks.set(bookmarks).is_err()
+            || self.device_cursors.set(device_cursors).is_err()
             || self.hub.set(hub).is_err()
         {
             tracing::debug!("the broker is already set; a second one is ignored");
@@ -272,10 +272,10 @@ impl State {
     ///
     /// # Errors
     /// 503 until the broker has answered once.
-    pub fn bookmarks(&self) -> Result<&Bookmarks, ApiError> {
-        self.bookmarks
+    pub fn device_cursors(&self) -> Result<&DeviceCursors, ApiError> {
+        self.device_cursors
             .get()
-            .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
+            .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))
     }
 
     /// The pipeline of loaded plugins.
@@ -285,11 +285,11 @@ impl State {
     pub fn pipeline(&self) -> Result<&Pipeline, ApiError> {
         self.pipeline
             .get()
-            .ok_or_else(|| ApiError::away("this node is still loading its plugins"))
+            .ok_or_else(|| ApiError::unavailable("this node is still loading its plugins"))
     }
 
-    pub fn pulse(&self) -> &Pulse {
-        &self.pulse
+    pub fn stream_timer(&self) -> &StreamTimer {
+        &self.stream_timer
     }
 
     /// The broker.
@@ -299,7 +299,7 @@ impl State {
     pub fn broker(&self) -> Result<&Arc<dyn Broker>, ApiError> {
         self.broker
             .get()
-            .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))
+            .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))
     }
 
     pub fn auth(&self) -> &Auth {

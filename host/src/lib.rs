@@ -7,7 +7,7 @@
 //! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
 //! - [`rehearsal`]: what a candidate for a plugin would have decided about past events.
 //! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
-//! - [`bookmarks`]: where devices are while they have no stream, and what was read.
+//! - [`device_cursors`]: where devices are while they have no stream, and what was read.
 //! - [`explain`]: why somebody was told of an event, or not.
 //! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
 //! - [`config`]: from what the user wrote to what the node needs.

@@ -12,7 +12,7 @@ use crate::broker::redis::Redis;
 use crate::broker::{Broker, Retention};
 use crate::config::{BrokerChoice, Config};
 use crate::delivery::hub::Hub;
-use crate::delivery::sse::Pulse;
+use crate::delivery::sse::StreamTimer;
 use crate::http::State;
 use crate::ingest::pipeline::Pipeline;
 use crate::ingest::worker::Ingest;
@@ -135,7 +135,7 @@ pub async fn run_on(
         readiness.warn(key, fix);
     }
 
-    let pulse = Pulse::start(stream, metrics.clone(), &shutdown);
+    let stream_timer = StreamTimer::start(stream, metrics.clone(), &shutdown);
     let state = State::new(
         auth,
         origins,
@@ -143,7 +143,7 @@ pub async fn run_on(
         retention.clone(),
         readiness.clone(),
         metrics.clone(),
-        pulse.clone(),
+        stream_timer.clone(),
     );
     let state = Arc::new(state);
     let header_timeout = Duration::from_secs(listen.header_timeout_s);
@@ -243,7 +243,7 @@ pub async fn run_on(
     }
     let grace = Duration::from_secs(listen.grace_s);
     // Streams end within 80 % of the grace period, which leaves time for their last bytes.
-    pulse.drain(grace.mul_f64(0.8));
+    stream_timer.drain(grace.mul_f64(0.8));
     if !shutdown.finish(grace).await {
         tracing::warn!(
             grace_s = listen.grace_s,

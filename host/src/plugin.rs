@@ -115,7 +115,7 @@ pub enum CallError {
     Trap(String),
     /// The answer, or something that the guest did, is invalid.
     #[error("{0}")]
-    Refused(String),
+    InvalidOutput(String),
     /// The plugin rejected the event and would do so again.
     #[error("{0}")]
     Rejected(String),
@@ -131,7 +131,7 @@ impl CallError {
             Self::Deadline(_) => "deadline",
             Self::Memory(_) => "memory",
             Self::Trap(_) => "trap",
-            Self::Refused(_) => "refused",
+            Self::InvalidOutput(_) => "invalid_output",
             Self::Rejected(_) => "rejected",
             Self::Retry(_) => "retry",
         }
@@ -401,7 +401,7 @@ impl Plugin {
                 Some(Err(error)) => {
                     return Err(self.call_error(&error, store, self.limits.deadline));
                 }
-                None => return Err(CallError::Refused("it is not a filter".into())),
+                None => return Err(CallError::InvalidOutput("it is not a filter".into())),
             },
             Role::Router => match exports.resolve(store, &presented) {
                 Some(Ok(routes)) => routes.map(|routes| {
@@ -416,12 +416,12 @@ impl Plugin {
                 Some(Err(error)) => {
                     return Err(self.call_error(&error, store, self.limits.deadline));
                 }
-                None => return Err(CallError::Refused("it is not a router".into())),
+                None => return Err(CallError::InvalidOutput("it is not a router".into())),
             },
         };
         match answer {
             Ok(acceptable) => {
-                let (answer, bytes) = acceptable.map_err(CallError::Refused)?;
+                let (answer, bytes) = acceptable.map_err(CallError::InvalidOutput)?;
                 *answer_bytes = bytes;
                 Ok(answer)
             }
@@ -446,7 +446,7 @@ impl Plugin {
                 calls_left: self.limits.calls_per_instance.max(1),
                 answer_bytes: 0,
             }),
-            Ok(Err(issues)) => Err(CallError::Refused(format!(
+            Ok(Err(issues)) => Err(CallError::InvalidOutput(format!(
                 "a new instance rejected the configuration that the first one accepted: {issues}"
             ))),
             Err(error) => Err(self.call_error(&error, &mut store, self.limits.setup_deadline)),
@@ -474,7 +474,7 @@ impl Plugin {
     fn trial(&self) -> Result<Description, String> {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).map_err(|e| match e {
-            CallError::Refused(reason) => reason,
+            CallError::InvalidOutput(reason) => reason,
             other => format!("fails to start: {other}"),
         })?;
         let mut step =
@@ -548,7 +548,7 @@ impl Plugin {
                     trap.to_string().trim_start_matches("wasm trap: ")
                 ),
             }),
-            None => CallError::Refused(unfit(error)),
+            None => CallError::InvalidOutput(unfit(error)),
         }
     }
 }

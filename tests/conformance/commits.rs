@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::*;
-use pointsman::event::Life;
+use pointsman::event::Epoch;
 
 pub(super) async fn a_new_partition_is_empty(bench: Bench) {
     let node = bench.open().await;
@@ -14,7 +14,7 @@ pub(super) async fn a_new_partition_is_empty(bench: Bench) {
         (head.position, head.last, head.pending),
         (Position::default(), NotificationId(0), None)
     );
-    assert_eq!(head.lives, [(head.life, NotificationId(0))]);
+    assert_eq!(head.epochs, [(head.epoch, NotificationId(0))]);
     assert!(head.origin > NotificationId(0) && head.floor >= head.origin);
     assert!(head.floor <= NotificationId::at_ms(head.now_ms));
 }
@@ -57,13 +57,13 @@ pub(super) async fn a_commit_from_another_position_is_rejected(bench: Bench) {
         },
     ] {
         let batch = Batch {
-            life: head.life,
+            epoch: head.epoch,
             prev,
             items: vec![commit(ids[0], "A", &["u:1"]), commit(ids[1], "B", &["u:1"])],
         };
         assert_eq!(
             node.broker.commit(node.p, batch).await.unwrap(),
-            Committed::Refused
+            Committed::Conflict
         );
     }
     assert_eq!(node.head().await.position, ids[0].into());
@@ -74,21 +74,21 @@ pub(super) async fn a_commit_from_another_position_is_rejected(bench: Bench) {
 pub(super) async fn a_commit_of_another_epoch_is_rejected(bench: Bench) {
     let node = bench.open().await;
     let head = node.head().await;
-    let other = Life::from_bits(head.life.bits() ^ 1);
+    let other = Epoch::from_bits(head.epoch.bits() ^ 1);
     let items = vec![commit(after(head.position.entry), "A", &["u:1"])];
     assert_eq!(
         node.broker
             .commit(
                 node.p,
                 Batch {
-                    life: other,
+                    epoch: other,
                     prev: head.position,
                     items
                 }
             )
             .await
             .unwrap(),
-        Committed::Refused
+        Committed::Conflict
     );
     assert_eq!(node.head().await.position, head.position);
 }
@@ -217,7 +217,7 @@ pub(super) async fn four_racing_owners_without_a_lease_commit_in_order_exactly_o
                     .commit(
                         node.p,
                         Batch {
-                            life: head.life,
+                            epoch: head.epoch,
                             prev: head.position,
                             items,
                         },
@@ -226,7 +226,7 @@ pub(super) async fn four_racing_owners_without_a_lease_commit_in_order_exactly_o
                     .unwrap()
                 {
                     Committed::Done(outcomes) => committed += outcomes.len(),
-                    Committed::Refused => refused += 1,
+                    Committed::Conflict => refused += 1,
                 }
             }
         }));

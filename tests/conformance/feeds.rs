@@ -7,7 +7,7 @@ pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
     ear.hear("g:ops", 2).await;
-    let life = node.head().await.life;
+    let epoch = node.head().await.epoch;
     let entry = after(node.head().await.position.entry);
     let at = |k| EntryId {
         seq: entry.seq + k,
@@ -39,11 +39,11 @@ pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
             Notice::Append {
                 partition,
                 target,
-                life: of,
+                epoch: of,
                 id,
                 ..
             } => {
-                assert_eq!((partition, of), (node.p, life));
+                assert_eq!((partition, of), (node.p, epoch));
                 heard.push((target.to_string(), id));
             }
             Notice::Tick { .. } | Notice::Alive { .. } => {}

@@ -109,7 +109,7 @@ pub(super) async fn lag_counts_the_entries_after_the_position(bench: Bench) {
     node.commit(vec![item(ids[2], Proposal::Discard)]).await;
     assert_eq!(lag().await, 0);
     node.broker.tick(node.p).await.unwrap();
-    assert_eq!(node.broker.state(node.p).await.unwrap().lost_upstream, 0);
+    assert_eq!(node.broker.state(node.p).await.unwrap().trimmed_unread, 0);
 }
 
 pub(super) async fn partitions_have_distinct_numbers(bench: Bench) {

@@ -28,7 +28,7 @@ fn part(range: std::ops::Range<u32>) -> Item {
 fn done(committed: &Committed) -> (Outcome, Option<NotificationId>) {
     match committed {
         Committed::Done(outcomes) => outcomes[0],
-        Committed::Refused => panic!("the slice was rejected"),
+        Committed::Conflict => panic!("the slice was rejected"),
     }
 }
 
@@ -79,7 +79,7 @@ pub(super) async fn a_slice_from_another_position_is_rejected(bench: Bench) {
     node.slice(part(0..1), 0, false).await;
     let attempt = async |prev, item, index| {
         let slice = Slice {
-            life: head.life,
+            epoch: head.epoch,
             prev,
             item,
             index,
@@ -93,28 +93,28 @@ pub(super) async fn a_slice_from_another_position_is_rejected(bench: Bench) {
     };
     assert_eq!(
         attempt(head.position, part(0..1), 0).await,
-        Committed::Refused,
+        Committed::Conflict,
         "the first slice, repeated"
     );
     assert_eq!(
         attempt(at, part(1..2), 2).await,
-        Committed::Refused,
+        Committed::Conflict,
         "a slice other than the next one"
     );
     let other = commit(after(entry()), "R", &["u:1"]);
     assert_eq!(
         attempt(at, other, 1).await,
-        Committed::Refused,
+        Committed::Conflict,
         "a slice of another plan"
     );
     let batch = Batch {
-        life: head.life,
+        epoch: head.epoch,
         prev: at,
         items: vec![commit(after(entry()), "R", &["u:1"])],
     };
     assert_eq!(
         node.broker.commit(node.p, batch).await.unwrap(),
-        Committed::Refused,
+        Committed::Conflict,
         "a batch in the middle of a plan"
     );
     assert_eq!(node.head().await.position, at);
@@ -208,7 +208,7 @@ pub(super) async fn a_started_plan_cannot_become_a_dead_letter(bench: Bench) {
     node.slice(part(0..1), 0, false).await;
     let head = node.head().await;
     let slice = Slice {
-        life: head.life,
+        epoch: head.epoch,
         prev: head.position,
         item: dead(entry(), "too often"),
         index: 1,

@@ -53,7 +53,7 @@ async fn a_cursor_over_eight_partitions_with_three_ids_sent_ahead_has_123_charac
         "{cursor}"
     );
     let read = Cursor::decode(cursor, &name("ann")).expect("its own");
-    assert_eq!((read.positions.len(), read.had.len()), (8, 3));
+    assert_eq!((read.positions.len(), read.sent_ahead.len()), (8, 3));
     let mut client = client.back(&hub);
     let mut received = Vec::new();
     for _ in 0..13 {
@@ -105,7 +105,7 @@ async fn an_added_partition_is_read_from_its_beginning() {
         &[to("u:ann")],
     );
     let batch = pointsman::broker::Batch {
-        life: head.life,
+        epoch: head.epoch,
         prev: head.position,
         items: vec![item],
     };

@@ -93,7 +93,7 @@ async fn a_cursor_of_an_epoch_unknown_to_the_new_primary_gets_a_gap_from_the_ori
     let before = stage.event("kept", &[to("u:ann")]).await;
     stage.server().snapshot();
     stage.server().fail_over();
-    let of_b = stage.head().await.life;
+    let of_b = stage.head().await.epoch;
     let mut client = Client::live(&hub, "ann").await;
     let ids = stage.events("b", 2, &[to("u:ann")]).await;
     client.expect(&["b1", "b2"]).await;
@@ -101,9 +101,9 @@ async fn a_cursor_of_an_epoch_unknown_to_the_new_primary_gets_a_gap_from_the_ori
     stage.server().fail_over();
     let head = stage.head().await;
     assert!(
-        head.lives.iter().all(|(life, _)| *life != of_b),
+        head.epochs.iter().all(|(epoch, _)| *epoch != of_b),
         "the epoch {of_b} is listed: {:?}",
-        head.lives
+        head.epochs
     );
     assert_eq!(head.last, before);
     assert_eq!(
@@ -291,7 +291,7 @@ async fn ticks_of_an_older_epoch_do_not_keep_a_feed_connected() {
             .puppet
             .say(Notice::Tick {
                 partition: stage.p,
-                life: old.life,
+                epoch: old.epoch,
                 last: old.last,
             })
             .await;

@@ -10,9 +10,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed,
-    Finding, Follow, Found, Head, Lease, Notice, Page, Partition, PartitionNumber, PartitionState,
-    Recipient, RecipientChange, Result, Slice,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, Decision, Entry, Error, Feed, Finding,
+    Follow, Found, Head, Lease, Notice, Page, Partition, PartitionNumber, PartitionState,
+    Recipient, RecipientChange, Result, Slice, StoredCursor,
 };
 use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
@@ -30,7 +30,7 @@ pub(super) enum Op {
     Page,
     Records,
     Recipient,
-    Bookmarks,
+    DeviceCursors,
     MoveBookmark,
 }
 
@@ -208,7 +208,7 @@ impl Puppet {
             stopper.reached.send(()).ok();
             // A dropped stop lets the operation go on.
             if !stopper.verdict.await.unwrap_or(true) {
-                return Err(Error::Away(format!("lost {at:?}")));
+                return Err(Error::Unavailable(format!("lost {at:?}")));
             }
         }
         let is_lost = self
@@ -218,7 +218,7 @@ impl Puppet {
             .as_mut()
             .is_some_and(|rule| rule(at));
         if is_lost {
-            Err(Error::Away(format!("lost {at:?}")))
+            Err(Error::Unavailable(format!("lost {at:?}")))
         } else {
             Ok(())
         }
@@ -396,21 +396,21 @@ impl Broker for Puppet {
         self.broker.change_recipient(user, change).await
     }
 
-    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
-        self.around(Op::Bookmarks, self.broker.bookmarks(user))
+    async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
+        self.around(Op::DeviceCursors, self.broker.device_cursors(user))
             .await
     }
 
-    async fn move_bookmark(
+    async fn move_device_cursor(
         &self,
         user: &Name,
-        which: &BookmarkOf,
-        seen: Option<&Bookmark>,
-        to: &Bookmark,
+        which: &CursorOwner,
+        seen: Option<&StoredCursor>,
+        to: &StoredCursor,
     ) -> Result<bool> {
         self.around(
             Op::MoveBookmark,
-            self.broker.move_bookmark(user, which, seen, to),
+            self.broker.move_device_cursor(user, which, seen, to),
         )
         .await
     }

@@ -45,7 +45,7 @@ pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
         .unwrap_or_else(|_| panic!("timed out: {what}"));
 }
 
-/// Repeats a request until the broker answers it. [`Error::Away`] is retried; every other error
+/// Repeats a request until the broker answers it. [`Error::Unavailable`] is retried; every other error
 /// panics.
 pub(super) async fn answered<T>(
     what: &str,
@@ -57,7 +57,7 @@ pub(super) async fn answered<T>(
             answer = Some(found);
             true
         }
-        Err(Error::Away(_)) => false,
+        Err(Error::Unavailable(_)) => false,
         Err(error) => panic!("{what}: {error}"),
     })
     .await;
@@ -253,7 +253,7 @@ impl Stage {
                 .commit(
                     partition,
                     Batch {
-                        life: head.life,
+                        epoch: head.epoch,
                         prev: head.position,
                         items,
                     },
@@ -267,7 +267,7 @@ impl Stage {
                         id.expect("a committed event has an id")
                     }))
                 }
-                Committed::Refused => panic!("the commit from {} was refused", head.position),
+                Committed::Conflict => panic!("the commit from {} was refused", head.position),
             }
         }
         ids
@@ -310,7 +310,7 @@ impl Stage {
         };
         *targets = logs.iter().map(|log| target(log)).collect();
         let slice = Slice {
-            life: head.life,
+            epoch: head.epoch,
             prev: head.position,
             item,
             index,
@@ -324,7 +324,7 @@ impl Stage {
             .expect("commit_slice")
         {
             Committed::Done(outcomes) => outcomes[0].1.expect("an id"),
-            Committed::Refused => panic!("the slice was refused"),
+            Committed::Conflict => panic!("the slice was refused"),
         }
     }
 

@@ -722,7 +722,7 @@ async fn a_batch_read_before_a_fail_over_is_not_committed_after_it() {
             .state(stage.p)
             .await
             .expect("state")
-            .lost_upstream,
+            .trimmed_unread,
         0
     );
     owner.stop().await;

@@ -22,13 +22,13 @@
 //! | `dead`       | (partition, letter ms, letter seq) | (JSON: entry, reason, plugin, attempts; the entry's fields)                 |
 //! | `decisions`  | (partition, entry ms, entry seq)   | JSON: outcome, id, decision record                                          |
 //! | `users`      | user                               | JSON: attributes, and memberships with a span of ids per partition          |
-//! | `bookmarks`  | user                               | JSON: device cursors and the read marker, each with the time (ms) of its last move |
+//! | `device_cursors`  | user                               | JSON: device cursors and the read marker, each with the time (ms) of its last move |
 //!
 //! A target is written `u:<user>`, `g:<group>` or `all`. Leases are not stored, because they end
 //! with the process. The folder also contains a file `lock`.
 //!
 //! A write passes through these modules in order: `writer` (queue, groups), then `source`,
-//! `commit`, `recipients` or `bookmarks` (the requests), `layout`, `store` (the file) and `feeds`
+//! `commit`, `recipients` or `device_cursors` (the requests), `layout`, `store` (the file) and `feeds`
 //! (the subscribers). `sweep` removes expired data.
 
 use std::collections::{BTreeMap, HashMap};
@@ -48,9 +48,9 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, Decision, Entry, Error, Feed,
-    Finding, Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
-    RecipientChange, Result, Retention, Slice,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, Decision, Entry, Error, Feed, Finding,
+    Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
+    RecipientChange, Result, Retention, Slice, StoredCursor,
 };
 use crate::clock::now_ms;
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
@@ -202,7 +202,7 @@ impl Embedded {
     }
 
     /// Completes the requests made so far, closes the store and releases the folder; later requests
-    /// fail with [`Error::Away`]. Blocks for one or two groups. A process may also simply exit: no
+    /// fail with [`Error::Unavailable`]. Blocks for one or two groups. A process may also simply exit: no
     /// acknowledged write depends on an orderly close.
     pub fn close(&self) {
         self.writer.close();
@@ -251,8 +251,9 @@ impl Embedded {
                 .and_then(|transaction| read(&transaction, &shared));
             found.map_err(|failure| shared.failed(failure))
         });
-        task.await
-            .map_err(|_| Error::Away("a read of the store was aborted; see the log".to_owned()))?
+        task.await.map_err(|_| {
+            Error::Unavailable("a read of the store was aborted; see the log".to_owned())
+        })?
     }
 }
 
@@ -443,25 +444,25 @@ impl Broker for Embedded {
             .await
     }
 
-    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+    async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
         let user = user.clone();
         self.look(move |transaction, shared| {
-            device_cursors::bookmarks(transaction, &user, &shared.retention, (shared.clock)())
+            device_cursors::device_cursors(transaction, &user, &shared.retention, (shared.clock)())
         })
         .await
     }
 
-    async fn move_bookmark(
+    async fn move_device_cursor(
         &self,
         user: &Name,
-        which: &BookmarkOf,
-        seen: Option<&Bookmark>,
-        to: &Bookmark,
+        which: &CursorOwner,
+        seen: Option<&StoredCursor>,
+        to: &StoredCursor,
     ) -> Result<bool> {
         let (user, which, seen, to) = (user.clone(), which.clone(), seen.cloned(), to.clone());
         self.writer
             .write(0, move |work| {
-                work.move_bookmark(&user, &which, seen.as_ref(), to)
+                work.move_device_cursor(&user, &which, seen.as_ref(), to)
             })
             .await
     }

@@ -9,9 +9,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::broker::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error,
-    Feed, Finding, Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
-    RecipientChange, Result, Slice, Span,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, DeadReason, Decision, Entry, Error, Feed,
+    Finding, Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
+    RecipientChange, Result, Slice, Span, StoredCursor,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
 
@@ -30,7 +30,7 @@ pub(crate) struct FakeBroker {
 struct Shared {
     appended: Vec<(PartitionNumber, Fields)>,
     recipients: BTreeMap<Name, Recipient>,
-    bookmarks: BTreeMap<Name, BTreeMap<BookmarkOf, Bookmark>>,
+    device_cursors: BTreeMap<Name, BTreeMap<CursorOwner, StoredCursor>>,
     dead: Vec<(PartitionNumber, DeadLetter)>,
     most_dead_read: usize,
 }
@@ -237,29 +237,29 @@ impl Broker for FakeBroker {
         Ok(())
     }
 
-    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+    async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
         Ok(self
             .shared
             .lock()
             .unwrap()
-            .bookmarks
+            .device_cursors
             .get(user)
             .cloned()
             .unwrap_or_default())
     }
 
-    async fn move_bookmark(
+    async fn move_device_cursor(
         &self,
         user: &Name,
-        which: &BookmarkOf,
-        seen: Option<&Bookmark>,
-        to: &Bookmark,
+        which: &CursorOwner,
+        seen: Option<&StoredCursor>,
+        to: &StoredCursor,
     ) -> Result<bool> {
         let mut shared = self.shared.lock().unwrap();
-        let bookmarks = shared.bookmarks.entry(user.clone()).or_default();
-        let is_seen = bookmarks.get(which) == seen;
+        let device_cursors = shared.device_cursors.entry(user.clone()).or_default();
+        let is_seen = device_cursors.get(which) == seen;
         if is_seen {
-            bookmarks.insert(which.clone(), to.clone());
+            device_cursors.insert(which.clone(), to.clone());
         }
         Ok(is_seen)
     }

@@ -54,9 +54,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Bookmark, BookmarkOf, Broker, Committed, DeadLetter, DeadReason, Decision, Entry, Error,
-    Feed, Finding, Found, Head, Item, Lease, Page, Partition, PartitionNumber, PartitionState,
-    Proposal, Recipient, RecipientChange, Result, Retention, Slice,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, DeadReason, Decision, Entry, Error, Feed,
+    Finding, Found, Head, Item, Lease, Page, Partition, PartitionNumber, PartitionState, Proposal,
+    Recipient, RecipientChange, Result, Retention, Slice, StoredCursor,
 };
 use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
 
@@ -70,8 +70,8 @@ mod recipients;
 mod resp;
 mod scripts;
 
-use command_connection::{Link, unexpected};
-use partition_keys::Place;
+use command_connection::{CommandConnection, unexpected};
+use partition_keys::PartitionKeys;
 use scripts::Script;
 
 /// Records up to this size, in bytes, are sent with their notice, which saves the node a read.
@@ -88,10 +88,10 @@ const RECORDS: usize = 64;
 /// See the head of this file.
 pub struct Redis {
     client: client::Client,
-    link: Link,
+    link: CommandConnection,
     partitions: Vec<Partition>,
     /// In the order of `partitions`.
-    places: Vec<Place>,
+    places: Vec<PartitionKeys>,
     retention: Retention,
 }
 
@@ -108,7 +108,7 @@ impl Redis {
     /// Connects, creates the partitions of new sources and assigns each its number.
     ///
     /// # Errors
-    /// [`Error::Away`] if Redis is unreachable; retry later. [`Error::Refused`] if the URL, the
+    /// [`Error::Unavailable`] if Redis is unreachable; retry later. [`Error::Refused`] if the URL, the
     /// version or a source is not usable; retrying does not help.
     pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
         let client = client::Client::open(url).map_err(|error| {
@@ -125,13 +125,13 @@ impl Redis {
         sources: &[String],
         retention: Retention,
     ) -> Result<Self> {
-        let link = Link::new(client.clone());
+        let link = CommandConnection::new(client.clone());
         let prefixes = partition_keys::prefixes(sources)?;
         check::version(&link).await?;
         let database = client.get_connection_info().redis_settings().db();
         let mut places = Vec::with_capacity(sources.len());
         for (source, prefix) in sources.iter().zip(prefixes) {
-            places.push(Place::find(&link, database, source, prefix, &retention).await?);
+            places.push(PartitionKeys::find(&link, database, source, prefix, &retention).await?);
         }
         places.sort_by_key(|place| place.partition.number);
         let partitions = places.iter().map(|place| place.partition.clone()).collect();
@@ -148,7 +148,7 @@ impl Redis {
         Ok(redis)
     }
 
-    fn place(&self, partition: PartitionNumber) -> Result<&Place> {
+    fn place(&self, partition: PartitionNumber) -> Result<&PartitionKeys> {
         let found = self
             .places
             .iter()
@@ -163,7 +163,7 @@ impl Redis {
     /// Runs a script on a partition.
     async fn run<T: client::FromRedisValue>(
         &self,
-        place: &Place,
+        place: &PartitionKeys,
         script: &Script,
         own: impl Fn(&mut client::Cmd),
     ) -> Result<T> {
@@ -178,7 +178,7 @@ impl Redis {
         call.await
     }
 
-    async fn begin(&self, place: &Place) -> Result<()> {
+    async fn begin(&self, place: &PartitionKeys) -> Result<()> {
         let healed = self.run(place, &scripts::BEGIN, |_| {}).await?;
         place.alarm(healed);
         Ok(())
@@ -186,8 +186,8 @@ impl Redis {
 
     async fn commit_items(
         &self,
-        place: &Place,
-        life: crate::event::Life,
+        place: &PartitionKeys,
+        epoch: crate::event::Epoch,
         prev: Position,
         slice: Option<(u32, bool)>,
         items: &[Item],
@@ -202,7 +202,7 @@ impl Redis {
                     slice.map_or((-1, false), |(index, is_last)| (i64::from(index), is_last));
                 command
                     .arg(INLINE_BYTES)
-                    .arg(life.to_string())
+                    .arg(epoch.to_string())
                     .arg(prev.to_string())
                     .arg(index)
                     .arg(u8::from(is_last))
@@ -213,7 +213,7 @@ impl Redis {
             })
             .await?;
         match answer.split_first() {
-            Some((word, [])) if word == "refused" => Ok(Committed::Refused),
+            Some((word, [])) if word == "refused" => Ok(Committed::Conflict),
             Some((word, outcomes)) if word == "done" && outcomes.len() == 2 * items.len() => {
                 let outcomes = outcomes
                     .chunks(2)
@@ -406,19 +406,19 @@ impl Broker for Redis {
         for _ in 0..3 {
             let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
             if let [
-                life,
+                epoch,
                 last,
                 pending,
                 position,
                 floor,
                 origin,
                 now_ms,
-                lives @ ..,
+                epochs @ ..,
             ] = answer.as_slice()
             {
                 return Ok(Head {
-                    life: understand(life)?,
-                    lives: lives
+                    epoch: understand(epoch)?,
+                    epochs: epochs
                         .chunks_exact(2)
                         .map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?)))
                         .collect::<Result<_>>()?,
@@ -432,7 +432,9 @@ impl Broker for Redis {
             }
             self.begin(place).await?;
         }
-        Err(Error::Away("its replication id keeps changing".into()))
+        Err(Error::Unavailable(
+            "its replication id keeps changing".into(),
+        ))
     }
 
     async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
@@ -441,7 +443,7 @@ impl Broker for Redis {
         }
         self.commit_items(
             self.place(partition)?,
-            batch.life,
+            batch.epoch,
             batch.prev,
             None,
             &batch.items,
@@ -453,7 +455,7 @@ impl Broker for Redis {
         let at = Some((slice.index, slice.is_last));
         self.commit_items(
             self.place(partition)?,
-            slice.life,
+            slice.epoch,
             slice.prev,
             at,
             std::slice::from_ref(&slice.item),
@@ -467,7 +469,9 @@ impl Broker for Redis {
             Ok(healed) => place.alarm(healed),
             // With too few replicas, or a disk that cannot take a snapshot, Redis rejects scripts
             // that write but accepts a plain PUBLISH.
-            Err(Error::Away(why)) if why.contains("NOREPLICAS") || why.contains("MISCONF") => {
+            Err(Error::Unavailable(why))
+                if why.contains("NOREPLICAS") || why.contains("MISCONF") =>
+            {
                 let _heard: i64 = self
                     .link
                     .query(
@@ -476,7 +480,7 @@ impl Broker for Redis {
                             .arg("alive"),
                     )
                     .await?;
-                return Err(Error::Away(why));
+                return Err(Error::Unavailable(why));
             }
             Err(error) => return Err(error),
         }
@@ -505,12 +509,12 @@ impl Broker for Redis {
 
     async fn take_over(&self, partition: PartitionNumber) -> Result<u32> {
         let place = self.place(partition)?;
-        let (times, lost, strays) = self
+        let (times, lost, foreign_entries) = self
             .run(place, &scripts::ATTEMPT, |command| {
                 command.arg("takeovers").arg("");
             })
             .await?;
-        place.alarm((lost, strays));
+        place.alarm((lost, foreign_entries));
         Ok(times)
     }
 
@@ -586,16 +590,16 @@ impl Broker for Redis {
         recipients::change(self, user, change).await
     }
 
-    async fn bookmarks(&self, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+    async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
         device_cursors::read(self, user).await
     }
 
-    async fn move_bookmark(
+    async fn move_device_cursor(
         &self,
         user: &Name,
-        which: &BookmarkOf,
-        seen: Option<&Bookmark>,
-        to: &Bookmark,
+        which: &CursorOwner,
+        seen: Option<&StoredCursor>,
+        to: &StoredCursor,
     ) -> Result<bool> {
         device_cursors::change(self, user, which, seen, to).await
     }
@@ -664,7 +668,7 @@ impl Broker for Redis {
         Ok(PartitionState {
             outcomes: outcomes.collect::<Result<_>>()?,
             lag,
-            lost_upstream: number("lost_upstream")?,
+            trimmed_unread: number("trimmed_unread")?,
             dead_letters,
             dead_trimmed: number("dead_trimmed")?,
             dedupe_overflows: number("dedupe_overflows")?,
@@ -681,7 +685,7 @@ fn address(client: &client::Client) -> String {
 /// Adds the address for operators, who see it in readiness. Responses to clients do not contain it.
 fn located(error: Error, address: &str) -> Error {
     match error {
-        Error::Away(why) => Error::Away(format!("{address}: {why}")),
+        Error::Unavailable(why) => Error::Unavailable(format!("{address}: {why}")),
         other => other,
     }
 }

@@ -13,19 +13,19 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use pointsman::Listeners;
-use pointsman::config::{Config, DEFAULT_FILE, Layers, Recipe};
+use pointsman::config::{Config, ConfigSource, DEFAULT_FILE, Layers};
 use pointsman::plugin::called;
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
-use self::activity::News;
-use self::crate_builder::Workshop;
+use self::activity::Activity;
+use self::crate_builder::CrateBuilder;
 use super::plugin::toolchain::Profile;
 
 mod activity;
 mod crate_builder;
 
-/// Default log filter: problems and plugin logs. Plugin activity is printed by [`News`] instead.
+/// Default log filter: problems and plugin logs. Plugin activity is printed by [`Activity`] instead.
 const LOG: &str =
     "warn,pointsman::plugin::registry=off,pointsman::telemetry::readiness=off,plugin=debug";
 
@@ -109,9 +109,9 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             println!("crate      {name} in {} (rebuilt on save)", folder.display());
         }
         println!("Press Ctrl-C to stop.\n");
-        let open = |known| Workshop::open(known, &options.profile, &plugins, &settings);
+        let open = |known| CrateBuilder::open(known, &options.profile, &plugins, &settings);
         let workshops = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
-        let news = News::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
+        let news = Activity::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
         // Stopped before the runtime, so that no build continues for a node that has ended.
         drop((workshops, news));
@@ -172,7 +172,7 @@ impl Options {
                 .into_iter()
                 .filter_map(|(option, text)| Some((option, text?))),
         );
-        let recipe = Recipe {
+        let recipe = ConfigSource {
             file: Some(settings.file.clone()),
             environment: Vec::new(),
             options: options.collect(),

@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use pointsman::config::{Config, Error, Log, LogFormat, Recipe};
+use pointsman::config::{Config, ConfigSource, Error, Log, LogFormat};
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
@@ -81,7 +81,7 @@ impl Options {
         // A variable that is not valid UTF-8 cannot be one of ours.
         let environment = std::env::vars_os()
             .filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
-        Recipe {
+        ConfigSource {
             file: self.config.clone(),
             environment: environment.collect(),
             options: texts.chain(flags).collect(),

@@ -1,6 +1,6 @@
 //! The layers of a configuration, file, environment and command line, laid over each other as one table, with where each key comes from.
 //!
-//! What a key means and may be is `config.rs`'s: a value fits if [`Written`] can be read with it.
+//! What a key means and may be is `config.rs`'s: a value fits if [`RawConfig`] can be read with it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::{DEFAULT_FILE, Error, OPTIONS, Written};
+use super::{DEFAULT_FILE, Error, OPTIONS, RawConfig};
 
 /// The keys of which one says which broker it is: a layer that has one puts those of the layers below out of force.
 const BROKER_KEYS: [&str; 3] = ["broker.redis", "broker.data", "broker.ephemeral"];
@@ -69,7 +69,7 @@ impl Layers {
                 ),
             )
         };
-        toml::from_str::<Written>(text).map_err(|e| fault(&e))?;
+        toml::from_str::<RawConfig>(text).map_err(|e| fault(&e))?;
         let table: Table = text.parse().map_err(|e| fault(&e))?;
         Ok(Self {
             table,
@@ -146,7 +146,7 @@ impl Layers {
             let fits = readings(&text).into_iter().find_map(|value| {
                 let mut table = self.table.clone();
                 insert(&mut table, &key, value);
-                match table.clone().try_into::<Written>() {
+                match table.clone().try_into::<RawConfig>() {
                     Ok(_) => Some(table),
                     Err(error) => {
                         fault.get_or_insert(error);
@@ -172,7 +172,7 @@ impl Layers {
     }
 
     /// What was written, all layers together.
-    pub(super) fn written(&self) -> Result<Written, Error> {
+    pub(super) fn raw(&self) -> Result<RawConfig, Error> {
         self.table
             .clone()
             .try_into()
@@ -195,7 +195,7 @@ impl Layers {
 
 /// The defaults as a table: its keys are the sections.
 pub(super) fn sections() -> Table {
-    Table::try_from(Written::default()).unwrap_or_default()
+    Table::try_from(RawConfig::default()).unwrap_or_default()
 }
 
 /// What a text of the environment or the command line may mean, likeliest first; the key's type decides.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use toml::Table;
 
-use super::{Config, DEFAULT_FILE, Error, Layers, Written};
+use super::{Config, DEFAULT_FILE, Error, Layers, RawConfig};
 use crate::plugin::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::telemetry::readiness::Readiness;
@@ -24,24 +24,24 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Where a configuration came from, so that it can be made again.
 #[derive(Clone, Debug, Default)]
-pub struct Recipe {
+pub struct ConfigSource {
     /// `None`: [`DEFAULT_FILE`], where it is there.
     pub file: Option<PathBuf>,
     pub environment: Vec<(String, String)>,
     pub options: Vec<(&'static str, String)>,
 }
 
-impl Recipe {
+impl ConfigSource {
     /// # Errors
     /// As [`Layers`] and [`Config::new`] have them.
     pub fn make(&self) -> Result<Config, Error> {
         // Looked at before it is read: what changes in between is seen as a change.
-        let sight = look(self.path());
+        let stamp = stamp(self.path());
         let layers = self.layers()?;
-        let origin = Origin {
-            recipe: self.clone(),
-            sight,
-            written: layers.written()?,
+        let origin = ConfigOrigin {
+            source: self.clone(),
+            stamp,
+            raw: layers.raw()?,
         };
         Ok(Config {
             origin: Some(origin),
@@ -62,16 +62,16 @@ impl Recipe {
 
 /// What a configuration was made from.
 #[derive(Clone, Debug)]
-pub struct Origin {
-    recipe: Recipe,
-    sight: Sight,
-    written: Written,
+pub struct ConfigOrigin {
+    source: ConfigSource,
+    stamp: FileStamp,
+    raw: RawConfig,
 }
 
 /// What of a file changes when it is written or swapped. `None`: it is not there.
-type Sight = Option<(u64, u64, i64, i64, i64, i64)>;
+type FileStamp = Option<(u64, u64, i64, i64, i64, i64)>;
 
-fn look(path: &Path) -> Sight {
+fn stamp(path: &Path) -> FileStamp {
     let file = fs::metadata(path).ok()?;
     Some((
         file.ino(),
@@ -85,15 +85,15 @@ fn look(path: &Path) -> Sight {
 
 /// Takes over what changes, until the node shuts down.
 pub(crate) async fn follow(
-    origin: Origin,
+    origin: ConfigOrigin,
     registry: Arc<Registry>,
     readiness: Readiness,
     shutdown: Shutdown,
 ) {
-    let Origin {
-        recipe,
-        sight: mut taken_up,
-        written,
+    let ConfigOrigin {
+        source,
+        stamp: mut taken_up,
+        raw,
     } = origin;
     let mut before = taken_up;
     loop {
@@ -101,36 +101,36 @@ pub(crate) async fn follow(
             () = tokio::time::sleep(LOOK_EVERY) => {}
             () = shutdown.begun() => return,
         }
-        let now = look(recipe.path());
+        let now = stamp(source.path());
         if now != taken_up && now == before {
             if now.is_none() {
                 // An accident, or the moment between two files: without it, everything would be as by default, and events unrouted for good.
                 let text = format!(
                     "{} is gone; what it said is in force",
-                    recipe.path().display()
+                    source.path().display()
                 );
                 readiness.warn("configuration", text);
                 before = now;
                 continue;
             }
             taken_up = now;
-            take_up(&recipe, &written, &registry, &readiness).await;
+            take_up(&source, &raw, &registry, &readiness).await;
         }
         before = now;
     }
 }
 
 async fn take_up(
-    recipe: &Recipe,
-    in_force: &Written,
+    source: &ConfigSource,
+    in_force: &RawConfig,
     registry: &Arc<Registry>,
     readiness: &Readiness,
 ) {
     // Checked as a whole, as at the start: half of a mistake must not take effect.
-    let made = recipe
+    let made = source
         .make()
-        .and_then(|config| Ok((config, recipe.layers()?.written()?)));
-    let (config, written) = match made {
+        .and_then(|config| Ok((config, source.layers()?.raw()?)));
+    let (config, raw) = match made {
         Ok(made) => made,
         Err(error) => {
             tracing::error!("the configuration was not taken over: {error}");
@@ -146,7 +146,7 @@ async fn take_up(
     {
         tracing::error!(%panic, "taking over the settings of plugins failed");
     }
-    match waiting(in_force, &written).as_slice() {
+    match waiting(in_force, &raw).as_slice() {
         [] => {
             tracing::info!("the configuration was taken over");
             readiness.clear("configuration");
@@ -163,9 +163,9 @@ async fn take_up(
 }
 
 /// The keys, and with them the sections, that take effect at a start only and differ.
-fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
-    let table = |written: &Written| {
-        let mut table = Table::try_from(written).unwrap_or_default();
+fn waiting(in_force: &RawConfig, raw: &RawConfig) -> Vec<String> {
+    let table = |raw: &RawConfig| {
+        let mut table = Table::try_from(raw).unwrap_or_default();
         if let Some(plugins) = table
             .get_mut("plugins")
             .and_then(|plugins| plugins.as_table_mut())
@@ -174,7 +174,7 @@ fn waiting(in_force: &Written, written: &Written) -> Vec<String> {
         }
         table
     };
-    let (before, after) = (table(in_force), table(written));
+    let (before, after) = (table(in_force), table(raw));
     let mut keys = Vec::new();
     for (section, after) in &after {
         let empty = Table::new();
@@ -202,13 +202,13 @@ mod tests {
 
     #[test]
     fn what_takes_effect_at_a_start_only_is_named() {
-        let written = |text: &str| toml::from_str::<Written>(text).unwrap();
-        let before = written("[plugins]\ndir = 'a'\norder = ['x']\n[log]\nfilter = 'info'\n");
-        let after = written(
+        let raw = |text: &str| toml::from_str::<RawConfig>(text).unwrap();
+        let before = raw("[plugins]\ndir = 'a'\norder = ['x']\n[log]\nfilter = 'info'\n");
+        let after = raw(
             "[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n",
         );
         assert_eq!(waiting(&before, &after), Vec::<String>::new());
-        let after = written(
+        let after = raw(
             "[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n",
         );
         assert_eq!(

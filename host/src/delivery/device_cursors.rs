@@ -16,10 +16,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::broker::{self, Bookmark, BookmarkOf, Broker, Head, PartitionNumber};
+use crate::broker::{self, Broker, CursorOwner, Head, PartitionNumber, StoredCursor};
 use crate::delivery::subscription::Start;
-use crate::delivery::subscription::cursor::{Cursor, MAX_HAD, Position};
-use crate::event::{Life, Name, NotificationId};
+use crate::delivery::subscription::cursor::{Cursor, MAX_SENT_AHEAD, Position};
+use crate::event::{Epoch, Name, NotificationId};
 
 /// The most compare-and-set attempts for one device cursor. An attempt fails only if another one
 /// succeeded, so that only a large number of concurrent moves exhausts them.
@@ -40,7 +40,7 @@ pub enum Refusal {
 
 /// A cheap handle: clones share the heads.
 #[derive(Clone, Debug)]
-pub struct Bookmarks(Arc<Shared>);
+pub struct DeviceCursors(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -52,7 +52,7 @@ struct Shared {
 
 type Heads = BTreeMap<PartitionNumber, Head>;
 
-impl Bookmarks {
+impl DeviceCursors {
     pub fn new(broker: Arc<dyn Broker>) -> Self {
         Self(Arc::new(Shared {
             broker,
@@ -69,7 +69,7 @@ impl Bookmarks {
         &self,
         user: &Name,
         told: &Cursor,
-        which: &[BookmarkOf],
+        which: &[CursorOwner],
     ) -> Result<(), Refusal> {
         if self.is_ahead(told).await? {
             return Err(Refusal::Ahead);
@@ -87,24 +87,30 @@ impl Bookmarks {
         Ok(cursor.positions.iter().any(|position| {
             let head = heads.get(&position.partition);
             head.is_some_and(|head| {
-                head.life == position.life && highest(cursor, position) > head.survived(head.life)
+                head.epoch == position.epoch
+                    && highest(cursor, position) > head.survived(head.epoch)
             })
         }))
     }
 
-    async fn move_to(&self, user: &Name, told: &Cursor, which: &BookmarkOf) -> Result<(), Refusal> {
+    async fn move_to(
+        &self,
+        user: &Name,
+        told: &Cursor,
+        which: &CursorOwner,
+    ) -> Result<(), Refusal> {
         for _ in 0..ATTEMPTS {
-            let seen = self.0.broker.bookmarks(user).await?.remove(which);
+            let seen = self.0.broker.device_cursors(user).await?.remove(which);
             let cursor = match seen.as_ref().and_then(|seen| readable(user, seen)) {
                 Some(kept) => further(&kept, told, &self.heads_for(&[&kept, told]).await?),
                 None => told.clone(),
             };
-            let to = bookmark(user, &cursor, true);
+            let to = stored(user, &cursor, true);
             // Stored even if the position is unchanged: this renews its retention.
             if self
                 .0
                 .broker
-                .move_bookmark(user, which, seen.as_ref(), &to)
+                .move_device_cursor(user, which, seen.as_ref(), &to)
                 .await?
             {
                 return Ok(());
@@ -128,9 +134,9 @@ impl Bookmarks {
         is_in_sync: bool,
         asked: Option<Start>,
     ) -> broker::Result<Start> {
-        let own = BookmarkOf::Device(device);
+        let own = CursorOwner::Device(device);
         for _ in 0..ATTEMPTS {
-            let all = self.0.broker.bookmarks(user).await?;
+            let all = self.0.broker.device_cursors(user).await?;
             let start = match &asked {
                 Some(asked) => asked.clone(),
                 None => self.place(user, &own, is_in_sync, &all).await?,
@@ -145,13 +151,13 @@ impl Bookmarks {
             if self
                 .0
                 .broker
-                .move_bookmark(user, &own, None, &bookmark(user, &first, false))
+                .move_device_cursor(user, &own, None, &stored(user, &first, false))
                 .await?
             {
                 return Ok(start);
             }
         }
-        Err(broker::Error::Away(
+        Err(broker::Error::Unavailable(
             "too many streams of the same device start concurrently; try again".to_owned(),
         ))
     }
@@ -160,16 +166,16 @@ impl Bookmarks {
     async fn place(
         &self,
         user: &Name,
-        own: &BookmarkOf,
+        own: &CursorOwner,
         is_in_sync: bool,
-        all: &BTreeMap<BookmarkOf, Bookmark>,
+        all: &BTreeMap<CursorOwner, StoredCursor>,
     ) -> broker::Result<Start> {
-        let counts = |which: &BookmarkOf, kept: &Bookmark| {
+        let counts = |which: &CursorOwner, kept: &StoredCursor| {
             // Another device's start is not evidence that the user has seen what precedes it.
             which == own
-                || (is_in_sync && kept.is_acknowledged && matches!(which, BookmarkOf::Device(_)))
+                || (is_in_sync && kept.is_acknowledged && matches!(which, CursorOwner::Device(_)))
         };
-        let counting: Vec<&Bookmark> = all
+        let counting: Vec<&StoredCursor> = all
             .iter()
             .filter(|(which, kept)| counts(which, kept))
             .map(|(_, kept)| kept)
@@ -200,9 +206,9 @@ impl Bookmarks {
         let mark = self
             .0
             .broker
-            .bookmarks(user)
+            .device_cursors(user)
             .await?
-            .remove(&BookmarkOf::ReadMark);
+            .remove(&CursorOwner::ReadMarker);
         Ok(mark.and_then(|mark| readable(user, &mark)))
     }
 
@@ -232,9 +238,9 @@ impl Bookmarks {
         partition: PartitionNumber,
         id: NotificationId,
     ) -> broker::Result<Vec<Beside>> {
-        let all = self.0.broker.bookmarks(user).await?;
+        let all = self.0.broker.device_cursors(user).await?;
         let head = self.read_head(partition).await?;
-        let beside = |(which, kept): (BookmarkOf, Bookmark)| {
+        let beside = |(which, kept): (CursorOwner, StoredCursor)| {
             let (cursor, mut standing) = (readable(user, &kept)?, Standing::default());
             if let Some(position) = cursor
                 .positions
@@ -259,7 +265,7 @@ impl Bookmarks {
             let head = self.read_head(partition.number).await?;
             cursor.positions.push(Position {
                 partition: partition.number,
-                life: head.life,
+                epoch: head.epoch,
                 low_water: head.latest(),
             });
         }
@@ -291,10 +297,13 @@ impl Bookmarks {
                 };
                 cursors.iter().all(|cursor| {
                     here(cursor).is_none_or(|position| {
-                        let is_known = head.lives.iter().any(|(life, _)| *life == position.life);
+                        let is_known = head
+                            .epochs
+                            .iter()
+                            .any(|(epoch, _)| *epoch == position.epoch);
                         is_known
-                            && (position.life != head.life
-                                || highest(cursor, &position) <= head.survived(head.life))
+                            && (position.epoch != head.epoch
+                                || highest(cursor, &position) <= head.survived(head.epoch))
                     })
                 })
             };
@@ -329,15 +338,15 @@ impl Bookmarks {
 #[derive(Debug, Default)]
 pub struct Standing {
     low_water: BTreeMap<PartitionNumber, NotificationId>,
-    had: BTreeSet<(PartitionNumber, NotificationId)>,
+    sent_ahead: BTreeSet<(PartitionNumber, NotificationId)>,
 }
 
 impl Standing {
     fn add(&mut self, cursor: &Cursor, position: &Position, head: &Head) {
-        let survived = head.survived(position.life);
+        let survived = head.survived(position.epoch);
         self.low_water
             .insert(position.partition, position.low_water.min(survived));
-        self.had.extend(
+        self.sent_ahead.extend(
             had_of(cursor, position.partition)
                 .filter(|id| *id <= survived)
                 .map(|id| (position.partition, id)),
@@ -348,37 +357,37 @@ impl Standing {
         self.low_water
             .get(&partition)
             .is_some_and(|low_water| id <= *low_water)
-            || self.had.contains(&(partition, id))
+            || self.sent_ahead.contains(&(partition, id))
     }
 }
 
 /// A device cursor in relation to a notification.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Beside {
-    pub which: BookmarkOf,
+    pub which: CursorOwner,
     /// `false`: it is the start of the device.
     pub is_acknowledged: bool,
     /// Whether the part of the cursor that is still valid covers the notification.
     pub is_past: bool,
 }
 
-fn bookmark(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> Bookmark {
+fn stored(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> StoredCursor {
     let mut text = String::new();
     cursor.encode(user, &mut text);
-    Bookmark {
+    StoredCursor {
         cursor: text,
         is_acknowledged,
     }
 }
 
-fn readable(user: &Name, bookmark: &Bookmark) -> Option<Cursor> {
-    let read = Cursor::decode(&bookmark.cursor, user);
+fn readable(user: &Name, stored: &StoredCursor) -> Option<Cursor> {
+    let read = Cursor::decode(&stored.cursor, user);
     read.inspect_err(|error| tracing::error!(user.id = %user, %error, "cannot parse a device cursor; check whether a newer version wrote it")).ok()
 }
 
 fn had_of(cursor: &Cursor, partition: PartitionNumber) -> impl Iterator<Item = NotificationId> {
     cursor
-        .had
+        .sent_ahead
         .iter()
         .filter(move |(of, _)| *of == partition)
         .map(|(_, id)| *id)
@@ -408,50 +417,53 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
                 .find(|position| position.partition == number)
                 .copied()
         };
-        let (position, had): (Position, BTreeSet<NotificationId>) = match (here(kept), here(told)) {
-            (Some(one), Some(other)) if one.life == other.life => {
-                let low_water = one.low_water.max(other.low_water);
-                (
-                    Position { low_water, ..one },
-                    had_of(kept, number)
-                        .chain(had_of(told, number))
-                        .filter(|id| *id > low_water)
-                        .collect(),
-                )
-            }
-            (Some(one), Some(other)) => {
-                // A position in an ended epoch counts up to the id that survived the epoch.
-                // Positions of a partition not configured on this node cannot be compared: the
-                // newer acknowledgement wins.
-                let is_kept = heads
-                    .get(&number)
-                    .is_some_and(|head| rank(head, &one) > rank(head, &other));
-                if is_kept {
-                    (one, had_of(kept, number).collect())
-                } else {
+        let (position, sent_ahead): (Position, BTreeSet<NotificationId>) =
+            match (here(kept), here(told)) {
+                (Some(one), Some(other)) if one.epoch == other.epoch => {
+                    let low_water = one.low_water.max(other.low_water);
+                    (
+                        Position { low_water, ..one },
+                        had_of(kept, number)
+                            .chain(had_of(told, number))
+                            .filter(|id| *id > low_water)
+                            .collect(),
+                    )
+                }
+                (Some(one), Some(other)) => {
+                    // A position in an ended epoch counts up to the id that survived the epoch.
+                    // Positions of a partition not configured on this node cannot be compared: the
+                    // newer acknowledgement wins.
+                    let is_kept = heads
+                        .get(&number)
+                        .is_some_and(|head| rank(head, &one) > rank(head, &other));
+                    if is_kept {
+                        (one, had_of(kept, number).collect())
+                    } else {
+                        (other, had_of(told, number).collect())
+                    }
+                }
+                (Some(one), None) => (one, had_of(kept, number).collect()),
+                (None, other) => {
+                    let Some(other) = other else { continue };
                     (other, had_of(told, number).collect())
                 }
-            }
-            (Some(one), None) => (one, had_of(kept, number).collect()),
-            (None, other) => {
-                let Some(other) = other else { continue };
-                (other, had_of(told, number).collect())
-            }
-        };
+            };
         joined.positions.push(position);
-        joined.had.extend(had.into_iter().map(|id| (number, id)));
+        joined
+            .sent_ahead
+            .extend(sent_ahead.into_iter().map(|id| (number, id)));
     }
     // A dropped id may be delivered twice; the cursor has no room for it.
-    joined.had.truncate(MAX_HAD);
+    joined.sent_ahead.truncate(MAX_SENT_AHEAD);
     joined
 }
 
 /// Orders positions: by the id that is still valid, then by how recent their epoch is.
 fn rank(head: &Head, position: &Position) -> (NotificationId, Option<usize>) {
-    let age = |life: Life| head.lives.iter().position(|(known, _)| *known == life);
+    let age = |epoch: Epoch| head.epochs.iter().position(|(known, _)| *known == epoch);
     (
-        position.low_water.min(head.survived(position.life)),
-        age(position.life),
+        position.low_water.min(head.survived(position.epoch)),
+        age(position.epoch),
     )
 }
 
@@ -464,20 +476,20 @@ mod tests {
 
     const P: PartitionNumber = PartitionNumber(0);
 
-    fn life(n: u16) -> Life {
-        Life::from_bits(n)
+    fn epoch(n: u16) -> Epoch {
+        Epoch::from_bits(n)
     }
 
     /// Epochs 1, 2 and 3: epoch 2 began after id 100 of epoch 1, epoch 3 after id 200 of epoch 2.
     fn heads() -> Heads {
-        let lives = vec![
-            (life(1), NotificationId(0)),
-            (life(2), NotificationId(100)),
-            (life(3), NotificationId(200)),
+        let epochs = vec![
+            (epoch(1), NotificationId(0)),
+            (epoch(2), NotificationId(100)),
+            (epoch(3), NotificationId(200)),
         ];
         let head = Head {
-            life: life(3),
-            lives,
+            epoch: epoch(3),
+            epochs,
             last: NotificationId(300),
             pending: None,
             position: EntryPosition::default(),
@@ -488,15 +500,18 @@ mod tests {
         Heads::from([(P, head)])
     }
 
-    fn at(n: u16, low_water: u64, had: &[u64]) -> Cursor {
+    fn at(n: u16, low_water: u64, sent_ahead: &[u64]) -> Cursor {
         let positions = vec![Position {
             partition: P,
-            life: life(n),
+            epoch: epoch(n),
             low_water: NotificationId(low_water),
         }];
         Cursor {
             positions,
-            had: had.iter().map(|id| (P, NotificationId(*id))).collect(),
+            sent_ahead: sent_ahead
+                .iter()
+                .map(|id| (P, NotificationId(*id)))
+                .collect(),
         }
     }
 
@@ -537,10 +552,10 @@ mod tests {
         let elsewhere = Cursor {
             positions: vec![Position {
                 partition: other,
-                life: life(7),
+                epoch: epoch(7),
                 low_water: NotificationId(5),
             }],
-            had: vec![(other, NotificationId(6))],
+            sent_ahead: vec![(other, NotificationId(6))],
         };
         let joined = further(&at(3, 250, &[251]), &elsewhere, &heads());
         assert_eq!(
@@ -552,7 +567,7 @@ mod tests {
             [250, 5]
         );
         assert_eq!(
-            joined.had,
+            joined.sent_ahead,
             [(P, NotificationId(251)), (other, NotificationId(6))]
         );
     }
@@ -580,10 +595,10 @@ mod tests {
             kept in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
             told in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
         ) {
-            let cursor = |(low, had): (u64, BTreeSet<u64>)| at(3, low, &had.into_iter().map(|above| low + above).collect::<Vec<_>>());
+            let cursor = |(low, sent_ahead): (u64, BTreeSet<u64>)| at(3, low, &sent_ahead.into_iter().map(|above| low + above).collect::<Vec<_>>());
             let joined = further(&cursor(kept), &cursor(told), &heads());
             let user = Name::parse("ann").unwrap();
-            prop_assert_eq!(readable(&user, &bookmark(&user, &joined, true)), Some(joined));
+            prop_assert_eq!(readable(&user, &stored(&user, &joined, true)), Some(joined));
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::clock::now_ms;
 use crate::delivery::recipients::Reader;
 use crate::delivery::subscription::replay::{Follows, History};
 use crate::delivery::subscription::{Filter, OpenStream, Record, Start, Subscription};
-use crate::event::{Life, Name, NotificationId, Target};
+use crate::event::{Epoch, Name, NotificationId, Target};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
@@ -446,7 +446,7 @@ impl Shared {
                     delay = Duration::from_millis(100);
                     Listener {
                         hub: &self,
-                        lives: HashMap::new(),
+                        epochs: HashMap::new(),
                         unread: HashSet::new(),
                     }
                     .listen(feed)
@@ -468,7 +468,7 @@ impl Shared {
 struct Listener<'a> {
     hub: &'a Arc<Shared>,
     /// The current epoch of each partition, as known to this node.
-    lives: HashMap<PartitionNumber, Life>,
+    epochs: HashMap<PartitionNumber, Epoch>,
     /// Partitions whose head could not be read for the current batch.
     unread: HashSet<PartitionNumber>,
 }
@@ -540,15 +540,15 @@ impl Listener<'_> {
                 Notice::Append {
                     partition,
                     target,
-                    life,
+                    epoch,
                     id,
                     ..
                 } => {
-                    if !self.is_present_life(partition, life).await {
+                    if !self.is_present_life(partition, epoch).await {
                         continue;
                     }
-                    let is_known = match records.get(&(partition, life, id)) {
-                        Some(Some(record)) => self.append(partition, &target, life, id, record),
+                    let is_known = match records.get(&(partition, epoch, id)) {
+                        Some(Some(record)) => self.append(partition, &target, epoch, id, record),
                         // The record could not be read: replay will find it or announce that it is
                         // gone.
                         Some(None) => {
@@ -563,11 +563,11 @@ impl Listener<'_> {
                 }
                 Notice::Tick {
                     partition,
-                    life,
+                    epoch,
                     last,
                 } => {
-                    if self.is_present_life(partition, life).await
-                        && !self.tick(partition, life, last)
+                    if self.is_present_life(partition, epoch).await
+                        && !self.tick(partition, epoch, last)
                     {
                         self.look(partition).await;
                     }
@@ -611,23 +611,23 @@ impl Listener<'_> {
     async fn records(
         &self,
         batch: &[Notice],
-    ) -> HashMap<(PartitionNumber, Life, NotificationId), Option<Arc<Record>>> {
+    ) -> HashMap<(PartitionNumber, Epoch, NotificationId), Option<Arc<Record>>> {
         let mut records = HashMap::new();
-        let mut absent: HashMap<(PartitionNumber, Life), Vec<NotificationId>> = HashMap::new();
+        let mut absent: HashMap<(PartitionNumber, Epoch), Vec<NotificationId>> = HashMap::new();
         {
             let state = self.hub.lock();
             for notice in batch {
                 let Notice::Append {
                     partition,
                     target,
-                    life,
+                    epoch,
                     id,
                     record,
                 } = notice
                 else {
                     continue;
                 };
-                let key = (*partition, *life, *id);
+                let key = (*partition, *epoch, *id);
                 // Unfollowed meanwhile: no stream needs it.
                 if records.contains_key(&key)
                     || !state.logs.contains_key(&(*partition, target.clone()))
@@ -640,23 +640,23 @@ impl Listener<'_> {
                     .and_then(|stored| held.insert(key, stored))
                     .or_else(|| held.get(key));
                 if record.is_none() {
-                    absent.entry((*partition, *life)).or_default().push(*id);
+                    absent.entry((*partition, *epoch)).or_default().push(*id);
                 }
                 records.insert(key, record);
             }
         }
-        for ((partition, life), ids) in absent {
+        for ((partition, epoch), ids) in absent {
             match self
                 .hub
                 .history
                 .records()
-                .read(&*self.hub.broker, partition, life, &ids)
+                .read(&*self.hub.broker, partition, epoch, &ids)
                 .await
             {
                 Ok(read) => records.extend(
                     ids.iter()
                         .zip(read)
-                        .map(|(&id, record)| ((partition, life, id), record)),
+                        .map(|(&id, record)| ((partition, epoch, id), record)),
                 ),
                 Err(error) => {
                     tracing::warn!(partition = partition.0, %error, "cannot read records of live notifications; their streams return to replay")
@@ -667,14 +667,14 @@ impl Listener<'_> {
     }
 
     /// Returns `false` if a live stream is in another epoch.
-    fn tick(&self, partition: PartitionNumber, life: Life, last: NotificationId) -> bool {
+    fn tick(&self, partition: PartitionNumber, epoch: Epoch, last: NotificationId) -> bool {
         let mut state = self.hub.lock();
         state.last_tick.insert(partition, Instant::now());
         let mut is_known = true;
         for stream in state.streams.values() {
             let mut subscription = stream.lock();
-            is_known &= !subscription.lives_elsewhere(partition, life);
-            subscription.on_tick(partition, life, last);
+            is_known &= !subscription.lives_elsewhere(partition, epoch);
+            subscription.on_tick(partition, epoch, last);
         }
         is_known
     }
@@ -684,7 +684,7 @@ impl Listener<'_> {
         &self,
         partition: PartitionNumber,
         target: &Target,
-        life: Life,
+        epoch: Epoch,
         id: NotificationId,
         record: &Arc<Record>,
     ) -> bool {
@@ -697,8 +697,8 @@ impl Listener<'_> {
         };
         for stream in log.followers.values() {
             let mut subscription = stream.lock();
-            is_known &= !subscription.lives_elsewhere(partition, life);
-            if let Some(round) = subscription.on_append(partition, life, id, record, now_ms) {
+            is_known &= !subscription.lives_elsewhere(partition, epoch);
+            if let Some(round) = subscription.on_append(partition, epoch, id, record, now_ms) {
                 overflowed.push((Arc::clone(stream), round));
             }
             let is_ready = subscription.is_ready();
@@ -747,40 +747,40 @@ impl Listener<'_> {
 
     /// Whether a notice is of the current epoch. A notice of another epoch may be older or newer
     /// than this node's knowledge; only the head decides.
-    async fn is_present_life(&mut self, partition: PartitionNumber, life: Life) -> bool {
-        self.lives.get(&partition) == Some(&life) || self.look(partition).await == Some(life)
+    async fn is_present_life(&mut self, partition: PartitionNumber, epoch: Epoch) -> bool {
+        self.epochs.get(&partition) == Some(&epoch) || self.look(partition).await == Some(epoch)
     }
 
     /// Reads the current epoch of a partition and sends the streams that are in another one to
     /// replay, which handles the change. Called when feed, node and streams disagree: each may have
     /// its information from a former primary.
-    async fn look(&mut self, partition: PartitionNumber) -> Option<Life> {
+    async fn look(&mut self, partition: PartitionNumber) -> Option<Epoch> {
         // One read per batch: the replays started by a failed read also cover the rest of the
         // batch.
         if self.unread.contains(&partition) {
             return None;
         }
         let present = match self.hub.broker.head(partition).await {
-            Ok(head) => head.life,
+            Ok(head) => head.epoch,
             Err(error) => {
                 // The notice cannot be evaluated, and the next one must not move a mark past it.
                 tracing::warn!(partition = partition.0, %error, "cannot read the head; the partition's streams return to replay");
-                self.hub.replay_all(&[partition], "life");
+                self.hub.replay_all(&[partition], "epoch");
                 self.unread.insert(partition);
                 return None;
             }
         };
-        let before = self.lives.insert(partition, present);
+        let before = self.epochs.insert(partition, present);
         if before.is_some_and(|before| before != present) {
-            tracing::warn!(partition = partition.0, life = %present, "new epoch: the broker was restarted or failed over");
+            tracing::warn!(partition = partition.0, epoch = %present, "new epoch: the broker was restarted or failed over");
         }
         // A stream that has not begun may be about to begin with a head from before the change.
         let is_new = before != Some(present);
         let is_elsewhere = |stream: &Arc<OpenStream>| {
             stream
                 .lock()
-                .life(partition)
-                .map_or(is_new, |life| life != present)
+                .epoch(partition)
+                .map_or(is_new, |epoch| epoch != present)
         };
         let streams: Vec<_> = self
             .hub
@@ -792,7 +792,7 @@ impl Listener<'_> {
             .collect();
         for stream in streams {
             self.hub
-                .replay(&stream, partition, "life", Subscription::enter_replay);
+                .replay(&stream, partition, "epoch", Subscription::enter_replay);
         }
         Some(present)
     }
@@ -807,8 +807,9 @@ mod tests {
     /// takes to time out.
     #[tokio::test]
     async fn streams_replay_once_per_batch_of_notices_whose_epoch_cannot_be_read() {
-        let broker =
-            FakeBroker::failing(|| crate::broker::Error::Away("simulated outage".to_owned()));
+        let broker = FakeBroker::failing(|| {
+            crate::broker::Error::Unavailable("simulated outage".to_owned())
+        });
         let hub = Hub::start(Arc::new(broker), Metrics::default(), &Shutdown::new());
         let _stream = hub.open(
             Name::parse("ann").unwrap(),
@@ -818,20 +819,20 @@ mod tests {
         let partition = hub.0.partitions[0];
         let mut listener = Listener {
             hub: &hub.0,
-            lives: HashMap::new(),
+            epochs: HashMap::new(),
             unread: HashSet::new(),
         };
         let replays = || {
             hub.0
                 .metrics
                 .replays
-                .get_or_create(&ReasonLabel { reason: "life" })
+                .get_or_create(&ReasonLabel { reason: "epoch" })
                 .get()
         };
         for n_batches in 1..=2 {
             let tick = |n| Notice::Tick {
                 partition,
-                life: Life::from_bits(7),
+                epoch: Epoch::from_bits(7),
                 last: NotificationId(n),
             };
             listener.hear((0..50).map(tick).collect()).await;

@@ -82,7 +82,7 @@ pub struct Moment {
 /// How a plan reaches one recipient: the winning route and the first of its targets that names the
 /// recipient, both as indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct RouteMatch {
     pub route: usize,
     pub target: usize,
 }
@@ -137,7 +137,7 @@ impl Recipient {
 /// Why a route does not reach a recipient. The first that applies is reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Miss {
+pub enum MatchFailure {
     /// None of its targets names the recipient.
     Target,
     /// Its condition does not hold.
@@ -151,24 +151,28 @@ pub enum Miss {
 /// `holds` evaluates the condition of the route.
 ///
 /// # Errors
-/// The [`Miss`] that applies.
+/// The [`MatchFailure`] that applies.
 pub fn reaches(
     route: &Route,
     user: &Name,
     recipient: &Recipient,
     moment: Moment,
     holds: impl FnOnce(&Criteria) -> bool,
-) -> Result<usize, Miss> {
+) -> Result<usize, MatchFailure> {
     let names = |target: &Target| recipient.is_named_by(target, user, moment.partition, moment.id);
-    let target = route.to.iter().position(names).ok_or(Miss::Target)?;
+    let target = route
+        .to
+        .iter()
+        .position(names)
+        .ok_or(MatchFailure::Target)?;
     if !route.when.as_ref().is_none_or(holds) {
-        return Err(Miss::Condition);
+        return Err(MatchFailure::Condition);
     }
     if route
         .expires_ms
         .is_some_and(|expires| expires <= moment.now_ms)
     {
-        return Err(Miss::Expired);
+        return Err(MatchFailure::Expired);
     }
     Ok(target)
 }
@@ -183,8 +187,8 @@ pub fn winning_route(
     recipient: &Recipient,
     moment: Moment,
     holds: impl Fn(usize, &Criteria) -> bool,
-) -> Option<Way> {
-    let mut winner: Option<(Way, Priority)> = None;
+) -> Option<RouteMatch> {
+    let mut winner: Option<(RouteMatch, Priority)> = None;
     for (index, route) in plan.routes.iter().enumerate() {
         if winner.is_some_and(|(_, priority)| priority >= route.priority) {
             continue;
@@ -193,7 +197,7 @@ pub fn winning_route(
             holds(index, criteria)
         }) {
             winner = Some((
-                Way {
+                RouteMatch {
                     route: index,
                     target,
                 },
@@ -234,7 +238,7 @@ mod tests {
         }
     }
 
-    fn wins(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<Way> {
+    fn wins(plan: &Plan, user: &Name, recipient: &Recipient, moment: Moment) -> Option<RouteMatch> {
         winning_route(plan, user, recipient, moment, |_, criteria| {
             criteria.hold(&recipient.attributes)
         })
@@ -271,14 +275,14 @@ mod tests {
         let winner = |user: &str| wins(&plan, &name(user), &Recipient::default(), at(5));
         assert_eq!(
             winner("a"),
-            Some(Way {
+            Some(RouteMatch {
                 route: 1,
                 target: 0
             })
         );
         assert_eq!(
             winner("b"),
-            Some(Way {
+            Some(RouteMatch {
                 route: 1,
                 target: 0
             })
@@ -383,7 +387,7 @@ mod tests {
         };
         assert_eq!(
             wins(&plan, &name("a"), &pro, at(1)),
-            Some(Way {
+            Some(RouteMatch {
                 route: 0,
                 target: 0
             })

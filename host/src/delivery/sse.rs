@@ -29,7 +29,7 @@ mod data;
 mod timer;
 
 pub use data::data_of;
-pub use timer::{Pulse, Seat};
+pub use timer::{StreamPermit, StreamTimer};
 
 /// The transport of a stream: a connection or a share of one.
 pub trait Socket: std::fmt::Debug + Send + Sync {
@@ -105,7 +105,7 @@ impl End {
 
 /// Stream control: state shared by the stream timer and a stream's socket.
 #[derive(Debug)]
-struct Signals {
+struct StreamControl {
     guard: StreamGuard,
     heartbeat: AtomicBool,
     cursor: AtomicBool,
@@ -114,7 +114,7 @@ struct Signals {
     socket: Option<Arc<dyn Socket>>,
 }
 
-impl Signals {
+impl StreamControl {
     fn wake(&self) {
         self.guard.stream().wake();
     }
@@ -123,7 +123,7 @@ impl Signals {
 /// The body of a stream's response.
 #[derive(Debug)]
 pub struct Body {
-    signals: Arc<Signals>,
+    signals: Arc<StreamControl>,
     metrics: Metrics,
     retry_ms: u64,
     is_opened: bool,
@@ -133,29 +133,29 @@ pub struct Body {
     sent_cursor: String,
     /// Total bytes the socket will have taken once it has taken everything written so far.
     n_given: u64,
-    _seat: Seat,
+    _seat: StreamPermit,
 }
 
 impl Body {
-    /// Returns the body of an open stream; `pulse` drives its heartbeats and end. `expires_ms`:
+    /// Returns the body of an open stream; `stream_timer` drives its heartbeats and end. `expires_ms`:
     /// expiry of its token, in milliseconds since the Unix epoch.
     pub fn new(
         guard: StreamGuard,
-        seat: Seat,
-        pulse: &Pulse,
+        seat: StreamPermit,
+        stream_timer: &StreamTimer,
         metrics: Metrics,
         expires_ms: Option<u64>,
         socket: Option<Arc<dyn Socket>>,
     ) -> Self {
-        let signals = Arc::new(Signals {
+        let signals = Arc::new(StreamControl {
             guard,
             heartbeat: AtomicBool::new(false),
             cursor: AtomicBool::new(false),
             end: Mutex::new(None),
             socket,
         });
-        pulse.watch(&signals, expires_ms);
-        let retry_ms = pulse.retry_ms();
+        stream_timer.watch(&signals, expires_ms);
+        let retry_ms = stream_timer.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
         Self {
             signals,

@@ -20,9 +20,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::broker::{Head, PartitionNumber, Recipient};
-use crate::delivery::recipients::{Moment, Reader, Way, winning_route};
+use crate::delivery::recipients::{Moment, Reader, RouteMatch, winning_route};
 use crate::event::criteria::{Criteria, Pool};
-use crate::event::{Life, Name, NotificationId, Priority, Target};
+use crate::event::{Epoch, Name, NotificationId, Priority, Target};
 
 pub mod cursor;
 mod gaps;
@@ -37,9 +37,9 @@ pub use record::{Record, Rendered};
 pub use start::{Filter, Start};
 pub use stream::OpenStream;
 
-use cursor::{Cursor, MAX_HAD, Position};
+use cursor::{Cursor, MAX_SENT_AHEAD, Position};
 use gaps::Gaps;
-use queue::{Lanes, Waiting};
+use queue::{PriorityQueue, QueuedNotification};
 
 /// Replay takes no more notifications of a partition while this many wait. Four times as many live
 /// notices send the partition back to replay. Small in unit tests, whose random histories are too
@@ -56,7 +56,7 @@ pub enum Next {
         partition: PartitionNumber,
         id: NotificationId,
         record: Arc<Record>,
-        way: Way,
+        way: RouteMatch,
     },
     Gap(Gap),
     /// The cursor without a notification, so that a client that received nothing can resume.
@@ -68,7 +68,7 @@ enum State {
     /// `knows_urgent`: every urgent notification above the low-water mark was sent or is in
     /// `ahead`, so that the next one may be sent ahead without overtaking another urgent one.
     Replay {
-        buffer: VecDeque<(Life, NotificationId, Arc<Record>)>,
+        buffer: VecDeque<(Epoch, NotificationId, Arc<Record>)>,
         is_overflowed: bool,
         knows_urgent: bool,
     },
@@ -89,7 +89,7 @@ impl State {
 struct Partition {
     number: PartitionNumber,
     /// `None` until the first head is read; never `None` again after that.
-    life: Option<Life>,
+    epoch: Option<Epoch>,
     low_water: NotificationId,
     seen: NotificationId,
     state: State,
@@ -102,7 +102,7 @@ struct Partition {
 }
 
 #[derive(Clone, Debug)]
-struct Had {
+struct SentAhead {
     partition: PartitionNumber,
     id: NotificationId,
     /// The collapse key under which it was sent, if any. If only the cursor records the sending,
@@ -110,7 +110,7 @@ struct Had {
     collapse: Option<Vec<Name>>,
 }
 
-impl Had {
+impl SentAhead {
     /// Whether an older notification with this key is obsolete.
     fn supersedes(&self, older: NotificationId, key: &Name) -> bool {
         self.id > older
@@ -134,10 +134,10 @@ pub struct Subscription {
     recipient_read: u64,
     needed_read: u64,
     partitions: Vec<Partition>,
-    had: Vec<Had>,
-    lanes: Lanes,
+    sent_ahead: Vec<SentAhead>,
+    queue: PriorityQueue,
     /// Urgent notifications to be sent ahead of a replay. Their ids lie above `seen`.
-    ahead: VecDeque<Waiting>,
+    ahead: VecDeque<QueuedNotification>,
     gaps: Gaps,
     is_cursor_due: bool,
     /// The broker's clock minus this node's, in milliseconds.
@@ -162,7 +162,7 @@ impl Subscription {
         };
         let partitions = partitions.into_iter().map(|number| Partition {
             number,
-            life: named(number).map(|position| position.life),
+            epoch: named(number).map(|position| position.epoch),
             low_water: named(number).map_or(NotificationId(0), |position| position.low_water),
             seen: NotificationId(0),
             state: State::replay(false),
@@ -171,17 +171,17 @@ impl Subscription {
             has_gap: false,
         });
         let partitions: Vec<Partition> = partitions.collect();
-        let had: &[_] = if let Start::Cursor(cursor) = &start {
-            &cursor.had
+        let sent_ahead: &[_] = if let Start::Cursor(cursor) = &start {
+            &cursor.sent_ahead
         } else {
             &[]
         };
         // Ids of partitions that were removed from the configuration are dropped.
-        let had = had
+        let sent_ahead = sent_ahead
             .iter()
             .filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
-        let had = had
-            .map(|&(partition, id)| Had {
+        let sent_ahead = sent_ahead
+            .map(|&(partition, id)| SentAhead {
                 partition,
                 id,
                 collapse: None,
@@ -196,8 +196,8 @@ impl Subscription {
             n_reads: 0,
             recipient_read: 0,
             needed_read: 1,
-            had,
-            lanes: Lanes::default(),
+            sent_ahead,
+            queue: PriorityQueue::default(),
             ahead: VecDeque::new(),
             gaps: Gaps::default(),
             is_cursor_due: true,
@@ -214,7 +214,7 @@ impl Subscription {
         self.partitions
             .iter()
             .all(|p| matches!(p.state, State::Live))
-            && self.lanes.is_empty()
+            && self.queue.is_empty()
             && self.ahead.is_empty()
             && self.gaps.is_empty()
     }
@@ -230,7 +230,7 @@ impl Subscription {
     pub fn is_ready(&self) -> bool {
         let waits = self.is_cursor_due
             || !self.gaps.is_empty()
-            || !self.lanes.is_empty()
+            || !self.queue.is_empty()
             || !self.ahead.is_empty();
         waits && self.has_begun()
     }
@@ -275,7 +275,7 @@ impl Subscription {
     /// Like `enter_replay`, but for lack of room. The notices received so far are complete, so
     /// urgent notifications need not wait for the replay to reach them.
     fn overflow(&mut self, partition: PartitionNumber, knew_urgent: bool) -> u64 {
-        let mut urgent = self.lanes.urgent(partition);
+        let mut urgent = self.queue.urgent(partition);
         urgent.extend(
             self.ahead
                 .iter()
@@ -283,7 +283,7 @@ impl Subscription {
                 .cloned(),
         );
         self.ahead.retain(|waiting| waiting.partition != partition);
-        let room = MAX_HAD.saturating_sub(self.had.len() + self.ahead.len());
+        let room = MAX_SENT_AHEAD.saturating_sub(self.sent_ahead.len() + self.ahead.len());
         let all_fit = urgent.len() <= room;
         urgent.truncate(room);
         self.ahead.extend(urgent);
@@ -291,7 +291,7 @@ impl Subscription {
     }
 
     fn enter(&mut self, partition: PartitionNumber, knows_urgent: bool) -> u64 {
-        self.lanes.retain(|waiting| waiting.partition != partition);
+        self.queue.retain(|waiting| waiting.partition != partition);
         let at = self.at_mut(partition);
         at.seen = at.low_water;
         at.state = State::replay(knows_urgent);
@@ -311,22 +311,22 @@ impl Subscription {
     }
 
     /// The epoch of the partition that the subscription is in. `None`: it has not begun.
-    pub fn life(&self, partition: PartitionNumber) -> Option<Life> {
-        self.at(partition).life
+    pub fn epoch(&self, partition: PartitionNumber) -> Option<Epoch> {
+        self.at(partition).epoch
     }
 
     /// Whether the partition is live in another epoch than this one and would therefore ignore
     /// notices of this one.
-    pub fn lives_elsewhere(&self, partition: PartitionNumber, life: Life) -> bool {
+    pub fn lives_elsewhere(&self, partition: PartitionNumber, epoch: Epoch) -> bool {
         let at = self.at(partition);
-        matches!(at.state, State::Live) && at.life != Some(life)
+        matches!(at.state, State::Live) && at.epoch != Some(epoch)
     }
 
     /// Begins a replay from `head`: positions a new subscription and detects epoch changes.
     pub fn begin(&mut self, partition: PartitionNumber, head: &Head, node_now_ms: u64) {
         self.clock_offset_ms = head.now_ms as i64 - node_now_ms as i64;
         let at = self.index(partition);
-        if self.partitions[at].life.is_none() {
+        if self.partitions[at].epoch.is_none() {
             self.place(at, head);
         }
         self.survive(at, head);
@@ -337,18 +337,18 @@ impl Subscription {
     /// Sets the start of a new subscription in a partition.
     fn place(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
-        let (life, low_water) = match &self.start {
+        let (epoch, low_water) = match &self.start {
             // Added since the cursor was written: start at its beginning.
-            Start::Cursor(_) => (head.life, head.origin),
-            Start::Latest | Start::Unknown => (head.life, head.latest()),
-            Start::Earliest => (head.life, NotificationId(0)),
+            Start::Cursor(_) => (head.epoch, head.origin),
+            Start::Latest | Start::Unknown => (head.epoch, head.latest()),
+            Start::Earliest => (head.epoch, NotificationId(0)),
             // Nothing precedes the partition's origin, so starting there misses nothing.
             Start::Since(ms) => (
-                head.life,
+                head.epoch,
                 NotificationId::at_ms(*ms).min(head.top()).max(head.origin),
             ),
         };
-        self.partitions[at].life = Some(life);
+        self.partitions[at].epoch = Some(epoch);
         self.partitions[at].low_water = low_water;
         if self.start == Start::Unknown {
             self.announce(Gap {
@@ -364,18 +364,18 @@ impl Subscription {
     /// See [`Head::survived`].
     fn survive(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
-        let is_mine = |had: &Had| had.partition == number;
-        let own = self.partitions[at].life;
+        let is_mine = |sent_ahead: &SentAhead| sent_ahead.partition == number;
+        let own = self.partitions[at].epoch;
         let low_water = self.partitions[at].low_water;
         let highest = self
-            .had
+            .sent_ahead
             .iter()
-            .filter(|had| is_mine(had))
-            .map(|had| had.id)
+            .filter(|sent_ahead| is_mine(sent_ahead))
+            .map(|sent_ahead| sent_ahead.id)
             .max()
             .unwrap_or_default()
             .max(low_water);
-        let bound = own.map_or(NotificationId(0), |life| head.survived(life));
+        let bound = own.map_or(NotificationId(0), |epoch| head.survived(epoch));
         if highest > bound {
             self.announce(Gap {
                 partition: number,
@@ -383,9 +383,10 @@ impl Subscription {
                 from: bound,
                 to: highest,
             });
-            self.had.retain(|had| !is_mine(had) || had.id <= bound);
+            self.sent_ahead
+                .retain(|sent_ahead| !is_mine(sent_ahead) || sent_ahead.id <= bound);
         }
-        if own != Some(head.life) {
+        if own != Some(head.epoch) {
             // Queued urgent notifications belong to the ended epoch. The replay reaches those that
             // survived.
             self.ahead.retain(|waiting| waiting.partition != number);
@@ -395,7 +396,7 @@ impl Subscription {
         }
         let at = &mut self.partitions[at];
         at.low_water = low_water.min(bound);
-        at.life = Some(head.life);
+        at.epoch = Some(head.epoch);
     }
 
     /// Announces a gap ahead of everything queued. It moves no mark: records of the stretch that
@@ -410,16 +411,16 @@ impl Subscription {
     }
 
     /// The ids that the cursor lists as sent ahead and whose records have not been read since.
-    pub fn had_unknown(&self, partition: PartitionNumber) -> Vec<NotificationId> {
-        self.had
+    pub fn has_unknown_sent_ahead(&self, partition: PartitionNumber) -> Vec<NotificationId> {
+        self.sent_ahead
             .iter()
-            .filter(|had| had.partition == partition && had.collapse.is_none())
-            .map(|had| had.id)
+            .filter(|sent_ahead| sent_ahead.partition == partition && sent_ahead.collapse.is_none())
+            .map(|sent_ahead| sent_ahead.id)
             .collect()
     }
 
     /// Records the collapse keys of an id that was sent ahead. `record` is `None` if it is gone.
-    pub fn had_is(
+    pub fn sent_ahead_is(
         &mut self,
         partition: PartitionNumber,
         id: NotificationId,
@@ -429,12 +430,12 @@ impl Subscription {
         let keys = record
             .map(|record| self.keys_until_now(partition, id, record, self.broker_now(node_now_ms)))
             .unwrap_or_default();
-        if let Some(had) = self
-            .had
+        if let Some(sent_ahead) = self
+            .sent_ahead
             .iter_mut()
-            .find(|had| had.partition == partition && had.id == id)
+            .find(|sent_ahead| sent_ahead.partition == partition && sent_ahead.id == id)
         {
-            had.collapse = Some(keys);
+            sent_ahead.collapse = Some(keys);
         }
     }
 
@@ -465,7 +466,7 @@ impl Subscription {
         id: NotificationId,
         record: &Record,
         node_now_ms: u64,
-    ) -> Option<Way> {
+    ) -> Option<RouteMatch> {
         self.judge_at(partition, id, record, self.broker_now(node_now_ms))
     }
 
@@ -475,7 +476,7 @@ impl Subscription {
         id: NotificationId,
         record: &Record,
         now_ms: u64,
-    ) -> Option<Way> {
+    ) -> Option<RouteMatch> {
         let moment = Moment {
             partition,
             id,
@@ -509,11 +510,11 @@ impl Subscription {
             return;
         }
         at.seen = id;
-        self.come_by(partition, NotificationId(id.0 - 1));
+        self.try_next_route(partition, NotificationId(id.0 - 1));
         self.ahead
             .retain(|waiting| waiting.partition != partition || waiting.id != id);
         if let Some(way) = self.judge(partition, id, record, node_now_ms) {
-            self.queue(Waiting {
+            self.queue(QueuedNotification {
                 partition,
                 id,
                 record: Arc::clone(record),
@@ -524,33 +525,39 @@ impl Subscription {
     }
 
     /// Queues a notification unless a later one superseded it or it was already sent ahead.
-    fn queue(&mut self, waiting: Waiting) {
+    fn queue(&mut self, waiting: QueuedNotification) {
         let (partition, id) = (waiting.partition, waiting.id);
-        let mine = self.had.iter().filter(|had| had.partition == partition);
-        let is_had = mine.clone().any(|had| had.id == id);
+        let mine = self
+            .sent_ahead
+            .iter()
+            .filter(|sent_ahead| sent_ahead.partition == partition);
+        let is_had = mine.clone().any(|sent_ahead| sent_ahead.id == id);
         if let Some(key) = waiting.collapse() {
-            let is_this_state =
-                |other: &Waiting| other.partition == partition && other.collapse() == Some(key);
-            if mine.clone().any(|had| had.supersedes(id, key))
+            let is_this_state = |other: &QueuedNotification| {
+                other.partition == partition && other.collapse() == Some(key)
+            };
+            if mine
+                .clone()
+                .any(|sent_ahead| sent_ahead.supersedes(id, key))
                 || self
-                    .lanes
+                    .queue
                     .any(|newer| newer.id > id && is_this_state(newer))
             {
                 return;
             }
             // The later state supersedes the earlier one even if the later one has been sent
             // already.
-            self.lanes.retain(|older| !is_this_state(older));
+            self.queue.retain(|older| !is_this_state(older));
         }
         if !is_had {
-            self.lanes.push(waiting);
+            self.queue.push(waiting);
         }
     }
 
     /// History up to `id` has been read. Notifications in `ahead` that were not met there, because
     /// their log was trimmed meanwhile, move to the queues; otherwise later ones would overtake
     /// them.
-    fn come_by(&mut self, partition: PartitionNumber, id: NotificationId) {
+    fn try_next_route(&mut self, partition: PartitionNumber, id: NotificationId) {
         while let Some(at) = self
             .ahead
             .iter()
@@ -566,25 +573,25 @@ impl Subscription {
     pub fn on_append(
         &mut self,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         id: NotificationId,
         record: &Arc<Record>,
         node_now_ms: u64,
     ) -> Option<u64> {
         let at = self.index(partition);
         if !matches!(self.partitions[at].state, State::Live) {
-            self.wait(partition, life, id, record, node_now_ms);
+            self.wait(partition, epoch, id, record, node_now_ms);
             return None;
         }
-        if self.partitions[at].life != Some(life) || id <= self.partitions[at].seen {
+        if self.partitions[at].epoch != Some(epoch) || id <= self.partitions[at].seen {
             return None;
         }
-        if self.lanes.n_bytes() <= MAX_BYTES && self.lanes.n_of(partition) < MAX_LIVE {
+        if self.queue.n_bytes() <= MAX_BYTES && self.queue.n_of(partition) < MAX_LIVE {
             self.handle(partition, id, record, node_now_ms);
             return None;
         }
         let round = self.overflow(partition, true);
-        self.wait(partition, life, id, record, node_now_ms);
+        self.wait(partition, epoch, id, record, node_now_ms);
         Some(round)
     }
 
@@ -594,13 +601,13 @@ impl Subscription {
     fn wait(
         &mut self,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         id: NotificationId,
         record: &Arc<Record>,
         node_now_ms: u64,
     ) {
         let at = self.index(partition);
-        let is_mine = self.partitions[at].life == Some(life) && id > self.partitions[at].seen;
+        let is_mine = self.partitions[at].epoch == Some(epoch) && id > self.partitions[at].seen;
         let State::Replay {
             buffer,
             is_overflowed,
@@ -616,12 +623,15 @@ impl Subscription {
             buffer.clear();
         }
         if !*is_overflowed {
-            buffer.push_back((life, id, Arc::clone(record)));
+            buffer.push_back((epoch, id, Arc::clone(record)));
         }
         let may_go_ahead = *knows_urgent && is_mine && self.recipient_read >= self.needed_read;
         let is_known = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
         if !may_go_ahead
-            || self.had.iter().any(|had| is_known(had.partition, had.id))
+            || self
+                .sent_ahead
+                .iter()
+                .any(|sent_ahead| is_known(sent_ahead.partition, sent_ahead.id))
             || self
                 .ahead
                 .iter()
@@ -635,8 +645,8 @@ impl Subscription {
         if record.route(way.route).priority != Priority::Urgent {
             return;
         }
-        if self.had.len() + self.ahead.len() < MAX_HAD {
-            self.ahead.push_back(Waiting {
+        if self.sent_ahead.len() + self.ahead.len() < MAX_SENT_AHEAD {
+            self.ahead.push_back(QueuedNotification {
                 partition,
                 id,
                 record: Arc::clone(record),
@@ -649,9 +659,9 @@ impl Subscription {
 
     /// Confirms that all notices of this partition up to `last` have arrived. A tick of another
     /// epoch is ignored.
-    pub fn on_tick(&mut self, partition: PartitionNumber, life: Life, last: NotificationId) {
+    pub fn on_tick(&mut self, partition: PartitionNumber, epoch: Epoch, last: NotificationId) {
         let at = self.at_mut(partition);
-        if matches!(at.state, State::Live) && at.life == Some(life) {
+        if matches!(at.state, State::Live) && at.epoch == Some(epoch) {
             // Never backwards: a delayed tick, or one during a sliced plan, is older than notices
             // handled since.
             at.seen = at.seen.max(last);
@@ -661,14 +671,17 @@ impl Subscription {
 
     /// Skips an id whose record is gone. Returns `true` if it was neither sent nor queued, so that
     /// the caller must announce a gap.
-    pub fn pass_over(&mut self, partition: PartitionNumber, id: NotificationId) -> bool {
+    pub fn skip(&mut self, partition: PartitionNumber, id: NotificationId) -> bool {
         let is_here = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
-        let is_had = self.had.iter().any(|had| is_here(had.partition, had.id))
+        let is_had = self
+            .sent_ahead
+            .iter()
+            .any(|sent_ahead| is_here(sent_ahead.partition, sent_ahead.id))
             || self
                 .ahead
                 .iter()
                 .any(|waiting| is_here(waiting.partition, waiting.id));
-        self.come_by(partition, id);
+        self.try_next_route(partition, id);
         let at = self.at_mut(partition);
         let is_new = id > at.seen;
         at.seen = at.seen.max(id);
@@ -687,15 +700,15 @@ impl Subscription {
     pub fn is_past(&self, partition: PartitionNumber, id: NotificationId) -> bool {
         let at = self.at(partition);
         let is_had = self
-            .had
+            .sent_ahead
             .iter()
-            .any(|had| had.partition == partition && had.id == id);
-        at.life.is_some() && (id <= at.low_water || is_had)
+            .any(|sent_ahead| sent_ahead.partition == partition && sent_ahead.id == id);
+        at.epoch.is_some() && (id <= at.low_water || is_had)
     }
 
     /// Whether replay may queue more of this partition.
     pub fn has_room(&self, partition: PartitionNumber) -> bool {
-        self.lanes.n_of(partition) < WINDOW && self.lanes.n_bytes() <= MAX_BYTES
+        self.queue.n_of(partition) < WINDOW && self.queue.n_bytes() <= MAX_BYTES
     }
 
     /// Goes live after history up to `last` was handled, and handles the notices buffered
@@ -713,7 +726,7 @@ impl Subscription {
         let state = std::mem::replace(&mut at.state, State::Live);
         let seen = at.seen;
         self.is_cursor_due |= has_gap;
-        self.come_by(partition, seen);
+        self.try_next_route(partition, seen);
         self.advance(partition);
         let State::Replay {
             buffer,
@@ -727,11 +740,11 @@ impl Subscription {
             return Some(self.overflow(partition, knows_urgent));
         }
         let mut buffer = buffer.into_iter();
-        while let Some((life, id, record)) = buffer.next() {
-            let round = self.on_append(partition, life, id, &record, node_now_ms);
+        while let Some((epoch, id, record)) = buffer.next() {
+            let round = self.on_append(partition, epoch, id, &record, node_now_ms);
             if round.is_some() {
-                for (life, id, record) in buffer {
-                    self.wait(partition, life, id, &record, node_now_ms);
+                for (epoch, id, record) in buffer {
+                    self.wait(partition, epoch, id, &record, node_now_ms);
                 }
                 return round;
             }
@@ -760,21 +773,21 @@ impl Subscription {
         self.expire(now_ms);
         // Urgent notifications that the replay has already queued go first: their ids are lower.
         if let Some(first) = self.ahead.front()
-            && self.had.len() < MAX_HAD
-            && !self.lanes.has_urgent(first.partition)
+            && self.sent_ahead.len() < MAX_SENT_AHEAD
+            && !self.queue.has_urgent(first.partition)
             && let Some(waiting) = self.ahead.pop_front()
         {
             self.remember(&waiting);
             if let Some(key) = waiting.collapse() {
                 // Entries of the same key that the replay has queued are older states.
-                self.lanes.retain(|older| {
+                self.queue.retain(|older| {
                     older.partition != waiting.partition || older.collapse() != Some(key)
                 });
             }
             self.advance(waiting.partition);
             return Some(waiting.into_next());
         }
-        let (waiting, overtakes) = self.lanes.pop(self.had.len() < MAX_HAD)?;
+        let (waiting, overtakes) = self.queue.pop(self.sent_ahead.len() < MAX_SENT_AHEAD)?;
         if overtakes {
             self.remember(&waiting);
         }
@@ -787,10 +800,10 @@ impl Subscription {
     fn expire(&mut self, now_ms: u64) {
         if self.ahead.iter().any(|waiting| waiting.is_expired(now_ms)) {
             // The replay reaches the ones that are no longer urgent.
-            let again = |this: &Self, waiting: Waiting| {
+            let again = |this: &Self, waiting: QueuedNotification| {
                 let way = this.judge_at(waiting.partition, waiting.id, &waiting.record, now_ms)?;
                 (waiting.record.route(way.route).priority == Priority::Urgent)
-                    .then_some(Waiting { way, ..waiting })
+                    .then_some(QueuedNotification { way, ..waiting })
             };
             let ahead = std::mem::take(&mut self.ahead);
             self.ahead = ahead
@@ -798,11 +811,11 @@ impl Subscription {
                 .filter_map(|waiting| again(self, waiting))
                 .collect();
         }
-        let expired = self.lanes.take_expired(now_ms);
+        let expired = self.queue.take_expired(now_ms);
         if expired.is_empty() {
             return;
         }
-        for Waiting {
+        for QueuedNotification {
             partition,
             id,
             record,
@@ -810,7 +823,7 @@ impl Subscription {
         } in expired
         {
             if let Some(way) = self.judge_at(partition, id, &record, now_ms) {
-                self.queue(Waiting {
+                self.queue(QueuedNotification {
                     partition,
                     id,
                     record,
@@ -821,9 +834,9 @@ impl Subscription {
         self.advance_all();
     }
 
-    fn remember(&mut self, waiting: &Waiting) {
+    fn remember(&mut self, waiting: &QueuedNotification) {
         let collapse = Some(waiting.collapse().cloned().into_iter().collect());
-        self.had.push(Had {
+        self.sent_ahead.push(SentAhead {
             partition: waiting.partition,
             id: waiting.id,
             collapse,
@@ -839,14 +852,17 @@ impl Subscription {
         let positions = self.partitions.iter().filter_map(|p| {
             Some(Position {
                 partition: p.number,
-                life: p.life?,
+                epoch: p.epoch?,
                 low_water: p.low_water,
             })
         });
-        let had = self.had.iter().map(|had| (had.partition, had.id));
+        let sent_ahead = self
+            .sent_ahead
+            .iter()
+            .map(|sent_ahead| (sent_ahead.partition, sent_ahead.id));
         Cursor {
             positions: positions.collect(),
-            had: had.collect(),
+            sent_ahead: sent_ahead.collect(),
         }
         .encode(self.user(), out);
     }
@@ -854,13 +870,13 @@ impl Subscription {
     /// Moves the low-water mark to just below the lowest queued id, or to `seen` if nothing is
     /// queued.
     fn advance(&mut self, partition: PartitionNumber) {
-        let lowest = self.lanes.lowest(partition);
+        let lowest = self.queue.lowest(partition);
         let at = self.at_mut(partition);
         let mark = lowest.map_or(at.seen, |id| NotificationId(id.0 - 1));
         at.low_water = at.low_water.max(mark);
         let low_water = at.low_water;
-        self.had
-            .retain(|had| had.partition != partition || had.id > low_water);
+        self.sent_ahead
+            .retain(|sent_ahead| sent_ahead.partition != partition || sent_ahead.id > low_water);
     }
 
     fn advance_all(&mut self) {
@@ -870,7 +886,7 @@ impl Subscription {
     }
 
     fn has_begun(&self) -> bool {
-        self.partitions.iter().all(|p| p.life.is_some())
+        self.partitions.iter().all(|p| p.epoch.is_some())
     }
 
     fn broker_now(&self, node_now_ms: u64) -> u64 {
@@ -894,7 +910,7 @@ impl Subscription {
     }
 }
 
-impl Waiting {
+impl QueuedNotification {
     fn into_next(self) -> Next {
         Next::Notification {
             partition: self.partition,

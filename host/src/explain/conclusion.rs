@@ -3,7 +3,7 @@
 
 use super::{At, Decided, Explanation, Standing};
 use crate::broker::Verdict;
-use crate::delivery::recipients::{Miss, Way};
+use crate::delivery::recipients::{MatchFailure, RouteMatch};
 use crate::event::{Outcome, Plan, rfc3339};
 
 /// Maximum number of targets named.
@@ -75,7 +75,7 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
         }
     }
     if standing.ways.now.is_none() {
-        let is_over = |index: &usize| standing.routes[*index].miss == Some(Miss::Expired);
+        let is_over = |index: &usize| standing.routes[*index].miss == Some(MatchFailure::Expired);
         let end = (0..plan.routes.len())
             .filter(is_over)
             .filter_map(|index| plan.routes[index].expires_ms)
@@ -154,7 +154,7 @@ fn provided(standing: &Standing) -> String {
     }
 }
 
-fn by(plan: &Plan, way: Way) -> String {
+fn by(plan: &Plan, way: RouteMatch) -> String {
     let route = &plan.routes[way.route];
     format!("(route of `{}` to `{}`)", route.by, route.to[way.target])
 }
@@ -387,7 +387,7 @@ mod tests {
             notification: NotificationId(2),
             expired: true,
         };
-        let way = Some(Way {
+        let way = Some(RouteMatch {
             route: 0,
             target: 1,
         });

@@ -2,7 +2,7 @@
 //! `recipients` decides whether it matches.
 
 use crate::broker::{Recipient, Span};
-use crate::delivery::recipients::{Miss, Moment};
+use crate::delivery::recipients::{MatchFailure, Moment};
 use crate::event::criteria::{Attributes, Operator, Test};
 use crate::event::{Name, Route, Target, Value, rfc3339};
 
@@ -71,19 +71,19 @@ pub(super) fn reaching(target: &Target, user: &Name) -> String {
 
 pub(super) fn missing(
     route: &Route,
-    miss: Miss,
+    miss: MatchFailure,
     user: &Name,
     recipient: &Recipient,
     moment: Moment,
 ) -> Why {
     let (text, nearness, provided): (_, _, &[_]) = match miss {
-        Miss::Target => return not_named(route, user, recipient, moment),
-        Miss::Condition => (
+        MatchFailure::Target => return not_named(route, user, recipient, moment),
+        MatchFailure::Condition => (
             condition(route, user, &recipient.attributes),
             Nearness::Condition,
             &[Proviso::Attributes],
         ),
-        Miss::Expired => (
+        MatchFailure::Expired => (
             format!(
                 "expired at {}",
                 rfc3339(route.expires_ms.unwrap_or_default())

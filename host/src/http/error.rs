@@ -104,8 +104,8 @@ impl ApiError {
     }
 
     /// 503 with `Retry-After`: the broker is unavailable.
-    pub fn away(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "away", error).retry_soon()
+    pub fn unavailable(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error).retry_soon()
     }
 
     /// 503 with `Retry-After`: this node is at a limit.
@@ -163,12 +163,12 @@ impl From<auth::Error> for ApiError {
 impl From<broker::Error> for ApiError {
     fn from(error: broker::Error) -> Self {
         match error {
-            broker::Error::Away(_) => {
-                Self::away("the broker is unavailable right now").cause(error)
+            broker::Error::Unavailable(_) => {
+                Self::unavailable("the broker is unavailable right now").cause(error)
             }
             broker::Error::Full(_) => Self {
                 reason: "full",
-                ..Self::away("the broker is full right now")
+                ..Self::unavailable("the broker is full right now")
             }
             .cause(error),
             broker::Error::Refused(_) => Self::new(

@@ -12,7 +12,7 @@ use crate::auth::{self, Auth};
 use crate::broker::fake::FakeBroker;
 use crate::broker::{Broker, Retention};
 use crate::delivery::hub::Hub;
-use crate::delivery::sse::{self, Pulse};
+use crate::delivery::sse::{self, StreamTimer};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
@@ -65,7 +65,7 @@ impl Site {
             Retention::default(),
             Readiness::default(),
             Metrics::default(),
-            Pulse::start(sse::Config::default(), Metrics::default(), &Shutdown::new()),
+            StreamTimer::start(sse::Config::default(), Metrics::default(), &Shutdown::new()),
         ))
     }
 

@@ -22,10 +22,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use crate::broker::Verdict;
 use crate::event::{Event, Name, Plan, Priority, Value};
 use crate::plugin::registry::generation::{Chain, Generation};
-use crate::plugin::registry::health::{Admission, Consequence, Health};
+use crate::plugin::registry::health::{Health, Permit, Transition};
 use crate::plugin::registry::settings::OnFailure;
 use crate::plugin::registry::{Registry, Snapshot};
-use crate::plugin::shadow::outcome::Decided;
+use crate::plugin::shadow::outcome::PluginDecision;
 use crate::plugin::{
     ATTEMPTS, Answer, Call, CallError, Engine, Instance, ParsedPayload, Role, Ticking,
 };
@@ -185,7 +185,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// As for [`Pipeline::evaluate`].
-    pub async fn try_out(
+    pub async fn dry_run(
         &self,
         events: Vec<Event>,
         clock_ms: u64,
@@ -261,7 +261,7 @@ impl Pipeline {
 
     async fn becomes(&self, able: bool) {
         let mut changes = self.changes();
-        // Cannot fail: the sender is in the registry, which lives as long as this handle.
+        // Cannot fail: the sender is in the registry, which epochs as long as this handle.
         drop(
             changes
                 .wait_for(|now| self.can_work_on(&now.chain) == able)
@@ -490,19 +490,19 @@ impl Worker {
                 verdicts,
                 ticking,
             ) {
-                Asked::Answered(Answer::Amend(answer)) => {
+                StepOutcome::Answered(Answer::Amend(answer)) => {
                     folded.priority = answer.priority.unwrap_or(folded.priority);
                     folded.amended = Some(answer.event);
                 }
-                Asked::Answered(Answer::Drop(reason)) => {
+                StepOutcome::Answered(Answer::Drop(reason)) => {
                     folded.resolution = Resolution::Discarded {
                         plugin: generation.plugin.name().to_string(),
                         reason,
                     };
                     return folded;
                 }
-                Asked::Answered(Answer::Keep | Answer::Routes(_)) | Asked::Passed => {}
-                Asked::Over(resolution) => return Folded::as_published(event, resolution),
+                StepOutcome::Answered(Answer::Keep | Answer::Routes(_)) | StepOutcome::Passed => {}
+                StepOutcome::Over(resolution) => return Folded::as_published(event, resolution),
             }
         }
         let mut plan = Plan::default();
@@ -514,10 +514,12 @@ impl Worker {
                 verdicts,
                 ticking,
             ) {
-                Asked::Answered(Answer::Routes(answered)) => plan.routes.extend(answered.routes),
-                Asked::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_))
-                | Asked::Passed => {}
-                Asked::Over(resolution) => return Folded::as_published(event, resolution),
+                StepOutcome::Answered(Answer::Routes(answered)) => {
+                    plan.routes.extend(answered.routes)
+                }
+                StepOutcome::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_))
+                | StepOutcome::Passed => {}
+                StepOutcome::Over(resolution) => return Folded::as_published(event, resolution),
             }
         }
         if !plan.routes.is_empty() {
@@ -535,13 +537,13 @@ impl Worker {
         call: &Call<'_>,
         verdicts: &mut Vec<Verdict>,
         ticking: &Ticking,
-    ) -> Asked {
+    ) -> StepOutcome {
         let asked = if !generation.plugin.wants(&call.event.kind) {
             verdicts.push(verdict(generation, "skipped", ""));
-            Asked::Passed
+            StepOutcome::Passed
         } else {
             if self.is_live
-                && let Admission::Spared(why) = generation.health(role).admit(Instant::now())
+                && let Permit::Rejected(why) = generation.health(role).admit(Instant::now())
             {
                 let reason = why.to_string();
                 verdicts.push(verdict(generation, "failed", &reason));
@@ -568,7 +570,7 @@ impl Worker {
         call: &Call<'_>,
         verdicts: &mut Vec<Verdict>,
         ticking: &Ticking,
-    ) -> Asked {
+    ) -> StepOutcome {
         let plugin = &generation.plugin;
         let mut note = |word: &str, reason: &str| verdicts.push(verdict(generation, word, reason));
         let mut attempts = 0;
@@ -584,7 +586,7 @@ impl Worker {
                         Answer::Routes(plan) if plan.routes.is_empty() => note("none", ""),
                         Answer::Routes(_) => note("routes", ""),
                     }
-                    return Asked::Answered(answer);
+                    return StepOutcome::Answered(answer);
                 }
                 Err(error) if error.is_verdict() => {
                     tracing::info!(
@@ -617,7 +619,7 @@ impl Worker {
             // A verdict on the event; the policy is only for plugins that do not work.
             CallError::Rejected(_) | CallError::Retry(_) => {
                 self.follow(generation, role, Health::note_answer);
-                Asked::Over(Resolution::Failed {
+                StepOutcome::Over(Resolution::Failed {
                     plugin,
                     reason,
                     attempts,
@@ -627,7 +629,7 @@ impl Worker {
             CallError::Deadline(_)
             | CallError::Memory(_)
             | CallError::Trap(_)
-            | CallError::Refused(_) => {
+            | CallError::InvalidOutput(_) => {
                 self.follow(generation, role, |health| {
                     health.note_failure(Instant::now())
                 });
@@ -641,7 +643,7 @@ impl Worker {
         &self,
         generation: &Generation,
         role: Role,
-        note: impl FnOnce(&Health) -> Consequence,
+        note: impl FnOnce(&Health) -> Transition,
     ) {
         if self.is_live {
             self.registry
@@ -730,17 +732,17 @@ fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &
 }
 
 /// Applies the failure policy to an event that a plugin failed on.
-fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
+fn settle(generation: &Generation, reason: String, attempts: u32) -> StepOutcome {
     let plugin = generation.plugin.name().to_string();
     match generation.settings.on_failure {
-        OnFailure::DeadLetter => Asked::Over(Resolution::Failed {
+        OnFailure::DeadLetter => StepOutcome::Over(Resolution::Failed {
             plugin,
             reason,
             attempts,
             retry: false,
         }),
-        OnFailure::Skip => Asked::Passed,
-        OnFailure::Drop => Asked::Over(Resolution::Discarded {
+        OnFailure::Skip => StepOutcome::Passed,
+        OnFailure::Drop => StepOutcome::Over(Resolution::Discarded {
             plugin,
             reason: format!("the plugin failed: {reason}"),
         }),
@@ -748,7 +750,7 @@ fn settle(generation: &Generation, reason: String, attempts: u32) -> Asked {
 }
 
 /// The outcome of calling one plugin.
-enum Asked {
+enum StepOutcome {
     Answered(Answer),
     /// The plugin does not affect this event.
     Passed,
@@ -756,19 +758,19 @@ enum Asked {
     Over(Resolution),
 }
 
-impl Asked {
+impl StepOutcome {
     /// The plugin's decision about this call. `verdict`: the one recorded for it.
-    fn decided(&self, role: Role, call: &Call<'_>, verdict: Option<&Verdict>) -> Decided {
+    fn decided(&self, role: Role, call: &Call<'_>, verdict: Option<&Verdict>) -> PluginDecision {
         match (self, verdict) {
-            (Self::Answered(answer), _) => Decided::of_answer(answer, call),
+            (Self::Answered(answer), _) => PluginDecision::of_answer(answer, call),
             (_, Some(verdict))
                 if ["rejected", "retry", "failed"].contains(&verdict.verdict.as_str()) =>
             {
-                Decided::Failed {
+                PluginDecision::Failed {
                     reason: verdict.reason.clone(),
                 }
             }
-            _ => Decided::nothing(role),
+            _ => PluginDecision::nothing(role),
         }
     }
 }
@@ -776,9 +778,9 @@ impl Asked {
 /// Evaluates events on the caller's thread without any effect: with instances of its own, not
 /// counted in metrics or health.
 #[derive(Debug)]
-pub struct Aside(Worker);
+pub struct DryRunner(Worker);
 
-impl Aside {
+impl DryRunner {
     pub fn new(registry: Arc<Registry>) -> Self {
         Self(Worker::new(registry, Metrics::default()))
     }

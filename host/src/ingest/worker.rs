@@ -25,7 +25,7 @@ use crate::broker::{
     MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Partition, PartitionNumber, Proposal, Result,
     Slice, Verdict,
 };
-use crate::event::{EntryId, Event, Life, Notification, Outcome, Position};
+use crate::event::{EntryId, Epoch, Event, Notification, Outcome, Position};
 use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
@@ -291,7 +291,7 @@ impl Ingest {
             &progress,
             shutdown,
         );
-        let commit = self.commit(partition, head.life, head.position, batches, &progress);
+        let commit = self.commit(partition, head.epoch, head.position, batches, &progress);
         // Both run in this task: when the committer stops, the reader is dropped together with its
         // entries read ahead.
         tokio::pin!(read, commit);
@@ -354,7 +354,7 @@ impl Ingest {
         };
         // New to this owner; the owner that began the plan counted the entry as read again.
         progress.read(1);
-        self.commit_sliced(partition, head.life, item, head.position.slices)
+        self.commit_sliced(partition, head.epoch, item, head.position.slices)
             .await?;
         progress.done(1);
         Ok(self.broker.head(partition).await?)
@@ -622,7 +622,7 @@ impl Ingest {
     async fn commit(
         &self,
         partition: &Partition,
-        life: Life,
+        epoch: Epoch,
         mut prev: Position,
         mut batches: mpsc::Receiver<Evaluated>,
         progress: &Progress,
@@ -633,7 +633,7 @@ impl Ingest {
                 let mut n_items = 1;
                 let next = if n_targets(&first) > MAX_INDEX_ENTRIES {
                     let entry = first.entry;
-                    self.commit_sliced_from(partition.number, life, prev, first, 0)
+                    self.commit_sliced_from(partition.number, epoch, prev, first, 0)
                         .await
                         .map(|()| entry)
                 } else {
@@ -648,7 +648,7 @@ impl Ingest {
                         step.push(item);
                         n_items += 1;
                     }
-                    self.commit_step(partition.number, life, prev, step).await
+                    self.commit_step(partition.number, epoch, prev, step).await
                 };
                 match next {
                     Ok(entry) => prev = entry.into(),
@@ -663,14 +663,14 @@ impl Ingest {
     async fn commit_step(
         &self,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         prev: Position,
         items: Vec<Item>,
     ) -> Result<EntryId, Stop> {
         let last = items.last().map_or(prev.entry, |item| item.entry);
         match self
             .broker
-            .commit(partition, Batch { life, prev, items })
+            .commit(partition, Batch { epoch, prev, items })
             .await?
         {
             Committed::Done(outcomes) => {
@@ -679,14 +679,14 @@ impl Ingest {
                 }
                 Ok(last)
             }
-            Committed::Refused => Err(Stop::Refused),
+            Committed::Conflict => Err(Stop::Refused),
         }
     }
 
     async fn commit_sliced(
         &self,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         item: Item,
         slices: u32,
     ) -> Result<(), Stop> {
@@ -694,7 +694,7 @@ impl Ingest {
             entry: item.entry,
             slices,
         };
-        self.commit_sliced_from(partition, life, prev, item, slices)
+        self.commit_sliced_from(partition, epoch, prev, item, slices)
             .await
     }
 
@@ -702,7 +702,7 @@ impl Ingest {
     async fn commit_sliced_from(
         &self,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         mut prev: Position,
         item: Item,
         from: u32,
@@ -723,7 +723,7 @@ impl Ingest {
             };
             let is_last = index + 1 == n_slices;
             let slice = Slice {
-                life,
+                epoch,
                 prev,
                 item: Item {
                     proposal,
@@ -733,7 +733,7 @@ impl Ingest {
                 is_last,
             };
             match self.broker.commit_slice(partition, slice).await? {
-                Committed::Refused => return Err(Stop::Refused),
+                Committed::Conflict => return Err(Stop::Refused),
                 Committed::Done(outcomes) => match outcomes.first() {
                     // Only the first slice can detect this: the plan ends here.
                     Some(&(outcome, _)) if outcome != Outcome::Committed => {

@@ -13,7 +13,7 @@ use crate::broker::{self, Broker, Finding, Severity};
 use crate::delivery::hub::Hub;
 use crate::ingest::pipeline::Pipeline;
 use crate::plugin::registry::Snapshot;
-use crate::plugin::registry::state::{PluginState, Word};
+use crate::plugin::registry::state::{PluginState, PluginStatus};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, SourceLabel};
 use crate::telemetry::readiness::Readiness;
@@ -129,7 +129,7 @@ async fn look_at_sources(
             .set(gauge(state.dead_letters));
         // The broker counts for all nodes, so its totals replace the local ones.
         for (counter, n) in [
-            (&metrics.source_entries_lost, state.lost_upstream),
+            (&metrics.source_entries_lost, state.trimmed_unread),
             (&metrics.source_ids_forgotten, state.dedupe_overflows),
             (&metrics.dead_letters_trimmed, state.dead_trimmed),
         ] {
@@ -226,7 +226,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
     let generation = plugin.generation;
     match (&plugin.failure, plugin.state) {
         (Some(failure), _) if generation == 0 => Some((true, failure.clone())),
-        (Some(failure), Word::BreakerOpen) => Some((
+        (Some(failure), PluginStatus::BreakerOpen) => Some((
             false,
             format!(
                 "{failure}; generation {generation} stays active but fails on consecutive events"
@@ -236,7 +236,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
             false,
             format!("{failure}; generation {generation} stays active"),
         )),
-        (None, Word::BreakerOpen) => {
+        (None, PluginStatus::BreakerOpen) => {
             let n = plugin
                 .health
                 .as_ref()
@@ -250,7 +250,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
                 ),
             ))
         }
-        (None, Word::Disabled) if plugin.is_enabled_by_hand == Some(false) => Some((
+        (None, PluginStatus::Disabled) if plugin.is_enabled_by_hand == Some(false) => Some((
             false,
             "disabled by an admin command until it is enabled again or the node stops".to_owned(),
         )),
@@ -271,9 +271,9 @@ mod tests {
             name: name.into(),
             generation,
             state: if generation == 0 {
-                Word::Failed
+                PluginStatus::Failed
             } else {
-                Word::Active
+                PluginStatus::Active
             },
             failure: failure.map(str::to_owned),
             ..PluginState::default()
@@ -326,7 +326,7 @@ mod tests {
         let readiness = Readiness::default();
         let mut answers = vec![
             Ok(Arc::new(FakeBroker::default()) as Arc<dyn Broker>),
-            Err(Error::Away("connection refused".into())),
+            Err(Error::Unavailable("connection refused".into())),
         ];
         reach(|| std::future::ready(answers.pop().unwrap()), &readiness).await;
         assert_eq!(
@@ -384,7 +384,7 @@ mod tests {
         );
 
         look(
-            &FakeBroker::failing(|| Error::Away("no answer in 2 s".into())),
+            &FakeBroker::failing(|| Error::Unavailable("no answer in 2 s".into())),
             &readiness,
         )
         .await;

@@ -26,13 +26,13 @@ mod slot;
 pub mod state;
 pub mod watcher;
 
-pub use self::candidate::Understudy;
-use self::folder::{Look, Sighting};
-use self::slot::{Done, Failure, Slots};
+pub use self::candidate::CandidateChain;
+use self::folder::{FileStamp, FolderSnapshot};
+use self::slot::{Failure, LoadOutcome, Slots};
 use super::registry::generation::{Chain, Generation};
-use super::registry::health::{BreakerState, Consequence};
+use super::registry::health::{BreakerState, Transition};
 use super::registry::settings::{Config, Settings};
-use super::registry::state::{PluginState, Refusal, Word};
+use super::registry::state::{PluginState, PluginStatus, Refusal};
 use super::runtime::engine::MAX_PLUGINS;
 use super::shadow::Shadows;
 use super::{Engine, Plugin, hash};
@@ -89,7 +89,7 @@ struct Wanted {
 
 /// Why an admin command failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OrderError {
+pub enum AdminError {
     #[error("there is no plugin '{0}'")]
     Unknown(String),
     #[error("the plugin '{0}' has no candidate")]
@@ -116,7 +116,7 @@ impl Registry {
         let dir = config.dir.clone();
         let look = match &dir {
             Some(dir) => folder::look(dir).map_err(anyhow::Error::msg)?,
-            None => Look::new(),
+            None => FolderSnapshot::new(),
         };
         let slots = Mutex::new(Slots {
             config,
@@ -161,7 +161,7 @@ impl Registry {
     }
 
     /// The files as they were last loaded.
-    pub(super) fn taken_up(&self) -> Look {
+    pub(super) fn taken_up(&self) -> FolderSnapshot {
         let slots = self.slots();
         let files = slots
             .by_name
@@ -176,7 +176,7 @@ impl Registry {
     /// for all of them.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
-    pub(super) fn take_up(&self, look: Look) {
+    pub(super) fn take_up(&self, look: FolderSnapshot) {
         let loading = self.begin_loading();
         // The lock may have been held by another load, or by an upload that wrote these files.
         // Entries that are outdated by now are dropped; the next scan finds them again.
@@ -202,7 +202,7 @@ impl Registry {
             let mut slots = self.slots();
             let before = std::mem::replace(&mut slots.config, config);
             let Slots { config, by_name } = &mut *slots;
-            let mut changed = Look::new();
+            let mut changed = FolderSnapshot::new();
             for (name, slot) in by_name
                 .iter_mut()
                 .filter(|(name, _)| config.settings(name) != before.settings(name))
@@ -223,10 +223,10 @@ impl Registry {
     ///
     /// # Errors
     /// On an error nothing has changed, except that the refusal is recorded.
-    pub fn upload(&self, name: &str, bytes: &[u8]) -> Result<PluginState, OrderError> {
+    pub fn upload(&self, name: &str, bytes: &[u8]) -> Result<PluginState, AdminError> {
         let loading = self.begin_loading();
         let Some(dir) = &self.dir else {
-            return Err(OrderError::Impossible(
+            return Err(AdminError::Impossible(
                 "this node has no plugin folder; start it with --plugins DIR".to_owned(),
             ));
         };
@@ -237,7 +237,7 @@ impl Registry {
             .is_some_and(|slot| !slot.files.is_empty());
         if !has_file && !folder::is_name(name) {
             let rule = "use at most 64 letters, digits and hyphens, not starting with a hyphen or with a number and a hyphen";
-            return Err(OrderError::Impossible(format!(
+            return Err(AdminError::Impossible(format!(
                 "'{}' is not a valid plugin name; {rule}",
                 name.escape_debug()
             )));
@@ -246,7 +246,7 @@ impl Registry {
             let slots = self.slots();
             let slot = slots.by_name.get(name);
             if slot.is_none_or(|slot| slot.running.is_none()) && slots.n_running() >= MAX_PLUGINS {
-                return Err(OrderError::Impossible(format!(
+                return Err(AdminError::Impossible(format!(
                     "the limit of {MAX_PLUGINS} plugins per node is reached; remove one"
                 )));
             }
@@ -260,9 +260,9 @@ impl Registry {
         let running = self.slots().running_as(name, &settings);
         let done = match loaded {
             Ok(plugin) if running.as_deref() == Some(plugin.hash()) => {
-                Done::Same(plugin.hash().to_owned())
+                LoadOutcome::Unchanged(plugin.hash().to_owned())
             }
-            Ok(plugin) => Done::Loaded(Box::new(plugin), settings),
+            Ok(plugin) => LoadOutcome::Loaded(Box::new(plugin), settings),
             Err(Failure { reason, hash }) => {
                 tracing::error!(
                     plugin.name = name,
@@ -270,16 +270,16 @@ impl Registry {
                     "plugin upload refused: it {reason}"
                 );
                 self.refuse(name, &format!("the uploaded file {reason}"), hash);
-                return Err(OrderError::Refused(reason));
+                return Err(AdminError::Refused(reason));
             }
         };
         // Written before it becomes active, so that a restart loads the version that decides now.
-        let sighting = folder::write(&path, bytes).map_err(OrderError::Folder)?;
+        let sighting = folder::write(&path, bytes).map_err(AdminError::Folder)?;
         self.apply(&loading, vec![(name.to_owned(), vec![sighting], done)]);
         let state = self.state(name)?;
         // The active version may have been rolled back after it was found to equal the upload.
         if state.generation > 0 && state.hash != hash(bytes) {
-            return Err(OrderError::Impossible(
+            return Err(AdminError::Impossible(
                 "it was rolled back during the upload; upload it again".to_owned(),
             ));
         }
@@ -290,7 +290,7 @@ impl Registry {
     ///
     /// # Errors
     /// There is no such plugin, or its file cannot be removed.
-    pub fn remove(&self, name: &str) -> Result<(), OrderError> {
+    pub fn remove(&self, name: &str) -> Result<(), AdminError> {
         let loading = self.begin_loading();
         let files = self
             .slots()
@@ -299,13 +299,16 @@ impl Registry {
             .map(|slot| slot.files.clone())
             .unwrap_or_default();
         if files.is_empty() {
-            return Err(OrderError::Unknown(name.to_owned()));
+            return Err(AdminError::Unknown(name.to_owned()));
         }
         // The file goes first: a scan in between would otherwise load the plugin again.
         for file in &files {
-            folder::remove(&file.path).map_err(OrderError::Folder)?;
+            folder::remove(&file.path).map_err(AdminError::Folder)?;
         }
-        self.take_up_in(&loading, Look::from([(name.to_owned(), Vec::new())]));
+        self.take_up_in(
+            &loading,
+            FolderSnapshot::from([(name.to_owned(), Vec::new())]),
+        );
         Ok(())
     }
 
@@ -315,12 +318,12 @@ impl Registry {
     ///
     /// # Errors
     /// There is no such plugin.
-    pub fn disable(&self, name: &str) -> Result<PluginState, OrderError> {
+    pub fn disable(&self, name: &str) -> Result<PluginState, AdminError> {
         {
             let mut slots = self.slots();
             let files = slots.set_enabled(name, false)?;
             if let Some(slot) = slots.by_name.get_mut(name) {
-                slot.apply(name, files, Done::Rests);
+                slot.apply(name, files, LoadOutcome::Disabled);
             }
             self.publish(&slots);
         }
@@ -334,16 +337,16 @@ impl Registry {
     ///
     /// # Errors
     /// There is no such plugin, or its file is invalid.
-    pub fn enable(&self, name: &str) -> Result<PluginState, OrderError> {
+    pub fn enable(&self, name: &str) -> Result<PluginState, AdminError> {
         let loading = self.begin_loading();
         let files = self.slots().set_enabled(name, true)?;
-        self.take_up_in(&loading, Look::from([(name.to_owned(), files)]));
+        self.take_up_in(&loading, FolderSnapshot::from([(name.to_owned(), files)]));
         match self.state(name)? {
             PluginState {
                 generation: 0,
                 failure: Some(reason),
                 ..
-            } => Err(OrderError::Impossible(reason)),
+            } => Err(AdminError::Impossible(reason)),
             state => Ok(state),
         }
     }
@@ -353,14 +356,14 @@ impl Registry {
     ///
     /// # Errors
     /// There is no such plugin, or no generation to roll back to.
-    pub fn roll_back(&self, name: &str) -> Result<PluginState, OrderError> {
+    pub fn roll_back(&self, name: &str) -> Result<PluginState, AdminError> {
         {
             let mut slots = self.slots();
             let slot = slots
                 .by_name
                 .get(name)
                 .filter(|slot| !slot.files.is_empty())
-                .ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+                .ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
             let Some(number) = slot
                 .running
                 .as_ref()
@@ -368,7 +371,7 @@ impl Registry {
                 .map(|running| running.number)
             else {
                 let fix = "upload the wanted version";
-                return Err(OrderError::Impossible(format!(
+                return Err(AdminError::Impossible(format!(
                     "'{name}' has no earlier generation to roll back to; {fix}"
                 )));
             };
@@ -379,14 +382,14 @@ impl Registry {
 
     /// Applies the consequence of a generation's health. Neither compiles nor waits for a
     /// compilation.
-    pub(crate) fn follow(&self, generation: &Generation, consequence: Consequence) {
+    pub(crate) fn follow(&self, generation: &Generation, consequence: Transition) {
         let name = generation.plugin.name().as_str();
         match consequence {
-            Consequence::None => {}
-            Consequence::RollBack(reason) => {
+            Transition::None => {}
+            Transition::RollBack(reason) => {
                 self.roll_back_in(&mut self.slots(), name, generation.number, &reason);
             }
-            Consequence::Breaker => {
+            Transition::Breaker => {
                 let report = generation.report(Instant::now());
                 match report.breaker {
                     BreakerState::Closed => {
@@ -430,23 +433,23 @@ impl Registry {
     }
 
     /// The state of one plugin.
-    fn state(&self, name: &str) -> Result<PluginState, OrderError> {
+    fn state(&self, name: &str) -> Result<PluginState, AdminError> {
         self.states()
             .into_iter()
             .find(|state| state.name == name)
-            .ok_or_else(|| OrderError::Unknown(name.to_owned()))
+            .ok_or_else(|| AdminError::Unknown(name.to_owned()))
     }
 
-    fn take_up_in(&self, loading: &MutexGuard<'_, ()>, look: Look) {
+    fn take_up_in(&self, loading: &MutexGuard<'_, ()>, look: FolderSnapshot) {
         let jobs = self.jobs(look);
         let done = jobs.into_iter().map(|(name, files, job)| {
             let done = match job {
-                Job::Remove => Done::Removed,
-                Job::Rest => Done::Rests,
-                Job::Refuse(failure) => Done::Failed(failure),
+                Job::Remove => LoadOutcome::Removed,
+                Job::Rest => LoadOutcome::Disabled,
+                Job::Refuse(failure) => LoadOutcome::Failed(failure),
                 Job::Load(wanted) => match self.load_file(&name, &wanted) {
                     Ok(done) => done,
-                    Err(failure) => Done::Failed(failure),
+                    Err(failure) => LoadOutcome::Failed(failure),
                 },
             };
             (name, files, done)
@@ -456,10 +459,10 @@ impl Registry {
     }
 
     /// Determines the action for each of these files.
-    fn jobs(&self, look: Look) -> Vec<(String, Vec<Sighting>, Job)> {
+    fn jobs(&self, look: FolderSnapshot) -> Vec<(String, Vec<FileStamp>, Job)> {
         let slots = self.slots();
         let mut n_running = slots.n_running();
-        let job = |(name, files): (String, Vec<Sighting>)| {
+        let job = |(name, files): (String, Vec<FileStamp>)| {
             let settings = slots.config.settings(&name);
             let slot = slots.by_name.get(&name);
             let job = match files.first() {
@@ -495,12 +498,12 @@ impl Registry {
         look.into_iter().map(job).collect()
     }
 
-    fn load_file(&self, name: &str, wanted: &Wanted) -> Result<Done, Failure> {
+    fn load_file(&self, name: &str, wanted: &Wanted) -> Result<LoadOutcome, Failure> {
         let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes)
             .map_err(|reason| Failure { reason, hash: None })?;
         let hash = hash(&bytes);
         if wanted.running.as_ref() == Some(&hash) {
-            return Ok(Done::Same(hash));
+            return Ok(LoadOutcome::Unchanged(hash));
         }
         if wanted.rolled_back.as_ref() == Some(&hash) {
             let reason = "was rolled back before and is not loaded again; replace it, or upload it to try it again".to_owned();
@@ -510,7 +513,7 @@ impl Registry {
             });
         }
         self.load_bytes(name, &bytes, &wanted.settings)
-            .map(|plugin| Done::Loaded(Box::new(plugin), wanted.settings.clone()))
+            .map(|plugin| LoadOutcome::Loaded(Box::new(plugin), wanted.settings.clone()))
     }
 
     fn load_bytes(&self, name: &str, bytes: &[u8], settings: &Settings) -> Result<Plugin, Failure> {
@@ -549,21 +552,21 @@ impl Registry {
     }
 
     /// Applies the outcomes of all jobs and publishes them together.
-    fn apply(&self, _: &MutexGuard<'_, ()>, done: Vec<(String, Vec<Sighting>, Done)>) {
+    fn apply(&self, _: &MutexGuard<'_, ()>, done: Vec<(String, Vec<FileStamp>, LoadOutcome)>) {
         let mut outcomes = Vec::with_capacity(done.len());
         {
             let mut slots = self.slots();
             for (name, files, done) in done {
                 let done = match done {
-                    Done::Removed => {
+                    LoadOutcome::Removed => {
                         if let Ok(shadow) = self.find_shadow(&name) {
                             self.shadows.end(&shadow);
                         }
-                        Done::Removed
+                        LoadOutcome::Removed
                     }
                     // Disabled before or while it was loaded: it must not become active, whatever
                     // the outcome.
-                    _ if !slots.is_enabled(&name) => Done::Rests,
+                    _ if !slots.is_enabled(&name) => LoadOutcome::Disabled,
                     done => done,
                 };
                 let outcome = slots
@@ -623,7 +626,7 @@ impl Registry {
         let (Some(previous), Some(running)) = (slot.previous.take(), slot.running.take()) else {
             return;
         };
-        let file = slot.files.first().map(Sighting::file).unwrap_or_default();
+        let file = slot.files.first().map(FileStamp::file).unwrap_or_default();
         let hash = running.plugin.hash();
         tracing::error!(
             plugin.name = name,
@@ -645,7 +648,7 @@ impl Registry {
             ),
             hash: Some(hash.to_owned()),
         });
-        slot.end(&running, Word::RolledBack, reason);
+        slot.end(&running, PluginStatus::RolledBack, reason);
         // Nothing is left to roll back to.
         previous.end_probation();
         (slot.running, slot.since_ms) = (Some(previous), now_ms());
@@ -758,7 +761,7 @@ impl Registry {
             if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.generation == 0) {
                 tracing::error!(plugin.name = name, "plugin not loaded: {reason}");
             }
-            PluginState { name: name.clone(), state: Word::Missing, failure: Some(reason), ..PluginState::default() }
+            PluginState { name: name.clone(), state: PluginStatus::Missing, failure: Some(reason), ..PluginState::default() }
         });
         missing.collect()
     }

@@ -20,7 +20,7 @@ use serde::Serialize;
 
 pub mod outcome;
 
-use self::outcome::{Decided, Difference, Differences, json_bytes};
+use self::outcome::{Difference, Differences, PluginDecision, json_bytes};
 use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, make_unimportant};
 use crate::clock::now_ms;
 use crate::event::{Event, Name, Priority};
@@ -128,7 +128,7 @@ struct Job {
     clock_ms: u64,
     role: Role,
     generation: u64,
-    decided: Decided,
+    decided: PluginDecision,
     bytes: usize,
 }
 
@@ -250,7 +250,7 @@ impl Shadow {
         generation: u64,
         role: Role,
         call: &Call<'_>,
-        decided: impl FnOnce() -> Decided,
+        decided: impl FnOnce() -> PluginDecision,
     ) {
         {
             let state = self.state();
@@ -309,7 +309,7 @@ impl Shadow {
             let new = catch_unwind(AssertUnwindSafe(|| {
                 decide(candidate, &mut slot, engine, &job)
             }));
-            let new = new.unwrap_or_else(|_| Decided::Failed {
+            let new = new.unwrap_or_else(|_| PluginDecision::Failed {
                 reason: "it made the host panic".to_owned(),
             });
             self.note(&job, &new);
@@ -334,7 +334,7 @@ impl Shadow {
         }
     }
 
-    fn note(&self, job: &Job, new: &Decided) {
+    fn note(&self, job: &Job, new: &PluginDecision) {
         let is_same = job.decided.is_same(new);
         let has_failed = !is_same && new.has_failed();
         let difference = (!is_same)
@@ -395,9 +395,14 @@ impl Tally {
 
 /// Calls the candidate as the pipeline calls a plugin: only for matching types, and once more on a
 /// fresh instance if it fails.
-fn decide(candidate: &Plugin, slot: &mut Option<Instance>, engine: &Engine, job: &Job) -> Decided {
+fn decide(
+    candidate: &Plugin,
+    slot: &mut Option<Instance>,
+    engine: &Engine,
+    job: &Job,
+) -> PluginDecision {
     if !candidate.wants(&job.event.kind) {
-        return Decided::nothing(job.role);
+        return PluginDecision::nothing(job.role);
     }
     let (ticking, payload) = (engine.ticking(), ParsedPayload::default());
     let call = Call {
@@ -410,9 +415,9 @@ fn decide(candidate: &Plugin, slot: &mut Option<Instance>, engine: &Engine, job:
     loop {
         attempts += 1;
         match candidate.call(slot, &ticking, job.role, &call) {
-            Ok(answer) => return Decided::of_answer(&answer, &call),
+            Ok(answer) => return PluginDecision::of_answer(&answer, &call),
             Err(error) if error.is_verdict() || attempts == ATTEMPTS => {
-                return Decided::of_failure(&error);
+                return PluginDecision::of_failure(&error);
             }
             Err(_) => {}
         }
@@ -447,7 +452,7 @@ mod tests {
             clock_ms: 1,
             payload: &ParsedPayload::default(),
         };
-        shadow.offer(generation, Role::Router, &call, || Decided::None);
+        shadow.offer(generation, Role::Router, &call, || PluginDecision::None);
     }
 
     #[test]
@@ -496,7 +501,7 @@ mod tests {
     #[test]
     fn counts_start_again_with_each_generation() {
         let shadow = shadow();
-        let note = |generation: u64, new: &Decided| {
+        let note = |generation: u64, new: &PluginDecision| {
             offer(&shadow, generation, "x");
             shadow.note(&shadow.next().unwrap(), new);
         };
@@ -511,16 +516,16 @@ mod tests {
             (generation, compared, different, failed)
         };
         assert_eq!(counts(), (None, 0, 0, 0));
-        note(1, &Decided::None);
-        note(1, &Decided::Keep);
+        note(1, &PluginDecision::None);
+        note(1, &PluginDecision::Keep);
         note(
             1,
-            &Decided::Failed {
+            &PluginDecision::Failed {
                 reason: "it trapped".into(),
             },
         );
         assert_eq!(counts(), (Some(1), 3, 2, 1));
-        note(2, &Decided::None);
+        note(2, &PluginDecision::None);
         assert_eq!(counts(), (Some(2), 1, 0, 0));
         assert!(shadow.report().differences.is_empty());
     }

@@ -20,11 +20,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::broker::{self, Broker, Decision, Partition, PartitionNumber, Verdict};
 use crate::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan};
-use crate::ingest::pipeline::{Aside, Evaluation, Resolution};
+use crate::ingest::pipeline::{DryRunner, Evaluation, Resolution};
 use crate::plugin::Role;
 use crate::plugin::registry::generation::Chain;
-use crate::plugin::registry::{Registry, Understudy};
-use crate::plugin::shadow::outcome::{Decided, Difference, Differences};
+use crate::plugin::registry::{CandidateChain, Registry};
+use crate::plugin::shadow::outcome::{Difference, Differences, PluginDecision};
 
 /// The maximum number of events in one backtest.
 pub const MAX_EVENTS: usize = 10_000;
@@ -85,10 +85,10 @@ type Recorded = (Outcome, Option<NotificationId>, Decision);
 ///
 /// # Errors
 /// Errors of the broker.
-pub async fn rehearse(
+pub async fn backtest(
     broker: &dyn Broker,
     registry: Arc<Registry>,
-    candidate: Understudy,
+    candidate: CandidateChain,
     last: usize,
 ) -> Result<Report, broker::Error> {
     let last = last.min(MAX_EVENTS);
@@ -105,7 +105,7 @@ pub async fn rehearse(
         reach: Vec::new(),
     };
     let wanted = newest(broker, last, &mut report).await?;
-    let stage = Stage::start(registry, Arc::clone(&candidate.chain))?;
+    let stage = Backtest::start(registry, Arc::clone(&candidate.chain))?;
     for (partition, decisions) in wanted {
         replay(
             broker,
@@ -169,7 +169,7 @@ async fn replay(
     partition: &Partition,
     mut wanted: HashMap<EntryId, Recorded>,
     plugin: &Name,
-    stage: &Stage,
+    stage: &Backtest,
     report: &mut Report,
 ) -> Result<(), broker::Error> {
     let (Some(&oldest), Some(&newest)) = (wanted.keys().min(), wanted.keys().max()) else {
@@ -205,7 +205,7 @@ async fn compare(
     partition: PartitionNumber,
     asked: Vec<(Event, Recorded)>,
     plugin: &Name,
-    stage: &Stage,
+    stage: &Backtest,
     report: &mut Report,
 ) -> Result<(), broker::Error> {
     let ids: Vec<NotificationId> = asked.iter().filter_map(|(_, (_, id, _))| *id).collect();
@@ -244,7 +244,12 @@ impl Report {
     }
 
     /// `sides`: the role, the recorded decision, and the candidate's decision.
-    fn note(&mut self, event: &Event, clock_ms: u64, sides: &[(Role, Decided, Decided)]) {
+    fn note(
+        &mut self,
+        event: &Event,
+        clock_ms: u64,
+        sides: &[(Role, PluginDecision, PluginDecision)],
+    ) {
         self.compared += 1;
         let Some((role, old, new)) = sides.iter().find(|(_, old, new)| !old.is_same(new)) else {
             return;
@@ -265,7 +270,7 @@ fn judge(
     recorded: &[Verdict],
     record: Option<&Notification>,
     now: &Evaluation,
-) -> Result<Vec<(Role, Decided, Decided)>, &'static str> {
+) -> Result<Vec<(Role, PluginDecision, PluginDecision)>, &'static str> {
     let of_plugin = |verdicts: &[Verdict]| -> Vec<Verdict> {
         verdicts
             .iter()
@@ -305,12 +310,12 @@ fn judge(
             planned.map(|plan| (&now.event, plan)),
         );
         match (&old, &new) {
-            (Decided::Routes { plan: old }, Decided::Routes { plan: new })
+            (PluginDecision::Routes { plan: old }, PluginDecision::Routes { plan: new })
                 if old.is_none() || new.is_none() =>
             {
                 return Err(PLAN_GONE);
             }
-            (Decided::Amend { .. }, Decided::Amend { .. })
+            (PluginDecision::Amend { .. }, PluginDecision::Amend { .. })
                 if record.is_none() || planned.is_none() =>
             {
                 return Err(PLAN_GONE);
@@ -347,21 +352,21 @@ fn decided(
     verdict: &Verdict,
     role: Role,
     known: Option<(&Event, &Plan)>,
-) -> Decided {
+) -> PluginDecision {
     match verdict.verdict.as_str() {
-        "keep" => Decided::Keep,
-        "drop" => Decided::Drop {
+        "keep" => PluginDecision::Keep,
+        "drop" => PluginDecision::Drop {
             reason: verdict.reason.clone(),
         },
         // These are the attributes after all filters. The other filters are the same on both
         // sides, so a difference is this plugin's.
-        "amend" => Decided::Amend {
+        "amend" => PluginDecision::Amend {
             priority: None,
             attributes: known
                 .map(|(event, _)| event.attributes.clone())
                 .unwrap_or_default(),
         },
-        "none" => Decided::None,
+        "none" => PluginDecision::None,
         "routes" => {
             let own = |plan: &Plan| Plan {
                 routes: plan
@@ -371,32 +376,32 @@ fn decided(
                     .cloned()
                     .collect(),
             };
-            Decided::Routes {
+            PluginDecision::Routes {
                 plan: known.map(|(_, plan)| own(plan)),
             }
         }
-        "rejected" | "retry" | "failed" => Decided::Failed {
+        "rejected" | "retry" | "failed" => PluginDecision::Failed {
             reason: verdict.reason.clone(),
         },
-        _ => Decided::nothing(role),
+        _ => PluginDecision::nothing(role),
     }
 }
 
 /// The thread that runs the candidate; it ends when this value is dropped.
 #[derive(Debug)]
-struct Stage {
+struct Backtest {
     calls: mpsc::Sender<Calls>,
 }
 
 type Calls = (Vec<(Event, u64)>, oneshot::Sender<Vec<Evaluation>>);
 
-impl Stage {
+impl Backtest {
     fn start(registry: Arc<Registry>, chain: Arc<Chain>) -> Result<Self, broker::Error> {
         let (calls, mut waiting) = mpsc::channel::<Calls>(1);
         let deadline = Instant::now() + MAX_DURATION;
         let run = move || {
             crate::plugin::make_unimportant();
-            let mut aside = Aside::new(registry);
+            let mut aside = DryRunner::new(registry);
             while let Some((events, answer)) = waiting.blocking_recv() {
                 let mut evaluations = Vec::with_capacity(events.len());
                 for (event, clock_ms) in events {

@@ -14,7 +14,7 @@ use serde_json::{Value as Json, json};
 
 use crate::event::Event;
 use crate::ingest::pipeline::published_priority;
-use crate::plugin::shadow::outcome::Decided;
+use crate::plugin::shadow::outcome::PluginDecision;
 use crate::plugin::{
     Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking,
     used_by_this_thread,
@@ -22,7 +22,7 @@ use crate::plugin::{
 
 /// Runs one plugin on one event after another, on the same instance where possible.
 #[derive(Debug)]
-pub struct Audition {
+pub struct PluginRunner {
     plugin: Plugin,
     ticking: Ticking,
     slot: Option<Instance>,
@@ -30,9 +30,9 @@ pub struct Audition {
 
 /// The decisions of a plugin about one event, and their cost.
 #[derive(Clone, Debug, Default)]
-pub struct Performance {
+pub struct RunReport {
     /// The decision as a filter, then as a router; empty if the event's type does not match.
-    pub decided: Vec<Decided>,
+    pub decided: Vec<PluginDecision>,
     /// Why a decision is missing.
     pub error: Option<CallError>,
     /// CPU time, as counted by deadlines, of all calls for the event, without creating an instance.
@@ -44,7 +44,7 @@ pub struct Performance {
     pub n_targets: usize,
 }
 
-impl Performance {
+impl RunReport {
     /// Whether the plugin is broken. Rejecting an event, or requesting a retry, is a verdict.
     pub fn is_failure(&self) -> bool {
         self.error
@@ -71,7 +71,7 @@ impl Performance {
     }
 }
 
-impl Audition {
+impl PluginRunner {
     pub fn new(engine: &Engine, plugin: Plugin) -> Self {
         Self {
             plugin,
@@ -82,21 +82,21 @@ impl Audition {
 
     /// Calls the plugin for one event. `clock_ms`: the clock shown to the plugin, in milliseconds
     /// since the Unix epoch.
-    pub fn perform(&mut self, event: &Event, clock_ms: u64) -> Performance {
-        let mut performance = Performance::default();
-        if let Err(error) = self.fold(event, clock_ms, &mut performance) {
-            performance.decided.push(Decided::of_failure(&error));
-            performance.error = Some(error);
+    pub fn run(&mut self, event: &Event, clock_ms: u64) -> RunReport {
+        let mut report = RunReport::default();
+        if let Err(error) = self.fold(event, clock_ms, &mut report) {
+            report.decided.push(PluginDecision::of_failure(&error));
+            report.error = Some(error);
         }
-        performance.memory_bytes = self.slot.as_ref().map(Instance::memory_bytes);
-        performance
+        report.memory_bytes = self.slot.as_ref().map(Instance::memory_bytes);
+        report
     }
 
     fn fold(
         &mut self,
         event: &Event,
         clock_ms: u64,
-        performance: &mut Performance,
+        report: &mut RunReport,
     ) -> Result<(), CallError> {
         if !self.plugin.wants(&event.kind) {
             return Ok(());
@@ -115,8 +115,10 @@ impl Audition {
                 clock_ms,
                 payload: &payload,
             };
-            let answer = self.ask(role, &call, performance)?;
-            performance.decided.push(Decided::of_answer(&answer, &call));
+            let answer = self.ask(role, &call, report)?;
+            report
+                .decided
+                .push(PluginDecision::of_answer(&answer, &call));
             match answer {
                 Answer::Keep => {}
                 Answer::Drop(_) => return Ok(()),
@@ -125,7 +127,7 @@ impl Audition {
                     amended = Some(answer.event);
                 }
                 Answer::Routes(plan) => {
-                    performance.n_targets = plan.routes.iter().map(|route| route.to.len()).sum()
+                    report.n_targets = plan.routes.iter().map(|route| route.to.len()).sum()
                 }
             }
         }
@@ -136,7 +138,7 @@ impl Audition {
         &mut self,
         role: Role,
         call: &Call<'_>,
-        costs: &mut Performance,
+        costs: &mut RunReport,
     ) -> Result<Answer, CallError> {
         if self.slot.is_none() {
             self.slot = Some(self.plugin.instantiate(&self.ticking)?);

@@ -12,19 +12,19 @@ async fn a_commit_of_an_older_epoch_is_rejected() {
     let old = node.head().await;
     server.change_replid();
     let batch = Batch {
-        life: old.life,
+        epoch: old.epoch,
         prev: old.position,
         items: vec![commit(ids[0], "R", &["u:1"])],
     };
     assert_eq!(
         node.broker.commit(node.p, batch.clone()).await.unwrap(),
-        Committed::Refused
+        Committed::Conflict
     );
     let new = node.head().await;
-    assert_ne!(new.life, old.life);
+    assert_ne!(new.epoch, old.epoch);
     assert_eq!(
         node.broker.commit(node.p, batch.clone()).await.unwrap(),
-        Committed::Refused,
+        Committed::Conflict,
         "also after the new epoch has begun"
     );
     assert!(matches!(
@@ -32,7 +32,7 @@ async fn a_commit_of_an_older_epoch_is_rejected() {
             .commit(
                 node.p,
                 Batch {
-                    life: new.life,
+                    epoch: new.epoch,
                     ..batch
                 }
             )
@@ -52,7 +52,7 @@ async fn a_slice_of_an_older_epoch_is_rejected() {
     let old = node.head().await;
     server.change_replid();
     let slice = Slice {
-        life: old.life,
+        epoch: old.epoch,
         prev: old.position,
         item: commit(entry, "R", &["u:2"]),
         index: 1,
@@ -63,7 +63,7 @@ async fn a_slice_of_an_older_epoch_is_rejected() {
             .commit_slice(node.p, slice.clone())
             .await
             .unwrap(),
-        Committed::Refused
+        Committed::Conflict
     );
     let new = node.head().await;
     assert_eq!(
@@ -76,7 +76,7 @@ async fn a_slice_of_an_older_epoch_is_rejected() {
             .commit_slice(
                 node.p,
                 Slice {
-                    life: new.life,
+                    epoch: new.epoch,
                     ..slice
                 }
             )
@@ -92,20 +92,20 @@ async fn a_slice_of_an_older_epoch_is_rejected() {
 async fn each_epoch_is_listed_with_its_last_valid_id() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let mut expect = node.head().await.lives;
+    let mut expect = node.head().await.epochs;
     for _ in 0..20 {
         let last = node.publish("R", &["u:1"]).await;
         server.change_replid();
         let head = node.head().await;
-        expect.push((head.life, last));
-        assert_eq!(head.lives, expect[expect.len().saturating_sub(16)..]);
+        expect.push((head.epoch, last));
+        assert_eq!(head.epochs, expect[expect.len().saturating_sub(16)..]);
     }
     let mut names: Vec<_> = node
         .head()
         .await
-        .lives
+        .epochs
         .iter()
-        .map(|(life, _)| life.bits())
+        .map(|(epoch, _)| epoch.bits())
         .collect();
     names.sort_unstable();
     names.dedup();
@@ -122,16 +122,16 @@ async fn every_notice_carries_the_epoch_it_was_published_in() {
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
     ear.hear("u:1", 1).await;
-    let mut lives = Vec::new();
+    let mut epochs = Vec::new();
     for _ in 0..2 {
-        lives.push(node.head().await.life);
+        epochs.push(node.head().await.epoch);
         node.publish("R", &["u:1"]).await;
         node.broker.tick(node.p).await.unwrap();
         server.change_replid();
     }
-    for expect in lives {
-        assert!(matches!(ear.next().await, Notice::Append { life, .. } if life == expect));
-        assert!(matches!(ear.next().await, Notice::Tick { life, .. } if life == expect));
+    for expect in epochs {
+        assert!(matches!(ear.next().await, Notice::Append { epoch, .. } if epoch == expect));
+        assert!(matches!(ear.next().await, Notice::Tick { epoch, .. } if epoch == expect));
     }
 }
 
@@ -146,9 +146,9 @@ async fn flushall_begins_an_epoch_with_a_new_name() {
     let () = server.command("FLUSHALL");
     let new = node.head().await;
     assert!(
-        new.lives.iter().all(|(life, _)| *life != old.life),
+        new.epochs.iter().all(|(epoch, _)| *epoch != old.epoch),
         "{:?}",
-        new.lives
+        new.epochs
     );
     assert_eq!((new.last, new.position), (BEGIN, Position::default()));
     assert!(new.origin >= old.origin);
@@ -168,12 +168,12 @@ async fn a_restart_begins_an_epoch_at_the_surviving_data() {
     server.kill();
     assert!(matches!(
         node.broker.head(node.p).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     server.restart();
     until(async || node.broker.head(node.p).await.is_ok()).await;
     let new = node.head().await;
-    assert_eq!(new.lives, [(old.life, BEGIN), (new.life, last)]);
+    assert_eq!(new.epochs, [(old.epoch, BEGIN), (new.epoch, last)]);
     assert_eq!((new.last, new.position), (last, old.position));
     // The notice connection is re-established, sends a reset, and delivers again after a new follow
     // request.
@@ -193,18 +193,18 @@ async fn a_replica_counts_as_unavailable() {
     let () = server.command(&format!("REPLICAOF 127.0.0.1 {}", primary.port()));
     assert!(matches!(
         node.broker.head(node.p).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(matches!(
         node.broker.page(node.p, &target("u:1"), BEGIN, 10).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(matches!(
         node.broker.tick(node.p).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(matches!(
         connect_to(&server.url(), &[SOURCE], Retention::default()).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
 }

@@ -118,7 +118,7 @@ async fn a_wrong_type_in_a_later_slice_skips_that_log() {
     assert!(matches!(last, Committed::Done(outcomes) if outcomes[0].0 == Outcome::Committed));
     assert_eq!(node.ids("u:3", BEGIN).await.len(), 1);
     assert_eq!(
-        server.command::<u64>(&format!("HGET {TAG}meta foreign_logs")),
+        server.command::<u64>(&format!("HGET {TAG}meta wrong_type_logs")),
         1
     );
 }
@@ -132,7 +132,7 @@ async fn a_wrong_type_where_every_commit_writes_is_an_error_that_names_the_key()
     let () = server.command(&format!("SET {TAG}dead foreign"));
     let head = node.head().await;
     let batch = Batch {
-        life: head.life,
+        epoch: head.epoch,
         prev: head.position,
         items: vec![commit(after(EntryId::default()), "R", &["u:1"])],
     };
@@ -189,7 +189,7 @@ async fn a_full_redis_ticks() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let mut ear = node.ear().await;
-    let life = node.head().await.life;
+    let epoch = node.head().await.epoch;
     fill(&server, 2_000, 1_000);
     node.broker.tick(node.p).await.unwrap();
     ear.tick().await;
@@ -197,7 +197,7 @@ async fn a_full_redis_ticks() {
     node.broker.tick(node.p).await.unwrap();
     loop {
         match ear.next().await {
-            Notice::Tick { life: of, .. } if of != life => break,
+            Notice::Tick { epoch: of, .. } if of != epoch => break,
             Notice::Tick { .. } => {}
             other => panic!("{other:?}"),
         }
@@ -238,7 +238,7 @@ async fn entries_trimmed_by_others_are_counted() {
     let ids = node.append(&["a", "b", "c", "d", "e"]).await;
     node.commit(vec![commit(ids[0], "R", &["u:1"])]).await;
     let _: String = server.command(&format!("XADD {SOURCE} MAXLEN = 2 * v f"));
-    let lost = async || node.broker.state(node.p).await.unwrap().lost_upstream;
+    let lost = async || node.broker.state(node.p).await.unwrap().trimmed_unread;
     node.broker.tick(node.p).await.unwrap();
     assert_eq!(
         lost().await,
@@ -264,7 +264,7 @@ async fn entries_trimmed_before_the_first_start_are_not_counted() {
     assert_eq!(node.broker.state(node.p).await.unwrap().lag, 3);
     assert_eq!(drain(&node).await, 3);
     node.broker.tick(node.p).await.unwrap();
-    assert_eq!(node.broker.state(node.p).await.unwrap().lost_upstream, 0);
+    assert_eq!(node.broker.state(node.p).await.unwrap().trimmed_unread, 0);
 }
 
 /// The source is deleted and recreated with lower ids: its entries are below the position and would
@@ -307,7 +307,7 @@ async fn a_source_recreated_with_lower_ids_is_read_once() {
     assert_eq!(drain(&node).await, 3);
     node.broker.tick(node.p).await.unwrap();
     let state = node.broker.state(node.p).await.unwrap();
-    assert_eq!((state.lag, state.lost_upstream), (0, 0));
+    assert_eq!((state.lag, state.trimmed_unread), (0, 0));
     assert_eq!(
         server.command::<u64>(&format!("XLEN {SOURCE}")),
         3,

@@ -12,7 +12,7 @@ async fn an_unreachable_redis_is_unavailable() {
     server.stop();
     assert!(matches!(
         connect_to(&url, &[SOURCE], Retention::default()).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     server.restart();
     connect_to(&url, &[SOURCE], Retention::default())
@@ -29,13 +29,13 @@ async fn a_redis_that_does_not_answer_in_time_is_unavailable_and_recovers() {
     let began = Instant::now();
     assert!(matches!(
         node.broker.head(node.p).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(matches!(
         node.broker
             .read(node.p, EntryId::default(), 1, Duration::from_millis(50))
             .await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(
         began.elapsed() < Duration::from_secs(8),
@@ -58,7 +58,7 @@ async fn commands_fail_at_once_while_redis_is_known_to_be_unavailable() {
     for _ in 0..200 {
         assert!(matches!(
             node.broker.head(node.p).await,
-            Err(Error::Away(_))
+            Err(Error::Unavailable(_))
         ));
     }
     assert!(
@@ -76,14 +76,14 @@ async fn a_commit_whose_answer_was_lost_is_rejected_the_second_time() {
     let ids = node.append(&["a"]).await;
     let head = node.head().await;
     let batch = Batch {
-        life: head.life,
+        epoch: head.epoch,
         prev: head.position,
         items: vec![commit(ids[0], "R", &["u:1"])],
     };
     server.pause();
     assert!(matches!(
         node.broker.commit(node.p, batch.clone()).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     server.resume();
     // The paused commit may be executed before or after the commands that follow on another
@@ -118,17 +118,17 @@ async fn a_redis_that_cannot_write_still_signals_that_it_is_alive() {
         .expect("the head is readable");
     assert_eq!(node.ids("u:1", BEGIN).await, [id]);
     let batch = Batch {
-        life: head.life,
+        epoch: head.epoch,
         prev: head.position,
         items: vec![commit(after(head.position.entry), "R", &["u:1"])],
     };
     assert!(matches!(
         node.broker.commit(node.p, batch).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(matches!(
         node.broker.tick(node.p).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     assert!(matches!(ear.next().await, Notice::Alive { partition } if partition == node.p));
 }

@@ -363,7 +363,7 @@ async fn a_log_with_only_expired_entries_counts_as_absent() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     let id = node.publish("a", &["u:1"]).await;
-    // The key lives for the age that was configured when it was written.
+    // The key epochs for the age that was configured when it was written.
     let () = server.command(&format!("HSET {TAG}meta max_age 1"));
     until(async || node.ids("u:1", BEGIN).await.is_empty()).await;
     let page = async |before| {

@@ -40,8 +40,8 @@ impl Work<'_> {
     pub(super) fn commit(&mut self, place: usize, batch: &Batch) -> Result<Committed, Failure> {
         let meta = &self.metas[place];
         // While a plan is being written in slices, only its next slice is accepted.
-        if batch.life != meta.life() || batch.prev != meta.position() || batch.prev.slices > 0 {
-            return Ok(Committed::Refused);
+        if batch.epoch != meta.epoch() || batch.prev != meta.position() || batch.prev.slices > 0 {
+            return Ok(Committed::Conflict);
         }
         let ascends = batch
             .items
@@ -70,7 +70,7 @@ impl Work<'_> {
         slice: &Slice,
     ) -> Result<Committed, Failure> {
         let Slice {
-            life,
+            epoch,
             prev,
             item,
             index,
@@ -82,8 +82,8 @@ impl Work<'_> {
         } else {
             item.entry == prev.entry
         };
-        if *life != meta.life() || *prev != meta.position() || *index != prev.slices || !follows {
-            return Ok(Committed::Refused);
+        if *epoch != meta.epoch() || *prev != meta.position() || *index != prev.slices || !follows {
+            return Ok(Committed::Conflict);
         }
         let Proposal::Commit { record, targets } = &item.proposal else {
             return Err(refuse("only a committed plan can have slices"));
@@ -246,7 +246,7 @@ impl Work<'_> {
             self.notices.push(Notice::Append {
                 partition,
                 target: target.clone(),
-                life: self.metas[place].life(),
+                epoch: self.metas[place].epoch(),
                 id,
                 record,
             });

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::layout;
 use super::store::Failure;
 use super::writer::Work;
-use crate::broker::{Bookmark, BookmarkOf, Retention};
+use crate::broker::{CursorOwner, Retention, StoredCursor};
 use crate::event::Name;
 
 /// A user's row: JSON.
@@ -22,7 +22,7 @@ pub(super) struct Stored {
 #[derive(Serialize, Deserialize)]
 struct Kept {
     #[serde(flatten)]
-    bookmark: Bookmark,
+    cursor: StoredCursor,
     /// When it was last moved, in milliseconds since the Unix epoch.
     moved_ms: u64,
 }
@@ -49,13 +49,13 @@ impl Stored {
 
     /// Removes expired cursors. Returns `false` if nothing remains.
     pub(super) fn retain(&mut self, retention: &Retention, now_ms: u64) -> bool {
-        let is_kept = |which: &BookmarkOf, kept: &Kept| {
+        let is_kept = |which: &CursorOwner, kept: &Kept| {
             kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which))
         };
         self.devices
-            .retain(|device, kept| is_kept(&BookmarkOf::Device(device.clone()), kept));
+            .retain(|device, kept| is_kept(&CursorOwner::Device(device.clone()), kept));
         self.read_mark
-            .take_if(|kept| !is_kept(&BookmarkOf::ReadMark, kept));
+            .take_if(|kept| !is_kept(&CursorOwner::ReadMarker, kept));
         !self.devices.is_empty() || self.read_mark.is_some()
     }
 
@@ -65,7 +65,7 @@ impl Stored {
         let mut of_the_kind: Vec<(u64, Name)> = self
             .devices
             .iter()
-            .filter(|(_, kept)| kept.bookmark.is_acknowledged == is_acknowledged)
+            .filter(|(_, kept)| kept.cursor.is_acknowledged == is_acknowledged)
             .map(|(device, kept)| (kept.moved_ms, device.clone()))
             .collect();
         of_the_kind.sort_unstable();
@@ -77,60 +77,60 @@ impl Stored {
 }
 
 impl Work<'_> {
-    /// See [`crate::broker::Broker::move_bookmark`].
-    pub(super) fn move_bookmark(
+    /// See [`crate::broker::Broker::move_device_cursor`].
+    pub(super) fn move_device_cursor(
         &mut self,
         user: &Name,
-        which: &BookmarkOf,
-        seen: Option<&Bookmark>,
-        to: Bookmark,
+        which: &CursorOwner,
+        seen: Option<&StoredCursor>,
+        to: StoredCursor,
     ) -> Result<bool, Failure> {
-        let mut stored = Stored::find(user, &self.tables.bookmarks)?;
+        let mut stored = Stored::find(user, &self.tables.device_cursors)?;
         stored.retain(self.retention, self.now_ms);
         let have = match which {
-            BookmarkOf::Device(device) => stored.devices.get(device),
-            BookmarkOf::ReadMark => stored.read_mark.as_ref(),
+            CursorOwner::Device(device) => stored.devices.get(device),
+            CursorOwner::ReadMarker => stored.read_mark.as_ref(),
         };
-        if have.map(|kept| &kept.bookmark) != seen {
+        if have.map(|kept| &kept.cursor) != seen {
             return Ok(false);
         }
         let kept = Kept {
-            bookmark: to,
+            cursor: to,
             moved_ms: self.now_ms,
         };
         match which {
-            BookmarkOf::Device(device) => {
+            CursorOwner::Device(device) => {
                 stored.devices.remove(device);
-                stored.make_room(kept.bookmark.is_acknowledged, self.retention.devices);
+                stored.make_room(kept.cursor.is_acknowledged, self.retention.devices);
                 stored.devices.insert(device.clone(), kept);
             }
-            BookmarkOf::ReadMark => stored.read_mark = Some(kept),
+            CursorOwner::ReadMarker => stored.read_mark = Some(kept),
         }
         let row = serde_json::to_vec(&stored).expect("names, texts and numbers are JSON");
         self.tables
-            .bookmarks
+            .device_cursors
             .insert(user.as_str(), row.as_slice())?;
         Ok(true)
     }
 }
 
-pub(super) fn bookmarks(
+pub(super) fn device_cursors(
     transaction: &ReadTransaction,
     user: &Name,
     retention: &Retention,
     now_ms: u64,
-) -> Result<BTreeMap<BookmarkOf, Bookmark>, Failure> {
+) -> Result<BTreeMap<CursorOwner, StoredCursor>, Failure> {
     let mut stored = Stored::find(user, &transaction.open_table(layout::BOOKMARKS)?)?;
     stored.retain(retention, now_ms);
     let devices = stored
         .devices
         .into_iter()
-        .map(|(device, kept)| (BookmarkOf::Device(device), kept.bookmark));
+        .map(|(device, kept)| (CursorOwner::Device(device), kept.cursor));
     Ok(devices
         .chain(
             stored
                 .read_mark
-                .map(|kept| (BookmarkOf::ReadMark, kept.bookmark)),
+                .map(|kept| (CursorOwner::ReadMarker, kept.cursor)),
         )
         .collect())
 }

@@ -191,7 +191,7 @@ impl Ear {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::{Life, NotificationId};
+    use crate::event::{Epoch, NotificationId};
 
     const P: PartitionNumber = PartitionNumber(0);
 
@@ -199,7 +199,7 @@ mod tests {
         Notice::Append {
             partition: P,
             target: log.parse().unwrap(),
-            life: Life::from_bits(1),
+            epoch: Epoch::from_bits(1),
             id: NotificationId(id),
             record: None,
         }
@@ -228,7 +228,7 @@ mod tests {
         ));
         let tick = Notice::Tick {
             partition: P,
-            life: Life::from_bits(1),
+            epoch: Epoch::from_bits(1),
             last: NotificationId(2),
         };
         feeds.publish(&[appended("u:2", 1), appended("u:1", 2), tick]);

@@ -2,7 +2,7 @@
 //! when the store is opened.
 //!
 //! This file defines the complete layout. A change that an older pointsman would misread must
-//! increment [`VERSION`]. The tables are written by `commit`, `source`, `recipients`, `bookmarks`
+//! increment [`VERSION`]. The tables are written by `commit`, `source`, `recipients`, `device_cursors`
 //! and `sweep`.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::store::Failure;
 use crate::broker::{Head, Partition, PartitionNumber, Retention};
-use crate::event::{EntryId, Life, NotificationId, Position};
+use crate::event::{EntryId, Epoch, NotificationId, Position};
 
 /// The version of this layout. A store with a higher version is rejected.
 pub(super) const VERSION: u64 = 1;
@@ -39,7 +39,8 @@ pub(super) const DEAD: TableDefinition<'_, EntryKey, (&[u8], Fields)> =
 pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> =
     TableDefinition::new("decisions");
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
-pub(super) const BOOKMARKS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("bookmarks");
+pub(super) const BOOKMARKS: TableDefinition<'_, &str, &[u8]> =
+    TableDefinition::new("device_cursors");
 
 /// The tables that requests write, opened once per group.
 pub(super) struct Tables<'t> {
@@ -52,7 +53,7 @@ pub(super) struct Tables<'t> {
     pub(super) dead: Table<'t, EntryKey, (&'static [u8], Fields)>,
     pub(super) decisions: Table<'t, EntryKey, &'static [u8]>,
     pub(super) users: Table<'t, &'static str, &'static [u8]>,
-    pub(super) bookmarks: Table<'t, &'static str, &'static [u8]>,
+    pub(super) device_cursors: Table<'t, &'static str, &'static [u8]>,
 }
 
 impl<'t> Tables<'t> {
@@ -67,7 +68,7 @@ impl<'t> Tables<'t> {
             dead: transaction.open_table(DEAD)?,
             decisions: transaction.open_table(DECISIONS)?,
             users: transaction.open_table(USERS)?,
-            bookmarks: transaction.open_table(BOOKMARKS)?,
+            device_cursors: transaction.open_table(BOOKMARKS)?,
         })
     }
 }
@@ -92,9 +93,9 @@ pub(super) fn successor(id: EntryId) -> EntryId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Meta {
     /// The bits of the name of the current epoch.
-    life: u16,
+    epoch: u16,
     /// Each epoch with the last id that was valid when it began, oldest first.
-    lives: Vec<(u16, NotificationId)>,
+    epochs: Vec<(u16, NotificationId)>,
     /// The last complete notification.
     pub(super) last: NotificationId,
     /// The id of a plan that is being committed in slices.
@@ -133,11 +134,11 @@ pub(super) struct Meta {
 
 impl Meta {
     fn new(now_ms: u64, retention: &Retention) -> Self {
-        let life = rand::random::<u16>() & 0xfff;
+        let epoch = rand::random::<u16>() & 0xfff;
         let origin = NotificationId::at_ms(now_ms);
         Self {
-            life,
-            lives: vec![(life, NotificationId(0))],
+            epoch,
+            epochs: vec![(epoch, NotificationId(0))],
             last: NotificationId(0),
             pending: None,
             entry: EntryId::default(),
@@ -163,8 +164,8 @@ impl Meta {
         }
     }
 
-    pub(super) fn life(&self) -> Life {
-        Life::from_bits(self.life)
+    pub(super) fn epoch(&self) -> Epoch {
+        Epoch::from_bits(self.epoch)
     }
 
     pub(super) fn position(&self) -> Position {
@@ -206,11 +207,11 @@ impl Meta {
 
     pub(super) fn head(&self, now_ms: u64) -> Head {
         Head {
-            life: self.life(),
-            lives: self
-                .lives
+            epoch: self.epoch(),
+            epochs: self
+                .epochs
                 .iter()
-                .map(|&(life, survived)| (Life::from_bits(life), survived))
+                .map(|&(epoch, survived)| (Epoch::from_bits(epoch), survived))
                 .collect(),
             last: self.last,
             pending: self.pending,

@@ -234,7 +234,7 @@ pub(super) fn state(meta: &Meta, now_ms: u64) -> crate::broker::PartitionState {
         outcomes: meta.outcomes.clone(),
         lag: meta.lag(),
         // No other process can write to the source.
-        lost_upstream: 0,
+        trimmed_unread: 0,
         dead_letters: meta.dead_letters,
         dead_trimmed: meta.dead_trimmed,
         dedupe_overflows: meta.dedupe_overflows,

@@ -390,8 +390,8 @@ impl Store {
                 is_full: true,
                 ..
             }) => Error::Full(text.clone()),
-            Some(Trouble { text, .. }) => Error::Away(text.clone()),
-            None => Error::Away(format!("{} is closed", self.name())),
+            Some(Trouble { text, .. }) => Error::Unavailable(text.clone()),
+            None => Error::Unavailable(format!("{} is closed", self.name())),
         }
     }
 

@@ -285,7 +285,7 @@ impl Work<'_> {
             device_cursors::Stored::read(row)
                 .is_ok_and(|mut stored| !stored.retain(retention, now_ms))
         };
-        walk_users(&mut self.tables.bookmarks, from, is_over)
+        walk_users(&mut self.tables.device_cursors, from, is_over)
     }
 
     /// Removes the rows of some users that hold only ended memberships of long ago. Returns the

@@ -146,7 +146,7 @@ async fn commit(broker: &Embedded, items: Vec<Item>) -> Vec<(Outcome, Option<Not
         .commit(
             P,
             Batch {
-                life: head.life,
+                epoch: head.epoch,
                 prev: head.position,
                 items,
             },
@@ -155,7 +155,7 @@ async fn commit(broker: &Embedded, items: Vec<Item>) -> Vec<(Outcome, Option<Not
         .unwrap()
     {
         Committed::Done(outcomes) => outcomes,
-        Committed::Refused => panic!("the position is current"),
+        Committed::Conflict => panic!("the position is current"),
     }
 }
 

@@ -7,7 +7,7 @@
 //! it writes anything. After a disk failure the result of the group is unknown: the store is
 //! reopened, its state is read back, and every feed is reset.
 //!
-//! The requests are implemented in `commit`, `source`, `recipients` and `bookmarks`; periodic
+//! The requests are implemented in `commit`, `source`, `recipients` and `device_cursors`; periodic
 //! cleanup is in `sweep`.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -91,7 +91,9 @@ where
         let result = match (error, self.result) {
             (None, Some(result)) => result,
             (Some(error), _) => Err(error),
-            (None, None) => Err(Error::Away("the request was not executed".to_owned())),
+            (None, None) => Err(Error::Unavailable(
+                "the request was not executed".to_owned(),
+            )),
         };
         // The caller may have been cancelled; the request takes effect anyway, as
         // [`crate::broker::Broker`] documents.
@@ -162,8 +164,8 @@ impl Writer {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        let queue = queue.ok_or_else(|| Error::Away("the store is closed".to_owned()))?;
-        let dead = || Error::Away(DEAD.to_owned());
+        let queue = queue.ok_or_else(|| Error::Unavailable("the store is closed".to_owned()))?;
+        let dead = || Error::Unavailable(DEAD.to_owned());
         queue.send(request).await.map_err(|_| dead())?;
         answer.await.map_err(|_| dead())?
     }
@@ -370,7 +372,7 @@ pub(super) fn transact(
 fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
     Notice::Tick {
         partition,
-        life: meta.life(),
+        epoch: meta.epoch(),
         last: meta.last,
     }
 }
@@ -378,7 +380,7 @@ fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
 /// A copy of the error for each request of a group.
 fn again(error: &Error) -> Error {
     match error {
-        Error::Away(text) => Error::Away(text.clone()),
+        Error::Unavailable(text) => Error::Unavailable(text.clone()),
         Error::Full(text) => Error::Full(text.clone()),
         Error::Refused(text) => Error::Refused(text.clone()),
     }

@@ -1,12 +1,12 @@
 //! Checks what Pointsman requires of a Redis: version, role, eviction policy, permissions and
 //! durability. Each finding is one line with its fix.
 
-use super::command_connection::Link;
+use super::command_connection::CommandConnection;
 use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
 
 /// Rejects a Redis that does not support flags in scripts.
-pub(super) async fn version(link: &Link) -> Result<()> {
+pub(super) async fn version(link: &CommandConnection) -> Result<()> {
     let info: String = link.query(redis::cmd("INFO").arg("server")).await?;
     match too_old(&info) {
         Some(text) => Err(Error::Refused(text)),
@@ -101,9 +101,9 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["HINCRBY", &format!("{t}meta"), "f", "1"],
             &["HMGET", &format!("{t}meta"), "f"],
             &["HGETALL", &format!("{t}meta")],
-            &["RPUSH", &format!("{t}lives"), "v"],
-            &["LTRIM", &format!("{t}lives"), "0", "1"],
-            &["LRANGE", &format!("{t}lives"), "0", "1"],
+            &["RPUSH", &format!("{t}epochs"), "v"],
+            &["LTRIM", &format!("{t}epochs"), "0", "1"],
+            &["LRANGE", &format!("{t}epochs"), "0", "1"],
             &["ZADD", &format!("{t}l:all"), "1", "v"],
             &["ZREVRANGE", &format!("{t}l:all"), "0", "0"],
             &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],

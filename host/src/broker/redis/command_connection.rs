@@ -2,8 +2,8 @@
 //!
 //! Every answer has a deadline. A connection that fails or misses the deadline is dropped, and a
 //! later command opens a new one. The pause between attempts grows while Redis is unavailable;
-//! during the pause, commands fail immediately with [`Error::Away`]. A command that was sent on a
-//! dropped connection may still take effect. The notice connection lives in [`super::feed`].
+//! during the pause, commands fail immediately with [`Error::Unavailable`]. A command that was sent on a
+//! dropped connection may still take effect. The notice connection epochs in [`super::feed`].
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,7 +38,7 @@ pub(super) fn pause(failures: u32) -> Duration {
 }
 
 /// The shared command connection.
-pub(super) struct Link {
+pub(super) struct CommandConnection {
     client: Client,
     // Held while connecting, so that concurrent commands share one attempt.
     state: tokio::sync::Mutex<State>,
@@ -56,7 +56,7 @@ struct State {
     why: String,
 }
 
-impl Link {
+impl CommandConnection {
     pub(super) fn new(client: Client) -> Self {
         Self {
             client,
@@ -126,7 +126,7 @@ impl Link {
                 return Err(explain(&error));
             }
             Ok(Err(Failure::Redis(error))) => explain(&error),
-            Err(_) => Error::Away(format!("no answer within {} s", DEADLINE.as_secs())),
+            Err(_) => Error::Unavailable(format!("no answer within {} s", DEADLINE.as_secs())),
         };
         if let Some(generation) = used {
             let mut state = self.state.lock().await;
@@ -143,7 +143,7 @@ impl Link {
             return Ok((connection.clone(), state.generation));
         }
         if state.not_before.is_some_and(|at| Instant::now() < at) {
-            return Err(Failure::Known(Error::Away(state.why.clone())));
+            return Err(Failure::Known(Error::Unavailable(state.why.clone())));
         }
         match connect(&self.client).await {
             Ok(connection) => {
@@ -161,7 +161,7 @@ impl Link {
                 state.failures += 1;
                 let error = explain(&error);
                 state.why = match &error {
-                    Error::Away(why) | Error::Full(why) | Error::Refused(why) => why.clone(),
+                    Error::Unavailable(why) | Error::Full(why) | Error::Refused(why) => why.clone(),
                 };
                 Err(Failure::Known(error))
             }
@@ -202,7 +202,7 @@ impl Readers {
     /// arrived. Dropping the future closes the connection, which also ends the wait in Redis.
     pub(super) async fn query<T: FromRedisValue>(
         &self,
-        link: &Link,
+        link: &CommandConnection,
         command: &Cmd,
         wait: Duration,
     ) -> Result<T> {
@@ -228,7 +228,7 @@ impl Readers {
         };
         match tokio::time::timeout(wait + DEADLINE, read).await {
             Ok(answer) => answer.map_err(|error| explain(&error)).and_then(parse),
-            Err(_) => Err(Error::Away(format!(
+            Err(_) => Err(Error::Unavailable(format!(
                 "no answer within {} s",
                 (wait + DEADLINE).as_secs()
             ))),
@@ -270,7 +270,7 @@ pub(super) fn explain(error: &RedisError) -> Error {
         Some(
             "LOADING" | "READONLY" | "NOREPLICAS" | "MISCONF" | "MASTERDOWN" | "CLUSTERDOWN"
             | "TRYAGAIN" | "ASK" | "MOVED" | "BUSY" | "UNBLOCKED",
-        ) => Error::Away(error.to_string()),
+        ) => Error::Unavailable(error.to_string()),
         Some("OOM") => Error::Full(format!("{error}; raise maxmemory or let the backlog drain")),
         Some("NOPERM") => Error::Refused(format!("{error}; grant it with ACL SETUSER")),
         Some("WRONGPASS" | "NOAUTH") => {
@@ -285,7 +285,7 @@ pub(super) fn explain(error: &RedisError) -> Error {
                 Error::Refused(format!("{error}; correct user and password in the URL"))
             }
             ErrorKind::InvalidClientConfig | ErrorKind::Client => Error::Refused(error.to_string()),
-            _ => Error::Away(error.to_string()),
+            _ => Error::Unavailable(error.to_string()),
         },
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
-use super::partition_keys::Place;
+use super::partition_keys::PartitionKeys;
 use super::{Redis, client, optional_id, understand};
 use crate::broker::{Decision, Found, Result};
 use crate::event::{EntryId, NotificationId, Outcome};
@@ -16,7 +16,11 @@ type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
 type Raw = (String, BTreeMap<String, String>);
 
 /// See [`crate::broker::Broker::decisions`].
-pub(super) async fn newest(redis: &Redis, place: &Place, limit: usize) -> Result<Vec<Decided>> {
+pub(super) async fn newest(
+    redis: &Redis,
+    place: &PartitionKeys,
+    limit: usize,
+) -> Result<Vec<Decided>> {
     read(redis, place, "+", limit)
         .await?
         .iter()
@@ -27,7 +31,7 @@ pub(super) async fn newest(redis: &Redis, place: &Place, limit: usize) -> Result
 /// See [`crate::broker::Broker::find_decisions`].
 pub(super) async fn find(
     redis: &Redis,
-    place: &Place,
+    place: &PartitionKeys,
     event_id: &str,
     limit: usize,
 ) -> Result<Found> {
@@ -52,7 +56,7 @@ pub(super) async fn find(
     }
 }
 
-async fn read(redis: &Redis, place: &Place, from: &str, count: usize) -> Result<Vec<Raw>> {
+async fn read(redis: &Redis, place: &PartitionKeys, from: &str, count: usize) -> Result<Vec<Raw>> {
     redis
         .link
         .query(

@@ -8,44 +8,47 @@ use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
 use super::{Redis, scripts, understand};
-use crate::broker::{Bookmark, BookmarkOf, Result};
+use crate::broker::{CursorOwner, Result, StoredCursor};
 use crate::event::Name;
 
-pub(super) async fn read(redis: &Redis, user: &Name) -> Result<BTreeMap<BookmarkOf, Bookmark>> {
+pub(super) async fn read(
+    redis: &Redis,
+    user: &Name,
+) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
     let mut commands = redis::pipe();
     commands.cmd("HGETALL").arg(key(user.as_str())).cmd("TIME");
     let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
         redis.link.pipeline(&commands).await?;
-    let mut bookmarks = BTreeMap::new();
+    let mut device_cursors = BTreeMap::new();
     for (field, text) in fields {
         let which = which(&field)?;
-        let (moved_ms, bookmark) = text
+        let (moved_ms, stored) = text
             .split_once(' ')
             .ok_or_else(|| unexpected(&"a malformed device cursor"))?;
         // The next move removes it. Running a script on every read would make every read a write.
         if understand::<u64>(moved_ms)?
             >= (seconds * 1000).saturating_sub(redis.retention.bookmark_age_ms(&which))
         {
-            bookmarks.insert(which, read_bookmark(bookmark)?);
+            device_cursors.insert(which, read_bookmark(stored)?);
         }
     }
-    Ok(bookmarks)
+    Ok(device_cursors)
 }
 
 pub(super) async fn change(
     redis: &Redis,
     user: &Name,
-    which: &BookmarkOf,
-    seen: Option<&Bookmark>,
-    to: &Bookmark,
+    which: &CursorOwner,
+    seen: Option<&StoredCursor>,
+    to: &StoredCursor,
 ) -> Result<bool> {
     redis
         .link
         .eval(&scripts::BOOKMARK, |command| {
             command.arg(1).arg(key(user.as_str()));
             command
-                .arg(redis.retention.bookmark_age_s.saturating_mul(1000))
-                .arg(redis.retention.bookmark_age_ms(&BookmarkOf::ReadMark));
+                .arg(redis.retention.device_cursor_ttl_s.saturating_mul(1000))
+                .arg(redis.retention.bookmark_age_ms(&CursorOwner::ReadMarker));
             command
                 .arg(redis.retention.devices)
                 .arg(field(which))
@@ -61,36 +64,36 @@ pub(super) fn key(user: &str) -> String {
     format!("pointsman:bookmarks:{{pointsman:user:{user}}}")
 }
 
-fn field(which: &BookmarkOf) -> String {
+fn field(which: &CursorOwner) -> String {
     match which {
-        BookmarkOf::Device(device) => format!("d:{device}"),
-        BookmarkOf::ReadMark => "read".to_owned(),
+        CursorOwner::Device(device) => format!("d:{device}"),
+        CursorOwner::ReadMarker => "read".to_owned(),
     }
 }
 
-fn which(field: &str) -> Result<BookmarkOf> {
+fn which(field: &str) -> Result<CursorOwner> {
     match field.strip_prefix("d:") {
-        Some(device) => Ok(BookmarkOf::Device(
+        Some(device) => Ok(CursorOwner::Device(
             Name::parse(device).map_err(|error| unexpected(&error))?,
         )),
-        None if field == "read" => Ok(BookmarkOf::ReadMark),
+        None if field == "read" => Ok(CursorOwner::ReadMarker),
         None => Err(unexpected(&"an unknown field of device cursors")),
     }
 }
 
-fn written(bookmark: &Bookmark) -> String {
+fn written(stored: &StoredCursor) -> String {
     format!(
         "{} {}",
-        if bookmark.is_acknowledged { 'a' } else { 'b' },
-        bookmark.cursor
+        if stored.is_acknowledged { 'a' } else { 'b' },
+        stored.cursor
     )
 }
 
-fn read_bookmark(text: &str) -> Result<Bookmark> {
+fn read_bookmark(text: &str) -> Result<StoredCursor> {
     let (kind, cursor) = text
         .split_once(' ')
         .ok_or_else(|| unexpected(&"a malformed device cursor"))?;
-    Ok(Bookmark {
+    Ok(StoredCursor {
         cursor: cursor.to_owned(),
         is_acknowledged: kind == "a",
     })

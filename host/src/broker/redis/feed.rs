@@ -150,7 +150,7 @@ impl Session {
             Ok(session)
         });
         connected.await.unwrap_or_else(|_| {
-            Err(Error::Away(format!(
+            Err(Error::Unavailable(format!(
                 "no answer within {} s",
                 DEADLINE.as_secs()
             )))
@@ -178,13 +178,13 @@ impl Session {
                 "{}; correct user and password in the URL",
                 String::from_utf8_lossy(&why)
             ))),
-            Frame::Array(_) => Err(Error::Away("unexpected answer to AUTH".into())),
+            Frame::Array(_) => Err(Error::Unavailable("unexpected answer to AUTH".into())),
         }
     }
 
     async fn flush(&mut self) -> Result<()> {
         let sent = self.socket.write_all_buf(&mut self.output).await;
-        sent.map_err(|error| Error::Away(error.to_string()))
+        sent.map_err(|error| Error::Unavailable(error.to_string()))
     }
 
     async fn frame(&mut self) -> Result<Frame> {
@@ -192,14 +192,14 @@ impl Session {
             if let Some(frame) = self
                 .decoder
                 .next(&mut self.input)
-                .map_err(|error| Error::Away(error.to_string()))?
+                .map_err(|error| Error::Unavailable(error.to_string()))?
             {
                 return Ok(frame);
             }
             match self.socket.read_buf(&mut self.input).await {
-                Ok(0) => return Err(Error::Away("Redis closed the connection".into())),
+                Ok(0) => return Err(Error::Unavailable("Redis closed the connection".into())),
                 Ok(_) => {}
-                Err(error) => return Err(Error::Away(error.to_string())),
+                Err(error) => return Err(Error::Unavailable(error.to_string())),
             }
         }
     }
@@ -336,7 +336,7 @@ impl Session {
                 match self.unanswered.pop_front() {
                     Some(Some(token)) => batch.push(Notice::Following { token }),
                     Some(None) => {}
-                    None => return Err(Error::Away("an answer without a request".into())),
+                    None => return Err(Error::Unavailable("an answer without a request".into())),
                 }
             }
             _ => {}
@@ -351,14 +351,14 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
         Channel::Log(partition, target) => {
             // `epoch id` or `epoch id record`; the record is arbitrary JSON.
             let mut parts = message.splitn(3, |&b| b == b' ');
-            let life = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
+            let epoch = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
             let id = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
             // A copy, because a slice would keep the whole read buffer in memory.
             let record = parts.next().map(Bytes::copy_from_slice);
             Some(Notice::Append {
                 partition: *partition,
                 target: target.clone(),
-                life,
+                epoch,
                 id: NotificationId(id),
                 record,
             })
@@ -369,10 +369,10 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
                     partition: *partition,
                 });
             }
-            let (life, last) = std::str::from_utf8(message).ok()?.split_once(' ')?;
+            let (epoch, last) = std::str::from_utf8(message).ok()?.split_once(' ')?;
             Some(Notice::Tick {
                 partition: *partition,
-                life: life.parse().ok()?,
+                epoch: epoch.parse().ok()?,
                 last: NotificationId(last.parse().ok()?),
             })
         }
@@ -387,7 +387,7 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
 }
 
 async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
-    let away = |error: std::io::Error| Error::Away(error.to_string());
+    let away = |error: std::io::Error| Error::Unavailable(error.to_string());
     match address {
         ConnectionAddr::Tcp(host, port) => {
             let socket = TcpStream::connect((host.as_str(), *port))

@@ -3,14 +3,14 @@
 
 use redis::Value;
 
-use super::command_connection::{Link, Readers, parse};
+use super::command_connection::{CommandConnection, Readers, parse};
 use super::scripts;
 use crate::broker::{Error, Partition, PartitionNumber, Result, Retention};
 
 pub(super) const PARTITIONS_KEY: &str = "pointsman:partitions";
 
 /// A partition as it is stored in Redis.
-pub(super) struct Place {
+pub(super) struct PartitionKeys {
     pub(super) partition: Partition,
     /// The prefix of its keys.
     pub(super) prefix: String,
@@ -22,10 +22,10 @@ pub(super) struct Place {
     pub(super) readers: Readers,
 }
 
-impl Place {
+impl PartitionKeys {
     /// Finds the partition number of a source, or assigns one.
     pub(super) async fn find(
-        link: &Link,
+        link: &CommandConnection,
         database: i64,
         source: &str,
         prefix: String,
@@ -67,13 +67,13 @@ impl Place {
     }
 
     /// Logs the repairs that a script made to the source.
-    pub(super) fn alarm(&self, (lost, strays): (u64, u64)) {
+    pub(super) fn alarm(&self, (lost, foreign_entries): (u64, u64)) {
         let source = &self.partition.source;
         if lost > 0 {
             tracing::error!(source.key = %source, lost, "another client removed entries from the source before they were read; do not trim it (XADD MAXLEN, XTRIM, XDEL)");
         }
-        if strays > 0 {
-            tracing::error!(source.key = %source, strays, "the source was deleted and recreated with lower ids; its entries were appended again");
+        if foreign_entries > 0 {
+            tracing::error!(source.key = %source, foreign_entries, "the source was deleted and recreated with lower ids; its entries were appended again");
         }
     }
 }
@@ -122,7 +122,11 @@ pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
 
 /// Assigns a number to a source permanently. The partition stores it as well, so that the list of
 /// all numbers can be rebuilt.
-async fn give_number(link: &Link, source: &str, meta: &str) -> Result<PartitionNumber> {
+async fn give_number(
+    link: &CommandConnection,
+    source: &str,
+    meta: &str,
+) -> Result<PartitionNumber> {
     let claimed: Option<String> = link
         .query(redis::cmd("HGET").arg(meta).arg("number"))
         .await?;

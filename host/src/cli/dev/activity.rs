@@ -27,9 +27,9 @@ const MAX_TARGETS: usize = 8;
 
 /// Prints activity until it is dropped.
 #[derive(Debug)]
-pub(super) struct News(Arc<AtomicBool>);
+pub(super) struct Activity(Arc<AtomicBool>);
 
-impl News {
+impl Activity {
     /// `crates`: names of the plugins being built, which may not have a file yet.
     pub(super) fn start(admin: SocketAddr, crates: BTreeSet<String>) -> anyhow::Result<Self> {
         let is_over = Arc::new(AtomicBool::new(false));
@@ -50,7 +50,7 @@ impl News {
     }
 }
 
-impl Drop for News {
+impl Drop for Activity {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
     }

@@ -29,7 +29,7 @@ const MAX_FILES: usize = 10_000;
 
 /// The build loop of one crate. Dropping it ends its thread and a build in progress.
 #[derive(Debug)]
-pub(super) struct Workshop {
+pub(super) struct CrateBuilder {
     shared: Arc<Shared>,
     wake: SyncSender<()>,
     thread: Option<JoinHandle<()>>,
@@ -41,7 +41,7 @@ struct Shared {
     under_way: Mutex<Option<Build>>,
 }
 
-impl Workshop {
+impl CrateBuilder {
     /// Starts the loop with a first build. `folder` receives the built plugin files.
     ///
     /// # Errors
@@ -54,14 +54,14 @@ impl Workshop {
     ) -> anyhow::Result<Self> {
         let (wake, woken) = sync_channel(1);
         let shared = Arc::new(Shared::default());
-        let bench = Bench {
+        let bench = BuildLoop {
             known: known.clone(),
             profile: profile.clone(),
             folder: folder.to_owned(),
             settings: Arc::clone(settings),
             shared: Arc::clone(&shared),
             wake: wake.clone(),
-            ears: None,
+            watcher: None,
         };
         let thread = thread::Builder::new()
             .name(format!("build-{}", known.name))
@@ -74,7 +74,7 @@ impl Workshop {
     }
 }
 
-impl Drop for Workshop {
+impl Drop for CrateBuilder {
     fn drop(&mut self) {
         self.shared.is_over.store(true, Ordering::SeqCst);
         if let Some(build) = self
@@ -95,14 +95,14 @@ impl Drop for Workshop {
 }
 
 /// State of the build thread.
-struct Bench {
+struct BuildLoop {
     known: Crate,
     profile: Profile,
     folder: PathBuf,
     settings: Arc<Settings>,
     shared: Arc<Shared>,
     wake: SyncSender<()>,
-    ears: Option<(BTreeSet<PathBuf>, RecommendedWatcher)>,
+    watcher: Option<(BTreeSet<PathBuf>, RecommendedWatcher)>,
 }
 
 /// Build inputs of a crate: files and folders.
@@ -128,7 +128,7 @@ struct Sources {
     config: Option<Seen>,
 }
 
-impl Bench {
+impl BuildLoop {
     fn work(mut self, woken: &Receiver<()>) {
         let mut built: Option<Sources> = None;
         while !self.is_over() {
@@ -222,7 +222,7 @@ impl Bench {
     /// Watches exactly these folders, not recursively: `target` changes all the time.
     fn listen(&mut self, folders: &BTreeSet<PathBuf>) {
         if self
-            .ears
+            .watcher
             .as_ref()
             .is_some_and(|(heard, _)| heard == folders)
         {
@@ -234,14 +234,14 @@ impl Bench {
                 wake.try_send(()).ok();
             }
         };
-        let ears = notify::recommended_watcher(heard).and_then(|mut ears| {
+        let watcher = notify::recommended_watcher(heard).and_then(|mut watcher| {
             folders
                 .iter()
-                .try_for_each(|folder| ears.watch(folder, RecursiveMode::NonRecursive))?;
-            Ok(ears)
+                .try_for_each(|folder| watcher.watch(folder, RecursiveMode::NonRecursive))?;
+            Ok(watcher)
         });
-        match ears {
-            Ok(ears) => self.ears = Some((folders.clone(), ears)),
+        match watcher {
+            Ok(watcher) => self.watcher = Some((folders.clone(), watcher)),
             Err(error) => {
                 tracing::debug!(%error, "cannot watch the crate; it is scanned every {} s instead", LOOK_EVERY.as_secs())
             }

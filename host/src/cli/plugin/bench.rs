@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use pointsman::event::{Event, Name};
 use pointsman::plugin::{Engine, Limits, Plugin, Role, noop};
-use pointsman::preview::runner::Audition;
+use pointsman::preview::runner::PluginRunner;
 
 use super::{Subject, sample};
 
@@ -60,13 +60,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     )?;
 
     let (mut plugin, mut nothing) = (
-        Audition::new(&engine, plugin),
-        Audition::new(&engine, nothing),
+        PluginRunner::new(&engine, plugin),
+        PluginRunner::new(&engine, nothing),
     );
-    let time = |audition: &mut Audition, n: usize| {
+    let time = |runner: &mut PluginRunner, n: usize| {
         let mut took = Duration::ZERO;
         for _ in 0..n {
-            took += audition
+            took += runner
                 .time(&roles, &wanted)
                 .context("the plugin failed; see: pointsman plugin test")?;
         }

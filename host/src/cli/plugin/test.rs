@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, bail, ensure};
 use pointsman::event::{Event, Plan};
-use pointsman::plugin::shadow::outcome::Decided;
+use pointsman::plugin::shadow::outcome::PluginDecision;
 use pointsman::plugin::{Engine, Limits};
-use pointsman::preview::runner::{Audition, Performance};
+use pointsman::preview::runner::{PluginRunner, RunReport};
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -70,17 +70,17 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let engine = Engine::new()?;
     let plugin = loaded.plugin(&engine)?;
-    let (limits, mut audition) = (plugin.limits().clone(), Audition::new(&engine, plugin));
+    let (limits, mut runner) = (plugin.limits().clone(), PluginRunner::new(&engine, plugin));
     println!("{}: {}", loaded.file.display(), format::limits(&limits));
     said.print();
 
     let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
     for (at, (event, clock_ms)) in events.iter().enumerate() {
-        let performance = audition.perform(event, *clock_ms);
-        show(event, &performance, &limits);
+        let report = runner.run(event, *clock_ms);
+        show(event, &report, &limits);
         said.print();
-        n_failures += usize::from(performance.is_failure());
-        let found = performance.to_golden(event);
+        n_failures += usize::from(report.is_failure());
+        let found = report.to_golden(event);
         if let Some(golden) = &expected {
             let wanted = golden.0.get(at).unwrap_or(&Value::Null);
             if *wanted != found {
@@ -126,13 +126,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 
 /// Prints the decision about an event, and below it the resource use next to each limit; red if a
 /// limit is exceeded.
-fn show(event: &Event, performance: &Performance, limits: &Limits) {
-    let mut words: Vec<String> = performance.decided.iter().map(word).collect();
+fn show(event: &Event, report: &RunReport, limits: &Limits) {
+    let mut words: Vec<String> = report.decided.iter().map(word).collect();
     if words.is_empty() {
         words.push("skipped: its types do not match".to_owned());
     }
     let mut words = words.join(", ");
-    if performance.is_failure() {
+    if report.is_failure() {
         words = format::red(&words);
     }
     println!("  {}  {}  {words}", event.id, event.kind);
@@ -145,38 +145,38 @@ fn show(event: &Event, performance: &Performance, limits: &Limits) {
         }
     };
     let mut costs = vec![cost(
-        format::time(performance.time),
+        format::time(report.time),
         format::time(limits.deadline),
-        performance.time > limits.deadline,
+        report.time > limits.deadline,
     )];
     // Unknown if the instance is gone; the reason is in the line above.
-    if let Some(bytes) = performance.memory_bytes {
+    if let Some(bytes) = report.memory_bytes {
         costs.push(cost(
             format::size(bytes),
             format::size(limits.memory_bytes),
             bytes > limits.memory_bytes,
         ));
         costs.push(cost(
-            format::size(performance.answer_bytes),
+            format::size(report.answer_bytes),
             format::size(limits.result_bytes),
-            performance.answer_bytes > limits.result_bytes,
+            report.answer_bytes > limits.result_bytes,
         ));
         costs.push(cost(
-            performance.n_targets.to_string(),
+            report.n_targets.to_string(),
             format!("{} targets", limits.targets),
-            performance.n_targets > limits.targets,
+            report.n_targets > limits.targets,
         ));
     }
-    if !performance.decided.is_empty() {
+    if !report.decided.is_empty() {
         println!("    {}", costs.join(", "));
     }
 }
 
-fn word(decided: &Decided) -> String {
+fn word(decided: &PluginDecision) -> String {
     match decided {
-        Decided::Keep => "keep".to_owned(),
-        Decided::Drop { reason } => format!("drop: {reason}"),
-        Decided::Amend {
+        PluginDecision::Keep => "keep".to_owned(),
+        PluginDecision::Drop { reason } => format!("drop: {reason}"),
+        PluginDecision::Amend {
             priority,
             attributes,
         } => {
@@ -188,8 +188,8 @@ fn word(decided: &Decided) -> String {
                 .map(|(name, value)| format!(" {name}={}", serde_json::json!(value)));
             format!("amend{priority}{}", attributes.collect::<String>())
         }
-        Decided::None => "none".to_owned(),
-        Decided::Routes { plan } => {
+        PluginDecision::None => "none".to_owned(),
+        PluginDecision::Routes { plan } => {
             let targets = plan.as_ref().map(Plan::targets).unwrap_or_default();
             let rest = targets.len().saturating_sub(MAX_SHOWN);
             let shown = targets
@@ -203,7 +203,7 @@ fn word(decided: &Decided) -> String {
             };
             format!("routes{}{rest}", shown.collect::<String>())
         }
-        Decided::Failed { reason } => format!("failed: {reason}"),
+        PluginDecision::Failed { reason } => format!("failed: {reason}"),
     }
 }
 

@@ -5,7 +5,7 @@ use base64::Engine as _;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::delivery::recipients::Way;
+use crate::delivery::recipients::RouteMatch;
 use crate::event::{Name, Notification, Payload, Priority, rfc3339};
 
 /// All members except `to` and the payload.
@@ -33,7 +33,7 @@ enum Body<'a> {
 ///
 /// # Panics
 /// If the plan has no such route or target.
-pub fn data_of(notification: &Notification, way: Way) -> String {
+pub fn data_of(notification: &Notification, way: RouteMatch) -> String {
     let (before, after) = around_target(notification, way.route);
     let target = &notification.plan.routes[way.route].to[way.target];
     before + &json(target) + &after

@@ -12,14 +12,14 @@ use crate::clock::now_ms;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
-use super::{Config, End, Signals, Socket, spread_retry};
+use super::{Config, End, Socket, StreamControl, spread_retry};
 
 /// Slots of the wheel, one second each. A stream is checked at least this often.
 const SLOTS: usize = 64;
 
 /// A cheap handle: clones share one timer.
 #[derive(Clone)]
-pub struct Pulse(Arc<Shared>);
+pub struct StreamTimer(Arc<Shared>);
 
 struct Shared {
     config: Config,
@@ -30,7 +30,7 @@ struct Shared {
 
 /// A stream permit: one of the `max_open` streams a node may serve.
 #[derive(Debug)]
-pub struct Seat(
+pub struct StreamPermit(
     #[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit,
 );
 
@@ -42,7 +42,7 @@ struct Wheel {
 }
 
 struct Entry {
-    signals: Weak<Signals>,
+    signals: Weak<StreamControl>,
     end: Option<(u64, End)>,
     /// Whether its end was signalled.
     is_ended: bool,
@@ -54,15 +54,15 @@ struct Entry {
     moved_ms: u64,
 }
 
-impl std::fmt::Debug for Pulse {
+impl std::fmt::Debug for StreamTimer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pulse")
+        f.debug_struct("StreamTimer")
             .field("config", &self.0.config)
             .finish_non_exhaustive()
     }
 }
 
-impl Pulse {
+impl StreamTimer {
     /// Starts the timer. It ends with the runtime. Without it no stream would end with its token,
     /// so a panic in it ends the node.
     pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
@@ -73,13 +73,13 @@ impl Pulse {
             drained_by_ms: None,
         });
         let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
-        let pulse = Self(Arc::new(Shared {
+        let stream_timer = Self(Arc::new(Shared {
             config,
             metrics,
             wheel,
             seats,
         }));
-        let weak = Arc::downgrade(&pulse.0);
+        let weak = Arc::downgrade(&stream_timer.0);
         shutdown.spawn_lasting("the stream timer", async move {
             let mut seconds = tokio::time::interval(Duration::from_secs(1));
             seconds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -89,7 +89,7 @@ impl Pulse {
                 shared.turn();
             }
         });
-        pulse
+        stream_timer
     }
 
     pub fn config(&self) -> &Config {
@@ -97,8 +97,11 @@ impl Pulse {
     }
 
     /// Returns a permit for one more stream. `None`: the maximum is open.
-    pub fn seat(&self) -> Option<Seat> {
-        Arc::clone(&self.0.seats).try_acquire_owned().ok().map(Seat)
+    pub fn seat(&self) -> Option<StreamPermit> {
+        Arc::clone(&self.0.seats)
+            .try_acquire_owned()
+            .ok()
+            .map(StreamPermit)
     }
 
     /// The reconnect delay for one client, in milliseconds; randomised for each.
@@ -106,7 +109,7 @@ impl Pulse {
         spread_retry(self.0.config.retry_ms)
     }
 
-    pub(super) fn watch(&self, signals: &Arc<Signals>, expires_ms: Option<u64>) {
+    pub(super) fn watch(&self, signals: &Arc<StreamControl>, expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = now_ms();
         let age = (config.max_age_s > 0)

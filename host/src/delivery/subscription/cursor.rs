@@ -18,19 +18,19 @@
 use sha2::{Digest, Sha256};
 
 use crate::broker::PartitionNumber;
-use crate::event::{BASE64URL, Life, Name, NotificationId};
+use crate::event::{BASE64URL, Epoch, Name, NotificationId};
 
 const VERSION: u8 = b'1';
 
 /// The most ids sent ahead of lower ones, over all partitions: more would not fit the cursor.
-pub const MAX_HAD: usize = 3;
+pub const MAX_SENT_AHEAD: usize = 3;
 
 /// A client's position in one partition: everything up to `low_water` was sent or rejected, in this
 /// epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     pub partition: PartitionNumber,
-    pub life: Life,
+    pub epoch: Epoch,
     pub low_water: NotificationId,
 }
 
@@ -39,8 +39,8 @@ pub struct Position {
 pub struct Cursor {
     /// Ascending by partition. A missing partition was added later and is read from its beginning.
     pub positions: Vec<Position>,
-    /// Ids sent ahead; at most [`MAX_HAD`].
-    pub had: Vec<(PartitionNumber, NotificationId)>,
+    /// Ids sent ahead; at most [`MAX_SENT_AHEAD`].
+    pub sent_ahead: Vec<(PartitionNumber, NotificationId)>,
 }
 
 /// Why a text is not a valid cursor for this user.
@@ -63,10 +63,10 @@ impl Cursor {
             .fold(0, |bits, position| bits | 1 << position.partition.0);
         put(out, bits, 2);
         for position in &self.positions {
-            put(out, u64::from(position.life.bits()), 2);
+            put(out, u64::from(position.epoch.bits()), 2);
             put(out, position.low_water.0, 9);
         }
-        for (partition, id) in &self.had {
+        for (partition, id) in &self.sent_ahead {
             put(out, u64::from(partition.0), 1);
             put(out, id.0, 9);
         }
@@ -85,27 +85,27 @@ impl Cursor {
         let bits = take(&mut rest, 2)?;
         let mut cursor = Self::default();
         for number in (0..PartitionNumber::MAX).filter(|number| bits >> number & 1 == 1) {
-            let life = Life::from_bits(take(&mut rest, 2)? as u16);
+            let epoch = Epoch::from_bits(take(&mut rest, 2)? as u16);
             cursor.positions.push(Position {
                 partition: PartitionNumber(number),
-                life,
+                epoch,
                 low_water: id(&mut rest)?,
             });
         }
         while !rest.is_empty() {
             let partition = PartitionNumber(take(&mut rest, 1)? as u8);
-            let had = (partition, id(&mut rest)?);
+            let sent_ahead = (partition, id(&mut rest)?);
             let position = cursor
                 .positions
                 .iter()
                 .find(|position| position.partition == partition);
-            if cursor.had.len() == MAX_HAD
-                || position.is_none_or(|position| had.1 <= position.low_water)
-                || cursor.had.contains(&had)
+            if cursor.sent_ahead.len() == MAX_SENT_AHEAD
+                || position.is_none_or(|position| sent_ahead.1 <= position.low_water)
+                || cursor.sent_ahead.contains(&sent_ahead)
             {
                 return Err(Unreadable::Garbled);
             }
-            cursor.had.push(had);
+            cursor.sent_ahead.push(sent_ahead);
         }
         // Checked last: text that is not a cursor at all, such as `10min`, belongs to no user.
         if whose == user_hash(user) {
@@ -163,17 +163,17 @@ mod tests {
     prop_compose! {
         fn cursors()(
             numbers in btree_set(0..PartitionNumber::MAX, 0..=8),
-            lives in vec(0..4096_u16, 8),
+            epochs in vec(0..4096_u16, 8),
             ids in vec(0..(1_u64 << 52), 8),
-            had in btree_set((0..8_usize, 1..(1_u64 << 51)), 0..=MAX_HAD),
+            sent_ahead in btree_set((0..8_usize, 1..(1_u64 << 51)), 0..=MAX_SENT_AHEAD),
         ) -> Cursor {
-            let positions: Vec<_> = numbers.into_iter().zip(lives).zip(ids).map(|((number, life), id)| Position {
-                partition: PartitionNumber(number), life: Life::from_bits(life), low_water: NotificationId(id),
+            let positions: Vec<_> = numbers.into_iter().zip(epochs).zip(ids).map(|((number, epoch), id)| Position {
+                partition: PartitionNumber(number), epoch: Epoch::from_bits(epoch), low_water: NotificationId(id),
             }).collect();
-            let had = had.into_iter().filter_map(|(at, above)| {
+            let sent_ahead = sent_ahead.into_iter().filter_map(|(at, above)| {
                 positions.get(at).map(|p| (p.partition, NotificationId(p.low_water.0 + above)))
             }).collect();
-            Cursor { positions, had }
+            Cursor { positions, sent_ahead }
         }
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use crate::broker::{self, Broker, Head, PartitionNumber};
 use crate::clock::now_ms;
 use crate::event::criteria::Pool;
-use crate::event::{Life, NotificationId, Target};
+use crate::event::{Epoch, NotificationId, Target};
 use crate::telemetry::metrics::Metrics;
 
 use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};
@@ -149,19 +149,21 @@ impl History {
 
         let head = self.head(partition).await?;
         let begun_ms = now_ms();
-        let (had, logs) = in_round(stream, partition, round, |subscription| {
+        let (sent_ahead, logs) = in_round(stream, partition, round, |subscription| {
             subscription.begin(partition, &head, begun_ms);
             (
-                subscription.had_unknown(partition),
+                subscription.has_unknown_sent_ahead(partition),
                 subscription.logs(partition),
             )
         })?;
         // The cursor of a new stream may be known now.
         stream.wake();
-        let had_records = self.read_records(partition, head.life, &had).await?;
+        let had_records = self
+            .read_records(partition, head.epoch, &sent_ahead)
+            .await?;
         in_round(stream, partition, round, |subscription| {
-            for (id, record) in had.iter().zip(&had_records) {
-                subscription.had_is(partition, *id, record.as_deref(), now_ms());
+            for (id, record) in sent_ahead.iter().zip(&had_records) {
+                subscription.sent_ahead_is(partition, *id, record.as_deref(), now_ms());
             }
         })?;
 
@@ -183,7 +185,7 @@ impl History {
             if ids.is_empty() {
                 break;
             }
-            let records = self.read_records(partition, head.life, &ids).await?;
+            let records = self.read_records(partition, head.epoch, &ids).await?;
             // One check covers all missing records: they were read before it.
             if records.iter().any(Option::is_none) {
                 self.same_life(partition, &head).await?;
@@ -227,7 +229,7 @@ impl History {
     async fn read_records(
         &self,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         ids: &[NotificationId],
     ) -> Result<Vec<Option<Arc<Record>>>, Stop> {
         if ids.is_empty() {
@@ -236,7 +238,7 @@ impl History {
         let _permit = self.reads.acquire().await;
         Ok(self
             .records
-            .read(&*self.broker, partition, life, ids)
+            .read(&*self.broker, partition, epoch, ids)
             .await?)
     }
 
@@ -319,7 +321,7 @@ impl History {
     ) -> Result<(), Stop> {
         let Some(record) = record else {
             return in_round(stream, partition, round, |subscription| {
-                if subscription.pass_over(partition, id) {
+                if subscription.skip(partition, id) {
                     subscription.announce(Gap {
                         partition,
                         reason: GapReason::Trimmed,
@@ -346,7 +348,7 @@ impl History {
     /// Checks the epoch before a gap is announced: after a fail-over the earlier reads prove
     /// nothing, and the replay begins again.
     async fn same_life(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
-        if self.head(partition).await?.life == head.life {
+        if self.head(partition).await?.epoch == head.epoch {
             Ok(())
         } else {
             Err(Stop::Again)

@@ -55,7 +55,7 @@ impl OpenStream {
         self.writer.wake();
     }
 
-    /// Signals that an item left the queues.
+    /// StreamControl that an item left the queues.
     pub fn made_room(&self) {
         self.room.notify_waiters();
     }

@@ -171,14 +171,14 @@ enum Received {
 /// A partition in the broker, with the node's state for it.
 struct Place {
     history: BTreeMap<u64, Arc<Record>>,
-    lives: Vec<(Life, NotificationId)>,
+    epochs: Vec<(Epoch, NotificationId)>,
     n_lives: u16,
     running: Option<Running>,
     /// The feed delivers nothing more until it is reset.
     is_deaf: bool,
-    feed: VecDeque<(Life, Notice)>,
+    feed: VecDeque<(Epoch, Notice)>,
     /// The epoch that the node considers current.
-    believed: Option<Life>,
+    believed: Option<Epoch>,
     received: Vec<Received>,
     /// All routes with a key that were ever committed, including those that were lost: id, key.
     keyed: Vec<(u64, Name)>,
@@ -186,8 +186,8 @@ struct Place {
 }
 
 impl Place {
-    fn life(&self) -> Life {
-        self.lives.last().unwrap().0
+    fn epoch(&self) -> Epoch {
+        self.epochs.last().unwrap().0
     }
 
     fn last(&self) -> u64 {
@@ -213,7 +213,7 @@ impl World {
     fn new() -> Self {
         let place = || Place {
             history: BTreeMap::new(),
-            lives: vec![(Life::from_bits(0), NotificationId(0))],
+            epochs: vec![(Epoch::from_bits(0), NotificationId(0))],
             n_lives: 0,
             running: None,
             is_deaf: false,
@@ -287,15 +287,15 @@ impl World {
     fn replay(&mut self, partition: u8, n: u8) {
         let now_ms = self.now_ms;
         let place = &mut self.places[usize::from(partition)];
-        let (last, life) = (place.last(), place.life());
+        let (last, epoch) = (place.last(), place.epoch());
         let Some(running) = &mut place.running else {
             return;
         };
         assert_eq!(running.round, self.subscription.round(number(partition)));
         if running.next == 0 {
             let head = Head {
-                life,
-                lives: place.lives.clone(),
+                epoch,
+                epochs: place.epochs.clone(),
                 last: NotificationId(last),
                 pending: None,
                 position: EntryPosition::default(),
@@ -304,10 +304,10 @@ impl World {
                 now_ms,
             };
             self.subscription.begin(number(partition), &head, now_ms);
-            for id in self.subscription.had_unknown(number(partition)) {
+            for id in self.subscription.has_unknown_sent_ahead(number(partition)) {
                 let record = place.history.get(&id.0).cloned();
                 self.subscription
-                    .had_is(number(partition), id, record.as_deref(), now_ms);
+                    .sent_ahead_is(number(partition), id, record.as_deref(), now_ms);
             }
             running.last = last;
             running.next = self.subscription.marks(number(partition)).0.0 + 1;
@@ -341,15 +341,15 @@ impl World {
     }
 
     /// Reads the current epoch, and sends the stream to replay if it is in another.
-    fn look(&mut self, partition: u8) -> Life {
+    fn look(&mut self, partition: u8) -> Epoch {
         let place = self.place(partition);
-        let present = place.life();
+        let present = place.epoch();
         let is_new = place.believed != Some(present);
         place.believed = Some(present);
         if self
             .subscription
-            .life(number(partition))
-            .map_or(is_new, |life| life != present)
+            .epoch(number(partition))
+            .map_or(is_new, |epoch| epoch != present)
         {
             self.enter_replay(partition);
         }
@@ -357,18 +357,18 @@ impl World {
     }
 
     fn hear(&mut self, partition: u8) {
-        let Some((life, notice)) = self.place(partition).feed.pop_front() else {
+        let Some((epoch, notice)) = self.place(partition).feed.pop_front() else {
             return;
         };
-        if self.place(partition).believed != Some(life) && self.look(partition) != life {
+        if self.place(partition).believed != Some(epoch) && self.look(partition) != epoch {
             return;
         }
-        let is_elsewhere = self.subscription.lives_elsewhere(number(partition), life);
+        let is_elsewhere = self.subscription.lives_elsewhere(number(partition), epoch);
         match notice {
             Notice::Append(id, record) => {
                 if let Some(round) = self.subscription.on_append(
                     number(partition),
-                    life,
+                    epoch,
                     NotificationId(id),
                     &record,
                     self.now_ms,
@@ -378,7 +378,7 @@ impl World {
             }
             Notice::Tick(last) => {
                 self.subscription
-                    .on_tick(number(partition), life, NotificationId(last))
+                    .on_tick(number(partition), epoch, NotificationId(last))
             }
         }
         if is_elsewhere {
@@ -395,7 +395,7 @@ impl World {
             self.subscription.encode_cursor(&mut cursor);
             let read = Cursor::decode(&cursor, &Name::parse("ann").unwrap());
             assert!(read.is_ok(), "{cursor} {read:?}: {:?}", self.subscription);
-            assert!(self.subscription.had.len() <= MAX_HAD);
+            assert!(self.subscription.sent_ahead.len() <= MAX_SENT_AHEAD);
             match next {
                 Next::Notification {
                     partition,
@@ -477,7 +477,7 @@ impl World {
                 if !place.is_deaf {
                     place
                         .feed
-                        .push_back((place.life(), Notice::Append(id, record)));
+                        .push_back((place.epoch(), Notice::Append(id, record)));
                 }
             }
             Step::Wait { ms } => self.now_ms += u64::from(ms),
@@ -486,7 +486,7 @@ impl World {
                 if !place.is_deaf {
                     place
                         .feed
-                        .push_back((place.life(), Notice::Tick(place.last())));
+                        .push_back((place.epoch(), Notice::Tick(place.last())));
                 }
             }
             Step::Hear { partition, n } => (0..n).for_each(|_| self.hear(partition)),
@@ -525,9 +525,9 @@ impl World {
                 place.n_rewinds += usize::from(!lost.is_empty());
                 // The promoted replica had not received epochs that began after its last entry.
                 let last = NotificationId(place.last());
-                place.lives.retain(|(_, survived)| *survived <= last);
+                place.epochs.retain(|(_, survived)| *survived <= last);
                 place.n_lives += 1;
-                place.lives.push((Life::from_bits(place.n_lives), last));
+                place.epochs.push((Epoch::from_bits(place.n_lives), last));
                 if cuts {
                     self.reset(partition);
                 }
@@ -576,7 +576,7 @@ impl Place {
             ..
         } = self;
         // Received since the last rewind, except those that the rewind allowed to repeat.
-        let mut had: HashMap<u64, u64> = HashMap::new();
+        let mut sent_ahead: HashMap<u64, u64> = HashMap::new();
         let mut ever: HashSet<u64> = HashSet::new();
         let mut before: Vec<(u64, Priority, &Option<Name>)> = Vec::new();
         let mut n_rewound = 0;
@@ -584,7 +584,7 @@ impl Place {
             match one {
                 Received::Rewound { from } => {
                     n_rewound += 1;
-                    had.retain(|_, id| *id <= *from);
+                    sent_ahead.retain(|_, id| *id <= *from);
                     before.clear();
                 }
                 Received::Event {
@@ -595,7 +595,7 @@ impl Place {
                     is_state,
                 } => {
                     assert!(
-                        had.insert(*event, *id).is_none(),
+                        sent_ahead.insert(*event, *id).is_none(),
                         "{id} arrived twice: {received:?}"
                     );
                     ever.insert(*event);
@@ -663,7 +663,7 @@ fn overflowed(urgent_id: u64) -> Subscription {
         assert!(id < urgent_id);
         subscription.on_append(
             P,
-            Life::from_bits(1),
+            Epoch::from_bits(1),
             NotificationId(id),
             &record(id, normal, 9),
             0,
@@ -671,7 +671,7 @@ fn overflowed(urgent_id: u64) -> Subscription {
     }
     subscription.on_append(
         P,
-        Life::from_bits(1),
+        Epoch::from_bits(1),
         NotificationId(urgent_id),
         &record(urgent_id, Priority::Urgent as usize, 9),
         0,
@@ -680,16 +680,16 @@ fn overflowed(urgent_id: u64) -> Subscription {
     subscription
 }
 
-fn head(lives: &[(u16, u64)], last: u64) -> Head {
-    let lives: Vec<_> = lives
+fn head(epochs: &[(u16, u64)], last: u64) -> Head {
+    let epochs: Vec<_> = epochs
         .iter()
-        .map(|&(life, survived)| (Life::from_bits(life), NotificationId(survived)))
+        .map(|&(epoch, survived)| (Epoch::from_bits(epoch), NotificationId(survived)))
         .collect();
-    let (life, last) = (lives.last().unwrap().0, NotificationId(last));
+    let (epoch, last) = (epochs.last().unwrap().0, NotificationId(last));
     let (floor, origin) = (NotificationId(0), NotificationId(0));
     Head {
-        life,
-        lives,
+        epoch,
+        epochs,
         last,
         pending: None,
         position: EntryPosition::default(),
@@ -708,10 +708,10 @@ fn an_urgent_notification_waiting_to_be_sent_ahead_is_dropped_with_its_epoch() {
     // The socket has room again and drains everything.
     while subscription.next(0).is_some() {}
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
-    let life = Life::from_bits(2);
+    let epoch = Epoch::from_bits(2);
     subscription.on_append(
         P,
-        life,
+        epoch,
         NotificationId(100),
         &record(7, Priority::Normal as usize, 9),
         0,
@@ -746,14 +746,14 @@ fn an_urgent_notification_waiting_to_be_sent_ahead_keeps_its_order_when_its_log_
     subscription.encode_cursor(&mut cursor);
     let cursor = Cursor::decode(&cursor, &Name::parse("ann").unwrap()).expect("its own");
     assert_eq!(
-        (cursor.positions[0].low_water, cursor.had.len()),
+        (cursor.positions[0].low_water, cursor.sent_ahead.len()),
         (NotificationId(200), 0)
     );
     // The same if the index lists the id but the record is gone: the subscription still holds the
     // record, so nothing is missing.
     let mut subscription = overflowed(100);
     subscription.begin(P, &head(&[(1, 0)], 200), 0);
-    assert!(!subscription.pass_over(P, NotificationId(100)));
+    assert!(!subscription.skip(P, NotificationId(100)));
     assert!(matches!(
         subscription.next(0),
         Some(Next::Notification {
@@ -769,12 +769,12 @@ fn an_urgent_notification_waiting_to_be_sent_ahead_keeps_its_order_when_its_log_
 fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
     let position = Position {
         partition: P,
-        life: Life::from_bits(1),
+        epoch: Epoch::from_bits(1),
         low_water: NotificationId(50),
     };
     let cursor = Cursor {
         positions: vec![position],
-        had: vec![(P, NotificationId(60))],
+        sent_ahead: vec![(P, NotificationId(60))],
     };
     let mut subscription = Subscription::new(
         Name::parse("ann").unwrap(),
@@ -785,7 +785,7 @@ fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
     subscription.begin(P, &head(&[(1, 0)], 60), 0);
     let newer = record_of(60, [route(Priority::Urgent as usize, 0, Some(1_000))]);
     let now_ms = 2_000;
-    subscription.had_is(P, NotificationId(60), Some(&newer), now_ms);
+    subscription.sent_ahead_is(P, NotificationId(60), Some(&newer), now_ms);
     subscription.handle(
         P,
         NotificationId(55),
@@ -804,12 +804,12 @@ fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
 fn a_notification_sent_ahead_supersedes_older_states_of_each_of_its_routes() {
     let position = Position {
         partition: P,
-        life: Life::from_bits(1),
+        epoch: Epoch::from_bits(1),
         low_water: NotificationId(50),
     };
     let cursor = Cursor {
         positions: vec![position],
-        had: vec![(P, NotificationId(60))],
+        sent_ahead: vec![(P, NotificationId(60))],
     };
     let mut subscription = Subscription::new(
         Name::parse("ann").unwrap(),
@@ -826,7 +826,7 @@ fn a_notification_sent_ahead_supersedes_older_states_of_each_of_its_routes() {
         ],
     );
     let now_ms = 2_000;
-    subscription.had_is(P, NotificationId(60), Some(&newer), now_ms);
+    subscription.sent_ahead_is(P, NotificationId(60), Some(&newer), now_ms);
     for (id, key) in [(54, 0), (55, 1), (56, 9)] {
         subscription.handle(
             P,
@@ -875,7 +875,7 @@ fn a_notification_that_expires_by_one_route_arrives_by_another() {
         (65, record(65, normal, 9)),
         (66, record(66, low, 9)),
     ] {
-        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+        subscription.on_append(P, Epoch::from_bits(1), NotificationId(id), &record, 0);
     }
     assert!(matches!(subscription.next(2_000), Some(Next::Cursor)));
     for expect in [55, 60, 65, 66] {
@@ -902,7 +902,7 @@ fn a_notification_waiting_to_be_sent_ahead_switches_to_another_urgent_route() {
         ],
     );
     for (id, record) in [(110, both), (115, passing)] {
-        subscription.on_append(P, Life::from_bits(1), NotificationId(id), &record, 0);
+        subscription.on_append(P, Epoch::from_bits(1), NotificationId(id), &record, 0);
     }
     assert_eq!(subscription.ahead.len(), 3);
     subscription.begin(P, &head(&[(1, 0)], 115), 0);

@@ -3,7 +3,7 @@
 //!
 //! The body is JSON: `id`, the id of a frame, and `device` (a name), `"read": true`, or both. A 204
 //! means that the position is stored; a cursor or marker that is already further ahead stays where
-//! it is. `bookmarks` decides which of two positions is further ahead.
+//! it is. `device_cursors` decides which of two positions is further ahead.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use axum::extract::{Request, State as Shared};
 use axum::http::{StatusCode, header};
 use serde::Deserialize;
 
-use crate::broker::BookmarkOf;
+use crate::broker::CursorOwner;
 use crate::delivery::device_cursors::Refusal;
 use crate::delivery::subscription::cursor::{Cursor, Unreadable};
 use crate::event::Name;
@@ -70,11 +70,11 @@ pub(in crate::http) async fn acknowledge(
         ApiError::bad_request(format!("the body is not a valid acknowledgement: {error}"))
             .fix(SHAPE)
     })?;
-    let which: Vec<BookmarkOf> = told
+    let which: Vec<CursorOwner> = told
         .device
-        .map(BookmarkOf::Device)
+        .map(CursorOwner::Device)
         .into_iter()
-        .chain(told.read.then_some(BookmarkOf::ReadMark))
+        .chain(told.read.then_some(CursorOwner::ReadMarker))
         .collect();
     if which.is_empty() {
         return Err(
@@ -88,11 +88,11 @@ pub(in crate::http) async fn acknowledge(
         Unreadable::AnotherUsers => ApiError::forbidden("this id belongs to another user")
             .fix("acknowledge as the user whose stream sent it, and discard stored ids when another user logs in"),
     })?;
-    let taken = state.bookmarks()?.acknowledge(&user, &cursor, &which);
+    let taken = state.device_cursors()?.acknowledge(&user, &cursor, &which);
     // This takes several broker reads and writes: it must not go on after the client has stopped
     // waiting.
     let taken = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), taken).await;
-    match taken.map_err(|_| ApiError::away("the broker did not answer in time"))? {
+    match taken.map_err(|_| ApiError::unavailable("the broker did not answer in time"))? {
         Ok(()) => Ok(StatusCode::NO_CONTENT),
         Err(refusal @ Refusal::Ahead) => Err(ApiError::bad_request(refusal.to_string())
             .fix("send the id of the last frame received, unchanged")),

@@ -15,7 +15,7 @@ use crate::http::{ApiError, Keyed, Path, Query, State};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow;
-use crate::preview::backtest::{self, MAX_EVENTS, rehearse};
+use crate::preview::backtest::{self, MAX_EVENTS, backtest};
 
 /// `PUT /v1/plugins/{name}/shadow` with the bytes of a plugin file.
 pub(in crate::http) async fn begin(
@@ -91,7 +91,7 @@ pub(in crate::http) async fn replay(
     }
     let busy = |_| ApiError::overloaded("another backtest is running on this node");
     // Taken before the body is read, so that a second request is refused without an upload.
-    let _one = state.rehearsing.try_acquire().map_err(busy)?;
+    let _one = state.backtesting.try_acquire().map_err(busy)?;
     let broker = state.broker()?;
     let understudy = {
         let (file, permit) = receive(&state, body).await?;
@@ -103,6 +103,6 @@ pub(in crate::http) async fn replay(
     };
     let registry = Arc::clone(state.pipeline()?.registry());
     Ok(Json(
-        rehearse(broker.as_ref(), registry, understudy, options.last).await?,
+        backtest(broker.as_ref(), registry, understudy, options.last).await?,
     ))
 }

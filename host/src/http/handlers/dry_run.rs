@@ -75,7 +75,7 @@ struct Reached {
 
 /// Runs events through the pipeline without storing them, in order. Each comes with the partition
 /// that it would be appended to.
-pub(in crate::http) async fn try_out(
+pub(in crate::http) async fn dry_run(
     state: &State,
     broker: &dyn Broker,
     events: Vec<Result<(Event, PartitionNumber), Malformed>>,
@@ -102,9 +102,9 @@ pub(in crate::http) async fn try_out(
     }
     let trying = async {
         let evaluations = pipeline
-            .try_out(tried, now_ms)
+            .dry_run(tried, now_ms)
             .await
-            .map_err(|NoPlugins| ApiError::away(NoPlugins.to_string()))?;
+            .map_err(|NoPlugins| ApiError::unavailable(NoPlugins.to_string()))?;
         for ((place, partition), evaluation) in places.into_iter().zip(evaluations) {
             trials[place] = Trial::Tried(Box::new(
                 judge(broker, partition, evaluation, now_ms).await?,

@@ -94,13 +94,13 @@ pub(in crate::http) async fn publish(
         .map(|draft| draft?.within(state.limits.event_bytes))
         .collect();
     if options.dry_run {
-        return try_out(&state, broker.as_ref(), mode, drafts).await;
+        return dry_run(&state, broker.as_ref(), mode, drafts).await;
     }
     let receipts = store(&state, broker.as_ref(), drafts).await?;
     Ok(answer(mode, receipts))
 }
 
-async fn try_out(
+async fn dry_run(
     state: &State,
     broker: &dyn Broker,
     mode: Mode,
@@ -112,7 +112,7 @@ async fn try_out(
             (event, number)
         })
     });
-    let trials = dry_run::try_out(state, broker, events.collect()).await?;
+    let trials = dry_run::dry_run(state, broker, events.collect()).await?;
     Ok(match (mode, trials.as_slice()) {
         (Mode::Structured | Mode::Binary, [trial]) => Json(trial).into_response(),
         _ => Json(serde_json::json!({ "events": trials })).into_response(),
@@ -382,7 +382,7 @@ async fn store(
         }
     }
     let all: Option<Vec<Receipt>> = receipts.into_iter().collect();
-    all.ok_or_else(|| ApiError::away("the broker confirmed fewer events than it was sent"))
+    all.ok_or_else(|| ApiError::unavailable("the broker confirmed fewer events than it was sent"))
 }
 
 /// Distinguishes a full broker, which the operator must fix, from a source whose backlog has
@@ -683,7 +683,7 @@ mod tests {
         // a fault of the node.
         assert!(
             check(
-                FakeBroker::failing(|| broker::Error::Away("secret detail".into())),
+                FakeBroker::failing(|| broker::Error::Unavailable("secret detail".into())),
                 StatusCode::SERVICE_UNAVAILABLE
             )
             .await

@@ -35,10 +35,10 @@ pub(in crate::http) async fn explain(
 ) -> Result<Json<Explanation>, ApiError> {
     let hub = state
         .hub()
-        .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
+        .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))?;
     let sources = Sources {
         broker: state.broker()?.as_ref(),
-        bookmarks: state.bookmarks()?,
+        device_cursors: state.device_cursors()?,
         hub,
     };
     let Ok(_permit) = ANSWERS.try_acquire() else {

@@ -1,7 +1,7 @@
 //! `GET /v1/notifications?after=CURSOR`: a user's notifications as JSON pages, for clients that
 //! cannot hold a stream open, with a flag for those already read.
 //!
-//! `POST /v1/acks` moves the read marker: see `acks`, and `bookmarks` for its meaning.
+//! `POST /v1/acks` moves the read marker: see `acks`, and `device_cursors` for its meaning.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::broker::{self, PartitionNumber};
 use crate::clock::now_ms;
-use crate::delivery::device_cursors::Bookmarks;
+use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::recipients::Reader;
 use crate::delivery::sse;
@@ -25,7 +25,7 @@ use super::stream::Selection;
 use crate::http::{ApiError, Parameters, Query, State};
 
 #[derive(Debug, Deserialize)]
-pub(in crate::http) struct Asked {
+pub(in crate::http) struct Params {
     /// A cursor as in `id:`, or any other start that `/v1/stream` accepts; from the earliest if
     /// absent.
     after: Option<String>,
@@ -86,7 +86,7 @@ struct Missing {
 pub(in crate::http) async fn page(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
-    Query(asked): Query<Asked>,
+    Query(asked): Query<Params>,
     parameters: Parameters,
     request: Request,
 ) -> Result<Json<Page>, ApiError> {
@@ -107,22 +107,22 @@ pub(in crate::http) async fn page(
     let filter = selection.filter()?;
     let hub = state
         .hub()
-        .ok_or_else(|| ApiError::away("this node has not reached its broker yet"))?;
-    let bookmarks = state.bookmarks()?;
+        .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))?;
+    let device_cursors = state.device_cursors()?;
     let read = async {
-        let mark = bookmarks.read_mark(&reader.user).await?;
+        let mark = device_cursors.read_mark(&reader.user).await?;
         let (mut page, unread) = tokio::join!(
             read_page(hub, &reader, start, filter.clone(), limit),
             count_unread(hub, &reader, mark.as_ref(), filter.clone())
         );
         page.unread = unread;
-        page.mark_read(bookmarks, mark.as_ref()).await?;
+        page.mark_read(device_cursors, mark.as_ref()).await?;
         Ok::<_, broker::Error>(page)
     };
     // Streams wait for an unavailable broker; a page request fails instead.
     let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
     Ok(Json(read.map_err(|_| {
-        ApiError::away("the broker did not answer in time")
+        ApiError::unavailable("the broker did not answer in time")
     })??))
 }
 
@@ -191,13 +191,13 @@ impl Page {
     /// notification could count as read.
     async fn mark_read(
         &mut self,
-        bookmarks: &Bookmarks,
+        device_cursors: &DeviceCursors,
         mark: Option<&Cursor>,
     ) -> broker::Result<()> {
         if let Some(mark) = mark
             && !self.notifications.is_empty()
         {
-            let standing = bookmarks.standing(mark).await?;
+            let standing = device_cursors.standing(mark).await?;
             for item in &mut self.notifications {
                 item.read = standing.covers(item.at.0, item.at.1);
             }

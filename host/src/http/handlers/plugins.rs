@@ -18,7 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::http::{ApiError, Keyed, Path, State, read_body};
 use crate::plugin::MAX_FILE_BYTES;
 use crate::plugin::registry::state::PluginState;
-use crate::plugin::registry::{OrderError, Registry};
+use crate::plugin::registry::{AdminError, Registry};
 
 /// How long an upload may take; longer than for events, because files are larger.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
@@ -51,7 +51,7 @@ pub(in crate::http) async fn show(
     let found = states.into_iter().find(|plugin| plugin.name == name);
     found
         .map(Json)
-        .ok_or_else(|| OrderError::Unknown(name).into())
+        .ok_or_else(|| AdminError::Unknown(name).into())
 }
 
 /// `PUT /v1/plugins/{name}` with the bytes of a plugin file.
@@ -139,7 +139,7 @@ pub(in crate::http) async fn receive(
 /// error.
 pub(in crate::http) async fn order<T: Send + 'static>(
     state: &State,
-    carry_out: impl FnOnce(&Registry) -> Result<T, OrderError> + Send + 'static,
+    carry_out: impl FnOnce(&Registry) -> Result<T, AdminError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let registry = Arc::clone(state.pipeline()?.registry());
     // The blocking pool is shared with the reads of an embedded broker.
@@ -158,19 +158,19 @@ pub(in crate::http) async fn order<T: Send + 'static>(
         .map_err(ApiError::from)
 }
 
-impl From<OrderError> for ApiError {
-    fn from(error: OrderError) -> Self {
+impl From<AdminError> for ApiError {
+    fn from(error: AdminError) -> Self {
         let text = error.to_string();
         match error {
-            OrderError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
-            OrderError::NoCandidate(_) => {
+            AdminError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
+            AdminError::NoCandidate(_) => {
                 Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
             }
-            OrderError::Impossible(_) => Self::conflict(text),
-            OrderError::Refused(_) => {
+            AdminError::Impossible(_) => Self::conflict(text),
+            AdminError::Refused(_) => {
                 Self::unprocessable(text).fix("the previous version keeps running")
             }
-            OrderError::Folder(_) => Self::incapable(text),
+            AdminError::Folder(_) => Self::incapable(text),
         }
     }
 }

@@ -148,7 +148,7 @@ pub(in crate::http) async fn open(
     if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
         return Err(cors::foreign());
     }
-    let retry_ms = state.pulse().config().retry_ms;
+    let retry_ms = state.stream_timer().config().retry_ms;
     if parts
         .extensions
         .get::<Arc<Connection>>()
@@ -159,7 +159,7 @@ pub(in crate::http) async fn open(
             retry_ms,
         ))));
     }
-    let Some(seat) = state.pulse().seat() else {
+    let Some(seat) = state.stream_timer().seat() else {
         return Ok(event_stream(Body::from(sse::refusal(
             "overloaded",
             retry_ms,
@@ -180,9 +180,10 @@ pub(in crate::http) async fn open(
         (asked, Some(device)) => {
             // The device cursor is more useful than an unreadable id.
             let asked = asked.filter(|asked| *asked != Start::Unknown);
-            let start = state
-                .bookmarks()?
-                .start(&identity.reader.user, device, is_in_sync, asked);
+            let start =
+                state
+                    .device_cursors()?
+                    .start(&identity.reader.user, device, is_in_sync, asked);
             match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
                 Ok(Ok(start)) => start,
                 failed => {
@@ -199,7 +200,7 @@ pub(in crate::http) async fn open(
     let body = sse::Body::new(
         guard,
         seat,
-        state.pulse(),
+        state.stream_timer(),
         state.metrics().clone(),
         identity.expires_at_ms,
         socket,

@@ -34,9 +34,9 @@ pub fn noop() -> anyhow::Result<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::event::{EntryId, Event, Name};
-    use crate::plugin::shadow::outcome::Decided;
+    use crate::plugin::shadow::outcome::PluginDecision;
     use crate::plugin::{Engine, Limits, Plugin, Role};
-    use crate::preview::runner::Audition;
+    use crate::preview::runner::PluginRunner;
 
     #[test]
     fn the_noop_plugin_keeps_every_event_and_names_no_recipient() {
@@ -50,7 +50,7 @@ mod tests {
         )
         .unwrap();
         assert!(plugin.has_role(Role::Filter) && plugin.has_role(Role::Router));
-        let mut audition = Audition::new(&engine, plugin);
+        let mut runner = PluginRunner::new(&engine, plugin);
         let event = Event::from_json(
             EntryId::default(),
             "-",
@@ -59,10 +59,13 @@ mod tests {
         .unwrap();
         // Enough calls to run out of memory if the texts of an event were not freed.
         for _ in 0..10_000 {
-            let performance = audition.perform(&event, 0);
+            let report = runner.run(&event, 0);
             assert!(
-                matches!(performance.decided[..], [Decided::Keep, Decided::None]),
-                "{performance:?}"
+                matches!(
+                    report.decided[..],
+                    [PluginDecision::Keep, PluginDecision::None]
+                ),
+                "{report:?}"
             );
         }
     }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::{OrderError, Registry};
+use super::{AdminError, Registry};
 use crate::event::Name;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::settings::Settings;
@@ -20,7 +20,7 @@ use crate::plugin::{Plugin, Role};
 
 /// A candidate in place of its plugin.
 #[derive(Clone, Debug)]
-pub struct Understudy {
+pub struct CandidateChain {
     pub name: Name,
     /// SHA-256 of its file, in hexadecimal.
     pub hash: String,
@@ -43,7 +43,7 @@ impl Registry {
     ///
     /// # Errors
     /// No such plugin is active, the candidate is invalid, or there are too many candidates.
-    pub fn begin_shadow(&self, name: &str, bytes: Bytes) -> Result<shadow::Report, OrderError> {
+    pub fn begin_shadow(&self, name: &str, bytes: Bytes) -> Result<shadow::Report, AdminError> {
         // Held until the candidate is registered: otherwise its plugin could be removed first and
         // leave the candidate behind.
         let loading = self.begin_loading();
@@ -55,14 +55,14 @@ impl Registry {
         );
         self.shadows
             .begin(&self.engine, candidate, bytes, self.metrics.clone())
-            .map_err(OrderError::Impossible)
+            .map_err(AdminError::Impossible)
     }
 
     /// Reports on the candidate of a plugin.
     ///
     /// # Errors
     /// The plugin has no candidate.
-    pub fn shadow(&self, name: &str) -> Result<shadow::Report, OrderError> {
+    pub fn shadow(&self, name: &str) -> Result<shadow::Report, AdminError> {
         Ok(self.find_shadow(name)?.report())
     }
 
@@ -70,7 +70,7 @@ impl Registry {
     ///
     /// # Errors
     /// The plugin has no candidate.
-    pub fn end_shadow(&self, name: &str) -> Result<(), OrderError> {
+    pub fn end_shadow(&self, name: &str) -> Result<(), AdminError> {
         let shadow = self.find_shadow(name)?;
         self.shadows.end(&shadow);
         Ok(())
@@ -82,7 +82,7 @@ impl Registry {
     /// # Errors
     /// The plugin has no candidate, or as for [`Registry::upload`]; the candidate then stays in
     /// place.
-    pub fn promote(&self, name: &str) -> Result<PluginState, OrderError> {
+    pub fn promote(&self, name: &str) -> Result<PluginState, AdminError> {
         let shadow = self.find_shadow(name)?;
         let state = self.upload(name, &shadow.bytes())?;
         // Ended only after the upload succeeded: a failed promotion keeps the candidate.
@@ -96,7 +96,7 @@ impl Registry {
     ///
     /// # Errors
     /// No such plugin is active, or the candidate is invalid.
-    pub fn understudy(&self, name: &str, bytes: &[u8]) -> Result<Understudy, OrderError> {
+    pub fn understudy(&self, name: &str, bytes: &[u8]) -> Result<CandidateChain, AdminError> {
         let (plugin, settings) = self.candidate(&self.begin_loading(), name, bytes)?;
         let (name, hash, version) = (
             plugin.name().clone(),
@@ -105,7 +105,7 @@ impl Registry {
         );
         let candidate = Arc::new(Generation::new(plugin, 0, settings, false, Instant::now()));
         let chain = Arc::new(self.chain().with(&candidate));
-        Ok(Understudy {
+        Ok(CandidateChain {
             name,
             hash,
             version,
@@ -119,12 +119,12 @@ impl Registry {
         _loading: &MutexGuard<'_, ()>,
         name: &str,
         bytes: &[u8],
-    ) -> Result<(Plugin, Settings), OrderError> {
+    ) -> Result<(Plugin, Settings), AdminError> {
         let chain = self.chain();
         let at_work = chain
             .generations()
             .find(|generation| generation.plugin.name().as_str() == name);
-        let at_work = at_work.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+        let at_work = at_work.ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
         // A pinned hash restricts the active file, not a candidate for comparison.
         let settings = Settings {
             sha256: None,
@@ -132,19 +132,19 @@ impl Registry {
         };
         let candidate = self
             .load_bytes(name, bytes, &settings)
-            .map_err(|failure| OrderError::Refused(failure.reason))?;
+            .map_err(|failure| AdminError::Refused(failure.reason))?;
         let kind = |plugin: &Plugin| [Role::Filter, Role::Router].map(|role| plugin.has_role(role));
         if kind(&candidate) != kind(&at_work.plugin) {
             let reason = "is of a different kind (filter, router or both) than the active plugin, so there is nothing to compare; upload it instead";
-            return Err(OrderError::Refused(reason.to_owned()));
+            return Err(AdminError::Refused(reason.to_owned()));
         }
         Ok((candidate, settings))
     }
 
-    pub(super) fn find_shadow(&self, name: &str) -> Result<Arc<shadow::Shadow>, OrderError> {
+    pub(super) fn find_shadow(&self, name: &str) -> Result<Arc<shadow::Shadow>, AdminError> {
         let shadow = Name::parse(name)
             .ok()
             .and_then(|name| self.shadows.of(&name));
-        shadow.ok_or_else(|| OrderError::NoCandidate(name.to_owned()))
+        shadow.ok_or_else(|| AdminError::NoCandidate(name.to_owned()))
     }
 }

@@ -22,11 +22,11 @@ const DRAFT: &str = ".upload";
 const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
 /// The files of each plugin, by plugin name, sorted by path. More than one file is a mistake.
-pub(in crate::plugin) type Look = BTreeMap<String, Vec<Sighting>>;
+pub(in crate::plugin) type FolderSnapshot = BTreeMap<String, Vec<FileStamp>>;
 
 /// A file as it was seen. Equal sightings imply equal bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::plugin) struct Sighting {
+pub(in crate::plugin) struct FileStamp {
     pub(in crate::plugin) path: PathBuf,
     /// `None`: the metadata could not be read, for example of a dangling link.
     stamp: Option<Stamp>,
@@ -59,7 +59,7 @@ impl Stamp {
     }
 }
 
-impl Sighting {
+impl FileStamp {
     /// The file name, for messages.
     pub(in crate::plugin) fn file(&self) -> String {
         self.path
@@ -74,14 +74,14 @@ impl Sighting {
 ///
 /// # Errors
 /// The folder cannot be read; the text includes the fix.
-pub(in crate::plugin) fn look(dir: &Path) -> Result<Look, String> {
+pub(in crate::plugin) fn look(dir: &Path) -> Result<FolderSnapshot, String> {
     let unreadable = |error| {
         format!(
             "the plugin folder {} cannot be read: {error}; create it, or set plugins.dir",
             dir.display()
         )
     };
-    let mut look = Look::new();
+    let mut look = FolderSnapshot::new();
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy();
@@ -90,7 +90,9 @@ pub(in crate::plugin) fn look(dir: &Path) -> Result<Look, String> {
             // Follows links: the target is the file that is read, and it changes when a folder is
             // swapped through a link.
             let stamp = fs::metadata(&path).ok().map(|file| Stamp::of(&file));
-            look.entry(name).or_default().push(Sighting { path, stamp });
+            look.entry(name)
+                .or_default()
+                .push(FileStamp { path, stamp });
         }
     }
     for files in look.values_mut() {
@@ -121,7 +123,7 @@ fn sweep(dir: &Path) {
 ///
 /// # Errors
 /// The file cannot be written; the text names it.
-pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, String> {
+pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, String> {
     let unwritable = |error: std::io::Error| {
         format!(
             "{} cannot be written: {error}; make the folder writable for this node, or copy the file there yourself",
@@ -144,7 +146,7 @@ pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<Sighting, St
         Ok(file)
     };
     match written() {
-        Ok(file) => Ok(Sighting {
+        Ok(file) => Ok(FileStamp {
             path: path.to_owned(),
             stamp: Some(Stamp::of(&file)),
         }),
@@ -243,7 +245,7 @@ pub(in crate::plugin) mod tests {
             Self(path)
         }
 
-        pub(in crate::plugin) fn look(&self) -> Look {
+        pub(in crate::plugin) fn look(&self) -> FolderSnapshot {
             look(&self.0).unwrap()
         }
     }

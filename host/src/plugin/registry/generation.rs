@@ -34,7 +34,7 @@ impl Generation {
         let of = |role| {
             plugin
                 .has_role(role)
-                .then(|| Health::new(settings.tolerance(), is_on_probation, now))
+                .then(|| Health::new(settings.policy(), is_on_probation, now))
         };
         Self {
             filter: of(Role::Filter),

@@ -28,7 +28,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// When a plugin counts as unhealthy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::plugin) struct Tolerance {
+pub(in crate::plugin) struct HealthPolicy {
     /// The duration of a probation; zero disables it.
     pub(in crate::plugin) probation: Duration,
     /// The maximum share of events in a probation that may fail, in percent.
@@ -40,18 +40,18 @@ pub(in crate::plugin) struct Tolerance {
 /// The health of one role of one generation. Thread-safe.
 #[derive(Debug)]
 pub struct Health {
-    tolerance: Tolerance,
+    policy: HealthPolicy,
     /// Events of the probation, counted while it lasts.
     n_asked: AtomicU64,
     is_on_probation: AtomicBool,
     /// Whether the last event failed or the breaker is not closed. While false, the lock is not
     /// taken.
     is_ailing: AtomicBool,
-    ailments: Mutex<Ailments>,
+    failures: Mutex<FailureCounts>,
 }
 
 #[derive(Debug)]
-struct Ailments {
+struct FailureCounts {
     probation_ends: Instant,
     /// Events that failed during the probation.
     n_failed: u64,
@@ -75,20 +75,20 @@ enum Breaker {
 
 /// Whether a plugin may be called for an event.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Admission {
-    Asked,
+pub(crate) enum Permit {
+    Granted,
     /// The breaker is open.
-    Spared(Spared),
+    Rejected(Rejected),
 }
 
 /// Why an event is settled without a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Spared {
+pub(crate) struct Rejected {
     n_failed_in_row: u32,
     again_in: Duration,
 }
 
-impl fmt::Display for Spared {
+impl fmt::Display for Rejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             n_failed_in_row,
@@ -104,7 +104,7 @@ impl fmt::Display for Spared {
 
 /// The effect of a settled event on its plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Consequence {
+pub(crate) enum Transition {
     /// No change that others need to know.
     None,
     /// The breaker opened or closed.
@@ -156,43 +156,43 @@ pub enum BreakerState {
 impl Health {
     /// `is_on_probation`: there is another generation to roll back to.
     pub(in crate::plugin) fn new(
-        tolerance: Tolerance,
+        policy: HealthPolicy,
         is_on_probation: bool,
         now: Instant,
     ) -> Self {
-        let ailments = Ailments {
-            probation_ends: now + tolerance.probation,
+        let failures = FailureCounts {
+            probation_ends: now + policy.probation,
             n_failed: 0,
             n_failed_in_row: 0,
             breaker: Breaker::Closed,
         };
         Self {
-            tolerance,
+            policy,
             n_asked: AtomicU64::new(0),
-            is_on_probation: AtomicBool::new(is_on_probation && !tolerance.probation.is_zero()),
+            is_on_probation: AtomicBool::new(is_on_probation && !policy.probation.is_zero()),
             is_ailing: AtomicBool::new(false),
-            ailments: Mutex::new(ailments),
+            failures: Mutex::new(failures),
         }
     }
 
     /// Call before each event. The result of an admitted event must be noted afterwards.
-    pub(crate) fn admit(&self, now: Instant) -> Admission {
+    pub(crate) fn admit(&self, now: Instant) -> Permit {
         if !self.is_ailing.load(Relaxed) {
-            return Admission::Asked;
+            return Permit::Granted;
         }
-        let mut ailments = self.ailments.lock().expect("no panic under this lock");
-        let n_failed_in_row = ailments.n_failed_in_row;
-        match ailments.breaker {
-            Breaker::Closed => Admission::Asked,
+        let mut failures = self.failures.lock().expect("no panic under this lock");
+        let n_failed_in_row = failures.n_failed_in_row;
+        match failures.breaker {
+            Breaker::Closed => Permit::Granted,
             Breaker::Open { until, pause } | Breaker::HalfOpen { until, pause } if now >= until => {
-                ailments.breaker = Breaker::HalfOpen {
+                failures.breaker = Breaker::HalfOpen {
                     until: now + pause,
                     pause,
                 };
-                Admission::Asked
+                Permit::Granted
             }
             Breaker::Open { until, .. } | Breaker::HalfOpen { until, .. } => {
-                Admission::Spared(Spared {
+                Permit::Rejected(Rejected {
                     n_failed_in_row,
                     again_in: until - now,
                 })
@@ -201,38 +201,38 @@ impl Health {
     }
 
     /// Call after each event that the plugin answered; verdicts such as `reject` count as answers.
-    pub(crate) fn note_answer(&self) -> Consequence {
+    pub(crate) fn note_answer(&self) -> Transition {
         if self.is_on_probation.load(Relaxed) {
             self.n_asked.fetch_add(1, Relaxed);
         }
         if !self.is_ailing.load(Relaxed) {
-            return Consequence::None;
+            return Transition::None;
         }
-        let mut ailments = self.ailments.lock().expect("no panic under this lock");
-        ailments.n_failed_in_row = 0;
+        let mut failures = self.failures.lock().expect("no panic under this lock");
+        failures.n_failed_in_row = 0;
         self.is_ailing.store(false, Relaxed);
-        match std::mem::replace(&mut ailments.breaker, Breaker::Closed) {
-            Breaker::Closed => Consequence::None,
-            Breaker::Open { .. } | Breaker::HalfOpen { .. } => Consequence::Breaker,
+        match std::mem::replace(&mut failures.breaker, Breaker::Closed) {
+            Breaker::Closed => Transition::None,
+            Breaker::Open { .. } | Breaker::HalfOpen { .. } => Transition::Breaker,
         }
     }
 
     /// Call after each event that the plugin failed on.
-    pub(crate) fn note_failure(&self, now: Instant) -> Consequence {
-        let mut ailments = self.ailments.lock().expect("no panic under this lock");
+    pub(crate) fn note_failure(&self, now: Instant) -> Transition {
+        let mut failures = self.failures.lock().expect("no panic under this lock");
         self.is_ailing.store(true, Relaxed);
-        ailments.n_failed_in_row = ailments.n_failed_in_row.saturating_add(1);
+        failures.n_failed_in_row = failures.n_failed_in_row.saturating_add(1);
         if self.is_on_probation.load(Relaxed) {
-            if !self.is_over(&ailments, now) {
+            if !self.is_over(&failures, now) {
                 let n_asked = self.n_asked.fetch_add(1, Relaxed) + 1;
-                ailments.n_failed += 1;
-                let n_failed = ailments.n_failed;
+                failures.n_failed += 1;
+                let n_failed = failures.n_failed;
                 if n_failed >= MIN_FAILED
-                    && n_failed * 100 > n_asked * self.tolerance.probation_failure_percent
+                    && n_failed * 100 > n_asked * self.policy.probation_failure_percent
                 {
                     self.is_on_probation.store(false, Relaxed);
-                    let most = self.tolerance.probation_failure_percent;
-                    return Consequence::RollBack(format!(
+                    let most = self.policy.probation_failure_percent;
+                    return Transition::RollBack(format!(
                         "failed on {n_failed} of {n_asked} events during its probation; the limit is {most} % (probation_failure_percent)"
                     ));
                 }
@@ -240,25 +240,25 @@ impl Health {
                 self.is_on_probation.store(false, Relaxed);
             }
         }
-        let opens = self.tolerance.breaker_failures;
-        match ailments.breaker {
+        let opens = self.policy.breaker_failures;
+        match failures.breaker {
             Breaker::HalfOpen { pause, .. } => {
                 let pause = (pause * 2).min(MAX_PAUSE);
-                ailments.breaker = Breaker::Open {
+                failures.breaker = Breaker::Open {
                     until: now + pause,
                     pause,
                 };
-                Consequence::None
+                Transition::None
             }
-            Breaker::Closed if opens > 0 && ailments.n_failed_in_row >= opens => {
-                ailments.breaker = Breaker::Open {
+            Breaker::Closed if opens > 0 && failures.n_failed_in_row >= opens => {
+                failures.breaker = Breaker::Open {
                     until: now + PAUSE,
                     pause: PAUSE,
                 };
-                Consequence::Breaker
+                Transition::Breaker
             }
             // Calls on other threads that were already running when the breaker opened.
-            Breaker::Closed | Breaker::Open { .. } => Consequence::None,
+            Breaker::Closed | Breaker::Open { .. } => Transition::None,
         }
     }
 
@@ -271,22 +271,22 @@ impl Health {
     pub(in crate::plugin) fn is_proven(&self, now: Instant) -> bool {
         !self.is_on_probation.load(Relaxed)
             || self.is_over(
-                &self.ailments.lock().expect("no panic under this lock"),
+                &self.failures.lock().expect("no panic under this lock"),
                 now,
             )
     }
 
     /// Whether a probation has lasted long enough, in time and in events.
-    fn is_over(&self, ailments: &Ailments, now: Instant) -> bool {
-        now >= ailments.probation_ends && self.n_asked.load(Relaxed) >= MIN_ASKED
+    fn is_over(&self, failures: &FailureCounts, now: Instant) -> bool {
+        now >= failures.probation_ends && self.n_asked.load(Relaxed) >= MIN_ASKED
     }
 
     pub(in crate::plugin) fn report(&self, now: Instant) -> Report {
-        let ailments = self.ailments.lock().expect("no panic under this lock");
-        let left = ailments.probation_ends.saturating_duration_since(now);
-        let is_on_probation = self.is_on_probation.load(Relaxed) && !self.is_over(&ailments, now);
-        let (asked, failed) = (self.n_asked.load(Relaxed), ailments.n_failed);
-        let (breaker, retry_in) = match ailments.breaker {
+        let failures = self.failures.lock().expect("no panic under this lock");
+        let left = failures.probation_ends.saturating_duration_since(now);
+        let is_on_probation = self.is_on_probation.load(Relaxed) && !self.is_over(&failures, now);
+        let (asked, failed) = (self.n_asked.load(Relaxed), failures.n_failed);
+        let (breaker, retry_in) = match failures.breaker {
             Breaker::Closed => (BreakerState::Closed, None),
             Breaker::Open { until, .. } => (
                 BreakerState::Open,
@@ -304,7 +304,7 @@ impl Health {
                 failed,
             }),
             breaker,
-            failed_in_row: ailments.n_failed_in_row,
+            failed_in_row: failures.n_failed_in_row,
             retry_in_ms: retry_in.map(|wait| wait.as_millis() as u64),
         }
     }
@@ -314,7 +314,7 @@ impl Health {
 mod tests {
     use super::*;
 
-    const TOLERANCE: Tolerance = Tolerance {
+    const TOLERANCE: HealthPolicy = HealthPolicy {
         probation: Duration::from_secs(60),
         probation_failure_percent: 10,
         breaker_failures: 10,
@@ -339,11 +339,11 @@ mod tests {
             });
             consequences
                 .enumerate()
-                .filter(|(_, consequence)| *consequence != Consequence::None)
+                .filter(|(_, consequence)| *consequence != Transition::None)
                 .collect::<Vec<_>>()
         };
         let rolled_back = fares(true, began + seconds(59));
-        let [(11, Consequence::RollBack(reason))] = rolled_back.as_slice() else {
+        let [(11, Transition::RollBack(reason))] = rolled_back.as_slice() else {
             panic!("{rolled_back:?}")
         };
         assert!(
@@ -368,7 +368,7 @@ mod tests {
             } else {
                 health.note_answer()
             };
-            assert_eq!(consequence, Consequence::None, "{n}");
+            assert_eq!(consequence, Transition::None, "{n}");
         }
         assert_eq!(
             health.report(began).probation,
@@ -390,41 +390,41 @@ mod tests {
         assert!(
             fail(9, now)
                 .iter()
-                .all(|consequence| *consequence == Consequence::None)
+                .all(|consequence| *consequence == Transition::None)
         );
         // A success resets the count.
-        assert_eq!(health.note_answer(), Consequence::None);
+        assert_eq!(health.note_answer(), Transition::None);
         assert!(
             fail(9, now)
                 .iter()
-                .all(|consequence| *consequence == Consequence::None)
+                .all(|consequence| *consequence == Transition::None)
         );
-        assert_eq!(health.admit(now), Admission::Asked);
-        assert_eq!(health.note_failure(now), Consequence::Breaker);
+        assert_eq!(health.admit(now), Permit::Granted);
+        assert_eq!(health.note_failure(now), Transition::Breaker);
         for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
-            let Admission::Spared(spared) = health.admit(now) else {
+            let Permit::Rejected(spared) = health.admit(now) else {
                 panic!("it was called within its pause of {pause} s")
             };
             assert_eq!(spared.again_in, seconds(pause));
             assert_eq!(health.report(now).breaker, BreakerState::Open);
             now += seconds(pause);
-            assert_eq!(health.admit(now), Admission::Asked);
+            assert_eq!(health.admit(now), Permit::Granted);
             assert!(
-                matches!(health.admit(now), Admission::Spared(_)),
+                matches!(health.admit(now), Permit::Rejected(_)),
                 "only one event is tried"
             );
             assert_eq!(health.report(now).breaker, BreakerState::HalfOpen);
             // The result never arrives, for example because the host panicked.
             now += seconds(pause);
-            assert_eq!(health.admit(now), Admission::Asked);
-            assert_eq!(health.note_failure(now), Consequence::None);
+            assert_eq!(health.admit(now), Permit::Granted);
+            assert_eq!(health.note_failure(now), Transition::None);
         }
         now += seconds(60);
-        assert_eq!(health.admit(now), Admission::Asked);
-        assert_eq!(health.note_answer(), Consequence::Breaker);
+        assert_eq!(health.admit(now), Permit::Granted);
+        assert_eq!(health.note_answer(), Transition::Breaker);
         assert_eq!(
             (health.admit(now), health.report(now).failed_in_row),
-            (Admission::Asked, 0)
+            (Permit::Granted, 0)
         );
     }
 
@@ -432,7 +432,7 @@ mod tests {
     fn a_disabled_breaker_never_opens() {
         let now = Instant::now();
         let health = Health::new(
-            Tolerance {
+            HealthPolicy {
                 breaker_failures: 0,
                 ..TOLERANCE
             },
@@ -440,8 +440,8 @@ mod tests {
             now,
         );
         for _ in 0..1_000 {
-            assert_eq!(health.note_failure(now), Consequence::None);
-            assert_eq!(health.admit(now), Admission::Asked);
+            assert_eq!(health.note_failure(now), Transition::None);
+            assert_eq!(health.admit(now), Permit::Granted);
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::health::Tolerance;
+use super::health::HealthPolicy;
 use crate::plugin::Limits;
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that
@@ -178,8 +178,8 @@ impl Settings {
         }
     }
 
-    pub(in crate::plugin) fn tolerance(&self) -> Tolerance {
-        Tolerance {
+    pub(in crate::plugin) fn policy(&self) -> HealthPolicy {
+        HealthPolicy {
             probation: Duration::from_secs(self.probation_s),
             probation_failure_percent: self.probation_failure_percent.into(),
             breaker_failures: self.breaker_failures,

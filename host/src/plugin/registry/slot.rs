@@ -7,14 +7,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::OrderError;
+use super::AdminError;
 use crate::clock::now_ms;
 use crate::plugin::Plugin;
-use crate::plugin::registry::folder::Sighting;
+use crate::plugin::registry::folder::FileStamp;
 use crate::plugin::registry::generation::Generation;
 use crate::plugin::registry::health::BreakerState;
 use crate::plugin::registry::settings::{Config, Settings};
-use crate::plugin::registry::state::{Ended, PluginState, Refusal, Word};
+use crate::plugin::registry::state::{Ended, PluginState, PluginStatus, Refusal};
 
 /// The maximum number of former generations remembered per plugin.
 const MAX_ENDED: usize = 20;
@@ -30,7 +30,7 @@ pub(super) struct Slots {
 #[derive(Debug, Default)]
 pub(super) struct Slot {
     /// The files as they were last loaded. The first one is used; empty if the plugin is gone.
-    pub(super) files: Vec<Sighting>,
+    pub(super) files: Vec<FileStamp>,
     pub(super) running: Option<Arc<Generation>>,
     /// Since when `running` is active, in milliseconds since the Unix epoch.
     pub(super) since_ms: u64,
@@ -60,11 +60,11 @@ pub(super) struct Failure {
 }
 
 /// The outcome of a job.
-pub(super) enum Done {
+pub(super) enum LoadOutcome {
     Removed,
-    Rests,
+    Disabled,
     /// The file is already active; holds its hash.
-    Same(String),
+    Unchanged(String),
     Loaded(Box<Plugin>, Settings),
     Failed(Failure),
 }
@@ -92,13 +92,13 @@ impl Slots {
         &mut self,
         name: &str,
         is_enabled: bool,
-    ) -> Result<Vec<Sighting>, OrderError> {
+    ) -> Result<Vec<FileStamp>, AdminError> {
         let is_as_configured = self.config.settings(name).enabled == is_enabled;
         let slot = self
             .by_name
             .get_mut(name)
             .filter(|slot| !slot.files.is_empty());
-        let slot = slot.ok_or_else(|| OrderError::Unknown(name.to_owned()))?;
+        let slot = slot.ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
         slot.enabled = (!is_as_configured).then_some(is_enabled);
         Ok(slot.files.clone())
     }
@@ -115,23 +115,23 @@ impl Slot {
     pub(super) fn apply(
         &mut self,
         name: &str,
-        files: Vec<Sighting>,
-        done: Done,
+        files: Vec<FileStamp>,
+        done: LoadOutcome,
     ) -> Option<&'static str> {
         self.files = files;
-        let file = self.files.first().map(Sighting::file).unwrap_or_default();
+        let file = self.files.first().map(FileStamp::file).unwrap_or_default();
         // The active version may have been rolled back while its file was examined; its failure
         // must then be kept.
-        let is_rolled_back = matches!(&done, Done::Same(hash) if self.running.as_ref().is_none_or(|running| running.plugin.hash() != hash));
+        let is_rolled_back = matches!(&done, LoadOutcome::Unchanged(hash) if self.running.as_ref().is_none_or(|running| running.plugin.hash() != hash));
         if !is_rolled_back {
             self.failure = None;
         }
         let outcome = match done {
-            Done::Removed | Done::Rests => {
-                let (word, why) = if matches!(done, Done::Rests) {
-                    (Word::Disabled, "it is disabled")
+            LoadOutcome::Removed | LoadOutcome::Disabled => {
+                let (word, why) = if matches!(done, LoadOutcome::Disabled) {
+                    (PluginStatus::Disabled, "it is disabled")
                 } else {
-                    (Word::Removed, "its file is gone")
+                    (PluginStatus::Removed, "its file is gone")
                 };
                 match self.running.take() {
                     Some(gone) => {
@@ -143,13 +143,13 @@ impl Slot {
                         );
                         self.end(&gone, word, why);
                     }
-                    None if word == Word::Disabled => {
+                    None if word == PluginStatus::Disabled => {
                         tracing::info!(plugin.name = name, "plugin is disabled")
                     }
                     None => {}
                 }
                 self.previous = None;
-                if word == Word::Removed {
+                if word == PluginStatus::Removed {
                     // Forgotten with the file: adding the plugin again expresses the wish to run
                     // it.
                     (self.enabled, self.rolled_back) = (None, None);
@@ -157,7 +157,7 @@ impl Slot {
                 self.since_ms = now_ms();
                 None
             }
-            Done::Same(_) => {
+            LoadOutcome::Unchanged(_) => {
                 tracing::info!(
                     plugin.name = name,
                     plugin.file = file,
@@ -165,11 +165,11 @@ impl Slot {
                 );
                 None
             }
-            Done::Loaded(plugin, settings) => {
+            LoadOutcome::Loaded(plugin, settings) => {
                 self.take_over(name, &file, *plugin, settings);
                 Some("loaded")
             }
-            Done::Failed(Failure { reason, hash }) => {
+            LoadOutcome::Failed(Failure { reason, hash }) => {
                 let reason = format!("{file} {reason}");
                 match &self.running {
                     Some(running) => tracing::error!(
@@ -235,7 +235,7 @@ impl Slot {
         }
         let now = Instant::now();
         if let Some(former) = former {
-            self.end(&former, Word::Replaced, "");
+            self.end(&former, PluginStatus::Replaced, "");
             // A generation that is itself on probation is not a safe fallback while there is a
             // better one, and one with an open breaker never is.
             let is_well = former.report(now).breaker == BreakerState::Closed;
@@ -256,7 +256,7 @@ impl Slot {
     }
 
     /// Remembers a former generation.
-    pub(super) fn end(&mut self, generation: &Generation, how: Word, why: &str) {
+    pub(super) fn end(&mut self, generation: &Generation, how: PluginStatus, why: &str) {
         self.ended.push_front(Ended {
             generation: generation.number,
             version: generation.plugin.manifest().version.clone(),
@@ -276,15 +276,15 @@ impl Slot {
             |running| running.settings.clone(),
         );
         let word = match &report {
-            Some(report) if report.breaker != BreakerState::Closed => Word::BreakerOpen,
-            Some(report) if report.probation.is_some() => Word::OnProbation,
-            Some(_) => Word::Active,
-            None if !slots.is_enabled(name) => Word::Disabled,
-            None => Word::Failed,
+            Some(report) if report.breaker != BreakerState::Closed => PluginStatus::BreakerOpen,
+            Some(report) if report.probation.is_some() => PluginStatus::OnProbation,
+            Some(_) => PluginStatus::Active,
+            None if !slots.is_enabled(name) => PluginStatus::Disabled,
+            None => PluginStatus::Failed,
         };
         let state = PluginState {
             name: name.to_owned(),
-            file: self.files.first().map(Sighting::file).unwrap_or_default(),
+            file: self.files.first().map(FileStamp::file).unwrap_or_default(),
             state: word,
             is_enabled_by_hand: self.enabled,
             since_ms: self.since_ms,

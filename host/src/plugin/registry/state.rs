@@ -15,7 +15,7 @@ pub struct PluginState {
     pub name: String,
     /// The file name.
     pub file: String,
-    pub state: Word,
+    pub state: PluginStatus,
     /// Set by an operator, overriding the configuration; `None`: not overridden.
     pub is_enabled_by_hand: Option<bool>,
     /// `filter`, `router`, `filter and router`, or empty if the plugin is not active.
@@ -67,7 +67,7 @@ impl PluginState {
 /// The state of a plugin or of one of its generations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Word {
+pub enum PluginStatus {
     /// Active; the next three states are active as well.
     Active,
     /// It has just replaced another generation, which takes over again if this one fails too often.
@@ -105,7 +105,7 @@ pub struct Ended {
     pub generation: u64,
     pub version: String,
     pub hash: String,
-    pub state: Word,
+    pub state: PluginStatus,
     /// When it was active, in milliseconds since the Unix epoch.
     pub since_ms: u64,
     pub until_ms: u64,

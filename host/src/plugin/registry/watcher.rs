@@ -24,7 +24,7 @@ use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::Registry;
-use super::folder::{self, Look, Sighting};
+use super::folder::{self, FileStamp, FolderSnapshot};
 use crate::shutdown::Alarm;
 
 /// How long the files of a plugin must be unchanged before they are loaded.
@@ -159,12 +159,17 @@ pub fn is_change(heard: &notify::Result<notify::Event>) -> bool {
 
 /// Plugins whose files differ from those last loaded, and since when they have been unchanged.
 #[derive(Debug, Default)]
-struct Settling(BTreeMap<String, (Vec<Sighting>, Instant)>);
+struct Settling(BTreeMap<String, (Vec<FileStamp>, Instant)>);
 
 impl Settling {
     /// Returns the files to load now; an empty list stands for a plugin whose files are gone.
-    fn due(&mut self, taken_up: &Look, seen: &Look, now: Instant) -> Look {
-        let mut due = Look::new();
+    fn due(
+        &mut self,
+        taken_up: &FolderSnapshot,
+        seen: &FolderSnapshot,
+        now: Instant,
+    ) -> FolderSnapshot {
+        let mut due = FolderSnapshot::new();
         let mut before = std::mem::take(&mut self.0);
         for name in taken_up.keys().chain(seen.keys()).collect::<BTreeSet<_>>() {
             let files = seen.get(name).cloned().unwrap_or_default();
@@ -202,8 +207,8 @@ mod tests {
             Settling::default(),
             Instant::now(),
         );
-        let (mut taken_up, mut at) = (Look::new(), Duration::ZERO);
-        let mut due_after = |taken_up: &Look, wait: Duration| {
+        let (mut taken_up, mut at) = (FolderSnapshot::new(), Duration::ZERO);
+        let mut due_after = |taken_up: &FolderSnapshot, wait: Duration| {
             at += wait;
             settling.due(taken_up, &folder.look(), began + at)
         };
@@ -212,31 +217,31 @@ mod tests {
             fs::write(&file, vec![0; n_bytes]).unwrap();
             assert_eq!(
                 due_after(&taken_up, SETTLED - PACE),
-                Look::new(),
+                FolderSnapshot::new(),
                 "{n_bytes} bytes"
             );
         }
-        assert_eq!(due_after(&taken_up, SETTLED - PACE), Look::new());
+        assert_eq!(due_after(&taken_up, SETTLED - PACE), FolderSnapshot::new());
         let due = due_after(&taken_up, PACE);
         assert_eq!(
             (due.len(), due["a"].as_slice()),
             (1, folder.look()["a"].as_slice())
         );
         taken_up.extend(due);
-        assert_eq!(due_after(&taken_up, SETTLED), Look::new());
+        assert_eq!(due_after(&taken_up, SETTLED), FolderSnapshot::new());
 
         // Missing for a moment, as with an editor that removes before it writes: only the new bytes
         // count.
         fs::remove_file(&file).unwrap();
-        assert_eq!(due_after(&taken_up, PACE), Look::new());
+        assert_eq!(due_after(&taken_up, PACE), FolderSnapshot::new());
         fs::write(&file, "other").unwrap();
-        assert_eq!(due_after(&taken_up, SETTLED), Look::new());
+        assert_eq!(due_after(&taken_up, SETTLED), FolderSnapshot::new());
         taken_up.extend(due_after(&taken_up, SETTLED));
         assert_eq!(taken_up, folder.look());
 
         // Renaming the file of a plugin is one change, and so is removing it.
         fs::rename(&file, folder.0.join("2-a.wasm")).unwrap();
-        assert_eq!(due_after(&taken_up, PACE), Look::new());
+        assert_eq!(due_after(&taken_up, PACE), FolderSnapshot::new());
         let due = due_after(&taken_up, SETTLED);
         assert!(
             due["a"].len() == 1 && due["a"][0].path.ends_with("2-a.wasm"),
@@ -244,10 +249,10 @@ mod tests {
         );
         taken_up.extend(due);
         fs::remove_file(folder.0.join("2-a.wasm")).unwrap();
-        assert_eq!(due_after(&taken_up, PACE), Look::new());
+        assert_eq!(due_after(&taken_up, PACE), FolderSnapshot::new());
         assert_eq!(
             due_after(&taken_up, SETTLED),
-            Look::from([("a".to_owned(), Vec::new())])
+            FolderSnapshot::from([("a".to_owned(), Vec::new())])
         );
     }
 }

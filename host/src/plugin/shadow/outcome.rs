@@ -22,7 +22,7 @@ const MAX_SIDE: usize = 16 * 1024;
 /// decision records.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "verdict", rename_all = "lowercase")]
-pub enum Decided {
+pub enum PluginDecision {
     Keep,
     Drop {
         reason: String,
@@ -46,7 +46,7 @@ pub enum Decided {
     },
 }
 
-impl Decided {
+impl PluginDecision {
     /// The implied decision of a plugin that is not called because its types do not match.
     pub fn nothing(role: Role) -> Self {
         match role {
@@ -153,7 +153,13 @@ struct TooLarge {
 }
 
 impl Difference {
-    pub fn new(event: &Event, role: Role, clock_ms: u64, old: &Decided, new: &Decided) -> Self {
+    pub fn new(
+        event: &Event,
+        role: Role,
+        clock_ms: u64,
+        old: &PluginDecision,
+        new: &PluginDecision,
+    ) -> Self {
         let Event {
             id, source, kind, ..
         } = event;
@@ -172,7 +178,7 @@ impl Difference {
     }
 }
 
-fn side(decided: &Decided) -> Box<RawValue> {
+fn side(decided: &PluginDecision) -> Box<RawValue> {
     let shown = to_raw_value(decided).unwrap_or_default();
     match shown.get().len() {
         0..=MAX_SIDE => shown,
@@ -239,29 +245,29 @@ mod tests {
     #[test]
     fn decisions_are_compared_by_effect_and_not_by_reason() {
         let text = |text: &str| text.to_owned();
-        let amend = |value: i64| Decided::Amend {
+        let amend = |value: i64| PluginDecision::Amend {
             priority: None,
             attributes: [(text("a"), Value::Integer(value))].into(),
         };
         let all = [
-            Decided::Keep,
-            Decided::None,
-            Decided::Drop {
+            PluginDecision::Keep,
+            PluginDecision::None,
+            PluginDecision::Drop {
                 reason: text("old"),
             },
-            Decided::Failed {
+            PluginDecision::Failed {
                 reason: text("it trapped"),
             },
             amend(1),
             amend(2),
-            Decided::Amend {
+            PluginDecision::Amend {
                 priority: Some(Priority::High),
                 attributes: BTreeMap::new(),
             },
-            Decided::Routes {
+            PluginDecision::Routes {
                 plan: plan(&["u:1"]),
             },
-            Decided::Routes {
+            PluginDecision::Routes {
                 plan: plan(&["u:1", "u:2"]),
             },
         ];
@@ -270,10 +276,10 @@ mod tests {
                 assert_eq!(one.is_same(other), n == m, "{one:?} {other:?}");
             }
         }
-        assert!(all[2].is_same(&Decided::Drop {
+        assert!(all[2].is_same(&PluginDecision::Drop {
             reason: text("old age")
         }));
-        assert!(all[3].is_same(&Decided::Failed {
+        assert!(all[3].is_same(&PluginDecision::Failed {
             reason: text("it ran longer than 50 ms")
         }));
     }
@@ -294,7 +300,7 @@ mod tests {
             event: amended,
             priority: Some(Priority::High),
         }));
-        let shown = serde_json::to_value(Decided::of_answer(&answer, &call)).unwrap();
+        let shown = serde_json::to_value(PluginDecision::of_answer(&answer, &call)).unwrap();
         assert_eq!(
             shown,
             json!({ "verdict": "amend", "attributes": { "b": "y" } })
@@ -304,7 +310,7 @@ mod tests {
     #[test]
     fn the_sample_and_each_side_of_a_difference_are_bounded() {
         let many: Vec<String> = (0..5_000).map(|n| format!("u:{n}")).collect();
-        let large = Decided::Routes {
+        let large = PluginDecision::Routes {
             plan: plan(&many.iter().map(String::as_str).collect::<Vec<_>>()),
         };
         let mut sample = Differences::default();
@@ -314,7 +320,7 @@ mod tests {
                 Role::Router,
                 7,
                 &large,
-                &Decided::None,
+                &PluginDecision::None,
             ));
         }
         let shown = serde_json::to_value(&sample).unwrap();

@@ -201,28 +201,31 @@ async fn a_failed_store_is_reopened_and_every_feed_is_reset() {
     let (folder, switch, time) = (Folder::new(), Arc::<disk::Switch>::default(), Time::new());
     let broker = on_disk(&folder, &switch, &time);
     let first = publish(&broker, "{}", &["u:1"]).await;
-    let life = broker.head(P).await.unwrap().life;
+    let epoch = broker.head(P).await.unwrap().epoch;
     let mut feed = follow(&broker, "u:1").await;
 
     switch.is_broken.store(true, Ordering::SeqCst);
     let item = committing(entry_now(&broker), "{}", &["u:1"]);
     let batch = Batch {
-        life,
+        epoch,
         prev: broker.head(P).await.unwrap().position,
         items: vec![item],
     };
     let lost = broker.commit(P, batch.clone()).await;
     assert!(
-        matches!(&lost, Err(Error::Away(text)) if text.contains("the test broke the disk")),
+        matches!(&lost, Err(Error::Unavailable(text)) if text.contains("the test broke the disk")),
         "{lost:?}"
     );
     // Reopening is neither tried at once nor does it succeed while the disk is broken.
     assert!(matches!(
         broker.commit(P, batch.clone()).await,
-        Err(Error::Away(_))
+        Err(Error::Unavailable(_))
     ));
     time.pass(2);
-    assert!(matches!(broker.commit(P, batch).await, Err(Error::Away(_))));
+    assert!(matches!(
+        broker.commit(P, batch).await,
+        Err(Error::Unavailable(_))
+    ));
 
     switch.is_broken.store(false, Ordering::SeqCst);
     time.pass(2);
@@ -242,8 +245,8 @@ async fn a_failed_store_is_reopened_and_every_feed_is_reset() {
     );
     let head = broker.head(P).await.unwrap();
     assert_eq!(
-        (head.life, head.last),
-        (life, first),
+        (head.epoch, head.last),
+        (epoch, first),
         "the failed commit had no effect, and no epoch began"
     );
     assert!(publish(&broker, "{}", &["u:1"]).await > first);
@@ -437,7 +440,7 @@ async fn a_writer_that_panics_ends_the_node() {
         .writer
         .write::<(), _>(0, |_| panic!("the test panics on purpose"))
         .await;
-    assert!(matches!(answer, Err(Error::Away(_))), "{answer:?}");
+    assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
     tokio::time::timeout(Duration::from_secs(60), shutdown.begun())
         .await
         .expect("the shutdown begins");
@@ -456,7 +459,7 @@ async fn an_unreadable_row_fails_only_the_requests_for_it() {
     {
         let mut tables = layout::Tables::open(&transaction).unwrap();
         tables.users.insert("ann", &b"{"[..]).unwrap();
-        tables.bookmarks.insert("ann", &b"{"[..]).unwrap();
+        tables.device_cursors.insert("ann", &b"{"[..]).unwrap();
         tables
             .dead
             .insert(layout::entry_key(0, at), (&b"{"[..], Vec::new()))
@@ -471,7 +474,7 @@ async fn an_unreadable_row_fails_only_the_requests_for_it() {
     let join = RecipientChange::Join {
         group: Name::parse("ops").unwrap(),
     };
-    let place = Bookmark {
+    let place = StoredCursor {
         cursor: "A".to_owned(),
         is_acknowledged: true,
     };
@@ -483,12 +486,12 @@ async fn an_unreadable_row_fails_only_the_requests_for_it() {
         ),
         (
             "device cursors of user 'ann'",
-            broker.bookmarks(&ann).await.map(drop),
+            broker.device_cursors(&ann).await.map(drop),
         ),
         (
             "device cursors of user 'ann'",
             broker
-                .move_bookmark(&ann, &BookmarkOf::ReadMark, None, &place)
+                .move_device_cursor(&ann, &CursorOwner::ReadMarker, None, &place)
                 .await
                 .map(drop),
         ),

@@ -123,7 +123,7 @@ async fn a_plan_being_written_in_slices_never_expires() {
             head.position.entry
         };
         Slice {
-            life: head.life,
+            epoch: head.epoch,
             prev: head.position,
             item: committing(entry, "plan", &[log]),
             index,
@@ -480,16 +480,16 @@ async fn expired_device_cursors_are_removed() {
     let time = Time::new();
     let broker = in_memory(
         Retention {
-            bookmark_age_s: 50_000,
+            device_cursor_ttl_s: 50_000,
             ..short()
         },
         &time,
     );
     let (ann, phone) = (
         Name::parse("ann").unwrap(),
-        BookmarkOf::Device(Name::parse("phone").unwrap()),
+        CursorOwner::Device(Name::parse("phone").unwrap()),
     );
-    let place = Bookmark {
+    let place = StoredCursor {
         cursor: "A".to_owned(),
         is_acknowledged: true,
     };
@@ -499,7 +499,7 @@ async fn expired_device_cursors_are_removed() {
     {
         assert!(
             broker
-                .move_bookmark(&user, &phone, None, &place)
+                .move_device_cursor(&user, &phone, None, &place)
                 .await
                 .unwrap()
         );
@@ -507,7 +507,7 @@ async fn expired_device_cursors_are_removed() {
     time.pass(40_000);
     assert!(
         broker
-            .move_bookmark(&ann, &phone, Some(&place), &place)
+            .move_device_cursor(&ann, &phone, Some(&place), &place)
             .await
             .unwrap()
     );
@@ -526,7 +526,7 @@ async fn expired_device_cursors_are_removed() {
     sweep(&broker, &time).await;
     assert_eq!(n_users(), 1);
     assert_eq!(
-        broker.bookmarks(&ann).await.unwrap().get(&phone),
+        broker.device_cursors(&ann).await.unwrap().get(&phone),
         Some(&place)
     );
 }

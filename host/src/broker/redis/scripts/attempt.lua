@@ -3,14 +3,14 @@
 -- attempt to process an entry.
 -- ARGV: field of `meta`; the subject to count, or '' for the position.
 -- Returns the count and the results of heal().
-life()
+epoch()
 local field, what = ARGV[OWN], ARGV[OWN + 1]
-local lost, strays = 0, 0
+local lost, foreign_entries = 0, 0
 if what == '' then
-  lost, strays = heal()
+  lost, foreign_entries = heal()
   what = position()
 end
 local before_this, times = string.match(meta(field) or '', '^(%S+) (%d+)$')
 times = before_this == what and tonumber(times) + 1 or 1
 call('HSET', META, field, what .. ' ' .. times)
-return {times, lost, strays}
+return {times, lost, foreign_entries}

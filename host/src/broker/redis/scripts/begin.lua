@@ -2,7 +2,7 @@
 -- Creates the partition if it is new, begins an epoch if this primary is new to it, and applies a
 -- changed max_age. Raising the age must not lower the floor, because expired entries do not return.
 -- Returns the results of heal().
-life()
+epoch()
 local old, new = number('max_age'), tonumber(ARGV[4])
 if old ~= new then
   call('HSET', META, 'floor0', text(floor()))

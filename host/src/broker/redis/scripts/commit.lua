@@ -20,7 +20,7 @@ end
 
 local inline = tonumber(take())
 local wanted, prev, slice, is_final = take(), take(), tonumber(take()), take() == '1'
-local name = life()
+local name = epoch()
 local pos = position()
 local slices = tonumber(string.match(pos, '/(%d+)$') or '0')
 if name ~= wanted or pos ~= prev or slices ~= math.max(slice, 0) then return {'refused'} end

@@ -86,7 +86,7 @@ end
 -- Begins an epoch if this primary has not served this partition before, creates `meta` if it is
 -- absent, and returns the name of the epoch. Epochs are identified by name and not by number: the
 -- epoch counter rolls back with the data in a failover, and a number would be issued twice.
-local function life()
+local function epoch()
   local current = replid()
   local known, name, floor0 = unpack(call('HMGET', META, 'replid', 'life', 'floor0'))
   if not floor0 then
@@ -97,12 +97,12 @@ local function life()
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
   if known ~= current then
-    local life_no = call('HINCRBY', META, 'life_no', 1)
+    local epoch_no = call('HINCRBY', META, 'life_no', 1)
     local taken = {}
     for _, one in ipairs(call('LRANGE', T .. 'lives', 0, -1)) do taken[string.sub(one, 1, 2)] = true end
     local nonce = 0
     repeat
-      local bits = tonumber(string.sub(redis.sha1hex(current .. clock[1] .. '.' .. clock[2] .. '.' .. life_no .. '.' .. nonce), 1, 3), 16)
+      local bits = tonumber(string.sub(redis.sha1hex(current .. clock[1] .. '.' .. clock[2] .. '.' .. epoch_no .. '.' .. nonce), 1, 3), 16)
       local high, low = math.floor(bits / 64) + 1, bits % 64 + 1
       name = string.sub(BASE64URL, high, high) .. string.sub(BASE64URL, low, low)
       nonce = nonce + 1
@@ -154,15 +154,15 @@ local function heal()
   if before(found['last-generated-id'], pos) then
     -- The source was deleted and recreated with lower ids, so none of its entries would ever be
     -- read. All of them are new: append them again in order, above the position.
-    local strays = call('XRANGE', S, '-', '+')
+    local foreign_entries = call('XRANGE', S, '-', '+')
     call('XSETID', S, pos)
-    for _, stray in ipairs(strays) do
-      call('XADD', S, '*', unpack(stray[2], 1, math.min(#stray[2], MOST_ARGUMENTS)))
-      call('XDEL', S, stray[1])
+    for _, foreign_entry in ipairs(foreign_entries) do
+      call('XADD', S, '*', unpack(foreign_entry[2], 1, math.min(#foreign_entry[2], MOST_ARGUMENTS)))
+      call('XDEL', S, foreign_entry[1])
     end
-    call('HINCRBY', META, 'strays', #strays)
+    call('HINCRBY', META, 'strays', #foreign_entries)
     call('HSET', META, 'n', text(found['entries-added']))
-    return 0, #strays
+    return 0, #foreign_entries
   elseif not string.find(position(), '/', 1, true) and is_caught_up(found) then
     -- Only a source without waiting entries allows this conclusion: entries that were added and are
     -- not counted in `n` were removed by another client.

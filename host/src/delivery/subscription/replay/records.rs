@@ -11,7 +11,7 @@ use bytes::Bytes;
 use lru::LruCache;
 
 use crate::broker::{Broker, PartitionNumber, Result};
-use crate::event::{Life, NotificationId};
+use crate::event::{Epoch, NotificationId};
 
 use super::Record;
 
@@ -20,7 +20,7 @@ use super::Record;
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 const MAX_RECORDS: NonZeroUsize = NonZeroUsize::new(16_384).unwrap();
 
-type Key = (PartitionNumber, Life, NotificationId);
+type Key = (PartitionNumber, Epoch, NotificationId);
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -85,12 +85,12 @@ impl Records {
         &self,
         broker: &dyn Broker,
         partition: PartitionNumber,
-        life: Life,
+        epoch: Epoch,
         ids: &[NotificationId],
     ) -> Result<Vec<Option<Arc<Record>>>> {
         let mut found: Vec<_> = ids
             .iter()
-            .map(|&id| self.get((partition, life, id)))
+            .map(|&id| self.get((partition, epoch, id)))
             .collect();
         let absent: Vec<usize> = (0..ids.len()).filter(|&at| found[at].is_none()).collect();
         if !absent.is_empty() {
@@ -98,7 +98,7 @@ impl Records {
             let stored = broker.records(partition, &wanted).await?;
             for (at, stored) in absent.into_iter().zip(stored) {
                 found[at] =
-                    stored.and_then(|stored| self.insert((partition, life, ids[at]), &stored));
+                    stored.and_then(|stored| self.insert((partition, epoch, ids[at]), &stored));
             }
         }
         Ok(found)
