@@ -183,8 +183,8 @@ pub struct Sources<'a> {
 impl Sources<'_> {
     /// Explains the event with this event id or entry id. If there are several decisions, the
     /// newest that is not a duplicate is explained, unless the same event was committed at some
-    /// time: then it was delivered, whatever happened to its retries. (The broker does not count a
-    /// retry that became a dead letter as a duplicate.)
+    /// time: then it was delivered, regardless of its retries. (The broker does not count a retry that
+    /// became a dead letter as a duplicate.)
     ///
     /// # Errors
     /// [`Unexplained`]: no decision was found, or the broker failed.

@@ -779,7 +779,7 @@ fn device_positions_read_marker_and_a_trimmed_log_are_reported() {
         assert_eq!(devices(&explanation), at("acknowledged"));
 
         // A device that started after the event and acknowledged a later one never received it, but
-        // cannot be told apart.
+        // looks the same as one that did.
         let mut late = open("late");
         publish(&node, "0", "t", json!({ "user": "ann" }));
         assert_eq!(late.next_notification(SOON).id, "0");

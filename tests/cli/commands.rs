@@ -347,7 +347,7 @@ fn check_config_uses_an_existing_compile_cache_but_does_not_create_one() {
     let said = check();
     assert!(
         said.contains("warning: a node would compile its plugins at each start")
-            && said.contains("has the mode 755"),
+            && said.contains("has mode 755"),
         "{said}"
     );
 }

@@ -237,7 +237,9 @@ async fn ids_that_are_not_issued_yet_cannot_be_acknowledged(stage: Stage) {
         .await;
     assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
     let mut overtaken = cursor(&first);
-    overtaken.sent_ahead.push((stage.p, ahead.positions[0].low_water));
+    overtaken
+        .sent_ahead
+        .push((stage.p, ahead.positions[0].low_water));
     let refused = device_cursors
         .acknowledge(&name("ann"), &overtaken, &[device("phone")])
         .await;

@@ -77,7 +77,7 @@ fn cache(config: &Config) -> Option<Cache> {
     opened
         .inspect_err(|reason| {
             println!(
-                "warning: a node would compile its plugins at every start: the plugin cache {} {reason}",
+                "warning: a node would compile its plugins at each start: the plugin cache {} {reason}",
                 folder.display()
             )
         })

@@ -128,7 +128,7 @@ type LastId = Mutex<String>;
 fn say_where(last_id: &LastId) {
     let last_id = last_id.lock().unwrap_or_else(PoisonError::into_inner);
     if !last_id.is_empty() {
-        eprintln!("pointsman: to continue from here, --after {last_id}");
+        eprintln!("pointsman: to resume from here, use --after {last_id}");
     }
 }
 

@@ -223,7 +223,7 @@ fn unrouted(decided: &Decided) -> String {
         [] if of_kind(decided, "failed").next().is_some() => {
             "no router returned a recipient".to_owned()
         }
-        [] => "no active router handles this event type".to_owned(),
+        [] => "no router was active for this event type".to_owned(),
         [router] => format!("the only router that answered, {router}, returned no recipients"),
         routers => format!(
             "none of the routers {} returned a recipient",
@@ -319,7 +319,7 @@ mod tests {
         check(
             Outcome::Unrouted,
             &[("f", "keep"), ("r", "skipped")],
-            "Not delivered: no active router handles this event type.",
+            "Not delivered: no router was active for this event type.",
         );
         check(
             Outcome::Unrouted,
