@@ -326,7 +326,7 @@ async fn a_device_that_acknowledged_lost_events_gets_a_gap_and_their_replacement
     // here.
     stage
         .server()
-        .fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
+        .fail_over_but("pointsman:device-cursors:{pointsman:user:ann}");
     stage.event("instead", &[to("u:ann")]).await;
 
     let mut client = Client::open(&stage.hub(), "ann", start(&device_cursors, "phone").await);
@@ -389,7 +389,7 @@ async fn a_read_marker_does_not_cover_events_under_ids_issued_again() {
     assert!(standing.covers(stage.p, kept) && standing.covers(stage.p, lost));
     stage
         .server()
-        .fail_over_but("pointsman:bookmarks:{pointsman:user:ann}");
+        .fail_over_but("pointsman:device-cursors:{pointsman:user:ann}");
     assert_eq!(
         stage.event("instead", &[to("u:ann")]).await,
         lost,

@@ -36,12 +36,12 @@
 //!
 //! A user has one span per group and partition, the newest: joining again after leaving begins a
 //! new span, and notifications from the earlier span are no longer delivered to a client that
-//! resumes from before it (documented in README.md). A partition that was added after the user
+//! resumes from before it (documented in docs/groups.md). A partition that was added after the user
 //! joined counts from its beginning.
 //!
 //! # Connections
 //!
-//! One connection for commands (`redis/link.rs`), up to two idle connections per partition for
+//! One connection for commands (`redis/command_connection.rs`), up to two idle connections per partition for
 //! blocking reads (more are opened while more reads run concurrently) and one for notices
 //! (`redis/feed.rs`). A command that is not answered within 2 s counts as the broker being
 //! unavailable; a blocking read has these 2 s in addition to its wait.

@@ -33,7 +33,7 @@ pub(super) struct Sweep {
     /// When the last pass over all users began, and the user at which it continues in each table
     /// while it is unfinished.
     users_ms: Option<u64>,
-    bookmarks_walk: Option<String>,
+    device_cursors_walk: Option<String>,
     recipients_walk: Option<String>,
 }
 
@@ -134,15 +134,15 @@ impl Sweep {
         {
             self.users_ms = Some(now_ms);
             let transaction = shared.store.begin_read()?;
-            let has_bookmarks = transaction
+            let has_device_cursors = transaction
                 .open_table(layout::BOOKMARKS)?
                 .first()?
                 .is_some();
-            self.bookmarks_walk = has_bookmarks.then(String::new);
+            self.device_cursors_walk = has_device_cursors.then(String::new);
             let has_recipients = transaction.open_table(layout::USERS)?.first()?.is_some();
             self.recipients_walk = has_recipients.then(String::new);
         }
-        if !has_work && self.bookmarks_walk.is_none() && self.recipients_walk.is_none() {
+        if !has_work && self.device_cursors_walk.is_none() && self.recipients_walk.is_none() {
             return Ok(false);
         }
         let mut is_unfinished = false;
@@ -150,9 +150,9 @@ impl Sweep {
             for (place, due) in due.iter().enumerate() {
                 is_unfinished |= work.sweep(place, due, &mut self.walks[place])?;
             }
-            if let Some(from) = self.bookmarks_walk.take() {
-                self.bookmarks_walk = work.walk_bookmarks(&from)?;
-                is_unfinished |= self.bookmarks_walk.is_some();
+            if let Some(from) = self.device_cursors_walk.take() {
+                self.device_cursors_walk = work.walk_device_cursors(&from)?;
+                is_unfinished |= self.device_cursors_walk.is_some();
             }
             if let Some(from) = self.recipients_walk.take() {
                 self.recipients_walk = work.walk_recipients(&from)?;
@@ -279,7 +279,7 @@ impl Work<'_> {
     }
 
     /// Removes expired cursors of some users. Returns the user at which to continue.
-    fn walk_bookmarks(&mut self, from: &str) -> Result<Option<String>, Failure> {
+    fn walk_device_cursors(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let (retention, now_ms) = (self.retention, self.now_ms);
         let is_over = |row: &[u8]| {
             device_cursors::Stored::read(row)

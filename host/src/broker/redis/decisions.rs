@@ -61,7 +61,7 @@ async fn read(redis: &Redis, place: &PartitionKeys, from: &str, count: usize) ->
         .link
         .query(
             client::cmd("XREVRANGE")
-                .arg(format!("{}what", place.prefix))
+                .arg(format!("{}decisions", place.prefix))
                 .arg(from)
                 .arg("-")
                 .arg("COUNT")

@@ -61,7 +61,7 @@ pub(super) async fn change(
 /// The hash tag places it in the slot of `pointsman:user:<user>`; the prefix is one that operators
 /// already grant.
 pub(super) fn key(user: &str) -> String {
-    format!("pointsman:bookmarks:{{pointsman:user:{user}}}")
+    format!("pointsman:device-cursors:{{pointsman:user:{user}}}")
 }
 
 fn field(which: &CursorOwner) -> String {

@@ -49,7 +49,7 @@ end
 
 -- Phase 1: decide.
 
-for _, key in ipairs({T .. 'what', T .. 'dead'}) do
+for _, key in ipairs({T .. 'decisions', T .. 'dead'}) do
   local kind = call('TYPE', key).ok
   if kind ~= 'none' and kind ~= 'stream' then
     return redis.error_reply('WRONGTYPE the key ' .. key .. ' is a ' .. kind .. ' but must be a stream')
@@ -187,7 +187,7 @@ local function index(item, id)
     local newest = top(log)
     if newest == 'foreign' then
       -- Found in a later slice: the plan can no longer be undone.
-      count('foreign_logs')
+      count('wrong_type_logs')
     else
       local key = T .. 'l:' .. log
       local cap = log == 'all' and caps[2] or caps[1]
@@ -262,7 +262,7 @@ for _, item in ipairs(items) do
     count(outcome)
     local record = {'entry', item.entry, 'outcome', outcome, 'decision', item.decision}
     if id ~= '' then record[7], record[8] = 'id', id end
-    call('XADD', T .. 'what', 'MAXLEN', '~', ARGV[11], '*', unpack(record))
+    call('XADD', T .. 'decisions', 'MAXLEN', '~', ARGV[11], '*', unpack(record))
   end
 end
 

@@ -4,10 +4,10 @@
 -- able to read history then.
 -- Returns {epoch, last, pending or '', position, floor, origin, now, epoch, its last valid id,
 -- epoch, its last valid id, ...}.
-local known, name, last, pending, origin = unpack(call('HMGET', META, 'replid', 'life', 'last', 'pending', 'origin'))
+local known, name, last, pending, origin = unpack(call('HMGET', META, 'replid', 'epoch', 'last', 'pending', 'origin'))
 if replid() ~= known then return {'begin'} end
 local answer = {name, last or '0', pending or '', position(), text(floor()), origin, text(now)}
-for _, one in ipairs(call('LRANGE', T .. 'lives', 0, -1)) do
+for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do
   local of, survived = string.match(one, '^(%S+) (%S+)$')
   answer[#answer + 1] = of
   answer[#answer + 1] = survived

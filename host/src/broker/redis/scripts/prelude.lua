@@ -88,7 +88,7 @@ end
 -- epoch counter rolls back with the data in a failover, and a number would be issued twice.
 local function epoch()
   local current = replid()
-  local known, name, floor0 = unpack(call('HMGET', META, 'replid', 'life', 'floor0'))
+  local known, name, floor0 = unpack(call('HMGET', META, 'replid', 'epoch', 'floor0'))
   if not floor0 then
     local begin = text(id_of(now))
     local found = source()
@@ -97,9 +97,9 @@ local function epoch()
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
   if known ~= current then
-    local epoch_no = call('HINCRBY', META, 'life_no', 1)
+    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
     local taken = {}
-    for _, one in ipairs(call('LRANGE', T .. 'lives', 0, -1)) do taken[string.sub(one, 1, 2)] = true end
+    for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do taken[string.sub(one, 1, 2)] = true end
     local nonce = 0
     repeat
       local bits = tonumber(string.sub(redis.sha1hex(current .. clock[1] .. '.' .. clock[2] .. '.' .. epoch_no .. '.' .. nonce), 1, 3), 16)
@@ -107,9 +107,9 @@ local function epoch()
       name = string.sub(BASE64URL, high, high) .. string.sub(BASE64URL, low, low)
       nonce = nonce + 1
     until not taken[name]
-    call('RPUSH', T .. 'lives', name .. ' ' .. (meta('last') or '0'))
-    call('LTRIM', T .. 'lives', -16, -1)
-    call('HSET', META, 'replid', current, 'life', name)
+    call('RPUSH', T .. 'epochs', name .. ' ' .. (meta('last') or '0'))
+    call('LTRIM', T .. 'epochs', -16, -1)
+    call('HSET', META, 'replid', current, 'epoch', name)
   end
   return name
 end
@@ -160,14 +160,14 @@ local function heal()
       call('XADD', S, '*', unpack(foreign_entry[2], 1, math.min(#foreign_entry[2], MOST_ARGUMENTS)))
       call('XDEL', S, foreign_entry[1])
     end
-    call('HINCRBY', META, 'strays', #foreign_entries)
+    call('HINCRBY', META, 'foreign_entries', #foreign_entries)
     call('HSET', META, 'n', text(found['entries-added']))
     return 0, #foreign_entries
   elseif not string.find(position(), '/', 1, true) and is_caught_up(found) then
     -- Only a source without waiting entries allows this conclusion: entries that were added and are
     -- not counted in `n` were removed by another client.
     local missing = found['entries-added'] - number('n')
-    if missing > 0 then call('HINCRBY', META, 'lost_upstream', missing) end
+    if missing > 0 then call('HINCRBY', META, 'trimmed_unread', missing) end
     if missing ~= 0 then call('HSET', META, 'n', text(found['entries-added'])) end
     return math.max(0, missing), 0
   end
@@ -181,7 +181,7 @@ end
 -- for them.
 local function trim()
   if not is_due('trim_at', 1000) then return end
-  pcall('XTRIM', T .. 'what', 'MINID', '~', text(math.max(0, now - tonumber(ARGV[4]))) .. '-0')
+  pcall('XTRIM', T .. 'decisions', 'MINID', '~', text(math.max(0, now - tonumber(ARGV[4]))) .. '-0')
   local memory = call('INFO', 'memory')
   local most = tonumber(string.match(memory, 'maxmemory:(%d+)'))
   -- Slightly early, so that publishers need not be rejected first.
