@@ -12,10 +12,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, Committed, DeadReason, Decision, Feed, Follow, Head, Item, Notice,
-    PartitionNumber, Proposal, Retention, Slice,
+    Batch, Broker, Committed, Feed, Follow, Head, Item, Notice, Proposal, Retention, Slice,
 };
-use pointsman::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
+use pointsman::event::{
+    DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Target,
+};
 
 mod commits;
 mod dead_letters;

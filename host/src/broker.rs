@@ -25,24 +25,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::event::criteria::Attributes;
-use crate::event::{EntryId, Epoch, Name, NotificationId, Outcome, Position, Target};
+use crate::event::{
+    DeadReason, Decision, EntryId, Epoch, Name, NotificationId, Outcome, PartitionNumber, Position,
+    Recipient, Target,
+};
 
 pub mod embedded;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod redis;
-
-/// The number of a partition, 0 to 11: unique within an installation and never reused. Cursors name
-/// partitions by this number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct PartitionNumber(pub u8);
-
-impl PartitionNumber {
-    /// The number of partition numbers an installation can ever assign; a cursor keeps one bit per
-    /// number.
-    pub const MAX: u8 = 12;
-}
 
 /// A partition of this installation.
 #[derive(Clone, Debug)]
@@ -224,61 +215,6 @@ pub enum Proposal {
     DeadLetter(DeadReason),
 }
 
-/// Why an entry is dead-lettered.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DeadReason {
-    pub reason: String,
-    /// The plugin that caused it, if any.
-    pub plugin: Option<String>,
-    /// How often the entry was tried.
-    pub attempts: u32,
-    /// The original fields of the entry.
-    #[serde(skip)]
-    pub fields: Vec<(Bytes, Bytes)>,
-}
-
-/// A decision record: why an event got its outcome.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Decision {
-    /// CloudEvents `id`, `source` and `type`; each is empty if it could not be read.
-    pub event_id: String,
-    pub event_source: String,
-    pub event_type: String,
-    /// In the order in which the plugins ran.
-    pub verdicts: Vec<Verdict>,
-    /// Why the event was dead-lettered, including cases in which no plugin was called. Empty for
-    /// every other outcome.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub reason: String,
-    /// The clock that the plugins were given, in milliseconds since the Unix epoch.
-    pub clock_ms: u64,
-}
-
-/// The result of one plugin call.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Verdict {
-    pub plugin: String,
-    /// The plugin's generation. Each node counts its own, from 1 at its start.
-    pub generation: u64,
-    /// The first 12 hex digits of the SHA-256 of the generation's file, which are the same on every
-    /// node. Empty in records written by an earlier version.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub hash: String,
-    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (the plugin does not handle this event
-    /// type), `rejected` or `retry` (returned by the plugin itself), or `failed`.
-    pub verdict: String,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub reason: String,
-}
-
-impl Decision {
-    /// Whether this is the decision about the event with this id. An entry that could not be read
-    /// as an event has no event id, so its entry id matches as well.
-    pub fn is_about(&self, entry: EntryId, event_id: &str) -> bool {
-        self.event_id == event_id || event_id.parse().is_ok_and(|id: EntryId| id == entry)
-    }
-}
-
 /// The result of a search for decisions by event id.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Found {
@@ -401,25 +337,6 @@ pub struct Feed {
     /// In batches, to save channel operations. Bounded: while it is full, the feed stops reading
     /// its socket, or drops notices and sends a [`Notice::Reset`].
     pub notices: mpsc::Receiver<Vec<Notice>>,
-}
-
-/// A user's membership of a group in one partition. Expressed in ids rather than times, because
-/// logs are ordered by id.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Span {
-    /// The member sees ids above this one ...
-    pub joined: NotificationId,
-    /// ... up to and including this one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub left: Option<NotificationId>,
-}
-
-/// The stored attributes and memberships of a user.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Recipient {
-    pub attributes: Attributes,
-    /// By group, then by partition.
-    pub groups: BTreeMap<Name, BTreeMap<PartitionNumber, Span>>,
 }
 
 /// A change to a user's attributes or memberships.

@@ -15,10 +15,14 @@ use serde::{Deserialize, Serialize};
 mod attributes;
 mod cloudevents;
 pub mod criteria;
+mod decision;
 mod plan;
+mod recipient;
 
 pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};
+pub use decision::{DeadReason, Decision, Verdict};
 pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
+pub use recipient::{Recipient, Span};
 
 /// A name from outside: of a user, a group, an event or a type. 1 to 256 bytes of UTF-8 without
 /// control characters.
@@ -192,6 +196,18 @@ impl FromStr for Position {
             }
         }
     }
+}
+
+/// The number of a partition, 0 to 11: unique within an installation and never reused. Cursors name
+/// partitions by this number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PartitionNumber(pub u8);
+
+impl PartitionNumber {
+    /// The number of partition numbers an installation can ever assign; a cursor keeps one bit per
+    /// number.
+    pub const MAX: u8 = 12;
 }
 
 /// The id of a notification in its partition: `max(last + 1, floor + 1, ms since 2024-01-01 *

@@ -15,12 +15,15 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use crate::broker::{self, Broker, CursorOwner, Decision, PartitionNumber, Recipient};
+use crate::broker::{self, Broker, CursorOwner};
 use crate::delivery::device_cursors::{Beside, DeviceCursors};
 use crate::delivery::hub::Hub;
 use crate::delivery::recipients::{MatchFailure, Moment, RouteMatch, reaches, winning_route};
 use crate::event::criteria::Criteria;
-use crate::event::{EntryId, Name, Notification, NotificationId, Outcome, Plan, Target};
+use crate::event::{
+    Decision, EntryId, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
+    Recipient, Target,
+};
 
 mod conclusion;
 mod reasons;

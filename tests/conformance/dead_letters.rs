@@ -1,7 +1,8 @@
 //! Guarantees of dead letters and of decision records, which explain the outcome of every event.
 
 use super::*;
-use pointsman::broker::{DeadLetter, Found, Verdict};
+use pointsman::broker::{DeadLetter, Found};
+use pointsman::event::Verdict;
 
 const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
 

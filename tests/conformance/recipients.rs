@@ -1,9 +1,9 @@
 //! Guarantees of a user's data: attributes, and memberships as ranges of ids.
 
 use super::*;
-use pointsman::broker::{RecipientChange, Span};
-use pointsman::event::Value;
+use pointsman::broker::RecipientChange;
 use pointsman::event::criteria::Attributes;
+use pointsman::event::{Span, Value};
 
 impl Node {
     async fn change(&self, user: &str, change: RecipientChange) {
@@ -199,6 +199,6 @@ pub(super) async fn an_unknown_user_has_no_attributes_and_no_groups(bench: Bench
     let node = bench.open().await;
     assert_eq!(
         node.broker.recipient(&name("stranger")).await.unwrap(),
-        pointsman::broker::Recipient::default()
+        pointsman::event::Recipient::default()
     );
 }

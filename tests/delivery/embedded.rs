@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
-use pointsman::broker::{Broker as _, PartitionNumber, Retention};
-use pointsman::event::EntryId;
+use pointsman::broker::{Broker as _, Retention};
+use pointsman::event::{EntryId, PartitionNumber};
 use pointsman::shutdown::Shutdown;
 
 const P: PartitionNumber = PartitionNumber(0);

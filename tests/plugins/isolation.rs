@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use pointsman::broker::Verdict;
-use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value};
+use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value, Verdict};
 use pointsman::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;

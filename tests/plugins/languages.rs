@@ -10,8 +10,7 @@ use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use pointsman::broker::Verdict;
-use pointsman::event::{EntryId, Event};
+use pointsman::event::{EntryId, Event, Verdict};
 use pointsman::ingest::pipeline::{Evaluation, Pipeline, Resolution};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;

@@ -1,9 +1,10 @@
 //! Cursors: they are small, belong to one user, and also resume on partitions added since.
 
-use pointsman::broker::{Broker as _, PartitionNumber, Retention};
+use pointsman::broker::{Broker as _, Retention};
 use pointsman::delivery::hub::Hub;
 use pointsman::delivery::subscription::Start;
 use pointsman::delivery::subscription::cursor::{Cursor, Unreadable};
+use pointsman::event::PartitionNumber;
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;
 

@@ -10,11 +10,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, Decision, Entry, Error, Feed, Finding,
-    Follow, Found, Head, Lease, Notice, Page, Partition, PartitionNumber, PartitionState,
-    Recipient, RecipientChange, Result, Slice, StoredCursor,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Follow, Found,
+    Head, Lease, Notice, Page, Partition, PartitionState, RecipientChange, Result, Slice,
+    StoredCursor,
 };
-use pointsman::event::{EntryId, Name, NotificationId, Outcome, Target};
+use pointsman::event::{
+    Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Target,
+};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use super::fixture::SOON;

@@ -11,15 +11,15 @@ use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
 use pointsman::broker::{
-    Batch, Broker, Committed, Decision, Error, Head, Item, PartitionNumber, Proposal,
-    RecipientChange, Retention, Slice,
+    Batch, Broker, Committed, Error, Head, Item, Proposal, RecipientChange, Retention, Slice,
 };
 pub(super) use pointsman::clock::now_ms;
 use pointsman::delivery::hub::{Hub, StreamGuard};
 use pointsman::delivery::subscription::cursor::Cursor;
 use pointsman::delivery::subscription::{Filter, Gap, Next, Record, Start};
 use pointsman::event::{
-    EntryId, Event, Name, Notification, NotificationId, Outcome, Plan, Priority, Route, Target,
+    Decision, EntryId, Event, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
+    Priority, Route, Target,
 };
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;

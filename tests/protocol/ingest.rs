@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pointsman::broker::{Broker, Lease, Notice, PartitionNumber};
-use pointsman::event::{EntryId, NotificationId, Outcome};
+use pointsman::broker::{Broker, Lease, Notice};
+use pointsman::event::{EntryId, NotificationId, Outcome, PartitionNumber};
 use pointsman::ingest::pipeline::Pipeline;
 use pointsman::ingest::worker::{Config, Ingest};
 use pointsman::plugin::registry::Registry;

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pointsman::broker::{Broker, PartitionNumber, RecipientChange, Retention, Span};
+use pointsman::broker::{Broker, RecipientChange, Retention};
 use pointsman::delivery::hub::{Hub, StreamGuard};
 use pointsman::delivery::subscription::cursor::Cursor;
 use pointsman::delivery::subscription::{Filter, Gap, Next, Start};
-use pointsman::event::{Name, NotificationId, Priority};
+use pointsman::event::{Name, NotificationId, PartitionNumber, Priority, Span};
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;
 use rand::rngs::StdRng;

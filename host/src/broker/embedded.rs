@@ -48,12 +48,14 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, Decision, Entry, Error, Feed, Finding,
-    Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
-    RecipientChange, Result, Retention, Slice, StoredCursor,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head,
+    Lease, Page, Partition, PartitionState, RecipientChange, Result, Retention, Slice,
+    StoredCursor,
 };
 use crate::clock::now_ms;
-use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
+use crate::event::{
+    Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Target,
+};
 use crate::shutdown::Alarm;
 
 mod commit;

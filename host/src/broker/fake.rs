@@ -9,11 +9,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::broker::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, DeadReason, Decision, Entry, Error, Feed,
-    Finding, Found, Head, Lease, Page, Partition, PartitionNumber, PartitionState, Recipient,
-    RecipientChange, Result, Slice, Span, StoredCursor,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head,
+    Lease, Page, Partition, PartitionState, RecipientChange, Result, Slice, StoredCursor,
 };
-use crate::event::{EntryId, Name, NotificationId, Outcome, Target};
+use crate::event::{
+    DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Span,
+    Target,
+};
 
 type Fields = Vec<(Bytes, Bytes)>;
 

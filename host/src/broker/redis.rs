@@ -54,11 +54,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, DeadReason, Decision, Entry, Error, Feed,
-    Finding, Found, Head, Item, Lease, Page, Partition, PartitionNumber, PartitionState, Proposal,
-    Recipient, RecipientChange, Result, Retention, Slice, StoredCursor,
+    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head,
+    Item, Lease, Page, Partition, PartitionState, Proposal, RecipientChange, Result, Retention,
+    Slice, StoredCursor,
 };
-use crate::event::{EntryId, Name, NotificationId, Outcome, Position, Target};
+use crate::event::{
+    DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position,
+    Recipient, Target,
+};
 
 mod check;
 mod command_connection;

@@ -16,10 +16,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::broker::{self, Broker, CursorOwner, Head, PartitionNumber, StoredCursor};
+use crate::broker::{self, Broker, CursorOwner, Head, StoredCursor};
 use crate::delivery::subscription::Start;
 use crate::delivery::subscription::cursor::{Cursor, MAX_SENT_AHEAD, Position};
-use crate::event::{Epoch, Name, NotificationId};
+use crate::event::{Epoch, Name, NotificationId, PartitionNumber};
 
 /// The most compare-and-set attempts for one device cursor. An attempt fails only if another one
 /// succeeded, so that only a large number of concurrent moves exhausts them.

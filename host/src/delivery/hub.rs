@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::{Broker, Feed, Follow, Notice, PartitionNumber};
+use crate::broker::{Broker, Feed, Follow, Notice};
 use crate::clock::now_ms;
 use crate::delivery::recipients::Reader;
 use crate::delivery::subscription::replay::{Follows, History};
 use crate::delivery::subscription::{Filter, OpenStream, Record, Start, Subscription};
-use crate::event::{Epoch, Name, NotificationId, Target};
+use crate::event::{Epoch, Name, NotificationId, PartitionNumber, Target};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 

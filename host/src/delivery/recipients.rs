@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use crate::broker::{PartitionNumber, Recipient, Span};
 use crate::event::criteria::{Attributes, Criteria};
-use crate::event::{Name, NotificationId, Plan, Priority, Route, Target};
+use crate::event::{
+    Name, NotificationId, PartitionNumber, Plan, Priority, Recipient, Route, Span, Target,
+};
 
 /// The claims that a token makes about its user, beyond identity. They apply to everything read
 /// with this token, as long as the token is valid.
@@ -211,7 +212,6 @@ pub fn winning_route(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::Span;
     use crate::event::Value;
     use crate::event::criteria::{Operator, Test};
 

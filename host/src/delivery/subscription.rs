@@ -19,10 +19,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::broker::{Head, PartitionNumber, Recipient};
+use crate::broker::Head;
 use crate::delivery::recipients::{Moment, Reader, RouteMatch, winning_route};
 use crate::event::criteria::{Criteria, Pool};
-use crate::event::{Epoch, Name, NotificationId, Priority, Target};
+use crate::event::{Epoch, Name, NotificationId, PartitionNumber, Priority, Recipient, Target};
 
 pub mod cursor;
 mod gaps;

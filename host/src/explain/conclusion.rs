@@ -2,9 +2,8 @@
 //! step.
 
 use super::{At, Decided, Explanation, Standing};
-use crate::broker::Verdict;
 use crate::delivery::recipients::{MatchFailure, RouteMatch};
-use crate::event::{Outcome, Plan, rfc3339};
+use crate::event::{Outcome, Plan, Verdict, rfc3339};
 
 /// Maximum number of targets named.
 const MAX_TARGETS: usize = 3;
@@ -274,7 +273,7 @@ mod tests {
 
     use super::super::{Device, Streams, Successor, Ways};
     use super::*;
-    use crate::broker::{Decision, PartitionNumber};
+    use crate::event::{Decision, PartitionNumber};
     use crate::event::{EntryId, Name, NotificationId};
 
     fn explanation(outcome: Outcome, verdicts: &[(&str, &str)]) -> Explanation {

@@ -1,10 +1,9 @@
 //! Describes why a route does or does not match a user, as a predicate whose subject is the route.
 //! `recipients` decides whether it matches.
 
-use crate::broker::{Recipient, Span};
 use crate::delivery::recipients::{MatchFailure, Moment};
 use crate::event::criteria::{Attributes, Operator, Test};
-use crate::event::{Name, Route, Target, Value, rfc3339};
+use crate::event::{Name, Recipient, Route, Span, Target, Value, rfc3339};
 
 /// Maximum number of clauses of a condition described.
 const MAX_CLAUSES: usize = 3;

@@ -19,8 +19,7 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
-use crate::broker::Verdict;
-use crate::event::{Event, Name, Plan, Priority, Value};
+use crate::event::{Event, Name, Plan, Priority, Value, Verdict};
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::health::{Health, Permit, Transition};
 use crate::plugin::registry::settings::OnFailure;

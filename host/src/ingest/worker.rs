@@ -21,11 +21,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::{
-    Batch, Broker, Committed, DeadReason, Decision, Entry, Error, Head, Item, Lease,
-    MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Partition, PartitionNumber, Proposal, Result,
-    Slice, Verdict,
+    Batch, Broker, Committed, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
+    MAX_ITEMS, Partition, Proposal, Result, Slice,
 };
-use crate::event::{EntryId, Epoch, Event, Notification, Outcome, Position};
+use crate::event::{
+    DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Position,
+    Verdict,
+};
 use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;

@@ -18,8 +18,11 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::{self, Broker, Decision, Partition, PartitionNumber, Verdict};
-use crate::event::{EntryId, Event, Name, Notification, NotificationId, Outcome, Plan};
+use crate::broker::{self, Broker, Partition};
+use crate::event::{
+    Decision, EntryId, Event, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
+    Verdict,
+};
 use crate::ingest::pipeline::{DryRunner, Evaluation, Resolution};
 use crate::plugin::Role;
 use crate::plugin::registry::generation::Chain;

@@ -1,8 +1,8 @@
 //! Requirements for Redis, valid source names, the assignment of partition numbers, and expiry.
 
 use super::*;
-use pointsman::broker::{RecipientChange, Span};
-use pointsman::event::Value;
+use pointsman::broker::RecipientChange;
+use pointsman::event::{Span, Value};
 
 async fn findings(node: &Node) -> Vec<(Severity, String)> {
     node.broker

@@ -5,9 +5,8 @@
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use pointsman::broker::PartitionNumber;
 use pointsman::delivery::subscription::{Gap, GapReason, Record};
-use pointsman::event::{EntryId, Name, NotificationId, Outcome, Priority, Target};
+use pointsman::event::{EntryId, Name, NotificationId, Outcome, PartitionNumber, Priority, Target};
 
 use super::{Client, Kind, MEMBERS, Play, Received, Stay};
 use crate::protocol::fixture::{answered, event_id, name};

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::layout::{Meta, entry_key, successor};
 use super::store::Failure;
 use super::writer::Work;
-use crate::broker::{Batch, Committed, DeadReason, Decision, Error, Item, Notice, Proposal, Slice};
-use crate::event::{EntryId, NotificationId, Outcome, Position, Target};
+use crate::broker::{Batch, Committed, Error, Item, Notice, Proposal, Slice};
+use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Target};
 
 /// Records up to this size, in bytes, are sent with their notice. Within the process this copies
 /// nothing, but a full feed keeps them in memory.

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, mpsc};
 
-use crate::broker::{Feed, Follow, Notice, PartitionNumber};
-use crate::event::Target;
+use crate::broker::{Feed, Follow, Notice};
+use crate::event::{PartitionNumber, Target};
 
 /// Batches that may wait in a feed. Each holds the notices of one group.
 const CAPACITY: usize = 256;

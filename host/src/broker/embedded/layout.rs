@@ -15,8 +15,8 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::store::Failure;
-use crate::broker::{Head, Partition, PartitionNumber, Retention};
-use crate::event::{EntryId, Epoch, NotificationId, Position};
+use crate::broker::{Head, Partition, Retention};
+use crate::event::{EntryId, Epoch, NotificationId, PartitionNumber, Position};
 
 /// The version of this layout. A store with a higher version is rejected.
 pub(super) const VERSION: u64 = 1;

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::layout::{self, Meta};
 use super::store::Failure;
 use super::writer::Work;
-use crate::broker::{Notice, Partition, PartitionNumber, Recipient, RecipientChange, Span};
+use crate::broker::{Notice, Partition, RecipientChange};
 use crate::event::criteria::Attributes;
-use crate::event::{Name, NotificationId};
+use crate::event::{Name, NotificationId, PartitionNumber, Recipient, Span};
 
 /// A user's row: JSON.
 #[derive(Default, Serialize, Deserialize)]

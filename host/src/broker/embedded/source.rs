@@ -10,8 +10,8 @@ use super::commit::{StoredDecision, StoredReason};
 use super::layout::{self, Meta, entry_key, successor};
 use super::store::Failure;
 use super::writer::Work;
-use crate::broker::{DeadLetter, Decision, Entry, Error, Found};
-use crate::event::{EntryId, NotificationId, Outcome};
+use crate::broker::{DeadLetter, Entry, Error, Found};
+use crate::event::{Decision, EntryId, NotificationId, Outcome};
 
 type Field = (Bytes, Bytes);
 

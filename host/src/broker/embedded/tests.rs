@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::*;
-use crate::broker::{DeadReason, Follow, Item, Notice, Proposal};
-use crate::event::{Position, Value};
+use crate::broker::{Follow, Item, Notice, Proposal};
+use crate::event::{DeadReason, Position, Value};
 use crate::shutdown::Shutdown;
 
 pub(super) mod disk;

@@ -10,6 +10,7 @@
 //! The requests are implemented in `commit`, `source`, `recipients` and `device_cursors`; periodic
 //! cleanup is in `sweep`.
 
+use crate::event::PartitionNumber;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -19,9 +20,7 @@ use super::Shared;
 use super::layout::{Meta, Tables};
 use super::store::Failure;
 use super::sweep::Sweep;
-use crate::broker::{
-    Error, Finding, Notice, Partition, PartitionNumber, Result, Retention, Severity,
-};
+use crate::broker::{Error, Finding, Notice, Partition, Result, Retention, Severity};
 use crate::shutdown::Alarm;
 
 /// Capacity of the queue. When it is full, callers wait.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::command_connection::unexpected;
 use super::partition_keys::PartitionKeys;
 use super::{Redis, client, optional_id, understand};
-use crate::broker::{Decision, Found, Result};
-use crate::event::{EntryId, NotificationId, Outcome};
+use crate::broker::{Found, Result};
+use crate::event::{Decision, EntryId, NotificationId, Outcome};
 
 /// Records per read of a search, which occupies Redis for about a millisecond.
 const PAGE: usize = 1_000;

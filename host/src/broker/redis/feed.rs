@@ -17,8 +17,8 @@ use tokio::time::timeout;
 
 use super::command_connection::{DEADLINE, pause};
 use super::resp::{Decoder, Element, Frame, encode};
-use crate::broker::{Error, Feed, Follow, Notice, PartitionNumber, Result};
-use crate::event::{Name, NotificationId, Target};
+use crate::broker::{Error, Feed, Follow, Notice, Result};
+use crate::event::{Name, NotificationId, PartitionNumber, Target};
 
 /// Maximum number of batches waiting for the receiver.
 const BATCHES: usize = 64;

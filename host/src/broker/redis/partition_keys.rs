@@ -1,11 +1,12 @@
 //! The representation of a partition in Redis: its keys, channels and number, and the arguments
 //! shared by all calls for it.
 
+use crate::event::PartitionNumber;
 use redis::Value;
 
 use super::command_connection::{CommandConnection, Readers, parse};
 use super::scripts;
-use crate::broker::{Error, Partition, PartitionNumber, Result, Retention};
+use crate::broker::{Error, Partition, Result, Retention};
 
 pub(super) const PARTITIONS_KEY: &str = "pointsman:partitions";
 

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
 use super::{Redis, id, scripts, understand};
-use crate::broker::{Partition, PartitionNumber, Recipient, RecipientChange, Result, Span};
-use crate::event::Name;
+use crate::broker::{Partition, RecipientChange, Result};
+use crate::event::{Name, PartitionNumber, Recipient, Span};
 
 /// Reads a user's attributes and memberships.
 pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {

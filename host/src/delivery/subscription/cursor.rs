@@ -17,8 +17,7 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::broker::PartitionNumber;
-use crate::event::{BASE64URL, Epoch, Name, NotificationId};
+use crate::event::{BASE64URL, Epoch, Name, NotificationId, PartitionNumber};
 
 const VERSION: u8 = b'1';
 

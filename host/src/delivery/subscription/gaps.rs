@@ -3,8 +3,7 @@
 
 use std::collections::VecDeque;
 
-use crate::broker::PartitionNumber;
-use crate::event::NotificationId;
+use crate::event::{NotificationId, PartitionNumber};
 
 /// The most gaps queued; further ones are merged where partition and reason agree.
 const MAX_GAPS: usize = 8;

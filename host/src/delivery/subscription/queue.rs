@@ -8,9 +8,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::broker::PartitionNumber;
 use crate::delivery::recipients::RouteMatch;
-use crate::event::{Name, NotificationId, Priority};
+use crate::event::{Name, NotificationId, PartitionNumber, Priority};
 
 use super::Record;
 

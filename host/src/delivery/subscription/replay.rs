@@ -14,10 +14,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::Semaphore;
 
-use crate::broker::{self, Broker, Head, PartitionNumber};
+use crate::broker::{self, Broker, Head};
 use crate::clock::now_ms;
 use crate::event::criteria::Pool;
-use crate::event::{Epoch, NotificationId, Target};
+use crate::event::{Epoch, NotificationId, PartitionNumber, Target};
 use crate::telemetry::metrics::Metrics;
 
 use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};

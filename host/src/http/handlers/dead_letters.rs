@@ -10,8 +10,8 @@ use base64::Engine as _;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::broker::{Broker, DeadLetter, PartitionNumber};
-use crate::event::{EntryId, Malformed};
+use crate::broker::{Broker, DeadLetter};
+use crate::event::{EntryId, Malformed, PartitionNumber};
 use crate::http::{ApiError, Keyed, Path, Query, State};
 
 /// The maximum number of dead letters in one response.

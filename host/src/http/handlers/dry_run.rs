@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::broker::{Broker, PartitionNumber, Verdict};
+use crate::broker::Broker;
 use crate::clock::now_ms;
 use crate::delivery::recipients::{Moment, winning_route};
 use crate::event::criteria::Criteria;
 use crate::event::{
-    EntryId, Event, Malformed, Name, NotificationId, Outcome, Plan, Priority, Target, Value,
+    EntryId, Event, Malformed, Name, NotificationId, Outcome, PartitionNumber, Plan, Priority,
+    Target, Value, Verdict,
 };
 use crate::http::{ApiError, State};
 use crate::ingest::pipeline::{Evaluation, NoPlugins, Resolution};

@@ -23,8 +23,8 @@ use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
 use super::dry_run;
-use crate::broker::{self, Broker, Partition, PartitionNumber};
-use crate::event::{EntryId, Event, Malformed, Name, Value};
+use crate::broker::{self, Broker, Partition};
+use crate::event::{EntryId, Event, Malformed, Name, PartitionNumber, Value};
 use crate::http::{ApiError, Keyed, Query, State, read_body};
 
 /// How long readiness reports a full broker. Only the next publish attempt can show whether it is

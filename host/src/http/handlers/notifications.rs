@@ -11,7 +11,7 @@ use axum::extract::{Request, State as Shared};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::broker::{self, PartitionNumber};
+use crate::broker;
 use crate::clock::now_ms;
 use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
@@ -19,7 +19,7 @@ use crate::delivery::recipients::Reader;
 use crate::delivery::sse;
 use crate::delivery::subscription::cursor::Cursor;
 use crate::delivery::subscription::{Filter, Next, Start};
-use crate::event::{Name, NotificationId};
+use crate::event::{Name, NotificationId, PartitionNumber};
 
 use super::stream::Selection;
 use crate::http::{ApiError, Parameters, Query, State};

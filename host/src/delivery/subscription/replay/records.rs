@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use lru::LruCache;
 
-use crate::broker::{Broker, PartitionNumber, Result};
-use crate::event::{Epoch, NotificationId};
+use crate::broker::{Broker, Result};
+use crate::event::{Epoch, NotificationId, PartitionNumber};
 
 use super::Record;
 
