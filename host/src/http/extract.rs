@@ -1,12 +1,19 @@
-//! Path and query extractors: axum's, with error messages in this API's form.
+//! Extractors of path, query, API key and body, with error messages in this API's form.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
 use axum::extract::FromRequestParts;
 use axum::extract::path::ErrorKind;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::http::request::Parts;
+use bytes::Bytes;
+use http_body::Body as _;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
-use super::ApiError;
+use super::{ApiError, State};
 
 /// The parameters of the path.
 pub(super) struct Path<T>(pub(super) T);
@@ -117,6 +124,60 @@ impl Parameters {
             .rev()
             .find(|(name, value)| is_meant(name) && !value.is_empty())
             .map(|(_, value)| value.as_str())
+    }
+}
+
+/// Proof that the request carried the API key, or that the node is in dev mode. A handler that
+/// takes it as an argument cannot forget the check.
+pub(super) struct ApiKey;
+
+impl FromRequestParts<Arc<State>> for ApiKey {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, ApiError> {
+        state.auth.authorize_key(parts)?;
+        Ok(Self)
+    }
+}
+
+/// How many bytes of an oversized body are read and discarded before it is refused.
+const MAX_DISCARDED_BYTES: usize = 16 * 1024 * 1024;
+
+/// Reads a whole body.
+///
+/// # Errors
+/// 413 above `max` bytes, 408 if it takes longer than `wait`, 400 if it ends early.
+pub(super) async fn read_body(
+    mut body: Body,
+    max: usize,
+    wait: Duration,
+) -> Result<Bytes, ApiError> {
+    let too_large = || ApiError::too_large(format!("the body is larger than {max} bytes"));
+    let is_too_large = body.size_hint().lower() > max as u64;
+    let read = async {
+        if !is_too_large {
+            match Limited::new(&mut body, max).collect().await {
+                Err(e) if e.is::<LengthLimitError>() => {}
+                read => return read.map(|body| Some(body.to_bytes())),
+            }
+        }
+        // Drain the rest first: a client that is still sending when the connection closes sees a
+        // broken pipe instead of the response.
+        let mut rest = Limited::new(body, MAX_DISCARDED_BYTES);
+        while rest.frame().await.is_some_and(|frame| frame.is_ok()) {}
+        Ok(None)
+    };
+    match tokio::time::timeout(wait, read).await {
+        Err(_) if is_too_large => Err(too_large()),
+        Err(_) => Err(ApiError::timeout(format!(
+            "the body did not arrive within {} s",
+            wait.as_secs()
+        ))),
+        Ok(Ok(None)) => Err(too_large()),
+        Ok(Err(e)) => {
+            Err(ApiError::bad_request("the body ended early").cause(anyhow::Error::from_boxed(e)))
+        }
+        Ok(Ok(Some(body))) => Ok(body),
     }
 }
 

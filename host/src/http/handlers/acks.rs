@@ -16,7 +16,8 @@ use crate::broker::CursorOwner;
 use crate::delivery::device_cursors::Refusal;
 use crate::delivery::subscription::cursor::{Cursor, Unreadable};
 use crate::event::Name;
-use crate::http::{ApiError, State, read_body};
+use crate::http::extract::read_body;
+use crate::http::{ApiError, State};
 
 /// Fits an id and the longest name with its JSON escapes.
 const MAX_BODY: usize = 4 * 1024;

@@ -11,7 +11,8 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 
 use super::plugins::{order, receive};
-use crate::http::{ApiError, Keyed, Path, Query, State};
+use crate::http::extract::{ApiKey, Path, Query};
+use crate::http::{ApiError, State};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow;
@@ -20,7 +21,7 @@ use crate::preview::backtest::{self, MAX_EVENTS, backtest};
 /// `PUT /v1/plugins/{name}/shadow` with the bytes of a plugin file.
 pub(in crate::http) async fn begin(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<shadow::Report>, ApiError> {
@@ -36,7 +37,7 @@ pub(in crate::http) async fn begin(
 pub(in crate::http) async fn report(
     extract::State(state): extract::State<Arc<State>>,
     // The report contains recipients and bodies.
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<shadow::Report>, ApiError> {
     Ok(Json(state.pipeline()?.registry().shadow(&name)?))
@@ -45,7 +46,7 @@ pub(in crate::http) async fn report(
 /// `DELETE /v1/plugins/{name}/shadow`.
 pub(in crate::http) async fn end(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     state.pipeline()?.registry().end_shadow(&name)?;
@@ -55,7 +56,7 @@ pub(in crate::http) async fn end(
 /// `POST /v1/plugins/{name}/promote`.
 pub(in crate::http) async fn promote(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
     order(&state, move |registry| registry.promote(&name))
@@ -78,7 +79,7 @@ fn default_last() -> usize {
 /// `POST /v1/plugins/{name}/replay?last=N` with the bytes of a plugin file.
 pub(in crate::http) async fn replay(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
     Query(options): Query<Options>,
     body: Body,

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::{Broker, DeadLetter};
 use crate::event::{EntryId, Malformed, PartitionNumber};
-use crate::http::{ApiError, Keyed, Path, Query, State};
+use crate::http::extract::{ApiKey, Path, Query};
+use crate::http::{ApiError, State};
 
 /// The maximum number of dead letters in one response.
 const MAX_LIMIT: usize = 1_000;
@@ -120,7 +121,7 @@ fn shown(
 
 pub(in crate::http) async fn list(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Query(page): Query<Page>,
 ) -> Result<Json<Listed>, ApiError> {
     let limit = page.limit.clamp(1, MAX_LIMIT);
@@ -161,7 +162,7 @@ pub(in crate::http) async fn list(
 
 pub(in crate::http) async fn show(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<Json<Shown>, ApiError> {
     let (broker, partition) = known(&state, partition)?;
@@ -177,7 +178,7 @@ pub(in crate::http) async fn show(
 
 pub(in crate::http) async fn redrive(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<StatusCode, ApiError> {
     let (broker, partition) = known(&state, partition)?;
@@ -190,7 +191,7 @@ pub(in crate::http) async fn redrive(
 
 pub(in crate::http) async fn drop(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<StatusCode, ApiError> {
     let (broker, partition) = known(&state, partition)?;

@@ -8,7 +8,8 @@ use axum::extract;
 use serde::Deserialize;
 
 use crate::explain::Decided;
-use crate::http::{ApiError, Query, State};
+use crate::http::extract::Query;
+use crate::http::{ApiError, State};
 
 /// The maximum number of decisions of a partition in one response.
 const MAX_LIMIT: usize = 1_000;

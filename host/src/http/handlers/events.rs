@@ -25,7 +25,8 @@ use sha2::{Digest as _, Sha256};
 use super::dry_run;
 use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Malformed, Name, PartitionNumber, Value};
-use crate::http::{ApiError, Keyed, Query, State, read_body};
+use crate::http::extract::{ApiKey, Query, read_body};
+use crate::http::{ApiError, State};
 
 /// How long readiness reports a full broker. Only the next publish attempt can show whether it is
 /// still full.
@@ -62,7 +63,7 @@ struct Receipts {
 
 pub(in crate::http) async fn publish(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Query(options): Query<Options>,
     headers: HeaderMap,
     body: Body,

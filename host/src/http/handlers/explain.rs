@@ -13,7 +13,8 @@ use tokio::sync::Semaphore;
 
 use crate::event::Name;
 use crate::explain::{Explanation, Sources, Unexplained};
-use crate::http::{ApiError, Keyed, Query, State};
+use crate::http::extract::{ApiKey, Query};
+use crate::http::{ApiError, State};
 
 /// Bounds concurrent requests, because each may scan all stored decisions.
 static ANSWERS: Semaphore = Semaphore::const_new(MAX_ANSWERS);
@@ -30,7 +31,7 @@ pub(in crate::http) struct Options {
 
 pub(in crate::http) async fn explain(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Query(options): Query<Options>,
 ) -> Result<Json<Explanation>, ApiError> {
     let hub = state

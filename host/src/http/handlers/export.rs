@@ -21,7 +21,8 @@ use tokio::sync::Semaphore;
 
 use crate::broker::{Broker, Partition};
 use crate::event::{EntryId, Event};
-use crate::http::{ApiError, Keyed, Query, State};
+use crate::http::extract::{ApiKey, Query};
+use crate::http::{ApiError, State};
 
 /// The maximum number of events in one response.
 const MAX_LAST: usize = 10_000;
@@ -48,7 +49,7 @@ pub(in crate::http) struct Options {
 
 pub(in crate::http) async fn newest(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Query(options): Query<Options>,
 ) -> Result<Response, ApiError> {
     let last = options.last.unwrap_or(1_000);

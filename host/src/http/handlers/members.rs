@@ -15,7 +15,8 @@ use serde::Serialize;
 
 use crate::broker::RecipientChange;
 use crate::event::Name;
-use crate::http::{ApiError, Keyed, Path, State};
+use crate::http::extract::{ApiKey, Path};
+use crate::http::{ApiError, State};
 
 #[derive(Debug, Serialize)]
 pub(in crate::http) struct Membership {
@@ -25,7 +26,7 @@ pub(in crate::http) struct Membership {
 
 pub(in crate::http) async fn join(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path((group, user)): Path<(Name, Name)>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
@@ -44,7 +45,7 @@ pub(in crate::http) async fn join(
 
 pub(in crate::http) async fn leave(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path((group, user)): Path<(Name, Name)>,
 ) -> Result<StatusCode, ApiError> {
     state
@@ -56,7 +57,7 @@ pub(in crate::http) async fn leave(
 
 pub(in crate::http) async fn show(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path((group, user)): Path<(Name, Name)>,
 ) -> Result<Json<Membership>, ApiError> {
     let recipient = state.broker()?.recipient(&user).await?;

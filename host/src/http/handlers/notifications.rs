@@ -22,7 +22,8 @@ use crate::delivery::subscription::{Filter, Next, Start};
 use crate::event::{Name, NotificationId, PartitionNumber};
 
 use super::stream::Selection;
-use crate::http::{ApiError, Parameters, Query, State};
+use crate::http::extract::{Parameters, Query};
+use crate::http::{ApiError, State};
 
 #[derive(Debug, Deserialize)]
 pub(in crate::http) struct Params {

@@ -15,7 +15,8 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::http::{ApiError, Keyed, Path, State, read_body};
+use crate::http::extract::{ApiKey, Path, read_body};
+use crate::http::{ApiError, State};
 use crate::plugin::MAX_FILE_BYTES;
 use crate::plugin::registry::state::PluginState;
 use crate::plugin::registry::{AdminError, Registry};
@@ -57,7 +58,7 @@ pub(in crate::http) async fn show(
 /// `PUT /v1/plugins/{name}` with the bytes of a plugin file.
 pub(in crate::http) async fn upload(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<PluginState>, ApiError> {
@@ -74,7 +75,7 @@ pub(in crate::http) async fn upload(
 /// `DELETE /v1/plugins/{name}`.
 pub(in crate::http) async fn remove(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     order(&state, move |registry| registry.remove(&name)).await?;
@@ -84,7 +85,7 @@ pub(in crate::http) async fn remove(
 /// `POST /v1/plugins/{name}/enable`.
 pub(in crate::http) async fn enable(
     state: extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
     order(&state, move |registry| registry.enable(&name))
@@ -95,7 +96,7 @@ pub(in crate::http) async fn enable(
 /// `POST /v1/plugins/{name}/disable`.
 pub(in crate::http) async fn disable(
     state: extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
     order(&state, move |registry| registry.disable(&name))
@@ -106,7 +107,7 @@ pub(in crate::http) async fn disable(
 /// `POST /v1/plugins/{name}/rollback`.
 pub(in crate::http) async fn roll_back(
     state: extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
     order(&state, move |registry| registry.roll_back(&name))

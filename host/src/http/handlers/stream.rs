@@ -23,7 +23,8 @@ use crate::delivery::subscription::{Filter, Start};
 use crate::event::{Name, Priority};
 use crate::server::Connection;
 
-use crate::http::{ApiError, Parameters, Query, State, cors};
+use crate::http::extract::{Parameters, Query};
+use crate::http::{ApiError, State, cors};
 
 /// The filter parameters shared by streams and pages.
 #[derive(Debug, Default, Deserialize)]

@@ -12,14 +12,15 @@ use axum::http::StatusCode;
 use crate::broker::RecipientChange;
 use crate::event::criteria::{Attributes, parse_attributes};
 use crate::event::{Malformed, Name};
-use crate::http::{ApiError, Keyed, Path, State, read_body};
+use crate::http::extract::{ApiKey, Path, read_body};
+use crate::http::{ApiError, State};
 
 /// Fits the maximum attributes with their JSON escapes.
 const MAX_BODY: usize = 512 * 1024;
 
 pub(in crate::http) async fn show(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(user): Path<Name>,
 ) -> Result<Json<Attributes>, ApiError> {
     Ok(Json(state.broker()?.recipient(&user).await?.attributes))
@@ -27,7 +28,7 @@ pub(in crate::http) async fn show(
 
 pub(in crate::http) async fn replace(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(user): Path<Name>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
@@ -47,7 +48,7 @@ pub(in crate::http) async fn replace(
 
 pub(in crate::http) async fn clear(
     extract::State(state): extract::State<Arc<State>>,
-    _: Keyed,
+    _: ApiKey,
     Path(user): Path<Name>,
 ) -> Result<StatusCode, ApiError> {
     state

@@ -1,0 +1,85 @@
+//! The origins whose pages may call a node: the configured ones and, in dev mode, every loopback one.
+
+use axum::http::header::ORIGIN;
+use axum::http::{HeaderMap, HeaderValue};
+
+/// The origins that may call this node.
+#[derive(Clone, Debug, Default)]
+pub struct Origins {
+    listed: Vec<String>,
+    loopback: bool,
+}
+
+impl Origins {
+    /// `listed`: origins as a browser writes them; `loopback`: whether every loopback origin is
+    /// allowed too.
+    ///
+    /// # Errors
+    /// A message about the first origin that no browser would write.
+    pub fn new(listed: &[String], loopback: bool) -> Result<Self, String> {
+        for origin in listed {
+            let host = origin
+                .strip_prefix("https://")
+                .or_else(|| origin.strip_prefix("http://"));
+            if host.is_none_or(|host| {
+                host.is_empty()
+                    || host.contains(['/', '*', '@'])
+                    || host
+                        .chars()
+                        .any(|c| c.is_ascii_uppercase() || c.is_whitespace())
+            }) {
+                return Err(format!(
+                    "'{}' is not a valid origin; use scheme and host in lower case and nothing after them, such as https://shop.example",
+                    origin.escape_debug()
+                ));
+            }
+        }
+        Ok(Self {
+            listed: listed.to_vec(),
+            loopback,
+        })
+    }
+
+    /// Whether the request comes from a page that may not read the response. It may carry the
+    /// user's cookie, so it must not change anything either.
+    pub(super) fn are_foreign_to(&self, headers: &HeaderMap) -> bool {
+        let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+        match headers.get(ORIGIN) {
+            Some(origin) => {
+                site != Some(b"same-origin")
+                    && !origin.to_str().is_ok_and(|origin| self.allow(origin))
+            }
+            // Requests for images or scripts, for example, carry no `Origin`.
+            None => matches!(site, Some(b"cross-site" | b"same-site")),
+        }
+    }
+
+    pub(super) fn allow(&self, origin: &str) -> bool {
+        self.listed.iter().any(|listed| listed == origin) || (self.loopback && is_loopback(origin))
+    }
+}
+
+fn is_loopback(origin: &str) -> bool {
+    origin
+        .strip_prefix("http://")
+        .or_else(|| origin.strip_prefix("https://"))
+        .is_some_and(names_loopback)
+}
+
+/// Whether the host, with or without a port, is a loopback name or address.
+pub(super) fn names_loopback(authority: &str) -> bool {
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(v6) => v6.split_once(']').unwrap_or_default(),
+        None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
+    };
+    let is_port = port.is_empty()
+        || port
+            .strip_prefix(':')
+            .is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
+    let name = host.strip_suffix('.').unwrap_or(host);
+    is_port
+        && (name.eq_ignore_ascii_case("localhost")
+            || host
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|ip| ip.is_loopback()))
+}

@@ -1,0 +1,186 @@
+//! The state that the handlers of a node share, and the bounds on what they hold at once.
+
+use std::sync::{Arc, OnceLock};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+
+use super::{ApiError, Origins};
+use crate::auth::Auth;
+use crate::broker::{Broker, Retention};
+use crate::delivery::device_cursors::DeviceCursors;
+use crate::delivery::hub::Hub;
+use crate::delivery::sse::StreamTimer;
+use crate::ingest::pipeline::Pipeline;
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::readiness::Readiness;
+
+/// The maximum number of concurrent admin commands.
+const MAX_ADMIN_COMMANDS: usize = 8;
+
+/// The `[limits]` section.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// The maximum size of one event with all its fields, in bytes. Set by
+    /// `ingest.max_event_bytes`; not a key of this section.
+    #[serde(skip)]
+    pub event_bytes: usize,
+    /// The maximum size of a batch in bytes (4 MiB).
+    pub batch_bytes: usize,
+    /// The maximum number of events in a batch (10,000).
+    pub batch_events: usize,
+    /// The maximum number of concurrent publish requests (64). Further requests wait up to
+    /// `publish_wait_s` and are then refused with 503.
+    pub publish_requests: usize,
+    /// Seconds that a publish request waits for its turn (5).
+    pub publish_wait_s: u64,
+    /// Seconds that a client has to send a request body (30).
+    pub body_timeout_s: u64,
+    /// Seconds that a request to read notifications waits for the broker (5).
+    pub read_wait_s: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            event_bytes: 256 * 1024,
+            batch_bytes: 4 * 1024 * 1024,
+            batch_events: 10_000,
+            publish_requests: 64,
+            publish_wait_s: 5,
+            body_timeout_s: 30,
+            read_wait_s: 5,
+        }
+    }
+}
+
+/// The state that the handlers of a node share.
+#[derive(Debug)]
+pub struct State {
+    /// Empty until the broker has answered once: the listeners start before that.
+    pub(super) broker: OnceLock<Arc<dyn Broker>>,
+    /// Set together with the broker.
+    pub(super) hub: OnceLock<Hub>,
+    /// Set together with the broker.
+    pub(super) device_cursors: OnceLock<DeviceCursors>,
+    /// For dry runs and for the plugin routes; empty until the plugins are loaded.
+    pub(super) pipeline: OnceLock<Pipeline>,
+    pub(super) stream_timer: StreamTimer,
+    pub(super) auth: Auth,
+    pub(super) readiness: Readiness,
+    pub(super) metrics: Metrics,
+    pub(super) limits: Limits,
+    pub(super) retention: Retention,
+    pub(super) origins: Origins,
+    /// Bounds the bodies that publish requests hold in memory.
+    pub(super) publishing: Semaphore,
+    /// One plugin upload at a time: a file may be large, and compiling it takes a processor for
+    /// seconds.
+    pub(super) uploading: Arc<Semaphore>,
+    /// Bounds the admin commands that run or wait for one another.
+    pub(super) ordering: Arc<Semaphore>,
+    /// One backtest at a time.
+    pub(super) backtesting: Semaphore,
+}
+
+impl State {
+    pub fn new(
+        auth: Auth,
+        origins: Origins,
+        limits: Limits,
+        retention: Retention,
+        readiness: Readiness,
+        metrics: Metrics,
+        stream_timer: StreamTimer,
+    ) -> Self {
+        let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
+        Self {
+            broker: OnceLock::new(),
+            hub: OnceLock::new(),
+            device_cursors: OnceLock::new(),
+            pipeline: OnceLock::new(),
+            stream_timer,
+            auth,
+            readiness,
+            metrics,
+            limits,
+            retention,
+            origins,
+            publishing,
+            uploading: Arc::new(Semaphore::new(1)),
+            ordering: Arc::new(Semaphore::new(MAX_ADMIN_COMMANDS)),
+            backtesting: Semaphore::new(1),
+        }
+    }
+
+    /// Sets the broker and the hub that follows it. Later calls are ignored.
+    pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
+        // The hub is set last: a handler that sees it finds the other two as well.
+        let device_cursors = DeviceCursors::new(Arc::clone(&broker));
+        if self.broker.set(broker).is_err()
+            || self.device_cursors.set(device_cursors).is_err()
+            || self.hub.set(hub).is_err()
+        {
+            tracing::debug!("the broker is already set; a second one is ignored");
+        }
+    }
+
+    /// Sets the pipeline. Later calls are ignored.
+    pub fn set_pipeline(&self, pipeline: Pipeline) {
+        if self.pipeline.set(pipeline).is_err() {
+            tracing::debug!("the pipeline is already set; a second one is ignored");
+        }
+    }
+
+    /// The hub, or `None` until the broker has answered once.
+    pub fn hub(&self) -> Option<&Hub> {
+        self.hub.get()
+    }
+
+    /// The device cursors and read markers of users.
+    ///
+    /// # Errors
+    /// 503 until the broker has answered once.
+    pub fn device_cursors(&self) -> Result<&DeviceCursors, ApiError> {
+        self.device_cursors
+            .get()
+            .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))
+    }
+
+    /// The pipeline of loaded plugins.
+    ///
+    /// # Errors
+    /// 503 until the plugins are loaded.
+    pub fn pipeline(&self) -> Result<&Pipeline, ApiError> {
+        self.pipeline
+            .get()
+            .ok_or_else(|| ApiError::unavailable("this node is still loading its plugins"))
+    }
+
+    pub fn stream_timer(&self) -> &StreamTimer {
+        &self.stream_timer
+    }
+
+    /// The broker.
+    ///
+    /// # Errors
+    /// 503 until the broker has answered once.
+    pub fn broker(&self) -> Result<&Arc<dyn Broker>, ApiError> {
+        self.broker
+            .get()
+            .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))
+    }
+
+    pub fn auth(&self) -> &Auth {
+        &self.auth
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+}
