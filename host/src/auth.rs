@@ -126,6 +126,7 @@ pub struct StreamIdentity {
 }
 
 /// The checked `[auth]` section with its loaded secrets.
+#[derive(Clone)]
 pub struct Auth {
     config: Config,
     tokens: Option<(DecodingKey, Validation)>,

@@ -1,0 +1,62 @@
+//! The two listeners of a node, for applications and for operators.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+
+use crate::http::{self, State};
+use crate::server::{self, Bounds};
+use crate::shutdown::Shutdown;
+
+/// Maximum connections to the admin listener: probes and scrapers are few.
+const MAX_ADMIN_CONNECTIONS: usize = 256;
+
+/// The two listeners of a node, bound.
+#[derive(Debug)]
+pub struct Listeners {
+    pub applications: TcpListener,
+    pub admin: TcpListener,
+}
+
+impl Listeners {
+    /// Binds both addresses. Port 0 binds a free port.
+    ///
+    /// # Errors
+    /// An address cannot be bound; the text names the key to change.
+    pub fn bind(listen: &server::Config) -> anyhow::Result<Self> {
+        let bind = |key, address| {
+            server::bind(address)
+                .with_context(|| format!("cannot listen on {address}; free it or change {key}"))
+        };
+        Ok(Self {
+            applications: bind("listen.address", listen.address)?,
+            admin: bind("listen.admin", listen.admin)?,
+        })
+    }
+
+    /// Serves the routes of both listeners until `shutdown`.
+    pub(super) fn serve(self, listen: &server::Config, state: &Arc<State>, shutdown: &Shutdown) {
+        let routes = [
+            (
+                self.admin,
+                http::admin_routes(Arc::clone(state)),
+                MAX_ADMIN_CONNECTIONS,
+            ),
+            (
+                self.applications,
+                http::routes(Arc::clone(state)),
+                listen.max_connections,
+            ),
+        ];
+        for (listener, routes, max_connections) in routes {
+            let bounds = Bounds {
+                max_connections,
+                header_timeout: Duration::from_secs(listen.header_timeout_s),
+            };
+            let serve = server::serve(listener, routes, bounds, shutdown.clone());
+            shutdown.spawn("a listener", serve);
+        }
+    }
+}

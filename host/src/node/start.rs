@@ -1,0 +1,79 @@
+//! The parts that take time to start: the broker and the plugins.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+
+use super::monitor;
+use crate::broker::embedded::Embedded;
+use crate::broker::redis::Redis;
+use crate::broker::{Broker, Retention};
+use crate::config::BrokerChoice;
+use crate::ingest::pipeline::Pipeline;
+use crate::plugin::Engine;
+use crate::plugin::registry::watcher::Watcher;
+use crate::plugin::registry::{Registry, settings};
+use crate::plugin::runtime::cache::Cache;
+use crate::shutdown::Shutdown;
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::readiness::Readiness;
+
+/// Loads the plugins, starts their threads and the plugin watcher.
+pub(super) async fn load_plugins(
+    plugins: settings::Config,
+    cache_folder: Option<PathBuf>,
+    allow_none: bool,
+    metrics: &Metrics,
+    shutdown: &Shutdown,
+) -> anyhow::Result<(Pipeline, Option<Watcher>)> {
+    let counting = metrics.clone();
+    let load = move || {
+        let cache = cache_folder.and_then(|folder| Cache::open_if_safe(&folder, counting.clone()));
+        Registry::load(Engine::with_cache(cache)?, plugins, counting)
+    };
+    let registry = tokio::task::spawn_blocking(load).await;
+    let registry = Arc::new(registry.context("panic while loading the plugins")??);
+    let pipeline = Pipeline::start(Arc::clone(&registry), allow_none, metrics.clone())
+        .context("cannot start the plugin threads")?;
+    let watcher = Watcher::start(registry, shutdown.alarm("the plugin watcher"))
+        .context("cannot start the thread of the plugin watcher")?;
+    Ok((pipeline, watcher))
+}
+
+/// Opens the broker. The connection to an unavailable Redis is retried, with a growing and jittered
+/// pause, until it succeeds.
+pub(super) async fn open_broker(
+    choice: &BrokerChoice,
+    sources: &[String],
+    retention: &Retention,
+    readiness: &Readiness,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Arc<dyn Broker>> {
+    let (own_sources, retention) = (sources.to_vec(), retention.clone());
+    let alarm = shutdown.alarm("the store writer");
+    match choice.clone() {
+        BrokerChoice::Redis { url } => {
+            let connect = || async {
+                Ok(
+                    Arc::new(Redis::connect(&url, sources, retention.clone()).await?)
+                        as Arc<dyn Broker>,
+                )
+            };
+            Ok(monitor::reach(connect, readiness).await)
+        }
+        BrokerChoice::Data(folder) => {
+            // Recovers the store after a crash: blocks too long for an async thread.
+            let opened = tokio::task::spawn_blocking(move || {
+                Embedded::open(&folder, &own_sources, retention, alarm)
+            })
+            .await;
+            Ok(Arc::new(opened.context("panic while opening the store")??))
+        }
+        BrokerChoice::Ephemeral => Ok(Arc::new(Embedded::ephemeral(
+            &own_sources,
+            retention,
+            alarm,
+        )?)),
+    }
+}
