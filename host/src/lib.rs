@@ -2,18 +2,19 @@
 //!
 //! The modules, in the order in which data flows:
 //!
-//! - [`event`]: the vocabulary. [`criteria`]: conditions over recipients.
-//! - [`broker`]: where events wait, logs live and nodes hear of appends.
-//! - [`plugin`]: one loaded plugin. [`pipeline`]: all of them, in order. [`ingest`]: read, evaluate, commit.
-//! - [`rehearsal`]: what a candidate for a plugin would have decided about past events.
-//! - [`recipients`]: who gets what. [`hub`]: the open streams of this node. [`subscription`]: one of them. [`sse`]: its bytes.
-//! - [`device_cursors`]: where devices are while they have no stream, and what was read.
-//! - [`explain`]: why somebody was told of an event, or not.
-//! - [`auth`]: who is asking. [`http`]: every route. [`server`]: the accept loop.
-//! - [`config`]: from what the user wrote to what the node needs.
-//! - [`metrics`], [`readiness`], [`shutdown`], [`clock`]: what every part is handed.
+//! - [`event`]: the vocabulary, parsed once and valid from then on.
+//! - [`broker`]: stores events, logs and records, and delivers notices of appends to nodes.
+//! - [`plugin`]: the Wasm runtime, the registry of plugins, and shadow candidates.
+//! - [`ingest`]: reads a source, evaluates its events and commits their outcomes.
+//! - [`delivery`]: from the logs to open SSE streams.
+//! - [`preview`]: dry runs, backtests and the plugin runner, all without effect.
+//! - [`explain`]: why an event reached a user, or did not.
+//! - [`auth`]: authentication. [`server`]: the accept loop. [`http`]: every route.
+//! - [`config`]: from configuration sources to a validated configuration.
+//! - [`node`]: wires the parts, runs them and stops them.
+//! - [`telemetry`], [`shutdown`], [`clock`]: handles passed to every part.
 //!
-//! [`run`] wires them and stops them.
+//! ARCHITECTURE.md describes how they fit together, and which may import which.
 
 pub mod auth;
 pub mod broker;
