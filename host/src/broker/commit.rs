@@ -1,0 +1,71 @@
+//! A commit: a batch of outcomes, or one slice of a large plan, and the limits of both.
+//!
+//! The brokers implement commits; `ingest` proposes the outcomes.
+
+use bytes::Bytes;
+
+use crate::event::{
+    DeadReason, Decision, EntryId, Epoch, NotificationId, Outcome, Position, Target,
+};
+
+/// Maximum number of items in one commit.
+pub const MAX_ITEMS: usize = 64;
+/// Maximum number of index entries in one commit. A plan with more targets is committed in slices.
+pub const MAX_INDEX_ENTRIES: usize = 1_000;
+/// Maximum size of all records in one commit, in bytes.
+pub const MAX_COMMIT_BYTES: usize = 1024 * 1024;
+
+/// One entry with its proposed outcome and everything that a commit writes about it.
+#[derive(Clone, Debug)]
+pub struct Item {
+    pub entry: EntryId,
+    /// Hash of the event's `source` and `id`, if the publisher gave an id.
+    pub dedupe: Option<[u8; 16]>,
+    pub proposal: Proposal,
+    pub decision: Decision,
+}
+
+/// The outcome that the pipeline proposes. Only the broker can turn it into `duplicate`.
+#[derive(Clone, Debug)]
+pub enum Proposal {
+    /// The record ([`crate::event::Notification`] as JSON) and the logs to index it in, sorted and
+    /// without duplicates.
+    Commit {
+        record: Bytes,
+        targets: Vec<Target>,
+    },
+    Discard,
+    Unrouted,
+    DeadLetter(DeadReason),
+}
+
+/// A batch of outcomes, written atomically if the partition is still at `prev` in epoch `epoch`.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    pub epoch: Epoch,
+    pub prev: Position,
+    /// In source order and without gaps. The entry of the last item becomes the new position.
+    pub items: Vec<Item>,
+}
+
+/// One slice of a plan with more than [`MAX_INDEX_ENTRIES`] targets.
+#[derive(Clone, Debug)]
+pub struct Slice {
+    pub epoch: Epoch,
+    pub prev: Position,
+    /// A [`Proposal::Commit`] that names only the targets of this slice. The record holds the whole
+    /// plan.
+    pub item: Item,
+    /// 0 for the first.
+    pub index: u32,
+    pub is_last: bool,
+}
+
+/// The result of a commit.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Committed {
+    /// The outcome of each item in order, with the notification id if the item was committed.
+    Done(Vec<(Outcome, Option<NotificationId>)>),
+    /// The partition is at another position or in another epoch; continue from [`Broker::head`].
+    Conflict,
+}

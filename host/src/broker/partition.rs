@@ -1,0 +1,109 @@
+//! A partition: its source, its head, its lease and its statistics.
+//!
+//! `commit` moves a partition; `feed` reports how it moved.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::Serialize;
+
+use crate::event::{EntryId, Epoch, NotificationId, PartitionNumber, Position};
+
+/// A partition of this installation.
+#[derive(Clone, Debug)]
+pub struct Partition {
+    pub number: PartitionNumber,
+    /// The key of its source, such as `pointsman:events`.
+    pub source: String,
+}
+
+/// An entry of a source as it was written. Its fields are untrusted bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    pub id: EntryId,
+    pub fields: Vec<(Bytes, Bytes)>,
+}
+
+/// The state of a partition, read atomically from the broker's primary, never from a replica.
+#[derive(Clone, Debug)]
+pub struct Head {
+    pub epoch: Epoch,
+    /// The newest 16 epochs of this partition, oldest first, each with the last id that was still
+    /// valid when the epoch began.
+    pub epochs: Vec<(Epoch, NotificationId)>,
+    /// The id of the last complete notification.
+    pub last: NotificationId,
+    /// The id of a plan that is being committed in slices.
+    pub pending: Option<NotificationId>,
+    pub position: Position,
+    /// Logs may have lost entries below this id because of their age.
+    pub floor: NotificationId,
+    /// The `floor` when the partition was created. A cursor without a position in this partition
+    /// starts here.
+    pub origin: NotificationId,
+    /// The broker's clock, in milliseconds since the Unix epoch.
+    pub now_ms: u64,
+}
+
+impl Head {
+    /// The newest id that a reader may encounter.
+    pub fn top(&self) -> NotificationId {
+        self.pending.unwrap_or(self.last)
+    }
+
+    /// The start of a reader that wants only events committed from now on. Never below the floor,
+    /// so that a quiet partition does not look trimmed.
+    pub fn latest(&self) -> NotificationId {
+        self.last.max(self.floor)
+    }
+
+    /// The highest id that is still valid for a client whose last cursor was issued in epoch `epoch`.
+    /// Ids above the last one that was valid when the following epoch began cannot be trusted,
+    /// because they are issued again after a rewind. Returns 0 for an unknown epoch.
+    pub fn survived(&self, epoch: Epoch) -> NotificationId {
+        let bound = if epoch == self.epoch {
+            // In the current epoch no client can have received an id above the top: a cursor that
+            // claims one is forged.
+            self.top()
+        } else {
+            match self.epochs.iter().position(|(known, _)| *known == epoch) {
+                Some(index) => self
+                    .epochs
+                    .get(index + 1)
+                    .map_or(self.top(), |(_, survived)| *survived),
+                None => return NotificationId(0),
+            }
+        };
+        // Readers of a quiet partition stand at the floor or the origin, and no id at or below them
+        // is issued again.
+        bound.max(self.floor).max(self.origin)
+    }
+}
+
+/// A lease on processing a partition. It avoids duplicate work; it does not guard writes, which
+/// compare the position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    Mine,
+    /// Another node holds the lease for at most this long.
+    Others(Duration),
+}
+
+/// Statistics of a partition for operators.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct PartitionState {
+    /// Number of events by outcome since the partition was created.
+    pub outcomes: BTreeMap<String, u64>,
+    /// Entries after the position.
+    pub lag: u64,
+    /// Entries that another client of the broker removed before they were read.
+    pub trimmed_unread: u64,
+    pub dead_letters: u64,
+    /// Dead letters trimmed because of their limit.
+    pub dead_trimmed: u64,
+    /// Ids not remembered because the dedupe window was full.
+    pub dedupe_overflows: u64,
+    /// How far notification ids run ahead of the broker's clock, in milliseconds.
+    pub ids_ahead_ms: u64,
+}
