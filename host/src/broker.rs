@@ -2,15 +2,18 @@
 //! possible. Two brokers implement it and pass one conformance suite (`tests/conformance.rs`):
 //! [`redis`] for many nodes, [`embedded`] for a single process.
 //!
+//! The interface is split by caller: [`Sources`] for publishing and ingest, [`Logs`] for delivery,
+//! [`Users`] and [`Operations`]. Each includes [`Partitions`], and [`Broker`] is their sum.
+//!
 //! For each **partition**, a broker holds its *source* (a stream of entries), its *position* (the
 //! last entry with an outcome), one *log* per [`Target`] (an index of notification ids), one
 //! *record* per id, the dead letters and the decision records. It guarantees:
 //!
-//! - [`Broker::commit`] is atomic: the whole batch is written at exactly the position and epoch
+//! - [`Sources::commit`] is atomic: the whole batch is written at exactly the position and epoch
 //!   that it names, or nothing is.
 //! - Notices on a [`Feed`] arrive in commit order, each after its commit is as durable as the
 //!   broker can make it.
-//! - Reads ([`Broker::head`], [`Broker::page`], [`Broker::records`]) see every commit whose notice
+//! - Reads ([`Partitions::head`], [`Logs::page`], [`Partitions::records`]) see every commit whose notice
 //!   was published before the read began.
 //!
 //! A broker does not decide who receives an event (`recipients`, `subscription`) and does not run
@@ -66,16 +69,26 @@ pub enum Error {
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// See the head of this file. All methods are cancel-safe; a cancelled [`Broker::append`] or
-/// [`Broker::commit`] may still take effect.
+/// Access to partitions that every caller needs. All methods of the five traits are cancel-safe; a
+/// cancelled [`Sources::append`] or [`Sources::commit`] may still take effect.
 #[async_trait]
-pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
+pub trait Partitions: std::fmt::Debug + Send + Sync + 'static {
     /// The partitions, by ascending number.
     fn partitions(&self) -> &[Partition];
 
-    /// Checks version, settings and permissions. An empty result means that everything is in order.
-    async fn check(&self) -> Result<Vec<Finding>>;
+    async fn head(&self, partition: PartitionNumber) -> Result<Head>;
 
+    /// Reads the records of these ids; `None` for a record that no longer exists.
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>>;
+}
+
+/// Sources, for publishing and ingest.
+#[async_trait]
+pub trait Sources: Partitions {
     /// Appends entries to the source in order and returns once they are as durable as the broker
     /// can make them. If the backlog is at its limit, returns [`Error::Full`] and appends none.
     async fn append(
@@ -93,18 +106,6 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         wait: Duration,
     ) -> Result<Vec<Entry>>;
 
-    async fn head(&self, partition: PartitionNumber) -> Result<Head>;
-
-    /// Writes a batch atomically. If the result is in doubt, the caller reads the head again.
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed>;
-
-    /// Writes one slice of a large plan atomically. Slice 0 may find a duplicate or a key of the
-    /// wrong type, which ends the plan with that outcome.
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed>;
-
-    /// Publishes a [`Notice::Tick`].
-    async fn tick(&self, partition: PartitionNumber) -> Result<()>;
-
     /// Takes or renews the lease. A node whose earlier process held the lease under the same name
     /// gets it at once.
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease>;
@@ -120,6 +121,17 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
     /// including this one.
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32>;
 
+    /// Writes a batch atomically. If the result is in doubt, the caller reads the head again.
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed>;
+
+    /// Writes one slice of a large plan atomically. Slice 0 may find a duplicate or a key of the
+    /// wrong type, which ends the plan with that outcome.
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed>;
+}
+
+/// Logs, for delivery.
+#[async_trait]
+pub trait Logs: Partitions {
     /// Reads up to `limit` ids of a log above `after`.
     async fn page(
         &self,
@@ -129,18 +141,18 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<Page>;
 
-    /// Reads the records of these ids; `None` for a record that no longer exists.
-    async fn records(
-        &self,
-        partition: PartitionNumber,
-        ids: &[NotificationId],
-    ) -> Result<Vec<Option<Bytes>>>;
-
     /// Opens a feed.
     async fn feed(&self) -> Result<Feed>;
 
-    async fn recipient(&self, user: &Name) -> Result<Recipient>;
+    /// Publishes a [`Notice::Tick`].
+    async fn tick(&self, partition: PartitionNumber) -> Result<()>;
 
+    async fn recipient(&self, user: &Name) -> Result<Recipient>;
+}
+
+/// The data of users.
+#[async_trait]
+pub trait Users: Partitions {
     /// Changes a user's attributes or memberships and notifies every node. The change applies to
     /// all events appended after it returns.
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()>;
@@ -160,6 +172,15 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         seen: Option<&StoredCursor>,
         to: &StoredCursor,
     ) -> Result<bool>;
+}
+
+/// Checks, statistics, dead letters and decision records, for operators.
+#[async_trait]
+pub trait Operations: Partitions {
+    /// Checks version, settings and permissions. An empty result means that everything is in order.
+    async fn check(&self) -> Result<Vec<Finding>>;
+
+    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 
     /// Reads up to `limit` dead letters after `after`, oldest first.
     async fn dead_letters(
@@ -192,6 +213,10 @@ pub trait Broker: std::fmt::Debug + Send + Sync + 'static {
         event_id: &str,
         limit: usize,
     ) -> Result<Found>;
-
-    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 }
+
+/// A whole broker. A caller takes the smallest of its traits that suffices: ingest takes [`Sources`]
+/// and cannot open a feed, and the hub takes [`Logs`] and cannot commit.
+pub trait Broker: Sources + Logs + Users + Operations {}
+
+impl<T: Sources + Logs + Users + Operations> Broker for T {}

@@ -190,10 +190,10 @@ impl Node {
     ) -> anyhow::Result<Arc<dyn Broker>> {
         let broker =
             start::open_broker(choice, sources, retention, &self.readiness, &self.shutdown).await?;
-        let hub = Hub::start(Arc::clone(&broker), self.metrics.clone(), &self.shutdown);
+        let hub = Hub::start(broker.clone(), self.metrics.clone(), &self.shutdown);
         self.state.set_broker(Arc::clone(&broker), hub.clone());
         let watch = monitor::watch(
-            Arc::clone(&broker),
+            broker.clone(),
             hub,
             retention.dead_entries,
             self.metrics.clone(),
@@ -208,7 +208,7 @@ impl Node {
     fn ingest(&self, started: &Started, config: &worker::Config) {
         for partition in started.broker.partitions() {
             let ingest = Ingest {
-                broker: Arc::clone(&started.broker),
+                broker: started.broker.clone(),
                 pipeline: started.pipeline.clone(),
                 metrics: self.metrics.clone(),
                 readiness: self.readiness.clone(),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
-use pointsman::broker::{Broker as _, Retention};
+use pointsman::broker::{Retention, Sources as _};
 use pointsman::event::{EntryId, PartitionNumber};
 use pointsman::shutdown::Shutdown;
 

@@ -1,6 +1,6 @@
 //! Cursors: they are small, belong to one user, and also resume on partitions added since.
 
-use pointsman::broker::{Broker as _, Retention};
+use pointsman::broker::{Partitions as _, Retention, Sources as _};
 use pointsman::delivery::hub::Hub;
 use pointsman::delivery::subscription::Start;
 use pointsman::delivery::subscription::cursor::{Cursor, Unreadable};

@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
     Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Follow, Found,
-    Head, Lease, Notice, Page, Partition, PartitionState, RecipientChange, Result, Slice,
-    StoredCursor,
+    Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState, Partitions,
+    RecipientChange, Result, Slice, Sources, StoredCursor, Users,
 };
 use pointsman::event::{
     Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Target,
@@ -235,32 +235,9 @@ impl Puppet {
 }
 
 #[async_trait]
-impl Broker for Puppet {
+impl Partitions for Puppet {
     fn partitions(&self) -> &[Partition] {
         self.broker.partitions()
-    }
-
-    async fn check(&self) -> Result<Vec<Finding>> {
-        self.broker.check().await
-    }
-
-    async fn append(
-        &self,
-        partition: PartitionNumber,
-        entries: Vec<Vec<(Bytes, Bytes)>>,
-    ) -> Result<Vec<EntryId>> {
-        self.broker.append(partition, entries).await
-    }
-
-    async fn read(
-        &self,
-        partition: PartitionNumber,
-        after: EntryId,
-        count: usize,
-        wait: Duration,
-    ) -> Result<Vec<Entry>> {
-        self.around(Op::Read, self.broker.read(partition, after, count, wait))
-            .await
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
@@ -279,18 +256,35 @@ impl Broker for Puppet {
         .await
     }
 
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
-        self.around(Op::Commit, self.broker.commit(partition, batch))
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
+        self.around(Op::Records, self.broker.records(partition, ids))
             .await
     }
+}
 
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
-        self.around(Op::Slice, self.broker.commit_slice(partition, slice))
-            .await
+#[async_trait]
+impl Sources for Puppet {
+    async fn append(
+        &self,
+        partition: PartitionNumber,
+        entries: Vec<Vec<(Bytes, Bytes)>>,
+    ) -> Result<Vec<EntryId>> {
+        self.broker.append(partition, entries).await
     }
 
-    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
-        self.broker.tick(partition).await
+    async fn read(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        count: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>> {
+        self.around(Op::Read, self.broker.read(partition, after, count, wait))
+            .await
     }
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
@@ -313,6 +307,19 @@ impl Broker for Puppet {
         self.broker.note_attempt(partition, entry).await
     }
 
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+        self.around(Op::Commit, self.broker.commit(partition, batch))
+            .await
+    }
+
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+        self.around(Op::Slice, self.broker.commit_slice(partition, slice))
+            .await
+    }
+}
+
+#[async_trait]
+impl Logs for Puppet {
     async fn page(
         &self,
         partition: PartitionNumber,
@@ -321,15 +328,6 @@ impl Broker for Puppet {
         limit: usize,
     ) -> Result<Page> {
         self.around(Op::Page, self.broker.page(partition, target, after, limit))
-            .await
-    }
-
-    async fn records(
-        &self,
-        partition: PartitionNumber,
-        ids: &[NotificationId],
-    ) -> Result<Vec<Option<Bytes>>> {
-        self.around(Op::Records, self.broker.records(partition, ids))
             .await
     }
 
@@ -389,11 +387,18 @@ impl Broker for Puppet {
         Ok(Feed { follow, notices })
     }
 
+    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
+        self.broker.tick(partition).await
+    }
+
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
         self.around(Op::Recipient, self.broker.recipient(user))
             .await
     }
+}
 
+#[async_trait]
+impl Users for Puppet {
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         self.broker.change_recipient(user, change).await
     }
@@ -415,6 +420,17 @@ impl Broker for Puppet {
             self.broker.move_device_cursor(user, which, seen, to),
         )
         .await
+    }
+}
+
+#[async_trait]
+impl Operations for Puppet {
+    async fn check(&self) -> Result<Vec<Finding>> {
+        self.broker.check().await
+    }
+
+    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
+        self.broker.state(partition).await
     }
 
     async fn dead_letters(
@@ -449,9 +465,5 @@ impl Broker for Puppet {
         limit: usize,
     ) -> Result<Found> {
         self.broker.find_decisions(partition, event_id, limit).await
-    }
-
-    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        self.broker.state(partition).await
     }
 }

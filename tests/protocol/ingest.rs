@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pointsman::broker::{Broker, Lease, Notice};
+use pointsman::broker::{Broker, Lease, Notice, Partitions as _, Sources as _};
 use pointsman::event::{EntryId, NotificationId, Outcome, PartitionNumber};
 use pointsman::ingest::pipeline::Pipeline;
 use pointsman::ingest::worker::{Config, Ingest};

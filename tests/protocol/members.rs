@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use pointsman::broker::embedded::Embedded;
-use pointsman::broker::{Broker, Notice, RecipientChange, Retention};
+use pointsman::broker::{
+    Logs as _, Notice, Partitions as _, RecipientChange, Retention, Users as _,
+};
 use pointsman::event::criteria::{Attributes, Criteria, Operator, Test};
 use pointsman::event::{Route, Value};
 use pointsman::shutdown::Shutdown;

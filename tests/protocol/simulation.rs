@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pointsman::broker::{Broker, RecipientChange, Retention};
+use pointsman::broker::{Broker, Partitions as _, RecipientChange, Retention};
 use pointsman::delivery::hub::{Hub, StreamGuard};
 use pointsman::delivery::subscription::cursor::Cursor;
 use pointsman::delivery::subscription::{Filter, Gap, Next, Start};

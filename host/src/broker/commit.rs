@@ -66,6 +66,6 @@ pub struct Slice {
 pub enum Committed {
     /// The outcome of each item in order, with the notification id if the item was committed.
     Done(Vec<(Outcome, Option<NotificationId>)>),
-    /// The partition is at another position or in another epoch; continue from [`Broker::head`].
+    /// The partition is at another position or in another epoch; continue from [`super::Partitions::head`].
     Conflict,
 }

@@ -4,7 +4,7 @@
 //!
 //! It keeps the guarantees of [`super::Broker`] and one more: everything it published is durable. A
 //! durable partition therefore never rewinds and stays in one epoch forever. In memory, each start
-//! begins a new epoch. Sources are written only through [`Broker::append`].
+//! begins a new epoch. Sources are written only through [`Sources::append`].
 //!
 //! The layout of `store.redb`, version 1 (integers in redb's format, *JSON* as UTF-8; an id is the
 //! number of a [`NotificationId`]):
@@ -48,9 +48,9 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head,
-    Lease, Page, Partition, PartitionState, RecipientChange, Result, Retention, Slice,
-    StoredCursor,
+    Batch, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head, Lease,
+    Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange, Result,
+    Retention, Slice, Sources, StoredCursor, Users,
 };
 use crate::clock::now_ms;
 use crate::event::{
@@ -268,17 +268,30 @@ fn weight(fields: &[(Bytes, Bytes)]) -> usize {
 }
 
 #[async_trait]
-impl Broker for Embedded {
+impl Partitions for Embedded {
     fn partitions(&self) -> &[Partition] {
         &self.shared.partitions
     }
 
-    async fn check(&self) -> Result<Vec<Finding>> {
-        let mut findings = self.shared.store.findings((self.shared.clock)());
-        findings.extend(self.writer.findings());
-        Ok(findings)
+    async fn head(&self, partition: PartitionNumber) -> Result<Head> {
+        let meta = self.meta(self.place(partition)?)?;
+        Ok(meta.head((self.shared.clock)()))
     }
 
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
+        self.place(partition)?;
+        let ids = ids.to_vec();
+        self.look(move |transaction, _| log::records(transaction, partition.0, &ids))
+            .await
+    }
+}
+
+#[async_trait]
+impl Sources for Embedded {
     async fn append(
         &self,
         partition: PartitionNumber,
@@ -323,32 +336,6 @@ impl Broker for Embedded {
         }
     }
 
-    async fn head(&self, partition: PartitionNumber) -> Result<Head> {
-        let meta = self.meta(self.place(partition)?)?;
-        Ok(meta.head((self.shared.clock)()))
-    }
-
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
-        let place = self.place(partition)?;
-        let bytes = batch.items.iter().map(commit::weight).sum();
-        self.writer
-            .write(bytes, move |work| work.commit(place, &batch))
-            .await
-    }
-
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
-        let place = self.place(partition)?;
-        self.writer
-            .write(commit::weight(&slice.item), move |work| {
-                work.commit_slice(place, &slice)
-            })
-            .await
-    }
-
-    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
-        self.writer.tick(self.place(partition)?).await
-    }
-
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
         self.place(partition)?;
         let now = Instant::now();
@@ -389,6 +376,26 @@ impl Broker for Embedded {
             .await
     }
 
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+        let place = self.place(partition)?;
+        let bytes = batch.items.iter().map(commit::weight).sum();
+        self.writer
+            .write(bytes, move |work| work.commit(place, &batch))
+            .await
+    }
+
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+        let place = self.place(partition)?;
+        self.writer
+            .write(commit::weight(&slice.item), move |work| {
+                work.commit_slice(place, &slice)
+            })
+            .await
+    }
+}
+
+#[async_trait]
+impl Logs for Embedded {
     async fn page(
         &self,
         partition: PartitionNumber,
@@ -411,19 +418,12 @@ impl Broker for Embedded {
         .await
     }
 
-    async fn records(
-        &self,
-        partition: PartitionNumber,
-        ids: &[NotificationId],
-    ) -> Result<Vec<Option<Bytes>>> {
-        self.place(partition)?;
-        let ids = ids.to_vec();
-        self.look(move |transaction, _| log::records(transaction, partition.0, &ids))
-            .await
-    }
-
     async fn feed(&self) -> Result<Feed> {
         Ok(self.shared.feeds.open())
+    }
+
+    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
+        self.writer.tick(self.place(partition)?).await
     }
 
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
@@ -438,7 +438,10 @@ impl Broker for Embedded {
         })
         .await
     }
+}
 
+#[async_trait]
+impl Users for Embedded {
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         let user = user.clone();
         self.writer
@@ -467,6 +470,20 @@ impl Broker for Embedded {
                 work.move_device_cursor(&user, &which, seen.as_ref(), to)
             })
             .await
+    }
+}
+
+#[async_trait]
+impl Operations for Embedded {
+    async fn check(&self) -> Result<Vec<Finding>> {
+        let mut findings = self.shared.store.findings((self.shared.clock)());
+        findings.extend(self.writer.findings());
+        Ok(findings)
+    }
+
+    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
+        let meta = self.meta(self.place(partition)?)?;
+        Ok(source::state(&meta, (self.shared.clock)()))
     }
 
     async fn dead_letters(
@@ -518,10 +535,5 @@ impl Broker for Embedded {
             source::find_decisions(transaction, partition.0, &event_id, limit)
         })
         .await
-    }
-
-    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        let meta = self.meta(self.place(partition)?)?;
-        Ok(source::state(&meta, (self.shared.clock)()))
     }
 }

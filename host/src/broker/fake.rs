@@ -9,8 +9,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::broker::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head,
-    Lease, Page, Partition, PartitionState, RecipientChange, Result, Slice, StoredCursor,
+    Batch, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head, Lease,
+    Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange, Result, Slice,
+    Sources, StoredCursor, Users,
 };
 use crate::event::{
     DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Span,
@@ -111,16 +112,26 @@ fn unused<T>() -> Result<T> {
 }
 
 #[async_trait]
-impl Broker for FakeBroker {
+impl Partitions for FakeBroker {
     fn partitions(&self) -> &[Partition] {
         &self.partitions
     }
 
-    async fn check(&self) -> Result<Vec<Finding>> {
-        self.failure
-            .map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
+    async fn head(&self, _: PartitionNumber) -> Result<Head> {
+        unused()
     }
 
+    async fn records(
+        &self,
+        _: PartitionNumber,
+        _: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
+        unused()
+    }
+}
+
+#[async_trait]
+impl Sources for FakeBroker {
     async fn append(
         &self,
         partition: PartitionNumber,
@@ -150,22 +161,6 @@ impl Broker for FakeBroker {
         unused()
     }
 
-    async fn head(&self, _: PartitionNumber) -> Result<Head> {
-        unused()
-    }
-
-    async fn commit(&self, _: PartitionNumber, _: Batch) -> Result<Committed> {
-        unused()
-    }
-
-    async fn commit_slice(&self, _: PartitionNumber, _: Slice) -> Result<Committed> {
-        unused()
-    }
-
-    async fn tick(&self, _: PartitionNumber) -> Result<()> {
-        self.failure.map_or_else(unused, |failure| Err(failure()))
-    }
-
     async fn lease(&self, _: PartitionNumber, _: &str, _: Duration) -> Result<Lease> {
         unused()
     }
@@ -182,6 +177,17 @@ impl Broker for FakeBroker {
         unused()
     }
 
+    async fn commit(&self, _: PartitionNumber, _: Batch) -> Result<Committed> {
+        unused()
+    }
+
+    async fn commit_slice(&self, _: PartitionNumber, _: Slice) -> Result<Committed> {
+        unused()
+    }
+}
+
+#[async_trait]
+impl Logs for FakeBroker {
     async fn page(
         &self,
         _: PartitionNumber,
@@ -192,16 +198,12 @@ impl Broker for FakeBroker {
         unused()
     }
 
-    async fn records(
-        &self,
-        _: PartitionNumber,
-        _: &[NotificationId],
-    ) -> Result<Vec<Option<Bytes>>> {
+    async fn feed(&self) -> Result<Feed> {
         unused()
     }
 
-    async fn feed(&self) -> Result<Feed> {
-        unused()
+    async fn tick(&self, _: PartitionNumber) -> Result<()> {
+        self.failure.map_or_else(unused, |failure| Err(failure()))
     }
 
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
@@ -214,7 +216,10 @@ impl Broker for FakeBroker {
             .cloned()
             .unwrap_or_default())
     }
+}
 
+#[async_trait]
+impl Users for FakeBroker {
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         let mut shared = self.shared.lock().unwrap();
         let recipient = shared.recipients.entry(user.clone()).or_default();
@@ -265,6 +270,21 @@ impl Broker for FakeBroker {
         }
         Ok(is_seen)
     }
+}
+
+#[async_trait]
+impl Operations for FakeBroker {
+    async fn check(&self) -> Result<Vec<Finding>> {
+        self.failure
+            .map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
+    }
+
+    async fn state(&self, _: PartitionNumber) -> Result<PartitionState> {
+        Ok(PartitionState {
+            lag: self.lag,
+            ..PartitionState::default()
+        })
+    }
 
     async fn dead_letters(
         &self,
@@ -299,12 +319,5 @@ impl Broker for FakeBroker {
 
     async fn find_decisions(&self, _: PartitionNumber, _: &str, _: usize) -> Result<Found> {
         unused()
-    }
-
-    async fn state(&self, _: PartitionNumber) -> Result<PartitionState> {
-        Ok(PartitionState {
-            lag: self.lag,
-            ..PartitionState::default()
-        })
     }
 }

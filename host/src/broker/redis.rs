@@ -54,9 +54,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head,
-    Item, Lease, Page, Partition, PartitionState, Proposal, RecipientChange, Result, Retention,
-    Slice, StoredCursor,
+    Batch, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head, Item,
+    Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Proposal,
+    RecipientChange, Result, Retention, Slice, Sources, StoredCursor, Users,
 };
 use crate::event::{
     DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position,
@@ -322,17 +322,69 @@ fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
 }
 
 #[async_trait]
-impl Broker for Redis {
+impl Partitions for Redis {
     fn partitions(&self) -> &[Partition] {
         &self.partitions
     }
 
-    async fn check(&self) -> Result<Vec<Finding>> {
-        check::findings(self)
-            .await
-            .map_err(|error| located(error, &address(&self.client)))
+    async fn head(&self, partition: PartitionNumber) -> Result<Head> {
+        let place = self.place(partition)?;
+        // A second attempt if an epoch has to begin first, a third if it ends in between.
+        for _ in 0..3 {
+            let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
+            if let [
+                epoch,
+                last,
+                pending,
+                position,
+                floor,
+                origin,
+                now_ms,
+                epochs @ ..,
+            ] = answer.as_slice()
+            {
+                return Ok(Head {
+                    epoch: understand(epoch)?,
+                    epochs: epochs
+                        .chunks_exact(2)
+                        .map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?)))
+                        .collect::<Result<_>>()?,
+                    last: id(last)?,
+                    pending: optional_id(pending)?,
+                    position: understand(position)?,
+                    floor: id(floor)?,
+                    origin: id(origin)?,
+                    now_ms: understand(now_ms)?,
+                });
+            }
+            self.begin(place).await?;
+        }
+        Err(Error::Unavailable(
+            "its replication id keeps changing".into(),
+        ))
     }
 
+    async fn records(
+        &self,
+        partition: PartitionNumber,
+        ids: &[NotificationId],
+    ) -> Result<Vec<Option<Bytes>>> {
+        let place = self.place(partition)?;
+        let mut records = Vec::with_capacity(ids.len());
+        for some in ids.chunks(RECORDS) {
+            let mut command = client::cmd("MGET");
+            for id in some {
+                command.arg(format!("{}e:{id}", place.prefix));
+            }
+            let found: Vec<Option<Vec<u8>>> = self.link.query(&command).await?;
+            records.extend(found.into_iter().map(|record| record.map(Bytes::from)));
+        }
+        Ok(records)
+    }
+}
+
+#[async_trait]
+impl Sources for Redis {
     async fn append(
         &self,
         partition: PartitionNumber,
@@ -403,93 +455,6 @@ impl Broker for Redis {
             .collect()
     }
 
-    async fn head(&self, partition: PartitionNumber) -> Result<Head> {
-        let place = self.place(partition)?;
-        // A second attempt if an epoch has to begin first, a third if it ends in between.
-        for _ in 0..3 {
-            let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
-            if let [
-                epoch,
-                last,
-                pending,
-                position,
-                floor,
-                origin,
-                now_ms,
-                epochs @ ..,
-            ] = answer.as_slice()
-            {
-                return Ok(Head {
-                    epoch: understand(epoch)?,
-                    epochs: epochs
-                        .chunks_exact(2)
-                        .map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?)))
-                        .collect::<Result<_>>()?,
-                    last: id(last)?,
-                    pending: optional_id(pending)?,
-                    position: understand(position)?,
-                    floor: id(floor)?,
-                    origin: id(origin)?,
-                    now_ms: understand(now_ms)?,
-                });
-            }
-            self.begin(place).await?;
-        }
-        Err(Error::Unavailable(
-            "its replication id keeps changing".into(),
-        ))
-    }
-
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
-        if batch.items.is_empty() {
-            return Ok(Committed::Done(Vec::new()));
-        }
-        self.commit_items(
-            self.place(partition)?,
-            batch.epoch,
-            batch.prev,
-            None,
-            &batch.items,
-        )
-        .await
-    }
-
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
-        let at = Some((slice.index, slice.is_last));
-        self.commit_items(
-            self.place(partition)?,
-            slice.epoch,
-            slice.prev,
-            at,
-            std::slice::from_ref(&slice.item),
-        )
-        .await
-    }
-
-    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
-        let place = self.place(partition)?;
-        match self.run(place, &scripts::TICK, |_| {}).await {
-            Ok(healed) => place.alarm(healed),
-            // With too few replicas, or a disk that cannot take a snapshot, Redis rejects scripts
-            // that write but accepts a plain PUBLISH.
-            Err(Error::Unavailable(why))
-                if why.contains("NOREPLICAS") || why.contains("MISCONF") =>
-            {
-                let _heard: i64 = self
-                    .link
-                    .query(
-                        client::cmd("PUBLISH")
-                            .arg(format!("{}tick", place.channels))
-                            .arg("alive"),
-                    )
-                    .await?;
-                return Err(Error::Unavailable(why));
-            }
-            Err(error) => return Err(error),
-        }
-        Ok(())
-    }
-
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
         let held_ms: u64 = self
             .run(self.place(partition)?, &scripts::LEASE, |command| {
@@ -530,6 +495,35 @@ impl Broker for Redis {
         Ok(times)
     }
 
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+        if batch.items.is_empty() {
+            return Ok(Committed::Done(Vec::new()));
+        }
+        self.commit_items(
+            self.place(partition)?,
+            batch.epoch,
+            batch.prev,
+            None,
+            &batch.items,
+        )
+        .await
+    }
+
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+        let at = Some((slice.index, slice.is_last));
+        self.commit_items(
+            self.place(partition)?,
+            slice.epoch,
+            slice.prev,
+            at,
+            std::slice::from_ref(&slice.item),
+        )
+        .await
+    }
+}
+
+#[async_trait]
+impl Logs for Redis {
     async fn page(
         &self,
         partition: PartitionNumber,
@@ -558,24 +552,6 @@ impl Broker for Redis {
         })
     }
 
-    async fn records(
-        &self,
-        partition: PartitionNumber,
-        ids: &[NotificationId],
-    ) -> Result<Vec<Option<Bytes>>> {
-        let place = self.place(partition)?;
-        let mut records = Vec::with_capacity(ids.len());
-        for some in ids.chunks(RECORDS) {
-            let mut command = client::cmd("MGET");
-            for id in some {
-                command.arg(format!("{}e:{id}", place.prefix));
-            }
-            let found: Vec<Option<Vec<u8>>> = self.link.query(&command).await?;
-            records.extend(found.into_iter().map(|record| record.map(Bytes::from)));
-        }
-        Ok(records)
-    }
-
     async fn feed(&self) -> Result<Feed> {
         let places = self
             .places
@@ -585,10 +561,37 @@ impl Broker for Redis {
         feed::open(self.client.get_connection_info(), places).await
     }
 
+    async fn tick(&self, partition: PartitionNumber) -> Result<()> {
+        let place = self.place(partition)?;
+        match self.run(place, &scripts::TICK, |_| {}).await {
+            Ok(healed) => place.alarm(healed),
+            // With too few replicas, or a disk that cannot take a snapshot, Redis rejects scripts
+            // that write but accepts a plain PUBLISH.
+            Err(Error::Unavailable(why))
+                if why.contains("NOREPLICAS") || why.contains("MISCONF") =>
+            {
+                let _heard: i64 = self
+                    .link
+                    .query(
+                        client::cmd("PUBLISH")
+                            .arg(format!("{}tick", place.channels))
+                            .arg("alive"),
+                    )
+                    .await?;
+                return Err(Error::Unavailable(why));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
         recipients::read(self, user).await
     }
+}
 
+#[async_trait]
+impl Users for Redis {
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()> {
         recipients::change(self, user, change).await
     }
@@ -605,6 +608,34 @@ impl Broker for Redis {
         to: &StoredCursor,
     ) -> Result<bool> {
         device_cursors::change(self, user, which, seen, to).await
+    }
+}
+
+#[async_trait]
+impl Operations for Redis {
+    async fn check(&self) -> Result<Vec<Finding>> {
+        check::findings(self)
+            .await
+            .map_err(|error| located(error, &address(&self.client)))
+    }
+
+    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
+        let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
+            self.run(self.place(partition)?, &scripts::STATE, |_| {})
+                .await?;
+        let number = |field: &str| meta.get(field).map_or(Ok(0), |text| understand(text));
+        let outcomes = Outcome::ALL
+            .into_iter()
+            .map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
+        Ok(PartitionState {
+            outcomes: outcomes.collect::<Result<_>>()?,
+            lag,
+            trimmed_unread: number("trimmed_unread")?,
+            dead_letters,
+            dead_trimmed: number("dead_trimmed")?,
+            dedupe_overflows: number("dedupe_overflows")?,
+            ids_ahead_ms,
+        })
     }
 
     async fn dead_letters(
@@ -658,25 +689,6 @@ impl Broker for Redis {
         limit: usize,
     ) -> Result<Found> {
         decisions::find(self, self.place(partition)?, event_id, limit).await
-    }
-
-    async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
-            self.run(self.place(partition)?, &scripts::STATE, |_| {})
-                .await?;
-        let number = |field: &str| meta.get(field).map_or(Ok(0), |text| understand(text));
-        let outcomes = Outcome::ALL
-            .into_iter()
-            .map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
-        Ok(PartitionState {
-            outcomes: outcomes.collect::<Result<_>>()?,
-            lag,
-            trimmed_unread: number("trimmed_unread")?,
-            dead_letters,
-            dead_trimmed: number("dead_trimmed")?,
-            dedupe_overflows: number("dedupe_overflows")?,
-            ids_ahead_ms,
-        })
     }
 }
 

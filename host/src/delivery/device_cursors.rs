@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::broker::{self, Broker, CursorOwner, Head, StoredCursor};
+use crate::broker::{self, CursorOwner, Head, StoredCursor, Users};
 use crate::delivery::subscription::Start;
 use crate::delivery::subscription::cursor::{Cursor, MAX_SENT_AHEAD, Position};
 use crate::event::{Epoch, Name, NotificationId, PartitionNumber};
@@ -44,7 +44,7 @@ pub struct DeviceCursors(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    broker: Arc<dyn Broker>,
+    broker: Arc<dyn Users>,
     /// Heads as last read. A head's information about the epochs it knows stays valid, so an
     /// acknowledgement need not read the head again. A std mutex: held for a copy only.
     heads: Mutex<Heads>,
@@ -53,7 +53,7 @@ struct Shared {
 type Heads = BTreeMap<PartitionNumber, Head>;
 
 impl DeviceCursors {
-    pub fn new(broker: Arc<dyn Broker>) -> Self {
+    pub fn new(broker: Arc<dyn Users>) -> Self {
         Self(Arc::new(Shared {
             broker,
             heads: Mutex::default(),

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::{Broker, Feed, Follow, Notice};
+use crate::broker::{Feed, Follow, Logs, Notice};
 use crate::clock::now_ms;
 use crate::delivery::recipients::Reader;
 use crate::delivery::subscription::replay::{Follows, History};
@@ -38,7 +38,7 @@ pub struct Hub(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    broker: Arc<dyn Broker>,
+    broker: Arc<dyn Logs>,
     history: History,
     metrics: Metrics,
     partitions: Vec<PartitionNumber>,
@@ -97,7 +97,7 @@ impl Drop for StreamGuard {
 impl Hub {
     /// Starts the feed and the ticks. Both end with the runtime. Without them streams would stay
     /// open and receive nothing, so a panic in either ends the node.
-    pub fn start(broker: Arc<dyn Broker>, metrics: Metrics, shutdown: &Shutdown) -> Self {
+    pub fn start(broker: Arc<dyn Logs>, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let partitions = broker
             .partitions()
             .iter()

@@ -40,7 +40,7 @@ impl Site {
             broker,
         };
         let broker: Arc<dyn Broker> = Arc::new(site.broker.clone());
-        let hub = Hub::start(Arc::clone(&broker), Metrics::default(), &Shutdown::new());
+        let hub = Hub::start(broker.clone(), Metrics::default(), &Shutdown::new());
         site.state.set_broker(broker, hub);
         site
     }

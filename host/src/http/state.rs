@@ -117,7 +117,7 @@ impl State {
     /// Sets the broker and the hub that follows it. Later calls are ignored.
     pub fn set_broker(&self, broker: Arc<dyn Broker>, hub: Hub) {
         // The hub is set last: a handler that sees it finds the other two as well.
-        let device_cursors = DeviceCursors::new(Arc::clone(&broker));
+        let device_cursors = DeviceCursors::new(broker.clone());
         if self.broker.set(broker).is_err()
             || self.device_cursors.set(device_cursors).is_err()
             || self.hub.set(hub).is_err()

@@ -21,8 +21,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::{
-    Batch, Broker, Committed, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
-    MAX_ITEMS, Partition, Proposal, Result, Slice,
+    Batch, Committed, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
+    MAX_ITEMS, Partition, Proposal, Result, Slice, Sources,
 };
 use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Position,
@@ -73,7 +73,7 @@ const AHEAD: usize = 2;
 /// The dependencies of ingest.
 #[derive(Clone, Debug)]
 pub struct Ingest {
-    pub broker: Arc<dyn Broker>,
+    pub broker: Arc<dyn Sources>,
     pub pipeline: Pipeline,
     pub metrics: Metrics,
     pub config: Config,

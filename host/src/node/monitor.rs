@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::broker::{self, Broker, Finding, Severity};
+use crate::broker::{self, Broker, Finding, Operations, Severity};
 use crate::delivery::hub::Hub;
 use crate::ingest::pipeline::Pipeline;
 use crate::plugin::registry::Snapshot;
@@ -48,7 +48,7 @@ pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
 ///
 /// `max_dead`: dead letters that a source may have before the oldest are deleted.
 pub(crate) async fn watch(
-    broker: Arc<dyn Broker>,
+    broker: Arc<dyn Operations>,
     hub: Hub,
     max_dead: u32,
     metrics: Metrics,
@@ -78,7 +78,7 @@ pub(crate) async fn watch(
 }
 
 /// Checks the broker once.
-async fn look(broker: &dyn Broker, readiness: &Readiness) {
+async fn look(broker: &dyn Operations, readiness: &Readiness) {
     let findings = match broker.check().await {
         Ok(findings) => findings,
         Err(error) => return readiness.set("broker", error.to_string()),
@@ -104,7 +104,7 @@ async fn look(broker: &dyn Broker, readiness: &Readiness) {
 
 /// Reads the numbers of each source once.
 async fn look_at_sources(
-    broker: &dyn Broker,
+    broker: &dyn Operations,
     max_dead: u32,
     metrics: &Metrics,
     readiness: &Readiness,

@@ -36,7 +36,7 @@ pub(super) struct StoredReason {
 }
 
 impl Work<'_> {
-    /// See [`crate::broker::Broker::commit`].
+    /// See [`crate::broker::Sources::commit`].
     pub(super) fn commit(&mut self, place: usize, batch: &Batch) -> Result<Committed, Failure> {
         let meta = &self.metas[place];
         // While a plan is being written in slices, only its next slice is accepted.
@@ -63,7 +63,7 @@ impl Work<'_> {
         Ok(Committed::Done(outcomes))
     }
 
-    /// See [`crate::broker::Broker::commit_slice`].
+    /// See [`crate::broker::Sources::commit_slice`].
     pub(super) fn commit_slice(
         &mut self,
         place: usize,

@@ -77,7 +77,7 @@ impl Stored {
 }
 
 impl Work<'_> {
-    /// See [`crate::broker::Broker::move_device_cursor`].
+    /// See [`crate::broker::Users::move_device_cursor`].
     pub(super) fn move_device_cursor(
         &mut self,
         user: &Name,

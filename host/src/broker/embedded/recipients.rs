@@ -57,7 +57,7 @@ fn is_member(spans: &BTreeMap<PartitionNumber, Span>) -> bool {
 }
 
 impl Work<'_> {
-    /// See [`crate::broker::Broker::change_recipient`]. Joining or leaving a second time changes
+    /// See [`crate::broker::Users::change_recipient`]. Joining or leaving a second time changes
     /// nothing.
     pub(super) fn change_recipient(
         &mut self,

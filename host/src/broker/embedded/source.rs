@@ -16,7 +16,7 @@ use crate::event::{Decision, EntryId, NotificationId, Outcome};
 type Field = (Bytes, Bytes);
 
 impl Work<'_> {
-    /// See [`crate::broker::Broker::append`].
+    /// See [`crate::broker::Sources::append`].
     pub(super) fn append(
         &mut self,
         place: usize,
@@ -61,7 +61,7 @@ impl Work<'_> {
         .into())
     }
 
-    /// See [`crate::broker::Broker::take_over`].
+    /// See [`crate::broker::Sources::take_over`].
     pub(super) fn take_over(&mut self, place: usize) -> u32 {
         let meta = &mut self.metas[place];
         let position = meta.position();
@@ -75,7 +75,7 @@ impl Work<'_> {
         meta.takeovers
     }
 
-    /// See [`crate::broker::Broker::note_attempt`].
+    /// See [`crate::broker::Sources::note_attempt`].
     pub(super) fn note_attempt(&mut self, place: usize, entry: EntryId) -> u32 {
         let meta = &mut self.metas[place];
         // Only one entry at a time is tried with recorded attempts, so only one is stored.
@@ -87,7 +87,7 @@ impl Work<'_> {
         noted.saturating_add(1)
     }
 
-    /// See [`crate::broker::Broker::redrive`]. Rejected like any append if the backlog is at its
+    /// See [`crate::broker::Operations::redrive`]. Rejected like any append if the backlog is at its
     /// limit.
     pub(super) fn redrive(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(place), id);
@@ -99,7 +99,7 @@ impl Work<'_> {
         self.drop_dead_letter(place, id)
     }
 
-    /// See [`crate::broker::Broker::drop_dead_letter`].
+    /// See [`crate::broker::Operations::drop_dead_letter`].
     pub(super) fn drop_dead_letter(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(place), id);
         let is_there = self.tables.dead.remove(key)?.is_some();

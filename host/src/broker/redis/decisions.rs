@@ -15,7 +15,7 @@ type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
 /// The id in the stream, from which the next read continues, and the fields.
 type Raw = (String, BTreeMap<String, String>);
 
-/// See [`crate::broker::Broker::decisions`].
+/// See [`crate::broker::Operations::decisions`].
 pub(super) async fn newest(
     redis: &Redis,
     place: &PartitionKeys,
@@ -28,7 +28,7 @@ pub(super) async fn newest(
         .collect()
 }
 
-/// See [`crate::broker::Broker::find_decisions`].
+/// See [`crate::broker::Operations::find_decisions`].
 pub(super) async fn find(
     redis: &Redis,
     place: &PartitionKeys,

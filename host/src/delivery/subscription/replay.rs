@@ -14,7 +14,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::Semaphore;
 
-use crate::broker::{self, Broker, Head};
+use crate::broker::{self, Head, Logs};
 use crate::clock::now_ms;
 use crate::event::criteria::Pool;
 use crate::event::{Epoch, NotificationId, PartitionNumber, Target};
@@ -47,7 +47,7 @@ pub trait Follows: Send + Sync {
 /// The source of replays: the broker and the node's shared records.
 #[derive(Debug)]
 pub struct History {
-    broker: Arc<dyn Broker>,
+    broker: Arc<dyn Logs>,
     records: Records,
     /// The attributes of the node's streams, shared where equal.
     attributes: Pool,
@@ -80,7 +80,7 @@ struct Log {
 }
 
 impl History {
-    pub fn new(broker: Arc<dyn Broker>, metrics: Metrics) -> Self {
+    pub fn new(broker: Arc<dyn Logs>, metrics: Metrics) -> Self {
         Self {
             broker,
             records: Records::default(),

@@ -10,7 +10,7 @@ use base64::Engine as _;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::broker::{Broker, DeadLetter};
+use crate::broker::{DeadLetter, Operations, Partitions};
 use crate::event::{EntryId, Malformed, PartitionNumber};
 use crate::http::extract::{ApiKey, Path, Query};
 use crate::http::{ApiError, State};
@@ -97,7 +97,7 @@ impl Field {
 }
 
 fn shown(
-    broker: &dyn Broker,
+    broker: &dyn Partitions,
     number: PartitionNumber,
     letter: DeadLetter,
     with_fields: bool,
@@ -173,7 +173,7 @@ pub(in crate::http) async fn show(
         .pop()
         .filter(|letter| letter.id == id)
         .ok_or_else(gone)?;
-    Ok(Json(shown(broker.as_ref(), partition, letter, true)))
+    Ok(Json(shown(broker, partition, letter, true)))
 }
 
 pub(in crate::http) async fn redrive(
@@ -206,7 +206,7 @@ fn gone() -> ApiError {
     ApiError::not_found("there is no such dead letter")
 }
 
-fn known(state: &State, number: u8) -> Result<(&Arc<dyn Broker>, PartitionNumber), ApiError> {
+fn known(state: &State, number: u8) -> Result<(&dyn Operations, PartitionNumber), ApiError> {
     let broker = state.broker()?;
     let number = PartitionNumber(number);
     if broker
@@ -214,7 +214,7 @@ fn known(state: &State, number: u8) -> Result<(&Arc<dyn Broker>, PartitionNumber
         .iter()
         .any(|partition| partition.number == number)
     {
-        Ok((broker, number))
+        Ok((broker.as_ref(), number))
     } else {
         Err(gone())
     }

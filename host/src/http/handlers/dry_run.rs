@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::broker::Broker;
+use crate::broker::Logs;
 use crate::clock::now_ms;
 use crate::delivery::recipients::{Moment, winning_route};
 use crate::event::criteria::Criteria;
@@ -78,7 +78,7 @@ struct Reached {
 /// that it would be appended to.
 pub(in crate::http) async fn dry_run(
     state: &State,
-    broker: &dyn Broker,
+    broker: &dyn Logs,
     events: Vec<Result<(Event, PartitionNumber), Malformed>>,
 ) -> Result<Vec<Trial>, ApiError> {
     let pipeline = state.pipeline()?;
@@ -152,7 +152,7 @@ fn as_of(event: Event, now_ms: u64) -> Event {
 }
 
 async fn judge(
-    broker: &dyn Broker,
+    broker: &dyn Logs,
     partition: PartitionNumber,
     evaluation: Evaluation,
     now_ms: u64,
@@ -240,8 +240,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::broker::RecipientChange;
     use crate::broker::fake::FakeBroker;
+    use crate::broker::{RecipientChange, Users as _};
     use crate::event::Route;
     use crate::event::criteria::{Criteria, Operator, Test};
 

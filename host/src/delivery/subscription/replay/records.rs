@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use lru::LruCache;
 
-use crate::broker::{Broker, Result};
+use crate::broker::{Partitions, Result};
 use crate::event::{Epoch, NotificationId, PartitionNumber};
 
 use super::Record;
@@ -83,7 +83,7 @@ impl Records {
     /// Returns the broker's error.
     pub async fn read(
         &self,
-        broker: &dyn Broker,
+        broker: &dyn Partitions,
         partition: PartitionNumber,
         epoch: Epoch,
         ids: &[NotificationId],
