@@ -27,9 +27,9 @@
 //! A target is written `u:<user>`, `g:<group>` or `all`. Leases are not stored, because they end
 //! with the process. The folder also contains a file `lock`.
 //!
-//! A write passes through these modules in order: `writer` (queue, groups), then `source`,
-//! `commit`, `recipients` or `device_cursors` (the requests), `layout`, `store` (the file) and `feeds`
-//! (the subscribers). `sweep` removes expired data.
+//! A write passes through these modules in order: `writer` (queue, groups), `work` (transaction),
+//! then `source`, `commit`, `recipients` or `device_cursors` (the requests), `layout`, `store` (the
+//! file) and `feeds` (the subscribers). `sweep` removes expired data.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -67,6 +67,7 @@ mod recipients;
 mod source;
 mod store;
 mod sweep;
+mod work;
 mod writer;
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::{Meta, entry_key, successor};
 use super::store::Failure;
-use super::writer::Work;
+use super::work::Work;
 use crate::broker::{Batch, Committed, Error, Item, Notice, Proposal, Slice};
 use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Target};
 
@@ -22,7 +22,7 @@ const INLINE_RECORD: usize = 16 * 1024;
 
 /// A decision record as stored: JSON.
 #[derive(Serialize, Deserialize)]
-pub(super) struct StoredDecision {
+pub(super) struct DecisionRow {
     pub(super) outcome: Outcome,
     pub(super) id: Option<NotificationId>,
     pub(super) decision: Decision,
@@ -30,7 +30,7 @@ pub(super) struct StoredDecision {
 
 /// A dead letter as stored: JSON, next to its fields.
 #[derive(Serialize, Deserialize)]
-pub(super) struct StoredReason {
+pub(super) struct DeadLetterRow {
     pub(super) entry: EntryId,
     pub(super) why: DeadReason,
 }
@@ -303,7 +303,7 @@ impl Work<'_> {
         });
         meta.last_dead_letter = id;
         meta.dead_letters += 1;
-        let row = serde_json::to_vec(&StoredReason {
+        let row = serde_json::to_vec(&DeadLetterRow {
             entry,
             why: why.clone(),
         })
@@ -347,7 +347,7 @@ impl Work<'_> {
             .outcomes
             .entry(outcome.as_str().to_owned())
             .or_default() += 1;
-        let stored = StoredDecision {
+        let stored = DecisionRow {
             outcome,
             id,
             decision: item.decision.clone(),

@@ -8,26 +8,27 @@ use serde::{Deserialize, Serialize};
 
 use super::layout;
 use super::store::Failure;
-use super::writer::Work;
+use super::work::Work;
 use crate::broker::{CursorOwner, Retention, StoredCursor};
 use crate::event::Name;
 
 /// A user's row: JSON.
 #[derive(Default, Serialize, Deserialize)]
-pub(super) struct Stored {
-    devices: BTreeMap<Name, Kept>,
-    read_mark: Option<Kept>,
+pub(super) struct DeviceCursorsRow {
+    devices: BTreeMap<Name, TimedCursor>,
+    read_mark: Option<TimedCursor>,
 }
 
+/// A cursor with the time of its last move.
 #[derive(Serialize, Deserialize)]
-struct Kept {
+struct TimedCursor {
     #[serde(flatten)]
     cursor: StoredCursor,
     /// When it was last moved, in milliseconds since the Unix epoch.
     moved_ms: u64,
 }
 
-impl Stored {
+impl DeviceCursorsRow {
     fn find(
         user: &Name,
         table: &impl ReadableTable<&'static str, &'static [u8]>,
@@ -49,7 +50,7 @@ impl Stored {
 
     /// Removes expired cursors. Returns `false` if nothing remains.
     pub(super) fn retain(&mut self, retention: &Retention, now_ms: u64) -> bool {
-        let is_kept = |which: &CursorOwner, kept: &Kept| {
+        let is_kept = |which: &CursorOwner, kept: &TimedCursor| {
             kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which))
         };
         self.devices
@@ -85,7 +86,7 @@ impl Work<'_> {
         seen: Option<&StoredCursor>,
         to: StoredCursor,
     ) -> Result<bool, Failure> {
-        let mut stored = Stored::find(user, &self.tables.device_cursors)?;
+        let mut stored = DeviceCursorsRow::find(user, &self.tables.device_cursors)?;
         stored.retain(self.retention, self.now_ms);
         let have = match which {
             CursorOwner::Device(device) => stored.devices.get(device),
@@ -94,7 +95,7 @@ impl Work<'_> {
         if have.map(|kept| &kept.cursor) != seen {
             return Ok(false);
         }
-        let kept = Kept {
+        let kept = TimedCursor {
             cursor: to,
             moved_ms: self.now_ms,
         };
@@ -120,7 +121,7 @@ pub(super) fn device_cursors(
     retention: &Retention,
     now_ms: u64,
 ) -> Result<BTreeMap<CursorOwner, StoredCursor>, Failure> {
-    let mut stored = Stored::find(user, &transaction.open_table(layout::BOOKMARKS)?)?;
+    let mut stored = DeviceCursorsRow::find(user, &transaction.open_table(layout::BOOKMARKS)?)?;
     stored.retain(retention, now_ms);
     let devices = stored
         .devices

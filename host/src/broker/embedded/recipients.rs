@@ -7,19 +7,19 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::{self, Meta};
 use super::store::Failure;
-use super::writer::Work;
+use super::work::Work;
 use crate::broker::{Notice, Partition, RecipientChange};
 use crate::event::criteria::Attributes;
 use crate::event::{Name, NotificationId, PartitionNumber, Recipient, Span};
 
 /// A user's row: JSON.
 #[derive(Default, Serialize, Deserialize)]
-pub(super) struct Stored {
+pub(super) struct RecipientRow {
     attributes: Attributes,
     groups: BTreeMap<Name, BTreeMap<PartitionNumber, Span>>,
 }
 
-impl Stored {
+impl RecipientRow {
     fn find(
         user: &Name,
         table: &impl ReadableTable<&'static str, &'static [u8]>,
@@ -64,7 +64,7 @@ impl Work<'_> {
         user: &Name,
         change: &RecipientChange,
     ) -> Result<(), Failure> {
-        let mut stored = Stored::find(user, &self.tables.users)?.unwrap_or_default();
+        let mut stored = RecipientRow::find(user, &self.tables.users)?.unwrap_or_default();
         let tops = || {
             self.partitions
                 .iter()
@@ -154,10 +154,10 @@ pub(super) fn recipient(
     metas: &[Meta],
 ) -> Result<Recipient, Failure> {
     let table = transaction.open_table(layout::USERS)?;
-    let Stored {
+    let RecipientRow {
         attributes,
         mut groups,
-    } = Stored::find(user, &table)?.unwrap_or_default();
+    } = RecipientRow::find(user, &table)?.unwrap_or_default();
     for spans in groups.values_mut() {
         complete(spans, partitions, metas);
     }

@@ -6,10 +6,10 @@ use std::ops::Bound;
 use bytes::Bytes;
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable as _};
 
-use super::commit::{StoredDecision, StoredReason};
+use super::commit::{DeadLetterRow, DecisionRow};
 use super::layout::{self, Meta, entry_key, successor};
 use super::store::Failure;
-use super::writer::Work;
+use super::work::Work;
 use crate::broker::{DeadLetter, Entry, Error, Found};
 use crate::event::{Decision, EntryId, NotificationId, Outcome};
 
@@ -155,7 +155,7 @@ pub(super) fn dead_letters(
     let read = rows.map(|row| {
         let (key, value) = row?;
         let ((_, ms, seq), (stored, fields)) = (key.value(), value.value());
-        let StoredReason { entry, mut why } =
+        let DeadLetterRow { entry, mut why } =
             parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
         why.fields = owned(&fields);
         Ok(DeadLetter {
@@ -210,7 +210,7 @@ fn newest_first(
     Ok(rows.map(|row| {
         let (key, value) = row?;
         let (_, ms, seq) = key.value();
-        let StoredDecision {
+        let DecisionRow {
             outcome,
             id,
             decision,

@@ -11,7 +11,7 @@ use redb::{ReadableTable as _, Table};
 use super::Shared;
 use super::layout::{self, Meta};
 use super::store::Failure;
-use super::writer::{Work, transact};
+use super::work::{Work, transact};
 use super::{device_cursors, recipients};
 use crate::event::{EntryId, NotificationId};
 
@@ -282,7 +282,7 @@ impl Work<'_> {
     fn walk_device_cursors(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let (retention, now_ms) = (self.retention, self.now_ms);
         let is_over = |row: &[u8]| {
-            device_cursors::Stored::read(row)
+            device_cursors::DeviceCursorsRow::read(row)
                 .is_ok_and(|mut stored| !stored.retain(retention, now_ms))
         };
         walk_users(&mut self.tables.device_cursors, from, is_over)
@@ -293,7 +293,7 @@ impl Work<'_> {
     fn walk_recipients(&mut self, from: &str) -> Result<Option<String>, Failure> {
         let floors = self.floors();
         let is_over = |row: &[u8]| {
-            recipients::Stored::read(row).is_ok_and(|mut stored| !stored.retain(&floors))
+            recipients::RecipientRow::read(row).is_ok_and(|mut stored| !stored.retain(&floors))
         };
         walk_users(&mut self.tables.users, from, is_over)
     }

@@ -7,20 +7,21 @@
 //! it writes anything. After a disk failure the result of the group is unknown: the store is
 //! reopened, its state is read back, and every feed is reset.
 //!
-//! The requests are implemented in `commit`, `source`, `recipients` and `device_cursors`; periodic
-//! cleanup is in `sweep`.
+//! `work` runs a group in a transaction. The requests are implemented in `commit`, `source`,
+//! `recipients` and `device_cursors`; periodic cleanup is in `sweep`.
 
-use crate::event::PartitionNumber;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::Shared;
-use super::layout::{Meta, Tables};
+use super::layout::Meta;
 use super::store::Failure;
 use super::sweep::Sweep;
-use crate::broker::{Error, Finding, Notice, Partition, Result, Retention, Severity};
+use super::work::{Work, transact};
+use crate::broker::{Error, Finding, Notice, Result, Severity};
+use crate::event::PartitionNumber;
 use crate::shutdown::Alarm;
 
 /// Capacity of the queue. When it is full, callers wait.
@@ -33,26 +34,6 @@ const GROUP_BYTES: usize = 8 * 1024 * 1024;
 
 const DEAD: &str =
     "the thread that writes the store has stopped; see the log for the cause and restart the node";
-
-/// The current group: the open tables, and the state that takes effect once the group is durable.
-pub(super) struct Work<'t> {
-    pub(super) tables: Tables<'t>,
-    /// In the order of `partitions`.
-    pub(super) metas: Vec<Meta>,
-    pub(super) partitions: &'t [Partition],
-    pub(super) retention: &'t Retention,
-    pub(super) now_ms: u64,
-    /// Why no new entries are accepted, if they are not.
-    pub(super) shortage: Option<String>,
-    /// Published in this order once the group is durable.
-    pub(super) notices: Vec<Notice>,
-}
-
-impl Work<'_> {
-    pub(super) fn number(&self, place: usize) -> u8 {
-        self.partitions[place].number.0
-    }
-}
 
 /// A request of a group, with the channel for its answer.
 trait Job: Send {
@@ -335,37 +316,6 @@ fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure>
         }
     }
     Ok(notices)
-}
-
-/// Runs `act` in one durable transaction and returns the resulting state and notices.
-pub(super) fn transact(
-    shared: &Shared,
-    metas: Vec<Meta>,
-    act: impl FnOnce(&mut Work<'_>) -> Result<(), Failure>,
-) -> Result<(Vec<Meta>, Vec<Notice>), Failure> {
-    let transaction = shared.store.begin_write()?;
-    let before = metas.clone();
-    let now_ms = (shared.clock)();
-    let (metas, notices) = {
-        let mut work = Work {
-            tables: Tables::open(&transaction)?,
-            metas,
-            partitions: &shared.partitions,
-            retention: &shared.retention,
-            now_ms,
-            shortage: shared.store.shortage(now_ms),
-            notices: Vec::new(),
-        };
-        act(&mut work)?;
-        for (place, (meta, before)) in work.metas.iter().zip(&before).enumerate() {
-            if meta != before {
-                meta.write(shared.partitions[place].number.0, &mut work.tables.meta)?;
-            }
-        }
-        (work.metas, work.notices)
-    };
-    transaction.commit()?;
-    Ok((metas, notices))
 }
 
 fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
