@@ -12,7 +12,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, Committed, Feed, Follow, Head, Item, Notice, Proposal, Retention, Slice,
+    Batch, Broker, CommitResult, Feed, Follow, Head, Item, Notice, Proposal, Retention, Slice,
 };
 use pointsman::event::{
     DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Target,
@@ -251,8 +251,8 @@ impl Node {
             .await
             .expect("commit")
         {
-            Committed::Done(outcomes) => outcomes,
-            Committed::Conflict => panic!("the commit from {} was rejected", head.position),
+            CommitResult::Done(outcomes) => outcomes,
+            CommitResult::Conflict => panic!("the commit from {} was rejected", head.position),
         }
     }
 
@@ -270,7 +270,7 @@ impl Node {
     }
 
     /// Writes one slice from the current position.
-    async fn slice(&self, item: Item, index: u32, is_last: bool) -> Committed {
+    async fn slice(&self, item: Item, index: u32, is_last: bool) -> CommitResult {
         let head = self.head().await;
         self.broker
             .commit_slice(
@@ -309,32 +309,32 @@ impl Node {
             .unwrap_or(0)
     }
 
-    async fn ear(&self) -> Ear {
-        Ear {
+    async fn receiver(&self) -> Receiver {
+        Receiver {
             feed: self.broker.feed().await.expect("feed"),
-            heard: VecDeque::new(),
+            received: VecDeque::new(),
             p: self.p,
         }
     }
 }
 
 /// A feed that a test reads one notice at a time.
-struct Ear {
+struct Receiver {
     feed: Feed,
-    heard: VecDeque<Notice>,
+    received: VecDeque<Notice>,
     p: PartitionNumber,
 }
 
-impl Ear {
-    /// The next notice, including ticks and signs of epoch.
+impl Receiver {
+    /// The next notice, including ticks and `Alive`.
     async fn next(&mut self) -> Notice {
-        while self.heard.is_empty() {
+        while self.received.is_empty() {
             let batch = tokio::time::timeout(Duration::from_secs(20), self.feed.notices.recv())
                 .await
                 .expect("a notice arrives");
-            self.heard.extend(batch.expect("the feed is open"));
+            self.received.extend(batch.expect("the feed is open"));
         }
-        self.heard.pop_front().expect("it is not empty")
+        self.received.pop_front().expect("it is not empty")
     }
 
     fn follow(&self, log: &str, token: u64) {
@@ -350,7 +350,7 @@ impl Ear {
 
     /// Follows a log and waits until the request is in effect. Discards the notices received
     /// before.
-    async fn hear(&mut self, log: &str, token: u64) {
+    async fn follow_and_wait(&mut self, log: &str, token: u64) {
         self.follow(log, token);
         while !matches!(self.next().await, Notice::Following { token: t } if t == token) {}
     }

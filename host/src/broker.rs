@@ -13,8 +13,8 @@
 //!   that it names, or nothing is.
 //! - Notices on a [`Feed`] arrive in commit order, each after its commit is as durable as the
 //!   broker can make it.
-//! - Reads ([`Partitions::head`], [`Logs::page`], [`Partitions::records`]) see every commit whose notice
-//!   was published before the read began.
+//! - Reads ([`Partitions::head`], [`Logs::page`], [`Partitions::records`]) see every commit whose
+//!   notice was published before the read began.
 //!
 //! A broker does not decide who receives an event (`recipients`, `subscription`) and does not run
 //! plugins (`pipeline`).
@@ -25,9 +25,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::event::{
-    Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Target,
-};
+use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 
 mod commit;
 pub mod embedded;
@@ -41,10 +39,10 @@ mod retention;
 mod user;
 
 pub use commit::{
-    Batch, Committed, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Proposal, Slice,
+    Batch, CommitResult, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Proposal, Slice,
 };
 pub use feed::{Feed, Follow, Notice, Page};
-pub use operations::{DeadLetter, Finding, Found, Severity};
+pub use operations::{DeadLetter, DecisionSearch, Finding, Severity, StoredDecision};
 pub use partition::{Entry, Head, Lease, Partition, PartitionState};
 pub use retention::Retention;
 pub use user::{CursorOwner, RecipientChange, StoredCursor};
@@ -61,10 +59,10 @@ pub enum Error {
     /// its limit.
     #[error("the broker is full: {0}")]
     Full(String),
-    /// The broker rejected the request and will reject it again: missing permissions, or a key of
-    /// the wrong type. The text names the fix.
+    /// The broker rejected the request and will reject it again: missing permissions, a key of the
+    /// wrong type, or a request that is not valid. The text names the fix.
     #[error("the broker refused the request: {0}")]
-    Refused(String),
+    Permanent(String),
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -122,11 +120,11 @@ pub trait Sources: Partitions {
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32>;
 
     /// Writes a batch atomically. If the result is in doubt, the caller reads the head again.
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed>;
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<CommitResult>;
 
     /// Writes one slice of a large plan atomically. Slice 0 may find a duplicate or a key of the
     /// wrong type, which ends the plan with that outcome.
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed>;
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<CommitResult>;
 }
 
 /// Logs, for delivery.
@@ -197,13 +195,12 @@ pub trait Operations: Partitions {
     /// Removes a dead letter. Returns `false` if it does not exist.
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
 
-    /// Reads up to `limit` decision records, newest first: entry, outcome, notification id and
-    /// decision.
+    /// Reads up to `limit` decision records, newest first.
     async fn decisions(
         &self,
         partition: PartitionNumber,
         limit: usize,
-    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>>;
+    ) -> Result<Vec<StoredDecision>>;
 
     /// Searches all decision records that are kept for those of the event with this id, or of the
     /// entry with this id.
@@ -212,11 +209,11 @@ pub trait Operations: Partitions {
         partition: PartitionNumber,
         event_id: &str,
         limit: usize,
-    ) -> Result<Found>;
+    ) -> Result<DecisionSearch>;
 }
 
-/// A whole broker. A caller takes the smallest of its traits that suffices: ingest takes [`Sources`]
-/// and cannot open a feed, and the hub takes [`Logs`] and cannot commit.
+/// A whole broker. A caller takes the smallest of its traits that suffices: ingest takes
+/// [`Sources`] and cannot open a feed, and the hub takes [`Logs`] and cannot commit.
 pub trait Broker: Sources + Logs + Users + Operations {}
 
 impl<T: Sources + Logs + Users + Operations> Broker for T {}

@@ -63,7 +63,7 @@ pub(super) async fn a_commit_from_another_position_is_rejected(bench: Bench) {
         };
         assert_eq!(
             node.broker.commit(node.p, batch).await.unwrap(),
-            Committed::Conflict
+            CommitResult::Conflict
         );
     }
     assert_eq!(node.head().await.position, ids[0].into());
@@ -88,7 +88,7 @@ pub(super) async fn a_commit_of_another_epoch_is_rejected(bench: Bench) {
             )
             .await
             .unwrap(),
-        Committed::Conflict
+        CommitResult::Conflict
     );
     assert_eq!(node.head().await.position, head.position);
 }
@@ -225,8 +225,8 @@ pub(super) async fn four_racing_owners_without_a_lease_commit_in_order_exactly_o
                     .await
                     .unwrap()
                 {
-                    Committed::Done(outcomes) => committed += outcomes.len(),
-                    Committed::Conflict => refused += 1,
+                    CommitResult::Done(outcomes) => committed += outcomes.len(),
+                    CommitResult::Conflict => refused += 1,
                 }
             }
         }));

@@ -1,7 +1,7 @@
 //! Guarantees of dead letters and of decision records, which explain the outcome of every event.
 
 use super::*;
-use pointsman::broker::{DeadLetter, Found};
+use pointsman::broker::{DeadLetter, DecisionSearch};
 use pointsman::event::Verdict;
 
 const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
@@ -288,7 +288,7 @@ pub(super) async fn decisions_of_one_event_are_found_among_all_kept(bench: Bench
             .find_decisions(node.p, "absent", 5)
             .await
             .unwrap(),
-        Found {
+        DecisionSearch {
             decisions: vec![],
             reaches_to: Some(first)
         }

@@ -4,9 +4,9 @@ use super::*;
 
 pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
-    ear.hear("g:ops", 2).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
+    receiver.follow_and_wait("g:ops", 2).await;
     let epoch = node.head().await.epoch;
     let entry = after(node.head().await.position.entry);
     let at = |k| EntryId {
@@ -33,9 +33,9 @@ pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
         .map(|(_, id)| id.unwrap())
         .collect();
     let last = node.publish("R", &["g:ops"]).await;
-    let mut heard = Vec::new();
-    while heard.last() != Some(&("g:ops".to_owned(), last)) {
-        match ear.next().await {
+    let mut received = Vec::new();
+    while received.last() != Some(&("g:ops".to_owned(), last)) {
+        match receiver.next().await {
             Notice::Append {
                 partition,
                 target,
@@ -44,15 +44,15 @@ pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
                 ..
             } => {
                 assert_eq!((partition, of), (node.p, epoch));
-                heard.push((target.to_string(), id));
+                received.push((target.to_string(), id));
             }
             Notice::Tick { .. } | Notice::Alive { .. } => {}
             other => panic!("unexpected notice {other:?}"),
         }
     }
-    assert!(heard.is_sorted_by_key(|(_, id)| *id), "{heard:?}");
+    assert!(received.is_sorted_by_key(|(_, id)| *id), "{received:?}");
     let of = |log: &str| {
-        heard
+        received
             .iter()
             .filter(|(target, _)| target == log)
             .map(|(_, id)| *id)
@@ -64,24 +64,24 @@ pub(super) async fn notices_arrive_in_commit_order(bench: Bench) {
 
 pub(super) async fn only_followed_logs_are_delivered(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     node.publish("R", &["u:2"]).await;
     node.publish("R", &["all"]).await;
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), id));
+    assert_eq!(receiver.append().await, ("u:1".into(), id));
 }
 
 pub(super) async fn a_notice_includes_a_small_record_but_not_a_large_one(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let small = r#"{"a b":"ü \r"}"#;
     node.publish(small, &["u:1"]).await;
     node.publish(&"x".repeat(200_000), &["u:1"]).await;
     let mut records = Vec::new();
     while records.len() < 2 {
-        if let Notice::Append { record, .. } = ear.next().await {
+        if let Notice::Append { record, .. } = receiver.next().await {
             records.push(record);
         }
     }
@@ -95,119 +95,124 @@ pub(super) async fn a_notice_includes_a_small_record_but_not_a_large_one(bench: 
 /// the log was not followed.
 pub(super) async fn following_the_same_log_again_is_acknowledged_again(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.follow("u:1", 1);
-    ear.feed
+    let mut receiver = node.receiver().await;
+    receiver.follow("u:1", 1);
+    receiver
+        .feed
         .follow
         .send(Follow::Stop {
-            partition: ear.p,
+            partition: receiver.p,
             target: target("u:1"),
         })
         .unwrap();
-    ear.follow("u:1", 2);
-    ear.follow("u:1", 3);
+    receiver.follow("u:1", 2);
+    receiver.follow("u:1", 3);
     let mut tokens = Vec::new();
     while tokens.len() < 3 {
-        if let Notice::Following { token } = ear.next().await {
+        if let Notice::Following { token } = receiver.next().await {
             tokens.push(token);
         }
     }
     assert_eq!(tokens, [1, 2, 3]);
     let id = node.publish("R", &["u:1"]).await;
     assert_eq!(
-        ear.append().await,
+        receiver.append().await,
         ("u:1".into(), id),
         "delivered once, although the log was followed twice"
     );
     let next = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), next));
+    assert_eq!(receiver.append().await, ("u:1".into(), next));
 }
 
 pub(super) async fn a_log_that_is_no_longer_followed_sends_no_notices(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
-    ear.feed
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
+    receiver
+        .feed
         .follow
         .send(Follow::Stop {
-            partition: ear.p,
+            partition: receiver.p,
             target: target("u:1"),
         })
         .unwrap();
     // Requests are handled in order: when the second is in effect, so is the first.
-    ear.hear("u:2", 2).await;
+    receiver.follow_and_wait("u:2", 2).await;
     node.publish("R", &["u:1"]).await;
     let id = node.publish("R", &["u:2"]).await;
-    assert_eq!(ear.append().await, ("u:2".into(), id));
+    assert_eq!(receiver.append().await, ("u:2".into(), id));
 }
 
 pub(super) async fn an_append_after_the_acknowledgement_is_delivered(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
+    let mut receiver = node.receiver().await;
     for round in 0..50 {
         let log = format!("u:{round}");
-        ear.hear(&log, round).await;
+        receiver.follow_and_wait(&log, round).await;
         let id = node.publish("R", &[&log]).await;
-        assert_eq!(ear.append().await, (log, id));
+        assert_eq!(receiver.append().await, (log, id));
     }
 }
 
 pub(super) async fn a_tick_carries_the_last_id_and_follows_its_notices(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let mut ids = Vec::new();
     for _ in 0..20 {
         ids.push(node.publish("R", &["u:1"]).await);
     }
     node.broker.tick(node.p).await.unwrap();
-    let mut heard = Vec::new();
+    let mut received = Vec::new();
     loop {
-        let (last, appended) = ear.tick().await;
-        heard.extend(appended);
+        let (last, appended) = receiver.tick().await;
+        received.extend(appended);
         // A broker may also tick on its own: every tick must be correct, and the last one carries
         // the last id.
-        assert_eq!(heard.last().copied().unwrap_or_default(), last);
+        assert_eq!(received.last().copied().unwrap_or_default(), last);
         if last == ids[19] {
             break;
         }
     }
-    assert_eq!(heard, ids);
+    assert_eq!(received, ids);
 }
 
 pub(super) async fn a_tick_during_a_plan_in_slices_carries_the_id_before_it(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
+    let mut receiver = node.receiver().await;
     let before = node.publish("R", &["u:1"]).await;
     let entry = after(node.head().await.position.entry);
     node.slice(commit(entry, "R", &["u:1"]), 0, false).await;
     node.broker.tick(node.p).await.unwrap();
-    while ear.tick().await.0 != before {}
+    while receiver.tick().await.0 != before {}
     node.slice(commit(entry, "R", &["u:2"]), 1, true).await;
     node.broker.tick(node.p).await.unwrap();
     let last = node.head().await.last;
-    while ear.tick().await.0 != last {}
+    while receiver.tick().await.0 != last {}
 }
 
 pub(super) async fn reconnecting_sends_a_reset_and_a_new_follow_request_works(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
-    ear.feed
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
+    receiver
+        .feed
         .follow
-        .send(Follow::Reconnect { partition: ear.p })
+        .send(Follow::Reconnect {
+            partition: receiver.p,
+        })
         .unwrap();
     loop {
-        if let Notice::Reset { partitions } = ear.next().await {
+        if let Notice::Reset { partitions } = receiver.next().await {
             assert!(partitions.contains(&node.p));
             break;
         }
     }
     node.publish("R", &["u:1"]).await;
-    ear.hear("u:1", 2).await;
+    receiver.follow_and_wait("u:1", 2).await;
     let id = node.publish("R", &["u:1"]).await;
     assert_eq!(
-        ear.append().await,
+        receiver.append().await,
         ("u:1".into(), id),
         "events published before the new request are only in the history"
     );
@@ -215,10 +220,10 @@ pub(super) async fn reconnecting_sends_a_reset_and_a_new_follow_request_works(be
 
 pub(super) async fn two_feeds_receive_the_same_notices(bench: Bench) {
     let node = bench.open().await;
-    let (mut one, mut two) = (node.ear().await, node.ear().await);
-    one.hear("all", 1).await;
-    two.hear("all", 1).await;
-    drop(node.ear().await);
+    let (mut one, mut two) = (node.receiver().await, node.receiver().await);
+    one.follow_and_wait("all", 1).await;
+    two.follow_and_wait("all", 1).await;
+    drop(node.receiver().await);
     let id = node.publish("R", &["all"]).await;
     assert_eq!(one.append().await, two.append().await);
     assert!(id > NotificationId(0));

@@ -151,7 +151,7 @@ pub(super) async fn leaving_a_group_without_membership_changes_nothing(bench: Be
 
 pub(super) async fn a_change_is_announced_in_every_partition_before_later_events(bench: Bench) {
     let node = bench.open().await;
-    let mut ear = node.ear().await;
+    let mut receiver = node.receiver().await;
     let all: Vec<Node> = node
         .broker
         .partitions()
@@ -163,7 +163,8 @@ pub(super) async fn a_change_is_announced_in_every_partition_before_later_events
         .collect();
     for one in &all {
         let target = target("all");
-        ear.feed
+        receiver
+            .feed
             .follow
             .send(Follow::Start {
                 partition: one.p,
@@ -181,7 +182,7 @@ pub(super) async fn a_change_is_announced_in_every_partition_before_later_events
     let mut changes = std::collections::BTreeMap::new();
     let mut n_appends = 0;
     while n_appends < all.len() {
-        match ear.next().await {
+        match receiver.next().await {
             Notice::RecipientChanged { partition, user } => {
                 assert_eq!(user, name("ü 1"));
                 *changes.entry(partition).or_insert(0) += 1;

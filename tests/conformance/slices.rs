@@ -25,10 +25,10 @@ fn part(range: std::ops::Range<u32>) -> Item {
     )
 }
 
-fn done(committed: &Committed) -> (Outcome, Option<NotificationId>) {
+fn done(committed: &CommitResult) -> (Outcome, Option<NotificationId>) {
     match committed {
-        Committed::Done(outcomes) => outcomes[0],
-        Committed::Conflict => panic!("the slice was rejected"),
+        CommitResult::Done(outcomes) => outcomes[0],
+        CommitResult::Conflict => panic!("the slice was rejected"),
     }
 }
 
@@ -93,18 +93,18 @@ pub(super) async fn a_slice_from_another_position_is_rejected(bench: Bench) {
     };
     assert_eq!(
         attempt(head.position, part(0..1), 0).await,
-        Committed::Conflict,
+        CommitResult::Conflict,
         "the first slice, repeated"
     );
     assert_eq!(
         attempt(at, part(1..2), 2).await,
-        Committed::Conflict,
+        CommitResult::Conflict,
         "a slice other than the next one"
     );
     let other = commit(after(entry()), "R", &["u:1"]);
     assert_eq!(
         attempt(at, other, 1).await,
-        Committed::Conflict,
+        CommitResult::Conflict,
         "a slice of another plan"
     );
     let batch = Batch {
@@ -114,7 +114,7 @@ pub(super) async fn a_slice_from_another_position_is_rejected(bench: Bench) {
     };
     assert_eq!(
         node.broker.commit(node.p, batch).await.unwrap(),
-        Committed::Conflict,
+        CommitResult::Conflict,
         "a batch in the middle of a plan"
     );
     assert_eq!(node.head().await.position, at);
@@ -216,7 +216,7 @@ pub(super) async fn a_started_plan_cannot_become_a_dead_letter(bench: Bench) {
     };
     assert!(!matches!(
         node.broker.commit_slice(node.p, slice).await,
-        Ok(Committed::Done(_))
+        Ok(CommitResult::Done(_))
     ));
     assert_eq!(
         (

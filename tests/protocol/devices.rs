@@ -110,7 +110,7 @@ async fn an_overtaken_acknowledgement_does_not_move_the_device_cursor_back(stage
     stage.events("e", 3, &[to("u:ann")]).await;
     let near = having(&stage, first.clone(), &["e1"]).await;
     let far = having(&stage, near.clone(), &["e2"]).await;
-    let mut stop = stage.puppet.stop(At::Before(Op::MoveBookmark));
+    let mut stop = stage.puppet.stop(At::Before(Op::MoveDeviceCursor));
     let slow = tokio::spawn({
         let (device_cursors, near) = (device_cursors.clone(), near.clone());
         async move { acknowledge(&device_cursors, "phone", &near).await }
@@ -128,7 +128,7 @@ async fn an_acknowledgement_whose_reply_was_lost_can_be_repeated(stage: Stage) {
     let first = start(&device_cursors, "phone").await;
     stage.events("e", 2, &[to("u:ann")]).await;
     let place = having(&stage, first, &["e1"]).await;
-    let mut stop = stage.puppet.stop(At::After(Op::MoveBookmark));
+    let mut stop = stage.puppet.stop(At::After(Op::MoveDeviceCursor));
     let lost = tokio::spawn({
         let (device_cursors, place) = (device_cursors.clone(), cursor(&place));
         async move {
@@ -175,7 +175,7 @@ async fn a_stream_that_starts_while_its_device_acknowledges_misses_nothing(stage
 /// event is committed.
 async fn two_first_streams_of_a_device_that_race_start_at_the_same_position(stage: Stage) {
     let device_cursors = stage.device_cursors();
-    let mut stop = stage.puppet.stop(At::Before(Op::MoveBookmark));
+    let mut stop = stage.puppet.stop(At::Before(Op::MoveDeviceCursor));
     let slow = tokio::spawn({
         let device_cursors = device_cursors.clone();
         async move { start(&device_cursors, "phone").await }

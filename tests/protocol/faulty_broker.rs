@@ -10,13 +10,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Follow, Found,
-    Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState, Partitions,
-    RecipientChange, Result, Slice, Sources, StoredCursor, Users,
+    Batch, Broker, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
+    Finding, Follow, Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState,
+    Partitions, RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
-use pointsman::event::{
-    Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Target,
-};
+use pointsman::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use super::fixture::SOON;
@@ -33,7 +31,7 @@ pub(super) enum Op {
     Records,
     Recipient,
     DeviceCursors,
-    MoveBookmark,
+    MoveDeviceCursor,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -307,12 +305,12 @@ impl Sources for Puppet {
         self.broker.note_attempt(partition, entry).await
     }
 
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<CommitResult> {
         self.around(Op::Commit, self.broker.commit(partition, batch))
             .await
     }
 
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<CommitResult> {
         self.around(Op::Slice, self.broker.commit_slice(partition, slice))
             .await
     }
@@ -416,7 +414,7 @@ impl Users for Puppet {
         to: &StoredCursor,
     ) -> Result<bool> {
         self.around(
-            Op::MoveBookmark,
+            Op::MoveDeviceCursor,
             self.broker.move_device_cursor(user, which, seen, to),
         )
         .await
@@ -454,7 +452,7 @@ impl Operations for Puppet {
         &self,
         partition: PartitionNumber,
         limit: usize,
-    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+    ) -> Result<Vec<StoredDecision>> {
         self.broker.decisions(partition, limit).await
     }
 
@@ -463,7 +461,7 @@ impl Operations for Puppet {
         partition: PartitionNumber,
         event_id: &str,
         limit: usize,
-    ) -> Result<Found> {
+    ) -> Result<DecisionSearch> {
         self.broker.find_decisions(partition, event_id, limit).await
     }
 }

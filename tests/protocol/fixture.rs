@@ -11,7 +11,7 @@ use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::redis::Redis;
 use pointsman::broker::{
-    Batch, Broker, Committed, Error, Head, Item, Proposal, RecipientChange, Retention, Slice,
+    Batch, Broker, CommitResult, Error, Head, Item, Proposal, RecipientChange, Retention, Slice,
 };
 pub(super) use pointsman::clock::now_ms;
 use pointsman::delivery::hub::{Hub, StreamGuard};
@@ -261,13 +261,13 @@ impl Stage {
                 .await
                 .expect("commit")
             {
-                Committed::Done(outcomes) => {
+                CommitResult::Done(outcomes) => {
                     ids.extend(outcomes.into_iter().map(|(outcome, id)| {
                         assert_eq!(outcome, Outcome::Committed);
                         id.expect("a committed event has an id")
                     }))
                 }
-                Committed::Conflict => panic!("the commit from {} was refused", head.position),
+                CommitResult::Conflict => panic!("the commit from {} was refused", head.position),
             }
         }
         ids
@@ -323,8 +323,8 @@ impl Stage {
             .await
             .expect("commit_slice")
         {
-            Committed::Done(outcomes) => outcomes[0].1.expect("an id"),
-            Committed::Conflict => panic!("the slice was refused"),
+            CommitResult::Done(outcomes) => outcomes[0].1.expect("an id"),
+            CommitResult::Conflict => panic!("the slice was refused"),
         }
     }
 

@@ -63,9 +63,10 @@ pub struct Slice {
 
 /// The result of a commit.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Committed {
+pub enum CommitResult {
     /// The outcome of each item in order, with the notification id if the item was committed.
     Done(Vec<(Outcome, Option<NotificationId>)>),
-    /// The partition is at another position or in another epoch; continue from [`super::Partitions::head`].
+    /// The partition is at another position or in another epoch; continue from
+    /// [`super::Partitions::head`].
     Conflict,
 }

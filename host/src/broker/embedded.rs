@@ -48,14 +48,12 @@ use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::{
-    Batch, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head, Lease,
-    Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange, Result,
-    Retention, Slice, Sources, StoredCursor, Users,
+    Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
+    Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange,
+    Result, Retention, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use crate::clock::now_ms;
-use crate::event::{
-    Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Target,
-};
+use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 use crate::shutdown::Alarm;
 
 mod commit;
@@ -205,20 +203,21 @@ impl Embedded {
     }
 
     /// Completes the requests made so far, closes the store and releases the folder; later requests
-    /// fail with [`Error::Unavailable`]. Blocks for one or two groups. A process may also simply exit: no
-    /// acknowledged write depends on an orderly close.
+    /// fail with [`Error::Unavailable`]. Blocks for one or two groups. A process may also simply
+    /// exit: no acknowledged write depends on an orderly close.
     pub fn close(&self) {
         self.writer.close();
     }
 
-    fn place(&self, partition: PartitionNumber) -> Result<usize> {
+    /// The index of a partition in `partitions`, `metas` and `arrivals`.
+    fn slot(&self, partition: PartitionNumber) -> Result<usize> {
         let found = self
             .shared
             .partitions
             .iter()
             .position(|known| known.number == partition);
         found.ok_or_else(|| {
-            Error::Refused(format!(
+            Error::Permanent(format!(
                 "partition {} does not exist; its source is not configured",
                 partition.0
             ))
@@ -226,13 +225,13 @@ impl Embedded {
     }
 
     /// The state of a partition as of the last durable group.
-    fn meta(&self, place: usize) -> Result<Meta> {
+    fn meta(&self, slot: usize) -> Result<Meta> {
         self.shared.store.check()?;
         Ok(self
             .shared
             .metas
             .read()
-            .unwrap_or_else(PoisonError::into_inner)[place]
+            .unwrap_or_else(PoisonError::into_inner)[slot]
             .clone())
     }
 
@@ -241,7 +240,7 @@ impl Embedded {
     /// Runs on the blocking pool: a page that is not in memory, or a disk that is busy with an
     /// fsync, would otherwise block every stream on the same executor thread. The switch costs
     /// about 10 us per batch or page.
-    async fn look<T, F>(&self, read: F) -> Result<T>
+    async fn read_snapshot<T, F>(&self, read: F) -> Result<T>
     where
         F: FnOnce(&ReadTransaction, &Shared) -> Result<T, Failure> + Send + 'static,
         T: Send + 'static,
@@ -275,7 +274,7 @@ impl Partitions for Embedded {
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
-        let meta = self.meta(self.place(partition)?)?;
+        let meta = self.meta(self.slot(partition)?)?;
         Ok(meta.head((self.shared.clock)()))
     }
 
@@ -284,9 +283,9 @@ impl Partitions for Embedded {
         partition: PartitionNumber,
         ids: &[NotificationId],
     ) -> Result<Vec<Option<Bytes>>> {
-        self.place(partition)?;
+        self.slot(partition)?;
         let ids = ids.to_vec();
-        self.look(move |transaction, _| log::records(transaction, partition.0, &ids))
+        self.read_snapshot(move |transaction, _| log::records(transaction, partition.0, &ids))
             .await
     }
 }
@@ -298,10 +297,10 @@ impl Sources for Embedded {
         partition: PartitionNumber,
         entries: Vec<Vec<(Bytes, Bytes)>>,
     ) -> Result<Vec<EntryId>> {
-        let place = self.place(partition)?;
+        let slot = self.slot(partition)?;
         let bytes = entries.iter().map(|fields| weight(fields)).sum();
         self.writer
-            .write(bytes, move |work| work.append(place, &entries))
+            .write(bytes, move |work| work.append(slot, &entries))
             .await
     }
 
@@ -312,17 +311,17 @@ impl Sources for Embedded {
         count: usize,
         wait: Duration,
     ) -> Result<Vec<Entry>> {
-        let place = self.place(partition)?;
+        let slot = self.slot(partition)?;
         let waited = tokio::time::sleep(wait);
         tokio::pin!(waited);
         loop {
             // Register for arrivals before looking, so that an arrival in between is not missed.
-            let arrival = self.shared.arrivals[place].notified();
+            let arrival = self.shared.arrivals[slot].notified();
             tokio::pin!(arrival);
             arrival.as_mut().enable();
-            if self.meta(place)?.last_entry > after {
+            if self.meta(slot)?.last_entry > after {
                 let entries = self
-                    .look(move |transaction, _| {
+                    .read_snapshot(move |transaction, _| {
                         source::entries(transaction, partition.0, after, count)
                     })
                     .await?;
@@ -338,7 +337,7 @@ impl Sources for Embedded {
     }
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
-        self.place(partition)?;
+        self.slot(partition)?;
         let now = Instant::now();
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         match leases.get(&partition) {
@@ -364,32 +363,32 @@ impl Sources for Embedded {
     }
 
     async fn take_over(&self, partition: PartitionNumber) -> Result<u32> {
-        let place = self.place(partition)?;
+        let slot = self.slot(partition)?;
         self.writer
-            .write(0, move |work| Ok(work.take_over(place)))
+            .write(0, move |work| Ok(work.take_over(slot)))
             .await
     }
 
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32> {
-        let place = self.place(partition)?;
+        let slot = self.slot(partition)?;
         self.writer
-            .write(0, move |work| Ok(work.note_attempt(place, entry)))
+            .write(0, move |work| Ok(work.note_attempt(slot, entry)))
             .await
     }
 
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
-        let place = self.place(partition)?;
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<CommitResult> {
+        let slot = self.slot(partition)?;
         let bytes = batch.items.iter().map(commit::weight).sum();
         self.writer
-            .write(bytes, move |work| work.commit(place, &batch))
+            .write(bytes, move |work| work.commit(slot, &batch))
             .await
     }
 
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
-        let place = self.place(partition)?;
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<CommitResult> {
+        let slot = self.slot(partition)?;
         self.writer
             .write(commit::weight(&slice.item), move |work| {
-                work.commit_slice(place, &slice)
+                work.commit_slice(slot, &slice)
             })
             .await
     }
@@ -404,9 +403,9 @@ impl Logs for Embedded {
         after: NotificationId,
         limit: usize,
     ) -> Result<Page> {
-        self.place(partition)?;
+        self.slot(partition)?;
         let log = target.to_string();
-        self.look(move |transaction, shared| {
+        self.read_snapshot(move |transaction, shared| {
             log::page(
                 transaction,
                 partition.0,
@@ -424,12 +423,12 @@ impl Logs for Embedded {
     }
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
-        self.writer.tick(self.place(partition)?).await
+        self.writer.tick(self.slot(partition)?).await
     }
 
     async fn recipient(&self, user: &Name) -> Result<Recipient> {
         let user = user.clone();
-        self.look(move |transaction, shared| {
+        self.read_snapshot(move |transaction, shared| {
             let metas = shared
                 .metas
                 .read()
@@ -452,7 +451,7 @@ impl Users for Embedded {
 
     async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
         let user = user.clone();
-        self.look(move |transaction, shared| {
+        self.read_snapshot(move |transaction, shared| {
             device_cursors::device_cursors(transaction, &user, &shared.retention, (shared.clock)())
         })
         .await
@@ -483,7 +482,7 @@ impl Operations for Embedded {
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        let meta = self.meta(self.place(partition)?)?;
+        let meta = self.meta(self.slot(partition)?)?;
         Ok(source::state(&meta, (self.shared.clock)()))
     }
 
@@ -493,24 +492,24 @@ impl Operations for Embedded {
         after: EntryId,
         limit: usize,
     ) -> Result<Vec<DeadLetter>> {
-        self.place(partition)?;
-        self.look(move |transaction, _| {
+        self.slot(partition)?;
+        self.read_snapshot(move |transaction, _| {
             source::dead_letters(transaction, partition.0, after, limit)
         })
         .await
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
-        let place = self.place(partition)?;
+        let slot = self.slot(partition)?;
         self.writer
-            .write(0, move |work| work.redrive(place, id))
+            .write(0, move |work| work.redrive(slot, id))
             .await
     }
 
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
-        let place = self.place(partition)?;
+        let slot = self.slot(partition)?;
         self.writer
-            .write(0, move |work| work.drop_dead_letter(place, id))
+            .write(0, move |work| work.drop_dead_letter(slot, id))
             .await
     }
 
@@ -518,9 +517,9 @@ impl Operations for Embedded {
         &self,
         partition: PartitionNumber,
         limit: usize,
-    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
-        self.place(partition)?;
-        self.look(move |transaction, _| source::decisions(transaction, partition.0, limit))
+    ) -> Result<Vec<StoredDecision>> {
+        self.slot(partition)?;
+        self.read_snapshot(move |transaction, _| source::decisions(transaction, partition.0, limit))
             .await
     }
 
@@ -529,10 +528,10 @@ impl Operations for Embedded {
         partition: PartitionNumber,
         event_id: &str,
         limit: usize,
-    ) -> Result<Found> {
-        self.place(partition)?;
+    ) -> Result<DecisionSearch> {
+        self.slot(partition)?;
         let event_id = event_id.to_owned();
-        self.look(move |transaction, _| {
+        self.read_snapshot(move |transaction, _| {
             source::find_decisions(transaction, partition.0, &event_id, limit)
         })
         .await

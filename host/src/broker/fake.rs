@@ -9,13 +9,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::broker::{
-    Batch, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head, Lease,
-    Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange, Result, Slice,
-    Sources, StoredCursor, Users,
+    Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
+    Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange,
+    Result, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
-    DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Recipient, Span,
-    Target,
+    DeadReason, EntryId, Name, NotificationId, PartitionNumber, Recipient, Span, Target,
 };
 
 type Fields = Vec<(Bytes, Bytes)>;
@@ -108,7 +107,7 @@ impl FakeBroker {
 }
 
 fn unused<T>() -> Result<T> {
-    Err(Error::Refused("no route calls this method".into()))
+    Err(Error::Permanent("no route calls this method".into()))
 }
 
 #[async_trait]
@@ -177,11 +176,11 @@ impl Sources for FakeBroker {
         unused()
     }
 
-    async fn commit(&self, _: PartitionNumber, _: Batch) -> Result<Committed> {
+    async fn commit(&self, _: PartitionNumber, _: Batch) -> Result<CommitResult> {
         unused()
     }
 
-    async fn commit_slice(&self, _: PartitionNumber, _: Slice) -> Result<Committed> {
+    async fn commit_slice(&self, _: PartitionNumber, _: Slice) -> Result<CommitResult> {
         unused()
     }
 }
@@ -309,15 +308,16 @@ impl Operations for FakeBroker {
         Ok(self.unbury(partition, id))
     }
 
-    async fn decisions(
-        &self,
-        _: PartitionNumber,
-        _: usize,
-    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
+    async fn decisions(&self, _: PartitionNumber, _: usize) -> Result<Vec<StoredDecision>> {
         unused()
     }
 
-    async fn find_decisions(&self, _: PartitionNumber, _: &str, _: usize) -> Result<Found> {
+    async fn find_decisions(
+        &self,
+        _: PartitionNumber,
+        _: &str,
+        _: usize,
+    ) -> Result<DecisionSearch> {
         unused()
     }
 }

@@ -39,7 +39,7 @@ pub enum Notice {
         epoch: Epoch,
         last: NotificationId,
     },
-    /// The broker is up but cannot write. Counts as a sign of epoch and advances nothing.
+    /// The broker is up but cannot write. Shows that it answers, and advances nothing.
     Alive { partition: PartitionNumber },
     /// Memberships or attributes of the user changed. Published in every partition before the
     /// change is acknowledged, so that in each partition it precedes the notices of later events.

@@ -15,11 +15,14 @@ pub struct DeadLetter {
     pub why: DeadReason,
 }
 
+/// A decision record as it is listed: entry, outcome, notification id and decision.
+pub type StoredDecision = (EntryId, Outcome, Option<NotificationId>, Decision);
+
 /// The result of a search for decisions by event id.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Found {
-    /// Newest first, up to the requested limit: entry, outcome, notification id and decision.
-    pub decisions: Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>,
+pub struct DecisionSearch {
+    /// Newest first, up to the requested limit.
+    pub decisions: Vec<StoredDecision>,
     /// The entry of the oldest decision that the search examined, for any event.
     pub reaches_to: Option<EntryId>,
 }

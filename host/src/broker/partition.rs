@@ -61,7 +61,7 @@ impl Head {
     /// The highest id that is still valid for a client whose last cursor was issued in epoch `epoch`.
     /// Ids above the last one that was valid when the following epoch began cannot be trusted,
     /// because they are issued again after a rewind. Returns 0 for an unknown epoch.
-    pub fn survived(&self, epoch: Epoch) -> NotificationId {
+    pub fn last_valid_id(&self, epoch: Epoch) -> NotificationId {
         let bound = if epoch == self.epoch {
             // In the current epoch no client can have received an id above the top: a cursor that
             // claims one is forged.
@@ -71,7 +71,7 @@ impl Head {
                 Some(index) => self
                     .epochs
                     .get(index + 1)
-                    .map_or(self.top(), |(_, survived)| *survived),
+                    .map_or(self.top(), |(_, last_valid)| *last_valid),
                 None => return NotificationId(0),
             }
         };

@@ -17,7 +17,7 @@
 //! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window |
 //! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name prefixed with `f:` |
-//! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`Decision`] as JSON), `id` if the event was committed |
+//! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed |
 //! | `T` `owner` | string | The lease: the name of the node |
 //! | `pointsman:partitions` | hash | source -> partition number; entries are only ever added |
 //! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. If it holds nothing else, expires max_age after the user left the last group |
@@ -41,9 +41,9 @@
 //!
 //! # Connections
 //!
-//! One connection for commands (`redis/command_connection.rs`), up to two idle connections per partition for
-//! blocking reads (more are opened while more reads run concurrently) and one for notices
-//! (`redis/feed.rs`). A command that is not answered within 2 s counts as the broker being
+//! One connection for commands (`redis/command_connection.rs`), up to two idle connections per
+//! partition for blocking reads (more are opened while more reads run concurrently) and one for
+//! notices (`redis/feed.rs`). A command that is not answered within 2 s counts as the broker being
 //! unavailable; a blocking read has these 2 s in addition to its wait.
 
 use std::collections::BTreeMap;
@@ -54,13 +54,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, Committed, CursorOwner, DeadLetter, Entry, Error, Feed, Finding, Found, Head, Item,
-    Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Proposal,
-    RecipientChange, Result, Retention, Slice, Sources, StoredCursor, Users,
+    Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
+    Head, Item, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Proposal,
+    RecipientChange, Result, Retention, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
-    DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position,
-    Recipient, Target,
+    DeadReason, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient,
+    Target,
 };
 
 mod check;
@@ -91,10 +91,10 @@ const RECORDS: usize = 64;
 /// See the head of this file.
 pub struct Redis {
     client: client::Client,
-    link: CommandConnection,
+    connection: CommandConnection,
     partitions: Vec<Partition>,
     /// In the order of `partitions`.
-    places: Vec<PartitionKeys>,
+    keys: Vec<PartitionKeys>,
     retention: Retention,
 }
 
@@ -111,11 +111,11 @@ impl Redis {
     /// Connects, creates the partitions of new sources and assigns each its number.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if Redis is unreachable; retry later. [`Error::Refused`] if the URL, the
-    /// version or a source is not usable; retrying does not help.
+    /// [`Error::Unavailable`] if Redis is unreachable; retry later. [`Error::Permanent`] if the URL,
+    /// the version or a source is not usable; retrying does not help.
     pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
         let client = client::Client::open(url).map_err(|error| {
-            Error::Refused(format!("invalid URL: {error}; write redis://host:port"))
+            Error::Permanent(format!("invalid URL: {error}; write redis://host:port"))
         })?;
         let address = address(&client);
         Self::connect_to(client, sources, retention)
@@ -128,35 +128,37 @@ impl Redis {
         sources: &[String],
         retention: Retention,
     ) -> Result<Self> {
-        let link = CommandConnection::new(client.clone());
+        let connection = CommandConnection::new(client.clone());
         let prefixes = partition_keys::prefixes(sources)?;
-        check::version(&link).await?;
+        check::version(&connection).await?;
         let database = client.get_connection_info().redis_settings().db();
-        let mut places = Vec::with_capacity(sources.len());
+        let mut keys = Vec::with_capacity(sources.len());
         for (source, prefix) in sources.iter().zip(prefixes) {
-            places.push(PartitionKeys::find(&link, database, source, prefix, &retention).await?);
+            keys.push(
+                PartitionKeys::find(&connection, database, source, prefix, &retention).await?,
+            );
         }
-        places.sort_by_key(|place| place.partition.number);
-        let partitions = places.iter().map(|place| place.partition.clone()).collect();
+        keys.sort_by_key(|keys| keys.partition.number);
+        let partitions = keys.iter().map(|keys| keys.partition.clone()).collect();
         let redis = Self {
             client,
-            link,
+            connection,
             partitions,
-            places,
+            keys,
             retention,
         };
-        for place in &redis.places {
-            redis.begin(place).await?;
+        for keys in &redis.keys {
+            redis.begin(keys).await?;
         }
         Ok(redis)
     }
 
-    fn place(&self, partition: PartitionNumber) -> Result<&PartitionKeys> {
+    fn keys(&self, partition: PartitionNumber) -> Result<&PartitionKeys> {
         let found = self
-            .places
+            .keys
             .iter()
-            .find(|place| place.partition.number == partition);
-        found.ok_or_else(|| Error::Refused(format!("partition {} does not exist", partition.0)))
+            .find(|keys| keys.partition.number == partition);
+        found.ok_or_else(|| Error::Permanent(format!("partition {} does not exist", partition.0)))
     }
 
     fn max_age_ms(&self) -> u64 {
@@ -166,41 +168,41 @@ impl Redis {
     /// Runs a script on a partition.
     async fn run<T: client::FromRedisValue>(
         &self,
-        place: &PartitionKeys,
+        keys: &PartitionKeys,
         script: &Script,
         own: impl Fn(&mut client::Cmd),
     ) -> Result<T> {
-        let call = self.link.eval(script, |command| {
+        let call = self.connection.eval(script, |command| {
             command
                 .arg(2)
-                .arg(&place.partition.source)
-                .arg(&place.meta)
-                .arg(&place.arguments);
+                .arg(&keys.partition.source)
+                .arg(&keys.meta)
+                .arg(&keys.arguments);
             own(command);
         });
         call.await
     }
 
-    async fn begin(&self, place: &PartitionKeys) -> Result<()> {
-        let healed = self.run(place, &scripts::BEGIN, |_| {}).await?;
-        place.alarm(healed);
+    async fn begin(&self, keys: &PartitionKeys) -> Result<()> {
+        let repairs = self.run(keys, &scripts::BEGIN, |_| {}).await?;
+        keys.report_repairs(repairs);
         Ok(())
     }
 
     async fn commit_items(
         &self,
-        place: &PartitionKeys,
+        keys: &PartitionKeys,
         epoch: crate::event::Epoch,
         prev: Position,
         slice: Option<(u32, bool)>,
         items: &[Item],
-    ) -> Result<Committed> {
+    ) -> Result<CommitResult> {
         let decisions = items
             .iter()
             .map(|item| serde_json::to_string(&item.decision).map_err(|error| unexpected(&error)))
             .collect::<Result<Vec<_>>>()?;
         let answer: Vec<String> = self
-            .run(place, &scripts::COMMIT, |command| {
+            .run(keys, &scripts::COMMIT, |command| {
                 let (index, is_last) =
                     slice.map_or((-1, false), |(index, is_last)| (i64::from(index), is_last));
                 command
@@ -216,12 +218,12 @@ impl Redis {
             })
             .await?;
         match answer.split_first() {
-            Some((word, [])) if word == "refused" => Ok(Committed::Conflict),
+            Some((word, [])) if word == "conflict" => Ok(CommitResult::Conflict),
             Some((word, outcomes)) if word == "done" && outcomes.len() == 2 * items.len() => {
                 let outcomes = outcomes
                     .chunks(2)
-                    .map(|pair| Ok((understand(&pair[0])?, optional_id(&pair[1])?)));
-                Ok(Committed::Done(outcomes.collect::<Result<_>>()?))
+                    .map(|pair| Ok((parse_text(&pair[0])?, optional_id(&pair[1])?)));
+                Ok(CommitResult::Done(outcomes.collect::<Result<_>>()?))
             }
             _ => Err(unexpected(&"malformed commit outcomes")),
         }
@@ -265,12 +267,12 @@ fn add_fields(command: &mut client::Cmd, fields: &[(Bytes, Bytes)]) {
 }
 
 /// Parses a text that one of our own scripts or keys returned.
-fn understand<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T> {
+fn parse_text<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T> {
     text.parse().map_err(|error| unexpected(&error))
 }
 
 fn id(text: &str) -> Result<NotificationId> {
-    understand(text).map(NotificationId)
+    parse_text(text).map(NotificationId)
 }
 
 fn optional_id(text: &str) -> Result<Option<NotificationId>> {
@@ -286,7 +288,7 @@ type RawEntry = (String, Vec<(Vec<u8>, Vec<u8>)>);
 
 fn entry((id, fields): RawEntry) -> Result<Entry> {
     Ok(Entry {
-        id: understand(&id)?,
+        id: parse_text(&id)?,
         fields: fields
             .into_iter()
             .map(|(name, value)| (name.into(), value.into()))
@@ -307,7 +309,7 @@ fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
         .iter()
         .filter(|(name, _)| name.starts_with(b"f:"))
         .map(|(name, value)| (name.slice(2..), value.clone()));
-    let (plugin, attempts) = (text("plugin"), understand(&text("attempts"))?);
+    let (plugin, attempts) = (text("plugin"), parse_text(&text("attempts"))?);
     let why = DeadReason {
         reason: text("reason"),
         plugin: Some(plugin).filter(|name| !name.is_empty()),
@@ -316,7 +318,7 @@ fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
     };
     Ok(DeadLetter {
         id,
-        entry: understand(&text("entry"))?,
+        entry: parse_text(&text("entry"))?,
         why,
     })
 }
@@ -328,10 +330,10 @@ impl Partitions for Redis {
     }
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
-        let place = self.place(partition)?;
+        let keys = self.keys(partition)?;
         // A second attempt if an epoch has to begin first, a third if it ends in between.
         for _ in 0..3 {
-            let answer: Vec<String> = self.run(place, &scripts::HEAD, |_| {}).await?;
+            let answer: Vec<String> = self.run(keys, &scripts::HEAD, |_| {}).await?;
             if let [
                 epoch,
                 last,
@@ -344,20 +346,20 @@ impl Partitions for Redis {
             ] = answer.as_slice()
             {
                 return Ok(Head {
-                    epoch: understand(epoch)?,
+                    epoch: parse_text(epoch)?,
                     epochs: epochs
                         .chunks_exact(2)
-                        .map(|pair| Ok((understand(&pair[0])?, id(&pair[1])?)))
+                        .map(|pair| Ok((parse_text(&pair[0])?, id(&pair[1])?)))
                         .collect::<Result<_>>()?,
                     last: id(last)?,
                     pending: optional_id(pending)?,
-                    position: understand(position)?,
+                    position: parse_text(position)?,
                     floor: id(floor)?,
                     origin: id(origin)?,
-                    now_ms: understand(now_ms)?,
+                    now_ms: parse_text(now_ms)?,
                 });
             }
-            self.begin(place).await?;
+            self.begin(keys).await?;
         }
         Err(Error::Unavailable(
             "its replication id keeps changing".into(),
@@ -369,14 +371,14 @@ impl Partitions for Redis {
         partition: PartitionNumber,
         ids: &[NotificationId],
     ) -> Result<Vec<Option<Bytes>>> {
-        let place = self.place(partition)?;
+        let keys = self.keys(partition)?;
         let mut records = Vec::with_capacity(ids.len());
         for some in ids.chunks(RECORDS) {
             let mut command = client::cmd("MGET");
             for id in some {
-                command.arg(format!("{}e:{id}", place.prefix));
+                command.arg(format!("{}e:{id}", keys.prefix));
             }
-            let found: Vec<Option<Vec<u8>>> = self.link.query(&command).await?;
+            let found: Vec<Option<Vec<u8>>> = self.connection.query(&command).await?;
             records.extend(found.into_iter().map(|record| record.map(Bytes::from)));
         }
         Ok(records)
@@ -390,12 +392,12 @@ impl Sources for Redis {
         partition: PartitionNumber,
         entries: Vec<Vec<(Bytes, Bytes)>>,
     ) -> Result<Vec<EntryId>> {
-        let place = self.place(partition)?;
+        let keys = self.keys(partition)?;
         if let Some(fields) = entries
             .iter()
             .find(|fields| fields.is_empty() || fields.len() > MOST_FIELDS)
         {
-            return Err(Error::Refused(format!(
+            return Err(Error::Permanent(format!(
                 "an entry has {} fields; 1 to {MOST_FIELDS} are allowed",
                 fields.len()
             )));
@@ -403,7 +405,7 @@ impl Sources for Redis {
         let mut ids = Vec::with_capacity(entries.len());
         for chunk in chunks(&entries) {
             let answer: Vec<String> = self
-                .run(place, &scripts::APPEND, |command| {
+                .run(keys, &scripts::APPEND, |command| {
                     // Only the first call checks the backlog, so that either all entries are
                     // accepted or none.
                     command.arg(u8::from(ids.is_empty())).arg(chunk.len());
@@ -417,11 +419,11 @@ impl Sources for Redis {
             {
                 return Err(Error::Full(format!(
                     "{waiting} entries are waiting in '{}'; try again later",
-                    place.partition.source
+                    keys.partition.source
                 )));
             }
             for id in answer {
-                ids.push(understand(&id)?);
+                ids.push(parse_text(&id)?);
             }
         }
         Ok(ids)
@@ -434,7 +436,7 @@ impl Sources for Redis {
         count: usize,
         wait: Duration,
     ) -> Result<Vec<Entry>> {
-        let place = self.place(partition)?;
+        let keys = self.keys(partition)?;
         let mut command = client::cmd("XREAD");
         command.arg("COUNT").arg(count);
         if !wait.is_zero() {
@@ -443,10 +445,10 @@ impl Sources for Redis {
         }
         command
             .arg("STREAMS")
-            .arg(&place.partition.source)
+            .arg(&keys.partition.source)
             .arg(after.to_string());
         let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> =
-            place.readers.query(&self.link, &command, wait).await?;
+            keys.readers.query(&self.connection, &command, wait).await?;
         answer
             .into_iter()
             .flatten()
@@ -457,7 +459,7 @@ impl Sources for Redis {
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
         let held_ms: u64 = self
-            .run(self.place(partition)?, &scripts::LEASE, |command| {
+            .run(self.keys(partition)?, &scripts::LEASE, |command| {
                 command.arg(node).arg(ttl.as_millis().max(1) as u64);
             })
             .await?;
@@ -469,38 +471,38 @@ impl Sources for Redis {
     }
 
     async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
-        self.run(self.place(partition)?, &scripts::RELEASE, |command| {
+        self.run(self.keys(partition)?, &scripts::RELEASE, |command| {
             command.arg(node);
         })
         .await
     }
 
     async fn take_over(&self, partition: PartitionNumber) -> Result<u32> {
-        let place = self.place(partition)?;
-        let (times, lost, foreign_entries) = self
-            .run(place, &scripts::ATTEMPT, |command| {
+        let keys = self.keys(partition)?;
+        let (times, trimmed_unread, foreign_entries) = self
+            .run(keys, &scripts::ATTEMPT, |command| {
                 command.arg("takeovers").arg("");
             })
             .await?;
-        place.alarm((lost, foreign_entries));
+        keys.report_repairs((trimmed_unread, foreign_entries));
         Ok(times)
     }
 
     async fn note_attempt(&self, partition: PartitionNumber, entry: EntryId) -> Result<u32> {
         let (times, ..): (u32, u64, u64) = self
-            .run(self.place(partition)?, &scripts::ATTEMPT, |command| {
+            .run(self.keys(partition)?, &scripts::ATTEMPT, |command| {
                 command.arg("attempts").arg(entry.to_string());
             })
             .await?;
         Ok(times)
     }
 
-    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<Committed> {
+    async fn commit(&self, partition: PartitionNumber, batch: Batch) -> Result<CommitResult> {
         if batch.items.is_empty() {
-            return Ok(Committed::Done(Vec::new()));
+            return Ok(CommitResult::Done(Vec::new()));
         }
         self.commit_items(
-            self.place(partition)?,
+            self.keys(partition)?,
             batch.epoch,
             batch.prev,
             None,
@@ -509,10 +511,10 @@ impl Sources for Redis {
         .await
     }
 
-    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<Committed> {
+    async fn commit_slice(&self, partition: PartitionNumber, slice: Slice) -> Result<CommitResult> {
         let at = Some((slice.index, slice.is_last));
         self.commit_items(
-            self.place(partition)?,
+            self.keys(partition)?,
             slice.epoch,
             slice.prev,
             at,
@@ -532,7 +534,7 @@ impl Logs for Redis {
         limit: usize,
     ) -> Result<Page> {
         let (floor, is_present, mut members): (u64, bool, Vec<String>) = self
-            .run(self.place(partition)?, &scripts::PAGE, |command| {
+            .run(self.keys(partition)?, &scripts::PAGE, |command| {
                 command.arg(target.to_string()).arg(after.0).arg(limit);
             })
             .await?;
@@ -553,28 +555,28 @@ impl Logs for Redis {
     }
 
     async fn feed(&self) -> Result<Feed> {
-        let places = self
-            .places
+        let channels = self
+            .keys
             .iter()
-            .map(|place| (place.channels.clone(), place.partition.number))
+            .map(|keys| (keys.channels.clone(), keys.partition.number))
             .collect();
-        feed::open(self.client.get_connection_info(), places).await
+        feed::open(self.client.get_connection_info(), channels).await
     }
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
-        let place = self.place(partition)?;
-        match self.run(place, &scripts::TICK, |_| {}).await {
-            Ok(healed) => place.alarm(healed),
+        let keys = self.keys(partition)?;
+        match self.run(keys, &scripts::TICK, |_| {}).await {
+            Ok(repairs) => keys.report_repairs(repairs),
             // With too few replicas, or a disk that cannot take a snapshot, Redis rejects scripts
             // that write but accepts a plain PUBLISH.
             Err(Error::Unavailable(why))
                 if why.contains("NOREPLICAS") || why.contains("MISCONF") =>
             {
-                let _heard: i64 = self
-                    .link
+                let _n_receivers: i64 = self
+                    .connection
                     .query(
                         client::cmd("PUBLISH")
-                            .arg(format!("{}tick", place.channels))
+                            .arg(format!("{}tick", keys.channels))
                             .arg("alive"),
                     )
                     .await?;
@@ -621,9 +623,9 @@ impl Operations for Redis {
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
         let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
-            self.run(self.place(partition)?, &scripts::STATE, |_| {})
+            self.run(self.keys(partition)?, &scripts::STATE, |_| {})
                 .await?;
-        let number = |field: &str| meta.get(field).map_or(Ok(0), |text| understand(text));
+        let number = |field: &str| meta.get(field).map_or(Ok(0), |text| parse_text(text));
         let outcomes = Outcome::ALL
             .into_iter()
             .map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
@@ -644,31 +646,31 @@ impl Operations for Redis {
         after: EntryId,
         limit: usize,
     ) -> Result<Vec<DeadLetter>> {
-        let place = self.place(partition)?;
+        let keys = self.keys(partition)?;
         let mut command = client::cmd("XRANGE");
         command
-            .arg(format!("{}dead", place.prefix))
+            .arg(format!("{}dead", keys.prefix))
             .arg(format!("({after}"))
             .arg("+")
             .arg("COUNT")
             .arg(limit);
-        let letters: Vec<RawEntry> = self.link.query(&command).await?;
+        let letters: Vec<RawEntry> = self.connection.query(&command).await?;
         letters.into_iter().map(dead_letter).collect()
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
-        self.run(self.place(partition)?, &scripts::REDRIVE, |command| {
+        self.run(self.keys(partition)?, &scripts::REDRIVE, |command| {
             command.arg(id.to_string());
         })
         .await
     }
 
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
-        let place = self.place(partition)?;
-        self.link
+        let keys = self.keys(partition)?;
+        self.connection
             .query(
                 client::cmd("XDEL")
-                    .arg(format!("{}dead", place.prefix))
+                    .arg(format!("{}dead", keys.prefix))
                     .arg(id.to_string()),
             )
             .await
@@ -678,8 +680,8 @@ impl Operations for Redis {
         &self,
         partition: PartitionNumber,
         limit: usize,
-    ) -> Result<Vec<(EntryId, Outcome, Option<NotificationId>, Decision)>> {
-        decisions::newest(self, self.place(partition)?, limit).await
+    ) -> Result<Vec<StoredDecision>> {
+        decisions::newest(self, self.keys(partition)?, limit).await
     }
 
     async fn find_decisions(
@@ -687,8 +689,8 @@ impl Operations for Redis {
         partition: PartitionNumber,
         event_id: &str,
         limit: usize,
-    ) -> Result<Found> {
-        decisions::find(self, self.place(partition)?, event_id, limit).await
+    ) -> Result<DecisionSearch> {
+        decisions::find(self, self.keys(partition)?, event_id, limit).await
     }
 }
 

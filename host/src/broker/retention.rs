@@ -60,7 +60,7 @@ impl Default for Retention {
 impl Retention {
     /// How long a device cursor or read marker is kept after it last moved, in milliseconds. A read
     /// marker is kept at least as long as any notification it can refer to.
-    pub(crate) fn bookmark_age_ms(&self, which: &CursorOwner) -> u64 {
+    pub(crate) fn cursor_ttl_ms(&self, which: &CursorOwner) -> u64 {
         let age_s = match which {
             CursorOwner::Device(_) => self.device_cursor_ttl_s,
             CursorOwner::ReadMarker => self

@@ -88,7 +88,7 @@ impl DeviceCursors {
             let head = heads.get(&position.partition);
             head.is_some_and(|head| {
                 head.epoch == position.epoch
-                    && highest(cursor, position) > head.survived(head.epoch)
+                    && highest(cursor, position) > head.last_valid_id(head.epoch)
             })
         }))
     }
@@ -303,7 +303,7 @@ impl DeviceCursors {
                             .any(|(epoch, _)| *epoch == position.epoch);
                         is_known
                             && (position.epoch != head.epoch
-                                || highest(cursor, &position) <= head.survived(head.epoch))
+                                || highest(cursor, &position) <= head.last_valid_id(head.epoch))
                     })
                 })
             };
@@ -343,7 +343,7 @@ pub struct Standing {
 
 impl Standing {
     fn add(&mut self, cursor: &Cursor, position: &Position, head: &Head) {
-        let survived = head.survived(position.epoch);
+        let survived = head.last_valid_id(position.epoch);
         self.low_water
             .insert(position.partition, position.low_water.min(survived));
         self.sent_ahead.extend(
@@ -462,7 +462,7 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
 fn rank(head: &Head, position: &Position) -> (NotificationId, Option<usize>) {
     let age = |epoch: Epoch| head.epochs.iter().position(|(known, _)| *known == epoch);
     (
-        position.low_water.min(head.survived(position.epoch)),
+        position.low_water.min(head.last_valid_id(position.epoch)),
         age(position.epoch),
     )
 }

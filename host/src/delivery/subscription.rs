@@ -361,7 +361,7 @@ impl Subscription {
     }
 
     /// Handles the end of the subscription's epoch: ids that did not survive it count as not sent.
-    /// See [`Head::survived`].
+    /// See [`Head::last_valid_id`].
     fn survive(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let is_mine = |sent_ahead: &SentAhead| sent_ahead.partition == number;
@@ -375,7 +375,7 @@ impl Subscription {
             .max()
             .unwrap_or_default()
             .max(low_water);
-        let bound = own.map_or(NotificationId(0), |epoch| head.survived(epoch));
+        let bound = own.map_or(NotificationId(0), |epoch| head.last_valid_id(epoch));
         if highest > bound {
             self.announce(Gap {
                 partition: number,

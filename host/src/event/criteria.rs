@@ -50,11 +50,11 @@ pub struct Test {
 /// clause always holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Vec<Test>>", into = "Vec<Vec<Test>>")]
-pub struct Criteria(Box<[Box<[Compiled]>]>);
+pub struct Criteria(Box<[Box<[CompiledTest]>]>);
 
 /// A test whose values are valid for its operator.
 #[derive(Clone, Debug, PartialEq)]
-struct Compiled {
+struct CompiledTest {
     key: Key,
     check: Check,
 }
@@ -105,7 +105,7 @@ impl Criteria {
 
     /// Returns the first failing test of each clause that does not hold.
     pub fn unmet(&self, attributes: &Attributes) -> Vec<Test> {
-        let first = |clause: &[Compiled]| {
+        let first = |clause: &[CompiledTest]| {
             clause
                 .iter()
                 .find(|test| !test.holds(attributes))
@@ -134,7 +134,7 @@ impl From<Criteria> for Vec<Vec<Test>> {
 }
 
 impl Test {
-    fn compile(self) -> Result<Compiled, Malformed> {
+    fn compile(self) -> Result<CompiledTest, Malformed> {
         let Self {
             attribute,
             operator,
@@ -144,14 +144,14 @@ impl Test {
             Malformed::new(format!("'{}' takes {wanted}", attribute.escape_debug()))
                 .of("the test of")
         })?;
-        Ok(Compiled {
+        Ok(CompiledTest {
             key: Key::new(&attribute),
             check,
         })
     }
 }
 
-impl Compiled {
+impl CompiledTest {
     fn holds(&self, attributes: &Attributes) -> bool {
         attributes
             .find(&self.key)
@@ -159,8 +159,8 @@ impl Compiled {
     }
 }
 
-impl From<Compiled> for Test {
-    fn from(Compiled { key, check }: Compiled) -> Self {
+impl From<CompiledTest> for Test {
+    fn from(CompiledTest { key, check }: CompiledTest) -> Self {
         use Operator::{Contains, Equals, Greater, Less, NotEquals, OneOf, Prefix, Present};
         let (operator, values) = match check {
             Check::Equals(value) => (Equals, vec![value]),

@@ -171,7 +171,7 @@ impl From<broker::Error> for ApiError {
                 ..Self::unavailable("the broker is full right now")
             }
             .cause(error),
-            broker::Error::Refused(_) => Self::new(
+            broker::Error::Permanent(_) => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "broker",
                 "the broker refused the request; the reason is in this node's log",

@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::{
-    Batch, Committed, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
+    Batch, CommitResult, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
     MAX_ITEMS, Partition, Proposal, Result, Slice, Sources,
 };
 use crate::event::{
@@ -195,7 +195,7 @@ impl Ingest {
                 }
                 Stop::Broker(error) => {
                     self.metrics.broker_away.inc();
-                    if matches!(error, Error::Refused(_)) {
+                    if matches!(error, Error::Permanent(_)) {
                         // Not a passing outage, and the broker monitor need not detect it: the
                         // source may be overwritten, or the record of a plan lost.
                         self.readiness.set_for(
@@ -328,12 +328,12 @@ impl Ingest {
             .pop()
             .flatten();
         let record = record.ok_or_else(|| {
-            Error::Refused(format!(
+            Error::Permanent(format!(
                 "the record of the partly written plan {pending} is gone; restore it or the partition"
             ))
         })?;
         let unreadable = |e| {
-            Error::Refused(format!(
+            Error::Permanent(format!(
                 "cannot parse the record of the partly written plan {pending}: {e}"
             ))
         };
@@ -675,13 +675,13 @@ impl Ingest {
             .commit(partition, Batch { epoch, prev, items })
             .await?
         {
-            Committed::Done(outcomes) => {
+            CommitResult::Done(outcomes) => {
                 for (outcome, _) in outcomes {
                     self.count(outcome);
                 }
                 Ok(last)
             }
-            Committed::Conflict => Err(Stop::Refused),
+            CommitResult::Conflict => Err(Stop::Refused),
         }
     }
 
@@ -735,8 +735,8 @@ impl Ingest {
                 is_last,
             };
             match self.broker.commit_slice(partition, slice).await? {
-                Committed::Conflict => return Err(Stop::Refused),
-                Committed::Done(outcomes) => match outcomes.first() {
+                CommitResult::Conflict => return Err(Stop::Refused),
+                CommitResult::Done(outcomes) => match outcomes.first() {
                     // Only the first slice can detect this: the plan ends here.
                     Some(&(outcome, _)) if outcome != Outcome::Committed => {
                         self.count(outcome);

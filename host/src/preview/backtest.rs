@@ -421,7 +421,7 @@ impl Backtest {
             .name("plugin-rehearsal".into())
             .spawn(run);
         thread
-            .map_err(|error| broker::Error::Refused(format!("cannot start a thread: {error}")))?;
+            .map_err(|error| broker::Error::Permanent(format!("cannot start a thread: {error}")))?;
         Ok(Self { calls })
     }
 

@@ -18,13 +18,13 @@ async fn a_commit_of_an_older_epoch_is_rejected() {
     };
     assert_eq!(
         node.broker.commit(node.p, batch.clone()).await.unwrap(),
-        Committed::Conflict
+        CommitResult::Conflict
     );
     let new = node.head().await;
     assert_ne!(new.epoch, old.epoch);
     assert_eq!(
         node.broker.commit(node.p, batch.clone()).await.unwrap(),
-        Committed::Conflict,
+        CommitResult::Conflict,
         "also after the new epoch has begun"
     );
     assert!(matches!(
@@ -38,7 +38,7 @@ async fn a_commit_of_an_older_epoch_is_rejected() {
             )
             .await
             .unwrap(),
-        Committed::Done(_)
+        CommitResult::Done(_)
     ));
 }
 
@@ -63,7 +63,7 @@ async fn a_slice_of_an_older_epoch_is_rejected() {
             .commit_slice(node.p, slice.clone())
             .await
             .unwrap(),
-        Committed::Conflict
+        CommitResult::Conflict
     );
     let new = node.head().await;
     assert_eq!(
@@ -82,7 +82,7 @@ async fn a_slice_of_an_older_epoch_is_rejected() {
             )
             .await
             .unwrap(),
-        Committed::Done(_)
+        CommitResult::Done(_)
     ));
 }
 
@@ -120,8 +120,8 @@ async fn each_epoch_is_listed_with_its_last_valid_id() {
 async fn every_notice_carries_the_epoch_it_was_published_in() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let mut epochs = Vec::new();
     for _ in 0..2 {
         epochs.push(node.head().await.epoch);
@@ -130,8 +130,8 @@ async fn every_notice_carries_the_epoch_it_was_published_in() {
         server.change_replid();
     }
     for expect in epochs {
-        assert!(matches!(ear.next().await, Notice::Append { epoch, .. } if epoch == expect));
-        assert!(matches!(ear.next().await, Notice::Tick { epoch, .. } if epoch == expect));
+        assert!(matches!(receiver.next().await, Notice::Append { epoch, .. } if epoch == expect));
+        assert!(matches!(receiver.next().await, Notice::Tick { epoch, .. } if epoch == expect));
     }
 }
 
@@ -161,8 +161,8 @@ async fn flushall_begins_an_epoch_with_a_new_name() {
 async fn a_restart_begins_an_epoch_at_the_surviving_data() {
     let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let last = node.publish("R", &["u:1"]).await;
     let old = node.head().await;
     server.kill();
@@ -177,10 +177,10 @@ async fn a_restart_begins_an_epoch_at_the_surviving_data() {
     assert_eq!((new.last, new.position), (last, old.position));
     // The notice connection is re-established, sends a reset, and delivers again after a new follow
     // request.
-    while !matches!(ear.next().await, Notice::Reset { .. }) {}
-    ear.hear("u:1", 2).await;
+    while !matches!(receiver.next().await, Notice::Reset { .. }) {}
+    receiver.follow_and_wait("u:1", 2).await;
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), id));
+    assert_eq!(receiver.append().await, ("u:1".into(), id));
 }
 
 /// The node's connections outlive the demotion of their server, but the data of a replica may be

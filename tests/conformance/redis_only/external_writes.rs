@@ -115,7 +115,7 @@ async fn a_wrong_type_in_a_later_slice_skips_that_log() {
     let last = node
         .slice(commit(entry, "R", &["u:2", "u:3"]), 1, true)
         .await;
-    assert!(matches!(last, Committed::Done(outcomes) if outcomes[0].0 == Outcome::Committed));
+    assert!(matches!(last, CommitResult::Done(outcomes) if outcomes[0].0 == Outcome::Committed));
     assert_eq!(node.ids("u:3", BEGIN).await.len(), 1);
     assert_eq!(
         server.command::<u64>(&format!("HGET {TAG}meta wrong_type_logs")),
@@ -137,7 +137,7 @@ async fn a_wrong_type_where_every_commit_writes_is_an_error_that_names_the_key()
         items: vec![commit(after(EntryId::default()), "R", &["u:1"])],
     };
     match node.broker.commit(node.p, batch).await {
-        Err(Error::Refused(why)) => assert!(
+        Err(Error::Permanent(why)) => assert!(
             why.contains(&format!("{TAG}dead")) && why.contains("rename or delete"),
             "{why}"
         ),
@@ -188,15 +188,15 @@ async fn a_tick_frees_memory_after_the_last_commit() {
 async fn a_full_redis_ticks() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
+    let mut receiver = node.receiver().await;
     let epoch = node.head().await.epoch;
     fill(&server, 2_000, 1_000);
     node.broker.tick(node.p).await.unwrap();
-    ear.tick().await;
+    receiver.tick().await;
     server.change_replid();
     node.broker.tick(node.p).await.unwrap();
     loop {
-        match ear.next().await {
+        match receiver.next().await {
             Notice::Tick { epoch: of, .. } if of != epoch => break,
             Notice::Tick { .. } => {}
             other => panic!("{other:?}"),
@@ -507,16 +507,16 @@ async fn a_dead_letter_with_too_many_fields_keeps_the_first_ones_and_notes_it() 
 async fn messages_from_other_publishers_on_our_channels_are_ignored() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let mut connection = server.connection();
     let mut publish = |channel: &str, message: &[u8]| {
-        let heard: i64 = redis::cmd("PUBLISH")
+        let received: i64 = redis::cmd("PUBLISH")
             .arg(format!("{TAG}{channel}"))
             .arg(message)
             .query(&mut connection)
             .unwrap();
-        assert_eq!(heard, 1);
+        assert_eq!(received, 1);
     };
     for message in [
         &b""[..],
@@ -533,5 +533,5 @@ async fn messages_from_other_publishers_on_our_channels_are_ignored() {
     publish("recipients", b"a\nb");
     publish("recipients", b"\xff");
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), id));
+    assert_eq!(receiver.append().await, ("u:1".into(), id));
 }

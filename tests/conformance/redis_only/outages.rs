@@ -108,7 +108,7 @@ async fn a_commit_whose_answer_was_lost_is_rejected_the_second_time() {
 async fn a_redis_that_cannot_write_still_signals_that_it_is_alive() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
+    let mut receiver = node.receiver().await;
     let id = node.publish("R", &["u:1"]).await;
     let () = server.command("CONFIG SET min-replicas-to-write 1");
     let head = node
@@ -130,23 +130,23 @@ async fn a_redis_that_cannot_write_still_signals_that_it_is_alive() {
         node.broker.tick(node.p).await,
         Err(Error::Unavailable(_))
     ));
-    assert!(matches!(ear.next().await, Notice::Alive { partition } if partition == node.p));
+    assert!(matches!(receiver.next().await, Notice::Alive { partition } if partition == node.p));
 }
 
 #[tokio::test]
 async fn a_closed_notice_connection_sends_a_reset_and_recovers() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     assert_eq!(server.command::<i64>("CLIENT KILL TYPE pubsub"), 1);
-    match ear.next().await {
+    match receiver.next().await {
         Notice::Reset { partitions } => assert_eq!(partitions, [node.p]),
         other => panic!("{other:?}"),
     }
-    ear.hear("u:1", 2).await;
+    receiver.follow_and_wait("u:1", 2).await;
     node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await.0, "u:1");
+    assert_eq!(receiver.append().await.0, "u:1");
 }
 
 /// While the receiver accepts no notices, the socket is not read. The waiting notices arrive later
@@ -164,8 +164,8 @@ async fn a_slow_receiver_misses_nothing() {
     )
     .await
     .unwrap();
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let record = "x".repeat(1_000);
     let mut published = Vec::new();
     for _ in 0..100 {
@@ -189,11 +189,11 @@ async fn a_slow_receiver_misses_nothing() {
                 .map(|(_, id)| id.unwrap()),
         );
     }
-    let mut heard = Vec::new();
-    while heard.len() < published.len() {
-        heard.push(ear.append().await.1);
+    let mut received = Vec::new();
+    while received.len() < published.len() {
+        received.push(receiver.append().await.1);
     }
-    assert_eq!(heard, published);
+    assert_eq!(received, published);
 }
 
 /// Redis closes the connection of a subscriber that falls too far behind: its notices are lost, and
@@ -209,8 +209,8 @@ async fn a_receiver_too_slow_for_redis_gets_a_reset() {
         .exec(&mut server.connection())
         .unwrap();
     let node = node_on(&server).await;
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let record = "x".repeat(1_000);
     // The test reads nothing until Redis has closed the connection.
     until(async || {
@@ -236,16 +236,16 @@ async fn a_receiver_too_slow_for_redis_gets_a_reset() {
     })
     .await;
     let mut n_heard = 0;
-    while !matches!(ear.next().await, Notice::Reset { .. }) {
+    while !matches!(receiver.next().await, Notice::Reset { .. }) {
         n_heard += 1;
     }
     assert!(
         n_heard > 0,
         "notices received before the close are delivered first"
     );
-    ear.hear("u:1", 2).await;
+    receiver.follow_and_wait("u:1", 2).await;
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await.1, id);
+    assert_eq!(receiver.append().await.1, id);
 }
 
 #[tokio::test]
@@ -253,8 +253,8 @@ async fn a_dropped_feed_leaves_no_connection() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
     for _ in 0..10 {
-        let mut ear = node.ear().await;
-        ear.hear("u:1", 1).await;
+        let mut receiver = node.receiver().await;
+        receiver.follow_and_wait("u:1", 1).await;
     }
     until(async || {
         server

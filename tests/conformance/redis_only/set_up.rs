@@ -97,15 +97,15 @@ async fn every_connection_authenticates() {
     let node = connect_to(&at("app:secret@"), &[SOURCE], Retention::default())
         .await
         .unwrap();
-    let mut ear = node.ear().await;
-    ear.hear("u:1", 1).await;
+    let mut receiver = node.receiver().await;
+    receiver.follow_and_wait("u:1", 1).await;
     let id = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await, ("u:1".into(), id));
+    assert_eq!(receiver.append().await, ("u:1".into(), id));
     node.append(&["a"]).await;
     assert_eq!(drain(&node).await, 1);
     for who in ["app:wrong@", ""] {
         match connect_to(&at(who), &[SOURCE], Retention::default()).await {
-            Err(Error::Refused(why)) => assert!(
+            Err(Error::Permanent(why)) => assert!(
                 why.contains("correct user and password in the URL"),
                 "{why}"
             ),
@@ -127,13 +127,13 @@ async fn sources_whose_keys_would_collide_are_rejected() {
         &["a", "a"],
     ] {
         match connect_to(&server.url(), sources, Retention::default()).await {
-            Err(Error::Refused(why)) => assert!(why.contains("another key"), "{why}"),
+            Err(Error::Permanent(why)) => assert!(why.contains("another key"), "{why}"),
             other => panic!("{sources:?}: {:?}", other.map(|node| node.broker)),
         }
     }
     assert!(matches!(
         connect_to("http://127.0.0.1/", &[SOURCE], Retention::default()).await,
-        Err(Error::Refused(_))
+        Err(Error::Permanent(_))
     ));
     connect_to(
         &server.url(),
@@ -183,7 +183,7 @@ async fn partition_numbers_are_never_reused() {
         assert_eq!(numbers(&[&format!("more{k}")]).await.unwrap()[0].1, k);
     }
     assert!(
-        matches!(numbers(&["one too many"]).await, Err(Error::Refused(why)) if why.contains("12"))
+        matches!(numbers(&["one too many"]).await, Err(Error::Permanent(why)) if why.contains("12"))
     );
 }
 
@@ -200,13 +200,13 @@ async fn another_database_is_a_separate_installation() {
     )
     .await
     .unwrap();
-    let (mut ear, mut other_ear) = (node.ear().await, other.ear().await);
-    ear.hear("u:1", 1).await;
-    other_ear.hear("u:1", 1).await;
+    let (mut receiver, mut other_receiver) = (node.receiver().await, other.receiver().await);
+    receiver.follow_and_wait("u:1", 1).await;
+    other_receiver.follow_and_wait("u:1", 1).await;
     let theirs = other.publish("R", &["u:1"]).await;
     let ours = node.publish("R", &["u:1"]).await;
-    assert_eq!(ear.append().await.1, ours);
-    assert_eq!(other_ear.append().await.1, theirs);
+    assert_eq!(receiver.append().await.1, ours);
+    assert_eq!(other_receiver.append().await.1, theirs);
 }
 
 /// Expiry is 2 % after the age, so that the floor passes an entry before it disappears. An

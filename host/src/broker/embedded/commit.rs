@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::{Meta, entry_key, successor};
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::{Batch, Committed, Error, Item, Notice, Proposal, Slice};
+use crate::broker::{Batch, CommitResult, Error, Item, Notice, Proposal, Slice};
 use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Target};
 
 /// Records up to this size, in bytes, are sent with their notice. Within the process this copies
@@ -37,11 +37,11 @@ pub(super) struct DeadLetterRow {
 
 impl Work<'_> {
     /// See [`crate::broker::Sources::commit`].
-    pub(super) fn commit(&mut self, place: usize, batch: &Batch) -> Result<Committed, Failure> {
-        let meta = &self.metas[place];
+    pub(super) fn commit(&mut self, slot: usize, batch: &Batch) -> Result<CommitResult, Failure> {
+        let meta = &self.metas[slot];
         // While a plan is being written in slices, only its next slice is accepted.
         if batch.epoch != meta.epoch() || batch.prev != meta.position() || batch.prev.slices > 0 {
-            return Ok(Committed::Conflict);
+            return Ok(CommitResult::Conflict);
         }
         let ascends = batch
             .items
@@ -49,26 +49,26 @@ impl Work<'_> {
             .is_none_or(|first| first.entry > batch.prev.entry)
             && batch.items.is_sorted_by(|a, b| a.entry < b.entry);
         if !ascends {
-            return Err(refuse(
+            return Err(invalid_request(
                 "the entries of a batch must follow its position in ascending order",
             ));
         }
         let mut outcomes = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
-            outcomes.push(self.settle(place, item)?);
+            outcomes.push(self.settle(slot, item)?);
         }
         if let Some(last) = batch.items.last() {
-            self.arrive(place, last.entry);
+            self.move_position(slot, last.entry);
         }
-        Ok(Committed::Done(outcomes))
+        Ok(CommitResult::Done(outcomes))
     }
 
     /// See [`crate::broker::Sources::commit_slice`].
     pub(super) fn commit_slice(
         &mut self,
-        place: usize,
+        slot: usize,
         slice: &Slice,
-    ) -> Result<Committed, Failure> {
+    ) -> Result<CommitResult, Failure> {
         let Slice {
             epoch,
             prev,
@@ -76,47 +76,47 @@ impl Work<'_> {
             index,
             is_last,
         } = slice;
-        let meta = &self.metas[place];
+        let meta = &self.metas[slot];
         let follows = if *index == 0 {
             item.entry > prev.entry
         } else {
             item.entry == prev.entry
         };
         if *epoch != meta.epoch() || *prev != meta.position() || *index != prev.slices || !follows {
-            return Ok(Committed::Conflict);
+            return Ok(CommitResult::Conflict);
         }
         let Proposal::Commit { record, targets } = &item.proposal else {
-            return Err(refuse("only a committed plan can have slices"));
+            return Err(invalid_request("only a committed plan can have slices"));
         };
         let id = match (index, meta.pending) {
-            (0, _) if *is_last || self.is_duplicate(place, item)? => {
-                let outcome = self.settle(place, item)?;
-                self.arrive(place, item.entry);
-                return Ok(Committed::Done(vec![outcome]));
+            (0, _) if *is_last || self.is_duplicate(slot, item)? => {
+                let outcome = self.settle(slot, item)?;
+                self.move_position(slot, item.entry);
+                return Ok(CommitResult::Done(vec![outcome]));
             }
             (0, _) => {
-                let id = self.next_id(place);
-                self.remember(place, item)?;
+                let id = self.next_id(slot);
+                self.remember(slot, item)?;
                 self.tables
                     .records
-                    .insert((self.partitions[place].number.0, id.0), record.as_ref())?;
+                    .insert((self.partitions[slot].number.0, id.0), record.as_ref())?;
                 id
             }
             (_, Some(pending)) => pending,
             (_, None) => {
                 return Err(Failure::damaged(format!(
                     "partition {} is in the middle of a plan but has no pending id",
-                    self.number(place)
+                    self.number(slot)
                 )));
             }
         };
-        self.index(place, id, targets, record)?;
-        let meta = &mut self.metas[place];
+        self.index(slot, id, targets, record)?;
+        let meta = &mut self.metas[slot];
         if *is_last {
             meta.pending = None;
             meta.last = id;
-            self.record(place, item, Outcome::Committed, Some(id))?;
-            self.arrive(place, item.entry);
+            self.record(slot, item, Outcome::Committed, Some(id))?;
+            self.move_position(slot, item.entry);
         } else {
             meta.pending = Some(id);
             meta.set_position(Position {
@@ -124,51 +124,51 @@ impl Work<'_> {
                 slices: index + 1,
             });
         }
-        Ok(Committed::Done(vec![(Outcome::Committed, Some(id))]))
+        Ok(CommitResult::Done(vec![(Outcome::Committed, Some(id))]))
     }
 
     /// Writes the outcome of one item.
     fn settle(
         &mut self,
-        place: usize,
+        slot: usize,
         item: &Item,
     ) -> Result<(Outcome, Option<NotificationId>), Failure> {
         let is_dead = matches!(item.proposal, Proposal::DeadLetter(_));
         // Dead letters are neither checked nor remembered: a redriven entry is not a retry by the
         // publisher.
         if !is_dead {
-            if self.is_duplicate(place, item)? {
-                self.record(place, item, Outcome::Duplicate, None)?;
+            if self.is_duplicate(slot, item)? {
+                self.record(slot, item, Outcome::Duplicate, None)?;
                 return Ok((Outcome::Duplicate, None));
             }
-            self.remember(place, item)?;
+            self.remember(slot, item)?;
         }
         let (outcome, id) = match &item.proposal {
             Proposal::Discard => (Outcome::Discarded, None),
             Proposal::Unrouted => (Outcome::Unrouted, None),
             Proposal::DeadLetter(why) => {
-                self.bury(place, item.entry, why)?;
+                self.add_dead_letter(slot, item.entry, why)?;
                 (Outcome::DeadLettered, None)
             }
             Proposal::Commit { record, targets } => {
-                let id = self.next_id(place);
+                let id = self.next_id(slot);
                 self.tables
                     .records
-                    .insert((self.partitions[place].number.0, id.0), record.as_ref())?;
-                self.index(place, id, targets, record)?;
-                self.metas[place].last = id;
+                    .insert((self.partitions[slot].number.0, id.0), record.as_ref())?;
+                self.index(slot, id, targets, record)?;
+                self.metas[slot].last = id;
                 (Outcome::Committed, Some(id))
             }
         };
-        self.record(place, item, outcome, id)?;
+        self.record(slot, item, outcome, id)?;
         Ok((outcome, id))
     }
 
     /// Moves the position to an entry whose outcome is written.
-    fn arrive(&mut self, place: usize, entry: EntryId) {
+    fn move_position(&mut self, slot: usize, entry: EntryId) {
         let keep_ms = self.retention.keep_s.saturating_mul(1000);
         let now_ms = self.now_ms;
-        let meta = &mut self.metas[place];
+        let meta = &mut self.metas[slot];
         meta.set_position(entry.into());
         // A few marks per period are enough: an entry is kept at most an eighth longer than
         // configured.
@@ -190,8 +190,8 @@ impl Work<'_> {
 
     /// Above the floor as well: after the clock was set back, the floor may be ahead of the clock,
     /// and streams start there.
-    fn next_id(&self, place: usize) -> NotificationId {
-        let meta = &self.metas[place];
+    fn next_id(&self, slot: usize) -> NotificationId {
+        let meta = &self.metas[slot];
         let after = meta.last.max(meta.floor(self.now_ms));
         NotificationId(after.0 + 1).max(NotificationId::at_ms(self.now_ms))
     }
@@ -199,13 +199,13 @@ impl Work<'_> {
     /// Adds the notification to the logs and queues the notices.
     fn index(
         &mut self,
-        place: usize,
+        slot: usize,
         id: NotificationId,
         targets: &[Target],
         record: &Bytes,
     ) -> Result<(), Failure> {
-        let number = self.number(place);
-        let meta = &self.metas[place];
+        let number = self.number(slot);
+        let meta = &self.metas[slot];
         // The predecessor of the first entry of an absent log: unknown below the floor, and none
         // above it.
         let absent = meta.floor(self.now_ms).min(meta.last);
@@ -242,11 +242,11 @@ impl Work<'_> {
                 .logs
                 .insert((number, log.as_str()), (length, id.0))?;
             let record = (record.len() <= INLINE_RECORD).then(|| record.clone());
-            let partition = self.partitions[place].number;
+            let partition = self.partitions[slot].number;
             self.notices.push(Notice::Append {
                 partition,
                 target: target.clone(),
-                epoch: self.metas[place].epoch(),
+                epoch: self.metas[slot].epoch(),
                 id,
                 record,
             });
@@ -261,7 +261,7 @@ impl Work<'_> {
         (entry.ms - entry.ms % window_ms, window_ms)
     }
 
-    fn is_duplicate(&self, place: usize, item: &Item) -> Result<bool, Failure> {
+    fn is_duplicate(&self, slot: usize, item: &Item) -> Result<bool, Failure> {
         let Some(hash) = &item.dedupe else {
             return Ok(false);
         };
@@ -270,19 +270,19 @@ impl Work<'_> {
             Ok(self
                 .tables
                 .seen
-                .get((self.number(place), bucket, hash))?
+                .get((self.number(slot), bucket, hash))?
                 .is_some())
         };
         Ok(is_in(bucket)? || (bucket > 0 && is_in(bucket.saturating_sub(window_ms))?))
     }
 
-    fn remember(&mut self, place: usize, item: &Item) -> Result<(), Failure> {
+    fn remember(&mut self, slot: usize, item: &Item) -> Result<(), Failure> {
         let Some(hash) = &item.dedupe else {
             return Ok(());
         };
         let (bucket, _) = self.bucket(item.entry);
-        let number = self.number(place);
-        let meta = &mut self.metas[place];
+        let number = self.number(slot);
+        let meta = &mut self.metas[slot];
         meta.bucket_ms = meta.bucket_ms.max(bucket);
         let size = meta.bucket_sizes.entry(bucket).or_default();
         if *size >= self.retention.dedupe_entries {
@@ -294,9 +294,14 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn bury(&mut self, place: usize, entry: EntryId, why: &DeadReason) -> Result<(), Failure> {
-        let number = self.number(place);
-        let meta = &mut self.metas[place];
+    fn add_dead_letter(
+        &mut self,
+        slot: usize,
+        entry: EntryId,
+        why: &DeadReason,
+    ) -> Result<(), Failure> {
+        let number = self.number(slot);
+        let meta = &mut self.metas[slot];
         let id = successor(meta.last_dead_letter).max(EntryId {
             ms: self.now_ms,
             seq: 0,
@@ -335,13 +340,13 @@ impl Work<'_> {
     /// Counts the outcome and writes the decision record.
     fn record(
         &mut self,
-        place: usize,
+        slot: usize,
         item: &Item,
         outcome: Outcome,
         id: Option<NotificationId>,
     ) -> Result<(), Failure> {
-        let number = self.number(place);
-        let meta = &mut self.metas[place];
+        let number = self.number(slot);
+        let meta = &mut self.metas[slot];
         meta.settled += 1;
         *meta
             .outcomes
@@ -403,6 +408,6 @@ pub(super) fn weight(item: &Item) -> usize {
     }
 }
 
-fn refuse(text: &str) -> Failure {
-    Failure::Answer(Error::Refused(text.to_owned()))
+fn invalid_request(text: &str) -> Failure {
+    Failure::Answer(Error::Permanent(text.to_owned()))
 }

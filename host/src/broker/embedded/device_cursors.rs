@@ -51,7 +51,7 @@ impl DeviceCursorsRow {
     /// Removes expired cursors. Returns `false` if nothing remains.
     pub(super) fn retain(&mut self, retention: &Retention, now_ms: u64) -> bool {
         let is_kept = |which: &CursorOwner, kept: &TimedCursor| {
-            kept.moved_ms >= now_ms.saturating_sub(retention.bookmark_age_ms(which))
+            kept.moved_ms >= now_ms.saturating_sub(retention.cursor_ttl_ms(which))
         };
         self.devices
             .retain(|device, kept| is_kept(&CursorOwner::Device(device.clone()), kept));
@@ -121,7 +121,8 @@ pub(super) fn device_cursors(
     retention: &Retention,
     now_ms: u64,
 ) -> Result<BTreeMap<CursorOwner, StoredCursor>, Failure> {
-    let mut stored = DeviceCursorsRow::find(user, &transaction.open_table(layout::BOOKMARKS)?)?;
+    let mut stored =
+        DeviceCursorsRow::find(user, &transaction.open_table(layout::DEVICE_CURSORS)?)?;
     stored.retain(retention, now_ms);
     let devices = stored
         .devices

@@ -23,18 +23,18 @@ const REQUESTS: usize = 256;
 #[derive(Debug)]
 pub(super) struct Feeds {
     /// A std lock, held while delivering notices and never across an await.
-    ears: Mutex<Vec<Arc<Ear>>>,
+    receivers: Mutex<Vec<Arc<Receiver>>>,
     partitions: Vec<PartitionNumber>,
 }
 
 #[derive(Debug)]
-struct Ear {
+struct Receiver {
     notices: mpsc::Sender<Vec<Notice>>,
     /// A std lock, as above. Held from a publication or a change of the followed logs until its
     /// delivery, which guarantees the order.
     state: Mutex<State>,
     /// Notified when a reset has to be sent.
-    deafened: Notify,
+    reset_due: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -42,13 +42,13 @@ struct State {
     followed: HashMap<PartitionNumber, HashSet<Target>>,
     /// Notices were dropped and the reset has not been sent yet. Until then, follow requests are
     /// void.
-    is_deaf: bool,
+    needs_reset: bool,
 }
 
 impl Feeds {
     pub(super) fn new(partitions: Vec<PartitionNumber>) -> Self {
         Self {
-            ears: Mutex::default(),
+            receivers: Mutex::default(),
             partitions,
         }
     }
@@ -57,16 +57,18 @@ impl Feeds {
     pub(super) fn open(self: &Arc<Self>) -> Feed {
         let (follow, requests) = mpsc::unbounded_channel();
         let (sender, notices) = mpsc::channel(CAPACITY);
-        let ear = Arc::new(Ear {
+        let receiver = Arc::new(Receiver {
             notices: sender,
             state: Mutex::default(),
-            deafened: Notify::new(),
+            reset_due: Notify::new(),
         });
-        self.ears().push(Arc::clone(&ear));
+        self.receivers().push(Arc::clone(&receiver));
         let feeds = Arc::clone(self);
         tokio::spawn(async move {
-            ear.serve(requests, &feeds.partitions).await;
-            feeds.ears().retain(|other| !Arc::ptr_eq(other, &ear));
+            receiver.serve(requests, &feeds.partitions).await;
+            feeds
+                .receivers()
+                .retain(|other| !Arc::ptr_eq(other, &receiver));
         });
         Feed { follow, notices }
     }
@@ -75,34 +77,36 @@ impl Feeds {
         if notices.is_empty() {
             return;
         }
-        for ear in self.ears().iter() {
-            ear.publish(notices);
+        for receiver in self.receivers().iter() {
+            receiver.publish(notices);
         }
     }
 
     /// Resets all feeds after notices may have been lost.
     pub(super) fn reset_all(&self) {
-        for ear in self.ears().iter() {
-            ear.deafen(&mut ear.state());
+        for receiver in self.receivers().iter() {
+            receiver.require_reset(&mut receiver.state());
         }
     }
 
-    fn ears(&self) -> MutexGuard<'_, Vec<Arc<Ear>>> {
-        self.ears.lock().unwrap_or_else(PoisonError::into_inner)
+    fn receivers(&self) -> MutexGuard<'_, Vec<Arc<Receiver>>> {
+        self.receivers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Ear {
+impl Receiver {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn publish(&self, notices: &[Notice]) {
         let mut state = self.state();
-        if state.is_deaf {
+        if state.needs_reset {
             return;
         }
-        let is_for_me = |notice: &&Notice| match notice {
+        let is_followed = |notice: &&Notice| match notice {
             Notice::Append {
                 partition, target, ..
             } => state
@@ -111,22 +115,22 @@ impl Ear {
                 .is_some_and(|logs| logs.contains(target)),
             _ => true,
         };
-        let batch: Vec<Notice> = notices.iter().filter(is_for_me).cloned().collect();
-        self.hand_over(&mut state, batch);
+        let batch: Vec<Notice> = notices.iter().filter(is_followed).cloned().collect();
+        self.deliver(&mut state, batch);
     }
 
-    fn hand_over(&self, state: &mut State, batch: Vec<Notice>) {
+    fn deliver(&self, state: &mut State, batch: Vec<Notice>) {
         if !batch.is_empty() && self.notices.try_send(batch).is_err() {
-            self.deafen(state);
+            self.require_reset(state);
         }
     }
 
-    fn deafen(&self, state: &mut State) {
+    fn require_reset(&self, state: &mut State) {
         *state = State {
-            is_deaf: true,
+            needs_reset: true,
             ..State::default()
         };
-        self.deafened.notify_one();
+        self.reset_due.notify_one();
     }
 
     /// Handles follow requests and sends resets until either end of the feed is dropped.
@@ -142,11 +146,11 @@ impl Ear {
                     0 => return,
                     _ => self.follow(some.drain(..)),
                 },
-                () = self.deafened.notified() => {
+                () = self.reset_due.notified() => {
                     let Ok(room) = self.notices.reserve().await else { return };
                     // Under one lock: notices published from now on queue up behind the reset.
                     let mut state = self.state();
-                    state.is_deaf = false;
+                    state.needs_reset = false;
                     room.send(vec![Notice::Reset { partitions: partitions.to_vec() }]);
                 }
                 () = self.notices.closed() => return,
@@ -156,7 +160,7 @@ impl Ear {
 
     fn follow(&self, requests: impl Iterator<Item = Follow>) {
         let mut state = self.state();
-        if state.is_deaf {
+        if state.needs_reset {
             // The pending reset voids these requests.
             return;
         }
@@ -184,7 +188,7 @@ impl Ear {
                 }
             }
         }
-        self.hand_over(&mut state, answers);
+        self.deliver(&mut state, answers);
     }
 }
 
@@ -213,7 +217,7 @@ mod tests {
         }
     }
 
-    async fn hear(feed: &mut Feed) -> Vec<Notice> {
+    async fn receive(feed: &mut Feed) -> Vec<Notice> {
         feed.notices.recv().await.expect("the feed is open")
     }
 
@@ -223,7 +227,7 @@ mod tests {
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 7)).unwrap();
         assert!(matches!(
-            *hear(&mut feed).await,
+            *receive(&mut feed).await,
             [Notice::Following { token: 7 }]
         ));
         let tick = Notice::Tick {
@@ -233,7 +237,7 @@ mod tests {
         };
         feeds.publish(&[appended("u:2", 1), appended("u:1", 2), tick]);
         assert!(matches!(
-            *hear(&mut feed).await,
+            *receive(&mut feed).await,
             [
                 Notice::Append {
                     id: NotificationId(2),
@@ -246,7 +250,7 @@ mod tests {
         feeds.publish(&[appended("u:1", 4)]);
         assert!(
             matches!(
-                *hear(&mut feed).await,
+                *receive(&mut feed).await,
                 [Notice::Append {
                     id: NotificationId(4),
                     ..
@@ -264,7 +268,7 @@ mod tests {
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 1)).unwrap();
         assert!(matches!(
-            *hear(&mut feed).await,
+            *receive(&mut feed).await,
             [Notice::Following { token: 1 }]
         ));
         for id in 0..CAPACITY as u64 + 5 {
@@ -272,25 +276,25 @@ mod tests {
         }
         feed.follow.send(start("u:2", 2)).unwrap();
         for expect in 0..CAPACITY as u64 {
-            let heard = hear(&mut feed).await;
+            let received = receive(&mut feed).await;
             assert!(
-                matches!(&*heard, [Notice::Append { id: NotificationId(id), .. }] if *id == expect),
-                "{heard:?}"
+                matches!(&*received, [Notice::Append { id: NotificationId(id), .. }] if *id == expect),
+                "{received:?}"
             );
         }
         assert!(
-            matches!(&*hear(&mut feed).await, [Notice::Reset { partitions }] if *partitions == [P])
+            matches!(&*receive(&mut feed).await, [Notice::Reset { partitions }] if *partitions == [P])
         );
         // The earlier request came either before or after the reset. In both cases, a request after
         // the reset is in effect once it is answered.
         feed.follow.send(start("u:1", 3)).unwrap();
         while !matches!(
-            hear(&mut feed).await.last(),
+            receive(&mut feed).await.last(),
             Some(Notice::Following { token: 3 })
         ) {}
         feeds.publish(&[appended("u:1", 1_000)]);
         assert!(matches!(
-            *hear(&mut feed).await,
+            *receive(&mut feed).await,
             [Notice::Append {
                 id: NotificationId(1_000),
                 ..
@@ -303,17 +307,17 @@ mod tests {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let mut feed = feeds.open();
         feed.follow.send(start("u:1", 1)).unwrap();
-        hear(&mut feed).await;
+        receive(&mut feed).await;
         feeds.reset_all();
         feeds.publish(&[appended("u:1", 1)]);
-        assert!(matches!(*hear(&mut feed).await, [Notice::Reset { .. }]));
+        assert!(matches!(*receive(&mut feed).await, [Notice::Reset { .. }]));
         feed.follow.send(start("u:2", 2)).unwrap();
-        hear(&mut feed).await;
+        receive(&mut feed).await;
         feeds.publish(&[appended("u:1", 2), appended("u:2", 2)]);
-        let heard = hear(&mut feed).await;
+        let received = receive(&mut feed).await;
         assert!(
-            matches!(&*heard, [Notice::Append { target, .. }] if target.to_string() == "u:2"),
-            "{heard:?}"
+            matches!(&*received, [Notice::Append { target, .. }] if target.to_string() == "u:2"),
+            "{received:?}"
         );
     }
 
@@ -322,7 +326,7 @@ mod tests {
         let feeds = Arc::new(Feeds::new(vec![P]));
         let (kept, dropped) = (feeds.open(), feeds.open());
         drop(dropped);
-        while feeds.ears().len() > 1 {
+        while feeds.receivers().len() > 1 {
             tokio::task::yield_now().await;
         }
         drop(kept);

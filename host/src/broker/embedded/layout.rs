@@ -2,8 +2,8 @@
 //! when the store is opened.
 //!
 //! This file defines the complete layout. A change that an older pointsman would misread must
-//! increment [`VERSION`]. The tables are written by `commit`, `source`, `recipients`, `device_cursors`
-//! and `sweep`.
+//! increment [`VERSION`]. The tables are written by `commit`, `source`, `recipients`,
+//! `device_cursors` and `sweep`.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -39,7 +39,7 @@ pub(super) const DEAD: TableDefinition<'_, EntryKey, (&[u8], Fields)> =
 pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> =
     TableDefinition::new("decisions");
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
-pub(super) const BOOKMARKS: TableDefinition<'_, &str, &[u8]> =
+pub(super) const DEVICE_CURSORS: TableDefinition<'_, &str, &[u8]> =
     TableDefinition::new("device_cursors");
 
 /// The tables that requests write, opened once per group.
@@ -68,7 +68,7 @@ impl<'t> Tables<'t> {
             dead: transaction.open_table(DEAD)?,
             decisions: transaction.open_table(DECISIONS)?,
             users: transaction.open_table(USERS)?,
-            device_cursors: transaction.open_table(BOOKMARKS)?,
+            device_cursors: transaction.open_table(DEVICE_CURSORS)?,
         })
     }
 }
@@ -211,7 +211,7 @@ impl Meta {
             epochs: self
                 .epochs
                 .iter()
-                .map(|&(epoch, survived)| (Epoch::from_bits(epoch), survived))
+                .map(|&(epoch, last_valid)| (Epoch::from_bits(epoch), last_valid))
                 .collect(),
             last: self.last,
             pending: self.pending,

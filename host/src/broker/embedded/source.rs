@@ -10,8 +10,8 @@ use super::commit::{DeadLetterRow, DecisionRow};
 use super::layout::{self, Meta, entry_key, successor};
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::{DeadLetter, Entry, Error, Found};
-use crate::event::{Decision, EntryId, NotificationId, Outcome};
+use crate::broker::{DeadLetter, DecisionSearch, Entry, Error, StoredDecision};
+use crate::event::EntryId;
 
 type Field = (Bytes, Bytes);
 
@@ -19,14 +19,14 @@ impl Work<'_> {
     /// See [`crate::broker::Sources::append`].
     pub(super) fn append(
         &mut self,
-        place: usize,
+        slot: usize,
         entries: &[Vec<Field>],
     ) -> Result<Vec<EntryId>, Failure> {
-        self.check_room(place)?;
-        let number = self.number(place);
+        self.check_room(slot)?;
+        let number = self.number(slot);
         let mut ids = Vec::with_capacity(entries.len());
         for fields in entries {
-            let meta = &mut self.metas[place];
+            let meta = &mut self.metas[slot];
             // Above the position as well: a commit may have moved it past entries that the
             // partition never stored.
             let before = meta.last_entry.max(meta.position().entry);
@@ -46,15 +46,15 @@ impl Work<'_> {
         Ok(ids)
     }
 
-    fn check_room(&self, place: usize) -> Result<(), Failure> {
+    fn check_room(&self, slot: usize) -> Result<(), Failure> {
         if let Some(shortage) = &self.shortage {
             return Err(Error::Full(shortage.clone()).into());
         }
-        let (lag, bound) = (self.metas[place].lag(), self.retention.backlog_entries);
+        let (lag, bound) = (self.metas[slot].lag(), self.retention.backlog_entries);
         if lag < bound {
             return Ok(());
         }
-        let source = &self.partitions[place].source;
+        let source = &self.partitions[slot].source;
         Err(Error::Full(format!(
             "{lag} entries are waiting in '{source}' and limits.backlog_entries is {bound}; try again later"
         ))
@@ -62,8 +62,8 @@ impl Work<'_> {
     }
 
     /// See [`crate::broker::Sources::take_over`].
-    pub(super) fn take_over(&mut self, place: usize) -> u32 {
-        let meta = &mut self.metas[place];
+    pub(super) fn take_over(&mut self, slot: usize) -> u32 {
+        let meta = &mut self.metas[slot];
         let position = meta.position();
         let at = (position.entry, position.slices);
         meta.takeovers = if meta.taken_over_at == at {
@@ -76,8 +76,8 @@ impl Work<'_> {
     }
 
     /// See [`crate::broker::Sources::note_attempt`].
-    pub(super) fn note_attempt(&mut self, place: usize, entry: EntryId) -> u32 {
-        let meta = &mut self.metas[place];
+    pub(super) fn note_attempt(&mut self, slot: usize, entry: EntryId) -> u32 {
+        let meta = &mut self.metas[slot];
         // Only one entry at a time is tried with recorded attempts, so only one is stored.
         let noted = meta
             .attempts
@@ -89,22 +89,22 @@ impl Work<'_> {
 
     /// See [`crate::broker::Operations::redrive`]. Rejected like any append if the backlog is at its
     /// limit.
-    pub(super) fn redrive(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
-        let key = entry_key(self.number(place), id);
+    pub(super) fn redrive(&mut self, slot: usize, id: EntryId) -> Result<bool, Failure> {
+        let key = entry_key(self.number(slot), id);
         let found = self.tables.dead.get(key)?.map(|row| owned(&row.value().1));
         let Some(fields) = found else {
             return Ok(false);
         };
-        self.append(place, &[fields])?;
-        self.drop_dead_letter(place, id)
+        self.append(slot, &[fields])?;
+        self.drop_dead_letter(slot, id)
     }
 
     /// See [`crate::broker::Operations::drop_dead_letter`].
-    pub(super) fn drop_dead_letter(&mut self, place: usize, id: EntryId) -> Result<bool, Failure> {
-        let key = entry_key(self.number(place), id);
+    pub(super) fn drop_dead_letter(&mut self, slot: usize, id: EntryId) -> Result<bool, Failure> {
+        let key = entry_key(self.number(slot), id);
         let is_there = self.tables.dead.remove(key)?.is_some();
         if is_there {
-            self.metas[place].dead_letters = self.metas[place].dead_letters.saturating_sub(1);
+            self.metas[slot].dead_letters = self.metas[slot].dead_letters.saturating_sub(1);
         }
         Ok(is_there)
     }
@@ -167,13 +167,11 @@ pub(super) fn dead_letters(
     read.collect()
 }
 
-pub(super) type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
-
 pub(super) fn decisions(
     transaction: &ReadTransaction,
     partition: u8,
     limit: usize,
-) -> Result<Vec<Decided>, Failure> {
+) -> Result<Vec<StoredDecision>, Failure> {
     let table = transaction.open_table(layout::DECISIONS)?;
     newest_first(&table, partition)?.take(limit).collect()
 }
@@ -183,15 +181,15 @@ pub(super) fn find_decisions(
     partition: u8,
     event_id: &str,
     limit: usize,
-) -> Result<Found, Failure> {
+) -> Result<DecisionSearch, Failure> {
     let table = transaction.open_table(layout::DECISIONS)?;
-    let mut found = Found::default();
-    for decided in newest_first(&table, partition)? {
-        let decided = decided?;
-        let (entry, .., decision) = &decided;
+    let mut found = DecisionSearch::default();
+    for stored in newest_first(&table, partition)? {
+        let stored = stored?;
+        let (entry, .., decision) = &stored;
         found.reaches_to = Some(*entry);
         if decision.is_about(*entry, event_id) {
-            found.decisions.push(decided);
+            found.decisions.push(stored);
             if found.decisions.len() == limit {
                 break;
             }
@@ -203,7 +201,7 @@ pub(super) fn find_decisions(
 fn newest_first(
     table: &ReadOnlyTable<layout::EntryKey, &'static [u8]>,
     partition: u8,
-) -> Result<impl Iterator<Item = Result<Decided, Failure>>, Failure> {
+) -> Result<impl Iterator<Item = Result<StoredDecision, Failure>>, Failure> {
     let rows = table
         .range((partition, 0, 0)..=(partition, u64::MAX, u64::MAX))?
         .rev();

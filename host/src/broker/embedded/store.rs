@@ -63,7 +63,7 @@ impl Failure {
     pub(super) fn unreadable(row: &str, error: &serde_json::Error) -> Self {
         let text = format!("{row} cannot be read ({error}); restore the data folder from a copy");
         tracing::error!("{text}");
-        Self::Answer(Error::Refused(text))
+        Self::Answer(Error::Permanent(text))
     }
 
     pub(super) fn into_text(self) -> anyhow::Error {
@@ -229,7 +229,7 @@ impl Store {
     pub(super) fn begin_read(&self) -> Result<ReadTransaction, Failure> {
         match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
             Some(database) => Ok(database.begin_read()?),
-            None => Err(Failure::Answer(self.away())),
+            None => Err(Failure::Answer(self.unavailable())),
         }
     }
 
@@ -237,7 +237,7 @@ impl Store {
     pub(super) fn begin_write(&self) -> Result<WriteTransaction, Failure> {
         let mut transaction = match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
             Some(database) => database.begin_write()?,
-            None => return Err(Failure::Answer(self.away())),
+            None => return Err(Failure::Answer(self.unavailable())),
         };
         transaction.set_quick_repair(!matches!(self.medium, Medium::Memory));
         Ok(transaction)
@@ -247,7 +247,7 @@ impl Store {
     pub(super) fn failed(&self, failure: Failure, now_ms: u64) -> Error {
         let error = match failure {
             Failure::Answer(error) => return error,
-            Failure::Store(redb::Error::DatabaseClosed) => return self.away(),
+            Failure::Store(redb::Error::DatabaseClosed) => return self.unavailable(),
             Failure::Store(error) => error,
         };
         let is_full = matches!(&error, redb::Error::Io(io) if matches!(io.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded));
@@ -273,14 +273,14 @@ impl Store {
             });
         }
         drop(trouble);
-        self.away()
+        self.unavailable()
     }
 
     /// # Errors
     /// The failure of the store, until it is reopened.
     pub(super) fn check(&self) -> Result<(), Error> {
         if self.is_failed() {
-            Err(self.away())
+            Err(self.unavailable())
         } else {
             Ok(())
         }
@@ -312,7 +312,7 @@ impl Store {
                 }
                 Some(_) => {
                     drop(trouble);
-                    return Err(self.away());
+                    return Err(self.unavailable());
                 }
             }
         }
@@ -336,7 +336,7 @@ impl Store {
                     "{} cannot be reopened",
                     self.name()
                 );
-                Err(self.away())
+                Err(self.unavailable())
             }
         }
     }
@@ -383,7 +383,7 @@ impl Store {
         refusal.into_iter().chain(warning).collect()
     }
 
-    fn away(&self) -> Error {
+    fn unavailable(&self) -> Error {
         match &*self.trouble.lock().unwrap_or_else(PoisonError::into_inner) {
             Some(Trouble {
                 text,

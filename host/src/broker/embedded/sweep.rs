@@ -38,7 +38,7 @@ pub(super) struct Sweep {
 }
 
 /// The data of a partition that can be removed.
-struct Due {
+struct SweepBounds {
     /// Notifications below this id.
     records: NotificationId,
     /// Entries up to and including this one.
@@ -47,7 +47,7 @@ struct Due {
     seen_ms: u64,
 }
 
-impl Due {
+impl SweepBounds {
     fn new(meta: &Meta, shared: &Shared, now_ms: u64) -> Self {
         let max_age_ms = shared.retention.max_age_s.saturating_mul(1000);
         // Slightly later than the floor, so that a reader that has just read a page still finds its
@@ -120,9 +120,9 @@ impl Sweep {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        let due: Vec<Due> = metas
+        let due: Vec<SweepBounds> = metas
             .iter()
-            .map(|meta| Due::new(meta, shared, now_ms))
+            .map(|meta| SweepBounds::new(meta, shared, now_ms))
             .collect();
         let mut has_work = self.walks.iter().any(Option::is_some);
         for (due, partition) in due.iter().zip(&shared.partitions) {
@@ -135,7 +135,7 @@ impl Sweep {
             self.users_ms = Some(now_ms);
             let transaction = shared.store.begin_read()?;
             let has_device_cursors = transaction
-                .open_table(layout::BOOKMARKS)?
+                .open_table(layout::DEVICE_CURSORS)?
                 .first()?
                 .is_some();
             self.device_cursors_walk = has_device_cursors.then(String::new);
@@ -147,8 +147,8 @@ impl Sweep {
         }
         let mut is_unfinished = false;
         let (metas, _) = transact(shared, metas, |work| {
-            for (place, due) in due.iter().enumerate() {
-                is_unfinished |= work.sweep(place, due, &mut self.walks[place])?;
+            for (slot, due) in due.iter().enumerate() {
+                is_unfinished |= work.sweep(slot, due, &mut self.walks[slot])?;
             }
             if let Some(from) = self.device_cursors_walk.take() {
                 self.device_cursors_walk = work.walk_device_cursors(&from)?;
@@ -168,11 +168,11 @@ impl Sweep {
 impl Work<'_> {
     fn sweep(
         &mut self,
-        place: usize,
-        due: &Due,
+        slot: usize,
+        due: &SweepBounds,
         walk: &mut Option<String>,
     ) -> Result<bool, Failure> {
-        let number = self.number(place);
+        let number = self.number(slot);
         let mut is_unfinished = false;
 
         let mut n_records = 0;
@@ -187,7 +187,7 @@ impl Work<'_> {
         }
         is_unfinished |= n_records == BUDGET;
         if n_records > 0 {
-            let meta = &mut self.metas[place];
+            let meta = &mut self.metas[slot];
             meta.floor = meta.floor.max(due.records);
             // Every index entry has a record with the same id, so the logs need a pass only when
             // records were removed.
@@ -222,7 +222,7 @@ impl Work<'_> {
             n_seen += 1;
         }
         is_unfinished |= n_seen == BUDGET;
-        self.metas[place]
+        self.metas[slot]
             .bucket_sizes
             .retain(|&bucket, _| bucket >= due.seen_ms);
 

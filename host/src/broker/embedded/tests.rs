@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::*;
 use crate::broker::{Follow, Item, Notice, Proposal};
-use crate::event::{DeadReason, Position, Value};
+use crate::event::{DeadReason, Decision, Outcome, Position, Value};
 use crate::shutdown::Shutdown;
 
 pub(super) mod disk;
@@ -154,8 +154,8 @@ async fn commit(broker: &Embedded, items: Vec<Item>) -> Vec<(Outcome, Option<Not
         .await
         .unwrap()
     {
-        Committed::Done(outcomes) => outcomes,
-        Committed::Conflict => panic!("the position is current"),
+        CommitResult::Done(outcomes) => outcomes,
+        CommitResult::Conflict => panic!("the position is current"),
     }
 }
 

@@ -24,8 +24,8 @@ pub(super) struct Work<'t> {
 }
 
 impl Work<'_> {
-    pub(super) fn number(&self, place: usize) -> u8 {
-        self.partitions[place].number.0
+    pub(super) fn number(&self, slot: usize) -> u8 {
+        self.partitions[slot].number.0
     }
 }
 
@@ -49,9 +49,9 @@ pub(super) fn transact(
             notices: Vec::new(),
         };
         act(&mut work)?;
-        for (place, (meta, before)) in work.metas.iter().zip(&before).enumerate() {
+        for (slot, (meta, before)) in work.metas.iter().zip(&before).enumerate() {
             if meta != before {
-                meta.write(shared.partitions[place].number.0, &mut work.tables.meta)?;
+                meta.write(shared.partitions[slot].number.0, &mut work.tables.meta)?;
             }
         }
         (work.metas, work.notices)

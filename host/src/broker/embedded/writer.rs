@@ -88,7 +88,7 @@ enum Request {
     },
     /// Writes nothing, but needs its place in the order of notices.
     Tick {
-        place: usize,
+        slot: usize,
         reply: oneshot::Sender<Result<()>>,
     },
 }
@@ -130,15 +130,15 @@ impl Writer {
             result: None,
             reply,
         });
-        self.ask(Request::Write { job, bytes }, answer).await
+        self.send(Request::Write { job, bytes }, answer).await
     }
 
-    pub(super) async fn tick(&self, place: usize) -> Result<()> {
+    pub(super) async fn tick(&self, slot: usize) -> Result<()> {
         let (reply, answer) = oneshot::channel();
-        self.ask(Request::Tick { place, reply }, answer).await
+        self.send(Request::Tick { slot, reply }, answer).await
     }
 
-    async fn ask<T>(&self, request: Request, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
+    async fn send<T>(&self, request: Request, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
         let queue = self
             .queue
             .lock()
@@ -228,8 +228,8 @@ fn serve(shared: &Shared, mut group: Vec<Request>) {
         }
         Err(error) => {
             let alive = |request: &Request| match request {
-                Request::Tick { place, .. } => Some(Notice::Alive {
-                    partition: shared.partitions[*place].number,
+                Request::Tick { slot, .. } => Some(Notice::Alive {
+                    partition: shared.partitions[*slot].number,
                 }),
                 Request::Write { .. } => None,
             };
@@ -241,7 +241,7 @@ fn serve(shared: &Shared, mut group: Vec<Request>) {
     };
     for request in group {
         match request {
-            Request::Write { job, .. } => job.answer(error.as_ref().map(again)),
+            Request::Write { job, .. } => job.answer(error.as_ref().map(clone_error)),
             // Answered with success even if the group failed: an `Alive` notice was published
             // instead.
             Request::Tick { reply, .. } => drop(reply.send(Ok(()))),
@@ -285,8 +285,8 @@ fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure>
         .all(|request| matches!(request, Request::Tick { .. }))
     {
         let ticks = group.iter().filter_map(|request| match request {
-            Request::Tick { place, .. } => {
-                Some(tick(shared.partitions[*place].number, &before[*place]))
+            Request::Tick { slot, .. } => {
+                Some(tick(shared.partitions[*slot].number, &before[*slot]))
             }
             Request::Write { .. } => None,
         });
@@ -296,9 +296,9 @@ fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure>
         for request in group.iter_mut() {
             match request {
                 Request::Write { job, .. } => job.apply(work).map_err(Failure::Store)?,
-                Request::Tick { place, .. } => work
+                Request::Tick { slot, .. } => work
                     .notices
-                    .push(tick(work.partitions[*place].number, &work.metas[*place])),
+                    .push(tick(work.partitions[*slot].number, &work.metas[*slot])),
             }
         }
         Ok(())
@@ -327,10 +327,10 @@ fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
 }
 
 /// A copy of the error for each request of a group.
-fn again(error: &Error) -> Error {
+fn clone_error(error: &Error) -> Error {
     match error {
         Error::Unavailable(text) => Error::Unavailable(text.clone()),
         Error::Full(text) => Error::Full(text.clone()),
-        Error::Refused(text) => Error::Refused(text.clone()),
+        Error::Permanent(text) => Error::Permanent(text.clone()),
     }
 }

@@ -6,18 +6,18 @@ use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
 
 /// Rejects a Redis that does not support flags in scripts.
-pub(super) async fn version(link: &CommandConnection) -> Result<()> {
-    let info: String = link.query(redis::cmd("INFO").arg("server")).await?;
+pub(super) async fn version(connection: &CommandConnection) -> Result<()> {
+    let info: String = connection.query(redis::cmd("INFO").arg("server")).await?;
     match too_old(&info) {
-        Some(text) => Err(Error::Refused(text)),
+        Some(text) => Err(Error::Permanent(text)),
         None => Ok(()),
     }
 }
 
 pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
-    let info: String = match redis.link.query(&redis::cmd("INFO")).await {
+    let info: String = match redis.connection.query(&redis::cmd("INFO")).await {
         Ok(info) => info,
-        Err(Error::Refused(why)) => {
+        Err(Error::Permanent(why)) => {
             return Ok(vec![refusal(
                 "info",
                 format!(
@@ -65,8 +65,8 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         .username()
         .unwrap_or("default")
         .to_owned();
-    for place in &redis.places {
-        let (s, t, c) = (&place.partition.source, &place.prefix, &place.channels);
+    for keys in &redis.keys {
+        let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
         let needed = [
             &["EVALSHA", "x", "2", s, &format!("{t}meta")][..],
             &["EVAL", "x", "2", s, &format!("{t}meta")],
@@ -118,15 +118,15 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             &["UNSUBSCRIBE", &format!("{c}tick")],
         ]
         .map(|words| words.join("\n"));
-        let refused: Vec<String> = match redis
-            .link
+        let denied: Vec<String> = match redis
+            .connection
             .eval(&scripts::RIGHTS, |command| {
                 command.arg(0).arg(&needed);
             })
             .await
         {
-            Ok(refused) => refused,
-            Err(Error::Refused(why)) => {
+            Ok(denied) => denied,
+            Err(Error::Permanent(why)) => {
                 let text = format!(
                     "user '{user}' may not run scripts ({why}); run ACL SETUSER {user} +eval +evalsha"
                 );
@@ -134,12 +134,12 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             }
             Err(error) => return Err(error),
         };
-        if !refused.is_empty() {
-            let commands: Vec<String> = refused
+        if !denied.is_empty() {
+            let commands: Vec<String> = denied
                 .iter()
                 .map(|words| words.replace('\n', " "))
                 .collect();
-            let grant: Vec<String> = refused
+            let grant: Vec<String> = denied
                 .iter()
                 .filter_map(|words| words.lines().next())
                 .map(|word| format!("+{}", word.to_lowercase()))

@@ -2,8 +2,8 @@
 //!
 //! Every answer has a deadline. A connection that fails or misses the deadline is dropped, and a
 //! later command opens a new one. The pause between attempts grows while Redis is unavailable;
-//! during the pause, commands fail immediately with [`Error::Unavailable`]. A command that was sent on a
-//! dropped connection may still take effect. The notice connection epochs in [`super::feed`].
+//! during the pause, commands fail immediately with [`Error::Unavailable`]. A command that was sent
+//! on a dropped connection may still take effect. The notice connection is in [`super::feed`].
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -161,7 +161,9 @@ impl CommandConnection {
                 state.failures += 1;
                 let error = explain(&error);
                 state.why = match &error {
-                    Error::Unavailable(why) | Error::Full(why) | Error::Refused(why) => why.clone(),
+                    Error::Unavailable(why) | Error::Full(why) | Error::Permanent(why) => {
+                        why.clone()
+                    }
                 };
                 Err(Failure::Known(error))
             }
@@ -202,11 +204,11 @@ impl Readers {
     /// arrived. Dropping the future closes the connection, which also ends the wait in Redis.
     pub(super) async fn query<T: FromRedisValue>(
         &self,
-        link: &CommandConnection,
+        shared: &CommandConnection,
         command: &Cmd,
         wait: Duration,
     ) -> Result<T> {
-        let generation = link.generation.load(Ordering::Relaxed);
+        let generation = shared.generation.load(Ordering::Relaxed);
         let idle = {
             let mut idle = self.idle();
             idle.retain(|(of, _)| *of == generation);
@@ -215,7 +217,7 @@ impl Readers {
         let read = async {
             let mut connection = match idle {
                 Some((_, connection)) => connection,
-                None => connect(&link.client).await?,
+                None => connect(&shared.client).await?,
             };
             let answer = command.query_async::<Value>(&mut connection).await;
             if !answer.as_ref().is_err_and(breaks_connection) {
@@ -250,7 +252,7 @@ pub(super) fn parse<T: FromRedisValue>(value: Value) -> Result<T> {
 
 /// The error for an answer that none of our scripts and keys produces.
 pub(super) fn unexpected(what: &dyn std::fmt::Display) -> Error {
-    Error::Refused(format!(
+    Error::Permanent(format!(
         "unexpected answer ({what}); check whether another program writes to Pointsman's keys"
     ))
 }
@@ -272,19 +274,21 @@ pub(super) fn explain(error: &RedisError) -> Error {
             | "TRYAGAIN" | "ASK" | "MOVED" | "BUSY" | "UNBLOCKED",
         ) => Error::Unavailable(error.to_string()),
         Some("OOM") => Error::Full(format!("{error}; raise maxmemory or let the backlog drain")),
-        Some("NOPERM") => Error::Refused(format!("{error}; grant it with ACL SETUSER")),
+        Some("NOPERM") => Error::Permanent(format!("{error}; grant it with ACL SETUSER")),
         Some("WRONGPASS" | "NOAUTH") => {
-            Error::Refused(format!("{error}; correct user and password in the URL"))
+            Error::Permanent(format!("{error}; correct user and password in the URL"))
         }
-        Some("WRONGTYPE") => Error::Refused(format!(
+        Some("WRONGTYPE") => Error::Permanent(format!(
             "{error}; a key of Pointsman has the wrong type; rename or delete it"
         )),
-        Some(_) => Error::Refused(error.to_string()),
+        Some(_) => Error::Permanent(error.to_string()),
         None => match error.kind() {
             ErrorKind::AuthenticationFailed => {
-                Error::Refused(format!("{error}; correct user and password in the URL"))
+                Error::Permanent(format!("{error}; correct user and password in the URL"))
             }
-            ErrorKind::InvalidClientConfig | ErrorKind::Client => Error::Refused(error.to_string()),
+            ErrorKind::InvalidClientConfig | ErrorKind::Client => {
+                Error::Permanent(error.to_string())
+            }
             _ => Error::Unavailable(error.to_string()),
         },
     }

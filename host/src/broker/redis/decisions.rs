@@ -4,50 +4,48 @@ use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
 use super::partition_keys::PartitionKeys;
-use super::{Redis, client, optional_id, understand};
-use crate::broker::{Found, Result};
-use crate::event::{Decision, EntryId, NotificationId, Outcome};
+use super::{Redis, client, optional_id, parse_text};
+use crate::broker::{DecisionSearch, Result, StoredDecision};
 
 /// Records per read of a search, which occupies Redis for about a millisecond.
 const PAGE: usize = 1_000;
 
-type Decided = (EntryId, Outcome, Option<NotificationId>, Decision);
 /// The id in the stream, from which the next read continues, and the fields.
-type Raw = (String, BTreeMap<String, String>);
+type RawRecord = (String, BTreeMap<String, String>);
 
 /// See [`crate::broker::Operations::decisions`].
 pub(super) async fn newest(
     redis: &Redis,
-    place: &PartitionKeys,
+    keys: &PartitionKeys,
     limit: usize,
-) -> Result<Vec<Decided>> {
-    read(redis, place, "+", limit)
+) -> Result<Vec<StoredDecision>> {
+    read(redis, keys, "+", limit)
         .await?
         .iter()
-        .map(decided)
+        .map(stored)
         .collect()
 }
 
 /// See [`crate::broker::Operations::find_decisions`].
 pub(super) async fn find(
     redis: &Redis,
-    place: &PartitionKeys,
+    keys: &PartitionKeys,
     event_id: &str,
     limit: usize,
-) -> Result<Found> {
-    let (mut found, mut from) = (Found::default(), "+".to_owned());
+) -> Result<DecisionSearch> {
+    let (mut found, mut from) = (DecisionSearch::default(), "+".to_owned());
     loop {
-        let page = read(redis, place, &from, PAGE).await?;
+        let page = read(redis, keys, &from, PAGE).await?;
         let Some((last, _)) = page.last() else {
             return Ok(found);
         };
         from = format!("({last}");
         for raw in &page {
-            let decided = decided(raw)?;
-            let (entry, .., decision) = &decided;
+            let stored = stored(raw)?;
+            let (entry, .., decision) = &stored;
             found.reaches_to = Some(*entry);
             if decision.is_about(*entry, event_id) {
-                found.decisions.push(decided);
+                found.decisions.push(stored);
                 if found.decisions.len() == limit {
                     return Ok(found);
                 }
@@ -56,12 +54,17 @@ pub(super) async fn find(
     }
 }
 
-async fn read(redis: &Redis, place: &PartitionKeys, from: &str, count: usize) -> Result<Vec<Raw>> {
+async fn read(
+    redis: &Redis,
+    keys: &PartitionKeys,
+    from: &str,
+    count: usize,
+) -> Result<Vec<RawRecord>> {
     redis
-        .link
+        .connection
         .query(
             client::cmd("XREVRANGE")
-                .arg(format!("{}decisions", place.prefix))
+                .arg(format!("{}decisions", keys.prefix))
                 .arg(from)
                 .arg("-")
                 .arg("COUNT")
@@ -70,12 +73,12 @@ async fn read(redis: &Redis, place: &PartitionKeys, from: &str, count: usize) ->
         .await
 }
 
-fn decided((_, fields): &Raw) -> Result<Decided> {
+fn stored((_, fields): &RawRecord) -> Result<StoredDecision> {
     let text = |name: &str| fields.get(name).map(String::as_str).unwrap_or_default();
     let decision = serde_json::from_str(text("decision")).map_err(|error| unexpected(&error))?;
     Ok((
-        understand(text("entry"))?,
-        understand(text("outcome"))?,
+        parse_text(text("entry"))?,
+        parse_text(text("outcome"))?,
         optional_id(text("id"))?,
         decision,
     ))

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
-use super::{Redis, scripts, understand};
+use super::{Redis, parse_text, scripts};
 use crate::broker::{CursorOwner, Result, StoredCursor};
 use crate::event::Name;
 
@@ -18,7 +18,7 @@ pub(super) async fn read(
     let mut commands = redis::pipe();
     commands.cmd("HGETALL").arg(key(user.as_str())).cmd("TIME");
     let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
-        redis.link.pipeline(&commands).await?;
+        redis.connection.pipeline(&commands).await?;
     let mut device_cursors = BTreeMap::new();
     for (field, text) in fields {
         let which = which(&field)?;
@@ -26,10 +26,10 @@ pub(super) async fn read(
             .split_once(' ')
             .ok_or_else(|| unexpected(&"a malformed device cursor"))?;
         // The next move removes it. Running a script on every read would make every read a write.
-        if understand::<u64>(moved_ms)?
-            >= (seconds * 1000).saturating_sub(redis.retention.bookmark_age_ms(&which))
+        if parse_text::<u64>(moved_ms)?
+            >= (seconds * 1000).saturating_sub(redis.retention.cursor_ttl_ms(&which))
         {
-            device_cursors.insert(which, read_bookmark(stored)?);
+            device_cursors.insert(which, parse_cursor(stored)?);
         }
     }
     Ok(device_cursors)
@@ -43,17 +43,17 @@ pub(super) async fn change(
     to: &StoredCursor,
 ) -> Result<bool> {
     redis
-        .link
-        .eval(&scripts::BOOKMARK, |command| {
+        .connection
+        .eval(&scripts::DEVICE_CURSOR, |command| {
             command.arg(1).arg(key(user.as_str()));
             command
                 .arg(redis.retention.device_cursor_ttl_s.saturating_mul(1000))
-                .arg(redis.retention.bookmark_age_ms(&CursorOwner::ReadMarker));
+                .arg(redis.retention.cursor_ttl_ms(&CursorOwner::ReadMarker));
             command
                 .arg(redis.retention.devices)
                 .arg(field(which))
-                .arg(seen.map(written).unwrap_or_default())
-                .arg(written(to));
+                .arg(seen.map(format_cursor).unwrap_or_default())
+                .arg(format_cursor(to));
         })
         .await
 }
@@ -81,7 +81,7 @@ fn which(field: &str) -> Result<CursorOwner> {
     }
 }
 
-fn written(stored: &StoredCursor) -> String {
+fn format_cursor(stored: &StoredCursor) -> String {
     format!(
         "{} {}",
         if stored.is_acknowledged { 'a' } else { 'b' },
@@ -89,7 +89,7 @@ fn written(stored: &StoredCursor) -> String {
     )
 }
 
-fn read_bookmark(text: &str) -> Result<StoredCursor> {
+fn parse_cursor(text: &str) -> Result<StoredCursor> {
     let (kind, cursor) = text
         .split_once(' ')
         .ok_or_else(|| unexpected(&"a malformed device cursor"))?;

@@ -174,7 +174,7 @@ impl Session {
         self.flush().await?;
         match self.frame().await? {
             Frame::Simple(_) => Ok(()),
-            Frame::Error(why) => Err(Error::Refused(format!(
+            Frame::Error(why) => Err(Error::Permanent(format!(
                 "{}; correct user and password in the URL",
                 String::from_utf8_lossy(&why)
             ))),
@@ -211,7 +211,7 @@ impl Session {
         notices: &mpsc::Sender<Vec<Notice>>,
     ) -> End {
         let mut batch = Vec::new();
-        let mut asked = Vec::new();
+        let mut requested = Vec::new();
         loop {
             let (mut reader, mut writer) = tokio::io::split(&mut self.socket);
             // Dropping a branch loses nothing: `read_buf`, `write_buf`, `reserve` and `recv_many`
@@ -228,12 +228,12 @@ impl Session {
                     }
                     continue;
                 }
-                n = requests.recv_many(&mut asked, REQUESTS) => {
+                n = requests.recv_many(&mut requested, REQUESTS) => {
                     if n == 0 {
                         return End::Dropped;
                     }
-                    for request in asked.drain(..) {
-                        if !self.ask(request) {
+                    for request in requested.drain(..) {
+                        if !self.handle(request) {
                             return End::Lost("no message arrived for too long".into());
                         }
                     }
@@ -264,7 +264,7 @@ impl Session {
     }
 
     /// Handles a request. `false`: the connection has to be dropped.
-    fn ask(&mut self, request: Follow) -> bool {
+    fn handle(&mut self, request: Follow) -> bool {
         match request {
             Follow::Start {
                 partition,
@@ -305,7 +305,7 @@ impl Session {
             Frame::Array(elements) => elements,
             Frame::Simple(_) => return Ok(()),
             Frame::Error(why) => {
-                return Err(Error::Refused(format!(
+                return Err(Error::Permanent(format!(
                     "{}; grant it with ACL SETUSER",
                     String::from_utf8_lossy(&why)
                 )));
@@ -387,17 +387,19 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
 }
 
 async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
-    let away = |error: std::io::Error| Error::Unavailable(error.to_string());
+    let unavailable = |error: std::io::Error| Error::Unavailable(error.to_string());
     match address {
         ConnectionAddr::Tcp(host, port) => {
             let socket = TcpStream::connect((host.as_str(), *port))
                 .await
-                .map_err(away)?;
-            socket.set_nodelay(true).map_err(away)?;
+                .map_err(unavailable)?;
+            socket.set_nodelay(true).map_err(unavailable)?;
             Ok(Box::new(socket))
         }
-        ConnectionAddr::Unix(path) => Ok(Box::new(UnixStream::connect(path).await.map_err(away)?)),
-        _ => Err(Error::Refused(
+        ConnectionAddr::Unix(path) => Ok(Box::new(
+            UnixStream::connect(path).await.map_err(unavailable)?,
+        )),
+        _ => Err(Error::Permanent(
             "TLS is not supported; write redis:// instead of rediss://".into(),
         )),
     }

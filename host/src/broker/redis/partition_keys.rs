@@ -26,14 +26,14 @@ pub(super) struct PartitionKeys {
 impl PartitionKeys {
     /// Finds the partition number of a source, or assigns one.
     pub(super) async fn find(
-        link: &CommandConnection,
+        connection: &CommandConnection,
         database: i64,
         source: &str,
         prefix: String,
         retention: &Retention,
     ) -> Result<Self> {
         let meta = format!("{prefix}meta");
-        let number = give_number(link, source, &meta).await?;
+        let number = give_number(connection, source, &meta).await?;
         let channels = if database == 0 {
             prefix.clone()
         } else {
@@ -68,10 +68,10 @@ impl PartitionKeys {
     }
 
     /// Logs the repairs that a script made to the source.
-    pub(super) fn alarm(&self, (lost, foreign_entries): (u64, u64)) {
+    pub(super) fn report_repairs(&self, (trimmed_unread, foreign_entries): (u64, u64)) {
         let source = &self.partition.source;
-        if lost > 0 {
-            tracing::error!(source.key = %source, lost, "another client removed entries from the source before they were read; do not trim it (XADD MAXLEN, XTRIM, XDEL)");
+        if trimmed_unread > 0 {
+            tracing::error!(source.key = %source, trimmed_unread, "another client removed entries from the source before they were read; do not trim it (XADD MAXLEN, XTRIM, XDEL)");
         }
         if foreign_entries > 0 {
             tracing::error!(source.key = %source, foreign_entries, "the source was deleted and recreated with lower ids; its entries were appended again");
@@ -85,7 +85,7 @@ pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
     let mut prefixes: Vec<String> = Vec::with_capacity(sources.len());
     for source in sources {
         let refuse = |why: &str| {
-            Err(Error::Refused(format!(
+            Err(Error::Permanent(format!(
                 "source '{}' {why}; give it another key",
                 source.escape_debug()
             )))
@@ -111,7 +111,7 @@ pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
     for (at, prefix) in prefixes.iter().enumerate() {
         for (other, source) in sources.iter().enumerate() {
             if source.starts_with(prefix) || (other != at && prefixes[other].starts_with(prefix)) {
-                return Err(Error::Refused(format!(
+                return Err(Error::Permanent(format!(
                     "sources '{}' and '{source}' would share keys; give one another key",
                     sources[at]
                 )));
@@ -124,14 +124,14 @@ pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
 /// Assigns a number to a source permanently. The partition stores it as well, so that the list of
 /// all numbers can be rebuilt.
 async fn give_number(
-    link: &CommandConnection,
+    connection: &CommandConnection,
     source: &str,
     meta: &str,
 ) -> Result<PartitionNumber> {
-    let claimed: Option<String> = link
+    let claimed: Option<String> = connection
         .query(redis::cmd("HGET").arg(meta).arg("number"))
         .await?;
-    let answer: Value = link
+    let answer: Value = connection
         .eval(&scripts::NUMBER, |command| {
             command
                 .arg(1)
@@ -145,14 +145,14 @@ async fn give_number(
         Value::Int(number) if (0..i64::from(PartitionNumber::MAX)).contains(&number) => {
             Ok(PartitionNumber(number as u8))
         }
-        Value::Int(_) => Err(Error::Refused(format!(
+        Value::Int(_) => Err(Error::Permanent(format!(
             "source '{source}' would be partition {}, but an installation can have at most {} over its lifetime; use fewer sources",
             u32::from(PartitionNumber::MAX) + 1,
             PartitionNumber::MAX
         ))),
         other => {
             let other: String = parse(other)?;
-            Err(Error::Refused(format!(
+            Err(Error::Permanent(format!(
                 "sources '{source}' and '{other}' have the same number in {PARTITIONS_KEY}; remove the wrong one of the two there"
             )))
         }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
-use super::{Redis, id, scripts, understand};
+use super::{Redis, id, parse_text, scripts};
 use crate::broker::{Partition, RecipientChange, Result};
 use crate::event::{Name, PartitionNumber, Recipient, Span};
 
@@ -16,7 +16,7 @@ pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {
     let mut commands = redis::pipe();
     commands.cmd("HGETALL").arg(user_key(user)).cmd("TIME");
     let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
-        redis.link.pipeline(&commands).await?;
+        redis.connection.pipeline(&commands).await?;
     let mut recipient = Recipient::default();
     for (field, text) in fields {
         if field == "attributes" {
@@ -48,7 +48,7 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
         ),
     };
     let () = redis
-        .link
+        .connection
         .eval(&scripts::RECIPIENT, |command| {
             command
                 .arg(1)
@@ -64,32 +64,32 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
     // Publish even if nothing changed: a first attempt may have written the change and failed to
     // publish it.
     let mut commands = redis::pipe();
-    for place in &redis.places {
+    for keys in &redis.keys {
         commands
             .cmd("PUBLISH")
-            .arg(format!("{}recipients", place.channels))
+            .arg(format!("{}recipients", keys.channels))
             .arg(user.as_str());
     }
-    let _heard: Vec<i64> = redis.link.pipeline(&commands).await?;
+    let _n_receivers: Vec<i64> = redis.connection.pipeline(&commands).await?;
     Ok(())
 }
 
 /// The newest id of each partition, at which a membership starts or ends.
 async fn tops(redis: &Redis) -> Result<Vec<(PartitionNumber, u64)>> {
     let mut commands = redis::pipe();
-    for place in &redis.places {
+    for keys in &redis.keys {
         commands
             .cmd("HMGET")
-            .arg(&place.meta)
+            .arg(&keys.meta)
             .arg("last")
             .arg("pending");
     }
-    let tops: Vec<(Option<u64>, Option<u64>)> = redis.link.pipeline(&commands).await?;
+    let tops: Vec<(Option<u64>, Option<u64>)> = redis.connection.pipeline(&commands).await?;
     Ok(redis
-        .places
+        .keys
         .iter()
         .zip(tops)
-        .map(|(place, (last, pending))| (place.partition.number, last.max(pending).unwrap_or(0)))
+        .map(|(keys, (last, pending))| (keys.partition.number, last.max(pending).unwrap_or(0)))
         .collect())
 }
 
@@ -106,7 +106,7 @@ fn spans(
     for word in text.split(' ') {
         if let Some(left_ms) = word.strip_prefix('@') {
             is_member = false;
-            if understand::<u64>(left_ms)? < now_ms.saturating_sub(max_age_ms) {
+            if parse_text::<u64>(left_ms)? < now_ms.saturating_sub(max_age_ms) {
                 return Ok(None);
             }
             continue;
@@ -118,7 +118,7 @@ fn spans(
             .split_once('-')
             .map_or((ids, None), |(joined, left)| (joined, Some(left)));
         spans.insert(
-            PartitionNumber(understand(number)?),
+            PartitionNumber(parse_text(number)?),
             Span {
                 joined: id(joined)?,
                 left: left.map(id).transpose()?,

@@ -32,7 +32,7 @@ pub(super) enum Frame {
 /// The peer does not speak RESP2, or sent something that is not valid on a Pub/Sub connection.
 #[derive(Debug, thiserror::Error)]
 #[error("invalid RESP2 on a Pub/Sub connection: {0}")]
-pub(super) struct Garbled(&'static str);
+pub(super) struct FrameError(&'static str);
 
 /// Extracts frames from the received bytes.
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ pub(super) struct Decoder {
 impl Decoder {
     /// Returns the next frame, or `None` if it is not complete yet. Removes consumed bytes from
     /// `input`.
-    pub(super) fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, Garbled> {
+    pub(super) fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         loop {
             if self.skipping > 0 {
                 let now = self.skipping.min(input.len());
@@ -63,13 +63,13 @@ impl Decoder {
                 let Some(line_end) = input.iter().take(LONGEST_LINE).position(|&b| b == b'\n')
                 else {
                     return if input.len() >= LONGEST_LINE {
-                        Err(Garbled("a line is too long"))
+                        Err(FrameError("a line is too long"))
                     } else {
                         Ok(None)
                     };
                 };
                 if line_end < 2 || input[line_end - 1] != b'\r' {
-                    return Err(Garbled("a line is malformed"));
+                    return Err(FrameError("a line is malformed"));
                 }
                 let (sign, line) = (input[0], &input[1..line_end - 1]);
                 match sign {
@@ -86,7 +86,7 @@ impl Decoder {
                         let elements = usize::try_from(number(line)?)
                             .ok()
                             .filter(|n| (1..=MOST_ELEMENTS).contains(n));
-                        self.missing = elements.ok_or(Garbled("invalid length of an array"))?;
+                        self.missing = elements.ok_or(FrameError("invalid length of an array"))?;
                         input.advance(line_end + 1);
                         continue;
                     }
@@ -106,7 +106,7 @@ impl Decoder {
                             input.advance(line_end + 1);
                             self.skipping = length
                                 .checked_add(2)
-                                .ok_or(Garbled("invalid length of a text"))?;
+                                .ok_or(FrameError("invalid length of a text"))?;
                             continue;
                         }
                         Ok(length) => {
@@ -120,7 +120,7 @@ impl Decoder {
                             self.missing -= 1;
                         }
                     },
-                    _ => return Err(Garbled("unknown type of a frame")),
+                    _ => return Err(FrameError("unknown type of a frame")),
                 }
             }
             if self.missing == 0 {
@@ -130,11 +130,11 @@ impl Decoder {
     }
 }
 
-fn number(line: &[u8]) -> Result<i64, Garbled> {
+fn number(line: &[u8]) -> Result<i64, FrameError> {
     std::str::from_utf8(line)
         .ok()
         .and_then(|text| text.parse().ok())
-        .ok_or(Garbled("invalid number"))
+        .ok_or(FrameError("invalid number"))
 }
 
 /// Appends a command to `output`.
@@ -155,7 +155,7 @@ mod tests {
         Element::Text(Bytes::from_static(s.as_bytes()))
     }
 
-    fn decode(input: &[u8], piece: usize) -> Result<Vec<Frame>, Garbled> {
+    fn decode(input: &[u8], piece: usize) -> Result<Vec<Frame>, FrameError> {
         let (mut decoder, mut buffer, mut frames) =
             (Decoder::default(), BytesMut::new(), Vec::new());
         for piece in input.chunks(piece) {

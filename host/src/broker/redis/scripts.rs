@@ -54,7 +54,7 @@ scripts! {
     /// Independent of partitions and needs no permissions beyond running scripts.
     RIGHTS = new "rights.lua";
     /// Independent of partitions.
-    BOOKMARK = new "device_cursor.lua";
+    DEVICE_CURSOR = new "device_cursor.lua";
     /// Independent of partitions.
     RECIPIENT = new "recipient.lua";
 }

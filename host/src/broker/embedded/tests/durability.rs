@@ -8,7 +8,7 @@ use tokio::sync::mpsc::error::TryRecvError;
 use super::*;
 
 /// Waits for the next batch of notices.
-async fn hear(feed: &mut Feed) -> Vec<Notice> {
+async fn receive(feed: &mut Feed) -> Vec<Notice> {
     tokio::time::timeout(Duration::from_secs(20), feed.notices.recv())
         .await
         .expect("a notice arrives")
@@ -25,7 +25,7 @@ async fn follow(broker: &Embedded, log: &str) -> Feed {
         })
         .unwrap();
     assert!(matches!(
-        *hear(&mut feed).await,
+        *receive(&mut feed).await,
         [Notice::Following { token: 1 }]
     ));
     feed
@@ -57,10 +57,10 @@ async fn nothing_is_published_or_answered_before_it_is_durable() {
 
     drop(shut);
     let id = committing.await.unwrap();
-    let heard = hear(&mut feed).await;
+    let received = receive(&mut feed).await;
     assert!(
-        matches!(&*heard, [Notice::Append { id: heard, .. }] if *heard == id),
-        "{heard:?}"
+        matches!(&*received, [Notice::Append { id: received, .. }] if *received == id),
+        "{received:?}"
     );
 }
 
@@ -113,7 +113,7 @@ async fn a_full_disk_rejects_entries_is_reported_and_loses_nothing() {
     assert!(matches!(broker.head(P).await, Err(Error::Full(_))));
     broker.tick(P).await.unwrap();
     assert!(matches!(
-        *hear(&mut feed).await,
+        *receive(&mut feed).await,
         [Notice::Alive { partition: P }]
     ));
     let findings = broker.check().await.unwrap();
@@ -230,18 +230,18 @@ async fn a_failed_store_is_reopened_and_every_feed_is_reset() {
     switch.is_broken.store(false, Ordering::SeqCst);
     time.pass(2);
     broker.tick(P).await.unwrap();
-    let mut heard = Vec::new();
-    while !heard
+    let mut received = Vec::new();
+    while !received
         .iter()
         .any(|notice| matches!(notice, Notice::Reset { .. }))
     {
-        heard.extend(hear(&mut feed).await);
+        received.extend(receive(&mut feed).await);
     }
     assert!(
-        !heard
+        !received
             .iter()
             .any(|notice| matches!(notice, Notice::Append { .. })),
-        "{heard:?}"
+        "{received:?}"
     );
     let head = broker.head(P).await.unwrap();
     assert_eq!(
@@ -474,7 +474,7 @@ async fn an_unreadable_row_fails_only_the_requests_for_it() {
     let join = RecipientChange::Join {
         group: Name::parse("ops").unwrap(),
     };
-    let place = StoredCursor {
+    let stored = StoredCursor {
         cursor: "A".to_owned(),
         is_acknowledged: true,
     };
@@ -491,7 +491,7 @@ async fn an_unreadable_row_fails_only_the_requests_for_it() {
         (
             "device cursors of user 'ann'",
             broker
-                .move_device_cursor(&ann, &CursorOwner::ReadMarker, None, &place)
+                .move_device_cursor(&ann, &CursorOwner::ReadMarker, None, &stored)
                 .await
                 .map(drop),
         ),
@@ -510,7 +510,7 @@ async fn an_unreadable_row_fails_only_the_requests_for_it() {
     ];
     for (what, refused) in refusals {
         assert!(
-            matches!(&refused, Err(Error::Refused(text)) if text.contains(what)),
+            matches!(&refused, Err(Error::Permanent(text)) if text.contains(what)),
             "{what}: {refused:?}"
         );
         broker.head(P).await.expect("the store still works");

@@ -131,7 +131,7 @@ async fn a_plan_being_written_in_slices_never_expires() {
         }
     };
     let head = broker.head(P).await.unwrap();
-    let Committed::Done(done) = broker
+    let CommitResult::Done(done) = broker
         .commit_slice(P, slice(head, 0, "u:1", false))
         .await
         .unwrap()
@@ -156,7 +156,7 @@ async fn a_plan_being_written_in_slices_never_expires() {
             .commit_slice(P, slice(head, 1, "u:2", true))
             .await
             .unwrap(),
-        Committed::Done(vec![(Outcome::Committed, Some(id))])
+        CommitResult::Done(vec![(Outcome::Committed, Some(id))])
     );
     sweep(&broker, &time).await;
     assert_eq!(broker.records(P, &[id]).await.unwrap(), [None]);
@@ -489,7 +489,7 @@ async fn expired_device_cursors_are_removed() {
         Name::parse("ann").unwrap(),
         CursorOwner::Device(Name::parse("phone").unwrap()),
     );
-    let place = StoredCursor {
+    let stored = StoredCursor {
         cursor: "A".to_owned(),
         is_acknowledged: true,
     };
@@ -499,7 +499,7 @@ async fn expired_device_cursors_are_removed() {
     {
         assert!(
             broker
-                .move_device_cursor(&user, &phone, None, &place)
+                .move_device_cursor(&user, &phone, None, &stored)
                 .await
                 .unwrap()
         );
@@ -507,14 +507,14 @@ async fn expired_device_cursors_are_removed() {
     time.pass(40_000);
     assert!(
         broker
-            .move_device_cursor(&ann, &phone, Some(&place), &place)
+            .move_device_cursor(&ann, &phone, Some(&stored), &stored)
             .await
             .unwrap()
     );
     let n_users = || {
         rows(&broker, |transaction| {
             transaction
-                .open_table(layout::BOOKMARKS)
+                .open_table(layout::DEVICE_CURSORS)
                 .unwrap()
                 .len()
                 .unwrap()
@@ -527,7 +527,7 @@ async fn expired_device_cursors_are_removed() {
     assert_eq!(n_users(), 1);
     assert_eq!(
         broker.device_cursors(&ann).await.unwrap().get(&phone),
-        Some(&place)
+        Some(&stored)
     );
 }
 

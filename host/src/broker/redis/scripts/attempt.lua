@@ -5,12 +5,12 @@
 -- Returns the count and the results of heal().
 epoch()
 local field, what = ARGV[OWN], ARGV[OWN + 1]
-local lost, foreign_entries = 0, 0
+local trimmed_unread, foreign_entries = 0, 0
 if what == '' then
-  lost, foreign_entries = heal()
+  trimmed_unread, foreign_entries = heal()
   what = position()
 end
 local before_this, times = string.match(meta(field) or '', '^(%S+) (%d+)$')
 times = before_this == what and tonumber(times) + 1 or 1
 call('HSET', META, field, what .. ' ' .. times)
-return {times, lost, foreign_entries}
+return {times, trimmed_unread, foreign_entries}

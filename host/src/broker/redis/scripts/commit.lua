@@ -11,7 +11,7 @@
 --     x (dead letter): reason, plugin, attempts, number of fields, fields
 --     d (discard), u (unrouted): nothing
 --
--- Returns {'refused'} or {'done', outcome, id or '', outcome, id or '', ...}.
+-- Returns {'conflict'} or {'done', outcome, id or '', outcome, id or '', ...}.
 local at = OWN - 1
 local function take()
   at = at + 1
@@ -23,7 +23,7 @@ local wanted, prev, slice, is_final = take(), take(), tonumber(take()), take() =
 local name = epoch()
 local pos = position()
 local slices = tonumber(string.match(pos, '/(%d+)$') or '0')
-if name ~= wanted or pos ~= prev or slices ~= math.max(slice, 0) then return {'refused'} end
+if name ~= wanted or pos ~= prev or slices ~= math.max(slice, 0) then return {'conflict'} end
 -- Only a plan that is being written in slices is already pending.
 local is_continued = slice > 0
 
@@ -42,7 +42,7 @@ for i = 1, tonumber(take()) do
   items[i] = item
 end
 if is_continued then
-  if items[1].entry ~= entry_of(pos) then return {'refused'} end
+  if items[1].entry ~= entry_of(pos) then return {'conflict'} end
   -- Some logs already have the entry, so the plan can only be completed.
   if items[1].kind ~= 'c' then return redis.error_reply('ERR a plan that was started in slices can only be continued') end
 end
@@ -80,17 +80,17 @@ local function foreign(key) return 'the key ' .. key .. ' has the wrong type; re
 -- bucket, then by hash; false if the key has the wrong type.
 local seen = {}
 if window > 0 and not is_continued then
-  local asked = {}
+  local lookups = {}
   for _, item in ipairs(items) do
     if item.kind ~= 'x' and item.hash ~= '' then
       local b = bucket(item.entry)
       for _, one in ipairs({b, b - 1}) do
-        asked[one] = asked[one] or {}
-        table.insert(asked[one], item.hash)
+        lookups[one] = lookups[one] or {}
+        table.insert(lookups[one], item.hash)
       end
     end
   end
-  for b, hashes in pairs(asked) do
+  for b, hashes in pairs(lookups) do
     local found = pcall('SMISMEMBER', T .. 'seen:' .. text(b), unpack(hashes))
     seen[b] = not found.err and {}
     for i, hash in ipairs(hashes) do

@@ -8,8 +8,8 @@ local known, name, last, pending, origin = unpack(call('HMGET', META, 'replid', 
 if replid() ~= known then return {'begin'} end
 local answer = {name, last or '0', pending or '', position(), text(floor()), origin, text(now)}
 for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do
-  local of, survived = string.match(one, '^(%S+) (%S+)$')
+  local of, last_valid = string.match(one, '^(%S+) (%S+)$')
   answer[#answer + 1] = of
-  answer[#answer + 1] = survived
+  answer[#answer + 1] = last_valid
 end
 return answer

@@ -92,7 +92,7 @@ local function epoch()
   if not floor0 then
     local begin = text(id_of(now))
     local found = source()
-    -- Entries that left the source before this partition was created do not count as lost.
+    -- Entries that left the source before this partition was created do not count as trimmed unread.
     local n = found and found['entries-added'] - found['length'] or 0
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
@@ -145,8 +145,8 @@ end
 -- command's own arguments.
 local MOST_ARGUMENTS = 7800
 
--- Repairs the source after other clients modified it. Returns the number of entries that were lost
--- and the number that were appended again.
+-- Repairs the source after other clients modified it. Returns the number of entries that were
+-- trimmed before being read and the number that were appended again.
 local function heal()
   local found = source()
   if not found then return 0, 0 end

@@ -2,9 +2,9 @@
 -- Publishes the last id to every node, after all notices up to it.
 -- Returns the results of heal().
 local name = epoch()
-local lost, foreign_entries = heal()
+local trimmed_unread, foreign_entries = heal()
 trim()
 -- Store the floor once a minute, so that a clock that is set back does not lower it.
 if is_due('floor_at', 60000) then call('HSET', META, 'floor0', text(floor()), 'floor_at', text(now + 60000)) end
 call('PUBLISH', C .. 'tick', name .. ' ' .. (meta('last') or '0'))
-return {lost, foreign_entries}
+return {trimmed_unread, foreign_entries}
