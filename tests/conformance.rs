@@ -304,7 +304,7 @@ impl Node {
             .await
             .expect("state")
             .outcomes
-            .get(outcome.as_str())
+            .get(&outcome)
             .copied()
             .unwrap_or(0)
     }

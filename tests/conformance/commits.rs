@@ -119,8 +119,8 @@ pub(super) async fn each_outcome_is_counted_and_recorded_under_its_name(bench: B
     assert_eq!(
         state.outcomes,
         words
-            .iter()
-            .map(|word| (word.as_str().to_owned(), 1))
+            .into_iter()
+            .map(|outcome| (outcome, 1))
             .collect::<BTreeMap<_, _>>()
     );
     let mut decisions = node.broker.decisions(node.p, 10).await.unwrap();

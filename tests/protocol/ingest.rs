@@ -226,7 +226,7 @@ async fn drained(stage: &Stage) -> impl Fn(Outcome) -> u64 {
         .await
         .expect("state")
         .outcomes;
-    move |outcome: Outcome| outcomes.get(outcome.as_str()).copied().unwrap_or(0)
+    move |outcome: Outcome| outcomes.get(&outcome).copied().unwrap_or(0)
 }
 
 /// A has read 1 to 10, then reads 11 to 20 ahead and stalls; its lease expires and B takes over.

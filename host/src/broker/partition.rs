@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 
-use crate::event::{EntryId, Epoch, NotificationId, PartitionNumber, Position};
+use crate::event::{EntryId, Epoch, NotificationId, Outcome, PartitionNumber, Position};
 
 /// A partition of this installation.
 #[derive(Clone, Debug)]
@@ -94,7 +94,7 @@ pub enum Lease {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct PartitionState {
     /// Number of events by outcome since the partition was created.
-    pub outcomes: BTreeMap<String, u64>,
+    pub outcomes: BTreeMap<Outcome, u64>,
     /// Entries after the position.
     pub lag: u64,
     /// Entries that another client of the broker removed before they were read.

@@ -628,7 +628,7 @@ impl Operations for Redis {
         let number = |field: &str| meta.get(field).map_or(Ok(0), |text| parse_text(text));
         let outcomes = Outcome::ALL
             .into_iter()
-            .map(|outcome| Ok((outcome.as_str().to_owned(), number(outcome.as_str())?)));
+            .map(|outcome| Ok((outcome, number(outcome.as_str())?)));
         Ok(PartitionState {
             outcomes: outcomes.collect::<Result<_>>()?,
             lag,

@@ -181,7 +181,7 @@ pub struct Notification {
 
 /// The outcome of an event; each event has exactly one. Code, counters, records and documents use
 /// the same words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// Indexed in every log that its plan names.

@@ -50,7 +50,7 @@ impl Play {
                 .filter(|decision| decision.1 == outcome)
                 .count() as u64;
             assert_eq!(
-                state.outcomes.get(outcome.as_str()).copied().unwrap_or(0),
+                state.outcomes.get(&outcome).copied().unwrap_or(0),
                 n_decided,
                 "{outcome:?}"
             );

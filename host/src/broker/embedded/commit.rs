@@ -348,10 +348,7 @@ impl Work<'_> {
         let number = self.number(slot);
         let meta = &mut self.metas[slot];
         meta.settled += 1;
-        *meta
-            .outcomes
-            .entry(outcome.as_str().to_owned())
-            .or_default() += 1;
+        *meta.outcomes.entry(outcome).or_default() += 1;
         let stored = DecisionRow {
             outcome,
             id,

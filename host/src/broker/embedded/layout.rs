@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::store::Failure;
 use crate::broker::{Head, Partition, Retention};
-use crate::event::{EntryId, Epoch, NotificationId, PartitionNumber, Position};
+use crate::event::{EntryId, Epoch, NotificationId, Outcome, PartitionNumber, Position};
 
 /// The version of this layout. A store with a higher version is rejected.
 pub(super) const VERSION: u64 = 1;
@@ -121,7 +121,7 @@ pub(super) struct Meta {
     pub(super) taken_over_at: (EntryId, u32),
     /// The entry tried last, and how often.
     pub(super) attempts: Option<(EntryId, u32)>,
-    pub(super) outcomes: BTreeMap<String, u64>,
+    pub(super) outcomes: BTreeMap<Outcome, u64>,
     pub(super) dead_letters: u64,
     pub(super) last_dead_letter: EntryId,
     pub(super) dead_trimmed: u64,

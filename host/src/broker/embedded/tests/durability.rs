@@ -287,7 +287,7 @@ async fn no_power_failure_loses_or_tears_an_acknowledged_commit() {
             .await
             .unwrap()
             .outcomes
-            .get("committed")
+            .get(&Outcome::Committed)
             .copied()
             .unwrap_or(0);
         assert!(
