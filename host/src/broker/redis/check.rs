@@ -2,6 +2,7 @@
 //! durability. Each finding is one line with its fix.
 
 use super::command_connection::CommandConnection;
+use super::partition_keys::PartitionKeys;
 use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
 
@@ -66,65 +67,11 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         .unwrap_or("default")
         .to_owned();
     for keys in &redis.keys {
-        let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
-        let needed = [
-            &["EVALSHA", "x", "2", s, &format!("{t}meta")][..],
-            &["EVAL", "x", "2", s, &format!("{t}meta")],
-            &["TIME"],
-            &["INFO", "replication"],
-            &["XADD", s, "*", "f", "v"],
-            &["XREAD", "COUNT", "1", "STREAMS", s, "0-0"],
-            &["XRANGE", s, "-", "+"],
-            &["XREVRANGE", s, "+", "-"],
-            &["XTRIM", s, "MAXLEN", "1"],
-            &["XDEL", s, "0-1"],
-            &["XLEN", s],
-            &["XINFO", "STREAM", s],
-            &["XSETID", s, "0-1"],
-            &["XGROUP", "SETID", s, "pointsman", "0-1"],
-            &["XPENDING", s, "pointsman"],
-            &["TYPE", s],
-            &["GET", &format!("{t}owner")],
-            &["SET", &format!("{t}owner"), "v"],
-            &["DEL", &format!("{t}owner")],
-            &["PTTL", &format!("{t}owner")],
-            &["PEXPIRE", &format!("{t}owner"), "1"],
-            &["EXISTS", &format!("{t}owner")],
-            &["UNLINK", &format!("{t}seen:1")],
-            &["MGET", &format!("{t}e:1")],
-            &["SADD", &format!("{t}seen:1"), "v"],
-            &["SCARD", &format!("{t}seen:1")],
-            &["SMISMEMBER", &format!("{t}seen:1"), "v"],
-            &["HGET", &format!("{t}meta"), "f"],
-            &["HSET", &format!("{t}meta"), "f", "v"],
-            &["HDEL", &format!("{t}meta"), "f"],
-            &["HINCRBY", &format!("{t}meta"), "f", "1"],
-            &["HMGET", &format!("{t}meta"), "f"],
-            &["HGETALL", &format!("{t}meta")],
-            &["RPUSH", &format!("{t}epochs"), "v"],
-            &["LTRIM", &format!("{t}epochs"), "0", "1"],
-            &["LRANGE", &format!("{t}epochs"), "0", "1"],
-            &["ZADD", &format!("{t}l:all"), "1", "v"],
-            &["ZREVRANGE", &format!("{t}l:all"), "0", "0"],
-            &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],
-            &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
-            &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
-            &["HGETALL", "pointsman:user:x"],
-            &["PERSIST", "pointsman:user:x"],
-            &["HGETALL", &super::device_cursors::key("x")],
-            &["HSET", super::partition_keys::PARTITIONS_KEY, "f", "v"],
-            &["PUBLISH", &format!("{c}tick"), "v"],
-            &["SUBSCRIBE", &format!("{c}tick")],
-            &["UNSUBSCRIBE", &format!("{c}tick")],
-        ]
-        .map(|words| words.join("\n"));
-        let denied: Vec<String> = match redis
-            .connection
-            .eval(&scripts::RIGHTS, |command| {
-                command.arg(0).arg(&needed);
-            })
-            .await
-        {
+        let needed = needed_commands(keys);
+        let call = redis.connection.eval(&scripts::RIGHTS, |command| {
+            command.arg(0).arg(&needed);
+        });
+        let denied: Vec<String> = match call.await {
             Ok(denied) => denied,
             Err(Error::Permanent(why)) => {
                 let text = format!(
@@ -135,24 +82,86 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             Err(error) => return Err(error),
         };
         if !denied.is_empty() {
-            let commands: Vec<String> = denied
-                .iter()
-                .map(|words| words.replace('\n', " "))
-                .collect();
-            let grant: Vec<String> = denied
-                .iter()
-                .filter_map(|words| words.lines().next())
-                .map(|word| format!("+{}", word.to_lowercase()))
-                .collect();
-            let text = format!(
-                "user '{user}' may not run {}; run ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
-                commands.join(", "),
-                grant.join(" ")
-            );
-            return Ok(vec![refusal("rights", text)]);
+            return Ok(vec![refusal("rights", grant_advice(&user, keys, &denied))]);
         }
     }
     Ok(Vec::new())
+}
+
+/// The commands that Pointsman runs on a partition, one word per line.
+fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
+    let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
+    [
+        &["EVALSHA", "x", "2", s, &format!("{t}meta")][..],
+        &["EVAL", "x", "2", s, &format!("{t}meta")],
+        &["TIME"],
+        &["INFO", "replication"],
+        &["XADD", s, "*", "f", "v"],
+        &["XREAD", "COUNT", "1", "STREAMS", s, "0-0"],
+        &["XRANGE", s, "-", "+"],
+        &["XREVRANGE", s, "+", "-"],
+        &["XTRIM", s, "MAXLEN", "1"],
+        &["XDEL", s, "0-1"],
+        &["XLEN", s],
+        &["XINFO", "STREAM", s],
+        &["XSETID", s, "0-1"],
+        &["XGROUP", "SETID", s, "pointsman", "0-1"],
+        &["XPENDING", s, "pointsman"],
+        &["TYPE", s],
+        &["GET", &format!("{t}owner")],
+        &["SET", &format!("{t}owner"), "v"],
+        &["DEL", &format!("{t}owner")],
+        &["PTTL", &format!("{t}owner")],
+        &["PEXPIRE", &format!("{t}owner"), "1"],
+        &["EXISTS", &format!("{t}owner")],
+        &["UNLINK", &format!("{t}seen:1")],
+        &["MGET", &format!("{t}e:1")],
+        &["SADD", &format!("{t}seen:1"), "v"],
+        &["SCARD", &format!("{t}seen:1")],
+        &["SMISMEMBER", &format!("{t}seen:1"), "v"],
+        &["HGET", &format!("{t}meta"), "f"],
+        &["HSET", &format!("{t}meta"), "f", "v"],
+        &["HDEL", &format!("{t}meta"), "f"],
+        &["HINCRBY", &format!("{t}meta"), "f", "1"],
+        &["HMGET", &format!("{t}meta"), "f"],
+        &["HGETALL", &format!("{t}meta")],
+        &["RPUSH", &format!("{t}epochs"), "v"],
+        &["LTRIM", &format!("{t}epochs"), "0", "1"],
+        &["LRANGE", &format!("{t}epochs"), "0", "1"],
+        &["ZADD", &format!("{t}l:all"), "1", "v"],
+        &["ZREVRANGE", &format!("{t}l:all"), "0", "0"],
+        &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],
+        &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
+        &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
+        &["HGETALL", "pointsman:user:x"],
+        &["PERSIST", "pointsman:user:x"],
+        &["HGETALL", &super::device_cursors::key("x")],
+        &["HSET", super::partition_keys::PARTITIONS_KEY, "f", "v"],
+        &["PUBLISH", &format!("{c}tick"), "v"],
+        &["SUBSCRIBE", &format!("{c}tick")],
+        &["UNSUBSCRIBE", &format!("{c}tick")],
+    ]
+    .map(|words| words.join("\n"))
+    .into()
+}
+
+/// Names the denied commands and the command that grants them.
+fn grant_advice(user: &str, keys: &PartitionKeys, denied: &[String]) -> String {
+    let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
+    let commands: Vec<String> = denied
+        .iter()
+        .map(|words| words.replace('\n', " "))
+        .collect();
+    let grant: Vec<String> = denied
+        .iter()
+        .filter_map(|words| words.lines().next())
+        .map(|word| format!("+{}", word.to_lowercase()))
+        .collect();
+    format!(
+        "user '{user}' may not run {}; run ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
+        commands.join(", "),
+        grant.join(" ")
+    )
 }
 
 fn refusal(name: &'static str, text: String) -> Finding {
