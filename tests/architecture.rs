@@ -16,7 +16,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
     (
         "",
         &[
-            &["clock", "event", "shutdown", "telemetry"],
+            &["backoff", "clock", "event", "shutdown", "telemetry"],
             &["broker", "plugin"],
             // They meet only in the log, which belongs to the broker: neither imports the other.
             &["ingest", "delivery", "auth"],

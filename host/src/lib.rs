@@ -17,6 +17,7 @@
 //! ARCHITECTURE.md describes how they fit together, and which may import which.
 
 pub mod auth;
+pub mod backoff;
 pub mod broker;
 pub mod clock;
 pub mod config;

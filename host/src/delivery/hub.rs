@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::backoff::Backoff;
 use crate::broker::{Feed, Follow, Logs, Notice};
 use crate::clock::now_ms;
 use crate::delivery::recipients::Reader;
@@ -439,11 +440,15 @@ impl Shared {
 
     /// Opens one feed after another, forever.
     async fn listen(self: Arc<Self>) {
-        let mut delay = Duration::from_millis(100);
+        let mut backoff = Backoff::new(
+            Duration::from_millis(100),
+            Duration::from_secs(5),
+            0.5..=1.5,
+        );
         loop {
-            match self.broker.feed().await {
+            let pause = match self.broker.feed().await {
                 Ok(feed) => {
-                    delay = Duration::from_millis(100);
+                    backoff.reset();
                     Listener {
                         hub: &self,
                         epochs: HashMap::new(),
@@ -452,14 +457,16 @@ impl Shared {
                     .listen(feed)
                     .await;
                     self.lock().follow = None;
+                    backoff.pause()
                 }
                 Err(error) => {
-                    tracing::warn!(%error, retry_ms = delay.as_millis() as u64, "cannot open the feed; streams stay open without live notifications");
-                    delay = (delay * 2).min(Duration::from_secs(5));
+                    let pause = backoff.pause();
+                    tracing::warn!(%error, retry_ms = pause.as_millis() as u64, "cannot open the feed; streams stay open without live notifications");
+                    pause
                 }
-            }
+            };
             self.metrics.feed_resets.inc();
-            tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))).await;
+            tokio::time::sleep(pause).await;
         }
     }
 }

@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::backoff::Backoff;
 use crate::broker::{
     Batch, CommitResult, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
     MAX_ITEMS, Partition, Proposal, Result, Slice, Sources,
@@ -159,7 +160,8 @@ impl Ingest {
     /// Processes one partition until `shutdown`; then it stops reading, waits for the last commit
     /// and releases the lease.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
-        let mut delay = Duration::from_millis(50);
+        let mut backoff =
+            Backoff::new(Duration::from_millis(50), Duration::from_secs(5), 0.5..=1.5);
         let mut standing = Standing {
             is_new_owner: true,
             is_careful: false,
@@ -174,9 +176,9 @@ impl Ingest {
             let began = Instant::now();
             let stop = self.own(&partition, &mut standing, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
-                delay = Duration::from_millis(50);
+                backoff.reset();
             }
-            match stop {
+            let pause = match stop {
                 Stop::Shutdown => break,
                 Stop::Refused => {
                     tracing::debug!(source.key = %partition.source, "the position moved; reading the head again");
@@ -185,7 +187,8 @@ impl Ingest {
                 Stop::LeaseLost => {
                     tracing::info!(source.key = %partition.source, "lost the lease; another node processes the source");
                     standing.is_new_owner = true;
-                    delay = Duration::from_millis(50);
+                    backoff.reset();
+                    backoff.pause()
                 }
                 Stop::NoPlugins => {
                     tracing::warn!(source.key = %partition.source, "no plugins loaded; events wait in the source");
@@ -204,12 +207,13 @@ impl Ingest {
                             REFUSED_FOR,
                         );
                     }
-                    tracing::warn!(source.key = %partition.source, %error, retry_ms = delay.as_millis() as u64, "the broker failed; the source waits");
-                    delay = (delay * 2).min(Duration::from_secs(5));
+                    let pause = backoff.pause();
+                    tracing::warn!(source.key = %partition.source, %error, retry_ms = pause.as_millis() as u64, "the broker failed; the source waits");
+                    pause
                 }
-            }
+            };
             tokio::select! {
-                () = tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = shutdown.cancelled() => {}
             }
         }
@@ -521,6 +525,8 @@ impl Ingest {
         clock_ms: u64,
     ) -> Result<Item, NoPlugins> {
         let began = Instant::now();
+        // The retry timeout bounds the pauses.
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::MAX, 1.0..=1.0);
         let mut n_before = 0;
         for attempt in 1..=self.config.retries {
             let Resolution::Failed {
@@ -532,7 +538,7 @@ impl Ingest {
             else {
                 break;
             };
-            let wait = Duration::from_millis(100) * 2_u32.saturating_pow(attempt - 1);
+            let wait = backoff.pause();
             if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
                 break;
             }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::backoff::Backoff;
 use crate::broker::{self, Broker, Finding, Operations, Severity};
 use crate::delivery::hub::Hub;
 use crate::ingest::pipeline::Pipeline;
@@ -24,22 +25,22 @@ const CHECK_EVERY: Duration = Duration::from_secs(2);
 /// Percentage of the dead-letter limit at which a warning is set for a source.
 const DEAD_WARNING_PERCENT: u64 = 80;
 
-/// The longest pause between two attempts to reach the broker.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
-
 /// Calls `connect` until it succeeds. Cancel-safe.
 pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
     mut connect: impl FnMut() -> F,
     readiness: &Readiness,
 ) -> Arc<dyn Broker> {
-    let mut pause = Duration::from_millis(100);
+    let mut backoff = Backoff::new(
+        Duration::from_millis(100),
+        Duration::from_secs(5),
+        0.5..=1.0,
+    );
     loop {
         match connect().await {
             Ok(broker) => return broker,
             Err(error) => readiness.set("broker", error.to_string()),
         }
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-        pause = (pause * 2).min(MAX_PAUSE);
+        tokio::time::sleep(backoff.pause()).await;
     }
 }
 

@@ -15,6 +15,7 @@ use redis::{
 };
 
 use super::scripts::Script;
+use crate::backoff::Backoff;
 use crate::broker::{Error, Result};
 
 /// The deadline of a command, including the time to connect.
@@ -22,20 +23,13 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(2);
 /// The deadline for connecting. Shorter than [`DEADLINE`], so that a command reports the connection
 /// error and not a timeout.
 const CONNECT_DEADLINE: Duration = Duration::from_millis(1_500);
-const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Idle connections kept per partition for blocking reads. A partition has one owner, and
 /// occasionally a second one.
 const IDLE_READERS: usize = 2;
 
-/// The pause after `failures` failed attempts. Up to half of it is random, so that nodes do not
-/// reconnect in lockstep.
-pub(super) fn pause(failures: u32) -> Duration {
-    let full = SHORTEST_PAUSE
-        .saturating_mul(1 << failures.min(10))
-        .min(LONGEST_PAUSE);
-    full.mul_f64(rand::random_range(0.5..=1.0))
-}
+/// The pauses between attempts to connect.
+pub(super) const BACKOFF: Backoff =
+    Backoff::new(Duration::from_millis(50), Duration::from_secs(1), 0.5..=1.0);
 
 /// The shared command connection.
 pub(super) struct CommandConnection {
@@ -46,14 +40,25 @@ pub(super) struct CommandConnection {
     generation: AtomicU64,
 }
 
-#[derive(Default)]
 struct State {
     connection: Option<MultiplexedConnection>,
     /// Identifies the connection, so that a failed command drops only the connection it used.
     generation: u64,
-    failures: u32,
+    backoff: Backoff,
     not_before: Option<Instant>,
     why: String,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            connection: None,
+            generation: 0,
+            backoff: BACKOFF,
+            not_before: None,
+            why: String::new(),
+        }
+    }
 }
 
 impl CommandConnection {
@@ -157,8 +162,7 @@ impl CommandConnection {
                 Ok((connection, generation))
             }
             Err(error) => {
-                state.not_before = Some(Instant::now() + pause(state.failures));
-                state.failures += 1;
+                state.not_before = Some(Instant::now() + state.backoff.pause());
                 let error = explain(&error);
                 state.why = match &error {
                     Error::Unavailable(why) | Error::Full(why) | Error::Permanent(why) => {

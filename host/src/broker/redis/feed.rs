@@ -15,7 +15,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::command_connection::{DEADLINE, pause};
+use super::command_connection::{BACKOFF, DEADLINE};
 use super::resp::{Decoder, Element, Frame, encode};
 use crate::broker::{Error, Feed, Follow, Notice, Result};
 use crate::event::{Name, NotificationId, PartitionNumber, Target};
@@ -60,7 +60,7 @@ async fn run(
             End::Dropped => return,
             End::Lost(why) => tracing::warn!(error = %why, "the notice connection was lost"),
         }
-        let mut failures = 0;
+        let mut backoff = BACKOFF;
         session = loop {
             tokio::select! {
                 connected = Session::connect(&info, &partitions) => match connected {
@@ -70,7 +70,7 @@ async fn run(
                 () = notices.closed() => return,
             }
             tokio::select! {
-                () = tokio::time::sleep(pause(failures)) => failures += 1,
+                () = tokio::time::sleep(backoff.pause()) => {}
                 () = notices.closed() => return,
             }
         };

@@ -14,6 +14,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::Semaphore;
 
+use crate::backoff::Backoff;
 use crate::broker::{self, Head, Logs};
 use crate::clock::now_ms;
 use crate::event::criteria::Pool;
@@ -103,7 +104,8 @@ impl History {
         mut round: u64,
         follows: &dyn Follows,
     ) {
-        let mut delay = Duration::from_millis(50);
+        let mut backoff =
+            Backoff::new(Duration::from_millis(50), Duration::from_secs(2), 0.5..=1.5);
         loop {
             let stop = match self.attempt(&stream, partition, round, follows).await {
                 Ok(None) | Err(Stop::Overtaken) => return,
@@ -115,8 +117,7 @@ impl History {
             };
             if let Stop::Broker(error) = stop {
                 tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay failed to read from the broker; it will be retried");
-                tokio::time::sleep(delay.mul_f64(rand::random_range(0.5..1.5))).await;
-                delay = (delay * 2).min(Duration::from_secs(2));
+                tokio::time::sleep(backoff.pause()).await;
             }
             let mut subscription = stream.lock();
             if subscription.round(partition) != round || stream.is_closed() {
