@@ -162,8 +162,8 @@ macro_rules! suite {
     };
 }
 
-suite!(embedded, on_embedded::Place::durable());
-suite!(ephemeral, in memory, on_embedded::Place::ephemeral());
+suite!(embedded, on_embedded::EmbeddedStore::durable());
+suite!(ephemeral, in memory, on_embedded::EmbeddedStore::ephemeral());
 suite!(redis_1, RedisStore::new(1));
 suite!(redis_4, RedisStore::new(4));
 

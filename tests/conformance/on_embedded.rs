@@ -13,13 +13,13 @@ use super::Store;
 
 /// The data of one installation: a folder that is removed with it, or nothing that outlives the
 /// process.
-pub(super) struct Place {
+pub(super) struct EmbeddedStore {
     dir: Option<PathBuf>,
     sources: Vec<String>,
     running: Mutex<Option<(Retention, Arc<Embedded>)>>,
 }
 
-impl Place {
+impl EmbeddedStore {
     pub(super) fn durable() -> Self {
         static N: AtomicU32 = AtomicU32::new(0);
         let name = format!(
@@ -53,7 +53,7 @@ impl Place {
 }
 
 #[async_trait]
-impl Store for Place {
+impl Store for EmbeddedStore {
     async fn open(&self, retention: &Retention) -> Arc<dyn Broker> {
         let mut running = self.running.lock().expect("no test panics here");
         match &*running {
@@ -77,7 +77,7 @@ impl Store for Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for EmbeddedStore {
     fn drop(&mut self) {
         if let (Some(dir), Ok(running)) = (&self.dir, self.running.get_mut()) {
             if let Some((_, broker)) = running.take() {

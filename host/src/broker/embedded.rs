@@ -77,14 +77,14 @@ type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
 /// See the head of this file. Dropping it closes it.
 #[derive(Debug)]
 pub struct Embedded {
-    shared: Arc<Shared>,
+    shared: Arc<SharedState>,
     writer: Writer,
     /// The node that processes each partition, and the end of its lease.
     leases: Mutex<HashMap<PartitionNumber, (String, Instant)>>,
 }
 
 /// State shared by the writer, the readers and the feeds.
-struct Shared {
+struct SharedState {
     store: Store,
     partitions: Vec<Partition>,
     /// In the order of `partitions`: the state as of the last durable group, set before its notices
@@ -97,16 +97,16 @@ struct Shared {
     clock: Clock,
 }
 
-impl Shared {
+impl SharedState {
     /// Records a failure of the store and returns the error for the caller.
     fn failed(&self, failure: Failure) -> Error {
         self.store.failed(failure, (self.clock)())
     }
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for SharedState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
+        f.debug_struct("SharedState")
             .field("store", &self.store)
             .field("partitions", &self.partitions)
             .finish_non_exhaustive()
@@ -185,7 +185,7 @@ impl Embedded {
                 .collect(),
         ));
         let arrivals = partitions.iter().map(|_| Notify::new()).collect();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SharedState {
             store,
             partitions,
             metas: RwLock::new(metas),
@@ -242,7 +242,7 @@ impl Embedded {
     /// about 10 us per batch or page.
     async fn read_snapshot<T, F>(&self, read: F) -> Result<T>
     where
-        F: FnOnce(&ReadTransaction, &Shared) -> Result<T, Failure> + Send + 'static,
+        F: FnOnce(&ReadTransaction, &SharedState) -> Result<T, Failure> + Send + 'static,
         T: Send + 'static,
     {
         let shared = Arc::clone(&self.shared);

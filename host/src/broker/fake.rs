@@ -25,11 +25,11 @@ pub(crate) struct FakeBroker {
     failure: Option<fn() -> Error>,
     lag: u64,
     findings: Vec<Finding>,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<FakeState>>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct FakeState {
     appended: Vec<(PartitionNumber, Fields)>,
     recipients: BTreeMap<Name, Recipient>,
     device_cursors: BTreeMap<Name, BTreeMap<CursorOwner, StoredCursor>>,

@@ -32,13 +32,13 @@ struct Receiver {
     notices: mpsc::Sender<Vec<Notice>>,
     /// A std lock, as above. Held from a publication or a change of the followed logs until its
     /// delivery, which guarantees the order.
-    state: Mutex<State>,
+    state: Mutex<ReceiverState>,
     /// Notified when a reset has to be sent.
     reset_due: Notify,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ReceiverState {
     followed: HashMap<PartitionNumber, HashSet<Target>>,
     /// Notices were dropped and the reset has not been sent yet. Until then, follow requests are
     /// void.
@@ -97,7 +97,7 @@ impl Feeds {
 }
 
 impl Receiver {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ReceiverState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -119,16 +119,16 @@ impl Receiver {
         self.deliver(&mut state, batch);
     }
 
-    fn deliver(&self, state: &mut State, batch: Vec<Notice>) {
+    fn deliver(&self, state: &mut ReceiverState, batch: Vec<Notice>) {
         if !batch.is_empty() && self.notices.try_send(batch).is_err() {
             self.require_reset(state);
         }
     }
 
-    fn require_reset(&self, state: &mut State) {
-        *state = State {
+    fn require_reset(&self, state: &mut ReceiverState) {
+        *state = ReceiverState {
             needs_reset: true,
-            ..State::default()
+            ..ReceiverState::default()
         };
         self.reset_due.notify_one();
     }

@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 
 use redb::{ReadableTable as _, Table};
 
-use super::Shared;
+use super::SharedState;
 use super::layout::{self, Meta};
 use super::store::Failure;
 use super::work::{Work, transact};
@@ -48,7 +48,7 @@ struct SweepBounds {
 }
 
 impl SweepBounds {
-    fn new(meta: &Meta, shared: &Shared, now_ms: u64) -> Self {
+    fn new(meta: &Meta, shared: &SharedState, now_ms: u64) -> Self {
         let max_age_ms = shared.retention.max_age_s.saturating_mul(1000);
         // Slightly later than the floor, so that a reader that has just read a page still finds its
         // records. Never a plan that is still being written in slices: its owner may be down for
@@ -69,7 +69,7 @@ impl SweepBounds {
         }
     }
 
-    fn is_any(&self, shared: &Shared, number: u8) -> Result<bool, Failure> {
+    fn is_any(&self, shared: &SharedState, number: u8) -> Result<bool, Failure> {
         let transaction = shared.store.begin_read()?;
         let (records, source, seen) = (
             transaction.open_table(layout::RECORDS)?,
@@ -96,7 +96,7 @@ impl SweepBounds {
 }
 
 impl Sweep {
-    pub(super) fn run_if_due(&mut self, shared: &Shared) {
+    pub(super) fn run_if_due(&mut self, shared: &SharedState) {
         let now_ms = (shared.clock)();
         // Compare the difference: a clock that was set back must not stop the cleanup.
         if shared.store.is_failed()
@@ -113,7 +113,7 @@ impl Sweep {
     }
 
     /// Runs one step. Returns `true` if there may be more to do.
-    fn run(&mut self, shared: &Shared, now_ms: u64) -> Result<bool, Failure> {
+    fn run(&mut self, shared: &SharedState, now_ms: u64) -> Result<bool, Failure> {
         self.walks.resize(shared.partitions.len(), None);
         let metas = shared
             .metas

@@ -4,7 +4,7 @@
 //! `commit`, `source`, `recipients`, `device_cursors` and `sweep` implement what is done with it;
 //! `writer` decides which requests form a group.
 
-use super::Shared;
+use super::SharedState;
 use super::layout::{Meta, Tables};
 use super::store::Failure;
 use crate::broker::{Notice, Partition, Retention};
@@ -31,7 +31,7 @@ impl Work<'_> {
 
 /// Runs `act` in one durable transaction and returns the resulting state and notices.
 pub(super) fn transact(
-    shared: &Shared,
+    shared: &SharedState,
     metas: Vec<Meta>,
     act: impl FnOnce(&mut Work<'_>) -> Result<(), Failure>,
 ) -> Result<(Vec<Meta>, Vec<Notice>), Failure> {

@@ -15,7 +15,7 @@ use std::thread::{self, JoinHandle};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::Shared;
+use super::SharedState;
 use super::layout::Meta;
 use super::store::Failure;
 use super::sweep::Sweep;
@@ -103,7 +103,7 @@ pub(super) struct Writer {
 
 impl Writer {
     /// `alarm` is raised when the thread can no longer write.
-    pub(super) fn start(shared: Arc<Shared>, alarm: Alarm) -> std::io::Result<Self> {
+    pub(super) fn start(shared: Arc<SharedState>, alarm: Alarm) -> std::io::Result<Self> {
         let (queue, requests) = mpsc::channel(QUEUE);
         let thread = thread::Builder::new()
             .name("embedded-writer".to_owned())
@@ -197,7 +197,7 @@ impl Drop for Writer {
     }
 }
 
-fn run(shared: &Shared, mut requests: mpsc::Receiver<Request>) {
+fn run(shared: &SharedState, mut requests: mpsc::Receiver<Request>) {
     let mut sweep = Sweep::default();
     while let Some(first) = requests.blocking_recv() {
         let mut group = vec![first];
@@ -217,7 +217,7 @@ fn run(shared: &Shared, mut requests: mpsc::Receiver<Request>) {
     shared.store.close();
 }
 
-fn serve(shared: &Shared, mut group: Vec<Request>) {
+fn serve(shared: &SharedState, mut group: Vec<Request>) {
     let error = match recover(shared)
         .and_then(|()| write(shared, &mut group).map_err(|failure| shared.failed(failure)))
     {
@@ -251,7 +251,7 @@ fn serve(shared: &Shared, mut group: Vec<Request>) {
 
 /// Reopens the store if it has failed. The result of the last group is unknown, so the state is
 /// read back and every feed is reset.
-fn recover(shared: &Shared) -> Result<()> {
+fn recover(shared: &SharedState) -> Result<()> {
     if !shared.store.is_failed() {
         return Ok(());
     }
@@ -274,7 +274,7 @@ fn recover(shared: &Shared) -> Result<()> {
 }
 
 /// Executes the group in one transaction and returns its notices once it is durable.
-fn write(shared: &Shared, group: &mut [Request]) -> Result<Vec<Notice>, Failure> {
+fn write(shared: &SharedState, group: &mut [Request]) -> Result<Vec<Notice>, Failure> {
     let before = shared
         .metas
         .read()

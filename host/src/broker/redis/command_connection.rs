@@ -35,12 +35,12 @@ pub(super) const BACKOFF: Backoff =
 pub(super) struct CommandConnection {
     client: Client,
     // Held while connecting, so that concurrent commands share one attempt.
-    state: tokio::sync::Mutex<State>,
-    /// A copy of `State::generation` that can be read without the lock.
+    state: tokio::sync::Mutex<ConnectionState>,
+    /// A copy of `ConnectionState::generation` that can be read without the lock.
     generation: AtomicU64,
 }
 
-struct State {
+struct ConnectionState {
     connection: Option<MultiplexedConnection>,
     /// Identifies the connection, so that a failed command drops only the connection it used.
     generation: u64,
@@ -49,7 +49,7 @@ struct State {
     why: String,
 }
 
-impl Default for State {
+impl Default for ConnectionState {
     fn default() -> Self {
         Self {
             connection: None,
@@ -122,15 +122,15 @@ impl CommandConnection {
         let answer = tokio::time::timeout(DEADLINE, async {
             let (connection, generation) = self.connection().await?;
             used = Some(generation);
-            run(connection).await.map_err(Failure::Redis)
+            run(connection).await.map_err(CommandFailure::Redis)
         });
         let failure = match answer.await {
             Ok(Ok(value)) => return Ok(value),
-            Ok(Err(Failure::Known(error))) => return Err(error),
-            Ok(Err(Failure::Redis(error))) if !breaks_connection(&error) => {
+            Ok(Err(CommandFailure::Known(error))) => return Err(error),
+            Ok(Err(CommandFailure::Redis(error))) if !breaks_connection(&error) => {
                 return Err(explain(&error));
             }
-            Ok(Err(Failure::Redis(error))) => explain(&error),
+            Ok(Err(CommandFailure::Redis(error))) => explain(&error),
             Err(_) => Error::Unavailable(format!("no answer within {} s", DEADLINE.as_secs())),
         };
         if let Some(generation) = used {
@@ -142,22 +142,22 @@ impl CommandConnection {
         Err(failure)
     }
 
-    async fn connection(&self) -> Result<(MultiplexedConnection, u64), Failure> {
+    async fn connection(&self) -> Result<(MultiplexedConnection, u64), CommandFailure> {
         let mut state = self.state.lock().await;
         if let Some(connection) = &state.connection {
             return Ok((connection.clone(), state.generation));
         }
         if state.not_before.is_some_and(|at| Instant::now() < at) {
-            return Err(Failure::Known(Error::Unavailable(state.why.clone())));
+            return Err(CommandFailure::Known(Error::Unavailable(state.why.clone())));
         }
         match connect(&self.client).await {
             Ok(connection) => {
                 let generation = state.generation + 1;
                 self.generation.store(generation, Ordering::Relaxed);
-                *state = State {
+                *state = ConnectionState {
                     connection: Some(connection.clone()),
                     generation,
-                    ..State::default()
+                    ..ConnectionState::default()
                 };
                 Ok((connection, generation))
             }
@@ -169,13 +169,13 @@ impl CommandConnection {
                         why.clone()
                     }
                 };
-                Err(Failure::Known(error))
+                Err(CommandFailure::Known(error))
             }
         }
     }
 }
 
-enum Failure {
+enum CommandFailure {
     /// Already explained; no connection to drop.
     Known(Error),
     Redis(RedisError),
