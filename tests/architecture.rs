@@ -16,7 +16,14 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
     (
         "",
         &[
-            &["backoff", "clock", "event", "shutdown", "telemetry"],
+            &[
+                "backoff",
+                "clock",
+                "duration",
+                "event",
+                "shutdown",
+                "telemetry",
+            ],
             &["broker", "plugin"],
             // They meet only in the log, which belongs to the broker: neither imports the other.
             &["ingest", "delivery", "auth"],

@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use axum::http::header::{AUTHORIZATION, COOKIE};
 use axum::http::request::Parts;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::delivery::recipients::{Claims, Reader};
+use crate::duration::millis;
 use crate::event::Name;
 use crate::event::criteria::parse_attributes;
 
@@ -45,8 +47,9 @@ pub struct Config {
     pub attributes_claim: String,
     /// Refuse tokens without `exp`, which would never expire (true).
     pub require_expiry: bool,
-    /// Seconds of clock difference that the checks of `exp` and `nbf` tolerate (30).
-    pub leeway_s: u64,
+    /// The clock difference that the checks of `exp` and `nbf` tolerate (30s).
+    #[serde(with = "crate::duration")]
+    pub leeway: Duration,
     /// The value that `aud` must have (none: not checked).
     pub audience: Option<String>,
     /// The value that `iss` must have (none: not checked).
@@ -56,9 +59,9 @@ pub struct Config {
     pub cookie: Option<String>,
     /// The API key of publishers and operators, at least 16 bytes (none: publishing over HTTP is
     /// refused).
-    pub key: Option<Secret>,
+    pub api_key: Option<Secret>,
     /// A file that holds the API key instead; line breaks at its end are ignored (none).
-    pub key_file: Option<PathBuf>,
+    pub api_key_file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -71,12 +74,12 @@ impl Default for Config {
             groups_claim: "groups".to_owned(),
             attributes_claim: "attributes".to_owned(),
             require_expiry: true,
-            leeway_s: 30,
+            leeway: Duration::from_secs(30),
             audience: None,
             issuer: None,
             cookie: None,
-            key: None,
-            key_file: None,
+            api_key: None,
+            api_key_file: None,
         }
     }
 }
@@ -131,7 +134,7 @@ pub struct Auth {
     config: Config,
     tokens: Option<(DecodingKey, Validation)>,
     /// The hash of the API key, so that a comparison takes the same time for every guess.
-    key: Option<[u8; 32]>,
+    api_key: Option<[u8; 32]>,
 }
 
 impl fmt::Debug for Auth {
@@ -168,10 +171,10 @@ impl Auth {
             32,
         )?;
         let key = secret(
-            "key",
-            config.key.as_ref(),
-            "key_file",
-            config.key_file.as_deref(),
+            "api_key",
+            config.api_key.as_ref(),
+            "api_key_file",
+            config.api_key_file.as_deref(),
             16,
         )?;
         if jwt_secret.is_none() && !config.dev {
@@ -189,7 +192,7 @@ impl Auth {
         Ok(Self {
             config: config.clone(),
             tokens,
-            key: key.map(|key| Sha256::digest(key.as_bytes()).into()),
+            api_key: key.map(|key| Sha256::digest(key.as_bytes()).into()),
         })
     }
 
@@ -200,7 +203,7 @@ impl Auth {
         let fix = "is still the example value, which is public; set your own, for example from: openssl rand -hex 32";
         let secrets = [
             ("auth.jwt_secret", &self.config.jwt_secret),
-            ("auth.key", &self.config.key),
+            ("auth.api_key", &self.config.api_key),
         ];
         let is_placeholder = |secret: &Option<Secret>| {
             secret
@@ -254,7 +257,7 @@ impl Auth {
         if self.config.dev {
             return Ok(());
         }
-        let Some(key) = &self.key else {
+        let Some(key) = &self.api_key else {
             return Err(Error::Unavailable {
                 what: "this node accepts no API keys",
                 fix: "set auth.api_key or auth.api_key_file",
@@ -318,7 +321,7 @@ impl Auth {
             .and_then(serde_json::Value::as_f64)
             .map(|s| {
                 (s.max(0.0) as u64)
-                    .saturating_add(self.config.leeway_s)
+                    .saturating_add(leeway_s(&self.config))
                     .saturating_mul(1000)
             });
         let claims = self.claims(&claims.claims)?;
@@ -373,9 +376,14 @@ impl Auth {
     }
 }
 
+/// The leeway in seconds, as the library counts it. Rounded up, so that "500ms" is not 0.
+fn leeway_s(config: &Config) -> u64 {
+    millis(config.leeway).div_ceil(1_000)
+}
+
 fn validation(config: &Config) -> Validation {
     let mut validation = Validation::new(Algorithm::HS256);
-    validation.leeway = config.leeway_s;
+    validation.leeway = leeway_s(config);
     validation.validate_nbf = true;
     let mut required = HashSet::new();
     if config.require_expiry {
@@ -487,7 +495,7 @@ mod tests {
     fn config() -> Config {
         Config {
             jwt_secret: Some(SECRET.into()),
-            key: Some("publisher-key-0001".into()),
+            api_key: Some("publisher-key-0001".into()),
             cookie: Some("pointsman".into()),
             ..Config::default()
         }
@@ -721,7 +729,7 @@ mod tests {
         ));
         let keyless = Auth::new(
             &Config {
-                key: None,
+                api_key: None,
                 ..config()
             },
             &[],
@@ -782,10 +790,10 @@ mod tests {
         );
         check(
             Config {
-                key: Some("short".into()),
+                api_key: Some("short".into()),
                 ..config()
             },
-            "key",
+            "api_key",
         );
         check(
             Config {
@@ -827,10 +835,10 @@ mod tests {
         assert_eq!(
             told(Config {
                 jwt_secret: placeholder.clone(),
-                key: placeholder,
+                api_key: placeholder,
                 ..config()
             }),
-            ["auth.jwt_secret", "auth.key"]
+            ["auth.jwt_secret", "auth.api_key"]
         );
     }
 }

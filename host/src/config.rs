@@ -1,11 +1,12 @@
-//! From what the user wrote to what the node needs, in two steps: [`RawConfig`] is `pointsman.toml` with the environment and the command line
-//! laid over it; [`Config`] is checked and ready, made from it by one step that may fail.
+//! The configuration of a node, in two steps. [`RawConfig`] is `pointsman.toml` overlaid with the
+//! environment and the command line; [`Config`] is checked and ready for use.
 //!
-//! Each section's struct and defaults stand beside the code that it configures; this file composes them. The command line goes before the
-//! environment, the environment before the file, the file before the defaults. An [`Error`] is one line: where, which key, what to do.
+//! The command line overrides the environment, the environment the file, the file the defaults.
+//! Each section's struct and defaults are defined next to the code that it configures; this file
+//! composes them, `layers` overlays the sources and `checks` holds the bounds of the keys. An
+//! [`Error`] is one line with the place, the key, the reason and the fix.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -18,23 +19,22 @@ use crate::http::{self, Origins};
 use crate::plugin::registry::settings;
 use crate::{ingest, server};
 
+mod checks;
 mod layers;
 pub(crate) mod reload;
 
 pub use layers::Layers;
 pub use reload::{ConfigOrigin, ConfigSource};
 
-/// The most of any time that is added to a clock, in seconds.
-const TEN_YEARS_S: u64 = 315_360_000;
-
-/// `pointsman config --defaults`: every key with its default and what it is for. A test reads it back.
+/// The output of `pointsman config --defaults`: every key with its default and its meaning. A test
+/// reads it back.
 pub const DEFAULTS: &str = include_str!("config/defaults.toml");
 
-/// The file that is read where none is named and it is there.
+/// The file that is read if none is named and this one exists.
 pub const DEFAULT_FILE: &str = "pointsman.toml";
 
-/// The options of `serve`, by their long name, with the key that each one sets. As environment variables they are `POINTSMAN_` and the
-/// name; every other key is `POINTSMAN_<SECTION>_<KEY>`.
+/// The options of `serve` by their long names, with the key that each one sets. Their environment
+/// variables are `POINTSMAN_<OPTION>`; every key also has `POINTSMAN_<SECTION>_<KEY>`.
 pub const OPTIONS: [(&str, &str); 11] = [
     ("redis", "broker.redis"),
     ("data", "broker.data"),
@@ -49,7 +49,8 @@ pub const OPTIONS: [(&str, &str); 11] = [
     ("log-format", "log.format"),
 ];
 
-/// What the user wrote, or would have.
+/// The configuration as written, with defaults for missing keys. Values have the right type but are
+/// not checked against each other.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RawConfig {
@@ -69,21 +70,22 @@ pub struct RawConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Node {
-    /// What this node is called: under its own name, one that starts again takes its old leases at once (host and listen address).
+    /// The name under which the node takes leases; a node that restarts with the same name
+    /// reclaims its leases at once (host name and listen address).
     pub name: Option<Name>,
-    /// Be ready without a plugin: every event is then unrouted (false).
+    /// Be ready without a plugin; every event is then unrouted (false).
     pub allow_no_plugins: bool,
 }
 
-/// The `[broker]` section: one of the first three.
+/// The `[broker]` section: exactly one of the first three keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Broker {
     /// The URL of a Redis (none).
     pub redis: Option<String>,
-    /// The folder of the embedded broker, made where it is not there (none).
+    /// The folder of the embedded broker, created if it does not exist (none).
     pub data: Option<PathBuf>,
-    /// Keep everything in memory and lose it with the process (false).
+    /// Use the embedded broker in memory; its data is lost with the process (false).
     pub ephemeral: bool,
     /// The keys of the sources, 1 to 8 (`pointsman:events`).
     pub sources: Vec<String>,
@@ -104,7 +106,7 @@ impl Default for Broker {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
-    /// What is logged, as `tracing` filters are written (`info`).
+    /// A filter in the syntax of `tracing` (`info`).
     pub filter: String,
     /// `text` or `json` (text).
     pub format: LogFormat,
@@ -127,7 +129,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// What a node needs to run.
+/// The checked configuration of a node.
 #[derive(Debug)]
 pub struct Config {
     pub node: Node,
@@ -142,7 +144,7 @@ pub struct Config {
     pub ingest: ingest::Config,
     pub limits: http::Limits,
     pub log: Log,
-    /// So that what changes in the file can be taken over while the node runs; `None`: nothing is.
+    /// For reloading a changed file while the node runs; `None`: nothing is reloaded.
     pub origin: Option<ConfigOrigin>,
 }
 
@@ -154,16 +156,16 @@ pub enum BrokerChoice {
 }
 
 impl Config {
-    /// The one step from what was written to what is needed.
+    /// Checks the configuration and reads the files that it names.
     ///
     /// # Errors
-    /// Something is missing, excludes something else, or is out of its range.
+    /// A key is missing, conflicts with another, or is out of its bounds.
     pub fn new(layers: &Layers) -> Result<Self, Error> {
         let RawConfig {
             node,
             listen,
             broker,
-            retention,
+            mut retention,
             plugins,
             auth,
             stream,
@@ -171,104 +173,22 @@ impl Config {
             mut limits,
             log,
         } = layers.raw()?;
-        let addresses: [SocketAddr; 2] = [listen.address, listen.admin];
-        if listen.address == listen.admin && listen.address.port() != 0 {
-            return Err(layers.fault(
-                "listen.admin",
-                format!(
-                    "is {} as listen.address is; give it a port of its own",
-                    listen.admin
-                ),
-            ));
-        }
-        let at_least = |key: &str, value: u64, least: u64| {
-            if value < least {
-                Err(layers.fault(key, format!("is {value}; give at least {least}")))
-            } else {
-                Ok(())
-            }
-        };
-        at_least("listen.max_connections", listen.max_connections as u64, 1)?;
-        at_least("listen.header_timeout_s", listen.header_timeout_s, 1)?;
-        at_least(
-            "ingest.max_event_bytes",
-            ingest.max_event_bytes as u64,
-            1024,
-        )?;
-        if ingest.max_event_bytes > 512 * 1024 {
-            let text = format!(
-                "is {}; give at most 524288, as an event and its plan must fit one commit",
-                ingest.max_event_bytes
-            );
-            return Err(layers.fault("ingest.max_event_bytes", text));
-        }
-        // One bound with one key: what is published must not be dead-lettered for its size.
+        // Each of these bounds has one key, in the section where an operator looks for it. An event
+        // that was accepted by HTTP must not be dead-lettered for its size.
         limits.event_bytes = ingest.max_event_bytes;
-        at_least(
-            "limits.batch_bytes",
-            limits.batch_bytes as u64,
-            limits.event_bytes as u64,
-        )?;
-        at_least("ingest.lease_ms", ingest.lease_ms, 500)?;
-        at_least("stream.heartbeat_s", stream.heartbeat_s, 1)?;
-        at_least("stream.stall_s", stream.stall_s, 1)?;
-        at_least("stream.cursor_s", stream.cursor_s, 1)?;
-        at_least("stream.max_open", stream.max_open as u64, 1)?;
-        at_least("limits.batch_events", limits.batch_events as u64, 1)?;
-        at_least("limits.publish_requests", limits.publish_requests as u64, 1)?;
-        at_least("limits.body_timeout_s", limits.body_timeout_s, 1)?;
-        // A record outlives its ids by 2 % of this, and that must be more than two clocks differ.
-        at_least("retention.max_age_s", retention.max_age_s, 600)?;
-        at_least("retention.log_entries", retention.log_entries.into(), 1)?;
-        at_least(
-            "retention.everyone_entries",
-            retention.everyone_entries.into(),
-            1,
-        )?;
-        at_least("retention.dedupe_window_s", retention.dedupe_window_s, 1)?;
-        at_least("retention.backlog_entries", retention.backlog_entries, 1)?;
-        at_least(
-            "retention.device_cursor_ttl_s",
-            retention.device_cursor_ttl_s,
-            60,
-        )?;
-        at_least("retention.devices", retention.devices.into(), 1)?;
-        for (key, value) in [
-            ("stream.heartbeat_s", stream.heartbeat_s),
-            ("stream.stall_s", stream.stall_s),
-            ("stream.cursor_s", stream.cursor_s),
-            ("stream.max_age_s", stream.max_age_s),
-            ("retention.max_age_s", retention.max_age_s),
-            ("retention.keep_s", retention.keep_s),
-            ("retention.dedupe_window_s", retention.dedupe_window_s),
-            (
-                "retention.device_cursor_ttl_s",
-                retention.device_cursor_ttl_s,
-            ),
-        ] {
-            // What is added to a time must stay one.
-            if value > TEN_YEARS_S {
-                return Err(layers.fault(
-                    key,
-                    format!("is {value}; give at most {TEN_YEARS_S}, which is ten years"),
-                ));
-            }
-        }
-        check_sources(layers, &broker.sources)?;
-        let choice = choose(layers, &broker)?;
+        retention.backlog_entries = limits.backlog_entries;
+        checks::listen(layers, &listen)?;
+        checks::ingest(layers, &ingest)?;
+        checks::stream(layers, &stream)?;
+        checks::limits(layers, &limits)?;
+        checks::retention(layers, &retention)?;
+        checks::sources(layers, &broker.sources)?;
+        let choice = checks::broker(layers, &broker)?;
         let origins = Origins::new(&listen.origins, auth.dev)
             .map_err(|text| layers.fault("listen.origins", text))?;
-        let auth = Auth::new(&auth, &addresses)
+        let auth = Auth::new(&auth, &[listen.address, listen.admin])
             .map_err(|(key, text)| layers.fault(&format!("auth.{key}"), text))?;
-        tracing_subscriber::EnvFilter::try_new(&log.filter).map_err(|e| {
-            layers.fault(
-                "log.filter",
-                format!(
-                    "'{}' is no filter ({e}); write one as in info,pointsman=debug",
-                    log.filter.escape_debug()
-                ),
-            )
-        })?;
+        checks::log(layers, &log)?;
         Ok(Self {
             node,
             listen,
@@ -286,7 +206,8 @@ impl Config {
         })
     }
 
-    /// The folder of compiled plugins; `None`: there is no use for one, or no place.
+    /// The folder of the compile cache; `None`: it is disabled, there are no plugins to compile, or
+    /// no location is known.
     pub fn plugin_cache(&self) -> Option<PathBuf> {
         let data = if let BrokerChoice::Data(folder) = &self.broker {
             Some(folder.as_path())
@@ -297,59 +218,13 @@ impl Config {
     }
 }
 
-fn choose(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, Error> {
-    match (&broker.redis, &broker.data, broker.ephemeral) {
-        (Some(url), None, false) => {
-            if !["redis://", "unix:", "redis+unix:"]
-                .iter()
-                .any(|scheme| url.starts_with(scheme))
-            {
-                // The URL may hold a password, so it is not repeated.
-                return Err(layers.fault(
-                    "broker.redis",
-                    "is no URL of a Redis; write it as in redis://127.0.0.1:6379",
-                ));
-            }
-            Ok(BrokerChoice::Redis { url: url.clone() })
-        }
-        (None, Some(folder), false) => Ok(BrokerChoice::Data(folder.clone())),
-        (None, None, true) => Ok(BrokerChoice::Ephemeral),
-        (None, None, false) => Err(layers.fault(
-            "broker",
-            "none is chosen; give --redis redis://127.0.0.1:6379, --data FOLDER or --ephemeral",
-        )),
-        _ => Err(layers.fault(
-            "broker",
-            "redis, data and ephemeral exclude each other; keep one",
-        )),
-    }
-}
-
-fn check_sources(layers: &Layers, sources: &[String]) -> Result<(), Error> {
-    let fault = |text: String| Err(layers.fault("broker.sources", text));
-    if !(1..=8).contains(&sources.len()) {
-        return fault(format!("names {} sources; give 1 to 8", sources.len()));
-    }
-    for (n, source) in sources.iter().enumerate() {
-        if let Err(e) = Name::parse(source) {
-            return fault(format!(
-                "'{}' {e}; write a key as in pointsman:events",
-                source.escape_debug()
-            ));
-        }
-        if sources[..n].contains(source) {
-            return fault(format!("names '{source}' twice; keep one"));
-        }
-    }
-    Ok(())
-}
-
-/// A configuration error, in one line: where it stands, which key, and what to do.
+/// A configuration error in one line: the place, the key, the reason and the fix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error(String);
 
 impl Error {
     fn new(place: impl fmt::Display, text: impl fmt::Display) -> Self {
+        // Errors of the TOML parser may span lines.
         Self(
             format!("{place}: {text}")
                 .split_whitespace()
@@ -370,6 +245,7 @@ impl std::error::Error for Error {}
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::time::Duration;
 
     use toml::Table;
 
@@ -392,12 +268,12 @@ mod tests {
     }
 
     #[test]
-    fn the_printed_defaults_are_the_defaults_and_name_every_key() {
+    fn the_printed_defaults_match_the_code_and_contain_every_key() {
         assert_eq!(
             toml::from_str::<RawConfig>(DEFAULTS).unwrap(),
             RawConfig::default()
         );
-        // Keys without a default stand commented out; so does nothing else that looks like a key.
+        // Keys without a default are commented out; no other comment looks like a key.
         let bare = |line: &str| {
             line.strip_prefix("# ")
                 .filter(|rest| {
@@ -414,10 +290,10 @@ mod tests {
             .collect::<String>()
             .parse()
             .unwrap();
-        toml::from_str::<RawConfig>(&all.to_string())
-            .expect("what is commented out must be a key, too");
+        toml::from_str::<RawConfig>(&all.to_string()).expect("everything commented out is a key");
         for section in layers::sections().keys() {
-            // The deserializer lists the keys that it knows when it meets one that it does not. In [plugins], every other key is a plugin.
+            // On an unknown key the deserializer lists the known ones. In [plugins], every other
+            // key is a plugin.
             let error =
                 toml::from_str::<RawConfig>(&format!("[{section}]\nno_such_key = 1")).unwrap_err();
             let known = if section == "plugins" {
@@ -436,8 +312,8 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_goes_before_the_environment_before_the_file_before_the_defaults() {
-        let file = "[listen]\naddress = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:2\"\ngrace_s = 3\n[broker]\nephemeral = true\n[auth]\ndev = true\n";
+    fn the_command_line_overrides_the_environment_the_file_and_the_defaults() {
+        let file = "[listen]\naddress = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:2\"\nshutdown_grace = \"3s\"\n[broker]\nephemeral = true\n[auth]\ndev = true\n";
         let environment = [
             ("POINTSMAN_ADMIN", "127.0.0.1:22"),
             ("POINTSMAN_LISTEN", "127.0.0.1:11"),
@@ -446,7 +322,7 @@ mod tests {
         let config = layers(file, &environment, &[("listen", "127.0.0.1:111")]).unwrap();
         assert_eq!(config.listen.address.port(), 111);
         assert_eq!(config.listen.admin.port(), 22);
-        assert_eq!(config.listen.grace_s, 3);
+        assert_eq!(config.listen.shutdown_grace, Duration::from_secs(3));
         assert_eq!(config.log.filter, "debug");
         assert_eq!(config.listen.max_connections, 10_000);
     }
@@ -459,6 +335,9 @@ mod tests {
             ("POINTSMAN_BROKER_SOURCES", "a, b"),
             ("POINTSMAN_RETENTION_LOG_ENTRIES", "5"),
             ("POINTSMAN_NODE", "7"),
+            ("POINTSMAN_INGEST_LEASE_TTL", "750ms"),
+            ("POINTSMAN_STREAM_MAX_AGE", "0s"),
+            ("POINTSMAN_LIMITS_BACKLOG_ENTRIES", "3"),
             ("POINTSMAN_LISTEN_ORIGINS", "[\"https://shop.example\"]"),
             ("POINTSMAN_DATA", ""),
             ("POINTSMAN_SERVICE_HOST", "10.0.0.1"),
@@ -468,12 +347,15 @@ mod tests {
         let config = layers("", &environment, &[]).unwrap();
         assert_eq!(config.sources, ["a", "b"]);
         assert_eq!(config.retention.log_entries, 5);
+        assert_eq!(config.retention.backlog_entries, 3);
+        assert_eq!(config.ingest.lease_ttl, Duration::from_millis(750));
+        assert!(config.stream.max_age.is_zero());
         assert_eq!(config.node.name.unwrap().as_str(), "7");
         assert_eq!(config.broker, BrokerChoice::Ephemeral);
     }
 
     #[test]
-    fn a_broker_chosen_above_puts_the_one_below_out_of_force() {
+    fn a_broker_chosen_in_one_layer_replaces_the_choice_of_the_layers_below() {
         let file = "[broker]\nredis = \"redis://a\"\n[auth]\ndev = true\n";
         let choice = |environment: &[(&str, &str)], options: &[(&'static str, &str)]| {
             layers(file, environment, options).map(|config| config.broker)
@@ -502,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_one_line_that_names_place_key_and_fix() {
+    fn an_error_is_one_line_with_place_key_and_fix() {
         let check = |file: &str,
                      environment: &[(&str, &str)],
                      options: &[(&'static str, &str)],
@@ -531,24 +413,24 @@ mod tests {
             &[],
             &["p.toml:1: unknown field `nodes`", "`node`"],
         );
-        // At its line, also where the section is read by hand.
+        // With its line, although this section is deserialized by hand.
         let plugin = |table: &str| {
             format!("[plugins]\norder = []\n[plugins.first]\n\n[plugins.second]\n{table}\n")
         };
         check(
-            &plugin("dead_line_ms = 5"),
+            &plugin("deadline_ms = 5"),
             &[],
             &[],
             &[
-                "p.toml:6: plugins.second.dead_line_ms: unknown field `dead_line_ms`",
-                "`deadline_ms`",
+                "p.toml:6: plugins.second.deadline_ms: unknown field `deadline_ms`",
+                "`deadline`",
             ],
         );
         check(
-            &plugin("deadline_ms = 0"),
+            &plugin("deadline = \"0s\""),
             &[],
             &[],
-            &["p.toml:5: plugins.second: deadline_ms is 0; give it 1 to 10000"],
+            &["p.toml:5: plugins.second: deadline is \"0s\"; give it \"1ms\" to \"10s\""],
         );
         check(
             "[plugins]\ndirs = \"x\"\n",
@@ -560,18 +442,45 @@ mod tests {
             ],
         );
         check(
-            "[retention]\nkeep_s = \"long\"\n",
+            "[retention]\nkeep_s = 600\n",
             &[],
             &[],
-            &["p.toml:2: retention.keep_s: invalid type", "expected u64"],
+            &[
+                "p.toml:2: retention.keep_s: unknown field",
+                "`processed_entries_ttl`",
+            ],
+        );
+        check(
+            "[retention]\nprocessed_entries_ttl = 600\n",
+            &[],
+            &[],
+            &["p.toml:2: retention.processed_entries_ttl: 600 has no unit; write \"600s\""],
         );
         check(
             good,
-            &[("POINTSMAN_RETENTION_KEEP_S", "long")],
+            &[("POINTSMAN_RETENTION_PROCESSED_ENTRIES_TTL", "600")],
             &[],
             &[
-                "POINTSMAN_RETENTION_KEEP_S: retention.keep_s: ",
-                "expected u64",
+                "POINTSMAN_RETENTION_PROCESSED_ENTRIES_TTL: retention.processed_entries_ttl: ",
+                "600 has no unit; write \"600s\"",
+            ],
+        );
+        check(
+            "[retention]\nlog_entries = \"long\"\n",
+            &[],
+            &[],
+            &[
+                "p.toml:2: retention.log_entries: invalid type",
+                "expected u32",
+            ],
+        );
+        check(
+            good,
+            &[("POINTSMAN_RETENTION_LOG_ENTRIES", "long")],
+            &[],
+            &[
+                "POINTSMAN_RETENTION_LOG_ENTRIES: retention.log_entries: ",
+                "expected u32",
             ],
         );
         check(
@@ -600,7 +509,7 @@ mod tests {
             "[auth]\ndev = true\n",
             &[],
             &[],
-            &["p.toml: broker: none is chosen; give --redis"],
+            &["p.toml: broker: none is configured; give --redis"],
         );
         check(
             "[broker]\nephemeral = true\n",
@@ -613,7 +522,7 @@ mod tests {
             &[("POINTSMAN_REDIS", "localhost:6379")],
             &[],
             &[
-                "POINTSMAN_REDIS: broker.redis: is no URL",
+                "POINTSMAN_REDIS: broker.redis: is not a valid URL",
                 "redis://127.0.0.1:6379",
             ],
         );
@@ -631,20 +540,19 @@ mod tests {
         );
         check(
             good,
-            &[("POINTSMAN_RETENTION_MAX_AGE_S", "60")],
+            &[("POINTSMAN_RETENTION_MAX_AGE", "60s")],
             &[],
-            &["retention.max_age_s: is 60; give at least 600"],
+            &["retention.max_age: is \"1m\"; give at least \"10m\""],
         );
-        let endless = i64::MAX.to_string();
         for (variable, key) in [
-            ("RETENTION_MAX_AGE_S", "retention.max_age_s"),
-            ("STREAM_CURSOR_S", "stream.cursor_s"),
+            ("RETENTION_MAX_AGE", "retention.max_age"),
+            ("STREAM_CURSOR_INTERVAL", "stream.cursor_interval"),
         ] {
             check(
                 good,
-                &[(&format!("POINTSMAN_{variable}"), &endless)],
+                &[(&format!("POINTSMAN_{variable}"), "3651d")],
                 &[],
-                &[key, "give at most 315360000, which is ten years"],
+                &[key, "give at most \"3650d\", which is ten years"],
             );
         }
         check(
@@ -666,7 +574,7 @@ mod tests {
             good,
             &[("POINTSMAN_LOG", "a=b=c")],
             &[],
-            &["POINTSMAN_LOG: log.filter: 'a=b=c' is no filter"],
+            &["POINTSMAN_LOG: log.filter: 'a=b=c' is not a valid filter"],
         );
         check(
             good,

@@ -159,7 +159,7 @@ mod tests {
     async fn without_the_api_key_nothing_is_written_or_shown() {
         let config = auth::Config {
             jwt_secret: Some("0123456789abcdef0123456789abcdef".into()),
-            key: Some("publisher-key-0001".into()),
+            api_key: Some("publisher-key-0001".into()),
             ..Default::default()
         };
         let site = Site::new(FakeBroker::default(), config);

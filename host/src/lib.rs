@@ -22,6 +22,7 @@ pub mod broker;
 pub mod clock;
 pub mod config;
 pub mod delivery;
+pub mod duration;
 pub mod event;
 pub mod explain;
 pub mod http;

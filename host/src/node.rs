@@ -65,10 +65,7 @@ pub async fn run_on(
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let node = Node::listen(listeners, &config, shutdown)?;
-    let (ingest, grace) = (
-        config.ingest.clone(),
-        Duration::from_secs(config.listen.grace_s),
-    );
+    let (ingest, grace) = (config.ingest.clone(), config.listen.shutdown_grace);
     let started = tokio::select! {
         started = node.start(config) => Some(started?),
         () = node.shutdown.begun() => None,
@@ -127,7 +124,6 @@ impl Node {
             config.auth.clone(),
             config.origins.clone(),
             config.limits.clone(),
-            config.retention.clone(),
             readiness.clone(),
             metrics.clone(),
             stream_timer.clone(),
@@ -195,7 +191,7 @@ impl Node {
         let watch = monitor::watch(
             broker.clone(),
             hub,
-            retention.dead_entries,
+            retention.dead_letter_entries,
             self.metrics.clone(),
             self.readiness.clone(),
             self.shutdown.clone(),
@@ -226,7 +222,7 @@ impl Node {
         self.stream_timer.drain(grace.mul_f64(0.8));
         if !self.shutdown.finish(grace).await {
             tracing::warn!(
-                grace_s = grace.as_secs(),
+                ?grace,
                 "the grace period ended with unfinished tasks; they are cut"
             );
             self.shutdown.skip();

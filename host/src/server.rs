@@ -58,10 +58,12 @@ pub struct Config {
     /// The maximum number of open connections to `address` (10,000). A few more are answered with a
     /// refusal; the rest are closed.
     pub max_connections: usize,
-    /// Seconds that a client has to send a request head (10).
-    pub header_timeout_s: u64,
-    /// Seconds that a shutdown may take; the ends of streams are spread over them (10).
-    pub grace_s: u64,
+    /// Time to send a request head (10s).
+    #[serde(with = "crate::duration")]
+    pub header_timeout: Duration,
+    /// Time for a shutdown; the ends of streams are spread over it (10s).
+    #[serde(with = "crate::duration")]
+    pub shutdown_grace: Duration,
 }
 
 impl Default for Config {
@@ -71,8 +73,8 @@ impl Default for Config {
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
             origins: Vec::new(),
             max_connections: 10_000,
-            header_timeout_s: 10,
-            grace_s: 10,
+            header_timeout: Duration::from_secs(10),
+            shutdown_grace: Duration::from_secs(10),
         }
     }
 }

@@ -926,7 +926,7 @@ fn every_query_is_explained_or_rejected_with_the_reason() {
 #[test]
 fn an_explanation_requires_the_api_key() {
     let config = format!(
-        "[auth]\njwt_secret = \"the secret of these tests, longer than 32 bytes\"\nkey = \"{KEY}\"\n{CONFIG}"
+        "[auth]\njwt_secret = \"the secret of these tests, longer than 32 bytes\"\napi_key = \"{KEY}\"\n{CONFIG}"
     );
     let node = builder().production().config(&config).start();
     let bearer = format!("Bearer {KEY}");

@@ -14,7 +14,7 @@ const KEY: &str = "the key of these tests";
 /// Includes a rule that uses every field of a route.
 const DEV: &str = r#"
 [limits]
-body_timeout_s = 1
+body_timeout = "1s"
 [[plugins.discard.config.rules]]
 match.type = "noise"
 [[plugins.rules.config.rules]]

@@ -209,7 +209,9 @@ fn an_open_breaker_limits_calls_to_a_failing_plugin_and_closes_after_a_success()
 fn a_retry_verdict_blocks_the_source_until_its_retries_end_in_a_dead_letter() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
     // Retries come after 100 and 200 ms; the second one would exceed a timeout of 250 ms.
-    for (config, n_tries, waited_ms) in [("retries = 2", 3, 300), ("retry_ms = 250", 2, 100)] {
+    for (config, n_tries, waited_ms) in
+        [("retries = 2", 3, 300), ("retry_timeout = '250ms'", 2, 100)]
+    {
         let node = Node::builder()
             .config(&format!("[ingest]\n{config}\n"))
             .plugins(plugins.dir())
@@ -561,12 +563,12 @@ fn plugin_commands_print_one_line_and_list_prints_a_table() {
 
     assert_eq!(
         line(&site.node, &["upload", &second]),
-        "uploaded versioned 0.1.0 (router): generation 2, on probation for 60 s, replacing generation 1"
+        "uploaded versioned 0.1.0 (router): generation 2, on probation for 1m, replacing generation 1"
     );
     assert_eq!(site.next_decision(), (2, vec![by("versioned", 2)]));
     assert_eq!(
         line(&site.node, &["upload", &second]),
-        "versioned 0.1.0 (router) is already active: generation 2, on probation for 60 s"
+        "versioned 0.1.0 (router) is already active: generation 2, on probation for 1m"
     );
     let rolled_back = line(&site.node, &["rollback", "versioned"]);
     assert!(
@@ -645,9 +647,9 @@ fn plugin_commands_print_one_line_and_list_prints_a_table() {
         (
             &shown["name"],
             &shown["state"],
-            &shown["settings"]["probation_s"]
+            &shown["settings"]["probation"]
         ),
-        (&json!("versioned"), &json!("disabled"), &json!(60))
+        (&json!("versioned"), &json!("disabled"), &json!("1m"))
     );
     // The candidate replaces the file but stays inactive until the plugin is enabled.
     assert_eq!(
@@ -696,7 +698,7 @@ fn an_upload_under_an_unknown_name_adds_a_plugin_only_with_the_create_option() {
     assert_eq!(site.next_decision(), (1, vec![by("my-versioned", 1)]));
     assert_eq!(
         line(&site.node, &["upload", slip, "--name", "my-versioned"]),
-        "uploaded my-versioned 0.1.0 (router): generation 2, on probation for 60 s, replacing generation 1"
+        "uploaded my-versioned 0.1.0 (router): generation 2, on probation for 1m, replacing generation 1"
     );
     let told = line(&site.node, &["upload", slip, "--new"]);
     assert_eq!(
@@ -719,7 +721,7 @@ fn an_upload_under_an_unknown_name_adds_a_plugin_only_with_the_create_option() {
     let node = Node::builder()
         .plugins(empty.dir())
         .may_be_unready()
-        .config("[plugins.late]\ndeadline_ms = 100\n")
+        .config("[plugins.late]\ndeadline = '100ms'\n")
         .start();
     eventually(SOON, "the node has scanned its plugin folder", || {
         (node.admin("/v1/plugins").status == 200).then_some(())
@@ -846,19 +848,19 @@ fn plugin_configuration_changes_take_effect_while_events_flow() {
     };
     // Neither an invalid file nor settings that a plugin rejects change anything.
     node.reconfigure("[plugins.rules\n");
-    ready("what was configured before is in force");
+    ready("the previous configuration stays active");
     node.reconfigure(&config("ann").replace("told", "told', nonsense = '"));
     ready("rules.wasm rejects its configuration: ");
     let id = tell();
     assert_eq!(bob.next_notification(SOON).id, id);
 
     node.reconfigure(&format!(
-        "[stream]\nheartbeat_s = 5\n[plugins]\norder = ['versioned']\n{}",
+        "[stream]\nheartbeat_interval = '5s'\n[plugins]\norder = ['versioned']\n{}",
         config("ann")
     ));
     generation(3);
     let page = ready(
-        "warning: configuration: stream.heartbeat_s changed; that takes effect when the node starts again",
+        "warning: configuration: stream.heartbeat_interval changed; restart the node to apply",
     );
     assert!(!page.contains("plugins"), "{page}");
     let names: Vec<_> = node.admin("/v1/plugins").json()["plugins"]
@@ -870,7 +872,7 @@ fn plugin_configuration_changes_take_effect_while_events_flow() {
     assert_eq!(names, ["versioned", "rules"]);
     // Deleting the file does not reset the configuration to the defaults.
     node.unconfigure();
-    ready("what it said is in force");
+    ready("was removed; its last content stays active");
     let id = tell();
     assert_eq!(ann.next_notification(SOON).id, id);
     node.reconfigure(&format!(

@@ -219,8 +219,8 @@ fn a_configuration_error_is_one_line_with_file_key_and_fix_and_exits_with_64() {
     );
     check("[listen]\naddress = 7", &["pointsman-bad", "address"]);
     check(
-        "[retention]\nmax_age_s = 5",
-        &["retention.max_age_s", "600"],
+        "[retention]\nmax_age = \"5s\"",
+        &["retention.max_age", "at least \"10m\""],
     );
     check(
         "[broker]\nephemeral = true\n[auth]\ndev = true\n[listen]\naddress = \"0.0.0.0:8080\"",

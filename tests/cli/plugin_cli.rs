@@ -95,7 +95,7 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
     let settings = place.join("pointsman.toml");
     fs::write(
         &settings,
-        "[plugins.first-filter]\ndeadline_ms = 5000\n[plugins.first-router]\ndeadline_ms = 5000\n",
+        "[plugins.first-filter]\ndeadline = '5s'\n[plugins.first-router]\ndeadline = '5s'\n",
     )
     .expect("write it");
     let patiently = ["--settings", text(&settings)];
@@ -288,7 +288,9 @@ fn a_failing_plugin_is_reported_with_the_limit_that_it_exceeded() {
     let limited = |deadline_ms: u64| {
         fs::write(
             &settings,
-            format!("[listen]\ngrace_s = 1\n[plugins.unruly]\ndeadline_ms = {deadline_ms}\n"),
+            format!(
+                "[listen]\nshutdown_grace = '1s'\n[plugins.unruly]\ndeadline = '{deadline_ms}ms'\n"
+            ),
         )
         .expect("write it");
         ["--settings", text(&settings)]
@@ -574,8 +576,7 @@ fn exported_events_are_as_plugins_saw_them_and_can_be_republished() {
 
 #[test]
 fn exporting_events_requires_the_api_key() {
-    let config =
-        "[auth]\njwt_secret = \"0123456789abcdef0123456789abcdef\"\nkey = \"operators-key-0001\"\n";
+    let config = "[auth]\njwt_secret = \"0123456789abcdef0123456789abcdef\"\napi_key = \"operators-key-0001\"\n";
     let node = Node::builder().production().config(config).start();
     let url = node.admin_url("");
     let (is_well, refused) = said(&mut pointsman(&["events", "export", "--url", &url]));
@@ -685,7 +686,7 @@ fn dev_reloads_on_save_and_keeps_the_last_good_version_if_the_build_fails() {
     told(pointsman(&["plugin", "new", "saved", "--kind", "router"]).current_dir(&place.0));
     let project = place.join("saved");
     let settings = place.join("pointsman.toml");
-    fs::write(&settings, "[plugins.saved]\ndeadline_ms = 5000\n").expect("write it");
+    fs::write(&settings, "[plugins.saved]\ndeadline = '5s'\n").expect("write it");
     let [listen, admin] = [(); 2].map(|()| ports::free());
     let arguments = [
         "dev",

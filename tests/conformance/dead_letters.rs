@@ -150,7 +150,7 @@ pub(super) async fn a_dropped_dead_letter_is_gone(bench: Bench) {
 pub(super) async fn dead_letters_over_the_limit_are_trimmed_oldest_first_and_counted(bench: Bench) {
     let node = bench
         .open_with(&Retention {
-            dead_entries: 2,
+            dead_letter_entries: 2,
             ..Retention::default()
         })
         .await;

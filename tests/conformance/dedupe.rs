@@ -7,7 +7,7 @@ const WINDOW_MS: u64 = 1_000;
 
 fn window() -> Retention {
     Retention {
-        dedupe_window_s: WINDOW_MS / 1000,
+        dedupe_window: Duration::from_millis(WINDOW_MS),
         ..Retention::default()
     }
 }

@@ -184,7 +184,7 @@ pub(super) async fn no_concurrent_move_of_a_device_cursor_is_lost(bench: Bench) 
 pub(super) async fn a_new_device_evicts_the_least_recently_moved_one(bench: Bench) {
     let node = bench
         .open_with(&Retention {
-            devices: 2,
+            max_devices_per_user: 2,
             ..Retention::default()
         })
         .await;
@@ -208,7 +208,7 @@ pub(super) async fn a_new_device_evicts_the_least_recently_moved_one(bench: Benc
 pub(super) async fn unacknowledged_devices_evict_no_acknowledged_ones(bench: Bench) {
     let node = bench
         .open_with(&Retention {
-            devices: 2,
+            max_devices_per_user: 2,
             ..Retention::default()
         })
         .await;
@@ -248,7 +248,7 @@ pub(super) async fn unacknowledged_devices_evict_no_acknowledged_ones(bench: Ben
 pub(super) async fn an_unused_device_cursor_expires(bench: Bench) {
     let node = bench
         .open_with(&Retention {
-            device_cursor_ttl_s: 1,
+            device_cursor_ttl: Duration::from_secs(1),
             ..Retention::default()
         })
         .await;

@@ -139,7 +139,7 @@ pub(super) async fn a_log_at_its_limit_drops_its_oldest_entries(bench: Bench) {
 pub(super) async fn expired_entries_leave_a_log_that_is_still_in_use(bench: Bench) {
     let node = bench
         .open_with(&Retention {
-            max_age_s: 3,
+            max_age: Duration::from_secs(3),
             ..Retention::default()
         })
         .await;
@@ -217,7 +217,7 @@ pub(super) async fn absent_records_are_none_at_their_index(bench: Bench) {
 pub(super) async fn the_floor_rises_with_time_and_never_falls(bench: Bench) {
     let node = bench
         .open_with(&Retention {
-            max_age_s: 1,
+            max_age: Duration::from_secs(1),
             ..Retention::default()
         })
         .await;
@@ -254,7 +254,7 @@ pub(super) async fn the_floor_rises_with_time_and_never_falls(bench: Bench) {
 /// reader believe that all of them are still there.
 pub(super) async fn raising_max_age_does_not_hide_that_old_entries_are_gone(bench: Bench) {
     let short = Retention {
-        max_age_s: 1,
+        max_age: Duration::from_secs(1),
         ..Retention::default()
     };
     let node = bench.open_with(&short).await;

@@ -23,7 +23,7 @@ const KEY: &str = "the key of these tests";
 /// A node that requires tokens and keys, without leeway: one machine has one clock.
 fn node() -> Node {
     let config = format!(
-        "[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\nleeway_s = 0\ncookie = \"pointsman\"\n{LEAN}"
+        "[auth]\njwt_secret = \"{SECRET}\"\napi_key = \"{KEY}\"\nleeway = \"0s\"\ncookie = \"pointsman\"\n{LEAN}"
     );
     Node::builder().production().config(&config).start()
 }
@@ -454,7 +454,7 @@ fn attributes_in_a_token_override_stored_attributes_for_its_streams() {
     }
     // The plugin routes events of this type to user 42 if the plan is `pro`.
     let config = format!(
-        "[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"\n[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n"
+        "[auth]\njwt_secret = \"{SECRET}\"\napi_key = \"{KEY}\"\n[plugins.unruly.config]\ntypes = [\"test-of-a-plan\"]\n"
     );
     let node = Node::builder()
         .production()

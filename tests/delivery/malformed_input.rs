@@ -770,7 +770,7 @@ fn say(addr: SocketAddr, bytes: &[u8]) -> String {
 #[test]
 fn no_request_bytes_make_a_node_panic_or_respond_5xx() {
     let node = Node::builder()
-        .config(&format!("[listen]\nheader_timeout_s = 1\n{LEAN}"))
+        .config(&format!("[listen]\nheader_timeout = '1s'\n{LEAN}"))
         .start();
     let stream = |query: &str, headers: &[u8]| {
         [
@@ -963,7 +963,7 @@ fn an_invalid_plugin_file_is_named_in_log_and_readiness_and_valid_plugins_run() 
 #[test]
 fn dead_letters_are_counted_warned_of_below_the_limit_and_counted_when_trimmed() {
     let server = RedisServer::start();
-    let config = format!("{LEAN}\n[retention]\ndead_entries = 10");
+    let config = format!("{LEAN}\n[retention]\ndead_letter_entries = 10");
     for builder in [Node::builder(), Node::builder().redis(server.url())] {
         let node = builder.config(&config).start();
         let die = |n: usize| {

@@ -22,7 +22,9 @@ const UNDER_WAY: usize = 16 * 1024 + BYTES + 1024;
 
 #[test]
 fn an_urgent_notification_overtakes_all_not_yet_in_the_socket_and_a_cut_loses_nothing() {
-    let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
+    let node = Node::builder()
+        .config("[stream]\nstall_timeout = '10m'\n")
+        .start();
     // One stream for each point at which it is cut.
     let cuts = [
         0,
@@ -119,7 +121,9 @@ fn an_urgent_notification_overtakes_all_not_yet_in_the_socket_and_a_cut_loses_no
 /// More notifications than a replay queues at once: it waits for room, which only the expiry makes.
 #[test]
 fn an_unread_stream_whose_queued_notifications_all_expire_continues_when_it_is_read() {
-    let node = Node::builder().config("[stream]\nstall_s = 600\n").start();
+    let node = Node::builder()
+        .config("[stream]\nstall_timeout = '10m'\n")
+        .start();
     let mut stream = node.stream("42");
     let mut witness = node.stream("42");
     let brief = |n: usize| {

@@ -122,7 +122,7 @@ fn n_stalled(node: &Node) -> f64 {
 #[test]
 fn a_stalled_http_2_stream_is_cut_without_the_others_of_its_connection() {
     let node = Node::builder()
-        .config("[stream]\nheartbeat_s = 1\nstall_s = 2\n")
+        .config("[stream]\nheartbeat_interval = '1s'\nstall_timeout = '2s'\n")
         .start();
     let mut client = Multiplexed::connect(&node);
     client.open(1, "idle");
@@ -155,7 +155,7 @@ fn a_stalled_http_2_stream_is_cut_without_the_others_of_its_connection() {
 #[test]
 fn a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
     let node = Node::builder()
-        .config("[stream]\nheartbeat_s = 1\nstall_s = 5\n")
+        .config("[stream]\nheartbeat_interval = '1s'\nstall_timeout = '5s'\n")
         .start();
     let (mut reading, mut stopped) = (node.stream("42"), node.stream("42"));
     let (mut n, deadline) = (0, Instant::now() + 3 * SOON);
@@ -221,7 +221,7 @@ fn a_large_dry_run_delays_no_live_event_and_ends_when_its_client_disconnects() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
     // Each event takes two attempts of half a second: all of them would take half an hour.
     let node = Node::builder()
-        .config("[plugins.unruly]\ndeadline_ms = 500\n")
+        .config("[plugins.unruly]\ndeadline = '500ms'\n")
         .plugins(plugins.dir())
         .start();
     let mut stream = node.stream("42");

@@ -243,7 +243,7 @@ fn every_invalid_answer_dead_letters_its_event_and_the_next_event_is_decided() {
     // The route of `versioned` comes first. The memory limit is high enough that the size of the
     // answer is refused and not the allocation.
     let node = Node::builder()
-        .config("[plugins]\norder = ['versioned']\n[plugins.unruly]\ndeadline_ms = 1000\n[plugins.forger]\nmemory_mib = 512\ndeadline_ms = 5000\n")
+        .config("[plugins]\norder = ['versioned']\n[plugins.unruly]\ndeadline = '1s'\n[plugins.forger]\nmemory_mib = 512\ndeadline = '5s'\n")
         .plugins(plugins.dir())
         .start();
     let mut stream = node.stream("7");

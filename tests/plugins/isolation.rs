@@ -50,8 +50,8 @@ fn registry(files: &[(&str, &[u8])], mut section: Json) -> Registry {
             .trim_end_matches(".wasm")
             .trim_start_matches(|c: char| c.is_ascii_digit() || c == '-');
         let settings = &mut section[name];
-        if settings["deadline_ms"].is_null() {
-            settings["deadline_ms"] = json!(5_000);
+        if settings["deadline"].is_null() {
+            settings["deadline"] = json!("5s");
         }
     }
     let mut config: Config = serde_json::from_value(section).unwrap();
@@ -242,7 +242,7 @@ async fn the_bundled_plugins_route_and_discard() {
 
 #[tokio::test]
 async fn every_misbehaviour_is_reported_and_the_next_event_is_decided() {
-    let bench = Bench::unruly(json!({"deadline_ms": 1_000, "memory_mib": 8}));
+    let bench = Bench::unruly(json!({"deadline": "1s", "memory_mib": 8}));
     for (kind, expect, attempts) in [
         ("loop", "it ran longer than 1000 ms (deadline)", 2),
         ("grow", "MiB of memory; the limit is 8 (memory_mib)", 2),

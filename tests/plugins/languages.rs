@@ -552,7 +552,7 @@ async fn the_plugin_makes_the_same_decisions_in_every_language() {
         // The limits of a production node, except for the deadline: this machine may be busy with
         // other tests.
         let mut settings = build.settings.clone();
-        settings["deadline_ms"] = json!(5_000);
+        settings["deadline"] = json!("5s");
         let (registry, _folder) = registry(&engine, build, settings);
         let states = registry.states();
         assert!(

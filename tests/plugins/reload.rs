@@ -264,7 +264,7 @@ async fn a_replaced_version_is_released() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
     let config = Config {
         dir: Some(plugins.dir()),
-        ..serde_json::from_value(json!({"versioned": {"probation_s": 0}})).unwrap()
+        ..serde_json::from_value(json!({"versioned": {"probation": "0s"}})).unwrap()
     };
     let registry = Arc::new(Registry::load(engine(), config, Metrics::default()).unwrap());
     let pipeline = Pipeline::start(Arc::clone(&registry), false, Metrics::default()).unwrap();

@@ -30,7 +30,7 @@ impl Site {
         fs::write(plugins.path().join("turning.wasm"), turning(1)).expect("write a plugin");
         // A long deadline, so that a busy machine does not fail the test.
         let builder = builder
-            .config("[plugins.turning]\ndeadline_ms = 1000\n")
+            .config("[plugins.turning]\ndeadline = '1s'\n")
             .plugins(plugins.path());
         Self {
             node: builder.start(),
@@ -521,7 +521,7 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
     let promoted = told(&["promote", "turning"]);
     assert_eq!(
         promoted,
-        "promoted turning 0.1.0 (router): generation 2, on probation for 60 s, replacing generation 1\n"
+        "promoted turning 0.1.0 (router): generation 2, on probation for 1m, replacing generation 1\n"
     );
     assert_eq!(
         site.node.admin(SHADOW).status,

@@ -45,7 +45,7 @@ async fn an_expired_log_is_announced_as_a_gap() {
     let stage = Stage::redis_with(
         &[SOURCE],
         Retention {
-            max_age_s: 1,
+            max_age: std::time::Duration::from_secs(1),
             ..Retention::default()
         },
     )

@@ -131,7 +131,7 @@ impl Owner {
             },
         };
         let config = Config {
-            lease_ms: 300,
+            lease_ttl: Duration::from_millis(300),
             ..Config::default()
         };
         let ingest = Ingest {

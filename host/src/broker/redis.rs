@@ -162,7 +162,7 @@ impl Redis {
     }
 
     fn max_age_ms(&self) -> u64 {
-        self.retention.max_age_s * 1000
+        crate::duration::millis(self.retention.max_age)
     }
 
     /// Runs a script on a partition.

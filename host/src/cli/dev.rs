@@ -172,12 +172,12 @@ impl Options {
                 .into_iter()
                 .filter_map(|(option, text)| Some((option, text?))),
         );
-        let recipe = ConfigSource {
+        let source = ConfigSource {
             file: Some(settings.file.clone()),
             environment: Vec::new(),
             options: options.collect(),
         };
-        Ok(recipe.make()?)
+        Ok(source.load()?)
     }
 }
 

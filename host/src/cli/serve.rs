@@ -86,7 +86,7 @@ impl Options {
             environment: environment.collect(),
             options: texts.chain(flags).collect(),
         }
-        .make()
+        .load()
     }
 }
 

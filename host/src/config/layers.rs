@@ -1,6 +1,8 @@
-//! The layers of a configuration, file, environment and command line, laid over each other as one table, with where each key comes from.
+//! The layers of a configuration, file, environment and command line, merged into one table that
+//! records the source of each key.
 //!
-//! What a key means and may be is `config.rs`'s: a value fits if [`RawConfig`] can be read with it.
+//! The types of the keys come from [`RawConfig`]: a value fits if the table still deserializes with
+//! it. The bounds are in `checks`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,23 +12,23 @@ use toml::{Table, Value};
 
 use super::{DEFAULT_FILE, Error, OPTIONS, RawConfig};
 
-/// The keys of which one says which broker it is: a layer that has one puts those of the layers below out of force.
+/// The keys that choose the broker. A layer that sets one replaces the choice of the layers below.
 const BROKER_KEYS: [&str; 3] = ["broker.redis", "broker.data", "broker.ephemeral"];
 
-/// The layers laid over each other, with where each key comes from.
+/// The merged layers, with the source of each key.
 #[derive(Clone, Debug, Default)]
 pub struct Layers {
     table: Table,
-    /// For the first words of an error: `--listen`, `POINTSMAN_LISTEN`, or `pointsman.toml`.
+    /// The place of a key for errors: `--listen` or `POINTSMAN_LISTEN`; keys of the file are absent.
     origins: BTreeMap<String, String>,
     file: Option<PathBuf>,
 }
 
 impl Layers {
-    /// Reads the file. `None`: [`DEFAULT_FILE`], where it is there.
+    /// Reads the file. `None`: [`DEFAULT_FILE`], if it exists.
     ///
     /// # Errors
-    /// It cannot be read, or has a key or value that is none.
+    /// The file cannot be read, or has an unknown key or an invalid value.
     pub fn file(path: Option<&Path>) -> Result<Self, Error> {
         let (path, text) = match path {
             Some(path) => (path, std::fs::read_to_string(path)),
@@ -39,17 +41,17 @@ impl Layers {
             Error::new(
                 path.display(),
                 format!(
-                    "cannot be read: {e}; name a file that this process may read with --config"
+                    "cannot be read: {e}; name a file that this process can read with --config"
                 ),
             )
         })?;
         Self::text(path, &text)
     }
 
-    /// As [`Layers::file`], of a text.
+    /// Like [`Layers::file`], with the file's text.
     ///
     /// # Errors
-    /// See there.
+    /// As [`Layers::file`].
     pub fn text(path: &Path, text: &str) -> Result<Self, Error> {
         let fault = |error: &toml::de::Error| {
             let (line, key) = error
@@ -78,11 +80,12 @@ impl Layers {
         })
     }
 
-    /// Lays the environment over it. Variables whose second word is no section are left alone: an orchestrator may set
-    /// `POINTSMAN_SERVICE_HOST` and the like for reasons of its own. An empty one counts as not set.
+    /// Adds the environment as the next layer. Variables whose second word is not a section are
+    /// ignored, because an orchestrator sets its own, such as `POINTSMAN_SERVICE_HOST`. An empty
+    /// variable counts as unset.
     ///
     /// # Errors
-    /// A variable names no key, or has no value that the key takes.
+    /// A variable names an unknown key, or its value is invalid for the key.
     pub fn environment(
         self,
         variables: impl IntoIterator<Item = (String, String)>,
@@ -108,13 +111,13 @@ impl Layers {
                 };
                 Some((variable, key, text))
             });
-        self.lay(settings.collect())
+        self.overlay(settings.collect())
     }
 
-    /// Lays options of the command line over it: their long names with their values.
+    /// Adds options of the command line, by their long names, as the next layer.
     ///
     /// # Errors
-    /// A value is none that the key takes.
+    /// A value is invalid for its key.
     pub fn options<'a>(
         self,
         options: impl IntoIterator<Item = (&'a str, String)>,
@@ -128,10 +131,10 @@ impl Layers {
         let settings = options
             .into_iter()
             .filter_map(|(option, text)| Some((format!("--{option}"), known(option)?, text)));
-        self.lay(settings.collect())
+        self.overlay(settings.collect())
     }
 
-    fn lay(mut self, settings: Vec<(String, String, String)>) -> Result<Self, Error> {
+    fn overlay(mut self, settings: Vec<(String, String, String)>) -> Result<Self, Error> {
         let chooses = |(_, key, text): &(String, String, String)| {
             BROKER_KEYS.contains(&key.as_str()) && !["false", "0"].contains(&text.as_str())
         };
@@ -157,12 +160,12 @@ impl Layers {
             match (fits, fault) {
                 (Some(table), _) => self.table = table,
                 (None, fault) => {
-                    let what = fault
+                    let reason = fault
                         .map(|error| error.message().to_owned())
                         .unwrap_or_default();
                     return Err(Error::new(
                         format!("{origin}: {key}"),
-                        format!("{what}; every key and its default: pointsman config --defaults"),
+                        format!("{reason}; every key and its default: pointsman config --defaults"),
                     ));
                 }
             }
@@ -171,7 +174,7 @@ impl Layers {
         Ok(self)
     }
 
-    /// What was written, all layers together.
+    /// The configuration of all layers together.
     pub(super) fn raw(&self) -> Result<RawConfig, Error> {
         self.table
             .clone()
@@ -179,7 +182,7 @@ impl Layers {
             .map_err(|e: toml::de::Error| self.fault("configuration", e.message()))
     }
 
-    /// An error at a key, where that key was set.
+    /// An error about a key, located where the key was set.
     pub(super) fn fault(&self, key: &str, text: impl fmt::Display) -> Error {
         let origin = self.origins.iter().find(|(have, _)| {
             *have == key || (!key.contains('.') && have.starts_with(&format!("{key}.")))
@@ -198,17 +201,18 @@ pub(super) fn sections() -> Table {
     Table::try_from(RawConfig::default()).unwrap_or_default()
 }
 
-/// What a text of the environment or the command line may mean, likeliest first; the key's type decides.
+/// The possible values of a text from the environment or the command line, most likely first; the
+/// type of the key decides.
 fn readings(text: &str) -> Vec<Value> {
     let mut readings = vec![Value::String(text.to_owned())];
-    // As in the file: numbers, booleans, lists.
+    // As in the file: a number, a boolean or a list.
     readings.extend(
         format!("x = {text}")
             .parse::<Table>()
             .ok()
             .and_then(|mut table| table.remove("x")),
     );
-    // As everywhere else in an environment.
+    // As is common for flags in an environment.
     match text {
         "1" => readings.push(Value::Boolean(true)),
         "0" => readings.push(Value::Boolean(false)),
@@ -246,7 +250,7 @@ fn remove(table: &mut Table, key: &str) {
     }
 }
 
-/// The line of a place in a TOML text, and the key that stands there, as far as it can be told.
+/// The line of an offset in a TOML text, and the key on that line, as far as it is known.
 fn locate(text: &str, at: usize) -> (usize, String) {
     let before = text.get(..at).unwrap_or(text);
     let number = before.matches('\n').count() + 1;
@@ -257,7 +261,7 @@ fn locate(text: &str, at: usize) -> (usize, String) {
             .and_then(|rest| rest.split(']').next())
             .map(|name| name.trim_matches('[').to_owned())
     };
-    // What is wrong with a section as a whole is found at the bracket that opens it.
+    // The parser reports an error about a whole section at its opening bracket.
     let opens = text.get(at..).is_some_and(|rest| rest.starts_with('['))
         && before
             .rsplit('\n')

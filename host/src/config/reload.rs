@@ -1,9 +1,9 @@
-//! What changes in the configuration's file while the node runs: the settings of plugins take effect at once, everything else when the node
-//! starts again, and readiness says so.
+//! Reloads the configuration file while the node runs. Settings of plugins take effect at once;
+//! readiness names every other changed key, which takes effect at the next start.
 //!
-//! It promises that a file that is no configuration changes nothing, and that a plugin that does not take its new settings goes on with the
-//! old ones (that is `plugin::registry`'s doing). The file is looked at, and not listened to: one look costs nothing, and sees the file of an
-//! orchestrator that swaps a link to its folder.
+//! An invalid file changes nothing, and a plugin that fails with its new settings keeps the old
+//! ones (`plugin::registry` ensures that). The file is polled instead of watched: a look costs next
+//! to nothing and also detects an orchestrator that swaps a link to the folder.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,23 +19,26 @@ use crate::plugin::registry::Registry;
 use crate::shutdown::Shutdown;
 use crate::telemetry::readiness::Readiness;
 
-/// Between two looks. A file is read once it was the same in two of them: an editor may still be writing.
+/// The interval between two looks. A changed file is read once two looks saw it unchanged, because
+/// an editor may still be writing.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Where a configuration came from, so that it can be made again.
+/// The sources of a configuration, from which it can be loaded again.
 #[derive(Clone, Debug, Default)]
 pub struct ConfigSource {
-    /// `None`: [`DEFAULT_FILE`], where it is there.
+    /// `None`: [`DEFAULT_FILE`], if it exists.
     pub file: Option<PathBuf>,
     pub environment: Vec<(String, String)>,
     pub options: Vec<(&'static str, String)>,
 }
 
 impl ConfigSource {
+    /// Reads and checks the configuration.
+    ///
     /// # Errors
-    /// As [`Layers`] and [`Config::new`] have them.
-    pub fn make(&self) -> Result<Config, Error> {
-        // Looked at before it is read: what changes in between is seen as a change.
+    /// As [`Layers`] and [`Config::new`].
+    pub fn load(&self) -> Result<Config, Error> {
+        // Before reading: a change in between is then detected by the next look.
         let stamp = stamp(self.path());
         let layers = self.layers()?;
         let origin = ConfigOrigin {
@@ -60,7 +63,7 @@ impl ConfigSource {
     }
 }
 
-/// What a configuration was made from.
+/// The sources of the running configuration and their state when it was loaded.
 #[derive(Clone, Debug)]
 pub struct ConfigOrigin {
     source: ConfigSource,
@@ -68,7 +71,7 @@ pub struct ConfigOrigin {
     raw: RawConfig,
 }
 
-/// What of a file changes when it is written or swapped. `None`: it is not there.
+/// The metadata that changes when a file is written or replaced. `None`: it does not exist.
 type FileStamp = Option<(u64, u64, i64, i64, i64, i64)>;
 
 fn stamp(path: &Path) -> FileStamp {
@@ -83,7 +86,7 @@ fn stamp(path: &Path) -> FileStamp {
     ))
 }
 
-/// Takes over what changes, until the node shuts down.
+/// Applies changes of the file until the node shuts down.
 pub(crate) async fn follow(
     origin: ConfigOrigin,
     registry: Arc<Registry>,
@@ -92,51 +95,52 @@ pub(crate) async fn follow(
 ) {
     let ConfigOrigin {
         source,
-        stamp: mut taken_up,
+        stamp: mut applied,
         raw,
     } = origin;
-    let mut before = taken_up;
+    let mut before = applied;
     loop {
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
             () = shutdown.begun() => return,
         }
         let now = stamp(source.path());
-        if now != taken_up && now == before {
+        if now != applied && now == before {
             if now.is_none() {
-                // An accident, or the moment between two files: without it, everything would be as by default, and events unrouted for good.
+                // An accident, or the moment between two files. Falling back to the defaults would
+                // leave events unrouted for good.
                 let text = format!(
-                    "{} is gone; what it said is in force",
+                    "{} was removed; its last content stays active",
                     source.path().display()
                 );
                 readiness.warn("configuration", text);
                 before = now;
                 continue;
             }
-            taken_up = now;
-            take_up(&source, &raw, &registry, &readiness).await;
+            applied = now;
+            apply(&source, &raw, &registry, &readiness).await;
         }
         before = now;
     }
 }
 
-async fn take_up(
+async fn apply(
     source: &ConfigSource,
-    in_force: &RawConfig,
+    active: &RawConfig,
     registry: &Arc<Registry>,
     readiness: &Readiness,
 ) {
-    // Checked as a whole, as at the start: half of a mistake must not take effect.
-    let made = source
-        .make()
+    // Checked as a whole, as at the start: a partly invalid file must not take effect in part.
+    let loaded = source
+        .load()
         .and_then(|config| Ok((config, source.layers()?.raw()?)));
-    let (config, raw) = match made {
-        Ok(made) => made,
+    let (config, raw) = match loaded {
+        Ok(loaded) => loaded,
         Err(error) => {
-            tracing::error!("the configuration was not taken over: {error}");
+            tracing::error!("the changed configuration is invalid and was not applied: {error}");
             return readiness.warn(
                 "configuration",
-                format!("{error}; what was configured before is in force"),
+                format!("{error}; the previous configuration stays active"),
             );
         }
     };
@@ -144,26 +148,23 @@ async fn take_up(
     if let Err(panic) =
         tokio::task::spawn_blocking(move || registry.configure(config.plugins)).await
     {
-        tracing::error!(%panic, "taking over the settings of plugins failed");
+        tracing::error!(%panic, "applying the settings of plugins failed");
     }
-    match waiting(in_force, &raw).as_slice() {
+    match needing_restart(active, &raw).as_slice() {
         [] => {
-            tracing::info!("the configuration was taken over");
+            tracing::info!("configuration reloaded");
             readiness.clear("configuration");
         }
         keys => {
-            let text = format!(
-                "{} changed; that takes effect when the node starts again",
-                keys.join(", ")
-            );
-            tracing::warn!("the settings of plugins were taken over; {text}");
+            let text = format!("{} changed; restart the node to apply", keys.join(", "));
+            tracing::warn!("settings of plugins reloaded; {text}");
             readiness.warn("configuration", text);
         }
     }
 }
 
-/// The keys, and with them the sections, that take effect at a start only and differ.
-fn waiting(in_force: &RawConfig, raw: &RawConfig) -> Vec<String> {
+/// The changed keys that take effect only at a start, with their sections.
+fn needing_restart(active: &RawConfig, raw: &RawConfig) -> Vec<String> {
     let table = |raw: &RawConfig| {
         let mut table = Table::try_from(raw).unwrap_or_default();
         if let Some(plugins) = table
@@ -174,7 +175,7 @@ fn waiting(in_force: &RawConfig, raw: &RawConfig) -> Vec<String> {
         }
         table
     };
-    let (before, after) = (table(in_force), table(raw));
+    let (before, after) = (table(active), table(raw));
     let mut keys = Vec::new();
     for (section, after) in &after {
         let empty = Table::new();
@@ -201,23 +202,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_takes_effect_at_a_start_only_is_named() {
+    fn changed_keys_that_need_a_restart_are_named() {
         let raw = |text: &str| toml::from_str::<RawConfig>(text).unwrap();
         let before = raw("[plugins]\ndir = 'a'\norder = ['x']\n[log]\nfilter = 'info'\n");
         let after = raw(
             "[plugins]\ndir = 'a'\norder = ['y']\n[plugins.x]\nenabled = false\n[log]\nfilter = 'info'\n",
         );
-        assert_eq!(waiting(&before, &after), Vec::<String>::new());
+        assert_eq!(needing_restart(&before, &after), Vec::<String>::new());
         let after = raw(
-            "[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_s = 5\n[broker]\nredis = 'redis://a'\n",
+            "[plugins]\ndir = 'b'\ncache = false\n[stream]\nheartbeat_interval = '5s'\n[broker]\nredis = 'redis://a'\n",
         );
         assert_eq!(
-            waiting(&before, &after),
+            needing_restart(&before, &after),
             [
                 "broker.redis",
                 "plugins.cache",
                 "plugins.dir",
-                "stream.heartbeat_s"
+                "stream.heartbeat_interval"
             ]
         );
     }

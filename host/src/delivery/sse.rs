@@ -52,18 +52,23 @@ const WRITE: usize = 16 * 1024;
 pub struct Config {
     /// Interval between heartbeats, ±20 % (20s). Proxies cut idle connections after 50 or 60
     /// seconds.
-    pub heartbeat_s: u64,
+    #[serde(with = "crate::duration")]
+    pub heartbeat_interval: Duration,
     /// Age at which a stream ends and its client reconnects, reduced by up to 20 % at random (1h;
     /// 0s for never).
-    pub max_age_s: u64,
+    #[serde(with = "crate::duration")]
+    pub max_age: Duration,
     /// Delay before clients reconnect, ±50 % at random for each (2s).
-    pub retry_ms: u64,
+    #[serde(with = "crate::duration")]
+    pub retry: Duration,
     /// Time without progress after which a stream with pending data is cut (30s). The system
     /// reports progress in steps of a few kilobytes, so a client that takes less than about 500
     /// bytes a second counts as stalled.
-    pub stall_s: u64,
-    /// Interval between cursors sent without a notification (180s).
-    pub cursor_s: u64,
+    #[serde(with = "crate::duration")]
+    pub stall_timeout: Duration,
+    /// Interval between cursors sent without a notification (3m).
+    #[serde(with = "crate::duration")]
+    pub cursor_interval: Duration,
     /// Maximum open streams (10,000). Further clients receive a reconnect delay. One HTTP/2
     /// connection carries many streams.
     pub max_open: usize,
@@ -72,11 +77,11 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            heartbeat_s: 20,
-            max_age_s: 3_600,
-            retry_ms: 2_000,
-            stall_s: 30,
-            cursor_s: 180,
+            heartbeat_interval: Duration::from_secs(20),
+            max_age: Duration::from_secs(3_600),
+            retry: Duration::from_secs(2),
+            stall_timeout: Duration::from_secs(30),
+            cursor_interval: Duration::from_secs(180),
             max_open: 10_000,
         }
     }
@@ -302,10 +307,10 @@ impl http_body::Body for Body {
 
 /// The whole response of a stream that this node cannot serve now. Sent with status 200, because an
 /// `EventSource` does not reconnect after any other.
-pub fn refusal(reason: &str, retry_ms: u64) -> String {
+pub fn refusal(reason: &str, retry: Duration) -> String {
     format!(
         "retry: {}\nevent: close\ndata: {{\"reason\":\"{reason}\"}}\n\n",
-        spread_retry(retry_ms)
+        spread_retry(retry)
     )
 }
 
@@ -366,8 +371,6 @@ fn render(record: &Record, route: usize) -> Rendered {
 
 /// The reconnect delay for one client in milliseconds, randomised so that a node's clients do not
 /// reconnect at the same moment.
-fn spread_retry(retry_ms: u64) -> u64 {
-    Duration::from_millis(retry_ms)
-        .mul_f64(rand::random_range(0.5..1.5))
-        .as_millis() as u64
+fn spread_retry(retry: Duration) -> u64 {
+    retry.mul_f64(rand::random_range(0.5..1.5)).as_millis() as u64
 }

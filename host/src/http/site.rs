@@ -9,8 +9,8 @@ use tower::ServiceExt as _;
 
 use super::{Limits, Origins, State, admin_routes, routes};
 use crate::auth::{self, Auth};
+use crate::broker::Broker;
 use crate::broker::fake::FakeBroker;
-use crate::broker::{Broker, Retention};
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::{self, StreamTimer};
 use crate::shutdown::Shutdown;
@@ -62,7 +62,6 @@ impl Site {
             auth,
             origins,
             Limits::default(),
-            Retention::default(),
             Readiness::default(),
             Metrics::default(),
             StreamTimer::start(sse::Config::default(), Metrics::default(), &Shutdown::new()),

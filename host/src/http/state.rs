@@ -1,13 +1,14 @@
 //! The state that the handlers of a node share, and the bounds on what they hold at once.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use super::{ApiError, Origins};
 use crate::auth::Auth;
-use crate::broker::{Broker, Retention};
+use crate::broker::Broker;
 use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
@@ -26,31 +27,38 @@ pub struct Limits {
     /// `ingest.max_event_bytes`; not a key of this section.
     #[serde(skip)]
     pub event_bytes: usize,
+    /// The number of waiting entries of a source at which publishing is refused with 429
+    /// (1,000,000).
+    pub backlog_entries: u64,
     /// The maximum size of a batch in bytes (4 MiB).
     pub batch_bytes: usize,
     /// The maximum number of events in a batch (10,000).
     pub batch_events: usize,
     /// The maximum number of concurrent publish requests (64). Further requests wait up to
-    /// `publish_wait_s` and are then refused with 503.
+    /// `publish_wait` and are then refused with 503.
     pub publish_requests: usize,
-    /// Seconds that a publish request waits for its turn (5).
-    pub publish_wait_s: u64,
-    /// Seconds that a client has to send a request body (30).
-    pub body_timeout_s: u64,
-    /// Seconds that a request to read notifications waits for the broker (5).
-    pub read_wait_s: u64,
+    /// How long a publish request waits for its turn (5s).
+    #[serde(with = "crate::duration")]
+    pub publish_wait: Duration,
+    /// Time to send a request body (30s).
+    #[serde(with = "crate::duration")]
+    pub body_timeout: Duration,
+    /// How long a read of notifications waits for the broker (5s).
+    #[serde(with = "crate::duration")]
+    pub read_wait: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
             event_bytes: 256 * 1024,
+            backlog_entries: 1_000_000,
             batch_bytes: 4 * 1024 * 1024,
             batch_events: 10_000,
             publish_requests: 64,
-            publish_wait_s: 5,
-            body_timeout_s: 30,
-            read_wait_s: 5,
+            publish_wait: Duration::from_secs(5),
+            body_timeout: Duration::from_secs(30),
+            read_wait: Duration::from_secs(5),
         }
     }
 }
@@ -71,7 +79,6 @@ pub struct State {
     pub(super) readiness: Readiness,
     pub(super) metrics: Metrics,
     pub(super) limits: Limits,
-    pub(super) retention: Retention,
     pub(super) origins: Origins,
     /// Bounds the bodies that publish requests hold in memory.
     pub(super) publishing: Semaphore,
@@ -89,7 +96,6 @@ impl State {
         auth: Auth,
         origins: Origins,
         limits: Limits,
-        retention: Retention,
         readiness: Readiness,
         metrics: Metrics,
         stream_timer: StreamTimer,
@@ -105,7 +111,6 @@ impl State {
             readiness,
             metrics,
             limits,
-            retention,
             origins,
             publishing,
             uploading: Arc::new(Semaphore::new(1)),

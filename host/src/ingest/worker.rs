@@ -42,20 +42,22 @@ pub struct Config {
     pub max_event_bytes: usize,
     /// Time to live of a lease without renewal (3s). After a node is killed, its sources are idle
     /// for up to this time.
-    pub lease_ms: u64,
+    #[serde(with = "crate::duration")]
+    pub lease_ttl: Duration,
     /// The most retries of an event for which a plugin requested one (5).
     pub retries: u32,
     /// Time limit for all retries of one event (30s). Its source waits meanwhile.
-    pub retry_ms: u64,
+    #[serde(with = "crate::duration")]
+    pub retry_timeout: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
             max_event_bytes: 256 * 1024,
-            lease_ms: 3_000,
+            lease_ttl: Duration::from_secs(3),
             retries: 5,
-            retry_ms: 30_000,
+            retry_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -233,7 +235,7 @@ impl Ingest {
         standing: &mut Standing,
         shutdown: &CancellationToken,
     ) -> Stop {
-        let ttl = Duration::from_millis(self.config.lease_ms);
+        let ttl = self.config.lease_ttl;
         loop {
             match self.broker.lease(partition.number, &self.node, ttl).await {
                 Ok(Lease::Mine) => break,
@@ -539,7 +541,7 @@ impl Ingest {
                 break;
             };
             let wait = backoff.pause();
-            if began.elapsed() + wait > Duration::from_millis(self.config.retry_ms) {
+            if began.elapsed() + wait > self.config.retry_timeout {
                 break;
             }
             tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin requested a retry; its source waits");

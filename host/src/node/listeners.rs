@@ -1,7 +1,6 @@
 //! The two listeners of a node, for applications and for operators.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -53,7 +52,7 @@ impl Listeners {
         for (listener, routes, max_connections) in routes {
             let bounds = Bounds {
                 max_connections,
-                header_timeout: Duration::from_secs(listen.header_timeout_s),
+                header_timeout: listen.header_timeout,
             };
             let serve = server::serve(listener, routes, bounds, shutdown.clone());
             shutdown.spawn("a listener", serve);

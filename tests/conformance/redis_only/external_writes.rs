@@ -356,7 +356,7 @@ async fn entries_unread_by_another_group_are_not_trimmed() {
         &server.url(),
         &[SOURCE],
         Retention {
-            keep_s: 0,
+            processed_entries_ttl: Duration::ZERO,
             ..Retention::default()
         },
     )
@@ -401,7 +401,7 @@ async fn at_most_two_dedupe_buckets_exist() {
         &server.url(),
         &[SOURCE],
         Retention {
-            dedupe_window_s: 1,
+            dedupe_window: Duration::from_secs(1),
             ..Retention::default()
         },
     )
@@ -449,7 +449,7 @@ async fn a_source_without_our_prefix_is_not_modified() {
         &server.url(),
         &["shop:orders"],
         Retention {
-            keep_s: 0,
+            processed_entries_ttl: Duration::ZERO,
             ..Retention::default()
         },
     )

@@ -218,7 +218,7 @@ async fn records_and_logs_expire_but_a_pending_plan_does_not() {
         &server.url(),
         &[SOURCE],
         Retention {
-            max_age_s: 1_000,
+            max_age: Duration::from_secs(1_000),
             ..Retention::default()
         },
     )
@@ -250,7 +250,7 @@ async fn a_membership_is_removed_once_its_events_have_expired() {
         &server.url(),
         &[SOURCE],
         Retention {
-            max_age_s: 1,
+            max_age: Duration::from_secs(1),
             ..Retention::default()
         },
     )
@@ -400,7 +400,7 @@ async fn a_user_who_left_all_groups_is_forgotten_after_max_age() {
         RecipientChange::Join { group: name("ops") },
         RecipientChange::Leave { group: name("ops") },
     );
-    let age_ms = i64::try_from(Retention::default().max_age_s).expect("a week") * 1000;
+    let age_ms = i64::try_from(Retention::default().max_age.as_millis()).expect("a week");
     change(join.clone()).await;
     assert_eq!(pttl(), -1, "a member");
     change(leave.clone()).await;

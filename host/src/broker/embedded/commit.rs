@@ -14,6 +14,7 @@ use super::layout::{Meta, entry_key, successor};
 use super::store::Failure;
 use super::work::Work;
 use crate::broker::{Batch, CommitResult, Error, Item, Notice, Proposal, Slice};
+use crate::duration::millis;
 use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Target};
 
 /// Records up to this size, in bytes, are sent with their notice. Within the process this copies
@@ -166,7 +167,7 @@ impl Work<'_> {
 
     /// Moves the position to an entry whose outcome is written.
     fn move_position(&mut self, slot: usize, entry: EntryId) {
-        let keep_ms = self.retention.keep_s.saturating_mul(1000);
+        let keep_ms = millis(self.retention.processed_entries_ttl);
         let now_ms = self.now_ms;
         let meta = &mut self.metas[slot];
         meta.set_position(entry.into());
@@ -257,7 +258,7 @@ impl Work<'_> {
     /// The start of the dedupe bucket of an entry. Uses the time of the entry, so that a stalled
     /// consumer does not stretch the window.
     fn bucket(&self, entry: EntryId) -> (u64, u64) {
-        let window_ms = self.retention.dedupe_window_s.saturating_mul(1000).max(1);
+        let window_ms = millis(self.retention.dedupe_window).max(1);
         (entry.ms - entry.ms % window_ms, window_ms)
     }
 
@@ -321,7 +322,7 @@ impl Work<'_> {
         self.tables
             .dead
             .insert(entry_key(number, id), (row.as_slice(), fields))?;
-        while meta.dead_letters > u64::from(self.retention.dead_entries) {
+        while meta.dead_letters > u64::from(self.retention.dead_letter_entries) {
             let oldest = self
                 .tables
                 .dead

@@ -102,7 +102,10 @@ impl Work<'_> {
         match which {
             CursorOwner::Device(device) => {
                 stored.devices.remove(device);
-                stored.make_room(kept.cursor.is_acknowledged, self.retention.devices);
+                stored.make_room(
+                    kept.cursor.is_acknowledged,
+                    self.retention.max_devices_per_user,
+                );
                 stored.devices.insert(device.clone(), kept);
             }
             CursorOwner::ReadMarker => stored.read_mark = Some(kept),

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::store::Failure;
 use crate::broker::{Head, Partition, Retention};
+use crate::duration::millis;
 use crate::event::{EntryId, Epoch, NotificationId, Outcome, PartitionNumber, Position};
 
 /// The version of this layout. A store with a higher version is rejected.
@@ -127,7 +128,7 @@ pub(super) struct Meta {
     pub(super) dead_trimmed: u64,
     pub(super) dedupe_overflows: u64,
     pub(super) decisions: u64,
-    /// Samples of (time in ms, position) covering the last `keep_s`. Entries up to the newest
+    /// Samples of (time in ms, position) covering the last `processed_entries_ttl`. Entries up to the newest
     /// sample of that age may be removed.
     pub(super) marks: VecDeque<(u64, EntryId)>,
 }
@@ -145,7 +146,7 @@ impl Meta {
             slices: 0,
             floor: origin,
             origin,
-            max_age_ms: retention.max_age_s.saturating_mul(1000),
+            max_age_ms: millis(retention.max_age),
             appended: 0,
             settled: 0,
             last_entry: EntryId::default(),
@@ -222,9 +223,9 @@ impl Meta {
         }
     }
 
-    fn set_max_age(&mut self, now_ms: u64, max_age_s: u64) {
+    fn set_max_age(&mut self, now_ms: u64, max_age_ms: u64) {
         self.floor = self.floor(now_ms);
-        self.max_age_ms = max_age_s.saturating_mul(1000);
+        self.max_age_ms = max_age_ms;
     }
 
     pub(super) fn write(
@@ -316,8 +317,8 @@ pub(super) fn prepare(
             Some(meta) => meta,
             None => Meta::new(now_ms, retention),
         };
-        if meta.max_age_ms != retention.max_age_s.saturating_mul(1000) {
-            meta.set_max_age(now_ms, retention.max_age_s);
+        if meta.max_age_ms != millis(retention.max_age) {
+            meta.set_max_age(now_ms, millis(retention.max_age));
         }
         meta.write(number, &mut tables.meta)
             .map_err(Failure::into_text)?;

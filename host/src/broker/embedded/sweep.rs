@@ -13,6 +13,7 @@ use super::layout::{self, Meta};
 use super::store::Failure;
 use super::work::{Work, transact};
 use super::{device_cursors, recipients};
+use crate::duration::millis;
 use crate::event::{EntryId, NotificationId};
 
 /// Rows examined or removed per step, for each partition and kind: about 10 ms of the writer's
@@ -49,7 +50,7 @@ struct SweepBounds {
 
 impl SweepBounds {
     fn new(meta: &Meta, shared: &SharedState, now_ms: u64) -> Self {
-        let max_age_ms = shared.retention.max_age_s.saturating_mul(1000);
+        let max_age_ms = millis(shared.retention.max_age);
         // Slightly later than the floor, so that a reader that has just read a page still finds its
         // records. Never a plan that is still being written in slices: its owner may be down for
         // longer than that.
@@ -59,9 +60,9 @@ impl SweepBounds {
         let keep_ms = if shared.store.shortage(now_ms).is_some() {
             0
         } else {
-            shared.retention.keep_s.saturating_mul(1000)
+            millis(shared.retention.processed_entries_ttl)
         };
-        let window_ms = shared.retention.dedupe_window_s.saturating_mul(1000);
+        let window_ms = millis(shared.retention.dedupe_window);
         Self {
             records: meta.pending.map_or(cutoff, |pending| cutoff.min(pending)),
             entries: meta.trimmable(now_ms, keep_ms),

@@ -47,10 +47,10 @@ pub(super) async fn change(
         .eval(&scripts::DEVICE_CURSOR, |command| {
             command.arg(1).arg(key(user.as_str()));
             command
-                .arg(redis.retention.device_cursor_ttl_s.saturating_mul(1000))
+                .arg(crate::duration::millis(redis.retention.device_cursor_ttl))
                 .arg(redis.retention.cursor_ttl_ms(&CursorOwner::ReadMarker));
             command
-                .arg(redis.retention.devices)
+                .arg(redis.retention.max_devices_per_user)
                 .arg(field(which))
                 .arg(seen.map(format_cursor).unwrap_or_default())
                 .arg(format_cursor(to));

@@ -7,6 +7,7 @@ use redis::Value;
 use super::command_connection::{CommandConnection, Readers, parse};
 use super::scripts;
 use crate::broker::{Error, Partition, Result, Retention};
+use crate::duration::millis;
 
 pub(super) const PARTITIONS_KEY: &str = "pointsman:partitions";
 
@@ -43,13 +44,13 @@ impl PartitionKeys {
             prefix.clone(),
             channels.clone(),
             number.0.to_string(),
-            (retention.max_age_s * 1000).to_string(),
+            millis(retention.max_age).to_string(),
             retention.log_entries.to_string(),
             retention.everyone_entries.to_string(),
-            (retention.keep_s * 1000).to_string(),
-            (retention.dedupe_window_s * 1000).to_string(),
+            millis(retention.processed_entries_ttl).to_string(),
+            millis(retention.dedupe_window).to_string(),
             retention.dedupe_entries.to_string(),
-            retention.dead_entries.to_string(),
+            retention.dead_letter_entries.to_string(),
             retention.decision_entries.to_string(),
             retention.backlog_entries.to_string(),
         ];

@@ -46,7 +46,7 @@ pub(in crate::cli) struct Plugin {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Settings {
-    probation_s: u64,
+    probation: String,
 }
 
 /// A generation that is no longer active.
@@ -243,7 +243,7 @@ impl Plugin {
     /// The active generation and the state.
     pub(in crate::cli) fn stands(&self) -> String {
         let state = match self.state.as_str() {
-            "on-probation" => format!("on probation for {} s", self.settings.probation_s),
+            "on-probation" => format!("on probation for {}", printable(&self.settings.probation)),
             state => printable(state),
         };
         if self.generation == 0 {

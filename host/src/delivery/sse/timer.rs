@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::now_ms;
+use crate::duration::millis;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
@@ -106,14 +107,14 @@ impl StreamTimer {
 
     /// The reconnect delay for one client, in milliseconds; randomised for each.
     pub(super) fn retry_ms(&self) -> u64 {
-        spread_retry(self.0.config.retry_ms)
+        spread_retry(self.0.config.retry)
     }
 
     pub(super) fn watch(&self, signals: &Arc<StreamControl>, expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = now_ms();
-        let age = (config.max_age_s > 0)
-            .then(|| (now + spread(config.max_age_s * 1000, 0.8, 1.0), End::Age));
+        let age = (!config.max_age.is_zero())
+            .then(|| (now + spread(millis(config.max_age), 0.8, 1.0), End::Age));
         let expiry = expires_ms.map(|at| (at, End::TokenExpired));
         let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
         let entry = Entry {
@@ -121,7 +122,7 @@ impl StreamTimer {
             end,
             is_ended: false,
             next_heartbeat_ms: now + self.0.heartbeat_ms(),
-            next_cursor_ms: now + config.cursor_s * 1000,
+            next_cursor_ms: now + millis(config.cursor_interval),
             taken: 0,
             moved_ms: now,
         };
@@ -187,7 +188,7 @@ impl Shared {
     }
 
     fn heartbeat_ms(&self) -> u64 {
-        spread(self.config.heartbeat_s * 1000, 0.8, 1.2)
+        spread(millis(self.config.heartbeat_interval), 0.8, 1.2)
     }
 
     fn turn(&self) {
@@ -216,12 +217,12 @@ impl Shared {
                 socket.as_ref(),
                 signals.heartbeat.load(Ordering::Acquire),
                 now,
-                self.config.stall_s * 1000,
+                millis(self.config.stall_timeout),
             )
         {
             self.closed("stalled");
             let user = signals.guard.stream().lock().user().clone();
-            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_s = self.config.stall_s, "cutting a stalled stream");
+            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_timeout = ?self.config.stall_timeout, "cutting a stalled stream");
             socket.kill();
             return None;
         }
@@ -241,7 +242,7 @@ impl Shared {
         }
         if entry.next_cursor_ms <= now {
             signals.cursor.store(true, Ordering::Release);
-            entry.next_cursor_ms = now + self.config.cursor_s * 1000;
+            entry.next_cursor_ms = now + millis(self.config.cursor_interval);
             signals.wake();
         }
         Some(entry)

@@ -6,7 +6,6 @@
 //! it is. `device_cursors` decides which of two positions is further ahead.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::{Request, State as Shared};
 use axum::http::{StatusCode, header};
@@ -61,12 +60,7 @@ pub(in crate::http) async fn acknowledge(
                 .fix("send Content-Type: application/json"),
         );
     }
-    let body = read_body(
-        body,
-        MAX_BODY,
-        Duration::from_secs(state.limits.body_timeout_s),
-    )
-    .await?;
+    let body = read_body(body, MAX_BODY, state.limits.body_timeout).await?;
     let told: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
         ApiError::bad_request(format!("the body is not a valid acknowledgement: {error}"))
             .fix(SHAPE)
@@ -92,7 +86,7 @@ pub(in crate::http) async fn acknowledge(
     let taken = state.device_cursors()?.acknowledge(&user, &cursor, &which);
     // This takes several broker reads and writes: it must not go on after the client has stopped
     // waiting.
-    let taken = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), taken).await;
+    let taken = tokio::time::timeout(state.limits.read_wait, taken).await;
     match taken.map_err(|_| ApiError::unavailable("the broker did not answer in time"))? {
         Ok(()) => Ok(StatusCode::NO_CONTENT),
         Err(refusal @ Refusal::Ahead) => Err(ApiError::bad_request(refusal.to_string())

@@ -69,7 +69,7 @@ pub(in crate::http) async fn publish(
     body: Body,
 ) -> Result<Response, ApiError> {
     let mode = Mode::of(&headers)?;
-    let wait = Duration::from_secs(state.limits.publish_wait_s);
+    let wait = state.limits.publish_wait;
     // Taken before the body is read, because the permits bound the bodies held in memory.
     let Ok(Ok(_permit)) = tokio::time::timeout(wait, state.publishing.acquire()).await else {
         return Err(ApiError::overloaded("too many concurrent publish requests"));
@@ -79,7 +79,7 @@ pub(in crate::http) async fn publish(
     } else {
         state.limits.event_bytes
     };
-    let body = read_body(body, max, Duration::from_secs(state.limits.body_timeout_s)).await?;
+    let body = read_body(body, max, state.limits.body_timeout).await?;
     let broker = state.broker()?;
     let source = broker
         .partitions()
@@ -396,7 +396,7 @@ async fn refusal(
 ) -> ApiError {
     if matches!(error, broker::Error::Full(_)) {
         if let Ok(now) = broker.state(partition).await
-            && now.lag >= state.retention.backlog_entries
+            && now.lag >= state.limits.backlog_entries
         {
             return ApiError::backlog(format!(
                 "{} events are waiting in this source; it accepts no more until some are decided",

@@ -4,7 +4,6 @@
 //! `POST /v1/acks` moves the read marker: see `acks`, and `device_cursors` for its meaning.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Request, State as Shared};
@@ -121,7 +120,7 @@ pub(in crate::http) async fn page(
         Ok::<_, broker::Error>(page)
     };
     // Streams wait for an unavailable broker; a page request fails instead.
-    let read = tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), read).await;
+    let read = tokio::time::timeout(state.limits.read_wait, read).await;
     Ok(Json(read.map_err(|_| {
         ApiError::unavailable("the broker did not answer in time")
     })??))

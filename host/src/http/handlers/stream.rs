@@ -9,7 +9,6 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State as Shared};
@@ -149,25 +148,19 @@ pub(in crate::http) async fn open(
     if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
         return Err(cors::foreign());
     }
-    let retry_ms = state.stream_timer().config().retry_ms;
+    let retry = state.stream_timer().config().retry;
     if parts
         .extensions
         .get::<Arc<Connection>>()
         .is_some_and(|connection| connection.is_surplus())
     {
-        return Ok(event_stream(Body::from(sse::refusal(
-            "overloaded",
-            retry_ms,
-        ))));
+        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry))));
     }
     let Some(seat) = state.stream_timer().seat() else {
-        return Ok(event_stream(Body::from(sse::refusal(
-            "overloaded",
-            retry_ms,
-        ))));
+        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry))));
     };
     let Some(hub) = state.hub() else {
-        return Ok(event_stream(Body::from(sse::refusal("starting", retry_ms))));
+        return Ok(event_stream(Body::from(sse::refusal("starting", retry))));
     };
     if is_in_sync && !filter.is_all() {
         let message = "devices=all cannot be combined with types or min_priority, because notifications that one device filters out would count as seen by all";
@@ -185,12 +178,12 @@ pub(in crate::http) async fn open(
                 state
                     .device_cursors()?
                     .start(&identity.reader.user, device, is_in_sync, asked);
-            match tokio::time::timeout(Duration::from_secs(state.limits.read_wait_s), start).await {
+            match tokio::time::timeout(state.limits.read_wait, start).await {
                 Ok(Ok(start)) => start,
                 failed => {
                     // Starting anywhere else would silently skip the notifications in between.
                     tracing::debug!(user.id = %identity.reader.user, ?failed, "cannot read the device cursor; the client is asked to reconnect");
-                    return Ok(event_stream(Body::from(sse::refusal("away", retry_ms))));
+                    return Ok(event_stream(Body::from(sse::refusal("away", retry))));
                 }
             }
         }

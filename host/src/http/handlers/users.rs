@@ -2,7 +2,6 @@
 //! object that is replaced as a whole; `criteria` defines its valid contents.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -32,12 +31,7 @@ pub(in crate::http) async fn replace(
     Path(user): Path<Name>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
-    let body = read_body(
-        body,
-        MAX_BODY,
-        Duration::from_secs(state.limits.body_timeout_s),
-    )
-    .await?;
+    let body = read_body(body, MAX_BODY, state.limits.body_timeout).await?;
     let attributes = parse(&body)?;
     state
         .broker()?

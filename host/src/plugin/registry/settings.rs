@@ -13,6 +13,7 @@ use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::health::HealthPolicy;
+use crate::duration;
 use crate::plugin::Limits;
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that
@@ -73,7 +74,8 @@ pub struct Settings {
     /// without this plugin) or `drop` (`dead-letter`).
     pub on_failure: OnFailure,
     /// CPU time of a call, 1ms to 10s (50ms).
-    pub deadline_ms: u64,
+    #[serde(with = "crate::duration")]
+    pub deadline: Duration,
     /// Maximum memory of an instance in MiB, 1 to 4,096 (32).
     pub memory_mib: u32,
     /// Maximum size of the text in an answer in KiB, 1 to 65,536 (256).
@@ -84,7 +86,8 @@ pub struct Settings {
     pub calls_per_instance: u32,
     /// Probation of a new version, 0s to 24h, and at least its first 20 events (60s; 0s: none). If
     /// it fails too often, the previous version takes over again.
-    pub probation_s: u64,
+    #[serde(with = "crate::duration")]
+    pub probation: Duration,
     /// Maximum share of events in the probation that may fail, in percent, 1 to 100 (10). Fewer
     /// than 5 failures never count.
     pub probation_failure_percent: u32,
@@ -104,12 +107,12 @@ impl Default for Settings {
         Self {
             enabled: true,
             on_failure: OnFailure::DeadLetter,
-            deadline_ms: 50,
+            deadline: Duration::from_millis(50),
             memory_mib: 32,
             result_kib: 256,
             max_targets: 10_000,
             calls_per_instance: 10_000,
-            probation_s: 60,
+            probation: Duration::from_secs(60),
             probation_failure_percent: 10,
             breaker_failures: 10,
             sha256: None,
@@ -133,28 +136,43 @@ impl Settings {
     /// # Errors
     /// The key, the problem and the fix.
     fn check(&self) -> Result<(), String> {
-        let bounds = [
-            ("deadline_ms", self.deadline_ms, 1, 10_000),
-            ("memory_mib", self.memory_mib.into(), 1, 4_096),
-            ("result_kib", self.result_kib.into(), 1, 65_536),
-            ("max_targets", self.max_targets.into(), 1, 1_000_000),
-            (
-                "calls_per_instance",
-                self.calls_per_instance.into(),
-                1,
-                u32::MAX.into(),
-            ),
-            ("probation_s", self.probation_s, 0, 86_400),
+        let numbers = [
+            ("memory_mib", self.memory_mib, 1, 4_096),
+            ("result_kib", self.result_kib, 1, 65_536),
+            ("max_targets", self.max_targets, 1, 1_000_000),
+            ("calls_per_instance", self.calls_per_instance, 1, u32::MAX),
             (
                 "probation_failure_percent",
-                self.probation_failure_percent.into(),
+                self.probation_failure_percent,
                 1,
                 100,
             ),
         ];
-        for (key, value, least, most) in bounds {
+        for (key, value, least, most) in numbers {
             if !(least..=most).contains(&value) {
                 return Err(format!("{key} is {value}; give it {least} to {most}"));
+            }
+        }
+        let durations = [
+            (
+                "deadline",
+                self.deadline,
+                Duration::from_millis(1),
+                Duration::from_secs(10),
+            ),
+            (
+                "probation",
+                self.probation,
+                Duration::ZERO,
+                Duration::from_secs(86_400),
+            ),
+        ];
+        for (key, value, least, most) in durations {
+            if !(least..=most).contains(&value) {
+                let [value, least, most] = [value, least, most].map(duration::format);
+                return Err(format!(
+                    "{key} is \"{value}\"; give it \"{least}\" to \"{most}\""
+                ));
             }
         }
         match &self.sha256 {
@@ -169,7 +187,7 @@ impl Settings {
     /// The resource limits of the plugin.
     pub fn limits(&self) -> Limits {
         Limits {
-            deadline: Duration::from_millis(self.deadline_ms),
+            deadline: self.deadline,
             memory_bytes: self.memory_mib as usize * 1024 * 1024,
             result_bytes: self.result_kib as usize * 1024,
             targets: self.max_targets as usize,
@@ -180,7 +198,7 @@ impl Settings {
 
     pub(in crate::plugin) fn policy(&self) -> HealthPolicy {
         HealthPolicy {
-            probation: Duration::from_secs(self.probation_s),
+            probation: self.probation,
             probation_failure_percent: self.probation_failure_percent.into(),
             breaker_failures: self.breaker_failures,
         }
@@ -271,14 +289,14 @@ mod tests {
     #[test]
     fn the_section_holds_its_own_keys_and_a_table_per_plugin() {
         let config: Config = toml::from_str(
-            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline_ms = 5\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
+            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline = '5ms'\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
         )
         .unwrap();
         assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
         let discard = &config.plugins["discard"];
         assert_eq!(
-            (discard.on_failure, discard.deadline_ms, discard.memory_mib),
-            (OnFailure::Skip, 5, 32)
+            (discard.on_failure, discard.deadline, discard.memory_mib),
+            (OnFailure::Skip, Duration::from_millis(5), 32)
         );
         assert_eq!(
             serde_json::Value::Object(discard.config.clone()),
@@ -292,9 +310,14 @@ mod tests {
     fn an_error_in_the_section_names_the_key_and_its_position() {
         for (text, expect, place) in [
             (
+                "[address]\ndeadline_ms = 5\n",
+                "unknown field `deadline_ms`",
+                10..21,
+            ),
+            (
                 "[address]\ndeadline = 5\n",
-                "unknown field `deadline`",
-                10..18,
+                "5 has no unit; write \"5s\"",
+                21..22,
             ),
             (
                 "[address]\non_failure = 'ignore'\n",
@@ -302,8 +325,8 @@ mod tests {
                 23..31,
             ),
             (
-                "[first]\n[address]\ndeadline_ms = 0\n",
-                "deadline_ms is 0; give it 1 to 10000",
+                "[first]\n[address]\ndeadline = '0s'\n",
+                "deadline is \"0s\"; give it \"1ms\" to \"10s\"",
                 8..17,
             ),
             (

@@ -7,9 +7,9 @@ use super::*;
 
 fn short() -> Retention {
     Retention {
-        max_age_s: 1_000,
-        keep_s: 60,
-        dedupe_window_s: 100,
+        max_age: Duration::from_secs(1_000),
+        processed_entries_ttl: Duration::from_secs(60),
+        dedupe_window: Duration::from_secs(100),
         ..Retention::default()
     }
 }
@@ -80,7 +80,7 @@ async fn raising_max_age_restores_nothing_and_keeps_the_floor() {
     let broker = in_folder(
         &folder,
         Retention {
-            max_age_s: 100_000,
+            max_age: Duration::from_secs(100_000),
             ..short()
         },
         &time,
@@ -361,7 +361,7 @@ async fn dead_letters_and_decisions_are_bounded_and_trimming_is_counted() {
     let time = Time::new();
     let broker = in_memory(
         Retention {
-            dead_entries: 3,
+            dead_letter_entries: 3,
             decision_entries: 4,
             ..short()
         },
@@ -480,7 +480,7 @@ async fn expired_device_cursors_are_removed() {
     let time = Time::new();
     let broker = in_memory(
         Retention {
-            device_cursor_ttl_s: 50_000,
+            device_cursor_ttl: Duration::from_secs(50_000),
             ..short()
         },
         &time,
