@@ -53,7 +53,7 @@ enum Command {
     /// Follow a user's notification stream
     Tail(tail::Options),
     /// List, show, redrive or drop dead letters
-    Dead(dead_letters::Options),
+    DeadLetters(dead_letters::Options),
     /// Explain why an event did or did not reach a user
     Explain(explain::Options),
     /// Export events from a running node
@@ -70,12 +70,12 @@ enum Command {
 
 /// Makes the process exit quietly with status 1 if standard output is a closed pipe (for example
 /// `| head`). `println!` panics in that case, so only a panic hook can intercept it.
-fn end_when_nobody_reads() {
+fn exit_quietly_on_closed_pipe() {
     let report = panic::take_hook();
     panic::set_hook(Box::new(move |panic| {
         if panic
             .payload_as_str()
-            .is_some_and(|said| said.starts_with("failed printing to stdout: Broken pipe"))
+            .is_some_and(|text| text.starts_with("failed printing to stdout: Broken pipe"))
         {
             process::exit(1);
         }
@@ -84,7 +84,7 @@ fn end_when_nobody_reads() {
 }
 
 pub(crate) fn main() -> ExitCode {
-    end_when_nobody_reads();
+    exit_quietly_on_closed_pipe();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -100,7 +100,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Serve(options) => serve::run(&options),
         Command::Publish(options) => publish::run(&options),
         Command::Tail(options) => tail::run(&options),
-        Command::Dead(options) => dead_letters::run(&options),
+        Command::DeadLetters(options) => dead_letters::run(&options),
         Command::Explain(options) => explain::run(&options),
         Command::Events(options) => events::run(&options),
         Command::Dev(options) => dev::run(&options),
@@ -124,6 +124,8 @@ pub(crate) fn main() -> ExitCode {
 /// Environment variables that set the listener addresses if `--url` is not given.
 const NODE_URL: &str = "POINTSMAN_URL";
 const ADMIN_URL: &str = "POINTSMAN_ADMIN_URL";
+/// Environment variable that sets the API key if `--api-key` is not given.
+const API_KEY: &str = "POINTSMAN_API_KEY";
 
 /// The application listener of a running node and the API key for it.
 #[derive(Debug, clap::Args)]
@@ -132,8 +134,8 @@ struct Node {
     #[arg(long, global = true, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
     /// API key of the node; not needed in dev mode
-    #[arg(long, global = true, env = "POINTSMAN_KEY", hide_env_values = true)]
-    key: Option<String>,
+    #[arg(long, global = true, env = API_KEY, hide_env_values = true)]
+    api_key: Option<String>,
 }
 
 impl Node {
@@ -142,11 +144,16 @@ impl Node {
     }
 
     fn authorization(&self) -> Option<String> {
-        self.key.as_ref().map(|key| format!("Bearer {key}"))
+        self.api_key.as_ref().map(|key| format!("Bearer {key}"))
     }
 
     /// Sends a request without a body and reads the whole response.
-    fn ask(&self, agent: &Agent, method: &str, path: &str) -> anyhow::Result<(StatusCode, String)> {
+    fn request(
+        &self,
+        agent: &Agent,
+        method: &str,
+        path: &str,
+    ) -> anyhow::Result<(StatusCode, String)> {
         let url = self.at(path);
         let mut request = ureq::http::Request::builder().method(method).uri(&url);
         if let Some(authorization) = self.authorization() {
@@ -167,8 +174,8 @@ struct Admin {
     #[arg(long, env = ADMIN_URL, default_value = "http://127.0.0.1:8081")]
     url: String,
     /// API key of the node; not needed in dev mode
-    #[arg(long, env = "POINTSMAN_KEY", hide_env_values = true)]
-    key: Option<String>,
+    #[arg(long, env = API_KEY, hide_env_values = true)]
+    api_key: Option<String>,
 }
 
 impl Admin {
@@ -182,10 +189,10 @@ impl Admin {
     ) -> anyhow::Result<Response<Body>> {
         let url = format!("{}{path}", self.url.trim_end_matches('/'));
         let mut request = ureq::http::Request::builder().method(method).uri(&url);
-        if let Some(key) = &self.key {
+        if let Some(key) = &self.api_key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let answered = match body {
+        let response = match body {
             // Lets the node reject a missing API key before the upload starts. Without it, a node
             // that closes the connection early would show up here as a broken pipe.
             Some(body) => agent.run(
@@ -196,7 +203,7 @@ impl Admin {
             ),
             None => agent.run(request.body(())?),
         };
-        answered.map_err(|error| no_node(&self.url, ADMIN_URL, &error))
+        response.map_err(|error| no_node(&self.url, ADMIN_URL, &error))
     }
 }
 
@@ -244,28 +251,27 @@ fn refusal(status: StatusCode, text: &str) -> String {
             "unexpected response ({status}) that is not from a Pointsman node; check the address in --url"
         );
     };
-    if status == StatusCode::NOT_FOUND && error.starts_with("there is nothing at") {
+    let code = body["code"].as_str().unwrap_or_default();
+    if code == "unknown_path" {
         return "this listener does not serve this command; a node has an application listener and an admin listener: set the address of the other one with --url"
             .to_owned();
     }
-    let fix = match status {
-        StatusCode::UNAUTHORIZED if error.contains("API key") => {
-            Some("pass --api-key or set POINTSMAN_API_KEY".to_owned())
-        }
-        StatusCode::UNAUTHORIZED => Some(
+    let fix = match code {
+        "api_key_required" => Some(format!("pass --api-key or set {API_KEY}")),
+        "unauthorized" => Some(
             "pass --token or set POINTSMAN_TOKEN; --user alone works only in dev mode".to_owned(),
         ),
         _ => body["fix"].as_str().map(printable),
     };
-    let said = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));
-    let is_reckoned_with = matches!(
+    let message = fix.map_or_else(|| error.clone(), |fix| format!("{error}; {fix}"));
+    let is_expected = matches!(
         status.as_u16(),
         400 | 401 | 403 | 404 | 408 | 409 | 413 | 422 | 429 | 503
     );
-    if is_reckoned_with {
-        said
+    if is_expected {
+        message
     } else {
-        format!("the node returned {status}: {said}")
+        format!("the node returned {status}: {message}")
     }
 }
 

@@ -48,13 +48,13 @@ pub fn routes(state: Arc<State>) -> Router {
             "/v1/users/{user}/attributes",
             get(users::show).put(users::replace).delete(users::clear),
         )
-        .route("/v1/dead", get(dead_letters::list))
+        .route("/v1/dead-letters", get(dead_letters::list))
         .route(
-            "/v1/dead/{partition}/{id}",
+            "/v1/dead-letters/{partition}/{id}",
             get(dead_letters::show).delete(dead_letters::drop),
         )
         .route(
-            "/v1/dead/{partition}/{id}/redrive",
+            "/v1/dead-letters/{partition}/{id}/redrive",
             post(dead_letters::redrive),
         );
     if state.auth.is_dev() {
@@ -92,7 +92,7 @@ pub fn admin_routes(state: Arc<State>) -> Router {
                 .delete(candidates::end),
         )
         .route("/v1/plugins/{name}/promote", post(candidates::promote))
-        .route("/v1/plugins/{name}/replay", post(candidates::replay));
+        .route("/v1/plugins/{name}/backtest", post(candidates::backtest));
     let routes = routes
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method);
@@ -138,7 +138,7 @@ mod tests {
             ("GET", "/v1/events", StatusCode::METHOD_NOT_ALLOWED),
             ("GET", "/v1/groups/a%0Ab/members/u", StatusCode::BAD_REQUEST),
             ("GET", "/v1/groups/%FF/members/u", StatusCode::BAD_REQUEST),
-            ("GET", "/v1/dead?limit=x", StatusCode::BAD_REQUEST),
+            ("GET", "/v1/dead-letters?limit=x", StatusCode::BAD_REQUEST),
         ] {
             let (found, _, body) = site.request(method, path, &[], "").await;
             assert_eq!(found, status, "{method} {path}");
@@ -151,7 +151,7 @@ mod tests {
             site.state
                 .metrics()
                 .render()
-                .contains("pointsman_requests_refused_total{reason=\"not-found\"} 1")
+                .contains("pointsman_requests_refused_total{reason=\"not_found\"} 1")
         );
     }
 
@@ -171,10 +171,10 @@ mod tests {
             ("GET", "/v1/users/ann/attributes"),
             ("PUT", "/v1/users/ann/attributes"),
             ("DELETE", "/v1/users/ann/attributes"),
-            ("GET", "/v1/dead"),
-            ("GET", "/v1/dead/0/1-0"),
-            ("DELETE", "/v1/dead/0/1-0"),
-            ("POST", "/v1/dead/0/1-0/redrive"),
+            ("GET", "/v1/dead-letters"),
+            ("GET", "/v1/dead-letters/0/1-0"),
+            ("DELETE", "/v1/dead-letters/0/1-0"),
+            ("POST", "/v1/dead-letters/0/1-0/redrive"),
         ] {
             let (status, headers, _) = site.request(method, path, &[], "{}").await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{method} {path}");

@@ -463,7 +463,7 @@ fn an_undelivered_event_reports_the_responsible_plugin_and_the_next_step() {
     );
     // The redriven entry is the same event.
     assert_eq!(
-        node.request("POST", &format!("/v1/dead/{id}/redrive"))
+        node.request("POST", &format!("/v1/dead-letters/{id}/redrive"))
             .status,
         204
     );
@@ -476,7 +476,8 @@ fn an_undelivered_event_reports_the_responsible_plugin_and_the_next_step() {
     });
     let id = again["dead_letter"].as_str().expect("another dead letter");
     assert_eq!(
-        node.request("DELETE", &format!("/v1/dead/{id}")).status,
+        node.request("DELETE", &format!("/v1/dead-letters/{id}"))
+            .status,
         204
     );
     let gone = concludes_so(&explained(&node, "broken", "ann"));
@@ -968,7 +969,14 @@ fn an_explanation_requires_the_api_key() {
         "{refusal}"
     );
     told(&mut pointsman(&[
-        "explain", "a", "--user", "ann", "--url", &url, "--key", KEY,
+        "explain",
+        "a",
+        "--user",
+        "ann",
+        "--url",
+        &url,
+        "--api-key",
+        KEY,
     ]));
 }
 

@@ -43,7 +43,7 @@ fn the_document_is_valid_and_nodes_respond_as_documented() {
     let node = Node::builder().plugins(plugins.dir()).config(DEV).start();
     // Requires tokens and keys; its broker is unreachable and it has no plugin to compile.
     let no_plugins = Folder::new();
-    let config = format!("[auth]\njwt_secret = \"{SECRET}\"\nkey = \"{KEY}\"");
+    let config = format!("[auth]\njwt_secret = \"{SECRET}\"\napi_key = \"{KEY}\"");
     let away = Node::builder()
         .production()
         .redis(format!("redis://{}", ports::free()))
@@ -64,7 +64,7 @@ fn the_document_is_valid_and_nodes_respond_as_documented() {
         ("POINTSMAN_ADMIN", admin),
         ("POINTSMAN_AWAY", away_address),
         ("POINTSMAN_AWAY_ADMIN", away_admin),
-        ("POINTSMAN_KEY", KEY),
+        ("POINTSMAN_API_KEY", KEY),
         ("POINTSMAN_SECRET", SECRET),
         ("POINTSMAN_PLUGINS", folder.to_str().expect("a UTF-8 path")),
     ];

@@ -24,7 +24,7 @@ fn shown(node: &Node) -> Value {
 }
 
 fn dead_letters(node: &Node) -> Vec<Value> {
-    node.request("GET", "/v1/dead?limit=1000").json()["dead"]
+    node.request("GET", "/v1/dead-letters?limit=1000").json()["dead_letters"]
         .as_array()
         .unwrap()
         .clone()
@@ -108,7 +108,10 @@ fn a_failing_version_is_rolled_back_automatically_and_its_dead_letters_can_be_re
     let told: BTreeSet<String> = told.notifications.into_iter().map(|told| told.id).collect();
     assert_eq!(told.len(), EVENTS - dead.len());
     for letter in &dead {
-        let path = format!("/v1/dead/{}/redrive", letter["id"].as_str().unwrap());
+        let path = format!(
+            "/v1/dead-letters/{}/redrive",
+            letter["id"].as_str().unwrap()
+        );
         assert_eq!(node.request("POST", &path).status, 204);
     }
     let all = follower.wait(SOON, "all events", |record| {
@@ -376,7 +379,7 @@ fn an_invalid_upload_is_rejected_with_the_reason_and_changes_nothing() {
 fn admin_commands_require_the_api_key() {
     const KEY: &str = "a key of at least thirty-two bytes";
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
-    let config = format!("[auth]\njwt_secret = '{KEY}'\nkey = '{KEY}'\n");
+    let config = format!("[auth]\njwt_secret = '{KEY}'\napi_key = '{KEY}'\n");
     let node = Node::builder()
         .production()
         .config(&config)
@@ -394,7 +397,7 @@ fn admin_commands_require_the_api_key() {
         ("GET", "/shadow"),
         ("DELETE", "/shadow"),
         ("POST", "/promote"),
-        ("POST", "/replay"),
+        ("POST", "/backtest"),
     ];
     for (method, path) in own.into_iter().chain(candidates) {
         let order = |headers: &[(&str, &str)]| {
@@ -700,7 +703,7 @@ fn an_upload_under_an_unknown_name_adds_a_plugin_only_with_the_create_option() {
         line(&site.node, &["upload", slip, "--name", "my-versioned"]),
         "uploaded my-versioned 0.1.0 (router): generation 2, on probation for 1m, replacing generation 1"
     );
-    let told = line(&site.node, &["upload", slip, "--new"]);
+    let told = line(&site.node, &["upload", slip, "--create"]);
     assert_eq!(
         told,
         "new plugin my-verisoned 0.1.0 (router): generation 1, active; 2 active plugins: my-verisoned, my-versioned"
@@ -710,7 +713,7 @@ fn an_upload_under_an_unknown_name_adds_a_plugin_only_with_the_create_option() {
         (2, vec![by("my-verisoned", 1), by("my-versioned", 2)])
     );
     // With the option, an existing plugin is not replaced.
-    let refused = refusal(&site.node, &["upload", slip, "--new"]);
+    let refused = refusal(&site.node, &["upload", slip, "--create"]);
     assert!(
         refused.contains("plugin 'my-verisoned 0.1.0 (router)' already exists; omit --create"),
         "{refused}"
@@ -732,7 +735,7 @@ fn an_upload_under_an_unknown_name_adds_a_plugin_only_with_the_create_option() {
     );
     line(&node, &["remove", "late"]);
     assert!(
-        line(&node, &["upload", slip, "--name", "late", "--new"])
+        line(&node, &["upload", slip, "--name", "late", "--create"])
             .contains("late 0.1.0 (router): generation 2, active")
     );
 }
@@ -742,7 +745,7 @@ fn an_unreachable_node_is_reported_with_its_address_and_the_option_that_sets_it(
     for (arguments, variable) in [
         (&["plugin", "list"][..], "POINTSMAN_ADMIN_URL"),
         (&["events", "export"], "POINTSMAN_ADMIN_URL"),
-        (&["dead", "list"], "POINTSMAN_URL"),
+        (&["dead-letters", "list"], "POINTSMAN_URL"),
         (&["tail", "--user", "42"], "POINTSMAN_URL"),
     ] {
         let (is_well, said) =

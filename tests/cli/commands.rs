@@ -161,7 +161,7 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
     let url = node.url("");
     node.publisher()
         .publish(&[event("bad", "t", json!({ "user": "42", "ttl": "soon" }))]);
-    let listed = || stdout(&pointsman(&["dead", "list", "--url", &url]));
+    let listed = || stdout(&pointsman(&["dead-letters", "list", "--url", &url]));
     let listed_id = |table: &str| {
         let line = table.lines().nth(1).expect("a line below the header");
         line.split_whitespace().next().expect("an id").to_owned()
@@ -178,25 +178,25 @@ fn dead_letters_are_listed_shown_redriven_and_dropped() {
         "{table}"
     );
     for order in ["redrive", "drop"] {
-        let refused = pointsman(&["dead", order, "--url", &url]);
+        let refused = pointsman(&["dead-letters", order, "--url", &url]);
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(
             refused.status.code() == Some(64) && said.contains("<ID|--all>"),
             "{said}"
         );
     }
-    let shown = stdout(&pointsman(&["dead", "--url", &url, "show", &id]));
+    let shown = stdout(&pointsman(&["dead-letters", "--url", &url, "show", &id]));
     assert!(
         shown.contains("soon"),
         "the original fields are not in {shown}"
     );
-    stdout(&pointsman(&["dead", "--url", &url, "redrive", &id]));
+    stdout(&pointsman(&["dead-letters", "--url", &url, "redrive", &id]));
     // The event fails again and becomes a new dead letter.
     let again = eventually(SOON, "the redriven dead letter", || {
         Some(listed()).filter(|table| !table.is_empty() && !table.contains(&id))
     });
     let id = listed_id(&again);
-    stdout(&pointsman(&["dead", "--url", &url, "drop", &id]));
+    stdout(&pointsman(&["dead-letters", "--url", &url, "drop", &id]));
     assert_eq!(listed(), "");
 }
 

@@ -229,7 +229,7 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
 
 #[test]
 fn the_plugin_guide_shows_the_generated_router() {
-    let guide = fs::read_to_string(repository().join("plugins/README.md")).expect("the guide");
+    let guide = fs::read_to_string(repository().join("docs/plugins.md")).expect("the guide");
     let shown = guide
         .split("```rust\n")
         .nth(1)
@@ -495,12 +495,12 @@ fn exported_events_are_as_plugins_saw_them_and_can_be_republished() {
     ]);
     node.await_outcomes(4, SOON);
     let url = node.admin_url("");
-    let export = |last: &str| {
+    let export = |limit: &str| {
         let Output {
             status,
             stdout,
             stderr,
-        } = pointsman(&["events", "export", "--url", &url, "--last", last])
+        } = pointsman(&["events", "export", "--url", &url, "--limit", limit])
             .output()
             .expect("run it");
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
@@ -569,7 +569,7 @@ fn exported_events_are_as_plugins_saw_them_and_can_be_republished() {
     Publisher::new(other.addr()).publish(&documents);
     other.await_outcomes(4, SOON);
     let again =
-        http::send("GET", &other.admin_url("/v1/events?last=10"), &[], None).expect("a response");
+        http::send("GET", &other.admin_url("/v1/events?limit=10"), &[], None).expect("a response");
     assert_eq!(again.body, lines);
     assert_eq!(again.header("pointsman-bound"), Some("source"));
 }
@@ -593,7 +593,7 @@ fn exporting_events_requires_the_api_key() {
         "export",
         "--url",
         &url,
-        "--key",
+        "--api-key",
         "operators-key-0001",
     ]));
     // If a user's token is missing, the error names that option instead.

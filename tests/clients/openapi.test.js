@@ -12,7 +12,7 @@ import Ajv from "ajv/dist/2020.js";
 import addFormats from "ajv-formats";
 import { eventually } from "./node-under-test.js";
 
-const { POINTSMAN_KEY: key, POINTSMAN_SECRET: secret } = process.env;
+const { POINTSMAN_API_KEY: key, POINTSMAN_SECRET: secret } = process.env;
 /** The addresses of the listeners, in the order of the document's servers. */
 const dev = [process.env.POINTSMAN_ADDRESS, process.env.POINTSMAN_ADMIN];
 const away = [process.env.POINTSMAN_AWAY, process.env.POINTSMAN_AWAY_ADMIN];
@@ -273,19 +273,19 @@ test("notifications are read and acknowledged as documented", async () => {
 test("dead letters and decisions are shown as documented", async () => {
   await ask(202, "POST", "/v1/events", structured({ id: "dead-1", type: "t", user: "ann", priority: "highest" }));
   await ask(202, "POST", "/v1/events", { headers: { "ce-type": "t", "ce-user": "ann", "ce-ttl": "soon", "Content-Type": "image/png" }, body: new Uint8Array([255]) });
-  const list = () => ask(200, "GET", "/v1/dead");
-  await eventually("two dead letters", async () => (await list()).dead.length >= 2);
-  assert.ok((await ask(200, "GET", "/v1/dead?limit=1")).next);
-  const [first, second] = (await list()).dead.slice(-2);
-  await ask(200, "GET", `/v1/dead/${first.id}`);
-  assert.ok(JSON.stringify(await ask(200, "GET", `/v1/dead/${second.id}`)).includes("value_base64"));
-  await ask(204, "POST", `/v1/dead/${first.id}/redrive`);
-  await ask(204, "DELETE", `/v1/dead/${second.id}`);
+  const list = () => ask(200, "GET", "/v1/dead-letters");
+  await eventually("two dead letters", async () => (await list()).dead_letters.length >= 2);
+  assert.ok((await ask(200, "GET", "/v1/dead-letters?limit=1")).next);
+  const [first, second] = (await list()).dead_letters.slice(-2);
+  await ask(200, "GET", `/v1/dead-letters/${first.id}`);
+  assert.ok(JSON.stringify(await ask(200, "GET", `/v1/dead-letters/${second.id}`)).includes("value_base64"));
+  await ask(204, "POST", `/v1/dead-letters/${first.id}/redrive`);
+  await ask(204, "DELETE", `/v1/dead-letters/${second.id}`);
   for (const [method, path] of [["GET", ""], ["DELETE", ""], ["POST", "/redrive"]]) {
-    await ask(404, method, `/v1/dead/${second.id}${path}`);
-    await ask(400, method, `/v1/dead/x/1-0${path}`);
+    await ask(404, method, `/v1/dead-letters/${second.id}${path}`);
+    await ask(400, method, `/v1/dead-letters/x/1-0${path}`);
   }
-  await ask(400, "GET", "/v1/dead?after=7");
+  await ask(400, "GET", "/v1/dead-letters?after=7");
 
   let decisions;
   const outcomes = () => [...new Set(decisions.map(({ outcome }) => outcome))].sort();
@@ -295,9 +295,9 @@ test("dead letters and decisions are shown as documented", async () => {
   assert.ok((await ask(200, "GET", "/v1/decisions?event_id=dead-1&limit=5", { listener: 1 })).length >= 1);
   await ask(400, "GET", "/v1/decisions?last=5", { listener: 1 });
 
-  const lines = await ask(200, "GET", "/v1/events?last=5", { listener: 1 });
+  const lines = await ask(200, "GET", "/v1/events?limit=5", { listener: 1 });
   assert.equal(lines.trimEnd().split("\n").map((line) => JSON.parse(line)).filter(({ id, time }) => id && time).length, 5);
-  await ask(400, "GET", "/v1/events?last=0", { listener: 1 });
+  await ask(400, "GET", "/v1/events?limit=0", { listener: 1 });
 });
 
 test("events are explained as documented", async () => {
@@ -355,7 +355,7 @@ test("plugins are shown, replaced and refused as documented", async () => {
     await order(404, method, `/nobody${path}`);
     await order(400, method, `/%FF${path}`);
   }
-  for (const [method, path] of [...nobody.filter(([method]) => method !== "GET"), ["PUT", ""], ["PUT", "/shadow"], ["POST", "/replay"]]) {
+  for (const [method, path] of [...nobody.filter(([method]) => method !== "GET"), ["PUT", ""], ["PUT", "/shadow"], ["POST", "/backtest"]]) {
     await order(403, method, `/nobody${path}`, { headers: { origin: "http://127.0.0.1" } });
   }
 });
@@ -372,10 +372,10 @@ test("candidates are compared as documented", async () => {
   await order(204, "DELETE", "/address/shadow");
   await order(200, "PUT", "/address/shadow", { body: await wasm("address") });
   await order(200, "POST", "/address/promote");
-  const replayed = await order(200, "POST", "/address/replay?last=500", candidate);
-  assert.ok(replayed.different > 0 && replayed.reach.length === 1);
-  await order(400, "POST", "/address/replay?last=0", candidate);
-  for (const [method, path] of [["PUT", "/shadow"], ["POST", "/replay"]]) {
+  const backtested = await order(200, "POST", "/address/backtest?limit=500", candidate);
+  assert.ok(backtested.different > 0 && backtested.reach.length === 1);
+  await order(400, "POST", "/address/backtest?limit=0", candidate);
+  for (const [method, path] of [["PUT", "/shadow"], ["POST", "/backtest"]]) {
     await order(422, method, `/address${path}`, { body: "no plugin" });
     await order(404, method, `/nobody${path}`, candidate);
     await order(400, method, `/%FF${path}`, candidate);

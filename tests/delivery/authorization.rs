@@ -193,7 +193,7 @@ fn reading_and_publishing_require_a_valid_token_or_key() {
         ("DELETE", "/v1/groups/ops/members/ann"),
         ("GET", "/v1/groups/ops/members/ann"),
         ("PUT", "/v1/users/ann/attributes"),
-        ("GET", "/v1/dead"),
+        ("GET", "/v1/dead-letters"),
     ] {
         for authorization in [None, Some(format!("Bearer {honest}"))] {
             let headers: Vec<(&str, &str)> = authorization

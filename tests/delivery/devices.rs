@@ -265,7 +265,7 @@ fn a_device_reconnects_after_an_outage_of_redis_and_misses_nothing() {
         .open(SOON)
         .expect("200");
     let close = stream.next_state("close", SOON);
-    assert_eq!(close.data.as_deref(), Some("{\"reason\":\"away\"}"));
+    assert_eq!(close.data.as_deref(), Some("{\"reason\":\"unavailable\"}"));
     assert!(close.retry.is_some());
     let answer = acknowledge(&node, "ann", &json!({ "id": "1", "device": "phone" }));
     assert_eq!(

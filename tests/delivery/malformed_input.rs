@@ -71,15 +71,17 @@ fn outcomes(node: &Node, outcome: &str) -> f64 {
 
 /// The dead letters of a node with their fields, keyed by the id of the source entry.
 fn dead_letters(node: &Node) -> BTreeMap<String, (String, Value, Fields)> {
-    let list = node.request("GET", "/v1/dead?limit=1000").json();
+    let list = node.request("GET", "/v1/dead-letters?limit=1000").json();
     assert_eq!(list.get("next"), None);
-    let letters = list["dead"]
+    let letters = list["dead_letters"]
         .as_array()
         .expect("a list")
         .iter()
         .map(|listed| {
             let id = listed["id"].as_str().expect("an id").to_owned();
-            let shown = node.request("GET", &format!("/v1/dead/{id}")).json();
+            let shown = node
+                .request("GET", &format!("/v1/dead-letters/{id}"))
+                .json();
             let fields = shown["fields"]
                 .as_array()
                 .expect("fields")
@@ -374,7 +376,7 @@ fn an_invalid_entry_becomes_one_dead_letter_with_the_reason_and_its_exact_fields
 /// Exercises `pointsman dead-letters` as an operator uses it.
 fn the_command_line_shows_what_is_dead(node: &Node, entry: &str) {
     let dead = |arguments: &[&str]| {
-        let output = pointsman(&[&["dead"], arguments].concat())
+        let output = pointsman(&[&["dead-letters"], arguments].concat())
             .env("POINTSMAN_URL", node.url(""))
             .output()
             .expect("run pointsman");
@@ -805,10 +807,10 @@ fn no_request_bytes_make_a_node_panic_or_respond_5xx() {
         (b"GET /v1/stream?user=42 HTTP/9.9\r\n\r\n".to_vec(), &[400, 505]),
         (b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: \xff\r\nContent-Length: 2\r\n\r\n{}".to_vec(), &[400, 415]),
         (b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec(), &[400]),
-        (b"DELETE /v1/dead/999/18446744073709551616-0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400, 404]),
-        (b"GET /v1/dead/0/0-0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
-        (b"GET /v1/dead?limit=-1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
-        (b"GET /v1/dead?after=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
+        (b"DELETE /v1/dead-letters/999/18446744073709551616-0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400, 404]),
+        (b"GET /v1/dead-letters/0/0-0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[404]),
+        (b"GET /v1/dead-letters?limit=-1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
+        (b"GET /v1/dead-letters?after=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
         (b"GET /v1/notifications?user=42&limit=0&after=%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
         (b"GET /v1/notifications?user=42&after=%ff%00 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".to_vec(), &[200]),
         (b"PUT /v1/groups/a%0Ab/members/42 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec(), &[400]),
@@ -997,7 +999,7 @@ fn dead_letters_are_counted_warned_of_below_the_limit_and_counted_when_trimmed()
             (of_source("dead_letters_trimmed_total") == 3.0).then_some(())
         });
         assert_eq!(of_source("dead_letters"), 10.0);
-        told(pointsman(&["dead", "drop", "--all"]).env("POINTSMAN_URL", node.url("")));
+        told(pointsman(&["dead-letters", "drop", "--all"]).env("POINTSMAN_URL", node.url("")));
         eventually(SOON, "the warning disappears", || {
             warning().is_none().then_some(())
         });

@@ -160,7 +160,7 @@ fn a_node_started_without_redis_reports_it_and_recovers_once_redis_starts() {
     for (method, path) in [
         ("PUT", "/v1/groups/ops/members/42"),
         ("GET", "/v1/notifications?user=42"),
-        ("GET", "/v1/dead"),
+        ("GET", "/v1/dead-letters"),
     ] {
         assert_refused(&node.request(method, path));
     }

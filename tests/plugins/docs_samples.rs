@@ -39,10 +39,10 @@ fn load(toml: &str) -> Registry {
     registry
 }
 
-/// Returns the section of plugins/README.md with this heading.
+/// Returns the section of docs/plugins.md with this heading.
 fn chapter(heading: &str) -> String {
     let page =
-        fs::read_to_string(repository().join("plugins/README.md")).expect("read plugins/README.md");
+        fs::read_to_string(repository().join("docs/plugins.md")).expect("read docs/plugins.md");
     let chapter = page
         .split(&format!("\n## {heading}\n"))
         .nth(1)
@@ -94,7 +94,7 @@ fn the_annotated_configuration_and_its_plugins_pass_check_config() {
     let said = String::from_utf8_lossy(&output.stdout);
     assert_eq!(said.matches("plugin ").count(), 4, "{output:?}");
     // The check warns about secrets that were copied from the example.
-    for secret in ["auth.jwt_secret", "auth.key"] {
+    for secret in ["auth.jwt_secret", "auth.api_key"] {
         assert!(
             said.contains(&format!("warning: {secret} is still the example value")),
             "{said}"
@@ -132,7 +132,7 @@ fn every_configuration_key_is_documented_and_in_the_second_implementation() {
     {
         assert!(
             chapter.contains(&format!("`{key}`")) || chapter.contains(&format!("`{key} = true`")),
-            "plugins/README.md does not document `{key}`"
+            "docs/plugins.md does not document `{key}`"
         );
     }
     assert_eq!(keys("Operators"), OPERATORS.map(str::to_owned).into());

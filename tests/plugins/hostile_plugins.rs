@@ -261,7 +261,7 @@ fn every_invalid_answer_dead_letters_its_event_and_the_next_event_is_decided() {
     for (n, (kind, expect)) in ANSWERS.into_iter().enumerate() {
         publish(kind, kind);
         let letter = eventually(SOON, &format!("{kind} is a dead letter"), || {
-            node.request("GET", "/v1/dead?limit=1000").json()["dead"]
+            node.request("GET", "/v1/dead-letters?limit=1000").json()["dead_letters"]
                 .as_array()?
                 .get(n)
                 .cloned()

@@ -411,7 +411,7 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
     let short = &hash(&turning(2))[..12];
     for wish in [
         &["shadow", "turning"][..],
-        &["shadow", "turning", "--end"],
+        &["shadow", "turning", "--stop"],
         &["promote", "turning"],
     ] {
         let (is_well, said) = run(wish);
@@ -497,7 +497,7 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
     let whole: Value = serde_json::from_str(&told(&["shadow", "turning", "--json"])).expect("JSON");
     assert_eq!(number(&whole, "different"), 1);
 
-    let replayed = told(&["replay", "turning", file, "--last", "2"]);
+    let report = told(&["backtest", "turning", file, "--limit", "2"]);
     for line in [
         &format!("turning: candidate 0.1.0 ({short}), backtested on 2 decided events"),
         "compared 2, different 1, failed 0",
@@ -505,16 +505,16 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
         "\n  new  routes to u:2, ",
         "pointsman:events: decisions since 20",
     ] {
-        assert!(replayed.contains(line), "{line} is not in {replayed}");
+        assert!(report.contains(line), "{line} is not in {report}");
     }
-    let (is_well, refused) = run(&["replay", "turning", file, "--last", "0"]);
+    let (is_well, refused) = run(&["backtest", "turning", file, "--limit", "0"]);
     assert!(
         !is_well && refused.contains("limit is 0; use 1 to 10000"),
         "{refused}"
     );
 
     assert_eq!(
-        told(&["shadow", "turning", "--end"]),
+        told(&["shadow", "turning", "--stop"]),
         format!("candidate 0.1.0 ({short}) of turning 0.1.0 (router) stopped: 1 of 3 differ\n")
     );
     told(&["shadow", "turning", file]);
@@ -532,10 +532,10 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
 
 fn backtest_of_past_events(builder: Builder) {
     let site = Site::new(builder);
-    let replay = |last: usize, bytes: &[u8]| {
+    let backtest = |limit: usize, bytes: &[u8]| {
         site.node.order(
             "POST",
-            &format!("/v1/plugins/turning/replay?last={last}"),
+            &format!("/v1/plugins/turning/backtest?limit={limit}"),
             &[],
             bytes,
         )
@@ -555,7 +555,7 @@ fn backtest_of_past_events(builder: Builder) {
     ]);
     site.node.await_outcomes(1_002, SOON);
 
-    let report = ok(replay(1_002, &turning(2)));
+    let report = ok(backtest(1_002, &turning(2)));
     assert_eq!(
         (number(&report, "found"), number(&report, "compared")),
         (1_002, 1_001),
@@ -578,7 +578,7 @@ fn backtest_of_past_events(builder: Builder) {
     assert_eq!(reach["source"], "pointsman:events");
 
     // The version that decided them makes the same decisions again.
-    let report = ok(replay(10_000, &turning(1)));
+    let report = ok(backtest(10_000, &turning(1)));
     assert_eq!(
         (number(&report, "compared"), number(&report, "different")),
         (1_001, 0),
@@ -586,7 +586,7 @@ fn backtest_of_past_events(builder: Builder) {
     );
     assert_eq!(report["reach"][0]["is_every_decision"], true);
     // Only the newest 900: the first hundred are not among them.
-    let report = ok(replay(900, &turning(2)));
+    let report = ok(backtest(900, &turning(2)));
     assert_eq!(
         (number(&report, "found"), number(&report, "different")),
         (
@@ -595,9 +595,9 @@ fn backtest_of_past_events(builder: Builder) {
         )
     );
     // Refused before the body is read.
-    assert_eq!(replay(0, b"").status, 400);
-    assert_eq!(replay(10_001, b"").status, 400);
-    assert_eq!(replay(10, b"<html>").status, 422);
+    assert_eq!(backtest(0, b"").status, 400);
+    assert_eq!(backtest(10_001, b"").status, 400);
+    assert_eq!(backtest(10, b"<html>").status, 422);
     // The backtests had no effect.
     assert_eq!(site.node.metric("pointsman_plugin_calls_total"), 1_002.0);
     assert_eq!(site.node.metric("pointsman_events_total"), 1_002.0);

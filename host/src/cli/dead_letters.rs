@@ -28,14 +28,14 @@ enum Action {
     },
     /// Process dead letters again as new entries of their source; an event that fails again becomes
     /// a new dead letter
-    Redrive(Chosen),
+    Redrive(Selection),
     /// Delete dead letters; their events are never delivered
-    Drop(Chosen),
+    Drop(Selection),
 }
 
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
-struct Chosen {
+struct Selection {
     /// Ids of the dead letters, such as 0/1700000000000-0
     #[arg(value_name = "ID")]
     ids: Vec<String>,
@@ -45,8 +45,8 @@ struct Chosen {
 }
 
 #[derive(Debug, Deserialize)]
-struct Listed {
-    dead: Vec<Letter>,
+struct Page {
+    dead_letters: Vec<Letter>,
     next: Option<String>,
 }
 
@@ -96,13 +96,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             print!("{}", table(&rows));
         }
         Action::Show { id } => {
-            let text = accept(node.ask(&agent, "GET", &format!("/v1/dead/{id}"))?)?;
+            let text = accept(node.request(&agent, "GET", &format!("/v1/dead-letters/{id}"))?)?;
             let letter: serde_json::Value =
                 serde_json::from_str(&text).context("the node's response is not JSON")?;
             println!("{}", pretty_json(&letter));
         }
-        Action::Redrive(chosen) => act(node, &agent, chosen, "POST", "/redrive", "redriven")?,
-        Action::Drop(chosen) => act(node, &agent, chosen, "DELETE", "", "dropped")?,
+        Action::Redrive(selection) => act(node, &agent, selection, "POST", "/redrive", "redriven")?,
+        Action::Drop(selection) => act(node, &agent, selection, "DELETE", "", "dropped")?,
     }
     Ok(())
 }
@@ -111,23 +111,23 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 fn act(
     node: &Node,
     agent: &Agent,
-    chosen: &Chosen,
+    selection: &Selection,
     method: &str,
     suffix: &str,
     done: &str,
 ) -> anyhow::Result<()> {
     // Lists all before the first redrive: an event that fails again becomes a new dead letter,
     // which paging would otherwise find again without end.
-    let ids = if chosen.all {
+    let ids = if selection.all {
         all(node, agent)?
             .into_iter()
             .map(|letter| letter.id)
             .collect()
     } else {
-        chosen.ids.clone()
+        selection.ids.clone()
     };
     for id in ids {
-        accept(node.ask(agent, method, &format!("/v1/dead/{id}{suffix}"))?)
+        accept(node.request(agent, method, &format!("/v1/dead-letters/{id}{suffix}"))?)
             .with_context(|| id.clone())?;
         println!("{id}\t{done}");
     }
@@ -138,10 +138,11 @@ fn act(
 fn all(node: &Node, agent: &Agent) -> anyhow::Result<Vec<Letter>> {
     let (mut letters, mut after) = (Vec::new(), String::new());
     loop {
-        let text = accept(node.ask(agent, "GET", &format!("/v1/dead?limit=1000{after}"))?)?;
-        let page: Listed = serde_json::from_str(&text)
+        let text =
+            accept(node.request(agent, "GET", &format!("/v1/dead-letters?limit=1000{after}"))?)?;
+        let page: Page = serde_json::from_str(&text)
             .context("the node's response is not a list of dead letters")?;
-        letters.extend(page.dead);
+        letters.extend(page.dead_letters);
         match page.next {
             Some(next) => after = format!("&after={next}"),
             None => return Ok(letters),

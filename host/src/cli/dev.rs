@@ -110,11 +110,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         }
         println!("Press Ctrl-C to stop.\n");
         let open = |known| CrateBuilder::open(known, &options.profile, &plugins, &settings);
-        let workshops = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
-        let news = Activity::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
+        let builders = crates.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
+        let activity = Activity::start(admin, crates.iter().map(|known| known.name.clone()).collect())?;
         let ended = pointsman::run_on(listeners, config, shutdown).await;
         // Stopped before the runtime, so that no build continues for a node that has ended.
-        drop((workshops, news));
+        drop((builders, activity));
         ended
     });
     // Does not wait for a thread that is still compiling a plugin: its result is unused.
@@ -185,7 +185,7 @@ impl Options {
 /// that the node watches. The user's configuration of a plugin takes precedence.
 #[derive(Debug)]
 struct Settings {
-    written: toml::Table,
+    user: toml::Table,
     crates: Vec<Crate>,
     file: PathBuf,
 }
@@ -203,7 +203,7 @@ impl Settings {
             String::new()
         };
         let settings = Self {
-            written: text.parse()?,
+            user: text.parse()?,
             crates,
             file,
         };
@@ -216,7 +216,7 @@ impl Settings {
     /// # Errors
     /// A `config.json` is invalid or the file cannot be written; the file is unchanged.
     fn write(&self) -> anyhow::Result<()> {
-        let mut all = self.written.clone();
+        let mut all = self.user.clone();
         for Crate { folder, name } in &self.crates {
             let path = folder.join(CONFIG);
             let Ok(text) = fs::read_to_string(&path) else {

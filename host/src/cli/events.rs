@@ -27,15 +27,15 @@ struct Export {
     admin: Admin,
     /// Maximum number of events, up to 10,000
     #[arg(long, value_name = "N", default_value = "1000")]
-    last: usize,
+    limit: usize,
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let Action::Export(Export { admin, last }) = &options.action;
+    let Action::Export(Export { admin, limit }) = &options.action;
     let response = admin.request(
         &agent(Duration::from_secs(60)),
         "GET",
-        &format!("/v1/events?last={last}"),
+        &format!("/v1/events?limit={limit}"),
         None,
     )?;
     let header = |name: &str| {
@@ -53,7 +53,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .write_all(text.as_bytes())
         .context("cannot write the events")?;
     let why = match bound.as_str() {
-        "last" => "limit reached (--limit)",
+        "limit" => "limit reached (--limit)",
         "bytes" => "more do not fit into one response of 16 MiB",
         _ => "the sources hold no more decided events (retention.processed_entries_ttl)",
     };

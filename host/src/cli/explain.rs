@@ -81,8 +81,8 @@ fn lines(explanation: &Value) -> Vec<String> {
             decision["event_id"], decision["event_type"], decision["event_source"]
         ),
     );
-    for said in list(&decision["verdicts"]) {
-        say("plugin", verdict(said));
+    for one in list(&decision["verdicts"]) {
+        say("plugin", verdict(one));
     }
     for other in list(&explanation["other_decisions"]) {
         say("also", decided(other));

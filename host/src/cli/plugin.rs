@@ -13,7 +13,7 @@ use pointsman::plugin::registry::settings::{Config, Settings};
 use pointsman::plugin::{Engine, Limits, Plugin, called};
 use serde::Deserialize;
 
-use self::remote::Order;
+use self::remote::AdminCommand;
 
 mod bench;
 mod build;
@@ -59,7 +59,7 @@ enum Command {
     /// Replace a plugin with its candidate
     Promote(remote::Named),
     /// Run a candidate on past events and report how its decisions differ
-    Replay(remote::Replay),
+    Backtest(remote::Backtest),
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
@@ -71,13 +71,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Command::Bench(options) => bench::run(options),
         Command::List(options) => remote::list(options),
         Command::Upload(options) => remote::upload(options),
-        Command::Enable(options) => remote::order(options, Order::Enable),
-        Command::Disable(options) => remote::order(options, Order::Disable),
-        Command::Remove(options) => remote::order(options, Order::Remove),
-        Command::Rollback(options) => remote::order(options, Order::RollBack),
+        Command::Enable(options) => remote::execute(options, AdminCommand::Enable),
+        Command::Disable(options) => remote::execute(options, AdminCommand::Disable),
+        Command::Remove(options) => remote::execute(options, AdminCommand::Remove),
+        Command::Rollback(options) => remote::execute(options, AdminCommand::RollBack),
         Command::Shadow(options) => remote::shadow(options),
-        Command::Promote(options) => remote::order(options, Order::Promote),
-        Command::Replay(options) => remote::replay(options),
+        Command::Promote(options) => remote::execute(options, AdminCommand::Promote),
+        Command::Backtest(options) => remote::backtest(options),
     }
 }
 
@@ -196,13 +196,13 @@ fn read(file: &Path, max: usize) -> anyhow::Result<Vec<u8>> {
 fn settings(path: &Path, name: &str) -> anyhow::Result<Settings> {
     /// Other sections are ignored; they concern a node.
     #[derive(Deserialize)]
-    struct Written {
+    struct PluginSections {
         #[serde(default)]
         plugins: Config,
     }
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let Written { mut plugins } =
+    let PluginSections { mut plugins } =
         toml::from_str(&text).with_context(|| path.display().to_string())?;
     Ok(plugins.plugins.remove(name).unwrap_or_default())
 }

@@ -91,7 +91,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
                     if options.json {
                         pretty_json(event)
                     } else {
-                        tried(event)
+                        render_dry_run(event)
                     }
                 );
             } else if event["status"] == "stored" {
@@ -116,7 +116,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// Formats the dry run of one event, one fact a line.
-fn tried(event: &Value) -> String {
+fn render_dry_run(event: &Value) -> String {
     if event["status"] != "tried" {
         return format!("rejected   {}", printable(&text(&event["error"])));
     }
@@ -138,7 +138,7 @@ fn tried(event: &Value) -> String {
     lines.extend(
         list(&event["verdicts"])
             .iter()
-            .map(|said| line("plugin", &verdict(said))),
+            .map(|one| line("plugin", &verdict(one))),
     );
     lines.extend(
         list(&event["plan"])

@@ -65,7 +65,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let (mut left, mut was_open) = (options.count.unwrap_or(u64::MAX), false);
     let last_id = Arc::default();
-    say_on_interrupt(Arc::clone(&last_id));
+    print_last_id_on_interrupt(Arc::clone(&last_id));
     while left > 0 {
         let mut request = agent.get(&url).header("accept", "text/event-stream");
         if let Some(user) = &options.user {
@@ -118,14 +118,14 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             std::thread::sleep(Duration::from_millis(parser.retry_ms));
         }
     }
-    say_where(&last_id);
+    print_last_id(&last_id);
     Ok(())
 }
 
 /// The id of the last message, printed on exit.
 type LastId = Mutex<String>;
 
-fn say_where(last_id: &LastId) {
+fn print_last_id(last_id: &LastId) {
     let last_id = last_id.lock().unwrap_or_else(PoisonError::into_inner);
     if !last_id.is_empty() {
         eprintln!("pointsman: to resume from here, use --after {last_id}");
@@ -133,7 +133,7 @@ fn say_where(last_id: &LastId) {
 }
 
 /// On SIGINT or SIGTERM, prints the id to continue from and exits.
-fn say_on_interrupt(last_id: Arc<LastId>) {
+fn print_last_id_on_interrupt(last_id: Arc<LastId>) {
     // Without the thread, the signals still end the process, only without the message.
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -150,7 +150,7 @@ fn say_on_interrupt(last_id: Arc<LastId>) {
             tokio::select! { _ = interrupt.recv() => Some(2), _ = terminate.recv() => Some(15) }
         });
         if let Some(signal) = signal {
-            say_where(&last_id);
+            print_last_id(&last_id);
             // The exit status that shells use for a process killed by a signal.
             std::process::exit(128 + signal);
         }

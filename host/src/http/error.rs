@@ -14,7 +14,7 @@ use crate::{auth, broker};
 #[derive(Debug)]
 pub struct ApiError {
     status: StatusCode,
-    /// The label of the refusal metric.
+    /// The label of the refusal metric; coarser than the code of the body.
     reason: &'static str,
     body: Body,
     retry_after_s: Option<u64>,
@@ -24,6 +24,8 @@ pub struct ApiError {
 
 #[derive(Debug, Serialize)]
 struct Body {
+    /// What programs branch on; the texts may change.
+    code: &'static str,
     error: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     fix: Option<String>,
@@ -39,6 +41,7 @@ impl ApiError {
             status,
             reason,
             body: Body {
+                code: reason,
                 error: error.into(),
                 fix: None,
             },
@@ -55,27 +58,31 @@ impl ApiError {
 
     /// 404.
     pub fn not_found(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, "not-found", error)
+        Self::new(StatusCode::NOT_FOUND, "not_found", error)
     }
 
     /// 405.
     pub fn method_not_allowed(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method", error)
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", error)
     }
 
     /// 408.
     pub fn timeout(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::REQUEST_TIMEOUT, "slow", error)
+        Self::new(StatusCode::REQUEST_TIMEOUT, "timeout", error)
     }
 
     /// 413.
     pub fn too_large(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", error)
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", error)
     }
 
     /// 415.
     pub fn unsupported_media_type(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "media-type", error)
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            error,
+        )
     }
 
     /// 403: other credentials do not help.
@@ -90,12 +97,12 @@ impl ApiError {
 
     /// 422: the request is well-formed but its content is invalid.
     pub fn unprocessable(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "no-good", error)
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", error)
     }
 
     /// 500: this node cannot carry out the request; the message is for its operator.
-    pub fn incapable(error: impl Into<String>) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "incapable", error)
+    pub fn internal(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error)
     }
 
     /// 429 with `Retry-After`: the broker accepts no more events until its backlog shrinks.
@@ -117,6 +124,13 @@ impl ApiError {
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
         self.body.fix = Some(fix.into());
+        self
+    }
+
+    /// Replaces the code of the body by a finer one than the metric's reason.
+    #[must_use]
+    pub fn code(mut self, code: &'static str) -> Self {
+        self.body.code = code;
         self
     }
 
@@ -146,11 +160,11 @@ impl From<auth::Error> for ApiError {
         match error {
             auth::Error::Missing(_) => Self {
                 www_authenticate: Some("Bearer"),
-                ..Self::new(StatusCode::UNAUTHORIZED, "unidentified", text)
+                ..Self::new(StatusCode::UNAUTHORIZED, "unauthorized", text)
             },
             auth::Error::Invalid(_) => Self {
                 www_authenticate: Some("Bearer error=\"invalid_token\""),
-                ..Self::new(StatusCode::UNAUTHORIZED, "unidentified", text)
+                ..Self::new(StatusCode::UNAUTHORIZED, "unauthorized", text)
             },
             auth::Error::Unavailable { fix, .. } => {
                 tracing::warn!("request refused: {text}; to accept such requests, {fix}");
@@ -170,6 +184,7 @@ impl From<broker::Error> for ApiError {
                 reason: "full",
                 ..Self::unavailable("the broker is full right now")
             }
+            .code("full")
             .cause(error),
             broker::Error::Permanent(_) => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,

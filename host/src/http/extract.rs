@@ -14,6 +14,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
 use super::{ApiError, State};
+use crate::auth;
 
 /// The parameters of the path.
 pub(super) struct Path<T>(pub(super) T);
@@ -135,8 +136,17 @@ impl FromRequestParts<Arc<State>> for ApiKey {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, ApiError> {
-        state.auth.authorize_key(parts)?;
-        Ok(Self)
+        let checked = state.auth.authorize_key(parts);
+        checked.map(|()| Self).map_err(|error| {
+            let is_unauthorized = !matches!(error, auth::Error::Unavailable { .. });
+            let refused = ApiError::from(error);
+            // So that a client knows which of its credentials to send.
+            if is_unauthorized {
+                refused.code("api_key_required")
+            } else {
+                refused
+            }
+        })
     }
 }
 
@@ -204,12 +214,12 @@ mod tests {
             ),
             (
                 "GET",
-                "/v1/dead?limit=x",
+                "/v1/dead-letters?limit=x",
                 "the query cannot be read: limit: invalid digit found in string",
             ),
             (
                 "GET",
-                "/v1/dead?limits=5",
+                "/v1/dead-letters?limits=5",
                 "the query cannot be read: limits: unknown field `limits`, expected `after` or `limit`",
             ),
             (

@@ -18,6 +18,7 @@ pub(super) async fn nothing_here(request: Request) -> ApiError {
         "there is nothing at {}",
         request.uri().path().escape_debug()
     ))
+    .code("unknown_path")
     .fix("GET /v1/openapi.json lists the paths of the public and the admin listener")
 }
 

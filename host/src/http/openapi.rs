@@ -19,7 +19,7 @@ const PUBLIC: [&str; 4] = [
     include_str!("../../openapi/public/events.json"),
     include_str!("../../openapi/public/stream.json"),
     include_str!("../../openapi/public/recipients.json"),
-    include_str!("../../openapi/public/dead.json"),
+    include_str!("../../openapi/public/dead-letters.json"),
 ];
 const ADMIN: [&str; 6] = [
     include_str!("../../openapi/admin/health.json"),
@@ -110,7 +110,7 @@ mod tests {
 
     use super::*;
 
-    /// Parses the routes that a function of `http.rs` lists, such as `GET /v1/dead`.
+    /// Parses the routes that a function of `http.rs` lists, such as `GET /v1/dead-letters`.
     fn listed(function: &str) -> BTreeSet<String> {
         let code = include_str!("../http.rs")
             .split(&format!("pub fn {function}("))

@@ -21,7 +21,7 @@ use super::super::{agent, printable, read};
 /// Polling interval.
 const EVERY: Duration = Duration::from_millis(200);
 /// Maximum number of decisions printed per poll.
-const MAX_TOLD: usize = 20;
+const MAX_SHOWN: usize = 20;
 /// Maximum number of targets printed per plugin.
 const MAX_TARGETS: usize = 8;
 
@@ -33,8 +33,8 @@ impl Activity {
     /// `crates`: names of the plugins being built, which may not have a file yet.
     pub(super) fn start(admin: SocketAddr, crates: BTreeSet<String>) -> anyhow::Result<Self> {
         let is_over = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&is_over);
-        let teller = Teller {
+        let stop = Arc::clone(&is_over);
+        let reporter = Reporter {
             agent: agent(Duration::from_secs(5)),
             url: format!("http://{admin}"),
             crates,
@@ -43,8 +43,8 @@ impl Activity {
             last: EntryId::default(),
         };
         thread::Builder::new()
-            .name("news".to_owned())
-            .spawn(move || teller.tell(&told))
+            .name("activity".to_owned())
+            .spawn(move || reporter.run(&stop))
             .context("cannot start a thread")?;
         Ok(Self(is_over))
     }
@@ -56,7 +56,7 @@ impl Drop for Activity {
     }
 }
 
-struct Teller {
+struct Reporter {
     agent: Agent,
     url: String,
     crates: BTreeSet<String>,
@@ -84,7 +84,7 @@ struct Plugin {
 
 /// The decision about an event.
 #[derive(Deserialize)]
-struct Decided {
+struct DecisionRecord {
     entry: EntryId,
     outcome: String,
     event_id: String,
@@ -105,7 +105,7 @@ struct Verdict {
 
 /// The plan, from an explanation of the event.
 #[derive(Deserialize)]
-struct Explained {
+struct Explanation {
     #[serde(default)]
     plan: Vec<Route>,
 }
@@ -116,21 +116,21 @@ struct Route {
     to: Vec<String>,
 }
 
-impl Teller {
-    fn tell(mut self, is_over: &AtomicBool) {
+impl Reporter {
+    fn run(mut self, is_over: &AtomicBool) {
         while !is_over.load(Ordering::SeqCst) {
-            if let Some(Plugins { plugins }) = self.ask("/v1/plugins") {
-                self.tell_plugins(plugins);
+            if let Some(Plugins { plugins }) = self.get("/v1/plugins") {
+                self.print_plugins(plugins);
             }
-            self.tell_warnings();
-            if let Some(decided) = self.ask("/v1/decisions?limit=100") {
-                self.tell_decisions(decided);
+            self.print_warnings();
+            if let Some(decisions) = self.get("/v1/decisions?limit=100") {
+                self.print_decisions(decisions);
             }
             thread::sleep(EVERY);
         }
     }
 
-    fn ask<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
+    fn get<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
         let (status, text) =
             read(self.agent.get(format!("{}{path}", self.url)).call().ok()?).ok()?;
         serde_json::from_str(&text)
@@ -138,7 +138,7 @@ impl Teller {
             .filter(|_| status.is_success())
     }
 
-    fn tell_plugins(&mut self, plugins: Vec<Plugin>) {
+    fn print_plugins(&mut self, plugins: Vec<Plugin>) {
         // A configured crate is `missing` until its first build, which is already announced.
         let is_awaited =
             |plugin: &Plugin| plugin.state == "missing" && self.crates.contains(&plugin.name);
@@ -193,7 +193,7 @@ impl Teller {
 
     /// Prints readiness lines that do not concern plugins, such as a configuration change that
     /// takes effect only after a restart.
-    fn tell_warnings(&mut self) {
+    fn print_warnings(&mut self) {
         let Some((_, page)) = self
             .agent
             .get(format!("{}/readyz", self.url))
@@ -204,7 +204,7 @@ impl Teller {
             return;
         };
         // Broker lines are skipped: the embedded broker of this process is ready within moments.
-        let is_told = |line: &&str| {
+        let is_shown = |line: &&str| {
             !["plugins", "broker", "ready"]
                 .iter()
                 .any(|known| line.starts_with(known))
@@ -212,7 +212,7 @@ impl Teller {
         let lines = page
             .lines()
             .map(|line| line.strip_prefix("warning: ").unwrap_or(line))
-            .filter(is_told);
+            .filter(is_shown);
         let warnings: BTreeSet<String> = lines.map(printable).collect();
         for new in warnings.difference(&self.warnings) {
             println!("{new}");
@@ -220,53 +220,54 @@ impl Teller {
         self.warnings = warnings;
     }
 
-    fn tell_decisions(&mut self, decided: Vec<Decided>) {
-        let mut new: Vec<Decided> = decided
+    fn print_decisions(&mut self, decisions: Vec<DecisionRecord>) {
+        let mut new: Vec<DecisionRecord> = decisions
             .into_iter()
-            .filter(|decided| decided.entry > self.last)
+            .filter(|decision| decision.entry > self.last)
             .collect();
-        new.sort_by_key(|decided| decided.entry);
-        let n_left_out = new.len().saturating_sub(MAX_TOLD);
+        new.sort_by_key(|decision| decision.entry);
+        let n_left_out = new.len().saturating_sub(MAX_SHOWN);
         if n_left_out > 0 {
             println!("... {n_left_out} earlier events not shown");
         }
-        for decided in &new[n_left_out..] {
+        for decision in &new[n_left_out..] {
             // Only the plan has the targets.
-            let is_planned = decided.outcome == "committed";
-            let explained = is_planned
-                .then(|| self.ask::<Explained>(&format!("/v1/explain?event_id={}", decided.entry)));
+            let is_planned = decision.outcome == "committed";
+            let explanation = is_planned.then(|| {
+                self.get::<Explanation>(&format!("/v1/explain?event_id={}", decision.entry))
+            });
             println!(
                 "{}",
-                decided.told(
-                    explained
+                decision.render(
+                    explanation
                         .flatten()
-                        .map(|explained| explained.plan)
+                        .map(|explanation| explanation.plan)
                         .as_deref()
                 )
             );
         }
-        self.last = new.last().map_or(self.last, |decided| decided.entry);
+        self.last = new.last().map_or(self.last, |decision| decision.entry);
     }
 }
 
-impl Decided {
+impl DecisionRecord {
     /// One line. `plan` is `None` if there is no plan or it is unknown.
-    fn told(&self, plan: Option<&[Route]>) -> String {
+    fn render(&self, plan: Option<&[Route]>) -> String {
         let outcome = match self.outcome.as_str() {
             "unrouted" => "unrouted, no recipients",
             "duplicate" => "duplicate, already decided",
             outcome => outcome,
         };
         // Skipped plugins are shown only if every plugin was skipped.
-        let was_asked = |verdict: &&Verdict| verdict.verdict != "skipped";
-        let is_anybodys = self.verdicts.iter().any(|verdict| was_asked(&verdict));
-        let said = self
+        let was_called = |verdict: &&Verdict| verdict.verdict != "skipped";
+        let is_any_called = self.verdicts.iter().any(|verdict| was_called(&verdict));
+        let shown = self
             .verdicts
             .iter()
-            .filter(|verdict| !is_anybodys || was_asked(verdict));
-        let whose: Vec<String> = said.map(|verdict| verdict.told(plan)).collect();
-        let by = match (whose.is_empty(), self.reason.is_empty()) {
-            (false, _) => format!(": {}", whose.join("; ")),
+            .filter(|verdict| !is_any_called || was_called(verdict));
+        let verdicts: Vec<String> = shown.map(|verdict| verdict.render(plan)).collect();
+        let by = match (verdicts.is_empty(), self.reason.is_empty()) {
+            (false, _) => format!(": {}", verdicts.join("; ")),
             (true, false) => format!(": {}", self.reason),
             (true, true) => String::new(),
         };
@@ -278,14 +279,14 @@ impl Decided {
 }
 
 impl Verdict {
-    fn told(&self, plan: Option<&[Route]>) -> String {
+    fn render(&self, plan: Option<&[Route]>) -> String {
         let Self {
             plugin,
             generation,
             verdict,
             reason,
         } = self;
-        let says = match verdict.as_str() {
+        let action = match verdict.as_str() {
             "routes" => plan.map_or_else(
                 || "routes it".to_owned(),
                 |plan| format!("routes it to {}", targets(plan, plugin)),
@@ -304,7 +305,7 @@ impl Verdict {
         } else {
             format!(" ({reason})")
         };
-        format!("{plugin}, generation {generation}, {says}{reason}")
+        format!("{plugin}, generation {generation}, {action}{reason}")
     }
 }
 
@@ -368,11 +369,11 @@ mod tests {
                 "t e: dead-lettered: r, generation 3, failed (it ran long)",
             ),
         ] {
-            let decided: Decided = serde_json::from_value(
+            let decision: DecisionRecord = serde_json::from_value(
                 json!({ "entry": "1-0", "outcome": outcome, "event_id": "e", "event_type": "t", "verdicts": verdicts }),
             )
             .unwrap();
-            assert_eq!(decided.told(Some(&plan)), expect);
+            assert_eq!(decision.render(Some(&plan)), expect);
         }
         let many = Route {
             by: "r".to_owned(),

@@ -54,7 +54,7 @@ impl CrateBuilder {
     ) -> anyhow::Result<Self> {
         let (wake, woken) = sync_channel(1);
         let shared = Arc::new(Shared::default());
-        let bench = BuildLoop {
+        let builder = BuildLoop {
             known: known.clone(),
             profile: profile.clone(),
             folder: folder.to_owned(),
@@ -65,7 +65,7 @@ impl CrateBuilder {
         };
         let thread = thread::Builder::new()
             .name(format!("build-{}", known.name))
-            .spawn(move || bench.work(&woken));
+            .spawn(move || builder.run(&woken));
         Ok(Self {
             shared,
             wake,
@@ -129,7 +129,7 @@ struct Sources {
 }
 
 impl BuildLoop {
-    fn work(mut self, woken: &Receiver<()>) {
+    fn run(mut self, woken: &Receiver<()>) {
         let mut built: Option<Sources> = None;
         while !self.is_over() {
             let seen = Sources::of(&self.known.folder);
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn only_build_inputs_and_the_configuration_of_a_crate_are_scanned() {
         let folder =
-            std::env::temp_dir().join(format!("pointsman-workshop-{}", std::process::id()));
+            std::env::temp_dir().join(format!("pointsman-crate-builder-{}", std::process::id()));
         let write = |path: &str, text: &str| {
             let path = folder.join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -1,7 +1,7 @@
 //! `pointsman plugin list`, `upload` and the other commands that manage the plugins of a running
 //! node over its admin listener.
 //!
-//! The node implements and validates these commands; `told` formats its responses. Only `upload`
+//! The node implements and validates these commands; `render::plugins` formats its responses. Only `upload`
 //! adds a check of its own: a name that the node does not know creates an additional plugin, so it
 //! requires `--create`. Otherwise a typo in the name would silently add a plugin and leave the
 //! version that was to be replaced active.
@@ -15,9 +15,7 @@ use serde::de::DeserializeOwned;
 
 use super::super::{Admin, accept, agent, pretty_json, read as answer};
 use super::read;
-use crate::cli::render::plugins::{
-    Candidate, Plugin, Plugins, Replay as Rehearsed, Shadow as Shadowed,
-};
+use crate::cli::render::plugins::{BacktestReport, Candidate, Plugin, Plugins, ShadowReport};
 
 /// Timeout of each read. An interpreter compiled to WebAssembly takes seconds to load, and a
 /// backtest runs on thousands of events.
@@ -58,7 +56,7 @@ pub(super) struct Upload {
     name: Option<String>,
     /// Add a new plugin instead of replacing an existing one
     #[arg(long)]
-    new: bool,
+    create: bool,
     #[command(flatten)]
     node: Remote,
 }
@@ -72,13 +70,13 @@ pub(super) struct Shadow {
     file: Option<PathBuf>,
     /// Stop the candidate
     #[arg(long, conflicts_with = "file")]
-    end: bool,
+    stop: bool,
     #[command(flatten)]
     node: Remote,
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Replay {
+pub(super) struct Backtest {
     /// Name of the plugin
     name: String,
     /// Candidate to backtest
@@ -86,14 +84,14 @@ pub(super) struct Replay {
     file: PathBuf,
     /// Number of newest events to backtest on
     #[arg(long, value_name = "N", default_value = "1000")]
-    last: usize,
+    limit: usize,
     #[command(flatten)]
     node: Remote,
 }
 
 /// Admin commands whose only argument is the plugin's name.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Order {
+pub(super) enum AdminCommand {
     Enable,
     Disable,
     Remove,
@@ -102,15 +100,15 @@ pub(super) enum Order {
 }
 
 pub(super) fn list(List { node }: &List) -> anyhow::Result<()> {
-    let text = node.ask("GET", "/v1/plugins", None)?;
-    node.say(&text, |plugins: Plugins| Ok(plugins.listed()))
+    let text = node.request("GET", "/v1/plugins", None)?;
+    node.print(&text, |plugins: Plugins| Ok(plugins.listed()))
 }
 
 pub(super) fn upload(
     Upload {
         file,
         name,
-        new,
+        create,
         node,
     }: &Upload,
 ) -> anyhow::Result<()> {
@@ -121,11 +119,11 @@ pub(super) fn upload(
     let before = node.plugins()?;
     let former = before.find(&name);
     match former {
-        None if !new && !before.plugins.is_empty() => bail!(
+        None if !create && !before.plugins.is_empty() => bail!(
             "the node has no plugin '{name}' (its plugins: {}); pass --name NAME to update one of these, or --create to add a new plugin",
             before.names()
         ),
-        Some(former) if *new && !former.is_missing() => {
+        Some(former) if *create && !former.is_missing() => {
             bail!(
                 "plugin '{}' already exists; omit --create to update it",
                 former.who()
@@ -134,7 +132,7 @@ pub(super) fn upload(
         _ => {}
     }
     let text = node.send("PUT", &path, Some(file))?;
-    node.say(&text, |plugin: Plugin| {
+    node.print(&text, |plugin: Plugin| {
         let (who, stands) = (plugin.who(), plugin.stands());
         Ok(match former {
             None => format!("new plugin {who}: {stands}; {}", node.plugins()?.deciders()),
@@ -152,22 +150,22 @@ pub(super) fn upload(
     })
 }
 
-pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Result<()> {
-    let (method, rest) = match order {
-        Order::Enable => ("POST", "/enable"),
-        Order::Disable => ("POST", "/disable"),
-        Order::Remove => ("DELETE", ""),
-        Order::RollBack => ("POST", "/rollback"),
-        Order::Promote => ("POST", "/promote"),
+pub(super) fn execute(Named { name, node }: &Named, command: AdminCommand) -> anyhow::Result<()> {
+    let (method, rest) = match command {
+        AdminCommand::Enable => ("POST", "/enable"),
+        AdminCommand::Disable => ("POST", "/disable"),
+        AdminCommand::Remove => ("DELETE", ""),
+        AdminCommand::RollBack => ("POST", "/rollback"),
+        AdminCommand::Promote => ("POST", "/promote"),
     };
     let path = path(name, rest)?;
     let before = node.plugins()?;
     let former = known(&before, name)?;
-    if matches!(order, Order::Promote) {
+    if matches!(command, AdminCommand::Promote) {
         has_candidate(former)?;
     }
     let text = node.send(method, &path, None)?;
-    if matches!(order, Order::Remove) {
+    if matches!(command, AdminCommand::Remove) {
         if !node.json {
             println!(
                 "removed {} and its file; {}",
@@ -177,26 +175,26 @@ pub(super) fn order(Named { name, node }: &Named, order: Order) -> anyhow::Resul
         }
         return Ok(());
     }
-    node.say(&text, |plugin: Plugin| {
+    node.print(&text, |plugin: Plugin| {
         let (who, stands, number) = (plugin.who(), plugin.stands(), former.generation);
         let instead = format!("replacing generation {number}");
-        Ok(match order {
-            Order::Enable if plugin.is_as(former) => format!("{who} is already enabled: {stands}"),
-            Order::Enable => {
+        Ok(match command {
+            AdminCommand::Enable if plugin.is_as(former) => format!("{who} is already enabled: {stands}"),
+            AdminCommand::Enable => {
                 let again = plugin.rolled_back().map(|number| format!(", from the file that was rolled back as generation {number}"));
                 format!("enabled {who}: {stands}{}; {}", again.unwrap_or_default(), node.plugins()?.deciders())
             }
-            Order::Disable if number == 0 => format!("disabled {who}; it was not active"),
-            Order::Disable => {
+            AdminCommand::Disable if number == 0 => format!("disabled {who}; it was not active"),
+            AdminCommand::Disable => {
                 format!("disabled {}: generation {number} is no longer active; {}", former.who(), node.plugins()?.deciders())
             }
-            Order::RollBack => {
+            AdminCommand::RollBack => {
                 let file =
                     "on this node only: the plugin file is unchanged, so other nodes and restarted nodes use the newer version";
                 format!("rolled back {who}: {stands}, {instead}; {file}")
             }
-            Order::Promote if number == 0 => format!("promoted {who}: {stands}"),
-            Order::Promote | Order::Remove => format!("promoted {who}: {stands}, {instead}"),
+            AdminCommand::Promote if number == 0 => format!("promoted {who}: {stands}"),
+            AdminCommand::Promote | AdminCommand::Remove => format!("promoted {who}: {stands}, {instead}"),
         })
     })
 }
@@ -205,7 +203,7 @@ pub(super) fn shadow(
     Shadow {
         name,
         file,
-        end,
+        stop,
         node,
     }: &Shadow,
 ) -> anyhow::Result<()> {
@@ -214,7 +212,7 @@ pub(super) fn shadow(
     let former = known(&before, name)?;
     if let Some(file) = file {
         let text = node.send("PUT", &path, Some(file))?;
-        return node.say(&text, |shadow: Shadowed| {
+        return node.print(&text, |shadow: ShadowReport| {
             let instead = former
                 .shadow
                 .as_ref()
@@ -229,7 +227,7 @@ pub(super) fn shadow(
         });
     }
     let candidate = has_candidate(former)?;
-    if *end {
+    if *stop {
         node.send("DELETE", &path, None)?;
         if !node.json {
             println!(
@@ -242,21 +240,21 @@ pub(super) fn shadow(
         return Ok(());
     }
     let text = node.send("GET", &path, None)?;
-    node.say(&text, |shadow: Shadowed| Ok(shadow.told(name)))
+    node.print(&text, |shadow: ShadowReport| Ok(shadow.render(name)))
 }
 
-pub(super) fn replay(
-    Replay {
+pub(super) fn backtest(
+    Backtest {
         name,
         file,
-        last,
+        limit,
         node,
-    }: &Replay,
+    }: &Backtest,
 ) -> anyhow::Result<()> {
-    let path = path(name, &format!("/replay?last={last}"))?;
+    let path = path(name, &format!("/backtest?limit={limit}"))?;
     known(&node.plugins()?, name)?;
     let text = node.send("POST", &path, Some(file))?;
-    node.say(&text, |report: Rehearsed| Ok(report.told()))
+    node.print(&text, |report: BacktestReport| Ok(report.render()))
 }
 
 /// The plugin with this name.
@@ -298,20 +296,20 @@ fn path(name: &str, rest: &str) -> anyhow::Result<String> {
 
 impl Remote {
     fn plugins(&self) -> anyhow::Result<Plugins> {
-        read_as(&self.ask("GET", "/v1/plugins", None)?)
+        read_as(&self.request("GET", "/v1/plugins", None)?)
     }
 
     /// Sends an admin command, with the content of a file if one is given.
     fn send(&self, method: &str, path: &str, file: Option<&Path>) -> anyhow::Result<String> {
         let bytes = file.map(|file| read(file, MAX_FILE_BYTES)).transpose()?;
-        self.ask(method, path, bytes.as_deref())
+        self.request(method, path, bytes.as_deref())
             .map_err(|error| match file {
                 Some(file) => error.context(format!("{} was not accepted", file.display())),
                 None => error,
             })
     }
 
-    fn ask(&self, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<String> {
+    fn request(&self, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<String> {
         accept(answer(self.admin.request(
             &agent(PATIENCE),
             method,
@@ -320,16 +318,16 @@ impl Remote {
         )?)?)
     }
 
-    /// Prints a response: as JSON with `--json`, formatted by `tell` otherwise.
-    fn say<T: DeserializeOwned>(
+    /// Prints a response: as JSON with `--json`, formatted by `render` otherwise.
+    fn print<T: DeserializeOwned>(
         &self,
         text: &str,
-        tell: impl FnOnce(T) -> anyhow::Result<String>,
+        render: impl FnOnce(T) -> anyhow::Result<String>,
     ) -> anyhow::Result<()> {
         if self.json {
             println!("{}", pretty_json(&read_as(text)?));
         } else {
-            println!("{}", tell(read_as(text)?)?.trim_end());
+            println!("{}", render(read_as(text)?)?.trim_end());
         }
         Ok(())
     }

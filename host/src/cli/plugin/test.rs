@@ -47,7 +47,7 @@ fn parse_time(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let said = Said::listen();
+    let log = PluginLog::listen();
     let loaded = options.subject.load()?;
     let events = sample::events(
         &sample::file(options.events.as_ref(), &loaded)?,
@@ -72,13 +72,13 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let plugin = loaded.plugin(&engine)?;
     let (limits, mut runner) = (plugin.limits().clone(), PluginRunner::new(&engine, plugin));
     println!("{}: {}", loaded.file.display(), format::limits(&limits));
-    said.print();
+    log.print();
 
     let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
     for (at, (event, clock_ms)) in events.iter().enumerate() {
         let report = runner.run(event, *clock_ms);
         show(event, &report, &limits);
-        said.print();
+        log.print();
         n_failures += usize::from(report.is_failure());
         let found = report.to_golden(event);
         if let Some(golden) = &expected {
@@ -127,15 +127,15 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 /// Prints the decision about an event, and below it the resource use next to each limit; red if a
 /// limit is exceeded.
 fn show(event: &Event, report: &RunReport, limits: &Limits) {
-    let mut words: Vec<String> = report.decided.iter().map(word).collect();
-    if words.is_empty() {
-        words.push("skipped: its types do not match".to_owned());
+    let mut decisions: Vec<String> = report.decided.iter().map(render).collect();
+    if decisions.is_empty() {
+        decisions.push("skipped: its types do not match".to_owned());
     }
-    let mut words = words.join(", ");
+    let mut decisions = decisions.join(", ");
     if report.is_failure() {
-        words = format::red(&words);
+        decisions = format::red(&decisions);
     }
-    println!("  {}  {}  {words}", event.id, event.kind);
+    println!("  {}  {}  {decisions}", event.id, event.kind);
     let cost = |used: String, limit: String, is_over: bool| {
         let cost = format!("{used} of {limit}");
         if is_over {
@@ -172,7 +172,7 @@ fn show(event: &Event, report: &RunReport, limits: &Limits) {
     }
 }
 
-fn word(decided: &PluginDecision) -> String {
+fn render(decided: &PluginDecision) -> String {
     match decided {
         PluginDecision::Keep => "keep".to_owned(),
         PluginDecision::Drop { reason } => format!("drop: {reason}"),
@@ -237,12 +237,12 @@ impl Golden {
 
 /// The plugin's log lines, buffered until they are printed below their event.
 #[derive(Clone, Debug, Default)]
-struct Said(Arc<Mutex<Vec<u8>>>);
+struct PluginLog(Arc<Mutex<Vec<u8>>>);
 
-impl Said {
+impl PluginLog {
     fn listen() -> Self {
-        let said = Self::default();
-        let writer = said.clone();
+        let log = Self::default();
+        let writer = log.clone();
         let builder = tracing_subscriber::fmt().with_env_filter(EnvFilter::new("off,plugin=debug"));
         builder
             .without_time()
@@ -250,7 +250,7 @@ impl Said {
             .with_ansi(false)
             .with_writer(move || writer.clone())
             .init();
-        said
+        log
     }
 
     /// Prints and clears the lines logged since the last call.
@@ -262,7 +262,7 @@ impl Said {
     }
 }
 
-impl Write for Said {
+impl Write for PluginLog {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0
             .lock()

@@ -15,16 +15,17 @@ pub(in crate::cli) fn line(label: &str, what: &str) -> String {
 }
 
 /// A plugin's verdict, with generation, hash and reason.
-pub(in crate::cli) fn verdict(said: &Value) -> String {
+pub(in crate::cli) fn verdict(verdict: &Value) -> String {
     let (generation, hash) = (
-        &said["generation"],
-        said["hash"]
+        &verdict["generation"],
+        verdict["hash"]
             .as_str()
             .map(|hash| format!(", {hash}"))
             .unwrap_or_default(),
     );
-    let verdict = text(&said["verdict"]);
-    let reason = said["reason"]
+    let (plugin, reason) = (text(&verdict["plugin"]), &verdict["reason"]);
+    let verdict = text(&verdict["verdict"]);
+    let reason = reason
         .as_str()
         .or((verdict == "skipped").then_some("its types do not match"));
     let reason = reason
@@ -32,7 +33,7 @@ pub(in crate::cli) fn verdict(said: &Value) -> String {
         .unwrap_or_default();
     format!(
         "{} (generation {generation}{hash}) {verdict}{reason}",
-        text(&said["plugin"])
+        plugin
     )
 }
 
@@ -48,7 +49,7 @@ pub(in crate::cli) fn route(route: &Value) -> String {
     } else {
         String::new()
     };
-    let mut told = format!(
+    let mut line = format!(
         "by {} to {}{more}, {}",
         text(&route["by"]),
         to.join(" "),
@@ -65,20 +66,20 @@ pub(in crate::cli) fn route(route: &Value) -> String {
                     .join(" and ")
             })
             .collect();
-        told += &format!(", if {}", clauses.join(" or "));
+        line += &format!(", if {}", clauses.join(" or "));
     }
     if let Some(ms) = route["expires_ms"].as_u64() {
-        told += &format!(", until {}", rfc3339(ms));
+        line += &format!(", until {}", rfc3339(ms));
     }
-    for (key, words) in [
+    for (key, label) in [
         ("collapse", "with the collapse key"),
         ("event_name", "as the event"),
     ] {
         if let Some(name) = route[key].as_str() {
-            told += &format!(", {words} {name}");
+            line += &format!(", {label} {name}");
         }
     }
-    told
+    line
 }
 
 fn test(test: &Value) -> String {

@@ -39,7 +39,7 @@ pub(in crate::cli) struct Plugin {
     failure: Option<String>,
     refusal: Option<Refusal>,
     /// Newest first.
-    ended: Vec<Ended>,
+    ended: Vec<EndedGeneration>,
     pub(in crate::cli) shadow: Option<Candidate>,
 }
 
@@ -51,7 +51,7 @@ struct Settings {
 
 /// A generation that is no longer active.
 #[derive(Debug, Deserialize)]
-struct Ended {
+struct EndedGeneration {
     generation: u64,
     hash: String,
     state: String,
@@ -79,15 +79,15 @@ pub(in crate::cli) struct Candidate {
 
 /// `GET /v1/plugins/NAME/shadow`.
 #[derive(Debug, Deserialize)]
-pub(in crate::cli) struct Shadow {
+pub(in crate::cli) struct ShadowReport {
     #[serde(flatten)]
     candidate: Candidate,
     differences: Vec<Difference>,
 }
 
-/// `POST /v1/plugins/NAME/replay`.
+/// `POST /v1/plugins/NAME/backtest`.
 #[derive(Debug, Deserialize)]
-pub(in crate::cli) struct Replay {
+pub(in crate::cli) struct BacktestReport {
     plugin: String,
     hash: String,
     version: String,
@@ -135,17 +135,17 @@ impl Plugins {
 
     /// The active plugins, in the order in which they are called.
     pub(in crate::cli) fn deciders(&self) -> String {
-        let at_work: Vec<&str> = self
+        let active: Vec<&str> = self
             .plugins
             .iter()
             .filter(|plugin| plugin.generation > 0)
             .map(|plugin| plugin.name.as_str())
             .collect();
-        match at_work.len() {
+        match active.len() {
             0 => "no plugin is active; events wait unless the node runs with --allow-no-plugins"
                 .to_owned(),
-            1 => format!("1 active plugin: {}", list(at_work)),
-            n => format!("{n} active plugins: {}", list(at_work)),
+            1 => format!("1 active plugin: {}", list(active)),
+            n => format!("{n} active plugins: {}", list(active)),
         }
     }
 
@@ -255,7 +255,8 @@ impl Plugin {
 
     /// The generation under which the active file was rolled back earlier, if any.
     pub(in crate::cli) fn rolled_back(&self) -> Option<u64> {
-        let same = |ended: &&Ended| ended.state == "rolled-back" && ended.hash == self.hash;
+        let same =
+            |ended: &&EndedGeneration| ended.state == "rolled-back" && ended.hash == self.hash;
         self.ended.iter().find(same).map(|ended| ended.generation)
     }
 
@@ -278,13 +279,13 @@ impl Candidate {
     }
 }
 
-impl Shadow {
+impl ShadowReport {
     /// The candidate's version and hash.
     pub(in crate::cli) fn name(&self) -> String {
         self.candidate.name()
     }
 
-    pub(in crate::cli) fn told(&self, plugin: &str) -> String {
+    pub(in crate::cli) fn render(&self, plugin: &str) -> String {
         let Self {
             candidate,
             differences,
@@ -313,12 +314,12 @@ impl Shadow {
         let counts = format!(
             "compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}\n"
         );
-        head + &counts + &told(differences, *different)
+        head + &counts + &render_differences(differences, *different)
     }
 }
 
-impl Replay {
-    pub(in crate::cli) fn told(&self) -> String {
+impl BacktestReport {
+    pub(in crate::cli) fn render(&self) -> String {
         let Self {
             plugin,
             found,
@@ -360,12 +361,12 @@ impl Replay {
                 printable(source)
             );
         }
-        text + &told(&self.differences, *different)
+        text + &render_differences(&self.differences, *different)
     }
 }
 
 /// Each difference: the plugin's decision, and the candidate's below it.
-fn told(differences: &[Difference], all: u64) -> String {
+fn render_differences(differences: &[Difference], all: u64) -> String {
     let mut text = String::new();
     for Difference {
         event,
@@ -445,12 +446,12 @@ fn facts(object: &Value, without: &[&str]) -> String {
     facts.collect()
 }
 
-fn list<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
-    let words: Vec<&str> = words.into_iter().collect();
-    if words.is_empty() {
+fn list<'a>(items: impl IntoIterator<Item = &'a str>) -> String {
+    let items: Vec<&str> = items.into_iter().collect();
+    if items.is_empty() {
         "none".to_owned()
     } else {
-        printable(&words.join(", "))
+        printable(&items.join(", "))
     }
 }
 
@@ -468,7 +469,7 @@ mod tests {
     #[test]
     fn a_side_of_a_difference_is_one_line_of_bounded_length() {
         let route = json!({ "by": "r", "to": ["u:1", "g:ops"], "priority": "high", "expires_ms": 1_800_000_000_000_u64, "collapse": "c\u{1b}[2J" });
-        for (decided, expect) in [
+        for (decision, expect) in [
             (json!({ "verdict": "keep" }), "keep"),
             (
                 json!({ "verdict": "drop", "reason": "a test" }),
@@ -496,7 +497,7 @@ mod tests {
                 "too large to show: 70000 bytes",
             ),
         ] {
-            assert_eq!(side(&decided), expect);
+            assert_eq!(side(&decision), expect);
         }
         let many: Vec<String> = (0..1_000).map(|n| format!("u:{n}")).collect();
         let long = side(&json!({ "verdict": "routes", "plan": [{ "to": many }] }));

@@ -1,6 +1,6 @@
 //! Candidate routes of the admin listener: run a candidate in shadow on live events
 //! (`/v1/plugins/{name}/shadow`), promote it to the active version (`/v1/plugins/{name}/promote`),
-//! or backtest it on past events (`/v1/plugins/{name}/replay`).
+//! or backtest it on past events (`/v1/plugins/{name}/backtest`).
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::http::{ApiError, State};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow;
-use crate::preview::backtest::{self, MAX_EVENTS, backtest};
+use crate::preview::backtest::{self, MAX_EVENTS};
 
 /// `PUT /v1/plugins/{name}/shadow` with the bytes of a plugin file.
 pub(in crate::http) async fn begin(
@@ -68,26 +68,26 @@ pub(in crate::http) async fn promote(
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Options {
     /// How many of the newest decisions to use, over all sources together (1,000).
-    #[serde(default = "default_last")]
-    last: usize,
+    #[serde(default = "default_limit")]
+    limit: usize,
 }
 
-fn default_last() -> usize {
+fn default_limit() -> usize {
     1_000
 }
 
-/// `POST /v1/plugins/{name}/replay?last=N` with the bytes of a plugin file.
-pub(in crate::http) async fn replay(
+/// `POST /v1/plugins/{name}/backtest?limit=N` with the bytes of a plugin file.
+pub(in crate::http) async fn backtest(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Path(name): Path<String>,
     Query(options): Query<Options>,
     body: Body,
 ) -> Result<Json<backtest::Report>, ApiError> {
-    if !(1..=MAX_EVENTS).contains(&options.last) {
+    if !(1..=MAX_EVENTS).contains(&options.limit) {
         return Err(ApiError::bad_request(format!(
             "limit is {}; use 1 to {MAX_EVENTS}",
-            options.last
+            options.limit
         )));
     }
     let busy = |_| ApiError::overloaded("another backtest is running on this node");
@@ -104,6 +104,6 @@ pub(in crate::http) async fn replay(
     };
     let registry = Arc::clone(state.pipeline()?.registry());
     Ok(Json(
-        backtest(broker.as_ref(), registry, understudy, options.last).await?,
+        backtest::backtest(broker.as_ref(), registry, understudy, options.limit).await?,
     ))
 }

@@ -1,4 +1,4 @@
-//! `/v1/dead`: dead letters of all partitions. They can be listed, shown with their original
+//! `/v1/dead-letters`: dead letters of all partitions. They can be listed, shown with their original
 //! fields, redriven and dropped. A dead letter is identified by `partition/id`, as in the path.
 
 use std::sync::Arc;
@@ -36,7 +36,7 @@ fn default_limit() -> usize {
 
 #[derive(Debug, Serialize)]
 pub(in crate::http) struct Listed {
-    dead: Vec<Shown>,
+    dead_letters: Vec<Shown>,
     /// The `after` of the next page; absent on the last page.
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<String>,
@@ -157,7 +157,10 @@ pub(in crate::http) async fn list(
     } else {
         None
     };
-    Ok(Json(Listed { dead, next }))
+    Ok(Json(Listed {
+        dead_letters: dead,
+        next,
+    }))
 }
 
 pub(in crate::http) async fn show(
@@ -257,25 +260,25 @@ mod tests {
     #[tokio::test]
     async fn a_list_pages_through_all_partitions() {
         let site = site();
-        let (mut path, mut found) = ("/v1/dead?limit=3".to_owned(), Vec::new());
+        let (mut path, mut found) = ("/v1/dead-letters?limit=3".to_owned(), Vec::new());
         for _ in 0..3 {
             let (_, _, body) = site.request("GET", &path, &[], "").await;
             found.extend(
-                body["dead"]
+                body["dead_letters"]
                     .as_array()
                     .unwrap()
                     .iter()
                     .map(|dead| dead["id"].as_str().unwrap().to_owned()),
             );
             assert!(
-                body["dead"][0]["reason"]
+                body["dead_letters"][0]["reason"]
                     .as_str()
                     .is_some_and(|reason| !reason.is_empty())
             );
             let Some(next) = body["next"].as_str() else {
                 break;
             };
-            path = format!("/v1/dead?limit=3&after={next}");
+            path = format!("/v1/dead-letters?limit=3&after={next}");
         }
         assert_eq!(found, ["0/1-0", "0/2-0", "1/1-0", "1/3-0"]);
     }
@@ -287,9 +290,14 @@ mod tests {
             broker.bury(PartitionNumber(0), EntryId { ms, seq: 0 }, Vec::new());
         }
         let site = Site::dev(broker);
-        let (_, _, body) = site.request("GET", "/v1/dead?limit=99", &[], "").await;
+        let (_, _, body) = site
+            .request("GET", "/v1/dead-letters?limit=99", &[], "")
+            .await;
         assert_eq!(
-            (body["dead"].as_array().unwrap().len(), &body["next"]),
+            (
+                body["dead_letters"].as_array().unwrap().len(),
+                &body["next"]
+            ),
             (99, &json!("0/99-0"))
         );
         assert!(site.broker.most_dead_read() <= READ);
@@ -298,27 +306,29 @@ mod tests {
     #[tokio::test]
     async fn a_dead_letter_is_shown_with_its_fields_and_redriven_or_dropped_once() {
         let site = site();
-        let (_, _, body) = site.request("GET", "/v1/dead/1/3-0", &[], "").await;
+        let (_, _, body) = site.request("GET", "/v1/dead-letters/1/3-0", &[], "").await;
         assert_eq!(
             body["fields"],
             json!([{ "name": "type", "value_base64": "/w==" }])
         );
         assert_eq!(
-            site.request("POST", "/v1/dead/1/3-0/redrive", &[], "")
+            site.request("POST", "/v1/dead-letters/1/3-0/redrive", &[], "")
                 .await
                 .0,
             StatusCode::NO_CONTENT
         );
         assert_eq!(
-            site.request("DELETE", "/v1/dead/0/1-0", &[], "").await.0,
+            site.request("DELETE", "/v1/dead-letters/0/1-0", &[], "")
+                .await
+                .0,
             StatusCode::NO_CONTENT
         );
         for (method, path) in [
-            ("GET", "/v1/dead/1/3-0"),
-            ("GET", "/v1/dead/0/0-0"),
-            ("GET", "/v1/dead/7/1-0"),
-            ("POST", "/v1/dead/1/3-0/redrive"),
-            ("DELETE", "/v1/dead/0/1-0"),
+            ("GET", "/v1/dead-letters/1/3-0"),
+            ("GET", "/v1/dead-letters/0/0-0"),
+            ("GET", "/v1/dead-letters/7/1-0"),
+            ("POST", "/v1/dead-letters/1/3-0/redrive"),
+            ("DELETE", "/v1/dead-letters/0/1-0"),
         ] {
             assert_eq!(
                 site.request(method, path, &[], "").await.0,

@@ -1,4 +1,4 @@
-//! `GET /v1/events?last=N` on the admin listener: the newest decided events that the sources still
+//! `GET /v1/events?limit=N` on the admin listener: the newest decided events that the sources still
 //! hold, as input for testing plugins.
 //!
 //! The response has one CloudEvent in JSON per line, oldest first, in a form that `POST /v1/events`
@@ -25,7 +25,7 @@ use crate::http::extract::{ApiKey, Query};
 use crate::http::{ApiError, State};
 
 /// The maximum number of events in one response.
-const MAX_LAST: usize = 10_000;
+const MAX_LIMIT: usize = 10_000;
 /// The maximum size of one response in bytes; beyond it, the oldest events are left out.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 /// Entries per broker read; each may have the maximum size of an entry.
@@ -34,7 +34,7 @@ const READ: usize = 64;
 /// Bounds concurrent requests, because each response is built in memory.
 static ANSWERS: Semaphore = Semaphore::const_new(2);
 
-/// Why the response has no more events: `last` (the requested number was reached), `source` (no
+/// Why the response has no more events: `limit` (the requested number was reached), `source` (no
 /// more are held) or `bytes` (the size limit was reached).
 static BOUND: HeaderName = HeaderName::from_static("pointsman-bound");
 /// The number of entries left out because they are not valid events.
@@ -44,7 +44,7 @@ static UNREADABLE: HeaderName = HeaderName::from_static("pointsman-unreadable");
 #[serde(deny_unknown_fields)]
 pub(in crate::http) struct Options {
     /// The maximum number of events, over all sources together (1,000).
-    last: Option<usize>,
+    limit: Option<usize>,
 }
 
 pub(in crate::http) async fn newest(
@@ -52,10 +52,10 @@ pub(in crate::http) async fn newest(
     _: ApiKey,
     Query(options): Query<Options>,
 ) -> Result<Response, ApiError> {
-    let last = options.last.unwrap_or(1_000);
-    if !(1..=MAX_LAST).contains(&last) {
+    let limit = options.limit.unwrap_or(1_000);
+    if !(1..=MAX_LIMIT).contains(&limit) {
         return Err(ApiError::bad_request(format!(
-            "last is {last}; use 1 to {MAX_LAST}"
+            "limit is {limit}; use 1 to {MAX_LIMIT}"
         )));
     }
     let broker = state.broker()?;
@@ -65,7 +65,7 @@ pub(in crate::http) async fn newest(
         ));
     };
     let mut held = Held {
-        last,
+        limit,
         events: VecDeque::new(),
         bytes: 0,
         n_unreadable: 0,
@@ -89,7 +89,7 @@ pub(in crate::http) async fn newest(
 
 /// The newest events collected so far, oldest first, within the limits.
 struct Held {
-    last: usize,
+    limit: usize,
     events: VecDeque<(EntryId, String)>,
     bytes: usize,
     n_unreadable: usize,
@@ -98,7 +98,7 @@ struct Held {
 
 impl Held {
     async fn read(&mut self, broker: &dyn Broker, partition: &Partition) -> Result<(), ApiError> {
-        let decisions = broker.decisions(partition.number, self.last).await?;
+        let decisions = broker.decisions(partition.number, self.limit).await?;
         let entries = decisions.iter().map(|(entry, ..)| *entry);
         let (Some(oldest), Some(newest)) = (entries.clone().min(), entries.max()) else {
             return Ok(());
@@ -129,9 +129,9 @@ impl Held {
         let at = self.events.partition_point(|(other, _)| *other <= entry);
         self.bytes += line.len() + 1;
         self.events.insert(at, (entry, line));
-        while self.events.len() > self.last || self.bytes > MAX_BYTES {
-            self.bound = if self.events.len() > self.last {
-                "last"
+        while self.events.len() > self.limit || self.bytes > MAX_BYTES {
+            self.bound = if self.events.len() > self.limit {
+                "limit"
             } else {
                 "bytes"
             };
@@ -140,8 +140,8 @@ impl Held {
             };
             self.bytes -= line.len() + 1;
         }
-        if self.events.len() == self.last && self.bound == "source" {
-            self.bound = "last";
+        if self.events.len() == self.limit && self.bound == "source" {
+            self.bound = "limit";
         }
     }
 }
@@ -152,7 +152,7 @@ mod tests {
 
     fn held(last: usize) -> Held {
         Held {
-            last,
+            limit: last,
             events: VecDeque::new(),
             bytes: 0,
             n_unreadable: 0,
@@ -171,7 +171,7 @@ mod tests {
         for ms in [1, 4, 6, 2, 3] {
             held.add(EntryId { ms, seq: 0 }, String::new());
         }
-        assert_eq!((entries(&held), held.bound), (vec![3, 4, 6], "last"));
+        assert_eq!((entries(&held), held.bound), (vec![3, 4, 6], "limit"));
     }
 
     #[test]

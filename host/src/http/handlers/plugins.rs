@@ -155,7 +155,7 @@ pub(in crate::http) async fn order<T: Send + 'static>(
         carry_out(&registry)
     };
     let done = tokio::task::spawn_blocking(carry_out).await;
-    done.map_err(|panic| ApiError::incapable("the admin command panicked").cause(panic))?
+    done.map_err(|panic| ApiError::internal("the admin command panicked").cause(panic))?
         .map_err(ApiError::from)
 }
 
@@ -171,7 +171,7 @@ impl From<AdminError> for ApiError {
             AdminError::Refused(_) => {
                 Self::unprocessable(text).fix("the previous version keeps running")
             }
-            AdminError::Folder(_) => Self::incapable(text),
+            AdminError::Folder(_) => Self::internal(text),
         }
     }
 }

@@ -183,7 +183,7 @@ pub(in crate::http) async fn open(
                 failed => {
                     // Starting anywhere else would silently skip the notifications in between.
                     tracing::debug!(user.id = %identity.reader.user, ?failed, "cannot read the device cursor; the client is asked to reconnect");
-                    return Ok(event_stream(Body::from(sse::refusal("away", retry))));
+                    return Ok(event_stream(Body::from(sse::refusal("unavailable", retry))));
                 }
             }
         }
