@@ -40,9 +40,9 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 
 /// The number of cache hits, misses, corrupt files and failed writes since the start.
 fn counts(node: &Node) -> [f64; 4] {
-    ["hit", "miss", "damaged", "unwritten"].map(|outcome| {
+    ["hit", "miss", "corrupt", "write_failed"].map(|outcome| {
         node.metric(&format!(
-            "pointsman_plugin_cache_total{{outcome=\"{outcome}\"}}"
+            "pointsman_plugin_compile_cache_total{{outcome=\"{outcome}\"}}"
         ))
     })
 }

@@ -592,10 +592,10 @@ async fn a_redis_that_refuses_writes_delays_events_and_fails_none() {
         append(&stage, &ids(k..k + 1)).await;
         stop.reached().await;
         let () = stage.server().command(begin);
-        let n_before = owner.counts.metrics.broker_away.get();
+        let n_before = owner.counts.metrics.broker_errors.get();
         stop.go();
         until("the commit is refused repeatedly", async || {
-            owner.counts.metrics.broker_away.get() >= n_before + 2
+            owner.counts.metrics.broker_errors.get() >= n_before + 2
         })
         .await;
         let () = stage.server().command(end);

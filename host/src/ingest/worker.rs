@@ -199,7 +199,7 @@ impl Ingest {
                     continue;
                 }
                 Stop::Broker(error) => {
-                    self.metrics.broker_away.inc();
+                    self.metrics.broker_errors.inc();
                     if matches!(error, Error::Permanent(_)) {
                         // Not a passing outage, and the broker monitor need not detect it: the
                         // source may be overwritten, or the record of a plan lost.

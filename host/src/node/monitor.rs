@@ -130,8 +130,8 @@ async fn look_at_sources(
             .set(gauge(state.dead_letters));
         // The broker counts for all nodes, so its totals replace the local ones.
         for (counter, n) in [
-            (&metrics.source_entries_lost, state.trimmed_unread),
-            (&metrics.source_ids_forgotten, state.dedupe_overflows),
+            (&metrics.source_entries_trimmed_unread, state.trimmed_unread),
+            (&metrics.dedupe_overflows, state.dedupe_overflows),
             (&metrics.dead_letters_trimmed, state.dead_trimmed),
         ] {
             counter

@@ -1,5 +1,7 @@
-//! Every metric, in one table, with the prefix `pointsman_`. Names and labels are public API.
-//! Labels are bounded; none is a user or an event id.
+//! Every metric. Those in the table have the prefix `pointsman_`; the start time of the process has
+//! the conventional name without it. Names and labels are public API, documented in
+//! `docs/metrics.md`, which a test compares with a node. Labels are bounded; none is a user or an
+//! event id.
 //!
 //! A [`Metrics`] handle is passed in; there is no global registry. `http` serves them on the admin
 //! listener in the OpenMetrics text format.
@@ -14,54 +16,55 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 /// The key of a source.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct SourceLabel {
     pub source: String,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
     /// One of the five outcomes.
     pub outcome: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginLabel {
     pub plugin: String,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginCallLabel {
     pub plugin: String,
     /// `ok` or the kind of failure: `deadline`, `memory`, `trap`, `refused`, `failed`.
     pub outcome: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginLoadLabel {
     pub plugin: String,
     /// `loaded` or `failed`; after a failure the previous version, if any, stays active.
     pub outcome: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginCacheLabel {
     /// `hit`, `miss`, `corrupt` (found but unusable, and removed) or `write_failed` (compiled but
     /// not stored).
     pub outcome: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginShadowLabel {
     pub plugin: String,
     /// `same`, `different`, `failed` (the candidate only) or `skipped` (too many were waiting).
     pub outcome: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabel {
     /// A fixed word from the code.
     pub reason: &'static str,
@@ -75,18 +78,37 @@ macro_rules! metrics {
         #[derive(Clone, Debug)]
         pub struct Metrics {
             $( $(#[doc = $help])+ pub $field: $kind, )+
+            /// Start time of the process since the Unix epoch, in seconds.
+            pub process_start_time: Gauge<f64, AtomicU64>,
             registry: Arc<Registry>,
         }
 
         impl Default for Metrics {
             fn default() -> Self {
-                let mut registry = Registry::with_prefix("pointsman");
+                let mut all = Registry::default();
+                let process_start_time = Gauge::default();
+                all.register_with_unit(
+                    "process_start_time",
+                    "Start time of the process since the Unix epoch",
+                    Unit::Seconds,
+                    process_start_time.clone(),
+                );
+                let registry = all.sub_registry_with_prefix("pointsman");
+                registry.register("build", "Version of this node", Info::new(build()));
                 $(
                     let $field: $kind = metrics!(@new $($new)?);
-                    let help = [$($help),+].join(" ");
-                    metrics!(@register registry, $name, help.trim().trim_end_matches('.'), $field $(, $unit)?);
+                    // Every doc line begins with a space, and the library ends the help with a period.
+                    let help = [$($help.trim()),+].join(" ");
+                    metrics!(@register registry, $name, help.trim_end_matches('.'), $field $(, $unit)?);
                 )+
-                Self { $($field,)+ registry: Arc::new(registry) }
+                Self { $($field,)+ process_start_time, registry: Arc::new(all) }
+            }
+        }
+
+        #[cfg(test)]
+        impl Metrics {
+            fn touch_all(&self) {
+                $( tests::Touch::touch(&self.$field); )+
             }
         }
     };
@@ -94,6 +116,13 @@ macro_rules! metrics {
     (@new $new:expr) => { $new };
     (@register $registry:ident, $name:literal, $help:expr, $field:ident) => { $registry.register($name, $help, $field.clone()) };
     (@register $registry:ident, $name:literal, $help:expr, $field:ident, $unit:expr) => { $registry.register_with_unit($name, $help, $unit, $field.clone()) };
+}
+
+/// The labels of `build_info`: the version, and the revision if the build was given one.
+fn build() -> Vec<(&'static str, &'static str)> {
+    let version = ("version", env!("CARGO_PKG_VERSION"));
+    let revision = option_env!("POINTSMAN_REVISION").map(|revision| ("revision", revision));
+    [version].into_iter().chain(revision).collect()
 }
 
 fn call_durations() -> Histogram {
@@ -112,15 +141,15 @@ metrics! {
     /// Entries after the position, not yet processed.
     source_lag: Family<SourceLabel, Gauge> = "source_lag_entries";
     /// Entries trimmed from a source before any node read them, as counted by the broker.
-    source_entries_lost: Family<SourceLabel, Counter> = "source_entries_lost";
+    source_entries_trimmed_unread: Family<SourceLabel, Counter> = "source_entries_trimmed_unread";
     /// Event ids that did not fit the dedupe window of a source; a retry of one is not detected.
-    source_ids_forgotten: Family<SourceLabel, Counter> = "source_ids_forgotten";
+    dedupe_overflows: Family<SourceLabel, Counter> = "dedupe_overflows";
     /// Dead letters stored, waiting to be redriven or dropped.
     dead_letters: Family<SourceLabel, Gauge> = "dead_letters";
     /// Dead letters deleted as the oldest because their number exceeded the limit.
     dead_letters_trimmed: Family<SourceLabel, Counter> = "dead_letters_trimmed";
     /// Errors of the broker that stopped the processing of a source on this node.
-    broker_away: Counter = "broker_away";
+    broker_errors: Counter = "broker_errors";
     /// Plugin calls, by outcome.
     plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
     /// Duration of plugin calls.
@@ -128,7 +157,7 @@ metrics! {
     /// Plugin files loaded or failed to load, at startup and after changes, by outcome.
     plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
     /// Look-ups of compiled plugins in the cache and failures to store them, by outcome.
-    plugin_cache: Family<PluginCacheLabel, Counter> = "plugin_cache";
+    plugin_compile_cache: Family<PluginCacheLabel, Counter> = "plugin_compile_cache";
     /// Rollbacks of a plugin to its previous generation, automatic or by an admin command.
     plugin_rollbacks: Family<PluginLabel, Counter> = "plugin_rollbacks";
     /// 1 while a plugin is called only occasionally after failing on many events in a row.
@@ -155,8 +184,6 @@ metrics! {
     feed_resets: Counter = "feed_resets";
     /// Requests to the HTTP interface rejected, by reason.
     requests_refused: Family<ReasonLabel, Counter> = "requests_refused";
-    /// Start time of the process since the Unix epoch.
-    start_time: Gauge<f64, AtomicU64> = "start_time", unit Unit::Seconds;
 }
 
 impl Metrics {
@@ -164,7 +191,7 @@ impl Metrics {
     pub fn note_start(&self) {
         let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let seconds = since_epoch.unwrap_or_default().as_secs_f64();
-        self.start_time.set(seconds);
+        self.process_start_time.set(seconds);
     }
 
     /// All metrics in the OpenMetrics text format.
@@ -181,7 +208,87 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::hash::Hash;
+
+    use prometheus_client::metrics::family::MetricConstructor;
+
     use super::*;
+
+    /// Creates a series of a metric: an empty family is not rendered.
+    pub(super) trait Touch {
+        fn touch(&self) {}
+    }
+    impl Touch for Counter {}
+    impl Touch for Gauge {}
+    impl<L, M, C> Touch for Family<L, M, C>
+    where
+        L: Clone + Default + Hash + Eq + EncodeLabelSet,
+        C: MetricConstructor<M>,
+    {
+        fn touch(&self) {
+            drop(self.get_or_create(&L::default()));
+        }
+    }
+
+    /// The rows of docs/metrics.md: by name, the type and the labels, where optional ones are left
+    /// out.
+    fn documented() -> BTreeMap<String, (String, BTreeSet<String>)> {
+        let page = include_str!("../../../docs/metrics.md");
+        let rows = page.lines().filter_map(|line| {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            let name = cells.get(1)?.strip_prefix('`')?.strip_suffix('`')?;
+            if !name.contains("_") || cells.len() < 6 {
+                return None;
+            }
+            let kind = cells[2].split(',').next().unwrap_or_default();
+            let labels = cells[3]
+                .split(';')
+                .filter(|label| !label.contains("optional"));
+            let labels =
+                labels.filter_map(|label| label.trim().strip_prefix('`')?.split('`').next());
+            Some((
+                name.to_owned(),
+                (kind.to_owned(), labels.map(str::to_owned).collect()),
+            ))
+        });
+        rows.collect()
+    }
+
+    #[test]
+    fn every_metric_is_documented_and_every_documented_one_exists() {
+        let metrics = Metrics::default();
+        metrics.touch_all();
+        let page = metrics.render();
+        let mut rendered = BTreeMap::new();
+        for line in page.lines() {
+            let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' '))
+            else {
+                continue;
+            };
+            let suffix = match kind {
+                "counter" => "_total",
+                "info" => "_info",
+                _ => "",
+            };
+            let series = page
+                .lines()
+                .find(|line| !line.starts_with('#') && line.starts_with(name));
+            let labels = series
+                .and_then(|series| series.split_once('{')?.1.split_once('}'))
+                .map(|(labels, _)| labels.split(','))
+                .into_iter()
+                .flatten()
+                .filter_map(|label| label.split('=').next())
+                .filter(|label| !["le", "revision"].contains(label));
+            rendered.insert(
+                format!("{name}{suffix}"),
+                (kind.to_owned(), labels.map(str::to_owned).collect()),
+            );
+        }
+        assert!(rendered.len() > 20);
+        assert_eq!(documented(), rendered);
+    }
 
     #[test]
     fn rendered_names_match_the_documentation() {
@@ -203,8 +310,18 @@ mod tests {
             "pointsman_events_total{outcome=\"committed\"} 1",
             "pointsman_plugin_call_duration_seconds_bucket",
             "pointsman_streams_open 0",
+            "\nprocess_start_time_seconds 0",
+            concat!(
+                "pointsman_build_info{version=\"",
+                env!("CARGO_PKG_VERSION"),
+                "\""
+            ),
         ] {
             assert!(page.contains(line), "{line} is missing from:\n{page}");
+        }
+        // A help text of several doc lines has single spaces and one period.
+        for help in page.lines().filter(|line| line.starts_with("# HELP ")) {
+            assert!(!help.contains("  ") && !help.contains(".."), "{help}");
         }
     }
 }

@@ -176,7 +176,7 @@ impl Cache {
                 None
             }
             Err(reason) => {
-                self.count("damaged");
+                self.count("corrupt");
                 tracing::warn!(
                     file,
                     "removed an invalid file of compiled code from {}; its plugin is compiled again: {reason}",
@@ -197,7 +197,7 @@ impl Cache {
             .map_err(|e| e.to_string())
             .and_then(|code| self.write(key, &code).map_err(|e| e.to_string()));
         if let Err(reason) = written {
-            self.count("unwritten");
+            self.count("write_failed");
             tracing::warn!(
                 "cannot store a compiled plugin in {}: {reason}",
                 self.0.path.display()
@@ -319,7 +319,7 @@ impl Cache {
     fn count(&self, outcome: &'static str) {
         self.0
             .metrics
-            .plugin_cache
+            .plugin_compile_cache
             .get_or_create(&PluginCacheLabel { outcome })
             .inc();
     }
@@ -386,7 +386,7 @@ mod tests {
         cache
             .0
             .metrics
-            .plugin_cache
+            .plugin_compile_cache
             .get_or_create(&PluginCacheLabel { outcome })
             .get()
     }
@@ -461,7 +461,7 @@ mod tests {
                 fs::symlink_metadata(&file).is_err(),
                 "{what} is still there"
             );
-            assert_eq!(n_outcomes(&cache, "damaged"), n, "{what}");
+            assert_eq!(n_outcomes(&cache, "corrupt"), n, "{what}");
         }
         whole();
         assert!(cache.take(&engine, &key).is_some());
