@@ -14,7 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, ensure};
 use pointsman::Listeners;
 use pointsman::config::{Config, ConfigSource, DEFAULT_FILE, Layers};
-use pointsman::plugin::called;
+use pointsman::plugin::name_of_file;
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
@@ -147,7 +147,7 @@ impl Options {
             })?;
             Ok(Crate {
                 folder: folder.canonicalize()?,
-                name: called(name),
+                name: name_of_file(name),
             })
         };
         folders.iter().map(known).collect()

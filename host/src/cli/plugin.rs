@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use pointsman::event::Name;
 use pointsman::plugin::registry::settings::{Config, Settings};
-use pointsman::plugin::{Engine, Limits, Plugin, called};
+use pointsman::plugin::{Engine, Limits, Plugin, name_of_file};
 use serde::Deserialize;
 
 use self::remote::AdminCommand;
@@ -128,10 +128,9 @@ impl Subject {
         } else {
             (self.plugin.clone(), None)
         };
-        let name = self
-            .name
-            .clone()
-            .unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
+        let name = self.name.clone().unwrap_or_else(|| {
+            name_of_file(&file.file_name().unwrap_or_default().to_string_lossy())
+        });
         let settings = match &self.settings {
             Some(path) => settings(path, &name)?,
             None => Settings::default(),

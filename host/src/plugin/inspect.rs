@@ -11,11 +11,11 @@ use wasmparser::{Parser, Payload};
 pub mod contract;
 pub(super) mod noop;
 
-use super::runtime::bindings::Description;
 use super::runtime::compile::is_granted;
-use super::runtime::deadline;
 use super::runtime::log::printable;
-use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection, hash};
+use super::runtime::manifest::Description;
+use super::runtime::plugin::file_hash;
+use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection};
 use crate::event::Name;
 
 /// The maximum number of imports, and of exports, that are examined.
@@ -93,7 +93,7 @@ pub fn look(bytes: &[u8]) -> Inspection {
     Inspection {
         form: surface.form,
         bytes: bytes.len(),
-        hash: hash(bytes),
+        hash: file_hash(bytes),
         imports: imports.collect(),
         contracts: contracts.collect(),
         is_filter: exports("filter"),
@@ -117,34 +117,21 @@ impl Inspection {
         let plugin = Plugin::prepare(engine, name, bytes, config, limits)?;
         (self.is_filter, self.is_router) =
             (plugin.has_role(Role::Filter), plugin.has_role(Role::Router));
-        let tried = plugin.trial();
-        if tried.is_err() {
+        let described = plugin.check_first_instance();
+        if described.is_err() {
             // The manifest may still be available without a configuration.
-            self.manifest = plugin.first_words();
+            self.manifest = plugin.unconfigured_manifest();
         }
         let Description {
             manifest,
             selection,
-        } = tried.map_err(LoadError)?;
+        } = described.map_err(LoadError)?;
         (self.manifest, self.selection) = (Some(manifest), Some(selection));
         self.memory_bytes = plugin
             .instantiate(&engine.ticking())
             .ok()
             .map(|instance| instance.memory_bytes());
         Ok(())
-    }
-}
-
-impl Plugin {
-    /// The manifest of an unconfigured instance.
-    fn first_words(&self) -> Option<Manifest> {
-        let ticking = self.engine.ticking();
-        let (mut store, exports) = self.raw_instance(&ticking).ok()?;
-        deadline::set(&mut store, &ticking, self.limits.setup_deadline);
-        exports
-            .describe(&mut store)
-            .ok()
-            .map(|description| description.manifest)
     }
 }
 

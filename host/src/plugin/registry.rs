@@ -34,8 +34,9 @@ use super::registry::health::{BreakerState, Transition};
 use super::registry::settings::{Config, Settings};
 use super::registry::state::{PluginState, PluginStatus, Refusal};
 use super::runtime::engine::MAX_PLUGINS;
+use super::runtime::plugin::file_hash;
 use super::shadow::Shadows;
-use super::{Engine, Plugin, hash};
+use super::{Engine, Plugin};
 use crate::clock::now_ms;
 use crate::event::Name;
 use crate::telemetry::metrics::{Metrics, PluginLabel, PluginLoadLabel};
@@ -278,7 +279,7 @@ impl Registry {
         self.apply(&loading, vec![(name.to_owned(), vec![sighting], done)]);
         let state = self.state(name)?;
         // The active version may have been rolled back after it was found to equal the upload.
-        if state.generation > 0 && state.hash != hash(bytes) {
+        if state.generation > 0 && state.hash != file_hash(bytes) {
             return Err(AdminError::Impossible(
                 "it was rolled back during the upload; upload it again".to_owned(),
             ));
@@ -501,7 +502,7 @@ impl Registry {
     fn load_file(&self, name: &str, wanted: &Wanted) -> Result<LoadOutcome, Failure> {
         let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes)
             .map_err(|reason| Failure { reason, hash: None })?;
-        let hash = hash(&bytes);
+        let hash = file_hash(&bytes);
         if wanted.running.as_ref() == Some(&hash) {
             return Ok(LoadOutcome::Unchanged(hash));
         }
@@ -517,7 +518,7 @@ impl Registry {
     }
 
     fn load_bytes(&self, name: &str, bytes: &[u8], settings: &Settings) -> Result<Plugin, Failure> {
-        let hash = hash(bytes);
+        let hash = file_hash(bytes);
         let failed = |reason| Failure {
             reason,
             hash: Some(hash.clone()),

@@ -1,12 +1,20 @@
 //! The Wasm runtime: from the bytes of a plugin file to answers about events.
 //!
 //! The only module that knows wasmtime. Which plugins exist, in which version, and when that changes
-//! is `registry`; what becomes of an event when a call fails is `ingest::pipeline`.
+//! is in `registry`; the outcome of an event whose plugin failed is in `ingest::pipeline`.
 
-pub(super) mod bindings;
+mod bindings;
 pub mod cache;
+pub(super) mod call;
 pub(super) mod compile;
 pub(super) mod deadline;
 pub(super) mod engine;
+pub(super) mod error;
+pub(super) mod limits;
 pub(super) mod log;
+pub(super) mod manifest;
+pub(super) mod plugin;
 pub(super) mod selection;
+mod store;
+pub(super) mod thread;
+mod wasi;

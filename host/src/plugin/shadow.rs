@@ -6,7 +6,7 @@
 //! compared. One low-priority thread per candidate, `plugin-shadow`, works through the queue with
 //! an instance of its own under the plugin's limits.
 //!
-//! `plugin::decided` defines which decisions are the same; `plugin::registry` starts, stops and
+//! `outcome` defines which decisions are the same; `registry` starts, stops and
 //! promotes candidates.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -21,13 +21,12 @@ use serde::Serialize;
 pub mod outcome;
 
 use self::outcome::{Difference, Differences, PluginDecision, json_bytes};
-use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, make_unimportant};
+use super::runtime::engine::MAX_SHADOWS;
+use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, lower_thread_priority};
 use crate::clock::now_ms;
 use crate::event::{Event, Name, Priority};
 use crate::telemetry::metrics::{Metrics, PluginShadowLabel};
 
-/// The maximum number of shadow candidates per node.
-pub(super) const MAX_SHADOWS: usize = 4;
 /// The maximum number of queued calls per candidate.
 const MAX_WAITING: usize = 1_024;
 /// The maximum size of the queued calls per candidate, in bytes of JSON.
@@ -303,7 +302,7 @@ impl Shadow {
 
     /// The candidate's thread.
     fn work(&self, engine: &Engine, candidate: &Plugin) {
-        make_unimportant();
+        lower_thread_priority();
         let mut slot = None;
         while let Some(job) = self.next() {
             let new = catch_unwind(AssertUnwindSafe(|| {

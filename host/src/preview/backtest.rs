@@ -403,7 +403,7 @@ impl Backtest {
         let (calls, mut waiting) = mpsc::channel::<Calls>(1);
         let deadline = Instant::now() + MAX_DURATION;
         let run = move || {
-            crate::plugin::make_unimportant();
+            crate::plugin::lower_thread_priority();
             let mut aside = DryRunner::new(registry);
             while let Some((events, answer)) = waiting.blocking_recv() {
                 let mut evaluations = Vec::with_capacity(events.len());

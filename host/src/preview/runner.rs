@@ -17,7 +17,7 @@ use crate::ingest::pipeline::published_priority;
 use crate::plugin::shadow::outcome::PluginDecision;
 use crate::plugin::{
     Answer, Call, CallError, Engine, Instance, ParsedPayload, Plugin, Role, Ticking,
-    used_by_this_thread,
+    thread_cpu_time,
 };
 
 /// Runs one plugin on one event after another, on the same instance where possible.
@@ -143,9 +143,9 @@ impl PluginRunner {
         if self.slot.is_none() {
             self.slot = Some(self.plugin.instantiate(&self.ticking)?);
         }
-        let began = used_by_this_thread();
+        let began = thread_cpu_time();
         let answer = self.plugin.call(&mut self.slot, &self.ticking, role, call);
-        costs.time += used_by_this_thread().saturating_sub(began);
+        costs.time += thread_cpu_time().saturating_sub(began);
         costs.answer_bytes = costs
             .answer_bytes
             .max(self.slot.as_ref().map_or(0, Instance::answer_bytes));

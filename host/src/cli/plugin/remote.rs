@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use pointsman::plugin::{MAX_FILE_BYTES, called};
+use pointsman::plugin::{MAX_FILE_BYTES, name_of_file};
 use serde::de::DeserializeOwned;
 
 use super::super::{Admin, accept, agent, pretty_json, read as answer};
@@ -114,7 +114,7 @@ pub(super) fn upload(
 ) -> anyhow::Result<()> {
     let name = name
         .clone()
-        .unwrap_or_else(|| called(&file.file_name().unwrap_or_default().to_string_lossy()));
+        .unwrap_or_else(|| name_of_file(&file.file_name().unwrap_or_default().to_string_lossy()));
     let path = path(&name, "")?;
     let before = node.plugins()?;
     let former = before.find(&name);

@@ -70,6 +70,14 @@ impl FileStamp {
     }
 }
 
+/// Checks that the plugin folder can be read.
+///
+/// # Errors
+/// One line that names the folder and the fix.
+pub fn check_folder(dir: &Path) -> Result<(), String> {
+    look(dir).map(drop)
+}
+
 /// Lists the `.wasm` files. Names that begin with a dot are files that are still being written.
 ///
 /// # Errors
@@ -86,7 +94,7 @@ pub(in crate::plugin) fn look(dir: &Path) -> Result<FolderSnapshot, String> {
         let path = entry.map_err(unreadable)?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy();
         if file.ends_with(".wasm") && !file.starts_with('.') {
-            let name = called(&file);
+            let name = name_of_file(&file);
             // Follows links: the target is the file that is read, and it changes when a folder is
             // swapped through a link.
             let stamp = fs::metadata(&path).ok().map(|file| Stamp::of(&file));
@@ -176,7 +184,7 @@ pub(in crate::plugin) fn remove(path: &Path) -> Result<(), String> {
 pub(in crate::plugin) fn is_name(name: &str) -> bool {
     let is_plain =
         name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !name.starts_with('-');
-    is_plain && (1..=64).contains(&name.len()) && called(&format!("{name}.wasm")) == name
+    is_plain && (1..=64).contains(&name.len()) && name_of_file(&format!("{name}.wasm")) == name
 }
 
 /// Reads a file.
@@ -211,7 +219,7 @@ pub(in crate::plugin) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String
 
 /// The plugin name for a file name: without `.wasm`, without a leading number and hyphen, with
 /// hyphens for underscores.
-pub fn called(file: &str) -> String {
+pub fn name_of_file(file: &str) -> String {
     let stem = file.strip_suffix(".wasm").unwrap_or(file);
     let unnumbered = match stem.split_once('-') {
         Some((number, rest))
@@ -359,7 +367,7 @@ pub(in crate::plugin) mod tests {
             ("10-.wasm", "10-"),
             ("10.wasm", "10"),
         ] {
-            assert_eq!(called(file), name);
+            assert_eq!(name_of_file(file), name);
         }
         for name in ["a", "my-router", "x1", "10"] {
             assert!(is_name(name), "{name}");

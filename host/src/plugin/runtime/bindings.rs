@@ -9,14 +9,16 @@ use wasmtime::component::{HasSelf, Instance, InstancePre, Linker};
 
 use self::exports::pointsman::plugin::{filter, lifecycle, router};
 use self::pointsman::plugin::types;
-use super::engine::State;
+use super::call::{Amended, Answer};
+use super::limits::Limits;
 use super::log::{Level, printable};
+use super::manifest::{Description, Manifest};
 use super::selection::{Document, Selection};
+use super::store::HostState;
 use crate::event::criteria::{Criteria, Operator, Test};
 use crate::event::{
     Event, Name, Payload, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target, Value, json_line,
 };
-use crate::plugin::{Amended, Answer, Limits, Manifest};
 
 wasmtime::component::bindgen!({
     path: "../wit",
@@ -24,16 +26,16 @@ wasmtime::component::bindgen!({
 });
 
 /// The contract version that this host implements.
-pub(in crate::plugin) const VERSION: &str = "0.1";
+pub(super) const VERSION: &str = "0.1";
 
 /// The latest expiry of a route: the end of the year 9999, in milliseconds since the Unix epoch.
 const LATEST_MS: u64 = 253_402_300_799_999;
 
-pub(in crate::plugin) fn add_to_linker(linker: &mut Linker<State>) -> wasmtime::Result<()> {
-    FullPlugin::add_to_linker::<State, HasSelf<State>>(linker, |state| state)
+pub(super) fn add_to_linker(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
+    FullPlugin::add_to_linker::<HostState, HasSelf<HostState>>(linker, |state| state)
 }
 
-impl pointsman::plugin::log::Host for State {
+impl pointsman::plugin::log::Host for HostState {
     fn log(&mut self, level: pointsman::plugin::log::Level, message: String) {
         use self::pointsman::plugin::log::Level as Wit;
         let level = match level {
@@ -50,24 +52,24 @@ impl pointsman::plugin::log::Host for State {
     }
 }
 
-impl pointsman::plugin::clock::Host for State {
+impl pointsman::plugin::clock::Host for HostState {
     fn now_ms(&mut self) -> u64 {
         self.clock_ms()
     }
 }
 
-impl types::Host for State {}
+impl types::Host for HostState {}
 
 /// The indices of a component's exports; the exports present determine the kind of plugin.
-pub(in crate::plugin) struct ExportIndices {
+pub(super) struct ExportIndices {
     lifecycle: lifecycle::GuestIndices,
-    pub(in crate::plugin) filter: Option<filter::GuestIndices>,
-    pub(in crate::plugin) router: Option<router::GuestIndices>,
+    pub(super) filter: Option<filter::GuestIndices>,
+    pub(super) router: Option<router::GuestIndices>,
 }
 
 impl ExportIndices {
-    pub(in crate::plugin) fn find(
-        component: &InstancePre<State>,
+    pub(super) fn find(
+        component: &InstancePre<HostState>,
         has_filter: bool,
         has_router: bool,
     ) -> wasmtime::Result<Self> {
@@ -83,9 +85,9 @@ impl ExportIndices {
     }
 
     /// Checks the types of all exports, which `instantiate_pre` does not do.
-    pub(in crate::plugin) fn load(
+    pub(super) fn load(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<HostState>,
         instance: &Instance,
     ) -> wasmtime::Result<Exports> {
         Ok(Exports {
@@ -105,22 +107,16 @@ impl ExportIndices {
 }
 
 /// The exports of one instance.
-pub(in crate::plugin) struct Exports {
+pub(super) struct Exports {
     lifecycle: lifecycle::Guest,
     filter: Option<filter::Guest>,
     router: Option<router::Guest>,
 }
 
-/// A guest's description of itself, not yet checked.
-pub(in crate::plugin) struct Description {
-    pub(in crate::plugin) manifest: Manifest,
-    pub(in crate::plugin) selection: Selection,
-}
-
 impl Exports {
-    pub(in crate::plugin) fn describe(
+    pub(super) fn describe(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<HostState>,
     ) -> wasmtime::Result<Description> {
         let lifecycle::Manifest {
             name,
@@ -154,16 +150,16 @@ impl Exports {
 
     /// # Errors
     /// Outer: the call failed. Inner: the issues that the guest found, joined with semicolons.
-    pub(in crate::plugin) fn configure(
+    pub(super) fn configure(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<HostState>,
         config: &str,
     ) -> wasmtime::Result<Result<(), String>> {
         let issues = match self.lifecycle.call_configure(store, config)? {
             Ok(()) => return Ok(Ok(())),
             Err(issues) => issues,
         };
-        let told = issues
+        let shown = issues
             .iter()
             .take(8)
             .map(|lifecycle::Issue { path, message }| {
@@ -173,13 +169,13 @@ impl Exports {
                     format!("{path}: {message}")
                 }
             });
-        Ok(Err(printable(&told.collect::<Vec<_>>().join("; "))))
+        Ok(Err(printable(&shown.collect::<Vec<_>>().join("; "))))
     }
 
     /// `None` if the plugin is not a filter.
-    pub(in crate::plugin) fn evaluate(
+    pub(super) fn evaluate(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<HostState>,
         event: &types::Event,
     ) -> Option<wasmtime::Result<Result<filter::Verdict, types::Failure>>> {
         self.filter
@@ -188,9 +184,9 @@ impl Exports {
     }
 
     /// `None` if the plugin is not a router.
-    pub(in crate::plugin) fn resolve(
+    pub(super) fn resolve(
         &self,
-        store: &mut Store<State>,
+        store: &mut Store<HostState>,
         event: &types::Event,
     ) -> Option<wasmtime::Result<Result<Vec<router::Route>, types::Failure>>> {
         self.router
@@ -200,7 +196,7 @@ impl Exports {
 }
 
 /// The event as presented to a plugin with this selection.
-pub(in crate::plugin) fn present(
+pub(super) fn present(
     event: &Event,
     priority: Priority,
     selection: &Selection,
@@ -237,7 +233,7 @@ pub(in crate::plugin) fn present(
 ///
 /// # Errors
 /// The part of the answer that is invalid.
-pub(in crate::plugin) fn verdict(
+pub(super) fn verdict(
     verdict: filter::Verdict,
     event: &Event,
     limits: &Limits,
@@ -274,7 +270,7 @@ pub(in crate::plugin) fn verdict(
 ///
 /// # Errors
 /// The part of the answer that is invalid.
-pub(in crate::plugin) fn plan(
+pub(super) fn plan(
     routes: Vec<router::Route>,
     by: &Name,
     priority: Priority,
@@ -415,7 +411,7 @@ fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Cr
 }
 
 /// The reason of a failure, and whether the event may be retried.
-pub(in crate::plugin) fn failure(failure: types::Failure) -> (String, bool) {
+pub(super) fn failure(failure: types::Failure) -> (String, bool) {
     match failure {
         types::Failure::Reject(reason) => (printable(&reason), false),
         types::Failure::Retry(reason) => (printable(&reason), true),

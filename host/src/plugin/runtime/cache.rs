@@ -57,11 +57,11 @@ struct Shared {
 }
 
 /// The key of compiled code.
-pub(in crate::plugin) struct Key([u8; 32]);
+pub(super) struct Key([u8; 32]);
 
 impl Key {
     /// `file_hash`: the SHA-256 of the plugin's file, in hexadecimal.
-    pub(in crate::plugin) fn new(engine: &wasmtime::Engine, file_hash: &str) -> Self {
+    pub(super) fn new(engine: &wasmtime::Engine, file_hash: &str) -> Self {
         let mut hasher = Hashing(Sha256::new());
         engine.precompile_compatibility_hash().hash(&mut hasher);
         let Hashing(mut sha) = hasher;
@@ -156,7 +156,7 @@ impl Cache {
     }
 
     /// Returns the code for this key, if it is present and intact.
-    pub(in crate::plugin) fn take(
+    pub(super) fn take(
         &self,
         engine: &wasmtime::Engine,
         key: &Key,
@@ -191,7 +191,7 @@ impl Cache {
 
     /// Stores code under this key. A failure is logged; the plugin is then compiled again at the
     /// next start.
-    pub(in crate::plugin) fn put(&self, key: &Key, component: &Component) {
+    pub(super) fn put(&self, key: &Key, component: &Component) {
         let written = component
             .serialize()
             .map_err(|e| e.to_string())

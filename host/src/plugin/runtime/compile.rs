@@ -9,17 +9,21 @@
 
 use wasmtime::component::Component;
 
+use super::bindings;
 use super::cache::Key;
+use super::engine::Engine;
+use super::error::causes;
+use super::limits::Limits;
 use super::log::printable;
-use crate::plugin::{Engine, Limits, bindings, causes, engine};
+use super::store::MAX_MEMORIES;
 
 /// A component whose imports are all granted.
-pub(in crate::plugin) struct Compiled {
-    pub(in crate::plugin) component: Component,
-    pub(in crate::plugin) has_filter: bool,
-    pub(in crate::plugin) has_router: bool,
+pub(super) struct Compiled {
+    pub(super) component: Component,
+    pub(super) has_filter: bool,
+    pub(super) has_router: bool,
     /// Whether its code came from the cache.
-    pub(in crate::plugin) is_cached: bool,
+    pub(super) is_cached: bool,
 }
 
 /// Checks the bytes of a file and compiles them, unless the engine's cache has their code. `hash`:
@@ -27,7 +31,7 @@ pub(in crate::plugin) struct Compiled {
 ///
 /// # Errors
 /// Why not, as the rest of a sentence that begins with the file name.
-pub(in crate::plugin) fn compile(
+pub(super) fn compile(
     engine: &Engine,
     bytes: &[u8],
     hash: &str,
@@ -162,12 +166,11 @@ fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), Strin
         );
     }
     if let Some(resources) = component.resources_required()
-        && resources.num_memories as usize > engine::MAX_MEMORIES
+        && resources.num_memories as usize > MAX_MEMORIES
     {
         return Err(format!(
             "has {} memories; the limit is {}",
-            resources.num_memories,
-            engine::MAX_MEMORIES
+            resources.num_memories, MAX_MEMORIES
         ));
     }
     Ok((is_filter, is_router))

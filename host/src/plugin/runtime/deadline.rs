@@ -2,7 +2,7 @@
 //!
 //! A call exceeds its deadline by at most a few milliseconds, as long as the caller holds a
 //! [`Ticking`]. An overloaded machine does not count against a plugin: while its thread waits for a
-//! processor, its time stands still. A guest cannot wait for anything else (see `engine`), so a
+//! processor, its time stands still. A guest cannot wait for anything else (see `wasi`), so a
 //! plugin cannot evade its deadline by blocking.
 //!
 //! A call that ends within one or two ticks never reads a clock.
@@ -12,35 +12,31 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
-use wasmtime::{Store, UpdateDeadline};
+use wasmtime::UpdateDeadline;
 
-use super::engine::State;
+use super::thread::thread_cpu_time;
 
 /// How often a running call can be interrupted.
 const TICK: Duration = Duration::from_millis(1);
-/// Ticks until the CPU time of a call is first read: the current, partial one and a whole one.
-const FIRST_LOOK: u64 = 2;
-
-/// Sets the limit of the next call. Requires a [`Ticking`], without which no deadline would pass.
-pub(in crate::plugin) fn set(store: &mut Store<State>, _: &Ticking, limit: Duration) {
-    store.data_mut().deadline = Deadline { limit, began: None };
-    store.set_epoch_deadline(FIRST_LOOK);
-}
 
 /// The deadline of one call, checked on its thread.
 #[derive(Debug, Default)]
-pub(in crate::plugin) struct Deadline {
+pub(super) struct Deadline {
     limit: Duration,
     /// The thread's CPU time at the first check. `None`: not yet checked.
     began: Option<Duration>,
 }
 
 impl Deadline {
+    /// The deadline of the next call. Requires a [`Ticking`], without which no deadline would pass.
+    pub(super) fn new(limit: Duration, _: &Ticking) -> Self {
+        Self { limit, began: None }
+    }
+
     /// Decides whether the call may continue, and for how many ticks. Must run on the call's
     /// thread.
-    pub(in crate::plugin) fn look(&mut self) -> UpdateDeadline {
-        let now = used_by_this_thread();
+    pub(super) fn check(&mut self) -> UpdateDeadline {
+        let now = thread_cpu_time();
         let used = now.saturating_sub(*self.began.get_or_insert(now));
         match self.limit.checked_sub(used) {
             None | Some(Duration::ZERO) => UpdateDeadline::Interrupt,
@@ -51,19 +47,9 @@ impl Deadline {
     }
 }
 
-/// The CPU time that this thread has used since it started; the measure of all deadlines.
-pub fn used_by_this_thread() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    // Neither value is negative.
-    Duration::new(
-        time.tv_sec.unsigned_abs(),
-        time.tv_nsec.unsigned_abs() as u32,
-    )
-}
-
 /// Increments the engine's epoch while there are callers, and sleeps otherwise. Runs on an OS
 /// thread, because a blocked executor would not tick.
-pub(in crate::plugin) struct Ticker {
+pub(super) struct Ticker {
     n_callers: AtomicUsize,
     is_over: AtomicBool,
     thread: OnceLock<Thread>,
@@ -87,7 +73,7 @@ impl Drop for Ticking {
 impl Ticker {
     /// # Errors
     /// The system cannot start a thread.
-    pub(in crate::plugin) fn start(engine: wasmtime::EngineWeak) -> std::io::Result<Arc<Self>> {
+    pub(super) fn start(engine: wasmtime::EngineWeak) -> std::io::Result<Arc<Self>> {
         let ticker = Arc::new(Self {
             n_callers: AtomicUsize::new(0),
             is_over: AtomicBool::new(false),
@@ -102,14 +88,14 @@ impl Ticker {
     }
 
     /// Ticks until the returned value is dropped.
-    pub(in crate::plugin) fn tick_for_a_caller(self: &Arc<Self>) -> Ticking {
+    pub(super) fn tick_for_a_caller(self: &Arc<Self>) -> Ticking {
         if self.n_callers.fetch_add(1, Ordering::SeqCst) == 0 {
             self.wake();
         }
         Ticking(Arc::clone(self))
     }
 
-    pub(in crate::plugin) fn end(&self) {
+    pub(super) fn end(&self) {
         self.is_over.store(true, Ordering::SeqCst);
         self.wake();
     }
@@ -141,9 +127,11 @@ impl Ticker {
 mod tests {
     use wasmtime::{Caller, Func, Instance, Module, Trap};
 
+    use super::super::engine::Engine;
+    use super::super::log::GuestLog;
+    use super::super::store::{HostState, set_deadline, store};
     use super::*;
     use crate::event::Name;
-    use crate::plugin::{Engine, engine, log::GuestLog};
 
     const LIMIT: Duration = Duration::from_millis(50);
 
@@ -151,16 +139,16 @@ mod tests {
     fn run(is_done: impl Fn(&Deadline) -> bool + Send + Sync + 'static) -> wasmtime::Result<()> {
         let engine = Engine::new().unwrap();
         let log = Arc::new(GuestLog::new(Name::parse("loop").unwrap()));
-        let mut store = engine::store(&engine, 1024 * 1024, 1024, &log);
+        let mut store = store(engine.wasmtime(), 1024 * 1024, 1024, &log);
         let wat = r#"(module (import "" "is-done" (func $is_done (result i32))) (func (export "run") (loop (br_if 0 (i32.eqz (call $is_done))))))"#;
-        let is_done = Func::wrap(&mut store, move |caller: Caller<'_, State>| {
+        let is_done = Func::wrap(&mut store, move |caller: Caller<'_, HostState>| {
             i32::from(is_done(&caller.data().deadline))
         });
         let module = Module::new(engine.wasmtime(), wat::parse_str(wat)?)?;
         let run = Instance::new(&mut store, &module, &[is_done.into()])?
             .get_typed_func::<(), ()>(&mut store, "run")?;
         let ticking = engine.ticking();
-        set(&mut store, &ticking, LIMIT);
+        set_deadline(&mut store, &ticking, LIMIT);
         run.call(&mut store, ())
     }
 

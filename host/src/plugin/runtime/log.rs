@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use crate::event::Name;
 
 /// The maximum size of a line or a reason, in bytes.
-pub(in crate::plugin) const MAX_LINE: usize = 1024;
+pub(super) const MAX_LINE: usize = 1024;
 /// The maximum number of lines per plugin and second, over all its instances.
-pub(in crate::plugin) const MAX_LINES_PER_SECOND: u32 = 100;
+pub(super) const MAX_LINES_PER_SECOND: u32 = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::plugin) enum Level {
+pub(super) enum Level {
     Trace,
     Debug,
     Info,
@@ -36,7 +36,7 @@ impl Level {
 
 /// The log of one plugin, shared by its instances.
 #[derive(Debug)]
-pub(in crate::plugin) struct GuestLog {
+pub(super) struct GuestLog {
     plugin: Name,
     second: Mutex<Second>,
 }
@@ -48,7 +48,7 @@ struct Second {
 }
 
 impl GuestLog {
-    pub(in crate::plugin) fn new(plugin: Name) -> Self {
+    pub(super) fn new(plugin: Name) -> Self {
         Self {
             plugin,
             second: Mutex::new(Second {
@@ -59,7 +59,7 @@ impl GuestLog {
     }
 
     /// Writes a line, unless its level is disabled or the limit of this second is reached.
-    pub(in crate::plugin) fn line(&self, level: Level, event: Option<&Name>, text: &str) {
+    pub(super) fn line(&self, level: Level, event: Option<&Name>, text: &str) {
         // Checked first: lines of a disabled level must not use up the limit for errors.
         if !level.is_wanted() {
             return;

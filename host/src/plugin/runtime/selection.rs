@@ -28,7 +28,7 @@ pub struct Selection {
 impl Selection {
     /// # Errors
     /// The entry that is out of bounds or malformed.
-    pub(in crate::plugin) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         for (what, entries) in [
             ("types", &self.types),
             ("attributes", &self.attributes),
@@ -61,12 +61,12 @@ impl Selection {
     }
 
     /// Whether the plugin is to be called for events of this type.
-    pub(in crate::plugin) fn has_type(&self, kind: &str) -> bool {
+    pub(super) fn has_type(&self, kind: &str) -> bool {
         self.types.is_empty() || self.types.iter().any(|pattern| matches(pattern, kind))
     }
 
     /// The attributes and fields to pass.
-    pub(in crate::plugin) fn pick<'a>(
+    pub(super) fn pick<'a>(
         &'a self,
         event: &'a Event,
         document: &'a Document,
@@ -96,7 +96,7 @@ impl Selection {
 
 /// The payload of one event, parsed when the first plugin reads a field of it.
 #[derive(Debug, Default)]
-pub(in crate::plugin) struct Document(OnceCell<Option<serde_json::Value>>);
+pub(super) struct Document(OnceCell<Option<serde_json::Value>>);
 
 impl Document {
     fn json(&self, event: &Event) -> Option<&serde_json::Value> {

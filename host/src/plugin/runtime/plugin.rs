@@ -1,0 +1,418 @@
+//! A loaded plugin: [`Plugin::load`] checks and compiles a plugin file, [`Plugin::call`] evaluates
+//! one event.
+//!
+//! A plugin that traps, loops, exhausts its memory, floods its output or returns invalid data costs
+//! only that call: its instance is discarded and the next call gets a fresh one. Calls are
+//! synchronous and must run on a dedicated thread, never on an async executor.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use wasmtime::component::InstancePre;
+use wasmtime::{Store, Trap};
+
+use super::bindings::{self, ExportIndices, Exports};
+use super::call::{Answer, Call, CallError, Role};
+use super::compile::{Compiled, compile};
+use super::deadline::Ticking;
+use super::engine::Engine;
+use super::error::{LoadError, causes, contract_violation};
+use super::limits::Limits;
+use super::log::GuestLog;
+use super::manifest::{Description, Manifest};
+use super::selection::Selection;
+use super::store::{HostState, set_deadline, store};
+use crate::event::Name;
+
+/// A plugin that passed every check.
+pub struct Plugin {
+    name: Name,
+    manifest: Manifest,
+    hash: String,
+    is_cached: bool,
+    selection: Selection,
+    config: String,
+    limits: Limits,
+    engine: Engine,
+    component: InstancePre<HostState>,
+    exports: ExportIndices,
+    log: Arc<GuestLog>,
+}
+
+impl std::fmt::Debug for Plugin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plugin")
+            .field("name", &self.name)
+            .field("hash", &self.hash)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An instance of a plugin, owned by one thread and reused for many events in sequence.
+pub struct Instance {
+    store: Store<HostState>,
+    exports: Exports,
+    calls_left: u32,
+    answer_bytes: usize,
+}
+
+impl Instance {
+    /// The memory of the instance, in bytes; it never shrinks.
+    pub fn memory_bytes(&self) -> usize {
+        self.store.data().memory.used
+    }
+
+    /// The size of the text in the last answer, in bytes, counted like [`Limits::result_bytes`].
+    pub fn answer_bytes(&self) -> usize {
+        self.answer_bytes
+    }
+}
+
+impl std::fmt::Debug for Instance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Instance")
+            .field("calls_left", &self.calls_left)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Plugin {
+    /// Compiles a core module or a component, checks its imports and exports, creates a first
+    /// instance and configures it. Takes a few milliseconds (a small plugin in Rust) to a few
+    /// seconds (an interpreter).
+    ///
+    /// `config`: the operator's configuration, a JSON object.
+    ///
+    /// # Errors
+    /// Why the file was refused and, where there is one, the fix.
+    pub fn load(
+        engine: &Engine,
+        name: Name,
+        bytes: &[u8],
+        config: &str,
+        limits: Limits,
+    ) -> Result<Self, LoadError> {
+        let mut plugin = Self::prepare(engine, name, bytes, config, limits)?;
+        let Description {
+            manifest,
+            selection,
+        } = plugin.check_first_instance().map_err(LoadError)?;
+        plugin.manifest = manifest;
+        plugin.selection = selection;
+        Ok(plugin)
+    }
+
+    /// The first half of [`Plugin::load`]: everything except the first instance.
+    pub(in crate::plugin) fn prepare(
+        engine: &Engine,
+        name: Name,
+        bytes: &[u8],
+        config: &str,
+        limits: Limits,
+    ) -> Result<Self, LoadError> {
+        let hash = file_hash(bytes);
+        let Compiled {
+            component,
+            has_filter,
+            has_router,
+            is_cached,
+        } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
+        let component = engine
+            .linker()
+            .instantiate_pre(&component)
+            .map_err(|e| LoadError(format!("cannot be linked to this host: {}", causes(&e))))?;
+        let exports = ExportIndices::find(&component, has_filter, has_router)
+            .map_err(|e| LoadError(contract_violation(&e)))?;
+        Ok(Self {
+            log: Arc::new(GuestLog::new(name.clone())),
+            name,
+            manifest: Manifest {
+                name: String::new(),
+                version: String::new(),
+                description: String::new(),
+                config_schema: None,
+            },
+            hash,
+            is_cached,
+            selection: Selection::default(),
+            config: config.to_owned(),
+            limits,
+            engine: engine.clone(),
+            component,
+            exports,
+        })
+    }
+
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// SHA-256 of the file, in hexadecimal.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// Makes its log lines distinguishable from those of the active version.
+    pub(in crate::plugin) fn logging_as(self, suffix: &str) -> Self {
+        let name =
+            Name::parse(&format!("{} ({suffix})", self.name)).unwrap_or_else(|_| self.name.clone());
+        Self {
+            log: Arc::new(GuestLog::new(name)),
+            ..self
+        }
+    }
+
+    /// Whether its code came from the cache instead of being compiled now.
+    pub fn is_cached(&self) -> bool {
+        self.is_cached
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub fn has_role(&self, role: Role) -> bool {
+        match role {
+            Role::Filter => self.exports.filter.is_some(),
+            Role::Router => self.exports.router.is_some(),
+        }
+    }
+
+    /// Whether the plugin is called for events of this type.
+    pub fn wants(&self, kind: &Name) -> bool {
+        self.selection.has_type(kind.as_str())
+    }
+
+    /// Calls the plugin for one event, on the instance in the slot or on a fresh one if the slot is
+    /// empty. Leaves the slot empty if the instance must not be reused.
+    ///
+    /// # Errors
+    /// [`CallError`]; the call then had no effect other than the time that it took.
+    pub fn call(
+        &self,
+        slot: &mut Option<Instance>,
+        ticking: &Ticking,
+        role: Role,
+        call: &Call<'_>,
+    ) -> Result<Answer, CallError> {
+        let mut instance = match slot.take() {
+            Some(instance) => instance,
+            None => self.instantiate(ticking)?,
+        };
+        let answer = self.call_instance(&mut instance, ticking, role, call);
+        instance.calls_left -= 1;
+        // A trapped instance cannot be called again, and one that returned invalid data is not
+        // trusted with the next event.
+        let is_sound = answer.as_ref().err().is_none_or(CallError::is_verdict);
+        if is_sound && instance.calls_left > 0 {
+            *slot = Some(instance);
+        }
+        answer
+    }
+
+    fn call_instance(
+        &self,
+        Instance {
+            store,
+            exports,
+            answer_bytes,
+            ..
+        }: &mut Instance,
+        ticking: &Ticking,
+        role: Role,
+        call: &Call<'_>,
+    ) -> Result<Answer, CallError> {
+        let presented =
+            bindings::present(call.event, call.priority, &self.selection, &call.payload.0);
+        let state = store.data_mut();
+        state.set_clock_ms(call.clock_ms);
+        state.event = Some(call.event.id.clone());
+        state.last_error = None;
+        set_deadline(store, ticking, self.limits.deadline);
+        let answer = match role {
+            Role::Filter => match exports.evaluate(store, &presented) {
+                Some(Ok(verdict)) => {
+                    verdict.map(|verdict| bindings::verdict(verdict, call.event, &self.limits))
+                }
+                Some(Err(error)) => {
+                    return Err(self.call_error(&error, store, self.limits.deadline));
+                }
+                None => return Err(CallError::InvalidOutput("it is not a filter".into())),
+            },
+            Role::Router => match exports.resolve(store, &presented) {
+                Some(Ok(routes)) => routes.map(|routes| {
+                    bindings::plan(
+                        routes,
+                        &self.name,
+                        call.priority,
+                        call.clock_ms,
+                        &self.limits,
+                    )
+                }),
+                Some(Err(error)) => {
+                    return Err(self.call_error(&error, store, self.limits.deadline));
+                }
+                None => return Err(CallError::InvalidOutput("it is not a router".into())),
+            },
+        };
+        match answer {
+            Ok(acceptable) => {
+                let (answer, bytes) = acceptable.map_err(CallError::InvalidOutput)?;
+                *answer_bytes = bytes;
+                Ok(answer)
+            }
+            Err(failure) => Err(match bindings::failure(failure) {
+                (reason, false) => CallError::Rejected(reason),
+                (reason, true) => CallError::Retry(reason),
+            }),
+        }
+    }
+
+    /// Creates a configured instance, as [`Plugin::call`] does when the slot is empty.
+    ///
+    /// # Errors
+    /// As for [`Plugin::call`].
+    pub fn instantiate(&self, ticking: &Ticking) -> Result<Instance, CallError> {
+        let (mut store, exports) = self.raw_instance(ticking)?;
+        set_deadline(&mut store, ticking, self.limits.setup_deadline);
+        match exports.configure(&mut store, &self.config) {
+            Ok(Ok(())) => Ok(Instance {
+                store,
+                exports,
+                calls_left: self.limits.calls_per_instance.max(1),
+                answer_bytes: 0,
+            }),
+            Ok(Err(issues)) => Err(CallError::InvalidOutput(format!(
+                "a new instance rejected the configuration that the first one accepted: {issues}"
+            ))),
+            Err(error) => Err(self.call_error(&error, &mut store, self.limits.setup_deadline)),
+        }
+    }
+
+    fn raw_instance(&self, ticking: &Ticking) -> Result<(Store<HostState>, Exports), CallError> {
+        let mut store = store(
+            self.engine.wasmtime(),
+            self.limits.memory_bytes,
+            hostcall_bytes(&self.limits),
+            &self.log,
+        );
+        set_deadline(&mut store, ticking, self.limits.setup_deadline);
+        let made = self
+            .component
+            .instantiate(&mut store)
+            .and_then(|instance| self.exports.load(&mut store, &instance));
+        made.map_err(|error| self.call_error(&error, &mut store, self.limits.setup_deadline))
+            .map(|exports| (store, exports))
+    }
+
+    /// Creates the first instance, which shows whether the plugin works at all: records whose
+    /// fields do not match the contract fail here and not earlier.
+    pub(in crate::plugin) fn check_first_instance(&self) -> Result<Description, String> {
+        let ticking = self.engine.ticking();
+        let (mut store, exports) = self.raw_instance(&ticking).map_err(|e| match e {
+            CallError::InvalidOutput(reason) => reason,
+            other => format!("fails to start: {other}"),
+        })?;
+        let mut step =
+            |what: &str, call: &mut dyn FnMut(&mut Store<HostState>) -> wasmtime::Result<()>| {
+                set_deadline(&mut store, &ticking, self.limits.setup_deadline);
+                call(&mut store).map_err(|error| {
+                    format!(
+                        "fails in {what}: {}",
+                        self.call_error(&error, &mut store, self.limits.setup_deadline)
+                    )
+                })
+            };
+        let (mut before, mut configured, mut after) = (None, None, None);
+        step("describe", &mut |store| {
+            exports.describe(store).map(|d| before = Some(d))
+        })?;
+        step("configure", &mut |store| {
+            exports
+                .configure(store, &self.config)
+                .map(|c| configured = Some(c))
+        })?;
+        if let Some(Err(issues)) = configured {
+            return Err(format!("rejects its configuration: {issues}"));
+        }
+        // Described again: the selection may depend on the configuration.
+        step("describe", &mut |store| {
+            exports.describe(store).map(|d| after = Some(d))
+        })?;
+        let (Some(before), Some(after)) = (before, after) else {
+            return Err("does not describe itself".to_owned());
+        };
+        after.selection.check()?;
+        if let Some(schema) = &before.manifest.config_schema
+            && let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(schema)
+        {
+            return Err(format!(
+                "has a config-schema that is not valid JSON: {error}"
+            ));
+        }
+        Ok(Description {
+            manifest: before.manifest,
+            selection: after.selection,
+        })
+    }
+
+    /// The manifest of an unconfigured instance.
+    pub(in crate::plugin) fn unconfigured_manifest(&self) -> Option<Manifest> {
+        let ticking = self.engine.ticking();
+        let (mut store, exports) = self.raw_instance(&ticking).ok()?;
+        set_deadline(&mut store, &ticking, self.limits.setup_deadline);
+        exports
+            .describe(&mut store)
+            .ok()
+            .map(|description| description.manifest)
+    }
+
+    fn call_error(
+        &self,
+        error: &wasmtime::Error,
+        store: &mut Store<HostState>,
+        deadline: Duration,
+    ) -> CallError {
+        const MIB: usize = 1024 * 1024;
+        let state = store.data_mut();
+        if let Some(bytes) = state.memory.refused.take() {
+            let most = self.limits.memory_bytes / MIB;
+            return CallError::Memory(format!(
+                "it requested {} MiB of memory; the limit is {most} (memory_mib)",
+                bytes.div_ceil(MIB)
+            ));
+        }
+        let message = state.last_error.take();
+        match error.downcast_ref::<Trap>() {
+            Some(Trap::Interrupt) => CallError::Deadline(format!(
+                "it ran longer than {} ms (deadline)",
+                deadline.as_millis()
+            )),
+            Some(trap) => CallError::Trap(match message {
+                Some(message) => format!("it trapped: {message}"),
+                None => format!(
+                    "it trapped: {}",
+                    trap.to_string().trim_start_matches("wasm trap: ")
+                ),
+            }),
+            None => CallError::InvalidOutput(contract_violation(error)),
+        }
+    }
+}
+
+/// SHA-256 in hexadecimal.
+pub(in crate::plugin) fn file_hash(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+/// The maximum number of bytes that one call may copy out of a guest, measured in the guest's
+/// memory layout: enough for every target in a route of its own, whose record takes about 150
+/// bytes. The exact limits are checked afterwards.
+fn hostcall_bytes(limits: &Limits) -> usize {
+    limits.result_bytes * 2 + limits.targets * 256 + 64 * 1024
+}

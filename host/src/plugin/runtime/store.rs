@@ -1,0 +1,171 @@
+//! The store of one instance: the host's data for it, the memory limit and the deadline.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use wasmtime::component::ResourceTable;
+use wasmtime::{ResourceLimiter, Store};
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+
+use super::deadline::{Deadline, Ticking};
+use super::log::{GuestLog, Level};
+use super::wasi::{FrozenClock, GuestOutput};
+use crate::event::Name;
+
+/// The maximum number of memories per plugin; most have one.
+pub(super) const MAX_MEMORIES: usize = 2;
+/// The maximum number of tables per plugin.
+pub(super) const MAX_TABLES: usize = 8;
+/// The maximum number of elements per table; interpreters compiled to WebAssembly have about ten
+/// thousand.
+pub(super) const MAX_TABLE_ELEMENTS: usize = 100_000;
+/// Ticks until the CPU time of a call is first read: the current, partial one and a whole one.
+const FIRST_LOOK: u64 = 2;
+
+/// The host's data for one instance.
+pub(super) struct HostState {
+    wasi: WasiCtx,
+    pub(super) table: ResourceTable,
+    pub(super) memory: MemoryLimit,
+    pub(super) log: Arc<GuestLog>,
+    pub(super) deadline: Deadline,
+    clock_ms: Arc<AtomicU64>,
+    /// The id of the event of the current call.
+    pub(super) event: Option<Name>,
+    /// The last line that the guest logged as an error in this call; a panic hook logs the message
+    /// before the trap.
+    pub(super) last_error: Option<String>,
+}
+
+impl HostState {
+    pub(super) fn clock_ms(&self) -> u64 {
+        self.clock_ms.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_clock_ms(&mut self, ms: u64) {
+        self.clock_ms.store(ms, Ordering::Relaxed);
+    }
+}
+
+/// Creates a store with all limits in place. `hostcall_bytes`: the maximum number of bytes that one
+/// call of the guest, or of the host, may copy out of the guest.
+pub(super) fn store(
+    engine: &wasmtime::Engine,
+    memory_bytes: usize,
+    hostcall_bytes: usize,
+    log: &Arc<GuestLog>,
+) -> Store<HostState> {
+    let clock_ms = Arc::new(AtomicU64::new(0));
+    let mut table = ResourceTable::new();
+    table.set_max_capacity(1_000);
+    let wasi = WasiCtx::builder()
+        .allow_tcp(false)
+        .allow_udp(false)
+        .max_random_size(64 * 1024)
+        .wall_clock(FrozenClock(Arc::clone(&clock_ms)))
+        .monotonic_clock(FrozenClock(Arc::clone(&clock_ms)))
+        .stdout(GuestOutput {
+            log: Arc::clone(log),
+            level: Level::Info,
+        })
+        .stderr(GuestOutput {
+            log: Arc::clone(log),
+            level: Level::Warn,
+        })
+        .build();
+    let memory = MemoryLimit {
+        max: memory_bytes,
+        used: 0,
+        refused: None,
+    };
+    let state = HostState {
+        wasi,
+        table,
+        memory,
+        log: Arc::clone(log),
+        deadline: Deadline::default(),
+        clock_ms,
+        event: None,
+        last_error: None,
+    };
+    let mut store = Store::new(engine, state);
+    store.limiter(|state| &mut state.memory);
+    store.epoch_deadline_callback(|mut store| Ok(store.data_mut().deadline.check()));
+    store.set_hostcall_fuel(hostcall_bytes);
+    store
+}
+
+/// Limits the memory of an instance and records a refusal, because to the guest it looks like any
+/// other trap.
+pub(super) struct MemoryLimit {
+    max: usize,
+    pub(super) used: usize,
+    /// The total size of the last refused request, in bytes.
+    pub(super) refused: Option<usize>,
+}
+
+impl ResourceLimiter for MemoryLimit {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        // The limit applies to the sum of all memories of the instance.
+        let total = self.used.saturating_sub(current).saturating_add(desired);
+        if total > self.max {
+            self.refused = Some(total);
+            // Trap immediately with this cause: most guests would only abort without mentioning
+            // memory.
+            return Err(wasmtime::format_err!("memory of {total} bytes refused"));
+        }
+        self.used = total;
+        Ok(true)
+    }
+
+    fn table_growing(
+        &mut self,
+        _current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        if desired > MAX_TABLE_ELEMENTS {
+            return Err(wasmtime::format_err!(
+                "a table of {desired} elements was requested; the limit is {MAX_TABLE_ELEMENTS}"
+            ));
+        }
+        Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        64
+    }
+
+    fn tables(&self) -> usize {
+        MAX_TABLES
+    }
+
+    fn memories(&self) -> usize {
+        MAX_MEMORIES
+    }
+}
+
+impl WasiView for HostState {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView {
+            ctx: &mut self.wasi,
+            table: &mut self.table,
+        }
+    }
+}
+
+/// Sets the limit of the next call.
+pub(super) fn set_deadline(
+    store: &mut Store<HostState>,
+    ticking: &Ticking,
+    limit: Duration,
+) {
+    store.data_mut().deadline = Deadline::new(limit, ticking);
+    store.set_epoch_deadline(FIRST_LOOK);
+}
