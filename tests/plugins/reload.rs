@@ -292,7 +292,7 @@ async fn a_replaced_version_is_released() {
             .await
             .unwrap();
     }
-    pipeline.give_back_retired();
+    pipeline.release_retired_instances();
     eventually(SOON, "the first version is dropped", || {
         replaced.upgrade().is_none().then_some(())
     });

@@ -168,7 +168,7 @@ pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shut
             pipeline.allows_none(),
             &readiness,
         );
-        pipeline.give_back_retired();
+        pipeline.release_retired_instances();
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             () = shutdown.begun() => return,

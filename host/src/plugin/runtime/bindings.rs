@@ -114,10 +114,7 @@ pub(super) struct Exports {
 }
 
 impl Exports {
-    pub(super) fn describe(
-        &self,
-        store: &mut Store<HostState>,
-    ) -> wasmtime::Result<Description> {
+    pub(super) fn describe(&self, store: &mut Store<HostState>) -> wasmtime::Result<Description> {
         let lifecycle::Manifest {
             name,
             version,

@@ -156,11 +156,7 @@ impl Cache {
     }
 
     /// Returns the code for this key, if it is present and intact.
-    pub(super) fn take(
-        &self,
-        engine: &wasmtime::Engine,
-        key: &Key,
-    ) -> Option<Component> {
+    pub(super) fn take(&self, engine: &wasmtime::Engine, key: &Key) -> Option<Component> {
         let file = key.file();
         let taken = self.read(&file, key).and_then(|code| match code {
             Some(code) => revive(engine, &code).map(Some).map_err(|e| e.to_string()),

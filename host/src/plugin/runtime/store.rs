@@ -161,11 +161,7 @@ impl WasiView for HostState {
 }
 
 /// Sets the limit of the next call.
-pub(super) fn set_deadline(
-    store: &mut Store<HostState>,
-    ticking: &Ticking,
-    limit: Duration,
-) {
+pub(super) fn set_deadline(store: &mut Store<HostState>, ticking: &Ticking, limit: Duration) {
     store.data_mut().deadline = Deadline::new(limit, ticking);
     store.set_epoch_deadline(FIRST_LOOK);
 }

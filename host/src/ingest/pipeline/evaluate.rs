@@ -1,0 +1,434 @@
+//! Evaluates one event after another on one thread, with plugin instances of its own.
+//!
+//! Live evaluations count towards the health of plugins and are offered to shadow candidates; dry
+//! runs have no effect. A panic of the host costs one event its route and the thread its instances.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::policy::StepOutcome;
+use super::{Evaluation, Resolution};
+use crate::event::{Event, Name, Plan, Priority, Value, Verdict};
+use crate::plugin::registry::Registry;
+use crate::plugin::registry::generation::{Chain, Generation};
+use crate::plugin::registry::health::{Health, Permit, Transition};
+use crate::plugin::{ATTEMPTS, Answer, Call, CallError, Instance, ParsedPayload, Role, Ticking};
+use crate::telemetry::metrics::{Metrics, PluginCallLabel, PluginLabel};
+
+/// The evaluator of one thread.
+#[derive(Debug)]
+pub(super) struct Evaluator {
+    registry: Arc<Registry>,
+    metrics: Metrics,
+    /// The chain that the instances belong to.
+    chain: Arc<Chain>,
+    /// By plugin name and generation. An instance that is in a call is not in the map.
+    instances: HashMap<(Name, u64), Instance>,
+    /// The number of instances included in the metric.
+    n_counted: i64,
+    /// Whether the current evaluation has an effect, that is, is not a dry run.
+    is_live: bool,
+}
+
+impl Evaluator {
+    pub(super) fn new(registry: Arc<Registry>, metrics: Metrics) -> Self {
+        Self {
+            registry,
+            metrics,
+            chain: Arc::default(),
+            instances: HashMap::new(),
+            n_counted: 0,
+            is_live: false,
+        }
+    }
+
+    /// Evaluates events by one chain, in order. `is_live`: not a dry run.
+    pub(super) fn evaluate_batch(
+        &mut self,
+        chain: &Arc<Chain>,
+        events: Vec<Event>,
+        clock_ms: u64,
+        is_live: bool,
+    ) -> Vec<Evaluation> {
+        self.keep_only(chain);
+        self.is_live = is_live;
+        let ticking = self.registry.engine().ticking();
+        events
+            .into_iter()
+            .map(|event| self.evaluate(chain, event, clock_ms, &ticking))
+            .collect()
+    }
+
+    /// Drops instances of plugins that are no longer active, and updates the metric.
+    pub(super) fn release_retired_instances(&mut self) {
+        self.keep_only(&self.registry.chain());
+        let n_instances = self.instances.len() as i64;
+        self.metrics
+            .plugin_instances
+            .inc_by(n_instances - self.n_counted);
+        self.n_counted = n_instances;
+    }
+
+    /// Drops instances that do not belong to this chain.
+    fn keep_only(&mut self, chain: &Arc<Chain>) {
+        if !Arc::ptr_eq(&self.chain, chain) {
+            self.instances
+                .retain(|(name, number), _| chain.has(name, *number));
+            self.chain = Arc::clone(chain);
+        }
+    }
+
+    /// Survives a panic of the host that a plugin provoked: the event fails and all instances are
+    /// discarded.
+    fn evaluate(
+        &mut self,
+        chain: &Chain,
+        event: Event,
+        clock_ms: u64,
+        ticking: &Ticking,
+    ) -> Evaluation {
+        let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
+        let state = catch_unwind(AssertUnwindSafe(|| {
+            self.fold(chain, &event, &mut verdicts, clock_ms, ticking)
+        }));
+        let EventState {
+            amended,
+            priority,
+            resolution,
+        } = state.unwrap_or_else(|panic| {
+            self.instances.clear();
+            let message = panic_message(panic.as_ref());
+            tracing::error!(
+                event.id = event.id.as_str(),
+                "the host panicked while evaluating an event: {message}"
+            );
+            let reason = format!("the host panicked: {message}");
+            EventState::as_published(
+                &event,
+                Resolution::Failed {
+                    plugin: String::new(),
+                    reason,
+                    attempts: 1,
+                    retry: false,
+                },
+            )
+        });
+        Evaluation {
+            event: amended.unwrap_or(event),
+            priority,
+            resolution,
+            verdicts,
+        }
+    }
+
+    fn fold(
+        &mut self,
+        chain: &Chain,
+        event: &Event,
+        verdicts: &mut Vec<Verdict>,
+        clock_ms: u64,
+        ticking: &Ticking,
+    ) -> EventState {
+        let payload = ParsedPayload::default();
+        let mut state = EventState::as_published(event, Resolution::Unrouted);
+        for generation in &chain.filters {
+            match self.step(
+                generation,
+                Role::Filter,
+                &state.call(event, clock_ms, &payload),
+                verdicts,
+                ticking,
+            ) {
+                StepOutcome::Answered(Answer::Amend(answer)) => {
+                    state.priority = answer.priority.unwrap_or(state.priority);
+                    state.amended = Some(answer.event);
+                }
+                StepOutcome::Answered(Answer::Drop(reason)) => {
+                    state.resolution = Resolution::Discarded {
+                        plugin: generation.plugin.name().to_string(),
+                        reason,
+                    };
+                    return state;
+                }
+                StepOutcome::Answered(Answer::Keep | Answer::Routes(_)) | StepOutcome::Passed => {}
+                StepOutcome::Over(resolution) => {
+                    return EventState::as_published(event, resolution);
+                }
+            }
+        }
+        let mut plan = Plan::default();
+        for generation in &chain.routers {
+            match self.step(
+                generation,
+                Role::Router,
+                &state.call(event, clock_ms, &payload),
+                verdicts,
+                ticking,
+            ) {
+                StepOutcome::Answered(Answer::Routes(answered)) => {
+                    plan.routes.extend(answered.routes)
+                }
+                StepOutcome::Answered(Answer::Keep | Answer::Drop(_) | Answer::Amend(_))
+                | StepOutcome::Passed => {}
+                StepOutcome::Over(resolution) => {
+                    return EventState::as_published(event, resolution);
+                }
+            }
+        }
+        if !plan.routes.is_empty() {
+            state.resolution = Resolution::Planned(plan);
+        }
+        state
+    }
+
+    /// Calls one plugin, unless its types do not match or its breaker is open, and offers the call
+    /// to its shadow candidate.
+    fn step(
+        &mut self,
+        generation: &Generation,
+        role: Role,
+        call: &Call<'_>,
+        verdicts: &mut Vec<Verdict>,
+        ticking: &Ticking,
+    ) -> StepOutcome {
+        let outcome = if !generation.plugin.wants(&call.event.kind) {
+            verdicts.push(verdict(generation, "skipped", ""));
+            StepOutcome::Passed
+        } else {
+            if self.is_live
+                && let Permit::Rejected(why) = generation.health(role).admit(Instant::now())
+            {
+                let reason = why.to_string();
+                verdicts.push(verdict(generation, "failed", &reason));
+                // Not offered to a candidate: there is no decision to compare.
+                return StepOutcome::of_failure(generation, reason, 0);
+            }
+            self.call_with_retry(generation, role, call, verdicts, ticking)
+        };
+        if self.is_live
+            && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
+        {
+            shadow.offer(generation.number, role, call, || {
+                outcome.decision(role, call, verdicts.last())
+            });
+        }
+        outcome
+    }
+
+    /// Calls one plugin, once more if it fails, and applies its policy if it fails again.
+    fn call_with_retry(
+        &mut self,
+        generation: &Generation,
+        role: Role,
+        call: &Call<'_>,
+        verdicts: &mut Vec<Verdict>,
+        ticking: &Ticking,
+    ) -> StepOutcome {
+        let plugin = &generation.plugin;
+        let mut record =
+            |word: &str, reason: &str| verdicts.push(verdict(generation, word, reason));
+        let mut attempts = 0;
+        let error = loop {
+            attempts += 1;
+            match self.call(generation, role, call, ticking) {
+                Ok(answer) => {
+                    self.note(generation, role, Health::note_answer);
+                    match &answer {
+                        Answer::Keep => record("keep", ""),
+                        Answer::Drop(reason) => record("drop", reason),
+                        Answer::Amend(_) => record("amend", ""),
+                        Answer::Routes(plan) if plan.routes.is_empty() => record("none", ""),
+                        Answer::Routes(_) => record("routes", ""),
+                    }
+                    return StepOutcome::Answered(answer);
+                }
+                Err(error) if error.is_verdict() => {
+                    tracing::info!(
+                        plugin.name = plugin.name().as_str(),
+                        event.id = call.event.id.as_str(),
+                        verdict = error.kind(),
+                        "plugin did not decide: {error}"
+                    );
+                    record(error.kind(), &error.to_string());
+                    break error;
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        plugin.name = plugin.name().as_str(),
+                        event.id = call.event.id.as_str(),
+                        attempt = attempts,
+                        kind = error.kind(),
+                        "plugin failed: {error}"
+                    );
+                    if attempts == ATTEMPTS {
+                        record("failed", &error.to_string());
+                        break error;
+                    }
+                }
+            }
+        };
+        let reason = error.to_string();
+        let plugin = plugin.name().to_string();
+        match error {
+            // A verdict on the event; the policy is only for plugins that do not work.
+            CallError::Rejected(_) | CallError::Retry(_) => {
+                self.note(generation, role, Health::note_answer);
+                StepOutcome::Over(Resolution::Failed {
+                    plugin,
+                    reason,
+                    attempts,
+                    retry: matches!(error, CallError::Retry(_)),
+                })
+            }
+            CallError::Deadline(_)
+            | CallError::Memory(_)
+            | CallError::Trap(_)
+            | CallError::InvalidOutput(_) => {
+                self.note(generation, role, |health| {
+                    health.note_failure(Instant::now())
+                });
+                StepOutcome::of_failure(generation, reason, attempts)
+            }
+        }
+    }
+
+    /// Records a result in the plugin's health and applies the consequence.
+    fn note(
+        &self,
+        generation: &Generation,
+        role: Role,
+        result: impl FnOnce(&Health) -> Transition,
+    ) {
+        if self.is_live {
+            self.registry
+                .follow(generation, result(generation.health(role)));
+        }
+    }
+
+    fn call(
+        &mut self,
+        generation: &Generation,
+        role: Role,
+        call: &Call<'_>,
+        ticking: &Ticking,
+    ) -> Result<Answer, CallError> {
+        let plugin = &generation.plugin;
+        let key = (plugin.name().clone(), generation.number);
+        // Removed for the duration of the call: if the host panics, the instance is dropped by
+        // unwinding and not reused.
+        let mut slot = self.instances.remove(&key);
+        let began = Instant::now();
+        let answer = plugin.call(&mut slot, ticking, role, call);
+        let label = PluginLabel {
+            plugin: plugin.name().to_string(),
+        };
+        self.metrics
+            .plugin_call_duration
+            .get_or_create(&label)
+            .observe(began.elapsed().as_secs_f64());
+        let outcome = answer.as_ref().map_or_else(CallError::kind, |_| "ok");
+        self.metrics
+            .plugin_calls
+            .get_or_create(&PluginCallLabel {
+                plugin: label.plugin,
+                outcome,
+            })
+            .inc();
+        if let Some(instance) = slot {
+            self.instances.insert(key, instance);
+        }
+        answer
+    }
+}
+
+/// An event on its way through the chain.
+struct EventState {
+    /// `None`: no filter changed it.
+    amended: Option<Event>,
+    priority: Priority,
+    resolution: Resolution,
+}
+
+impl EventState {
+    fn as_published(event: &Event, resolution: Resolution) -> Self {
+        Self {
+            amended: None,
+            priority: published_priority(event),
+            resolution,
+        }
+    }
+
+    /// The call for the next plugin.
+    fn call<'a>(
+        &'a self,
+        published: &'a Event,
+        clock_ms: u64,
+        payload: &'a ParsedPayload,
+    ) -> Call<'a> {
+        Call {
+            event: self.amended.as_ref().unwrap_or(published),
+            priority: self.priority,
+            clock_ms,
+            payload,
+        }
+    }
+}
+
+fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &str) -> Verdict {
+    let hash = plugin.hash().get(..12).unwrap_or_default().to_owned();
+    Verdict {
+        plugin: plugin.name().to_string(),
+        generation: *number,
+        hash,
+        verdict: word.to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+/// Evaluates events on the caller's thread without any effect: with instances of its own, not
+/// counted in metrics or health.
+#[derive(Debug)]
+pub struct DryRunner(Evaluator);
+
+impl DryRunner {
+    pub fn new(registry: Arc<Registry>) -> Self {
+        Self(Evaluator::new(registry, Metrics::default()))
+    }
+
+    /// Evaluates one event by any chain. Takes as long as the plugins may run: not for an async
+    /// thread.
+    pub fn evaluate(&mut self, chain: &Arc<Chain>, event: Event, clock_ms: u64) -> Evaluation {
+        let ticking = self.0.registry.engine().ticking();
+        self.0.keep_only(chain);
+        self.0.evaluate(chain, event, clock_ms, &ticking)
+    }
+}
+
+/// The evaluation of an event when there are no plugins.
+pub(super) fn unrouted(event: Event) -> Evaluation {
+    let priority = published_priority(&event);
+    Evaluation {
+        event,
+        priority,
+        resolution: Resolution::Unrouted,
+        verdicts: Vec::new(),
+    }
+}
+
+/// The attribute `priority` if valid, else the default. A router that requires a valid one can
+/// reject the event.
+pub(crate) fn published_priority(event: &Event) -> Priority {
+    match event.attribute("priority") {
+        Some(Value::Text(text)) => text.parse().unwrap_or_default(),
+        _ => Priority::default(),
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(no message)")
+}
