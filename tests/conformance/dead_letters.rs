@@ -2,7 +2,7 @@
 
 use super::*;
 use pointsman::broker::{DeadLetter, DecisionSearch};
-use pointsman::event::Verdict;
+use pointsman::event::{Verdict, VerdictKind};
 
 const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
 
@@ -182,18 +182,21 @@ pub(super) async fn dead_letters_over_the_limit_are_trimmed_oldest_first_and_cou
 
 pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {
     let node = bench.open().await;
-    let verdict = |plugin: &str, verdict: &str| Verdict {
+    let verdict = |plugin: &str, verdict| Verdict {
         plugin: plugin.into(),
         generation: 7,
         hash: "8a6bda16014b".into(),
-        verdict: verdict.into(),
+        verdict,
         reason: "as \"it\" is".into(),
     };
     let decision = Decision {
         event_id: "ü".into(),
         event_source: "/shop".into(),
         event_type: "order.shipped".into(),
-        verdicts: vec![verdict("discard", "keep"), verdict("address", "routes")],
+        verdicts: vec![
+            verdict("discard", VerdictKind::Keep),
+            verdict("address", VerdictKind::Routes),
+        ],
         reason: "as \"it\" is".into(),
         clock_ms: 1_700_000_000_123,
     };

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value, Verdict};
+use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value, Verdict, VerdictKind};
 use pointsman::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
@@ -309,8 +309,12 @@ async fn every_misbehaviour_is_reported_and_the_next_event_is_decided() {
             began.elapsed()
         );
         // A plugin's verdict on an event does not count as a failure of the plugin.
-        let word = if tried == 1 { "rejected" } else { "failed" };
-        assert_eq!(bad.verdicts.last().unwrap().verdict, word, "{kind}");
+        let verdict = if tried == 1 {
+            VerdictKind::Rejected
+        } else {
+            VerdictKind::Failed
+        };
+        assert_eq!(bad.verdicts.last().unwrap().verdict, verdict, "{kind}");
         let next = bench.one(event(json!({"type": "next", "user": "7"}))).await;
         assert_eq!(targets(&next), ["u:7"], "after {kind}");
     }
@@ -770,7 +774,7 @@ fn an_invalid_file_is_refused_with_the_reason_and_does_not_block_other_plugins()
     assert_eq!(
         (
             at_work[0].name.as_str(),
-            at_work[0].kind,
+            at_work[0].kind.as_str(),
             at_work[0].generation,
             at_work[0].hash.len()
         ),

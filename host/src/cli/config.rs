@@ -32,7 +32,10 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     for plugin in plugins.iter().filter(|plugin| plugin.failure.is_none()) {
         println!(
             "plugin {}: {} {} of {}",
-            plugin.name, plugin.kind, plugin.version, plugin.file
+            plugin.name,
+            plugin.kind.as_str(),
+            plugin.version,
+            plugin.file
         );
     }
     let failures: Vec<String> = plugins

@@ -42,11 +42,55 @@ pub struct Verdict {
     /// node. Empty in records written by an earlier version.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hash: String,
-    /// `keep`, `amend`, `drop`, `routes`, `none`, `skipped` (the plugin does not handle this event
-    /// type), `rejected` or `retry` (returned by the plugin itself), or `failed`.
-    pub verdict: String,
+    pub verdict: VerdictKind,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
+}
+
+/// The kind of a verdict, written in lower case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VerdictKind {
+    /// A filter left the event as it was.
+    Keep,
+    /// A filter changed the event.
+    Amend,
+    /// A filter discarded the event.
+    Drop,
+    /// A router returned routes.
+    Routes,
+    /// A router returned no routes.
+    None,
+    /// Not called: the plugin does not handle this event type.
+    Skipped,
+    /// The plugin itself rejected the event.
+    Rejected,
+    /// The plugin itself requested a retry.
+    Retry,
+    /// The plugin failed, or was not called because it had failed too often.
+    Failed,
+    /// A kind of another version of this program. Keeps its record readable; the word is lost if
+    /// the record is written again.
+    #[serde(other)]
+    Unknown,
+}
+
+impl VerdictKind {
+    /// The word in records, in answers of the API and in logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Amend => "amend",
+            Self::Drop => "drop",
+            Self::Routes => "routes",
+            Self::None => "none",
+            Self::Skipped => "skipped",
+            Self::Rejected => "rejected",
+            Self::Retry => "retry",
+            Self::Failed => "failed",
+            Self::Unknown => "unknown",
+        }
+    }
 }
 
 /// Why an entry is dead-lettered.
@@ -60,4 +104,40 @@ pub struct DeadReason {
     /// The original fields of the entry.
     #[serde(skip)]
     pub fields: Vec<(Bytes, Bytes)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdict_kinds_are_written_as_their_words() {
+        for kind in [
+            VerdictKind::Keep,
+            VerdictKind::Amend,
+            VerdictKind::Drop,
+            VerdictKind::Routes,
+            VerdictKind::None,
+            VerdictKind::Skipped,
+            VerdictKind::Rejected,
+            VerdictKind::Retry,
+            VerdictKind::Failed,
+            VerdictKind::Unknown,
+        ] {
+            let word = serde_json::to_string(&kind).unwrap();
+            assert_eq!(word, format!("\"{}\"", kind.as_str()));
+            assert_eq!(serde_json::from_str::<VerdictKind>(&word).unwrap(), kind);
+        }
+    }
+
+    #[test]
+    fn a_record_with_a_verdict_of_another_version_stays_readable() {
+        let record = r#"{"event_id":"e","event_source":"s","event_type":"t","clock_ms":1,"verdicts":[
+            {"plugin":"p","generation":1,"verdict":"keep"},
+            {"plugin":"q","generation":2,"verdict":"postponed","reason":"it is night"}]}"#;
+        let decision: Decision = serde_json::from_str(record).unwrap();
+        let kinds = decision.verdicts.iter().map(|verdict| verdict.verdict);
+        assert!(kinds.eq([VerdictKind::Keep, VerdictKind::Unknown]));
+        assert_eq!(decision.verdicts[1].reason, "it is night");
+    }
 }

@@ -3,7 +3,7 @@
 
 use super::{At, Decided, Explanation, Standing};
 use crate::delivery::recipients::{MatchFailure, RouteMatch};
-use crate::event::{Outcome, Plan, Verdict, rfc3339};
+use crate::event::{Outcome, Plan, Verdict, VerdictKind, rfc3339};
 
 /// Maximum number of targets named.
 const MAX_TARGETS: usize = 3;
@@ -174,7 +174,7 @@ fn names(plan: &Plan) -> String {
 }
 
 fn discarded(decided: &Decided) -> String {
-    let dropped = of_kind(decided, "drop").map(|by| {
+    let dropped = of_kind(decided, VerdictKind::Drop).map(|by| {
         format!(
             "the filter `{}` dropped the event{}",
             by.plugin,
@@ -191,7 +191,7 @@ fn discarded(decided: &Decided) -> String {
     // The last failure dropped the event, because no plugin is called after a drop. Earlier
     // failures were skipped.
     dropped
-        .chain(of_kind(decided, "failed").last().map(failed))
+        .chain(of_kind(decided, VerdictKind::Failed).last().map(failed))
         .next()
         .unwrap_or_else(|| "the event was dropped".to_owned())
 }
@@ -206,20 +206,22 @@ fn dead_lettered(decided: &Decided) -> String {
         .last()
         .filter(|by| by.reason == decided.decision.reason)
     {
-        Some(by) if by.verdict == "rejected" => {
+        Some(by) if by.verdict == VerdictKind::Rejected => {
             format!("`{}` rejected the event", by.plugin)
         }
-        Some(by) if by.verdict == "failed" => format!("`{}` failed on the event", by.plugin),
+        Some(by) if by.verdict == VerdictKind::Failed => {
+            format!("`{}` failed on the event", by.plugin)
+        }
         _ => "the event became a dead letter".to_owned(),
     }
 }
 
 fn unrouted(decided: &Decided) -> String {
-    let asked: Vec<String> = of_kind(decided, "none")
+    let asked: Vec<String> = of_kind(decided, VerdictKind::None)
         .map(|by| format!("`{}`", by.plugin))
         .collect();
     match asked.as_slice() {
-        [] if of_kind(decided, "failed").next().is_some() => {
+        [] if of_kind(decided, VerdictKind::Failed).next().is_some() => {
             "no router returned a recipient".to_owned()
         }
         [] => "no router was active for this event type".to_owned(),
@@ -240,16 +242,16 @@ fn left_out(decided: &Decided) -> String {
             because(&by.reason)
         )
     };
-    of_kind(decided, "failed").map(failed).collect()
+    of_kind(decided, VerdictKind::Failed).map(failed).collect()
 }
 
 /// The verdicts of this kind.
-fn of_kind<'a>(decided: &'a Decided, word: &'a str) -> impl Iterator<Item = &'a Verdict> {
+fn of_kind(decided: &Decided, kind: VerdictKind) -> impl Iterator<Item = &Verdict> {
     decided
         .decision
         .verdicts
         .iter()
-        .filter(move |verdict| verdict.verdict == word)
+        .filter(move |verdict| verdict.verdict == kind)
 }
 
 fn because(reason: &str) -> String {
@@ -281,7 +283,7 @@ mod tests {
             plugin: plugin.into(),
             generation: 1,
             hash: String::new(),
-            verdict: verdict.into(),
+            verdict: serde_json::from_value(json!(verdict)).unwrap(),
             reason: if verdict == "failed" {
                 "it trapped.\n  0: here".into()
             } else {

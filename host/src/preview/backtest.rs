@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::broker::{self, Broker, Partition};
 use crate::event::{
     Decision, EntryId, Event, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
-    Verdict,
+    Verdict, VerdictKind,
 };
 use crate::ingest::pipeline::{DryRunner, Evaluation, Resolution};
 use crate::plugin::Role;
@@ -294,7 +294,7 @@ fn judge(
     };
     let mut sides = Vec::new();
     for (then, now_verdict) in then.iter().zip(&now_verdicts) {
-        let role = match (role(&then.verdict), role(&now_verdict.verdict)) {
+        let role = match (role(then.verdict), role(now_verdict.verdict)) {
             (Some(then), Some(now)) if then != now => return Err(OTHER_KIND),
             (Some(role), _) | (None, Some(role)) => role,
             // Both skipped or both failed: the same in either role.
@@ -339,12 +339,16 @@ fn judge(
     }
 }
 
-/// The role that a verdict's word belongs to.
-fn role(verdict: &str) -> Option<Role> {
+/// The role that a verdict belongs to.
+fn role(verdict: VerdictKind) -> Option<Role> {
     match verdict {
-        "keep" | "drop" | "amend" => Some(Role::Filter),
-        "routes" | "none" => Some(Role::Router),
-        _ => None,
+        VerdictKind::Keep | VerdictKind::Drop | VerdictKind::Amend => Some(Role::Filter),
+        VerdictKind::Routes | VerdictKind::None => Some(Role::Router),
+        VerdictKind::Skipped
+        | VerdictKind::Rejected
+        | VerdictKind::Retry
+        | VerdictKind::Failed
+        | VerdictKind::Unknown => None,
     }
 }
 
@@ -356,21 +360,21 @@ fn decided(
     role: Role,
     known: Option<(&Event, &Plan)>,
 ) -> PluginDecision {
-    match verdict.verdict.as_str() {
-        "keep" => PluginDecision::Keep,
-        "drop" => PluginDecision::Drop {
+    match verdict.verdict {
+        VerdictKind::Keep => PluginDecision::Keep,
+        VerdictKind::Drop => PluginDecision::Drop {
             reason: verdict.reason.clone(),
         },
         // These are the attributes after all filters. The other filters are the same on both
         // sides, so a difference is this plugin's.
-        "amend" => PluginDecision::Amend {
+        VerdictKind::Amend => PluginDecision::Amend {
             priority: None,
             attributes: known
                 .map(|(event, _)| event.attributes.clone())
                 .unwrap_or_default(),
         },
-        "none" => PluginDecision::None,
-        "routes" => {
+        VerdictKind::None => PluginDecision::None,
+        VerdictKind::Routes => {
             let own = |plan: &Plan| Plan {
                 routes: plan
                     .routes
@@ -383,10 +387,12 @@ fn decided(
                 plan: known.map(|(_, plan)| own(plan)),
             }
         }
-        "rejected" | "retry" | "failed" => PluginDecision::Failed {
-            reason: verdict.reason.clone(),
-        },
-        _ => PluginDecision::nothing(role),
+        VerdictKind::Rejected | VerdictKind::Retry | VerdictKind::Failed => {
+            PluginDecision::Failed {
+                reason: verdict.reason.clone(),
+            }
+        }
+        VerdictKind::Skipped | VerdictKind::Unknown => PluginDecision::nothing(role),
     }
 }
 
@@ -463,7 +469,7 @@ mod tests {
                 plugin: plugin.into(),
                 generation: 1,
                 hash: String::new(),
-                verdict: verdict.into(),
+                verdict: serde_json::from_value(json!(verdict)).unwrap(),
                 reason: String::new(),
             }
         };

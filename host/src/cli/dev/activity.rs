@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use pointsman::event::EntryId;
+use pointsman::event::{EntryId, VerdictKind};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
@@ -98,7 +98,7 @@ struct DecisionRecord {
 struct Verdict {
     plugin: String,
     generation: u64,
-    verdict: String,
+    verdict: VerdictKind,
     #[serde(default)]
     reason: String,
 }
@@ -259,7 +259,7 @@ impl DecisionRecord {
             outcome => outcome,
         };
         // Skipped plugins are shown only if every plugin was skipped.
-        let was_called = |verdict: &&Verdict| verdict.verdict != "skipped";
+        let was_called = |verdict: &&Verdict| verdict.verdict != VerdictKind::Skipped;
         let is_any_called = self.verdicts.iter().any(|verdict| was_called(&verdict));
         let shown = self
             .verdicts
@@ -286,19 +286,19 @@ impl Verdict {
             verdict,
             reason,
         } = self;
-        let action = match verdict.as_str() {
-            "routes" => plan.map_or_else(
+        let action = match verdict {
+            VerdictKind::Routes => plan.map_or_else(
                 || "routes it".to_owned(),
                 |plan| format!("routes it to {}", targets(plan, plugin)),
             ),
-            "none" => "names no recipients".to_owned(),
-            "keep" => "keeps it".to_owned(),
-            "amend" => "amends it".to_owned(),
-            "drop" => "drops it".to_owned(),
-            "skipped" => "is not called for this event type".to_owned(),
-            "rejected" => "rejects it".to_owned(),
-            "retry" => "requests a retry".to_owned(),
-            other => other.to_owned(),
+            VerdictKind::None => "names no recipients".to_owned(),
+            VerdictKind::Keep => "keeps it".to_owned(),
+            VerdictKind::Amend => "amends it".to_owned(),
+            VerdictKind::Drop => "drops it".to_owned(),
+            VerdictKind::Skipped => "is not called for this event type".to_owned(),
+            VerdictKind::Rejected => "rejects it".to_owned(),
+            VerdictKind::Retry => "requests a retry".to_owned(),
+            VerdictKind::Failed | VerdictKind::Unknown => verdict.as_str().to_owned(),
         };
         let reason = if reason.is_empty() {
             String::new()

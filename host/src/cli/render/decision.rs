@@ -3,7 +3,7 @@
 //! The input is the node's JSON response. Fields that this version does not know, or that are
 //! missing, are left out rather than causing an error.
 
-use pointsman::event::rfc3339;
+use pointsman::event::{VerdictKind, rfc3339};
 use serde_json::Value;
 
 /// Maximum number of targets shown per route.
@@ -27,7 +27,7 @@ pub(in crate::cli) fn verdict(verdict: &Value) -> String {
     let verdict = text(&verdict["verdict"]);
     let reason = reason
         .as_str()
-        .or((verdict == "skipped").then_some("its types do not match"));
+        .or((verdict == VerdictKind::Skipped.as_str()).then_some("its types do not match"));
     let reason = reason
         .map(|reason| format!(": {reason}"))
         .unwrap_or_default();

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use super::policy::StepOutcome;
 use super::{Evaluation, Resolution};
-use crate::event::{Event, Name, Plan, Priority, Value, Verdict};
+use crate::event::{Event, Name, Plan, Priority, Value, Verdict, VerdictKind};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::health::{Health, Permit, Transition};
@@ -195,14 +195,14 @@ impl Evaluator {
         ticking: &Ticking,
     ) -> StepOutcome {
         let outcome = if !generation.plugin.wants(&call.event.kind) {
-            verdicts.push(verdict(generation, "skipped", ""));
+            verdicts.push(verdict(generation, VerdictKind::Skipped, ""));
             StepOutcome::Passed
         } else {
             if self.is_live
                 && let Permit::Rejected(why) = generation.health(role).admit(Instant::now())
             {
                 let reason = why.to_string();
-                verdicts.push(verdict(generation, "failed", &reason));
+                verdicts.push(verdict(generation, VerdictKind::Failed, &reason));
                 // Not offered to a candidate: there is no decision to compare.
                 return StepOutcome::of_failure(generation, reason, 0);
             }
@@ -228,21 +228,21 @@ impl Evaluator {
         ticking: &Ticking,
     ) -> StepOutcome {
         let plugin = &generation.plugin;
-        let mut record =
-            |word: &str, reason: &str| verdicts.push(verdict(generation, word, reason));
+        let mut record = |kind, reason: &str| verdicts.push(verdict(generation, kind, reason));
         let mut attempts = 0;
         let error = loop {
             attempts += 1;
             match self.call(generation, role, call, ticking) {
                 Ok(answer) => {
                     self.note(generation, role, Health::note_answer);
-                    match &answer {
-                        Answer::Keep => record("keep", ""),
-                        Answer::Drop(reason) => record("drop", reason),
-                        Answer::Amend(_) => record("amend", ""),
-                        Answer::Routes(plan) if plan.routes.is_empty() => record("none", ""),
-                        Answer::Routes(_) => record("routes", ""),
-                    }
+                    let (kind, reason) = match &answer {
+                        Answer::Keep => (VerdictKind::Keep, ""),
+                        Answer::Drop(reason) => (VerdictKind::Drop, reason.as_str()),
+                        Answer::Amend(_) => (VerdictKind::Amend, ""),
+                        Answer::Routes(plan) if plan.routes.is_empty() => (VerdictKind::None, ""),
+                        Answer::Routes(_) => (VerdictKind::Routes, ""),
+                    };
+                    record(kind, reason);
                     return StepOutcome::Answered(answer);
                 }
                 Err(error) if error.is_verdict() => {
@@ -252,7 +252,11 @@ impl Evaluator {
                         verdict = error.kind(),
                         "plugin did not decide: {error}"
                     );
-                    record(error.kind(), &error.to_string());
+                    let kind = match error {
+                        CallError::Retry(_) => VerdictKind::Retry,
+                        _ => VerdictKind::Rejected,
+                    };
+                    record(kind, &error.to_string());
                     break error;
                 }
                 Err(error) => {
@@ -264,7 +268,7 @@ impl Evaluator {
                         "plugin failed: {error}"
                     );
                     if attempts == ATTEMPTS {
-                        record("failed", &error.to_string());
+                        record(VerdictKind::Failed, &error.to_string());
                         break error;
                     }
                 }
@@ -377,13 +381,17 @@ impl EventState {
     }
 }
 
-fn verdict(Generation { plugin, number, .. }: &Generation, word: &str, reason: &str) -> Verdict {
+fn verdict(
+    Generation { plugin, number, .. }: &Generation,
+    kind: VerdictKind,
+    reason: &str,
+) -> Verdict {
     let hash = plugin.hash().get(..12).unwrap_or_default().to_owned();
     Verdict {
         plugin: plugin.name().to_string(),
         generation: *number,
         hash,
-        verdict: word.to_owned(),
+        verdict: kind,
         reason: reason.to_owned(),
     }
 }

@@ -1,7 +1,7 @@
 //! The outcome of one plugin call for its event, and the policy for plugins that fail.
 
 use super::Resolution;
-use crate::event::Verdict;
+use crate::event::{Verdict, VerdictKind};
 use crate::plugin::registry::generation::Generation;
 use crate::plugin::registry::settings::OnFailure;
 use crate::plugin::shadow::outcome::PluginDecision;
@@ -45,7 +45,10 @@ impl StepOutcome {
         match (self, verdict) {
             (Self::Answered(answer), _) => PluginDecision::of_answer(answer, call),
             (_, Some(verdict))
-                if ["rejected", "retry", "failed"].contains(&verdict.verdict.as_str()) =>
+                if matches!(
+                    verdict.verdict,
+                    VerdictKind::Rejected | VerdictKind::Retry | VerdictKind::Failed
+                ) =>
             {
                 PluginDecision::Failed {
                     reason: verdict.reason.clone(),

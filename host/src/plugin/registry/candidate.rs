@@ -12,11 +12,11 @@ use bytes::Bytes;
 
 use super::{AdminError, Registry};
 use crate::event::Name;
+use crate::plugin::Plugin;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::settings::Settings;
-use crate::plugin::registry::state::PluginState;
+use crate::plugin::registry::state::{PluginKind, PluginState};
 use crate::plugin::shadow::{self, Shadows};
-use crate::plugin::{Plugin, Role};
 
 /// A candidate in place of its plugin.
 #[derive(Clone, Debug)]
@@ -121,20 +121,19 @@ impl Registry {
         bytes: &[u8],
     ) -> Result<(Plugin, Settings), AdminError> {
         let chain = self.chain();
-        let at_work = chain
+        let active = chain
             .generations()
             .find(|generation| generation.plugin.name().as_str() == name);
-        let at_work = at_work.ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
+        let active = active.ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
         // A pinned hash restricts the active file, not a candidate for comparison.
         let settings = Settings {
             sha256: None,
-            ..at_work.settings.clone()
+            ..active.settings.clone()
         };
         let candidate = self
             .load_bytes(name, bytes, &settings)
             .map_err(|failure| AdminError::Refused(failure.reason))?;
-        let kind = |plugin: &Plugin| [Role::Filter, Role::Router].map(|role| plugin.has_role(role));
-        if kind(&candidate) != kind(&at_work.plugin) {
+        if PluginKind::of(&candidate) != PluginKind::of(&active.plugin) {
             let reason = "is of a different kind (filter, router or both) than the active plugin, so there is nothing to compare; upload it instead";
             return Err(AdminError::Refused(reason.to_owned()));
         }

@@ -301,7 +301,7 @@ impl Slot {
             ..PluginState::default()
         };
         match &self.running {
-            Some(running) => state.at_work(running),
+            Some(running) => state.with_active(running),
             None => state,
         }
     }

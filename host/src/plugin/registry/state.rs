@@ -5,8 +5,8 @@ use serde::Serialize;
 use super::generation::Generation;
 use super::health::Report;
 use super::settings::Settings;
-use crate::plugin::Role;
 use crate::plugin::shadow::Summary;
+use crate::plugin::{Plugin, Role};
 
 /// The state of a plugin, of a file that cannot be loaded, or of a configured plugin without a
 /// file.
@@ -18,8 +18,7 @@ pub struct PluginState {
     pub state: PluginStatus,
     /// Set by an operator, overriding the configuration; `None`: not overridden.
     pub is_enabled_by_hand: Option<bool>,
-    /// `filter`, `router`, `filter and router`, or empty if the plugin is not active.
-    pub kind: &'static str,
+    pub kind: PluginKind,
     /// From the plugin's manifest.
     pub version: String,
     pub description: String,
@@ -49,18 +48,49 @@ pub struct PluginState {
 }
 
 impl PluginState {
-    pub(in crate::plugin) fn at_work(mut self, generation: &Generation) -> Self {
+    /// Adds what is known of the active generation.
+    pub(in crate::plugin) fn with_active(mut self, generation: &Generation) -> Self {
         let plugin = &generation.plugin;
-        self.kind = match (plugin.has_role(Role::Filter), plugin.has_role(Role::Router)) {
-            (true, true) => "filter and router",
-            (true, false) => "filter",
-            _ => "router",
-        };
+        self.kind = PluginKind::of(plugin);
         self.version.clone_from(&plugin.manifest().version);
         self.description.clone_from(&plugin.manifest().description);
         plugin.hash().clone_into(&mut self.hash);
         self.generation = generation.number;
         self
+    }
+}
+
+/// The roles of a plugin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PluginKind {
+    /// Not known, because the plugin is not active; written as an empty text.
+    #[default]
+    #[serde(rename = "")]
+    Inactive,
+    Filter,
+    Router,
+    #[serde(rename = "filter and router")]
+    FilterAndRouter,
+}
+
+impl PluginKind {
+    pub(in crate::plugin) fn of(plugin: &Plugin) -> Self {
+        match (plugin.has_role(Role::Filter), plugin.has_role(Role::Router)) {
+            (true, true) => Self::FilterAndRouter,
+            (true, false) => Self::Filter,
+            (false, _) => Self::Router,
+        }
+    }
+
+    /// The text as serialised.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Inactive => "",
+            Self::Filter => "filter",
+            Self::Router => "router",
+            Self::FilterAndRouter => "filter and router",
+        }
     }
 }
 
