@@ -47,7 +47,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
             &["sse"],
         ],
     ),
-    ("preview", &[&["runner", "backtest"]]),
+    ("preview", &[&["runner", "backtest", "dry_run"]]),
 ];
 
 /// A path prefix of an outside format, and the only modules that may name it.

@@ -113,10 +113,10 @@ async fn dry_run(
             (event, number)
         })
     });
-    let trials = dry_run::dry_run(state, broker, events.collect()).await?;
-    Ok(match (mode, trials.as_slice()) {
-        (Mode::Structured | Mode::Binary, [trial]) => Json(trial).into_response(),
-        _ => Json(serde_json::json!({ "events": trials })).into_response(),
+    let results = dry_run::dry_run(state, broker, events.collect()).await?;
+    Ok(match (mode, results.as_slice()) {
+        (Mode::Structured | Mode::Binary, [result]) => Json(result).into_response(),
+        _ => Json(serde_json::json!({ "events": results })).into_response(),
     })
 }
 
