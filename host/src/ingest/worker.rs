@@ -26,8 +26,8 @@ use crate::broker::{
     MAX_ITEMS, Partition, Proposal, Result, Slice, Sources,
 };
 use crate::event::{
-    DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Position,
-    Verdict,
+    DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
+    Position, Verdict,
 };
 use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
@@ -69,7 +69,7 @@ const CAREFUL_AFTER: u32 = 3;
 const POISON_AFTER: u32 = 5;
 /// How long an error reported by the broker stays in readiness without a repetition; longer than
 /// the longest pause between two attempts.
-const REFUSED_FOR: Duration = Duration::from_secs(15);
+const PERMANENT_ERROR_SHOWN_FOR: Duration = Duration::from_secs(15);
 /// The most batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
@@ -89,7 +89,7 @@ pub struct Ingest {
 #[derive(Debug)]
 enum Stop {
     /// The position of the partition is not the expected one.
-    Refused,
+    Conflict,
     Broker(Error),
     LeaseLost,
     /// Without a plugin every event would be permanently unrouted: events wait in the source.
@@ -150,7 +150,7 @@ struct Standing {
     /// Set after a take-over from owners that did not move the position: see [`CAREFUL_AFTER`].
     is_careful: bool,
     /// The most entries to read at once.
-    bite: usize,
+    read_limit: usize,
 }
 
 /// An evaluated batch, ready to commit.
@@ -167,7 +167,7 @@ impl Ingest {
         let mut standing = Standing {
             is_new_owner: true,
             is_careful: false,
-            bite: MAX_ITEMS,
+            read_limit: MAX_ITEMS,
         };
         while !shutdown.is_cancelled() {
             // Checked before the lease is taken: another node may have a plugin.
@@ -182,7 +182,7 @@ impl Ingest {
             }
             let pause = match stop {
                 Stop::Shutdown => break,
-                Stop::Refused => {
+                Stop::Conflict => {
                     tracing::debug!(source.key = %partition.source, "the position moved; reading the head again");
                     continue;
                 }
@@ -206,7 +206,7 @@ impl Ingest {
                         self.readiness.set_for(
                             &format!("sources.{}", partition.source),
                             error.to_string(),
-                            REFUSED_FOR,
+                            PERMANENT_ERROR_SHOWN_FOR,
                         );
                     }
                     let pause = backoff.pause();
@@ -344,7 +344,8 @@ impl Ingest {
             ))
         };
         let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
-        let Made { decision } = serde_json::from_slice(&record).map_err(unreadable)?;
+        let SlicedRecordDecision { decision } =
+            serde_json::from_slice(&record).map_err(unreadable)?;
         tracing::info!(
             notification.id = pending.0,
             slices = head.position.slices,
@@ -381,7 +382,11 @@ impl Ingest {
         // Careful only until the position is known to move again.
         let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
         loop {
-            let count = if n_careful > 0 { 1 } else { standing.bite };
+            let count = if n_careful > 0 {
+                1
+            } else {
+                standing.read_limit
+            };
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
@@ -392,16 +397,16 @@ impl Ingest {
                 Err(error) => {
                     // Reading this many large entries may exceed the response timeout, and would do
                     // so on every attempt.
-                    standing.bite = (standing.bite / 4).max(1);
+                    standing.read_limit = (standing.read_limit / 4).max(1);
                     return error.into();
                 }
             };
-            if entries.len() == standing.bite {
-                standing.bite = (standing.bite + 1).min(MAX_ITEMS);
+            if entries.len() == standing.read_limit {
+                standing.read_limit = (standing.read_limit + 1).min(MAX_ITEMS);
             }
             let Some(last) = entries.last() else {
                 if evaluated.is_closed() {
-                    return Stop::Refused;
+                    return Stop::Conflict;
                 }
                 continue;
             };
@@ -434,7 +439,7 @@ impl Ingest {
                 Err(stop) => return stop,
             };
             if evaluated.send(Evaluated { items }).await.is_err() {
-                return Stop::Refused;
+                return Stop::Conflict;
             }
         }
     }
@@ -448,7 +453,7 @@ impl Ingest {
             return Ok(None);
         }
         let reason = format!("the node crashed {POISON_AFTER} times while processing this entry");
-        Ok(Some(dead(
+        Ok(Some(dead_letter(
             entry,
             reason,
             None,
@@ -473,7 +478,7 @@ impl Ingest {
                     events.push(event);
                     None
                 }
-                Err(reason) => Some(dead(
+                Err(reason) => Some(dead_letter(
                     entry,
                     reason,
                     None,
@@ -491,7 +496,7 @@ impl Ingest {
                     Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
                     // The pipeline returns one evaluation for each event; should one be missing,
                     // the event is kept as a dead letter, not lost.
-                    None => dead(
+                    None => dead_letter(
                         entry,
                         "the pipeline returned no result".into(),
                         None,
@@ -520,12 +525,14 @@ impl Ingest {
         Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
     }
 
-    async fn item(
+    /// Evaluates an event again while a plugin requests it, within the configured retries and
+    /// time. Returns the last evaluation and the number of attempts before it.
+    async fn retry(
         &self,
         entry: &Entry,
         mut evaluation: Evaluation,
         clock_ms: u64,
-    ) -> Result<Item, NoPlugins> {
+    ) -> Result<(Evaluation, u32), NoPlugins> {
         let began = Instant::now();
         // The retry timeout bounds the pauses.
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::MAX, 1.0..=1.0);
@@ -557,6 +564,17 @@ impl Ingest {
             n_before += attempts;
             evaluation = again;
         }
+        Ok((evaluation, n_before))
+    }
+
+    /// Turns an evaluation into an item to commit, after the retries that plugins request.
+    async fn item(
+        &self,
+        entry: &Entry,
+        evaluation: Evaluation,
+        clock_ms: u64,
+    ) -> Result<Item, NoPlugins> {
+        let (evaluation, n_before) = self.retry(entry, evaluation, clock_ms).await?;
         let Evaluation {
             event,
             resolution,
@@ -566,43 +584,10 @@ impl Ingest {
         let decision = decision_about(&event, verdicts, clock_ms);
         let dedupe = event.id_given.then(|| dedupe_key(&event));
         let proposal = match resolution {
-            Resolution::Planned(plan) => {
-                let targets = plan.targets();
-                let notification = Notification {
-                    entry: entry.id,
-                    event,
-                    plan,
-                };
-                let record = match targets.len() > MAX_INDEX_ENTRIES {
-                    true => serde_json::to_vec(&Begun {
-                        notification: &notification,
-                        decision: &decision,
-                    }),
-                    false => serde_json::to_vec(&notification),
-                };
-                match record {
-                    Ok(record) if record.len() <= MAX_COMMIT_BYTES => Proposal::Commit {
-                        record: Bytes::from(record),
-                        targets,
-                    },
-                    Ok(record) => {
-                        let reason = format!(
-                            "the event with its plan has {} bytes; the limit is {MAX_COMMIT_BYTES}",
-                            record.len()
-                        );
-                        return Ok(dead(entry, reason, None, 1, decision));
-                    }
-                    Err(error) => {
-                        return Ok(dead(
-                            entry,
-                            format!("cannot serialise the record: {error}"),
-                            None,
-                            1,
-                            decision,
-                        ));
-                    }
-                }
-            }
+            Resolution::Planned(plan) => match commit_proposal(entry.id, event, plan, &decision) {
+                Ok(proposal) => proposal,
+                Err(reason) => return Ok(dead_letter(entry, reason, None, 1, decision)),
+            },
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
             Resolution::Failed {
@@ -611,7 +596,7 @@ impl Ingest {
                 attempts,
                 ..
             } => {
-                return Ok(dead(
+                return Ok(dead_letter(
                     entry,
                     reason,
                     Some(plugin),
@@ -689,7 +674,7 @@ impl Ingest {
                 }
                 Ok(last)
             }
-            CommitResult::Conflict => Err(Stop::Refused),
+            CommitResult::Conflict => Err(Stop::Conflict),
         }
     }
 
@@ -743,7 +728,7 @@ impl Ingest {
                 is_last,
             };
             match self.broker.commit_slice(partition, slice).await? {
-                CommitResult::Conflict => return Err(Stop::Refused),
+                CommitResult::Conflict => return Err(Stop::Conflict),
                 CommitResult::Done(outcomes) => match outcomes.first() {
                     // Only the first slice can detect this: the plan ends here.
                     Some(&(outcome, _)) if outcome != Outcome::Committed => {
@@ -772,10 +757,43 @@ impl Ingest {
     }
 }
 
+/// Serialises a notification for a commit.
+///
+/// # Errors
+/// The reason for a dead letter: the record is too large, or cannot be serialised.
+fn commit_proposal(
+    entry: EntryId,
+    event: Event,
+    plan: Plan,
+    decision: &Decision,
+) -> Result<Proposal, String> {
+    let targets = plan.targets();
+    let notification = Notification { entry, event, plan };
+    let record = if targets.len() > MAX_INDEX_ENTRIES {
+        serde_json::to_vec(&SlicedRecord {
+            notification: &notification,
+            decision,
+        })
+    } else {
+        serde_json::to_vec(&notification)
+    };
+    let record = record.map_err(|error| format!("cannot serialise the record: {error}"))?;
+    if record.len() > MAX_COMMIT_BYTES {
+        return Err(format!(
+            "the event with its plan has {} bytes; the limit is {MAX_COMMIT_BYTES}",
+            record.len()
+        ));
+    }
+    Ok(Proposal::Commit {
+        record: Bytes::from(record),
+        targets,
+    })
+}
+
 /// The record of a plan that is written in slices. The decision is written with the last slice,
 /// possibly by another owner, which takes it from here.
 #[derive(Serialize)]
-struct Begun<'a> {
+struct SlicedRecord<'a> {
     #[serde(flatten)]
     notification: &'a Notification,
     decision: &'a Decision,
@@ -783,7 +801,7 @@ struct Begun<'a> {
 
 /// The part of such a record beyond the notification.
 #[derive(Deserialize)]
-struct Made {
+struct SlicedRecordDecision {
     decision: Option<Decision>,
 }
 
@@ -799,7 +817,7 @@ fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decis
 }
 
 /// Returns a dead letter with everything needed to process the entry again.
-fn dead(
+fn dead_letter(
     entry: &Entry,
     reason: String,
     plugin: Option<String>,

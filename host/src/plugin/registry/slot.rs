@@ -111,50 +111,34 @@ impl Slots {
 }
 
 impl Slot {
-    /// Returns the outcome as labelled in the metric; `None`: nothing was loaded or refused.
+    /// Applies what became of the plugin's files. Returns the outcome as labelled in the metric;
+    /// `None`: nothing was loaded or refused.
     pub(super) fn apply(
         &mut self,
         name: &str,
         files: Vec<FileStamp>,
-        done: LoadOutcome,
+        outcome: LoadOutcome,
     ) -> Option<&'static str> {
         self.files = files;
         let file = self.files.first().map(FileStamp::file).unwrap_or_default();
         // The active version may have been rolled back while its file was examined; its failure
         // must then be kept.
-        let is_rolled_back = matches!(&done, LoadOutcome::Unchanged(hash) if self.running.as_ref().is_none_or(|running| running.plugin.hash() != hash));
+        let is_rolled_back = matches!(&outcome, LoadOutcome::Unchanged(hash) if self.running.as_ref().is_none_or(|running| running.plugin.hash() != hash));
         if !is_rolled_back {
             self.failure = None;
         }
-        let outcome = match done {
-            LoadOutcome::Removed | LoadOutcome::Disabled => {
-                let (word, why) = if matches!(done, LoadOutcome::Disabled) {
-                    (PluginStatus::Disabled, "it is disabled")
-                } else {
-                    (PluginStatus::Removed, "its file is gone")
-                };
-                match self.running.take() {
-                    Some(gone) => {
-                        tracing::warn!(
-                            plugin.name = name,
-                            plugin.generation = gone.number,
-                            plugin.hash = gone.plugin.hash(),
-                            "plugin removed: {why}"
-                        );
-                        self.end(&gone, word, why);
-                    }
-                    None if word == PluginStatus::Disabled => {
-                        tracing::info!(plugin.name = name, "plugin is disabled")
-                    }
-                    None => {}
+        let label = match outcome {
+            LoadOutcome::Removed => {
+                self.deactivate(name, PluginStatus::Removed, "its file is gone");
+                // Forgotten with the file: adding the plugin again expresses the wish to run it.
+                (self.enabled, self.rolled_back) = (None, None);
+                None
+            }
+            LoadOutcome::Disabled => {
+                if self.running.is_none() {
+                    tracing::info!(plugin.name = name, "plugin is disabled");
                 }
-                self.previous = None;
-                if word == PluginStatus::Removed {
-                    // Forgotten with the file: adding the plugin again expresses the wish to run
-                    // it.
-                    (self.enabled, self.rolled_back) = (None, None);
-                }
-                self.since_ms = now_ms();
+                self.deactivate(name, PluginStatus::Disabled, "it is disabled");
                 None
             }
             LoadOutcome::Unchanged(_) => {
@@ -169,47 +153,73 @@ impl Slot {
                 self.take_over(name, &file, *plugin, settings);
                 Some("loaded")
             }
-            LoadOutcome::Failed(Failure { reason, hash }) => {
-                let reason = format!("{file} {reason}");
-                match &self.running {
-                    Some(running) => tracing::error!(
-                        plugin.name = name,
-                        plugin.file = file,
-                        plugin.hash = running.plugin.hash(),
-                        plugin.failed_hash = hash,
-                        "plugin not replaced: {reason}; generation {} stays active",
-                        running.number
-                    ),
-                    None => {
-                        tracing::error!(
-                            plugin.name = name,
-                            plugin.file = file,
-                            plugin.failed_hash = hash,
-                            "plugin not loaded: {reason}"
-                        );
-                    }
-                }
-                self.refusal = Some(Refusal {
-                    at_ms: now_ms(),
-                    hash: hash.clone(),
-                    reason: reason.clone(),
-                });
-                self.failure = Some(Failure { reason, hash });
+            LoadOutcome::Failed(failure) => {
+                self.keep_active(name, &file, failure);
                 Some("failed")
             }
         };
-        if let (Some(second), None) = (self.files.get(1), &self.failure) {
-            let file = second.file();
-            let reason =
-                format!("{file} is a second file for the plugin '{name}'; rename or remove one");
-            tracing::error!(
+        self.report_second_file(name);
+        label
+    }
+
+    /// Ends the active generation, if there is one. There is nothing to roll back to afterwards.
+    fn deactivate(&mut self, name: &str, status: PluginStatus, why: &str) {
+        if let Some(gone) = self.running.take() {
+            tracing::warn!(
+                plugin.name = name,
+                plugin.generation = gone.number,
+                plugin.hash = gone.plugin.hash(),
+                "plugin removed: {why}"
+            );
+            self.end(&gone, status, why);
+        }
+        self.previous = None;
+        self.since_ms = now_ms();
+    }
+
+    /// Records that a file is invalid. The active generation, if there is one, stays active.
+    fn keep_active(&mut self, name: &str, file: &str, Failure { reason, hash }: Failure) {
+        let reason = format!("{file} {reason}");
+        match &self.running {
+            Some(running) => tracing::error!(
                 plugin.name = name,
                 plugin.file = file,
-                "plugin not loaded: {reason}"
-            );
-            self.failure = Some(Failure { reason, hash: None });
+                plugin.hash = running.plugin.hash(),
+                plugin.failed_hash = hash,
+                "plugin not replaced: {reason}; generation {} stays active",
+                running.number
+            ),
+            None => {
+                tracing::error!(
+                    plugin.name = name,
+                    plugin.file = file,
+                    plugin.failed_hash = hash,
+                    "plugin not loaded: {reason}"
+                );
+            }
         }
-        outcome
+        self.refusal = Some(Refusal {
+            at_ms: now_ms(),
+            hash: hash.clone(),
+            reason: reason.clone(),
+        });
+        self.failure = Some(Failure { reason, hash });
+    }
+
+    /// Records that a second file has the name of this plugin, unless there is another failure.
+    fn report_second_file(&mut self, name: &str) {
+        let (Some(second), None) = (self.files.get(1), &self.failure) else {
+            return;
+        };
+        let file = second.file();
+        let reason =
+            format!("{file} is a second file for the plugin '{name}'; rename or remove one");
+        tracing::error!(
+            plugin.name = name,
+            plugin.file = file,
+            "plugin not loaded: {reason}"
+        );
+        self.failure = Some(Failure { reason, hash: None });
     }
 
     /// Starts a new generation.
@@ -238,8 +248,8 @@ impl Slot {
             self.end(&former, PluginStatus::Replaced, "");
             // A generation that is itself on probation is not a safe fallback while there is a
             // better one, and one with an open breaker never is.
-            let is_well = former.report(now).breaker == BreakerState::Closed;
-            if is_well && (former.is_proven(now) || self.previous.is_none()) {
+            let is_breaker_closed = former.report(now).breaker == BreakerState::Closed;
+            if is_breaker_closed && (former.is_proven(now) || self.previous.is_none()) {
                 self.previous = Some(former);
             }
         }
@@ -275,7 +285,7 @@ impl Slot {
             || slots.config.settings(name),
             |running| running.settings.clone(),
         );
-        let word = match &report {
+        let status = match &report {
             Some(report) if report.breaker != BreakerState::Closed => PluginStatus::BreakerOpen,
             Some(report) if report.probation.is_some() => PluginStatus::OnProbation,
             Some(_) => PluginStatus::Active,
@@ -285,7 +295,7 @@ impl Slot {
         let state = PluginState {
             name: name.to_owned(),
             file: self.files.first().map(FileStamp::file).unwrap_or_default(),
-            state: word,
+            state: status,
             is_enabled_by_hand: self.enabled,
             since_ms: self.since_ms,
             settings: settings.shown(),
