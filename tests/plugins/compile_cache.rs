@@ -100,9 +100,9 @@ fn a_corrupt_cache_file_is_removed_and_its_plugin_compiled_again() {
     // One truncated file, and one with a flipped bit in its code.
     let mut rotten = whole.clone();
     rotten[whole.len() / 2] ^= 0x10;
-    for damaged in [whole[..whole.len() / 2].to_vec(), rotten] {
+    for corrupt in [whole[..whole.len() / 2].to_vec(), rotten] {
         node.terminate(SOON);
-        fs::write(&file, damaged).expect("corrupt the file");
+        fs::write(&file, corrupt).expect("corrupt the file");
         node.restart();
         assert_eq!(counts(&node), [0.0, 0.0, 1.0, 0.0]);
         assert!(
@@ -177,8 +177,8 @@ fn nodes_that_start_at_the_same_time_share_one_cache_folder() {
             .map(|node| node.join().expect("a working node"))
             .collect()
     });
-    for [hits, misses, damaged, unwritten] in first {
-        assert_eq!((hits + misses, damaged, unwritten), (1.0, 0.0, 0.0));
+    for [hits, misses, corrupt, write_failed] in first {
+        assert_eq!((hits + misses, corrupt, write_failed), (1.0, 0.0, 0.0));
     }
     assert_eq!(files(&cache).len(), 1, "a draft was left behind");
     assert_eq!(start(), [1.0, 0.0, 0.0, 0.0]);

@@ -68,13 +68,13 @@ pub fn inspect(
     config: &str,
     limits: Limits,
 ) -> Inspection {
-    let mut inspection = look(bytes);
+    let mut inspection = scan(bytes);
     inspection.failure = inspection.run(engine, name, bytes, config, limits).err();
     inspection
 }
 
 /// Inspects the bytes of a file without compiling; `failure` is always `None`.
-pub fn look(bytes: &[u8]) -> Inspection {
+pub fn scan(bytes: &[u8]) -> Inspection {
     let surface = Surface::of(bytes);
     let imports = surface.imports.iter().map(|name| Import {
         name: printable(name),

@@ -100,7 +100,7 @@ pub enum AdminError {
     Impossible(String),
     /// The file is invalid. The text continues a sentence that begins with "it".
     #[error("it {0}")]
-    Refused(String),
+    InvalidFile(String),
     #[error("{0}")]
     Folder(String),
 }
@@ -115,8 +115,8 @@ impl Registry {
     /// error: see [`Registry::states`].
     pub fn load(engine: Engine, config: Config, metrics: Metrics) -> anyhow::Result<Self> {
         let dir = config.dir.clone();
-        let look = match &dir {
-            Some(dir) => folder::look(dir).map_err(anyhow::Error::msg)?,
+        let snapshot = match &dir {
+            Some(dir) => folder::snapshot(dir).map_err(anyhow::Error::msg)?,
             None => FolderSnapshot::new(),
         };
         let slots = Mutex::new(Slots {
@@ -132,7 +132,7 @@ impl Registry {
             current: watch::Sender::default(),
             shadows: Shadows::default(),
         };
-        registry.take_up(look);
+        registry.load_snapshot(snapshot);
         Ok(registry)
     }
 
@@ -162,7 +162,7 @@ impl Registry {
     }
 
     /// The files as they were last loaded.
-    pub(super) fn taken_up(&self) -> FolderSnapshot {
+    pub(super) fn loaded(&self) -> FolderSnapshot {
         let slots = self.slots();
         let files = slots
             .by_name
@@ -177,19 +177,19 @@ impl Registry {
     /// for all of them.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
-    pub(super) fn take_up(&self, look: FolderSnapshot) {
+    pub(super) fn load_snapshot(&self, snapshot: FolderSnapshot) {
         let loading = self.begin_loading();
         // The lock may have been held by another load, or by an upload that wrote these files.
         // Entries that are outdated by now are dropped; the next scan finds them again.
         let now = self
             .dir
             .as_deref()
-            .and_then(|dir| folder::look(dir).ok())
+            .and_then(|dir| folder::snapshot(dir).ok())
             .unwrap_or_default();
-        let still = look.into_iter().filter(|(name, files)| {
+        let still = snapshot.into_iter().filter(|(name, files)| {
             now.get(name).map_or(&[][..], Vec::as_slice) == files.as_slice()
         });
-        self.take_up_in(&loading, still.collect());
+        self.load_snapshot_in(&loading, still.collect());
     }
 
     /// Applies a changed `[plugins]` section. A plugin whose settings changed is reloaded and stays
@@ -215,7 +215,7 @@ impl Registry {
             }
             changed
         };
-        self.take_up_in(&loading, changed);
+        self.load_snapshot_in(&loading, changed);
     }
 
     /// Checks a file, writes it into the folder under this name and makes it active.
@@ -271,12 +271,12 @@ impl Registry {
                     "plugin upload refused: it {reason}"
                 );
                 self.refuse(name, &format!("the uploaded file {reason}"), hash);
-                return Err(AdminError::Refused(reason));
+                return Err(AdminError::InvalidFile(reason));
             }
         };
         // Written before it becomes active, so that a restart loads the version that decides now.
-        let sighting = folder::write(&path, bytes).map_err(AdminError::Folder)?;
-        self.apply(&loading, vec![(name.to_owned(), vec![sighting], done)]);
+        let stamp = folder::write(&path, bytes).map_err(AdminError::Folder)?;
+        self.apply(&loading, vec![(name.to_owned(), vec![stamp], done)]);
         let state = self.state(name)?;
         // The active version may have been rolled back after it was found to equal the upload.
         if state.generation > 0 && state.hash != file_hash(bytes) {
@@ -306,7 +306,7 @@ impl Registry {
         for file in &files {
             folder::remove(&file.path).map_err(AdminError::Folder)?;
         }
-        self.take_up_in(
+        self.load_snapshot_in(
             &loading,
             FolderSnapshot::from([(name.to_owned(), Vec::new())]),
         );
@@ -341,7 +341,7 @@ impl Registry {
     pub fn enable(&self, name: &str) -> Result<PluginState, AdminError> {
         let loading = self.begin_loading();
         let files = self.slots().set_enabled(name, true)?;
-        self.take_up_in(&loading, FolderSnapshot::from([(name.to_owned(), files)]));
+        self.load_snapshot_in(&loading, FolderSnapshot::from([(name.to_owned(), files)]));
         match self.state(name)? {
             PluginState {
                 generation: 0,
@@ -381,11 +381,11 @@ impl Registry {
         self.state(name)
     }
 
-    /// Applies the consequence of a generation's health. Neither compiles nor waits for a
+    /// Applies a change in a generation's health. Neither compiles nor waits for a
     /// compilation.
-    pub(crate) fn follow(&self, generation: &Generation, consequence: Transition) {
+    pub(crate) fn follow(&self, generation: &Generation, transition: Transition) {
         let name = generation.plugin.name().as_str();
-        match consequence {
+        match transition {
             Transition::None => {}
             Transition::RollBack(reason) => {
                 self.roll_back_in(&mut self.slots(), name, generation.number, &reason);
@@ -441,8 +441,8 @@ impl Registry {
             .ok_or_else(|| AdminError::Unknown(name.to_owned()))
     }
 
-    fn take_up_in(&self, loading: &MutexGuard<'_, ()>, look: FolderSnapshot) {
-        let jobs = self.jobs(look);
+    fn load_snapshot_in(&self, loading: &MutexGuard<'_, ()>, snapshot: FolderSnapshot) {
+        let jobs = self.jobs(snapshot);
         let done = jobs.into_iter().map(|(name, files, job)| {
             let done = match job {
                 Job::Remove => LoadOutcome::Removed,
@@ -460,7 +460,7 @@ impl Registry {
     }
 
     /// Determines the action for each of these files.
-    fn jobs(&self, look: FolderSnapshot) -> Vec<(String, Vec<FileStamp>, Job)> {
+    fn jobs(&self, snapshot: FolderSnapshot) -> Vec<(String, Vec<FileStamp>, Job)> {
         let slots = self.slots();
         let mut n_running = slots.n_running();
         let job = |(name, files): (String, Vec<FileStamp>)| {
@@ -482,8 +482,8 @@ impl Registry {
                     n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
                     // Refused only while the earlier generation is active: a rolled-back version is
                     // better than none.
-                    let at_work = slot.filter(|slot| slot.running.is_some());
-                    let rolled_back = at_work
+                    let active = slot.filter(|slot| slot.running.is_some());
+                    let rolled_back = active
                         .and_then(|slot| slot.rolled_back.as_ref())
                         .filter(|(_, then)| *then == settings);
                     Job::Load(Wanted {
@@ -496,7 +496,7 @@ impl Registry {
             };
             (name, files, job)
         };
-        look.into_iter().map(job).collect()
+        snapshot.into_iter().map(job).collect()
     }
 
     fn load_file(&self, name: &str, wanted: &Wanted) -> Result<LoadOutcome, Failure> {
@@ -707,16 +707,16 @@ impl Registry {
 
     fn states_of(&self, slots: &Slots, chain: &Chain) -> Vec<PluginState> {
         let now = Instant::now();
-        let at_work = chain
+        let active = chain
             .generations()
             .map(|generation| generation.plugin.name().as_str());
-        let at_work: Vec<&str> = at_work.collect();
+        let active: Vec<&str> = active.collect();
         let idle = slots.by_name.iter().filter(|(name, slot)| {
-            !at_work.contains(&name.as_str())
+            !active.contains(&name.as_str())
                 && !slot.files.is_empty()
                 && (slot.failure.is_some() || !slots.is_enabled(name))
         });
-        let names = at_work
+        let names = active
             .iter()
             .copied()
             .chain(idle.map(|(name, _)| name.as_str()));

@@ -34,16 +34,16 @@ const MAX_WAITING_BYTES: usize = 8 * 1024 * 1024;
 
 /// The shadow candidates of a node, by plugin name. A handle that is cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Shadows(Arc<Open>);
+pub struct Shadows(Arc<OpenShadows>);
 
 #[derive(Debug, Default)]
-struct Open {
+struct OpenShadows {
     /// The number of candidates; read without a lock on every call of every plugin.
     n: AtomicUsize,
     by_name: RwLock<BTreeMap<Name, Arc<Shadow>>>,
 }
 
-impl Drop for Open {
+impl Drop for OpenShadows {
     fn drop(&mut self) {
         let by_name = self
             .by_name
@@ -55,16 +55,16 @@ impl Drop for Open {
 
 /// The report on a candidate.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct ShadowReport {
     #[serde(flatten)]
-    pub summary: Summary,
+    pub summary: ShadowSummary,
     /// The first differences.
     pub differences: Differences,
 }
 
 /// The counts of a candidate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Summary {
+pub struct ShadowSummary {
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
     /// The version in its manifest.
@@ -96,13 +96,13 @@ pub(crate) struct Shadow {
     bytes: Bytes,
     since_ms: u64,
     metrics: Metrics,
-    state: Mutex<State>,
+    state: Mutex<QueueState>,
     is_ready: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    waiting: VecDeque<Job>,
+struct QueueState {
+    waiting: VecDeque<QueuedCall>,
     waiting_bytes: usize,
     is_over: bool,
     tally: Tally,
@@ -121,7 +121,7 @@ struct Tally {
 
 /// A live call and its decision.
 #[derive(Debug)]
-struct Job {
+struct QueuedCall {
     event: Event,
     priority: Priority,
     clock_ms: u64,
@@ -155,7 +155,7 @@ impl Shadows {
         candidate: Plugin,
         bytes: Bytes,
         metrics: Metrics,
-    ) -> Result<Report, String> {
+    ) -> Result<ShadowReport, String> {
         let mut by_name = self
             .0
             .by_name
@@ -216,20 +216,20 @@ impl Shadow {
         self.bytes.clone()
     }
 
-    pub(super) fn report(&self) -> Report {
+    pub(super) fn report(&self) -> ShadowReport {
         let state = self.state();
-        Report {
+        ShadowReport {
             summary: self.summarize(&state),
             differences: state.tally.differences.clone(),
         }
     }
 
-    pub(super) fn summary(&self) -> Summary {
+    pub(super) fn summary(&self) -> ShadowSummary {
         self.summarize(&self.state())
     }
 
-    fn summarize(&self, State { tally, waiting, .. }: &State) -> Summary {
-        Summary {
+    fn summarize(&self, QueueState { tally, waiting, .. }: &QueueState) -> ShadowSummary {
+        ShadowSummary {
             hash: self.hash.clone(),
             version: self.version.clone(),
             since_ms: self.since_ms,
@@ -264,7 +264,7 @@ impl Shadow {
         }
         let (event, decided) = (call.event.clone(), decided());
         let bytes = json_bytes(&event).saturating_add(json_bytes(&decided));
-        let job = Job {
+        let job = QueuedCall {
             event,
             priority: call.priority,
             clock_ms: call.clock_ms,
@@ -316,7 +316,7 @@ impl Shadow {
     }
 
     /// Waits for the next call. `None`: the candidate was stopped.
-    fn next(&self) -> Option<Job> {
+    fn next(&self) -> Option<QueuedCall> {
         let mut state = self.state();
         loop {
             if state.is_over {
@@ -333,7 +333,7 @@ impl Shadow {
         }
     }
 
-    fn note(&self, job: &Job, new: &PluginDecision) {
+    fn note(&self, job: &QueuedCall, new: &PluginDecision) {
         let is_same = job.decided.is_same(new);
         let has_failed = !is_same && new.has_failed();
         let difference = (!is_same)
@@ -366,12 +366,12 @@ impl Shadow {
             .inc();
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl QueueState {
     /// Whether the queue has no room for this many more bytes.
     fn is_full(&self, bytes: usize) -> bool {
         self.waiting.len() >= MAX_WAITING
@@ -398,7 +398,7 @@ fn decide(
     candidate: &Plugin,
     slot: &mut Option<Instance>,
     engine: &Engine,
-    job: &Job,
+    job: &QueuedCall,
 ) -> PluginDecision {
     if !candidate.wants(&job.event.kind) {
         return PluginDecision::nothing(job.role);
@@ -505,7 +505,7 @@ mod tests {
             shadow.note(&shadow.next().unwrap(), new);
         };
         let counts = || {
-            let Summary {
+            let ShadowSummary {
                 generation,
                 compared,
                 different,

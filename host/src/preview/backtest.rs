@@ -37,17 +37,17 @@ const MAX_DURATION: Duration = Duration::from_secs(60);
 const READ: usize = 16;
 
 /// Reasons why an event was not compared.
-const ENTRY_GONE: &str = "the source no longer holds its entry";
-const NO_EVENT: &str = "its entry is not a valid event";
-const NOT_ASKED: &str = "the plugin was not called for it";
+const ENTRY_TRIMMED: &str = "the source no longer holds its entry";
+const INVALID_EVENT: &str = "its entry is not a valid event";
+const NOT_CALLED: &str = "the plugin was not called for it";
 const NOT_REACHED: &str = "the other active plugins no longer pass it on to this one";
-const OTHER_KIND: &str = "the plugin was of a different kind";
-const PLAN_GONE: &str = "its plan is unknown: it was not committed, or its record was trimmed";
-const TIME_OVER: &str = "the time limit was reached";
+const OTHER_ROLE: &str = "the plugin was of a different kind";
+const PLAN_UNKNOWN: &str = "its plan is unknown: it was not committed, or its record was trimmed";
+const TIMED_OUT: &str = "the time limit was reached";
 
 /// The result of a backtest.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct BacktestReport {
     pub plugin: Name,
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
@@ -93,9 +93,9 @@ pub async fn backtest(
     registry: Arc<Registry>,
     candidate: CandidateChain,
     last: usize,
-) -> Result<Report, broker::Error> {
+) -> Result<BacktestReport, broker::Error> {
     let last = last.min(MAX_EVENTS);
-    let mut report = Report {
+    let mut report = BacktestReport {
         plugin: candidate.name.clone(),
         hash: candidate.hash.clone(),
         version: candidate.version.clone(),
@@ -108,14 +108,14 @@ pub async fn backtest(
         reach: Vec::new(),
     };
     let wanted = newest(broker, last, &mut report).await?;
-    let stage = Backtest::start(registry, Arc::clone(&candidate.chain))?;
+    let thread = BacktestThread::start(registry, Arc::clone(&candidate.chain))?;
     for (partition, decisions) in wanted {
-        replay(
+        compare_source(
             broker,
             &partition,
             decisions,
             &candidate.name,
-            &stage,
+            &thread,
             &mut report,
         )
         .await?;
@@ -127,7 +127,7 @@ pub async fn backtest(
 async fn newest(
     broker: &dyn Broker,
     last: usize,
-    report: &mut Report,
+    report: &mut BacktestReport,
 ) -> Result<Vec<(Partition, HashMap<EntryId, Recorded>)>, broker::Error> {
     let mut all = Vec::new();
     for (n, partition) in broker.partitions().iter().enumerate() {
@@ -167,13 +167,13 @@ async fn newest(
 }
 
 /// Reads and compares the entries of one source.
-async fn replay(
+async fn compare_source(
     broker: &dyn Broker,
     partition: &Partition,
     mut wanted: HashMap<EntryId, Recorded>,
     plugin: &Name,
-    stage: &Backtest,
-    report: &mut Report,
+    thread: &BacktestThread,
+    report: &mut BacktestReport,
 ) -> Result<(), broker::Error> {
     let (Some(&oldest), Some(&newest)) = (wanted.keys().min(), wanted.keys().max()) else {
         return Ok(());
@@ -185,20 +185,20 @@ async fn replay(
             .await?;
         let Some(last) = entries.last() else { break };
         after = last.id;
-        let mut asked = Vec::new();
+        let mut events = Vec::new();
         for entry in &entries {
             let Some(recorded) = wanted.remove(&entry.id) else {
                 continue;
             };
             match Event::from_fields(entry.id, &partition.source, &entry.fields) {
-                Ok(event) => asked.push((event, recorded)),
-                Err(_) => report.not_compared(NO_EVENT),
+                Ok(event) => events.push((event, recorded)),
+                Err(_) => report.not_compared(INVALID_EVENT),
             }
         }
-        compare(broker, partition.number, asked, plugin, stage, report).await?;
+        compare(broker, partition.number, events, plugin, thread, report).await?;
     }
     for _ in wanted {
-        report.not_compared(ENTRY_GONE);
+        report.not_compared(ENTRY_TRIMMED);
     }
     Ok(())
 }
@@ -206,12 +206,12 @@ async fn replay(
 async fn compare(
     broker: &dyn Broker,
     partition: PartitionNumber,
-    asked: Vec<(Event, Recorded)>,
+    events: Vec<(Event, Recorded)>,
     plugin: &Name,
-    stage: &Backtest,
-    report: &mut Report,
+    thread: &BacktestThread,
+    report: &mut BacktestReport,
 ) -> Result<(), broker::Error> {
-    let ids: Vec<NotificationId> = asked.iter().filter_map(|(_, (_, id, _))| *id).collect();
+    let ids: Vec<NotificationId> = events.iter().filter_map(|(_, (_, id, _))| *id).collect();
     let records = if ids.is_empty() {
         Vec::new()
     } else {
@@ -222,18 +222,18 @@ async fn compare(
         .zip(records)
         .filter_map(|(id, record)| Some((id, serde_json::from_slice(&record?).ok()?)))
         .collect();
-    let calls = asked
+    let calls = events
         .iter()
         .map(|(event, (_, _, decision))| (event.clone(), decision.clock_ms))
         .collect();
-    let mut evaluations = stage.evaluate(calls).await.into_iter();
-    for (event, (_, id, decision)) in asked {
+    let mut evaluations = thread.evaluate(calls).await.into_iter();
+    for (event, (_, id, decision)) in events {
         let Some(evaluation) = evaluations.next() else {
-            report.not_compared(TIME_OVER);
+            report.not_compared(TIMED_OUT);
             continue;
         };
         let record = id.and_then(|id| records.get(&id));
-        match judge(plugin, &decision.verdicts, record, &evaluation) {
+        match compare_decisions(plugin, &decision.verdicts, record, &evaluation) {
             Err(reason) => report.not_compared(reason),
             Ok(sides) => report.note(&event, decision.clock_ms, &sides),
         }
@@ -241,7 +241,7 @@ async fn compare(
     Ok(())
 }
 
-impl Report {
+impl BacktestReport {
     fn not_compared(&mut self, reason: &'static str) {
         *self.not_compared.entry(reason).or_default() += 1;
     }
@@ -268,7 +268,7 @@ impl Report {
 ///
 /// # Errors
 /// Why they cannot be compared.
-fn judge(
+fn compare_decisions(
     plugin: &Name,
     recorded: &[Verdict],
     record: Option<&Notification>,
@@ -283,7 +283,7 @@ fn judge(
     };
     let (then, now_verdicts) = (of_plugin(recorded), of_plugin(&now.verdicts));
     if then.is_empty() {
-        return Err(NOT_ASKED);
+        return Err(NOT_CALLED);
     }
     if now_verdicts.is_empty() {
         return Err(NOT_REACHED);
@@ -295,18 +295,18 @@ fn judge(
     let mut sides = Vec::new();
     for (then, now_verdict) in then.iter().zip(&now_verdicts) {
         let role = match (role(then.verdict), role(now_verdict.verdict)) {
-            (Some(then), Some(now)) if then != now => return Err(OTHER_KIND),
+            (Some(then), Some(now)) if then != now => return Err(OTHER_ROLE),
             (Some(role), _) | (None, Some(role)) => role,
             // Both skipped or both failed: the same in either role.
             (None, None) => Role::Router,
         };
-        let old = decided(
+        let old = reconstruct(
             plugin,
             then,
             role,
             record.map(|record| (&record.event, &record.plan)),
         );
-        let new = decided(
+        let new = reconstruct(
             plugin,
             now_verdict,
             role,
@@ -316,12 +316,12 @@ fn judge(
             (PluginDecision::Routes { plan: old }, PluginDecision::Routes { plan: new })
                 if old.is_none() || new.is_none() =>
             {
-                return Err(PLAN_GONE);
+                return Err(PLAN_UNKNOWN);
             }
             (PluginDecision::Amend { .. }, PluginDecision::Amend { .. })
                 if record.is_none() || planned.is_none() =>
             {
-                return Err(PLAN_GONE);
+                return Err(PLAN_UNKNOWN);
             }
             _ => {}
         }
@@ -354,7 +354,7 @@ fn role(verdict: VerdictKind) -> Option<Role> {
 
 /// Reconstructs a decision from a verdict and what is known of its plan, and of the event as
 /// amended by filters.
-fn decided(
+fn reconstruct(
     plugin: &Name,
     verdict: &Verdict,
     role: Role,
@@ -398,33 +398,33 @@ fn decided(
 
 /// The thread that runs the candidate; it ends when this value is dropped.
 #[derive(Debug)]
-struct Backtest {
+struct BacktestThread {
     calls: mpsc::Sender<Calls>,
 }
 
 type Calls = (Vec<(Event, u64)>, oneshot::Sender<Vec<Evaluation>>);
 
-impl Backtest {
+impl BacktestThread {
     fn start(registry: Arc<Registry>, chain: Arc<Chain>) -> Result<Self, broker::Error> {
         let (calls, mut waiting) = mpsc::channel::<Calls>(1);
         let deadline = Instant::now() + MAX_DURATION;
         let run = move || {
             crate::plugin::lower_thread_priority();
-            let mut aside = DryRunner::new(registry);
+            let mut runner = DryRunner::new(registry);
             while let Some((events, answer)) = waiting.blocking_recv() {
                 let mut evaluations = Vec::with_capacity(events.len());
                 for (event, clock_ms) in events {
                     if answer.is_closed() || Instant::now() > deadline {
                         break;
                     }
-                    evaluations.push(aside.evaluate(&chain, event, clock_ms));
+                    evaluations.push(runner.evaluate(&chain, event, clock_ms));
                 }
                 // The receiver is gone if the caller was cancelled.
                 drop(answer.send(evaluations));
             }
         };
         let thread = thread::Builder::new()
-            .name("plugin-rehearsal".into())
+            .name("plugin-backtest".into())
             .spawn(run);
         thread
             .map_err(|error| broker::Error::Permanent(format!("cannot start a thread: {error}")))?;
@@ -490,13 +490,13 @@ mod tests {
         }
     }
 
-    fn evaluation(said: &str, more: &str, to: Option<&str>) -> Evaluation {
+    fn evaluation(words: &str, more: &str, to: Option<&str>) -> Evaluation {
         let resolution = to.map_or(Resolution::Unrouted, |to| Resolution::Planned(plan(to)));
         Evaluation {
             event: event(more),
             priority: Priority::Normal,
             resolution,
-            verdicts: verdicts(said),
+            verdicts: verdicts(words),
         }
     }
 
@@ -559,7 +559,7 @@ mod tests {
                 "p:routes",
                 "",
                 Some("u:1"),
-                Err(PLAN_GONE),
+                Err(PLAN_UNKNOWN),
             ),
             (
                 "p:routes",
@@ -567,12 +567,19 @@ mod tests {
                 "p:routes q:failed",
                 "",
                 None,
-                Err(PLAN_GONE),
+                Err(PLAN_UNKNOWN),
             ),
-            ("p:amend", None, "p:amend", "", Some("u:1"), Err(PLAN_GONE)),
+            (
+                "p:amend",
+                None,
+                "p:amend",
+                "",
+                Some("u:1"),
+                Err(PLAN_UNKNOWN),
+            ),
             ("p:routes", None, "p:none", "", None, other),
             // Decisions of other plugins do not count.
-            ("q:drop", None, "p:routes", "", Some("u:1"), Err(NOT_ASKED)),
+            ("q:drop", None, "p:routes", "", Some("u:1"), Err(NOT_CALLED)),
             (
                 "p:routes",
                 Some(&kept),
@@ -589,11 +596,12 @@ mod tests {
                 Some("u:1"),
                 Err(NOT_REACHED),
             ),
-            ("p:keep", None, "p:routes", "", Some("u:1"), Err(OTHER_KIND)),
+            ("p:keep", None, "p:routes", "", Some("u:1"), Err(OTHER_ROLE)),
         ] {
-            let judged = judge(&name(), &verdicts(then), record, &evaluation(now, more, to));
-            let judged = judged.map(|sides| sides.iter().all(|(_, old, new)| old.is_same(new)));
-            assert_eq!(judged, expect, "{then} and {now}");
+            let compared =
+                compare_decisions(&name(), &verdicts(then), record, &evaluation(now, more, to));
+            let compared = compared.map(|sides| sides.iter().all(|(_, old, new)| old.is_same(new)));
+            assert_eq!(compared, expect, "{then} and {now}");
         }
     }
 }

@@ -115,7 +115,7 @@ impl PluginRunner {
                 clock_ms,
                 payload: &payload,
             };
-            let answer = self.ask(role, &call, report)?;
+            let answer = self.call(role, &call, report)?;
             report
                 .decided
                 .push(PluginDecision::of_answer(&answer, &call));
@@ -134,7 +134,7 @@ impl PluginRunner {
         Ok(())
     }
 
-    fn ask(
+    fn call(
         &mut self,
         role: Role,
         call: &Call<'_>,

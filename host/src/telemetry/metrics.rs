@@ -39,7 +39,8 @@ pub struct PluginLabel {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginCallLabel {
     pub plugin: String,
-    /// `ok` or the kind of failure: `deadline`, `memory`, `trap`, `refused`, `failed`.
+    /// `ok`, a verdict (`rejected`, `retry`) or a failure (`deadline`, `memory`, `trap`,
+    /// `invalid_output`).
     pub outcome: &'static str,
 }
 

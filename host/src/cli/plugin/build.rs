@@ -27,7 +27,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 
 fn show(file: &Path) -> anyhow::Result<()> {
     let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let inspection = inspect::look(&bytes);
+    let inspection = inspect::scan(&bytes);
     println!("{}", file.display());
     println!("  size      {}", format::size(bytes.len()));
     println!(

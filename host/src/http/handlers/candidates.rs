@@ -10,13 +10,13 @@ use axum::extract;
 use axum::http::StatusCode;
 use serde::Deserialize;
 
-use super::plugins::{order, receive};
+use super::plugins::{receive, run_command};
 use crate::http::extract::{ApiKey, Path, Query};
 use crate::http::{ApiError, State};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::state::PluginState;
-use crate::plugin::shadow;
-use crate::preview::backtest::{self, MAX_EVENTS};
+use crate::plugin::shadow::ShadowReport;
+use crate::preview::backtest::{BacktestReport, MAX_EVENTS};
 
 /// `PUT /v1/plugins/{name}/shadow` with the bytes of a plugin file.
 pub(in crate::http) async fn begin(
@@ -24,13 +24,13 @@ pub(in crate::http) async fn begin(
     _: ApiKey,
     Path(name): Path<String>,
     body: Body,
-) -> Result<Json<shadow::Report>, ApiError> {
+) -> Result<Json<ShadowReport>, ApiError> {
     let (file, permit) = receive(&state, body).await?;
     let begin = move |registry: &Registry| {
         let _permit = permit;
         registry.begin_shadow(&name, file)
     };
-    order(&state, begin).await.map(Json)
+    run_command(&state, begin).await.map(Json)
 }
 
 /// `GET /v1/plugins/{name}/shadow`.
@@ -39,7 +39,7 @@ pub(in crate::http) async fn report(
     // The report contains recipients and bodies.
     _: ApiKey,
     Path(name): Path<String>,
-) -> Result<Json<shadow::Report>, ApiError> {
+) -> Result<Json<ShadowReport>, ApiError> {
     Ok(Json(state.pipeline()?.registry().shadow(&name)?))
 }
 
@@ -59,7 +59,7 @@ pub(in crate::http) async fn promote(
     _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.promote(&name))
+    run_command(&state, move |registry| registry.promote(&name))
         .await
         .map(Json)
 }
@@ -83,7 +83,7 @@ pub(in crate::http) async fn backtest(
     Path(name): Path<String>,
     Query(options): Query<Options>,
     body: Body,
-) -> Result<Json<backtest::Report>, ApiError> {
+) -> Result<Json<BacktestReport>, ApiError> {
     if !(1..=MAX_EVENTS).contains(&options.limit) {
         return Err(ApiError::bad_request(format!(
             "limit is {}; use 1 to {MAX_EVENTS}",
@@ -94,16 +94,16 @@ pub(in crate::http) async fn backtest(
     // Taken before the body is read, so that a second request is refused without an upload.
     let _one = state.backtesting.try_acquire().map_err(busy)?;
     let broker = state.broker()?;
-    let understudy = {
+    let candidate = {
         let (file, permit) = receive(&state, body).await?;
         let load = move |registry: &Registry| {
             let _permit = permit;
-            registry.understudy(&name, &file)
+            registry.candidate_chain(&name, &file)
         };
-        order(&state, load).await?
+        run_command(&state, load).await?
     };
     let registry = Arc::clone(state.pipeline()?.registry());
     Ok(Json(
-        backtest::backtest(broker.as_ref(), registry, understudy, options.limit).await?,
+        backtest::backtest(broker.as_ref(), registry, candidate, options.limit).await?,
     ))
 }

@@ -69,7 +69,7 @@ pub(in crate::http) async fn upload(
         let _permit = permit;
         registry.upload(&name, &file)
     };
-    order(&state, upload).await.map(Json)
+    run_command(&state, upload).await.map(Json)
 }
 
 /// `DELETE /v1/plugins/{name}`.
@@ -78,7 +78,7 @@ pub(in crate::http) async fn remove(
     _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<StatusCode, ApiError> {
-    order(&state, move |registry| registry.remove(&name)).await?;
+    run_command(&state, move |registry| registry.remove(&name)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -88,7 +88,7 @@ pub(in crate::http) async fn enable(
     _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.enable(&name))
+    run_command(&state, move |registry| registry.enable(&name))
         .await
         .map(Json)
 }
@@ -99,7 +99,7 @@ pub(in crate::http) async fn disable(
     _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.disable(&name))
+    run_command(&state, move |registry| registry.disable(&name))
         .await
         .map(Json)
 }
@@ -110,7 +110,7 @@ pub(in crate::http) async fn roll_back(
     _: ApiKey,
     Path(name): Path<String>,
 ) -> Result<Json<PluginState>, ApiError> {
-    order(&state, move |registry| registry.roll_back(&name))
+    run_command(&state, move |registry| registry.roll_back(&name))
         .await
         .map(Json)
 }
@@ -138,9 +138,9 @@ pub(in crate::http) async fn receive(
 /// # Errors
 /// 503 while too many commands run or the plugins are loading; otherwise the command's own
 /// error.
-pub(in crate::http) async fn order<T: Send + 'static>(
+pub(in crate::http) async fn run_command<T: Send + 'static>(
     state: &State,
-    carry_out: impl FnOnce(&Registry) -> Result<T, AdminError> + Send + 'static,
+    command: impl FnOnce(&Registry) -> Result<T, AdminError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let registry = Arc::clone(state.pipeline()?.registry());
     // The blocking pool is shared with the reads of an embedded broker.
@@ -150,11 +150,11 @@ pub(in crate::http) async fn order<T: Send + 'static>(
     let permit = Arc::clone(&state.ordering)
         .try_acquire_owned()
         .map_err(busy)?;
-    let carry_out = move || {
+    let command = move || {
         let _permit = permit;
-        carry_out(&registry)
+        command(&registry)
     };
-    let done = tokio::task::spawn_blocking(carry_out).await;
+    let done = tokio::task::spawn_blocking(command).await;
     done.map_err(|panic| ApiError::internal("the admin command panicked").cause(panic))?
         .map_err(ApiError::from)
 }
@@ -168,7 +168,7 @@ impl From<AdminError> for ApiError {
                 Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
             }
             AdminError::Impossible(_) => Self::conflict(text),
-            AdminError::Refused(_) => {
+            AdminError::InvalidFile(_) => {
                 Self::unprocessable(text).fix("the previous version keeps running")
             }
             AdminError::Folder(_) => Self::internal(text),

@@ -3,7 +3,7 @@
 //!
 //! A candidate has passed every check of a load with its plugin's own limits and configuration, and
 //! has the same roles as its plugin. Shadowing is in `plugin::shadow`; backtesting on past events
-//! is in `rehearsal`.
+//! is in `preview::backtest`.
 
 use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
@@ -16,7 +16,7 @@ use crate::plugin::Plugin;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::settings::Settings;
 use crate::plugin::registry::state::{PluginKind, PluginState};
-use crate::plugin::shadow::{self, Shadows};
+use crate::plugin::shadow::{Shadow, ShadowReport, Shadows};
 
 /// A candidate in place of its plugin.
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ impl Registry {
     ///
     /// # Errors
     /// No such plugin is active, the candidate is invalid, or there are too many candidates.
-    pub fn begin_shadow(&self, name: &str, bytes: Bytes) -> Result<shadow::Report, AdminError> {
+    pub fn begin_shadow(&self, name: &str, bytes: Bytes) -> Result<ShadowReport, AdminError> {
         // Held until the candidate is registered: otherwise its plugin could be removed first and
         // leave the candidate behind.
         let loading = self.begin_loading();
@@ -62,7 +62,7 @@ impl Registry {
     ///
     /// # Errors
     /// The plugin has no candidate.
-    pub fn shadow(&self, name: &str) -> Result<shadow::Report, AdminError> {
+    pub fn shadow(&self, name: &str) -> Result<ShadowReport, AdminError> {
         Ok(self.find_shadow(name)?.report())
     }
 
@@ -96,7 +96,7 @@ impl Registry {
     ///
     /// # Errors
     /// No such plugin is active, or the candidate is invalid.
-    pub fn understudy(&self, name: &str, bytes: &[u8]) -> Result<CandidateChain, AdminError> {
+    pub fn candidate_chain(&self, name: &str, bytes: &[u8]) -> Result<CandidateChain, AdminError> {
         let (plugin, settings) = self.candidate(&self.begin_loading(), name, bytes)?;
         let (name, hash, version) = (
             plugin.name().clone(),
@@ -132,15 +132,15 @@ impl Registry {
         };
         let candidate = self
             .load_bytes(name, bytes, &settings)
-            .map_err(|failure| AdminError::Refused(failure.reason))?;
+            .map_err(|failure| AdminError::InvalidFile(failure.reason))?;
         if PluginKind::of(&candidate) != PluginKind::of(&active.plugin) {
             let reason = "is of a different kind (filter, router or both) than the active plugin, so there is nothing to compare; upload it instead";
-            return Err(AdminError::Refused(reason.to_owned()));
+            return Err(AdminError::InvalidFile(reason.to_owned()));
         }
         Ok((candidate, settings))
     }
 
-    pub(super) fn find_shadow(&self, name: &str) -> Result<Arc<shadow::Shadow>, AdminError> {
+    pub(super) fn find_shadow(&self, name: &str) -> Result<Arc<Shadow>, AdminError> {
         let shadow = Name::parse(name)
             .ok()
             .and_then(|name| self.shadows.of(&name));

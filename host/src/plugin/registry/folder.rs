@@ -6,8 +6,8 @@
 //! `my-router` as `my_router.wasm`). The operator chose this name and sees it; the name in the
 //! guest's manifest does not count.
 //!
-//! Nothing here blocks, and a file that was written to while it was read is never returned. When to
-//! look is decided in `watcher`; loading is in `registry`.
+//! Nothing here blocks, and a file that was written to while it was read is never returned. `watcher`
+//! decides when to take a snapshot; loading is in `registry`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
@@ -24,7 +24,7 @@ const ABANDONED: Duration = Duration::from_secs(60 * 60);
 /// The files of each plugin, by plugin name, sorted by path. More than one file is a mistake.
 pub(in crate::plugin) type FolderSnapshot = BTreeMap<String, Vec<FileStamp>>;
 
-/// A file as it was seen. Equal sightings imply equal bytes.
+/// A file as it was seen. Equal stamps imply equal bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::plugin) struct FileStamp {
     pub(in crate::plugin) path: PathBuf,
@@ -75,21 +75,21 @@ impl FileStamp {
 /// # Errors
 /// One line that names the folder and the fix.
 pub fn check_folder(dir: &Path) -> Result<(), String> {
-    look(dir).map(drop)
+    snapshot(dir).map(drop)
 }
 
 /// Lists the `.wasm` files. Names that begin with a dot are files that are still being written.
 ///
 /// # Errors
 /// The folder cannot be read; the text includes the fix.
-pub(in crate::plugin) fn look(dir: &Path) -> Result<FolderSnapshot, String> {
+pub(in crate::plugin) fn snapshot(dir: &Path) -> Result<FolderSnapshot, String> {
     let unreadable = |error| {
         format!(
             "the plugin folder {} cannot be read: {error}; create it, or set plugins.dir",
             dir.display()
         )
     };
-    let mut look = FolderSnapshot::new();
+    let mut snapshot = FolderSnapshot::new();
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy();
@@ -98,15 +98,16 @@ pub(in crate::plugin) fn look(dir: &Path) -> Result<FolderSnapshot, String> {
             // Follows links: the target is the file that is read, and it changes when a folder is
             // swapped through a link.
             let stamp = fs::metadata(&path).ok().map(|file| Stamp::of(&file));
-            look.entry(name)
+            snapshot
+                .entry(name)
                 .or_default()
                 .push(FileStamp { path, stamp });
         }
     }
-    for files in look.values_mut() {
+    for files in snapshot.values_mut() {
         files.sort_by(|a, b| a.path.cmp(&b.path));
     }
-    Ok(look)
+    Ok(snapshot)
 }
 
 /// Removes drafts of nodes that were killed while they wrote.
@@ -253,8 +254,8 @@ pub(in crate::plugin) mod tests {
             Self(path)
         }
 
-        pub(in crate::plugin) fn look(&self) -> FolderSnapshot {
-            look(&self.0).unwrap()
+        pub(in crate::plugin) fn snapshot(&self) -> FolderSnapshot {
+            snapshot(&self.0).unwrap()
         }
     }
 
@@ -288,15 +289,15 @@ pub(in crate::plugin) mod tests {
 
     #[test]
     fn a_rewritten_file_is_detected_even_if_its_modification_time_is_set_back() {
-        let folder = Scratch::new("sightings");
+        let folder = Scratch::new("stamps");
         let file = folder.0.join("a.wasm");
         fs::write(&file, "one").unwrap();
         let written = fs::metadata(&file).unwrap().modified().unwrap();
-        let first = folder.look();
-        assert_eq!(first, folder.look());
+        let first = folder.snapshot();
+        assert_eq!(first, folder.snapshot());
         // The clock of a file system may tick only every few milliseconds.
         let deadline = Instant::now() + Duration::from_secs(5);
-        while folder.look() == first {
+        while folder.snapshot() == first {
             assert!(
                 Instant::now() < deadline,
                 "the change was never seen: {first:?}"
@@ -317,10 +318,10 @@ pub(in crate::plugin) mod tests {
         }
         symlink("v1", folder.0.join("now")).unwrap();
         symlink("now/b.wasm", folder.0.join("b.wasm")).unwrap();
-        let before = folder.look();
+        let before = folder.snapshot();
         symlink("v2", folder.0.join("next")).unwrap();
         fs::rename(folder.0.join("next"), folder.0.join("now")).unwrap();
-        let after = folder.look();
+        let after = folder.snapshot();
         assert!(
             before["a"] == after["a"] && before["b"] != after["b"],
             "{before:?} {after:?}"
@@ -342,7 +343,7 @@ pub(in crate::plugin) mod tests {
         );
         symlink("nowhere", folder.0.join("link.wasm")).unwrap();
         assert_eq!(
-            folder.look().into_keys().collect::<Vec<_>>(),
+            folder.snapshot().into_keys().collect::<Vec<_>>(),
             ["folder", "large", "link", "pipe"]
         );
         for (file, expect) in [

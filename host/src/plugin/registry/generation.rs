@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::health::{Health, Report};
+use super::health::{Health, HealthReport};
 use super::settings::Settings;
 use crate::event::Name;
 use crate::plugin::{Plugin, Role};
@@ -71,11 +71,11 @@ impl Generation {
         self.healths().all(|health| health.is_proven(now))
     }
 
-    /// The health of the role that fares worse.
-    pub(in crate::plugin) fn report(&self, now: Instant) -> Report {
+    /// The health of the role in the worse state.
+    pub(in crate::plugin) fn report(&self, now: Instant) -> HealthReport {
         self.healths()
             .map(|health| health.report(now))
-            .max_by_key(Report::trouble)
+            .max_by_key(HealthReport::severity)
             .unwrap_or_default()
     }
 }

@@ -20,9 +20,9 @@ use serde::Serialize;
 /// Failed events before a failure rate is a reason to roll back.
 const MIN_FAILED: u64 = 5;
 /// Events before a probation can end: without traffic, as at night, elapsed time proves nothing.
-const MIN_ASKED: u64 = 20;
+const MIN_EVENTS: u64 = 20;
 /// How long the breaker stays open the first time, and at most. The pause doubles each time that
-/// the trial event fails.
+/// the half-open attempt fails.
 const PAUSE: Duration = Duration::from_secs(1);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
@@ -42,11 +42,11 @@ pub(in crate::plugin) struct HealthPolicy {
 pub struct Health {
     policy: HealthPolicy,
     /// Events of the probation, counted while it lasts.
-    n_asked: AtomicU64,
+    n_events: AtomicU64,
     is_on_probation: AtomicBool,
     /// Whether the last event failed or the breaker is not closed. While false, the lock is not
     /// taken.
-    is_ailing: AtomicBool,
+    is_impaired: AtomicBool,
     failures: Mutex<FailureCounts>,
 }
 
@@ -115,7 +115,7 @@ pub(crate) enum Transition {
 
 /// The health as shown to operators.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Report {
+pub struct HealthReport {
     /// `None`: the probation is over.
     pub probation: Option<Probation>,
     pub breaker: BreakerState,
@@ -125,9 +125,9 @@ pub struct Report {
     pub retry_in_ms: Option<u64>,
 }
 
-impl Report {
+impl HealthReport {
     /// Sorts by severity; greater is worse.
-    pub(in crate::plugin) fn trouble(&self) -> (bool, u64, u32) {
+    pub(in crate::plugin) fn severity(&self) -> (bool, u64, u32) {
         (
             self.breaker != BreakerState::Closed,
             self.probation.map_or(0, |probation| probation.failed),
@@ -140,7 +140,7 @@ impl Report {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Probation {
     pub ends_in_ms: u64,
-    pub asked: u64,
+    pub events: u64,
     pub failed: u64,
 }
 
@@ -168,16 +168,16 @@ impl Health {
         };
         Self {
             policy,
-            n_asked: AtomicU64::new(0),
+            n_events: AtomicU64::new(0),
             is_on_probation: AtomicBool::new(is_on_probation && !policy.probation.is_zero()),
-            is_ailing: AtomicBool::new(false),
+            is_impaired: AtomicBool::new(false),
             failures: Mutex::new(failures),
         }
     }
 
     /// Call before each event. The result of an admitted event must be noted afterwards.
     pub(crate) fn admit(&self, now: Instant) -> Permit {
-        if !self.is_ailing.load(Relaxed) {
+        if !self.is_impaired.load(Relaxed) {
             return Permit::Granted;
         }
         let mut failures = self.failures.lock().expect("no panic under this lock");
@@ -203,14 +203,14 @@ impl Health {
     /// Call after each event that the plugin answered; verdicts such as `reject` count as answers.
     pub(crate) fn note_answer(&self) -> Transition {
         if self.is_on_probation.load(Relaxed) {
-            self.n_asked.fetch_add(1, Relaxed);
+            self.n_events.fetch_add(1, Relaxed);
         }
-        if !self.is_ailing.load(Relaxed) {
+        if !self.is_impaired.load(Relaxed) {
             return Transition::None;
         }
         let mut failures = self.failures.lock().expect("no panic under this lock");
         failures.n_failed_in_row = 0;
-        self.is_ailing.store(false, Relaxed);
+        self.is_impaired.store(false, Relaxed);
         match std::mem::replace(&mut failures.breaker, Breaker::Closed) {
             Breaker::Closed => Transition::None,
             Breaker::Open { .. } | Breaker::HalfOpen { .. } => Transition::Breaker,
@@ -220,20 +220,20 @@ impl Health {
     /// Call after each event that the plugin failed on.
     pub(crate) fn note_failure(&self, now: Instant) -> Transition {
         let mut failures = self.failures.lock().expect("no panic under this lock");
-        self.is_ailing.store(true, Relaxed);
+        self.is_impaired.store(true, Relaxed);
         failures.n_failed_in_row = failures.n_failed_in_row.saturating_add(1);
         if self.is_on_probation.load(Relaxed) {
             if !self.is_over(&failures, now) {
-                let n_asked = self.n_asked.fetch_add(1, Relaxed) + 1;
+                let n_events = self.n_events.fetch_add(1, Relaxed) + 1;
                 failures.n_failed += 1;
                 let n_failed = failures.n_failed;
                 if n_failed >= MIN_FAILED
-                    && n_failed * 100 > n_asked * self.policy.probation_failure_percent
+                    && n_failed * 100 > n_events * self.policy.probation_failure_percent
                 {
                     self.is_on_probation.store(false, Relaxed);
                     let most = self.policy.probation_failure_percent;
                     return Transition::RollBack(format!(
-                        "failed on {n_failed} of {n_asked} events during its probation; the limit is {most} % (probation_failure_percent)"
+                        "failed on {n_failed} of {n_events} events during its probation; the limit is {most} % (probation_failure_percent)"
                     ));
                 }
             } else {
@@ -278,14 +278,14 @@ impl Health {
 
     /// Whether a probation has lasted long enough, in time and in events.
     fn is_over(&self, failures: &FailureCounts, now: Instant) -> bool {
-        now >= failures.probation_ends && self.n_asked.load(Relaxed) >= MIN_ASKED
+        now >= failures.probation_ends && self.n_events.load(Relaxed) >= MIN_EVENTS
     }
 
-    pub(in crate::plugin) fn report(&self, now: Instant) -> Report {
+    pub(in crate::plugin) fn report(&self, now: Instant) -> HealthReport {
         let failures = self.failures.lock().expect("no panic under this lock");
         let left = failures.probation_ends.saturating_duration_since(now);
         let is_on_probation = self.is_on_probation.load(Relaxed) && !self.is_over(&failures, now);
-        let (asked, failed) = (self.n_asked.load(Relaxed), failures.n_failed);
+        let (events, failed) = (self.n_events.load(Relaxed), failures.n_failed);
         let (breaker, retry_in) = match failures.breaker {
             Breaker::Closed => (BreakerState::Closed, None),
             Breaker::Open { until, .. } => (
@@ -297,10 +297,10 @@ impl Health {
                 Some(until.saturating_duration_since(now)),
             ),
         };
-        Report {
+        HealthReport {
             probation: is_on_probation.then_some(Probation {
                 ends_in_ms: left.as_millis() as u64,
-                asked,
+                events,
                 failed,
             }),
             breaker,
@@ -314,7 +314,7 @@ impl Health {
 mod tests {
     use super::*;
 
-    const TOLERANCE: HealthPolicy = HealthPolicy {
+    const POLICY: HealthPolicy = HealthPolicy {
         probation: Duration::from_secs(60),
         probation_failure_percent: 10,
         breaker_failures: 10,
@@ -328,21 +328,21 @@ mod tests {
     fn a_plugin_that_fails_too_often_on_probation_is_rolled_back_after_a_minimum_of_failures() {
         let began = Instant::now();
         // Three of ten events fail.
-        let fares = |is_on_probation, at| {
-            let health = Health::new(TOLERANCE, is_on_probation, began);
-            let consequences = (0..100).map(|n| {
+        let transitions_of = |is_on_probation, at| {
+            let health = Health::new(POLICY, is_on_probation, began);
+            let transitions = (0..100).map(|n| {
                 if n % 10 < 3 {
                     health.note_failure(at)
                 } else {
                     health.note_answer()
                 }
             });
-            consequences
+            transitions
                 .enumerate()
-                .filter(|(_, consequence)| *consequence != Transition::None)
+                .filter(|(_, transition)| *transition != Transition::None)
                 .collect::<Vec<_>>()
         };
-        let rolled_back = fares(true, began + seconds(59));
+        let rolled_back = transitions_of(true, began + seconds(59));
         let [(11, Transition::RollBack(reason))] = rolled_back.as_slice() else {
             panic!("{rolled_back:?}")
         };
@@ -351,30 +351,30 @@ mod tests {
             "{reason}"
         );
         assert_eq!(
-            fares(true, began + seconds(60)).len(),
+            transitions_of(true, began + seconds(60)).len(),
             1,
             "the probation does not end by time alone"
         );
-        assert_eq!(fares(false, began), [], "there is no probation");
+        assert_eq!(transitions_of(false, began), [], "there is no probation");
     }
 
     #[test]
     fn a_plugin_at_the_failure_limit_passes_its_probation() {
         let began = Instant::now();
-        let health = Health::new(TOLERANCE, true, began);
+        let health = Health::new(POLICY, true, began);
         for n in 1..=1_000 {
-            let consequence = if n % 10 == 0 {
+            let transition = if n % 10 == 0 {
                 health.note_failure(began)
             } else {
                 health.note_answer()
             };
-            assert_eq!(consequence, Transition::None, "{n}");
+            assert_eq!(transition, Transition::None, "{n}");
         }
         assert_eq!(
             health.report(began).probation,
             Some(Probation {
                 ends_in_ms: 60_000,
-                asked: 1_000,
+                events: 1_000,
                 failed: 100
             })
         );
@@ -383,29 +383,29 @@ mod tests {
     }
 
     #[test]
-    fn the_breaker_opens_after_consecutive_failures_and_doubles_its_pause_if_the_trial_fails() {
+    fn the_breaker_opens_after_consecutive_failures_and_doubles_its_pause_if_the_attempt_fails() {
         let mut now = Instant::now();
-        let health = Health::new(TOLERANCE, false, now);
+        let health = Health::new(POLICY, false, now);
         let fail = |n: u32, at| (0..n).map(|_| health.note_failure(at)).collect::<Vec<_>>();
         assert!(
             fail(9, now)
                 .iter()
-                .all(|consequence| *consequence == Transition::None)
+                .all(|transition| *transition == Transition::None)
         );
         // A success resets the count.
         assert_eq!(health.note_answer(), Transition::None);
         assert!(
             fail(9, now)
                 .iter()
-                .all(|consequence| *consequence == Transition::None)
+                .all(|transition| *transition == Transition::None)
         );
         assert_eq!(health.admit(now), Permit::Granted);
         assert_eq!(health.note_failure(now), Transition::Breaker);
         for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
-            let Permit::Rejected(spared) = health.admit(now) else {
+            let Permit::Rejected(rejected) = health.admit(now) else {
                 panic!("it was called within its pause of {pause} s")
             };
-            assert_eq!(spared.again_in, seconds(pause));
+            assert_eq!(rejected.again_in, seconds(pause));
             assert_eq!(health.report(now).breaker, BreakerState::Open);
             now += seconds(pause);
             assert_eq!(health.admit(now), Permit::Granted);
@@ -434,7 +434,7 @@ mod tests {
         let health = Health::new(
             HealthPolicy {
                 breaker_failures: 0,
-                ..TOLERANCE
+                ..POLICY
             },
             false,
             now,

@@ -3,9 +3,9 @@
 use serde::Serialize;
 
 use super::generation::Generation;
-use super::health::Report;
+use super::health::HealthReport;
 use super::settings::Settings;
-use crate::plugin::shadow::Summary;
+use crate::plugin::shadow::ShadowSummary;
 use crate::plugin::{Plugin, Role};
 
 /// The state of a plugin, of a file that cannot be loaded, or of a configured plugin without a
@@ -40,9 +40,9 @@ pub struct PluginState {
     /// probation.
     pub refusal: Option<Refusal>,
     /// `None`: the plugin is not active.
-    pub health: Option<Report>,
+    pub health: Option<HealthReport>,
     /// The candidate running in its shadow, if any.
-    pub shadow: Option<Summary>,
+    pub shadow: Option<ShadowSummary>,
     /// Former generations, newest first.
     pub ended: Vec<Ended>,
 }

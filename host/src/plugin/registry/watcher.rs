@@ -101,12 +101,12 @@ impl Thread {
         while !self.is_over.load(Ordering::SeqCst) {
             // Watch before scanning: a change between the two then triggers another scan.
             self.listen();
-            match folder::look(&self.dir) {
+            match folder::snapshot(&self.dir) {
                 Ok(seen) => {
                     self.registry.set_folder_failure(None);
-                    let due = settling.due(&self.registry.taken_up(), &seen, Instant::now());
+                    let due = settling.due(&self.registry.loaded(), &seen, Instant::now());
                     if !due.is_empty() {
-                        self.registry.take_up(due);
+                        self.registry.load_snapshot(due);
                     }
                 }
                 Err(reason) => {
@@ -165,15 +165,15 @@ impl Settling {
     /// Returns the files to load now; an empty list stands for a plugin whose files are gone.
     fn due(
         &mut self,
-        taken_up: &FolderSnapshot,
+        loaded: &FolderSnapshot,
         seen: &FolderSnapshot,
         now: Instant,
     ) -> FolderSnapshot {
         let mut due = FolderSnapshot::new();
         let mut before = std::mem::take(&mut self.0);
-        for name in taken_up.keys().chain(seen.keys()).collect::<BTreeSet<_>>() {
+        for name in loaded.keys().chain(seen.keys()).collect::<BTreeSet<_>>() {
             let files = seen.get(name).cloned().unwrap_or_default();
-            if files == taken_up.get(name).map_or(&[][..], Vec::as_slice) {
+            if files == loaded.get(name).map_or(&[][..], Vec::as_slice) {
                 continue;
             }
             let since = before
@@ -207,51 +207,51 @@ mod tests {
             Settling::default(),
             Instant::now(),
         );
-        let (mut taken_up, mut at) = (FolderSnapshot::new(), Duration::ZERO);
-        let mut due_after = |taken_up: &FolderSnapshot, wait: Duration| {
+        let (mut loaded, mut at) = (FolderSnapshot::new(), Duration::ZERO);
+        let mut due_after = |loaded: &FolderSnapshot, wait: Duration| {
             at += wait;
-            settling.due(taken_up, &folder.look(), began + at)
+            settling.due(loaded, &folder.snapshot(), began + at)
         };
         // Written in pieces, each just before the file would count as settled.
         for n_bytes in 0..10 {
             fs::write(&file, vec![0; n_bytes]).unwrap();
             assert_eq!(
-                due_after(&taken_up, SETTLED - PACE),
+                due_after(&loaded, SETTLED - PACE),
                 FolderSnapshot::new(),
                 "{n_bytes} bytes"
             );
         }
-        assert_eq!(due_after(&taken_up, SETTLED - PACE), FolderSnapshot::new());
-        let due = due_after(&taken_up, PACE);
+        assert_eq!(due_after(&loaded, SETTLED - PACE), FolderSnapshot::new());
+        let due = due_after(&loaded, PACE);
         assert_eq!(
             (due.len(), due["a"].as_slice()),
-            (1, folder.look()["a"].as_slice())
+            (1, folder.snapshot()["a"].as_slice())
         );
-        taken_up.extend(due);
-        assert_eq!(due_after(&taken_up, SETTLED), FolderSnapshot::new());
+        loaded.extend(due);
+        assert_eq!(due_after(&loaded, SETTLED), FolderSnapshot::new());
 
         // Missing for a moment, as with an editor that removes before it writes: only the new bytes
         // count.
         fs::remove_file(&file).unwrap();
-        assert_eq!(due_after(&taken_up, PACE), FolderSnapshot::new());
+        assert_eq!(due_after(&loaded, PACE), FolderSnapshot::new());
         fs::write(&file, "other").unwrap();
-        assert_eq!(due_after(&taken_up, SETTLED), FolderSnapshot::new());
-        taken_up.extend(due_after(&taken_up, SETTLED));
-        assert_eq!(taken_up, folder.look());
+        assert_eq!(due_after(&loaded, SETTLED), FolderSnapshot::new());
+        loaded.extend(due_after(&loaded, SETTLED));
+        assert_eq!(loaded, folder.snapshot());
 
         // Renaming the file of a plugin is one change, and so is removing it.
         fs::rename(&file, folder.0.join("2-a.wasm")).unwrap();
-        assert_eq!(due_after(&taken_up, PACE), FolderSnapshot::new());
-        let due = due_after(&taken_up, SETTLED);
+        assert_eq!(due_after(&loaded, PACE), FolderSnapshot::new());
+        let due = due_after(&loaded, SETTLED);
         assert!(
             due["a"].len() == 1 && due["a"][0].path.ends_with("2-a.wasm"),
             "{due:?}"
         );
-        taken_up.extend(due);
+        loaded.extend(due);
         fs::remove_file(folder.0.join("2-a.wasm")).unwrap();
-        assert_eq!(due_after(&taken_up, PACE), FolderSnapshot::new());
+        assert_eq!(due_after(&loaded, PACE), FolderSnapshot::new());
         assert_eq!(
-            due_after(&taken_up, SETTLED),
+            due_after(&loaded, SETTLED),
             FolderSnapshot::from([("a".to_owned(), Vec::new())])
         );
     }

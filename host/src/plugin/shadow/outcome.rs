@@ -1,8 +1,8 @@
 //! Compares the decisions of two versions of a plugin about the same event, and keeps a bounded
 //! sample of the differences.
 //!
-//! The versions are run by `plugin::shadow` (on live events) and by `rehearsal` (the backtest, on
-//! past events).
+//! The versions are run by `plugin::shadow` on live events and by `preview::backtest` on past
+//! events.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,7 +18,7 @@ const MAX_DIFFERENCES: usize = 100;
 /// The maximum size of one side of a difference, in bytes of JSON.
 const MAX_SIDE: usize = 16 * 1024;
 
-/// The decision of a version of a plugin about an event in one role. The words are those of
+/// The decision of a version of a plugin about an event in one role. It is serialised as in
 /// decision records.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "verdict", rename_all = "lowercase")]
@@ -126,7 +126,7 @@ impl PluginDecision {
 /// An event about which the versions decide differently.
 #[derive(Clone, Debug, Serialize)]
 pub struct Difference {
-    event: Told,
+    event: EventIdentity,
     role: Role,
     /// The clock shown to both versions, in milliseconds since the Unix epoch.
     clock_ms: u64,
@@ -138,7 +138,7 @@ pub struct Difference {
 
 /// The identity of an event.
 #[derive(Clone, Debug, Serialize)]
-struct Told {
+struct EventIdentity {
     id: Name,
     source: Name,
     #[serde(rename = "type")]
@@ -163,7 +163,7 @@ impl Difference {
         let Event {
             id, source, kind, ..
         } = event;
-        let event = Told {
+        let event = EventIdentity {
             id: id.clone(),
             source: source.clone(),
             kind: kind.clone(),
