@@ -8,7 +8,7 @@
 //! known are listed as such.
 //!
 //! `search` finds the decision, `reasons` explains why a route does not match a user, `conclusion`
-//! summarises all of it. A dry run (`http/dry_run.rs`) answers a different question: whom an event
+//! summarises all of it. A dry run (`preview::dry_run`) answers a different question: whom an event
 //! would reach if it were published now.
 
 use std::collections::BTreeSet;

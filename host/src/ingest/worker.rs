@@ -144,7 +144,7 @@ impl Drop for Progress {
 }
 
 /// State of a source kept between attempts to process it.
-struct Standing {
+struct SourceState {
     /// Only the end of a node counts as a take-over; an outage of the broker does not.
     is_new_owner: bool,
     /// Set after a take-over from owners that did not move the position: see [`CAREFUL_AFTER`].
@@ -154,7 +154,7 @@ struct Standing {
 }
 
 /// An evaluated batch, ready to commit.
-struct Evaluated {
+struct EvaluatedBatch {
     items: Vec<Item>,
 }
 
@@ -164,7 +164,7 @@ impl Ingest {
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
         let mut backoff =
             Backoff::new(Duration::from_millis(50), Duration::from_secs(5), 0.5..=1.5);
-        let mut standing = Standing {
+        let mut state = SourceState {
             is_new_owner: true,
             is_careful: false,
             read_limit: MAX_ITEMS,
@@ -176,7 +176,7 @@ impl Ingest {
                 () = shutdown.cancelled() => break,
             }
             let began = Instant::now();
-            let stop = self.own(&partition, &mut standing, &shutdown).await;
+            let stop = self.own(&partition, &mut state, &shutdown).await;
             if began.elapsed() > Duration::from_secs(5) {
                 backoff.reset();
             }
@@ -188,14 +188,14 @@ impl Ingest {
                 }
                 Stop::LeaseLost => {
                     tracing::info!(source.key = %partition.source, "lost the lease; another node processes the source");
-                    standing.is_new_owner = true;
+                    state.is_new_owner = true;
                     backoff.reset();
                     backoff.pause()
                 }
                 Stop::NoPlugins => {
                     tracing::warn!(source.key = %partition.source, "no plugins loaded; events wait in the source");
                     self.release(&partition).await;
-                    standing.is_new_owner = true;
+                    state.is_new_owner = true;
                     continue;
                 }
                 Stop::Broker(error) => {
@@ -232,7 +232,7 @@ impl Ingest {
     async fn own(
         &self,
         partition: &Partition,
-        standing: &mut Standing,
+        state: &mut SourceState,
         shutdown: &CancellationToken,
     ) -> Stop {
         let ttl = self.config.lease_ttl;
@@ -249,13 +249,13 @@ impl Ingest {
                 Err(error) => return error.into(),
             }
         }
-        standing.is_careful = false;
-        if standing.is_new_owner {
+        state.is_careful = false;
+        if state.is_new_owner {
             match self.broker.take_over(partition.number).await {
-                Ok(n_owners) => standing.is_careful = n_owners >= CAREFUL_AFTER,
+                Ok(n_owners) => state.is_careful = n_owners >= CAREFUL_AFTER,
                 Err(error) => return error.into(),
             }
-            standing.is_new_owner = false;
+            state.is_new_owner = false;
         }
         let keep_lease = async {
             loop {
@@ -272,7 +272,7 @@ impl Ingest {
             }
         };
         tokio::select! {
-            stop = self.work(partition, standing, shutdown) => stop,
+            stop = self.work(partition, state, shutdown) => stop,
             stop = keep_lease => stop,
         }
     }
@@ -280,7 +280,7 @@ impl Ingest {
     async fn work(
         &self,
         partition: &Partition,
-        standing: &mut Standing,
+        state: &mut SourceState,
         shutdown: &CancellationToken,
     ) -> Stop {
         let progress = Progress::begin(&self.metrics, partition);
@@ -294,7 +294,7 @@ impl Ingest {
         let read = self.read(
             partition,
             head.position.entry,
-            standing,
+            state,
             evaluated,
             &progress,
             shutdown,
@@ -374,19 +374,15 @@ impl Ingest {
         &self,
         partition: &Partition,
         mut after: EntryId,
-        standing: &mut Standing,
-        evaluated: mpsc::Sender<Evaluated>,
+        state: &mut SourceState,
+        evaluated: mpsc::Sender<EvaluatedBatch>,
         progress: &Progress,
         shutdown: &CancellationToken,
     ) -> Stop {
         // Careful only until the position is known to move again.
-        let mut n_careful = if standing.is_careful { MAX_ITEMS } else { 0 };
+        let mut n_careful = if state.is_careful { MAX_ITEMS } else { 0 };
         loop {
-            let count = if n_careful > 0 {
-                1
-            } else {
-                standing.read_limit
-            };
+            let count = if n_careful > 0 { 1 } else { state.read_limit };
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
@@ -397,12 +393,12 @@ impl Ingest {
                 Err(error) => {
                     // Reading this many large entries may exceed the response timeout, and would do
                     // so on every attempt.
-                    standing.read_limit = (standing.read_limit / 4).max(1);
+                    state.read_limit = (state.read_limit / 4).max(1);
                     return error.into();
                 }
             };
-            if entries.len() == standing.read_limit {
-                standing.read_limit = (standing.read_limit + 1).min(MAX_ITEMS);
+            if entries.len() == state.read_limit {
+                state.read_limit = (state.read_limit + 1).min(MAX_ITEMS);
             }
             let Some(last) = entries.last() else {
                 if evaluated.is_closed() {
@@ -438,7 +434,7 @@ impl Ingest {
                 }
                 Err(stop) => return stop,
             };
-            if evaluated.send(Evaluated { items }).await.is_err() {
+            if evaluated.send(EvaluatedBatch { items }).await.is_err() {
                 return Stop::Conflict;
             }
         }
@@ -619,10 +615,10 @@ impl Ingest {
         partition: &Partition,
         epoch: Epoch,
         mut prev: Position,
-        mut batches: mpsc::Receiver<Evaluated>,
+        mut batches: mpsc::Receiver<EvaluatedBatch>,
         progress: &Progress,
     ) -> Stop {
-        while let Some(Evaluated { items }) = batches.recv().await {
+        while let Some(EvaluatedBatch { items }) = batches.recv().await {
             let mut items = items.into_iter().peekable();
             while let Some(first) = items.next() {
                 let mut n_items = 1;

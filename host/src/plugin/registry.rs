@@ -162,7 +162,7 @@ impl Registry {
     }
 
     /// The files as they were last loaded.
-    pub(super) fn loaded(&self) -> FolderSnapshot {
+    fn loaded(&self) -> FolderSnapshot {
         let slots = self.slots();
         let files = slots
             .by_name
@@ -177,7 +177,7 @@ impl Registry {
     /// for all of them.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
-    pub(super) fn load_snapshot(&self, snapshot: FolderSnapshot) {
+    fn load_snapshot(&self, snapshot: FolderSnapshot) {
         let loading = self.begin_loading();
         // The lock may have been held by another load, or by an upload that wrote these files.
         // Entries that are outdated by now are dropped; the next scan finds them again.
@@ -413,7 +413,7 @@ impl Registry {
     }
 
     /// Records why the folder cannot be read, or that it can be.
-    pub(super) fn set_folder_failure(&self, reason: Option<String>) {
+    fn set_folder_failure(&self, reason: Option<String>) {
         self.current.send_if_modified(|current| {
             let is_new = current.folder_failure != reason;
             current.folder_failure = reason;

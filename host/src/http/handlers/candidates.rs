@@ -16,7 +16,7 @@ use crate::http::{ApiError, State};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::state::PluginState;
 use crate::plugin::shadow::ShadowReport;
-use crate::preview::backtest::{BacktestReport, MAX_EVENTS};
+use crate::preview::backtest::{self, BacktestReport, MAX_EVENTS};
 
 /// `PUT /v1/plugins/{name}/shadow` with the bytes of a plugin file.
 pub(in crate::http) async fn begin(

@@ -22,12 +22,12 @@ const DRAFT: &str = ".upload";
 const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
 /// The files of each plugin, by plugin name, sorted by path. More than one file is a mistake.
-pub(in crate::plugin) type FolderSnapshot = BTreeMap<String, Vec<FileStamp>>;
+pub(super) type FolderSnapshot = BTreeMap<String, Vec<FileStamp>>;
 
 /// A file as it was seen. Equal stamps imply equal bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::plugin) struct FileStamp {
-    pub(in crate::plugin) path: PathBuf,
+pub(super) struct FileStamp {
+    pub(super) path: PathBuf,
     /// `None`: the metadata could not be read, for example of a dangling link.
     stamp: Option<Stamp>,
 }
@@ -61,7 +61,7 @@ impl Stamp {
 
 impl FileStamp {
     /// The file name, for messages.
-    pub(in crate::plugin) fn file(&self) -> String {
+    pub(super) fn file(&self) -> String {
         self.path
             .file_name()
             .unwrap_or_default()
@@ -82,7 +82,7 @@ pub fn check_folder(dir: &Path) -> Result<(), String> {
 ///
 /// # Errors
 /// The folder cannot be read; the text includes the fix.
-pub(in crate::plugin) fn snapshot(dir: &Path) -> Result<FolderSnapshot, String> {
+pub(super) fn snapshot(dir: &Path) -> Result<FolderSnapshot, String> {
     let unreadable = |error| {
         format!(
             "the plugin folder {} cannot be read: {error}; create it, or set plugins.dir",
@@ -132,7 +132,7 @@ fn sweep(dir: &Path) {
 ///
 /// # Errors
 /// The file cannot be written; the text names it.
-pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, String> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, String> {
     let unwritable = |error: std::io::Error| {
         format!(
             "{} cannot be written: {error}; make the folder writable for this node, or copy the file there yourself",
@@ -171,7 +171,7 @@ pub(in crate::plugin) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, S
 ///
 /// # Errors
 /// The file cannot be removed; the text names it.
-pub(in crate::plugin) fn remove(path: &Path) -> Result<(), String> {
+pub(super) fn remove(path: &Path) -> Result<(), String> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(format!(
             "{} cannot be removed: {error}; remove it yourself",
@@ -182,7 +182,7 @@ pub(in crate::plugin) fn remove(path: &Path) -> Result<(), String> {
 }
 
 /// Whether `NAME.wasm` is a valid file name that yields this plugin name.
-pub(in crate::plugin) fn is_name(name: &str) -> bool {
+pub(super) fn is_name(name: &str) -> bool {
     let is_plain =
         name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !name.starts_with('-');
     is_plain && (1..=64).contains(&name.len()) && name_of_file(&format!("{name}.wasm")) == name
@@ -193,7 +193,7 @@ pub(in crate::plugin) fn is_name(name: &str) -> bool {
 /// # Errors
 /// Why not, as the rest of a sentence that begins with the file name: it is larger than `max`
 /// bytes, is not a regular file, or was being written.
-pub(in crate::plugin) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
+pub(super) fn read(path: &Path, max: usize) -> Result<Vec<u8>, String> {
     let unreadable = |error| format!("cannot be read: {error}");
     // Checked before it is opened: opening a pipe would block until its other end is opened.
     if !fs::metadata(path).map_err(unreadable)?.is_file() {
@@ -254,7 +254,7 @@ pub(in crate::plugin) mod tests {
             Self(path)
         }
 
-        pub(in crate::plugin) fn snapshot(&self) -> FolderSnapshot {
+        pub(in crate::plugin::registry) fn snapshot(&self) -> FolderSnapshot {
             snapshot(&self.0).unwrap()
         }
     }

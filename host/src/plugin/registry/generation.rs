@@ -24,7 +24,7 @@ pub struct Generation {
 
 impl Generation {
     /// `is_on_probation`: there is another generation to roll back to.
-    pub(in crate::plugin) fn new(
+    pub(super) fn new(
         plugin: Plugin,
         number: u64,
         settings: Settings,
@@ -62,17 +62,17 @@ impl Generation {
     }
 
     /// Ends the probation; called when there is no longer a generation to roll back to.
-    pub(in crate::plugin) fn end_probation(&self) {
+    pub(super) fn end_probation(&self) {
         self.healths().for_each(Health::end_probation);
     }
 
     /// Whether the generation has no probation, or has passed it in all roles.
-    pub(in crate::plugin) fn is_proven(&self, now: Instant) -> bool {
+    pub(super) fn is_proven(&self, now: Instant) -> bool {
         self.healths().all(|health| health.is_proven(now))
     }
 
     /// The health of the role in the worse state.
-    pub(in crate::plugin) fn report(&self, now: Instant) -> HealthReport {
+    pub(super) fn report(&self, now: Instant) -> HealthReport {
         self.healths()
             .map(|health| health.report(now))
             .max_by_key(HealthReport::severity)
@@ -91,9 +91,7 @@ pub struct Chain {
 
 impl Chain {
     /// Keeps the order of the generations.
-    pub(in crate::plugin) fn new<'a>(
-        generations: impl Iterator<Item = &'a Arc<Generation>> + Clone,
-    ) -> Self {
+    pub(super) fn new<'a>(generations: impl Iterator<Item = &'a Arc<Generation>> + Clone) -> Self {
         let of_role = |role| {
             generations
                 .clone()
@@ -108,7 +106,7 @@ impl Chain {
     }
 
     /// A copy with this generation in place of the one with the same plugin name.
-    pub(in crate::plugin) fn with(&self, other: &Arc<Generation>) -> Self {
+    pub(super) fn with(&self, other: &Arc<Generation>) -> Self {
         let in_place = |generation: &Arc<Generation>| {
             let is_its = generation.plugin.name() == other.plugin.name();
             Arc::clone(if is_its { other } else { generation })
@@ -124,7 +122,7 @@ impl Chain {
     }
 
     /// Iterates over each plugin once.
-    pub(in crate::plugin) fn generations(&self) -> impl Iterator<Item = &Arc<Generation>> {
+    pub(super) fn generations(&self) -> impl Iterator<Item = &Arc<Generation>> {
         self.filters.iter().chain(
             self.routers
                 .iter()

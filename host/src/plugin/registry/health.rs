@@ -28,13 +28,13 @@ const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// When a plugin counts as unhealthy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::plugin) struct HealthPolicy {
+pub(super) struct HealthPolicy {
     /// The duration of a probation; zero disables it.
-    pub(in crate::plugin) probation: Duration,
+    pub(super) probation: Duration,
     /// The maximum share of events in a probation that may fail, in percent.
-    pub(in crate::plugin) probation_failure_percent: u64,
+    pub(super) probation_failure_percent: u64,
     /// Consecutive failures that open the breaker; zero disables it.
-    pub(in crate::plugin) breaker_failures: u32,
+    pub(super) breaker_failures: u32,
 }
 
 /// The health of one role of one generation. Thread-safe.
@@ -127,7 +127,7 @@ pub struct HealthReport {
 
 impl HealthReport {
     /// Sorts by severity; greater is worse.
-    pub(in crate::plugin) fn severity(&self) -> (bool, u64, u32) {
+    pub(super) fn severity(&self) -> (bool, u64, u32) {
         (
             self.breaker != BreakerState::Closed,
             self.probation.map_or(0, |probation| probation.failed),
@@ -155,11 +155,7 @@ pub enum BreakerState {
 
 impl Health {
     /// `is_on_probation`: there is another generation to roll back to.
-    pub(in crate::plugin) fn new(
-        policy: HealthPolicy,
-        is_on_probation: bool,
-        now: Instant,
-    ) -> Self {
+    pub(super) fn new(policy: HealthPolicy, is_on_probation: bool, now: Instant) -> Self {
         let failures = FailureCounts {
             probation_ends: now + policy.probation,
             n_failed: 0,
@@ -263,12 +259,12 @@ impl Health {
     }
 
     /// Ends the probation without a judgement.
-    pub(in crate::plugin) fn end_probation(&self) {
+    pub(super) fn end_probation(&self) {
         self.is_on_probation.store(false, Relaxed);
     }
 
     /// Whether the generation has no probation, or has passed it.
-    pub(in crate::plugin) fn is_proven(&self, now: Instant) -> bool {
+    pub(super) fn is_proven(&self, now: Instant) -> bool {
         !self.is_on_probation.load(Relaxed)
             || self.is_over(
                 &self.failures.lock().expect("no panic under this lock"),
@@ -281,7 +277,7 @@ impl Health {
         now >= failures.probation_ends && self.n_events.load(Relaxed) >= MIN_EVENTS
     }
 
-    pub(in crate::plugin) fn report(&self, now: Instant) -> HealthReport {
+    pub(super) fn report(&self, now: Instant) -> HealthReport {
         let failures = self.failures.lock().expect("no panic under this lock");
         let left = failures.probation_ends.saturating_duration_since(now);
         let is_on_probation = self.is_on_probation.load(Relaxed) && !self.is_over(&failures, now);

@@ -196,7 +196,7 @@ impl Settings {
         }
     }
 
-    pub(in crate::plugin) fn policy(&self) -> HealthPolicy {
+    pub(super) fn policy(&self) -> HealthPolicy {
         HealthPolicy {
             probation: self.probation,
             probation_failure_percent: self.probation_failure_percent.into(),
@@ -205,7 +205,7 @@ impl Settings {
     }
 
     /// A copy without the plugin's own configuration, which may hold secrets.
-    pub(in crate::plugin) fn shown(&self) -> Self {
+    pub(super) fn shown(&self) -> Self {
         Self {
             config: serde_json::Map::new(),
             ..self.clone()
@@ -215,7 +215,7 @@ impl Settings {
 
 impl Config {
     /// The settings of the plugin with this name, or the defaults.
-    pub(in crate::plugin) fn settings(&self, name: &str) -> Settings {
+    pub(super) fn settings(&self, name: &str) -> Settings {
         self.plugins.get(name).cloned().unwrap_or_default()
     }
 }

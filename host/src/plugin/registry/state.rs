@@ -49,7 +49,7 @@ pub struct PluginState {
 
 impl PluginState {
     /// Adds what is known of the active generation.
-    pub(in crate::plugin) fn with_active(mut self, generation: &Generation) -> Self {
+    pub(super) fn with_active(mut self, generation: &Generation) -> Self {
         let plugin = &generation.plugin;
         self.kind = PluginKind::of(plugin);
         self.version.clone_from(&plugin.manifest().version);
@@ -75,7 +75,7 @@ pub enum PluginKind {
 }
 
 impl PluginKind {
-    pub(in crate::plugin) fn of(plugin: &Plugin) -> Self {
+    pub(super) fn of(plugin: &Plugin) -> Self {
         match (plugin.has_role(Role::Filter), plugin.has_role(Role::Router)) {
             (true, true) => Self::FilterAndRouter,
             (true, false) => Self::Filter,

@@ -10,7 +10,7 @@
 //!
 //! Several processes may share a folder: files are created by renaming and never modified. The
 //! folder holds at most [`MAX_FILES`] files of at most [`MAX_BYTES`] in total; the least recently
-//! used are evicted first. Compiling is in `plugin::compile`.
+//! used are evicted first. Compiling is in `compile`.
 //!
 //! This is the only file of the host that may use `unsafe`, for a single call: see [`revive`].
 

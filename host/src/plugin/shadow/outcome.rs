@@ -205,7 +205,7 @@ impl Differences {
 }
 
 /// The size of a value as JSON, in bytes, computed without building the text.
-pub(in crate::plugin) fn json_bytes(value: &impl Serialize) -> usize {
+pub(super) fn json_bytes(value: &impl Serialize) -> usize {
     struct Counter(usize);
     impl io::Write for Counter {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
