@@ -43,7 +43,8 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
         &[
             &["recipients"],
             &["subscription"],
-            &["hub", "device_cursors"],
+            &["follow", "device_cursors"],
+            &["hub"],
             &["sse"],
         ],
     ),

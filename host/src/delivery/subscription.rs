@@ -317,7 +317,7 @@ impl Subscription {
 
     /// Whether the partition is live in another epoch than this one and would therefore ignore
     /// notices of this one.
-    pub fn lives_elsewhere(&self, partition: PartitionNumber, epoch: Epoch) -> bool {
+    pub fn is_live_in_other_epoch(&self, partition: PartitionNumber, epoch: Epoch) -> bool {
         let at = self.at(partition);
         matches!(at.state, State::Live) && at.epoch != Some(epoch)
     }

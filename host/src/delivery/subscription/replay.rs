@@ -32,9 +32,9 @@ const PAGE: usize = 256;
 /// into a simultaneous request.
 const READS: usize = 64;
 
-/// Follows logs for a stream.
+/// FollowLogs logs for a stream.
 #[async_trait]
-pub trait Follows: Send + Sync {
+pub trait FollowLogs: Send + Sync {
     /// Returns once appends to all of these logs, and to no others of this partition, are delivered
     /// to this stream. May be cancelled.
     async fn follow(
@@ -102,7 +102,7 @@ impl History {
         stream: Arc<OpenStream>,
         partition: PartitionNumber,
         mut round: u64,
-        follows: &dyn Follows,
+        follows: &dyn FollowLogs,
     ) {
         let mut backoff =
             Backoff::new(Duration::from_millis(50), Duration::from_secs(2), 0.5..=1.5);
@@ -134,7 +134,7 @@ impl History {
         stream: &Arc<OpenStream>,
         partition: PartitionNumber,
         round: u64,
-        follows: &dyn Follows,
+        follows: &dyn FollowLogs,
     ) -> Result<Option<u64>, Stop> {
         self.read_recipient(stream, partition, round).await?;
         let logs = in_round(stream, partition, round, |subscription| {

@@ -363,7 +363,9 @@ impl World {
         if self.place(partition).believed != Some(epoch) && self.look(partition) != epoch {
             return;
         }
-        let is_elsewhere = self.subscription.lives_elsewhere(number(partition), epoch);
+        let is_elsewhere = self
+            .subscription
+            .is_live_in_other_epoch(number(partition), epoch);
         match notice {
             Notice::Append(id, record) => {
                 if let Some(round) = self.subscription.on_append(
