@@ -489,9 +489,13 @@ impl Client {
             self.cursor = Some(cursor);
         }
         match next {
-            Next::Notification { record, way, .. } => Frame::Event {
+            Next::Notification {
+                record,
+                route_match,
+                ..
+            } => Frame::Event {
                 id: event_id(&record),
-                priority: record.route(way.route).priority,
+                priority: record.route(route_match.route).priority,
                 record,
             },
             Next::Gap(gap) => Frame::Gap(gap),

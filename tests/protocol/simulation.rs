@@ -116,9 +116,9 @@ impl Client {
                     partition,
                     id,
                     record,
-                    way,
+                    route_match,
                 } => {
-                    let route = record.route(way.route);
+                    let route = record.route(route_match.route);
                     let (priority, key) = (route.priority, route.collapse.clone());
                     (
                         partition,

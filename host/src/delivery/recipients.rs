@@ -206,7 +206,7 @@ pub fn winning_route(
             ));
         }
     }
-    winner.map(|(way, _)| way)
+    winner.map(|(route_match, _)| route_match)
 }
 
 #[cfg(test)]
@@ -295,7 +295,7 @@ mod tests {
             routes: vec![route("u:b g:ops u:a all", Priority::Normal)],
         };
         let target = |user: &str, recipient: &Recipient| {
-            wins(&plan, &name(user), recipient, at(15)).map(|way| way.target)
+            wins(&plan, &name(user), recipient, at(15)).map(|winner| winner.target)
         };
         assert_eq!(target("a", &Recipient::default()), Some(2));
         assert_eq!(target("b", &member(10, None)), Some(0));

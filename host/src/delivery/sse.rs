@@ -209,13 +209,21 @@ impl Body {
                 self.cursor.clear();
                 subscription.encode_cursor(&mut self.cursor);
                 match next {
-                    Next::Notification { record, way, .. } => {
+                    Next::Notification {
+                        record,
+                        route_match,
+                        ..
+                    } => {
                         n_sent += 1;
                         put_id(&mut self.buffer, &self.cursor);
-                        let rendered =
-                            record.rendered(way.route, |record| render(record, way.route));
+                        let rendered = record.rendered(route_match.route, |record| {
+                            render(record, route_match.route)
+                        });
                         self.buffer.put_slice(&rendered.before_target);
-                        put_target(&mut self.buffer, &record.route(way.route).to[way.target]);
+                        put_target(
+                            &mut self.buffer,
+                            &record.route(route_match.route).to[route_match.target],
+                        );
                         self.buffer.put_slice(&rendered.after_target);
                         self.sent_cursor.clone_from(&self.cursor);
                     }

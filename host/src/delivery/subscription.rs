@@ -14,18 +14,23 @@
 //!   it.
 //! - `seen`: the highest id handled, at or above `low_water`. Notifications between the two wait in
 //!   the queues.
-//! - `had` (sent ahead): at most three ids above `low_water` that were sent before lower ones.
+//! - *sent ahead*: at most three ids above `low_water` that were sent before lower ones.
+//!
+//! `partition` is the state of one partition, `queue` orders what waits for the socket,
+//! `ahead_queue` holds what leaves before lower ids, and `evaluator` chooses the route.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::broker::Head;
-use crate::delivery::recipients::{Moment, Reader, RouteMatch, winning_route};
-use crate::event::criteria::{Criteria, Pool};
+use crate::delivery::recipients::{Reader, RouteMatch};
+use crate::event::criteria::Pool;
 use crate::event::{Epoch, Name, NotificationId, PartitionNumber, Priority, Recipient, Target};
 
+mod ahead_queue;
 pub mod cursor;
+mod evaluator;
 mod gaps;
+mod partition;
 mod queue;
 mod record;
 pub mod replay;
@@ -37,8 +42,11 @@ pub use record::{Record, Rendered};
 pub use start::{Filter, Start};
 pub use stream::OpenStream;
 
-use cursor::{Cursor, MAX_SENT_AHEAD, Position};
+use ahead_queue::AheadQueue;
+use cursor::{Cursor, Position};
+use evaluator::Evaluator;
 use gaps::Gaps;
+use partition::{BufferedNotice, PartitionState};
 use queue::{PriorityQueue, QueuedNotification};
 
 /// Replay takes no more notifications of a partition while this many wait. Four times as many live
@@ -56,88 +64,21 @@ pub enum Next {
         partition: PartitionNumber,
         id: NotificationId,
         record: Arc<Record>,
-        way: RouteMatch,
+        route_match: RouteMatch,
     },
     Gap(Gap),
     /// The cursor without a notification, so that a client that received nothing can resume.
     Cursor,
 }
 
-#[derive(Debug)]
-enum State {
-    /// `knows_urgent`: every urgent notification above the low-water mark was sent or is in
-    /// `ahead`, so that the next one may be sent ahead without overtaking another urgent one.
-    Replay {
-        buffer: VecDeque<(Epoch, NotificationId, Arc<Record>)>,
-        is_overflowed: bool,
-        knows_urgent: bool,
-    },
-    Live,
-}
-
-impl State {
-    fn replay(knows_urgent: bool) -> Self {
-        Self::Replay {
-            buffer: VecDeque::new(),
-            is_overflowed: false,
-            knows_urgent,
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Partition {
-    number: PartitionNumber,
-    /// `None` until the first head is read; never `None` again after that.
-    epoch: Option<Epoch>,
-    low_water: NotificationId,
-    seen: NotificationId,
-    state: State,
-    /// Incremented by each [`Subscription::enter_replay`]. A replay that holds an older round is
-    /// obsolete and stops.
-    round: u64,
-    /// Announce no trimmed history: the client requested the earliest that is kept.
-    is_lenient: bool,
-    has_gap: bool,
-}
-
-#[derive(Clone, Debug)]
-struct SentAhead {
-    partition: PartitionNumber,
-    id: NotificationId,
-    /// The collapse key under which it was sent, if any. If only the cursor records the sending,
-    /// all keys under which it may have been sent. `None`: the record has not been read since.
-    collapse: Option<Vec<Name>>,
-}
-
-impl SentAhead {
-    /// Whether an older notification with this key is obsolete.
-    fn supersedes(&self, older: NotificationId, key: &Name) -> bool {
-        self.id > older
-            && self
-                .collapse
-                .as_ref()
-                .is_some_and(|keys| keys.contains(key))
-    }
-}
-
 /// See the module documentation.
 #[derive(Debug)]
 pub struct Subscription {
-    reader: Reader,
-    filter: Filter,
+    evaluator: Evaluator,
     start: Start,
-    recipient: Recipient,
-    /// Counters of reads of the recipient: those begun so far, the one that `recipient` came from,
-    /// and the first that is recent enough.
-    n_reads: u64,
-    recipient_read: u64,
-    needed_read: u64,
-    partitions: Vec<Partition>,
-    sent_ahead: Vec<SentAhead>,
+    partitions: Vec<PartitionState>,
     queue: PriorityQueue,
-    /// Urgent notifications to be sent ahead of a replay. Their ids lie above `seen`.
-    ahead: VecDeque<QueuedNotification>,
+    ahead: AheadQueue,
     gaps: Gaps,
     is_cursor_due: bool,
     /// The broker's clock minus this node's, in milliseconds.
@@ -153,52 +94,34 @@ impl Subscription {
         filter: Filter,
         partitions: impl IntoIterator<Item = PartitionNumber>,
     ) -> Self {
-        let named = |number| match &start {
-            Start::Cursor(cursor) => cursor
-                .positions
-                .iter()
-                .find(|position| position.partition == number),
+        let cursor = match &start {
+            Start::Cursor(cursor) => Some(cursor),
             _ => None,
         };
-        let partitions = partitions.into_iter().map(|number| Partition {
-            number,
-            epoch: named(number).map(|position| position.epoch),
-            low_water: named(number).map_or(NotificationId(0), |position| position.low_water),
-            seen: NotificationId(0),
-            state: State::replay(false),
-            round: 0,
-            is_lenient: start == Start::Earliest,
-            has_gap: false,
-        });
-        let partitions: Vec<Partition> = partitions.collect();
-        let sent_ahead: &[_] = if let Start::Cursor(cursor) = &start {
-            &cursor.sent_ahead
-        } else {
-            &[]
+        let position = |number| {
+            let positions = &cursor?.positions;
+            positions
+                .iter()
+                .find(|position| position.partition == number)
+                .map(|position| (position.epoch, position.low_water))
         };
-        // Ids of partitions that were removed from the configuration are dropped.
-        let sent_ahead = sent_ahead
-            .iter()
-            .filter(|(number, _)| partitions.iter().any(|p| p.number == *number));
-        let sent_ahead = sent_ahead
-            .map(|&(partition, id)| SentAhead {
-                partition,
-                id,
-                collapse: None,
-            })
+        let is_lenient = start == Start::Earliest;
+        let partitions: Vec<PartitionState> = partitions
+            .into_iter()
+            .map(|number| PartitionState::new(number, position(number), is_lenient))
             .collect();
+        // Ids of partitions that were removed from the configuration are dropped.
+        let sent_ahead = cursor
+            .into_iter()
+            .flat_map(|cursor| cursor.sent_ahead.iter().copied())
+            .filter(|(number, _)| partitions.iter().any(|at| at.number == *number));
+        let ahead = AheadQueue::new(sent_ahead);
         Self {
+            evaluator: Evaluator::new(reader.into(), filter),
             partitions,
-            reader: reader.into(),
-            filter,
             start,
-            recipient: Recipient::default(),
-            n_reads: 0,
-            recipient_read: 0,
-            needed_read: 1,
-            sent_ahead,
             queue: PriorityQueue::default(),
-            ahead: VecDeque::new(),
+            ahead,
             gaps: Gaps::default(),
             is_cursor_due: true,
             clock_offset_ms: 0,
@@ -206,33 +129,26 @@ impl Subscription {
     }
 
     pub fn user(&self) -> &Name {
-        &self.reader.user
+        self.evaluator.user()
     }
 
     /// Whether every partition is live and nothing is queued.
     pub fn is_idle(&self) -> bool {
-        self.partitions
-            .iter()
-            .all(|p| matches!(p.state, State::Live))
-            && self.queue.is_empty()
-            && self.ahead.is_empty()
-            && self.gaps.is_empty()
+        self.is_live() && self.queue.is_empty() && self.ahead.is_empty() && self.gaps.is_empty()
     }
 
     /// Whether every partition is live.
     pub fn is_live(&self) -> bool {
-        self.partitions
-            .iter()
-            .all(|p| matches!(p.state, State::Live))
+        self.partitions.iter().all(PartitionState::is_live)
     }
 
     /// Whether [`Subscription::next`] would return an item now.
     pub fn is_ready(&self) -> bool {
-        let waits = self.is_cursor_due
+        let has_next = self.is_cursor_due
             || !self.gaps.is_empty()
             || !self.queue.is_empty()
             || !self.ahead.is_empty();
-        waits && self.has_begun()
+        has_next && self.has_begun()
     }
 
     /// Requests that a cursor be sent.
@@ -242,67 +158,47 @@ impl Subscription {
 
     /// Records that a read of the recipient is about to start. Returns the ticket to pass with the
     /// result.
-    pub fn read_recipient(&mut self) -> u64 {
-        self.n_reads += 1;
-        self.n_reads
+    pub fn begin_recipient_read(&mut self) -> u64 {
+        self.evaluator.begin_read()
     }
 
     /// Replaces the known recipient unless a later read was stored first: partitions replay
     /// concurrently.
     pub fn set_recipient(&mut self, ticket: u64, known: Recipient, pool: &Pool) {
-        if ticket > self.recipient_read {
-            self.recipient_read = ticket;
-            self.recipient = self.reader.as_recipient(
-                known,
-                self.partitions.iter().map(|partition| partition.number),
-            );
-            self.recipient.attributes = pool.share(std::mem::take(&mut self.recipient.attributes));
-        }
+        let partitions = self.partitions.iter().map(|partition| partition.number);
+        self.evaluator
+            .set_recipient(ticket, known, partitions, pool);
     }
 
     /// The logs to read in a partition, each with the id after which to start.
     pub fn logs(&self, partition: PartitionNumber) -> Vec<(Target, NotificationId)> {
-        self.recipient
-            .logs(self.user(), partition, self.at(partition).low_water)
+        self.evaluator.logs(partition, self.at(partition).low_water)
     }
 
     /// Returns to replay from the low-water mark. Returns the round that the replay must present.
     pub fn enter_replay(&mut self, partition: PartitionNumber) -> u64 {
-        self.ahead.retain(|waiting| waiting.partition != partition);
+        self.ahead.clear(partition);
         self.enter(partition, false)
     }
 
     /// Like `enter_replay`, but for lack of room. The notices received so far are complete, so
     /// urgent notifications need not wait for the replay to reach them.
     fn overflow(&mut self, partition: PartitionNumber, knew_urgent: bool) -> u64 {
-        let mut urgent = self.queue.urgent(partition);
-        urgent.extend(
-            self.ahead
-                .iter()
-                .filter(|waiting| waiting.partition == partition)
-                .cloned(),
-        );
-        self.ahead.retain(|waiting| waiting.partition != partition);
-        let room = MAX_SENT_AHEAD.saturating_sub(self.sent_ahead.len() + self.ahead.len());
-        let all_fit = urgent.len() <= room;
-        urgent.truncate(room);
-        self.ahead.extend(urgent);
+        // Taken before `enter` empties the queues.
+        let urgent = self.queue.urgent(partition);
+        let all_fit = self.ahead.put_first(partition, urgent);
         self.enter(partition, knew_urgent && all_fit)
     }
 
     fn enter(&mut self, partition: PartitionNumber, knows_urgent: bool) -> u64 {
-        self.queue.retain(|waiting| waiting.partition != partition);
-        let at = self.at_mut(partition);
-        at.seen = at.low_water;
-        at.state = State::replay(knows_urgent);
-        at.round += 1;
-        at.round
+        self.queue.retain(|queued| queued.partition != partition);
+        self.at_mut(partition).enter_replay(knows_urgent)
     }
 
     /// The user's memberships or attributes in this partition are out of date: nothing is evaluated
     /// until they are read again.
     pub fn recipient_changed(&mut self, partition: PartitionNumber) -> u64 {
-        self.needed_read = self.n_reads + 1;
+        self.evaluator.require_new_read();
         self.enter_replay(partition)
     }
 
@@ -319,7 +215,7 @@ impl Subscription {
     /// notices of this one.
     pub fn is_live_in_other_epoch(&self, partition: PartitionNumber, epoch: Epoch) -> bool {
         let at = self.at(partition);
-        matches!(at.state, State::Live) && at.epoch != Some(epoch)
+        at.is_live() && at.epoch != Some(epoch)
     }
 
     /// Begins a replay from `head`: positions a new subscription and detects epoch changes.
@@ -327,15 +223,15 @@ impl Subscription {
         self.clock_offset_ms = head.now_ms as i64 - node_now_ms as i64;
         let at = self.index(partition);
         if self.partitions[at].epoch.is_none() {
-            self.place(at, head);
+            self.set_start(at, head);
         }
-        self.survive(at, head);
+        self.enter_epoch(at, head);
         let at = &mut self.partitions[at];
         at.seen = at.low_water;
     }
 
     /// Sets the start of a new subscription in a partition.
-    fn place(&mut self, at: usize, head: &Head) {
+    fn set_start(&mut self, at: usize, head: &Head) {
         let number = self.partitions[at].number;
         let (epoch, low_water) = match &self.start {
             // Added since the cursor was written: start at its beginning.
@@ -360,22 +256,21 @@ impl Subscription {
         }
     }
 
-    /// Handles the end of the subscription's epoch: ids that did not survive it count as not sent.
-    /// See [`Head::last_valid_id`].
-    fn survive(&mut self, at: usize, head: &Head) {
-        let number = self.partitions[at].number;
-        let is_mine = |sent_ahead: &SentAhead| sent_ahead.partition == number;
-        let own = self.partitions[at].epoch;
-        let low_water = self.partitions[at].low_water;
+    /// Enters the epoch of `head`. If another one ended, ids that did not survive it count as not
+    /// sent. See [`Head::last_valid_id`].
+    fn enter_epoch(&mut self, at: usize, head: &Head) {
+        let PartitionState {
+            number,
+            epoch: before,
+            low_water,
+            ..
+        } = self.partitions[at];
         let highest = self
-            .sent_ahead
-            .iter()
-            .filter(|sent_ahead| is_mine(sent_ahead))
-            .map(|sent_ahead| sent_ahead.id)
-            .max()
+            .ahead
+            .highest_sent(number)
             .unwrap_or_default()
             .max(low_water);
-        let bound = own.map_or(NotificationId(0), |epoch| head.last_valid_id(epoch));
+        let bound = before.map_or(NotificationId(0), |epoch| head.last_valid_id(epoch));
         if highest > bound {
             self.announce(Gap {
                 partition: number,
@@ -383,16 +278,13 @@ impl Subscription {
                 from: bound,
                 to: highest,
             });
-            self.sent_ahead
-                .retain(|sent_ahead| !is_mine(sent_ahead) || sent_ahead.id <= bound);
+            self.ahead.forget_above(number, bound);
         }
-        if own != Some(head.epoch) {
+        if before != Some(head.epoch) {
             // Queued urgent notifications belong to the ended epoch. The replay reaches those that
             // survived.
-            self.ahead.retain(|waiting| waiting.partition != number);
-            if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
-                *knows_urgent = false;
-            }
+            self.ahead.clear(number);
+            self.partitions[at].forget_urgent();
         }
         let at = &mut self.partitions[at];
         at.low_water = low_water.min(bound);
@@ -411,89 +303,26 @@ impl Subscription {
     }
 
     /// The ids that the cursor lists as sent ahead and whose records have not been read since.
-    pub fn has_unknown_sent_ahead(&self, partition: PartitionNumber) -> Vec<NotificationId> {
-        self.sent_ahead
-            .iter()
-            .filter(|sent_ahead| sent_ahead.partition == partition && sent_ahead.collapse.is_none())
-            .map(|sent_ahead| sent_ahead.id)
-            .collect()
+    pub fn unread_sent_ahead(&self, partition: PartitionNumber) -> Vec<NotificationId> {
+        self.ahead.without_keys(partition)
     }
 
     /// Records the collapse keys of an id that was sent ahead. `record` is `None` if it is gone.
-    pub fn sent_ahead_is(
+    pub fn set_sent_ahead(
         &mut self,
         partition: PartitionNumber,
         id: NotificationId,
         record: Option<&Record>,
         node_now_ms: u64,
     ) {
+        let now_ms = self.broker_now(node_now_ms);
         let keys = record
-            .map(|record| self.keys_until_now(partition, id, record, self.broker_now(node_now_ms)))
+            .map(|record| {
+                self.evaluator
+                    .collapse_keys_until(partition, id, record, now_ms)
+            })
             .unwrap_or_default();
-        if let Some(sent_ahead) = self
-            .sent_ahead
-            .iter_mut()
-            .find(|sent_ahead| sent_ahead.partition == partition && sent_ahead.id == id)
-        {
-            sent_ahead.collapse = Some(keys);
-        }
-    }
-
-    /// The collapse keys of the routes that have won for this reader up to now, one after another
-    /// as they expired. A route that has expired since still keeps the older states superseded.
-    fn keys_until_now(
-        &self,
-        partition: PartitionNumber,
-        id: NotificationId,
-        record: &Record,
-        now_ms: u64,
-    ) -> Vec<Name> {
-        let (mut keys, mut at_ms) = (Vec::new(), 0);
-        while let Some(way) = self.judge_at(partition, id, record, at_ms) {
-            let route = record.route(way.route);
-            keys.extend(route.collapse.clone());
-            match route.expires_ms {
-                Some(expires_ms) if expires_ms <= now_ms => at_ms = expires_ms,
-                _ => break,
-            }
-        }
-        keys
-    }
-
-    fn judge(
-        &self,
-        partition: PartitionNumber,
-        id: NotificationId,
-        record: &Record,
-        node_now_ms: u64,
-    ) -> Option<RouteMatch> {
-        self.judge_at(partition, id, record, self.broker_now(node_now_ms))
-    }
-
-    fn judge_at(
-        &self,
-        partition: PartitionNumber,
-        id: NotificationId,
-        record: &Record,
-        now_ms: u64,
-    ) -> Option<RouteMatch> {
-        let moment = Moment {
-            partition,
-            id,
-            now_ms,
-        };
-        let attributes = &self.recipient.attributes;
-        let holds = |route: usize, criteria: &Criteria| record.holds(route, criteria, attributes);
-        let way = winning_route(
-            &record.notification().plan,
-            self.user(),
-            &self.recipient,
-            moment,
-            holds,
-        )?;
-        self.filter
-            .passes(record.notification(), record.route(way.route))
-            .then_some(way)
+        self.ahead.set_keys(partition, id, keys);
     }
 
     /// Handles one notification: skips, rejects or queues it. Ids of a partition must arrive in
@@ -510,61 +339,49 @@ impl Subscription {
             return;
         }
         at.seen = id;
-        self.try_next_route(partition, NotificationId(id.0 - 1));
-        self.ahead
-            .retain(|waiting| waiting.partition != partition || waiting.id != id);
-        if let Some(way) = self.judge(partition, id, record, node_now_ms) {
+        self.requeue_up_to(partition, NotificationId(id.0 - 1));
+        self.ahead.remove(partition, id);
+        let now_ms = self.broker_now(node_now_ms);
+        if let Some(route_match) = self.evaluator.evaluate(partition, id, record, now_ms) {
             self.queue(QueuedNotification {
                 partition,
                 id,
                 record: Arc::clone(record),
-                way,
+                route_match,
             });
         }
         self.advance(partition);
     }
 
     /// Queues a notification unless a later one superseded it or it was already sent ahead.
-    fn queue(&mut self, waiting: QueuedNotification) {
-        let (partition, id) = (waiting.partition, waiting.id);
-        let mine = self
-            .sent_ahead
-            .iter()
-            .filter(|sent_ahead| sent_ahead.partition == partition);
-        let is_had = mine.clone().any(|sent_ahead| sent_ahead.id == id);
-        if let Some(key) = waiting.collapse() {
-            let is_this_state = |other: &QueuedNotification| {
+    fn queue(&mut self, queued: QueuedNotification) {
+        let (partition, id) = (queued.partition, queued.id);
+        if let Some(key) = queued.collapse() {
+            let is_same_state = |other: &QueuedNotification| {
                 other.partition == partition && other.collapse() == Some(key)
             };
-            if mine
-                .clone()
-                .any(|sent_ahead| sent_ahead.supersedes(id, key))
+            if self.ahead.supersedes(partition, id, key)
                 || self
                     .queue
-                    .any(|newer| newer.id > id && is_this_state(newer))
+                    .any(|newer| newer.id > id && is_same_state(newer))
             {
                 return;
             }
             // The later state supersedes the earlier one even if the later one has been sent
             // already.
-            self.queue.retain(|older| !is_this_state(older));
+            self.queue.retain(|older| !is_same_state(older));
         }
-        if !is_had {
-            self.queue.push(waiting);
+        if !self.ahead.was_sent(partition, id) {
+            self.queue.push(queued);
         }
     }
 
     /// History up to `id` has been read. Notifications in `ahead` that were not met there, because
     /// their log was trimmed meanwhile, move to the queues; otherwise later ones would overtake
     /// them.
-    fn try_next_route(&mut self, partition: PartitionNumber, id: NotificationId) {
-        while let Some(at) = self
-            .ahead
-            .iter()
-            .position(|waiting| waiting.partition == partition && waiting.id <= id)
-            && let Some(waiting) = self.ahead.remove(at)
-        {
-            self.queue(waiting);
+    fn requeue_up_to(&mut self, partition: PartitionNumber, id: NotificationId) {
+        while let Some(queued) = self.ahead.pop_up_to(partition, id) {
+            self.queue(queued);
         }
     }
 
@@ -579,8 +396,8 @@ impl Subscription {
         node_now_ms: u64,
     ) -> Option<u64> {
         let at = self.index(partition);
-        if !matches!(self.partitions[at].state, State::Live) {
-            self.wait(partition, epoch, id, record, node_now_ms);
+        if !self.partitions[at].is_live() {
+            self.on_append_in_replay(partition, epoch, id, record, node_now_ms);
             return None;
         }
         if self.partitions[at].epoch != Some(epoch) || id <= self.partitions[at].seen {
@@ -591,14 +408,15 @@ impl Subscription {
             return None;
         }
         let round = self.overflow(partition, true);
-        self.wait(partition, epoch, id, record, node_now_ms);
+        // After the partition has entered replay, so that this notification waits in its buffer.
+        self.on_append_in_replay(partition, epoch, id, record, node_now_ms);
         Some(round)
     }
 
     /// Buffers a notification until the end of the replay. An urgent one may be sent ahead instead,
     /// unless another urgent one may still have to precede it. `seen` is not moved, so that the
     /// replay continues below it.
-    fn wait(
+    fn on_append_in_replay(
         &mut self,
         partition: PartitionNumber,
         epoch: Epoch,
@@ -607,53 +425,33 @@ impl Subscription {
         node_now_ms: u64,
     ) {
         let at = self.index(partition);
-        let is_mine = self.partitions[at].epoch == Some(epoch) && id > self.partitions[at].seen;
-        let State::Replay {
-            buffer,
-            is_overflowed,
-            knows_urgent,
-        } = &mut self.partitions[at].state
-        else {
+        let is_next = self.partitions[at].epoch == Some(epoch) && id > self.partitions[at].seen;
+        let Some(buffer) = self.partitions[at].buffer_mut() else {
             return;
         };
-        let n_bytes: usize = buffer.iter().map(|(_, _, record)| record.n_bytes()).sum();
-        if buffer.len() >= MAX_LIVE || n_bytes > MAX_BYTES {
-            // Replaying again at the end, not at once, guarantees progress.
-            *is_overflowed = true;
-            buffer.clear();
-        }
-        if !*is_overflowed {
-            buffer.push_back((epoch, id, Arc::clone(record)));
-        }
-        let may_go_ahead = *knows_urgent && is_mine && self.recipient_read >= self.needed_read;
-        let is_known = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
-        if !may_go_ahead
-            || self
-                .sent_ahead
-                .iter()
-                .any(|sent_ahead| is_known(sent_ahead.partition, sent_ahead.id))
-            || self
-                .ahead
-                .iter()
-                .any(|waiting| is_known(waiting.partition, waiting.id))
-        {
+        // Buffered even if it is sent ahead: the end of the replay must account for every id.
+        buffer.push(epoch, id, record);
+        let may_go_ahead = buffer.knows_urgent && is_next && self.evaluator.is_current();
+        if !may_go_ahead || self.ahead.contains(partition, id) {
             return;
         }
-        let Some(way) = self.judge(partition, id, record, node_now_ms) else {
+        let now_ms = self.broker_now(node_now_ms);
+        let Some(route_match) = self.evaluator.evaluate(partition, id, record, now_ms) else {
             return;
         };
-        if record.route(way.route).priority != Priority::Urgent {
+        if record.route(route_match.route).priority != Priority::Urgent {
             return;
         }
-        if self.sent_ahead.len() + self.ahead.len() < MAX_SENT_AHEAD {
-            self.ahead.push_back(QueuedNotification {
+        if self.ahead.has_room() {
+            self.ahead.push(QueuedNotification {
                 partition,
                 id,
                 record: Arc::clone(record),
-                way,
+                route_match,
             });
-        } else if let State::Replay { knows_urgent, .. } = &mut self.partitions[at].state {
-            *knows_urgent = false;
+        } else {
+            // This one stays behind, and no later one may overtake it.
+            self.partitions[at].forget_urgent();
         }
     }
 
@@ -661,7 +459,7 @@ impl Subscription {
     /// epoch is ignored.
     pub fn on_tick(&mut self, partition: PartitionNumber, epoch: Epoch, last: NotificationId) {
         let at = self.at_mut(partition);
-        if matches!(at.state, State::Live) && at.epoch == Some(epoch) {
+        if at.is_live() && at.epoch == Some(epoch) {
             // Never backwards: a delayed tick, or one during a sliced plan, is older than notices
             // handled since.
             at.seen = at.seen.max(last);
@@ -672,21 +470,14 @@ impl Subscription {
     /// Skips an id whose record is gone. Returns `true` if it was neither sent nor queued, so that
     /// the caller must announce a gap.
     pub fn skip(&mut self, partition: PartitionNumber, id: NotificationId) -> bool {
-        let is_here = |of: PartitionNumber, known: NotificationId| of == partition && known == id;
-        let is_had = self
-            .sent_ahead
-            .iter()
-            .any(|sent_ahead| is_here(sent_ahead.partition, sent_ahead.id))
-            || self
-                .ahead
-                .iter()
-                .any(|waiting| is_here(waiting.partition, waiting.id));
-        self.try_next_route(partition, id);
+        // Checked first: `requeue_up_to` moves it to the queues.
+        let is_ahead = self.ahead.contains(partition, id);
+        self.requeue_up_to(partition, id);
         let at = self.at_mut(partition);
         let is_new = id > at.seen;
         at.seen = at.seen.max(id);
         self.advance(partition);
-        is_new && !is_had
+        is_new && !is_ahead
     }
 
     /// Returns the low-water mark and the highest id handled.
@@ -699,11 +490,7 @@ impl Subscription {
     /// start of the stream.
     pub fn is_past(&self, partition: PartitionNumber, id: NotificationId) -> bool {
         let at = self.at(partition);
-        let is_had = self
-            .sent_ahead
-            .iter()
-            .any(|sent_ahead| sent_ahead.partition == partition && sent_ahead.id == id);
-        at.epoch.is_some() && (id <= at.low_water || is_had)
+        at.epoch.is_some() && (id <= at.low_water || self.ahead.was_sent(partition, id))
     }
 
     /// Whether replay may queue more of this partition.
@@ -723,33 +510,35 @@ impl Subscription {
         at.seen = at.seen.max(last);
         at.is_lenient = false;
         let has_gap = std::mem::take(&mut at.has_gap);
-        let state = std::mem::replace(&mut at.state, State::Live);
+        let buffer = at.go_live();
         let seen = at.seen;
+        // The cursor that followed the gap lies before it: without a newer one, a client that
+        // resumes would receive the gap again.
         self.is_cursor_due |= has_gap;
-        self.try_next_route(partition, seen);
+        self.requeue_up_to(partition, seen);
         self.advance(partition);
-        let State::Replay {
-            buffer,
-            is_overflowed,
-            knows_urgent,
-        } = state
-        else {
-            return None;
-        };
-        if is_overflowed {
-            return Some(self.overflow(partition, knows_urgent));
+        let buffer = buffer?;
+        if buffer.is_overflowed {
+            return Some(self.overflow(partition, buffer.knows_urgent));
         }
-        let mut buffer = buffer.into_iter();
-        while let Some((epoch, id, record)) = buffer.next() {
+        self.handle_buffered(partition, buffer.notices, node_now_ms)
+    }
+
+    /// Handles the notices that arrived during a replay, in the order of the feed. Returns the
+    /// round of the next replay if there was no room for one of them.
+    fn handle_buffered(
+        &mut self,
+        partition: PartitionNumber,
+        notices: impl IntoIterator<Item = BufferedNotice>,
+        node_now_ms: u64,
+    ) -> Option<u64> {
+        let mut next_round = None;
+        for (epoch, id, record) in notices {
+            // After a return to replay, this moves the remaining notices to its buffer.
             let round = self.on_append(partition, epoch, id, &record, node_now_ms);
-            if round.is_some() {
-                for (epoch, id, record) in buffer {
-                    self.wait(partition, epoch, id, &record, node_now_ms);
-                }
-                return round;
-            }
+            next_round = next_round.or(round);
         }
-        None
+        next_round
     }
 
     /// Returns the next item to write.
@@ -772,75 +561,69 @@ impl Subscription {
         let now_ms = self.broker_now(node_now_ms);
         self.expire(now_ms);
         // Urgent notifications that the replay has already queued go first: their ids are lower.
-        if let Some(first) = self.ahead.front()
-            && self.sent_ahead.len() < MAX_SENT_AHEAD
+        if let Some(first) = self.ahead.first()
+            && self.ahead.may_send()
             && !self.queue.has_urgent(first.partition)
-            && let Some(waiting) = self.ahead.pop_front()
+            && let Some(queued) = self.ahead.pop()
         {
-            self.remember(&waiting);
-            if let Some(key) = waiting.collapse() {
+            // Noted before the mark moves: the caller writes the cursor of this moment with it.
+            self.ahead.note_sent(&queued);
+            if let Some(key) = queued.collapse() {
                 // Entries of the same key that the replay has queued are older states.
                 self.queue.retain(|older| {
-                    older.partition != waiting.partition || older.collapse() != Some(key)
+                    older.partition != queued.partition || older.collapse() != Some(key)
                 });
             }
-            self.advance(waiting.partition);
-            return Some(waiting.into_next());
+            self.advance(queued.partition);
+            return Some(queued.into_next());
         }
-        let (waiting, overtakes) = self.queue.pop(self.sent_ahead.len() < MAX_SENT_AHEAD)?;
+        let (queued, overtakes) = self.queue.pop(self.ahead.may_send())?;
         if overtakes {
-            self.remember(&waiting);
+            self.ahead.note_sent(&queued);
         }
-        self.advance(waiting.partition);
-        Some(waiting.into_next())
+        self.advance(queued.partition);
+        Some(queued.into_next())
     }
 
     /// Removes expired notifications. One that another route still delivers to the reader stays
     /// queued by that route, in the same position.
     fn expire(&mut self, now_ms: u64) {
-        if self.ahead.iter().any(|waiting| waiting.is_expired(now_ms)) {
+        let Self {
+            ahead, evaluator, ..
+        } = self;
+        ahead.expire(now_ms, |queued| {
+            let QueuedNotification {
+                partition,
+                id,
+                ref record,
+                ..
+            } = queued;
+            let route_match = evaluator.evaluate(partition, id, record, now_ms)?;
             // The replay reaches the ones that are no longer urgent.
-            let again = |this: &Self, waiting: QueuedNotification| {
-                let way = this.judge_at(waiting.partition, waiting.id, &waiting.record, now_ms)?;
-                (waiting.record.route(way.route).priority == Priority::Urgent)
-                    .then_some(QueuedNotification { way, ..waiting })
-            };
-            let ahead = std::mem::take(&mut self.ahead);
-            self.ahead = ahead
-                .into_iter()
-                .filter_map(|waiting| again(self, waiting))
-                .collect();
-        }
+            (record.route(route_match.route).priority == Priority::Urgent).then_some(
+                QueuedNotification {
+                    route_match,
+                    ..queued
+                },
+            )
+        });
         let expired = self.queue.take_expired(now_ms);
         if expired.is_empty() {
             return;
         }
-        for QueuedNotification {
-            partition,
-            id,
-            record,
-            ..
-        } in expired
-        {
-            if let Some(way) = self.judge_at(partition, id, &record, now_ms) {
+        for queued in expired {
+            if let Some(route_match) =
+                self.evaluator
+                    .evaluate(queued.partition, queued.id, &queued.record, now_ms)
+            {
                 self.queue(QueuedNotification {
-                    partition,
-                    id,
-                    record,
-                    way,
+                    route_match,
+                    ..queued
                 });
             }
         }
+        // Afterwards, or the low-water mark would pass those that were queued again.
         self.advance_all();
-    }
-
-    fn remember(&mut self, waiting: &QueuedNotification) {
-        let collapse = Some(waiting.collapse().cloned().into_iter().collect());
-        self.sent_ahead.push(SentAhead {
-            partition: waiting.partition,
-            id: waiting.id,
-            collapse,
-        });
     }
 
     /// Appends the current cursor in its wire form. Appends nothing until every partition has a
@@ -856,13 +639,9 @@ impl Subscription {
                 low_water: p.low_water,
             })
         });
-        let sent_ahead = self
-            .sent_ahead
-            .iter()
-            .map(|sent_ahead| (sent_ahead.partition, sent_ahead.id));
         Cursor {
             positions: positions.collect(),
-            sent_ahead: sent_ahead.collect(),
+            sent_ahead: self.ahead.sent().collect(),
         }
         .encode(self.user(), out);
     }
@@ -875,8 +654,7 @@ impl Subscription {
         let mark = lowest.map_or(at.seen, |id| NotificationId(id.0 - 1));
         at.low_water = at.low_water.max(mark);
         let low_water = at.low_water;
-        self.sent_ahead
-            .retain(|sent_ahead| sent_ahead.partition != partition || sent_ahead.id > low_water);
+        self.ahead.forget_up_to(partition, low_water);
     }
 
     fn advance_all(&mut self) {
@@ -900,11 +678,11 @@ impl Subscription {
             .expect("a subscription covers every partition of the node")
     }
 
-    fn at(&self, partition: PartitionNumber) -> &Partition {
+    fn at(&self, partition: PartitionNumber) -> &PartitionState {
         &self.partitions[self.index(partition)]
     }
 
-    fn at_mut(&mut self, partition: PartitionNumber) -> &mut Partition {
+    fn at_mut(&mut self, partition: PartitionNumber) -> &mut PartitionState {
         let at = self.index(partition);
         &mut self.partitions[at]
     }
@@ -916,7 +694,7 @@ impl QueuedNotification {
             partition: self.partition,
             id: self.id,
             record: self.record,
-            way: self.way,
+            route_match: self.route_match,
         }
     }
 }

@@ -33,9 +33,9 @@ enum Body<'a> {
 ///
 /// # Panics
 /// If the plan has no such route or target.
-pub fn data_of(notification: &Notification, way: RouteMatch) -> String {
-    let (before, after) = around_target(notification, way.route);
-    let target = &notification.plan.routes[way.route].to[way.target];
+pub fn data_of(notification: &Notification, route_match: RouteMatch) -> String {
+    let (before, after) = around_target(notification, route_match.route);
+    let target = &notification.plan.routes[route_match.route].to[route_match.target];
     before + &json(target) + &after
 }
 

@@ -19,21 +19,21 @@ pub(super) struct QueuedNotification {
     pub(super) partition: PartitionNumber,
     pub(super) id: NotificationId,
     pub(super) record: Arc<Record>,
-    pub(super) way: RouteMatch,
+    pub(super) route_match: RouteMatch,
 }
 
 impl QueuedNotification {
     pub(super) fn priority(&self) -> Priority {
-        self.record.route(self.way.route).priority
+        self.record.route(self.route_match.route).priority
     }
 
     pub(super) fn collapse(&self) -> Option<&Name> {
-        self.record.route(self.way.route).collapse.as_ref()
+        self.record.route(self.route_match.route).collapse.as_ref()
     }
 
     pub(super) fn is_expired(&self, now_ms: u64) -> bool {
         self.record
-            .route(self.way.route)
+            .route(self.route_match.route)
             .expires_ms
             .is_some_and(|expires| expires <= now_ms)
     }
@@ -42,20 +42,20 @@ impl QueuedNotification {
 #[derive(Debug, Default)]
 pub(super) struct PriorityQueue {
     /// Indexed by priority, lowest first.
-    queue: [VecDeque<QueuedNotification>; 4],
+    by_priority: [VecDeque<QueuedNotification>; 4],
     n_bytes: usize,
 }
 
 impl PriorityQueue {
     /// Inserts a notification. Ids of a partition ascend within a queue, so it usually goes to the
     /// end.
-    pub(super) fn push(&mut self, waiting: QueuedNotification) {
-        self.n_bytes += waiting.record.n_bytes();
-        let lane = &mut self.queue[waiting.priority() as usize];
-        let at = lane
+    pub(super) fn push(&mut self, queued: QueuedNotification) {
+        self.n_bytes += queued.record.n_bytes();
+        let queue = &mut self.by_priority[queued.priority() as usize];
+        let at = queue
             .iter()
-            .position(|other| other.partition == waiting.partition && other.id > waiting.id);
-        lane.insert(at.unwrap_or(lane.len()), waiting);
+            .position(|other| other.partition == queued.partition && other.id > queued.id);
+        queue.insert(at.unwrap_or(queue.len()), queued);
     }
 
     pub(super) fn any(&self, is_meant: impl FnMut(&QueuedNotification) -> bool) -> bool {
@@ -63,7 +63,7 @@ impl PriorityQueue {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.queue.iter().all(VecDeque::is_empty)
+        self.by_priority.iter().all(VecDeque::is_empty)
     }
 
     /// Bytes of all queued records. A record shared with other streams counts fully for each.
@@ -73,41 +73,41 @@ impl PriorityQueue {
 
     pub(super) fn n_of(&self, partition: PartitionNumber) -> usize {
         self.iter()
-            .filter(|waiting| waiting.partition == partition)
+            .filter(|queued| queued.partition == partition)
             .count()
     }
 
     /// The urgent notifications of a partition, in order.
     pub(super) fn urgent(&self, partition: PartitionNumber) -> Vec<QueuedNotification> {
-        self.queue[Priority::Urgent as usize]
+        self.by_priority[Priority::Urgent as usize]
             .iter()
-            .filter(|waiting| waiting.partition == partition)
+            .filter(|queued| queued.partition == partition)
             .cloned()
             .collect()
     }
 
     pub(super) fn has_urgent(&self, partition: PartitionNumber) -> bool {
-        self.queue[Priority::Urgent as usize]
+        self.by_priority[Priority::Urgent as usize]
             .iter()
-            .any(|waiting| waiting.partition == partition)
+            .any(|queued| queued.partition == partition)
     }
 
     /// The lowest queued id of a partition.
     pub(super) fn lowest(&self, partition: PartitionNumber) -> Option<NotificationId> {
         // Ids of a partition ascend within a queue, so its first entry in each queue is enough.
-        self.queue
+        self.by_priority
             .iter()
-            .filter_map(|lane| lane.iter().find(|waiting| waiting.partition == partition))
-            .map(|waiting| waiting.id)
+            .filter_map(|queue| queue.iter().find(|queued| queued.partition == partition))
+            .map(|queued| queued.id)
             .min()
     }
 
     pub(super) fn retain(&mut self, keep: impl Fn(&QueuedNotification) -> bool) {
-        for lane in &mut self.queue {
-            lane.retain(|waiting| {
-                let stays = keep(waiting);
+        for queue in &mut self.by_priority {
+            queue.retain(|queued| {
+                let stays = keep(queued);
                 if !stays {
-                    self.n_bytes -= waiting.record.n_bytes();
+                    self.n_bytes -= queued.record.n_bytes();
                 }
                 stays
             });
@@ -118,11 +118,11 @@ impl PriorityQueue {
     pub(super) fn take_expired(&mut self, now_ms: u64) -> Vec<QueuedNotification> {
         let expired: Vec<QueuedNotification> = self
             .iter()
-            .filter(|waiting| waiting.is_expired(now_ms))
+            .filter(|queued| queued.is_expired(now_ms))
             .cloned()
             .collect();
         if !expired.is_empty() {
-            self.retain(|waiting| !waiting.is_expired(now_ms));
+            self.retain(|queued| !queued.is_expired(now_ms));
         }
         expired
     }
@@ -131,14 +131,14 @@ impl PriorityQueue {
     /// the highest non-empty queue, or, if `may_overtake` is false, the highest-priority one that
     /// is the lowest of its partition. The latter always exists while anything is queued.
     pub(super) fn pop(&mut self, may_overtake: bool) -> Option<(QueuedNotification, bool)> {
-        for at in (0..self.queue.len()).rev() {
-            for place in 0..self.queue[at].len() {
-                let waiting = &self.queue[at][place];
-                let overtakes = self.lowest(waiting.partition) != Some(waiting.id);
+        for priority in (0..self.by_priority.len()).rev() {
+            for at in 0..self.by_priority[priority].len() {
+                let queued = &self.by_priority[priority][at];
+                let overtakes = self.lowest(queued.partition) != Some(queued.id);
                 if overtakes && !may_overtake {
                     continue;
                 }
-                let taken = self.queue[at].remove(place)?;
+                let taken = self.by_priority[priority].remove(at)?;
                 self.n_bytes -= taken.record.n_bytes();
                 return Some((taken, overtakes));
             }
@@ -147,6 +147,6 @@ impl PriorityQueue {
     }
 
     fn iter(&self) -> impl Iterator<Item = &QueuedNotification> {
-        self.queue.iter().flatten()
+        self.by_priority.iter().flatten()
     }
 }

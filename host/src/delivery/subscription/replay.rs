@@ -153,18 +153,18 @@ impl History {
         let (sent_ahead, logs) = in_round(stream, partition, round, |subscription| {
             subscription.begin(partition, &head, begun_ms);
             (
-                subscription.has_unknown_sent_ahead(partition),
+                subscription.unread_sent_ahead(partition),
                 subscription.logs(partition),
             )
         })?;
         // The cursor of a new stream may be known now.
         stream.wake();
-        let had_records = self
+        let sent_ahead_records = self
             .read_records(partition, head.epoch, &sent_ahead)
             .await?;
         in_round(stream, partition, round, |subscription| {
-            for (id, record) in sent_ahead.iter().zip(&had_records) {
-                subscription.sent_ahead_is(partition, *id, record.as_deref(), now_ms());
+            for (id, record) in sent_ahead.iter().zip(&sent_ahead_records) {
+                subscription.set_sent_ahead(partition, *id, record.as_deref(), now_ms());
             }
         })?;
 
@@ -189,7 +189,7 @@ impl History {
             let records = self.read_records(partition, head.epoch, &ids).await?;
             // One check covers all missing records: they were read before it.
             if records.iter().any(Option::is_none) {
-                self.same_life(partition, &head).await?;
+                self.same_epoch(partition, &head).await?;
             }
             for (id, record) in ids.into_iter().zip(records) {
                 self.hand_over(stream, partition, round, id, record).await?;
@@ -213,7 +213,10 @@ impl History {
         round: u64,
     ) -> Result<(), Stop> {
         let (ticket, user) = in_round(stream, partition, round, |subscription| {
-            (subscription.read_recipient(), subscription.user().clone())
+            (
+                subscription.begin_recipient_read(),
+                subscription.user().clone(),
+            )
         })?;
         let _permit = self.reads.acquire().await;
         let recipient = self.broker.recipient(&user).await?;
@@ -297,7 +300,7 @@ impl History {
         let Some(mut gap) = missing else {
             return Ok(());
         };
-        self.same_life(partition, head).await?;
+        self.same_epoch(partition, head).await?;
         in_round(stream, partition, round, |subscription| {
             let (low_water, seen) = subscription.marks(partition);
             gap.from = if is_first {
@@ -348,7 +351,7 @@ impl History {
 
     /// Checks the epoch before a gap is announced: after a fail-over the earlier reads prove
     /// nothing, and the replay begins again.
-    async fn same_life(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
+    async fn same_epoch(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
         if self.head(partition).await?.epoch == head.epoch {
             Ok(())
         } else {

@@ -4,11 +4,12 @@
 //! sending, and never after it has expired. None is missing except those expired by every route and
 //! those superseded by a later one with the same key.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::cursor::MAX_SENT_AHEAD;
 use super::*;
 use crate::event::criteria::Pool;
 use crate::event::{EntryId, Event, Notification, Plan, Position as EntryPosition, Route};
@@ -20,7 +21,7 @@ enum Step {
     /// feed, or is lost together with the feed.
     Commit {
         partition: u8,
-        way: Choice,
+        route: Choice,
         other: Option<Choice>,
         is_lost: bool,
     },
@@ -32,7 +33,7 @@ enum Step {
         partition: u8,
     },
     /// The node receives this many of the notices that wait.
-    Hear {
+    Receive {
         partition: u8,
         n: u8,
     },
@@ -88,10 +89,10 @@ fn steps(has_fail_overs: bool, is_slow: bool) -> impl Strategy<Value = Vec<Step>
     let fail_overs = if has_fail_overs { 6 } else { 0 };
     let step = prop_oneof![
         80 => (0..2_u8, choice(), prop::option::weighted(0.2, choice()), prop::bool::weighted(0.05))
-            .prop_map(|(partition, way, other, is_lost)| Step::Commit { partition, way, other, is_lost }),
+            .prop_map(|(partition, route, other, is_lost)| Step::Commit { partition, route, other, is_lost }),
         20 => (1..20_u8).prop_map(|ms| Step::Wait { ms }),
         20 => (0..2_u8).prop_map(|partition| Step::Tick { partition }),
-        80 => (0..2_u8, 1..5_u8).prop_map(|(partition, n)| Step::Hear { partition, n }),
+        80 => (0..2_u8, 1..5_u8).prop_map(|(partition, n)| Step::Receive { partition, n }),
         sends => (0..4_u8).prop_map(Step::Send),
         40 => (0..2_u8, 1..9_u8).prop_map(|(partition, n)| Step::Replay { partition, n }),
         breaks => Just(Step::Cut),
@@ -169,13 +170,13 @@ enum Received {
 }
 
 /// A partition in the broker, with the node's state for it.
-struct Place {
+struct SimulatedPartition {
     history: BTreeMap<u64, Arc<Record>>,
     epochs: Vec<(Epoch, NotificationId)>,
-    n_lives: u16,
+    n_epochs: u16,
     running: Option<Running>,
     /// The feed delivers nothing more until it is reset.
-    is_deaf: bool,
+    is_feed_lost: bool,
     feed: VecDeque<(Epoch, Notice)>,
     /// The epoch that the node considers current.
     believed: Option<Epoch>,
@@ -185,7 +186,7 @@ struct Place {
     n_rewinds: usize,
 }
 
-impl Place {
+impl SimulatedPartition {
     fn epoch(&self) -> Epoch {
         self.epochs.last().unwrap().0
     }
@@ -197,7 +198,7 @@ impl Place {
 
 /// A broker of two partitions, a node and a client.
 struct World {
-    places: [Place; 2],
+    partitions: [SimulatedPartition; 2],
     subscription: Subscription,
     cursor: Option<String>,
     n_events: u64,
@@ -211,12 +212,12 @@ fn number(partition: u8) -> PartitionNumber {
 
 impl World {
     fn new() -> Self {
-        let place = || Place {
+        let partition = || SimulatedPartition {
             history: BTreeMap::new(),
             epochs: vec![(Epoch::from_bits(0), NotificationId(0))],
-            n_lives: 0,
+            n_epochs: 0,
             running: None,
-            is_deaf: false,
+            is_feed_lost: false,
             feed: VecDeque::new(),
             believed: None,
             received: Vec::new(),
@@ -224,7 +225,7 @@ impl World {
             n_rewinds: 0,
         };
         let mut world = Self {
-            places: [place(), place()],
+            partitions: [partition(), partition()],
             subscription: Subscription::new(
                 Name::parse("ann").unwrap(),
                 Start::Latest,
@@ -244,8 +245,8 @@ impl World {
         world
     }
 
-    fn place(&mut self, partition: u8) -> &mut Place {
-        &mut self.places[usize::from(partition)]
+    fn partition(&mut self, number: u8) -> &mut SimulatedPartition {
+        &mut self.partitions[usize::from(number)]
     }
 
     fn connect(&mut self, start: Start) {
@@ -255,7 +256,7 @@ impl World {
             Filter::default(),
             [number(0), number(1)],
         );
-        let ticket = self.subscription.read_recipient();
+        let ticket = self.subscription.begin_recipient_read();
         self.subscription
             .set_recipient(ticket, Recipient::default(), &Pool::default());
         for partition in 0..2 {
@@ -265,8 +266,8 @@ impl World {
 
     /// Reconnects the feed: notices that waited in it are lost.
     fn reset(&mut self, partition: u8) {
-        let place = self.place(partition);
-        place.is_deaf = false;
+        let place = self.partition(partition);
+        place.is_feed_lost = false;
         place.feed.clear();
         self.enter_replay(partition);
     }
@@ -277,7 +278,7 @@ impl World {
     }
 
     fn run(&mut self, partition: u8, round: u64) {
-        self.place(partition).running = Some(Running {
+        self.partition(partition).running = Some(Running {
             round,
             last: 0,
             next: 0,
@@ -286,7 +287,7 @@ impl World {
 
     fn replay(&mut self, partition: u8, n: u8) {
         let now_ms = self.now_ms;
-        let place = &mut self.places[usize::from(partition)];
+        let place = &mut self.partitions[usize::from(partition)];
         let (last, epoch) = (place.last(), place.epoch());
         let Some(running) = &mut place.running else {
             return;
@@ -304,10 +305,10 @@ impl World {
                 now_ms,
             };
             self.subscription.begin(number(partition), &head, now_ms);
-            for id in self.subscription.has_unknown_sent_ahead(number(partition)) {
+            for id in self.subscription.unread_sent_ahead(number(partition)) {
                 let record = place.history.get(&id.0).cloned();
                 self.subscription
-                    .sent_ahead_is(number(partition), id, record.as_deref(), now_ms);
+                    .set_sent_ahead(number(partition), id, record.as_deref(), now_ms);
             }
             running.last = last;
             running.next = self.subscription.marks(number(partition)).0.0 + 1;
@@ -341,26 +342,27 @@ impl World {
     }
 
     /// Reads the current epoch, and sends the stream to replay if it is in another.
-    fn look(&mut self, partition: u8) -> Epoch {
-        let place = self.place(partition);
-        let present = place.epoch();
-        let is_new = place.believed != Some(present);
-        place.believed = Some(present);
+    fn check_epoch(&mut self, partition: u8) -> Epoch {
+        let place = self.partition(partition);
+        let current = place.epoch();
+        let is_new = place.believed != Some(current);
+        place.believed = Some(current);
         if self
             .subscription
             .epoch(number(partition))
-            .map_or(is_new, |epoch| epoch != present)
+            .map_or(is_new, |epoch| epoch != current)
         {
             self.enter_replay(partition);
         }
-        present
+        current
     }
 
-    fn hear(&mut self, partition: u8) {
-        let Some((epoch, notice)) = self.place(partition).feed.pop_front() else {
+    fn receive(&mut self, partition: u8) {
+        let Some((epoch, notice)) = self.partition(partition).feed.pop_front() else {
             return;
         };
-        if self.place(partition).believed != Some(epoch) && self.look(partition) != epoch {
+        if self.partition(partition).believed != Some(epoch) && self.check_epoch(partition) != epoch
+        {
             return;
         }
         let is_elsewhere = self
@@ -384,7 +386,7 @@ impl World {
             }
         }
         if is_elsewhere {
-            self.look(partition);
+            self.check_epoch(partition);
         }
     }
 
@@ -397,17 +399,17 @@ impl World {
             self.subscription.encode_cursor(&mut cursor);
             let read = Cursor::decode(&cursor, &Name::parse("ann").unwrap());
             assert!(read.is_ok(), "{cursor} {read:?}: {:?}", self.subscription);
-            assert!(self.subscription.sent_ahead.len() <= MAX_SENT_AHEAD);
+            assert!(self.subscription.ahead.sent().count() <= MAX_SENT_AHEAD);
             match next {
                 Next::Notification {
                     partition,
                     id,
                     record,
-                    way,
+                    route_match,
                 } => {
                     let Route {
                         priority, collapse, ..
-                    } = record.route(way.route);
+                    } = record.route(route_match.route);
                     let holding = routes(&record)
                         .iter()
                         .enumerate()
@@ -417,14 +419,14 @@ impl World {
                         .max_by_key(|(_, route)| route.priority)
                         .map(|(n, _)| n);
                     assert_eq!(
-                        Some(way.route),
+                        Some(route_match.route),
                         winner,
                         "{id:?} of {record:?} at {}",
                         self.now_ms
                     );
                     let (priority, key) = (*priority, collapse.clone());
                     let is_state = routes(&record).iter().any(|route| route.collapse.is_some());
-                    self.place(partition.0).received.push(Received::Event {
+                    self.partition(partition.0).received.push(Received::Event {
                         id: id.0,
                         event: event_of(&record),
                         priority,
@@ -435,7 +437,7 @@ impl World {
                 Next::Gap(gap) => {
                     assert_eq!(gap.reason, GapReason::Rewound, "nothing was trimmed");
                     assert!(gap.from < gap.to, "{gap:?}");
-                    self.place(gap.partition.0)
+                    self.partition(gap.partition.0)
                         .received
                         .push(Received::Rewound { from: gap.from.0 });
                     continue;
@@ -450,24 +452,24 @@ impl World {
         match *step {
             Step::Commit {
                 partition,
-                way,
+                route: choice,
                 other,
                 is_lost,
             } => {
                 self.n_events += 1;
-                let made = |way: Choice| {
+                let made = |choice: Choice| {
                     route(
-                        way.priority,
-                        way.key,
-                        way.ttl_ms.map(|ttl_ms| self.now_ms + ttl_ms),
+                        choice.priority,
+                        choice.key,
+                        choice.ttl_ms.map(|ttl_ms| self.now_ms + ttl_ms),
                     )
                 };
                 let record = record_of(
                     self.n_events,
-                    [Some(way), other].into_iter().flatten().map(made),
+                    [Some(choice), other].into_iter().flatten().map(made),
                 );
-                let place = self.place(partition);
-                let id = place.last() + 1 + u64::from(way.key) % 3;
+                let place = self.partition(partition);
+                let id = place.last() + 1 + u64::from(choice.key) % 3;
                 place.history.insert(id, Arc::clone(&record));
                 place.keyed.extend(
                     routes(&record)
@@ -475,8 +477,8 @@ impl World {
                         .filter_map(|route| Some((id, route.collapse.clone()?))),
                 );
                 // FIFO: a feed loses a tail, never something in between.
-                place.is_deaf |= is_lost;
-                if !place.is_deaf {
+                place.is_feed_lost |= is_lost;
+                if !place.is_feed_lost {
                     place
                         .feed
                         .push_back((place.epoch(), Notice::Append(id, record)));
@@ -484,14 +486,14 @@ impl World {
             }
             Step::Wait { ms } => self.now_ms += u64::from(ms),
             Step::Tick { partition } => {
-                let place = self.place(partition);
-                if !place.is_deaf {
+                let place = self.partition(partition);
+                if !place.is_feed_lost {
                     place
                         .feed
                         .push_back((place.epoch(), Notice::Tick(place.last())));
                 }
             }
-            Step::Hear { partition, n } => (0..n).for_each(|_| self.hear(partition)),
+            Step::Receive { partition, n } => (0..n).for_each(|_| self.receive(partition)),
             Step::Send(n) => self.send(n),
             Step::Replay { partition, n } => self.replay(partition, n),
             Step::Cut => {
@@ -503,7 +505,7 @@ impl World {
             }
             Step::Reset { partition } => self.reset(partition),
             Step::Trim { partition, n_kept } => {
-                let history = &mut self.place(partition).history;
+                let history = &mut self.partition(partition).history;
                 if let Some(&first) = history.keys().rev().nth(usize::from(n_kept)) {
                     *history = history.split_off(&(first + 1));
                 }
@@ -513,7 +515,7 @@ impl World {
                 n_lost,
                 cuts,
             } => {
-                let place = self.place(partition);
+                let place = self.partition(partition);
                 // At least one entry of a trimmed log survives.
                 let lost: Vec<u64> = place
                     .history
@@ -528,8 +530,8 @@ impl World {
                 // The promoted replica had not received epochs that began after its last entry.
                 let last = NotificationId(place.last());
                 place.epochs.retain(|(_, survived)| *survived <= last);
-                place.n_lives += 1;
-                place.epochs.push((Epoch::from_bits(place.n_lives), last));
+                place.n_epochs += 1;
+                place.epochs.push((Epoch::from_bits(place.n_epochs), last));
                 if cuts {
                     self.reset(partition);
                 }
@@ -541,14 +543,14 @@ impl World {
     /// drains all.
     fn settle(&mut self) {
         for partition in 0..2 {
-            if self.place(partition).is_deaf {
+            if self.partition(partition).is_feed_lost {
                 self.reset(partition);
             }
             self.take(&Step::Tick { partition });
         }
         for _ in 0..200 {
             for partition in 0..2 {
-                self.take(&Step::Hear { partition, n: 255 });
+                self.take(&Step::Receive { partition, n: 255 });
                 self.replay(partition, 255);
             }
             self.send(255);
@@ -557,7 +559,7 @@ impl World {
     }
 
     fn check(&self) {
-        for place in &self.places {
+        for place in &self.partitions {
             place.check(self.now_ms);
         }
     }
@@ -569,7 +571,7 @@ fn holds(route: &Route, now_ms: u64) -> bool {
         .is_none_or(|expires_ms| expires_ms > now_ms)
 }
 
-impl Place {
+impl SimulatedPartition {
     fn check(&self, now_ms: u64) {
         let Self {
             history,
@@ -578,7 +580,7 @@ impl Place {
             ..
         } = self;
         // Received since the last rewind, except those that the rewind allowed to repeat.
-        let mut sent_ahead: HashMap<u64, u64> = HashMap::new();
+        let mut received_ids: HashMap<u64, u64> = HashMap::new();
         let mut ever: HashSet<u64> = HashSet::new();
         let mut before: Vec<(u64, Priority, &Option<Name>)> = Vec::new();
         let mut n_rewound = 0;
@@ -586,7 +588,7 @@ impl Place {
             match one {
                 Received::Rewound { from } => {
                     n_rewound += 1;
-                    sent_ahead.retain(|_, id| *id <= *from);
+                    received_ids.retain(|_, id| *id <= *from);
                     before.clear();
                 }
                 Received::Event {
@@ -597,7 +599,7 @@ impl Place {
                     is_state,
                 } => {
                     assert!(
-                        sent_ahead.insert(*event, *id).is_none(),
+                        received_ids.insert(*event, *id).is_none(),
                         "{id} arrived twice: {received:?}"
                     );
                     ever.insert(*event);
@@ -652,7 +654,7 @@ fn overflowed(urgent_id: u64) -> Subscription {
         Filter::default(),
         [P],
     );
-    let ticket = subscription.read_recipient();
+    let ticket = subscription.begin_recipient_read();
     subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
     let round = subscription.enter_replay(P);
     subscription.begin(P, &head(&[(1, 0)], 50), 0);
@@ -678,7 +680,7 @@ fn overflowed(urgent_id: u64) -> Subscription {
         &record(urgent_id, Priority::Urgent as usize, 9),
         0,
     );
-    assert_eq!(subscription.ahead.len(), 1);
+    assert_eq!(subscription.ahead.n_pending(), 1);
     subscription
 }
 
@@ -787,7 +789,7 @@ fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
     subscription.begin(P, &head(&[(1, 0)], 60), 0);
     let newer = record_of(60, [route(Priority::Urgent as usize, 0, Some(1_000))]);
     let now_ms = 2_000;
-    subscription.sent_ahead_is(P, NotificationId(60), Some(&newer), now_ms);
+    subscription.set_sent_ahead(P, NotificationId(60), Some(&newer), now_ms);
     subscription.handle(
         P,
         NotificationId(55),
@@ -828,7 +830,7 @@ fn a_notification_sent_ahead_supersedes_older_states_of_each_of_its_routes() {
         ],
     );
     let now_ms = 2_000;
-    subscription.sent_ahead_is(P, NotificationId(60), Some(&newer), now_ms);
+    subscription.set_sent_ahead(P, NotificationId(60), Some(&newer), now_ms);
     for (id, key) in [(54, 0), (55, 1), (56, 9)] {
         subscription.handle(
             P,
@@ -858,7 +860,7 @@ fn a_notification_that_expires_by_one_route_arrives_by_another() {
         Filter::default(),
         [P],
     );
-    let ticket = subscription.read_recipient();
+    let ticket = subscription.begin_recipient_read();
     subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
     subscription.enter_replay(P);
     subscription.begin(P, &head(&[(1, 0)], 50), 0);
@@ -906,7 +908,7 @@ fn a_notification_waiting_to_be_sent_ahead_switches_to_another_urgent_route() {
     for (id, record) in [(110, both), (115, passing)] {
         subscription.on_append(P, Epoch::from_bits(1), NotificationId(id), &record, 0);
     }
-    assert_eq!(subscription.ahead.len(), 3);
+    assert_eq!(subscription.ahead.n_pending(), 3);
     subscription.begin(P, &head(&[(1, 0)], 115), 0);
     for expect in [100, 110] {
         assert!(

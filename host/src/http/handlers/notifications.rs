@@ -150,10 +150,10 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
                     partition,
                     id: at,
                     record,
-                    way,
+                    route_match,
                 } => {
-                    let event = record.route(way.route).event_name.clone();
-                    let data = sse::data_of(record.notification(), way);
+                    let event = record.route(route_match.route).event_name.clone();
+                    let data = sse::data_of(record.notification(), route_match);
                     // Cannot fail: `serde_json` has just produced it.
                     let data =
                         RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
