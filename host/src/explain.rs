@@ -16,10 +16,9 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use crate::broker::{self, Broker, CursorOwner};
-use crate::delivery::device_cursors::{Beside, DeviceCursors};
+use crate::delivery::device_cursors::{CursorComparison, DeviceCursors};
 use crate::delivery::hub::Hub;
 use crate::delivery::recipients::{MatchFailure, Moment, RouteMatch, reaches, winning_route};
-use crate::event::criteria::Criteria;
 use crate::event::{
     Decision, EntryId, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
     Recipient, Target,
@@ -29,9 +28,9 @@ mod conclusion;
 mod reasons;
 mod search;
 
-pub use search::Unexplained;
+pub use search::ExplainError;
 
-use reasons::{Proviso, Why};
+use reasons::{Assumption, MismatchReason};
 
 /// Maximum number of other decisions reported for the same event id.
 const MAX_OTHERS: usize = 10;
@@ -54,7 +53,7 @@ const LATER: &str =
 
 /// A decision in the form that operators see.
 #[derive(Debug, Serialize)]
-pub struct Decided {
+pub struct DecidedEvent {
     pub partition: PartitionNumber,
     pub entry: EntryId,
     pub outcome: Outcome,
@@ -69,27 +68,27 @@ pub struct Decided {
 pub struct Explanation {
     /// A summary in one to three sentences.
     pub conclusion: String,
-    pub decision: Decided,
+    pub decision: DecidedEvent,
     /// Decisions about other events with the same id, retries and redriven entries; newest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub other_decisions: Vec<Decided>,
+    pub other_decisions: Vec<DecidedEvent>,
     /// Id of the dead letter for `pointsman dead-letters`, if it still exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<String>,
     /// Whether every dead letter that could belong to this decision was checked.
     #[serde(skip)]
-    is_sought_to_the_end: bool,
+    is_search_complete: bool,
     /// The plan in the record; absent if nothing was committed or the record is no longer kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
     /// How the plan applies to the requested user.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub recipient: Option<Standing>,
+    pub recipient: Option<RecipientExplanation>,
 }
 
 /// How a plan applies to one user.
 #[derive(Debug, Serialize)]
-pub struct Standing {
+pub struct RecipientExplanation {
     pub user: Name,
     /// One entry per route of the plan, in plan order.
     pub routes: Vec<RouteToUser>,
@@ -105,25 +104,43 @@ pub struct Standing {
     /// The next notification that replaces this one for clients that have not received it yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub superseded_by: Option<Successor>,
-    pub devices: Vec<Device>,
+    pub devices: Vec<DeviceProgress>,
     /// Whether the read marker is past the event.
     pub read: bool,
     /// The user's streams on this node.
-    pub streams: Streams,
+    pub streams: StreamCounts,
     pub not_known: Vec<&'static str>,
     #[serde(skip)]
-    ways: Ways,
+    matches: RouteMatches,
 }
 
-/// The winning routes then and now, or why there are none.
+/// The winning routes, or why there are none.
 #[derive(Debug, Default)]
-struct Ways {
-    then: Option<RouteMatch>,
+struct RouteMatches {
+    at_commit: Option<RouteMatch>,
     now: Option<RouteMatch>,
     /// The route that came closest to matching, of those that do not match.
-    nearest: Option<(usize, Why)>,
+    nearest: Option<(usize, MismatchReason)>,
     /// Assumptions under which none of the routes matched.
-    provided: BTreeSet<Proviso>,
+    assumptions: BTreeSet<Assumption>,
+}
+
+impl RouteMatches {
+    /// The route that a stream would use now; if there is none any more, the one at the commit.
+    fn latest(&self) -> Option<RouteMatch> {
+        self.now.or(self.at_commit)
+    }
+
+    fn note_mismatch(&mut self, index: usize, reason: MismatchReason) {
+        self.assumptions.extend(reason.assumptions.iter());
+        if self
+            .nearest
+            .as_ref()
+            .is_none_or(|(_, other)| reason.nearness > other.nearness)
+        {
+            self.nearest = Some((index, reason));
+        }
+    }
 }
 
 /// How a route of the plan applies to one user now.
@@ -133,8 +150,8 @@ pub struct RouteToUser {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<Target>,
     /// Why the route does not match.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub miss: Option<MatchFailure>,
+    #[serde(rename = "miss", skip_serializing_if = "Option::is_none")]
+    pub failure: Option<MatchFailure>,
     /// The reason as a predicate; its subject is the route.
     pub reason: String,
 }
@@ -151,14 +168,14 @@ pub struct Successor {
 
 /// Position of a device cursor relative to the event.
 #[derive(Debug, Serialize)]
-pub struct Device {
+pub struct DeviceProgress {
     pub device: Name,
-    pub at: At,
+    pub at: DevicePosition,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum At {
+pub enum DevicePosition {
     /// The device acknowledged the event or a later one.
     Acknowledged,
     /// The device has not reached the event yet.
@@ -168,7 +185,7 @@ pub enum At {
 }
 
 #[derive(Debug, Serialize)]
-pub struct Streams {
+pub struct StreamCounts {
     pub open: usize,
     /// Streams that are past the event: it was written, not addressed to them, or before their
     /// start.
@@ -190,31 +207,31 @@ impl Sources<'_> {
     /// became a dead letter as a duplicate.)
     ///
     /// # Errors
-    /// [`Unexplained`]: no decision was found, or the broker failed.
+    /// [`ExplainError`]: no decision was found, or the broker failed.
     pub async fn explain(
         &self,
         event_id: &Name,
         user: Option<&Name>,
-    ) -> Result<Explanation, Unexplained> {
+    ) -> Result<Explanation, ExplainError> {
         let mut found = search::decisions(self.broker, event_id).await?;
         let newest = found
             .iter()
-            .position(|decided| decided.outcome != Outcome::Duplicate)
+            .position(|event| event.outcome != Outcome::Duplicate)
             .unwrap_or(0);
-        let is_same = |decided: &Decided| {
-            decided.partition == found[newest].partition
-                && decided.decision.event_source == found[newest].decision.event_source
+        let is_same = |event: &DecidedEvent| {
+            event.partition == found[newest].partition
+                && event.decision.event_source == found[newest].decision.event_source
         };
         let committed = found
             .iter()
-            .position(|decided| decided.outcome == Outcome::Committed && is_same(decided));
+            .position(|event| event.outcome == Outcome::Committed && is_same(event));
         let decision = found.remove(committed.unwrap_or(newest));
         found.truncate(MAX_OTHERS);
-        let (dead_letter, is_sought_to_the_end) = self.dead_letter(&decision).await?;
+        let (dead_letter, is_search_complete) = self.dead_letter(&decision).await?;
         let mut explanation = Explanation {
             conclusion: String::new(),
             dead_letter,
-            is_sought_to_the_end,
+            is_search_complete,
             decision,
             other_decisions: found,
             plan: None,
@@ -225,7 +242,7 @@ impl Sources<'_> {
         {
             if let Some(user) = user {
                 explanation.recipient = Some(
-                    self.standing(&explanation.decision, id, &record.plan, user)
+                    self.recipient(&explanation.decision, id, &record.plan, user)
                         .await?,
                 );
             }
@@ -239,34 +256,34 @@ impl Sources<'_> {
     /// be reissued after a fail-over.
     async fn record(
         &self,
-        decided: &Decided,
+        event: &DecidedEvent,
         id: NotificationId,
     ) -> broker::Result<Option<Notification>> {
         let stored = self
             .broker
-            .records(decided.partition, &[id])
+            .records(event.partition, &[id])
             .await?
             .pop()
             .flatten();
         let record = stored.and_then(|stored| serde_json::from_slice::<Notification>(&stored).ok());
-        Ok(record.filter(|record| record.entry == decided.entry))
+        Ok(record.filter(|record| record.entry == event.entry))
     }
 
     /// The id of the decision's dead letter if it was found, and whether every candidate was
     /// checked.
-    async fn dead_letter(&self, decided: &Decided) -> broker::Result<(Option<String>, bool)> {
-        if decided.outcome != Outcome::DeadLettered {
+    async fn dead_letter(&self, event: &DecidedEvent) -> broker::Result<(Option<String>, bool)> {
+        if event.outcome != Outcome::DeadLettered {
             return Ok((None, true));
         }
         // The dead letter was created after the entry arrived and after the decision, so the search
         // starts at the later of the two times. An entry time after the decision is ignored: a
         // publisher that chooses entry ids may use any time.
-        let (came_ms, clock_ms) = (decided.entry.ms, decided.decision.clock_ms);
+        let (entry_ms, clock_ms) = (event.entry.ms, event.decision.clock_ms);
         let decided_ms = clock_ms.saturating_sub(CLOCKS_DIFFER_MS);
         let from_ms = match clock_ms {
             // No plugin was called, so there is no decision time.
-            0 => came_ms.saturating_sub(CLOCKS_DIFFER_MS),
-            _ if came_ms <= clock_ms => came_ms.max(decided_ms),
+            0 => entry_ms.saturating_sub(CLOCKS_DIFFER_MS),
+            _ if entry_ms <= clock_ms => entry_ms.max(decided_ms),
             _ => decided_ms,
         };
         let mut after = EntryId {
@@ -278,27 +295,28 @@ impl Sources<'_> {
         for _ in 0..MAX_DEAD_LETTERS / READ {
             let letters = self
                 .broker
-                .dead_letters(decided.partition, after, READ)
+                .dead_letters(event.partition, after, READ)
                 .await?;
             let Some(last) = letters.last() else {
                 return Ok((None, true));
             };
             after = last.id;
-            if let Some(letter) = letters.iter().find(|letter| letter.entry == decided.entry) {
-                return Ok((Some(format!("{}/{}", decided.partition.0, letter.id)), true));
+            if let Some(letter) = letters.iter().find(|letter| letter.entry == event.entry) {
+                return Ok((Some(format!("{}/{}", event.partition.0, letter.id)), true));
             }
         }
         Ok((None, false))
     }
 
-    async fn standing(
+    /// How a plan applies to one user.
+    async fn recipient(
         &self,
-        decided: &Decided,
+        event: &DecidedEvent,
         id: NotificationId,
         plan: &Plan,
         user: &Name,
-    ) -> broker::Result<Standing> {
-        let partition = decided.partition;
+    ) -> broker::Result<RecipientExplanation> {
+        let partition = event.partition;
         let recipient = self.broker.recipient(user).await?;
         let now = Moment {
             partition,
@@ -306,99 +324,69 @@ impl Sources<'_> {
             now_ms: self.broker.head(partition).await?.now_ms,
         };
         // After the clock was set back, ids run ahead of it; the earlier of the two times counts.
-        let then = Moment {
-            now_ms: id.ms().min(decided.decision.clock_ms),
+        let at_commit = Moment {
+            now_ms: id.ms().min(event.decision.clock_ms),
             ..now
         };
-        let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
-        let way_at = |moment| winning_route(plan, user, &recipient, moment, holds);
-        let mut ways = Ways {
-            then: way_at(then),
-            now: way_at(now),
-            ..Ways::default()
-        };
-        let mut routes = Vec::with_capacity(plan.routes.len());
-        for (index, route) in plan.routes.iter().enumerate() {
-            routes.push(
-                match reaches(route, user, &recipient, now, |criteria| {
-                    criteria.hold(&recipient.attributes)
-                }) {
-                    Ok(target) => {
-                        let target = route.to[target].clone();
-                        RouteToUser {
-                            reason: reasons::reaching(&target, user),
-                            target: Some(target),
-                            miss: None,
-                        }
-                    }
-                    Err(miss) => {
-                        let why = reasons::missing(route, miss, user, &recipient, now);
-                        let reason = why.whole();
-                        ways.provided.extend(why.provided.iter());
-                        if ways
-                            .nearest
-                            .as_ref()
-                            .is_none_or(|(_, other)| why.nearness > other.nearness)
-                        {
-                            ways.nearest = Some((index, why));
-                        }
-                        RouteToUser {
-                            target: None,
-                            miss: Some(miss),
-                            reason,
-                        }
-                    }
-                },
-            );
-        }
+        let (matches, routes) = apply_routes(plan, user, &recipient, at_commit, now);
         let mut not_known = vec![AS_THEY_ARE_NOW, CLAIMS, FRAMES];
         let mut superseded_by = None;
-        if let Some(key) = ways
-            .now
-            .or(ways.then)
-            .and_then(|way| plan.routes[way.route].collapse.as_ref())
+        if let Some(key) = matches
+            .latest()
+            .and_then(|route_match| plan.routes[route_match.route].collapse.as_ref())
         {
             let (successor, is_all) = self.successor(user, &recipient, now, key).await?;
             superseded_by = successor;
             not_known.extend((superseded_by.is_none() && !is_all).then_some(LATER));
         }
-        let (mut devices, mut read) = (Vec::new(), false);
-        for Beside {
-            which,
-            is_acknowledged,
-            is_past,
-        } in self.device_cursors.beside(user, partition, id).await?
-        {
-            let at = match (is_past, is_acknowledged) {
-                (false, _) => At::Before,
-                (true, true) => At::Acknowledged,
-                (true, false) => At::BeganAfter,
-            };
-            match which {
-                CursorOwner::Device(device) => devices.push(Device { device, at }),
-                CursorOwner::ReadMarker => read = is_past,
-            }
-        }
+        let (devices, read) = self.devices(user, partition, id).await?;
         not_known.extend(
             devices
                 .iter()
-                .any(|device| device.at == At::Acknowledged)
+                .any(|device| device.at == DevicePosition::Acknowledged)
                 .then_some(ACKNOWLEDGED),
         );
-        let (open, past) = self.hub.streams_beside(user, partition, id);
-        Ok(Standing {
+        let (open, past) = self.hub.streams_past(user, partition, id);
+        Ok(RecipientExplanation {
             user: user.clone(),
             routes,
-            won: ways.then.map(|way| way.route),
-            wins: ways.now.map(|way| way.route),
+            won: matches.at_commit.map(|route_match| route_match.route),
+            wins: matches.now.map(|route_match| route_match.route),
             in_log: self.is_in_log(user, &recipient, plan, now).await?,
             superseded_by,
             devices,
             read,
-            streams: Streams { open, past },
+            streams: StreamCounts { open, past },
             not_known,
-            ways,
+            matches,
         })
+    }
+
+    /// The positions of the user's devices, and whether the read marker is past the event.
+    async fn devices(
+        &self,
+        user: &Name,
+        partition: PartitionNumber,
+        id: NotificationId,
+    ) -> broker::Result<(Vec<DeviceProgress>, bool)> {
+        let (mut devices, mut read) = (Vec::new(), false);
+        for CursorComparison {
+            owner,
+            is_acknowledged,
+            is_past,
+        } in self.device_cursors.compare(user, partition, id).await?
+        {
+            let at = match (is_past, is_acknowledged) {
+                (false, _) => DevicePosition::Before,
+                (true, true) => DevicePosition::Acknowledged,
+                (true, false) => DevicePosition::BeganAfter,
+            };
+            match owner {
+                CursorOwner::Device(device) => devices.push(DeviceProgress { device, at }),
+                CursorOwner::ReadMarker => read = is_past,
+            }
+        }
+        Ok((devices, read))
     }
 
     /// Whether one of the user's logs still has the event; `None` if it was never in one.
@@ -446,7 +434,7 @@ impl Sources<'_> {
         }
         is_all &= ids.len() <= MAX_LATER;
         let ids: Vec<NotificationId> = ids.into_iter().take(MAX_LATER).collect();
-        let mut gone = None;
+        let mut expired = None;
         for ids in ids.chunks(READ) {
             let records = self.broker.records(at.partition, ids).await?;
             for (&id, record) in ids.iter().zip(records) {
@@ -457,12 +445,12 @@ impl Sources<'_> {
                 };
                 let is_state_at = |now_ms| {
                     let moment = Moment { id, now_ms, ..at };
-                    let way =
+                    let winner =
                         winning_route(&record.plan, user, recipient, moment, |_, criteria| {
                             criteria.hold(&recipient.attributes)
                         });
-                    way.is_some_and(|way| {
-                        record.plan.routes[way.route].collapse.as_ref() == Some(key)
+                    winner.is_some_and(|winner| {
+                        record.plan.routes[winner.route].collapse.as_ref() == Some(key)
                     })
                 };
                 if is_state_at(at.now_ms) {
@@ -477,8 +465,8 @@ impl Sources<'_> {
                 }
                 // Expired now, but it applied when it was committed: a client that received it then
                 // does not get the notification that it replaced.
-                if gone.is_none() && is_state_at(id.ms().min(at.now_ms)) {
-                    gone = Some(Successor {
+                if expired.is_none() && is_state_at(id.ms().min(at.now_ms)) {
+                    expired = Some(Successor {
                         event_id: record.event.id,
                         notification: id,
                         expired: true,
@@ -486,6 +474,53 @@ impl Sources<'_> {
                 }
             }
         }
-        Ok((gone, is_all))
+        Ok((expired, is_all))
     }
+}
+
+/// Evaluates every route of the plan for the user, at the commit and now.
+fn apply_routes(
+    plan: &Plan,
+    user: &Name,
+    recipient: &Recipient,
+    at_commit: Moment,
+    now: Moment,
+) -> (RouteMatches, Vec<RouteToUser>) {
+    let winner_at = |moment| {
+        winning_route(plan, user, recipient, moment, |_, criteria| {
+            criteria.hold(&recipient.attributes)
+        })
+    };
+    let mut matches = RouteMatches {
+        at_commit: winner_at(at_commit),
+        now: winner_at(now),
+        ..RouteMatches::default()
+    };
+    let mut routes = Vec::with_capacity(plan.routes.len());
+    for (index, route) in plan.routes.iter().enumerate() {
+        let result = reaches(route, user, recipient, now, |criteria| {
+            criteria.hold(&recipient.attributes)
+        });
+        routes.push(match result {
+            Ok(target) => {
+                let target = route.to[target].clone();
+                RouteToUser {
+                    reason: reasons::match_reason(&target, user),
+                    target: Some(target),
+                    failure: None,
+                }
+            }
+            Err(failure) => {
+                let reason = reasons::mismatch_reason(route, failure, user, recipient, now);
+                let text = reason.whole();
+                matches.note_mismatch(index, reason);
+                RouteToUser {
+                    target: None,
+                    failure: Some(failure),
+                    reason: text,
+                }
+            }
+        });
+    }
+    (matches, routes)
 }

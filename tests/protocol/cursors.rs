@@ -3,7 +3,7 @@
 use pointsman::broker::{Partitions as _, Retention, Sources as _};
 use pointsman::delivery::hub::Hub;
 use pointsman::delivery::subscription::Start;
-use pointsman::delivery::subscription::cursor::{Cursor, Unreadable};
+use pointsman::delivery::subscription::cursor::{Cursor, CursorError};
 use pointsman::event::PartitionNumber;
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;
@@ -140,7 +140,7 @@ fn the_cursor_of_another_user_is_ignored() {
     let left_behind = alice.last_event_id().to_owned();
     assert_eq!(
         Cursor::decode(&left_behind, &name("bob")),
-        Err(Unreadable::AnotherUsers)
+        Err(CursorError::OtherUser)
     );
     publish("b");
     alice.next_notification(SOON);

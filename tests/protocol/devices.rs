@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use pointsman::broker::{Broker, CursorOwner, Retention};
-use pointsman::delivery::device_cursors::{DeviceCursors, Refusal};
+use pointsman::delivery::device_cursors::{AcknowledgeError, DeviceCursors};
 use pointsman::delivery::subscription::cursor::Cursor;
 use pointsman::delivery::subscription::{GapReason, Start};
 
@@ -141,7 +141,7 @@ async fn an_acknowledgement_whose_reply_was_lost_can_be_repeated(stage: Stage) {
     stop.fail();
     assert!(matches!(
         lost.await.expect("no panic"),
-        Err(Refusal::Broker(_))
+        Err(AcknowledgeError::Broker(_))
     ));
     acknowledge(&device_cursors, "phone", &place).await;
     having(&stage, start(&device_cursors, "phone").await, &["e2"]).await;
@@ -235,7 +235,10 @@ async fn ids_that_are_not_issued_yet_cannot_be_acknowledged(stage: Stage) {
     let refused = device_cursors
         .acknowledge(&name("ann"), &ahead, &[device("phone")])
         .await;
-    assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(AcknowledgeError::Ahead)),
+        "{refused:?}"
+    );
     let mut overtaken = cursor(&first);
     overtaken
         .sent_ahead
@@ -243,7 +246,10 @@ async fn ids_that_are_not_issued_yet_cannot_be_acknowledged(stage: Stage) {
     let refused = device_cursors
         .acknowledge(&name("ann"), &overtaken, &[device("phone")])
         .await;
-    assert!(matches!(refused, Err(Refusal::Ahead)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(AcknowledgeError::Ahead)),
+        "{refused:?}"
+    );
     assert_eq!(start(&device_cursors, "phone").await, first);
     // A new device does not store such a start either.
     let asked = Some(Start::Cursor(ahead));
@@ -385,8 +391,8 @@ async fn a_read_marker_does_not_cover_events_under_ids_issued_again() {
         .acknowledge(&name("ann"), &mark, &[CursorOwner::ReadMarker])
         .await
         .expect("the acknowledgement is accepted");
-    let standing = device_cursors.standing(&mark).await.expect("heads");
-    assert!(standing.covers(stage.p, kept) && standing.covers(stage.p, lost));
+    let valid = device_cursors.valid_part(&mark).await.expect("heads");
+    assert!(valid.covers(stage.p, kept) && valid.covers(stage.p, lost));
     stage
         .server()
         .fail_over_but("pointsman:device-cursors:{pointsman:user:ann}");
@@ -396,10 +402,10 @@ async fn a_read_marker_does_not_cover_events_under_ids_issued_again() {
         "the id is issued again"
     );
     let mark = device_cursors
-        .read_mark(&name("ann"))
+        .read_marker(&name("ann"))
         .await
         .expect("the broker answers")
         .expect("the read marker is kept");
-    let standing = device_cursors.standing(&mark).await.expect("heads");
-    assert!(standing.covers(stage.p, kept) && !standing.covers(stage.p, lost));
+    let valid = device_cursors.valid_part(&mark).await.expect("heads");
+    assert!(valid.covers(stage.p, kept) && !valid.covers(stage.p, lost));
 }

@@ -27,13 +27,13 @@ const ATTEMPTS: usize = 32;
 
 /// Why an acknowledgement was rejected.
 #[derive(Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum AcknowledgeError {
     /// It names ids that do not exist yet.
     #[error("the id is ahead of every notification ever sent")]
     Ahead,
     /// Concurrent acknowledgements won every attempt.
     #[error("too many concurrent acknowledgements of the same device cursor")]
-    Crowded,
+    Contention,
     #[error(transparent)]
     Broker(#[from] broker::Error),
 }
@@ -64,18 +64,18 @@ impl DeviceCursors {
     /// their retention.
     ///
     /// # Errors
-    /// See [`Refusal`]. Earlier entries of `which` may have been moved nevertheless.
+    /// See [`AcknowledgeError`]. Cursors of earlier `owners` may have been moved nevertheless.
     pub async fn acknowledge(
         &self,
         user: &Name,
-        told: &Cursor,
-        which: &[CursorOwner],
-    ) -> Result<(), Refusal> {
-        if self.is_ahead(told).await? {
-            return Err(Refusal::Ahead);
+        acknowledged: &Cursor,
+        owners: &[CursorOwner],
+    ) -> Result<(), AcknowledgeError> {
+        if self.is_ahead(acknowledged).await? {
+            return Err(AcknowledgeError::Ahead);
         }
-        for which in which {
-            self.move_to(user, told, which).await?;
+        for owner in owners {
+            self.move_device_cursor(user, acknowledged, owner).await?;
         }
         Ok(())
     }
@@ -93,53 +93,59 @@ impl DeviceCursors {
         }))
     }
 
-    async fn move_to(
+    async fn move_device_cursor(
         &self,
         user: &Name,
-        told: &Cursor,
-        which: &CursorOwner,
-    ) -> Result<(), Refusal> {
+        acknowledged: &Cursor,
+        owner: &CursorOwner,
+    ) -> Result<(), AcknowledgeError> {
         for _ in 0..ATTEMPTS {
-            let seen = self.0.broker.device_cursors(user).await?.remove(which);
-            let cursor = match seen.as_ref().and_then(|seen| readable(user, seen)) {
-                Some(kept) => further(&kept, told, &self.heads_for(&[&kept, told]).await?),
-                None => told.clone(),
+            // Read in each attempt: the move counts only if the cursor is still the one merged here.
+            let stored = self.0.broker.device_cursors(user).await?.remove(owner);
+            let cursor = match stored.as_ref().and_then(|stored| decode(user, stored)) {
+                Some(current) => furthest(
+                    &current,
+                    acknowledged,
+                    &self.heads_for(&[&current, acknowledged]).await?,
+                ),
+                None => acknowledged.clone(),
             };
-            let to = stored(user, &cursor, true);
+            let to = encode(user, &cursor, true);
             // Stored even if the position is unchanged: this renews its retention.
             if self
                 .0
                 .broker
-                .move_device_cursor(user, which, seen.as_ref(), &to)
+                .move_device_cursor(user, owner, stored.as_ref(), &to)
                 .await?
             {
                 return Ok(());
             }
         }
-        Err(Refusal::Crowded)
+        Err(AcknowledgeError::Contention)
     }
 
-    /// Returns the start of a device's stream: the `asked` start, else the device's own cursor, or,
-    /// with `is_in_sync`, the furthest cursor acknowledged by any of the user's devices. A device
-    /// without a cursor gets one now: at its start, or, if it requested history by time or ids that
-    /// do not exist yet, at the end of the history.
+    /// Returns the start of a device's stream: the `requested` start, else the device's own cursor,
+    /// or, with `is_in_sync`, the furthest cursor acknowledged by any of the user's devices. A
+    /// device without a cursor gets one now: at its start, or, if it requested history by time or
+    /// ids that do not exist yet, at the end of the history.
     ///
     /// # Errors
     /// The broker's: the device cursor cannot be read or stored.
-    /// The broker's: where the device is cannot be known, or not be kept.
     pub async fn start(
         &self,
         user: &Name,
         device: Name,
         is_in_sync: bool,
-        asked: Option<Start>,
+        requested: Option<Start>,
     ) -> broker::Result<Start> {
         let own = CursorOwner::Device(device);
         for _ in 0..ATTEMPTS {
+            // Read in each attempt: the one that won the last compare-and-set may have been this
+            // device's first cursor.
             let all = self.0.broker.device_cursors(user).await?;
-            let start = match &asked {
-                Some(asked) => asked.clone(),
-                None => self.place(user, &own, is_in_sync, &all).await?,
+            let start = match &requested {
+                Some(requested) => requested.clone(),
+                None => self.stored_start(user, &own, is_in_sync, &all).await?,
             };
             if all.contains_key(&own) {
                 return Ok(start);
@@ -151,7 +157,7 @@ impl DeviceCursors {
             if self
                 .0
                 .broker
-                .move_device_cursor(user, &own, None, &stored(user, &first, false))
+                .move_device_cursor(user, &own, None, &encode(user, &first, false))
                 .await?
             {
                 return Ok(start);
@@ -163,38 +169,38 @@ impl DeviceCursors {
     }
 
     /// Returns the start of a device according to its user's device cursors.
-    async fn place(
+    async fn stored_start(
         &self,
         user: &Name,
         own: &CursorOwner,
         is_in_sync: bool,
         all: &BTreeMap<CursorOwner, StoredCursor>,
     ) -> broker::Result<Start> {
-        let counts = |which: &CursorOwner, kept: &StoredCursor| {
+        let counts = |owner: &CursorOwner, stored: &StoredCursor| {
             // Another device's start is not evidence that the user has seen what precedes it.
-            which == own
-                || (is_in_sync && kept.is_acknowledged && matches!(which, CursorOwner::Device(_)))
+            owner == own
+                || (is_in_sync && stored.is_acknowledged && matches!(owner, CursorOwner::Device(_)))
         };
         let counting: Vec<&StoredCursor> = all
             .iter()
-            .filter(|(which, kept)| counts(which, kept))
-            .map(|(_, kept)| kept)
+            .filter(|(owner, stored)| counts(owner, stored))
+            .map(|(_, stored)| stored)
             .collect();
         if counting.is_empty() {
             return Ok(Start::Cursor(self.latest().await?));
         }
-        let places: Vec<Cursor> = counting
+        let cursors: Vec<Cursor> = counting
             .iter()
-            .filter_map(|kept| readable(user, kept))
+            .filter_map(|stored| decode(user, stored))
             .collect();
-        let heads = if places.len() > 1 {
-            self.heads_for(&places.iter().collect::<Vec<_>>()).await?
+        let heads = if cursors.len() > 1 {
+            self.heads_for(&cursors.iter().collect::<Vec<_>>()).await?
         } else {
             Heads::new()
         };
-        Ok(places
+        Ok(cursors
             .into_iter()
-            .reduce(|one, other| further(&one, &other, &heads))
+            .reduce(|one, other| furthest(&one, &other, &heads))
             .map_or(Start::Unknown, Start::Cursor))
     }
 
@@ -202,29 +208,29 @@ impl DeviceCursors {
     ///
     /// # Errors
     /// The broker's.
-    pub async fn read_mark(&self, user: &Name) -> broker::Result<Option<Cursor>> {
+    pub async fn read_marker(&self, user: &Name) -> broker::Result<Option<Cursor>> {
         let mark = self
             .0
             .broker
             .device_cursors(user)
             .await?
             .remove(&CursorOwner::ReadMarker);
-        Ok(mark.and_then(|mark| readable(user, &mark)))
+        Ok(mark.and_then(|mark| decode(user, &mark)))
     }
 
     /// Returns the part of a cursor that is still valid: ids lost with an epoch are issued again.
     ///
     /// # Errors
     /// The broker's.
-    pub async fn standing(&self, cursor: &Cursor) -> broker::Result<Standing> {
-        let mut standing = Standing::default();
+    pub async fn valid_part(&self, cursor: &Cursor) -> broker::Result<ValidCursor> {
+        let mut valid = ValidCursor::default();
         for position in &cursor.positions {
             if self.is_here(position.partition) {
                 let head = self.read_head(position.partition).await?;
-                standing.add(cursor, position, &head);
+                valid.add(cursor, position, &head);
             }
         }
-        Ok(standing)
+        Ok(valid)
     }
 
     /// Compares each of a user's device cursors with a notification. Unreadable cursors are skipped
@@ -232,30 +238,30 @@ impl DeviceCursors {
     ///
     /// # Errors
     /// The broker's.
-    pub async fn beside(
+    pub async fn compare(
         &self,
         user: &Name,
         partition: PartitionNumber,
         id: NotificationId,
-    ) -> broker::Result<Vec<Beside>> {
+    ) -> broker::Result<Vec<CursorComparison>> {
         let all = self.0.broker.device_cursors(user).await?;
         let head = self.read_head(partition).await?;
-        let beside = |(which, kept): (CursorOwner, StoredCursor)| {
-            let (cursor, mut standing) = (readable(user, &kept)?, Standing::default());
+        let compare = |(owner, stored): (CursorOwner, StoredCursor)| {
+            let (cursor, mut valid) = (decode(user, &stored)?, ValidCursor::default());
             if let Some(position) = cursor
                 .positions
                 .iter()
                 .find(|position| position.partition == partition)
             {
-                standing.add(&cursor, position, &head);
+                valid.add(&cursor, position, &head);
             }
-            Some(Beside {
-                which,
-                is_acknowledged: kept.is_acknowledged,
-                is_past: standing.covers(partition, id),
+            Some(CursorComparison {
+                owner,
+                is_acknowledged: stored.is_acknowledged,
+                is_past: valid.covers(partition, id),
             })
         };
-        Ok(all.into_iter().filter_map(beside).collect())
+        Ok(all.into_iter().filter_map(compare).collect())
     }
 
     /// Returns the cursor of a reader that has received everything.
@@ -336,18 +342,18 @@ impl DeviceCursors {
 
 /// The part of a cursor that is still valid.
 #[derive(Debug, Default)]
-pub struct Standing {
+pub struct ValidCursor {
     low_water: BTreeMap<PartitionNumber, NotificationId>,
     sent_ahead: BTreeSet<(PartitionNumber, NotificationId)>,
 }
 
-impl Standing {
+impl ValidCursor {
     fn add(&mut self, cursor: &Cursor, position: &Position, head: &Head) {
         let survived = head.last_valid_id(position.epoch);
         self.low_water
             .insert(position.partition, position.low_water.min(survived));
         self.sent_ahead.extend(
-            had_of(cursor, position.partition)
+            sent_ahead_in(cursor, position.partition)
                 .filter(|id| *id <= survived)
                 .map(|id| (position.partition, id)),
         );
@@ -361,17 +367,17 @@ impl Standing {
     }
 }
 
-/// A device cursor in relation to a notification.
+/// The result of comparing a device cursor with a notification.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Beside {
-    pub which: CursorOwner,
+pub struct CursorComparison {
+    pub owner: CursorOwner,
     /// `false`: it is the start of the device.
     pub is_acknowledged: bool,
     /// Whether the part of the cursor that is still valid covers the notification.
     pub is_past: bool,
 }
 
-fn stored(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> StoredCursor {
+fn encode(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> StoredCursor {
     let mut text = String::new();
     cursor.encode(user, &mut text);
     StoredCursor {
@@ -380,12 +386,15 @@ fn stored(user: &Name, cursor: &Cursor, is_acknowledged: bool) -> StoredCursor {
     }
 }
 
-fn readable(user: &Name, stored: &StoredCursor) -> Option<Cursor> {
+fn decode(user: &Name, stored: &StoredCursor) -> Option<Cursor> {
     let read = Cursor::decode(&stored.cursor, user);
     read.inspect_err(|error| tracing::error!(user.id = %user, %error, "cannot parse a device cursor; check whether a newer version wrote it")).ok()
 }
 
-fn had_of(cursor: &Cursor, partition: PartitionNumber) -> impl Iterator<Item = NotificationId> {
+fn sent_ahead_in(
+    cursor: &Cursor,
+    partition: PartitionNumber,
+) -> impl Iterator<Item = NotificationId> {
     cursor
         .sent_ahead
         .iter()
@@ -394,21 +403,21 @@ fn had_of(cursor: &Cursor, partition: PartitionNumber) -> impl Iterator<Item = N
 }
 
 fn highest(cursor: &Cursor, position: &Position) -> NotificationId {
-    had_of(cursor, position.partition)
+    sent_ahead_in(cursor, position.partition)
         .max()
         .unwrap_or_default()
         .max(position.low_water)
 }
 
-/// Merges two cursors: in each partition, the further of the two.
-fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
+/// Merges two cursors: in each partition, the further position.
+fn furthest(kept: &Cursor, acknowledged: &Cursor, heads: &Heads) -> Cursor {
     let numbers: BTreeSet<_> = kept
         .positions
         .iter()
-        .chain(&told.positions)
+        .chain(&acknowledged.positions)
         .map(|position| position.partition)
         .collect();
-    let mut joined = Cursor::default();
+    let mut merged = Cursor::default();
     for number in numbers {
         let here = |cursor: &Cursor| {
             cursor
@@ -418,13 +427,13 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
                 .copied()
         };
         let (position, sent_ahead): (Position, BTreeSet<NotificationId>) =
-            match (here(kept), here(told)) {
+            match (here(kept), here(acknowledged)) {
                 (Some(one), Some(other)) if one.epoch == other.epoch => {
                     let low_water = one.low_water.max(other.low_water);
                     (
                         Position { low_water, ..one },
-                        had_of(kept, number)
-                            .chain(had_of(told, number))
+                        sent_ahead_in(kept, number)
+                            .chain(sent_ahead_in(acknowledged, number))
                             .filter(|id| *id > low_water)
                             .collect(),
                     )
@@ -437,25 +446,25 @@ fn further(kept: &Cursor, told: &Cursor, heads: &Heads) -> Cursor {
                         .get(&number)
                         .is_some_and(|head| rank(head, &one) > rank(head, &other));
                     if is_kept {
-                        (one, had_of(kept, number).collect())
+                        (one, sent_ahead_in(kept, number).collect())
                     } else {
-                        (other, had_of(told, number).collect())
+                        (other, sent_ahead_in(acknowledged, number).collect())
                     }
                 }
-                (Some(one), None) => (one, had_of(kept, number).collect()),
+                (Some(one), None) => (one, sent_ahead_in(kept, number).collect()),
                 (None, other) => {
                     let Some(other) = other else { continue };
-                    (other, had_of(told, number).collect())
+                    (other, sent_ahead_in(acknowledged, number).collect())
                 }
             };
-        joined.positions.push(position);
-        joined
+        merged.positions.push(position);
+        merged
             .sent_ahead
             .extend(sent_ahead.into_iter().map(|id| (number, id)));
     }
     // A dropped id may be delivered twice; the cursor has no room for it.
-    joined.sent_ahead.truncate(MAX_SENT_AHEAD);
-    joined
+    merged.sent_ahead.truncate(MAX_SENT_AHEAD);
+    merged
 }
 
 /// Orders positions: by the id that is still valid, then by how recent their epoch is.
@@ -517,8 +526,12 @@ mod tests {
 
     #[test]
     fn a_device_cursor_never_moves_backwards() {
-        let check = |kept: &Cursor, told: &Cursor, expect: &Cursor| {
-            assert_eq!(further(kept, told, &heads()), *expect, "{kept:?} {told:?}")
+        let check = |kept: &Cursor, acknowledged: &Cursor, expect: &Cursor| {
+            assert_eq!(
+                furthest(kept, acknowledged, &heads()),
+                *expect,
+                "{kept:?} {acknowledged:?}"
+            )
         };
         // Within one epoch.
         check(&at(3, 250, &[]), &at(3, 260, &[]), &at(3, 260, &[]));
@@ -557,9 +570,9 @@ mod tests {
             }],
             sent_ahead: vec![(other, NotificationId(6))],
         };
-        let joined = further(&at(3, 250, &[251]), &elsewhere, &heads());
+        let merged = furthest(&at(3, 250, &[251]), &elsewhere, &heads());
         assert_eq!(
-            joined
+            merged
                 .positions
                 .iter()
                 .map(|position| position.low_water.0)
@@ -567,7 +580,7 @@ mod tests {
             [250, 5]
         );
         assert_eq!(
-            joined.sent_ahead,
+            merged.sent_ahead,
             [(P, NotificationId(251)), (other, NotificationId(6))]
         );
     }
@@ -575,30 +588,30 @@ mod tests {
     proptest! {
         #[test]
         fn the_furthest_acknowledged_cursor_is_kept_in_any_order(
-            places in prop::collection::vec((1..4_u16, 0..300_u64), 1..6),
+            cursors in prop::collection::vec((1..4_u16, 0..300_u64), 1..6),
             order in any::<prop::sample::Index>(),
         ) {
             let heads = heads();
-            let join = |places: &[(u16, u64)]| {
-                places.iter().map(|&(n, id)| at(n, id, &[])).reduce(|kept, told| further(&kept, &told, &heads)).unwrap()
+            let join = |cursors: &[(u16, u64)]| {
+                cursors.iter().map(|&(n, id)| at(n, id, &[])).reduce(|kept, acknowledged| furthest(&kept, &acknowledged, &heads)).unwrap()
             };
             let rank_of = |cursor: &Cursor| rank(&heads[&P], &cursor.positions[0]);
-            let mut turned = places.clone();
-            turned.rotate_left(order.index(places.len()));
-            let furthest = places.iter().map(|&(n, id)| rank_of(&at(n, id, &[]))).max().unwrap();
-            prop_assert_eq!(rank_of(&join(&places)), furthest);
+            let mut turned = cursors.clone();
+            turned.rotate_left(order.index(cursors.len()));
+            let furthest = cursors.iter().map(|&(n, id)| rank_of(&at(n, id, &[]))).max().unwrap();
+            prop_assert_eq!(rank_of(&join(&cursors)), furthest);
             prop_assert_eq!(rank_of(&join(&turned)), furthest);
         }
 
         #[test]
         fn a_merged_cursor_round_trips(
             kept in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
-            told in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
+            acknowledged in (0..300_u64, prop::collection::btree_set(1..50_u64, 0..=3)),
         ) {
             let cursor = |(low, sent_ahead): (u64, BTreeSet<u64>)| at(3, low, &sent_ahead.into_iter().map(|above| low + above).collect::<Vec<_>>());
-            let joined = further(&cursor(kept), &cursor(told), &heads());
+            let merged = furthest(&cursor(kept), &cursor(acknowledged), &heads());
             let user = Name::parse("ann").unwrap();
-            prop_assert_eq!(readable(&user, &stored(&user, &joined, true)), Some(joined));
+            prop_assert_eq!(decode(&user, &encode(&user, &merged, true)), Some(merged));
         }
     }
 }

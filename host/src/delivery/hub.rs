@@ -187,7 +187,7 @@ impl Hub {
 
     /// Returns the number of a user's open streams on this node, and how many of them are past this
     /// notification: they have sent it, have rejected it, or began after it.
-    pub fn streams_beside(
+    pub fn streams_past(
         &self,
         user: &Name,
         partition: PartitionNumber,

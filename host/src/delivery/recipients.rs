@@ -4,7 +4,7 @@
 //! that the cursor has passed are not evaluated again. A member of a group receives the
 //! notifications committed from joining to leaving; both are ids, so that a commit cannot race with
 //! a change. Knows nothing of streams: see `subscription`. The broker stores memberships; `explain`
-//! describes why a route misses a user.
+//! describes why a route does not match a user.
 
 use std::collections::{BTreeMap, BTreeSet};
 

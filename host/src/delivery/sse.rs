@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::now_ms;
 use crate::delivery::hub::StreamGuard;
-use crate::delivery::subscription::{Gap, Next, Record, Rendered};
+use crate::delivery::recipients::RouteMatch;
+use crate::delivery::subscription::{Gap, Next, Record, Rendered, Subscription};
 use crate::event::Target;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
@@ -128,7 +129,7 @@ impl StreamControl {
 /// The body of a stream's response.
 #[derive(Debug)]
 pub struct Body {
-    signals: Arc<StreamControl>,
+    control: Arc<StreamControl>,
     metrics: Metrics,
     retry_ms: u64,
     is_opened: bool,
@@ -137,8 +138,8 @@ pub struct Body {
     cursor: String,
     sent_cursor: String,
     /// Total bytes the socket will have taken once it has taken everything written so far.
-    n_given: u64,
-    _seat: StreamPermit,
+    n_written: u64,
+    _permit: StreamPermit,
 }
 
 impl Body {
@@ -146,24 +147,24 @@ impl Body {
     /// expiry of its token, in milliseconds since the Unix epoch.
     pub fn new(
         guard: StreamGuard,
-        seat: StreamPermit,
+        permit: StreamPermit,
         stream_timer: &StreamTimer,
         metrics: Metrics,
         expires_ms: Option<u64>,
         socket: Option<Arc<dyn Socket>>,
     ) -> Self {
-        let signals = Arc::new(StreamControl {
+        let control = Arc::new(StreamControl {
             guard,
             heartbeat: AtomicBool::new(false),
             cursor: AtomicBool::new(false),
             end: Mutex::new(None),
             socket,
         });
-        stream_timer.watch(&signals, expires_ms);
+        stream_timer.watch(&control, expires_ms);
         let retry_ms = stream_timer.retry_ms();
         let (buffer, cursor, sent_cursor) = (BytesMut::new(), String::new(), String::new());
         Self {
-            signals,
+            control,
             metrics,
             retry_ms,
             is_opened: false,
@@ -171,109 +172,124 @@ impl Body {
             buffer,
             cursor,
             sent_cursor,
-            n_given: 0,
-            _seat: seat,
+            n_written: 0,
+            _permit: permit,
         }
     }
 
     /// Fills the buffer with everything that can be written now, up to about [`WRITE`] bytes.
     fn collect(&mut self) {
-        let stream = Arc::clone(self.signals.guard.stream());
+        let stream = Arc::clone(self.control.guard.stream());
         if !self.is_opened {
             self.is_opened = true;
             // Proxies forward the response head with the first byte of the body. No blank line:
             // some clients call `onmessage` for each one.
             self.buffer.put_slice(b": pointsman\n");
         }
-        let now_ms = now_ms();
-        let mut n_sent = 0;
         // Read before any notification: after a token has expired none may be sent. Queued
         // notifications stay in the log.
         let end = *self
-            .signals
+            .control
             .end
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if end.is_none() {
-            let mut subscription = stream.lock();
-            if self.signals.cursor.swap(false, Ordering::AcqRel) {
-                self.cursor.clear();
-                subscription.encode_cursor(&mut self.cursor);
-                if self.cursor != self.sent_cursor {
-                    subscription.request_cursor();
-                }
+            self.collect_items(&mut stream.lock());
+        }
+        // Also when nothing is written: expired items have left the queues, too, and a replay may
+        // wait for the room.
+        stream.made_room();
+        // Taken even if something else is written, which serves as the heartbeat.
+        if self.control.heartbeat.swap(false, Ordering::AcqRel) && self.buffer.is_empty() {
+            self.buffer.put_slice(b":\n");
+        }
+        if let Some(end) = end {
+            self.collect_end(end, &stream.lock());
+        }
+    }
+
+    /// Appends the queued items, each with the cursor after it.
+    fn collect_items(&mut self, subscription: &mut Subscription) {
+        if self.control.cursor.swap(false, Ordering::AcqRel) {
+            self.read_cursor(subscription);
+            if self.cursor != self.sent_cursor {
+                subscription.request_cursor();
             }
-            while self.buffer.len() < WRITE
-                && let Some(next) = subscription.next(now_ms)
-            {
-                self.cursor.clear();
-                subscription.encode_cursor(&mut self.cursor);
-                match next {
-                    Next::Notification {
-                        record,
-                        route_match,
-                        ..
-                    } => {
-                        n_sent += 1;
-                        put_id(&mut self.buffer, &self.cursor);
-                        let rendered = record.rendered(route_match.route, |record| {
-                            render(record, route_match.route)
-                        });
-                        self.buffer.put_slice(&rendered.before_target);
-                        put_target(
-                            &mut self.buffer,
-                            &record.route(route_match.route).to[route_match.target],
-                        );
-                        self.buffer.put_slice(&rendered.after_target);
-                        self.sent_cursor.clone_from(&self.cursor);
-                    }
-                    Next::Gap(gap) => {
-                        put_gap(&mut self.buffer, gap);
-                        self.metrics
-                            .gaps
-                            .get_or_create(&ReasonLabel {
-                                reason: gap.reason.as_str(),
-                            })
-                            .inc();
-                    }
-                    Next::Cursor => {
-                        let first = self.sent_cursor.is_empty();
-                        put_id(&mut self.buffer, &self.cursor);
-                        if first {
-                            self.buffer
-                                .put_slice(format!("retry: {}\n", self.retry_ms).as_bytes());
-                        }
-                        self.buffer.put_slice(b"event: cursor\ndata:\n\n");
-                        self.sent_cursor.clone_from(&self.cursor);
-                    }
+        }
+        let now_ms = now_ms();
+        let mut n_sent = 0;
+        while self.buffer.len() < WRITE
+            && let Some(next) = subscription.next(now_ms)
+        {
+            self.read_cursor(subscription);
+            match next {
+                Next::Notification {
+                    record,
+                    route_match,
+                    ..
+                } => {
+                    n_sent += 1;
+                    self.put_notification(&record, route_match);
                 }
+                Next::Gap(gap) => {
+                    put_gap(&mut self.buffer, gap);
+                    let reason = gap.reason.as_str();
+                    self.metrics
+                        .gaps
+                        .get_or_create(&ReasonLabel { reason })
+                        .inc();
+                }
+                Next::Cursor => self.put_cursor(),
             }
         }
         if n_sent > 0 {
             self.metrics.notifications_sent.inc_by(n_sent);
         }
-        // Also when nothing is written: expired items have left the queues, too, and a replay may
-        // wait for the room.
-        stream.made_room();
-        if self.signals.heartbeat.swap(false, Ordering::AcqRel) && self.buffer.is_empty() {
-            self.buffer.put_slice(b":\n");
+    }
+
+    /// Appends the end of the stream, with the cursor at which the client resumes.
+    fn collect_end(&mut self, end: End, subscription: &Subscription) {
+        self.is_ended = true;
+        self.read_cursor(subscription);
+        if !self.cursor.is_empty() {
+            put_id(&mut self.buffer, &self.cursor);
         }
-        if let Some(end) = end {
-            self.is_ended = true;
-            self.cursor.clear();
-            stream.lock().encode_cursor(&mut self.cursor);
-            if !self.cursor.is_empty() {
-                put_id(&mut self.buffer, &self.cursor);
-            }
-            self.buffer.put_slice(
-                format!(
-                    "retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n",
-                    self.retry_ms,
-                    end.as_str()
-                )
-                .as_bytes(),
-            );
+        self.buffer.put_slice(
+            format!(
+                "retry: {}\nevent: close\ndata: {{\"reason\":\"{}\"}}\n\n",
+                self.retry_ms,
+                end.as_str()
+            )
+            .as_bytes(),
+        );
+    }
+
+    fn read_cursor(&mut self, subscription: &Subscription) {
+        self.cursor.clear();
+        subscription.encode_cursor(&mut self.cursor);
+    }
+
+    fn put_notification(&mut self, record: &Record, route_match: RouteMatch) {
+        put_id(&mut self.buffer, &self.cursor);
+        let rendered = record.rendered(route_match.route, |record| {
+            render(record, route_match.route)
+        });
+        self.buffer.put_slice(&rendered.before_target);
+        let target = &record.route(route_match.route).to[route_match.target];
+        put_target(&mut self.buffer, target);
+        self.buffer.put_slice(&rendered.after_target);
+        self.sent_cursor.clone_from(&self.cursor);
+    }
+
+    fn put_cursor(&mut self) {
+        put_id(&mut self.buffer, &self.cursor);
+        // The first cursor of the stream brings the reconnect delay.
+        if self.sent_cursor.is_empty() {
+            self.buffer
+                .put_slice(format!("retry: {}\n", self.retry_ms).as_bytes());
         }
+        self.buffer.put_slice(b"event: cursor\ndata:\n\n");
+        self.sent_cursor.clone_from(&self.cursor);
     }
 }
 
@@ -291,9 +307,11 @@ impl http_body::Body for Body {
         }
         // Registered before the check, or an item that arrives in between would wait for the next
         // heartbeat.
-        this.signals.guard.stream().register(cx.waker());
-        if let Some(socket) = &this.signals.socket
-            && socket.poll_taken(cx, this.n_given).is_pending()
+        this.control.guard.stream().register(cx.waker());
+        // Nothing is taken from the queues until the last write has left: what is queued can still
+        // be overtaken by something more urgent, a frame in the buffer cannot.
+        if let Some(socket) = &this.control.socket
+            && socket.poll_taken(cx, this.n_written).is_pending()
         {
             return Poll::Pending;
         }
@@ -303,8 +321,8 @@ impl http_body::Body for Body {
             this.buffer = BytesMut::new();
             return Poll::Pending;
         }
-        this.n_given = this
-            .signals
+        this.n_written = this
+            .control
             .socket
             .as_ref()
             .map_or(0, |socket| socket.taken())

@@ -1,7 +1,7 @@
 //! Summarises an explanation in a sentence or two: the result, then the assumptions or the next
 //! step.
 
-use super::{At, Decided, Explanation, Standing};
+use super::{DecidedEvent, DevicePosition, Explanation, RecipientExplanation};
 use crate::delivery::recipients::{MatchFailure, RouteMatch};
 use crate::event::{Outcome, Plan, Verdict, VerdictKind, rfc3339};
 
@@ -12,13 +12,13 @@ pub(super) fn of(explanation: &Explanation) -> String {
     let Explanation {
         decision,
         dead_letter,
-        is_sought_to_the_end,
+        is_search_complete,
         plan,
         recipient,
         ..
     } = explanation;
     match (decision.outcome, plan, recipient) {
-        (Outcome::Committed, Some(plan), Some(standing)) => for_user(decision, plan, standing),
+        (Outcome::Committed, Some(plan), Some(recipient)) => for_user(decision, plan, recipient),
         (Outcome::Committed, Some(plan), None) => {
             format!("The event was committed; {}. Specify a user to see whether it reached them.", names(plan))
         }
@@ -33,7 +33,7 @@ pub(super) fn of(explanation: &Explanation) -> String {
         (Outcome::DeadLettered, ..) => {
             let next = match dead_letter {
                 Some(id) => format!("It is a dead letter: fix the cause, then run `pointsman dead-letters redrive {id}`"),
-                None if *is_sought_to_the_end => "It is no longer a dead letter: it was redriven, dropped or trimmed".to_owned(),
+                None if *is_search_complete => "It is no longer a dead letter: it was redriven, dropped or trimmed".to_owned(),
                 None => "It is one of very many dead letters: fix the cause, then find it by its entry in `pointsman dead-letters list`"
                     .to_owned(),
             };
@@ -42,20 +42,19 @@ pub(super) fn of(explanation: &Explanation) -> String {
     }
 }
 
-fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
-    let user = &standing.user;
-    // The route that a stream would use now; if there is none any more, the one at the commit.
-    let Some(way) = standing.ways.now.or(standing.ways.then) else {
+fn for_user(event: &DecidedEvent, plan: &Plan, recipient: &RecipientExplanation) -> String {
+    let user = &recipient.user;
+    let Some(route_match) = recipient.matches.latest() else {
         return format!(
             "{}{}.{}",
-            missed(plan, standing),
-            left_out(decided),
-            provided(standing)
+            not_reached(plan, recipient),
+            left_out(event),
+            assumptions(recipient)
         );
     };
-    let by = by(plan, way);
-    if let Some(later) = &standing.superseded_by {
-        let key = plan.routes[way.route]
+    let by = by(plan, route_match);
+    if let Some(later) = &recipient.superseded_by {
+        let key = plan.routes[route_match.route]
             .collapse
             .as_ref()
             .map(ToString::to_string)
@@ -67,14 +66,15 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
                 "The event was for `{user}` {by}, but {later_state} replaced it (collapse key `{key}`): clients that had not received it by then get only the later one."
             );
         }
-        if standing.ways.now.is_some() && standing.in_log != Some(false) {
+        if recipient.matches.now.is_some() && recipient.in_log != Some(false) {
             return format!(
                 "The event is for `{user}` {by}, but {later_state} replaced it until that expired (collapse key `{key}`): clients that received the later one do not get this one, clients that received neither do."
             );
         }
     }
-    if standing.ways.now.is_none() {
-        let is_over = |index: &usize| standing.routes[*index].miss == Some(MatchFailure::Expired);
+    if recipient.matches.now.is_none() {
+        let is_over =
+            |index: &usize| recipient.routes[*index].failure == Some(MatchFailure::Expired);
         let end = (0..plan.routes.len())
             .filter(is_over)
             .filter_map(|index| plan.routes[index].expires_ms)
@@ -85,22 +85,22 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
             rfc3339(end)
         );
     }
-    let acknowledged: Vec<String> = standing
+    let acknowledged: Vec<String> = recipient
         .devices
         .iter()
-        .filter(|device| device.at == At::Acknowledged)
+        .filter(|device| device.at == DevicePosition::Acknowledged)
         .map(|device| format!("`{}`", device.device))
         .collect();
     match acknowledged.as_slice() {
-        [] if standing.read => {
+        [] if recipient.read => {
             format!("The event is for `{user}` {by}: it or a later one was marked as read.")
         }
-        [] if standing.in_log == Some(false) => {
+        [] if recipient.in_log == Some(false) => {
             format!(
                 "The event was for `{user}` {by}, but retention has removed it from the log: clients that had not received it by then get a gap."
             )
         }
-        [] if standing.devices.is_empty() => {
+        [] if recipient.devices.is_empty() => {
             format!(
                 "The event is for `{user}` {by}: it is in the log; whether a client received it is unknown, because the user has no devices."
             )
@@ -121,46 +121,49 @@ fn for_user(decided: &Decided, plan: &Plan, standing: &Standing) -> String {
 }
 
 /// Why no route matched.
-fn missed(plan: &Plan, standing: &Standing) -> String {
-    let user = &standing.user;
-    let Some((index, why)) = &standing.ways.nearest else {
+fn not_reached(plan: &Plan, recipient: &RecipientExplanation) -> String {
+    let user = &recipient.user;
+    let Some((index, reason)) = &recipient.matches.nearest else {
         return format!("`{user}` was not reached: the plan has no routes");
     };
     let reason = match plan.routes.as_slice() {
-        [_] => format!("the only route {}", why.text),
+        [_] => format!("the only route {}", reason.text),
         routes => format!(
             "none of the {} routes matches; the closest, of `{}`, {}",
             routes.len(),
             routes[*index].by,
-            why.text
+            reason.text
         ),
     };
     format!("`{user}` was not reached: {reason}")
 }
 
-/// The assumptions behind a miss, about facts that were not recorded.
-fn provided(standing: &Standing) -> String {
-    let provided: Vec<&str> = standing
-        .ways
-        .provided
+/// The assumptions behind a mismatch, about facts that were not recorded.
+fn assumptions(recipient: &RecipientExplanation) -> String {
+    let assumptions: Vec<&str> = recipient
+        .matches
+        .assumptions
         .iter()
-        .map(|proviso| proviso.words())
+        .map(|assumption| assumption.words())
         .collect();
-    if provided.is_empty() {
+    if assumptions.is_empty() {
         String::new()
     } else {
-        format!(" This assumes that {}.", provided.join(" and that "))
+        format!(" This assumes that {}.", assumptions.join(" and that "))
     }
 }
 
-fn by(plan: &Plan, way: RouteMatch) -> String {
-    let route = &plan.routes[way.route];
-    format!("(route of `{}` to `{}`)", route.by, route.to[way.target])
+fn by(plan: &Plan, route_match: RouteMatch) -> String {
+    let route = &plan.routes[route_match.route];
+    format!(
+        "(route of `{}` to `{}`)",
+        route.by, route.to[route_match.target]
+    )
 }
 
 fn names(plan: &Plan) -> String {
     let targets = plan.targets();
-    let told: Vec<String> = targets
+    let names: Vec<String> = targets
         .iter()
         .take(MAX_TARGETS)
         .map(|target| format!("`{target}`"))
@@ -170,11 +173,11 @@ fn names(plan: &Plan) -> String {
     } else {
         String::new()
     };
-    format!("its plan names {}{more}", told.join(", "))
+    format!("its plan names {}{more}", names.join(", "))
 }
 
-fn discarded(decided: &Decided) -> String {
-    let dropped = of_kind(decided, VerdictKind::Drop).map(|by| {
+fn discarded(event: &DecidedEvent) -> String {
+    let dropped = of_kind(event, VerdictKind::Drop).map(|by| {
         format!(
             "the filter `{}` dropped the event{}",
             by.plugin,
@@ -191,20 +194,20 @@ fn discarded(decided: &Decided) -> String {
     // The last failure dropped the event, because no plugin is called after a drop. Earlier
     // failures were skipped.
     dropped
-        .chain(of_kind(decided, VerdictKind::Failed).last().map(failed))
+        .chain(of_kind(event, VerdictKind::Failed).last().map(failed))
         .next()
         .unwrap_or_else(|| "the event was dropped".to_owned())
 }
 
-fn dead_lettered(decided: &Decided) -> String {
+fn dead_lettered(event: &DecidedEvent) -> String {
     // The plugin that caused the dead letter was called last and gave its reason. If the reasons
     // differ, the last failure was skipped by policy; if there is no verdict, the entry was not a
     // valid event and no plugin was called.
-    match decided
+    match event
         .decision
         .verdicts
         .last()
-        .filter(|by| by.reason == decided.decision.reason)
+        .filter(|by| by.reason == event.decision.reason)
     {
         Some(by) if by.verdict == VerdictKind::Rejected => {
             format!("`{}` rejected the event", by.plugin)
@@ -216,12 +219,12 @@ fn dead_lettered(decided: &Decided) -> String {
     }
 }
 
-fn unrouted(decided: &Decided) -> String {
-    let asked: Vec<String> = of_kind(decided, VerdictKind::None)
+fn unrouted(event: &DecidedEvent) -> String {
+    let routers: Vec<String> = of_kind(event, VerdictKind::None)
         .map(|by| format!("`{}`", by.plugin))
         .collect();
-    match asked.as_slice() {
-        [] if of_kind(decided, VerdictKind::Failed).next().is_some() => {
+    match routers.as_slice() {
+        [] if of_kind(event, VerdictKind::Failed).next().is_some() => {
             "no router returned a recipient".to_owned()
         }
         [] => "no router was active for this event type".to_owned(),
@@ -234,7 +237,7 @@ fn unrouted(decided: &Decided) -> String {
 }
 
 /// Plugins that failed and were skipped, and might have decided otherwise.
-fn left_out(decided: &Decided) -> String {
+fn left_out(event: &DecidedEvent) -> String {
     let failed = |by: &Verdict| {
         format!(
             "; `{}` failed on the event and was skipped by its on_failure policy{}",
@@ -242,12 +245,12 @@ fn left_out(decided: &Decided) -> String {
             because(&by.reason)
         )
     };
-    of_kind(decided, VerdictKind::Failed).map(failed).collect()
+    of_kind(event, VerdictKind::Failed).map(failed).collect()
 }
 
 /// The verdicts of this kind.
-fn of_kind(decided: &Decided, kind: VerdictKind) -> impl Iterator<Item = &Verdict> {
-    decided
+fn of_kind(event: &DecidedEvent, kind: VerdictKind) -> impl Iterator<Item = &Verdict> {
+    event
         .decision
         .verdicts
         .iter()
@@ -273,7 +276,7 @@ fn because(reason: &str) -> String {
 mod tests {
     use serde_json::json;
 
-    use super::super::{Device, Streams, Successor, Ways};
+    use super::super::{DeviceProgress, RouteMatches, StreamCounts, Successor};
     use super::*;
     use crate::event::{Decision, PartitionNumber};
     use crate::event::{EntryId, Name, NotificationId};
@@ -297,7 +300,7 @@ mod tests {
         let (partition, entry) = (PartitionNumber(0), EntryId::default());
         Explanation {
             conclusion: String::new(),
-            decision: Decided {
+            decision: DecidedEvent {
                 partition,
                 entry,
                 outcome,
@@ -306,7 +309,7 @@ mod tests {
             },
             other_decisions: Vec::new(),
             dead_letter: None,
-            is_sought_to_the_end: true,
+            is_search_complete: true,
             plan: None,
             recipient: None,
         }
@@ -357,9 +360,9 @@ mod tests {
             &format!("Not delivered: {why}."),
         );
         let gone = "It is no longer a dead letter: it was redriven, dropped or trimmed";
-        let nobody = format!("Not delivered: the event became a dead letter. {gone}.");
-        check(Outcome::DeadLettered, &[], &nobody);
-        check(Outcome::DeadLettered, &[("a", "failed")], &nobody);
+        let no_verdict = format!("Not delivered: the event became a dead letter. {gone}.");
+        check(Outcome::DeadLettered, &[], &no_verdict);
+        check(Outcome::DeadLettered, &[("a", "failed")], &no_verdict);
         let mut failed = explanation(Outcome::DeadLettered, &[("a", "keep"), ("b", "failed")]);
         failed.decision.decision.reason = failed.decision.decision.verdicts[1].reason.clone();
         assert_eq!(
@@ -374,13 +377,13 @@ mod tests {
 
     #[test]
     fn all_acknowledging_devices_but_only_the_first_targets_are_named() {
-        let mut told = explanation(Outcome::Committed, &[]);
+        let mut committed = explanation(Outcome::Committed, &[]);
         let to = ["u:a", "u:b", "u:c", "u:d", "u:e"];
-        told.plan = Some(
+        committed.plan = Some(
             serde_json::from_value(json!([{ "by": "r", "to": to, "priority": "normal" }])).unwrap(),
         );
         assert_eq!(
-            of(&told),
+            of(&committed),
             "The event was committed; its plan names `u:a`, `u:b`, `u:c` and 2 more. Specify a user to see whether it reached them."
         );
         let later = Successor {
@@ -388,15 +391,15 @@ mod tests {
             notification: NotificationId(2),
             expired: true,
         };
-        let way = Some(RouteMatch {
+        let route_match = Some(RouteMatch {
             route: 0,
             target: 1,
         });
-        let device = |name: &str, at| Device {
+        let device = |name: &str, at| DeviceProgress {
             device: Name::parse(name).unwrap(),
             at,
         };
-        told.recipient = Some(Standing {
+        committed.recipient = Some(RecipientExplanation {
             user: Name::parse("b").unwrap(),
             routes: Vec::new(),
             won: Some(0),
@@ -404,28 +407,28 @@ mod tests {
             in_log: Some(false),
             superseded_by: None,
             devices: vec![
-                device("phone", At::Acknowledged),
-                device("tv", At::Before),
-                device("watch", At::Acknowledged),
+                device("phone", DevicePosition::Acknowledged),
+                device("tv", DevicePosition::Before),
+                device("watch", DevicePosition::Acknowledged),
             ],
             read: false,
-            streams: Streams { open: 0, past: 0 },
+            streams: StreamCounts { open: 0, past: 0 },
             not_known: Vec::new(),
-            ways: Ways {
-                then: way,
-                now: way,
-                ..Ways::default()
+            matches: RouteMatches {
+                at_commit: route_match,
+                now: route_match,
+                ..RouteMatches::default()
             },
         });
         assert_eq!(
-            of(&told),
+            of(&committed),
             "The event is for `b` (route of `r` to `u:b`): devices `phone`, `watch` have acknowledged it or a later one."
         );
         // An expired later notification does not bring back an earlier one that has left the log.
-        let standing = told.recipient.as_mut().unwrap();
-        standing.devices.clear();
-        standing.superseded_by = Some(later);
-        let conclusion = of(&told);
+        let recipient = committed.recipient.as_mut().unwrap();
+        recipient.devices.clear();
+        recipient.superseded_by = Some(later);
+        let conclusion = of(&committed);
         assert!(
             conclusion.starts_with(
                 "The event was for `b` (route of `r` to `u:b`), but retention has removed it from the log"

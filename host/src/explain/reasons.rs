@@ -7,28 +7,30 @@ use crate::event::{Name, Recipient, Route, Span, Target, Value, rfc3339};
 
 /// Maximum number of clauses of a condition described.
 const MAX_CLAUSES: usize = 3;
+/// Maximum number of groups named.
+const MAX_GROUPS: usize = 3;
 /// Maximum length of a value shown, in characters; longer values are cut.
 const MAX_VALUE: usize = 64;
 
 /// Why a route does not match a user.
 #[derive(Debug)]
-pub(super) struct Why {
+pub(super) struct MismatchReason {
     pub(super) text: String,
     /// The notification ids behind the reason.
     detail: Option<String>,
     pub(super) nearness: Nearness,
-    pub(super) provided: &'static [Proviso],
+    pub(super) assumptions: &'static [Assumption],
 }
 
-/// An assumption about the time of the event, which was not recorded, behind a miss.
+/// An assumption about the time of the event, which was not recorded, behind a mismatch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Proviso {
+pub(super) enum Assumption {
     Attributes,
     Claims,
     FirstMembership,
 }
 
-impl Proviso {
+impl Assumption {
     pub(super) const fn words(self) -> &'static str {
         match self {
             Self::Attributes => "the attributes have not changed since",
@@ -49,7 +51,7 @@ pub(super) enum Nearness {
     Expired,
 }
 
-impl Why {
+impl MismatchReason {
     pub(super) fn whole(&self) -> String {
         let Self { text, detail, .. } = self;
         detail
@@ -58,7 +60,8 @@ impl Why {
     }
 }
 
-pub(super) fn reaching(target: &Target, user: &Name) -> String {
+/// Why a route matches the user.
+pub(super) fn match_reason(target: &Target, user: &Name) -> String {
     match target {
         Target::User(_) => format!("names `{user}`"),
         Target::Group(group) => {
@@ -68,19 +71,20 @@ pub(super) fn reaching(target: &Target, user: &Name) -> String {
     }
 }
 
-pub(super) fn missing(
+/// Why a route does not match the user.
+pub(super) fn mismatch_reason(
     route: &Route,
-    miss: MatchFailure,
+    failure: MatchFailure,
     user: &Name,
     recipient: &Recipient,
     moment: Moment,
-) -> Why {
-    let (text, nearness, provided): (_, _, &[_]) = match miss {
+) -> MismatchReason {
+    let (text, nearness, assumptions): (_, _, &[_]) = match failure {
         MatchFailure::Target => return not_named(route, user, recipient, moment),
         MatchFailure::Condition => (
             condition(route, user, &recipient.attributes),
             Nearness::Condition,
-            &[Proviso::Attributes],
+            &[Assumption::Attributes],
         ),
         MatchFailure::Expired => (
             format!(
@@ -91,15 +95,16 @@ pub(super) fn missing(
             &[],
         ),
     };
-    Why {
+    MismatchReason {
         text,
         detail: None,
         nearness,
-        provided,
+        assumptions,
     }
 }
 
-fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) -> Why {
+/// Why none of the targets of a route names the user.
+fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) -> MismatchReason {
     let (mut groups, mut users) = (Vec::new(), Vec::new());
     for target in &route.to {
         match target {
@@ -108,81 +113,88 @@ fn not_named(route: &Route, user: &Name, recipient: &Recipient, moment: Moment) 
             Target::Everyone => {}
         }
     }
+    if let Some(reason) = outside_membership(&groups, user, recipient, moment) {
+        return reason;
+    }
+    let (text, nearness, assumptions): (_, _, &[_]) = if groups.is_empty() {
+        (other_users(&users), Nearness::ForOthers, &[])
+    } else {
+        let text = no_member(&groups, user);
+        (text, Nearness::NoMember, &[Assumption::Claims])
+    };
+    MismatchReason {
+        text,
+        detail: None,
+        nearness,
+        assumptions,
+    }
+}
+
+/// The user is or was a member of one of the groups, but not at the time of the event.
+fn outside_membership(
+    groups: &[&Name],
+    user: &Name,
+    recipient: &Recipient,
+    moment: Moment,
+) -> Option<MismatchReason> {
     let spans = || {
         groups.iter().filter_map(|&group| {
             Some((group, recipient.groups.get(group)?.get(&moment.partition)?))
         })
     };
-    if let Some((group, Span { joined, left })) = spans().next() {
-        let id = moment.id;
-        let (when, detail) = match left {
-            Some(left) if *left < id => (
-                "left before",
-                format!("the event was committed as {id}, the membership ended at {left}"),
-            ),
-            _ => (
-                "joined after",
-                format!("the event was committed as {id}, the membership begins after {joined}"),
-            ),
-        };
-        let may_be_second = spans().any(|(_, span)| span.joined >= id);
-        let provided: &[_] = if may_be_second {
-            &[Proviso::Claims, Proviso::FirstMembership]
-        } else {
-            &[Proviso::Claims]
-        };
-        let text = format!("names group `{group}`, which `{user}` {when} the event");
-        return Why {
-            text,
-            detail: Some(detail),
-            nearness: Nearness::Member,
-            provided,
-        };
-    }
-    let (text, nearness) = match (groups.as_slice(), users.as_slice()) {
-        ([group], _) => (
-            format!("names group `{group}`, of which `{user}` is not a member"),
-            Nearness::NoMember,
+    let (group, Span { joined, left }) = spans().next()?;
+    let id = moment.id;
+    let (when, detail) = match left {
+        Some(left) if *left < id => (
+            "left before",
+            format!("the event was committed as {id}, the membership ended at {left}"),
         ),
-        ([], [other]) => (
-            format!("names another user, `{other}`"),
-            Nearness::ForOthers,
+        _ => (
+            "joined after",
+            format!("the event was committed as {id}, the membership begins after {joined}"),
         ),
-        ([], others) => (
-            format!("names {} other users", others.len()),
-            Nearness::ForOthers,
-        ),
-        (groups, _) => {
-            let named: Vec<String> = groups
-                .iter()
-                .take(3)
-                .map(|group| format!("`{group}`"))
-                .collect();
-            let more = if groups.len() > 3 {
-                format!(" and {} more", groups.len() - 3)
-            } else {
-                String::new()
-            };
-            (
-                format!(
-                    "names groups {}{more}, but `{user}` is not a member of any",
-                    named.join(", ")
-                ),
-                Nearness::NoMember,
-            )
-        }
     };
-    let provided: &[_] = if nearness == Nearness::NoMember {
-        &[Proviso::Claims]
+    // Only the latest membership is stored: one that began after the event may have followed
+    // another.
+    let may_be_second = spans().any(|(_, span)| span.joined >= id);
+    let assumptions: &[_] = if may_be_second {
+        &[Assumption::Claims, Assumption::FirstMembership]
     } else {
-        &[]
+        &[Assumption::Claims]
     };
-    Why {
-        text,
-        detail: None,
-        nearness,
-        provided,
+    Some(MismatchReason {
+        text: format!("names group `{group}`, which `{user}` {when} the event"),
+        detail: Some(detail),
+        nearness: Nearness::Member,
+        assumptions,
+    })
+}
+
+fn other_users(users: &[&Name]) -> String {
+    match users {
+        [other] => format!("names another user, `{other}`"),
+        others => format!("names {} other users", others.len()),
     }
+}
+
+fn no_member(groups: &[&Name], user: &Name) -> String {
+    if let [group] = groups {
+        return format!("names group `{group}`, of which `{user}` is not a member");
+    }
+    let names: Vec<String> = groups
+        .iter()
+        .take(MAX_GROUPS)
+        .map(|group| format!("`{group}`"))
+        .collect();
+    let more = if groups.len() > MAX_GROUPS {
+        format!(" and {} more", groups.len() - MAX_GROUPS)
+    } else {
+        String::new()
+    };
+    format!(
+        "names groups {}{more}, but `{user}` is not a member of any",
+        names.join(", ")
+    )
 }
 
 fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
@@ -194,7 +206,7 @@ fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
     if unmet.is_empty() {
         return "has a condition that is never true".to_owned();
     }
-    let told: Vec<String> = unmet
+    let clauses: Vec<String> = unmet
         .iter()
         .take(MAX_CLAUSES)
         .map(|test| shortfall(test, attributes))
@@ -206,7 +218,7 @@ fn condition(route: &Route, user: &Name, attributes: &Attributes) -> String {
     };
     format!(
         "has a condition that is false for `{user}`: {}{more}",
-        told.join(", and ")
+        clauses.join(", and ")
     )
 }
 
@@ -217,28 +229,28 @@ fn shortfall(test: &Test, attributes: &Attributes) -> String {
         operator,
         values,
     } = test;
-    let wanted: Vec<String> = values.iter().map(shown).collect();
-    let wanted = wanted.join(" or ");
+    let expected: Vec<String> = values.iter().map(display).collect();
+    let expected = expected.join(" or ");
     let must = match operator {
-        Operator::Equals | Operator::OneOf => format!("must be {wanted}"),
-        Operator::NotEquals => format!("must not be {wanted}"),
-        Operator::Contains => format!("must contain {wanted}"),
-        Operator::Prefix => format!("must begin with {wanted}"),
-        Operator::Less => format!("must be below {wanted}"),
-        Operator::Greater => format!("must be above {wanted}"),
+        Operator::Equals | Operator::OneOf => format!("must be {expected}"),
+        Operator::NotEquals => format!("must not be {expected}"),
+        Operator::Contains => format!("must contain {expected}"),
+        Operator::Prefix => format!("must begin with {expected}"),
+        Operator::Less => format!("must be below {expected}"),
+        Operator::Greater => format!("must be above {expected}"),
         Operator::Present => "must be present".to_owned(),
     };
     match attributes.get(attribute) {
         None => format!("attribute `{attribute}` is absent but {must}"),
-        Some(have) if values.iter().all(|value| kind(value) != kind(have)) => {
+        Some(value) if values.iter().all(|value| kind(value) != kind(value)) => {
             format!(
                 "attribute `{attribute}` is {} ({}) but {must} ({})",
-                shown(have),
-                kind(have),
+                display(value),
+                kind(value),
                 values.first().map_or("value", kind)
             )
         }
-        Some(have) => format!("attribute `{attribute}` is {} but {must}", shown(have)),
+        Some(value) => format!("attribute `{attribute}` is {} but {must}", display(value)),
     }
 }
 
@@ -250,7 +262,7 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-fn shown(value: &Value) -> String {
+fn display(value: &Value) -> String {
     match value {
         Value::Text(text) => {
             let begin: String = text.chars().take(MAX_VALUE).collect();
@@ -373,7 +385,7 @@ mod tests {
 
     #[test]
     fn a_failed_condition_describes_its_first_alternatives_and_counts_the_rest() {
-        let told = |any_of: Vec<Vec<Test>>| {
+        let described = |any_of: Vec<Vec<Test>>| {
             let when = Some(Criteria::new(any_of).unwrap());
             let route = Route {
                 by: Name::parse("r").unwrap(),
@@ -394,17 +406,17 @@ mod tests {
         };
         let begin =
             "has a condition that is false for `ann`: attribute `a0` is absent but must be present";
-        assert_eq!(told(clauses(1)), begin);
+        assert_eq!(described(clauses(1)), begin);
         assert_eq!(
-            told(clauses(2)),
+            described(clauses(2)),
             format!("{begin}, and attribute `a1` is absent but must be present")
         );
         assert!(
-            told(clauses(5))
+            described(clauses(5))
                 .ends_with("`a2` is absent but must be present, and 2 more alternatives fail"),
             "{}",
-            told(clauses(5))
+            described(clauses(5))
         );
-        assert_eq!(told(vec![]), "has a condition that is never true");
+        assert_eq!(described(vec![]), "has a condition that is never true");
     }
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::Decided;
+use super::DecidedEvent;
 use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Name, rfc3339};
 
@@ -18,7 +18,7 @@ const READ: usize = 64;
 
 /// Why an event cannot be explained.
 #[derive(Debug, thiserror::Error)]
-pub enum Unexplained {
+pub enum ExplainError {
     #[error("event '{event_id}' is not decided yet: its entry {entry} is waiting in {source_key}, {}", behind(*n_before))]
     Waiting {
         event_id: Name,
@@ -32,7 +32,7 @@ pub enum Unexplained {
     Broker(#[from] broker::Error),
 }
 
-impl Unexplained {
+impl ExplainError {
     /// What the operator can do.
     pub fn fix(&self) -> String {
         match self {
@@ -63,7 +63,7 @@ fn behind(n_before: u64) -> String {
 pub(super) async fn decisions(
     broker: &dyn Broker,
     event_id: &Name,
-) -> Result<Vec<Decided>, Unexplained> {
+) -> Result<Vec<DecidedEvent>, ExplainError> {
     // Positions are read before decisions. An event decided in between is then reported as waiting;
     // in the other order it would not be found at all.
     let mut begins = Vec::new();
@@ -82,79 +82,79 @@ pub(super) async fn decisions(
         let found = broker
             .find_decisions(partition.number, event_id.as_str(), MAX_DECISIONS)
             .await?;
-        let decided = |(entry, outcome, notification, decision)| Decided {
+        let event = |(entry, outcome, notification, decision)| DecidedEvent {
             partition: partition.number,
             entry,
             outcome,
             notification,
             decision,
         };
-        all.extend(found.decisions.into_iter().map(decided));
+        all.extend(found.decisions.into_iter().map(event));
         reach.push(match found.reaches_to {
             Some(entry) => format!("{} back to {}", partition.source, rfc3339(entry.ms)),
             None => format!("{}: none", partition.source),
         });
     }
     if !all.is_empty() {
-        all.sort_by_key(|decided| std::cmp::Reverse(decided.entry));
+        all.sort_by_key(|event| std::cmp::Reverse(event.entry));
         return Ok(all);
     }
     for ((partition, after), reach) in broker.partitions().iter().zip(begins).zip(&mut reach) {
-        match waiting(broker, partition, after, event_id).await? {
-            Waiting::At { entry, n_before } => {
+        match search_waiting(broker, partition, after, event_id).await? {
+            WaitingSearch::Entry { entry, n_before } => {
                 let source_key = partition.source.clone();
-                return Err(Unexplained::Waiting {
+                return Err(ExplainError::Waiting {
                     event_id: event_id.clone(),
                     source_key,
                     entry,
                     n_before,
                 });
             }
-            Waiting::Nowhere => {}
-            Waiting::Perhaps { n_before } => reach.push_str(&format!(
+            WaitingSearch::Absent => {}
+            WaitingSearch::Inconclusive { n_before } => reach.push_str(&format!(
                 " (the event may still be waiting there, behind {n_before} other entries that were searched)"
             )),
         }
     }
-    Err(Unexplained::Unknown {
+    Err(ExplainError::Unknown {
         event_id: event_id.clone(),
         reach,
     })
 }
 
 /// Whether an undecided event is waiting in a source.
-enum Waiting {
-    At {
+enum WaitingSearch {
+    Entry {
         entry: EntryId,
         n_before: u64,
     },
-    Nowhere,
+    Absent,
     /// Not found, but more entries are waiting than are searched.
-    Perhaps {
+    Inconclusive {
         n_before: u64,
     },
 }
 
-async fn waiting(
+async fn search_waiting(
     broker: &dyn Broker,
     partition: &Partition,
     mut after: EntryId,
     event_id: &Name,
-) -> broker::Result<Waiting> {
+) -> broker::Result<WaitingSearch> {
     let (mut n_before, mut n_bytes) = (0, 0);
     while n_before < MAX_WAITING && n_bytes < MAX_WAITING_BYTES {
         let entries = broker
             .read(partition.number, after, READ, Duration::ZERO)
             .await?;
         let Some(last) = entries.last() else {
-            return Ok(Waiting::Nowhere);
+            return Ok(WaitingSearch::Absent);
         };
         after = last.id;
         for entry in entries {
             let id = Event::from_fields(entry.id, &partition.source, &entry.fields)
                 .map(|event| event.id);
             if id.is_ok_and(|id| id == *event_id) || entry.id.to_string() == event_id.as_str() {
-                return Ok(Waiting::At {
+                return Ok(WaitingSearch::Entry {
                     entry: entry.id,
                     n_before,
                 });
@@ -167,5 +167,5 @@ async fn waiting(
                 .sum::<usize>();
         }
     }
-    Ok(Waiting::Perhaps { n_before })
+    Ok(WaitingSearch::Inconclusive { n_before })
 }

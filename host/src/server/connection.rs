@@ -73,10 +73,10 @@ impl Connection {
 
     /// The socket that carries the response to the request served by the current task.
     pub(super) fn carrier(self: &Arc<Self>) -> Arc<dyn sse::Socket> {
-        match CUT.try_with(CancellationToken::clone) {
-            Ok(cut) => Arc::new(Share {
-                n_asked: AtomicU64::new(0),
-                cut,
+        match CANCEL.try_with(CancellationToken::clone) {
+            Ok(cancel) => Arc::new(Http2Stream {
+                n_polls: AtomicU64::new(0),
+                cancel,
             }),
             Err(_) => Arc::clone(self) as Arc<dyn sse::Socket>,
         }
@@ -117,31 +117,31 @@ impl sse::Socket for Connection {
 
 tokio::task_local! {
     /// Cuts the HTTP/2 stream that this task serves.
-    static CUT: CancellationToken;
+    static CANCEL: CancellationToken;
 }
 
 /// An HTTP/2 stream.
 #[derive(Debug)]
-struct Share {
-    n_asked: AtomicU64,
-    cut: CancellationToken,
+struct Http2Stream {
+    n_polls: AtomicU64,
+    cancel: CancellationToken,
 }
 
-impl sse::Socket for Share {
+impl sse::Socket for Http2Stream {
     /// Hyper polls for more when the peer's window had room for all but one chunk of the previous
     /// data, so each poll is progress.
     fn taken(&self) -> u64 {
-        self.n_asked.load(Relaxed)
+        self.n_polls.load(Relaxed)
     }
 
     /// HTTP/2 flow control already bounds the unsent bytes of a stream.
     fn poll_taken(&self, _: &mut Context<'_>, _: u64) -> Poll<()> {
-        self.n_asked.fetch_add(1, Relaxed);
+        self.n_polls.fetch_add(1, Relaxed);
         Poll::Ready(())
     }
 
     fn kill(&self) {
-        self.cut.cancel();
+        self.cancel.cancel();
     }
 }
 
@@ -151,11 +151,11 @@ pub(super) struct Spawner;
 
 impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Spawner {
     fn execute(&self, serving: F) {
-        let cut = CancellationToken::new();
-        tokio::spawn(CUT.scope(cut.clone(), async move {
+        let cancel = CancellationToken::new();
+        tokio::spawn(CANCEL.scope(cancel.clone(), async move {
             tokio::select! {
                 biased;
-                () = cut.cancelled() => {}
+                () = cancel.cancelled() => {}
                 _ = serving => {}
             }
         }));

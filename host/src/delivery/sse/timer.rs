@@ -26,7 +26,7 @@ struct Shared {
     config: Config,
     metrics: Metrics,
     wheel: Mutex<Wheel>,
-    seats: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 /// A stream permit: one of the `max_open` streams a node may serve.
@@ -43,7 +43,7 @@ struct Wheel {
 }
 
 struct Entry {
-    signals: Weak<StreamControl>,
+    control: Weak<StreamControl>,
     end: Option<(u64, End)>,
     /// Whether its end was signalled.
     is_ended: bool,
@@ -73,12 +73,12 @@ impl StreamTimer {
             slots,
             drained_by_ms: None,
         });
-        let seats = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
+        let permits = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
         let stream_timer = Self(Arc::new(Shared {
             config,
             metrics,
             wheel,
-            seats,
+            permits,
         }));
         let weak = Arc::downgrade(&stream_timer.0);
         shutdown.spawn_lasting("the stream timer", async move {
@@ -98,8 +98,8 @@ impl StreamTimer {
     }
 
     /// Returns a permit for one more stream. `None`: the maximum is open.
-    pub fn seat(&self) -> Option<StreamPermit> {
-        Arc::clone(&self.0.seats)
+    pub fn permit(&self) -> Option<StreamPermit> {
+        Arc::clone(&self.0.permits)
             .try_acquire_owned()
             .ok()
             .map(StreamPermit)
@@ -110,7 +110,7 @@ impl StreamTimer {
         spread_retry(self.0.config.retry)
     }
 
-    pub(super) fn watch(&self, signals: &Arc<StreamControl>, expires_ms: Option<u64>) {
+    pub(super) fn watch(&self, control: &Arc<StreamControl>, expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = now_ms();
         let age = (!config.max_age.is_zero())
@@ -118,7 +118,7 @@ impl StreamTimer {
         let expiry = expires_ms.map(|at| (at, End::TokenExpired));
         let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
         let entry = Entry {
-            signals: Arc::downgrade(signals),
+            control: Arc::downgrade(control),
             end,
             is_ended: false,
             next_heartbeat_ms: now + self.0.heartbeat_ms(),
@@ -201,7 +201,7 @@ impl Shared {
         };
         let kept: Vec<Entry> = due
             .into_iter()
-            .filter_map(|entry| self.look(entry, now))
+            .filter_map(|entry| self.check(entry, now))
             .collect();
         let mut wheel = self.lock();
         for entry in kept {
@@ -210,40 +210,40 @@ impl Shared {
     }
 
     /// Handles everything due for an entry. Returns `None` when the stream is gone.
-    fn look(&self, mut entry: Entry, now: u64) -> Option<Entry> {
-        let signals = entry.signals.upgrade()?;
-        if let Some(socket) = &signals.socket
+    fn check(&self, mut entry: Entry, now: u64) -> Option<Entry> {
+        let control = entry.control.upgrade()?;
+        if let Some(socket) = &control.socket
             && entry.is_stalled(
                 socket.as_ref(),
-                signals.heartbeat.load(Ordering::Acquire),
+                control.heartbeat.load(Ordering::Acquire),
                 now,
                 millis(self.config.stall_timeout),
             )
         {
             self.closed("stalled");
-            let user = signals.guard.stream().lock().user().clone();
-            tracing::warn!(user.id = %user, stream.id = signals.guard.stream().id, stall_timeout = ?self.config.stall_timeout, "cutting a stalled stream");
+            let user = control.guard.stream().lock().user().clone();
+            tracing::warn!(user.id = %user, stream.id = control.guard.stream().id, stall_timeout = ?self.config.stall_timeout, "cutting a stalled stream");
             socket.kill();
             return None;
         }
         if let Some((at, end)) = entry.end
             && at <= now
         {
-            *signals.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+            *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
             self.closed(end.as_str());
-            signals.wake();
+            control.wake();
             // Kept in the wheel in case the socket does not take the end either.
             (entry.end, entry.is_ended) = (None, true);
         }
         if entry.next_heartbeat_ms <= now {
-            signals.heartbeat.store(true, Ordering::Release);
+            control.heartbeat.store(true, Ordering::Release);
             entry.next_heartbeat_ms = now + self.heartbeat_ms();
-            signals.wake();
+            control.wake();
         }
         if entry.next_cursor_ms <= now {
-            signals.cursor.store(true, Ordering::Release);
+            control.cursor.store(true, Ordering::Release);
             entry.next_cursor_ms = now + millis(self.config.cursor_interval);
-            signals.wake();
+            control.wake();
         }
         Some(entry)
     }
@@ -271,7 +271,7 @@ mod tests {
     fn entry(end: Option<(u64, End)>) -> Entry {
         let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
         Entry {
-            signals: Weak::new(),
+            control: Weak::new(),
             end,
             is_ended: false,
             next_heartbeat_ms,
@@ -323,17 +323,17 @@ mod tests {
             ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),
             drained.iter().flatten().map(|(at, _)| *at).max()
         );
-        let mut told = Wheel {
+        let mut signalled = Wheel {
             slots: (0..SLOTS).map(|_| Vec::new()).collect(),
             ..wheel
         };
-        told.put(
+        signalled.put(
             Entry {
                 is_ended: true,
                 ..entry(None)
             },
             NOW,
         );
-        assert_eq!(ends(&told), [None]);
+        assert_eq!(ends(&signalled), [None]);
     }
 }

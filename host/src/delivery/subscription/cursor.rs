@@ -12,7 +12,7 @@
 //! sent_ahead = partition(1) id(9) ; above its partition's position, sent before lower ids
 //! ```
 //!
-//! The first character is the version of the grammar. Any other input returns [`Unreadable`] and
+//! The first character is the version of the grammar. Any other input returns [`CursorError`] and
 //! never panics: clients store cursors and may send anything.
 
 use sha2::{Digest, Sha256};
@@ -44,11 +44,11 @@ pub struct Cursor {
 
 /// Why a text is not a valid cursor for this user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unreadable {
+pub enum CursorError {
     #[error("not a cursor of this version")]
-    Garbled,
+    Malformed,
     #[error("the cursor belongs to another user")]
-    AnotherUsers,
+    OtherUser,
 }
 
 impl Cursor {
@@ -74,13 +74,13 @@ impl Cursor {
     /// Parses a cursor.
     ///
     /// # Errors
-    /// [`Unreadable`] for anything that [`Cursor::encode`] did not write for this user.
-    pub fn decode(text: &str, user: &Name) -> Result<Self, Unreadable> {
+    /// [`CursorError`] for anything that [`Cursor::encode`] did not write for this user.
+    pub fn decode(text: &str, user: &Name) -> Result<Self, CursorError> {
         let mut rest = text
             .as_bytes()
             .strip_prefix(&[VERSION])
-            .ok_or(Unreadable::Garbled)?;
-        let whose = take(&mut rest, 2)?;
+            .ok_or(CursorError::Malformed)?;
+        let hash = take(&mut rest, 2)?;
         let bits = take(&mut rest, 2)?;
         let mut cursor = Self::default();
         for number in (0..PartitionNumber::MAX).filter(|number| bits >> number & 1 == 1) {
@@ -102,15 +102,15 @@ impl Cursor {
                 || position.is_none_or(|position| sent_ahead.1 <= position.low_water)
                 || cursor.sent_ahead.contains(&sent_ahead)
             {
-                return Err(Unreadable::Garbled);
+                return Err(CursorError::Malformed);
             }
             cursor.sent_ahead.push(sent_ahead);
         }
         // Checked last: text that is not a cursor at all, such as `10min`, belongs to no user.
-        if whose == user_hash(user) {
+        if hash == user_hash(user) {
             Ok(cursor)
         } else {
-            Err(Unreadable::AnotherUsers)
+            Err(CursorError::OtherUser)
         }
     }
 }
@@ -127,22 +127,22 @@ fn put(out: &mut String, value: u64, n: u32) {
     }
 }
 
-fn take(rest: &mut &[u8], n: usize) -> Result<u64, Unreadable> {
-    let (head, tail) = rest.split_at_checked(n).ok_or(Unreadable::Garbled)?;
+fn take(rest: &mut &[u8], n: usize) -> Result<u64, CursorError> {
+    let (head, tail) = rest.split_at_checked(n).ok_or(CursorError::Malformed)?;
     *rest = tail;
     head.iter().try_fold(0, |value, byte| {
         let six = BASE64URL
             .iter()
             .position(|c| c == byte)
-            .ok_or(Unreadable::Garbled)?;
+            .ok_or(CursorError::Malformed)?;
         Ok(value << 6 | six as u64)
     })
 }
 
-fn id(rest: &mut &[u8]) -> Result<NotificationId, Unreadable> {
+fn id(rest: &mut &[u8]) -> Result<NotificationId, CursorError> {
     let id = NotificationId(take(rest, 9)?);
     if id > NotificationId::MAX {
-        Err(Unreadable::Garbled)
+        Err(CursorError::Malformed)
     } else {
         Ok(id)
     }
@@ -201,7 +201,7 @@ mod tests {
         Cursor::default().encode(&name("alice"), &mut text);
         assert_eq!(
             Cursor::decode(&text, &name("bob")),
-            Err(Unreadable::AnotherUsers)
+            Err(CursorError::OtherUser)
         );
     }
 
@@ -210,7 +210,7 @@ mod tests {
         for text in ["10min", "1h30m", "1hour", "10M", "15", "1", ""] {
             assert_eq!(
                 Cursor::decode(text, &name("bob")),
-                Err(Unreadable::Garbled),
+                Err(CursorError::Malformed),
                 "{text}"
             );
         }

@@ -22,9 +22,9 @@ use crate::event::{Epoch, NotificationId, PartitionNumber, Target};
 use crate::telemetry::metrics::Metrics;
 
 use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};
-use records::Records;
+use record_cache::RecordCache;
 
-pub mod records;
+pub mod record_cache;
 
 /// The most ids read from a log at a time.
 const PAGE: usize = 256;
@@ -49,7 +49,7 @@ pub trait FollowLogs: Send + Sync {
 #[derive(Debug)]
 pub struct History {
     broker: Arc<dyn Logs>,
-    records: Records,
+    records: RecordCache,
     /// The attributes of the node's streams, shared where equal.
     attributes: Pool,
     reads: Semaphore,
@@ -57,22 +57,22 @@ pub struct History {
 }
 
 /// Why an attempt ended before the partition was live.
-enum Stop {
+enum StopReason {
     /// The round is over or the stream is closed.
-    Overtaken,
+    Obsolete,
     /// The epoch changed during the attempt: begin again at once.
-    Again,
+    EpochChanged,
     Broker(broker::Error),
 }
 
-impl From<broker::Error> for Stop {
+impl From<broker::Error> for StopReason {
     fn from(error: broker::Error) -> Self {
         Self::Broker(error)
     }
 }
 
 /// One log of a replay.
-struct Log {
+struct ReplayLog {
     target: Target,
     /// The last id read, or the id after which reading begins.
     at: NotificationId,
@@ -84,14 +84,14 @@ impl History {
     pub fn new(broker: Arc<dyn Logs>, metrics: Metrics) -> Self {
         Self {
             broker,
-            records: Records::default(),
+            records: RecordCache::default(),
             attributes: Pool::default(),
             reads: Semaphore::new(READS),
             metrics,
         }
     }
 
-    pub fn records(&self) -> &Records {
+    pub fn records(&self) -> &RecordCache {
         &self.records
     }
 
@@ -108,14 +108,14 @@ impl History {
             Backoff::new(Duration::from_millis(50), Duration::from_secs(2), 0.5..=1.5);
         loop {
             let stop = match self.attempt(&stream, partition, round, follows).await {
-                Ok(None) | Err(Stop::Overtaken) => return,
+                Ok(None) | Err(StopReason::Obsolete) => return,
                 Ok(Some(next)) => {
                     round = next;
                     continue;
                 }
                 Err(stop) => stop,
             };
-            if let Stop::Broker(error) = stop {
+            if let StopReason::Broker(error) = stop {
                 tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay failed to read from the broker; it will be retried");
                 tokio::time::sleep(backoff.pause()).await;
             }
@@ -135,7 +135,7 @@ impl History {
         partition: PartitionNumber,
         round: u64,
         follows: &dyn FollowLogs,
-    ) -> Result<Option<u64>, Stop> {
+    ) -> Result<Option<u64>, StopReason> {
         self.read_recipient(stream, partition, round).await?;
         let logs = in_round(stream, partition, round, |subscription| {
             subscription.logs(partition)
@@ -168,9 +168,9 @@ impl History {
             }
         })?;
 
-        let mut logs: Vec<Log> = logs
+        let mut logs: Vec<ReplayLog> = logs
             .into_iter()
-            .map(|(target, at)| Log {
+            .map(|(target, at)| ReplayLog {
                 target,
                 at,
                 ids: VecDeque::new(),
@@ -211,7 +211,7 @@ impl History {
         stream: &OpenStream,
         partition: PartitionNumber,
         round: u64,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), StopReason> {
         let (ticket, user) = in_round(stream, partition, round, |subscription| {
             (
                 subscription.begin_recipient_read(),
@@ -225,7 +225,7 @@ impl History {
         })
     }
 
-    async fn head(&self, partition: PartitionNumber) -> Result<Head, Stop> {
+    async fn head(&self, partition: PartitionNumber) -> Result<Head, StopReason> {
         let _permit = self.reads.acquire().await;
         Ok(self.broker.head(partition).await?)
     }
@@ -235,7 +235,7 @@ impl History {
         partition: PartitionNumber,
         epoch: Epoch,
         ids: &[NotificationId],
-    ) -> Result<Vec<Option<Arc<Record>>>, Stop> {
+    ) -> Result<Vec<Option<Arc<Record>>>, StopReason> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
@@ -253,9 +253,9 @@ impl History {
         partition: PartitionNumber,
         round: u64,
         head: &Head,
-        logs: &mut [Log],
+        logs: &mut [ReplayLog],
         is_first: bool,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), StopReason> {
         let mut missing: Option<Gap> = None;
         for log in logs
             .iter_mut()
@@ -322,7 +322,7 @@ impl History {
         round: u64,
         id: NotificationId,
         record: Option<Arc<Record>>,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), StopReason> {
         let Some(record) = record else {
             return in_round(stream, partition, round, |subscription| {
                 if subscription.skip(partition, id) {
@@ -337,7 +337,7 @@ impl History {
         };
         let handled = stream.when(|subscription| {
             if subscription.round(partition) != round {
-                return Some(Err(Stop::Overtaken));
+                return Some(Err(StopReason::Obsolete));
             }
             subscription.has_room(partition).then(|| {
                 subscription.handle(partition, id, &record, now_ms());
@@ -346,16 +346,16 @@ impl History {
         });
         // The socket must see the items that fill the queues before this waits for room.
         stream.wake();
-        handled.await.unwrap_or(Err(Stop::Overtaken))
+        handled.await.unwrap_or(Err(StopReason::Obsolete))
     }
 
     /// Checks the epoch before a gap is announced: after a fail-over the earlier reads prove
     /// nothing, and the replay begins again.
-    async fn same_epoch(&self, partition: PartitionNumber, head: &Head) -> Result<(), Stop> {
+    async fn same_epoch(&self, partition: PartitionNumber, head: &Head) -> Result<(), StopReason> {
         if self.head(partition).await?.epoch == head.epoch {
             Ok(())
         } else {
-            Err(Stop::Again)
+            Err(StopReason::EpochChanged)
         }
     }
 }
@@ -366,10 +366,10 @@ fn in_round<T>(
     partition: PartitionNumber,
     round: u64,
     act: impl FnOnce(&mut Subscription) -> T,
-) -> Result<T, Stop> {
+) -> Result<T, StopReason> {
     let mut subscription = stream.lock();
     if subscription.round(partition) != round || stream.is_closed() {
-        return Err(Stop::Overtaken);
+        return Err(StopReason::Obsolete);
     }
     Ok(act(&mut subscription))
 }
@@ -377,7 +377,7 @@ fn in_round<T>(
 /// Returns up to [`WINDOW`] ids in ascending order without duplicates. Ends early where a log needs
 /// its next page: the lowest known id is the lowest of all only while the next id of every log is
 /// known.
-fn merge(logs: &mut [Log]) -> Vec<NotificationId> {
+fn merge(logs: &mut [ReplayLog]) -> Vec<NotificationId> {
     let mut merged = Vec::new();
     while merged.len() < WINDOW && logs.iter().all(|log| log.is_done || !log.ids.is_empty()) {
         let Some(lowest) = logs.iter().filter_map(|log| log.ids.front().copied()).min() else {

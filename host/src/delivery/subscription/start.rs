@@ -4,7 +4,7 @@
 use crate::clock::now_ms;
 use crate::event::{Name, Notification, Priority, Route};
 
-use super::cursor::{Cursor, Unreadable};
+use super::cursor::{Cursor, CursorError};
 
 /// Where a stream begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,17 +26,17 @@ impl Start {
     /// `10m`.
     /// Any other text starts at the latest, with a gap: rejecting it would stop an `EventSource`
     /// permanently. Returns `None` for a cursor of another user, which has no meaning for this one.
-    pub fn read(asked: &str, user: &Name) -> Option<Self> {
-        if let Some(ago_ms) = duration_ms(asked) {
+    pub fn read(text: &str, user: &Name) -> Option<Self> {
+        if let Some(ago_ms) = duration_ms(text) {
             return Some(Self::Since(now_ms().saturating_sub(ago_ms)));
         }
-        match (asked, Cursor::decode(asked, user)) {
+        match (text, Cursor::decode(text, user)) {
             ("latest", _) => Some(Self::Latest),
             ("earliest", _) => Some(Self::Earliest),
             (_, Ok(cursor)) => Some(Self::Cursor(cursor)),
             // Left in the browser by the user who was logged in before.
-            (_, Err(Unreadable::AnotherUsers)) => None,
-            (_, Err(Unreadable::Garbled)) => Some(Self::Unknown),
+            (_, Err(CursorError::OtherUser)) => None,
+            (_, Err(CursorError::Malformed)) => Some(Self::Unknown),
         }
     }
 }

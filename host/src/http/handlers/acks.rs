@@ -12,8 +12,8 @@ use axum::http::{StatusCode, header};
 use serde::Deserialize;
 
 use crate::broker::CursorOwner;
-use crate::delivery::device_cursors::Refusal;
-use crate::delivery::subscription::cursor::{Cursor, Unreadable};
+use crate::delivery::device_cursors::AcknowledgeError;
+use crate::delivery::subscription::cursor::{Cursor, CursorError};
 use crate::event::Name;
 use crate::http::extract::read_body;
 use crate::http::{ApiError, State};
@@ -77,10 +77,10 @@ pub(in crate::http) async fn acknowledge(
         );
     }
     let cursor = Cursor::decode(&told.id, &user).map_err(|error| match error {
-        Unreadable::Garbled => {
+        CursorError::Malformed => {
             ApiError::bad_request("id is not the id of a frame").fix("send the id of the last frame received, unchanged")
         }
-        Unreadable::AnotherUsers => ApiError::forbidden("this id belongs to another user")
+        CursorError::OtherUser => ApiError::forbidden("this id belongs to another user")
             .fix("acknowledge as the user whose stream sent it, and discard stored ids when another user logs in"),
     })?;
     let taken = state.device_cursors()?.acknowledge(&user, &cursor, &which);
@@ -89,11 +89,13 @@ pub(in crate::http) async fn acknowledge(
     let taken = tokio::time::timeout(state.limits.read_wait, taken).await;
     match taken.map_err(|_| ApiError::unavailable("the broker did not answer in time"))? {
         Ok(()) => Ok(StatusCode::NO_CONTENT),
-        Err(refusal @ Refusal::Ahead) => Err(ApiError::bad_request(refusal.to_string())
+        Err(refusal @ AcknowledgeError::Ahead) => Err(ApiError::bad_request(refusal.to_string())
             .fix("send the id of the last frame received, unchanged")),
-        Err(refusal @ Refusal::Crowded) => Err(ApiError::overloaded(refusal.to_string())
-            .fix("acknowledge only the newest frame, not every frame")),
-        Err(Refusal::Broker(error)) => Err(error.into()),
+        Err(refusal @ AcknowledgeError::Contention) => {
+            Err(ApiError::overloaded(refusal.to_string())
+                .fix("acknowledge only the newest frame, not every frame"))
+        }
+        Err(AcknowledgeError::Broker(error)) => Err(error.into()),
     }
 }
 

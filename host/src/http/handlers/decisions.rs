@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract;
 use serde::Deserialize;
 
-use crate::explain::Decided;
+use crate::explain::DecidedEvent;
 use crate::http::extract::Query;
 use crate::http::{ApiError, State};
 
@@ -26,7 +26,7 @@ pub(in crate::http) struct Options {
 pub(in crate::http) async fn list(
     extract::State(state): extract::State<Arc<State>>,
     Query(options): Query<Options>,
-) -> Result<Json<Vec<Decided>>, ApiError> {
+) -> Result<Json<Vec<DecidedEvent>>, ApiError> {
     let limit = options.limit.unwrap_or(100).clamp(1, MAX_LIMIT);
     let broker = state.broker()?;
     let mut all = Vec::new();
@@ -47,7 +47,7 @@ pub(in crate::http) async fn list(
             })
             .take(limit);
         all.extend(
-            wanted.map(|(entry, outcome, notification, decision)| Decided {
+            wanted.map(|(entry, outcome, notification, decision)| DecidedEvent {
                 partition: partition.number,
                 entry,
                 outcome,

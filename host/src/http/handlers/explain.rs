@@ -12,7 +12,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use crate::event::Name;
-use crate::explain::{Explanation, Sources, Unexplained};
+use crate::explain::{ExplainError, Explanation, Sources};
 use crate::http::extract::{ApiKey, Query};
 use crate::http::{ApiError, State};
 
@@ -52,7 +52,7 @@ pub(in crate::http) async fn explain(
         .await
         .map(Json)
         .map_err(|unexplained| match unexplained {
-            Unexplained::Broker(error) => error.into(),
+            ExplainError::Broker(error) => error.into(),
             unexplained => ApiError::not_found(unexplained.to_string()).fix(unexplained.fix()),
         })
 }

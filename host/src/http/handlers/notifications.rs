@@ -110,7 +110,7 @@ pub(in crate::http) async fn page(
         .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))?;
     let device_cursors = state.device_cursors()?;
     let read = async {
-        let mark = device_cursors.read_mark(&reader.user).await?;
+        let mark = device_cursors.read_marker(&reader.user).await?;
         let (mut page, unread) = tokio::join!(
             read_page(hub, &reader, start, filter.clone(), limit),
             count_unread(hub, &reader, mark.as_ref(), filter.clone())
@@ -197,9 +197,9 @@ impl Page {
         if let Some(mark) = mark
             && !self.notifications.is_empty()
         {
-            let standing = device_cursors.standing(mark).await?;
+            let valid = device_cursors.valid_part(mark).await?;
             for item in &mut self.notifications {
-                item.read = standing.covers(item.at.0, item.at.1);
+                item.read = valid.covers(item.at.0, item.at.1);
             }
         }
         Ok(())

@@ -156,7 +156,7 @@ pub(in crate::http) async fn open(
     {
         return Ok(event_stream(Body::from(sse::refusal("overloaded", retry))));
     }
-    let Some(seat) = state.stream_timer().seat() else {
+    let Some(permit) = state.stream_timer().permit() else {
         return Ok(event_stream(Body::from(sse::refusal("overloaded", retry))));
     };
     let Some(hub) = state.hub() else {
@@ -193,7 +193,7 @@ pub(in crate::http) async fn open(
     let socket = parts.extensions.get::<Arc<dyn sse::Socket>>().cloned();
     let body = sse::Body::new(
         guard,
-        seat,
+        permit,
         state.stream_timer(),
         state.metrics().clone(),
         identity.expires_at_ms,

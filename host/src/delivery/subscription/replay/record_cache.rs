@@ -24,24 +24,24 @@ type Key = (PartitionNumber, Epoch, NotificationId);
 
 /// See the module documentation.
 #[derive(Debug)]
-pub struct Records(Mutex<Held>);
+pub struct RecordCache(Mutex<CacheState>);
 
 #[derive(Debug)]
-struct Held {
+struct CacheState {
     by_key: LruCache<Key, Arc<Record>>,
     n_bytes: usize,
 }
 
-impl Default for Records {
+impl Default for RecordCache {
     fn default() -> Self {
-        Self(Mutex::new(Held {
+        Self(Mutex::new(CacheState {
             by_key: LruCache::new(MAX_RECORDS),
             n_bytes: 0,
         }))
     }
 }
 
-impl Records {
+impl RecordCache {
     pub fn get(&self, key: Key) -> Option<Arc<Record>> {
         self.0
             .lock()
