@@ -136,11 +136,12 @@ pub async fn serve(
                 continue;
             }
         };
+        // Taken before the task is spawned: a burst must not outrun the bound.
         let (permit, is_surplus) = match Arc::clone(&permits).try_acquire_owned() {
             Ok(permit) => (permit, false),
             Err(_) => match Arc::clone(&surplus_permits).try_acquire_owned() {
                 Ok(permit) => (permit, true),
-                // Closed without a response. An `EventSource` sees a network error and reconnects.
+                // Closed without a response: nothing more is held for it. An `EventSource` sees a network error and reconnects.
                 Err(_) => continue,
             },
         };
@@ -159,6 +160,7 @@ pub async fn serve(
     }
     // Closed before the wait, so that new connections are refused instead of queued.
     drop(listener);
+    // Without it, `wait` would not return even when no connection is left.
     connections.close();
     tokio::select! {
         () = connections.wait() => return,
@@ -176,14 +178,7 @@ async fn drive(
     shutdown: Shutdown,
     permit: OwnedSemaphorePermit,
 ) {
-    // A frame must leave when it is written, not when the peer has acknowledged the previous one.
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(peer = %connection.peer(), %error, "cannot set TCP_NODELAY; frames may be delayed");
-    }
-    // Without it, the kernel would buffer megabytes for a client that does not read.
-    if let Err(error) = SockRef::from(&stream).set_tcp_notsent_lowat(MAX_UNSENT as u32) {
-        tracing::debug!(peer = %connection.peer(), %error, "cannot set TCP_NOTSENT_LOWAT; urgent frames wait behind bytes already in the send buffer");
-    }
+    set_socket_options(&stream, &connection);
     let handle = Arc::clone(&connection);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         handle.note_request();
@@ -195,25 +190,7 @@ async fn drive(
             routes.oneshot(request).await
         }
     });
-    let mut builder = Builder::new(Spawner);
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
-        .keep_alive(!connection.is_surplus())
-        .max_headers(100)
-        // Also bounds the buffered part of a response, but a stream produces no more than is
-        // written.
-        .max_buf_size(MAX_HEAD);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_send_buf_size(MAX_UNSENT)
-        .max_concurrent_streams(MAX_MULTIPLEXED)
-        .max_header_list_size(MAX_HEAD as u32)
-        // Pings detect a peer that vanished silently; HTTP/1 streams detect it by their heartbeat.
-        .keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_timeout(Duration::from_secs(20));
+    let builder = http_builder(header_timeout, !connection.is_surplus());
     let mut serving = pin!(builder.serve_connection(
         TokioIo::new(Socket {
             stream,
@@ -228,6 +205,7 @@ async fn drive(
     let (mut is_ending, mut is_timed) = (false, true);
     loop {
         tokio::select! {
+            // A kill takes effect before the connection is polled again, which could write more.
             biased;
             () = connection.killed() => break,
             ended = serving.as_mut() => {
@@ -236,6 +214,7 @@ async fn drive(
                 }
                 break;
             }
+            // Once only: the token stays cancelled and the loop would spin.
             () = shutdown.begun(), if !is_ending => {
                 is_ending = true;
                 serving.as_mut().graceful_shutdown();
@@ -248,7 +227,44 @@ async fn drive(
             }
         }
     }
+    // Moved into this task, so that the connection counts until it ends.
     drop(permit);
+}
+
+/// Failures are logged only: the connection then works, but urgent frames may be late.
+fn set_socket_options(stream: &TcpStream, connection: &Connection) {
+    // A frame must leave when it is written, not when the peer has acknowledged the previous one.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(peer = %connection.peer(), %error, "cannot set TCP_NODELAY; frames may be delayed");
+    }
+    // Without it, the kernel would buffer megabytes for a client that does not read.
+    if let Err(error) = SockRef::from(stream).set_tcp_notsent_lowat(MAX_UNSENT as u32) {
+        tracing::debug!(peer = %connection.peer(), %error, "cannot set TCP_NOTSENT_LOWAT; urgent frames wait behind bytes already in the send buffer");
+    }
+}
+
+/// The HTTP versions and limits of a connection.
+fn http_builder(header_timeout: Duration, keeps_alive: bool) -> Builder<Spawner> {
+    let mut builder = Builder::new(Spawner);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .keep_alive(keeps_alive)
+        .max_headers(100)
+        // Also bounds the buffered part of a response, but a stream produces no more than is
+        // written.
+        .max_buf_size(MAX_HEAD);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_send_buf_size(MAX_UNSENT)
+        .max_concurrent_streams(MAX_MULTIPLEXED)
+        .max_header_list_size(MAX_HEAD as u32)
+        // Pings detect a peer that vanished silently; HTTP/1 streams detect it by their heartbeat.
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20));
+    builder
 }
 
 /// Whether an error of `accept` concerns a single connection only.
