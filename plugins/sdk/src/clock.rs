@@ -6,5 +6,5 @@ pub fn now_ms() -> u64 {
     #[cfg(target_arch = "wasm32")]
     return crate::bindings::lifecycle::pointsman::plugin::clock::now_ms();
     #[cfg(not(target_arch = "wasm32"))]
-    return crate::testing::frozen_ms();
+    return crate::test_host::now_ms();
 }

@@ -6,6 +6,7 @@ use std::panic;
 use std::sync::Once;
 
 use crate::bindings::{filter, lifecycle, router};
+use crate::configuration::create_plugin;
 use crate::{Event, Failure, Filter, Interest, Issue, Plugin, Route, Router, Verdict, log};
 use lifecycle::exports::pointsman::plugin::lifecycle::{Manifest, Selection};
 use lifecycle::pointsman::plugin::types;
@@ -92,7 +93,7 @@ impl<P: Exported> lifecycle::exports::pointsman::plugin::lifecycle::Guest for Co
 
     fn configure(config: String) -> Result<(), Vec<Issue>> {
         report_panics();
-        let plugin = configured::<P>(&config)?;
+        let plugin = create_plugin::<P>(&config)?;
         P::with_slot(|slot| *slot = Some(plugin));
         Ok(())
     }
@@ -116,27 +117,6 @@ fn with_plugin<P: Exported, R>(f: impl FnOnce(&P) -> R) -> R {
             .as_ref()
             .expect("the host configures an instance before its first event"))
     })
-}
-
-/// Parses the operator's configuration and creates the plugin.
-pub(crate) fn configured<P: Plugin>(config: &str) -> Result<P, Vec<Issue>> {
-    let config = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(config))
-        .map_err(|e| {
-            let path = e.path().to_string();
-            vec![Issue::new(
-                if path == "." { "" } else { &path },
-                without_place(&e.inner().to_string()),
-            )]
-        })?;
-    P::new(config).map_err(|issue| vec![issue])
-}
-
-/// Cuts off the line and column: the host generates the JSON from its own configuration file, so
-/// they would not match the text that the operator wrote.
-fn without_place(message: &str) -> &str {
-    message
-        .rsplit_once(" at line ")
-        .map_or(message, |(message, _)| message)
 }
 
 /// Logs the text of a panic before the trap: on `wasm32-unknown-unknown` it would otherwise be

@@ -47,6 +47,7 @@
 mod bindings;
 pub mod clock;
 mod condition;
+mod configuration;
 mod event;
 mod export;
 #[cfg(any(
@@ -63,6 +64,7 @@ mod one_or_more;
 mod pattern;
 mod plugin;
 mod selector;
+mod test_host;
 pub mod testing;
 mod value;
 

@@ -11,7 +11,7 @@ pub fn log(level: Level, message: impl Display) {
     #[cfg(target_arch = "wasm32")]
     crate::bindings::lifecycle::pointsman::plugin::log::log(level, &message);
     #[cfg(not(target_arch = "wasm32"))]
-    crate::testing::capture(level, message);
+    crate::test_host::log(level, message);
 }
 
 pub fn trace(message: impl Display) {

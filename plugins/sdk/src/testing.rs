@@ -21,45 +21,29 @@
 //! These tests cover neither the limits nor how the host processes a decision; the host does that
 //! with the built plugin.
 
-use std::cell::{Cell, RefCell};
-
-use crate::export::configured;
+use crate::configuration::create_plugin;
 use crate::log::Level;
 use crate::pattern::matches;
+use crate::test_host;
 use crate::{Event, Issue, Payload, Plugin, Priority, Value};
-
-thread_local! {
-    static CLOCK_MS: Cell<u64> = const { Cell::new(1_767_225_600_000) };
-    static LINES: RefCell<Vec<(Level, String)>> = const { RefCell::new(Vec::new()) };
-}
 
 /// Creates the plugin from a configuration, as the host does.
 ///
 /// # Errors
 /// The issues that the operator would see.
 pub fn configure<P: Plugin>(config: serde_json::Value) -> Result<P, Vec<Issue>> {
-    configured(&config.to_string())
+    create_plugin(&config.to_string())
 }
 
 /// Sets the clock of this thread to `ms` milliseconds since the Unix epoch. The initial value is
 /// 2026-01-01T00:00:00Z.
 pub fn freeze_clock(ms: u64) {
-    CLOCK_MS.set(ms);
+    test_host::set_clock(ms);
 }
 
 /// Returns and clears the lines that this thread has logged.
 pub fn logged() -> Vec<(Level, String)> {
-    LINES.take()
-}
-
-#[cfg(not(target_arch = "wasm32"))]
-pub(crate) fn frozen_ms() -> u64 {
-    CLOCK_MS.get()
-}
-
-#[cfg(not(target_arch = "wasm32"))]
-pub(crate) fn capture(level: Level, message: String) {
-    LINES.with_borrow_mut(|lines| lines.push((level, message)));
+    test_host::take_lines()
 }
 
 /// Starts building an event of this type with an id, a source and the time of the frozen clock, and
@@ -70,7 +54,7 @@ pub fn event(kind: &str) -> EventBuilder {
         source: "/test".into(),
         kind: kind.into(),
         subject: None,
-        time_ms: CLOCK_MS.get(),
+        time_ms: test_host::now_ms(),
         priority: Priority::Normal,
         attributes: Vec::new(),
         data: Payload::None,
