@@ -13,7 +13,7 @@ use crate::harness::http;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::ports;
 use crate::harness::publish::event;
-use crate::harness::sse::{Request, Stop, Stream};
+use crate::harness::sse::{Request, Stream, StreamEnd};
 
 const SECRET: &str = "the secret of these tests, longer than 32 bytes";
 /// Disables a plugin, to keep compilation at the start short.
@@ -279,7 +279,7 @@ fn a_stream_ends_with_its_token_and_reports_the_reason() {
     publish(&node, "a", json!({ "user": "ann" }));
     assert_eq!(brief.next_notification(SOON).id, "a");
     let (frames, stop) = brief.read_to_end(SOON);
-    assert!(matches!(stop, Stop::Ended), "{stop:?}");
+    assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
     assert!(
         in_s(0) >= expires,
         "it ended {} s too early",

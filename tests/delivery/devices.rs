@@ -14,18 +14,18 @@ fn builder() -> Builder {
     Node::builder().config("[plugins.discard]\nenabled = false")
 }
 
-fn acknowledge(node: &Node, user: &str, told: &Value) -> Answer {
+fn acknowledge(node: &Node, user: &str, cursor: &Value) -> Answer {
     let headers = [("content-type", "application/json")];
     node.send(
         "POST",
         &format!("/v1/acks?user={user}"),
         &headers,
-        told.to_string().as_bytes(),
+        cursor.to_string().as_bytes(),
     )
 }
 
-fn acknowledged(node: &Node, user: &str, told: &Value) {
-    let answer = acknowledge(node, user, told);
+fn acknowledged(node: &Node, user: &str, cursor: &Value) {
+    let answer = acknowledge(node, user, cursor);
     assert_eq!(answer.status, 204, "{answer:?}");
 }
 
@@ -47,11 +47,11 @@ fn publish(node: &Node, user: &str, ids: &[&str]) {
 }
 
 fn expect(stream: &mut Stream, ids: &[&str]) {
-    let had: Vec<String> = ids
+    let received: Vec<String> = ids
         .iter()
         .map(|_| stream.next_notification(SOON).id)
         .collect();
-    assert_eq!(had, ids);
+    assert_eq!(received, ids);
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn a_device_without_a_cursor_resumes_at_its_device_cursor_on_any_node() {
             "ann",
             &json!({ "id": stream.last_event_id(), "device": "phone" }),
         );
-        let had = stream.last_event_id().to_owned();
+        let received = stream.last_event_id().to_owned();
         drop(stream);
         publish(&evening, "ann", &["e"]);
         expect(&mut open(&evening, "user=ann&device=phone"), &["e"]);
@@ -115,7 +115,7 @@ fn a_device_without_a_cursor_resumes_at_its_device_cursor_on_any_node() {
         .expect("200");
         expect(&mut stream, &["before", "a", "b", "c", "d", "e", "f"]);
         let mut stream = Request::new(evening.addr(), "user=ann&device=tablet")
-            .last_event_id(&had)
+            .last_event_id(&received)
             .open(SOON)
             .expect("200");
         expect(&mut stream, &["e", "f"]);
@@ -213,7 +213,7 @@ fn an_invalid_acknowledgement_is_rejected_with_the_reason_and_moves_nothing() {
     let mut ahead = stream.last_event_id().to_owned();
     let (at, one) = ahead.char_indices().rev().nth(4).expect("an id is longer");
     ahead.replace_range(at..=at, if one == '_' { "-" } else { "_" });
-    for (told, expect) in [
+    for (cursor, expect) in [
         (
             json!({ "id": ahead, "device": "phone" }),
             "ahead of every notification",
@@ -224,15 +224,15 @@ fn an_invalid_acknowledgement_is_rejected_with_the_reason_and_moves_nothing() {
         ),
         (json!({ "id": stream.last_event_id() }), "neither a device"),
     ] {
-        let answer = acknowledge(&node, "ann", &told);
+        let answer = acknowledge(&node, "ann", &cursor);
         let body = answer.json();
-        assert_eq!(answer.status, 400, "{told}: {answer:?}");
+        assert_eq!(answer.status, 400, "{cursor}: {answer:?}");
         assert!(
             body["error"]
                 .as_str()
                 .is_some_and(|error| error.contains(expect))
                 && body["fix"].is_string(),
-            "{told}: {body}"
+            "{cursor}: {body}"
         );
     }
     // Streams also reject invalid devices before they open.

@@ -14,7 +14,7 @@ use crate::harness::command::{pointsman, told};
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
-use crate::harness::sse::{Refused, Request, Stream};
+use crate::harness::sse::{OpenError, Request, Stream};
 use crate::harness::{eventually, guests};
 
 /// A configuration with as few plugins to compile at startup as possible.
@@ -885,8 +885,8 @@ fn an_unreadable_last_event_id_yields_a_gap_and_later_notifications_arrive() {
         (own.as_str(), "rewound"),
     ] {
         let mut hostile = open(id);
-        let told: Value = serde_json::from_str(&gap(&mut hostile)).expect("JSON");
-        assert_eq!(told["reason"], reason, "for {id:?}: {hostile:?}");
+        let announced: Value = serde_json::from_str(&gap(&mut hostile)).expect("JSON");
+        assert_eq!(announced["reason"], reason, "for {id:?}: {hostile:?}");
         // The cursor that follows the gap makes the client's position valid again.
         hostile.next_state("cursor", SOON);
         node.publisher()
@@ -901,7 +901,7 @@ fn an_unreadable_last_event_id_yields_a_gap_and_later_notifications_arrive() {
     node.publisher()
         .publish(&[event("last", "t", json!({ "user": "42" }))]);
     assert_eq!(stream.next_notification(SOON).id, "last");
-    let Refused { status, text } = Request::new(node.addr(), "user=42&min_priority=most")
+    let OpenError { status, text } = Request::new(node.addr(), "user=42&min_priority=most")
         .open(SOON)
         .expect_err("a rejection");
     assert!(

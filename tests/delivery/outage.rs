@@ -13,7 +13,7 @@ use crate::harness::node::{Builder, Node, SOON};
 use crate::harness::proxy::Proxy;
 use crate::harness::publish::{event, xadd};
 use crate::harness::redis::RedisServer;
-use crate::harness::sse::{Follower, Request, Stop, Stream};
+use crate::harness::sse::{Follower, Request, Stream, StreamEnd};
 
 /// How long eventual conditions may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -176,7 +176,7 @@ fn a_node_started_without_redis_reports_it_and_recovers_once_redis_starts() {
         .open(SOON)
         .expect("200")
         .read_to_end(SOON);
-    assert!(matches!(stop, Stop::Ended), "{stop:?}");
+    assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
     let [close] = frames.as_slice() else {
         panic!("expected one frame: {frames:?}")
     };
@@ -493,9 +493,9 @@ fn flushall_is_reported_as_a_gap_and_later_events_arrive() {
     assert_eq!(stream.next_notification(SOON).id, "before");
     let () = server.command("FLUSHALL");
     for stream in [&mut stream, &mut quiet] {
-        let told: Value = serde_json::from_str(&stream.next_state("gap", SOON).data.expect("data"))
+        let gap: Value = serde_json::from_str(&stream.next_state("gap", SOON).data.expect("data"))
             .expect("JSON");
-        assert_eq!(told["reason"], "rewound", "{stream:?}");
+        assert_eq!(gap["reason"], "rewound", "{stream:?}");
     }
     let fields = vec![
         ("type", "t".to_owned()),

@@ -12,7 +12,7 @@ use crate::harness::guests::core_module;
 use crate::harness::node::{Node, SOON};
 use crate::harness::plugins::Plugins;
 use crate::harness::publish::event;
-use crate::harness::sse::{Request, Stop};
+use crate::harness::sse::{Request, StreamEnd};
 
 const HEADERS: u8 = 1;
 const DATA: u8 = 0;
@@ -179,7 +179,7 @@ fn a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
             break stop;
         }
     };
-    assert!(matches!(cut, Stop::Cut(_)), "{cut:?}");
+    assert!(matches!(cut, StreamEnd::Cut(_)), "{cut:?}");
     node.publisher()
         .publish(&[event("last", "t", json!({ "user": "42" }))]);
     assert_eq!(reading.next_notification(SOON).id, "last");

@@ -10,7 +10,7 @@ use crate::harness::node::{Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::seed;
-use crate::harness::sse::{Request, Stop};
+use crate::harness::sse::{Request, StreamEnd};
 
 #[test]
 fn clients_cut_repeatedly_receive_each_notification_once_and_in_order() {
@@ -45,8 +45,11 @@ fn clients_cut_repeatedly_receive_each_notification_once_and_in_order() {
                     .last()
                     .is_some_and(|n| n.id == expected[N_EVENTS - 1])
             });
-            let had: Vec<&String> = record.notifications.iter().map(|n| &n.id).collect();
-            assert!(had.iter().copied().eq(&expected), "received {had:?}");
+            let received: Vec<&String> = record.notifications.iter().map(|n| &n.id).collect();
+            assert!(
+                received.iter().copied().eq(&expected),
+                "received {received:?}"
+            );
             assert_eq!(record.gaps, Vec::<String>::new());
             n_connections += record.connections;
         }
@@ -78,8 +81,8 @@ fn a_client_that_received_no_notification_resumes_from_its_cursor_and_misses_not
         .chain(by_query)
     {
         let mut stream = request.clone().open(SOON).expect("open a stream");
-        let had = ids.map(|_| stream.next_notification(SOON).id);
-        assert_eq!(had, ids, "{request:?}");
+        let received = ids.map(|_| stream.next_notification(SOON).id);
+        assert_eq!(received, ids, "{request:?}");
     }
     // The id that a browser sends on a reconnect is newer than the one in the URL that the page
     // built.
@@ -103,7 +106,10 @@ fn a_stream_ends_cleanly_before_a_restart_of_its_node_and_resumes_after_it() {
     let status = node.terminate(Duration::from_secs(60));
     assert!(status.success(), "{status}");
     let (frames, stop) = stream.read_to_end(SOON);
-    assert!(matches!(stop, Stop::Ended), "{stop:?} after {frames:?}");
+    assert!(
+        matches!(stop, StreamEnd::Complete),
+        "{stop:?} after {frames:?}"
+    );
     assert!(
         frames.iter().any(|frame| frame.state() == Some("close")),
         "{frames:?}"

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::harness::node::{Node, SOON};
 use crate::harness::publish::{event, xadd};
 use crate::harness::redis::RedisServer;
-use crate::harness::sse::{Request, Stop};
+use crate::harness::sse::{Request, StreamEnd};
 
 #[test]
 fn an_entry_added_to_redis_reaches_only_the_stream_of_its_user_as_one_event() {
@@ -138,10 +138,10 @@ fn a_notification_names_its_router_and_the_users_own_target_but_no_other_target(
             .lines()
             .rfind(|line| line.starts_with("data: {"))
             .expect("data");
-        let told = ["u:ann", "ob", "g:ops", "all"]
+        let targets = ["u:ann", "ob", "g:ops", "all"]
             .into_iter()
             .filter(|part| data.contains(part));
-        assert_eq!(told.count(), 1, "{user} sees other targets: {data}");
+        assert_eq!(targets.count(), 1, "{user} sees other targets: {data}");
         // `GET /v1/notifications` returns the same object.
         let page = node
             .request("GET", &format!("/v1/notifications?user={user}"))
@@ -174,5 +174,8 @@ fn an_http_1_0_stream_is_not_chunked_and_ends_with_the_connection() {
     assert_eq!(stream.next_notification(SOON).id, "a");
     node.terminate(Duration::from_secs(60));
     let (frames, stop) = stream.read_to_end(SOON);
-    assert!(matches!(stop, Stop::Ended), "{stop:?} after {frames:?}");
+    assert!(
+        matches!(stop, StreamEnd::Complete),
+        "{stop:?} after {frames:?}"
+    );
 }

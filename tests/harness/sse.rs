@@ -68,9 +68,9 @@ impl Request {
     /// Connects and reads the response head.
     ///
     /// # Errors
-    /// [`Refused`] if there is no connection, no complete head in time, or a status other than 200.
-    pub(crate) fn open(self, within: Duration) -> Result<Stream, Refused> {
-        let unreachable = |error: io::Error| Refused {
+    /// [`OpenError`] if there is no connection, no complete head in time, or a status other than 200.
+    pub(crate) fn open(self, within: Duration) -> Result<Stream, OpenError> {
+        let unreachable = |error: io::Error| OpenError {
             status: None,
             text: error.to_string(),
         };
@@ -108,7 +108,7 @@ impl Request {
 /// The failure to open a stream: the response of the node, or the reason that there is none (no
 /// `status`).
 #[derive(Debug)]
-pub(crate) struct Refused {
+pub(crate) struct OpenError {
     pub(crate) status: Option<u16>,
     /// The whole response as received, or the error.
     pub(crate) text: String,
@@ -116,11 +116,11 @@ pub(crate) struct Refused {
 
 /// The reason that no further frame arrives.
 #[derive(Debug)]
-pub(crate) enum Stop {
+pub(crate) enum StreamEnd {
     /// The time limit expired; the stream is still open.
-    Deadline,
+    Timeout,
     /// The node ended the stream properly.
-    Ended,
+    Complete,
     /// The connection broke.
     Cut(io::Error),
 }
@@ -297,8 +297,8 @@ impl Stream {
     /// The next frame.
     ///
     /// # Errors
-    /// [`Stop`] with the reason that there is none.
-    pub(crate) fn next_frame(&mut self, within: Duration) -> Result<Frame, Stop> {
+    /// [`StreamEnd`] with the reason that there is none.
+    pub(crate) fn next_frame(&mut self, within: Duration) -> Result<Frame, StreamEnd> {
         let deadline = Instant::now() + within;
         loop {
             if let Some(length) = find(&self.text[self.parsed..], b"\n\n") {
@@ -364,9 +364,9 @@ impl Stream {
         }
     }
 
-    /// Reads until the stream is over. Returns its frames and how it ended: [`Stop::Ended`],
-    /// [`Stop::Cut`], or [`Stop::Deadline`] if it did not.
-    pub(crate) fn read_to_end(&mut self, within: Duration) -> (Vec<Frame>, Stop) {
+    /// Reads until the stream is over. Returns its frames and how it ended: [`StreamEnd::Complete`],
+    /// [`StreamEnd::Cut`], or [`StreamEnd::Timeout`] if it did not.
+    pub(crate) fn read_to_end(&mut self, within: Duration) -> (Vec<Frame>, StreamEnd) {
         let deadline = Instant::now() + within;
         let mut frames = Vec::new();
         loop {
@@ -387,13 +387,13 @@ impl Stream {
         }
     }
 
-    fn read_head(&mut self, deadline: Instant) -> Result<(), Refused> {
+    fn read_head(&mut self, deadline: Instant) -> Result<(), OpenError> {
         let length = loop {
             if let Some(length) = find(&self.wire, b"\r\n\r\n") {
                 break length;
             }
             if let Err(error) = self.receive(deadline) {
-                return Err(Refused {
+                return Err(OpenError {
                     status: None,
                     text: format!("no response: {error}"),
                 });
@@ -414,7 +414,7 @@ impl Stream {
                 .is_ok()
             {}
             let text = format!("{}{}", self.head, String::from_utf8_lossy(&self.wire));
-            return Err(Refused {
+            return Err(OpenError {
                 status: Some(status),
                 text,
             });
@@ -434,7 +434,7 @@ impl Stream {
     }
 
     /// Reads until `text` grows.
-    fn read_some(&mut self, deadline: Instant) -> Result<(), Stop> {
+    fn read_some(&mut self, deadline: Instant) -> Result<(), StreamEnd> {
         let before = self.text.len();
         loop {
             self.decode();
@@ -442,12 +442,12 @@ impl Stream {
                 return Ok(());
             }
             if self.is_over {
-                return Err(Stop::Ended);
+                return Err(StreamEnd::Complete);
             }
             self.receive(deadline).map_err(|error| match error.kind() {
-                ErrorKind::TimedOut => Stop::Deadline,
-                ErrorKind::UnexpectedEof if self.body == Body::UntilClosed => Stop::Ended,
-                _ => Stop::Cut(error),
+                ErrorKind::TimedOut => StreamEnd::Timeout,
+                ErrorKind::UnexpectedEof if self.body == Body::UntilClosed => StreamEnd::Complete,
+                _ => StreamEnd::Cut(error),
             })?;
         }
     }
@@ -574,7 +574,7 @@ mod tests {
             "Transfer-Encoding: chunked\r\n\r\n3\r\n:\nd\r\nc\r\nata: {}\nid: \r\n3\r\na1\n\r\n1\r\n\n\r\n0\r\n\r\n",
         ]);
         let (frames, stop) = open(addr).read_to_end(SOON);
-        assert!(matches!(stop, Stop::Ended), "{stop:?}");
+        assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
         let expected = Frame {
             id: Some("a1".into()),
             data: Some("{}".into()),
@@ -592,7 +592,7 @@ mod tests {
         let (addr, _) = serve(&["Transfer-Encoding: chunked\r\n\r\n4\r\n:ok\n\r\n"]);
         let (_, stop) = open(addr).read_to_end(SOON);
         assert!(
-            matches!(&stop, Stop::Cut(error) if error.kind() == ErrorKind::UnexpectedEof),
+            matches!(&stop, StreamEnd::Cut(error) if error.kind() == ErrorKind::UnexpectedEof),
             "{stop:?}"
         );
     }

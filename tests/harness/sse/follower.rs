@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{Notification, Refused, Request, Stream};
+use super::{Notification, OpenError, Request, Stream};
 
 /// Everything that a [`Follower`] has received so far.
 #[derive(Clone, Debug, Default)]
@@ -212,8 +212,8 @@ impl Shared {
             drop(state);
             match request.open(Duration::from_secs(5)) {
                 Ok(stream) => self.read(stream),
-                Err(Refused { status: None, .. }) => {}
-                Err(Refused {
+                Err(OpenError { status: None, .. }) => {}
+                Err(OpenError {
                     status: Some(_),
                     text,
                 }) => {
