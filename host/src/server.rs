@@ -30,7 +30,7 @@ mod connection;
 
 pub use connection::Connection;
 
-use connection::{Socket, Spawner};
+use connection::{CountingSocket, Spawner};
 
 /// The maximum number of unsent bytes in the kernel's send buffer. No frame can overtake them,
 /// however urgent. Bytes queued in this process are bounded by `sse`, and in HTTP/2 by this
@@ -104,7 +104,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Serves `routes` until the shutdown begins, then lets running requests finish. Returns when the
-/// last connection is closed. The shutdown grace period in `lib.rs` bounds that wait: after it,
+/// last connection is closed. The shutdown grace period in `node.rs` bounds that wait: after it,
 /// `Shutdown::skip` cuts the remaining connections.
 pub async fn serve(
     listener: TcpListener,
@@ -192,7 +192,7 @@ async fn drive(
     });
     let builder = http_builder(header_timeout, !connection.is_surplus());
     let mut serving = pin!(builder.serve_connection(
-        TokioIo::new(Socket {
+        TokioIo::new(CountingSocket {
             stream,
             connection: Arc::clone(&connection)
         }),

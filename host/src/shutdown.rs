@@ -4,7 +4,7 @@
 //! A first signal begins the shutdown and a second one skips. [`Shutdown::finish`] waits for every
 //! part spawned here, but no longer than the given time. A part that panics begins the shutdown,
 //! too: without it the node would report ready and do half of its work, which a supervisor cannot
-//! detect, whereas a node that exits is restarted. `lib.rs` defines the order in which parts stop;
+//! detect, whereas a node that exits is restarted. `node.rs` defines the order in which parts stop;
 //! `sse` ends streams.
 
 use std::future::Future;

@@ -40,10 +40,10 @@ pub enum AcknowledgeError {
 
 /// A cheap handle: clones share the heads.
 #[derive(Clone, Debug)]
-pub struct DeviceCursors(Arc<Shared>);
+pub struct DeviceCursors(Arc<DeviceCursorsInner>);
 
 #[derive(Debug)]
-struct Shared {
+struct DeviceCursorsInner {
     broker: Arc<dyn Users>,
     /// Heads as last read. A head's information about the epochs it knows stays valid, so an
     /// acknowledgement need not read the head again. A std mutex: held for a copy only.
@@ -54,7 +54,7 @@ type Heads = BTreeMap<PartitionNumber, Head>;
 
 impl DeviceCursors {
     pub fn new(broker: Arc<dyn Users>) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(DeviceCursorsInner {
             broker,
             heads: Mutex::default(),
         }))

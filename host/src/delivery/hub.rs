@@ -36,10 +36,10 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// A cheap handle: clones share one hub.
 #[derive(Clone, Debug)]
-pub struct Hub(Arc<Shared>);
+pub struct Hub(Arc<HubInner>);
 
 #[derive(Debug)]
-struct Shared {
+struct HubInner {
     broker: Arc<dyn Logs>,
     history: History,
     metrics: Metrics,
@@ -94,7 +94,7 @@ impl Hub {
             .collect();
         let history = History::new(Arc::clone(&broker), metrics.clone());
         let (next_stream, state) = (AtomicU64::new(1), Mutex::default());
-        let hub = Self(Arc::new(Shared {
+        let hub = Self(Arc::new(HubInner {
             broker,
             history,
             metrics,
@@ -232,7 +232,7 @@ impl FollowLogs for HistoryOnly {
 }
 
 /// Ticks as long as the hub exists. Any node may tick a partition, and all do.
-async fn tick(hub: std::sync::Weak<Shared>, partition: PartitionNumber) {
+async fn tick(hub: std::sync::Weak<HubInner>, partition: PartitionNumber) {
     let mut interval = tokio::time::interval(TICK);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -245,7 +245,7 @@ async fn tick(hub: std::sync::Weak<Shared>, partition: PartitionNumber) {
 }
 
 #[async_trait]
-impl FollowLogs for Shared {
+impl FollowLogs for HubInner {
     async fn follow(
         &self,
         stream: &Arc<OpenStream>,
@@ -262,6 +262,7 @@ impl FollowLogs for Shared {
             self.metrics.logs_followed.set(state.followed.len() as i64);
             confirmations
         };
+        // Awaited without the lock: the feed reader needs it to confirm.
         for confirmation in confirmations {
             // An error means that the log has no followers left; the round is then over, too.
             if confirmation.await.is_err() {
@@ -271,7 +272,7 @@ impl FollowLogs for Shared {
     }
 }
 
-impl Shared {
+impl HubInner {
     fn lock(&self) -> MutexGuard<'_, HubState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -90,7 +90,7 @@ impl Default for Config {
 
 /// Why this node ends a stream. Clients receive it as `event: close`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum StreamEnd {
     /// The stream reached its maximum age; the client reconnects.
     Age,
     /// The token has expired; the client reconnects with a new one.
@@ -99,7 +99,7 @@ pub enum End {
     Drain,
 }
 
-impl End {
+impl StreamEnd {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Age => "age",
@@ -115,7 +115,7 @@ struct StreamControl {
     guard: StreamGuard,
     heartbeat: AtomicBool,
     cursor: AtomicBool,
-    end: Mutex<Option<End>>,
+    end: Mutex<Option<StreamEnd>>,
     /// `None` where the connection is unknown, as in tests.
     socket: Option<Arc<dyn Socket>>,
 }
@@ -248,7 +248,7 @@ impl Body {
     }
 
     /// Appends the end of the stream, with the cursor at which the client resumes.
-    fn collect_end(&mut self, end: End, subscription: &Subscription) {
+    fn collect_end(&mut self, end: StreamEnd, subscription: &Subscription) {
         self.is_ended = true;
         self.read_cursor(subscription);
         if !self.cursor.is_empty() {

@@ -163,12 +163,12 @@ impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Spawne
 }
 
 /// A socket that reports how many bytes it has accepted.
-pub(super) struct Socket {
+pub(super) struct CountingSocket {
     pub(super) stream: TcpStream,
     pub(super) connection: Arc<Connection>,
 }
 
-impl Drop for Socket {
+impl Drop for CountingSocket {
     fn drop(&mut self) {
         // Otherwise the kernel would keep undelivered bytes for minutes.
         if self.connection.kill.is_cancelled()
@@ -179,7 +179,7 @@ impl Drop for Socket {
     }
 }
 
-impl AsyncRead for Socket {
+impl AsyncRead for CountingSocket {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -189,7 +189,7 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl AsyncWrite for CountingSocket {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

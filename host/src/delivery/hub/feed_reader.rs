@@ -20,11 +20,11 @@ use crate::clock::now_ms;
 use crate::delivery::subscription::{OpenStream, Record, Subscription};
 use crate::event::{Epoch, Name, NotificationId, PartitionNumber, Target};
 
-use super::{HubState, SILENCE, Shared, TICK};
+use super::{HubInner, HubState, SILENCE, TICK};
 
 /// The only reader of a feed.
 pub(super) struct FeedReader<'a> {
-    hub: &'a Arc<Shared>,
+    hub: &'a Arc<HubInner>,
     /// The current epoch of each partition, as known to this node.
     epochs: HashMap<PartitionNumber, Epoch>,
     /// Partitions whose head could not be read for the current batch.
@@ -32,7 +32,7 @@ pub(super) struct FeedReader<'a> {
 }
 
 impl<'a> FeedReader<'a> {
-    pub(super) fn new(hub: &'a Arc<Shared>) -> Self {
+    pub(super) fn new(hub: &'a Arc<HubInner>) -> Self {
         Self {
             hub,
             epochs: HashMap::new(),

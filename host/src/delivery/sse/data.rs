@@ -10,7 +10,7 @@ use crate::event::{Name, Notification, Payload, Priority, rfc3339};
 
 /// All members except `to` and the payload.
 #[derive(Serialize)]
-struct Head<'a> {
+struct DataHead<'a> {
     id: &'a str,
     source: &'a str,
     r#type: &'a str,
@@ -24,7 +24,7 @@ struct Head<'a> {
 /// Exactly one of the two members is always present.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Body<'a> {
+enum DataBody<'a> {
     Data(&'a RawValue),
     DataBase64(String),
 }
@@ -48,23 +48,23 @@ pub(super) fn around_target(notification: &Notification, route: usize) -> (Strin
     let (event, route) = (&notification.event, &notification.plan.routes[route]);
     let text;
     let payload = match (&route.body, &event.data) {
-        (Some(body), _) => Body::Data(body),
-        (None, Payload::None) => Body::Data(RawValue::NULL),
+        (Some(body), _) => DataBody::Data(body),
+        (None, Payload::None) => DataBody::Data(RawValue::NULL),
         (None, Payload::Json(json)) => {
             text = RawValue::from_string(json.to_string())
                 .unwrap_or_else(|_| RawValue::NULL.to_owned());
-            Body::Data(&text)
+            DataBody::Data(&text)
         }
         (None, Payload::Text(plain)) => {
             text = serde_json::value::to_raw_value(&**plain)
                 .unwrap_or_else(|_| RawValue::NULL.to_owned());
-            Body::Data(&text)
+            DataBody::Data(&text)
         }
         (None, Payload::Binary(bytes)) => {
-            Body::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes))
+            DataBody::DataBase64(base64::engine::general_purpose::STANDARD.encode(bytes))
         }
     };
-    let mut before = json(&Head {
+    let mut before = json(&DataHead {
         id: event.id.as_str(),
         source: event.source.as_str(),
         r#type: event.kind.as_str(),

@@ -13,19 +13,19 @@ use crate::duration::millis;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
-use super::{Config, End, Socket, StreamControl, spread_retry};
+use super::{Config, Socket, StreamControl, StreamEnd, spread_retry};
 
 /// Slots of the wheel, one second each. A stream is checked at least this often.
 const SLOTS: usize = 64;
 
 /// A cheap handle: clones share one timer.
 #[derive(Clone)]
-pub struct StreamTimer(Arc<Shared>);
+pub struct StreamTimer(Arc<TimerInner>);
 
-struct Shared {
+struct TimerInner {
     config: Config,
     metrics: Metrics,
-    wheel: Mutex<Wheel>,
+    wheel: Mutex<TimerWheel>,
     permits: Arc<Semaphore>,
 }
 
@@ -35,16 +35,16 @@ pub struct StreamPermit(
     #[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit,
 );
 
-struct Wheel {
+struct TimerWheel {
     now: usize,
-    slots: Vec<Vec<Entry>>,
+    slots: Vec<Vec<TimerEntry>>,
     /// Set when the node shuts down: the moment by which every stream has ended.
     drained_by_ms: Option<u64>,
 }
 
-struct Entry {
+struct TimerEntry {
     control: Weak<StreamControl>,
-    end: Option<(u64, End)>,
+    end: Option<(u64, StreamEnd)>,
     /// Whether its end was signalled.
     is_ended: bool,
     next_heartbeat_ms: u64,
@@ -68,13 +68,13 @@ impl StreamTimer {
     /// so a panic in it ends the node.
     pub fn start(config: Config, metrics: Metrics, shutdown: &Shutdown) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
-        let wheel = Mutex::new(Wheel {
+        let wheel = Mutex::new(TimerWheel {
             now: 0,
             slots,
             drained_by_ms: None,
         });
         let permits = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
-        let stream_timer = Self(Arc::new(Shared {
+        let stream_timer = Self(Arc::new(TimerInner {
             config,
             metrics,
             wheel,
@@ -113,11 +113,15 @@ impl StreamTimer {
     pub(super) fn watch(&self, control: &Arc<StreamControl>, expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = now_ms();
-        let age = (!config.max_age.is_zero())
-            .then(|| (now + spread(millis(config.max_age), 0.8, 1.0), End::Age));
-        let expiry = expires_ms.map(|at| (at, End::TokenExpired));
+        let age = (!config.max_age.is_zero()).then(|| {
+            (
+                now + spread(millis(config.max_age), 0.8, 1.0),
+                StreamEnd::Age,
+            )
+        });
+        let expiry = expires_ms.map(|at| (at, StreamEnd::TokenExpired));
         let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
-        let entry = Entry {
+        let entry = TimerEntry {
             control: Arc::downgrade(control),
             end,
             is_ended: false,
@@ -135,7 +139,7 @@ impl StreamTimer {
     }
 }
 
-impl Entry {
+impl TimerEntry {
     /// Whether the socket has taken nothing for `stall_ms` although data is pending: at least the
     /// last heartbeat that was requested.
     fn is_stalled(
@@ -153,10 +157,10 @@ impl Entry {
     }
 }
 
-impl Wheel {
+impl TimerWheel {
     fn drain(&mut self, now_ms: u64, grace_ms: u64) {
         self.drained_by_ms = Some(now_ms + grace_ms);
-        let all: Vec<Entry> = self.slots.iter_mut().flat_map(std::mem::take).collect();
+        let all: Vec<TimerEntry> = self.slots.iter_mut().flat_map(std::mem::take).collect();
         for entry in all {
             self.put(entry, now_ms);
         }
@@ -165,13 +169,16 @@ impl Wheel {
     /// Inserts an entry into the slot of its next deadline. During a shutdown each entry inserted
     /// is given an end: its stream may have been opening, or its entry may have been held by the
     /// timer, when the shutdown began.
-    fn put(&mut self, mut entry: Entry, now_ms: u64) {
+    fn put(&mut self, mut entry: TimerEntry, now_ms: u64) {
         if let Some(by) = self.drained_by_ms
             && !entry.is_ended
-            && !matches!(entry.end, Some((_, End::Drain)))
+            && !matches!(entry.end, Some((_, StreamEnd::Drain)))
         {
             let at = now_ms + spread(by.saturating_sub(now_ms), 0.0, 1.0);
-            entry.end = Some((entry.end.map_or(at, |(end, _)| end.min(at)), End::Drain));
+            entry.end = Some((
+                entry.end.map_or(at, |(end, _)| end.min(at)),
+                StreamEnd::Drain,
+            ));
         }
         let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| {
             end.min(entry.next_heartbeat_ms)
@@ -182,8 +189,8 @@ impl Wheel {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Wheel> {
+impl TimerInner {
+    fn lock(&self) -> std::sync::MutexGuard<'_, TimerWheel> {
         self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -199,7 +206,9 @@ impl Shared {
             let at = wheel.now;
             std::mem::take(&mut wheel.slots[at])
         };
-        let kept: Vec<Entry> = due
+        // Without the wheel's lock, so that a stream can be opened meanwhile. A shutdown that begins
+        // now reaches these entries in `put`.
+        let kept: Vec<TimerEntry> = due
             .into_iter()
             .filter_map(|entry| self.check(entry, now))
             .collect();
@@ -210,7 +219,7 @@ impl Shared {
     }
 
     /// Handles everything due for an entry. Returns `None` when the stream is gone.
-    fn check(&self, mut entry: Entry, now: u64) -> Option<Entry> {
+    fn check(&self, mut entry: TimerEntry, now: u64) -> Option<TimerEntry> {
         let control = entry.control.upgrade()?;
         if let Some(socket) = &control.socket
             && entry.is_stalled(
@@ -229,6 +238,7 @@ impl Shared {
         if let Some((at, end)) = entry.end
             && at <= now
         {
+            // Set before the wake, as are the flags below: the socket's task reads them when it runs.
             *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
             self.closed(end.as_str());
             control.wake();
@@ -268,9 +278,9 @@ mod tests {
     const NOW: u64 = 1_000_000;
     const GRACE: u64 = 10_000;
 
-    fn entry(end: Option<(u64, End)>) -> Entry {
+    fn entry(end: Option<(u64, StreamEnd)>) -> TimerEntry {
         let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
-        Entry {
+        TimerEntry {
             control: Weak::new(),
             end,
             is_ended: false,
@@ -281,7 +291,7 @@ mod tests {
         }
     }
 
-    fn ends(wheel: &Wheel) -> Vec<Option<(u64, End)>> {
+    fn ends(wheel: &TimerWheel) -> Vec<Option<(u64, StreamEnd)>> {
         wheel
             .slots
             .iter()
@@ -292,13 +302,13 @@ mod tests {
 
     #[test]
     fn a_stream_opened_or_checked_during_shutdown_ends_with_the_node() {
-        let mut wheel = Wheel {
+        let mut wheel = TimerWheel {
             now: 0,
             slots: (0..SLOTS).map(|_| Vec::new()).collect(),
             drained_by_ms: None,
         };
-        let soon = Some((NOW + 1, End::TokenExpired));
-        for end in [None, Some((NOW + 3_600_000, End::Age)), soon] {
+        let soon = Some((NOW + 1, StreamEnd::TokenExpired));
+        for end in [None, Some((NOW + 3_600_000, StreamEnd::Age)), soon] {
             wheel.put(entry(end), NOW);
         }
         wheel.drain(NOW, GRACE);
@@ -306,9 +316,9 @@ mod tests {
         let drained = ends(&wheel);
         assert_eq!(drained.len(), 4);
         assert!(
-            drained
-                .iter()
-                .all(|end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == End::Drain)),
+            drained.iter().all(
+                |end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == StreamEnd::Drain)
+            ),
             "{drained:?}"
         );
         assert!(
@@ -323,12 +333,12 @@ mod tests {
             ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),
             drained.iter().flatten().map(|(at, _)| *at).max()
         );
-        let mut signalled = Wheel {
+        let mut signalled = TimerWheel {
             slots: (0..SLOTS).map(|_| Vec::new()).collect(),
             ..wheel
         };
         signalled.put(
-            Entry {
+            TimerEntry {
                 is_ended: true,
                 ..entry(None)
             },

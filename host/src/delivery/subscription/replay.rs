@@ -119,6 +119,8 @@ impl History {
                 tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay failed to read from the broker; it will be retried");
                 tokio::time::sleep(backoff.pause()).await;
             }
+            // Checked and entered under one lock: if another cause has begun a replay meanwhile, that
+            // one goes on and this one ends.
             let mut subscription = stream.lock();
             if subscription.round(partition) != round || stream.is_closed() {
                 return;
@@ -136,6 +138,8 @@ impl History {
         round: u64,
         follows: &dyn FollowLogs,
     ) -> Result<Option<u64>, StopReason> {
+        // First, because the recipient's groups determine the logs. A change after this read raises
+        // the round.
         self.read_recipient(stream, partition, round).await?;
         let logs = in_round(stream, partition, round, |subscription| {
             subscription.logs(partition)
@@ -148,17 +152,21 @@ impl History {
             )
             .await;
 
+        // Read after the follows are confirmed: an append is either at or below the head, and read
+        // from the logs, or above it, and in the buffer.
         let head = self.head(partition).await?;
         let begun_ms = now_ms();
         let (sent_ahead, logs) = in_round(stream, partition, round, |subscription| {
             subscription.begin(partition, &head, begun_ms);
             (
                 subscription.unread_sent_ahead(partition),
+                // Again, because `begin` may have moved the low-water mark.
                 subscription.logs(partition),
             )
         })?;
         // The cursor of a new stream may be known now.
         stream.wake();
+        // Read before the history: their collapse keys decide which older states are superseded.
         let sent_ahead_records = self
             .read_records(partition, head.epoch, &sent_ahead)
             .await?;
@@ -196,6 +204,8 @@ impl History {
             }
             stream.wake();
         }
+        // To `last`, not to the top: a plan that is being written in slices is not complete, and its
+        // notices are still to come.
         let again = in_round(stream, partition, round, |subscription| {
             subscription.go_live(partition, head.last, now_ms())
         })?;
@@ -212,6 +222,8 @@ impl History {
         partition: PartitionNumber,
         round: u64,
     ) -> Result<(), StopReason> {
+        // The ticket is drawn before the read: it orders reads by their start, so that a late result
+        // of an early read loses.
         let (ticket, user) = in_round(stream, partition, round, |subscription| {
             (
                 subscription.begin_recipient_read(),

@@ -55,7 +55,7 @@ impl OpenStream {
         self.writer.wake();
     }
 
-    /// StreamControl that an item left the queues.
+    /// Signals that an item left the queues.
     pub fn made_room(&self) {
         self.room.notify_waiters();
     }
@@ -82,6 +82,7 @@ impl OpenStream {
 
     /// Marks the stream closed after its socket is gone. Replays that work for it stop.
     pub fn close(&self) {
+        // Set before the wake: `when` checks it after it has registered.
         self.is_closed.store(true, Ordering::Release);
         self.room.notify_waiters();
     }

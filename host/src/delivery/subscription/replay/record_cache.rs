@@ -64,6 +64,8 @@ impl RecordCache {
                 return None;
             }
         };
+        // Parsed without the lock. If another task has cached the same record meanwhile, `push`
+        // returns that one and its bytes are subtracted.
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.n_bytes += record.n_bytes();
         if let Some((_, old)) = held.by_key.push(key, Arc::clone(&record)) {
