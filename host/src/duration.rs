@@ -70,7 +70,9 @@ pub fn format(duration: Duration) -> String {
     if ms == 0 {
         return "0s".to_owned();
     }
-    let unit = UNITS.iter().find(|(_, unit_ms)| ms % unit_ms == 0);
+    let unit = UNITS
+        .iter()
+        .find(|(_, unit_ms)| ms.is_multiple_of(*unit_ms));
     let (name, unit_ms) = unit.unwrap_or(&("ms", 1));
     format!("{}{name}", ms / unit_ms)
 }

@@ -19,7 +19,7 @@ const BROKER_KEYS: [&str; 3] = ["broker.redis", "broker.data", "broker.ephemeral
 #[derive(Clone, Debug, Default)]
 pub struct Layers {
     table: Table,
-    /// The place of a key for errors: `--listen` or `POINTSMAN_LISTEN`; keys of the file are absent.
+    /// The place of a key for errors, `--listen` or `POINTSMAN_LISTEN`; absent for keys of the file.
     origins: BTreeMap<String, String>,
     file: Option<PathBuf>,
 }

@@ -17,7 +17,7 @@ pub struct ApiError {
     /// The label of the refusal metric; coarser than the code of the body.
     reason: &'static str,
     body: Body,
-    retry_after_s: Option<u64>,
+    retry_after_s: Option<u16>,
     www_authenticate: Option<&'static str>,
     cause: Option<anyhow::Error>,
 }

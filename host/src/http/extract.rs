@@ -14,7 +14,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
 use super::{ApiError, State};
-use crate::auth;
+use crate::{auth, duration};
 
 /// The parameters of the path.
 pub(super) struct Path<T>(pub(super) T);
@@ -180,8 +180,8 @@ pub(super) async fn read_body(
     match tokio::time::timeout(wait, read).await {
         Err(_) if is_too_large => Err(too_large()),
         Err(_) => Err(ApiError::timeout(format!(
-            "the body did not arrive within {} s",
-            wait.as_secs()
+            "the body did not arrive within {}",
+            duration::format(wait)
         ))),
         Ok(Ok(None)) => Err(too_large()),
         Ok(Err(e)) => {

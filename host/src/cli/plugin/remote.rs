@@ -101,7 +101,7 @@ pub(super) enum AdminCommand {
 
 pub(super) fn list(List { node }: &List) -> anyhow::Result<()> {
     let text = node.request("GET", "/v1/plugins", None)?;
-    node.print(&text, |plugins: Plugins| Ok(plugins.listed()))
+    node.print(&text, |plugins: Plugins| Ok(plugins.render()))
 }
 
 pub(super) fn upload(
@@ -126,26 +126,29 @@ pub(super) fn upload(
         Some(former) if *create && !former.is_missing() => {
             bail!(
                 "plugin '{}' already exists; omit --create to update it",
-                former.who()
+                former.label()
             )
         }
         _ => {}
     }
     let text = node.send("PUT", &path, Some(file))?;
     node.print(&text, |plugin: Plugin| {
-        let (who, stands) = (plugin.who(), plugin.stands());
+        let (label, status) = (plugin.label(), plugin.status());
         Ok(match former {
-            None => format!("new plugin {who}: {stands}; {}", node.plugins()?.deciders()),
+            None => format!(
+                "new plugin {label}: {status}; {}",
+                node.plugins()?.active_plugins()
+            ),
             Some(former) if plugin.is_as(former) => {
-                format!("{who} is already active: {stands}")
+                format!("{label} is already active: {status}")
             }
             Some(former) if former.generation > 0 && plugin.generation > 0 => {
                 format!(
-                    "uploaded {who}: {stands}, replacing generation {}",
+                    "uploaded {label}: {status}, replacing generation {}",
                     former.generation
                 )
             }
-            Some(_) => format!("uploaded {who}: {stands}"),
+            Some(_) => format!("uploaded {label}: {status}"),
         })
     })
 }
@@ -169,32 +172,32 @@ pub(super) fn execute(Named { name, node }: &Named, command: AdminCommand) -> an
         if !node.json {
             println!(
                 "removed {} and its file; {}",
-                former.who(),
-                node.plugins()?.deciders()
+                former.label(),
+                node.plugins()?.active_plugins()
             );
         }
         return Ok(());
     }
     node.print(&text, |plugin: Plugin| {
-        let (who, stands, number) = (plugin.who(), plugin.stands(), former.generation);
+        let (label, status, number) = (plugin.label(), plugin.status(), former.generation);
         let instead = format!("replacing generation {number}");
         Ok(match command {
-            AdminCommand::Enable if plugin.is_as(former) => format!("{who} is already enabled: {stands}"),
+            AdminCommand::Enable if plugin.is_as(former) => format!("{label} is already enabled: {status}"),
             AdminCommand::Enable => {
                 let again = plugin.rolled_back().map(|number| format!(", from the file that was rolled back as generation {number}"));
-                format!("enabled {who}: {stands}{}; {}", again.unwrap_or_default(), node.plugins()?.deciders())
+                format!("enabled {label}: {status}{}; {}", again.unwrap_or_default(), node.plugins()?.active_plugins())
             }
-            AdminCommand::Disable if number == 0 => format!("disabled {who}; it was not active"),
+            AdminCommand::Disable if number == 0 => format!("disabled {label}; it was not active"),
             AdminCommand::Disable => {
-                format!("disabled {}: generation {number} is no longer active; {}", former.who(), node.plugins()?.deciders())
+                format!("disabled {}: generation {number} is no longer active; {}", former.label(), node.plugins()?.active_plugins())
             }
             AdminCommand::RollBack => {
                 let file =
                     "on this node only: the plugin file is unchanged, so other nodes and restarted nodes use the newer version";
-                format!("rolled back {who}: {stands}, {instead}; {file}")
+                format!("rolled back {label}: {status}, {instead}; {file}")
             }
-            AdminCommand::Promote if number == 0 => format!("promoted {who}: {stands}"),
-            AdminCommand::Promote | AdminCommand::Remove => format!("promoted {who}: {stands}, {instead}"),
+            AdminCommand::Promote if number == 0 => format!("promoted {label}: {status}"),
+            AdminCommand::Promote | AdminCommand::Remove => format!("promoted {label}: {status}, {instead}"),
         })
     })
 }
@@ -222,7 +225,7 @@ pub(super) fn shadow(
             Ok(format!(
                 "candidate {} now shadows {}{instead}, without effect; {see}",
                 shadow.name(),
-                former.who()
+                former.label()
             ))
         });
     }
@@ -233,7 +236,7 @@ pub(super) fn shadow(
             println!(
                 "candidate {} of {} stopped: {}",
                 candidate.name(),
-                former.who(),
+                former.label(),
                 candidate.share()
             );
         }

@@ -134,7 +134,7 @@ impl Plugins {
     }
 
     /// The active plugins, in the order in which they are called.
-    pub(in crate::cli) fn deciders(&self) -> String {
+    pub(in crate::cli) fn active_plugins(&self) -> String {
         let active: Vec<&str> = self
             .plugins
             .iter()
@@ -150,7 +150,7 @@ impl Plugins {
     }
 
     /// A table of all plugins, followed by the last load failure of each.
-    pub(in crate::cli) fn listed(&self) -> String {
+    pub(in crate::cli) fn render(&self) -> String {
         let mut rows = vec![
             [
                 "NAME",
@@ -226,7 +226,7 @@ impl Plugin {
     }
 
     /// Name, version and kind as far as known: `my-router 0.1.0 (router)`.
-    pub(in crate::cli) fn who(&self) -> String {
+    pub(in crate::cli) fn label(&self) -> String {
         let version = if self.version.is_empty() {
             String::new()
         } else {
@@ -241,7 +241,7 @@ impl Plugin {
     }
 
     /// The active generation and the state.
-    pub(in crate::cli) fn stands(&self) -> String {
+    pub(in crate::cli) fn status(&self) -> String {
         let state = match self.state.as_str() {
             "on-probation" => format!("on probation for {}", printable(&self.settings.probation)),
             state => printable(state),
