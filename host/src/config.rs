@@ -438,7 +438,7 @@ mod tests {
             &[],
             &[
                 "p.toml:2: plugins.dirs: ",
-                "the keys of this section itself are dir, order and cache",
+                "the other keys of this section are dir, order and cache",
             ],
         );
         check(

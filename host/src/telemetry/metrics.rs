@@ -272,9 +272,14 @@ mod tests {
                 "info" => "_info",
                 _ => "",
             };
-            let series = page
-                .lines()
-                .find(|line| !line.starts_with('#') && line.starts_with(name));
+            let series = page.lines().find(|line| {
+                let end = line.strip_prefix(name);
+                // Not another metric whose name begins with this one.
+                end.is_some_and(|end| {
+                    end.trim_start_matches(suffix).starts_with(['{', ' '])
+                        || end.starts_with("_bucket")
+                })
+            });
             let labels = series
                 .and_then(|series| series.split_once('{')?.1.split_once('}'))
                 .map(|(labels, _)| labels.split(','))
