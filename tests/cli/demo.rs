@@ -1,149 +1,12 @@
-//! Tests of the demo: its tally is exact, and the program ends with the correct result. The tests
-//! in `clients` drive the page.
+//! The demo runs, reports no lost or doubled deliveries, and ends on its own. Its counting is tested
+//! in `examples/demo/tests`, and its page in `clients`.
 
-use std::time::{Duration, Instant};
-
-use tally::{Count, Tally};
-
-// Included by path, as in the demo.
-#[path = "../../examples/demo/tally.rs"]
-mod tally;
-
-const NOW: Duration = Duration::ZERO;
-const HOUR: Duration = Duration::from_secs(3_600);
-
-/// An event for two people: its recipients, collapse key and time to live, and the people at whom
-/// it arrives.
-type Told<'a> = (
-    [bool; 2],
-    Option<&'static str>,
-    Option<Duration>,
-    &'a [usize],
-);
-
-fn count(events: &[Told<'_>], away: Option<Duration>) -> Count {
-    let mut tally = Tally::<2>::default();
-    if let Some(away) = away {
-        tally.cut(0, away);
-    }
-    for (recipients, collapse, ttl, _) in events {
-        tally.publishes(*recipients, *collapse, *ttl);
-    }
-    for (number, (.., arrivals)) in events.iter().enumerate() {
-        for who in *arrivals {
-            tally.arrives(*who, number);
-        }
-    }
-    assert_eq!(tally.n_published(), events.len());
-    tally.count()
-}
-
-#[test]
-fn the_demo_counts_missing_deliveries_as_lost_and_extra_ones_as_doubled() {
-    let both = [true, true];
-    assert_eq!(
-        count(&[(both, None, None, &[0, 1])], None),
-        Count {
-            delivered: 2,
-            ..Count::default()
-        }
-    );
-    assert_eq!(
-        count(&[(both, None, None, &[1])], None),
-        Count {
-            delivered: 1,
-            lost: 1,
-            ..Count::default()
-        }
-    );
-    assert_eq!(
-        count(&[(both, None, None, &[0, 0, 1])], None),
-        Count {
-            delivered: 2,
-            doubled: 1,
-            ..Count::default()
-        }
-    );
-    let stranger = count(&[([true, false], None, None, &[0, 1])], None);
-    assert_eq!(
-        stranger,
-        Count {
-            delivered: 1,
-            doubled: 1,
-            ..Count::default()
-        }
-    );
-}
-
-#[test]
-fn the_demo_counts_as_superseded_only_events_replaced_by_a_delivered_one_with_the_same_key() {
-    let keyed =
-        |key: &'static str, arrivals: &'static [usize]| ([true, false], Some(key), None, arrivals);
-    assert_eq!(
-        count(&[keyed("k", &[]), keyed("k", &[0])], None),
-        Count {
-            delivered: 1,
-            superseded: 1,
-            ..Count::default()
-        }
-    );
-    assert_eq!(
-        count(&[keyed("k", &[0]), keyed("k", &[])], None),
-        Count {
-            delivered: 1,
-            lost: 1,
-            ..Count::default()
-        }
-    );
-    assert_eq!(
-        count(&[keyed("k", &[]), keyed("other", &[0])], None),
-        Count {
-            delivered: 1,
-            lost: 1,
-            ..Count::default()
-        }
-    );
-    let others = ([true, true], Some("k"), None, &[][..]);
-    assert_eq!(
-        count(&[others, ([false, true], Some("k"), None, &[1][..])], None),
-        Count {
-            delivered: 1,
-            superseded: 1,
-            lost: 1,
-            ..Count::default()
-        }
-    );
-}
-
-#[test]
-fn the_demo_counts_as_expired_only_events_that_expired_while_the_recipient_was_disconnected() {
-    let short = |ttl| [([true, false], None, Some(ttl), &[][..])];
-    let expired = Count {
-        expired: 1,
-        ..Count::default()
-    };
-    let lost = Count {
-        lost: 1,
-        ..Count::default()
-    };
-    assert_eq!(count(&short(NOW), Some(HOUR)), expired);
-    assert_eq!(count(&short(HOUR), Some(HOUR)), expired);
-    assert_eq!(
-        count(&short(HOUR), Some(NOW)),
-        lost,
-        "it had not expired when the recipient reconnected"
-    );
-    assert_eq!(
-        count(&short(NOW), None),
-        lost,
-        "the recipient was connected"
-    );
-}
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
 
 #[test]
 fn the_demo_ends_on_its_own_and_reports_no_lost_or_doubled_deliveries() {
-    use std::process::Command;
-
     let folder = crate::harness::node::Folder::new();
     // Reproduces the layout of the repository root, where `make demo` runs the demo.
     let repository = crate::harness::repository();
@@ -155,9 +18,8 @@ fn the_demo_ends_on_its_own_and_reports_no_lost_or_doubled_deliveries() {
     .expect("make a link");
     std::os::unix::fs::symlink(repository.join("examples"), folder.path().join("examples"))
         .expect("make a link");
-    let demo = std::path::Path::new(env!("CARGO_BIN_EXE_pointsman"))
-        .with_file_name("examples")
-        .join("demo");
+    // A package of its own, which `cargo test --workspace` builds; `cargo build -p demo` does so alone.
+    let demo = Path::new(env!("CARGO_BIN_EXE_pointsman")).with_file_name("demo");
     let begun = Instant::now();
     let mut command = Command::new(&demo);
     command

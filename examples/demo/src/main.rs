@@ -8,8 +8,8 @@
 //! otherwise 1.
 //!
 //! Runs until Ctrl-C. It ends on its own after `DEMO_SECONDS` if that is set, and after 30 s
-//! without a terminal. It expects the binary of the node in the parent of its own `examples`
-//! folder, and the plugins in `build/plugins`; `make demo` provides both.
+//! without a terminal. It expects the binary of the node beside its own, and the plugins in
+//! `build/plugins`; `make demo` builds both.
 
 #![expect(clippy::print_stdout, reason = "the demo reports on standard output")]
 
@@ -31,11 +31,9 @@ use serde_json::json;
     dead_code,
     reason = "the demo uses only part of the client that it shares with the tests"
 )]
-#[path = "../tests/harness/sse.rs"]
+#[path = "../../../tests/harness/sse.rs"]
 mod sse;
-#[path = "demo/story.rs"]
 mod story;
-#[path = "demo/tally.rs"]
 mod tally;
 
 use sse::{Follower, Notification};
@@ -267,12 +265,7 @@ impl Node {
         let admin = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let folder = std::env::temp_dir().join(format!("pointsman-demo-{}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-        let examples = std::env::current_exe()?;
-        let binary = examples
-            .parent()
-            .and_then(|folder| folder.parent())
-            .context("the demo is not in an examples folder")?
-            .join("pointsman");
+        let binary = std::env::current_exe()?.with_file_name("pointsman");
         let log = File::create(folder.join("node.log"))?;
         let mut command = Command::new(&binary);
         command.args([
