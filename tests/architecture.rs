@@ -26,8 +26,8 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
             ],
             &["broker", "plugin"],
             // They meet only in the log, which belongs to the broker: neither imports the other.
-            &["ingest", "delivery", "auth"],
-            &["preview", "explain", "server"],
+            &["ingest", "delivery"],
+            &["auth", "preview", "explain", "server"],
             &["http"],
             &["config"],
             &["node"],

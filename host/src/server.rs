@@ -141,7 +141,8 @@ pub async fn serve(
             Ok(permit) => (permit, false),
             Err(_) => match Arc::clone(&surplus_permits).try_acquire_owned() {
                 Ok(permit) => (permit, true),
-                // Closed without a response: nothing more is held for it. An `EventSource` sees a network error and reconnects.
+                // Closed without a response: nothing more is held for it. An `EventSource` sees a
+                // network error and reconnects.
                 Err(_) => continue,
             },
         };

@@ -100,7 +100,8 @@ impl DeviceCursors {
         owner: &CursorOwner,
     ) -> Result<(), AcknowledgeError> {
         for _ in 0..ATTEMPTS {
-            // Read in each attempt: the move counts only if the cursor is still the one merged here.
+            // Read in each attempt: the move counts only if the cursor is still the one merged
+            // here.
             let stored = self.0.broker.device_cursors(user).await?.remove(owner);
             let cursor = match stored.as_ref().and_then(|stored| decode(user, stored)) {
                 Some(current) => furthest(

@@ -242,15 +242,15 @@ fn shortfall(test: &Test, attributes: &Attributes) -> String {
     };
     match attributes.get(attribute) {
         None => format!("attribute `{attribute}` is absent but {must}"),
-        Some(value) if values.iter().all(|value| kind(value) != kind(value)) => {
+        Some(actual) if values.iter().all(|value| kind(value) != kind(actual)) => {
             format!(
                 "attribute `{attribute}` is {} ({}) but {must} ({})",
-                display(value),
-                kind(value),
+                display(actual),
+                kind(actual),
                 values.first().map_or("value", kind)
             )
         }
-        Some(value) => format!("attribute `{attribute}` is {} but {must}", display(value)),
+        Some(actual) => format!("attribute `{attribute}` is {} but {must}", display(actual)),
     }
 }
 

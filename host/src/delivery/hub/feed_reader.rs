@@ -1,5 +1,5 @@
-//! Reads one feed: passes appends and ticks to the streams and sends streams back to replay wherever
-//! the feed proves nothing.
+//! Reads one feed: passes appends and ticks to the streams, and sends streams back to replay
+//! wherever the feed proves nothing.
 //!
 //! The feed is never trusted. A tick per second and partition serves as probe, loss detector and
 //! low-water mark in one. A reset, or [`SILENCE`] without a tick, sends every stream of the

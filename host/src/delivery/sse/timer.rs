@@ -206,8 +206,8 @@ impl TimerInner {
             let at = wheel.now;
             std::mem::take(&mut wheel.slots[at])
         };
-        // Without the wheel's lock, so that a stream can be opened meanwhile. A shutdown that begins
-        // now reaches these entries in `put`.
+        // Without the wheel's lock, so that a stream can be opened meanwhile. A shutdown that
+        // begins now reaches these entries in `put`.
         let kept: Vec<TimerEntry> = due
             .into_iter()
             .filter_map(|entry| self.check(entry, now))
@@ -238,7 +238,8 @@ impl TimerInner {
         if let Some((at, end)) = entry.end
             && at <= now
         {
-            // Set before the wake, as are the flags below: the socket's task reads them when it runs.
+            // Set before the wake, as are the flags below: the socket's task reads them when it
+            // runs.
             *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
             self.closed(end.as_str());
             control.wake();

@@ -119,8 +119,8 @@ impl History {
                 tracing::debug!(user.id = %stream.lock().user(), stream.id = stream.id, partition = partition.0, %error, "replay failed to read from the broker; it will be retried");
                 tokio::time::sleep(backoff.pause()).await;
             }
-            // Checked and entered under one lock: if another cause has begun a replay meanwhile, that
-            // one goes on and this one ends.
+            // Checked and entered under one lock: if another cause has begun a replay meanwhile,
+            // that one goes on and this one ends.
             let mut subscription = stream.lock();
             if subscription.round(partition) != round || stream.is_closed() {
                 return;
@@ -204,8 +204,8 @@ impl History {
             }
             stream.wake();
         }
-        // To `last`, not to the top: a plan that is being written in slices is not complete, and its
-        // notices are still to come.
+        // To `last`, not to the top: a plan that is being written in slices is not complete, and
+        // its notices are still to come.
         let again = in_round(stream, partition, round, |subscription| {
             subscription.go_live(partition, head.last, now_ms())
         })?;
@@ -222,8 +222,8 @@ impl History {
         partition: PartitionNumber,
         round: u64,
     ) -> Result<(), StopReason> {
-        // The ticket is drawn before the read: it orders reads by their start, so that a late result
-        // of an early read loses.
+        // The ticket is drawn before the read: it orders reads by their start, so that a late
+        // result of an early read loses.
         let (ticket, user) = in_round(stream, partition, round, |subscription| {
             (
                 subscription.begin_recipient_read(),
