@@ -1,3 +1,4 @@
+#!/bin/sh
 # Ensures that tools are installed: need.sh TOOL...
 # TOOL is redis-server, chromium, node or python (3, with venv).
 #

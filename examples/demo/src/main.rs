@@ -49,6 +49,7 @@ const NOT_PRINTED: [&str; 3] = ["match.score", "chat.typing", "report.row"];
 
 fn main() -> anyhow::Result<ExitCode> {
     let stop = stop_on_signal()?;
+    println!("Starting a node, which compiles its plugins: a few seconds");
     let node = Node::start(&stop)?;
     let url = format!("http://{}", node.listen);
     for person in &PEOPLE {

@@ -1,3 +1,4 @@
+#!/bin/sh
 # Builds build/parcels.wasm from parcels.c. Requires Python 3 with venv, and Cargo; installs a C
 # compiler (zig) into build/venv/.
 set -eu

@@ -1,3 +1,4 @@
+#!/bin/sh
 # Builds build/parcels.wasm from parcels.py. Requires Python 3.10 or newer with venv; installs the
 # rest into build/venv/.
 set -eu

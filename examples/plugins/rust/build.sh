@@ -1,3 +1,4 @@
+#!/bin/sh
 # Builds build/parcels.wasm, a core module, and build/wasi/parcels.wasm, a component that imports
 # WASI. Requires Cargo and both targets: rustup target add wasm32-unknown-unknown wasm32-wasip2
 set -eu
