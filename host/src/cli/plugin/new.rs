@@ -27,11 +27,12 @@ macro_rules! files {
 }
 
 /// The SDK. A test checks that the list is complete.
-const SDK: [(&str, &str); 16] = files!("plugins/sdk":
+const SDK: [(&str, &str); 18] = files!("plugins/sdk":
     "src/bindings.rs",
     "src/clock.rs",
     "src/condition.rs",
     "src/condition/wanted.rs",
+    "src/configuration.rs",
     "src/event.rs",
     "src/export.rs",
     "src/heap.rs",
@@ -41,6 +42,7 @@ const SDK: [(&str, &str); 16] = files!("plugins/sdk":
     "src/pattern.rs",
     "src/plugin.rs",
     "src/selector.rs",
+    "src/test_host.rs",
     "src/testing.rs",
     "src/value.rs",
     "Cargo.toml",
