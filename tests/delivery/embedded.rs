@@ -73,7 +73,7 @@ async fn a_killed_process_leaves_every_acknowledged_entry() {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
-                "embedded::appends_until_it_is_killed",
+                "delivery::embedded::appends_until_it_is_killed",
                 "--nocapture",
             ])
             .env(FOLDER, &folder.0)
