@@ -206,8 +206,8 @@ impl Config {
         })
     }
 
-    /// The folder of the compile cache; `None`: it is disabled, there are no plugins to compile, or
-    /// no location is known.
+    /// The folder of the compile cache. `None` if the cache is disabled, no plugin folder is
+    /// configured, or no location is known.
     pub fn plugin_cache(&self) -> Option<PathBuf> {
         let data = if let BrokerChoice::Data(folder) = &self.broker {
             Some(folder.as_path())
@@ -442,11 +442,11 @@ mod tests {
             ],
         );
         check(
-            "[retention]\nkeep_s = 600\n",
+            "[retention]\nprocessed_ttl = 600\n",
             &[],
             &[],
             &[
-                "p.toml:2: retention.keep_s: unknown field",
+                "p.toml:2: retention.processed_ttl: unknown field",
                 "`processed_entries_ttl`",
             ],
         );

@@ -281,7 +281,7 @@ impl Sources<'_> {
         let (entry_ms, clock_ms) = (event.entry.ms, event.decision.clock_ms);
         let decided_ms = clock_ms.saturating_sub(CLOCKS_DIFFER_MS);
         let from_ms = match clock_ms {
-            // No plugin was called, so there is no decision time.
+            // No plugin was called, so the time of the decision is unknown.
             0 => entry_ms.saturating_sub(CLOCKS_DIFFER_MS),
             _ if entry_ms <= clock_ms => entry_ms.max(decided_ms),
             _ => decided_ms,

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-/// Tolerance for delivery latency: an event published this shortly before a cut, or expired this
+/// Allowance for delivery latency: an event published this shortly before a cut, or expired this
 /// shortly after the reconnect, may also be missing.
 const SLACK: Duration = Duration::from_secs(2);
 

@@ -201,8 +201,8 @@ fn discarded(event: &DecidedEvent) -> String {
 
 fn dead_lettered(event: &DecidedEvent) -> String {
     // The plugin that caused the dead letter was called last and gave its reason. If the reasons
-    // differ, the last failure was skipped by policy; if there is no verdict, the entry was not a
-    // valid event and no plugin was called.
+    // differ, the last failure was skipped by policy. Without a verdict, the entry was not a valid
+    // event and no plugin was called.
     match event
         .decision
         .verdicts

@@ -200,7 +200,7 @@ impl Pipeline {
         self.becomes(true).await;
     }
 
-    /// Waits until no event can be evaluated because there is no plugin. Cancel-safe.
+    /// Waits until no event can be evaluated for lack of a plugin. Cancel-safe.
     pub async fn cannot_work(&self) {
         self.becomes(false).await;
     }

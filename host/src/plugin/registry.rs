@@ -106,7 +106,7 @@ pub enum AdminError {
 }
 
 impl Registry {
-    /// Loads every `.wasm` file of the configured folder. Without a folder there are no plugins.
+    /// Loads every `.wasm` file of the configured folder. Without a folder, no plugins are loaded.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///

@@ -3,8 +3,8 @@
 //! `docs/metrics.md`, which a test compares with a node. Labels are bounded; none is a user or an
 //! event id.
 //!
-//! A [`Metrics`] handle is passed in; there is no global registry. `http` serves them on the admin
-//! listener in the OpenMetrics text format.
+//! A [`Metrics`] handle is passed in, because no registry is global. `http` serves the metrics on
+//! the admin listener in the OpenMetrics text format.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;

@@ -11,7 +11,7 @@ pub use crate::bindings::filter::exports::pointsman::plugin::filter::{Amendment,
 pub use crate::bindings::router::exports::pointsman::plugin::router::Route;
 use crate::{Criteria, Event, Failure, Issue, Operator, Priority, Target, Test, Value};
 
-/// A plugin with its configuration. The host creates one for every instance; there is no state
+/// A plugin with its configuration. The host creates one for every instance; it keeps no state
 /// between events.
 pub trait Plugin: Sized + 'static {
     /// The operator's configuration. Add `#[serde(deny_unknown_fields)]` so that unknown names are

@@ -251,7 +251,7 @@ impl Reporter {
 }
 
 impl DecisionRecord {
-    /// One line. `plan` is `None` if there is no plan or it is unknown.
+    /// One line. `plan` is `None` if the event has no plan or the plan is unknown.
     fn render(&self, plan: Option<&[Route]>) -> String {
         let outcome = match self.outcome.as_str() {
             "unrouted" => "unrouted, no recipients",

@@ -203,7 +203,7 @@ impl Evaluator {
             {
                 let reason = why.to_string();
                 verdicts.push(verdict(generation, VerdictKind::Failed, &reason));
-                // Not offered to a candidate: there is no decision to compare.
+                // Not offered to a candidate, which would have no decision to be compared with.
                 return StepOutcome::of_failure(generation, reason, 0);
             }
             self.call_with_retry(generation, role, call, verdicts, ticking)
@@ -415,7 +415,7 @@ impl DryRunner {
     }
 }
 
-/// The evaluation of an event when there are no plugins.
+/// The evaluation of an event without any plugin.
 pub(super) fn unrouted(event: Event) -> Evaluation {
     let priority = published_priority(&event);
     Evaluation {

@@ -39,8 +39,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// The folder of the compile cache; `None`: it is disabled, there is no plugin folder, or no
-    /// location is known. `data`: the folder of the embedded broker.
+    /// The folder of the compile cache. `None` if the cache is disabled, no plugin folder is
+    /// configured, or no location is known. `data` is the folder of the embedded broker.
     pub fn cache_folder(&self, data: Option<&Path>) -> Option<PathBuf> {
         self.dir.as_ref()?;
         if let Some(folder) = &self.cache {

@@ -109,7 +109,7 @@ pub enum PluginStatus {
     Failed,
     /// Disabled by the configuration or by an operator.
     Disabled,
-    /// Configured, but there is no file of this name.
+    /// Configured, but no file has this name.
     Missing,
     /// Generations only: another generation replaced it.
     Replaced,
