@@ -522,7 +522,7 @@ mod tests {
             &[("POINTSMAN_REDIS", "localhost:6379")],
             &[],
             &[
-                "POINTSMAN_REDIS: broker.redis: is not a valid URL",
+                "POINTSMAN_REDIS: broker.redis: is not a valid Redis URL",
                 "redis://127.0.0.1:6379",
             ],
         );

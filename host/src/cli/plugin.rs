@@ -54,7 +54,7 @@ enum Command {
     Remove(remote::Named),
     /// Roll a plugin back to its previous version on this node
     Rollback(remote::Named),
-    /// Run a candidate in shadow of a plugin on live events, or report how its decisions differ
+    /// Run a candidate in shadow on live events, or report how its decisions differ
     Shadow(remote::Shadow),
     /// Replace a plugin with its candidate
     Promote(remote::Named),

@@ -172,7 +172,7 @@ pub(super) fn sources(layers: &Layers, sources: &[String]) -> Result<(), Error> 
     for (n, source) in sources.iter().enumerate() {
         if let Err(e) = Name::parse(source) {
             return fault(format!(
-                "'{}' {e}; write a key as in pointsman:events",
+                "'{}' {e}; use a key such as pointsman:events",
                 source.escape_debug()
             ));
         }
@@ -191,7 +191,7 @@ pub(super) fn broker(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, E
                 // The URL may hold a password, so it is not repeated.
                 return Err(layers.fault(
                     "broker.redis",
-                    "is not a valid URL of a Redis; write it as in redis://127.0.0.1:6379",
+                    "is not a valid Redis URL; use one such as redis://127.0.0.1:6379",
                 ));
             }
             Ok(BrokerChoice::Redis { url: url.clone() })
@@ -213,7 +213,7 @@ pub(super) fn log(layers: &Layers, log: &Log) -> Result<(), Error> {
     let checked = tracing_subscriber::EnvFilter::try_new(&log.filter);
     checked.map(|_| ()).map_err(|e| {
         let text = format!(
-            "'{}' is not a valid filter ({e}); write one as in info,pointsman=debug",
+            "'{}' is not a valid filter ({e}); use one such as info,pointsman=debug",
             log.filter.escape_debug()
         );
         layers.fault("log.filter", text)

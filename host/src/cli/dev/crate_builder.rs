@@ -197,7 +197,7 @@ impl BuildLoop {
             }
             Ok(_) => println!("{name}: built; no changes"),
             Err(error) => {
-                println!("{name}: build failed: {error:#}; the active version stays active")
+                println!("{name}: build failed: {error:#}; the previous version stays active")
             }
         }
     }
