@@ -830,7 +830,7 @@ mod tests {
 
     #[test]
     fn example_secrets_are_accepted_and_reported() {
-        let told = |config: Config| {
+        let placeholders = |config: Config| {
             Auth::new(&config, &[])
                 .unwrap()
                 .placeholders()
@@ -839,16 +839,16 @@ mod tests {
         };
         let placeholder: Option<Secret> =
             Some("change-me: openssl rand -hex 32 makes a good one".into());
-        assert_eq!(told(config()), [""; 0]);
+        assert_eq!(placeholders(config()), [""; 0]);
         assert_eq!(
-            told(Config {
+            placeholders(Config {
                 jwt_secret: placeholder.clone(),
                 ..config()
             }),
             ["auth.jwt_secret"]
         );
         assert_eq!(
-            told(Config {
+            placeholders(Config {
                 jwt_secret: placeholder.clone(),
                 api_key: placeholder,
                 ..config()

@@ -454,7 +454,9 @@ mod tests {
             "[retention]\nprocessed_entries_ttl = 600\n",
             &[],
             &[],
-            &["p.toml:2: retention.processed_entries_ttl: 600 has no unit; write \"600s\""],
+            &[
+                "p.toml:2: retention.processed_entries_ttl: 600 has no unit; write \"600ms\", \"600s\"",
+            ],
         );
         check(
             good,
@@ -462,7 +464,7 @@ mod tests {
             &[],
             &[
                 "POINTSMAN_RETENTION_PROCESSED_ENTRIES_TTL: retention.processed_entries_ttl: ",
-                "600 has no unit; write \"600s\"",
+                "600 has no unit; write \"600ms\", \"600s\"",
             ],
         );
         check(

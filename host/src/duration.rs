@@ -41,7 +41,7 @@ pub fn parse(text: &str) -> Result<Duration, String> {
     }
     let Some((_, unit_ms)) = UNITS.iter().find(|(name, _)| *name == unit) else {
         return Err(format!(
-            "'{}' has an unknown unit; use ms, s, m, h or d, as in \"{number}s\"",
+            "'{}' is not a whole number with one unit; use ms, s, m, h or d, as in \"1500ms\"",
             text.escape_debug()
         ));
     };
@@ -60,7 +60,7 @@ pub fn parse(text: &str) -> Result<Duration, String> {
 }
 
 fn without_unit(number: impl fmt::Display) -> String {
-    format!("{number} has no unit; write \"{number}s\", or another of the units ms, m, h and d")
+    format!("{number} has no unit; write \"{number}ms\", \"{number}s\", or another of m, h and d")
 }
 
 /// The duration with the longest unit of which it is a multiple. [`parse`] reads it back, except
@@ -142,8 +142,8 @@ mod tests {
     #[test]
     fn a_text_that_is_not_a_duration_is_refused_with_its_fix() {
         for (text, reason, fix) in [
-            ("20", "20 has no unit", "write \"20s\""),
-            ("0", "0 has no unit", "write \"0s\""),
+            ("20", "20 has no unit", "write \"20ms\", \"20s\""),
+            ("0", "0 has no unit", "write \"0ms\", \"0s\""),
             ("20 s", "unknown unit", "as in \"20s\""),
             ("20S", "unknown unit", "use ms, s, m, h or d"),
             ("1h30m", "unknown unit", "use ms"),
@@ -177,7 +177,7 @@ mod tests {
         assert_eq!(section.wait, Duration::from_secs(120));
         assert_eq!(toml::to_string(&section).unwrap(), "wait = \"2m\"\n");
         for (text, expect) in [
-            ("wait = 20", "20 has no unit; write \"20s\""),
+            ("wait = 20", "20 has no unit; write \"20ms\", \"20s\""),
             ("wait = -1", "'-1' is not a duration"),
             ("wait = 1.5", "expected a duration with a unit"),
             ("wait = true", "expected a duration with a unit"),

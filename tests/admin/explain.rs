@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::harness::command::{pointsman, said, told};
+use crate::harness::command::{output_of, pointsman, said};
 use crate::harness::http::{self, Answer};
 use crate::harness::node::{Builder, Folder, Node, SOON};
 use crate::harness::plugins::hash;
@@ -968,7 +968,7 @@ fn an_explanation_requires_the_api_key() {
         !is_well && refusal.contains("pass --api-key or set POINTSMAN_API_KEY"),
         "{refusal}"
     );
-    told(&mut pointsman(&[
+    output_of(&mut pointsman(&[
         "explain",
         "a",
         "--user",
@@ -990,7 +990,7 @@ fn the_command_prints_the_conclusion_and_then_one_fact_per_line() {
     set_attributes(&node, "bob", &json!({ "plan": "\u{1b}[2J free" }));
     let explain =
         |arguments: &[&str]| pointsman(&[&["explain", "--url", &url], arguments].concat());
-    let steps = told(&mut explain(&["for pros", "--user", "bob"]));
+    let steps = output_of(&mut explain(&["for pros", "--user", "bob"]));
     let lines: Vec<&str> = steps.lines().collect();
     assert_eq!(
         lines[0],
@@ -1042,12 +1042,12 @@ fn the_command_prints_the_conclusion_and_then_one_fact_per_line() {
         "{steps:?}"
     );
 
-    let whole: Value = serde_json::from_str(&told(&mut explain(&[
+    let whole: Value = serde_json::from_str(&output_of(&mut explain(&[
         "for pros", "--user", "bob", "--json",
     ])))
     .expect("JSON");
     assert_eq!(whole["conclusion"], lines[0]);
-    let without = told(&mut explain(&["for pros"]));
+    let without = output_of(&mut explain(&["for pros"]));
     assert!(
         without.starts_with("The event was committed; its plan names `g:ops`, `all`.")
             && !without.contains("unknown"),

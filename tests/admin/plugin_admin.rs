@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::command::{self, said, told};
+use crate::harness::command::{self, output_of, said};
 use crate::harness::eventually;
 use crate::harness::guests::{FAULTY, core_module, versioned};
 use crate::harness::node::{Folder, Node, SOON};
@@ -534,7 +534,7 @@ fn plugin(node: &Node, arguments: &[&str]) -> Command {
 
 /// The output of an admin command, which must be one line.
 fn line(node: &Node, arguments: &[&str]) -> String {
-    let said = told(&mut plugin(node, arguments));
+    let said = output_of(&mut plugin(node, arguments));
     assert_eq!(said.lines().count(), 1, "{said}");
     said.trim_end().to_owned()
 }
@@ -599,7 +599,7 @@ fn plugin_commands_print_one_line_and_list_prints_a_table() {
             .collect::<Vec<_>>()
     };
     assert_eq!(
-        row(&told(&mut plugin(&site.node, &["list"])))[..4],
+        row(&output_of(&mut plugin(&site.node, &["list"])))[..4],
         ["versioned", "-", "disabled", "-"]
     );
     assert_eq!(
@@ -623,7 +623,7 @@ fn plugin_commands_print_one_line_and_list_prints_a_table() {
             && broken.contains("the previous version keeps running"),
         "{broken}"
     );
-    let listed = told(&mut plugin(&site.node, &["list"]));
+    let listed = output_of(&mut plugin(&site.node, &["list"]));
     let hash = &hash(&versioned(2))[..12];
     assert!(listed.starts_with("NAME "), "{listed}");
     assert_eq!(
@@ -641,7 +641,7 @@ fn plugin_commands_print_one_line_and_list_prints_a_table() {
     );
 
     // With --json, the output is the node's response.
-    let shown: Value = serde_json::from_str(&told(&mut plugin(
+    let shown: Value = serde_json::from_str(&output_of(&mut plugin(
         &site.node,
         &["disable", "versioned", "--json"],
     )))
@@ -660,7 +660,7 @@ fn plugin_commands_print_one_line_and_list_prints_a_table() {
         "promoted versioned: disabled"
     );
     let shown: Value =
-        serde_json::from_str(&told(&mut plugin(&site.node, &["list", "--json"]))).unwrap();
+        serde_json::from_str(&output_of(&mut plugin(&site.node, &["list", "--json"]))).unwrap();
     assert_eq!(shown["plugins"][0]["name"], "versioned");
 
     let nobody = refusal(&site.node, &["rollback", "nobody"]);

@@ -1,4 +1,4 @@
-//! The demo runs, reports no lost or doubled deliveries, and ends on its own. Its counting is tested
+//! The demo runs, reports no lost or duplicated deliveries, and ends on its own. Its counting is tested
 //! in `examples/demo/tests`, and its page in `clients`.
 
 use std::path::Path;
@@ -39,7 +39,7 @@ fn the_demo_ends_on_its_own_and_reports_no_lost_or_doubled_deliveries() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(said.contains("The demo page: http://127.0.0.1:"), "{said}");
-    assert!(said.contains(" 0 lost, 0 doubled\n"), "{said}");
+    assert!(said.contains(" 0 lost, 0 duplicated\n"), "{said}");
     assert!(
         said.contains("rules -> "),
         "the output names the router of a notification: {said}"

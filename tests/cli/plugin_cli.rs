@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use pointsman::event::{EntryId, Event};
 use serde_json::{Value, json};
 
-use crate::harness::command::{self, said, told};
+use crate::harness::command::{self, output_of, said};
 use crate::harness::guests::{core_module, wasi_component};
 use crate::harness::node::{Node, SOON};
 use crate::harness::publish::{Publisher, event};
@@ -101,7 +101,8 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
     let patiently = ["--settings", text(&settings)];
     for kind in ["filter", "router"] {
         let name = format!("first-{kind}");
-        let made = told(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
+        let made =
+            output_of(pointsman(&["plugin", "new", &name, "--kind", kind]).current_dir(&place.0));
         assert!(
             made.contains("pointsman plugin test") && made.contains("pointsman dev"),
             "the next commands are not in {made}"
@@ -120,9 +121,9 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
         cargo
             .env("CARGO_PROFILE_PLUGIN_LTO", "false")
             .env("CARGO_PROFILE_PLUGIN_OPT_LEVEL", "0");
-        assert!(told(&mut cargo).contains("3 passed"));
+        assert!(output_of(&mut cargo).contains("3 passed"));
 
-        let build = told(
+        let build = output_of(
             pointsman(&["plugin", "build"])
                 .args(PROFILE)
                 .current_dir(&project),
@@ -137,7 +138,7 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
         }
 
         // First the crate, then its file alone. Offline, this fails if the lock file is incomplete.
-        let test = told(
+        let test = output_of(
             pointsman(&["plugin", "test"])
                 .args(PROFILE)
                 .args(patiently)
@@ -155,7 +156,7 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
             "--expect",
             "golden.json",
         ];
-        let test = told(
+        let test = output_of(
             pointsman(&["plugin", "test", text(&built(&name))])
                 .args(files)
                 .args(patiently)
@@ -213,7 +214,7 @@ fn a_new_project_builds_outside_the_repository_and_passes_its_native_and_golden_
         "{differing:?}"
     );
     // `--write-golden` writes the same decisions as in the generated file.
-    told(
+    output_of(
         pointsman(&["plugin", "test", text(&file)])
             .args(files)
             .args(patiently)
@@ -258,7 +259,7 @@ fn without_the_wasm_target_the_command_that_adds_it_is_printed() {
             .expect("chmod")
             .success()
     );
-    let made = told(
+    let made = output_of(
         pointsman(&["plugin", "new", "p", "--kind", "router"])
             .current_dir(&place.0)
             .env("PATH", &place.0)
@@ -451,7 +452,7 @@ fn bench_reports_the_cost_of_a_call_next_to_a_no_op_plugin() {
         "{\"type\":\"t\",\"user\":\"42\"}\n{\"type\":\"t\",\"group\":\"ops\"}\n",
     )
     .expect("write it");
-    let said = told(&mut pointsman(&[
+    let said = output_of(&mut pointsman(&[
         "plugin",
         "bench",
         text(&file),
@@ -588,7 +589,7 @@ fn exporting_events_requires_the_api_key() {
         "{refused}"
     );
     assert!(!refused.contains("--token"), "{refused}");
-    told(&mut pointsman(&[
+    output_of(&mut pointsman(&[
         "events",
         "export",
         "--url",
@@ -683,7 +684,7 @@ fn is_worked_in(folder: &Path) -> bool {
 fn dev_reloads_on_save_and_keeps_the_last_good_version_if_the_build_fails() {
     let _alone = one_at_a_time();
     let place = Elsewhere::new("dev");
-    told(pointsman(&["plugin", "new", "saved", "--kind", "router"]).current_dir(&place.0));
+    output_of(pointsman(&["plugin", "new", "saved", "--kind", "router"]).current_dir(&place.0));
     let project = place.join("saved");
     let settings = place.join("pointsman.toml");
     fs::write(&settings, "[plugins.saved]\ndeadline = '5s'\n").expect("write it");

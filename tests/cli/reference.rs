@@ -13,7 +13,7 @@ use pointsman::plugin::registry::settings::Settings;
 use serde_json::json;
 use toml::{Table, Value};
 
-use crate::harness::command::{pointsman, told};
+use crate::harness::command::{output_of, pointsman};
 use crate::harness::eventually;
 use crate::harness::node::{Node, SOON};
 use crate::harness::publish::event;
@@ -108,7 +108,7 @@ fn documented_keys() -> BTreeMap<(String, String), Key> {
 
 /// The keys that `pointsman config --defaults` prints, with their defaults; `None`: commented out.
 fn printed_keys() -> BTreeMap<(String, String), Option<Value>> {
-    let text = told(&mut pointsman(&["config", "--defaults"]));
+    let text = output_of(&mut pointsman(&["config", "--defaults"]));
     let sections: Table = text.parse().expect("TOML");
     let mut keys = BTreeMap::new();
     let mut section = String::new();
@@ -203,7 +203,9 @@ fn the_configuration_page_has_every_key_with_its_default_variable_and_option() {
                 .expect_err("a bare number")
                 .to_string();
             assert!(
-                error.starts_with(&format!("{variable}: {name}: 5 has no unit; write \"5s\"")),
+                error.starts_with(&format!(
+                    "{variable}: {name}: 5 has no unit; write \"5ms\", \"5s\""
+                )),
                 "{error}"
             );
         }
@@ -238,7 +240,7 @@ fn the_configuration_page_has_the_variables_of_the_commands() {
     ];
     let mut found = BTreeSet::new();
     for command in commands {
-        let help = told(&mut pointsman(&[command, &["--help"]].concat()));
+        let help = output_of(&mut pointsman(&[command, &["--help"]].concat()));
         let mut option = String::new();
         for line in help.lines() {
             if let Some(at) = line.find("--") {

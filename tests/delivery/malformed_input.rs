@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use crate::harness::command::{pointsman, told};
+use crate::harness::command::{output_of, pointsman};
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
@@ -999,7 +999,7 @@ fn dead_letters_are_counted_warned_of_below_the_limit_and_counted_when_trimmed()
             (of_source("dead_letters_trimmed_total") == 3.0).then_some(())
         });
         assert_eq!(of_source("dead_letters"), 10.0);
-        told(pointsman(&["dead-letters", "drop", "--all"]).env("POINTSMAN_URL", node.url("")));
+        output_of(pointsman(&["dead-letters", "drop", "--all"]).env("POINTSMAN_URL", node.url("")));
         eventually(SOON, "the warning disappears", || {
             warning().is_none().then_some(())
         });

@@ -40,7 +40,7 @@ pub(crate) fn said(command: &mut Command) -> (bool, String) {
 ///
 /// # Panics
 /// If it fails.
-pub(crate) fn told(command: &mut Command) -> String {
+pub(crate) fn output_of(command: &mut Command) -> String {
     let (is_well, said) = said(command);
     assert!(is_well, "{command:?}:\n{said}");
     said

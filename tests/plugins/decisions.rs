@@ -86,7 +86,7 @@ fn decided_by_node(node: &Node, events: &[String]) -> Vec<Value> {
 }
 
 fn in_plain_words(tried: &Value, clock_ms: u64) -> Value {
-    assert_eq!(tried["status"], "tried", "{tried}");
+    assert_eq!(tried["status"], "dry_run", "{tried}");
     let route = |route: &Value| {
         let mut route = route.clone();
         let members = route.as_object_mut().expect("a route");

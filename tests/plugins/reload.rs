@@ -149,7 +149,7 @@ fn deleting_the_file_removes_the_plugin() {
         let log = site.node.log();
         let line = log
             .lines()
-            .find(|line| line.contains("plugin removed: its file is gone"))?;
+            .find(|line| line.contains("plugin deactivated: its file is gone"))?;
         assert!(
             line.contains("first") && line.contains(&hash(&versioned(1))),
             "{line}"

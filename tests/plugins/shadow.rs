@@ -386,7 +386,11 @@ fn dry_runs_do_not_affect_the_health_of_plugins() {
         );
     }
     let shown = ok(site.node.admin("/v1/plugins/turning"));
-    assert_eq!(number(&shown["health"], "failed_in_row"), 0, "{shown}");
+    assert_eq!(
+        number(&shown["health"], "consecutive_failures"),
+        0,
+        "{shown}"
+    );
 }
 
 #[test]
@@ -403,7 +407,7 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
                 .args(["--url", &site.node.admin_url("")]),
         )
     };
-    let told = |arguments: &[&str]| {
+    let output_of = |arguments: &[&str]| {
         let (is_well, said) = run(arguments);
         assert!(is_well, "{arguments:?}: {said}");
         said
@@ -420,14 +424,14 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
             "{said}"
         );
     }
-    let begun = told(&["shadow", "turning", file]);
+    let begun = output_of(&["shadow", "turning", file]);
     assert_eq!(
         begun,
         format!(
             "candidate 0.1.0 ({short}) now shadows turning 0.1.0 (router), without effect; show differences: pointsman plugin shadow turning\n"
         )
     );
-    assert!(told(&["shadow", "turning"]).contains(
+    assert!(output_of(&["shadow", "turning"]).contains(
         "no event compared yet (only the node that owns a source compares its events: --url)"
     ));
     let turns = |id: &str, to: &str| {
@@ -445,7 +449,7 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
     site.node.await_outcomes(3, SOON);
     site.compared(3);
 
-    let report = told(&["shadow", "turning"]);
+    let report = output_of(&["shadow", "turning"]);
     let lines: Vec<&str> = report.lines().collect();
     assert!(
         lines[0].starts_with(&format!(
@@ -476,7 +480,7 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
             && sides[0].1.ends_with("priority normal"),
         "{report}"
     );
-    let listed = told(&["list"]);
+    let listed = output_of(&["list"]);
     let columns = |line: usize| {
         listed
             .lines()
@@ -494,10 +498,11 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
             .1,
         format!("0.1.0 ({short}): 1 of 3 differ")
     );
-    let whole: Value = serde_json::from_str(&told(&["shadow", "turning", "--json"])).expect("JSON");
+    let whole: Value =
+        serde_json::from_str(&output_of(&["shadow", "turning", "--json"])).expect("JSON");
     assert_eq!(number(&whole, "different"), 1);
 
-    let report = told(&["backtest", "turning", file, "--limit", "2"]);
+    let report = output_of(&["backtest", "turning", file, "--limit", "2"]);
     for line in [
         &format!("turning: candidate 0.1.0 ({short}), backtested on 2 decided events"),
         "compared 2, different 1, failed 0",
@@ -514,11 +519,11 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
     );
 
     assert_eq!(
-        told(&["shadow", "turning", "--stop"]),
+        output_of(&["shadow", "turning", "--stop"]),
         format!("candidate 0.1.0 ({short}) of turning 0.1.0 (router) stopped: 1 of 3 differ\n")
     );
-    told(&["shadow", "turning", file]);
-    let promoted = told(&["promote", "turning"]);
+    output_of(&["shadow", "turning", file]);
+    let promoted = output_of(&["promote", "turning"]);
     assert_eq!(
         promoted,
         "promoted turning 0.1.0 (router): generation 2, on probation for 1m, replacing generation 1\n"

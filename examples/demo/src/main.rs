@@ -1,10 +1,10 @@
 //! The demo: `make demo`.
 //!
 //! Starts a node on the embedded broker with the bundled plugins, configured by
-//! `demo/pointsman.toml`. It publishes events of a small company and follows the stream of each of
+//! `examples/demo/pointsman.toml`. It publishes events of a small company and follows the stream of each of
 //! its four people as a browser would. From time to time it cuts a stream, which then resumes with
 //! its last event id. The demo prints the address of the demo page, every notification and, at the
-//! end, the fate of all published events. The exit code is 0 if nothing was lost or doubled,
+//! end, the fate of all published events. The exit code is 0 if nothing was lost or duplicated,
 //! otherwise 1.
 //!
 //! Runs until Ctrl-C. It ends on its own after `DEMO_SECONDS` if that is set, and after 30 s
@@ -118,16 +118,16 @@ fn main() -> anyhow::Result<ExitCode> {
         superseded,
         expired,
         lost,
-        doubled,
+        duplicated,
     } = tally.count();
     println!(
-        "\n{} published, {delivered} delivered, {lost} lost, {doubled} doubled",
+        "\n{} published, {delivered} delivered, {lost} lost, {duplicated} duplicated",
         tally.n_published()
     );
     println!(
         "({superseded} superseded by a newer state, {expired} expired while the recipient was disconnected)"
     );
-    if lost + doubled > 0 {
+    if lost + duplicated > 0 {
         println!("The node's log:\n{}", node.log());
         return Ok(ExitCode::FAILURE);
     }

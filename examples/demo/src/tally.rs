@@ -1,5 +1,5 @@
 //! Counts the fate of every published event for each recipient: delivered, superseded, expired,
-//! lost or doubled. The count is exact and pessimistic: a missing delivery is lost unless there is
+//! lost or duplicated. The count is exact and pessimistic: a missing delivery is lost unless there is
 //! a valid reason for it.
 
 use std::collections::HashSet;
@@ -34,7 +34,7 @@ pub(crate) struct Count {
     pub(crate) expired: u32,
     pub(crate) lost: u32,
     /// Delivered more than once, or delivered to a person who is not a recipient.
-    pub(crate) doubled: u32,
+    pub(crate) duplicated: u32,
 }
 
 impl<const N: usize> Default for Tally<N> {
@@ -89,7 +89,7 @@ impl<const N: usize> Tally<N> {
             for fate in self.events.iter().rev() {
                 let (expected, arrived) = (u32::from(fate.recipients[who]), fate.arrivals[who]);
                 count.delivered += arrived.min(expected);
-                count.doubled += arrived.saturating_sub(expected);
+                count.duplicated += arrived.saturating_sub(expected);
                 if arrived < expected {
                     let reason = if fate.collapse.is_some_and(|key| newer.contains(key)) {
                         &mut count.superseded

@@ -1,4 +1,4 @@
-//! The demo counts exactly: delivered, superseded, expired, lost and doubled deliveries.
+//! The demo counts exactly: delivered, superseded, expired, lost and duplicated deliveries.
 
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ fn the_demo_counts_missing_deliveries_as_lost_and_extra_ones_as_doubled() {
         count(&[(both, None, None, &[0, 0, 1])], None),
         Count {
             delivered: 2,
-            doubled: 1,
+            duplicated: 1,
             ..Count::default()
         }
     );
@@ -67,7 +67,7 @@ fn the_demo_counts_missing_deliveries_as_lost_and_extra_ones_as_doubled() {
         stranger,
         Count {
             delivered: 1,
-            doubled: 1,
+            duplicated: 1,
             ..Count::default()
         }
     );

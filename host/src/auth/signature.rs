@@ -1,8 +1,9 @@
 //! Verification of token signatures with `ring`: HS256, RS256, ES256 and EdDSA.
 //!
-//! `jsonwebtoken` leaves cryptography to a provider. Both of its own take longer to compile: `rust_crypto` adds some
-//! 35 crates, `aws_lc_rs` a large C library. This provider only verifies, because a node signs nothing. Which algorithms
-//! a node accepts is decided by `auth`; claims are checked by `jsonwebtoken`.
+//! `jsonwebtoken` leaves cryptography to a provider. Both of its own take longer to compile:
+//! `rust_crypto` adds some 35 crates, `aws_lc_rs` a large C library. This provider only verifies,
+//! because a node signs nothing. `auth` decides which algorithms a node accepts, at present HS256
+//! only; `jsonwebtoken` checks the claims.
 
 use jsonwebtoken::crypto::{CryptoProvider, JwtVerifier, KeyUtils};
 use jsonwebtoken::errors::{ErrorKind, Result};

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use pointsman::event::EntryId;
 use serde::Deserialize;
 use ureq::Agent;
 
@@ -24,6 +25,7 @@ enum Action {
     /// Print a dead letter with its original fields as JSON
     Show {
         /// Id of the dead letter, such as 0/1700000000000-0
+        #[arg(value_parser = letter_id)]
         id: String,
     },
     /// Process dead letters again as new entries of their source; an event that fails again becomes
@@ -37,11 +39,27 @@ enum Action {
 #[group(required = true, multiple = false)]
 struct Selection {
     /// Ids of the dead letters, such as 0/1700000000000-0
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = letter_id)]
     ids: Vec<String>,
     /// All current dead letters of every source
     #[arg(long)]
     all: bool,
+}
+
+/// Checks an id of the form `PARTITION/ENTRY`. Any other text would change the path of the request,
+/// which the node answers as an unknown path.
+fn letter_id(text: &str) -> Result<String, String> {
+    let is_id = text.split_once('/').is_some_and(|(partition, entry)| {
+        partition.parse::<u8>().is_ok() && entry.parse::<EntryId>().is_ok()
+    });
+    if is_id {
+        Ok(text.to_owned())
+    } else {
+        Err(
+            "it is not the id of a dead letter; use PARTITION/ENTRY, such as 0/1700000000000-0"
+                .to_owned(),
+        )
+    }
 }
 
 #[derive(Debug, Deserialize)]

@@ -117,7 +117,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 
 /// Formats the dry run of one event, one fact a line.
 fn render_dry_run(event: &Value) -> String {
-    if event["status"] != "tried" {
+    if event["status"] != "dry_run" {
         return format!("rejected   {}", printable(&text(&event["error"])));
     }
     let reason = event["reason"]
@@ -162,16 +162,16 @@ fn render_dry_run(event: &Value) -> String {
     if of["everyone"] == true {
         reaches(format!("everyone{AS_FAR}"));
     }
-    lines.extend(list(&of["left_out"]).iter().map(|user| {
+    lines.extend(list(&of["excluded"]).iter().map(|user| {
         line(
             "left out",
             &format!("user {}: no route condition holds", text(user)),
         )
     }));
-    if of["n_not_judged"].as_u64().is_some_and(|n| n > 0) {
+    if of["not_evaluated"].as_u64().is_some_and(|n| n > 0) {
         lines.push(line(
             "unchecked",
-            &format!("{} more users", of["n_not_judged"]),
+            &format!("{} more users", of["not_evaluated"]),
         ));
     }
     lines

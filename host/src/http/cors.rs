@@ -1,6 +1,6 @@
-//! Which browser pages may call this node: pages of the configured origins and, in dev mode, of
-//! every loopback origin. Answers preflights. In dev mode, which requires no key, it also rejects
-//! requests to host names that are not loopback names.
+//! The CORS middleware and the check against DNS rebinding. Answers preflights, and in dev mode, which
+//! requires no key, rejects requests to host names that are not loopback names. `origins` decides
+//! which origins are allowed.
 //!
 //! This protects users' browsers, not the node: `auth` decides who may do what, and clients other
 //! than browsers send no origin.

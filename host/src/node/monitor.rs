@@ -163,7 +163,7 @@ pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shut
     let mut changes = pipeline.changes();
     loop {
         // Cloned and dropped before waiting; holding the snapshot would keep its plugins in memory.
-        tell(
+        report_plugins(
             &changes.borrow_and_update().clone(),
             pipeline.allows_none(),
             &readiness,
@@ -179,7 +179,7 @@ pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shut
 /// Makes the node unready where an enabled plugin has no active generation. Warns where a load
 /// failed but an earlier generation is active, where a plugin keeps failing, or where it was
 /// disabled by an admin command.
-fn tell(
+fn report_plugins(
     Snapshot {
         chain,
         plugins,
@@ -241,7 +241,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
             let n = plugin
                 .health
                 .as_ref()
-                .map_or(0, |health| health.failed_in_row);
+                .map_or(0, |health| health.consecutive_failures);
             let settled = "its on_failure applies to events until the next attempt";
             Some((
                 false,
@@ -251,7 +251,7 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
                 ),
             ))
         }
-        (None, PluginStatus::Disabled) if plugin.is_enabled_by_hand == Some(false) => Some((
+        (None, PluginStatus::Disabled) if plugin.override_enabled == Some(false) => Some((
             false,
             "disabled by an admin command until it is enabled again or the node stops".to_owned(),
         )),
@@ -283,7 +283,7 @@ mod tests {
             plugins,
             ..Snapshot::default()
         };
-        tell(
+        report_plugins(
             &now(vec![
                 plugin("a", 3, Some("a.wasm is empty")),
                 plugin("b", 0, Some("b.wasm is empty")),
@@ -301,9 +301,9 @@ mod tests {
                 "warning: plugins.a: a.wasm is empty; generation 3 stays active"
             ]
         );
-        tell(&now(vec![plugin("a", 4, None)]), true, &readiness);
+        report_plugins(&now(vec![plugin("a", 4, None)]), true, &readiness);
         assert_eq!(readiness.report().lines, [none]);
-        tell(
+        report_plugins(
             &Snapshot {
                 folder_failure: Some("it is gone".into()),
                 ..Snapshot::default()

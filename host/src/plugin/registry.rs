@@ -404,7 +404,7 @@ impl Registry {
                         plugin.name = name,
                         plugin.generation = generation.number,
                         "plugin breaker opened: the plugin failed on {} events in a row; until the next attempt succeeds, on_failure settles its events",
-                        report.failed_in_row
+                        report.consecutive_failures
                     ),
                 }
                 self.publish(&self.slots());

@@ -59,9 +59,9 @@ struct Reach {
     /// Named users who are reached, with the priority of the winning route.
     users: Vec<ReachedUser>,
     /// Named users who are not reached, because no condition holds for them.
-    left_out: Vec<Name>,
+    excluded: Vec<Name>,
     /// The number of named users beyond the first hundred; these are not evaluated.
-    n_not_judged: usize,
+    not_evaluated: usize,
     groups: Vec<Name>,
     everyone: bool,
 }
@@ -205,7 +205,7 @@ async fn report(
         ..
     } = event;
     Ok(DryRunReport {
-        status: "tried",
+        status: "dry_run",
         id,
         source,
         kind,
@@ -227,8 +227,8 @@ async fn reach(broker: &dyn Logs, plan: &Plan, moment: Moment) -> Result<Reach, 
         match target {
             Target::Everyone => reach.everyone = true,
             Target::Group(group) => reach.groups.push(group),
-            Target::User(_) if reach.users.len() + reach.left_out.len() == MAX_USERS => {
-                reach.n_not_judged += 1
+            Target::User(_) if reach.users.len() + reach.excluded.len() == MAX_USERS => {
+                reach.not_evaluated += 1
             }
             Target::User(user) => {
                 let recipient = broker.recipient(&user).await?;
@@ -241,7 +241,7 @@ async fn reach(broker: &dyn Logs, plan: &Plan, moment: Moment) -> Result<Reach, 
                         priority: route.priority,
                         by: route.by.clone(),
                     }),
-                    None => reach.left_out.push(user),
+                    None => reach.excluded.push(user),
                 }
             }
         }
@@ -313,7 +313,7 @@ mod tests {
             (&json!("committed"), &json!("low"))
         );
         let expected = json!({
-            "users": [{ "user": "ann", "priority": "high", "by": "r" }], "left_out": ["bob"], "n_not_judged": 0, "groups": ["ops"], "everyone": false
+            "users": [{ "user": "ann", "priority": "high", "by": "r" }], "excluded": ["bob"], "not_evaluated": 0, "groups": ["ops"], "everyone": false
         });
         assert_eq!(shown["reaches"], expected);
     }

@@ -156,7 +156,7 @@ mod tests {
     fn reasons_make_the_node_unready_and_warnings_do_not() {
         let readiness = Readiness::default();
         readiness.warn(
-            "redis.aof",
+            "broker.append-only-file",
             "the append-only file is off; run CONFIG SET appendonly yes",
         );
         assert!(readiness.is_ready());
@@ -167,7 +167,7 @@ mod tests {
             report.lines,
             [
                 "broker: unavailable: connection refused",
-                "warning: redis.aof: the append-only file is off; run CONFIG SET appendonly yes"
+                "warning: broker.append-only-file: the append-only file is off; run CONFIG SET appendonly yes"
             ]
         );
         readiness.retain("broker", |_| false);

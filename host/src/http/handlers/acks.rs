@@ -61,22 +61,22 @@ pub(in crate::http) async fn acknowledge(
         );
     }
     let body = read_body(body, MAX_BODY, state.limits.body_timeout).await?;
-    let told: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
+    let acknowledgement: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
         ApiError::bad_request(format!("the body is not a valid acknowledgement: {error}"))
             .fix(SHAPE)
     })?;
-    let which: Vec<CursorOwner> = told
+    let which: Vec<CursorOwner> = acknowledgement
         .device
         .map(CursorOwner::Device)
         .into_iter()
-        .chain(told.read.then_some(CursorOwner::ReadMarker))
+        .chain(acknowledgement.read.then_some(CursorOwner::ReadMarker))
         .collect();
     if which.is_empty() {
         return Err(
             ApiError::bad_request("the body has neither a device nor \"read\": true").fix(SHAPE),
         );
     }
-    let cursor = Cursor::decode(&told.id, &user).map_err(|error| match error {
+    let cursor = Cursor::decode(&acknowledgement.id, &user).map_err(|error| match error {
         CursorError::Malformed => {
             ApiError::bad_request("id is not the id of a frame").fix("send the id of the last frame received, unchanged")
         }

@@ -55,14 +55,15 @@ mod tests {
     #[tokio::test]
     async fn readiness_reports_one_line_per_reason() {
         let site = Site::dev(FakeBroker::default());
-        site.state
-            .readiness()
-            .warn("redis.aof", "no append-only file; set appendonly yes");
+        site.state.readiness().warn(
+            "broker.append-only-file",
+            "no append-only file; set appendonly yes",
+        );
         assert_eq!(
             site.admin("/readyz").await,
             (
                 StatusCode::OK,
-                "ready\nwarning: redis.aof: no append-only file; set appendonly yes\n".to_owned()
+                "ready\nwarning: broker.append-only-file: no append-only file; set appendonly yes\n".to_owned()
             )
         );
         site.state

@@ -246,12 +246,15 @@ impl Evaluator {
                     return StepOutcome::Answered(answer);
                 }
                 Err(error) if error.is_verdict() => {
-                    tracing::info!(
-                        plugin.name = plugin.name().as_str(),
-                        event.id = call.event.id.as_str(),
-                        verdict = error.kind(),
-                        "plugin did not decide: {error}"
-                    );
+                    // Only live events: a backtest of past ones would look like new rejections.
+                    if self.is_live {
+                        tracing::info!(
+                            plugin.name = plugin.name().as_str(),
+                            event.id = call.event.id.as_str(),
+                            verdict = error.kind(),
+                            "plugin did not decide: {error}"
+                        );
+                    }
                     let kind = match error {
                         CallError::Retry(_) => VerdictKind::Retry,
                         _ => VerdictKind::Rejected,

@@ -120,7 +120,7 @@ pub struct HealthReport {
     pub probation: Option<Probation>,
     pub breaker: BreakerState,
     /// Events that failed since the last success.
-    pub failed_in_row: u32,
+    pub consecutive_failures: u32,
     /// Milliseconds until the breaker lets the next event through; `None` while it is closed.
     pub retry_in_ms: Option<u64>,
 }
@@ -131,7 +131,7 @@ impl HealthReport {
         (
             self.breaker != BreakerState::Closed,
             self.probation.map_or(0, |probation| probation.failed),
-            self.failed_in_row,
+            self.consecutive_failures,
         )
     }
 }
@@ -300,7 +300,7 @@ impl Health {
                 failed,
             }),
             breaker,
-            failed_in_row: failures.n_failed_in_row,
+            consecutive_failures: failures.n_failed_in_row,
             retry_in_ms: retry_in.map(|wait| wait.as_millis() as u64),
         }
     }
@@ -419,7 +419,7 @@ mod tests {
         assert_eq!(health.admit(now), Permit::Granted);
         assert_eq!(health.note_answer(), Transition::Breaker);
         assert_eq!(
-            (health.admit(now), health.report(now).failed_in_row),
+            (health.admit(now), health.report(now).consecutive_failures),
             (Permit::Granted, 0)
         );
     }

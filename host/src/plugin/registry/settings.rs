@@ -316,7 +316,7 @@ mod tests {
             ),
             (
                 "[address]\ndeadline = 5\n",
-                "5 has no unit; write \"5s\"",
+                "5 has no unit; write \"5ms\", \"5s\"",
                 21..22,
             ),
             (

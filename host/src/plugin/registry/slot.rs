@@ -169,7 +169,7 @@ impl Slot {
                 plugin.name = name,
                 plugin.generation = gone.number,
                 plugin.hash = gone.plugin.hash(),
-                "plugin removed: {why}"
+                "plugin deactivated: {why}"
             );
             self.end(&gone, status, why);
         }
@@ -296,7 +296,7 @@ impl Slot {
             name: name.to_owned(),
             file: self.files.first().map(FileStamp::file).unwrap_or_default(),
             state: status,
-            is_enabled_by_hand: self.enabled,
+            override_enabled: self.enabled,
             since_ms: self.since_ms,
             settings: settings.shown(),
             previous: self.previous.as_ref().map(|previous| previous.number),

@@ -17,7 +17,7 @@ pub struct PluginState {
     pub file: String,
     pub state: PluginStatus,
     /// Set by an operator, overriding the configuration; `None`: not overridden.
-    pub is_enabled_by_hand: Option<bool>,
+    pub override_enabled: Option<bool>,
     pub kind: PluginKind,
     /// From the plugin's manifest.
     pub version: String,
