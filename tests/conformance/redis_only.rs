@@ -11,6 +11,7 @@ use pointsman::broker::{Error, Severity};
 mod epochs;
 mod external_writes;
 mod outages;
+mod rights;
 mod set_up;
 
 /// A Redis server of its own, with some partitions.

@@ -106,16 +106,26 @@ fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
         &["XINFO", "STREAM", s],
         &["XSETID", s, "0-1"],
         &["XGROUP", "SETID", s, "pointsman", "0-1"],
+        &["XGROUP", "CREATE", s, "pointsman", "0-1"],
+        &["XINFO", "GROUPS", s],
         &["XPENDING", s, "pointsman"],
-        &["TYPE", s],
+        &["TYPE", &format!("{t}dead")],
+        &["XADD", &format!("{t}dead"), "*", "f", "v"],
+        &["XRANGE", &format!("{t}dead"), "-", "+"],
+        &["XDEL", &format!("{t}dead"), "0-1"],
+        &["XLEN", &format!("{t}dead")],
+        &["TYPE", &format!("{t}decisions")],
+        &["XADD", &format!("{t}decisions"), "*", "f", "v"],
+        &["XTRIM", &format!("{t}decisions"), "MAXLEN", "1"],
+        &["XREVRANGE", &format!("{t}decisions"), "+", "-"],
         &["GET", &format!("{t}owner")],
         &["SET", &format!("{t}owner"), "v"],
         &["DEL", &format!("{t}owner")],
         &["PTTL", &format!("{t}owner")],
-        &["PEXPIRE", &format!("{t}owner"), "1"],
-        &["EXISTS", &format!("{t}owner")],
         &["UNLINK", &format!("{t}seen:1")],
         &["MGET", &format!("{t}e:1")],
+        &["SET", &format!("{t}e:1"), "v"],
+        &["PEXPIRE", &format!("{t}e:1"), "1"],
         &["SADD", &format!("{t}seen:1"), "v"],
         &["SCARD", &format!("{t}seen:1")],
         &["SMISMEMBER", &format!("{t}seen:1"), "v"],
@@ -133,12 +143,26 @@ fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
         &["ZRANGEBYSCORE", &format!("{t}l:all"), "0", "1"],
         &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
         &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
+        &["PEXPIRE", &format!("{t}l:all"), "1"],
+        &["HGET", "pointsman:user:x", "f"],
         &["HGETALL", "pointsman:user:x"],
+        &["HSET", "pointsman:user:x", "f", "v"],
+        &["HDEL", "pointsman:user:x", "f"],
         &["PERSIST", "pointsman:user:x"],
+        &["PEXPIRE", "pointsman:user:x", "1"],
         &["HGETALL", &super::device_cursors::key("x")],
+        &["HSET", &super::device_cursors::key("x"), "f", "v"],
+        &["HDEL", &super::device_cursors::key("x"), "f"],
+        &["PEXPIRE", &super::device_cursors::key("x"), "1"],
+        &["HGET", super::partition_keys::PARTITIONS_KEY, "f"],
+        &["HGETALL", super::partition_keys::PARTITIONS_KEY],
         &["HSET", super::partition_keys::PARTITIONS_KEY, "f", "v"],
         &["PUBLISH", &format!("{c}tick"), "v"],
+        &["PUBLISH", &format!("{c}l:all"), "v"],
+        &["PUBLISH", &format!("{c}recipients"), "v"],
         &["SUBSCRIBE", &format!("{c}tick")],
+        &["SUBSCRIBE", &format!("{c}l:all")],
+        &["SUBSCRIBE", &format!("{c}recipients")],
         &["UNSUBSCRIBE", &format!("{c}tick")],
     ]
     .map(|words| words.join("\n"))
@@ -152,11 +176,14 @@ fn grant_advice(user: &str, keys: &PartitionKeys, denied: &[String]) -> String {
         .iter()
         .map(|words| words.replace('\n', " "))
         .collect();
-    let grant: Vec<String> = denied
+    let mut grant: Vec<String> = denied
         .iter()
         .filter_map(|words| words.lines().next())
         .map(|word| format!("+{}", word.to_lowercase()))
         .collect();
+    // Commands on several keys.
+    let mut named = std::collections::HashSet::new();
+    grant.retain(|word| named.insert(word.clone()));
     format!(
         "user '{user}' may not run {}; run ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
         commands.join(", "),

@@ -278,7 +278,12 @@ pub(super) fn explain(error: &RedisError) -> Error {
             | "TRYAGAIN" | "ASK" | "MOVED" | "BUSY" | "UNBLOCKED",
         ) => Error::Unavailable(error.to_string()),
         Some("OOM") => Error::Full(format!("{error}; raise maxmemory or let the backlog drain")),
-        Some("NOPERM") => Error::Permanent(format!("{error}; grant it with ACL SETUSER")),
+        Some("NOPERM") => {
+            let why = error.detail().unwrap_or_default();
+            // Redis adds the hash of a script and the line to errors that the script raises.
+            let why = why.split(" script: ").next().unwrap_or(why);
+            Error::Permanent(format!("NOPERM {why}; grant it with ACL SETUSER"))
+        }
         Some("WRONGPASS" | "NOAUTH") => {
             Error::Permanent(format!("{error}; correct user and password in the URL"))
         }

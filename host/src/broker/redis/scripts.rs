@@ -20,14 +20,26 @@ impl Script {
         }
     }
 
-    /// Inserts the prelude after the script's first line, which holds the flags and must stay
-    /// first.
+    /// With the check of rights and the prelude.
     fn of_partition(source: &str) -> Self {
+        Self::with(
+            &[
+                include_str!("scripts/require_rights.lua"),
+                include_str!("scripts/prelude.lua"),
+            ],
+            source,
+        )
+    }
+
+    /// With the check of rights.
+    fn of_user(source: &str) -> Self {
+        Self::with(&[include_str!("scripts/require_rights.lua")], source)
+    }
+
+    /// Inserts `parts` after the script's first line, which holds the flags and must stay first.
+    fn with(parts: &[&str], source: &str) -> Self {
         let (flags, body) = source.split_once('\n').unwrap_or((source, ""));
-        Self::new(&format!(
-            "{flags}\n{}\n{body}",
-            include_str!("scripts/prelude.lua")
-        ))
+        Self::new(&format!("{flags}\n{}\n{body}", parts.join("\n")))
     }
 }
 
@@ -54,7 +66,7 @@ scripts! {
     /// Independent of partitions and needs no permissions beyond running scripts.
     RIGHTS = new "rights.lua";
     /// Independent of partitions.
-    DEVICE_CURSOR = new "device_cursor.lua";
+    DEVICE_CURSOR = of_user "device_cursor.lua";
     /// Independent of partitions.
-    RECIPIENT = new "recipient.lua";
+    RECIPIENT = of_user "recipient.lua";
 }

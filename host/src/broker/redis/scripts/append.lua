@@ -4,6 +4,7 @@
 -- values together, field names and values.
 -- Returns {'full', backlog} or the ids.
 local at = OWN + 1
+require_rights({{'XADD', S, '*', 'f', 'v'}})
 if ARGV[OWN] == '1' then
   local waiting = backlog()
   if waiting >= tonumber(ARGV[12]) then return {'full', text(waiting)} end

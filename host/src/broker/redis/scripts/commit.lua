@@ -47,7 +47,31 @@ if is_continued then
   if items[1].kind ~= 'c' then return redis.error_reply('ERR a plan that was started in slices can only be continued') end
 end
 
--- Phase 1: decide.
+-- Phase 1: decide. Everything that could fail in phase 2 is checked here: an event whose position
+-- did not move is committed again, under another id.
+
+require_commit_rights()
+for _, item in ipairs(items) do
+  if item.kind == 'c' then
+    for j = item.first, item.first + item.n - 1 do
+      local key, channel = T .. 'l:' .. ARGV[j], C .. 'l:' .. ARGV[j]
+      require_rights({{'ZADD', key, '1', 'v'}, {'PUBLISH', channel, 'v'}})
+    end
+  end
+end
+
+local counters = {
+  'b', 'last', 'n', 'committed', 'discarded', 'unrouted', 'duplicate', 'dead-lettered',
+  'dead_trimmed', 'dedupe_overflows', 'wrong_type_logs',
+}
+for i, value in ipairs(call('HMGET', META, unpack(counters))) do
+  if value and not string.match(value, '^%-?%d+$') then
+    return redis.error_reply('ERR the field ' .. counters[i] .. ' of ' .. META .. ' is not a number; set it to one with HSET')
+  end
+end
+if is_continued and not meta('pending') then
+  return redis.error_reply('ERR ' .. META .. ' has no pending id within a plan; restore the partition')
+end
 
 for _, key in ipairs({T .. 'decisions', T .. 'dead'}) do
   local kind = call('TYPE', key).ok

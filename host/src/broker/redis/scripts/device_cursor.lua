@@ -10,6 +10,7 @@
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local key, field = KEYS[1], ARGV[4]
+require_rights({{'HGETALL', key}, {'HDEL', key, 'f'}, {'HSET', key, 'f', 'v'}, {'PEXPIRE', key, '1'}})
 local age = { device = tonumber(ARGV[1]), read = tonumber(ARGV[2]) }
 
 local is, gone, others = '', {}, {}

@@ -97,9 +97,15 @@ local function epoch()
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
   if known ~= current then
-    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
+    local epochs = T .. 'epochs'
+    require_rights({
+      {'HSET', META, 'f', 'v'}, {'HINCRBY', META, 'f', '1'},
+      {'LRANGE', epochs, '0', '1'}, {'RPUSH', epochs, 'v'}, {'LTRIM', epochs, '0', '1'},
+    })
     local taken = {}
-    for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do taken[string.sub(one, 1, 2)] = true end
+    -- Before the first write: fails on a key of the wrong type.
+    for _, one in ipairs(call('LRANGE', epochs, 0, -1)) do taken[string.sub(one, 1, 2)] = true end
+    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
     local nonce = 0
     repeat
       local bits = tonumber(string.sub(redis.sha1hex(current .. clock[1] .. '.' .. clock[2] .. '.' .. epoch_no .. '.' .. nonce), 1, 3), 16)
@@ -107,8 +113,8 @@ local function epoch()
       name = string.sub(BASE64URL, high, high) .. string.sub(BASE64URL, low, low)
       nonce = nonce + 1
     until not taken[name]
-    call('RPUSH', T .. 'epochs', name .. ' ' .. (meta('last') or '0'))
-    call('LTRIM', T .. 'epochs', -16, -1)
+    call('RPUSH', epochs, name .. ' ' .. (meta('last') or '0'))
+    call('LTRIM', epochs, -16, -1)
     call('HSET', META, 'replid', current, 'epoch', name)
   end
   return name
@@ -145,6 +151,23 @@ end
 -- command's own arguments.
 local MOST_ARGUMENTS = 7800
 
+-- Fails unless the user may run every command of a commit. Called by a commit before it writes, and
+-- by a node before it takes the lease: it would evaluate events that it cannot commit.
+local function require_commit_rights()
+  local log, record, seen = T .. 'l:all', T .. 'e:1', T .. 'seen:1'
+  local dead, decisions = T .. 'dead', T .. 'decisions'
+  require_rights({
+    {'HGET', META, 'f'}, {'HMGET', META, 'f'}, {'HSET', META, 'f', 'v'}, {'HDEL', META, 'f'},
+    {'HINCRBY', META, 'f', '1'}, {'INFO', 'memory'}, {'XRANGE', S, '-', '+'},
+    {'TYPE', dead}, {'XLEN', dead}, {'XADD', dead, '*', 'f', 'v'},
+    {'TYPE', decisions}, {'XADD', decisions, '*', 'f', 'v'},
+    {'SMISMEMBER', seen, 'v'}, {'SCARD', seen}, {'SADD', seen, 'v'}, {'UNLINK', seen},
+    {'SET', record, 'v'}, {'PEXPIRE', record, '1'},
+    {'ZREVRANGE', log, '0', '0'}, {'ZADD', log, '1', 'v'}, {'ZREMRANGEBYSCORE', log, '-inf', '(1'},
+    {'ZREMRANGEBYRANK', log, '0', '1'}, {'PEXPIRE', log, '1'}, {'PUBLISH', C .. 'l:all', 'v'},
+  })
+end
+
 -- Repairs the source after other clients modified it. Returns the number of entries that were
 -- trimmed before being read and the number that were appended again.
 local function heal()
@@ -154,6 +177,10 @@ local function heal()
   if before(found['last-generated-id'], pos) then
     -- The source was deleted and recreated with lower ids, so none of its entries would ever be
     -- read. All of them are new: append them again in order, above the position.
+    require_rights({
+      {'XRANGE', S, '-', '+'}, {'XSETID', S, '0-1'}, {'XADD', S, '*', 'f', 'v'}, {'XDEL', S, '0-1'},
+      {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
+    })
     local foreign_entries = call('XRANGE', S, '-', '+')
     call('XSETID', S, pos)
     for _, foreign_entry in ipairs(foreign_entries) do
@@ -167,6 +194,7 @@ local function heal()
     -- Only a source without waiting entries allows this conclusion: entries that were added and are
     -- not counted in `n` were removed by another client.
     local missing = found['entries-added'] - number('n')
+    if missing ~= 0 then require_rights({{'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}}) end
     if missing > 0 then call('HINCRBY', META, 'trimmed_unread', missing) end
     if missing ~= 0 then call('HSET', META, 'n', text(found['entries-added'])) end
     return math.max(0, missing), 0
@@ -200,7 +228,12 @@ local function trim()
     for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
     if of['name'] ~= 'pointsman' then
       lower(of['last-delivered-id'])
-      if of['pending'] > 0 then lower(call('XPENDING', S, of['name'])[2]) end
+      if of['pending'] > 0 then
+        local pending = pcall('XPENDING', S, of['name'])
+        -- Unknown: nothing may be removed.
+        if pending.err then return end
+        lower(pending[2])
+      end
     end
   end
   if is_full then pcall('XTRIM', S, 'MINID', bound)

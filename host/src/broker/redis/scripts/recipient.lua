@@ -9,6 +9,10 @@
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local key, what = KEYS[1], ARGV[2]
+require_rights({
+  {'HGET', key, 'f'}, {'HGETALL', key}, {'HSET', key, 'f', 'v'}, {'HDEL', key, 'f'},
+  {'PERSIST', key}, {'PEXPIRE', key, '1'},
+})
 
 if what == 'attributes' then
   if ARGV[3] == '{}' then redis.call('HDEL', key, 'attributes') else redis.call('HSET', key, 'attributes', ARGV[3]) end

@@ -3,6 +3,7 @@
 -- allow-oom: a full Redis accepts no new entries.
 -- ARGV: id of the dead letter.
 -- Returns 1, or 0 if it does not exist.
+require_rights({{'XADD', S, '*', 'f', 'v'}, {'XDEL', T .. 'dead', '0-1'}})
 local found = call('XRANGE', T .. 'dead', ARGV[OWN], ARGV[OWN])
 if not found[1] then return 0 end
 local values = {}

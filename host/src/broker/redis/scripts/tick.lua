@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Publishes the last id to every node, after all notices up to it.
 -- Returns the results of heal().
+require_rights({{'PUBLISH', C .. 'tick', 'v'}})
 local name = epoch()
 local trimmed_unread, foreign_entries = heal()
 trim()
