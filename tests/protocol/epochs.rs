@@ -301,3 +301,23 @@ async fn ticks_of_an_older_epoch_do_not_keep_a_feed_connected() {
     .await;
     client.expect(&["new"]).await;
 }
+
+/// A restart or a promotion between two slices of a plan that survives completely: nothing was lost,
+/// although `last` does not yet cover the plan.
+#[tokio::test]
+async fn an_epoch_that_begins_within_a_plan_neither_repeats_the_event_nor_reports_a_gap() {
+    let stage = stage().await;
+    let hub = stage.hub();
+    let mut open = Client::live(&hub, "ann").await;
+    let mut away = Client::live(&hub, "ann").await;
+    let plan = [to("u:ann u:ben")];
+    stage.slice("large", &plan, &["u:ann"], 0, false).await;
+    open.expect(&["large"]).await;
+    away.expect(&["large"]).await;
+    let away = away.cut();
+    stage.server().change_replid();
+    stage.slice("large", &plan, &["u:ben"], 1, true).await;
+    stage.event("next", &[to("u:ann")]).await;
+    open.expect(&["next"]).await;
+    Client::open(&hub, "ann", away).expect(&["next"]).await;
+}

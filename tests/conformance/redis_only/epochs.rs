@@ -208,3 +208,26 @@ async fn a_replica_counts_as_unavailable() {
         Err(Error::Unavailable(_))
     ));
 }
+
+/// A plan in slices is announced before `last` reaches it. A reader that received it must not be
+/// told that it was lost.
+#[tokio::test]
+async fn an_epoch_that_begins_within_a_plan_keeps_the_id_of_the_plan_valid() {
+    let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let node = node_on(&server).await;
+    node.publish("before", &["u:1"]).await;
+    let entry = after(node.head().await.position.entry);
+    node.slice(commit(entry, "R", &["u:1"]), 0, false).await;
+    let old = node.head().await;
+    let pending = old.pending.expect("a plan is pending");
+    server.kill();
+    server.restart();
+    until(async || node.broker.head(node.p).await.is_ok()).await;
+    let new = node.head().await;
+    assert_eq!(new.epochs, [(old.epoch, BEGIN), (new.epoch, pending)]);
+    assert_eq!(new.last_valid_id(old.epoch), pending);
+    node.slice(commit(entry, "R", &["u:2"]), 1, true).await;
+    let end = node.head().await;
+    assert_eq!((end.last, end.pending), (pending, None));
+    assert_eq!(end.last_valid_id(old.epoch), pending);
+}

@@ -113,7 +113,8 @@ local function epoch()
       name = string.sub(BASE64URL, high, high) .. string.sub(BASE64URL, low, low)
       nonce = nonce + 1
     until not taken[name]
-    call('RPUSH', epochs, name .. ' ' .. (meta('last') or '0'))
+    -- A plan in slices was announced before `last` reaches it, and its owner continues it.
+    call('RPUSH', epochs, name .. ' ' .. (meta('pending') or meta('last') or '0'))
     call('LTRIM', epochs, -16, -1)
     call('HSET', META, 'replid', current, 'epoch', name)
   end
