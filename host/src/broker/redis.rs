@@ -47,6 +47,7 @@
 //! unavailable; a blocking read has these 2 s in addition to its wait.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ::redis as client;
@@ -73,7 +74,7 @@ mod recipients;
 mod resp;
 mod scripts;
 
-use command_connection::{CommandConnection, unexpected};
+use command_connection::{CommandConnection, unexpected, write_refusal};
 use partition_keys::PartitionKeys;
 use scripts::Script;
 
@@ -148,7 +149,11 @@ impl Redis {
             retention,
         };
         for keys in &redis.keys {
-            redis.begin(keys).await?;
+            match redis.begin(keys).await {
+                // History can be read; a tick begins later.
+                Err(error) if write_refusal(&error).is_some() => {}
+                begun => begun?,
+            }
         }
         Ok(redis)
     }
@@ -186,7 +191,15 @@ impl Redis {
     async fn begin(&self, keys: &PartitionKeys) -> Result<()> {
         let repairs = self.run(keys, &scripts::BEGIN, |_| {}).await?;
         keys.report_repairs(repairs);
+        keys.has_begun.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    async fn begin_and_tick(&self, keys: &PartitionKeys) -> Result<(u64, u64)> {
+        if !keys.has_begun.load(Ordering::Relaxed) {
+            self.begin(keys).await?;
+        }
+        self.run(keys, &scripts::TICK, |_| {}).await
     }
 
     async fn commit_items(
@@ -331,9 +344,14 @@ impl Partitions for Redis {
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
         let keys = self.keys(partition)?;
+        let mut is_of_epoch_before = false;
         // A second attempt if an epoch has to begin first, a third if it ends in between.
         for _ in 0..3 {
-            let answer: Vec<String> = self.run(keys, &scripts::HEAD, |_| {}).await?;
+            let answer: Vec<String> = self
+                .run(keys, &scripts::HEAD, |command| {
+                    command.arg(u8::from(is_of_epoch_before));
+                })
+                .await?;
             if let [
                 epoch,
                 last,
@@ -359,7 +377,14 @@ impl Partitions for Redis {
                     now_ms: parse_text(now_ms)?,
                 });
             }
-            self.begin(keys).await?;
+            match self.begin(keys).await {
+                // The next epoch begins before the next write, so no id of this one can be issued
+                // again until then.
+                Err(error) if !is_of_epoch_before && write_refusal(&error).is_some() => {
+                    is_of_epoch_before = true;
+                }
+                begun => begun?,
+            }
         }
         Err(Error::Unavailable(
             "its replication id keeps changing".into(),
@@ -565,13 +590,10 @@ impl Logs for Redis {
 
     async fn tick(&self, partition: PartitionNumber) -> Result<()> {
         let keys = self.keys(partition)?;
-        match self.run(keys, &scripts::TICK, |_| {}).await {
+        match self.begin_and_tick(keys).await {
             Ok(repairs) => keys.report_repairs(repairs),
-            // With too few replicas, or a disk that cannot take a snapshot, Redis rejects scripts
-            // that write but accepts a plain PUBLISH.
-            Err(Error::Unavailable(why))
-                if why.contains("NOREPLICAS") || why.contains("MISCONF") =>
-            {
+            // Redis rejects scripts that write but accepts a plain PUBLISH.
+            Err(error) if write_refusal(&error).is_some() => {
                 let _n_receivers: i64 = self
                     .connection
                     .query(
@@ -580,7 +602,7 @@ impl Logs for Redis {
                             .arg("alive"),
                     )
                     .await?;
-                return Err(Error::Unavailable(why));
+                return Err(error);
             }
             Err(error) => return Err(error),
         }

@@ -133,6 +133,86 @@ async fn a_redis_that_cannot_write_still_signals_that_it_is_alive() {
     assert!(matches!(receiver.next().await, Notice::Alive { partition } if partition == node.p));
 }
 
+/// Readiness follows the findings, so a Redis that accepts every read and no write is not ready.
+#[tokio::test]
+async fn a_redis_that_refuses_writes_is_a_finding_with_its_fix() {
+    let server = RedisServer::with(&["--appendonly", "yes", "--enable-protected-configs", "local"]);
+    let node = node_on(&server).await;
+    let writes = async || {
+        let findings = node.broker.check().await.expect("check");
+        let found = findings.into_iter().find(|found| found.name == "writes");
+        found.map(|found| (found.severity, found.text))
+    };
+    assert_eq!(writes().await, None);
+    let () = server.command("CONFIG SET min-replicas-to-write 1");
+    let (severity, text) = writes().await.expect("a finding");
+    assert_eq!(severity, Severity::Refusal);
+    assert!(
+        text.contains("NOREPLICAS")
+            && text.contains("; ")
+            && text.contains("min-replicas-to-write"),
+        "{text}"
+    );
+    let () = server.command("CONFIG SET min-replicas-to-write 0");
+    assert_eq!(writes().await, None);
+    // A snapshot that cannot be written.
+    redis::cmd("CONFIG")
+        .arg(&["SET", "save", "3600 1", "dir", "/proc"])
+        .exec(&mut server.connection())
+        .expect("a folder that takes no files");
+    let _: redis::Value = server.command("BGSAVE");
+    until(async || writes().await.is_some()).await;
+    let (_, text) = writes().await.expect("a finding");
+    assert!(text.contains("MISCONF") && text.contains("free"), "{text}");
+}
+
+/// After a restart or a promotion, an epoch would have to begin first, which is a write. Nothing is
+/// written until it has begun, so the epoch before it still describes what is kept.
+#[tokio::test]
+async fn history_is_readable_after_a_restart_into_a_redis_that_refuses_writes() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let id = node.publish("R", &["u:1"]).await;
+    let old = node.head().await;
+    let () = server.command("CONFIG SET min-replicas-to-write 1");
+    server.change_replid();
+    let started = connect_to(&server.url(), &[SOURCE], Retention::default())
+        .await
+        .expect("a node starts");
+    for node in [&node, &started] {
+        let head = node.head().await;
+        assert_eq!(
+            (head.epoch, head.last, &head.epochs),
+            (old.epoch, id, &old.epochs)
+        );
+        assert_eq!(node.ids("u:1", BEGIN).await, [id]);
+        assert!(node.broker.records(node.p, &[id]).await.unwrap()[0].is_some());
+    }
+    let () = server.command("CONFIG SET min-replicas-to-write 0");
+    let head = node.head().await;
+    assert_eq!(head.epochs[1..], [(head.epoch, id)]);
+    assert!(started.publish("R", &["u:1"]).await > id);
+}
+
+/// A changed max_age is applied at the start of a node, or as soon as Redis accepts writes again.
+#[tokio::test]
+async fn a_node_started_while_redis_refuses_writes_applies_max_age_later() {
+    let server = RedisServer::start();
+    node_on(&server).await;
+    let () = server.command("CONFIG SET min-replicas-to-write 1");
+    let retention = Retention {
+        max_age: Duration::from_secs(1_000),
+        ..Retention::default()
+    };
+    let node = connect_to(&server.url(), &[SOURCE], retention)
+        .await
+        .expect("a node starts");
+    let () = server.command("CONFIG SET min-replicas-to-write 0");
+    node.broker.tick(node.p).await.expect("a tick");
+    let max_age: u64 = server.command(&format!("HGET {TAG}meta max_age"));
+    assert_eq!(max_age, 1_000_000);
+}
+
 #[tokio::test]
 async fn a_closed_notice_connection_sends_a_reset_and_recovers() {
     let server = RedisServer::start();

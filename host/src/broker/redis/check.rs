@@ -1,7 +1,7 @@
 //! Checks what Pointsman requires of a Redis: version, role, eviction policy, permissions and
 //! durability. Each finding is one line with its fix.
 
-use super::command_connection::CommandConnection;
+use super::command_connection::{CommandConnection, write_refusal};
 use super::partition_keys::PartitionKeys;
 use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
@@ -32,11 +32,12 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
         .map(|text| refusal("version", text))
         .into_iter()
         .collect();
-    if let Some(role) = value(&info, "role").filter(|role| *role != "master") {
-        findings.push(refusal(
+    match value(&info, "role").filter(|role| *role != "master") {
+        Some(role) => findings.push(refusal(
             "role",
             format!("this Redis is a {role}; the URL must name the primary"),
-        ));
+        )),
+        None => findings.extend(writes(redis).await?),
     }
     if let Some(policy) = value(&info, "maxmemory_policy").filter(|policy| *policy != "noeviction")
     {
@@ -55,6 +56,21 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
     }
     findings.extend(rights(redis).await?);
     Ok(findings)
+}
+
+/// Checks whether Redis refuses writes that the user may make.
+async fn writes(redis: &Redis) -> Result<Option<Finding>> {
+    let call = redis.connection.eval(&scripts::WRITABLE, |command| {
+        command.arg(0);
+    });
+    match call.await {
+        // `rights` reports a user who may not run scripts.
+        Ok(()) | Err(Error::Permanent(_)) => Ok(None),
+        Err(error) => match write_refusal(&error) {
+            Some(text) => Ok(Some(refusal("writes", text.into()))),
+            None => Err(error),
+        },
+    }
 }
 
 /// Checks which of the commands that Pointsman runs are not permitted.

@@ -270,6 +270,25 @@ fn breaks_connection(error: &RedisError) -> bool {
     error.code().is_none() && !matches!(error.kind(), ErrorKind::UnexpectedReturnType)
 }
 
+/// Why Redis accepts reads but no writes, with the fix; `None` for every other error. Scripts that
+/// may write are then refused before they begin.
+pub(super) fn write_refusal(error: &Error) -> Option<&'static str> {
+    let Error::Unavailable(why) = error else {
+        return None;
+    };
+    if why.contains("NOREPLICAS") {
+        Some(
+            "Redis refuses writes, because too few replicas are connected (NOREPLICAS); start them or lower min-replicas-to-write",
+        )
+    } else if why.contains("MISCONF") {
+        Some(
+            "Redis refuses writes, because it cannot save its data (MISCONF); free disk space and read the log of Redis",
+        )
+    } else {
+        None
+    }
+}
+
 /// Classifies an error as temporary, out of memory or permanent. A permanent error names its fix.
 pub(super) fn explain(error: &RedisError) -> Error {
     match error.code() {

@@ -1,6 +1,8 @@
 //! The representation of a partition in Redis: its keys, channels and number, and the arguments
 //! shared by all calls for it.
 
+use std::sync::atomic::AtomicBool;
+
 use crate::event::PartitionNumber;
 use redis::Value;
 
@@ -22,6 +24,8 @@ pub(super) struct PartitionKeys {
     /// The first arguments of every script; see `scripts/prelude.lua`.
     pub(super) arguments: [String; 12],
     pub(super) readers: Readers,
+    /// Whether this node has applied its configuration to the partition, which is a write.
+    pub(super) has_begun: AtomicBool,
 }
 
 impl PartitionKeys {
@@ -65,6 +69,7 @@ impl PartitionKeys {
             meta,
             arguments,
             readers: Readers::default(),
+            has_begun: AtomicBool::new(false),
         })
     }
 
@@ -129,6 +134,14 @@ async fn give_number(
     source: &str,
     meta: &str,
 ) -> Result<PartitionNumber> {
+    // Read first: the script is refused while Redis refuses writes, and a node that starts then must
+    // still serve history.
+    let known: Option<u8> = connection
+        .query(redis::cmd("HGET").arg(PARTITIONS_KEY).arg(source))
+        .await?;
+    if let Some(number) = known.filter(|number| *number < PartitionNumber::MAX) {
+        return Ok(PartitionNumber(number));
+    }
     let claimed: Option<String> = connection
         .query(redis::cmd("HGET").arg(meta).arg("number"))
         .await?;

@@ -66,6 +66,8 @@ scripts! {
     /// Independent of partitions and needs no permissions beyond running scripts.
     RIGHTS = new "rights.lua";
     /// Independent of partitions.
+    WRITABLE = new "writable.lua";
+    /// Independent of partitions.
     DEVICE_CURSOR = of_user "device_cursor.lua";
     /// Independent of partitions.
     RECIPIENT = of_user "recipient.lua";
