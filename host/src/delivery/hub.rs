@@ -335,9 +335,13 @@ impl HubInner {
         loop {
             let pause = match self.broker.feed().await {
                 Ok(feed) => {
-                    backoff.reset();
+                    let began = Instant::now();
                     FeedReader::new(&self).run(feed).await;
                     self.lock().followed.close_feed();
+                    // A feed that ends as soon as it is opened is no success.
+                    if began.elapsed() > SILENCE {
+                        backoff.reset();
+                    }
                     backoff.pause()
                 }
                 Err(error) => {

@@ -213,6 +213,31 @@ async fn a_node_started_while_redis_refuses_writes_applies_max_age_later() {
     assert_eq!(max_age, 1_000_000);
 }
 
+/// A proxy or a limit may close every notice connection as soon as it is made.
+#[tokio::test]
+async fn a_notice_connection_that_is_cut_at_once_is_not_reopened_without_pauses() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let mut receiver = node.receiver().await;
+    let began = Instant::now();
+    let mut n_cuts = 0;
+    while began.elapsed() < Duration::from_secs(3) {
+        n_cuts += server.command::<i64>("CLIENT KILL TYPE pubsub");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!((2..=15).contains(&n_cuts), "{n_cuts} connections in 3 s");
+    // Repeated, because a reset voids the requests before it.
+    let mut token = 0;
+    until(async || {
+        token += 1;
+        let follow = receiver.follow_and_wait("u:1", token);
+        tokio::time::timeout(Duration::from_secs(1), follow)
+            .await
+            .is_ok()
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_closed_notice_connection_sends_a_reset_and_recovers() {
     let server = RedisServer::start();

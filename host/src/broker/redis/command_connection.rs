@@ -310,6 +310,10 @@ pub(super) fn explain(error: &RedisError) -> Error {
             "{error}; a key of Pointsman has the wrong type; rename or delete it"
         )),
         Some(_) => Error::Permanent(error.to_string()),
+        // A parser error of the library, which describes on several lines what it expected.
+        None if error.to_string().contains("end of input") => {
+            Error::Unavailable("the connection was closed within an answer".into())
+        }
         None => match error.kind() {
             ErrorKind::AuthenticationFailed => {
                 Error::Permanent(format!("{error}; correct user and password in the URL"))
@@ -319,5 +323,45 @@ pub(super) fn explain(error: &RedisError) -> Error {
             }
             _ => Error::Unavailable(error.to_string()),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// The library reports the half answer as one of an unexpected type, on two lines.
+    #[tokio::test]
+    async fn a_connection_cut_within_an_answer_is_reported_as_such_on_one_line() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("redis://{}/", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let mut input = Vec::new();
+                while socket.read_buf(&mut input).await.is_ok_and(|n| n > 0) {
+                    let text = String::from_utf8_lossy(&input).into_owned();
+                    if text.contains("HGETALL") {
+                        socket.write_all(b"*2\r\n$5\r\nab").await.unwrap();
+                        socket.shutdown().await.unwrap();
+                    }
+                    // The library names itself first.
+                    if text.contains("LIB-VER") {
+                        socket.write_all(b"+OK\r\n+OK\r\n").await.unwrap();
+                        input.clear();
+                    }
+                }
+            }
+        });
+        let connection = CommandConnection::new(Client::open(url).unwrap());
+        let answer: Result<Vec<String>> = connection.query(redis::cmd("HGETALL").arg("k")).await;
+        match answer {
+            Err(Error::Unavailable(why)) => assert!(
+                why == "the connection was closed within an answer",
+                "{why:?}"
+            ),
+            other => panic!("{other:?}"),
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! the connection was quiet for too long and requests a new one with [`Follow::Reconnect`].
 
 use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use redis::{ConnectionAddr, ConnectionInfo};
@@ -24,6 +25,8 @@ use crate::event::{Name, NotificationId, PartitionNumber, Target};
 const BATCHES: usize = 64;
 /// Maximum number of bytes per read of the socket; each read becomes one batch.
 const READ_BYTES: usize = 64 * 1024;
+/// A connection that lasted this long was not cut because it was made.
+const SETTLED: Duration = Duration::from_secs(3);
 /// Maximum number of requests taken at once.
 const REQUESTS: usize = 256;
 
@@ -55,12 +58,21 @@ async fn run(
     notices: mpsc::Sender<Vec<Notice>>,
 ) {
     let numbers: Vec<PartitionNumber> = partitions.iter().map(|(_, number)| *number).collect();
+    let mut backoff = BACKOFF;
     loop {
+        let began = Instant::now();
         match session.serve(&mut requests, &notices).await {
             End::Dropped => return,
             End::Lost(why) => tracing::warn!(error = %why, "the notice connection was lost"),
         }
-        let mut backoff = BACKOFF;
+        if began.elapsed() >= SETTLED {
+            backoff.reset();
+        } else {
+            tokio::select! {
+                () = tokio::time::sleep(backoff.pause()) => {}
+                () = notices.closed() => return,
+            }
+        }
         session = loop {
             tokio::select! {
                 connected = Session::connect(&info, &partitions) => match connected {

@@ -386,8 +386,8 @@ async fn store(
     all.ok_or_else(|| ApiError::unavailable("the broker confirmed fewer events than it was sent"))
 }
 
-/// Distinguishes a full broker, which the operator must fix, from a source whose backlog has
-/// reached its limit, which resolves as events are decided.
+/// Distinguishes a full or refusing broker, which the operator must fix, from a source whose backlog
+/// has reached its limit, which resolves as events are decided.
 async fn refusal(
     state: &State,
     broker: &dyn Broker,
@@ -407,6 +407,13 @@ async fn refusal(
         state
             .readiness
             .set_for("publishing", error.to_string(), FULL_FOR);
+    }
+    if matches!(error, broker::Error::Permanent(_)) {
+        // The operator must fix it, not the publisher: the event was valid when it was appended.
+        state
+            .readiness
+            .set_for("publishing", error.to_string(), FULL_FOR);
+        return ApiError::unavailable("the broker refuses events right now").cause(error);
     }
     error.into()
 }
@@ -694,6 +701,12 @@ mod tests {
             "a full broker must make the node unready"
         );
         assert!(check(full().with_lag(1_000_000), StatusCode::TOO_MANY_REQUESTS).await);
+        // The event is not at fault, and is accepted once the operator has granted the right.
+        let denied = || FakeBroker::failing(|| broker::Error::Permanent("secret detail".into()));
+        assert!(
+            !check(denied(), StatusCode::SERVICE_UNAVAILABLE).await,
+            "a broker that refuses publishing must make the node unready"
+        );
     }
 
     /// Each partition deduplicates ids on its own: if a retry went to another partition, the event
