@@ -7,6 +7,7 @@ mod embedded;
 mod groups;
 mod malformed_input;
 mod outage;
+mod position;
 mod priority;
 mod resource_limits;
 mod resume;

@@ -205,6 +205,7 @@ fn a_restart_of_redis_loses_and_duplicates_nothing_and_streams_stay_open() {
     let mut server = RedisServer::with(&["--appendonly", "yes", "--appendfsync", "always"]);
     let node = node_on(&server.url()).start();
     let mut streams = streams(&node);
+    let kept = node.stream("late").last_event_id().to_owned();
     let n_published = flow(&node, |n_published| {
         some_more(n_published);
         let before = n_lines(&node);
@@ -225,13 +226,18 @@ fn a_restart_of_redis_loses_and_duplicates_nothing_and_streams_stay_open() {
                     .expect("an answer"),
             );
         }
-        // A stream opened during the outage waits.
+        // A stream that resumes during the outage waits.
         let mut late = Request::new(node.addr(), "user=late")
+            .last_event_id(&kept)
             .open(SOON)
             .expect("200");
         server.restart();
-        late.next_state("cursor", SOON);
         green(&node);
+        node.publisher().publish_surely(
+            &[event("late", "outage", json!({ "user": "late" }))],
+            PATIENCE,
+        );
+        while late.next_notification(PATIENCE).id != "late" {}
         some_more(n_published);
         // A second restart, too short for the readiness check to notice.
         server.kill();

@@ -124,6 +124,10 @@ impl StreamControl {
     fn wake(&self) {
         self.guard.stream().wake();
     }
+
+    fn end(&self) -> Option<StreamEnd> {
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The body of a stream's response.
@@ -177,22 +181,35 @@ impl Body {
         }
     }
 
+    /// Waits until the stream has its position in every partition, or ends. Events committed from
+    /// then on arrive on it, so that the response head may be sent. May be cancelled.
+    pub async fn placed(&self) {
+        let stream = self.control.guard.stream();
+        std::future::poll_fn(|cx| {
+            // Registered before the check, or a replay that begins in between would wake no task.
+            stream.register(cx.waker());
+            if stream.lock().has_begun() || self.control.end().is_some() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
     /// Fills the buffer with everything that can be written now, up to about [`WRITE`] bytes.
     fn collect(&mut self) {
         let stream = Arc::clone(self.control.guard.stream());
         if !self.is_opened {
             self.is_opened = true;
-            // Proxies forward the response head with the first byte of the body. No blank line:
-            // some clients call `onmessage` for each one.
+            // Proxies forward the response head with the first byte of the body, also where a
+            // stream that resumes in an outage has no frame yet. No blank line: some clients call
+            // `onmessage` for each one.
             self.buffer.put_slice(b": pointsman\n");
         }
         // Read before any notification: after a token has expired none may be sent. Queued
         // notifications stay in the log.
-        let end = *self
-            .control
-            .end
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let end = self.control.end();
         if end.is_none() {
             self.collect_items(&mut stream.lock());
         }

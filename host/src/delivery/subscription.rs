@@ -663,7 +663,8 @@ impl Subscription {
         }
     }
 
-    fn has_begun(&self) -> bool {
+    /// Whether the subscription has a position in every partition.
+    pub fn has_begun(&self) -> bool {
         self.partitions.iter().all(|p| p.epoch.is_some())
     }
 

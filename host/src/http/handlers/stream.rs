@@ -6,6 +6,9 @@
 //! because polyfills append theirs. Without any, a stream that names its `device` starts at that
 //! device's cursor, or with `devices=all` at the furthest cursor of the user's devices; any other
 //! stream starts at the latest notification.
+//!
+//! The response head follows once the stream has its position in every partition: events published
+//! after a client has read the head arrive on the stream.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -199,6 +202,14 @@ pub(in crate::http) async fn open(
         identity.expires_at_ms,
         socket,
     );
+    // The head fires `onopen`. Sent earlier, it would claim that the stream receives what is
+    // published from now on, while the start of the stream were still to come.
+    if tokio::time::timeout(state.limits.read_wait, body.placed())
+        .await
+        .is_err()
+    {
+        return Ok(event_stream(Body::from(sse::refusal("unavailable", retry))));
+    }
     Ok(event_stream(Body::new(body)))
 }
 

@@ -1,0 +1,147 @@
+//! The position of a stream: its head means "from here on", and a position before the first
+//! notification is as good as any other. Redis receives the events directly, because an XADD does
+//! not wait for the node.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::harness::eventually;
+use crate::harness::node::{Node, SOON};
+use crate::harness::publish::xadd;
+use crate::harness::redis::RedisServer;
+use crate::harness::sse::{Request, Stream, StreamEnd};
+
+const SOURCE: &str = "pointsman:events";
+
+fn add(connection: &mut redis::Connection, source: &str, id: &str, user: &str) {
+    let fields = [("type", "t"), ("user", user), ("id", id)];
+    let fields = fields.map(|(name, value)| (name, value.to_owned()));
+    xadd(connection, source, &[fields.to_vec()]);
+}
+
+/// Reads the head only: `onopen` of an `EventSource` fires then.
+fn open(node: &Node, query: &str, last_event_id: &str) -> Stream {
+    Request::new(node.addr(), query)
+        .last_event_id(last_event_id)
+        .open(SOON)
+        .expect("open a stream")
+}
+
+/// A page of `GET /v1/notifications`: its events, the number of its gaps, and its cursor.
+fn page(node: &Node, query: &str) -> (Vec<String>, usize, String) {
+    let page = node
+        .request("GET", &format!("/v1/notifications?{query}"))
+        .json();
+    let list = |name: &str| page[name].as_array().expect("a list").clone();
+    let ids = list("notifications")
+        .iter()
+        .map(|item| item["data"]["id"].as_str().expect("an id").to_owned())
+        .collect();
+    let cursor = page["cursor"].as_str().expect("a cursor").to_owned();
+    (ids, list("gaps").len(), cursor)
+}
+
+#[test]
+fn an_event_added_once_the_head_has_arrived_is_received() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    let mut connection = server.connection();
+    for n in 0..50 {
+        let user = format!("u{n}");
+        let mut stream = open(&node, &format!("user={user}"), "");
+        add(&mut connection, SOURCE, &n.to_string(), &user);
+        assert_eq!(stream.next_notification(SOON).id, n.to_string());
+        assert!(
+            stream.text().starts_with(": pointsman\nid: "),
+            "the first cursor must begin the stream: {stream:?}"
+        );
+    }
+}
+
+#[test]
+fn an_event_added_after_a_page_is_received_on_a_stream_from_its_cursor() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    let mut connection = server.connection();
+    for n in 0..10 {
+        let (ids, n_gaps, cursor) = page(&node, "user=42");
+        assert_eq!((ids.len(), n_gaps), (n * 2, 0));
+        add(&mut connection, SOURCE, &format!("before {n}"), "42");
+        let mut stream = open(&node, "user=42", &cursor);
+        add(&mut connection, SOURCE, &format!("after {n}"), "42");
+        for id in [format!("before {n}"), format!("after {n}")] {
+            assert_eq!(stream.next_notification(SOON).id, id);
+        }
+    }
+}
+
+/// Redis does not answer, so the node cannot know where the stream starts. A client with a cursor
+/// has its position and waits on an open stream.
+#[test]
+fn a_stream_whose_position_is_unknown_in_time_is_closed_and_one_with_a_cursor_opens_at_once() {
+    let server = RedisServer::start();
+    let node = Node::builder()
+        .redis(server.url())
+        .environment("POINTSMAN_LIMITS_READ_WAIT", "1s")
+        .start();
+    let kept = node.stream("42").last_event_id().to_owned();
+    server.pause();
+    let begin = Instant::now();
+    let (frames, stop) = open(&node, "user=42", "").read_to_end(SOON);
+    assert!(matches!(stop, StreamEnd::Complete), "{stop:?}");
+    assert!(begin.elapsed() >= Duration::from_secs(1), "{frames:?}");
+    let [close] = frames.as_slice() else {
+        panic!("expected one frame: {frames:?}")
+    };
+    assert_eq!(
+        (close.state(), close.data.as_deref(), close.retry.is_some()),
+        (Some("close"), Some("{\"reason\":\"unavailable\"}"), true)
+    );
+    let mut stream = open(&node, "user=42", &kept);
+    stream.next_state("cursor", Duration::from_millis(900));
+    server.resume();
+    add(&mut server.connection(), SOURCE, "a", "42");
+    assert_eq!(stream.next_notification(SOON).id, "a");
+}
+
+#[test]
+fn a_client_that_disconnects_while_its_position_is_read_releases_its_stream() {
+    let server = RedisServer::start();
+    let node = Node::builder()
+        .redis(server.url())
+        .config("[stream]\nmax_open = 1")
+        .environment("POINTSMAN_LIMITS_READ_WAIT", "1h")
+        .start();
+    server.pause();
+    let mut socket = TcpStream::connect(node.addr()).expect("connect");
+    write!(
+        socket,
+        "GET /v1/stream?user=42 HTTP/1.1\r\nHost: {}\r\n\r\n",
+        node.addr()
+    )
+    .expect("send");
+    let n_open = |n: f64| {
+        eventually(SOON, &format!("{n} streams are open"), || {
+            (node.metric("pointsman_streams_open") == n).then_some(())
+        });
+    };
+    n_open(1.0);
+    socket
+        .set_read_timeout(Some(Duration::from_millis(100)))
+        .expect("set a timeout");
+    let early = socket.read(&mut [0; 1]);
+    assert!(
+        early.is_err(),
+        "the head must wait for the position: {early:?}"
+    );
+    drop(socket);
+    n_open(0.0);
+    server.resume();
+    // The only permit is free again.
+    eventually(SOON, "a stream opens", || {
+        let mut stream = open(&node, "user=42", "");
+        let frame = stream.next_frame(SOON).expect("a frame");
+        (frame.state() == Some("cursor")).then_some(())
+    });
+}
