@@ -6,9 +6,11 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use crate::harness::eventually;
 use crate::harness::node::{Node, SOON};
-use crate::harness::publish::xadd;
+use crate::harness::publish::{event, xadd};
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::{Request, Stream, StreamEnd};
 
@@ -144,4 +146,31 @@ fn a_client_that_disconnects_while_its_position_is_read_releases_its_stream() {
         let frame = stream.next_frame(SOON).expect("a frame");
         (frame.state() == Some("cursor")).then_some(())
     });
+}
+
+/// On a store that never removed anything: a page read, and a stream cut, before the first event.
+#[test]
+fn a_position_before_the_first_event_is_not_a_gap() {
+    let server = RedisServer::start();
+    for node in [
+        Node::builder().start(),
+        Node::builder().redis(server.url()).start(),
+    ] {
+        let (ids, n_gaps, cursor) = page(&node, "user=42");
+        assert_eq!((ids.len(), n_gaps), (0, 0));
+        let mut earliest = open(&node, "user=42", "earliest");
+        earliest.next_state("cursor", SOON);
+        let kept = earliest.last_event_id().to_owned();
+        drop(earliest);
+        node.publisher()
+            .publish(&[event("a", "t", json!({ "user": "42" }))]);
+        node.await_outcomes(1, SOON);
+        let (ids, n_gaps, _) = page(&node, &format!("user=42&after={cursor}"));
+        assert_eq!((ids, n_gaps), (vec!["a".to_owned()], 0));
+        for id in [&kept, &cursor, "earliest"] {
+            // Panics on a gap.
+            let mut stream = open(&node, "user=42", id);
+            assert_eq!(stream.next_notification(SOON).id, "a", "from {id}");
+        }
+    }
 }

@@ -534,6 +534,12 @@ impl Client {
         }
     }
 
+    /// Takes the cursor that a stream sends at intervals.
+    pub(super) async fn take_cursor(&mut self) {
+        self.guard.stream().lock().request_cursor();
+        assert!(matches!(self.frame().await, Frame::Cursor));
+    }
+
     /// The start with which the client would resume.
     pub(super) fn resume(&self) -> Start {
         let cursor = self

@@ -16,8 +16,10 @@ on_each_broker! {
     joining_a_group_with_earlier_events_is_not_a_gap,
     a_new_log_is_not_a_gap,
     a_quiet_partition_is_not_a_gap,
+    a_quiet_partition_is_not_a_gap_after_its_next_event,
     a_first_connect_is_not_a_gap,
     a_stream_from_the_earliest_event_has_no_gap,
+    a_stream_from_the_earliest_event_that_is_cut_before_it_has_no_gap,
     a_stream_since_before_the_partition_began_has_no_gap,
 }
 
@@ -305,6 +307,28 @@ async fn a_quiet_partition_is_not_a_gap(stage: Stage) {
     client.expect(&["new"]).await;
 }
 
+/// As above, but the next event is committed while the client is away. The log of everyone was
+/// never written to, which looks like a log that expired to a client that stands below the floor.
+async fn a_quiet_partition_is_not_a_gap_after_its_next_event(stage: Stage) {
+    stage.event("old", &[to("u:bob")]).await;
+    let hub = stage.hub();
+    let client = Client::live(&hub, "ann").await;
+    let last = stage.head().await.last;
+    if stage.is_redis() {
+        let () = stage
+            .server()
+            .command(&format!("HSET {TAG}meta floor0 {}", last.0 + 1));
+    }
+    let mut client = client.back(&hub);
+    client.until_live().await;
+    assert!(matches!(client.frame().await, Frame::Cursor));
+    client.take_cursor().await;
+    let start = client.cut();
+    stage.event("new", &[to("u:ann")]).await;
+    let mut client = Client::open(&hub, "ann", start);
+    client.expect(&["new"]).await;
+}
+
 /// The first stream of a new partition starts at the floor if the last id lies below it.
 async fn a_first_connect_is_not_a_gap(stage: Stage) {
     let hub = stage.hub();
@@ -322,6 +346,17 @@ async fn a_stream_from_the_earliest_event_has_no_gap(stage: Stage) {
     let hub = stage.hub();
     let mut client = Client::open(&hub, "ann", Start::Earliest);
     client.expect(&["n1", "n2", "n3"]).await;
+}
+
+/// The client resumes where nothing was received: it still requests the earliest.
+async fn a_stream_from_the_earliest_event_that_is_cut_before_it_has_no_gap(stage: Stage) {
+    let hub = stage.hub();
+    let mut client = Client::open(&hub, "ann", Start::Earliest);
+    assert!(matches!(client.frame().await, Frame::Cursor));
+    let start = client.cut();
+    stage.event("first", &[to("u:ann")]).await;
+    let mut client = Client::open(&hub, "ann", start);
+    client.expect(&["first"]).await;
 }
 
 /// A partition younger than the requested time has nothing before its beginning.

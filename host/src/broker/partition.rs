@@ -58,6 +58,17 @@ impl Head {
         self.last.max(self.floor)
     }
 
+    /// The id up to which a reader of the whole history has everything. Not the top: a plan that is
+    /// being written in slices is not complete, and its notices are still to come. Otherwise not
+    /// below the floor: later ids lie above it, and a reader that stood below it could not tell a
+    /// log that was never written to from one that expired.
+    pub fn complete(&self) -> NotificationId {
+        match self.pending {
+            Some(_) => self.last,
+            None => self.latest(),
+        }
+    }
+
     /// The highest id that is still valid for a client whose last cursor was issued in epoch `epoch`.
     /// Ids above the last one that was valid when the following epoch began cannot be trusted,
     /// because they are issued again after a rewind. Returns 0 for an unknown epoch.

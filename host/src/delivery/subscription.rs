@@ -105,10 +105,9 @@ impl Subscription {
                 .find(|position| position.partition == number)
                 .map(|position| (position.epoch, position.low_water))
         };
-        let is_lenient = start == Start::Earliest;
         let partitions: Vec<PartitionState> = partitions
             .into_iter()
-            .map(|number| PartitionState::new(number, position(number), is_lenient))
+            .map(|number| PartitionState::new(number, position(number)))
             .collect();
         // Ids of partitions that were removed from the configuration are dropped.
         let sent_ahead = cursor
@@ -228,6 +227,11 @@ impl Subscription {
         self.enter_epoch(at, head);
         let at = &mut self.partitions[at];
         at.seen = at.low_water;
+        // Position 0 is that of a client that has received nothing and requested the earliest, now
+        // or before it resumed. No other client stands there: the origin is above it.
+        if at.low_water == NotificationId(0) && at.expects_nothing_to == NotificationId(0) {
+            at.expects_nothing_to = NotificationId::MAX;
+        }
     }
 
     /// Sets the start of a new subscription in a partition.
@@ -272,11 +276,20 @@ impl Subscription {
             .max(low_water);
         let bound = before.map_or(NotificationId(0), |epoch| head.last_valid_id(epoch));
         if highest > bound {
+            // In an epoch of which the broker knows nothing, the client starts over. What it could
+            // find trimmed up to here is part of this gap.
+            let to = if bound == NotificationId(0) {
+                let to = highest.max(head.floor);
+                self.partitions[at].expects_nothing_to = to;
+                to
+            } else {
+                highest
+            };
             self.announce(Gap {
                 partition: number,
                 reason: GapReason::Rewound,
                 from: bound,
-                to: highest,
+                to,
             });
             self.ahead.forget_above(number, bound);
         }
@@ -293,10 +306,13 @@ impl Subscription {
 
     /// Announces a gap ahead of everything queued. It moves no mark: records of the stretch that
     /// still exist are sent after it.
-    pub fn announce(&mut self, gap: Gap) {
+    pub fn announce(&mut self, mut gap: Gap) {
         let at = self.at_mut(gap.partition);
-        if at.is_lenient && gap.reason == GapReason::Trimmed {
-            return;
+        if gap.reason == GapReason::Trimmed {
+            gap.from = gap.from.max(at.expects_nothing_to);
+            if gap.to <= gap.from {
+                return;
+            }
         }
         at.has_gap = true;
         self.gaps.push(gap);
@@ -498,17 +514,17 @@ impl Subscription {
         self.queue.n_of(partition) < WINDOW && self.queue.n_bytes() <= MAX_BYTES
     }
 
-    /// Goes live after history up to `last` was handled, and handles the notices buffered
+    /// Goes live after history up to `read_to` was handled, and handles the notices buffered
     /// meanwhile. Returns the round of the next replay if too many arrived.
     pub fn go_live(
         &mut self,
         partition: PartitionNumber,
-        last: NotificationId,
+        read_to: NotificationId,
         node_now_ms: u64,
     ) -> Option<u64> {
         let at = self.at_mut(partition);
-        at.seen = at.seen.max(last);
-        at.is_lenient = false;
+        at.seen = at.seen.max(read_to);
+        at.expects_nothing_to = NotificationId(0);
         let has_gap = std::mem::take(&mut at.has_gap);
         let buffer = at.go_live();
         let seen = at.seen;

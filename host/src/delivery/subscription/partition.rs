@@ -25,8 +25,9 @@ pub(super) struct PartitionState {
     /// Incremented by each [`PartitionState::enter_replay`]. A replay that holds an older round is
     /// obsolete and stops.
     pub(super) round: u64,
-    /// Announce no trimmed history: the client requested the earliest that is kept.
-    pub(super) is_lenient: bool,
+    /// Until the partition is live, trimmed history up to this id is not announced: the client
+    /// requested the earliest that is kept, or a gap has already covered it.
+    pub(super) expects_nothing_to: NotificationId,
     pub(super) has_gap: bool,
 }
 
@@ -47,11 +48,7 @@ pub(super) struct ReplayBuffer {
 
 impl PartitionState {
     /// Returns a partition in replay. `position` is its position in the cursor, if it has one.
-    pub(super) fn new(
-        number: PartitionNumber,
-        position: Option<(Epoch, NotificationId)>,
-        is_lenient: bool,
-    ) -> Self {
+    pub(super) fn new(number: PartitionNumber, position: Option<(Epoch, NotificationId)>) -> Self {
         Self {
             number,
             epoch: position.map(|(epoch, _)| epoch),
@@ -59,7 +56,7 @@ impl PartitionState {
             seen: NotificationId(0),
             phase: Phase::Replay(ReplayBuffer::new(false)),
             round: 0,
-            is_lenient,
+            expects_nothing_to: NotificationId(0),
             has_gap: false,
         }
     }

@@ -204,10 +204,8 @@ impl History {
             }
             stream.wake();
         }
-        // To `last`, not to the top: a plan that is being written in slices is not complete, and
-        // its notices are still to come.
         let again = in_round(stream, partition, round, |subscription| {
-            subscription.go_live(partition, head.last, now_ms())
+            subscription.go_live(partition, head.complete(), now_ms())
         })?;
         stream.wake();
         if again.is_some() {
