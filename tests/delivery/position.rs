@@ -174,3 +174,56 @@ fn a_position_before_the_first_event_is_not_a_gap() {
         }
     }
 }
+
+/// A source is added node by node: while both configurations serve, a client alternates between
+/// them.
+#[test]
+fn a_source_that_only_some_nodes_have_is_not_delivered_again_at_a_change_of_node() {
+    const ADDED: &str = "pointsman:added";
+    let server = RedisServer::start();
+    let narrow = Node::builder().redis(server.url()).start();
+    let wide = Node::builder()
+        .redis(server.url())
+        .config(&format!("[broker]\nsources = [\"{SOURCE}\", \"{ADDED}\"]"))
+        .start();
+    let mut connection = server.connection();
+    let mut stream = open(&wide, "user=42", "");
+    let mut resume = |stream: &mut Stream, node: &Node, added: &[&str]| {
+        let kept = stream.last_event_id().to_owned();
+        *stream = open(node, "user=42", &kept);
+        for id in added {
+            assert_eq!(stream.next_notification(SOON).id, *id);
+        }
+        let id = format!("after {kept}");
+        add(&mut connection, SOURCE, &id, "42");
+        assert_eq!(stream.next_notification(SOON).id, id);
+    };
+    let mut other = server.connection();
+    add(&mut other, ADDED, "a", "42");
+    assert_eq!(stream.next_notification(SOON).id, "a");
+    resume(&mut stream, &narrow, &[]);
+    resume(&mut stream, &wide, &[]);
+    resume(&mut stream, &narrow, &[]);
+    add(&mut other, ADDED, "b", "42");
+    wide.await_outcomes(2, SOON);
+    resume(&mut stream, &wide, &["b"]);
+    resume(&mut stream, &narrow, &[]);
+    // A device acknowledges on the node that does not have the source, and returns on the other.
+    let body = json!({ "id": stream.last_event_id(), "device": "laptop" }).to_string();
+    let acknowledged = narrow.send(
+        "POST",
+        "/v1/acks?user=42",
+        &[("Content-Type", "application/json")],
+        body.as_bytes(),
+    );
+    assert_eq!(acknowledged.status, 204, "{acknowledged:?}");
+    let mut stream = open(&narrow, "user=42&device=laptop", "");
+    resume(&mut stream, &wide, &[]);
+    // A page carries it as well.
+    let (_, _, cursor) = page(
+        &narrow,
+        &format!("user=42&after={}", stream.last_event_id()),
+    );
+    let mut stream = open(&wide, "user=42", &cursor);
+    resume(&mut stream, &wide, &[]);
+}

@@ -77,6 +77,9 @@ pub struct Subscription {
     evaluator: Evaluator,
     start: Start,
     partitions: Vec<PartitionState>,
+    /// The part of the client's cursor that names partitions of other nodes: where a source is
+    /// added or removed node by node, the client may return to one that has it.
+    elsewhere: Cursor,
     queue: PriorityQueue,
     ahead: AheadQueue,
     gaps: Gaps,
@@ -109,15 +112,19 @@ impl Subscription {
             .into_iter()
             .map(|number| PartitionState::new(number, position(number)))
             .collect();
-        // Ids of partitions that were removed from the configuration are dropped.
+        let is_here = |number| partitions.iter().any(|at| at.number == number);
+        let mut elsewhere = cursor.cloned().unwrap_or_default();
+        elsewhere.positions.retain(|at| !is_here(at.partition));
+        elsewhere.sent_ahead.retain(|(of, _)| !is_here(*of));
         let sent_ahead = cursor
             .into_iter()
             .flat_map(|cursor| cursor.sent_ahead.iter().copied())
-            .filter(|(number, _)| partitions.iter().any(|at| at.number == *number));
+            .filter(|(number, _)| is_here(*number));
         let ahead = AheadQueue::new(sent_ahead);
         Self {
             evaluator: Evaluator::new(reader.into(), filter),
             partitions,
+            elsewhere,
             start,
             queue: PriorityQueue::default(),
             ahead,
@@ -655,11 +662,12 @@ impl Subscription {
                 low_water: p.low_water,
             })
         });
-        Cursor {
+        let mut cursor = Cursor {
             positions: positions.collect(),
             sent_ahead: self.ahead.sent().collect(),
-        }
-        .encode(self.user(), out);
+        };
+        cursor.carry(&self.elsewhere);
+        cursor.encode(self.user(), out);
     }
 
     /// Moves the low-water mark to just below the lowest queued id, or to `seen` if nothing is

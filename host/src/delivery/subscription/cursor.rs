@@ -24,6 +24,10 @@ const VERSION: u8 = b'1';
 /// The most ids sent ahead of lower ones, over all partitions: more would not fit the cursor.
 pub const MAX_SENT_AHEAD: usize = 3;
 
+/// The most positions that a stream writes: more would not fit 123 bytes with the ids sent ahead. A
+/// node has at most this many partitions.
+pub const MAX_POSITIONS: usize = 8;
+
 /// A client's position in one partition: everything up to `low_water` was sent or rejected, in this
 /// epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +40,8 @@ pub struct Position {
 /// How far a client has read in all partitions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
-    /// Ascending by partition. A missing partition was added later and is read from its beginning.
+    /// Ascending by partition. A missing partition was added later and is read from its beginning;
+    /// one that this node does not have is kept for the nodes that do.
     pub positions: Vec<Position>,
     /// Ids sent ahead; at most [`MAX_SENT_AHEAD`].
     pub sent_ahead: Vec<(PartitionNumber, NotificationId)>,
@@ -69,6 +74,26 @@ impl Cursor {
             put(out, u64::from(partition.0), 1);
             put(out, id.0, 9);
         }
+    }
+
+    /// Adds as much of a cursor as has room: positions of other partitions, those added last first,
+    /// and their ids sent ahead. What does not fit is delivered again.
+    pub fn carry(&mut self, other: &Self) {
+        for position in other.positions.iter().rev() {
+            if self.positions.len() >= MAX_POSITIONS {
+                break;
+            }
+            self.positions.push(*position);
+            let sent_ahead = other.sent_ahead.iter();
+            let room = MAX_SENT_AHEAD.saturating_sub(self.sent_ahead.len());
+            self.sent_ahead.extend(
+                sent_ahead
+                    .filter(|(of, _)| *of == position.partition)
+                    .take(room),
+            );
+        }
+        self.positions
+            .sort_unstable_by_key(|position| position.partition);
     }
 
     /// Parses a cursor.
@@ -193,6 +218,32 @@ mod tests {
                 prop_assert!(read.is_err() || text.len() <= 123);
             }
         }
+    }
+
+    /// Two configurations with more than eight sources between them.
+    #[test]
+    fn a_cursor_that_carries_every_partition_needs_no_preflight() {
+        let at = |number: u8| Position {
+            partition: PartitionNumber(number),
+            epoch: Epoch::from_bits(1),
+            low_water: NotificationId(5),
+        };
+        let mut cursor = Cursor {
+            positions: (2..7).map(at).collect(),
+            sent_ahead: vec![(PartitionNumber(2), NotificationId(9))],
+        };
+        cursor.carry(&Cursor {
+            positions: [0, 1, 7, 8, 9, 10, 11].map(at).to_vec(),
+            sent_ahead: [0, 11, 11, 11]
+                .map(|number| (PartitionNumber(number), NotificationId(7)))
+                .to_vec(),
+        });
+        let numbers: Vec<u8> = cursor.positions.iter().map(|at| at.partition.0).collect();
+        assert_eq!(numbers, [2, 3, 4, 5, 6, 9, 10, 11]);
+        assert_eq!(cursor.sent_ahead.len(), MAX_SENT_AHEAD);
+        let mut text = String::new();
+        cursor.encode(&name("ann"), &mut text);
+        assert_eq!(text.len(), 123);
     }
 
     #[test]
