@@ -5,6 +5,7 @@ mod devices;
 mod durability;
 mod embedded;
 mod groups;
+mod hardening;
 mod malformed_input;
 mod outage;
 mod position;

@@ -16,5 +16,6 @@ pub(super) mod manifest;
 pub(super) mod plugin;
 pub(super) mod selection;
 mod store;
+mod structure;
 pub(super) mod thread;
 mod wasi;

@@ -16,6 +16,7 @@ use super::error::causes;
 use super::limits::Limits;
 use super::log::printable;
 use super::store::MAX_MEMORIES;
+use super::structure;
 
 /// A component whose imports are all granted.
 pub(super) struct Compiled {
@@ -51,6 +52,8 @@ pub(super) fn compile(
     if !bytes.starts_with(b"\0asm") {
         return Err("is not WebAssembly: it does not begin with '\\0asm'".to_owned());
     }
+    // Before anything else reads the file: the validator and the compiler are slow on deep files.
+    structure::check(bytes)?;
     let cache = engine
         .cache()
         .map(|cache| (cache, Key::new(engine.wasmtime(), hash)));

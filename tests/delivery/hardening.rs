@@ -1,0 +1,66 @@
+//! Attacks by those who can reach a listener, hold a token or supply a plugin file: each is refused
+//! with the reason, and the node serves the next request. `docs/security.md` lists them.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+
+use crate::harness::command::{pointsman, said};
+use crate::harness::node::{Folder, Node, SOON};
+
+/// A configuration with as few plugins to compile at startup as possible.
+const LEAN: &str = "[plugins.discard]\nenabled = false\n";
+
+/// A section of a component: its id, its size and its content.
+fn section(id: u8, content: &[u8]) -> Vec<u8> {
+    let mut section = vec![id];
+    let mut n = content.len();
+    while n >= 0x80 {
+        section.push(u8::try_from(n % 0x80).expect("seven bits") | 0x80);
+        n /= 0x80;
+    }
+    section.push(u8::try_from(n).expect("seven bits"));
+    section.extend_from_slice(content);
+    section
+}
+
+fn component(sections: &[u8]) -> Vec<u8> {
+    [b"\0asm\x0d\0\x01\0", sections].concat()
+}
+
+fn nested_components(depth: usize) -> Vec<u8> {
+    (0..depth).fold(component(&[]), |inner, _| component(&section(4, &inner)))
+}
+
+/// A component type that contains a component type, and so on.
+fn nested_types(depth: usize) -> Vec<u8> {
+    let types = [&[1][..], &[0x41, 1, 1].repeat(depth), &[0x41, 0]].concat();
+    component(&section(7, &types))
+}
+
+/// Both files take the validator time and memory that grow with the square of the depth, or its
+/// stack. A refusal with these texts shows that neither it nor the compiler was called.
+#[test]
+fn a_plugin_file_of_nested_components_or_types_is_refused_before_it_is_compiled() {
+    let node = Node::builder().config(LEAN).start();
+    let folder = Folder::new();
+    let deep = "nests components more than 32 levels deep";
+    for (bytes, expect) in [
+        (nested_components(500), deep),
+        (nested_components(20_000), deep),
+        (nested_types(200), "nests types more than 32 levels deep"),
+        (nested_types(60_000), "nests types more than 32 levels deep"),
+        (
+            component(&section(4, &component(&[])).repeat(1_001)),
+            "has more than 1000 components and modules",
+        ),
+    ] {
+        let answer = node.order("PUT", "/v1/plugins/bomb?create=true", &[], &bytes);
+        let error = answer.json()["error"].to_string();
+        assert!(answer.status == 422 && error.contains(expect), "{answer:?}");
+        let file = folder.path().join("bomb.wasm");
+        fs::write(&file, &bytes).expect("write the plugin");
+        let (_, output) = said(pointsman(&["plugin", "inspect"]).arg(&file));
+        assert!(output.contains(expect), "{output}");
+    }
+}
