@@ -6,7 +6,9 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
 use crate::harness::command::{pointsman, said};
+use crate::harness::eventually;
 use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::sse::Request;
 
 /// A configuration with as few plugins to compile at startup as possible.
 const LEAN: &str = "[plugins.discard]\nenabled = false\n";
@@ -63,4 +65,28 @@ fn a_plugin_file_of_nested_components_or_types_is_refused_before_it_is_compiled(
         let (_, output) = said(pointsman(&["plugin", "inspect"]).arg(&file));
         assert!(output.contains(expect), "{output}");
     }
+}
+
+/// The connection is kept, as a client that ignores `close` would.
+#[test]
+fn a_user_has_a_bounded_number_of_streams_on_a_node_and_other_users_are_unaffected() {
+    let config = format!("{LEAN}[stream]\nmax_open_per_user = 2\n");
+    let node = Node::builder().config(&config).start();
+    let open = || Request::new(node.addr(), "user=42").open(SOON).expect("200");
+    let first = node.stream("42");
+    let _second = node.stream("42");
+    let refused = open().next_state("close", SOON);
+    assert_eq!(
+        refused.data.as_deref(),
+        Some(r#"{"reason":"too-many-streams"}"#)
+    );
+    let retry = refused.retry.expect("a reconnect delay");
+    assert!((30_000..=90_000).contains(&retry), "{retry}");
+    let name = "pointsman_streams_refused_total{reason=\"too-many-streams\"}";
+    assert_eq!(node.metric(name), 1.0);
+    node.stream("43");
+    drop(first);
+    eventually(SOON, "a stream of the user is free again", || {
+        (open().next_frame(SOON).ok()?.state() == Some("cursor")).then_some(())
+    });
 }

@@ -105,7 +105,14 @@ pub(super) fn stream(layers: &Layers, stream: &sse::Config) -> Result<(), Error>
     )?;
     numbers(
         layers,
-        [AtLeast("stream.max_open", stream.max_open as u64, 1)],
+        [
+            AtLeast("stream.max_open", stream.max_open as u64, 1),
+            AtLeast(
+                "stream.max_open_per_user",
+                stream.max_open_per_user as u64,
+                1,
+            ),
+        ],
     )
 }
 

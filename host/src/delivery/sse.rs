@@ -30,7 +30,7 @@ mod data;
 mod timer;
 
 pub use data::data_of;
-pub use timer::{StreamPermit, StreamTimer};
+pub use timer::{StreamPermit, StreamTimer, TooManyStreams};
 
 /// The transport of a stream: a connection or a share of one.
 pub trait Socket: std::fmt::Debug + Send + Sync {
@@ -73,6 +73,9 @@ pub struct Config {
     /// Maximum open streams (10,000). Further clients receive a reconnect delay. One HTTP/2
     /// connection carries many streams.
     pub max_open: usize,
+    /// Maximum open streams of one user on this node (64). Further ones are closed with a long
+    /// reconnect delay.
+    pub max_open_per_user: usize,
 }
 
 impl Default for Config {
@@ -84,6 +87,7 @@ impl Default for Config {
             stall_timeout: Duration::from_secs(30),
             cursor_interval: Duration::from_secs(180),
             max_open: 10_000,
+            max_open_per_user: 64,
         }
     }
 }

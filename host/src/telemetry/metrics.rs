@@ -171,6 +171,8 @@ metrics! {
     streams_open: Gauge = "streams_open";
     /// Streams ended by this node, by reason.
     streams_closed: Family<ReasonLabel, Counter> = "streams_closed";
+    /// Streams refused by this node with a reconnect delay, by reason.
+    streams_refused: Family<ReasonLabel, Counter> = "streams_refused";
     /// Notifications written to streams.
     notifications_sent: Counter = "notifications_sent";
     /// Times that a stream returned to replay because its buffer was full.

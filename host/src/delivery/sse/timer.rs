@@ -2,6 +2,7 @@
 //! timer wheel with slots of one second serves all streams; a stream costs one entry and no timer
 //! of its own.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::now_ms;
 use crate::duration::millis;
+use crate::event::Name;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
@@ -27,13 +29,37 @@ struct TimerInner {
     metrics: Metrics,
     wheel: Mutex<TimerWheel>,
     permits: Arc<Semaphore>,
+    /// The number of open streams by user; a user without a stream has no entry.
+    open_by_user: Mutex<BTreeMap<Name, usize>>,
 }
 
-/// A stream permit: one of the `max_open` streams a node may serve.
+/// A stream permit: one of the `max_open` streams a node may serve, and of the `max_open_per_user`
+/// streams of its user.
 #[derive(Debug)]
-pub struct StreamPermit(
-    #[expect(dead_code, reason = "held for as long as the stream is open")] OwnedSemaphorePermit,
-);
+pub struct StreamPermit {
+    user: Name,
+    stream_timer: StreamTimer,
+    _of_node: OwnedSemaphorePermit,
+}
+
+impl Drop for StreamPermit {
+    fn drop(&mut self) {
+        let mut open = self.stream_timer.0.open_by_user();
+        if let Some(n) = open.get_mut(&self.user) {
+            *n -= 1;
+            if *n == 0 {
+                open.remove(&self.user);
+            }
+        }
+    }
+}
+
+/// Which maximum of open streams is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooManyStreams {
+    OfNode,
+    OfUser,
+}
 
 struct TimerWheel {
     now: usize,
@@ -79,6 +105,7 @@ impl StreamTimer {
             metrics,
             wheel,
             permits,
+            open_by_user: Mutex::default(),
         }));
         let weak = Arc::downgrade(&stream_timer.0);
         shutdown.spawn_lasting("the stream timer", async move {
@@ -97,12 +124,26 @@ impl StreamTimer {
         &self.0.config
     }
 
-    /// Returns a permit for one more stream. `None`: the maximum is open.
-    pub fn permit(&self) -> Option<StreamPermit> {
-        Arc::clone(&self.0.permits)
+    /// Returns a permit for one more stream of this user.
+    ///
+    /// # Errors
+    /// The node or the user has the maximum open.
+    pub fn permit(&self, user: &Name) -> Result<StreamPermit, TooManyStreams> {
+        let of_node = Arc::clone(&self.0.permits)
             .try_acquire_owned()
-            .ok()
-            .map(StreamPermit)
+            .map_err(|_| TooManyStreams::OfNode)?;
+        let mut open = self.0.open_by_user();
+        let n = open.entry(user.clone()).or_default();
+        if *n >= self.0.config.max_open_per_user {
+            return Err(TooManyStreams::OfUser);
+        }
+        *n += 1;
+        drop(open);
+        Ok(StreamPermit {
+            user: user.clone(),
+            stream_timer: self.clone(),
+            _of_node: of_node,
+        })
     }
 
     /// The reconnect delay for one client, in milliseconds; randomised for each.
@@ -192,6 +233,12 @@ impl TimerWheel {
 impl TimerInner {
     fn lock(&self) -> std::sync::MutexGuard<'_, TimerWheel> {
         self.wheel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_by_user(&self) -> std::sync::MutexGuard<'_, BTreeMap<Name, usize>> {
+        self.open_by_user
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn heartbeat_ms(&self) -> u64 {

@@ -12,6 +12,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State as Shared};
@@ -20,10 +21,11 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
-use crate::delivery::sse;
+use crate::delivery::sse::{self, TooManyStreams};
 use crate::delivery::subscription::{Filter, Start};
 use crate::event::{Name, Priority};
 use crate::server::Connection;
+use crate::telemetry::metrics::ReasonLabel;
 
 use crate::http::extract::{Parameters, Query};
 use crate::http::{ApiError, State, cors};
@@ -151,19 +153,20 @@ pub(in crate::http) async fn open(
     if device.device.is_some() && state.origins.are_foreign_to(&parts.headers) {
         return Err(cors::foreign());
     }
-    let retry = state.stream_timer().config().retry;
     if parts
         .extensions
         .get::<Arc<Connection>>()
         .is_some_and(|connection| connection.is_surplus())
     {
-        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry))));
+        return Ok(refuse(&state, "overloaded"));
     }
-    let Some(permit) = state.stream_timer().permit() else {
-        return Ok(event_stream(Body::from(sse::refusal("overloaded", retry))));
+    let permit = match state.stream_timer().permit(&identity.reader.user) {
+        Ok(permit) => permit,
+        Err(TooManyStreams::OfNode) => return Ok(refuse(&state, "overloaded")),
+        Err(TooManyStreams::OfUser) => return Ok(refuse(&state, TOO_MANY_OF_USER)),
     };
     let Some(hub) = state.hub() else {
-        return Ok(event_stream(Body::from(sse::refusal("starting", retry))));
+        return Ok(refuse(&state, "starting"));
     };
     if is_in_sync && !filter.is_all() {
         let message = "devices=all cannot be combined with types or min_priority, because notifications that one device filters out would count as seen by all";
@@ -186,7 +189,7 @@ pub(in crate::http) async fn open(
                 failed => {
                     // Starting anywhere else would silently skip the notifications in between.
                     tracing::debug!(user.id = %identity.reader.user, ?failed, "cannot read the device cursor; the client is asked to reconnect");
-                    return Ok(event_stream(Body::from(sse::refusal("unavailable", retry))));
+                    return Ok(refuse(&state, "unavailable"));
                 }
             }
         }
@@ -211,6 +214,27 @@ pub(in crate::http) async fn open(
         return Ok(event_stream(Body::from(sse::refusal("unavailable", retry))));
     }
     Ok(event_stream(Body::new(body)))
+}
+
+/// The reason for a stream above `stream.max_open_per_user`.
+const TOO_MANY_OF_USER: &str = "too-many-streams";
+/// The reconnect delay of such a stream, +-50 %: another attempt succeeds only when one of the
+/// user's streams has ended.
+const TOO_MANY_RETRY: Duration = Duration::from_secs(60);
+
+/// The answer to a stream that cannot be served now.
+fn refuse(state: &State, reason: &'static str) -> Response {
+    state
+        .metrics()
+        .streams_refused
+        .get_or_create(&ReasonLabel { reason })
+        .inc();
+    let retry = if reason == TOO_MANY_OF_USER {
+        TOO_MANY_RETRY
+    } else {
+        state.stream_timer().config().retry
+    };
+    event_stream(Body::from(sse::refusal(reason, retry)))
 }
 
 fn event_stream(body: Body) -> Response {
