@@ -303,6 +303,14 @@ impl Auth {
                 _ => "this is not a valid token".to_owned(),
             })
         })?;
+        // RFC 7515 4.1.11: a token with an extension that its reader does not know is invalid.
+        // This node knows none.
+        if claims.header.crit.is_some() {
+            return Err(Error::Invalid(
+                "the token's header 'crit' names extensions that this node does not know"
+                    .to_owned(),
+            ));
+        }
         let claim = &self.config.user_claim;
         let user = claims
             .claims

@@ -40,9 +40,17 @@ fn in_s(seconds: i64) -> i64 {
 }
 
 fn signed(name: &str, algorithm: hmac::Algorithm, secret: &str, claims: &Value) -> String {
-    let header = json!({ "alg": name, "typ": "JWT" });
+    signed_with(&json!({ "alg": name, "typ": "JWT" }), algorithm, secret, claims)
+}
+
+fn signed_with(
+    header: &Value,
+    algorithm: hmac::Algorithm,
+    secret: &str,
+    claims: &Value,
+) -> String {
     let [header, claims] =
-        [&header, claims].map(|part| BASE64_URL_SAFE_NO_PAD.encode(part.to_string()));
+        [header, claims].map(|part| BASE64_URL_SAFE_NO_PAD.encode(part.to_string()));
     let message = format!("{header}.{claims}");
     let key = hmac::Key::new(algorithm, secret.as_bytes());
     let signature = hmac::sign(&key, message.as_bytes());
@@ -93,6 +101,23 @@ fn member(node: &Node, method: &str, group: &str, user: &str) {
         b"",
     );
     assert_eq!(answer.status, 204, "{answer:?}");
+}
+
+/// RFC 7515 4.1.11: a reader that does not know a critical extension must refuse the token.
+#[test]
+fn a_token_with_an_unknown_critical_header_is_refused() {
+    let node = node();
+    let claims = json!({ "sub": "ann", "exp": in_s(3_600) });
+    for critical in [json!(["b64"]), json!(["exp"]), json!([]), json!("b64")] {
+        let header = json!({ "alg": "HS256", "typ": "JWT", "crit": critical, "b64": true });
+        let token = signed_with(&header, hmac::HMAC_SHA256, SECRET, &claims);
+        let refused = Request::new(node.addr(), "")
+            .header("Authorization", &format!("Bearer {token}"))
+            .open(SOON)
+            .expect_err("a refusal");
+        assert_eq!(refused.status, Some(401), "{critical}: {refused:?}");
+    }
+    stream(&node, &token("ann", in_s(3_600)), "", "");
 }
 
 #[test]
