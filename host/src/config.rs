@@ -185,7 +185,9 @@ impl Config {
         checks::sources(layers, &broker.sources)?;
         let choice = checks::broker(layers, &broker)?;
         let origins = Origins::new(&listen.origins, auth.dev)
-            .map_err(|text| layers.fault("listen.origins", text))?;
+            .map_err(|text| layers.fault("listen.origins", text))?
+            .with_admin_hosts(&listen.admin_hosts)
+            .map_err(|text| layers.fault("listen.admin_hosts", text))?;
         let auth = Auth::new(&auth, &[listen.address, listen.admin])
             .map_err(|(key, text)| layers.fault(&format!("auth.{key}"), text))?;
         checks::log(layers, &log)?;

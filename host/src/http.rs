@@ -100,6 +100,10 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .layer(from_fn(refuse_pages))
         .layer(from_fn_with_state(
             Arc::clone(&state),
+            cors::refuse_unknown_admin_names,
+        ))
+        .layer(from_fn_with_state(
+            Arc::clone(&state),
             cors::refuse_other_names,
         ))
         .layer(from_fn_with_state(Arc::clone(&state), count_refusals))
@@ -113,6 +117,10 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method)
         .layer(from_fn(refuse_surplus))
+        .layer(from_fn_with_state(
+            Arc::clone(&state),
+            cors::refuse_foreign_pages,
+        ))
         .layer(from_fn_with_state(
             Arc::clone(&state),
             cors::refuse_other_names,

@@ -55,6 +55,9 @@ pub struct Config {
     /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none;
     /// in dev mode every loopback origin).
     pub origins: Vec<String>,
+    /// Host names under which `admin` may be called, besides loopback names and IP addresses, such as
+    /// `notify.internal` (none). In dev mode only loopback names are accepted.
+    pub admin_hosts: Vec<String>,
     /// The maximum number of open connections to `address` (10,000). A few more are answered with a
     /// refusal; the rest are closed.
     pub max_connections: usize,
@@ -72,6 +75,7 @@ impl Default for Config {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
             origins: Vec::new(),
+            admin_hosts: Vec::new(),
             max_connections: 10_000,
             header_timeout: Duration::from_secs(10),
             shutdown_grace: Duration::from_secs(10),

@@ -90,3 +90,61 @@ fn a_user_has_a_bounded_number_of_streams_on_a_node_and_other_users_are_unaffect
         (open().next_frame(SOON).ok()?.state() == Some("cursor")).then_some(())
     });
 }
+
+/// Sends these bytes and reads the answer until the node closes the connection.
+fn raw(addr: SocketAddr, request: &str) -> String {
+    let mut socket = TcpStream::connect(addr).expect("connect");
+    socket.set_read_timeout(Some(SOON)).expect("set a timeout");
+    socket.write_all(request.as_bytes()).expect("write");
+    let mut answer = Vec::new();
+    // A reset also ends the answer.
+    drop(socket.read_to_end(&mut answer));
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+fn status(answer: &str) -> &str {
+    answer.split(' ').nth(1).unwrap_or_default()
+}
+
+#[test]
+fn in_dev_mode_pages_of_foreign_origins_change_nothing() {
+    let node = Node::builder().config(LEAN).start();
+    // A simple request, which a browser sends without a preflight.
+    for path in ["/v1/dead-letters/0/1-0/redrive", "/v1/events", "/v1/acks?user=42"] {
+        for headers in [
+            &[("origin", "https://evil.example")][..],
+            &[("origin", "null")],
+            &[("sec-fetch-site", "cross-site")],
+        ] {
+            let answer = node.send("POST", path, headers, b"");
+            assert_eq!(answer.status, 403, "{path} {headers:?}: {answer:?}");
+        }
+        let own = node.send("POST", path, &[("origin", "http://localhost:5173")], b"");
+        assert_ne!(own.status, 403, "{path}: {own:?}");
+    }
+}
+
+/// DNS rebinding: the page's host name points to this node after the page was loaded.
+#[test]
+fn the_admin_listener_answers_under_known_host_names_only() {
+    let config = format!(
+        "[auth]\njwt_secret = \"{}\"\n[listen]\nadmin_hosts = [\"notify.internal\"]\n{LEAN}",
+        "s".repeat(32)
+    );
+    let node = Node::builder().production().config(&config).start();
+    let ask = |host: &str| {
+        let head = "GET /v1/decisions HTTP/1.1\r\nConnection: close\r\n";
+        raw(node.admin_addr(), &format!("{head}Host: {host}\r\n\r\n"))
+    };
+    for host in ["localhost:8081", "127.0.0.1", "[::1]:8081", "10.0.0.7:8081"] {
+        assert_eq!(status(&ask(host)), "200", "{host}");
+    }
+    for host in ["notify.internal", "NOTIFY.internal.:8081"] {
+        assert_eq!(status(&ask(host)), "200", "{host}");
+    }
+    for host in ["evil.example", "127.0.0.1.evil.example", "notify.internal.evil.example", ""] {
+        let answer = ask(host);
+        assert_eq!(status(&answer), "403", "{host}: {answer}");
+        assert!(answer.contains("listen.admin_hosts"), "{answer}");
+    }
+}

@@ -20,6 +20,51 @@ use axum::response::{IntoResponse as _, Response};
 use super::origins::names_loopback;
 use super::{ApiError, State};
 
+/// Refuses requests to the admin listener under a host name that is not known to be this node's: a
+/// page whose name points to this address after it was loaded could read every response that needs
+/// no key (DNS rebinding).
+pub(super) async fn refuse_unknown_admin_names(
+    extract::State(state): extract::State<Arc<State>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if !state.auth.is_dev()
+        && !name(&request).is_none_or(|name| name.is_some_and(|n| state.origins.allow_admin_host(n)))
+    {
+        return ApiError::forbidden("the admin listener is not known by this host name")
+            .fix("use localhost or an IP address, or ask the operator to add the name to listen.admin_hosts")
+            .into_response();
+    }
+    next.run(request).await
+}
+
+/// In dev mode, which requires no key, refuses changes by pages whose origin may not call this node.
+/// A browser sends simple requests without asking first.
+pub(super) async fn refuse_foreign_pages(
+    extract::State(state): extract::State<Arc<State>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if state.auth.is_dev()
+        && !request.method().is_safe()
+        && state.origins.are_foreign_to(request.headers())
+    {
+        return foreign().into_response();
+    }
+    next.run(request).await
+}
+
+/// The host name of a request: `None` if there is none, `Some(None)` if it is not text.
+fn name(request: &Request) -> Option<Option<&str>> {
+    // HTTP/2 carries the name in the URI. A client that sends neither is not a browser.
+    let said = request.headers().get(HOST).map(|name| name.to_str().ok());
+    request
+        .uri()
+        .authority()
+        .map(|authority| Some(authority.as_str()))
+        .or(said)
+}
+
 /// In dev mode, refuses requests to a host name that is not a loopback name. This prevents DNS
 /// rebinding: to a browser, a page whose name points to 127.0.0.1 after it was loaded has this
 /// node's origin, can read every response, and sends no foreign `Origin`.
@@ -28,14 +73,9 @@ pub(super) async fn refuse_other_names(
     request: Request,
     next: Next,
 ) -> Response {
-    // HTTP/2 carries the name in the URI. A client that sends neither is not a browser.
-    let said = request.headers().get(HOST).map(HeaderValue::to_str);
-    let name = request
-        .uri()
-        .authority()
-        .map(|authority| Ok(authority.as_str()))
-        .or(said);
-    if state.auth.is_dev() && !name.is_none_or(|name| name.is_ok_and(names_loopback)) {
+    if state.auth.is_dev()
+        && !name(&request).is_none_or(|name| name.is_some_and(names_loopback))
+    {
         return ApiError::forbidden("a node in dev mode accepts requests to loopback host names only")
             .fix("use localhost or 127.0.0.1; for another host name, configure an API key and a token secret instead of --dev")
             .into_response();

@@ -1,4 +1,5 @@
 //! The origins whose pages may call a node: the configured ones and, in dev mode, every loopback one.
+//! The host names under which the admin listener may be called.
 
 use axum::http::header::ORIGIN;
 use axum::http::{HeaderMap, HeaderValue};
@@ -8,6 +9,7 @@ use axum::http::{HeaderMap, HeaderValue};
 pub struct Origins {
     listed: Vec<String>,
     loopback: bool,
+    admin_hosts: Vec<String>,
 }
 
 impl Origins {
@@ -37,7 +39,44 @@ impl Origins {
         Ok(Self {
             listed: listed.to_vec(),
             loopback,
+            admin_hosts: Vec::new(),
         })
+    }
+
+    /// Adds names under which the admin listener may be called, besides loopback names and IP
+    /// addresses.
+    ///
+    /// # Errors
+    /// A message about the first text that is not a host name without a port.
+    pub fn with_admin_hosts(self, names: &[String]) -> Result<Self, String> {
+        let is_part = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_.".contains(c);
+        if let Some(wrong) = names
+            .iter()
+            .find(|name| name.is_empty() || !name.chars().all(is_part))
+        {
+            return Err(format!(
+                "'{}' is not a valid host name; use a name in lower case without scheme and port, such as notify.internal",
+                wrong.escape_debug()
+            ));
+        }
+        Ok(Self {
+            admin_hosts: names.to_vec(),
+            ..self
+        })
+    }
+
+    /// Whether the admin listener may be called under this host, with or without a port. A page
+    /// cannot have an IP address as its origin's host unless it came from there, and a listed name
+    /// is not the attacker's to rebind.
+    pub(super) fn allow_admin_host(&self, authority: &str) -> bool {
+        names_loopback(authority)
+            || host_of(authority).is_some_and(|host| {
+                host.parse::<std::net::IpAddr>().is_ok()
+                    || self
+                        .admin_hosts
+                        .iter()
+                        .any(|listed| listed.eq_ignore_ascii_case(host))
+            })
     }
 
     /// Whether the request comes from a page that may not read the response. It may carry the
@@ -68,6 +107,16 @@ fn is_loopback(origin: &str) -> bool {
 
 /// Whether the host, with or without a port, is a loopback name or address.
 pub(super) fn names_loopback(authority: &str) -> bool {
+    host_of(authority).is_some_and(|host| {
+        host.eq_ignore_ascii_case("localhost")
+            || host
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|ip| ip.is_loopback())
+    })
+}
+
+/// The host without brackets, port and final dot; `None` if the text is not a host and port.
+fn host_of(authority: &str) -> Option<&str> {
     let (host, port) = match authority.strip_prefix('[') {
         Some(v6) => v6.split_once(']').unwrap_or_default(),
         None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
@@ -76,10 +125,5 @@ pub(super) fn names_loopback(authority: &str) -> bool {
         || port
             .strip_prefix(':')
             .is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()));
-    let name = host.strip_suffix('.').unwrap_or(host);
-    is_port
-        && (name.eq_ignore_ascii_case("localhost")
-            || host
-                .parse::<std::net::IpAddr>()
-                .is_ok_and(|ip| ip.is_loopback()))
+    is_port.then(|| host.strip_suffix('.').unwrap_or(host))
 }
