@@ -30,14 +30,14 @@ use handlers::{
     acks, candidates, dead_letters, decisions, events, explain, export, health, members,
     notifications, page, plugins, stream, users,
 };
-use middleware::{count_refusals, nothing_here, other_method, refuse_pages, refuse_surplus};
+use middleware::{
+    count_refusals, keep_private, nothing_here, other_method, refuse_ambiguous, refuse_pages,
+    refuse_surplus,
+};
 
 /// The routes of the public listener.
 pub fn routes(state: Arc<State>) -> Router {
-    let mut routes = Router::new()
-        .route("/v1/openapi.json", get(openapi::document))
-        .route("/v1/events", post(events::publish))
-        .route("/v1/stream", get(stream::open))
+    let personal = Router::new()
         .route("/v1/notifications", get(notifications::page))
         .route("/v1/acks", post(acks::acknowledge))
         .route(
@@ -56,7 +56,13 @@ pub fn routes(state: Arc<State>) -> Router {
         .route(
             "/v1/dead-letters/{partition}/{id}/redrive",
             post(dead_letters::redrive),
-        );
+        )
+        .layer(from_fn(keep_private));
+    let mut routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
+        .route("/v1/events", post(events::publish))
+        .route("/v1/stream", get(stream::open))
+        .merge(personal);
     if state.auth.is_dev() {
         routes = routes.merge(page::routes());
     }
@@ -67,14 +73,17 @@ pub fn routes(state: Arc<State>) -> Router {
 /// data; every change needs one. Responses have no CORS headers, so that pages of other origins
 /// cannot read them.
 pub fn admin_routes(state: Arc<State>) -> Router {
+    let personal = Router::new()
+        .route("/v1/decisions", get(decisions::list))
+        .route("/v1/explain", get(explain::explain))
+        .route("/v1/events", get(export::newest))
+        .layer(from_fn(keep_private));
     let routes = Router::new()
+        .merge(personal)
         .route("/v1/openapi.json", get(openapi::document))
         .route("/healthz", get(health::is_alive))
         .route("/readyz", get(health::is_ready))
         .route("/metrics", get(health::metrics))
-        .route("/v1/decisions", get(decisions::list))
-        .route("/v1/explain", get(explain::explain))
-        .route("/v1/events", get(export::newest))
         .route("/v1/plugins", get(plugins::list))
         .route(
             "/v1/plugins/{name}",
@@ -98,6 +107,7 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .method_not_allowed_fallback(other_method);
     routes
         .layer(from_fn(refuse_pages))
+        .layer(from_fn(refuse_ambiguous))
         .layer(from_fn_with_state(
             Arc::clone(&state),
             cors::refuse_unknown_admin_names,
@@ -117,6 +127,7 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method)
         .layer(from_fn(refuse_surplus))
+        .layer(from_fn(refuse_ambiguous))
         .layer(from_fn_with_state(
             Arc::clone(&state),
             cors::refuse_foreign_pages,

@@ -148,3 +148,54 @@ fn the_admin_listener_answers_under_known_host_names_only() {
         assert!(answer.contains("listen.admin_hosts"), "{answer}");
     }
 }
+
+/// Two parsers that disagree about a request are what request smuggling needs.
+#[test]
+fn requests_that_can_be_read_in_two_ways_are_refused() {
+    let node = Node::builder().config(LEAN).start();
+    let put = "PUT /v1/users/42/attributes HTTP/1.1\r\nConnection: close\r\n";
+    let chunked = "2\r\n{}\r\n0\r\n\r\n";
+    for (headers, body, expect) in [
+        ("Host: localhost\r\nContent-Length: 2", "{}", "204"),
+        ("Host: localhost\r\nTransfer-Encoding: chunked", chunked, "204"),
+        ("Content-Length: 2", "{}", "400"),
+        ("Host: localhost\r\nHost: localhost\r\nContent-Length: 2", "{}", "400"),
+        ("Host: localhost\r\nTransfer-Encoding: gzip, chunked", chunked, "400"),
+        ("Host: localhost\r\nTransfer-Encoding: chunked, chunked", chunked, "400"),
+        ("Host: localhost\r\nContent-Encoding: identity\r\nContent-Length: 2", "{}", "204"),
+        ("Host: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2", "{}", "415"),
+    ] {
+        let answer = raw(node.addr(), &format!("{put}{headers}\r\n\r\n{body}"));
+        assert_eq!(status(&answer), expect, "{headers}: {answer}");
+        let accepts = answer.to_lowercase().contains("\r\naccept-encoding: identity\r\n");
+        assert_eq!(accepts, expect == "415", "{answer}");
+    }
+    let twice = br#"{"plan":"free","plan":"pro"}"#;
+    let answer = node.send("PUT", "/v1/users/42/attributes", &[], twice);
+    assert!(
+        answer.status == 400 && answer.body.contains("'plan' appears twice"),
+        "{answer:?}"
+    );
+}
+
+#[test]
+fn answers_about_users_are_kept_out_of_caches() {
+    let node = Node::builder().config(LEAN).start();
+    for (method, path) in [
+        ("GET", "/v1/notifications?user=42"),
+        ("GET", "/v1/users/42/attributes"),
+        ("GET", "/v1/groups/ops/members/42"),
+        ("POST", "/v1/acks?user=42"),
+        ("GET", "/v1/dead-letters"),
+        ("GET", "/v1/dead-letters/0/1-0"),
+    ] {
+        let answer = node.request(method, path);
+        let kept = answer.header("cache-control");
+        assert_eq!(kept, Some("private, no-store"), "{path}: {answer:?}");
+    }
+    for path in ["/v1/explain?event_id=a&user=42", "/v1/decisions", "/v1/events"] {
+        let answer = node.admin(path);
+        let kept = answer.header("cache-control");
+        assert_eq!(kept, Some("private, no-store"), "{path}: {answer:?}");
+    }
+}

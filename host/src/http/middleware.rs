@@ -1,10 +1,13 @@
-//! The layers around all routes: fallbacks, the connection limit, pages on the admin listener, and the
+//! The layers around all routes: the form of requests, fallbacks, the connection limit, pages on the admin listener, and the
 //! count of refused requests.
 
 use std::sync::Arc;
 
 use axum::extract::Request;
-use axum::http::header::ORIGIN;
+use axum::http::header::{
+    ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, HOST, ORIGIN, TRANSFER_ENCODING,
+};
+use axum::http::{HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
@@ -41,6 +44,58 @@ pub(super) async fn refuse_surplus(request: Request, next: Next) -> Response {
         return ApiError::overloaded("this node has reached its connection limit").into_response();
     }
     next.run(request).await
+}
+
+/// Refuses requests that a proxy may read differently than this node, and bodies in an encoding
+/// that this node does not decode.
+pub(super) async fn refuse_ambiguous(request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let mut hosts = headers.get_all(HOST).iter();
+    let is_named_once = match (hosts.next(), hosts.next()) {
+        // HTTP/2 names the host in the URI, and HTTP/1.0 need not name it.
+        (None, _) => request.version() != Version::HTTP_11,
+        (Some(host), None) => {
+            request.version() != Version::HTTP_2
+                || request
+                    .uri()
+                    .authority()
+                    .is_none_or(|authority| authority.as_str().as_bytes() == host.as_bytes())
+        }
+        (Some(_), Some(_)) => false,
+    };
+    if !is_named_once {
+        return ApiError::bad_request("the request does not name exactly one host")
+            .fix("send one Host header")
+            .into_response();
+    }
+    let mut transfer = headers.get_all(TRANSFER_ENCODING).iter();
+    if let Some(encoding) = transfer.next()
+        && (transfer.next().is_some() || !encoding.as_bytes().eq_ignore_ascii_case(b"chunked"))
+    {
+        return ApiError::bad_request("the request has a Transfer-Encoding other than chunked")
+            .fix("send it with Content-Length, or chunked only")
+            .into_response();
+    }
+    let is_plain = headers
+        .get_all(CONTENT_ENCODING)
+        .iter()
+        .all(|encoding| encoding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    if !is_plain {
+        let refused =
+            ApiError::unsupported_media_type("the request has a Content-Encoding other than identity")
+                .fix("send the body uncompressed");
+        return ([(ACCEPT_ENCODING, "identity")], refused).into_response();
+    }
+    next.run(request).await
+}
+
+/// Keeps answers about users, events and their contents out of caches, errors included.
+pub(super) async fn keep_private(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    response
+        .headers_mut()
+        .insert(CACHE_CONTROL, HeaderValue::from_static("private, no-store"));
+    response
 }
 
 /// Refuses changes requested by a browser page. A node in dev mode requires no key, so that any

@@ -81,6 +81,9 @@ impl Site {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
+        if headers.iter().all(|(name, _)| *name != "host") {
+            request = request.header("host", "localhost");
+        }
         let request = request.body(Body::from(body.to_owned())).unwrap();
         let (parts, body) = routes(Arc::clone(&self.state))
             .oneshot(request)
@@ -97,7 +100,8 @@ impl Site {
 
     /// Sends a GET request to the admin routes.
     pub(in crate::http) async fn admin(&self, path: &str) -> (StatusCode, String) {
-        let request = Request::get(path).body(Body::empty()).unwrap();
+        let request = Request::get(path).header("host", "localhost");
+        let request = request.body(Body::empty()).unwrap();
         let (parts, body) = admin_routes(Arc::clone(&self.state))
             .oneshot(request)
             .await

@@ -1,12 +1,15 @@
 //! `/v1/users/{user}/attributes`: the attributes of a recipient that route conditions test. A JSON
 //! object that is replaced as a whole; `criteria` defines its valid contents.
 
+use std::fmt;
 use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
 use axum::extract;
 use axum::http::StatusCode;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::broker::RecipientChange;
 use crate::event::criteria::{Attributes, parse_attributes};
@@ -53,9 +56,42 @@ pub(in crate::http) async fn clear(
 }
 
 fn parse(body: &[u8]) -> Result<Attributes, Malformed> {
-    let members = serde_json::from_slice(body)
+    let Members(members) = serde_json::from_slice(body)
         .map_err(|e| Malformed::new(format!("is not a JSON object: {e}")).of("the body"))?;
     parse_attributes(members)
+}
+
+/// A JSON object whose names are all different. Of two equal names, readers of JSON may use either.
+struct Members(serde_json::Map<String, serde_json::Value>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MembersVisitor)
+    }
+}
+
+struct MembersVisitor;
+
+impl<'de> Visitor<'de> for MembersVisitor {
+    type Value = Members;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of attributes")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+        let mut members = serde_json::Map::new();
+        while let Some((name, value)) = map.next_entry::<String, serde_json::Value>()? {
+            if members.contains_key(&name) {
+                return Err(A::Error::custom(format!(
+                    "'{}' appears twice",
+                    name.escape_debug()
+                )));
+            }
+            members.insert(name, value);
+        }
+        Ok(Members(members))
+    }
 }
 
 #[cfg(test)]
