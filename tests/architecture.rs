@@ -20,6 +20,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
                 "backoff",
                 "clock",
                 "duration",
+                "escape",
                 "event",
                 "shutdown",
                 "telemetry",

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use clap::Parser;
+use pointsman::escape::{printable, printable_json, printable_lines};
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
@@ -111,7 +112,8 @@ pub(crate) fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("pointsman: {error:#}");
+            // Errors quote file names and answers of nodes.
+            eprintln!("pointsman: {}", printable_lines(&format!("{error:#}")));
             if error.is::<pointsman::config::Error>() {
                 ExitCode::from(EXIT_USAGE)
             } else {
@@ -282,25 +284,9 @@ fn no_node(url: &str, variable: &str, error: &ureq::Error) -> anyhow::Error {
     )
 }
 
-/// Replaces control characters with spaces: untrusted text stays on one line and cannot control
-/// the terminal.
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
-}
-
-/// Formats JSON for people, still valid JSON. Escapes the control characters that JSON allows
-/// unescaped (U+007F to U+009F), because terminals interpret them.
+/// Formats JSON for people, still valid JSON and safe to print.
 fn pretty_json(value: &serde_json::Value) -> String {
-    let escaped = |c: char| {
-        if c.is_control() && c != '\n' {
-            format!("\\u{:04x}", u32::from(c))
-        } else {
-            c.to_string()
-        }
-    };
-    format!("{value:#}").chars().map(escaped).collect()
+    printable_json(&format!("{value:#}"))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 //! - [`auth`]: authentication. [`server`]: the accept loop. [`http`]: every route.
 //! - [`config`]: from configuration sources to a validated configuration.
 //! - [`node`]: wires the parts, runs them and stops them.
+//! - [`escape`]: makes foreign text safe to print.
 //! - [`telemetry`], [`shutdown`], [`clock`]: handles passed to every part.
 //!
 //! ARCHITECTURE.md describes how they fit together, and which may import which.
@@ -23,6 +24,7 @@ pub mod clock;
 pub mod config;
 pub mod delivery;
 pub mod duration;
+pub mod escape;
 pub mod event;
 pub mod explain;
 pub mod http;

@@ -5,9 +5,13 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
-use crate::harness::command::{pointsman, said};
+use serde_json::{Value, json};
+
+use crate::harness::command::{pointsman, said, told};
 use crate::harness::eventually;
 use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::plugins::Plugins;
+use crate::harness::publish::event;
 use crate::harness::sse::Request;
 
 /// A configuration with as few plugins to compile at startup as possible.
@@ -198,4 +202,60 @@ fn answers_about_users_are_kept_out_of_caches() {
         let kept = answer.header("cache-control");
         assert_eq!(kept, Some("private, no-store"), "{path}: {answer:?}");
     }
+}
+
+/// Whether a terminal acts on a character of this text, line feeds excepted.
+fn is_harmless(text: &str) -> bool {
+    text.chars().all(|c| {
+        c == '\n'
+            || !(c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'))
+    })
+}
+
+const HOSTILE: &str = "a\u{7f}b\u{9b}2Jc\u{202e}d";
+
+#[test]
+fn foreign_text_does_not_control_the_terminal_of_a_command() {
+    let node = Node::builder().config(LEAN).start();
+    let hostile = |id: &str, kind: &str| {
+        let more = json!({ "user": "42", "subject": "a\u{202e}b", "data": HOSTILE });
+        event(id, kind, more)
+    };
+    node.publisher()
+        .publish(&[hostile("a\u{2066}1", "t\u{202e}x"), hostile("2", "t")]);
+    node.await_outcomes(2, SOON);
+    let (url, admin) = (node.url(""), node.admin_url(""));
+    for arguments in [
+        &["tail", "--url", &url, "--user", "42", "--after", "earliest", "--count", "2"][..],
+        &["events", "export", "--url", &admin],
+        &["explain", "--url", &admin, "--user", "42", "a\u{2066}1"],
+        &["explain", "--url", &admin, "--json", "--user", "42", "a\u{2066}1"],
+        &["dead-letters", "--url", &url, "show", "0/\u{202e}"],
+    ] {
+        let (_, output) = said(&mut pointsman(arguments));
+        assert!(is_harmless(&output), "{arguments:?}: {output:?}");
+    }
+    // Still the same JSON.
+    let output = told(&mut pointsman(&["events", "export", "--url", &admin]));
+    let first: Value = serde_json::from_str(output.lines().next().expect("an event")).expect("JSON");
+    assert_eq!(first["data"], HOSTILE);
+}
+
+#[test]
+fn a_plugin_file_name_does_not_control_the_terminal_of_an_operator() {
+    let plugins = Plugins::new(&[("x\u{202e}\u{9b}2J.wasm", b"no plugin".to_vec())]);
+    let node = Node::builder()
+        .plugins(plugins.dir())
+        .may_be_unready()
+        .start();
+    let report = eventually(SOON, "readiness names the file", || {
+        let report = node.admin("/readyz").body;
+        report.contains("2J").then_some(report)
+    });
+    assert!(is_harmless(&report), "{report:?}");
+    let log = node.log();
+    assert!(log.contains("2J") && is_harmless(&log), "{log:?}");
+    let mut check = pointsman(&["check-config", "--ephemeral", "--dev", "--plugins"]);
+    let (_, output) = said(check.arg(plugins.dir()));
+    assert!(output.contains("2J") && is_harmless(&output), "{output:?}");
 }

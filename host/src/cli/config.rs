@@ -7,7 +7,7 @@ use pointsman::plugin::registry::Registry;
 use pointsman::plugin::runtime::cache::Cache;
 use pointsman::telemetry::metrics::Metrics;
 
-use super::serve;
+use super::{printable, serve};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -32,10 +32,10 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     for plugin in plugins.iter().filter(|plugin| plugin.failure.is_none()) {
         println!(
             "plugin {}: {} {} of {}",
-            plugin.name,
+            printable(&plugin.name),
             plugin.kind.as_str(),
-            plugin.version,
-            plugin.file
+            printable(&plugin.version),
+            printable(&plugin.file)
         );
     }
     let failures: Vec<String> = plugins

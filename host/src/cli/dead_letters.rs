@@ -147,7 +147,7 @@ fn act(
     for id in ids {
         accept(node.request(agent, method, &format!("/v1/dead-letters/{id}{suffix}"))?)
             .with_context(|| id.clone())?;
-        println!("{id}\t{done}");
+        println!("{}\t{done}", printable(&id));
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use pointsman::event::{EntryId, Event};
 
-use super::{Admin, agent, read, refusal};
+use super::{Admin, agent, printable, printable_json, read, refusal};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -50,7 +50,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let (status, text) = read(response)?;
     anyhow::ensure!(status.is_success(), "{}", refusal(status, &text));
     std::io::stdout()
-        .write_all(text.as_bytes())
+        .write_all(printable_json(&text).as_bytes())
         .context("cannot write the events")?;
     let why = match bound.as_str() {
         "limit" => "limit reached (--limit)",
@@ -65,7 +65,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         .map(|event| {
             format!(
                 ", the oldest '{}' of {}",
-                event.id,
+                printable(event.id.as_str()),
                 pointsman::event::rfc3339(event.time_ms)
             )
         })
@@ -76,6 +76,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         if n == 1 { "" } else { "s" }
     );
     if !["", "0"].contains(&unreadable.as_str()) {
+        let unreadable = printable(&unreadable);
         eprintln!(
             "pointsman: {unreadable} entries are not valid events and were omitted; see: pointsman dead-letters list"
         );

@@ -15,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use ureq::http::StatusCode;
 use ureq::http::header::CONTENT_TYPE;
 
-use super::{NODE_URL, agent, no_node, read, refusal};
+use super::{NODE_URL, agent, no_node, printable, printable_json, read, refusal};
 
 /// Three default heartbeat intervals of a node; a connection silent for longer is dropped.
 const SILENCE: Duration = Duration::from_secs(65);
@@ -114,6 +114,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             }
         };
         if left > 0 {
+            let why = printable(&why);
             eprintln!("pointsman: {why}; reconnecting in {} ms", parser.retry_ms);
             std::thread::sleep(Duration::from_millis(parser.retry_ms));
         }
@@ -128,7 +129,7 @@ type LastId = Mutex<String>;
 fn print_last_id(last_id: &LastId) {
     let last_id = last_id.lock().unwrap_or_else(PoisonError::into_inner);
     if !last_id.is_empty() {
-        eprintln!("pointsman: to resume from here, use --after {last_id}");
+        eprintln!("pointsman: to resume from here, use --after {}", printable(&last_id));
     }
 }
 
@@ -182,11 +183,11 @@ fn follow(
             // Carries only an id, which the parser has stored.
             "cursor" => {}
             "gap" | "reauth" | "close" => {
-                eprintln!("pointsman: {}: {}", message.event, message.data)
+                eprintln!("pointsman: {}: {}", message.event, printable(&message.data))
             }
             _ => {
                 *left -= 1;
-                println!("{}", message.data.replace('\n', " "));
+                println!("{}", printable_json(&message.data.replace('\n', " ")));
             }
         }
         parser

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::escape::printable;
+
 /// A cheap handle: clones share the reasons.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
@@ -73,9 +75,10 @@ impl Readiness {
     }
 
     fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
-        // A line break would forge a second reason in the report.
+        // A line break would forge a second reason in the report; names quote file names.
+        let name = &printable(name);
         let reason = Reason {
-            text: text.replace(['\n', '\r'], " "),
+            text: printable(&text.replace(['\n', '\r'], " ")),
             is_warning,
             is_expected: false,
             until,

@@ -2,6 +2,7 @@
 //! may be written in any language.
 
 use anyhow::bail;
+use pointsman::escape::printable;
 use pointsman::plugin::Engine;
 use pointsman::plugin::inspect::{Form, Inspection, inspect};
 
@@ -23,12 +24,12 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         &loaded.config,
         loaded.limits.clone(),
     );
-    println!("{}", loaded.file.display());
+    println!("{}", printable(&loaded.file.display().to_string()));
     for (what, text) in lines(&inspection) {
         println!("  {what:<10}  {}", text.replace('\n', "\n              "));
     }
     println!("  limits      {}", format::limits(&loaded.limits));
-    println!("  name        {}", loaded.name);
+    println!("  name        {}", printable(loaded.name.as_str()));
     match inspection.failure {
         Some(failure) => bail!("{} {failure}", loaded.file.display()),
         None => Ok(()),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, bail, ensure};
+use pointsman::escape::printable;
 use pointsman::event::{Event, Plan};
 use pointsman::plugin::shadow::outcome::PluginDecision;
 use pointsman::plugin::{Engine, Limits};
@@ -71,7 +72,11 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let engine = Engine::new()?;
     let plugin = loaded.plugin(&engine)?;
     let (limits, mut runner) = (plugin.limits().clone(), PluginRunner::new(&engine, plugin));
-    println!("{}: {}", loaded.file.display(), format::limits(&limits));
+    println!(
+        "{}: {}",
+        printable(&loaded.file.display().to_string()),
+        format::limits(&limits)
+    );
     log.print();
 
     let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
@@ -257,7 +262,7 @@ impl PluginLog {
     fn print(&self) {
         let bytes = std::mem::take(&mut *self.0.lock().expect("no panic under this lock"));
         for line in String::from_utf8_lossy(&bytes).lines() {
-            println!("    log: {}", line.trim());
+            println!("    log: {}", printable(line.trim()));
         }
     }
 }

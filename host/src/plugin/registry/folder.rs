@@ -16,6 +16,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::escape::printable;
+
 /// The suffix of files that are being written by a node.
 const DRAFT: &str = ".upload";
 /// The age after which an unchanged draft counts as abandoned.
@@ -62,11 +64,7 @@ impl Stamp {
 impl FileStamp {
     /// The file name, for messages.
     pub(super) fn file(&self) -> String {
-        self.path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned()
+        printable(&self.path.file_name().unwrap_or_default().to_string_lossy())
     }
 }
 
@@ -94,7 +92,8 @@ pub(super) fn snapshot(dir: &Path) -> Result<FolderSnapshot, String> {
         let path = entry.map_err(unreadable)?.path();
         let file = path.file_name().unwrap_or_default().to_string_lossy();
         if file.ends_with(".wasm") && !file.starts_with('.') {
-            let name = name_of_file(&file);
+            // It appears in logs, readiness and metrics.
+            let name = printable(&name_of_file(&file));
             // Follows links: the target is the file that is read, and it changes when a folder is
             // swapped through a link.
             let stamp = fs::metadata(&path).ok().map(|file| Stamp::of(&file));

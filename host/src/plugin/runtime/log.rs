@@ -6,6 +6,7 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use crate::escape;
 use crate::event::Name;
 
 /// The maximum size of a line or a reason, in bytes.
@@ -113,17 +114,7 @@ impl GuestLog {
 /// that a terminal would interpret.
 pub(in crate::plugin) fn printable(text: &str) -> String {
     let cut = text.floor_char_boundary(MAX_LINE);
-    let mut line = String::with_capacity(cut);
-    for c in text[..cut].chars() {
-        // Bidirectional controls are escaped as well: they can disguise a line as another one.
-        if c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-        {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
+    let mut line = escape::printable(&text[..cut]);
     if cut < text.len() {
         line.push('…');
     }
