@@ -259,3 +259,31 @@ fn a_plugin_file_name_does_not_control_the_terminal_of_an_operator() {
     let (_, output) = said(check.arg(plugins.dir()));
     assert!(output.contains("2J") && is_harmless(&output), "{output:?}");
 }
+
+#[test]
+fn a_redis_url_that_serve_cannot_use_is_refused_by_check_config() {
+    for url in [
+        "redis://",
+        "redis://127.0.0.1:99999",
+        "redis://:secret@127.0.0.1/none",
+        "redis://:secret@127.0.0.1:6379:1",
+        "redis://%ff:secret@127.0.0.1",
+        "redis://127.0.0.1?protocol=9",
+    ] {
+        let mut check = pointsman(&["check-config", "--dev", "--allow-no-plugins", "--redis", url]);
+        let status = check.status().expect("run it");
+        let (_, output) = said(&mut check);
+        assert_eq!(status.code(), Some(64), "{url}: {output}");
+        assert!(
+            output.contains("broker.redis") && !output.contains("secret"),
+            "{url}: {output}"
+        );
+    }
+    told(&mut pointsman(&[
+        "check-config",
+        "--dev",
+        "--allow-no-plugins",
+        "--redis",
+        "redis://:secret@127.0.0.1:6379/1",
+    ]));
+}

@@ -108,6 +108,16 @@ impl std::fmt::Debug for Redis {
     }
 }
 
+/// Checks that a URL is one that [`Redis::connect`] can use, with the same parser.
+///
+/// # Errors
+/// The reason, without the URL: it may hold a password.
+pub fn check_url(url: &str) -> std::result::Result<(), String> {
+    client::Client::open(url)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
 impl Redis {
     /// Connects, creates the partitions of new sources and assigns each its number.
     ///
