@@ -6,6 +6,7 @@
 //! clients are dropped, and a shutdown lets running requests finish. `http` interprets requests;
 //! `sse` decides when a stream ends.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
@@ -30,7 +31,7 @@ mod connection;
 
 pub use connection::Connection;
 
-use connection::{CountingSocket, Spawner};
+use connection::{CountingSocket, ResponseBody, Spawner};
 
 /// The maximum number of unsent bytes in the kernel's send buffer. No frame can overtake them,
 /// however urgent. Bytes queued in this process are bounded by `sse`, and in HTTP/2 by this
@@ -64,6 +65,9 @@ pub struct Config {
     /// Time to send a request head (10s).
     #[serde(with = "crate::duration")]
     pub header_timeout: Duration,
+    /// Time after which a connection without an open stream or a request in progress ends (75s).
+    #[serde(with = "crate::duration")]
+    pub idle_timeout: Duration,
     /// Time for a shutdown; the ends of streams are spread over it (10s).
     #[serde(with = "crate::duration")]
     pub shutdown_grace: Duration,
@@ -78,6 +82,9 @@ impl Default for Config {
             admin_hosts: Vec::new(),
             max_connections: 10_000,
             header_timeout: Duration::from_secs(10),
+            // Proxies keep idle connections for 60 s or less: they close first, so that no request
+            // meets a connection that is just ending.
+            idle_timeout: Duration::from_secs(75),
             shutdown_grace: Duration::from_secs(10),
         }
     }
@@ -88,6 +95,7 @@ impl Default for Config {
 pub struct Bounds {
     pub max_connections: usize,
     pub header_timeout: Duration,
+    pub idle_timeout: Duration,
 }
 
 /// Binds an address, even immediately after a process that held it was killed.
@@ -158,7 +166,7 @@ pub async fn serve(
             stream,
             connection,
             routes.clone(),
-            bounds.header_timeout,
+            bounds,
             shutdown.clone(),
             permit,
         ));
@@ -179,23 +187,28 @@ async fn drive(
     stream: TcpStream,
     connection: Arc<Connection>,
     routes: axum::Router,
-    header_timeout: Duration,
+    bounds: Bounds,
     shutdown: Shutdown,
     permit: OwnedSemaphorePermit,
 ) {
     set_socket_options(&stream, &connection);
     let handle = Arc::clone(&connection);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        handle.note_request();
+        // Before the task of an HTTP/2 request runs, which its client may reset at once.
+        let in_progress = handle.begin_request();
         let (connection, routes) = (Arc::clone(&handle), routes.clone());
         async move {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(connection.carrier());
             request.extensions_mut().insert(connection);
-            routes.oneshot(request).await
+            let response = routes.oneshot(request).await?;
+            Ok::<_, Infallible>(response.map(|body| ResponseBody {
+                body,
+                _in_progress: in_progress,
+            }))
         }
     });
-    let builder = http_builder(header_timeout, !connection.is_surplus());
+    let builder = http_builder(bounds.header_timeout, !connection.is_surplus());
     let mut serving = pin!(builder.serve_connection(
         TokioIo::new(CountingSocket {
             stream,
@@ -206,7 +219,10 @@ async fn drive(
     // Hyper's own timer starts with the first bytes of a head that it takes for HTTP/1. Only this
     // deadline catches a silent client, or one that sends half of the HTTP/2 preface. A surplus
     // connection gets no more than this time in total.
-    let mut deadline = pin!(tokio::time::sleep(header_timeout));
+    let mut deadline = pin!(tokio::time::sleep(bounds.header_timeout));
+    // Without it, connections that are kept without use would hold `max_connections` for good.
+    let mut idle_check = pin!(tokio::time::sleep(bounds.idle_timeout));
+    let mut was_asked_to_end = false;
     let (mut is_ending, mut is_timed) = (false, true);
     loop {
         tokio::select! {
@@ -229,6 +245,22 @@ async fn drive(
                 if connection.is_surplus() || !connection.has_request() {
                     break;
                 }
+            }
+            () = idle_check.as_mut() => {
+                let wait = match connection.idle_for() {
+                    Some(idle) if idle >= bounds.idle_timeout => {
+                        // A client that does not answer is cut at the second check.
+                        if was_asked_to_end {
+                            break;
+                        }
+                        was_asked_to_end = true;
+                        serving.as_mut().graceful_shutdown();
+                        bounds.header_timeout
+                    }
+                    Some(idle) => bounds.idle_timeout - idle,
+                    None => bounds.idle_timeout,
+                };
+                idle_check.as_mut().reset(tokio::time::Instant::now() + wait);
             }
         }
     }
@@ -307,6 +339,7 @@ mod tests {
         Bounds {
             max_connections,
             header_timeout,
+            idle_timeout: Duration::from_secs(75),
         }
     }
 

@@ -287,3 +287,32 @@ fn a_redis_url_that_serve_cannot_use_is_refused_by_check_config() {
         "redis://:secret@127.0.0.1:6379/1",
     ]));
 }
+
+#[test]
+fn a_connection_without_a_stream_or_a_request_ends_and_one_with_a_stream_does_not() {
+    let config = format!("{LEAN}[listen]\nidle_timeout = \"1s\"\n");
+    let node = Node::builder().config(&config).start();
+    let mut stream = node.stream("42");
+    let connect = |first: &[u8]| {
+        let mut socket = TcpStream::connect(node.addr()).expect("connect");
+        socket.set_read_timeout(Some(SOON)).expect("set a timeout");
+        socket.write_all(first).expect("write");
+        socket
+    };
+    let mut http_1 = connect(b"GET /v1/openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    // The preface, empty SETTINGS, and `GET /` on stream 1 with END_STREAM and END_HEADERS.
+    let mut http_2 = connect(
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\
+          \0\0\x0e\x01\x05\0\0\0\x01\x82\x86\x84\x01\x09localhost",
+    );
+    // To the end of the connection, which the node closes. A client that ignores the announced end
+    // of an HTTP/2 connection and sends nothing is cut.
+    for socket in [&mut http_1, &mut http_2] {
+        let mut answer = Vec::new();
+        socket.read_to_end(&mut answer).expect("the end of the connection");
+        assert!(!answer.is_empty());
+    }
+    node.publisher()
+        .publish(&[event("a", "t", json!({ "user": "42" }))]);
+    assert_eq!(stream.next_notification(SOON).id, "a");
+}

@@ -63,11 +63,10 @@ pub(super) fn listen(layers: &Layers, listen: &server::Config) -> Result<(), Err
     )?;
     durations(
         layers,
-        [AtLeast(
-            "listen.header_timeout",
-            listen.header_timeout,
-            SECOND,
-        )],
+        [
+            AtLeast("listen.header_timeout", listen.header_timeout, SECOND),
+            AtLeast("listen.idle_timeout", listen.idle_timeout, SECOND),
+        ],
     )
 }
 

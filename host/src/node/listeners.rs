@@ -53,6 +53,7 @@ impl Listeners {
             let bounds = Bounds {
                 max_connections,
                 header_timeout: listen.header_timeout,
+                idle_timeout: listen.idle_timeout,
             };
             let serve = server::serve(listener, routes, bounds, shutdown.clone());
             shutdown.spawn("a listener", serve);

@@ -8,9 +8,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -25,11 +26,59 @@ pub struct Connection {
     peer: SocketAddr,
     is_surplus: bool,
     has_request: AtomicBool,
+    usage: Mutex<Usage>,
     kill: CancellationToken,
     /// Bytes that the kernel has accepted.
     n_taken: AtomicU64,
     /// The waker of a stream that waits for the kernel to accept more bytes.
     writer: AtomicWaker,
+}
+
+/// The requests in progress on a connection.
+#[derive(Debug)]
+struct Usage {
+    n_requests: usize,
+    /// When the last request ended.
+    idle_since: Instant,
+}
+
+/// A request in progress, from its head until its response is written or dropped.
+#[derive(Debug)]
+pub(super) struct InProgress(Arc<Connection>);
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        let mut usage = self.0.usage();
+        usage.n_requests -= 1;
+        usage.idle_since = Instant::now();
+    }
+}
+
+/// The body of a response; its request is in progress until it is dropped.
+#[derive(Debug)]
+pub(super) struct ResponseBody {
+    pub(super) body: axum::body::Body,
+    pub(super) _in_progress: InProgress,
+}
+
+impl http_body::Body for ResponseBody {
+    type Data = bytes::Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<bytes::Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
 }
 
 impl Connection {
@@ -43,6 +92,10 @@ impl Connection {
             peer,
             is_surplus,
             has_request,
+            usage: Mutex::new(Usage {
+                n_requests: 0,
+                idle_since: Instant::now(),
+            }),
             kill,
             n_taken,
             writer,
@@ -62,8 +115,20 @@ impl Connection {
         self.has_request.load(Relaxed)
     }
 
-    pub(super) fn note_request(&self) {
+    pub(super) fn begin_request(self: &Arc<Self>) -> InProgress {
         self.has_request.store(true, Relaxed);
+        self.usage().n_requests += 1;
+        InProgress(Arc::clone(self))
+    }
+
+    /// How long no request has been in progress; `None` while one is.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        let usage = self.usage();
+        (usage.n_requests == 0).then(|| usage.idle_since.elapsed())
+    }
+
+    fn usage(&self) -> std::sync::MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns when the connection is cut. Cancel-safe.
