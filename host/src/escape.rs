@@ -57,10 +57,7 @@ mod tests {
         );
         assert_eq!(printable_lines("a\n\u{9b}"), "a\n\\u{9b}");
         let json = "{\"a\":\"\u{7f}\u{9b}\u{2066}ü\"}\n";
-        assert_eq!(
-            printable_json(json),
-            "{\"a\":\"\\u007f\\u009b\\u2066ü\"}\n"
-        );
+        assert_eq!(printable_json(json), "{\"a\":\"\\u007f\\u009b\\u2066ü\"}\n");
         let meaning = |json: &str| serde_json::from_str::<serde_json::Value>(json).unwrap();
         assert_eq!(meaning(&printable_json(json)), meaning(json));
     }

@@ -40,15 +40,15 @@ fn in_s(seconds: i64) -> i64 {
 }
 
 fn signed(name: &str, algorithm: hmac::Algorithm, secret: &str, claims: &Value) -> String {
-    signed_with(&json!({ "alg": name, "typ": "JWT" }), algorithm, secret, claims)
+    signed_with(
+        &json!({ "alg": name, "typ": "JWT" }),
+        algorithm,
+        secret,
+        claims,
+    )
 }
 
-fn signed_with(
-    header: &Value,
-    algorithm: hmac::Algorithm,
-    secret: &str,
-    claims: &Value,
-) -> String {
+fn signed_with(header: &Value, algorithm: hmac::Algorithm, secret: &str, claims: &Value) -> String {
     let [header, claims] =
         [header, claims].map(|part| BASE64_URL_SAFE_NO_PAD.encode(part.to_string()));
     let message = format!("{header}.{claims}");

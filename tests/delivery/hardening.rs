@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use serde_json::{Value, json};
 
-use crate::harness::command::{pointsman, said, told};
+use crate::harness::command::{output_of, pointsman, said};
 use crate::harness::eventually;
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::plugins::Plugins;
@@ -76,7 +76,11 @@ fn a_plugin_file_of_nested_components_or_types_is_refused_before_it_is_compiled(
 fn a_user_has_a_bounded_number_of_streams_on_a_node_and_other_users_are_unaffected() {
     let config = format!("{LEAN}[stream]\nmax_open_per_user = 2\n");
     let node = Node::builder().config(&config).start();
-    let open = || Request::new(node.addr(), "user=42").open(SOON).expect("200");
+    let open = || {
+        Request::new(node.addr(), "user=42")
+            .open(SOON)
+            .expect("200")
+    };
     let first = node.stream("42");
     let _second = node.stream("42");
     let refused = open().next_state("close", SOON);
@@ -114,7 +118,11 @@ fn status(answer: &str) -> &str {
 fn in_dev_mode_pages_of_foreign_origins_change_nothing() {
     let node = Node::builder().config(LEAN).start();
     // A simple request, which a browser sends without a preflight.
-    for path in ["/v1/dead-letters/0/1-0/redrive", "/v1/events", "/v1/acks?user=42"] {
+    for path in [
+        "/v1/dead-letters/0/1-0/redrive",
+        "/v1/events",
+        "/v1/acks?user=42",
+    ] {
         for headers in [
             &[("origin", "https://evil.example")][..],
             &[("origin", "null")],
@@ -146,7 +154,12 @@ fn the_admin_listener_answers_under_known_host_names_only() {
     for host in ["notify.internal", "NOTIFY.internal.:8081"] {
         assert_eq!(status(&ask(host)), "200", "{host}");
     }
-    for host in ["evil.example", "127.0.0.1.evil.example", "notify.internal.evil.example", ""] {
+    for host in [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "notify.internal.evil.example",
+        "",
+    ] {
         let answer = ask(host);
         assert_eq!(status(&answer), "403", "{host}: {answer}");
         assert!(answer.contains("listen.admin_hosts"), "{answer}");
@@ -161,17 +174,43 @@ fn requests_that_can_be_read_in_two_ways_are_refused() {
     let chunked = "2\r\n{}\r\n0\r\n\r\n";
     for (headers, body, expect) in [
         ("Host: localhost\r\nContent-Length: 2", "{}", "204"),
-        ("Host: localhost\r\nTransfer-Encoding: chunked", chunked, "204"),
+        (
+            "Host: localhost\r\nTransfer-Encoding: chunked",
+            chunked,
+            "204",
+        ),
         ("Content-Length: 2", "{}", "400"),
-        ("Host: localhost\r\nHost: localhost\r\nContent-Length: 2", "{}", "400"),
-        ("Host: localhost\r\nTransfer-Encoding: gzip, chunked", chunked, "400"),
-        ("Host: localhost\r\nTransfer-Encoding: chunked, chunked", chunked, "400"),
-        ("Host: localhost\r\nContent-Encoding: identity\r\nContent-Length: 2", "{}", "204"),
-        ("Host: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2", "{}", "415"),
+        (
+            "Host: localhost\r\nHost: localhost\r\nContent-Length: 2",
+            "{}",
+            "400",
+        ),
+        (
+            "Host: localhost\r\nTransfer-Encoding: gzip, chunked",
+            chunked,
+            "400",
+        ),
+        (
+            "Host: localhost\r\nTransfer-Encoding: chunked, chunked",
+            chunked,
+            "400",
+        ),
+        (
+            "Host: localhost\r\nContent-Encoding: identity\r\nContent-Length: 2",
+            "{}",
+            "204",
+        ),
+        (
+            "Host: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 2",
+            "{}",
+            "415",
+        ),
     ] {
         let answer = raw(node.addr(), &format!("{put}{headers}\r\n\r\n{body}"));
         assert_eq!(status(&answer), expect, "{headers}: {answer}");
-        let accepts = answer.to_lowercase().contains("\r\naccept-encoding: identity\r\n");
+        let accepts = answer
+            .to_lowercase()
+            .contains("\r\naccept-encoding: identity\r\n");
         assert_eq!(accepts, expect == "415", "{answer}");
     }
     let twice = br#"{"plan":"free","plan":"pro"}"#;
@@ -197,7 +236,11 @@ fn answers_about_users_are_kept_out_of_caches() {
         let kept = answer.header("cache-control");
         assert_eq!(kept, Some("private, no-store"), "{path}: {answer:?}");
     }
-    for path in ["/v1/explain?event_id=a&user=42", "/v1/decisions", "/v1/events"] {
+    for path in [
+        "/v1/explain?event_id=a&user=42",
+        "/v1/decisions",
+        "/v1/events",
+    ] {
         let answer = node.admin(path);
         let kept = answer.header("cache-control");
         assert_eq!(kept, Some("private, no-store"), "{path}: {answer:?}");
@@ -226,18 +269,29 @@ fn foreign_text_does_not_control_the_terminal_of_a_command() {
     node.await_outcomes(2, SOON);
     let (url, admin) = (node.url(""), node.admin_url(""));
     for arguments in [
-        &["tail", "--url", &url, "--user", "42", "--after", "earliest", "--count", "2"][..],
+        &[
+            "tail", "--url", &url, "--user", "42", "--after", "earliest", "--count", "2",
+        ][..],
         &["events", "export", "--url", &admin],
         &["explain", "--url", &admin, "--user", "42", "a\u{2066}1"],
-        &["explain", "--url", &admin, "--json", "--user", "42", "a\u{2066}1"],
+        &[
+            "explain",
+            "--url",
+            &admin,
+            "--json",
+            "--user",
+            "42",
+            "a\u{2066}1",
+        ],
         &["dead-letters", "--url", &url, "show", "0/\u{202e}"],
     ] {
         let (_, output) = said(&mut pointsman(arguments));
         assert!(is_harmless(&output), "{arguments:?}: {output:?}");
     }
     // Still the same JSON.
-    let output = told(&mut pointsman(&["events", "export", "--url", &admin]));
-    let first: Value = serde_json::from_str(output.lines().next().expect("an event")).expect("JSON");
+    let output = output_of(&mut pointsman(&["events", "export", "--url", &admin]));
+    let first: Value =
+        serde_json::from_str(output.lines().next().expect("an event")).expect("JSON");
     assert_eq!(first["data"], HOSTILE);
 }
 
@@ -270,7 +324,13 @@ fn a_redis_url_that_serve_cannot_use_is_refused_by_check_config() {
         "redis://%ff:secret@127.0.0.1",
         "redis://127.0.0.1?protocol=9",
     ] {
-        let mut check = pointsman(&["check-config", "--dev", "--allow-no-plugins", "--redis", url]);
+        let mut check = pointsman(&[
+            "check-config",
+            "--dev",
+            "--allow-no-plugins",
+            "--redis",
+            url,
+        ]);
         let status = check.status().expect("run it");
         let (_, output) = said(&mut check);
         assert_eq!(status.code(), Some(64), "{url}: {output}");
@@ -279,7 +339,7 @@ fn a_redis_url_that_serve_cannot_use_is_refused_by_check_config() {
             "{url}: {output}"
         );
     }
-    told(&mut pointsman(&[
+    output_of(&mut pointsman(&[
         "check-config",
         "--dev",
         "--allow-no-plugins",
@@ -309,7 +369,9 @@ fn a_connection_without_a_stream_or_a_request_ends_and_one_with_a_stream_does_no
     // of an HTTP/2 connection and sends nothing is cut.
     for socket in [&mut http_1, &mut http_2] {
         let mut answer = Vec::new();
-        socket.read_to_end(&mut answer).expect("the end of the connection");
+        socket
+            .read_to_end(&mut answer)
+            .expect("the end of the connection");
         assert!(!answer.is_empty());
     }
     node.publisher()

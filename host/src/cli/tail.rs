@@ -129,7 +129,10 @@ type LastId = Mutex<String>;
 fn print_last_id(last_id: &LastId) {
     let last_id = last_id.lock().unwrap_or_else(PoisonError::into_inner);
     if !last_id.is_empty() {
-        eprintln!("pointsman: to resume from here, use --after {}", printable(&last_id));
+        eprintln!(
+            "pointsman: to resume from here, use --after {}",
+            printable(&last_id)
+        );
     }
 }
 

@@ -29,7 +29,8 @@ pub(super) async fn refuse_unknown_admin_names(
     next: Next,
 ) -> Response {
     if !state.auth.is_dev()
-        && !name(&request).is_none_or(|name| name.is_some_and(|n| state.origins.allow_admin_host(n)))
+        && !name(&request)
+            .is_none_or(|name| name.is_some_and(|n| state.origins.allow_admin_host(n)))
     {
         return ApiError::forbidden("the admin listener is not known by this host name")
             .fix("use localhost or an IP address, or ask the operator to add the name to listen.admin_hosts")
@@ -73,9 +74,7 @@ pub(super) async fn refuse_other_names(
     request: Request,
     next: Next,
 ) -> Response {
-    if state.auth.is_dev()
-        && !name(&request).is_none_or(|name| name.is_some_and(names_loopback))
-    {
+    if state.auth.is_dev() && !name(&request).is_none_or(|name| name.is_some_and(names_loopback)) {
         return ApiError::forbidden("a node in dev mode accepts requests to loopback host names only")
             .fix("use localhost or 127.0.0.1; for another host name, configure an API key and a token secret instead of --dev")
             .into_response();

@@ -81,9 +81,10 @@ pub(super) async fn refuse_ambiguous(request: Request, next: Next) -> Response {
         .iter()
         .all(|encoding| encoding.as_bytes().eq_ignore_ascii_case(b"identity"));
     if !is_plain {
-        let refused =
-            ApiError::unsupported_media_type("the request has a Content-Encoding other than identity")
-                .fix("send the body uncompressed");
+        let refused = ApiError::unsupported_media_type(
+            "the request has a Content-Encoding other than identity",
+        )
+        .fix("send the body uncompressed");
         return ([(ACCEPT_ENCODING, "identity")], refused).into_response();
     }
     next.run(request).await

@@ -211,7 +211,7 @@ pub(in crate::http) async fn open(
         .await
         .is_err()
     {
-        return Ok(event_stream(Body::from(sse::refusal("unavailable", retry))));
+        return Ok(refuse(&state, "unavailable"));
     }
     Ok(event_stream(Body::new(body)))
 }
