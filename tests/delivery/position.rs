@@ -227,3 +227,26 @@ fn a_source_that_only_some_nodes_have_is_not_delivered_again_at_a_change_of_node
     let mut stream = open(&wide, "user=42", &cursor);
     resume(&mut stream, &wide, &[]);
 }
+
+/// Redis is restarted again and again while nobody publishes. Each restart is an epoch that ends
+/// where it began, so none of them concerns the cursor.
+#[test]
+fn a_cursor_resumes_exactly_after_any_number_of_idle_restarts() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    let mut connection = server.connection();
+    let mut stream = open(&node, "user=42", "");
+    add(&mut connection, SOURCE, "a", "42");
+    assert_eq!(stream.next_notification(SOON).id, "a");
+    let kept = stream.last_event_id().to_owned();
+    drop(stream);
+    for _ in 0..40 {
+        server.change_replid();
+        // The first read begins the epoch.
+        page(&node, "user=42");
+    }
+    // Panics on a gap.
+    let mut stream = open(&node, "user=42", &kept);
+    add(&mut connection, SOURCE, "b", "42");
+    assert_eq!(stream.next_notification(SOON).id, "b");
+}

@@ -29,8 +29,8 @@ pub struct Entry {
 #[derive(Clone, Debug)]
 pub struct Head {
     pub epoch: Epoch,
-    /// The newest 16 epochs of this partition, oldest first, each with the last id that was still
-    /// valid when the epoch began.
+    /// The newest epochs of this partition, oldest first, each with the last id that was still valid
+    /// when the epoch began: at least 16, and those that ended where they began in addition.
     pub epochs: Vec<(Epoch, NotificationId)>,
     /// The id of the last complete notification.
     pub last: NotificationId,

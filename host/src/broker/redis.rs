@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `pointsman:`. A consumer group `pointsman` shows the lag; nothing depends on it. |
 //! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at` in ms; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
-//! | `T` `epochs` | list | `epoch last`: each epoch with the last id that was valid when it began; the newest 16 |
+//! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
 //! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window |

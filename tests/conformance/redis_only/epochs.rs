@@ -116,6 +116,24 @@ async fn each_epoch_is_listed_with_its_last_valid_id() {
     );
 }
 
+/// Epochs in which nothing was committed take no place of others, and are found themselves.
+#[tokio::test]
+async fn epochs_that_end_where_they_began_are_listed_in_addition() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let mut expect = node.head().await.epochs;
+    for n in 0..20 {
+        let last = node.publish("R", &["u:1"]).await;
+        for _ in 0..=n % 3 {
+            server.change_replid();
+            expect.push((node.head().await.epoch, last));
+        }
+    }
+    let epochs = node.head().await.epochs;
+    assert!(epochs.len() > 30, "{epochs:?}");
+    assert_eq!(epochs, expect[expect.len() - epochs.len()..]);
+}
+
 #[tokio::test]
 async fn every_notice_carries_the_epoch_it_was_published_in() {
     let server = RedisServer::start();

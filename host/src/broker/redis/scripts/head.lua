@@ -8,9 +8,11 @@
 local known, name, last, pending, origin = unpack(call('HMGET', META, 'replid', 'epoch', 'last', 'pending', 'origin'))
 if not name or replid() ~= known and ARGV[OWN] ~= '1' then return {'begin'} end
 local answer = {name, last or '0', pending or '', position(), text(floor()), origin, text(now)}
-for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do
-  local of, last_valid = string.match(one, '^(%S+) (%S+)$')
-  answer[#answer + 1] = of
-  answer[#answer + 1] = last_valid
+for _, run in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do
+  local names, last_valid = string.match(run, '^(%S+) (%S+)$')
+  for one in string.gmatch(names, '..') do
+    answer[#answer + 1] = one
+    answer[#answer + 1] = last_valid
+  end
 end
 return answer

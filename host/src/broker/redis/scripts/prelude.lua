@@ -83,6 +83,9 @@ local function replid()
   return (string.match(info, 'master_replid:(%x+)'))
 end
 
+-- The most epochs in one element of the list of epochs: every read of the head returns them.
+local MOST_IN_RUN = 64
+
 -- Begins an epoch if this primary has not served this partition before, creates `meta` if it is
 -- absent, and returns the name of the epoch. Epochs are identified by name and not by number: the
 -- epoch counter rolls back with the data in a failover, and a number would be issued twice.
@@ -97,6 +100,7 @@ local function epoch()
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
   if known ~= current then
+<<<<<<< ours
     local epochs = T .. 'epochs'
     require_rights({
       {'HSET', META, 'f', 'v'}, {'HINCRBY', META, 'f', '1'},
@@ -106,6 +110,18 @@ local function epoch()
     -- Before the first write: fails on a key of the wrong type.
     for _, one in ipairs(call('LRANGE', epochs, 0, -1)) do taken[string.sub(one, 1, 2)] = true end
     local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
+||||||| base
+    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
+    local taken = {}
+    for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do taken[string.sub(one, 1, 2)] = true end
+=======
+    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
+    local taken, names, began = {}, '', nil
+    for _, run in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do
+      names, began = string.match(run, '^(%S+) (%S+)$')
+      for one in string.gmatch(names, '..') do taken[one] = true end
+    end
+>>>>>>> theirs
     local nonce = 0
     repeat
       local bits = tonumber(string.sub(redis.sha1hex(current .. clock[1] .. '.' .. clock[2] .. '.' .. epoch_no .. '.' .. nonce), 1, 3), 16)
@@ -113,9 +129,25 @@ local function epoch()
       name = string.sub(BASE64URL, high, high) .. string.sub(BASE64URL, low, low)
       nonce = nonce + 1
     until not taken[name]
+<<<<<<< ours
     -- A plan in slices was announced before `last` reaches it, and its owner continues it.
     call('RPUSH', epochs, name .. ' ' .. (meta('pending') or meta('last') or '0'))
     call('LTRIM', epochs, -16, -1)
+||||||| base
+    call('RPUSH', T .. 'epochs', name .. ' ' .. (meta('last') or '0'))
+    call('LTRIM', T .. 'epochs', -16, -1)
+=======
+    local last = meta('last') or '0'
+    if began == last then
+      -- The previous epoch ended where it began: both are one element, so that restarts of an idle
+      -- Redis do not push older epochs off the list.
+      call('LTRIM', T .. 'epochs', 0, -2)
+      call('RPUSH', T .. 'epochs', string.sub(names .. name, -2 * MOST_IN_RUN) .. ' ' .. last)
+    else
+      call('RPUSH', T .. 'epochs', name .. ' ' .. last)
+    end
+    call('LTRIM', T .. 'epochs', -16, -1)
+>>>>>>> theirs
     call('HSET', META, 'replid', current, 'epoch', name)
   end
   return name
