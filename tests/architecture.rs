@@ -16,11 +16,11 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
     (
         "",
         &[
+            &["escape"],
             &[
                 "backoff",
                 "clock",
                 "duration",
-                "escape",
                 "event",
                 "shutdown",
                 "telemetry",

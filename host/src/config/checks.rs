@@ -7,7 +7,8 @@ use std::fmt;
 use std::time::Duration;
 
 use super::{Broker, BrokerChoice, Error, Layers, Log};
-use crate::broker::{Retention, redis};
+use crate::broker::Retention;
+use crate::broker::redis::check_url;
 use crate::delivery::sse;
 use crate::event::Name;
 use crate::{duration, http, ingest, server};
@@ -200,7 +201,7 @@ pub(super) fn broker(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, E
                     "is not a valid Redis URL; use one such as redis://127.0.0.1:6379",
                 ));
             }
-            redis::check_url(url).map_err(|error| {
+            check_url(url).map_err(|error| {
                 let text = format!(
                     "is not a valid URL of a Redis ({error}); write it as in redis://127.0.0.1:6379"
                 );
