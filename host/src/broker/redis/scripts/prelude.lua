@@ -100,28 +100,18 @@ local function epoch()
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
   if known ~= current then
-<<<<<<< ours
     local epochs = T .. 'epochs'
     require_rights({
       {'HSET', META, 'f', 'v'}, {'HINCRBY', META, 'f', '1'},
       {'LRANGE', epochs, '0', '1'}, {'RPUSH', epochs, 'v'}, {'LTRIM', epochs, '0', '1'},
     })
-    local taken = {}
-    -- Before the first write: fails on a key of the wrong type.
-    for _, one in ipairs(call('LRANGE', epochs, 0, -1)) do taken[string.sub(one, 1, 2)] = true end
-    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
-||||||| base
-    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
-    local taken = {}
-    for _, one in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do taken[string.sub(one, 1, 2)] = true end
-=======
-    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
     local taken, names, began = {}, '', nil
-    for _, run in ipairs(call('LRANGE', T .. 'epochs', 0, -1)) do
+    -- Before the first write: fails on a key of the wrong type.
+    for _, run in ipairs(call('LRANGE', epochs, 0, -1)) do
       names, began = string.match(run, '^(%S+) (%S+)$')
       for one in string.gmatch(names, '..') do taken[one] = true end
     end
->>>>>>> theirs
+    local epoch_no = call('HINCRBY', META, 'epoch_no', 1)
     local nonce = 0
     repeat
       local bits = tonumber(string.sub(redis.sha1hex(current .. clock[1] .. '.' .. clock[2] .. '.' .. epoch_no .. '.' .. nonce), 1, 3), 16)
@@ -129,25 +119,17 @@ local function epoch()
       name = string.sub(BASE64URL, high, high) .. string.sub(BASE64URL, low, low)
       nonce = nonce + 1
     until not taken[name]
-<<<<<<< ours
     -- A plan in slices was announced before `last` reaches it, and its owner continues it.
-    call('RPUSH', epochs, name .. ' ' .. (meta('pending') or meta('last') or '0'))
-    call('LTRIM', epochs, -16, -1)
-||||||| base
-    call('RPUSH', T .. 'epochs', name .. ' ' .. (meta('last') or '0'))
-    call('LTRIM', T .. 'epochs', -16, -1)
-=======
-    local last = meta('last') or '0'
-    if began == last then
+    local valid = meta('pending') or meta('last') or '0'
+    if began == valid then
       -- The previous epoch ended where it began: both are one element, so that restarts of an idle
       -- Redis do not push older epochs off the list.
-      call('LTRIM', T .. 'epochs', 0, -2)
-      call('RPUSH', T .. 'epochs', string.sub(names .. name, -2 * MOST_IN_RUN) .. ' ' .. last)
+      call('LTRIM', epochs, 0, -2)
+      call('RPUSH', epochs, string.sub(names .. name, -2 * MOST_IN_RUN) .. ' ' .. valid)
     else
-      call('RPUSH', T .. 'epochs', name .. ' ' .. last)
+      call('RPUSH', epochs, name .. ' ' .. valid)
     end
-    call('LTRIM', T .. 'epochs', -16, -1)
->>>>>>> theirs
+    call('LTRIM', epochs, -16, -1)
     call('HSET', META, 'replid', current, 'epoch', name)
   end
   return name
