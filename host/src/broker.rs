@@ -160,9 +160,9 @@ pub trait Users: Partitions {
 
     /// Atomically moves a device cursor or read marker and restarts its expiry, if it still equals
     /// `seen` (`None`: it does not exist). Returns `false` if it does not. A device beyond
-    /// [`Retention::max_devices_per_user`] evicts the least recently moved cursor of the same kind. Acknowledged
-    /// and unacknowledged cursors are limited separately, so that merely opening streams cannot
-    /// evict a device that acknowledged something.
+    /// [`Retention::max_devices_per_user`] evicts the least recently moved cursor of the same kind.
+    /// Acknowledged and unacknowledged cursors are limited separately, so that merely opening
+    /// streams cannot evict a device that acknowledged something.
     async fn move_device_cursor(
         &self,
         user: &Name,
