@@ -1,6 +1,6 @@
-//! The rules of ARCHITECTURE.md that a compiler does not enforce: imports point one way, files of the
-//! host do not import each other in a circle, each outside format has one module, every file states
-//! what it is, and the documents name tests and files that exist.
+//! The rules of ARCHITECTURE.md that a compiler does not enforce: imports point one way, files of
+//! the host do not import each other in a circle, each outside format has one module, every file
+//! states what it is, and the documents name tests and files that exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -314,7 +314,8 @@ fn no_files_import_each_other_in_a_circle() {
             break;
         }
     }
-    // What is left lies on a circle or leads to one; those that nothing left imports only lead there.
+    // What is left lies on a circle or leads to one; those that nothing left imports only lead
+    // there.
     loop {
         let imported: BTreeSet<String> = left.values().flatten().cloned().collect();
         let before = left.len();
@@ -447,7 +448,8 @@ fn every_promise_names_its_files_and_tests_that_exist() {
     }
 }
 
-/// `docs/protocol.md` lists the schedules that the delivery protocol must survive, each with its test.
+/// `docs/protocol.md` lists the schedules that the delivery protocol must survive, each with its
+/// test.
 #[test]
 fn every_interleaving_of_the_protocol_has_a_test() {
     let page = fs::read_to_string(repository().join("docs/protocol.md")).expect("docs/protocol.md");

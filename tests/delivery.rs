@@ -1,4 +1,5 @@
-//! Delivery: from an event that a node accepted to the bytes on a stream, also under faults and load.
+//! Delivery: from an event that a node accepted to the bytes on a stream, also under faults and
+//! load.
 
 mod authorization;
 mod devices;

@@ -1,4 +1,5 @@
-//! The plugin platform: isolation, reload, shadowing, the compile cache, and the decisions of plugins.
+//! The plugin platform: isolation, reload, shadowing, the compile cache, and the decisions of
+//! plugins.
 
 mod compile_cache;
 mod decisions;

@@ -1,9 +1,9 @@
 //! Measures a plugin call against the same decision in native code, and loading a new version
 //! against compiling it. All bounds are ratios within one run.
 //!
-//! The guest is `tests/harness/guests/costs`, compiled like a plugin; the native version calls it as a
-//! library. The contenders take turns and the median of the turns is shown, so that other load on
-//! the machine affects all of them alike.
+//! The guest is `tests/harness/guests/costs`, compiled like a plugin; the native version calls it
+//! as a library. The contenders take turns and the median of the turns is shown, so that other load
+//! on the machine affects all of them alike.
 
 #![expect(
     clippy::print_stdout,

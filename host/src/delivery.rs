@@ -1,7 +1,7 @@
 //! Delivery: from the logs of the broker to open SSE streams.
 //!
-//! In the order in which a notification passes them: [`hub`] hands it to the streams that follow its
-//! log (`follow` knows which), [`recipients`] chooses the route that wins for one recipient,
+//! In the order in which a notification passes them: [`hub`] hands it to the streams that follow
+//! its log (`follow` knows which), [`recipients`] chooses the route that wins for one recipient,
 //! [`subscription`] is one open stream (replay, live, queue, cursor), and [`sse`] turns it into
 //! bytes. [`device_cursors`] keeps positions of devices that have no open stream. Delivery never
 //! reads a source and never runs a plugin.

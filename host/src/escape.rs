@@ -1,4 +1,5 @@
-//! Makes foreign text safe to print: file names, answers of plugins, events, errors that quote them.
+//! Makes foreign text safe to print: file names, answers of plugins, events, errors that quote
+//! them.
 //!
 //! Every log line, readiness line and command that shows such text uses these functions.
 

@@ -2,10 +2,10 @@
 //! plan, why each route does or does not match the user, and how far the user has read.
 //!
 //! An explanation agrees with delivery, because it uses the same code: `recipients` selects the
-//! winning route, and `device_cursors` determines where a device would resume. It reads only and changes
-//! nothing. The work is bounded: decisions are searched as far back as they are kept; waiting
-//! entries, dead letters and later notifications up to a fixed number each. Facts that cannot be
-//! known are listed as such.
+//! winning route, and `device_cursors` determines where a device would resume. It reads only and
+//! changes nothing. The work is bounded: decisions are searched as far back as they are kept;
+//! waiting entries, dead letters and later notifications up to a fixed number each. Facts that
+//! cannot be known are listed as such.
 //!
 //! `search` finds the decision, `reasons` explains why a route does not match a user, `conclusion`
 //! summarises all of it. A dry run (`preview::dry_run`) answers a different question: whom an event
@@ -203,8 +203,8 @@ pub struct Sources<'a> {
 impl Sources<'_> {
     /// Explains the event with this event id or entry id. If there are several decisions, the
     /// newest that is not a duplicate is explained, unless the same event was committed at some
-    /// time: then it was delivered, regardless of its retries. (The broker does not count a retry that
-    /// became a dead letter as a duplicate.)
+    /// time: then it was delivered, regardless of its retries. (The broker does not count a retry
+    /// that became a dead letter as a duplicate.)
     ///
     /// # Errors
     /// [`ExplainError`]: no decision was found, or the broker failed.

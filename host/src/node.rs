@@ -1,7 +1,8 @@
-//! A node: binds the listeners, opens the broker, loads the plugins, wires the parts and stops them.
+//! A node: binds the listeners, opens the broker, loads the plugins, wires the parts and stops
+//! them.
 //!
-//! [`run`] is the whole life cycle. `listeners` serves the routes, `start` opens the broker and loads
-//! the plugins, and `monitor` reports their state in readiness afterwards.
+//! [`run`] is the whole life cycle. `listeners` serves the routes, `start` opens the broker and
+//! loads the plugins, and `monitor` reports their state in readiness afterwards.
 
 use std::sync::Arc;
 use std::time::Duration;

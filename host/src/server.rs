@@ -56,8 +56,8 @@ pub struct Config {
     /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none;
     /// in dev mode every loopback origin).
     pub origins: Vec<String>,
-    /// Host names under which `admin` may be called, besides loopback names and IP addresses, such as
-    /// `notify.internal` (none). In dev mode only loopback names are accepted.
+    /// Host names under which `admin` may be called, besides loopback names and IP addresses, such
+    /// as `notify.internal` (none). In dev mode only loopback names are accepted.
     pub admin_hosts: Vec<String>,
     /// The maximum number of open connections to `address` (10,000). A few more are answered with a
     /// refusal; the rest are closed.

@@ -1,5 +1,5 @@
-//! The demo runs, reports no lost or duplicated deliveries, and ends on its own. Its counting is tested
-//! in `examples/demo/tests`, and its page in `clients`.
+//! The demo runs, reports no lost or duplicated deliveries, and ends on its own. Its counting is
+//! tested in `examples/demo/tests`, and its page in `clients`.
 
 use std::path::Path;
 use std::process::Command;
@@ -18,7 +18,8 @@ fn the_demo_ends_on_its_own_and_reports_no_lost_or_doubled_deliveries() {
     .expect("make a link");
     std::os::unix::fs::symlink(repository.join("examples"), folder.path().join("examples"))
         .expect("make a link");
-    // A package of its own, which `cargo test --workspace` builds; `cargo build -p demo` does so alone.
+    // A package of its own, which `cargo test --workspace` builds; `cargo build -p demo` does so
+    // alone.
     let demo = Path::new(env!("CARGO_BIN_EXE_pointsman")).with_file_name("demo");
     let begun = Instant::now();
     let mut command = Command::new(&demo);

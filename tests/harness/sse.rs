@@ -68,7 +68,8 @@ impl Request {
     /// Connects and reads the response head.
     ///
     /// # Errors
-    /// [`OpenError`] if there is no connection, no complete head in time, or a status other than 200.
+    /// [`OpenError`] if there is no connection, no complete head in time, or a status other than
+    /// 200.
     pub(crate) fn open(self, within: Duration) -> Result<Stream, OpenError> {
         let unreachable = |error: io::Error| OpenError {
             status: None,
@@ -364,8 +365,8 @@ impl Stream {
         }
     }
 
-    /// Reads until the stream is over. Returns its frames and how it ended: [`StreamEnd::Complete`],
-    /// [`StreamEnd::Cut`], or [`StreamEnd::Timeout`] if it did not.
+    /// Reads until the stream is over. Returns its frames and how it ended:
+    /// [`StreamEnd::Complete`], [`StreamEnd::Cut`], or [`StreamEnd::Timeout`] if it did not.
     pub(crate) fn read_to_end(&mut self, within: Duration) -> (Vec<Frame>, StreamEnd) {
         let deadline = Instant::now() + within;
         let mut frames = Vec::new();

@@ -291,8 +291,8 @@ async fn ticks_of_an_older_epoch_do_not_keep_a_feed_connected() {
     client.expect(&["new"]).await;
 }
 
-/// A restart or a promotion between two slices of a plan that survives completely: nothing was lost,
-/// although `last` does not yet cover the plan.
+/// A restart or a promotion between two slices of a plan that survives completely: nothing was
+/// lost, although `last` does not yet cover the plan.
 #[tokio::test]
 async fn an_epoch_that_begins_within_a_plan_neither_repeats_the_event_nor_reports_a_gap() {
     let stage = stage().await;

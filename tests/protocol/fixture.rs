@@ -45,8 +45,8 @@ pub(super) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
         .unwrap_or_else(|_| panic!("timed out: {what}"));
 }
 
-/// Repeats a request until the broker answers it. [`Error::Unavailable`] is retried; every other error
-/// panics.
+/// Repeats a request until the broker answers it. [`Error::Unavailable`] is retried; every other
+/// error panics.
 pub(super) async fn answered<T>(
     what: &str,
     mut ask: impl AsyncFnMut() -> pointsman::broker::Result<T>,

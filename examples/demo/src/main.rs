@@ -1,11 +1,11 @@
 //! The demo: `make demo`.
 //!
 //! Starts a node on the embedded broker with the bundled plugins, configured by
-//! `examples/demo/pointsman.toml`. It publishes events of a small company and follows the stream of each of
-//! its four people as a browser would. From time to time it cuts a stream, which then resumes with
-//! its last event id. The demo prints the address of the demo page, every notification and, at the
-//! end, the fate of all published events. The exit code is 0 if nothing was lost or duplicated,
-//! otherwise 1.
+//! `examples/demo/pointsman.toml`. It publishes events of a small company and follows the stream of
+//! each of its four people as a browser would. From time to time it cuts a stream, which then
+//! resumes with its last event id. The demo prints the address of the demo page, every notification
+//! and, at the end, the fate of all published events. The exit code is 0 if nothing was lost or
+//! duplicated, otherwise 1.
 //!
 //! Runs until Ctrl-C. It ends on its own after `DEMO_SECONDS` if that is set, and after 30 s
 //! without a terminal. It expects the binary of the node beside its own, and the plugins in

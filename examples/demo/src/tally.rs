@@ -1,6 +1,6 @@
 //! Counts the fate of every published event for each recipient: delivered, superseded, expired,
-//! lost or duplicated. The count is exact and pessimistic: a missing delivery is lost unless there is
-//! a valid reason for it.
+//! lost or duplicated. The count is exact and pessimistic: a missing delivery is lost unless there
+//! is a valid reason for it.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};

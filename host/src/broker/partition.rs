@@ -29,8 +29,8 @@ pub struct Entry {
 #[derive(Clone, Debug)]
 pub struct Head {
     pub epoch: Epoch,
-    /// The newest epochs of this partition, oldest first, each with the last id that was still valid
-    /// when the epoch began: at least 16, and those that ended where they began in addition.
+    /// The newest epochs of this partition, oldest first, each with the last id that was still
+    /// valid when the epoch began: at least 16, and those that ended where they began in addition.
     pub epochs: Vec<(Epoch, NotificationId)>,
     /// The id of the last complete notification.
     pub last: NotificationId,
@@ -69,9 +69,9 @@ impl Head {
         }
     }
 
-    /// The highest id that is still valid for a client whose last cursor was issued in epoch `epoch`.
-    /// Ids above the last one that was valid when the following epoch began cannot be trusted,
-    /// because they are issued again after a rewind. Returns 0 for an unknown epoch.
+    /// The highest id that is still valid for a client whose last cursor was issued in epoch
+    /// `epoch`. Ids above the last one that was valid when the following epoch began cannot be
+    /// trusted, because they are issued again after a rewind. Returns 0 for an unknown epoch.
     pub fn last_valid_id(&self, epoch: Epoch) -> NotificationId {
         let bound = if epoch == self.epoch {
             // In the current epoch no client can have received an id above the top: a cursor that

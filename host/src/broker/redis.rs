@@ -122,8 +122,8 @@ impl Redis {
     /// Connects, creates the partitions of new sources and assigns each its number.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if Redis is unreachable; retry later. [`Error::Permanent`] if the URL,
-    /// the version or a source is not usable; retrying does not help.
+    /// [`Error::Unavailable`] if Redis is unreachable; retry later. [`Error::Permanent`] if the
+    /// URL, the version or a source is not usable; retrying does not help.
     pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
         let client = client::Client::open(url).map_err(|error| {
             Error::Permanent(format!("invalid URL: {error}; write redis://host:port"))

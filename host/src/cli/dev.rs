@@ -25,7 +25,8 @@ use super::plugin::toolchain::Profile;
 mod activity;
 mod crate_builder;
 
-/// Default log filter: problems and plugin logs. Plugin activity is printed by [`Activity`] instead.
+/// Default log filter: problems and plugin logs. Plugin activity is printed by [`Activity`]
+/// instead.
 const LOG: &str =
     "warn,pointsman::plugin::registry=off,pointsman::telemetry::readiness=off,plugin=debug";
 

@@ -19,7 +19,8 @@ const BROKER_KEYS: [&str; 3] = ["broker.redis", "broker.data", "broker.ephemeral
 #[derive(Clone, Debug, Default)]
 pub struct Layers {
     table: Table,
-    /// The place of a key for errors, `--listen` or `POINTSMAN_LISTEN`; absent for keys of the file.
+    /// The place of a key for errors, `--listen` or `POINTSMAN_LISTEN`; absent for keys of the
+    /// file.
     origins: BTreeMap<String, String>,
     file: Option<PathBuf>,
 }

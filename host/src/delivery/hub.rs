@@ -1,9 +1,9 @@
 //! The open streams of this node, and their replays.
 //!
 //! `feed_reader` passes the notices of the feed on to the streams; `follow` keeps the logs that
-//! each stream follows. The hub never waits for a stream: one whose buffer is full returns to replay.
-//! Delivery needs no session table: the broker knows which node follows which log, and drops a dead
-//! node's follows.
+//! each stream follows. The hub never waits for a stream: one whose buffer is full returns to
+//! replay. Delivery needs no session table: the broker knows which node follows which log, and
+//! drops a dead node's follows.
 //!
 //! The hub does not decide which notifications reach a user (`recipients`), how far a stream has
 //! read (`subscription`) or how it is written (`sse`).

@@ -151,8 +151,8 @@ pub struct Body {
 }
 
 impl Body {
-    /// Returns the body of an open stream; `stream_timer` drives its heartbeats and end. `expires_ms`:
-    /// expiry of its token, in milliseconds since the Unix epoch.
+    /// Returns the body of an open stream; `stream_timer` drives its heartbeats and end.
+    /// `expires_ms`: expiry of its token, in milliseconds since the Unix epoch.
     pub fn new(
         guard: StreamGuard,
         permit: StreamPermit,

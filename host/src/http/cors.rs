@@ -1,6 +1,6 @@
-//! The CORS middleware and the check against DNS rebinding. Answers preflights, and in dev mode, which
-//! requires no key, rejects requests to host names that are not loopback names. `origins` decides
-//! which origins are allowed.
+//! The CORS middleware and the check against DNS rebinding. Answers preflights, and in dev mode,
+//! which requires no key, rejects requests to host names that are not loopback names. `origins`
+//! decides which origins are allowed.
 //!
 //! This protects users' browsers, not the node: `auth` decides who may do what, and clients other
 //! than browsers send no origin.
@@ -39,8 +39,8 @@ pub(super) async fn refuse_unknown_admin_names(
     next.run(request).await
 }
 
-/// In dev mode, which requires no key, refuses changes by pages whose origin may not call this node.
-/// A browser sends simple requests without asking first.
+/// In dev mode, which requires no key, refuses changes by pages whose origin may not call this
+/// node. A browser sends simple requests without asking first.
 pub(super) async fn refuse_foreign_pages(
     extract::State(state): extract::State<Arc<State>>,
     request: Request,

@@ -1,5 +1,5 @@
-//! The layers around all routes: the form of requests, fallbacks, the connection limit, pages on the admin listener, and the
-//! count of refused requests.
+//! The layers around all routes: the form of requests, fallbacks, the connection limit, pages on
+//! the admin listener, and the count of refused requests.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! The origins whose pages may call a node: the configured ones and, in dev mode, every loopback one.
-//! The host names under which the admin listener may be called.
+//! The origins whose pages may call a node: the configured ones and, in dev mode, every loopback
+//! one. The host names under which the admin listener may be called.
 
 use axum::http::header::ORIGIN;
 use axum::http::{HeaderMap, HeaderValue};

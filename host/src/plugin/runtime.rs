@@ -1,7 +1,7 @@
 //! The Wasm runtime: from the bytes of a plugin file to answers about events.
 //!
-//! The only module that knows wasmtime. Which plugins exist, in which version, and when that changes
-//! is in `registry`; the outcome of an event whose plugin failed is in `ingest::pipeline`.
+//! The only module that knows wasmtime. Which plugins exist, in which version, and when that
+//! changes is in `registry`; the outcome of an event whose plugin failed is in `ingest::pipeline`.
 
 mod bindings;
 pub mod cache;

@@ -1,6 +1,6 @@
 //! The dry run: the outcome and the reach that events would have, given the current plugins,
-//! memberships and attributes. Nothing is stored. Duplicates are not detected, because only a commit
-//! can detect them.
+//! memberships and attributes. Nothing is stored. Duplicates are not detected, because only a
+//! commit can detect them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

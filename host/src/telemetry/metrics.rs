@@ -98,7 +98,8 @@ macro_rules! metrics {
                 registry.register("build", "Version of this node", Info::new(build()));
                 $(
                     let $field: $kind = metrics!(@new $($new)?);
-                    // Every doc line begins with a space, and the library ends the help with a period.
+                    // Every doc line begins with a space, and the library ends the help with a
+                    // period.
                     let help = [$($help.trim()),+].join(" ");
                     metrics!(@register registry, $name, help.trim_end_matches('.'), $field $(, $unit)?);
                 )+

@@ -1,5 +1,5 @@
-//! Missing permissions (ACL): a script that lacks a right writes nothing, because it has no rollback
-//! and its caller repeats it.
+//! Missing permissions (ACL): a script that lacks a right writes nothing, because it has no
+//! rollback and its caller repeats it.
 
 use super::*;
 use pointsman::broker::{CursorOwner, RecipientChange, StoredCursor};

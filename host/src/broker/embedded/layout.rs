@@ -128,8 +128,8 @@ pub(super) struct Meta {
     pub(super) dead_trimmed: u64,
     pub(super) dedupe_overflows: u64,
     pub(super) decisions: u64,
-    /// Samples of (time in ms, position) covering the last `processed_entries_ttl`. Entries up to the newest
-    /// sample of that age may be removed.
+    /// Samples of (time in ms, position) covering the last `processed_entries_ttl`. Entries up to
+    /// the newest sample of that age may be removed.
     pub(super) marks: VecDeque<(u64, EntryId)>,
 }
 

@@ -87,8 +87,8 @@ impl Work<'_> {
         noted.saturating_add(1)
     }
 
-    /// See [`crate::broker::Operations::redrive`]. Rejected like any append if the backlog is at its
-    /// limit.
+    /// See [`crate::broker::Operations::redrive`]. Rejected like any append if the backlog is at
+    /// its limit.
     pub(super) fn redrive(&mut self, slot: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(slot), id);
         let found = self.tables.dead.get(key)?.map(|row| owned(&row.value().1));

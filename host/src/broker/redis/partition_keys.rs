@@ -134,8 +134,8 @@ async fn give_number(
     source: &str,
     meta: &str,
 ) -> Result<PartitionNumber> {
-    // Read first: the script is refused while Redis refuses writes, and a node that starts then must
-    // still serve history.
+    // Read first: the script is refused while Redis refuses writes, and a node that starts then
+    // must still serve history.
     let known: Option<u8> = connection
         .query(redis::cmd("HGET").arg(PARTITIONS_KEY).arg(source))
         .await?;

@@ -1,5 +1,5 @@
-//! `pointsman plugin inspect`: prints everything that a plugin file reveals without a node. The plugin
-//! may be written in any language.
+//! `pointsman plugin inspect`: prints everything that a plugin file reveals without a node. The
+//! plugin may be written in any language.
 
 use anyhow::bail;
 use pointsman::escape::printable;

@@ -1,10 +1,10 @@
 //! `pointsman plugin list`, `upload` and the other commands that manage the plugins of a running
 //! node over its admin listener.
 //!
-//! The node implements and validates these commands; `render::plugins` formats its responses. Only `upload`
-//! adds a check of its own: a name that the node does not know creates an additional plugin, so it
-//! requires `--create`. Otherwise a typo in the name would silently add a plugin and leave the
-//! version that was to be replaced active.
+//! The node implements and validates these commands; `render::plugins` formats its responses. Only
+//! `upload` adds a check of its own: a name that the node does not know creates an additional
+//! plugin, so it requires `--create`. Otherwise a typo in the name would silently add a plugin and
+//! leave the version that was to be replaced active.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -1,5 +1,6 @@
-//! `/v1/dead-letters`: dead letters of all partitions. They can be listed, shown with their original
-//! fields, redriven and dropped. A dead letter is identified by `partition/id`, as in the path.
+//! `/v1/dead-letters`: dead letters of all partitions. They can be listed, shown with their
+//! original fields, redriven and dropped. A dead letter is identified by `partition/id`, as in the
+//! path.
 
 use std::sync::Arc;
 

@@ -386,8 +386,8 @@ async fn store(
     all.ok_or_else(|| ApiError::unavailable("the broker confirmed fewer events than it was sent"))
 }
 
-/// Distinguishes a full or refusing broker, which the operator must fix, from a source whose backlog
-/// has reached its limit, which resolves as events are decided.
+/// Distinguishes a full or refusing broker, which the operator must fix, from a source whose
+/// backlog has reached its limit, which resolves as events are decided.
 async fn refusal(
     state: &State,
     broker: &dyn Broker,

@@ -146,7 +146,8 @@ struct Queue {
 struct Jobs {
     waiting: VecDeque<QueuedJob>,
     is_closed: bool,
-    /// The requests to release instances: a counter and not a flag, because every thread must see each request.
+    /// The requests to release instances: a counter and not a flag, because every thread must see
+    /// each request.
     n_releases: u64,
 }
 

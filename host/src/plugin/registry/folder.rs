@@ -6,8 +6,8 @@
 //! `my-router` as `my_router.wasm`). The operator chose this name and sees it; the name in the
 //! guest's manifest does not count.
 //!
-//! Nothing here blocks, and a file that was written to while it was read is never returned. `watcher`
-//! decides when to take a snapshot; loading is in `registry`.
+//! Nothing here blocks, and a file that was written to while it was read is never returned.
+//! `watcher` decides when to take a snapshot; loading is in `registry`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
