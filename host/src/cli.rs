@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use clap::Parser;
-use pointsman::escape::{printable, printable_json, printable_lines};
+use pointsman::escape::{is_hidden, printable, printable_json, printable_lines};
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
@@ -89,11 +89,20 @@ pub(crate) fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            if error.use_stderr() {
+                // It quotes the invalid value, which may have been copied from a node's answer.
+                let text = error.render().to_string();
+                if text.contains(|c| c != '\n' && is_hidden(c)) {
+                    eprint!("{}", printable_lines(&text));
+                } else {
+                    error.print().ok();
+                }
+                return ExitCode::from(EXIT_USAGE);
+            }
             // clap also returns `--help` and `--version` as errors, but prints them to stdout.
-            return match (error.print(), error.use_stderr()) {
-                (Ok(()), false) => ExitCode::SUCCESS,
-                (Err(_), false) => ExitCode::FAILURE,
-                (_, true) => ExitCode::from(EXIT_USAGE),
+            return match error.print() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
             };
         }
     };

@@ -366,7 +366,7 @@ mod tests {
             (
                 "dead-lettered",
                 vec![verdict("r", "failed", "it ran\nlong")],
-                "t e: dead-lettered: r, generation 3, failed (it ran long)",
+                "t e: dead-lettered: r, generation 3, failed (it ran\\nlong)",
             ),
         ] {
             let decision: DecisionRecord = serde_json::from_value(

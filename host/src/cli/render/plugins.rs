@@ -486,7 +486,7 @@ mod tests {
             ),
             (
                 json!({ "verdict": "routes", "plan": [route] }),
-                "routes to u:1, g:ops, collapse c [2J, until 2027-01-15T08:00:00.000Z, priority high",
+                "routes to u:1, g:ops, collapse c\\u{1b}[2J, until 2027-01-15T08:00:00.000Z, priority high",
             ),
             (
                 json!({ "verdict": "failed", "reason": "it trapped" }),
