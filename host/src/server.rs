@@ -183,6 +183,8 @@ pub async fn serve(
 }
 
 /// Serves one connection from its first byte to its end.
+///
+/// In one piece: everything that can end a connection stands in one `select`.
 async fn drive(
     stream: TcpStream,
     connection: Arc<Connection>,

@@ -47,6 +47,7 @@ const SCORE_PACE: Duration = Duration::from_millis(900);
 /// Events too frequent to print; they are counted like all others.
 const NOT_PRINTED: [&str; 3] = ["match.score", "chat.typing", "report.row"];
 
+/// In one piece, so that the demo reads from top to bottom as what it shows.
 fn main() -> anyhow::Result<ExitCode> {
     let stop = stop_on_signal()?;
     println!("Starting a node, which compiles its plugins: a few seconds");

@@ -47,6 +47,7 @@ fn parse_time(text: &str) -> Result<u64, String> {
     ms.ok_or_else(|| "use the form 2026-01-01T00:00:00Z".to_owned())
 }
 
+/// In one piece: the command's output from top to bottom.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let log = PluginLog::listen();
     let loaded = options.subject.load()?;

@@ -131,6 +131,8 @@ impl History {
 
     /// Returns `Some(round)` if the partition went live but had to return to replay at once for
     /// lack of room.
+    ///
+    /// In one piece: the order of its steps is the guarantee of the hand-over.
     async fn attempt(
         &self,
         stream: &Arc<OpenStream>,

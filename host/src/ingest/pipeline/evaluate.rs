@@ -219,6 +219,9 @@ impl Evaluator {
     }
 
     /// Calls one plugin, once more if it fails, and applies its policy if it fails again.
+    ///
+    /// In one piece: each way in which a call can end is one arm, with its verdict and its effect on
+    /// the plugin's health.
     fn call_with_retry(
         &mut self,
         generation: &Generation,
