@@ -338,7 +338,7 @@ impl HubInner {
                     let began = Instant::now();
                     FeedReader::new(&self).run(feed).await;
                     self.lock().followed.close_feed();
-                    // A feed that ends as soon as it is opened is no success.
+                    // A feed that ends as soon as it is opened does not count as a success.
                     if began.elapsed() > SILENCE {
                         backoff.reset();
                     }

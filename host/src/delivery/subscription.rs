@@ -283,8 +283,8 @@ impl Subscription {
             .max(low_water);
         let bound = before.map_or(NotificationId(0), |epoch| head.last_valid_id(epoch));
         if highest > bound {
-            // In an epoch of which the broker knows nothing, the client starts over. What it could
-            // find trimmed up to here is part of this gap.
+            // The broker does not know this epoch, so the client starts over. Any history trimmed
+            // up to here is part of this gap.
             let to = if bound == NotificationId(0) {
                 let to = highest.max(head.floor);
                 self.partitions[at].expects_nothing_to = to;

@@ -33,7 +33,7 @@ pub enum ExplainError {
 }
 
 impl ExplainError {
-    /// What the operator can do.
+    /// The next step for the operator.
     pub fn fix(&self) -> String {
         match self {
             Self::Waiting { .. } => "check GET /readyz on this listener for what blocks the node; retry once the event is decided".to_owned(),

@@ -24,7 +24,7 @@ pub struct ApiError {
 
 #[derive(Debug, Serialize)]
 struct Body {
-    /// What programs branch on; the texts may change.
+    /// A stable word for programs to branch on; the texts may change.
     code: &'static str,
     error: String,
     #[serde(skip_serializing_if = "Option::is_none")]
