@@ -16,7 +16,7 @@ use crate::harness::sse::Request;
 /// One position per log or shard would not fit the id that browsers send back. A cursor has one
 /// position per partition, and groups add nothing to it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cursor_over_eight_partitions_with_three_ids_sent_ahead_has_123_characters() {
+async fn a_cursor_over_eight_partitions_with_three_ids_sent_ahead_has_126_characters() {
     let sources: Vec<String> = (0..8).map(|k| format!("pointsman:{k}")).collect();
     let stage = Stage::embedded_with(
         &sources.iter().map(String::as_str).collect::<Vec<_>>(),
@@ -46,7 +46,7 @@ async fn a_cursor_over_eight_partitions_with_three_ids_sent_ahead_has_123_charac
     }
     client.expect(&["urgent", "urgent", "urgent"]).await;
     let cursor = client.cursor.as_deref().expect("a cursor");
-    assert_eq!(cursor.len(), 123);
+    assert_eq!(cursor.len(), 126);
     assert!(
         cursor
             .bytes()

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use pointsman::broker::{Broker, CursorOwner, Retention};
 use pointsman::delivery::device_cursors::{AcknowledgeError, DeviceCursors};
-use pointsman::delivery::subscription::cursor::Cursor;
+use pointsman::delivery::subscription::cursor::{Cursor, SentAhead, SentRoute};
 use pointsman::delivery::subscription::{GapReason, Start};
+use pointsman::event::{NotificationId, PartitionNumber};
 
 use super::faulty_broker::{At, Op, Puppet};
 use super::fixture::{Client, SOURCE, Stage, name, to};
@@ -36,6 +37,14 @@ fn cursor(start: &Start) -> Cursor {
     match start {
         Start::Cursor(cursor) => cursor.clone(),
         other => panic!("expected a cursor, got {other:?}"),
+    }
+}
+
+fn sent(partition: PartitionNumber, id: NotificationId) -> SentAhead {
+    SentAhead {
+        partition,
+        id,
+        route: SentRoute::new(0),
     }
 }
 
@@ -242,7 +251,7 @@ async fn ids_that_are_not_issued_yet_cannot_be_acknowledged(stage: Stage) {
     let mut overtaken = cursor(&first);
     overtaken
         .sent_ahead
-        .push((stage.p, ahead.positions[0].low_water));
+        .push(sent(stage.p, ahead.positions[0].low_water));
     let refused = device_cursors
         .acknowledge(&name("ann"), &overtaken, &[device("phone")])
         .await;
@@ -301,7 +310,7 @@ async fn an_acknowledged_id_that_was_sent_ahead_is_remembered(stage: Stage) {
             ("urgent", &[super::fixture::urgent("u:ann")]),
         ])
         .await;
-    place.sent_ahead.push((stage.p, ids[1]));
+    place.sent_ahead.push(sent(stage.p, ids[1]));
     acknowledge(&device_cursors, "phone", &Start::Cursor(place)).await;
     having(&stage, start(&device_cursors, "phone").await, &["slow"]).await;
     stage.event("end", &[to("u:ann")]).await;

@@ -477,7 +477,7 @@ impl Client {
             .await
             .expect("a frame arrives");
         stream.made_room();
-        assert!(cursor.len() <= 123, "{cursor}");
+        assert!(cursor.len() <= 126, "{cursor}");
         let read = Cursor::decode(&cursor, &self.user);
         assert!(
             read.is_ok(),

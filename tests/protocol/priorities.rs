@@ -10,6 +10,7 @@ use super::on_each_broker;
 on_each_broker! {
     an_older_state_is_not_sent_after_the_newer_one_that_overtook_it,
     a_state_sent_ahead_supersedes_older_states_on_earlier_pages,
+    a_state_sent_ahead_supersedes_older_states_after_its_membership_has_ended,
     at_most_three_events_overtake_and_the_cursor_stays_exact,
     an_urgent_event_overtakes_a_replay_that_waits_for_its_socket,
     an_expired_event_is_not_sent_and_the_cursor_passes_it,
@@ -82,6 +83,32 @@ async fn a_state_sent_ahead_supersedes_older_states_on_earlier_pages(stage: Stag
     stage.fence(&mut other).await;
     client.expect(&["newer"]).await;
     let mut client = client.back(&hub);
+    for k in 1..=5 * WINDOW {
+        assert_eq!(client.event().await, format!("filler{k}"));
+    }
+    stage.event("last", &[to("u:ann")]).await;
+    client.expect(&["last"]).await;
+}
+
+/// The newer state reached ann as a member of a group. She leaves the group and joins it again
+/// before her client resumes, so her membership no longer covers that state: it was sent
+/// nonetheless, and the older one must not follow it.
+async fn a_state_sent_ahead_supersedes_older_states_after_its_membership_has_ended(stage: Stage) {
+    stage.join("ann", "crew").await;
+    let hub = stage.hub();
+    let mut other = Client::live(&hub, "bob").await;
+    let mut client = Client::live(&hub, "ann").await;
+    overflow(&stage, &mut other).await;
+    stage.event("older", &[keyed("state", to("u:ann"))]).await;
+    stage
+        .event("newer", &[keyed("state", urgent("g:crew"))])
+        .await;
+    stage.fence(&mut other).await;
+    client.expect(&["newer"]).await;
+    let cursor = client.cut();
+    stage.leave("ann", "crew").await;
+    stage.join("ann", "crew").await;
+    let mut client = Client::open(&hub, "ann", cursor);
     for k in 1..=5 * WINDOW {
         assert_eq!(client.event().await, format!("filler{k}"));
     }

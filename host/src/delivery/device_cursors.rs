@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::broker::{self, CursorOwner, Head, StoredCursor, Users};
 use crate::delivery::subscription::Start;
-use crate::delivery::subscription::cursor::{Cursor, MAX_SENT_AHEAD, Position};
+use crate::delivery::subscription::cursor::{Cursor, MAX_SENT_AHEAD, Position, SentAhead};
 use crate::event::{Epoch, Name, NotificationId, PartitionNumber};
 
 /// The most compare-and-set attempts for one device cursor. An attempt fails only if another one
@@ -355,8 +355,8 @@ impl ValidCursor {
             .insert(position.partition, position.low_water.min(survived));
         self.sent_ahead.extend(
             sent_ahead_in(cursor, position.partition)
-                .filter(|id| *id <= survived)
-                .map(|id| (position.partition, id)),
+                .filter(|sent| sent.id <= survived)
+                .map(|sent| (sent.partition, sent.id)),
         );
     }
 
@@ -392,19 +392,14 @@ fn decode(user: &Name, stored: &StoredCursor) -> Option<Cursor> {
     read.inspect_err(|error| tracing::error!(user.id = %user, %error, "cannot parse a device cursor; check whether a newer version wrote it")).ok()
 }
 
-fn sent_ahead_in(
-    cursor: &Cursor,
-    partition: PartitionNumber,
-) -> impl Iterator<Item = NotificationId> {
-    cursor
-        .sent_ahead
-        .iter()
-        .filter(move |(of, _)| *of == partition)
-        .map(|(_, id)| *id)
+fn sent_ahead_in(cursor: &Cursor, partition: PartitionNumber) -> impl Iterator<Item = SentAhead> {
+    let sent_ahead = cursor.sent_ahead.iter().copied();
+    sent_ahead.filter(move |sent| sent.partition == partition)
 }
 
 fn highest(cursor: &Cursor, position: &Position) -> NotificationId {
     sent_ahead_in(cursor, position.partition)
+        .map(|sent| sent.id)
         .max()
         .unwrap_or_default()
         .max(position.low_water)
@@ -427,15 +422,19 @@ fn furthest(kept: &Cursor, acknowledged: &Cursor, heads: &Heads) -> Cursor {
                 .find(|position| position.partition == number)
                 .copied()
         };
-        let (position, sent_ahead): (Position, BTreeSet<NotificationId>) =
+        let (position, sent_ahead): (Position, Vec<SentAhead>) =
             match (here(kept), here(acknowledged)) {
                 (Some(one), Some(other)) if one.epoch == other.epoch => {
                     let low_water = one.low_water.max(other.low_water);
                     (
                         Position { low_water, ..one },
+                        // By id: two devices may have received one notification by two routes.
                         sent_ahead_in(kept, number)
                             .chain(sent_ahead_in(acknowledged, number))
-                            .filter(|id| *id > low_water)
+                            .filter(|sent| sent.id > low_water)
+                            .map(|sent| (sent.id, sent))
+                            .collect::<BTreeMap<_, _>>()
+                            .into_values()
                             .collect(),
                     )
                 }
@@ -459,9 +458,7 @@ fn furthest(kept: &Cursor, acknowledged: &Cursor, heads: &Heads) -> Cursor {
                 }
             };
         merged.positions.push(position);
-        merged
-            .sent_ahead
-            .extend(sent_ahead.into_iter().map(|id| (number, id)));
+        merged.sent_ahead.extend(sent_ahead);
     }
     // A dropped id may be delivered twice; the cursor has no room for it.
     merged.sent_ahead.truncate(MAX_SENT_AHEAD);
@@ -482,6 +479,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::delivery::subscription::cursor::SentRoute;
     use crate::event::Position as EntryPosition;
 
     const P: PartitionNumber = PartitionNumber(0);
@@ -518,10 +516,15 @@ mod tests {
         }];
         Cursor {
             positions,
-            sent_ahead: sent_ahead
-                .iter()
-                .map(|id| (P, NotificationId(*id)))
-                .collect(),
+            sent_ahead: sent_ahead.iter().map(|id| sent(P, *id, 0)).collect(),
+        }
+    }
+
+    fn sent(partition: PartitionNumber, id: u64, route: usize) -> SentAhead {
+        SentAhead {
+            partition,
+            id: NotificationId(id),
+            route: SentRoute::new(route),
         }
     }
 
@@ -569,7 +572,7 @@ mod tests {
                 epoch: epoch(7),
                 low_water: NotificationId(5),
             }],
-            sent_ahead: vec![(other, NotificationId(6))],
+            sent_ahead: vec![sent(other, 6, 0)],
         };
         let merged = furthest(&at(3, 250, &[251]), &elsewhere, &heads());
         assert_eq!(
@@ -580,10 +583,17 @@ mod tests {
                 .collect::<Vec<_>>(),
             [250, 5]
         );
-        assert_eq!(
-            merged.sent_ahead,
-            [(P, NotificationId(251)), (other, NotificationId(6))]
-        );
+        assert_eq!(merged.sent_ahead, [sent(P, 251, 0), sent(other, 6, 0)]);
+    }
+
+    /// Two devices with tokens of different groups: a cursor that listed the id twice would be
+    /// malformed.
+    #[test]
+    fn an_id_that_two_devices_received_by_two_routes_is_listed_once() {
+        let mut acknowledged = at(3, 250, &[]);
+        acknowledged.sent_ahead.push(sent(P, 251, 1));
+        let merged = furthest(&at(3, 250, &[251]), &acknowledged, &heads());
+        assert_eq!(merged.sent_ahead, [sent(P, 251, 1)]);
     }
 
     proptest! {

@@ -115,11 +115,11 @@ impl Subscription {
         let is_here = |number| partitions.iter().any(|at| at.number == number);
         let mut elsewhere = cursor.cloned().unwrap_or_default();
         elsewhere.positions.retain(|at| !is_here(at.partition));
-        elsewhere.sent_ahead.retain(|(of, _)| !is_here(*of));
+        elsewhere.sent_ahead.retain(|sent| !is_here(sent.partition));
         let sent_ahead = cursor
             .into_iter()
             .flat_map(|cursor| cursor.sent_ahead.iter().copied())
-            .filter(|(number, _)| is_here(*number));
+            .filter(|sent| is_here(sent.partition));
         let ahead = AheadQueue::new(sent_ahead);
         Self {
             evaluator: Evaluator::new(reader.into(), filter),
@@ -327,25 +327,17 @@ impl Subscription {
 
     /// The ids that the cursor lists as sent ahead and whose records have not been read since.
     pub fn unread_sent_ahead(&self, partition: PartitionNumber) -> Vec<NotificationId> {
-        self.ahead.without_keys(partition)
+        self.ahead.unread(partition)
     }
 
-    /// Records the collapse keys of an id that was sent ahead. `record` is `None` if it is gone.
+    /// Provides the record of an id that the cursor lists as sent ahead; `None` if it is gone.
     pub fn set_sent_ahead(
         &mut self,
         partition: PartitionNumber,
         id: NotificationId,
         record: Option<&Record>,
-        node_now_ms: u64,
     ) {
-        let now_ms = self.broker_now(node_now_ms);
-        let keys = record
-            .map(|record| {
-                self.evaluator
-                    .collapse_keys_until(partition, id, record, now_ms)
-            })
-            .unwrap_or_default();
-        self.ahead.set_keys(partition, id, keys);
+        self.ahead.set_record(partition, id, record);
     }
 
     /// Handles one notification: skips, rejects or queues it. Ids of a partition must arrive in

@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 
 use crate::event::{Name, NotificationId, PartitionNumber};
 
-use super::cursor::MAX_SENT_AHEAD;
+use super::cursor::{self, MAX_SENT_AHEAD, SentRoute};
 use super::queue::QueuedNotification;
+use super::record::Record;
 
 #[derive(Debug, Default)]
 pub(super) struct AheadQueue {
@@ -24,18 +25,26 @@ pub(super) struct AheadQueue {
 struct SentAhead {
     partition: PartitionNumber,
     id: NotificationId,
-    /// The collapse key under which it was sent, if any. If only the cursor records the sending,
-    /// all keys under which it may have been sent. `None`: the record has not been read since.
-    collapse: Option<Vec<Name>>,
+    route: SentRoute,
+    collapse: CollapseKey,
+}
+
+/// The collapse key of the route by which a notification was sent ahead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum CollapseKey {
+    /// Only the cursor names the notification; its record has not been read since.
+    Unread,
+    Read(Option<Name>),
 }
 
 impl AheadQueue {
     /// Returns an empty queue with the ids that a cursor lists as sent ahead.
-    pub(super) fn new(sent: impl Iterator<Item = (PartitionNumber, NotificationId)>) -> Self {
-        let sent = sent.map(|(partition, id)| SentAhead {
-            partition,
-            id,
-            collapse: None,
+    pub(super) fn new(sent: impl Iterator<Item = cursor::SentAhead>) -> Self {
+        let sent = sent.map(|sent| SentAhead {
+            partition: sent.partition,
+            id: sent.id,
+            route: sent.route,
+            collapse: CollapseKey::Unread,
         });
         Self {
             sent: sent.collect(),
@@ -44,8 +53,12 @@ impl AheadQueue {
     }
 
     /// The ids sent ahead, for the cursor.
-    pub(super) fn sent(&self) -> impl Iterator<Item = (PartitionNumber, NotificationId)> {
-        self.sent.iter().map(|sent| (sent.partition, sent.id))
+    pub(super) fn sent(&self) -> impl Iterator<Item = cursor::SentAhead> {
+        self.sent.iter().map(|sent| cursor::SentAhead {
+            partition: sent.partition,
+            id: sent.id,
+            route: sent.route,
+        })
     }
 
     /// Whether the cursor has room for one more id that is sent ahead.
@@ -78,10 +91,7 @@ impl AheadQueue {
     ) -> bool {
         self.sent_in(partition).any(|sent| {
             sent.id > id
-                && sent
-                    .collapse
-                    .as_ref()
-                    .is_some_and(|keys| keys.contains(key))
+                && matches!(&sent.collapse, CollapseKey::Read(Some(of_sent)) if of_sent == key)
         })
     }
 
@@ -90,25 +100,30 @@ impl AheadQueue {
     }
 
     /// The ids sent ahead whose records have not been read since: their collapse keys are unknown.
-    pub(super) fn without_keys(&self, partition: PartitionNumber) -> Vec<NotificationId> {
+    pub(super) fn unread(&self, partition: PartitionNumber) -> Vec<NotificationId> {
         self.sent_in(partition)
-            .filter(|sent| sent.collapse.is_none())
+            .filter(|sent| sent.collapse == CollapseKey::Unread)
             .map(|sent| sent.id)
             .collect()
     }
 
-    pub(super) fn set_keys(
+    /// Records the collapse key of an id sent ahead, given its record. `None`: the record is gone.
+    pub(super) fn set_record(
         &mut self,
         partition: PartitionNumber,
         id: NotificationId,
-        keys: Vec<Name>,
+        record: Option<&Record>,
     ) {
         if let Some(sent) = self
             .sent
             .iter_mut()
             .find(|sent| sent.partition == partition && sent.id == id)
         {
-            sent.collapse = Some(keys);
+            // A client may send a cursor with an index that the plan does not have.
+            let route = record
+                .zip(sent.route.index())
+                .and_then(|(record, index)| record.notification().plan.routes.get(index));
+            sent.collapse = CollapseKey::Read(route.and_then(|route| route.collapse.clone()));
         }
     }
 
@@ -117,7 +132,8 @@ impl AheadQueue {
         self.sent.push(SentAhead {
             partition: queued.partition,
             id: queued.id,
-            collapse: Some(queued.collapse().cloned().into_iter().collect()),
+            route: SentRoute::new(queued.route_match.route),
+            collapse: CollapseKey::Read(queued.collapse().cloned()),
         });
     }
 

@@ -1,4 +1,4 @@
-//! The cursor: how far a client has read, in at most 123 bytes of `[A-Za-z0-9_-]`. It is the `id:`
+//! The cursor: how far a client has read, in at most 126 bytes of `[A-Za-z0-9_-]`. It is the `id:`
 //! of every frame and comes back as `Last-Event-ID`.
 //!
 //! A longer cursor, or one with other bytes, would make browsers send a CORS preflight before every
@@ -9,7 +9,7 @@
 //! user       = 2                  ; 12 bits of SHA-256 of the user's name
 //! partitions = 2                  ; a bit for each partition number, lowest first
 //! position   = epoch(2) id(9)     ; for each bit that is set, ascending
-//! sent_ahead = partition(1) id(9) ; above its partition's position, sent before lower ids
+//! sent_ahead = partition(1) id(9) route(1) ; above its position, sent before lower ids
 //! ```
 //!
 //! The first character is the version of the grammar. Any other input returns [`CursorError`] and
@@ -24,7 +24,7 @@ const VERSION: u8 = b'1';
 /// The most ids sent ahead of lower ones, over all partitions: more would not fit the cursor.
 pub const MAX_SENT_AHEAD: usize = 3;
 
-/// The most positions that a stream writes: more would not fit 123 bytes with the ids sent ahead. A
+/// The most positions that a stream writes: more would not fit 126 bytes with the ids sent ahead. A
 /// node has at most this many partitions.
 pub const MAX_POSITIONS: usize = 8;
 
@@ -44,7 +44,36 @@ pub struct Cursor {
     /// one that this node does not have is kept for the nodes that do.
     pub positions: Vec<Position>,
     /// Ids sent ahead; at most [`MAX_SENT_AHEAD`].
-    pub sent_ahead: Vec<(PartitionNumber, NotificationId)>,
+    pub sent_ahead: Vec<SentAhead>,
+}
+
+/// A notification above the low-water mark of its partition that was sent before lower ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SentAhead {
+    pub partition: PartitionNumber,
+    pub id: NotificationId,
+    pub route: SentRoute,
+}
+
+/// The route by which a notification was sent ahead. Its collapse key keeps older states superseded
+/// after the client has resumed, whatever has become of the membership, the condition or the token
+/// that the route matched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SentRoute(u8);
+
+impl SentRoute {
+    /// Stands for every route whose index does not fit one character.
+    const BEYOND: u8 = 63;
+
+    /// The route with this index in its plan.
+    pub fn new(index: usize) -> Self {
+        Self(index.min(Self::BEYOND.into()) as u8)
+    }
+
+    /// The index in the plan, unless it is above 62.
+    pub fn index(self) -> Option<usize> {
+        (self.0 < Self::BEYOND).then_some(self.0.into())
+    }
 }
 
 /// Why a text is not a valid cursor for this user.
@@ -70,9 +99,10 @@ impl Cursor {
             put(out, u64::from(position.epoch.bits()), 2);
             put(out, position.low_water.0, 9);
         }
-        for (partition, id) in &self.sent_ahead {
-            put(out, u64::from(partition.0), 1);
-            put(out, id.0, 9);
+        for sent in &self.sent_ahead {
+            put(out, u64::from(sent.partition.0), 1);
+            put(out, sent.id.0, 9);
+            put(out, u64::from(sent.route.0), 1);
         }
     }
 
@@ -88,7 +118,7 @@ impl Cursor {
             let room = MAX_SENT_AHEAD.saturating_sub(self.sent_ahead.len());
             self.sent_ahead.extend(
                 sent_ahead
-                    .filter(|(of, _)| *of == position.partition)
+                    .filter(|sent| sent.partition == position.partition)
                     .take(room),
             );
         }
@@ -117,15 +147,21 @@ impl Cursor {
             });
         }
         while !rest.is_empty() {
-            let partition = PartitionNumber(take(&mut rest, 1)? as u8);
-            let sent_ahead = (partition, id(&mut rest)?);
+            let sent_ahead = SentAhead {
+                partition: PartitionNumber(take(&mut rest, 1)? as u8),
+                id: id(&mut rest)?,
+                route: SentRoute(take(&mut rest, 1)? as u8),
+            };
             let position = cursor
                 .positions
                 .iter()
-                .find(|position| position.partition == partition);
+                .find(|position| position.partition == sent_ahead.partition);
+            let is_listed = |other: &SentAhead| {
+                (other.partition, other.id) == (sent_ahead.partition, sent_ahead.id)
+            };
             if cursor.sent_ahead.len() == MAX_SENT_AHEAD
-                || position.is_none_or(|position| sent_ahead.1 <= position.low_water)
-                || cursor.sent_ahead.contains(&sent_ahead)
+                || position.is_none_or(|position| sent_ahead.id <= position.low_water)
+                || cursor.sent_ahead.iter().any(is_listed)
             {
                 return Err(CursorError::Malformed);
             }
@@ -175,7 +211,7 @@ fn id(rest: &mut &[u8]) -> Result<NotificationId, CursorError> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::collection::{btree_set, vec};
+    use proptest::collection::{btree_map, btree_set, vec};
     use proptest::prelude::*;
 
     use super::*;
@@ -189,13 +225,17 @@ mod tests {
             numbers in btree_set(0..PartitionNumber::MAX, 0..=8),
             epochs in vec(0..4096_u16, 8),
             ids in vec(0..(1_u64 << 52), 8),
-            sent_ahead in btree_set((0..8_usize, 1..(1_u64 << 51)), 0..=MAX_SENT_AHEAD),
+            sent_ahead in btree_map((0..8_usize, 1..(1_u64 << 51)), 0..100_usize, 0..=MAX_SENT_AHEAD),
         ) -> Cursor {
             let positions: Vec<_> = numbers.into_iter().zip(epochs).zip(ids).map(|((number, epoch), id)| Position {
                 partition: PartitionNumber(number), epoch: Epoch::from_bits(epoch), low_water: NotificationId(id),
             }).collect();
-            let sent_ahead = sent_ahead.into_iter().filter_map(|(at, above)| {
-                positions.get(at).map(|p| (p.partition, NotificationId(p.low_water.0 + above)))
+            let sent_ahead = sent_ahead.into_iter().filter_map(|((at, above), route)| {
+                positions.get(at).map(|p| SentAhead {
+                    partition: p.partition,
+                    id: NotificationId(p.low_water.0 + above),
+                    route: SentRoute::new(route),
+                })
             }).collect();
             Cursor { positions, sent_ahead }
         }
@@ -206,16 +246,16 @@ mod tests {
         fn a_cursor_round_trips_and_needs_no_preflight(cursor in cursors(), user in "[a-z]{1,8}") {
             let mut text = String::new();
             cursor.encode(&name(&user), &mut text);
-            prop_assert!(text.len() <= 123);
+            prop_assert!(text.len() <= 126);
             prop_assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_'));
             prop_assert_eq!(Cursor::decode(&text, &name(&user)), Ok(cursor));
         }
 
         #[test]
-        fn any_other_text_is_rejected_without_a_panic(text in "\\PC{0,130}", tail in "[A-Za-z0-9_-]{0,125}") {
+        fn any_other_text_is_rejected_without_a_panic(text in "\\PC{0,133}", tail in "[A-Za-z0-9_-]{0,128}") {
             for text in [text, format!("1{tail}")] {
                 let read = Cursor::decode(&text, &name("u"));
-                prop_assert!(read.is_err() || text.len() <= 123);
+                prop_assert!(read.is_err() || text.len() <= 126);
             }
         }
     }
@@ -228,22 +268,25 @@ mod tests {
             epoch: Epoch::from_bits(1),
             low_water: NotificationId(5),
         };
+        let sent = |number: u8, id| SentAhead {
+            partition: PartitionNumber(number),
+            id: NotificationId(id),
+            route: SentRoute::new(0),
+        };
         let mut cursor = Cursor {
             positions: (2..7).map(at).collect(),
-            sent_ahead: vec![(PartitionNumber(2), NotificationId(9))],
+            sent_ahead: vec![sent(2, 9)],
         };
         cursor.carry(&Cursor {
             positions: [0, 1, 7, 8, 9, 10, 11].map(at).to_vec(),
-            sent_ahead: [0, 11, 11, 11]
-                .map(|number| (PartitionNumber(number), NotificationId(7)))
-                .to_vec(),
+            sent_ahead: [0, 11, 11, 11].map(|number| sent(number, 7)).to_vec(),
         });
         let numbers: Vec<u8> = cursor.positions.iter().map(|at| at.partition.0).collect();
         assert_eq!(numbers, [2, 3, 4, 5, 6, 9, 10, 11]);
         assert_eq!(cursor.sent_ahead.len(), MAX_SENT_AHEAD);
         let mut text = String::new();
         cursor.encode(&name("ann"), &mut text);
-        assert_eq!(text.len(), 123);
+        assert_eq!(text.len(), 126);
     }
 
     #[test]

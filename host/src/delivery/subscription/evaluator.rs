@@ -105,25 +105,4 @@ impl Evaluator {
             .passes(record.notification(), record.route(winner.route))
             .then_some(winner)
     }
-
-    /// The collapse keys of the routes that have won for the reader up to now, one after another as
-    /// they expired. A route that has expired since still keeps the older states superseded.
-    pub(super) fn collapse_keys_until(
-        &self,
-        partition: PartitionNumber,
-        id: NotificationId,
-        record: &Record,
-        now_ms: u64,
-    ) -> Vec<Name> {
-        let (mut keys, mut at_ms) = (Vec::new(), 0);
-        while let Some(winner) = self.evaluate(partition, id, record, at_ms) {
-            let route = record.route(winner.route);
-            keys.extend(route.collapse.clone());
-            match route.expires_ms {
-                Some(expires_ms) if expires_ms <= now_ms => at_ms = expires_ms,
-                _ => break,
-            }
-        }
-        keys
-    }
 }

@@ -174,7 +174,7 @@ impl History {
             .await?;
         in_round(stream, partition, round, |subscription| {
             for (id, record) in sent_ahead.iter().zip(&sent_ahead_records) {
-                subscription.set_sent_ahead(partition, *id, record.as_deref(), now_ms());
+                subscription.set_sent_ahead(partition, *id, record.as_deref());
             }
         })?;
 

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::cursor::MAX_SENT_AHEAD;
+use super::cursor::{MAX_SENT_AHEAD, SentAhead, SentRoute};
 use super::*;
 use crate::event::criteria::Pool;
 use crate::event::{EntryId, Event, Notification, Plan, Position as EntryPosition, Route};
@@ -308,7 +308,7 @@ impl World {
             for id in self.subscription.unread_sent_ahead(number(partition)) {
                 let record = place.history.get(&id.0).cloned();
                 self.subscription
-                    .set_sent_ahead(number(partition), id, record.as_deref(), now_ms);
+                    .set_sent_ahead(number(partition), id, record.as_deref());
             }
             running.last = last;
             running.next = self.subscription.marks(number(partition)).0.0 + 1;
@@ -767,18 +767,21 @@ fn an_urgent_notification_waiting_to_be_sent_ahead_keeps_its_order_when_its_log_
     ));
 }
 
-/// The newer state was sent ahead and has expired when the client resumes. The older state stays
-/// superseded.
-#[test]
-fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
+/// A subscription resumed with a cursor at 50 that lists 60 as sent ahead by this route.
+fn resumed_after(route: usize) -> Subscription {
     let position = Position {
         partition: P,
         epoch: Epoch::from_bits(1),
         low_water: NotificationId(50),
     };
+    let sent_ahead = SentAhead {
+        partition: P,
+        id: NotificationId(60),
+        route: SentRoute::new(route),
+    };
     let cursor = Cursor {
         positions: vec![position],
-        sent_ahead: vec![(P, NotificationId(60))],
+        sent_ahead: vec![sent_ahead],
     };
     let mut subscription = Subscription::new(
         Name::parse("ann").unwrap(),
@@ -787,9 +790,17 @@ fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
         [P],
     );
     subscription.begin(P, &head(&[(1, 0)], 60), 0);
+    subscription
+}
+
+/// The newer state was sent ahead and has expired when the client resumes. The older state stays
+/// superseded.
+#[test]
+fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
+    let mut subscription = resumed_after(0);
     let newer = record_of(60, [route(Priority::Urgent as usize, 0, Some(1_000))]);
     let now_ms = 2_000;
-    subscription.set_sent_ahead(P, NotificationId(60), Some(&newer), now_ms);
+    subscription.set_sent_ahead(P, NotificationId(60), Some(&newer));
     subscription.handle(
         P,
         NotificationId(55),
@@ -802,26 +813,9 @@ fn a_state_sent_ahead_supersedes_older_ones_even_after_it_has_expired() {
     assert!(subscription.next(now_ms).is_none());
 }
 
-/// The cursor does not record which of the two routes sent it, so the older states of both are
-/// superseded.
+/// The cursor names the route that sent it. Older states of another route are not superseded.
 #[test]
-fn a_notification_sent_ahead_supersedes_older_states_of_each_of_its_routes() {
-    let position = Position {
-        partition: P,
-        epoch: Epoch::from_bits(1),
-        low_water: NotificationId(50),
-    };
-    let cursor = Cursor {
-        positions: vec![position],
-        sent_ahead: vec![(P, NotificationId(60))],
-    };
-    let mut subscription = Subscription::new(
-        Name::parse("ann").unwrap(),
-        Start::Cursor(cursor),
-        Filter::default(),
-        [P],
-    );
-    subscription.begin(P, &head(&[(1, 0)], 60), 0);
+fn a_notification_sent_ahead_supersedes_older_states_of_its_route_only() {
     let newer = record_of(
         60,
         [
@@ -830,24 +824,52 @@ fn a_notification_sent_ahead_supersedes_older_states_of_each_of_its_routes() {
         ],
     );
     let now_ms = 2_000;
-    subscription.set_sent_ahead(P, NotificationId(60), Some(&newer), now_ms);
-    for (id, key) in [(54, 0), (55, 1), (56, 9)] {
-        subscription.handle(
-            P,
-            NotificationId(id),
-            &record(id, Priority::Low as usize, key),
-            now_ms,
-        );
+    for (sent_by, older) in [(0, [55, 56]), (1, [54, 56])] {
+        let mut subscription = resumed_after(sent_by);
+        subscription.set_sent_ahead(P, NotificationId(60), Some(&newer));
+        for (id, key) in [(54, 0), (55, 1), (56, 9)] {
+            subscription.handle(
+                P,
+                NotificationId(id),
+                &record(id, Priority::Low as usize, key),
+                now_ms,
+            );
+        }
+        assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
+        for expected in older {
+            let next = subscription.next(now_ms);
+            assert!(
+                matches!(&next, Some(Next::Notification { id, .. }) if id.0 == expected),
+                "{next:?}"
+            );
+        }
+        assert!(subscription.next(now_ms).is_none());
     }
-    assert!(matches!(subscription.next(now_ms), Some(Next::Cursor)));
+}
+
+/// A hostile client may name a route that the plan does not have.
+#[test]
+fn a_cursor_that_names_an_unknown_route_supersedes_nothing() {
+    let mut subscription = resumed_after(62);
+    subscription.set_sent_ahead(
+        P,
+        NotificationId(60),
+        Some(&record(60, Priority::Urgent as usize, 0)),
+    );
+    subscription.handle(
+        P,
+        NotificationId(54),
+        &record(54, Priority::Low as usize, 0),
+        0,
+    );
+    assert!(matches!(subscription.next(0), Some(Next::Cursor)));
     assert!(matches!(
-        subscription.next(now_ms),
+        subscription.next(0),
         Some(Next::Notification {
-            id: NotificationId(56),
+            id: NotificationId(54),
             ..
         })
     ));
-    assert!(subscription.next(now_ms).is_none());
 }
 
 /// It waits for a slow socket until its winning route expires: the other route delivers it, in its
