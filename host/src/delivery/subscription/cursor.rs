@@ -5,9 +5,9 @@
 //! reconnect to another origin. The grammar, in base64url characters of six bits each:
 //!
 //! ```text
-//! cursor     = "1" user partitions *12position *3sent_ahead
+//! cursor     = "1" user partitions *8position *3sent_ahead
 //! user       = 2                  ; 12 bits of SHA-256 of the user's name
-//! partitions = 2                  ; a bit for each partition number, lowest first
+//! partitions = 2                  ; a bit for each of twelve partition numbers, lowest first
 //! position   = epoch(2) id(9)     ; for each bit that is set, ascending
 //! sent_ahead = partition(1) id(9) route(1) ; above its position, sent before lower ids
 //! ```
@@ -137,6 +137,9 @@ impl Cursor {
             .ok_or(CursorError::Malformed)?;
         let hash = take(&mut rest, 2)?;
         let bits = take(&mut rest, 2)?;
+        if bits.count_ones() as usize > MAX_POSITIONS {
+            return Err(CursorError::Malformed);
+        }
         let mut cursor = Self::default();
         for number in (0..PartitionNumber::MAX).filter(|number| bits >> number & 1 == 1) {
             let epoch = Epoch::from_bits(take(&mut rest, 2)? as u16);
