@@ -12,6 +12,7 @@ mod cli;
 mod clients;
 mod conformance;
 mod delivery;
+mod fuzz;
 mod harness;
 mod plugins;
 mod protocol;

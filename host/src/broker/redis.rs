@@ -71,7 +71,7 @@ mod device_cursors;
 mod feed;
 mod partition_keys;
 mod recipients;
-mod resp;
+pub mod resp;
 mod scripts;
 
 use command_connection::{CommandConnection, unexpected, write_refusal};

@@ -50,7 +50,7 @@ use targets::{EventName, NameTemplate, To};
 /// The configuration.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Config {
+pub struct Config {
     /// The rules. Every rule whose condition holds adds a route, in this order.
     #[serde(default)]
     rules: Vec<Rule>,
@@ -84,7 +84,8 @@ struct Rule {
     stop: bool,
 }
 
-struct Rules(Vec<Rule>);
+/// The plugin.
+pub struct Rules(Vec<Rule>);
 
 export!(Rules as router);
 

@@ -13,8 +13,9 @@ const LONGEST_LINE: usize = 1024;
 /// Maximum number of elements of an array; a notice has 3.
 const MOST_ELEMENTS: usize = 8;
 
+/// An element of an array.
 #[derive(Debug, PartialEq)]
-pub(super) enum Element {
+pub enum Element {
     Text(Bytes),
     Number(i64),
     Nil,
@@ -22,8 +23,9 @@ pub(super) enum Element {
     TooLong,
 }
 
+/// A reply or a message.
 #[derive(Debug, PartialEq)]
-pub(super) enum Frame {
+pub enum Frame {
     Simple(Bytes),
     Error(Bytes),
     Array(Vec<Element>),
@@ -32,11 +34,11 @@ pub(super) enum Frame {
 /// The peer does not speak RESP2, or sent something that is not valid on a Pub/Sub connection.
 #[derive(Debug, thiserror::Error)]
 #[error("invalid RESP2 on a Pub/Sub connection: {0}")]
-pub(super) struct FrameError(&'static str);
+pub struct FrameError(&'static str);
 
 /// Extracts frames from the received bytes.
 #[derive(Debug, Default)]
-pub(super) struct Decoder {
+pub struct Decoder {
     /// The elements of the current array received so far.
     elements: Vec<Element>,
     /// The number of elements still missing from it; 0 between frames.
@@ -48,7 +50,10 @@ pub(super) struct Decoder {
 impl Decoder {
     /// Returns the next frame, or `None` if it is not complete yet. Removes consumed bytes from
     /// `input`.
-    pub(super) fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
+    ///
+    /// # Errors
+    /// [`FrameError`]; the connection is of no further use.
+    pub fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         loop {
             if self.skipping > 0 {
                 let now = self.skipping.min(input.len());
@@ -138,7 +143,7 @@ fn number(line: &[u8]) -> Result<i64, FrameError> {
 }
 
 /// Appends a command to `output`.
-pub(super) fn encode(output: &mut BytesMut, words: &[&[u8]]) {
+pub fn encode(output: &mut BytesMut, words: &[&[u8]]) {
     output.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
     for word in words {
         output.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
