@@ -7,6 +7,7 @@ mod durability;
 mod embedded;
 mod groups;
 mod hardening;
+mod installations;
 mod malformed_input;
 mod outage;
 mod position;

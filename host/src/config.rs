@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::auth::{self, Auth};
 use crate::broker::Retention;
+use crate::broker::redis::Prefix;
 use crate::delivery::sse;
 use crate::event::Name;
 use crate::http::{self, Origins};
@@ -87,8 +88,11 @@ pub struct Broker {
     pub data: Option<PathBuf>,
     /// Use the embedded broker in memory; its data is lost with the process (false).
     pub ephemeral: bool,
-    /// The keys of the sources, 1 to 8 (`pointsman:events`).
-    pub sources: Vec<String>,
+    /// The prefix of all keys, channels and consumer groups in Redis (`pointsman`): installations
+    /// with different prefixes may share a database. In each broker, the default source has it.
+    pub prefix: String,
+    /// The keys of the sources, 1 to 8 (`<prefix>:events`).
+    pub sources: Option<Vec<String>>,
 }
 
 impl Default for Broker {
@@ -97,7 +101,8 @@ impl Default for Broker {
             redis: None,
             data: None,
             ephemeral: false,
-            sources: vec!["pointsman:events".to_owned()],
+            prefix: Prefix::default().to_string(),
+            sources: None,
         }
     }
 }
@@ -150,7 +155,7 @@ pub struct Config {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BrokerChoice {
-    Redis { url: String },
+    Redis { url: String, prefix: Prefix },
     Data(PathBuf),
     Ephemeral,
 }
@@ -182,8 +187,12 @@ impl Config {
         checks::stream(layers, &stream)?;
         checks::limits(layers, &limits)?;
         checks::retention(layers, &retention)?;
-        checks::sources(layers, &broker.sources)?;
-        let choice = checks::broker(layers, &broker)?;
+        let prefix = checks::prefix(layers, &broker)?;
+        let choice = checks::broker(layers, &broker, &prefix)?;
+        let sources = broker
+            .sources
+            .unwrap_or_else(|| vec![prefix.default_source()]);
+        checks::sources(layers, &sources, &choice)?;
         let origins = Origins::new(&listen.origins, auth.dev)
             .map_err(|text| layers.fault("listen.origins", text))?
             .with_admin_hosts(&listen.admin_hosts)
@@ -196,7 +205,7 @@ impl Config {
             listen,
             origins,
             broker: choice,
-            sources: broker.sources,
+            sources,
             retention,
             plugins,
             auth,
@@ -357,6 +366,24 @@ mod tests {
     }
 
     #[test]
+    fn the_default_source_has_the_prefix() {
+        let sources = |environment: &[(&str, &str)]| {
+            let file = "[broker]\nredis = \"redis://a\"\n[auth]\ndev = true\n";
+            layers(file, environment, &[]).unwrap().sources
+        };
+        assert_eq!(sources(&[]), ["pointsman:events"]);
+        assert_eq!(
+            sources(&[("POINTSMAN_BROKER_PREFIX", "shop")]),
+            ["shop:events"]
+        );
+        let both = [
+            ("POINTSMAN_BROKER_PREFIX", "shop"),
+            ("POINTSMAN_BROKER_SOURCES", "orders"),
+        ];
+        assert_eq!(sources(&both), ["orders"]);
+    }
+
+    #[test]
     fn a_broker_chosen_in_one_layer_replaces_the_choice_of_the_layers_below() {
         let file = "[broker]\nredis = \"redis://a\"\n[auth]\ndev = true\n";
         let choice = |environment: &[(&str, &str)], options: &[(&'static str, &str)]| {
@@ -365,7 +392,8 @@ mod tests {
         assert_eq!(
             choice(&[], &[]),
             Ok(BrokerChoice::Redis {
-                url: "redis://a".into()
+                url: "redis://a".into(),
+                prefix: Prefix::default(),
             })
         );
         assert_eq!(
@@ -379,7 +407,8 @@ mod tests {
         assert_eq!(
             choice(&[("POINTSMAN_EPHEMERAL", "0")], &[]),
             Ok(BrokerChoice::Redis {
-                url: "redis://a".into()
+                url: "redis://a".into(),
+                prefix: Prefix::default(),
             })
         );
         assert!(choice(&[], &[("ephemeral", "true"), ("data", "/d")]).is_err());
@@ -541,6 +570,25 @@ mod tests {
             &[("POINTSMAN_BROKER_SOURCES", "a,b,c,d,e,f,g,h,i")],
             &[],
             &["names 9 sources; give 1 to 8"],
+        );
+        check(
+            good,
+            &[("POINTSMAN_BROKER_PREFIX", "a:b")],
+            &[],
+            &["POINTSMAN_BROKER_PREFIX: broker.prefix: 'a:b' has other characters; use 1 to 64"],
+        );
+        check(
+            good,
+            &[
+                ("POINTSMAN_REDIS", "redis://a"),
+                ("POINTSMAN_BROKER_PREFIX", "shop"),
+                ("POINTSMAN_BROKER_SOURCES", "shop:user:ann"),
+            ],
+            &[],
+            &[
+                "broker.sources: source 'shop:user:ann' would share keys",
+                "; give it another key",
+            ],
         );
         check(
             good,

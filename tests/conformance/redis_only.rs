@@ -5,11 +5,12 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::harness::redis::RedisServer;
-use pointsman::broker::redis::Redis;
+use pointsman::broker::redis::{Prefix, Redis};
 use pointsman::broker::{Error, Severity};
 
 mod epochs;
 mod external_writes;
+mod installations;
 mod outages;
 mod rights;
 mod set_up;
@@ -44,7 +45,7 @@ impl Store for RedisStore {
     async fn open(&self, retention: &Retention) -> Arc<dyn Broker> {
         let url = self.server.lock().expect("no test panicked").url();
         Arc::new(
-            Redis::connect(&url, &self.sources, retention.clone())
+            Redis::connect(&url, &Prefix::default(), &self.sources, retention.clone())
                 .await
                 .expect("connect"),
         )
@@ -56,13 +57,14 @@ impl Store for RedisStore {
 }
 
 const SOURCE: &str = "pointsman:events";
-const TAG: &str = "{pointsman:events}:";
+const TAG: &str = "pointsman:{pointsman:events}:";
+const CHANNELS: &str = "pointsman:0:{pointsman:events}:";
 const BEGIN: NotificationId = NotificationId(0);
 
 async fn connect_to(url: &str, sources: &[&str], retention: Retention) -> Result<Node, Error> {
     let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
     Ok(Node::new(Arc::new(
-        Redis::connect(url, &sources, retention).await?,
+        Redis::connect(url, &Prefix::default(), &sources, retention).await?,
     )))
 }
 

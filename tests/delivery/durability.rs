@@ -57,7 +57,7 @@ fn kill_9_on_redis_loses_repeats_and_reorders_nothing() {
     run(node, random, publisher, move |_| {
         let mut connection = position.lock().expect("no panic under the lock");
         redis::cmd("HGET")
-            .arg("{pointsman:events}:meta")
+            .arg("pointsman:{pointsman:events}:meta")
             .arg("pos")
             .query(&mut connection)
             .expect("HGET")

@@ -300,7 +300,7 @@ fn a_command_whose_answer_was_late_is_not_executed_twice() {
     let mut connection = server.connection();
     let mut position = || -> Option<String> {
         redis::cmd("HGET")
-            .arg("{pointsman:events}:meta")
+            .arg("pointsman:{pointsman:events}:meta")
             .arg("pos")
             .query(&mut connection)
             .expect("HGET")

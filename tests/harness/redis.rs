@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::node::SOON;
 use super::ports;
 
 /// Makes the database `ARGV[2]` a copy of `ARGV[1]`, except for the key `ARGV[3]`.
@@ -32,6 +33,19 @@ impl RedisServer {
     /// Starts a server without persistence.
     pub(crate) fn start() -> Self {
         Self::with(&[])
+    }
+
+    /// Starts a Redis Cluster of one node, which refuses scripts that access several slots.
+    pub(crate) fn cluster() -> Self {
+        // The default, 10,000 above the port, may be above the highest port.
+        let bus = ports::free().port().to_string();
+        let server = Self::with(&["--cluster-enabled", "yes", "--cluster-port", &bus]);
+        let () = server.command("CLUSTER ADDSLOTSRANGE 0 16383");
+        super::eventually(SOON, "the cluster is up", || {
+            let info: String = server.command("CLUSTER INFO");
+            info.contains("cluster_state:ok").then_some(())
+        });
+        server
     }
 
     /// Starts a server with more options, such as `["--maxmemory", "20mb"]` or `["--appendonly",

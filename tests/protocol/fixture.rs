@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pointsman::broker::embedded::Embedded;
-use pointsman::broker::redis::Redis;
+use pointsman::broker::redis::{Prefix, Redis};
 use pointsman::broker::{
     Batch, Broker, CommitResult, Error, Head, Item, Proposal, RecipientChange, Retention, Slice,
 };
@@ -29,7 +29,7 @@ use crate::harness::redis::RedisServer;
 
 pub(super) const SOURCE: &str = "pointsman:events";
 /// The prefix of the keys of its partition.
-pub(super) const TAG: &str = "{pointsman:events}:";
+pub(super) const TAG: &str = "pointsman:{pointsman:events}:";
 /// The time limit for everything that must happen, also on a busy machine.
 pub(super) const SOON: Duration = Duration::from_secs(60);
 
@@ -122,9 +122,14 @@ impl Stage {
         let server = RedisServer::start();
         let sources: Vec<String> = sources.iter().map(ToString::to_string).collect();
         let broker: Arc<dyn Broker> = Arc::new(
-            Redis::connect(&server.url(), &sources, retention.clone())
-                .await
-                .expect("connect"),
+            Redis::connect(
+                &server.url(),
+                &Prefix::default(),
+                &sources,
+                retention.clone(),
+            )
+            .await
+            .expect("connect"),
         );
         let p = broker.partitions()[0].number;
         Self {
@@ -181,8 +186,9 @@ impl Stage {
     pub(super) async fn another_with(&self, sources: &[String]) -> Arc<Puppet> {
         match &self.server {
             Some(server) => {
+                let (url, prefix) = (server.url(), Prefix::default());
                 let connect =
-                    async || Redis::connect(&server.url(), sources, self.retention.clone()).await;
+                    async || Redis::connect(&url, &prefix, sources, self.retention.clone()).await;
                 Puppet::over(Arc::new(answered("another node connects", connect).await))
             }
             // One process owns the data; here, another node is another user of the same broker.
@@ -382,9 +388,10 @@ impl Stage {
     }
 
     pub(super) fn number_ids_of(&self, source: &str) {
-        let () = self
-            .server()
-            .command(&format!("HSET {{{source}}}:meta last {}", an_hour_ahead()));
+        let () = self.server().command(&format!(
+            "HSET pointsman:{{{source}}}:meta last {}",
+            an_hour_ahead()
+        ));
     }
 }
 

@@ -3,14 +3,16 @@
 //!
 //! # Keys, channels and records
 //!
-//! The key layout is an API boundary, because operators' tools read it. `T` is the prefix of a
-//! partition with its hash tag: `{<source key>}:`, or `<source key>:` if the source key has a hash
-//! tag of its own. All keys of a partition therefore share the slot of its source. Ids are written
-//! in decimal.
+//! The key layout is an API boundary, because operators' tools read it. `P` is the prefix of the
+//! installation (`broker.prefix`), with which every key, channel and consumer group begins. `T` is
+//! the prefix of a partition with its hash tag: `P:{<source key>}:`, or `P:<source key>:` if the
+//! source key has a hash tag of its own. All keys of a partition therefore share the slot of its
+//! source, and two installations that read the same source share nothing else. Ids are written in
+//! decimal.
 //!
 //! | Key | Type | Contents |
 //! |---|---|---|
-//! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `pointsman:`. A consumer group `pointsman` shows the lag; nothing depends on it. |
+//! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `P:`. A consumer group `P` shows the lag; nothing depends on it. |
 //! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at` in ms; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
 //! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
@@ -19,9 +21,9 @@
 //! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name prefixed with `f:` |
 //! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed |
 //! | `T` `owner` | string | The lease: the name of the node |
-//! | `pointsman:partitions` | hash | source -> partition number; entries are only ever added |
-//! | `pointsman:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. If it holds nothing else, expires max_age after the user left the last group |
-//! | `pointsman:device-cursors:{pointsman:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
+//! | `P:partitions` | hash | source -> partition number; entries are only ever added |
+//! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. If it holds nothing else, expires max_age after the user left the last group |
+//! | `P:device-cursors:{P:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
 //!
 //! | Channel | Message |
 //! |---|---|
@@ -29,8 +31,8 @@
 //! | `C` `tick` | `epoch last`, or `alive` if Redis cannot write |
 //! | `C` `recipients` | The user whose memberships or attributes changed |
 //!
-//! `C` is `T`, or `<database number>:T` for a database other than 0, because Pub/Sub channels are
-//! shared by all databases.
+//! `C` is `T` with the number of the database after `P:`, as in `P:0:{<source key>}:`, because all
+//! databases share their channels.
 //!
 //! # Memberships
 //!
@@ -70,12 +72,14 @@ mod decisions;
 mod device_cursors;
 mod feed;
 mod partition_keys;
+mod prefix;
 mod recipients;
 pub mod resp;
 mod scripts;
 
 use command_connection::{CommandConnection, unexpected, write_refusal};
 use partition_keys::PartitionKeys;
+pub use prefix::Prefix;
 use scripts::Script;
 
 /// Records up to this size, in bytes, are sent with their notice, which saves the node a read.
@@ -93,6 +97,7 @@ const RECORDS: usize = 64;
 pub struct Redis {
     client: client::Client,
     connection: CommandConnection,
+    prefix: Prefix,
     partitions: Vec<Partition>,
     /// In the order of `partitions`.
     keys: Vec<PartitionKeys>,
@@ -103,6 +108,7 @@ impl std::fmt::Debug for Redis {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Redis")
             .field("address", &address(&self.client))
+            .field("prefix", &self.prefix)
             .field("partitions", &self.partitions)
             .finish()
     }
@@ -119,34 +125,43 @@ pub fn check_url(url: &str) -> std::result::Result<(), String> {
 }
 
 impl Redis {
-    /// Connects, creates the partitions of new sources and assigns each its number.
+    /// Connects, creates the partitions of new sources and assigns each its number. Brokers with
+    /// the same `prefix` in one database are nodes of one installation.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if Redis is unreachable; retry later. [`Error::Permanent`] if the
     /// URL, the version or a source is not usable; retrying does not help.
-    pub async fn connect(url: &str, sources: &[String], retention: Retention) -> Result<Self> {
+    pub async fn connect(
+        url: &str,
+        prefix: &Prefix,
+        sources: &[String],
+        retention: Retention,
+    ) -> Result<Self> {
         let client = client::Client::open(url).map_err(|error| {
             Error::Permanent(format!("invalid URL: {error}; write redis://host:port"))
         })?;
         let address = address(&client);
-        Self::connect_to(client, sources, retention)
+        Self::connect_to(client, prefix, sources, retention)
             .await
             .map_err(|error| located(error, &address))
     }
 
     async fn connect_to(
         client: client::Client,
+        prefix: &Prefix,
         sources: &[String],
         retention: Retention,
     ) -> Result<Self> {
         let connection = CommandConnection::new(client.clone());
-        let prefixes = partition_keys::prefixes(sources)?;
+        let prefixes = prefix.partitions(sources).map_err(Error::Permanent)?;
         check::version(&connection).await?;
         let database = client.get_connection_info().redis_settings().db();
         let mut keys = Vec::with_capacity(sources.len());
-        for (source, prefix) in sources.iter().zip(prefixes) {
+        for (source, of_keys) in sources.iter().zip(prefixes) {
+            let of_channels = prefix.channels(database, &of_keys);
+            let prefixes = (of_keys, of_channels);
             keys.push(
-                PartitionKeys::find(&connection, database, source, prefix, &retention).await?,
+                PartitionKeys::find(&connection, prefix, source, prefixes, &retention).await?,
             );
         }
         keys.sort_by_key(|keys| keys.partition.number);
@@ -154,6 +169,7 @@ impl Redis {
         let redis = Self {
             client,
             connection,
+            prefix: prefix.clone(),
             partitions,
             keys,
             retention,

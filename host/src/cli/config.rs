@@ -59,7 +59,7 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     }
     let broker = match &config.broker {
         // The URL may hold a password.
-        BrokerChoice::Redis { .. } => "Redis".to_owned(),
+        BrokerChoice::Redis { prefix, .. } => format!("Redis with prefix {prefix}"),
         BrokerChoice::Data(folder) => format!("embedded in {}", folder.display()),
         BrokerChoice::Ephemeral => "embedded in memory".to_owned(),
     };

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{Broker, BrokerChoice, Error, Layers, Log};
 use crate::broker::Retention;
-use crate::broker::redis::check_url;
+use crate::broker::redis::{Prefix, check_url};
 use crate::delivery::sse;
 use crate::event::Name;
 use crate::{duration, http, ingest, server};
@@ -171,7 +171,15 @@ pub(super) fn retention(layers: &Layers, retention: &Retention) -> Result<(), Er
     )
 }
 
-pub(super) fn sources(layers: &Layers, sources: &[String]) -> Result<(), Error> {
+pub(super) fn prefix(layers: &Layers, broker: &Broker) -> Result<Prefix, Error> {
+    Prefix::parse(&broker.prefix).map_err(|text| layers.fault("broker.prefix", text))
+}
+
+pub(super) fn sources(
+    layers: &Layers,
+    sources: &[String],
+    choice: &BrokerChoice,
+) -> Result<(), Error> {
     let fault = |text: String| Err(layers.fault("broker.sources", text));
     if !(1..=8).contains(&sources.len()) {
         return fault(format!("names {} sources; give 1 to 8", sources.len()));
@@ -187,10 +195,17 @@ pub(super) fn sources(layers: &Layers, sources: &[String]) -> Result<(), Error> 
             return fault(format!("names '{source}' twice; keep one"));
         }
     }
-    Ok(())
+    match choice {
+        BrokerChoice::Redis { prefix, .. } => prefix.check_sources(sources).or_else(fault),
+        BrokerChoice::Data(_) | BrokerChoice::Ephemeral => Ok(()),
+    }
 }
 
-pub(super) fn broker(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, Error> {
+pub(super) fn broker(
+    layers: &Layers,
+    broker: &Broker,
+    prefix: &Prefix,
+) -> Result<BrokerChoice, Error> {
     match (&broker.redis, &broker.data, broker.ephemeral) {
         (Some(url), None, false) => {
             let schemes = ["redis://", "unix:", "redis+unix:"];
@@ -207,7 +222,10 @@ pub(super) fn broker(layers: &Layers, broker: &Broker) -> Result<BrokerChoice, E
                 );
                 layers.fault("broker.redis", text)
             })?;
-            Ok(BrokerChoice::Redis { url: url.clone() })
+            Ok(BrokerChoice::Redis {
+                url: url.clone(),
+                prefix: prefix.clone(),
+            })
         }
         (None, Some(folder), false) => Ok(BrokerChoice::Data(folder.clone())),
         (None, None, true) => Ok(BrokerChoice::Ephemeral),

@@ -53,12 +53,10 @@ pub(super) async fn open_broker(
     let (own_sources, retention) = (sources.to_vec(), retention.clone());
     let alarm = shutdown.alarm("the store writer");
     match choice.clone() {
-        BrokerChoice::Redis { url } => {
+        BrokerChoice::Redis { url, prefix } => {
             let connect = || async {
-                Ok(
-                    Arc::new(Redis::connect(&url, sources, retention.clone()).await?)
-                        as Arc<dyn Broker>,
-                )
+                let redis = Redis::connect(&url, &prefix, sources, retention.clone()).await?;
+                Ok(Arc::new(redis) as Arc<dyn Broker>)
             };
             Ok(monitor::reach(connect, readiness).await)
         }

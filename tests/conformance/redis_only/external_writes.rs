@@ -457,7 +457,7 @@ async fn a_source_without_our_prefix_is_not_modified() {
     .unwrap();
     node.append(&["v"; 500]).await;
     drain(&node).await;
-    let () = server.command("HDEL {shop:orders}:meta trim_at");
+    let () = server.command("HDEL pointsman:{shop:orders}:meta trim_at");
     node.publish("R", &["u:1"]).await;
     assert_eq!(server.command::<u64>("XLEN shop:orders"), 500);
     assert!(
@@ -512,7 +512,7 @@ async fn messages_from_other_publishers_on_our_channels_are_ignored() {
     let mut connection = server.connection();
     let mut publish = |channel: &str, message: &[u8]| {
         let received: i64 = redis::cmd("PUBLISH")
-            .arg(format!("{TAG}{channel}"))
+            .arg(format!("{CHANNELS}{channel}"))
             .arg(message)
             .query(&mut connection)
             .unwrap();

@@ -66,7 +66,7 @@ async fn a_commit_without_a_right_writes_nothing_and_later_everything_once() {
     };
     let rules = [
         "resetchannels",
-        "resetchannels &{pointsman:events}:tick &{pointsman:events}:l:all",
+        "resetchannels &pointsman:0:{pointsman:events}:tick &pointsman:0:{pointsman:events}:l:all",
         "-publish",
         "-zadd",
         "-zremrangebyscore",
@@ -81,8 +81,8 @@ async fn a_commit_without_a_right_writes_nothing_and_later_everything_once() {
         "-xlen",
         "-hset",
         "-hincrby",
-        "resetkeys ~{pointsman:events}:[^l]* ~pointsman:*",
-        "resetkeys ~{pointsman:events}:[^l]* ~{pointsman:events}:l:all ~pointsman:*",
+        "resetkeys ~pointsman:events ~pointsman:{pointsman:events}:[^l]*",
+        "resetkeys ~pointsman:events ~pointsman:{pointsman:events}:[^l]* ~pointsman:{pointsman:events}:l:all",
     ];
     refused_without(&server, &rules, async || {
         node.broker.commit(node.p, batch.clone()).await
@@ -107,8 +107,10 @@ async fn a_source_is_not_leased_while_a_right_to_commit_is_missing() {
     assert!(
         findings.iter().any(|finding| finding.name == "rights"
             && finding.severity == Severity::Refusal
-            && finding.text.contains("PUBLISH {pointsman:events}:l:")
-            && finding.text.contains("&{pointsman:events}:*")),
+            && finding
+                .text
+                .contains("PUBLISH pointsman:0:{pointsman:events}:l:")
+            && finding.text.contains("&pointsman:*")),
         "{findings:?}"
     );
 }

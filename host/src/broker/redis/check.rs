@@ -3,6 +3,7 @@
 
 use super::command_connection::{CommandConnection, write_refusal};
 use super::partition_keys::PartitionKeys;
+use super::prefix::Prefix;
 use super::{Redis, scripts};
 use crate::broker::{Error, Finding, Result, Severity};
 
@@ -83,7 +84,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         .unwrap_or("default")
         .to_owned();
     for keys in &redis.keys {
-        let needed = needed_commands(keys);
+        let needed = needed_commands(&redis.prefix, keys);
         let call = redis.connection.eval(&scripts::RIGHTS, |command| {
             command.arg(0).arg(&needed);
         });
@@ -98,15 +99,23 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
             Err(error) => return Err(error),
         };
         if !denied.is_empty() {
-            return Ok(vec![refusal("rights", grant_advice(&user, keys, &denied))]);
+            return Ok(vec![refusal(
+                "rights",
+                grant_advice(&user, &redis.prefix, keys, &denied),
+            )]);
         }
     }
     Ok(Vec::new())
 }
 
 /// The commands that Pointsman runs on a partition, one word per line.
-fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
+fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
     let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
+    let (group, numbers) = (prefix.as_str(), &prefix.numbers());
+    let (user, cursors) = (
+        &format!("{prefix}:user:x"),
+        &format!("{prefix}:device-cursors:x"),
+    );
     [
         &["EVALSHA", "x", "2", s, &format!("{t}meta")][..],
         &["EVAL", "x", "2", s, &format!("{t}meta")],
@@ -121,10 +130,10 @@ fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
         &["XLEN", s],
         &["XINFO", "STREAM", s],
         &["XSETID", s, "0-1"],
-        &["XGROUP", "SETID", s, "pointsman", "0-1"],
-        &["XGROUP", "CREATE", s, "pointsman", "0-1"],
+        &["XGROUP", "SETID", s, group, "0-1"],
+        &["XGROUP", "CREATE", s, group, "0-1"],
         &["XINFO", "GROUPS", s],
-        &["XPENDING", s, "pointsman"],
+        &["XPENDING", s, group],
         &["TYPE", &format!("{t}dead")],
         &["XADD", &format!("{t}dead"), "*", "f", "v"],
         &["XRANGE", &format!("{t}dead"), "-", "+"],
@@ -160,19 +169,19 @@ fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
         &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
         &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
         &["PEXPIRE", &format!("{t}l:all"), "1"],
-        &["HGET", "pointsman:user:x", "f"],
-        &["HGETALL", "pointsman:user:x"],
-        &["HSET", "pointsman:user:x", "f", "v"],
-        &["HDEL", "pointsman:user:x", "f"],
-        &["PERSIST", "pointsman:user:x"],
-        &["PEXPIRE", "pointsman:user:x", "1"],
-        &["HGETALL", &super::device_cursors::key("x")],
-        &["HSET", &super::device_cursors::key("x"), "f", "v"],
-        &["HDEL", &super::device_cursors::key("x"), "f"],
-        &["PEXPIRE", &super::device_cursors::key("x"), "1"],
-        &["HGET", super::partition_keys::PARTITIONS_KEY, "f"],
-        &["HGETALL", super::partition_keys::PARTITIONS_KEY],
-        &["HSET", super::partition_keys::PARTITIONS_KEY, "f", "v"],
+        &["HGET", user, "f"],
+        &["HGETALL", user],
+        &["HSET", user, "f", "v"],
+        &["HDEL", user, "f"],
+        &["PERSIST", user],
+        &["PEXPIRE", user, "1"],
+        &["HGETALL", cursors],
+        &["HSET", cursors, "f", "v"],
+        &["HDEL", cursors, "f"],
+        &["PEXPIRE", cursors, "1"],
+        &["HGET", numbers, "f"],
+        &["HGETALL", numbers],
+        &["HSET", numbers, "f", "v"],
         &["PUBLISH", &format!("{c}tick"), "v"],
         &["PUBLISH", &format!("{c}l:all"), "v"],
         &["PUBLISH", &format!("{c}recipients"), "v"],
@@ -186,8 +195,13 @@ fn needed_commands(keys: &PartitionKeys) -> Vec<String> {
 }
 
 /// Names the denied commands and the command that grants them.
-fn grant_advice(user: &str, keys: &PartitionKeys, denied: &[String]) -> String {
-    let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
+fn grant_advice(user: &str, prefix: &Prefix, keys: &PartitionKeys, denied: &[String]) -> String {
+    let source = &keys.partition.source;
+    let source = if prefix.owns(source) {
+        String::new()
+    } else {
+        format!(" ~{source}")
+    };
     let commands: Vec<String> = denied
         .iter()
         .map(|words| words.replace('\n', " "))
@@ -201,7 +215,7 @@ fn grant_advice(user: &str, keys: &PartitionKeys, denied: &[String]) -> String {
     let mut named = std::collections::HashSet::new();
     grant.retain(|word| named.insert(word.clone()));
     format!(
-        "user '{user}' may not run {}; run ACL SETUSER {user} {} ~{s} ~{t}* ~pointsman:* &{c}*",
+        "user '{user}' may not run {}; run ACL SETUSER {user} {}{source} ~{prefix}:* &{prefix}:*",
         commands.join(", "),
         grant.join(" ")
     )

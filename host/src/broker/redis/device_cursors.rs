@@ -16,7 +16,10 @@ pub(super) async fn read(
     user: &Name,
 ) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
     let mut commands = redis::pipe();
-    commands.cmd("HGETALL").arg(key(user.as_str())).cmd("TIME");
+    commands
+        .cmd("HGETALL")
+        .arg(redis.prefix.device_cursors(user))
+        .cmd("TIME");
     let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
         redis.connection.pipeline(&commands).await?;
     let mut device_cursors = BTreeMap::new();
@@ -45,7 +48,7 @@ pub(super) async fn change(
     redis
         .connection
         .eval(&scripts::DEVICE_CURSOR, |command| {
-            command.arg(1).arg(key(user.as_str()));
+            command.arg(1).arg(redis.prefix.device_cursors(user));
             command
                 .arg(crate::duration::millis(redis.retention.device_cursor_ttl))
                 .arg(redis.retention.cursor_ttl_ms(&CursorOwner::ReadMarker));
@@ -56,12 +59,6 @@ pub(super) async fn change(
                 .arg(format_cursor(to));
         })
         .await
-}
-
-/// The hash tag places it in the slot of `pointsman:user:<user>`; the prefix is one that operators
-/// already grant.
-pub(super) fn key(user: &str) -> String {
-    format!("pointsman:device-cursors:{{pointsman:user:{user}}}")
 }
 
 fn field(which: &CursorOwner) -> String {

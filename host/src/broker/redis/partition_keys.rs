@@ -7,11 +7,10 @@ use crate::event::PartitionNumber;
 use redis::Value;
 
 use super::command_connection::{CommandConnection, Readers, parse};
+use super::prefix::Prefix;
 use super::scripts;
 use crate::broker::{Error, Partition, Result, Retention};
 use crate::duration::millis;
-
-pub(super) const PARTITIONS_KEY: &str = "pointsman:partitions";
 
 /// A partition as it is stored in Redis.
 pub(super) struct PartitionKeys {
@@ -32,18 +31,13 @@ impl PartitionKeys {
     /// Finds the partition number of a source, or assigns one.
     pub(super) async fn find(
         connection: &CommandConnection,
-        database: i64,
+        installation: &Prefix,
         source: &str,
-        prefix: String,
+        (prefix, channels): (String, String),
         retention: &Retention,
     ) -> Result<Self> {
         let meta = format!("{prefix}meta");
-        let number = give_number(connection, source, &meta).await?;
-        let channels = if database == 0 {
-            prefix.clone()
-        } else {
-            format!("{database}:{prefix}")
-        };
+        let number = give_number(connection, &installation.numbers(), source, &meta).await?;
         let arguments = [
             prefix.clone(),
             channels.clone(),
@@ -85,59 +79,18 @@ impl PartitionKeys {
     }
 }
 
-/// Validates the source keys and returns the key prefix of each. Rejects sources whose keys would
-/// collide.
-pub(super) fn prefixes(sources: &[String]) -> Result<Vec<String>> {
-    let mut prefixes: Vec<String> = Vec::with_capacity(sources.len());
-    for source in sources {
-        let refuse = |why: &str| {
-            Err(Error::Permanent(format!(
-                "source '{}' {why}; give it another key",
-                source.escape_debug()
-            )))
-        };
-        if source.is_empty() || source.chars().any(char::is_control) {
-            return refuse("is empty or has a control character");
-        }
-        // The hash tag as Redis defines it: the text between the first `{` and the first `}` after
-        // it, unless empty.
-        let tag = source
-            .split_once('{')
-            .and_then(|(_, rest)| rest.split_once('}'))
-            .is_some_and(|(tag, _)| !tag.is_empty());
-        if !tag && source.contains('}') {
-            return refuse("has a } but no {tag}, so its keys cannot share its slot");
-        }
-        prefixes.push(if tag {
-            format!("{source}:")
-        } else {
-            format!("{{{source}}}:")
-        });
-    }
-    for (at, prefix) in prefixes.iter().enumerate() {
-        for (other, source) in sources.iter().enumerate() {
-            if source.starts_with(prefix) || (other != at && prefixes[other].starts_with(prefix)) {
-                return Err(Error::Permanent(format!(
-                    "sources '{}' and '{source}' would share keys; give one another key",
-                    sources[at]
-                )));
-            }
-        }
-    }
-    Ok(prefixes)
-}
-
 /// Assigns a number to a source permanently. The partition stores it as well, so that the list of
 /// all numbers can be rebuilt.
 async fn give_number(
     connection: &CommandConnection,
+    numbers: &str,
     source: &str,
     meta: &str,
 ) -> Result<PartitionNumber> {
     // Read first: the script is refused while Redis refuses writes, and a node that starts then
     // must still serve history.
     let known: Option<u8> = connection
-        .query(redis::cmd("HGET").arg(PARTITIONS_KEY).arg(source))
+        .query(redis::cmd("HGET").arg(numbers).arg(source))
         .await?;
     if let Some(number) = known.filter(|number| *number < PartitionNumber::MAX) {
         return Ok(PartitionNumber(number));
@@ -149,7 +102,7 @@ async fn give_number(
         .eval(&scripts::NUMBER, |command| {
             command
                 .arg(1)
-                .arg(PARTITIONS_KEY)
+                .arg(numbers)
                 .arg(source)
                 .arg(claimed.as_deref().unwrap_or_default())
                 .arg(PartitionNumber::MAX);
@@ -167,7 +120,7 @@ async fn give_number(
         other => {
             let other: String = parse(other)?;
             Err(Error::Permanent(format!(
-                "sources '{source}' and '{other}' have the same number in {PARTITIONS_KEY}; remove the wrong one of the two there"
+                "sources '{source}' and '{other}' have the same number in {numbers}; remove the wrong one of the two there"
             )))
         }
     }

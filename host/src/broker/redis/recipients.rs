@@ -14,7 +14,10 @@ use crate::event::{Name, PartitionNumber, Recipient, Span};
 /// Reads a user's attributes and memberships.
 pub(super) async fn read(redis: &Redis, user: &Name) -> Result<Recipient> {
     let mut commands = redis::pipe();
-    commands.cmd("HGETALL").arg(user_key(user)).cmd("TIME");
+    commands
+        .cmd("HGETALL")
+        .arg(redis.prefix.user(user))
+        .cmd("TIME");
     let (fields, (seconds, _)): (BTreeMap<String, String>, (u64, u64)) =
         redis.connection.pipeline(&commands).await?;
     let mut recipient = Recipient::default();
@@ -52,7 +55,7 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
         .eval(&scripts::RECIPIENT, |command| {
             command
                 .arg(1)
-                .arg(user_key(user))
+                .arg(redis.prefix.user(user))
                 .arg(redis.max_age_ms())
                 .arg(what)
                 .arg(&argument);
@@ -136,8 +139,4 @@ fn spans(
             .any(|partition| partition.number == *number)
     });
     Ok(Some(spans))
-}
-
-fn user_key(user: &Name) -> String {
-    format!("pointsman:user:{user}")
 }

@@ -299,8 +299,8 @@ if not string.find(next_pos, '/', 1, true) then
   local n = call('HINCRBY', META, 'n', #items)
   -- Keeps the lag of the consumer group readable for operators. Done last and errors are ignored,
   -- because the source may have been deleted.
-  if pcall('XGROUP', 'SETID', S, 'pointsman', next_pos, 'ENTRIESREAD', n).err and string.sub(S, 1, 10) == 'pointsman:' then
-    pcall('XGROUP', 'CREATE', S, 'pointsman', next_pos, 'ENTRIESREAD', n)
+  if pcall('XGROUP', 'SETID', S, P, next_pos, 'ENTRIESREAD', n).err and is_own_source then
+    pcall('XGROUP', 'CREATE', S, P, next_pos, 'ENTRIESREAD', n)
   end
 end
 return answer

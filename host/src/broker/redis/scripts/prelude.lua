@@ -1,7 +1,8 @@
 -- Prepended to the body of every script that works on a partition (see scripts.rs). These scripts
 -- share their first arguments:
 --     KEYS  1 source  2 `meta`
---     ARGV  1 prefix of the partition's keys  2 prefix of its channels  3 its number
+--     ARGV  1 prefix of the partition's keys, which begins with the prefix of the installation
+--           2 prefix of its channels  3 its number
 --           4 max_age, ms  5 limit of a log  6 limit of the log of all users
 --           7 processed_entries_ttl, ms  8 dedupe window, ms  9 ids per window
 --           10 dead letters  11 decisions  12 backlog  13 and on: the script's own
@@ -10,6 +11,10 @@
 local T, C = ARGV[1], ARGV[2]
 local S, META = KEYS[1], KEYS[2]
 local OWN = 13
+-- The prefix of the installation has no colon. It names our consumer group, and a source whose key
+-- begins with it is ours.
+local P = string.match(T, '^[^:]+')
+local is_own_source = string.sub(S, 1, #P + 1) == P .. ':'
 local call, pcall = redis.call, redis.pcall
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -231,7 +236,7 @@ local function trim()
   local is_full = most > 0 and tonumber(string.match(memory, 'used_memory:(%d+)')) > 0.95 * most
   call('HSET', META, 'trim_at', text(now + (is_full and 50 or 1000)))
   -- A source without our prefix may have readers that we do not know of.
-  if string.sub(S, 1, 10) ~= 'pointsman:' then return end
+  if not is_own_source then return end
   local bound = entry_of(position())
   local function lower(entry) if before(entry, bound) then bound = entry end end
   -- Processed entries are kept only for operators; a full Redis needs the memory.
@@ -241,7 +246,7 @@ local function trim()
   for _, group in ipairs(groups) do
     local of = {}
     for i = 1, #group, 2 do of[group[i]] = group[i + 1] end
-    if of['name'] ~= 'pointsman' then
+    if of['name'] ~= P then
       lower(of['last-delivered-id'])
       if of['pending'] > 0 then
         local pending = pcall('XPENDING', S, of['name'])
