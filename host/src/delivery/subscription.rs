@@ -508,9 +508,16 @@ impl Subscription {
         at.epoch.is_some() && (id <= at.low_water || self.ahead.was_sent(partition, id))
     }
 
-    /// Whether replay may queue more of this partition.
+    /// Whether replay may queue one more notification of this partition.
     pub fn has_room(&self, partition: PartitionNumber) -> bool {
         self.queue.n_of(partition) < WINDOW && self.queue.n_bytes() <= MAX_BYTES
+    }
+
+    /// How many records of this partition replay should read next. `None` until half of the room is
+    /// free, so that replay reads several at a time.
+    pub fn room(&self, partition: PartitionNumber) -> Option<usize> {
+        let n = self.queue.n_of(partition);
+        (n <= WINDOW / 2 && self.queue.n_bytes() <= MAX_BYTES / 2).then(|| WINDOW - n)
     }
 
     /// Goes live after history up to `read_to` was handled, and handles the notices buffered

@@ -28,6 +28,9 @@ pub mod record_cache;
 
 /// The most ids read from a log at a time.
 const PAGE: usize = 256;
+/// The most records read at first, before their size is known, and the bytes of the following reads.
+const FIRST_BATCH: usize = 8;
+const BATCH_BYTES: usize = 1024 * 1024;
 /// The most concurrent reads of history on a node, so that a fail-over does not turn every stream
 /// into a simultaneous request.
 const READS: usize = 64;
@@ -196,15 +199,8 @@ impl History {
             if ids.is_empty() {
                 break;
             }
-            let records = self.read_records(partition, head.epoch, &ids).await?;
-            // One check covers all missing records: they were read before it.
-            if records.iter().any(Option::is_none) {
-                self.same_epoch(partition, &head).await?;
-            }
-            for (id, record) in ids.into_iter().zip(records) {
-                self.hand_over(stream, partition, round, id, record).await?;
-            }
-            stream.wake();
+            self.hand_over_all(stream, partition, round, &head, &ids)
+                .await?;
         }
         let again = in_round(stream, partition, round, |subscription| {
             subscription.go_live(partition, head.complete(), now_ms())
@@ -326,39 +322,46 @@ impl History {
         })
     }
 
-    /// Waits for room in the queues, then hands one id over.
-    async fn hand_over(
+    /// Reads the records of these ids and hands them over as the queues have room. Without room it
+    /// holds no records: there may be as many waiting replays as streams.
+    async fn hand_over_all(
         &self,
         stream: &OpenStream,
         partition: PartitionNumber,
         round: u64,
-        id: NotificationId,
-        record: Option<Arc<Record>>,
+        head: &Head,
+        mut ids: &[NotificationId],
     ) -> Result<(), StopReason> {
-        let Some(record) = record else {
-            return in_round(stream, partition, round, |subscription| {
-                if subscription.skip(partition, id) {
-                    subscription.announce(Gap {
-                        partition,
-                        reason: GapReason::Trimmed,
-                        from: NotificationId(id.0 - 1),
-                        to: id,
-                    });
+        let mut batch = FIRST_BATCH;
+        while !ids.is_empty() {
+            // The socket must see the items that fill the queues before this waits for room.
+            stream.wake();
+            let room = stream.when(|subscription| {
+                if subscription.round(partition) != round {
+                    return Some(Err(StopReason::Obsolete));
                 }
+                subscription.room(partition).map(Ok)
             });
-        };
-        let handled = stream.when(|subscription| {
-            if subscription.round(partition) != round {
-                return Some(Err(StopReason::Obsolete));
+            let room = room.await.unwrap_or(Err(StopReason::Obsolete))?;
+            let n = ids.len().min(room).min(batch);
+            let records = self.read_records(partition, head.epoch, &ids[..n]).await?;
+            // One check covers all missing records: they were read before it.
+            if records.iter().any(Option::is_none) {
+                self.same_epoch(partition, head).await?;
             }
-            subscription.has_room(partition).then(|| {
-                subscription.handle(partition, id, &record, now_ms());
-                Ok(())
-            })
-        });
-        // The socket must see the items that fill the queues before this waits for room.
+            batch = next_batch(&records);
+            for (id, record) in ids[..n].iter().zip(records) {
+                let is_handed_over = in_round(stream, partition, round, |subscription| {
+                    hand_over(subscription, partition, *id, record)
+                })?;
+                if !is_handed_over {
+                    break;
+                }
+                ids = &ids[1..];
+            }
+        }
         stream.wake();
-        handled.await.unwrap_or(Err(StopReason::Obsolete))
+        Ok(())
     }
 
     /// Checks the epoch before a gap is announced: after a fail-over the earlier reads prove
@@ -370,6 +373,42 @@ impl History {
             Err(StopReason::EpochChanged)
         }
     }
+}
+
+/// Hands one id over. Returns `false` if the queues have no room for it.
+fn hand_over(
+    subscription: &mut Subscription,
+    partition: PartitionNumber,
+    id: NotificationId,
+    record: Option<Arc<Record>>,
+) -> bool {
+    let Some(record) = record else {
+        if subscription.skip(partition, id) {
+            subscription.announce(Gap {
+                partition,
+                reason: GapReason::Trimmed,
+                from: NotificationId(id.0 - 1),
+                to: id,
+            });
+        }
+        return true;
+    };
+    let has_room = subscription.has_room(partition);
+    if has_room {
+        subscription.handle(partition, id, &record, now_ms());
+    }
+    has_room
+}
+
+/// The number of records to read next, so that they have about [`BATCH_BYTES`] if they are as large
+/// as the last ones.
+fn next_batch(records: &[Option<Arc<Record>>]) -> usize {
+    let n_bytes: usize = records
+        .iter()
+        .flatten()
+        .map(|record| record.n_bytes())
+        .sum();
+    (BATCH_BYTES * records.len() / n_bytes.max(1)).clamp(1, WINDOW)
 }
 
 /// Runs `act` under the lock if the current round still is `round`.
