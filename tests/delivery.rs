@@ -5,6 +5,7 @@ mod authorization;
 mod devices;
 mod durability;
 mod embedded;
+mod exhaustion;
 mod groups;
 mod hardening;
 mod installations;

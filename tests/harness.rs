@@ -13,6 +13,7 @@ use pointsman::telemetry::metrics::Metrics;
 pub(crate) mod command;
 pub(crate) mod guests;
 pub(crate) mod http;
+pub(crate) mod http2;
 pub(crate) mod node;
 pub(crate) mod plugins;
 pub(crate) mod ports;

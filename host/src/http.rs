@@ -32,8 +32,8 @@ use handlers::{
     notifications, page, plugins, stream, users,
 };
 use middleware::{
-    count_refusals, keep_private, nothing_here, other_method, refuse_ambiguous, refuse_pages,
-    refuse_surplus,
+    count_refusals, hold_admin_responses, hold_responses, keep_private, nothing_here, other_method,
+    refuse_ambiguous, refuse_pages, refuse_surplus,
 };
 
 /// The routes of the public listener.
@@ -58,11 +58,16 @@ pub fn routes(state: Arc<State>) -> Router {
             "/v1/dead-letters/{partition}/{id}/redrive",
             post(dead_letters::redrive),
         )
+        .layer(from_fn_with_state(Arc::clone(&state), hold_responses))
         .layer(from_fn(keep_private));
+    let publish = Router::new()
+        .route("/v1/events", post(events::publish))
+        .layer(from_fn_with_state(Arc::clone(&state), hold_responses));
+    // Documents are shared by all their responses, and a stream is bounded by `delivery`.
     let mut routes = Router::new()
         .route("/v1/openapi.json", get(openapi::document))
-        .route("/v1/events", post(events::publish))
         .route("/v1/stream", get(stream::open))
+        .merge(publish)
         .merge(personal);
     if state.auth.is_dev() {
         routes = routes.merge(page::routes());
@@ -78,12 +83,9 @@ pub fn admin_routes(state: Arc<State>) -> Router {
         .route("/v1/decisions", get(decisions::list))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/events", get(export::newest))
+        .layer(from_fn_with_state(Arc::clone(&state), hold_admin_responses))
         .layer(from_fn(keep_private));
-    let routes = Router::new()
-        .merge(personal)
-        .route("/v1/openapi.json", get(openapi::document))
-        .route("/healthz", get(health::is_alive))
-        .route("/readyz", get(health::is_ready))
+    let held = Router::new()
         .route("/metrics", get(health::metrics))
         .route("/v1/plugins", get(plugins::list))
         .route(
@@ -102,7 +104,15 @@ pub fn admin_routes(state: Arc<State>) -> Router {
                 .delete(candidates::end),
         )
         .route("/v1/plugins/{name}/promote", post(candidates::promote))
-        .route("/v1/plugins/{name}/backtest", post(candidates::backtest));
+        .route("/v1/plugins/{name}/backtest", post(candidates::backtest))
+        .layer(from_fn_with_state(Arc::clone(&state), hold_admin_responses));
+    // Probes are answered in any case.
+    let routes = Router::new()
+        .route("/v1/openapi.json", get(openapi::document))
+        .route("/healthz", get(health::is_alive))
+        .route("/readyz", get(health::is_ready))
+        .merge(held)
+        .merge(personal);
     let routes = routes
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method);

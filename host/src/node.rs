@@ -131,7 +131,8 @@ impl Node {
         ));
         // Listening before the broker is connected: a probe sees the reason, and a publisher
         // receives 503 instead of a refused connection.
-        listeners.serve(&config.listen, &state, &shutdown);
+        let stall_timeout = config.stream.stall_timeout;
+        listeners.serve(&config.listen, stall_timeout, &state, &shutdown);
         tracing::info!(node.name = name, %address, %admin, "listening");
         Ok(Self {
             name,

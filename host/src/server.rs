@@ -2,9 +2,9 @@
 //! connection.
 //!
 //! Uses hyper directly (HTTP/1.0, 1.1, and 2 with prior knowledge) instead of `axum::serve`, so
-//! that a connection whose socket makes no progress can be cut. Connections are bounded, silent
-//! clients are dropped, and a shutdown lets running requests finish. `http` interprets requests;
-//! `sse` decides when a stream ends.
+//! that a connection whose socket makes no progress can be cut. Connections are bounded, clients
+//! that are silent or do not read are dropped, and a shutdown lets running requests finish. `http`
+//! interprets requests; `sse` decides when a stream ends.
 
 use std::convert::Infallible;
 use std::io;
@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::Request;
+use axum::http::{Request, Response};
 use hyper::body::Incoming;
+use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use serde::{Deserialize, Serialize};
@@ -26,10 +27,13 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::shutdown::Shutdown;
+use crate::telemetry::metrics::Metrics;
 
 mod connection;
+mod response_budget;
 
 pub use connection::Connection;
+pub use response_budget::{Exhausted, FIRST_BYTES, ResponseBudget, ResponsePermit};
 
 use connection::{CountingSocket, ResponseBody, Spawner};
 
@@ -96,6 +100,8 @@ pub struct Bounds {
     pub max_connections: usize,
     pub header_timeout: Duration,
     pub idle_timeout: Duration,
+    /// Time after which a response is cut if its client takes nothing.
+    pub stall_timeout: Duration,
 }
 
 /// Binds an address, even immediately after a process that held it was killed.
@@ -122,6 +128,7 @@ pub async fn serve(
     listener: TcpListener,
     routes: axum::Router,
     bounds: Bounds,
+    metrics: Metrics,
     shutdown: Shutdown,
 ) {
     let permits = Arc::new(Semaphore::new(
@@ -167,6 +174,7 @@ pub async fn serve(
             connection,
             routes.clone(),
             bounds,
+            metrics.clone(),
             shutdown.clone(),
             permit,
         ));
@@ -182,6 +190,30 @@ pub async fn serve(
     connections.wait().await;
 }
 
+/// Passes the requests of a connection to the routes.
+fn requests(
+    connection: Arc<Connection>,
+    routes: axum::Router,
+) -> impl Service<
+    Request<Incoming>,
+    Response = Response<ResponseBody>,
+    Error = Infallible,
+    Future: Send + 'static,
+> {
+    hyper::service::service_fn(move |request: Request<Incoming>| {
+        // Before the task of an HTTP/2 request runs, which its client may reset at once.
+        let in_progress = connection.begin_request();
+        let (connection, routes) = (Arc::clone(&connection), routes.clone());
+        async move {
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(connection.carrier());
+            request.extensions_mut().insert(connection);
+            let response = routes.oneshot(request).await?;
+            Ok::<_, Infallible>(response.map(|body| ResponseBody::new(body, in_progress)))
+        }
+    })
+}
+
 /// Serves one connection from its first byte to its end.
 ///
 /// In one piece: everything that can end a connection stands in one `select`.
@@ -190,33 +222,18 @@ async fn drive(
     connection: Arc<Connection>,
     routes: axum::Router,
     bounds: Bounds,
+    metrics: Metrics,
     shutdown: Shutdown,
     permit: OwnedSemaphorePermit,
 ) {
     set_socket_options(&stream, &connection);
-    let handle = Arc::clone(&connection);
-    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        // Before the task of an HTTP/2 request runs, which its client may reset at once.
-        let in_progress = handle.begin_request();
-        let (connection, routes) = (Arc::clone(&handle), routes.clone());
-        async move {
-            let mut request = request.map(Body::new);
-            request.extensions_mut().insert(connection.carrier());
-            request.extensions_mut().insert(connection);
-            let response = routes.oneshot(request).await?;
-            Ok::<_, Infallible>(response.map(|body| ResponseBody {
-                body,
-                _in_progress: in_progress,
-            }))
-        }
-    });
     let builder = http_builder(bounds.header_timeout, !connection.is_surplus());
     let mut serving = pin!(builder.serve_connection(
         TokioIo::new(CountingSocket {
             stream,
             connection: Arc::clone(&connection)
         }),
-        service
+        requests(Arc::clone(&connection), routes)
     ));
     // Hyper's own timer starts with the first bytes of a head that it takes for HTTP/1. Only this
     // deadline catches a silent client, or one that sends half of the HTTP/2 preface. A surplus
@@ -224,6 +241,8 @@ async fn drive(
     let mut deadline = pin!(tokio::time::sleep(bounds.header_timeout));
     // Without it, connections that are kept without use would hold `max_connections` for good.
     let mut idle_check = pin!(tokio::time::sleep(bounds.idle_timeout));
+    // Without it, a client that does not read would hold its responses for good.
+    let mut stall_check = pin!(tokio::time::sleep(bounds.stall_timeout));
     let mut was_asked_to_end = false;
     let (mut is_ending, mut is_timed) = (false, true);
     loop {
@@ -263,6 +282,14 @@ async fn drive(
                     None => bounds.idle_timeout,
                 };
                 idle_check.as_mut().reset(tokio::time::Instant::now() + wait);
+            }
+            () = stall_check.as_mut() => {
+                let check = connection.cut_stalled(bounds.stall_timeout);
+                if check.n_cut > 0 {
+                    metrics.responses_stalled.inc_by(check.n_cut);
+                    tracing::debug!(peer = %connection.peer(), n_responses = check.n_cut, "cut responses whose client reads nothing");
+                }
+                stall_check.as_mut().reset(check.next.into());
             }
         }
     }
@@ -333,7 +360,13 @@ mod tests {
     ) -> (SocketAddr, Shutdown, tokio::task::JoinHandle<()>) {
         let listener = bind(LOOPBACK).unwrap();
         let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::new());
-        let task = tokio::spawn(serve(listener, routes, bounds, shutdown.clone()));
+        let task = tokio::spawn(serve(
+            listener,
+            routes,
+            bounds,
+            Metrics::default(),
+            shutdown.clone(),
+        ));
         (address, shutdown, task)
     }
 
@@ -342,6 +375,7 @@ mod tests {
             max_connections,
             header_timeout,
             idle_timeout: Duration::from_secs(75),
+            stall_timeout: Duration::from_secs(30),
         }
     }
 

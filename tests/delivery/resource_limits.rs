@@ -1,7 +1,7 @@
 //! Resource limits between clients: stream permits and plugin threads. Streams are bounded on every
 //! transport, a stream that accepts no data is cut alone, and a dry run waits behind publishers.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -9,111 +9,11 @@ use serde_json::json;
 
 use crate::harness::eventually;
 use crate::harness::guests::core_module;
+use crate::harness::http2::{DATA, HEADERS, Multiplexed, RST_STREAM};
 use crate::harness::node::{Node, SOON};
 use crate::harness::plugins::Plugins;
 use crate::harness::publish::event;
 use crate::harness::sse::{Request, StreamEnd};
-
-const HEADERS: u8 = 1;
-const DATA: u8 = 0;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const WINDOW_UPDATE: u8 = 8;
-const ACK: u8 = 1;
-/// END_STREAM and END_HEADERS: a request without a body.
-const WHOLE: u8 = 5;
-
-/// An HTTP/2 client that opens streams with a closed window until it opens the window explicitly.
-struct Multiplexed {
-    socket: TcpStream,
-}
-
-impl Multiplexed {
-    fn connect(node: &Node) -> Self {
-        let mut socket = TcpStream::connect(node.addr()).expect("connect");
-        socket
-            .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-            .expect("write");
-        let mut client = Self { socket };
-        // SETTINGS_INITIAL_WINDOW_SIZE is 0.
-        client.send(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
-        client
-    }
-
-    fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-        let n_bytes = u32::try_from(payload.len()).expect("short").to_be_bytes();
-        let mut frame = vec![n_bytes[1], n_bytes[2], n_bytes[3], kind, flags];
-        frame.extend_from_slice(&stream.to_be_bytes());
-        frame.extend_from_slice(payload);
-        self.socket.write_all(&frame).expect("write");
-    }
-
-    /// Sends `GET /v1/stream?user=USER` on this stream.
-    fn open(&mut self, stream: u32, user: &str) {
-        let path = format!("/v1/stream?user={user}");
-        // HPACK: `GET` and `http` by index, path and authority as literals.
-        let mut head = vec![0x82, 0x86];
-        for (index, text) in [(4, path.as_str()), (1, "localhost")] {
-            head.extend([index, u8::try_from(text.len()).expect("short")]);
-            head.extend_from_slice(text.as_bytes());
-        }
-        self.send(HEADERS, WHOLE, stream, &head);
-    }
-
-    fn open_window(&mut self, stream: u32, n_bytes: u32) {
-        self.send(WINDOW_UPDATE, 0, stream, &n_bytes.to_be_bytes());
-    }
-
-    /// The next frame of a stream: kind, stream, payload. `None` if none arrives in time.
-    fn next(&mut self, within: Duration) -> Option<(u8, u32, Vec<u8>)> {
-        let deadline = Instant::now() + within;
-        loop {
-            let left = deadline
-                .checked_duration_since(Instant::now())
-                .filter(|left| !left.is_zero())?;
-            self.socket
-                .set_read_timeout(Some(left))
-                .expect("set a timeout");
-            let mut head = [0; 9];
-            self.socket.read_exact(&mut head).ok()?;
-            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-            self.socket
-                .set_read_timeout(Some(SOON))
-                .expect("set a timeout");
-            self.socket
-                .read_exact(&mut payload)
-                .expect("the rest of the frame");
-            let (kind, flags, stream) = (
-                head[3],
-                head[4],
-                u32::from_be_bytes([head[5], head[6], head[7], head[8]]),
-            );
-            match (kind, stream) {
-                (SETTINGS, 0) if flags & ACK == 0 => self.send(SETTINGS, ACK, 0, &[]),
-                (_, 0) => {}
-                _ => return Some((kind, stream, payload)),
-            }
-        }
-    }
-
-    /// Reads until a stream has sent this text.
-    fn await_text(&mut self, stream: u32, text: &str) {
-        let (mut said, deadline) = (String::new(), Instant::now() + SOON);
-        while !said.contains(text) {
-            assert!(
-                Instant::now() < deadline,
-                "the stream did not send {text}, only {said}"
-            );
-            match self.next(SOON) {
-                Some((DATA, from, bytes)) if from == stream => {
-                    said += &String::from_utf8_lossy(&bytes)
-                }
-                Some(_) => {}
-                None => panic!("the stream did not send {text}, only {said}"),
-            }
-        }
-    }
-}
 
 fn n_stalled(node: &Node) -> f64 {
     node.metric("pointsman_streams_closed_total{reason=\"stalled\"}")
@@ -124,9 +24,9 @@ fn a_stalled_http_2_stream_is_cut_without_the_others_of_its_connection() {
     let node = Node::builder()
         .config("[stream]\nheartbeat_interval = '1s'\nstall_timeout = '2s'\n")
         .start();
-    let mut client = Multiplexed::connect(&node);
-    client.open(1, "idle");
-    client.open(3, "42");
+    let mut client = Multiplexed::connect(node.addr());
+    client.get(1, "/v1/stream?user=idle");
+    client.get(3, "/v1/stream?user=42");
     client.open_window(3, 1 << 20);
     client.await_text(3, "event: cursor");
     // Only heartbeats are pending for the stalled stream.
@@ -190,9 +90,9 @@ fn a_client_that_stops_reading_is_cut_and_one_that_reads_is_not() {
 fn a_stream_above_the_limit_is_asked_to_reconnect_also_on_a_shared_connection() {
     let node = Node::builder().config("[stream]\nmax_open = 2\n").start();
     let first = node.stream("1");
-    let mut client = Multiplexed::connect(&node);
+    let mut client = Multiplexed::connect(node.addr());
     for stream in [1, 3] {
-        client.open(stream, "42");
+        client.get(stream, "/v1/stream?user=42");
         client.open_window(stream, 1 << 20);
         client.await_text(
             stream,

@@ -129,6 +129,11 @@ pub(super) fn limits(layers: &Layers, limits: &http::Limits) -> Result<(), Error
             ),
             AtLeast("limits.batch_events", limits.batch_events as u64, 1),
             AtLeast("limits.publish_requests", limits.publish_requests as u64, 1),
+            AtLeast(
+                "limits.response_bytes",
+                limits.response_bytes as u64,
+                1024 * 1024,
+            ),
         ],
     )?;
     durations(

@@ -62,9 +62,9 @@ pub struct Config {
     /// Delay before clients reconnect, ±50 % at random for each (2s).
     #[serde(with = "crate::duration")]
     pub retry: Duration,
-    /// Time without progress after which a stream with pending data is cut (30s). The system
-    /// reports progress in steps of a few kilobytes, so a client that takes less than about 500
-    /// bytes a second counts as stalled.
+    /// Time without progress after which a stream with pending data is cut, and any other response
+    /// (30s). The system reports progress in steps of a few kilobytes, so a client that takes less
+    /// than about 500 bytes a second counts as stalled.
     #[serde(with = "crate::duration")]
     pub stall_timeout: Duration,
     /// Interval between cursors sent without a notification (3m).

@@ -13,7 +13,9 @@ use http_body::Body as _;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
-use super::{ApiError, State};
+use super::{ApiError, Limits, State};
+use crate::event::Name;
+use crate::server::{Exhausted, FIRST_BYTES, ResponsePermit};
 use crate::{auth, duration};
 
 /// The parameters of the path.
@@ -147,6 +149,58 @@ impl FromRequestParts<Arc<State>> for ApiKey {
                 refused
             }
         })
+    }
+}
+
+/// The permit of the response, for a handler that builds a large one. It must be reserved first.
+pub(super) struct ResponseRoom(ResponsePermit);
+
+impl FromRequestParts<Arc<State>> for ResponseRoom {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<State>) -> Result<Self, ApiError> {
+        let permit = parts.extensions.get::<ResponsePermit>().cloned();
+        permit
+            .map(Self)
+            .ok_or_else(|| ApiError::internal("the route has no budget for its responses"))
+    }
+}
+
+impl ResponseRoom {
+    /// Waits for room for a response of up to `n_bytes`, to this user if it is one to a user.
+    ///
+    /// # Errors
+    /// 503 if there is none within `limits.read_wait`.
+    pub(super) async fn reserve(
+        self,
+        user: Option<&Name>,
+        n_bytes: usize,
+        limits: &Limits,
+    ) -> Result<ResponsePermit, ApiError> {
+        let reserved = self.0.reserve(user, n_bytes, limits.read_wait).await;
+        reserved.map_err(|exhausted| {
+            let (of, fix) = match exhausted {
+                Exhausted::User => ("of this user", "read earlier responses first"),
+                Exhausted::Connection => ("on this connection", "read earlier responses first"),
+                Exhausted::Node => ("of this node", "try again later"),
+            };
+            let error = format!("the responses under way {of} hold as many bytes as it allows");
+            ApiError::overloaded(error).fix(fix)
+        })?;
+        Ok(self.0)
+    }
+}
+
+/// Proof that the request has room for its response; for routes that answer with a list.
+pub(super) struct Reserved;
+
+impl FromRequestParts<Arc<State>> for Reserved {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, ApiError> {
+        let room = ResponseRoom::from_request_parts(parts, state).await?;
+        room.reserve(None, FIRST_BYTES, &state.limits).await?;
+        Ok(Self)
     }
 }
 

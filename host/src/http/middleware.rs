@@ -3,17 +3,18 @@
 
 use std::sync::Arc;
 
-use axum::extract::Request;
+use axum::extract::{self, Request};
 use axum::http::header::{
     ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, HOST, ORIGIN, TRANSFER_ENCODING,
 };
 use axum::http::{HeaderValue, Version};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use http_body::Body as _;
 
 use super::error::Refused;
 use super::{ApiError, State};
-use crate::server::Connection;
+use crate::server::{Connection, ResponseBudget};
 use crate::telemetry::metrics::ReasonLabel;
 
 pub(super) async fn nothing_here(request: Request) -> ApiError {
@@ -99,6 +100,48 @@ pub(super) async fn keep_private(request: Request, next: Next) -> Response {
     response
 }
 
+/// Responses up to this size are not charged: they take no more than their connection does.
+const MAX_FREE: usize = 4 * 1024;
+
+/// Counts the responses of the public routes against the budget of its listener.
+pub(super) async fn hold_responses(
+    extract::State(state): extract::State<Arc<State>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    hold(&state.responses, request, next).await
+}
+
+/// The same for the admin routes.
+pub(super) async fn hold_admin_responses(
+    extract::State(state): extract::State<Arc<State>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    hold(&state.admin_responses, request, next).await
+}
+
+/// Gives the handler a permit, which it reserves before it builds a large response, and holds the
+/// bytes of the response until the client has taken them.
+async fn hold(budget: &ResponseBudget, mut request: Request, next: Next) -> Response {
+    let connection = request.extensions().get::<Arc<Connection>>();
+    let permit = budget.permit(connection.map(Arc::as_ref));
+    request.extensions_mut().insert(permit.clone());
+    // The response to a change reports that it has taken effect, so it is sent in any case. It is
+    // small, or its handler has reserved it.
+    let is_safe = request.method().is_safe();
+    let response = next.run(request).await;
+    let n_bytes = response.body().size_hint().exact().unwrap_or_default();
+    let n_bytes = usize::try_from(n_bytes).unwrap_or(usize::MAX);
+    let n_charged = if n_bytes > MAX_FREE { n_bytes } else { 0 };
+    if !permit.settle(n_charged) && is_safe {
+        return ApiError::overloaded("this node has no room for a response of this size now")
+            .fix("ask for less at once, or read earlier responses first")
+            .into_response();
+    }
+    response.map(|body| permit.hold(body))
+}
+
 /// Refuses changes requested by a browser page. A node in dev mode requires no key, so that any
 /// page open in the browser could otherwise act as its operator.
 pub(super) async fn refuse_pages(request: Request, next: Next) -> Response {
@@ -111,7 +154,7 @@ pub(super) async fn refuse_pages(request: Request, next: Next) -> Response {
 }
 
 pub(super) async fn count_refusals(
-    axum::extract::State(state): axum::extract::State<Arc<State>>,
+    extract::State(state): extract::State<Arc<State>>,
     request: Request,
     next: Next,
 ) -> Response {

@@ -13,6 +13,7 @@ use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
 use crate::ingest::pipeline::Pipeline;
+use crate::server::ResponseBudget;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 
@@ -46,6 +47,9 @@ pub struct Limits {
     /// How long a read of notifications waits for the broker (5s).
     #[serde(with = "crate::duration")]
     pub read_wait: Duration,
+    /// The maximum number of bytes of all responses under way on a listener, streams excepted
+    /// (128 MiB). One user or connection holds at most an eighth of them.
+    pub response_bytes: usize,
 }
 
 impl Default for Limits {
@@ -59,6 +63,7 @@ impl Default for Limits {
             publish_wait: Duration::from_secs(5),
             body_timeout: Duration::from_secs(30),
             read_wait: Duration::from_secs(5),
+            response_bytes: 128 * 1024 * 1024,
         }
     }
 }
@@ -82,6 +87,10 @@ pub struct State {
     pub(super) origins: Origins,
     /// Bounds the bodies that publish requests hold in memory.
     pub(super) publishing: Semaphore,
+    /// Bounds the responses under way on the public listener.
+    pub(super) responses: ResponseBudget,
+    /// The same on the admin listener, so that neither listener takes the bytes of the other.
+    pub(super) admin_responses: ResponseBudget,
     /// One plugin upload at a time: a file may be large, and compiling it takes a processor for
     /// seconds.
     pub(super) uploading: Arc<Semaphore>,
@@ -101,6 +110,8 @@ impl State {
         stream_timer: StreamTimer,
     ) -> Self {
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
+        let responses = ResponseBudget::new(limits.response_bytes);
+        let admin_responses = ResponseBudget::new(limits.response_bytes);
         Self {
             broker: OnceLock::new(),
             hub: OnceLock::new(),
@@ -113,6 +124,8 @@ impl State {
             limits,
             origins,
             publishing,
+            responses,
+            admin_responses,
             uploading: Arc::new(Semaphore::new(1)),
             ordering: Arc::new(Semaphore::new(MAX_ADMIN_COMMANDS)),
             backtesting: Semaphore::new(1),

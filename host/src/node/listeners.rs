@@ -1,6 +1,7 @@
 //! The two listeners of a node, for applications and for operators.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -36,7 +37,13 @@ impl Listeners {
     }
 
     /// Serves the routes of both listeners until `shutdown`.
-    pub(super) fn serve(self, listen: &server::Config, state: &Arc<State>, shutdown: &Shutdown) {
+    pub(super) fn serve(
+        self,
+        listen: &server::Config,
+        stall_timeout: Duration,
+        state: &Arc<State>,
+        shutdown: &Shutdown,
+    ) {
         let routes = [
             (
                 self.admin,
@@ -54,8 +61,10 @@ impl Listeners {
                 max_connections,
                 header_timeout: listen.header_timeout,
                 idle_timeout: listen.idle_timeout,
+                stall_timeout,
             };
-            let serve = server::serve(listener, routes, bounds, shutdown.clone());
+            let metrics = state.metrics().clone();
+            let serve = server::serve(listener, routes, bounds, metrics, shutdown.clone());
             shutdown.spawn("a listener", serve);
         }
     }

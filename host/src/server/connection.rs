@@ -4,21 +4,33 @@
 //! In HTTP/1, a stream owns the connection. In HTTP/2, it is one of several: its progress is
 //! limited by the peer's window and not by the socket, and it is cut alone, because behind a proxy
 //! the other streams of the connection belong to other clients.
+//!
+//! A response that is not a stream is cut if its client takes none of it for the stall timeout: in
+//! HTTP/2 by itself, in HTTP/1 with its connection. `sse` cuts stalled streams.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
+use bytes::Bytes;
 use futures_util::task::AtomicWaker;
+use http_body::{Body as _, Frame};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::delivery::sse;
+
+/// The part of a response that is handed to hyper at a time. Hyper, and in HTTP/2 its send buffer,
+/// hold at most this much beyond what the client takes.
+const CHUNK: usize = 16 * 1024;
 
 /// A connection. Each request has it in its extensions, as `Arc<Connection>`.
 #[derive(Debug)]
@@ -32,6 +44,8 @@ pub struct Connection {
     n_taken: AtomicU64,
     /// The waker of a stream that waits for the kernel to accept more bytes.
     writer: AtomicWaker,
+    /// The bytes that its responses may hold together.
+    response_share: OnceLock<Arc<Semaphore>>,
 }
 
 /// The requests in progress on a connection.
@@ -40,45 +54,164 @@ struct Usage {
     n_requests: usize,
     /// When the last request ended.
     idle_since: Instant,
+    /// The responses under way that are streams.
+    n_streams: usize,
+    /// Since when the kernel accepts no bytes, because the peer reads none.
+    blocked_since: Option<Instant>,
+    /// The other responses under way in HTTP/2.
+    multiplexed: BTreeMap<u64, MultiplexedResponse>,
+    last_response: u64,
+}
+
+/// A response in HTTP/2 that is not a stream.
+#[derive(Debug)]
+struct MultiplexedResponse {
+    /// When the client last took a chunk.
+    moved: Instant,
+    cancel: CancellationToken,
 }
 
 /// A request in progress, from its head until its response is written or dropped.
 #[derive(Debug)]
-pub(super) struct InProgress(Arc<Connection>);
+pub(super) struct InProgress {
+    connection: Arc<Connection>,
+    kind: ResponseKind,
+}
 
-impl Drop for InProgress {
-    fn drop(&mut self) {
-        let mut usage = self.0.usage();
-        usage.n_requests -= 1;
-        usage.idle_since = Instant::now();
+#[derive(Debug)]
+enum ResponseKind {
+    /// Not known yet, or one that is cut with its connection.
+    Plain,
+    Stream,
+    /// By its number among the responses of the connection.
+    Multiplexed(u64),
+}
+
+impl InProgress {
+    /// Marks the response as a stream, or else as one that is cut if its client takes nothing. To be
+    /// called in the task that serves the request.
+    fn begin_response(&mut self, is_stream: bool) {
+        let mut usage = self.connection.usage();
+        if is_stream {
+            usage.n_streams += 1;
+            self.kind = ResponseKind::Stream;
+        } else if let Ok(cancel) = CANCEL.try_with(CancellationToken::clone) {
+            usage.last_response += 1;
+            let number = usage.last_response;
+            let moved = Instant::now();
+            usage
+                .multiplexed
+                .insert(number, MultiplexedResponse { moved, cancel });
+            self.kind = ResponseKind::Multiplexed(number);
+        }
+    }
+
+    /// The client has taken the previous chunk: hyper polls for more only then.
+    fn note_progress(&self) {
+        if let ResponseKind::Multiplexed(number) = self.kind
+            && let Some(response) = self.connection.usage().multiplexed.get_mut(&number)
+        {
+            response.moved = Instant::now();
+        }
     }
 }
 
-/// The body of a response; its request is in progress until it is dropped.
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        let mut usage = self.connection.usage();
+        usage.n_requests -= 1;
+        usage.idle_since = Instant::now();
+        match self.kind {
+            ResponseKind::Plain => {}
+            ResponseKind::Stream => usage.n_streams -= 1,
+            ResponseKind::Multiplexed(number) => {
+                usage.multiplexed.remove(&number);
+            }
+        }
+    }
+}
+
+/// The body of a response; its request is in progress until it is dropped. A body other than a
+/// stream is passed on in chunks, so that it is dropped only when the client has taken nearly all of
+/// it.
 #[derive(Debug)]
 pub(super) struct ResponseBody {
-    pub(super) body: axum::body::Body,
-    pub(super) _in_progress: InProgress,
+    body: Body,
+    is_stream: bool,
+    /// The rest of a frame of `body`.
+    rest: Bytes,
+    in_progress: InProgress,
+}
+
+impl ResponseBody {
+    /// Must be called in the task that serves the request.
+    pub(super) fn new(body: Body, mut in_progress: InProgress) -> Self {
+        // A stream has no end yet, and every other response is complete when it begins.
+        let is_stream = body.size_hint().exact().is_none();
+        in_progress.begin_response(is_stream);
+        Self {
+            body,
+            is_stream,
+            rest: Bytes::new(),
+            in_progress,
+        }
+    }
+
+    fn next_chunk(&mut self) -> Frame<Bytes> {
+        let n = self.rest.len().min(CHUNK);
+        // Copied: a chunk in hyper's buffers would keep the whole response in memory.
+        Frame::data(Bytes::copy_from_slice(&self.rest.split_to(n)))
+    }
 }
 
 impl http_body::Body for ResponseBody {
-    type Data = bytes::Bytes;
+    type Data = Bytes;
     type Error = axum::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<bytes::Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.in_progress.note_progress();
+        if !self.rest.is_empty() {
+            return Poll::Ready(Some(Ok(self.next_chunk())));
+        }
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let Poll::Ready(Some(Ok(frame))) = polled else {
+            return polled;
+        };
+        Poll::Ready(Some(Ok(match frame.into_data() {
+            Ok(data) if data.len() > CHUNK && !self.is_stream => {
+                self.rest = data;
+                self.next_chunk()
+            }
+            Ok(data) => Frame::data(data),
+            Err(frame) => frame,
+        })))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
+        let mut hint = self.body.size_hint();
+        let n_rest = self.rest.len() as u64;
+        match hint.exact() {
+            Some(n) => hint.set_exact(n + n_rest),
+            None => hint.set_lower(hint.lower() + n_rest),
+        }
+        hint
     }
+}
+
+/// The result of a look for stalled responses.
+#[derive(Debug)]
+pub(super) struct StallCheck {
+    /// The number of responses cut.
+    pub(super) n_cut: u64,
+    /// When the next one could be due.
+    pub(super) next: Instant,
 }
 
 impl Connection {
@@ -95,10 +228,46 @@ impl Connection {
             usage: Mutex::new(Usage {
                 n_requests: 0,
                 idle_since: Instant::now(),
+                n_streams: 0,
+                blocked_since: None,
+                multiplexed: BTreeMap::new(),
+                last_response: 0,
             }),
             kill,
             n_taken,
             writer,
+            response_share: OnceLock::new(),
+        }
+    }
+
+    /// The bytes that the connection's responses may hold together; `new` sets them the first time.
+    pub(super) fn response_share(&self, new: impl FnOnce() -> Semaphore) -> Arc<Semaphore> {
+        Arc::clone(self.response_share.get_or_init(|| Arc::new(new())))
+    }
+
+    /// Cuts the responses of which the client took nothing for `stall_timeout`, streams excepted.
+    pub(super) fn cut_stalled(&self, stall_timeout: Duration) -> StallCheck {
+        let now = Instant::now();
+        let usage = self.usage();
+        // While a stream is open, the stream timer decides: it counts and logs the streams it cuts.
+        let blocked = usage.blocked_since.filter(|_| usage.n_streams == 0);
+        let is_due = |since: Instant| now.duration_since(since) >= stall_timeout;
+        if blocked.is_some_and(is_due) {
+            self.kill.cancel();
+            let next = now + stall_timeout;
+            return StallCheck { n_cut: 1, next };
+        }
+        let (stalled, moving): (Vec<_>, Vec<_>) = usage
+            .multiplexed
+            .values()
+            .partition(|response| is_due(response.moved));
+        for response in &stalled {
+            response.cancel.cancel();
+        }
+        let since = moving.iter().map(|response| response.moved).chain(blocked);
+        StallCheck {
+            n_cut: stalled.len() as u64,
+            next: since.min().unwrap_or(now) + stall_timeout,
         }
     }
 
@@ -118,7 +287,10 @@ impl Connection {
     pub(super) fn begin_request(self: &Arc<Self>) -> InProgress {
         self.has_request.store(true, Relaxed);
         self.usage().n_requests += 1;
-        InProgress(Arc::clone(self))
+        InProgress {
+            connection: Arc::clone(self),
+            kind: ResponseKind::Plain,
+        }
     }
 
     /// How long no request has been in progress; `None` while one is.
@@ -148,9 +320,16 @@ impl Connection {
     }
 
     fn note_write(&self, outcome: &Poll<io::Result<usize>>) {
-        if let Poll::Ready(Ok(n)) = outcome {
-            self.n_taken.fetch_add(*n as u64, Relaxed);
-            self.writer.wake();
+        match outcome {
+            Poll::Ready(Ok(n)) => {
+                self.usage().blocked_since = None;
+                self.n_taken.fetch_add(*n as u64, Relaxed);
+                self.writer.wake();
+            }
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => {
+                self.usage().blocked_since.get_or_insert_with(Instant::now);
+            }
         }
     }
 }

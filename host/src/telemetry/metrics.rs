@@ -188,6 +188,8 @@ metrics! {
     feed_resets: Counter = "feed_resets";
     /// Requests to the HTTP interface rejected, by reason.
     requests_refused: Family<ReasonLabel, Counter> = "requests_refused";
+    /// Responses other than streams cut because their client took nothing for the stall timeout.
+    responses_stalled: Counter = "responses_stalled";
 }
 
 impl Metrics {

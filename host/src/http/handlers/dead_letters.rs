@@ -13,11 +13,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::{DeadLetter, Operations, Partitions};
 use crate::event::{EntryId, Malformed, PartitionNumber};
-use crate::http::extract::{ApiKey, Path, Query};
+use crate::http::extract::{ApiKey, Path, Query, Reserved};
 use crate::http::{ApiError, State};
 
 /// The maximum number of dead letters in one response.
 const MAX_LIMIT: usize = 1_000;
+
+/// The bytes of reasons, plugins and sources at which a response ends.
+const MAX_BYTES: usize = 1024 * 1024;
 
 /// Dead letters per broker read. Each may hold megabytes, which the list does not show.
 const READ: usize = 16;
@@ -58,6 +61,13 @@ pub(in crate::http) struct Shown {
     /// The entry's original fields; only when a single dead letter is shown.
     #[serde(skip_serializing_if = "Option::is_none")]
     fields: Option<Vec<Field>>,
+}
+
+impl Shown {
+    /// The bytes of its texts.
+    fn n_bytes(&self) -> usize {
+        self.reason.len() + self.source.len() + self.plugin.as_ref().map_or(0, String::len)
+    }
 }
 
 /// A field of untrusted bytes: text if it is UTF-8, base64 otherwise.
@@ -124,6 +134,7 @@ pub(in crate::http) async fn list(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Query(page): Query<Page>,
+    _: Reserved,
 ) -> Result<Json<Listed>, ApiError> {
     let limit = page.limit.clamp(1, MAX_LIMIT);
     let (first, mut after) = match &page.after {
@@ -131,7 +142,8 @@ pub(in crate::http) async fn list(
         Some(id) => parse_id(id)?,
     };
     let broker = state.broker()?;
-    let mut dead = Vec::new();
+    let mut dead: Vec<Shown> = Vec::new();
+    let mut n_bytes = 0;
     for partition in broker
         .partitions()
         .iter()
@@ -140,20 +152,20 @@ pub(in crate::http) async fn list(
         if partition.number > first {
             after = EntryId::default();
         }
-        while dead.len() < limit {
+        while dead.len() < limit && n_bytes < MAX_BYTES {
             let letters = broker
                 .dead_letters(partition.number, after, READ.min(limit - dead.len()))
                 .await?;
             let Some(last) = letters.last() else { break };
             after = last.id;
-            dead.extend(
-                letters
-                    .into_iter()
-                    .map(|letter| shown(broker.as_ref(), partition.number, letter, false)),
-            );
+            for letter in letters {
+                let shown = shown(broker.as_ref(), partition.number, letter, false);
+                n_bytes += shown.n_bytes();
+                dead.push(shown);
+            }
         }
     }
-    let next = if dead.len() >= limit {
+    let next = if dead.len() >= limit || n_bytes >= MAX_BYTES {
         dead.last().map(|last| last.id.clone())
     } else {
         None

@@ -14,6 +14,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Body;
 use axum::extract;
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
@@ -24,8 +25,10 @@ use super::dry_run;
 use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Malformed, Name, PartitionNumber, Value};
 use crate::http::cloudevents::{Draft, Mode};
-use crate::http::extract::{ApiKey, Query, read_body};
+use crate::http::extract::{ApiKey, Query, ResponseRoom, read_body};
 use crate::http::{ApiError, State};
+use crate::preview::dry_run::DryRunResult;
+use crate::server::{FIRST_BYTES, ResponsePermit};
 
 /// How long readiness reports a full broker. Only the next publish attempt can show whether it is
 /// still full.
@@ -60,10 +63,20 @@ struct Receipts {
     events: Vec<Receipt>,
 }
 
+/// The results of a dry run, in the order of the batch.
+#[derive(Serialize)]
+struct DryRunResults {
+    events: Vec<DryRunResult>,
+}
+
+/// The approximate size of a receipt.
+const RECEIPT_BYTES: usize = 256;
+
 pub(in crate::http) async fn publish(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Query(options): Query<Options>,
+    room: ResponseRoom,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -85,8 +98,13 @@ pub(in crate::http) async fn publish(
         .first()
         .map_or("-", |partition| partition.source.as_str());
     let drafts = mode.drafts(&headers, body, source, &state.limits)?;
+    // Before anything is stored: afterwards, the receipts must be sent.
+    let room = room.reserve(None, FIRST_BYTES, &state.limits).await?;
+    if !room.grow(drafts.len() * RECEIPT_BYTES) {
+        return Err(no_room());
+    }
     if options.dry_run {
-        return dry_run(&state, broker.as_ref(), mode, drafts).await;
+        return dry_run(&state, broker.as_ref(), mode, drafts, &room).await;
     }
     let receipts = store(&state, broker.as_ref(), drafts).await?;
     Ok(answer(mode, receipts))
@@ -97,6 +115,7 @@ async fn dry_run(
     broker: &dyn Broker,
     mode: Mode,
     drafts: Vec<Result<Draft, Malformed>>,
+    room: &ResponsePermit,
 ) -> Result<Response, ApiError> {
     let events = drafts.into_iter().map(|draft| {
         draft.map(|Draft { event, .. }| {
@@ -105,10 +124,21 @@ async fn dry_run(
         })
     });
     let results = dry_run::dry_run(state, broker, events.collect()).await?;
-    Ok(match (mode, results.as_slice()) {
-        (Mode::Structured | Mode::Binary, [result]) => Json(result).into_response(),
-        _ => Json(serde_json::json!({ "events": results })).into_response(),
-    })
+    let body = match (mode, results.as_slice()) {
+        (Mode::Structured | Mode::Binary, [result]) => serde_json::to_vec(result),
+        _ => serde_json::to_vec(&DryRunResults { events: results }),
+    };
+    let body =
+        body.map_err(|error| ApiError::internal("the results cannot be written").cause(error))?;
+    if !room.grow(body.len()) {
+        return Err(no_room());
+    }
+    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+fn no_room() -> ApiError {
+    ApiError::overloaded("this node has no room for a response of this size now")
+        .fix("send fewer events at once, or read earlier responses first")
 }
 
 /// Chooses the partition of an event by hashing its `partitionkey`, else its `subject`, else its

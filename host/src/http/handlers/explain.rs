@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::event::Name;
 use crate::explain::{ExplainError, Explanation, Sources};
-use crate::http::extract::{ApiKey, Query};
+use crate::http::extract::{ApiKey, Query, Reserved};
 use crate::http::{ApiError, State};
 
 /// Bounds concurrent requests, because each may scan all stored decisions.
@@ -33,6 +33,7 @@ pub(in crate::http) async fn explain(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Query(options): Query<Options>,
+    _: Reserved,
 ) -> Result<Json<Explanation>, ApiError> {
     let hub = state
         .hub()

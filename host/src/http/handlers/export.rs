@@ -21,7 +21,7 @@ use tokio::sync::Semaphore;
 
 use crate::broker::{Broker, Partition};
 use crate::event::{EntryId, Event};
-use crate::http::extract::{ApiKey, Query};
+use crate::http::extract::{ApiKey, Query, Reserved};
 use crate::http::{ApiError, State};
 
 /// The maximum number of events in one response.
@@ -51,6 +51,7 @@ pub(in crate::http) async fn newest(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Query(options): Query<Options>,
+    _: Reserved,
 ) -> Result<Response, ApiError> {
     let limit = options.limit.unwrap_or(1_000);
     if !(1..=MAX_LIMIT).contains(&limit) {

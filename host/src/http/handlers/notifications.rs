@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{Request, State as Shared};
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -21,8 +22,9 @@ use crate::delivery::subscription::{Filter, Next, Start};
 use crate::event::{Name, NotificationId, PartitionNumber};
 
 use super::stream::Selection;
-use crate::http::extract::{Parameters, Query};
+use crate::http::extract::{Parameters, Query, ResponseRoom};
 use crate::http::{ApiError, State};
+use crate::server::ResponsePermit;
 
 #[derive(Debug, Deserialize)]
 pub(in crate::http) struct Params {
@@ -34,6 +36,13 @@ pub(in crate::http) struct Params {
 
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1_000;
+/// The bytes at which a page ends, with the notification that reaches them.
+const MAX_PAGE_BYTES: usize = 4 * 1024 * 1024;
+/// The bytes that a page is charged while it is built: what it reads, and as many items as most
+/// pages have. The response then holds its own size.
+const BUILD_BYTES: usize = 4 * 1024 * 1024;
+/// The bytes of an item besides its id and its data.
+const ITEM_BYTES: usize = 64;
 /// The maximum unread count: applications show "99+" beyond it, and counting costs as much as
 /// reading.
 const MAX_UNREAD: usize = 100;
@@ -48,6 +57,9 @@ pub(in crate::http) struct Page {
     /// Whether the next page would have notifications now.
     more: bool,
     unread: Unread,
+    /// The approximate size of its items.
+    #[serde(skip)]
+    n_bytes: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -82,14 +94,15 @@ struct Missing {
 ///
 /// # Errors
 /// 400 for an invalid query, 401 or 403 for a missing or invalid token, 503 while the broker is
-/// unavailable.
+/// unavailable or too many bytes of pages are under way.
 pub(in crate::http) async fn page(
     Shared(state): Shared<Arc<State>>,
     Query(selection): Query<Selection>,
     Query(asked): Query<Params>,
     parameters: Parameters,
+    room: ResponseRoom,
     request: Request,
-) -> Result<Json<Page>, ApiError> {
+) -> Result<Response, ApiError> {
     let (parts, _) = request.into_parts();
     let reader = state.auth().stream_identity(&parts)?.reader;
     parameters.are_all(&["user", "after", "limit", "types", "min_priority"], |_| {
@@ -109,10 +122,13 @@ pub(in crate::http) async fn page(
         .hub()
         .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))?;
     let device_cursors = state.device_cursors()?;
+    let permit = room
+        .reserve(Some(&reader.user), BUILD_BYTES, &state.limits)
+        .await?;
     let read = async {
         let mark = device_cursors.read_marker(&reader.user).await?;
         let (mut page, unread) = tokio::join!(
-            read_page(hub, &reader, start, filter.clone(), limit),
+            read_page(hub, &reader, start, filter.clone(), limit, &permit),
             count_unread(hub, &reader, mark.as_ref(), filter.clone())
         );
         page.unread = unread;
@@ -121,12 +137,25 @@ pub(in crate::http) async fn page(
     };
     // Streams wait for an unavailable broker; a page request fails instead.
     let read = tokio::time::timeout(state.limits.read_wait, read).await;
-    Ok(Json(read.map_err(|_| {
-        ApiError::unavailable("the broker did not answer in time")
-    })??))
+    let page = read.map_err(|_| ApiError::unavailable("the broker did not answer in time"))??;
+    // Written to its size: a buffer that doubles as it grows would hold up to twice as much.
+    let mut body = Vec::with_capacity(page.n_bytes + 1024);
+    serde_json::to_writer(&mut body, &page)
+        .map_err(|error| ApiError::internal("the page cannot be written").cause(error))?;
+    body.shrink_to_fit();
+    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
 }
 
-async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, limit: usize) -> Page {
+/// Reads a page that ends at the limit, at [`MAX_PAGE_BYTES`], or where the permit has no room for
+/// more.
+async fn read_page(
+    hub: &Hub,
+    reader: &Reader,
+    start: Start,
+    filter: Filter,
+    limit: usize,
+    permit: &ResponsePermit,
+) -> Page {
     let unread = Unread {
         count: 0,
         exact: true,
@@ -137,9 +166,12 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
         cursor: String::new(),
         more: false,
         unread,
+        n_bytes: 0,
     };
+    let mut is_full = false;
     hub.read(reader.clone(), start, filter, limit, |subscription| {
         while page.notifications.len() < limit
+            && !is_full
             && let Some(next) = subscription.next(now_ms())
         {
             let mut id = String::new();
@@ -157,6 +189,9 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
                     // Cannot fail: `serde_json` has just produced it.
                     let data =
                         RawValue::from_string(data).unwrap_or_else(|_| RawValue::NULL.to_owned());
+                    page.n_bytes += id.len() + data.get().len() + ITEM_BYTES;
+                    // Twice: as items and as the body that is written from them.
+                    is_full = page.n_bytes >= MAX_PAGE_BYTES || !permit.grow(2 * page.n_bytes);
                     page.notifications.push(Item {
                         id,
                         event,
@@ -179,7 +214,11 @@ async fn read_page(hub: &Hub, reader: &Reader, start: Start, filter: Filter, lim
         page.cursor.clear();
         subscription.encode_cursor(&mut page.cursor);
         page.more = !subscription.is_idle();
-        page.notifications.len()
+        if is_full {
+            limit
+        } else {
+            page.notifications.len()
+        }
     })
     .await;
     page
