@@ -11,6 +11,7 @@ use axum::Router;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post, put};
 
+mod body;
 pub mod cloudevents;
 mod cors;
 mod error;

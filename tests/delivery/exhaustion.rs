@@ -8,9 +8,12 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::harness::eventually;
+use crate::harness::guests::core_module;
 use crate::harness::http2::{DATA, HEADERS, Multiplexed, RST_STREAM};
 use crate::harness::node::{Node, SOON};
+use crate::harness::plugins::Plugins;
 use crate::harness::publish::event;
+use crate::harness::sse::Request;
 
 /// A configuration with as few plugins to compile at startup as possible.
 const LEAN: &str = "[plugins.discard]\nenabled = false\n";
@@ -120,6 +123,135 @@ fn unread_pages_of_one_user_hold_bounded_memory_and_other_users_are_served() {
     node.publisher()
         .publish(&[event("last", "t", json!({ "user": "42" }))]);
     assert_eq!(other.next_notification(SOON).id, "last");
+}
+
+/// A connection on which this head of a `POST /v1/events` was sent. Returns once the node has begun
+/// to read the body.
+fn begin_publishing(addr: SocketAddr, kind: &str, n_bytes: usize, query: &str) -> TcpStream {
+    let mut socket = TcpStream::connect(addr).expect("connect");
+    socket.set_read_timeout(Some(SOON)).expect("set a timeout");
+    let head = format!(
+        "POST /v1/events{query} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {n_bytes}\r\nExpect: 100-continue\r\n\r\n"
+    );
+    socket.write_all(head.as_bytes()).expect("write");
+    let mut answer = [0; 25];
+    socket.read_exact(&mut answer).expect("100 Continue");
+    assert_eq!(&answer, b"HTTP/1.1 100 Continue\r\n\r\n");
+    socket
+}
+
+const STRUCTURED: &str = "application/cloudevents+json";
+const BATCH: &str = "application/cloudevents-batch+json";
+
+/// The status of the response that ends a connection.
+fn status_of(mut socket: TcpStream) -> String {
+    let mut answer = Vec::new();
+    // A reset also ends the answer.
+    drop(socket.read_to_end(&mut answer));
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    answer.split(' ').nth(1).unwrap_or_default().to_owned()
+}
+
+fn publish_one(node: &Node, id: &str) {
+    let began = Instant::now();
+    let more = json!({ "user": "42" });
+    node.publisher().publish(&[event(id, "t", more)]);
+    eprintln!("{id}: published in {:?}", began.elapsed());
+}
+
+#[test]
+fn heads_without_bodies_do_not_keep_publishers_out() {
+    // No request waits for a place.
+    let config = format!("{LEAN}[limits]\nbody_stall_timeout = \"5s\"\npublish_wait = \"0s\"\n");
+    let node = Node::builder().config(&config).start();
+    // Each is read at the same time as the others, so that none has taken a place.
+    let silent: Vec<_> = (0..80)
+        .map(|_| begin_publishing(node.addr(), STRUCTURED, 100, ""))
+        .collect();
+    publish_one(&node, "a");
+    for socket in silent {
+        assert_eq!(status_of(socket), "408");
+    }
+    let refused = "pointsman_requests_refused_total{reason=\"timeout\"}";
+    assert_eq!(node.metric(refused), 80.0);
+    let mut stream = Request::new(node.addr(), "user=42&last_event_id=earliest")
+        .open(SOON)
+        .expect("200");
+    assert_eq!(stream.next_notification(SOON).id, "a");
+}
+
+#[test]
+fn unfinished_bodies_hold_bounded_memory_and_small_events_are_published() {
+    let config = format!(
+        "{LEAN}[limits]\nbody_stall_timeout = \"5s\"\npublish_wait = \"3s\"\nbody_bytes = {}\n",
+        16 * MIB
+    );
+    let node = Node::builder().config(&config).start();
+    publish_one(&node, "first");
+    let before = node.memory_kib() as usize * KIB;
+    let sockets: Vec<_> = (0..40)
+        .map(|_| {
+            let mut socket = begin_publishing(node.addr(), BATCH, 4 * MIB, "");
+            let some_time = std::time::Duration::from_millis(50);
+            socket
+                .set_write_timeout(Some(some_time))
+                .expect("set a timeout");
+            // As much as the node and the socket take: 140 MiB together.
+            drop(socket.write_all(&vec![b' '; 3584 * KIB]));
+            socket
+        })
+        .collect();
+    let ended = || {
+        node.metric("pointsman_requests_refused_total{reason=\"timeout\"}")
+            + node.metric("pointsman_requests_refused_total{reason=\"overloaded\"}")
+    };
+    let (mut highest, mut n) = (0, 0);
+    eventually(2 * SOON, "all bodies are refused", || {
+        highest = highest.max(node.memory_kib() as usize * KIB);
+        n += 1;
+        publish_one(&node, &format!("small-{n}"));
+        (ended() >= 40.0).then_some(())
+    });
+    eprintln!(
+        "unfinished bodies: {} MiB before, {} MiB at most",
+        before / MIB,
+        highest / MIB
+    );
+    assert!(highest < before + 64 * MIB, "{before} to {highest}");
+    for socket in sockets {
+        // Some are reset with bytes that the node did not read.
+        let status = status_of(socket);
+        assert!(["408", "503", ""].contains(&status.as_str()), "{status}");
+    }
+}
+
+/// A dry run with a slow plugin.
+#[test]
+fn dry_runs_do_not_keep_publishers_out() {
+    let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
+    let node = Node::builder()
+        .config("[plugins.unruly]\ndeadline = '500ms'\n[limits]\npublish_requests = 2\npublish_wait = '0s'\n")
+        .plugins(plugins.dir())
+        .start();
+    let mut stream = node.stream("42");
+    let loops: Vec<_> = (0..200)
+        .map(|n| event(&format!("loop-{n}"), "loop", json!({})))
+        .collect();
+    let body = serde_json::to_string(&loops).expect("JSON");
+    let _running: Vec<_> = (0..3)
+        .map(|_| {
+            let mut socket = begin_publishing(node.addr(), BATCH, body.len(), "?dry_run=true");
+            socket.write_all(body.as_bytes()).expect("write");
+            socket
+        })
+        .collect();
+    let calls = "pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"deadline\"}";
+    eventually(SOON, "a dry run is running", || {
+        (node.metric(calls) >= 1.0).then_some(())
+    });
+    node.publisher()
+        .publish(&[event("live", "good", json!({}))]);
+    assert_eq!(stream.next_notification(SOON).id, "live");
 }
 
 fn raw_request(addr: SocketAddr, path: &str) -> TcpStream {

@@ -134,11 +134,24 @@ pub(super) fn limits(layers: &Layers, limits: &http::Limits) -> Result<(), Error
                 limits.response_bytes as u64,
                 1024 * 1024,
             ),
+            AtLeast(
+                "limits.body_bytes",
+                limits.body_bytes as u64,
+                // A part of the bytes is kept for the first bytes of each body.
+                (2 * limits.batch_bytes as u64).max(8 * 1024 * 1024),
+            ),
         ],
     )?;
     durations(
         layers,
-        [AtLeast("limits.body_timeout", limits.body_timeout, SECOND)],
+        [
+            AtLeast("limits.body_timeout", limits.body_timeout, SECOND),
+            AtLeast(
+                "limits.body_stall_timeout",
+                limits.body_stall_timeout,
+                SECOND,
+            ),
+        ],
     )
 }
 

@@ -1,22 +1,18 @@
-//! Extractors of path, query, API key and body, with error messages in this API's form.
+//! Extractors of path, query, API key and room for the response, with error messages in this API's
+//! form.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use axum::body::Body;
 use axum::extract::FromRequestParts;
 use axum::extract::path::ErrorKind;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::http::request::Parts;
-use bytes::Bytes;
-use http_body::Body as _;
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
 use super::{ApiError, Limits, State};
+use crate::auth;
 use crate::event::Name;
 use crate::server::{Exhausted, FIRST_BYTES, ResponsePermit};
-use crate::{auth, duration};
 
 /// The parameters of the path.
 pub(super) struct Path<T>(pub(super) T);
@@ -201,47 +197,6 @@ impl FromRequestParts<Arc<State>> for Reserved {
         let room = ResponseRoom::from_request_parts(parts, state).await?;
         room.reserve(None, FIRST_BYTES, &state.limits).await?;
         Ok(Self)
-    }
-}
-
-/// How many bytes of an oversized body are read and discarded before it is refused.
-const MAX_DISCARDED_BYTES: usize = 16 * 1024 * 1024;
-
-/// Reads a whole body.
-///
-/// # Errors
-/// 413 above `max` bytes, 408 if it takes longer than `wait`, 400 if it ends early.
-pub(super) async fn read_body(
-    mut body: Body,
-    max: usize,
-    wait: Duration,
-) -> Result<Bytes, ApiError> {
-    let too_large = || ApiError::too_large(format!("the body is larger than {max} bytes"));
-    let is_too_large = body.size_hint().lower() > max as u64;
-    let read = async {
-        if !is_too_large {
-            match Limited::new(&mut body, max).collect().await {
-                Err(e) if e.is::<LengthLimitError>() => {}
-                read => return read.map(|body| Some(body.to_bytes())),
-            }
-        }
-        // Drain the rest first: a client that is still sending when the connection closes sees a
-        // broken pipe instead of the response.
-        let mut rest = Limited::new(body, MAX_DISCARDED_BYTES);
-        while rest.frame().await.is_some_and(|frame| frame.is_ok()) {}
-        Ok(None)
-    };
-    match tokio::time::timeout(wait, read).await {
-        Err(_) if is_too_large => Err(too_large()),
-        Err(_) => Err(ApiError::timeout(format!(
-            "the body did not arrive within {}",
-            duration::format(wait)
-        ))),
-        Ok(Ok(None)) => Err(too_large()),
-        Ok(Err(e)) => {
-            Err(ApiError::bad_request("the body ended early").cause(anyhow::Error::from_boxed(e)))
-        }
-        Ok(Ok(Some(body))) => Ok(body),
     }
 }
 

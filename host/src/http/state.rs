@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
+use super::body::BodyBudget;
 use super::{ApiError, Origins};
 use crate::auth::Auth;
 use crate::broker::Broker;
@@ -19,6 +20,9 @@ use crate::telemetry::readiness::Readiness;
 
 /// The maximum number of concurrent admin commands.
 const MAX_ADMIN_COMMANDS: usize = 8;
+
+/// The maximum number of concurrent dry runs. They are evaluated one event at a time.
+const MAX_DRY_RUNS: usize = 8;
 
 /// The `[limits]` section.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +48,12 @@ pub struct Limits {
     /// Time to send a request body (30s).
     #[serde(with = "crate::duration")]
     pub body_timeout: Duration,
+    /// Time after which a body is refused if no byte of it has arrived meanwhile (10s).
+    #[serde(with = "crate::duration")]
+    pub body_stall_timeout: Duration,
+    /// The maximum number of bytes of all request bodies under way on the public listener (64 MiB).
+    /// The bodies on one connection hold at most an eighth of them, or one batch.
+    pub body_bytes: usize,
     /// How long a read of notifications waits for the broker (5s).
     #[serde(with = "crate::duration")]
     pub read_wait: Duration,
@@ -62,6 +72,8 @@ impl Default for Limits {
             publish_requests: 64,
             publish_wait: Duration::from_secs(5),
             body_timeout: Duration::from_secs(30),
+            body_stall_timeout: Duration::from_secs(10),
+            body_bytes: 64 * 1024 * 1024,
             read_wait: Duration::from_secs(5),
             response_bytes: 128 * 1024 * 1024,
         }
@@ -85,8 +97,12 @@ pub struct State {
     pub(super) metrics: Metrics,
     pub(super) limits: Limits,
     pub(super) origins: Origins,
-    /// Bounds the bodies that publish requests hold in memory.
+    /// Bounds the publish requests whose events are parsed and stored.
     pub(super) publishing: Semaphore,
+    /// Bounds the dry runs, which take none of the places of publish requests.
+    pub(super) dry_running: Semaphore,
+    /// Bounds the request bodies on the public listener.
+    pub(super) bodies: BodyBudget,
     /// Bounds the responses under way on the public listener.
     pub(super) responses: ResponseBudget,
     /// The same on the admin listener, so that neither listener takes the bytes of the other.
@@ -110,6 +126,7 @@ impl State {
         stream_timer: StreamTimer,
     ) -> Self {
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
+        let bodies = BodyBudget::new(&limits);
         let responses = ResponseBudget::new(limits.response_bytes);
         let admin_responses = ResponseBudget::new(limits.response_bytes);
         Self {
@@ -124,6 +141,8 @@ impl State {
             limits,
             origins,
             publishing,
+            dry_running: Semaphore::new(MAX_DRY_RUNS),
+            bodies,
             responses,
             admin_responses,
             uploading: Arc::new(Semaphore::new(1)),

@@ -19,7 +19,7 @@ use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
 
 /// The maximum number of named users of one event whose conditions are evaluated.
 const MAX_USERS: usize = 100;
-/// The maximum duration of a dry run: its request holds a publish permit.
+/// The maximum duration of a dry run: its request holds one of the few places of dry runs.
 const MAX_DURATION: Duration = Duration::from_secs(30);
 
 /// The dry-run result of one event.

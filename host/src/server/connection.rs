@@ -46,6 +46,8 @@ pub struct Connection {
     writer: AtomicWaker,
     /// The bytes that its responses may hold together.
     response_share: OnceLock<Arc<Semaphore>>,
+    /// The bytes that its request bodies may hold together.
+    body_share: OnceLock<Arc<Semaphore>>,
 }
 
 /// The requests in progress on a connection.
@@ -237,12 +239,19 @@ impl Connection {
             n_taken,
             writer,
             response_share: OnceLock::new(),
+            body_share: OnceLock::new(),
         }
     }
 
     /// The bytes that the connection's responses may hold together; `new` sets them the first time.
     pub(super) fn response_share(&self, new: impl FnOnce() -> Semaphore) -> Arc<Semaphore> {
         Arc::clone(self.response_share.get_or_init(|| Arc::new(new())))
+    }
+
+    /// The bytes that the connection's request bodies may hold together; `new` sets them the first
+    /// time.
+    pub fn body_share(&self, new: impl FnOnce() -> Semaphore) -> Arc<Semaphore> {
+        Arc::clone(self.body_share.get_or_init(|| Arc::new(new())))
     }
 
     /// Cuts the responses of which the client took nothing for `stall_timeout`, streams excepted.

@@ -15,7 +15,7 @@ use crate::broker::CursorOwner;
 use crate::delivery::device_cursors::AcknowledgeError;
 use crate::delivery::subscription::cursor::{Cursor, CursorError};
 use crate::event::Name;
-use crate::http::extract::read_body;
+use crate::http::body::BodyReader;
 use crate::http::{ApiError, State};
 
 /// Fits an id and the longest name with its JSON escapes.
@@ -39,6 +39,7 @@ struct Acknowledgement {
 /// unavailable.
 pub(in crate::http) async fn acknowledge(
     Shared(state): Shared<Arc<State>>,
+    reader: BodyReader,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let (parts, body) = request.into_parts();
@@ -60,11 +61,12 @@ pub(in crate::http) async fn acknowledge(
                 .fix("send Content-Type: application/json"),
         );
     }
-    let body = read_body(body, MAX_BODY, state.limits.body_timeout).await?;
-    let acknowledgement: Acknowledgement = serde_json::from_slice(&body).map_err(|error| {
-        ApiError::bad_request(format!("the body is not a valid acknowledgement: {error}"))
-            .fix(SHAPE)
-    })?;
+    let body = reader.read(body, MAX_BODY).await?;
+    let acknowledgement: Acknowledgement =
+        serde_json::from_slice(&body.bytes).map_err(|error| {
+            ApiError::bad_request(format!("the body is not a valid acknowledgement: {error}"))
+                .fix(SHAPE)
+        })?;
     let which: Vec<CursorOwner> = acknowledgement
         .device
         .map(CursorOwner::Device)

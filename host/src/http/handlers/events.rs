@@ -24,8 +24,9 @@ use sha2::{Digest as _, Sha256};
 use super::dry_run;
 use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Malformed, Name, PartitionNumber, Value};
+use crate::http::body::BodyReader;
 use crate::http::cloudevents::{Draft, Mode};
-use crate::http::extract::{ApiKey, Query, ResponseRoom, read_body};
+use crate::http::extract::{ApiKey, Query, ResponseRoom};
 use crate::http::{ApiError, State};
 use crate::preview::dry_run::DryRunResult;
 use crate::server::{FIRST_BYTES, ResponsePermit};
@@ -77,21 +78,28 @@ pub(in crate::http) async fn publish(
     _: ApiKey,
     Query(options): Query<Options>,
     room: ResponseRoom,
+    reader: BodyReader,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
     let mode = Mode::of(&headers)?;
-    let wait = state.limits.publish_wait;
-    // Taken before the body is read, because the permits bound the bodies held in memory.
-    let Ok(Ok(_permit)) = tokio::time::timeout(wait, state.publishing.acquire()).await else {
-        return Err(ApiError::overloaded("too many concurrent publish requests"));
-    };
     let max = if mode == Mode::Batch {
         state.limits.batch_bytes
     } else {
         state.limits.event_bytes
     };
-    let body = read_body(body, max, state.limits.body_timeout).await?;
+    let held = reader.read(body, max).await?;
+    // Taken after the body has arrived, or requests that send none would keep all others out.
+    let places = if options.dry_run {
+        &state.dry_running
+    } else {
+        &state.publishing
+    };
+    let wait = state.limits.publish_wait;
+    let Ok(Ok(_permit)) = tokio::time::timeout(wait, places.acquire()).await else {
+        return Err(ApiError::overloaded("too many concurrent publish requests"));
+    };
+    let body = held.bytes.clone();
     let broker = state.broker()?;
     let source = broker
         .partitions()

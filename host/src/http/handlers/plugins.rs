@@ -15,7 +15,8 @@ use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::http::extract::{ApiKey, Path, read_body};
+use crate::http::body::{self, Timeouts};
+use crate::http::extract::{ApiKey, Path};
 use crate::http::{ApiError, State};
 use crate::plugin::MAX_FILE_BYTES;
 use crate::plugin::registry::state::PluginState;
@@ -118,7 +119,7 @@ pub(in crate::http) async fn roll_back(
 /// Reads an uploaded file. The returned permit bounds the files in memory to one.
 ///
 /// # Errors
-/// 503 while another file is being uploaded; otherwise those of [`read_body`].
+/// 503 while another file is being uploaded; otherwise those of [`body::read`].
 pub(in crate::http) async fn receive(
     state: &State,
     body: Body,
@@ -127,10 +128,13 @@ pub(in crate::http) async fn receive(
     let permit = Arc::clone(&state.uploading)
         .try_acquire_owned()
         .map_err(busy)?;
-    Ok((
-        read_body(body, MAX_FILE_BYTES, UPLOAD_TIMEOUT).await?,
-        permit,
-    ))
+    let timeouts = Timeouts {
+        total: UPLOAD_TIMEOUT,
+        // Bounds how long an upload that sends nothing keeps others out.
+        stall: state.limits.body_stall_timeout,
+    };
+    let file = body::read(body, MAX_FILE_BYTES, timeouts, None).await?;
+    Ok((file, permit))
 }
 
 /// Runs an admin command on the blocking pool. It completes even if the client disconnects.

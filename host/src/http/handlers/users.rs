@@ -14,7 +14,8 @@ use serde::{Deserialize, Deserializer};
 use crate::broker::RecipientChange;
 use crate::event::criteria::{Attributes, parse_attributes};
 use crate::event::{Malformed, Name};
-use crate::http::extract::{ApiKey, Path, read_body};
+use crate::http::body::BodyReader;
+use crate::http::extract::{ApiKey, Path};
 use crate::http::{ApiError, State};
 
 /// Fits the maximum attributes with their JSON escapes.
@@ -32,10 +33,11 @@ pub(in crate::http) async fn replace(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Path(user): Path<Name>,
+    reader: BodyReader,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
-    let body = read_body(body, MAX_BODY, state.limits.body_timeout).await?;
-    let attributes = parse(&body)?;
+    let body = reader.read(body, MAX_BODY).await?;
+    let attributes = parse(&body.bytes)?;
     state
         .broker()?
         .change_recipient(&user, RecipientChange::Attributes(attributes))
