@@ -58,6 +58,8 @@ macro_rules! suite {
                     a_read_without_entries_ends_after_its_wait,
                     fields_are_kept_as_raw_bytes,
                     a_source_at_its_backlog_limit_accepts_no_entries,
+                    only_the_beginning_of_a_large_entry_is_read,
+                    the_position_is_part_of_the_state,
                 ];
                 commits: [
                     a_new_partition_is_empty,
@@ -137,6 +139,8 @@ macro_rules! suite {
                     a_redriven_dead_letter_is_an_entry_again,
                     a_dropped_dead_letter_is_gone,
                     dead_letters_over_the_limit_are_trimmed_oldest_first_and_counted,
+                    a_dead_letter_of_a_large_entry_holds_all_its_fields_up_to_a_limit,
+                    headers_of_dead_letters_hold_no_fields,
                     decisions_list_each_verdict_newest_first,
                     decisions_of_one_event_are_found_among_all_kept,
                 ];

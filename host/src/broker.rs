@@ -43,7 +43,10 @@ pub use commit::{
 };
 pub use feed::{Feed, Follow, Notice, Page};
 pub use operations::{DeadLetter, DecisionSearch, Finding, Severity, StoredDecision};
-pub use partition::{Entry, Head, Lease, Partition, PartitionState};
+pub use partition::{
+    EXCERPT_BYTES, Entry, Head, Lease, MAX_DEAD_LETTER_BYTES, MAX_ENTRY_FIELDS, Oversized,
+    Partition, PartitionState,
+};
 pub use retention::Retention;
 pub use user::{CursorOwner, RecipientChange, StoredCursor};
 
@@ -95,7 +98,9 @@ pub trait Sources: Partitions {
         entries: Vec<Vec<(Bytes, Bytes)>>,
     ) -> Result<Vec<EntryId>>;
 
-    /// Reads up to `count` entries after `after`, waiting up to `wait` for the first one.
+    /// Reads up to `count` entries after `after`, waiting up to `wait` for the first one. Returns
+    /// fewer entries if they are large. Of an entry above [`Retention::max_event_bytes`] only the
+    /// beginning is transferred: see [`Entry::oversized`].
     async fn read(
         &self,
         partition: PartitionNumber,
@@ -182,6 +187,14 @@ pub trait Operations: Partitions {
 
     /// Reads up to `limit` dead letters after `after`, oldest first.
     async fn dead_letters(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>>;
+
+    /// Like [`Operations::dead_letters`], without the fields of the entries.
+    async fn dead_letter_headers(
         &self,
         partition: PartitionNumber,
         after: EntryId,

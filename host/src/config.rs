@@ -182,6 +182,7 @@ impl Config {
         // that was accepted by HTTP must not be dead-lettered for its size.
         limits.event_bytes = ingest.max_event_bytes;
         retention.backlog_entries = limits.backlog_entries;
+        retention.max_event_bytes = ingest.max_event_bytes;
         checks::listen(layers, &listen)?;
         checks::ingest(layers, &ingest)?;
         checks::stream(layers, &stream)?;

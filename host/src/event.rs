@@ -100,6 +100,12 @@ pub struct EntryId {
 }
 
 impl EntryId {
+    /// The largest id. A stream of Redis that reached it accepts no further entry.
+    pub const MAX: Self = Self {
+        ms: u64::MAX,
+        seq: u64::MAX,
+    };
+
     /// Returns the id directly before this one: a read after it returns this entry first. `None`
     /// for the lowest id.
     pub fn before(self) -> Option<Self> {

@@ -1,7 +1,7 @@
 //! Guarantees of dead letters and of decision records, which explain the outcome of every event.
 
 use super::*;
-use pointsman::broker::{DeadLetter, DecisionSearch};
+use pointsman::broker::{DeadLetter, DecisionSearch, Error, MAX_DEAD_LETTER_BYTES};
 use pointsman::event::{Verdict, VerdictKind};
 
 const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
@@ -178,6 +178,121 @@ pub(super) async fn dead_letters_over_the_limit_are_trimmed_oldest_first_and_cou
     assert_eq!(reasons, ["3", "4"]);
     let state = node.broker.state(node.p).await.unwrap();
     assert_eq!((state.dead_letters, state.dead_trimmed), (2, 3));
+}
+
+impl Node {
+    /// Appends an entry with data of `n_bytes` and commits its dead letter, as ingest does.
+    async fn dead_letter_of(&self, n_bytes: usize) -> (Vec<(Bytes, Bytes)>, DeadLetter) {
+        let fields = vec![
+            field("type", "t"),
+            field("data", &"x".repeat(n_bytes - 10)),
+            field("", "1"),
+        ];
+        let entry = self
+            .broker
+            .append(self.p, vec![fields.clone()])
+            .await
+            .unwrap()[0];
+        let position = self.head().await.position.entry;
+        let read = self
+            .broker
+            .read(self.p, position, 1, Duration::ZERO)
+            .await
+            .unwrap()
+            .remove(0);
+        let why = DeadReason {
+            reason: "it is too large".into(),
+            plugin: None,
+            attempts: 1,
+            fields: read.fields,
+        };
+        let size = read.oversized.expect("it exceeds the limit");
+        let proposal = Proposal::OversizedEntry { why, size };
+        self.commit(vec![item(entry, proposal)]).await;
+        let letters = self.dead().await;
+        (fields, letters.last().expect("a dead letter").clone())
+    }
+}
+
+/// Up to a limit, all fields are copied within the broker, so that the event can be redriven. Of a
+/// larger entry, only what was read is kept, and it cannot be redriven.
+pub(super) async fn a_dead_letter_of_a_large_entry_holds_all_its_fields_up_to_a_limit(
+    bench: Bench,
+) {
+    let node = bench.open().await;
+    let (fields, letter) = node.dead_letter_of(MAX_DEAD_LETTER_BYTES).await;
+    assert!(letter.why.fields == fields, "the fields changed");
+    assert_eq!(letter.oversized, None);
+    assert!(node.broker.redrive(node.p, letter.id).await.unwrap());
+
+    let position = node.head().await.position.entry;
+    let redriven = node
+        .broker
+        .read(node.p, position, 1, Duration::ZERO)
+        .await
+        .unwrap();
+    node.commit(vec![item(redriven[0].id, Proposal::Discard)])
+        .await;
+    let (fields, letter) = node.dead_letter_of(MAX_DEAD_LETTER_BYTES + 1).await;
+    let size = letter.oversized.expect("it exceeds the limit");
+    assert!(size.bytes > MAX_DEAD_LETTER_BYTES as u64 - 10, "{size:?}");
+    assert_eq!(letter.why.fields[0], fields[0]);
+    assert_eq!(letter.why.reason, "it is too large");
+    let kept: usize = letter
+        .why
+        .fields
+        .iter()
+        .map(|(a, b)| a.len() + b.len())
+        .sum();
+    assert_eq!(kept, 1_024);
+    match node.broker.redrive(node.p, letter.id).await {
+        Err(Error::Permanent(why)) => assert!(why.contains("smaller parts"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(node.dead().await.len(), 1, "it is kept");
+    assert!(
+        node.broker
+            .drop_dead_letter(node.p, letter.id)
+            .await
+            .unwrap()
+    );
+}
+
+/// A list of dead letters does not transfer what they hold.
+pub(super) async fn headers_of_dead_letters_hold_no_fields(bench: Bench) {
+    let node = bench.open().await;
+    let why = |reason: &str, fields| DeadReason {
+        reason: reason.into(),
+        plugin: Some("address".into()),
+        attempts: 3,
+        fields,
+    };
+    let (mut entry, mut items) = (BEGIN, Vec::new());
+    for n in 0..20 {
+        entry = after(entry);
+        let fields = vec![field("data", &"x".repeat(n * 5_000))];
+        items.push(item(
+            entry,
+            Proposal::DeadLetter(why(&n.to_string(), fields)),
+        ));
+    }
+    node.commit(items).await;
+    let headers = node
+        .broker
+        .dead_letter_headers(node.p, BEGIN, 1_000)
+        .await
+        .unwrap();
+    let whole = node.dead().await;
+    assert_eq!(whole.len(), 20);
+    assert_eq!(whole[19].why.fields[0].1.len(), 95_000);
+    let without_fields: Vec<DeadLetter> = whole
+        .into_iter()
+        .map(|mut letter| {
+            letter.why.fields.clear();
+            letter
+        })
+        .collect();
+    assert_eq!(headers, without_fields);
 }
 
 pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {

@@ -11,6 +11,7 @@ use pointsman::broker::{Error, Severity};
 mod epochs;
 mod external_writes;
 mod installations;
+mod large_entries;
 mod outages;
 mod rights;
 mod set_up;

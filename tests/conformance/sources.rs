@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::*;
-use pointsman::broker::Error;
+use pointsman::broker::{Entry, Error};
 
 pub(super) async fn entries_are_read_in_append_order(bench: Bench) {
     let node = bench.open().await;
@@ -95,4 +95,73 @@ pub(super) async fn a_source_at_its_backlog_limit_accepts_no_entries(bench: Benc
         .await
         .unwrap();
     assert_eq!(left.len(), 2, "the rejected entry was not appended");
+}
+
+/// Of an entry above the limit, the beginning is read, and the entries around it as a whole.
+pub(super) async fn only_the_beginning_of_a_large_entry_is_read(bench: Bench) {
+    let node = bench
+        .open_with(&Retention {
+            max_event_bytes: 5_000,
+            ..Retention::default()
+        })
+        .await;
+    let exactly = vec![field("type", "t"), field("data", &"x".repeat(4_991))];
+    let large = vec![
+        field("type", "t"),
+        field("id", "7"),
+        field("data", &"x".repeat(100_000)),
+        field("after", "it"),
+    ];
+    let entries = vec![
+        vec![field("v", "a")],
+        exactly.clone(),
+        large,
+        vec![field("v", "b")],
+    ];
+    let ids = node.broker.append(node.p, entries).await.unwrap();
+    // One at a time as well, as ingest reads entries on which nodes crashed.
+    for count in [10, 1] {
+        let mut found = Vec::new();
+        while found.len() < ids.len() {
+            let after = found
+                .last()
+                .map_or(EntryId::default(), |entry: &Entry| entry.id);
+            let some = node
+                .broker
+                .read(node.p, after, count, Duration::ZERO)
+                .await
+                .unwrap();
+            assert!(!some.is_empty(), "after {after}");
+            found.extend(some);
+        }
+        assert_eq!(found.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids);
+        for (at, fields) in [
+            (0, vec![field("v", "a")]),
+            (1, exactly.clone()),
+            (3, vec![field("v", "b")]),
+        ] {
+            assert_eq!((&found[at].fields, found[at].oversized), (&fields, None));
+        }
+        let size = found[2].oversized.expect("it exceeds the limit");
+        assert_eq!((size.bytes, size.fields, size.is_exact), (100_019, 4, true));
+        assert_eq!(
+            found[2].fields,
+            [
+                field("type", "t"),
+                field("id", "7"),
+                field("data", &"x".repeat(1_024 - 12)),
+            ],
+            "reading {count} at a time"
+        );
+    }
+}
+
+/// Readiness compares it to detect a source that stands still.
+pub(super) async fn the_position_is_part_of_the_state(bench: Bench) {
+    let node = bench.open().await;
+    let position = async || node.broker.state(node.p).await.unwrap().position;
+    assert_eq!(position().await, node.head().await.position);
+    node.publish("R", &["u:1"]).await;
+    assert_ne!(position().await.entry, EntryId::default());
+    assert_eq!(position().await, node.head().await.position);
 }

@@ -1005,3 +1005,44 @@ fn dead_letters_are_counted_warned_of_below_the_limit_and_counted_when_trimmed()
         });
     }
 }
+
+/// The entry is never transferred, so neither its size nor a slow network makes later events wait.
+#[test]
+fn a_very_large_entry_becomes_a_dead_letter_with_its_beginning_and_later_events_are_delivered() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).config(LEAN).start();
+    let mut stream = node.stream("42");
+    let mut connection = server.connection();
+    // The first is met by a node that waits, the second by one that is behind.
+    let large = and("data", "x".repeat(48 * 1024 * 1024));
+    let entries = [add(&mut connection, &large), add(&mut connection, &large)];
+    let later: Vec<String> = (0..5).map(|n| n.to_string()).collect();
+    for id in &later {
+        let event = fields(&[("type", "t"), ("user", "42"), ("id", id)]);
+        add(&mut connection, &event);
+    }
+    for id in &later {
+        assert_eq!(&stream.next_notification(SOON).id, id);
+    }
+    let dead = dead_letters(&node);
+    assert_eq!(
+        dead.keys().collect::<Vec<_>>(),
+        entries.iter().collect::<Vec<_>>()
+    );
+    for (id, letter, kept) in dead.values() {
+        let size = letter["entry_bytes"].as_u64().expect("a size");
+        assert!(size > 48 * 1024 * 1024, "{letter}");
+        assert!(
+            letter["reason"].as_str().is_some_and(
+                |reason| reason.contains("the limit is 262144 ([ingest] max_event_bytes)")
+            ),
+            "{letter}"
+        );
+        assert_eq!(kept[..2], large[..2]);
+        assert!(kept[2].1.len() < 1_024 && kept[2].1.iter().all(|&byte| byte == b'x'));
+        let redriven = node.request("POST", &format!("/v1/dead-letters/{id}/redrive"));
+        assert_eq!(redriven.status, 409, "{redriven:?}");
+        assert!(redriven.body.contains("smaller parts"), "{redriven:?}");
+    }
+    assert_calm(&node);
+}

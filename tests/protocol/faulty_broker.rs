@@ -440,6 +440,17 @@ impl Operations for Puppet {
         self.broker.dead_letters(partition, after, limit).await
     }
 
+    async fn dead_letter_headers(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        self.broker
+            .dead_letter_headers(partition, after, limit)
+            .await
+    }
+
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
         self.broker.redrive(partition, id).await
     }

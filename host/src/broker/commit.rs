@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 
+use super::partition::Oversized;
 use crate::event::{
     DeadReason, Decision, EntryId, Epoch, NotificationId, Outcome, Position, Target,
 };
@@ -37,6 +38,13 @@ pub enum Proposal {
     Discard,
     Unrouted,
     DeadLetter(DeadReason),
+    /// A dead letter of an entry that was not read as a whole; the reason holds its beginning. The
+    /// broker copies all fields from the source if [`Oversized::fits_dead_letter`] and the entry
+    /// still exists.
+    OversizedEntry {
+        why: DeadReason,
+        size: Oversized,
+    },
 }
 
 /// A batch of outcomes, written atomically if the partition is still at `prev` in epoch `epoch`.

@@ -19,7 +19,7 @@
 //! | `logs`       | (partition, target)                | (number of entries, newest id); no row if the log is absent                 |
 //! | `index`      | (partition, target, id)            | the predecessor of the id in this log when it was written, or the floor then |
 //! | `seen`       | (partition, bucket start ms, hash) | empty; a publisher's event id, remembered for the dedupe window             |
-//! | `dead`       | (partition, letter ms, letter seq) | (JSON: entry, reason, plugin, attempts; the entry's fields)                 |
+//! | `dead`       | (partition, letter ms, letter seq) | (JSON: entry, reason, plugin, attempts, `entry_bytes` and `entry_fields` if only the beginning is kept; the entry's fields) |
 //! | `decisions`  | (partition, entry ms, entry seq)   | JSON: outcome, id, decision record                                          |
 //! | `users`      | user                               | JSON: attributes, and memberships with a span of ids per partition          |
 //! | `device_cursors`  | user                               | JSON: device cursors and the read marker, each with the time (ms) of its last move |
@@ -321,8 +321,9 @@ impl Sources for Embedded {
             arrival.as_mut().enable();
             if self.meta(slot)?.last_entry > after {
                 let entries = self
-                    .read_snapshot(move |transaction, _| {
-                        source::entries(transaction, partition.0, after, count)
+                    .read_snapshot(move |transaction, shared| {
+                        let most = shared.retention.max_event_bytes;
+                        source::entries(transaction, partition.0, after, count, most)
                     })
                     .await?;
                 if !entries.is_empty() {
@@ -494,7 +495,20 @@ impl Operations for Embedded {
     ) -> Result<Vec<DeadLetter>> {
         self.slot(partition)?;
         self.read_snapshot(move |transaction, _| {
-            source::dead_letters(transaction, partition.0, after, limit)
+            source::dead_letters(transaction, partition.0, after, limit, true)
+        })
+        .await
+    }
+
+    async fn dead_letter_headers(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        self.slot(partition)?;
+        self.read_snapshot(move |transaction, _| {
+            source::dead_letters(transaction, partition.0, after, limit, false)
         })
         .await
     }

@@ -86,11 +86,15 @@ impl FakeBroker {
             attempts: 1,
             fields,
         };
-        self.shared
-            .lock()
-            .unwrap()
-            .dead
-            .push((partition, DeadLetter { id, entry: id, why }));
+        self.shared.lock().unwrap().dead.push((
+            partition,
+            DeadLetter {
+                id,
+                entry: id,
+                why,
+                oversized: None,
+            },
+        ));
     }
 
     /// The largest number of dead letters requested at once.
@@ -298,6 +302,19 @@ impl Operations for FakeBroker {
             .iter()
             .filter(|(p, letter)| *p == partition && letter.id > after);
         Ok(here.map(|(_, letter)| letter.clone()).take(limit).collect())
+    }
+
+    async fn dead_letter_headers(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        let mut letters = self.dead_letters(partition, after, limit).await?;
+        for letter in &mut letters {
+            letter.why.fields.clear();
+        }
+        Ok(letters)
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {

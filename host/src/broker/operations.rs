@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use super::partition::Oversized;
 use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome};
 
 /// A dead letter as it is listed.
@@ -12,7 +13,10 @@ pub struct DeadLetter {
     /// The id of the dead letter itself, by which it is shown, redriven and dropped.
     pub id: EntryId,
     pub entry: EntryId,
+    /// The entry's fields, or only its beginning if `oversized` is set.
     pub why: DeadReason,
+    /// Set if the entry was too large to be kept here as a whole. It cannot be redriven.
+    pub oversized: Option<Oversized>,
 }
 
 /// A decision record as it is listed: entry, outcome, notification id and decision.

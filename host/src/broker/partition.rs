@@ -18,11 +18,63 @@ pub struct Partition {
     pub source: String,
 }
 
+/// Maximum number of fields of an entry: the number that a script of Redis can pass to a command,
+/// limited by Lua's `unpack`. An entry with more fields is read as [`Oversized`].
+pub const MAX_ENTRY_FIELDS: usize = 3_900;
+
+/// Size up to which the dead letter of an entry holds all its fields, in bytes of names and values.
+pub const MAX_DEAD_LETTER_BYTES: usize = 4 * 1024 * 1024;
+
+/// The part of an oversized entry that is read and kept, in bytes of names and values.
+pub const EXCERPT_BYTES: usize = 1024;
+
 /// An entry of a source as it was written. Its fields are untrusted bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     pub id: EntryId,
     pub fields: Vec<(Bytes, Bytes)>,
+    /// Set if the entry exceeds [`super::Retention::max_event_bytes`] or [`MAX_ENTRY_FIELDS`]. Then
+    /// `fields` holds only the first [`EXCERPT_BYTES`] of the entry, and the last field may be cut.
+    pub oversized: Option<Oversized>,
+}
+
+/// The size of an entry that is not read as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Oversized {
+    /// Bytes of all names and values.
+    pub bytes: u64,
+    /// Number of fields.
+    pub fields: u64,
+    /// Whether `bytes` is the exact size and not a lower bound.
+    pub is_exact: bool,
+}
+
+impl Oversized {
+    /// Whether a dead letter of the entry can hold all its fields.
+    pub fn fits_dead_letter(self) -> bool {
+        self.is_exact
+            && self.bytes <= MAX_DEAD_LETTER_BYTES as u64
+            && self.fields <= MAX_ENTRY_FIELDS as u64
+    }
+}
+
+/// Returns the first [`EXCERPT_BYTES`] of an entry. The last field may be cut.
+pub(super) fn excerpt<'a>(
+    fields: impl IntoIterator<Item = (&'a [u8], &'a [u8])>,
+) -> Vec<(Bytes, Bytes)> {
+    let mut room = EXCERPT_BYTES;
+    let mut cut = |text: &[u8]| {
+        let kept = text.get(..room).unwrap_or(text);
+        room -= kept.len();
+        Bytes::copy_from_slice(kept)
+    };
+    let mut kept = Vec::new();
+    // Empty fields take no room, so their number is bounded as well.
+    for (name, value) in fields.into_iter().take(EXCERPT_BYTES / 16) {
+        kept.push((cut(name), cut(value)));
+    }
+    kept.retain(|(name, value)| !name.is_empty() || !value.is_empty());
+    kept
 }
 
 /// The state of a partition, read atomically from the broker's primary, never from a replica.
@@ -106,6 +158,9 @@ pub enum Lease {
 pub struct PartitionState {
     /// Number of events by outcome since the partition was created.
     pub outcomes: BTreeMap<Outcome, u64>,
+    /// The last entry with an outcome, and the slices of the next one.
+    #[serde(skip)]
+    pub position: Position,
     /// Entries after the position.
     pub lag: u64,
     /// Entries that another client of the broker removed before they were read.

@@ -12,13 +12,13 @@
 //!
 //! | Key | Type | Contents |
 //! |---|---|---|
-//! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `P:`. A consumer group `P` shows the lag; nothing depends on it. |
-//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at` in ms; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
+//! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `P:`. Its consumer group `P` stands at the position and shows the lag; no entry is ever delivered through it. |
+//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at` and `look_at` in ms; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
 //! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
 //! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window |
-//! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, then the entry's own fields, each name prefixed with `f:` |
+//! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, `entry_bytes` and `entry_fields` if only the beginning of the entry is kept, then the entry's own fields, each name prefixed with `f:` |
 //! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed |
 //! | `T` `owner` | string | The lease: the name of the node |
 //! | `P:partitions` | hash | source -> partition number; entries are only ever added |
@@ -44,9 +44,16 @@
 //! # Connections
 //!
 //! One connection for commands (`redis/command_connection.rs`), up to two idle connections per
-//! partition for blocking reads (more are opened while more reads run concurrently) and one for
-//! notices (`redis/feed.rs`). A command that is not answered within 2 s counts as the broker being
-//! unavailable; a blocking read has these 2 s in addition to its wait.
+//! partition that wait for new entries (`redis/readers.rs`; more are opened while more reads run
+//! concurrently) and one for notices (`redis/feed.rs`). A command that is not answered within 2 s
+//! counts as the broker being unavailable; a wait for an entry has these 2 s in addition.
+//!
+//! # Large entries
+//!
+//! Whoever may `XADD` may add an entry of up to 1 GiB, and Redis offers no command that returns the
+//! size of an entry. `redis/entries.rs` therefore reads in a script that measures each entry and
+//! returns only the beginning of a large one. No script that runs regularly calls `XINFO STREAM`,
+//! because it copies the first and the last entry of the source.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -58,21 +65,23 @@ use bytes::Bytes;
 
 use super::{
     Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
-    Head, Item, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Proposal,
-    RecipientChange, Result, Retention, Slice, Sources, StoredCursor, StoredDecision, Users,
+    Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, Operations, Page, Partition, PartitionState,
+    Partitions, Proposal, RecipientChange, Result, Retention, Slice, Sources, StoredCursor,
+    StoredDecision, Users,
 };
 use crate::event::{
-    DeadReason, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient,
-    Target,
+    EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient, Target,
 };
 
 mod check;
 mod command_connection;
 mod decisions;
 mod device_cursors;
+mod entries;
 mod feed;
 mod partition_keys;
 mod prefix;
+mod readers;
 mod recipients;
 pub mod resp;
 mod scripts;
@@ -87,11 +96,10 @@ const INLINE_BYTES: usize = 1024;
 /// Maximum number of entries in one call of the append script, which occupies Redis for about half
 /// a millisecond.
 const APPEND_ENTRIES: usize = 256;
-/// Maximum number of fields of an entry that a script can pass to a command, limited by Lua's
-/// `unpack`.
-const MOST_FIELDS: usize = 3_900;
-/// Maximum number of keys in one MGET.
+/// Maximum number of keys in one call of the script that reads records.
 const RECORDS: usize = 64;
+/// Size at which one call for records ends, in bytes; the next call continues.
+const RECORDS_BYTES: usize = 4 * 1024 * 1024;
 
 /// See the head of this file.
 pub struct Redis {
@@ -275,6 +283,7 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
         Proposal::Discard => "d",
         Proposal::Unrouted => "u",
         Proposal::DeadLetter(_) => "x",
+        Proposal::OversizedEntry { .. } => "o",
     };
     command
         .arg(kind)
@@ -293,6 +302,16 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
                 .arg(&why.reason)
                 .arg(why.plugin.as_deref().unwrap_or_default())
                 .arg(why.attempts);
+            add_fields(command.arg(why.fields.len()), &why.fields);
+        }
+        Proposal::OversizedEntry { why, size } => {
+            command
+                .arg(&why.reason)
+                .arg(why.plugin.as_deref().unwrap_or_default())
+                .arg(why.attempts)
+                .arg(u8::from(size.fits_dead_letter()))
+                .arg(size.bytes)
+                .arg(size.fields);
             add_fields(command.arg(why.fields.len()), &why.fields);
         }
         Proposal::Discard | Proposal::Unrouted => {}
@@ -320,46 +339,6 @@ fn optional_id(text: &str) -> Result<Option<NotificationId>> {
     } else {
         id(text).map(Some)
     }
-}
-
-/// A stream entry as Redis returns it.
-type RawEntry = (String, Vec<(Vec<u8>, Vec<u8>)>);
-
-fn entry((id, fields): RawEntry) -> Result<Entry> {
-    Ok(Entry {
-        id: parse_text(&id)?,
-        fields: fields
-            .into_iter()
-            .map(|(name, value)| (name.into(), value.into()))
-            .collect(),
-    })
-}
-
-fn dead_letter(raw: RawEntry) -> Result<DeadLetter> {
-    let Entry { id, fields } = entry(raw)?;
-    let text = |name: &str| {
-        let found = fields
-            .iter()
-            .find(|(field, _)| field == name.as_bytes())
-            .map(|(_, value)| String::from_utf8_lossy(value).into_owned());
-        found.unwrap_or_default()
-    };
-    let own = fields
-        .iter()
-        .filter(|(name, _)| name.starts_with(b"f:"))
-        .map(|(name, value)| (name.slice(2..), value.clone()));
-    let (plugin, attempts) = (text("plugin"), parse_text(&text("attempts"))?);
-    let why = DeadReason {
-        reason: text("reason"),
-        plugin: Some(plugin).filter(|name| !name.is_empty()),
-        attempts,
-        fields: own.collect(),
-    };
-    Ok(DeadLetter {
-        id,
-        entry: parse_text(&text("entry"))?,
-        why,
-    })
 }
 
 #[async_trait]
@@ -424,12 +403,22 @@ impl Partitions for Redis {
     ) -> Result<Vec<Option<Bytes>>> {
         let keys = self.keys(partition)?;
         let mut records = Vec::with_capacity(ids.len());
-        for some in ids.chunks(RECORDS) {
-            let mut command = client::cmd("MGET");
-            for id in some {
-                command.arg(format!("{}e:{id}", keys.prefix));
+        while let Some(missing) = ids.get(records.len()..).filter(|ids| !ids.is_empty()) {
+            // The script returns the first of the requested records, and at least one.
+            let found: Vec<Option<Vec<u8>>> = self
+                .connection
+                .eval(&scripts::RECORDS, |command| {
+                    let some = &missing[..missing.len().min(RECORDS)];
+                    command.arg(some.len());
+                    for id in some {
+                        command.arg(format!("{}e:{id}", keys.prefix));
+                    }
+                    command.arg(RECORDS_BYTES);
+                })
+                .await?;
+            if found.is_empty() {
+                return Err(unexpected(&"no records"));
             }
-            let found: Vec<Option<Vec<u8>>> = self.connection.query(&command).await?;
             records.extend(found.into_iter().map(|record| record.map(Bytes::from)));
         }
         Ok(records)
@@ -446,10 +435,10 @@ impl Sources for Redis {
         let keys = self.keys(partition)?;
         if let Some(fields) = entries
             .iter()
-            .find(|fields| fields.is_empty() || fields.len() > MOST_FIELDS)
+            .find(|fields| fields.is_empty() || fields.len() > MAX_ENTRY_FIELDS)
         {
             return Err(Error::Permanent(format!(
-                "an entry has {} fields; 1 to {MOST_FIELDS} are allowed",
+                "an entry has {} fields; 1 to {MAX_ENTRY_FIELDS} are allowed",
                 fields.len()
             )));
         }
@@ -487,25 +476,7 @@ impl Sources for Redis {
         count: usize,
         wait: Duration,
     ) -> Result<Vec<Entry>> {
-        let keys = self.keys(partition)?;
-        let mut command = client::cmd("XREAD");
-        command.arg("COUNT").arg(count);
-        if !wait.is_zero() {
-            // `BLOCK 0` would wait forever.
-            command.arg("BLOCK").arg(wait.as_millis().max(1) as u64);
-        }
-        command
-            .arg("STREAMS")
-            .arg(&keys.partition.source)
-            .arg(after.to_string());
-        let answer: Option<Vec<(Vec<u8>, Vec<RawEntry>)>> =
-            keys.readers.query(&self.connection, &command, wait).await?;
-        answer
-            .into_iter()
-            .flatten()
-            .flat_map(|(_, entries)| entries)
-            .map(entry)
-            .collect()
+        entries::read(self, self.keys(partition)?, after, count, wait).await
     }
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
@@ -673,12 +644,16 @@ impl Operations for Redis {
         let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
             self.run(self.keys(partition)?, &scripts::STATE, |_| {})
                 .await?;
+        let position = meta
+            .get("pos")
+            .map_or(Ok(Position::default()), |text| parse_text(text))?;
         let number = |field: &str| meta.get(field).map_or(Ok(0), |text| parse_text(text));
         let outcomes = Outcome::ALL
             .into_iter()
             .map(|outcome| Ok((outcome, number(outcome.as_str())?)));
         Ok(PartitionState {
             outcomes: outcomes.collect::<Result<_>>()?,
+            position,
             lag,
             trimmed_unread: number("trimmed_unread")?,
             dead_letters,
@@ -694,16 +669,16 @@ impl Operations for Redis {
         after: EntryId,
         limit: usize,
     ) -> Result<Vec<DeadLetter>> {
-        let keys = self.keys(partition)?;
-        let mut command = client::cmd("XRANGE");
-        command
-            .arg(format!("{}dead", keys.prefix))
-            .arg(format!("({after}"))
-            .arg("+")
-            .arg("COUNT")
-            .arg(limit);
-        let letters: Vec<RawEntry> = self.connection.query(&command).await?;
-        letters.into_iter().map(dead_letter).collect()
+        entries::dead_letters(self, self.keys(partition)?, after, limit, true).await
+    }
+
+    async fn dead_letter_headers(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        entries::dead_letters(self, self.keys(partition)?, after, limit, false).await
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {

@@ -38,6 +38,10 @@ pub struct Retention {
     /// Set by `limits.backlog_entries`; not a key of this section.
     #[serde(skip)]
     pub backlog_entries: u64,
+    /// The largest entry that is read as a whole, in bytes of all its fields (262,144). Set by
+    /// `ingest.max_event_bytes`; not a key of this section.
+    #[serde(skip)]
+    pub max_event_bytes: usize,
     /// How long a device cursor is kept after it last moved (30d). A read marker is kept for the
     /// age of notifications (`max_age`) plus 2 % if that is longer.
     #[serde(with = "crate::duration")]
@@ -59,6 +63,7 @@ impl Default for Retention {
             dead_letter_entries: 10_000,
             decision_entries: 100_000,
             backlog_entries: 1_000_000,
+            max_event_bytes: 256 * 1024,
             device_cursor_ttl: Duration::from_secs(30 * 24 * 3600),
             max_devices_per_user: 32,
         }

@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
 use crate::broker::{
-    Batch, CommitResult, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES,
-    MAX_ITEMS, Partition, Proposal, Result, Slice, Sources,
+    Batch, CommitResult, EXCERPT_BYTES, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES,
+    MAX_INDEX_ENTRIES, MAX_ITEMS, Oversized, Partition, Proposal, Result, Slice, Sources,
 };
 use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
@@ -507,6 +507,9 @@ impl Ingest {
 
     /// Parses the event of an entry. The error is the reason for the dead letter.
     fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
+        if let Some(size) = entry.oversized {
+            return Err(oversized(size, self.config.max_event_bytes));
+        }
         let n_bytes: usize = entry
             .fields
             .iter()
@@ -812,6 +815,24 @@ fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decis
     }
 }
 
+/// The reason for the dead letter of an entry that was not read as a whole.
+fn oversized(size: Oversized, max_event_bytes: usize) -> String {
+    let Oversized {
+        bytes,
+        fields,
+        is_exact,
+    } = size;
+    if bytes <= max_event_bytes as u64 {
+        return format!(
+            "the event has more than 64 extension attributes: {fields} fields; send fewer"
+        );
+    }
+    let bound = if is_exact { "" } else { " or more" };
+    format!(
+        "the event has {bytes} bytes{bound}; the limit is {max_event_bytes} ([ingest] max_event_bytes)"
+    )
+}
+
 /// Returns a dead letter with everything needed to process the entry again.
 fn dead_letter(
     entry: &Entry,
@@ -833,7 +854,10 @@ fn dead_letter(
     Item {
         entry: entry.id,
         dedupe: None,
-        proposal: Proposal::DeadLetter(why),
+        proposal: match entry.oversized {
+            None => Proposal::DeadLetter(why),
+            Some(size) => Proposal::OversizedEntry { why, size },
+        },
         decision,
     }
 }
@@ -881,6 +905,8 @@ fn n_bytes(item: &Item) -> usize {
             .iter()
             .map(|(name, value)| name.len() + value.len())
             .sum(),
+        Proposal::OversizedEntry { size, .. } if size.fits_dead_letter() => size.bytes as usize,
+        Proposal::OversizedEntry { .. } => EXCERPT_BYTES,
         Proposal::Discard | Proposal::Unrouted => 0,
     }
 }

@@ -10,10 +10,10 @@ use bytes::Bytes;
 use redb::ReadableTable as _;
 use serde::{Deserialize, Serialize};
 
-use super::layout::{Meta, entry_key, successor};
+use super::layout::{Meta, entry_key, owned, successor};
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::{Batch, CommitResult, Error, Item, Notice, Proposal, Slice};
+use crate::broker::{Batch, CommitResult, Error, Item, Notice, Oversized, Proposal, Slice};
 use crate::duration::millis;
 use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Target};
 
@@ -34,6 +34,11 @@ pub(super) struct DecisionRow {
 pub(super) struct DeadLetterRow {
     pub(super) entry: EntryId,
     pub(super) why: DeadReason,
+    /// The size of the entry if the row holds only its beginning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) entry_bytes: Option<u64>,
+    #[serde(default)]
+    pub(super) entry_fields: u64,
 }
 
 impl Work<'_> {
@@ -134,7 +139,10 @@ impl Work<'_> {
         slot: usize,
         item: &Item,
     ) -> Result<(Outcome, Option<NotificationId>), Failure> {
-        let is_dead = matches!(item.proposal, Proposal::DeadLetter(_));
+        let is_dead = matches!(
+            item.proposal,
+            Proposal::DeadLetter(_) | Proposal::OversizedEntry { .. }
+        );
         // Dead letters are neither checked nor remembered: a redriven entry is not a retry by the
         // publisher.
         if !is_dead {
@@ -148,7 +156,25 @@ impl Work<'_> {
             Proposal::Discard => (Outcome::Discarded, None),
             Proposal::Unrouted => (Outcome::Unrouted, None),
             Proposal::DeadLetter(why) => {
-                self.add_dead_letter(slot, item.entry, why)?;
+                self.add_dead_letter(slot, item.entry, why, None)?;
+                (Outcome::DeadLettered, None)
+            }
+            Proposal::OversizedEntry { why, size } => {
+                let whole = if size.fits_dead_letter() {
+                    self.fields(slot, item.entry)?
+                } else {
+                    None
+                };
+                match whole {
+                    Some(fields) => {
+                        let why = DeadReason {
+                            fields,
+                            ..why.clone()
+                        };
+                        self.add_dead_letter(slot, item.entry, &why, None)?;
+                    }
+                    None => self.add_dead_letter(slot, item.entry, why, Some(*size))?,
+                }
                 (Outcome::DeadLettered, None)
             }
             Proposal::Commit { record, targets } => {
@@ -295,11 +321,21 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// The fields of an entry, if the source still holds it.
+    fn fields(&self, slot: usize, entry: EntryId) -> Result<Option<Vec<(Bytes, Bytes)>>, Failure> {
+        let found = self
+            .tables
+            .source
+            .get(entry_key(self.number(slot), entry))?;
+        Ok(found.map(|fields| owned(&fields.value())))
+    }
+
     fn add_dead_letter(
         &mut self,
         slot: usize,
         entry: EntryId,
         why: &DeadReason,
+        oversized: Option<Oversized>,
     ) -> Result<(), Failure> {
         let number = self.number(slot);
         let meta = &mut self.metas[slot];
@@ -312,6 +348,8 @@ impl Work<'_> {
         let row = serde_json::to_vec(&DeadLetterRow {
             entry,
             why: why.clone(),
+            entry_bytes: oversized.map(|size| size.bytes),
+            entry_fields: oversized.map_or(0, |size| size.fields),
         })
         .expect("strings and numbers are JSON");
         let fields = why
@@ -402,6 +440,8 @@ pub(super) fn weight(item: &Item) -> usize {
     match &item.proposal {
         Proposal::Commit { record, targets } => record.len() + targets.len() * 64,
         Proposal::DeadLetter(why) => super::weight(&why.fields),
+        Proposal::OversizedEntry { size, .. } if size.fits_dead_letter() => size.bytes as usize,
+        Proposal::OversizedEntry { why, .. } => super::weight(&why.fields),
         Proposal::Discard | Proposal::Unrouted => 256,
     }
 }

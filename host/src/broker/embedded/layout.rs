@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use anyhow::{Context as _, bail, ensure};
+use bytes::Bytes;
 use redb::{
     ReadTransaction, ReadableTable, ReadableTableMetadata as _, Table, TableDefinition,
     WriteTransaction,
@@ -77,6 +78,14 @@ impl<'t> Tables<'t> {
 /// The key of an entry, and of everything else that is ordered by entry id.
 pub(super) fn entry_key(partition: u8, id: EntryId) -> EntryKey {
     (partition, id.ms, id.seq)
+}
+
+/// Copies the fields of an entry.
+pub(super) fn owned(fields: &[(&[u8], &[u8])]) -> Vec<(Bytes, Bytes)> {
+    fields
+        .iter()
+        .map(|(name, value)| (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value)))
+        .collect()
 }
 
 /// The smallest id above `id`.

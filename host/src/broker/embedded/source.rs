@@ -7,10 +7,13 @@ use bytes::Bytes;
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable as _};
 
 use super::commit::{DeadLetterRow, DecisionRow};
-use super::layout::{self, Meta, entry_key, successor};
+use super::layout::{self, Meta, entry_key, owned, successor};
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::{DeadLetter, DecisionSearch, Entry, Error, StoredDecision};
+use crate::broker::partition::excerpt;
+use crate::broker::{
+    DeadLetter, DecisionSearch, Entry, Error, MAX_ENTRY_FIELDS, Oversized, StoredDecision,
+};
 use crate::event::EntryId;
 
 type Field = (Bytes, Bytes);
@@ -91,10 +94,20 @@ impl Work<'_> {
     /// its limit.
     pub(super) fn redrive(&mut self, slot: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(slot), id);
-        let found = self.tables.dead.get(key)?.map(|row| owned(&row.value().1));
-        let Some(fields) = found else {
+        let found = self.tables.dead.get(key)?.map(|row| {
+            let (stored, fields) = row.value();
+            (stored.to_vec(), owned(&fields))
+        });
+        let Some((stored, fields)) = found else {
             return Ok(false);
         };
+        let row: DeadLetterRow = parse(&stored, || format!("the row of dead letter {id}"))?;
+        if row.entry_bytes.is_some() {
+            return Err(Error::Permanent(format!(
+                "the dead letter {id} holds only the beginning of its entry; publish the event in smaller parts, then drop the dead letter"
+            ))
+            .into());
+        }
         self.append(slot, &[fields])?;
         self.drop_dead_letter(slot, id)
     }
@@ -110,13 +123,6 @@ impl Work<'_> {
     }
 }
 
-fn owned(fields: &[(&[u8], &[u8])]) -> Vec<Field> {
-    fields
-        .iter()
-        .map(|(name, value)| (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value)))
-        .collect()
-}
-
 /// All keys of a partition above `after`.
 fn above(partition: u8, after: EntryId) -> (Bound<layout::EntryKey>, Bound<layout::EntryKey>) {
     (
@@ -130,18 +136,41 @@ pub(super) fn entries(
     partition: u8,
     after: EntryId,
     count: usize,
+    max_event_bytes: usize,
 ) -> Result<Vec<Entry>, Failure> {
     let table = transaction.open_table(layout::SOURCE)?;
     let rows = table.range(above(partition, after))?.take(count);
     let read = rows.map(|row| {
         let (key, fields) = row?;
         let (_, ms, seq) = key.value();
+        let (id, fields) = (EntryId { ms, seq }, fields.value());
+        let bytes = size(&fields);
+        if bytes > max_event_bytes || fields.len() > MAX_ENTRY_FIELDS {
+            return Ok(Entry {
+                id,
+                fields: excerpt(fields.iter().copied()),
+                oversized: Some(Oversized {
+                    bytes: bytes as u64,
+                    fields: fields.len() as u64,
+                    is_exact: true,
+                }),
+            });
+        }
         Ok(Entry {
-            id: EntryId { ms, seq },
-            fields: owned(&fields.value()),
+            id,
+            fields: owned(&fields),
+            oversized: None,
         })
     });
     read.collect()
+}
+
+/// The size of an entry in bytes of names and values.
+fn size(fields: &[(&[u8], &[u8])]) -> usize {
+    fields
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum()
 }
 
 pub(super) fn dead_letters(
@@ -149,19 +178,31 @@ pub(super) fn dead_letters(
     partition: u8,
     after: EntryId,
     limit: usize,
+    with_fields: bool,
 ) -> Result<Vec<DeadLetter>, Failure> {
     let table = transaction.open_table(layout::DEAD)?;
     let rows = table.range(above(partition, after))?.take(limit);
     let read = rows.map(|row| {
         let (key, value) = row?;
         let ((_, ms, seq), (stored, fields)) = (key.value(), value.value());
-        let DeadLetterRow { entry, mut why } =
-            parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
-        why.fields = owned(&fields);
+        let DeadLetterRow {
+            entry,
+            mut why,
+            entry_bytes,
+            entry_fields,
+        } = parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
+        if with_fields {
+            why.fields = owned(&fields);
+        }
         Ok(DeadLetter {
             id: EntryId { ms, seq },
             entry,
             why,
+            oversized: entry_bytes.map(|bytes| Oversized {
+                bytes,
+                fields: entry_fields,
+                is_exact: true,
+            }),
         })
     });
     read.collect()
@@ -233,6 +274,7 @@ pub(super) fn state(meta: &Meta, now_ms: u64) -> crate::broker::PartitionState {
         lag: meta.lag(),
         // No other process can write to the source.
         trimmed_unread: 0,
+        position: meta.position(),
         dead_letters: meta.dead_letters,
         dead_trimmed: meta.dead_trimmed,
         dedupe_overflows: meta.dedupe_overflows,

@@ -149,6 +149,7 @@ fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
         &["PTTL", &format!("{t}owner")],
         &["UNLINK", &format!("{t}seen:1")],
         &["MGET", &format!("{t}e:1")],
+        &["STRLEN", &format!("{t}e:1")],
         &["SET", &format!("{t}e:1"), "v"],
         &["PEXPIRE", &format!("{t}e:1"), "1"],
         &["SADD", &format!("{t}seen:1"), "v"],

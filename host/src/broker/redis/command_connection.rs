@@ -1,11 +1,11 @@
-//! Command connections: one that is shared, and a few per partition for blocking reads.
+//! The command connection, which all commands of a node share.
 //!
 //! Every answer has a deadline. A connection that fails or misses the deadline is dropped, and a
 //! later command opens a new one. The pause between attempts grows while Redis is unavailable;
 //! during the pause, commands fail immediately with [`Error::Unavailable`]. A command that was sent
-//! on a dropped connection may still take effect. The notice connection is in [`super::feed`].
+//! on a dropped connection may still take effect. The notice connection is in [`super::feed`], and
+//! the connections that wait for entries are in [`super::readers`].
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,6 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(2);
 /// The deadline for connecting. Shorter than [`DEADLINE`], so that a command reports the connection
 /// error and not a timeout.
 const CONNECT_DEADLINE: Duration = Duration::from_millis(1_500);
-/// Idle connections kept per partition for blocking reads. A partition has one owner, and
-/// occasionally a second one.
-const IDLE_READERS: usize = 2;
 
 /// The pauses between attempts to connect.
 pub(super) const BACKOFF: Backoff =
@@ -68,6 +65,12 @@ impl CommandConnection {
             state: tokio::sync::Mutex::default(),
             generation: AtomicU64::new(0),
         }
+    }
+
+    /// Identifies the connection in use. A connection that was opened under an earlier generation
+    /// may lead to a former primary.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
     }
 
     /// Runs a command.
@@ -190,63 +193,6 @@ async fn connect(client: &Client) -> Result<MultiplexedConnection, RedisError> {
     client
         .get_multiplexed_async_connection_with_config(&config)
         .await
-}
-
-/// Connections for the blocking reads of one partition. Each read uses its own connection, because
-/// a blocking command delays everything behind it on a shared one.
-///
-/// A connection older than the current shared connection is not reused: after a failover it may
-/// lead to the former primary, and its entries would be committed as entries of the new one.
-#[derive(Default)]
-pub(super) struct Readers {
-    /// Each with the generation of the shared connection at the time it was opened.
-    idle: Mutex<Vec<(u64, MultiplexedConnection)>>,
-}
-
-impl Readers {
-    /// Runs a command that may block for `wait`. The connection is returned only after its answer
-    /// arrived. Dropping the future closes the connection, which also ends the wait in Redis.
-    pub(super) async fn query<T: FromRedisValue>(
-        &self,
-        shared: &CommandConnection,
-        command: &Cmd,
-        wait: Duration,
-    ) -> Result<T> {
-        let generation = shared.generation.load(Ordering::Relaxed);
-        let idle = {
-            let mut idle = self.idle();
-            idle.retain(|(of, _)| *of == generation);
-            idle.pop()
-        };
-        let read = async {
-            let mut connection = match idle {
-                Some((_, connection)) => connection,
-                None => connect(&shared.client).await?,
-            };
-            let answer = command.query_async::<Value>(&mut connection).await;
-            if !answer.as_ref().is_err_and(breaks_connection) {
-                let mut idle = self.idle();
-                if idle.len() < IDLE_READERS {
-                    idle.push((generation, connection));
-                }
-            }
-            answer
-        };
-        match tokio::time::timeout(wait + DEADLINE, read).await {
-            Ok(answer) => answer.map_err(|error| explain(&error)).and_then(parse),
-            Err(_) => Err(Error::Unavailable(format!(
-                "no answer within {} s",
-                (wait + DEADLINE).as_secs()
-            ))),
-        }
-    }
-
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(u64, MultiplexedConnection)>> {
-        // The list is valid even if a thread panicked while holding the lock.
-        self.idle
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
 }
 
 /// Converts an answer into the expected type.

@@ -7,8 +7,8 @@ use super::partition_keys::PartitionKeys;
 use super::{Redis, client, optional_id, parse_text};
 use crate::broker::{DecisionSearch, Result, StoredDecision};
 
-/// Records per read of a search, which occupies Redis for about a millisecond.
-const PAGE: usize = 1_000;
+/// Records per read, each of up to some kilobytes: a plugin may give a long reason.
+const PAGE: usize = 250;
 
 /// The id in the stream, from which the next read continues, and the fields.
 type RawRecord = (String, BTreeMap<String, String>);
@@ -19,11 +19,16 @@ pub(super) async fn newest(
     keys: &PartitionKeys,
     limit: usize,
 ) -> Result<Vec<StoredDecision>> {
-    read(redis, keys, "+", limit)
-        .await?
-        .iter()
-        .map(stored)
-        .collect()
+    let (mut found, mut from) = (Vec::new(), "+".to_owned());
+    while found.len() < limit {
+        let page = read(redis, keys, &from, PAGE.min(limit - found.len())).await?;
+        let Some((last, _)) = page.last() else { break };
+        from = format!("({last}");
+        for raw in &page {
+            found.push(stored(raw)?);
+        }
+    }
+    Ok(found)
 }
 
 /// See [`crate::broker::Operations::find_decisions`].

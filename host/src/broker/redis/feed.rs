@@ -99,7 +99,7 @@ async fn run(
     }
 }
 
-trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
 
 /// The kind of messages on a channel.
@@ -398,7 +398,7 @@ fn notice(channel: &Channel, message: &Bytes) -> Option<Notice> {
     }
 }
 
-async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
+pub(super) async fn dial(address: &ConnectionAddr) -> Result<Box<dyn Socket>> {
     let unavailable = |error: std::io::Error| Error::Unavailable(error.to_string());
     match address {
         ConnectionAddr::Tcp(host, port) => {

@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 use crate::event::PartitionNumber;
 use redis::Value;
 
-use super::command_connection::{CommandConnection, Readers, parse};
+use super::command_connection::{CommandConnection, parse};
 use super::prefix::Prefix;
+use super::readers::Readers;
 use super::scripts;
 use crate::broker::{Error, Partition, Result, Retention};
 use crate::duration::millis;

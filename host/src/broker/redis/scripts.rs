@@ -61,6 +61,10 @@ scripts! {
     RELEASE = of_partition "release.lua";
     STATE = of_partition "state.lua";
     TICK = of_partition "tick.lua";
+    /// Independent of partitions: works on any stream.
+    RANGE = new "range.lua";
+    /// Independent of partitions.
+    RECORDS = new "records.lua";
     /// Independent of partitions.
     NUMBER = new "number.lua";
     /// Independent of partitions and needs no permissions beyond running scripts.

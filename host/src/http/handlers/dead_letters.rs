@@ -22,7 +22,7 @@ const MAX_LIMIT: usize = 1_000;
 /// The bytes of reasons, plugins and sources at which a response ends.
 const MAX_BYTES: usize = 1024 * 1024;
 
-/// Dead letters per broker read. Each may hold megabytes, which the list does not show.
+/// Dead letters per broker read. Each may hold megabytes, which are examined but not transferred.
 const READ: usize = 16;
 
 #[derive(Debug, Deserialize)]
@@ -58,6 +58,10 @@ pub(in crate::http) struct Shown {
     #[serde(skip_serializing_if = "Option::is_none")]
     plugin: Option<String>,
     attempts: u32,
+    /// The size of the entry in bytes, or a lower bound, if the dead letter holds only its
+    /// beginning.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    entry_bytes: Option<u64>,
     /// The entry's original fields; only when a single dead letter is shown.
     #[serde(skip_serializing_if = "Option::is_none")]
     fields: Option<Vec<Field>>,
@@ -126,6 +130,7 @@ fn shown(
         reason: letter.why.reason,
         plugin: letter.why.plugin,
         attempts: letter.why.attempts,
+        entry_bytes: letter.oversized.map(|size| size.bytes),
         fields: with_fields.then(|| letter.why.fields.into_iter().map(Field::new).collect()),
     }
 }
@@ -154,7 +159,7 @@ pub(in crate::http) async fn list(
         }
         while dead.len() < limit && n_bytes < MAX_BYTES {
             let letters = broker
-                .dead_letters(partition.number, after, READ.min(limit - dead.len()))
+                .dead_letter_headers(partition.number, after, READ.min(limit - dead.len()))
                 .await?;
             let Some(last) = letters.last() else { break };
             after = last.id;
@@ -198,6 +203,18 @@ pub(in crate::http) async fn redrive(
     Path((partition, id)): Path<(u8, EntryId)>,
 ) -> Result<StatusCode, ApiError> {
     let (broker, partition) = known(&state, partition)?;
+    let before = id.before().ok_or_else(gone)?;
+    let letters = broker.dead_letter_headers(partition, before, 1).await?;
+    if let Some(size) = letters
+        .first()
+        .filter(|letter| letter.id == id)
+        .and_then(|letter| letter.oversized)
+    {
+        return Err(ApiError::conflict(format!(
+            "the dead letter holds only the beginning of an entry of {} bytes and {} fields, which would be dead-lettered again; publish the event in smaller parts, then drop the dead letter",
+            size.bytes, size.fields
+        )));
+    }
     if broker.redrive(partition, id).await? {
         Ok(StatusCode::NO_CONTENT)
     } else {

@@ -115,8 +115,11 @@ impl Held {
             // Entries after the newest decision are undecided or belong to the next request.
             for entry in read.into_iter().filter(|entry| entry.id <= newest) {
                 match Event::from_fields(entry.id, &partition.source, &entry.fields) {
-                    Ok(event) => self.add(entry.id, event.to_json()),
-                    Err(_) => self.n_unreadable += 1,
+                    // The beginning of an oversized entry may look like a whole event.
+                    Ok(event) if entry.oversized.is_none() => {
+                        self.add(entry.id, event.to_json());
+                    }
+                    _ => self.n_unreadable += 1,
                 }
             }
             after = last;

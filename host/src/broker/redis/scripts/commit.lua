@@ -9,6 +9,8 @@
 -- - number of items, then per item: kind, entry, dedupe hash or '', decision, and
 --     c (commit): record, number of targets, targets
 --     x (dead letter): reason, plugin, attempts, number of fields, fields
+--     o (dead letter of a large entry): reason, plugin, attempts; '1' to copy the fields from the
+--       source; bytes and number of fields of the entry; number of fields in its beginning, fields
 --     d (discard), u (unrouted): nothing
 --
 -- Returns {'conflict'} or {'done', outcome, id or '', outcome, id or '', ...}.
@@ -34,8 +36,10 @@ for i = 1, tonumber(take()) do
     item.record, item.n = take(), tonumber(take())
     item.first = at + 1
     at = at + item.n
-  elseif item.kind == 'x' then
+  elseif item.kind == 'x' or item.kind == 'o' then
     item.reason, item.plugin, item.attempts = take(), take(), take()
+    if item.kind == 'o' then item.is_copied, item.n_bytes, item.n_fields = take() == '1', take(), take() end
+    item.kind = 'x'
     item.fields = {}
     for j = 1, 2 * tonumber(take()) do item.fields[j] = take() end
   end
@@ -148,6 +152,11 @@ for _, item in ipairs(items) do
       in_batch[item.hash] = bucket(item.entry)
     end
   end
+  if item.is_copied then
+    local found = pcall('XRANGE', S, item.entry, item.entry)
+    -- Trimmed in the meantime: the dead letter holds the beginning that the caller read.
+    if not found.err and found[1] then item.fields, item.n_bytes = found[1][2], nil end
+  end
   item.fate = fate
 end
 
@@ -235,6 +244,9 @@ local function dead_letter(item)
   local reason = item.reason
   if pairs_kept < #fields then reason = reason .. ' (only the first ' .. pairs_kept / 2 .. ' of ' .. #fields / 2 .. ' fields are kept)' end
   local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', item.attempts}
+  if item.n_bytes then
+    for _, value in ipairs({'entry_bytes', item.n_bytes, 'entry_fields', item.n_fields}) do values[#values + 1] = value end
+  end
   for j = 1, pairs_kept, 2 do
     values[#values + 1] = 'f:' .. fields[j]
     values[#values + 1] = fields[j + 1]
@@ -297,10 +309,7 @@ end
 call('HSET', META, 'pos', next_pos, 'last', text(last))
 if not string.find(next_pos, '/', 1, true) then
   local n = call('HINCRBY', META, 'n', #items)
-  -- Keeps the lag of the consumer group readable for operators. Done last and errors are ignored,
-  -- because the source may have been deleted.
-  if pcall('XGROUP', 'SETID', S, P, next_pos, 'ENTRIESREAD', n).err and is_own_source then
-    pcall('XGROUP', 'CREATE', S, P, next_pos, 'ENTRIESREAD', n)
-  end
+  -- Done last and errors are ignored, because the source may have been deleted.
+  place_group(next_pos, n)
 end
 return answer

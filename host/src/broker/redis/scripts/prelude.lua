@@ -51,29 +51,53 @@ end
 
 local function position() return meta('pos') or '0-0' end
 
--- The result of XINFO STREAM for the source as a table; nil if the source does not exist.
-local function source()
-  local info = pcall('XINFO', 'STREAM', S)
-  if info.err then return nil end
-  local found = {}
-  for i = 1, #info, 2 do found[info[i]] = info[i + 1] end
-  return found
+-- The consumer group `P` of the source as a table; nil if either does not exist. It stands at
+-- the position, so that its lag is the number of waiting entries. XINFO STREAM would be more direct,
+-- but copies the first and the last entry, which may have 1 GiB.
+local function group()
+  local groups = pcall('XINFO', 'GROUPS', S)
+  if groups.err then return nil end
+  for _, one in ipairs(groups) do
+    local of = {}
+    for i = 1, #one, 2 do of[one[i]] = one[i + 1] end
+    if of['name'] == P then return of end
+  end
 end
 
--- Whether no entries follow the position.
-local function is_caught_up(found)
-  local tail = found['last-entry']
-  return not tail or not before(entry_of(position()), tail[1])
+-- Moves the group to the end of the source, and creates it if it is absent. Returns the id that the
+-- source generated last and the number of entries that were ever added; nil if there is no source.
+local function probe()
+  for _, how in ipairs({'SETID', 'CREATE'}) do
+    if not pcall('XGROUP', how, S, P, '$', 'ENTRIESREAD', 0).err then
+      local own = group()
+      local added = own['lag'] or 0
+      if added == 0 then
+        -- Redis does not count behind a deleted newest entry. Rare, so that the copies matter less.
+        local info = call('XINFO', 'STREAM', S)
+        for i = 1, #info, 2 do if info[i] == 'entries-added' then added = info[i + 1] end end
+      end
+      return own['last-delivered-id'], added
+    end
+  end
+end
+
+-- Moves the group to the position after `n` entries.
+local function place_group(pos, n)
+  if not pcall('XGROUP', 'SETID', S, P, pos, 'ENTRIESREAD', n).err then return end
+  local last = probe()
+  -- Otherwise the source was created again with lower ids, which heal() recognises by the group.
+  if last and not before(last, pos) then call('XGROUP', 'SETID', S, P, pos, 'ENTRIESREAD', n) end
 end
 
 -- The number of entries after the position. Exact unless another client trims the source; never
 -- more than there are.
 local function backlog()
-  local found = source()
-  if not found or is_caught_up(found) then return 0 end
-  local added = found['entries-added'] - number('n')
-  if added < 1 or added > found['length'] then return found['length'] end
-  return added
+  local length = pcall('XLEN', S)
+  if type(length) ~= 'number' or length == 0 then return 0 end
+  local own = group()
+  local lag = own and own['lag']
+  if not lag or lag < 0 then return length end
+  return math.min(lag, length)
 end
 
 local BASE64URL = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_'
@@ -99,9 +123,10 @@ local function epoch()
   local known, name, floor0 = unpack(call('HMGET', META, 'replid', 'epoch', 'floor0'))
   if not floor0 then
     local begin = text(id_of(now))
-    local found = source()
+    local _, added = probe()
     -- Entries that left the source before this partition was created do not count as trimmed unread.
-    local n = found and found['entries-added'] - found['length'] or 0
+    local n = added and added - call('XLEN', S) or 0
+    if added then place_group('0-0', text(n)) end
     call('HSET', META, 'floor0', begin, 'origin', begin, 'number', ARGV[3], 'max_age', ARGV[4], 'n', text(n))
   end
   if known ~= current then
@@ -188,38 +213,83 @@ local function require_commit_rights()
   })
 end
 
+-- Entries up to this size are moved within a source; of a larger one, only a dead letter is written.
+local MOST_MOVED = 4194304
+
+-- Appends the entries of a source again that was deleted and created with lower ids, in order and
+-- above the position: none of them would ever be read. Returns their number.
+local function append_again(last, pos)
+  local dead = T .. 'dead'
+  require_rights({
+    {'XRANGE', S, '-', '+'}, {'XSETID', S, '0-1'}, {'XADD', S, '*', 'f', 'v'}, {'XDEL', S, '0-1'},
+    {'XADD', dead, '*', 'f', 'v'}, {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
+  })
+  call('XSETID', S, pos)
+  local n, after = 0, '-'
+  while true do
+    -- One at a time: together they may be larger than the memory.
+    local entry = call('XRANGE', S, after, last, 'COUNT', 1)[1]
+    if not entry then return n end
+    local fields, bytes = entry[2], 0
+    for i = 1, #fields do bytes = bytes + #fields[i] end
+    if bytes <= MOST_MOVED and #fields <= MOST_ARGUMENTS then
+      call('XADD', S, '*', unpack(fields))
+      call('XDEL', S, entry[1])
+    else
+      call('XADD', dead, 'MAXLEN', ARGV[10], '*', 'entry', entry[1], 'plugin', '', 'attempts', '0',
+        'reason', 'the entry is too large to be moved above the position after the source was created again with lower ids',
+        'entry_bytes', text(bytes), 'entry_fields', text(#fields / 2))
+      call('HINCRBY', META, 'dead-lettered', 1)
+    end
+    n, after = n + 1, '(' .. entry[1]
+    if after == '(' .. last then return n end
+  end
+end
+
 -- Repairs the source after other clients modified it. Returns the number of entries that were
 -- trimmed before being read and the number that were appended again.
 local function heal()
-  local found = source()
-  if not found then return 0, 0 end
-  local pos = entry_of(position())
-  if before(found['last-generated-id'], pos) then
-    -- The source was deleted and recreated with lower ids, so none of its entries would ever be
-    -- read. All of them are new: append them again in order, above the position.
-    require_rights({
-      {'XRANGE', S, '-', '+'}, {'XSETID', S, '0-1'}, {'XADD', S, '*', 'f', 'v'}, {'XDEL', S, '0-1'},
-      {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
-    })
-    local foreign_entries = call('XRANGE', S, '-', '+')
-    call('XSETID', S, pos)
-    for _, foreign_entry in ipairs(foreign_entries) do
-      call('XADD', S, '*', unpack(foreign_entry[2], 1, math.min(#foreign_entry[2], MOST_ARGUMENTS)))
-      call('XDEL', S, foreign_entry[1])
+  local pos, n = position(), number('n')
+  -- A plan that is being written in slices is completed first: it does not need the source.
+  if string.find(pos, '/', 1, true) then return 0, 0 end
+  local own = group()
+  local last, added
+  if not own or before(own['last-delivered-id'], pos) or own['entries-read'] ~= n then
+    last, added = probe()
+    -- There is no source.
+    if not last then return 0, 0 end
+    if before(last, pos) then
+      local n_again = append_again(last, pos)
+      call('HINCRBY', META, 'foreign_entries', n_again)
+      call('HSET', META, 'n', text(added))
+      place_group(pos, text(added))
+      return 0, n_again
     end
-    call('HINCRBY', META, 'foreign_entries', #foreign_entries)
-    call('HSET', META, 'n', text(found['entries-added']))
-    return 0, #foreign_entries
-  elseif not string.find(position(), '/', 1, true) and is_caught_up(found) then
-    -- Only a source without waiting entries allows this conclusion: entries that were added and are
-    -- not counted in `n` were removed by another client.
-    local missing = found['entries-added'] - number('n')
-    if missing ~= 0 then require_rights({{'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}}) end
-    if missing > 0 then call('HINCRBY', META, 'trimmed_unread', missing) end
-    if missing ~= 0 then call('HSET', META, 'n', text(found['entries-added'])) end
-    return math.max(0, missing), 0
+    place_group(pos, text(n))
+    own = group()
   end
-  return 0, 0
+  if own['lag'] == 0 then return 0, 0 end
+  -- Only a source without waiting entries allows a conclusion: entries that were added and are not
+  -- counted in `n` were removed by another client. To look may copy a large entry, so that it is not
+  -- repeated at once.
+  if call('XLEN', S) > 0 then
+    if not is_due('look_at', 60000) then return 0, 0 end
+    local waiting = call('XRANGE', S, '(' .. pos, '+', 'COUNT', 1)[1]
+    if waiting then
+      local bytes = 0
+      for i = 1, #waiting[2] do bytes = bytes + #waiting[2][i] end
+      if bytes > MOST_MOVED then call('HSET', META, 'look_at', text(now + 60000)) end
+      return 0, 0
+    end
+  end
+  if not added then last, added = probe() end
+  local missing = added - n
+  if missing ~= 0 then require_rights({{'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}}) end
+  if missing > 0 then call('HINCRBY', META, 'trimmed_unread', missing) end
+  if missing ~= 0 then call('HSET', META, 'n', text(added)) end
+  -- At the end of the source and not at the position: Redis does not count behind a deleted entry.
+  call('XGROUP', 'SETID', S, P, last, 'ENTRIESREAD', text(added))
+  return math.max(0, missing), 0
 end
 
 -- Removes entries from the source that all readers have processed, and old decisions. Runs at most

@@ -9,6 +9,7 @@ if not found[1] then return 0 end
 local values = {}
 for i = 1, #found[1][2], 2 do
   local field = found[1][2][i]
+  if field == 'entry_bytes' then return redis.error_reply('ERR the dead letter holds only the beginning of its entry; publish the event in smaller parts, then drop the dead letter') end
   if string.sub(field, 1, 2) == 'f:' then
     values[#values + 1] = string.sub(field, 3)
     values[#values + 1] = found[1][2][i + 1]
