@@ -543,3 +543,38 @@ fn a_connection_too_slow_for_a_full_read_uses_smaller_reads() {
     );
     assert_eq!(stream.next_notification(PATIENCE).id, "63");
 }
+
+/// Whatever holds a source up: here another owner of its lease, which does nothing.
+#[test]
+fn a_position_that_does_not_move_while_entries_wait_makes_the_node_unready() {
+    let server = RedisServer::start();
+    let node = node_on(&server.url()).start();
+    let mut stream = node.stream("0");
+    let () = server.command("SET {pointsman:events}:owner another PX 600000");
+    eventually(PATIENCE, "the node lost the lease", || {
+        node.log().contains("lost the lease").then_some(())
+    });
+    let mut connection = server.connection();
+    for n in 0..3 {
+        redis::cmd("XADD")
+            .arg("pointsman:events")
+            .arg("*")
+            .arg(&[("type", "t"), ("user", "0"), ("id", &n.to_string())])
+            .exec(&mut connection)
+            .expect("XADD");
+    }
+    eventually(PATIENCE, "readiness reports the position", || {
+        let ready = node.admin("/readyz");
+        let is_red = ready.status == 503
+            && ready
+                .body
+                .contains("sources.pointsman:events.position: 0-0 has not moved for 1")
+            && ready.body.contains(" s while 3 entries wait; ");
+        is_red.then_some(())
+    });
+    let () = server.command("DEL {pointsman:events}:owner");
+    for n in 0..3 {
+        assert_eq!(stream.next_notification(PATIENCE).id, n.to_string());
+    }
+    green(&node);
+}

@@ -7,11 +7,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
-use crate::broker::{self, Broker, Finding, Operations, Severity};
+use crate::broker::{self, Broker, Finding, Operations, Partition, PartitionState, Severity};
 use crate::delivery::hub::Hub;
+use crate::event::{PartitionNumber, Position};
 use crate::ingest::pipeline::Pipeline;
 use crate::plugin::registry::Snapshot;
 use crate::plugin::registry::state::{PluginState, PluginStatus};
@@ -21,6 +22,10 @@ use crate::telemetry::readiness::Readiness;
 
 /// Interval between checks of the broker's health.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
+
+/// How long a position may stay the same while entries wait. Longer than a batch of events takes,
+/// unless a plugin is slow or requests retries.
+const STALLED_AFTER: Duration = Duration::from_secs(10);
 
 /// Percentage of the dead-letter limit at which a warning is set for a source.
 const DEAD_WARNING_PERCENT: u64 = 80;
@@ -56,9 +61,10 @@ pub(crate) async fn watch(
     readiness: Readiness,
     shutdown: Shutdown,
 ) {
+    let mut stalls = Stalls::default();
     loop {
         look(broker.as_ref(), &readiness).await;
-        look_at_sources(broker.as_ref(), max_dead, &metrics, &readiness).await;
+        look_at_sources(broker.as_ref(), max_dead, &metrics, &readiness, &mut stalls).await;
         tokio::select! {
             () = tokio::time::sleep(CHECK_EVERY) => {}
             () = shutdown.begun() => return,
@@ -109,6 +115,7 @@ async fn look_at_sources(
     max_dead: u32,
     metrics: &Metrics,
     readiness: &Readiness,
+    stalls: &mut Stalls,
 ) {
     let mut crowded = Vec::new();
     for partition in broker.partitions() {
@@ -116,6 +123,7 @@ async fn look_at_sources(
         let Ok(state) = broker.state(partition.number).await else {
             return;
         };
+        stalls.look(partition, &state, readiness, Instant::now());
         let source = SourceLabel {
             source: partition.source.clone(),
         };
@@ -153,6 +161,47 @@ async fn look_at_sources(
         readiness.warn(
             "dead-letters",
             format!("{sources}; the oldest beyond {max_dead} per source are deleted; {fix}"),
+        );
+    }
+}
+
+/// The positions of the partitions, and since when each has not moved while entries wait.
+#[derive(Default)]
+struct Stalls(BTreeMap<PartitionNumber, (Position, Instant)>);
+
+impl Stalls {
+    /// Makes the node unready while the position of a partition does not move, whatever the reason.
+    fn look(
+        &mut self,
+        partition: &Partition,
+        state: &PartitionState,
+        readiness: &Readiness,
+        now: Instant,
+    ) {
+        let name = format!("sources.{}.position", partition.source);
+        let (position, since) = self
+            .0
+            .entry(partition.number)
+            .or_insert_with(|| (state.position, now));
+        if *position != state.position || state.lag == 0 {
+            (*position, *since) = (state.position, now);
+        }
+        let still = now.duration_since(*since);
+        if still < STALLED_AFTER {
+            return readiness.clear(&name);
+        }
+        let entries = if state.lag == 1 {
+            "1 entry waits".to_owned()
+        } else {
+            format!("{} entries wait", state.lag)
+        };
+        readiness.update(
+            &name,
+            format!(
+                "{} has not moved for {} s while {entries}; look for a slow plugin, a retry or a broker error in the log of the node that processes the source",
+                state.position,
+                still.as_secs()
+            ),
         );
     }
 }
@@ -263,7 +312,9 @@ fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
 mod tests {
     use super::*;
     use crate::broker::Error;
+    use crate::broker::Partitions as _;
     use crate::broker::fake::FakeBroker;
+    use crate::event::EntryId;
 
     #[test]
     fn a_failed_plugin_makes_the_node_unready_unless_a_generation_of_it_is_active() {
@@ -320,6 +371,38 @@ mod tests {
             lines[1..],
             ["warning: plugin-folder: it is gone; loaded plugins stay active"]
         );
+    }
+
+    #[test]
+    fn a_source_that_stands_still_while_entries_wait_is_reported_until_it_moves() {
+        let readiness = Readiness::default();
+        let partition = &FakeBroker::default().partitions()[0].clone();
+        let mut stalls = Stalls::default();
+        let mut now = Instant::now();
+        let mut look = |ms: u64, lag: u64| {
+            let entry = EntryId { ms, seq: 0 };
+            let state = PartitionState {
+                position: entry.into(),
+                lag,
+                ..PartitionState::default()
+            };
+            stalls.look(partition, &state, &readiness, now);
+            now += Duration::from_secs(6);
+            readiness.report().lines
+        };
+        assert!(look(1, 94).is_empty());
+        assert!(look(1, 94).is_empty(), "for 6 s");
+        let lines = look(1, 94);
+        assert!(
+            lines[0].starts_with("sources.pointsman:events:0.position: 1-0 has not moved for 12 s while 94 entries wait; "),
+            "{lines:?}"
+        );
+        assert!(look(1, 1)[0].contains("for 18 s while 1 entry waits"));
+        assert!(look(2, 1).is_empty(), "it moved");
+        for _ in 0..5 {
+            assert!(look(2, 0).is_empty(), "no entry waits");
+        }
+        assert!(look(2, 1).is_empty(), "the entry is new");
     }
 
     #[tokio::test]

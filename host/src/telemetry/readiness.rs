@@ -69,12 +69,33 @@ impl Readiness {
         self.put(name, text.into(), false, Some(Instant::now() + long));
     }
 
+    /// Like [`Readiness::set`], for a text with figures that change: logged only if the reason is
+    /// new.
+    pub fn update(&self, name: &str, text: impl Into<String>) {
+        let is_known = self
+            .lock()
+            .get(&printable(name))
+            .is_some_and(|reason| reason.holds() && !reason.is_warning);
+        self.insert(name, text.into(), false, None, !is_known);
+    }
+
     /// Displays a warning; the node stays ready.
     pub fn warn(&self, name: &str, text: impl Into<String>) {
         self.put(name, text.into(), true, None);
     }
 
     fn put(&self, name: &str, text: String, is_warning: bool, until: Option<Instant>) {
+        self.insert(name, text, is_warning, until, true);
+    }
+
+    fn insert(
+        &self,
+        name: &str,
+        text: String,
+        is_warning: bool,
+        until: Option<Instant>,
+        is_logged: bool,
+    ) {
         // A line break would forge a second reason in the report; names quote file names.
         let name = &printable(name);
         let reason = Reason {
@@ -84,6 +105,9 @@ impl Readiness {
             until,
         };
         let before = self.lock().insert(name.to_owned(), reason.clone());
+        if !is_logged {
+            return;
+        }
         if before.is_some_and(|before| {
             before.holds() && before.text == reason.text && before.is_warning == is_warning
         }) {
