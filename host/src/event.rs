@@ -106,6 +106,30 @@ impl EntryId {
         seq: u64::MAX,
     };
 
+    /// The largest distance by which the milliseconds of an id that Redis chose may be ahead of
+    /// another clock.
+    const CLOCKS_DIFFER_MS: u64 = 60_000;
+    /// 2020-01-01T00:00:00Z in milliseconds since the Unix epoch, before which there were no
+    /// entries.
+    const EARLIEST_MS: u64 = 1_577_836_800_000;
+
+    /// Whether the milliseconds of this id are a time of day. A publisher may choose any ids, such
+    /// as times in seconds or microseconds, and ids that Redis chooses after a large one continue
+    /// from it. `now_ms`: milliseconds since the Unix epoch.
+    pub const fn is_time(self, now_ms: u64) -> bool {
+        self.ms >= Self::EARLIEST_MS && self.ms <= now_ms.saturating_add(Self::CLOCKS_DIFFER_MS)
+    }
+
+    /// The time at which the entry was added, in milliseconds since the Unix epoch, or `now_ms` if
+    /// the id is not a time of day.
+    pub const fn time_ms(self, now_ms: u64) -> u64 {
+        if self.is_time(now_ms) {
+            self.ms
+        } else {
+            now_ms
+        }
+    }
+
     /// Returns the id directly before this one: a read after it returns this entry first. `None`
     /// for the lowest id.
     pub fn before(self) -> Option<Self> {

@@ -282,6 +282,7 @@ impl Sources<'_> {
         let decided_ms = clock_ms.saturating_sub(CLOCKS_DIFFER_MS);
         let from_ms = match clock_ms {
             // No plugin was called, so the time of the decision is unknown.
+            0 if !event.entry.is_time(crate::clock::now_ms()) => 0,
             0 => entry_ms.saturating_sub(CLOCKS_DIFFER_MS),
             _ if entry_ms <= clock_ms => entry_ms.max(decided_ms),
             _ => decided_ms,
@@ -295,7 +296,7 @@ impl Sources<'_> {
         for _ in 0..MAX_DEAD_LETTERS / READ {
             let letters = self
                 .broker
-                .dead_letters(event.partition, after, READ)
+                .dead_letter_headers(event.partition, after, READ)
                 .await?;
             let Some(last) = letters.last() else {
                 return Ok((None, true));

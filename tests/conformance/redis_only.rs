@@ -10,6 +10,7 @@ use pointsman::broker::{Error, Severity};
 
 mod epochs;
 mod external_writes;
+mod foreign_ids;
 mod installations;
 mod large_entries;
 mod outages;

@@ -1046,3 +1046,47 @@ fn a_very_large_entry_becomes_a_dead_letter_with_its_beginning_and_later_events_
     }
     assert_calm(&node);
 }
+
+/// Ids in seconds, then in microseconds, then the largest one: no time is taken from any of them,
+/// and events are accepted and delivered afterwards.
+#[test]
+fn ids_that_are_not_the_time_of_day_do_no_harm() {
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).config(LEAN).start();
+    let mut stream = node.stream("42");
+    let mut connection = server.connection();
+    let now = pointsman::event::rfc3339(pointsman::clock::now_ms());
+    let (year, last) = (&now[..4], "18446744073709551615-18446744073709551615");
+    for (n, id) in ["1700000000-1", "1700000000000000-1", last]
+        .iter()
+        .enumerate()
+    {
+        let id_of_event = n.to_string();
+        redis::cmd("XADD")
+            .arg("pointsman:events")
+            .arg(id)
+            .arg(&[("type", "t"), ("user", "42"), ("id", &id_of_event)])
+            .exec(&mut connection)
+            .expect("XADD");
+        if *id != last {
+            let notification = stream.next_notification(SOON);
+            assert_eq!(notification.id, id_of_event);
+            assert!(notification.time.starts_with(year), "{notification:?}");
+        }
+    }
+    let body = serde_json::to_vec(&event("posted", "t", json!({ "user": "42" }))).expect("JSON");
+    let json = [("Content-Type", "application/cloudevents+json")];
+    assert_eq!(node.send("POST", "/v1/events", &json, &body).status, 202);
+    assert_eq!(stream.next_notification(SOON).id, "posted");
+    let dead = dead_letters(&node);
+    assert_eq!(dead.keys().collect::<Vec<_>>(), [last]);
+    eventually(SOON, "readiness warns of the ids", || {
+        let ready = node.admin("/readyz");
+        let is_shown = ready
+            .body
+            .contains("warning: sources.pointsman:events.ids: ")
+            && ready.body.contains("are not the time of day");
+        (ready.status == 200 && is_shown).then_some(())
+    });
+    assert_calm(&node);
+}

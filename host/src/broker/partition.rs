@@ -172,4 +172,7 @@ pub struct PartitionState {
     pub dedupe_overflows: u64,
     /// How far notification ids run ahead of the broker's clock, in milliseconds.
     pub ids_ahead_ms: u64,
+    /// Whether the id of the newest processed entry is not a time of day.
+    #[serde(skip)]
+    pub has_foreign_ids: bool,
 }

@@ -13,11 +13,11 @@
 //! | Key | Type | Contents |
 //! |---|---|---|
 //! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `P:`. Its consumer group `P` stands at the position and shows the lag; no entry is ever delivered through it. |
-//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at` and `look_at` in ms; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
+//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at`, `look_at` and `probe_at` in ms; `mark` and `next_mark`, positions of which the later one was stored at `mark_at`; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
 //! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
 //! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
-//! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window |
+//! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window, or of the clock if the entry's id is not a time of day |
 //! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, `entry_bytes` and `entry_fields` if only the beginning of the entry is kept, then the entry's own fields, each name prefixed with `f:` |
 //! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed |
 //! | `T` `owner` | string | The lease: the name of the node |
@@ -641,9 +641,10 @@ impl Operations for Redis {
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        let (lag, dead_letters, ids_ahead_ms, meta): (u64, u64, u64, BTreeMap<String, String>) =
-            self.run(self.keys(partition)?, &scripts::STATE, |_| {})
-                .await?;
+        type Answer = (u64, u64, u64, bool, BTreeMap<String, String>);
+        let (lag, dead_letters, ids_ahead_ms, is_timed, meta): Answer = self
+            .run(self.keys(partition)?, &scripts::STATE, |_| {})
+            .await?;
         let position = meta
             .get("pos")
             .map_or(Ok(Position::default()), |text| parse_text(text))?;
@@ -660,6 +661,7 @@ impl Operations for Redis {
             dead_trimmed: number("dead_trimmed")?,
             dedupe_overflows: number("dedupe_overflows")?,
             ids_ahead_ms,
+            has_foreign_ids: !is_timed,
         })
     }
 

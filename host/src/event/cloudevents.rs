@@ -95,10 +95,24 @@ impl Event {
         source: &str,
         fields: &[(Bytes, Bytes)],
     ) -> Result<Self, Malformed> {
+        Self::from_fields_at(entry, entry.ms, source, fields)
+    }
+
+    /// Like [`Event::from_fields`], for an entry whose id may not be a time of day. A missing
+    /// `time` defaults to `time_ms`, in milliseconds since the Unix epoch.
+    ///
+    /// # Errors
+    /// The same as [`Event::from_fields`].
+    pub fn from_fields_at(
+        entry: EntryId,
+        time_ms: u64,
+        source: &str,
+        fields: &[(Bytes, Bytes)],
+    ) -> Result<Self, Malformed> {
         if let [(name, document)] = fields
             && name.as_ref() == b"event"
         {
-            return Self::from_json(entry, source, document);
+            return Self::from_json_at(entry, time_ms, source, document);
         }
         let mut draft = Draft::default();
         let mut data = None;
@@ -122,7 +136,7 @@ impl Event {
                 .map_err(|_| Malformed::new("is not UTF-8").of(printable(name)))?;
             draft.set(name, Value::Text(text.to_owned()))?;
         }
-        draft.finish(entry, source, |content_type| match data {
+        draft.finish(entry, time_ms, source, |content_type| match data {
             None => Ok(Payload::None),
             Some(bytes) => Payload::parse(content_type, bytes),
         })
@@ -174,6 +188,15 @@ impl Event {
     /// # Errors
     /// The same as [`Event::from_fields`].
     pub fn from_json(entry: EntryId, source: &str, document: &[u8]) -> Result<Self, Malformed> {
+        Self::from_json_at(entry, entry.ms, source, document)
+    }
+
+    fn from_json_at(
+        entry: EntryId,
+        time_ms: u64,
+        source: &str,
+        document: &[u8],
+    ) -> Result<Self, Malformed> {
         let text = std::str::from_utf8(document)
             .map_err(|_| Malformed::new("is not UTF-8").of("the CloudEvents document"))?;
         let members: Members = serde_json::from_str(text).map_err(|e| {
@@ -196,25 +219,29 @@ impl Event {
                 return Err(Malformed::new("appears twice").of(name));
             }
         }
-        draft.finish(entry, source, |content_type| match (data, data_base64) {
-            (None, None) => Ok(Payload::None),
-            (Some(_), Some(_)) => {
-                Err(Malformed::new("and data_base64 are mutually exclusive").of("data"))
+        draft.finish(entry, time_ms, source, |content_type| {
+            match (data, data_base64) {
+                (None, None) => Ok(Payload::None),
+                (Some(_), Some(_)) => {
+                    Err(Malformed::new("and data_base64 are mutually exclusive").of("data"))
+                }
+                (None, Some(raw)) => {
+                    let text: String = serde_json::from_str(raw.get())
+                        .map_err(|_| Malformed::new("is not a string").of("data_base64"))?;
+                    let bytes = base64::engine::general_purpose::STANDARD
+                        .decode(text)
+                        .map_err(|e| {
+                            Malformed::new(format!("is not base64: {e}")).of("data_base64")
+                        })?;
+                    Payload::parse(content_type, &Bytes::from(bytes))
+                }
+                (Some(raw), None) if is_json(content_type) => Payload::json(raw.get()),
+                // JSON format, section 3.1.1: data of another type is carried as a JSON string.
+                (Some(raw), None) => match serde_json::from_str::<String>(raw.get()) {
+                    Ok(text) => Ok(Payload::Text(text.into())),
+                    Err(_) => Payload::json(raw.get()),
+                },
             }
-            (None, Some(raw)) => {
-                let text: String = serde_json::from_str(raw.get())
-                    .map_err(|_| Malformed::new("is not a string").of("data_base64"))?;
-                let bytes = base64::engine::general_purpose::STANDARD
-                    .decode(text)
-                    .map_err(|e| Malformed::new(format!("is not base64: {e}")).of("data_base64"))?;
-                Payload::parse(content_type, &Bytes::from(bytes))
-            }
-            (Some(raw), None) if is_json(content_type) => Payload::json(raw.get()),
-            // JSON format, section 3.1.1: data of another type is carried as a JSON string.
-            (Some(raw), None) => match serde_json::from_str::<String>(raw.get()) {
-                Ok(text) => Ok(Payload::Text(text.into())),
-                Err(_) => Payload::json(raw.get()),
-            },
         })
     }
 
@@ -322,6 +349,7 @@ impl Draft {
     fn finish(
         self,
         entry: EntryId,
+        time_ms: u64,
         source: &str,
         data: impl FnOnce(Option<&str>) -> Result<Payload, Malformed>,
     ) -> Result<Event, Malformed> {
@@ -343,7 +371,7 @@ impl Draft {
             source,
             kind,
             subject: self.subject,
-            time_ms: self.time_ms.unwrap_or(entry.ms),
+            time_ms: self.time_ms.unwrap_or(time_ms),
             datacontenttype: self.datacontenttype,
             dataschema: self.dataschema,
             attributes: self.attributes,

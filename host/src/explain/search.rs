@@ -91,7 +91,10 @@ pub(super) async fn decisions(
         };
         all.extend(found.decisions.into_iter().map(event));
         reach.push(match found.reaches_to {
-            Some(entry) => format!("{} back to {}", partition.source, rfc3339(entry.ms)),
+            Some(entry) if entry.is_time(crate::clock::now_ms()) => {
+                format!("{} back to {}", partition.source, rfc3339(entry.ms))
+            }
+            Some(entry) => format!("{} back to entry {entry}", partition.source),
             None => format!("{}: none", partition.source),
         });
     }

@@ -469,7 +469,7 @@ impl Ingest {
         let mut events = Vec::with_capacity(entries.len());
         let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
         for entry in &entries {
-            refused.push(match self.event(partition, entry) {
+            refused.push(match self.event(partition, entry, clock_ms) {
                 Ok(event) => {
                     events.push(event);
                     None
@@ -506,7 +506,7 @@ impl Ingest {
     }
 
     /// Parses the event of an entry. The error is the reason for the dead letter.
-    fn event(&self, partition: &Partition, entry: &Entry) -> Result<Event, String> {
+    fn event(&self, partition: &Partition, entry: &Entry, clock_ms: u64) -> Result<Event, String> {
         if let Some(size) = entry.oversized {
             return Err(oversized(size, self.config.max_event_bytes));
         }
@@ -521,7 +521,9 @@ impl Ingest {
                 "the event has {n_bytes} bytes; the limit is {most} ([ingest] max_event_bytes)"
             ));
         }
-        Event::from_fields(entry.id, &partition.source, &entry.fields).map_err(|e| e.to_string())
+        let time_ms = entry.id.time_ms(clock_ms);
+        Event::from_fields_at(entry.id, time_ms, &partition.source, &entry.fields)
+            .map_err(|e| e.to_string())
     }
 
     /// Evaluates an event again while a plugin requests it, within the configured retries and

@@ -124,6 +124,21 @@ async fn look_at_sources(
             return;
         };
         stalls.look(partition, &state, readiness, Instant::now());
+        let ids = format!("sources.{}.ids", partition.source);
+        if state.has_foreign_ids {
+            let consequence = "events without `time` get the time of processing, and retries are recognised by it";
+            let fix =
+                "add events with XADD KEY *, and to a new source if the ids are in the future";
+            readiness.warn(
+                &ids,
+                format!(
+                    "the ids of entries, such as {}, are not the time of day; {consequence}; {fix}",
+                    state.position
+                ),
+            );
+        } else {
+            readiness.clear(&ids);
+        }
         let source = SourceLabel {
             source: partition.source.clone(),
         };

@@ -190,9 +190,11 @@ async fn compare_source(
             let Some(recorded) = wanted.remove(&entry.id) else {
                 continue;
             };
-            match Event::from_fields(entry.id, &partition.source, &entry.fields) {
-                Ok(event) => events.push((event, recorded)),
-                Err(_) => report.not_compared(INVALID_EVENT),
+            // The time that the plugins were given.
+            let time_ms = entry.id.time_ms(recorded.2.clock_ms);
+            match Event::from_fields_at(entry.id, time_ms, &partition.source, &entry.fields) {
+                Ok(event) if entry.oversized.is_none() => events.push((event, recorded)),
+                _ => report.not_compared(INVALID_EVENT),
             }
         }
         compare(broker, partition.number, events, plugin, thread, report).await?;

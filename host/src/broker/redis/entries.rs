@@ -10,8 +10,8 @@ use super::command_connection::{DEADLINE, unexpected};
 use super::partition_keys::PartitionKeys;
 use super::{Redis, parse_text, scripts};
 use crate::broker::{
-    DeadLetter, EXCERPT_BYTES, Entry, MAX_COMMIT_BYTES, MAX_DEAD_LETTER_BYTES, MAX_ENTRY_FIELDS,
-    Oversized, Result,
+    DeadLetter, EXCERPT_BYTES, Entry, Error, MAX_COMMIT_BYTES, MAX_DEAD_LETTER_BYTES,
+    MAX_ENTRY_FIELDS, Oversized, Result,
 };
 use crate::event::{DeadReason, EntryId};
 
@@ -47,9 +47,12 @@ pub(super) async fn read(
         examined: MAX_COMMIT_BYTES,
     };
     if after == EntryId::MAX {
-        // No id follows, and Redis rejects such a range.
+        // No id follows, and Redis rejects such a range. The next tick lowers the position, from
+        // which the caller has to continue.
         tokio::time::sleep(wait).await;
-        return Ok(Vec::new());
+        return Err(Error::Unavailable(format!(
+            "the position in '{source}' is the largest id; it is being lowered"
+        )));
     }
     // The script copies an entry three times to measure it. After it took too long, and for an
     // entry on which nodes crashed, the entry is read on its own and cut where it becomes too large.

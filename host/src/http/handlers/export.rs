@@ -105,6 +105,7 @@ impl Held {
             return Ok(());
         };
         let mut after = oldest.before().unwrap_or_default();
+        let now_ms = crate::clock::now_ms();
         while after < newest {
             let read = broker
                 .read(partition.number, after, READ, Duration::ZERO)
@@ -114,7 +115,8 @@ impl Held {
             };
             // Entries after the newest decision are undecided or belong to the next request.
             for entry in read.into_iter().filter(|entry| entry.id <= newest) {
-                match Event::from_fields(entry.id, &partition.source, &entry.fields) {
+                let time_ms = entry.id.time_ms(now_ms);
+                match Event::from_fields_at(entry.id, time_ms, &partition.source, &entry.fields) {
                     // The beginning of an oversized entry may look like a whole event.
                     Ok(event) if entry.oversized.is_none() => {
                         self.add(entry.id, event.to_json());

@@ -51,6 +51,14 @@ if is_continued then
   if items[1].kind ~= 'c' then return redis.error_reply('ERR a plan that was started in slices can only be continued') end
 end
 
+for _, item in ipairs(items) do
+  -- No entry could follow such a position. The source is set right, and what follows is read again.
+  if item.entry == LAST_ID then
+    heal()
+    return {'conflict'}
+  end
+end
+
 -- Phase 1: decide. Everything that could fail in phase 2 is checked here: an event whose position
 -- did not move is committed again, under another id.
 
@@ -85,7 +93,7 @@ for _, key in ipairs({T .. 'decisions', T .. 'dead'}) do
 end
 
 local window = tonumber(ARGV[8])
-local function bucket(entry) return math.floor(tonumber(string.match(entry, '^%d+')) / window) end
+local function bucket(entry) return math.floor(time_of(entry) / window) end
 
 -- The newest id in a log, as text; false if the log is absent; 'foreign' if its key has the wrong
 -- type.
@@ -170,6 +178,12 @@ local caps = {tonumber(ARGV[5]), tonumber(ARGV[6])}
 local last = number('last')
 local low = floor()
 local newest_bucket = number('b')
+-- Set by a clock that ran fast, or by an id that is not a time: would leave no bucket to remember in.
+if newest_bucket > math.floor(now / window) + 1 then
+  call('UNLINK', T .. 'seen:' .. text(newest_bucket), T .. 'seen:' .. text(newest_bucket - 1))
+  newest_bucket = math.floor(now / window)
+  call('HSET', META, 'b', text(newest_bucket))
+end
 local marks = {}
 local counts = {}
 local function count(what) counts[what] = (counts[what] or 0) + 1 end

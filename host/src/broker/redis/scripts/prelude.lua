@@ -39,6 +39,22 @@ local function before(a, b)
   return x < y
 end
 
+-- The largest id. A stream that has reached it accepts no further entry.
+local LAST_ID = '18446744073709551615-18446744073709551615'
+
+-- Whether an id is a time of day: not before 2020 and not ahead of the clock. A publisher may choose
+-- any ids, such as times in seconds or microseconds, and ids that Redis chooses after a large one
+-- continue from it.
+local function is_time(entry)
+  local ms = tonumber(string.match(entry, '^%d+'))
+  return ms >= 1577836800000 and ms <= now + 60000
+end
+
+-- The time at which an entry was added, or the present if its id does not tell. Never in the future.
+local function time_of(entry)
+  return is_time(entry) and math.min(now, tonumber(string.match(entry, '^%d+'))) or now
+end
+
 -- The entry of a position, which may have the form `entry/k`.
 local function entry_of(position) return (string.match(position, '^[^/]+')) end
 
@@ -216,13 +232,35 @@ end
 -- Entries up to this size are moved within a source; of a larger one, only a dead letter is written.
 local MOST_MOVED = 4194304
 
+-- Writes the dead letter and the decision of an entry that no plugin is called for. Keeps the fields
+-- of an entry that can be redriven.
+local function refuse(entry, fields, reason)
+  local bytes = 0
+  for i = 1, #fields do bytes = bytes + #fields[i] end
+  local values = {'entry', entry, 'reason', reason, 'plugin', '', 'attempts', '0'}
+  if bytes <= MOST_MOVED and #fields <= MOST_ARGUMENTS - 8 then
+    for i = 1, #fields, 2 do
+      values[#values + 1] = 'f:' .. fields[i]
+      values[#values + 1] = fields[i + 1]
+    end
+  else
+    for _, value in ipairs({'entry_bytes', text(bytes), 'entry_fields', text(#fields / 2)}) do values[#values + 1] = value end
+  end
+  call('XADD', T .. 'dead', 'MAXLEN', ARGV[10], '*', unpack(values))
+  local decision = cjson.encode({event_id = '', event_source = '', event_type = '', reason = reason, clock_ms = 0})
+  decision = string.gsub(decision, '^{', '{"verdicts":[],', 1)
+  call('XADD', T .. 'decisions', 'MAXLEN', '~', ARGV[11], '*', 'entry', entry, 'outcome', 'dead-lettered', 'decision', decision)
+  call('HINCRBY', META, 'dead-lettered', 1)
+end
+
 -- Appends the entries of a source again that was deleted and created with lower ids, in order and
 -- above the position: none of them would ever be read. Returns their number.
 local function append_again(last, pos)
   local dead = T .. 'dead'
   require_rights({
     {'XRANGE', S, '-', '+'}, {'XSETID', S, '0-1'}, {'XADD', S, '*', 'f', 'v'}, {'XDEL', S, '0-1'},
-    {'XADD', dead, '*', 'f', 'v'}, {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
+    {'XADD', dead, '*', 'f', 'v'}, {'XADD', T .. 'decisions', '*', 'f', 'v'},
+    {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
   })
   call('XSETID', S, pos)
   local n, after = 0, '-'
@@ -236,14 +274,40 @@ local function append_again(last, pos)
       call('XADD', S, '*', unpack(fields))
       call('XDEL', S, entry[1])
     else
-      call('XADD', dead, 'MAXLEN', ARGV[10], '*', 'entry', entry[1], 'plugin', '', 'attempts', '0',
-        'reason', 'the entry is too large to be moved above the position after the source was created again with lower ids',
-        'entry_bytes', text(bytes), 'entry_fields', text(#fields / 2))
-      call('HINCRBY', META, 'dead-lettered', 1)
+      refuse(entry[1], fields, 'the entry is too large to be moved above the position after the source was created again with lower ids')
     end
     n, after = n + 1, '(' .. entry[1]
     if after == '(' .. last then return n end
   end
+end
+
+-- Sets a source right that has reached the largest id, after which neither publishers nor Pointsman
+-- can add an entry. The entry with that id becomes a dead letter, and the source continues after the
+-- entry before it. A position that has reached the id is lowered: no entry could follow it.
+local function leave_last_id()
+  local dead, decisions = T .. 'dead', T .. 'decisions'
+  require_rights({
+    {'XRANGE', S, '-', '+'}, {'XREVRANGE', S, '+', '-'}, {'XDEL', S, '0-1'}, {'XSETID', S, '0-1'},
+    {'XADD', dead, '*', 'f', 'v'}, {'XADD', decisions, '*', 'f', 'v'},
+    {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
+  })
+  local pos = position()
+  local entry = call('XRANGE', S, LAST_ID, LAST_ID)[1]
+  local _, added = probe()
+  if entry then
+    if entry_of(pos) ~= LAST_ID then
+      refuse(LAST_ID, entry[2], 'the id ' .. LAST_ID .. ' is the largest, so that no entry can follow it; add events with XADD KEY *')
+      -- It has its outcome, and commits count only what they write.
+      call('HINCRBY', META, 'n', 1)
+    end
+    call('XDEL', S, LAST_ID)
+  end
+  local before_it = call('XREVRANGE', S, '+', '-', 'COUNT', 1)[1]
+  local last = before_it and before_it[1] or '0-1'
+  if entry_of(pos) == LAST_ID then call('HSET', META, 'pos', last)
+  elseif before(last, entry_of(pos)) then last = entry_of(pos) end
+  -- Also forgets that the largest id was deleted: Redis could not count the entries that follow.
+  call('XSETID', S, last, 'ENTRIESADDED', text(added), 'MAXDELETEDID', '0-1')
 end
 
 -- Repairs the source after other clients modified it. Returns the number of entries that were
@@ -254,6 +318,26 @@ local function heal()
   if string.find(pos, '/', 1, true) then return 0, 0 end
   local own = group()
   local last, added
+  -- Looks at the last id itself once a minute: the entry may have been deleted.
+  local is_at_end = own and (pos == LAST_ID or #call('XRANGE', S, LAST_ID, LAST_ID) > 0)
+  if not is_at_end and own and is_due('probe_at', 60000) then
+    last, added = probe()
+    is_at_end = last == LAST_ID
+    place_group(pos, text(n))
+    own = group()
+    call('HSET', META, 'probe_at', text(now + 60000))
+  end
+  if not own and pos == LAST_ID then
+    -- The source was deleted: whatever it holds now is new, and could not be moved above the position.
+    pos = '0-0'
+    call('HSET', META, 'pos', pos)
+  end
+  if is_at_end then
+    leave_last_id()
+    pos, n = position(), number('n')
+    place_group(pos, text(n))
+    own, last, added = group(), nil, nil
+  end
   if not own or before(own['last-delivered-id'], pos) or own['entries-read'] ~= n then
     last, added = probe()
     -- There is no source.
@@ -308,9 +392,27 @@ local function trim()
   -- A source without our prefix may have readers that we do not know of.
   if not is_own_source then return end
   local bound = entry_of(position())
+  local ttl = tonumber(ARGV[7])
+  local is_timed = is_time(bound)
   local function lower(entry) if before(entry, bound) then bound = entry end end
+  -- Ids that are not times do not tell when an entry was processed: the position of one `ttl` ago
+  -- does.
+  local marked, newer, at = unpack(call('HMGET', META, 'mark', 'next_mark', 'mark_at'))
+  local elapsed = at and now - tonumber(at)
+  marked = marked or '0-0'
+  if not elapsed or elapsed >= ttl then
+    marked = newer or marked
+    call('HSET', META, 'mark', marked, 'next_mark', bound, 'mark_at', text(now))
+  elseif elapsed < 0 then
+    -- The clock was set back: the interval begins again.
+    call('HSET', META, 'mark_at', text(now))
+  end
   -- Processed entries are kept only for operators; a full Redis needs the memory.
-  if not is_full then lower(text(math.max(0, now - tonumber(ARGV[7]))) .. '-0') end
+  if not is_full then
+    local kept = text(math.max(0, now - ttl)) .. '-0'
+    if not is_timed or before(kept, marked) then kept = marked end
+    lower(kept)
+  end
   local groups = pcall('XINFO', 'GROUPS', S)
   if groups.err then return end
   for _, group in ipairs(groups) do

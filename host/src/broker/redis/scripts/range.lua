@@ -10,7 +10,9 @@
 local after, count, examine = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[6])
 local most_bytes, most_fields, room_of_excerpt = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local answer, examined = {}, 0
-while #answer < count and examined < examine do
+-- No id follows the largest one, and Redis rejects such a range.
+local last_id = '18446744073709551615-18446744073709551615'
+while #answer < count and examined < examine and after ~= last_id do
   local entry = redis.call('XRANGE', KEYS[1], '(' .. after, '+', 'COUNT', 1)[1]
   if not entry then break end
   local fields, bytes = entry[2], 0
