@@ -11,6 +11,7 @@ use crate::broker::{Broker, Retention, embedded};
 use crate::config::{BrokerChoice, Config, reload};
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
+use crate::delivery::subscription::BufferBudget;
 use crate::http::State;
 use crate::ingest::pipeline::Pipeline;
 use crate::ingest::worker::{self, Ingest};
@@ -188,7 +189,12 @@ impl Node {
     ) -> anyhow::Result<Arc<dyn Broker>> {
         let broker =
             start::open_broker(choice, sources, retention, &self.readiness, &self.shutdown).await?;
-        let hub = Hub::start(broker.clone(), self.metrics.clone(), &self.shutdown);
+        let hub = Hub::start_within(
+            BufferBudget::new(self.stream_timer.config().max_buffer_bytes),
+            broker.clone(),
+            self.metrics.clone(),
+            &self.shutdown,
+        );
         self.state.set_broker(Arc::clone(&broker), hub.clone());
         let watch = monitor::watch(
             broker.clone(),

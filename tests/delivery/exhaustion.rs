@@ -13,6 +13,7 @@ use crate::harness::http2::{DATA, HEADERS, Multiplexed, RST_STREAM};
 use crate::harness::node::{Node, SOON};
 use crate::harness::plugins::Plugins;
 use crate::harness::publish::event;
+use crate::harness::redis::RedisServer;
 use crate::harness::sse::Request;
 
 /// A configuration with as few plugins to compile at startup as possible.
@@ -252,6 +253,55 @@ fn dry_runs_do_not_keep_publishers_out() {
     node.publisher()
         .publish(&[event("live", "good", json!({}))]);
     assert_eq!(stream.next_notification(SOON).id, "live");
+}
+
+/// Each stream is read by a user of its own, so that no two share a notification; Redis keeps them.
+#[test]
+fn streams_that_are_not_read_share_one_budget_and_lose_nothing() {
+    const STREAMS: usize = 50;
+    const EVENTS: usize = 60;
+    let server = RedisServer::start();
+    let config = format!(
+        "{LEAN}[stream]\nmax_buffer_bytes = {}\nstall_timeout = \"10m\"\n",
+        4 * MIB
+    );
+    let node = Node::builder().redis(server.url()).config(&config).start();
+    let mut streams: Vec<_> = (0..STREAMS)
+        .map(|n| node.stream(&format!("slow-{n}")))
+        .collect();
+    let mut reading = node.stream("42");
+    let before = node.memory_kib() as usize * KIB;
+    let id = |user: usize, n: usize| format!("{user}-{n}");
+    let mut highest = 0;
+    for n in 0..EVENTS {
+        let mut events: Vec<Value> = (0..STREAMS)
+            .map(|user| {
+                let more = json!({ "user": format!("slow-{user}"), "data": "x".repeat(20 * KIB) });
+                event(&id(user, n), "t", more)
+            })
+            .collect();
+        events.push(event(&format!("live-{n}"), "t", json!({ "user": "42" })));
+        node.publisher().publish(&events);
+        assert_eq!(reading.next_notification(SOON).id, format!("live-{n}"));
+        highest = highest.max(node.memory_kib() as usize * KIB);
+    }
+    let held = node.metric("pointsman_stream_buffer_bytes") as usize;
+    let n_returned = node.metric("pointsman_replays_total{reason=\"memory\"}");
+    eprintln!(
+        "streams: {} KiB held after {n_returned} returns; {} MiB before, {} MiB at most",
+        held / KIB,
+        before / MIB,
+        highest / MIB
+    );
+    // A stream above its fair share holds one notification more.
+    assert!(held <= 4 * MIB + STREAMS * 24 * KIB, "{held}");
+    assert!(n_returned >= 1.0);
+    assert!(highest < before + 64 * MIB, "{before} to {highest}");
+    for (user, stream) in streams.iter_mut().enumerate() {
+        for n in 0..EVENTS {
+            assert_eq!(stream.next_notification(SOON).id, id(user, n));
+        }
+    }
 }
 
 fn raw_request(addr: SocketAddr, path: &str) -> TcpStream {

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use pointsman::broker::{Broker, Partitions as _, RecipientChange, Retention};
 use pointsman::delivery::hub::{Hub, StreamGuard};
 use pointsman::delivery::subscription::cursor::Cursor;
-use pointsman::delivery::subscription::{Filter, Gap, Next, Start};
+use pointsman::delivery::subscription::{BufferBudget, Filter, Gap, Next, Start};
 use pointsman::event::{Name, NotificationId, PartitionNumber, Priority, Span};
 use pointsman::shutdown::Shutdown;
 use pointsman::telemetry::metrics::Metrics;
@@ -244,7 +244,9 @@ impl Play {
                 ) && chance.random_bool(0.02)
             });
             hubs.push((
-                Hub::start(
+                // So little that streams return to replay for lack of it all the time.
+                Hub::start_within(
+                    BufferBudget::new(2 * 1024),
                     Arc::clone(&puppet) as Arc<dyn Broker>,
                     Metrics::default(),
                     &Shutdown::new(),

@@ -112,6 +112,11 @@ pub(super) fn stream(layers: &Layers, stream: &sse::Config) -> Result<(), Error>
                 stream.max_open_per_user as u64,
                 1,
             ),
+            AtLeast(
+                "stream.max_buffer_bytes",
+                stream.max_buffer_bytes as u64,
+                1024 * 1024,
+            ),
         ],
     )
 }

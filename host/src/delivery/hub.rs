@@ -20,7 +20,7 @@ use crate::broker::Logs;
 use crate::delivery::follow::FollowedLogs;
 use crate::delivery::recipients::Reader;
 use crate::delivery::subscription::replay::{FollowLogs, History};
-use crate::delivery::subscription::{Filter, OpenStream, Start, Subscription};
+use crate::delivery::subscription::{BufferBudget, Filter, OpenStream, Start, Subscription};
 use crate::event::{Name, NotificationId, PartitionNumber, Target};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
@@ -34,6 +34,9 @@ pub const SILENCE: Duration = Duration::from_secs(3);
 /// How often each node ticks each partition.
 const TICK: Duration = Duration::from_secs(1);
 
+/// How long a look for streams to return to replay follows the previous one at the earliest.
+const RECLAIM_PAUSE: Duration = Duration::from_millis(100);
+
 /// A cheap handle: clones share one hub.
 #[derive(Clone, Debug)]
 pub struct Hub(Arc<HubInner>);
@@ -43,6 +46,8 @@ struct HubInner {
     broker: Arc<dyn Logs>,
     history: History,
     metrics: Metrics,
+    /// Bounds what the streams hold together.
+    buffers: BufferBudget,
     partitions: Vec<PartitionNumber>,
     next_stream: AtomicU64,
     /// A std mutex: held for look-ups and hand-overs, never across an `.await`. Lock order: this
@@ -84,9 +89,20 @@ impl Drop for StreamGuard {
 }
 
 impl Hub {
-    /// Starts the feed and the ticks. Both end with the runtime. Without them streams would stay
-    /// open and receive nothing, so a panic in either ends the node.
+    /// Starts a hub whose streams are bounded one by one only.
     pub fn start(broker: Arc<dyn Logs>, metrics: Metrics, shutdown: &Shutdown) -> Self {
+        Self::start_within(BufferBudget::unlimited(), broker, metrics, shutdown)
+    }
+
+    /// Starts the feed, the ticks and the bound on what the streams hold together. They end with the
+    /// runtime. Without them streams would stay open and receive nothing, or hold more than they
+    /// may, so a panic in one of them ends the node.
+    pub fn start_within(
+        buffers: BufferBudget,
+        broker: Arc<dyn Logs>,
+        metrics: Metrics,
+        shutdown: &Shutdown,
+    ) -> Self {
         let partitions = broker
             .partitions()
             .iter()
@@ -98,11 +114,16 @@ impl Hub {
             broker,
             history,
             metrics,
+            buffers,
             partitions,
             next_stream,
             state,
         }));
         shutdown.spawn_lasting("the notice reader", Arc::clone(&hub.0).read_feeds());
+        shutdown.spawn_lasting(
+            "the bound on stream buffers",
+            Arc::clone(&hub.0).reclaim_buffers(),
+        );
         for &partition in &hub.0.partitions {
             shutdown.spawn_lasting(
                 "the partition ticker",
@@ -118,7 +139,8 @@ impl Hub {
         let reader = reader.into();
         let user = reader.user.clone();
         let subscription =
-            Subscription::new(reader, start, filter, shared.partitions.iter().copied());
+            Subscription::new(reader, start, filter, shared.partitions.iter().copied())
+                .within(&shared.buffers);
         let stream = Arc::new(OpenStream::new(
             shared.next_stream.fetch_add(1, Ordering::Relaxed),
             subscription,
@@ -238,6 +260,8 @@ async fn tick(hub: std::sync::Weak<HubInner>, partition: PartitionNumber) {
     loop {
         interval.tick().await;
         let Some(shared) = hub.upgrade() else { return };
+        let n_buffered = shared.buffers.n_bytes();
+        shared.metrics.stream_buffer_bytes.set(n_buffered as i64);
         if let Err(error) = shared.broker.tick(partition).await {
             tracing::debug!(partition = partition.0, %error, "cannot send a tick");
         }
@@ -322,6 +346,34 @@ impl HubInner {
             for &partition in partitions {
                 self.replay(&stream, partition, cause, Subscription::enter_replay);
             }
+        }
+    }
+
+    /// Returns the streams that hold most to replay whenever the streams hold too much together.
+    async fn reclaim_buffers(self: Arc<Self>) {
+        loop {
+            self.buffers.exceeded().await;
+            let streams: Vec<_> = self.lock().streams.values().cloned().collect();
+            let fair_share = self.buffers.fair_share();
+            let mut by_size: Vec<_> = streams
+                .into_iter()
+                .map(|stream| {
+                    let n_bytes = stream.lock().n_reclaimable_bytes();
+                    (n_bytes, stream)
+                })
+                .filter(|(n_bytes, _)| *n_bytes > fair_share)
+                .collect();
+            by_size.sort_unstable_by_key(|(n_bytes, _)| std::cmp::Reverse(*n_bytes));
+            for (_, stream) in by_size {
+                if self.buffers.is_relieved() {
+                    break;
+                }
+                for &partition in &self.partitions {
+                    self.replay(&stream, partition, "memory", Subscription::enter_replay);
+                }
+            }
+            // Each look takes the lock of every stream.
+            tokio::time::sleep(RECLAIM_PAUSE).await;
         }
     }
 

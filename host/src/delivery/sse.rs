@@ -76,6 +76,9 @@ pub struct Config {
     /// Maximum open streams of one user on this node (64). Further ones are closed with a long
     /// reconnect delay.
     pub max_open_per_user: usize,
+    /// Maximum bytes of notifications in the buffers of all streams together (256 MiB). Above it,
+    /// the streams that hold most return to replay, and each holds its fair share.
+    pub max_buffer_bytes: usize,
 }
 
 impl Default for Config {
@@ -88,6 +91,7 @@ impl Default for Config {
             cursor_interval: Duration::from_secs(180),
             max_open: 10_000,
             max_open_per_user: 64,
+            max_buffer_bytes: 256 * 1024 * 1024,
         }
     }
 }

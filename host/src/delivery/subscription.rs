@@ -27,6 +27,7 @@ use crate::event::criteria::Pool;
 use crate::event::{Epoch, Name, NotificationId, PartitionNumber, Priority, Recipient, Target};
 
 mod ahead_queue;
+mod buffer_budget;
 pub mod cursor;
 mod evaluator;
 mod gaps;
@@ -37,12 +38,14 @@ pub mod replay;
 mod start;
 mod stream;
 
+pub use buffer_budget::BufferBudget;
 pub use gaps::{Gap, GapReason};
 pub use record::{Record, Rendered};
 pub use start::{Filter, Start};
 pub use stream::OpenStream;
 
 use ahead_queue::AheadQueue;
+use buffer_budget::BufferShare;
 use cursor::{Cursor, Position};
 use evaluator::Evaluator;
 use gaps::Gaps;
@@ -86,6 +89,14 @@ pub struct Subscription {
     is_cursor_due: bool,
     /// The broker's clock minus this node's, in milliseconds.
     clock_offset_ms: i64,
+    share: BufferShare,
+}
+
+/// The room that a replay may fill.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    pub n_records: usize,
+    pub n_bytes: usize,
 }
 
 impl Subscription {
@@ -131,7 +142,42 @@ impl Subscription {
             gaps: Gaps::default(),
             is_cursor_due: true,
             clock_offset_ms: 0,
+            share: BufferBudget::unlimited().share(),
         }
+    }
+
+    /// Counts what the subscription holds against this budget.
+    #[must_use]
+    pub fn within(mut self, budget: &BufferBudget) -> Self {
+        self.share = budget.share();
+        self
+    }
+
+    /// The bytes of the records that it holds.
+    pub fn n_bytes(&self) -> usize {
+        let of_partitions = self.partitions.iter().map(PartitionState::n_buffered_bytes);
+        self.queue.n_bytes() + self.ahead.n_bytes() + of_partitions.sum::<usize>()
+    }
+
+    /// The bytes that it frees when it returns to replay, or 0 if it holds too little to matter.
+    pub fn n_reclaimable_bytes(&self) -> usize {
+        let of_partitions = self.partitions.iter().map(PartitionState::n_buffered);
+        // The replay would read a single notification again at once.
+        if self.queue.len() + of_partitions.sum::<usize>() > 1 {
+            self.n_bytes()
+        } else {
+            0
+        }
+    }
+
+    /// Counts what it holds now.
+    pub(super) fn settle_buffers(&mut self) {
+        self.share.settle(self.n_bytes());
+    }
+
+    /// Whether the budget lets it hold one more live notice.
+    fn may_hold(&self) -> bool {
+        self.n_bytes() <= self.share.live_limit()
     }
 
     pub fn user(&self) -> &Name {
@@ -418,7 +464,10 @@ impl Subscription {
         if self.partitions[at].epoch != Some(epoch) || id <= self.partitions[at].seen {
             return None;
         }
-        if self.queue.n_bytes() <= MAX_BYTES && self.queue.n_of(partition) < MAX_LIVE {
+        if self.queue.n_bytes() <= MAX_BYTES
+            && self.queue.n_of(partition) < MAX_LIVE
+            && self.may_hold()
+        {
             self.handle(partition, id, record, node_now_ms);
             return None;
         }
@@ -441,11 +490,12 @@ impl Subscription {
     ) {
         let at = self.index(partition);
         let is_next = self.partitions[at].epoch == Some(epoch) && id > self.partitions[at].seen;
+        let may_hold = self.may_hold();
         let Some(buffer) = self.partitions[at].buffer_mut() else {
             return;
         };
         // Buffered even if it is sent ahead: the end of the replay must account for every id.
-        buffer.push(epoch, id, record);
+        buffer.push(epoch, id, record, may_hold);
         let may_go_ahead = buffer.knows_urgent && is_next && self.evaluator.is_current();
         if !may_go_ahead || self.ahead.contains(partition, id) {
             return;
@@ -457,7 +507,7 @@ impl Subscription {
         if record.route(route_match.route).priority != Priority::Urgent {
             return;
         }
-        if self.ahead.has_room() {
+        if self.ahead.has_room() && may_hold {
             self.ahead.push(QueuedNotification {
                 partition,
                 id,
@@ -510,14 +560,22 @@ impl Subscription {
 
     /// Whether replay may queue one more notification of this partition.
     pub fn has_room(&self, partition: PartitionNumber) -> bool {
-        self.queue.n_of(partition) < WINDOW && self.queue.n_bytes() <= MAX_BYTES
+        self.queue.n_of(partition) < WINDOW && self.queue.n_bytes() <= self.replay_bytes()
     }
 
-    /// How many records of this partition replay should read next. `None` until half of the room is
-    /// free, so that replay reads several at a time.
-    pub fn room(&self, partition: PartitionNumber) -> Option<usize> {
-        let n = self.queue.n_of(partition);
-        (n <= WINDOW / 2 && self.queue.n_bytes() <= MAX_BYTES / 2).then(|| WINDOW - n)
+    /// How many records of this partition replay should read next, at least one. `None` until half
+    /// of the room is free, so that replay reads several at a time.
+    pub fn room(&self, partition: PartitionNumber) -> Option<Room> {
+        let (n, n_bytes) = (self.queue.n_of(partition), self.queue.n_bytes());
+        let most = self.replay_bytes();
+        (n <= WINDOW / 2 && n_bytes <= most / 2).then(|| Room {
+            n_records: WINDOW - n,
+            n_bytes: most - n_bytes,
+        })
+    }
+
+    fn replay_bytes(&self) -> usize {
+        MAX_BYTES.min(self.share.replay_limit())
     }
 
     /// Goes live after history up to `read_to` was handled, and handles the notices buffered

@@ -176,6 +176,8 @@ metrics! {
     streams_refused: Family<ReasonLabel, Counter> = "streams_refused";
     /// Notifications written to streams.
     notifications_sent: Counter = "notifications_sent";
+    /// Bytes of notifications that wait in the buffers of all streams.
+    stream_buffer_bytes: Gauge = "stream_buffer_bytes";
     /// Times that a stream returned to replay because its buffer was full.
     stream_overflows: Counter = "stream_overflows";
     /// Replays started, by cause.

@@ -154,6 +154,12 @@ impl AheadQueue {
         self.pending.is_empty()
     }
 
+    /// Bytes of the records that wait.
+    pub(super) fn n_bytes(&self) -> usize {
+        let n_bytes = |queued: &QueuedNotification| queued.record.n_bytes();
+        self.pending.iter().map(n_bytes).sum()
+    }
+
     pub(super) fn push(&mut self, queued: QueuedNotification) {
         self.pending.push_back(queued);
     }

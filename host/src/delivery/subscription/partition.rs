@@ -40,6 +40,7 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct ReplayBuffer {
     pub(super) notices: VecDeque<BufferedNotice>,
+    n_bytes: usize,
     pub(super) is_overflowed: bool,
     /// Every urgent notification above the low-water mark was sent or waits to be sent ahead, so
     /// that the next one may be sent ahead without overtaking another urgent one.
@@ -81,6 +82,22 @@ impl PartitionState {
         }
     }
 
+    /// The number of notices in the buffer of the replay.
+    pub(super) fn n_buffered(&self) -> usize {
+        match &self.phase {
+            Phase::Replay(buffer) => buffer.notices.len(),
+            Phase::Live => 0,
+        }
+    }
+
+    /// The bytes of their records.
+    pub(super) fn n_buffered_bytes(&self) -> usize {
+        match &self.phase {
+            Phase::Replay(buffer) => buffer.n_bytes,
+            Phase::Live => 0,
+        }
+    }
+
     /// The buffer of the replay; `None` if the partition is live.
     pub(super) fn buffer_mut(&mut self) -> Option<&mut ReplayBuffer> {
         match &mut self.phase {
@@ -101,23 +118,28 @@ impl ReplayBuffer {
     fn new(knows_urgent: bool) -> Self {
         Self {
             notices: VecDeque::new(),
+            n_bytes: 0,
             is_overflowed: false,
             knows_urgent,
         }
     }
 
-    pub(super) fn push(&mut self, epoch: Epoch, id: NotificationId, record: &Arc<Record>) {
-        let n_bytes: usize = self
-            .notices
-            .iter()
-            .map(|(_, _, record)| record.n_bytes())
-            .sum();
-        if self.notices.len() >= MAX_LIVE || n_bytes > MAX_BYTES {
+    /// Appends a notice, unless the buffer is full or may not hold more.
+    pub(super) fn push(
+        &mut self,
+        epoch: Epoch,
+        id: NotificationId,
+        record: &Arc<Record>,
+        may_hold: bool,
+    ) {
+        if self.notices.len() >= MAX_LIVE || self.n_bytes > MAX_BYTES || !may_hold {
             // Replaying again at the end, not at once, guarantees progress.
             self.is_overflowed = true;
-            self.notices.clear();
+            self.notices = VecDeque::new();
+            self.n_bytes = 0;
         }
         if !self.is_overflowed {
+            self.n_bytes += record.n_bytes();
             self.notices.push_back((epoch, id, Arc::clone(record)));
         }
     }

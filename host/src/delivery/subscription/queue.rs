@@ -71,6 +71,11 @@ impl PriorityQueue {
         self.n_bytes
     }
 
+    /// The number of queued notifications.
+    pub(super) fn len(&self) -> usize {
+        self.by_priority.iter().map(VecDeque::len).sum()
+    }
+
     pub(super) fn n_of(&self, partition: PartitionNumber) -> usize {
         self.iter()
             .filter(|queued| queued.partition == partition)

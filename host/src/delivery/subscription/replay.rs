@@ -28,9 +28,8 @@ pub mod record_cache;
 
 /// The most ids read from a log at a time.
 const PAGE: usize = 256;
-/// The most records read at first, before their size is known, and the bytes of the following reads.
+/// The most records read at first, before their size is known.
 const FIRST_BATCH: usize = 8;
-const BATCH_BYTES: usize = 1024 * 1024;
 /// The most concurrent reads of history on a node, so that a fail-over does not turn every stream
 /// into a simultaneous request.
 const READS: usize = 64;
@@ -332,7 +331,7 @@ impl History {
         head: &Head,
         mut ids: &[NotificationId],
     ) -> Result<(), StopReason> {
-        let mut batch = FIRST_BATCH;
+        let mut record_bytes = None;
         while !ids.is_empty() {
             // The socket must see the items that fill the queues before this waits for room.
             stream.wake();
@@ -343,13 +342,16 @@ impl History {
                 subscription.room(partition).map(Ok)
             });
             let room = room.await.unwrap_or(Err(StopReason::Obsolete))?;
-            let n = ids.len().min(room).min(batch);
+            // Records are about as large as the previous ones.
+            let n_fitting =
+                record_bytes.map_or(FIRST_BATCH, |n_bytes: usize| room.n_bytes / n_bytes.max(1));
+            let n = ids.len().min(room.n_records).min(n_fitting.max(1));
             let records = self.read_records(partition, head.epoch, &ids[..n]).await?;
             // One check covers all missing records: they were read before it.
             if records.iter().any(Option::is_none) {
                 self.same_epoch(partition, head).await?;
             }
-            batch = next_batch(&records);
+            record_bytes = Some(average_bytes(&records));
             for (id, record) in ids[..n].iter().zip(records) {
                 let is_handed_over = in_round(stream, partition, round, |subscription| {
                     hand_over(subscription, partition, *id, record)
@@ -400,15 +402,14 @@ fn hand_over(
     has_room
 }
 
-/// The number of records to read next, so that they have about [`BATCH_BYTES`] if they are as large
-/// as the last ones.
-fn next_batch(records: &[Option<Arc<Record>>]) -> usize {
+/// The average size of the records; 0 if none of them exists.
+fn average_bytes(records: &[Option<Arc<Record>>]) -> usize {
     let n_bytes: usize = records
         .iter()
         .flatten()
         .map(|record| record.n_bytes())
         .sum();
-    (BATCH_BYTES * records.len() / n_bytes.max(1)).clamp(1, WINDOW)
+    n_bytes / records.iter().flatten().count().max(1)
 }
 
 /// Runs `act` under the lock if the current round still is `round`.

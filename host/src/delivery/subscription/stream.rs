@@ -2,6 +2,7 @@
 //! history for it, and the socket that drains it. No party waits for another while holding the
 //! lock.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -39,10 +40,9 @@ impl OpenStream {
     /// Locks the subscription. The std mutex is held for a few hundred nanoseconds, never across an
     /// `.await`. A panic under it leaves marks that can only lag behind, so continuing repeats
     /// notifications at worst; the panic has been logged.
-    pub fn lock(&self) -> MutexGuard<'_, Subscription> {
-        self.subscription
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    pub fn lock(&self) -> LockedSubscription<'_> {
+        let locked = self.subscription.lock();
+        LockedSubscription(locked.unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Registers `waker` to be woken when there is something to write.
@@ -89,5 +89,29 @@ impl OpenStream {
 
     pub fn is_closed(&self) -> bool {
         self.is_closed.load(Ordering::Acquire)
+    }
+}
+
+/// A locked subscription. Counts what it holds when the lock is released.
+#[derive(Debug)]
+pub struct LockedSubscription<'a>(MutexGuard<'a, Subscription>);
+
+impl Deref for LockedSubscription<'_> {
+    type Target = Subscription;
+
+    fn deref(&self) -> &Subscription {
+        &self.0
+    }
+}
+
+impl DerefMut for LockedSubscription<'_> {
+    fn deref_mut(&mut self) -> &mut Subscription {
+        &mut self.0
+    }
+}
+
+impl Drop for LockedSubscription<'_> {
+    fn drop(&mut self) {
+        self.0.settle_buffers();
     }
 }
