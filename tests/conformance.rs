@@ -28,6 +28,7 @@ mod nodes;
 mod on_embedded;
 mod recipients;
 mod redis_only;
+mod retries;
 mod slices;
 mod sources;
 
@@ -44,6 +45,7 @@ macro_rules! suite {
                 committed_data_survives_the_process,
             ];
             device_cursors: [device_cursors_survive_the_process];
+            retries: [retries_and_their_attempts_survive_the_process];
         );
     };
     ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
@@ -143,6 +145,18 @@ macro_rules! suite {
                     headers_of_dead_letters_hold_no_fields,
                     decisions_list_each_verdict_newest_first,
                     decisions_of_one_event_are_found_among_all_kept,
+                ];
+                retries: [
+                    an_event_that_waits_for_a_retry_is_listed_and_counted_apart,
+                    only_the_owner_appends_a_retry_and_only_once_it_is_due,
+                    attempts_are_carried_until_the_retries_are_used_up,
+                    a_retry_beyond_the_timeout_is_a_dead_letter,
+                    a_retry_is_no_duplicate_of_itself_but_of_the_publishers_retry,
+                    retries_beyond_the_limit_are_dead_letters_and_none_is_trimmed,
+                    an_event_that_waits_for_a_retry_is_redriven_or_dropped_by_hand,
+                    concurrent_renewals_append_each_retry_once_and_in_order,
+                    a_plan_in_slices_keeps_the_attempts_at_its_event,
+                    a_retry_is_appended_to_a_source_at_its_backlog_limit,
                 ];
                 nodes: [
                     a_lease_belongs_to_one_node_until_it_releases_it,

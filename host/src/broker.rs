@@ -39,7 +39,8 @@ mod retention;
 mod user;
 
 pub use commit::{
-    Batch, CommitResult, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Proposal, Slice,
+    Batch, CommitResult, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Proposal,
+    RetryPolicy, Slice,
 };
 pub use feed::{Feed, Follow, Notice, Page};
 pub use operations::{DeadLetter, DecisionSearch, Finding, Severity, StoredDecision};
@@ -111,6 +112,11 @@ pub trait Sources: Partitions {
 
     /// Takes or renews the lease. A node whose earlier process held the lease under the same name
     /// gets it at once.
+    ///
+    /// If the node has the lease, this also appends events whose retry is due to the source again,
+    /// each in one step with the removal of its dead letter. Not more at once than the broker can do
+    /// in a few milliseconds; the others follow with the next call. Neither the backlog limit nor a
+    /// shortage of space holds them back.
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease>;
 
     /// Releases the lease if this node holds it.
@@ -185,7 +191,8 @@ pub trait Operations: Partitions {
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 
-    /// Reads up to `limit` dead letters after `after`, oldest first.
+    /// Reads up to `limit` dead letters after `after`, oldest first, without those of events that
+    /// wait for a retry.
     async fn dead_letters(
         &self,
         partition: PartitionNumber,
@@ -201,11 +208,23 @@ pub trait Operations: Partitions {
         limit: usize,
     ) -> Result<Vec<DeadLetter>>;
 
-    /// Atomically appends the original fields to the source again and removes the dead letter.
-    /// Returns `false` if it does not exist.
+    /// Reads up to `limit` dead letters after `after`, oldest first, of events that wait for a
+    /// retry. At most [`Retention::dead_letter_entries`] wait. No id is also that of a dead letter
+    /// that stays.
+    async fn retrying(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>>;
+
+    /// Atomically appends the original fields to the source again and removes the dead letter,
+    /// also of an event that waits for a retry. Its earlier attempts no longer count. Returns
+    /// `false` if it does not exist.
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
 
-    /// Removes a dead letter. Returns `false` if it does not exist.
+    /// Removes a dead letter, also of an event that waits for a retry. Returns `false` if it does
+    /// not exist.
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool>;
 
     /// Reads up to `limit` decision records, newest first.

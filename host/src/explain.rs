@@ -272,9 +272,11 @@ impl Sources<'_> {
     /// The id of the decision's dead letter if it was found, and whether every candidate was
     /// checked.
     async fn dead_letter(&self, event: &DecidedEvent) -> broker::Result<(Option<String>, bool)> {
-        if event.outcome != Outcome::DeadLettered {
-            return Ok((None, true));
-        }
+        let is_retrying = match event.outcome {
+            Outcome::DeadLettered => false,
+            Outcome::Retrying => true,
+            _ => return Ok((None, true)),
+        };
         // The dead letter was created after the entry arrived and after the decision, so the search
         // starts at the later of the two times. An entry time after the decision is ignored: a
         // publisher that chooses entry ids may use any time.
@@ -294,10 +296,13 @@ impl Sources<'_> {
         .before()
         .unwrap_or_default();
         for _ in 0..MAX_DEAD_LETTERS / READ {
-            let letters = self
-                .broker
-                .dead_letter_headers(event.partition, after, READ)
-                .await?;
+            let letters = if is_retrying {
+                self.broker.retrying(event.partition, after, READ).await?
+            } else {
+                self.broker
+                    .dead_letter_headers(event.partition, after, READ)
+                    .await?
+            };
             let Some(last) = letters.last() else {
                 return Ok((None, true));
             };

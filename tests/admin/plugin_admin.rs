@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -15,6 +15,7 @@ use crate::harness::guests::{FAULTY, core_module, versioned};
 use crate::harness::node::{Folder, Node, SOON};
 use crate::harness::plugins::{Plugins, Site, by, hash};
 use crate::harness::publish::event;
+use crate::harness::redis::RedisServer;
 
 /// The plugin `versioned` as the admin API reports it.
 fn shown(node: &Node) -> Value {
@@ -206,48 +207,136 @@ fn an_open_breaker_limits_calls_to_a_failing_plugin_and_closes_after_a_success()
     });
 }
 
-/// A `retry` verdict is not a failure. The source waits, which preserves order, but only for a
-/// limited time.
+/// The decisions about an event, oldest first.
+fn decisions_of(node: &Node, event_id: &str) -> Vec<Value> {
+    let all = node.admin(&format!("/v1/decisions?event_id={event_id}"));
+    let mut all = all.json().as_array().expect("a list").clone();
+    all.reverse();
+    all
+}
+
+/// A `retry` verdict is not a failure. The event waits by itself: the source goes on, each attempt
+/// sees a new clock, and the event is delivered by the first attempt that succeeds.
 #[test]
-fn a_retry_verdict_blocks_the_source_until_its_retries_end_in_a_dead_letter() {
+fn an_event_is_retried_with_a_new_clock_while_later_events_are_delivered() {
     let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
-    // Retries come after 100 and 200 ms; the second one would exceed a timeout of 250 ms.
-    for (config, n_tries, waited_ms) in
-        [("retries = 2", 3, 300), ("retry_timeout = '250ms'", 2, 100)]
-    {
+    let redis = RedisServer::start();
+    for node in [Node::builder(), Node::builder().redis(redis.url())] {
+        let node = node.plugins(plugins.dir()).start();
+        let mut stream = node.stream("42");
+        let until_ms = pointsman::clock::now_ms() + 3_000;
+        let waits = json!({ "until": until_ms.to_string() });
+        let mut events: Vec<Value> = (0..5)
+            .map(|n| event(&format!("waits-{n}"), "retry-until", waits.clone()))
+            .collect();
+        events.push(event("next", "good", json!({})));
+        node.publisher().publish(&events);
+        assert_eq!(stream.next_notification(SOON).id, "next");
+        let mut delivered = BTreeSet::new();
+        for _ in 0..5 {
+            let notification = stream.next_notification(SOON);
+            let clock = notification.data["clock"].as_u64().expect("a clock");
+            assert!(clock >= until_ms, "{clock} is before {until_ms}");
+            delivered.insert(notification.id);
+            let readiness = node.admin("/readyz");
+            assert_eq!(readiness.status, 200, "{readiness:?}");
+        }
+        assert_eq!(delivered.len(), 5, "{delivered:?}");
+        for id in delivered {
+            let attempts = decisions_of(&node, &id);
+            let (last, before) = attempts.split_last().expect("a decision");
+            assert!(!before.is_empty(), "{id}: {attempts:?}");
+            let mut due_ms = 0;
+            for (n, attempt) in before.iter().enumerate() {
+                assert_eq!(attempt["outcome"], "retrying", "{attempt}");
+                assert_eq!(attempt["retry"]["attempts"], json!(n + 1), "{attempt}");
+                assert!(attempt["clock_ms"].as_u64().unwrap() >= due_ms, "{attempt}");
+                due_ms = attempt["retry"]["due_ms"].as_u64().expect("a due time");
+            }
+            assert_eq!(last["outcome"], "committed", "{last}");
+            assert_eq!(last["retry"], json!({ "attempts": attempts.len() }));
+        }
+        assert!(dead_letters(&node).is_empty());
+    }
+}
+
+#[test]
+fn events_that_wait_for_a_retry_are_listed_with_their_due_time() {
+    let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
+    let node = Node::builder().plugins(plugins.dir()).start();
+    node.publisher()
+        .publish(&[event("later", "retry", json!({}))]);
+    let list = |options: &[&str]| {
+        let url = node.url("");
+        let arguments = [&["dead-letters", "list", "--url", url.as_str()], options].concat();
+        let listed = command::pointsman(&arguments).output().expect("run it");
+        assert!(listed.status.success(), "{listed:?}");
+        String::from_utf8(listed.stdout).expect("UTF-8")
+    };
+    // It is an entry between two waits, each twice as long as the one before.
+    let table = eventually(SOON, "the event waits", || {
+        Some(list(&["--retrying"])).filter(|table| !table.is_empty())
+    });
+    assert!(
+        table.starts_with("ID  ") && table.contains("DUE") && table.contains("not now"),
+        "{table}"
+    );
+    assert_eq!(list(&[]), "");
+    let gauge = "pointsman_retrying_events{source=\"pointsman:events\"}";
+    eventually(SOON, "the gauge counts it", || {
+        (node.metric(gauge) == 1.0).then_some(())
+    });
+    assert_eq!(node.metric("pointsman_dead_letters"), 0.0);
+}
+
+#[test]
+fn an_event_stays_a_dead_letter_with_its_attempts_once_its_retries_are_used_up() {
+    let plugins = Plugins::new(&[("unruly.wasm", core_module("unruly"))]);
+    for (config, n_tries) in [("retries = 1", 2), ("retry_timeout = '999ms'", 1)] {
         let node = Node::builder()
             .config(&format!("[ingest]\n{config}\n"))
             .plugins(plugins.dir())
             .start();
-        let mut stream = node.stream("42");
-        let began = Instant::now();
-        node.publisher().publish(&[
-            event("later", "retry", json!({})),
-            event("next", "good", json!({})),
-        ]);
-        assert_eq!(stream.next_notification(SOON).id, "next");
-        let waited = began.elapsed();
-        assert!(
-            waited >= Duration::from_millis(waited_ms),
-            "{config}: the next event arrived after {waited:?}"
-        );
+        node.publisher()
+            .publish(&[event("later", "retry", json!({}))]);
+        if n_tries > 1 {
+            let waiting = eventually(SOON, "the event waits", || {
+                let list = node.request("GET", "/v1/dead-letters?retrying=true").json();
+                list["dead_letters"].as_array().unwrap().first().cloned()
+            });
+            assert!(waiting["due_ms"].as_u64().is_some(), "{waiting}");
+            let id = waiting["id"].as_str().unwrap();
+            let explained = node.admin("/v1/explain?event_id=later").json();
+            let conclusion = explained["conclusion"].as_str().unwrap();
+            assert!(
+                conclusion
+                    .starts_with("Not delivered yet: at attempt 1, `unruly` requested a retry: ")
+                    && conclusion.contains(id),
+                "{explained}"
+            );
+        }
+        let letter = eventually(SOON, "the event stays", || {
+            dead_letters(&node).first().cloned()
+        });
         assert_eq!(
-            node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"retry\"}"),
-            f64::from(n_tries),
-            "{config}"
-        );
-        let dead = dead_letters(&node);
-        assert_eq!(dead.len(), 1, "{dead:?}");
-        let letter = &dead[0];
-        assert_eq!(
-            (&letter["plugin"], &letter["attempts"]),
-            (&json!("unruly"), &json!(n_tries)),
+            (&letter["plugin"], &letter["attempts"], &letter["due_ms"]),
+            (&json!("unruly"), &json!(n_tries), &Value::Null),
             "{config}: {letter}"
         );
         assert!(
             letter["reason"].as_str().unwrap().contains("not now"),
             "{letter}"
         );
+        assert_eq!(
+            node.metric("pointsman_plugin_calls_total{plugin=\"unruly\",outcome=\"retry\"}"),
+            f64::from(n_tries),
+            "{config}"
+        );
+        assert_eq!(
+            node.metric("pointsman_events_total{outcome=\"dead-lettered\"}"),
+            1.0
+        );
+        assert_eq!(node.admin("/readyz").body, "ready\n");
     }
 }
 

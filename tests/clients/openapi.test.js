@@ -286,6 +286,8 @@ test("dead letters and decisions are shown as documented", async () => {
     await ask(400, method, `/v1/dead-letters/x/1-0${path}`);
   }
   await ask(400, "GET", "/v1/dead-letters?after=7");
+  assert.deepEqual((await ask(200, "GET", "/v1/dead-letters?retrying=true")).dead_letters, []);
+  await ask(400, "GET", "/v1/dead-letters?retrying=1");
 
   let decisions;
   const outcomes = () => [...new Set(decisions.map(({ outcome }) => outcome))].sort();

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::*;
+use pointsman::broker::RetryPolicy;
 use pointsman::event::Epoch;
 
 pub(super) async fn a_new_partition_is_empty(bench: Bench) {
@@ -95,13 +96,26 @@ pub(super) async fn a_commit_of_another_epoch_is_rejected(bench: Bench) {
 
 pub(super) async fn each_outcome_is_counted_and_recorded_under_its_name(bench: Bench) {
     let node = bench.open().await;
-    let ids = node.append(&["a", "b", "c", "d", "e"]).await;
+    let ids = node.append(&["a", "b", "c", "d", "e", "f"]).await;
+    let (why, policy) = (
+        DeadReason {
+            reason: "not now".into(),
+            plugin: None,
+            attempts: 1,
+            fields: vec![field("v", "f")],
+        },
+        RetryPolicy {
+            retries: 1,
+            timeout: Duration::from_secs(1),
+        },
+    );
     let items = vec![
         with_id(commit(ids[0], "A", &["u:1"]), 1),
         item(ids[1], Proposal::Discard),
         item(ids[2], Proposal::Unrouted),
         with_id(commit(ids[3], "A", &["u:1"]), 1),
         dead(ids[4], "no type"),
+        item(ids[5], Proposal::Retry(why, policy)),
     ];
     let done = node.commit(items).await;
     let words = [
@@ -110,6 +124,7 @@ pub(super) async fn each_outcome_is_counted_and_recorded_under_its_name(bench: B
         Outcome::Unrouted,
         Outcome::Duplicate,
         Outcome::DeadLettered,
+        Outcome::Retrying,
     ];
     assert_eq!(
         done.iter().map(|(outcome, _)| *outcome).collect::<Vec<_>>(),

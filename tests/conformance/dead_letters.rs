@@ -313,6 +313,7 @@ pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {
             verdict("address", VerdictKind::Routes),
         ],
         reason: "as \"it\" is".into(),
+        retry: None,
         clock_ms: 1_700_000_000_123,
     };
     let entry = after(BEGIN);

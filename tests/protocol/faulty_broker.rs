@@ -451,6 +451,15 @@ impl Operations for Puppet {
             .await
     }
 
+    async fn retrying(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        self.broker.retrying(partition, after, limit).await
+    }
+
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
         self.broker.redrive(partition, id).await
     }

@@ -2,6 +2,8 @@
 //!
 //! The brokers implement commits; `ingest` proposes the outcomes.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use super::partition::Oversized;
@@ -45,6 +47,19 @@ pub enum Proposal {
         why: DeadReason,
         size: Oversized,
     },
+    /// A plugin requested a retry: the event waits for it, or becomes a dead letter if its retries
+    /// are used up or too many events wait.
+    Retry(DeadReason, RetryPolicy),
+}
+
+/// How often and how long an event is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// The most retries of one event. The first is due after 1 s, and each later one after twice
+    /// the time of the one before.
+    pub retries: u32,
+    /// The most time from the first attempt to the last retry.
+    pub timeout: Duration,
 }
 
 /// A batch of outcomes, written atomically if the partition is still at `prev` in epoch `epoch`.

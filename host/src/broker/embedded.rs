@@ -6,7 +6,7 @@
 //! durable partition therefore never rewinds and stays in one epoch forever. In memory, each start
 //! begins a new epoch. Sources are written only through [`Sources::append`].
 //!
-//! The layout of `store.redb`, version 1 (integers in redb's format, *JSON* as UTF-8; an id is the
+//! The layout of `store.redb`, version 2 (integers in redb's format, *JSON* as UTF-8; an id is the
 //! number of a [`NotificationId`]):
 //!
 //! | table        | key                                | value                                                                       |
@@ -20,6 +20,9 @@
 //! | `index`      | (partition, target, id)            | the predecessor of the id in this log when it was written, or the floor then |
 //! | `seen`       | (partition, bucket start ms, hash) | empty; a publisher's event id, remembered for the dedupe window             |
 //! | `dead`       | (partition, letter ms, letter seq) | (JSON: entry, reason, plugin, attempts, `entry_bytes` and `entry_fields` if only the beginning is kept; the entry's fields) |
+//! | `retrying`   | (partition, letter ms, letter seq) | as `dead`, for an event that waits for a retry                              |
+//! | `due`        | (partition, ms, letter ms, letter seq) | empty; when the retry of a letter in `retrying` is due                  |
+//! | `retried`    | (partition, entry ms, entry seq)   | JSON: the earlier attempts at the entry of a retry, until it has an outcome |
 //! | `decisions`  | (partition, entry ms, entry seq)   | JSON: outcome, id, decision record                                          |
 //! | `users`      | user                               | JSON: attributes, and memberships with a span of ids per partition          |
 //! | `device_cursors`  | user                               | JSON: device cursors and the read marker, each with the time (ms) of its last move |
@@ -224,6 +227,18 @@ impl Embedded {
         })
     }
 
+    fn take_lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Lease {
+        let now = Instant::now();
+        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        match leases.get(&partition) {
+            Some((holder, until)) if holder != node && *until > now => Lease::Others(*until - now),
+            _ => {
+                leases.insert(partition, (node.to_owned(), now + ttl));
+                Lease::Mine
+            }
+        }
+    }
+
     /// The state of a partition as of the last durable group.
     fn meta(&self, slot: usize) -> Result<Meta> {
         self.shared.store.check()?;
@@ -338,18 +353,15 @@ impl Sources for Embedded {
     }
 
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
-        self.slot(partition)?;
-        let now = Instant::now();
-        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        match leases.get(&partition) {
-            Some((holder, until)) if holder != node && *until > now => {
-                Ok(Lease::Others(*until - now))
-            }
-            _ => {
-                leases.insert(partition, (node.to_owned(), now + ttl));
-                Ok(Lease::Mine)
-            }
+        let slot = self.slot(partition)?;
+        let lease = self.take_lease(partition, node, ttl);
+        let is_due = |due_ms| due_ms <= (self.shared.clock)();
+        if lease == Lease::Mine && self.meta(slot)?.next_due_ms.is_some_and(is_due) {
+            self.writer
+                .write(0, move |work| work.append_due(slot))
+                .await?;
         }
+        Ok(lease)
     }
 
     async fn release(&self, partition: PartitionNumber, node: &str) -> Result<()> {
@@ -495,7 +507,8 @@ impl Operations for Embedded {
     ) -> Result<Vec<DeadLetter>> {
         self.slot(partition)?;
         self.read_snapshot(move |transaction, _| {
-            source::dead_letters(transaction, partition.0, after, limit, true)
+            let table = transaction.open_table(layout::DEAD)?;
+            source::dead_letters(&table, partition.0, after, limit, true)
         })
         .await
     }
@@ -508,7 +521,22 @@ impl Operations for Embedded {
     ) -> Result<Vec<DeadLetter>> {
         self.slot(partition)?;
         self.read_snapshot(move |transaction, _| {
-            source::dead_letters(transaction, partition.0, after, limit, false)
+            let table = transaction.open_table(layout::DEAD)?;
+            source::dead_letters(&table, partition.0, after, limit, false)
+        })
+        .await
+    }
+
+    async fn retrying(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        self.slot(partition)?;
+        self.read_snapshot(move |transaction, _| {
+            let table = transaction.open_table(layout::RETRYING)?;
+            source::dead_letters(&table, partition.0, after, limit, true)
         })
         .await
     }

@@ -93,6 +93,7 @@ impl FakeBroker {
                 entry: id,
                 why,
                 oversized: None,
+                due_ms: None,
             },
         ));
     }
@@ -315,6 +316,10 @@ impl Operations for FakeBroker {
             letter.why.fields.clear();
         }
         Ok(letters)
+    }
+
+    async fn retrying(&self, _: PartitionNumber, _: EntryId, _: usize) -> Result<Vec<DeadLetter>> {
+        Ok(Vec::new())
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {

@@ -17,6 +17,9 @@ pub struct DeadLetter {
     pub why: DeadReason,
     /// Set if the entry was too large to be kept here as a whole. It cannot be redriven.
     pub oversized: Option<Oversized>,
+    /// When the event is tried again, in milliseconds since the Unix epoch; `None` for a dead letter
+    /// that stays.
+    pub due_ms: Option<u64>,
 }
 
 /// A decision record as it is listed: entry, outcome, notification id and decision.

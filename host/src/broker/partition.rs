@@ -166,6 +166,8 @@ pub struct PartitionState {
     /// Entries that another client of the broker removed before they were read.
     pub trimmed_unread: u64,
     pub dead_letters: u64,
+    /// Events that wait for a retry; not included in `dead_letters`.
+    pub retrying: u64,
     /// Dead letters trimmed because of their limit.
     pub dead_trimmed: u64,
     /// Ids not remembered because the dedupe window was full.

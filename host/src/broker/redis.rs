@@ -19,7 +19,10 @@
 //! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window, or of the clock if the entry's id is not a time of day |
 //! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, `entry_bytes` and `entry_fields` if only the beginning of the entry is kept, then the entry's own fields, each name prefixed with `f:` |
-//! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed |
+//! | `T` `retrying` | stream | Dead letters of events that wait for a retry: as in `dead`, with `retries`, the number of the next one; `first`, the time of the first failure, and `due`, both in ms. No id is also in `dead` |
+//! | `T` `due` | zset | Score: `due`; member: the id in `retrying` |
+//! | `T` `retried` | hash | The entry of a retry -> `attempts retries first`, until it has an outcome |
+//! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed; `attempts` if it was retried, `due` if it will be |
 //! | `T` `owner` | string | The lease: the name of the node |
 //! | `P:partitions` | hash | source -> partition number; entries are only ever added |
 //! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. If it holds nothing else, expires max_age after the user left the last group |
@@ -284,12 +287,18 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
         Proposal::Unrouted => "u",
         Proposal::DeadLetter(_) => "x",
         Proposal::OversizedEntry { .. } => "o",
+        Proposal::Retry(..) => "r",
     };
     command
         .arg(kind)
         .arg(item.entry.to_string())
         .arg(item.dedupe.as_ref().map_or(&[][..], |hash| hash))
         .arg(decision);
+    if let Proposal::Retry(_, policy) = &item.proposal {
+        command
+            .arg(policy.retries)
+            .arg(crate::duration::millis(policy.timeout));
+    }
     match &item.proposal {
         Proposal::Commit { record, targets } => {
             command.arg(&record[..]).arg(targets.len());
@@ -297,7 +306,7 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
                 command.arg(target.to_string());
             }
         }
-        Proposal::DeadLetter(why) => {
+        Proposal::DeadLetter(why) | Proposal::Retry(why, _) => {
             command
                 .arg(&why.reason)
                 .arg(why.plugin.as_deref().unwrap_or_default())
@@ -334,10 +343,14 @@ fn id(text: &str) -> Result<NotificationId> {
 }
 
 fn optional_id(text: &str) -> Result<Option<NotificationId>> {
+    Ok(optional_number(text)?.map(NotificationId))
+}
+
+fn optional_number(text: &str) -> Result<Option<u64>> {
     if text.is_empty() {
         Ok(None)
     } else {
-        id(text).map(Some)
+        parse_text(text).map(Some)
     }
 }
 
@@ -641,8 +654,8 @@ impl Operations for Redis {
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        type Answer = (u64, u64, u64, bool, BTreeMap<String, String>);
-        let (lag, dead_letters, ids_ahead_ms, is_timed, meta): Answer = self
+        type Answer = (u64, u64, u64, u64, bool, BTreeMap<String, String>);
+        let (lag, dead_letters, retrying, ids_ahead_ms, is_timed, meta): Answer = self
             .run(self.keys(partition)?, &scripts::STATE, |_| {})
             .await?;
         let position = meta
@@ -658,6 +671,7 @@ impl Operations for Redis {
             lag,
             trimmed_unread: number("trimmed_unread")?,
             dead_letters,
+            retrying,
             dead_trimmed: number("dead_trimmed")?,
             dedupe_overflows: number("dedupe_overflows")?,
             ids_ahead_ms,
@@ -671,7 +685,7 @@ impl Operations for Redis {
         after: EntryId,
         limit: usize,
     ) -> Result<Vec<DeadLetter>> {
-        entries::dead_letters(self, self.keys(partition)?, after, limit, true).await
+        entries::dead_letters(self, self.keys(partition)?, "dead", after, limit, true).await
     }
 
     async fn dead_letter_headers(
@@ -680,7 +694,16 @@ impl Operations for Redis {
         after: EntryId,
         limit: usize,
     ) -> Result<Vec<DeadLetter>> {
-        entries::dead_letters(self, self.keys(partition)?, after, limit, false).await
+        entries::dead_letters(self, self.keys(partition)?, "dead", after, limit, false).await
+    }
+
+    async fn retrying(
+        &self,
+        partition: PartitionNumber,
+        after: EntryId,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>> {
+        entries::dead_letters(self, self.keys(partition)?, "retrying", after, limit, true).await
     }
 
     async fn redrive(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
@@ -691,14 +714,10 @@ impl Operations for Redis {
     }
 
     async fn drop_dead_letter(&self, partition: PartitionNumber, id: EntryId) -> Result<bool> {
-        let keys = self.keys(partition)?;
-        self.connection
-            .query(
-                client::cmd("XDEL")
-                    .arg(format!("{}dead", keys.prefix))
-                    .arg(id.to_string()),
-            )
-            .await
+        self.run(self.keys(partition)?, &scripts::DROP, |command| {
+            command.arg(id.to_string());
+        })
+        .await
     }
 
     async fn decisions(

@@ -1,9 +1,10 @@
 //! `pointsman dead-letters`: lists, shows, redrives and drops dead letters.
 
+use std::iter;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use pointsman::event::EntryId;
+use pointsman::event::{EntryId, rfc3339};
 use serde::Deserialize;
 use ureq::Agent;
 
@@ -21,7 +22,11 @@ pub(super) struct Options {
 #[derive(Debug, clap::Subcommand)]
 enum Action {
     /// List all dead letters in a table
-    List,
+    List {
+        /// List the events that wait for a retry that a plugin requested, instead of those that stay
+        #[arg(long)]
+        retrying: bool,
+    },
     /// Print a dead letter with its original fields as JSON
     Show {
         /// Id of the dead letter, such as 0/1700000000000-0
@@ -41,7 +46,7 @@ struct Selection {
     /// Ids of the dead letters, such as 0/1700000000000-0
     #[arg(value_name = "ID", value_parser = letter_id)]
     ids: Vec<String>,
-    /// All current dead letters of every source
+    /// All current dead letters of every source, without events that wait for a retry
     #[arg(long)]
     all: bool,
 }
@@ -77,41 +82,22 @@ struct Letter {
     #[serde(default)]
     plugin: Option<String>,
     attempts: u32,
+    #[serde(default)]
+    due_ms: Option<u64>,
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let (node, agent) = (&options.node, agent(Duration::from_secs(60)));
     match &options.action {
-        Action::List => {
-            let letters = all(node, &agent)?;
-            if letters.is_empty() {
+        Action::List { retrying } => {
+            let letters = all(node, &agent, *retrying)?;
+            if letters.is_empty() && *retrying {
+                eprintln!("pointsman: no event waits for a retry");
+            } else if letters.is_empty() {
                 eprintln!("pointsman: no dead letters");
-                return Ok(());
+            } else {
+                print!("{}", listed(&letters, *retrying));
             }
-            let mut rows =
-                vec![["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"].map(str::to_owned)];
-            // Reasons quote untrusted text.
-            rows.extend(letters.iter().map(
-                |Letter {
-                     id,
-                     source,
-                     entry,
-                     reason,
-                     plugin,
-                     attempts,
-                 }| {
-                    let plugin = plugin.as_deref().unwrap_or("-");
-                    [
-                        printable(id),
-                        printable(source),
-                        printable(entry),
-                        attempts.to_string(),
-                        printable(plugin),
-                        printable(reason),
-                    ]
-                },
-            ));
-            print!("{}", table(&rows));
         }
         Action::Show { id } => {
             let text = accept(node.request(&agent, "GET", &format!("/v1/dead-letters/{id}"))?)?;
@@ -123,6 +109,44 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Action::Drop(selection) => act(node, &agent, selection, "DELETE", "", "dropped")?,
     }
     Ok(())
+}
+
+/// The table of dead letters; `is_retrying`: with the time at which each is tried again.
+fn listed(letters: &[Letter], is_retrying: bool) -> String {
+    // Reasons quote untrusted text.
+    let cells = |letter: &Letter| {
+        let plugin = letter.plugin.as_deref().unwrap_or("-");
+        let who = [&letter.id, &letter.source, &letter.entry].map(|text| printable(text));
+        (who, printable(plugin), printable(&letter.reason))
+    };
+    if is_retrying {
+        let head = [
+            "ID", "SOURCE", "ENTRY", "ATTEMPTS", "DUE", "PLUGIN", "REASON",
+        ];
+        let rows = letters.iter().map(|letter| {
+            let ([id, source, entry], plugin, reason) = cells(letter);
+            let due = letter.due_ms.map(rfc3339).unwrap_or_default();
+            let attempts = letter.attempts.to_string();
+            [id, source, entry, attempts, due, plugin, reason]
+        });
+        let rows: Vec<_> = iter::once(head.map(str::to_owned)).chain(rows).collect();
+        table(&rows)
+    } else {
+        let head = ["ID", "SOURCE", "ENTRY", "ATTEMPTS", "PLUGIN", "REASON"];
+        let rows = letters.iter().map(|letter| {
+            let ([id, source, entry], plugin, reason) = cells(letter);
+            [
+                id,
+                source,
+                entry,
+                letter.attempts.to_string(),
+                plugin,
+                reason,
+            ]
+        });
+        let rows: Vec<_> = iter::once(head.map(str::to_owned)).chain(rows).collect();
+        table(&rows)
+    }
 }
 
 /// Sends one request per dead letter. Stops at the first error.
@@ -137,7 +161,7 @@ fn act(
     // Lists all before the first redrive: an event that fails again becomes a new dead letter,
     // which paging would otherwise find again without end.
     let ids = if selection.all {
-        all(node, agent)?
+        all(node, agent, false)?
             .into_iter()
             .map(|letter| letter.id)
             .collect()
@@ -152,12 +176,12 @@ fn act(
     Ok(())
 }
 
-/// Fetches all dead letters, page by page.
-fn all(node: &Node, agent: &Agent) -> anyhow::Result<Vec<Letter>> {
+/// Fetches all dead letters that stay, or those of events that wait for a retry, page by page.
+fn all(node: &Node, agent: &Agent, retrying: bool) -> anyhow::Result<Vec<Letter>> {
     let (mut letters, mut after) = (Vec::new(), String::new());
+    let list = format!("/v1/dead-letters?limit=1000&retrying={retrying}");
     loop {
-        let text =
-            accept(node.request(agent, "GET", &format!("/v1/dead-letters?limit=1000{after}"))?)?;
+        let text = accept(node.request(agent, "GET", &format!("{list}{after}"))?)?;
         let page: Page = serde_json::from_str(&text)
             .context("the node's response is not a list of dead letters")?;
         letters.extend(page.dead_letters);

@@ -16,10 +16,13 @@ pub struct Decision {
     pub event_type: String,
     /// In the order in which the plugins ran.
     pub verdicts: Vec<Verdict>,
-    /// Why the event was dead-lettered, including cases in which no plugin was called. Empty for
-    /// every other outcome.
+    /// Why the event was dead-lettered or is retried, including cases in which no plugin was called.
+    /// Empty for every other outcome.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
+    /// The attempts at the event, if a plugin requested a retry. The broker adds it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Retry>,
     /// The clock that the plugins were given, in milliseconds since the Unix epoch.
     pub clock_ms: u64,
 }
@@ -30,6 +33,17 @@ impl Decision {
     pub fn is_about(&self, entry: EntryId, event_id: &str) -> bool {
         self.event_id == event_id || event_id.parse().is_ok_and(|id: EntryId| id == entry)
     }
+}
+
+/// The attempts at an event for which a plugin requested a retry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retry {
+    /// How often the event was tried, including the attempt that this decision is about.
+    pub attempts: u32,
+    /// When the next attempt is due, in milliseconds since the Unix epoch; absent after the last
+    /// one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub due_ms: Option<u64>,
 }
 
 /// The result of one plugin call.
@@ -99,7 +113,8 @@ pub struct DeadReason {
     pub reason: String,
     /// The plugin that caused it, if any.
     pub plugin: Option<String>,
-    /// How often the entry was tried.
+    /// How often the entry was tried; of a listed dead letter, with the attempts at the entries
+    /// before its retries.
     pub attempts: u32,
     /// The original fields of the entry.
     #[serde(skip)]

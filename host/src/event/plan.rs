@@ -179,7 +179,7 @@ pub struct Notification {
     pub plan: Plan,
 }
 
-/// The outcome of an event; each event has exactly one. Code, counters, records and documents use
+/// The outcome of an entry; each entry has exactly one. Code, counters, records and documents use
 /// the same words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -194,15 +194,19 @@ pub enum Outcome {
     Duplicate,
     /// Stored as a dead letter with the reason.
     DeadLettered,
+    /// Stored as a dead letter that becomes a new entry when its retry is due, because a plugin
+    /// requested one. The event has no outcome yet.
+    Retrying,
 }
 
 impl Outcome {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Committed,
         Self::Discarded,
         Self::Unrouted,
         Self::Duplicate,
         Self::DeadLettered,
+        Self::Retrying,
     ];
 
     pub const fn as_str(self) -> &'static str {
@@ -212,6 +216,7 @@ impl Outcome {
             Self::Unrouted => "unrouted",
             Self::Duplicate => "duplicate",
             Self::DeadLettered => "dead-lettered",
+            Self::Retrying => "retrying",
         }
     }
 }

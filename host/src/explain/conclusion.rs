@@ -39,6 +39,7 @@ pub(super) fn of(explanation: &Explanation) -> String {
             };
             format!("Not delivered: {}{}. {next}.", dead_lettered(decision), because(&decision.decision.reason))
         }
+        (Outcome::Retrying, ..) => retrying(decision, dead_letter.as_deref()),
     }
 }
 
@@ -219,6 +220,29 @@ fn dead_lettered(event: &DecidedEvent) -> String {
     }
 }
 
+/// `letter`: the id of its dead letter, while it waits.
+fn retrying(event: &DecidedEvent, letter: Option<&str>) -> String {
+    let by = match of_kind(event, VerdictKind::Retry).last() {
+        Some(by) => format!("`{}` requested a retry", by.plugin),
+        None => "a plugin requested a retry".to_owned(),
+    };
+    let retry = event.decision.retry.unwrap_or_default();
+    let due = rfc3339(retry.due_ms.unwrap_or_default());
+    let next = match letter {
+        Some(id) => format!(
+            "The next attempt is due at {due}; until then `pointsman dead-letters list --retrying` lists the event as {id}"
+        ),
+        None => format!(
+            "It no longer waits for the retry that was due at {due}: it is a new entry of its source, or was dropped. If it was published without an id, its id is now that of the new entry"
+        ),
+    };
+    format!(
+        "Not delivered yet: at attempt {}, {by}{}. {next}.",
+        retry.attempts,
+        because(&event.decision.reason)
+    )
+}
+
 fn unrouted(event: &DecidedEvent) -> String {
     let routers: Vec<String> = of_kind(event, VerdictKind::None)
         .map(|by| format!("`{}`", by.plugin))
@@ -278,7 +302,7 @@ mod tests {
 
     use super::super::{DeviceProgress, RouteMatches, StreamCounts, Successor};
     use super::*;
-    use crate::event::{Decision, PartitionNumber};
+    use crate::event::{Decision, PartitionNumber, Retry};
     use crate::event::{EntryId, Name, NotificationId};
 
     fn explanation(outcome: Outcome, verdicts: &[(&str, &str)]) -> Explanation {
@@ -368,6 +392,27 @@ mod tests {
         assert_eq!(
             of(&failed),
             format!("Not delivered: `b` failed on the event: it trapped. {gone}.")
+        );
+        let mut waits = explanation(Outcome::Retrying, &[("a", "keep"), ("b", "retry")]);
+        waits.decision.decision.reason = "not now".into();
+        waits.decision.decision.retry = Some(Retry {
+            attempts: 2,
+            due_ms: Some(1_795_335_532_612),
+        });
+        let begin = "Not delivered yet: at attempt 2, `b` requested a retry: not now. ";
+        let due = "due at 2026-11-22T08:18:52.612Z";
+        assert_eq!(
+            of(&waits),
+            format!(
+                "{begin}It no longer waits for the retry that was {due}: it is a new entry of its source, or was dropped. If it was published without an id, its id is now that of the new entry."
+            )
+        );
+        waits.dead_letter = Some("0/7-0".into());
+        assert_eq!(
+            of(&waits),
+            format!(
+                "{begin}The next attempt is {due}; until then `pointsman dead-letters list --retrying` lists the event as 0/7-0."
+            )
         );
         let retry = "Not delivered again: this is a retry of an earlier event with the same source and id. The decision about that event is no longer kept, or lies more than 1,000 retries back.";
         check(Outcome::Duplicate, &[], retry);

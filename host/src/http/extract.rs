@@ -229,7 +229,7 @@ mod tests {
             (
                 "GET",
                 "/v1/dead-letters?limits=5",
-                "the query cannot be read: limits: unknown field `limits`, expected `after` or `limit`",
+                "the query cannot be read: limits: unknown field `limits`, expected one of `after`, `limit`, `retrying`",
             ),
             (
                 "POST",

@@ -55,7 +55,7 @@ pub enum Resolution {
         plugin: String,
         reason: String,
         attempts: u32,
-        /// The plugin requested a retry. Otherwise the event is to be dead-lettered.
+        /// The plugin requested a retry. Otherwise the event is to be dead-lettered at once.
         retry: bool,
     },
 }

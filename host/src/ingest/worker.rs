@@ -23,7 +23,8 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::broker::{
     Batch, CommitResult, EXCERPT_BYTES, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES,
-    MAX_INDEX_ENTRIES, MAX_ITEMS, Oversized, Partition, Proposal, Result, Slice, Sources,
+    MAX_INDEX_ENTRIES, MAX_ITEMS, Oversized, Partition, Proposal, Result, RetryPolicy, Slice,
+    Sources,
 };
 use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
@@ -44,9 +45,10 @@ pub struct Config {
     /// for up to this time.
     #[serde(with = "crate::duration")]
     pub lease_ttl: Duration,
-    /// The most retries of an event for which a plugin requested one (5).
+    /// The most retries of an event for which a plugin requested one (5). They are due after 1, 2,
+    /// 4 ... seconds; events behind it do not wait.
     pub retries: u32,
-    /// Time limit for all retries of one event (30s). Its source waits meanwhile.
+    /// The most time from the first attempt to the last retry (1m).
     #[serde(with = "crate::duration")]
     pub retry_timeout: Duration,
 }
@@ -57,7 +59,7 @@ impl Default for Config {
             max_event_bytes: 256 * 1024,
             lease_ttl: Duration::from_secs(3),
             retries: 5,
-            retry_timeout: Duration::from_secs(30),
+            retry_timeout: Duration::from_secs(60),
         }
     }
 }
@@ -70,6 +72,8 @@ const POISON_AFTER: u32 = 5;
 /// How long an error reported by the broker stays in readiness without a repetition; longer than
 /// the longest pause between two attempts.
 const PERMANENT_ERROR_SHOWN_FOR: Duration = Duration::from_secs(15);
+/// The longest time between two renewals of a lease, which also append the retries that are due.
+const RENEW_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 /// The most batches evaluated ahead of the commit.
 const AHEAD: usize = 2;
 
@@ -259,10 +263,12 @@ impl Ingest {
         }
         let keep_lease = async {
             loop {
-                tokio::time::sleep(ttl / 3).await;
+                tokio::time::sleep((ttl / 3).min(RENEW_AT_LEAST_EVERY)).await;
                 match self.broker.lease(partition.number, &self.node, ttl).await {
                     Ok(Lease::Mine) => {}
                     Ok(Lease::Others(_)) => return Stop::LeaseLost,
+                    // Retries cannot be appended, and no read or commit would report it.
+                    Err(error @ Error::Permanent(_)) => return error.into(),
                     // The next read or commit returns the error as well; a lease that was not
                     // renewed is not a reason to stop.
                     Err(error) => {
@@ -420,8 +426,8 @@ impl Ingest {
                 Ok(None) => {
                     let evaluated = tokio::select! {
                         evaluated = self.evaluate(partition, entries) => evaluated,
-                        // Plugins may request retries for longer than a shutdown may take. None of
-                        // these entries is committed, so they are read again. An entry with a noted
+                        // The calls for a batch may take longer than a shutdown may. None of these
+                        // entries is committed, so they are read again. An entry with a noted
                         // attempt is awaited: without an outcome the attempt would count as a crash
                         // of the node.
                         () = shutdown.cancelled(), if !is_noted => return Stop::Shutdown,
@@ -489,7 +495,7 @@ impl Ingest {
             items.push(match refused {
                 Some(item) => item,
                 None => match evaluations.next() {
-                    Some(evaluation) => self.item(entry, evaluation, clock_ms).await?,
+                    Some(evaluation) => self.item(entry, evaluation, clock_ms),
                     // The pipeline returns one evaluation for each event; should one be missing,
                     // the event is kept as a dead letter, not lost.
                     None => dead_letter(
@@ -526,56 +532,8 @@ impl Ingest {
             .map_err(|e| e.to_string())
     }
 
-    /// Evaluates an event again while a plugin requests it, within the configured retries and
-    /// time. Returns the last evaluation and the number of attempts before it.
-    async fn retry(
-        &self,
-        entry: &Entry,
-        mut evaluation: Evaluation,
-        clock_ms: u64,
-    ) -> Result<(Evaluation, u32), NoPlugins> {
-        let began = Instant::now();
-        // The retry timeout bounds the pauses.
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::MAX, 1.0..=1.0);
-        let mut n_before = 0;
-        for attempt in 1..=self.config.retries {
-            let Resolution::Failed {
-                retry: true,
-                reason,
-                plugin,
-                attempts,
-            } = &evaluation.resolution
-            else {
-                break;
-            };
-            let wait = backoff.pause();
-            if began.elapsed() + wait > self.config.retry_timeout {
-                break;
-            }
-            tracing::warn!(plugin.name = %plugin, %reason, attempt, entry = %entry.id, "the plugin requested a retry; its source waits");
-            tokio::time::sleep(wait).await;
-            let Some(again) = self
-                .pipeline
-                .evaluate(vec![evaluation.event.clone()], clock_ms)
-                .await?
-                .pop()
-            else {
-                break;
-            };
-            n_before += attempts;
-            evaluation = again;
-        }
-        Ok((evaluation, n_before))
-    }
-
-    /// Turns an evaluation into an item to commit, after the retries that plugins request.
-    async fn item(
-        &self,
-        entry: &Entry,
-        evaluation: Evaluation,
-        clock_ms: u64,
-    ) -> Result<Item, NoPlugins> {
-        let (evaluation, n_before) = self.retry(entry, evaluation, clock_ms).await?;
+    /// Turns an evaluation into an item to commit.
+    fn item(&self, entry: &Entry, evaluation: Evaluation, clock_ms: u64) -> Item {
         let Evaluation {
             event,
             resolution,
@@ -587,7 +545,7 @@ impl Ingest {
         let proposal = match resolution {
             Resolution::Planned(plan) => match commit_proposal(entry.id, event, plan, &decision) {
                 Ok(proposal) => proposal,
-                Err(reason) => return Ok(dead_letter(entry, reason, None, 1, decision)),
+                Err(reason) => return dead_letter(entry, reason, None, 1, decision),
             },
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
@@ -595,23 +553,28 @@ impl Ingest {
                 plugin,
                 reason,
                 attempts,
-                ..
+                retry,
             } => {
-                return Ok(dead_letter(
-                    entry,
-                    reason,
-                    Some(plugin),
-                    n_before + attempts,
-                    decision,
-                ));
+                let mut item = dead_letter(entry, reason, Some(plugin), attempts, decision);
+                if retry && let Proposal::DeadLetter(why) = item.proposal {
+                    item.proposal = Proposal::Retry(why, self.retry_policy());
+                }
+                return item;
             }
         };
-        Ok(Item {
+        Item {
             entry: entry.id,
             dedupe,
             proposal,
             decision,
-        })
+        }
+    }
+
+    fn retry_policy(&self) -> RetryPolicy {
+        RetryPolicy {
+            retries: self.config.retries,
+            timeout: self.config.retry_timeout,
+        }
     }
 
     /// Commits evaluated batches in order, in steps that fit one commit.
@@ -813,6 +776,7 @@ fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decis
         event_type: event.kind.to_string(),
         verdicts,
         reason: String::new(),
+        retry: None,
         clock_ms,
     }
 }
@@ -902,7 +866,7 @@ fn n_targets(item: &Item) -> usize {
 fn n_bytes(item: &Item) -> usize {
     match &item.proposal {
         Proposal::Commit { record, .. } => record.len(),
-        Proposal::DeadLetter(why) => why
+        Proposal::DeadLetter(why) | Proposal::Retry(why, _) => why
             .fields
             .iter()
             .map(|(name, value)| name.len() + value.len())

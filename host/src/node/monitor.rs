@@ -151,6 +151,10 @@ async fn look_at_sources(
             .dead_letters
             .get_or_create(&source)
             .set(gauge(state.dead_letters));
+        metrics
+            .retrying
+            .get_or_create(&source)
+            .set(gauge(state.retrying));
         // The broker counts for all nodes, so its totals replace the local ones.
         for (counter, n) in [
             (&metrics.source_entries_trimmed_unread, state.trimmed_unread),

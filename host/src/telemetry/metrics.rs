@@ -27,7 +27,7 @@ pub struct SourceLabel {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
-    /// One of the five outcomes.
+    /// One of the outcomes.
     pub outcome: &'static str,
 }
 
@@ -148,6 +148,8 @@ metrics! {
     dedupe_overflows: Family<SourceLabel, Counter> = "dedupe_overflows";
     /// Dead letters stored, waiting to be redriven or dropped.
     dead_letters: Family<SourceLabel, Gauge> = "dead_letters";
+    /// Events that wait for a retry that a plugin requested.
+    retrying: Family<SourceLabel, Gauge> = "retrying_events";
     /// Dead letters deleted as the oldest because their number exceeded the limit.
     dead_letters_trimmed: Family<SourceLabel, Counter> = "dead_letters_trimmed";
     /// Errors of the broker that stopped the processing of a source on this node.

@@ -7,7 +7,7 @@ use pointsman::broker::{CursorOwner, RecipientChange, StoredCursor};
 const ALL: &str = "ACL SETUSER app on >secret resetkeys ~* resetchannels &* +@all";
 
 /// A node whose user has all rights, until a test takes one away.
-async fn node_of_app(server: &RedisServer) -> Node {
+pub(super) async fn node_of_app(server: &RedisServer) -> Node {
     let () = server.command(ALL);
     connect_to(
         &format!("redis://app:secret@127.0.0.1:{}/", server.port()),
@@ -24,7 +24,7 @@ fn digest(server: &RedisServer) -> String {
 
 /// Runs `write` without each of these rights and asserts that it is refused by the right's name and
 /// writes nothing.
-async fn refused_without<T: std::fmt::Debug>(
+pub(super) async fn refused_without<T: std::fmt::Debug>(
     server: &RedisServer,
     rules: &[&str],
     mut write: impl AsyncFnMut() -> Result<T, Error>,

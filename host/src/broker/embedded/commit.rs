@@ -10,12 +10,16 @@ use bytes::Bytes;
 use redb::ReadableTable as _;
 use serde::{Deserialize, Serialize};
 
-use super::layout::{Meta, entry_key, owned, successor};
+use super::layout::{EntryKey, Meta, entry_key, owned, successor};
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::{Batch, CommitResult, Error, Item, Notice, Oversized, Proposal, Slice};
+use crate::broker::{
+    Batch, CommitResult, Error, Item, Notice, Oversized, Proposal, RetryPolicy, Slice,
+};
 use crate::duration::millis;
-use crate::event::{DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Target};
+use crate::event::{
+    DeadReason, Decision, EntryId, NotificationId, Outcome, Position, Retry, Target,
+};
 
 /// Records up to this size, in bytes, are sent with their notice. Within the process this copies
 /// nothing, but a full feed keeps them in memory.
@@ -39,6 +43,26 @@ pub(super) struct DeadLetterRow {
     pub(super) entry_bytes: Option<u64>,
     #[serde(default)]
     pub(super) entry_fields: u64,
+    /// Only of an event that waits for a retry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) retry: Option<PendingRetry>,
+}
+
+/// A retry that is not due yet, and what its entry is to count as earlier attempts.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub(super) struct PendingRetry {
+    pub(super) due_ms: u64,
+    pub(super) earlier: EarlierAttempts,
+}
+
+/// The attempts at an event before the entry of a retry, which no publisher can set, unlike a field
+/// of the entry.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub(super) struct EarlierAttempts {
+    pub(super) attempts: u32,
+    pub(super) retries: u32,
+    /// When the first attempt failed, in milliseconds since the Unix epoch.
+    pub(super) first_ms: u64,
 }
 
 impl Work<'_> {
@@ -121,7 +145,7 @@ impl Work<'_> {
         if *is_last {
             meta.pending = None;
             meta.last = id;
-            self.record(slot, item, Outcome::Committed, Some(id))?;
+            self.record(slot, item, Outcome::Committed, Some(id), None)?;
             self.move_position(slot, item.entry);
         } else {
             meta.pending = Some(id);
@@ -141,23 +165,24 @@ impl Work<'_> {
     ) -> Result<(Outcome, Option<NotificationId>), Failure> {
         let is_dead = matches!(
             item.proposal,
-            Proposal::DeadLetter(_) | Proposal::OversizedEntry { .. }
+            Proposal::DeadLetter(_) | Proposal::OversizedEntry { .. } | Proposal::Retry(..)
         );
         // Dead letters are neither checked nor remembered: a redriven entry is not a retry by the
         // publisher.
         if !is_dead {
             if self.is_duplicate(slot, item)? {
-                self.record(slot, item, Outcome::Duplicate, None)?;
+                self.record(slot, item, Outcome::Duplicate, None, None)?;
                 return Ok((Outcome::Duplicate, None));
             }
             self.remember(slot, item)?;
         }
-        let (outcome, id) = match &item.proposal {
-            Proposal::Discard => (Outcome::Discarded, None),
-            Proposal::Unrouted => (Outcome::Unrouted, None),
+        let (mut id, mut due_ms) = (None, None);
+        let outcome = match &item.proposal {
+            Proposal::Discard => Outcome::Discarded,
+            Proposal::Unrouted => Outcome::Unrouted,
             Proposal::DeadLetter(why) => {
                 self.add_dead_letter(slot, item.entry, why, None)?;
-                (Outcome::DeadLettered, None)
+                Outcome::DeadLettered
             }
             Proposal::OversizedEntry { why, size } => {
                 let whole = if size.fits_dead_letter() {
@@ -175,19 +200,27 @@ impl Work<'_> {
                     }
                     None => self.add_dead_letter(slot, item.entry, why, Some(*size))?,
                 }
-                (Outcome::DeadLettered, None)
+                Outcome::DeadLettered
+            }
+            Proposal::Retry(why, policy) => {
+                due_ms = self.add_retry(slot, item.entry, why, *policy)?;
+                match due_ms {
+                    Some(_) => Outcome::Retrying,
+                    None => Outcome::DeadLettered,
+                }
             }
             Proposal::Commit { record, targets } => {
-                let id = self.next_id(slot);
+                let own = self.next_id(slot);
                 self.tables
                     .records
-                    .insert((self.partitions[slot].number.0, id.0), record.as_ref())?;
-                self.index(slot, id, targets, record)?;
-                self.metas[slot].last = id;
-                (Outcome::Committed, Some(id))
+                    .insert((self.partitions[slot].number.0, own.0), record.as_ref())?;
+                self.index(slot, own, targets, record)?;
+                self.metas[slot].last = own;
+                id = Some(own);
+                Outcome::Committed
             }
         };
-        self.record(slot, item, outcome, id)?;
+        self.record(slot, item, outcome, id, due_ms)?;
         Ok((outcome, id))
     }
 
@@ -330,6 +363,100 @@ impl Work<'_> {
         Ok(found.map(|fields| owned(&fields.value())))
     }
 
+    /// The attempts at the event before this entry. An unreadable row counts as none: a batch must
+    /// not fail after its first write.
+    fn earlier(&self, slot: usize, entry: EntryId) -> Result<Option<EarlierAttempts>, Failure> {
+        let key = entry_key(self.number(slot), entry);
+        let row = self.tables.retried.get(key)?;
+        Ok(row.and_then(|row| serde_json::from_slice(row.value()).ok()))
+    }
+
+    /// Keeps the event for its retry. Returns when that is due, or `None` if the event became a dead
+    /// letter that stays instead.
+    fn add_retry(
+        &mut self,
+        slot: usize,
+        entry: EntryId,
+        why: &DeadReason,
+        policy: RetryPolicy,
+    ) -> Result<Option<u64>, Failure> {
+        let before = self.earlier(slot, entry)?.unwrap_or(EarlierAttempts {
+            attempts: 0,
+            retries: 0,
+            first_ms: self.now_ms,
+        });
+        let delay_ms = 1_u64.checked_shl(before.retries).unwrap_or(u64::MAX);
+        let due_ms = self.now_ms.saturating_add(delay_ms.saturating_mul(1_000));
+        if before.retries >= policy.retries
+            || due_ms.saturating_sub(before.first_ms) > millis(policy.timeout)
+        {
+            self.add_dead_letter(slot, entry, why, None)?;
+            return Ok(None);
+        }
+        let n = self.metas[slot].retrying;
+        if n >= u64::from(self.retention.dead_letter_entries) {
+            let reason = format!(
+                "{}; it is not retried, because {n} events wait for a retry (retention.dead_letter_entries)",
+                why.reason
+            );
+            let why = DeadReason {
+                reason,
+                ..why.clone()
+            };
+            self.add_dead_letter(slot, entry, &why, None)?;
+            return Ok(None);
+        }
+        let earlier = EarlierAttempts {
+            attempts: before.attempts.saturating_add(why.attempts),
+            retries: before.retries + 1,
+            first_ms: before.first_ms,
+        };
+        let retry = Some(PendingRetry { due_ms, earlier });
+        let (key, row) = self.letter(slot, entry, why, earlier.attempts, retry, None);
+        self.tables
+            .retrying
+            .insert(key, (row.as_slice(), borrowed(&why.fields)))?;
+        let (number, ms, seq) = key;
+        self.tables.due.insert((number, due_ms, ms, seq), ())?;
+        let meta = &mut self.metas[slot];
+        meta.retrying += 1;
+        meta.next_due_ms = Some(meta.next_due_ms.map_or(due_ms, |next| next.min(due_ms)));
+        Ok(Some(due_ms))
+    }
+
+    /// The key and the row of a new dead letter.
+    fn letter(
+        &mut self,
+        slot: usize,
+        entry: EntryId,
+        why: &DeadReason,
+        attempts: u32,
+        retry: Option<PendingRetry>,
+        oversized: Option<Oversized>,
+    ) -> (EntryKey, Vec<u8>) {
+        let meta = &mut self.metas[slot];
+        let id = successor(meta.last_dead_letter).max(EntryId {
+            ms: self.now_ms,
+            seq: 0,
+        });
+        meta.last_dead_letter = id;
+        let why = DeadReason {
+            reason: why.reason.clone(),
+            plugin: why.plugin.clone(),
+            attempts,
+            fields: Vec::new(),
+        };
+        let row = serde_json::to_vec(&DeadLetterRow {
+            entry,
+            why,
+            entry_bytes: oversized.map(|size| size.bytes),
+            entry_fields: oversized.map_or(0, |size| size.fields),
+            retry,
+        })
+        .expect("strings and numbers are JSON");
+        (entry_key(self.number(slot), id), row)
+    }
+
     fn add_dead_letter(
         &mut self,
         slot: usize,
@@ -337,29 +464,17 @@ impl Work<'_> {
         why: &DeadReason,
         oversized: Option<Oversized>,
     ) -> Result<(), Failure> {
-        let number = self.number(slot);
-        let meta = &mut self.metas[slot];
-        let id = successor(meta.last_dead_letter).max(EntryId {
-            ms: self.now_ms,
-            seq: 0,
-        });
-        meta.last_dead_letter = id;
-        meta.dead_letters += 1;
-        let row = serde_json::to_vec(&DeadLetterRow {
-            entry,
-            why: why.clone(),
-            entry_bytes: oversized.map(|size| size.bytes),
-            entry_fields: oversized.map_or(0, |size| size.fields),
-        })
-        .expect("strings and numbers are JSON");
-        let fields = why
-            .fields
-            .iter()
-            .map(|(name, value)| (name.as_ref(), value.as_ref()))
-            .collect::<Vec<_>>();
+        let earlier = self
+            .earlier(slot, entry)?
+            .map_or(0, |earlier| earlier.attempts);
+        let attempts = earlier.saturating_add(why.attempts);
+        let (key, row) = self.letter(slot, entry, why, attempts, None, oversized);
         self.tables
             .dead
-            .insert(entry_key(number, id), (row.as_slice(), fields))?;
+            .insert(key, (row.as_slice(), borrowed(&why.fields)))?;
+        let number = self.number(slot);
+        let meta = &mut self.metas[slot];
+        meta.dead_letters += 1;
         while meta.dead_letters > u64::from(self.retention.dead_letter_entries) {
             let oldest = self
                 .tables
@@ -383,15 +498,32 @@ impl Work<'_> {
         item: &Item,
         outcome: Outcome,
         id: Option<NotificationId>,
+        due_ms: Option<u64>,
     ) -> Result<(), Failure> {
+        let earlier = self.earlier(slot, item.entry)?;
         let number = self.number(slot);
         let meta = &mut self.metas[slot];
         meta.settled += 1;
         *meta.outcomes.entry(outcome).or_default() += 1;
+        let mut decision = item.decision.clone();
+        if earlier.is_some() || due_ms.is_some() {
+            let own = match &item.proposal {
+                Proposal::DeadLetter(why)
+                | Proposal::OversizedEntry { why, .. }
+                | Proposal::Retry(why, _) => why.attempts,
+                Proposal::Commit { .. } | Proposal::Discard | Proposal::Unrouted => 1,
+            };
+            let earlier = earlier.map_or(0, |earlier| earlier.attempts);
+            decision.retry = Some(Retry {
+                attempts: earlier.saturating_add(own),
+                due_ms,
+            });
+            self.tables.retried.remove(entry_key(number, item.entry))?;
+        }
         let stored = DecisionRow {
             outcome,
             id,
-            decision: item.decision.clone(),
+            decision,
         };
         let row = serde_json::to_vec(&stored).expect("strings and numbers are JSON");
         if self
@@ -435,11 +567,18 @@ impl Meta {
     }
 }
 
+fn borrowed(fields: &[(Bytes, Bytes)]) -> Vec<(&[u8], &[u8])> {
+    fields
+        .iter()
+        .map(|(name, value)| (name.as_ref(), value.as_ref()))
+        .collect()
+}
+
 /// The approximate size of an item in bytes.
 pub(super) fn weight(item: &Item) -> usize {
     match &item.proposal {
         Proposal::Commit { record, targets } => record.len() + targets.len() * 64,
-        Proposal::DeadLetter(why) => super::weight(&why.fields),
+        Proposal::DeadLetter(why) | Proposal::Retry(why, _) => super::weight(&why.fields),
         Proposal::OversizedEntry { size, .. } if size.fits_dead_letter() => size.bytes as usize,
         Proposal::OversizedEntry { why, .. } => super::weight(&why.fields),
         Proposal::Discard | Proposal::Unrouted => 256,

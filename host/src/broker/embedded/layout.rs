@@ -21,12 +21,17 @@ use crate::duration::millis;
 use crate::event::{EntryId, Epoch, NotificationId, Outcome, PartitionNumber, Position};
 
 /// The version of this layout. A store with a higher version is rejected.
-pub(super) const VERSION: u64 = 1;
+pub(super) const VERSION: u64 = 2;
+/// The oldest version that this one reads: what is new in a later one is created when the store is
+/// opened.
+const OLDEST_VERSION: u64 = 1;
 
 /// The fields of an entry.
 pub(super) type Fields = Vec<(&'static [u8], &'static [u8])>;
 /// Partition number and the two halves of an [`EntryId`].
 pub(super) type EntryKey = (u8, u64, u64);
+/// Partition number, time at which a retry is due in ms, and the two halves of the id of its letter.
+pub(super) type DueKey = (u8, u64, u64, u64);
 
 pub(super) const LAYOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("layout");
 pub(super) const PARTITIONS: TableDefinition<'_, &str, u8> = TableDefinition::new("partitions");
@@ -38,6 +43,10 @@ pub(super) const INDEX: TableDefinition<'_, (u8, &str, u64), u64> = TableDefinit
 pub(super) const SEEN: TableDefinition<'_, (u8, u64, &[u8; 16]), ()> = TableDefinition::new("seen");
 pub(super) const DEAD: TableDefinition<'_, EntryKey, (&[u8], Fields)> =
     TableDefinition::new("dead");
+pub(super) const RETRYING: TableDefinition<'_, EntryKey, (&[u8], Fields)> =
+    TableDefinition::new("retrying");
+pub(super) const DUE: TableDefinition<'_, DueKey, ()> = TableDefinition::new("due");
+pub(super) const RETRIED: TableDefinition<'_, EntryKey, &[u8]> = TableDefinition::new("retried");
 pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> =
     TableDefinition::new("decisions");
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
@@ -53,6 +62,9 @@ pub(super) struct Tables<'t> {
     pub(super) index: Table<'t, (u8, &'static str, u64), u64>,
     pub(super) seen: Table<'t, (u8, u64, &'static [u8; 16]), ()>,
     pub(super) dead: Table<'t, EntryKey, (&'static [u8], Fields)>,
+    pub(super) retrying: Table<'t, EntryKey, (&'static [u8], Fields)>,
+    pub(super) due: Table<'t, DueKey, ()>,
+    pub(super) retried: Table<'t, EntryKey, &'static [u8]>,
     pub(super) decisions: Table<'t, EntryKey, &'static [u8]>,
     pub(super) users: Table<'t, &'static str, &'static [u8]>,
     pub(super) device_cursors: Table<'t, &'static str, &'static [u8]>,
@@ -68,6 +80,9 @@ impl<'t> Tables<'t> {
             index: transaction.open_table(INDEX)?,
             seen: transaction.open_table(SEEN)?,
             dead: transaction.open_table(DEAD)?,
+            retrying: transaction.open_table(RETRYING)?,
+            due: transaction.open_table(DUE)?,
+            retried: transaction.open_table(RETRIED)?,
             decisions: transaction.open_table(DECISIONS)?,
             users: transaction.open_table(USERS)?,
             device_cursors: transaction.open_table(DEVICE_CURSORS)?,
@@ -133,6 +148,12 @@ pub(super) struct Meta {
     pub(super) attempts: Option<(EntryId, u32)>,
     pub(super) outcomes: BTreeMap<Outcome, u64>,
     pub(super) dead_letters: u64,
+    /// Events that wait for a retry, and when the first of them is due.
+    #[serde(default)]
+    pub(super) retrying: u64,
+    #[serde(default)]
+    pub(super) next_due_ms: Option<u64>,
+    /// Of the dead letters that stay and those that are retried.
     pub(super) last_dead_letter: EntryId,
     pub(super) dead_trimmed: u64,
     pub(super) dedupe_overflows: u64,
@@ -166,6 +187,8 @@ impl Meta {
             attempts: None,
             outcomes: BTreeMap::new(),
             dead_letters: 0,
+            retrying: 0,
+            next_due_ms: None,
             last_dead_letter: EntryId::default(),
             dead_trimmed: 0,
             dedupe_overflows: 0,
@@ -282,7 +305,7 @@ pub(super) fn prepare(
     let mut layout = transaction.open_table(LAYOUT)?;
     let version = layout.get("version")?.map(|version| version.value());
     match version {
-        None => drop(layout.insert("version", VERSION)?),
+        None | Some(OLDEST_VERSION..VERSION) => drop(layout.insert("version", VERSION)?),
         Some(VERSION) => {}
         Some(newer) if newer > VERSION => {
             bail!(
@@ -290,7 +313,7 @@ pub(super) fn prepare(
             )
         }
         Some(older) => bail!(
-            "its layout {older} is not supported by this pointsman (layout {VERSION}); use another folder"
+            "its layout {older} is not supported by this pointsman (layouts {OLDEST_VERSION} to {VERSION}); use another folder"
         ),
     }
     let mut numbers = transaction.open_table(PARTITIONS)?;

@@ -12,11 +12,15 @@ use super::store::Failure;
 use super::work::Work;
 use crate::broker::partition::excerpt;
 use crate::broker::{
-    DeadLetter, DecisionSearch, Entry, Error, MAX_ENTRY_FIELDS, Oversized, StoredDecision,
+    DeadLetter, DecisionSearch, Entry, Error, MAX_COMMIT_BYTES, MAX_ENTRY_FIELDS, Oversized,
+    StoredDecision,
 };
 use crate::event::EntryId;
 
 type Field = (Bytes, Bytes);
+
+/// Retries appended at once.
+const MAX_DUE: usize = 256;
 
 impl Work<'_> {
     /// See [`crate::broker::Sources::append`].
@@ -26,27 +30,107 @@ impl Work<'_> {
         entries: &[Vec<Field>],
     ) -> Result<Vec<EntryId>, Failure> {
         self.check_room(slot)?;
+        entries
+            .iter()
+            .map(|fields| self.append_entry(slot, fields))
+            .collect()
+    }
+
+    fn append_entry(&mut self, slot: usize, fields: &[Field]) -> Result<EntryId, Failure> {
         let number = self.number(slot);
-        let mut ids = Vec::with_capacity(entries.len());
-        for fields in entries {
-            let meta = &mut self.metas[slot];
-            // Above the position as well: a commit may have moved it past entries that the
-            // partition never stored.
-            let before = meta.last_entry.max(meta.position().entry);
-            let id = successor(before).max(EntryId {
-                ms: self.now_ms,
-                seq: 0,
-            });
-            let fields: Vec<(&[u8], &[u8])> = fields
-                .iter()
-                .map(|(name, value)| (name.as_ref(), value.as_ref()))
-                .collect();
-            self.tables.source.insert(entry_key(number, id), fields)?;
-            meta.last_entry = id;
-            meta.appended += 1;
-            ids.push(id);
+        let meta = &mut self.metas[slot];
+        // Above the position as well: a commit may have moved it past entries that the partition
+        // never stored.
+        let before = meta.last_entry.max(meta.position().entry);
+        let id = successor(before).max(EntryId {
+            ms: self.now_ms,
+            seq: 0,
+        });
+        let fields: Vec<(&[u8], &[u8])> = fields
+            .iter()
+            .map(|(name, value)| (name.as_ref(), value.as_ref()))
+            .collect();
+        self.tables.source.insert(entry_key(number, id), fields)?;
+        meta.last_entry = id;
+        meta.appended += 1;
+        Ok(id)
+    }
+
+    /// Appends the events whose retry is due to the source again, up to the limits of one commit.
+    pub(super) fn append_due(&mut self, slot: usize) -> Result<(), Failure> {
+        let number = self.number(slot);
+        let mut n_bytes = 0;
+        for _ in 0..MAX_DUE {
+            let next = self
+                .tables
+                .due
+                .range((number, 0, 0, 0)..=(number, self.now_ms, u64::MAX, u64::MAX))?
+                .next();
+            let Some(key) = next.transpose()?.map(|(key, _)| key.value()) else {
+                break;
+            };
+            let (_, _, ms, seq) = key;
+            let id = EntryId { ms, seq };
+            let taken = match self.take_retry(slot, id) {
+                // Reported in the log. It stays in the list; the others must not wait behind it.
+                Err(Failure::Answer(_)) => None,
+                taken => taken?,
+            };
+            let Some((row, fields)) = taken else {
+                self.tables.due.remove(key)?;
+                self.find_next_due(slot)?;
+                continue;
+            };
+            n_bytes += super::weight(&fields);
+            let entry = self.append_entry(slot, &fields)?;
+            let earlier = row.retry.map(|retry| retry.earlier);
+            let row = serde_json::to_vec(&earlier).expect("numbers are JSON");
+            self.tables
+                .retried
+                .insert(entry_key(number, entry), row.as_slice())?;
+            if n_bytes > MAX_COMMIT_BYTES {
+                break;
+            }
         }
-        Ok(ids)
+        Ok(())
+    }
+
+    /// Removes the dead letter of an event that waits for a retry.
+    fn take_retry(
+        &mut self,
+        slot: usize,
+        id: EntryId,
+    ) -> Result<Option<(DeadLetterRow, Vec<Field>)>, Failure> {
+        let number = self.number(slot);
+        let found = self.tables.retrying.get(entry_key(number, id))?.map(|row| {
+            let (row, fields) = row.value();
+            parse::<DeadLetterRow>(row, || format!("the row of the retry {id}"))
+                .map(|row| (row, owned(&fields)))
+        });
+        // Read before the first write: a group is not undone because of an unreadable row.
+        let Some((row, fields)) = found.transpose()? else {
+            return Ok(None);
+        };
+        self.tables.retrying.remove(entry_key(number, id))?;
+        if let Some(retry) = row.retry {
+            self.tables
+                .due
+                .remove((number, retry.due_ms, id.ms, id.seq))?;
+        }
+        self.metas[slot].retrying = self.metas[slot].retrying.saturating_sub(1);
+        self.find_next_due(slot)?;
+        Ok(Some((row, fields)))
+    }
+
+    fn find_next_due(&mut self, slot: usize) -> Result<(), Failure> {
+        let number = self.number(slot);
+        let next = self
+            .tables
+            .due
+            .range((number, 0, 0, 0)..=(number, u64::MAX, u64::MAX, u64::MAX))?
+            .next();
+        self.metas[slot].next_due_ms = next.transpose()?.map(|(key, _)| key.value().1);
+        Ok(())
     }
 
     fn check_room(&self, slot: usize) -> Result<(), Failure> {
@@ -94,7 +178,11 @@ impl Work<'_> {
     /// its limit.
     pub(super) fn redrive(&mut self, slot: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(slot), id);
-        let found = self.tables.dead.get(key)?.map(|row| {
+        let row = match self.tables.dead.get(key)? {
+            Some(row) => Some(row),
+            None => self.tables.retrying.get(key)?,
+        };
+        let found = row.map(|row| {
             let (stored, fields) = row.value();
             (stored.to_vec(), owned(&fields))
         });
@@ -115,11 +203,11 @@ impl Work<'_> {
     /// See [`crate::broker::Operations::drop_dead_letter`].
     pub(super) fn drop_dead_letter(&mut self, slot: usize, id: EntryId) -> Result<bool, Failure> {
         let key = entry_key(self.number(slot), id);
-        let is_there = self.tables.dead.remove(key)?.is_some();
-        if is_there {
+        if self.tables.dead.remove(key)?.is_some() {
             self.metas[slot].dead_letters = self.metas[slot].dead_letters.saturating_sub(1);
+            return Ok(true);
         }
-        Ok(is_there)
+        Ok(self.take_retry(slot, id)?.is_some())
     }
 }
 
@@ -174,13 +262,12 @@ fn size(fields: &[(&[u8], &[u8])]) -> usize {
 }
 
 pub(super) fn dead_letters(
-    transaction: &ReadTransaction,
+    table: &ReadOnlyTable<layout::EntryKey, (&'static [u8], layout::Fields)>,
     partition: u8,
     after: EntryId,
     limit: usize,
     with_fields: bool,
 ) -> Result<Vec<DeadLetter>, Failure> {
-    let table = transaction.open_table(layout::DEAD)?;
     let rows = table.range(above(partition, after))?.take(limit);
     let read = rows.map(|row| {
         let (key, value) = row?;
@@ -190,6 +277,7 @@ pub(super) fn dead_letters(
             mut why,
             entry_bytes,
             entry_fields,
+            retry,
         } = parse(stored, || format!("the row of dead letter {ms}-{seq}"))?;
         if with_fields {
             why.fields = owned(&fields);
@@ -203,6 +291,7 @@ pub(super) fn dead_letters(
                 fields: entry_fields,
                 is_exact: true,
             }),
+            due_ms: retry.map(|retry| retry.due_ms),
         })
     });
     read.collect()
@@ -276,6 +365,7 @@ pub(super) fn state(meta: &Meta, now_ms: u64) -> crate::broker::PartitionState {
         trimmed_unread: 0,
         position: meta.position(),
         dead_letters: meta.dead_letters,
+        retrying: meta.retrying,
         dead_trimmed: meta.dead_trimmed,
         dedupe_overflows: meta.dedupe_overflows,
         // No other process can write to the source.

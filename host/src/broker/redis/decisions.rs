@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
 use super::partition_keys::PartitionKeys;
-use super::{Redis, client, optional_id, parse_text};
+use super::{Redis, client, optional_id, optional_number, parse_text};
 use crate::broker::{DecisionSearch, Result, StoredDecision};
+use crate::event::{Decision, Retry};
 
 /// Records per read, each of up to some kilobytes: a plugin may give a long reason.
 const PAGE: usize = 250;
@@ -80,7 +81,15 @@ async fn read(
 
 fn stored((_, fields): &RawRecord) -> Result<StoredDecision> {
     let text = |name: &str| fields.get(name).map(String::as_str).unwrap_or_default();
-    let decision = serde_json::from_str(text("decision")).map_err(|error| unexpected(&error))?;
+    let mut decision: Decision =
+        serde_json::from_str(text("decision")).map_err(|error| unexpected(&error))?;
+    decision.retry = match text("attempts") {
+        "" => None,
+        attempts => Some(Retry {
+            attempts: parse_text(attempts)?,
+            due_ms: optional_number(text("due"))?,
+        }),
+    };
     Ok((
         parse_text(text("entry"))?,
         parse_text(text("outcome"))?,

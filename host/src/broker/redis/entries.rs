@@ -93,10 +93,12 @@ pub(super) async fn read(
     Ok(vec![entry])
 }
 
-/// See [`crate::broker::Operations::dead_letters`].
+/// Reads one of the two streams of dead letters, `dead` or `retrying`; see
+/// [`crate::broker::Operations::dead_letters`].
 pub(super) async fn dead_letters(
     redis: &Redis,
     keys: &PartitionKeys,
+    stream: &str,
     mut after: EntryId,
     limit: usize,
     with_fields: bool,
@@ -117,7 +119,7 @@ pub(super) async fn dead_letters(
             EXAMINED_BYTES
         },
     };
-    let key = format!("{}dead", keys.prefix);
+    let key = format!("{}{stream}", keys.prefix);
     let mut letters = Vec::new();
     while letters.len() < limit && after < EntryId::MAX {
         let some = range(redis, &key, after, limit - letters.len(), &limits).await?;
@@ -258,5 +260,6 @@ fn dead_letter(raw: Entry) -> Result<DeadLetter> {
         entry: parse_text(&text("entry"))?,
         why,
         oversized,
+        due_ms: number("due")?,
     })
 }

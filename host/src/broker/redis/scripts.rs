@@ -54,6 +54,7 @@ scripts! {
     ATTEMPT = of_partition "attempt.lua";
     BEGIN = of_partition "begin.lua";
     COMMIT = of_partition "commit.lua";
+    DROP = of_partition "drop.lua";
     HEAD = of_partition "head.lua";
     LEASE = of_partition "lease.lua";
     PAGE = of_partition "page.lua";

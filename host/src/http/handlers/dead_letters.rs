@@ -1,5 +1,5 @@
 //! `/v1/dead-letters`: dead letters of all partitions. They can be listed, shown with their
-//! original fields, redriven and dropped. A dead letter is identified by `partition/id`, as in the
+//! original fields, redriven and dropped. Events that wait for a retry are listed apart. A dead letter is identified by `partition/id`, as in the
 //! path.
 
 use std::sync::Arc;
@@ -32,6 +32,9 @@ pub(in crate::http) struct Page {
     after: Option<String>,
     #[serde(default = "default_limit")]
     limit: usize,
+    /// Whether to list the dead letters of events that wait for a retry, instead of those that stay.
+    #[serde(default)]
+    retrying: bool,
 }
 
 fn default_limit() -> usize {
@@ -62,6 +65,10 @@ pub(in crate::http) struct Shown {
     /// beginning.
     #[serde(skip_serializing_if = "Option::is_none")]
     entry_bytes: Option<u64>,
+    /// When the event is tried again, in milliseconds since the Unix epoch; only of one that waits
+    /// for a retry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    due_ms: Option<u64>,
     /// The entry's original fields; only when a single dead letter is shown.
     #[serde(skip_serializing_if = "Option::is_none")]
     fields: Option<Vec<Field>>,
@@ -131,6 +138,7 @@ fn shown(
         plugin: letter.why.plugin,
         attempts: letter.why.attempts,
         entry_bytes: letter.oversized.map(|size| size.bytes),
+        due_ms: letter.due_ms,
         fields: with_fields.then(|| letter.why.fields.into_iter().map(Field::new).collect()),
     }
 }
@@ -158,9 +166,14 @@ pub(in crate::http) async fn list(
             after = EntryId::default();
         }
         while dead.len() < limit && n_bytes < MAX_BYTES {
-            let letters = broker
-                .dead_letter_headers(partition.number, after, READ.min(limit - dead.len()))
-                .await?;
+            let n = READ.min(limit - dead.len());
+            let letters = if page.retrying {
+                broker.retrying(partition.number, after, n).await?
+            } else {
+                broker
+                    .dead_letter_headers(partition.number, after, n)
+                    .await?
+            };
             let Some(last) = letters.last() else { break };
             after = last.id;
             for letter in letters {
@@ -188,11 +201,11 @@ pub(in crate::http) async fn show(
 ) -> Result<Json<Shown>, ApiError> {
     let (broker, partition) = known(&state, partition)?;
     let before = id.before().ok_or_else(gone)?;
-    let letter = broker
-        .dead_letters(partition, before, 1)
-        .await?
-        .pop()
-        .filter(|letter| letter.id == id)
+    let mut letters = broker.dead_letters(partition, before, 1).await?;
+    letters.extend(broker.retrying(partition, before, 1).await?);
+    let letter = letters
+        .into_iter()
+        .find(|letter| letter.id == id)
         .ok_or_else(gone)?;
     Ok(Json(shown(broker, partition, letter, true)))
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use redb::ReadableTableMetadata as _;
+use redb::{ReadableDatabase as _, ReadableTableMetadata as _};
 use tokio::sync::mpsc::error::TryRecvError;
 
 use super::*;
@@ -348,25 +348,45 @@ async fn a_damaged_store_is_rejected_and_left_unchanged() {
     }
 }
 
-#[test]
-fn a_store_of_a_newer_pointsman_is_rejected() {
-    let (folder, time) = (Folder::new(), Time::new());
-    in_folder(&folder, Retention::default(), &time).close();
+fn set_version(folder: &Folder, version: u64) {
     let database = redb::Database::open(folder.file()).unwrap();
     let transaction = database.begin_write().unwrap();
     transaction
         .open_table(layout::LAYOUT)
         .unwrap()
-        .insert("version", layout::VERSION + 1)
+        .insert("version", version)
         .unwrap();
     transaction.commit().unwrap();
-    drop(database);
+}
+
+/// An older pointsman would not append the retries of a store that this one has written.
+#[test]
+fn a_store_of_an_earlier_layout_is_opened_and_given_the_present_one() {
+    let (folder, time) = (Folder::new(), Time::new());
+    in_folder(&folder, Retention::default(), &time).close();
+    set_version(&folder, 1);
+    in_folder(&folder, Retention::default(), &time).close();
+    let database = redb::Database::open(folder.file()).unwrap();
+    let table = database
+        .begin_read()
+        .unwrap()
+        .open_table(layout::LAYOUT)
+        .unwrap();
+    let version = table.get("version").unwrap().unwrap().value();
+    assert_eq!(version, layout::VERSION);
+}
+
+#[test]
+fn a_store_of_a_newer_pointsman_is_rejected() {
+    let (folder, time) = (Folder::new(), Time::new());
+    in_folder(&folder, Retention::default(), &time).close();
+    set_version(&folder, layout::VERSION + 1);
     let refused = Embedded::open(&folder.0, &sources(), Retention::default(), alarm())
         .map(drop)
         .unwrap_err();
     let text = format!("{refused:#}");
     assert!(
-        text.contains("created by a newer pointsman (layout 2, this version supports 1)")
+        text.contains("created by a newer pointsman (layout 3, this version supports 2)")
             && text.contains(folder.0.to_str().unwrap()),
         "{text}"
     );

@@ -11,6 +11,7 @@
 --     x (dead letter): reason, plugin, attempts, number of fields, fields
 --     o (dead letter of a large entry): reason, plugin, attempts; '1' to copy the fields from the
 --       source; bytes and number of fields of the entry; number of fields in its beginning, fields
+--     r (retry): the same, preceded by the most retries and the most ms from the first attempt
 --     d (discard), u (unrouted): nothing
 --
 -- Returns {'conflict'} or {'done', outcome, id or '', outcome, id or '', ...}.
@@ -30,20 +31,23 @@ if name ~= wanted or pos ~= prev or slices ~= math.max(slice, 0) then return {'c
 local is_continued = slice > 0
 
 local items = {}
+local is_retry = false
 for i = 1, tonumber(take()) do
   local item = {kind = take(), entry = take(), hash = take(), decision = take()}
   if item.kind == 'c' then
     item.record, item.n = take(), tonumber(take())
     item.first = at + 1
     at = at + item.n
-  elseif item.kind == 'x' or item.kind == 'o' then
+  elseif item.kind == 'x' or item.kind == 'o' or item.kind == 'r' then
+    if item.kind == 'r' then item.retries, item.timeout = tonumber(take()), tonumber(take()) end
     item.reason, item.plugin, item.attempts = take(), take(), take()
     if item.kind == 'o' then item.is_copied, item.n_bytes, item.n_fields = take() == '1', take(), take() end
-    item.kind = 'x'
+    if item.kind == 'o' then item.kind = 'x' end
     item.fields = {}
     for j = 1, 2 * tonumber(take()) do item.fields[j] = take() end
   end
   items[i] = item
+  is_retry = is_retry or item.kind == 'r'
 end
 if is_continued then
   if items[1].entry ~= entry_of(pos) then return {'conflict'} end
@@ -63,6 +67,7 @@ end
 -- did not move is committed again, under another id.
 
 require_commit_rights()
+if is_retry then require_retry_rights() end
 for _, item in ipairs(items) do
   if item.kind == 'c' then
     for j = item.first, item.first + item.n - 1 do
@@ -73,7 +78,7 @@ for _, item in ipairs(items) do
 end
 
 local counters = {
-  'b', 'last', 'n', 'committed', 'discarded', 'unrouted', 'duplicate', 'dead-lettered',
+  'b', 'last', 'n', 'committed', 'discarded', 'unrouted', 'duplicate', 'dead-lettered', 'retrying',
   'dead_trimmed', 'dedupe_overflows', 'wrong_type_logs',
 }
 for i, value in ipairs(call('HMGET', META, unpack(counters))) do
@@ -85,10 +90,18 @@ if is_continued and not meta('pending') then
   return redis.error_reply('ERR ' .. META .. ' has no pending id within a plan; restore the partition')
 end
 
-for _, key in ipairs({T .. 'decisions', T .. 'dead'}) do
-  local kind = call('TYPE', key).ok
-  if kind ~= 'none' and kind ~= 'stream' then
-    return redis.error_reply('WRONGTYPE the key ' .. key .. ' is a ' .. kind .. ' but must be a stream')
+require_type(T .. 'decisions', 'stream')
+require_type(T .. 'dead', 'stream')
+if is_retry then require_retry_types() end
+
+-- The earlier attempts at entries that a retry appended.
+local earlier = {}
+if require_type(RETRIED, 'hash') then
+  local entries = {}
+  for i, item in ipairs(items) do entries[i] = item.entry end
+  for i, found in ipairs(call('HMGET', RETRIED, unpack(entries))) do
+    local attempts, retries, first = string.match(found or '', '^(%d+) (%d+) (%d+)$')
+    if attempts then earlier[entries[i]] = {attempts = tonumber(attempts), retries = tonumber(retries), first = tonumber(first)} end
   end
 end
 
@@ -135,10 +148,32 @@ if window > 0 and not is_continued then
   end
 end
 
+-- Whether an event for which a plugin requested a retry gets one; otherwise it stays a dead letter.
+local n_retrying = is_retry and call('XLEN', RETRYING) or 0
+local function is_retried(item)
+  local before = earlier[item.entry] or {retries = 0, first = now}
+  local delay = 1000 * 2 ^ before.retries
+  if before.retries >= item.retries or now + delay - before.first > item.timeout then return false end
+  if #item.fields > MOST_ARGUMENTS then
+    item.reason = item.reason .. '; it is not retried, because it has too many fields'
+    return false
+  end
+  if n_retrying >= tonumber(ARGV[10]) then
+    item.reason = item.reason .. '; it is not retried, because ' .. n_retrying .. ' events wait for a retry (retention.dead_letter_entries)'
+    return false
+  end
+  n_retrying = n_retrying + 1
+  item.due, item.retry_no, item.first = now + delay, before.retries + 1, before.first
+  return true
+end
+
 local in_batch = {}
+local is_letter = false
 for _, item in ipairs(items) do
   local fate = item.kind
-  if fate ~= 'x' and not is_continued then
+  if fate == 'r' then
+    fate = is_retried(item) and 'r' or 'x'
+  elseif fate ~= 'x' and not is_continued then
     if item.hash ~= '' and window > 0 then
       local b = bucket(item.entry)
       local was = in_batch[item.hash]
@@ -166,6 +201,24 @@ for _, item in ipairs(items) do
     if not found.err and found[1] then item.fields, item.n_bytes = found[1][2], nil end
   end
   item.fate = fate
+  is_letter = is_letter or fate == 'x' or fate == 'r'
+  local before = earlier[item.entry]
+  item.attempts = (before and before.attempts or 0) + tonumber(item.attempts or '1')
+end
+
+-- The newest id of a dead letter, of those that stay and those that are retried: an id names one.
+local letter_ms, letter_seq = now, -1
+for _, key in ipairs(is_letter and {T .. 'dead', RETRYING} or {}) do
+  local info = pcall('XINFO', 'STREAM', key)
+  for i = 1, info.err and 0 or #info, 2 do
+    if info[i] == 'last-generated-id' then
+      local ms, seq = string.match(info[i + 1], '^(%d+)-(%d+)$')
+      ms, seq = tonumber(ms), tonumber(seq)
+      -- Beyond 53 bits a number is not exact.
+      if seq >= 2 ^ 53 then ms, seq = ms + 1, -1 end
+      if ms > letter_ms or ms == letter_ms and seq > letter_seq then letter_ms, letter_seq = ms, seq end
+    end
+  end
 end
 
 -- Phase 2: write. Trim first, so that a full Redis can drain.
@@ -252,12 +305,14 @@ local function index(item, id)
   end
 end
 
-local function dead_letter(item)
+-- The id of a new dead letter and everything it holds. The arguments are further fields of its own.
+local function letter(item, ...)
+  letter_seq = letter_seq + 1
   local fields = item.fields
   local pairs_kept = math.min(#fields, MOST_ARGUMENTS)
   local reason = item.reason
   if pairs_kept < #fields then reason = reason .. ' (only the first ' .. pairs_kept / 2 .. ' of ' .. #fields / 2 .. ' fields are kept)' end
-  local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', item.attempts}
+  local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', text(item.attempts), ...}
   if item.n_bytes then
     for _, value in ipairs({'entry_bytes', item.n_bytes, 'entry_fields', item.n_fields}) do values[#values + 1] = value end
   end
@@ -265,10 +320,22 @@ local function dead_letter(item)
     values[#values + 1] = 'f:' .. fields[j]
     values[#values + 1] = fields[j + 1]
   end
+  return text(letter_ms) .. '-' .. text(letter_seq), values
+end
+
+local function dead_letter(item)
   local key = T .. 'dead'
   local n_before = call('XLEN', key)
-  call('XADD', key, 'MAXLEN', ARGV[10], '*', unpack(values))
+  local id, values = letter(item)
+  call('XADD', key, 'MAXLEN', ARGV[10], id, unpack(values))
   counts['dead_trimmed'] = (counts['dead_trimmed'] or 0) + n_before + 1 - call('XLEN', key)
+end
+
+local function retry(item)
+  local due = text(item.due)
+  local id, values = letter(item, 'retries', text(item.retry_no), 'first', text(item.first), 'due', due)
+  call('XADD', RETRYING, id, unpack(values))
+  call('ZADD', DUE, due, id)
 end
 
 local answer = {'done'}
@@ -302,6 +369,9 @@ for _, item in ipairs(items) do
   elseif item.fate == 'x' then
     outcome = 'dead-lettered'
     dead_letter(item)
+  elseif item.fate == 'r' then
+    outcome = 'retrying'
+    retry(item)
   else
     outcome = item.fate == 'd' and 'discarded' or item.fate == 'u' and 'unrouted' or 'duplicate'
     if outcome ~= 'duplicate' then remember(item) end
@@ -311,7 +381,16 @@ for _, item in ipairs(items) do
   if not string.find(next_pos, '/', 1, true) then
     count(outcome)
     local record = {'entry', item.entry, 'outcome', outcome, 'decision', item.decision}
-    if id ~= '' then record[7], record[8] = 'id', id end
+    local function note(field, value)
+      record[#record + 1] = field
+      record[#record + 1] = value
+    end
+    if id ~= '' then note('id', id) end
+    if item.due then note('due', text(item.due)) end
+    if item.due or earlier[item.entry] then
+      note('attempts', text(item.attempts))
+      call('HDEL', RETRIED, item.entry)
+    end
     call('XADD', T .. 'decisions', 'MAXLEN', '~', ARGV[11], '*', unpack(record))
   end
 end

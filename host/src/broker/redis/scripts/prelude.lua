@@ -16,6 +16,10 @@ local OWN = 13
 local P = string.match(T, '^[^:]+')
 local is_own_source = string.sub(S, 1, #P + 1) == P .. ':'
 local call, pcall = redis.call, redis.pcall
+-- Events for which a plugin requested a retry: their dead letters, the ids of these by due time, and
+-- the earlier attempts at each entry that a retry appended to the source: `attempts retries first`,
+-- with the time of the first failure in ms. Publishers cannot set them, unlike a field of an entry.
+local RETRYING, DUE, RETRIED = T .. 'retrying', T .. 'due', T .. 'retried'
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
@@ -220,7 +224,7 @@ local function require_commit_rights()
   require_rights({
     {'HGET', META, 'f'}, {'HMGET', META, 'f'}, {'HSET', META, 'f', 'v'}, {'HDEL', META, 'f'},
     {'HINCRBY', META, 'f', '1'}, {'INFO', 'memory'}, {'XRANGE', S, '-', '+'},
-    {'TYPE', dead}, {'XLEN', dead}, {'XADD', dead, '*', 'f', 'v'},
+    {'TYPE', dead}, {'XLEN', dead}, {'XADD', dead, '*', 'f', 'v'}, {'XINFO', 'STREAM', dead},
     {'TYPE', decisions}, {'XADD', decisions, '*', 'f', 'v'},
     {'SMISMEMBER', seen, 'v'}, {'SCARD', seen}, {'SADD', seen, 'v'}, {'UNLINK', seen},
     {'SET', record, 'v'}, {'PEXPIRE', record, '1'},
@@ -260,8 +264,10 @@ local function append_again(last, pos)
   require_rights({
     {'XRANGE', S, '-', '+'}, {'XSETID', S, '0-1'}, {'XADD', S, '*', 'f', 'v'}, {'XDEL', S, '0-1'},
     {'XADD', dead, '*', 'f', 'v'}, {'XADD', T .. 'decisions', '*', 'f', 'v'},
-    {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
+    {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}, {'UNLINK', RETRIED},
   })
+  -- No entry has its id any more.
+  call('UNLINK', RETRIED)
   call('XSETID', S, pos)
   local n, after = 0, '-'
   while true do
@@ -308,6 +314,44 @@ local function leave_last_id()
   elseif before(last, entry_of(pos)) then last = entry_of(pos) end
   -- Also forgets that the largest id was deleted: Redis could not count the entries that follow.
   call('XSETID', S, last, 'ENTRIESADDED', text(added), 'MAXDELETEDID', '0-1')
+end
+
+-- Fails unless the user may run every command of a retry.
+local function require_retry_rights()
+  require_rights({
+    {'TYPE', RETRYING}, {'XLEN', RETRYING}, {'XINFO', 'STREAM', RETRYING}, {'XRANGE', RETRYING, '-', '+'},
+    {'XADD', RETRYING, '*', 'f', 'v'}, {'XDEL', RETRYING, '0-1'},
+    {'ZADD', DUE, '1', 'v'}, {'ZREM', DUE, 'v'}, {'ZRANGEBYSCORE', DUE, '0', '1'},
+    {'HMGET', RETRIED, 'f'}, {'HSET', RETRIED, 'f', 'v'}, {'HDEL', RETRIED, 'f'},
+    {'XADD', S, '*', 'f', 'v'},
+  })
+end
+
+-- The fields of the entry of a dead letter, as names and values in turn, and the letter's own fields.
+local function entry_of_letter(fields)
+  local values, of = {}, {}
+  for i = 1, #fields, 2 do
+    if string.sub(fields[i], 1, 2) == 'f:' then
+      values[#values + 1] = string.sub(fields[i], 3)
+      values[#values + 1] = fields[i + 1]
+    else of[fields[i]] = fields[i + 1] end
+  end
+  return values, of
+end
+
+-- Fails if a key has another type. Returns whether it exists.
+local function require_type(key, wanted)
+  local kind = call('TYPE', key).ok
+  if kind ~= 'none' and kind ~= wanted then
+    error({err = 'WRONGTYPE the key ' .. key .. ' is a ' .. kind .. ' but must be a ' .. wanted})
+  end
+  return kind ~= 'none'
+end
+
+local function require_retry_types()
+  require_type(RETRYING, 'stream')
+  require_type(DUE, 'zset')
+  require_type(RETRIED, 'hash')
 end
 
 -- Repairs the source after other clients modified it. Returns the number of entries that were
@@ -368,8 +412,12 @@ local function heal()
   end
   if not added then last, added = probe() end
   local missing = added - n
-  if missing ~= 0 then require_rights({{'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}}) end
-  if missing > 0 then call('HINCRBY', META, 'trimmed_unread', missing) end
+  if missing ~= 0 then require_rights({{'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}, {'UNLINK', RETRIED}}) end
+  if missing > 0 then
+    call('HINCRBY', META, 'trimmed_unread', missing)
+    -- None of its entries waits any more.
+    call('UNLINK', RETRIED)
+  end
   if missing ~= 0 then call('HSET', META, 'n', text(added)) end
   -- At the end of the source and not at the position: Redis does not count behind a deleted entry.
   call('XGROUP', 'SETID', S, P, last, 'ENTRIESREAD', text(added))

@@ -96,6 +96,10 @@ impl Router for Unruly {
             "fresh-instances-only" if calls > 1 => panic!("call {calls} of this instance"),
             "reject" => return Err(Failure::Reject("no such order\u{7}".into())),
             "retry" => return Err(Failure::Retry("not now".into())),
+            // Until the clock has reached the attribute `until`, in ms.
+            "retry-until" if clock::now_ms() < until(event) => {
+                return Err(Failure::Retry("not yet".into()));
+            }
             "many-targets" => Route::to(vec![Target::Everyone; 10_001]),
             "many-routes" => return Ok(vec![Route::to([]); 10_001]),
             "large-answer" => Route {
@@ -157,6 +161,13 @@ impl Router for Unruly {
             }
         }])
     }
+}
+
+fn until(event: &Event) -> u64 {
+    event
+        .text("until")
+        .and_then(|ms| ms.parse().ok())
+        .unwrap_or_default()
 }
 
 fn hang() -> ! {
