@@ -194,6 +194,7 @@ impl Config {
             .sources
             .unwrap_or_else(|| vec![prefix.default_source()]);
         checks::sources(layers, &sources, &choice)?;
+        checks::untrimmed_sources(layers, &retention.untrimmed_sources, &sources)?;
         let origins = Origins::new(&listen.origins, auth.dev)
             .map_err(|text| layers.fault("listen.origins", text))?
             .with_admin_hosts(&listen.admin_hosts)
@@ -589,6 +590,15 @@ mod tests {
             &[
                 "broker.sources: source 'shop:user:ann' would share keys",
                 "; give it another key",
+            ],
+        );
+        check(
+            good,
+            &[("POINTSMAN_RETENTION_UNTRIMMED_SOURCES", "another")],
+            &[],
+            &[
+                "POINTSMAN_RETENTION_UNTRIMMED_SOURCES: retention.untrimmed_sources: names 'another'",
+                "not in broker.sources",
             ],
         );
         check(

@@ -177,4 +177,8 @@ pub struct PartitionState {
     /// Whether the id of the newest processed entry is not a time of day.
     #[serde(skip)]
     pub has_foreign_ids: bool,
+    /// Entries that neither Pointsman nor another consumer group needs, of a source that is not
+    /// trimmed.
+    #[serde(skip)]
+    pub unneeded: u64,
 }

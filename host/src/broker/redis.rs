@@ -12,7 +12,7 @@
 //!
 //! | Key | Type | Contents |
 //! |---|---|---|
-//! | the source | stream | Events. Trimmed by Pointsman only if the key begins with `P:`. Its consumer group `P` stands at the position and shows the lag; no entry is ever delivered through it. |
+//! | the source | stream | Events. Trimmed by Pointsman as far as no other consumer group needs them, unless `retention.untrimmed_sources` names it. Its consumer group `P` stands at the position and shows the lag; no entry is ever delivered through it. |
 //! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at`, `look_at` and `probe_at` in ms; `mark` and `next_mark`, positions of which the later one was stored at `mark_at`; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
 //! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
@@ -654,8 +654,8 @@ impl Operations for Redis {
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
-        type Answer = (u64, u64, u64, u64, bool, BTreeMap<String, String>);
-        let (lag, dead_letters, retrying, ids_ahead_ms, is_timed, meta): Answer = self
+        type Answer = (u64, u64, u64, u64, bool, u64, BTreeMap<String, String>);
+        let (lag, dead_letters, retrying, ids_ahead_ms, is_timed, unneeded, meta): Answer = self
             .run(self.keys(partition)?, &scripts::STATE, |_| {})
             .await?;
         let position = meta
@@ -676,6 +676,7 @@ impl Operations for Redis {
             dedupe_overflows: number("dedupe_overflows")?,
             ids_ahead_ms,
             has_foreign_ids: !is_timed,
+            unneeded,
         })
     }
 

@@ -42,6 +42,9 @@ pub struct Retention {
     /// `ingest.max_event_bytes`; not a key of this section.
     #[serde(skip)]
     pub max_event_bytes: usize,
+    /// Sources in Redis from which processed entries are not removed, because programs read them
+    /// without a consumer group (none).
+    pub untrimmed_sources: Vec<String>,
     /// How long a device cursor is kept after it last moved (30d). A read marker is kept for the
     /// age of notifications (`max_age`) plus 2 % if that is longer.
     #[serde(with = "crate::duration")]
@@ -62,6 +65,7 @@ impl Default for Retention {
             dedupe_entries: 1_000_000,
             dead_letter_entries: 10_000,
             decision_entries: 100_000,
+            untrimmed_sources: Vec::new(),
             backlog_entries: 1_000_000,
             max_event_bytes: 256 * 1024,
             device_cursor_ttl: Duration::from_secs(30 * 24 * 3600),
@@ -71,6 +75,11 @@ impl Default for Retention {
 }
 
 impl Retention {
+    /// Whether processed entries of this source are removed.
+    pub(crate) fn trims(&self, source: &str) -> bool {
+        !self.untrimmed_sources.iter().any(|kept| kept == source)
+    }
+
     /// How long a device cursor or read marker is kept after it last moved, in milliseconds. A read
     /// marker is kept at least as long as any notification it can refer to.
     pub(crate) fn cursor_ttl_ms(&self, which: &CursorOwner) -> u64 {

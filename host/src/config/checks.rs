@@ -198,6 +198,23 @@ pub(super) fn prefix(layers: &Layers, broker: &Broker) -> Result<Prefix, Error> 
     Prefix::parse(&broker.prefix).map_err(|text| layers.fault("broker.prefix", text))
 }
 
+pub(super) fn untrimmed_sources(
+    layers: &Layers,
+    untrimmed: &[String],
+    sources: &[String],
+) -> Result<(), Error> {
+    match untrimmed.iter().find(|source| !sources.contains(source)) {
+        None => Ok(()),
+        Some(source) => Err(layers.fault(
+            "retention.untrimmed_sources",
+            format!(
+                "names '{}', which is not in broker.sources; add it there or remove it here",
+                source.escape_debug()
+            ),
+        )),
+    }
+}
+
 pub(super) fn sources(
     layers: &Layers,
     sources: &[String],

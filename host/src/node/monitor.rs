@@ -27,6 +27,9 @@ const CHECK_EVERY: Duration = Duration::from_secs(2);
 /// unless a plugin is slow or requests retries.
 const STALLED_AFTER: Duration = Duration::from_secs(10);
 
+/// Entries that nothing needs, in a source that is not trimmed, at which a warning is set for it.
+const UNNEEDED_WARNING: u64 = 1_000;
+
 /// Percentage of the dead-letter limit at which a warning is set for a source.
 const DEAD_WARNING_PERCENT: u64 = 80;
 
@@ -124,21 +127,7 @@ async fn look_at_sources(
             return;
         };
         stalls.look(partition, &state, readiness, Instant::now());
-        let ids = format!("sources.{}.ids", partition.source);
-        if state.has_foreign_ids {
-            let consequence = "events without `time` get the time of processing, and retries are recognised by it";
-            let fix =
-                "add events with XADD KEY *, and to a new source if the ids are in the future";
-            readiness.warn(
-                &ids,
-                format!(
-                    "the ids of entries, such as {}, are not the time of day; {consequence}; {fix}",
-                    state.position
-                ),
-            );
-        } else {
-            readiness.clear(&ids);
-        }
+        warn_about_source(partition, &state, readiness);
         let source = SourceLabel {
             source: partition.source.clone(),
         };
@@ -182,6 +171,36 @@ async fn look_at_sources(
             format!("{sources}; the oldest beyond {max_dead} per source are deleted; {fix}"),
         );
     }
+}
+
+/// Warns of a source that grows without bound, and of one whose ids are not times.
+fn warn_about_source(partition: &Partition, state: &PartitionState, readiness: &Readiness) {
+    let warn = |kind: &str, text: Option<String>| {
+        let name = format!("sources.{}.{kind}", partition.source);
+        match text {
+            Some(text) => readiness.warn(&name, text),
+            None => readiness.clear(&name),
+        }
+    };
+    let fix = "trim it (XTRIM), or remove it from retention.untrimmed_sources";
+    let is_full = state.unneeded >= UNNEEDED_WARNING;
+    warn(
+        "untrimmed",
+        is_full.then(|| {
+            format!(
+                "it holds at least {UNNEEDED_WARNING} entries that no consumer group needs; {fix}"
+            )
+        }),
+    );
+    let fix = "add events with XADD KEY *, and to a new source if the ids are in the future";
+    warn(
+        "ids",
+        state.has_foreign_ids.then(|| {
+            format!(
+                "the ids of entries are not the time of day, so events without `time` get the time of processing, and retries are recognised by it; {fix}"
+            )
+        }),
+    );
 }
 
 /// The positions of the partitions, and since when each has not moved while entries wait.
@@ -422,6 +441,30 @@ mod tests {
             assert!(look(2, 0).is_empty(), "no entry waits");
         }
         assert!(look(2, 1).is_empty(), "the entry is new");
+    }
+
+    #[test]
+    fn a_source_that_nothing_trims_and_ids_that_are_not_times_are_warnings() {
+        let readiness = Readiness::default();
+        let partition = &FakeBroker::default().partitions()[0].clone();
+        let look = |unneeded: u64, has_foreign_ids: bool| {
+            let state = PartitionState {
+                unneeded,
+                has_foreign_ids,
+                ..PartitionState::default()
+            };
+            warn_about_source(partition, &state, &readiness);
+            assert!(readiness.is_ready());
+            readiness.report().lines
+        };
+        assert!(look(UNNEEDED_WARNING - 1, false).is_empty());
+        let lines = look(UNNEEDED_WARNING, true);
+        assert!(
+            lines[0].starts_with("warning: sources.pointsman:events:0.ids: ")
+                && lines[1].starts_with("warning: sources.pointsman:events:0.untrimmed: "),
+            "{lines:?}"
+        );
+        assert!(look(0, false).is_empty());
     }
 
     #[tokio::test]

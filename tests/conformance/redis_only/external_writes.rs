@@ -6,12 +6,16 @@ use super::*;
 /// Fills the memory of Redis: appends `n` entries of `bytes` bytes each, then sets the limit
 /// slightly below the memory in use.
 fn fill(server: &RedisServer, n: usize, bytes: usize) {
+    fill_source(server, SOURCE, n, bytes);
+}
+
+fn fill_source(server: &RedisServer, source: &str, n: usize, bytes: usize) {
     let payload = "x".repeat(bytes);
     let mut commands = redis::pipe();
     for _ in 0..n {
         commands
             .cmd("XADD")
-            .arg(SOURCE)
+            .arg(source)
             .arg("*")
             .arg("v")
             .arg(&payload);
@@ -19,6 +23,19 @@ fn fill(server: &RedisServer, n: usize, bytes: usize) {
     let _: redis::Value = commands
         .query(&mut server.connection())
         .expect("Redis is not full yet");
+    limit_memory(server);
+    let refused = redis::cmd("XADD")
+        .arg(source)
+        .arg("*")
+        .arg("v")
+        .arg("f")
+        .exec(&mut server.connection())
+        .expect_err("Redis is full");
+    assert_eq!(refused.code(), Some("OOM"));
+}
+
+/// Sets the limit slightly below the memory in use.
+fn limit_memory(server: &RedisServer) {
     let memory: String = server.command("INFO memory");
     let used: u64 = memory
         .lines()
@@ -26,14 +43,6 @@ fn fill(server: &RedisServer, n: usize, bytes: usize) {
         .and_then(|used| used.parse().ok())
         .expect("a number");
     let () = server.command(&format!("CONFIG SET maxmemory {}", used - 500_000));
-    let refused = redis::cmd("XADD")
-        .arg(SOURCE)
-        .arg("*")
-        .arg("v")
-        .arg("f")
-        .exec(&mut server.connection())
-        .expect_err("Redis is full");
-    assert_eq!(refused.code(), Some("OOM"));
 }
 
 /// The third write of a batch would fail on a key of the wrong type, and the first two would remain
@@ -223,6 +232,8 @@ async fn processed_entries_are_kept_for_a_while_but_not_in_a_full_redis() {
     assert_eq!(server.command::<u64>(&format!("XLEN {SOURCE}")), 500);
     fill(&server, 4_000, 1_000);
     drain(&node).await;
+    // The commits may have trimmed enough that Redis is no longer full.
+    limit_memory(&server);
     until(async || {
         node.broker.tick(node.p).await.unwrap();
         server.command::<u64>(&format!("XLEN {SOURCE}")) < 500
@@ -441,25 +452,83 @@ async fn at_most_two_dedupe_buckets_exist() {
     );
 }
 
-/// Readers without a consumer group are unknown, so only sources with our prefix are trimmed.
+/// Whatever its key: a source that is never trimmed fills Redis for good.
 #[tokio::test]
-async fn a_source_without_our_prefix_is_not_modified() {
+async fn a_source_of_any_key_is_trimmed_as_far_as_no_group_needs_it() {
     let server = RedisServer::start();
-    let node = connect_to(
-        &server.url(),
-        &["shop:orders"],
-        Retention {
-            processed_entries_ttl: Duration::ZERO,
-            ..Retention::default()
-        },
-    )
-    .await
-    .unwrap();
-    node.append(&["v"; 500]).await;
+    let retention = Retention {
+        processed_entries_ttl: Duration::ZERO,
+        ..Retention::default()
+    };
+    let node = connect_to(&server.url(), &["shop:orders"], retention)
+        .await
+        .unwrap();
+    let ids = node.append(&["v"; 500]).await;
+    let () = server.command(&format!("XGROUP CREATE shop:orders audit {}", ids[299]));
     drain(&node).await;
-    let () = server.command("HDEL pointsman:{shop:orders}:meta trim_at");
-    node.publish("R", &["u:1"]).await;
-    assert_eq!(server.command::<u64>("XLEN shop:orders"), 500);
+    let left = async || {
+        let () = server.command("HDEL pointsman:{shop:orders}:meta trim_at");
+        node.broker.tick(node.p).await.unwrap();
+        server.command::<u64>("XLEN shop:orders")
+    };
+    // Redis trims whole nodes of 100 entries.
+    let n_left = left().await;
+    assert!((200..=300).contains(&n_left), "{n_left}");
+    let () = server.command("XGROUP DESTROY shop:orders audit");
+    let n_left = left().await;
+    assert!(n_left <= 100, "{n_left}");
+}
+
+/// Nothing is waiting, so that only trimming can make room for publishers.
+#[tokio::test]
+async fn a_full_redis_drains_whatever_the_key_of_the_source() {
+    let server = RedisServer::start();
+    let node = connect_to(&server.url(), &["shop:orders"], Retention::default())
+        .await
+        .unwrap();
+    fill_source(&server, "shop:orders", 2_000, 1_000);
+    assert_eq!(drain(&node).await, 2_000);
+    until(async || {
+        node.broker.tick(node.p).await.unwrap();
+        let append = node.broker.append(node.p, vec![vec![field("v", "1")]]);
+        append.await.is_ok()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_untrimmed_source_keeps_its_entries_and_reports_them() {
+    let server = RedisServer::start();
+    let retention = Retention {
+        processed_entries_ttl: Duration::ZERO,
+        untrimmed_sources: vec!["shop:orders".into()],
+        ..Retention::default()
+    };
+    let node = connect_to(&server.url(), &["shop:orders"], retention)
+        .await
+        .unwrap();
+    let ids = node.append(&["v"; 500]).await;
+    drain(&node).await;
+    node.append(&["v"; 7]).await;
+    let unneeded = async || {
+        let () = server.command("HDEL pointsman:{shop:orders}:meta trim_at");
+        node.broker.tick(node.p).await.unwrap();
+        node.broker.state(node.p).await.unwrap().unneeded
+    };
+    assert_eq!(unneeded().await, 500);
+    // 200 entries are delivered to another group, 50 of them are not acknowledged.
+    let () = server.command(&format!("XGROUP CREATE shop:orders audit {}", ids[99]));
+    let () = server.command(&format!(
+        "XGROUP SETID shop:orders audit {} ENTRIESREAD 100",
+        ids[99]
+    ));
+    let _: redis::Value =
+        server.command("XREADGROUP GROUP audit me COUNT 200 STREAMS shop:orders >");
+    for id in &ids[100..250] {
+        let () = server.command(&format!("XACK shop:orders audit {id}"));
+    }
+    assert_eq!(unneeded().await, 250);
+    assert_eq!(server.command::<u64>("XLEN shop:orders"), 507);
 }
 
 /// Lua passes at most about 8,000 arguments to a command, and exceeding the limit must not fail

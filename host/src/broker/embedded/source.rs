@@ -370,6 +370,7 @@ pub(super) fn state(meta: &Meta, now_ms: u64) -> crate::broker::PartitionState {
         dedupe_overflows: meta.dedupe_overflows,
         // No other process can write to the source.
         has_foreign_ids: false,
+        unneeded: 0,
         ids_ahead_ms: u64::try_from(meta.ids_ahead(now_ms).as_millis()).unwrap_or(u64::MAX),
     }
 }

@@ -22,7 +22,7 @@ pub(super) struct PartitionKeys {
     pub(super) channels: String,
     pub(super) meta: String,
     /// The first arguments of every script; see `scripts/prelude.lua`.
-    pub(super) arguments: [String; 12],
+    pub(super) arguments: [String; 13],
     pub(super) readers: Readers,
     /// Whether this node has applied its configuration to the partition, which is a write.
     pub(super) has_begun: AtomicBool,
@@ -52,6 +52,7 @@ impl PartitionKeys {
             retention.dead_letter_entries.to_string(),
             retention.decision_entries.to_string(),
             retention.backlog_entries.to_string(),
+            u8::from(retention.trims(source)).to_string(),
         ];
         let partition = Partition {
             number,

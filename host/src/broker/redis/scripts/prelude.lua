@@ -5,16 +5,15 @@
 --           2 prefix of its channels  3 its number
 --           4 max_age, ms  5 limit of a log  6 limit of the log of all users
 --           7 processed_entries_ttl, ms  8 dedupe window, ms  9 ids per window
---           10 dead letters  11 decisions  12 backlog  13 and on: the script's own
+--           10 dead letters  11 decisions  12 backlog  13 '1' to trim the source
+--           14 and on: the script's own
 -- Other keys are derived from the prefix. They need no declaration because the prefix carries the
 -- hash tag, so they share the slot of the declared keys.
 local T, C = ARGV[1], ARGV[2]
 local S, META = KEYS[1], KEYS[2]
-local OWN = 13
--- The prefix of the installation has no colon. It names our consumer group, and a source whose key
--- begins with it is ours.
+local OWN = 14
+-- The prefix of the installation, which has no colon, and the name of its consumer group.
 local P = string.match(T, '^[^:]+')
-local is_own_source = string.sub(S, 1, #P + 1) == P .. ':'
 local call, pcall = redis.call, redis.pcall
 -- Events for which a plugin requested a retry: their dead letters, the ids of these by due time, and
 -- the earlier attempts at each entry that a retry appended to the source: `attempts retries first`,
@@ -437,8 +436,8 @@ local function trim()
   -- Slightly early, so that publishers need not be rejected first.
   local is_full = most > 0 and tonumber(string.match(memory, 'used_memory:(%d+)')) > 0.95 * most
   call('HSET', META, 'trim_at', text(now + (is_full and 50 or 1000)))
-  -- A source without our prefix may have readers that we do not know of.
-  if not is_own_source then return end
+  -- The source has readers without a consumer group, of which Redis does not know.
+  if ARGV[13] ~= '1' then return end
   local bound = entry_of(position())
   local ttl = tonumber(ARGV[7])
   local is_timed = is_time(bound)
