@@ -17,8 +17,9 @@ use crate::broker::redis::Prefix;
 use crate::delivery::sse;
 use crate::event::Name;
 use crate::http::{self, Origins};
+use crate::ingest;
 use crate::plugin::registry::settings;
-use crate::{ingest, server};
+use crate::server::{self, ClientAddresses};
 
 mod checks;
 mod layers;
@@ -140,6 +141,7 @@ pub struct Config {
     pub node: Node,
     pub listen: server::Config,
     pub origins: Origins,
+    pub addresses: ClientAddresses,
     pub broker: BrokerChoice,
     pub sources: Vec<String>,
     pub retention: Retention,
@@ -199,6 +201,9 @@ impl Config {
             .map_err(|text| layers.fault("listen.origins", text))?
             .with_admin_hosts(&listen.admin_hosts)
             .map_err(|text| layers.fault("listen.admin_hosts", text))?;
+        let per_address = listen.max_connections_per_address;
+        let addresses = ClientAddresses::new(&listen.trusted_proxies, per_address)
+            .map_err(|text| layers.fault("listen.trusted_proxies", text))?;
         let auth = Auth::new(&auth, &[listen.address, listen.admin])
             .map_err(|(key, text)| layers.fault(&format!("auth.{key}"), text))?;
         checks::log(layers, &log)?;
@@ -206,6 +211,7 @@ impl Config {
             node,
             listen,
             origins,
+            addresses,
             broker: choice,
             sources,
             retention,

@@ -33,8 +33,8 @@ use handlers::{
     notifications, page, plugins, stream, users,
 };
 use middleware::{
-    count_refusals, hold_admin_responses, hold_responses, keep_private, nothing_here, other_method,
-    refuse_ambiguous, refuse_pages, refuse_surplus,
+    bound_addresses, count_refusals, hold_admin_responses, hold_responses, keep_private,
+    nothing_here, other_method, refuse_ambiguous, refuse_pages, refuse_surplus,
 };
 
 /// The routes of the public listener.
@@ -138,6 +138,7 @@ fn finish(routes: Router<Arc<State>>, state: Arc<State>) -> Router {
     routes
         .fallback(nothing_here)
         .method_not_allowed_fallback(other_method)
+        .layer(from_fn_with_state(Arc::clone(&state), bound_addresses))
         .layer(from_fn(refuse_surplus))
         .layer(from_fn(refuse_ambiguous))
         .layer(from_fn_with_state(

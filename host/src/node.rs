@@ -125,6 +125,7 @@ impl Node {
         let state = Arc::new(State::new(
             config.auth.clone(),
             config.origins.clone(),
+            config.addresses.clone(),
             config.limits.clone(),
             readiness.clone(),
             metrics.clone(),

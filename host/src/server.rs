@@ -27,13 +27,17 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::shutdown::Shutdown;
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
+mod client_addresses;
 mod connection;
 mod response_budget;
 
+pub use client_addresses::{AddressPermit, ClientAddresses, TooManyOfAddress};
 pub use connection::Connection;
-pub use response_budget::{Exhausted, FIRST_BYTES, ResponseBudget, ResponsePermit};
+pub use response_budget::{
+    Exhausted, FIRST_BYTES, ResponseBudget, ResponsePermit, hold as hold_until_sent,
+};
 
 use connection::{CountingSocket, ResponseBody, Spawner};
 
@@ -66,6 +70,13 @@ pub struct Config {
     /// The maximum number of open connections to `address` (10,000). A few more are answered with a
     /// refusal; the rest are closed.
     pub max_connections: usize,
+    /// Connections that one client address may have open to `address` (1,000); behind a trusted
+    /// proxy, requests and streams in progress. Further connections are closed, further requests
+    /// refused.
+    pub max_connections_per_address: usize,
+    /// Proxies whose `X-Forwarded-For` or `Forwarded` names the client, as addresses or networks
+    /// (none).
+    pub trusted_proxies: Vec<String>,
     /// Time to send a request head (10s).
     #[serde(with = "crate::duration")]
     pub header_timeout: Duration,
@@ -85,6 +96,8 @@ impl Default for Config {
             origins: Vec::new(),
             admin_hosts: Vec::new(),
             max_connections: 10_000,
+            max_connections_per_address: 1_000,
+            trusted_proxies: Vec::new(),
             header_timeout: Duration::from_secs(10),
             // Proxies keep idle connections for 60 s or less: they close first, so that no request
             // meets a connection that is just ending.
@@ -128,9 +141,16 @@ pub async fn serve(
     listener: TcpListener,
     routes: axum::Router,
     bounds: Bounds,
+    addresses: Option<ClientAddresses>,
     metrics: Metrics,
     shutdown: Shutdown,
 ) {
+    let refused = |reason| {
+        metrics
+            .connections_refused
+            .get_or_create(&ReasonLabel { reason })
+            .inc();
+    };
     let permits = Arc::new(Semaphore::new(
         bounds.max_connections.clamp(1, Semaphore::MAX_PERMITS),
     ));
@@ -155,6 +175,17 @@ pub async fn serve(
                 continue;
             }
         };
+        let of_address = match &addresses {
+            None => None,
+            Some(addresses) => match addresses.connect(peer.ip()) {
+                Ok(permit) => permit,
+                // Closed without a response, so that nothing more is held for it.
+                Err(TooManyOfAddress) => {
+                    refused("address");
+                    continue;
+                }
+            },
+        };
         // Taken before the task is spawned: a burst must not outrun the bound.
         let (permit, is_surplus) = match Arc::clone(&permits).try_acquire_owned() {
             Ok(permit) => (permit, false),
@@ -162,7 +193,10 @@ pub async fn serve(
                 Ok(permit) => (permit, true),
                 // Closed without a response: nothing more is held for it. An `EventSource` sees a
                 // network error and reconnects.
-                Err(_) => continue,
+                Err(_) => {
+                    refused("listener");
+                    continue;
+                }
             },
         };
         let connection = Arc::new(Connection::new(peer, is_surplus, kill_all.child_token()));
@@ -176,7 +210,7 @@ pub async fn serve(
             bounds,
             metrics.clone(),
             shutdown.clone(),
-            permit,
+            (permit, of_address),
         ));
     }
     // Closed before the wait, so that new connections are refused instead of queued.
@@ -224,7 +258,7 @@ async fn drive(
     bounds: Bounds,
     metrics: Metrics,
     shutdown: Shutdown,
-    permit: OwnedSemaphorePermit,
+    permits: (OwnedSemaphorePermit, Option<AddressPermit>),
 ) {
     set_socket_options(&stream, &connection);
     let builder = http_builder(bounds.header_timeout, !connection.is_surplus());
@@ -294,7 +328,7 @@ async fn drive(
         }
     }
     // Moved into this task, so that the connection counts until it ends.
-    drop(permit);
+    drop(permits);
 }
 
 /// Failures are logged only: the connection then works, but urgent frames may be late.
@@ -358,12 +392,21 @@ mod tests {
         bounds: Bounds,
         routes: axum::Router,
     ) -> (SocketAddr, Shutdown, tokio::task::JoinHandle<()>) {
+        start_with(bounds, None, routes)
+    }
+
+    fn start_with(
+        bounds: Bounds,
+        addresses: Option<ClientAddresses>,
+        routes: axum::Router,
+    ) -> (SocketAddr, Shutdown, tokio::task::JoinHandle<()>) {
         let listener = bind(LOOPBACK).unwrap();
         let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::new());
         let task = tokio::spawn(serve(
             listener,
             routes,
             bounds,
+            addresses,
             Metrics::default(),
             shutdown.clone(),
         ));
@@ -428,6 +471,32 @@ mod tests {
             .await
             .unwrap();
         assert!(transcript(&mut second).await.ends_with("surplus: true"));
+    }
+
+    #[tokio::test]
+    async fn a_connection_above_the_limit_of_its_address_is_closed_and_one_is_free_again_later() {
+        let routes = axum::Router::new().route("/", get(|| async { "x" }));
+        let addresses = ClientAddresses::of_loopback(2);
+        let (address, ..) =
+            start_with(bounds(10, Duration::from_secs(60)), Some(addresses), routes);
+        let ask = async || {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+            // The server may have closed it already.
+            drop(stream.write_all(head).await);
+            let mut answer = [0; 4096];
+            let n = stream.read(&mut answer).await.unwrap_or_default();
+            (stream, n > 0)
+        };
+        let (first, is_first_served) = ask().await;
+        let (_second, is_second_served) = ask().await;
+        assert!(is_first_served && is_second_served);
+        assert!(!ask().await.1);
+        drop(first);
+        let again = async { while !ask().await.1 {} };
+        tokio::time::timeout(Duration::from_secs(10), again)
+            .await
+            .expect("a connection that ends makes room for another");
     }
 
     #[tokio::test]

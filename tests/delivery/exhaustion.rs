@@ -307,6 +307,42 @@ fn streams_that_are_not_read_share_one_budget_and_lose_nothing() {
     }
 }
 
+/// The test is the proxy: it names its clients.
+#[test]
+fn a_client_behind_a_trusted_proxy_has_a_bounded_number_of_requests_in_progress() {
+    let config = format!(
+        "{LEAN}[listen]\nmax_connections_per_address = 2\ntrusted_proxies = [\"127.0.0.0/8\"]\n"
+    );
+    let node = Node::builder().config(&config).start();
+    let open = |client: &str| {
+        let request = Request::new(node.addr(), "user=42").header("X-Forwarded-For", client);
+        let mut stream = request.open(SOON).expect("200");
+        let first = stream.next_frame(SOON).expect("a frame");
+        let is_open = first.state() == Some("cursor");
+        (stream, is_open)
+    };
+    let (first, is_open) = open("203.0.113.7");
+    // What the client itself has sent, and another proxy.
+    let (_second, is_second_open) = open("198.51.100.1, 203.0.113.7, 127.0.0.9");
+    assert!(is_open && is_second_open);
+    assert!(!open("203.0.113.7").1);
+    let ask = |client: &str| {
+        let headers = [("x-forwarded-for", client)];
+        node.send("POST", "/v1/acks?user=42", &headers, b"")
+    };
+    let refused = ask("203.0.113.7");
+    assert_eq!(refused.status, 503, "{refused:?}");
+    assert!(refused.header("retry-after").is_some(), "{refused:?}");
+    // Others are not affected, nor are requests without a client, such as those of the proxy.
+    assert!(open("198.51.100.1").1);
+    assert_ne!(ask("198.51.100.1").status, 503);
+    node.stream("42");
+    drop(first);
+    eventually(SOON, "the client may open another stream", || {
+        open("203.0.113.7").1.then_some(())
+    });
+}
+
 fn raw_request(addr: SocketAddr, path: &str) -> TcpStream {
     let mut socket = TcpStream::connect(addr).expect("connect");
     socket.set_read_timeout(Some(SOON)).expect("set a timeout");

@@ -56,11 +56,14 @@ pub(super) fn listen(layers: &Layers, listen: &server::Config) -> Result<(), Err
     }
     numbers(
         layers,
-        [AtLeast(
-            "listen.max_connections",
-            listen.max_connections as u64,
-            1,
-        )],
+        [
+            AtLeast("listen.max_connections", listen.max_connections as u64, 1),
+            AtLeast(
+                "listen.max_connections_per_address",
+                listen.max_connections_per_address as u64,
+                1,
+            ),
+        ],
     )?;
     durations(
         layers,

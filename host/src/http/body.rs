@@ -59,7 +59,8 @@ pub(super) struct HeldBody {
 /// Reads the body of a request on the public listener.
 pub(super) struct BodyReader {
     state: Arc<State>,
-    /// The bytes that the bodies on the connection may hold; `None` in tests without sockets.
+    /// The bytes that the bodies on the connection may hold; `None` if it is that of a proxy, and in
+    /// tests without sockets.
     share: Option<Arc<Semaphore>>,
 }
 
@@ -67,7 +68,9 @@ impl FromRequestParts<Arc<State>> for BodyReader {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, ApiError> {
+        // On a connection of a proxy, one client would use up the share of the others.
         let connection = parts.extensions.get::<Arc<Connection>>();
+        let connection = connection.filter(|at| !state.addresses.is_trusted_proxy(at.peer().ip()));
         let n_share = state.bodies.n_share;
         Ok(Self {
             state: Arc::clone(state),

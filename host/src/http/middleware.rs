@@ -14,7 +14,9 @@ use http_body::Body as _;
 
 use super::error::Refused;
 use super::{ApiError, State};
-use crate::server::{Connection, ResponseBudget};
+use crate::server::{
+    ClientAddresses, Connection, ResponseBudget, TooManyOfAddress, hold_until_sent,
+};
 use crate::telemetry::metrics::ReasonLabel;
 
 pub(super) async fn nothing_here(request: Request) -> ApiError {
@@ -45,6 +47,38 @@ pub(super) async fn refuse_surplus(request: Request, next: Next) -> Response {
         return ApiError::overloaded("this node has reached its connection limit").into_response();
     }
     next.run(request).await
+}
+
+/// Refuses requests of a client behind a trusted proxy that has as many in progress as one address
+/// may have. As above, a stream request passes and reports it in band.
+pub(super) async fn bound_addresses(
+    extract::State(state): extract::State<Arc<State>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let peer = request
+        .extensions()
+        .get::<Arc<Connection>>()
+        .map(|connection| connection.peer().ip());
+    let begun = peer.map(|peer| state.addresses.begin(peer, request.headers()));
+    match begun.transpose() {
+        Ok(permit) => {
+            let response = next.run(request).await;
+            match permit.flatten() {
+                Some(permit) => response.map(|body| hold_until_sent(body, permit)),
+                None => response,
+            }
+        }
+        Err(too_many) if request.uri().path() == "/v1/stream" => {
+            request.extensions_mut().insert(too_many);
+            next.run(request).await
+        }
+        Err(TooManyOfAddress) => ApiError::overloaded(
+            "too many requests of this address are in progress",
+        )
+        .fix("wait for the responses to earlier requests, and close streams that are not needed")
+        .into_response(),
+    }
 }
 
 /// Refuses requests that a proxy may read differently than this node, and bodies in an encoding
@@ -109,7 +143,7 @@ pub(super) async fn hold_responses(
     request: Request,
     next: Next,
 ) -> Response {
-    hold(&state.responses, request, next).await
+    hold(&state.responses, &state.addresses, request, next).await
 }
 
 /// The same for the admin routes.
@@ -118,13 +152,20 @@ pub(super) async fn hold_admin_responses(
     request: Request,
     next: Next,
 ) -> Response {
-    hold(&state.admin_responses, request, next).await
+    hold(&state.admin_responses, &state.addresses, request, next).await
 }
 
 /// Gives the handler a permit, which it reserves before it builds a large response, and holds the
 /// bytes of the response until the client has taken them.
-async fn hold(budget: &ResponseBudget, mut request: Request, next: Next) -> Response {
+async fn hold(
+    budget: &ResponseBudget,
+    addresses: &ClientAddresses,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    // On a connection of a proxy, one client would use up the share of the others.
     let connection = request.extensions().get::<Arc<Connection>>();
+    let connection = connection.filter(|at| !addresses.is_trusted_proxy(at.peer().ip()));
     let permit = budget.permit(connection.map(Arc::as_ref));
     request.extensions_mut().insert(permit.clone());
     // The response to a change reports that it has taken effect, so it is sent in any case. It is
@@ -139,7 +180,7 @@ async fn hold(budget: &ResponseBudget, mut request: Request, next: Next) -> Resp
             .fix("ask for less at once, or read earlier responses first")
             .into_response();
     }
-    response.map(|body| permit.hold(body))
+    response.map(|body| hold_until_sent(body, permit))
 }
 
 /// Refuses changes requested by a browser page. A node in dev mode requires no key, so that any

@@ -13,6 +13,7 @@ use crate::broker::Broker;
 use crate::broker::fake::FakeBroker;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::{self, StreamTimer};
+use crate::server::ClientAddresses;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
@@ -61,6 +62,7 @@ impl Site {
         Arc::new(State::new(
             auth,
             origins,
+            ClientAddresses::new(&[], usize::MAX).unwrap(),
             Limits::default(),
             Readiness::default(),
             Metrics::default(),

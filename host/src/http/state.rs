@@ -14,7 +14,7 @@ use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
 use crate::ingest::pipeline::Pipeline;
-use crate::server::ResponseBudget;
+use crate::server::{ClientAddresses, ResponseBudget};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
 
@@ -97,6 +97,7 @@ pub struct State {
     pub(super) metrics: Metrics,
     pub(super) limits: Limits,
     pub(super) origins: Origins,
+    pub(super) addresses: ClientAddresses,
     /// Bounds the publish requests whose events are parsed and stored.
     pub(super) publishing: Semaphore,
     /// Bounds the dry runs, which take none of the places of publish requests.
@@ -120,6 +121,7 @@ impl State {
     pub fn new(
         auth: Auth,
         origins: Origins,
+        addresses: ClientAddresses,
         limits: Limits,
         readiness: Readiness,
         metrics: Metrics,
@@ -140,6 +142,7 @@ impl State {
             metrics,
             limits,
             origins,
+            addresses,
             publishing,
             dry_running: Semaphore::new(MAX_DRY_RUNS),
             bodies,
@@ -193,6 +196,11 @@ impl State {
         self.pipeline
             .get()
             .ok_or_else(|| ApiError::unavailable("this node is still loading its plugins"))
+    }
+
+    /// The addresses of clients with something in progress.
+    pub fn addresses(&self) -> &ClientAddresses {
+        &self.addresses
     }
 
     pub fn stream_timer(&self) -> &StreamTimer {

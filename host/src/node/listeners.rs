@@ -49,14 +49,16 @@ impl Listeners {
                 self.admin,
                 http::admin_routes(Arc::clone(state)),
                 MAX_ADMIN_CONNECTIONS,
+                None,
             ),
             (
                 self.applications,
                 http::routes(Arc::clone(state)),
                 listen.max_connections,
+                Some(state.addresses().clone()),
             ),
         ];
-        for (listener, routes, max_connections) in routes {
+        for (listener, routes, max_connections, addresses) in routes {
             let bounds = Bounds {
                 max_connections,
                 header_timeout: listen.header_timeout,
@@ -64,7 +66,14 @@ impl Listeners {
                 stall_timeout,
             };
             let metrics = state.metrics().clone();
-            let serve = server::serve(listener, routes, bounds, metrics, shutdown.clone());
+            let serve = server::serve(
+                listener,
+                routes,
+                bounds,
+                addresses,
+                metrics,
+                shutdown.clone(),
+            );
             shutdown.spawn("a listener", serve);
         }
     }

@@ -56,8 +56,8 @@ impl ResponseBudget {
         }))
     }
 
-    /// Returns a permit without bytes for one response. `connection` is `None` in tests without
-    /// sockets.
+    /// Returns a permit without bytes for one response. `connection` is `None` if the connection has
+    /// no share, because it is that of a proxy, and in tests without sockets.
     pub fn permit(&self, connection: Option<&Connection>) -> ResponsePermit {
         let of_connection = connection
             .map(|connection| connection.response_share(|| Semaphore::new(self.0.n_share)));
@@ -198,14 +198,6 @@ impl ResponsePermit {
         true
     }
 
-    /// Keeps the bytes until this body is dropped.
-    pub fn hold(self, body: Body) -> Body {
-        Body::new(HeldBody {
-            body,
-            _permit: self,
-        })
-    }
-
     fn lock(&self) -> MutexGuard<'_, PermitState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -216,13 +208,21 @@ fn permits(n_bytes: usize) -> u32 {
     u32::try_from(n_bytes).unwrap_or(u32::MAX)
 }
 
-#[derive(Debug)]
-struct HeldBody {
-    body: Body,
-    _permit: ResponsePermit,
+/// Keeps `permit` until the body is dropped.
+pub fn hold<P: Send + Unpin + 'static>(body: Body, permit: P) -> Body {
+    Body::new(HeldBody {
+        body,
+        _permit: permit,
+    })
 }
 
-impl http_body::Body for HeldBody {
+#[derive(Debug)]
+struct HeldBody<P> {
+    body: Body,
+    _permit: P,
+}
+
+impl<P: Unpin> http_body::Body for HeldBody<P> {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -190,6 +190,8 @@ metrics! {
     logs_followed: Gauge = "logs_followed";
     /// Times that the feed was lost and opened again.
     feed_resets: Counter = "feed_resets";
+    /// Connections closed without a response because there were too many, by bound.
+    connections_refused: Family<ReasonLabel, Counter> = "connections_refused";
     /// Requests to the HTTP interface rejected, by reason.
     requests_refused: Family<ReasonLabel, Counter> = "requests_refused";
     /// Responses other than streams cut because their client took nothing for the stall timeout.

@@ -24,7 +24,7 @@ use serde::Deserialize;
 use crate::delivery::sse::{self, TooManyStreams};
 use crate::delivery::subscription::{Filter, Start};
 use crate::event::{Name, Priority};
-use crate::server::Connection;
+use crate::server::{Connection, TooManyOfAddress};
 use crate::telemetry::metrics::ReasonLabel;
 
 use crate::http::extract::{Parameters, Query};
@@ -157,6 +157,7 @@ pub(in crate::http) async fn open(
         .extensions
         .get::<Arc<Connection>>()
         .is_some_and(|connection| connection.is_surplus())
+        || parts.extensions.get::<TooManyOfAddress>().is_some()
     {
         return Ok(refuse(&state, "overloaded"));
     }
