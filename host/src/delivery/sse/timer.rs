@@ -5,11 +5,11 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::clock::now_ms;
+use crate::clock;
 use crate::duration::millis;
 use crate::event::Name;
 use crate::shutdown::Shutdown;
@@ -26,6 +26,7 @@ pub struct StreamTimer(Arc<TimerInner>);
 
 struct TimerInner {
     config: Config,
+    started: Instant,
     metrics: Metrics,
     wheel: Mutex<TimerWheel>,
     permits: Arc<Semaphore>,
@@ -68,9 +69,21 @@ struct TimerWheel {
     drained_by_ms: Option<u64>,
 }
 
+/// The present. Everything but the expiry of a token is due by the first clock, which cannot be
+/// set: otherwise a node whose clock steps would end or starve all of its streams.
+#[derive(Clone, Copy, Debug)]
+struct Now {
+    /// Milliseconds since the timer started.
+    ms: u64,
+    /// Milliseconds since the Unix epoch by the node's clock, by which `auth` accepts tokens.
+    unix_ms: u64,
+}
+
 struct TimerEntry {
     control: Weak<StreamControl>,
     end: Option<(u64, StreamEnd)>,
+    /// When its token expires, in milliseconds since the Unix epoch.
+    token_expires_ms: Option<u64>,
     /// Whether its end was signalled.
     is_ended: bool,
     next_heartbeat_ms: u64,
@@ -102,6 +115,7 @@ impl StreamTimer {
         let permits = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
         let stream_timer = Self(Arc::new(TimerInner {
             config,
+            started: Instant::now(),
             metrics,
             wheel,
             permits,
@@ -151,36 +165,54 @@ impl StreamTimer {
         spread_retry(self.0.config.retry)
     }
 
-    pub(super) fn watch(&self, control: &Arc<StreamControl>, expires_ms: Option<u64>) {
+    pub(super) fn watch(&self, control: &Arc<StreamControl>, token_expires_ms: Option<u64>) {
         let config = &self.0.config;
-        let now = now_ms();
-        let age = (!config.max_age.is_zero()).then(|| {
+        let now = self.0.now();
+        let end = (!config.max_age.is_zero()).then(|| {
             (
-                now + spread(millis(config.max_age), 0.8, 1.0),
+                now.ms + spread(millis(config.max_age), 0.8, 1.0),
                 StreamEnd::Age,
             )
         });
-        let expiry = expires_ms.map(|at| (at, StreamEnd::TokenExpired));
-        let end = age.into_iter().chain(expiry).min_by_key(|&(at, _)| at);
         let entry = TimerEntry {
             control: Arc::downgrade(control),
             end,
+            token_expires_ms,
             is_ended: false,
-            next_heartbeat_ms: now + self.0.heartbeat_ms(),
-            next_cursor_ms: now + millis(config.cursor_interval),
+            next_heartbeat_ms: now.ms + self.0.heartbeat_ms(),
+            next_cursor_ms: now.ms + millis(config.cursor_interval),
             taken: 0,
-            moved_ms: now,
+            moved_ms: now.ms,
         };
         self.0.lock().put(entry, now);
     }
 
     /// Ends every stream at a random moment within `grace`, including streams opened from now on.
     pub fn drain(&self, grace: Duration) {
-        self.0.lock().drain(now_ms(), grace.as_millis() as u64);
+        self.0.lock().drain(self.0.now(), millis(grace));
     }
 }
 
 impl TimerEntry {
+    /// The reason for which the stream ends now, if any.
+    fn due_end(&self, now: Now) -> Option<StreamEnd> {
+        if self.token_expires_ms.is_some_and(|at| at <= now.unix_ms) {
+            return Some(StreamEnd::TokenExpired);
+        }
+        self.end.filter(|&(at, _)| at <= now.ms).map(|(_, end)| end)
+    }
+
+    /// When the entry is due, in milliseconds since the timer started.
+    fn due_ms(&self, now: Now) -> u64 {
+        let end = self.end.map(|(at, _)| at);
+        let token = self
+            .token_expires_ms
+            .map(|at| now.ms + at.saturating_sub(now.unix_ms));
+        end.into_iter()
+            .chain(token)
+            .fold(self.next_heartbeat_ms, u64::min)
+    }
+
     /// Whether the socket has taken nothing for `stall_ms` although data is pending: at least the
     /// last heartbeat that was requested.
     fn is_stalled(
@@ -199,32 +231,30 @@ impl TimerEntry {
 }
 
 impl TimerWheel {
-    fn drain(&mut self, now_ms: u64, grace_ms: u64) {
-        self.drained_by_ms = Some(now_ms + grace_ms);
+    fn drain(&mut self, now: Now, grace_ms: u64) {
+        self.drained_by_ms = Some(now.ms + grace_ms);
         let all: Vec<TimerEntry> = self.slots.iter_mut().flat_map(std::mem::take).collect();
         for entry in all {
-            self.put(entry, now_ms);
+            self.put(entry, now);
         }
     }
 
     /// Inserts an entry into the slot of its next deadline. During a shutdown each entry inserted
     /// is given an end: its stream may have been opening, or its entry may have been held by the
     /// timer, when the shutdown began.
-    fn put(&mut self, mut entry: TimerEntry, now_ms: u64) {
+    fn put(&mut self, mut entry: TimerEntry, now: Now) {
         if let Some(by) = self.drained_by_ms
             && !entry.is_ended
             && !matches!(entry.end, Some((_, StreamEnd::Drain)))
         {
-            let at = now_ms + spread(by.saturating_sub(now_ms), 0.0, 1.0);
+            let at = now.ms + spread(by.saturating_sub(now.ms), 0.0, 1.0);
             entry.end = Some((
                 entry.end.map_or(at, |(end, _)| end.min(at)),
                 StreamEnd::Drain,
             ));
         }
-        let due = entry.end.map_or(entry.next_heartbeat_ms, |(end, _)| {
-            end.min(entry.next_heartbeat_ms)
-        });
-        let seconds = (due.saturating_sub(now_ms).div_ceil(1000) as usize).clamp(1, SLOTS - 1);
+        let seconds = entry.due_ms(now).saturating_sub(now.ms).div_ceil(1000);
+        let seconds = (seconds as usize).clamp(1, SLOTS - 1);
         let slot = (self.now + seconds) % SLOTS;
         self.slots[slot].push(entry);
     }
@@ -241,12 +271,19 @@ impl TimerInner {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn now(&self) -> Now {
+        Now {
+            ms: millis(self.started.elapsed()),
+            unix_ms: clock::now_ms(),
+        }
+    }
+
     fn heartbeat_ms(&self) -> u64 {
         spread(millis(self.config.heartbeat_interval), 0.8, 1.2)
     }
 
     fn turn(&self) {
-        let now = now_ms();
+        let now = self.now();
         let due = {
             let mut wheel = self.lock();
             wheel.now = (wheel.now + 1) % SLOTS;
@@ -266,13 +303,13 @@ impl TimerInner {
     }
 
     /// Handles everything due for an entry. Returns `None` when the stream is gone.
-    fn check(&self, mut entry: TimerEntry, now: u64) -> Option<TimerEntry> {
+    fn check(&self, mut entry: TimerEntry, now: Now) -> Option<TimerEntry> {
         let control = entry.control.upgrade()?;
         if let Some(socket) = &control.socket
             && entry.is_stalled(
                 socket.as_ref(),
                 control.heartbeat.load(Ordering::Acquire),
-                now,
+                now.ms,
                 millis(self.config.stall_timeout),
             )
         {
@@ -282,25 +319,23 @@ impl TimerInner {
             socket.kill();
             return None;
         }
-        if let Some((at, end)) = entry.end
-            && at <= now
-        {
+        if let Some(end) = entry.due_end(now) {
             // Set before the wake, as are the flags below: the socket's task reads them when it
             // runs.
             *control.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
             self.closed(end.as_str());
             control.wake();
             // Kept in the wheel in case the socket does not take the end either.
-            (entry.end, entry.is_ended) = (None, true);
+            (entry.end, entry.token_expires_ms, entry.is_ended) = (None, None, true);
         }
-        if entry.next_heartbeat_ms <= now {
+        if entry.next_heartbeat_ms <= now.ms {
             control.heartbeat.store(true, Ordering::Release);
-            entry.next_heartbeat_ms = now + self.heartbeat_ms();
+            entry.next_heartbeat_ms = now.ms + self.heartbeat_ms();
             control.wake();
         }
-        if entry.next_cursor_ms <= now {
+        if entry.next_cursor_ms <= now.ms {
             control.cursor.store(true, Ordering::Release);
-            entry.next_cursor_ms = now + millis(self.config.cursor_interval);
+            entry.next_cursor_ms = now.ms + millis(self.config.cursor_interval);
             control.wake();
         }
         Some(entry)
@@ -325,12 +360,21 @@ mod tests {
 
     const NOW: u64 = 1_000_000;
     const GRACE: u64 = 10_000;
+    const UNIX: u64 = 1_750_000_000_000;
+
+    fn at(ms: u64) -> Now {
+        Now {
+            ms,
+            unix_ms: UNIX + ms - NOW,
+        }
+    }
 
     fn entry(end: Option<(u64, StreamEnd)>) -> TimerEntry {
         let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
         TimerEntry {
             control: Weak::new(),
             end,
+            token_expires_ms: None,
             is_ended: false,
             next_heartbeat_ms,
             next_cursor_ms,
@@ -355,12 +399,12 @@ mod tests {
             slots: (0..SLOTS).map(|_| Vec::new()).collect(),
             drained_by_ms: None,
         };
-        let soon = Some((NOW + 1, StreamEnd::TokenExpired));
+        let soon = Some((NOW + 1, StreamEnd::Age));
         for end in [None, Some((NOW + 3_600_000, StreamEnd::Age)), soon] {
-            wheel.put(entry(end), NOW);
+            wheel.put(entry(end), at(NOW));
         }
-        wheel.drain(NOW, GRACE);
-        wheel.put(entry(None), NOW + GRACE - 1);
+        wheel.drain(at(NOW), GRACE);
+        wheel.put(entry(None), at(NOW + GRACE - 1));
         let drained = ends(&wheel);
         assert_eq!(drained.len(), 4);
         assert!(
@@ -376,7 +420,7 @@ mod tests {
             "no stream may end later than its own deadline: {drained:?}"
         );
         // Each keeps its end while the timer checks it, and is signalled once.
-        wheel.drain(NOW + 1, GRACE);
+        wheel.drain(at(NOW + 1), GRACE);
         assert_eq!(
             ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),
             drained.iter().flatten().map(|(at, _)| *at).max()
@@ -390,8 +434,34 @@ mod tests {
                 is_ended: true,
                 ..entry(None)
             },
-            NOW,
+            at(NOW),
         );
         assert_eq!(ends(&signalled), [None]);
+    }
+
+    #[test]
+    fn setting_the_clock_ends_only_streams_whose_token_has_expired_by_it() {
+        let hour = 3_600_000;
+        let aged = entry(Some((NOW + hour, StreamEnd::Age)));
+        let with_token = TimerEntry {
+            token_expires_ms: Some(UNIX + hour),
+            ..entry(None)
+        };
+        for (unix_ms, token_end) in [
+            (UNIX - 2 * hour, None),
+            (UNIX + 2 * hour, Some(StreamEnd::TokenExpired)),
+        ] {
+            let now = Now { ms: NOW, unix_ms };
+            assert_eq!(aged.due_end(now), None);
+            assert_eq!(aged.due_ms(now), aged.next_heartbeat_ms);
+            assert_eq!(with_token.due_end(now), token_end);
+        }
+        assert_eq!(aged.due_end(at(NOW + hour)), Some(StreamEnd::Age));
+        assert_eq!(with_token.due_ms(at(NOW + hour)), aged.next_heartbeat_ms);
+        let soon = TimerEntry {
+            token_expires_ms: Some(UNIX + 1_000),
+            ..entry(None)
+        };
+        assert_eq!(soon.due_ms(at(NOW)), NOW + 1_000);
     }
 }
