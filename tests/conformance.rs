@@ -164,6 +164,7 @@ macro_rules! suite {
                     a_node_of_the_same_name_gets_the_lease_at_once,
                     take_overs_are_counted_until_the_position_moves,
                     lag_counts_the_entries_after_the_position,
+                    the_broker_clock_is_the_one_of_its_heads_and_ids,
                     partitions_have_distinct_numbers,
                 ];
             );

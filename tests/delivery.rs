@@ -2,6 +2,7 @@
 //! load.
 
 mod authorization;
+mod clocks;
 mod devices;
 mod durability;
 mod embedded;

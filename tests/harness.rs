@@ -10,6 +10,7 @@ use pointsman::plugin::Engine;
 use pointsman::plugin::runtime::cache::Cache;
 use pointsman::telemetry::metrics::Metrics;
 
+pub(crate) mod clock;
 pub(crate) mod command;
 pub(crate) mod guests;
 pub(crate) mod http;

@@ -27,6 +27,7 @@ use bytes::Bytes;
 
 use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 
+mod clock;
 mod commit;
 pub mod embedded;
 #[cfg(test)]
@@ -77,6 +78,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub trait Partitions: std::fmt::Debug + Send + Sync + 'static {
     /// The partitions, by ascending number.
     fn partitions(&self) -> &[Partition];
+
+    /// The broker's clock, in milliseconds since the Unix epoch. It decides when an event expires;
+    /// the node's own clock never does.
+    fn now_ms(&self) -> u64;
 
     async fn head(&self, partition: PartitionNumber) -> Result<Head>;
 

@@ -40,8 +40,8 @@ const MAX_LATER: usize = 1_000;
 const READ: usize = 16;
 /// Maximum number of dead letters searched.
 const MAX_DEAD_LETTERS: usize = 1_000;
-/// Assumed maximum difference, in milliseconds, between the clock of a node and that of the broker,
-/// which numbers the dead letters.
+/// Assumed maximum difference, in milliseconds, between the clock of a decision and that of the
+/// broker when it numbers the dead letter. Nodes once recorded their own clock.
 const CLOCKS_DIFFER_MS: u64 = 60_000;
 
 const AS_THEY_ARE_NOW: &str = "Attributes are evaluated as they are now. If a membership ended and began again, only the latest period is known.";

@@ -112,6 +112,20 @@ pub(super) async fn lag_counts_the_entries_after_the_position(bench: Bench) {
     assert_eq!(node.broker.state(node.p).await.unwrap().trimmed_unread, 0);
 }
 
+pub(super) async fn the_broker_clock_is_the_one_of_its_heads_and_ids(bench: Bench) {
+    let node = bench.open().await;
+    for _ in 0..3 {
+        let before = node.broker.now_ms();
+        let head = node.head().await;
+        let id = node.publish("R", &["all"]).await;
+        let after = node.broker.now_ms();
+        // The node learns the time from answers, to a millisecond or two.
+        let within = before.saturating_sub(2)..=after + 2;
+        assert!(within.contains(&head.now_ms), "{within:?} {}", head.now_ms);
+        assert!(within.contains(&id.ms()), "{within:?} {}", id.ms());
+    }
+}
+
 pub(super) async fn partitions_have_distinct_numbers(bench: Bench) {
     let node = bench.open().await;
     let numbers: Vec<_> = node

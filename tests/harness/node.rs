@@ -13,6 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use super::clock::ShiftedClock;
 use super::http::{self, Answer};
 use super::publish::Publisher;
 use super::sse::{Follower, Request, Stream};
@@ -113,6 +114,12 @@ impl Builder {
     /// Sets an environment variable.
     pub(crate) fn environment(mut self, name: &str, value: impl Into<String>) -> Self {
         self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Runs on this clock instead of that of the machine.
+    pub(crate) fn clock(mut self, clock: &ShiftedClock) -> Self {
+        self.environment.extend(clock.environment());
         self
     }
 

@@ -238,6 +238,10 @@ impl Partitions for Puppet {
         self.broker.partitions()
     }
 
+    fn now_ms(&self) -> u64 {
+        self.broker.now_ms()
+    }
+
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
         let old = self
             .old_head

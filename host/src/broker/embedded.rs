@@ -50,12 +50,12 @@ use self::feeds::Feeds;
 use self::layout::Meta;
 use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
+use super::clock::BrokerClock;
 use super::{
     Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
     Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange,
-    Result, Retention, Slice, Sources, StoredCursor, StoredDecision, Users,
+    Result, Retention, Severity, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
-use crate::clock::now_ms;
 use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 use crate::shutdown::Alarm;
 
@@ -74,8 +74,26 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-/// Returns milliseconds since the Unix epoch. A parameter, so that a test can advance it by a week.
-type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+/// The time of the broker. A parameter, so that a test can advance it by a week.
+trait Clock: Send + Sync {
+    /// Milliseconds since the Unix epoch.
+    fn now_ms(&self) -> u64;
+
+    /// See [`BrokerClock::node_ahead_s`].
+    fn node_ahead_s(&self) -> Option<i64> {
+        None
+    }
+}
+
+impl Clock for BrokerClock {
+    fn now_ms(&self) -> u64 {
+        self.now_ms()
+    }
+
+    fn node_ahead_s(&self) -> Option<i64> {
+        self.node_ahead_s()
+    }
+}
 
 /// See the head of this file. Dropping it closes it.
 #[derive(Debug)]
@@ -97,13 +115,13 @@ struct SharedState {
     arrivals: Vec<Notify>,
     feeds: Arc<Feeds>,
     retention: Retention,
-    clock: Clock,
+    clock: Arc<dyn Clock>,
 }
 
 impl SharedState {
     /// Records a failure of the store and returns the error for the caller.
     fn failed(&self, failure: Failure) -> Error {
-        self.store.failed(failure, (self.clock)())
+        self.store.failed(failure, self.clock.now_ms())
     }
 }
 
@@ -151,7 +169,7 @@ impl Embedded {
             Medium::Folder(dir.to_owned()),
             sources,
             retention,
-            Arc::new(now_ms),
+            Arc::new(BrokerClock::of_node()),
             alarm,
         )
     }
@@ -165,18 +183,24 @@ impl Embedded {
         retention: Retention,
         alarm: Alarm,
     ) -> anyhow::Result<Self> {
-        Self::start(Medium::Memory, sources, retention, Arc::new(now_ms), alarm)
+        Self::start(
+            Medium::Memory,
+            sources,
+            retention,
+            Arc::new(BrokerClock::of_node()),
+            alarm,
+        )
     }
 
     fn start(
         medium: Medium,
         sources: &[String],
         retention: Retention,
-        clock: Clock,
+        clock: Arc<dyn Clock>,
         alarm: Alarm,
     ) -> anyhow::Result<Self> {
         let opened = Store::open(medium, |transaction| {
-            layout::prepare(transaction, sources, &retention, clock())
+            layout::prepare(transaction, sources, &retention, clock.now_ms())
         });
         // One line with all causes, regardless of how the caller formats it.
         let (store, prepared) = opened.map_err(|error| anyhow::anyhow!("{error:#}"))?;
@@ -274,6 +298,20 @@ impl Embedded {
     }
 }
 
+/// The finding for a node's clock that was set while the broker runs.
+fn clock_finding(ahead_s: i64) -> Finding {
+    let direction = if ahead_s < 0 { "back" } else { "forward" };
+    let text = format!(
+        "this node's clock was set {direction} by {} s after the node started; events still expire by the time that has passed; restart the node to use the new time",
+        ahead_s.unsigned_abs()
+    );
+    Finding {
+        name: "clock",
+        severity: Severity::Warning,
+        text,
+    }
+}
+
 /// The approximate size of an entry in bytes.
 fn weight(fields: &[(Bytes, Bytes)]) -> usize {
     fields
@@ -288,9 +326,13 @@ impl Partitions for Embedded {
         &self.shared.partitions
     }
 
+    fn now_ms(&self) -> u64 {
+        self.shared.clock.now_ms()
+    }
+
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
         let meta = self.meta(self.slot(partition)?)?;
-        Ok(meta.head((self.shared.clock)()))
+        Ok(meta.head(self.shared.clock.now_ms()))
     }
 
     async fn records(
@@ -355,7 +397,7 @@ impl Sources for Embedded {
     async fn lease(&self, partition: PartitionNumber, node: &str, ttl: Duration) -> Result<Lease> {
         let slot = self.slot(partition)?;
         let lease = self.take_lease(partition, node, ttl);
-        let is_due = |due_ms| due_ms <= (self.shared.clock)();
+        let is_due = |due_ms| due_ms <= self.shared.clock.now_ms();
         if lease == Lease::Mine && self.meta(slot)?.next_due_ms.is_some_and(is_due) {
             self.writer
                 .write(0, move |work| work.append_due(slot))
@@ -425,7 +467,7 @@ impl Logs for Embedded {
                 &log,
                 after,
                 limit,
-                (shared.clock)(),
+                shared.clock.now_ms(),
             )
         })
         .await
@@ -465,7 +507,12 @@ impl Users for Embedded {
     async fn device_cursors(&self, user: &Name) -> Result<BTreeMap<CursorOwner, StoredCursor>> {
         let user = user.clone();
         self.read_snapshot(move |transaction, shared| {
-            device_cursors::device_cursors(transaction, &user, &shared.retention, (shared.clock)())
+            device_cursors::device_cursors(
+                transaction,
+                &user,
+                &shared.retention,
+                shared.clock.now_ms(),
+            )
         })
         .await
     }
@@ -489,14 +536,15 @@ impl Users for Embedded {
 #[async_trait]
 impl Operations for Embedded {
     async fn check(&self) -> Result<Vec<Finding>> {
-        let mut findings = self.shared.store.findings((self.shared.clock)());
+        let mut findings = self.shared.store.findings(self.shared.clock.now_ms());
         findings.extend(self.writer.findings());
+        findings.extend(self.shared.clock.node_ahead_s().map(clock_finding));
         Ok(findings)
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {
         let meta = self.meta(self.slot(partition)?)?;
-        Ok(source::state(&meta, (self.shared.clock)()))
+        Ok(source::state(&meta, self.shared.clock.now_ms()))
     }
 
     async fn dead_letters(

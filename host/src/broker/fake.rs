@@ -121,6 +121,10 @@ impl Partitions for FakeBroker {
         &self.partitions
     }
 
+    fn now_ms(&self) -> u64 {
+        crate::clock::now_ms()
+    }
+
     async fn head(&self, _: PartitionNumber) -> Result<Head> {
         unused()
     }

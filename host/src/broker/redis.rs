@@ -89,6 +89,7 @@ mod recipients;
 pub mod resp;
 mod scripts;
 
+use super::clock::{BrokerClock, Sent};
 use command_connection::{CommandConnection, unexpected, write_refusal};
 use partition_keys::PartitionKeys;
 pub use prefix::Prefix;
@@ -113,6 +114,7 @@ pub struct Redis {
     /// In the order of `partitions`.
     keys: Vec<PartitionKeys>,
     retention: Retention,
+    clock: BrokerClock,
 }
 
 impl std::fmt::Debug for Redis {
@@ -166,6 +168,7 @@ impl Redis {
         let connection = CommandConnection::new(client.clone());
         let prefixes = prefix.partitions(sources).map_err(Error::Permanent)?;
         check::version(&connection).await?;
+        let clock = read_clock(&connection).await?;
         let database = client.get_connection_info().redis_settings().db();
         let mut keys = Vec::with_capacity(sources.len());
         for (source, of_keys) in sources.iter().zip(prefixes) {
@@ -184,6 +187,7 @@ impl Redis {
             partitions,
             keys,
             retention,
+            clock,
         };
         for keys in &redis.keys {
             match redis.begin(keys).await {
@@ -236,7 +240,11 @@ impl Redis {
         if !keys.has_begun.load(Ordering::Relaxed) {
             self.begin(keys).await?;
         }
-        self.run(keys, &scripts::TICK, |_| {}).await
+        let sent = Sent::now();
+        let (trimmed_unread, foreign_entries, now_ms) =
+            self.run(keys, &scripts::TICK, |_| {}).await?;
+        self.clock.observe(now_ms, sent);
+        Ok((trimmed_unread, foreign_entries))
     }
 
     async fn commit_items(
@@ -278,6 +286,16 @@ impl Redis {
             _ => Err(unexpected(&"malformed commit outcomes")),
         }
     }
+}
+
+/// Reads the clock of Redis.
+async fn read_clock(connection: &CommandConnection) -> Result<BrokerClock> {
+    let sent = Sent::now();
+    let (seconds, microseconds): (u64, u64) = connection.query(&client::cmd("TIME")).await?;
+    Ok(BrokerClock::from_answer(
+        seconds * 1_000 + microseconds / 1_000,
+        sent,
+    ))
 }
 
 fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
@@ -360,11 +378,16 @@ impl Partitions for Redis {
         &self.partitions
     }
 
+    fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+
     async fn head(&self, partition: PartitionNumber) -> Result<Head> {
         let keys = self.keys(partition)?;
         let mut is_of_epoch_before = false;
         // A second attempt if an epoch has to begin first, a third if it ends in between.
         for _ in 0..3 {
+            let sent = Sent::now();
             let answer: Vec<String> = self
                 .run(keys, &scripts::HEAD, |command| {
                     command.arg(u8::from(is_of_epoch_before));
@@ -381,6 +404,8 @@ impl Partitions for Redis {
                 epochs @ ..,
             ] = answer.as_slice()
             {
+                let now_ms = parse_text(now_ms)?;
+                self.clock.observe(now_ms, sent);
                 return Ok(Head {
                     epoch: parse_text(epoch)?,
                     epochs: epochs
@@ -392,7 +417,7 @@ impl Partitions for Redis {
                     position: parse_text(position)?,
                     floor: id(floor)?,
                     origin: id(origin)?,
-                    now_ms: parse_text(now_ms)?,
+                    now_ms,
                 });
             }
             match self.begin(keys).await {

@@ -48,7 +48,7 @@ pub(super) struct Options {
 fn place(text: &str) -> Result<String, String> {
     // The user does not matter here: an id issued for another user is still a valid id.
     let nobody = Name::parse("-").map_err(|error| error.to_string())?;
-    match Start::read(text, &nobody) {
+    match Start::read(text, &nobody, 0) {
         Some(Start::Unknown) => {
             Err("use earliest, latest, a duration such as 90s, 10m, 2h or 7d, or the id that tail printed on exit".to_owned())
         }

@@ -76,6 +76,10 @@ impl StreamGuard {
     pub fn stream(&self) -> &Arc<OpenStream> {
         &self.stream
     }
+
+    pub fn hub(&self) -> &Hub {
+        &self.hub
+    }
 }
 
 impl Drop for StreamGuard {
@@ -131,6 +135,11 @@ impl Hub {
             );
         }
         hub
+    }
+
+    /// The broker's time, in milliseconds since the Unix epoch.
+    pub fn now_ms(&self) -> u64 {
+        self.0.broker.now_ms()
     }
 
     /// Opens a stream. Until the guard is dropped, history is read for it and it follows the feed.

@@ -19,7 +19,6 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use serde::{Deserialize, Serialize};
 
-use crate::clock::now_ms;
 use crate::delivery::hub::StreamGuard;
 use crate::delivery::recipients::RouteMatch;
 use crate::delivery::subscription::{Gap, Next, Record, Rendered, Subscription};
@@ -241,7 +240,7 @@ impl Body {
                 subscription.request_cursor();
             }
         }
-        let now_ms = now_ms();
+        let now_ms = self.control.guard.hub().now_ms();
         let mut n_sent = 0;
         while self.buffer.len() < WRITE
             && let Some(next) = subscription.next(now_ms)

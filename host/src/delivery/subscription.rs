@@ -87,8 +87,6 @@ pub struct Subscription {
     ahead: AheadQueue,
     gaps: Gaps,
     is_cursor_due: bool,
-    /// The broker's clock minus this node's, in milliseconds.
-    clock_offset_ms: i64,
     share: BufferShare,
 }
 
@@ -141,7 +139,6 @@ impl Subscription {
             ahead,
             gaps: Gaps::default(),
             is_cursor_due: true,
-            clock_offset_ms: 0,
             share: BufferBudget::unlimited().share(),
         }
     }
@@ -271,8 +268,7 @@ impl Subscription {
     }
 
     /// Begins a replay from `head`: positions a new subscription and detects epoch changes.
-    pub fn begin(&mut self, partition: PartitionNumber, head: &Head, node_now_ms: u64) {
-        self.clock_offset_ms = head.now_ms as i64 - node_now_ms as i64;
+    pub fn begin(&mut self, partition: PartitionNumber, head: &Head) {
         let at = self.index(partition);
         if self.partitions[at].epoch.is_none() {
             self.set_start(at, head);
@@ -387,13 +383,13 @@ impl Subscription {
     }
 
     /// Handles one notification: skips, rejects or queues it. Ids of a partition must arrive in
-    /// ascending order.
+    /// ascending order. `now_ms`: the broker's time, here and below.
     pub fn handle(
         &mut self,
         partition: PartitionNumber,
         id: NotificationId,
         record: &Arc<Record>,
-        node_now_ms: u64,
+        now_ms: u64,
     ) {
         let at = self.at_mut(partition);
         if id <= at.seen {
@@ -402,7 +398,6 @@ impl Subscription {
         at.seen = id;
         self.requeue_up_to(partition, NotificationId(id.0 - 1));
         self.ahead.remove(partition, id);
-        let now_ms = self.broker_now(node_now_ms);
         if let Some(route_match) = self.evaluator.evaluate(partition, id, record, now_ms) {
             self.queue(QueuedNotification {
                 partition,
@@ -454,11 +449,11 @@ impl Subscription {
         epoch: Epoch,
         id: NotificationId,
         record: &Arc<Record>,
-        node_now_ms: u64,
+        now_ms: u64,
     ) -> Option<u64> {
         let at = self.index(partition);
         if !self.partitions[at].is_live() {
-            self.on_append_in_replay(partition, epoch, id, record, node_now_ms);
+            self.on_append_in_replay(partition, epoch, id, record, now_ms);
             return None;
         }
         if self.partitions[at].epoch != Some(epoch) || id <= self.partitions[at].seen {
@@ -468,12 +463,12 @@ impl Subscription {
             && self.queue.n_of(partition) < MAX_LIVE
             && self.may_hold()
         {
-            self.handle(partition, id, record, node_now_ms);
+            self.handle(partition, id, record, now_ms);
             return None;
         }
         let round = self.overflow(partition, true);
         // After the partition has entered replay, so that this notification waits in its buffer.
-        self.on_append_in_replay(partition, epoch, id, record, node_now_ms);
+        self.on_append_in_replay(partition, epoch, id, record, now_ms);
         Some(round)
     }
 
@@ -486,7 +481,7 @@ impl Subscription {
         epoch: Epoch,
         id: NotificationId,
         record: &Arc<Record>,
-        node_now_ms: u64,
+        now_ms: u64,
     ) {
         let at = self.index(partition);
         let is_next = self.partitions[at].epoch == Some(epoch) && id > self.partitions[at].seen;
@@ -500,7 +495,6 @@ impl Subscription {
         if !may_go_ahead || self.ahead.contains(partition, id) {
             return;
         }
-        let now_ms = self.broker_now(node_now_ms);
         let Some(route_match) = self.evaluator.evaluate(partition, id, record, now_ms) else {
             return;
         };
@@ -584,7 +578,7 @@ impl Subscription {
         &mut self,
         partition: PartitionNumber,
         read_to: NotificationId,
-        node_now_ms: u64,
+        now_ms: u64,
     ) -> Option<u64> {
         let at = self.at_mut(partition);
         at.seen = at.seen.max(read_to);
@@ -601,7 +595,7 @@ impl Subscription {
         if buffer.is_overflowed {
             return Some(self.overflow(partition, buffer.knows_urgent));
         }
-        self.handle_buffered(partition, buffer.notices, node_now_ms)
+        self.handle_buffered(partition, buffer.notices, now_ms)
     }
 
     /// Handles the notices that arrived during a replay, in the order of the feed. Returns the
@@ -610,12 +604,12 @@ impl Subscription {
         &mut self,
         partition: PartitionNumber,
         notices: impl IntoIterator<Item = BufferedNotice>,
-        node_now_ms: u64,
+        now_ms: u64,
     ) -> Option<u64> {
         let mut next_round = None;
         for (epoch, id, record) in notices {
             // After a return to replay, this moves the remaining notices to its buffer.
-            let round = self.on_append(partition, epoch, id, &record, node_now_ms);
+            let round = self.on_append(partition, epoch, id, &record, now_ms);
             next_round = next_round.or(round);
         }
         next_round
@@ -625,7 +619,7 @@ impl Subscription {
     /// The cursor ([`Subscription::encode_cursor`]) after this call is the one to write with it,
     /// except with a gap, which carries none: a client disconnected right after would resume past
     /// the gap and never learn of it. A cursor follows the last gap.
-    pub fn next(&mut self, node_now_ms: u64) -> Option<Next> {
+    pub fn next(&mut self, now_ms: u64) -> Option<Next> {
         // No cursor exists yet that could be written with an item.
         if !self.has_begun() {
             return None;
@@ -638,7 +632,6 @@ impl Subscription {
             self.is_cursor_due = false;
             return Some(Next::Cursor);
         }
-        let now_ms = self.broker_now(node_now_ms);
         self.expire(now_ms);
         // Urgent notifications that the replay has already queued go first: their ids are lower.
         if let Some(first) = self.ahead.first()
@@ -747,10 +740,6 @@ impl Subscription {
     /// Whether the subscription has a position in every partition.
     pub fn has_begun(&self) -> bool {
         self.partitions.iter().all(|p| p.epoch.is_some())
-    }
-
-    fn broker_now(&self, node_now_ms: u64) -> u64 {
-        node_now_ms.saturating_add_signed(self.clock_offset_ms)
     }
 
     fn index(&self, partition: PartitionNumber) -> usize {

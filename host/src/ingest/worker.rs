@@ -471,7 +471,8 @@ impl Ingest {
         partition: &Partition,
         entries: Vec<Entry>,
     ) -> Result<Vec<Item>, NoPlugins> {
-        let clock_ms = crate::clock::now_ms();
+        // Not the node's clock: a plan's expiry is compared with the broker's on every node.
+        let clock_ms = self.broker.now_ms();
         let mut events = Vec::with_capacity(entries.len());
         let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
         for entry in &entries {

@@ -8,7 +8,6 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::broker::{self, Logs};
-use crate::clock::now_ms;
 use crate::delivery::recipients::{Moment, winning_route};
 use crate::event::criteria::Criteria;
 use crate::event::{
@@ -112,7 +111,7 @@ async fn dry_run_all(
     broker: &dyn Logs,
     events: Vec<Result<(Event, PartitionNumber), Malformed>>,
 ) -> Result<Vec<DryRunResult>, DryRunError> {
-    let now_ms = now_ms();
+    let now_ms = broker.now_ms();
     let mut valid = Vec::new();
     let mut partitions = Vec::with_capacity(events.len());
     for event in events {

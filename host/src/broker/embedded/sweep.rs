@@ -98,7 +98,7 @@ impl SweepBounds {
 
 impl Sweep {
     pub(super) fn run_if_due(&mut self, shared: &SharedState) {
-        let now_ms = (shared.clock)();
+        let now_ms = shared.clock.now_ms();
         // Compare the difference: a clock that was set back must not stop the cleanup.
         if shared.store.is_failed()
             || self

@@ -30,9 +30,14 @@ impl Time {
         self.0.load(Ordering::SeqCst)
     }
 
-    fn clock(&self) -> Clock {
-        let now_ms = Arc::clone(&self.0);
-        Arc::new(move || now_ms.load(Ordering::SeqCst))
+    fn clock(&self) -> Arc<dyn Clock> {
+        Arc::new(self.clone())
+    }
+}
+
+impl Clock for Time {
+    fn now_ms(&self) -> u64 {
+        self.now_ms()
     }
 }
 
@@ -134,7 +139,7 @@ fn committing(entry: EntryId, record: &str, logs: &[&str]) -> Item {
 /// The id of an entry created now.
 fn entry_now(broker: &Embedded) -> EntryId {
     let (now_ms, at) = (
-        (broker.shared.clock)(),
+        broker.shared.clock.now_ms(),
         broker.shared.metas.read().unwrap()[0].position().entry,
     );
     layout::successor(at).max(EntryId { ms: now_ms, seq: 0 })

@@ -37,7 +37,7 @@ pub(super) fn transact(
 ) -> Result<(Vec<Meta>, Vec<Notice>), Failure> {
     let transaction = shared.store.begin_write()?;
     let before = metas.clone();
-    let now_ms = (shared.clock)();
+    let now_ms = shared.clock.now_ms();
     let (metas, notices) = {
         let mut work = Work {
             tables: Tables::open(&transaction)?,

@@ -255,7 +255,7 @@ fn recover(shared: &SharedState) -> Result<()> {
     if !shared.store.is_failed() {
         return Ok(());
     }
-    shared.store.reopen((shared.clock)())?;
+    shared.store.reopen(shared.clock.now_ms())?;
     let read = || -> Result<Vec<Meta>, Failure> {
         let transaction = shared.store.begin_read()?;
         shared

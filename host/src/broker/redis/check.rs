@@ -55,8 +55,24 @@ pub(super) async fn findings(redis: &Redis) -> Result<Vec<Finding>> {
             text: text.into(),
         });
     }
+    findings.extend(clock(redis));
     findings.extend(rights(redis).await?);
     Ok(findings)
+}
+
+/// Compares the clocks of this node and of Redis.
+fn clock(redis: &Redis) -> Option<Finding> {
+    let ahead_s = redis.clock.node_ahead_s()?;
+    let direction = if ahead_s < 0 { "behind" } else { "ahead of" };
+    let text = format!(
+        "this node's clock is {} s {direction} that of Redis; events expire by the clock of Redis and tokens by this node's; synchronise both with NTP",
+        ahead_s.unsigned_abs()
+    );
+    Some(Finding {
+        name: "clock",
+        severity: Severity::Warning,
+        text,
+    })
 }
 
 /// Checks whether Redis refuses writes that the user may make.

@@ -16,7 +16,6 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 
 use crate::broker::{Feed, Follow, Notice};
-use crate::clock::now_ms;
 use crate::delivery::subscription::{OpenStream, Record, Subscription};
 use crate::event::{Epoch, Name, NotificationId, PartitionNumber, Target};
 
@@ -277,7 +276,7 @@ impl<'a> FeedReader<'a> {
         id: NotificationId,
         record: &Arc<Record>,
     ) -> bool {
-        let now_ms = now_ms();
+        let now_ms = self.hub.broker.now_ms();
         let mut overflowed = Vec::new();
         let mut is_known = true;
         let state = self.hub.lock();

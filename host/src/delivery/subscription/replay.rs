@@ -16,7 +16,6 @@ use tokio::sync::Semaphore;
 
 use crate::backoff::Backoff;
 use crate::broker::{self, Head, Logs};
-use crate::clock::now_ms;
 use crate::event::criteria::Pool;
 use crate::event::{Epoch, NotificationId, PartitionNumber, Target};
 use crate::telemetry::metrics::Metrics;
@@ -159,9 +158,8 @@ impl History {
         // Read after the follows are confirmed: an append is either at or below the head, and read
         // from the logs, or above it, and in the buffer.
         let head = self.head(partition).await?;
-        let begun_ms = now_ms();
         let (sent_ahead, logs) = in_round(stream, partition, round, |subscription| {
-            subscription.begin(partition, &head, begun_ms);
+            subscription.begin(partition, &head);
             (
                 subscription.unread_sent_ahead(partition),
                 // Again, because `begin` may have moved the low-water mark.
@@ -202,7 +200,7 @@ impl History {
                 .await?;
         }
         let again = in_round(stream, partition, round, |subscription| {
-            subscription.go_live(partition, head.complete(), now_ms())
+            subscription.go_live(partition, head.complete(), self.broker.now_ms())
         })?;
         stream.wake();
         if again.is_some() {
@@ -354,7 +352,7 @@ impl History {
             record_bytes = Some(average_bytes(&records));
             for (id, record) in ids[..n].iter().zip(records) {
                 let is_handed_over = in_round(stream, partition, round, |subscription| {
-                    hand_over(subscription, partition, *id, record)
+                    hand_over(subscription, partition, *id, record, self.broker.now_ms())
                 })?;
                 if !is_handed_over {
                     break;
@@ -383,6 +381,7 @@ fn hand_over(
     partition: PartitionNumber,
     id: NotificationId,
     record: Option<Arc<Record>>,
+    now_ms: u64,
 ) -> bool {
     let Some(record) = record else {
         if subscription.skip(partition, id) {
@@ -397,7 +396,7 @@ fn hand_over(
     };
     let has_room = subscription.has_room(partition);
     if has_room {
-        subscription.handle(partition, id, &record, now_ms());
+        subscription.handle(partition, id, &record, now_ms);
     }
     has_room
 }

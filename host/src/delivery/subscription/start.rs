@@ -1,7 +1,6 @@
 //! The parameters of a stream: where it begins and which of the user's notifications pass its
 //! filter.
 
-use crate::clock::now_ms;
 use crate::event::{Name, Notification, Priority, Route};
 
 use super::cursor::{Cursor, CursorError};
@@ -23,12 +22,12 @@ pub enum Start {
 
 impl Start {
     /// Parses the start of a stream: a cursor, `earliest`, `latest` or a duration ago, such as
-    /// `10m`.
+    /// `10m` before `now_ms`, the broker's time.
     /// Any other text starts at the latest, with a gap: rejecting it would stop an `EventSource`
     /// permanently. Returns `None` for a cursor of another user, which has no meaning for this one.
-    pub fn read(text: &str, user: &Name) -> Option<Self> {
+    pub fn read(text: &str, user: &Name, now_ms: u64) -> Option<Self> {
         if let Some(ago_ms) = duration_ms(text) {
-            return Some(Self::Since(now_ms().saturating_sub(ago_ms)));
+            return Some(Self::Since(now_ms.saturating_sub(ago_ms)));
         }
         match (text, Cursor::decode(text, user)) {
             ("latest", _) => Some(Self::Latest),
@@ -93,20 +92,15 @@ mod tests {
         let user = Name::parse("ann").unwrap();
         let mut cursor = String::new();
         Cursor::default().encode(&user, &mut cursor);
-        assert_eq!(Start::read("latest", &user), Some(Start::Latest));
-        assert_eq!(Start::read("earliest", &user), Some(Start::Earliest));
-        assert!(matches!(Start::read("10m", &user), Some(Start::Since(_))));
-        assert_eq!(
-            Start::read(&cursor, &user),
-            Some(Start::Cursor(Cursor::default()))
-        );
-        assert_eq!(Start::read(&cursor, &Name::parse("bob").unwrap()), None);
+        let read = |text: &str, user: &Name| Start::read(text, user, 1_000_000);
+        assert_eq!(read("latest", &user), Some(Start::Latest));
+        assert_eq!(read("earliest", &user), Some(Start::Earliest));
+        assert_eq!(read("10m", &user), Some(Start::Since(400_000)));
+        assert_eq!(read("10d", &user), Some(Start::Since(0)));
+        assert_eq!(read(&cursor, &user), Some(Start::Cursor(Cursor::default())));
+        assert_eq!(read(&cursor, &Name::parse("bob").unwrap()), None);
         for garbled in ["", "1", "m", "-1m", "99999999999m", "<script>", "\u{0}"] {
-            assert_eq!(
-                Start::read(garbled, &user),
-                Some(Start::Unknown),
-                "{garbled:?}"
-            );
+            assert_eq!(read(garbled, &user), Some(Start::Unknown), "{garbled:?}");
         }
     }
 }

@@ -304,7 +304,7 @@ impl World {
                 origin: NotificationId(0),
                 now_ms,
             };
-            self.subscription.begin(number(partition), &head, now_ms);
+            self.subscription.begin(number(partition), &head);
             for id in self.subscription.unread_sent_ahead(number(partition)) {
                 let record = place.history.get(&id.0).cloned();
                 self.subscription
@@ -657,7 +657,7 @@ fn overflowed(urgent_id: u64) -> Subscription {
     let ticket = subscription.begin_recipient_read();
     subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
     let round = subscription.enter_replay(P);
-    subscription.begin(P, &head(&[(1, 0)], 50), 0);
+    subscription.begin(P, &head(&[(1, 0)], 50));
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
     assert!(matches!(subscription.next(0), Some(Next::Cursor)));
     let mut id = 50;
@@ -708,7 +708,7 @@ fn head(epochs: &[(u16, u64)], last: u64) -> Head {
 #[test]
 fn an_urgent_notification_waiting_to_be_sent_ahead_is_dropped_with_its_epoch() {
     let mut subscription = overflowed(100);
-    subscription.begin(P, &head(&[(1, 0), (2, 50)], 50), 0);
+    subscription.begin(P, &head(&[(1, 0), (2, 50)], 50));
     // The socket has room again and drains everything.
     while subscription.next(0).is_some() {}
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
@@ -733,7 +733,7 @@ fn an_urgent_notification_waiting_to_be_sent_ahead_is_dropped_with_its_epoch() {
 #[test]
 fn an_urgent_notification_waiting_to_be_sent_ahead_keeps_its_order_when_its_log_is_trimmed() {
     let mut subscription = overflowed(100);
-    subscription.begin(P, &head(&[(1, 0)], 200), 0);
+    subscription.begin(P, &head(&[(1, 0)], 200));
     subscription.handle(
         P,
         NotificationId(150),
@@ -756,7 +756,7 @@ fn an_urgent_notification_waiting_to_be_sent_ahead_keeps_its_order_when_its_log_
     // The same if the index lists the id but the record is gone: the subscription still holds the
     // record, so nothing is missing.
     let mut subscription = overflowed(100);
-    subscription.begin(P, &head(&[(1, 0)], 200), 0);
+    subscription.begin(P, &head(&[(1, 0)], 200));
     assert!(!subscription.skip(P, NotificationId(100)));
     assert!(matches!(
         subscription.next(0),
@@ -789,7 +789,7 @@ fn resumed_after(route: usize) -> Subscription {
         Filter::default(),
         [P],
     );
-    subscription.begin(P, &head(&[(1, 0)], 60), 0);
+    subscription.begin(P, &head(&[(1, 0)], 60));
     subscription
 }
 
@@ -885,7 +885,7 @@ fn a_notification_that_expires_by_one_route_arrives_by_another() {
     let ticket = subscription.begin_recipient_read();
     subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
     subscription.enter_replay(P);
-    subscription.begin(P, &head(&[(1, 0)], 50), 0);
+    subscription.begin(P, &head(&[(1, 0)], 50));
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
     let (normal, low) = (Priority::Normal as usize, Priority::Low as usize);
     let both = record_of(
@@ -931,7 +931,7 @@ fn a_notification_waiting_to_be_sent_ahead_switches_to_another_urgent_route() {
         subscription.on_append(P, Epoch::from_bits(1), NotificationId(id), &record, 0);
     }
     assert_eq!(subscription.ahead.n_pending(), 3);
-    subscription.begin(P, &head(&[(1, 0)], 115), 0);
+    subscription.begin(P, &head(&[(1, 0)], 115));
     for expect in [100, 110] {
         assert!(
             matches!(subscription.next(2_000), Some(Next::Notification { id, .. }) if id.0 == expect),
@@ -954,11 +954,11 @@ fn no_cursor_is_written_until_every_partition_has_a_position() {
         Filter::default(),
         [number(0), number(1)],
     );
-    subscription.begin(number(0), &head(&[(1, 0)], 50), 0);
+    subscription.begin(number(0), &head(&[(1, 0)], 50));
     let mut cursor = String::new();
     subscription.encode_cursor(&mut cursor);
     assert_eq!(cursor, "");
-    subscription.begin(number(1), &head(&[(1, 0)], 50), 0);
+    subscription.begin(number(1), &head(&[(1, 0)], 50));
     subscription.encode_cursor(&mut cursor);
     assert_eq!(
         Cursor::decode(&cursor, &Name::parse("ann").unwrap())

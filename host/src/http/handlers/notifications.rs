@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::broker;
-use crate::clock::now_ms;
 use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::recipients::Reader;
@@ -114,13 +113,13 @@ pub(in crate::http) async fn page(
             "limit is {limit}; use 1 to {MAX_LIMIT}"
         )));
     }
-    let start = asked.after.map_or(Start::Earliest, |after| {
-        Start::read(&after, &reader.user).unwrap_or(Start::Latest)
-    });
     let filter = selection.filter()?;
     let hub = state
         .hub()
         .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))?;
+    let start = asked.after.map_or(Start::Earliest, |after| {
+        Start::read(&after, &reader.user, hub.now_ms()).unwrap_or(Start::Latest)
+    });
     let device_cursors = state.device_cursors()?;
     let permit = room
         .reserve(Some(&reader.user), BUILD_BYTES, &state.limits)
@@ -172,7 +171,7 @@ async fn read_page(
     hub.read(reader.clone(), start, filter, limit, |subscription| {
         while page.notifications.len() < limit
             && !is_full
-            && let Some(next) = subscription.next(now_ms())
+            && let Some(next) = subscription.next(hub.now_ms())
         {
             let mut id = String::new();
             subscription.encode_cursor(&mut id);
@@ -255,7 +254,7 @@ async fn count_unread(hub: &Hub, reader: &Reader, mark: Option<&Cursor>, filter:
         MAX_UNREAD + 1,
         |subscription| {
             while count <= MAX_UNREAD
-                && let Some(next) = subscription.next(now_ms())
+                && let Some(next) = subscription.next(hub.now_ms())
             {
                 count += usize::from(matches!(next, Next::Notification { .. }));
             }

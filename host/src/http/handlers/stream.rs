@@ -174,7 +174,7 @@ pub(in crate::http) async fn open(
         return Err(ApiError::bad_request(message).fix("leave out one of them"));
     }
     let start = match (
-        start(&parts, &parameters, &identity.reader.user),
+        start(&parts, &parameters, &identity.reader.user, hub.now_ms()),
         device.device,
     ) {
         (asked, None) => asked.unwrap_or(Start::Latest),
@@ -254,7 +254,7 @@ fn event_stream(body: Body) -> Response {
 }
 
 /// The start that the client requests, if any.
-fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
+fn start(parts: &Parts, parameters: &Parameters, user: &Name, now_ms: u64) -> Option<Start> {
     // Lossy: an id that is not valid text must count as an unknown id, not as an absent one.
     let header = parts
         .headers
@@ -266,7 +266,7 @@ fn start(parts: &Parts, parameters: &Parameters, user: &Name) -> Option<Start> {
         .or_else(|| parameters.last(is_place).map(str::to_owned));
     asked
         .filter(|asked| !asked.is_empty())
-        .and_then(|asked| Start::read(&asked, user))
+        .and_then(|asked| Start::read(&asked, user, now_ms))
 }
 
 #[cfg(test)]

@@ -121,7 +121,7 @@ async fn a_full_disk_rejects_entries_is_reported_and_loses_nothing() {
         matches!(
             &*findings,
             [Finding {
-                severity: crate::broker::Severity::Refusal,
+                severity: Severity::Refusal,
                 ..
             }]
         ),
@@ -165,7 +165,7 @@ async fn a_nearly_full_disk_accepts_outcomes_but_no_new_entries() {
         matches!(
             &*findings,
             [Finding {
-                severity: crate::broker::Severity::Warning,
+                severity: Severity::Warning,
                 ..
             }]
         ),
