@@ -53,7 +53,7 @@ pub use retention::Retention;
 pub use user::{CursorOwner, RecipientChange, StoredCursor};
 
 /// Why a broker request failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The broker is unreachable, does not answer in time, is loading or is read-only. Callers
     /// wait: no event has failed. The request may or may not have taken effect, so a caller of

@@ -2,14 +2,17 @@
 //! every group event committed during the membership, and none committed outside it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pointsman::broker::embedded::Embedded;
 use pointsman::broker::{
     Logs as _, Notice, Partitions as _, RecipientChange, Retention, Users as _,
 };
+use pointsman::delivery::subscription::Start;
 use pointsman::event::criteria::{Attributes, Criteria, Operator, Test};
 use pointsman::event::{Route, Value};
 use pointsman::shutdown::Shutdown;
+use pointsman::telemetry::metrics::ReasonLabel;
 
 use super::faulty_broker::{At, Fate, Op};
 use super::fixture::{Client, Stage, name, to, until};
@@ -24,6 +27,7 @@ on_each_broker! {
     leaving_and_joining_again_hides_the_events_in_between,
     attributes_are_evaluated_when_an_event_is_sent,
     a_change_reaches_a_stream_whose_feed_was_lost,
+    streams_of_a_user_share_a_read_that_began_after_the_change,
 }
 
 fn attributes(plan: &str) -> RecipientChange {
@@ -187,6 +191,51 @@ async fn a_change_reaches_a_stream_whose_feed_was_lost(stage: Stage) {
         .await;
     stage.event("first", &[to("g:ops")]).await;
     client.expect(&["first"]).await;
+}
+
+/// While the memberships are read for one stream, all others of the user wait for the next read: the
+/// present one may have begun before the change that they were told of.
+async fn streams_of_a_user_share_a_read_that_began_after_the_change(stage: Stage) {
+    const STREAMS: usize = 20;
+    let hub = stage.hub();
+    let mut clients = Vec::new();
+    for _ in 0..STREAMS {
+        clients.push(Client::live(&hub, "ann").await);
+    }
+    let n_reads = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&n_reads);
+    stage.puppet.lose(move |at| {
+        counted.fetch_add(
+            usize::from(at == At::Before(Op::Recipient)),
+            Ordering::SeqCst,
+        );
+        false
+    });
+    // A stream that opens reads them, without the group.
+    let mut stop = stage.puppet.stop(At::After(Op::Recipient));
+    clients.push(Client::open(&hub, "ann", Start::Latest));
+    stop.reached().await;
+    stage.join("ann", "ops").await;
+    let replays = || {
+        let recipient = ReasonLabel {
+            reason: "recipient",
+        };
+        stage.metrics.replays.get_or_create(&recipient).get()
+    };
+    until("every stream replays", async || replays() > STREAMS as u64).await;
+    let mut witness = Client::live(&hub, "bob").await;
+    stage.event("for bob", &[to("u:bob")]).await;
+    witness.expect(&["for bob"]).await;
+    // One read of each user.
+    assert_eq!(n_reads.load(Ordering::SeqCst), 2);
+    stop.go();
+    for client in &mut clients {
+        client.until_live().await;
+    }
+    stage.event("for the group", &[to("g:ops")]).await;
+    for client in &mut clients {
+        client.expect(&["for the group"]).await;
+    }
 }
 
 /// A change is announced in every partition, with the ids of that partition, before it is

@@ -7,6 +7,7 @@
 //! describes why a route does not match a user.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -41,11 +42,15 @@ impl Reader {
     /// everywhere.
     pub fn as_recipient(
         &self,
-        mut known: Recipient,
+        mut known: Arc<Recipient>,
         partitions: impl Iterator<Item = PartitionNumber> + Clone,
-    ) -> Recipient {
+    ) -> Arc<Recipient> {
+        if self.claims == Claims::default() {
+            return known;
+        }
+        let combined = Arc::make_mut(&mut known);
         for group in &self.claims.groups {
-            known.groups.insert(
+            combined.groups.insert(
                 group.clone(),
                 partitions
                     .clone()
@@ -54,9 +59,9 @@ impl Reader {
             );
         }
         if !self.claims.attributes.is_empty() {
-            let mut attributes = BTreeMap::from(known.attributes);
+            let mut attributes = BTreeMap::from(combined.attributes.clone());
             attributes.extend(BTreeMap::from(self.claims.attributes.clone()));
-            known.attributes = attributes.into();
+            combined.attributes = attributes.into();
         }
         known
     }
@@ -347,7 +352,8 @@ mod tests {
             user: name("a"),
             claims,
         };
-        let recipient = reader.as_recipient(known.clone(), [P].into_iter());
+        let known = Arc::new(known);
+        let recipient = reader.as_recipient(Arc::clone(&known), [P].into_iter());
         let is_member = |group: &str, id| recipient.is_member(&name(group), P, NotificationId(id));
         assert!(
             [1, 15, 25]
@@ -361,7 +367,7 @@ mod tests {
         );
         assert_eq!(recipient.attributes.get("age"), Some(&Value::Integer(30)));
         assert_eq!(
-            Reader::from(name("a")).as_recipient(known.clone(), [P].into_iter()),
+            Reader::from(name("a")).as_recipient(Arc::clone(&known), [P].into_iter()),
             known
         );
     }

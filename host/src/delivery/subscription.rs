@@ -213,7 +213,7 @@ impl Subscription {
 
     /// Replaces the known recipient unless a later read was stored first: partitions replay
     /// concurrently.
-    pub fn set_recipient(&mut self, ticket: u64, known: Recipient, pool: &Pool) {
+    pub fn set_recipient(&mut self, ticket: u64, known: Arc<Recipient>, pool: &Pool) {
         let partitions = self.partitions.iter().map(|partition| partition.number);
         self.evaluator
             .set_recipient(ticket, known, partitions, pool);

@@ -241,7 +241,7 @@ fn serve(shared: &SharedState, mut group: Vec<Request>) {
     };
     for request in group {
         match request {
-            Request::Write { job, .. } => job.answer(error.as_ref().map(clone_error)),
+            Request::Write { job, .. } => job.answer(error.clone()),
             // Answered with success even if the group failed: an `Alive` notice was published
             // instead.
             Request::Tick { reply, .. } => drop(reply.send(Ok(()))),
@@ -323,14 +323,5 @@ fn tick(partition: PartitionNumber, meta: &Meta) -> Notice {
         partition,
         epoch: meta.epoch(),
         last: meta.last,
-    }
-}
-
-/// A copy of the error for each request of a group.
-fn clone_error(error: &Error) -> Error {
-    match error {
-        Error::Unavailable(text) => Error::Unavailable(text.clone()),
-        Error::Full(text) => Error::Full(text.clone()),
-        Error::Permanent(text) => Error::Permanent(text.clone()),
     }
 }

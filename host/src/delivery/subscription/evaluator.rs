@@ -5,6 +5,8 @@
 //! arrive out of order: tickets keep a later result from being replaced by an earlier one.
 //! `recipients` decides which route wins. All times here are the broker's.
 
+use std::sync::Arc;
+
 use crate::delivery::recipients::{Moment, Reader, RouteMatch, winning_route};
 use crate::event::criteria::{Criteria, Pool};
 use crate::event::{Name, NotificationId, PartitionNumber, Recipient, Target};
@@ -15,7 +17,8 @@ use super::{Filter, Record};
 pub(super) struct Evaluator {
     reader: Reader,
     filter: Filter,
-    recipient: Recipient,
+    /// Shared by the streams of a user whose tokens claim nothing.
+    recipient: Arc<Recipient>,
     /// Counters of reads of the recipient: those begun so far, the one that `recipient` came from,
     /// and the first that is recent enough.
     n_reads: u64,
@@ -28,7 +31,7 @@ impl Evaluator {
         Self {
             reader,
             filter,
-            recipient: Recipient::default(),
+            recipient: Arc::default(),
             n_reads: 0,
             recipient_read: 0,
             needed_read: 1,
@@ -49,14 +52,16 @@ impl Evaluator {
     pub(super) fn set_recipient(
         &mut self,
         ticket: u64,
-        known: Recipient,
+        known: Arc<Recipient>,
         partitions: impl Iterator<Item = PartitionNumber> + Clone,
         pool: &Pool,
     ) {
         if ticket > self.recipient_read {
             self.recipient_read = ticket;
             self.recipient = self.reader.as_recipient(known, partitions);
-            self.recipient.attributes = pool.share(std::mem::take(&mut self.recipient.attributes));
+            if let Some(own) = Arc::get_mut(&mut self.recipient) {
+                own.attributes = pool.share(std::mem::take(&mut own.attributes));
+            }
         }
     }
 

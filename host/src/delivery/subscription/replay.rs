@@ -21,8 +21,10 @@ use crate::event::{Epoch, NotificationId, PartitionNumber, Target};
 use crate::telemetry::metrics::Metrics;
 
 use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};
+use recipient_reads::RecipientReads;
 use record_cache::RecordCache;
 
+mod recipient_reads;
 pub mod record_cache;
 
 /// The most ids read from a log at a time.
@@ -51,6 +53,7 @@ pub trait FollowLogs: Send + Sync {
 pub struct History {
     broker: Arc<dyn Logs>,
     records: RecordCache,
+    recipients: RecipientReads,
     /// The attributes of the node's streams, shared where equal.
     attributes: Pool,
     reads: Semaphore,
@@ -86,6 +89,7 @@ impl History {
         Self {
             broker,
             records: RecordCache::default(),
+            recipients: RecipientReads::default(),
             attributes: Pool::default(),
             reads: Semaphore::new(READS),
             metrics,
@@ -223,8 +227,13 @@ impl History {
                 subscription.user().clone(),
             )
         })?;
-        let _permit = self.reads.acquire().await;
-        let recipient = self.broker.recipient(&user).await?;
+        let read = async {
+            let _permit = self.reads.acquire().await;
+            let mut known = self.broker.recipient(&user).await?;
+            known.attributes = self.attributes.share(known.attributes);
+            Ok(known)
+        };
+        let recipient = self.recipients.read(&user, read).await?;
         in_round(stream, partition, round, |subscription| {
             subscription.set_recipient(ticket, recipient, &self.attributes)
         })

@@ -258,7 +258,7 @@ impl World {
         );
         let ticket = self.subscription.begin_recipient_read();
         self.subscription
-            .set_recipient(ticket, Recipient::default(), &Pool::default());
+            .set_recipient(ticket, Arc::default(), &Pool::default());
         for partition in 0..2 {
             self.reset(partition);
         }
@@ -655,7 +655,7 @@ fn overflowed(urgent_id: u64) -> Subscription {
         [P],
     );
     let ticket = subscription.begin_recipient_read();
-    subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
+    subscription.set_recipient(ticket, Arc::default(), &Pool::default());
     let round = subscription.enter_replay(P);
     subscription.begin(P, &head(&[(1, 0)], 50));
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
@@ -883,7 +883,7 @@ fn a_notification_that_expires_by_one_route_arrives_by_another() {
         [P],
     );
     let ticket = subscription.begin_recipient_read();
-    subscription.set_recipient(ticket, Recipient::default(), &Pool::default());
+    subscription.set_recipient(ticket, Arc::default(), &Pool::default());
     subscription.enter_replay(P);
     subscription.begin(P, &head(&[(1, 0)], 50));
     assert_eq!(subscription.go_live(P, NotificationId(50), 0), None);
