@@ -126,6 +126,8 @@ macro_rules! suite {
                     leaving_a_group_without_membership_changes_nothing,
                     a_change_is_announced_in_every_partition_before_later_events,
                     an_unknown_user_has_no_attributes_and_no_groups,
+                    a_membership_beyond_the_limit_is_refused_and_changes_nothing,
+                    left_groups_count_separately_until_their_events_have_expired,
                 ];
                 device_cursors: [
                     a_device_cursor_moves_only_from_its_expected_value,

@@ -50,7 +50,7 @@ pub use partition::{
     Partition, PartitionState,
 };
 pub use retention::Retention;
-pub use user::{CursorOwner, RecipientChange, StoredCursor};
+pub use user::{CursorOwner, GroupLimit, RecipientChange, RecipientLimits, StoredCursor};
 
 /// Why a broker request failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -68,6 +68,9 @@ pub enum Error {
     /// wrong type, or a request that is not valid. The text names the fix.
     #[error("the broker refused the request: {0}")]
     Permanent(String),
+    /// A user's memberships are at a limit, which allows `most` groups. Nothing has changed.
+    #[error("{}; {}", .limit.reason(*.most), .limit.fix())]
+    TooManyGroups { limit: GroupLimit, most: u32 },
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -168,7 +171,13 @@ pub trait Logs: Partitions {
 #[async_trait]
 pub trait Users: Partitions {
     /// Changes a user's attributes or memberships and notifies every node. The change applies to
-    /// all events appended after it returns.
+    /// all events appended after it returns. To join a group that the user is a member of changes
+    /// nothing and is never refused; neither is leaving.
+    ///
+    /// # Errors
+    /// [`Error::TooManyGroups`] if the user is a member of
+    /// [`Retention::max_groups_per_user`] groups, or left as many within
+    /// [`Retention::max_age`] and would join another one.
     async fn change_recipient(&self, user: &Name, change: RecipientChange) -> Result<()>;
 
     /// Reads a user's device cursors and read marker, without expired ones.

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{self, Auth};
-use crate::broker::Retention;
 use crate::broker::redis::Prefix;
+use crate::broker::{RecipientLimits, Retention};
 use crate::delivery::sse;
 use crate::event::Name;
 use crate::http::{self, Origins};
@@ -60,6 +60,7 @@ pub struct RawConfig {
     pub listen: server::Config,
     pub broker: Broker,
     pub retention: Retention,
+    pub recipients: RecipientLimits,
     pub plugins: settings::Config,
     pub auth: auth::Config,
     pub stream: sse::Config,
@@ -173,6 +174,7 @@ impl Config {
             listen,
             broker,
             mut retention,
+            recipients,
             plugins,
             auth,
             stream,
@@ -185,11 +187,13 @@ impl Config {
         limits.event_bytes = ingest.max_event_bytes;
         retention.backlog_entries = limits.backlog_entries;
         retention.max_event_bytes = ingest.max_event_bytes;
+        retention.max_groups_per_user = recipients.max_groups_per_user;
         checks::listen(layers, &listen)?;
         checks::ingest(layers, &ingest)?;
         checks::stream(layers, &stream)?;
         checks::limits(layers, &limits)?;
         checks::retention(layers, &retention)?;
+        checks::recipients(layers, &recipients)?;
         let prefix = checks::prefix(layers, &broker)?;
         let choice = checks::broker(layers, &broker, &prefix)?;
         let sources = broker

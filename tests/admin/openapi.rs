@@ -15,6 +15,8 @@ const KEY: &str = "the key of these tests";
 const DEV: &str = r#"
 [limits]
 body_timeout = "1s"
+[recipients]
+max_groups_per_user = 2
 [[plugins.discard.config.rules]]
 match.type = "noise"
 [[plugins.rules.config.rules]]

@@ -231,6 +231,11 @@ test("group members and user attributes are changed and shown as documented", as
   await ask(200, "GET", member);
   await ask(400, "PUT", member, { body: "{}" });
   await ask(204, "DELETE", member);
+  const joins = async (status, groups) => { for (const group of groups) await ask(status, "PUT", `/v1/groups/${group}/members/eve`); };
+  await joins(204, ["a", "b"]);
+  await joins(409, ["c"]);
+  for (const group of ["a", "b"]) await ask(204, "DELETE", `/v1/groups/${group}/members/eve`);
+  await joins(409, ["c"]);
   for (const method of ["GET", "PUT", "DELETE"]) await ask(400, method, "/v1/groups/a%0Ab/members/ann");
   const attributes = "/v1/users/ann/attributes";
   assert.deepEqual(await ask(200, "GET", attributes), {});

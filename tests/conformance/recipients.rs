@@ -1,7 +1,7 @@
 //! Guarantees of a user's data: attributes, and memberships as ranges of ids.
 
 use super::*;
-use pointsman::broker::RecipientChange;
+use pointsman::broker::{Error, GroupLimit, RecipientChange};
 use pointsman::event::criteria::Attributes;
 use pointsman::event::{Span, Value};
 
@@ -21,6 +21,16 @@ impl Node {
     async fn leave(&self, user: &str, group: &str) {
         self.change(user, RecipientChange::Leave { group: name(group) })
             .await;
+    }
+
+    /// The limit that refuses to let the user join a group, if any does.
+    async fn refusal(&self, user: &str, group: &str) -> Option<GroupLimit> {
+        let join = RecipientChange::Join { group: name(group) };
+        match self.broker.change_recipient(&name(user), join).await {
+            Ok(()) => None,
+            Err(Error::TooManyGroups { limit, most: 2 }) => Some(limit),
+            Err(error) => panic!("{error}"),
+        }
     }
 
     /// The user's span of a group in the partition under test.
@@ -202,4 +212,56 @@ pub(super) async fn an_unknown_user_has_no_attributes_and_no_groups(bench: Bench
         node.broker.recipient(&name("stranger")).await.unwrap(),
         pointsman::event::Recipient::default()
     );
+}
+
+pub(super) async fn a_membership_beyond_the_limit_is_refused_and_changes_nothing(bench: Bench) {
+    let retention = Retention {
+        max_groups_per_user: 2,
+        ..Retention::default()
+    };
+    let node = bench.open_with(&retention).await;
+    node.join("1", "a").await;
+    node.join("1", "b").await;
+    let before = node.broker.recipient(&name("1")).await.unwrap();
+    node.publish("R", &["g:a"]).await;
+    for _ in 0..2 {
+        assert_eq!(node.refusal("1", "c").await, Some(GroupLimit::Joined));
+    }
+    assert_eq!(node.refusal("1", "a").await, None, "is a member");
+    assert_eq!(node.refusal("2", "c").await, None, "another user");
+    assert_eq!(node.broker.recipient(&name("1")).await.unwrap(), before);
+    node.change("1", RecipientChange::Attributes(Attributes::default()))
+        .await;
+    node.leave("1", "a").await;
+    assert_eq!(node.refusal("1", "c").await, None, "after leaving one");
+    assert_eq!(node.refusal("1", "a").await, Some(GroupLimit::Joined));
+}
+
+/// Their events can still be delivered, so a user who keeps joining and leaving other groups would
+/// have ever more logs.
+pub(super) async fn left_groups_count_separately_until_their_events_have_expired(bench: Bench) {
+    let retention = Retention {
+        max_groups_per_user: 2,
+        max_age: Duration::from_secs(5),
+        ..Retention::default()
+    };
+    let node = bench.open_with(&retention).await;
+    node.join("1", "a").await;
+    node.join("1", "b").await;
+    for partition in node.broker.partitions() {
+        let p = partition.number;
+        let node = Node { p, ..node.clone() };
+        node.publish("R", &["g:a", "g:b"]).await;
+    }
+    node.leave("1", "a").await;
+    node.leave("1", "b").await;
+    assert_eq!(node.refusal("1", "c").await, Some(GroupLimit::Left));
+    assert_eq!(node.refusal("1", "a").await, None, "joins it again");
+    assert_eq!(node.refusal("1", "c").await, None, "one is left");
+    assert_eq!(node.refusal("1", "b").await, Some(GroupLimit::Joined));
+    // Leaving is never refused.
+    node.leave("1", "a").await;
+    node.leave("1", "c").await;
+    assert_eq!(node.refusal("1", "d").await, Some(GroupLimit::Left));
+    until(async || node.refusal("1", "d").await.is_none()).await;
 }

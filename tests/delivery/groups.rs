@@ -206,3 +206,40 @@ impl Drop for SetOnDrop<'_> {
         self.0.store(true, Ordering::SeqCst);
     }
 }
+
+/// Each group is a log that every stream of the user follows.
+#[test]
+fn a_user_joins_a_bounded_number_of_groups_and_the_refusal_names_the_fix() {
+    let server = RedisServer::start();
+    let config = format!("[recipients]\nmax_groups_per_user = 3\n{CONFIG}");
+    for node in [Node::builder(), Node::builder().redis(server.url())]
+        .map(|node| node.config(&config).start())
+    {
+        let mut stream = node.stream("42");
+        for group in ["a", "b", "c", "a"] {
+            node.join(group, "42");
+        }
+        for _ in 0..2 {
+            let refused = node.request("PUT", "/v1/groups/d/members/42");
+            assert_eq!(refused.status, 409, "{refused:?}");
+            assert_eq!(
+                refused.json(),
+                json!({
+                    "code": "too_many_groups",
+                    "error": "the user is a member of 3 groups, which is the limit",
+                    "fix": "remove a membership, or raise recipients.max_groups_per_user",
+                })
+            );
+        }
+        assert_eq!(node.request("GET", "/v1/groups/d/members/42").status, 404);
+        node.join("d", "another%20user");
+        leave(&node, "a", "42");
+        node.join("d", "42");
+        for group in ["a", "b", "d"] {
+            let to_group = event(group, "t", json!({ "group": group }));
+            node.publisher().publish(&[to_group]);
+        }
+        assert_eq!(stream.next_notification(SOON).id, "b");
+        assert_eq!(stream.next_notification(SOON).id, "d");
+    }
+}

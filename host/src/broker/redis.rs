@@ -25,7 +25,7 @@
 //! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed; `attempts` if it was retried, `due` if it will be |
 //! | `T` `owner` | string | The lease: the name of the node |
 //! | `P:partitions` | hash | source -> partition number; entries are only ever added |
-//! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`. If it holds nothing else, expires max_age after the user left the last group |
+//! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`; `joined` and `left`, the numbers of both; `pruned`, when expired ones were last removed, in ms. Without attributes and current memberships, expires max_age after the last change |
 //! | `P:device-cursors:{P:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
 //!
 //! | Channel | Message |

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::user::CursorOwner;
+use super::user::{CursorOwner, RecipientLimits};
 use crate::duration;
 
 /// Limits and windows that every node of an installation must share.
@@ -52,6 +52,10 @@ pub struct Retention {
     /// Acknowledged device cursors kept per user (32), and as many unacknowledged ones. Beyond
     /// that, the least recently moved cursor of the same kind is evicted.
     pub max_devices_per_user: u32,
+    /// Current memberships of a user (1,000), and as many that ended within `max_age`. Set by
+    /// `recipients.max_groups_per_user`; not a key of this section.
+    #[serde(skip)]
+    pub max_groups_per_user: u32,
 }
 
 impl Default for Retention {
@@ -70,6 +74,7 @@ impl Default for Retention {
             max_event_bytes: 256 * 1024,
             device_cursor_ttl: Duration::from_secs(30 * 24 * 3600),
             max_devices_per_user: 32,
+            max_groups_per_user: RecipientLimits::default().max_groups_per_user,
         }
     }
 }

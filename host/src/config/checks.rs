@@ -7,8 +7,8 @@ use std::fmt;
 use std::time::Duration;
 
 use super::{Broker, BrokerChoice, Error, Layers, Log};
-use crate::broker::Retention;
 use crate::broker::redis::{Prefix, check_url};
+use crate::broker::{RecipientLimits, Retention};
 use crate::delivery::sse;
 use crate::event::Name;
 use crate::{duration, http, ingest, server};
@@ -194,6 +194,17 @@ pub(super) fn retention(layers: &Layers, retention: &Retention) -> Result<(), Er
                 minute,
             ),
         ],
+    )
+}
+
+pub(super) fn recipients(layers: &Layers, recipients: &RecipientLimits) -> Result<(), Error> {
+    numbers(
+        layers,
+        [AtLeast(
+            "recipients.max_groups_per_user",
+            recipients.max_groups_per_user.into(),
+            1,
+        )],
     )
 }
 

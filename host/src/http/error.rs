@@ -186,6 +186,9 @@ impl From<broker::Error> for ApiError {
             }
             .code("full")
             .cause(error),
+            broker::Error::TooManyGroups { limit, most } => Self::conflict(limit.reason(most))
+                .code("too_many_groups")
+                .fix(limit.fix()),
             broker::Error::Permanent(_) => Self::new(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "broker",

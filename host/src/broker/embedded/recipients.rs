@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::{self, Meta};
 use super::store::Failure;
 use super::work::Work;
-use crate::broker::{Notice, Partition, RecipientChange};
+use crate::broker::{Error, GroupLimit, Notice, Partition, RecipientChange};
 use crate::event::criteria::Attributes;
 use crate::event::{Name, NotificationId, PartitionNumber, Recipient, Span};
 
@@ -38,6 +38,24 @@ impl RecipientRow {
 
     pub(super) fn read(row: &[u8]) -> serde_json::Result<Self> {
         serde_json::from_slice(row)
+    }
+
+    /// Refuses a membership beyond `most`, or one of an unknown group if as many have ended.
+    fn require_room(&self, is_known: bool, most: u32) -> Result<(), Error> {
+        let n_joined = self
+            .groups
+            .values()
+            .filter(|spans| is_member(spans))
+            .count();
+        let n_left = self.groups.len() - n_joined;
+        let limit = if n_joined >= most as usize {
+            GroupLimit::Joined
+        } else if !is_known && n_left >= most as usize {
+            GroupLimit::Left
+        } else {
+            return Ok(());
+        };
+        Err(Error::TooManyGroups { limit, most })
     }
 
     /// Removes memberships that ended so long ago that none of their notifications can be replayed.
@@ -73,9 +91,12 @@ impl Work<'_> {
         };
         match change {
             RecipientChange::Join { group } => {
-                let spans = stored.groups.entry(group.clone()).or_default();
-                if !is_member(spans) {
-                    *spans = tops()
+                if !stored.groups.get(group).is_some_and(is_member) {
+                    // First, so that memberships of long ago do not count.
+                    stored.retain(&self.floors());
+                    let is_known = stored.groups.contains_key(group);
+                    stored.require_room(is_known, self.retention.max_groups_per_user)?;
+                    let spans = tops()
                         .map(|(number, top)| {
                             (
                                 number,
@@ -86,6 +107,7 @@ impl Work<'_> {
                             )
                         })
                         .collect();
+                    stored.groups.insert(group.clone(), spans);
                 }
             }
             RecipientChange::Leave { group } => {

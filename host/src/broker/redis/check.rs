@@ -201,6 +201,8 @@ fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
         &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
         &["PEXPIRE", &format!("{t}l:all"), "1"],
         &["HGET", user, "f"],
+        &["HMGET", user, "f"],
+        &["HEXISTS", user, "f"],
         &["HGETALL", user],
         &["HSET", user, "f", "v"],
         &["HDEL", user, "f"],

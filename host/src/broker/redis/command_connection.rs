@@ -171,6 +171,7 @@ impl CommandConnection {
                     Error::Unavailable(why) | Error::Full(why) | Error::Permanent(why) => {
                         why.clone()
                     }
+                    Error::TooManyGroups { .. } => error.to_string(),
                 };
                 Err(CommandFailure::Known(error))
             }

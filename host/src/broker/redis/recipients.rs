@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use super::command_connection::unexpected;
 use super::{Redis, id, parse_text, scripts};
-use crate::broker::{Partition, RecipientChange, Result};
+use crate::broker::{Error, GroupLimit, Partition, RecipientChange, Result};
 use crate::event::{Name, PartitionNumber, Recipient, Span};
 
 /// Reads a user's attributes and memberships.
@@ -50,7 +50,8 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
             serde_json::to_string(&attributes).map_err(|error| unexpected(&error))?,
         ),
     };
-    let () = redis
+    let most = redis.retention.max_groups_per_user;
+    let answer: String = redis
         .connection
         .eval(&scripts::RECIPIENT, |command| {
             command
@@ -58,12 +59,22 @@ pub(super) async fn change(redis: &Redis, user: &Name, change: RecipientChange) 
                 .arg(redis.prefix.user(user))
                 .arg(redis.max_age_ms())
                 .arg(what)
-                .arg(&argument);
+                .arg(&argument)
+                .arg(most);
             for (number, top) in &tops {
                 command.arg(number.0).arg(top);
             }
         })
         .await?;
+    let limit = match answer.as_str() {
+        "ok" => None,
+        "joined" => Some(GroupLimit::Joined),
+        "left" => Some(GroupLimit::Left),
+        _ => return Err(unexpected(&"a malformed answer about a membership")),
+    };
+    if let Some(limit) = limit {
+        return Err(Error::TooManyGroups { limit, most });
+    }
     // Publish even if nothing changed: a first attempt may have written the change and failed to
     // publish it.
     let mut commands = redis::pipe();
