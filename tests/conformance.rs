@@ -88,6 +88,7 @@ macro_rules! suite {
                     the_first_entry_of_a_log_points_to_the_floor_or_the_last_id,
                     each_entry_points_to_the_one_before_it_in_its_log,
                     a_page_continues_where_the_one_before_ended,
+                    pages_of_many_logs_are_those_of_each_log_in_order,
                     an_absent_log_differs_from_an_empty_range,
                     a_log_at_its_limit_drops_its_oldest_entries,
                     expired_entries_leave_a_log_that_is_still_in_use,

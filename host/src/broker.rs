@@ -149,6 +149,15 @@ pub trait Sources: Partitions {
 /// Logs, for delivery.
 #[async_trait]
 pub trait Logs: Partitions {
+    /// Reads up to `limit` ids of each log above its id, in the order of `logs`. Each page is
+    /// consistent in itself; different pages may be of different moments.
+    async fn pages(
+        &self,
+        partition: PartitionNumber,
+        logs: &[(Target, NotificationId)],
+        limit: usize,
+    ) -> Result<Vec<Page>>;
+
     /// Reads up to `limit` ids of a log above `after`.
     async fn page(
         &self,
@@ -156,7 +165,14 @@ pub trait Logs: Partitions {
         target: &Target,
         after: NotificationId,
         limit: usize,
-    ) -> Result<Page>;
+    ) -> Result<Page> {
+        let log = [(target.clone(), after)];
+        let pages = self.pages(partition, &log, limit).await?;
+        pages
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::Permanent("no page was read; report the bug".into()))
+    }
 
     /// Opens a feed.
     async fn feed(&self) -> Result<Feed>;

@@ -95,6 +95,34 @@ pub(super) async fn a_page_continues_where_the_one_before_ended(bench: Bench) {
     );
 }
 
+/// Logs with and without entries above their id, absent ones, and more of them than a broker reads in
+/// one step.
+pub(super) async fn pages_of_many_logs_are_those_of_each_log_in_order(bench: Bench) {
+    let node = bench.open().await;
+    let mut ids = Vec::new();
+    for k in 0..4 {
+        let log = format!("g:{k}");
+        ids.push(node.publish("r", &["all", &log]).await);
+        ids.push(node.publish("r", &["all", &log]).await);
+    }
+    let mut logs = vec![(target("all"), ids[2])];
+    for k in 0..150 {
+        logs.push((target(&format!("g:{}", k % 6)), ids[k % ids.len()]));
+    }
+    let pages = node.broker.pages(node.p, &logs, 3).await.unwrap();
+    assert_eq!(pages.len(), logs.len());
+    for (page, (log, after)) in pages.iter().zip(&logs) {
+        let alone = node.broker.page(node.p, log, *after, 3).await.unwrap();
+        assert_eq!(
+            (&page.entries, page.is_present, page.is_last),
+            (&alone.entries, alone.is_present, alone.is_last),
+            "{log} after {after}"
+        );
+    }
+    assert_eq!((pages[0].entries.len(), pages[0].is_last), (3, false));
+    assert_eq!(node.broker.pages(node.p, &[], 3).await.unwrap().len(), 0);
+}
+
 pub(super) async fn an_absent_log_differs_from_an_empty_range(bench: Bench) {
     let node = bench.open().await;
     let id = node.publish("r", &["u:1"]).await;

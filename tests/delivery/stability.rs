@@ -135,6 +135,52 @@ fn an_event_to_a_group_of_100_000_costs_the_same_redis_commands_as_to_a_group_of
     assert_eq!(small, large);
 }
 
+/// A node reads the logs of many groups in few calls, and not at all where nothing can be new.
+#[test]
+fn the_streams_of_a_user_with_many_groups_cost_few_calls_of_redis() {
+    const N_GROUPS: usize = 300;
+    const N_STREAMS: usize = 20;
+    let server = RedisServer::start();
+    let node = Node::builder().redis(server.url()).start();
+    for group in 0..N_GROUPS {
+        node.join(&group.to_string(), "42");
+    }
+    let send = |id: &str, group: usize| {
+        let to_group = event(id, "stability", json!({ "group": group.to_string() }));
+        node.publisher().publish(&[to_group]);
+    };
+    let mut left_behind = node.stream("42");
+    send("first", 0);
+    let cursor = left_behind.next_notification(SOON).cursor;
+    drop(left_behind);
+    send("second", N_GROUPS - 1);
+    node.await_outcomes(2, SOON);
+
+    // At the newest event, and one that resumes before it.
+    let () = server.command("CONFIG RESETSTAT");
+    let mut streams: Vec<_> = (0..N_STREAMS).map(|_| node.stream("42")).collect();
+    let query = "user=42";
+    let resumed = Request::new(node.addr(), query).last_event_id(&cursor);
+    streams.push(resumed.open(SOON).expect("open a stream"));
+    let last = streams.len() - 1;
+    assert_eq!(streams[last].next_notification(SOON).id, "second");
+    let counts = command_counts(&server);
+    let n_logs = counts.get("zrevrange").copied().unwrap_or(0) as usize;
+    assert!(
+        (N_GROUPS..2 * N_GROUPS).contains(&n_logs),
+        "only the resumed stream reads its logs: {counts:?}"
+    );
+    // A change returns all of them to replay.
+    node.join("one%20more", "42");
+    send("third", 1);
+    for stream in &mut streams {
+        assert_eq!(stream.next_notification(SOON).id, "third");
+    }
+    let counts = command_counts(&server);
+    let n_calls = counts.get("evalsha").copied().unwrap_or(0) as usize;
+    assert!(n_calls < N_STREAMS * N_GROUPS / 10, "{counts:?}");
+}
+
 /// The Redis commands, by name, that one event to a group with one open stream costs. Takes the
 /// minimum over several attempts, because concurrent work of the node (a tick, a lease) can only
 /// add commands. The first attempt is ignored: it finds an empty source, which is cheaper.

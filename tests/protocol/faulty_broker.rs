@@ -27,7 +27,7 @@ pub(super) enum Op {
     Commit,
     Slice,
     Lease,
-    Page,
+    Pages,
     Records,
     Recipient,
     DeviceCursors,
@@ -322,14 +322,13 @@ impl Sources for Puppet {
 
 #[async_trait]
 impl Logs for Puppet {
-    async fn page(
+    async fn pages(
         &self,
         partition: PartitionNumber,
-        target: &Target,
-        after: NotificationId,
+        logs: &[(Target, NotificationId)],
         limit: usize,
-    ) -> Result<Page> {
-        self.around(Op::Page, self.broker.page(partition, target, after, limit))
+    ) -> Result<Vec<Page>> {
+        self.around(Op::Pages, self.broker.pages(partition, logs, limit))
             .await
     }
 

@@ -113,7 +113,7 @@ async fn a_log_that_expires_just_before_it_is_read_is_announced_as_a_gap() {
     let begin = client.low_water(stage.p);
     let start = client.cut();
     let last = stage.event("a", &[to("u:ann")]).await;
-    let mut stop = stage.puppet.stop(At::Before(Op::Page));
+    let mut stop = stage.puppet.stop(At::Before(Op::Pages));
     let mut client = Client::open(&hub, "ann", start);
     stop.reached().await;
     expire(&stage, "u:ann", NotificationId(last.0 + 1));
@@ -133,7 +133,7 @@ async fn a_log_created_again_above_the_top_of_the_replay_is_announced_as_a_gap()
     let begin = client.low_water(stage.p);
     let start = client.cut();
     let last = stage.event("a", &[to("u:ann")]).await;
-    let mut stop = stage.puppet.stop(At::Before(Op::Page));
+    let mut stop = stage.puppet.stop(At::Before(Op::Pages));
     let mut client = Client::open(&hub, "ann", start);
     stop.reached().await;
     expire(&stage, "u:ann", NotificationId(last.0 + 1));
@@ -158,7 +158,7 @@ async fn a_log_trimmed_between_two_pages_is_announced_as_a_gap() {
     // The replay pauses while a window waits in the queue; by then it has read the first page of
     // both logs.
     client.expect(&["n1"]).await;
-    let mut stop = stage.puppet.stop(At::Before(Op::Page));
+    let mut stop = stage.puppet.stop(At::Before(Op::Pages));
     let mut received = Vec::new();
     for k in 2..=200 {
         assert_eq!(client.event().await, format!("n{k}"));

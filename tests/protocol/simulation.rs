@@ -240,7 +240,7 @@ impl Play {
             puppet.lose(move |at| {
                 matches!(
                     at,
-                    At::Before(Op::Page | Op::Records | Op::Head | Op::Recipient)
+                    At::Before(Op::Pages | Op::Records | Op::Head | Op::Recipient)
                 ) && chance.random_bool(0.02)
             });
             hubs.push((

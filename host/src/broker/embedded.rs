@@ -451,24 +451,16 @@ impl Sources for Embedded {
 
 #[async_trait]
 impl Logs for Embedded {
-    async fn page(
+    async fn pages(
         &self,
         partition: PartitionNumber,
-        target: &Target,
-        after: NotificationId,
+        logs: &[(Target, NotificationId)],
         limit: usize,
-    ) -> Result<Page> {
+    ) -> Result<Vec<Page>> {
         self.slot(partition)?;
-        let log = target.to_string();
+        let logs = logs.to_vec();
         self.read_snapshot(move |transaction, shared| {
-            log::page(
-                transaction,
-                partition.0,
-                &log,
-                after,
-                limit,
-                shared.clock.now_ms(),
-            )
+            log::pages(transaction, partition.0, &logs, limit, shared.clock.now_ms())
         })
         .await
     }

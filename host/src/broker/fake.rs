@@ -196,13 +196,12 @@ impl Sources for FakeBroker {
 
 #[async_trait]
 impl Logs for FakeBroker {
-    async fn page(
+    async fn pages(
         &self,
         _: PartitionNumber,
-        _: &Target,
-        _: NotificationId,
+        _: &[(Target, NotificationId)],
         _: usize,
-    ) -> Result<Page> {
+    ) -> Result<Vec<Page>> {
         unused()
     }
 

@@ -6,7 +6,7 @@
 //! Without an open feed the follows are remembered and requested from the next one. The hub holds
 //! its lock around every call; `hub` decides what a notice means for the followers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -58,10 +58,8 @@ impl FollowedLogs {
             .by_stream
             .insert((stream.id, partition), targets.clone())
             .unwrap_or_default();
-        for target in before
-            .into_iter()
-            .filter(|target| !targets.contains(target))
-        {
+        let kept: HashSet<&Target> = targets.iter().collect();
+        for target in before.into_iter().filter(|target| !kept.contains(target)) {
             self.remove(stream.id, partition, target);
         }
         let mut confirmations = Vec::new();

@@ -57,7 +57,7 @@ scripts! {
     DROP = of_partition "drop.lua";
     HEAD = of_partition "head.lua";
     LEASE = of_partition "lease.lua";
-    PAGE = of_partition "page.lua";
+    PAGES = of_partition "pages.lua";
     REDRIVE = of_partition "redrive.lua";
     RELEASE = of_partition "release.lua";
     STATE = of_partition "state.lua";

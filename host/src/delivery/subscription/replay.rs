@@ -31,6 +31,9 @@ pub mod record_cache;
 const PAGE: usize = 256;
 /// The most records read at first, before their size is known.
 const FIRST_BATCH: usize = 8;
+/// The most ids read from all logs at a time, unless this is fewer than [`MIN_PAGE`] for each.
+const PAGES: usize = 4_096;
+const MIN_PAGE: usize = 16;
 /// The most concurrent reads of history on a node, so that a fail-over does not turn every stream
 /// into a simultaneous request.
 const READS: usize = 64;
@@ -270,18 +273,30 @@ impl History {
         logs: &mut [ReplayLog],
         is_first: bool,
     ) -> Result<(), StopReason> {
-        let mut missing: Option<Gap> = None;
-        for log in logs
+        for log in logs.iter_mut() {
+            // Ids above the top are not read here, and none below it are missing: it is as if the
+            // page had been read. Most replays of a user with many groups begin at the top of all.
+            log.is_done |= log.at >= head.top();
+        }
+        let mut wanted: Vec<&mut ReplayLog> = logs
             .iter_mut()
             .filter(|log| log.ids.is_empty() && !log.is_done)
-        {
+            .collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let limit = (PAGES / wanted.len()).clamp(MIN_PAGE, PAGE);
+        let from: Vec<_> = wanted
+            .iter()
+            .map(|log| (log.target.clone(), log.at))
+            .collect();
+        let pages = {
+            let _permit = self.reads.acquire().await;
+            self.broker.pages(partition, &from, limit).await?
+        };
+        let mut missing: Option<Gap> = None;
+        for (log, page) in wanted.iter_mut().zip(pages) {
             let before = log.at;
-            let page = {
-                let _permit = self.reads.acquire().await;
-                self.broker
-                    .page(partition, &log.target, before, PAGE)
-                    .await?
-            };
             let missing_to = match page.entries.first() {
                 // The first id above the top also counts, through its predecessor: the log may have
                 // been trimmed, or deleted and recreated, since the top was read.
