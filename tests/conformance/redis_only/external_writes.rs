@@ -180,8 +180,9 @@ async fn a_full_redis_drains() {
 async fn a_tick_frees_memory_after_the_last_commit() {
     let server = RedisServer::start();
     let node = node_on(&server).await;
-    fill(&server, 60, 50_000);
-    assert_eq!(drain(&node).await, 60);
+    // At most what one read returns, so that no second commit trims the entries of the first.
+    fill(&server, 20, 50_000);
+    assert_eq!(drain(&node).await, 20);
     let append = || node.broker.append(node.p, vec![vec![field("v", "1")]]);
     assert!(matches!(append().await, Err(Error::Full(_))));
     until(async || {
