@@ -347,7 +347,13 @@ impl BacktestReport {
             let since = |entry: &Option<EntryId>| {
                 entry.map_or_else(
                     || "none".to_owned(),
-                    |entry| format!("since {}", rfc3339(entry.ms)),
+                    |entry| {
+                        if entry.is_time(pointsman::clock::now_ms()) {
+                            format!("since {}", rfc3339(entry.ms))
+                        } else {
+                            format!("since entry {entry}")
+                        }
+                    },
                 )
             };
             let whole = if *is_every_decision {
