@@ -261,8 +261,8 @@ fn dry_runs_do_not_keep_publishers_out() {
 /// Each stream is read by a user of its own, so that no two share a notification; Redis keeps them.
 #[test]
 fn streams_that_are_not_read_share_one_budget_and_lose_nothing() {
-    const STREAMS: usize = 50;
-    const EVENTS: usize = 60;
+    const STREAMS: usize = 40;
+    const EVENTS: usize = 50;
     let server = RedisServer::start();
     let config = format!(
         "{LEAN}[stream]\nmax_buffer_bytes = {}\nstall_timeout = \"10m\"\n",

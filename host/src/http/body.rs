@@ -121,7 +121,8 @@ impl Room<'_> {
         let added = self.charge.add(n_bytes, self.budget, self.share);
         let added = tokio::time::timeout(self.wait, added).await;
         added.map_err(|_| {
-            let error = "the request bodies under way hold as many bytes as this node or this connection allows";
+            let error =
+                "this connection or this node has too many bytes of request bodies under way";
             ApiError::overloaded(error).fix("try again later, and send fewer large bodies at once")
         })
     }

@@ -175,12 +175,12 @@ impl ResponseRoom {
     ) -> Result<ResponsePermit, ApiError> {
         let reserved = self.0.reserve(user, n_bytes, limits.read_wait).await;
         reserved.map_err(|exhausted| {
-            let (of, fix) = match exhausted {
-                Exhausted::User => ("of this user", "read earlier responses first"),
-                Exhausted::Connection => ("on this connection", "read earlier responses first"),
-                Exhausted::Node => ("of this node", "try again later"),
+            let (holder, fix) = match exhausted {
+                Exhausted::User => ("user", "read earlier responses first"),
+                Exhausted::Connection => ("connection", "read earlier responses first"),
+                Exhausted::Node => ("node", "try again later"),
             };
-            let error = format!("the responses under way {of} hold as many bytes as it allows");
+            let error = format!("this {holder} has too many bytes of responses under way");
             ApiError::overloaded(error).fix(fix)
         })?;
         Ok(self.0)

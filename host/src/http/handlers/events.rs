@@ -90,14 +90,14 @@ pub(in crate::http) async fn publish(
     };
     let held = reader.read(body, max).await?;
     // Taken after the body has arrived, or requests that send none would keep all others out.
-    let places = if options.dry_run {
-        &state.dry_running
+    let (places, kind) = if options.dry_run {
+        (&state.dry_running, "dry runs")
     } else {
-        &state.publishing
+        (&state.publishing, "publish requests")
     };
     let wait = state.limits.publish_wait;
     let Ok(Ok(_permit)) = tokio::time::timeout(wait, places.acquire()).await else {
-        return Err(ApiError::overloaded("too many concurrent publish requests"));
+        return Err(ApiError::overloaded(format!("too many concurrent {kind}")));
     };
     let body = held.bytes.clone();
     let broker = state.broker()?;
