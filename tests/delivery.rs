@@ -10,6 +10,7 @@ mod exhaustion;
 mod groups;
 mod hardening;
 mod installations;
+mod lone_outage;
 mod malformed_input;
 mod outage;
 mod position;

@@ -35,6 +35,7 @@ pub(crate) mod fake;
 mod feed;
 mod operations;
 mod partition;
+mod peers;
 pub mod redis;
 mod retention;
 mod user;
@@ -49,6 +50,7 @@ pub use partition::{
     EXCERPT_BYTES, Entry, Head, Lease, MAX_DEAD_LETTER_BYTES, MAX_ENTRY_FIELDS, Oversized,
     Partition, PartitionState,
 };
+pub use peers::{Advertised, MAX_PEERS, NodeAddress, Peer, REGISTERED_FOR};
 pub use retention::Retention;
 pub use user::{CursorOwner, GroupLimit, RecipientChange, RecipientLimits, StoredCursor};
 
@@ -218,6 +220,10 @@ pub trait Users: Partitions {
 pub trait Operations: Partitions {
     /// Checks version, settings and permissions. An empty result means that everything is in order.
     async fn check(&self) -> Result<Vec<Finding>>;
+
+    /// Registers this node for [`REGISTERED_FOR`] and returns the other nodes that are registered,
+    /// at most [`MAX_PEERS`]. A broker of a single process has no others.
+    async fn register_node(&self, name: &str, at: &Advertised) -> Result<Vec<Peer>>;
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState>;
 

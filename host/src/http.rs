@@ -67,6 +67,7 @@ pub fn routes(state: Arc<State>) -> Router {
     // Documents are shared by all their responses, and a stream is bounded by `delivery`.
     let mut routes = Router::new()
         .route("/v1/openapi.json", get(openapi::document))
+        .route("/v1/ready", get(health::is_ready_for_streams))
         .route("/v1/stream", get(stream::open))
         .merge(publish)
         .merge(personal);

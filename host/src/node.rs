@@ -2,12 +2,13 @@
 //! them.
 //!
 //! [`run`] is the whole life cycle. `listeners` serves the routes, `start` opens the broker and
-//! loads the plugins, and `monitor` reports their state in readiness afterwards.
+//! loads the plugins, `monitor` reports their state in readiness afterwards, and `outage` sends
+//! clients away while only this node is without its broker.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::broker::{Broker, Retention, embedded};
+use crate::broker::{Advertised, Broker, Retention, embedded};
 use crate::config::{BrokerChoice, Config, reload};
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
@@ -23,6 +24,7 @@ use crate::telemetry::readiness::Readiness;
 
 mod listeners;
 mod monitor;
+mod outage;
 mod start;
 
 pub use listeners::Listeners;
@@ -85,6 +87,8 @@ pub async fn run_on(
 /// broker and the plugins are still starting.
 struct Node {
     name: String,
+    /// Where other nodes reach the public listener.
+    advertised: Advertised,
     state: Arc<State>,
     stream_timer: StreamTimer,
     metrics: Metrics,
@@ -123,6 +127,7 @@ impl Node {
         }
         let stream_timer = StreamTimer::start(config.stream.clone(), metrics.clone(), &shutdown);
         let state = Arc::new(State::new(
+            name.clone(),
             config.auth.clone(),
             config.origins.clone(),
             config.addresses.clone(),
@@ -138,6 +143,7 @@ impl Node {
         tracing::info!(node.name = name, %address, %admin, "listening");
         Ok(Self {
             name,
+            advertised: Advertised::new(config.listen.advertise.clone(), address),
             state,
             stream_timer,
             metrics,
@@ -197,6 +203,16 @@ impl Node {
             &self.shutdown,
         );
         self.state.set_broker(Arc::clone(&broker), hub.clone());
+        let outage = outage::OutageMonitor {
+            broker: broker.clone(),
+            hub: hub.clone(),
+            stream_timer: self.stream_timer.clone(),
+            readiness: self.readiness.clone(),
+            node: self.name.clone(),
+            advertised: self.advertised.clone(),
+        };
+        self.shutdown
+            .spawn("the outage monitor", outage.run(self.shutdown.clone()));
         let watch = monitor::watch(
             broker.clone(),
             hub,

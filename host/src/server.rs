@@ -26,6 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use crate::broker::NodeAddress;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
@@ -61,6 +62,10 @@ pub struct Config {
     /// states, which require no key, and for `/v1/events`, `/v1/explain` and the admin commands,
     /// which require the API key (127.0.0.1:8081).
     pub admin: SocketAddr,
+    /// The host and port at which other nodes reach `address` (`address`; if that is every address
+    /// of the machine, the one from which it reaches Redis). They ask it whether it is ready when
+    /// they lose Redis.
+    pub advertise: Option<NodeAddress>,
     /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none;
     /// in dev mode every loopback origin).
     pub origins: Vec<String>,
@@ -93,6 +98,7 @@ impl Default for Config {
         Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+            advertise: None,
             origins: Vec::new(),
             admin_hosts: Vec::new(),
             max_connections: 10_000,

@@ -335,6 +335,10 @@ test("events are explained as documented", async () => {
 test("probes and scrapers receive documented responses", async () => {
   for (const path of ["/healthz", "/readyz", "/metrics"]) await ask(200, "GET", path, { listener: 1 });
   await ask(503, "GET", "/readyz", { node: away, listener: 1 });
+  await ask(200, "GET", "/v1/ready");
+  await ask(503, "GET", "/v1/ready?node=another");
+  await ask(400, "GET", "/v1/ready?nodes=1");
+  await ask(503, "GET", "/v1/ready", { node: away });
 });
 
 const wasm = (name) => readFile(`${process.env.POINTSMAN_PLUGINS}/${name}.wasm`);

@@ -14,6 +14,7 @@ mod foreign_ids;
 mod installations;
 mod large_entries;
 mod outages;
+mod peers;
 mod retries;
 mod rights;
 mod set_up;

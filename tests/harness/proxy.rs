@@ -26,6 +26,7 @@ struct State {
     /// After the request that contains these bytes, replies are held back.
     trigger: Option<Vec<u8>>,
     is_holding: bool,
+    is_cut: bool,
     bytes_per_s: Option<u64>,
     is_over: bool,
     sockets: Vec<TcpStream>,
@@ -48,6 +49,10 @@ impl Proxy {
                     return;
                 }
                 // If the server does not accept, the client's connection breaks.
+                if state.is_cut {
+                    // Dropped, and thereby closed.
+                    continue;
+                }
                 let (Ok(client), Ok(server)) = (client, TcpStream::connect(("127.0.0.1", port)))
                 else {
                     continue;
@@ -74,6 +79,26 @@ impl Proxy {
     /// itself still passes.
     pub(crate) fn hold_answers_from(&self, request: &str) {
         self.shared.lock().trigger = Some(request.as_bytes().to_vec());
+    }
+
+    /// Holds back all replies from now on.
+    pub(crate) fn hold_answers(&self) {
+        self.shared.lock().is_holding = true;
+    }
+
+    /// Closes all connections, and each new one at once, until [`Proxy::heal`].
+    pub(crate) fn cut(&self) {
+        let mut state = self.shared.lock();
+        state.is_cut = true;
+        for socket in state.sockets.drain(..) {
+            drop(socket.shutdown(Shutdown::Both));
+        }
+    }
+
+    /// Ends [`Proxy::cut`] and [`Proxy::hold_answers`].
+    pub(crate) fn heal(&self) {
+        self.shared.lock().is_cut = false;
+        self.release();
     }
 
     /// Whether replies are being held back.

@@ -10,9 +10,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
-    Finding, Follow, Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState,
-    Partitions, RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
+    Advertised, Batch, Broker, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error,
+    Feed, Finding, Follow, Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState,
+    Partitions, Peer, RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use pointsman::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
@@ -428,6 +428,10 @@ impl Users for Puppet {
 impl Operations for Puppet {
     async fn check(&self) -> Result<Vec<Finding>> {
         self.broker.check().await
+    }
+
+    async fn register_node(&self, name: &str, at: &Advertised) -> Result<Vec<Peer>> {
+        self.broker.register_node(name, at).await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

@@ -52,9 +52,10 @@ use self::store::{Failure, Medium, Store};
 use self::writer::Writer;
 use super::clock::BrokerClock;
 use super::{
-    Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
-    Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange,
-    Result, Retention, Severity, Slice, Sources, StoredCursor, StoredDecision, Users,
+    Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
+    Finding, Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Peer,
+    RecipientChange, Result, Retention, Severity, Slice, Sources, StoredCursor, StoredDecision,
+    Users,
 };
 use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
 use crate::shutdown::Alarm;
@@ -532,6 +533,10 @@ impl Operations for Embedded {
         findings.extend(self.writer.findings());
         findings.extend(self.shared.clock.node_ahead_s().map(clock_finding));
         Ok(findings)
+    }
+
+    async fn register_node(&self, _name: &str, _at: &Advertised) -> Result<Vec<Peer>> {
+        Ok(Vec::new())
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

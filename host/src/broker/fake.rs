@@ -9,9 +9,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::broker::{
-    Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
-    Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, RecipientChange,
-    Result, Slice, Sources, StoredCursor, StoredDecision, Users,
+    Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
+    Finding, Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Peer,
+    RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
     DeadReason, EntryId, Name, NotificationId, PartitionNumber, Recipient, Span, Target,
@@ -284,6 +284,10 @@ impl Operations for FakeBroker {
     async fn check(&self) -> Result<Vec<Finding>> {
         self.failure
             .map_or_else(|| Ok(self.findings.clone()), |failure| Err(failure()))
+    }
+
+    async fn register_node(&self, _: &str, _: &Advertised) -> Result<Vec<Peer>> {
+        Ok(Vec::new())
     }
 
     async fn state(&self, _: PartitionNumber) -> Result<PartitionState> {

@@ -25,6 +25,7 @@
 //! | `T` `decisions` | stream | Decision records: `entry`, `outcome`, `decision` ([`crate::event::Decision`] as JSON), `id` if the event was committed; `attempts` if it was retried, `due` if it will be |
 //! | `T` `owner` | string | The lease: the name of the node |
 //! | `P:partitions` | hash | source -> partition number; entries are only ever added |
+//! | `P:nodes` | hash | The nodes: name -> `ms address`, the time of the last registration and the address of the public listener. An entry counts for 10 s |
 //! | `P:user:<user>` | hash | `attributes` as JSON; `g:<group>`: `number:joined ...`, after leaving `number:joined-left ... @ms`; `joined` and `left`, the numbers of both; `pruned`, when expired ones were last removed, in ms. Without attributes and current memberships, expires max_age after the last change |
 //! | `P:device-cursors:{P:user:<user>}` | hash | `d:<device>` and `read`: `ms a cursor` if acknowledged, `ms b cursor` if a stream began there; `ms` is the time of the last move. In the slot of the user's other key, unless the name contains braces. Expires with its newest entry |
 //!
@@ -67,9 +68,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed, Finding,
-    Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, Operations, Page, Partition, PartitionState,
-    Partitions, Proposal, RecipientChange, Result, Retention, Slice, Sources, StoredCursor,
+    Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
+    Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, Operations, Page, Partition, PartitionState,
+    Partitions, Peer, Proposal, RecipientChange, Result, Retention, Slice, Sources, StoredCursor,
     StoredDecision, Users,
 };
 use crate::event::{
@@ -83,6 +84,7 @@ mod device_cursors;
 mod entries;
 mod feed;
 mod partition_keys;
+mod peers;
 mod prefix;
 mod readers;
 mod recipients;
@@ -118,6 +120,8 @@ pub struct Redis {
     keys: Vec<PartitionKeys>,
     retention: Retention,
     clock: BrokerClock,
+    /// The address from which this machine reaches Redis.
+    local_ip: std::net::IpAddr,
 }
 
 impl std::fmt::Debug for Redis {
@@ -172,6 +176,7 @@ impl Redis {
         let prefixes = prefix.partitions(sources).map_err(Error::Permanent)?;
         check::version(&connection).await?;
         let clock = read_clock(&connection).await?;
+        let local_ip = peers::local_ip(client.get_connection_info().addr()).await?;
         let database = client.get_connection_info().redis_settings().db();
         let mut keys = Vec::with_capacity(sources.len());
         for (source, of_keys) in sources.iter().zip(prefixes) {
@@ -191,6 +196,7 @@ impl Redis {
             keys,
             retention,
             clock,
+            local_ip,
         };
         for keys in &redis.keys {
             match redis.begin(keys).await {
@@ -694,6 +700,10 @@ impl Operations for Redis {
         check::findings(self)
             .await
             .map_err(|error| located(error, &address(&self.client)))
+    }
+
+    async fn register_node(&self, name: &str, at: &Advertised) -> Result<Vec<Peer>> {
+        peers::register(self, name, at).await
     }
 
     async fn state(&self, partition: PartitionNumber) -> Result<PartitionState> {

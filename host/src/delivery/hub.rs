@@ -31,6 +31,8 @@ use feed_reader::FeedReader;
 
 /// A partition without a tick for this long counts as silent, whatever the state of the connection.
 pub const SILENCE: Duration = Duration::from_secs(3);
+/// A node without a tick in a partition for this long is not asked to serve more streams.
+pub const FRESH: Duration = Duration::from_millis(2_500);
 /// How often each node ticks each partition.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -49,6 +51,7 @@ struct HubInner {
     /// Bounds what the streams hold together.
     buffers: BufferBudget,
     partitions: Vec<PartitionNumber>,
+    started: Instant,
     next_stream: AtomicU64,
     /// A std mutex: held for look-ups and hand-overs, never across an `.await`. Lock order: this
     /// one before a stream's, never after.
@@ -120,6 +123,7 @@ impl Hub {
             metrics,
             buffers,
             partitions,
+            started: Instant::now(),
             next_stream,
             state,
         }));
@@ -234,6 +238,14 @@ impl Hub {
             .collect();
         let is_past = |stream: &&&Arc<OpenStream>| stream.lock().is_past(partition, id);
         (open.len(), open.iter().filter(is_past).count())
+    }
+
+    /// The time since the last tick of the partition that has been without one for longest.
+    pub fn silence(&self) -> Duration {
+        let state = self.0.lock();
+        let since = |partition| state.last_tick.get(partition).unwrap_or(&self.0.started);
+        let silences = self.0.partitions.iter().map(|at| since(at).elapsed());
+        silences.max().unwrap_or_default()
     }
 
     /// Partitions without a tick for [`SILENCE`], or without any tick yet.

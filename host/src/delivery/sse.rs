@@ -104,6 +104,8 @@ pub enum StreamEnd {
     TokenExpired,
     /// The node is shutting down; the client reconnects to another node.
     Drain,
+    /// The node has lost the broker and another has it; the client reconnects there.
+    Unavailable,
 }
 
 impl StreamEnd {
@@ -112,6 +114,7 @@ impl StreamEnd {
             Self::Age => "age",
             Self::TokenExpired => "token-expired",
             Self::Drain => "drain",
+            Self::Unavailable => "unavailable",
         }
     }
 }

@@ -15,11 +15,12 @@ use serde_json::{Map, Value};
 
 const ABOUT: &str = include_str!("../../openapi/about.md");
 const SHARED: &str = include_str!("../../openapi/pointsman.json");
-const PUBLIC: [&str; 4] = [
+const PUBLIC: [&str; 5] = [
     include_str!("../../openapi/public/events.json"),
     include_str!("../../openapi/public/stream.json"),
     include_str!("../../openapi/public/recipients.json"),
     include_str!("../../openapi/public/dead-letters.json"),
+    include_str!("../../openapi/public/health.json"),
 ];
 const ADMIN: [&str; 6] = [
     include_str!("../../openapi/admin/health.json"),

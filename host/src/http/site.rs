@@ -60,6 +60,7 @@ impl Site {
         let origins = Origins::new(&["https://shop.example".to_owned()], auth.dev).unwrap();
         let auth = Auth::new(auth, &[]).unwrap();
         Arc::new(State::new(
+            "test/1".to_owned(),
             auth,
             origins,
             ClientAddresses::new(&[], usize::MAX).unwrap(),

@@ -83,6 +83,8 @@ impl Default for Limits {
 /// The state that the handlers of a node share.
 #[derive(Debug)]
 pub struct State {
+    /// The name of this node.
+    pub(super) node: String,
     /// Empty until the broker has answered once: the listeners start before that.
     pub(super) broker: OnceLock<Arc<dyn Broker>>,
     /// Set together with the broker.
@@ -119,6 +121,7 @@ pub struct State {
 
 impl State {
     pub fn new(
+        node: String,
         auth: Auth,
         origins: Origins,
         addresses: ClientAddresses,
@@ -132,6 +135,7 @@ impl State {
         let responses = ResponseBudget::new(limits.response_bytes);
         let admin_responses = ResponseBudget::new(limits.response_bytes);
         Self {
+            node,
             broker: OnceLock::new(),
             hub: OnceLock::new(),
             device_cursors: OnceLock::new(),

@@ -224,3 +224,19 @@ async fn a_counter_that_is_not_a_number_refuses_a_commit_before_it_writes() {
     }
     node.publish("R", &["u:1"]).await;
 }
+
+#[tokio::test]
+async fn a_registration_without_a_right_writes_nothing() {
+    let server = RedisServer::start();
+    let node = node_of_app(&server).await;
+    let here = pointsman::broker::Advertised::Port(1);
+    let register = async || node.broker.register_node("a", &here).await;
+    let rules = [
+        "-hset",
+        "-hgetall",
+        "-hdel",
+        "resetkeys ~{pointsman:events}:*",
+    ];
+    refused_without(&server, &rules, register).await;
+    assert_eq!(register().await.unwrap(), []);
+}

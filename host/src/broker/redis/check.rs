@@ -127,7 +127,7 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
 /// The commands that Pointsman runs on a partition, one word per line.
 fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
     let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
-    let (group, numbers) = (prefix.as_str(), &prefix.numbers());
+    let (group, numbers, nodes) = (prefix.as_str(), &prefix.numbers(), &prefix.nodes());
     let (user, cursors) = (
         &format!("{prefix}:user:x"),
         &format!("{prefix}:device-cursors:x"),
@@ -215,6 +215,9 @@ fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
         &["HGET", numbers, "f"],
         &["HGETALL", numbers],
         &["HSET", numbers, "f", "v"],
+        &["HGETALL", nodes],
+        &["HSET", nodes, "f", "v"],
+        &["HDEL", nodes, "f"],
         &["PUBLISH", &format!("{c}tick"), "v"],
         &["PUBLISH", &format!("{c}l:all"), "v"],
         &["PUBLISH", &format!("{c}recipients"), "v"],

@@ -83,8 +83,9 @@ impl Prefix {
             };
             let of_users = [format!("{self}:user:"), format!("{self}:device-cursors:")];
             let is_of_users = |key: &str| of_users.iter().any(|own| key.starts_with(own));
-            if *source == self.numbers() || is_of_users(source) || is_of_users(&prefix) {
-                return refuse("would share keys with the data of users or partitions");
+            let is_of_installation = [self.numbers(), self.nodes()].contains(source);
+            if is_of_installation || is_of_users(source) || is_of_users(&prefix) {
+                return refuse("would share keys with the data of users, nodes or partitions");
             }
             prefixes.push(prefix);
         }
@@ -110,7 +111,7 @@ impl Prefix {
         format!("{self}:{database}{rest}")
     }
 
-    /// Whether a source belongs to this installation, which then trims it.
+    /// Whether the key of a source begins with the prefix.
     pub(super) fn owns(&self, source: &str) -> bool {
         source
             .strip_prefix(self.as_str())
@@ -120,6 +121,11 @@ impl Prefix {
     /// The key of the partition numbers.
     pub(super) fn numbers(&self) -> String {
         format!("{self}:partitions")
+    }
+
+    /// The key of the registered nodes.
+    pub(super) fn nodes(&self) -> String {
+        format!("{self}:nodes")
     }
 
     /// The key of a user's attributes and memberships.

@@ -31,7 +31,7 @@ impl Script {
         )
     }
 
-    /// With the check of rights.
+    /// With the check of rights, for a key that belongs to no partition.
     fn of_user(source: &str) -> Self {
         Self::with(&[include_str!("scripts/require_rights.lua")], source)
     }
@@ -68,6 +68,8 @@ scripts! {
     RECORDS = new "records.lua";
     /// Independent of partitions.
     NUMBER = new "number.lua";
+    /// Independent of partitions.
+    NODES = of_user "nodes.lua";
     /// Independent of partitions and needs no permissions beyond running scripts.
     RIGHTS = new "rights.lua";
     /// Independent of partitions.

@@ -17,6 +17,9 @@ use crate::telemetry::metrics::{Metrics, ReasonLabel};
 
 use super::{Config, Socket, StreamControl, StreamEnd, spread_retry};
 
+/// The time over which the streams of a node that alone has lost the broker are closed: their
+/// clients arrive at the other nodes one by one.
+const OUTAGE_SPREAD: Duration = Duration::from_secs(10);
 /// Slots of the wheel, one second each. A stream is checked at least this often.
 const SLOTS: usize = 64;
 
@@ -65,8 +68,15 @@ pub enum TooManyStreams {
 struct TimerWheel {
     now: usize,
     slots: Vec<Vec<TimerEntry>>,
-    /// Set when the node shuts down: the moment by which every stream has ended.
-    drained_by_ms: Option<u64>,
+    closing: Option<Closing>,
+}
+
+/// Every stream ends, for one reason and each at a random moment.
+#[derive(Clone, Copy)]
+struct Closing {
+    end: StreamEnd,
+    /// The moment by which all have ended, in milliseconds since the timer started.
+    by_ms: u64,
 }
 
 /// The present. Everything but the expiry of a token is due by the first clock, which cannot be
@@ -81,7 +91,10 @@ struct Now {
 
 struct TimerEntry {
     control: Weak<StreamControl>,
-    end: Option<(u64, StreamEnd)>,
+    /// When it reaches its maximum age.
+    age_ms: Option<u64>,
+    /// When and why it ends because all streams do.
+    closing: Option<(u64, StreamEnd)>,
     /// When its token expires, in milliseconds since the Unix epoch.
     token_expires_ms: Option<u64>,
     /// Whether its end was signalled.
@@ -110,7 +123,7 @@ impl StreamTimer {
         let wheel = Mutex::new(TimerWheel {
             now: 0,
             slots,
-            drained_by_ms: None,
+            closing: None,
         });
         let permits = Arc::new(Semaphore::new(config.max_open.min(Semaphore::MAX_PERMITS)));
         let stream_timer = Self(Arc::new(TimerInner {
@@ -168,15 +181,12 @@ impl StreamTimer {
     pub(super) fn watch(&self, control: &Arc<StreamControl>, token_expires_ms: Option<u64>) {
         let config = &self.0.config;
         let now = self.0.now();
-        let end = (!config.max_age.is_zero()).then(|| {
-            (
-                now.ms + spread(millis(config.max_age), 0.8, 1.0),
-                StreamEnd::Age,
-            )
-        });
+        let age_ms =
+            (!config.max_age.is_zero()).then(|| now.ms + spread(millis(config.max_age), 0.8, 1.0));
         let entry = TimerEntry {
             control: Arc::downgrade(control),
-            end,
+            age_ms,
+            closing: None,
             token_expires_ms,
             is_ended: false,
             next_heartbeat_ms: now.ms + self.0.heartbeat_ms(),
@@ -189,7 +199,30 @@ impl StreamTimer {
 
     /// Ends every stream at a random moment within `grace`, including streams opened from now on.
     pub fn drain(&self, grace: Duration) {
-        self.0.lock().drain(self.0.now(), millis(grace));
+        let now = self.0.now();
+        self.0.lock().close(now, StreamEnd::Drain, millis(grace));
+    }
+
+    /// Ends the streams until [`StreamTimer::end_outage`], spread over [`OUTAGE_SPREAD`], because
+    /// this node alone has lost the broker. Repeating it changes nothing.
+    pub fn begin_outage(&self) {
+        let now = self.0.now();
+        let mut wheel = self.0.lock();
+        if wheel.closing.is_none() {
+            wheel.close(now, StreamEnd::Unavailable, millis(OUTAGE_SPREAD));
+        }
+    }
+
+    /// Keeps the streams that [`StreamTimer::begin_outage`] has not ended yet.
+    pub fn end_outage(&self) {
+        let now = self.0.now();
+        self.0.lock().end_outage(now);
+    }
+
+    /// Whether new streams are refused because this node alone has lost the broker.
+    pub fn is_in_outage(&self) -> bool {
+        let closing = self.0.lock().closing;
+        closing.is_some_and(|closing| closing.end == StreamEnd::Unavailable)
     }
 }
 
@@ -199,16 +232,23 @@ impl TimerEntry {
         if self.token_expires_ms.is_some_and(|at| at <= now.unix_ms) {
             return Some(StreamEnd::TokenExpired);
         }
-        self.end.filter(|&(at, _)| at <= now.ms).map(|(_, end)| end)
+        let age = self.age_ms.map(|at| (at, StreamEnd::Age));
+        let first = age
+            .into_iter()
+            .chain(self.closing)
+            .min_by_key(|&(at, _)| at);
+        first.filter(|&(at, _)| at <= now.ms).map(|(_, end)| end)
     }
 
     /// When the entry is due, in milliseconds since the timer started.
     fn due_ms(&self, now: Now) -> u64 {
-        let end = self.end.map(|(at, _)| at);
+        let closing = self.closing.map(|(at, _)| at);
         let token = self
             .token_expires_ms
             .map(|at| now.ms + at.saturating_sub(now.unix_ms));
-        end.into_iter()
+        self.age_ms
+            .into_iter()
+            .chain(closing)
             .chain(token)
             .fold(self.next_heartbeat_ms, u64::min)
     }
@@ -231,28 +271,42 @@ impl TimerEntry {
 }
 
 impl TimerWheel {
-    fn drain(&mut self, now: Now, grace_ms: u64) {
-        self.drained_by_ms = Some(now.ms + grace_ms);
+    fn close(&mut self, now: Now, end: StreamEnd, within_ms: u64) {
+        let by_ms = now.ms + within_ms;
+        self.closing = Some(Closing { end, by_ms });
+        self.put_all_again(now);
+    }
+
+    /// A shutdown continues.
+    fn end_outage(&mut self, now: Now) {
+        if self
+            .closing
+            .take_if(|closing| closing.end == StreamEnd::Unavailable)
+            .is_some()
+        {
+            self.put_all_again(now);
+        }
+    }
+
+    fn put_all_again(&mut self, now: Now) {
         let all: Vec<TimerEntry> = self.slots.iter_mut().flat_map(std::mem::take).collect();
         for entry in all {
             self.put(entry, now);
         }
     }
 
-    /// Inserts an entry into the slot of its next deadline. During a shutdown each entry inserted
-    /// is given an end: its stream may have been opening, or its entry may have been held by the
-    /// timer, when the shutdown began.
+    /// Inserts an entry into the slot of its next deadline. While all streams are closing, each
+    /// entry inserted is given its moment: its stream may have been opening, or its entry may have
+    /// been held by the timer, when that began. It keeps the moment until the reason changes.
     fn put(&mut self, mut entry: TimerEntry, now: Now) {
-        if let Some(by) = self.drained_by_ms
-            && !entry.is_ended
-            && !matches!(entry.end, Some((_, StreamEnd::Drain)))
-        {
-            let at = now.ms + spread(by.saturating_sub(now.ms), 0.0, 1.0);
-            entry.end = Some((
-                entry.end.map_or(at, |(end, _)| end.min(at)),
-                StreamEnd::Drain,
-            ));
-        }
+        entry.closing = self.closing.filter(|_| !entry.is_ended).map(|closing| {
+            let Closing { end, by_ms } = closing;
+            let kept = entry.closing.filter(|&(_, of)| of == end);
+            kept.unwrap_or_else(|| {
+                let at = now.ms + spread(by_ms.saturating_sub(now.ms), 0.0, 1.0);
+                (at, end)
+            })
+        });
         let seconds = entry.due_ms(now).saturating_sub(now.ms).div_ceil(1000);
         let seconds = (seconds as usize).clamp(1, SLOTS - 1);
         let slot = (self.now + seconds) % SLOTS;
@@ -326,7 +380,8 @@ impl TimerInner {
             self.closed(end.as_str());
             control.wake();
             // Kept in the wheel in case the socket does not take the end either.
-            (entry.end, entry.token_expires_ms, entry.is_ended) = (None, None, true);
+            (entry.age_ms, entry.closing, entry.token_expires_ms) = (None, None, None);
+            entry.is_ended = true;
         }
         if entry.next_heartbeat_ms <= now.ms {
             control.heartbeat.store(true, Ordering::Release);
@@ -369,11 +424,12 @@ mod tests {
         }
     }
 
-    fn entry(end: Option<(u64, StreamEnd)>) -> TimerEntry {
+    fn entry(age_ms: Option<u64>) -> TimerEntry {
         let (next_heartbeat_ms, next_cursor_ms) = (NOW + 15_000, NOW + 10_000);
         TimerEntry {
             control: Weak::new(),
-            end,
+            age_ms,
+            closing: None,
             token_expires_ms: None,
             is_ended: false,
             next_heartbeat_ms,
@@ -383,48 +439,48 @@ mod tests {
         }
     }
 
-    fn ends(wheel: &TimerWheel) -> Vec<Option<(u64, StreamEnd)>> {
-        wheel
-            .slots
-            .iter()
-            .flatten()
-            .map(|entry| entry.end)
-            .collect()
+    fn wheel() -> TimerWheel {
+        TimerWheel {
+            now: 0,
+            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
+            closing: None,
+        }
+    }
+
+    fn entries(wheel: &TimerWheel) -> Vec<&TimerEntry> {
+        wheel.slots.iter().flatten().collect()
+    }
+
+    fn moments(wheel: &TimerWheel) -> Vec<Option<(u64, StreamEnd)>> {
+        let mut moments: Vec<_> = entries(wheel).iter().map(|entry| entry.closing).collect();
+        moments.sort_by_key(|closing| closing.map(|(at, _)| at));
+        moments
     }
 
     #[test]
     fn a_stream_opened_or_checked_during_shutdown_ends_with_the_node() {
-        let mut wheel = TimerWheel {
-            now: 0,
-            slots: (0..SLOTS).map(|_| Vec::new()).collect(),
-            drained_by_ms: None,
-        };
-        let soon = Some((NOW + 1, StreamEnd::Age));
-        for end in [None, Some((NOW + 3_600_000, StreamEnd::Age)), soon] {
-            wheel.put(entry(end), at(NOW));
+        let mut wheel = wheel();
+        for age_ms in [None, Some(NOW + 3_600_000), Some(NOW + 1)] {
+            wheel.put(entry(age_ms), at(NOW));
         }
-        wheel.drain(at(NOW), GRACE);
+        wheel.close(at(NOW), StreamEnd::Drain, GRACE);
         wheel.put(entry(None), at(NOW + GRACE - 1));
-        let drained = ends(&wheel);
+        let drained = moments(&wheel);
         assert_eq!(drained.len(), 4);
         assert!(
-            drained.iter().all(
-                |end| end.is_some_and(|(at, why)| at <= NOW + GRACE && why == StreamEnd::Drain)
-            ),
+            drained.iter().all(|closing| closing
+                .is_some_and(|(at, why)| at <= NOW + GRACE && why == StreamEnd::Drain)),
             "{drained:?}"
         );
+        let aged = |entry: &&TimerEntry| entry.age_ms == Some(NOW + 1);
+        let aged = *entries(&wheel).iter().find(|entry| aged(entry)).unwrap();
         assert!(
-            drained
-                .iter()
-                .any(|end| end.is_some_and(|(at, _)| at <= NOW + 1)),
-            "no stream may end later than its own deadline: {drained:?}"
+            aged.due_ms(at(NOW)) <= NOW + 1 && aged.due_end(at(NOW + 1)).is_some(),
+            "no stream may end later than its own deadline"
         );
         // Each keeps its end while the timer checks it, and is signalled once.
-        wheel.drain(at(NOW + 1), GRACE);
-        assert_eq!(
-            ends(&wheel).iter().flatten().map(|(at, _)| *at).max(),
-            drained.iter().flatten().map(|(at, _)| *at).max()
-        );
+        wheel.close(at(NOW + 1), StreamEnd::Drain, GRACE);
+        assert_eq!(moments(&wheel), drained);
         let mut signalled = TimerWheel {
             slots: (0..SLOTS).map(|_| Vec::new()).collect(),
             ..wheel
@@ -436,13 +492,42 @@ mod tests {
             },
             at(NOW),
         );
-        assert_eq!(ends(&signalled), [None]);
+        assert_eq!(moments(&signalled), [None]);
+    }
+
+    #[test]
+    fn streams_close_spread_out_in_an_outage_and_the_rest_stay_when_it_ends() {
+        let mut wheel = wheel();
+        for _ in 0..100 {
+            wheel.put(entry(None), at(NOW));
+        }
+        wheel.close(at(NOW), StreamEnd::Unavailable, 10_000);
+        let closing = moments(&wheel);
+        let (first, last) = (closing[0].unwrap(), closing[99].unwrap());
+        assert!(
+            first.0 < NOW + 2_000 && last.0 > NOW + 8_000 && last.0 <= NOW + 10_000,
+            "{first:?} {last:?}"
+        );
+        assert_eq!(first.1, StreamEnd::Unavailable);
+        wheel.end_outage(at(NOW + 5_000));
+        assert_eq!(moments(&wheel), [None; 100]);
+        // A shutdown replaces the outage, and does not end with it.
+        wheel.close(at(NOW), StreamEnd::Unavailable, 10_000);
+        wheel.close(at(NOW), StreamEnd::Drain, GRACE);
+        wheel.end_outage(at(NOW));
+        let drained = moments(&wheel);
+        assert!(
+            drained
+                .iter()
+                .all(|closing| closing.is_some_and(|(_, why)| why == StreamEnd::Drain)),
+            "{drained:?}"
+        );
     }
 
     #[test]
     fn setting_the_clock_ends_only_streams_whose_token_has_expired_by_it() {
         let hour = 3_600_000;
-        let aged = entry(Some((NOW + hour, StreamEnd::Age)));
+        let aged = entry(Some(NOW + hour));
         let with_token = TimerEntry {
             token_expires_ms: Some(UNIX + hour),
             ..entry(None)

@@ -6,8 +6,11 @@ use axum::extract;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 
-use crate::http::State;
+use crate::delivery::hub::FRESH;
+use crate::http::extract::Query;
+use crate::http::{ApiError, State};
 
 /// `GET /healthz`: the process responds. Nothing else is checked, because restarting a node does
 /// not repair its broker.
@@ -31,6 +34,36 @@ pub(in crate::http) async fn is_ready(
         .flat_map(|line| [line, "\n"])
         .collect();
     (status, lines).into_response()
+}
+
+/// The query of [`is_ready_for_streams`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct Probe {
+    /// The name of the node that the caller means.
+    node: Option<String>,
+}
+
+/// `GET /v1/ready` of the public listener: whether this node can take more streams, for other
+/// nodes and load balancers. Without the reasons, which are for operators.
+///
+/// # Errors
+/// 503 if it cannot, or if it is not the node that the caller means.
+pub(in crate::http) async fn is_ready_for_streams(
+    extract::State(state): extract::State<Arc<State>>,
+    Query(probe): Query<Probe>,
+) -> Result<&'static str, ApiError> {
+    if probe.node.is_some_and(|node| node != state.node) {
+        return Err(ApiError::unavailable("this is another node"));
+    }
+    // Fresher than readiness: a node that has lost its broker asks another one, which may have lost
+    // it as well and not have noticed.
+    let is_fresh = state.hub().is_some_and(|hub| hub.silence() <= FRESH);
+    if state.readiness.is_ready() && is_fresh {
+        Ok("ready\n")
+    } else {
+        Err(ApiError::unavailable("this node is not ready"))
+    }
 }
 
 /// `GET /metrics`.
@@ -94,5 +127,27 @@ mod tests {
             site.request("GET", "/metrics", &[], "").await.0,
             StatusCode::NOT_FOUND
         );
+    }
+
+    #[tokio::test]
+    async fn the_public_listener_reports_readiness_without_reasons_and_for_this_node_only() {
+        let site = Site::dev(FakeBroker::default());
+        let ready = async |query: &str| {
+            let path = format!("/v1/ready{query}");
+            let (status, _, body) = site.request("GET", &path, &[], "").await;
+            (status, body["error"].as_str().map(str::to_owned))
+        };
+        assert_eq!(ready("").await, (StatusCode::OK, None));
+        assert_eq!(ready("?node=test%2F1").await, (StatusCode::OK, None));
+        let unavailable = |why: &str| (StatusCode::SERVICE_UNAVAILABLE, Some(why.to_owned()));
+        assert_eq!(
+            ready("?node=other").await,
+            unavailable("this is another node")
+        );
+        assert_eq!(ready("?nodes=x").await.0, StatusCode::BAD_REQUEST);
+        site.state
+            .readiness()
+            .set("broker", "10.0.0.7:6379: connection refused");
+        assert_eq!(ready("").await, unavailable("this node is not ready"));
     }
 }

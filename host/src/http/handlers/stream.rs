@@ -169,6 +169,10 @@ pub(in crate::http) async fn open(
     let Some(hub) = state.hub() else {
         return Ok(refuse(&state, "starting"));
     };
+    // At once: the stream could neither begin nor resume here, and it can on another node.
+    if state.stream_timer().is_in_outage() {
+        return Ok(refuse(&state, "unavailable"));
+    }
     if is_in_sync && !filter.is_all() {
         let message = "devices=all cannot be combined with types or min_priority, because notifications that one device filters out would count as seen by all";
         return Err(ApiError::bad_request(message).fix("leave out one of them"));
