@@ -26,11 +26,30 @@ struct Reason {
     is_expected: bool,
     /// When the reason expires unless it is set again.
     until: Option<Instant>,
+    /// The last log line about it.
+    logged: Option<Logged>,
 }
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Logged {
+    at: Instant,
+    text: String,
+}
+
+/// A reason whose text changes is logged again after this time: during an outage, the same cause is
+/// described in turn by several errors.
+const LOG_EVERY: Duration = Duration::from_secs(10);
 
 impl Reason {
     fn holds(&self) -> bool {
         self.until.is_none_or(|until| Instant::now() < until)
+    }
+
+    /// The last log line about the reason, if this one can replace `before` without another.
+    fn logged_as(&self, before: Option<&Self>) -> Option<Logged> {
+        let before = before.filter(|b| b.holds() && b.is_warning == self.is_warning)?;
+        let logged = before.logged.clone();
+        logged.filter(|logged| logged.text == self.text || logged.at.elapsed() < LOG_EVERY)
     }
 }
 
@@ -53,12 +72,13 @@ impl Readiness {
                 is_warning: false,
                 is_expected: true,
                 until: None,
+                logged: None,
             },
         );
     }
 
     /// Makes the node unready for the reason `name` until [`Readiness::clear`]. Logged if the
-    /// reason is new or its text changed.
+    /// reason is new, or if its text changed and it was not logged within [`LOG_EVERY`].
     pub fn set(&self, name: &str, text: impl Into<String>) {
         self.put(name, text.into(), false, None);
     }
@@ -98,24 +118,32 @@ impl Readiness {
     ) {
         // A line break would forge a second reason in the report; names quote file names.
         let name = &printable(name);
-        let reason = Reason {
+        let mut reason = Reason {
             text: printable(&text.replace(['\n', '\r'], " ")),
             is_warning,
             is_expected: false,
             until,
+            logged: None,
         };
-        let before = self.lock().insert(name.to_owned(), reason.clone());
-        if !is_logged {
-            return;
-        }
-        if before.is_some_and(|before| {
-            before.holds() && before.text == reason.text && before.is_warning == is_warning
-        }) {
-            return;
-        }
-        match is_warning {
-            false => tracing::error!(reason = name, "not ready: {}", reason.text),
-            true => tracing::warn!(reason = name, "{}", reason.text),
+        let mut reasons = self.lock();
+        let before = reasons.get(name);
+        reason.logged = if is_logged {
+            reason.logged_as(before)
+        } else {
+            before.and_then(|before| before.logged.clone())
+        };
+        let is_logged = is_logged && reason.logged.is_none();
+        let text = reason.text.clone();
+        reason.logged.get_or_insert_with(|| Logged {
+            at: Instant::now(),
+            text: text.clone(),
+        });
+        reasons.insert(name.to_owned(), reason);
+        drop(reasons);
+        match (is_logged, is_warning) {
+            (false, _) => {}
+            (true, false) => tracing::error!(reason = name, "not ready: {text}"),
+            (true, true) => tracing::warn!(reason = name, "{text}"),
         }
     }
 
@@ -178,6 +206,40 @@ impl Readiness {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reason_whose_text_alternates_is_not_logged_each_time() {
+        let now = Instant::now();
+        let long_ago = now.checked_sub(2 * LOG_EVERY).unwrap();
+        let reason = |text: &str, is_warning, logged: Option<(Instant, &str)>| Reason {
+            text: text.to_owned(),
+            is_warning,
+            is_expected: false,
+            until: None,
+            logged: logged.map(|(at, text)| Logged {
+                at,
+                text: text.to_owned(),
+            }),
+        };
+        let next = reason("reset", false, None);
+        let is_logged = |before: &Reason| next.logged_as(Some(before)).is_some();
+        let pipe = "broken pipe";
+        assert!(is_logged(&reason(pipe, false, Some((now, pipe)))));
+        assert!(!is_logged(&reason(pipe, false, Some((long_ago, pipe)))));
+        assert!(is_logged(&reason(pipe, false, Some((long_ago, "reset")))));
+        assert!(
+            !is_logged(&reason("reset", false, Some((long_ago, pipe)))),
+            "a text that stays is logged once"
+        );
+        assert!(!is_logged(&reason("reset", true, Some((now, "reset")))));
+        assert!(!is_logged(&reason("reset", false, None)));
+        assert_eq!(next.logged_as(None), None);
+        let expired = Reason {
+            until: Some(now),
+            ..reason("reset", false, Some((now, "reset")))
+        };
+        assert!(!is_logged(&expired));
+    }
 
     #[test]
     fn reasons_make_the_node_unready_and_warnings_do_not() {
