@@ -92,6 +92,7 @@ pub mod resp;
 mod scripts;
 
 use super::clock::{BrokerClock, Sent};
+pub(crate) use command_connection::DEADLINE;
 use command_connection::{CommandConnection, unexpected, write_refusal};
 use partition_keys::PartitionKeys;
 pub use prefix::Prefix;

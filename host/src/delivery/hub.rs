@@ -34,7 +34,7 @@ pub const SILENCE: Duration = Duration::from_secs(3);
 /// A node without a tick in a partition for this long is not asked to serve more streams.
 pub const FRESH: Duration = Duration::from_millis(2_500);
 /// How often each node ticks each partition.
-const TICK: Duration = Duration::from_secs(1);
+pub const TICK: Duration = Duration::from_secs(1);
 
 /// How long a look for streams to return to replay follows the previous one at the earliest.
 const RECLAIM_PAUSE: Duration = Duration::from_millis(100);
@@ -64,7 +64,7 @@ struct HubState {
     by_user: HashMap<Name, HashSet<u64>>,
     followed: FollowedLogs,
     last_tick: HashMap<PartitionNumber, Instant>,
-    /// When the feed of a silent partition was last requested to reconnect.
+    /// When the feed of a silent partition was last requested to reconnect, or did so.
     reconnected: HashMap<PartitionNumber, Instant>,
 }
 
@@ -402,7 +402,7 @@ impl HubInner {
     async fn read_feeds(self: Arc<Self>) {
         let mut backoff = Backoff::new(
             Duration::from_millis(100),
-            Duration::from_secs(5),
+            Duration::from_secs(1),
             0.5..=1.5,
         );
         loop {
@@ -467,6 +467,29 @@ mod tests {
             reader.handle_batch((0..50).map(tick).collect()).await;
             assert_eq!(replays(), n_batches);
         }
+    }
+
+    /// The silence before the connection says nothing about it. Dropping it would prolong an outage
+    /// by another connection.
+    #[tokio::test]
+    async fn a_new_feed_connection_is_not_dropped_for_the_silence_before_it() {
+        let broker = FakeBroker::default();
+        let hub = Hub::start(Arc::new(broker), Metrics::default(), &Shutdown::new());
+        let partition = hub.0.partitions[0];
+        let (follow, mut requests) = tokio::sync::mpsc::unbounded_channel();
+        let mut reader = FeedReader::new(&hub.0);
+        let long_ago = Instant::now().checked_sub(2 * SILENCE).unwrap();
+        hub.0.lock().last_tick.insert(partition, long_ago);
+        reader.reconnect_silent(&follow);
+        assert!(requests.try_recv().is_ok(), "a silent feed reconnects");
+
+        hub.0.lock().reconnected.insert(partition, long_ago);
+        let partitions = vec![partition];
+        reader
+            .handle_batch(vec![Notice::Reset { partitions }])
+            .await;
+        reader.reconnect_silent(&follow);
+        assert!(requests.try_recv().is_err(), "it has just reconnected");
     }
 
     #[tokio::test]

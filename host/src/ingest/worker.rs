@@ -69,9 +69,15 @@ impl Default for Config {
 const CAREFUL_AFTER: u32 = 3;
 /// After this many noted attempts, the entry is considered the cause of the crashes.
 const POISON_AFTER: u32 = 5;
-/// How long an error reported by the broker stays in readiness without a repetition; longer than
-/// the longest pause between two attempts.
-const PERMANENT_ERROR_SHOWN_FOR: Duration = Duration::from_secs(15);
+/// The longest pause between two attempts, before a random factor of up to 1.5.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// How long an error reported by the broker stays in readiness without a repetition: longer than
+/// the longest pause, and at most 5 s after the cause is gone.
+const PERMANENT_ERROR_SHOWN_FOR: Duration = Duration::from_secs(5);
+const _: () = assert!(
+    LONGEST_PAUSE.as_millis() * 3 / 2 < PERMANENT_ERROR_SHOWN_FOR.as_millis()
+        && PERMANENT_ERROR_SHOWN_FOR.as_millis() <= 5_000
+);
 /// The longest time between two renewals of a lease, which also append the retries that are due.
 const RENEW_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 /// The most batches evaluated ahead of the commit.
@@ -166,8 +172,7 @@ impl Ingest {
     /// Processes one partition until `shutdown`; then it stops reading, waits for the last commit
     /// and releases the lease.
     pub async fn run(self, partition: Partition, shutdown: CancellationToken) {
-        let mut backoff =
-            Backoff::new(Duration::from_millis(50), Duration::from_secs(5), 0.5..=1.5);
+        let mut backoff = Backoff::new(Duration::from_millis(50), LONGEST_PAUSE, 0.5..=1.5);
         let mut state = SourceState {
             is_new_owner: true,
             is_careful: false,

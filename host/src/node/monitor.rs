@@ -10,8 +10,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
+use crate::broker::redis::DEADLINE;
 use crate::broker::{self, Broker, Finding, Operations, Partition, PartitionState, Severity};
-use crate::delivery::hub::Hub;
+use crate::delivery::hub::{Hub, TICK};
 use crate::event::{PartitionNumber, Position};
 use crate::ingest::pipeline::Pipeline;
 use crate::plugin::registry::Snapshot;
@@ -22,9 +23,20 @@ use crate::telemetry::readiness::Readiness;
 
 /// Interval between checks of the broker's health.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
+/// The same while the broker does not answer or its feed is silent.
+const RECHECK_EVERY: Duration = Duration::from_millis(500);
+
+/// The time within which a node is ready after its broker answers again.
+const READY_WITHIN: Duration = Duration::from_secs(5);
+// A command that is in flight when the broker comes back fails at its deadline. Then two ticks
+// follow, of which the first may fall into the pause before the next connection, and one check.
+const _: () = assert!(
+    DEADLINE.as_millis() + 2 * TICK.as_millis() + RECHECK_EVERY.as_millis()
+        <= READY_WITHIN.as_millis()
+);
 
 /// How long a position may stay the same while entries wait. Longer than a batch of events takes,
-/// unless a plugin is slow or requests retries.
+/// unless a plugin is slow.
 const STALLED_AFTER: Duration = Duration::from_secs(10);
 
 /// Entries that nothing needs, in a source that is not trimmed, at which a warning is set for it.
@@ -40,7 +52,7 @@ pub(crate) async fn reach<F: Future<Output = broker::Result<Arc<dyn Broker>>>>(
 ) -> Arc<dyn Broker> {
     let mut backoff = Backoff::new(
         Duration::from_millis(100),
-        Duration::from_secs(5),
+        Duration::from_secs(1),
         0.5..=1.0,
     );
     loop {
@@ -65,33 +77,48 @@ pub(crate) async fn watch(
     shutdown: Shutdown,
 ) {
     let mut stalls = Stalls::default();
+    let mut is_silent = false;
     loop {
-        look(broker.as_ref(), &readiness).await;
-        look_at_sources(broker.as_ref(), max_dead, &metrics, &readiness, &mut stalls).await;
+        let answers = look(broker.as_ref(), &readiness).await;
+        // Each read would only wait for its deadline.
+        if answers {
+            look_at_sources(broker.as_ref(), max_dead, &metrics, &readiness, &mut stalls).await;
+        }
         tokio::select! {
-            () = tokio::time::sleep(CHECK_EVERY) => {}
+            () = tokio::time::sleep(pause(answers && !is_silent)) => {}
             () = shutdown.begun() => return,
         }
         // Checked after the pause: during the first check, the first tick may still be on its way.
-        match hub.silent().as_slice() {
-            [] => readiness.clear("feed"),
-            silent => readiness.set(
+        let silent = hub.silent();
+        is_silent = !silent.is_empty();
+        if is_silent {
+            readiness.set(
                 "feed",
                 format!(
                     "{} of {} partitions are silent; streams replay when notices arrive again",
                     silent.len(),
                     broker.partitions().len()
                 ),
-            ),
+            );
+        } else {
+            readiness.clear("feed");
         }
     }
 }
 
-/// Checks the broker once.
-async fn look(broker: &dyn Operations, readiness: &Readiness) {
+/// The pause after a check.
+const fn pause(is_well: bool) -> Duration {
+    if is_well { CHECK_EVERY } else { RECHECK_EVERY }
+}
+
+/// Checks the broker once. Returns whether it answered.
+async fn look(broker: &dyn Operations, readiness: &Readiness) -> bool {
     let findings = match broker.check().await {
         Ok(findings) => findings,
-        Err(error) => return readiness.set("broker", error.to_string()),
+        Err(error) => {
+            readiness.set("broker", error.to_string());
+            return false;
+        }
     };
     readiness.clear("broker");
     for Finding {
@@ -110,6 +137,7 @@ async fn look(broker: &dyn Operations, readiness: &Readiness) {
             .iter()
             .any(|finding| name.strip_prefix("broker.") == Some(finding.name))
     });
+    true
 }
 
 /// Reads the numbers of each source once.

@@ -19,14 +19,18 @@ use crate::backoff::Backoff;
 use crate::broker::{Error, Result};
 
 /// The deadline of a command, including the time to connect.
-pub(super) const DEADLINE: Duration = Duration::from_secs(2);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
 /// The deadline for connecting. Shorter than [`DEADLINE`], so that a command reports the connection
 /// error and not a timeout.
 const CONNECT_DEADLINE: Duration = Duration::from_millis(1_500);
 
-/// The pauses between attempts to connect.
-pub(super) const BACKOFF: Backoff =
-    Backoff::new(Duration::from_millis(50), Duration::from_secs(1), 0.5..=1.0);
+/// The pauses between attempts to connect. Shorter than the interval between ticks: after an
+/// outage, at most one tick falls into a pause.
+pub(super) const BACKOFF: Backoff = Backoff::new(
+    Duration::from_millis(50),
+    Duration::from_millis(500),
+    0.5..=1.0,
+);
 
 /// The shared command connection.
 pub(super) struct CommandConnection {

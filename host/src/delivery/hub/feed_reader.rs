@@ -73,7 +73,7 @@ impl<'a> FeedReader<'a> {
         }
     }
 
-    fn reconnect_silent(&self, follow: &mpsc::UnboundedSender<Follow>) {
+    pub(super) fn reconnect_silent(&self, follow: &mpsc::UnboundedSender<Follow>) {
         let mut state = self.hub.lock();
         let HubState {
             last_tick,
@@ -137,8 +137,15 @@ impl<'a> FeedReader<'a> {
                 Notice::Following { token } => self.hub.lock().followed.confirm(token),
                 Notice::Reset { partitions } => {
                     self.hub.metrics.feed_resets.inc();
+                    let mut state = self.hub.lock();
+                    // The silence so far is that of the connection before.
+                    let now = Instant::now();
+                    state
+                        .reconnected
+                        .extend(partitions.iter().map(|at| (*at, now)));
                     // Requested again before the replays start, which wait for the confirmations.
-                    self.hub.lock().followed.request_again(&partitions);
+                    state.followed.request_again(&partitions);
+                    drop(state);
                     self.hub.replay_all(&partitions, "feed");
                 }
             }

@@ -33,7 +33,7 @@ use crate::server::{FIRST_BYTES, ResponsePermit};
 
 /// How long readiness reports a full broker. Only the next publish attempt can show whether it is
 /// still full.
-const FULL_FOR: Duration = Duration::from_secs(10);
+const FULL_FOR: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
