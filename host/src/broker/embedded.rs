@@ -461,7 +461,13 @@ impl Logs for Embedded {
         self.slot(partition)?;
         let logs = logs.to_vec();
         self.read_snapshot(move |transaction, shared| {
-            log::pages(transaction, partition.0, &logs, limit, shared.clock.now_ms())
+            log::pages(
+                transaction,
+                partition.0,
+                &logs,
+                limit,
+                shared.clock.now_ms(),
+            )
         })
         .await
     }

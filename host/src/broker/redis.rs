@@ -69,9 +69,9 @@ use bytes::Bytes;
 
 use super::{
     Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
-    Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, Operations, Page, Partition, PartitionState,
-    Partitions, Peer, Proposal, RecipientChange, Result, Retention, Slice, Sources, StoredCursor,
-    StoredDecision, Users,
+    Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, Operations, Page, Partition,
+    PartitionState, Partitions, Peer, Proposal, RecipientChange, Result, Retention, Slice, Sources,
+    StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
     EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient, Target,
