@@ -16,7 +16,7 @@
 //! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at`, `look_at` and `probe_at` in ms; `mark` and `next_mark`, positions of which the later one was stored at `mark_at`; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
 //! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
-//! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age; the key expires 2 % after the age of its newest entry |
+//! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age. The first write in each hundredth of max_age sets the expiry of the key to 2 % after max_age, so that at least 1 % is left for its newest entry |
 //! | `T` `seen:<b>` | set | 16-byte hashes of publishers' event ids; `b` = ms of the entry / window, or of the clock if the entry's id is not a time of day |
 //! | `T` `dead` | stream | Dead letters: `entry`, `reason`, `plugin`, `attempts`, `entry_bytes` and `entry_fields` if only the beginning of the entry is kept, then the entry's own fields, each name prefixed with `f:` |
 //! | `T` `retrying` | stream | Dead letters of events that wait for a retry: as in `dead`, with `retries`, the number of the next one; `first`, the time of the first failure, and `due`, both in ms. No id is also in `dead` |
@@ -281,7 +281,7 @@ impl Redis {
                     .arg(u8::from(is_last))
                     .arg(items.len());
                 for (item, decision) in items.iter().zip(&decisions) {
-                    add_item(command, item, decision);
+                    add_item(command, item, decision, index > 0);
                 }
             })
             .await?;
@@ -308,7 +308,7 @@ async fn read_clock(connection: &CommandConnection) -> Result<BrokerClock> {
     ))
 }
 
-fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
+fn add_item(command: &mut client::Cmd, item: &Item, decision: &str, is_later_slice: bool) {
     let kind = match &item.proposal {
         Proposal::Commit { .. } => "c",
         Proposal::Discard => "d",
@@ -329,7 +329,10 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str) {
     }
     match &item.proposal {
         Proposal::Commit { record, targets } => {
-            command.arg(&record[..]).arg(targets.len());
+            // The first slice stored it: a later one needs it for its notices, if at all.
+            let is_sent = !is_later_slice || record.len() <= INLINE_BYTES;
+            let record = if is_sent { &record[..] } else { &[] };
+            command.arg(record).arg(targets.len());
             for target in targets {
                 command.arg(target.to_string());
             }

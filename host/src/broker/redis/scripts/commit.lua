@@ -7,7 +7,8 @@
 -- - size up to which a record is sent with its notice, in bytes
 -- - epoch; prev; slice (-1: a batch of whole plans); '1' for the final slice
 -- - number of items, then per item: kind, entry, dedupe hash or '', decision, and
---     c (commit): record, number of targets, targets
+--     c (commit): record ('' in a later slice if it is not sent with notices), number of targets,
+--       targets
 --     x (dead letter): reason, plugin, attempts, number of fields, fields
 --     o (dead letter of a large entry): reason, plugin, attempts; '1' to copy the fields from the
 --       source; bytes and number of fields of the entry; number of fields in its beginning, fields
@@ -66,13 +67,19 @@ end
 -- Phase 1: decide. Everything that could fail in phase 2 is checked here: an event whose position
 -- did not move is committed again, under another id.
 
+local LOGS, NOTICES = T .. 'l:', C .. 'l:'
+local may = redis.acl_check_cmd
+
 require_commit_rights()
 if is_retry then require_retry_rights() end
 for _, item in ipairs(items) do
   if item.kind == 'c' then
     for j = item.first, item.first + item.n - 1 do
-      local key, channel = T .. 'l:' .. ARGV[j], C .. 'l:' .. ARGV[j]
-      require_rights({{'ZADD', key, '1', 'v'}, {'PUBLISH', channel, 'v'}})
+      local key, channel = LOGS .. ARGV[j], NOTICES .. ARGV[j]
+      -- The loops over the targets are nearly all of the time of a large plan: tables only on failure.
+      if not (may('ZADD', key, '1', 'v') and may('PUBLISH', channel, 'v')) then
+        require_rights({{'ZADD', key, '1', 'v'}, {'PUBLISH', channel, 'v'}})
+      end
     end
   end
 end
@@ -114,7 +121,9 @@ local tops = {}
 local function top(log)
   local newest = tops[log]
   if newest == nil then
-    local found = pcall('ZREVRANGE', T .. 'l:' .. log, 0, 0)
+    -- Numbers as text: Redis formats a number of Lua as a fraction, which takes longer than the rest
+    -- of the call.
+    local found = pcall('ZREVRANGE', LOGS .. log, '0', '0')
     if found.err then newest = 'foreign'
     elseif found[1] then newest = string.match(found[1], '^%d+')
     else newest = false end
@@ -227,7 +236,13 @@ trim()
 
 local ttl = text(lifetime(meta('max_age')))
 local too_old = '(' .. text(expired())
-local caps = {tonumber(ARGV[5]), tonumber(ARGV[6])}
+-- The ranks, from the newest entry, of those beyond the limit of a log.
+local beyond, beyond_all = text(-ARGV[5] - 1), text(-ARGV[6] - 1)
+-- The first write of a log in each hundredth of max_age renews its expiry, which is 2 % after the
+-- age of an entry: at least 1 % is left for the newest. Also the first write after max_age was
+-- raised, because the expiry that is set is that of the old age.
+local period = math.max(1, math.floor(tonumber(meta('max_age')) * 4096 / 100))
+local id0 = number('id0')
 local last = number('last')
 local low = floor()
 local newest_bucket = number('b')
@@ -280,8 +295,9 @@ end
 -- Adds an id to the log of each target and publishes the notices.
 local function index(item, id)
   local notice = name .. ' ' .. id
-  if #item.record <= inline then notice = notice .. ' ' .. item.record end
+  if item.record ~= '' and #item.record <= inline then notice = notice .. ' ' .. item.record end
   local floor_or_last = text(math.min(low, last))
+  local period_begin = math.max(id0 + 1, tonumber(id) - tonumber(id) % period)
   for j = item.first, item.first + item.n - 1 do
     local log = ARGV[j]
     local newest = top(log)
@@ -289,17 +305,16 @@ local function index(item, id)
       -- Found in a later slice: the plan can no longer be undone.
       count('wrong_type_logs')
     else
-      local key = T .. 'l:' .. log
-      local cap = log == 'all' and caps[2] or caps[1]
+      local key = LOGS .. log
       call('ZADD', key, id, id .. ' ' .. (newest or floor_or_last))
       -- The remaining entries point to the removed ones as predecessors. The key's own expiry takes
       -- effect only for a log that is no longer written to.
       if newest then
         call('ZREMRANGEBYSCORE', key, '-inf', too_old)
-        call('ZREMRANGEBYRANK', key, 0, -(cap + 1))
+        call('ZREMRANGEBYRANK', key, '0', log == 'all' and beyond_all or beyond)
       end
-      call('PEXPIRE', key, ttl)
-      call('PUBLISH', C .. 'l:' .. log, notice)
+      if not newest or tonumber(newest) < period_begin then call('PEXPIRE', key, ttl) end
+      call('PUBLISH', NOTICES .. log, notice)
       tops[log] = id
     end
   end
