@@ -12,7 +12,7 @@
 --     x (dead letter): reason, plugin, attempts, number of fields, fields
 --     o (dead letter of a large entry): reason, plugin, attempts; '1' to copy the fields from the
 --       source; bytes and number of fields of the entry; number of fields in its beginning, fields
---     r (retry): the same, preceded by the most retries and the most ms from the first attempt
+--     r (retry): as x, preceded by the most retries and the most ms from the first attempt
 --     d (discard), u (unrouted): nothing
 --
 -- Returns {'conflict'} or {'done', outcome, id or '', outcome, id or '', ...}.
