@@ -69,7 +69,7 @@ async fn a_commit_of_a_retry_without_a_right_writes_nothing() {
         "-xadd",
         "-xinfo",
         // Only a retry uses the key of due times, after it has stored the dead letter.
-        "resetkeys ~{pointsman:events}:[^d]* ~{pointsman:events}:d[^u]* ~pointsman:*",
+        "resetkeys ~pointsman:[^{]* ~pointsman:{pointsman:events}:[^d]* ~pointsman:{pointsman:events}:d[^u]*",
     ];
     refused_without(&server, &rules, commit).await;
     assert!(node.retrying().await.is_empty());

@@ -235,7 +235,7 @@ async fn a_registration_without_a_right_writes_nothing() {
         "-hset",
         "-hgetall",
         "-hdel",
-        "resetkeys ~{pointsman:events}:*",
+        "resetkeys ~pointsman:{pointsman:events}:*",
     ];
     refused_without(&server, &rules, register).await;
     assert_eq!(register().await.unwrap(), []);

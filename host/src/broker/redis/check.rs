@@ -100,7 +100,11 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
         .unwrap_or("default")
         .to_owned();
     for keys in &redis.keys {
-        let needed = needed_commands(&redis.prefix, keys);
+        let needed = [
+            partition_commands(&redis.prefix, keys),
+            shared_commands(&redis.prefix),
+        ]
+        .concat();
         let call = redis.connection.eval(&scripts::RIGHTS, |command| {
             command.arg(0).arg(&needed);
         });
@@ -125,13 +129,9 @@ async fn rights(redis: &Redis) -> Result<Vec<Finding>> {
 }
 
 /// The commands that Pointsman runs on a partition, one word per line.
-fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
+fn partition_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
     let (s, t, c) = (&keys.partition.source, &keys.prefix, &keys.channels);
-    let (group, numbers, nodes) = (prefix.as_str(), &prefix.numbers(), &prefix.nodes());
-    let (user, cursors) = (
-        &format!("{prefix}:user:x"),
-        &format!("{prefix}:device-cursors:x"),
-    );
+    let group = prefix.as_str();
     [
         &["EVALSHA", "x", "2", s, &format!("{t}meta")][..],
         &["EVAL", "x", "2", s, &format!("{t}meta")],
@@ -200,7 +200,27 @@ fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
         &["ZREMRANGEBYSCORE", &format!("{t}l:all"), "-inf", "(1"],
         &["ZREMRANGEBYRANK", &format!("{t}l:all"), "0", "1"],
         &["PEXPIRE", &format!("{t}l:all"), "1"],
-        &["HGET", user, "f"],
+        &["PUBLISH", &format!("{c}tick"), "v"],
+        &["PUBLISH", &format!("{c}l:all"), "v"],
+        &["PUBLISH", &format!("{c}recipients"), "v"],
+        &["SUBSCRIBE", &format!("{c}tick")],
+        &["SUBSCRIBE", &format!("{c}l:all")],
+        &["SUBSCRIBE", &format!("{c}recipients")],
+        &["UNSUBSCRIBE", &format!("{c}tick")],
+    ]
+    .map(|words| words.join("\n"))
+    .into()
+}
+
+/// The commands on the data of users and of the installation, one word per line.
+fn shared_commands(prefix: &Prefix) -> Vec<String> {
+    let (numbers, nodes) = (&prefix.numbers()[..], &prefix.nodes()[..]);
+    let (user, cursors) = (
+        &format!("{prefix}:user:x")[..],
+        &format!("{prefix}:device-cursors:x")[..],
+    );
+    [
+        &["HGET", user, "f"][..],
         &["HMGET", user, "f"],
         &["HEXISTS", user, "f"],
         &["HGETALL", user],
@@ -218,13 +238,6 @@ fn needed_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
         &["HGETALL", nodes],
         &["HSET", nodes, "f", "v"],
         &["HDEL", nodes, "f"],
-        &["PUBLISH", &format!("{c}tick"), "v"],
-        &["PUBLISH", &format!("{c}l:all"), "v"],
-        &["PUBLISH", &format!("{c}recipients"), "v"],
-        &["SUBSCRIBE", &format!("{c}tick")],
-        &["SUBSCRIBE", &format!("{c}l:all")],
-        &["SUBSCRIBE", &format!("{c}recipients")],
-        &["UNSUBSCRIBE", &format!("{c}tick")],
     ]
     .map(|words| words.join("\n"))
     .into()
