@@ -13,7 +13,7 @@ fn run(target: &str, property: impl Fn(&[u8])) {
     for file in std::fs::read_dir(&folder).expect("a corpus") {
         let path = file.expect("a file").path();
         // Shown if the property panics.
-        println!("{}", path.display());
+        eprintln!("{}", path.display());
         property(&std::fs::read(&path).expect("an input"));
         n_inputs += 1;
     }

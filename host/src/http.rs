@@ -26,7 +26,7 @@ mod state;
 
 pub use error::ApiError;
 pub use origins::Origins;
-pub use state::{Limits, State};
+pub use state::{Limits, Settings, State};
 
 use handlers::{
     acks, candidates, dead_letters, decisions, events, explain, export, health, members,

@@ -13,7 +13,7 @@ use crate::config::{BrokerChoice, Config, reload};
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
 use crate::delivery::subscription::BufferBudget;
-use crate::http::State;
+use crate::http::{self, State};
 use crate::ingest::pipeline::Pipeline;
 use crate::ingest::worker::{self, Ingest};
 use crate::plugin;
@@ -126,12 +126,15 @@ impl Node {
             readiness.warn(key, fix);
         }
         let stream_timer = StreamTimer::start(config.stream.clone(), metrics.clone(), &shutdown);
+        let settings = http::Settings {
+            node: name.clone(),
+            auth: config.auth.clone(),
+            origins: config.origins.clone(),
+            addresses: config.addresses.clone(),
+            limits: config.limits.clone(),
+        };
         let state = Arc::new(State::new(
-            name.clone(),
-            config.auth.clone(),
-            config.origins.clone(),
-            config.addresses.clone(),
-            config.limits.clone(),
+            settings,
             readiness.clone(),
             metrics.clone(),
             stream_timer.clone(),

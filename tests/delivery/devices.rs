@@ -209,10 +209,11 @@ fn an_invalid_acknowledgement_is_rejected_with_the_reason_and_moves_nothing() {
         (answer.status, answer.json()["error"].as_str()),
         (403, Some("this id belongs to another user"))
     );
-    // Adds an hour: the id has 9 characters in base64url.
+    // Adds seconds to hours: the id ends with 9 base64url characters, and `_` is the highest.
     let mut ahead = stream.last_event_id().to_owned();
-    let (at, one) = ahead.char_indices().rev().nth(4).expect("an id is longer");
-    ahead.replace_range(at..=at, if one == '_' { "-" } else { "_" });
+    let mut high = ahead.char_indices().rev().skip(4);
+    let (at, _) = high.find(|(_, one)| *one != '_').expect("an id is longer");
+    ahead.replace_range(at..=at, "_");
     for (cursor, expect) in [
         (
             json!({ "id": ahead, "device": "phone" }),

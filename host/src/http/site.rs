@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, Request, StatusCode};
 use http_body_util::BodyExt as _;
 use tower::ServiceExt as _;
 
-use super::{Limits, Origins, State, admin_routes, routes};
+use super::{Limits, Origins, Settings, State, admin_routes, routes};
 use crate::auth::{self, Auth};
 use crate::broker::Broker;
 use crate::broker::fake::FakeBroker;
@@ -59,12 +59,15 @@ impl Site {
     fn state(auth: &auth::Config) -> Arc<State> {
         let origins = Origins::new(&["https://shop.example".to_owned()], auth.dev).unwrap();
         let auth = Auth::new(auth, &[]).unwrap();
-        Arc::new(State::new(
-            "test/1".to_owned(),
+        let settings = Settings {
+            node: "test/1".to_owned(),
             auth,
             origins,
-            ClientAddresses::new(&[], usize::MAX).unwrap(),
-            Limits::default(),
+            addresses: ClientAddresses::new(&[], usize::MAX).unwrap(),
+            limits: Limits::default(),
+        };
+        Arc::new(State::new(
+            settings,
             Readiness::default(),
             Metrics::default(),
             StreamTimer::start(sse::Config::default(), Metrics::default(), &Shutdown::new()),

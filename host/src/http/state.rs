@@ -119,17 +119,31 @@ pub struct State {
     pub(super) backtesting: Semaphore,
 }
 
+/// The part of the configuration that the handlers use.
+#[derive(Debug)]
+pub struct Settings {
+    /// The name of this node.
+    pub node: String,
+    pub auth: Auth,
+    pub origins: Origins,
+    pub addresses: ClientAddresses,
+    pub limits: Limits,
+}
+
 impl State {
     pub fn new(
-        node: String,
-        auth: Auth,
-        origins: Origins,
-        addresses: ClientAddresses,
-        limits: Limits,
+        settings: Settings,
         readiness: Readiness,
         metrics: Metrics,
         stream_timer: StreamTimer,
     ) -> Self {
+        let Settings {
+            node,
+            auth,
+            origins,
+            addresses,
+            limits,
+        } = settings;
         let publishing = Semaphore::new(limits.publish_requests.clamp(1, Semaphore::MAX_PERMITS));
         let bodies = BodyBudget::new(&limits);
         let responses = ResponseBudget::new(limits.response_bytes);
