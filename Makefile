@@ -34,7 +34,7 @@ demo:
 	$(TARGET)/debug/demo
 
 test:
-	$(call estimate,debug/deps,about 20 minutes: 8 to compile and 12 to run,12 minutes and compiling what changed)
+	$(call estimate,debug/deps,about 22 minutes: 8 to compile and 14 to run,14 minutes and compiling what changed)
 	rustup target add wasm32-unknown-unknown wasm32-wasip2
 	scripts/need.sh redis-server faketime node chromium python
 	@echo "make test: building the host and the tests"
