@@ -13,6 +13,7 @@ on_each_broker! {
     a_state_sent_ahead_supersedes_older_states_after_its_membership_has_ended,
     at_most_three_events_overtake_and_the_cursor_stays_exact,
     an_urgent_event_overtakes_a_replay_that_waits_for_its_socket,
+    a_missed_urgent_event_arrives_before_the_other_missed_events,
     an_expired_event_is_not_sent_and_the_cursor_passes_it,
 }
 
@@ -171,6 +172,19 @@ async fn an_urgent_event_overtakes_a_replay_that_waits_for_its_socket(stage: Sta
     client.until_live().await;
     stage.event("last", &[to("u:ann")]).await;
     client.expect(&["last"]).await;
+}
+
+/// All of them fit the queues of the stream, so none leaves before the replay has read the last.
+async fn a_missed_urgent_event_arrives_before_the_other_missed_events(stage: Stage) {
+    let hub = stage.hub();
+    let missed = Client::live(&hub, "ann").await.cut();
+    stage.events("missed", WINDOW - 2, &[to("u:ann")]).await;
+    stage.event("urgent", &[urgent("u:ann")]).await;
+    let mut client = Client::open(&hub, "ann", missed);
+    client.expect(&["urgent"]).await;
+    for k in 1..=WINDOW - 2 {
+        assert_eq!(client.event().await, format!("missed{k}"));
+    }
 }
 
 /// Expiry is checked when an event is handled and again when it is sent: an event that expires in

@@ -74,7 +74,7 @@ impl BufferBudget {
     }
 }
 
-/// What one stream holds of the budget, until it is dropped.
+/// The part of the budget that one stream holds, until it is dropped.
 #[derive(Debug)]
 pub(super) struct BufferShare {
     budget: BufferBudget,

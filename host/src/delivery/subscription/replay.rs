@@ -20,7 +20,7 @@ use crate::event::criteria::Pool;
 use crate::event::{Epoch, NotificationId, PartitionNumber, Target};
 use crate::telemetry::metrics::Metrics;
 
-use super::{Gap, GapReason, OpenStream, Record, Subscription, WINDOW};
+use super::{Gap, GapReason, OpenStream, Record, Room, Subscription, WINDOW};
 use recipient_reads::RecipientReads;
 use record_cache::RecordCache;
 
@@ -353,7 +353,6 @@ impl History {
         head: &Head,
         mut ids: &[NotificationId],
     ) -> Result<(), StopReason> {
-        let mut record_bytes = None;
         while !ids.is_empty() {
             // The socket must see the items that fill the queues before this waits for room.
             stream.wake();
@@ -364,28 +363,50 @@ impl History {
                 subscription.room(partition).map(Ok)
             });
             let room = room.await.unwrap_or(Err(StopReason::Obsolete))?;
-            // Records are about as large as the previous ones.
-            let n_fitting =
-                record_bytes.map_or(FIRST_BATCH, |n_bytes: usize| room.n_bytes / n_bytes.max(1));
-            let n = ids.len().min(room.n_records).min(n_fitting.max(1));
-            let records = self.read_records(partition, head.epoch, &ids[..n]).await?;
+            let records = self.read_fitting(partition, head.epoch, ids, room).await?;
             // One check covers all missing records: they were read before it.
             if records.iter().any(Option::is_none) {
                 self.same_epoch(partition, head).await?;
             }
-            record_bytes = Some(average_bytes(&records));
-            for (id, record) in ids[..n].iter().zip(records) {
-                let is_handed_over = in_round(stream, partition, round, |subscription| {
-                    hand_over(subscription, partition, *id, record, self.broker.now_ms())
-                })?;
-                if !is_handed_over {
-                    break;
-                }
-                ids = &ids[1..];
-            }
+            let now_ms = self.broker.now_ms();
+            // In one step: an urgent one among them leaves before the others.
+            let n_taken = in_round(stream, partition, round, |subscription| {
+                let read = ids.iter().zip(records);
+                read.take_while(|(id, record)| {
+                    hand_over(subscription, partition, **id, record.as_ref(), now_ms)
+                })
+                .count()
+            })?;
+            ids = &ids[n_taken..];
         }
         stream.wake();
         Ok(())
+    }
+
+    /// Reads the records of the first of these ids: as many as fill the room, at least one.
+    async fn read_fitting(
+        &self,
+        partition: PartitionNumber,
+        epoch: Epoch,
+        ids: &[NotificationId],
+        room: Room,
+    ) -> Result<Vec<Option<Arc<Record>>>, StopReason> {
+        let ids = &ids[..ids.len().min(room.n_records.max(1))];
+        let mut records = Vec::new();
+        let mut n = FIRST_BATCH.min(ids.len());
+        while n > 0 {
+            let next = &ids[records.len()..][..n];
+            records.extend(self.read_records(partition, epoch, next).await?);
+            let n_bytes: usize = records
+                .iter()
+                .flatten()
+                .map(|record| record.n_bytes())
+                .sum();
+            // The next records are about as large as the previous ones.
+            let n_fitting = room.n_bytes.saturating_sub(n_bytes) / (n_bytes / records.len()).max(1);
+            n = n_fitting.min(ids.len() - records.len());
+        }
+        Ok(records)
     }
 
     /// Checks the epoch before a gap is announced: after a fail-over the earlier reads prove
@@ -404,7 +425,7 @@ fn hand_over(
     subscription: &mut Subscription,
     partition: PartitionNumber,
     id: NotificationId,
-    record: Option<Arc<Record>>,
+    record: Option<&Arc<Record>>,
     now_ms: u64,
 ) -> bool {
     let Some(record) = record else {
@@ -420,19 +441,9 @@ fn hand_over(
     };
     let has_room = subscription.has_room(partition);
     if has_room {
-        subscription.handle(partition, id, &record, now_ms);
+        subscription.handle(partition, id, record, now_ms);
     }
     has_room
-}
-
-/// The average size of the records; 0 if none of them exists.
-fn average_bytes(records: &[Option<Arc<Record>>]) -> usize {
-    let n_bytes: usize = records
-        .iter()
-        .flatten()
-        .map(|record| record.n_bytes())
-        .sum();
-    n_bytes / records.iter().flatten().count().max(1)
 }
 
 /// Runs `act` under the lock if the current round still is `round`.
