@@ -172,6 +172,31 @@ async fn an_entry_with_the_largest_id_is_refused_and_the_source_accepts_entries_
     assert_eq!(drain(&node).await, 1);
 }
 
+/// It displaces an older dead letter, which is counted as every displaced one.
+#[tokio::test]
+async fn a_dead_letter_that_a_refused_entry_displaces_is_counted() {
+    let server = RedisServer::start();
+    let retention = Retention {
+        dead_letter_entries: 1,
+        ..Retention::default()
+    };
+    let node = connect_to(&server.url(), &[SOURCE], retention)
+        .await
+        .expect("connect");
+    let ids = node.append(&["a"]).await;
+    node.commit(vec![dead(ids[0], "broken")]).await;
+    add(&server, LAST, "last");
+    node.broker.tick(node.p).await.unwrap();
+    let letters = node
+        .broker
+        .dead_letters(node.p, EntryId::default(), 10)
+        .await
+        .unwrap();
+    assert_eq!(letters.len(), 1);
+    assert_eq!(letters[0].entry, EntryId::MAX);
+    assert_eq!(node.broker.state(node.p).await.unwrap().dead_trimmed, 1);
+}
+
 /// A publisher does not wait for the next tick, even if the entry itself was deleted.
 #[tokio::test]
 async fn a_publisher_sets_a_source_right_that_reached_the_largest_id() {

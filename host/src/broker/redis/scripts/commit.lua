@@ -215,20 +215,7 @@ for _, item in ipairs(items) do
   item.attempts = (before and before.attempts or 0) + tonumber(item.attempts or '1')
 end
 
--- The newest id of a dead letter, of those that stay and those that are retried: an id names one.
-local letter_ms, letter_seq = now, -1
-for _, key in ipairs(is_letter and {T .. 'dead', RETRYING} or {}) do
-  local info = pcall('XINFO', 'STREAM', key)
-  for i = 1, info.err and 0 or #info, 2 do
-    if info[i] == 'last-generated-id' then
-      local ms, seq = string.match(info[i + 1], '^(%d+)-(%d+)$')
-      ms, seq = tonumber(ms), tonumber(seq)
-      -- Beyond 53 bits a number is not exact.
-      if seq >= 2 ^ 53 then ms, seq = ms + 1, -1 end
-      if ms > letter_ms or ms == letter_ms and seq > letter_seq then letter_ms, letter_seq = ms, seq end
-    end
-  end
-end
+if is_letter then read_letter_ids() end
 
 -- Phase 2: write. Trim first, so that a full Redis can drain.
 
@@ -320,32 +307,6 @@ local function index(item, id)
   end
 end
 
--- The id of a new dead letter and everything it holds. The arguments are further fields of its own.
-local function letter(item, ...)
-  letter_seq = letter_seq + 1
-  local fields = item.fields
-  local pairs_kept = math.min(#fields, MOST_ARGUMENTS)
-  local reason = item.reason
-  if pairs_kept < #fields then reason = reason .. ' (only the first ' .. pairs_kept / 2 .. ' of ' .. #fields / 2 .. ' fields are kept)' end
-  local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', text(item.attempts), ...}
-  if item.n_bytes then
-    for _, value in ipairs({'entry_bytes', item.n_bytes, 'entry_fields', item.n_fields}) do values[#values + 1] = value end
-  end
-  for j = 1, pairs_kept, 2 do
-    values[#values + 1] = 'f:' .. fields[j]
-    values[#values + 1] = fields[j + 1]
-  end
-  return text(letter_ms) .. '-' .. text(letter_seq), values
-end
-
-local function dead_letter(item)
-  local key = T .. 'dead'
-  local n_before = call('XLEN', key)
-  local id, values = letter(item)
-  call('XADD', key, 'MAXLEN', ARGV[10], id, unpack(values))
-  counts['dead_trimmed'] = (counts['dead_trimmed'] or 0) + n_before + 1 - call('XLEN', key)
-end
-
 local function retry(item)
   local due = text(item.due)
   local id, values = letter(item, 'retries', text(item.retry_no), 'first', text(item.first), 'due', due)
@@ -383,7 +344,7 @@ for _, item in ipairs(items) do
     end
   elseif item.fate == 'x' then
     outcome = 'dead-lettered'
-    dead_letter(item)
+    counts['dead_trimmed'] = (counts['dead_trimmed'] or 0) + add_dead_letter(item)
   elseif item.fate == 'r' then
     outcome = 'retrying'
     retry(item)

@@ -235,21 +235,71 @@ end
 -- Entries up to this size are moved within a source; of a larger one, only a dead letter is written.
 local MOST_MOVED = 4194304
 
+-- The newest id of a dead letter, of those that stay and those that are retried: an id names one.
+local letter_ms, letter_seq
+
+-- Reads the newest id. Called before the first letter(), and before the first write of a script.
+local function read_letter_ids()
+  letter_ms, letter_seq = now, -1
+  for _, key in ipairs({T .. 'dead', RETRYING}) do
+    local info = pcall('XINFO', 'STREAM', key)
+    for i = 1, info.err and 0 or #info, 2 do
+      if info[i] == 'last-generated-id' then
+        local ms, seq = string.match(info[i + 1], '^(%d+)-(%d+)$')
+        ms, seq = tonumber(ms), tonumber(seq)
+        -- Beyond 53 bits a number is not exact.
+        if seq >= 2 ^ 53 then ms, seq = ms + 1, -1 end
+        if ms > letter_ms or ms == letter_ms and seq > letter_seq then letter_ms, letter_seq = ms, seq end
+      end
+    end
+  end
+end
+
+-- The id of a new dead letter and everything it holds. The arguments are further fields of its own.
+local function letter(item, ...)
+  letter_seq = letter_seq + 1
+  local fields = item.fields
+  local pairs_kept = math.min(#fields, MOST_ARGUMENTS)
+  local reason = item.reason
+  if pairs_kept < #fields then reason = reason .. ' (only the first ' .. pairs_kept / 2 .. ' of ' .. #fields / 2 .. ' fields are kept)' end
+  local values = {'entry', item.entry, 'reason', reason, 'plugin', item.plugin, 'attempts', text(item.attempts), ...}
+  if item.n_bytes then
+    for _, value in ipairs({'entry_bytes', item.n_bytes, 'entry_fields', item.n_fields}) do values[#values + 1] = value end
+  end
+  for j = 1, pairs_kept, 2 do
+    values[#values + 1] = 'f:' .. fields[j]
+    values[#values + 1] = fields[j + 1]
+  end
+  return text(letter_ms) .. '-' .. text(letter_seq), values
+end
+
+-- Adds a dead letter that stays. Returns the number of older ones that their limit removed.
+local function add_dead_letter(item)
+  local key = T .. 'dead'
+  local n_before = call('XLEN', key)
+  local id, values = letter(item)
+  call('XADD', key, 'MAXLEN', ARGV[10], id, unpack(values))
+  return n_before + 1 - call('XLEN', key)
+end
+
+-- The commands of refuse().
+local function refusal_commands()
+  local dead = T .. 'dead'
+  return {'XLEN', dead}, {'XINFO', 'STREAM', dead}, {'XINFO', 'STREAM', RETRYING},
+    {'XADD', dead, '*', 'f', 'v'}, {'XADD', T .. 'decisions', '*', 'f', 'v'}, {'HINCRBY', META, 'f', '1'}
+end
+
 -- Writes the dead letter and the decision of an entry that no plugin is called for. Keeps the fields
 -- of an entry that can be redriven.
 local function refuse(entry, fields, reason)
   local bytes = 0
   for i = 1, #fields do bytes = bytes + #fields[i] end
-  local values = {'entry', entry, 'reason', reason, 'plugin', '', 'attempts', '0'}
-  if bytes <= MOST_MOVED and #fields <= MOST_ARGUMENTS - 8 then
-    for i = 1, #fields, 2 do
-      values[#values + 1] = 'f:' .. fields[i]
-      values[#values + 1] = fields[i + 1]
-    end
-  else
-    for _, value in ipairs({'entry_bytes', text(bytes), 'entry_fields', text(#fields / 2)}) do values[#values + 1] = value end
+  local item = {entry = entry, reason = reason, plugin = '', attempts = 0, fields = fields}
+  if bytes > MOST_MOVED or #fields > MOST_ARGUMENTS then
+    item.fields, item.n_bytes, item.n_fields = {}, text(bytes), text(#fields / 2)
   end
-  call('XADD', T .. 'dead', 'MAXLEN', ARGV[10], '*', unpack(values))
+  local n_trimmed = add_dead_letter(item)
+  if n_trimmed > 0 then call('HINCRBY', META, 'dead_trimmed', n_trimmed) end
   local decision = cjson.encode({event_id = '', event_source = '', event_type = '', reason = reason, clock_ms = 0})
   decision = string.gsub(decision, '^{', '{"verdicts":[],', 1)
   call('XADD', T .. 'decisions', 'MAXLEN', '~', ARGV[11], '*', 'entry', entry, 'outcome', 'dead-lettered', 'decision', decision)
@@ -259,12 +309,11 @@ end
 -- Appends the entries of a source again that was deleted and created with lower ids, in order and
 -- above the position: none of them would ever be read. Returns their number.
 local function append_again(last, pos)
-  local dead = T .. 'dead'
   require_rights({
     {'XRANGE', S, '-', '+'}, {'XSETID', S, '0-1'}, {'XADD', S, '*', 'f', 'v'}, {'XDEL', S, '0-1'},
-    {'XADD', dead, '*', 'f', 'v'}, {'XADD', T .. 'decisions', '*', 'f', 'v'},
-    {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'}, {'UNLINK', RETRIED},
+    {'HSET', META, 'f', 'v'}, {'UNLINK', RETRIED}, refusal_commands(),
   })
+  read_letter_ids()
   -- No entry has its id any more.
   call('UNLINK', RETRIED)
   call('XSETID', S, pos)
@@ -290,12 +339,11 @@ end
 -- can add an entry. The entry with that id becomes a dead letter, and the source continues after the
 -- entry before it. A position that has reached the id is lowered: no entry could follow it.
 local function leave_last_id()
-  local dead, decisions = T .. 'dead', T .. 'decisions'
   require_rights({
     {'XRANGE', S, '-', '+'}, {'XREVRANGE', S, '+', '-'}, {'XDEL', S, '0-1'}, {'XSETID', S, '0-1'},
-    {'XADD', dead, '*', 'f', 'v'}, {'XADD', decisions, '*', 'f', 'v'},
-    {'HINCRBY', META, 'f', '1'}, {'HSET', META, 'f', 'v'},
+    {'HSET', META, 'f', 'v'}, refusal_commands(),
   })
+  read_letter_ids()
   local pos = position()
   local entry = call('XRANGE', S, LAST_ID, LAST_ID)[1]
   local _, added = probe()
