@@ -308,7 +308,7 @@ pub(super) async fn an_event_that_waits_for_a_retry_is_redriven_or_dropped_by_ha
     assert!(node.broker.drop_dead_letter(node.p, second).await.unwrap());
     assert!(!node.broker.drop_dead_letter(node.p, second).await.unwrap());
     assert_eq!(node.partition_state().await.retrying, 1);
-    // What was due before the others is gone, and the third still is appended.
+    // The retry that was due before the others is gone, and the third one is appended all the same.
     let values: Vec<Bytes> = node
         .retried()
         .await

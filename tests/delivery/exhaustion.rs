@@ -322,7 +322,7 @@ fn a_client_behind_a_trusted_proxy_has_a_bounded_number_of_requests_in_progress(
         (stream, is_open)
     };
     let (first, is_open) = open("203.0.113.7");
-    // What the client itself has sent, and another proxy.
+    // The first addresses come from the client itself and from another proxy.
     let (_second, is_second_open) = open("198.51.100.1, 203.0.113.7, 127.0.0.9");
     assert!(is_open && is_second_open);
     assert!(!open("203.0.113.7").1);

@@ -1,4 +1,4 @@
-//! What must hold for any input of a parser that reads foreign bytes. Each function is the body of
+//! Properties of the parsers of foreign bytes, which hold for any input. Each function is the body of
 //! one fuzz target, and the tests run it on the corpus; it panics where a property does not hold.
 
 use std::path::Path;

@@ -54,10 +54,10 @@
 //!
 //! # Large entries
 //!
-//! Whoever may `XADD` may add an entry of up to 1 GiB, and Redis offers no command that returns the
-//! size of an entry. `redis/entries.rs` therefore reads in a script that measures each entry and
-//! returns only the beginning of a large one. No script that runs regularly calls `XINFO STREAM`,
-//! because it copies the first and the last entry of the source.
+//! A client with the right to `XADD` may add an entry of up to 1 GiB, and Redis offers no command
+//! that returns the size of an entry. `redis/entries.rs` therefore reads in a script that measures
+//! each entry and returns only the beginning of a large one. No script that runs regularly calls
+//! `XINFO STREAM` on a source, because it copies the first and the last entry.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;

@@ -1,4 +1,4 @@
-//! What keeps large plans and batches cheap, for Redis and for other publishers.
+//! Large plans and batches are cheap for Redis and for other publishers.
 
 use super::*;
 
