@@ -271,7 +271,7 @@ struct HistoryOnly;
 
 #[async_trait]
 impl FollowLogs for HistoryOnly {
-    async fn follow(&self, _: &Arc<OpenStream>, _: PartitionNumber, _: Vec<Target>) {}
+    async fn follow(&self, _: &Arc<OpenStream>, _: PartitionNumber, _: u64, _: Vec<Target>) {}
 }
 
 /// Ticks as long as the hub exists. Any node may tick a partition, and all do.
@@ -295,12 +295,18 @@ impl FollowLogs for HubInner {
         &self,
         stream: &Arc<OpenStream>,
         partition: PartitionNumber,
+        round: u64,
         targets: Vec<Target>,
     ) {
         let confirmations = {
             let mut state = self.lock();
             // The stream closed meanwhile: nothing would unfollow the logs followed now.
             if !state.streams.contains_key(&stream.id) {
+                return;
+            }
+            // Checked under the lock: a later round may follow the logs of other memberships
+            // already, and would go live without those that this one does not know.
+            if stream.lock().round(partition) != round {
                 return;
             }
             let confirmations = state.followed.set(stream, partition, targets);
@@ -434,7 +440,8 @@ mod tests {
     use super::*;
     use crate::broker::Notice;
     use crate::broker::fake::FakeBroker;
-    use crate::event::Epoch;
+    use crate::event::{Epoch, Target};
+    use futures_util::FutureExt as _;
 
     /// Each replay is a task, and each read of a head may take as long as an unavailable broker
     /// takes to time out.
@@ -467,6 +474,42 @@ mod tests {
             reader.handle_batch((0..50).map(tick).collect()).await;
             assert_eq!(replays(), n_batches);
         }
+    }
+
+    /// The task of a replay that is over may be slow to learn of it. If it withdrew the logs of the
+    /// group that the user has joined meanwhile, the next tick would pass their notifications.
+    #[tokio::test]
+    async fn a_replay_that_is_over_changes_no_followed_log() {
+        let hub = Hub::start(
+            Arc::new(FakeBroker::default()),
+            Metrics::default(),
+            &Shutdown::new(),
+        );
+        let guard = hub.open(
+            Name::parse("ann").unwrap(),
+            Start::Latest,
+            Filter::default(),
+        );
+        let (stream, partition) = (guard.stream(), hub.0.partitions[0]);
+        let (all, group) = (
+            Target::Everyone,
+            Target::Group(Name::parse("ops").unwrap()),
+        );
+        let is_followed = |log| hub.0.lock().followed.is_followed(partition, log);
+        let before = stream.lock().enter_replay(partition);
+        let now = stream.lock().recipient_changed(partition);
+        let follow = async |round, logs: &[&Target]| {
+            let logs = logs.iter().map(|&log| log.clone()).collect();
+            let following = hub.0.follow(stream, partition, round, logs);
+            // The fake broker may confirm later; the logs are requested at the first poll.
+            following.now_or_never();
+        };
+        follow(now, &[&all, &group]).await;
+        follow(before, &[&all]).await;
+        assert!(is_followed(&group));
+        // The check is not what keeps it: the present round may withdraw it.
+        follow(now, &[&all]).await;
+        assert!(!is_followed(&group));
     }
 
     /// The silence before the connection says nothing about it. Dropping it would prolong an outage

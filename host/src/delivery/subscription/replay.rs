@@ -38,15 +38,16 @@ const MIN_PAGE: usize = 16;
 /// into a simultaneous request.
 const READS: usize = 64;
 
-/// FollowLogs logs for a stream.
+/// Follows logs for a stream.
 #[async_trait]
 pub trait FollowLogs: Send + Sync {
     /// Returns once appends to all of these logs, and to no others of this partition, are delivered
-    /// to this stream. May be cancelled.
+    /// to this stream. Does nothing if `round` is over. May be cancelled.
     async fn follow(
         &self,
         stream: &Arc<OpenStream>,
         partition: PartitionNumber,
+        round: u64,
         targets: Vec<Target>,
     );
 }
@@ -158,6 +159,7 @@ impl History {
             .follow(
                 stream,
                 partition,
+                round,
                 logs.into_iter().map(|(target, _)| target).collect(),
             )
             .await;
