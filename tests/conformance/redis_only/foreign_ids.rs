@@ -1,5 +1,5 @@
-//! Ids that a publisher chose and that are not the time of day: in seconds, in microseconds, and the
-//! largest id, which no entry can follow.
+//! Ids that a publisher chose and that are not the time of day: in seconds, in microseconds, and
+//! those that Redis soon cannot continue from, up to the largest.
 
 use super::*;
 
@@ -268,4 +268,88 @@ async fn a_position_at_the_largest_id_is_lowered() {
     node.broker.tick(node.p).await.unwrap();
     let state = node.broker.state(node.p).await.unwrap();
     assert_eq!((state.lag, state.trimmed_unread), (0, 0));
+}
+
+/// Redis generates one more id after this one, or a few: an entry of another publisher got it before
+/// a node looked. That entry is delivered, in its order.
+#[tokio::test]
+async fn entries_behind_an_id_just_below_the_largest_are_committed_in_order() {
+    for id in [
+        "18446744073709551615-18446744073709551612",
+        "18446744073709551614-18446744073709551615",
+        "9223372036854775808-0",
+    ] {
+        let server = RedisServer::start();
+        let node = node_on(&server).await;
+        node.append(&["a"]).await;
+        add(&server, id, "chosen");
+        for value in ["b", "c", "d"] {
+            add(&server, "*", value);
+        }
+        node.append(&["e"]).await;
+        node.broker.tick(node.p).await.unwrap();
+        let waiting = node
+            .broker
+            .read(node.p, EntryId::default(), 10, Duration::ZERO)
+            .await
+            .unwrap();
+        let values: Vec<_> = waiting.iter().map(|entry| &entry.fields[0].1).collect();
+        assert_eq!(values, ["a", "b", "c", "d", "e"], "{id}");
+        assert!(waiting.iter().all(|entry| entry.id.ms < 1 << 62), "{id}");
+        let state = node.broker.state(node.p).await.unwrap();
+        assert_eq!((state.lag, state.trimmed_unread), (5, 0), "{id}");
+        assert_eq!(drain(&node).await, 5);
+        node.broker.tick(node.p).await.unwrap();
+        node.append(&["f"]).await;
+        assert_eq!(drain(&node).await, 1);
+        let state = node.broker.state(node.p).await.unwrap();
+        assert_eq!((state.lag, state.trimmed_unread), (0, 0), "{id}");
+        assert_eq!(node.count(Outcome::DeadLettered).await, 1);
+    }
+}
+
+/// Below the ids that are set right, Redis generates ids without end: nothing is moved.
+#[tokio::test]
+async fn entries_with_large_ids_that_redis_can_continue_are_committed() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    add(&server, "9223372036854775807-1", "a");
+    node.broker.tick(node.p).await.unwrap();
+    let ids = node.append(&["b"]).await;
+    assert_eq!(ids[0].to_string(), "9223372036854775807-2");
+    assert_eq!(drain(&node).await, 2);
+    // The next id is set right, and what was processed is not committed again.
+    add(&server, "9223372036854775808-0", "c");
+    add(&server, "*", "d");
+    node.broker.tick(node.p).await.unwrap();
+    assert_eq!(drain(&node).await, 2);
+    assert_eq!(node.head().await.position.entry.ms >> 62, 0);
+}
+
+/// The source is deleted while the position is among the large ids, as an earlier version left it.
+#[tokio::test]
+async fn entries_of_a_source_that_was_deleted_at_a_large_id_are_committed() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let near = "18446744073709551615-18446744073709551613";
+    for is_recreated in [false, true] {
+        add(&server, near, "high");
+        if !is_recreated {
+            let () = server.command(&format!("XGROUP CREATE {SOURCE} pointsman 0"));
+        }
+        let () = server.command(&format!("HSET {TAG}meta pos {near} n 1"));
+        let () = server.command(&format!("XGROUP SETID {SOURCE} pointsman {near}"));
+        let () = server.command(&format!("DEL {SOURCE}"));
+        for value in ["a", "b", "c"] {
+            add(&server, "*", value);
+        }
+        if is_recreated {
+            let () = server.command(&format!("XGROUP CREATE {SOURCE} pointsman 0"));
+        }
+        node.broker.tick(node.p).await.unwrap();
+        assert_eq!(drain(&node).await, 3, "{is_recreated}");
+        node.broker.tick(node.p).await.unwrap();
+        let state = node.broker.state(node.p).await.unwrap();
+        assert_eq!((state.lag, state.trimmed_unread), (0, 0), "{is_recreated}");
+    }
 }

@@ -138,3 +138,46 @@ async fn the_attempts_at_a_removed_entry_are_forgotten() {
     .await;
     assert!(node.retried().await.is_empty());
 }
+
+/// An error would end every renewal of the lease, and with it the work on the source.
+#[tokio::test]
+async fn what_other_clients_add_to_the_keys_of_retries_does_not_end_the_lease() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let entry = node.claimant("a").await;
+    node.commit(vec![retry(&entry, PATIENT)]).await;
+    let foreign: String = server.command(&format!("XADD {TAG}retrying * f:v x"));
+    let no_fields: String = server.command(&format!("XADD {TAG}retrying * attempts 1 retries 1"));
+    for member in [
+        "foreign",
+        "1-",
+        "99999999999999999999999-1",
+        "1-1",
+        foreign.as_str(),
+        no_fields.as_str(),
+    ] {
+        let () = server.command(&format!("ZADD {TAG}due 1 {member}"));
+    }
+    assert_eq!(node.retried().await.len(), 1);
+    assert_eq!(server.command::<u64>(&format!("ZCARD {TAG}due")), 0);
+    let renewed = node
+        .broker
+        .lease(node.p, "owner", Duration::from_secs(9))
+        .await;
+    assert!(matches!(renewed, Ok(Lease::Mine)), "{renewed:?}");
+}
+
+#[tokio::test]
+async fn a_retry_whose_due_time_a_fast_clock_set_is_appended_at_once() {
+    let server = RedisServer::start();
+    let node = node_on(&server).await;
+    let entry = node.claimant("a").await;
+    node.commit(vec![retry(&entry, PATIENT)]).await;
+    let letter = node.retrying().await.remove(0);
+    // A year ahead.
+    let due_ms = letter.due_ms.expect("a due time") + 365 * 86_400_000;
+    let () = server.command(&format!("ZADD {TAG}due {due_ms} {}", letter.id));
+    let retried = node.retried().await;
+    assert_eq!(retried.len(), 1);
+    assert_eq!(retried[0].fields, entry.fields);
+}

@@ -76,7 +76,7 @@ impl PartitionKeys {
             tracing::error!(source.key = %source, trimmed_unread, "another client removed entries from the source before they were read; do not trim it (XADD MAXLEN, XTRIM, XDEL)");
         }
         if foreign_entries > 0 {
-            tracing::error!(source.key = %source, foreign_entries, "the source was deleted and recreated with lower ids; its entries were appended again");
+            tracing::error!(source.key = %source, foreign_entries, "the source was recreated with lower ids or held ids that are too large; entries were appended again under new ids");
         }
     }
 }

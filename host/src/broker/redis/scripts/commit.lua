@@ -57,8 +57,8 @@ if is_continued then
 end
 
 for _, item in ipairs(items) do
-  -- No entry could follow such a position. The source is set right, and what follows is read again.
-  if item.entry == LAST_ID then
+  -- Few entries could follow such a position. The source is set right, and what follows is read again.
+  if is_high(item.entry) then
     heal()
     return {'conflict'}
   end
@@ -312,6 +312,8 @@ local function retry(item)
   local id, values = letter(item, 'retries', text(item.retry_no), 'first', text(item.first), 'due', due)
   call('XADD', RETRYING, id, unpack(values))
   call('ZADD', DUE, due, id)
+  -- The longest that a due time may be ahead; see lease.lua.
+  if item.timeout > number('retry_timeout') then call('HSET', META, 'retry_timeout', text(item.timeout)) end
 end
 
 local answer = {'done'}

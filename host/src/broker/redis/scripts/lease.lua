@@ -18,18 +18,29 @@ call('SET', key, node, 'PX', ttl)
 local MOST_BYTES = 1048576
 local bytes = 0
 local due = call('ZRANGEBYSCORE', DUE, '-inf', text(now), 'LIMIT', 0, 256)
--- Events that failed together are due together, and keep their order.
-table.sort(due, before)
+-- No event waits for longer than the time that its retries have: a later time was set by a clock that
+-- ran fast, and has come.
+local furthest = now + number('retry_timeout')
+for _, id in ipairs(call('ZRANGEBYSCORE', DUE, '(' .. text(furthest), '+inf', 'LIMIT', 0, 256)) do due[#due + 1] = id end
+local letters = {}
 for _, id in ipairs(due) do
-  local found = call('XRANGE', RETRYING, id, id)[1]
-  if found then
-    local values, of = entry_of_letter(found[2])
+  -- What another client added is removed: an error here would end every renewal.
+  if string.match(id, '^%d+%-%d+$') then letters[#letters + 1] = id else call('ZREM', DUE, id) end
+end
+-- Events that failed together are due together, and keep their order.
+table.sort(letters, before)
+for _, id in ipairs(letters) do
+  -- Fails for an id of more than 64 bits.
+  local found = pcall('XRANGE', RETRYING, id, id)
+  local values, of
+  if found[1] then values, of = entry_of_letter(found[1][2]) end
+  if values and #values > 0 and of['attempts'] and of['retries'] and of['first'] then
     for _, value in ipairs(values) do bytes = bytes + #value end
     -- First, because it fails if another client overwrote the source.
     local entry = call('XADD', S, '*', unpack(values))
     call('HSET', RETRIED, entry, of['attempts'] .. ' ' .. of['retries'] .. ' ' .. of['first'])
-    call('XDEL', RETRYING, id)
   end
+  if found[1] then call('XDEL', RETRYING, id) end
   call('ZREM', DUE, id)
   if bytes > MOST_BYTES then break end
 end

@@ -42,8 +42,11 @@ local function before(a, b)
   return x < y
 end
 
--- The largest id. A stream that has reached it accepts no further entry.
-local LAST_ID = '18446744073709551615-18446744073709551615'
+-- Redis generates ids from the largest on, and after the last one (2^64 ms) a stream accepts no
+-- further entry. A source with an id of 2^63 ms or more is therefore set right, and continues below
+-- 2^62 ms, so that this is not soon needed again.
+local HIGH_ID, LOWERED_ID = '9223372036854775808-0', '4611686018427387904-0'
+local function is_high(entry) return not before(entry, HIGH_ID) end
 
 -- Whether an id is a time of day: not before 2020 and not ahead of the clock. A publisher may choose
 -- any ids, such as times in seconds or microseconds, and ids that Redis chooses after a large one
@@ -335,32 +338,63 @@ local function append_again(last, pos)
   end
 end
 
--- Sets a source right that has reached the largest id, after which neither publishers nor Pointsman
--- can add an entry. The entry with that id becomes a dead letter, and the source continues after the
--- entry before it. A position that has reached the id is lowered: no entry could follow it.
-local function leave_last_id()
+-- Sets a source right that has a high id. The first entry from LOWERED_ID on, whose id a publisher
+-- chose, becomes a dead letter if it was not processed. Redis may have generated the later ids: these
+-- entries are appended again, in order. A position among them is lowered. Returns the number of
+-- entries that were appended again.
+local function leave_high_ids()
+  local moving = T .. 'moving'
   require_rights({
     {'XRANGE', S, '-', '+'}, {'XREVRANGE', S, '+', '-'}, {'XDEL', S, '0-1'}, {'XSETID', S, '0-1'},
+    {'XADD', S, '*', 'f', 'v'}, {'XADD', moving, '*', 'f', 'v'}, {'XRANGE', moving, '-', '+'}, {'UNLINK', moving},
+    {'HGET', RETRIED, 'f'}, {'HSET', RETRIED, 'f', 'v'}, {'HDEL', RETRIED, 'f'},
     {'HSET', META, 'f', 'v'}, refusal_commands(),
   })
   read_letter_ids()
-  local pos = position()
-  local entry = call('XRANGE', S, LAST_ID, LAST_ID)[1]
+  local pos = entry_of(position())
   local _, added = probe()
-  if entry then
-    if entry_of(pos) ~= LAST_ID then
-      refuse(LAST_ID, entry[2], 'the id ' .. LAST_ID .. ' is the largest, so that no entry can follow it; add events with XADD KEY *')
-      -- It has its outcome, and commits count only what they write.
-      call('HINCRBY', META, 'n', 1)
+  call('UNLINK', moving)
+  local n_refused, n_moved, is_chosen = 0, 0, true
+  -- The ids of a stream only become lower if no entry is left above: what is moved waits elsewhere.
+  -- One at a time: together they may be larger than the memory.
+  while true do
+    local entry = call('XRANGE', S, LOWERED_ID, '+', 'COUNT', 1)[1]
+    if not entry then break end
+    local id, fields, bytes = entry[1], entry[2], 0
+    for i = 1, #fields do bytes = bytes + #fields[i] end
+    if before(pos, id) then
+      if is_chosen or bytes > MOST_MOVED or #fields > MOST_ARGUMENTS then
+        refuse(id, fields, 'the id ' .. id .. ' is so large that Redis would soon have none left to generate; add events with XADD KEY *')
+        n_refused = n_refused + 1
+      else
+        call('XADD', moving, id, unpack(fields))
+        n_moved = n_moved + 1
+      end
     end
-    call('XDEL', S, LAST_ID)
+    is_chosen = false
+    call('XDEL', S, id)
   end
-  local before_it = call('XREVRANGE', S, '+', '-', 'COUNT', 1)[1]
-  local last = before_it and before_it[1] or '0-1'
-  if entry_of(pos) == LAST_ID then call('HSET', META, 'pos', last)
-  elseif before(last, entry_of(pos)) then last = entry_of(pos) end
-  -- Also forgets that the largest id was deleted: Redis could not count the entries that follow.
+  local newest = call('XREVRANGE', S, '+', '-', 'COUNT', 1)[1]
+  local last = newest and newest[1] or '0-1'
+  if not before(pos, LOWERED_ID) then call('HSET', META, 'pos', last)
+  elseif before(last, pos) then last = pos end
+  -- Also forgets that larger ids were deleted: Redis could not count the entries that follow.
   call('XSETID', S, last, 'ENTRIESADDED', text(added), 'MAXDELETEDID', '0-1')
+  -- They have their outcome or another id, and commits count only what they write.
+  call('HINCRBY', META, 'n', n_refused + n_moved)
+  local after = '-'
+  for _ = 1, n_moved do
+    local entry = call('XRANGE', moving, after, '+', 'COUNT', 1)[1]
+    local id = call('XADD', S, '*', unpack(entry[2]))
+    local attempts = call('HGET', RETRIED, entry[1])
+    if attempts then
+      call('HDEL', RETRIED, entry[1])
+      call('HSET', RETRIED, id, attempts)
+    end
+    after = '(' .. entry[1]
+  end
+  call('UNLINK', moving)
+  return n_moved
 end
 
 -- Fails unless the user may run every command of a retry.
@@ -409,25 +443,30 @@ local function heal()
   if string.find(pos, '/', 1, true) then return 0, 0 end
   local own = group()
   local last, added
+  if is_high(pos) then
+    last = probe()
+    if not last or before(last, pos) then
+      -- The source was deleted: whatever it holds now is new, and could not be moved above the position.
+      pos, n = '0-0', 0
+      call('HSET', META, 'pos', pos, 'n', '0')
+    end
+    place_group(pos, text(n))
+    own, last = group(), nil
+  end
   -- Looks at the last id itself once a minute: the entry may have been deleted.
-  local is_at_end = own and (pos == LAST_ID or #call('XRANGE', S, LAST_ID, LAST_ID) > 0)
-  if not is_at_end and own and is_due('probe_at', 60000) then
+  local has_high_id = own and is_high(pos) or #pcall('XRANGE', S, HIGH_ID, '+', 'COUNT', 1) > 0
+  if not has_high_id and own and is_due('probe_at', 60000) then
     last, added = probe()
-    is_at_end = last == LAST_ID
+    has_high_id = is_high(last)
     place_group(pos, text(n))
     own = group()
     call('HSET', META, 'probe_at', text(now + 60000))
   end
-  if not own and pos == LAST_ID then
-    -- The source was deleted: whatever it holds now is new, and could not be moved above the position.
-    pos = '0-0'
-    call('HSET', META, 'pos', pos)
-  end
-  if is_at_end then
-    leave_last_id()
-    pos, n = position(), number('n')
-    place_group(pos, text(n))
-    own, last, added = group(), nil, nil
+  if has_high_id then
+    local n_again = leave_high_ids()
+    if n_again > 0 then call('HINCRBY', META, 'foreign_entries', n_again) end
+    place_group(position(), text(number('n')))
+    return 0, n_again
   end
   if not own or before(own['last-delivered-id'], pos) or own['entries-read'] ~= n then
     last, added = probe()
