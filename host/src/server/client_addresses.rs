@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
 use ipnet::IpNet;
@@ -23,6 +24,8 @@ struct AddressesInner {
     max_per_address: usize,
     counts_loopback: bool,
     in_progress: Mutex<HashMap<IpAddr, usize>>,
+    /// The time of the last warning about a request without a client's address.
+    warned: Mutex<Option<Instant>>,
 }
 
 /// One connection, request or stream of a client address, until it is dropped.
@@ -70,6 +73,7 @@ impl ClientAddresses {
             max_per_address,
             counts_loopback: false,
             in_progress: Mutex::default(),
+            warned: Mutex::default(),
         })))
     }
 
@@ -81,6 +85,7 @@ impl ClientAddresses {
             max_per_address,
             counts_loopback: true,
             in_progress: Mutex::default(),
+            warned: Mutex::default(),
         }))
     }
 
@@ -114,6 +119,9 @@ impl ClientAddresses {
             return Ok(None);
         }
         let client = self.client(headers);
+        if client.is_none() {
+            self.warn_of_unnamed_client(peer);
+        }
         client.map(|client| self.count(client)).transpose()
     }
 
@@ -141,6 +149,17 @@ impl ClientAddresses {
             (None, None) => Vec::new(),
         };
         elements.into_iter().find(|address| !self.trusts(*address))
+    }
+
+    /// At most once an hour: every request through such a proxy is one.
+    fn warn_of_unnamed_client(&self, proxy: IpAddr) {
+        let mut warned = self.0.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_some_and(|at| at.elapsed() < Duration::from_secs(3_600)) {
+            return;
+        }
+        *warned = Some(Instant::now());
+        drop(warned);
+        tracing::warn!(%proxy, "a trusted proxy names no client of a request, so that listen.max_connections_per_address does not bound its clients; let the proxy add the client's address to X-Forwarded-For");
     }
 
     fn trusts(&self, address: IpAddr) -> bool {
