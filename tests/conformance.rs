@@ -148,6 +148,7 @@ macro_rules! suite {
                     headers_of_dead_letters_hold_no_fields,
                     decisions_list_each_verdict_newest_first,
                     decisions_of_one_event_are_found_among_all_kept,
+                    the_members_of_a_chain_are_found_among_all_kept_decisions,
                 ];
                 retries: [
                     an_event_that_waits_for_a_retry_is_listed_and_counted_apart,

@@ -25,7 +25,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
+use crate::event::{
+    ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
+};
 
 mod clock;
 mod commit;
@@ -278,6 +280,14 @@ pub trait Operations: Partitions {
         event_id: &str,
         limit: usize,
     ) -> Result<DecisionSearch>;
+
+    /// Searches the decision records that are kept, newest first, for one that lists the members of
+    /// the chain with this id.
+    async fn find_chain(
+        &self,
+        partition: PartitionNumber,
+        id: &str,
+    ) -> Result<Option<ChainMembers>>;
 }
 
 /// A whole broker. A caller takes the smallest of its traits that suffices: ingest takes

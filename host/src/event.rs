@@ -20,7 +20,8 @@ mod plan;
 mod recipient;
 
 pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};
-pub use decision::{DeadReason, Decision, Retry, Verdict, VerdictKind};
+pub(crate) use decision::HOST_PANICKED;
+pub use decision::{ChainMember, ChainMembers, DeadReason, Decision, Retry, Verdict, VerdictKind};
 pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
 pub use recipient::{Recipient, Span};
 

@@ -225,7 +225,8 @@ impl Sources<'_> {
         let committed = found
             .iter()
             .position(|event| event.outcome == Outcome::Committed && is_same(event));
-        let decision = found.remove(committed.unwrap_or(newest));
+        let mut decision = found.remove(committed.unwrap_or(newest));
+        self.add_skipped(&mut decision).await?;
         found.truncate(MAX_OTHERS);
         let (dead_letter, is_search_complete) = self.dead_letter(&decision).await?;
         let mut explanation = Explanation {
@@ -250,6 +251,21 @@ impl Sources<'_> {
         }
         explanation.conclusion = conclusion::of(&explanation);
         Ok(explanation)
+    }
+
+    /// Adds the plugins to a decision that were in its chain and whose types did not match.
+    async fn add_skipped(&self, event: &mut DecidedEvent) -> broker::Result<()> {
+        let (outcome, decision) = (event.outcome, &mut event.decision);
+        if decision.members.is_none() && !decision.chain.is_empty() {
+            decision.members = self
+                .broker
+                .find_chain(event.partition, &decision.chain)
+                .await?;
+        }
+        if let Some(members) = decision.members.clone() {
+            decision.add_skipped(outcome, &members);
+        }
+        Ok(())
     }
 
     /// The record of a decision, if it still exists. The entry is compared as well, because ids may

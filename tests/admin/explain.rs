@@ -6,9 +6,10 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::harness::command::{output_of, pointsman, said};
+use crate::harness::guests::core_module;
 use crate::harness::http::{self, Answer};
 use crate::harness::node::{Builder, Folder, Node, SOON};
-use crate::harness::plugins::hash;
+use crate::harness::plugins::{Plugins, hash};
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::Request;
@@ -1001,6 +1002,10 @@ fn the_command_prints_the_conclusion_and_then_one_fact_per_line() {
         let file = every_bundled_plugin().join(format!("{plugin}.wasm"));
         hash(&fs::read(file).expect("read it"))[..12].to_owned()
     };
+    let config_of = |plugin: &str| {
+        let state = node.admin(&format!("/v1/plugins/{plugin}")).json();
+        state["config_hash"].as_str().expect("a hash").to_owned()
+    };
     for (label, expect) in [
         ("decided", "committed at 20"),
         (
@@ -1010,13 +1015,18 @@ fn the_command_prints_the_conclusion_and_then_one_fact_per_line() {
         (
             "plugin",
             &format!(
-                "discard (generation 1, {}) skipped: its types do not match",
-                hash_of("discard")
+                "discard (generation 1, {}, config {}) skipped: its types do not match",
+                hash_of("discard"),
+                config_of("discard")
             ),
         ),
         (
             "plugin",
-            &format!("rules (generation 1, {}) routes", hash_of("rules")),
+            &format!(
+                "rules (generation 1, {}, config {}) routes",
+                hash_of("rules"),
+                config_of("rules")
+            ),
         ),
         (
             "route 1",
@@ -1058,4 +1068,96 @@ fn the_command_prints_the_conclusion_and_then_one_fact_per_line() {
         !is_well && unknown.contains("no decision found for event 'never came'; compare the id"),
         "{unknown}"
     );
+}
+
+/// The decision record of an event, which has to be the newest one with its id.
+fn recorded(node: &Node, event_id: &str) -> Value {
+    eventually(SOON, "the event is decided", || {
+        let found = node
+            .admin(&format!("/v1/decisions?event_id={event_id}"))
+            .json();
+        found.get(0).cloned()
+    })
+}
+
+/// `address`, and this many plugins that handle no event of the test.
+fn with_idle_plugins(n: usize) -> (Plugins, Builder) {
+    let (rules, mut config) = (core_module("rules"), String::new());
+    let plugins = Plugins::new(&[("address.wasm", core_module("address"))]);
+    for n in 0..n {
+        plugins.replace(&format!("idle-{n}.wasm"), &rules);
+        config += &format!(
+            "[[plugins.idle-{n}.config.rules]]\nmatch.type = 'never.{n}'\nto.group = 'ops'\n"
+        );
+    }
+    let builder = Node::builder().plugins(plugins.dir()).config(&config);
+    (plugins, builder)
+}
+
+#[test]
+fn a_record_does_not_grow_with_plugins_that_do_not_match_and_another_node_explains_them() {
+    const IDLE: usize = 8;
+    let server = RedisServer::start();
+    let (_alone, builder) = with_idle_plugins(0);
+    let alone = builder.start();
+    let (_among, builder) = with_idle_plugins(IDLE);
+    let mut among = builder.redis(server.url()).start();
+    let size = |node: &Node| {
+        for id in ["first", "second"] {
+            publish(node, id, "t", json!({ "user": "ann" }));
+            recorded(node, id);
+        }
+        let record = recorded(node, "second");
+        assert!(record["members"].is_null(), "{record:#}");
+        assert_eq!(record["chain"].as_str().map(str::len), Some(12));
+        // The other texts have the length of the time.
+        json!([
+            record["chain"],
+            record["verdicts"],
+            record["event_id"],
+            record["event_source"],
+            record["event_type"]
+        ])
+        .to_string()
+        .len()
+    };
+    assert_eq!(size(&among), size(&alone));
+    let members = &recorded(&among, "first")["members"];
+    assert_eq!(
+        members["routers"].as_array().map(Vec::len),
+        Some(1 + IDLE),
+        "{members:#}"
+    );
+
+    // The deciding node is gone, and this one has other plugins.
+    among.kill();
+    let (_other, builder) = with_idle_plugins(1);
+    let other = builder.redis(server.url()).start();
+    let verdicts = explained(&other, "second", "ann")["decision"]["verdicts"].clone();
+    let words: Vec<(&str, &str)> = verdicts
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|verdict| {
+            (
+                verdict["plugin"].as_str().expect("a name"),
+                verdict["verdict"].as_str().expect("a word"),
+            )
+        })
+        .collect();
+    let idle: Vec<String> = (0..IDLE).map(|n| format!("idle-{n}")).collect();
+    let expect: Vec<(&str, &str)> = [("address", "routes")]
+        .into_iter()
+        .chain(idle.iter().map(|name| (name.as_str(), "skipped")))
+        .collect();
+    assert_eq!(words, expect);
+    let url = format!("http://{}", other.admin_addr());
+    let shown = output_of(&mut pointsman(&["explain", "second", "--url", &url]));
+    let member = &members["routers"][1];
+    let line = format!(
+        "plugin     idle-0 (generation 1, {}, config {}) skipped: its types do not match",
+        member["hash"].as_str().expect("a hash"),
+        member["config_hash"].as_str().expect("a hash")
+    );
+    assert!(shown.contains(&line), "{shown}");
 }

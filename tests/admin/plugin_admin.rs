@@ -980,3 +980,48 @@ fn plugin_configuration_changes_take_effect_while_events_flow() {
         (node.admin("/readyz").body == "ready\n").then_some(())
     });
 }
+
+#[test]
+fn a_verdict_names_the_configuration_and_a_rolled_back_one_is_named_as_what_to_change() {
+    let plugins = Plugins::new(&[("rules.wasm", core_module("rules"))]);
+    let config = |user: &str| {
+        format!("[[plugins.rules.config.rules]]\nmatch.type = 't'\nto.user = '{user}'\n")
+    };
+    let node = Node::builder()
+        .config(&config("ann"))
+        .plugins(plugins.dir())
+        .start();
+    let decided = |id: &str| {
+        node.publisher().publish(&[event(id, "t", json!({}))]);
+        let decisions = eventually(SOON, "the event is decided", || {
+            let found = node.admin(&format!("/v1/decisions?event_id={id}")).json();
+            found.get(0).is_some().then_some(found)
+        });
+        let verdict = &decisions[0]["verdicts"][0];
+        let hash = |key: &str| verdict[key].as_str().expect("a hash").to_owned();
+        (hash("hash"), hash("config_hash"))
+    };
+    let state = || node.admin("/v1/plugins/rules").json();
+    let before = decided("before");
+    assert_eq!(before.1.len(), 12);
+    assert_eq!(state()["config_hash"], json!(before.1));
+    node.reconfigure(&config("bob"));
+    eventually(SOON, "the configuration is active", || {
+        (state()["generation"] == 2).then_some(())
+    });
+    let after = decided("after");
+    assert_eq!(after.0, before.0, "the file is the same");
+    assert_ne!(after.1, before.1, "the configuration is another");
+
+    let answer = node.order("POST", "/v1/plugins/rules/rollback", &[], b"");
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(decided("rolled-back"), before);
+    assert_eq!(state()["ended"][0]["config_hash"], json!(after.1));
+    let file = node.folder().join("pointsman.toml");
+    let advice = format!(
+        "rules was rolled back to its previous settings: it was withdrawn by an operator; [plugins.rules] in {} still contains the new ones, so change that section before the node restarts",
+        file.display()
+    );
+    assert_eq!(state()["failure"], json!(advice));
+    assert!(node.admin("/readyz").body.contains(&advice));
+}

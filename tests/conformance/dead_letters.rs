@@ -2,7 +2,7 @@
 
 use super::*;
 use pointsman::broker::{DeadLetter, DecisionSearch, Error, MAX_DEAD_LETTER_BYTES};
-use pointsman::event::{Verdict, VerdictKind};
+use pointsman::event::{ChainMember, ChainMembers, Verdict, VerdictKind};
 
 const BEGIN: EntryId = EntryId { ms: 0, seq: 0 };
 
@@ -301,6 +301,7 @@ pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {
         plugin: plugin.into(),
         generation: 7,
         hash: "8a6bda16014b".into(),
+        config_hash: "44136fa355b3".into(),
         verdict,
         reason: "as \"it\" is".into(),
     };
@@ -313,8 +314,8 @@ pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {
             verdict("address", VerdictKind::Routes),
         ],
         reason: "as \"it\" is".into(),
-        retry: None,
         clock_ms: 1_700_000_000_123,
+        ..Decision::default()
     };
     let entry = after(BEGIN);
     let first = Item {
@@ -412,4 +413,40 @@ pub(super) async fn decisions_of_one_event_are_found_among_all_kept(bench: Bench
             reaches_to: Some(first)
         }
     );
+}
+
+pub(super) async fn the_members_of_a_chain_are_found_among_all_kept_decisions(bench: Bench) {
+    let node = bench.open().await;
+    let members = |plugin: &str| ChainMembers {
+        routers: vec![ChainMember {
+            plugin: plugin.into(),
+            generation: 3,
+            hash: "8a6bda16014b".into(),
+            config_hash: "44136fa355b3".into(),
+        }],
+        ..ChainMembers::default()
+    };
+    // More records than a broker reads at once, of which one lists the members.
+    let mut entry = BEGIN;
+    for batch in 0..6 {
+        let mut next = |n: usize| {
+            entry = after(entry);
+            let mut item = item(entry, Proposal::Unrouted);
+            item.decision.chain = if batch == 0 { "c1" } else { "c2" }.into();
+            item.decision.members = match (batch, n) {
+                (0, 5) => Some(members("old")),
+                (1, 0) => Some(members("new")),
+                _ => None,
+            };
+            item
+        };
+        node.commit((0..60).map(&mut next).collect()).await;
+    }
+    for (id, expect) in [
+        ("c1", Some(members("old"))),
+        ("c2", Some(members("new"))),
+        ("c3", None),
+    ] {
+        assert_eq!(node.broker.find_chain(node.p, id).await.unwrap(), expect);
+    }
 }

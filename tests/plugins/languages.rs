@@ -612,8 +612,7 @@ async fn the_plugin_makes_the_same_decisions_in_every_language() {
             "\"none\"",
             "\"rejected\"",
             "\"retry\"",
-            "\"routes\"",
-            "\"skipped\""
+            "\"routes\""
         ]
     );
     assert!(decisions.iter().all(|decision| {

@@ -14,7 +14,9 @@ use pointsman::broker::{
     Feed, Finding, Follow, Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState,
     Partitions, Peer, RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
-use pointsman::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
+use pointsman::event::{
+    ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
+};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use super::fixture::SOON;
@@ -490,5 +492,13 @@ impl Operations for Puppet {
         limit: usize,
     ) -> Result<DecisionSearch> {
         self.broker.find_decisions(partition, event_id, limit).await
+    }
+
+    async fn find_chain(
+        &self,
+        partition: PartitionNumber,
+        id: &str,
+    ) -> Result<Option<ChainMembers>> {
+        self.broker.find_chain(partition, id).await
     }
 }

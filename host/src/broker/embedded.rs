@@ -57,7 +57,9 @@ use super::{
     RecipientChange, Result, Retention, Severity, Slice, Sources, StoredCursor, StoredDecision,
     Users,
 };
-use crate::event::{EntryId, Name, NotificationId, PartitionNumber, Recipient, Target};
+use crate::event::{
+    ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
+};
 use crate::shutdown::Alarm;
 
 mod commit;
@@ -628,5 +630,16 @@ impl Operations for Embedded {
             source::find_decisions(transaction, partition.0, &event_id, limit)
         })
         .await
+    }
+
+    async fn find_chain(
+        &self,
+        partition: PartitionNumber,
+        id: &str,
+    ) -> Result<Option<ChainMembers>> {
+        self.slot(partition)?;
+        let id = id.to_owned();
+        self.read_snapshot(move |transaction, _| source::find_chain(transaction, partition.0, &id))
+            .await
     }
 }

@@ -14,7 +14,8 @@ use crate::broker::{
     RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
-    DeadReason, EntryId, Name, NotificationId, PartitionNumber, Recipient, Span, Target,
+    ChainMembers, DeadReason, EntryId, Name, NotificationId, PartitionNumber, Recipient, Span,
+    Target,
 };
 
 type Fields = Vec<(Bytes, Bytes)>;
@@ -347,6 +348,10 @@ impl Operations for FakeBroker {
         _: &str,
         _: usize,
     ) -> Result<DecisionSearch> {
+        unused()
+    }
+
+    async fn find_chain(&self, _: PartitionNumber, _: &str) -> Result<Option<ChainMembers>> {
         unused()
     }
 }

@@ -74,7 +74,8 @@ use super::{
     StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
-    EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient, Target,
+    ChainMembers, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient,
+    Target,
 };
 
 mod check;
@@ -793,6 +794,14 @@ impl Operations for Redis {
         limit: usize,
     ) -> Result<DecisionSearch> {
         decisions::find(self, self.keys(partition)?, event_id, limit).await
+    }
+
+    async fn find_chain(
+        &self,
+        partition: PartitionNumber,
+        id: &str,
+    ) -> Result<Option<ChainMembers>> {
+        decisions::find_chain(self, self.keys(partition)?, id).await
     }
 }
 

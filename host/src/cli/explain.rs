@@ -84,6 +84,15 @@ fn lines(explanation: &Value) -> Vec<String> {
     for one in list(&decision["verdicts"]) {
         say("plugin", verdict(one));
     }
+    if decision["chain"].is_string() && !decision["members"].is_object() {
+        say(
+            "plugin",
+            format!(
+                "the plugins of chain {} that were not called are no longer recorded",
+                text(&decision["chain"])
+            ),
+        );
+    }
     for other in list(&explanation["other_decisions"]) {
         say("also", decided(other));
     }

@@ -98,6 +98,7 @@ pub(crate) async fn follow(
         stamp: mut applied,
         raw,
     } = origin;
+    registry.set_config_file(source.path());
     let mut before = applied;
     loop {
         tokio::select! {

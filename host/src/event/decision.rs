@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::EntryId;
+use super::{EntryId, Outcome};
 
 /// A decision record: why an event got its outcome.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -14,8 +14,16 @@ pub struct Decision {
     pub event_id: String,
     pub event_source: String,
     pub event_type: String,
-    /// In the order in which the plugins ran.
+    /// In the order in which the plugins ran. A record lists the plugins that were called; see
+    /// [`Decision::add_skipped`] for the others.
     pub verdicts: Vec<Verdict>,
+    /// The id of the chain that the event was evaluated by: equal for equal chains on all nodes.
+    /// Empty if no plugin was called, and in records written by an earlier version.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub chain: String,
+    /// The members of that chain. Only in some records, because it may be long: see `ingest`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub members: Option<ChainMembers>,
     /// Why the event was dead-lettered or is retried, including cases in which no plugin was called.
     /// Empty for every other outcome.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -32,6 +40,82 @@ impl Decision {
     /// as an event has no event id, so its entry id matches as well.
     pub fn is_about(&self, entry: EntryId, event_id: &str) -> bool {
         self.event_id == event_id || event_id.parse().is_ok_and(|id: EntryId| id == entry)
+    }
+
+    /// Adds a verdict for each member of the chain that the event reached and that was not called,
+    /// because its types do not match. `chain`: the members of the chain with this decision's id.
+    pub fn add_skipped(&mut self, outcome: Outcome, chain: &ChainMembers) {
+        let is_over = self.is_ended_by_its_last_verdict(outcome);
+        let mut called = std::mem::take(&mut self.verdicts).into_iter().peekable();
+        let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
+        for member in chain.filters.iter().chain(&chain.routers) {
+            match called.next_if(|verdict| verdict.plugin == member.plugin) {
+                Some(verdict) => verdicts.push(verdict),
+                // Members behind the one that decided were not reached.
+                None if is_over && called.peek().is_none() => break,
+                None => verdicts.push(member.skipped()),
+            }
+        }
+        // None is left if these are the members of the chain; a verdict is never hidden.
+        verdicts.extend(called);
+        self.verdicts = verdicts;
+    }
+
+    /// Whether no plugin was called after the one with the last verdict, because it decided.
+    fn is_ended_by_its_last_verdict(&self, outcome: Outcome) -> bool {
+        // The host failed, so it is unknown which plugins were reached.
+        if outcome == Outcome::DeadLettered && self.reason.starts_with(HOST_PANICKED) {
+            return true;
+        }
+        self.verdicts.last().is_some_and(|last| match last.verdict {
+            VerdictKind::Drop | VerdictKind::Rejected | VerdictKind::Retry => true,
+            VerdictKind::Failed => matches!(outcome, Outcome::Discarded | Outcome::DeadLettered),
+            VerdictKind::Keep
+            | VerdictKind::Amend
+            | VerdictKind::Routes
+            | VerdictKind::None
+            | VerdictKind::Skipped
+            | VerdictKind::Unknown => false,
+        })
+    }
+}
+
+/// How the reason of an event begins on which the host panicked.
+pub(crate) const HOST_PANICKED: &str = "the host panicked";
+
+/// The plugins of a chain, in calling order. A plugin that is both filter and router is in both
+/// lists.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainMembers {
+    pub filters: Vec<ChainMember>,
+    pub routers: Vec<ChainMember>,
+}
+
+/// A plugin in a chain. The fields are those of [`Verdict`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainMember {
+    pub plugin: String,
+    pub generation: u64,
+    pub hash: String,
+    pub config_hash: String,
+}
+
+impl ChainMember {
+    fn skipped(&self) -> Verdict {
+        let Self {
+            plugin,
+            generation,
+            hash,
+            config_hash,
+        } = self.clone();
+        Verdict {
+            plugin,
+            generation,
+            hash,
+            config_hash,
+            verdict: VerdictKind::Skipped,
+            reason: String::new(),
+        }
     }
 }
 
@@ -56,6 +140,10 @@ pub struct Verdict {
     /// node. Empty in records written by an earlier version.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hash: String,
+    /// The first 12 hex digits of the SHA-256 of the generation's configuration as JSON with sorted
+    /// keys. Empty in records written by an earlier version.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub config_hash: String,
     pub verdict: VerdictKind,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
@@ -142,6 +230,67 @@ mod tests {
             let word = serde_json::to_string(&kind).unwrap();
             assert_eq!(word, format!("\"{}\"", kind.as_str()));
             assert_eq!(serde_json::from_str::<VerdictKind>(&word).unwrap(), kind);
+        }
+    }
+
+    #[test]
+    fn plugins_that_were_reached_and_not_called_get_a_verdict() {
+        let member = |plugin: &str| ChainMember {
+            plugin: plugin.into(),
+            generation: 1,
+            hash: "f00".into(),
+            config_hash: "c00".into(),
+        };
+        let members = |names: &str| names.split(' ').map(member).collect();
+        let chain = ChainMembers {
+            filters: members("a both c"),
+            routers: members("both r s"),
+        };
+        let verdicts = |words: &str| -> Vec<Verdict> {
+            let each = words.split_whitespace().map(|word| {
+                let (plugin, kind) = word.split_once(':').unwrap();
+                Verdict {
+                    verdict: serde_json::from_value(kind.into()).unwrap(),
+                    ..member(plugin).skipped()
+                }
+            });
+            each.collect()
+        };
+        for (outcome, called, expect) in [
+            (
+                Outcome::Committed,
+                "both:keep both:none r:routes",
+                "a:skipped both:keep c:skipped both:none r:routes s:skipped",
+            ),
+            (
+                Outcome::Unrouted,
+                "",
+                "a:skipped both:skipped c:skipped both:skipped r:skipped s:skipped",
+            ),
+            (
+                Outcome::Discarded,
+                "both:keep c:drop",
+                "a:skipped both:keep c:drop",
+            ),
+            (Outcome::DeadLettered, "a:failed", "a:failed"),
+            (
+                Outcome::DeadLettered,
+                "c:failed r:rejected",
+                "a:skipped both:skipped c:failed both:skipped r:rejected",
+            ),
+            // Skipped by its policy.
+            (
+                Outcome::Unrouted,
+                "s:failed",
+                "a:skipped both:skipped c:skipped both:skipped r:skipped s:failed",
+            ),
+        ] {
+            let mut decision = Decision {
+                verdicts: verdicts(called),
+                ..Decision::default()
+            };
+            decision.add_skipped(outcome, &chain);
+            assert_eq!(decision.verdicts, verdicts(expect), "{called}");
         }
     }
 

@@ -310,6 +310,7 @@ mod tests {
             plugin: plugin.into(),
             generation: 1,
             hash: String::new(),
+            config_hash: String::new(),
             verdict: serde_json::from_value(json!(verdict)).unwrap(),
             reason: if verdict == "failed" {
                 "it trapped.\n  0: here".into()

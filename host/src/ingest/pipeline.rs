@@ -22,7 +22,7 @@ pub(crate) use self::evaluate::published_priority;
 use self::evaluate::unrouted;
 use self::pool::{Job, Pool};
 use crate::event::{Event, Plan, Priority, Verdict};
-use crate::plugin::registry::generation::Chain;
+use crate::plugin::registry::generation::{Chain, ChainIdentity};
 use crate::plugin::registry::{Registry, Snapshot};
 use crate::telemetry::metrics::Metrics;
 
@@ -37,8 +37,11 @@ pub struct Evaluation {
     /// As set by filters, or as published.
     pub priority: Priority,
     pub resolution: Resolution,
-    /// In order, including those of plugins that were skipped because their types did not match.
+    /// In order. Those of a dry run include the plugins that were skipped because their types did
+    /// not match.
     pub verdicts: Vec<Verdict>,
+    /// The plugins that evaluated it.
+    pub chain: Arc<ChainIdentity>,
 }
 
 #[derive(Clone, Debug)]

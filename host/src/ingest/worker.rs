@@ -30,7 +30,8 @@ use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
     Position, Verdict,
 };
-use crate::ingest::pipeline::{Evaluation, NoPlugins, Pipeline, Resolution};
+use crate::ingest::pipeline::{NoPlugins, Pipeline, Resolution};
+use crate::plugin::registry::generation::ChainIdentity;
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
 
@@ -161,6 +162,34 @@ struct SourceState {
     is_careful: bool,
     /// The most entries to read at once.
     read_limit: usize,
+}
+
+/// The decisions between two that list the members of the same chain: few enough that a list is
+/// still kept for most decisions, and many enough that a list costs each decision a few bytes.
+const MEMBERS_EVERY: u32 = 256;
+
+/// Names the chain in decisions, and lists its members in the first one of each run of the loop, in
+/// the first one after a change, and in every [`MEMBERS_EVERY`]th. A list that does not reach the
+/// broker ends the run, so the next run repeats it.
+#[derive(Default)]
+struct ChainNotes {
+    listed: String,
+    n_since: u32,
+}
+
+impl ChainNotes {
+    fn note(&mut self, chain: &ChainIdentity, decision: &mut Decision) {
+        if chain.id.is_empty() {
+            return;
+        }
+        decision.chain.clone_from(&chain.id);
+        self.n_since += 1;
+        if self.listed != chain.id || self.n_since >= MEMBERS_EVERY {
+            decision.members = Some(chain.members.clone());
+            self.listed.clone_from(&chain.id);
+            self.n_since = 0;
+        }
+    }
 }
 
 /// An evaluated batch, ready to commit.
@@ -392,6 +421,7 @@ impl Ingest {
     ) -> Stop {
         // Careful only until the position is known to move again.
         let mut n_careful = if state.is_careful { MAX_ITEMS } else { 0 };
+        let mut chain_notes = ChainNotes::default();
         loop {
             let count = if n_careful > 0 { 1 } else { state.read_limit };
             let entries = tokio::select! {
@@ -430,7 +460,7 @@ impl Ingest {
                 Ok(Some(item)) => vec![item],
                 Ok(None) => {
                     let evaluated = tokio::select! {
-                        evaluated = self.evaluate(partition, entries) => evaluated,
+                        evaluated = self.evaluate(partition, entries, &mut chain_notes) => evaluated,
                         // The calls for a batch may take longer than a shutdown may. None of these
                         // entries is committed, so they are read again. An entry with a noted
                         // attempt is awaited: without an outcome the attempt would count as a crash
@@ -475,6 +505,7 @@ impl Ingest {
         &self,
         partition: &Partition,
         entries: Vec<Entry>,
+        chain_notes: &mut ChainNotes,
     ) -> Result<Vec<Item>, NoPlugins> {
         // Not the node's clock: a plan's expiry is compared with the broker's on every node.
         let clock_ms = self.broker.now_ms();
@@ -501,7 +532,12 @@ impl Ingest {
             items.push(match refused {
                 Some(item) => item,
                 None => match evaluations.next() {
-                    Some(evaluation) => self.item(entry, evaluation, clock_ms),
+                    Some(evaluation) => {
+                        let mut decision =
+                            decision_about(&evaluation.event, evaluation.verdicts, clock_ms);
+                        chain_notes.note(&evaluation.chain, &mut decision);
+                        self.item(entry, evaluation.event, evaluation.resolution, decision)
+                    }
                     // The pipeline returns one evaluation for each event; should one be missing,
                     // the event is kept as a dead letter, not lost.
                     None => dead_letter(
@@ -539,14 +575,13 @@ impl Ingest {
     }
 
     /// Turns an evaluation into an item to commit.
-    fn item(&self, entry: &Entry, evaluation: Evaluation, clock_ms: u64) -> Item {
-        let Evaluation {
-            event,
-            resolution,
-            verdicts,
-            ..
-        } = evaluation;
-        let decision = decision_about(&event, verdicts, clock_ms);
+    fn item(
+        &self,
+        entry: &Entry,
+        event: Event,
+        resolution: Resolution,
+        decision: Decision,
+    ) -> Item {
         let dedupe = event.id_given.then(|| dedupe_key(&event));
         let proposal = match resolution {
             Resolution::Planned(plan) => match commit_proposal(entry.id, event, plan, &decision) {
@@ -781,9 +816,8 @@ fn decision_about(event: &Event, verdicts: Vec<Verdict>, clock_ms: u64) -> Decis
         event_source: event.source.to_string(),
         event_type: event.kind.to_string(),
         verdicts,
-        reason: String::new(),
-        retry: None,
         clock_ms,
+        ..Decision::default()
     }
 }
 

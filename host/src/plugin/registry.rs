@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::watch;
@@ -66,6 +66,8 @@ pub struct Registry {
     /// Replaced as a whole; never borrowed across a blocking call.
     current: watch::Sender<Snapshot>,
     shadows: Shadows,
+    /// The configuration file, for advice.
+    config_file: OnceLock<PathBuf>,
 }
 
 /// The action for one plugin whose files changed.
@@ -131,6 +133,7 @@ impl Registry {
             slots,
             current: watch::Sender::default(),
             shadows: Shadows::default(),
+            config_file: OnceLock::new(),
         };
         registry.load_snapshot(snapshot);
         Ok(registry)
@@ -143,6 +146,12 @@ impl Registry {
     /// The plugin folder, if one is configured.
     pub fn dir(&self) -> Option<&Path> {
         self.dir.as_deref()
+    }
+
+    /// Names the configuration file in the advice about a change of it that was rolled back.
+    pub fn set_config_file(&self, file: &Path) {
+        // Only the first call counts: a node has one file.
+        self.config_file.set(file.to_owned()).ok();
     }
 
     /// The active plugins.
@@ -643,10 +652,22 @@ impl Registry {
             hash: Some(hash.to_owned()),
             reason: reason.to_owned(),
         });
-        slot.failure = Some(Failure {
-            reason: format!(
+        // Names what has to change: the same file with another configuration works.
+        let advice = if hash == previous.plugin.hash() {
+            let section = self.config_file.get().map_or_else(
+                || format!("[plugins.{name}]"),
+                |path| format!("[plugins.{name}] in {}", path.display()),
+            );
+            format!(
+                "{name} was rolled back to its previous settings: it {reason}; {section} still contains the new ones, so change that section before the node restarts"
+            )
+        } else {
+            format!(
                 "{file} was rolled back: it {reason}; the folder still contains it, so replace it before the node restarts"
-            ),
+            )
+        };
+        slot.failure = Some(Failure {
+            reason: advice,
             hash: Some(hash.to_owned()),
         });
         slot.end(&running, PluginStatus::RolledBack, reason);

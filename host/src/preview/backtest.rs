@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::broker::{self, Broker, Partition};
+use crate::broker::{self, Broker, Partition, StoredDecision};
 use crate::event::{
-    Decision, EntryId, Event, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
-    Verdict, VerdictKind,
+    ChainMembers, Decision, EntryId, Event, Name, Notification, NotificationId, Outcome,
+    PartitionNumber, Plan, Verdict, VerdictKind,
 };
 use crate::ingest::pipeline::{DryRunner, Evaluation, Resolution};
 use crate::plugin::Role;
@@ -131,7 +131,8 @@ async fn newest(
 ) -> Result<Vec<(Partition, HashMap<EntryId, Recorded>)>, broker::Error> {
     let mut all = Vec::new();
     for (n, partition) in broker.partitions().iter().enumerate() {
-        let decisions = broker.decisions(partition.number, last).await?;
+        let mut decisions = broker.decisions(partition.number, last).await?;
+        add_skipped(broker, partition.number, &mut decisions).await?;
         let oldest_entry = broker
             .read(partition.number, EntryId::default(), 1, Duration::ZERO)
             .await?
@@ -164,6 +165,35 @@ async fn newest(
         .map(|(_, decisions)| decisions.len() as u64)
         .sum();
     Ok(wanted)
+}
+
+/// Adds the plugins to the decisions that were in their chain and whose types did not match: the
+/// candidate may handle those types.
+async fn add_skipped(
+    broker: &dyn Broker,
+    partition: PartitionNumber,
+    decisions: &mut [StoredDecision],
+) -> Result<(), broker::Error> {
+    let mut chains: HashMap<String, Option<ChainMembers>> = HashMap::new();
+    for (.., decision) in decisions.iter() {
+        if decision.members.is_some() {
+            chains.insert(decision.chain.clone(), decision.members.clone());
+        }
+    }
+    for (_, outcome, _, decision) in decisions {
+        if decision.chain.is_empty() {
+            continue;
+        }
+        if !chains.contains_key(&decision.chain) {
+            // Listed by a decision that is older than those read.
+            let found = broker.find_chain(partition, &decision.chain).await?;
+            chains.insert(decision.chain.clone(), found);
+        }
+        if let Some(Some(members)) = chains.get(&decision.chain) {
+            decision.add_skipped(*outcome, members);
+        }
+    }
+    Ok(())
 }
 
 /// Reads and compares the entries of one source.
@@ -471,6 +501,7 @@ mod tests {
                 plugin: plugin.into(),
                 generation: 1,
                 hash: String::new(),
+                config_hash: String::new(),
                 verdict: serde_json::from_value(json!(verdict)).unwrap(),
                 reason: String::new(),
             }
@@ -499,6 +530,7 @@ mod tests {
             priority: Priority::Normal,
             resolution,
             verdicts: verdicts(words),
+            chain: Arc::default(),
         }
     }
 

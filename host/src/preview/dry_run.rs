@@ -172,6 +172,7 @@ async fn report(
         priority,
         resolution,
         verdicts,
+        ..
     } = evaluation;
     let (outcome, plugin, reason, plan) = match resolution {
         Resolution::Planned(plan) => (Outcome::Committed, None, None, plan),
@@ -250,6 +251,8 @@ async fn reach(broker: &dyn Logs, plan: &Plan, moment: Moment) -> Result<Reach, 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use serde_json::json;
 
     use super::*;
@@ -302,6 +305,7 @@ mod tests {
             priority: Priority::Low,
             resolution,
             verdicts: Vec::new(),
+            chain: Arc::default(),
         };
         let report = report(&broker, PartitionNumber(0), evaluation, 1_000)
             .await

@@ -15,7 +15,7 @@ use crate::broker::{
     DeadLetter, DecisionSearch, Entry, Error, MAX_COMMIT_BYTES, MAX_ENTRY_FIELDS, Oversized,
     StoredDecision,
 };
-use crate::event::EntryId;
+use crate::event::{ChainMembers, EntryId};
 
 type Field = (Bytes, Bytes);
 
@@ -326,6 +326,21 @@ pub(super) fn find_decisions(
         }
     }
     Ok(found)
+}
+
+pub(super) fn find_chain(
+    transaction: &ReadTransaction,
+    partition: u8,
+    id: &str,
+) -> Result<Option<ChainMembers>, Failure> {
+    let table = transaction.open_table(layout::DECISIONS)?;
+    for stored in newest_first(&table, partition)? {
+        let (.., decision) = stored?;
+        if decision.chain == id && decision.members.is_some() {
+            return Ok(decision.members);
+        }
+    }
+    Ok(None)
 }
 
 fn newest_first(

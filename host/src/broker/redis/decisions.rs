@@ -6,7 +6,7 @@ use super::command_connection::unexpected;
 use super::partition_keys::PartitionKeys;
 use super::{Redis, client, optional_id, optional_number, parse_text};
 use crate::broker::{DecisionSearch, Result, StoredDecision};
-use crate::event::{Decision, Retry};
+use crate::event::{ChainMembers, Decision, Retry};
 
 /// Records per read, each of up to some kilobytes: a plugin may give a long reason.
 const PAGE: usize = 250;
@@ -55,6 +55,28 @@ pub(super) async fn find(
                 if found.decisions.len() == limit {
                     return Ok(found);
                 }
+            }
+        }
+    }
+}
+
+/// See [`crate::broker::Operations::find_chain`].
+pub(super) async fn find_chain(
+    redis: &Redis,
+    keys: &PartitionKeys,
+    id: &str,
+) -> Result<Option<ChainMembers>> {
+    let mut from = "+".to_owned();
+    loop {
+        let page = read(redis, keys, &from, PAGE).await?;
+        let Some((last, _)) = page.last() else {
+            return Ok(None);
+        };
+        from = format!("({last}");
+        for raw in &page {
+            let (.., decision) = stored(raw)?;
+            if decision.chain == id && decision.members.is_some() {
+                return Ok(decision.members);
             }
         }
     }

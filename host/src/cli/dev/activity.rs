@@ -103,11 +103,12 @@ struct Verdict {
     reason: String,
 }
 
-/// The plan, from an explanation of the event.
+/// The plan and the decision, from an explanation of the event.
 #[derive(Deserialize)]
 struct Explanation {
     #[serde(default)]
     plan: Vec<Route>,
+    decision: DecisionRecord,
 }
 
 #[derive(Deserialize)]
@@ -231,19 +232,20 @@ impl Reporter {
             println!("... {n_left_out} earlier events not shown");
         }
         for decision in &new[n_left_out..] {
-            // Only the plan has the targets.
-            let is_planned = decision.outcome == "committed";
-            let explanation = is_planned.then(|| {
+            // Only an explanation has the targets, and the plugins that were not called.
+            let is_explained = decision.outcome == "committed"
+                || (decision.outcome == "unrouted" && decision.verdicts.is_empty());
+            let explanation = is_explained.then(|| {
                 self.get::<Explanation>(&format!("/v1/explain?event_id={}", decision.entry))
             });
             println!(
                 "{}",
-                decision.render(
-                    explanation
-                        .flatten()
-                        .map(|explanation| explanation.plan)
-                        .as_deref()
-                )
+                match explanation.flatten() {
+                    Some(explanation) if decision.verdicts.is_empty() =>
+                        explanation.decision.render(Some(&explanation.plan)),
+                    Some(explanation) => decision.render(Some(&explanation.plan)),
+                    None => decision.render(None),
+                }
             );
         }
         self.last = new.last().map_or(self.last, |decision| decision.entry);

@@ -14,7 +14,7 @@ pub(in crate::cli) fn line(label: &str, what: &str) -> String {
     format!("{label:<11}{what}")
 }
 
-/// A plugin's verdict, with generation, hash and reason.
+/// A plugin's verdict, with generation, hashes of file and configuration, and reason.
 pub(in crate::cli) fn verdict(verdict: &Value) -> String {
     let (generation, hash) = (
         &verdict["generation"],
@@ -23,6 +23,10 @@ pub(in crate::cli) fn verdict(verdict: &Value) -> String {
             .map(|hash| format!(", {hash}"))
             .unwrap_or_default(),
     );
+    let config = verdict["config_hash"]
+        .as_str()
+        .map(|hash| format!(", config {hash}"))
+        .unwrap_or_default();
     let (plugin, reason) = (text(&verdict["plugin"]), &verdict["reason"]);
     let verdict = text(&verdict["verdict"]);
     let reason = reason
@@ -32,7 +36,7 @@ pub(in crate::cli) fn verdict(verdict: &Value) -> String {
         .map(|reason| format!(": {reason}"))
         .unwrap_or_default();
     format!(
-        "{} (generation {generation}{hash}) {verdict}{reason}",
+        "{} (generation {generation}{hash}{config}) {verdict}{reason}",
         plugin
     )
 }

@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use super::policy::StepOutcome;
 use super::{Evaluation, Resolution};
-use crate::event::{Event, Name, Plan, Priority, Value, Verdict, VerdictKind};
+use crate::event::{
+    ChainMember, Event, HOST_PANICKED, Name, Plan, Priority, Value, Verdict, VerdictKind,
+};
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::health::{Health, Permit, Transition};
@@ -90,7 +92,7 @@ impl Evaluator {
         clock_ms: u64,
         ticking: &Ticking,
     ) -> Evaluation {
-        let mut verdicts = Vec::with_capacity(chain.filters.len() + chain.routers.len());
+        let mut verdicts = Vec::new();
         let state = catch_unwind(AssertUnwindSafe(|| {
             self.fold(chain, &event, &mut verdicts, clock_ms, ticking)
         }));
@@ -105,7 +107,7 @@ impl Evaluator {
                 event.id = event.id.as_str(),
                 "the host panicked while evaluating an event: {message}"
             );
-            let reason = format!("the host panicked: {message}");
+            let reason = format!("{HOST_PANICKED}: {message}");
             EventState::as_published(
                 &event,
                 Resolution::Failed {
@@ -121,6 +123,7 @@ impl Evaluator {
             priority,
             resolution,
             verdicts,
+            chain: Arc::clone(chain.identity()),
         }
     }
 
@@ -194,8 +197,13 @@ impl Evaluator {
         verdicts: &mut Vec<Verdict>,
         ticking: &Ticking,
     ) -> StepOutcome {
+        let n_verdicts = verdicts.len();
         let outcome = if !generation.plugin.wants(&call.event.kind) {
-            verdicts.push(verdict(generation, VerdictKind::Skipped, ""));
+            // Not recorded of a live event: the members of its chain show who was there, and a
+            // record does not grow with the plugins that do not concern its event.
+            if !self.is_live {
+                verdicts.push(verdict(generation, VerdictKind::Skipped, ""));
+            }
             StepOutcome::Passed
         } else {
             if self.is_live
@@ -212,7 +220,8 @@ impl Evaluator {
             && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
         {
             shadow.offer(generation.number, role, call, || {
-                outcome.decision(role, call, verdicts.last())
+                let own = verdicts.get(n_verdicts..).unwrap_or_default();
+                outcome.decision(role, call, own.last())
             });
         }
         outcome
@@ -387,16 +396,18 @@ impl EventState {
     }
 }
 
-fn verdict(
-    Generation { plugin, number, .. }: &Generation,
-    kind: VerdictKind,
-    reason: &str,
-) -> Verdict {
-    let hash = plugin.hash().get(..12).unwrap_or_default().to_owned();
-    Verdict {
-        plugin: plugin.name().to_string(),
-        generation: *number,
+fn verdict(generation: &Generation, kind: VerdictKind, reason: &str) -> Verdict {
+    let ChainMember {
+        plugin,
+        generation,
         hash,
+        config_hash,
+    } = generation.member();
+    Verdict {
+        plugin,
+        generation,
+        hash,
+        config_hash,
         verdict: kind,
         reason: reason.to_owned(),
     }
@@ -429,6 +440,7 @@ pub(super) fn unrouted(event: Event) -> Evaluation {
         priority,
         resolution: Resolution::Unrouted,
         verdicts: Vec::new(),
+        chain: Arc::default(),
     }
 }
 

@@ -6,8 +6,12 @@ use std::time::Instant;
 
 use super::health::{Health, HealthReport};
 use super::settings::Settings;
-use crate::event::Name;
+use crate::event::{ChainMember, ChainMembers, Name};
+use crate::plugin::runtime::plugin::file_hash;
 use crate::plugin::{Plugin, Role};
+
+/// The length of a hash in a decision record, in hex digits.
+const SHORT: usize = 12;
 
 /// One version of one plugin, under one configuration.
 #[derive(Debug)]
@@ -57,6 +61,16 @@ impl Generation {
             .expect("a plugin is called only in roles that it has")
     }
 
+    /// The generation as decision records name it.
+    pub(crate) fn member(&self) -> ChainMember {
+        ChainMember {
+            plugin: self.plugin.name().to_string(),
+            generation: self.number,
+            hash: short(self.plugin.hash()),
+            config_hash: short(self.plugin.config_hash()),
+        }
+    }
+
     fn healths(&self) -> impl Iterator<Item = &Health> {
         self.filter.iter().chain(&self.router)
     }
@@ -80,6 +94,10 @@ impl Generation {
     }
 }
 
+fn short(hash: &str) -> String {
+    hash.get(..SHORT).unwrap_or_default().to_owned()
+}
+
 /// All active plugins at one moment. A holder of a chain finishes its work on it, even after a
 /// swap.
 #[derive(Debug, Default)]
@@ -87,6 +105,15 @@ pub struct Chain {
     /// In calling order. A plugin that is both filter and router is in both lists.
     pub filters: Vec<Arc<Generation>>,
     pub routers: Vec<Arc<Generation>>,
+    identity: Arc<ChainIdentity>,
+}
+
+/// A chain as decision records name it. Does not keep its plugins.
+#[derive(Debug, Default)]
+pub struct ChainIdentity {
+    /// A hash of the members, and so equal for equal members on all nodes. Empty without any.
+    pub id: String,
+    pub members: ChainMembers,
 }
 
 impl Chain {
@@ -99,10 +126,35 @@ impl Chain {
                 .cloned()
                 .collect()
         };
-        Self {
-            filters: of_role(Role::Filter),
-            routers: of_role(Role::Router),
+        Self::of(of_role(Role::Filter), of_role(Role::Router))
+    }
+
+    fn of(filters: Vec<Arc<Generation>>, routers: Vec<Arc<Generation>>) -> Self {
+        if filters.is_empty() && routers.is_empty() {
+            return Self::default();
         }
+        let of = |generations: &[Arc<Generation>]| {
+            let members = generations.iter().map(|generation| generation.member());
+            members.collect()
+        };
+        let members = ChainMembers {
+            filters: of(&filters),
+            routers: of(&routers),
+        };
+        let text = serde_json::to_vec(&members).expect("texts and numbers are JSON");
+        let identity = ChainIdentity {
+            id: short(&file_hash(&text)),
+            members,
+        };
+        Self {
+            filters,
+            routers,
+            identity: Arc::new(identity),
+        }
+    }
+
+    pub(crate) fn identity(&self) -> &Arc<ChainIdentity> {
+        &self.identity
     }
 
     /// A copy with this generation in place of the one with the same plugin name.
@@ -111,10 +163,10 @@ impl Chain {
             let is_its = generation.plugin.name() == other.plugin.name();
             Arc::clone(if is_its { other } else { generation })
         };
-        Self {
-            filters: self.filters.iter().map(in_place).collect(),
-            routers: self.routers.iter().map(in_place).collect(),
-        }
+        Self::of(
+            self.filters.iter().map(in_place).collect(),
+            self.routers.iter().map(in_place).collect(),
+        )
     }
 
     pub fn is_empty(&self) -> bool {

@@ -271,6 +271,7 @@ impl Slot {
             generation: generation.number,
             version: generation.plugin.manifest().version.clone(),
             hash: generation.plugin.hash().to_owned(),
+            config_hash: generation.member().config_hash,
             state: how,
             since_ms: self.since_ms,
             until_ms: now_ms(),

@@ -26,6 +26,9 @@ pub struct PluginState {
     pub generation: u64,
     /// SHA-256 of the active file, in hexadecimal.
     pub hash: String,
+    /// The first 12 hex digits of the SHA-256 of its configuration as JSON with sorted keys, as in
+    /// decision records; empty if the plugin is not active.
+    pub config_hash: String,
     /// Since when this has been the state, in milliseconds since the Unix epoch.
     pub since_ms: u64,
     /// Its settings, without the plugin's own configuration, which may hold secrets.
@@ -55,6 +58,7 @@ impl PluginState {
         self.version.clone_from(&plugin.manifest().version);
         self.description.clone_from(&plugin.manifest().description);
         plugin.hash().clone_into(&mut self.hash);
+        self.config_hash = generation.member().config_hash;
         self.generation = generation.number;
         self
     }
@@ -135,6 +139,8 @@ pub struct Ended {
     pub generation: u64,
     pub version: String,
     pub hash: String,
+    /// The first 12 hex digits of the hash of its configuration.
+    pub config_hash: String,
     pub state: PluginStatus,
     /// When it was active, in milliseconds since the Unix epoch.
     pub since_ms: u64,

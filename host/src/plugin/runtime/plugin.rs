@@ -33,6 +33,7 @@ pub struct Plugin {
     is_cached: bool,
     selection: Selection,
     config: String,
+    config_hash: String,
     limits: Limits,
     engine: Engine,
     component: InstancePre<HostState>,
@@ -137,6 +138,7 @@ impl Plugin {
             is_cached,
             selection: Selection::default(),
             config: config.to_owned(),
+            config_hash: file_hash(config.as_bytes()),
             limits,
             engine: engine.clone(),
             component,
@@ -155,6 +157,11 @@ impl Plugin {
     /// SHA-256 of the file, in hexadecimal.
     pub fn hash(&self) -> &str {
         &self.hash
+    }
+
+    /// SHA-256 of the configuration as JSON, in hexadecimal.
+    pub fn config_hash(&self) -> &str {
+        &self.config_hash
     }
 
     /// Makes its log lines distinguishable from those of the active version.
