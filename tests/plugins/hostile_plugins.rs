@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::eventually;
-use crate::harness::guests::{component_of, contract, core_module, versioned};
+use crate::harness::guests::{component_of, contract, core_module, versioned, wasi_component};
 use crate::harness::node::{Node, SOON};
 use crate::harness::plugins::{Plugins, Site};
 use crate::harness::publish::event;
@@ -316,4 +316,83 @@ fn nothing_forged(node: &Node) {
         "{log}"
     );
     assert!(log.len() < 2_000_000, "{} bytes of log", log.len());
+}
+
+#[test]
+fn a_trap_names_functions_the_end_of_standard_error_and_the_event_wherever_it_is_reported() {
+    let plugins = Plugins::new(&[("unruly.wasm", wasi_component("unruly"))]);
+    let node = Node::builder()
+        .config("[plugins.unruly]\ndeadline = '10s'\nmemory_mib = 64\n")
+        .plugins(plugins.dir())
+        .start();
+    node.publisher()
+        .publish(&[event("parcel-7", "traceback", json!({}))]);
+    let letter = eventually(SOON, "the event is a dead letter", || {
+        node.request("GET", "/v1/dead-letters").json()["dead_letters"]
+            .get(0)
+            .cloned()
+    });
+    let reason = letter["reason"].as_str().expect("a reason");
+    // The guest has its names in the file; an index stands for a function without one.
+    let frames = reason
+        .split("; ")
+        .find_map(|part| part.strip_prefix("in "))
+        .unwrap_or_else(|| panic!("no functions in {reason}"));
+    assert!(
+        (1..=5).contains(&frames.split(" < ").count()) && frames.contains("abort"),
+        "{frames}"
+    );
+    let end = "; stderr: line 3\\u{1b}[2J | line 4\\u{1b}[2J | line 5\\u{1b}[2J | line 6\\u{1b}[2J | KeyError: 'fee'; event parcel-7";
+    assert!(
+        reason.starts_with("it trapped: wasm `unreachable`") && reason.ends_with(end),
+        "{reason}"
+    );
+    let decisions = node.admin("/v1/decisions?event_id=parcel-7").json();
+    assert_eq!(decisions[0]["reason"], letter["reason"]);
+    let log = node.log();
+    for words in [
+        &["plugin failed: it trapped", end][..],
+        // Its own lines name the event as well.
+        &["line 1\\u{1b}[2J", "parcel-7"],
+    ] {
+        assert!(
+            log.lines()
+                .any(|line| words.iter().all(|word| line.contains(word))),
+            "{words:?} in one line of {log}"
+        );
+    }
+}
+
+#[test]
+fn a_slow_plugin_and_a_pattern_that_matches_only_itself_are_warned_of() {
+    let plugins = Plugins::new(&[
+        ("odd.wasm", core_module("unruly")),
+        ("unruly.wasm", core_module("unruly")),
+    ]);
+    let node = Node::builder()
+        .config(
+            "[plugins.unruly]\ndeadline = '10s'\n[plugins.odd]\nconfig.types = ['order.{a,b}']\n",
+        )
+        .plugins(plugins.dir())
+        .start();
+    assert!(
+        node.log().contains(
+            "the type pattern 'order.{a,b}' of the plugin contains '{', which matches only itself"
+        ),
+        "{}",
+        node.log()
+    );
+    node.publisher().publish(&[event("e", "slow", json!({}))]);
+    node.await_outcomes(1, SOON);
+    let log = node.log();
+    let warning = log.lines().find(|line| line.contains("plugin is slow"));
+    let warning = warning.unwrap_or_else(|| panic!("no warning in {log}"));
+    for word in [
+        "WARN",
+        "unruly",
+        "1 of its calls in a batch of 1 events took 10 ms or more",
+        "% of the time of the batch",
+    ] {
+        assert!(warning.contains(word), "{word} in {warning}");
+    }
 }

@@ -1,7 +1,7 @@
 //! Candidates: run without effect in the shadow of their plugin or in a backtest, then promoted
 //! permanently.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::harness::command;
 use crate::harness::eventually;
-use crate::harness::guests::{core_module, turning};
+use crate::harness::guests::{core_module, turning, wasi_component};
 use crate::harness::http::Answer;
 use crate::harness::node::{Builder, Folder, Node, SOON};
 use crate::harness::publish::event;
@@ -617,4 +617,53 @@ fn a_backtest_on_the_embedded_broker_compares_with_the_recorded_decisions() {
 fn a_backtest_on_redis_compares_with_the_recorded_decisions() {
     let server = RedisServer::start();
     backtest_of_past_events(Node::builder().redis(server.url()));
+}
+
+#[test]
+fn random_numbers_are_the_same_in_a_candidate_a_backtest_and_on_another_node() {
+    const N: usize = 5;
+    const PATH: &str = "/v1/plugins/unruly";
+    let file = wasi_component("unruly");
+    let plugins = Folder::new();
+    fs::write(plugins.path().join("unruly.wasm"), &file).expect("write a plugin");
+    // Each event gets a fresh instance, for which the guest's standard library draws a number.
+    let start = || {
+        Node::builder()
+            .config("[plugins.unruly]\ndeadline = '10s'\nmemory_mib = 64\ncalls_per_instance = 1\n")
+            .plugins(plugins.path())
+            .start()
+    };
+    let numbers = |node: &Node| -> Vec<String> {
+        let mut stream = node.stream("42");
+        let events: Vec<_> = (0..N)
+            .map(|n| event(&format!("e{n}"), "random", json!({})))
+            .collect();
+        node.publisher().publish(&events);
+        (0..N)
+            .map(|_| stream.next_notification(SOON).data["number"].to_string())
+            .collect()
+    };
+    let node = start();
+    let report = ok(node.order("PUT", &format!("{PATH}/shadow"), &[], &file));
+    assert_eq!(number(&report, "compared"), 0);
+    let of_node = numbers(&node);
+    let different: BTreeSet<_> = of_node.iter().collect();
+    assert_eq!(
+        different.len(),
+        N,
+        "events get different numbers: {of_node:?}"
+    );
+    // Once as a filter and once as a router.
+    let report = eventually(SOON, "all are compared", || {
+        let report = ok(node.admin(&format!("{PATH}/shadow")));
+        (number(&report, "compared") == 2 * N as u64).then_some(report)
+    });
+    assert_eq!(number(&report, "different"), 0, "{report}");
+    let report = ok(node.order("POST", &format!("{PATH}/backtest?limit=100"), &[], &file));
+    assert_eq!(
+        (number(&report, "compared"), number(&report, "different")),
+        (N as u64, 0),
+        "{report}"
+    );
+    assert_eq!(numbers(&start()), of_node);
 }

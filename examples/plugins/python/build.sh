@@ -9,5 +9,5 @@ if ! cmp -s requirements.txt build/venv/.installed; then
     build/venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
     cp requirements.txt build/venv/.installed
 fi
-# Without --stub-wasi the component would import WASI.
-build/venv/bin/componentize-py --quiet --wit-path ../../../wit --world full-plugin componentize --stub-wasi parcels --output build/parcels.wasm
+# Not with --stub-wasi: it hides the traceback that Python writes to standard error.
+build/venv/bin/componentize-py --quiet --wit-path ../../../wit --world full-plugin componentize parcels --output build/parcels.wasm

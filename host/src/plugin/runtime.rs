@@ -14,6 +14,7 @@ pub(super) mod limits;
 pub(super) mod log;
 pub(super) mod manifest;
 pub(super) mod plugin;
+mod random;
 pub(super) mod selection;
 mod store;
 mod structure;

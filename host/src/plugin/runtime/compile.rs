@@ -12,7 +12,7 @@ use wasmtime::component::Component;
 use super::bindings;
 use super::cache::Key;
 use super::engine::Engine;
-use super::error::causes;
+use super::error::{EMPTY, asynchronous, causes, not_valid};
 use super::limits::Limits;
 use super::log::printable;
 use super::store::MAX_MEMORIES;
@@ -40,7 +40,7 @@ pub(super) fn compile(
 ) -> Result<Compiled, String> {
     const MIB: usize = 1024 * 1024;
     if bytes.is_empty() {
-        return Err("is empty".to_owned());
+        return Err(EMPTY.to_owned());
     }
     if bytes.len() > limits.file_bytes {
         return Err(format!(
@@ -82,7 +82,7 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
     // Validated first, for a clear message about a file that is still being written.
     wasmparser::Validator::new()
         .validate_all(bytes)
-        .map_err(|error| format!("is truncated or damaged: {}", printable(&error.to_string())))?;
+        .map_err(|error| not_valid(&error))?;
     let encoded;
     let component = if wasmparser::Parser::is_component(bytes) {
         bytes
@@ -98,8 +98,10 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
             })?;
         &encoded
     };
-    Component::from_binary(engine.wasmtime(), component)
-        .map_err(|e| format!("does not compile: {}", causes(&e)))
+    Component::from_binary(engine.wasmtime(), component).map_err(|e| {
+        let causes = causes(&e);
+        asynchronous(&causes).unwrap_or_else(|| format!("does not compile: {causes}"))
+    })
 }
 
 /// Whether plugins may import this name.

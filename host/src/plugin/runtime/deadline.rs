@@ -138,8 +138,9 @@ mod tests {
     /// Runs a guest that calls the host in a loop until `is_done`.
     fn run(is_done: impl Fn(&Deadline) -> bool + Send + Sync + 'static) -> wasmtime::Result<()> {
         let engine = Engine::new().unwrap();
-        let log = Arc::new(GuestLog::new(Name::parse("loop").unwrap()));
-        let mut store = store(engine.wasmtime(), 1024 * 1024, 1024, &log);
+        let name = Name::parse("loop").unwrap();
+        let log = Arc::new(GuestLog::new(name.clone()));
+        let mut store = store(engine.wasmtime(), 1024 * 1024, 1024, &name, &log);
         let wat = r#"(module (import "" "is-done" (func $is_done (result i32))) (func (export "run") (loop (br_if 0 (i32.eqz (call $is_done))))))"#;
         let is_done = Func::wrap(&mut store, move |caller: Caller<'_, HostState>| {
             i32::from(is_done(&caller.data().deadline))

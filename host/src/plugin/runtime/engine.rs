@@ -10,11 +10,13 @@ use std::thread;
 
 use wasmtime::component::Linker;
 use wasmtime::{Config, InstanceAllocationStrategy, PoolingAllocationConfig};
+use wasmtime_wasi::p2::bindings::random;
 use wasmtime_wasi::p2::bindings::sync::io::poll;
 
 use super::bindings;
 use super::cache::Cache;
 use super::deadline::{Ticker, Ticking};
+use super::random::SeededRandom;
 use super::store::{HostState, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
 use super::wasi::{NoWaiting, NonBlockingPoll};
 
@@ -143,6 +145,12 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<HostState>> {
     linker.allow_shadowing(true);
     poll::add_to_linker::<HostState, NoWaiting>(&mut linker, |state| {
         NonBlockingPoll(&mut state.table)
+    })?;
+    // Real randomness would make a decision that cannot be reproduced.
+    random::random::add_to_linker::<HostState, SeededRandom>(&mut linker, |s| &mut s.random)?;
+    random::insecure::add_to_linker::<HostState, SeededRandom>(&mut linker, |s| &mut s.random)?;
+    random::insecure_seed::add_to_linker::<HostState, SeededRandom>(&mut linker, |s| {
+        &mut s.random
     })?;
     linker.allow_shadowing(false);
     bindings::add_to_linker(&mut linker)?;

@@ -6,7 +6,6 @@
 //! synchronous and must run on a dedicated thread, never on an async executor.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use wasmtime::component::InstancePre;
@@ -17,9 +16,9 @@ use super::call::{Answer, Call, CallError, Role};
 use super::compile::{Compiled, compile};
 use super::deadline::Ticking;
 use super::engine::Engine;
-use super::error::{LoadError, causes, contract_violation};
+use super::error::{Function, LoadError, causes, contract_violation, frames};
 use super::limits::Limits;
-use super::log::GuestLog;
+use super::log::{GuestLog, printable};
 use super::manifest::{Description, Manifest};
 use super::selection::Selection;
 use super::store::{HostState, set_deadline, store};
@@ -237,9 +236,7 @@ impl Plugin {
         let presented =
             bindings::present(call.event, call.priority, &self.selection, &call.payload.0);
         let state = store.data_mut();
-        state.set_clock_ms(call.clock_ms);
-        state.event = Some(call.event.id.clone());
-        state.last_error = None;
+        state.begin_call(&call.event.id, call.clock_ms);
         set_deadline(store, ticking, self.limits.deadline);
         let answer = match role {
             Role::Filter => match exports.evaluate(store, &presented) {
@@ -247,7 +244,7 @@ impl Plugin {
                     verdict.map(|verdict| bindings::verdict(verdict, call.event, &self.limits))
                 }
                 Some(Err(error)) => {
-                    return Err(self.call_error(&error, store, self.limits.deadline));
+                    return Err(self.call_error(&error, store, Function::Evaluate));
                 }
                 None => return Err(CallError::InvalidOutput("it is not a filter".into())),
             },
@@ -262,7 +259,7 @@ impl Plugin {
                     )
                 }),
                 Some(Err(error)) => {
-                    return Err(self.call_error(&error, store, self.limits.deadline));
+                    return Err(self.call_error(&error, store, Function::Resolve));
                 }
                 None => return Err(CallError::InvalidOutput("it is not a router".into())),
             },
@@ -297,7 +294,7 @@ impl Plugin {
             Ok(Err(issues)) => Err(CallError::InvalidOutput(format!(
                 "a new instance rejected the configuration that the first one accepted: {issues}"
             ))),
-            Err(error) => Err(self.call_error(&error, &mut store, self.limits.setup_deadline)),
+            Err(error) => Err(self.call_error(&error, &mut store, Function::Configure)),
         }
     }
 
@@ -306,6 +303,7 @@ impl Plugin {
             self.engine.wasmtime(),
             self.limits.memory_bytes,
             hostcall_bytes(&self.limits),
+            &self.name,
             &self.log,
         );
         set_deadline(&mut store, ticking, self.limits.setup_deadline);
@@ -313,7 +311,7 @@ impl Plugin {
             .component
             .instantiate(&mut store)
             .and_then(|instance| self.exports.load(&mut store, &instance));
-        made.map_err(|error| self.call_error(&error, &mut store, self.limits.setup_deadline))
+        made.map_err(|error| self.call_error(&error, &mut store, Function::Start))
             .map(|exports| (store, exports))
     }
 
@@ -326,20 +324,22 @@ impl Plugin {
             other => format!("fails to start: {other}"),
         })?;
         let mut step =
-            |what: &str, call: &mut dyn FnMut(&mut Store<HostState>) -> wasmtime::Result<()>| {
+            |function: Function,
+             call: &mut dyn FnMut(&mut Store<HostState>) -> wasmtime::Result<()>| {
                 set_deadline(&mut store, &ticking, self.limits.setup_deadline);
                 call(&mut store).map_err(|error| {
                     format!(
-                        "fails in {what}: {}",
-                        self.call_error(&error, &mut store, self.limits.setup_deadline)
+                        "fails in {}: {}",
+                        function.name(),
+                        self.call_error(&error, &mut store, function)
                     )
                 })
             };
         let (mut before, mut configured, mut after) = (None, None, None);
-        step("describe", &mut |store| {
+        step(Function::Describe, &mut |store| {
             exports.describe(store).map(|d| before = Some(d))
         })?;
-        step("configure", &mut |store| {
+        step(Function::Configure, &mut |store| {
             exports
                 .configure(store, &self.config)
                 .map(|c| configured = Some(c))
@@ -348,13 +348,20 @@ impl Plugin {
             return Err(format!("rejects its configuration: {issues}"));
         }
         // Described again: the selection may depend on the configuration.
-        step("describe", &mut |store| {
+        step(Function::Describe, &mut |store| {
             exports.describe(store).map(|d| after = Some(d))
         })?;
         let (Some(before), Some(after)) = (before, after) else {
             return Err("does not describe itself".to_owned());
         };
         after.selection.check()?;
+        if let Some((pattern, odd)) = after.selection.odd_pattern() {
+            tracing::warn!(
+                plugin.name = self.name.as_str(),
+                "the type pattern '{}' of the plugin contains '{odd}', which matches only itself; the one wildcard is '*', so list several patterns instead",
+                printable(pattern)
+            );
+        }
         if let Some(schema) = &before.manifest.config_schema
             && let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(schema)
         {
@@ -383,33 +390,68 @@ impl Plugin {
         &self,
         error: &wasmtime::Error,
         store: &mut Store<HostState>,
-        deadline: Duration,
+        function: Function,
     ) -> CallError {
         const MIB: usize = 1024 * 1024;
         let state = store.data_mut();
+        let message = state.last_error.take();
+        let traces = traces(error, state, message.is_some());
         if let Some(bytes) = state.memory.refused.take() {
             let most = self.limits.memory_bytes / MIB;
             return CallError::Memory(format!(
-                "it requested {} MiB of memory; the limit is {most} (memory_mib)",
+                "it requested {} MiB of memory; the limit is {most} (memory_mib){traces}",
                 bytes.div_ceil(MIB)
             ));
         }
-        let message = state.last_error.take();
         match error.downcast_ref::<Trap>() {
-            Some(Trap::Interrupt) => CallError::Deadline(format!(
-                "it ran longer than {} ms (deadline)",
-                deadline.as_millis()
+            Some(Trap::Interrupt) => {
+                let deadline = match function {
+                    Function::Evaluate | Function::Resolve => self.limits.deadline,
+                    Function::Start | Function::Describe | Function::Configure => {
+                        self.limits.setup_deadline
+                    }
+                };
+                CallError::Deadline(format!(
+                    "it ran longer than {} ms (deadline){traces}",
+                    deadline.as_millis()
+                ))
+            }
+            Some(trap) => {
+                let trap = trap.to_string();
+                let cause = message.as_deref().unwrap_or(&trap);
+                let cause = cause.trim_start_matches("wasm trap: ");
+                CallError::Trap(format!("it trapped: {cause}{traces}"))
+            }
+            None => CallError::InvalidOutput(format!(
+                "{}{}{traces}",
+                contract_violation(error),
+                function.place(error)
             )),
-            Some(trap) => CallError::Trap(match message {
-                Some(message) => format!("it trapped: {message}"),
-                None => format!(
-                    "it trapped: {}",
-                    trap.to_string().trim_start_matches("wasm trap: ")
-                ),
-            }),
-            None => CallError::InvalidOutput(contract_violation(error)),
         }
     }
+}
+
+/// What the guest left behind: its innermost functions unless it logged a message, the last lines
+/// of its standard error, and the event.
+fn traces(error: &wasmtime::Error, state: &HostState, has_message: bool) -> String {
+    let mut traces = String::new();
+    // Those of a panic are of the panic's own machinery.
+    let frames = if has_message {
+        Vec::new()
+    } else {
+        frames(error)
+    };
+    if !frames.is_empty() {
+        traces += &format!("; in {}", frames.join(" < "));
+    }
+    let lines = state.last_stderr_lines();
+    if !lines.is_empty() {
+        traces += &format!("; stderr: {}", lines.join(" | "));
+    }
+    if let Some(event) = &state.event {
+        traces += &format!("; event {}", printable(event.as_str()));
+    }
+    traces
 }
 
 /// SHA-256 in hexadecimal.

@@ -36,8 +36,14 @@ impl Selection {
         ] {
             if entries.len() > MAX_ENTRIES {
                 return Err(format!(
-                    "its manifest lists {} {what}; the limit is {MAX_ENTRIES}",
-                    entries.len()
+                    "its manifest lists {} {what}; the limit is {MAX_ENTRIES}; {}",
+                    entries.len(),
+                    match what {
+                        "types" =>
+                            "use patterns such as 'order.*', or none to be called for every event",
+                        "attributes" => "use '*' for all attributes",
+                        _ => "select an object that contains several of them, or the whole payload",
+                    }
                 ));
             }
             if let Some(long) = entries.iter().find(|entry| entry.len() > MAX_ENTRY) {
@@ -58,6 +64,20 @@ impl Selection {
             )),
             None => Ok(()),
         }
+    }
+
+    /// The first type pattern with a character that has a meaning in other pattern languages, and
+    /// that character.
+    pub(super) fn odd_pattern(&self) -> Option<(&str, char)> {
+        let is_odd = |c: char| {
+            matches!(
+                c,
+                '{' | '}' | '^' | '$' | '[' | ']' | '(' | ')' | '|' | '?' | '\\'
+            )
+        };
+        self.types
+            .iter()
+            .find_map(|pattern| Some((pattern.as_str(), pattern.chars().find(|c| is_odd(*c))?)))
     }
 
     /// Whether the plugin is to be called for events of this type.
@@ -376,7 +396,14 @@ mod tests {
                 types: vec!["x".into(); 257],
                 ..Selection::default()
             },
-            "lists 257 types",
+            "lists 257 types; the limit is 256; use patterns such as 'order.*', or none to be called",
+        );
+        check(
+            Selection {
+                fields: vec!["/x".into(); 257],
+                ..Selection::default()
+            },
+            "lists 257 fields; the limit is 256; select an object that contains several of them, or the whole payload",
         );
         check(
             Selection {

@@ -9,8 +9,9 @@ use wasmtime::{ResourceLimiter, Store};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::deadline::{Deadline, Ticking};
-use super::log::{GuestLog, Level};
-use super::wasi::{FrozenClock, GuestOutput};
+use super::log::GuestLog;
+use super::random::SeededRandom;
+use super::wasi::{FrozenClock, GuestOutput, OutputLines};
 use crate::event::Name;
 
 /// The maximum number of memories per plugin; most have one.
@@ -31,8 +32,11 @@ pub(super) struct HostState {
     pub(super) log: Arc<GuestLog>,
     pub(super) deadline: Deadline,
     clock_ms: Arc<AtomicU64>,
+    pub(super) random: SeededRandom,
     /// The id of the event of the current call.
     pub(super) event: Option<Name>,
+    /// What the guest has written to its standard output and error.
+    output: Arc<OutputLines>,
     /// The last line that the guest logged as an error in this call; a panic hook logs the message
     /// before the trap.
     pub(super) last_error: Option<String>,
@@ -43,36 +47,41 @@ impl HostState {
         self.clock_ms.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_clock_ms(&mut self, ms: u64) {
-        self.clock_ms.store(ms, Ordering::Relaxed);
+    /// Begins a call for an event.
+    pub(super) fn begin_call(&mut self, event: &Name, clock_ms: u64) {
+        self.clock_ms.store(clock_ms, Ordering::Relaxed);
+        self.random.begin(event);
+        self.output.begin_call(event);
+        self.event = Some(event.clone());
+        self.last_error = None;
+    }
+
+    /// The last lines of the standard error in this call, in printable form.
+    pub(super) fn last_stderr_lines(&self) -> Vec<String> {
+        self.output.last_stderr_lines()
     }
 }
 
-/// Creates a store with all limits in place. `hostcall_bytes`: the maximum number of bytes that one
+/// Creates a store with all limits in place. `plugin` seeds the random numbers. `hostcall_bytes`: the maximum number of bytes that one
 /// call of the guest, or of the host, may copy out of the guest.
 pub(super) fn store(
     engine: &wasmtime::Engine,
     memory_bytes: usize,
     hostcall_bytes: usize,
+    plugin: &Name,
     log: &Arc<GuestLog>,
 ) -> Store<HostState> {
     let clock_ms = Arc::new(AtomicU64::new(0));
     let mut table = ResourceTable::new();
     table.set_max_capacity(1_000);
+    let output = Arc::new(OutputLines::new(Arc::clone(log)));
     let wasi = WasiCtx::builder()
         .allow_tcp(false)
         .allow_udp(false)
-        .max_random_size(64 * 1024)
         .wall_clock(FrozenClock(Arc::clone(&clock_ms)))
         .monotonic_clock(FrozenClock(Arc::clone(&clock_ms)))
-        .stdout(GuestOutput {
-            log: Arc::clone(log),
-            level: Level::Info,
-        })
-        .stderr(GuestOutput {
-            log: Arc::clone(log),
-            level: Level::Warn,
-        })
+        .stdout(GuestOutput::stdout(&output))
+        .stderr(GuestOutput::stderr(&output))
         .build();
     let memory = MemoryLimit {
         max: memory_bytes,
@@ -86,7 +95,9 @@ pub(super) fn store(
         log: Arc::clone(log),
         deadline: Deadline::default(),
         clock_ms,
+        random: SeededRandom::new(plugin.clone()),
         event: None,
+        output,
         last_error: None,
     };
     let mut store = Store::new(engine, state);

@@ -1,8 +1,9 @@
 //! WASI as guests see it: clocks that stand still, no waiting, and output that goes to the plugin's
 //! log.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +14,13 @@ use wasmtime_wasi::clocks::{HostMonotonicClock, HostWallClock};
 use wasmtime_wasi::p2::bindings::sync::io::poll;
 use wasmtime_wasi::p2::{DynPollable, OutputStream, Pollable, StreamResult};
 
-use super::log::{GuestLog, Level, MAX_LINE};
+use super::log::{GuestLog, Level, MAX_LINE, printable};
+use crate::event::Name;
+
+/// The lines of the standard error that a failure reports, and the size of one of them in bytes:
+/// the end of a traceback.
+const MAX_TAIL: usize = 5;
+const MAX_TAIL_LINE: usize = 200;
 
 /// `wasi:clocks`, fixed at the clock of the call, so that a plugin's decision can be reproduced.
 pub(super) struct FrozenClock(pub(super) Arc<AtomicU64>);
@@ -71,11 +78,111 @@ impl poll::HostPollable for NonBlockingPoll<'_> {
     }
 }
 
-/// Standard output and error, written to the plugin's log line by line.
+/// Standard output and error of one instance, written to the plugin's log line by line.
+pub(super) struct OutputLines {
+    log: Arc<GuestLog>,
+    written: Mutex<Written>,
+}
+
+#[derive(Default)]
+struct Written {
+    /// The id of the event of the current call.
+    event: Option<Name>,
+    /// Lines without their end: at most [`MAX_LINE`] bytes, and one more that marks it as too long.
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    /// The last lines of the standard error in this call.
+    tail: VecDeque<String>,
+}
+
+impl OutputLines {
+    pub(super) fn new(log: Arc<GuestLog>) -> Self {
+        Self {
+            log,
+            written: Mutex::default(),
+        }
+    }
+
+    pub(super) fn begin_call(&self, event: &Name) {
+        let mut written = self.written();
+        written.event = Some(event.clone());
+        written.tail.clear();
+    }
+
+    /// The last lines of the standard error in this call, in printable form, including one without
+    /// an end.
+    pub(super) fn last_stderr_lines(&self) -> Vec<String> {
+        let written = self.written();
+        let unfinished = (!written.stderr.is_empty()).then(|| tail_line(&written.stderr));
+        let lines = written.tail.iter().cloned().chain(unfinished);
+        let n_left_out =
+            (written.tail.len() + usize::from(!written.stderr.is_empty())).saturating_sub(MAX_TAIL);
+        lines.skip(n_left_out).collect()
+    }
+
+    fn write(&self, stream: OutputStreamKind, bytes: &[u8]) {
+        let written = &mut *self.written();
+        let (begun, level) = match stream {
+            OutputStreamKind::Stdout => (&mut written.stdout, Level::Info),
+            OutputStreamKind::Stderr => (&mut written.stderr, Level::Warn),
+        };
+        for &byte in bytes {
+            if byte == b'\n' {
+                let line = String::from_utf8_lossy(begun);
+                self.log.line(level, written.event.as_ref(), &line);
+                if level == Level::Warn && !line.trim().is_empty() {
+                    if written.tail.len() == MAX_TAIL {
+                        written.tail.pop_front();
+                    }
+                    written.tail.push_back(tail_line(begun));
+                }
+                begun.clear();
+            } else if begun.len() <= MAX_LINE {
+                begun.push(byte);
+            }
+        }
+    }
+
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn tail_line(line: &[u8]) -> String {
+    let line = String::from_utf8_lossy(line);
+    let line = line.trim();
+    let cut = line.floor_char_boundary(MAX_TAIL_LINE);
+    let end = if cut < line.len() { "…" } else { "" };
+    printable(&line[..cut]) + end
+}
+
+#[derive(Clone, Copy)]
+enum OutputStreamKind {
+    Stdout,
+    Stderr,
+}
+
+/// One of the two standard streams. A guest may open it several times.
 #[derive(Clone)]
 pub(super) struct GuestOutput {
-    pub(super) log: Arc<GuestLog>,
-    pub(super) level: Level,
+    lines: Arc<OutputLines>,
+    stream: OutputStreamKind,
+}
+
+impl GuestOutput {
+    pub(super) fn stdout(lines: &Arc<OutputLines>) -> Self {
+        Self {
+            lines: Arc::clone(lines),
+            stream: OutputStreamKind::Stdout,
+        }
+    }
+
+    pub(super) fn stderr(lines: &Arc<OutputLines>) -> Self {
+        Self {
+            lines: Arc::clone(lines),
+            stream: OutputStreamKind::Stderr,
+        }
+    }
 }
 
 impl IsTerminal for GuestOutput {
@@ -91,34 +198,14 @@ impl StdoutStream for GuestOutput {
     }
 
     fn p2_stream(&self) -> Box<dyn OutputStream> {
-        Box::new(Lines {
-            output: self.clone(),
-            begun: Vec::new(),
-        })
+        Box::new(self.clone())
     }
 }
 
-struct Lines {
-    output: GuestOutput,
-    /// A line without its end: at most [`MAX_LINE`] bytes, and one more that marks it as too long.
-    begun: Vec<u8>,
-}
-
 #[async_trait::async_trait]
-impl OutputStream for Lines {
+impl OutputStream for GuestOutput {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
-        for &byte in &bytes {
-            if byte == b'\n' {
-                self.output.log.line(
-                    self.output.level,
-                    None,
-                    &String::from_utf8_lossy(&self.begun),
-                );
-                self.begun.clear();
-            } else if self.begun.len() <= MAX_LINE {
-                self.begun.push(byte);
-            }
-        }
+        self.lines.write(self.stream, &bytes);
         Ok(())
     }
 
@@ -132,6 +219,6 @@ impl OutputStream for Lines {
 }
 
 #[async_trait::async_trait]
-impl Pollable for Lines {
+impl Pollable for GuestOutput {
     async fn ready(&mut self) {}
 }

@@ -1,6 +1,7 @@
 //! A test plugin that treats each event as the event's type demands, mostly badly.
 
 use std::cell::Cell;
+use std::hash::{BuildHasher as _, RandomState};
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -142,6 +143,24 @@ impl Router for Unruly {
                 }
                 route
             }
+            // Fails as a guest without the SDK does: no message, but something on standard error.
+            "traceback" => {
+                #[expect(clippy::print_stderr, reason = "this is what is tested")]
+                {
+                    for n in 1..=6 {
+                        eprintln!("line {n}\u{1b}[2J");
+                    }
+                    eprint!("KeyError: 'fee'");
+                }
+                trap()
+            }
+            // A number that the standard library draws for this instance.
+            "random" => Route::to_user("42")
+                .body(&json!({ "number": RandomState::new().hash_one(0).to_string() })),
+            "slow" => {
+                black_box((0..200_000_000_u64).fold(0, |sum, n| black_box(sum ^ n)));
+                route
+            }
             "sleep" => {
                 std::thread::sleep(Duration::from_secs(3_600));
                 route
@@ -168,6 +187,11 @@ fn until(event: &Event) -> u64 {
         .text("until")
         .and_then(|ms| ms.parse().ok())
         .unwrap_or_default()
+}
+
+#[inline(never)]
+fn trap() -> ! {
+    std::process::abort()
 }
 
 fn hang() -> ! {
