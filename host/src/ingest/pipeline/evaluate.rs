@@ -7,7 +7,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::policy::StepOutcome;
 use super::{Evaluation, Resolution};
@@ -17,7 +17,9 @@ use crate::event::{
 use crate::plugin::registry::Registry;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::health::{Health, Permit, Transition};
-use crate::plugin::{ATTEMPTS, Answer, Call, CallError, Instance, ParsedPayload, Role, Ticking};
+use crate::plugin::{
+    ATTEMPTS, Answer, Call, CallError, Instance, ParsedPayload, Role, Ticking, thread_cpu_time,
+};
 use crate::telemetry::metrics::{Metrics, PluginCallLabel, PluginLabel};
 
 /// The evaluator of one thread.
@@ -33,6 +35,21 @@ pub(super) struct Evaluator {
     n_counted: i64,
     /// Whether the current evaluation has an effect, that is, is not a dry run.
     is_live: bool,
+    /// The slow calls of the current batch, and when each plugin was last reported.
+    slow: HashMap<Name, SlowCalls>,
+    reported: HashMap<Name, Instant>,
+}
+
+/// The time of a call from which it is reported. A batch of such calls holds up its source for half
+/// a second or more, long before a call reaches its deadline.
+const SLOW_CALL: Duration = Duration::from_millis(10);
+/// The shortest time between two reports on one plugin by one thread.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Default)]
+struct SlowCalls {
+    n: u32,
+    time: Duration,
 }
 
 impl Evaluator {
@@ -44,6 +61,8 @@ impl Evaluator {
             instances: HashMap::new(),
             n_counted: 0,
             is_live: false,
+            slow: HashMap::new(),
+            reported: HashMap::new(),
         }
     }
 
@@ -58,10 +77,43 @@ impl Evaluator {
         self.keep_only(chain);
         self.is_live = is_live;
         let ticking = self.registry.engine().ticking();
-        events
+        let (n_events, began, cpu) = (events.len(), Instant::now(), thread_cpu_time());
+        let evaluations = events
             .into_iter()
             .map(|event| self.evaluate(chain, event, clock_ms, &ticking))
-            .collect()
+            .collect();
+        if !self.slow.is_empty() {
+            let cpu = thread_cpu_time().saturating_sub(cpu);
+            self.report_slow_calls(n_events, began.elapsed(), cpu);
+        }
+        evaluations
+    }
+
+    /// Warns of plugins whose calls were slow in a batch. `took`: the time of the batch, `cpu`: the
+    /// processor time of it.
+    fn report_slow_calls(&mut self, n_events: usize, took: Duration, cpu: Duration) {
+        for (name, SlowCalls { n, time }) in std::mem::take(&mut self.slow) {
+            // On a busy machine a call waits for the processor; that is not the plugin's fault.
+            if cpu < time / 2 {
+                continue;
+            }
+            let now = Instant::now();
+            let last = self.reported.get(&name);
+            if last.is_some_and(|last| now.duration_since(*last) < REPORT_EVERY) {
+                continue;
+            }
+            let share = (100.0 * time.as_secs_f64() / took.as_secs_f64()).round();
+            tracing::warn!(
+                plugin.name = name.as_str(),
+                calls = n,
+                plugin_ms = time.as_millis() as u64,
+                batch_ms = took.as_millis() as u64,
+                batch_events = n_events,
+                "plugin is slow: {n} of its calls in a batch of {n_events} events took {} ms or more, together {share} % of the time of the batch; later events wait meanwhile, so make the plugin faster or lower its deadline",
+                SLOW_CALL.as_millis()
+            );
+            self.reported.insert(name, now);
+        }
     }
 
     /// Drops instances of plugins that are no longer active, and updates the metric.
@@ -341,13 +393,19 @@ impl Evaluator {
         let mut slot = self.instances.remove(&key);
         let began = Instant::now();
         let answer = plugin.call(&mut slot, ticking, role, call);
+        let took = began.elapsed();
         let label = PluginLabel {
             plugin: plugin.name().to_string(),
         };
         self.metrics
             .plugin_call_duration
             .get_or_create(&label)
-            .observe(began.elapsed().as_secs_f64());
+            .observe(took.as_secs_f64());
+        if self.is_live && took >= SLOW_CALL {
+            let slow = self.slow.entry(plugin.name().clone()).or_default();
+            slow.n += 1;
+            slow.time += took;
+        }
         let outcome = answer.as_ref().map_or_else(CallError::kind, |_| "ok");
         self.metrics
             .plugin_calls
