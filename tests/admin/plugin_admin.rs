@@ -1025,3 +1025,23 @@ fn a_verdict_names_the_configuration_and_a_rolled_back_one_is_named_as_what_to_c
     assert_eq!(state()["failure"], json!(advice));
     assert!(node.admin("/readyz").body.contains(&advice));
 }
+
+#[test]
+fn an_upload_to_a_folder_that_cannot_be_written_is_a_conflict() {
+    // No one can create a file there, not even root.
+    let node = Node::builder().plugins("/sys").may_be_unready().start();
+    let answer = eventually(SOON, "the plugins are loaded", || {
+        let answer = node.order("PUT", "/v1/plugins/versioned", &[], &versioned(1));
+        (answer.status != 503).then_some(answer)
+    });
+    assert!(
+        answer.status == 409
+            && answer
+                .body
+                .contains("/sys/versioned.wasm cannot be written: ")
+            && answer
+                .body
+                .contains("make the folder writable for this node"),
+        "{answer:?}"
+    );
+}

@@ -134,6 +134,26 @@ fn a_file_written_in_pieces_is_loaded_when_it_is_complete() {
     site.await_loads("slow", "loaded", 1);
     site.await_ready(200, |page| !page.contains("plugins"));
     assert_eq!(site.next_decision().1, [by("slow", 1), by("versioned", 2)]);
+    let log = site.node.log();
+    assert!(log.contains("plugin not loaded yet: slow.wasm"), "{log}");
+    assert!(
+        !log.contains("ERROR"),
+        "a file that is being copied is no error: {log}"
+    );
+}
+
+#[test]
+fn plugins_run_in_the_natural_order_of_their_files() {
+    let plugins = Plugins::new(&[
+        ("10-last.wasm", versioned(1)),
+        ("9-middle.wasm", versioned(1)),
+        ("1-first.wasm", versioned(1)),
+    ]);
+    let mut site = Site::new(&plugins);
+    assert_eq!(
+        site.next_decision().1,
+        [by("first", 1), by("middle", 1), by("last", 1)]
+    );
 }
 
 #[test]

@@ -103,6 +103,7 @@ pub enum AdminError {
     /// The file is invalid. The text continues a sentence that begins with "it".
     #[error("it {0}")]
     InvalidFile(String),
+    /// The folder cannot be written for another reason than a missing permission.
     #[error("{0}")]
     Folder(String),
 }
@@ -284,7 +285,7 @@ impl Registry {
             }
         };
         // Written before it becomes active, so that a restart loads the version that decides now.
-        let stamp = folder::write(&path, bytes).map_err(AdminError::Folder)?;
+        let stamp = folder::write(&path, bytes)?;
         self.apply(&loading, vec![(name.to_owned(), vec![stamp], done)]);
         let state = self.state(name)?;
         // The active version may have been rolled back after it was found to equal the upload.
@@ -313,7 +314,7 @@ impl Registry {
         }
         // The file goes first: a scan in between would otherwise load the plugin again.
         for file in &files {
-            folder::remove(&file.path).map_err(AdminError::Folder)?;
+            folder::remove(&file.path)?;
         }
         self.load_snapshot_in(
             &loading,
@@ -698,8 +699,12 @@ impl Registry {
             .iter()
             .filter_map(|(name, slot)| Some((name, slot, slot.running.as_ref()?)))
             .collect();
-        running.sort_by_key(|(name, slot, _)| {
-            (place(name), slot.files.first().map(|file| &file.path))
+        running.sort_by(|(name, slot, _), (other, other_slot, _)| {
+            let in_folder = || match (slot.files.first(), other_slot.files.first()) {
+                (Some(file), Some(other)) => file.natural_order(other),
+                (file, other) => file.is_some().cmp(&other.is_some()),
+            };
+            place(name).cmp(&place(other)).then_with(in_folder)
         });
         let chain = Arc::new(Chain::new(
             running.iter().map(|(.., generation)| *generation),

@@ -9,6 +9,7 @@
 //! Nothing here blocks, and a file that was written to while it was read is never returned.
 //! `watcher` decides when to take a snapshot; loading is in `registry`.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -16,6 +17,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::AdminError;
 use crate::escape::printable;
 
 /// The suffix of files that are being written by a node.
@@ -62,6 +64,15 @@ impl Stamp {
 }
 
 impl FileStamp {
+    /// The order of file names as people count: `9-a.wasm` before `10-a.wasm`.
+    pub(super) fn natural_order(&self, other: &Self) -> Ordering {
+        let name = |file: &Self| file.path.file_name().unwrap_or_default().to_owned();
+        let (one, other_name) = (name(self), name(other));
+        natural_order(one.as_encoded_bytes(), other_name.as_encoded_bytes())
+            // Equal numbers with other leading zeros, or another folder.
+            .then_with(|| self.path.cmp(&other.path))
+    }
+
     /// The file name, for messages.
     pub(super) fn file(&self) -> String {
         printable(&self.path.file_name().unwrap_or_default().to_string_lossy())
@@ -104,9 +115,38 @@ pub(super) fn snapshot(dir: &Path) -> Result<FolderSnapshot, String> {
         }
     }
     for files in snapshot.values_mut() {
-        files.sort_by(|a, b| a.path.cmp(&b.path));
+        files.sort_by(FileStamp::natural_order);
     }
     Ok(snapshot)
+}
+
+/// Compares runs of digits by their value and everything else by its bytes.
+fn natural_order(mut one: &[u8], mut other: &[u8]) -> Ordering {
+    loop {
+        let (Some(a), Some(b)) = (one.first(), other.first()) else {
+            return one.len().cmp(&other.len());
+        };
+        let order = if a.is_ascii_digit() && b.is_ascii_digit() {
+            let (a, b) = (take_number(&mut one), take_number(&mut other));
+            a.len().cmp(&b.len()).then_with(|| a.cmp(b))
+        } else {
+            let order = a.cmp(b);
+            (one, other) = (&one[1..], &other[1..]);
+            order
+        };
+        if order != Ordering::Equal {
+            return order;
+        }
+    }
+}
+
+/// Takes the digits at the beginning, and returns them without leading zeros.
+fn take_number<'a>(text: &mut &'a [u8]) -> &'a [u8] {
+    let end = text.iter().position(|byte| !byte.is_ascii_digit());
+    let (digits, rest) = text.split_at(end.unwrap_or(text.len()));
+    *text = rest;
+    let zeros = digits.iter().take_while(|byte| **byte == b'0').count();
+    &digits[zeros..]
 }
 
 /// Removes drafts of nodes that were killed while they wrote.
@@ -131,12 +171,13 @@ fn sweep(dir: &Path) {
 ///
 /// # Errors
 /// The file cannot be written; the text names it.
-pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, String> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, AdminError> {
     let unwritable = |error: std::io::Error| {
-        format!(
+        let text = format!(
             "{} cannot be written: {error}; make the folder writable for this node, or copy the file there yourself",
             path.display()
-        )
+        );
+        folder_error(&error, text)
     };
     sweep(path.parent().unwrap_or(Path::new(".")));
     // A random name: other nodes may share the folder and receive the same file at this moment.
@@ -170,13 +211,25 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, String> {
 ///
 /// # Errors
 /// The file cannot be removed; the text names it.
-pub(super) fn remove(path: &Path) -> Result<(), String> {
+pub(super) fn remove(path: &Path) -> Result<(), AdminError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(format!(
-            "{} cannot be removed: {error}; remove it yourself",
-            path.display()
-        )),
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            let text = format!(
+                "{} cannot be removed: {error}; remove it yourself",
+                path.display()
+            );
+            Err(folder_error(&error, text))
+        }
         _ => Ok(()),
+    }
+}
+
+/// A folder that is mounted read-only, or belongs to another user, is how the node was set up and
+/// not a fault.
+fn folder_error(error: &std::io::Error, text: String) -> AdminError {
+    match error.kind() {
+        ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => AdminError::Impossible(text),
+        _ => AdminError::Folder(text),
     }
 }
 
@@ -354,6 +407,38 @@ pub(in crate::plugin) mod tests {
             let error = read(&folder.0.join(file), 10).unwrap_err();
             assert!(error.contains(expect), "{file}: {error}");
         }
+    }
+
+    #[test]
+    fn numbers_in_file_names_count_by_their_value() {
+        let mut names = [
+            "10-b.wasm",
+            "9-a.wasm",
+            "b.wasm",
+            "010-a.wasm",
+            "a12.wasm",
+            "a2.wasm",
+            "a.wasm",
+            "2-c.wasm",
+        ]
+        .map(|name| FileStamp {
+            path: PathBuf::from(name),
+            stamp: None,
+        });
+        names.sort_by(FileStamp::natural_order);
+        assert_eq!(
+            names.map(|file| file.file()),
+            [
+                "2-c.wasm",
+                "9-a.wasm",
+                "010-a.wasm",
+                "10-b.wasm",
+                "a.wasm",
+                "a2.wasm",
+                "a12.wasm",
+                "b.wasm"
+            ]
+        );
     }
 
     #[test]

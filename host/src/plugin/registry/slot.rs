@@ -15,6 +15,7 @@ use crate::plugin::registry::generation::Generation;
 use crate::plugin::registry::health::BreakerState;
 use crate::plugin::registry::settings::{Config, Settings};
 use crate::plugin::registry::state::{Ended, PluginState, PluginStatus, Refusal};
+use crate::plugin::runtime::error::{EMPTY, TRUNCATED};
 
 /// The maximum number of former generations remembered per plugin.
 const MAX_ENDED: usize = 20;
@@ -179,8 +180,16 @@ impl Slot {
 
     /// Records that a file is invalid. The active generation, if there is one, stays active.
     fn keep_active(&mut self, name: &str, file: &str, Failure { reason, hash }: Failure) {
+        // While a file is copied in pieces it is no plugin yet; once whole, it is loaded.
+        let is_incomplete = reason.starts_with(TRUNCATED) || reason == EMPTY;
         let reason = format!("{file} {reason}");
         match &self.running {
+            _ if is_incomplete => tracing::warn!(
+                plugin.name = name,
+                plugin.file = file,
+                plugin.failed_hash = hash,
+                "plugin not loaded yet: {reason}; it is loaded when it is complete"
+            ),
             Some(running) => tracing::error!(
                 plugin.name = name,
                 plugin.file = file,
