@@ -20,6 +20,8 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use clap::Parser;
 use pointsman::escape::{is_hidden, printable, printable_json, printable_lines};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
@@ -67,6 +69,13 @@ enum Command {
     CheckConfig(serve::Options),
     /// Print the default configuration
     Config(config::Options),
+}
+
+/// Parses a time in the form of RFC 3339, in milliseconds since the Unix epoch.
+fn parse_time(text: &str) -> Result<u64, String> {
+    let time = OffsetDateTime::parse(text, &Rfc3339).ok();
+    let ms = time.and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok());
+    ms.ok_or_else(|| "use the form 2026-01-01T00:00:00Z".to_owned())
 }
 
 /// Makes the process exit quietly with status 1 if standard output is a closed pipe (for example

@@ -15,7 +15,7 @@ use ureq::Agent;
 use ureq::http::StatusCode;
 
 use super::render::decision::{line, list, route, text, verdict};
-use super::{NODE_URL, Node, agent, no_node, pretty_json, printable, read, refusal};
+use super::{NODE_URL, Node, agent, no_node, parse_time, pretty_json, printable, read, refusal};
 
 /// Appended to groups and everyone, whose members a dry run does not check against conditions.
 const AS_FAR: &str = ", subject to the route's condition";
@@ -38,6 +38,9 @@ pub(super) struct Options {
     /// Event id; events with the same source and id are duplicates [default: random]
     #[arg(long, requires = "kind")]
     id: Option<String>,
+    /// Time of the event, such as 2026-01-01T00:00:00Z [default: the time of its arrival]
+    #[arg(long, requires = "kind", value_parser = rfc3339_time)]
+    time: Option<String>,
     /// Event subject
     #[arg(long, requires = "kind")]
     subject: Option<String>,
@@ -65,6 +68,10 @@ pub(super) struct Options {
     /// Print the response to a dry run as JSON
     #[arg(long, requires = "dry_run")]
     json: bool,
+}
+
+fn rfc3339_time(text: &str) -> Result<String, String> {
+    parse_time(text).map(|_ms| text.to_owned())
 }
 
 /// The members of a CloudEvents document as raw JSON, so that numbers keep their digits.
@@ -197,6 +204,7 @@ fn from_options(options: &Options, kind: &str) -> anyhow::Result<Document> {
     set("source", json!(options.source))?;
     set("id", json!(options.id.clone().unwrap_or_else(new_id)))?;
     for (name, value) in [
+        ("time", &options.time),
         ("subject", &options.subject),
         ("priority", &options.priority),
     ] {
@@ -337,7 +345,7 @@ mod tests {
 
     use super::*;
 
-    #[derive(Parser)]
+    #[derive(Debug, Parser)]
     struct Line {
         #[command(flatten)]
         options: Options,
@@ -363,12 +371,21 @@ mod tests {
             "--everyone",
             "--attribute",
             "plan=pro",
+            "--time",
+            "2026-01-01T00:00:00Z",
             "--data",
             "{\"n\":1}",
         ])
         .unwrap();
-        let expected = json!({ "specversion": "1.0", "type": "t", "source": "/cli", "id": "a", "users": ["1", "2"], "group": "g", "everyone": true, "plan": "pro", "data": { "n": 1 } });
+        let expected = json!({ "specversion": "1.0", "type": "t", "source": "/cli", "id": "a", "users": ["1", "2"], "group": "g", "everyone": true, "plan": "pro", "time": "2026-01-01T00:00:00Z", "data": { "n": 1 } });
         assert_eq!(found, expected);
+        let refused = Line::try_parse_from(["publish", "--type", "t", "--time", "noon"]);
+        assert!(
+            refused
+                .unwrap_err()
+                .to_string()
+                .contains("use the form 2026-01-01T00:00:00Z")
+        );
         assert!(
             event(&["--data", "hello"])
                 .unwrap_err()

@@ -5,15 +5,26 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use pointsman::event::{EntryId, Event};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::Loaded;
+use crate::cli::parse_time;
 
 /// Time of events without one, in Unix milliseconds: 2026-01-01T00:00:00Z, as in the SDK's tests.
 const NOW_MS: u64 = 1_767_225_600_000;
 
+/// A line that also gives the time that the plugin's clock shows for its event.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TimedEvent {
+    clock: String,
+    event: Box<RawValue>,
+}
+
 /// Reads the events of a file, each with the time that the plugin's clock shows for it, in Unix
-/// milliseconds: `clock_ms` if given, the event's own time otherwise.
+/// milliseconds: that of its line (`{"clock": "2026-01-01T00:00:00Z", "event": {...}}`), otherwise
+/// `clock_ms` if given, otherwise the event's own time.
 ///
 /// # Errors
 /// The file cannot be read, or contains an invalid event or none; the error names the event.
@@ -26,7 +37,14 @@ pub(super) fn events(path: &Path, clock_ms: Option<u64>) -> anyhow::Result<Vec<(
         .enumerate()
     {
         let place = || format!("{}: document {}", path.display(), n + 1);
-        let document = document.with_context(|| format!("{} is not JSON", place()))?;
+        let mut document = document.with_context(|| format!("{} is not JSON", place()))?;
+        let mut clock_ms = clock_ms;
+        // An event has a type and no member `event`, so the two forms cannot be confused.
+        if let Ok(timed) = serde_json::from_str::<TimedEvent>(document.get()) {
+            let clock = parse_time(&timed.clock).map_err(anyhow::Error::msg);
+            clock_ms = Some(clock.with_context(|| format!("{}: clock", place()))?);
+            document = timed.event;
+        }
         // Supplies the id and time of an event without them, as the source entry does in a node.
         let entry = EntryId {
             ms: NOW_MS,

@@ -13,11 +13,10 @@ use pointsman::plugin::shadow::outcome::PluginDecision;
 use pointsman::plugin::{Engine, Limits};
 use pointsman::preview::runner::{PluginRunner, RunReport};
 use serde_json::Value;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use tracing_subscriber::EnvFilter;
 
 use super::{Subject, sample};
+use crate::cli::parse_time;
 use crate::cli::render::format;
 
 /// Maximum number of targets shown per decision.
@@ -41,12 +40,6 @@ pub(super) struct Options {
     clock: Option<u64>,
 }
 
-fn parse_time(text: &str) -> Result<u64, String> {
-    let time = OffsetDateTime::parse(text, &Rfc3339).ok();
-    let ms = time.and_then(|time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).ok());
-    ms.ok_or_else(|| "use the form 2026-01-01T00:00:00Z".to_owned())
-}
-
 /// In one piece: the command's output from top to bottom.
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let log = PluginLog::listen();
@@ -65,7 +58,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
                 .filter(|_| options.write_golden)
         }),
     };
-    let expected = match &golden {
+    let mut expected = match &golden {
         Some(path) if !options.write_golden => Some(Golden::read(path)?),
         None if options.write_golden => bail!("no file to write; pass --expect golden.json"),
         _ => None,
@@ -81,15 +74,15 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     log.print();
 
     let (mut decided, mut n_failures, mut n_differences) = (Vec::with_capacity(events.len()), 0, 0);
-    for (at, (event, clock_ms)) in events.iter().enumerate() {
+    for (event, clock_ms) in &events {
         let report = runner.run(event, *clock_ms);
         show(event, &report, &limits);
         log.print();
         n_failures += usize::from(report.is_failure());
         let found = report.to_golden(event);
-        if let Some(golden) = &expected {
-            let wanted = golden.0.get(at).unwrap_or(&Value::Null);
-            if *wanted != found {
+        if let Some(golden) = &mut expected {
+            let wanted = golden.take(&found);
+            if wanted != found {
                 n_differences += 1;
                 println!("    {}", format::red("differs"));
                 println!("      expected {wanted}\n      found    {found}");
@@ -117,9 +110,10 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             "{n_differences} of {n} decisions differ from {file}; if they are correct, run with --write-golden"
         );
         ensure!(
-            golden.0.len() == n,
-            "{file} has {} decisions for {n} events; if the events are correct, run with --write-golden",
-            golden.0.len()
+            golden.0.is_empty(),
+            "{file} has {} decisions about other events, such as {}; if the events are correct, run with --write-golden",
+            golden.0.len(),
+            golden.0[0]["event"]
         );
         println!("{n} events, all decisions match {file}");
     } else {
@@ -213,7 +207,8 @@ fn render(decided: &PluginDecision) -> String {
     }
 }
 
-/// The expected decisions, in the order of the events.
+/// The expected decisions. They are found by the ids of their events, so that events may be
+/// inserted, removed and reordered.
 struct Golden(Vec<Value>);
 
 impl Golden {
@@ -227,6 +222,15 @@ impl Golden {
         let decisions = serde_json::from_str(&text)
             .with_context(|| format!("{} is not a list of decisions", path.display()))?;
         Ok(Self(decisions))
+    }
+
+    /// Takes the decision about the same event, of several the first; null if there is none.
+    fn take(&mut self, found: &Value) -> Value {
+        let is_same = |wanted: &Value| wanted["event"] == found["event"];
+        match self.0.iter().position(is_same) {
+            Some(at) => self.0.remove(at),
+            None => Value::Null,
+        }
     }
 
     /// Writes one line per event, which keeps diffs readable.
@@ -279,5 +283,23 @@ impl Write for PluginLog {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn golden_decisions_are_found_by_the_ids_of_their_events() {
+        let decision = |id: &str, n: u32| json!({ "event": id, "decided": [n] });
+        let mut golden = Golden(vec![decision("a", 1), decision("b", 2), decision("b", 3)]);
+        // The events are in another order, one is new, and two have the same id.
+        assert_eq!(golden.take(&decision("b", 9)), decision("b", 2));
+        assert_eq!(golden.take(&decision("new", 9)), Value::Null);
+        assert_eq!(golden.take(&decision("b", 9)), decision("b", 3));
+        assert_eq!(golden.0, [decision("a", 1)]);
     }
 }
