@@ -7,5 +7,6 @@ mod docs_samples;
 mod hostile_plugins;
 mod isolation;
 mod languages;
+mod missing_plugins;
 mod reload;
 mod shadow;

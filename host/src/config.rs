@@ -320,7 +320,7 @@ mod tests {
             let error =
                 toml::from_str::<RawConfig>(&format!("[{section}]\nno_such_key = 1")).unwrap_err();
             let known = if section == "plugins" {
-                vec!["dir", "order"]
+                vec!["dir", "order", "only_configured"]
             } else {
                 error.message().split('`').skip(3).step_by(2).collect()
             };
@@ -481,7 +481,7 @@ mod tests {
             &[],
             &[
                 "p.toml:2: plugins.dirs: ",
-                "the other keys of this section are dir, order and cache",
+                "the other keys of this section are dir, order, only_configured and cache",
             ],
         );
         check(

@@ -336,6 +336,9 @@ test("events are explained as documented", async () => {
 test("probes and scrapers receive documented responses", async () => {
   for (const path of ["/healthz", "/readyz", "/metrics"]) await ask(200, "GET", path, { listener: 1 });
   await ask(503, "GET", "/readyz", { node: away, listener: 1 });
+  const headers = { accept: "application/json" };
+  assert.equal((await ask(200, "GET", "/readyz", { listener: 1, headers })).ready, true);
+  assert.ok((await ask(503, "GET", "/readyz", { node: away, listener: 1, headers })).reasons.length > 0);
   await ask(200, "GET", "/v1/ready");
   await ask(503, "GET", "/v1/ready?node=another");
   await ask(400, "GET", "/v1/ready?nodes=1");
@@ -362,6 +365,10 @@ test("plugins are shown, replaced and refused as documented", async () => {
   assert.equal((await order(200, "GET", "/discard")).state, "missing");
   await order(422, "PUT", "/discard", { body: "no plugin" });
   await order(409, "PUT", "/my%20router", { body: "no plugin" });
+  await order(404, "PUT", "/adress", { body: "no plugin" });
+  await order(422, "PUT", "/adress?create=true", { body: "no plugin" });
+  await order(409, "PUT", "/address?create=true", { body: "no plugin" });
+  await order(400, "PUT", "/address?create=maybe", { body: "no plugin" });
   const nobody = [["GET", ""], ["DELETE", ""], ...["enable", "disable", "rollback", "promote"].map((word) => ["POST", `/${word}`]), ["GET", "/shadow"], ["DELETE", "/shadow"]];
   for (const [method, path] of nobody) {
     await order(404, method, `/nobody${path}`);

@@ -302,6 +302,13 @@ impl Node {
         self.launch();
     }
 
+    /// Like [`Node::restart`], but returns as soon as the admin listener answers, ready or not.
+    pub(crate) fn restart_unready(&mut self) {
+        self.builder.ready = false;
+        self.restart();
+        self.builder.ready = true;
+    }
+
     fn launch(&mut self) {
         let log = self
             .builder

@@ -157,33 +157,33 @@ fn plugins_run_in_the_natural_order_of_their_files() {
 }
 
 #[test]
-fn deleting_the_file_removes_the_plugin() {
+fn removing_a_plugin_deletes_its_file_and_the_others_decide() {
     let plugins = Plugins::new(&[
         ("10-first.wasm", versioned(1)),
         ("20-second.wasm", versioned(2)),
     ]);
     let mut site = Site::new(&plugins);
     assert_eq!(site.next_decision().1, [by("first", 1), by("second", 1)]);
-    plugins.remove("10-first.wasm");
-    eventually(SOON, "the log reports the removal", || {
-        let log = site.node.log();
-        let line = log
-            .lines()
-            .find(|line| line.contains("plugin deactivated: its file is gone"))?;
-        assert!(
-            line.contains("first") && line.contains(&hash(&versioned(1))),
-            "{line}"
-        );
-        Some(())
-    });
-    eventually(SOON, "the second alone decides", || {
-        (site.next_decision() == (2, vec![by("second", 1)])).then_some(())
-    });
+    let remove = |site: &Site, name: &str| {
+        let path = format!("/v1/plugins/{name}");
+        let answer = site.node.order("DELETE", &path, &[], b"");
+        assert_eq!(answer.status, 204, "{answer:?}");
+    };
+    remove(&site, "first");
+    let log = site.node.log();
+    let line = log
+        .lines()
+        .find(|line| line.contains("plugin deactivated: an admin command removed it"));
+    assert!(
+        line.is_some_and(|line| line.contains("first") && line.contains(&hash(&versioned(1)))),
+        "{log}"
+    );
+    assert_eq!(site.next_decision(), (2, vec![by("second", 1)]));
     site.await_ready(200, |page| !page.contains("plugins"));
 
     // Without any plugin, events wait instead of being unrouted permanently, and dry runs are
     // refused.
-    plugins.remove("20-second.wasm");
+    remove(&site, "second");
     site.await_ready(503, |page| {
         page.contains("plugins: no plugins loaded, so events wait")
     });
@@ -265,7 +265,8 @@ fn a_node_without_plugins_leaves_the_source_to_a_node_with_plugins() {
 
     // They swap roles. For a moment neither has a plugin, so that one cannot decide while the other
     // releases the lease.
-    full.remove("versioned.wasm");
+    let removed = with.order("DELETE", "/v1/plugins/versioned", &[], b"");
+    assert_eq!(removed.status, 204, "{removed:?}");
     eventually(SOON, "it reports that it has no plugins", || {
         with.admin("/readyz")
             .body

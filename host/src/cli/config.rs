@@ -4,6 +4,8 @@ use anyhow::ensure;
 use pointsman::config::{BrokerChoice, Config, DEFAULTS};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
+use pointsman::plugin::registry::settings::OnMissing;
+use pointsman::plugin::registry::state::{PluginState, PluginStatus};
 use pointsman::plugin::runtime::cache::Cache;
 use pointsman::telemetry::metrics::Metrics;
 
@@ -38,16 +40,16 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
             printable(&plugin.file)
         );
     }
-    let failures: Vec<String> = plugins
-        .iter()
-        .filter_map(|plugin| {
-            Some(format!(
-                "plugin {}: {}",
-                plugin.name,
-                plugin.failure.as_ref()?
-            ))
-        })
-        .collect();
+    let failures = plugins.iter().filter_map(|plugin| {
+        let line = format!("plugin {}: {}", plugin.name, plugin.failure.as_ref()?);
+        Some((is_optional(plugin), line))
+    });
+    let (optional, failures): (Vec<_>, Vec<_>) =
+        failures.partition(|(is_optional, _)| *is_optional);
+    for (_, warning) in &optional {
+        println!("warning: {}", printable(warning));
+    }
+    let failures: Vec<String> = failures.into_iter().map(|(_, line)| line).collect();
     ensure!(failures.is_empty(), "{}", failures.join("\n"));
     if plugins.is_empty() && !config.node.allow_no_plugins {
         println!(
@@ -70,6 +72,14 @@ pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
         config.sources.join(", ")
     );
     Ok(())
+}
+
+/// Whether a node decides events without this plugin and is ready.
+fn is_optional(plugin: &PluginState) -> bool {
+    let is_missing = matches!(plugin.state, PluginStatus::Missing | PluginStatus::Failed);
+    plugin.state == PluginStatus::Ignored
+        || (is_missing && !plugin.events_wait && plugin.settings.on_missing == OnMissing::Skip)
+        || (plugin.state == PluginStatus::Missing && !plugin.events_wait)
 }
 
 /// Opens the node's cache of compiled plugins, if its folder exists. The folder is not created

@@ -183,7 +183,8 @@ impl Options {
 }
 
 /// The user's configuration merged with the [`CONFIG`] file of each crate, written to one file
-/// that the node watches. The user's configuration of a plugin takes precedence.
+/// that the node watches. The user's configuration of a plugin takes precedence. It names each
+/// crate, so that events wait for its first build.
 #[derive(Debug)]
 struct Settings {
     user: toml::Table,
@@ -219,6 +220,14 @@ impl Settings {
     fn write(&self) -> anyhow::Result<()> {
         let mut all = self.user.clone();
         for Crate { folder, name } in &self.crates {
+            let plugins = all
+                .entry("plugins")
+                .or_insert_with(|| toml::Table::new().into());
+            let plugin = plugins.as_table_mut().map(|plugins| {
+                plugins
+                    .entry(name)
+                    .or_insert_with(|| toml::Table::new().into())
+            });
             let path = folder.join(CONFIG);
             let Ok(text) = fs::read_to_string(&path) else {
                 continue;
@@ -228,14 +237,6 @@ impl Settings {
             let own = toml::Table::try_from(own).with_context(|| {
                 format!("{} is not a valid plugin configuration", path.display())
             })?;
-            let plugins = all
-                .entry("plugins")
-                .or_insert_with(|| toml::Table::new().into());
-            let plugin = plugins.as_table_mut().map(|plugins| {
-                plugins
-                    .entry(name)
-                    .or_insert_with(|| toml::Table::new().into())
-            });
             if let Some(plugin) = plugin.and_then(toml::Value::as_table_mut) {
                 plugin.entry("config").or_insert(own.into());
             }

@@ -491,10 +491,7 @@ mod tests {
             Filter::default(),
         );
         let (stream, partition) = (guard.stream(), hub.0.partitions[0]);
-        let (all, group) = (
-            Target::Everyone,
-            Target::Group(Name::parse("ops").unwrap()),
-        );
+        let (all, group) = (Target::Everyone, Target::Group(Name::parse("ops").unwrap()));
         let is_followed = |log| hub.0.lock().followed.is_followed(partition, log);
         let before = stream.lock().enter_replay(partition);
         let now = stream.lock().recipient_changed(partition);

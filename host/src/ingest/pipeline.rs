@@ -63,11 +63,18 @@ pub enum Resolution {
     },
 }
 
-/// No plugin is active and the operator did not allow that: every event would be unrouted
-/// permanently.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no plugins loaded, so events wait")]
-pub struct NoPlugins;
+/// Why events wait for plugins.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MissingPlugins {
+    /// No plugin is active and the operator did not allow that: every event would be unrouted
+    /// permanently.
+    #[error("no plugins loaded, so events wait")]
+    All,
+    /// These plugins have no active version: events that they would drop or route would be decided
+    /// without them permanently.
+    #[error("no active version of the plugin {}, so events wait", .0.join(" and of "))]
+    Named(Vec<String>),
+}
 
 /// A handle: clones share the threads, which end when the last clone is dropped.
 #[derive(Clone, Debug)]
@@ -111,12 +118,12 @@ impl Pipeline {
     /// Cancel-safe: events already handed over are evaluated and their evaluations discarded.
     ///
     /// # Errors
-    /// [`NoPlugins`]: nothing was evaluated.
+    /// [`MissingPlugins`]: nothing was evaluated.
     pub async fn evaluate(
         &self,
         events: Vec<Event>,
         clock_ms: u64,
-    ) -> Result<Vec<Evaluation>, NoPlugins> {
+    ) -> Result<Vec<Evaluation>, MissingPlugins> {
         let chain = self.chain()?;
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
@@ -158,7 +165,7 @@ impl Pipeline {
         &self,
         events: Vec<Event>,
         clock_ms: u64,
-    ) -> Result<Vec<Evaluation>, NoPlugins> {
+    ) -> Result<Vec<Evaluation>, MissingPlugins> {
         let chain = self.chain()?;
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
@@ -185,17 +192,21 @@ impl Pipeline {
         Ok(evaluations)
     }
 
-    fn chain(&self) -> Result<Arc<Chain>, NoPlugins> {
-        let chain = self.0.registry.chain();
-        if self.can_work_on(&chain) {
-            Ok(chain)
-        } else {
-            Err(NoPlugins)
+    fn chain(&self) -> Result<Arc<Chain>, MissingPlugins> {
+        let chain = self.0.registry.complete_chain();
+        let chain = chain.map_err(MissingPlugins::Named)?;
+        if chain.is_empty() && !self.0.allow_none {
+            return Err(MissingPlugins::All);
         }
+        Ok(chain)
     }
 
-    fn can_work_on(&self, chain: &Chain) -> bool {
-        self.0.allow_none || !chain.is_empty()
+    /// Whether events can be evaluated now.
+    ///
+    /// # Errors
+    /// The plugins that are missing.
+    pub fn check(&self) -> Result<(), MissingPlugins> {
+        self.chain().map(drop)
     }
 
     /// Waits until events can be evaluated. Cancel-safe.
@@ -210,12 +221,10 @@ impl Pipeline {
 
     async fn becomes(&self, able: bool) {
         let mut changes = self.changes();
+        let is_able =
+            |now: &Snapshot| now.missing.is_empty() && (self.0.allow_none || !now.chain.is_empty());
         // Cannot fail: the sender is in the registry, which lives as long as this handle.
-        drop(
-            changes
-                .wait_for(|now| self.can_work_on(&now.chain) == able)
-                .await,
-        );
+        drop(changes.wait_for(|now| is_able(now) == able).await);
     }
 
     pub fn registry(&self) -> &Arc<Registry> {

@@ -30,7 +30,7 @@ use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
     Position, Verdict,
 };
-use crate::ingest::pipeline::{NoPlugins, Pipeline, Resolution};
+use crate::ingest::pipeline::{Evaluation, MissingPlugins, Pipeline, Resolution};
 use crate::plugin::registry::generation::ChainIdentity;
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
@@ -103,8 +103,8 @@ enum Stop {
     Conflict,
     Broker(Error),
     LeaseLost,
-    /// Without a plugin every event would be permanently unrouted: events wait in the source.
-    NoPlugins,
+    /// Without a plugin events would be decided wrongly for good: they wait in the source.
+    MissingPlugins,
     Shutdown,
 }
 
@@ -208,7 +208,7 @@ impl Ingest {
             read_limit: MAX_ITEMS,
         };
         while !shutdown.is_cancelled() {
-            // Checked before the lease is taken: another node may have a plugin.
+            // Checked before the lease is taken: another node may have the plugins.
             tokio::select! {
                 () = self.pipeline.can_work() => {}
                 () = shutdown.cancelled() => break,
@@ -230,8 +230,10 @@ impl Ingest {
                     backoff.reset();
                     backoff.pause()
                 }
-                Stop::NoPlugins => {
-                    tracing::warn!(source.key = %partition.source, "no plugins loaded; events wait in the source");
+                Stop::MissingPlugins => {
+                    if let Err(missing) = self.pipeline.check() {
+                        tracing::warn!(source.key = %partition.source, "{missing}; the lease is left to other nodes");
+                    }
                     self.release(&partition).await;
                     state.is_new_owner = true;
                     continue;
@@ -282,10 +284,15 @@ impl Ingest {
                     tokio::select! {
                         () = tokio::time::sleep(wait) => {}
                         () = shutdown.cancelled() => return Stop::Shutdown,
+                        () = self.pipeline.cannot_work() => return Stop::MissingPlugins,
                     }
                 }
                 Err(error) => return error.into(),
             }
+        }
+        // A take-over counts as an owner that may have crashed on the next entry.
+        if self.pipeline.check().is_err() {
+            return Stop::MissingPlugins;
         }
         state.is_careful = false;
         if state.is_new_owner {
@@ -347,7 +354,7 @@ impl Ingest {
             stop = &mut commit => stop,
             stop = &mut read => match stop {
                 // Every evaluated batch is in the channel: let the last commit return.
-                Stop::Shutdown | Stop::NoPlugins => match commit.await {
+                Stop::Shutdown | Stop::MissingPlugins => match commit.await {
                     Stop::Shutdown => stop,
                     stop => stop,
                 },
@@ -427,7 +434,7 @@ impl Ingest {
             let entries = tokio::select! {
                 entries = self.broker.read(partition.number, after, count, Duration::from_secs(1)) => entries,
                 () = shutdown.cancelled() => return Stop::Shutdown,
-                () = self.pipeline.cannot_work() => return Stop::NoPlugins,
+                () = self.pipeline.cannot_work() => return Stop::MissingPlugins,
             };
             let entries = match entries {
                 Ok(entries) => entries,
@@ -449,6 +456,10 @@ impl Ingest {
             };
             after = last.id;
             progress.read(entries.len() as u64);
+            // Not noted as an attempt, which would count as a crash of this node.
+            if self.pipeline.check().is_err() {
+                return Stop::MissingPlugins;
+            }
             let poison = if n_careful > 0 {
                 self.poison(partition, &entries).await
             } else {
@@ -469,8 +480,10 @@ impl Ingest {
                     };
                     match evaluated {
                         Ok(items) => items,
-                        // The last plugin was removed after they were read.
-                        Err(NoPlugins) => return Stop::NoPlugins,
+                        // A plugin was removed after they were read.
+                        Err(MissingPlugins::All | MissingPlugins::Named(_)) => {
+                            return Stop::MissingPlugins;
+                        }
                     }
                 }
                 Err(stop) => return stop,
@@ -506,7 +519,7 @@ impl Ingest {
         partition: &Partition,
         entries: Vec<Entry>,
         chain_notes: &mut ChainNotes,
-    ) -> Result<Vec<Item>, NoPlugins> {
+    ) -> Result<Vec<Item>, MissingPlugins> {
         // Not the node's clock: a plan's expiry is compared with the broker's on every node.
         let clock_ms = self.broker.now_ms();
         let mut events = Vec::with_capacity(entries.len());

@@ -16,6 +16,7 @@ use crate::delivery::hub::{Hub, TICK};
 use crate::event::{PartitionNumber, Position};
 use crate::ingest::pipeline::Pipeline;
 use crate::plugin::registry::Snapshot;
+use crate::plugin::registry::settings::OnMissing;
 use crate::plugin::registry::state::{PluginState, PluginStatus};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::{Metrics, SourceLabel};
@@ -291,13 +292,14 @@ pub(crate) async fn watch_plugins(pipeline: Pipeline, readiness: Readiness, shut
     }
 }
 
-/// Makes the node unready where an enabled plugin has no active generation. Warns where a load
-/// failed but an earlier generation is active, where a plugin keeps failing, or where it was
-/// disabled by an admin command.
+/// Makes the node unready where an enabled plugin has no active generation, unless events may pass
+/// without it. Warns where a load failed but an earlier generation is active, where a file is not
+/// that of a plugin, where a plugin keeps failing, or where it was disabled by an admin command.
 fn report_plugins(
     Snapshot {
         chain,
         plugins,
+        missing,
         folder_failure,
     }: &Snapshot,
     allow_none: bool,
@@ -317,6 +319,7 @@ fn report_plugins(
     }
     match (chain.is_empty(), allow_none) {
         (false, _) => readiness.clear("plugins"),
+        (true, true) if !missing.is_empty() => readiness.clear("plugins"),
         (true, true) => {
             readiness.warn("plugins", "no plugins loaded; every event will be unrouted")
         }
@@ -341,6 +344,27 @@ fn report_plugins(
 fn trouble(plugin: &PluginState) -> Option<(bool, String)> {
     let generation = plugin.generation;
     match (&plugin.failure, plugin.state) {
+        (Some(failure), _) if plugin.events_wait => {
+            let keys = format!(
+                "plugins.{}.enabled = false or on_missing = \"skip\"",
+                plugin.name
+            );
+            Some((
+                true,
+                format!("{failure}; events wait on this node, unless {keys} lets them pass"),
+            ))
+        }
+        (Some(failure), PluginStatus::Ignored) => Some((false, failure.clone())),
+        // Removed by an admin command, or `on_missing` is `skip`.
+        (Some(failure), PluginStatus::Missing) => {
+            Some((false, format!("{failure}; events pass without it")))
+        }
+        (Some(failure), PluginStatus::Failed) if plugin.settings.on_missing == OnMissing::Skip => {
+            Some((
+                false,
+                format!("{failure}; events pass without it (on_missing)"),
+            ))
+        }
         (Some(failure), _) if generation == 0 => Some((true, failure.clone())),
         (Some(failure), PluginStatus::BreakerOpen) => Some((
             false,

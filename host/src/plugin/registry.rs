@@ -5,7 +5,8 @@
 //! Guarantees: an invalid file replaces nothing, does not prevent other plugins from loading, and
 //! is listed with the reason ([`Registry::states`]). Changes that are found together become active
 //! together. A plugin whose bytes and settings are already active is left alone. A rollback never
-//! waits for a compilation.
+//! waits for a compilation. While an expected plugin has no active version, the chain is incomplete
+//! ([`Snapshot::missing`]).
 //!
 //! When files are loaded is decided in `watcher`, which file belongs to which plugin in `folder`,
 //! and when a plugin is no longer trusted in `health`.
@@ -17,6 +18,7 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
+mod admission;
 mod candidate;
 pub(super) mod folder;
 pub mod generation;
@@ -26,9 +28,10 @@ mod slot;
 pub mod state;
 pub mod watcher;
 
+use self::admission::Inadmissible;
 pub use self::candidate::CandidateChain;
 use self::folder::{FileStamp, FolderSnapshot};
-use self::slot::{Failure, LoadOutcome, Slots};
+use self::slot::{Failure, LoadOutcome, Slot, Slots};
 use super::registry::generation::{Chain, Generation};
 use super::registry::health::{BreakerState, Transition};
 use super::registry::settings::{Config, Settings};
@@ -47,6 +50,8 @@ pub struct Snapshot {
     pub chain: Arc<Chain>,
     /// Every plugin: the active ones first, in order, then inactive ones with something to report.
     pub plugins: Vec<PluginState>,
+    /// The plugins that have no active version and without which no event must be decided.
+    pub missing: Vec<String>,
     /// Why the folder cannot be read. Active plugins stay active.
     pub folder_failure: Option<String>,
 }
@@ -78,6 +83,7 @@ enum Job {
     Rest,
     Load(Wanted),
     Refuse(Failure),
+    Ignore(Inadmissible),
 }
 
 /// A file to load.
@@ -95,6 +101,9 @@ struct Wanted {
 pub enum AdminError {
     #[error("there is no plugin '{0}'")]
     Unknown(String),
+    /// The text includes the fix.
+    #[error("{0}")]
+    New(String),
     #[error("the plugin '{0}' has no candidate")]
     NoCandidate(String),
     /// The text includes the fix.
@@ -122,17 +131,29 @@ impl Registry {
             Some(dir) => folder::snapshot(dir).map_err(anyhow::Error::msg)?,
             None => FolderSnapshot::new(),
         };
-        let slots = Mutex::new(Slots {
+        let mut slots = Slots {
             config,
             by_name: BTreeMap::new(),
-        });
+        };
+        for name in dir.as_deref().map(folder::removals).unwrap_or_default() {
+            slots.by_name.entry(name).or_default().is_removed = true;
+        }
+        // It was probably active before this start: events wait until it is again.
+        for name in snapshot.keys() {
+            slots.by_name.entry(name.clone()).or_default().is_awaited = true;
+        }
+        let before_loading = Snapshot {
+            missing: slots.missing(),
+            ..Snapshot::default()
+        };
+        let slots = Mutex::new(slots);
         let registry = Self {
             engine,
             dir,
             metrics,
             loading: Mutex::default(),
             slots,
-            current: watch::Sender::default(),
+            current: watch::Sender::new(before_loading),
             shadows: Shadows::default(),
             config_file: OnceLock::new(),
         };
@@ -158,6 +179,20 @@ impl Registry {
     /// The active plugins.
     pub fn chain(&self) -> Arc<Chain> {
         Arc::clone(&self.current.borrow().chain)
+    }
+
+    /// The active plugins, unless one without which no event must be decided is missing.
+    ///
+    /// # Errors
+    /// The names of the missing plugins.
+    pub(crate) fn complete_chain(&self) -> Result<Arc<Chain>, Vec<String>> {
+        // Read at once: the chain of one moment must not be judged by another moment's plugins.
+        let current = self.current.borrow();
+        if current.missing.is_empty() {
+            Ok(Arc::clone(&current.chain))
+        } else {
+            Err(current.missing.clone())
+        }
     }
 
     /// Every plugin: the active ones first, in order, then inactive ones with something to report.
@@ -223,36 +258,89 @@ impl Registry {
                 }
                 changed.insert(name.clone(), slot.files.clone());
             }
+            let admissions = by_name.iter().filter(|(name, slot)| {
+                !slot.files.is_empty()
+                    && admission::admit(name, config) != admission::admit(name, &before)
+            });
+            changed.extend(admissions.map(|(name, slot)| (name.clone(), slot.files.clone())));
             changed
         };
         self.load_snapshot_in(&loading, changed);
     }
 
-    /// Checks a file, writes it into the folder under this name and makes it active.
+    /// Checks that a file may be uploaded under this name. `is_new`: it adds a plugin instead of
+    /// replacing one.
+    ///
+    /// # Errors
+    /// There is no such plugin, or there is one although a new one is to be added; or this node
+    /// loads no plugin of this name.
+    pub fn check_upload(&self, name: &str, is_new: bool) -> Result<(), AdminError> {
+        let slots = self.slots();
+        let has_file = slots
+            .by_name
+            .get(name)
+            .is_some_and(|slot| !slot.files.is_empty());
+        if has_file && is_new {
+            return Err(AdminError::Impossible(format!(
+                "the plugin '{name}' already exists; omit create=true to replace it"
+            )));
+        }
+        // An active plugin may be replaced whatever its name.
+        if slots
+            .by_name
+            .get(name)
+            .is_none_or(|slot| slot.running.is_none())
+        {
+            admission::admit(name, &slots.config)
+                .map_err(|why| AdminError::Impossible(why.of_upload(name)))?;
+        }
+        if !has_file && !is_new && !slots.config.names(name) && !slots.is_missing(name) {
+            let with_files = slots
+                .by_name
+                .iter()
+                .filter(|(_, slot)| !slot.files.is_empty());
+            let named = slots.config.plugins.keys().chain(&slots.config.order);
+            let known: BTreeSet<&str> = named
+                .chain(with_files.map(|(name, _)| name))
+                .map(String::as_str)
+                .collect();
+            let near = admission::near(name, known.iter().copied());
+            let candidates = match (near.as_slice(), known.is_empty()) {
+                ([], true) => "it has none".to_owned(),
+                ([], false) => {
+                    let known: Vec<&str> = known.into_iter().collect();
+                    format!("its plugins: {}", known.join(", "))
+                }
+                (near, _) => format!("did you mean '{}'?", near.join("' or '")),
+            };
+            return Err(AdminError::New(format!(
+                "this node has no plugin '{name}' ({candidates}); add ?create=true to add a new plugin"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Checks a file, writes it into the folder under this name and makes it active. `is_new`: it
+    /// adds a plugin instead of replacing one.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// On an error nothing has changed, except that the refusal is recorded.
-    pub fn upload(&self, name: &str, bytes: &[u8]) -> Result<PluginState, AdminError> {
+    /// As for [`Registry::check_upload`], or the file is invalid. On an error nothing has changed,
+    /// except that the refusal is recorded.
+    pub fn upload(
+        &self,
+        name: &str,
+        bytes: &[u8],
+        is_new: bool,
+    ) -> Result<PluginState, AdminError> {
         let loading = self.begin_loading();
         let Some(dir) = &self.dir else {
             return Err(AdminError::Impossible(
                 "this node has no plugin folder; start it with --plugins DIR".to_owned(),
             ));
         };
-        let has_file = self
-            .slots()
-            .by_name
-            .get(name)
-            .is_some_and(|slot| !slot.files.is_empty());
-        if !has_file && !folder::is_name(name) {
-            let rule = "use at most 64 letters, digits and hyphens, not starting with a hyphen or with a number and a hyphen";
-            return Err(AdminError::Impossible(format!(
-                "'{}' is not a valid plugin name; {rule}",
-                name.escape_debug()
-            )));
-        }
+        self.check_upload(name, is_new)?;
         let (settings, path) = {
             let slots = self.slots();
             let slot = slots.by_name.get(name);
@@ -297,25 +385,44 @@ impl Registry {
         Ok(state)
     }
 
-    /// Removes a plugin together with its file.
+    /// Removes a plugin together with its file. From then on, no event waits for it, also on other
+    /// nodes with this folder and after a restart, until it has a file again.
     ///
     /// # Errors
     /// There is no such plugin, or its file cannot be removed.
     pub fn remove(&self, name: &str) -> Result<(), AdminError> {
         let loading = self.begin_loading();
-        let files = self
-            .slots()
-            .by_name
-            .get(name)
-            .map(|slot| slot.files.clone())
-            .unwrap_or_default();
-        if files.is_empty() {
-            return Err(AdminError::Unknown(name.to_owned()));
-        }
+        let files = {
+            let slots = self.slots();
+            let files = slots.by_name.get(name).map(|slot| slot.files.clone());
+            let files = files.unwrap_or_default();
+            if files.is_empty() && !slots.is_missing(name) {
+                return Err(AdminError::Unknown(name.to_owned()));
+            }
+            files
+        };
+        let record = || match &self.dir {
+            Some(dir) if folder::is_name(name) => folder::note_removal(dir, name),
+            _ => Ok(()),
+        };
+        record()?;
         // The file goes first: a scan in between would otherwise load the plugin again.
         for file in &files {
-            folder::remove(&file.path)?;
+            if let Err(error) = folder::remove(&file.path) {
+                if let Some(dir) = &self.dir {
+                    folder::forget_removal(dir, name);
+                }
+                return Err(error);
+            }
         }
+        // Once more, because a node that loaded the file in between has withdrawn the record. An
+        // error does no harm: events then wait on the other nodes.
+        record().ok();
+        self.slots()
+            .by_name
+            .entry(name.to_owned())
+            .or_default()
+            .is_removed = true;
         self.load_snapshot_in(
             &loading,
             FolderSnapshot::from([(name.to_owned(), Vec::new())]),
@@ -422,6 +529,37 @@ impl Registry {
         }
     }
 
+    /// The plugins whose versions stay active for a while when their files vanish.
+    fn active_names(&self) -> BTreeSet<String> {
+        let slots = self.slots();
+        let active = slots.by_name.iter();
+        let active = active.filter(|(_, slot)| slot.running.is_some());
+        active.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Records which plugins were removed on purpose, and which have lost their file only recently.
+    fn note_absent(&self, removed: &BTreeSet<String>, vanishing: &BTreeSet<String>) {
+        let mut slots = self.slots();
+        let known = slots.by_name.keys().chain(removed);
+        let mut is_new = false;
+        for name in known.cloned().collect::<BTreeSet<_>>() {
+            let (is_removed, is_vanishing) = (removed.contains(&name), vanishing.contains(&name));
+            let slot = slots.by_name.entry(name.clone()).or_default();
+            if is_vanishing && !slot.is_vanishing {
+                tracing::warn!(
+                    plugin.name = name,
+                    "the file of an active plugin is gone; it stays active for {} s",
+                    slot::GRACE.as_secs()
+                );
+            }
+            is_new |= (slot.is_removed, slot.is_vanishing) != (is_removed, is_vanishing);
+            (slot.is_removed, slot.is_vanishing) = (is_removed, is_vanishing);
+        }
+        if is_new {
+            self.publish(&slots);
+        }
+    }
+
     /// Records why the folder cannot be read, or that it can be.
     fn set_folder_failure(&self, reason: Option<String>) {
         self.current.send_if_modified(|current| {
@@ -458,6 +596,7 @@ impl Registry {
                 Job::Remove => LoadOutcome::Removed,
                 Job::Rest => LoadOutcome::Disabled,
                 Job::Refuse(failure) => LoadOutcome::Failed(failure),
+                Job::Ignore(why) => LoadOutcome::Ignored(why),
                 Job::Load(wanted) => match self.load_file(&name, &wanted) {
                     Ok(done) => done,
                     Err(failure) => LoadOutcome::Failed(failure),
@@ -476,10 +615,15 @@ impl Registry {
         let job = |(name, files): (String, Vec<FileStamp>)| {
             let settings = slots.config.settings(&name);
             let slot = slots.by_name.get(&name);
-            let job = match files.first() {
-                None => Job::Remove,
-                Some(_) if !slots.is_enabled(&name) => Job::Rest,
-                Some(_)
+            let is_running = slot.is_some_and(|slot| slot.running.is_some());
+            // The rules for names do not deactivate a plugin, only the configuration does.
+            let ignored = admission::admit(&name, &slots.config).err();
+            let ignored = ignored.filter(|why| !is_running || *why == Inadmissible::NotConfigured);
+            let job = match (files.first(), ignored) {
+                (None, _) => Job::Remove,
+                (Some(_), Some(why)) => Job::Ignore(why),
+                (Some(_), None) if !slots.is_enabled(&name) => Job::Rest,
+                (Some(_), None)
                     if slot.is_none_or(|slot| slot.running.is_none())
                         && n_running >= MAX_PLUGINS =>
                 {
@@ -488,7 +632,7 @@ impl Registry {
                     );
                     Job::Refuse(Failure { reason, hash: None })
                 }
-                Some(first) => {
+                (Some(first), None) => {
                     n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
                     // Refused only while the earlier generation is active: a rolled-back version is
                     // better than none.
@@ -565,6 +709,11 @@ impl Registry {
     /// Applies the outcomes of all jobs and publishes them together.
     fn apply(&self, _: &MutexGuard<'_, ()>, done: Vec<(String, Vec<FileStamp>, LoadOutcome)>) {
         let mut outcomes = Vec::with_capacity(done.len());
+        if let Some(dir) = &self.dir {
+            for (name, ..) in done.iter().filter(|(_, files, _)| !files.is_empty()) {
+                folder::forget_removal(dir, name);
+            }
+        }
         {
             let mut slots = self.slots();
             for (name, files, done) in done {
@@ -724,9 +873,11 @@ impl Registry {
         // The old snapshot may hold the last reference to a generation. It is only dropped after
         // the lock of the channel has been released.
         let folder_failure = self.current.borrow().folder_failure.clone();
+        let missing = slots.missing();
         drop(self.current.send_replace(Snapshot {
             chain,
             plugins,
+            missing,
             folder_failure,
         }));
     }
@@ -739,8 +890,8 @@ impl Registry {
         let active: Vec<&str> = active.collect();
         let idle = slots.by_name.iter().filter(|(name, slot)| {
             !active.contains(&name.as_str())
-                && !slot.files.is_empty()
                 && (slot.failure.is_some() || !slots.is_enabled(name))
+                && (!slot.files.is_empty() || slot.enabled == Some(false))
         });
         let names = active
             .iter()
@@ -754,41 +905,55 @@ impl Registry {
             })
         };
         let mut states: Vec<PluginState> = names.filter_map(state).collect();
-        states.extend(self.missing(slots));
+        states.extend(self.without_file(slots));
         states
     }
 
-    /// Configured plugins that have no file.
-    fn missing(&self, slots: &Slots) -> Vec<PluginState> {
+    /// Plugins that have no file: configured ones, and those that were active when it vanished.
+    fn without_file(&self, slots: &Slots) -> Vec<PluginState> {
         let known: Vec<&str> = slots
             .by_name
             .iter()
             .filter(|(_, slot)| !slot.files.is_empty())
             .map(|(name, _)| name.as_str())
             .collect();
-        let configured = slots
-            .config
-            .plugins
-            .iter()
-            .filter(|(_, settings)| settings.enabled)
-            .map(|(name, _)| name);
-        let missing = configured
-            .chain(&slots.config.order)
-            .filter(|name| !known.contains(&name.as_str()))
-            .collect::<BTreeSet<_>>();
+        let named = slots.config.plugins.keys().chain(&slots.config.order);
+        let vanished = slots.by_name.iter();
+        let vanished = vanished
+            .filter(|(_, slot)| slot.is_awaited && slot.running.is_none() && !slot.is_removed);
+        let missing: BTreeSet<&String> = named
+            .chain(vanished.map(|(name, _)| name))
+            .filter(|name| !known.contains(&name.as_str()) && slots.is_enabled(name))
+            .collect();
         let missing = missing.into_iter().map(|name| {
+            let slot = slots.by_name.get(name);
+            let remove = format!("run `pointsman plugin remove {name}`");
             let reason = match self.dir() {
+                _ if slot.is_some_and(|slot| slot.is_removed) => format!(
+                    "an admin command removed the plugin '{name}', which the configuration still names; upload it, or remove it from the configuration"
+                ),
+                Some(dir) if !slots.config.names(name) => format!(
+                    "the plugin '{name}' was active, but its file in {} is gone; put it back, or {remove}",
+                    dir.display()
+                ),
                 Some(dir) => format!(
-                    "the plugin '{name}' is configured, but no file in {} has this name (found: {}); add {name}.wasm, or remove it from the configuration",
+                    "the plugin '{name}' is configured, but no file in {} has this name (found: {}); add {name}.wasm, remove it from the configuration, or {remove}",
                     dir.display(),
                     known.join(", ")
                 ),
                 None => format!("the plugin '{name}' is configured, but there is no plugin folder; start the node with --plugins DIR, or set plugins.dir"),
             };
-            if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.generation == 0) {
+            if !self.current.borrow().plugins.iter().any(|before| before.name == *name && before.failure.as_ref() == Some(&reason)) {
                 tracing::error!(plugin.name = name, "plugin not loaded: {reason}");
             }
-            PluginState { name: name.clone(), state: PluginStatus::Missing, failure: Some(reason), ..PluginState::default() }
+            PluginState {
+                failure: Some(reason),
+                state: PluginStatus::Missing,
+                ..slot.map_or_else(
+                    || Slot::default().state(name, slots, Instant::now()),
+                    |slot| slot.state(name, slots, Instant::now()),
+                )
+            }
         });
         missing.collect()
     }

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
+
 use crate::escape::printable;
 
 /// A cheap handle: clones share the reasons.
@@ -59,6 +61,15 @@ pub struct Report {
     pub is_ready: bool,
     /// One line for each reason or warning, as `name: text`; reasons first.
     pub lines: Vec<String>,
+    pub reasons: Vec<NamedText>,
+    pub warnings: Vec<NamedText>,
+}
+
+/// A reason or warning.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NamedText {
+    pub name: String,
+    pub text: String,
 }
 
 impl Readiness {
@@ -182,18 +193,26 @@ impl Readiness {
 
     pub fn report(&self) -> Report {
         let reasons = self.lock();
-        let lines = |is_warning| {
-            reasons
+        let of = |is_warning| {
+            let held = reasons
                 .iter()
-                .filter(move |(_, r)| r.is_warning == is_warning && r.holds())
+                .filter(|(_, r)| r.is_warning == is_warning && r.holds());
+            let texts = held.map(|(name, r)| NamedText {
+                name: name.clone(),
+                text: r.text.clone(),
+            });
+            texts.collect::<Vec<_>>()
         };
-        let red: Vec<String> = lines(false)
-            .map(|(name, r)| format!("{name}: {}", r.text))
-            .collect();
-        let yellow = lines(true).map(|(name, r)| format!("warning: {name}: {}", r.text));
+        let (reasons, warnings) = (of(false), of(true));
+        let line =
+            |prefix: &str, NamedText { name, text }: &NamedText| format!("{prefix}{name}: {text}");
+        let red = reasons.iter().map(|reason| line("", reason));
+        let yellow = warnings.iter().map(|warning| line("warning: ", warning));
         Report {
-            is_ready: red.is_empty(),
-            lines: red.iter().cloned().chain(yellow).collect(),
+            is_ready: reasons.is_empty(),
+            lines: red.chain(yellow).collect(),
+            reasons,
+            warnings,
         }
     }
 

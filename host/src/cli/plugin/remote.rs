@@ -2,9 +2,9 @@
 //! node over its admin listener.
 //!
 //! The node implements and validates these commands; `render::plugins` formats its responses. Only
-//! `upload` adds a check of its own: a name that the node does not know creates an additional
-//! plugin, so it requires `--create`. Otherwise a typo in the name would silently add a plugin and
-//! leave the version that was to be replaced active.
+//! `upload` adds a check of its own, which names the options of this program: a name that the node
+//! does not know creates an additional plugin, so it requires `--create`. Otherwise a typo in the
+//! name would silently add a plugin and leave the version that was to be replaced active.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -131,6 +131,12 @@ pub(super) fn upload(
         }
         _ => {}
     }
+    // The first plugin of a node cannot be meant to replace another one.
+    let path = if former.is_none() {
+        format!("{path}?create=true")
+    } else {
+        path
+    };
     let text = node.send("PUT", &path, Some(file))?;
     node.print(&text, |plugin: Plugin| {
         let (label, status) = (plugin.label(), plugin.status());
@@ -171,8 +177,13 @@ pub(super) fn execute(Named { name, node }: &Named, command: AdminCommand) -> an
     if matches!(command, AdminCommand::Remove) {
         if !node.json {
             println!(
-                "removed {} and its file; {}",
+                "removed {}{}; {}",
                 former.label(),
+                if former.is_missing() {
+                    ""
+                } else {
+                    " and its file"
+                },
                 node.plugins()?.active_plugins()
             );
         }

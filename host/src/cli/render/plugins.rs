@@ -37,6 +37,7 @@ pub(in crate::cli) struct Plugin {
     since_ms: u64,
     settings: Settings,
     failure: Option<String>,
+    events_wait: bool,
     refusal: Option<Refusal>,
     /// Newest first.
     ended: Vec<EndedGeneration>,
@@ -208,7 +209,16 @@ impl Plugins {
                 format!("rejected at {}: {reason}", rfc3339(refusal.at_ms))
             });
             if let Some(reason) = refused.as_deref().or(failure) {
-                text += &format!("{}: {}\n", printable(&plugin.name), printable(reason));
+                let waits = if plugin.events_wait {
+                    "; events wait on this node"
+                } else {
+                    ""
+                };
+                text += &format!(
+                    "{}: {}{waits}\n",
+                    printable(&plugin.name),
+                    printable(reason)
+                );
             }
         }
         text + &self

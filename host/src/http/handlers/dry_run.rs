@@ -20,7 +20,8 @@ pub(in crate::http) async fn dry_run(
 impl From<DryRunError> for ApiError {
     fn from(error: DryRunError) -> Self {
         match error {
-            DryRunError::NoPlugins(no_plugins) => Self::unavailable(no_plugins.to_string()),
+            DryRunError::MissingPlugins(missing) => Self::unavailable(missing.to_string())
+                .fix("GET /readyz on the admin listener shows how"),
             DryRunError::TooSlow => {
                 Self::overloaded(error.to_string()).fix("send fewer events at once")
             }

@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract;
-use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::delivery::hub::FRESH;
 use crate::http::extract::Query;
 use crate::http::{ApiError, State};
+use crate::telemetry::readiness::{NamedText, Report};
 
 /// `GET /healthz`: the process responds. Nothing else is checked, because restarting a node does
 /// not repair its broker.
@@ -18,9 +20,11 @@ pub(in crate::http) async fn is_alive() -> &'static str {
     "ok\n"
 }
 
-/// `GET /readyz`: 200, or 503 with one line per reason. Warnings are listed in both.
+/// `GET /readyz`: 200, or 503 with one line per reason; with `Accept: application/json`, the same as
+/// JSON. Warnings are listed in both.
 pub(in crate::http) async fn is_ready(
     extract::State(state): extract::State<Arc<State>>,
+    headers: HeaderMap,
 ) -> Response {
     let report = state.readiness.report();
     let (status, first) = if report.is_ready {
@@ -28,12 +32,37 @@ pub(in crate::http) async fn is_ready(
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, None)
     };
+    let accepted = headers
+        .get(ACCEPT)
+        .and_then(|accepted| accepted.to_str().ok());
+    if accepted.is_some_and(|accepted| accepted.contains("application/json")) {
+        let Report {
+            is_ready: ready,
+            reasons,
+            warnings,
+            ..
+        } = report;
+        let report = ReadinessReport {
+            ready,
+            reasons,
+            warnings,
+        };
+        return (status, Json(report)).into_response();
+    }
     let lines: String = first
         .into_iter()
         .chain(report.lines.iter().map(String::as_str))
         .flat_map(|line| [line, "\n"])
         .collect();
     (status, lines).into_response()
+}
+
+/// `GET /readyz` as JSON.
+#[derive(Debug, Serialize)]
+struct ReadinessReport {
+    ready: bool,
+    reasons: Vec<NamedText>,
+    warnings: Vec<NamedText>,
 }
 
 /// The query of [`is_ready_for_streams`].

@@ -12,11 +12,11 @@ use axum::body::Body;
 use axum::extract;
 use axum::http::StatusCode;
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::http::body::{self, Timeouts};
-use crate::http::extract::{ApiKey, Path};
+use crate::http::extract::{ApiKey, Path, Query};
 use crate::http::{ApiError, State};
 use crate::plugin::MAX_FILE_BYTES;
 use crate::plugin::registry::state::PluginState;
@@ -56,19 +56,31 @@ pub(in crate::http) async fn show(
         .ok_or_else(|| AdminError::Unknown(name).into())
 }
 
-/// `PUT /v1/plugins/{name}` with the bytes of a plugin file.
+/// The query of [`upload`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct UploadOptions {
+    /// Whether the file adds a plugin instead of replacing one.
+    #[serde(default)]
+    create: bool,
+}
+
+/// `PUT /v1/plugins/{name}?create=BOOL` with the bytes of a plugin file.
 pub(in crate::http) async fn upload(
     extract::State(state): extract::State<Arc<State>>,
     _: ApiKey,
     Path(name): Path<String>,
+    Query(UploadOptions { create }): Query<UploadOptions>,
     body: Body,
 ) -> Result<Json<PluginState>, ApiError> {
+    // Before the body is read, so that a mistyped name is refused without an upload.
+    state.pipeline()?.registry().check_upload(&name, create)?;
     let (file, permit) = receive(&state, body).await?;
     let upload = move |registry: &Registry| {
         // Held until the upload is complete: a client that disconnects must not free the permit
         // early.
         let _permit = permit;
-        registry.upload(&name, &file)
+        registry.upload(&name, &file, create)
     };
     run_command(&state, upload).await.map(Json)
 }
@@ -168,6 +180,7 @@ impl From<AdminError> for ApiError {
         let text = error.to_string();
         match error {
             AdminError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
+            AdminError::New(_) => Self::not_found(text),
             AdminError::NoCandidate(_) => {
                 Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
             }

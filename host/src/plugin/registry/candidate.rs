@@ -84,7 +84,7 @@ impl Registry {
     /// place.
     pub fn promote(&self, name: &str) -> Result<PluginState, AdminError> {
         let shadow = self.find_shadow(name)?;
-        let state = self.upload(name, &shadow.bytes())?;
+        let state = self.upload(name, &shadow.bytes(), false)?;
         // Ended only after the upload succeeded: a failed promotion keeps the candidate.
         self.shadows.end(&shadow);
         Ok(state)
@@ -95,8 +95,14 @@ impl Registry {
     /// Compiles, so it may take seconds; not for an async thread.
     ///
     /// # Errors
-    /// No such plugin is active, or the candidate is invalid.
+    /// No such plugin is active, another one is missing, or the candidate is invalid.
     pub fn candidate_chain(&self, name: &str, bytes: &[u8]) -> Result<CandidateChain, AdminError> {
+        if let Err(missing) = self.complete_chain() {
+            return Err(AdminError::Impossible(format!(
+                "without the plugin '{}', every decision would differ; GET /readyz shows how to fix it",
+                missing.join("' and '")
+            )));
+        }
         let (plugin, settings) = self.candidate(&self.begin_loading(), name, bytes)?;
         let (name, hash, version) = (
             plugin.name().clone(),

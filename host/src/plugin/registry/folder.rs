@@ -10,7 +10,7 @@
 //! `watcher` decides when to take a snapshot; loading is in `registry`.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -22,6 +22,8 @@ use crate::escape::printable;
 
 /// The suffix of files that are being written by a node.
 const DRAFT: &str = ".upload";
+/// The suffix of the hidden files that record removals.
+const REMOVED: &str = ".removed";
 /// The age after which an unchanged draft counts as abandoned.
 const ABANDONED: Duration = Duration::from_secs(60 * 60);
 
@@ -231,6 +233,40 @@ fn folder_error(error: &std::io::Error, text: String) -> AdminError {
         ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => AdminError::Impossible(text),
         _ => AdminError::Folder(text),
     }
+}
+
+/// The plugins that an admin command removed, on this node or another one with this folder. A file
+/// that is gone for any other reason is missed.
+pub(super) fn removals(dir: &Path) -> BTreeSet<String> {
+    let name = |entry: fs::DirEntry| {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let name = file.strip_prefix('.')?.strip_suffix(REMOVED)?;
+        is_name(name).then(|| name.to_owned())
+    };
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(name).collect()
+}
+
+/// Records that a plugin was removed on purpose, for other nodes with this folder and later starts.
+///
+/// # Errors
+/// The record cannot be written; the text names it.
+pub(super) fn note_removal(dir: &Path, name: &str) -> Result<(), AdminError> {
+    let path = dir.join(format!(".{name}{REMOVED}"));
+    let text = "removed by an admin command; delete this file to miss the plugin\n";
+    fs::write(&path, text).map_err(|error| {
+        let text = format!(
+            "{} cannot be written: {error}; without it, other nodes with this folder and this node after a restart wait for the plugin",
+            path.display()
+        );
+        folder_error(&error, text)
+    })
+}
+
+/// Withdraws the record of a removal, because the plugin has a file again. A record that cannot be
+/// deleted has no effect while the file exists.
+pub(super) fn forget_removal(dir: &Path, name: &str) {
+    drop(fs::remove_file(dir.join(format!(".{name}{REMOVED}"))));
 }
 
 /// Whether `NAME.wasm` is a valid file name that yields this plugin name.

@@ -19,7 +19,7 @@ use crate::plugin::Limits;
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that
 /// needs one. Defaults are in parentheses.
 ///
-/// A plugin named `dir`, `order` or `cache` cannot be configured.
+/// A plugin named `dir`, `order`, `only_configured` or `cache` cannot be configured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Config {
     /// The plugin folder; its `.wasm` files are loaded, and it is watched for changes (none).
@@ -28,6 +28,8 @@ pub struct Config {
     /// Plugin names in calling order; the other plugins follow in the order of their file names
     /// (none).
     pub order: Vec<String>,
+    /// Load only the plugins that this section names, in `order` or by a table (false).
+    pub only_configured: bool,
     /// The folder of the compile cache, private to this user; `false` or `""` disables the cache
     /// (`plugins` in the folder of `broker.data`; without one, `pointsman` in `$XDG_CACHE_HOME` or
     /// `~/.cache`).
@@ -58,6 +60,11 @@ impl Config {
         };
         data.map(|data| data.join("plugins")).or_else(of_user)
     }
+
+    /// Whether `order` or a table names this plugin.
+    pub(super) fn names(&self, name: &str) -> bool {
+        self.plugins.contains_key(name) || self.order.iter().any(|ordered| ordered == name)
+    }
 }
 
 /// `[plugins.<name>]`: the settings of one plugin. Defaults are in parentheses.
@@ -65,11 +72,14 @@ impl Config {
 #[serde(
     default,
     deny_unknown_fields,
-    expecting = "a table for a plugin (the other keys of this section are dir, order and cache)"
+    expecting = "a table for a plugin (the other keys of this section are dir, order, only_configured and cache)"
 )]
 pub struct Settings {
     /// Whether the plugin is loaded (true).
     pub enabled: bool,
+    /// The policy for events while the plugin has no active version: `wait` or `skip` (continue
+    /// without this plugin) (`wait`).
+    pub on_missing: OnMissing,
     /// The policy for an event on which the plugin failed twice: `dead-letter`, `skip` (continue
     /// without this plugin) or `drop` (`dead-letter`).
     pub on_failure: OnFailure,
@@ -106,6 +116,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             enabled: true,
+            on_missing: OnMissing::Wait,
             on_failure: OnFailure::DeadLetter,
             deadline: Duration::from_millis(50),
             memory_mib: 32,
@@ -119,6 +130,17 @@ impl Default for Settings {
             config: serde_json::Map::new(),
         }
     }
+}
+
+/// The policy for events while a plugin has no active version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnMissing {
+    /// Events wait on this node; another node that has the plugin decides them.
+    #[default]
+    Wait,
+    /// Continue as if the plugin did not exist.
+    Skip,
 }
 
 /// The policy for an event on which a plugin failed.
@@ -240,7 +262,9 @@ impl<'de> Deserialize<'de> for Config {
         impl<'de> Visitor<'de> for Sections {
             type Value = Config;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the keys dir, order and cache, and a table for each plugin")
+                f.write_str(
+                    "the keys dir, order, only_configured and cache, and a table for each plugin",
+                )
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
                 let mut config = Config::default();
@@ -248,6 +272,7 @@ impl<'de> Deserialize<'de> for Config {
                     match key.as_str() {
                         "dir" => config.dir = Some(map.next_value()?),
                         "order" => config.order = map.next_value()?,
+                        "only_configured" => config.only_configured = map.next_value()?,
                         "cache" => {
                             let FolderOrNone(folder) = map.next_value()?;
                             config.cache = Some(folder);
@@ -289,10 +314,12 @@ mod tests {
     #[test]
     fn the_section_holds_its_own_keys_and_a_table_per_plugin() {
         let config: Config = toml::from_str(
-            "dir = 'build/plugins'\norder = ['discard', 'address']\n[discard]\non_failure = 'skip'\ndeadline = '5ms'\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
+            "dir = 'build/plugins'\norder = ['discard', 'address']\nonly_configured = true\n[discard]\non_failure = 'skip'\ndeadline = '5ms'\n[[discard.config.rules]]\nmatch.type = 'order.*'\n",
         )
         .unwrap();
         assert_eq!(config.dir.as_deref(), Some(Path::new("build/plugins")));
+        assert!(config.only_configured && config.names("discard") && config.names("address"));
+        assert!(!config.names("rules"));
         let discard = &config.plugins["discard"];
         assert_eq!(
             (discard.on_failure, discard.deadline, discard.memory_mib),
@@ -336,7 +363,7 @@ mod tests {
             ),
             (
                 "folder = 'x'\n",
-                "a table for a plugin (the other keys of this section are dir, order and cache)",
+                "a table for a plugin (the other keys of this section are dir, order, only_configured and cache)",
                 9..12,
             ),
             ("dir = 5\n", "string", 6..7),

@@ -3,20 +3,25 @@
 //!
 //! Pure bookkeeping under the registry's lock: nothing here reads a file, compiles or blocks.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::AdminError;
 use crate::clock::now_ms;
 use crate::plugin::Plugin;
+use crate::plugin::registry::admission::{self, Inadmissible};
 use crate::plugin::registry::folder::FileStamp;
 use crate::plugin::registry::generation::Generation;
 use crate::plugin::registry::health::BreakerState;
-use crate::plugin::registry::settings::{Config, Settings};
+use crate::plugin::registry::settings::{Config, OnMissing, Settings};
 use crate::plugin::registry::state::{Ended, PluginState, PluginStatus, Refusal};
 use crate::plugin::runtime::error::{EMPTY, TRUNCATED};
 
+/// How long a plugin whose file vanished stays active: a deployment may remove a file before it
+/// writes the next one.
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 /// The maximum number of former generations remembered per plugin.
 const MAX_ENDED: usize = 20;
 
@@ -46,6 +51,15 @@ pub(super) struct Slot {
     pub(super) rolled_back: Option<(String, Settings)>,
     /// Set by an operator, overriding the configuration.
     pub(super) enabled: Option<bool>,
+    /// Whether events wait for it while it has no active version although the configuration does
+    /// not name it: it was active, or its file was there when the node started.
+    pub(super) is_awaited: bool,
+    /// Whether an admin command removed it, on this node or another one with this folder.
+    pub(super) is_removed: bool,
+    /// Whether its file is gone, but not for long enough to deactivate it.
+    pub(super) is_vanishing: bool,
+    /// Why its file is not that of a plugin, by its name.
+    pub(super) inadmissible: Option<Inadmissible>,
     pub(super) n_generations: u64,
     /// Newest first.
     pub(super) ended: VecDeque<Ended>,
@@ -68,6 +82,8 @@ pub(super) enum LoadOutcome {
     Unchanged(String),
     Loaded(Box<Plugin>, Settings),
     Failed(Failure),
+    /// The file is not that of a plugin, by its name.
+    Ignored(Inadmissible),
 }
 
 impl Slots {
@@ -85,6 +101,54 @@ impl Slots {
             .unwrap_or_else(|| self.config.settings(name).enabled)
     }
 
+    /// Whether events wait for this plugin on this node: it has no active version, and nothing says
+    /// that events may pass without it.
+    pub(super) fn is_missing(&self, name: &str) -> bool {
+        let slot = self.by_name.get(name);
+        let is_expected = match slot {
+            Some(slot) if slot.running.is_some() => false,
+            Some(slot) if slot.is_removed && slot.files.is_empty() => false,
+            Some(slot) if slot.inadmissible.is_some() => {
+                slot.is_awaited && !self.is_stray(name, slot)
+            }
+            slot => slot.is_some_and(|slot| slot.is_awaited) || self.config.names(name),
+        };
+        is_expected
+            && self.is_enabled(name)
+            && self.config.settings(name).on_missing == OnMissing::Wait
+    }
+
+    /// The plugins that events wait for on this node.
+    pub(super) fn missing(&self) -> Vec<String> {
+        let named = self.config.plugins.keys().chain(&self.config.order);
+        let names: BTreeSet<&String> = named.chain(self.by_name.keys()).collect();
+        let missing = names.into_iter().filter(|name| self.is_missing(name));
+        missing.cloned().collect()
+    }
+
+    /// Whether the file of a refused name is a copy or a version of a plugin that is known without
+    /// it, or one that the configuration excludes: nothing is missed without it.
+    pub(super) fn is_stray(&self, name: &str, slot: &Slot) -> bool {
+        match &slot.inadmissible {
+            None => false,
+            Some(Inadmissible::NotConfigured) => true,
+            Some(Inadmissible::Invalid | Inadmissible::Version) => {
+                let base = admission::base(name);
+                base != name && self.is_known(base)
+            }
+        }
+    }
+
+    /// Whether the plugin has a file, or the configuration or an active version names it.
+    pub(super) fn is_known(&self, name: &str) -> bool {
+        let slot = self.by_name.get(name);
+        self.config.names(name)
+            || slot.is_some_and(|slot| {
+                !slot.files.is_empty() || slot.running.is_some() || slot.is_removed
+            })
+            || self.is_missing(name)
+    }
+
     /// Records an operator's choice and returns the plugin's files.
     ///
     /// # Errors
@@ -95,10 +159,14 @@ impl Slots {
         is_enabled: bool,
     ) -> Result<Vec<FileStamp>, AdminError> {
         let is_as_configured = self.config.settings(name).enabled == is_enabled;
-        let slot = self
-            .by_name
-            .get_mut(name)
-            .filter(|slot| !slot.files.is_empty());
+        let is_missing = self.is_missing(name);
+        let slot = self.by_name.entry(name.to_owned());
+        let slot = match slot {
+            Entry::Occupied(slot) => Some(slot.into_mut()),
+            Entry::Vacant(slot) => is_missing.then(|| slot.insert(Slot::default())),
+        };
+        let slot =
+            slot.filter(|slot| is_missing || !slot.files.is_empty() || slot.enabled == Some(false));
         let slot = slot.ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
         slot.enabled = (!is_as_configured).then_some(is_enabled);
         Ok(slot.files.clone())
@@ -128,9 +196,21 @@ impl Slot {
         if !is_rolled_back {
             self.failure = None;
         }
+        self.inadmissible = None;
+        if !self.files.is_empty() {
+            (self.is_removed, self.is_vanishing) = (false, false);
+        }
         let label = match outcome {
             LoadOutcome::Removed => {
-                self.deactivate(name, PluginStatus::Removed, "its file is gone");
+                let why = if self.is_removed {
+                    "an admin command removed it"
+                } else {
+                    "its file is gone"
+                };
+                self.deactivate(name, PluginStatus::Removed, why);
+                self.is_vanishing = false;
+                // A file that never worked is not missed.
+                self.is_awaited &= !self.is_removed && self.n_generations > 0;
                 // Forgotten with the file: adding the plugin again expresses the wish to run it.
                 (self.enabled, self.rolled_back) = (None, None);
                 None
@@ -140,7 +220,24 @@ impl Slot {
                     tracing::info!(plugin.name = name, "plugin is disabled");
                 }
                 self.deactivate(name, PluginStatus::Disabled, "it is disabled");
+                self.is_awaited = false;
                 None
+            }
+            LoadOutcome::Ignored(why) => {
+                let reason = why.of_file(&file, name);
+                tracing::error!(
+                    plugin.name = name,
+                    plugin.file = file,
+                    "plugin not loaded: {reason}"
+                );
+                self.deactivate(
+                    name,
+                    PluginStatus::Disabled,
+                    "the configuration excludes it",
+                );
+                self.failure = Some(Failure { reason, hash: None });
+                self.inadmissible = Some(why);
+                Some("failed")
             }
             LoadOutcome::Unchanged(_) => {
                 tracing::info!(
@@ -272,6 +369,7 @@ impl Slot {
         );
         self.running = Some(Arc::new(generation));
         self.since_ms = now_ms();
+        self.is_awaited = true;
     }
 
     /// Remembers a former generation.
@@ -299,6 +397,7 @@ impl Slot {
             Some(report) if report.breaker != BreakerState::Closed => PluginStatus::BreakerOpen,
             Some(report) if report.probation.is_some() => PluginStatus::OnProbation,
             Some(_) => PluginStatus::Active,
+            None if slots.is_stray(name, self) => PluginStatus::Ignored,
             None if !slots.is_enabled(name) => PluginStatus::Disabled,
             None => PluginStatus::Failed,
         };
@@ -306,11 +405,12 @@ impl Slot {
             name: name.to_owned(),
             file: self.files.first().map(FileStamp::file).unwrap_or_default(),
             state: status,
+            events_wait: slots.is_missing(name),
             override_enabled: self.enabled,
             since_ms: self.since_ms,
             settings: settings.shown(),
             previous: self.previous.as_ref().map(|previous| previous.number),
-            failure: self.failure.as_ref().map(|failure| failure.reason.clone()),
+            failure: self.shown_failure(name, settings.on_missing),
             failed_hash: self
                 .failure
                 .as_ref()
@@ -324,5 +424,23 @@ impl Slot {
             Some(running) => state.with_active(running),
             None => state,
         }
+    }
+
+    /// Why the present file is not the active version, with the fix.
+    fn shown_failure(&self, name: &str, on_missing: OnMissing) -> Option<String> {
+        let failure = self.failure.as_ref().map(|failure| failure.reason.clone());
+        failure.or_else(|| {
+            let file = self.files.first().map(FileStamp::file).unwrap_or_default();
+            self.is_vanishing.then(|| {
+                let then = match on_missing {
+                    OnMissing::Wait => "events wait",
+                    OnMissing::Skip => "events pass without it",
+                };
+                format!(
+                    "{file} is gone, so after {} s {then}; put it back, or run `pointsman plugin remove {name}`",
+                    GRACE.as_secs()
+                )
+            })
+        })
     }
 }

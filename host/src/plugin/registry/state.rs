@@ -16,6 +16,8 @@ pub struct PluginState {
     /// The file name.
     pub file: String,
     pub state: PluginStatus,
+    /// Whether events wait on this node because the plugin has no active version.
+    pub events_wait: bool,
     /// Set by an operator, overriding the configuration; `None`: not overridden.
     pub override_enabled: Option<bool>,
     pub kind: PluginKind,
@@ -113,8 +115,11 @@ pub enum PluginStatus {
     Failed,
     /// Disabled by the configuration or by an operator.
     Disabled,
-    /// Configured, but no file has this name.
+    /// Configured, or active until its file vanished, but no file has this name.
     Missing,
+    /// Its file is not that of a plugin, by its name: a copy or version of a plugin's file, or not
+    /// configured while `plugins.only_configured` is set.
+    Ignored,
     /// Generations only: another generation replaced it.
     Replaced,
     /// Generations only: it was rolled back to the one before.

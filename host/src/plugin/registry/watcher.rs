@@ -4,7 +4,8 @@
 //! A file system notification only triggers a scan; the scan decides. Changes are therefore never
 //! missed where notifications are unavailable (a network file system, no watch descriptor left),
 //! only found later. A file is loaded once it has been unchanged for [`SETTLED`], because editors
-//! and `cp` write in pieces, and some remove a file before they write it. A missing folder is
+//! and `cp` write in pieces, and some remove a file before they write it. An active plugin whose
+//! file is gone without a record of its removal stays active for [`GRACE`]. A missing folder is
 //! treated as an accident and does not remove its plugins. The thread ends soon after the
 //! [`Watcher`] is dropped.
 //!
@@ -25,12 +26,15 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::Registry;
 use super::folder::{self, FileStamp, FolderSnapshot};
+use super::slot::GRACE;
 use crate::shutdown::Alarm;
 
 /// How long the files of a plugin must be unchanged before they are loaded.
 const SETTLED: Duration = Duration::from_millis(150);
 /// The minimum time between two scans, because the folder may be written to all the time.
 const PACE: Duration = Duration::from_millis(25);
+/// The time between two scans while an active plugin has lost its file.
+const LOOK_FOR_LOST_EVERY: Duration = Duration::from_millis(250);
 /// The maximum time between two scans, for changes without a notification.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
@@ -104,7 +108,14 @@ impl Thread {
             match folder::snapshot(&self.dir) {
                 Ok(seen) => {
                     self.registry.set_folder_failure(None);
-                    let due = settling.due(&self.registry.loaded(), &seen, Instant::now());
+                    let mut removed = folder::removals(&self.dir);
+                    removed.retain(|name| !seen.contains_key(name));
+                    let lost: BTreeSet<String> = self.registry.active_names();
+                    let is_lost =
+                        |name: &String| !seen.contains_key(name) && !removed.contains(name);
+                    let lost = lost.into_iter().filter(is_lost).collect();
+                    self.registry.note_absent(&removed, &lost);
+                    let due = settling.due(&self.registry.loaded(), &seen, &lost, Instant::now());
                     if !due.is_empty() {
                         self.registry.load_snapshot(due);
                     }
@@ -114,9 +125,9 @@ impl Thread {
                     self.registry.set_folder_failure(Some(reason));
                 }
             }
-            if settling.is_over() {
+            if let Some(pause) = settling.pause() {
                 // Scan whether woken or timed out.
-                self.woken.recv_timeout(LOOK_EVERY).ok();
+                self.woken.recv_timeout(pause).ok();
             }
             thread::sleep(PACE);
         }
@@ -159,18 +170,25 @@ pub fn is_change(heard: &notify::Result<notify::Event>) -> bool {
 
 /// Plugins whose files differ from those last loaded, and since when they have been unchanged.
 #[derive(Debug, Default)]
-struct Settling(BTreeMap<String, (Vec<FileStamp>, Instant)>);
+struct Settling {
+    since: BTreeMap<String, (Vec<FileStamp>, Instant)>,
+    /// How many of them are active plugins that have lost their files.
+    n_lost: usize,
+}
 
 impl Settling {
     /// Returns the files to load now; an empty list stands for a plugin whose files are gone.
+    /// `lost`: active plugins whose files are gone and were not removed by an admin command.
     fn due(
         &mut self,
         loaded: &FolderSnapshot,
         seen: &FolderSnapshot,
+        lost: &BTreeSet<String>,
         now: Instant,
     ) -> FolderSnapshot {
         let mut due = FolderSnapshot::new();
-        let mut before = std::mem::take(&mut self.0);
+        let mut before = std::mem::take(&mut self.since);
+        self.n_lost = 0;
         for name in loaded.keys().chain(seen.keys()).collect::<BTreeSet<_>>() {
             let files = seen.get(name).cloned().unwrap_or_default();
             if files == loaded.get(name).map_or(&[][..], Vec::as_slice) {
@@ -180,17 +198,25 @@ impl Settling {
                 .remove(name)
                 .filter(|(files_before, _)| *files_before == files)
                 .map_or(now, |(_, since)| since);
-            if now.duration_since(since) >= SETTLED {
+            let is_lost = files.is_empty() && lost.contains(name);
+            let settled = if is_lost { GRACE } else { SETTLED };
+            if now.duration_since(since) >= settled {
                 due.insert(name.clone(), files);
             } else {
-                self.0.insert(name.clone(), (files, since));
+                self.n_lost += usize::from(is_lost);
+                self.since.insert(name.clone(), (files, since));
             }
         }
         due
     }
 
-    fn is_over(&self) -> bool {
-        self.0.is_empty()
+    /// How long nothing needs to be looked at without a notification; `None`: something settles.
+    fn pause(&self) -> Option<Duration> {
+        match self.since.len() - self.n_lost {
+            0 if self.n_lost > 0 => Some(LOOK_FOR_LOST_EVERY),
+            0 => Some(LOOK_EVERY),
+            _ => None,
+        }
     }
 }
 
@@ -210,7 +236,7 @@ mod tests {
         let (mut loaded, mut at) = (FolderSnapshot::new(), Duration::ZERO);
         let mut due_after = |loaded: &FolderSnapshot, wait: Duration| {
             at += wait;
-            settling.due(loaded, &folder.snapshot(), began + at)
+            settling.due(loaded, &folder.snapshot(), &BTreeSet::new(), began + at)
         };
         // Written in pieces, each just before the file would count as settled.
         for n_bytes in 0..10 {
@@ -254,5 +280,31 @@ mod tests {
             due_after(&loaded, SETTLED),
             FolderSnapshot::from([("a".to_owned(), Vec::new())])
         );
+    }
+
+    #[test]
+    fn an_active_plugin_whose_file_vanished_is_due_after_the_grace_period() {
+        let folder = Scratch::new("vanished");
+        let file = folder.0.join("a.wasm");
+        fs::write(&file, "one").unwrap();
+        let (loaded, lost) = (folder.snapshot(), BTreeSet::from(["a".to_owned()]));
+        let (mut settling, began) = (Settling::default(), Instant::now());
+        let mut due_at = |at: Duration| {
+            let due = settling.due(&loaded, &folder.snapshot(), &lost, began + at);
+            (due.keys().cloned().collect::<Vec<_>>(), settling.pause())
+        };
+        let nothing = Vec::<String>::new();
+        assert_eq!(due_at(Duration::ZERO), (nothing.clone(), Some(LOOK_EVERY)));
+        fs::remove_file(&file).unwrap();
+        let waits = (nothing.clone(), Some(LOOK_FOR_LOST_EVERY));
+        assert_eq!(due_at(Duration::ZERO), waits);
+        assert_eq!(due_at(GRACE / 2), waits);
+        // Back in time, but not for long: the grace period begins again.
+        fs::write(&file, "two").unwrap();
+        assert_eq!(due_at(GRACE / 2), (nothing, None));
+        fs::remove_file(&file).unwrap();
+        assert_eq!(due_at(GRACE), waits);
+        assert_eq!(due_at(GRACE * 3 / 2), waits);
+        assert_eq!(due_at(GRACE * 2).0, ["a"]);
     }
 }
