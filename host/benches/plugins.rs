@@ -335,7 +335,9 @@ fn loads(file: &Path) {
             );
             alone.push(began.elapsed());
             let began = Instant::now();
-            registry.upload(name, &version).expect("a valid plugin");
+            registry
+                .upload(name, &version, false)
+                .expect("a valid plugin");
             uploaded.push(began.elapsed());
         }
         let (alone, uploaded) = (median(alone), median(uploaded));
@@ -397,7 +399,7 @@ fn settling(file: &Path, dir: &Path) -> Duration {
         let watched = began.elapsed();
         let began = Instant::now();
         registry
-            .upload("costs", &with_section(&bytes, 1001 + 2 * n))
+            .upload("costs", &with_section(&bytes, 1001 + 2 * n), false)
             .expect("a valid plugin");
         waits.push(watched.saturating_sub(began.elapsed()));
     }
