@@ -279,6 +279,9 @@ fn events_wait_at_a_start_until_every_plugin_file_is_active() {
     assert_eq!(site.next_decision().1, deciders);
 }
 
+/// What an operator does about a missing plugin.
+type Statement<'a> = &'a dyn Fn(&Site);
+
 #[test]
 fn only_what_an_operator_states_lets_events_pass_without_a_plugin() {
     let plugins = Plugins::new(&[("versioned.wasm", versioned(1))]);
@@ -292,7 +295,7 @@ fn only_what_an_operator_states_lets_events_pass_without_a_plugin() {
         assert_eq!(answer.status, 200, "{answer:?}");
     };
     let reconfigure = |toml: &'static str| move |site: &Site| site.node.reconfigure(toml);
-    let ways: [(&dyn Fn(&Site), &str); 4] = [
+    let ways: [(Statement<'_>, &str); 4] = [
         (&reconfigure("[plugins.absent]\nenabled = false\n"), ""),
         (
             &reconfigure("[plugins.absent]\non_missing = 'skip'\n"),
