@@ -4,7 +4,7 @@
 //! Nothing here stops anything. Ingest and streams handle an outage themselves, and ingest waits
 //! for plugins itself; this module only reports.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -309,9 +309,16 @@ fn report_plugins(
         .iter()
         .filter_map(|plugin| Some((format!("plugins.{}", plugin.name), trouble(plugin)?)));
     let troubled: BTreeMap<_, _> = troubled.collect();
+    // The registry has logged them as a warning: a file that is being copied is not an error.
+    let incomplete = plugins.iter().filter(|plugin| plugin.is_incomplete());
+    let incomplete: BTreeSet<_> = incomplete
+        .map(|plugin| format!("plugins.{}", plugin.name))
+        .collect();
     readiness.retain("plugins.", |name| troubled.contains_key(name));
     for (name, (is_red, text)) in &troubled {
-        if *is_red {
+        if *is_red && incomplete.contains(name) {
+            readiness.set_unlogged(name, text)
+        } else if *is_red {
             readiness.set(name, text)
         } else {
             readiness.warn(name, text)

@@ -100,6 +100,11 @@ impl Readiness {
         self.put(name, text.into(), false, Some(Instant::now() + long));
     }
 
+    /// Like [`Readiness::set`], for a reason that was logged where it was found.
+    pub fn set_unlogged(&self, name: &str, text: impl Into<String>) {
+        self.insert(name, text.into(), false, None, false);
+    }
+
     /// Like [`Readiness::set`], for a text with figures that change: logged only if the reason is
     /// new.
     pub fn update(&self, name: &str, text: impl Into<String>) {

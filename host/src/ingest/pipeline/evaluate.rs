@@ -93,8 +93,10 @@ impl Evaluator {
     /// processor time of it.
     fn report_slow_calls(&mut self, n_events: usize, took: Duration, cpu: Duration) {
         for (name, SlowCalls { n, time }) in std::mem::take(&mut self.slow) {
-            // On a busy machine a call waits for the processor; that is not the plugin's fault.
-            if cpu < time / 2 {
+            // On a busy machine calls wait for the processor, which is not the plugin's fault: what
+            // counts is their part of the processor time.
+            let own = time.mul_f64(cpu.as_secs_f64() / took.as_secs_f64());
+            if own < SLOW_CALL * n {
                 continue;
             }
             let now = Instant::now();

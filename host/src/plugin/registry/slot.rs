@@ -277,11 +277,11 @@ impl Slot {
 
     /// Records that a file is invalid. The active generation, if there is one, stays active.
     fn keep_active(&mut self, name: &str, file: &str, Failure { reason, hash }: Failure) {
-        // While a file is copied in pieces it is no plugin yet; once whole, it is loaded.
+        // A new file that is copied in pieces is no plugin yet; once whole, it is loaded.
         let is_incomplete = reason.starts_with(TRUNCATED) || reason == EMPTY;
         let reason = format!("{file} {reason}");
         match &self.running {
-            _ if is_incomplete => tracing::warn!(
+            None if is_incomplete => tracing::warn!(
                 plugin.name = name,
                 plugin.file = file,
                 plugin.failed_hash = hash,

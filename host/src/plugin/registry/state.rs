@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::generation::Generation;
 use super::health::HealthReport;
 use super::settings::Settings;
+use crate::plugin::runtime::error::TRUNCATED;
 use crate::plugin::shadow::ShadowSummary;
 use crate::plugin::{Plugin, Role};
 
@@ -53,6 +54,14 @@ pub struct PluginState {
 }
 
 impl PluginState {
+    /// Whether the present file lacks its end, as while it is being copied.
+    pub(crate) fn is_incomplete(&self) -> bool {
+        let failure = self.failure.as_deref().unwrap_or_default();
+        failure
+            .strip_prefix(&self.file)
+            .is_some_and(|reason| reason.trim_start().starts_with(TRUNCATED))
+    }
+
     /// Adds what is known of the active generation.
     pub(super) fn with_active(mut self, generation: &Generation) -> Self {
         let plugin = &generation.plugin;

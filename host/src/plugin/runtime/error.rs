@@ -143,14 +143,9 @@ pub(super) fn not_valid(error: &wasmparser::BinaryReaderError) -> String {
             "uses a WebAssembly proposal that plugins may not use; build it without: {what}"
         );
     }
-    let is_unknown = [
-        "illegal opcode",
-        "unknown 0x",
-        "invalid leading byte",
-        "unknown binary version",
-    ]
-    .iter()
-    .any(|word| text.contains(word));
+    let is_unknown = ["illegal opcode", "unknown binary version"]
+        .iter()
+        .any(|word| text.contains(word));
     if is_unknown {
         return format!(
             "is damaged, or uses a WebAssembly proposal that this host does not know; build it for WebAssembly 2.0: {what}"
