@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use costs::{ATTRIBUTES, Config as Costs, FIELDS, From};
 use pointsman::event::{EntryId, Event, Name, Priority};
+use pointsman::ingest::pipeline::Pipeline;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::registry::settings::Config;
 use pointsman::plugin::registry::watcher::Watcher;
@@ -34,6 +35,7 @@ fn main() {
     let file = build();
     let bytes = std::fs::read(file.join("costs.wasm")).expect("the guest was just built");
     calls(&bytes);
+    idle(&file);
     loads(&file);
 }
 
@@ -278,6 +280,78 @@ fn calls(bytes: &[u8]) {
         ),
     ];
     judge(&bounds);
+}
+
+/// Measures the evaluation of an event and the text of its decision record, alone and among 31
+/// plugins that do not handle its type.
+fn idle(file: &Path) {
+    const EVENTS: usize = 64;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime");
+    let engine = Engine::new().expect("an engine");
+    let folders: Vec<PathBuf> = [0, 31]
+        .into_iter()
+        .map(|n| {
+            let dir = std::env::temp_dir()
+                .join(format!("pointsman-bench-idle-{n}-{}", std::process::id()));
+            std::fs::create_dir_all(&dir).expect("a folder");
+            let copy = |from: &str, to: String| {
+                std::fs::copy(file.join(from), dir.join(to)).expect("a copy");
+            };
+            copy("address.wasm", "address.wasm".to_owned());
+            (0..n).for_each(|n| copy("rules.wasm", format!("idle-{n}.wasm")));
+            dir
+        })
+        .collect();
+    let pipelines: Vec<Pipeline> = folders
+        .iter()
+        .map(|dir| {
+            let rule =
+                json!({ "rules": [{ "match": { "type": "never" }, "to": { "user": "1" } }] });
+            let config = json!({ "dir": dir });
+            let mut config: Config = serde_json::from_value(config).expect("a configuration");
+            for n in 0..31 {
+                let settings = json!({ "config": rule });
+                let settings = serde_json::from_value(settings).expect("settings");
+                config.plugins.insert(format!("idle-{n}"), settings);
+            }
+            let registry =
+                Registry::load(engine.clone(), config, Metrics::default()).expect("plugins");
+            Pipeline::start(Arc::new(registry), false, Metrics::default()).expect("threads")
+        })
+        .collect();
+    let event = Event::from_json(
+        EntryId { ms: 1, seq: 0 },
+        "/shop",
+        json!({ "id": "e", "source": "/shop", "type": "order.placed", "user": "42" })
+            .to_string()
+            .as_bytes(),
+    )
+    .expect("a valid event");
+    let mut turns = [Vec::new(), Vec::new()];
+    for _ in 0..TURNS {
+        for (pipeline, turns) in pipelines.iter().zip(&mut turns) {
+            let began = Instant::now();
+            for _ in 0..CALLS / EVENTS as u32 {
+                let events = vec![event.clone(); EVENTS];
+                let evaluations = runtime
+                    .block_on(pipeline.evaluate(events, 1))
+                    .expect("plugins are active");
+                for evaluation in evaluations {
+                    black_box(serde_json::to_vec(&evaluation.verdicts).expect("JSON"));
+                }
+            }
+            turns.push(began.elapsed());
+        }
+    }
+    let [alone, among] = turns.map(|turns| median(turns).as_secs_f64());
+    println!("\nAn event among 31 plugins that do not handle its type\n");
+    judge(&[("relative to none of them", among / alone, 1.1)]);
+    for dir in folders {
+        // Best effort, as in `loads`.
+        drop(std::fs::remove_dir_all(dir));
+    }
 }
 
 fn judge(bounds: &[(&str, f64, f64)]) {
