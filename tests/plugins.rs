@@ -1,7 +1,8 @@
-//! The plugin platform: isolation, reload, shadowing, the compile cache, and the decisions of
-//! plugins.
+//! The plugin platform: isolation, composed components, reload, shadowing, the compile cache, and
+//! the decisions of plugins.
 
 mod compile_cache;
+mod composition;
 mod decisions;
 mod docs_samples;
 mod hostile_plugins;

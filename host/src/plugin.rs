@@ -14,6 +14,7 @@ pub mod shadow;
 pub use self::inspect::noop::noop;
 pub use self::registry::folder::{check_folder, name_of_file};
 pub use self::runtime::call::{Amended, Answer, Call, CallError, ParsedPayload, Role};
+pub use self::runtime::component::embed;
 pub use self::runtime::deadline::Ticking;
 pub use self::runtime::engine::Engine;
 pub use self::runtime::error::LoadError;

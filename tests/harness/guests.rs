@@ -1,7 +1,8 @@
 //! Guest plugins for tests, built once per run: the bundled plugins; `unruly`, which misbehaves on
 //! request; `forger`, which puts false text into every string; `versioned`, which reports the
-//! version that decides; `turning`, whose versions decide differently if an event requests it; and
-//! components generated from an interface, which do nothing.
+//! version that decides; `turning`, whose versions decide differently if an event requests it;
+//! `relay`, which passes the log of a plugin on; components composed of several; and components
+//! generated from an interface, which do nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -72,6 +73,52 @@ pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {
         .expect("a component")
 }
 
+/// A guest as a component whose log passes through this number of relays, which are components with
+/// memories of their own.
+pub(crate) fn relayed(guest: &str, n_relays: usize) -> Vec<u8> {
+    use wasm_compose::graph::{Component, CompositionGraph, EncodeOptions, ExportIndex};
+    use wasmparser::Validator;
+    use wit_component::ComponentEncoder;
+
+    const LOG: &str = "pointsman:plugin/log@0.1.0";
+    let encoded = |guest: &str| {
+        ComponentEncoder::default()
+            .module(&core_module(guest))
+            .and_then(|mut encoder| encoder.encode())
+            .expect("a component")
+    };
+    let mut validator = Validator::new();
+    let mut graph = CompositionGraph::new();
+    let mut add = |name: String, bytes: Vec<u8>| {
+        let component =
+            Component::from_bytes(&mut validator, name, bytes).expect("a valid component");
+        let id = graph.add_component(component).expect("a new name");
+        let component = graph.get_component(id).expect("it was added");
+        let import = component.import_by_name(LOG).expect("it logs").0;
+        let export = component.export_by_name(LOG).map(|(export, ..)| export);
+        (graph.instantiate(id).expect("an instance"), import, export)
+    };
+    let (plugin, import, _) = add(guest.to_owned(), encoded(guest));
+    let relay = encoded("relay");
+    let relays: Vec<_> = (0..n_relays)
+        .map(|n| add(format!("relay-{n}"), relay.clone()))
+        .collect();
+    let mut last = (plugin, import);
+    for (relay, import, export) in relays {
+        let export: Option<ExportIndex> = export;
+        graph
+            .connect(relay, export, last.0, last.1)
+            .expect("the log of one is that of the other");
+        last = (relay, import);
+    }
+    let options = EncodeOptions {
+        define_components: true,
+        export: Some(plugin),
+        validate: true,
+    };
+    graph.encode(options).expect("a composed component")
+}
+
 /// The WIT text of the contract that this host implements, as one file.
 pub(crate) fn contract() -> String {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -133,6 +180,8 @@ fn build(target: &str) -> PathBuf {
             "versioned",
             "-p",
             "turning",
+            "-p",
+            "relay",
         ])
         .status()
         .expect("cargo, which built this, runs");

@@ -7,6 +7,7 @@ mod bindings;
 pub mod cache;
 pub(super) mod call;
 pub(super) mod compile;
+pub(super) mod component;
 pub(super) mod deadline;
 pub(super) mod engine;
 pub(super) mod error;

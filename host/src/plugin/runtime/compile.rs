@@ -11,11 +11,12 @@ use wasmtime::component::Component;
 
 use super::bindings;
 use super::cache::Key;
+use super::component;
 use super::engine::Engine;
 use super::error::{EMPTY, asynchronous, causes, not_valid};
 use super::limits::Limits;
 use super::log::printable;
-use super::store::MAX_MEMORIES;
+use super::store::{MAX_MEMORIES, MAX_TABLES};
 use super::structure;
 
 /// A component whose imports are all granted.
@@ -87,15 +88,12 @@ fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
     let component = if wasmparser::Parser::is_component(bytes) {
         bytes
     } else {
-        let encoder = wit_component::ComponentEncoder::default().module(bytes);
-        encoded = encoder
-            .and_then(|mut encoder| encoder.encode())
-            .map_err(|e| {
-                format!(
-                    "is a core module that cannot be converted to a component: {}",
-                    printable(&format!("{e:#}"))
-                )
-            })?;
+        encoded = component::encode(bytes).map_err(|e| {
+            format!(
+                "is a core module that cannot be converted to a component: {}",
+                printable(&format!("{e:#}"))
+            )
+        })?;
         &encoded
     };
     Component::from_binary(engine.wasmtime(), component).map_err(|e| {
@@ -170,13 +168,17 @@ fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), Strin
             "does not export pointsman:plugin/lifecycle, which every plugin must export".to_owned(),
         );
     }
-    if let Some(resources) = component.resources_required()
-        && resources.num_memories as usize > MAX_MEMORIES
-    {
-        return Err(format!(
-            "has {} memories; the limit is {}",
-            resources.num_memories, MAX_MEMORIES
-        ));
+    if let Some(resources) = component.resources_required() {
+        for (what, count, limit) in [
+            ("memories", resources.num_memories, MAX_MEMORIES),
+            ("tables", resources.num_tables, MAX_TABLES),
+        ] {
+            if count as usize > limit {
+                return Err(format!(
+                    "has {count} {what}; the limit is {limit}: compose it of fewer components"
+                ));
+            }
+        }
     }
     Ok((is_filter, is_router))
 }

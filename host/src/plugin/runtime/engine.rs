@@ -10,6 +10,7 @@ use std::thread;
 
 use wasmtime::component::Linker;
 use wasmtime::{Config, InstanceAllocationStrategy, PoolingAllocationConfig};
+use wasmtime_wasi::p2::bindings::clocks::monotonic_clock;
 use wasmtime_wasi::p2::bindings::random;
 use wasmtime_wasi::p2::bindings::sync::io::poll;
 
@@ -17,8 +18,8 @@ use super::bindings;
 use super::cache::Cache;
 use super::deadline::{Ticker, Ticking};
 use super::random::SeededRandom;
-use super::store::{HostState, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
-use super::wasi::{NoWaiting, NonBlockingPoll};
+use super::store::{HostState, MAX_INSTANCES, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
+use super::wasi::{NoWaiting, NonBlocking};
 
 /// The maximum number of plugins in a chain; determines the size of the instance pool.
 pub(in crate::plugin) const MAX_PLUGINS: usize = 32;
@@ -119,7 +120,8 @@ fn config(is_pooling: bool) -> Config {
     config.concurrency_support(false);
     config.epoch_interruption(true);
     config.wasm_memory64(false);
-    config.wasm_multi_memory(false);
+    // In a composed component, wasmtime's own code copies between the memories of its parts.
+    config.wasm_multi_memory(true);
     // Exceptions and shared memories are disabled by leaving out the crate features `gc` and
     // `threads`.
     if is_pooling {
@@ -128,9 +130,11 @@ fn config(is_pooling: bool) -> Config {
         let n = (MAX_PLUGINS * (Engine::n_workers() + 2) + MAX_SHADOWS) as u32;
         let mut pool = PoolingAllocationConfig::new();
         pool.total_component_instances(n)
-            .total_core_instances(n * 32)
+            .total_core_instances(n * MAX_INSTANCES as u32)
             .total_memories(n * MAX_MEMORIES as u32)
             .total_tables(n * MAX_TABLES as u32)
+            .max_memories_per_module(MAX_MEMORIES as u32)
+            .max_tables_per_module(MAX_TABLES as u32)
             .total_stacks(1)
             .table_elements(MAX_TABLE_ELEMENTS);
         config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
@@ -144,7 +148,10 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<HostState>> {
     // Deadlines cannot interrupt a host function, so those that block are replaced.
     linker.allow_shadowing(true);
     poll::add_to_linker::<HostState, NoWaiting>(&mut linker, |state| {
-        NonBlockingPoll(&mut state.table)
+        NonBlocking(&mut state.table)
+    })?;
+    monotonic_clock::add_to_linker::<HostState, NoWaiting>(&mut linker, |state| {
+        NonBlocking(&mut state.table)
     })?;
     // Real randomness would make a decision that cannot be reproduced.
     random::random::add_to_linker::<HostState, SeededRandom>(&mut linker, |s| &mut s.random)?;

@@ -1,5 +1,7 @@
 //! Why a file cannot run as a plugin, and the text of wasmtime's errors.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use wasmtime::WasmBacktrace;
 
 use super::log::printable;
@@ -16,6 +18,29 @@ const MAX_FRAME: usize = 100;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct LoadError(pub(in crate::plugin) String);
+
+/// Runs a step of loading a file. The validator, the encoder, the compiler and the runtime take any
+/// input, and a bug in them must cost the file and not the thread.
+///
+/// # Errors
+/// That of the step, or that it panicked.
+pub(super) fn contain_panic<T>(
+    step: impl FnOnce() -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
+    // Whatever the step left behind is dropped: it shares nothing but the engine, which does not
+    // depend on a file.
+    catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
+        Err(LoadError(format!(
+            "makes this host panic: {}; report it with the file",
+            printable(text)
+        )))
+    })
+}
 
 /// Describes an error that is neither a trap nor an exceeded limit.
 pub(super) fn contract_violation(error: &wasmtime::Error) -> String {
@@ -220,5 +245,16 @@ mod tests {
         assert!(Function::Resolve.place(&error).contains("targets"));
         let error = wasmtime::format_err!("something else");
         assert_eq!(Function::Resolve.place(&error), "");
+    }
+
+    #[test]
+    fn a_panic_while_a_file_is_loaded_refuses_the_file() {
+        let refused = |step: fn() -> Result<(), LoadError>| contain_panic(step).unwrap_err().0;
+        assert_eq!(refused(|| Err(LoadError("is empty".into()))), "is empty");
+        assert_eq!(
+            refused(|| panic!("no\nmemory")),
+            "makes this host panic: no\\nmemory; report it with the file"
+        );
+        assert!(refused(|| std::panic::panic_any(7)).contains("no message"));
     }
 }

@@ -16,7 +16,7 @@ use super::call::{Answer, Call, CallError, Role};
 use super::compile::{Compiled, compile};
 use super::deadline::Ticking;
 use super::engine::Engine;
-use super::error::{Function, LoadError, causes, contract_violation, frames};
+use super::error::{Function, LoadError, causes, contain_panic, contract_violation, frames};
 use super::limits::Limits;
 use super::log::{GuestLog, printable};
 use super::manifest::{Description, Manifest};
@@ -112,18 +112,21 @@ impl Plugin {
         limits: Limits,
     ) -> Result<Self, LoadError> {
         let hash = file_hash(bytes);
-        let Compiled {
-            component,
-            has_filter,
-            has_router,
-            is_cached,
-        } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
-        let component = engine
-            .linker()
-            .instantiate_pre(&component)
-            .map_err(|e| LoadError(format!("cannot be linked to this host: {}", causes(&e))))?;
-        let exports = ExportIndices::find(&component, has_filter, has_router)
-            .map_err(|e| LoadError(contract_violation(&e)))?;
+        let (component, exports, is_cached) = contain_panic(|| {
+            let Compiled {
+                component,
+                has_filter,
+                has_router,
+                is_cached,
+            } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
+            let component = engine
+                .linker()
+                .instantiate_pre(&component)
+                .map_err(|e| LoadError(format!("cannot be linked to this host: {}", causes(&e))))?;
+            let exports = ExportIndices::find(&component, has_filter, has_router)
+                .map_err(|e| LoadError(contract_violation(&e)))?;
+            Ok((component, exports, is_cached))
+        })?;
         Ok(Self {
             log: Arc::new(GuestLog::new(name.clone())),
             name,
@@ -318,6 +321,11 @@ impl Plugin {
     /// Creates the first instance, which shows whether the plugin works at all: records whose
     /// fields do not match the contract fail here and not earlier.
     pub(in crate::plugin) fn check_first_instance(&self) -> Result<Description, String> {
+        contain_panic(|| self.describe_first_instance().map_err(LoadError))
+            .map_err(|LoadError(reason)| reason)
+    }
+
+    fn describe_first_instance(&self) -> Result<Description, String> {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).map_err(|e| match e {
             CallError::InvalidOutput(reason) => reason,

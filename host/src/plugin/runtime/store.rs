@@ -14,12 +14,16 @@ use super::random::SeededRandom;
 use super::wasi::{FrozenClock, GuestOutput, OutputLines};
 use crate::event::Name;
 
-/// The maximum number of memories per plugin; most have one.
-pub(super) const MAX_MEMORIES: usize = 2;
-/// The maximum number of tables per plugin.
-pub(super) const MAX_TABLES: usize = 8;
-/// The maximum number of elements per table; interpreters compiled to WebAssembly have about ten
-/// thousand.
+/// The maximum number of memories per plugin. Most have one; a component composed of several has one
+/// for each of its parts. `memory_bytes` limits their sum.
+pub(super) const MAX_MEMORIES: usize = 4;
+/// The maximum number of tables per plugin: for each part of a composed component its own, and that
+/// by which its imports reach the host.
+pub(super) const MAX_TABLES: usize = 16;
+/// The maximum number of core instances per plugin.
+pub(super) const MAX_INSTANCES: usize = 64;
+/// The maximum number of elements in all tables of a plugin; interpreters compiled to WebAssembly have
+/// about ten thousand.
 pub(super) const MAX_TABLE_ELEMENTS: usize = 100_000;
 /// Ticks until the CPU time of a call is first read: the current, partial one and a whole one.
 const FIRST_LOOK: u64 = 2;
@@ -79,7 +83,6 @@ pub(super) fn store(
         .allow_tcp(false)
         .allow_udp(false)
         .wall_clock(FrozenClock(Arc::clone(&clock_ms)))
-        .monotonic_clock(FrozenClock(Arc::clone(&clock_ms)))
         .stdout(GuestOutput::stdout(&output))
         .stderr(GuestOutput::stderr(&output))
         .build();
@@ -87,6 +90,7 @@ pub(super) fn store(
         max: memory_bytes,
         used: 0,
         refused: None,
+        table_elements: 0,
     };
     let state = HostState {
         wasi,
@@ -107,13 +111,15 @@ pub(super) fn store(
     store
 }
 
-/// Limits the memory of an instance and records a refusal, because to the guest it looks like any
+/// Limits the memories and tables of an instance, which may consist of several modules, and records
+/// a refusal, because to the guest it looks like any
 /// other trap.
 pub(super) struct MemoryLimit {
     max: usize,
     pub(super) used: usize,
     /// The total size of the last refused request, in bytes.
     pub(super) refused: Option<usize>,
+    table_elements: usize,
 }
 
 impl ResourceLimiter for MemoryLimit {
@@ -137,20 +143,25 @@ impl ResourceLimiter for MemoryLimit {
 
     fn table_growing(
         &mut self,
-        _current: usize,
+        current: usize,
         desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        if desired > MAX_TABLE_ELEMENTS {
+        let total = self
+            .table_elements
+            .saturating_sub(current)
+            .saturating_add(desired);
+        if total > MAX_TABLE_ELEMENTS {
             return Err(wasmtime::format_err!(
-                "a table of {desired} elements was requested; the limit is {MAX_TABLE_ELEMENTS}"
+                "tables of {total} elements were requested; the limit is {MAX_TABLE_ELEMENTS}"
             ));
         }
+        self.table_elements = total;
         Ok(true)
     }
 
     fn instances(&self) -> usize {
-        64
+        MAX_INSTANCES
     }
 
     fn tables(&self) -> usize {

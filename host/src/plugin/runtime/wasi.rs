@@ -1,7 +1,11 @@
 //! WASI as guests see it: clocks that stand still, no waiting, and output that goes to the plugin's
 //! log.
+//!
+//! A wait for a clock ends at once, because time does not pass for a guest: runtimes such as that of
+//! Go yield by waiting for a clock while they start. A wait that nothing ends is an error.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,9 +14,12 @@ use bytes::Bytes;
 use tokio::io::AsyncWrite;
 use wasmtime::component::{HasData, Resource, ResourceTable};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
-use wasmtime_wasi::clocks::{HostMonotonicClock, HostWallClock};
+use wasmtime_wasi::clocks::HostWallClock;
+use wasmtime_wasi::p2::bindings::clocks::monotonic_clock;
+use wasmtime_wasi::p2::bindings::io::poll as async_poll;
 use wasmtime_wasi::p2::bindings::sync::io::poll;
-use wasmtime_wasi::p2::{DynPollable, OutputStream, Pollable, StreamResult};
+use wasmtime_wasi::p2::{DynPollable, OutputStream, Pollable, StreamResult, subscribe};
+use wasmtime_wasi::runtime::poll_noop;
 
 use super::log::{GuestLog, Level, MAX_LINE, printable};
 use crate::event::Name;
@@ -35,42 +42,74 @@ impl HostWallClock for FrozenClock {
     }
 }
 
-impl HostMonotonicClock for FrozenClock {
-    fn resolution(&self) -> u64 {
-        1_000_000
-    }
+/// The monotonic clock in nanoseconds, the same in every call. Not 0, which the runtime of Go takes
+/// for a broken clock.
+const MONOTONIC_NS: u64 = 1_000_000_000;
+const MONOTONIC_RESOLUTION_NS: u64 = 1_000_000;
 
-    fn now(&self) -> u64 {
-        0
-    }
-}
-
-/// `wasi:io/poll` without blocking: every wait fails.
+/// `wasi:clocks/monotonic-clock` and `wasi:io/poll` without blocking.
 pub(super) struct NoWaiting;
 
 impl HasData for NoWaiting {
-    type Data<'a> = NonBlockingPoll<'a>;
+    type Data<'a> = NonBlocking<'a>;
 }
 
-pub(super) struct NonBlockingPoll<'a>(pub(super) &'a mut ResourceTable);
+pub(super) struct NonBlocking<'a>(pub(super) &'a mut ResourceTable);
 
-fn no_waiting() -> wasmtime::Error {
-    wasmtime::format_err!("it waits (wasi:io/poll); plugins must not block")
+/// A pollable of a clock, for any time: it is ready.
+struct Alarm;
+
+#[async_trait::async_trait]
+impl Pollable for Alarm {
+    async fn ready(&mut self) {}
 }
 
-impl poll::Host for NonBlockingPoll<'_> {
-    fn poll(&mut self, _: Vec<Resource<DynPollable>>) -> wasmtime::Result<Vec<u32>> {
-        Err(no_waiting())
+impl monotonic_clock::Host for NonBlocking<'_> {
+    fn now(&mut self) -> wasmtime::Result<u64> {
+        Ok(MONOTONIC_NS)
+    }
+
+    fn resolution(&mut self) -> wasmtime::Result<u64> {
+        Ok(MONOTONIC_RESOLUTION_NS)
+    }
+
+    fn subscribe_instant(&mut self, _when: u64) -> wasmtime::Result<Resource<DynPollable>> {
+        let alarm = self.0.push(Alarm)?;
+        subscribe(self.0, alarm)
+    }
+
+    fn subscribe_duration(&mut self, _ns: u64) -> wasmtime::Result<Resource<DynPollable>> {
+        let alarm = self.0.push(Alarm)?;
+        subscribe(self.0, alarm)
     }
 }
 
-impl poll::HostPollable for NonBlockingPoll<'_> {
-    fn ready(&mut self, _: Resource<DynPollable>) -> wasmtime::Result<bool> {
-        Err(no_waiting())
+/// The outcome of a future that does not wait for anything. The pollables of this host are ready
+/// when they are first polled, or never.
+///
+/// # Errors
+/// The future is pending, so it would block the thread for ever.
+fn at_once<T>(waiting: impl Future<Output = wasmtime::Result<T>>) -> wasmtime::Result<T> {
+    poll_noop(pin!(waiting)).unwrap_or_else(|| {
+        Err(wasmtime::format_err!(
+            "it waits (wasi:io/poll) for what never happens; plugins must not block"
+        ))
+    })
+}
+
+impl poll::Host for NonBlocking<'_> {
+    fn poll(&mut self, pollables: Vec<Resource<DynPollable>>) -> wasmtime::Result<Vec<u32>> {
+        at_once(async_poll::Host::poll(self.0, pollables))
+    }
+}
+
+impl poll::HostPollable for NonBlocking<'_> {
+    fn ready(&mut self, pollable: Resource<DynPollable>) -> wasmtime::Result<bool> {
+        at_once(async_poll::HostPollable::ready(self.0, pollable))
     }
 
-    fn block(&mut self, _: Resource<DynPollable>) -> wasmtime::Result<()> {
-        Err(no_waiting())
+    fn block(&mut self, pollable: Resource<DynPollable>) -> wasmtime::Result<()> {
+        at_once(async_poll::HostPollable::block(self.0, pollable))
     }
 
     fn drop(&mut self, pollable: Resource<DynPollable>) -> wasmtime::Result<()> {
@@ -221,4 +260,48 @@ impl OutputStream for GuestOutput {
 #[async_trait::async_trait]
 impl Pollable for GuestOutput {
     async fn ready(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use wasmtime_wasi::p2::bindings::clocks::monotonic_clock::Host as _;
+    use wasmtime_wasi::p2::bindings::sync::io::poll::{Host as _, HostPollable as _};
+
+    use super::*;
+
+    struct Never;
+
+    #[async_trait::async_trait]
+    impl Pollable for Never {
+        async fn ready(&mut self) {
+            std::future::pending().await
+        }
+    }
+
+    #[test]
+    fn a_wait_for_a_clock_ends_at_once_and_one_that_nothing_ends_is_an_error() {
+        const HOUR_NS: u64 = 3_600_000_000_000;
+        let mut table = ResourceTable::new();
+        let never = table.push(Never).unwrap();
+        let never = subscribe(&mut table, never).unwrap();
+        let mut wasi = NonBlocking(&mut table);
+        let [alarm, instant] = [
+            wasi.subscribe_duration(HOUR_NS).unwrap(),
+            wasi.subscribe_instant(u64::MAX).unwrap(),
+        ];
+        let borrowed = |pollable: &Resource<DynPollable>| Resource::new_borrow(pollable.rep());
+
+        wasi.block(borrowed(&alarm)).unwrap();
+        assert!(wasi.ready(borrowed(&instant)).unwrap());
+        assert!(!wasi.ready(borrowed(&never)).unwrap());
+        let ready = wasi.poll(vec![borrowed(&never), borrowed(&alarm), borrowed(&instant)]);
+        assert_eq!(ready.unwrap(), [1, 2]);
+        assert_eq!(wasi.now().unwrap(), MONOTONIC_NS);
+
+        let waits = "it waits (wasi:io/poll) for what never happens; plugins must not block";
+        let poll = wasi.poll(vec![borrowed(&never)]).unwrap_err();
+        assert_eq!(poll.to_string(), waits);
+        let block = wasi.block(borrowed(&never)).unwrap_err();
+        assert_eq!(block.to_string(), waits);
+    }
 }
