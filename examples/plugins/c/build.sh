@@ -4,11 +4,7 @@
 set -eu
 cd "$(dirname "$0")"
 
-if ! cmp -s requirements.txt build/venv/.installed; then
-    python3 -m venv --clear build/venv
-    build/venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
-    cp requirements.txt build/venv/.installed
-fi
+./zig.sh
 
 # The bindings: full_plugin.h, full_plugin.c and full_plugin_component_type.o, whose component type
 # lets the host turn the module into a component. Built as part of the workspace, so that nothing is

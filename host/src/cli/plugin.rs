@@ -18,6 +18,7 @@ use self::remote::AdminCommand;
 mod bench;
 mod build;
 mod inspect;
+mod language;
 mod new;
 mod remote;
 mod sample;
@@ -34,7 +35,7 @@ pub(super) struct Options {
 enum Command {
     /// Create a plugin project
     New(new::Options),
-    /// Build a plugin crate
+    /// Build a plugin project
     Build(build::Options),
     /// Run a plugin on sample events and compare its decisions with the expected ones
     Test(test::Options),
@@ -84,10 +85,10 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
 /// A plugin and the settings to run it with.
 #[derive(Debug, clap::Args)]
 struct Subject {
-    /// Plugin file, or folder of a plugin crate, which is built first
+    /// Plugin file, or folder of a plugin project, which is built first
     #[arg(value_name = "FILE.wasm or DIR", default_value = ".")]
     plugin: PathBuf,
-    /// Plugin configuration, a JSON file [default: the crate's config.json]
+    /// Plugin configuration, a JSON file [default: the project's config.json]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Read limits, and the configuration unless --config is given, from [plugins.NAME] in this
@@ -116,7 +117,7 @@ struct Loaded {
 impl Subject {
     fn load(&self) -> anyhow::Result<Loaded> {
         let (file, folder) = if self.plugin.is_dir() {
-            let made = toolchain::Build::start(&self.plugin, &self.profile, false)?.finish()?;
+            let made = language::build(&self.plugin, &self.profile)?;
             let [file] = made.as_slice() else {
                 bail!(
                     "{} builds {} plugins; pass the file of one of them",

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use pointsman::plugin::inspect;
 
-use super::toolchain::{Build, Profile};
+use super::language;
+use super::toolchain::Profile;
 use crate::cli::render::format;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// Folder of the plugin crate
+    /// Folder of the plugin project
     #[arg(default_value = ".")]
     dir: PathBuf,
     #[command(flatten)]
@@ -19,7 +20,7 @@ pub(super) struct Options {
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    for file in Build::start(&options.dir, &options.profile, false)?.finish()? {
+    for file in language::build(&options.dir, &options.profile)? {
         show(&file)?;
     }
     Ok(())

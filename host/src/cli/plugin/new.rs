@@ -1,18 +1,21 @@
 //! `pointsman plugin new`: creates a plugin project that compiles anywhere without changes.
 //!
-//! The SDK is not published to a registry. This program embeds the SDK and the WIT contract and
+//! Projects in languages other than Rust are in [`foreign`]. For Rust, the SDK is not published to a registry. This program embeds the SDK and the WIT contract and
 //! writes both into the project, with a lock file that pins dependencies to the versions this
 //! program was built with. The project's own files are in `host/templates/plugin`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use pointsman::plugin::inspect::contract::WIT;
 use toml::{Table, Value};
 
+use super::language::Language;
 use super::toolchain;
+
+mod foreign;
 
 /// Folder of the SDK in a project. It is two levels deep, as in the repository, because the SDK
 /// reads the contract from `../../wit`.
@@ -64,8 +67,7 @@ pub(super) struct Options {
     /// Kind of plugin: a filter keeps, amends or drops events; a router selects the recipients
     #[arg(long)]
     kind: Kind,
-    /// Programming language; for C, JavaScript and Python see examples/plugins in the Pointsman
-    /// repository
+    /// Programming language
     #[arg(long, default_value = "rust")]
     lang: Language,
 }
@@ -76,13 +78,16 @@ enum Kind {
     Router,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Language {
-    Rust,
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Filter => "filter",
+            Self::Router => "router",
+        }
+    }
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let Language::Rust = options.lang;
     let folder = &options.name;
     let name = folder
         .file_name()
@@ -95,36 +100,55 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
             folder.display()
         );
     }
-    for (path, text) in project(name, options.kind)? {
+    let kind = options.kind.name();
+    match foreign::Scaffold::of(options.lang) {
+        Some(scaffold) => {
+            write(folder, scaffold.files(name, options.kind))?;
+            println!(
+                "created a {kind} in {}: start with {}\n",
+                folder.display(),
+                scaffold.source
+            );
+            println!("  cd {}", folder.display());
+            println!("  {}", scaffold.install);
+        }
+        None => {
+            write(folder, project(name, options.kind)?)?;
+            println!(
+                "created a {kind} in {}: start with src/lib.rs\n",
+                folder.display()
+            );
+            match toolchain::add_wasm_target(folder) {
+                Ok(true) => println!("  added the target {} through rustup\n", toolchain::WASM),
+                Ok(false) => {}
+                Err(fix) => println!("  first {fix}\n"),
+            }
+            println!("  cd {}", folder.display());
+            println!(
+                "  cargo test              # native tests; about a minute the first time, then a second"
+            );
+        }
+    }
+    println!(
+        "  pointsman plugin test   # builds the plugin and runs it on events.jsonl as a node would"
+    );
+    if options.lang == Language::Rust {
+        println!(
+            "  pointsman dev           # runs a node with a web page; rebuilds and reloads the plugin on save"
+        );
+    }
+    Ok(())
+}
+
+/// Writes files into a folder, with the folders that they need.
+fn write(folder: &Path, files: Vec<(String, String)>) -> anyhow::Result<()> {
+    for (path, text) in files {
         let path = folder.join(path);
         let parent = path.parent().unwrap_or(folder);
         fs::create_dir_all(parent)
             .and_then(|()| fs::write(&path, text))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let kind = match options.kind {
-        Kind::Filter => "filter",
-        Kind::Router => "router",
-    };
-    println!(
-        "created a {kind} in {}: start with src/lib.rs\n",
-        folder.display()
-    );
-    match toolchain::add_wasm_target(folder) {
-        Ok(true) => println!("  added the target {} through rustup\n", toolchain::WASM),
-        Ok(false) => {}
-        Err(fix) => println!("  first {fix}\n"),
-    }
-    println!("  cd {}", folder.display());
-    println!(
-        "  cargo test              # native tests; about a minute the first time, then a second"
-    );
-    println!(
-        "  pointsman plugin test   # builds the plugin and runs it on events.jsonl as a node would"
-    );
-    println!(
-        "  pointsman dev           # runs a node with a web page; rebuilds and reloads the plugin on save"
-    );
     Ok(())
 }
 
@@ -177,16 +201,16 @@ fn check_name(name: &str) -> anyhow::Result<()> {
 
 /// Path and text of every file of the project.
 fn project(name: &str, kind: Kind) -> anyhow::Result<Vec<(String, String)>> {
-    let (own, kind) = match kind {
-        Kind::Filter => (FILTER, "filter"),
-        Kind::Router => (ROUTER, "router"),
+    let own = match kind {
+        Kind::Filter => FILTER,
+        Kind::Router => ROUTER,
     };
     let named = |text: &str| {
         let text = text
             .replace("MyPlugin", &type_name(name))
             .replace("my_plugin", &name.replace('-', "_"));
         text.replace(PLACEHOLDER, name)
-            .replace("KIND", kind)
+            .replace("KIND", kind.name())
             .replace("VERSION", env!("CARGO_PKG_VERSION"))
     };
     let mut files: Vec<(String, String)> = Vec::new();
@@ -333,8 +357,6 @@ fn lock(manifest: &str) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     fn files_below(folder: &Path) -> Vec<PathBuf> {

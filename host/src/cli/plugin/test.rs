@@ -26,10 +26,10 @@ const MAX_SHOWN: usize = 4;
 pub(super) struct Options {
     #[command(flatten)]
     subject: Subject,
-    /// Events to test with: JSON CloudEvents, one per line [default: the crate's events.jsonl]
+    /// Events to test with: JSON CloudEvents, one per line [default: the project's events.jsonl]
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
-    /// Expected decisions [default: the crate's golden.json]
+    /// Expected decisions [default: the project's golden.json]
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
     /// Write the decisions to that file instead of comparing

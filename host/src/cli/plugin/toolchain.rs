@@ -97,7 +97,7 @@ impl Build {
         let manifest = folder.join("Cargo.toml");
         if !manifest.is_file() {
             bail!(
-                "no Cargo.toml in {}; create a project with: pointsman plugin new my-router --kind router",
+                "neither Cargo.toml nor plugin.toml in {}; create a project with: pointsman plugin new my-router --kind router",
                 folder.display()
             );
         }

@@ -1,0 +1,3 @@
+module local/parcels
+
+go 1.24

@@ -1,0 +1,3 @@
+module local/my-plugin
+
+go 1.24

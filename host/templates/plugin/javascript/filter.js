@@ -1,0 +1,48 @@
+// Drops orders from the test system and raises the priority of large orders.
+//
+// 64-bit integers of the contract are BigInt. An `err` of the contract is thrown as a plain value.
+
+/** The minimum total of a large order. */
+let large = 1000;
+
+export const lifecycle = {
+  // Only what is listed here is available in `evaluate`.
+  describe: () => ({
+    name: 'my-plugin',
+    version: '0.1.0',
+    description: 'A filter for Pointsman',
+    types: ['order.*'],
+    reads: { attributes: ['test'], fields: ['/order/total'], payload: false },
+    configSchema: JSON.stringify({
+      type: 'object',
+      additionalProperties: false,
+      properties: { large: { type: 'number', exclusiveMinimum: 0 } },
+    }),
+  }),
+
+  configure(config) {
+    const { large: total = large } = JSON.parse(config);
+    if (typeof total !== 'number' || total <= 0) {
+      throw [{ path: 'large', message: 'give a number above 0' }];
+    }
+    large = total;
+  },
+};
+
+export const filter = {
+  evaluate(event) {
+    // Attributes of events added with XADD are always text.
+    const test = value(event, 'test')?.val;
+    if (test === true || test === 'true') return { tag: 'drop', val: 'order from the test system' };
+    const total = value(event, '/order/total');
+    const isNumber = total?.tag === 'integer' || total?.tag === 'decimal';
+    if (!isNumber || Number(total.val) < large) return { tag: 'keep' };
+    // Plugins called after this one see the attribute.
+    const desk = { name: 'desk', value: { tag: 'text', val: 'large' } };
+    return { tag: 'amend', val: { priority: 'high', attributes: [desk] } };
+  },
+};
+
+function value({ attributes }, name) {
+  return attributes.find((attribute) => attribute.name === name)?.value;
+}

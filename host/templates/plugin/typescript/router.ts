@@ -1,0 +1,47 @@
+// Routes order events to the order's owner and to the group of its region.
+//
+// 64-bit integers of the contract are BigInt. An `err` of the contract is thrown as a plain value.
+
+/** The event attribute that names the owner of the order. */
+let owner = 'owner';
+
+export const lifecycle: Pointsman.Lifecycle = {
+  // Only what is listed here is available in `resolve`.
+  describe: () => ({
+    name: 'my-plugin',
+    version: '0.1.0',
+    description: 'A router for Pointsman',
+    types: ['order.*'],
+    reads: { attributes: [owner], fields: ['/order/region'], payload: false },
+    configSchema: JSON.stringify({
+      type: 'object',
+      additionalProperties: false,
+      properties: { owner: { type: 'string', minLength: 1 } },
+    }),
+  }),
+
+  configure(config: string) {
+    const { owner: name = owner }: { owner?: unknown } = JSON.parse(config);
+    if (typeof name !== 'string' || name === '') {
+      const issue: Pointsman.Issue = { path: 'owner', message: 'name an attribute, such as customer' };
+      throw [issue];
+    }
+    owner = name;
+  },
+};
+
+export const router: Pointsman.Router = {
+  resolve(event: Pointsman.Event) {
+    const id = text(event, owner);
+    const region = text(event, '/order/region');
+    const routes: Pointsman.Route[] = [];
+    if (id !== undefined) routes.push({ targets: [{ tag: 'user', val: id }] });
+    if (region !== undefined) routes.push({ targets: [{ tag: 'group', val: `region-${region}` }] });
+    return routes;
+  },
+};
+
+function text({ attributes }: Pointsman.Event, name: string): string | undefined {
+  const value = attributes.find((attribute) => attribute.name === name)?.value;
+  return value?.tag === 'text' ? value.val : undefined;
+}
