@@ -30,7 +30,7 @@ use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
     Position, Verdict,
 };
-use crate::ingest::pipeline::{Evaluation, MissingPlugins, Pipeline, Resolution};
+use crate::ingest::pipeline::{MissingPlugins, Pipeline, Resolution};
 use crate::plugin::registry::generation::ChainIdentity;
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
