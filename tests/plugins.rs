@@ -10,4 +10,5 @@ mod isolation;
 mod languages;
 mod missing_plugins;
 mod reload;
+mod rollout;
 mod shadow;

@@ -458,15 +458,16 @@ fn a_candidate_is_shadowed_backtested_and_promoted_from_the_command_line() {
         "{report}"
     );
     assert_eq!(
-        lines[1..4],
+        lines[1..5],
         [
             "compared 3, different 1, failed 0, skipped 0, waiting 0",
+            "1 x order.paid: u:1 -> u:2",
             "",
             "order.paid other (router)"
         ]
     );
     // The rest of a route, such as its expiry, is the same on both sides.
-    let sides: Vec<_> = lines[4..]
+    let sides: Vec<_> = lines[5..]
         .iter()
         .map(|line| line.split_once(", ").expect("targets, and more"))
         .collect();

@@ -58,7 +58,7 @@ enum Command {
     /// Run a candidate in shadow on live events, or report how its decisions differ
     Shadow(remote::Shadow),
     /// Replace a plugin with its candidate
-    Promote(remote::Named),
+    Promote(remote::Promote),
     /// Run a candidate on past events and report how its decisions differ
     Backtest(remote::Backtest),
 }
@@ -77,7 +77,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Command::Remove(options) => remote::execute(options, AdminCommand::Remove),
         Command::Rollback(options) => remote::execute(options, AdminCommand::RollBack),
         Command::Shadow(options) => remote::shadow(options),
-        Command::Promote(options) => remote::execute(options, AdminCommand::Promote),
+        Command::Promote(options) => remote::promote(options),
         Command::Backtest(options) => remote::backtest(options),
     }
 }

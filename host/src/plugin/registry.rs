@@ -23,13 +23,14 @@ mod candidate;
 pub(super) mod folder;
 pub mod generation;
 pub mod health;
+mod section;
 pub mod settings;
 mod slot;
 pub mod state;
 pub mod watcher;
 
 use self::admission::Inadmissible;
-pub use self::candidate::CandidateChain;
+pub use self::candidate::{CandidateChain, CandidateParts, Change, Promotion};
 use self::folder::{FileStamp, FolderSnapshot};
 use self::slot::{Failure, LoadOutcome, Slot, Slots};
 use super::registry::generation::{Chain, Generation};
@@ -112,6 +113,9 @@ pub enum AdminError {
     /// The file is invalid. The text continues a sentence that begins with "it".
     #[error("it {0}")]
     InvalidFile(String),
+    /// The text names the problem and the fix.
+    #[error("{0}")]
+    InvalidConfig(String),
     /// The folder cannot be written for another reason than a missing permission.
     #[error("{0}")]
     Folder(String),

@@ -18,8 +18,10 @@ use std::thread;
 use bytes::Bytes;
 use serde::Serialize;
 
+pub mod groups;
 pub mod outcome;
 
+use self::groups::{GroupKey, Groups};
 use self::outcome::{Difference, Differences, PluginDecision, json_bytes};
 use super::runtime::engine::MAX_SHADOWS;
 use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, lower_thread_priority};
@@ -58,6 +60,8 @@ impl Drop for OpenShadows {
 pub struct ShadowReport {
     #[serde(flatten)]
     pub summary: ShadowSummary,
+    /// The differences, counted by what they change.
+    pub groups: Groups,
     /// The first differences.
     pub differences: Differences,
 }
@@ -67,6 +71,9 @@ pub struct ShadowReport {
 pub struct ShadowSummary {
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
+    /// The first 12 hex digits of the SHA-256 of its configuration as JSON with sorted keys, as in
+    /// decision records.
+    pub config_hash: String,
     /// The version in its manifest.
     pub version: String,
     /// When it started, in milliseconds since the Unix epoch.
@@ -86,14 +93,23 @@ pub struct ShadowSummary {
     pub waiting: usize,
 }
 
+/// The source of a candidate, kept for its promotion.
+#[derive(Clone, Debug)]
+pub(super) struct CandidateSource {
+    /// The file.
+    pub(super) bytes: Bytes,
+    /// The section of the configuration, as TOML; `None`: that of the active version.
+    pub(super) section: Option<String>,
+}
+
 /// One candidate.
 #[derive(Debug)]
 pub(crate) struct Shadow {
     plugin: Name,
     hash: String,
+    config_hash: String,
     version: String,
-    /// The file, kept for a promotion.
-    bytes: Bytes,
+    source: CandidateSource,
     since_ms: u64,
     metrics: Metrics,
     state: Mutex<QueueState>,
@@ -116,6 +132,7 @@ struct Tally {
     different: u64,
     failed: u64,
     skipped: u64,
+    groups: Groups,
     differences: Differences,
 }
 
@@ -145,7 +162,7 @@ impl Shadows {
             .cloned()
     }
 
-    /// Starts a candidate for the plugin of its name, replacing an earlier one. `bytes`: its file.
+    /// Starts a candidate for the plugin of its name, replacing an earlier one.
     ///
     /// # Errors
     /// The limit is reached, or the system cannot start a thread; the text gives the cause.
@@ -153,7 +170,7 @@ impl Shadows {
         &self,
         engine: &Engine,
         candidate: Plugin,
-        bytes: Bytes,
+        source: CandidateSource,
         metrics: Metrics,
     ) -> Result<ShadowReport, String> {
         let mut by_name = self
@@ -172,8 +189,9 @@ impl Shadows {
         let shadow = Arc::new(Shadow {
             plugin: name.clone(),
             hash: candidate.hash().to_owned(),
+            config_hash: candidate.config_hash().chars().take(12).collect(),
             version: candidate.manifest().version.clone(),
-            bytes,
+            source,
             since_ms: now_ms(),
             metrics,
             state: Mutex::default(),
@@ -212,14 +230,15 @@ impl Shadows {
 }
 
 impl Shadow {
-    pub(super) fn bytes(&self) -> Bytes {
-        self.bytes.clone()
+    pub(super) fn source(&self) -> &CandidateSource {
+        &self.source
     }
 
     pub(super) fn report(&self) -> ShadowReport {
         let state = self.state();
         ShadowReport {
             summary: self.summarize(&state),
+            groups: state.tally.groups.clone(),
             differences: state.tally.differences.clone(),
         }
     }
@@ -231,6 +250,7 @@ impl Shadow {
     fn summarize(&self, QueueState { tally, waiting, .. }: &QueueState) -> ShadowSummary {
         ShadowSummary {
             hash: self.hash.clone(),
+            config_hash: self.config_hash.clone(),
             version: self.version.clone(),
             since_ms: self.since_ms,
             generation: tally.generation,
@@ -336,6 +356,15 @@ impl Shadow {
     fn note(&self, job: &QueuedCall, new: &PluginDecision) {
         let is_same = job.decided.is_same(new);
         let has_failed = !is_same && new.has_failed();
+        let group = (!is_same).then(|| {
+            GroupKey::new(
+                job.role,
+                job.event.kind.as_str(),
+                job.clock_ms,
+                &job.decided,
+                new,
+            )
+        });
         let difference = (!is_same)
             .then(|| Difference::new(&job.event, job.role, job.clock_ms, &job.decided, new));
         {
@@ -344,6 +373,9 @@ impl Shadow {
             tally.compared += 1;
             tally.different += u64::from(!is_same);
             tally.failed += u64::from(has_failed);
+            if let Some(group) = group {
+                tally.groups.note(group, job.event.id.as_str());
+            }
             if let Some(difference) = difference {
                 tally.differences.push(difference);
             }
@@ -433,8 +465,12 @@ mod tests {
         Shadow {
             plugin: Name::parse("p").unwrap(),
             hash: String::new(),
+            config_hash: String::new(),
             version: String::new(),
-            bytes: Bytes::new(),
+            source: CandidateSource {
+                bytes: Bytes::new(),
+                section: None,
+            },
             since_ms: 0,
             metrics: Metrics::default(),
             state: Mutex::default(),

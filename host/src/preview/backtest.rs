@@ -27,6 +27,7 @@ use crate::ingest::pipeline::{DryRunner, Evaluation, Resolution};
 use crate::plugin::Role;
 use crate::plugin::registry::generation::Chain;
 use crate::plugin::registry::{CandidateChain, Registry};
+use crate::plugin::shadow::groups::{GroupKey, Groups};
 use crate::plugin::shadow::outcome::{Difference, Differences, PluginDecision};
 
 /// The maximum number of events in one backtest.
@@ -51,6 +52,8 @@ pub struct BacktestReport {
     pub plugin: Name,
     /// SHA-256 of the candidate's file, in hexadecimal.
     pub hash: String,
+    /// The first 12 hex digits of the SHA-256 of its configuration, as in decision records.
+    pub config_hash: String,
     /// The version in its manifest.
     pub version: String,
     /// Decisions found, at most the number requested.
@@ -62,6 +65,8 @@ pub struct BacktestReport {
     pub failed: u64,
     /// Counts by reason.
     pub not_compared: BTreeMap<&'static str, u64>,
+    /// The differences, counted by what they change.
+    pub groups: Groups,
     /// The first differences.
     pub differences: Differences,
     pub reach: Vec<Reach>,
@@ -98,12 +103,14 @@ pub async fn backtest(
     let mut report = BacktestReport {
         plugin: candidate.name.clone(),
         hash: candidate.hash.clone(),
+        config_hash: candidate.config_hash.clone(),
         version: candidate.version.clone(),
         found: 0,
         compared: 0,
         different: 0,
         failed: 0,
         not_compared: BTreeMap::new(),
+        groups: Groups::default(),
         differences: Differences::default(),
         reach: Vec::new(),
     };
@@ -291,6 +298,8 @@ impl BacktestReport {
         };
         self.different += 1;
         self.failed += u64::from(new.has_failed());
+        let group = GroupKey::new(*role, event.kind.as_str(), clock_ms, old, new);
+        self.groups.note(group, event.id.as_str());
         self.differences
             .push(Difference::new(event, *role, clock_ms, old, new));
     }

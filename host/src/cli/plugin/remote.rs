@@ -15,7 +15,9 @@ use serde::de::DeserializeOwned;
 
 use super::super::{Admin, accept, agent, pretty_json, read as answer};
 use super::read;
-use crate::cli::render::plugins::{BacktestReport, Candidate, Plugin, Plugins, ShadowReport};
+use crate::cli::render::plugins::{
+    BacktestReport, Candidate, Plugin, Plugins, Promotion, ShadowReport,
+};
 
 /// Timeout of each read. An interpreter compiled to WebAssembly takes seconds to load, and a
 /// backtest runs on thousands of events.
@@ -65,11 +67,14 @@ pub(super) struct Upload {
 pub(super) struct Shadow {
     /// Name of the plugin
     name: String,
-    /// Start shadowing with this candidate; without it, print how the current candidate differs
+    /// Start shadowing with this candidate; without it and without --config, print how the current
+    /// candidate differs
     #[arg(value_name = "FILE.wasm")]
     file: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
     /// Stop the candidate
-    #[arg(long, conflicts_with = "file")]
+    #[arg(long, conflicts_with_all = ["file", "config"])]
     stop: bool,
     #[command(flatten)]
     node: Remote,
@@ -79,14 +84,38 @@ pub(super) struct Shadow {
 pub(super) struct Backtest {
     /// Name of the plugin
     name: String,
-    /// Candidate to backtest
-    #[arg(value_name = "FILE.wasm")]
-    file: PathBuf,
+    /// Candidate to backtest [default: the active file]
+    #[arg(value_name = "FILE.wasm", required_unless_present = "config")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
     /// Number of newest events to backtest on
     #[arg(long, value_name = "N", default_value = "1000")]
     limit: usize,
     #[command(flatten)]
     node: Remote,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Promote {
+    /// Name of the plugin
+    name: String,
+    /// Promote this candidate instead of the one in shadow
+    #[arg(value_name = "FILE.wasm")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(flatten)]
+    node: Remote,
+}
+
+/// The configuration of a candidate.
+#[derive(Debug, clap::Args)]
+struct ConfigFile {
+    /// Take the candidate's settings from [plugins.NAME] in this pointsman.toml; without FILE.wasm,
+    /// they are those of the active file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 /// Admin commands whose only argument is the plugin's name.
@@ -96,7 +125,6 @@ pub(super) enum AdminCommand {
     Disable,
     Remove,
     RollBack,
-    Promote,
 }
 
 pub(super) fn list(List { node }: &List) -> anyhow::Result<()> {
@@ -165,14 +193,10 @@ pub(super) fn execute(Named { name, node }: &Named, command: AdminCommand) -> an
         AdminCommand::Disable => ("POST", "/disable"),
         AdminCommand::Remove => ("DELETE", ""),
         AdminCommand::RollBack => ("POST", "/rollback"),
-        AdminCommand::Promote => ("POST", "/promote"),
     };
     let path = path(name, rest)?;
     let before = node.plugins()?;
     let former = known(&before, name)?;
-    if matches!(command, AdminCommand::Promote) {
-        has_candidate(former)?;
-    }
     let text = node.send(method, &path, None)?;
     if matches!(command, AdminCommand::Remove) {
         if !node.json {
@@ -207,8 +231,7 @@ pub(super) fn execute(Named { name, node }: &Named, command: AdminCommand) -> an
                     "on this node only: the plugin file is unchanged, so other nodes and restarted nodes use the newer version";
                 format!("rolled back {label}: {status}, {instead}; {file}")
             }
-            AdminCommand::Promote if number == 0 => format!("promoted {label}: {status}"),
-            AdminCommand::Promote | AdminCommand::Remove => format!("promoted {label}: {status}, {instead}"),
+            AdminCommand::Remove => format!("removed {label}"),
         })
     })
 }
@@ -217,15 +240,17 @@ pub(super) fn shadow(
     Shadow {
         name,
         file,
+        config,
         stop,
         node,
     }: &Shadow,
 ) -> anyhow::Result<()> {
-    let path = path(name, "/shadow")?;
+    let candidate = config.with_file(file.as_deref())?;
+    let path = path(name, &format!("/shadow{}", candidate.query('?')))?;
     let before = node.plugins()?;
     let former = known(&before, name)?;
-    if let Some(file) = file {
-        let text = node.send("PUT", &path, Some(file))?;
+    if !candidate.body.is_empty() {
+        let text = node.send_candidate("PUT", &path, &candidate)?;
         return node.print(&text, |shadow: ShadowReport| {
             let instead = former
                 .shadow
@@ -261,14 +286,89 @@ pub(super) fn backtest(
     Backtest {
         name,
         file,
+        config,
         limit,
         node,
     }: &Backtest,
 ) -> anyhow::Result<()> {
-    let path = path(name, &format!("/backtest?limit={limit}"))?;
+    let candidate = config.with_file(file.as_deref())?;
+    let path = path(
+        name,
+        &format!("/backtest?limit={limit}{}", candidate.query('&')),
+    )?;
     known(&node.plugins()?, name)?;
-    let text = node.send("POST", &path, Some(file))?;
+    let text = node.send_candidate("POST", &path, &candidate)?;
     node.print(&text, |report: BacktestReport| Ok(report.render()))
+}
+
+/// Promotes a candidate, or prints the changes that the node may not make.
+pub(super) fn promote(
+    Promote {
+        name,
+        file,
+        config,
+        node,
+    }: &Promote,
+) -> anyhow::Result<()> {
+    let candidate = config.with_file(file.as_deref())?;
+    let path = path(name, &format!("/promote{}", candidate.query('?')))?;
+    let before = node.plugins()?;
+    let former = known(&before, name)?;
+    if candidate.body.is_empty() {
+        has_candidate(former)?;
+    }
+    let text = node.send_candidate("POST", &path, &candidate)?;
+    node.print(&text, |promotion: Promotion| {
+        if !promotion.changes.is_empty() {
+            return Ok(promotion.render_changes());
+        }
+        let plugin = promotion.plugin;
+        let (label, status) = (plugin.label(), plugin.status());
+        Ok(match former.generation {
+            _ if plugin.is_as(former) => format!("{label} is already active: {status}"),
+            0 => format!("promoted {label}: {status}"),
+            number => format!("promoted {label}: {status}, replacing generation {number}"),
+        })
+    })
+}
+
+/// The body of a request with a candidate: its configuration and then its file.
+struct CandidateBody {
+    body: Vec<u8>,
+    config_bytes: usize,
+    /// The files, for errors.
+    files: String,
+}
+
+impl ConfigFile {
+    fn with_file(&self, file: Option<&Path>) -> anyhow::Result<CandidateBody> {
+        let mut body = Vec::new();
+        if let Some(config) = &self.config {
+            body = read(config, MAX_FILE_BYTES)?;
+            ensure!(!body.is_empty(), "{} is empty", config.display());
+        }
+        let config_bytes = body.len();
+        if let Some(file) = file {
+            body.extend(read(file, MAX_FILE_BYTES)?);
+        }
+        let files = self.config.iter().map(PathBuf::as_path).chain(file);
+        let files: Vec<String> = files.map(|file| file.display().to_string()).collect();
+        Ok(CandidateBody {
+            body,
+            config_bytes,
+            files: files.join(" with "),
+        })
+    }
+}
+
+impl CandidateBody {
+    /// The query parameter that separates configuration and file, after this character.
+    fn query(&self, first: char) -> String {
+        match self.config_bytes {
+            0 => String::new(),
+            n => format!("{first}config_bytes={n}"),
+        }
+    }
 }
 
 /// The plugin with this name.
@@ -319,6 +419,21 @@ impl Remote {
         self.request(method, path, bytes.as_deref())
             .map_err(|error| match file {
                 Some(file) => error.context(format!("{} was not accepted", file.display())),
+                None => error,
+            })
+    }
+
+    /// Sends an admin command with a candidate, if there is one.
+    fn send_candidate(
+        &self,
+        method: &str,
+        path: &str,
+        candidate: &CandidateBody,
+    ) -> anyhow::Result<String> {
+        let body = Some(candidate.body.as_slice()).filter(|body| !body.is_empty());
+        self.request(method, path, body)
+            .map_err(|error| match body {
+                Some(_) => error.context(format!("{} was not accepted", candidate.files)),
                 None => error,
             })
     }

@@ -68,6 +68,8 @@ struct Refusal {
 #[derive(Debug, Deserialize)]
 pub(in crate::cli) struct Candidate {
     hash: String,
+    #[serde(default)]
+    config_hash: String,
     version: String,
     since_ms: u64,
     generation: Option<u64>,
@@ -83,6 +85,8 @@ pub(in crate::cli) struct Candidate {
 pub(in crate::cli) struct ShadowReport {
     #[serde(flatten)]
     candidate: Candidate,
+    #[serde(default)]
+    groups: Vec<Group>,
     differences: Vec<Difference>,
 }
 
@@ -97,8 +101,41 @@ pub(in crate::cli) struct BacktestReport {
     different: u64,
     failed: u64,
     not_compared: BTreeMap<String, u64>,
+    #[serde(default)]
+    groups: Vec<Group>,
     differences: Vec<Difference>,
     reach: Vec<Reach>,
+}
+
+/// `POST /v1/plugins/NAME/promote`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct Promotion {
+    #[serde(flatten)]
+    pub(in crate::cli) plugin: Plugin,
+    #[serde(default)]
+    pub(in crate::cli) changes: Vec<Change>,
+}
+
+/// A change that the node leaves to the operator.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct Change {
+    path: String,
+    reason: String,
+    /// Of a new file.
+    hash: Option<String>,
+    /// Of a new section.
+    text: Option<String>,
+}
+
+/// Differences that change the same.
+#[derive(Debug, Deserialize)]
+struct Group {
+    count: u64,
+    role: String,
+    #[serde(rename = "type")]
+    kind: String,
+    old: String,
+    new: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -298,6 +335,7 @@ impl ShadowReport {
     pub(in crate::cli) fn render(&self, plugin: &str) -> String {
         let Self {
             candidate,
+            groups,
             differences,
         } = self;
         let Candidate {
@@ -317,14 +355,17 @@ impl ShadowReport {
             |number| format!("beside generation {number}"),
         );
         let head = format!(
-            "{plugin}: candidate {}, {beside}, since {}\n",
+            "{plugin}: candidate {}, {beside}, since {}, configuration {}\n",
             candidate.name(),
-            rfc3339(*since_ms)
+            rfc3339(*since_ms),
+            printable(&candidate.config_hash)
         );
         let counts = format!(
             "compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}\n"
         );
-        head + &counts + &render_differences(differences, *different)
+        head + &counts
+            + &render_groups(groups, *different)
+            + &render_differences(differences, *different)
     }
 }
 
@@ -377,7 +418,69 @@ impl BacktestReport {
                 printable(source)
             );
         }
-        text + &render_differences(&self.differences, *different)
+        text + &render_groups(&self.groups, *different)
+            + &render_differences(&self.differences, *different)
+    }
+}
+
+impl Promotion {
+    /// The changes that the node leaves to the operator.
+    pub(in crate::cli) fn render_changes(&self) -> String {
+        let mut text = format!(
+            "not promoted: this node may not write its files; to make the candidate the active version of {}, change on every node:\n",
+            printable(&self.plugin.name)
+        );
+        for Change {
+            path,
+            reason,
+            hash,
+            text: section,
+        } in &self.changes
+        {
+            let (path, reason) = (printable(path), printable(reason));
+            if let Some(hash) = hash {
+                let hash = printable(hash);
+                text += &format!(
+                    "- {path} ({reason}): replace it by the candidate's file, SHA-256 {hash}\n"
+                );
+            }
+            if let Some(section) = section {
+                let name = printable(&self.plugin.name);
+                text +=
+                    &format!("- {path} ({reason}): replace the section [plugins.{name}] by\n\n");
+                let lines = section.trim_end().lines();
+                text += &lines.map(|line| printable(line) + "\n").collect::<String>();
+            }
+        }
+        text
+    }
+}
+
+/// The differences counted by what they change, the largest group first.
+fn render_groups(groups: &[Group], all: u64) -> String {
+    let mut text = String::new();
+    let mut n_grouped = 0;
+    for Group {
+        count,
+        role,
+        kind,
+        old,
+        new,
+    } in groups
+    {
+        n_grouped += count;
+        // Most plugins are routers; their groups have the form of a rule.
+        let role = if role == "router" {
+            String::new()
+        } else {
+            format!(" ({})", printable(role))
+        };
+        let [kind, old, new] = [kind, old, new].map(|text| printable(text));
+        text += &format!("{count} x {kind}{role}: {old} -> {new}\n");
+    }
+    match all.saturating_sub(n_grouped) {
+        0 => text,
+        more => format!("{text}{more} x other differences\n"),
     }
 }
 

@@ -181,13 +181,13 @@ impl From<AdminError> for ApiError {
         match error {
             AdminError::Unknown(_) => Self::not_found(text).fix("GET /v1/plugins lists them"),
             AdminError::New(_) => Self::not_found(text),
-            AdminError::NoCandidate(_) => {
-                Self::not_found(text).fix("PUT its file to /v1/plugins/NAME/shadow")
-            }
+            AdminError::NoCandidate(_) => Self::not_found(text)
+                .fix("PUT its file or configuration to /v1/plugins/NAME/shadow"),
             AdminError::Impossible(_) => Self::conflict(text),
             AdminError::InvalidFile(_) => {
                 Self::unprocessable(text).fix("the previous version keeps running")
             }
+            AdminError::InvalidConfig(_) => Self::unprocessable(text),
             AdminError::Folder(_) => Self::internal(text),
         }
     }

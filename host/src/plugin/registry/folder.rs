@@ -209,6 +209,16 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<FileStamp, AdminError> 
     }
 }
 
+/// Checks that files can be created in this folder, by creating one and removing it again.
+///
+/// # Errors
+/// That of the system, for example of a read-only mount.
+pub(super) fn check_writable(dir: &Path) -> std::io::Result<()> {
+    let draft = dir.join(format!(".check.{:016x}{DRAFT}", rand::random::<u64>()));
+    File::options().write(true).create_new(true).open(&draft)?;
+    fs::remove_file(&draft)
+}
+
 /// Removes a file; a missing one is not an error.
 ///
 /// # Errors
