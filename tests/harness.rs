@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use pointsman::plugin::Engine;
 use pointsman::plugin::runtime::cache::Cache;
+use pointsman::plugin::{Engine, EngineOptions};
 use pointsman::telemetry::metrics::Metrics;
 
 pub(crate) mod clock;
@@ -106,7 +106,11 @@ pub(crate) fn compiled_plugins() -> PathBuf {
 pub(crate) fn engine() -> Engine {
     let cache = Cache::open(&compiled_plugins(), Metrics::default())
         .unwrap_or_else(|reason| panic!("the folder of compiled plugins {reason}"));
-    Engine::with_cache(Some(cache)).expect("an engine")
+    let options = EngineOptions {
+        cache: Some(cache),
+        ..EngineOptions::default()
+    };
+    Engine::with(options).expect("an engine")
 }
 
 /// The Node.js interpreter, version 20 or newer.

@@ -1,6 +1,7 @@
 //! The plugin platform: isolation, composed components, reload, shadowing, the compile cache, and
 //! the decisions of plugins.
 
+mod compilation;
 mod compile_cache;
 mod composition;
 mod decisions;

@@ -25,6 +25,7 @@ use time::format_description::well_known::Rfc3339;
 use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
+mod compile_plugin;
 mod config;
 mod dead_letters;
 mod dev;
@@ -69,6 +70,9 @@ enum Command {
     CheckConfig(serve::Options),
     /// Print the default configuration
     Config(config::Options),
+    /// Compile the plugin on standard input, as another process of this program requests it
+    #[command(hide = true)]
+    CompilePlugin(compile_plugin::Options),
 }
 
 /// Parses a time in the form of RFC 3339, in milliseconds since the Unix epoch.
@@ -126,6 +130,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Plugin(options) => plugin::run(&options),
         Command::CheckConfig(options) => config::check(&options),
         Command::Config(options) => config::print(&options),
+        Command::CompilePlugin(options) => return compile_plugin::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

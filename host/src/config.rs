@@ -18,6 +18,7 @@ use crate::delivery::sse;
 use crate::event::Name;
 use crate::http::{self, Origins};
 use crate::ingest;
+use crate::plugin::CompileIn;
 use crate::plugin::registry::settings;
 use crate::server::{self, ClientAddresses};
 
@@ -152,6 +153,8 @@ pub struct Config {
     pub ingest: ingest::Config,
     pub limits: http::Limits,
     pub log: Log,
+    /// Set by a program that can compile plugins in processes of its own.
+    pub compile_in: CompileIn,
     /// For reloading a changed file while the node runs; `None`: nothing is reloaded.
     pub origin: Option<ConfigOrigin>,
 }
@@ -225,6 +228,7 @@ impl Config {
             ingest,
             limits,
             log,
+            compile_in: CompileIn::default(),
             origin: None,
         })
     }
@@ -320,7 +324,13 @@ mod tests {
             let error =
                 toml::from_str::<RawConfig>(&format!("[{section}]\nno_such_key = 1")).unwrap_err();
             let known = if section == "plugins" {
-                vec!["dir", "order", "only_configured"]
+                vec![
+                    "dir",
+                    "order",
+                    "only_configured",
+                    "compile_timeout",
+                    "compile_memory_mib",
+                ]
             } else {
                 error.message().split('`').skip(3).step_by(2).collect()
             };
@@ -481,7 +491,7 @@ mod tests {
             &[],
             &[
                 "p.toml:2: plugins.dirs: ",
-                "the other keys of this section are dir, order, only_configured and cache",
+                "the other keys of this section are dir, order, only_configured, cache, compile_timeout and compile_memory_mib",
             ],
         );
         check(

@@ -165,6 +165,7 @@ impl Node {
             let (pipeline, watcher) = start::load_plugins(
                 config.plugins,
                 cache_folder,
+                config.compile_in,
                 config.node.allow_no_plugins,
                 &self.metrics,
                 &self.shutdown,

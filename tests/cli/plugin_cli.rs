@@ -15,7 +15,7 @@ use crate::harness::command::{self, output_of, said};
 use crate::harness::guests::{core_module, wasi_component};
 use crate::harness::node::{Node, SOON};
 use crate::harness::publish::{Publisher, event};
-use crate::harness::{eventually, http, ports, repository};
+use crate::harness::{compiled_plugins, eventually, http, ports, repository};
 
 /// Time limit for building a plugin with the SDK and its dependencies on a busy machine.
 const BUILT: Duration = Duration::from_secs(600);
@@ -32,6 +32,7 @@ fn pointsman(arguments: &[&str]) -> Command {
 /// Offline, which works because a project's lock file pins the versions already present.
 fn among_the_guests(command: &mut Command) {
     command
+        .env("POINTSMAN_PLUGINS_CACHE", compiled_plugins())
         .env("CARGO_TARGET_DIR", target_dir())
         .env("CARGO_NET_OFFLINE", "true")
         .env("CARGO_PROFILE_PLUGIN_INHERITS", "release");
@@ -560,6 +561,85 @@ fn bench_reports_the_cost_of_a_call_next_to_a_no_op_plugin() {
         said.contains("debug build"),
         cfg!(debug_assertions),
         "{said}"
+    );
+}
+
+#[test]
+fn profile_writes_the_functions_of_the_guest_for_the_firefox_profiler() {
+    let place = Elsewhere::new("profile");
+    let (file, events) = (place.join("rules.wasm"), place.join("events.jsonl"));
+    fs::write(&file, core_module("rules")).expect("write it");
+    fs::write(&events, "{\"type\":\"t\",\"user\":\"42\"}\n").expect("write it");
+    let config = place.join("config.json");
+    fs::write(
+        &config,
+        r#"{"rules":[{"match":{"type":"*"},"to":{"everyone":true}}]}"#,
+    )
+    .expect("write it");
+    let profile = place.join("profile.json");
+    let said = output_of(&mut pointsman(&[
+        "plugin",
+        "profile",
+        text(&file),
+        "--events",
+        text(&events),
+        "--config",
+        text(&config),
+        "--output",
+        text(&profile),
+    ]));
+    assert!(said.contains("https://profiler.firefox.com"), "{said}");
+    let profile: Value =
+        serde_json::from_slice(&fs::read(&profile).expect("a profile")).expect("JSON");
+    assert!(profile["meta"]["version"].is_u64(), "the processed format");
+    let thread = &profile["threads"][0];
+    let samples = thread["samples"]["length"].as_u64().expect("a number");
+    assert!(samples > 0, "{said}");
+    let strings = thread["stringArray"]
+        .as_array()
+        .or_else(|| profile["shared"]["stringArray"].as_array())
+        .expect("the names of the functions");
+    assert!(
+        strings
+            .iter()
+            .any(|name| name.as_str().is_some_and(|name| name.contains("resolve"))),
+        "{strings:?}"
+    );
+}
+
+#[test]
+fn compile_fills_the_cache_from_which_a_node_loads_its_plugins() {
+    let place = Elsewhere::new("compile");
+    let (plugins, cache) = (place.join("plugins"), place.join("cache"));
+    fs::create_dir(&plugins).expect("create it");
+    fs::write(plugins.join("address.wasm"), core_module("address")).expect("write it");
+    let compile = || pointsman(&["plugin", "compile", text(&plugins), "--cache", text(&cache)]);
+    let compiled = output_of(&mut compile());
+    assert!(
+        compiled.contains("address.wasm: compiled in "),
+        "{compiled}"
+    );
+    let compiled = output_of(&mut compile());
+    assert!(
+        compiled.contains("address.wasm: in the cache"),
+        "{compiled}"
+    );
+    let node = Node::builder()
+        .plugins(&plugins)
+        .environment("POINTSMAN_PLUGINS_CACHE", text(&cache))
+        .start();
+    let n = |outcome: &str| {
+        node.metric(&format!(
+            "pointsman_plugin_compile_cache_total{{outcome=\"{outcome}\"}}"
+        ))
+    };
+    assert_eq!((n("hit"), n("miss")), (1.0, 0.0));
+
+    fs::write(plugins.join("broken.wasm"), "not wasm").expect("write it");
+    let (is_well, refused) = said(&mut compile());
+    assert!(
+        !is_well && refused.contains("broken.wasm is not WebAssembly"),
+        "{refused}"
     );
 }
 

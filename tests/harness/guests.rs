@@ -52,6 +52,72 @@ fn of_version(guest: &str, number: u32) -> Vec<u8> {
     bytes
 }
 
+/// A core module whose one large function has this many variables that are all used at its end, so
+/// that compiling it takes time and memory that grow with the square of their number. It decides
+/// nothing.
+pub(crate) fn slow_to_compile(n_variables: u32) -> Vec<u8> {
+    let noop = include_str!("../../host/src/plugin/inspect/noop.wat");
+    let (rest, _) = noop.rsplit_once(')').expect("the end of the module");
+    let numbers = 0..n_variables;
+    let locals = " i64".repeat(n_variables as usize);
+    let set: String = numbers
+        .clone()
+        .map(|n| {
+            format!(
+                "(local.set {} (i64.mul (local.get 0) (i64.const {n})))\n",
+                n + 1
+            )
+        })
+        .collect();
+    let used: String = numbers
+        .map(|n| {
+            format!(
+                "(local.set 0 (i64.xor (local.get 0) (local.get {})))\n",
+                n + 1
+            )
+        })
+        .collect();
+    let function = format!(
+        "(func (export \"slow\") (param i64) (result i64) (local{locals})\n{set}(loop $again\n{used}(br_if $again (i64.eqz (local.get 0))))\n{used}(local.get 0))"
+    );
+    in_full_world(&format!("{rest}{function})"))
+}
+
+/// A component that imports what plugins are not granted, and contains a module that is slow to
+/// compile.
+pub(crate) fn slow_with_foreign_import() -> Vec<u8> {
+    let module = slow_to_compile(49_000);
+    let mut component =
+        wat::parse_str(r#"(component (import "wasi:http/outgoing-handler@0.2.0" (instance)))"#)
+            .expect("a component");
+    // A section with a nested core module.
+    component.push(1);
+    let mut length = module.len();
+    while length >= 0x80 {
+        component.push((length % 0x80) as u8 | 0x80);
+        length /= 0x80;
+    }
+    component.push(length as u8);
+    component.extend(module);
+    component
+}
+
+/// A plugin in the text format that implements the world `full-plugin` of the contract.
+pub(crate) fn in_full_world(text: &str) -> Vec<u8> {
+    use wit_component::{StringEncoding, embed_component_metadata};
+
+    let mut resolve = wit_parser::Resolve::default();
+    let package = resolve
+        .push_str("contract.wit", &contract())
+        .expect("the contract");
+    let world = resolve
+        .select_world(&[package], Some("full-plugin"))
+        .expect("a world of the contract");
+    let mut module = wat::parse_str(text).expect("a module");
+    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("metadata");
+    module
+}
+
 /// A component that implements a world of `contract`, a WIT text that another author might have.
 /// Its functions only trap.
 pub(crate) fn component_of(contract: &str, world: &str) -> Vec<u8> {

@@ -78,6 +78,7 @@ pub(crate) struct Builder {
     leftovers: bool,
     ready: bool,
     log: Option<PathBuf>,
+    limits: Option<String>,
 }
 
 impl Builder {
@@ -135,6 +136,12 @@ impl Builder {
         self
     }
 
+    /// Runs under these limits, a command of the shell such as `ulimit -v 8000000`.
+    pub(crate) fn limits(mut self, command: &str) -> Self {
+        self.limits = Some(command.to_owned());
+        self
+    }
+
     /// Starts the node and waits until it is ready.
     ///
     /// # Panics
@@ -164,7 +171,16 @@ impl Builder {
         listen: SocketAddr,
         admin: SocketAddr,
     ) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pointsman"));
+        let binary = env!("CARGO_BIN_EXE_pointsman");
+        let mut command = match &self.limits {
+            None => Command::new(binary),
+            Some(limits) => {
+                let mut command = Command::new("sh");
+                let script = format!("{limits} && exec \"$0\" \"$@\"");
+                command.args(["-c", &script, binary]);
+                command
+            }
+        };
         command.arg("serve").args([
             "--listen",
             &listen.to_string(),
@@ -228,6 +244,7 @@ impl Node {
             leftovers: false,
             ready: true,
             log: None,
+            limits: None,
         }
     }
 
@@ -254,6 +271,11 @@ impl Node {
         fs::read(self.folder.path().join("node.log"))
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
+    }
+
+    /// Starts the next process without the limits of [`Builder::limits`].
+    pub(crate) fn unlimited(&mut self) {
+        self.builder.limits = None;
     }
 
     /// Kills the process with SIGKILL, as a crash would.

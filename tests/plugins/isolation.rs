@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use pointsman::event::{EntryId, Event, Plan, Priority, Target, Value, Verdict, VerdictKind};
-use pointsman::ingest::pipeline::{Evaluation, MissingPlugins, Pipeline, Resolution};
+use pointsman::ingest::pipeline::{Evaluation, MissingPlugins, Pipeline, Resolution, Unevaluated};
 use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::registry::settings::Config;
@@ -874,7 +874,7 @@ async fn without_plugins_nothing_is_evaluated_unless_allowed() {
     let batch = || vec![event(json!({"type": "t", "user": "7"}))];
     assert_eq!(
         pipeline(false).evaluate(batch(), NOW_MS).await.unwrap_err(),
-        MissingPlugins::All
+        Unevaluated::Missing(MissingPlugins::All)
     );
     let evaluations = pipeline(true).evaluate(batch(), NOW_MS).await.unwrap();
     assert!(matches!(evaluations[0].resolution, Resolution::Unrouted));

@@ -2,11 +2,11 @@
 
 use anyhow::ensure;
 use pointsman::config::{BrokerChoice, Config, DEFAULTS};
-use pointsman::plugin::Engine;
 use pointsman::plugin::registry::Registry;
 use pointsman::plugin::registry::settings::OnMissing;
 use pointsman::plugin::registry::state::{PluginState, PluginStatus};
 use pointsman::plugin::runtime::cache::Cache;
+use pointsman::plugin::{Engine, EngineOptions};
 use pointsman::telemetry::metrics::Metrics;
 
 use super::{printable, serve};
@@ -29,7 +29,11 @@ pub(super) fn print(options: &Options) -> anyhow::Result<()> {
 pub(super) fn check(options: &serve::Options) -> anyhow::Result<()> {
     let config = options.load()?;
     pointsman::check_folders(&config)?;
-    let engine = Engine::with_cache(cache(&config))?;
+    let engine = Engine::with(EngineOptions {
+        cache: cache(&config),
+        compile_in: config.compile_in,
+        ..EngineOptions::default()
+    })?;
     let plugins = Registry::load(engine, config.plugins.clone(), Metrics::default())?.states();
     for plugin in plugins.iter().filter(|plugin| plugin.failure.is_none()) {
         println!(

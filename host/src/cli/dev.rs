@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, ensure};
 use pointsman::Listeners;
 use pointsman::config::{Config, ConfigSource, DEFAULT_FILE, Layers};
+use pointsman::plugin::CompileIn;
 use pointsman::plugin::name_of_file;
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
@@ -178,7 +179,10 @@ impl Options {
             environment: Vec::new(),
             options: options.collect(),
         };
-        Ok(source.load()?)
+        Ok(Config {
+            compile_in: CompileIn::ChildProcess,
+            ..source.load()?
+        })
     }
 }
 

@@ -9,21 +9,28 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use pointsman::event::Name;
-use pointsman::plugin::registry::settings::{Config, Settings};
-use pointsman::plugin::{Engine, Limits, Plugin, name_of_file};
+use pointsman::plugin::registry::settings::{self, Config};
+use pointsman::plugin::runtime::cache::Cache;
+use pointsman::plugin::{CompileIn, Engine, EngineOptions, Limits, Plugin, name_of_file};
+use pointsman::telemetry::metrics::Metrics;
 use serde::Deserialize;
 
 use self::remote::AdminCommand;
 
 mod bench;
 mod build;
+mod compile;
 mod inspect;
 mod language;
 mod new;
+mod profile;
 mod remote;
 mod sample;
 mod test;
 pub(super) mod toolchain;
+
+/// Environment variable that sets the folder of compiled plugins, as for a node.
+const CACHE_VARIABLE: &str = "POINTSMAN_PLUGINS_CACHE";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -43,6 +50,10 @@ enum Command {
     Inspect(inspect::Options),
     /// Measure the cost of a plugin call, compared with a no-op plugin
     Bench(bench::Options),
+    /// Sample where a plugin spends its time, for the Firefox profiler
+    Profile(profile::Options),
+    /// Compile the plugins of a folder into the cache of a node, when its image is built
+    Compile(compile::Options),
     /// List the plugins of a running node
     List(remote::List),
     /// Upload a plugin, or a new version of one, to a running node
@@ -70,6 +81,8 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Command::Test(options) => test::run(options),
         Command::Inspect(options) => inspect::run(options),
         Command::Bench(options) => bench::run(options),
+        Command::Profile(options) => profile::run(options),
+        Command::Compile(options) => compile::run(options),
         Command::List(options) => remote::list(options),
         Command::Upload(options) => remote::upload(options),
         Command::Enable(options) => remote::execute(options, AdminCommand::Enable),
@@ -112,6 +125,8 @@ struct Loaded {
     /// A JSON object.
     config: String,
     limits: Limits,
+    /// The section `[plugins]`.
+    plugins: Config,
 }
 
 impl Subject {
@@ -132,10 +147,11 @@ impl Subject {
         let name = self.name.clone().unwrap_or_else(|| {
             name_of_file(&file.file_name().unwrap_or_default().to_string_lossy())
         });
-        let settings = match &self.settings {
-            Some(path) => settings(path, &name)?,
-            None => Settings::default(),
+        let mut plugins = match &self.settings {
+            Some(path) => plugins(path)?,
+            None => Config::default(),
         };
+        let settings = plugins.plugins.remove(&name).unwrap_or_default();
         let limits = settings.limits();
         let bytes = read(&file, limits.file_bytes)?;
         let config = match self.config.clone().or_else(|| {
@@ -152,11 +168,24 @@ impl Subject {
             bytes,
             config,
             limits,
+            plugins,
         })
     }
 }
 
 impl Loaded {
+    /// An engine with the author's cache of compiled plugins.
+    fn engine(&self) -> anyhow::Result<Engine> {
+        let folder = std::env::var_os(CACHE_VARIABLE).map(PathBuf::from);
+        let folder = folder.or_else(|| self.plugins.cache.clone());
+        let folder = folder.or_else(settings::user_cache_folder);
+        let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+        engine(
+            folder.and_then(|folder| Cache::open(&folder, Metrics::default()).ok()),
+            &self.plugins,
+        )
+    }
+
     /// Loads the plugin, with every check that a node makes.
     fn plugin(&self, engine: &Engine) -> anyhow::Result<Plugin> {
         let loaded = Plugin::load(
@@ -192,8 +221,18 @@ fn read(file: &Path, max: usize) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The section `[plugins.NAME]` of a pointsman.toml; the defaults if there is none.
-fn settings(path: &Path, name: &str) -> anyhow::Result<Settings> {
+/// An engine that compiles in processes of its own, as a node does.
+fn engine(cache: Option<Cache>, plugins: &Config) -> anyhow::Result<Engine> {
+    Engine::with(EngineOptions {
+        cache,
+        compile_in: CompileIn::ChildProcess,
+        budget: plugins.compile_budget(),
+        ..EngineOptions::default()
+    })
+}
+
+/// The section `[plugins]` of a pointsman.toml; the defaults if there is none.
+fn plugins(path: &Path) -> anyhow::Result<Config> {
     /// Other sections are ignored; they concern a node.
     #[derive(Deserialize)]
     struct PluginSections {
@@ -202,9 +241,9 @@ fn settings(path: &Path, name: &str) -> anyhow::Result<Settings> {
     }
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let PluginSections { mut plugins } =
+    let PluginSections { plugins } =
         toml::from_str(&text).with_context(|| path.display().to_string())?;
-    Ok(plugins.plugins.remove(name).unwrap_or_default())
+    Ok(plugins)
 }
 
 /// Reads a plugin configuration, in the form that the host passes to the plugin.

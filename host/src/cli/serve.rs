@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use pointsman::config::{Config, ConfigSource, Error, Log, LogFormat};
+use pointsman::plugin::CompileIn;
 use pointsman::shutdown::Shutdown;
 use tracing_subscriber::EnvFilter;
 
@@ -81,12 +82,15 @@ impl Options {
         // A variable that is not valid UTF-8 cannot be one of ours.
         let environment = std::env::vars_os()
             .filter_map(|(name, text)| Some((name.into_string().ok()?, text.into_string().ok()?)));
-        ConfigSource {
+        let source = ConfigSource {
             file: self.config.clone(),
             environment: environment.collect(),
             options: texts.chain(flags).collect(),
-        }
-        .load()
+        };
+        Ok(Config {
+            compile_in: CompileIn::ChildProcess,
+            ..source.load()?
+        })
     }
 }
 

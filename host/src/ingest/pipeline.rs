@@ -21,7 +21,7 @@ pub(crate) use self::evaluate::published_priority;
 
 use self::evaluate::unrouted;
 use self::pool::{Job, Pool};
-use crate::event::{Event, Plan, Priority, Verdict};
+use crate::event::{Event, Name, Plan, Priority, Verdict};
 use crate::plugin::registry::generation::{Chain, ChainIdentity};
 use crate::plugin::registry::{Registry, Snapshot};
 use crate::telemetry::metrics::Metrics;
@@ -76,6 +76,17 @@ pub enum MissingPlugins {
     Named(Vec<String>),
 }
 
+/// Why events wait instead of being evaluated.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unevaluated {
+    #[error(transparent)]
+    Missing(#[from] MissingPlugins),
+    /// There is no memory for an instance of this plugin. Some events may have been evaluated; that
+    /// is to be repeated.
+    #[error("plugin '{plugin}': {reason}")]
+    HostMemory { plugin: Name, reason: String },
+}
+
 /// A handle: clones share the threads, which end when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct Pipeline(Arc<Shared>);
@@ -118,12 +129,12 @@ impl Pipeline {
     /// Cancel-safe: events already handed over are evaluated and their evaluations discarded.
     ///
     /// # Errors
-    /// [`MissingPlugins`]: nothing was evaluated.
+    /// [`Unevaluated`]: the events wait.
     pub async fn evaluate(
         &self,
         events: Vec<Event>,
         clock_ms: u64,
-    ) -> Result<Vec<Evaluation>, MissingPlugins> {
+    ) -> Result<Vec<Evaluation>, Unevaluated> {
         let chain = self.chain()?;
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
@@ -144,12 +155,20 @@ impl Pipeline {
             };
             answers.push(self.0.pool.submit(job).await);
         }
+        // All are awaited, so that no share of these events is evaluated beside a repetition.
+        let mut lacking = None;
         for answer in answers {
-            evaluations.extend(
-                answer
-                    .await
-                    .expect("a worker outlives its panics and answers every job"),
-            );
+            match answer
+                .await
+                .expect("a worker outlives its panics and answers every job")
+            {
+                Ok(share) => evaluations.extend(share),
+                Err(reason) => lacking = Some(reason),
+            }
+        }
+        if let Some(reason) = lacking {
+            self.0.pool.release_all_instances();
+            return Err(reason);
         }
         Ok(evaluations)
     }
@@ -165,7 +184,7 @@ impl Pipeline {
         &self,
         events: Vec<Event>,
         clock_ms: u64,
-    ) -> Result<Vec<Evaluation>, MissingPlugins> {
+    ) -> Result<Vec<Evaluation>, Unevaluated> {
         let chain = self.chain()?;
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
@@ -186,7 +205,7 @@ impl Pipeline {
             evaluations.extend(
                 answer
                     .await
-                    .expect("a worker outlives its panics and answers every job"),
+                    .expect("a worker outlives its panics and answers every job")?,
             );
         }
         Ok(evaluations)

@@ -30,7 +30,7 @@ use crate::event::{
     DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
     Position, Verdict,
 };
-use crate::ingest::pipeline::{MissingPlugins, Pipeline, Resolution};
+use crate::ingest::pipeline::{Pipeline, Resolution, Unevaluated};
 use crate::plugin::registry::generation::ChainIdentity;
 use crate::telemetry::metrics::{Metrics, OutcomeLabel, SourceLabel};
 use crate::telemetry::readiness::Readiness;
@@ -79,6 +79,8 @@ const _: () = assert!(
     LONGEST_PAUSE.as_millis() * 3 / 2 < PERMANENT_ERROR_SHOWN_FOR.as_millis()
         && PERMANENT_ERROR_SHOWN_FOR.as_millis() <= 5_000
 );
+/// How long a lack of memory stays in readiness without a repetition.
+const HOST_MEMORY_SHOWN_FOR: Duration = Duration::from_secs(10);
 /// The longest time between two renewals of a lease, which also append the retries that are due.
 const RENEW_AT_LEAST_EVERY: Duration = Duration::from_secs(1);
 /// The most batches evaluated ahead of the commit.
@@ -105,6 +107,8 @@ enum Stop {
     LeaseLost,
     /// Without a plugin events would be decided wrongly for good: they wait in the source.
     MissingPlugins,
+    /// The host has no memory for an instance of a plugin: events wait in the source.
+    HostMemory(String),
     Shutdown,
 }
 
@@ -238,6 +242,14 @@ impl Ingest {
                     state.is_new_owner = true;
                     continue;
                 }
+                Stop::HostMemory(reason) => {
+                    let pause = backoff.pause();
+                    tracing::warn!(source.key = %partition.source, retry_ms = pause.as_millis() as u64, "{reason}; the source waits");
+                    // Another node may have memory. This one stays the owner in the sense of
+                    // `take_over`: it has not crashed.
+                    self.release(&partition).await;
+                    pause
+                }
                 Stop::Broker(error) => {
                     self.metrics.broker_errors.inc();
                     if matches!(error, Error::Permanent(_)) {
@@ -354,7 +366,7 @@ impl Ingest {
             stop = &mut commit => stop,
             stop = &mut read => match stop {
                 // Every evaluated batch is in the channel: let the last commit return.
-                Stop::Shutdown | Stop::MissingPlugins => match commit.await {
+                Stop::Shutdown | Stop::MissingPlugins | Stop::HostMemory(_) => match commit.await {
                     Stop::Shutdown => stop,
                     stop => stop,
                 },
@@ -471,7 +483,7 @@ impl Ingest {
                 Ok(Some(item)) => vec![item],
                 Ok(None) => {
                     let evaluated = tokio::select! {
-                        evaluated = self.evaluate(partition, entries, &mut chain_notes) => evaluated,
+                        evaluated = self.evaluate(partition, &entries, is_noted, &mut chain_notes) => evaluated,
                         // The calls for a batch may take longer than a shutdown may. None of these
                         // entries is committed, so they are read again. An entry with a noted
                         // attempt is awaited: without an outcome the attempt would count as a crash
@@ -481,9 +493,8 @@ impl Ingest {
                     match evaluated {
                         Ok(items) => items,
                         // A plugin was removed after they were read.
-                        Err(MissingPlugins::All | MissingPlugins::Named(_)) => {
-                            return Stop::MissingPlugins;
-                        }
+                        Err(Unevaluated::Missing(_)) => return Stop::MissingPlugins,
+                        Err(lacking) => return Stop::HostMemory(lacking.to_string()),
                     }
                 }
                 Err(stop) => return stop,
@@ -513,18 +524,20 @@ impl Ingest {
     }
 
     /// Turns entries into items, in order. Malformed and oversized entries are dead-lettered with
-    /// the reason; the others go through the plugins.
+    /// the reason; the others go through the plugins. `is_noted`: waits for memory here, because a
+    /// noted attempt without an outcome would count as a crash.
     async fn evaluate(
         &self,
         partition: &Partition,
-        entries: Vec<Entry>,
+        entries: &[Entry],
+        is_noted: bool,
         chain_notes: &mut ChainNotes,
-    ) -> Result<Vec<Item>, MissingPlugins> {
+    ) -> Result<Vec<Item>, Unevaluated> {
         // Not the node's clock: a plan's expiry is compared with the broker's on every node.
         let clock_ms = self.broker.now_ms();
         let mut events = Vec::with_capacity(entries.len());
         let mut refused: Vec<Option<Item>> = Vec::with_capacity(entries.len());
-        for entry in &entries {
+        for entry in entries {
             refused.push(match self.event(partition, entry, clock_ms) {
                 Ok(event) => {
                     events.push(event);
@@ -539,7 +552,28 @@ impl Ingest {
                 )),
             });
         }
-        let mut evaluations = self.pipeline.evaluate(events, clock_ms).await?.into_iter();
+        let evaluations = loop {
+            let batch = if is_noted {
+                events.clone()
+            } else {
+                std::mem::take(&mut events)
+            };
+            match self.pipeline.evaluate(batch, clock_ms).await {
+                Err(Unevaluated::HostMemory { plugin, reason }) => {
+                    self.readiness.set_for(
+                        "host-memory",
+                        format!("plugin '{plugin}': {reason}; events wait"),
+                        HOST_MEMORY_SHOWN_FOR,
+                    );
+                    if !is_noted {
+                        return Err(Unevaluated::HostMemory { plugin, reason });
+                    }
+                    tokio::time::sleep(LONGEST_PAUSE).await;
+                }
+                evaluations => break evaluations?,
+            }
+        };
+        let mut evaluations = evaluations.into_iter();
         let mut items = Vec::with_capacity(entries.len());
         for (entry, refused) in entries.iter().zip(refused) {
             items.push(match refused {

@@ -11,10 +11,10 @@ use crate::broker::redis::Redis;
 use crate::broker::{Broker, Retention};
 use crate::config::BrokerChoice;
 use crate::ingest::pipeline::Pipeline;
-use crate::plugin::Engine;
 use crate::plugin::registry::watcher::Watcher;
 use crate::plugin::registry::{Registry, settings};
 use crate::plugin::runtime::cache::Cache;
+use crate::plugin::{CompileIn, Engine, EngineOptions};
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
@@ -23,6 +23,7 @@ use crate::telemetry::readiness::Readiness;
 pub(super) async fn load_plugins(
     plugins: settings::Config,
     cache_folder: Option<PathBuf>,
+    compile_in: CompileIn,
     allow_none: bool,
     metrics: &Metrics,
     shutdown: &Shutdown,
@@ -30,7 +31,13 @@ pub(super) async fn load_plugins(
     let counting = metrics.clone();
     let load = move || {
         let cache = cache_folder.and_then(|folder| Cache::open_if_safe(&folder, counting.clone()));
-        Registry::load(Engine::with_cache(cache)?, plugins, counting)
+        let engine = Engine::with(EngineOptions {
+            cache,
+            compile_in,
+            budget: plugins.compile_budget(),
+            metrics: counting.clone(),
+        })?;
+        Registry::start(engine, plugins, counting)
     };
     let registry = tokio::task::spawn_blocking(load).await;
     let registry = Arc::new(registry.context("panic while loading the plugins")??);

@@ -6,20 +6,18 @@
 
 use std::collections::BTreeSet;
 
-use wasmparser::{Parser, Payload};
-
 pub mod contract;
 pub(super) mod noop;
 
-use super::runtime::compile::is_granted;
+pub use super::runtime::surface::Form;
+
 use super::runtime::log::printable;
 use super::runtime::manifest::Description;
 use super::runtime::plugin::file_hash;
+use super::runtime::surface::Surface;
+use super::runtime::translate::is_granted;
 use super::{Engine, Limits, LoadError, Manifest, Plugin, Role, Selection};
 use crate::event::Name;
-
-/// The maximum number of imports, and of exports, that are examined.
-const MAX_NAMES: usize = 1_000;
 
 /// The report on one file.
 #[derive(Clone, Debug)]
@@ -43,13 +41,6 @@ pub struct Inspection {
     pub memory_bytes: Option<usize>,
     /// Why it would not run.
     pub failure: Option<LoadError>,
-}
-
-/// The two kinds of WebAssembly files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    CoreModule,
-    Component,
 }
 
 /// An import of the plugin.
@@ -125,89 +116,12 @@ impl Inspection {
         let Description {
             manifest,
             selection,
-        } = described.map_err(LoadError)?;
+        } = described?;
         (self.manifest, self.selection) = (Some(manifest), Some(selection));
         self.memory_bytes = plugin
             .instantiate(&engine.ticking())
             .ok()
             .map(|instance| instance.memory_bytes());
         Ok(())
-    }
-}
-
-/// The imports and exports of a file, found without running it.
-#[derive(Default)]
-struct Surface {
-    form: Option<Form>,
-    imports: BTreeSet<String>,
-    exports: BTreeSet<String>,
-}
-
-impl Surface {
-    /// Parses as far as the bytes are valid.
-    fn of(bytes: &[u8]) -> Self {
-        let mut surface = Self::default();
-        if Parser::is_core_wasm(bytes) {
-            surface.form = Some(Form::CoreModule);
-        } else if Parser::is_component(bytes) {
-            surface.form = Some(Form::Component);
-        } else {
-            return surface;
-        }
-        // Nested components and modules have imports of their own, which do not concern the host.
-        let mut depth = 0;
-        for payload in Parser::new(0).parse_all(bytes).map_while(Result::ok) {
-            match payload {
-                Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
-                Payload::End(_) if depth > 0 => depth -= 1,
-                _ if depth > 0 => {}
-                Payload::ImportSection(section) => {
-                    let names = section
-                        .into_imports()
-                        .map_while(Result::ok)
-                        .map(|import| import.module.to_owned());
-                    add(&mut surface.imports, names);
-                }
-                Payload::ComponentImportSection(section) => {
-                    add(
-                        &mut surface.imports,
-                        section
-                            .into_iter()
-                            .map_while(Result::ok)
-                            .map(|import| import.name.name.to_owned()),
-                    );
-                }
-                // A core module exports `interface#function`.
-                Payload::ExportSection(section) => {
-                    let names = section
-                        .into_iter()
-                        .map_while(Result::ok)
-                        .filter_map(|export| export.name.split_once('#'));
-                    add(
-                        &mut surface.exports,
-                        names.map(|(interface, _)| interface.to_owned()),
-                    );
-                }
-                Payload::ComponentExportSection(section) => {
-                    add(
-                        &mut surface.exports,
-                        section
-                            .into_iter()
-                            .map_while(Result::ok)
-                            .map(|export| export.name.name.to_owned()),
-                    );
-                }
-                _ => {}
-            }
-        }
-        surface
-    }
-}
-
-fn add(names: &mut BTreeSet<String>, more: impl Iterator<Item = String>) {
-    for name in more {
-        if names.len() < MAX_NAMES {
-            names.insert(name);
-        }
     }
 }

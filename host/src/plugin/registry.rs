@@ -19,6 +19,7 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 mod admission;
+mod ahead;
 mod candidate;
 pub(super) mod folder;
 pub mod generation;
@@ -30,6 +31,7 @@ pub mod state;
 pub mod watcher;
 
 use self::admission::Inadmissible;
+use self::ahead::{Ready, Wait};
 pub use self::candidate::{CandidateChain, CandidateParts, Change, Promotion};
 use self::folder::{FileStamp, FolderSnapshot};
 use self::slot::{Failure, LoadOutcome, Slot, Slots};
@@ -43,7 +45,7 @@ use super::shadow::Shadows;
 use super::{Engine, Plugin};
 use crate::clock::now_ms;
 use crate::event::Name;
-use crate::telemetry::metrics::{Metrics, PluginLabel, PluginLoadLabel};
+use crate::telemetry::metrics::{Metrics, PluginInfoLabel, PluginLabel, PluginLoadLabel};
 
 /// The published state at one moment.
 #[derive(Clone, Debug, Default)]
@@ -124,12 +126,31 @@ pub enum AdminError {
 impl Registry {
     /// Loads every `.wasm` file of the configured folder. Without a folder, no plugins are loaded.
     ///
-    /// Compiles, so it may take seconds; not for an async thread.
+    /// Compiles, so it may take minutes; not for an async thread.
     ///
     /// # Errors
     /// The folder cannot be read. An invalid file, or a configured plugin without a file, is not an
     /// error: see [`Registry::states`].
     pub fn load(engine: Engine, config: Config, metrics: Metrics) -> anyhow::Result<Self> {
+        Self::load_within(engine, config, metrics, Wait::All)
+    }
+
+    /// As [`Registry::load`], but files that take long to compile are left to a [`watcher`], which
+    /// must be started.
+    ///
+    /// # Errors
+    /// As [`Registry::load`].
+    pub fn start(engine: Engine, config: Config, metrics: Metrics) -> anyhow::Result<Self> {
+        Self::load_within(engine, config, metrics, Wait::Briefly)
+    }
+
+    fn load_within(
+        engine: Engine,
+        config: Config,
+        metrics: Metrics,
+        wait: Wait,
+    ) -> anyhow::Result<Self> {
+        engine.set_compile_budget(config.compile_budget());
         let dir = config.dir.clone();
         let snapshot = match &dir {
             Some(dir) => folder::snapshot(dir).map_err(anyhow::Error::msg)?,
@@ -161,7 +182,7 @@ impl Registry {
             shadows: Shadows::default(),
             config_file: OnceLock::new(),
         };
-        registry.load_snapshot(snapshot);
+        registry.load_snapshot(snapshot, wait);
         Ok(registry)
     }
 
@@ -216,7 +237,7 @@ impl Registry {
         let files = slots
             .by_name
             .iter()
-            .filter(|(_, slot)| !slot.files.is_empty());
+            .filter(|(_, slot)| !slot.files.is_empty() && !slot.is_due());
         files
             .map(|(name, slot)| (name.clone(), slot.files.clone()))
             .collect()
@@ -226,7 +247,8 @@ impl Registry {
     /// for all of them.
     ///
     /// Compiles, so it may take seconds; not for an async thread.
-    fn load_snapshot(&self, snapshot: FolderSnapshot) {
+    fn load_snapshot(&self, snapshot: FolderSnapshot, wait: Wait) {
+        let Ready { files, slow, _code } = self.compile_ahead(snapshot, wait);
         let loading = self.begin_loading();
         // The lock may have been held by another load, or by an upload that wrote these files.
         // Entries that are outdated by now are dropped; the next scan finds them again.
@@ -235,10 +257,15 @@ impl Registry {
             .as_deref()
             .and_then(|dir| folder::snapshot(dir).ok())
             .unwrap_or_default();
-        let still = snapshot.into_iter().filter(|(name, files)| {
-            now.get(name).map_or(&[][..], Vec::as_slice) == files.as_slice()
-        });
-        self.load_snapshot_in(&loading, still.collect());
+        let is_still =
+            |name: &str, files: &[FileStamp]| now.get(name).map_or(&[][..], Vec::as_slice) == files;
+        let slow = slow.into_iter();
+        let slow = slow.filter(|(name, files, _)| is_still(name, files));
+        let slow = slow.collect();
+        let still = files
+            .into_iter()
+            .filter(|(name, files)| is_still(name, files));
+        self.load_snapshot_beside(&loading, still.collect(), slow);
     }
 
     /// Applies a changed `[plugins]` section. A plugin whose settings changed is reloaded and stays
@@ -247,6 +274,8 @@ impl Registry {
     ///
     /// Compiles, so it may take seconds; not for an async thread.
     pub fn configure(&self, config: Config) {
+        self.engine.set_compile_budget(config.compile_budget());
+        let _code = self.compile_for(&config);
         let loading = self.begin_loading();
         let changed = {
             let mut slots = self.slots();
@@ -338,6 +367,9 @@ impl Registry {
         bytes: &[u8],
         is_new: bool,
     ) -> Result<PluginState, AdminError> {
+        // Before the lock: other plugins are loaded meanwhile.
+        let _code = (self.dir.is_some() && self.check_upload(name, is_new).is_ok())
+            .then(|| self.compile_upload(name, bytes));
         let loading = self.begin_loading();
         let Some(dir) = &self.dir else {
             return Err(AdminError::Impossible(
@@ -366,7 +398,8 @@ impl Registry {
                 LoadOutcome::Unchanged(plugin.hash().to_owned())
             }
             Ok(plugin) => LoadOutcome::Loaded(Box::new(plugin), settings),
-            Err(Failure { reason, hash }) => {
+            Err(failure) if failure.is_transient => return Err(failure.into()),
+            Err(Failure { reason, hash, .. }) => {
                 tracing::error!(
                     plugin.name = name,
                     plugin.failed_hash = hash,
@@ -460,6 +493,9 @@ impl Registry {
     /// # Errors
     /// There is no such plugin, or its file is invalid.
     pub fn enable(&self, name: &str) -> Result<PluginState, AdminError> {
+        let files = self.slots().set_enabled(name, true)?;
+        let files = FolderSnapshot::from([(name.to_owned(), files)]);
+        let _code = self.compile_ahead(files, Wait::All);
         let loading = self.begin_loading();
         let files = self.slots().set_enabled(name, true)?;
         self.load_snapshot_in(&loading, FolderSnapshot::from([(name.to_owned(), files)]));
@@ -594,6 +630,16 @@ impl Registry {
     }
 
     fn load_snapshot_in(&self, loading: &MutexGuard<'_, ()>, snapshot: FolderSnapshot) {
+        self.load_snapshot_beside(loading, snapshot, Vec::new());
+    }
+
+    /// Loads these files and applies these outcomes of others together with theirs.
+    fn load_snapshot_beside(
+        &self,
+        loading: &MutexGuard<'_, ()>,
+        snapshot: FolderSnapshot,
+        others: Vec<(String, Vec<FileStamp>, LoadOutcome)>,
+    ) {
         let jobs = self.jobs(snapshot);
         let done = jobs.into_iter().map(|(name, files, job)| {
             let done = match job {
@@ -608,7 +654,7 @@ impl Registry {
             };
             (name, files, done)
         });
-        let done = done.collect();
+        let done = done.chain(others).collect();
         self.apply(loading, done);
     }
 
@@ -634,7 +680,7 @@ impl Registry {
                     let reason = format!(
                         "exceeds the limit of {MAX_PLUGINS} plugins per node; remove one and write this file again"
                     );
-                    Job::Refuse(Failure { reason, hash: None })
+                    Job::Refuse(Failure::of_file(reason, None))
                 }
                 (Some(first), None) => {
                     n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
@@ -659,17 +705,14 @@ impl Registry {
 
     fn load_file(&self, name: &str, wanted: &Wanted) -> Result<LoadOutcome, Failure> {
         let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes)
-            .map_err(|reason| Failure { reason, hash: None })?;
+            .map_err(|reason| Failure::of_file(reason, None))?;
         let hash = file_hash(&bytes);
         if wanted.running.as_ref() == Some(&hash) {
             return Ok(LoadOutcome::Unchanged(hash));
         }
         if wanted.rolled_back.as_ref() == Some(&hash) {
             let reason = "was rolled back before and is not loaded again; replace it, or upload it to try it again".to_owned();
-            return Err(Failure {
-                reason,
-                hash: Some(hash),
-            });
+            return Err(Failure::of_file(reason, Some(hash)));
         }
         self.load_bytes(name, &bytes, &wanted.settings)
             .map(|plugin| LoadOutcome::Loaded(Box::new(plugin), wanted.settings.clone()))
@@ -677,10 +720,7 @@ impl Registry {
 
     fn load_bytes(&self, name: &str, bytes: &[u8], settings: &Settings) -> Result<Plugin, Failure> {
         let hash = file_hash(bytes);
-        let failed = |reason| Failure {
-            reason,
-            hash: Some(hash.clone()),
-        };
+        let failed = |reason| Failure::of_file(reason, Some(hash.clone()));
         let name = Name::parse(name)
             .map_err(|e| failed(format!("does not give a valid plugin name: it {e}")))?;
         if let Some(pinned) = &settings.sha256
@@ -700,14 +740,18 @@ impl Registry {
                 .spawn_scoped(scope, load)?
                 .join())
         });
-        let plugin = plugin.map_err(|e: std::io::Error| {
-            failed(format!(
+        let plugin = plugin.map_err(|e: std::io::Error| Failure {
+            is_transient: true,
+            ..failed(format!(
                 "was not checked, because no thread can be started: {e}"
             ))
         })?;
         let plugin =
             plugin.map_err(|_| failed("made the host panic while it was loaded".to_owned()))?;
-        plugin.map_err(|e| failed(e.to_string()))
+        plugin.map_err(|e| Failure {
+            is_transient: e.is_transient(),
+            ..failed(e.to_string())
+        })
     }
 
     /// Applies the outcomes of all jobs and publishes them together.
@@ -733,6 +777,16 @@ impl Registry {
                     _ if !slots.is_enabled(&name) => LoadOutcome::Disabled,
                     done => done,
                 };
+                if let LoadOutcome::Loaded(plugin, _) = &done
+                    && let Some(time) = plugin.compile_time()
+                {
+                    let plugin = name.clone();
+                    let total = self
+                        .metrics
+                        .plugin_compile
+                        .get_or_create(&PluginLabel { plugin });
+                    total.inc_by(time.as_secs_f64());
+                }
                 let outcome = slots
                     .by_name
                     .entry(name.clone())
@@ -823,6 +877,7 @@ impl Registry {
         slot.failure = Some(Failure {
             reason: advice,
             hash: Some(hash.to_owned()),
+            is_transient: false,
         });
         slot.end(&running, PluginStatus::RolledBack, reason);
         // Nothing is left to roll back to.
@@ -874,6 +929,7 @@ impl Registry {
                 })
                 .set(is_open.into());
         }
+        self.publish_info(&chain);
         // The old snapshot may hold the last reference to a generation. It is only dropped after
         // the lock of the channel has been released.
         let folder_failure = self.current.borrow().folder_failure.clone();
@@ -884,6 +940,34 @@ impl Registry {
             missing,
             folder_failure,
         }));
+    }
+
+    /// Sets the info metric of each active plugin, and removes those of versions that are not active
+    /// any more.
+    fn publish_info(&self, chain: &Chain) {
+        let info = |generation: &Arc<Generation>| {
+            let plugin = &generation.plugin;
+            let short = |hash: &str| hash.get(..12).unwrap_or_default().to_owned();
+            PluginInfoLabel {
+                plugin: plugin.name().to_string(),
+                // The author of the plugin chose it.
+                version: plugin.manifest().version.chars().take(64).collect(),
+                hash: short(plugin.hash()),
+                config_hash: short(plugin.config_hash()),
+            }
+        };
+        let now: Vec<PluginInfoLabel> = chain.generations().map(info).collect();
+        for label in &now {
+            self.metrics.plugin_info.get_or_create(label).set(1);
+        }
+        let before = self.chain();
+        for label in before
+            .generations()
+            .map(info)
+            .filter(|label| !now.contains(label))
+        {
+            self.metrics.plugin_info.remove(&label);
+        }
     }
 
     fn states_of(&self, slots: &Slots, chain: &Chain) -> Vec<PluginState> {

@@ -14,7 +14,7 @@ use crate::event::{
     EntryId, Event, Malformed, Name, NotificationId, Outcome, PartitionNumber, Plan, Priority,
     Target, Value, Verdict,
 };
-use crate::ingest::pipeline::{Evaluation, MissingPlugins, Pipeline, Resolution};
+use crate::ingest::pipeline::{Evaluation, Pipeline, Resolution, Unevaluated};
 
 /// The maximum number of named users of one event whose conditions are evaluated.
 const MAX_USERS: usize = 100;
@@ -77,7 +77,7 @@ struct ReachedUser {
 #[derive(Debug, thiserror::Error)]
 pub enum DryRunError {
     #[error(transparent)]
-    MissingPlugins(#[from] MissingPlugins),
+    Unevaluated(#[from] Unevaluated),
     #[error("the dry run took longer than {} seconds", MAX_DURATION.as_secs())]
     TooSlow,
     #[error(transparent)]

@@ -80,6 +80,11 @@ impl PluginRunner {
         }
     }
 
+    /// Ends the instance and returns the plugin.
+    pub fn into_plugin(self) -> Plugin {
+        self.plugin
+    }
+
     /// Calls the plugin for one event. `clock_ms`: the clock shown to the plugin, in milliseconds
     /// since the Unix epoch.
     pub fn run(&mut self, event: &Event, clock_ms: u64) -> RunReport {

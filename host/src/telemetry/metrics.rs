@@ -39,8 +39,8 @@ pub struct PluginLabel {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PluginCallLabel {
     pub plugin: String,
-    /// `ok`, a verdict (`rejected`, `retry`) or a failure (`deadline`, `memory`, `trap`,
-    /// `invalid_output`).
+    /// `ok`, a verdict (`rejected`, `retry`), a failure (`deadline`, `memory`, `trap`,
+    /// `invalid_output`) or `host_memory`.
     pub outcome: &'static str,
 }
 
@@ -55,6 +55,31 @@ pub struct PluginLoadLabel {
 pub struct PluginCacheLabel {
     /// `hit`, `miss`, `corrupt` (found but unusable, and removed) or `write_failed` (compiled but
     /// not stored).
+    pub outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginVerdictLabel {
+    pub plugin: String,
+    /// The word in decision records.
+    pub verdict: &'static str,
+}
+
+/// The active generation of a plugin.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginInfoLabel {
+    pub plugin: String,
+    /// From its manifest.
+    pub version: String,
+    /// The first 12 digits of the SHA-256 of its file, and of its configuration.
+    pub hash: String,
+    pub config_hash: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PluginCompilationLabel {
+    /// `compiled`, `refused` (the file cannot be compiled), `timeout` or `memory` (it exceeds the
+    /// budget), `cancelled` (it was replaced meanwhile) or `failed` (the host lacked something).
     pub outcome: &'static str,
 }
 
@@ -158,10 +183,20 @@ metrics! {
     plugin_calls: Family<PluginCallLabel, Counter> = "plugin_calls";
     /// Duration of plugin calls.
     plugin_call_duration: DurationFamily<PluginLabel> = "plugin_call_duration", unit Unit::Seconds, new Family::new_with_constructor(call_durations as fn() -> Histogram);
+    /// Verdicts of the plugins that were called for a live event, by kind.
+    plugin_verdicts: Family<PluginVerdictLabel, Counter> = "plugin_verdicts";
+    /// Memory of the instances of a plugin that are kept for the next event.
+    plugin_memory: Family<PluginLabel, Gauge> = "plugin_memory", unit Unit::Bytes;
+    /// 1 for the active generation of each plugin.
+    plugin_info: Family<PluginInfoLabel, Gauge> = "plugin_info";
+    /// Time that compiling the loaded files of a plugin took; nothing for code from the cache.
+    plugin_compile: Family<PluginLabel, Counter<f64, AtomicU64>> = "plugin_compile", unit Unit::Seconds;
     /// Plugin files loaded or failed to load, at startup and after changes, by outcome.
     plugin_loads: Family<PluginLoadLabel, Counter> = "plugin_loads";
     /// Look-ups of compiled plugins in the cache and failures to store them, by outcome.
     plugin_compile_cache: Family<PluginCacheLabel, Counter> = "plugin_compile_cache";
+    /// Compilations of plugin files, by outcome.
+    plugin_compilations: Family<PluginCompilationLabel, Counter> = "plugin_compilations";
     /// Rollbacks of a plugin to its previous generation, automatic or by an admin command.
     plugin_rollbacks: Family<PluginLabel, Counter> = "plugin_rollbacks";
     /// 1 while a plugin is called only occasionally after failing on many events in a row.
@@ -231,7 +266,7 @@ mod tests {
     pub(super) trait Touch {
         fn touch(&self) {}
     }
-    impl Touch for Counter {}
+    impl<N, A> Touch for Counter<N, A> {}
     impl Touch for Gauge {}
     impl<L, M, C> Touch for Family<L, M, C>
     where

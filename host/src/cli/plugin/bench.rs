@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use pointsman::event::{Event, Name};
-use pointsman::plugin::{Engine, Limits, Plugin, Role, noop};
+use pointsman::plugin::{Limits, Plugin, Role, noop};
 use pointsman::preview::runner::PluginRunner;
 
 use super::{Subject, sample};
@@ -27,7 +27,7 @@ pub(super) struct Options {
     seconds: f64,
 }
 
-fn parse_seconds(text: &str) -> Result<f64, String> {
+pub(super) fn parse_seconds(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
         .filter(|seconds| (0.01..=600.0).contains(seconds))
@@ -37,7 +37,7 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let loaded = options.subject.load()?;
     let events = sample::events(&sample::file(options.events.as_ref(), &loaded)?, None)?;
-    let engine = Engine::new()?;
+    let engine = loaded.engine()?;
     let plugin = loaded.plugin(&engine)?;
     let wanted: Vec<(Event, u64)> = events
         .into_iter()

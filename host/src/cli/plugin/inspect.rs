@@ -3,7 +3,6 @@
 
 use anyhow::bail;
 use pointsman::escape::printable;
-use pointsman::plugin::Engine;
 use pointsman::plugin::inspect::{Form, Inspection, inspect};
 
 use super::Subject;
@@ -18,7 +17,7 @@ pub(super) struct Options {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let loaded = options.subject.load()?;
     let inspection = inspect(
-        &Engine::new()?,
+        &loaded.engine()?,
         loaded.name.clone(),
         &loaded.bytes,
         &loaded.config,

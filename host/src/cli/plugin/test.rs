@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context as _, bail, ensure};
 use pointsman::escape::printable;
 use pointsman::event::{Event, Plan};
+use pointsman::plugin::Limits;
 use pointsman::plugin::shadow::outcome::PluginDecision;
-use pointsman::plugin::{Engine, Limits};
 use pointsman::preview::runner::{PluginRunner, RunReport};
 use serde_json::Value;
 use tracing_subscriber::EnvFilter;
@@ -63,7 +63,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         None if options.write_golden => bail!("no file to write; pass --expect golden.json"),
         _ => None,
     };
-    let engine = Engine::new()?;
+    let engine = loaded.engine()?;
     let plugin = loaded.plugin(&engine)?;
     let (limits, mut runner) = (plugin.limits().clone(), PluginRunner::new(&engine, plugin));
     println!(

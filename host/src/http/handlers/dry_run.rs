@@ -20,7 +20,7 @@ pub(in crate::http) async fn dry_run(
 impl From<DryRunError> for ApiError {
     fn from(error: DryRunError) -> Self {
         match error {
-            DryRunError::MissingPlugins(missing) => Self::unavailable(missing.to_string())
+            DryRunError::Unevaluated(reason) => Self::unavailable(reason.to_string())
                 .fix("GET /readyz on the admin listener shows how"),
             DryRunError::TooSlow => {
                 Self::overloaded(error.to_string()).fix("send fewer events at once")

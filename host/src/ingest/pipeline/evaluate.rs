@@ -4,13 +4,13 @@
 //! runs have no effect. A panic of the host costs one event its route and the thread its instances.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::policy::StepOutcome;
-use super::{Evaluation, Resolution};
+use super::{Evaluation, Resolution, Unevaluated};
 use crate::event::{
     ChainMember, Event, HOST_PANICKED, Name, Plan, Priority, Value, Verdict, VerdictKind,
 };
@@ -20,7 +20,11 @@ use crate::plugin::registry::health::{Health, Permit, Transition};
 use crate::plugin::{
     ATTEMPTS, Answer, Call, CallError, Instance, ParsedPayload, Role, Ticking, thread_cpu_time,
 };
-use crate::telemetry::metrics::{Metrics, PluginCallLabel, PluginLabel};
+use crate::telemetry::metrics::{Metrics, PluginCallLabel, PluginLabel, PluginVerdictLabel};
+
+/// The evaluations of a share of a batch, one per event, in order; or why it has to be evaluated
+/// again.
+pub(super) type Share = Result<Vec<Evaluation>, Unevaluated>;
 
 /// The evaluator of one thread.
 #[derive(Debug)]
@@ -31,10 +35,13 @@ pub(super) struct Evaluator {
     chain: Arc<Chain>,
     /// By plugin name and generation. An instance that is in a call is not in the map.
     instances: HashMap<(Name, u64), Instance>,
-    /// The number of instances included in the metric.
+    /// The number of instances included in the metric, and their memory by plugin, in bytes.
     n_counted: i64,
+    counted_memory: BTreeMap<Name, i64>,
     /// Whether the current evaluation has an effect, that is, is not a dry run.
     is_live: bool,
+    /// Why the current evaluation has to be repeated: an instance could not be made.
+    lacking: Option<Unevaluated>,
     /// The slow calls of the current batch, and when each plugin was last reported.
     slow: HashMap<Name, SlowCalls>,
     reported: HashMap<Name, Instant>,
@@ -60,33 +67,42 @@ impl Evaluator {
             chain: Arc::default(),
             instances: HashMap::new(),
             n_counted: 0,
+            counted_memory: BTreeMap::new(),
             is_live: false,
             slow: HashMap::new(),
             reported: HashMap::new(),
+            lacking: None,
         }
     }
 
     /// Evaluates events by one chain, in order. `is_live`: not a dry run.
+    ///
+    /// # Errors
+    /// The host has no memory for an instance; the events are to be evaluated again.
     pub(super) fn evaluate_batch(
         &mut self,
         chain: &Arc<Chain>,
         events: Vec<Event>,
         clock_ms: u64,
         is_live: bool,
-    ) -> Vec<Evaluation> {
+    ) -> Share {
         self.keep_only(chain);
         self.is_live = is_live;
         let ticking = self.registry.engine().ticking();
         let (n_events, began, cpu) = (events.len(), Instant::now(), thread_cpu_time());
-        let evaluations = events
-            .into_iter()
-            .map(|event| self.evaluate(chain, event, clock_ms, &ticking))
-            .collect();
+        self.lacking = None;
+        let mut evaluations = Vec::with_capacity(n_events);
+        for event in events {
+            evaluations.push(self.evaluate(chain, event, clock_ms, &ticking));
+            if let Some(reason) = self.lacking.take() {
+                return Err(reason);
+            }
+        }
         if !self.slow.is_empty() {
             let cpu = thread_cpu_time().saturating_sub(cpu);
             self.report_slow_calls(n_events, began.elapsed(), cpu);
         }
-        evaluations
+        Ok(evaluations)
     }
 
     /// Warns of plugins whose calls were slow in a batch. `took`: the time of the batch, `cpu`: the
@@ -118,6 +134,11 @@ impl Evaluator {
         }
     }
 
+    /// Drops all instances.
+    pub(super) fn release_instances(&mut self) {
+        self.instances.clear();
+    }
+
     /// Drops instances of plugins that are no longer active, and updates the metric.
     pub(super) fn release_retired_instances(&mut self) {
         self.keep_only(&self.registry.chain());
@@ -126,6 +147,25 @@ impl Evaluator {
             .plugin_instances
             .inc_by(n_instances - self.n_counted);
         self.n_counted = n_instances;
+        let mut memory: BTreeMap<Name, i64> = BTreeMap::new();
+        for ((name, _), instance) in &self.instances {
+            let bytes = i64::try_from(instance.memory_bytes()).unwrap_or(i64::MAX);
+            *memory.entry(name.clone()).or_default() += bytes;
+        }
+        // Both: a plugin may have no instance any more.
+        let names: BTreeSet<&Name> = memory.keys().chain(self.counted_memory.keys()).collect();
+        for name in names {
+            let of = |bytes: &BTreeMap<Name, i64>| bytes.get(name).copied().unwrap_or_default();
+            let change = of(&memory) - of(&self.counted_memory);
+            if change != 0 {
+                let plugin = name.to_string();
+                self.metrics
+                    .plugin_memory
+                    .get_or_create(&PluginLabel { plugin })
+                    .inc_by(change);
+            }
+        }
+        self.counted_memory = memory;
     }
 
     /// Drops instances that do not belong to this chain.
@@ -265,12 +305,22 @@ impl Evaluator {
             {
                 let reason = why.to_string();
                 verdicts.push(verdict(generation, VerdictKind::Failed, &reason));
+                self.count_verdict(generation, VerdictKind::Failed);
                 // Not offered to a candidate, which would have no decision to be compared with.
                 return StepOutcome::of_failure(generation, reason, 0);
             }
-            self.call_with_retry(generation, role, call, verdicts, ticking)
+            let n_verdicts = verdicts.len();
+            let outcome = self.call_with_retry(generation, role, call, verdicts, ticking);
+            if let Some(verdict) = verdicts.get(n_verdicts)
+                && self.lacking.is_none()
+            {
+                self.count_verdict(generation, verdict.verdict);
+            }
+            outcome
         };
+        // An event that is evaluated again is offered then.
         if self.is_live
+            && self.lacking.is_none()
             && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
         {
             shadow.offer(generation.number, role, call, || {
@@ -283,8 +333,7 @@ impl Evaluator {
 
     /// Calls one plugin, once more if it fails, and applies its policy if it fails again.
     ///
-    /// In one piece: each way in which a call can end is one arm, with its verdict and its effect on
-    /// the plugin's health.
+    /// In one piece: each way in which a call can end is one arm with its verdict.
     fn call_with_retry(
         &mut self,
         generation: &Generation,
@@ -328,6 +377,19 @@ impl Evaluator {
                     record(kind, &error.to_string());
                     break error;
                 }
+                // Instances of other plugins that are only kept for the next event give way.
+                Err(CallError::HostMemory(_)) if !self.instances.is_empty() => {
+                    self.instances.clear();
+                    attempts -= 1;
+                }
+                Err(CallError::HostMemory(reason)) => {
+                    self.lacking = Some(Unevaluated::HostMemory {
+                        plugin: plugin.name().clone(),
+                        reason: reason.clone(),
+                    });
+                    record(VerdictKind::Failed, &reason);
+                    break CallError::HostMemory(reason);
+                }
                 Err(error) => {
                     tracing::warn!(
                         plugin.name = plugin.name().as_str(),
@@ -343,8 +405,19 @@ impl Evaluator {
                 }
             }
         };
+        self.settle(generation, role, error, attempts)
+    }
+
+    /// Applies the consequence of a call that returned no answer.
+    fn settle(
+        &self,
+        generation: &Generation,
+        role: Role,
+        error: CallError,
+        attempts: u32,
+    ) -> StepOutcome {
         let reason = error.to_string();
-        let plugin = plugin.name().to_string();
+        let plugin = generation.plugin.name().to_string();
         match error {
             // A verdict on the event; the policy is only for plugins that do not work.
             CallError::Rejected(_) | CallError::Retry(_) => {
@@ -356,6 +429,13 @@ impl Evaluator {
                     retry: matches!(error, CallError::Retry(_)),
                 })
             }
+            // Neither the plugin's health nor its policy: the event is evaluated again.
+            CallError::HostMemory(_) => StepOutcome::Over(Resolution::Failed {
+                plugin,
+                reason,
+                attempts,
+                retry: true,
+            }),
             CallError::Deadline(_)
             | CallError::Memory(_)
             | CallError::Trap(_)
@@ -365,6 +445,16 @@ impl Evaluator {
                 });
                 StepOutcome::of_failure(generation, reason, attempts)
             }
+        }
+    }
+
+    fn count_verdict(&self, generation: &Generation, kind: VerdictKind) {
+        if self.is_live {
+            let label = PluginVerdictLabel {
+                plugin: generation.plugin.name().to_string(),
+                verdict: kind.as_str(),
+            };
+            self.metrics.plugin_verdicts.get_or_create(&label).inc();
         }
     }
 

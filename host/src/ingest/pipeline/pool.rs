@@ -10,8 +10,7 @@ use std::thread;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::Evaluation;
-use super::evaluate::Evaluator;
+use super::evaluate::{Evaluator, Share};
 use crate::event::Event;
 use crate::plugin::Engine;
 use crate::plugin::registry::Registry;
@@ -45,7 +44,7 @@ pub(super) struct Job {
 #[derive(Debug)]
 struct QueuedJob {
     job: Job,
-    answer: oneshot::Sender<Vec<Evaluation>>,
+    answer: oneshot::Sender<Share>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -73,8 +72,8 @@ impl Pool {
         self.n_threads
     }
 
-    /// Queues a job, after waiting for room. The receiver gets one evaluation per event, in order.
-    pub(super) async fn submit(&self, job: Job) -> oneshot::Receiver<Vec<Evaluation>> {
+    /// Queues a job, after waiting for room.
+    pub(super) async fn submit(&self, job: Job) -> oneshot::Receiver<Share> {
         let (answer, answered) = oneshot::channel();
         let permit = Arc::clone(&self.waiting)
             .acquire_owned()
@@ -90,11 +89,23 @@ impl Pool {
 
     /// See [`Pipeline::release_retired_instances`](super::Pipeline::release_retired_instances).
     pub(super) fn release_retired_instances(&self) {
-        self.queue
-            .jobs
-            .lock()
-            .expect("no panic under this lock")
-            .n_releases += 1;
+        self.release(false);
+    }
+
+    /// Makes every thread release all of its instances before its next job, because there is no
+    /// memory for another one.
+    pub(super) fn release_all_instances(&self) {
+        self.release(true);
+    }
+
+    fn release(&self, is_all: bool) {
+        {
+            let mut jobs = self.queue.jobs.lock().expect("no panic under this lock");
+            jobs.n_releases += 1;
+            if is_all {
+                jobs.n_releases_of_all = jobs.n_releases;
+            }
+        }
         self.queue.is_ready.notify_all();
     }
 }
@@ -114,21 +125,24 @@ impl Drop for Pool {
 fn work(queue: &Queue, evaluator: &mut Evaluator) {
     let mut n_releases_seen = 0;
     while let Some(task) = queue.pop(&mut n_releases_seen) {
-        if let Task::Evaluate(QueuedJob {
-            job,
-            answer,
-            _permit,
-        }) = task
-        {
-            let Job {
-                chain,
-                events,
-                clock_ms,
-                dry_run,
-            } = job;
-            let evaluations = evaluator.evaluate_batch(&chain, events, clock_ms, dry_run.is_none());
-            // The receiver is gone if the caller was cancelled.
-            drop(answer.send(evaluations));
+        match task {
+            Task::Evaluate(QueuedJob {
+                job,
+                answer,
+                _permit,
+            }) => {
+                let Job {
+                    chain,
+                    events,
+                    clock_ms,
+                    dry_run,
+                } = job;
+                let share = evaluator.evaluate_batch(&chain, events, clock_ms, dry_run.is_none());
+                // The receiver is gone if the caller was cancelled.
+                drop(answer.send(share));
+            }
+            Task::ReleaseInstances { is_all: true } => evaluator.release_instances(),
+            Task::ReleaseInstances { is_all: false } => {}
         }
         // The chain may have been swapped during the job, and the next job may be far off.
         evaluator.release_retired_instances();
@@ -149,12 +163,17 @@ struct Jobs {
     /// The requests to release instances: a counter and not a flag, because every thread must see
     /// each request.
     n_releases: u64,
+    /// The last of these requests that concerns all instances.
+    n_releases_of_all: u64,
 }
 
 /// The next task of a thread.
 enum Task {
     Evaluate(QueuedJob),
-    ReleaseInstances,
+    ReleaseInstances {
+        /// Whether also those of active plugins.
+        is_all: bool,
+    },
 }
 
 impl Queue {
@@ -172,12 +191,14 @@ impl Queue {
     fn pop(&self, n_seen: &mut u64) -> Option<Task> {
         let mut jobs = self.jobs.lock().expect("no panic under this lock");
         loop {
-            if let Some(job) = jobs.waiting.pop_front() {
+            // Before the next job, which may be the one that lacks memory.
+            let is_all = *n_seen < jobs.n_releases_of_all;
+            if !is_all && let Some(job) = jobs.waiting.pop_front() {
                 return Some(Task::Evaluate(job));
             }
             if *n_seen != jobs.n_releases {
                 *n_seen = jobs.n_releases;
-                return Some(Task::ReleaseInstances);
+                return Some(Task::ReleaseInstances { is_all });
             }
             if jobs.is_closed {
                 return None;

@@ -22,6 +22,7 @@ use crate::plugin::Plugin;
 use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::settings::Settings;
 use crate::plugin::registry::state::{PluginKind, PluginState};
+use crate::plugin::runtime::compiler::Compilation;
 use crate::plugin::runtime::plugin::file_hash;
 use crate::plugin::shadow::{CandidateSource, Shadow, ShadowReport, Shadows};
 
@@ -112,6 +113,7 @@ impl Registry {
         name: &str,
         parts: CandidateParts,
     ) -> Result<ShadowReport, AdminError> {
+        let _code = self.compile_parts(name, &parts);
         // Held until the candidate is registered: otherwise its plugin could be removed first and
         // leave the candidate behind.
         let loading = self.begin_loading();
@@ -170,8 +172,15 @@ impl Registry {
         name: &str,
         parts: CandidateParts,
     ) -> Result<Promotion, AdminError> {
+        let _code = self.compile_parts(name, &parts);
         let source = self.candidate(&self.begin_loading(), name, parts)?.source;
         self.promote_source(name, &source)
+    }
+
+    /// Compiles the file of a candidate, if it is not the active one.
+    fn compile_parts(&self, name: &str, parts: &CandidateParts) -> Option<Compilation> {
+        let file = parts.file.as_ref()?;
+        self.compile_candidate(name, file)
     }
 
     fn promote_source(
@@ -323,6 +332,7 @@ impl Registry {
                 missing.join("' and '")
             )));
         }
+        let _code = self.compile_parts(name, &parts);
         let candidate = self.candidate(&self.begin_loading(), name, parts)?;
         let Candidate {
             plugin, settings, ..
@@ -378,9 +388,7 @@ impl Registry {
             Some(bytes) => bytes,
             None => self.active_file(name, active)?,
         };
-        let candidate = self
-            .load_bytes(name, &bytes, &settings)
-            .map_err(|failure| AdminError::InvalidFile(failure.reason))?;
+        let candidate = self.load_bytes(name, &bytes, &settings)?;
         if PluginKind::of(&candidate) != PluginKind::of(&active.plugin) {
             let reason = "is of a different kind (filter, router or both) than the active plugin, so there is nothing to compare; upload it instead";
             return Err(AdminError::InvalidFile(reason.to_owned()));

@@ -14,13 +14,13 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::health::HealthPolicy;
 use crate::duration;
-use crate::plugin::Limits;
+use crate::plugin::{CompileBudget, Limits};
 
 /// The `[plugins]` section of the configuration: keys of its own, and a table for each plugin that
 /// needs one. Defaults are in parentheses.
 ///
-/// A plugin named `dir`, `order`, `only_configured` or `cache` cannot be configured.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+/// A plugin with the name of one of these keys cannot be configured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Config {
     /// The plugin folder; its `.wasm` files are loaded, and it is watched for changes (none).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,12 +35,59 @@ pub struct Config {
     /// `~/.cache`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+    /// CPU time of compiling a file, 1s to 1h (2m). On the clock it may take ten times as long.
+    #[serde(with = "crate::duration")]
+    pub compile_timeout: Duration,
+    /// Address space of the process that compiles a file in MiB, 256 to 65,536 (2,048).
+    pub compile_memory_mib: u32,
     /// `[plugins.<name>]`.
     #[serde(flatten)]
     pub plugins: BTreeMap<String, Settings>,
 }
 
+impl Default for Config {
+    fn default() -> Self {
+        let budget = CompileBudget::default();
+        Self {
+            dir: None,
+            order: Vec::new(),
+            only_configured: false,
+            cache: None,
+            compile_timeout: budget.time,
+            compile_memory_mib: budget.memory_mib,
+            plugins: BTreeMap::new(),
+        }
+    }
+}
+
 impl Config {
+    /// What compiling one file may cost.
+    pub fn compile_budget(&self) -> CompileBudget {
+        CompileBudget {
+            time: self.compile_timeout,
+            memory_mib: self.compile_memory_mib,
+        }
+    }
+
+    /// # Errors
+    /// The key, the problem and the fix.
+    fn check(&self) -> Result<(), String> {
+        let (least, most) = (Duration::from_secs(1), Duration::from_secs(3_600));
+        if !(least..=most).contains(&self.compile_timeout) {
+            let [value, least, most] = [self.compile_timeout, least, most].map(duration::format);
+            return Err(format!(
+                "compile_timeout is \"{value}\"; give it \"{least}\" to \"{most}\""
+            ));
+        }
+        if !(256..=65_536).contains(&self.compile_memory_mib) {
+            return Err(format!(
+                "compile_memory_mib is {}; give it 256 to 65536",
+                self.compile_memory_mib
+            ));
+        }
+        Ok(())
+    }
+
     /// The folder of the compile cache. `None` if the cache is disabled, no plugin folder is
     /// configured, or no location is known. `data` is the folder of the embedded broker.
     pub fn cache_folder(&self, data: Option<&Path>) -> Option<PathBuf> {
@@ -48,17 +95,8 @@ impl Config {
         if let Some(folder) = &self.cache {
             return Some(folder.clone()).filter(|folder| !folder.as_os_str().is_empty());
         }
-        let of_user = || {
-            let variable = |name: &str| {
-                std::env::var_os(name)
-                    .map(PathBuf::from)
-                    .filter(|path| path.is_absolute())
-            };
-            variable("XDG_CACHE_HOME")
-                .or_else(|| Some(variable("HOME")?.join(".cache")))
-                .map(|caches| caches.join("pointsman"))
-        };
-        data.map(|data| data.join("plugins")).or_else(of_user)
+        data.map(|data| data.join("plugins"))
+            .or_else(user_cache_folder)
     }
 
     /// Whether `order` or a table names this plugin.
@@ -67,12 +105,25 @@ impl Config {
     }
 }
 
+/// The folder of compiled plugins of this user: `pointsman` in `$XDG_CACHE_HOME` or `~/.cache`.
+/// `None`: neither is known.
+pub fn user_cache_folder() -> Option<PathBuf> {
+    let variable = |name: &str| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    variable("XDG_CACHE_HOME")
+        .or_else(|| Some(variable("HOME")?.join(".cache")))
+        .map(|caches| caches.join("pointsman"))
+}
+
 /// `[plugins.<name>]`: the settings of one plugin. Defaults are in parentheses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(
     default,
     deny_unknown_fields,
-    expecting = "a table for a plugin (the other keys of this section are dir, order, only_configured and cache)"
+    expecting = "a table for a plugin (the other keys of this section are dir, order, only_configured, cache, compile_timeout and compile_memory_mib)"
 )]
 pub struct Settings {
     /// Whether the plugin is loaded (true).
@@ -262,9 +313,7 @@ impl<'de> Deserialize<'de> for Config {
         impl<'de> Visitor<'de> for Sections {
             type Value = Config;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(
-                    "the keys dir, order, only_configured and cache, and a table for each plugin",
-                )
+                f.write_str("the keys dir, order, only_configured, cache, compile_timeout and compile_memory_mib, and a table for each plugin")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Config, A::Error> {
                 let mut config = Config::default();
@@ -273,6 +322,11 @@ impl<'de> Deserialize<'de> for Config {
                         "dir" => config.dir = Some(map.next_value()?),
                         "order" => config.order = map.next_value()?,
                         "only_configured" => config.only_configured = map.next_value()?,
+                        "compile_timeout" => {
+                            let CompileTimeout(time) = map.next_value()?;
+                            config.compile_timeout = time;
+                        }
+                        "compile_memory_mib" => config.compile_memory_mib = map.next_value()?,
                         "cache" => {
                             let FolderOrNone(folder) = map.next_value()?;
                             config.cache = Some(folder);
@@ -283,12 +337,17 @@ impl<'de> Deserialize<'de> for Config {
                         }
                     }
                 }
+                config.check().map_err(A::Error::custom)?;
                 Ok(config)
             }
         }
         d.deserialize_map(Sections)
     }
 }
+
+/// The key `compile_timeout`.
+#[derive(Deserialize)]
+struct CompileTimeout(#[serde(with = "crate::duration")] Duration);
 
 /// The key `cache`; an empty path means that the cache is disabled.
 struct FolderOrNone(PathBuf);
@@ -363,7 +422,7 @@ mod tests {
             ),
             (
                 "folder = 'x'\n",
-                "a table for a plugin (the other keys of this section are dir, order, only_configured and cache)",
+                "a table for a plugin (the other keys of this section are dir, order, only_configured, cache, compile_timeout and compile_memory_mib)",
                 9..12,
             ),
             ("dir = 5\n", "string", 6..7),

@@ -17,6 +17,7 @@ use crate::plugin::registry::generation::Generation;
 use crate::plugin::registry::health::BreakerState;
 use crate::plugin::registry::settings::{Config, OnMissing, Settings};
 use crate::plugin::registry::state::{Ended, PluginState, PluginStatus, Refusal};
+use crate::plugin::runtime::compiler::Compilation;
 use crate::plugin::runtime::error::{EMPTY, TRUNCATED};
 
 /// How long a plugin whose file vanished stays active: a deployment may remove a file before it
@@ -24,6 +25,8 @@ use crate::plugin::runtime::error::{EMPTY, TRUNCATED};
 pub(super) const GRACE: Duration = Duration::from_secs(10);
 /// The maximum number of former generations remembered per plugin.
 const MAX_ENDED: usize = 20;
+/// The pause before a file is tried again that failed for want of memory in the host.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub(super) struct Slots {
@@ -60,6 +63,10 @@ pub(super) struct Slot {
     pub(super) is_vanishing: bool,
     /// Why its file is not that of a plugin, by its name.
     pub(super) inadmissible: Option<Inadmissible>,
+    /// The compilation of its file, if that takes long.
+    pub(super) compilation: Option<Compilation>,
+    /// When a file is tried again that failed for want of something in the host.
+    pub(super) next_attempt: Option<Instant>,
     pub(super) n_generations: u64,
     /// Newest first.
     pub(super) ended: VecDeque<Ended>,
@@ -72,6 +79,19 @@ pub(super) struct Failure {
     pub(super) reason: String,
     /// SHA-256 of the file, if it could be read.
     pub(super) hash: Option<String>,
+    /// Whether the host lacked something, so that the file is tried again.
+    pub(super) is_transient: bool,
+}
+
+impl Failure {
+    /// A failure that lasts until the file or its settings change.
+    pub(super) fn of_file(reason: String, hash: Option<String>) -> Self {
+        Self {
+            reason,
+            hash,
+            is_transient: false,
+        }
+    }
 }
 
 /// The outcome of a job.
@@ -84,6 +104,8 @@ pub(super) enum LoadOutcome {
     Failed(Failure),
     /// The file is not that of a plugin, by its name.
     Ignored(Inadmissible),
+    /// It is loaded once this has ended.
+    Compiling(Compilation),
 }
 
 impl Slots {
@@ -200,6 +222,10 @@ impl Slot {
         if !self.files.is_empty() {
             (self.is_removed, self.is_vanishing) = (false, false);
         }
+        if !matches!(outcome, LoadOutcome::Compiling(_)) {
+            self.compilation = None;
+        }
+        let is_repeated = self.next_attempt.take().is_some();
         let label = match outcome {
             LoadOutcome::Removed => {
                 let why = if self.is_removed {
@@ -235,7 +261,7 @@ impl Slot {
                     PluginStatus::Disabled,
                     "the configuration excludes it",
                 );
-                self.failure = Some(Failure { reason, hash: None });
+                self.failure = Some(Failure::of_file(reason, None));
                 self.inadmissible = Some(why);
                 Some("failed")
             }
@@ -252,8 +278,33 @@ impl Slot {
                 Some("loaded")
             }
             LoadOutcome::Failed(failure) => {
-                self.keep_active(name, &file, failure);
-                Some("failed")
+                let is_transient = failure.is_transient;
+                if is_transient {
+                    self.next_attempt = Some(Instant::now() + TRY_AGAIN_AFTER);
+                }
+                // Reported once, however often it is tried.
+                if is_transient && is_repeated {
+                    self.failure = Some(Failure {
+                        reason: format!("{file} {}", failure.reason),
+                        ..failure
+                    });
+                    None
+                } else {
+                    self.keep_active(name, &file, failure);
+                    Some("failed")
+                }
+            }
+            LoadOutcome::Compiling(compilation) => {
+                if self.compilation.is_none() {
+                    tracing::info!(
+                        plugin.name = name,
+                        plugin.file = file,
+                        "plugin is still being compiled; it is loaded as soon as it is ready"
+                    );
+                }
+                self.failure = Some(Failure::of_compiling(&file));
+                self.compilation = Some(compilation);
+                None
             }
         };
         self.report_second_file(name);
@@ -276,7 +327,12 @@ impl Slot {
     }
 
     /// Records that a file is invalid. The active generation, if there is one, stays active.
-    fn keep_active(&mut self, name: &str, file: &str, Failure { reason, hash }: Failure) {
+    fn keep_active(&mut self, name: &str, file: &str, failure: Failure) {
+        let Failure {
+            reason,
+            hash,
+            is_transient,
+        } = failure;
         // A new file that is copied in pieces is no plugin yet; once whole, it is loaded.
         let is_incomplete = reason.starts_with(TRUNCATED) || reason == EMPTY;
         let reason = format!("{file} {reason}");
@@ -309,7 +365,19 @@ impl Slot {
             hash: hash.clone(),
             reason: reason.clone(),
         });
-        self.failure = Some(Failure { reason, hash });
+        self.failure = Some(Failure {
+            reason,
+            hash,
+            is_transient,
+        });
+    }
+
+    /// Whether its file is to be loaded although it has not changed.
+    pub(super) fn is_due(&self) -> bool {
+        self.compilation
+            .as_ref()
+            .is_some_and(Compilation::has_ended)
+            || self.next_attempt.is_some_and(|at| at <= Instant::now())
     }
 
     /// Records that a second file has the name of this plugin, unless there is another failure.
@@ -325,7 +393,7 @@ impl Slot {
             plugin.file = file,
             "plugin not loaded: {reason}"
         );
-        self.failure = Some(Failure { reason, hash: None });
+        self.failure = Some(Failure::of_file(reason, None));
     }
 
     /// Starts a new generation.
@@ -399,6 +467,7 @@ impl Slot {
             Some(_) => PluginStatus::Active,
             None if slots.is_stray(name, self) => PluginStatus::Ignored,
             None if !slots.is_enabled(name) => PluginStatus::Disabled,
+            None if self.compilation.is_some() => PluginStatus::Compiling,
             None => PluginStatus::Failed,
         };
         let state = PluginState {

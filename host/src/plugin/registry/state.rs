@@ -124,6 +124,8 @@ pub enum PluginStatus {
     Failed,
     /// Disabled by the configuration or by an operator.
     Disabled,
+    /// Its file is being compiled.
+    Compiling,
     /// Configured, or active until its file vanished, but no file has this name.
     Missing,
     /// Its file is not that of a plugin, by its name: a copy or version of a plugin's file, or not

@@ -25,6 +25,7 @@ use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::Registry;
+use super::ahead::Wait;
 use super::folder::{self, FileStamp, FolderSnapshot};
 use super::slot::GRACE;
 use crate::shutdown::Alarm;
@@ -35,6 +36,8 @@ const SETTLED: Duration = Duration::from_millis(150);
 const PACE: Duration = Duration::from_millis(25);
 /// The time between two scans while an active plugin has lost its file.
 const LOOK_FOR_LOST_EVERY: Duration = Duration::from_millis(250);
+/// The time between two scans while a file is being compiled, which is loaded when it is ready.
+const COMPILING_PACE: Duration = Duration::from_millis(200);
 /// The maximum time between two scans, for changes without a notification.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
@@ -117,7 +120,7 @@ impl Thread {
                     self.registry.note_absent(&removed, &lost);
                     let due = settling.due(&self.registry.loaded(), &seen, &lost, Instant::now());
                     if !due.is_empty() {
-                        self.registry.load_snapshot(due);
+                        self.registry.load_snapshot(due, Wait::Briefly);
                     }
                 }
                 Err(reason) => {
@@ -126,6 +129,11 @@ impl Thread {
                 }
             }
             if let Some(pause) = settling.pause() {
+                let pause = if self.registry.is_compiling() {
+                    COMPILING_PACE.min(pause)
+                } else {
+                    pause
+                };
                 // Scan whether woken or timed out.
                 self.woken.recv_timeout(pause).ok();
             }

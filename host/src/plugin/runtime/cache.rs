@@ -36,7 +36,7 @@ const MAX_FILES: usize = 256;
 /// The maximum size of all files together, in bytes. Compiled Python takes about 100 MiB.
 const MAX_BYTES: u64 = 1024 * 1024 * 1024;
 /// The maximum size of one file, in bytes.
-const MAX_FILE_BYTES: u64 = MAX_BYTES / 4;
+pub(super) const MAX_FILE_BYTES: u64 = MAX_BYTES / 4;
 /// The first bytes of a file; the number is incremented when the layout changes.
 const MAGIC: &[u8; 24] = b"pointsman plugin code 1\n";
 /// The suffix of file names.
@@ -187,12 +187,8 @@ impl Cache {
 
     /// Stores code under this key. A failure is logged; the plugin is then compiled again at the
     /// next start.
-    pub(super) fn put(&self, key: &Key, component: &Component) {
-        let written = component
-            .serialize()
-            .map_err(|e| e.to_string())
-            .and_then(|code| self.write(key, &code).map_err(|e| e.to_string()));
-        if let Err(reason) = written {
+    pub(super) fn put(&self, key: &Key, code: &[u8]) {
+        if let Err(reason) = self.write(key, code) {
             self.count("write_failed");
             tracing::warn!(
                 "cannot store a compiled plugin in {}: {reason}",
@@ -340,17 +336,20 @@ fn check_owner(metadata: &Metadata) -> Result<(), String> {
     Ok(())
 }
 
-/// Turns compiled code into a component.
+/// Turns compiled code into a component. `code`: from a file of a [`Cache`] that was checked, or
+/// from the compiler of this host.
 #[expect(
     unsafe_code,
     reason = "compiled code cannot be verified, only trusted: see the head of this file"
 )]
-fn revive(engine: &wasmtime::Engine, code: &[u8]) -> wasmtime::Result<Component> {
-    // SAFETY: the bytes are those that `Component::serialize` returned. They come from a file that
-    // only this user can have written, in a folder that only this user can write to, and only
-    // `Cache::put` writes there. The checksum proves that they are unchanged, and the key in it
-    // that they were made by this version of wasmtime with these settings for this processor. They
-    // are in memory, where no other process can change them.
+pub(super) fn revive(engine: &wasmtime::Engine, code: &[u8]) -> wasmtime::Result<Component> {
+    // SAFETY: the bytes are those that `Engine::precompile_component` returned. Either `compiler`
+    // made them just now, in this process or in a child that runs this executable and wrote them
+    // into a pipe that only the two have. Or they come from a file that only this user can have
+    // written, in a folder that only this user can write to, and only `Cache::put` writes there:
+    // the checksum proves that they are unchanged, and the key in it that they were made by this
+    // version of wasmtime with these settings for this processor. They are in memory, where no
+    // other process can change them, and wasmtime compares its version and settings.
     unsafe { Component::deserialize(engine, code) }
 }
 
@@ -366,12 +365,11 @@ mod tests {
         wasmtime::Engine::new(wasmtime::Config::new().epoch_interruption(has_deadlines)).unwrap()
     }
 
-    fn component(engine: &wasmtime::Engine) -> Component {
-        Component::from_binary(
-            engine,
-            &wat::parse_str(r#"(component (core module $m (func (export "f"))))"#).unwrap(),
-        )
-        .unwrap()
+    fn component(engine: &wasmtime::Engine) -> Vec<u8> {
+        let text = r#"(component (core module $m (func (export "f"))))"#;
+        engine
+            .precompile_component(&wat::parse_str(text).unwrap())
+            .unwrap()
     }
 
     fn private(scratch: &Scratch) -> PathBuf {

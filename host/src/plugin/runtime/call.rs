@@ -23,6 +23,10 @@ pub enum CallError {
     /// The answer, or something that the guest did, is invalid.
     #[error("{0}")]
     InvalidOutput(String),
+    /// The host has no memory for the instance. Says nothing about the event or the plugin: the
+    /// event waits.
+    #[error("{0}")]
+    HostMemory(String),
     /// The plugin rejected the event and would do so again.
     #[error("{0}")]
     Rejected(String),
@@ -39,6 +43,7 @@ impl CallError {
             Self::Memory(_) => "memory",
             Self::Trap(_) => "trap",
             Self::InvalidOutput(_) => "invalid_output",
+            Self::HostMemory(_) => "host_memory",
             Self::Rejected(_) => "rejected",
             Self::Retry(_) => "retry",
         }

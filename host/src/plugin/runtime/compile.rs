@@ -1,44 +1,82 @@
-//! Turns the bytes of a file into a component: checks that the file is intact, compiles it, and
-//! checks its imports and exports.
+//! Turns the bytes of a file into a component: checks its imports, has it compiled, and checks its
+//! exports.
 //!
 //! Only WebAssembly is compiled; a compiled file is never accepted as a plugin. Code that was
-//! compiled before comes from [`cache`], whose files cannot be supplied by users. Whether a
-//! component conforms to the contract shows when `plugin` creates its first instance.
+//! compiled before comes from [`cache`], whose files cannot be supplied by users. Where and within
+//! which budget a file is compiled is in `compiler`. Whether a component conforms to the contract
+//! shows when `plugin` creates its first instance.
 //!
 //! [`cache`]: super::cache
 
+use std::time::Duration;
+
 use wasmtime::component::Component;
 
-use super::bindings;
 use super::cache::Key;
-use super::component;
+use super::compiler::{Code, Compilation};
 use super::engine::Engine;
-use super::error::{EMPTY, asynchronous, causes, not_valid};
+use super::error::{EMPTY, LoadError};
 use super::limits::Limits;
-use super::log::printable;
 use super::store::{MAX_MEMORIES, MAX_TABLES};
 use super::structure;
+use super::surface::{Form, Surface};
+use super::translate::{check_imports, check_names};
 
 /// A component whose imports are all granted.
 pub(super) struct Compiled {
     pub(super) component: Component,
     pub(super) has_filter: bool,
     pub(super) has_router: bool,
-    /// Whether its code came from the cache.
-    pub(super) is_cached: bool,
+    /// How long compiling took; `None`: the code was there.
+    pub(super) time: Option<Duration>,
+    /// Keeps the code for whatever loads the same file while this is held.
+    pub(super) code: Compilation,
 }
 
-/// Checks the bytes of a file and compiles them, unless the engine's cache has their code. `hash`:
-/// the SHA-256 of the bytes, in hexadecimal.
+/// Checks the bytes of a file and begins to compile them, unless that is under way already or the
+/// engine's cache has their code. `hash`: the SHA-256 of the bytes, in hexadecimal.
 ///
 /// # Errors
-/// Why not, as the rest of a sentence that begins with the file name.
+/// The file is refused without compiling it.
+pub(in crate::plugin) fn begin(
+    engine: &Engine,
+    bytes: &[u8],
+    hash: &str,
+    limits: &Limits,
+) -> Result<Compilation, LoadError> {
+    check_bytes(bytes, limits).map_err(LoadError::of_file)?;
+    let cache = engine
+        .cache()
+        .map(|cache| (cache.clone(), Key::new(engine.wasmtime(), hash)));
+    Ok(engine
+        .compiler()
+        .begin(engine.wasmtime(), cache, hash, bytes))
+}
+
+/// As [`begin`], but waits for the code and checks the component.
+///
+/// # Errors
+/// Why the file was refused.
 pub(super) fn compile(
     engine: &Engine,
     bytes: &[u8],
     hash: &str,
     limits: &Limits,
-) -> Result<Compiled, String> {
+) -> Result<Compiled, LoadError> {
+    let code = begin(engine, bytes, hash, limits)?;
+    let Code { component, time } = code.outcome()?;
+    let (has_filter, has_router) = inspect(engine, &component).map_err(LoadError::of_file)?;
+    Ok(Compiled {
+        component,
+        has_filter,
+        has_router,
+        time,
+        code,
+    })
+}
+
+/// The checks that take milliseconds, in an order that makes the first message the most useful one.
+fn check_bytes(bytes: &[u8], limits: &Limits) -> Result<(), String> {
     const MIB: usize = 1024 * 1024;
     if bytes.is_empty() {
         return Err(EMPTY.to_owned());
@@ -55,119 +93,25 @@ pub(super) fn compile(
     }
     // Before anything else reads the file: the validator and the compiler are slow on deep files.
     structure::check(bytes)?;
-    let cache = engine
-        .cache()
-        .map(|cache| (cache, Key::new(engine.wasmtime(), hash)));
-    let cached = cache
-        .as_ref()
-        .and_then(|(cache, key)| cache.take(engine.wasmtime(), key));
-    let is_cached = cached.is_some();
-    let component = match cached {
-        // These bytes were checked and compiled by this version of the host before.
-        Some(component) => component,
-        None => compile_anew(engine, bytes)?,
-    };
-    let (has_filter, has_router) = inspect(engine, &component)?;
-    if let Some((cache, key)) = cache.filter(|_| !is_cached) {
-        cache.put(&key, &component);
+    let surface = Surface::of(bytes);
+    // The imports of a core module are only known once it is a component.
+    if surface.form == Some(Form::Component) {
+        check_imports(
+            surface.imports.iter().map(String::as_str),
+            surface.exports.iter().map(String::as_str),
+        )?;
     }
-    Ok(Compiled {
-        component,
-        has_filter,
-        has_router,
-        is_cached,
-    })
+    Ok(())
 }
 
-fn compile_anew(engine: &Engine, bytes: &[u8]) -> Result<Component, String> {
-    // Validated first, for a clear message about a file that is still being written.
-    wasmparser::Validator::new()
-        .validate_all(bytes)
-        .map_err(|error| not_valid(&error))?;
-    let encoded;
-    let component = if wasmparser::Parser::is_component(bytes) {
-        bytes
-    } else {
-        encoded = component::encode(bytes).map_err(|e| {
-            format!(
-                "is a core module that cannot be converted to a component: {}",
-                printable(&format!("{e:#}"))
-            )
-        })?;
-        &encoded
-    };
-    Component::from_binary(engine.wasmtime(), component).map_err(|e| {
-        let causes = causes(&e);
-        asynchronous(&causes).unwrap_or_else(|| format!("does not compile: {causes}"))
-    })
-}
-
-/// Whether plugins may import this name.
-pub(in crate::plugin) fn is_granted(import: &str) -> bool {
-    const GRANTED: [&str; 9] = [
-        "pointsman:plugin/types@",
-        "pointsman:plugin/log@",
-        "pointsman:plugin/clock@",
-        "wasi:cli/",
-        "wasi:clocks/",
-        "wasi:filesystem/",
-        "wasi:io/",
-        "wasi:random/",
-        "wasi:sockets/",
-    ];
-    GRANTED.iter().any(|granted| import.starts_with(granted))
-}
-
-/// Checks a component's imports and exports. Returns whether it is a filter and whether it is a
-/// router.
+/// Checks a compiled component. Returns whether it is a filter and whether it is a router.
 fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), String> {
     let ty = component.component_type();
-    let imports: Vec<&str> = ty
-        .imports(engine.wasmtime())
-        .map(|(name, _)| name)
-        .collect();
-    let exports: Vec<&str> = ty
-        .exports(engine.wasmtime())
-        .map(|(name, _)| name)
-        .collect();
-    for name in imports.iter().chain(&exports) {
-        let version = name
-            .strip_prefix("pointsman:plugin/")
-            .and_then(|rest| rest.split_once('@'))
-            .map(|(_, version)| version);
-        if let Some(version) = version.filter(|version| {
-            *version != bindings::VERSION
-                && !version.starts_with(&format!("{}.", bindings::VERSION))
-        }) {
-            let built_for = version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
-            return Err(format!(
-                "was built for pointsman:plugin {built_for}; this host supports {}",
-                bindings::VERSION
-            ));
-        }
-    }
-    if let Some(foreign) = imports.iter().find(|name| !is_granted(name)) {
-        return Err(format!(
-            "imports {}, which plugins are not granted",
-            foreign.escape_debug()
-        ));
-    }
-    let has = |interface: &str| {
-        exports.iter().any(|name| {
-            name.strip_prefix("pointsman:plugin/")
-                .and_then(|rest| rest.split_once('@'))
-                .is_some_and(|(name, _)| name == interface)
-        })
-    };
-    let (is_filter, is_router) = (has("filter"), has("router"));
-    if !is_filter && !is_router {
-        return Err("exports neither pointsman:plugin/filter nor pointsman:plugin/router; in Rust, use `pointsman_plugin::export!`".to_owned());
-    }
-    if !has("lifecycle") {
-        return Err(
-            "does not export pointsman:plugin/lifecycle, which every plugin must export".to_owned(),
-        );
-    }
+    let imports = ty.imports(engine.wasmtime()).map(|(name, _)| name);
+    let imports: Vec<&str> = imports.collect();
+    let exports = ty.exports(engine.wasmtime()).map(|(name, _)| name);
+    let exports: Vec<&str> = exports.collect();
+    let roles = check_names(imports.iter().copied(), exports.iter().copied())?;
     if let Some(resources) = component.resources_required() {
         for (what, count, limit) in [
             ("memories", resources.num_memories, MAX_MEMORIES),
@@ -180,5 +124,5 @@ fn inspect(engine: &Engine, component: &Component) -> Result<(bool, bool), Strin
             }
         }
     }
-    Ok((is_filter, is_router))
+    Ok(roles)
 }

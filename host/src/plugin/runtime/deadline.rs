@@ -17,7 +17,7 @@ use wasmtime::UpdateDeadline;
 use super::thread::thread_cpu_time;
 
 /// How often a running call can be interrupted.
-const TICK: Duration = Duration::from_millis(1);
+pub(super) const TICK: Duration = Duration::from_millis(1);
 
 /// The deadline of one call, checked on its thread.
 #[derive(Debug, Default)]

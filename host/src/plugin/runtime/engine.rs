@@ -16,10 +16,13 @@ use wasmtime_wasi::p2::bindings::sync::io::poll;
 
 use super::bindings;
 use super::cache::Cache;
+use super::compiler::{CompileBudget, CompileIn, Compiler};
 use super::deadline::{Ticker, Ticking};
+use super::layout::MemoryLayout;
 use super::random::SeededRandom;
 use super::store::{HostState, MAX_INSTANCES, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
 use super::wasi::{NoWaiting, NonBlocking};
+use crate::telemetry::metrics::Metrics;
 
 /// The maximum number of plugins in a chain; determines the size of the instance pool.
 pub(in crate::plugin) const MAX_PLUGINS: usize = 32;
@@ -37,6 +40,17 @@ struct Shared {
     linker: Linker<HostState>,
     ticker: Arc<Ticker>,
     cache: Option<Cache>,
+    compiler: Compiler,
+}
+
+/// What an [`Engine`] uses beside wasmtime.
+#[derive(Debug, Default)]
+pub struct EngineOptions {
+    /// Code that was compiled before.
+    pub cache: Option<Cache>,
+    pub compile_in: CompileIn,
+    pub budget: CompileBudget,
+    pub metrics: Metrics,
 }
 
 impl std::fmt::Debug for Engine {
@@ -48,25 +62,27 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
+    /// Creates an engine without a cache, whose plugins are compiled on threads of this process.
+    ///
+    /// # Errors
+    /// As [`Engine::with`].
+    pub fn new() -> anyhow::Result<Self> {
+        Self::with(EngineOptions::default())
+    }
+
     /// Creates the engine with an instance pool if its address space can be reserved (some hundred
-    /// GiB, mostly unused), else without one; instances are then slower to create.
+    /// GiB, mostly unused). Otherwise instances are allocated one by one, in a layout that reserves
+    /// little.
     ///
     /// # Errors
     /// The processor or the system lacks a feature that compiled WebAssembly needs.
-    pub fn new() -> anyhow::Result<Self> {
-        Self::with_cache(None)
-    }
-
-    /// As [`Engine::new`], but takes code that was compiled before from this cache.
-    ///
-    /// # Errors
-    /// As [`Engine::new`].
-    pub fn with_cache(cache: Option<Cache>) -> anyhow::Result<Self> {
-        let engine = match wasmtime::Engine::new(&config(true)) {
-            Ok(engine) => engine,
+    pub fn with(options: EngineOptions) -> anyhow::Result<Self> {
+        let (engine, layout) = match wasmtime::Engine::new(&pooling_config()) {
+            Ok(engine) => (engine, MemoryLayout::Reserved),
             Err(error) => {
-                tracing::info!(%error, "not enough address space for an instance pool; plugin instances are allocated one by one");
-                wasmtime::Engine::new(&config(false))?
+                tracing::warn!(%error, "not enough address space for an instance pool; plugin instances are allocated one by one, and calls take longer (raise `ulimit -v`)");
+                let layout = MemoryLayout::Compact;
+                (wasmtime::Engine::new(&layout.config())?, layout)
             }
         };
         let linker = linker(&engine)?;
@@ -75,8 +91,18 @@ impl Engine {
             engine,
             linker,
             ticker,
-            cache,
+            cache: options.cache,
+            compiler: Compiler::new(options.compile_in, layout, options.budget, options.metrics),
         })))
+    }
+
+    /// Changes what compiling a file may cost from now on.
+    pub(in crate::plugin) fn set_compile_budget(&self, budget: CompileBudget) {
+        self.0.compiler.set_budget(budget);
+    }
+
+    pub(super) fn compiler(&self) -> &Compiler {
+        &self.0.compiler
     }
 
     /// The number of threads to run plugins on: one per processor, at most `MAX_WORKERS`.
@@ -115,30 +141,22 @@ impl Drop for Shared {
     }
 }
 
-fn config(is_pooling: bool) -> Config {
-    let mut config = Config::new();
-    config.concurrency_support(false);
-    config.epoch_interruption(true);
-    config.wasm_memory64(false);
-    // In a composed component, wasmtime's own code copies between the memories of its parts.
-    config.wasm_multi_memory(true);
-    // Exceptions and shared memories are disabled by leaving out the crate features `gc` and
-    // `threads`.
-    if is_pooling {
-        // Per plugin: one instance per thread, one while a new version is loaded and one for a
-        // backtest. Plus one per shadow candidate.
-        let n = (MAX_PLUGINS * (Engine::n_workers() + 2) + MAX_SHADOWS) as u32;
-        let mut pool = PoolingAllocationConfig::new();
-        pool.total_component_instances(n)
-            .total_core_instances(n * MAX_INSTANCES as u32)
-            .total_memories(n * MAX_MEMORIES as u32)
-            .total_tables(n * MAX_TABLES as u32)
-            .max_memories_per_module(MAX_MEMORIES as u32)
-            .max_tables_per_module(MAX_TABLES as u32)
-            .total_stacks(1)
-            .table_elements(MAX_TABLE_ELEMENTS);
-        config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
-    }
+/// The settings of an engine whose instances are taken from a pool.
+fn pooling_config() -> Config {
+    let mut config = MemoryLayout::Reserved.config();
+    // Per plugin: one instance per thread, one while a new version is loaded and one for a
+    // backtest. Plus one per shadow candidate.
+    let n = (MAX_PLUGINS * (Engine::n_workers() + 2) + MAX_SHADOWS) as u32;
+    let mut pool = PoolingAllocationConfig::new();
+    pool.total_component_instances(n)
+        .total_core_instances(n * MAX_INSTANCES as u32)
+        .total_memories(n * MAX_MEMORIES as u32)
+        .total_tables(n * MAX_TABLES as u32)
+        .max_memories_per_module(MAX_MEMORIES as u32)
+        .max_tables_per_module(MAX_TABLES as u32)
+        .total_stacks(1)
+        .table_elements(MAX_TABLE_ELEMENTS);
+    config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     config
 }
 

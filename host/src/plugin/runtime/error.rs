@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use wasmtime::WasmBacktrace;
+use wasmtime::{PoolConcurrencyLimitError, WasmBacktrace};
 
 use super::log::printable;
 
@@ -16,8 +16,35 @@ const MAX_FRAME: usize = 100;
 
 /// Why a file cannot run as a plugin. The text continues a sentence that begins with the file name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct LoadError(pub(in crate::plugin) String);
+#[error("{reason}")]
+pub struct LoadError {
+    reason: String,
+    /// Whether the host lacked something and the file may load later. Otherwise the file is at
+    /// fault.
+    is_transient: bool,
+}
+
+impl LoadError {
+    /// The file is at fault.
+    pub(in crate::plugin) fn of_file(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            is_transient: false,
+        }
+    }
+
+    /// The host is at fault, at this moment.
+    pub(in crate::plugin) fn of_host(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            is_transient: true,
+        }
+    }
+
+    pub(in crate::plugin) const fn is_transient(&self) -> bool {
+        self.is_transient
+    }
+}
 
 /// Runs a step of loading a file. The validator, the encoder, the compiler and the runtime take any
 /// input, and a bug in them must cost the file and not the thread.
@@ -35,7 +62,7 @@ pub(super) fn contain_panic<T>(
             .map(String::as_str)
             .or_else(|| panic.downcast_ref::<&str>().copied())
             .unwrap_or("no message");
-        Err(LoadError(format!(
+        Err(LoadError::of_file(format!(
             "makes this host panic: {}; report it with the file",
             printable(text)
         )))
@@ -177,6 +204,19 @@ pub(super) fn not_valid(error: &wasmparser::BinaryReaderError) -> String {
         );
     }
     format!("{TRUNCATED}: {what}")
+}
+
+/// Whether the system, and not the plugin, is the reason of an error: no memory, no address space
+/// or no free place in the instance pool.
+pub(super) fn is_lack_of_host(error: &wasmtime::Error) -> bool {
+    error.is::<PoolConcurrencyLimitError>()
+        || error.chain().any(|cause| {
+            let code = cause.downcast_ref::<rustix::io::Errno>();
+            let io = cause.downcast_ref::<std::io::Error>();
+            code.is_some_and(|code| *code == rustix::io::Errno::NOMEM)
+                || io.is_some_and(|io| io.kind() == std::io::ErrorKind::OutOfMemory)
+        })
+        || error.is::<wasmtime::OutOfMemory>()
 }
 
 /// The causes of an error without the backtrace, outermost first, on one line.

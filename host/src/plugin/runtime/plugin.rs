@@ -6,7 +6,9 @@
 //! synchronous and must run on a dedicated thread, never on an async executor.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use anyhow::Context as _;
 use sha2::{Digest, Sha256};
 use wasmtime::component::InstancePre;
 use wasmtime::{Store, Trap};
@@ -14,12 +16,16 @@ use wasmtime::{Store, Trap};
 use super::bindings::{self, ExportIndices, Exports};
 use super::call::{Answer, Call, CallError, Role};
 use super::compile::{Compiled, compile};
+use super::compiler::Compilation;
 use super::deadline::Ticking;
 use super::engine::Engine;
-use super::error::{Function, LoadError, causes, contain_panic, contract_violation, frames};
+use super::error::{
+    Function, LoadError, causes, contain_panic, contract_violation, frames, is_lack_of_host,
+};
 use super::limits::Limits;
 use super::log::{GuestLog, printable};
 use super::manifest::{Description, Manifest};
+use super::profiler::Profiler;
 use super::selection::Selection;
 use super::store::{HostState, set_deadline, store};
 use crate::event::Name;
@@ -29,7 +35,9 @@ pub struct Plugin {
     name: Name,
     manifest: Manifest,
     hash: String,
-    is_cached: bool,
+    compile_time: Option<Duration>,
+    /// A change of the configuration loads the same file again.
+    _code: Compilation,
     selection: Selection,
     config: String,
     config_hash: String,
@@ -38,6 +46,8 @@ pub struct Plugin {
     component: InstancePre<HostState>,
     exports: ExportIndices,
     log: Arc<GuestLog>,
+    /// `None`: its calls are not sampled.
+    profiler: Option<Profiler>,
 }
 
 impl std::fmt::Debug for Plugin {
@@ -97,10 +107,23 @@ impl Plugin {
         let Description {
             manifest,
             selection,
-        } = plugin.check_first_instance().map_err(LoadError)?;
+        } = plugin.check_first_instance()?;
         plugin.manifest = manifest;
         plugin.selection = selection;
         Ok(plugin)
+    }
+
+    /// Compiles a file into the engine's cache without loading it. Returns how long that took;
+    /// `None`: the code was there.
+    ///
+    /// # Errors
+    /// Why the file was refused.
+    pub fn compile(
+        engine: &Engine,
+        bytes: &[u8],
+        limits: &Limits,
+    ) -> Result<Option<Duration>, LoadError> {
+        compile(engine, bytes, &file_hash(bytes), limits).map(|compiled| compiled.time)
     }
 
     /// The first half of [`Plugin::load`]: everything except the first instance.
@@ -112,20 +135,20 @@ impl Plugin {
         limits: Limits,
     ) -> Result<Self, LoadError> {
         let hash = file_hash(bytes);
-        let (component, exports, is_cached) = contain_panic(|| {
+        let (component, exports, compile_time, code) = contain_panic(|| {
             let Compiled {
                 component,
                 has_filter,
                 has_router,
-                is_cached,
-            } = compile(engine, bytes, &hash, &limits).map_err(LoadError)?;
-            let component = engine
-                .linker()
-                .instantiate_pre(&component)
-                .map_err(|e| LoadError(format!("cannot be linked to this host: {}", causes(&e))))?;
+                time,
+                code,
+            } = compile(engine, bytes, &hash, &limits)?;
+            let component = engine.linker().instantiate_pre(&component).map_err(|e| {
+                LoadError::of_file(format!("cannot be linked to this host: {}", causes(&e)))
+            })?;
             let exports = ExportIndices::find(&component, has_filter, has_router)
-                .map_err(|e| LoadError(contract_violation(&e)))?;
-            Ok((component, exports, is_cached))
+                .map_err(|e| LoadError::of_file(contract_violation(&e)))?;
+            Ok((component, exports, time, code))
         })?;
         Ok(Self {
             log: Arc::new(GuestLog::new(name.clone())),
@@ -137,7 +160,8 @@ impl Plugin {
                 config_schema: None,
             },
             hash,
-            is_cached,
+            compile_time,
+            _code: code,
             selection: Selection::default(),
             config: config.to_owned(),
             config_hash: file_hash(config.as_bytes()),
@@ -145,7 +169,34 @@ impl Plugin {
             engine: engine.clone(),
             component,
             exports,
+            profiler: None,
         })
+    }
+
+    /// Samples the stack of the guest in all calls from now on, once per millisecond.
+    ///
+    /// # Errors
+    /// wasmtime cannot read the symbols of the code.
+    pub fn with_profiler(self) -> anyhow::Result<Self> {
+        let profiler = Profiler::new(
+            self.engine.wasmtime(),
+            self.name.as_str(),
+            self.component.component(),
+        )?;
+        Ok(Self {
+            profiler: Some(profiler),
+            ..self
+        })
+    }
+
+    /// Writes what [`Plugin::with_profiler`] sampled, in the format of the Firefox profiler, and
+    /// returns the number of samples. All instances must have been dropped.
+    ///
+    /// # Errors
+    /// Nothing was sampled, an instance is left, or the profile cannot be written.
+    pub fn finish_profile(self, output: impl std::io::Write) -> anyhow::Result<usize> {
+        let profiler = self.profiler.context("the calls were not sampled")?;
+        profiler.finish(output)
     }
 
     pub fn name(&self) -> &Name {
@@ -176,9 +227,14 @@ impl Plugin {
         }
     }
 
-    /// Whether its code came from the cache instead of being compiled now.
+    /// Whether its code was there, in the cache or in memory, instead of being compiled now.
     pub fn is_cached(&self) -> bool {
-        self.is_cached
+        self.compile_time.is_none()
+    }
+
+    /// How long compiling it took; `None`: its code was there.
+    pub fn compile_time(&self) -> Option<Duration> {
+        self.compile_time
     }
 
     pub fn limits(&self) -> &Limits {
@@ -309,6 +365,7 @@ impl Plugin {
             &self.name,
             &self.log,
         );
+        store.data_mut().profiler.clone_from(&self.profiler);
         set_deadline(&mut store, ticking, self.limits.setup_deadline);
         let made = self
             .component
@@ -320,27 +377,30 @@ impl Plugin {
 
     /// Creates the first instance, which shows whether the plugin works at all: records whose
     /// fields do not match the contract fail here and not earlier.
-    pub(in crate::plugin) fn check_first_instance(&self) -> Result<Description, String> {
-        contain_panic(|| self.describe_first_instance().map_err(LoadError))
-            .map_err(|LoadError(reason)| reason)
+    pub(in crate::plugin) fn check_first_instance(&self) -> Result<Description, LoadError> {
+        contain_panic(|| self.describe_first_instance())
     }
 
-    fn describe_first_instance(&self) -> Result<Description, String> {
+    fn describe_first_instance(&self) -> Result<Description, LoadError> {
         let ticking = self.engine.ticking();
         let (mut store, exports) = self.raw_instance(&ticking).map_err(|e| match e {
-            CallError::InvalidOutput(reason) => reason,
-            other => format!("fails to start: {other}"),
+            CallError::HostMemory(reason) => LoadError::of_host(format!("waits: {reason}")),
+            CallError::InvalidOutput(reason) => LoadError::of_file(reason),
+            other => LoadError::of_file(format!("fails to start: {other}")),
         })?;
         let mut step =
             |function: Function,
              call: &mut dyn FnMut(&mut Store<HostState>) -> wasmtime::Result<()>| {
                 set_deadline(&mut store, &ticking, self.limits.setup_deadline);
                 call(&mut store).map_err(|error| {
-                    format!(
-                        "fails in {}: {}",
-                        function.name(),
-                        self.call_error(&error, &mut store, function)
-                    )
+                    match self.call_error(&error, &mut store, function) {
+                        CallError::HostMemory(reason) => {
+                            LoadError::of_host(format!("waits: {reason}"))
+                        }
+                        other => {
+                            LoadError::of_file(format!("fails in {}: {other}", function.name()))
+                        }
+                    }
                 })
             };
         let (mut before, mut configured, mut after) = (None, None, None);
@@ -353,16 +413,18 @@ impl Plugin {
                 .map(|c| configured = Some(c))
         })?;
         if let Some(Err(issues)) = configured {
-            return Err(format!("rejects its configuration: {issues}"));
+            return Err(LoadError::of_file(format!(
+                "rejects its configuration: {issues}"
+            )));
         }
         // Described again: the selection may depend on the configuration.
         step(Function::Describe, &mut |store| {
             exports.describe(store).map(|d| after = Some(d))
         })?;
         let (Some(before), Some(after)) = (before, after) else {
-            return Err("does not describe itself".to_owned());
+            return Err(LoadError::of_file("does not describe itself"));
         };
-        after.selection.check()?;
+        after.selection.check().map_err(LoadError::of_file)?;
         if let Some((pattern, odd)) = after.selection.odd_pattern() {
             tracing::warn!(
                 plugin.name = self.name.as_str(),
@@ -373,9 +435,9 @@ impl Plugin {
         if let Some(schema) = &before.manifest.config_schema
             && let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(schema)
         {
-            return Err(format!(
+            return Err(LoadError::of_file(format!(
                 "has a config-schema that is not valid JSON: {error}"
-            ));
+            )));
         }
         Ok(Description {
             manifest: before.manifest,
@@ -409,6 +471,12 @@ impl Plugin {
             return CallError::Memory(format!(
                 "it requested {} MiB of memory; the limit is {most} (memory_mib){traces}",
                 bytes.div_ceil(MIB)
+            ));
+        }
+        let lacking = state.memory.lacking.take();
+        if let Some(reason) = lacking.or_else(|| is_lack_of_host(error).then(|| causes(error))) {
+            return CallError::HostMemory(format!(
+                "the host has no memory for an instance of it ({reason}); give the process more (ulimit -v, the limit of its container), or use less (memory_mib, fewer plugins)"
             ));
         }
         match error.downcast_ref::<Trap>() {

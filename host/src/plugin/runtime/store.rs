@@ -5,11 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use wasmtime::component::ResourceTable;
-use wasmtime::{ResourceLimiter, Store};
+use wasmtime::{ResourceLimiter, Store, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::deadline::{Deadline, Ticking};
+use super::error::{causes, is_lack_of_host};
 use super::log::GuestLog;
+use super::profiler::Profiler;
 use super::random::SeededRandom;
 use super::wasi::{FrozenClock, GuestOutput, OutputLines};
 use crate::event::Name;
@@ -44,6 +46,8 @@ pub(super) struct HostState {
     /// The last line that the guest logged as an error in this call; a panic hook logs the message
     /// before the trap.
     pub(super) last_error: Option<String>,
+    /// `None`: calls are not sampled.
+    pub(super) profiler: Option<Profiler>,
 }
 
 impl HostState {
@@ -91,6 +95,7 @@ pub(super) fn store(
         used: 0,
         refused: None,
         table_elements: 0,
+        lacking: None,
     };
     let state = HostState {
         wasi,
@@ -103,10 +108,21 @@ pub(super) fn store(
         event: None,
         output,
         last_error: None,
+        profiler: None,
     };
     let mut store = Store::new(engine, state);
     store.limiter(|state| &mut state.memory);
-    store.epoch_deadline_callback(|mut store| Ok(store.data_mut().deadline.check()));
+    store.epoch_deadline_callback(|mut store| {
+        let update = store.data_mut().deadline.check();
+        let Some(profiler) = store.data().profiler.clone() else {
+            return Ok(update);
+        };
+        profiler.sample(&store);
+        Ok(match update {
+            UpdateDeadline::Continue(_) => UpdateDeadline::Continue(1),
+            other => other,
+        })
+    });
     store.set_hostcall_fuel(hostcall_bytes);
     store
 }
@@ -120,6 +136,8 @@ pub(super) struct MemoryLimit {
     /// The total size of the last refused request, in bytes.
     pub(super) refused: Option<usize>,
     table_elements: usize,
+    /// Why the host could not provide memory within the limit.
+    pub(super) lacking: Option<String>,
 }
 
 impl ResourceLimiter for MemoryLimit {
@@ -139,6 +157,16 @@ impl ResourceLimiter for MemoryLimit {
         }
         self.used = total;
         Ok(true)
+    }
+
+    fn memory_grow_failed(&mut self, error: wasmtime::Error) -> wasmtime::Result<()> {
+        // Also called for a memory that reached the maximum of its own type, which is a matter of
+        // the guest.
+        if is_lack_of_host(&error) {
+            self.lacking = Some(causes(&error));
+            return Err(error);
+        }
+        Ok(())
     }
 
     fn table_growing(
@@ -184,6 +212,13 @@ impl WasiView for HostState {
 
 /// Sets the limit of the next call.
 pub(super) fn set_deadline(store: &mut Store<HostState>, ticking: &Ticking, limit: Duration) {
-    store.data_mut().deadline = Deadline::new(limit, ticking);
-    store.set_epoch_deadline(FIRST_LOOK);
+    let state = store.data_mut();
+    state.deadline = Deadline::new(limit, ticking);
+    // A sampled call is interrupted by the next tick, however short the call is.
+    let first_look = if state.profiler.is_some() {
+        1
+    } else {
+        FIRST_LOOK
+    };
+    store.set_epoch_deadline(first_look);
 }
