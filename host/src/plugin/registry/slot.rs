@@ -295,20 +295,26 @@ impl Slot {
                 }
             }
             LoadOutcome::Compiling(compilation) => {
-                if self.compilation.is_none() {
-                    tracing::info!(
-                        plugin.name = name,
-                        plugin.file = file,
-                        "plugin is still being compiled; it is loaded as soon as it is ready"
-                    );
-                }
-                self.failure = Some(Failure::of_compiling(&file));
-                self.compilation = Some(compilation);
+                self.await_compilation(name, &file, compilation);
                 None
             }
         };
         self.report_second_file(name);
         label
+    }
+
+    /// Records that a file is still being compiled. The active generation, if there is one, stays
+    /// active.
+    fn await_compilation(&mut self, name: &str, file: &str, compilation: Compilation) {
+        if self.compilation.is_none() {
+            tracing::info!(
+                plugin.name = name,
+                plugin.file = file,
+                "plugin is still being compiled; it is loaded as soon as it is ready"
+            );
+        }
+        self.failure = Some(Failure::of_compiling(file));
+        self.compilation = Some(compilation);
     }
 
     /// Ends the active generation, if there is one. There is nothing to roll back to afterwards.
