@@ -23,6 +23,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
                 "duration",
                 "event",
                 "shutdown",
+                "table",
                 "telemetry",
             ],
             &["broker", "plugin"],

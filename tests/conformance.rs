@@ -12,7 +12,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pointsman::broker::{
-    Batch, Broker, CommitResult, Feed, Follow, Head, Item, Notice, Proposal, Retention, Slice,
+    Batch, Broker, CommitResult, Feed, Follow, Head, Item, NewNotification, Notice, Proposal,
+    Retention, Slice,
 };
 use pointsman::event::{
     DeadReason, Decision, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Target,
@@ -69,6 +70,7 @@ macro_rules! suite {
                     a_commit_from_another_position_is_rejected,
                     a_commit_of_another_epoch_is_rejected,
                     each_outcome_is_counted_and_recorded_under_its_name,
+                    notifications_of_several_slots_are_committed_in_one_step,
                     ids_ascend_and_contain_the_time,
                     four_racing_owners_without_a_lease_commit_in_order_exactly_once,
                 ];
@@ -103,6 +105,7 @@ macro_rules! suite {
                     a_slice_from_another_position_is_rejected,
                     slice_0_finds_a_duplicate_and_ends_the_plan,
                     a_plan_in_slices_is_counted_once,
+                    notifications_of_several_slots_have_consecutive_ids_in_slices,
                     a_plan_of_one_slice_is_a_commit,
                     a_started_plan_cannot_become_a_dead_letter,
                 ];
@@ -447,10 +450,19 @@ fn commit(entry: EntryId, record: &str, targets: &[&str]) -> Item {
     targets.sort_unstable();
     item(
         entry,
-        Proposal::Commit {
-            record: Bytes::copy_from_slice(record.as_bytes()),
-            targets,
-        },
+        Proposal::commit(Bytes::copy_from_slice(record.as_bytes()), targets),
+    )
+}
+
+/// An item with a notification for each record, by its logs.
+fn commit_all(entry: EntryId, notifications: &[(&'static str, &[&str])]) -> Item {
+    let new = |(record, logs): &(&'static str, &[&str])| NewNotification {
+        record: Bytes::from_static(record.as_bytes()),
+        targets: logs.iter().map(|log| target(log)).collect(),
+    };
+    item(
+        entry,
+        Proposal::Commit(notifications.iter().map(new).collect()),
     )
 }
 

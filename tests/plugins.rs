@@ -4,6 +4,7 @@
 mod compilation;
 mod compile_cache;
 mod composition;
+mod contract;
 mod decisions;
 mod docs_samples;
 mod hostile_plugins;

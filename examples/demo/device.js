@@ -142,7 +142,7 @@ export class Device {
   }
 
   #take(note, id) {
-    const key = `${note.source} ${note.id}`;
+    const key = `${note.source} ${note.id} ${note.slot ?? ""}`;
     const counts = this.#counts;
     this.#lost.delete(key);
     if (this.#seen.has(key)) {
@@ -273,7 +273,7 @@ export class Device {
       await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN));
       if (!isUndisturbed()) return;
       this.#looked = cursor;
-      const keys = notifications.filter(({ data }) => !PASSING.has(data.type)).map(({ data }) => `${data.source} ${data.id}`);
+      const keys = notifications.filter(({ data }) => !PASSING.has(data.type)).map(({ data }) => `${data.source} ${data.id} ${data.slot ?? ""}`);
       for (const key of keys) if (!this.#seen.has(key)) this.#lost.add(key);
       this.#showCounts();
     } catch {

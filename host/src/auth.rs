@@ -643,8 +643,8 @@ mod tests {
                 "claim 'attributes' is not an object",
             ),
             (
-                serde_json::json!({ "attributes": { "plan": ["pro"] } }),
-                "plan is not a string, number or boolean",
+                serde_json::json!({ "attributes": { "plan": {"name": "pro"} } }),
+                "plan is not a string, number, boolean or list of these",
             ),
         ] {
             let error = read(&config(), claims.clone()).unwrap_err();

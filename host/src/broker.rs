@@ -43,8 +43,8 @@ mod retention;
 mod user;
 
 pub use commit::{
-    Batch, CommitResult, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, Proposal,
-    RetryPolicy, Slice,
+    Batch, CommitResult, Item, MAX_COMMIT_BYTES, MAX_INDEX_ENTRIES, MAX_ITEMS, NewNotification,
+    Proposal, RetryPolicy, Slice,
 };
 pub use feed::{Feed, Follow, Notice, Page};
 pub use operations::{DeadLetter, DecisionSearch, Finding, Severity, StoredDecision};

@@ -57,16 +57,26 @@ pub const OPTIONS: [(&str, &str); 11] = [
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RawConfig {
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub node: Node,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub listen: server::Config,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub broker: Broker,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub retention: Retention,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub recipients: RecipientLimits,
     pub plugins: settings::Config,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub auth: auth::Config,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub stream: sse::Config,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub ingest: ingest::Config,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub limits: http::Limits,
+    #[serde(deserialize_with = "crate::table::deserialize")]
     pub log: Log,
 }
 
@@ -460,6 +470,12 @@ mod tests {
             ],
         );
         check("[listen\n", &[], &[], &["p.toml:1"]);
+        check(
+            "\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:2\"]\n",
+            &[],
+            &[],
+            &["p.toml:2: listen: is a list; write a table"],
+        );
         check(
             "[nodes]\n",
             &[],

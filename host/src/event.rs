@@ -22,7 +22,9 @@ mod recipient;
 pub use cloudevents::{Event, Malformed, Payload, Value, json_line, rfc3339};
 pub(crate) use decision::HOST_PANICKED;
 pub use decision::{ChainMember, ChainMembers, DeadReason, Decision, Retry, Verdict, VerdictKind};
-pub use plan::{Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, Target};
+pub use plan::{
+    Notification, Outcome, Plan, Priority, RESERVED_EVENT_NAMES, Route, StateKey, Target,
+};
 pub use recipient::{Recipient, Span};
 
 /// A name from outside: of a user, a group, an event or a type. 1 to 256 bytes of UTF-8 without

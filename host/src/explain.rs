@@ -21,7 +21,7 @@ use crate::delivery::hub::Hub;
 use crate::delivery::recipients::{MatchFailure, Moment, RouteMatch, reaches, winning_route};
 use crate::event::{
     Decision, EntryId, Name, Notification, NotificationId, Outcome, PartitionNumber, Plan,
-    Recipient, Target,
+    Recipient, StateKey, Target,
 };
 
 mod conclusion;
@@ -82,6 +82,21 @@ pub struct Explanation {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
     /// How the plan applies to the requested user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recipient: Option<RecipientExplanation>,
+    /// If the routes of the event have several slots, its notifications after the first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub other_notifications: Vec<NotificationExplanation>,
+}
+
+/// A notification of an event that has several.
+#[derive(Debug, Serialize)]
+pub struct NotificationExplanation {
+    /// The slot of its routes; empty for those without one.
+    pub slot: String,
+    pub notification: NotificationId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipient: Option<RecipientExplanation>,
 }
@@ -237,17 +252,24 @@ impl Sources<'_> {
             other_decisions: found,
             plan: None,
             recipient: None,
+            other_notifications: Vec::new(),
         };
-        if let Some(id) = explanation.decision.notification
-            && let Some(record) = self.record(&explanation.decision, id).await?
-        {
-            if let Some(user) = user {
-                explanation.recipient = Some(
-                    self.recipient(&explanation.decision, id, &record.plan, user)
-                        .await?,
-                );
+        if let Some(first) = explanation.decision.notification {
+            let decision = &explanation.decision;
+            (explanation.plan, explanation.recipient) =
+                self.notification(decision, first, user).await?;
+            let slots = decision.decision.slots.iter();
+            for (notification, slot) in decision.decision.notifications(first).zip(slots).skip(1) {
+                let (plan, recipient) = self.notification(decision, notification, user).await?;
+                explanation
+                    .other_notifications
+                    .push(NotificationExplanation {
+                        slot: slot.clone(),
+                        notification,
+                        plan,
+                        recipient,
+                    });
             }
-            explanation.plan = Some(record.plan);
         }
         explanation.conclusion = conclusion::of(&explanation);
         Ok(explanation)
@@ -266,6 +288,24 @@ impl Sources<'_> {
             decision.add_skipped(outcome, &members);
         }
         Ok(())
+    }
+
+    /// The plan of one notification of an event, if its record still exists, and how it applies to
+    /// the user.
+    async fn notification(
+        &self,
+        decision: &DecidedEvent,
+        id: NotificationId,
+        user: Option<&Name>,
+    ) -> broker::Result<(Option<Plan>, Option<RecipientExplanation>)> {
+        let Some(record) = self.record(decision, id).await? else {
+            return Ok((None, None));
+        };
+        let recipient = match user {
+            Some(user) => Some(self.recipient(decision, id, &record.plan, user).await?),
+            None => None,
+        };
+        Ok((Some(record.plan), recipient))
     }
 
     /// The record of a decision, if it still exists. The entry is compared as well, because ids may
@@ -355,7 +395,7 @@ impl Sources<'_> {
         let mut superseded_by = None;
         if let Some(key) = matches
             .latest()
-            .and_then(|route_match| plan.routes[route_match.route].collapse.as_ref())
+            .and_then(|route_match| plan.routes[route_match.route].state())
         {
             let (successor, is_all) = self.successor(user, &recipient, now, key).await?;
             superseded_by = successor;
@@ -443,7 +483,7 @@ impl Sources<'_> {
         user: &Name,
         recipient: &Recipient,
         at: Moment,
-        key: &Name,
+        key: StateKey<'_>,
     ) -> broker::Result<(Option<Successor>, bool)> {
         let (mut ids, mut is_all) = (BTreeSet::new(), true);
         for (target, after) in recipient.logs(user, at.partition, at.id) {
@@ -471,9 +511,8 @@ impl Sources<'_> {
                         winning_route(&record.plan, user, recipient, moment, |_, criteria| {
                             criteria.hold(&recipient.attributes)
                         });
-                    winner.is_some_and(|winner| {
-                        record.plan.routes[winner.route].collapse.as_ref() == Some(key)
-                    })
+                    winner
+                        .is_some_and(|winner| record.plan.routes[winner.route].state() == Some(key))
                 };
                 if is_state_at(at.now_ms) {
                     return Ok((

@@ -12,7 +12,7 @@
 //! - [`auth`]: authentication. [`server`]: the accept loop. [`http`]: every route.
 //! - [`config`]: from configuration sources to a validated configuration.
 //! - [`node`]: wires the parts, runs them and stops them.
-//! - [`escape`]: makes foreign text safe to print.
+//! - [`escape`]: makes foreign text safe to print. `table`: reads configuration from tables only.
 //! - [`telemetry`], [`shutdown`], [`clock`]: handles passed to every part.
 //!
 //! ARCHITECTURE.md describes how they fit together, and which may import which.
@@ -34,6 +34,7 @@ pub mod plugin;
 pub mod preview;
 pub mod server;
 pub mod shutdown;
+mod table;
 pub mod telemetry;
 
 pub use node::{Listeners, check_folders, run, run_on};

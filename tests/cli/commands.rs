@@ -254,6 +254,17 @@ fn check_config_validates_plugins_and_folders() {
             &["--ephemeral", "--plugins", plugins][..],
             "plugin discard: discard.wasm rejects its configuration",
         ),
+        // Not a table for `match` whose first keys are set by position.
+        (
+            "[[plugins.discard.config.rules]]\nmatch = [\"debug.*\", \"/ci\"]",
+            &["--ephemeral", "--plugins", plugins],
+            "rejects its configuration: rules[0].match: is a list; write a table with keys from type,",
+        ),
+        (
+            "[[listen]]\naddress = \"127.0.0.1:0\"",
+            &["--ephemeral"],
+            "pointsman.toml:1: listen: is a list; write a table",
+        ),
         (
             "",
             &["--ephemeral", "--plugins", "/nowhere"],

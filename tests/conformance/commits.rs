@@ -262,3 +262,43 @@ pub(super) async fn four_racing_owners_without_a_lease_commit_in_order_exactly_o
         .collect();
     assert_eq!(stored, values);
 }
+
+pub(super) async fn notifications_of_several_slots_are_committed_in_one_step(bench: Bench) {
+    let node = bench.open().await;
+    let entry = EntryId {
+        ms: 1_700_000_000_000,
+        seq: 1,
+    };
+    let event = commit_all(entry, &[("A", &["u:1", "u:2"]), ("B", &["u:1"])]);
+    let results = node
+        .commit(vec![
+            with_id(event.clone(), 1),
+            commit(after(entry), "C", &["u:1"]),
+            // A retry of the publisher: neither notification is written again.
+            with_id(
+                Item {
+                    entry: after(after(entry)),
+                    ..event
+                },
+                1,
+            ),
+        ])
+        .await;
+    let outcomes: Vec<Outcome> = results.iter().map(|(outcome, _)| *outcome).collect();
+    assert_eq!(
+        outcomes,
+        [Outcome::Committed, Outcome::Committed, Outcome::Duplicate]
+    );
+    let first = results[0].1.unwrap();
+    let [second, third] = [1, 2].map(|n| NotificationId(first.0 + n));
+    assert_eq!(results[1].1, Some(third));
+    let begin = NotificationId(0);
+    assert_eq!(node.ids("u:1", begin).await, [first, second, third]);
+    assert_eq!(node.ids("u:2", begin).await, [first]);
+    let records = node.broker.records(node.p, &[first, second]).await.unwrap();
+    assert_eq!(
+        records,
+        ["A", "B"].map(|record| Some(Bytes::from_static(record.as_bytes())))
+    );
+    assert_eq!(node.head().await.last, third);
+}

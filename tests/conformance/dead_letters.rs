@@ -314,6 +314,7 @@ pub(super) async fn decisions_list_each_verdict_newest_first(bench: Bench) {
             verdict("address", VerdictKind::Routes),
         ],
         reason: "as \"it\" is".into(),
+        slots: vec![String::new(), "e-mail".into()],
         clock_ms: 1_700_000_000_123,
         ..Decision::default()
     };

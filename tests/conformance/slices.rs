@@ -144,18 +144,53 @@ pub(super) async fn a_new_owner_continues_the_plan_from_the_stored_record(bench:
     let record = node.broker.records(node.p, &[id]).await.unwrap()[0]
         .clone()
         .unwrap();
-    let rest = item(
-        entry(),
-        Proposal::Commit {
-            record,
-            targets: vec![target("u:2")],
-        },
-    );
+    let rest = item(entry(), Proposal::commit(record, vec![target("u:2")]));
     assert_eq!(
         done(&node.slice(rest, 1, true).await),
         (Outcome::Committed, Some(id))
     );
     assert_eq!(node.ids("u:2", BEGIN).await, [id]);
+}
+
+/// A slice covers targets of both notifications of the event.
+pub(super) async fn notifications_of_several_slots_have_consecutive_ids_in_slices(bench: Bench) {
+    let node = bench.open().await;
+    let both =
+        |first: &[&str], second: &[&str]| commit_all(entry(), &[("A", first), ("B", second)]);
+    let first = done(&node.slice(both(&["u:1", "u:2"], &[]), 0, false).await)
+        .1
+        .unwrap();
+    let second = NotificationId(first.0 + 1);
+    let head = node.head().await;
+    assert_eq!((head.pending, head.top()), (Some(second), second));
+    let records = node.broker.records(node.p, &[first, second]).await.unwrap();
+    assert_eq!(
+        records,
+        [
+            Some(Bytes::from_static(b"A")),
+            Some(Bytes::from_static(b"B"))
+        ]
+    );
+    assert_eq!(
+        done(&node.slice(both(&["u:3"], &["u:1"]), 1, false).await).1,
+        Some(first)
+    );
+    assert_eq!(
+        done(&node.slice(both(&[], &["u:3"]), 2, true).await),
+        (Outcome::Committed, Some(first))
+    );
+    assert_eq!(node.ids("u:1", BEGIN).await, [first, second]);
+    assert_eq!(node.ids("u:2", BEGIN).await, [first]);
+    assert_eq!(node.ids("u:3", BEGIN).await, [first, second]);
+    let head = node.head().await;
+    assert_eq!((head.pending, head.last), (None, second));
+    // The next event lies above both.
+    let next = node
+        .commit(vec![commit(after(entry()), "C", &["u:1"])])
+        .await[0]
+        .1
+        .unwrap();
+    assert!(next > second);
 }
 
 pub(super) async fn slice_0_finds_a_duplicate_and_ends_the_plan(bench: Bench) {

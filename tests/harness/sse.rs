@@ -225,6 +225,7 @@ impl Frame {
             priority: text("priority"),
             by: text("by"),
             to: text("to"),
+            slot: json.get("slot").and_then(Value::as_str).map(str::to_owned),
             data: json.get("data").cloned().unwrap_or_default(),
         })
     }
@@ -246,6 +247,8 @@ pub(crate) struct Notification {
     /// The router that decided on it, and the target that reached this user.
     pub(crate) by: String,
     pub(crate) to: String,
+    /// The slot of the route, if it has one.
+    pub(crate) slot: Option<String>,
     pub(crate) data: Value,
 }
 

@@ -66,6 +66,17 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
             forger(),
             "rejects its configuration: x\\r\\ndata: forged\\u{1b}[2J\\u{0}: x\\r\\n",
         ),
+        // Only its schema excludes these.
+        (
+            "list-for-a-table",
+            forger(),
+            "rejects its configuration: quota: is a list; write a table",
+        ),
+        (
+            "above-a-bound",
+            forger(),
+            "rejects its configuration: quota.limit: is 10; give at most 9",
+        ),
         (
             "no-text",
             forger(),
@@ -105,6 +116,12 @@ fn files() -> Vec<(&'static str, Vec<u8>, &'static str)> {
 
 /// Events pass without these plugins, none of which ever becomes active.
 const CONFIG: &str = "
+[plugins.list-for-a-table]
+on_missing = 'skip'
+config.quota = [1]
+[plugins.above-a-bound]
+on_missing = 'skip'
+config.quota.limit = 10
 [plugins.hang]
 on_missing = 'skip'
 config.hang = true

@@ -83,6 +83,7 @@ pub(super) fn to(targets: &str) -> Route {
         expires_ms: None,
         collapse: None,
         event_name: None,
+        slot: None,
         body: None,
     }
 }
@@ -221,7 +222,7 @@ impl Stage {
         Item {
             entry,
             dedupe: None,
-            proposal: Proposal::Commit { record, targets },
+            proposal: Proposal::commit(record, targets),
             decision: Decision::default(),
         }
     }
@@ -311,10 +312,10 @@ impl Stage {
             head.position.entry
         };
         let mut item = self.item(entry, id, routes);
-        let Proposal::Commit { targets, .. } = &mut item.proposal else {
+        let Proposal::Commit(notifications) = &mut item.proposal else {
             unreachable!("`item` proposes a commit")
         };
-        *targets = logs.iter().map(|log| target(log)).collect();
+        notifications[0].targets = logs.iter().map(|log| target(log)).collect();
         let slice = Slice {
             epoch: head.epoch,
             prev: head.position,

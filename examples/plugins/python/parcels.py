@@ -42,6 +42,7 @@ class Lifecycle(exports.Lifecycle):
                 payload=True,
             ),
             config_schema=json.dumps(schema),
+            options=[],
         )
 
     def configure(self, config):
@@ -84,7 +85,7 @@ class Filter(exports.Filter):
         late = number(attributes.get("/hours_late"))
         if late is not None and late >= 24:
             is_urgent_enough = event.priority in (Priority.HIGH, Priority.URGENT)
-            return Verdict_Amend(Amendment(None if is_urgent_enough else Priority.HIGH, [Attribute("late", Value_Flag(True))]))
+            return Verdict_Amend(Amendment(None if is_urgent_enough else Priority.HIGH, [Attribute("late", Value_Flag(True))], []))
         return Verdict_Keep()
 
 
@@ -163,7 +164,7 @@ def recalled(attributes):
 
 def route(targets, when=None, priority=None, ttl_ms=None, collapse_key=None, event_name=None, body=None):
     """Create a route with defaults, which the generated class lacks."""
-    return Route(targets, when, priority, ttl_ms, collapse_key, event_name, body)
+    return Route(targets, when, priority, ttl_ms, collapse_key, event_name, body, [])
 
 
 def attributes_of(event):

@@ -31,12 +31,9 @@ pub struct Item {
 /// The outcome that the pipeline proposes. Only the broker can turn it into `duplicate`.
 #[derive(Clone, Debug)]
 pub enum Proposal {
-    /// The record ([`crate::event::Notification`] as JSON) and the logs to index it in, sorted and
-    /// without duplicates.
-    Commit {
-        record: Bytes,
-        targets: Vec<Target>,
-    },
+    /// The notifications of the event, at least one: one for each slot of its routes. Their ids
+    /// follow each other.
+    Commit(Vec<NewNotification>),
     Discard,
     Unrouted,
     DeadLetter(DeadReason),
@@ -50,6 +47,23 @@ pub enum Proposal {
     /// A plugin requested a retry: the event waits for it, or becomes a dead letter if its retries
     /// are used up or too many events wait.
     Retry(DeadReason, RetryPolicy),
+}
+
+impl Proposal {
+    /// Commits a single notification.
+    pub fn commit(record: Bytes, targets: Vec<Target>) -> Self {
+        Self::Commit(vec![NewNotification { record, targets }])
+    }
+}
+
+/// A notification that a commit writes.
+#[derive(Clone, Debug)]
+pub struct NewNotification {
+    /// A [`crate::event::Notification`] as JSON.
+    pub record: Bytes,
+    /// The logs to index it in, sorted and without duplicates. In a slice, those that the slice
+    /// covers, possibly none.
+    pub targets: Vec<Target>,
 }
 
 /// How often and how long an event is tried again.
@@ -76,8 +90,8 @@ pub struct Batch {
 pub struct Slice {
     pub epoch: Epoch,
     pub prev: Position,
-    /// A [`Proposal::Commit`] that names only the targets of this slice. The record holds the whole
-    /// plan.
+    /// A [`Proposal::Commit`] with every notification of the event, but only the targets of this
+    /// slice. The records hold the whole plan.
     pub item: Item,
     /// 0 for the first.
     pub index: u32,
@@ -87,7 +101,8 @@ pub struct Slice {
 /// The result of a commit.
 #[derive(Clone, Debug, PartialEq)]
 pub enum CommitResult {
-    /// The outcome of each item in order, with the notification id if the item was committed.
+    /// The outcome of each item in order, with the id of its first notification if the item was
+    /// committed.
     Done(Vec<(Outcome, Option<NotificationId>)>),
     /// The partition is at another position or in another epoch; continue from
     /// [`super::Partitions::head`].

@@ -86,7 +86,7 @@ pub struct Head {
     pub epochs: Vec<(Epoch, NotificationId)>,
     /// The id of the last complete notification.
     pub last: NotificationId,
-    /// The id of a plan that is being committed in slices.
+    /// The id of a plan that is being committed in slices; the last one if it has several.
     pub pending: Option<NotificationId>,
     pub position: Position,
     /// Logs may have lost entries below this id because of their age.

@@ -13,7 +13,7 @@
 //! | Key | Type | Contents |
 //! |---|---|---|
 //! | the source | stream | Events. Trimmed by Pointsman as far as no other consumer group needs them, unless `retention.untrimmed_sources` names it. Its consumer group `P` stands at the position and shows the lag; no entry is ever delivered through it. |
-//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at`, `look_at` and `probe_at` in ms; `mark` and `next_mark`, positions of which the later one was stored at `mark_at`; `retry_timeout` in ms, the longest that an event has waited for retries; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
+//! | `T` `meta` | hash | `pos`, the position: `entry` or `entry/k`; `pending`, the id of a plan being committed in slices, the last one if it has several; `last`; `n`, the number of entries counted; `epoch`, `epoch_no`, `replid`; `number`, the partition number; `max_age` in ms; `floor0`, `floor_at`, `age0`, `id0`, `origin` (see `floor()` in the prelude); `b`, the newest dedupe bucket; `takeovers` and `attempts`: `subject count`; `trim_at`, `look_at` and `probe_at` in ms; `mark` and `next_mark`, positions of which the later one was stored at `mark_at`; `retry_timeout` in ms, the longest that an event has waited for retries; counters: one per outcome, `trimmed_unread`, `foreign_entries`, `dead_trimmed`, `dedupe_overflows`, `wrong_type_logs` |
 //! | `T` `epochs` | list | `epochs last`: each run of up to 64 epochs (two characters each, oldest first) with the last id that was valid when each of them began; the newest 16 |
 //! | `T` `e:<id>` | string | The record: [`crate::event::Notification`] as JSON. Expires 2 % after max_age; the record of a pending plan does not expire |
 //! | `T` `l:<log>` | zset | Score: id; member: `id predecessor`; log: `u:<user>`, `g:<group>` or `all`. Each write removes entries older than max_age. The first write in each hundredth of max_age sets the expiry of the key to 2 % after max_age, so that at least 1 % is left for its newest entry |
@@ -69,9 +69,9 @@ use bytes::Bytes;
 
 use super::{
     Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
-    Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, Operations, Page, Partition,
-    PartitionState, Partitions, Peer, Proposal, RecipientChange, Result, Retention, Slice, Sources,
-    StoredCursor, StoredDecision, Users,
+    Finding, Head, Item, Lease, Logs, MAX_ENTRY_FIELDS, NewNotification, Operations, Page,
+    Partition, PartitionState, Partitions, Peer, Proposal, RecipientChange, Result, Retention,
+    Slice, Sources, StoredCursor, StoredDecision, Users,
 };
 use crate::event::{
     ChainMembers, EntryId, Name, NotificationId, Outcome, PartitionNumber, Position, Recipient,
@@ -311,7 +311,7 @@ async fn read_clock(connection: &CommandConnection) -> Result<BrokerClock> {
 
 fn add_item(command: &mut client::Cmd, item: &Item, decision: &str, is_later_slice: bool) {
     let kind = match &item.proposal {
-        Proposal::Commit { .. } => "c",
+        Proposal::Commit(_) => "c",
         Proposal::Discard => "d",
         Proposal::Unrouted => "u",
         Proposal::DeadLetter(_) => "x",
@@ -329,13 +329,16 @@ fn add_item(command: &mut client::Cmd, item: &Item, decision: &str, is_later_sli
             .arg(crate::duration::millis(policy.timeout));
     }
     match &item.proposal {
-        Proposal::Commit { record, targets } => {
-            // The first slice stored it: a later one needs it for its notices, if at all.
-            let is_sent = !is_later_slice || record.len() <= INLINE_BYTES;
-            let record = if is_sent { &record[..] } else { &[] };
-            command.arg(record).arg(targets.len());
-            for target in targets {
-                command.arg(target.to_string());
+        Proposal::Commit(notifications) => {
+            command.arg(notifications.len());
+            for NewNotification { record, targets } in notifications {
+                // The first slice stored it: a later one needs it for its notices, if at all.
+                let is_sent = !is_later_slice || record.len() <= INLINE_BYTES;
+                let record = if is_sent { &record[..] } else { &[] };
+                command.arg(record).arg(targets.len());
+                for target in targets {
+                    command.arg(target.to_string());
+                }
             }
         }
         Proposal::DeadLetter(why) | Proposal::Retry(why, _) => {

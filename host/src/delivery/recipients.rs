@@ -240,6 +240,7 @@ mod tests {
             collapse: None,
             event_name: None,
             body: None,
+            slot: None,
         }
     }
 
@@ -363,9 +364,12 @@ mod tests {
         assert_eq!([15, 16].map(|id| is_member("chat", id)), [false, true]);
         assert_eq!(
             recipient.attributes.get("plan"),
-            Some(&Value::Text("pro".into()))
+            Some(&Value::Text("pro".into()).into())
         );
-        assert_eq!(recipient.attributes.get("age"), Some(&Value::Integer(30)));
+        assert_eq!(
+            recipient.attributes.get("age"),
+            Some(&Value::Integer(30).into())
+        );
         assert_eq!(
             Reader::from(name("a")).as_recipient(Arc::clone(&known), [P].into_iter()),
             known

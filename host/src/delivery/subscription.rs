@@ -412,9 +412,9 @@ impl Subscription {
     /// Queues a notification unless a later one superseded it or it was already sent ahead.
     fn queue(&mut self, queued: QueuedNotification) {
         let (partition, id) = (queued.partition, queued.id);
-        if let Some(key) = queued.collapse() {
+        if let Some(key) = queued.state() {
             let is_same_state = |other: &QueuedNotification| {
-                other.partition == partition && other.collapse() == Some(key)
+                other.partition == partition && other.state() == Some(key)
             };
             if self.ahead.supersedes(partition, id, key)
                 || self
@@ -641,10 +641,10 @@ impl Subscription {
         {
             // Noted before the mark moves: the caller writes the cursor of this moment with it.
             self.ahead.note_sent(&queued);
-            if let Some(key) = queued.collapse() {
+            if let Some(key) = queued.state() {
                 // Entries of the same key that the replay has queued are older states.
                 self.queue.retain(|older| {
-                    older.partition != queued.partition || older.collapse() != Some(key)
+                    older.partition != queued.partition || older.state() != Some(key)
                 });
             }
             self.advance(queued.partition);

@@ -1,5 +1,5 @@
-//! The attributes of a recipient, stored or claimed: strings, numbers and booleans by name, bounded
-//! in number and size.
+//! The attributes of a recipient, stored or claimed: strings, numbers and booleans, or lists of
+//! them, by name; bounded in number and size.
 //!
 //! Equal attributes of many recipients share one allocation and one number, if they passed through
 //! a [`Pool`].
@@ -20,18 +20,39 @@ const MAX_ATTRIBUTES: usize = 64;
 const MAX_NAME: usize = 64;
 /// The longest string value, in bytes.
 const MAX_TEXT: usize = 1024;
+/// The most elements of a list.
+const MAX_ELEMENTS: usize = 256;
+/// The most bytes of strings in a list.
+const MAX_LIST_TEXT: usize = 4096;
+
+/// The value of an attribute of a recipient.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum AttributeValue {
+    One(Value),
+    List(Box<[Value]>),
+}
+
+impl From<Value> for AttributeValue {
+    fn from(value: Value) -> Self {
+        Self::One(value)
+    }
+}
 
 /// A recipient's attributes by name; cheap to clone. They are few and looked up often, so they are
 /// stored contiguously, sorted by name: a look-up scans integers and needs no hashing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(from = "BTreeMap<String, Value>", into = "BTreeMap<String, Value>")]
+#[serde(
+    from = "BTreeMap<String, AttributeValue>",
+    into = "BTreeMap<String, AttributeValue>"
+)]
 pub struct Attributes(Arc<Set>);
 
 #[derive(Debug)]
 struct Set {
     /// Never reused, so that it can identify the set without keeping it alive.
     number: u64,
-    entries: Box<[(Key, Value)]>,
+    entries: Box<[(Key, AttributeValue)]>,
 }
 
 /// The name of an attribute, with its first bytes as a number that distinguishes most names.
@@ -66,7 +87,7 @@ fn begin(name: &str) -> u64 {
 }
 
 impl Attributes {
-    fn new(entries: Box<[(Key, Value)]>) -> Self {
+    fn new(entries: Box<[(Key, AttributeValue)]>) -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         Self(Arc::new(Set {
             number: LAST.fetch_add(1, Relaxed) + 1,
@@ -74,7 +95,7 @@ impl Attributes {
         }))
     }
 
-    pub fn get(&self, name: &str) -> Option<&Value> {
+    pub fn get(&self, name: &str) -> Option<&AttributeValue> {
         self.find_by(begin(name), name)
     }
 
@@ -82,11 +103,11 @@ impl Attributes {
         self.0.entries.is_empty()
     }
 
-    pub(in crate::event) fn find(&self, key: &Key) -> Option<&Value> {
+    pub(in crate::event) fn find(&self, key: &Key) -> Option<&AttributeValue> {
         self.find_by(key.begin, &key.name)
     }
 
-    fn find_by(&self, begin: u64, name: &str) -> Option<&Value> {
+    fn find_by(&self, begin: u64, name: &str) -> Option<&AttributeValue> {
         self.0
             .entries
             .iter()
@@ -103,11 +124,17 @@ impl Attributes {
         let mut hasher = DefaultHasher::new();
         for (key, value) in &self.0.entries {
             key.name.hash(&mut hasher);
-            match value {
-                Value::Flag(flag) => flag.hash(&mut hasher),
-                Value::Integer(integer) => integer.hash(&mut hasher),
-                Value::Decimal(decimal) => decimal.to_bits().hash(&mut hasher),
-                Value::Text(text) => text.hash(&mut hasher),
+            let values = match value {
+                AttributeValue::One(value) => std::slice::from_ref(value),
+                AttributeValue::List(values) => values,
+            };
+            for value in values {
+                match value {
+                    Value::Flag(flag) => flag.hash(&mut hasher),
+                    Value::Integer(integer) => integer.hash(&mut hasher),
+                    Value::Decimal(decimal) => decimal.to_bits().hash(&mut hasher),
+                    Value::Text(text) => text.hash(&mut hasher),
+                }
             }
         }
         hasher.finish()
@@ -127,21 +154,21 @@ impl PartialEq for Attributes {
     }
 }
 
-impl From<BTreeMap<String, Value>> for Attributes {
-    fn from(by_name: BTreeMap<String, Value>) -> Self {
+impl<V: Into<AttributeValue>> From<BTreeMap<String, V>> for Attributes {
+    fn from(by_name: BTreeMap<String, V>) -> Self {
         if by_name.is_empty() {
             return Self::default();
         }
         Self::new(
             by_name
                 .into_iter()
-                .map(|(name, value)| (Key::new(&name), value))
+                .map(|(name, value)| (Key::new(&name), value.into()))
                 .collect(),
         )
     }
 }
 
-impl From<Attributes> for BTreeMap<String, Value> {
+impl From<Attributes> for BTreeMap<String, AttributeValue> {
     fn from(attributes: Attributes) -> Self {
         attributes
             .0
@@ -152,8 +179,8 @@ impl From<Attributes> for BTreeMap<String, Value> {
     }
 }
 
-impl<const N: usize> From<[(String, Value); N]> for Attributes {
-    fn from(by_name: [(String, Value); N]) -> Self {
+impl<V: Into<AttributeValue>, const N: usize> From<[(String, V); N]> for Attributes {
+    fn from(by_name: [(String, V); N]) -> Self {
         BTreeMap::from(by_name).into()
     }
 }
@@ -218,40 +245,74 @@ pub fn parse_attributes(
             .of(format!("'{}'", name.escape_debug())));
         }
         let value = match value {
-            serde_json::Value::Bool(flag) => Value::Flag(flag),
-            serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
-                (Some(integer), _) => Value::Integer(integer),
-                // Rounding would make two different numbers equal, and a condition on one would
-                // match the other.
-                (None, Some(decimal))
-                    if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 =>
-                {
-                    return Err(Malformed::new(
-                        "is a number with too many digits to be stored exactly; send it as a string",
-                    )
-                    .of(name));
-                }
-                (None, Some(decimal)) => Value::Decimal(decimal),
-                (None, None) => return Err(Malformed::new("is a number out of range").of(name)),
-            },
-            serde_json::Value::String(text) if text.len() > MAX_TEXT => {
-                return Err(Malformed::new(format!(
-                    "has {} bytes; the limit is {MAX_TEXT}",
-                    text.len()
-                ))
-                .of(name));
-            }
-            serde_json::Value::String(text) => Value::Text(text),
-            _ => {
-                return Err(Malformed::new(
-                    "is not a string, number or boolean; omit unknown attributes",
-                )
-                .of(name));
-            }
+            serde_json::Value::Array(elements) => list(elements),
+            value => single(value).map(AttributeValue::One),
         };
-        attributes.insert(name, value);
+        match value {
+            Ok(value) => attributes.insert(name, value),
+            Err(problem) => return Err(Malformed::new(problem).of(name)),
+        };
     }
     Ok(attributes.into())
+}
+
+/// # Errors
+/// The problem and the fix, as a predicate of the attribute.
+fn single(value: serde_json::Value) -> Result<Value, String> {
+    match value {
+        serde_json::Value::Bool(flag) => Ok(Value::Flag(flag)),
+        serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(integer), _) => Ok(Value::Integer(integer)),
+            // Rounding would make two different numbers equal, and a condition on one would match
+            // the other.
+            (None, Some(decimal))
+                if decimal.fract() == 0.0 && decimal.abs() >= 9_007_199_254_740_992.0 =>
+            {
+                Err(
+                    "is a number with too many digits to be stored exactly; send it as a string"
+                        .to_owned(),
+                )
+            }
+            (None, Some(decimal)) => Ok(Value::Decimal(decimal)),
+            (None, None) => Err("is a number out of range".to_owned()),
+        },
+        serde_json::Value::String(text) if text.len() > MAX_TEXT => {
+            Err(format!("has {} bytes; the limit is {MAX_TEXT}", text.len()))
+        }
+        serde_json::Value::String(text) => Ok(Value::Text(text)),
+        serde_json::Value::Null | serde_json::Value::Array(_) | serde_json::Value::Object(_) => {
+            Err(
+                "is not a string, number, boolean or list of these; omit unknown attributes"
+                    .to_owned(),
+            )
+        }
+    }
+}
+
+/// # Errors
+/// As for [`single`].
+fn list(elements: Vec<serde_json::Value>) -> Result<AttributeValue, String> {
+    if elements.len() > MAX_ELEMENTS {
+        return Err(format!(
+            "has {} elements; the limit is {MAX_ELEMENTS}",
+            elements.len()
+        ));
+    }
+    let values = elements.into_iter().enumerate().map(|(at, element)| {
+        single(element).map_err(|problem| format!("has an element {at} that {problem}"))
+    });
+    let values = values.collect::<Result<Box<[Value]>, _>>()?;
+    let text = |value: &Value| match value {
+        Value::Text(text) => text.len(),
+        Value::Integer(_) | Value::Decimal(_) | Value::Flag(_) => 0,
+    };
+    let n_bytes: usize = values.iter().map(text).sum();
+    if n_bytes > MAX_LIST_TEXT {
+        return Err(format!(
+            "has {n_bytes} bytes of strings; the limit is {MAX_LIST_TEXT}"
+        ));
+    }
+    Ok(AttributeValue::List(values))
 }
 
 #[cfg(test)]
@@ -278,7 +339,7 @@ mod tests {
             .collect::<BTreeMap<_, _>>()
             .into();
         for (n, name) in names.iter().enumerate() {
-            assert_eq!(have.get(name), Some(&Value::Integer(n as i64)));
+            assert_eq!(have.get(name), Some(&Value::Integer(n as i64).into()));
         }
         assert_eq!(have.get("abcdefg"), None);
     }
@@ -305,13 +366,18 @@ mod tests {
                 .to_string();
             assert!(error.contains(expect), "{body} returned: {error}");
         };
+        let kinds = "is not a string, number, boolean or list of these";
+        check(r#"{"plan":null}"#, &format!("plan {kinds}"));
+        check(r#"{"plan":{"a":1}}"#, &format!("plan {kinds}"));
         check(
-            r#"{"plan":null}"#,
-            "plan is not a string, number or boolean",
+            r#"{"muted":["a",["b"]]}"#,
+            &format!("muted has an element 1 that {kinds}"),
         );
+        let elements = |n: usize, text: &str| json!({ "muted": vec![text; n] }).to_string();
+        check(&elements(257, ""), "muted has 257 elements");
         check(
-            r#"{"plan":["a"]}"#,
-            "plan is not a string, number or boolean",
+            &elements(5, &"x".repeat(1000)),
+            "muted has 5000 bytes of strings; the limit is 4096",
         );
         check(
             r#"{"tenant":12345678901234567890}"#,

@@ -3,7 +3,8 @@
 //! are never called for a recipient.
 //!
 //! A test of an absent attribute or of one with another type is false, including `not-equals`:
-//! unknown values decide nothing.
+//! unknown values decide nothing. `absent` and `not-contains` hold for an absent attribute: what
+//! does not exist contains nothing.
 
 use std::cmp::Ordering;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::{Malformed, Value};
 
-pub use super::attributes::{Attributes, Pool, parse_attributes};
+pub use super::attributes::{AttributeValue, Attributes, Pool, parse_attributes};
 
 use super::attributes::Key;
 
@@ -25,7 +26,8 @@ pub enum Operator {
     NotEquals,
     /// The attribute equals one of the values.
     OneOf,
-    /// The attribute is a string that contains the one string.
+    /// The attribute is a list with an element that equals the one value, or a string that contains
+    /// the one string.
     Contains,
     /// The attribute is a string that starts with the one string.
     Prefix,
@@ -35,6 +37,19 @@ pub enum Operator {
     Greater,
     /// The attribute is present. Takes no value.
     Present,
+    /// The attribute is absent. Takes no value.
+    Absent,
+    /// The attribute is present, has the type of one of the values and equals none of them.
+    NotOneOf,
+    /// The attribute is absent, a list without an element that equals the one value, or a string
+    /// that does not contain the one string.
+    NotContains,
+    /// The attribute is a number not less than the one number.
+    AtLeast,
+    /// The attribute is a number not greater than the one number.
+    AtMost,
+    /// The attribute is a string that ends with the one string.
+    Suffix,
 }
 
 /// One test of one attribute.
@@ -64,11 +79,17 @@ enum Check {
     Equals(Value),
     NotEquals(Value),
     OneOf(Box<[Value]>),
-    Contains(Box<str>),
+    NotOneOf(Box<[Value]>),
+    Contains(Value),
+    NotContains(Value),
     Prefix(Box<str>),
+    Suffix(Box<str>),
     Less(Value),
+    AtMost(Value),
     Greater(Value),
+    AtLeast(Value),
     Present,
+    Absent,
 }
 
 impl Criteria {
@@ -153,24 +174,32 @@ impl Test {
 
 impl CompiledTest {
     fn holds(&self, attributes: &Attributes) -> bool {
-        attributes
-            .find(&self.key)
-            .is_some_and(|value| self.check.holds(value))
+        match attributes.find(&self.key) {
+            None => matches!(self.check, Check::Absent | Check::NotContains(_)),
+            Some(AttributeValue::One(value)) => self.check.holds(value),
+            Some(AttributeValue::List(values)) => self.check.holds_for_list(values),
+        }
     }
 }
 
 impl From<CompiledTest> for Test {
     fn from(CompiledTest { key, check }: CompiledTest) -> Self {
-        use Operator::{Contains, Equals, Greater, Less, NotEquals, OneOf, Prefix, Present};
+        let text = |text: Box<str>| vec![Value::Text(text.into())];
         let (operator, values) = match check {
-            Check::Equals(value) => (Equals, vec![value]),
-            Check::NotEquals(value) => (NotEquals, vec![value]),
-            Check::OneOf(values) => (OneOf, values.into()),
-            Check::Contains(text) => (Contains, vec![Value::Text(text.into())]),
-            Check::Prefix(text) => (Prefix, vec![Value::Text(text.into())]),
-            Check::Less(value) => (Less, vec![value]),
-            Check::Greater(value) => (Greater, vec![value]),
-            Check::Present => (Present, Vec::new()),
+            Check::Equals(value) => (Operator::Equals, vec![value]),
+            Check::NotEquals(value) => (Operator::NotEquals, vec![value]),
+            Check::OneOf(values) => (Operator::OneOf, values.into()),
+            Check::NotOneOf(values) => (Operator::NotOneOf, values.into()),
+            Check::Contains(value) => (Operator::Contains, vec![value]),
+            Check::NotContains(value) => (Operator::NotContains, vec![value]),
+            Check::Prefix(begin) => (Operator::Prefix, text(begin)),
+            Check::Suffix(end) => (Operator::Suffix, text(end)),
+            Check::Less(value) => (Operator::Less, vec![value]),
+            Check::AtMost(value) => (Operator::AtMost, vec![value]),
+            Check::Greater(value) => (Operator::Greater, vec![value]),
+            Check::AtLeast(value) => (Operator::AtLeast, vec![value]),
+            Check::Present => (Operator::Present, Vec::new()),
+            Check::Absent => (Operator::Absent, Vec::new()),
         };
         Self {
             attribute: key.into_name(),
@@ -183,43 +212,78 @@ impl From<CompiledTest> for Test {
 impl Check {
     /// The error names the values that the operator takes.
     fn new(operator: Operator, values: Vec<Value>) -> Result<Self, &'static str> {
-        let [value] = match (operator, <[Value; 1]>::try_from(values)) {
-            (Operator::Present, Err(values)) if values.is_empty() => return Ok(Self::Present),
-            (Operator::Present, _) => return Err("no value"),
-            (Operator::OneOf, Ok(values)) => return Ok(Self::OneOf(values.into())),
-            (Operator::OneOf, Err(values)) if !values.is_empty() => {
-                return Ok(Self::OneOf(values.into()));
-            }
-            (Operator::OneOf, Err(_)) => return Err("at least one value"),
-            (Operator::Equals | Operator::NotEquals, Err(_)) => return Err("one value"),
-            (Operator::Contains | Operator::Prefix, Err(_)) => return Err("one string"),
-            (Operator::Less | Operator::Greater, Err(_)) => return Err("one number"),
-            (_, Ok(one)) => one,
+        use Operator::{
+            Absent, AtLeast, AtMost, Contains, Equals, Greater, Less, NotContains, NotEquals,
+            NotOneOf, OneOf, Prefix, Present, Suffix,
         };
+        match operator {
+            Present if values.is_empty() => return Ok(Self::Present),
+            Absent if values.is_empty() => return Ok(Self::Absent),
+            Present | Absent => return Err("no value"),
+            OneOf | NotOneOf if values.is_empty() => return Err("at least one value"),
+            OneOf => return Ok(Self::OneOf(values.into())),
+            NotOneOf => return Ok(Self::NotOneOf(values.into())),
+            Equals | NotEquals | Contains | NotContains | Prefix | Suffix | Less | AtMost
+            | Greater | AtLeast => {}
+        }
+        let wanted = match operator {
+            Prefix | Suffix => "one string",
+            Less | AtMost | Greater | AtLeast => "one number",
+            _ => "one value",
+        };
+        let [value] = <[Value; 1]>::try_from(values).map_err(|_| wanted)?;
         let is_number =
             matches!(value, Value::Integer(_)) || matches!(value, Value::Decimal(d) if !d.is_nan());
         Ok(match (operator, value) {
-            (Operator::Equals, value) => Self::Equals(value),
-            (Operator::NotEquals, value) => Self::NotEquals(value),
-            (Operator::Contains, Value::Text(text)) => Self::Contains(text.into()),
-            (Operator::Prefix, Value::Text(text)) => Self::Prefix(text.into()),
-            (Operator::Contains | Operator::Prefix, _) => return Err("one string"),
-            (Operator::Less, value) if is_number => Self::Less(value),
-            (Operator::Greater, value) if is_number => Self::Greater(value),
-            _ => return Err("one number"),
+            (Equals, value) => Self::Equals(value),
+            (NotEquals, value) => Self::NotEquals(value),
+            (Contains, value) => Self::Contains(value),
+            (NotContains, value) => Self::NotContains(value),
+            (Prefix, Value::Text(text)) => Self::Prefix(text.into()),
+            (Suffix, Value::Text(text)) => Self::Suffix(text.into()),
+            (Less, value) if is_number => Self::Less(value),
+            (AtMost, value) if is_number => Self::AtMost(value),
+            (Greater, value) if is_number => Self::Greater(value),
+            (AtLeast, value) if is_number => Self::AtLeast(value),
+            _ => return Err(wanted),
         })
     }
 
     fn holds(&self, have: &Value) -> bool {
+        let is =
+            |value: &Value, holds: fn(Ordering) -> bool| compare(have, value).is_some_and(holds);
         match (self, have) {
             (Self::Present, _) => true,
             (Self::Equals(value), _) => equal(have, value) == Some(true),
             (Self::NotEquals(value), _) => equal(have, value) == Some(false),
             (Self::OneOf(values), _) => values.iter().any(|value| equal(have, value) == Some(true)),
-            (Self::Contains(text), Value::Text(have)) => have.contains(&**text),
+            (Self::NotOneOf(values), _) => {
+                let mut is_comparable = false;
+                let is_none = values.iter().all(|value| {
+                    let equal = equal(have, value);
+                    is_comparable |= equal.is_some();
+                    equal != Some(true)
+                });
+                is_none && is_comparable
+            }
+            (Self::Contains(Value::Text(text)), Value::Text(have)) => have.contains(&**text),
+            (Self::NotContains(Value::Text(text)), Value::Text(have)) => !have.contains(&**text),
             (Self::Prefix(text), Value::Text(have)) => have.starts_with(&**text),
-            (Self::Less(value), _) => compare(have, value) == Some(Ordering::Less),
-            (Self::Greater(value), _) => compare(have, value) == Some(Ordering::Greater),
+            (Self::Suffix(text), Value::Text(have)) => have.ends_with(&**text),
+            (Self::Less(value), _) => is(value, Ordering::is_lt),
+            (Self::AtMost(value), _) => is(value, Ordering::is_le),
+            (Self::Greater(value), _) => is(value, Ordering::is_gt),
+            (Self::AtLeast(value), _) => is(value, Ordering::is_ge),
+            _ => false,
+        }
+    }
+
+    fn holds_for_list(&self, have: &[Value]) -> bool {
+        let has = |value| have.iter().any(|one| equal(one, value) == Some(true));
+        match self {
+            Self::Present => true,
+            Self::Contains(value) => has(value),
+            Self::NotContains(value) => !has(value),
             _ => false,
         }
     }
@@ -287,10 +351,16 @@ fn compare(a: &Value, b: &Value) -> Option<Ordering> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn text(s: &str) -> Value {
         Value::Text(s.into())
+    }
+
+    fn list(values: &[Value]) -> AttributeValue {
+        AttributeValue::List(values.into())
     }
 
     #[test]
@@ -331,6 +401,62 @@ mod tests {
         check("age", Equals, &[Value::Decimal(30.0)], true);
         check("beta", Present, &[], true);
         check("gone", Present, &[], false);
+        check("gone", Absent, &[], true);
+        check("beta", Absent, &[], false);
+        check("plan", NotOneOf, &[text("free"), Value::Integer(1)], true);
+        check("plan", NotOneOf, &[text("free"), text("pro")], false);
+        check("plan", NotOneOf, &[Value::Integer(1)], false);
+        check("gone", NotOneOf, &[text("free")], false);
+        check("plan", NotContains, &[text("x")], true);
+        check("plan", NotContains, &[text("r")], false);
+        check("plan", NotContains, &[Value::Integer(1)], false);
+        check("gone", NotContains, &[text("x")], true);
+        check("plan", Suffix, &[text("ro")], true);
+        check("plan", Suffix, &[text("pr")], false);
+        check("age", AtLeast, &[Value::Integer(30)], true);
+        check("age", AtLeast, &[Value::Decimal(30.5)], false);
+        check("age", AtMost, &[Value::Integer(30)], true);
+        check("score", AtMost, &[Value::Integer(0)], false);
+        check("plan", AtMost, &[Value::Integer(0)], false);
+    }
+
+    #[test]
+    fn a_list_is_tested_by_its_elements_only() {
+        let have = Attributes::from(BTreeMap::from([
+            ("muted".to_owned(), list(&[text("billing"), text("chat")])),
+            (
+                "teams".to_owned(),
+                list(&[Value::Integer(5), Value::Flag(true)]),
+            ),
+            ("none".to_owned(), list(&[])),
+        ]));
+        let holds = |attribute: &str, operator: Operator, values: &[Value]| {
+            let test = Test {
+                attribute: attribute.into(),
+                operator,
+                values: values.to_vec(),
+            };
+            Criteria::new(vec![vec![test]]).unwrap().hold(&have)
+        };
+        use Operator::*;
+        assert!(holds("muted", Contains, &[text("chat")]));
+        // Not a part of an element's text.
+        assert!(!holds("muted", Contains, &[text("cha")]));
+        assert!(!holds("muted", NotContains, &[text("chat")]));
+        assert!(holds("muted", NotContains, &[text("orders")]));
+        assert!(holds("teams", Contains, &[Value::Decimal(5.0)]));
+        assert!(!holds("teams", Contains, &[text("5")]));
+        assert!(holds("none", NotContains, &[text("chat")]));
+        assert!(holds("none", Present, &[]) && !holds("none", Absent, &[]));
+        for operator in [Equals, NotEquals, OneOf, NotOneOf, Prefix, Suffix] {
+            assert!(!holds("muted", operator, &[text("chat")]), "{operator:?}");
+        }
+        for operator in [Less, AtMost, Greater, AtLeast] {
+            assert!(
+                !holds("teams", operator, &[Value::Integer(5)]),
+                "{operator:?}"
+            );
+        }
     }
 
     #[test]
@@ -421,6 +547,9 @@ mod tests {
             (Greater, &one),
             (NotEquals, &one),
             (Contains, &[text("x")]),
+            (NotContains, &[text("pro")]),
+            (NotOneOf, &[text("pro")]),
+            (Suffix, &[text("x")]),
         ]))
         .unwrap();
         let have = Attributes::from([
@@ -439,7 +568,7 @@ mod tests {
         let ask = |attributes: &Attributes| {
             answers.of(attributes, || {
                 n_decided.set(n_decided.get() + 1);
-                attributes.get("plan") == Some(&text("pro"))
+                attributes.get("plan") == Some(&text("pro").into())
             })
         };
         let (pro, another, free) = (of("pro"), of("pro"), of("free"));
@@ -464,6 +593,11 @@ mod tests {
             (Operator::Prefix, vec![Value::Integer(1)]),
             (Operator::OneOf, vec![]),
             (Operator::Present, vec![text("x")]),
+            (Operator::Absent, vec![text("x")]),
+            (Operator::NotOneOf, vec![]),
+            (Operator::NotContains, vec![text("a"), text("b")]),
+            (Operator::AtLeast, vec![text("1")]),
+            (Operator::Suffix, vec![Value::Integer(1)]),
         ] {
             let test = Test {
                 attribute: "age".into(),

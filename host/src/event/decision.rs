@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{EntryId, Outcome};
+use super::{EntryId, NotificationId, Outcome};
 
 /// A decision record: why an event got its outcome.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -31,11 +31,21 @@ pub struct Decision {
     /// The attempts at the event, if a plugin requested a retry. The broker adds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry: Option<Retry>,
+    /// The slots of the event's notifications in the order of their ids, if there are several; the
+    /// slot without a name is empty. The ids follow each other, beginning with that of the outcome.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub slots: Vec<String>,
     /// The clock that the plugins were given, in milliseconds since the Unix epoch.
     pub clock_ms: u64,
 }
 
 impl Decision {
+    /// The ids of the event's notifications, of which `first` is the id of the outcome.
+    pub fn notifications(&self, first: NotificationId) -> impl Iterator<Item = NotificationId> {
+        let n = self.slots.len().max(1) as u64;
+        (first.0..first.0.saturating_add(n)).map(NotificationId)
+    }
+
     /// Whether this is the decision about the event with this id. An entry that could not be read
     /// as an event has no event id, so its entry id matches as well.
     pub fn is_about(&self, entry: EntryId, event_id: &str) -> bool {

@@ -53,10 +53,18 @@ impl fmt::Display for Priority {
     }
 }
 
+/// Publishers write the words in any case, and some write `medium`.
 impl FromStr for Priority {
     type Err = Malformed;
     fn from_str(text: &str) -> Result<Self, Malformed> {
-        let found = Self::ALL.into_iter().find(|p| p.as_str() == text);
+        let word = if text.eq_ignore_ascii_case("medium") {
+            "normal"
+        } else {
+            text
+        };
+        let found = Self::ALL
+            .into_iter()
+            .find(|priority| priority.as_str().eq_ignore_ascii_case(word));
         found.ok_or_else(|| {
             Malformed::new(format!(
                 "'{}' is not a valid priority; use low, normal, high or urgent",
@@ -145,6 +153,29 @@ pub struct Route {
     /// JSON delivered as `data` in place of the event's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub body: Option<Box<serde_json::value::RawValue>>,
+    /// The notification to which the route belongs; `None`: the one without a name. A recipient
+    /// receives one notification of an event for each slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Name>,
+}
+
+impl Route {
+    /// What a notification by this route is the latest state of, if it has a collapse key. Two
+    /// slots of one event never supersede each other.
+    pub fn state(&self) -> Option<StateKey<'_>> {
+        let key = self.collapse.as_ref()?;
+        Some(StateKey {
+            slot: self.slot.as_ref(),
+            key,
+        })
+    }
+}
+
+/// A collapse key within its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateKey<'a> {
+    pub slot: Option<&'a Name>,
+    pub key: &'a Name,
 }
 
 /// All routes of an event, in the order of the routers and of their results.
@@ -155,6 +186,37 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The most slots of one event.
+    pub const MAX_SLOTS: usize = 8;
+
+    /// The slots of the routes, in the order of their first routes.
+    pub fn slots(&self) -> Vec<Option<&Name>> {
+        let mut slots = Vec::new();
+        for route in &self.routes {
+            if !slots.contains(&route.slot.as_ref()) {
+                slots.push(route.slot.as_ref());
+            }
+        }
+        slots
+    }
+
+    /// Divides the plan into one for each slot, in the order of [`Plan::slots`].
+    pub fn by_slot(self) -> Vec<Self> {
+        let mut plans: Vec<Self> = Vec::new();
+        for route in self.routes {
+            match plans
+                .iter_mut()
+                .find(|plan| plan.routes[0].slot == route.slot)
+            {
+                Some(plan) => plan.routes.push(route),
+                None => plans.push(Self {
+                    routes: vec![route],
+                }),
+            }
+        }
+        plans
+    }
+
     /// Every target named by a route, each once, in a fixed order: the logs that index the event.
     pub fn targets(&self) -> Vec<Target> {
         let mut all: Vec<Target> = self
@@ -168,9 +230,10 @@ impl Plan {
     }
 }
 
-/// The content of a record: an event with its whole plan, stored once as JSON under one id that all
-/// logs share. The record of a plan written in slices also holds the decision, for the `ingest`
-/// that completes it.
+/// The content of a record: an event with its plan, stored once as JSON under one id that all logs
+/// share. If the routes of an event have several slots, it has a record for each, with the routes of
+/// that slot. The records of a plan written in slices also hold the decision, for the `ingest` that
+/// completes it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Notification {
     /// The source entry of the event.

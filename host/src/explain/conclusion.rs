@@ -15,15 +15,20 @@ pub(super) fn of(explanation: &Explanation) -> String {
         is_search_complete,
         plan,
         recipient,
+        other_notifications,
         ..
     } = explanation;
-    match (decision.outcome, plan, recipient) {
-        (Outcome::Committed, Some(plan), Some(recipient)) => for_user(decision, plan, recipient),
-        (Outcome::Committed, Some(plan), None) => {
-            format!("The event was committed; {}. Specify a user to see whether it reached them.", names(plan))
-        }
-        (Outcome::Committed, None, _) => {
-            "The event was committed, but its record is no longer kept, so its recipients are unknown.".to_owned()
+    match (decision.outcome, other_notifications.as_slice()) {
+        (Outcome::Committed, []) => committed(decision, plan.as_ref(), recipient.as_ref()),
+        (Outcome::Committed, others) => {
+            let first = decision.decision.slots.first().map(String::as_str);
+            let first = (first.unwrap_or_default(), plan, recipient);
+            let others = others.iter().map(|other| (other.slot.as_str(), &other.plan, &other.recipient));
+            let parts = std::iter::once(first).chain(others).map(|(slot, plan, recipient)| {
+                let slot = if slot.is_empty() { "Without a slot".to_owned() } else { format!("Slot `{slot}`") };
+                format!("{slot}: {}", committed(decision, plan.as_ref(), recipient.as_ref()))
+            });
+            parts.collect::<Vec<_>>().join(" ")
         }
         (Outcome::Discarded, ..) => format!("Not delivered: {}.", discarded(decision)),
         (Outcome::Unrouted, ..) => format!("Not delivered: {}{}.", unrouted(decision), left_out(decision)),
@@ -40,6 +45,23 @@ pub(super) fn of(explanation: &Explanation) -> String {
             format!("Not delivered: {}{}. {next}.", dead_lettered(decision), because(&decision.decision.reason))
         }
         (Outcome::Retrying, ..) => retrying(decision, dead_letter.as_deref()),
+    }
+}
+
+/// The conclusion about one notification of a committed event.
+fn committed(
+    decision: &DecidedEvent,
+    plan: Option<&Plan>,
+    recipient: Option<&RecipientExplanation>,
+) -> String {
+    match (plan, recipient) {
+        (Some(plan), Some(recipient)) => for_user(decision, plan, recipient),
+        (Some(plan), None) => format!(
+            "The event was committed; {}. Specify a user to see whether it reached them.",
+            names(plan)
+        ),
+        (None, _) => "The event was committed, but its record is no longer kept, so its recipients are unknown."
+            .to_owned(),
     }
 }
 
@@ -337,6 +359,7 @@ mod tests {
             is_search_complete: true,
             plan: None,
             recipient: None,
+            other_notifications: Vec::new(),
         }
     }
 

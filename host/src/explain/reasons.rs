@@ -2,13 +2,15 @@
 //! `recipients` decides whether it matches.
 
 use crate::delivery::recipients::{MatchFailure, Moment};
-use crate::event::criteria::{Attributes, Operator, Test};
+use crate::event::criteria::{AttributeValue, Attributes, Operator, Test};
 use crate::event::{Name, Recipient, Route, Span, Target, Value, rfc3339};
 
 /// Maximum number of clauses of a condition described.
 const MAX_CLAUSES: usize = 3;
 /// Maximum number of groups named.
 const MAX_GROUPS: usize = 3;
+/// Maximum number of elements of a list shown.
+const MAX_ELEMENTS: usize = 5;
 /// Maximum length of a value shown, in characters; longer values are cut.
 const MAX_VALUE: usize = 64;
 
@@ -233,25 +235,62 @@ fn shortfall(test: &Test, attributes: &Attributes) -> String {
     let expected = expected.join(" or ");
     let must = match operator {
         Operator::Equals | Operator::OneOf => format!("must be {expected}"),
-        Operator::NotEquals => format!("must not be {expected}"),
+        Operator::NotEquals | Operator::NotOneOf => format!("must not be {expected}"),
         Operator::Contains => format!("must contain {expected}"),
+        Operator::NotContains => format!("must not contain {expected}"),
         Operator::Prefix => format!("must begin with {expected}"),
+        Operator::Suffix => format!("must end with {expected}"),
         Operator::Less => format!("must be below {expected}"),
+        Operator::AtMost => format!("must be at most {expected}"),
         Operator::Greater => format!("must be above {expected}"),
+        Operator::AtLeast => format!("must be at least {expected}"),
         Operator::Present => "must be present".to_owned(),
+        Operator::Absent => "must be absent".to_owned(),
     };
+    let of_values = || values.first().map_or("value", kind);
     match attributes.get(attribute) {
         None => format!("attribute `{attribute}` is absent but {must}"),
-        Some(actual) if values.iter().all(|value| kind(value) != kind(actual)) => {
+        Some(actual) if *operator == Operator::Absent => {
+            format!("attribute `{attribute}` is {} but {must}", shown(actual))
+        }
+        Some(AttributeValue::List(actual))
+            if !matches!(operator, Operator::Contains | Operator::NotContains) =>
+        {
+            format!(
+                "attribute `{attribute}` is {} (list) but {must} ({})",
+                list(actual),
+                of_values()
+            )
+        }
+        Some(AttributeValue::One(actual))
+            if values.iter().all(|value| kind(value) != kind(actual)) =>
+        {
             format!(
                 "attribute `{attribute}` is {} ({}) but {must} ({})",
                 display(actual),
                 kind(actual),
-                values.first().map_or("value", kind)
+                of_values()
             )
         }
-        Some(actual) => format!("attribute `{attribute}` is {} but {must}", display(actual)),
+        Some(actual) => format!("attribute `{attribute}` is {} but {must}", shown(actual)),
     }
+}
+
+fn shown(value: &AttributeValue) -> String {
+    match value {
+        AttributeValue::One(value) => display(value),
+        AttributeValue::List(values) => list(values),
+    }
+}
+
+fn list(values: &[Value]) -> String {
+    let elements: Vec<String> = values.iter().take(MAX_ELEMENTS).map(display).collect();
+    let more = if values.len() > MAX_ELEMENTS {
+        format!(", and {} more", values.len() - MAX_ELEMENTS)
+    } else {
+        String::new()
+    };
+    format!("[{}{more}]", elements.join(", "))
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -301,6 +340,10 @@ mod tests {
             ("beta".into(), Value::Flag(false)),
             ("bio".into(), text(&format!("a\nb{}", "x".repeat(100)))),
         ]);
+        let mut have = std::collections::BTreeMap::from(have);
+        let muted = ["billing", "chat"].map(text).into();
+        have.insert("muted".into(), AttributeValue::List(muted));
+        let have = Attributes::from(have);
         let check = |attribute: &str, operator: Operator, values: &[Value], expect: &str| {
             assert_eq!(
                 shortfall(&test(attribute, operator, values), &have),
@@ -357,6 +400,31 @@ mod tests {
             "is false but must be true",
         );
         check("city", Present, &[], "is absent but must be present");
+        check("age", Absent, &[], "is 17 but must be absent");
+        check(
+            "age",
+            AtLeast,
+            &[Value::Integer(18)],
+            "is 17 but must be at least 18",
+        );
+        check(
+            "plan",
+            NotOneOf,
+            &[text("free"), text("old")],
+            "is \"free\" but must not be \"free\" or \"old\"",
+        );
+        check(
+            "muted",
+            NotContains,
+            &[text("chat")],
+            "is [\"billing\", \"chat\"] but must not contain \"chat\"",
+        );
+        check(
+            "muted",
+            Equals,
+            &[text("chat")],
+            "is [\"billing\", \"chat\"] (list) but must be \"chat\" (text)",
+        );
         check(
             "city",
             Less,
@@ -396,6 +464,7 @@ mod tests {
                 collapse: None,
                 event_name: None,
                 body: None,
+                slot: None,
             };
             condition(&route, &Name::parse("ann").unwrap(), &Attributes::default())
         };

@@ -23,12 +23,12 @@ use tokio_util::sync::CancellationToken;
 use crate::backoff::Backoff;
 use crate::broker::{
     Batch, CommitResult, EXCERPT_BYTES, Entry, Error, Head, Item, Lease, MAX_COMMIT_BYTES,
-    MAX_INDEX_ENTRIES, MAX_ITEMS, Oversized, Partition, Proposal, Result, RetryPolicy, Slice,
-    Sources,
+    MAX_INDEX_ENTRIES, MAX_ITEMS, NewNotification, Oversized, Partition, Proposal, Result,
+    RetryPolicy, Slice, Sources,
 };
 use crate::event::{
-    DeadReason, Decision, EntryId, Epoch, Event, Notification, Outcome, PartitionNumber, Plan,
-    Position, Verdict,
+    DeadReason, Decision, EntryId, Epoch, Event, Name, Notification, NotificationId, Outcome,
+    PartitionNumber, Plan, Position, Target, Verdict,
 };
 use crate::ingest::pipeline::{Pipeline, Resolution, Unevaluated};
 use crate::plugin::registry::generation::ChainIdentity;
@@ -386,22 +386,12 @@ impl Ingest {
         let Some(pending) = head.pending.filter(|_| head.position.slices > 0) else {
             return Ok(head);
         };
-        let record = self
-            .broker
-            .records(partition, &[pending])
-            .await?
-            .pop()
-            .flatten();
-        let record = record.ok_or_else(|| {
-            Error::Permanent(format!(
-                "the record of the partly written plan {pending} is gone; restore it or the partition"
-            ))
-        })?;
         let unreadable = |e| {
             Error::Permanent(format!(
                 "cannot parse the record of the partly written plan {pending}: {e}"
             ))
         };
+        let record = self.pending_record(partition, pending).await?;
         let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
         let SlicedRecordDecision { decision } =
             serde_json::from_slice(&record).map_err(unreadable)?;
@@ -410,14 +400,23 @@ impl Ingest {
             slices = head.position.slices,
             "continuing a partly written plan"
         );
-        let targets = notification.plan.targets();
         // Records of earlier versions hold no decision.
         let decision =
             decision.unwrap_or_else(|| decision_about(&notification.event, Vec::new(), 0));
+        let n_more = decision.slots.len().saturating_sub(1) as u64;
+        let mut notifications = Vec::new();
+        for id in pending.0.saturating_sub(n_more)..=pending.0 {
+            let record = self.pending_record(partition, NotificationId(id)).await?;
+            let notification: Notification = serde_json::from_slice(&record).map_err(unreadable)?;
+            notifications.push(NewNotification {
+                record,
+                targets: notification.plan.targets(),
+            });
+        }
         let item = Item {
             entry: notification.entry,
             dedupe: None,
-            proposal: Proposal::Commit { record, targets },
+            proposal: Proposal::Commit(notifications),
             decision,
         };
         // New to this owner; the owner that began the plan counted the entry as read again.
@@ -426,6 +425,21 @@ impl Ingest {
             .await?;
         progress.done(1);
         Ok(self.broker.head(partition).await?)
+    }
+
+    /// The record of a partly written plan.
+    async fn pending_record(
+        &self,
+        partition: PartitionNumber,
+        id: NotificationId,
+    ) -> Result<Bytes, Stop> {
+        let record = self.broker.records(partition, &[id]).await?.pop().flatten();
+        record.ok_or_else(|| {
+            let reason = format!(
+                "the record of the partly written plan {id} is gone; restore it or the partition"
+            );
+            Error::Permanent(reason).into()
+        })
     }
 
     /// Reads and evaluates batches ahead of the commit.
@@ -627,14 +641,24 @@ impl Ingest {
         entry: &Entry,
         event: Event,
         resolution: Resolution,
-        decision: Decision,
+        mut decision: Decision,
     ) -> Item {
         let dedupe = event.id_given.then(|| dedupe_key(&event));
         let proposal = match resolution {
-            Resolution::Planned(plan) => match commit_proposal(entry.id, event, plan, &decision) {
-                Ok(proposal) => proposal,
-                Err(reason) => return dead_letter(entry, reason, None, 1, decision),
-            },
+            Resolution::Planned(plan) => {
+                let slots = plan.slots();
+                let name = |slot: &Option<&Name>| slot.map(ToString::to_string).unwrap_or_default();
+                if slots.len() > 1 {
+                    decision.slots = slots.iter().map(name).collect();
+                }
+                match commit_proposal(entry.id, &event, plan, &decision) {
+                    Ok(proposal) => proposal,
+                    Err(reason) => {
+                        decision.slots.clear();
+                        return dead_letter(entry, reason, None, 1, decision);
+                    }
+                }
+            }
             Resolution::Discarded { .. } => Proposal::Discard,
             Resolution::Unrouted => Proposal::Unrouted,
             Resolution::Failed {
@@ -754,20 +778,12 @@ impl Ingest {
         item: Item,
         from: u32,
     ) -> Result<(), Stop> {
-        let Proposal::Commit { record, targets } = &item.proposal else {
+        let Proposal::Commit(notifications) = &item.proposal else {
             return Ok(());
         };
-        let n_slices = targets.len().div_ceil(MAX_INDEX_ENTRIES) as u32;
-        for (index, targets) in targets
-            .chunks(MAX_INDEX_ENTRIES)
-            .enumerate()
-            .skip(from as usize)
-        {
-            let index = index as u32;
-            let proposal = Proposal::Commit {
-                record: record.clone(),
-                targets: targets.to_vec(),
-            };
+        let n_slices = n_targets(&item).div_ceil(MAX_INDEX_ENTRIES) as u32;
+        for index in from..n_slices {
+            let proposal = Proposal::Commit(slice_of(notifications, index));
             let is_last = index + 1 == n_slices;
             let slice = Slice {
                 epoch,
@@ -809,37 +825,79 @@ impl Ingest {
     }
 }
 
-/// Serialises a notification for a commit.
+/// The notifications of an event with the targets of one slice: of all targets in order, those from
+/// `index` times [`MAX_INDEX_ENTRIES`].
+fn slice_of(notifications: &[NewNotification], index: u32) -> Vec<NewNotification> {
+    let mut skipped = index as usize * MAX_INDEX_ENTRIES;
+    let mut room = MAX_INDEX_ENTRIES;
+    let part = |NewNotification { record, targets }: &NewNotification| {
+        let begin = skipped.min(targets.len());
+        skipped -= begin;
+        let n = room.min(targets.len() - begin);
+        room -= n;
+        NewNotification {
+            record: record.clone(),
+            targets: targets[begin..begin + n].to_vec(),
+        }
+    };
+    notifications.iter().map(part).collect()
+}
+
+/// Serialises the notifications of an event for a commit, one for each slot.
 ///
 /// # Errors
-/// The reason for a dead letter: the record is too large, or cannot be serialised.
+/// The reason for a dead letter: there are too many slots, or the records are too large or cannot
+/// be serialised.
 fn commit_proposal(
     entry: EntryId,
-    event: Event,
+    event: &Event,
     plan: Plan,
     decision: &Decision,
 ) -> Result<Proposal, String> {
-    let targets = plan.targets();
-    let notification = Notification { entry, event, plan };
-    let record = if targets.len() > MAX_INDEX_ENTRIES {
-        serde_json::to_vec(&SlicedRecord {
-            notification: &notification,
-            decision,
-        })
-    } else {
-        serde_json::to_vec(&notification)
-    };
-    let record = record.map_err(|error| format!("cannot serialise the record: {error}"))?;
-    if record.len() > MAX_COMMIT_BYTES {
+    let plans = plan.by_slot();
+    if plans.len() > Plan::MAX_SLOTS {
         return Err(format!(
-            "the event with its plan has {} bytes; the limit is {MAX_COMMIT_BYTES}",
-            record.len()
+            "the routes of all routers have {} slots; the limit is {}; use fewer",
+            plans.len(),
+            Plan::MAX_SLOTS
         ));
     }
-    Ok(Proposal::Commit {
-        record: Bytes::from(record),
-        targets,
-    })
+    let targets: Vec<Vec<Target>> = plans.iter().map(Plan::targets).collect();
+    let is_sliced = targets.iter().map(Vec::len).sum::<usize>() > MAX_INDEX_ENTRIES;
+    let mut n_bytes = 0;
+    let mut notifications = Vec::with_capacity(plans.len());
+    for (plan, targets) in plans.into_iter().zip(targets) {
+        let notification = Notification {
+            entry,
+            event: event.clone(),
+            plan,
+        };
+        let record = if is_sliced {
+            serde_json::to_vec(&SlicedRecord {
+                notification: &notification,
+                decision,
+            })
+        } else {
+            serde_json::to_vec(&notification)
+        };
+        let record = record.map_err(|error| format!("cannot serialise the record: {error}"))?;
+        n_bytes += record.len();
+        notifications.push(NewNotification {
+            record: Bytes::from(record),
+            targets,
+        });
+    }
+    if n_bytes > MAX_COMMIT_BYTES {
+        let each = if notifications.len() > 1 {
+            ", which each slot repeats,"
+        } else {
+            ""
+        };
+        return Err(format!(
+            "the event{each} with its plan has {n_bytes} bytes; the limit is {MAX_COMMIT_BYTES}"
+        ));
+    }
+    Ok(Proposal::Commit(notifications))
 }
 
 /// The record of a plan that is written in slices. The decision is written with the last slice,
@@ -943,8 +1001,8 @@ fn dedupe_key(event: &Event) -> [u8; 16] {
 }
 
 fn n_targets(item: &Item) -> usize {
-    if let Proposal::Commit { targets, .. } = &item.proposal {
-        targets.len()
+    if let Proposal::Commit(notifications) = &item.proposal {
+        notifications.iter().map(|new| new.targets.len()).sum()
     } else {
         0
     }
@@ -952,7 +1010,7 @@ fn n_targets(item: &Item) -> usize {
 
 fn n_bytes(item: &Item) -> usize {
     match &item.proposal {
-        Proposal::Commit { record, .. } => record.len(),
+        Proposal::Commit(notifications) => notifications.iter().map(|new| new.record.len()).sum(),
         Proposal::DeadLetter(why) | Proposal::Retry(why, _) => why
             .fields
             .iter()

@@ -116,6 +116,7 @@ impl Inspection {
         let Description {
             manifest,
             selection,
+            ..
         } = described?;
         (self.manifest, self.selection) = (Some(manifest), Some(selection));
         self.memory_bytes = plugin

@@ -19,6 +19,7 @@ pub(super) mod manifest;
 pub(super) mod plugin;
 mod profiler;
 mod random;
+mod schema;
 pub(super) mod selection;
 mod store;
 mod structure;

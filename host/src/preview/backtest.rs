@@ -250,13 +250,17 @@ async fn compare(
     thread: &BacktestThread,
     report: &mut BacktestReport,
 ) -> Result<(), broker::Error> {
-    let ids: Vec<NotificationId> = events.iter().filter_map(|(_, (_, id, _))| *id).collect();
+    let ids: Vec<NotificationId> = events
+        .iter()
+        .filter_map(|(_, (_, first, decision))| Some(decision.notifications((*first)?)))
+        .flatten()
+        .collect();
     let records = if ids.is_empty() {
         Vec::new()
     } else {
         broker.records(partition, &ids).await?
     };
-    let records: HashMap<NotificationId, Notification> = ids
+    let mut records: HashMap<NotificationId, Notification> = ids
         .into_iter()
         .zip(records)
         .filter_map(|(id, record)| Some((id, serde_json::from_slice(&record?).ok()?)))
@@ -266,13 +270,23 @@ async fn compare(
         .map(|(event, (_, _, decision))| (event.clone(), decision.clock_ms))
         .collect();
     let mut evaluations = thread.evaluate(calls).await.into_iter();
-    for (event, (_, id, decision)) in events {
+    for (event, (_, first, decision)) in events {
         let Some(evaluation) = evaluations.next() else {
             report.not_compared(TIMED_OUT);
             continue;
         };
-        let record = id.and_then(|id| records.get(&id));
-        match compare_decisions(plugin, &decision.verdicts, record, &evaluation) {
+        let mut take = |id| records.remove(&id);
+        let of_slots = first.and_then(|first| {
+            let ids = decision.notifications(first);
+            ids.map(&mut take).collect::<Option<Vec<Notification>>>()
+        });
+        let record = of_slots.and_then(|records| {
+            records.into_iter().reduce(|mut whole, record| {
+                whole.plan.routes.extend(record.plan.routes);
+                whole
+            })
+        });
+        match compare_decisions(plugin, &decision.verdicts, record.as_ref(), &evaluation) {
             Err(reason) => report.not_compared(reason),
             Ok(sides) => report.note(&event, decision.clock_ms, &sides),
         }
@@ -330,7 +344,14 @@ fn compare_decisions(
         return Err(NOT_REACHED);
     }
     let planned = match &now.resolution {
-        Resolution::Planned(plan) => Some(plan),
+        // In the order of the records.
+        Resolution::Planned(plan) => Some(plan.clone().by_slot().into_iter().fold(
+            Plan::default(),
+            |mut whole, plan| {
+                whole.routes.extend(plan.routes);
+                whole
+            },
+        )),
         Resolution::Discarded { .. } | Resolution::Unrouted | Resolution::Failed { .. } => None,
     };
     let mut sides = Vec::new();
@@ -351,7 +372,7 @@ fn compare_decisions(
             plugin,
             now_verdict,
             role,
-            planned.map(|plan| (&now.event, plan)),
+            planned.as_ref().map(|plan| (&now.event, plan)),
         );
         match (&old, &new) {
             (PluginDecision::Routes { plan: old }, PluginDecision::Routes { plan: new })

@@ -71,6 +71,9 @@ struct ReachedUser {
     priority: Priority,
     /// The router of the winning route.
     by: Name,
+    /// The slot of the winning route; a user is listed once for each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    slot: Option<Name>,
 }
 
 /// Why a dry run has no result.
@@ -223,25 +226,31 @@ async fn report(
 
 async fn reach(broker: &dyn Logs, plan: &Plan, moment: Moment) -> Result<Reach, broker::Error> {
     let mut reach = Reach::default();
+    let plans = plan.clone().by_slot();
+    let mut n_evaluated = 0;
     for target in plan.targets() {
         match target {
             Target::Everyone => reach.everyone = true,
             Target::Group(group) => reach.groups.push(group),
-            Target::User(_) if reach.users.len() + reach.excluded.len() == MAX_USERS => {
-                reach.not_evaluated += 1
-            }
+            Target::User(_) if n_evaluated == MAX_USERS => reach.not_evaluated += 1,
             Target::User(user) => {
+                n_evaluated += 1;
                 let recipient = broker.recipient(&user).await?;
                 let holds = |_, criteria: &Criteria| criteria.hold(&recipient.attributes);
-                match winning_route(plan, &user, &recipient, moment, holds)
-                    .map(|winner| &plan.routes[winner.route])
-                {
-                    Some(route) => reach.users.push(ReachedUser {
-                        user,
-                        priority: route.priority,
-                        by: route.by.clone(),
-                    }),
-                    None => reach.excluded.push(user),
+                let n_before = reach.users.len();
+                for plan in &plans {
+                    if let Some(winner) = winning_route(plan, &user, &recipient, moment, holds) {
+                        let route = &plan.routes[winner.route];
+                        reach.users.push(ReachedUser {
+                            user: user.clone(),
+                            priority: route.priority,
+                            by: route.by.clone(),
+                            slot: route.slot.clone(),
+                        });
+                    }
+                }
+                if reach.users.len() == n_before {
+                    reach.excluded.push(user);
                 }
             }
         }
@@ -294,6 +303,7 @@ mod tests {
             expires_ms: None,
             collapse: None,
             event_name: None,
+            slot: None,
             body: None,
         };
         let event = Event::from_json(EntryId::default(), "-", br#"{"type":"t","id":"a"}"#).unwrap();

@@ -5,7 +5,7 @@
 //! | `user`, `group` | text or integer | one recipient |
 //! | `users`, `groups` | `a,b,c`, or a JSON array of strings: `["a","b"]` | several recipients |
 //! | `everyone` | `true` or `false`, as a boolean or as text | all recipients |
-//! | `priority` | `low`, `normal`, `high`, `urgent` | the urgency; a filter may have changed it |
+//! | `priority` | `low`, `normal` or `medium`, `high`, `urgent`, in any case | the urgency; a filter may have changed it |
 //! | `ttl` | `30` (seconds, as an integer or as text), `500ms`, `30s`, `5m`, `2h` | the time to live |
 //! | `collapse` | text | a later event with the same key supersedes this one |
 //!
@@ -250,6 +250,14 @@ mod tests {
             resolve(&[("user", "a".into()), ("priority", "urgent".into())]),
             Ok(vec![Route::to_user("a")])
         );
+    }
+
+    #[test]
+    fn the_words_of_other_publishers_are_priorities() {
+        for word in ["HIGH", "Normal", "medium", "Urgent"] {
+            let routes = resolve(&[("user", "a".into()), ("priority", word.into())]);
+            assert_eq!(routes, Ok(vec![Route::to_user("a")]), "{word}");
+        }
     }
 
     #[test]

@@ -158,6 +158,7 @@ impl Filter for Prioritize {
         Ok(Verdict::Amend(Amendment {
             priority,
             attributes,
+            ..Amendment::default()
         }))
     }
 }
@@ -212,6 +213,7 @@ mod tests {
         Verdict::Amend(Amendment {
             priority,
             attributes,
+            ..Amendment::default()
         })
     }
 

@@ -14,10 +14,12 @@
 //! collapse = "order-{/order/id}"
 //! event_name = "order"
 //! body = { text = "{/order/owner} ordered", total = "{/order/total}" }
+//! slot = "sales"                     # a notification of its own beside that of other rules
 //! ```
 //!
 //! **Every rule whose condition holds adds a route**, in order. A recipient addressed by several
-//! routes gets one notification, with the highest priority. `stop = true` ends the list after a
+//! routes gets one notification for each slot, with the highest priority of its routes; without
+//! slots, it is one notification. `stop = true` ends the list after a
 //! rule that holds, even if the rule addresses no one; set it in every rule for first-match
 //! behaviour.
 //!
@@ -45,7 +47,7 @@ mod template;
 
 use body::{Body, Document};
 use recipients::Clause;
-use targets::{EventName, NameTemplate, To};
+use targets::{EventName, NameTemplate, SlotName, To};
 
 /// The configuration.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -79,6 +81,9 @@ struct Rule {
     /// The JSON to deliver as `data` instead of the event's own data. All texts in it are
     /// templates.
     body: Option<Body>,
+    /// The name of the notification to which the route belongs. A recipient gets one notification
+    /// for each slot; rules without one belong to the same notification.
+    slot: Option<SlotName>,
     /// Whether to skip the remaining rules if this one holds.
     #[serde(default)]
     stop: bool,
@@ -154,7 +159,8 @@ impl Rule {
             || self.ttl.is_some()
             || self.collapse.is_some()
             || self.event_name.is_some()
-            || self.body.is_some();
+            || self.body.is_some()
+            || self.slot.is_some();
         if self.to.is_none() && (has_more || !self.stop) {
             let fix =
                 r#"add targets, such as to = { user = "{/customer/id}" }, or set only stop = true"#;
@@ -206,6 +212,7 @@ impl Rule {
             collapse,
             event_name,
             body,
+            slot,
             ..
         } = self;
         let note = |what: fmt::Arguments<'_>| match &self.name {
@@ -243,6 +250,9 @@ impl Rule {
             });
         route.event_name = event_name.as_ref().map(|name| name.as_str().to_owned());
         route.body = body.as_ref().map(|body| body.fill(event, document));
+        if let Some(slot) = slot {
+            route = route.slot(slot.as_str());
+        }
         Some(route)
     }
 }

@@ -69,12 +69,22 @@ struct Operators {
     /// Present, of the same type, and different.
     not_equals: Option<Term>,
     one_of: Option<OneOrMore<Term>>,
-    contains: Option<Of<Texts>>,
+    /// Present, of the type of one of the values, and different from all.
+    not_one_of: Option<OneOrMore<Term>>,
+    /// A list that contains the value, or a text that contains the text.
+    contains: Option<Term>,
+    /// Absent, or not as in `contains`.
+    not_contains: Option<Term>,
     prefix: Option<Of<Texts>>,
+    suffix: Option<Of<Texts>>,
     less: Option<Of<Numbers>>,
+    at_most: Option<Of<Numbers>>,
     greater: Option<Of<Numbers>>,
-    /// Only `true` is allowed.
-    present: Option<Present>,
+    at_least: Option<Of<Numbers>>,
+    /// Whether the attribute must be present (`true`) or absent (`false`).
+    present: Option<bool>,
+    /// `true`: the attribute must be absent, as with `present = false`.
+    absent: Option<bool>,
 }
 
 /// A value, or a template.
@@ -105,27 +115,30 @@ impl Term {
                 None => (Value::Text(template.fill(event)?), None),
             },
         };
-        match (operator, value, selector) {
-            (Operator::Contains | Operator::Prefix, value, _) => Ok(Value::Text(value.to_string())),
-            (
-                Operator::Less | Operator::Greater,
-                value @ (Value::Integer(_) | Value::Decimal(_)),
-                _,
-            ) => Ok(value),
-            // Attributes may arrive as text only.
-            (
-                Operator::Less | Operator::Greater,
-                Value::Text(text),
-                Some(Selector::Attribute(name)),
-            ) => {
-                Value::of_numeral(&text).ok_or_else(|| format!("{} is not a number", name.as_str()))
+        match operator {
+            Operator::Prefix | Operator::Suffix => Ok(Value::Text(value.to_string())),
+            Operator::Less | Operator::AtMost | Operator::Greater | Operator::AtLeast => {
+                number(value, selector)
             }
-            (Operator::Less | Operator::Greater, _, selector) => Err(format!(
-                "{} is not a number",
-                selector.map_or("the text", Selector::as_str)
-            )),
-            (_, value, _) => Ok(value),
+            // The elements of a list have types, so that the value keeps its own.
+            _ => Ok(value),
         }
+    }
+}
+
+/// # Errors
+/// The reason why the value is not a number.
+fn number(value: Value, selector: Option<&Selector>) -> Result<Value, String> {
+    match (value, selector) {
+        (value @ (Value::Integer(_) | Value::Decimal(_)), _) => Ok(value),
+        // Attributes may arrive as text only.
+        (Value::Text(text), Some(Selector::Attribute(name))) => {
+            Value::of_numeral(&text).ok_or_else(|| format!("{} is not a number", name.as_str()))
+        }
+        (_, selector) => Err(format!(
+            "{} is not a number",
+            selector.map_or("the text", Selector::as_str)
+        )),
     }
 }
 
@@ -182,7 +195,15 @@ impl<'de> Deserialize<'de> for Wanted {
         let wanted = d.deserialize_any(AnyForm)?;
         if wanted.0.is_empty() {
             return Err(D::Error::custom(
-                "has no operator; set equals, not_equals, one_of, contains, prefix, less, greater or present",
+                "has no operator; set equals, one_of, contains, not_contains, at_least, at_most, present or another operator",
+            ));
+        }
+        let has = |operator: Operator| wanted.0.iter().any(|(own, _)| *own == operator);
+        let needs_none =
+            |operator: Operator| matches!(operator, Operator::Absent | Operator::NotContains);
+        if has(Operator::Absent) && !wanted.0.iter().all(|(own, _)| needs_none(*own)) {
+            return Err(D::Error::custom(
+                "can never hold, because an absent attribute passes no other test; remove absent or the other operators",
             ));
         }
         Ok(wanted)
@@ -195,21 +216,45 @@ impl From<Operators> for Wanted {
             equals,
             not_equals,
             one_of,
+            not_one_of,
             contains,
+            not_contains,
             prefix,
+            suffix,
             less,
+            at_most,
             greater,
+            at_least,
             present,
+            absent,
         } = operators;
+        let one = |operator, term: Option<Term>| term.map(|term| (operator, vec![term]));
+        let list = |operator, terms: Option<OneOrMore<Term>>| {
+            terms.map(|terms| (operator, terms.to_vec()))
+        };
+        let presence = |is_present: bool| {
+            let operator = if is_present {
+                Operator::Present
+            } else {
+                Operator::Absent
+            };
+            (operator, Vec::new())
+        };
         let tests = [
-            equals.map(|term| (Operator::Equals, vec![term])),
-            not_equals.map(|term| (Operator::NotEquals, vec![term])),
-            one_of.map(|terms| (Operator::OneOf, terms.to_vec())),
-            contains.map(|Of(term, _)| (Operator::Contains, vec![term])),
-            prefix.map(|Of(term, _)| (Operator::Prefix, vec![term])),
-            less.map(|Of(term, _)| (Operator::Less, vec![term])),
-            greater.map(|Of(term, _)| (Operator::Greater, vec![term])),
-            present.map(|Present| (Operator::Present, Vec::new())),
+            one(Operator::Equals, equals),
+            one(Operator::NotEquals, not_equals),
+            list(Operator::OneOf, one_of),
+            list(Operator::NotOneOf, not_one_of),
+            one(Operator::Contains, contains),
+            one(Operator::NotContains, not_contains),
+            one(Operator::Prefix, prefix.map(Of::term)),
+            one(Operator::Suffix, suffix.map(Of::term)),
+            one(Operator::Less, less.map(Of::term)),
+            one(Operator::AtMost, at_most.map(Of::term)),
+            one(Operator::Greater, greater.map(Of::term)),
+            one(Operator::AtLeast, at_least.map(Of::term)),
+            present.map(presence),
+            absent.map(|is_absent| presence(!is_absent)),
         ];
         Self(tests.into_iter().flatten().collect())
     }
@@ -258,6 +303,12 @@ impl JsonSchema for Term {
 
 /// A term whose value must be of one kind.
 struct Of<K>(Term, std::marker::PhantomData<K>);
+
+impl<K> Of<K> {
+    fn term(self) -> Term {
+        self.0
+    }
+}
 
 trait Kind {
     const NAME: &'static str;
@@ -308,34 +359,5 @@ impl<K: Kind> JsonSchema for Of<K> {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({"type": K::TYPE})
-    }
-}
-
-/// The value `true`.
-struct Present;
-
-impl<'de> Deserialize<'de> for Present {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        if bool::deserialize(d)? {
-            Ok(Self)
-        } else {
-            Err(D::Error::custom(
-                "cannot test for an absent attribute; use present = true or remove it",
-            ))
-        }
-    }
-}
-
-impl JsonSchema for Present {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Present".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"const": true})
     }
 }

@@ -283,3 +283,35 @@ impl JsonSchema for EventName {
         json_schema!({"type": "string", "minLength": 1, "maxLength": MAX_NAME, "not": {"enum": RESERVED_EVENT_NAMES}})
     }
 }
+
+/// The slot of a route.
+#[derive(Clone, Debug)]
+pub(crate) struct SlotName(String);
+
+impl SlotName {
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for SlotName {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(d)?;
+        check(&name).map_err(|e| {
+            D::Error::custom(format!(
+                "{e}; use 1 to {MAX_NAME} bytes without control characters"
+            ))
+        })?;
+        Ok(Self(name))
+    }
+}
+
+impl JsonSchema for SlotName {
+    fn schema_name() -> Cow<'static, str> {
+        "SlotName".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "minLength": 1, "maxLength": MAX_NAME})
+    }
+}

@@ -429,6 +429,17 @@ fn a_mistake_is_reported_with_its_location_and_the_fix() {
             ".match.all[1].payload.x",
             "write '/x'",
         ),
+        // Not two users and two groups, by the order of the keys.
+        (
+            json!({"to": ["ann", "bob", "carl", "dave"]}),
+            ".to",
+            "is a list; write a table with keys from user, users, group, groups and everyone",
+        ),
+        (
+            json!(["large orders"]),
+            "",
+            "is a list; write a table with keys from name, match,",
+        ),
         (
             json!({"to": to, "when": {}}),
             ".when",
@@ -437,12 +448,12 @@ fn a_mistake_is_reported_with_its_location_and_the_fix() {
         (
             json!({"to": to, "when": [{"a": 1}, {"b": {}}]}),
             ".when[1].b",
-            "set equals, not_equals",
+            "set equals, one_of, contains",
         ),
         (
-            json!({"to": to, "when": {"a": {"at_least": 1}}}),
-            ".when.a.at_least",
-            "unknown field `at_least`, expected one of `equals`",
+            json!({"to": to, "when": {"a": {"atleast": 1}}}),
+            ".when.a.atleast",
+            "unknown field `atleast`, expected one of `equals`",
         ),
         (
             json!({"to": to, "when": {"a": {"less": "x"}}}),
@@ -455,10 +466,16 @@ fn a_mistake_is_reported_with_its_location_and_the_fix() {
             "'1' is not valid here; use a text",
         ),
         (
-            json!({"to": to, "when": {"a": {"present": false}}}),
-            ".when.a.present",
-            "use present = true",
+            json!({"to": to, "when": {"a": {"present": false, "equals": 1}}}),
+            ".when.a",
+            "can never hold",
         ),
+        (
+            json!({"to": to, "when": {"a": {"absent": true, "present": true}}}),
+            ".when.a",
+            "can never hold",
+        ),
+        (json!({"to": to, "slot": ""}), ".slot", "the name is empty"),
         (
             json!({"to": to, "when": {"a": "{/b"}}),
             ".when.a",

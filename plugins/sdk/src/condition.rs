@@ -20,7 +20,7 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 
 use crate::pattern::matches;
-use crate::{AttributeName, Event, Interest, OneOrMore, Pointer, Priority, Selector, Value, clock};
+use crate::{AttributeName, Event, Interest, OneOrMore, Pointer, Priority, Selector, Value};
 
 mod wanted;
 
@@ -101,9 +101,7 @@ impl Condition {
             && priority
                 .as_ref()
                 .is_none_or(|priorities| priorities.contains(&event.priority))
-            && older_than_s.is_none_or(|limit| {
-                clock::now_ms().saturating_sub(event.time_ms) > limit.saturating_mul(1_000)
-            })
+            && older_than_s.is_none_or(|limit| event.age_ms() > limit.saturating_mul(1_000))
             && attributes.iter().all(|(name, wanted)| {
                 wanted.holds_for(event.attribute(name.as_str()), wanted::Reading::AsAsked)
             })

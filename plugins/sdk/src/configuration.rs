@@ -3,16 +3,21 @@
 
 use crate::{Issue, Plugin};
 
+mod tables;
+
+use tables::Tables;
+
 /// Parses the operator's configuration and creates the plugin.
 pub(crate) fn create_plugin<P: Plugin>(config: &str) -> Result<P, Vec<Issue>> {
-    let config = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(config))
-        .map_err(|e| {
-            let path = e.path().to_string();
-            vec![Issue::new(
-                if path == "." { "" } else { &path },
-                without_place(&e.inner().to_string()),
-            )]
-        })?;
+    let config: serde_json::Value = serde_json::from_str(config)
+        .map_err(|e| vec![Issue::new("", without_place(&e.to_string()))])?;
+    let config = serde_path_to_error::deserialize(Tables(&config)).map_err(|e| {
+        let path = e.path().to_string();
+        vec![Issue::new(
+            if path == "." { "" } else { &path },
+            without_place(&e.inner().to_string()),
+        )]
+    })?;
     P::new(config).map_err(|issue| vec![issue])
 }
 

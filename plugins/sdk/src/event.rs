@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 
 use crate::bindings::lifecycle::pointsman::plugin::types;
-use crate::{Failure, Payload, Priority, Value};
+use crate::{Failure, Payload, Priority, Value, clock};
 
 /// A CloudEvents 1.0 event, with the attributes and fields that the plugin's
 /// [`Interest`](crate::Interest) requests.
@@ -39,6 +39,12 @@ impl Event {
             Some(Value::Text(text)) => Some(text),
             _ => None,
         }
+    }
+
+    /// The event's age in milliseconds, by its own time; 0 if that is in the future. Subtracting the
+    /// times directly would overflow then.
+    pub fn age_ms(&self) -> u64 {
+        clock::now_ms().saturating_sub(self.time_ms)
     }
 
     /// Parses the payload.

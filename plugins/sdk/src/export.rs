@@ -7,7 +7,7 @@ use std::sync::Once;
 
 use crate::bindings::{filter, lifecycle, router};
 use crate::configuration::create_plugin;
-use crate::{Event, Failure, Filter, Interest, Issue, Plugin, Route, Router, Verdict, log};
+use crate::{Event, Filter, Interest, Issue, Plugin, Route, Router, Verdict, log};
 use lifecycle::exports::pointsman::plugin::lifecycle::{Manifest, Selection};
 use lifecycle::pointsman::plugin::types;
 
@@ -52,6 +52,11 @@ macro_rules! export {
             $( $crate::rt::$world::$export!(Component with_types_in $crate::rt::$world); )+
         };
     };
+    ($($other:tt)*) => {
+        ::core::compile_error!(
+            "export! takes one of these forms: `export!(MyFilter as filter);`, `export!(MyRouter as router);`, `export!(MyPlugin as filter and router);`"
+        );
+    };
 }
 
 /// A plugin together with the storage of its single instance. Implemented by
@@ -88,6 +93,7 @@ impl<P: Exported> lifecycle::exports::pointsman::plugin::lifecycle::Guest for Co
                 payload,
             },
             config_schema: serde_json::to_string(&schemars::schema_for!(P::Config)).ok(),
+            options: Vec::new(),
         }
     }
 
@@ -100,14 +106,18 @@ impl<P: Exported> lifecycle::exports::pointsman::plugin::lifecycle::Guest for Co
 }
 
 impl<P: Exported + Filter> filter::exports::pointsman::plugin::filter::Guest for Component<P> {
-    fn evaluate(event: types::Event) -> Result<Verdict, Failure> {
-        with_plugin(|plugin: &P| plugin.evaluate(&Event::from(event)))
+    fn evaluate(event: types::Event) -> Result<Verdict, types::Failure> {
+        Ok(with_plugin(|plugin: &P| {
+            plugin.evaluate(&Event::from(event))
+        })?)
     }
 }
 
 impl<P: Exported + Router> router::exports::pointsman::plugin::router::Guest for Component<P> {
-    fn resolve(event: types::Event) -> Result<Vec<Route>, Failure> {
-        with_plugin(|plugin: &P| plugin.resolve(&Event::from(event)))
+    fn resolve(event: types::Event) -> Result<Vec<Route>, types::Failure> {
+        Ok(with_plugin(|plugin: &P| {
+            plugin.resolve(&Event::from(event))
+        })?)
     }
 }
 

@@ -50,6 +50,7 @@ mod condition;
 mod configuration;
 mod event;
 mod export;
+mod failure;
 #[cfg(any(
     test,
     all(
@@ -72,10 +73,11 @@ mod value;
 pub use bindings::lifecycle::exports::pointsman::plugin::lifecycle::Issue;
 #[doc(inline)]
 pub use bindings::lifecycle::pointsman::plugin::types::{
-    Attribute, Criteria, Failure, Operator, Payload, Priority, Target, Test, Value,
+    Attribute, Criteria, Operator, Payload, Priority, Target, Test, Value,
 };
 pub use condition::{Condition, Regex, Wanted};
 pub use event::Event;
+pub use failure::Failure;
 pub use one_or_more::OneOrMore;
 pub use plugin::{Amendment, Filter, Interest, NoConfig, Plugin, Route, Router, Verdict};
 pub use selector::{AttributeName, Pointer, Selector};

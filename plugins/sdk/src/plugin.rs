@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 pub use crate::bindings::filter::exports::pointsman::plugin::filter::{Amendment, Verdict};
 #[doc(inline)]
 pub use crate::bindings::router::exports::pointsman::plugin::router::Route;
-use crate::{Criteria, Event, Failure, Issue, Operator, Priority, Target, Test, Value};
+use crate::{Attribute, Criteria, Event, Failure, Issue, Operator, Priority, Target, Test, Value};
 
 /// A plugin with its configuration. The host creates one for every instance; it keeps no state
 /// between events.
@@ -131,6 +131,7 @@ impl Route {
             collapse_key: None,
             event_name: None,
             body: None,
+            options: Vec::new(),
         }
     }
 
@@ -183,6 +184,19 @@ impl Route {
         self
     }
 
+    /// Names the notification to which the route belongs. A recipient receives one notification of
+    /// an event for each slot, by the route with the highest priority; without a slot, all routes
+    /// belong to one notification. An event has at most 8.
+    #[must_use]
+    pub fn slot(mut self, name: impl Into<String>) -> Self {
+        self.options.retain(|option| option.name != "slot");
+        self.options.push(Attribute {
+            name: "slot".into(),
+            value: Value::Text(name.into()),
+        });
+        self
+    }
+
     /// Sets the JSON to deliver as `data` instead of the event's own data.
     #[must_use]
     pub fn body(mut self, json: &serde_json::Value) -> Self {
@@ -204,6 +218,96 @@ impl Test {
             values: values.into(),
         }
     }
+
+    /// The attribute equals the value.
+    pub fn equals(attribute: impl Into<String>, value: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::Equals, [value.into()])
+    }
+
+    /// The attribute is present, has the type of the value and differs from it.
+    pub fn not_equals(attribute: impl Into<String>, value: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::NotEquals, [value.into()])
+    }
+
+    /// The attribute equals one of the values, of which there is at least one.
+    pub fn one_of<V: Into<Value>>(
+        attribute: impl Into<String>,
+        values: impl IntoIterator<Item = V>,
+    ) -> Self {
+        let values: Vec<Value> = values.into_iter().map(Into::into).collect();
+        Self::new(attribute, Operator::OneOf, values)
+    }
+
+    /// The attribute is present, has the type of one of the values and equals none of them.
+    pub fn not_one_of<V: Into<Value>>(
+        attribute: impl Into<String>,
+        values: impl IntoIterator<Item = V>,
+    ) -> Self {
+        let values: Vec<Value> = values.into_iter().map(Into::into).collect();
+        Self::new(attribute, Operator::NotOneOf, values)
+    }
+
+    /// The attribute is a list with an element that equals the value, or a text that contains it.
+    pub fn contains(attribute: impl Into<String>, value: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::Contains, [value.into()])
+    }
+
+    /// The attribute is absent, a list without an element that equals the value, or a text that does
+    /// not contain it.
+    pub fn not_contains(attribute: impl Into<String>, value: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::NotContains, [value.into()])
+    }
+
+    /// The attribute is a text that begins with this text.
+    pub fn prefix(attribute: impl Into<String>, text: impl Into<String>) -> Self {
+        Self::new(attribute, Operator::Prefix, [Value::Text(text.into())])
+    }
+
+    /// The attribute is a text that ends with this text.
+    pub fn suffix(attribute: impl Into<String>, text: impl Into<String>) -> Self {
+        Self::new(attribute, Operator::Suffix, [Value::Text(text.into())])
+    }
+
+    /// The attribute is a number below this one.
+    pub fn less(attribute: impl Into<String>, number: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::Less, [number.into()])
+    }
+
+    /// The attribute is this number or one below it.
+    pub fn at_most(attribute: impl Into<String>, number: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::AtMost, [number.into()])
+    }
+
+    /// The attribute is a number above this one.
+    pub fn greater(attribute: impl Into<String>, number: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::Greater, [number.into()])
+    }
+
+    /// The attribute is this number or one above it.
+    pub fn at_least(attribute: impl Into<String>, number: impl Into<Value>) -> Self {
+        Self::new(attribute, Operator::AtLeast, [number.into()])
+    }
+
+    /// The recipient has the attribute.
+    pub fn present(attribute: impl Into<String>) -> Self {
+        Self::new(attribute, Operator::Present, [])
+    }
+
+    /// The recipient does not have the attribute.
+    pub fn absent(attribute: impl Into<String>) -> Self {
+        Self::new(attribute, Operator::Absent, [])
+    }
+}
+
+impl Default for Amendment {
+    /// Changes nothing.
+    fn default() -> Self {
+        Self {
+            priority: None,
+            attributes: Vec::new(),
+            options: Vec::new(),
+        }
+    }
 }
 
 impl Verdict {
@@ -211,7 +315,7 @@ impl Verdict {
     pub fn with_priority(priority: Priority) -> Self {
         Self::Amend(Amendment {
             priority: Some(priority),
-            attributes: Vec::new(),
+            ..Amendment::default()
         })
     }
 }

@@ -175,11 +175,17 @@ impl Priority {
         ("urgent", Self::Urgent),
     ];
 
-    /// Returns the priority of this name: `low`, `normal`, `high` or `urgent`.
+    /// Returns the priority of this name: `low`, `normal` (or `medium`), `high` or `urgent`, in any
+    /// case.
     pub fn named(word: &str) -> Option<Self> {
+        let word = if word.eq_ignore_ascii_case("medium") {
+            "normal"
+        } else {
+            word
+        };
         Self::WORDS
             .into_iter()
-            .find_map(|(name, priority)| (name == word).then_some(priority))
+            .find_map(|(name, priority)| name.eq_ignore_ascii_case(word).then_some(priority))
     }
 
     pub fn name(self) -> &'static str {
@@ -204,7 +210,11 @@ impl JsonSchema for Priority {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"enum": ["low", "normal", "high", "urgent"]})
+        json_schema!({
+            "description": "low, normal (or medium), high or urgent, in any case.",
+            "type": "string",
+            "pattern": "^([Ll][Oo][Ww]|[Nn][Oo][Rr][Mm][Aa][Ll]|[Mm][Ee][Dd][Ii][Uu][Mm]|[Hh][Ii][Gg][Hh]|[Uu][Rr][Gg][Ee][Nn][Tt])$"
+        })
     }
 }
 
@@ -337,6 +347,15 @@ mod tests {
                 (Some(priority), word)
             );
         }
-        assert_eq!(Priority::named("High"), None);
+        for (word, priority) in [
+            ("HIGH", Some(Priority::High)),
+            ("Normal", Some(Priority::Normal)),
+            ("medium", Some(Priority::Normal)),
+            ("Medium", Some(Priority::Normal)),
+            ("highest", None),
+            ("", None),
+        ] {
+            assert_eq!(Priority::named(word), priority, "{word}");
+        }
     }
 }

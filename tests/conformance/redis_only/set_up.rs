@@ -2,6 +2,7 @@
 
 use super::*;
 use pointsman::broker::RecipientChange;
+use pointsman::event::criteria::Attributes;
 use pointsman::event::{Span, Value};
 
 async fn findings(node: &Node) -> Vec<(Severity, String)> {
@@ -414,7 +415,7 @@ async fn a_user_who_left_all_groups_is_forgotten_after_max_age() {
     ))
     .await;
     assert_eq!(pttl(), -1, "has attributes");
-    change(RecipientChange::Attributes([].into())).await;
+    change(RecipientChange::Attributes(Attributes::default())).await;
     assert!(pttl() > 0, "{}", pttl());
 }
 

@@ -302,7 +302,14 @@ impl Maker {
             (
                 "priority",
                 0.3,
-                &[r#""low""#, r#""normal""#, r#""high""#, r#""urgent""#],
+                &[
+                    r#""low""#,
+                    r#""normal""#,
+                    r#""HIGH""#,
+                    r#""high""#,
+                    r#""Medium""#,
+                    r#""urgent""#,
+                ],
                 &[r#""highest""#, "3"],
             ),
             (

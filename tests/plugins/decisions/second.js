@@ -11,6 +11,13 @@ import { byCodePoint, isLarge, narrow, parse, plain, write } from './json.js';
 const CONTEXT = ['specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype', 'dataschema', 'data', 'data_base64'];
 const PRIORITIES = ['low', 'normal', 'high', 'urgent'];
 
+// Publishers write the words in any case, and some write `medium`.
+function priorityOf(word) {
+  const lower = typeof word === 'string' ? word.replace(/[A-Z]/g, (letter) => letter.toLowerCase()) : undefined;
+  if (lower === 'medium') return 'normal';
+  return PRIORITIES.includes(lower) ? lower : undefined;
+}
+
 // --- Events as a plugin sees them: integers are BigInt, decimals are numbers, lists and objects
 // are their JSON text, and null is absent.
 
@@ -30,7 +37,7 @@ function readEvent(text, nowMs) {
     type: document.get('type'),
     subject: document.get('subject') ?? undefined,
     timeMs: document.has('time') ? Date.parse(document.get('time')) : nowMs,
-    priority: PRIORITIES.includes(published) ? published : 'normal',
+    priority: priorityOf(published) ?? 'normal',
     attributes,
     payload: isJson && !document.has('data_base64') ? document.get('data') : undefined,
   };
@@ -149,7 +156,7 @@ function holds(condition, event, nowMs) {
     type: (patterns) => list(patterns).some((pattern) => glob(pattern, event.type)),
     source: (wanted) => isWanted(event.source, wanted, false),
     subject: (wanted) => isWanted(event.subject, wanted, false),
-    priority: (priorities) => list(priorities).includes(event.priority),
+    priority: (priorities) => list(priorities).map(priorityOf).includes(event.priority),
     attributes: (table) => [...table].every(([name, wanted]) => isWanted(event.attributes.get(name), wanted, false)),
     payload: (table) => [...table].every(([pointer, wanted]) => isWanted(field(event, pointer), wanted, true)),
     older_than_s: (seconds) => nowMs - event.timeMs > Number(seconds) * 1000,
@@ -193,7 +200,7 @@ function tell(condition) {
     type: (patterns) => `type is ${list(patterns).join(' or ')}`,
     source: (wanted) => tellWanted('source', wanted),
     subject: (wanted) => tellWanted('subject', wanted),
-    priority: (priorities) => `priority is ${list(priorities).join(' or ')}`,
+    priority: (priorities) => `priority is ${list(priorities).map(priorityOf).join(' or ')}`,
     attributes: sorted,
     payload: sorted,
     older_than_s: (seconds) => `older than ${seconds} s`,
@@ -208,15 +215,19 @@ function tell(condition) {
 // --- prioritize and discard.
 
 function prioritize(tables, event, nowMs) {
+  let isSet = false;
   for (const table of tables) {
     if (table.has('match') && !holds(table.get('match'), event, nowMs)) continue;
     const by = table.get('by');
     const value = select(event, by);
     const row = (table.get('rows') ?? []).find((one) => isWanted(value, one.get('value'), by.startsWith('/')));
     const change = row ?? table.get('default') ?? new Map();
-    event.priority = change.get('priority') ?? event.priority;
+    isSet ||= change.has('priority');
+    event.priority = priorityOf(change.get('priority')) ?? event.priority;
     for (const [name, set] of change.get('attributes') ?? []) event.attributes.set(name, narrow(set));
   }
+  // Routers see the priority that a filter set, not the word that it replaced.
+  if (isSet && event.attributes.has('priority')) event.attributes.set('priority', event.priority);
 }
 
 function discard(rules, event, nowMs) {
@@ -265,7 +276,7 @@ function address(event) {
   if (![undefined, true, false, 'true', 'false'].includes(everyone)) reject('everyone', 'use true or false');
   if (everyone === true || everyone === 'true') targets.push('all');
   const priority = get('priority');
-  if (priority !== undefined && !PRIORITIES.includes(priority)) reject('priority', 'use low, normal, high or urgent');
+  if (priority !== undefined && priorityOf(priority) === undefined) reject('priority', 'use low, normal, high or urgent');
   let ttl;
   if (get('ttl') !== undefined) {
     ttl = ttlMs(get('ttl'));
@@ -329,7 +340,7 @@ function templateNames(text, event, mayBeList) {
   return lists > 1 ? [] : names.filter(isUsable);
 }
 
-const WORDS = ['equals', 'not_equals', 'one_of', 'contains', 'prefix', 'less', 'greater', 'present'];
+const WORDS = ['equals', 'not_equals', 'one_of', 'not_one_of', 'contains', 'not_contains', 'prefix', 'suffix', 'less', 'at_most', 'greater', 'at_least', 'present', 'absent'];
 
 // Returns the tests of a clause, filled in with values of the event; undefined if a value is
 // missing.
@@ -338,9 +349,13 @@ function recipientTests(clause, event) {
   for (const [attribute, said] of [...clause].sort(([a], [b]) => byCodePoint(a, b))) {
     const table = said instanceof Map ? said : new Map([[Array.isArray(said) ? 'one_of' : 'equals', said]]);
     for (const word of WORDS.filter((one) => table.has(one))) {
-      const values = word === 'present' ? [] : list(table.get(word)).map((term) => recipientValue(term, word, event));
+      const isPresence = word === 'present' || word === 'absent';
+      const values = isPresence ? [] : list(table.get(word)).map((term) => recipientValue(term, word, event));
       if (values.includes(undefined)) return undefined;
-      tests.push({ attribute, operator: word.replace('_', '-'), values: values.length > 0 ? values : undefined });
+      // `present = false` and `absent = true` say the same.
+      const presence = table.get(word) === (word === 'present') ? 'present' : 'absent';
+      const operator = isPresence ? presence : word.replaceAll('_', '-');
+      tests.push({ attribute, operator, values: values.length > 0 ? values : undefined });
     }
   }
   return tests;
@@ -353,8 +368,8 @@ function recipientValue(term, word, event) {
   const values = parts.map((part) => (typeof part === 'string' ? part : select(event, part.selector)));
   if (values.includes(undefined)) return undefined;
   const value = isSingle ? values[0] : values.map(spell).join('');
-  if (word === 'contains' || word === 'prefix') return spell(value);
-  if (word !== 'less' && word !== 'greater') return value;
+  if (word === 'prefix' || word === 'suffix') return spell(value);
+  if (!['less', 'at_most', 'greater', 'at_least'].includes(word)) return value;
   const isAttribute = isSingle && !parts[0].selector.startsWith('/') && !['id', 'source', 'type', 'subject'].includes(parts[0].selector);
   const number = isAttribute && typeof value === 'string' ? numeral(value) : value;
   return isNumber(number) ? number : undefined;
@@ -403,11 +418,12 @@ function ruleRoute(rule, event) {
     by: 'rules',
     to,
     when,
-    priority: rule.get('priority') ?? event.priority,
+    priority: priorityOf(rule.get('priority')) ?? event.priority,
     ttl_ms: rule.has('ttl') ? ttlMs(rule.get('ttl')) : undefined,
     collapse: rule.has('collapse') ? templateNames(rule.get('collapse'), event, false)[0] : undefined,
     event_name: rule.get('event_name'),
     body: rule.has('body') ? { is: fillBody(rule.get('body'), event) } : undefined,
+    slot: rule.get('slot'),
   };
 }
 

@@ -3,7 +3,7 @@
 
 use pointsman_plugin::{
     Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority,
-    Route, Router, Target, Test, Value, Verdict, clock, export, log,
+    Route, Router, Target, Test, Value, Verdict, export, log,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -54,7 +54,7 @@ impl Filter for Parcels {
         {
             return Ok(Verdict::Drop("test event".into()));
         }
-        if clock::now_ms() > event.time_ms + 7 * 24 * HOUR_MS {
+        if event.age_ms() > 7 * 24 * HOUR_MS {
             return Ok(Verdict::Drop("older than 7 days".into()));
         }
         if number(event, "/hours_late").is_some_and(|hours| hours >= 24.0) {
@@ -66,6 +66,7 @@ impl Filter for Parcels {
             return Ok(Verdict::Amend(Amendment {
                 priority: (!is_urgent_enough).then_some(Priority::High),
                 attributes: vec![late],
+                ..Amendment::default()
             }));
         }
         Ok(Verdict::Keep)

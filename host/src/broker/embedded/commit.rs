@@ -14,7 +14,8 @@ use super::layout::{EntryKey, Meta, entry_key, owned, successor};
 use super::store::Failure;
 use super::work::Work;
 use crate::broker::{
-    Batch, CommitResult, Error, Item, Notice, Oversized, Proposal, RetryPolicy, Slice,
+    Batch, CommitResult, Error, Item, NewNotification, Notice, Oversized, Proposal, RetryPolicy,
+    Slice,
 };
 use crate::duration::millis;
 use crate::event::{
@@ -115,9 +116,11 @@ impl Work<'_> {
         if *epoch != meta.epoch() || *prev != meta.position() || *index != prev.slices || !follows {
             return Ok(CommitResult::Conflict);
         }
-        let Proposal::Commit { record, targets } = &item.proposal else {
+        let Proposal::Commit(notifications) = &item.proposal else {
             return Err(invalid_request("only a committed plan can have slices"));
         };
+        let n_more = notifications.len().saturating_sub(1) as u64;
+        // The id of the first notification; that of the last is pending.
         let id = match (index, meta.pending) {
             (0, _) if *is_last || self.is_duplicate(slot, item)? => {
                 let outcome = self.settle(slot, item)?;
@@ -127,12 +130,15 @@ impl Work<'_> {
             (0, _) => {
                 let id = self.next_id(slot);
                 self.remember(slot, item)?;
-                self.tables
-                    .records
-                    .insert((self.partitions[slot].number.0, id.0), record.as_ref())?;
+                for (own, notification) in (id.0..).zip(notifications) {
+                    self.tables.records.insert(
+                        (self.partitions[slot].number.0, own),
+                        notification.record.as_ref(),
+                    )?;
+                }
                 id
             }
-            (_, Some(pending)) => pending,
+            (_, Some(pending)) => NotificationId(pending.0.saturating_sub(n_more)),
             (_, None) => {
                 return Err(Failure::damaged(format!(
                     "partition {} is in the middle of a plan but has no pending id",
@@ -140,15 +146,18 @@ impl Work<'_> {
                 )));
             }
         };
-        self.index(slot, id, targets, record)?;
+        for (own, notification) in (id.0..).zip(notifications) {
+            self.index(slot, NotificationId(own), notification)?;
+        }
+        let last = NotificationId(id.0 + n_more);
         let meta = &mut self.metas[slot];
         if *is_last {
             meta.pending = None;
-            meta.last = id;
+            meta.last = last;
             self.record(slot, item, Outcome::Committed, Some(id), None)?;
             self.move_position(slot, item.entry);
         } else {
-            meta.pending = Some(id);
+            meta.pending = Some(last);
             meta.set_position(Position {
                 entry: item.entry,
                 slices: index + 1,
@@ -209,14 +218,17 @@ impl Work<'_> {
                     None => Outcome::DeadLettered,
                 }
             }
-            Proposal::Commit { record, targets } => {
-                let own = self.next_id(slot);
-                self.tables
-                    .records
-                    .insert((self.partitions[slot].number.0, own.0), record.as_ref())?;
-                self.index(slot, own, targets, record)?;
-                self.metas[slot].last = own;
-                id = Some(own);
+            Proposal::Commit(notifications) => {
+                for notification in notifications {
+                    let own = self.next_id(slot);
+                    self.tables.records.insert(
+                        (self.partitions[slot].number.0, own.0),
+                        notification.record.as_ref(),
+                    )?;
+                    self.index(slot, own, notification)?;
+                    self.metas[slot].last = own;
+                    id.get_or_insert(own);
+                }
                 Outcome::Committed
             }
         };
@@ -261,8 +273,7 @@ impl Work<'_> {
         &mut self,
         slot: usize,
         id: NotificationId,
-        targets: &[Target],
-        record: &Bytes,
+        NewNotification { record, targets }: &NewNotification,
     ) -> Result<(), Failure> {
         let number = self.number(slot);
         let meta = &self.metas[slot];
@@ -511,7 +522,7 @@ impl Work<'_> {
                 Proposal::DeadLetter(why)
                 | Proposal::OversizedEntry { why, .. }
                 | Proposal::Retry(why, _) => why.attempts,
-                Proposal::Commit { .. } | Proposal::Discard | Proposal::Unrouted => 1,
+                Proposal::Commit(_) | Proposal::Discard | Proposal::Unrouted => 1,
             };
             let earlier = earlier.map_or(0, |earlier| earlier.attempts);
             decision.retry = Some(Retry {
@@ -577,7 +588,10 @@ fn borrowed(fields: &[(Bytes, Bytes)]) -> Vec<(&[u8], &[u8])> {
 /// The approximate size of an item in bytes.
 pub(super) fn weight(item: &Item) -> usize {
     match &item.proposal {
-        Proposal::Commit { record, targets } => record.len() + targets.len() * 64,
+        Proposal::Commit(notifications) => notifications
+            .iter()
+            .map(|new| new.record.len() + new.targets.len() * 64)
+            .sum(),
         Proposal::DeadLetter(why) | Proposal::Retry(why, _) => super::weight(&why.fields),
         Proposal::OversizedEntry { size, .. } if size.fits_dead_letter() => size.bytes as usize,
         Proposal::OversizedEntry { why, .. } => super::weight(&why.fields),

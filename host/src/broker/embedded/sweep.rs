@@ -14,7 +14,7 @@ use super::store::Failure;
 use super::work::{Work, transact};
 use super::{device_cursors, recipients};
 use crate::duration::millis;
-use crate::event::{EntryId, NotificationId};
+use crate::event::{EntryId, NotificationId, Plan};
 
 /// Rows examined or removed per step, for each partition and kind: about 10 ms of the writer's
 /// time.
@@ -48,6 +48,11 @@ struct SweepBounds {
     seen_ms: u64,
 }
 
+/// An id at or below those of a plan in slices, of which the last is stored.
+fn first_pending(last: NotificationId) -> NotificationId {
+    NotificationId(last.0.saturating_sub(Plan::MAX_SLOTS as u64 - 1))
+}
+
 impl SweepBounds {
     fn new(meta: &Meta, shared: &SharedState, now_ms: u64) -> Self {
         let max_age_ms = millis(shared.retention.max_age);
@@ -64,7 +69,9 @@ impl SweepBounds {
         };
         let window_ms = millis(shared.retention.dedupe_window);
         Self {
-            records: meta.pending.map_or(cutoff, |pending| cutoff.min(pending)),
+            records: meta
+                .pending
+                .map_or(cutoff, |last| cutoff.min(first_pending(last))),
             entries: meta.trimmable(now_ms, keep_ms),
             seen_ms: meta.bucket_ms.saturating_sub(window_ms),
         }

@@ -129,10 +129,10 @@ fn item(entry: EntryId, proposal: Proposal) -> Item {
 fn committing(entry: EntryId, record: &str, logs: &[&str]) -> Item {
     item(
         entry,
-        Proposal::Commit {
-            record: Bytes::copy_from_slice(record.as_bytes()),
-            targets: logs.iter().map(|log| target(log)).collect(),
-        },
+        Proposal::commit(
+            Bytes::copy_from_slice(record.as_bytes()),
+            logs.iter().map(|log| target(log)).collect(),
+        ),
     )
 }
 

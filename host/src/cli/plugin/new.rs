@@ -30,14 +30,16 @@ macro_rules! files {
 }
 
 /// The SDK. A test checks that the list is complete.
-const SDK: [(&str, &str); 18] = files!("plugins/sdk":
+const SDK: [(&str, &str); 20] = files!("plugins/sdk":
     "src/bindings.rs",
     "src/clock.rs",
     "src/condition.rs",
     "src/condition/wanted.rs",
     "src/configuration.rs",
+    "src/configuration/tables.rs",
     "src/event.rs",
     "src/export.rs",
+    "src/failure.rs",
     "src/heap.rs",
     "src/lib.rs",
     "src/log.rs",

@@ -19,6 +19,8 @@ struct DataHead<'a> {
     time: String,
     priority: Priority,
     by: &'a Name,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    slot: Option<&'a Name>,
 }
 
 /// Exactly one of the two members is always present.
@@ -72,6 +74,7 @@ pub(super) fn around_target(notification: &Notification, route: usize) -> (Strin
         time: rfc3339(event.time_ms),
         priority: route.priority,
         by: &route.by,
+        slot: route.slot.as_ref(),
     });
     // Joins two objects into one: `to` goes after the last member of the first and before the first
     // member of the second.

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use crate::event::{Name, NotificationId, PartitionNumber};
+use crate::event::{Name, NotificationId, PartitionNumber, StateKey};
 
 use super::cursor::{self, MAX_SENT_AHEAD, SentRoute};
 use super::queue::QueuedNotification;
@@ -34,7 +34,30 @@ struct SentAhead {
 enum CollapseKey {
     /// Only the cursor names the notification; its record has not been read since.
     Unread,
-    Read(Option<Name>),
+    Read(Option<OwnedStateKey>),
+}
+
+/// A [`StateKey`] that outlives its record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct OwnedStateKey {
+    slot: Option<Name>,
+    key: Name,
+}
+
+impl OwnedStateKey {
+    fn new(state: StateKey<'_>) -> Self {
+        Self {
+            slot: state.slot.cloned(),
+            key: state.key.clone(),
+        }
+    }
+
+    fn borrowed(&self) -> StateKey<'_> {
+        StateKey {
+            slot: self.slot.as_ref(),
+            key: &self.key,
+        }
+    }
 }
 
 impl AheadQueue {
@@ -87,11 +110,11 @@ impl AheadQueue {
         &self,
         partition: PartitionNumber,
         id: NotificationId,
-        key: &Name,
+        key: StateKey<'_>,
     ) -> bool {
         self.sent_in(partition).any(|sent| {
             sent.id > id
-                && matches!(&sent.collapse, CollapseKey::Read(Some(of_sent)) if of_sent == key)
+                && matches!(&sent.collapse, CollapseKey::Read(Some(of_sent)) if of_sent.borrowed() == key)
         })
     }
 
@@ -123,7 +146,8 @@ impl AheadQueue {
             let route = record
                 .zip(sent.route.index())
                 .and_then(|(record, index)| record.notification().plan.routes.get(index));
-            sent.collapse = CollapseKey::Read(route.and_then(|route| route.collapse.clone()));
+            sent.collapse =
+                CollapseKey::Read(route.and_then(|route| route.state().map(OwnedStateKey::new)));
         }
     }
 
@@ -133,7 +157,7 @@ impl AheadQueue {
             partition: queued.partition,
             id: queued.id,
             route: SentRoute::new(queued.route_match.route),
-            collapse: CollapseKey::Read(queued.collapse().cloned()),
+            collapse: CollapseKey::Read(queued.state().map(OwnedStateKey::new)),
         });
     }
 

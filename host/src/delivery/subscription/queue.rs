@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::delivery::recipients::RouteMatch;
-use crate::event::{Name, NotificationId, PartitionNumber, Priority};
+use crate::event::{NotificationId, PartitionNumber, Priority, StateKey};
 
 use super::Record;
 
@@ -27,8 +27,9 @@ impl QueuedNotification {
         self.record.route(self.route_match.route).priority
     }
 
-    pub(super) fn collapse(&self) -> Option<&Name> {
-        self.record.route(self.route_match.route).collapse.as_ref()
+    /// See [`crate::event::Route::state`].
+    pub(super) fn state(&self) -> Option<StateKey<'_>> {
+        self.record.route(self.route_match.route).state()
     }
 
     pub(super) fn is_expired(&self, now_ms: u64) -> bool {

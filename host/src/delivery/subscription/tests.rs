@@ -117,6 +117,7 @@ fn route(priority: usize, key: u8, expires_ms: Option<u64>) -> Route {
         collapse: (key < 2).then(|| Name::parse(&format!("k{key}")).unwrap()),
         event_name: None,
         body: None,
+        slot: None,
     }
 }
 

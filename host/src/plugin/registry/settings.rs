@@ -120,11 +120,7 @@ pub fn user_cache_folder() -> Option<PathBuf> {
 
 /// `[plugins.<name>]`: the settings of one plugin. Defaults are in parentheses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(
-    default,
-    deny_unknown_fields,
-    expecting = "a table for a plugin (the other keys of this section are dir, order, only_configured, cache, compile_timeout and compile_memory_mib)"
-)]
+#[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// Whether the plugin is loaded (true).
     pub enabled: bool,
@@ -298,7 +294,8 @@ struct Checked(Settings);
 
 impl<'de> Deserialize<'de> for Checked {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let settings = Settings::deserialize(d)?;
+        let what = "a table for a plugin (the other keys of this section are dir, order, only_configured, cache, compile_timeout and compile_memory_mib)";
+        let settings: Settings = crate::table::deserialize_as(what, d)?;
         // Checked while parsing, so that the error gets the position of the table in the file.
         settings.check().map_err(D::Error::custom)?;
         Ok(Self(settings))
@@ -425,6 +422,7 @@ mod tests {
                 "a table for a plugin (the other keys of this section are dir, order, only_configured, cache, compile_timeout and compile_memory_mib)",
                 9..12,
             ),
+            ("address = [true]\n", "is a list; write a table", 10..16),
             ("dir = 5\n", "string", 6..7),
             (
                 "cache = true\n",

@@ -122,6 +122,7 @@ impl Exports {
             types,
             reads,
             config_schema,
+            options,
         } = self.lifecycle.call_describe(store)?;
         let lifecycle::Selection {
             attributes,
@@ -135,6 +136,8 @@ impl Exports {
             config_schema,
         };
         Ok(Description {
+            unknown_option: unknown_option(&options, &[])
+                .map(|problem| format!("has an invalid manifest: {problem}")),
             manifest,
             selection: Selection {
                 types,
@@ -241,7 +244,11 @@ pub(super) fn verdict(
         filter::Verdict::Amend(filter::Amendment {
             priority,
             attributes,
+            options,
         }) => {
+            if let Some(problem) = unknown_option(&options, &[]) {
+                return Err(format!("its amendment is invalid: {problem}"));
+            }
             let mut size = Size::new(limits);
             let mut amended = event.clone();
             for types::Attribute { name, value } in attributes {
@@ -253,9 +260,18 @@ pub(super) fn verdict(
                     .set_attribute(&name, value.into())
                     .map_err(|e| format!("its amendment is invalid: {e}"))?;
             }
+            let priority = priority.map(Priority::from);
+            // Later plugins would otherwise judge the word that the priority has replaced.
+            if let Some(priority) = priority
+                && amended.attribute("priority").is_some()
+            {
+                amended
+                    .set_attribute("priority", Value::Text(priority.to_string()))
+                    .map_err(|e| format!("its amendment is invalid: {e}"))?;
+            }
             let answer = Answer::Amend(Box::new(Amended {
                 event: amended,
-                priority: priority.map(Priority::from),
+                priority,
             }));
             Ok((answer, size.bytes))
         }
@@ -294,6 +310,13 @@ pub(super) fn plan(
             plan.routes.push(route);
         }
     }
+    let n_slots = plan.slots().len();
+    if n_slots > Plan::MAX_SLOTS {
+        return Err(format!(
+            "its routes have {n_slots} slots; the limit is {}",
+            Plan::MAX_SLOTS
+        ));
+    }
     Ok((Answer::Routes(plan), size.bytes))
 }
 
@@ -312,6 +335,7 @@ fn convert(
         collapse_key,
         event_name,
         body,
+        options,
     } = route;
     let mut name = |what: &str, text: String| {
         size.count(&text)?;
@@ -338,6 +362,9 @@ fn convert(
             RESERVED_EVENT_NAMES.join(", ")
         ));
     }
+    let slot = slot(options)?
+        .map(|text| name("the slot", text))
+        .transpose()?;
     let body = match body {
         None => None,
         Some(body) => {
@@ -362,7 +389,44 @@ fn convert(
         collapse,
         event_name,
         body,
+        slot,
     })
+}
+
+/// Why the options are not all known, if so.
+fn unknown_option(options: &[types::Attribute], known: &[&str]) -> Option<String> {
+    let unknown = options
+        .iter()
+        .find(|option| !known.contains(&option.name.as_str()))?;
+    let fix = match known {
+        [] => "none is known here; remove it".to_owned(),
+        known => format!("use {}", known.join(" or ")),
+    };
+    Some(format!(
+        "the option '{}' is unknown to this host; {fix}",
+        printable(&unknown.name)
+    ))
+}
+
+/// The slot that the options of a route name.
+///
+/// # Errors
+/// An option is unknown, repeated or not a text.
+fn slot(options: Vec<types::Attribute>) -> Result<Option<String>, String> {
+    if let Some(problem) = unknown_option(&options, &["slot"]) {
+        return Err(problem);
+    }
+    let mut options = options.into_iter();
+    match (options.next(), options.next()) {
+        (None, _) => Ok(None),
+        (Some(_), Some(_)) => Err("the option 'slot' is set twice; set it once".to_owned()),
+        (Some(option), None) => match option.value {
+            types::Value::Text(slot) => Ok(Some(slot)),
+            types::Value::Integer(_) | types::Value::Decimal(_) | types::Value::Flag(_) => {
+                Err("the option 'slot' is not a text; use a name".to_owned())
+            }
+        },
+    }
 }
 
 fn convert_criteria(criteria: types::Criteria, size: &mut Size<'_>) -> Result<Criteria, String> {
@@ -494,6 +558,12 @@ impl From<types::Operator> for Operator {
             types::Operator::Less => Self::Less,
             types::Operator::Greater => Self::Greater,
             types::Operator::Present => Self::Present,
+            types::Operator::Absent => Self::Absent,
+            types::Operator::NotOneOf => Self::NotOneOf,
+            types::Operator::NotContains => Self::NotContains,
+            types::Operator::AtLeast => Self::AtLeast,
+            types::Operator::AtMost => Self::AtMost,
+            types::Operator::Suffix => Self::Suffix,
         }
     }
 }

@@ -289,8 +289,8 @@ mod tests {
 
     #[test]
     fn a_panic_while_a_file_is_loaded_refuses_the_file() {
-        let refused = |step: fn() -> Result<(), LoadError>| contain_panic(step).unwrap_err().0;
-        assert_eq!(refused(|| Err(LoadError("is empty".into()))), "is empty");
+        let refused = |step: fn() -> Result<(), LoadError>| contain_panic(step).unwrap_err().reason;
+        assert_eq!(refused(|| Err(LoadError::of_file("is empty"))), "is empty");
         assert_eq!(
             refused(|| panic!("no\nmemory")),
             "makes this host panic: no\\nmemory; report it with the file"

@@ -8,13 +8,14 @@ pub struct Manifest {
     pub name: String,
     pub version: String,
     pub description: String,
-    /// A JSON Schema of the configuration, for tools. The host does not validate against it; the
-    /// plugin checks its configuration when it parses it.
+    /// A JSON Schema of the configuration, which is checked before the plugin becomes active.
     pub config_schema: Option<String>,
 }
 
 /// The whole description, not yet checked.
 pub(in crate::plugin) struct Description {
     pub(in crate::plugin) manifest: Manifest,
+    /// Why the options of the manifest are not all known, if so.
+    pub(in crate::plugin) unknown_option: Option<String>,
     pub(in crate::plugin) selection: Selection,
 }

@@ -26,8 +26,10 @@ use super::limits::Limits;
 use super::log::{GuestLog, printable};
 use super::manifest::{Description, Manifest};
 use super::profiler::Profiler;
+use super::schema::Schema;
 use super::selection::Selection;
 use super::store::{HostState, set_deadline, store};
+use super::translate::has_other_version;
 use crate::event::Name;
 
 /// A plugin that passed every check.
@@ -107,6 +109,7 @@ impl Plugin {
         let Description {
             manifest,
             selection,
+            ..
         } = plugin.check_first_instance()?;
         plugin.manifest = manifest;
         plugin.selection = selection;
@@ -143,7 +146,15 @@ impl Plugin {
                 time,
                 code,
             } = compile(engine, bytes, &hash, &limits)?;
-            let component = engine.linker().instantiate_pre(&component).map_err(|e| {
+            let linked = if has_other_version(engine, &component) {
+                let mut linker = engine.linker().clone();
+                linker
+                    .define_unknown_imports_as_traps(&component)
+                    .and_then(|()| linker.instantiate_pre(&component))
+            } else {
+                engine.linker().instantiate_pre(&component)
+            };
+            let component = linked.map_err(|e| {
                 LoadError::of_file(format!("cannot be linked to this host: {}", causes(&e)))
             })?;
             let exports = ExportIndices::find(&component, has_filter, has_router)
@@ -407,16 +418,33 @@ impl Plugin {
         step(Function::Describe, &mut |store| {
             exports.describe(store).map(|d| before = Some(d))
         })?;
-        step(Function::Configure, &mut |store| {
+        let schema = before
+            .as_ref()
+            .and_then(|description: &Description| description.manifest.config_schema.as_deref())
+            .map(Schema::parse)
+            .transpose()
+            .map_err(LoadError::of_file)?;
+        let mismatch = match &schema {
+            Some(schema) => self.check_config(schema).map_err(LoadError::of_file),
+            None => Ok(()),
+        };
+        let called = step(Function::Configure, &mut |store| {
             exports
                 .configure(store, &self.config)
                 .map(|c| configured = Some(c))
-        })?;
+        });
+        // A plugin that traps on a configuration that its schema excludes failed for that reason.
+        if called.is_err() {
+            mismatch.clone()?;
+        }
+        called?;
+        // The plugin's own words first: it knows more about its configuration than the schema.
         if let Some(Err(issues)) = configured {
             return Err(LoadError::of_file(format!(
                 "rejects its configuration: {issues}"
             )));
         }
+        mismatch?;
         // Described again: the selection may depend on the configuration.
         step(Function::Describe, &mut |store| {
             exports.describe(store).map(|d| after = Some(d))
@@ -432,17 +460,23 @@ impl Plugin {
                 printable(pattern)
             );
         }
-        if let Some(schema) = &before.manifest.config_schema
-            && let Err(error) = serde_json::from_str::<serde::de::IgnoredAny>(schema)
+        if let Some(problem) = [&before, &after]
+            .into_iter()
+            .find_map(|d| d.unknown_option.clone())
         {
-            return Err(LoadError::of_file(format!(
-                "has a config-schema that is not valid JSON: {error}"
-            )));
+            return Err(LoadError::of_file(problem));
         }
         Ok(Description {
             manifest: before.manifest,
             selection: after.selection,
+            unknown_option: None,
         })
+    }
+
+    fn check_config(&self, schema: &Schema) -> Result<(), String> {
+        let config = serde_json::from_str(&self.config)
+            .map_err(|e| format!("has a configuration that is not valid JSON: {e}"))?;
+        schema.check(&config)
     }
 
     /// The manifest of an unconfigured instance.

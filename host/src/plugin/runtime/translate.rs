@@ -2,8 +2,11 @@
 //!
 //! The checks that need no time are in `compile`, the budget for the rest in `compiler`.
 
+use wasmtime::component::Component;
+
 use super::bindings;
 use super::component;
+use super::engine::Engine;
 use super::error::{asynchronous, causes, not_valid};
 use super::log::printable;
 use super::surface::Surface;
@@ -57,36 +60,57 @@ pub(in crate::plugin) fn is_granted(import: &str) -> bool {
     GRANTED.iter().any(|granted| import.starts_with(granted))
 }
 
+/// The interface and the version of a name of the contract, such as `lifecycle` and `0.1.0`.
+fn contract_interface(name: &str) -> Option<(&str, &str)> {
+    name.strip_prefix("pointsman:plugin/")?.split_once('@')
+}
+
+fn is_supported(version: &str) -> bool {
+    version == bindings::VERSION || version.starts_with(&format!("{}.", bindings::VERSION))
+}
+
+/// Whether a component imports another version of the contract than this host supports.
+pub(super) fn has_other_version(engine: &Engine, component: &Component) -> bool {
+    let ty = component.component_type();
+    ty.imports(engine.wasmtime())
+        .filter_map(|(name, _)| contract_interface(name))
+        .any(|(_, version)| !is_supported(version))
+}
+
+/// Whether these exports have the interface, in the version of the contract that this host supports.
+fn has<'a>(mut exports: impl Iterator<Item = &'a str>, interface: &str) -> bool {
+    exports.any(|export| {
+        contract_interface(export)
+            .is_some_and(|(name, version)| name == interface && is_supported(version))
+    })
+}
+
 /// Checks that the component was built for a contract of this host and imports only what plugins
-/// are granted.
+/// are granted. A later version of the contract may be served beside this one, by the same file. It
+/// never runs here, so that its imports may trap.
 pub(super) fn check_imports<'a>(
-    imports: impl Iterator<Item = &'a str> + Clone,
-    exports: impl Iterator<Item = &'a str>,
+    mut imports: impl Iterator<Item = &'a str> + Clone,
+    exports: impl Iterator<Item = &'a str> + Clone,
 ) -> Result<(), String> {
-    for name in imports.clone().chain(exports) {
-        let version = name
-            .strip_prefix("pointsman:plugin/")
-            .and_then(|rest| rest.split_once('@'))
-            .map(|(_, version)| version);
-        if let Some(version) = version.filter(|version| {
-            *version != bindings::VERSION
-                && !version.starts_with(&format!("{}.", bindings::VERSION))
-        }) {
-            let built_for = version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
-            return Err(format!(
-                "was built for pointsman:plugin {}; this host supports {}",
-                printable(&built_for),
-                bindings::VERSION
-            ));
-        }
+    let has = |interface| has(exports.clone(), interface);
+    let is_plugin = (has("filter") || has("router")) && has("lifecycle");
+    let mut versions = exports
+        .clone()
+        .chain(imports.clone())
+        .filter_map(|name| contract_interface(name).map(|(_, version)| version));
+    if !is_plugin && let Some(version) = versions.find(|version| !is_supported(version)) {
+        let built_for = version.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
+        return Err(format!(
+            "was built for pointsman:plugin {}; this host supports {}",
+            printable(&built_for),
+            bindings::VERSION
+        ));
     }
-    for name in imports {
-        if !is_granted(name) {
-            return Err(format!(
-                "imports {}, which plugins are not granted",
-                name.escape_debug()
-            ));
-        }
+    if let Some(foreign) = imports.find(|name| !is_granted(name)) {
+        return Err(format!(
+            "imports {}, which plugins are not granted",
+            foreign.escape_debug()
+        ));
     }
     Ok(())
 }
@@ -98,13 +122,7 @@ pub(super) fn check_names<'a>(
     exports: impl Iterator<Item = &'a str> + Clone,
 ) -> Result<(bool, bool), String> {
     check_imports(imports, exports.clone())?;
-    let has = |interface: &str| {
-        exports.clone().any(|name| {
-            name.strip_prefix("pointsman:plugin/")
-                .and_then(|rest| rest.split_once('@'))
-                .is_some_and(|(name, _)| name == interface)
-        })
-    };
+    let has = |interface| has(exports.clone(), interface);
     let (is_filter, is_router) = (has("filter"), has("router"));
     if !is_filter && !is_router {
         return Err("exports neither pointsman:plugin/filter nor pointsman:plugin/router; in Rust, use `pointsman_plugin::export!`".to_owned());

@@ -7,15 +7,15 @@
 -- - size up to which a record is sent with its notice, in bytes
 -- - epoch; prev; slice (-1: a batch of whole plans); '1' for the final slice
 -- - number of items, then per item: kind, entry, dedupe hash or '', decision, and
---     c (commit): record ('' in a later slice if it is not sent with notices), number of targets,
---       targets
+--     c (commit): number of notifications, then per notification: record ('' in a later slice if it
+--       is not sent with notices), number of targets, targets
 --     x (dead letter): reason, plugin, attempts, number of fields, fields
 --     o (dead letter of a large entry): reason, plugin, attempts; '1' to copy the fields from the
 --       source; bytes and number of fields of the entry; number of fields in its beginning, fields
 --     r (retry): as x, preceded by the most retries and the most ms from the first attempt
 --     d (discard), u (unrouted): nothing
 --
--- Returns {'conflict'} or {'done', outcome, id or '', outcome, id or '', ...}.
+-- Returns {'conflict'} or {'done', outcome, first id or '', outcome, first id or '', ...}.
 local at = OWN - 1
 local function take()
   at = at + 1
@@ -36,9 +36,13 @@ local is_retry = false
 for i = 1, tonumber(take()) do
   local item = {kind = take(), entry = take(), hash = take(), decision = take()}
   if item.kind == 'c' then
-    item.record, item.n = take(), tonumber(take())
-    item.first = at + 1
-    at = at + item.n
+    item.parts = {}
+    for j = 1, tonumber(take()) do
+      local part = {record = take(), n = tonumber(take())}
+      part.first = at + 1
+      at = at + part.n
+      item.parts[j] = part
+    end
   elseif item.kind == 'x' or item.kind == 'o' or item.kind == 'r' then
     if item.kind == 'r' then item.retries, item.timeout = tonumber(take()), tonumber(take()) end
     item.reason, item.plugin, item.attempts = take(), take(), take()
@@ -73,8 +77,8 @@ local may = redis.acl_check_cmd
 require_commit_rights()
 if is_retry then require_retry_rights() end
 for _, item in ipairs(items) do
-  if item.kind == 'c' then
-    for j = item.first, item.first + item.n - 1 do
+  for _, part in ipairs(item.parts or {}) do
+    for j = part.first, part.first + part.n - 1 do
       local key, channel = LOGS .. ARGV[j], NOTICES .. ARGV[j]
       -- The loops over the targets are nearly all of the time of a large plan: tables only on failure.
       if not (may('ZADD', key, '1', 'v') and may('PUBLISH', channel, 'v')) then
@@ -192,8 +196,10 @@ for _, item in ipairs(items) do
       if fate ~= 'x' and (was and b - was <= 1 or seen[b][item.hash] or seen[b - 1][item.hash]) then fate = 'duplicate' end
     end
     if fate == 'c' then
-      for j = item.first, item.first + item.n - 1 do
-        if top(ARGV[j]) == 'foreign' then fate, item.reason = 'x', foreign(T .. 'l:' .. ARGV[j]) break end
+      for _, part in ipairs(item.parts) do
+        for j = part.first, part.first + part.n - 1 do
+          if top(ARGV[j]) == 'foreign' then fate, item.reason = 'x', foreign(T .. 'l:' .. ARGV[j]) break end
+        end
       end
     end
     if fate == 'x' then
@@ -279,13 +285,13 @@ local function write_marks()
   end
 end
 
--- Adds an id to the log of each target and publishes the notices.
-local function index(item, id)
+-- Adds the id of a notification to the log of each target and publishes the notices.
+local function index(part, id)
   local notice = name .. ' ' .. id
-  if item.record ~= '' and #item.record <= inline then notice = notice .. ' ' .. item.record end
+  if part.record ~= '' and #part.record <= inline then notice = notice .. ' ' .. part.record end
   local floor_or_last = text(math.min(low, last))
   local period_begin = math.max(id0 + 1, tonumber(id) - tonumber(id) % period)
-  for j = item.first, item.first + item.n - 1 do
+  for j = part.first, part.first + part.n - 1 do
     local log = ARGV[j]
     local newest = top(log)
     if newest == 'foreign' then
@@ -322,27 +328,28 @@ for _, item in ipairs(items) do
   local outcome, id = nil, ''
   if item.fate == 'c' then
     outcome = 'committed'
-    if is_continued then
-      id = meta('pending')
-    else
-      -- Above the floor as well: after the clock was set back, the floor may be ahead of the clock,
-      -- and streams start there.
-      id = text(math.max(last + 1, low + 1, id_of(now)))
-      -- The record of an incomplete plan has no expiry: its owner may be down for longer than that.
-      if slice == 0 and not is_final then call('SET', T .. 'e:' .. id, item.record)
-      else call('SET', T .. 'e:' .. id, item.record, 'PX', ttl) end
-      remember(item)
+    local n_more = #item.parts - 1
+    -- Above the floor as well: after the clock was set back, the floor may be ahead of the clock,
+    -- and streams start there.
+    local first = is_continued and tonumber(meta('pending')) - n_more or math.max(last + 1, low + 1, id_of(now))
+    local newest = text(first + n_more)
+    for j, part in ipairs(item.parts) do
+      local own = text(first + j - 1)
+      if not is_continued then
+        -- The record of an incomplete plan has no expiry: its owner may be down for longer than that.
+        if slice == 0 and not is_final then call('SET', T .. 'e:' .. own, part.record)
+        else call('SET', T .. 'e:' .. own, part.record, 'PX', ttl) end
+      elseif is_final then call('PEXPIRE', T .. 'e:' .. own, ttl) end
+      index(part, own)
     end
-    index(item, id)
+    if not is_continued then remember(item) end
+    id = text(first)
     if slice >= 0 and not is_final then
       next_pos = item.entry .. '/' .. (slice + 1)
-      call('HSET', META, 'pending', id)
+      call('HSET', META, 'pending', newest)
     else
-      last = tonumber(id)
-      if is_continued then
-        call('PEXPIRE', T .. 'e:' .. id, ttl)
-        call('HDEL', META, 'pending')
-      end
+      last = tonumber(newest)
+      if is_continued then call('HDEL', META, 'pending') end
     end
   elseif item.fate == 'x' then
     outcome = 'dead-lettered'

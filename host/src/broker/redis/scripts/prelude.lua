@@ -211,7 +211,8 @@ local function floor() return math.max(number('floor0'), id_aged(tonumber)) end
 local function expired()
   local at = id_aged(lifetime)
   local pending = meta('pending')
-  return pending and math.min(at, tonumber(pending)) or at
+  -- The last of up to eight ids.
+  return pending and math.min(at, tonumber(pending) - 7) or at
 end
 
 -- The maximum number of arguments that unpack can pass to a command, minus a reserve for the

@@ -61,7 +61,11 @@ impl Filter for MyPlugin {
         }
         // Plugins called after this one see the attribute.
         let desk = Attribute { name: "desk".into(), value: "large".into() };
-        Ok(Verdict::Amend(Amendment { priority: Some(Priority::High), attributes: vec![desk] }))
+        Ok(Verdict::Amend(Amendment {
+            priority: Some(Priority::High),
+            attributes: vec![desk],
+            ..Amendment::default()
+        }))
     }
 }
 

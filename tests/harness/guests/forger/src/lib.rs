@@ -49,7 +49,12 @@ impl lifecycle::Guest for Forger {
                 fields: Vec::new(),
                 payload: false,
             },
-            config_schema: None,
+            // Checked by the host only.
+            config_schema: Some(
+                r#"{"properties":{"quota":{"type":"object","properties":{"limit":{"maximum":9}}}}}"#
+                    .to_owned(),
+            ),
+            options: Vec::new(),
         }
     }
 
@@ -88,6 +93,7 @@ impl filter::Guest for Forger {
             Ok(filter::Verdict::Amend(filter::Amendment {
                 priority: None,
                 attributes: vec![attribute],
+                options: Vec::new(),
             }))
         };
         match event.type_.as_str() {
@@ -109,6 +115,7 @@ impl router::Guest for Forger {
             collapse_key: None,
             event_name: None,
             body: None,
+            options: Vec::new(),
         };
         let good = || route(Target::User("nobody".to_owned()));
         let forged = || FORGED.to_owned();

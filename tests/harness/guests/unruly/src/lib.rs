@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pointsman_plugin::{
     Amendment, Attribute, Event, Failure, Filter, Interest, Issue, Operator, Plugin, Priority,
-    Route, Router, Target, Test, Verdict, clock, export, log,
+    Route, Router, Target, Test, Value, Verdict, clock, export, log,
 };
 use serde_json::json;
 
@@ -63,6 +63,7 @@ impl Filter for Unruly {
             Ok(Verdict::Amend(Amendment {
                 priority: Some(Priority::Urgent),
                 attributes: vec![attribute],
+                ..Amendment::default()
             }))
         };
         match event.kind.as_str() {
@@ -70,6 +71,13 @@ impl Filter for Unruly {
             "amend" => amended("seen", "yes"),
             "amend-the-id" => amended("id", "stolen"),
             "amend-with-a-line-feed" => amended("seen", "a\nb"),
+            "amend-with-an-option" => Ok(Verdict::Amend(Amendment {
+                options: vec![Attribute {
+                    name: "colour".into(),
+                    value: "red".into(),
+                }],
+                ..Amendment::default()
+            })),
             "filter-rejects" => Err(Failure::Reject("never".into())),
             _ => Ok(Verdict::Keep),
         }
@@ -165,6 +173,47 @@ impl Router for Unruly {
                 std::thread::sleep(Duration::from_secs(3_600));
                 route
             }
+            // Everyone who has not muted the topic.
+            "rust.topic" => Route::to_everyone().when([Test::not_contains(
+                "muted",
+                event.text("topic").unwrap_or_default(),
+            )]),
+            // Everyone whose threshold the severity reaches, or who has none.
+            "rust.alarm" => Route::to_everyone()
+                .when([Test::at_most("min_severity", number(event, "/severity"))])
+                .when([Test::absent("min_severity")]),
+            "rust.two" => {
+                let to = || Route::to_user(event.text("user").unwrap_or("42"));
+                return Ok(vec![
+                    to().slot("summary").collapse_key("k").body(&json!("short")),
+                    to().slot("detail")
+                        .collapse_key("k")
+                        .priority(Priority::Urgent)
+                        .body(&json!("long")),
+                    to().slot("detail").body(&json!("not this one")),
+                ]);
+            }
+            "unknown-option" => {
+                let mut route = route;
+                route.options.push(Attribute {
+                    name: "colour".into(),
+                    value: "red".into(),
+                });
+                route
+            }
+            "slot-without-text" => {
+                let mut route = route;
+                route.options.push(Attribute {
+                    name: "slot".into(),
+                    value: 5.into(),
+                });
+                route
+            }
+            "many-slots" => {
+                return Ok((0..9)
+                    .map(|n| Route::to_user("42").slot(n.to_string()))
+                    .collect());
+            }
             // Returns everything that it was shown.
             _ => {
                 let attributes: serde_json::Map<_, _> = event
@@ -179,6 +228,13 @@ impl Router for Unruly {
                 Route::to_user(event.text("user").unwrap_or("42")).body(&seen)
             }
         }])
+    }
+}
+
+fn number(event: &Event, pointer: &str) -> i64 {
+    match event.attribute(pointer) {
+        Some(Value::Integer(number)) => *number,
+        _ => 0,
     }
 }
 
