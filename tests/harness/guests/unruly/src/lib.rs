@@ -183,7 +183,7 @@ impl Router for Unruly {
                 .when([Test::at_most("min_severity", number(event, "/severity"))])
                 .when([Test::absent("min_severity")]),
             "rust.two" => {
-                let to = || Route::to_user(event.text("user").unwrap_or("42"));
+                let to = || Route::to_user(event.text("recipient").unwrap_or("42"));
                 return Ok(vec![
                     to().slot("summary").collapse_key("k").body(&json!("short")),
                     to().slot("detail")
