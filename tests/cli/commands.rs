@@ -261,11 +261,6 @@ fn check_config_validates_plugins_and_folders() {
             "rejects its configuration: rules[0].match: is a list; write a table with keys from type,",
         ),
         (
-            "[[listen]]\naddress = \"127.0.0.1:0\"",
-            &["--ephemeral"],
-            "pointsman.toml:1: listen: is a list; write a table",
-        ),
-        (
             "",
             &["--ephemeral", "--plugins", "/nowhere"],
             "the plugin folder /nowhere cannot be read",
