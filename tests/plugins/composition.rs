@@ -43,7 +43,7 @@ fn a_composed_component_decides_and_its_limits_apply_to_the_sum_of_its_parts() {
         let answer = site.node.order("PUT", &path, &[], bytes);
         (answer.status, answer.body)
     };
-    let (three, four) = (relayed("address", 3), relayed("address", 4));
+    let (three, four) = (relayed("discard", 3), relayed("discard", 4));
     let (status, body) = upload("small", &three);
     assert_eq!(status, 422, "{body}");
     assert!(
@@ -63,6 +63,6 @@ fn a_composed_component_decides_and_its_limits_apply_to_the_sum_of_its_parts() {
     let many = format!("(module {})", "(memory 1)".repeat(200));
     let (status, body) = upload("crowded", &wat::parse_str(many).expect("a module"));
     assert!(status == 422 && body.contains("memories"), "{body}");
-    assert_eq!(upload("crowded", &core_module("address")).0, 200);
+    assert_eq!(upload("crowded", &core_module("discard")).0, 200);
     assert_eq!(site.next_decision().0, 1);
 }

@@ -285,9 +285,9 @@ fn exported(comptime T: type, comptime decide: fn (Event) anyerror!T) type {
                 .kind = kind[0..kind_len],
                 .subject = if (has_subject != 0) subject[0..subject_len] else null,
                 .time_ms = time_ms,
-                .priority = @enumFromInt(priority),
+                .priority = @fromBackingInt(@intCast(priority)),
                 .attributes = attributes[0..attributes_len],
-                .payload_kind = @enumFromInt(payload_kind),
+                .payload_kind = @fromBackingInt(@intCast(payload_kind)),
                 .payload = if (payload_kind != 0) payload[0..payload_len] else "",
             });
             return answer(Result(T, Failure){
