@@ -1,6 +1,7 @@
 // Drops orders from the test system and raises the priority of large orders.
 //
-// 64-bit integers of the contract are BigInt. An `err` of the contract is thrown as a plain value.
+// 64-bit integers of the contract are numbers, exact up to 2^53. An `err` of the contract is thrown as
+// a plain value.
 
 /** The minimum total of a large order. */
 let large = 1000;

@@ -1,6 +1,7 @@
 // Routes order events to the order's owner and to the group of its region.
 //
-// 64-bit integers of the contract are BigInt. An `err` of the contract is thrown as a plain value.
+// 64-bit integers of the contract are numbers, exact up to 2^53. An `err` of the contract is thrown as
+// a plain value.
 
 /** The event attribute that names the owner of the order. */
 let owner = 'owner';

@@ -6,7 +6,8 @@ declare namespace Pointsman {
 
   type Value =
     | { tag: 'text'; val: string }
-    | { tag: 'integer'; val: bigint }
+    /** Exact up to 2^53. */
+    | { tag: 'integer'; val: number }
     | { tag: 'decimal'; val: number }
     | { tag: 'flag'; val: boolean };
 
@@ -27,7 +28,7 @@ declare namespace Pointsman {
     type: string;
     subject?: string;
     /** Milliseconds since the Unix epoch. */
-    timeMs: bigint;
+    timeMs: number;
     priority: Priority;
     attributes: Attribute[];
     data: Payload;
@@ -57,7 +58,7 @@ declare namespace Pointsman {
     when?: { anyOf: Test[][] };
     priority?: Priority;
     /** Milliseconds. */
-    ttlMs?: bigint;
+    ttlMs?: number;
     collapseKey?: string;
     eventName?: string;
     /** JSON that replaces the event's own data. */
@@ -108,5 +109,5 @@ declare module 'pointsman:plugin/log@0.1.0' {
 
 declare module 'pointsman:plugin/clock@0.1.0' {
   /** Milliseconds since the Unix epoch; the time stands still during a call. */
-  export function nowMs(): bigint;
+  export function nowMs(): number;
 }
