@@ -11,11 +11,11 @@ pub mod registry;
 pub mod runtime;
 pub mod shadow;
 
+pub use self::inspect::embed::embed;
 pub use self::inspect::noop::noop;
 pub use self::registry::folder::{check_folder, name_of_file};
 pub use self::runtime::call::{Amended, Answer, Call, CallError, ParsedPayload, Role};
 pub use self::runtime::compiler::{CompileBudget, CompileIn, compile_as_child};
-pub use self::runtime::component::embed;
 pub use self::runtime::deadline::Ticking;
 pub use self::runtime::engine::{Engine, EngineOptions};
 pub use self::runtime::error::LoadError;

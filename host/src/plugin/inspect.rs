@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 pub mod contract;
+pub(super) mod embed;
 pub(super) mod noop;
 
 pub use super::runtime::surface::Form;
