@@ -29,7 +29,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
             &["broker", "plugin"],
             // They meet only in the log, which belongs to the broker: neither imports the other.
             &["ingest", "delivery"],
-            &["auth", "preview", "explain", "server"],
+            &["auth", "preview", "explain", "rollout", "server"],
             &["http"],
             &["config"],
             &["node"],

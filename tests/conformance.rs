@@ -30,6 +30,7 @@ mod on_embedded;
 mod recipients;
 mod redis_only;
 mod retries;
+mod rollouts;
 mod slices;
 mod sources;
 
@@ -47,6 +48,7 @@ macro_rules! suite {
             ];
             device_cursors: [device_cursors_survive_the_process];
             retries: [retries_and_their_attempts_survive_the_process];
+            rollouts: [rollouts_survive_the_process];
         );
     };
     ($broker:ident, in memory, $store:expr $(, also: $($lasting:tt)*)?) => {
@@ -173,6 +175,10 @@ macro_rules! suite {
                     lag_counts_the_entries_after_the_position,
                     the_broker_clock_is_the_one_of_its_heads_and_ids,
                     partitions_have_distinct_numbers,
+                ];
+                rollouts: [
+                    a_rollout_is_the_last_one_written_on_every_node,
+                    a_node_reads_the_last_report_of_every_node,
                 ];
             );
         }

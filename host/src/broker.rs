@@ -40,6 +40,7 @@ mod partition;
 mod peers;
 pub mod redis;
 mod retention;
+mod rollouts;
 mod user;
 
 pub use commit::{
@@ -54,6 +55,7 @@ pub use partition::{
 };
 pub use peers::{Advertised, MAX_PEERS, NodeAddress, Peer, REGISTERED_FOR};
 pub use retention::Retention;
+pub use rollouts::{MAX_REPORT_BYTES, PluginVersion, REPORTED_FOR, Rollout, StoredReport};
 pub use user::{CursorOwner, GroupLimit, RecipientChange, RecipientLimits, StoredCursor};
 
 /// Why a broker request failed.
@@ -79,7 +81,7 @@ pub enum Error {
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Access to partitions that every caller needs. All methods of the five traits are cancel-safe; a
+/// Access to partitions that every caller needs. All methods of the six traits are cancel-safe; a
 /// cancelled [`Sources::append`] or [`Sources::commit`] may still take effect.
 #[async_trait]
 pub trait Partitions: std::fmt::Debug + Send + Sync + 'static {
@@ -290,8 +292,24 @@ pub trait Operations: Partitions {
     ) -> Result<Option<ChainMembers>>;
 }
 
+/// Roll-outs of plugins, for all nodes.
+#[async_trait]
+pub trait Rollouts: Partitions {
+    /// The roll-outs, by plugin. Others than those of this version are left out.
+    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>>;
+
+    /// Writes the roll-out of a plugin, or removes it.
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()>;
+
+    /// Publishes the report of a node, JSON of at most [`MAX_REPORT_BYTES`], for [`REPORTED_FOR`].
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<()>;
+
+    /// The present reports of all nodes, by name.
+    async fn node_reports(&self) -> Result<Vec<StoredReport>>;
+}
+
 /// A whole broker. A caller takes the smallest of its traits that suffices: ingest takes
 /// [`Sources`] and cannot open a feed, and the hub takes [`Logs`] and cannot commit.
-pub trait Broker: Sources + Logs + Users + Operations {}
+pub trait Broker: Sources + Logs + Users + Operations + Rollouts {}
 
-impl<T: Sources + Logs + Users + Operations> Broker for T {}
+impl<T: Sources + Logs + Users + Operations + Rollouts> Broker for T {}

@@ -30,7 +30,7 @@ pub use state::{Limits, Settings, State};
 
 use handlers::{
     acks, candidates, dead_letters, decisions, events, explain, export, health, members,
-    notifications, page, plugins, stream, users,
+    notifications, page, plugins, rollouts, stream, users,
 };
 use middleware::{
     bound_addresses, count_refusals, hold_admin_responses, hold_responses, keep_private,
@@ -104,6 +104,12 @@ pub fn admin_routes(state: Arc<State>) -> Router {
             get(candidates::report)
                 .put(candidates::begin)
                 .delete(candidates::end),
+        )
+        .route(
+            "/v1/plugins/{name}/rollout",
+            get(rollouts::show)
+                .put(rollouts::begin)
+                .delete(rollouts::roll_back),
         )
         .route("/v1/plugins/{name}/promote", post(candidates::promote))
         .route("/v1/plugins/{name}/backtest", post(candidates::backtest))

@@ -8,6 +8,7 @@
 //! - [`ingest`]: reads a source, evaluates its events and commits their outcomes.
 //! - [`delivery`]: from the logs to open SSE streams.
 //! - [`preview`]: dry runs, backtests and the plugin runner, all without effect.
+//! - [`rollout`]: versions of plugins on all nodes of an installation.
 //! - [`explain`]: why an event reached a user, or did not.
 //! - [`auth`]: authentication. [`server`]: the accept loop. [`http`]: every route.
 //! - [`config`]: from configuration sources to a validated configuration.
@@ -32,6 +33,7 @@ pub mod ingest;
 pub mod node;
 pub mod plugin;
 pub mod preview;
+pub mod rollout;
 pub mod server;
 pub mod shutdown;
 mod table;

@@ -18,6 +18,7 @@ use crate::ingest::pipeline::Pipeline;
 use crate::ingest::worker::{self, Ingest};
 use crate::plugin;
 use crate::plugin::registry::watcher::Watcher;
+use crate::rollout::Fleet;
 use crate::shutdown::Shutdown;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
@@ -184,6 +185,16 @@ impl Node {
             anyhow::Ok((pipeline, watcher))
         };
         let (broker, (pipeline, watcher)) = tokio::try_join!(broker, plugins)?;
+        let fleet = Fleet {
+            broker: Arc::clone(&broker),
+            registry: Arc::clone(pipeline.registry()),
+            node: self.name.clone(),
+        };
+        // Before ingest begins, so that partitions of a roll-out are decided by its version after a
+        // restart as well.
+        fleet.begin_following().await;
+        self.shutdown
+            .spawn("the roll-out monitor", fleet.run(self.shutdown.clone()));
         Ok(Started {
             broker,
             pipeline,

@@ -388,6 +388,8 @@ test("candidates are compared as documented", async () => {
   await eventually("a difference", async () => (report = await order(200, "GET", "/address/shadow")).differences.length > 0);
   assert.deepEqual([report.differences[0].old.verdict, report.differences[0].new.verdict], ["routes", "none"]);
   assert.equal((await order(200, "GET", "/address")).shadow.hash, report.hash);
+  const sum = await order(200, "GET", "/address/shadow?all=true");
+  assert.deepEqual([sum.nodes.length, sum.groups], [1, report.groups]);
   await order(204, "DELETE", "/address/shadow");
   await order(200, "PUT", "/address/shadow", { body: await wasm("address") });
   await order(200, "POST", "/address/promote");
@@ -399,6 +401,19 @@ test("candidates are compared as documented", async () => {
     await order(404, method, `/nobody${path}`, candidate);
     await order(400, method, `/%FF${path}`, candidate);
   }
+});
+
+test("versions are rolled out as documented", async () => {
+  const version = { body: await wasm("rules") };
+  const staged = await order(200, "PUT", "/address/rollout?share=0", version);
+  assert.deepEqual([staged.partitions, staged.nodes.map(({ state }) => state)], [[], ["ready"]]);
+  assert.equal((await order(200, "PUT", "/address/rollout?share=100")).partitions.length, 1);
+  assert.equal((await order(200, "GET", "/address/rollout")).to.hash, staged.to.hash);
+  assert.deepEqual((await order(200, "DELETE", "/address/rollout")).pending, []);
+  await order(409, "PUT", "/rules/rollout", version);
+  await order(422, "PUT", "/rules/rollout", { body: "no plugin" });
+  await order(400, "PUT", "/rules/rollout?share=101");
+  for (const method of ["GET", "PUT", "DELETE"]) await order(404, method, "/rules/rollout");
 });
 
 test("requests without a token or key, or without a broker, fail as documented", async () => {

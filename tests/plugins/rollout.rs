@@ -1,5 +1,5 @@
 //! A changed configuration of a plugin: tried without effect on live and on past events, then made
-//! the active one.
+//! the active one, on one node or rolled out over all nodes.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 
 use crate::harness::command;
 use crate::harness::eventually;
-use crate::harness::guests::core_module;
+use crate::harness::guests::{FAULTY, core_module, versioned};
 use crate::harness::node::{Builder, Folder, Node, SOON};
 use crate::harness::publish::event;
+use crate::harness::redis::RedisServer;
 
 /// The active rules. The deadline is long, so that a busy machine does not fail the test.
 const OLD: &str = "# who is told of incidents
@@ -227,4 +228,279 @@ fn a_configuration_that_the_plugin_or_the_node_rejects_is_refused_with_the_fix()
     assert_eq!(node.admin(shadow).status, 404);
     let begun = node.order("PUT", shadow, &config, NEW.as_bytes());
     assert_eq!(begun.status, 200, "{begun:?}");
+}
+
+/// The sources of the fleet, and with them its partitions.
+const SOURCES: [&str; 2] = ["pointsman:one", "pointsman:two"];
+
+/// Two nodes on one Redis, with one plugin folder.
+struct Fleet {
+    // Dropped first: a node that stops needs its Redis and its plugins.
+    nodes: [Node; 2],
+    server: RedisServer,
+    _plugins: Folder,
+}
+
+impl Fleet {
+    fn start() -> Self {
+        let (server, plugins) = (RedisServer::start(), folder());
+        let [one, two] = SOURCES;
+        let config = format!("[broker]\nsources = ['{one}', '{two}']\n{OLD}");
+        let node = || {
+            Node::builder()
+                .redis(server.url())
+                .plugins(plugins.path())
+                .config(&config)
+                .start()
+        };
+        let nodes = [node(), node()];
+        for (user, group) in [("ann", "region-us"), ("bob", "region-eu")] {
+            let path = format!("/v1/groups/{group}/members/{user}");
+            assert_eq!(nodes[0].request("PUT", &path).status, 204);
+        }
+        Self {
+            nodes,
+            server,
+            _plugins: plugins,
+        }
+    }
+
+    /// Adds an incident in Dublin to a source.
+    fn incident(&self, source: &str, id: &str) {
+        let words = format!("XADD {source} * type incident.open id {id} source /tests site dublin");
+        let _entry: String = self.server.command(&words);
+    }
+
+    /// Asserts that an incident in each source reaches ann, who is told by the new rules, or else
+    /// bob.
+    fn assert_decided(&self, round: &str, by_new: [bool; 2]) {
+        let mut streams = ["ann", "bob"].map(|user| self.nodes[0].stream(user));
+        for (source, by_new) in SOURCES.into_iter().zip(by_new) {
+            let id = format!("{round}-{source}");
+            self.incident(source, &id);
+            let stream = &mut streams[usize::from(!by_new)];
+            assert_eq!(stream.next_notification(SOON).id, id, "{round}");
+        }
+    }
+
+    /// The partition number of each source.
+    fn numbers(&self) -> [u64; 2] {
+        SOURCES.map(|source| {
+            self.server
+                .command(&format!("HGET pointsman:partitions {source}"))
+        })
+    }
+
+    fn report(&self) -> Value {
+        let answer = self.nodes[1].admin("/v1/plugins/rules/rollout");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.json()
+    }
+}
+
+#[test]
+fn a_rule_change_is_rolled_out_by_partition_then_to_all_and_rolled_back_on_all_nodes() {
+    let (fleet, files) = (Fleet::start(), Folder::new());
+    let [one, two] = &fleet.nodes;
+    let new = file(&files, "new.toml", NEW);
+    let new = new.to_str().expect("UTF-8");
+    fleet.assert_decided("before", [false, false]);
+
+    // Staged: every node has it, and it decides nothing.
+    let rollout = ["rollout", "rules", "--config", new, "--share", "0%"];
+    let said = plugin(one, &rollout);
+    assert!(
+        said.contains(" decides in no partition") && said.matches(": ready\n").count() == 2,
+        "{said}"
+    );
+    fleet.assert_decided("staged", [false, false]);
+
+    let said = plugin(two, &["rollout", "rules", "--share", "50%"]);
+    assert!(
+        said.contains("decides in 1 of 2 partitions (50 %)"),
+        "{said}"
+    );
+    let chosen = fleet.report()["partitions"].clone();
+    let half = fleet.numbers().map(|number| chosen == json!([number]));
+    assert!(half[0] != half[1], "{chosen}");
+    fleet.assert_decided("half", half);
+
+    let said = plugin(one, &["rollout", "rules", "--share", "100%"]);
+    assert!(said.contains("decides in all 2 partitions"), "{said}");
+    fleet.assert_decided("all", [true, true]);
+    assert_eq!(
+        one.admin("/v1/plugins/rules").json()["generation"],
+        1,
+        "its own version has changed"
+    );
+
+    let said = plugin(two, &["rollback", "rules"]);
+    assert!(
+        said.starts_with("rolled back rules on all nodes") && !said.contains("not followed"),
+        "{said}"
+    );
+    fleet.assert_decided("back", [false, false]);
+    let (is_well, said) = try_plugin(one, &["rollout", "rules"]);
+    assert!(
+        !is_well && said.contains("the plugin 'rules' has no roll-out"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_node_that_starts_during_a_rollout_takes_part_from_its_first_event() {
+    let (mut fleet, files) = (Fleet::start(), Folder::new());
+    let new = file(&files, "new.toml", NEW);
+    let new = new.to_str().expect("UTF-8");
+    plugin(&fleet.nodes[0], &["rollout", "rules", "--config", new]);
+    for node in &mut fleet.nodes {
+        node.terminate(SOON);
+    }
+    for (source, id) in SOURCES.into_iter().zip(["waiting-one", "waiting-two"]) {
+        fleet.incident(source, id);
+    }
+    for node in &mut fleet.nodes {
+        node.restart();
+    }
+    fleet.assert_decided("after", [true, true]);
+    let history = fleet.nodes[0].request("GET", "/v1/notifications?user=ann");
+    for id in ["waiting-one", "waiting-two"] {
+        assert!(history.body.contains(id), "{id} is not in {history:?}");
+    }
+}
+
+#[test]
+fn a_node_without_the_version_or_with_another_one_of_its_own_reports_it() {
+    let (fleet, files) = (Fleet::start(), Folder::new());
+    let [one, two] = &fleet.nodes;
+    let new = file(&files, "new.toml", NEW);
+    plugin(
+        one,
+        &["rollout", "rules", "--config", new.to_str().expect("UTF-8")],
+    );
+    // The operator changes one node for good.
+    let [source, other] = SOURCES;
+    two.reconfigure(&format!(
+        "[broker]\nsources = ['{source}', '{other}']\n{}",
+        OLD.replace("region-eu", "region-asia")
+    ));
+    let state_of = |report: &Value, at: usize| report["nodes"][at]["state"].clone();
+    let report = eventually(SOON, "the other version is reported", || {
+        let report = fleet.report();
+        let states = [state_of(&report, 0), state_of(&report, 1)];
+        states.contains(&json!("other-version")).then_some(report)
+    });
+    assert!(
+        [0, 1]
+            .map(|at| state_of(&report, at))
+            .contains(&json!("ready")),
+        "{report}"
+    );
+    // The version of another roll-out cannot be staged if it is the node's own.
+    let own = file(&files, "own.toml", OLD);
+    let (is_well, said) = try_plugin(
+        one,
+        &["rollout", "rules", "--config", own.to_str().expect("UTF-8")],
+    );
+    assert!(
+        !is_well && said.contains("there is nothing to roll out"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_shadow_on_two_nodes_reports_the_sum_of_the_events_that_differ() {
+    let (fleet, files) = (Fleet::start(), Folder::new());
+    let new = file(&files, "new.toml", NEW);
+    let new = new.to_str().expect("UTF-8");
+    for node in &fleet.nodes {
+        plugin(node, &["shadow", "rules", "--config", new]);
+    }
+    let compared = || {
+        let each = fleet.nodes.each_ref().map(|node| {
+            let report = node.admin("/v1/plugins/rules/shadow").json();
+            report["compared"].as_u64().expect("a number")
+        });
+        (each[0] + each[1], each)
+    };
+    let publish = |events: &[Value], source: &str| {
+        let mut connection = fleet.server.connection();
+        for event in events {
+            let mut add = redis::cmd("XADD");
+            add.arg(source).arg("*");
+            for (name, value) in event.as_object().expect("an object") {
+                add.arg(name).arg(value.as_str().expect("a text"));
+            }
+            add.exec(&mut connection).expect("XADD");
+        }
+    };
+    let events = thousand();
+    let (first, second) = events.split_at(500);
+    publish(first, SOURCES[0]);
+    eventually(SOON, "the first half is compared", || {
+        (compared().0 == 500).then_some(())
+    });
+    // The node that has decided them stops for a while, and the other takes its partitions.
+    let owner = usize::from(compared().1[0] == 0);
+    fleet.nodes[owner].signal("STOP");
+    publish(second, SOURCES[0]);
+    eventually(3 * SOON, "the second half is decided", || {
+        let other = &fleet.nodes[1 - owner];
+        let report = other.admin("/v1/plugins/rules/shadow").json();
+        (report["compared"] == 500).then_some(())
+    });
+    fleet.nodes[owner].signal("CONT");
+    let sum = eventually(SOON, "both nodes have reported", || {
+        let sum = fleet.nodes[0]
+            .admin("/v1/plugins/rules/shadow?all=true")
+            .json();
+        (sum["compared"] == 1_000).then_some(sum)
+    });
+    assert_turned(&sum);
+    assert_eq!(sum["nodes"].as_array().map(Vec::len), Some(2), "{sum}");
+    let said = plugin(&fleet.nodes[1], &["shadow", "rules", "--all"]);
+    assert!(
+        said.contains(" on 2 nodes\n")
+            && said.contains("\n7 x incident.open: g:region-eu -> g:region-us\n"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_rolled_out_version_that_fails_too_often_ends_the_rollout() {
+    let (plugins, files) = (Folder::new(), Folder::new());
+    let own = plugins.path().join("versioned.wasm");
+    fs::write(&own, versioned(1)).expect("write a plugin");
+    let node = Node::builder()
+        .plugins(plugins.path())
+        .config("[plugins.versioned]\ndeadline = '1s'\n")
+        .start();
+    let faulty = files.path().join("faulty.wasm");
+    fs::write(&faulty, versioned(FAULTY)).expect("write a plugin");
+    let faulty = faulty.to_str().expect("UTF-8");
+    let said = plugin(&node, &["rollout", "versioned", faulty]);
+    assert!(said.contains("decides in all 1 partitions"), "{said}");
+    // It fails on three of ten, which is more than its probation allows.
+    let events: Vec<Value> = (0..100)
+        .map(|n| event(&format!("e{n}"), "t", json!({ "user": "7" })))
+        .collect();
+    for batch in events.chunks(10) {
+        node.publisher().publish(batch);
+    }
+    eventually(SOON, "the roll-out ends", || {
+        let answer = node.admin("/v1/plugins/versioned/rollout");
+        (answer.status == 404).then_some(())
+    });
+    eventually(SOON, "the reason is logged", || {
+        let log = node.log();
+        log.contains("plugin rolled back on all nodes: ")
+            .then_some(())
+    });
+    // Its own version decides what the other one fails on.
+    let mut stream = node.stream("7");
+    let last = event("last-0", "t", json!({ "user": "7" }));
+    node.publisher().publish(&[last]);
+    let notification = stream.next_notification(SOON);
+    assert_eq!(notification.id, "last-0");
+    assert_eq!(fs::read(&own).expect("its file"), versioned(1));
 }

@@ -12,7 +12,8 @@ use bytes::Bytes;
 use pointsman::broker::{
     Advertised, Batch, Broker, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error,
     Feed, Finding, Follow, Head, Lease, Logs, Notice, Operations, Page, Partition, PartitionState,
-    Partitions, Peer, RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
+    Partitions, Peer, RecipientChange, Result, Rollout, Rollouts, Slice, Sources, StoredCursor,
+    StoredDecision, StoredReport, Users,
 };
 use pointsman::event::{
     ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
@@ -423,6 +424,25 @@ impl Users for Puppet {
             self.broker.move_device_cursor(user, which, seen, to),
         )
         .await
+    }
+}
+
+#[async_trait]
+impl Rollouts for Puppet {
+    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
+        self.broker.rollouts().await
+    }
+
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()> {
+        self.broker.set_rollout(plugin, rollout).await
+    }
+
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<()> {
+        self.broker.report_node(node, report).await
+    }
+
+    async fn node_reports(&self) -> Result<Vec<StoredReport>> {
+        self.broker.node_reports().await
     }
 }
 

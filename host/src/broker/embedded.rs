@@ -36,7 +36,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -54,8 +54,8 @@ use super::clock::BrokerClock;
 use super::{
     Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
     Finding, Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Peer,
-    RecipientChange, Result, Retention, Severity, Slice, Sources, StoredCursor, StoredDecision,
-    Users,
+    RecipientChange, Result, Retention, Rollout, Rollouts, Severity, Slice, Sources, StoredCursor,
+    StoredDecision, StoredReport, Users,
 };
 use crate::event::{
     ChainMembers, EntryId, Name, NotificationId, PartitionNumber, Recipient, Target,
@@ -68,6 +68,7 @@ mod feeds;
 mod layout;
 mod log;
 mod recipients;
+mod rollouts;
 mod source;
 mod store;
 mod sweep;
@@ -105,6 +106,8 @@ pub struct Embedded {
     writer: Writer,
     /// The node that processes each partition, and the end of its lease.
     leases: Mutex<HashMap<PartitionNumber, (String, Instant)>>,
+    /// The reports of nodes; there is only one.
+    reports: Mutex<BTreeMap<String, StoredReport>>,
 }
 
 /// State shared by the writer, the readers and the feeds.
@@ -229,6 +232,7 @@ impl Embedded {
             shared,
             writer,
             leases: Mutex::default(),
+            reports: Mutex::default(),
         })
     }
 
@@ -641,5 +645,41 @@ impl Operations for Embedded {
         let id = id.to_owned();
         self.read_snapshot(move |transaction, _| source::find_chain(transaction, partition.0, &id))
             .await
+    }
+}
+
+#[async_trait]
+impl Rollouts for Embedded {
+    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
+        self.read_snapshot(|transaction, _| rollouts::rollouts(transaction))
+            .await
+    }
+
+    async fn set_rollout(&self, plugin: &Name, rollout: Option<&Rollout>) -> Result<()> {
+        let (plugin, rollout) = (plugin.clone(), rollout.cloned());
+        self.writer
+            .write(0, move |work| work.set_rollout(&plugin, rollout.as_ref()))
+            .await
+    }
+
+    async fn report_node(&self, node: &str, report: Bytes) -> Result<()> {
+        let (node, at_ms) = (node.to_owned(), self.now_ms());
+        let report = StoredReport {
+            node: node.clone(),
+            at_ms,
+            report,
+        };
+        self.reports().insert(node, report);
+        Ok(())
+    }
+
+    async fn node_reports(&self) -> Result<Vec<StoredReport>> {
+        Ok(self.reports().values().cloned().collect())
+    }
+}
+
+impl Embedded {
+    fn reports(&self) -> MutexGuard<'_, BTreeMap<String, StoredReport>> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

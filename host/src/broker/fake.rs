@@ -11,7 +11,8 @@ use bytes::Bytes;
 use crate::broker::{
     Advertised, Batch, CommitResult, CursorOwner, DeadLetter, DecisionSearch, Entry, Error, Feed,
     Finding, Head, Lease, Logs, Operations, Page, Partition, PartitionState, Partitions, Peer,
-    RecipientChange, Result, Slice, Sources, StoredCursor, StoredDecision, Users,
+    RecipientChange, Result, Rollout, Rollouts, Slice, Sources, StoredCursor, StoredDecision,
+    StoredReport, Users,
 };
 use crate::event::{
     ChainMembers, DeadReason, EntryId, Name, NotificationId, PartitionNumber, Recipient, Span,
@@ -277,6 +278,25 @@ impl Users for FakeBroker {
             device_cursors.insert(which.clone(), to.clone());
         }
         Ok(is_seen)
+    }
+}
+
+#[async_trait]
+impl Rollouts for FakeBroker {
+    async fn rollouts(&self) -> Result<BTreeMap<String, Rollout>> {
+        Ok(BTreeMap::new())
+    }
+
+    async fn set_rollout(&self, _: &Name, _: Option<&Rollout>) -> Result<()> {
+        unused()
+    }
+
+    async fn report_node(&self, _: &str, _: Bytes) -> Result<()> {
+        Ok(())
+    }
+
+    async fn node_reports(&self) -> Result<Vec<StoredReport>> {
+        Ok(Vec::new())
     }
 }
 

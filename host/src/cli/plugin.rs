@@ -25,6 +25,7 @@ mod language;
 mod new;
 mod profile;
 mod remote;
+mod rollout;
 mod sample;
 mod test;
 pub(super) mod toolchain;
@@ -64,7 +65,10 @@ enum Command {
     Disable(remote::Named),
     /// Remove a plugin and its file
     Remove(remote::Named),
-    /// Roll a plugin back to its previous version on this node
+    /// Roll a version out over all nodes, for a share of the partitions or all of them
+    Rollout(rollout::Rollout),
+    /// End the roll-out of a plugin on all nodes; without one, roll the plugin back to its previous
+    /// version on this node
     Rollback(remote::Named),
     /// Run a candidate in shadow on live events, or report how its decisions differ
     Shadow(remote::Shadow),
@@ -88,7 +92,8 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Command::Enable(options) => remote::execute(options, AdminCommand::Enable),
         Command::Disable(options) => remote::execute(options, AdminCommand::Disable),
         Command::Remove(options) => remote::execute(options, AdminCommand::Remove),
-        Command::Rollback(options) => remote::execute(options, AdminCommand::RollBack),
+        Command::Rollout(options) => rollout::run(options),
+        Command::Rollback(options) => rollout::roll_back(options),
         Command::Shadow(options) => remote::shadow(options),
         Command::Promote(options) => remote::promote(options),
         Command::Backtest(options) => remote::backtest(options),

@@ -13,5 +13,6 @@ pub(super) mod members;
 pub(super) mod notifications;
 pub(super) mod page;
 pub(super) mod plugins;
+pub(super) mod rollouts;
 pub(super) mod stream;
 pub(super) mod users;

@@ -22,13 +22,14 @@ const PUBLIC: [&str; 5] = [
     include_str!("../../openapi/public/dead-letters.json"),
     include_str!("../../openapi/public/health.json"),
 ];
-const ADMIN: [&str; 6] = [
+const ADMIN: [&str; 7] = [
     include_str!("../../openapi/admin/health.json"),
     include_str!("../../openapi/admin/decisions.json"),
     include_str!("../../openapi/admin/explain.json"),
     include_str!("../../openapi/admin/events.json"),
     include_str!("../../openapi/admin/plugins.json"),
     include_str!("../../openapi/admin/candidates.json"),
+    include_str!("../../openapi/admin/rollouts.json"),
 ];
 /// A schema that is also published on its own.
 const NOTIFICATION: &str = include_str!("../../schema/notification.json");

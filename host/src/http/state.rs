@@ -14,6 +14,7 @@ use crate::delivery::device_cursors::DeviceCursors;
 use crate::delivery::hub::Hub;
 use crate::delivery::sse::StreamTimer;
 use crate::ingest::pipeline::Pipeline;
+use crate::rollout::Fleet;
 use crate::server::{ClientAddresses, ResponseBudget};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::readiness::Readiness;
@@ -233,6 +234,18 @@ impl State {
         self.broker
             .get()
             .ok_or_else(|| ApiError::unavailable("this node has not reached its broker yet"))
+    }
+
+    /// This node as a member of the fleet.
+    ///
+    /// # Errors
+    /// 503 until the broker has answered once and the plugins are loaded.
+    pub fn fleet(&self) -> Result<Fleet, ApiError> {
+        Ok(Fleet {
+            broker: Arc::clone(self.broker()?),
+            registry: Arc::clone(self.pipeline()?.registry()),
+            node: self.node.clone(),
+        })
     }
 
     pub fn auth(&self) -> &Auth {

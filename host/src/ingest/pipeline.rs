@@ -21,7 +21,7 @@ pub(crate) use self::evaluate::published_priority;
 
 use self::evaluate::unrouted;
 use self::pool::{Job, Pool};
-use crate::event::{Event, Name, Plan, Priority, Verdict};
+use crate::event::{Event, Name, PartitionNumber, Plan, Priority, Verdict};
 use crate::plugin::registry::generation::{Chain, ChainIdentity};
 use crate::plugin::registry::{Registry, Snapshot};
 use crate::telemetry::metrics::Metrics;
@@ -136,6 +136,33 @@ impl Pipeline {
         clock_ms: u64,
     ) -> Result<Vec<Evaluation>, Unevaluated> {
         let chain = self.chain()?;
+        self.evaluate_on(&chain, events, clock_ms).await
+    }
+
+    /// Like [`Pipeline::evaluate`], for events of this partition: a version that is being rolled out
+    /// may decide in some partitions only.
+    ///
+    /// Cancel-safe, as [`Pipeline::evaluate`].
+    ///
+    /// # Errors
+    /// As for [`Pipeline::evaluate`].
+    pub async fn evaluate_in(
+        &self,
+        partition: PartitionNumber,
+        events: Vec<Event>,
+        clock_ms: u64,
+    ) -> Result<Vec<Evaluation>, Unevaluated> {
+        self.chain()?;
+        let chain = self.0.registry.chain_of(partition);
+        self.evaluate_on(&chain, events, clock_ms).await
+    }
+
+    async fn evaluate_on(
+        &self,
+        chain: &Arc<Chain>,
+        events: Vec<Event>,
+        clock_ms: u64,
+    ) -> Result<Vec<Evaluation>, Unevaluated> {
         if chain.is_empty() {
             return Ok(events.into_iter().map(unrouted).collect());
         }
@@ -148,7 +175,7 @@ impl Pipeline {
         let mut events = events.into_iter();
         while events.len() > 0 {
             let job = Job {
-                chain: Arc::clone(&chain),
+                chain: Arc::clone(chain),
                 events: events.by_ref().take(share).collect(),
                 clock_ms,
                 dry_run: None,

@@ -572,7 +572,11 @@ impl Ingest {
             } else {
                 std::mem::take(&mut events)
             };
-            match self.pipeline.evaluate(batch, clock_ms).await {
+            let evaluated = self
+                .pipeline
+                .evaluate_in(partition.number, batch, clock_ms)
+                .await;
+            match evaluated {
                 Err(Unevaluated::HostMemory { plugin, reason }) => {
                     self.readiness.set_for(
                         "host-memory",

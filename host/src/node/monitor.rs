@@ -301,6 +301,7 @@ fn report_plugins(
         plugins,
         missing,
         folder_failure,
+        ..
     }: &Snapshot,
     allow_none: bool,
     readiness: &Readiness,

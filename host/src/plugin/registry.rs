@@ -24,6 +24,7 @@ mod candidate;
 pub(super) mod folder;
 pub mod generation;
 pub mod health;
+pub mod rollout;
 mod section;
 pub mod settings;
 mod slot;
@@ -44,13 +45,15 @@ use super::runtime::plugin::file_hash;
 use super::shadow::Shadows;
 use super::{Engine, Plugin};
 use crate::clock::now_ms;
-use crate::event::Name;
+use crate::event::{Name, PartitionNumber};
 use crate::telemetry::metrics::{Metrics, PluginInfoLabel, PluginLabel, PluginLoadLabel};
 
 /// The published state at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     pub chain: Arc<Chain>,
+    /// The chains of partitions in which a rolled-out version decides.
+    pub by_partition: BTreeMap<PartitionNumber, Arc<Chain>>,
     /// Every plugin: the active ones first, in order, then inactive ones with something to report.
     pub plugins: Vec<PluginState>,
     /// The plugins that have no active version and without which no event must be decided.
@@ -159,6 +162,7 @@ impl Registry {
         let mut slots = Slots {
             config,
             by_name: BTreeMap::new(),
+            rollouts: BTreeMap::new(),
         };
         for name in dir.as_deref().map(folder::removals).unwrap_or_default() {
             slots.by_name.entry(name).or_default().is_removed = true;
@@ -280,7 +284,9 @@ impl Registry {
         let changed = {
             let mut slots = self.slots();
             let before = std::mem::replace(&mut slots.config, config);
-            let Slots { config, by_name } = &mut *slots;
+            let Slots {
+                config, by_name, ..
+            } = &mut *slots;
             let mut changed = FolderSnapshot::new();
             for (name, slot) in by_name
                 .iter_mut()
@@ -545,6 +551,7 @@ impl Registry {
         match transition {
             Transition::None => {}
             Transition::RollBack(reason) => {
+                self.fail_rollout(name, generation.number, &reason);
                 self.roll_back_in(&mut self.slots(), name, generation.number, &reason);
             }
             Transition::Breaker => {
@@ -934,8 +941,10 @@ impl Registry {
         // the lock of the channel has been released.
         let folder_failure = self.current.borrow().folder_failure.clone();
         let missing = slots.missing();
+        let by_partition = rollout::chains_by_partition(&slots.rollouts, &chain);
         drop(self.current.send_replace(Snapshot {
             chain,
+            by_partition,
             plugins,
             missing,
             folder_failure,

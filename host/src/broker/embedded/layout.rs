@@ -52,6 +52,8 @@ pub(super) const DECISIONS: TableDefinition<'_, EntryKey, &[u8]> =
 pub(super) const USERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("users");
 pub(super) const DEVICE_CURSORS: TableDefinition<'_, &str, &[u8]> =
     TableDefinition::new("device_cursors");
+/// Plugin -> [`crate::broker::Rollout`] as JSON.
+pub(super) const ROLLOUTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("rollouts");
 
 /// The tables that requests write, opened once per group.
 pub(super) struct Tables<'t> {
@@ -68,6 +70,7 @@ pub(super) struct Tables<'t> {
     pub(super) decisions: Table<'t, EntryKey, &'static [u8]>,
     pub(super) users: Table<'t, &'static str, &'static [u8]>,
     pub(super) device_cursors: Table<'t, &'static str, &'static [u8]>,
+    pub(super) rollouts: Table<'t, &'static str, &'static [u8]>,
 }
 
 impl<'t> Tables<'t> {
@@ -86,6 +89,7 @@ impl<'t> Tables<'t> {
             decisions: transaction.open_table(DECISIONS)?,
             users: transaction.open_table(USERS)?,
             device_cursors: transaction.open_table(DEVICE_CURSORS)?,
+            rollouts: transaction.open_table(ROLLOUTS)?,
         })
     }
 }

@@ -215,6 +215,7 @@ fn partition_commands(prefix: &Prefix, keys: &PartitionKeys) -> Vec<String> {
 /// The commands on the data of users and of the installation, one word per line.
 fn shared_commands(prefix: &Prefix) -> Vec<String> {
     let (numbers, nodes) = (&prefix.numbers()[..], &prefix.nodes()[..]);
+    let (rollouts, reports) = (&prefix.rollouts()[..], &prefix.reports()[..]);
     let (user, cursors) = (
         &format!("{prefix}:user:x")[..],
         &format!("{prefix}:device-cursors:x")[..],
@@ -238,6 +239,12 @@ fn shared_commands(prefix: &Prefix) -> Vec<String> {
         &["HGETALL", nodes],
         &["HSET", nodes, "f", "v"],
         &["HDEL", nodes, "f"],
+        &["HGETALL", rollouts],
+        &["HSET", rollouts, "f", "v"],
+        &["HDEL", rollouts, "f"],
+        &["HGETALL", reports],
+        &["HSET", reports, "f", "v"],
+        &["HDEL", reports, "f"],
     ]
     .map(|words| words.join("\n"))
     .into()

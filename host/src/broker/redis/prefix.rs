@@ -83,7 +83,13 @@ impl Prefix {
             };
             let of_users = [format!("{self}:user:"), format!("{self}:device-cursors:")];
             let is_of_users = |key: &str| of_users.iter().any(|own| key.starts_with(own));
-            let is_of_installation = [self.numbers(), self.nodes()].contains(source);
+            let is_of_installation = [
+                self.numbers(),
+                self.nodes(),
+                self.rollouts(),
+                self.reports(),
+            ]
+            .contains(source);
             if is_of_installation || is_of_users(source) || is_of_users(&prefix) {
                 return refuse("would share keys with the data of users, nodes or partitions");
             }
@@ -126,6 +132,16 @@ impl Prefix {
     /// The key of the registered nodes.
     pub(super) fn nodes(&self) -> String {
         format!("{self}:nodes")
+    }
+
+    /// The key of the roll-outs of plugins.
+    pub(super) fn rollouts(&self) -> String {
+        format!("{self}:rollouts")
+    }
+
+    /// The key of the reports of nodes.
+    pub(super) fn reports(&self) -> String {
+        format!("{self}:reports")
     }
 
     /// The key of a user's attributes and memberships.

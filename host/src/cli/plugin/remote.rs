@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use super::super::{Admin, accept, agent, pretty_json, read as answer};
 use super::read;
 use crate::cli::render::plugins::{
-    BacktestReport, Candidate, Plugin, Plugins, Promotion, ShadowReport,
+    BacktestReport, Candidate, FleetShadowReport, Plugin, Plugins, Promotion, ShadowReport,
 };
 
 /// Timeout of each read. An interpreter compiled to WebAssembly takes seconds to load, and a
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The node whose plugins are managed.
 #[derive(Debug, clap::Args)]
-struct Remote {
+pub(super) struct Remote {
     #[command(flatten)]
     admin: Admin,
     /// Print the node's response as JSON
@@ -43,9 +43,9 @@ pub(super) struct List {
 #[derive(Debug, clap::Args)]
 pub(super) struct Named {
     /// Name of the plugin
-    name: String,
+    pub(super) name: String,
     #[command(flatten)]
-    node: Remote,
+    pub(super) node: Remote,
 }
 
 #[derive(Debug, clap::Args)]
@@ -76,6 +76,9 @@ pub(super) struct Shadow {
     /// Stop the candidate
     #[arg(long, conflicts_with_all = ["file", "config"])]
     stop: bool,
+    /// Print the sum of the candidates on all nodes
+    #[arg(long, conflicts_with_all = ["file", "config", "stop"])]
+    all: bool,
     #[command(flatten)]
     node: Remote,
 }
@@ -111,7 +114,7 @@ pub(super) struct Promote {
 
 /// The configuration of a candidate.
 #[derive(Debug, clap::Args)]
-struct ConfigFile {
+pub(super) struct ConfigFile {
     /// Take the candidate's settings from [plugins.NAME] in this pointsman.toml; without FILE.wasm,
     /// they are those of the active file
     #[arg(long, value_name = "FILE")]
@@ -242,9 +245,14 @@ pub(super) fn shadow(
         file,
         config,
         stop,
+        all,
         node,
     }: &Shadow,
 ) -> anyhow::Result<()> {
+    if *all {
+        let text = node.request("GET", &path(name, "/shadow?all=true")?, None)?;
+        return node.print(&text, |sum: FleetShadowReport| Ok(sum.render(name)));
+    }
     let candidate = config.with_file(file.as_deref())?;
     let path = path(name, &format!("/shadow{}", candidate.query('?')))?;
     let before = node.plugins()?;
@@ -333,7 +341,7 @@ pub(super) fn promote(
 }
 
 /// The body of a request with a candidate: its configuration and then its file.
-struct CandidateBody {
+pub(super) struct CandidateBody {
     body: Vec<u8>,
     config_bytes: usize,
     /// The files, for errors.
@@ -341,7 +349,7 @@ struct CandidateBody {
 }
 
 impl ConfigFile {
-    fn with_file(&self, file: Option<&Path>) -> anyhow::Result<CandidateBody> {
+    pub(super) fn with_file(&self, file: Option<&Path>) -> anyhow::Result<CandidateBody> {
         let mut body = Vec::new();
         if let Some(config) = &self.config {
             body = read(config, MAX_FILE_BYTES)?;
@@ -362,8 +370,13 @@ impl ConfigFile {
 }
 
 impl CandidateBody {
+    /// Whether neither a file nor a configuration was given.
+    pub(super) fn is_empty(&self) -> bool {
+        self.body.is_empty()
+    }
+
     /// The query parameter that separates configuration and file, after this character.
-    fn query(&self, first: char) -> String {
+    pub(super) fn query(&self, first: char) -> String {
         match self.config_bytes {
             0 => String::new(),
             n => format!("{first}config_bytes={n}"),
@@ -395,7 +408,7 @@ fn has_candidate(plugin: &Plugin) -> anyhow::Result<&Candidate> {
         .with_context(|| format!("plugin '{}' has no candidate; {begin}", plugin.name))
 }
 
-fn path(name: &str, rest: &str) -> anyhow::Result<String> {
+pub(super) fn path(name: &str, rest: &str) -> anyhow::Result<String> {
     let is_plain = !name.is_empty()
         && name
             .bytes()
@@ -424,7 +437,7 @@ impl Remote {
     }
 
     /// Sends an admin command with a candidate, if there is one.
-    fn send_candidate(
+    pub(super) fn send_candidate(
         &self,
         method: &str,
         path: &str,
@@ -438,7 +451,26 @@ impl Remote {
             })
     }
 
-    fn request(&self, method: &str, path: &str, body: Option<&[u8]>) -> anyhow::Result<String> {
+    /// Sends a request without a body. `None`: the node has nothing there.
+    pub(super) fn request_if_found(
+        &self,
+        method: &str,
+        path: &str,
+    ) -> anyhow::Result<Option<String>> {
+        let agent = agent(PATIENCE);
+        let (status, text) = answer(self.admin.request(&agent, method, path, None)?)?;
+        if status == 404 {
+            return Ok(None);
+        }
+        accept((status, text)).map(Some)
+    }
+
+    pub(super) fn request(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&[u8]>,
+    ) -> anyhow::Result<String> {
         accept(answer(self.admin.request(
             &agent(PATIENCE),
             method,
@@ -448,7 +480,7 @@ impl Remote {
     }
 
     /// Prints a response: as JSON with `--json`, formatted by `render` otherwise.
-    fn print<T: DeserializeOwned>(
+    pub(super) fn print<T: DeserializeOwned>(
         &self,
         text: &str,
         render: impl FnOnce(T) -> anyhow::Result<String>,

@@ -107,6 +107,71 @@ pub(in crate::cli) struct BacktestReport {
     reach: Vec<Reach>,
 }
 
+/// `GET /v1/plugins/NAME/shadow?all=true`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct FleetShadowReport {
+    hash: String,
+    config_hash: String,
+    version: String,
+    #[serde(flatten)]
+    counts: Counts,
+    nodes: Vec<NodeShadow>,
+    other_nodes: Vec<String>,
+    groups: Vec<Group>,
+    differences: Vec<Difference>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeShadow {
+    node: String,
+    #[serde(flatten)]
+    counts: Counts,
+}
+
+#[derive(Debug, Deserialize)]
+struct Counts {
+    compared: u64,
+    different: u64,
+    failed: u64,
+    skipped: u64,
+    waiting: u64,
+}
+
+/// `GET /v1/plugins/NAME/rollout`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct RolloutReport {
+    plugin: String,
+    from: PluginVersion,
+    to: PluginVersion,
+    percent: u64,
+    at_ms: u64,
+    partitions: Vec<u64>,
+    n_partitions: u64,
+    nodes: Vec<NodeRollout>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PluginVersion {
+    hash: String,
+    config_hash: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeRollout {
+    node: String,
+    state: String,
+    at_ms: u64,
+    #[serde(default)]
+    reason: String,
+}
+
+/// `DELETE /v1/plugins/NAME/rollout`.
+#[derive(Debug, Deserialize)]
+pub(in crate::cli) struct RollbackReport {
+    nodes: Vec<String>,
+    pending: Vec<String>,
+}
+
 /// `POST /v1/plugins/NAME/promote`.
 #[derive(Debug, Deserialize)]
 pub(in crate::cli) struct Promotion {
@@ -453,6 +518,119 @@ impl Promotion {
             }
         }
         text
+    }
+}
+
+impl FleetShadowReport {
+    pub(in crate::cli) fn render(&self, plugin: &str) -> String {
+        let mut text = format!(
+            "{plugin}: candidate {} ({}), configuration {}, on {} nodes\n{}\n",
+            printable(&self.version),
+            short(&self.hash),
+            printable(&self.config_hash),
+            self.nodes.len(),
+            self.counts.render()
+        );
+        for NodeShadow { node, counts } in &self.nodes {
+            text += &format!("  {}: {}\n", printable(node), counts.render());
+        }
+        for node in &self.other_nodes {
+            text += &format!("  {}: another candidate, not counted\n", printable(node));
+        }
+        text + &render_groups(&self.groups, self.counts.different)
+            + &render_differences(&self.differences, self.counts.different)
+    }
+}
+
+impl Counts {
+    fn render(&self) -> String {
+        let Self {
+            compared,
+            different,
+            failed,
+            skipped,
+            waiting,
+        } = self;
+        format!(
+            "compared {compared}, different {different}, failed {failed}, skipped {skipped}, waiting {waiting}"
+        )
+    }
+}
+
+impl RolloutReport {
+    pub(in crate::cli) fn render(&self) -> String {
+        let Self {
+            plugin,
+            from,
+            to,
+            percent,
+            n_partitions,
+            ..
+        } = self;
+        let plugin = printable(plugin);
+        let share = match self.partitions.len() {
+            0 => "decides in no partition".to_owned(),
+            n if n as u64 == *n_partitions => format!("decides in all {n} partitions"),
+            n => {
+                let numbers: Vec<String> = self.partitions.iter().map(u64::to_string).collect();
+                let numbers = numbers.join(", ");
+                format!("decides in {n} of {n_partitions} partitions ({percent} %): {numbers}")
+            }
+        };
+        let mut text = format!(
+            "{plugin}: {} {share}, instead of {}\n",
+            to.render(),
+            from.render()
+        );
+        for NodeRollout {
+            node,
+            state,
+            at_ms,
+            reason,
+        } in &self.nodes
+        {
+            let late = if *at_ms == self.at_ms {
+                ""
+            } else {
+                ", not followed yet"
+            };
+            let reason = if reason.is_empty() {
+                String::new()
+            } else {
+                format!(": {}", printable(reason))
+            };
+            text += &format!(
+                "  {}: {}{late}{reason}\n",
+                printable(node),
+                printable(state)
+            );
+        }
+        text
+    }
+}
+
+impl PluginVersion {
+    fn render(&self) -> String {
+        format!(
+            "{} with configuration {}",
+            short(&self.hash),
+            printable(&self.config_hash)
+        )
+    }
+}
+
+impl RollbackReport {
+    pub(in crate::cli) fn render(&self, plugin: &str) -> String {
+        let nodes = list(self.nodes.iter().map(String::as_str));
+        let pending = if self.pending.is_empty() {
+            String::new()
+        } else {
+            let pending = list(self.pending.iter().map(String::as_str));
+            format!("; not followed yet: {pending}")
+        };
+        format!(
+            "rolled back {plugin} on all nodes; each decides by its own version: {nodes}{pending}\n"
+        )
     }
 }
 

@@ -13,13 +13,14 @@ use axum::body::Body;
 use axum::extract;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use serde::Deserialize;
 
 use super::plugins::{receive, run_command};
 use crate::http::extract::{ApiKey, Path, Query};
 use crate::http::{ApiError, State};
-use crate::plugin::registry::{CandidateParts, Promotion, Registry};
+use crate::plugin::registry::{AdminError, CandidateParts, Promotion, Registry};
 use crate::plugin::shadow::ShadowReport;
 use crate::preview::backtest::{self, BacktestReport, MAX_EVENTS};
 
@@ -35,7 +36,7 @@ pub(in crate::http) struct BodyOptions {
 ///
 /// # Errors
 /// 400 if the body is empty or shorter than its configuration, or if that is not UTF-8.
-fn parts(
+pub(super) fn parts(
     headers: &HeaderMap,
     config_bytes: Option<usize>,
     mut body: Bytes,
@@ -86,14 +87,29 @@ pub(in crate::http) async fn begin(
     run_command(&state, begin).await.map(Json)
 }
 
-/// `GET /v1/plugins/{name}/shadow`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http) struct ReportOptions {
+    /// Sum the candidates on all nodes (false).
+    #[serde(default)]
+    all: bool,
+}
+
+/// `GET /v1/plugins/{name}/shadow`, and with `?all=true` the sum over all nodes.
 pub(in crate::http) async fn report(
     extract::State(state): extract::State<Arc<State>>,
     // The report contains recipients and bodies.
     _: ApiKey,
     Path(name): Path<String>,
-) -> Result<Json<ShadowReport>, ApiError> {
-    Ok(Json(state.pipeline()?.registry().shadow(&name)?))
+    Query(options): Query<ReportOptions>,
+) -> Result<Response, ApiError> {
+    if options.all {
+        let sum = state.fleet()?.shadows(&name).await?;
+        return sum
+            .map(|sum| Json(sum).into_response())
+            .ok_or_else(|| AdminError::NoCandidate(name).into());
+    }
+    Ok(Json(state.pipeline()?.registry().shadow(&name)?).into_response())
 }
 
 /// `DELETE /v1/plugins/{name}/shadow`.

@@ -171,8 +171,10 @@ impl Evaluator {
     /// Drops instances that do not belong to this chain.
     fn keep_only(&mut self, chain: &Arc<Chain>) {
         if !Arc::ptr_eq(&self.chain, chain) {
-            self.instances
-                .retain(|(name, number), _| chain.has(name, *number));
+            // Partitions may have different chains, between which the batches alternate.
+            self.instances.retain(|(name, number), _| {
+                chain.has(name, *number) || self.registry.is_deciding(name, *number)
+            });
             self.chain = Arc::clone(chain);
         }
     }
@@ -318,9 +320,14 @@ impl Evaluator {
             }
             outcome
         };
-        // An event that is evaluated again is offered then.
+        // An event that is evaluated again is offered then. A version that is being rolled out is not
+        // what a candidate is compared with.
         if self.is_live
             && self.lacking.is_none()
+            && self
+                .registry
+                .chain()
+                .has(generation.plugin.name(), generation.number)
             && let Some(shadow) = self.registry.shadows().of(generation.plugin.name())
         {
             shadow.offer(generation.number, role, call, || {

@@ -68,10 +68,10 @@ pub enum Change {
 }
 
 /// A loaded candidate.
-struct Candidate {
-    plugin: Plugin,
-    settings: Settings,
-    source: CandidateSource,
+pub(super) struct Candidate {
+    pub(super) plugin: Plugin,
+    pub(super) settings: Settings,
+    pub(super) source: CandidateSource,
 }
 
 /// A candidate in place of its plugin.
@@ -355,7 +355,7 @@ impl Registry {
     }
 
     /// Loads a candidate, with the file or the settings of the active plugin where it has none.
-    fn candidate(
+    pub(super) fn candidate(
         &self,
         _loading: &MutexGuard<'_, ()>,
         name: &str,
@@ -404,7 +404,7 @@ impl Registry {
     }
 
     /// The bytes of the active version.
-    fn active_file(&self, name: &str, active: &Generation) -> Result<Bytes, AdminError> {
+    pub(super) fn active_file(&self, name: &str, active: &Generation) -> Result<Bytes, AdminError> {
         let path = {
             let slots = self.slots();
             let slot = slots.by_name.get(name);

@@ -15,6 +15,7 @@ use crate::plugin::registry::admission::{self, Inadmissible};
 use crate::plugin::registry::folder::FileStamp;
 use crate::plugin::registry::generation::Generation;
 use crate::plugin::registry::health::BreakerState;
+use crate::plugin::registry::rollout::ActiveRollout;
 use crate::plugin::registry::settings::{Config, OnMissing, Settings};
 use crate::plugin::registry::state::{Ended, PluginState, PluginStatus, Refusal};
 use crate::plugin::runtime::compiler::Compilation;
@@ -32,6 +33,8 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_secs(2);
 pub(super) struct Slots {
     pub(super) config: Config,
     pub(super) by_name: BTreeMap<String, Slot>,
+    /// The roll-outs, by plugin.
+    pub(super) rollouts: BTreeMap<String, ActiveRollout>,
 }
 
 /// The record of one plugin. It is kept after the plugin is gone, so that generation numbers are
