@@ -1041,7 +1041,12 @@ fn an_upload_to_a_folder_that_cannot_be_written_is_a_conflict() {
     // No one can create a file there, not even root.
     let node = Node::builder().plugins("/sys").may_be_unready().start();
     let answer = eventually(SOON, "the plugins are loaded", || {
-        let answer = node.order("PUT", "/v1/plugins/versioned", &[], &versioned(1));
+        let answer = node.order(
+            "PUT",
+            "/v1/plugins/versioned?create=true",
+            &[],
+            &versioned(1),
+        );
         (answer.status != 503).then_some(answer)
     });
     assert!(

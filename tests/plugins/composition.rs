@@ -39,7 +39,7 @@ fn a_composed_component_decides_and_its_limits_apply_to_the_sum_of_its_parts() {
 
     // Each relay has 12 MiB, and no part exceeds the limit by itself.
     let upload = |name: &str, bytes: &[u8]| {
-        let path = format!("/v1/plugins/{name}");
+        let path = format!("/v1/plugins/{name}?create=true");
         let answer = site.node.order("PUT", &path, &[], bytes);
         (answer.status, answer.body)
     };
