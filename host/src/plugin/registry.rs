@@ -8,8 +8,9 @@
 //! waits for a compilation. While an expected plugin has no active version, the chain is incomplete
 //! ([`Snapshot::missing`]).
 //!
-//! When files are loaded is decided in `watcher`, which file belongs to which plugin in `folder`,
-//! and when a plugin is no longer trusted in `health`.
+//! `watcher` decides when to load files and `loading` loads them; `folder` determines which file
+//! belongs to which plugin; `health` decides when a plugin is no longer trusted; `commands` carries
+//! out admin commands.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -21,9 +22,12 @@ use tokio::sync::watch;
 mod admission;
 mod ahead;
 mod candidate;
+mod commands;
 pub(super) mod folder;
 pub mod generation;
 pub mod health;
+mod job;
+mod loading;
 pub mod rollout;
 mod section;
 pub mod settings;
@@ -31,22 +35,19 @@ mod slot;
 pub mod state;
 pub mod watcher;
 
-use self::admission::Inadmissible;
-use self::ahead::{Ready, Wait};
+use self::ahead::Wait;
 pub use self::candidate::{CandidateChain, CandidateParts, Change, Promotion};
 use self::folder::{FileStamp, FolderSnapshot};
-use self::slot::{Failure, LoadOutcome, Slot, Slots};
+use self::slot::{Failure, Slot, Slots};
+use super::Engine;
 use super::registry::generation::{Chain, Generation};
 use super::registry::health::{BreakerState, Transition};
-use super::registry::settings::{Config, Settings};
+use super::registry::settings::Config;
 use super::registry::state::{PluginState, PluginStatus, Refusal};
-use super::runtime::engine::MAX_PLUGINS;
-use super::runtime::plugin::file_hash;
 use super::shadow::Shadows;
-use super::{Engine, Plugin};
 use crate::clock::now_ms;
-use crate::event::{Name, PartitionNumber};
-use crate::telemetry::metrics::{Metrics, PluginInfoLabel, PluginLabel, PluginLoadLabel};
+use crate::event::PartitionNumber;
+use crate::telemetry::metrics::{Metrics, PluginInfoLabel, PluginLabel};
 
 /// The published state at one moment.
 #[derive(Clone, Debug, Default)]
@@ -79,27 +80,6 @@ pub struct Registry {
     shadows: Shadows,
     /// The configuration file, for advice.
     config_file: OnceLock<PathBuf>,
-}
-
-/// The action for one plugin whose files changed.
-enum Job {
-    /// Its files are gone.
-    Remove,
-    /// It is disabled.
-    Rest,
-    Load(Wanted),
-    Refuse(Failure),
-    Ignore(Inadmissible),
-}
-
-/// A file to load.
-struct Wanted {
-    path: PathBuf,
-    settings: Settings,
-    /// Hash of the active file, if its settings are unchanged.
-    running: Option<String>,
-    /// Hash of the file that was rolled back with the same settings.
-    rolled_back: Option<String>,
 }
 
 /// Why an admin command failed.
@@ -247,303 +227,6 @@ impl Registry {
             .collect()
     }
 
-    /// Loads these plugins from their files, removes those without files, and swaps the chain once
-    /// for all of them.
-    ///
-    /// Compiles, so it may take seconds; not for an async thread.
-    fn load_snapshot(&self, snapshot: FolderSnapshot, wait: Wait) {
-        let Ready { files, slow, _code } = self.compile_ahead(snapshot, wait);
-        let loading = self.begin_loading();
-        // The lock may have been held by another load, or by an upload that wrote these files.
-        // Entries that are outdated by now are dropped; the next scan finds them again.
-        let now = self
-            .dir
-            .as_deref()
-            .and_then(|dir| folder::snapshot(dir).ok())
-            .unwrap_or_default();
-        let is_still =
-            |name: &str, files: &[FileStamp]| now.get(name).map_or(&[][..], Vec::as_slice) == files;
-        let slow = slow.into_iter();
-        let slow = slow.filter(|(name, files, _)| is_still(name, files));
-        let slow = slow.collect();
-        let still = files
-            .into_iter()
-            .filter(|(name, files)| is_still(name, files));
-        self.load_snapshot_beside(&loading, still.collect(), slow);
-    }
-
-    /// Applies a changed `[plugins]` section. A plugin whose settings changed is reloaded and stays
-    /// as it was if it rejects them. The order is that of the new section. The folder stays the
-    /// same.
-    ///
-    /// Compiles, so it may take seconds; not for an async thread.
-    pub fn configure(&self, config: Config) {
-        self.engine.set_compile_budget(config.compile_budget());
-        let _code = self.compile_for(&config);
-        let loading = self.begin_loading();
-        let changed = {
-            let mut slots = self.slots();
-            let before = std::mem::replace(&mut slots.config, config);
-            let Slots {
-                config, by_name, ..
-            } = &mut *slots;
-            let mut changed = FolderSnapshot::new();
-            for (name, slot) in by_name
-                .iter_mut()
-                .filter(|(name, _)| config.settings(name) != before.settings(name))
-            {
-                if config.settings(name).enabled != before.settings(name).enabled {
-                    slot.enabled = None;
-                }
-                changed.insert(name.clone(), slot.files.clone());
-            }
-            let admissions = by_name.iter().filter(|(name, slot)| {
-                !slot.files.is_empty()
-                    && admission::admit(name, config) != admission::admit(name, &before)
-            });
-            changed.extend(admissions.map(|(name, slot)| (name.clone(), slot.files.clone())));
-            changed
-        };
-        self.load_snapshot_in(&loading, changed);
-    }
-
-    /// Checks that a file may be uploaded under this name. `is_new`: it adds a plugin instead of
-    /// replacing one.
-    ///
-    /// # Errors
-    /// There is no such plugin, or there is one although a new one is to be added; or this node
-    /// loads no plugin of this name.
-    pub fn check_upload(&self, name: &str, is_new: bool) -> Result<(), AdminError> {
-        let slots = self.slots();
-        let has_file = slots
-            .by_name
-            .get(name)
-            .is_some_and(|slot| !slot.files.is_empty());
-        if has_file && is_new {
-            return Err(AdminError::Impossible(format!(
-                "the plugin '{name}' already exists; omit create=true to replace it"
-            )));
-        }
-        // An active plugin may be replaced whatever its name.
-        if slots
-            .by_name
-            .get(name)
-            .is_none_or(|slot| slot.running.is_none())
-        {
-            admission::admit(name, &slots.config)
-                .map_err(|why| AdminError::Impossible(why.of_upload(name)))?;
-        }
-        if !has_file && !is_new && !slots.config.names(name) && !slots.is_missing(name) {
-            let with_files = slots
-                .by_name
-                .iter()
-                .filter(|(_, slot)| !slot.files.is_empty());
-            let named = slots.config.plugins.keys().chain(&slots.config.order);
-            let known: BTreeSet<&str> = named
-                .chain(with_files.map(|(name, _)| name))
-                .map(String::as_str)
-                .collect();
-            let near = admission::near(name, known.iter().copied());
-            let candidates = match (near.as_slice(), known.is_empty()) {
-                ([], true) => "it has none".to_owned(),
-                ([], false) => {
-                    let known: Vec<&str> = known.into_iter().collect();
-                    format!("its plugins: {}", known.join(", "))
-                }
-                (near, _) => format!("did you mean '{}'?", near.join("' or '")),
-            };
-            return Err(AdminError::New(format!(
-                "this node has no plugin '{name}' ({candidates}); add ?create=true to add a new plugin"
-            )));
-        }
-        Ok(())
-    }
-
-    /// Checks a file, writes it into the folder under this name and makes it active. `is_new`: it
-    /// adds a plugin instead of replacing one.
-    ///
-    /// Compiles, so it may take seconds; not for an async thread.
-    ///
-    /// # Errors
-    /// As for [`Registry::check_upload`], or the file is invalid. On an error nothing has changed,
-    /// except that the refusal is recorded.
-    pub fn upload(
-        &self,
-        name: &str,
-        bytes: &[u8],
-        is_new: bool,
-    ) -> Result<PluginState, AdminError> {
-        // Before the lock: other plugins are loaded meanwhile.
-        let _code = (self.dir.is_some() && self.check_upload(name, is_new).is_ok())
-            .then(|| self.compile_upload(name, bytes));
-        let loading = self.begin_loading();
-        let Some(dir) = &self.dir else {
-            return Err(AdminError::Impossible(
-                "this node has no plugin folder; start it with --plugins DIR".to_owned(),
-            ));
-        };
-        self.check_upload(name, is_new)?;
-        let (settings, path) = {
-            let slots = self.slots();
-            let slot = slots.by_name.get(name);
-            if slot.is_none_or(|slot| slot.running.is_none()) && slots.n_running() >= MAX_PLUGINS {
-                return Err(AdminError::Impossible(format!(
-                    "the limit of {MAX_PLUGINS} plugins per node is reached; remove one"
-                )));
-            }
-            let path = slot.and_then(|slot| slot.files.first()).map_or_else(
-                || dir.join(format!("{name}.wasm")),
-                |file| file.path.clone(),
-            );
-            (slots.config.settings(name), path)
-        };
-        let loaded = self.load_bytes(name, bytes, &settings);
-        let running = self.slots().running_as(name, &settings);
-        let done = match loaded {
-            Ok(plugin) if running.as_deref() == Some(plugin.hash()) => {
-                LoadOutcome::Unchanged(plugin.hash().to_owned())
-            }
-            Ok(plugin) => LoadOutcome::Loaded(Box::new(plugin), settings),
-            Err(failure) if failure.is_transient => return Err(failure.into()),
-            Err(Failure { reason, hash, .. }) => {
-                tracing::error!(
-                    plugin.name = name,
-                    plugin.failed_hash = hash,
-                    "plugin upload refused: it {reason}"
-                );
-                self.refuse(name, &format!("the uploaded file {reason}"), hash);
-                return Err(AdminError::InvalidFile(reason));
-            }
-        };
-        // Written before it becomes active, so that a restart loads the version that decides now.
-        let stamp = folder::write(&path, bytes)?;
-        self.apply(&loading, vec![(name.to_owned(), vec![stamp], done)]);
-        let state = self.state(name)?;
-        // The active version may have been rolled back after it was found to equal the upload.
-        if state.generation > 0 && state.hash != file_hash(bytes) {
-            return Err(AdminError::Impossible(
-                "it was rolled back during the upload; upload it again".to_owned(),
-            ));
-        }
-        Ok(state)
-    }
-
-    /// Removes a plugin together with its file. From then on, no event waits for it, also on other
-    /// nodes with this folder and after a restart, until it has a file again.
-    ///
-    /// # Errors
-    /// There is no such plugin, or its file cannot be removed.
-    pub fn remove(&self, name: &str) -> Result<(), AdminError> {
-        let loading = self.begin_loading();
-        let files = {
-            let slots = self.slots();
-            let files = slots.by_name.get(name).map(|slot| slot.files.clone());
-            let files = files.unwrap_or_default();
-            if files.is_empty() && !slots.is_missing(name) {
-                return Err(AdminError::Unknown(name.to_owned()));
-            }
-            files
-        };
-        let record = || match &self.dir {
-            Some(dir) if folder::is_name(name) => folder::note_removal(dir, name),
-            _ => Ok(()),
-        };
-        record()?;
-        // The file goes first: a scan in between would otherwise load the plugin again.
-        for file in &files {
-            if let Err(error) = folder::remove(&file.path) {
-                if let Some(dir) = &self.dir {
-                    folder::forget_removal(dir, name);
-                }
-                return Err(error);
-            }
-        }
-        // Once more, because a node that loaded the file in between has withdrawn the record. An
-        // error does no harm: events then wait on the other nodes.
-        record().ok();
-        self.slots()
-            .by_name
-            .entry(name.to_owned())
-            .or_default()
-            .is_removed = true;
-        self.load_snapshot_in(
-            &loading,
-            FolderSnapshot::from([(name.to_owned(), Vec::new())]),
-        );
-        Ok(())
-    }
-
-    /// Deactivates a plugin, overriding the configuration, until it is enabled, the node ends or
-    /// the configured `enabled` changes. Takes effect immediately, even while files are being
-    /// loaded.
-    ///
-    /// # Errors
-    /// There is no such plugin.
-    pub fn disable(&self, name: &str) -> Result<PluginState, AdminError> {
-        {
-            let mut slots = self.slots();
-            let files = slots.set_enabled(name, false)?;
-            if let Some(slot) = slots.by_name.get_mut(name) {
-                slot.apply(name, files, LoadOutcome::Disabled);
-            }
-            self.publish(&slots);
-        }
-        self.state(name)
-    }
-
-    /// Activates a plugin, overriding the configuration, until the node ends or the configured
-    /// `enabled` changes.
-    ///
-    /// Compiles, so it may take seconds; not for an async thread.
-    ///
-    /// # Errors
-    /// There is no such plugin, or its file is invalid.
-    pub fn enable(&self, name: &str) -> Result<PluginState, AdminError> {
-        let files = self.slots().set_enabled(name, true)?;
-        let files = FolderSnapshot::from([(name.to_owned(), files)]);
-        let _code = self.compile_ahead(files, Wait::All);
-        let loading = self.begin_loading();
-        let files = self.slots().set_enabled(name, true)?;
-        self.load_snapshot_in(&loading, FolderSnapshot::from([(name.to_owned(), files)]));
-        match self.state(name)? {
-            PluginState {
-                generation: 0,
-                failure: Some(reason),
-                ..
-            } => Err(AdminError::Impossible(reason)),
-            state => Ok(state),
-        }
-    }
-
-    /// Reactivates the previous generation. The file stays in place and is not loaded again until
-    /// it changes.
-    ///
-    /// # Errors
-    /// There is no such plugin, or no generation to roll back to.
-    pub fn roll_back(&self, name: &str) -> Result<PluginState, AdminError> {
-        {
-            let mut slots = self.slots();
-            let slot = slots
-                .by_name
-                .get(name)
-                .filter(|slot| !slot.files.is_empty())
-                .ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
-            let Some(number) = slot
-                .running
-                .as_ref()
-                .filter(|_| slot.previous.is_some())
-                .map(|running| running.number)
-            else {
-                let fix = "upload the wanted version";
-                return Err(AdminError::Impossible(format!(
-                    "'{name}' has no earlier generation to roll back to; {fix}"
-                )));
-            };
-            self.roll_back_in(&mut slots, name, number, "was withdrawn by an operator");
-        }
-        self.state(name)
-    }
-
     /// Applies a change in a generation's health. Neither compiles nor waits for a
     /// compilation.
     pub(crate) fn follow(&self, generation: &Generation, transition: Transition) {
@@ -634,206 +317,6 @@ impl Registry {
             .into_iter()
             .find(|state| state.name == name)
             .ok_or_else(|| AdminError::Unknown(name.to_owned()))
-    }
-
-    fn load_snapshot_in(&self, loading: &MutexGuard<'_, ()>, snapshot: FolderSnapshot) {
-        self.load_snapshot_beside(loading, snapshot, Vec::new());
-    }
-
-    /// Loads these files and applies these outcomes of others together with theirs.
-    fn load_snapshot_beside(
-        &self,
-        loading: &MutexGuard<'_, ()>,
-        snapshot: FolderSnapshot,
-        others: Vec<(String, Vec<FileStamp>, LoadOutcome)>,
-    ) {
-        let jobs = self.jobs(snapshot);
-        let done = jobs.into_iter().map(|(name, files, job)| {
-            let done = match job {
-                Job::Remove => LoadOutcome::Removed,
-                Job::Rest => LoadOutcome::Disabled,
-                Job::Refuse(failure) => LoadOutcome::Failed(failure),
-                Job::Ignore(why) => LoadOutcome::Ignored(why),
-                Job::Load(wanted) => match self.load_file(&name, &wanted) {
-                    Ok(done) => done,
-                    Err(failure) => LoadOutcome::Failed(failure),
-                },
-            };
-            (name, files, done)
-        });
-        let done = done.chain(others).collect();
-        self.apply(loading, done);
-    }
-
-    /// Determines the action for each of these files.
-    fn jobs(&self, snapshot: FolderSnapshot) -> Vec<(String, Vec<FileStamp>, Job)> {
-        let slots = self.slots();
-        let mut n_running = slots.n_running();
-        let job = |(name, files): (String, Vec<FileStamp>)| {
-            let settings = slots.config.settings(&name);
-            let slot = slots.by_name.get(&name);
-            let is_running = slot.is_some_and(|slot| slot.running.is_some());
-            // The rules for names do not deactivate a plugin, only the configuration does.
-            let ignored = admission::admit(&name, &slots.config).err();
-            let ignored = ignored.filter(|why| !is_running || *why == Inadmissible::NotConfigured);
-            let job = match (files.first(), ignored) {
-                (None, _) => Job::Remove,
-                (Some(_), Some(why)) => Job::Ignore(why),
-                (Some(_), None) if !slots.is_enabled(&name) => Job::Rest,
-                (Some(_), None)
-                    if slot.is_none_or(|slot| slot.running.is_none())
-                        && n_running >= MAX_PLUGINS =>
-                {
-                    let reason = format!(
-                        "exceeds the limit of {MAX_PLUGINS} plugins per node; remove one and write this file again"
-                    );
-                    Job::Refuse(Failure::of_file(reason, None))
-                }
-                (Some(first), None) => {
-                    n_running += usize::from(slot.is_none_or(|slot| slot.running.is_none()));
-                    // Refused only while the earlier generation is active: a rolled-back version is
-                    // better than none.
-                    let active = slot.filter(|slot| slot.running.is_some());
-                    let rolled_back = active
-                        .and_then(|slot| slot.rolled_back.as_ref())
-                        .filter(|(_, then)| *then == settings);
-                    Job::Load(Wanted {
-                        path: first.path.clone(),
-                        running: slots.running_as(&name, &settings),
-                        rolled_back: rolled_back.map(|(hash, _)| hash.clone()),
-                        settings,
-                    })
-                }
-            };
-            (name, files, job)
-        };
-        snapshot.into_iter().map(job).collect()
-    }
-
-    fn load_file(&self, name: &str, wanted: &Wanted) -> Result<LoadOutcome, Failure> {
-        let bytes = folder::read(&wanted.path, wanted.settings.limits().file_bytes)
-            .map_err(|reason| Failure::of_file(reason, None))?;
-        let hash = file_hash(&bytes);
-        if wanted.running.as_ref() == Some(&hash) {
-            return Ok(LoadOutcome::Unchanged(hash));
-        }
-        if wanted.rolled_back.as_ref() == Some(&hash) {
-            let reason = "was rolled back before and is not loaded again; replace it, or upload it to try it again".to_owned();
-            return Err(Failure::of_file(reason, Some(hash)));
-        }
-        self.load_bytes(name, &bytes, &wanted.settings)
-            .map(|plugin| LoadOutcome::Loaded(Box::new(plugin), wanted.settings.clone()))
-    }
-
-    fn load_bytes(&self, name: &str, bytes: &[u8], settings: &Settings) -> Result<Plugin, Failure> {
-        let hash = file_hash(bytes);
-        let failed = |reason| Failure::of_file(reason, Some(hash.clone()));
-        let name = Name::parse(name)
-            .map_err(|e| failed(format!("does not give a valid plugin name: it {e}")))?;
-        if let Some(pinned) = &settings.sha256
-            && !pinned.eq_ignore_ascii_case(&hash)
-        {
-            return Err(failed(format!(
-                "has the SHA-256 {hash}, which is not the configured one"
-            )));
-        }
-        let config = serde_json::to_string(&settings.config)
-            .map_err(|e| failed(format!("has a configuration that is not valid JSON: {e}")))?;
-        // On a separate thread: WASI's synchronous functions must not run on an executor's thread,
-        // and the caller may be on one.
-        let load = || Plugin::load(&self.engine, name, bytes, &config, settings.limits());
-        let plugin = std::thread::scope(|scope| {
-            Ok(std::thread::Builder::new()
-                .spawn_scoped(scope, load)?
-                .join())
-        });
-        let plugin = plugin.map_err(|e: std::io::Error| Failure {
-            is_transient: true,
-            ..failed(format!(
-                "was not checked, because no thread can be started: {e}"
-            ))
-        })?;
-        let plugin =
-            plugin.map_err(|_| failed("made the host panic while it was loaded".to_owned()))?;
-        plugin.map_err(|e| Failure {
-            is_transient: e.is_transient(),
-            ..failed(e.to_string())
-        })
-    }
-
-    /// Applies the outcomes of all jobs and publishes them together.
-    fn apply(&self, _: &MutexGuard<'_, ()>, done: Vec<(String, Vec<FileStamp>, LoadOutcome)>) {
-        let mut outcomes = Vec::with_capacity(done.len());
-        if let Some(dir) = &self.dir {
-            for (name, ..) in done.iter().filter(|(_, files, _)| !files.is_empty()) {
-                folder::forget_removal(dir, name);
-            }
-        }
-        {
-            let mut slots = self.slots();
-            for (name, files, done) in done {
-                let done = match done {
-                    LoadOutcome::Removed => {
-                        if let Ok(shadow) = self.find_shadow(&name) {
-                            self.shadows.end(&shadow);
-                        }
-                        LoadOutcome::Removed
-                    }
-                    // Disabled before or while it was loaded: it must not become active, whatever
-                    // the outcome.
-                    _ if !slots.is_enabled(&name) => LoadOutcome::Disabled,
-                    done => done,
-                };
-                if let LoadOutcome::Loaded(plugin, _) = &done
-                    && let Some(time) = plugin.compile_time()
-                {
-                    let plugin = name.clone();
-                    let total = self
-                        .metrics
-                        .plugin_compile
-                        .get_or_create(&PluginLabel { plugin });
-                    total.inc_by(time.as_secs_f64());
-                }
-                let outcome = slots
-                    .by_name
-                    .entry(name.clone())
-                    .or_default()
-                    .apply(&name, files, done);
-                outcomes.extend(outcome.map(|outcome| PluginLoadLabel {
-                    plugin: name,
-                    outcome,
-                }));
-            }
-            self.publish(&slots);
-        }
-        // Counted after publishing, so that a reader of the metric can rely on the new state.
-        for label in outcomes {
-            self.metrics.plugin_loads.get_or_create(&label).inc();
-        }
-    }
-
-    fn refuse(&self, name: &str, reason: &str, hash: Option<String>) {
-        let mut slots = self.slots();
-        // Unknown names get no metric label, because they come from outside and are unbounded.
-        let Some(slot) = slots
-            .by_name
-            .get_mut(name)
-            .filter(|slot| !slot.files.is_empty())
-        else {
-            return;
-        };
-        slot.refusal = Some(Refusal {
-            at_ms: now_ms(),
-            hash,
-            reason: reason.to_owned(),
-        });
-        self.metrics
-            .plugin_loads
-            .get_or_create(&PluginLoadLabel {
-                plugin: name.to_owned(),
-                outcome: "failed",
-            })
-            .inc();
     }
 
     /// Rolls back, if this generation is still active and there is one to roll back to.

@@ -8,8 +8,9 @@
 use std::time::{Duration, Instant};
 
 use super::folder::{self, FileStamp, FolderSnapshot};
+use super::job::Job;
 use super::slot::{Failure, LoadOutcome};
-use super::{AdminError, Job, Registry};
+use super::{AdminError, Registry};
 use crate::plugin::LoadError;
 use crate::plugin::registry::settings::{Config, Settings};
 use crate::plugin::runtime::compile;

@@ -146,7 +146,7 @@ impl Plugin {
                 time,
                 code,
             } = compile(engine, bytes, &hash, &limits)?;
-            let linked = if has_other_version(engine, &component) {
+            let linked = if has_other_version(engine.wasmtime(), &component) {
                 let mut linker = engine.linker().clone();
                 linker
                     .define_unknown_imports_as_traps(&component)

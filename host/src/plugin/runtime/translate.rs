@@ -6,7 +6,6 @@ use wasmtime::component::Component;
 
 use super::bindings;
 use super::component;
-use super::engine::Engine;
 use super::error::{asynchronous, causes, not_valid};
 use super::log::printable;
 use super::surface::Surface;
@@ -70,9 +69,9 @@ fn is_supported(version: &str) -> bool {
 }
 
 /// Whether a component imports another version of the contract than this host supports.
-pub(super) fn has_other_version(engine: &Engine, component: &Component) -> bool {
+pub(super) fn has_other_version(engine: &wasmtime::Engine, component: &Component) -> bool {
     let ty = component.component_type();
-    ty.imports(engine.wasmtime())
+    ty.imports(engine)
         .filter_map(|(name, _)| contract_interface(name))
         .any(|(_, version)| !is_supported(version))
 }
