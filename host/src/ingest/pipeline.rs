@@ -152,8 +152,7 @@ impl Pipeline {
         events: Vec<Event>,
         clock_ms: u64,
     ) -> Result<Vec<Evaluation>, Unevaluated> {
-        self.chain()?;
-        let chain = self.0.registry.chain_of(partition);
+        let chain = self.usable(self.0.registry.complete_chain_of(partition))?;
         self.evaluate_on(&chain, events, clock_ms).await
     }
 
@@ -239,7 +238,11 @@ impl Pipeline {
     }
 
     fn chain(&self) -> Result<Arc<Chain>, MissingPlugins> {
-        let chain = self.0.registry.complete_chain();
+        self.usable(self.0.registry.complete_chain())
+    }
+
+    /// A chain by which events can be evaluated.
+    fn usable(&self, chain: Result<Arc<Chain>, Vec<String>>) -> Result<Arc<Chain>, MissingPlugins> {
         let chain = chain.map_err(MissingPlugins::Named)?;
         if chain.is_empty() && !self.0.allow_none {
             return Err(MissingPlugins::All);

@@ -85,11 +85,22 @@ pub(super) struct ActiveRollout {
 }
 
 impl Registry {
-    /// The chain for events of a partition.
-    pub(crate) fn chain_of(&self, partition: PartitionNumber) -> Arc<Chain> {
+    /// The active plugins for events of a partition, unless one without which no event must be
+    /// decided is missing.
+    ///
+    /// # Errors
+    /// The names of the missing plugins.
+    pub(crate) fn complete_chain_of(
+        &self,
+        partition: PartitionNumber,
+    ) -> Result<Arc<Chain>, Vec<String>> {
+        // Read at once: the chain of one moment must not be judged by another moment's plugins.
         let current = self.current.borrow();
+        if !current.missing.is_empty() {
+            return Err(current.missing.clone());
+        }
         let special = current.by_partition.get(&partition);
-        Arc::clone(special.unwrap_or(&current.chain))
+        Ok(Arc::clone(special.unwrap_or(&current.chain)))
     }
 
     /// Whether this generation decides in any partition.
