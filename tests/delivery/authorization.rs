@@ -453,7 +453,11 @@ fn groups_in_a_token_apply_to_its_streams_live_and_in_replay_only() {
     // A malformed claim is refused, not treated as empty.
     for (claims, expect) in [
         (json!({ "groups": "ops" }), "claim 'groups'"),
-        (json!({ "attributes": { "a": [] } }), "claim 'attributes'"),
+        (json!({ "attributes": { "a": {} } }), "claim 'attributes'"),
+        (
+            json!({ "attributes": { "a": [["b"]] } }),
+            "claim 'attributes'",
+        ),
     ] {
         let bearer = format!("Bearer {}", claiming(claims));
         let answer = http::send(

@@ -12,7 +12,6 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
-use std::fmt::Write as _;
 
 use regex_lite::Regex;
 use serde_json::{Map, Value as Json};
@@ -112,9 +111,7 @@ impl<'a> Place<'a> {
             Step::Same => {}
             Step::Key(key) if path.is_empty() => path.push_str(key),
             Step::Key(key) => path.extend([".", key]),
-            Step::Index(index) => {
-                let _ = write!(path, "[{index}]");
-            }
+            Step::Index(index) => path.extend(["[", &index.to_string(), "]"]),
         }
         path
     }
@@ -560,7 +557,8 @@ fn check_number(
     let Some(value) = number.as_f64() else {
         return Ok(());
     };
-    let bounds: [(&str, fn(f64, f64) -> bool, &str); 4] = [
+    type Comparison = fn(f64, f64) -> bool;
+    let bounds: [(&str, Comparison, &str); 4] = [
         ("minimum", |value, bound| value >= bound, "at least"),
         ("maximum", |value, bound| value <= bound, "at most"),
         ("exclusiveMinimum", |value, bound| value > bound, "above"),
