@@ -400,7 +400,12 @@ fn odd_events() -> Vec<(&'static str, Option<Json>)> {
         // Conditions.
         (
             r#"{"type":"parcel.held","customer":"ann","data":{"fee":250}}"#,
-            None,
+            Some(json!({"routes": [
+                {"by": "parcels", "to": user("ann"), "priority": "urgent", "event_name": "parcel"},
+                {"by": "parcels", "to": ["g:customs"], "priority": "normal", "expires_ms": NOW_MS + 12 * 3_600_000, "slot": "customs", "when": [
+                    [{"attribute": "shift", "operator": "equals", "values": ["day"]}],
+                    [{"attribute": "role", "operator": "one-of", "values": ["lead", "stand-in"]},
+                     {"attribute": "open", "operator": "less", "values": [50]}]]}]})),
         ),
         (
             r#"{"type":"parcel.held","customer":"ann","data":{"fee":249.99999999999997}}"#,
@@ -813,4 +818,63 @@ fn the_page_without_bindings_has_the_layouts_of_the_contract() {
         n_checked += 1;
     }
     assert!(n_checked > 10, "{n_checked} layouts were compared");
+}
+
+/// Returns the words of a declaration: those between `begin` and `end`, in lower case and without
+/// separators, because each language writes `not-one-of` in its own way.
+fn words_between(source: &str, begin: &str, end: &str) -> Vec<String> {
+    let words = source
+        .split_once(begin)
+        .and_then(|(_, rest)| rest.split_once(end))
+        .map(|(words, _)| words);
+    let words = words.unwrap_or_else(|| panic!("{begin} ... {end} is not in {source}"));
+    words
+        .split(|c: char| !(c.is_alphanumeric() || c == '-' || c == '_'))
+        .map(|word| word.replace(['-', '_'], "").to_lowercase())
+        .filter(|word| !word.is_empty())
+        .collect()
+}
+
+#[test]
+fn the_files_without_generated_bindings_have_the_cases_of_the_contract_in_order() {
+    let contract = fs::read_to_string(repository().join("wit/types.wit")).unwrap();
+    let contract: String = contract
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("///"))
+        .collect();
+    for (name, go_first) in [("Priority", "Low"), ("Operator", "Equals")] {
+        let begin = format!("enum {} {{", name.to_lowercase());
+        let cases = words_between(&contract, &begin, "}");
+        assert!(cases.len() > 3, "{cases:?}");
+        for (file, begin, end) in [
+            (
+                "examples/plugins/go/pointsman/contract.go",
+                format!("\t{go_first} {name} = iota"),
+                ")",
+            ),
+            (
+                "examples/plugins/zig/contract.zig",
+                format!("pub const {name} = enum(u8) {{"),
+                "}",
+            ),
+            (
+                "examples/plugins/assemblyscript/pointsman/contract.ts",
+                format!("export enum {name} {{"),
+                "}",
+            ),
+            (
+                "host/templates/plugin/typescript/contract.d.ts",
+                format!("  type {name} ="),
+                ";",
+            ),
+        ] {
+            let source = fs::read_to_string(repository().join(file)).unwrap();
+            let mut found = words_between(&source, &begin, end);
+            if file.ends_with(".go") {
+                // It is on the line of `iota`.
+                found.insert(0, go_first.to_lowercase());
+            }
+            assert_eq!(found, cases, "{name} in {file}");
+        }
+    }
 }

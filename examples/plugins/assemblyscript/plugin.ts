@@ -123,6 +123,7 @@ function held(event: Event): Resolution {
     ],
   ];
   customs.ttlMs = 12 * HOUR_MS;
+  customs.options = [new Attribute("slot", Value.ofText("customs"))];
   return new Resolution([own, customs]);
 }
 

@@ -271,6 +271,12 @@ static void set_priority(route *of, priority to) { of->priority = (exports_point
 static void set_text(full_plugin_option_string_t *field, string to) { *field = (full_plugin_option_string_t){true, to}; }
 static void set_ttl(route *of, uint64_t ms) { of->ttl_ms = (full_plugin_option_u64_t){true, ms}; }
 
+static void set_slot(route *of, const char *name) {
+  of->options.ptr = allocate(sizeof *of->options.ptr);
+  of->options.ptr[0] = (attribute){text("slot"), text_value(name)};
+  of->options.len = 1;
+}
+
 static routes routes_of(const route *made, size_t len) {
   routes list = {allocate(len * sizeof *made), len};
   if (len > 0) memcpy(list.ptr, made, len * sizeof *made);
@@ -340,6 +346,7 @@ static bool held(const event *e, routes *ret, failure *err) {
   };
   to_work.when = either(&by_day, 1, in_charge, 2);
   set_ttl(&to_work, 12 * HOUR_MS);
+  set_slot(&to_work, "customs");
   *ret = routes_of((route[]){to_pay, to_work}, 2);
   return true;
 }

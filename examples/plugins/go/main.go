@@ -158,7 +158,12 @@ func held(event *Event) ([]Route, error) {
 	}
 	return []Route{
 		{Targets: []Target{customer}, Priority: &priority, EventName: Some("parcel")},
-		{Targets: []Target{Group("customs")}, When: onDuty, TTLMS: Some[uint64](12 * hourMS)},
+		{
+			Targets: []Target{Group("customs")},
+			When:    onDuty,
+			TTLMS:   Some[uint64](12 * hourMS),
+			Options: []Attribute{{Name: "slot", Value: "customs"}},
+		},
 	}, nil
 }
 

@@ -106,9 +106,10 @@ function held(attributes) {
       { attribute: 'open', operator: 'less', values: [{ tag: 'integer', val: 50n }] },
     ],
   ];
+  const slot = { name: 'slot', value: { tag: 'text', val: 'customs' } };
   return [
     { targets: [customer], priority: fee >= urgentFee ? 'urgent' : 'high', eventName: 'parcel', options: [] },
-    { targets: [{ tag: 'group', val: 'customs' }], when: { anyOf: onDuty }, ttlMs: 12n * HOUR_MS, options: [] },
+    { targets: [{ tag: 'group', val: 'customs' }], when: { anyOf: onDuty }, ttlMs: 12n * HOUR_MS, options: [slot] },
   ];
 }
 

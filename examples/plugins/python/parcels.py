@@ -140,7 +140,7 @@ def held(attributes):
     ]
     return [
         route([customer], priority=Priority.URGENT if fee >= urgent_fee else Priority.HIGH, event_name="parcel"),
-        route([Target_Group("customs")], when=Criteria(on_duty), ttl_ms=12 * HOUR_MS),
+        route([Target_Group("customs")], when=Criteria(on_duty), ttl_ms=12 * HOUR_MS, slot="customs"),
     ]
 
 
@@ -162,9 +162,10 @@ def recalled(attributes):
     )
 
 
-def route(targets, when=None, priority=None, ttl_ms=None, collapse_key=None, event_name=None, body=None):
+def route(targets, when=None, priority=None, ttl_ms=None, collapse_key=None, event_name=None, body=None, slot=None):
     """Create a route with defaults, which the generated class lacks."""
-    return Route(targets, when, priority, ttl_ms, collapse_key, event_name, body, [])
+    options = [Attribute("slot", Value_Text(slot))] if slot else []
+    return Route(targets, when, priority, ttl_ms, collapse_key, event_name, body, options)
 
 
 def attributes_of(event):

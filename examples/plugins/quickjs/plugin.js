@@ -28,6 +28,7 @@ export const lifecycle = {
       additionalProperties: false,
       properties: { urgent_fee: { type: 'number', minimum: 0, default: 100 } },
     }),
+    options: [],
   }),
 
   configure(config) {
@@ -50,7 +51,7 @@ export const filter = {
     if (number(attributes['/hours_late']) >= 24) {
       const isUrgentEnough = PRIORITIES.indexOf(event.priority) >= PRIORITIES.indexOf('high');
       const late = { name: 'late', value: { tag: 'flag', val: true } };
-      return { tag: 'amend', val: { priority: isUrgentEnough ? undefined : 'high', attributes: [late] } };
+      return { tag: 'amend', val: { priority: isUrgentEnough ? undefined : 'high', attributes: [late], options: [] } };
     }
     return { tag: 'keep' };
   }),
@@ -84,6 +85,7 @@ function moved(event, attributes) {
     collapseKey: `parcel-${parcel}`,
     eventName: 'parcel',
     body: JSON.stringify({ number: parcel, place, stops }),
+    options: [],
   };
 }
 
@@ -91,7 +93,7 @@ function delivered(attributes) {
   const [customer, parcel] = [customerOf(attributes), numberOf(attributes)];
   const depot = text(attributes.depot);
   const targets = depot ? [customer, { tag: 'group', val: `depot-${depot}` }] : [customer];
-  return { targets, collapseKey: `parcel-${parcel}`, eventName: 'parcel' };
+  return { targets, collapseKey: `parcel-${parcel}`, eventName: 'parcel', options: [] };
 }
 
 function held(attributes) {
@@ -105,9 +107,10 @@ function held(attributes) {
       { attribute: 'open', operator: 'less', values: [{ tag: 'integer', val: 50 }] },
     ],
   ];
+  const slot = { name: 'slot', value: { tag: 'text', val: 'customs' } };
   return [
-    { targets: [customer], priority: fee >= urgentFee ? 'urgent' : 'high', eventName: 'parcel' },
-    { targets: [{ tag: 'group', val: 'customs' }], when: { anyOf: onDuty }, ttlMs: 12 * HOUR_MS },
+    { targets: [customer], priority: fee >= urgentFee ? 'urgent' : 'high', eventName: 'parcel', options: [] },
+    { targets: [{ tag: 'group', val: 'customs' }], when: { anyOf: onDuty }, ttlMs: 12 * HOUR_MS, options: [slot] },
   ];
 }
 
@@ -126,6 +129,7 @@ function recalled(attributes) {
     ttlMs: 24 * HOUR_MS,
     collapseKey: `recall-${parcel}`,
     eventName: 'recall',
+    options: [],
   };
 }
 

@@ -115,7 +115,22 @@ pub const Event = struct {
     }
 };
 
-pub const Operator = enum(u8) { equals, not_equals, one_of, contains, prefix, less, greater, present };
+pub const Operator = enum(u8) {
+    equals,
+    not_equals,
+    one_of,
+    contains,
+    prefix,
+    less,
+    greater,
+    present,
+    absent,
+    not_one_of,
+    not_contains,
+    at_least,
+    at_most,
+    suffix,
+};
 
 pub const Test = extern struct {
     attribute: Text,
@@ -146,11 +161,16 @@ pub const Route = extern struct {
     collapse_key: Option(Text) = .{},
     event_name: Option(Text) = .{},
     body: Option(Text) = .{},
+    /// Further properties. The host knows `slot`, a text: the name of a notification of its own. It
+    /// refuses an unknown name.
+    options: List(Attribute) = .of(&.{}),
 };
 
 pub const Amendment = extern struct {
     priority: Option(Priority) = .{},
     attributes: List(Attribute) = .of(&.{}),
+    /// Further properties; the host knows none.
+    options: List(Attribute) = .of(&.{}),
 };
 
 pub const Verdict = extern struct {
@@ -177,6 +197,8 @@ pub const Manifest = extern struct {
     types: List(Text),
     reads: Selection,
     config_schema: Option(Text) = .{},
+    /// Further properties; the host knows none.
+    options: List(Attribute) = .of(&.{}),
 };
 
 pub const Issue = extern struct { path: Text, message: Text };

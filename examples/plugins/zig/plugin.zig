@@ -154,6 +154,7 @@ fn held(event: Event) anyerror![]const Route {
             .targets = .of(comptime &.{.group("customs")}),
             .when = .of(.{ .any_of = .of(on_duty) }),
             .ttl_ms = .of(12 * hour_ms),
+            .options = .of(comptime &.{.{ .name = text("slot"), .value = .ofText("customs") }}),
         },
     });
 }

@@ -6,7 +6,10 @@
 export enum Priority { low, normal, high, urgent }
 export enum Kind { text, integer, decimal, flag }
 export enum PayloadKind { none, json, text, binary }
-export enum Operator { equals, notEquals, oneOf, contains, prefix, less, greater, present }
+export enum Operator {
+  equals, notEquals, oneOf, contains, prefix, less, greater, present, absent, notOneOf, notContains, atLeast, atMost,
+  suffix,
+}
 export enum Level { trace, debug, info, warn, error }
 
 /** The place of an absent priority or time to live. */
@@ -110,6 +113,11 @@ export class Route {
   eventName: string | null = null;
   /** JSON that replaces the event's own data. */
   body: string | null = null;
+  /**
+   * Further properties. The host knows slot, a text: the name of a notification of its own. It refuses
+   * an unknown name.
+   */
+  options: Attribute[] = [];
 
   constructor(public targets: Target[]) {}
 }
@@ -125,6 +133,8 @@ export class Verdict {
   reason: string = "";
   priority: i32 = NONE;
   attributes: Attribute[] = [];
+  /** Further properties of an amendment; the host knows none. */
+  options: Attribute[] = [];
   failure: Failure | null = null;
 
   static keep(): Verdict {
@@ -176,6 +186,8 @@ export class Manifest {
   fields: string[] = [];
   payload: bool = false;
   configSchema: string | null = null;
+  /** Further properties; the host knows none. */
+  options: Attribute[] = [];
 }
 
 /** A problem in the configuration. */
@@ -439,6 +451,7 @@ export class Writer {
       list.optionalText(route.collapseKey);
       list.optionalText(route.eventName);
       list.optionalText(route.body);
+      list.attributes(route.options);
       list.align(8);
     }
     this.list(list, routes.length);
@@ -451,11 +464,12 @@ export class Writer {
   }
 
   verdict(verdict: Verdict): void {
-    const end = this.variant(verdict.kind, 4, 12);
+    const end = this.variant(verdict.kind, 4, 20);
     if (verdict.kind == 1) this.text(verdict.reason);
     if (verdict.kind == 2) {
       this.optionalPriority(verdict.priority);
       this.attributes(verdict.attributes);
+      this.attributes(verdict.options);
     }
     this.endVariant(end, 4);
   }
@@ -469,6 +483,7 @@ export class Writer {
     this.texts(manifest.fields);
     this.u8(manifest.payload ? 1 : 0);
     this.optionalText(manifest.configSchema);
+    this.attributes(manifest.options);
   }
 
   issues(issues: Issue[]): void {

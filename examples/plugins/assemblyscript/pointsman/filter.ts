@@ -15,7 +15,7 @@ export function filter_evaluate(
     timeMs, priority, attributes, nAttributes, payloadKind, payload, payloadBytes,
   ));
   const writer = new Writer();
-  const end = beginResult(writer, verdict.failure, 16);
+  const end = beginResult(writer, verdict.failure, 24);
   if (verdict.failure == null) writer.verdict(verdict);
   writer.endVariant(end, 4);
   return writer.finish();

@@ -257,6 +257,7 @@ func (w *writer) route(route Route) {
 	w.optionalText(route.CollapseKey)
 	w.optionalText(route.EventName)
 	w.optionalText(route.Body)
+	w.attributes(route.Options)
 }
 
 func (w *writer) failure(failure failure) {
@@ -264,13 +265,14 @@ func (w *writer) failure(failure failure) {
 }
 
 func (w *writer) verdict(verdict Verdict) {
-	w.variant(verdict.kind, 4, 12, func() {
+	w.variant(verdict.kind, 4, 20, func() {
 		switch verdict.kind {
 		case 1:
 			w.text(verdict.reason)
 		case 2:
 			w.optionalPriority(verdict.priority)
 			w.attributes(verdict.attributes)
+			w.attributes(verdict.Options)
 		}
 	})
 }
@@ -300,6 +302,7 @@ func describe() address {
 			schema = &manifest.ConfigSchema
 		}
 		w.optionalText(schema)
+		w.attributes(manifest.Options)
 	})
 }
 

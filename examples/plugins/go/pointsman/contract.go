@@ -76,6 +76,12 @@ const (
 	Less
 	Greater
 	Present
+	Absent
+	NotOneOf
+	NotContains
+	AtLeast
+	AtMost
+	Suffix
 )
 
 // A Test of one attribute of a recipient.
@@ -108,6 +114,9 @@ type Route struct {
 	EventName   *string
 	// Body is JSON that replaces the event's own data.
 	Body *string
+	// Options are further properties. The host knows slot, a text: the name of a notification of its
+	// own. It refuses an unknown name.
+	Options []Attribute
 }
 
 // A Verdict of a filter; see Keep, Drop and Amend.
@@ -116,6 +125,8 @@ type Verdict struct {
 	reason     string
 	priority   *Priority
 	attributes []Attribute
+	// Options are further properties of an amendment; the host knows none.
+	Options []Attribute
 }
 
 func Keep() Verdict              { return Verdict{} }
@@ -156,6 +167,8 @@ type Manifest struct {
 	Payload                    bool
 	// ConfigSchema is a JSON Schema; empty: none.
 	ConfigSchema string
+	// Options are further properties; the host knows none.
+	Options []Attribute
 }
 
 // An Issue is a problem in the configuration.

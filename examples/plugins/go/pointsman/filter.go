@@ -16,9 +16,9 @@ func evaluate(
 	))
 	return answer(func(w *writer) {
 		if err != nil {
-			w.variant(1, 4, 16, func() { w.failure(failureOf(err)) })
+			w.variant(1, 4, 24, func() { w.failure(failureOf(err)) })
 			return
 		}
-		w.variant(0, 4, 16, func() { w.verdict(verdict) })
+		w.variant(0, 4, 24, func() { w.verdict(verdict) })
 	})
 }

@@ -135,7 +135,8 @@ impl Parcels {
             Route::to_group("customs")
                 .when(by_day)
                 .when(in_charge)
-                .ttl_ms(12 * HOUR_MS),
+                .ttl_ms(12 * HOUR_MS)
+                .slot("customs"),
         ])
     }
 }

@@ -19,6 +19,7 @@ export const lifecycle = {
       additionalProperties: false,
       properties: { large: { type: 'number', exclusiveMinimum: 0 } },
     }),
+    options: [],
   }),
 
   configure(config) {
@@ -40,7 +41,7 @@ export const filter = {
     if (!isNumber || Number(total.val) < large) return { tag: 'keep' };
     // Plugins called after this one see the attribute.
     const desk = { name: 'desk', value: { tag: 'text', val: 'large' } };
-    return { tag: 'amend', val: { priority: 'high', attributes: [desk] } };
+    return { tag: 'amend', val: { priority: 'high', attributes: [desk], options: [] } };
   },
 };
 

@@ -19,6 +19,7 @@ export const lifecycle = {
       additionalProperties: false,
       properties: { owner: { type: 'string', minLength: 1 } },
     }),
+    options: [],
   }),
 
   configure(config) {
@@ -35,8 +36,8 @@ export const router = {
     const id = text(event, owner);
     const region = text(event, '/order/region');
     const routes = [];
-    if (id !== undefined) routes.push({ targets: [{ tag: 'user', val: id }] });
-    if (region !== undefined) routes.push({ targets: [{ tag: 'group', val: `region-${region}` }] });
+    if (id !== undefined) routes.push({ targets: [{ tag: 'user', val: id }], options: [] });
+    if (region !== undefined) routes.push({ targets: [{ tag: 'group', val: `region-${region}` }], options: [] });
     return routes;
   },
 };

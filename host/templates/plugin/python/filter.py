@@ -23,6 +23,7 @@ class Lifecycle(exports.Lifecycle):
             types=["order.*"],
             reads=Selection(attributes=["test"], fields=["/order/total"], payload=False),
             config_schema=json.dumps(schema),
+            options=[],
         )
 
     def configure(self, config):
@@ -45,4 +46,4 @@ class Filter(exports.Filter):
         if not isinstance(total, (Value_Integer, Value_Decimal)) or total.value < large:
             return Verdict_Keep()
         # Plugins called after this one see the attribute.
-        return Verdict_Amend(Amendment(Priority.HIGH, [Attribute("desk", Value_Text("large"))]))
+        return Verdict_Amend(Amendment(Priority.HIGH, [Attribute("desk", Value_Text("large"))], []))

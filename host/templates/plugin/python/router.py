@@ -23,6 +23,7 @@ class Lifecycle(exports.Lifecycle):
             types=["order.*"],
             reads=Selection(attributes=[owner], fields=["/order/region"], payload=False),
             config_schema=json.dumps(schema),
+            options=[],
         )
 
     def configure(self, config):
@@ -41,4 +42,4 @@ class Router(exports.Router):
             targets.append(Target_User(texts[owner]))
         if "/order/region" in texts:
             targets.append(Target_Group(f"region-{texts['/order/region']}"))
-        return [Route([target], None, None, None, None, None, None) for target in targets]
+        return [Route([target], None, None, None, None, None, None, []) for target in targets]

@@ -42,7 +42,13 @@ declare namespace Pointsman {
     | 'prefix'
     | 'less'
     | 'greater'
-    | 'present';
+    | 'present'
+    | 'absent'
+    | 'not-one-of'
+    | 'not-contains'
+    | 'at-least'
+    | 'at-most'
+    | 'suffix';
 
   interface Test {
     attribute: string;
@@ -63,12 +69,17 @@ declare namespace Pointsman {
     eventName?: string;
     /** JSON that replaces the event's own data. */
     body?: string;
+    /**
+     * Further properties. The host knows `slot`, a text: the name of a notification of its own. It
+     * refuses an unknown name.
+     */
+    options: Attribute[];
   }
 
   type Verdict =
     | { tag: 'keep' }
     | { tag: 'drop'; val: string }
-    | { tag: 'amend'; val: { priority?: Priority; attributes: Attribute[] } };
+    | { tag: 'amend'; val: { priority?: Priority; attributes: Attribute[]; options: Attribute[] } };
 
   /** Thrown by `evaluate` and `resolve`. */
   type Failure = { tag: 'reject'; val: string } | { tag: 'retry'; val: string };
@@ -81,6 +92,8 @@ declare namespace Pointsman {
     reads: { attributes: string[]; fields: string[]; payload: boolean };
     /** A JSON Schema. */
     configSchema?: string;
+    /** Further properties; the host knows none. */
+    options: Attribute[];
   }
 
   interface Issue {

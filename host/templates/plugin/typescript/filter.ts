@@ -19,6 +19,7 @@ export const lifecycle: Pointsman.Lifecycle = {
       additionalProperties: false,
       properties: { large: { type: 'number', exclusiveMinimum: 0 } },
     }),
+    options: [],
   }),
 
   configure(config: string) {
@@ -41,7 +42,7 @@ export const filter: Pointsman.Filter = {
     if (Number(total.val) < large) return { tag: 'keep' };
     // Plugins called after this one see the attribute.
     const desk: Pointsman.Attribute = { name: 'desk', value: { tag: 'text', val: 'large' } };
-    return { tag: 'amend', val: { priority: 'high', attributes: [desk] } };
+    return { tag: 'amend', val: { priority: 'high', attributes: [desk], options: [] } };
   },
 };
 

@@ -19,6 +19,7 @@ export const lifecycle: Pointsman.Lifecycle = {
       additionalProperties: false,
       properties: { owner: { type: 'string', minLength: 1 } },
     }),
+    options: [],
   }),
 
   configure(config: string) {
@@ -36,8 +37,8 @@ export const router: Pointsman.Router = {
     const id = text(event, owner);
     const region = text(event, '/order/region');
     const routes: Pointsman.Route[] = [];
-    if (id !== undefined) routes.push({ targets: [{ tag: 'user', val: id }] });
-    if (region !== undefined) routes.push({ targets: [{ tag: 'group', val: `region-${region}` }] });
+    if (id !== undefined) routes.push({ targets: [{ tag: 'user', val: id }], options: [] });
+    if (region !== undefined) routes.push({ targets: [{ tag: 'group', val: `region-${region}` }], options: [] });
     return routes;
   },
 };
