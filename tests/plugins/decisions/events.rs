@@ -98,7 +98,7 @@ fn wrapped(n: usize, name: &str, payload: &Value) -> String {
 }
 
 /// Values that the operators compare with, so that each decides both ways often enough.
-const LIKELY: [&str; 10] = [
+const LIKELY: [&str; 11] = [
     "5",
     r#""😀""#,
     r#""5""#,
@@ -109,6 +109,7 @@ const LIKELY: [&str; 10] = [
     "false",
     "7",
     r#""b""#,
+    "9007199254740993",
 ];
 
 /// Edge cases: numbers as text and texts that only resemble them, integers that a decimal cannot
