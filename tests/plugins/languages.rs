@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use pointsman::event::{EntryId, Event, Verdict};
@@ -147,6 +147,10 @@ fn settings(readme: &Path) -> Json {
 
 /// Returns a registry that holds only this plugin, and its folder.
 fn registry(engine: &Engine, build: &Build, settings: Json) -> (Registry, Folder) {
+    // Two tests load every build. One load at a time, so that the second finds the compiled code in
+    // the cache instead of compiling the same file at the same time.
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _loading = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = Folder::new();
     fs::write(folder.path().join("parcels.wasm"), &build.wasm).unwrap();
     let config =
