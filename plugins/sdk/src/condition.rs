@@ -103,7 +103,8 @@ impl Condition {
                 .is_none_or(|priorities| priorities.contains(&event.priority))
             && older_than_s.is_none_or(|limit| event.age_ms() > limit.saturating_mul(1_000))
             && attributes.iter().all(|(name, wanted)| {
-                wanted.holds_for(event.attribute(name.as_str()), wanted::Reading::AsAsked)
+                let reading = wanted::Reading::of_attribute(name.as_str());
+                wanted.holds_for(event.attribute(name.as_str()), reading)
             })
             && payload.iter().all(|(pointer, wanted)| {
                 wanted.holds_for(event.attribute(pointer.as_str()), wanted::Reading::AsIs)
@@ -332,6 +333,32 @@ mod tests {
             event("t").priority(Priority::Urgent)
         ));
         assert!(!holds(json!({"priority": "high"}), event("t")));
+    }
+
+    #[test]
+    fn the_attribute_priority_is_compared_as_the_priority_is() {
+        for (word, wanted, expect) in [
+            ("HIGH", json!("high"), true),
+            ("medium", json!(["low", "Normal"]), true),
+            ("normal", json!("medium"), true),
+            ("Low", json!({"not_equals": "low"}), false),
+            ("urgent", json!("high"), false),
+            ("P1", json!("P1"), true),
+            ("p1", json!("P1"), false),
+        ] {
+            assert_eq!(
+                holds(
+                    json!({"attributes": {"priority": wanted}}),
+                    event("t").attribute("priority", word)
+                ),
+                expect,
+                "{word} and {wanted}"
+            );
+        }
+        assert!(!holds(
+            json!({"attributes": {"tier": "high"}}),
+            event("t").attribute("tier", "HIGH")
+        ));
     }
 
     #[test]

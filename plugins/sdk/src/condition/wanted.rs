@@ -15,7 +15,7 @@ use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::alternatives;
-use crate::{Event, OneOrMore, Selector, Value};
+use crate::{Event, OneOrMore, Priority, Selector, Value};
 
 /// The tests that a value must pass, as an operator writes them: a value, a list of alternative
 /// values, or a table of operators that must all hold.
@@ -56,15 +56,29 @@ pub(super) enum Reading {
     AsIs,
     /// The value is converted to the type of the operand, if possible.
     AsAsked,
+    /// As `AsAsked`; two words for the same priority are equal, as in `match.priority`.
+    AsPriority,
+}
+
+impl Reading {
+    pub(super) fn of_attribute(name: &str) -> Self {
+        if name == "priority" {
+            Self::AsPriority
+        } else {
+            Self::AsAsked
+        }
+    }
 }
 
 impl Wanted {
     /// Whether the selected value of an event passes all tests.
     pub fn holds(&self, event: &Event, selector: &Selector) -> bool {
-        let reading = if matches!(selector, Selector::Field(_)) {
-            Reading::AsIs
-        } else {
-            Reading::AsAsked
+        let reading = match selector {
+            Selector::Field(_) => Reading::AsIs,
+            Selector::Attribute(name) => Reading::of_attribute(name.as_str()),
+            Selector::Id | Selector::Source | Selector::Type | Selector::Subject => {
+                Reading::AsAsked
+            }
         };
         self.holds_for(selector.of(event).as_deref(), reading)
     }
@@ -204,6 +218,13 @@ fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, 
         return Some(Cow::Borrowed(value));
     }
     match (like, value) {
+        (Value::Text(wanted), Value::Text(word))
+            if reading == Reading::AsPriority
+                && Priority::named(word)
+                    .is_some_and(|own| Priority::named(wanted) == Some(own)) =>
+        {
+            Some(Cow::Owned(like.clone()))
+        }
         (Value::Text(_), Value::Text(_)) => Some(Cow::Borrowed(value)),
         (Value::Text(_), _) => {
             text(value, reading).map(|text| Cow::Owned(Value::Text(text.into_owned())))
