@@ -292,6 +292,18 @@ async fn every_misbehaviour_is_reported_and_the_next_event_is_decided() {
             "seen contains the control character U+000A",
             2,
         ),
+        (
+            "amend-with-an-option",
+            "its amendment is invalid: the option 'colour' is unknown to this host; none is known here; remove it",
+            2,
+        ),
+        (
+            "unknown-option",
+            "the option 'colour' is unknown to this host; use slot",
+            2,
+        ),
+        ("slot-without-text", "the option 'slot' is not a text", 2),
+        ("many-slots", "its routes have 9 slots; the limit is 8", 2),
         ("sleep", "it trapped: ", 2),
     ] {
         let began = Instant::now();
