@@ -904,6 +904,15 @@ fn commit_proposal(
     Ok(Proposal::Commit(notifications))
 }
 
+/// Checks what [`Ingest`] checks of a plan before its commit.
+///
+/// # Errors
+/// The reason for a dead letter.
+pub(crate) fn check_plan(event: &Event, plan: &Plan, verdicts: &[Verdict]) -> Result<(), String> {
+    let decision = decision_about(event, verdicts.to_vec(), 0);
+    commit_proposal(EntryId::default(), event, plan.clone(), &decision).map(|_| ())
+}
+
 /// The record of a plan that is written in slices. The decision is written with the last slice,
 /// possibly by another owner, which takes it from here.
 #[derive(Serialize)]

@@ -15,6 +15,7 @@ use crate::event::{
     Target, Value, Verdict,
 };
 use crate::ingest::pipeline::{Evaluation, Pipeline, Resolution, Unevaluated};
+use crate::ingest::worker::check_plan;
 
 /// The maximum number of named users of one event whose conditions are evaluated.
 const MAX_USERS: usize = 100;
@@ -178,7 +179,10 @@ async fn report(
         ..
     } = evaluation;
     let (outcome, plugin, reason, plan) = match resolution {
-        Resolution::Planned(plan) => (Outcome::Committed, None, None, plan),
+        Resolution::Planned(plan) => match check_plan(&event, &plan, &verdicts) {
+            Ok(()) => (Outcome::Committed, None, None, plan),
+            Err(reason) => (Outcome::DeadLettered, None, Some(reason), Plan::default()),
+        },
         Resolution::Discarded { plugin, reason } => (
             Outcome::Discarded,
             Some(plugin),
