@@ -12,8 +12,9 @@
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
+use std::io;
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
 use serde_json::{Map, Value as Json};
 
 use super::log::printable;
@@ -22,6 +23,12 @@ use super::log::printable;
 const MAX_STEPS: usize = 2_000_000;
 /// The deepest nesting of schemas, also by references.
 const MAX_DEPTH: usize = 96;
+/// The size of a compiled expression in bytes, and the steps that it counts as: a check compiles at
+/// most a hundred of them.
+const MAX_EXPRESSION_BYTES: usize = 64 * 1024;
+const EXPRESSION_STEPS: usize = MAX_STEPS / 100;
+/// The most characters of a value in an error.
+const MAX_SHOWN: usize = 64;
 /// The most values or keys that an error lists.
 const MAX_LISTED: usize = 24;
 
@@ -258,11 +265,13 @@ impl<'a> Checker<'a> {
             .and_then(Json::as_array)
             .map(Vec::as_slice);
         for wanted in [constant, listed].into_iter().flatten() {
-            self.spend(wanted.len())?;
+            // Texts are compared to the end if they are equal up to there.
+            let n_bytes = value.as_str().map_or(0, str::len);
+            self.spend(wanted.len().saturating_mul(1 + n_bytes / 64))?;
             if !wanted.iter().any(|one| is_equal(one, value)) {
-                let is = value.to_string().chars().take(64).collect();
+                let is = beginning(value);
                 let wanted = wanted.iter().filter(|one| !one.is_null());
-                let wanted = wanted.map(Json::to_string).collect();
+                let wanted = wanted.map(beginning).collect();
                 return mismatch(place, Reason::Value { is, wanted });
             }
         }
@@ -289,11 +298,15 @@ impl<'a> Checker<'a> {
     /// Whether the text contains a match, or the expression is not known.
     fn matches(&mut self, pattern: &'a str, text: &str) -> Result<bool, Stop> {
         self.spend(1 + text.len() / 16)?;
-        let expression = self
-            .expressions
-            .entry(pattern)
-            .or_insert_with(|| Regex::new(pattern).ok());
-        Ok(expression.as_ref().is_none_or(|known| known.is_match(text)))
+        if !self.expressions.contains_key(pattern) {
+            self.spend(EXPRESSION_STEPS)?;
+            let expression = RegexBuilder::new(pattern)
+                .size_limit(MAX_EXPRESSION_BYTES)
+                .build();
+            self.expressions.insert(pattern, expression.ok());
+        }
+        let expression = self.expressions.get(pattern).and_then(Option::as_ref);
+        Ok(expression.is_none_or(|known| known.is_match(text)))
     }
 
     fn check_list(
@@ -549,6 +562,27 @@ fn is_whole(number: &serde_json::Number) -> bool {
     !number.is_f64()
 }
 
+/// The beginning of a value as JSON. Most mismatches are never shown, and a value may be long.
+fn beginning(value: &Json) -> String {
+    struct Beginning(Vec<u8>);
+    impl io::Write for Beginning {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let room = 4 * MAX_SHOWN - self.0.len();
+            self.0.extend_from_slice(&bytes[..bytes.len().min(room)]);
+            // Ends the writer: the rest is not shown.
+            Ok(bytes.len().min(room))
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut written = Beginning(Vec::with_capacity(4 * MAX_SHOWN));
+    // An error means that there was no more room.
+    serde_json::to_writer(&mut written, value).ok();
+    let text = String::from_utf8_lossy(&written.0);
+    text.chars().take(MAX_SHOWN).collect()
+}
+
 fn check_number(
     schema: &Map<String, Json>,
     number: &serde_json::Number,
@@ -780,6 +814,24 @@ mod tests {
                 ),
             ],
         );
+    }
+
+    /// Each pattern compiles to megabytes, and each mismatch would print the whole configuration.
+    #[test]
+    fn a_hostile_schema_takes_bounded_memory_and_prints_only_the_beginning_of_a_value() {
+        let patterns = |n: usize| -> Map<String, Json> {
+            let pattern = |n| (format!("{n}(?:.{{200}}){{100}}"), json!(true));
+            (0..n).map(pattern).collect()
+        };
+        let schema = json!({ "patternProperties": patterns(90) });
+        assert_eq!(check(&schema, &json!({ "k": 1 })), Ok(()));
+        let schema = json!({ "patternProperties": patterns(101) });
+        let reason = check(&schema, &json!({ "k": 1 })).unwrap_err();
+        assert!(reason.contains("takes too long to check"), "{reason}");
+
+        let long = json!("x".repeat(1 << 20));
+        assert_eq!(beginning(&long).len(), MAX_SHOWN);
+        assert_eq!(beginning(&json!({ "a": 1 })), r#"{"a":1}"#);
     }
 
     #[test]
