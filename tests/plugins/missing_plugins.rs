@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -319,6 +319,52 @@ fn only_what_an_operator_states_lets_events_pass_without_a_plugin() {
             page.contains(warning) && page.contains("plugins") != warning.is_empty()
         });
     }
+}
+
+/// Such as a record that was copied with the folder, or a folder of that name.
+#[test]
+fn a_record_of_a_removal_from_before_the_file_was_last_seen_does_not_count() {
+    let plugins = Plugins::new(&[("first.wasm", versioned(1)), ("second.wasm", versioned(2))]);
+    let mut site = Site::new(&plugins);
+    assert_eq!(site.next_decision().1, [by("first", 1), by("second", 1)]);
+    let old = fs::File::create(plugins.dir().join(".first.removed")).expect("a record");
+    let an_hour_ago = SystemTime::now() - Duration::from_secs(3_600);
+    old.set_modified(an_hour_ago).expect("an old record");
+    fs::create_dir(plugins.dir().join(".second.removed")).expect("a folder");
+    plugins.remove("first.wasm");
+    plugins.remove("second.wasm");
+    let outcomes = site.node.metric("pointsman_events_total");
+    site.await_ready(503, |page| {
+        page.contains("plugins.first: ") && page.contains("plugins.second: ")
+    });
+    site.node
+        .publisher()
+        .publish(&[event("waits", "t", json!({ "user": "7" }))]);
+    await_waiting(&site, 1.0, outcomes);
+    plugins.replace("first.wasm", &versioned(1));
+    plugins.replace("second.wasm", &versioned(2));
+    site.await_ready(200, |page| page == "ready\n");
+}
+
+#[test]
+fn events_wait_for_a_plugin_that_is_enabled_again_and_whose_file_is_damaged() {
+    let plugins = Plugins::new(&[("first.wasm", versioned(1)), ("second.wasm", versioned(2))]);
+    let mut site = Site::new(&plugins);
+    let order = |site: &Site, what: &str| {
+        let path = format!("/v1/plugins/second/{what}");
+        site.node.order("POST", &path, &[], b"").status
+    };
+    assert_eq!(order(&site, "disable"), 200);
+    assert_eq!(site.next_decision().1, [by("first", 1)]);
+    plugins.replace("second.wasm", &versioned(2)[..1_000]);
+    assert_eq!(order(&site, "enable"), 409);
+    let outcomes = site.node.metric("pointsman_events_total");
+    site.node
+        .publisher()
+        .publish(&[event("waits", "t", json!({ "user": "7" }))]);
+    await_waiting(&site, 1.0, outcomes);
+    plugins.replace("second.wasm", &versioned(2));
+    site.await_ready(200, |page| page == "ready\n");
 }
 
 #[test]

@@ -144,7 +144,8 @@ impl Registry {
             by_name: BTreeMap::new(),
             rollouts: BTreeMap::new(),
         };
-        for name in dir.as_deref().map(folder::removals).unwrap_or_default() {
+        let removed = dir.as_deref().map(folder::removals).unwrap_or_default();
+        for name in removed.into_keys() {
             slots.by_name.entry(name).or_default().is_removed = true;
         }
         // It was probably active before this start: events wait until it is again.

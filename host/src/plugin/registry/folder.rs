@@ -10,12 +10,12 @@
 //! `watcher` decides when to take a snapshot; loading is in `registry`.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::AdminError;
 use crate::escape::printable;
@@ -247,11 +247,15 @@ fn folder_error(error: &std::io::Error, text: String) -> AdminError {
 
 /// The plugins that an admin command removed, on this node or another one with this folder. A file
 /// that is gone for any other reason is missed.
-pub(super) fn removals(dir: &Path) -> BTreeSet<String> {
+/// Each with the time of its record.
+pub(super) fn removals(dir: &Path) -> BTreeMap<String, SystemTime> {
     let name = |entry: fs::DirEntry| {
         let file = entry.file_name().to_string_lossy().into_owned();
         let name = file.strip_prefix('.')?.strip_suffix(REMOVED)?;
-        is_name(name).then(|| name.to_owned())
+        // A link or a folder with this name is not a record: no command makes one.
+        let record = fs::symlink_metadata(entry.path()).ok();
+        let at = record.filter(Metadata::is_file)?.modified().ok()?;
+        is_name(name).then(|| (name.to_owned(), at))
     };
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.filter_map(name).collect()

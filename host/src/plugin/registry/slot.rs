@@ -239,7 +239,8 @@ impl Slot {
                 self.deactivate(name, PluginStatus::Removed, why);
                 self.is_vanishing = false;
                 // A file that never worked is not missed.
-                self.is_awaited &= !self.is_removed && self.n_generations > 0;
+                let is_disabled = self.enabled == Some(false);
+                self.is_awaited &= !self.is_removed && !is_disabled && self.n_generations > 0;
                 // Forgotten with the file: adding the plugin again expresses the wish to run it.
                 (self.enabled, self.rolled_back) = (None, None);
                 None
@@ -248,8 +249,8 @@ impl Slot {
                 if self.running.is_none() {
                     tracing::info!(plugin.name = name, "plugin is disabled");
                 }
+                // Events pass as long as it is disabled, not longer: enabled again, it is awaited.
                 self.deactivate(name, PluginStatus::Disabled, "it is disabled");
-                self.is_awaited = false;
                 None
             }
             LoadOutcome::Ignored(why) => {

@@ -38,6 +38,9 @@ const PACE: Duration = Duration::from_millis(25);
 const LOOK_FOR_LOST_EVERY: Duration = Duration::from_millis(250);
 /// The time between two scans while a file is being compiled, which is loaded when it is ready.
 const COMPILING_PACE: Duration = Duration::from_millis(200);
+/// How much earlier the time of a record may be than the removal: file systems round it, and the
+/// record may be written only once.
+const RECORD_LAG: Duration = Duration::from_secs(1);
 /// The maximum time between two scans, for changes without a notification.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
@@ -105,14 +108,24 @@ type Identity = (u64, u64, Option<SystemTime>);
 impl Thread {
     fn run(mut self) {
         let mut settling = Settling::default();
+        let mut last_seen = BTreeMap::new();
         while !self.is_over.load(Ordering::SeqCst) {
             // Watch before scanning: a change between the two then triggers another scan.
             self.listen();
+            let began = SystemTime::now();
             match folder::snapshot(&self.dir) {
                 Ok(seen) => {
                     self.registry.set_folder_failure(None);
                     let mut removed = folder::removals(&self.dir);
-                    removed.retain(|name| !seen.contains_key(name));
+                    // A removal writes its record once more after the file: an older one was left
+                    // beside the file by something else, such as a copy of the folder.
+                    removed.retain(|name, at| {
+                        let last = last_seen.get(name);
+                        !seen.contains_key(name)
+                            && last.is_none_or(|last| *at + RECORD_LAG >= *last)
+                    });
+                    let removed: BTreeSet<String> = removed.into_keys().collect();
+                    last_seen.extend(seen.keys().map(|name| (name.clone(), began)));
                     let lost: BTreeSet<String> = self.registry.active_names();
                     let is_lost =
                         |name: &String| !seen.contains_key(name) && !removed.contains(name);
