@@ -6,7 +6,7 @@
 
 use divan::{AllocProfiler, Bencher, black_box};
 use pointsman::event::Value;
-use pointsman::event::criteria::{Attributes, Criteria, Operator, Test};
+use pointsman::event::criteria::{AttributeValue, Attributes, Criteria, Operator, Test};
 
 #[global_allocator]
 static ALLOCATIONS: AllocProfiler = AllocProfiler::system();
@@ -36,7 +36,7 @@ fn recipients() -> Vec<Attributes> {
             ("locale".into(), text(["de-DE", "en-GB", "pt-BR"][n % 3])),
             ("plan".into(), text(["free", "pro", "team"][n / 2 % 3])),
             ("region".into(), text(["eu-central", "us-east"][n / 3 % 2])),
-            ("score".into(), Value::Decimal(n as f64 / 16.0)),
+            ("score".into(), Value::Decimal(n as f64 / 16.0).into()),
         ])
     };
     (0..16).map(recipient).collect()
@@ -61,7 +61,7 @@ mod simple {
     fn native_closure(bencher: Bencher<'_, '_>) {
         each(
             bencher,
-            |recipient| matches!(recipient.get("plan"), Some(Value::Text(plan)) if plan == "pro"),
+            |recipient| matches!(recipient.get("plan"), Some(AttributeValue::One(Value::Text(plan))) if plan == "pro"),
         );
     }
 }
@@ -97,15 +97,18 @@ mod complex {
 
     #[divan::bench]
     fn native_closure(bencher: Bencher<'_, '_>) {
-        let text = |recipient: &Attributes, name: &str, holds: fn(&str) -> bool| matches!(recipient.get(name), Some(Value::Text(text)) if holds(text));
+        let text = |recipient: &Attributes, name: &str, holds: fn(&str) -> bool| matches!(recipient.get(name), Some(AttributeValue::One(Value::Text(text))) if holds(text));
         each(bencher, |recipient| {
             (text(recipient, "plan", |plan| {
                 matches!(plan, "pro" | "team" | "enterprise")
             }) && text(recipient, "region", |region| region.starts_with("eu-"))
-                && matches!(recipient.get("age"), Some(Value::Integer(age)) if *age > 17)
-                && matches!(recipient.get("beta"), Some(Value::Flag(true))))
+                && matches!(recipient.get("age"), Some(AttributeValue::One(Value::Integer(age))) if *age > 17)
+                && matches!(
+                    recipient.get("beta"),
+                    Some(AttributeValue::One(Value::Flag(true)))
+                ))
                 || (text(recipient, "locale", |locale| locale.contains("de"))
-                    && matches!(recipient.get("score"), Some(Value::Decimal(score)) if *score < 0.5)
+                    && matches!(recipient.get("score"), Some(AttributeValue::One(Value::Decimal(score))) if *score < 0.5)
                     && recipient.get("age").is_some())
         });
     }
