@@ -916,8 +916,9 @@ fn an_invalid_plugin_file_is_named_in_log_and_readiness_and_valid_plugins_run() 
     let folder = Folder::new();
     let address = guests::core_module("address");
     let wrong = wat::parse_str("(module (func (export \"run\")))").expect("a module");
+    fs::write(folder.path().join("address.wasm"), &address).expect("write a file");
+    let node = Node::builder().plugins(folder.path()).start();
     for (name, bytes) in [
-        ("address.wasm", address.as_slice()),
         ("truncated.wasm", &address[..address.len() / 2]),
         ("empty.wasm", b""),
         ("text.wasm", b"#!/bin/sh\n"),
@@ -927,11 +928,10 @@ fn an_invalid_plugin_file_is_named_in_log_and_readiness_and_valid_plugins_run() 
         fs::write(folder.path().join(name), bytes).expect("write a file");
     }
     fs::create_dir(folder.path().join("folder.wasm")).expect("make a folder");
-    let node = Node::builder()
-        .plugins(folder.path())
-        .may_be_unready()
-        .start();
-    // The follower reconnects while the node is still starting.
+    eventually(SOON, "every invalid file is named", || {
+        let body = node.admin("/readyz").body;
+        (body.lines().count() == 5).then_some(())
+    });
     let follower = node.follower("42");
     node.publisher()
         .publish(&[event("a", "t", json!({ "user": "42" }))]);
