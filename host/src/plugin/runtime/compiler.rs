@@ -369,12 +369,8 @@ impl Run {
             .arg(budget.memory_mib.to_string())
             .arg(layout);
         // The child reads untrusted bytes and needs none of the keys that may be here.
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("POINTSMAN_") {
-                command.env_remove(name);
-            }
-        }
         command
+            .env_clear()
             .env(
                 "RAYON_NUM_THREADS",
                 n_processors().min(MAX_THREADS).to_string(),
