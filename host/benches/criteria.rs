@@ -36,7 +36,7 @@ fn recipients() -> Vec<Attributes> {
             ("locale".into(), text(["de-DE", "en-GB", "pt-BR"][n % 3])),
             ("plan".into(), text(["free", "pro", "team"][n / 2 % 3])),
             ("region".into(), text(["eu-central", "us-east"][n / 3 % 2])),
-            ("score".into(), Value::Decimal(n as f64 / 16.0).into()),
+            ("score".into(), Value::Decimal(n as f64 / 16.0)),
         ])
     };
     (0..16).map(recipient).collect()

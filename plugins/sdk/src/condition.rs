@@ -107,7 +107,7 @@ impl Condition {
                 wanted.holds_for(event.attribute(name.as_str()), reading)
             })
             && payload.iter().all(|(pointer, wanted)| {
-                wanted.holds_for(event.attribute(pointer.as_str()), wanted::Reading::AsIs)
+                wanted.holds_for(event.attribute(pointer.as_str()), wanted::Reading::Own)
             })
             && all
                 .as_ref()

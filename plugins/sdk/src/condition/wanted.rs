@@ -53,19 +53,19 @@ struct Operators {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Reading {
     /// The value keeps its own type.
-    AsIs,
+    Own,
     /// The value is converted to the type of the operand, if possible.
-    AsAsked,
-    /// As `AsAsked`; two words for the same priority are equal, as in `match.priority`.
-    AsPriority,
+    Operand,
+    /// Like `Operand`; two words for the same priority are equal, as in `match.priority`.
+    Priority,
 }
 
 impl Reading {
     pub(super) fn of_attribute(name: &str) -> Self {
         if name == "priority" {
-            Self::AsPriority
+            Self::Priority
         } else {
-            Self::AsAsked
+            Self::Operand
         }
     }
 }
@@ -74,10 +74,10 @@ impl Wanted {
     /// Whether the selected value of an event passes all tests.
     pub fn holds(&self, event: &Event, selector: &Selector) -> bool {
         let reading = match selector {
-            Selector::Field(_) => Reading::AsIs,
+            Selector::Field(_) => Reading::Own,
             Selector::Attribute(name) => Reading::of_attribute(name.as_str()),
             Selector::Id | Selector::Source | Selector::Type | Selector::Subject => {
-                Reading::AsAsked
+                Reading::Operand
             }
         };
         self.holds_for(selector.of(event).as_deref(), reading)
@@ -214,12 +214,12 @@ impl Wanted {
 
 /// Converts a value to the type of `like`; `None` if that is not possible.
 fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, Value>> {
-    if reading == Reading::AsIs {
+    if reading == Reading::Own {
         return Some(Cow::Borrowed(value));
     }
     match (like, value) {
         (Value::Text(wanted), Value::Text(word))
-            if reading == Reading::AsPriority
+            if reading == Reading::Priority
                 && Priority::named(word)
                     .is_some_and(|own| Priority::named(wanted) == Some(own)) =>
         {
@@ -243,7 +243,7 @@ fn read<'a>(value: &'a Value, like: &Value, reading: Reading) -> Option<Cow<'a, 
 fn text(value: &Value, reading: Reading) -> Option<Cow<'_, str>> {
     match value {
         Value::Text(text) => Some(Cow::Borrowed(text)),
-        Value::Integer(_) | Value::Flag(_) if reading == Reading::AsAsked => {
+        Value::Integer(_) | Value::Flag(_) if reading == Reading::Operand => {
             Some(Cow::Owned(value.to_string()))
         }
         Value::Integer(_) | Value::Flag(_) | Value::Decimal(_) => None,
@@ -456,7 +456,7 @@ mod tests {
 
     #[test]
     fn every_operator_decides_both_ways_and_another_type_never_passes() {
-        let typed = |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsIs);
+        let typed = |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::Own);
         typed(
             json!("a"),
             vec![
@@ -589,7 +589,7 @@ mod tests {
     #[test]
     fn an_attribute_is_converted_to_the_type_of_the_operand() {
         let asked =
-            |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::AsAsked);
+            |wanted, cases: Vec<(Option<Value>, bool)>| check(wanted, cases, Reading::Operand);
         asked(
             json!(5),
             vec![
