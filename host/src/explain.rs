@@ -43,6 +43,9 @@ const MAX_DEAD_LETTERS: usize = 1_000;
 /// Assumed maximum difference, in milliseconds, between the clock of a decision and that of the
 /// broker when it numbers the dead letter. Nodes once recorded their own clock.
 const CLOCKS_DIFFER_MS: u64 = 60_000;
+/// How far a node's view of the broker's clock may be behind it: an entry that has just been added may
+/// seem to come after its decision.
+const CLOCK_LAG_MS: u64 = 100;
 
 const AS_THEY_ARE_NOW: &str = "Attributes are evaluated as they are now. If a membership ended and began again, only the latest period is known.";
 const CLAIMS: &str = "Groups and attributes claimed by a token are known only to an open stream with that token; they are not considered here.";
@@ -342,7 +345,9 @@ impl Sources<'_> {
             // No plugin was called, so the time of the decision is unknown.
             0 if !event.entry.is_time(crate::clock::now_ms()) => 0,
             0 => entry_ms.saturating_sub(CLOCKS_DIFFER_MS),
-            _ if entry_ms <= clock_ms => entry_ms.max(decided_ms),
+            _ if entry_ms <= clock_ms.saturating_add(CLOCK_LAG_MS) => {
+                entry_ms.min(clock_ms).max(decided_ms)
+            }
             _ => decided_ms,
         };
         let mut after = EntryId {
