@@ -39,7 +39,7 @@ const LEVELS: &[(&str, &[&[&str]])] = &[
         "plugin",
         &[&["runtime"], &["inspect", "shadow"], &["registry"]],
     ),
-    ("ingest", &[&["pipeline"], &["worker"]]),
+    ("ingest", &[&["pipeline", "proposal"], &["worker"]]),
     (
         "delivery",
         &[

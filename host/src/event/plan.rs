@@ -160,8 +160,8 @@ pub struct Route {
 }
 
 impl Route {
-    /// What a notification by this route is the latest state of, if it has a collapse key. Two
-    /// slots of one event never supersede each other.
+    /// The state that a notification by this route replaces, if it has a collapse key. Two slots of
+    /// one event never supersede each other.
     pub fn state(&self) -> Option<StateKey<'_>> {
         let key = self.collapse.as_ref()?;
         Some(StateKey {

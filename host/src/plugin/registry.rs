@@ -44,6 +44,7 @@ use super::registry::generation::{Chain, Generation};
 use super::registry::health::{BreakerState, Transition};
 use super::registry::settings::Config;
 use super::registry::state::{PluginState, PluginStatus, Refusal};
+use super::runtime::plugin::short_hash;
 use super::shadow::Shadows;
 use crate::clock::now_ms;
 use crate::event::PartitionNumber;
@@ -440,13 +441,12 @@ impl Registry {
     fn publish_info(&self, chain: &Chain) {
         let info = |generation: &Arc<Generation>| {
             let plugin = &generation.plugin;
-            let short = |hash: &str| hash.get(..12).unwrap_or_default().to_owned();
             PluginInfoLabel {
                 plugin: plugin.name().to_string(),
                 // The author of the plugin chose it.
                 version: plugin.manifest().version.chars().take(64).collect(),
-                hash: short(plugin.hash()),
-                config_hash: short(plugin.config_hash()),
+                hash: short_hash(plugin.hash()),
+                config_hash: short_hash(plugin.config_hash()),
             }
         };
         let now: Vec<PluginInfoLabel> = chain.generations().map(info).collect();

@@ -27,6 +27,7 @@ use super::runtime::engine::MAX_SHADOWS;
 use super::{ATTEMPTS, Call, Engine, Instance, ParsedPayload, Plugin, Role, lower_thread_priority};
 use crate::clock::now_ms;
 use crate::event::{Event, Name, Priority};
+use crate::plugin::runtime::plugin::short_hash;
 use crate::telemetry::metrics::{Metrics, PluginShadowLabel};
 
 /// The maximum number of queued calls per candidate.
@@ -189,7 +190,7 @@ impl Shadows {
         let shadow = Arc::new(Shadow {
             plugin: name.clone(),
             hash: candidate.hash().to_owned(),
-            config_hash: candidate.config_hash().chars().take(12).collect(),
+            config_hash: short_hash(candidate.config_hash()),
             version: candidate.manifest().version.clone(),
             source,
             since_ms: now_ms(),

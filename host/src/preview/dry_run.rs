@@ -15,7 +15,7 @@ use crate::event::{
     Target, Value, Verdict,
 };
 use crate::ingest::pipeline::{Evaluation, Pipeline, Resolution, Unevaluated};
-use crate::ingest::worker::check_plan;
+use crate::ingest::proposal::check_plan;
 
 /// The maximum number of named users of one event whose conditions are evaluated.
 const MAX_USERS: usize = 100;

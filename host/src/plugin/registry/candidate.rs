@@ -23,7 +23,7 @@ use crate::plugin::registry::generation::{Chain, Generation};
 use crate::plugin::registry::settings::Settings;
 use crate::plugin::registry::state::{PluginKind, PluginState};
 use crate::plugin::runtime::compiler::Compilation;
-use crate::plugin::runtime::plugin::file_hash;
+use crate::plugin::runtime::plugin::{file_hash, short_hash};
 use crate::plugin::shadow::{CandidateSource, Shadow, ShadowReport, Shadows};
 
 /// The parts in which a candidate differs from the active version; at least one is given.
@@ -178,7 +178,7 @@ impl Registry {
     }
 
     /// Compiles the file of a candidate, if it is not the active one.
-    fn compile_parts(&self, name: &str, parts: &CandidateParts) -> Option<Compilation> {
+    pub(super) fn compile_parts(&self, name: &str, parts: &CandidateParts) -> Option<Compilation> {
         let file = parts.file.as_ref()?;
         self.compile_candidate(name, file)
     }
@@ -342,7 +342,7 @@ impl Registry {
             plugin.hash().to_owned(),
             plugin.manifest().version.clone(),
         );
-        let config_hash = plugin.config_hash().chars().take(12).collect();
+        let config_hash = short_hash(plugin.config_hash());
         let candidate = Arc::new(Generation::new(plugin, 0, settings, false, Instant::now()));
         let chain = Arc::new(self.chain().with(&candidate));
         Ok(CandidateChain {

@@ -7,11 +7,8 @@ use std::time::Instant;
 use super::health::{Health, HealthReport};
 use super::settings::Settings;
 use crate::event::{ChainMember, ChainMembers, Name};
-use crate::plugin::runtime::plugin::file_hash;
+use crate::plugin::runtime::plugin::{file_hash, short_hash};
 use crate::plugin::{Plugin, Role};
-
-/// The length of a hash in a decision record, in hex digits.
-const SHORT: usize = 12;
 
 /// One version of one plugin, under one configuration.
 #[derive(Debug)]
@@ -66,8 +63,8 @@ impl Generation {
         ChainMember {
             plugin: self.plugin.name().to_string(),
             generation: self.number,
-            hash: short(self.plugin.hash()),
-            config_hash: short(self.plugin.config_hash()),
+            hash: short_hash(self.plugin.hash()),
+            config_hash: short_hash(self.plugin.config_hash()),
         }
     }
 
@@ -92,10 +89,6 @@ impl Generation {
             .max_by_key(HealthReport::severity)
             .unwrap_or_default()
     }
-}
-
-fn short(hash: &str) -> String {
-    hash.get(..SHORT).unwrap_or_default().to_owned()
 }
 
 /// All active plugins at one moment. A holder of a chain finishes its work on it, even after a
@@ -143,7 +136,7 @@ impl Chain {
         };
         let text = serde_json::to_vec(&members).expect("texts and numbers are JSON");
         let identity = ChainIdentity {
-            id: short(&file_hash(&text)),
+            id: short_hash(&file_hash(&text)),
             members,
         };
         Self {

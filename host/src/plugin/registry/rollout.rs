@@ -18,7 +18,7 @@ use super::section::{MAX_BYTES, Section};
 use super::{AdminError, Registry, folder};
 use crate::event::PartitionNumber;
 use crate::plugin::registry::generation::{Chain, Generation};
-use crate::plugin::runtime::plugin::file_hash;
+use crate::plugin::runtime::plugin::{file_hash, short_hash};
 use crate::plugin::shadow::ShadowReport;
 
 /// A version: the hashes of its file and of its configuration.
@@ -304,7 +304,7 @@ impl Registry {
         let Some(bytes) = bytes.filter(|bytes| file_hash(bytes) == wish.to.file) else {
             return Ok(None);
         };
-        let settings = if wish.to.config == short(own.plugin.config_hash()) {
+        let settings = if wish.to.config == short_hash(own.plugin.config_hash()) {
             own.settings.clone()
         } else {
             let text = folder::read(&config, MAX_BYTES).ok();
@@ -317,7 +317,7 @@ impl Registry {
         let plugin = self
             .load_bytes(name, &bytes, &settings)
             .map_err(|failure| failure.reason)?;
-        if short(plugin.config_hash()) != wish.to.config {
+        if short_hash(plugin.config_hash()) != wish.to.config {
             return Ok(None);
         }
         let number = {
@@ -348,6 +348,8 @@ impl Registry {
         name: &str,
         parts: CandidateParts,
     ) -> Result<(VersionHashes, VersionHashes), AdminError> {
+        // Before the lock: other plugins are loaded meanwhile.
+        let _code = self.compile_parts(name, &parts);
         let loading = self.begin_loading();
         let Candidate { plugin, source, .. } = self.candidate(&loading, name, parts)?;
         let (_, own) = self
@@ -355,7 +357,7 @@ impl Registry {
             .ok_or_else(|| AdminError::Unknown(name.to_owned()))?;
         let to = VersionHashes {
             file: plugin.hash().to_owned(),
-            config: short(plugin.config_hash()),
+            config: short_hash(plugin.config_hash()),
         };
         if own == to {
             return Err(AdminError::Impossible(format!(
@@ -441,12 +443,8 @@ pub(super) fn chains_by_partition(
 fn hashes(generation: &Generation) -> VersionHashes {
     VersionHashes {
         file: generation.plugin.hash().to_owned(),
-        config: short(generation.plugin.config_hash()),
+        config: short_hash(generation.plugin.config_hash()),
     }
-}
-
-fn short(hash: &str) -> String {
-    hash.chars().take(12).collect()
 }
 
 fn file_name(path: &Path) -> String {

@@ -564,6 +564,14 @@ fn traces(error: &wasmtime::Error, state: &HostState, has_message: bool) -> Stri
     traces
 }
 
+/// The length of a hash in decision records and reports, in hex digits.
+const SHORT_HASH: usize = 12;
+
+/// The first digits of a hash, as decision records and reports show it.
+pub(in crate::plugin) fn short_hash(hash: &str) -> String {
+    hash.get(..SHORT_HASH).unwrap_or_default().to_owned()
+}
+
 /// SHA-256 in hexadecimal.
 pub(in crate::plugin) fn file_hash(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
