@@ -18,4 +18,5 @@ mod priority;
 mod resource_limits;
 mod resume;
 mod stability;
+mod turns;
 mod wire;

@@ -23,6 +23,7 @@ mod origins;
 #[cfg(test)]
 mod site;
 mod state;
+mod turns;
 
 pub use error::ApiError;
 pub use origins::Origins;

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::harness::command::{output_of, pointsman};
 use crate::harness::node::{Folder, Node, SOON};
+use crate::harness::proxy::Proxy;
 use crate::harness::publish::event;
 use crate::harness::redis::RedisServer;
 use crate::harness::sse::{OpenError, Request, Stream};
@@ -1010,7 +1011,10 @@ fn dead_letters_are_counted_warned_of_below_the_limit_and_counted_when_trimmed()
 #[test]
 fn a_very_large_entry_becomes_a_dead_letter_with_its_beginning_and_later_events_are_delivered() {
     let server = RedisServer::start();
-    let node = Node::builder().redis(server.url()).config(LEAN).start();
+    // Transferred, the entries would take longer than any deadline.
+    let link = Proxy::to(server.port());
+    link.slow_answers_to(2 * 1024 * 1024);
+    let node = Node::builder().redis(link.url()).config(LEAN).start();
     let mut stream = node.stream("42");
     let mut connection = server.connection();
     // The first is met by a node that waits, the second by one that is behind.

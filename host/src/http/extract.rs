@@ -1,6 +1,8 @@
 //! Extractors of path, query, API key and room for the response, with error messages in this API's
 //! form.
 
+use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use axum::extract::FromRequestParts;
@@ -12,7 +14,7 @@ use serde::de::DeserializeOwned;
 use super::{ApiError, Limits, State};
 use crate::auth;
 use crate::event::Name;
-use crate::server::{Exhausted, FIRST_BYTES, ResponsePermit};
+use crate::server::{Connection, Exhausted, FIRST_BYTES, ResponsePermit};
 
 /// The parameters of the path.
 pub(super) struct Path<T>(pub(super) T);
@@ -145,6 +147,26 @@ impl FromRequestParts<Arc<State>> for ApiKey {
                 refused
             }
         })
+    }
+}
+
+/// The address of the client: that of the peer, or the one that a trusted proxy names. Unspecified
+/// in tests without sockets.
+pub(super) struct ClientAddress(pub(super) IpAddr);
+
+impl FromRequestParts<Arc<State>> for ClientAddress {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &Arc<State>) -> Result<Self, Infallible> {
+        let connection = parts.extensions.get::<Arc<Connection>>();
+        Ok(Self(connection.map_or(
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            |connection| {
+                state
+                    .addresses
+                    .client_of(connection.peer().ip(), &parts.headers)
+            },
+        )))
     }
 }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use super::body::BodyBudget;
+use super::turns::Turns;
 use super::{ApiError, Origins};
 use crate::auth::Auth;
 use crate::broker::Broker;
@@ -103,6 +104,8 @@ pub struct State {
     pub(super) addresses: ClientAddresses,
     /// Bounds the publish requests whose events are parsed and stored.
     pub(super) publishing: Semaphore,
+    /// The order in which large publish requests are appended.
+    pub(super) turns: Turns,
     /// Bounds the dry runs, which take none of the places of publish requests.
     pub(super) dry_running: Semaphore,
     /// Bounds the request bodies on the public listener.
@@ -163,6 +166,7 @@ impl State {
             origins,
             addresses,
             publishing,
+            turns: Turns::default(),
             dry_running: Semaphore::new(MAX_DRY_RUNS),
             bodies,
             responses,

@@ -130,6 +130,13 @@ impl ClientAddresses {
         self.trusts(peer.to_canonical())
     }
 
+    /// The client of a request: the one that a trusted proxy names, otherwise the peer.
+    pub fn client_of(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
+        let peer = peer.to_canonical();
+        let named = self.trusts(peer).then(|| self.client(headers)).flatten();
+        named.unwrap_or(peer)
+    }
+
     /// The client that the proxies name: read from the right, where the nearest proxy has added its
     /// peer, the first address that is not a trusted proxy. What is left of it may be forged.
     fn client(&self, headers: &HeaderMap) -> Option<IpAddr> {

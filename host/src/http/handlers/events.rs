@@ -8,6 +8,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,8 +27,8 @@ use crate::broker::{self, Broker, Partition};
 use crate::event::{EntryId, Event, Malformed, Name, PartitionNumber, Value};
 use crate::http::body::BodyReader;
 use crate::http::cloudevents::{Draft, Mode};
-use crate::http::extract::{ApiKey, Query, ResponseRoom};
-use crate::http::{ApiError, State};
+use crate::http::extract::{ApiKey, ClientAddress, Query, ResponseRoom};
+use crate::http::{ApiError, State, turns};
 use crate::preview::dry_run::DryRunResult;
 use crate::server::{FIRST_BYTES, ResponsePermit};
 
@@ -79,6 +80,7 @@ pub(in crate::http) async fn publish(
     Query(options): Query<Options>,
     room: ResponseRoom,
     reader: BodyReader,
+    ClientAddress(client): ClientAddress,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
@@ -96,7 +98,7 @@ pub(in crate::http) async fn publish(
         (&state.publishing, "publish requests")
     };
     let wait = state.limits.publish_wait;
-    let Ok(Ok(_permit)) = tokio::time::timeout(wait, places.acquire()).await else {
+    let Ok(Ok(permit)) = tokio::time::timeout(wait, places.acquire()).await else {
         return Err(ApiError::overloaded(format!("too many concurrent {kind}")));
     };
     let body = held.bytes.clone();
@@ -114,7 +116,10 @@ pub(in crate::http) async fn publish(
     if options.dry_run {
         return dry_run(&state, broker.as_ref(), mode, drafts, &room).await;
     }
-    let receipts = store(&state, broker.as_ref(), drafts).await?;
+    let appends = Appends::of(drafts, broker.partitions());
+    // While a large request waits for its turns, small ones need the place.
+    let _permit = (!appends.is_large()).then_some(permit);
+    let receipts = store(&state, broker, appends, client).await?;
     Ok(answer(mode, receipts))
 }
 
@@ -185,39 +190,63 @@ struct Append {
     origins: Vec<(usize, Event)>,
 }
 
-/// Appends the valid events, in order within each partition, and returns a receipt for each event.
-async fn store(
-    state: &State,
-    broker: &dyn Broker,
-    drafts: Vec<Result<Draft, Malformed>>,
-) -> Result<Vec<Receipt>, ApiError> {
-    let mut receipts: Vec<Option<Receipt>> = Vec::with_capacity(drafts.len());
-    let mut appends: BTreeMap<PartitionNumber, Append> = BTreeMap::new();
-    for (index, draft) in drafts.into_iter().enumerate() {
-        match draft {
-            Err(error) => receipts.push(Some(Receipt::Refused {
-                error: error.to_string(),
-            })),
-            Ok(draft) => {
-                let number = partition_of(&draft.event, broker.partitions()).number;
-                let append = appends.entry(number).or_default();
-                append.entries.push(draft.fields);
-                append.origins.push((index, draft.event));
-                receipts.push(None);
+/// The entries of a request by partition, and the receipts of what is refused.
+struct Appends {
+    receipts: Vec<Option<Receipt>>,
+    by_partition: BTreeMap<PartitionNumber, Append>,
+}
+
+impl Appends {
+    fn of(drafts: Vec<Result<Draft, Malformed>>, partitions: &[Partition]) -> Self {
+        let mut receipts: Vec<Option<Receipt>> = Vec::with_capacity(drafts.len());
+        let mut by_partition: BTreeMap<PartitionNumber, Append> = BTreeMap::new();
+        for (index, draft) in drafts.into_iter().enumerate() {
+            match draft {
+                Err(error) => receipts.push(Some(Receipt::Refused {
+                    error: error.to_string(),
+                })),
+                Ok(draft) => {
+                    let number = partition_of(&draft.event, partitions).number;
+                    let append = by_partition.entry(number).or_default();
+                    append.entries.push(draft.fields);
+                    append.origins.push((index, draft.event));
+                    receipts.push(None);
+                }
             }
         }
+        Self {
+            receipts,
+            by_partition,
+        }
     }
+
+    fn is_large(&self) -> bool {
+        let mut appends = self.by_partition.values();
+        appends.any(|append| turns::is_large(&append.entries))
+    }
+}
+
+/// Appends the events, in order within each partition, and returns a receipt for each event.
+async fn store(
+    state: &State,
+    broker: &Arc<dyn Broker>,
+    appends: Appends,
+    client: IpAddr,
+) -> Result<Vec<Receipt>, ApiError> {
+    let mut receipts = appends.receipts;
+    let wait = state.limits.publish_wait;
     // Run the appends concurrently and all to completion, so that one failure does not leave the
     // outcome of the others unknown.
-    let stored = futures_util::future::join_all(appends.into_iter().map(
+    let stored = futures_util::future::join_all(appends.by_partition.into_iter().map(
         |(partition, Append { entries, origins })| async move {
-            (partition, broker.append(partition, entries).await, origins)
+            let appended = state.turns.append(broker, partition, entries, client, wait);
+            (partition, appended.await, origins)
         },
     ));
     for (partition, result, origins) in stored.await {
         let ids = match result {
             Ok(ids) => ids,
-            Err(error) => return Err(refusal(state, broker, partition, error).await),
+            Err(error) => return Err(refusal(state, broker.as_ref(), partition, error).await),
         };
         for ((index, event), entry) in origins.into_iter().zip(ids) {
             let id = if event.id_given {
