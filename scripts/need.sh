@@ -1,6 +1,6 @@
 #!/bin/sh
 # Ensures that tools are installed: need.sh TOOL...
-# TOOL is redis-server, faketime, chromium, node or python (3, with venv).
+# TOOL is curl, redis-server, faketime, chromium, node or python (3, with venv).
 #
 # Installs missing tools with apt. If Debian's node is too old for the client libraries under test
 # (they require 20), it installs a newer one with npm into build/tools, where tests/clients.rs looks
@@ -57,10 +57,11 @@ cd "$(dirname "$0")/.."
 for tool in "$@"; do
     case $tool in
     redis-server) has redis-server || apt_install redis-server ;;
+    curl) has curl || apt_install curl ;;
     faketime) has faketime || apt_install faketime ;;
     chromium) has chromium || apt_install chromium ;;
     node) need_node ;;
     python) need_python ;;
-    *) fail "unknown tool '$tool'; use redis-server, faketime, chromium, node or python" ;;
+    *) fail "unknown tool '$tool'; use redis-server, curl, faketime, chromium, node or python" ;;
     esac
 done

@@ -18,5 +18,6 @@ mod priority;
 mod resource_limits;
 mod resume;
 mod stability;
+mod tls;
 mod turns;
 mod wire;

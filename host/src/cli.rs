@@ -12,9 +12,12 @@
     reason = "commands print their results to the terminal; only the library logs"
 )]
 
+use std::fs;
 use std::io::Read as _;
 use std::panic;
+use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -23,6 +26,7 @@ use pointsman::escape::{is_hidden, printable, printable_json, printable_lines};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use ureq::http::{Response, StatusCode};
+use ureq::tls::{PemItem, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 mod compile_plugin;
@@ -152,15 +156,67 @@ const ADMIN_URL: &str = "POINTSMAN_ADMIN_URL";
 /// Environment variable that sets the API key if `--api-key` is not given.
 const API_KEY: &str = "POINTSMAN_API_KEY";
 
+/// The certificate authorities by which a command knows a node that uses TLS.
+#[derive(Debug, Default, clap::Args)]
+struct Trust {
+    /// Certificate authority of the node, in PEM; default: the public ones
+    #[arg(long, global = true, env = "POINTSMAN_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+}
+
+impl Trust {
+    /// An HTTP client that does not treat error statuses as errors. `idle` limits the wait for each
+    /// read.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds no certificate.
+    fn agent(&self, idle: Duration) -> anyhow::Result<Agent> {
+        let mut tls = TlsConfig::builder();
+        if let Some(path) = &self.ca {
+            tls = tls.root_certs(authorities(path)?);
+        }
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .tls_config(tls.build())
+            .timeout_connect(Some(Duration::from_secs(10)))
+            .timeout_per_read(Some(idle));
+        // Ignores the proxy variables of the environment: a node is always addressed directly.
+        Ok(config.proxy(None).build().new_agent())
+    }
+}
+
+fn authorities(path: &Path) -> anyhow::Result<RootCerts> {
+    let pem = fs::read(path).with_context(|| {
+        format!(
+            "cannot read {}; correct --ca or POINTSMAN_CA",
+            path.display()
+        )
+    })?;
+    let items = ureq::tls::parse_pem(&pem).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    });
+    let certificates: Vec<_> = items.collect();
+    if certificates.is_empty() {
+        bail!(
+            "{} holds no certificate in PEM; correct --ca or POINTSMAN_CA",
+            path.display()
+        );
+    }
+    Ok(RootCerts::Specific(Arc::new(certificates)))
+}
+
 /// The application listener of a running node and the API key for it.
 #[derive(Debug, clap::Args)]
 struct Node {
-    /// Address of the node's application listener (http only)
+    /// Address of the node's application listener
     #[arg(long, global = true, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
     /// API key of the node; not needed in dev mode
     #[arg(long, global = true, env = API_KEY, hide_env_values = true)]
     api_key: Option<String>,
+    #[command(flatten)]
+    trust: Trust,
 }
 
 impl Node {
@@ -195,12 +251,14 @@ impl Node {
 /// The admin listener of a running node and the API key for it.
 #[derive(Debug, clap::Args)]
 struct Admin {
-    /// Address of the node's admin listener (http only)
+    /// Address of the node's admin listener
     #[arg(long, env = ADMIN_URL, default_value = "http://127.0.0.1:8081")]
     url: String,
     /// API key of the node; not needed in dev mode
     #[arg(long, env = API_KEY, hide_env_values = true)]
     api_key: Option<String>,
+    #[command(flatten)]
+    trust: Trust,
 }
 
 impl Admin {
@@ -230,17 +288,6 @@ impl Admin {
         };
         response.map_err(|error| no_node(&self.url, ADMIN_URL, &error))
     }
-}
-
-/// An HTTP client that does not treat error statuses as errors. `idle` limits the wait for each
-/// read.
-fn agent(idle: Duration) -> Agent {
-    let config = Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_connect(Some(Duration::from_secs(10)))
-        .timeout_per_read(Some(idle));
-    // Ignores the proxy variables of the environment: a node is always addressed directly.
-    config.proxy(None).build().new_agent()
 }
 
 /// Reads the status and at most 16 MiB of the body.

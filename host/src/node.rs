@@ -90,6 +90,8 @@ struct Node {
     name: String,
     /// Where other nodes reach the public listener.
     advertised: Advertised,
+    /// Whether the public listener uses TLS; the others then do too.
+    is_tls: bool,
     state: Arc<State>,
     stream_timer: StreamTimer,
     metrics: Metrics,
@@ -143,11 +145,13 @@ impl Node {
         // Listening before the broker is connected: a probe sees the reason, and a publisher
         // receives 503 instead of a refused connection.
         let stall_timeout = config.stream.stall_timeout;
-        listeners.serve(&config.listen, stall_timeout, &state, &shutdown);
-        tracing::info!(node.name = name, %address, %admin, "listening");
+        listeners.serve(&config.listen, stall_timeout, &state, &shutdown)?;
+        let is_tls = config.listen.tls_certificate.is_some();
+        tracing::info!(node.name = name, %address, %admin, tls = is_tls, "listening");
         Ok(Self {
             name,
             advertised: Advertised::new(config.listen.advertise.clone(), address),
+            is_tls,
             state,
             stream_timer,
             metrics,
@@ -225,6 +229,7 @@ impl Node {
             readiness: self.readiness.clone(),
             node: self.name.clone(),
             advertised: self.advertised.clone(),
+            is_tls: self.is_tls,
         };
         self.shutdown
             .spawn("the outage monitor", outage.run(self.shutdown.clone()));

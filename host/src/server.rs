@@ -9,6 +9,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,8 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
@@ -33,12 +36,15 @@ use crate::telemetry::metrics::{Metrics, ReasonLabel};
 mod client_addresses;
 mod connection;
 mod response_budget;
+mod tls;
 
 pub use client_addresses::{AddressPermit, ClientAddresses, TooManyOfAddress};
 pub use connection::Connection;
 pub use response_budget::{
     Exhausted, FIRST_BYTES, ResponseBudget, ResponsePermit, hold as hold_until_sent,
 };
+
+pub use tls::{CertificateFiles, Tls};
 
 use connection::{CountingSocket, ResponseBody, Spawner};
 
@@ -66,6 +72,13 @@ pub struct Config {
     /// of the machine, the one from which it reaches Redis). They ask it whether it is ready when
     /// they lose Redis.
     pub advertise: Option<NodeAddress>,
+    /// The certificate of `address` and those of its issuers, in PEM (none: the listener uses no
+    /// TLS). Read again when the file changes.
+    pub tls_certificate: Option<PathBuf>,
+    /// The private key of the certificate, in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// Whether `admin` uses TLS with this certificate as well (false).
+    pub admin_tls: bool,
     /// Origins whose pages may call `address` from a browser, such as `https://shop.example` (none;
     /// in dev mode every loopback origin).
     pub origins: Vec<String>,
@@ -99,6 +112,9 @@ impl Default for Config {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
             admin: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
             advertise: None,
+            tls_certificate: None,
+            tls_key: None,
+            admin_tls: false,
             origins: Vec::new(),
             admin_hosts: Vec::new(),
             max_connections: 10_000,
@@ -110,6 +126,16 @@ impl Default for Config {
             idle_timeout: Duration::from_secs(75),
             shutdown_grace: Duration::from_secs(10),
         }
+    }
+}
+
+impl Config {
+    /// The files of the certificate. `None`: without TLS, or one of the files is missing.
+    pub fn certificate_files(&self) -> Option<CertificateFiles> {
+        Some(CertificateFiles {
+            chain: self.tls_certificate.clone()?,
+            key: self.tls_key.clone()?,
+        })
     }
 }
 
@@ -145,6 +171,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 /// `Shutdown::skip` cuts the remaining connections.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<Tls>,
     routes: axum::Router,
     bounds: Bounds,
     addresses: Option<ClientAddresses>,
@@ -211,6 +238,7 @@ pub async fn serve(
         // other request to hyper with the bytes already read put back in front.
         connections.spawn(drive(
             stream,
+            tls.clone(),
             connection,
             routes.clone(),
             bounds,
@@ -259,6 +287,7 @@ fn requests(
 /// In one piece: everything that can end a connection stands in one `select`.
 async fn drive(
     stream: TcpStream,
+    tls: Option<Tls>,
     connection: Arc<Connection>,
     routes: axum::Router,
     bounds: Bounds,
@@ -267,12 +296,26 @@ async fn drive(
     permits: (OwnedSemaphorePermit, Option<AddressPermit>),
 ) {
     set_socket_options(&stream, &connection);
+    let socket = CountingSocket {
+        stream,
+        connection: Arc::clone(&connection),
+    };
+    let transport = tokio::select! {
+        biased;
+        () = connection.killed() => return,
+        () = shutdown.begun(), if tls.is_some() => return,
+        transport = transport(socket, tls, bounds.header_timeout) => transport,
+    };
+    let transport = match transport {
+        Ok(transport) => transport,
+        Err(error) => {
+            tracing::debug!(peer = %connection.peer(), %error, "TLS handshake failed");
+            return;
+        }
+    };
     let builder = http_builder(bounds.header_timeout, !connection.is_surplus());
     let mut serving = pin!(builder.serve_connection(
-        TokioIo::new(CountingSocket {
-            stream,
-            connection: Arc::clone(&connection)
-        }),
+        TokioIo::new(transport),
         requests(Arc::clone(&connection), routes)
     ));
     // Hyper's own timer starts with the first bytes of a head that it takes for HTTP/1. Only this
@@ -335,6 +378,22 @@ async fn drive(
     }
     // Moved into this task, so that the connection counts until it ends.
     drop(permits);
+}
+
+/// A connection with or without TLS. The socket counts what it accepts, encrypted or not.
+type Transport = Either<CountingSocket, TlsStream<CountingSocket>>;
+
+/// Completes the TLS handshake, if the listener uses TLS, within `timeout`.
+async fn transport(
+    socket: CountingSocket,
+    tls: Option<Tls>,
+    timeout: Duration,
+) -> io::Result<Transport> {
+    let Some(tls) = tls else {
+        return Ok(Either::Left(socket));
+    };
+    let accepted = tokio::time::timeout(timeout, tls.accept(socket)).await?;
+    accepted.map(Either::Right)
 }
 
 /// Failures are logged only: the connection then works, but urgent frames may be late.
@@ -410,6 +469,7 @@ mod tests {
         let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::new());
         let task = tokio::spawn(serve(
             listener,
+            None,
             routes,
             bounds,
             addresses,

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use ureq::Agent;
 
 use super::render::table::table;
-use super::{Node, accept, agent, pretty_json, printable};
+use super::{Node, accept, pretty_json, printable};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -87,7 +87,8 @@ struct Letter {
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let (node, agent) = (&options.node, agent(Duration::from_secs(60)));
+    let node = &options.node;
+    let agent = node.trust.agent(Duration::from_secs(60))?;
     match &options.action {
         Action::List { retrying } => {
             let letters = all(node, &agent, *retrying)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use pointsman::event::{EntryId, Event};
 
-use super::{Admin, agent, printable, printable_json, read, refusal};
+use super::{Admin, printable, printable_json, read, refusal};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -33,7 +33,7 @@ struct Export {
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
     let Action::Export(Export { admin, limit }) = &options.action;
     let response = admin.request(
-        &agent(Duration::from_secs(60)),
+        &admin.trust.agent(Duration::from_secs(60))?,
         "GET",
         &format!("/v1/events?limit={limit}"),
         None,

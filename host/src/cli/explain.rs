@@ -10,7 +10,7 @@ use pointsman::event::rfc3339;
 use serde_json::Value;
 
 use super::render::decision::{line, list, route, text, verdict};
-use super::{Admin, accept, agent, pretty_json, printable, read};
+use super::{Admin, accept, pretty_json, printable, read};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -40,7 +40,7 @@ pub(super) fn run(
         .unwrap_or_default();
     let path = format!("/v1/explain?event_id={}{user}", encoded(event_id));
     let text = accept(read(admin.request(
-        &agent(Duration::from_secs(60)),
+        &admin.trust.agent(Duration::from_secs(60))?,
         "GET",
         &path,
         None,

@@ -15,7 +15,7 @@ use ureq::Agent;
 use ureq::http::StatusCode;
 
 use super::render::decision::{line, list, route, text, verdict};
-use super::{NODE_URL, Node, agent, no_node, parse_time, pretty_json, printable, read, refusal};
+use super::{NODE_URL, Node, no_node, parse_time, pretty_json, printable, read, refusal};
 
 /// Appended to groups and everyone, whose members a dry run does not check against conditions.
 const AS_FAR: &str = ", subject to the route's condition";
@@ -82,7 +82,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<()> {
         Some(kind) => vec![from_options(options, kind)?],
         None => from_input(std::io::stdin().lock())?,
     };
-    let agent = agent(Duration::from_secs(60));
+    let agent = options.node.trust.agent(Duration::from_secs(60))?;
     let mut n_refused = 0;
     for batch in batches(&events)? {
         let path = if options.dry_run {

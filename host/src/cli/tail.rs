@@ -15,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use ureq::http::StatusCode;
 use ureq::http::header::CONTENT_TYPE;
 
-use super::{NODE_URL, agent, no_node, printable, printable_json, read, refusal};
+use super::{NODE_URL, Trust, no_node, printable, printable_json, read, refusal};
 
 /// Three default heartbeat intervals of a node; a connection silent for longer is dropped.
 const SILENCE: Duration = Duration::from_secs(65);
@@ -24,9 +24,11 @@ const MAX_LINE: u64 = 4 * 1024 * 1024;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
-    /// Address of the node's application listener (http only)
+    /// Address of the node's application listener
     #[arg(long, env = NODE_URL, default_value = "http://127.0.0.1:8080")]
     url: String,
+    #[command(flatten)]
+    trust: Trust,
     /// User whose stream to follow; without a token, only in dev mode
     #[arg(long, required_unless_present = "token")]
     user: Option<String>,
@@ -57,7 +59,7 @@ fn place(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn run(options: &Options) -> anyhow::Result<()> {
-    let agent = agent(SILENCE);
+    let agent = options.trust.agent(SILENCE)?;
     let url = format!("{}/v1/stream", options.url.trim_end_matches('/'));
     let mut parser = Parser {
         last_id: options.after.clone().unwrap_or_default(),

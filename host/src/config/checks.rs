@@ -54,6 +54,22 @@ pub(super) fn listen(layers: &Layers, listen: &server::Config) -> Result<(), Err
         );
         return Err(layers.fault("listen.admin", text));
     }
+    let pair = [
+        ("listen.tls_certificate", &listen.tls_certificate),
+        ("listen.tls_key", &listen.tls_key),
+    ];
+    if let [(given, Some(_)), (missing, None)] | [(missing, None), (given, Some(_))] = pair {
+        let text = format!("is missing, but {given} is set; set both or none");
+        return Err(layers.fault(missing, text));
+    }
+    match listen.certificate_files().map(|files| files.check()) {
+        Some(Err((key, text))) => return Err(layers.fault(key, text)),
+        None if listen.admin_tls => {
+            let text = "needs a certificate; set listen.tls_certificate and listen.tls_key";
+            return Err(layers.fault("listen.admin_tls", text.to_owned()));
+        }
+        Some(Ok(())) | None => {}
+    }
     numbers(
         layers,
         [

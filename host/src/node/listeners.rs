@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
 use crate::http::{self, State};
-use crate::server::{self, Bounds};
+use crate::server::{self, Bounds, Tls};
 use crate::shutdown::Shutdown;
 
 /// Maximum connections to the admin listener: probes and scrapers are few.
@@ -37,28 +37,41 @@ impl Listeners {
     }
 
     /// Serves the routes of both listeners until `shutdown`.
+    ///
+    /// # Errors
+    /// The certificate cannot be used.
     pub(super) fn serve(
         self,
         listen: &server::Config,
         stall_timeout: Duration,
         state: &Arc<State>,
         shutdown: &Shutdown,
-    ) {
+    ) -> anyhow::Result<()> {
+        let tls = match listen.certificate_files().map(Tls::new).transpose() {
+            Ok(tls) => tls,
+            Err(text) => bail!("{text}"),
+        };
+        if let Some(tls) = tls.clone() {
+            let follow = tls.follow(state.readiness().clone(), shutdown.clone());
+            shutdown.spawn("the certificate monitor", follow);
+        }
         let routes = [
             (
                 self.admin,
+                tls.clone().filter(|_| listen.admin_tls),
                 http::admin_routes(Arc::clone(state)),
                 MAX_ADMIN_CONNECTIONS,
                 None,
             ),
             (
                 self.applications,
+                tls,
                 http::routes(Arc::clone(state)),
                 listen.max_connections,
                 Some(state.addresses().clone()),
             ),
         ];
-        for (listener, routes, max_connections, addresses) in routes {
+        for (listener, tls, routes, max_connections, addresses) in routes {
             let bounds = Bounds {
                 max_connections,
                 header_timeout: listen.header_timeout,
@@ -68,6 +81,7 @@ impl Listeners {
             let metrics = state.metrics().clone();
             let serve = server::serve(
                 listener,
+                tls,
                 routes,
                 bounds,
                 addresses,
@@ -76,5 +90,6 @@ impl Listeners {
             );
             shutdown.spawn("a listener", serve);
         }
+        Ok(())
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
+use ureq::tls::TlsConfig;
 
 use crate::broker::{Advertised, Error, Operations, Peer};
 use crate::delivery::hub::Hub;
@@ -44,6 +45,8 @@ pub(super) struct OutageMonitor {
     /// The name of this node.
     pub(super) node: String,
     pub(super) advertised: Advertised,
+    /// Whether the public listeners of the nodes use TLS.
+    pub(super) is_tls: bool,
 }
 
 impl OutageMonitor {
@@ -72,7 +75,7 @@ impl OutageMonitor {
             let is_outage = failing.max(self.hub.silence()) >= TOLERATED;
             (n_ready, n_unready) = if !is_outage {
                 (0, DENIALS)
-            } else if is_one_ready(&peers).await {
+            } else if is_one_ready(&peers, self.is_tls).await {
                 (n_ready + 1, 0)
             } else {
                 (0, n_unready + 1)
@@ -98,12 +101,12 @@ impl OutageMonitor {
 }
 
 /// Whether one of some random nodes among `peers` is ready.
-async fn is_one_ready(peers: &[Peer]) -> bool {
+async fn is_one_ready(peers: &[Peer], is_tls: bool) -> bool {
     let mut probes = JoinSet::new();
     for at in rand::seq::index::sample(&mut rand::rng(), peers.len(), peers.len().min(MAX_PROBED)) {
         let peer = peers[at].clone();
         // On the blocking pool: the client waits on its thread.
-        probes.spawn_blocking(move || is_ready(&peer));
+        probes.spawn_blocking(move || is_ready(&peer, is_tls));
     }
     while let Some(answer) = probes.join_next().await {
         if answer.is_ok_and(|is_ready| is_ready) {
@@ -115,8 +118,13 @@ async fn is_one_ready(peers: &[Peer]) -> bool {
 
 /// Asks a node whether it is ready and has this name: an address may lead to another node, or to
 /// this one.
-fn is_ready(peer: &Peer) -> bool {
+fn is_ready(peer: &Peer, is_tls: bool) -> bool {
+    let scheme = if is_tls { "https" } else { "http" };
+    // Nodes reach one another by addresses that their certificate need not name. The answer is no
+    // more than a hint, and no secret is sent.
+    let tls = TlsConfig::builder().disable_verification(true).build();
     let config = ureq::Agent::config_builder()
+        .tls_config(tls)
         .http_status_as_error(false)
         .max_redirects(0)
         .timeout_global(Some(PROBE_TIMEOUT))
@@ -125,7 +133,7 @@ fn is_ready(peer: &Peer) -> bool {
     let answer = config
         .build()
         .new_agent()
-        .get(format!("http://{}/v1/ready", peer.address))
+        .get(format!("{scheme}://{}/v1/ready", peer.address))
         .query("node", &peer.name)
         .call();
     answer.is_ok_and(|answer| answer.status() == 200)

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 
-use super::super::{agent, printable, read};
+use super::super::{Trust, printable, read};
 
 /// Polling interval.
 const EVERY: Duration = Duration::from_millis(200);
@@ -35,7 +35,7 @@ impl Activity {
         let is_over = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&is_over);
         let reporter = Reporter {
-            agent: agent(Duration::from_secs(5)),
+            agent: Trust::default().agent(Duration::from_secs(5))?,
             url: format!("http://{admin}"),
             crates,
             plugins: BTreeMap::new(),

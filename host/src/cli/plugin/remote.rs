@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail, ensure};
 use pointsman::plugin::{MAX_FILE_BYTES, name_of_file};
 use serde::de::DeserializeOwned;
 
-use super::super::{Admin, accept, agent, pretty_json, read as answer};
+use super::super::{Admin, accept, pretty_json, read as answer};
 use super::read;
 use crate::cli::render::plugins::{
     BacktestReport, Candidate, FleetShadowReport, Plugin, Plugins, Promotion, ShadowReport,
@@ -457,7 +457,7 @@ impl Remote {
         method: &str,
         path: &str,
     ) -> anyhow::Result<Option<String>> {
-        let agent = agent(PATIENCE);
+        let agent = self.admin.trust.agent(PATIENCE)?;
         let (status, text) = answer(self.admin.request(&agent, method, path, None)?)?;
         if status == 404 {
             return Ok(None);
@@ -472,7 +472,7 @@ impl Remote {
         body: Option<&[u8]>,
     ) -> anyhow::Result<String> {
         accept(answer(self.admin.request(
-            &agent(PATIENCE),
+            &self.admin.trust.agent(PATIENCE)?,
             method,
             path,
             body,
